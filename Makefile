@@ -1,0 +1,36 @@
+# `make demo` and `make test` do all their own set-up on a machine with python3 (3.11 to 3.13), git and make.
+VENV    ?= .venv
+WORKDIR ?= workdirs/shapes
+# The first interpreter that is new enough; override with `make PYTHON=/path/to/python demo`.
+PYTHON  ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
+             $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+PINS     = requirements/py$(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])' 2>/dev/null).txt
+BIN      = $(VENV)/bin
+
+.PHONY: setup demo test lint wheel clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml $(wildcard requirements/*.txt)
+	@test -n "$(PYTHON)" || { echo "ar_unified needs Python 3.11, 3.12 or 3.13; none was found. Name one: make PYTHON=... $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(test -f $(PINS) && echo "-c $(PINS)") -e ".[dev]"
+	@touch $@
+
+demo: setup  ## train both tokenizers and the transformer on the embedded shapes data, sample, evaluate, write a report
+	$(BIN)/ar-unified run --config experiments/shapes.py --workdir $(WORKDIR)
+	@echo "Open $(WORKDIR)/report.html"
+
+test: setup
+	$(BIN)/python -m pytest -q -n 2
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --diff . >/dev/null || { echo "run: ruff format ."; exit 1; }
+	$(BIN)/mypy
+
+wheel: setup
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) .cache dist workdirs
