@@ -1,0 +1,140 @@
+"""The trained image tokenizer: pictures to codes and back, and the folder it is kept in."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from ar_tokenizers.files import write_whole
+from ar_tokenizers.image.autoencoder import Autoencoder, AutoencoderConfig, Params, init, to_float, to_uint8
+
+WEIGHTS, CONFIG, FORMAT = "weights.safetensors", "config.json", 1
+
+
+class ImageTokenizer:
+    """Pictures uint8 [B, H, W, 3] <-> codes int32 [B, H/factor, W/factor] in [0, codebook_size).
+
+    Args:
+      batch_size: pictures in one call of the compiled network; the last batch is padded. One size means one compiled
+        program per picture size, and codes that do not depend on how many pictures came together.
+
+    Raises:
+      ValueError: the parameters are not those of the config, by name.
+    """
+
+    def __init__(self, config: AutoencoderConfig, params: Params, *, batch_size: int = 64) -> None:
+        expected = _flatten(jax.eval_shape(functools.partial(init, config), jax.random.key(0)))
+        found = _flatten(params)
+        for name in sorted(expected.keys() | found.keys()):
+            want, have = (getattr(leaves.get(name), "shape", "missing") for leaves in (expected, found))
+            if want != have:
+                raise ValueError(f"image tokenizer weight {name}: the config asks for {want}, found {have}")
+        self.config, self.batch_size = config, batch_size
+        self.params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+        self._encode = jax.jit(lambda params, rows: Autoencoder.bind(config, params).encode(to_float(rows)))
+        self._decode = jax.jit(lambda params, rows: to_uint8(Autoencoder.bind(config, params).decode(rows)))
+
+    @property
+    def codebook_size(self) -> int:
+        return self.config.codebook_size
+
+    @property
+    def factor(self) -> int:
+        return self.config.factor
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """sha256 of the config and of every weight: what makes two tokenizers the same."""
+        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.config), sort_keys=True).encode())
+        for name, leaf in sorted(_flatten(self.params).items()):
+            digest.update(f"{name}{leaf.shape}".encode())
+            digest.update(np.asarray(leaf).astype("<f4").tobytes())
+        return digest.hexdigest()
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [B, H, W, 3] -> int32 [B, h, w]. Raises ValueError for other dtypes and sides that do not divide."""
+        images = np.asarray(images)
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise ValueError(f"pictures must be uint8 [B, H, W, 3], got {images.dtype} {list(images.shape)}")
+        return self._in_batches(self._encode, images, self.config.grid(*images.shape[1:3]), np.int32)
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """int32 [B, h, w] -> uint8 [B, H, W, 3]. Raises ValueError for codes outside [0, codebook_size)."""
+        codes = np.asarray(codes)
+        if not np.issubdtype(codes.dtype, np.integer) or codes.ndim != 3:
+            raise ValueError(f"codes must be integers [B, h, w], got {codes.dtype} {list(codes.shape)}")
+        if codes.size and not 0 <= codes.min() <= codes.max() < self.codebook_size:
+            raise ValueError(f"codes must be in [0, {self.codebook_size}), found {codes.min()} to {codes.max()}")
+        side = (codes.shape[1] * self.factor, codes.shape[2] * self.factor, 3)
+        return self._in_batches(self._decode, codes.astype(np.int32), side, np.uint8)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write weights.safetensors and, last, config.json: without the second there is no tokenizer in the folder."""
+        folder = Path(folder)
+        (folder / CONFIG).unlink(missing_ok=True)
+        write_whole(folder / WEIGHTS, save_tensors({n: np.asarray(leaf) for n, leaf in _flatten(self.params).items()}))
+        record = {"format": FORMAT, "hash": self.hash, "config": dataclasses.asdict(self.config)}
+        write_whole(folder / CONFIG, (json.dumps(record, indent=2) + "\n").encode())
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], *, batch_size: int = 64) -> ImageTokenizer:
+        """Read what `save` wrote.
+
+        Raises:
+          FileNotFoundError: the folder holds no (complete) tokenizer.
+          ValueError: the weights are not the ones the config was written with.
+        """
+        folder = Path(folder)
+        if not (folder / CONFIG).is_file():
+            raise FileNotFoundError(f"{folder} holds no image tokenizer: there is no {CONFIG}, which is written last")
+        record = json.loads((folder / CONFIG).read_text())
+        if record.get("format") != FORMAT:
+            raise ValueError(f"{folder / CONFIG}: expected format {FORMAT}, found {record.get('format')!r}")
+        params = _unflatten(load_tensors((folder / WEIGHTS).read_bytes()))
+        tokenizer = cls(AutoencoderConfig.from_dict(record["config"]), params, batch_size=batch_size)
+        if tokenizer.hash != record["hash"]:
+            raise ValueError(
+                f"{folder}: {CONFIG} was written with weights and settings of hash {record['hash'][:12]}, but those "
+                f"found have {tokenizer.hash[:12]}: a file was changed or comes from another tokenizer"
+            )
+        return tokenizer
+
+    def _in_batches(
+        self, function: Callable[..., jax.Array], rows: np.ndarray, shape: tuple[int, ...], dtype: type
+    ) -> np.ndarray:
+        out: np.ndarray = np.empty((len(rows), *shape), dtype)
+        for start in range(0, len(rows), self.batch_size):
+            batch = rows[start : start + self.batch_size]
+            padding = [(0, self.batch_size - len(batch)), *[(0, 0)] * (rows.ndim - 1)]
+            out[start : start + len(batch)] = np.asarray(function(self.params, np.pad(batch, padding)))[: len(batch)]
+        return out
+
+
+def _flatten(tree: Params, prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        leaves |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return leaves
+
+
+def _unflatten(leaves: dict[str, np.ndarray]) -> Params:
+    tree: Params = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
