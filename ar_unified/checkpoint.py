@@ -1,0 +1,167 @@
+"""Checkpoints: Orbax v1 behind one small door.
+
+A checkpoint of step s is the folder `<folder>/<s>` with two trees that are read independently, `params` and
+`optimizer`, and JSON metadata (step, vocabulary manifest, model and training config). Orbax writes into a temporary
+folder and renames it when all of it is on disk, so a half-written checkpoint is never seen. Saving is asynchronous:
+arrays are copied to the host before `save` returns, the disk is written behind the next steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging as absl_logging
+from orbax.checkpoint import v1 as ocp
+
+from ar_unified.vocabulary import require_same
+
+# Orbax tells the story of every save, and of a failed one in pages of JSON. What fails is raised; the rest is noise.
+absl_logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
+
+
+class SaveFailed(RuntimeError):
+    """An earlier save did not reach the disk. It was asynchronous: training went on meanwhile."""
+
+
+class CheckpointMismatch(ValueError):
+    """What the checkpoint holds is not what was asked for; the message names the first leaf that differs."""
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      folder: where they lie.
+      keep: how many of the newest survive.
+      keep_every: also keep every step that is a multiple of this; 0: none.
+      readonly: for readers beside a running writer: nothing is created, cleaned or saved.
+    """
+
+    def __init__(self, folder: str | Path, *, keep: int = 3, keep_every: int = 0, readonly: bool = False):
+        self.folder = Path(folder).absolute()
+        self.readonly = readonly
+        if readonly and not self.folder.is_dir():
+            raise FileNotFoundError(f"no checkpoints: {self.folder} does not exist; has the training stage run?")
+        policies = ocp.training.preservation_policies
+        preserve: list[Any] = [policies.LatestN(keep)]
+        if keep_every:
+            preserve.append(policies.EveryNSteps(keep_every))
+        self._orbax = ocp.training.Checkpointer(
+            self.folder,
+            preservation_policy=policies.AnyPreservationPolicy(preserve),
+            cleanup_tmp_directories=not readonly,  # what a killed writer left
+        )
+        self._saving: int | None = None
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return [checkpoint.step for checkpoint in self._orbax.checkpoints]
+
+    def latest(self) -> int | None:
+        """The newest complete checkpoint, or None."""
+        return max(self.steps(), default=None)
+
+    def save(self, step: int, *, params: Any, optimizer: Any, metadata: Mapping[str, Any]) -> None:
+        """Starts saving and returns; the arrays may be donated at once. `metadata` is JSON; `step` is added to it.
+
+        Raises SaveFailed if the save before this one failed.
+        """
+        if self.readonly:
+            raise RuntimeError(f"{self.folder} was opened read-only")
+        self.wait()
+        self._saving = step
+        self._orbax.save_checkpointables_async(
+            step,
+            {"params": params, "optimizer": optimizer},
+            force=True,  # when to save is the loop's decision
+            custom_metadata={**metadata, "step": step},
+        )
+
+    def wait(self) -> None:
+        """Until the last save is on disk. Raises SaveFailed."""
+        step, self._saving = self._saving, None
+        try:
+            self._orbax.wait()
+        except Exception as error:
+            raise SaveFailed(
+                f"checkpoint {step} could not be written to {self.folder}: {str(error)[:300]} ... "
+                f"Complete checkpoints: {self.steps()}. Is the disk full or gone? Starting again continues from them."
+            ) from error
+
+    def close(self) -> None:
+        """Waits, raises like `wait`, and ends Orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
+
+    def metadata(self, step: int | None = None) -> dict[str, Any]:
+        """The JSON saved with a step (default: the latest)."""
+        return dict(self._orbax.checkpointables_metadata(self._existing(step)).custom_metadata or {})
+
+    def restore(
+        self, step: int | None = None, *, manifest: Mapping[str, Any] | None = None, **targets: Any
+    ) -> dict[str, Any]:
+        """Reads `params=...` and/or `optimizer=...` onto the shapes, dtypes and shardings of the given abstract trees.
+
+        Args:
+          step: default the latest.
+          manifest: the vocabulary manifest of the reader; a checkpoint of another vocabulary is refused.
+          **targets: trees of jax.ShapeDtypeStruct with shardings, for any mesh; None: as saved, on the first device.
+
+        Raises FileNotFoundError, vocabulary.ManifestMismatch, or CheckpointMismatch.
+        """
+        step = self._existing(step)
+        stored = self._orbax.checkpointables_metadata(step)
+        where = f"checkpoint {self.folder.name}/{step}"
+        if manifest is not None:
+            found = (stored.custom_metadata or {}).get("manifest") or {}
+            require_same(manifest, found, expected_from="this run", found_from=where)
+        shapes = {name: stored.metadata[name] for name in targets}
+        for name, target in targets.items():
+            if target is None:
+                targets[name] = _on_first_device(shapes[name])
+            else:
+                _check(shapes[name], target, f"{where}, {name}")
+        return self._orbax.load_checkpointables(step, targets)
+
+    def _existing(self, step: int | None) -> int:
+        steps = self.steps()
+        if not steps or (step is not None and step not in steps):
+            wanted = "a complete checkpoint" if step is None else f"step {step}"
+            raise FileNotFoundError(f"no {wanted} in {self.folder}; it has steps {steps}")
+        return steps[-1] if step is None else step
+
+
+def restore_params(folder: str | Path, target: Any = None, *, step: int | None = None, manifest: Any = None) -> Any:
+    """The parameters alone, without reading optimizer state; arguments as `Checkpoints.restore`."""
+    checkpoints = Checkpoints(folder, readonly=True)
+    try:
+        return checkpoints.restore(step, manifest=manifest, params=target)["params"]
+    finally:
+        checkpoints.close()
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """By path: what was saved from a named tuple is described as a dict, so only the names can be compared."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _on_first_device(stored: Any) -> Any:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), stored)
+
+
+def _check(stored: Any, target: Any, where: str) -> None:
+    """Orbax reports a different tree as an unknown handler; people need the leaf and both shapes."""
+    found, expected = _shapes(stored), _shapes(target)
+    for path in sorted(found.keys() | expected.keys()):
+        if found.get(path) != expected.get(path):
+            raise CheckpointMismatch(
+                f"{where}: leaf {path}: expected {expected.get(path, 'none')}, found {found.get(path, 'none')}; "
+                "it was written by another model or optimizer: use the config it was trained with, or a new workdir"
+            )

@@ -1,0 +1,156 @@
+"""What each stage leaves where, whole or not at all. What is done is skipped; what is other is refused.
+
+    config.json  text_tokenizer/  image_tokenizer/  data/  model/  samples/  evaluation.json  report.html
+
+A stage owns one folder. `started.json` in it says with which fingerprint (whatever decides its result) it was
+begun, `done.json` is written last. One process opens a stage; on many hosts, the first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_UNFINISHED = ".unfinished~"  # ends the name of a file that is being written
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Writes a file that appears whole or not at all, and makes its folder. Raises OSError."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)  # the new name is on disk only when its folder is
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Like `write_bytes`, UTF-8, line ends as they are."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Like `write_bytes`; indented JSON. numpy scalars and arrays are written as numbers and lists."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=_plain) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """The value `write_json` wrote. Raises OSError, json.JSONDecodeError."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def clean(folder: str | Path) -> list[Path]:
+    """Removes what killed writers left under `folder`; returns the paths. Not while others write there."""
+    leftovers = sorted(Path(folder).rglob(f".*{_UNFINISHED}"))
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return leftovers
+
+
+class StageMismatch(ValueError):
+    """A stage's folder holds (part of) the result of something else. `field`: first to differ, dotted."""
+
+    def __init__(self, field: str, message: str):
+        super().__init__(message)
+        self.field = field
+
+
+@dataclass
+class Stage:
+    """One stage's folder. `done`: its result is there and may be used; `summary`: what `finish` was given."""
+
+    name: str
+    folder: Path
+    fingerprint: dict[str, Any]
+    done: bool = False
+    summary: dict[str, Any] | None = None
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Marks the stage as done; to be called when everything it leaves is in its place."""
+        self.summary = json.loads(json.dumps(summary, default=_plain))
+        write_json(self.folder / "done.json", {"fingerprint": self.fingerprint, "summary": self.summary})
+        self.done = True
+
+
+class Workdir:
+    """The folder of one run; made if it is missing."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.config = self.path / "config.json"
+        self.text_tokenizer = self.path / "text_tokenizer"
+        self.image_tokenizer = self.path / "image_tokenizer"
+        self.data = self.path / "data"
+        self.model = self.path / "model"
+        self.samples = self.path / "samples"
+        self.evaluation = self.path / "evaluation.json"
+        self.report = self.path / "report.html"
+
+    def stage(self, name: str, fingerprint: Mapping[str, Any]) -> Stage:
+        """Opens a stage: a finished one as `done`, an interrupted one to continue, a new one to begin.
+
+        Args:
+            name: of its folder, e.g. "data".
+            fingerprint: all that decides the result, as JSON values: part of the config, input hashes.
+
+        Raises:
+            StageMismatch: the folder was finished, or begun, with another fingerprint.
+        """
+        ours = json.loads(json.dumps(fingerprint, default=_plain))
+        stage = Stage(name, self.path / name, ours)
+        started, done = stage.folder / "started.json", stage.folder / "done.json"
+        for record, state in ((done, "finished"), (started, "begun, not finished,")):
+            if record.exists():
+                found = read_json(record)
+                _require_same(stage, found["fingerprint"], state)
+                stage.done, stage.summary = record == done, found.get("summary")
+                break
+        else:
+            write_json(started, {"fingerprint": ours})
+        if not stage.done:
+            clean(stage.folder)
+        return stage
+
+
+def _require_same(stage: Stage, found: Any, state: str) -> None:
+    theirs, ours = dict(_flat(found)), dict(_flat(stage.fingerprint))
+    for field in [*ours, *(field for field in theirs if field not in ours)]:
+        a, b = theirs.get(field, "(absent)"), ours.get(field, "(absent)")
+        if a != b:
+            raise StageMismatch(
+                field,
+                f"stage {stage.name!r}: {stage.folder} was {state} with {field} = {a!r:.200}, this run has "
+                f"{b!r:.200}. Use another --workdir, or delete {stage.folder} to make it again.",
+            )
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(inner, f"{path}.{key}" if path else key)
+    else:
+        yield path, value
+
+
+def _plain(value: Any) -> Any:
+    """numpy scalars and arrays, and paths, as JSON values."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"expected a JSON value, found {type(value).__name__}: {value!r:.80}")
