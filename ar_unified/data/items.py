@@ -1,0 +1,49 @@
+"""What a source is, and what it says of an item that cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from ar_unified.document import Document
+
+
+class BadItem(Exception):
+    """An item that cannot be used.
+
+    Attributes:
+        kind: one word for counting: "bad_utf8", "bad_json", "bad_row", "bad_text", "empty_text", "missing_image",
+            "path_escapes", "empty_file", "unreadable_image", "image_shape", or another kind of DocumentError.
+        origin: "file:line" or the dataset's name and index. reason: expected, found.
+    """
+
+    def __init__(self, kind: str, origin: str, reason: str):
+        super().__init__(f"{origin}: {kind}: {reason}")
+        self.kind, self.origin, self.reason = kind, origin, reason
+
+
+class Source(Protocol):
+    """Documents by index. Safe to read from many threads.
+
+    Attributes:
+        name: unique among the sources of a run; also names its folder of shards.
+        reversible: whether its pairs of one text and one picture may be read either way.
+        fingerprint: JSON values that change when the items do; pictures behind references are not looked at.
+    """
+
+    name: str
+    reversible: bool
+
+    @property
+    def fingerprint(self) -> Mapping[str, Any]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Document:
+        """Item i with pictures as ImagePart. Raises BadItem."""
+
+    def texts(self, i: int) -> list[str]:
+        """The text of item i, no picture opened. Raises BadItem."""
+
+    def origin(self, i: int) -> str:
+        """Where item i stands, for messages."""

@@ -1,0 +1,301 @@
+"""Prepared shards -> packed batches for the transformer; sources -> picture batches for the image tokenizer.
+
+batch(step) is a pure function of (data, seed, step). Whoever asks, in whatever order, with any number of processes or
+threads, gets the same global batch; a process asks for its slice of it.
+
+Axes: `B` rows of the global batch, `T` tokens of a row, `n` documents of a batch, `H` `W` pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+
+from ar_unified.data import images, shards
+from ar_unified.data.packing import Mixture, Packing, Places, hash64, key, permute, summary, uniform
+from ar_unified.data.prepare import folder_name, load_manifest
+from ar_unified.data.sources import BadItem, Source
+from ar_unified.document import TASKS, ImagePart
+from ar_unified.grammar import Grammar
+from ar_unified.vocabulary import require_same
+
+Batch = dict[str, np.ndarray]
+_TEXT_TO_IMAGE, _IMAGE_TO_TEXT = TASKS.index("text_to_image"), TASKS.index("image_to_text")
+_INTERLEAVED = TASKS.index("interleaved")
+
+
+class Batches(Protocol):
+    """What a training task reads."""
+
+    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
+        """The rows of this process of the global batch of `step`."""
+
+
+class PackedBatches:
+    """Rows of whole documents from the shards that `prepare` left in `folder`.
+
+    Every epoch of a source has each of its documents once. For each document and epoch is drawn anew:
+    - flip: a pair of one text and one picture is read the other way, picture first, with this probability.
+    - condition_dropout: a document that asks for a picture loses its prompt (`grammar.drop_prompt`), an interleaved one
+      all that stands before one of its pictures (`grammar.drop_context`): what is left is what the sampler's companion
+      row sees under classifier-free guidance. Its row keeps the room, as padding.
+
+    Args:
+        folder: of one `prepare`.
+        grammar: the one the data was prepared with.
+        seq_len: T, at least the longest document.
+        weights: source -> share of the rows; sources not named are left out. None: one epoch of all sources together.
+        seed: of the order and of what is drawn.
+
+    Attributes:
+        rows_per_epoch: rows of one epoch of every source that is used. shares: their shares of the stream.
+
+    Raises:
+        ManifestMismatch: the data was prepared with another vocabulary or grammar.
+        ValueError: an unknown source, weights or probabilities out of range, or a document longer than seq_len.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        grammar: Grammar,
+        *,
+        batch_size: int,
+        seq_len: int,
+        seed: int = 0,
+        weights: Mapping[str, float] | None = None,
+        flip: float = 0.5,
+        condition_dropout: float = 0.1,
+    ):
+        manifest = load_manifest(folder)
+        require_same(grammar.manifest(), manifest["vocabulary"], expected_from="this run", found_from=str(folder))
+        counts = manifest["report"]
+        wanted = {folder_name(name): w for name, w in (weights or dict.fromkeys(counts, 1.0)).items() if w}
+        unknown = sorted(wanted.keys() - counts.keys())
+        if unknown:
+            raise ValueError(f"weights: expected sources {sorted(counts)}, found {unknown[0]!r}")
+        for name, p in (("flip", flip), ("condition_dropout", condition_dropout)):
+            if not 0 <= p <= 1:
+                raise ValueError(f"{name}: expected a probability, found {p}")
+        self.grammar, self.batch_size, self.seq_len, self.seed = grammar, batch_size, seq_len, seed
+        self.flip, self.condition_dropout = flip, condition_dropout
+        self._names = [name for name in wanted if counts[name]["documents"]]
+        self._shards = [shards.Shards(Path(folder) / name, counts[name]["shards"]) for name in self._names]
+        self._packings = [
+            Packing(source.index["length"], seq_len, seed=seed, name=name)
+            for name, source in zip(self._names, self._shards, strict=True)
+        ]
+        self.rows_per_epoch = {name: p.rows for name, p in zip(self._names, self._packings, strict=True)}
+        used = None if weights is None else [wanted[name] for name in self._names]
+        self._mixture = Mixture(list(self.rows_per_epoch.values()), used)
+        self.shares = dict(zip(self._names, self._mixture.shares, strict=True))
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """Rows an epoch, fill of the rows, and share of the stream of every source."""
+        packed = summary(dict(zip(self._names, self._packings, strict=True)))
+        return {name: packed[name] | {"share": self.shares[name]} for name in self._names}
+
+    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
+        """Rows process_index/process_count of the global batch of `step`.
+
+        Returns:
+            [B / process_count, T] arrays: tokens, targets (next token of the same document, else pad), positions,
+            doc_start (T on padding), segment_ids (from 1; 0 on padding), all int32; tasks (of the document) int8;
+            prompt (the target belongs to the prompt, EOT included) bool.
+        """
+        places = _slice(self._mixture, step, self.batch_size, process_index, process_count)
+        documents: list[np.ndarray] = []
+        tasks: list[int] = []
+        rows: list[int] = []
+        for at in _groups(places):
+            source, epoch = int(places.source[at[0]]), int(places.epoch[at[0]])
+            chosen = self._packings[source].documents(epoch, places.item[at])
+            found, found_tasks = self._read(source, epoch, np.concatenate(chosen))
+            documents += found
+            tasks += found_tasks
+            rows += np.repeat(at, [len(row) for row in chosen]).tolist()
+        order = np.argsort(rows, kind="stable")
+        return pack(
+            [documents[i] for i in order],
+            np.array(tasks, np.int8)[order],
+            np.array(rows)[order],
+            shape=(len(places.item), self.seq_len),
+            pad=self.grammar.vocabulary.pad,
+            eot=self.grammar.vocabulary.eot,
+        )
+
+    def _read(self, source: int, epoch: int, chosen: np.ndarray) -> tuple[list[np.ndarray], list[int]]:
+        """Tokens and tasks of documents as this epoch has them."""
+        index = self._shards[source].index[chosen]
+        documents, tasks = self._shards[source].read(chosen), index["task"].copy()
+        streams = (self.seed, self._names[source], epoch)
+        flipped = index["pair"] & (uniform(key(*streams, "flip"), chosen) < self.flip)
+        tasks[flipped] = np.where(index["task"][flipped] == _TEXT_TO_IMAGE, _IMAGE_TO_TEXT, _TEXT_TO_IMAGE)
+        dropped = uniform(key(*streams, "dropout"), chosen) < self.condition_dropout
+        picture = hash64(key(*streams, "picture"), chosen) % np.maximum(index["pictures"], 1).astype(np.uint64)
+        for i in np.flatnonzero(flipped):
+            documents[i] = self.grammar.swap_turn(documents[i])
+        for i in np.flatnonzero(dropped & (tasks == _TEXT_TO_IMAGE)):
+            documents[i] = self.grammar.drop_prompt(documents[i])
+        for i in np.flatnonzero(dropped & (tasks == _INTERLEAVED)):
+            rest = self.grammar.drop_context(documents[i], int(picture[i]))
+            # A document that begins with the picture has no context to lose, and its row no room for an <eot>.
+            documents[i] = rest if len(rest) <= len(documents[i]) else documents[i]
+        return documents, tasks.tolist()
+
+
+def pack(
+    documents: Sequence[np.ndarray],
+    tasks: np.ndarray,
+    rows: np.ndarray,
+    *,
+    shape: tuple[int, int],
+    pad: int,
+    eot: int,
+) -> Batch:
+    """Documents side by side in their rows; see `PackedBatches.batch` for what comes out.
+
+    Args:
+        documents: n token arrays. tasks: int8 [n]. rows: int [n], ascending; the row of each.
+        shape: (B, T).
+    """
+    B, T = shape
+    lengths = np.array([len(tokens) for tokens in documents])
+    ends = np.cumsum(lengths)
+    first = np.searchsorted(rows, rows)  # the first document of the same row
+    start = ends - lengths - (ends - lengths)[first]  # where in its row each begins
+    positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+    at = np.repeat(rows * T + start, lengths) + positions
+
+    def placed(values: np.ndarray, padding: int, dtype: Any = np.int32) -> np.ndarray:
+        out = np.full(B * T, padding, dtype)
+        out[at] = values
+        return out.reshape(B, T)
+
+    tokens = np.concatenate(documents)
+    targets = np.append(tokens[1:], pad)
+    targets[ends - 1] = pad
+    border = np.array([int(np.argmax(document == eot)) for document in documents])  # 0: no turn
+    return {
+        "tokens": placed(tokens, pad),
+        "targets": placed(targets, pad),
+        "positions": placed(positions, 0),
+        "doc_start": placed(np.repeat(start, lengths), T),
+        "segment_ids": placed(np.repeat(np.arange(len(documents)) - first + 1, lengths), 0),
+        "tasks": placed(np.repeat(tasks, lengths), 0, np.int8),
+        "prompt": placed(positions < np.repeat(border, lengths), 0, np.bool_),
+    }
+
+
+class ImageBatches:
+    """Pictures of the sources' documents at one size, for training an image tokenizer.
+
+    Every epoch of a source visits each of its documents once and takes one of its pictures, drawn anew; in place of a
+    document without a (readable) picture another one is drawn.
+
+    Args:
+        sources: at least one; items are read as they come up and kept in memory up to `memory` bytes.
+        size: (H, W) in pixels.
+        weights: shares of the sources; None: by their number of documents.
+        mirror: whether half of the pictures are mirrored left to right (not for text, nor where sides matter).
+        random_crop: cut the window at random out of a picture scaled to 5/4 of the size, not from the middle.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        *,
+        size: tuple[int, int],
+        batch_size: int,
+        seed: int = 0,
+        weights: Sequence[float] | None = None,
+        mirror: bool = False,
+        random_crop: bool = False,
+        memory: int = 2**29,
+    ):
+        self.sources, self.size, self.batch_size, self.seed = list(sources), size, batch_size, seed
+        self.mirror, self.random_crop = mirror, random_crop
+        self._mixture = Mixture([len(source) for source in sources], weights)
+        self._room = memory
+        self._kept: dict[tuple[int, int], list[np.ndarray]] = {}
+
+    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
+        """{"pixels": uint8 [B / process_count, H, W, 3]}."""
+        places = _slice(self._mixture, step, self.batch_size, process_index, process_count)
+        pixels = np.empty((len(places.item), *self.size, 3), np.uint8)
+        for at in _groups(places):
+            source, epoch = int(places.source[at[0]]), int(places.epoch[at[0]])
+            streams = (self.seed, self.sources[source].name, epoch)
+            chosen = permute(places.item[at], len(self.sources[source]), key(*streams, "documents"))
+            draws = hash64(key(*streams, "picture"), places.item[at, None] * 4 + np.arange(4))
+            for i, document, draw in zip(at.tolist(), chosen.tolist(), draws.tolist(), strict=True):
+                pixels[i] = self._picture(source, document, draw)
+        return {"pixels": pixels}
+
+    def _picture(self, source: int, document: int, draw: Sequence[int]) -> np.ndarray:
+        """One picture; draw: random whole numbers for which of the document's, top, left, mirrored."""
+        count = len(self.sources[source])
+        for attempt in range(1000):
+            if pictures := self._pictures(source, document):
+                break
+            document = int(hash64(key("instead"), draw[0] ^ attempt) % np.uint64(count))
+        else:
+            name = self.sources[source].name
+            raise ValueError(f"source {name!r}: found no readable picture in 1000 of {count} documents")
+        picture, (H, W) = pictures[draw[0] % len(pictures)], self.size
+        top, left = draw[1] % (picture.shape[0] - H + 1), draw[2] % (picture.shape[1] - W + 1)
+        picture = picture[top : top + H, left : left + W]
+        return picture[:, ::-1] if self.mirror and draw[3] & 1 else picture
+
+    def _pictures(self, source: int, document: int) -> list[np.ndarray]:
+        """All pictures of a document, scaled; [] if there are none or the item is bad."""
+        place = (source, document)
+        if place in self._kept:
+            return self._kept[place]
+        H, W = (side * 5 // 4 if self.random_crop else side for side in self.size)
+        try:
+            parts = self.sources[source][document].parts
+        except BadItem:
+            parts = ()
+        found = [images.resize(part.pixels, H, W) for part in parts if isinstance(part, ImagePart)]
+        self._room -= sum(picture.nbytes for picture in found)
+        if self._room > 0:
+            self._kept[place] = found
+        return found
+
+
+def iterate(
+    batches: Batches,
+    start: int = 0,
+    stop: int = 2**31 - 1,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 2,
+    ahead: int = 4,
+) -> Iterator[Batch]:
+    """batch(start), batch(start + 1), ... made by `threads` threads up to `ahead` steps before they are asked for."""
+    steps = grain.MapDataset.range(start, stop)
+    made = steps.map(lambda step: batches.batch(int(step), process_index, process_count))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead if threads else 0)
+    return iter(made.to_iter_dataset(options))
+
+
+def _slice(mixture: Mixture, step: int, batch_size: int, index: int, count: int) -> Places:
+    if batch_size % count or not 0 <= index < count:
+        raise ValueError(f"process {index} of {count}: expected a count that divides the batch size {batch_size}")
+    rows = batch_size // count
+    start = step * batch_size + index * rows
+    return mixture.places(start, start + rows)
+
+
+def _groups(places: Places) -> list[np.ndarray]:
+    """Indices of the rows that come from one epoch of one source, for each such."""
+    both = np.stack([places.source, places.epoch])
+    _, group = np.unique(both, axis=1, return_inverse=True)
+    group = group.reshape(-1)
+    return [np.flatnonzero(group == i) for i in range(group.max() + 1)]

@@ -1,0 +1,230 @@
+"""Which documents share a row, and which row comes when: pure functions of the documents' lengths and a seed.
+
+Best-fit-decreasing only looks at lengths. So the rows of an epoch are planned once, as slots of given lengths, and
+every epoch draws anew which document of that length fills which slot and in which order the rows come. Each epoch of
+a source holds each of its documents exactly once, and any row can be asked for without making those before it.
+
+Sources are mixed row by row: `weights` are shares of rows, which for full rows are shares of tokens.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+PERIOD = 1024  # rows after which the order of the sources repeats: shares are exact to 1/1024
+
+# ---- random numbers as functions ---------------------------------------------------------------------------------
+
+
+def key(*parts: int | str) -> np.uint64:
+    """One number that depends on all parts and their order: names a stream of random numbers."""
+    text = "\0".join(f"{'s' if isinstance(part, str) else 'i'}{part}" for part in parts)
+    return np.uint64(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
+
+
+def hash64(stream: np.uint64, counter: Any) -> np.ndarray:
+    """Random uint64, same shape as `counter`: element i depends on `stream` and counter[i] only (splitmix64)."""
+    with np.errstate(over="ignore"):
+        z = stream + (np.asarray(counter).astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def uniform(stream: np.uint64, counter: Any) -> np.ndarray:
+    """Like `hash64`, float64 in [0, 1)."""
+    return (hash64(stream, counter) >> np.uint64(11)) * 2.0**-53
+
+
+def permute(index: Any, size: Any, stream: np.uint64) -> np.ndarray:
+    """Where a random permutation of 0..size-1 sends `index`, int64, without making the permutation.
+
+    A Feistel network over the next power of four, walked until it lands inside. `index` and `size` broadcast; every
+    size has its own permutation.
+    """
+    index, size = np.broadcast_arrays(np.asarray(index, np.int64), np.asarray(size, np.int64))
+    half = np.maximum(1, (np.frexp(np.maximum(size - 1, 1).astype(np.float64))[1] + 1) // 2).astype(np.uint64)
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    out, outside = index.astype(np.uint64), np.ones(index.shape, bool)
+    while outside.any():
+        left, right = out >> half, out & mask
+        for turn in range(4):
+            mixed = hash64(stream ^ np.uint64(turn << 60), right ^ (size.astype(np.uint64) << np.uint64(20)))
+            left, right = right, left ^ (mixed & mask)
+        out = np.where(outside, (left << half) | right, out)
+        outside = out >= size.astype(np.uint64)
+    return out.astype(np.int64)
+
+
+# ---- one source --------------------------------------------------------------------------------------------------
+
+
+def best_fit(lengths: np.ndarray, row_length: int) -> np.ndarray:
+    """Best-fit-decreasing: the row of every document, for lengths in descending order.
+
+    Documents of one length are placed together, so the work grows with the number of lengths, not of documents.
+
+    Args:
+        lengths: int [n], descending, each in 1..row_length.
+
+    Returns:
+        int64 [n], rows numbered from 0 without gaps.
+    """
+    rows = np.empty(len(lengths), np.int64)
+    space: dict[int, list[np.ndarray]] = {}  # free tokens -> rows that have so many
+    spaces: list[int] = []  # the keys of `space`, ascending
+    borders = np.flatnonzero(np.diff(lengths, prepend=-1, append=-1)) if len(lengths) else np.zeros(1, int)
+    opened = 0
+    for start, end in zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True):
+        length, at = int(lengths[start]), start
+        while at < end:
+            i = bisect.bisect_left(spaces, length)
+            if i < len(spaces):
+                free = spaces.pop(i)
+                candidates = np.concatenate(space.pop(free))
+            else:
+                free = row_length
+                needed = -(-(end - at) // (free // length))
+                candidates = np.arange(opened, opened + needed)
+                opened += needed
+            # The tightest row stays the tightest: it takes as many of this length as it can before the next one.
+            each = free // length
+            used = -(-min(end - at, each * len(candidates)) // each)
+            counts = np.full(used, each)
+            counts[-1] = min(end - at, each * used) - each * (used - 1)
+            taken = int(counts.sum())
+            rows[at : at + taken] = np.repeat(candidates[:used], counts)
+            at += taken
+            left = (
+                (free - each * length, candidates[: used - 1]),
+                (free - int(counts[-1]) * length, candidates[used - 1 : used]),
+                (free, candidates[used:]),
+            )
+            for rest, those in left:
+                if rest and len(those):
+                    if rest not in space:
+                        space[rest] = []
+                        bisect.insort(spaces, rest)
+                    space[rest].append(those)
+    return rows
+
+
+class Packing:
+    """The rows of one source, epoch after epoch.
+
+    Args:
+        lengths: int [n], tokens of every document, 1..row_length.
+        row_length: T.
+        seed: of the order; with `name` (of the source) it makes sources independent of each other.
+
+    Attributes:
+        rows: rows an epoch. fill: share of their positions that hold a token.
+
+    Raises:
+        ValueError: no documents, or one that is longer than a row.
+    """
+
+    def __init__(self, lengths: np.ndarray, row_length: int, *, seed: int, name: str = ""):
+        if not len(lengths):
+            raise ValueError(f"source {name!r}: no documents to pack")
+        longest = int(lengths.max())
+        if longest > row_length or lengths.min() < 1:
+            raise ValueError(
+                f"source {name!r}: expected documents of 1 to {row_length} tokens, found {int(lengths.min())} to "
+                f"{longest}: prepare with max_tokens <= the row length, or make rows longer"
+            )
+        self.seed, self.name = seed, name
+        self._order = np.argsort(-lengths.astype(np.int64), kind="stable")  # documents by falling length
+        ordered = lengths[self._order]
+        first = np.flatnonzero(np.diff(ordered, prepend=-1))
+        sizes = np.diff(np.append(first, len(ordered)))
+        self._first, self._size = np.repeat(first, sizes), np.repeat(sizes, sizes)  # of each slot's length class
+        row = best_fit(ordered, row_length)
+        self.rows = int(row.max()) + 1
+        self.fill = float(lengths.sum() / (self.rows * row_length))
+        self._slots = np.argsort(row, kind="stable")  # slots row by row, each row's longest first
+        self._ends = np.cumsum(np.bincount(row, minlength=self.rows))
+
+    def documents(self, epoch: int, rows: np.ndarray) -> list[np.ndarray]:
+        """The documents, int64 [k], of each of `rows` of an epoch; the longest of a row first."""
+        rows = permute(rows, self.rows, key(self.seed, self.name, epoch, "rows"))
+        starts, ends = np.where(rows > 0, self._ends[rows - 1], 0), self._ends[rows]
+        slots = np.concatenate([self._slots[start:end] for start, end in zip(starts, ends, strict=True)])
+        first, size = self._first[slots], self._size[slots]
+        chosen = first + permute(slots - first, size, key(self.seed, self.name, epoch, "documents"))
+        return np.split(self._order[chosen], np.cumsum(ends - starts)[:-1])
+
+
+# ---- several sources ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Places:
+    """Stretch of a mixture: element i is item `item[i]` of epoch `epoch[i]` of source number `source[i]`; int64 [n]."""
+
+    source: np.ndarray
+    epoch: np.ndarray
+    item: np.ndarray
+
+
+class Mixture:
+    """An endless stream over sources by weight; place j is a pure function of (weights, sizes, j).
+
+    Sources take turns as evenly as their weights allow, so that every stretch of the stream has nearly its share of
+    each; the turns repeat after PERIOD. A source that has come to its end begins its next epoch.
+
+    Args:
+        sizes: rows (or items) an epoch of every source has, at least 1.
+        weights: shares, not negative; None: by size, so that epochs of all sources end together.
+
+    Raises:
+        ValueError: weights that are negative or all zero, or a source without rows.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None = None):
+        shares = np.asarray(sizes if weights is None else weights, np.float64)
+        if len(shares) != len(sizes) or not len(sizes) or (shares < 0).any() or not shares.sum() > 0:
+            raise ValueError(f"mixture: expected {len(sizes)} weights >= 0, not all 0; found {shares.tolist()}")
+        if min(sizes) < 1:
+            raise ValueError(f"mixture: expected at least one row in every source, found {list(sizes)}")
+        self.sizes = np.asarray(sizes, np.int64)
+        counts = _apportion(shares)
+        turns = np.concatenate([(np.arange(count) + 0.5) / count for count in counts if count] or [np.zeros(0)])
+        source = np.repeat(np.arange(len(counts)), counts)
+        rank = np.concatenate([np.arange(count) for count in counts])
+        order = np.lexsort((source, turns))
+        self._source, self._rank, self._counts = source[order], rank[order], counts
+
+    def places(self, start: int, stop: int) -> Places:
+        """Places start..stop-1 of the stream."""
+        cycle, slot = np.divmod(np.arange(start, stop), PERIOD)
+        source = self._source[slot]
+        epoch, item = np.divmod(cycle * self._counts[source] + self._rank[slot], self.sizes[source])
+        return Places(source, epoch, item)
+
+    @property
+    def shares(self) -> list[float]:
+        """Share of the stream each source has."""
+        return (self._counts / PERIOD).tolist()
+
+
+def _apportion(shares: np.ndarray) -> np.ndarray:
+    """PERIOD turns by largest remainder; a source with any weight gets at least one."""
+    exact = shares / shares.sum() * PERIOD
+    counts = np.where(shares > 0, np.maximum(np.floor(exact), 1), 0).astype(np.int64)
+    while counts.sum() < PERIOD:
+        counts[np.argmax(exact - counts)] += 1
+    while counts.sum() > PERIOD:
+        counts[np.argmax(np.where(counts > 1, counts - exact, -np.inf))] -= 1
+    return counts
+
+
+def summary(packings: Mapping[str, Packing]) -> dict[str, dict[str, Any]]:
+    """Rows an epoch and fill of every source: what a user wants to know before training."""
+    return {name: {"rows": packing.rows, "fill": round(packing.fill, 4)} for name, packing in packings.items()}

@@ -1,0 +1,409 @@
+"""Sources -> token shards: pictures through the image tokenizer in full batches, documents through the grammar.
+
+A shard is a fixed range of a source's items, so what is in it depends on nothing else: an interrupted run continues
+with the first shard that is not there, and ends with the same bytes. Memory is bounded by a shard's tokens and a few
+batches of pictures.
+
+Axes: `B` pictures of a batch, `H` `W` their size in pixels, `h` `w` in codes, `n` tokens of a document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ar_unified import progress, workdir
+from ar_unified.data import shards
+from ar_unified.data.images import Resize
+from ar_unified.data.sources import BadItem, Source, read
+from ar_unified.document import TASKS, CodesPart, Document, ImagePart, Part, TextPart
+from ar_unified.grammar import Grammar, ImageLayout
+from ar_unified.vocabulary import ManifestMismatch, require_same
+
+VERSION = 1
+
+
+class ImageTokenizer(Protocol):
+    """Pictures to codes; `factor` pixels a side of a code."""
+
+    @property
+    def codebook_size(self) -> int: ...
+
+    @property
+    def factor(self) -> int: ...
+
+    @property
+    def hash(self) -> str: ...
+
+    def encode(self, pixels: np.ndarray, /) -> Any:
+        """uint8 [B, H, W, 3] -> int32 [B, h, w]."""
+
+
+@dataclass
+class SourceReport:
+    """What became of a source."""
+
+    items: int = 0
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    pictures: int = 0
+    longest: int = 0
+    split_items: int = 0  # items longer than max_tokens that became several documents
+    shards: int = 0
+    tasks: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)  # kind -> items (too_long_part: pieces of items)
+
+
+@dataclass
+class Report:
+    """Counts by source; `print` it."""
+
+    sources: dict[str, SourceReport]
+
+    def __str__(self) -> str:
+        lines = []
+        for name, s in self.sources.items():
+            tasks = ", ".join(f"{count} {task}" for task, count in s.tasks.items())
+            lines.append(
+                f"{name}: {s.items} items -> {s.documents} documents ({tasks}), {s.tokens} tokens "
+                f"(longest {s.longest}), {s.pictures} pictures, {s.text_bytes} bytes of text"
+            )
+            if s.split_items:
+                lines.append(f"  {s.split_items} items were too long and are split into several documents")
+            if s.skipped:
+                lines.append("  left out: " + ", ".join(f"{n} {kind}" for kind, n in s.skipped.items()))
+        return "\n".join(lines)
+
+
+def default_resize(layout: ImageLayout, factor: int) -> Resize:
+    """The resize a layout implies: a grid crops; rows keep the aspect, at half the area of the largest picture."""
+    height, width = layout.height * factor, layout.width * factor
+    if not layout.sized:
+        return Resize("crop", height, width, factor)
+    target_h, target_w = (max(1, round(side / 2**0.5)) * factor for side in (layout.height, layout.width))
+    return Resize("aspect", target_h, target_w, factor, height, width)
+
+
+def prepare(
+    sources: Sequence[Source],
+    grammar: Grammar,
+    image_tokenizer: ImageTokenizer,
+    folder: str | Path,
+    *,
+    max_tokens: int,
+    resize: Resize | None = None,
+    batch_size: int = 64,
+    shard_items: int = 8192,
+    workers: int = 2,
+    show_progress: bool = True,
+) -> Report:
+    """Writes every source's documents as tokens under `folder` (see `shards`), or continues, or finds it done.
+
+    Bad items are left out, counted by kind, and listed with origin and reason in <folder>/skipped.jsonl. A document of
+    more than max_tokens is left out too ("too_long") if it has a turn, since half an answer is none; without a turn it
+    is split (see `split`), and only a line or picture that is too long by itself is left out ("too_long_part").
+
+    Args:
+        sources: with different names.
+        grammar: of the vocabulary the two tokenizers made.
+        image_tokenizer: called with uint8 [batch_size, H, W, 3], always full, one (H, W) a call; each compiles once.
+        max_tokens: of a document, BOS and EOS included: the row length of the training to come.
+        resize: what is done to pictures first; None: `default_resize`.
+        shard_items: items of a source in a shard, the unit of restarting.
+        workers: threads that read and decode.
+
+    Raises:
+        ManifestMismatch: the tokenizer is not the vocabulary's, or `folder` was begun with another vocabulary.
+        StageMismatch: `folder` was begun with other sources or settings.
+    """
+    folder = Path(folder)
+    resize = resize or default_resize(grammar.layout, image_tokenizer.factor)
+    _check_tokenizer(grammar, image_tokenizer)
+    names = [folder_name(source.name) for source in sources]
+    if len(set(names)) < len(names):
+        raise ValueError(f"sources need different names (labels), found {names}")
+    plan = {
+        "version": VERSION,
+        "vocabulary": grammar.manifest(),
+        "settings": {
+            "max_tokens": max_tokens,
+            "resize": asdict(resize),
+            "batch_size": batch_size,
+            "shard_items": shard_items,
+        },
+        "sources": {
+            name: dict(source.fingerprint) | {"reversible": source.reversible}
+            for name, source in zip(names, sources, strict=True)
+        },
+    }
+    _same_plan(folder, plan)
+    if (folder / "manifest.json").exists():
+        return load_report(folder)
+    workdir.clean(folder)
+    workdir.write_json(folder / "plan.json", plan)
+
+    ranges = [
+        (name, source, [range(i, min(i + shard_items, len(source))) for i in range(0, len(source), shard_items)])
+        for name, source in zip(names, sources, strict=True)
+    ]
+    missing = [
+        (source, items, folder / name, number)
+        for name, source, parts in ranges
+        for number, items in enumerate(parts)
+        if not shards.shard_path(folder / name, number).exists()
+    ]
+    total, left = sum(map(len, sources)), sum(len(items) for _, items, _, _ in missing)
+    with progress.bar(total, "items", "prepare", done=total - left, shown=show_progress) as bar:
+        for source, items, place, number in missing:
+            with shards.ShardWriter(place, number) as shard:
+                encoder = _Encoder(grammar, image_tokenizer, resize, batch_size)
+                for i, item in read(source, items, workers):
+                    for ready in encoder.add(i, item):
+                        _write(shard, ready, grammar, max_tokens, source.reversible)
+                    bar.update()
+                for ready in encoder.finish():
+                    _write(shard, ready, grammar, max_tokens, source.reversible)
+    report = Report({name: _count(folder / name, len(parts), len(source)) for name, source, parts in ranges})
+    _finish(folder, plan, report)
+    return report
+
+
+def load_manifest(folder: str | Path) -> dict[str, Any]:
+    """What `prepare` wrote last: "vocabulary", "settings", "sources", "report".
+
+    Raises:
+        FileNotFoundError: nothing was prepared here, or not to the end.
+    """
+    path = Path(folder) / "manifest.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: not there; run `prepare` to its end first")
+    return workdir.read_json(path)
+
+
+def load_report(folder: str | Path) -> Report:
+    """The report of a finished `prepare`. Raises like `load_manifest`."""
+    counts = load_manifest(folder)["report"]
+    return Report({name: SourceReport(**count) for name, count in counts.items()})
+
+
+def folder_name(source: str) -> str:
+    """The folder of a source's shards."""
+    return re.sub(r"[^\w.-]+", "-", source).strip(".-") or "source"
+
+
+def _check_tokenizer(grammar: Grammar, tokenizer: ImageTokenizer) -> None:
+    vocabulary = grammar.vocabulary
+    for name, ours in (("hash", vocabulary.image_hash), ("codebook_size", vocabulary.codebook_size)):
+        theirs = getattr(tokenizer, name)
+        if ours and theirs != ours:
+            raise ManifestMismatch(
+                f"image_{name}" if name == "hash" else name,
+                f"the vocabulary was made for an image tokenizer with {name} {ours!r}, the one given has {theirs!r}: "
+                "use the tokenizer of the same run",
+            )
+
+
+def _same_plan(folder: Path, plan: Mapping[str, Any]) -> None:
+    """Refuses a folder that was begun with another plan."""
+    if not (folder / "plan.json").exists():
+        return
+    found = workdir.read_json(folder / "plan.json")
+    require_same(plan["vocabulary"], found["vocabulary"], expected_from="this run", found_from=str(folder))
+    for name in ("version", "settings", "sources"):
+        ours, theirs = plan[name], found[name]
+        if ours != theirs:
+            raise workdir.StageMismatch(
+                name,
+                f"{folder} was prepared with {name} = {json.dumps(theirs)}, this run has {json.dumps(ours)}. "
+                f"Use another folder, or delete this one to prepare it again.",
+            )
+
+
+def _count(folder: Path, count: int, items: int) -> SourceReport:
+    paths = [shards.shard_path(folder, number) for number in range(count)]
+    index = np.concatenate([np.zeros(0, shards.INDEX), *map(shards.read_index, paths)])
+    skipped = Counter(row["kind"] for path in paths for row in shards.read_skipped(path))
+    tasks = {task: int((index["task"] == i).sum()) for i, task in enumerate(TASKS)}
+    return SourceReport(
+        items=items,
+        documents=len(index),
+        tokens=int(index["length"].sum()),
+        text_bytes=int(index["text_bytes"].sum()),
+        pictures=int(index["pictures"].sum()),
+        longest=int(index["length"].max(initial=0)),
+        split_items=int((index["part"] == 1).sum()),
+        shards=count,
+        tasks={task: number for task, number in tasks.items() if number},
+        skipped=dict(sorted(skipped.items())),
+    )
+
+
+def _finish(folder: Path, plan: Mapping[str, Any], report: Report) -> None:
+    rows = []
+    for name, source in report.sources.items():
+        for number in range(source.shards):
+            path = shards.skipped_path(shards.shard_path(folder / name, number))
+            rows.append(path.read_text(encoding="utf-8"))
+    workdir.write_text(folder / "skipped.jsonl", "".join(rows))
+    workdir.write_json(folder / "manifest.json", dict(plan) | {"report": asdict(report)["sources"]})
+
+
+# ---- one shard ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Item:
+    """An item on its way: a document whose pictures are on theirs, or why there is none."""
+
+    number: int
+    document: Document | None
+    bad: BadItem | None = None
+    pictures: list[bytes] = field(default_factory=list)  # digests, in order
+
+
+class _Encoder:
+    """Documents with pixels in, documents with codes out, in the same order, a batch of pictures at a time.
+
+    Equal pictures of a shard are encoded once: a picture often comes with many questions.
+    """
+
+    def __init__(self, grammar: Grammar, tokenizer: ImageTokenizer, resize: Resize, batch_size: int):
+        self._grammar, self._tokenizer, self._resize, self._batch_size = grammar, tokenizer, resize, batch_size
+        self._codes: dict[bytes, CodesPart] = {}
+        self._waiting: dict[tuple[int, ...], dict[bytes, np.ndarray]] = {}  # by size
+        self._items: deque[_Item] = deque()
+
+    def add(self, number: int, item: Document | BadItem) -> Iterator[_Item]:
+        """Takes an item; yields those that are ready."""
+        if isinstance(item, BadItem):
+            self._items.append(_Item(number, None, item))
+        else:
+            digests = [self._take(part.pixels) for part in item.parts if isinstance(part, ImagePart)]
+            # Only where the picture was is kept: pixels live until their batch is encoded.
+            parts = tuple(_PICTURE if isinstance(part, ImagePart) else part for part in item.parts)
+            self._items.append(_Item(number, Document(parts, item.prompt, item.id, item.origin), None, digests))
+        if sum(map(len, self._waiting.values())) > 8 * self._batch_size:  # many sizes: the first in line goes
+            self._encode(next(iter(self._waiting)))
+        yield from self._ready()
+
+    def finish(self) -> Iterator[_Item]:
+        """Yields all that is left."""
+        while self._waiting:
+            self._encode(next(iter(self._waiting)))
+        yield from self._ready()
+
+    def _take(self, pixels: np.ndarray) -> bytes:
+        pixels = self._resize(pixels)
+        digest = hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).digest()
+        if digest not in self._codes:
+            same_size = self._waiting.setdefault(pixels.shape, {})
+            same_size[digest] = pixels
+            if len(same_size) == self._batch_size:
+                self._encode(pixels.shape)
+        return digest
+
+    def _encode(self, shape: tuple[int, ...]) -> None:
+        pictures = self._waiting.pop(shape)
+        batch = np.zeros((self._batch_size, *shape), np.uint8)
+        batch[: len(pictures)] = np.stack(list(pictures.values()))
+        codes = np.asarray(self._tokenizer.encode(batch), np.int32)
+        self._codes.update({digest: CodesPart(codes[i]) for i, digest in enumerate(pictures)})
+
+    def _ready(self) -> Iterator[_Item]:
+        while self._items and all(digest in self._codes for digest in self._items[0].pictures):
+            item = self._items.popleft()
+            if item.document is not None:
+                codes = iter([self._codes[digest] for digest in item.pictures])
+                parts = tuple(next(codes) if part is _PICTURE else part for part in item.document.parts)
+                item.document = Document(parts, item.document.prompt, item.document.id, item.document.origin)
+            yield item
+
+
+_PICTURE = ImagePart(np.zeros((1, 1, 3), np.uint8))  # stands where a picture was
+
+
+def _write(shard: shards.ShardWriter, item: _Item, grammar: Grammar, max_tokens: int, reversible: bool) -> None:
+    """One item, as documents that fit or as a reason why not."""
+    if item.document is None:
+        assert item.bad is not None
+        shard.skip(item.bad.origin, item.bad.kind, item.bad.reason)
+        return
+    whole = item.document
+    tokens = grammar.encode(whole)
+    if len(tokens) <= max_tokens:
+        pieces = [(whole, tokens)]
+    elif whole.prompt is not None:
+        shard.skip(whole.origin, "too_long", f"expected at most {max_tokens} tokens, found {len(tokens)}")
+        return
+    else:
+        pieces = []
+        for piece in split(whole, grammar, max_tokens):
+            tokens = grammar.encode(piece)
+            if len(tokens) <= max_tokens:
+                pieces.append((piece, tokens))
+            else:
+                reason = f"expected at most {max_tokens} tokens, found {len(tokens)} in one line or picture"
+                shard.skip(whole.origin, "too_long_part", reason)
+    for part, (document, tokens) in enumerate(pieces):
+        texts = [p.text for p in document.parts if isinstance(p, TextPart)]
+        shard.write(
+            tokens,
+            item=item.number,
+            part=part,
+            text_bytes=sum(len(text.encode()) for text in texts),
+            task=TASKS.index(document.task),
+            pictures=len(document.parts) - len(texts),
+            pair=reversible and document.prompt == 1 and len(document.parts) == 2 and len(texts) == 1,
+        )
+
+
+def split(document: Document, grammar: Grammar, max_tokens: int) -> list[Document]:
+    """A document without a turn as several, each as long as fits: cut between its parts, else paragraphs, else lines.
+
+    Only the blanks at a cut are lost. A line or picture that is too long by itself makes a document that is.
+    Parts: TextPart, CodesPart.
+    """
+
+    def fits(parts: Sequence[Part]) -> bool:
+        return len(grammar.encode(Document(tuple(parts)))) <= max_tokens
+
+    units: list[Part] = []
+    for part in document.parts:
+        paragraphs = re.split(r"(?<=\n\n)", part.text) if isinstance(part, TextPart) else []
+        for text in paragraphs:
+            lines = [text] if fits([TextPart(text)]) else text.splitlines(keepends=True)
+            units += [TextPart(line) for line in lines if line]
+        units += [] if paragraphs else [part]
+    pieces: list[list[Part]] = [[]]
+    for unit in units:
+        longer = _joined(pieces[-1], unit)
+        if pieces[-1] and not fits(longer):
+            pieces.append([unit])
+        else:
+            pieces[-1] = longer
+    return [document for parts in pieces if (document := _stripped(parts, document.origin)).parts]
+
+
+def _joined(parts: list[Part], unit: Part) -> list[Part]:
+    if parts and isinstance(unit, TextPart) and isinstance(parts[-1], TextPart):
+        return [*parts[:-1], TextPart(parts[-1].text + unit.text)]
+    return [*parts, unit]
+
+
+def _stripped(parts: list[Part], origin: str) -> Document:
+    """Without line ends at its edges: the cut has taken their place."""
+    parts = list(parts)
+    for edge, strip in ((0, str.lstrip), (-1, str.rstrip)):
+        if parts and isinstance(part := parts[edge], TextPart):
+            text = strip(part.text, "\n")
+            parts[edge : edge + 1 or None] = [TextPart(text)] if text else []
+    return Document(tuple(parts), origin=origin)

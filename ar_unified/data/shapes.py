@@ -1,0 +1,157 @@
+"""The embedded dataset `shapes`: procedural scenes through TFDS, built in seconds, without TensorFlow.
+
+    shapes/captions    {image, text, scene}               a picture and one caption that determines it
+    shapes/questions   {image, question, answer, scene}   a question with one right short answer
+    shapes/stories     {texts, images, scenes}            two to four pictures, each after its text
+
+each also as `<name>_32` (pictures of 32 x 32 instead of 64 x 64 pixels), with the splits `train`,
+`validation` (scenes that are not in train) and `unseen_combinations` (scenes with a (shape, colour) that no
+training picture or text contains). `scene` is JSON (`scenes.scene_from_json`). Importing this module makes
+the names known to `tfds.data_source`; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from ar_unified.data import scenes
+
+_TRAIN = {"captions": 40_000, "questions": 60_000, "stories": 10_000}
+_HELD_OUT = {"captions": 1_000, "questions": 1_000, "stories": 500}
+_QUESTIONS_PER_PICTURE = 6
+
+
+@dataclass(eq=False, kw_only=True)
+class ShapesConfig(tfds.core.BuilderConfig):
+    """`train` and `held_out` count the examples of the training split and of each of the two others."""
+
+    kind: str
+    side: int = 64
+    train: int = 0
+    held_out: int = 0
+
+
+def _configs() -> list[ShapesConfig]:
+    return [
+        ShapesConfig(
+            name=kind if side == 64 else f"{kind}_{side}",
+            description=f"{kind}, pictures of {side} x {side} pixels",
+            kind=kind,
+            side=side,
+            train=_TRAIN[kind],
+            held_out=_HELD_OUT[kind],
+        )
+        for side in (64, 32)
+        for kind in _TRAIN
+    ]
+
+
+class Shapes(tfds.core.GeneratorBasedBuilder):
+    """One to three coloured shapes on a light ground, with captions, questions and stories."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First version."}
+    BUILDER_CONFIGS = _configs()
+    # Nothing is downloaded. Said here because TFDS 4.9.10, looking for checksums beside this file, imports
+    # importlib_resources, which it does not install.
+    url_infos = None
+
+    def __init__(self, *, file_format: Any = "array_record", **kwargs: Any) -> None:
+        # The default format of TFDS, tfrecord, cannot be read without TensorFlow.
+        super().__init__(file_format=file_format, **kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        config = self.builder_config
+        image = tfds.features.Image(shape=(config.side, config.side, 3), encoding_format="png")
+        text = tfds.features.Text()
+        features = {
+            "captions": {"image": image, "text": text, "scene": text},
+            "questions": {"image": image, "question": text, "answer": text, "scene": text},
+            "stories": {
+                "texts": tfds.features.Sequence(text),
+                "images": tfds.features.Sequence(image),
+                "scenes": tfds.features.Sequence(text),
+            },
+        }[config.kind]
+        return tfds.core.DatasetInfo(
+            builder=self, description=self.__doc__, features=tfds.features.FeaturesDict(features)
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+        return {split: self._generate_examples(split) for split in scenes.SPLITS}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        config = self.builder_config
+        make = {"captions": _captions, "questions": _questions, "stories": _stories}[config.kind]
+        rng = np.random.default_rng([list(_TRAIN).index(config.kind), scenes.SPLITS.index(split)])
+        examples = make(rng, split, config.side)
+        for i in range(config.train if split == "train" else config.held_out):
+            yield i, next(examples)
+
+
+def _picture(scene: scenes.Scene, side: int) -> io.BytesIO:
+    file = io.BytesIO()
+    Image.fromarray(scenes.render(scene, side)).save(file, "PNG", compress_level=1)
+    file.seek(0)
+    return file
+
+
+def _captions(rng: np.random.Generator, split: str, side: int) -> Iterator[dict[str, Any]]:
+    while True:
+        scene = scenes.sample_scene(rng, split)
+        yield {
+            "image": _picture(scene, side),
+            "text": scenes.caption(rng, scene),
+            "scene": scenes.scene_to_json(scene),
+        }
+
+
+def _questions(rng: np.random.Generator, split: str, side: int) -> Iterator[dict[str, Any]]:
+    while True:
+        scene = scenes.sample_scene(rng, split)
+        image = _picture(scene, side)
+        asked: set[str] = set()
+        while len(asked) < _QUESTIONS_PER_PICTURE:
+            question, answer = scenes.question(rng, scene, split)
+            if question not in asked:
+                asked.add(question)
+                image.seek(0)
+                yield {
+                    "image": image,
+                    "question": question,
+                    "answer": answer,
+                    "scene": scenes.scene_to_json(scene),
+                }
+
+
+def _stories(rng: np.random.Generator, split: str, side: int) -> Iterator[dict[str, Any]]:
+    while True:
+        length = int(rng.integers(2, 5))
+        shown = [scenes.sample_scene(rng, split)]
+        texts = [scenes.caption(rng, shown[0])]
+        while len(shown) < length and (change := scenes.sample_change(rng, shown[-1], split)):
+            shown.append(change.after)
+            texts.append(change.text)
+        if len(shown) < length:
+            continue
+        yield {
+            "texts": texts,
+            "images": [_picture(scene, side) for scene in shown],
+            "scenes": [scenes.scene_to_json(scene) for scene in shown],
+        }
+
+
+def load(config: str = "captions", split: str = "train", data_dir: str | None = None) -> Any:
+    """Examples of `shapes/<config>`, a random-access sequence of dicts; builds the dataset if it is missing.
+
+    Pictures are uint8 [side, side, 3], texts are bytes. `split` may be sliced ("validation[:100]").
+    `data_dir` is where TFDS keeps its datasets; None is its default folder.
+    """
+    return tfds.data_source(f"shapes/{config}", split=split, data_dir=data_dir)

@@ -1,0 +1,102 @@
+"""Where documents come from: named TFDS datasets, folders of JSONL and pictures, single JSONL files.
+
+A source is random access: opening it reads no picture, reading item i touches nothing but item i. An item that cannot
+be used raises BadItem with what is wrong and where it stands; what to do about it is the reader's policy.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ar_unified.data.items import BadItem, Source
+from ar_unified.data.rows import Rows
+from ar_unified.document import Document
+
+__all__ = ["BadItem", "Source", "open_source", "read", "texts"]
+
+FOLDER_FILES = ("captions", "docs", "vqa")
+
+
+def open_source(spec: Mapping[str, Any]) -> Source:
+    """The source a config describes.
+
+    Args:
+        spec: one of
+            dict(kind="tfds", name="shapes/captions", split="train", data_dir=None): built or downloaded first if it is
+                not in data_dir (None: TFDS's own default).
+            dict(kind="folder", path=..., files=None, split=None): the rows of <path>/<file>.jsonl for `files`; None:
+                those of captions, docs and vqa that are there.
+            dict(kind="jsonl", path=..., root=None, split=None): one file; pictures are in it or under `root` (None:
+                the file's folder).
+            `split` of the last two is "train", "train[:95%]", "[95%:]": see `Rows`. Any of them may have `label` (the
+            source's name), `reversible` (True), and `weight`, which is the loader's.
+
+    Raises:
+        ValueError: an unknown kind or key, a missing file, or a split no row is in.
+    """
+    kinds: dict[str, Callable[..., Source]] = {"tfds": _tfds, "folder": _folder, "jsonl": _jsonl}
+    kind = spec.get("kind")
+    if kind not in kinds:
+        raise ValueError(f"source: expected kind one of {sorted(kinds)}, found {kind!r} in {dict(spec)}")
+    try:
+        return kinds[kind](**{key: value for key, value in spec.items() if key not in ("kind", "weight")})
+    except TypeError as error:
+        raise ValueError(f"source of kind {kind!r}: {error}; in {dict(spec)}") from error
+
+
+def _tfds(name: str, split: str = "train", **options: Any) -> Source:
+    from ar_unified.data.named import TfdsSource  # TFDS takes a second to import, and only this needs it
+
+    return TfdsSource(name, split, **options)
+
+
+def _folder(path: str | Path, files: Sequence[str] | None = None, **options: Any) -> Source:
+    root = Path(path)
+    named = [root / f"{file}.jsonl" for file in files or FOLDER_FILES]
+    found = named if files else [file for file in named if file.is_file()]
+    if not found:
+        expected = ", ".join(file.name for file in named)
+        raise ValueError(f"{root}: expected a folder with at least one of {expected}, found none")
+    return Rows(found, root, **options)
+
+
+def _jsonl(path: str | Path, root: str | Path | None = None, **options: Any) -> Source:
+    file = Path(path)
+    return Rows([file], Path(root or file.parent), **{"label": file.stem} | options)
+
+
+def read(source: Source, indices: Iterable[int], workers: int = 2) -> Iterator[tuple[int, Document | BadItem]]:
+    """Items in the order of `indices`, decoded by `workers` threads a few items ahead. Bad items come as values."""
+
+    def get(i: int) -> tuple[int, Document | BadItem]:
+        try:
+            return i, source[i]
+        except BadItem as bad:
+            return i, bad
+
+    waiting: deque[Future[tuple[int, Document | BadItem]]] = deque()
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        try:
+            for i in indices:
+                waiting.append(pool.submit(get, i))
+                if len(waiting) > 4 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def texts(sources: Iterable[Source]) -> Iterator[str]:
+    """All text of all sources, no picture opened: what a text tokenizer is trained on. Bad items are left out."""
+    for source in sources:
+        for i in range(len(source)):
+            try:
+                yield from source.texts(i)
+            except BadItem:
+                continue

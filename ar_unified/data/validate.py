@@ -1,0 +1,211 @@
+"""Looks at every item of a data set, as `prepare` would, and says what it found. Changes nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ar_unified import progress
+from ar_unified.data.images import Resize
+from ar_unified.data.prepare import ImageTokenizer, default_resize
+from ar_unified.data.sources import FOLDER_FILES, BadItem, open_source, read
+from ar_unified.document import CodesPart, Document, ImagePart, TextPart
+from ar_unified.grammar import Grammar
+
+_PERCENTILES = (0, 50, 90, 99, 100)
+
+
+@dataclass
+class Found:
+    """What one source holds.
+
+    Attributes:
+        tasks: task -> good documents. bad: what is wrong with which item, in order.
+        text_bytes, pictures, sides, tokens: one number a document, but `sides` one (height, width) in pixels a picture;
+            `tokens` only where a grammar is given.
+        first: the first good documents as the model will see them.
+    """
+
+    name: str
+    items: int
+    tasks: Counter[str] = field(default_factory=Counter)
+    bad: list[BadItem] = field(default_factory=list)
+    text_bytes: list[int] = field(default_factory=list)
+    pictures: list[int] = field(default_factory=list)
+    sides: list[tuple[int, int]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    first: list[str] = field(default_factory=list)
+
+    @property
+    def kinds(self) -> Counter[str]:
+        """Bad items by kind."""
+        return Counter(bad.kind for bad in self.bad)
+
+    def add(self, document: Document, tokens: int | None) -> None:
+        sides = [part.pixels.shape[:2] for part in document.parts if isinstance(part, ImagePart)]
+        texts = [part.text for part in document.parts if isinstance(part, TextPart)]
+        self.tasks[document.task] += 1
+        self.text_bytes.append(sum(len(text.encode()) for text in texts))
+        self.pictures.append(len(sides))
+        self.sides += [(int(h), int(w)) for h, w in sides]
+        self.tokens += [] if tokens is None else [tokens]
+
+    def lines(self, most_bad: int) -> list[str]:
+        good = sum(self.tasks.values())
+        tasks = ", ".join(f"{count} {task}" for task, count in self.tasks.items()) or "none"
+        lines = [f"{self.name}: {self.items} items, {good} good ({tasks}), {len(self.bad)} bad"]
+        heights, widths = ([side[i] for side in self.sides] for i in (0, 1))
+        rows = {
+            "text bytes": self.text_bytes,
+            "pictures": self.pictures,
+            "height": heights,
+            "width": widths,
+            "tokens": self.tokens,
+        }
+        lines += [f"  {name:<12}{_percentiles(values)}" for name, values in rows.items() if values]
+        if self.bad:
+            lines.append("  bad items: " + ", ".join(f"{count} {kind}" for kind, count in self.kinds.items()))
+            lines += [f"    {bad}" for bad in self.bad[:most_bad]]
+            if len(self.bad) > most_bad:
+                lines.append(f"    ... and {len(self.bad) - most_bad} more")
+        for number, text in enumerate(self.first):
+            lines.append(f"  document {number}:")
+            lines += [f"    | {line}" for line in text.splitlines()]
+        return lines
+
+
+@dataclass
+class Validation:
+    """What all sources hold; `print` it."""
+
+    sources: list[Found]
+
+    @property
+    def bad(self) -> list[BadItem]:
+        return [bad for found in self.sources for bad in found.bad]
+
+    def __str__(self, most_bad: int = 100) -> str:
+        return "\n".join(line for found in self.sources for line in found.lines(most_bad))
+
+
+def validate(
+    data: str | Path | Sequence[Mapping[str, Any]],
+    grammar: Grammar | None = None,
+    image_tokenizer: ImageTokenizer | None = None,
+    *,
+    resize: Resize | None = None,
+    max_tokens: int | None = None,
+    show: int = 3,
+    workers: int = 2,
+    show_progress: bool = True,
+) -> Validation:
+    """Reads every item, pictures included.
+
+    Args:
+        data: a folder (`captions.jsonl`, `docs.jsonl`, `vqa.jsonl`, each reported by itself), one JSONL file, or a list
+            of source specs (`open_source`).
+        grammar: with it, and with the tokenizer or `resize`, lengths in tokens are reported.
+        image_tokenizer: with it and a grammar the first documents are shown as their real tokens.
+        resize: as for `prepare`.
+        max_tokens: with a grammar, longer documents are reported as bad ("too_long").
+        show: documents of each source to show.
+
+    Raises:
+        ValueError: nothing to read at `data`.
+    """
+    model = _Model(grammar, image_tokenizer, resize)
+    sources = [open_source(spec) for spec in (_specs(data) if isinstance(data, str | Path) else data)]
+    validation = Validation([Found(source.name, len(source)) for source in sources])
+    total = sum(map(len, sources))
+    with progress.bar(total, "items", "validate", shown=show_progress) as bar:
+        for source, found in zip(sources, validation.sources, strict=True):
+            for i, item in read(source, range(len(source)), workers):
+                bar.update()
+                if isinstance(item, BadItem):
+                    found.bad.append(item)
+                    continue
+                length = model.length(item)
+                if max_tokens and length and length > max_tokens and item.prompt is not None:
+                    reason = f"expected at most {max_tokens} tokens, found {length}"
+                    found.bad.append(BadItem("too_long", source.origin(i), reason))
+                    continue
+                found.add(item, length)
+                if len(found.first) < show:
+                    found.first.append(model.show(item))
+    return validation
+
+
+def _specs(path: str | Path) -> list[dict[str, Any]]:
+    path = Path(path)
+    if path.is_dir():
+        names = [name for name in FOLDER_FILES if (path / f"{name}.jsonl").is_file()]
+        if not names:
+            expected = ", ".join(f"{name}.jsonl" for name in FOLDER_FILES)
+            raise ValueError(f"{path}: expected at least one of {expected} in it, found none")
+        return [dict(kind="folder", path=path, files=(name,), label=f"{path.name}/{name}") for name in names]
+    if not path.is_file():
+        raise ValueError(f"{path}: no such folder or file")
+    return [dict(kind="jsonl", path=path)]
+
+
+class _Model:
+    """Documents as a model would see them, as far as its parts are there."""
+
+    def __init__(self, grammar: Grammar | None, tokenizer: ImageTokenizer | None, resize: Resize | None):
+        if resize is None and grammar is not None and tokenizer is not None:
+            resize = default_resize(grammar.layout, tokenizer.factor)
+        self.grammar, self.tokenizer, self.resize = grammar, tokenizer, resize
+
+    def length(self, document: Document) -> int | None:
+        """Tokens, for which the sizes of the pictures are enough; None without a grammar or a size."""
+        resize = self.resize
+        if self.grammar is None or (resize is None and any(isinstance(part, ImagePart) for part in document.parts)):
+            return None
+
+        def blank(pixels: np.ndarray) -> np.ndarray:
+            assert resize is not None
+            h, w = resize.target(*pixels.shape[:2])
+            return np.zeros((h // resize.factor, w // resize.factor), np.int32)
+
+        return len(self.grammar.encode(_coded(document, blank)))
+
+    def show(self, document: Document) -> str:
+        """In words, with <picture H x W>; then as tokens, piece by piece, if there are a grammar and a tokenizer."""
+        lines = [f"({document.origin}, {document.task})"]
+        for i, part in enumerate(document.parts):
+            if i == document.prompt:
+                lines.append("<end of the prompt>")
+            if isinstance(part, TextPart):
+                rest = f" ... ({len(part.text)} characters)" if len(part.text) > 400 else ""
+                lines.append(part.text[:400] + rest)
+            elif isinstance(part, ImagePart):
+                lines.append("<picture {} x {}>".format(*part.pixels.shape))
+        grammar, tokenizer, resize = self.grammar, self.tokenizer, self.resize
+        if grammar is not None and tokenizer is not None and resize is not None:
+            real = _coded(document, lambda pixels: np.asarray(tokenizer.encode(resize(pixels)[None]), np.int32)[0])
+            words = [_word(int(token), grammar) for token in grammar.encode(real)]
+            short = words if len(words) <= 96 else [*words[:64], f"... ({len(words) - 80} tokens) ...", *words[-16:]]
+            lines.append(f"{len(words)} tokens: " + "|".join(short))
+        return "\n".join(lines)
+
+
+def _coded(document: Document, codes: Callable[[np.ndarray], np.ndarray]) -> Document:
+    parts = tuple(CodesPart(codes(part.pixels)) if isinstance(part, ImagePart) else part for part in document.parts)
+    return Document(parts, document.prompt, origin=document.origin)
+
+
+def _word(token: int, grammar: Grammar) -> str:
+    if token < grammar.vocabulary.text_size:
+        return repr(grammar.text_codec.decode([token]))[1:-1]
+    return f"<{grammar.vocabulary.name(token).strip('<>')}>"
+
+
+def _percentiles(values: Sequence[int]) -> str:
+    numbers = np.percentile(values, _PERCENTILES, method="nearest").astype(int).tolist()
+    names = ["least" if p == 0 else "most" if p == 100 else f"{p}%" for p in _PERCENTILES]
+    return "  ".join(f"{name} {number}" for name, number in zip(names, numbers, strict=True))
