@@ -1,0 +1,150 @@
+"""The shape of a transformer: one frozen dataclass, and the presets by name.
+
+Sizes from published systems are architecture only: how much dropout to train with is the experiment's choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """A decoder-only transformer; hashable, so it may be a static argument of `jax.jit`.
+
+    Attributes:
+      vocab_size: V, ids of the one vocabulary (reserved ids included).
+      d_model, n_layers: D and L.
+      n_heads, n_kv_heads, head_dim: N, K and H; K divides N; H is even (RoPE turns pairs).
+      d_mlp: F, the width of SwiGLU.
+      rope_theta: base of the RoPE wavelengths.
+      norm_eps: added under every root of the norms, QK-norm included.
+      norm_placement: "pre": x + f(norm(x));  "swin": x + norm(f(x)) (Chameleon-34B). A last norm in both.
+      qk_norm: over head_dim, one set of weights for all heads, before RoPE. "layernorm" has a bias.
+      tie_embeddings: the output head is the embedding table.
+      dropout: rate on the embeddings and on the output of each residual branch; drawn only with a dropout key.
+      dtype: of the matrix products and activations. Parameters, norms, softmax and RoPE angles are float32.
+      scan_layers: one compiled layer for all (short compiles, TPU); False unrolls them (faster on CPU).
+      remat: what backward recomputes. "none" saves all; "dots" saves products with weights only; "full" saves
+        the input of each layer only.
+    """
+
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    d_mlp: int
+    rope_theta: float = 1e4
+    norm_eps: float = 1e-5
+    norm_placement: str = "pre"
+    qk_norm: str = "none"
+    tie_embeddings: bool = False
+    dropout: float = 0.0
+    dtype: str = "float32"
+    scan_layers: bool = False
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        for field, choices in _CHOICES.items():
+            if getattr(self, field) not in choices:
+                raise ValueError(f"model.{field}: expected one of {', '.join(choices)}; found {getattr(self, field)!r}")
+        for field in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_mlp"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"model.{field}: expected at least 1; found {getattr(self, field)}")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"model.n_kv_heads: expected a divisor of n_heads = {self.n_heads}; found {self.n_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"model.head_dim: expected an even number (RoPE); found {self.head_dim}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"model.dropout: expected a rate in [0, 1); found {self.dropout}")
+
+
+_CHOICES = {
+    "norm_placement": ("pre", "swin"),
+    "qk_norm": ("none", "layernorm", "rmsnorm"),
+    "dtype": ("float32", "bfloat16"),
+    "remat": ("none", "dots", "full"),
+}
+
+
+def _sizes(d_model: int, n_layers: int, n_heads: int, n_kv_heads: int, head_dim: int, d_mlp: int, **more: Any) -> dict:
+    return dict(
+        d_model=d_model, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, d_mlp=d_mlp
+    ) | more  # fmt: skip
+
+
+_BIG: dict[str, Any] = dict(dtype="bfloat16", scan_layers=True, remat="full")
+
+# Presets of published systems carry the size of their own vocabulary, which `config_from` replaces by yours.
+PRESETS: dict[str, dict[str, Any]] = {
+    # Ours, named after the parameters of their layers. 25m is the size of the CPU benchmark against transformers.
+    "debug": _sizes(32, 2, 4, 2, 8, 64),
+    "2m": _sizes(192, 4, 6, 6, 32, 512, qk_norm="rmsnorm", tie_embeddings=True),
+    "5m": _sizes(256, 6, 8, 8, 32, 704, qk_norm="rmsnorm", tie_embeddings=True),
+    "25m": _sizes(512, 8, 8, 8, 64, 1408, tie_embeddings=True),
+    "125m": _sizes(768, 12, 12, 12, 64, 2048, qk_norm="rmsnorm", dtype="bfloat16"),
+    "350m": _sizes(1024, 24, 16, 16, 64, 2816, qk_norm="rmsnorm", **_BIG),
+    "1b": _sizes(2048, 20, 16, 8, 128, 5632, qk_norm="rmsnorm", **_BIG),
+    # Chameleon (arXiv 2405.09818; facebookresearch/chameleon). QK-norm weights are shared by all heads here.
+    "chameleon_7b": _sizes(4096, 32, 32, 32, 128, 11008, vocab_size=65536, qk_norm="layernorm", **_BIG),
+    "chameleon_34b": _sizes(
+        8192, 48, 64, 8, 128, 22016, vocab_size=65536, qk_norm="layernorm", norm_placement="swin", **_BIG
+    ),
+    # Emu3 (baaivision/Emu3, configuration_emu3.py). Emu3.5 has the shape of Qwen3-32B, and here its theta and eps.
+    "emu3_8b": _sizes(4096, 32, 32, 8, 128, 14336, vocab_size=184622, rope_theta=1e6, **_BIG),
+    "emu3_5_34b": _sizes(
+        5120,
+        64,
+        64,
+        8,
+        128,
+        25600,
+        vocab_size=282926,
+        rope_theta=1e6,
+        norm_eps=1e-6,
+        qk_norm="rmsnorm",
+        **_BIG,
+    ),
+    # LWM-7B (LargeWorldModel/LWM): its text and vision tables (32,000 + 8,448) as the one vocabulary they become.
+    "lwm_7b": _sizes(4096, 32, 32, 32, 128, 11008, vocab_size=40448, rope_theta=5e7, norm_eps=1e-6, **_BIG),
+}
+
+
+def config_from(preset: str | Mapping[str, Any], vocab_size: int | None = None, **overrides: Any) -> TransformerConfig:
+    """The config of a preset's name or of a mapping of fields (which may itself name a `preset`), with changes.
+
+    `vocab_size` may stay None only where the preset brings its own. Raises ValueError on an unknown preset, an
+    unknown field or a value out of range.
+    """
+    fields: dict[str, Any] = {"preset": preset} if isinstance(preset, str) else dict(preset)
+    name = fields.pop("preset", None)
+    if name is not None and name not in PRESETS:
+        raise ValueError(f"model preset: expected one of {', '.join(PRESETS)}; found {name!r}")
+    fields = (PRESETS[name] if name else {}) | fields | overrides
+    if vocab_size is not None:
+        fields["vocab_size"] = vocab_size
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    if unknown := sorted(set(fields) - known):
+        raise ValueError(f"model: unknown {', '.join(unknown)}; the fields are {', '.join(sorted(known))}")
+    required = {f.name for f in dataclasses.fields(TransformerConfig) if f.default is dataclasses.MISSING}
+    if missing := sorted(required - set(fields)):
+        raise ValueError(f"model: {', '.join(missing)} not given, neither by the preset nor by the config")
+    return TransformerConfig(**fields)
+
+
+def parameter_count(config: TransformerConfig, *, embedding: bool = True) -> int:
+    """Parameters by formula; `embedding=False` leaves out the lookup table (of a tied model: counts it once, as head).
+
+    The second is what 6 * parameters * tokens estimates the matrix FLOPs of a training step with.
+    """
+    c = config
+    norms = {"none": 0, "rmsnorm": 2 * c.head_dim, "layernorm": 4 * c.head_dim}[c.qk_norm] + 2 * c.d_model
+    projections = 2 * c.d_model * (c.n_heads + c.n_kv_heads) * c.head_dim + 3 * c.d_model * c.d_mlp
+    tables = 1 if c.tie_embeddings or not embedding else 2
+    return c.n_layers * (projections + norms) + c.d_model + tables * c.vocab_size * c.d_model

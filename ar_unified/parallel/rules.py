@@ -1,0 +1,92 @@
+"""Logical axis -> mesh axis: models name what an axis means, this table says where it lives.
+
+A parameter names each of its axes ("embed", "heads", ...); nothing in a model knows of a mesh. Changing how a model is
+spread over a machine is changing a row here. The compiler (GSPMD) derives the communication.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    # Activations and data.
+    "batch": ("data", "fsdp"),  # fsdp devices hold different rows too: splitting parameters must not idle compute
+    "sequence": "context",  # long rows are cut along T; keys and values travel
+    # Parameters.
+    "embed": "fsdp",  # every matrix has a model axis, so this one row shards all of them, ZeRO-3 style
+    "vocab": "tensor",  # the largest matrix, and the logits of a chunk stay split by vocabulary
+    "heads": "tensor",  # attention is independent by head: no communication until the output projection
+    "kv_heads": "tensor",  # beside the query heads that read them
+    "mlp": "tensor",  # columns of the first matrix and rows of the second: one all-reduce a block
+    "channels": "fsdp",  # output channels of a convolution: tokenizers are small, only their state is worth splitting
+    "head_dim": None,  # summed inside a head: splitting it would make every score an all-reduce
+    "layers": None,  # the axis that scan walks: a layer must be whole on every device that runs it
+}
+
+# Axes that may stay whole where the mesh axis does not divide them; any other such case is a mistake in the config.
+MAY_STAY_WHOLE = {
+    "kv_heads": "grouped-query attention often has fewer key heads than tensor has devices; K and V are then repeated",
+    "channels": "the first and last convolutions have 3 or a few channels, whatever the mesh",
+}
+
+
+def spec(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str = "array") -> P:
+    """The PartitionSpec of one array from the logical names of its axes (None: never split).
+
+    Raises ValueError, naming the array, for an unknown logical axis, a wrong number of axes, two axes that want one
+    mesh axis, and a size that its mesh axis does not divide (unless MAY_STAY_WHOLE says it may).
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"{name}: {len(axes)} logical axes {axes} for shape {shape}")
+    taken: dict[str, str] = {}
+    entries: list[str | tuple[str, ...] | None] = []
+    for axis, size in zip(axes, shape, strict=True):
+        if axis is not None and axis not in RULES:
+            raise ValueError(f"{name}: unknown logical axis {axis!r}; known: {', '.join(sorted(RULES))}")
+        target = RULES[axis] if axis is not None else None
+        parts = (target,) if isinstance(target, str) else target or ()
+        for part in parts:
+            if part in taken:
+                raise ValueError(f"{name}: logical axes {taken[part]!r} and {axis!r} both want mesh axis {part!r}")
+            taken[part] = str(axis)
+        ways = math.prod(mesh.shape[part] for part in parts)
+        if size % ways:
+            if axis not in MAY_STAY_WHOLE:
+                raise ValueError(
+                    f"{name}: axis {axis!r} has size {size}, which mesh {'x'.join(parts)} = {ways} does not divide; "
+                    f"choose a size of {axis!r} that is a multiple of {ways}, or a smaller {'/'.join(parts)}"
+                )
+            target = None
+        entries.append(target)
+    return P(*entries)
+
+
+def shardings(mesh: Mesh, logical_axes: Any, shapes: Any) -> Any:
+    """The NamedSharding of every leaf of `shapes` (arrays or ShapeDtypeStructs), from a same-shaped tree of tuples."""
+
+    def one(path: Any, leaf: Any, axes: tuple[str | None, ...]) -> NamedSharding:
+        return NamedSharding(mesh, spec(mesh, axes, leaf.shape, jax.tree_util.keystr(path, simple=True, separator=".")))
+
+    return jax.tree_util.tree_map_with_path(one, shapes, logical_axes)
+
+
+def batch_spec(mesh: Mesh, shape: tuple[int, ...], name: str = "batch") -> P:
+    """How one array of a batch is split: [B, T] by batch and sequence, anything else by its leading axis alone."""
+    axes = ("batch", "sequence") if len(shape) == 2 else ("batch",) + (None,) * (len(shape) - 1)
+    return spec(mesh, axes, shape, name)
+
+
+def place_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Puts a global batch (numpy arrays, the same on every host) onto the mesh; each host copies only its rows."""
+
+    def put(name: str, array: Any) -> jax.Array:
+        sharding = NamedSharding(mesh, batch_spec(mesh, array.shape, f"batch[{name!r}]"))
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return {name: put(name, array) for name, array in batch.items()}

@@ -1,0 +1,227 @@
+"""The one training loop, for every task: read it once from top to bottom.
+
+A run is a folder. `fit` continues what it finds there: a finished training is recognised, an interrupted one goes on
+from its last checkpoint and ends with the parameters it would have had (bit for bit in fp32 on a CPU), because the
+state holds everything but the data, and the data is a function of the step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from ar_unified.checkpoint import Checkpoints
+from ar_unified.parallel.rules import place_batch
+from ar_unified.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from ar_unified.training.step import (
+    Params,
+    StepReport,
+    Task,
+    TrainState,
+    abstract_state,
+    make_eval_step,
+    make_state,
+    make_train_step,
+)
+from ar_unified.training.telemetry import Meter, Telemetry, console_line, peak_flops
+
+Preview = Callable[[int, Params], Mapping[str, np.ndarray] | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """How long, how often, and from which seed. Intervals are in steps; 0: never. A checkpoint is made at the end."""
+
+    steps: int
+    seed: int = 0
+    accumulation: int = 1  # microbatches per step
+    optimizer: OptimizerConfig = OptimizerConfig()
+    log_every: int = 20
+    validate_every: int = 200
+    preview_every: int = 0
+    checkpoint_every: int = 200
+    keep: int = 3  # newest checkpoints that survive
+    keep_every: int = 0  # and every multiple of this
+
+
+class NonFinite(RuntimeError):
+    """A step had a loss or gradient that is not finite; nothing was learnt from it and training stopped."""
+
+
+class Preempted(SystemExit):
+    """SIGTERM came: a checkpoint was written. Exit status 143, as of a process that SIGTERM ended."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
+
+
+def fit(
+    task: Task,
+    config: TrainingConfig,
+    folder: str | Path,
+    *,
+    mesh: Mesh,
+    manifest: Mapping[str, Any] | None = None,
+    preview: Preview | None = None,
+    logger: Callable[[str], Any] = print,
+) -> Params:
+    """Trains `task` to `config.steps` in `folder` and returns the parameters on `mesh`.
+
+    Args:
+      manifest: of the vocabulary; goes into every checkpoint, and a checkpoint of another is refused.
+      preview: called with (steps taken, params); the pictures it returns, uint8 [H, W, 3], go to TensorBoard.
+      logger: takes console lines.
+
+    Raises NonFinite, Preempted, vocabulary.ManifestMismatch, checkpoint.CheckpointMismatch.
+    """
+    folder = Path(folder)
+    # ---------------------------------------------------------------------- State: shapes first, then values
+    tx = make_optimizer(config.optimizer, config.steps)
+    rate = jax.jit(learning_rate(config.optimizer, config.steps))
+    abstract = abstract_state(task, tx, mesh)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep, keep_every=config.keep_every)
+    start = checkpoints.latest() or 0
+    if start >= config.steps:
+        params = checkpoints.restore(start, manifest=manifest, params=abstract.params)["params"]
+        checkpoints.close()
+        logger(f"{task.name}: finished already, {start} of {config.steps} steps")
+        return params
+    if start:
+        rest = {"step": abstract.step, "state": abstract.optimizer}
+        found = checkpoints.restore(start, manifest=manifest, params=abstract.params, optimizer=rest)
+        state = TrainState(found["optimizer"]["step"], found["params"], found["optimizer"]["state"])
+    else:
+        places = jax.tree.map(lambda x: x.sharding, abstract)
+        with jax.set_mesh(mesh):
+            state = jax.jit(lambda: make_state(task, tx, config.seed), out_shardings=places)()
+    train_step = make_train_step(
+        task, tx, mesh, seed=config.seed, clip_norm=config.optimizer.clip_norm, accumulation=config.accumulation
+    )
+    eval_step = make_eval_step(task, mesh)
+
+    # ---------------------------------------------------------------------- Telemetry
+    telemetry = Telemetry(folder, resume_step=start, console=logger)
+    peak, peak_source = peak_flops()
+    size = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params))
+    axes = ", ".join(f"{axis}={n}" for axis, n in mesh.shape.items())
+    telemetry.say(
+        f"{task.name}: {size / 1e6:.2f}M parameters on {axes}; step {start} of {config.steps}; "
+        f"peak {peak / 1e12:.3g} TFLOP/s ({peak_source})"
+    )
+    meter = Meter()
+
+    def read(taken: int, report: StepReport) -> None:
+        """Waits for a step that was dispatched, checks it, and writes the log line if one is due."""
+        values, loss, norm, finite = jax.device_get((report.values, report.loss, report.grad_norm, report.finite))
+        if not finite:
+            checkpoints.wait()
+            raise NonFinite(_diagnosis(taken, report, float(loss), float(norm), checkpoints.latest()))
+        meter.add(values | {"grad_norm": (norm, np.float32(1))})
+        if _due(taken, config.log_every, config.steps):
+            line = task.summary(meter.totals) | {"learning_rate": float(rate(taken - 1))}
+            line |= meter.rates(task.unit, task.flops(meter.totals), peak)
+            telemetry.log(taken, line)
+            telemetry.say(console_line(taken, config.steps, line, task.unit))
+            meter.reset()
+
+    # ---------------------------------------------------------------------- SIGTERM: stop at the next step border
+    asked = threading.Event()
+    alone = jax.process_count() == 1
+    handles = alone and threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, lambda *_: asked.set()) if handles else None
+
+    def preempted(step: int) -> bool:  # hosts must agree on the step: JAX's own handler does that
+        return asked.is_set() if alone else multihost_utils.reached_preemption_sync_point(step)
+
+    # ---------------------------------------------------------------------- Steps
+    try:
+        began = time.perf_counter()
+        with jax.set_mesh(mesh):  # for what is traced; previews run outside, they may use other devices
+            compiled = train_step.lower(state, place_batch(mesh, task.batch(start))).compile()
+        telemetry.say(f"{task.name}: compiled in {time.perf_counter() - began:.1f} s")
+        pending: tuple[int, StepReport] | None = None
+        meter.reset()
+        for step in range(start, config.steps):
+            state, report = compiled(state, place_batch(mesh, task.batch(step)))
+            taken = step + 1
+            # The device works on this step while the host reads the one before and makes the next batch.
+            if pending:
+                read(*pending)
+            pending = (taken, report)
+
+            last = preempted(step)  # the checkpoint comes before anything else then
+            validate = _due(taken, config.validate_every, config.steps) and len(task.validation) > 0 and not last
+            show = _due(taken, config.preview_every, config.steps) and preview is not None and not last
+            save = _due(taken, config.checkpoint_every, config.steps) or taken == config.steps or last
+            if not (validate or show or save):
+                continue
+
+            # What follows uses the parameters: they must be known to be good.
+            read(*pending)
+            pending = None
+            paused = time.perf_counter()
+            if validate:
+                held_out = Meter()
+                with jax.set_mesh(mesh):
+                    for batch in task.validation:
+                        held_out.add(jax.device_get(eval_step(state.params, place_batch(mesh, batch))))
+                scores = task.summary(held_out.totals)
+                telemetry.log(taken, {f"validation/{name}": value for name, value in scores.items()})
+                telemetry.say(f"step {taken}/{config.steps}  validation loss {scores['loss']:.4f}")
+            if show and preview is not None:
+                telemetry.images(taken, preview(taken, state.params) or {})
+            if save:  # after what was said of this step: a run killed here says it once
+                checkpoints.save(
+                    taken,
+                    params=state.params,
+                    optimizer={"step": state.step, "state": state.optimizer},
+                    metadata={
+                        "manifest": dict(manifest or {}),
+                        "model": task.describe(),
+                        "training": dataclasses.asdict(config),
+                    },
+                )
+            if last:
+                telemetry.say(f"{task.name}: SIGTERM, stopped after step {taken} with a checkpoint")
+                raise Preempted
+            meter.skip(paused)
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+        telemetry.close()
+        checkpoints.close()  # waits for the disk, and raises if the last save failed
+    return state.params
+
+
+def _due(taken: int, every: int, steps: int) -> bool:
+    return every > 0 and (taken % every == 0 or taken == steps)
+
+
+def _diagnosis(taken: int, report: StepReport, loss: float, norm: float, good: int | None) -> str:
+    """What a person needs to go on after a NaN."""
+    leaves = {name: np.atleast_1d(flags) for name, flags in jax.device_get(report.finite_leaves).items()}
+    bad = {name: np.flatnonzero(~flags) for name, flags in leaves.items() if not flags.all()}
+    if bad:
+        # Backward runs from the last layer to the first: the highest bad layer is nearest to the cause.
+        name = max(bad, key=lambda name: (name.startswith("layers."), bad[name][-1]))
+        where = f"gradient of {name}" + (f", layer {bad[name][-1]}" if name.startswith("layers.") else "")
+        where += f" ({len(bad)} of {len(leaves)} leaves are not finite)"
+    else:
+        where = "the loss itself, or the norm of the gradients, which are finite one by one"
+    kept = f"step {good} is the last good checkpoint" if good else "there is no checkpoint yet"
+    return (
+        f"not finite at step {taken - 1}: {where}; loss {loss}, gradient norm {norm}. The step was not taken; {kept}. "
+        f"Look at batch({taken - 1}), then try a lower learning rate, a longer warm-up, a lower clip_norm, qk_norm or "
+        "z_loss, or float32; starting again resumes from the checkpoint and meets the same batch."
+    )

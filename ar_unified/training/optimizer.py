@@ -1,0 +1,89 @@
+"""AdamW with decay on matrices only, and two learning-rate schedules: warm-up + cosine, and WSD."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (decoupled decay, Loshchilov & Hutter, arXiv:1711.05101) and its schedule.
+
+    WSD is warm-up, stable, decay (arXiv:2404.06395): one long run whose decay can be started from any checkpoint.
+    `decay="sqrt"` falls as 1 - sqrt(x), the better of the shapes compared in arXiv:2405.18392.
+    """
+
+    learning_rate: float = 1e-3  # peak
+    warmup_steps: int = 100  # linear from 0
+    schedule: str = "cosine"  # or "wsd"
+    decay: str = "sqrt"  # WSD only; or "linear"
+    decay_fraction: float = 0.2  # WSD only: the last part of the steps, in which the rate falls
+    final_fraction: float = 0.1  # of the peak, reached at the last step
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0  # of the whole gradient; 0: no clipping
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The learning rate of step s (0-based) of a training of `steps` steps, as a jittable function.
+
+    Raises ValueError for unknown shapes and for a warm-up and decay longer than the training.
+    """
+    if config.schedule not in ("cosine", "wsd") or config.decay not in ("sqrt", "linear"):
+        raise ValueError(
+            f"schedule {config.schedule!r} with decay {config.decay!r}: "
+            "schedules are 'cosine' and 'wsd', decays of wsd are 'sqrt' and 'linear'"
+        )
+    warmup = config.warmup_steps
+    decay_steps = steps - warmup if config.schedule == "cosine" else max(1, round(config.decay_fraction * steps))
+    if decay_steps < 1 or warmup + decay_steps > steps:
+        raise ValueError(f"{warmup} steps of warm-up and {decay_steps} of decay do not fit into {steps} steps")
+
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+        done = jnp.asarray(step, jnp.float32) + 1  # the first step already moves, the last ends the decay
+        rise = jnp.minimum(done / (warmup + 1), 1.0)
+        x = jnp.clip((done - (steps - decay_steps)) / decay_steps, 0.0, 1.0)
+        if config.schedule == "cosine":
+            fall = 0.5 * (1 + jnp.cos(jnp.pi * x))
+        else:
+            fall = 1 - (jnp.sqrt(x) if config.decay == "sqrt" else x)
+        return config.learning_rate * rise * (config.final_fraction + (1 - config.final_fraction) * fall)
+
+    return schedule
+
+
+def is_decayed(path: tuple[Any, ...], leaf: Any) -> bool:
+    """Matrices shrink; norms, biases and codebooks, whose size has a meaning of its own, do not."""
+    names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+    axes = leaf.ndim - (names[0] == "layers")
+    return axes >= 2 and not any(word in name for name in names for word in ("norm", "bias", "codebook"))
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW over plain parameter trees. Clipping is the train step's, which knows the norm already."""
+    return optax.adamw(
+        learning_rate(config, steps),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=lambda params: jax.tree_util.tree_map_with_path(is_decayed, params),
+    )
+
+
+def state_shardings(tx: optax.GradientTransformation, params: Any, param_shardings: Any, other: Any) -> Any:
+    """Shardings for `tx.init(params)`: moments lie where their parameters lie, counters as `other` says."""
+    return optax.tree_map_params(
+        tx,
+        lambda _, sharding: sharding,
+        jax.eval_shape(tx.init, params),
+        param_shardings,
+        transform_non_params=lambda _: other,
+    )

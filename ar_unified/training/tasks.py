@@ -1,0 +1,171 @@
+"""The two tasks of the loop: the transformer on packed token rows, the image autoencoder on pictures.
+
+A task (`step.Task`) is a model, its loss, its data and what is worth saying about a step.
+
+Axes: B batch, T position, D model, N query heads, H head dim, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ar_tokenizers.image import autoencoder
+from ar_tokenizers.image.metrics import usage
+
+from ar_unified.document import TASKS
+from ar_unified.model import transformer
+from ar_unified.model.config import TransformerConfig
+from ar_unified.model.loss import token_losses
+from ar_unified.training.step import Batch, BatchOfStep, Metrics, Params
+from ar_unified.vocabulary import Role, Vocabulary
+
+
+def ratios(totals: Metrics) -> dict[str, float]:
+    """sum / count of every pair that counted anything."""
+    return {k: float(v[0] / v[1]) for k, v in totals.items() if isinstance(v, tuple) and v[1] > 0}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TransformerTask:
+    """Next-token prediction on packed rows of every task at once.
+
+    The weight of a target is role_weights[its role] * task_weights[its document's task], times `prompt_weight` where
+    the target belongs to the prompt. Absent names weigh 1, padding 0.
+
+    Args:
+      config: the model.
+      vocabulary: gives each target its role.
+      batch: batch(step), as data/loader.py makes it.
+      validation: held-out batches, the same every time.
+      text_bytes: i32 [text_size], UTF-8 bytes each text piece stands for; None: no bits per byte.
+      z_loss: weight of log(Z)^2, which keeps logits from drifting (PaLM, arXiv:2204.02311, uses 1e-4).
+      chunk: positions whose logits exist at one time.
+    """
+
+    config: TransformerConfig
+    vocabulary: Vocabulary
+    batch: BatchOfStep
+    validation: Sequence[Mapping[str, np.ndarray]] = ()
+    role_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    task_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    prompt_weight: float = 1.0
+    z_loss: float = 0.0
+    text_bytes: np.ndarray | None = None
+    chunk: int = 1024
+    name: str = "transformer"
+    unit: str = "tokens"
+
+    def __post_init__(self) -> None:
+        roles = [role.name.lower() for role in Role if role != Role.PAD]
+        for what, given, known in (("role", self.role_weights, roles), ("task", self.task_weights, TASKS)):
+            unknown = sorted(set(given) - set(known))
+            if unknown:
+                raise ValueError(f"{what}_weights: unknown {unknown}; known: {', '.join(known)}")
+
+    def init(self, key: jax.Array) -> Params:
+        return transformer.init(self.config, key)
+
+    def logical_axes(self, params: Params) -> Any:
+        return transformer.logical_axes(params)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": self.name, **dataclasses.asdict(self.config)}
+
+    def weights(self, batch: Batch) -> jax.Array:
+        """f32 [B, T], the weight of each target."""
+        role_weight = jnp.array([self.role_weights.get(role.name.lower(), 1.0) * (role != Role.PAD) for role in Role])
+        task_weight = jnp.array([self.task_weights.get(task, 1.0) for task in TASKS])
+        prompt = jnp.where(batch["prompt"], self.prompt_weight, 1.0)
+        return role_weight[self.vocabulary.role(batch["targets"])] * task_weight[batch["tasks"]] * prompt
+
+    def loss(self, params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array, Metrics]:
+        model = transformer.Transformer.bind(self.config, params)
+        dropout_key = key if self.config.dropout else None
+        hidden = model(batch["tokens"], batch["positions"], batch["doc_start"], dropout_key=dropout_key)
+        nll, lse = token_losses(hidden, model.head(), batch["targets"], self.chunk)  # f32 [B, T] both
+        weight = self.weights(batch)
+        loss = jnp.sum(weight * (nll + self.z_loss * jnp.square(lse))), jnp.sum(weight)
+        return *loss, self._metrics(batch, weight, nll, lse)
+
+    def _metrics(self, batch: Batch, weight: jax.Array, nll: jax.Array, lse: jax.Array) -> Metrics:
+        role = self.vocabulary.role(batch["targets"])
+        trained = weight > 0
+        present = batch["segment_ids"] > 0
+
+        def pair(values: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return jnp.sum(jnp.where(where, values, 0.0)), jnp.sum(where.astype(jnp.float32))
+
+        metrics: Metrics = {
+            "loss": (jnp.sum(weight * nll), jnp.sum(weight)),
+            "log_z": pair(lse, trained),  # the logit norm: log-sum-exp of a position's logits
+            "fill": (jnp.sum(present, dtype=jnp.float32), jnp.float32(present.size)),
+            "tokens": jnp.sum(present, dtype=jnp.float32),
+            "attended": jnp.sum(jnp.where(present, batch["positions"] + 1, 0), dtype=jnp.float32),
+        }
+        for each in Role:
+            if each != Role.PAD:
+                metrics[f"loss/role/{each.name.lower()}"] = pair(nll, trained & (role == each))
+        for index, task in enumerate(TASKS):
+            metrics[f"loss/task/{task}"] = pair(nll, trained & (batch["tasks"] == index))
+        image, count = metrics["loss/role/image"]
+        metrics["bits_per_image_token"] = (image / math.log(2), count)
+        if self.text_bytes is not None:
+            text, _ = metrics["loss/role/text"]
+            sizes = jnp.asarray(self.text_bytes)[jnp.clip(batch["targets"], 0, len(self.text_bytes) - 1)]
+            counted = jnp.where(trained & (role == Role.TEXT), sizes, 0)
+            metrics["bits_per_text_byte"] = (text / math.log(2), jnp.sum(counted, dtype=jnp.float32))
+        return metrics
+
+    def summary(self, totals: Metrics) -> dict[str, float]:
+        return ratios(totals)
+
+    def flops(self, totals: Metrics) -> float:
+        """6 * N_matmul * tokens + 12 * L * N * H * attended keys (forward 1 part, backward 2; remat not counted).
+
+        N_matmul is every weight that a token is multiplied with: projections, MLP and head; not the embedding table,
+        not norms. A token attends to position + 1 keys, so a document of T tokens counts 12 * L * N * H * T / 2 per
+        token: the usual attention term, halved for causality. Padding is not work.
+        """
+        c = self.config
+        attention = c.d_model * c.head_dim * 2 * (c.n_heads + c.n_kv_heads)
+        matmul = c.n_layers * (attention + 3 * c.d_model * c.d_mlp) + c.d_model * c.vocab_size
+        return 6.0 * matmul * totals["tokens"] + 12.0 * c.n_layers * c.n_heads * c.head_dim * totals["attended"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenizerTask:
+    """The image autoencoder on batches {"pixels": uint8 [B, H, W, 3]}."""
+
+    config: autoencoder.AutoencoderConfig
+    batch: BatchOfStep
+    validation: Sequence[Mapping[str, np.ndarray]] = ()
+    name: str = "image_tokenizer"
+    unit: str = "images"
+
+    def init(self, key: jax.Array) -> Params:
+        return autoencoder.init(self.config, key)
+
+    def logical_axes(self, params: Params) -> Any:
+        """Output channels of every kernel; vectors stay whole."""
+        return jax.tree.map(lambda x: (None,) * (x.ndim - 1) + ("channels" if x.ndim > 1 else None,), params)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": self.name, **dataclasses.asdict(self.config)}
+
+    def loss(self, params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array, Metrics]:
+        images = jnp.float32(batch["pixels"].shape[0])
+        loss, metrics = autoencoder.loss(self.config, params, batch["pixels"], key)
+        return loss * images, images, {"loss": (loss * images, images), "images": images, **metrics}
+
+    def summary(self, totals: Metrics) -> dict[str, float]:
+        codes = usage(totals["code_counts"]) if "code_counts" in totals else {}
+        return ratios(totals) | {f"codes/{k}": float(v) for k, v in codes.items()}
+
+    def flops(self, totals: Metrics) -> None:
+        return None

@@ -1,0 +1,165 @@
+"""What a run says about itself: JSONL always, TensorBoard beside it, one console line per log, and how fast it is."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from ar_unified.training.step import Metrics
+
+# Dense bf16 matrix-multiply peak, FLOP/s per device as JAX counts devices (v4 and later: one per chip; TPU7x: one per
+# half chip). From the vendors' data sheets. First match by prefix of device_kind, so longer names come first.
+PEAK_FLOPS = (
+    ("TPU v6 lite", 918e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v4", 275e12),
+    ("TPU7x", 1154e12),
+    ("NVIDIA H200", 989e12),
+    ("NVIDIA H100", 989e12),  # SXM
+    ("NVIDIA A100", 312e12),
+)
+
+
+def peak_flops() -> tuple[float, str]:
+    """(FLOP/s of all devices together, where the number comes from). On a CPU, or unknown hardware: measured.
+
+    The measured peak is the best of a few fp32 products of 1024 x 1024 matrices on one device: faked CPU devices share
+    one processor, so it is not multiplied by their number there.
+    """
+    device = jax.devices()[0]
+    for kind, peak in PEAK_FLOPS:
+        if device.device_kind.startswith(kind):
+            return peak * jax.device_count(), f"{kind} data sheet, bf16"
+    n = 1024
+    matrix = jax.device_put(np.ones((n, n), np.float32), jax.local_devices()[0])
+    multiply = jax.jit(jnp.matmul)
+    multiply(matrix, matrix).block_until_ready()
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        multiply(matrix, matrix).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    devices = 1 if device.platform == "cpu" else jax.device_count()
+    return 2 * n**3 / best * devices, f"measured fp32 matmul on {device.device_kind}"
+
+
+class Meter:
+    """Adds up the metric sums of the steps between two log lines, and the time they took."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.totals: Metrics = {}
+        self.steps = 0
+        self.started = time.perf_counter()
+
+    def add(self, values: Metrics) -> None:
+        """Metric sums of one step, on the host."""
+        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), values)  # sums over many steps outgrow float32
+        self.totals = jax.tree.map(np.add, self.totals, wide) if self.totals else wide
+        self.steps += 1
+
+    def skip(self, since: float) -> None:
+        """Time since perf_counter() == since was not training (validation, previews)."""
+        self.started += time.perf_counter() - since
+
+    def rates(self, unit: str, flops: float | None, peak: float) -> dict[str, float]:
+        """Seconds per step, units per second, and MFU = FLOPs the model needs / (time * peak) where they are known."""
+        seconds = max(time.perf_counter() - self.started, 1e-9)
+        rates = {"step_seconds": seconds / self.steps, f"{unit}_per_second": float(self.totals[unit]) / seconds}
+        return rates | ({"mfu": flops / seconds / peak} if flops is not None else {})
+
+
+class Telemetry:
+    """Writes `<folder>/metrics.jsonl` and `<folder>/tensorboard`; only the first process of a run does.
+
+    A line is one JSON object with "step" (steps taken) and numbers; validation has lines of its own with keys
+    "validation/...". A number that is not finite is written as null: NaN is not JSON.
+
+    Args:
+      folder: of the run.
+      resume_step: the step the run starts from; lines of later steps, and a line torn by a kill, are dropped, so that
+        a run that was killed leaves the curve of one that was not.
+      console: takes the lines for people.
+    """
+
+    def __init__(self, folder: str | Path, *, resume_step: int = 0, console: Callable[[str], Any] = print):
+        self.active = jax.process_index() == 0
+        self.console = console
+        if not self.active:
+            return
+        path = Path(folder) / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            temporary = path.with_suffix(".jsonl.tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in read_metrics(path, until=resume_step)))
+            temporary.replace(path)
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=resume_step + 1)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """One whole line, in one write, and the same numbers to TensorBoard."""
+        if not self.active:
+            return
+        row = {"step": step} | {key: value if math.isfinite(value) else None for key, value in values.items()}
+        os.write(self._file, (json.dumps(row) + "\n").encode())
+        for key, value in values.items():
+            self._board.add_scalar(key, value, step)
+
+    def images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Pictures uint8 [H, W, 3] by name, to TensorBoard."""
+        if self.active:
+            for name, pixels in pictures.items():
+                self._board.add_image(name, np.asarray(pixels), step, dataformats="HWC")
+
+    def say(self, line: str) -> None:
+        if self.active:
+            self.console(line)
+
+    def close(self) -> None:
+        if self.active:
+            os.close(self._file)
+            self._board.close()
+
+
+def read_metrics(path: str | Path, until: float = math.inf) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl up to a step; a torn line is left out."""
+    rows = []
+    for line in Path(path).read_bytes().split(b"\n")[:-1]:  # what follows the last newline is torn
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and row.get("step", math.inf) <= until:
+            rows.append(row)
+    return rows
+
+
+def console_line(step: int, steps: int, values: Mapping[str, float], unit: str) -> str:
+    """step 200/1000  loss 3.1416  grad 0.52  12.3k tokens/s  0.21 s/step  MFU 31.4%  ETA 2:48"""
+    rate = values[f"{unit}_per_second"]
+    seconds = values["step_seconds"]
+    left = round((steps - step) * seconds)
+    hours, minutes = divmod(left // 60, 60)
+    parts = [
+        f"step {step}/{steps}",
+        f"loss {values['loss']:.4f}",
+        f"grad {values['grad_norm']:.3g}",
+        f"{rate / 1000:.1f}k {unit}/s" if rate >= 1000 else f"{rate:.1f} {unit}/s",
+        f"{seconds:.3g} s/step",
+    ]
+    if "mfu" in values:
+        parts.append(f"MFU {values['mfu']:.1%}")
+    return "  ".join([*parts, f"ETA {f'{hours}:{minutes:02}' if hours else minutes}:{left % 60:02}"])
