@@ -1,0 +1,100 @@
+"""Pictures and samples as HTML: each kind of example as the card that the report shows it on."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ar_unified.document import ImagePart, TextPart
+from ar_unified.evaluation.generation import Example
+from ar_unified.evaluation.protocol import text_of
+
+NO_PICTURE = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="
+
+
+def sample_sections(galleries: Mapping[str, Sequence[Example]]) -> list[tuple[str, str]]:
+    """(heading, HTML) for drawn pictures, stories and answers, each held-out set under its own name."""
+    shown: tuple[tuple[str, tuple[str, ...], Callable[[Example], str], str, str], ...] = (
+        ("Pictures from text", ("text_to_image",), _drawn, "gallery", "Left the model's, right a real one."),
+        ("Stories", ("story",), _story, "stories", "Told a change, the model draws what follows (framed)."),
+        ("Answers about pictures", ("image_to_text", "caption"), _answered, "gallery asks", ""),
+    )
+    sections = []
+    for heading, kinds, draw, layout, lead in shown:
+        blocks = []
+        for name, group in galleries.items():
+            cards = "".join(draw(example) for example in group if example.kind in kinds)
+            if cards:
+                title = f"<h3>{escape(name.replace('_', ' '))}</h3>" if len(galleries) > 1 else ""
+                blocks.append(f'{title}<div class="{layout}">{cards}</div>')
+        if blocks:
+            lead = f"{lead} The first that were asked, not chosen; behind them failures, where there were more."
+            sections.append((heading, f'<p class="lead">{lead.strip()}</p>{"".join(blocks)}'))
+    return sections
+
+
+def _drawn(example: Example) -> str:
+    return (
+        f'<div class="card sample"><div class="pair">{figure(example.got, "model", example.correct)}'
+        f"{figure(example.expected, 'real')}</div>"
+        f'<div class="text">{escape(text_of(example.document, answer=False))}</div></div>'
+    )
+
+
+def _answered(example: Example) -> str:
+    picture = next((part.pixels for part in example.prompt if isinstance(part, ImagePart)), None)
+    question = " ".join(part.text for part in example.prompt if isinstance(part, TextPart)) or "(a caption)"
+    got = example.got if isinstance(example.got, str) else "(did not parse)"
+    expected = "" if example.correct else f'<div class="soft">expected: {escape(str(example.expected))}</div>'
+    return (
+        f'<div class="card sample ask">{figure(picture)}<div><div class="q">{escape(question)}</div>'
+        f"<div>{_mark(example.correct)} {escape(got)}</div>{expected}</div></div>"
+    )
+
+
+def _story(example: Example) -> str:
+    """Texts above the pictures they lead to, left to right; the last two are the model's and the real one."""
+    panels, says = [], ""
+    for part in example.prompt:
+        if isinstance(part, TextPart):
+            says = part.text
+        elif isinstance(part, ImagePart):
+            panels.append(_panel(says, figure(part.pixels, "given")))
+            says = ""
+    panels.append(_panel(says, figure(example.got, "model", example.correct), "model"))
+    panels.append(_panel("", figure(example.expected, "real")))
+    return f'<div class="card story">{"".join(panels)}</div>'
+
+
+def _panel(says: str, picture: str, style: str = "") -> str:
+    return f'<div class="{style}"><div class="says">{escape(says)}</div>{picture}</div>'
+
+
+def _mark(correct: bool | None) -> str:
+    if correct is None:
+        return ""
+    return '<span class="mark good">✓</span>' if correct else '<span class="mark bad">✗</span>'
+
+
+def figure(pixels: Any, label: str = "", correct: bool | None = None) -> str:
+    """A picture, and below it a word and the checker's verdict."""
+    below = f'<span class="label">{label}{_mark(correct)}</span>' if label else ""
+    return f'<div><div class="picture">{_picture(pixels)}</div>{below}</div>'
+
+
+def _picture(pixels: Any) -> str:
+    """A picture uint8 [H, W, 3] inline, its pixels sharp where they are few; an empty frame for None."""
+    if not isinstance(pixels, np.ndarray):
+        return f'<img alt="no picture" src="{NO_PICTURE}" style="aspect-ratio:1">'
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", optimize=True)
+    data = base64.b64encode(file.getvalue()).decode()
+    sharp = ' class="pixelated"' if max(pixels.shape[:2]) <= 128 else ""
+    height, width = pixels.shape[:2]
+    return f'<img{sharp} alt="" width="{width}" height="{height}" src="data:image/png;base64,{data}">'

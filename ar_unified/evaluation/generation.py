@@ -1,0 +1,335 @@
+"""Asks a trained model about held-out documents and counts what it got right.
+
+Four kinds of questions, each sampled with one call of the engine: draw the picture of a text; answer a
+question about a picture; caption a picture (the pairs of the first kind, turned round); and, in a story, draw
+the next picture. Beside the model's scores stand the tokenizer's: a checker that fails on the reconstruction
+of a real picture cannot pass a sampled one, so `reconstruction_exact` is the ceiling of
+`text_to_image_exact`.
+
+Axes: H, W height and width of a picture in pixels, h, w in codes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeGuard
+
+import numpy as np
+from ar_tokenizers.image.metrics import psnr
+from ar_tokenizers.image.tokenizer import ImageTokenizer
+
+from ar_unified.data.sources import BadItem, Source
+from ar_unified.document import CodesPart, Document, ImagePart, Part, TextPart
+from ar_unified.evaluation.protocol import Protocol, text_of
+from ar_unified.grammar import Grammar, GrammarError
+from ar_unified.sampling.decoding import Filter
+from ar_unified.sampling.engine import Engine, Request, RequestError, Sample
+
+KINDS = ("text_to_image", "image_to_text", "caption", "story")
+_SCAN = 16  # items of a source that are looked at for each document wanted
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question put to the model.
+
+    Attributes:
+        kind: one of KINDS. document: the held-out document. prompt: the parts shown to the model (real
+        pictures).
+        expected: the real picture, uint8 [H, W, 3], or the text. got: the same of the model; None if it did
+        not parse.
+        reconstruction: for an expected picture, what the image tokenizer makes of it.
+        correct: what the checker says; None where there is no checker.
+    """
+
+    kind: str
+    document: Document
+    prompt: tuple[Part, ...]
+    expected: np.ndarray | str
+    got: np.ndarray | str | None = None
+    reconstruction: np.ndarray | None = None
+    correct: bool | None = None
+
+
+@dataclass
+class Scores:
+    """Counts of right and asked by metric name."""
+
+    right: Counter[str] = field(default_factory=Counter)
+    asked: Counter[str] = field(default_factory=Counter)
+
+    def add(self, name: str, ok: bool) -> None:
+        self.asked[name] += 1
+        self.right[name] += bool(ok)
+
+    def metrics(self) -> dict[str, Any]:
+        """{name: share that was right, ..., "counts": {name: how many were asked}}."""
+        shares = {name: self.right[name] / n for name, n in self.asked.items()}
+        return {**shares, "counts": dict(self.asked)}
+
+
+def evaluate(
+    engine: Engine,
+    image_tokenizer: ImageTokenizer,
+    grammar: Grammar,
+    protocol: Protocol,
+    sources: Sequence[Source],
+    *,
+    limit: int = 256,
+    seed: int = 0,
+    guidance: float = 1.0,
+    image: Filter | None = None,
+    text: Filter | None = None,
+    fit: Callable[[np.ndarray], np.ndarray] = lambda pixels: pixels,
+    keep: int = 12,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[dict[str, Any], list[Example]]:
+    """Scores generation on held-out documents.
+
+    Args:
+        engine: samples from the model. image_tokenizer, grammar: those the model was trained with.
+        protocol: what counts as right.
+        sources: of documents the model has not seen; bad items are skipped and counted.
+        limit: documents of each kind, drawn from all sources by `seed`.
+        seed: of the draw and of the sampling.
+        guidance: scale of classifier-free guidance on pictures; 1 is none.
+        image, text: temperature and cuts of the two modalities; None is the model's own distribution for
+            pictures and its likeliest token for texts.
+        fit: what the data preparation does to a picture, uint8 [H, W, 3] to uint8 [H', W', 3].
+        keep: examples of each kind to return: the first, and half as many of the later failures.
+        progress: called with (kind, done, of).
+
+    Returns:
+        Metrics and examples. Metrics: shares in [0, 1] `text_to_image_exact`, `image_to_text_exact` (and
+        `image_to_text_exact/KIND`), `caption_exact`, `story_change_exact`, `parse_rate` (of all sequences
+        sampled here), `reconstruction_exact`, `story_reconstruction_exact`; `tokenizer_psnr` in dB, the mean
+        over the real pictures; `counts` with the n of each; `skipped` with the documents left out by reason.
+        Absent where nothing was asked.
+    """
+    scores, skipped = Scores(), Counter[str]()
+    documents = _collect(sources, limit, seed, fit, skipped)
+    codec = _Codec(image_tokenizer)
+    codec.learn_pixels(p.pixels for group in documents.values() for d in group for p in d.parts if _is_image(p))
+    image, text = image or Filter(), text or Filter(temperature=0.0)
+
+    kept: list[Example] = []
+    for kind in KINDS:
+        asked: dict[str, Example] = {}
+        requests: list[Request] = []
+        examples = list(_examples(kind, documents, protocol))
+        budget = 8 + 2 * max((_length(grammar, e.expected) for e in examples if isinstance(e.expected, str)), default=0)
+        for i, example in enumerate(examples):
+            settings = dict(id=f"{kind}-{i}", seed=seed + i, guidance=guidance, image=image, text=text)
+            request = _request(example, codec, grammar, engine, budget, settings)
+            if request is None:
+                skipped["does_not_fit"] += 1
+                continue
+            asked[request.id] = example
+            requests.append(request)
+        answers: dict[str, str | np.ndarray | None] = {}
+        for sample in engine.generate(requests):
+            scores.add("parse_rate", sample.document is not None)
+            answers[sample.request.id] = _answer(sample)
+            if progress:
+                progress(kind, len(answers), len(requests))
+        codec.learn_codes(answer for answer in answers.values() if isinstance(answer, np.ndarray))
+        done = [_judged(example, answers.get(id), codec, protocol, scores) for id, example in asked.items()]
+        kept += done[:keep] + [e for e in done[keep:] if e.correct is False][: keep // 2]
+
+    metrics = scores.metrics()
+    if codec.psnr:
+        metrics["tokenizer_psnr"] = float(np.mean(codec.psnr))
+        metrics["counts"]["tokenizer_psnr"] = len(codec.psnr)
+    metrics["skipped"] = dict(skipped)
+    return metrics, kept
+
+
+# ---- what is asked -----------------------------------------------------------------------------------------
+
+
+def _is_image(part: Part) -> TypeGuard[ImagePart]:
+    return isinstance(part, ImagePart)
+
+
+def _collect(
+    sources: Sequence[Source],
+    limit: int,
+    seed: int,
+    fit: Callable[[np.ndarray], np.ndarray],
+    skipped: Counter[str],
+) -> dict[str, list[Document]]:
+    """Up to `limit` documents of each task, from every source alike, in an order drawn by `seed`."""
+    found: dict[str, list[Document]] = defaultdict(list)
+    rng = np.random.default_rng(seed)
+    for source in sources:
+        mine = Counter[str]()
+        for looked, index in enumerate(rng.permutation(len(source))[: _SCAN * limit]):
+            if looked >= 2 * limit and min(mine.values(), default=0) >= limit:
+                break  # a kind that did not come up by now is not in this source
+            try:
+                document = source[int(index)]
+            except BadItem as error:
+                skipped[error.kind] += 1
+                continue
+            mine[document.task] += 1
+            if mine[document.task] <= limit:
+                parts = tuple(ImagePart(fit(p.pixels)) if _is_image(p) else p for p in document.parts)
+                found[document.task].append(replace(document, parts=parts))
+    return {task: [group[i] for i in rng.permutation(len(group))[:limit]] for task, group in found.items()}
+
+
+def _examples(kind: str, documents: Mapping[str, list[Document]], protocol: Protocol) -> Iterator[Example]:
+    """The questions of one kind that the documents allow and the protocol has a use for."""
+    if kind == "text_to_image":
+        for d in documents.get("text_to_image", []):
+            first = d.parts[d.prompt or 0]
+            if _is_image(first):
+                yield Example(kind, d, d.parts[: d.prompt], first.pixels)
+    elif kind == "image_to_text":
+        for d in documents.get("image_to_text", []):
+            yield Example(kind, d, d.parts[: d.prompt], text_of(d, answer=True))
+    elif kind == "caption" and protocol.caption_matches:
+        for d in documents.get("text_to_image", []):
+            pictures = d.parts[d.prompt or 0 :]
+            if len(pictures) == 1 and d.prompt:
+                yield Example(kind, d, pictures, text_of(d, answer=False))
+    elif kind == "story":
+        for d in documents.get("interleaved", []):
+            at = [i for i, part in enumerate(d.parts) if _is_image(part)]
+            if len(at) > 1 and at[1] > at[0] + 1:  # a text says what the second picture shows
+                yield Example(kind, d, d.parts[: at[1]], d.parts[at[1]].pixels)  # type: ignore[union-attr]
+
+
+def _length(grammar: Grammar, text: str) -> int:
+    return len(grammar.text_codec.encode(text))
+
+
+def _request(
+    example: Example,
+    codec: _Codec,
+    grammar: Grammar,
+    engine: Engine,
+    budget: int,
+    settings: Mapping[str, Any],
+) -> Request | None:
+    """The question as the engine takes it; None where a picture is too large for the grammar, or all for the
+    engine.
+
+    `budget`: tokens for a text answer. It is more than any right answer has: none may be right because it was
+    cut.
+    """
+    request = Request(parts=codec.encoded(example.prompt), turn=example.kind != "story", **settings)
+    try:
+        if isinstance(example.expected, str):
+            room = engine.max_length - len(grammar.prompt_tokens(request.parts, turn=request.turn))
+            if room < _length(grammar, example.expected) + 1:
+                return None
+            request = replace(request, mode="text", max_tokens=min(budget, room))
+        else:
+            height, width = codec.encode(example.expected).shape
+            request = replace(request, mode="image", image_size=(height, width))
+        engine.check(request)
+    except (RequestError, GrammarError):
+        return None
+    return request
+
+
+# ---- what came back ----------------------------------------------------------------------------------------
+
+
+def _answer(sample: Sample) -> str | np.ndarray | None:
+    """The text, or the codes int32 [h, w] of the first picture; None where the sequence did not parse."""
+    if sample.document is None:
+        return None
+    parts = sample.document.parts
+    if sample.request.mode == "image":
+        return next((part.codes for part in parts if isinstance(part, CodesPart)), None)
+    return " ".join(part.text for part in parts if isinstance(part, TextPart))
+
+
+def _judged(
+    example: Example, answer: str | np.ndarray | None, codec: _Codec, protocol: Protocol, scores: Scores
+) -> Example:
+    """The example with what the model gave for it, counted."""
+    kind, document, expected = example.kind, example.document, example.expected
+    if not isinstance(expected, np.ndarray):
+        got = answer if isinstance(answer, str) else None
+        if kind == "caption":
+            assert protocol.caption_matches
+            correct = got is not None and protocol.caption_matches(document, got)
+            scores.add("caption_exact", correct)
+        else:
+            correct = got is not None and protocol.answer_matches(expected, got)
+            scores.add("image_to_text_exact", correct)
+            if group := protocol.question_kind(document):
+                scores.add(f"image_to_text_exact/{group}", correct)
+        return replace(example, got=got, correct=correct)
+
+    picture = codec.decode(answer) if isinstance(answer, np.ndarray) else None
+    example = replace(example, got=picture, reconstruction=codec.decode(codec.encode(expected)))
+    check: Callable[[np.ndarray], bool] | None = None
+    if kind == "story" and (story := protocol.story_matches) is not None:
+        index = sum(_is_image(part) for part in example.prompt)
+        before = [part.pixels for part in example.prompt if _is_image(part)][-1]
+        check, names = (
+            partial(story, document, index, before),
+            ("story_change_exact", "story_reconstruction_exact"),
+        )
+    elif kind == "text_to_image" and (shows := protocol.picture_matches) is not None:
+        check, names = partial(shows, document), ("text_to_image_exact", "reconstruction_exact")
+    if check is None:
+        return example
+    correct = picture is not None and check(picture)
+    scores.add(names[0], correct)
+    scores.add(names[1], check(example.reconstruction))  # type: ignore[arg-type]
+    return replace(example, correct=correct)
+
+
+class _Codec:
+    """Pixels <-> codes, computed in batches of pictures of one size, and remembered."""
+
+    def __init__(self, tokenizer: ImageTokenizer):
+        self.tokenizer = tokenizer
+        self.codes: dict[str, np.ndarray] = {}  # by pixels
+        self.pixels: dict[str, np.ndarray] = {}  # by codes
+        self.psnr: list[float] = []  # dB, of each picture learnt
+
+    def learn_pixels(self, pictures: Iterable[np.ndarray]) -> None:
+        """Encodes uint8 [H, W, 3] pictures, and decodes their codes again."""
+        new = {_key(picture): picture for picture in pictures}
+        self.codes.update(_by_size(self.tokenizer.encode, new))
+        self.learn_codes(self.codes[key] for key in new)
+        self.psnr += [float(psnr(picture, self.decode(self.codes[key]))) for key, picture in new.items()]
+
+    def learn_codes(self, codes: Iterable[np.ndarray]) -> None:
+        """Decodes int32 [h, w] codes."""
+        new = {_key(c): c for c in codes}
+        self.pixels.update(_by_size(self.tokenizer.decode, {k: c for k, c in new.items() if k not in self.pixels}))
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        return self.codes[_key(pixels)]
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        return self.pixels[_key(codes)]
+
+    def encoded(self, parts: Sequence[Part]) -> tuple[Part, ...]:
+        return tuple(CodesPart(self.encode(part.pixels)) if _is_image(part) else part for part in parts)
+
+
+def _key(array: np.ndarray) -> str:
+    return hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()
+
+
+def _by_size(
+    function: Callable[[np.ndarray], np.ndarray], arrays: Mapping[str, np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(key, function(array)) for every array, arrays of one shape together."""
+    shapes: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for key, array in arrays.items():
+        shapes[array.shape].append(key)
+    for keys in shapes.values():
+        yield from zip(keys, function(np.stack([arrays[key] for key in keys])), strict=True)

@@ -1,0 +1,133 @@
+"""What counts as right, per dataset: plain functions over a held-out document and what the model gave for it.
+
+A protocol answers up to five questions; one that a dataset has no checker for is None, and its metric is left
+out. Pictures are uint8 [H, W, 3].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ar_unified.data.scenes import read_caption, scene_from_json
+from ar_unified.document import Document, TextPart
+from ar_unified.evaluation import easy_vqa, shapes
+
+
+def text_of(document: Document, answer: bool | None = None) -> str:
+    """The document's texts joined by spaces: all (None), the answer's (True) or the prompt's (False)."""
+    border = document.prompt or 0
+    parts = document.parts if answer is None else document.parts[border:] if answer else document.parts[:border]
+    return " ".join(part.text for part in parts if isinstance(part, TextPart))
+
+
+def same_text(expected: str, got: str) -> bool:
+    """Equal but for white space at the ends."""
+    return expected.strip() == got.strip()
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The checks of one dataset.
+
+    Attributes:
+        picture_matches(document, pixels): the pixels show what the document's text says.
+        story_matches(document, i, before, after): `after`, made by the model, is right as the i-th picture
+            (from 0) of the document; `before` is the real picture that precedes it.
+        answer_matches(expected, got): a text answer is right.
+        caption_matches(document, got): `got` is a right caption of the picture in the document.
+        question_kind(document): the group under which the answer is counted as well; "" for none.
+    """
+
+    name: str
+    picture_matches: Callable[[Document, np.ndarray], bool] | None = None
+    story_matches: Callable[[Document, int, np.ndarray, np.ndarray], bool] | None = None
+    answer_matches: Callable[[str, str], bool] = same_text
+    caption_matches: Callable[[Document, str], bool] | None = None
+    question_kind: Callable[[Document], str] = lambda document: str(document.meta.get("kind", ""))
+
+
+# ---- shapes: the embedded dataset --------------------------------------------------------------------------
+
+
+def _shapes_picture(document: Document, pixels: np.ndarray) -> bool:
+    return shapes.scene_matches(shapes.read_scene(pixels), scene_from_json(document.meta["scene"]))
+
+
+def _shapes_story(document: Document, i: int, before: np.ndarray, after: np.ndarray) -> bool:
+    return shapes.story_change_matches(before, after, scene_from_json(document.meta["scenes"][i]))
+
+
+def _shapes_caption(document: Document, got: str) -> bool:
+    """Captions come in many wordings: what is compared is the scene they describe, sizes too."""
+    return read_caption(got) == scene_from_json(document.meta["scene"])
+
+
+_SHAPES_QUESTIONS = {
+    "What colour": "colour",
+    "What shape": "shape",
+    "Is the": "size",
+    "Where": "place",
+    "How many": "count",
+    "Is there": "presence",
+    "What is": "neighbour",
+}
+
+
+def _shapes_question(document: Document) -> str:
+    question = text_of(document, answer=False)
+    return next((kind for start, kind in _SHAPES_QUESTIONS.items() if question.startswith(start)), "")
+
+
+# ---- easy-VQA ----------------------------------------------------------------------------------------------
+
+
+def _easy_vqa_facts(document: Document) -> tuple[str, str] | None:
+    if "color" in document.meta and "shape" in document.meta:
+        return document.meta["color"], document.meta["shape"]
+    return easy_vqa.facts(text_of(document))
+
+
+def _easy_vqa_picture(document: Document, pixels: np.ndarray) -> bool:
+    found = easy_vqa.read_picture(pixels)
+    return found is not None and (found.color, found.shape) == _easy_vqa_facts(document)
+
+
+def _easy_vqa_caption(document: Document, got: str) -> bool:
+    found = easy_vqa.facts(got)
+    return found is not None and found == _easy_vqa_facts(document)
+
+
+def _easy_vqa_question(document: Document) -> str:
+    answer = text_of(document, answer=True).strip()
+    return "yes or no" if answer in ("yes", "no") else "colour" if answer in easy_vqa.COLORS else "shape"
+
+
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _exact_caption(document: Document, got: str) -> bool:
+    return same_text(text_of(document), got)
+
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol(
+            "shapes",
+            picture_matches=_shapes_picture,
+            story_matches=_shapes_story,
+            caption_matches=_shapes_caption,
+            question_kind=_shapes_question,
+        ),
+        Protocol(
+            "easy_vqa",
+            picture_matches=_easy_vqa_picture,
+            caption_matches=_easy_vqa_caption,
+            question_kind=_easy_vqa_question,
+        ),
+        Protocol("exact", caption_matches=_exact_caption),
+    )
+}

@@ -1,0 +1,334 @@
+"""One self-contained page that shows what a run made and what it is worth: report.html.
+
+Numbers beside their bars, samples beside their prompts with the checker's verdict, reconstructions, training
+curves, the whole evaluation as a table, the machine it ran on. No file, font or script from elsewhere;
+readable on a phone, in light and dark, and without its script.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ar_unified.evaluation.charts import line_chart, number
+from ar_unified.evaluation.facts import environment, summary
+from ar_unified.evaluation.figures import figure, sample_sections
+from ar_unified.evaluation.generation import Example
+from ar_unified.training.telemetry import read_metrics
+from ar_unified.workdir import write_text
+
+HELD_OUT = "held out"  # what the numbers at the top level of an evaluation are called
+NAMES = {
+    "text_to_image_exact": "Text to image",
+    "image_to_text_exact": "Image to text",
+    "vqa_accuracy": "Questions answered",
+    "caption_exact": "Captions",
+    "story_change_exact": "Stories",
+    "parse_rate": "Sequences that parse",
+    "reconstruction_exact": "Reconstructions",
+    "story_reconstruction_exact": "Reconstructions in stories",
+    "tokenizer_psnr": "Tokenizer PSNR",
+}
+MEANINGS = {
+    "text_to_image_exact": "drawn pictures that show all their text says",
+    "image_to_text_exact": "questions about a picture answered exactly",
+    "vqa_accuracy": "questions about a picture answered exactly",
+    "caption_exact": "captions that describe their picture",
+    "story_change_exact": "next pictures that show the change told",
+    "parse_rate": "sampled sequences that are documents",
+    "reconstruction_exact": "real pictures still right behind the tokenizer: the ceiling of text to image",
+}
+
+
+def write_report(
+    path: str | Path,
+    *,
+    title: str,
+    evaluation: Mapping[str, Any],
+    examples: Mapping[str, Sequence[Example]] | None = None,
+    telemetry: Mapping[str, str | Path | Sequence[Mapping[str, Any]]] | None = None,
+    bars: Mapping[str, float] | None = None,
+    config: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
+    seconds: Mapping[str, float] | None = None,
+) -> None:
+    """Writes the page, whole or not at all.
+
+    Args:
+        path: of the HTML file.
+        title: the experiment's name.
+        evaluation: metrics as generation.evaluate gives them; further held-out sets as nested mappings by
+            name, numbers of other kinds (validation losses) flat or nested.
+        examples: by set, "" or "held out" for the first.
+        telemetry: by model, "image_tokenizer" and "transformer": a metrics.jsonl (which may be missing), or
+            its rows.
+        bars: by metric, what it should reach.
+        config: the whole experiment, JSON values.
+        facts: short things worth saying in the head beside the config's summary, by name.
+        seconds: wall time of each stage, by name in order.
+    """
+    sets = _sets(evaluation)
+    curves = {name: _rows(rows) for name, rows in (telemetry or {}).items()}
+    galleries = {name or HELD_OUT: list(group) for name, group in (examples or {}).items()}
+    sections = [
+        ("Numbers", _headline(sets, bars or {})),
+        *sample_sections(galleries),
+        ("Image tokenizer", _tokenizer(galleries, curves.get("image_tokenizer", []), sets)),
+        ("Transformer", _transformer(curves.get("transformer", []))),
+        ("Evaluation", _table(sets, bars or {})),
+        ("The run", _run(config or {}, seconds or {})),
+    ]
+    sections = [(name, body) for name, body in sections if body]
+    links = "".join(f'<a href="#{_anchor(name)}">{escape(name)}</a>' for name, _ in sections)
+    body = "".join(f'<section id="{_anchor(name)}"><h2>{escape(name)}</h2>{html}</section>' for name, html in sections)
+    here = files("ar_unified.evaluation")
+    style, script = (here.joinpath(f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    head = _facts({**summary(config or {}), **(facts or {})})
+    write_text(
+        path,
+        f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}: ar_unified</title><style>{style}</style></head>
+<body><main><header><h1>{escape(title)}</h1>
+<p class="lead">One transformer over text and image tokens: what it makes and what that is worth.</p>
+{head}</header><nav>{links}</nav>{body}</main>
+<script>{script}</script></body></html>
+""",
+    )
+
+
+# ---- numbers -----------------------------------------------------------------------------------------------
+
+
+def _sets(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Flat metrics by held-out set, the top level first. A nested mapping without `counts` is no set."""
+    top: dict[str, Any] = {}
+    others: dict[str, dict[str, Any]] = {}
+    for key, value in evaluation.items():
+        if not isinstance(value, Mapping) or key in ("counts", "skipped"):
+            top[key] = value
+        elif "counts" in value:
+            others[key.replace("_", " ")] = dict(value)
+        else:
+            top |= {f"{key}/{inner}": v for inner, v in value.items()}
+    return {HELD_OUT: top, **others}
+
+
+def _headline(sets: Mapping[str, Mapping[str, Any]], bars: Mapping[str, float]) -> str:
+    """A card for every metric with a bar, and for the others of NAMES that are shares of model answers."""
+    first, others = next(iter(sets.values())), list(sets.items())[1:]
+    doubled = "vqa_accuracy" in first and "image_to_text_exact" not in bars  # the same number twice
+    shown = [key for key in NAMES if isinstance(first.get(key), (int, float)) and (key in bars or key in MEANINGS)]
+    cards = []
+    for key in sorted(shown, key=lambda key: key not in bars):
+        if doubled and key == "image_to_text_exact":
+            continue
+        value, bar = first[key], bars.get(key)
+        state = verdict = tick = ""
+        if bar is not None:
+            state, sign, color = ("met", "✓", "good") if value >= bar else ("missed", "✗", "bad")
+            verdict = f'<span class="mark {color}">{sign} bar {_share(bar)}</span>'
+            tick = f'<i style="left:{min(100 * bar, 99.6):.1f}%" title="bar: {_share(bar)}"></i>'
+        more = [MEANINGS.get(key, ""), _sample_size(first, key)]
+        more += [f"{escape(name)}: {_share(metrics[key])}" for name, metrics in others if key in metrics]
+        cards.append(
+            f'<div class="card score"><div class="name">{NAMES[key]}{verdict}</div>'
+            f'<div class="value">{_share(value, small=True)}</div>'
+            f'<div class="meter {state}"><b style="width:{100 * value:.1f}%"></b>{tick}</div>'
+            f'<div class="more">{"<br>".join(filter(None, more))}</div></div>'
+        )
+    return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
+
+
+def _table(sets: Mapping[str, Mapping[str, Any]], bars: Mapping[str, float]) -> str:
+    """Every number of every set: the named ones in their order, groups under what they are groups of."""
+    keys = list(dict.fromkeys(k for metrics in sets.values() for k in metrics if isinstance(metrics[k], (int, float))))
+    if not keys:
+        return ""
+    order = {key: i for i, key in enumerate(dict.fromkeys([*NAMES, *keys]))}
+    keys.sort(key=lambda key: (order.get(key.split("/")[0], order[key]), key))
+    rows = []
+    for key in keys:
+        parent, _, group = key.partition("/")
+        grouped = group and parent in keys
+        name = f'<td class="sub">{escape(group)}</td>' if grouped else f"<td>{escape(NAMES.get(key, key))}</td>"
+        cells = "".join(f"<td>{_cell(metrics, key)}</td>" for metrics in sets.values())
+        rows.append(f"<tr>{name}<td>{_share(bars.get(key))}</td>{cells}</tr>")
+    skipped = [
+        f"{n} {reason.replace('_', ' ')} ({name})"
+        for name, metrics in sets.items()
+        for reason, n in (metrics.get("skipped") or {}).items()
+    ]
+    head = "".join(f"<th>{escape(name)}</th>" for name in sets)
+    note = f'<p class="soft">Left out: {escape(", ".join(skipped))}.</p>' if skipped else ""
+    return (
+        '<p class="lead">Shares with their 95 % Wilson interval and the number asked.</p>'
+        f'<div class="card scroll"><table><thead><tr><th>metric</th><th>bar</th>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>{note}"
+    )
+
+
+def _cell(metrics: Mapping[str, Any], key: str) -> str:
+    value, n = metrics.get(key), (metrics.get("counts") or {}).get(key)
+    if not isinstance(value, (int, float)):
+        return ""
+    if "psnr" in key:
+        return f"{value:.2f} dB" + (f" <small>n={n}</small>" if n else "")
+    if not n:
+        return number(value)
+    low, high = wilson(value, n)
+    return f"{_share(value)} <small>{_share(low)[:-2]}–{_share(high)}, n={n}</small>"
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share measured on n (Wilson, 1927), which stays honest at 0 and at 1."""
+    z = 1.96
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _share(value: float | None, small: bool = False) -> str:
+    if value is None:
+        return ""
+    digits = f"{100 * value:.1f}".removesuffix(".0")
+    return f"{digits}<small>%</small>" if small else f"{digits} %"
+
+
+def _sample_size(metrics: Mapping[str, Any], key: str) -> str:
+    n = (metrics.get("counts") or {}).get(key)
+    if not n:
+        return ""
+    low, high = wilson(metrics[key], n)
+    return f"n = {n}, 95 % interval {100 * low:.1f} to {100 * high:.1f}"
+
+
+# ---- curves ------------------------------------------------------------------------------------------------
+
+# Title, unit, {metric: name in the legend}, y axis at first: "" (linear), "log" or "zero" (linear from 0).
+Chart = tuple[str, str, Mapping[str, str], str]
+
+
+def _tokenizer(
+    galleries: Mapping[str, Sequence[Example]],
+    rows: Sequence[Mapping[str, Any]],
+    sets: Mapping[str, Mapping[str, Any]],
+) -> str:
+    """Reconstructions beside originals, and the tokenizer's curves."""
+    first = next(iter(sets.values()))
+    told = []
+    if "tokenizer_psnr" in first:
+        told.append(f"PSNR {first['tokenizer_psnr']:.1f} dB on held-out pictures")
+    if "reconstruction_exact" in first:
+        told.append(f"{_share(first['reconstruction_exact'])} of its reconstructions pass the checker")
+    examples = [e for group in galleries.values() for e in group if e.reconstruction is not None]
+    pictures = "".join(
+        f'<div class="card sample"><div class="pair">{figure(example.expected, "real")}'
+        f"{figure(example.reconstruction, 'reconstruction')}</div></div>"
+        for example in examples[:8]
+    )
+    charts = _charts(
+        rows,
+        (
+            ("Loss", "", _both("loss"), "log"),
+            ("PSNR", "dB", _both("psnr"), ""),
+            ("Codebook usage", "share of codes", _both("codes/usage"), ""),
+            ("Code perplexity", "codes", _both("codes/perplexity"), ""),
+            ("Learning rate", "", {"learning_rate": "learning rate"}, ""),
+            ("Speed", "images/s", {"images_per_second": "images per second"}, "zero"),
+        ),
+    )
+    lead = f'<p class="lead">{"; ".join(told)}.</p>' if told else ""
+    gallery = f'<div class="gallery">{pictures}</div>' if pictures else ""
+    between = "<h3>training</h3>" if charts and gallery else ""
+    return lead + gallery + between + charts if gallery or charts else ""
+
+
+def _transformer(rows: Sequence[Mapping[str, Any]]) -> str:
+    keys = {key for row in rows for key in row}
+    return _charts(
+        rows,
+        (
+            ("Loss", "nats per token", _both("loss"), ""),
+            ("Loss by role", "nats per token, train", _losses(keys, "role_loss/"), ""),
+            ("Loss by task", "nats per token, train", _losses(keys, "task_loss/"), ""),
+            ("Image tokens", "bits per token", _both("bits_per_image_token"), ""),
+            ("Text", "bits per byte", _both("bits_per_text_byte"), ""),
+            ("Gradient norm", "before clipping", {"grad_norm": "norm"}, "log"),
+            ("Learning rate", "", {"learning_rate": "learning rate"}, ""),
+            ("Speed", "tokens/s", {"tokens_per_second": "tokens per second"}, "zero"),
+            ("MFU", "share of the device's peak", {"mfu": "MFU"}, "zero"),
+        ),
+    )
+
+
+def _both(key: str) -> dict[str, str]:
+    return {key: "train", f"validation/{key}": "validation"}
+
+
+def _losses(keys: Iterable[str], prefix: str) -> dict[str, str]:
+    return {key: key.removeprefix(prefix).replace("_", " ") for key in sorted(keys) if key.startswith(prefix)}
+
+
+def _charts(rows: Sequence[Mapping[str, Any]], charts: Iterable[Chart]) -> str:
+    drawn = []
+    for title, unit, metrics, axis in charts:
+        series = {
+            name: [(float(row["step"]), float(row[key])) for row in rows if isinstance(row.get(key), (int, float))]
+            for key, name in metrics.items()
+        }
+        drawn.append(line_chart(title, series, unit=unit, log=axis == "log", zero=axis == "zero"))
+    return f'<div class="grid2">{"".join(drawn)}</div>' if any(drawn) else ""
+
+
+def _rows(source: str | Path | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    if not isinstance(source, (str, Path)):
+        return list(source)
+    return list(read_metrics(source)) if Path(source).is_file() else []
+
+
+# ---- the run -----------------------------------------------------------------------------------------------
+
+
+def _run(config: Mapping[str, Any], seconds: Mapping[str, float]) -> str:
+    total = sum(seconds.values())
+    bands = legend = stages = ""
+    for i, (name, s) in enumerate(seconds.items()):
+        color = f"background:var(--c{i % 6})"
+        bands += f'<b style="flex:{s / (total or 1):.4f};{color}" title="{escape(name)}"></b>'
+        legend += f'<span class="key"><b style="{color}"></b>{escape(name)} <em>{_duration(s)}</em></span>'
+    if seconds:
+        stages = (
+            f"<h3>{_duration(total)} from start to end</h3>"
+            f'<div class="card"><div class="stages">{bands}</div>'
+            f'<div class="legend">{legend}</div></div>'
+        )
+    whole = escape(json.dumps(config, indent=2, ensure_ascii=False, default=str))
+    details = f"<details><summary>The whole config</summary><pre>{whole}</pre></details>" if config else ""
+    return f'{stages}<h3>environment</h3><div class="card">{_list(environment())}</div>{details}'
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    return f'<div class="card">{_list(facts)}</div>' if facts else ""
+
+
+def _list(facts: Mapping[str, Any]) -> str:
+    items = "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items())
+    return f'<dl class="facts">{items}</dl>'
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s"
+
+
+def _anchor(name: str) -> str:
+    return name.lower().replace(" ", "-")

@@ -1,0 +1,105 @@
+"""Reads the objects of a shapes picture from its pixels alone, and says whether they are the ones asked for.
+
+Each corner is read on its own: which pixels differ from the background, which colour of the palette they
+have, and which shape, at which size and place, covers them best. A corner whose pixels look like no shape or
+no colour of the dataset reads as "unclear", which matches nothing: a smudge is not a circle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from ar_unified.data.scenes import COLOURS, PLACES, SHAPES, SIZES, Object, Scene, sprite
+
+UNCLEAR = "unclear"
+
+_EMPTY = 0.02  # a corner with less of its area covered shows nothing; the smallest shape covers 0.06
+_MIN_OVERLAP = 0.94  # Dice overlap with the best shape: an autoencoder at 27 dB keeps 0.96
+_MAX_COLOUR_DISTANCE = 62.0  # RGB; the two closest colours of the palette are 124 apart
+
+
+@lru_cache(maxsize=8)
+def _templates(cell: int) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """Every shape and size, sharp and soft, where it is drawn and up to two pixels off: f32 [N, cell^2]."""
+    reach = 2
+    steps = range(-reach, reach + 1)
+    names = [(shape, size) for shape in SHAPES for size in SIZES]
+    masks = []
+    for shape, size in names:
+        sharp = sprite(shape, size, cell)
+        soft = sharp  # as a blurring autoencoder draws it: a blurred square is more like a circle than like a square
+        for axis in (0, 1):
+            soft = (np.roll(soft, 1, axis) + 2 * soft + np.roll(soft, -1, axis)) / 4
+        masks += [np.roll(m, (dy, dx), (0, 1)).ravel() for m in (sharp, soft) for dy in steps for dx in steps]
+    return np.stack(masks), [name for name in names for _ in range(len(masks) // len(names))]
+
+
+def read_scene(pixels: np.ndarray) -> tuple[Object, ...]:
+    """The objects a picture shows, in the order of their places. `pixels`: uint8 [side, side, 3]."""
+    side = len(pixels)
+    if pixels.dtype != np.uint8 or pixels.shape != (side, side, 3):
+        raise ValueError(f"expected a square picture, uint8 [H, H, 3], found {pixels.dtype} {pixels.shape}")
+    picture = pixels.astype(np.float32)
+    background = np.median(picture.reshape(-1, 3), 0)
+    cell = side // 2
+    found = []
+    for i, place in enumerate(PLACES):
+        row, column = divmod(i, 2)
+        corner = picture[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
+        seen = _read_corner(corner - background, background)
+        if seen:
+            found.append(Object(*seen, place))
+    return tuple(found)
+
+
+def _read_corner(difference: np.ndarray, background: np.ndarray) -> tuple[str, str, str] | None:
+    """(shape, colour, size) of what stands in a corner, None if nothing does. `difference`: f32 [H, H, 3]."""
+    cell = len(difference)
+    flat = difference.reshape(-1, 3)
+    distance = np.linalg.norm(flat, axis=1)
+    marked = distance > 75  # well over noise; half covered pixels of the palest colour still count
+    if marked.mean() < _EMPTY:
+        return None
+
+    # The colour: the median of the most different pixels, which are inside the shape, not on its soft edge.
+    core = np.median(flat[distance >= np.quantile(distance[marked], 0.7)], 0)
+    palette = np.array(list(COLOURS.values()), np.float32) - background
+    off = np.linalg.norm(palette - core, axis=1)
+    colour = list(COLOURS)[int(off.argmin())] if off.min() <= _MAX_COLOUR_DISTANCE else UNCLEAR
+
+    # The shape: how much of each pixel is covered with that colour, against every template (Dice overlap).
+    cover = np.clip(flat @ core / (core @ core), 0, 1)
+    cover = np.where(distance > 45, cover, 0)  # the background's noise covers nothing
+    masks, names = _templates(cell)
+    overlap = 2 * (masks @ cover) / ((masks**2).sum(1) + cover @ cover)
+    shape, size = names[int(overlap.argmax())]
+    return (shape if overlap.max() >= _MIN_OVERLAP else UNCLEAR), colour, size
+
+
+def scene_matches(
+    found: Iterable[Object],
+    wanted: Iterable[Object],
+    attributes: Sequence[str] = ("shape", "colour", "place"),
+) -> bool:
+    """Whether the same objects are in both, no more and no fewer, as far as `attributes` tell."""
+
+    def key(objects: Iterable[Object]) -> list[tuple[str, ...]]:
+        return sorted(tuple(getattr(o, a) for a in attributes) for o in objects)
+
+    return key(found) == key(wanted)
+
+
+def story_change_matches(
+    before_pixels: np.ndarray,
+    after_pixels: np.ndarray,
+    scene_after: Scene,
+    attributes: Sequence[str] = ("shape", "colour", "place"),
+) -> bool:
+    """Whether the second picture shows the scene the text led to, and so another scene than the first."""
+    after = read_scene(after_pixels)
+    return scene_matches(after, scene_after, attributes) and not scene_matches(
+        read_scene(before_pixels), after, attributes
+    )
