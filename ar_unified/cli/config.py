@@ -1,0 +1,149 @@
+"""The one description of an experiment: what every key means, and how a config file is read.
+
+An experiment file defines `get_config(arg=None)`, takes `defaults()` and changes what it needs. On the command line
+`--config experiments/folder.py:path=DIR` passes `path=DIR` to it and `--config.training.steps=100` changes one key.
+Config files are Python, run because you named them; nothing in a config's value is ever evaluated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from ar_unified.model.config import PRESETS, TransformerConfig
+
+T = TypeVar("T")
+
+
+def defaults() -> ConfigDict:
+    """Every key of an experiment with its default. Sizes in pixels and lengths in tokens, unless said otherwise."""
+    config = ConfigDict()
+    config.name = "experiment"
+    config.seed = 0
+
+    # Documents: tuples of dicts for ar_unified.data.sources.open_source, each with its `weight` in the mixture.
+    config.data = ConfigDict()
+    config.data.train = ()
+    config.data.validation = ()  # held out: for the validation loss, and for `evaluate`
+    config.data.tests = ConfigDict()  # more held-out sets by name, reported under that name
+    config.data.image_size = (64, 64)  # height and width of pictures; resize="aspect" keeps their area only
+    config.data.resize = "crop"  # crop: to exactly image_size | aspect: sides are multiples of the factor
+    config.data.layout = "grid"  # grid: one size for all pictures | rows: each says its size (needed by aspect)
+    config.data.max_tokens = 256  # a longer document is split between its parts where it can be, else left out
+
+    config.text_tokenizer = ConfigDict()
+    config.text_tokenizer.vocab_size = 512  # at most; a small corpus gives fewer
+    config.text_tokenizer.model_type = "bpe"  # bpe | unigram
+    config.text_tokenizer.cross_words = False  # pieces may hold spaces: fewer tokens where phrases recur
+    config.text_tokenizer.max_texts = 2_000_000  # kept in memory, drawn at random where there are more
+
+    config.image_tokenizer = ConfigDict()
+    config.image_tokenizer.factor = 16  # pixels per code, each way
+    config.image_tokenizer.patch = 4  # of the factor, folded into features at once
+    config.image_tokenizer.width = 32
+    config.image_tokenizer.multipliers = (1, 2, 2)  # x width, one per level
+    config.image_tokenizer.blocks = (0, 1, 2)  # residual blocks per level
+    config.image_tokenizer.quantizer = "fsq"  # fsq | vq
+    config.image_tokenizer.levels = (8, 5, 5, 5)  # fsq: the codebook is their product
+    config.image_tokenizer.codes = 1024  # vq: the codebook
+    config.image_tokenizer.code_dim = 8  # vq
+    config.image_tokenizer.l1_weight = 0.0
+    config.image_tokenizer.dtype = "float32"
+    config.image_tokenizer.steps = 1000
+    config.image_tokenizer.batch_size = 64
+    config.image_tokenizer.learning_rate = 2e-3
+    config.image_tokenizer.crop = 0  # train on random crops of this side; 0: on whole pictures of image_size
+
+    config.model = model("2m")
+
+    config.loss = ConfigDict()
+    config.loss.roles = ConfigDict(dict(text=1.0, control=1.0, size=1.0, image=1.0))
+    config.loss.tasks = ConfigDict(dict(text=1.0, text_to_image=1.0, image_to_text=1.0, interleaved=1.0))
+    config.loss.prompt = 1.0  # further weight of what stands inside a prompt
+    config.loss.z_loss = 0.0
+
+    config.training = ConfigDict()
+    config.training.steps = 1000
+    config.training.batch_size = 16  # packed rows per step, over all devices
+    config.training.row_length = 256
+    config.training.accumulation = 1  # microbatches per step
+    config.training.learning_rate = 2e-3
+    config.training.schedule = "cosine"  # cosine | wsd
+    config.training.warmup_steps = 50
+    config.training.decay_fraction = 0.2  # wsd: the last part of the steps
+    config.training.final_fraction = 0.0  # of the peak, at the last step
+    config.training.b2 = 0.95
+    config.training.weight_decay = 0.1
+    config.training.clip_norm = 1.0
+    config.training.flip_pairs = 0.5  # how often a pair is read the other way round
+    config.training.drop_condition = 0.1  # how often a prompt becomes the empty one (what guidance compares with)
+    config.training.log_every = 20
+    config.training.validate_every = 200
+    config.training.preview_every = 0
+    config.training.checkpoint_every = 200
+
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, context=1))  # -1: the devices left over
+
+    config.sampling = ConfigDict()
+    config.sampling.batch_size = 64
+    config.sampling.max_length = 256  # prompt and answer
+    config.sampling.guidance = 1.0
+    config.sampling.text = ConfigDict(dict(temperature=0.0, top_k=0, top_p=1.0))
+    config.sampling.image = ConfigDict(dict(temperature=1.0, top_k=0, top_p=1.0))
+
+    config.evaluation = ConfigDict()
+    config.evaluation.protocol = "exact"  # exact | shapes | easy_vqa: who says what is right
+    config.evaluation.limit = 256  # documents of each kind in each set
+    config.evaluation.bars = ConfigDict()  # by metric, what it should reach: shown in the report
+    return config
+
+
+def model(preset: str, **changes: Any) -> ConfigDict:
+    """A preset of ar_unified.model.config with all its fields spelled out, so that each can be overridden."""
+    fields = {field.name: field.default for field in dataclasses.fields(TransformerConfig)}
+    del fields["vocab_size"]  # the tokenizers decide
+    return ConfigDict({**fields, **{k: v for k, v in PRESETS[preset].items() if k != "vocab_size"}, **changes})
+
+
+def load(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The locked config of "FILE[:arg]" with "--config.key=value" applied; unknown keys and wrong types are refused."""
+    values, argv = flags.FlagValues(), ["ar-unified", f"--config={file}", *overrides]
+    config_flags.DEFINE_config_file(
+        "config", None, "Experiment file.", lock_config=True, sys_argv=argv, flag_values=values
+    )
+    try:
+        values(argv)
+    except (AttributeError, KeyError, flags.Error, TypeError, ValueError, OSError) as error:
+        raise SystemExit(f"ar-unified: config {file}: {error}") from error
+    return values.config
+
+
+def parse_arg(arg: str | None, **known: str | None) -> dict[str, str | None]:
+    """The `:arg` of a config file, "key=value,key=value", over the known keys and their defaults.
+
+    A value may hold "=" and ":", not ",". Raises ValueError for an unknown key.
+    """
+    given = dict(item.partition("=")[::2] for item in (arg or "").split(",") if item)
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(f"config argument: expected {', '.join(known)}; found {', '.join(unknown)}")
+    return {**known, **given}
+
+
+def plain(config: Any) -> Any:
+    """A config or a part of it as plain JSON values: what is written beside artefacts and compared on restart."""
+    if isinstance(config, ConfigDict | Mapping):
+        return {key: plain(value) for key, value in config.items()}
+    if isinstance(config, tuple | list):
+        return [plain(value) for value in config]
+    return json.loads(json.dumps(config))
+
+
+def pick(kind: type[T], config: Mapping[str, Any], **more: Any) -> T:
+    """The dataclass `kind` from those keys of a config that are its fields."""
+    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{key: value for key, value in plain(config).items() if key in names}, **more)

@@ -1,0 +1,99 @@
+"""Score an experiment's tokenizer and model on its held-out documents.
+
+Asks for pictures, answers, captions and next pictures of stories, for every held-out set. Leaves in the workdir:
+  evaluation.json   every metric with how many were asked; each further held-out set under its name
+  report.html       the numbers, curves, reconstructions and samples on one self-contained page
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from tqdm import tqdm
+
+from ar_unified import progress
+from ar_unified.cli import config as configs
+from ar_unified.cli.experiment import Experiment, add_experiment_arguments, open_experiment
+from ar_unified.evaluation.generation import Example
+from ar_unified.evaluation.generation import evaluate as score
+from ar_unified.evaluation.protocol import PROTOCOLS
+from ar_unified.evaluation.report import write_report
+from ar_unified.training.telemetry import read_metrics
+from ar_unified.workdir import write_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_experiment_arguments(parser)
+
+
+def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    evaluate(open_experiment(arguments, overrides))
+    return 0
+
+
+def evaluate(experiment: Experiment) -> None:
+    """Stage evaluation: done when both files are there and nothing they depend on has changed."""
+    config, workdir = experiment.config, experiment.workdir
+    stage = experiment.stage("evaluation", "evaluation", "sampling", model=experiment.trained())
+    if stage.done and workdir.evaluation.exists() and workdir.report.exists():
+        return experiment.skip(stage)
+
+    metrics: dict[str, Any] = {}
+    examples: dict[str, list[Example]] = {}
+    for name, sources in experiment.held_out.items():
+        if not sources:
+            continue
+        with progress.bar(0, "answers", f"evaluate {name}") as bar:
+            found, kept = score(
+                experiment.engine,
+                experiment.image_tokenizer,
+                experiment.grammar,
+                PROTOCOLS[config.evaluation.protocol],
+                sources,
+                limit=config.evaluation.limit,
+                seed=config.seed,
+                guidance=config.sampling.guidance,
+                image=experiment.filter("image"),
+                text=experiment.filter("text"),
+                fit=experiment.resize,
+                progress=partial(_show, bar),
+            )
+        examples["" if name == "validation" else name] = kept
+        metrics |= found if name == "validation" else {name: found}
+    if config.evaluation.protocol == "easy_vqa":
+        metrics["vqa_accuracy"] = metrics.get("image_to_text_exact")
+    metrics["validation"] = _last_validation(experiment)
+
+    write_json(workdir.evaluation, metrics)
+    write_report(
+        workdir.report,
+        title=config.name,
+        evaluation=metrics,
+        examples=examples,
+        telemetry={
+            "image_tokenizer": workdir.image_tokenizer / "metrics.jsonl",
+            "transformer": workdir.model / "metrics.jsonl",
+        },
+        bars=configs.plain(config.evaluation.bars),
+        config=configs.plain(config),
+        facts=experiment.facts(),
+        seconds=experiment.seconds(),
+    )
+    experiment.finish(stage, {key: value for key, value in metrics.items() if isinstance(value, float)})
+    experiment.say(f"{workdir.evaluation}\n{workdir.report}")
+
+
+def _last_validation(experiment: Experiment) -> dict[str, float]:
+    """The last losses on held-out documents that training wrote, by role and by task."""
+    rows = read_metrics(experiment.workdir.model / "metrics.jsonl")
+    last: dict[str, float] = next((row for row in reversed(rows) if "validation/loss" in row), {})
+    return {key.removeprefix("validation/"): value for key, value in last.items() if key.startswith("validation/")}
+
+
+def _show(bar: tqdm, kind: str, done: int, of: int) -> None:
+    bar.total = (bar.total or 0) + (of if done == 1 else 0)  # kinds come one after the other
+    bar.set_postfix_str(kind, refresh=False)
+    bar.update()

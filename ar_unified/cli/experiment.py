@@ -1,0 +1,206 @@
+"""A config and a workdir, and the things they name: what every verb opens first.
+
+Stages are fingerprinted by the parts of the config that decide their result, so that a changed learning rate does not
+make the data again, and a changed codebook is refused instead of mixed in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+from ar_tokenizers.image.autoencoder import AutoencoderConfig
+from ar_tokenizers.image.tokenizer import ImageTokenizer
+from ar_tokenizers.text import TextTokenizer
+from ml_collections import ConfigDict
+
+from ar_unified.checkpoint import restore_params
+from ar_unified.cli import config as configs
+from ar_unified.data.images import Resize
+from ar_unified.data.sources import Source, open_source
+from ar_unified.grammar import Grammar, fixed_grid, sized_rows
+from ar_unified.model.config import TransformerConfig, config_from, parameter_count
+from ar_unified.parallel.mesh import make_mesh
+from ar_unified.sampling.decoding import Filter
+from ar_unified.sampling.engine import Engine
+from ar_unified.vocabulary import Vocabulary
+from ar_unified.workdir import Stage, Workdir, read_json, write_json
+
+STAGES = ("text_tokenizer", "image_tokenizer", "data", "model", "samples", "evaluation")
+
+
+def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
+    """--config, --workdir and the overrides that every verb takes."""
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE[:arg]",
+        help="the experiment file; `:arg` is handed to it, as in experiments/folder.py:path=DIR",
+    )
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="where stages leave their results")
+    parser.epilog = "Any --config.KEY=VALUE changes one key, as in --config.training.steps=100."
+
+
+def open_experiment(arguments: argparse.Namespace, overrides: Sequence[str]) -> Experiment:
+    """The experiment of a command line; leaves its config in the workdir."""
+    experiment = Experiment(configs.load(arguments.config, overrides), Workdir(arguments.workdir))
+    write_json(experiment.workdir.config, configs.plain(experiment.config))
+    return experiment
+
+
+class Experiment:
+    """Opens what a stage needs; a stage that has not run yet is named by the error."""
+
+    def __init__(self, config: ConfigDict, workdir: Workdir):
+        self.config, self.workdir = config, workdir
+        self._opened = time.perf_counter()
+
+    def say(self, line: str) -> None:
+        print(line, flush=True)
+
+    # ---- stages ---------------------------------------------------------------------------------------------------
+
+    def stage(self, name: str, *keys: str, **more: Any) -> Stage:
+        """The stage's guard, with `keys` of the config and `more` as what decides its result."""
+        fingerprint = {key: configs.plain(self.config[key]) for key in keys} | {"seed": self.config.seed} | more
+        stage = self.workdir.stage(name, fingerprint)
+        self._opened = time.perf_counter()
+        if not stage.done:
+            self.say(f"==== {name}")
+        return stage
+
+    def skip(self, stage: Stage) -> None:
+        self.say(f"==== {stage.name}: done already ({stage.folder})")
+
+    def finish(self, stage: Stage, summary: Mapping[str, Any]) -> None:
+        """Marks the stage as done; its wall time is that of the attempt that finished it."""
+        seconds = round(time.perf_counter() - self._opened, 1)
+        stage.finish({**summary, "seconds": seconds})
+        self.say(f"==== {stage.name}: {seconds} s")
+
+    def seconds(self) -> dict[str, float]:
+        """Wall time of the finished stages, in order."""
+        records = {name: self.workdir.path / name / "done.json" for name in STAGES}
+        return {name: read_json(path)["summary"]["seconds"] for name, path in records.items() if path.exists()}
+
+    # ---- data -----------------------------------------------------------------------------------------------------
+
+    def specs(self, specs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Specs as plain dicts; named datasets live in the workdir unless the spec says where."""
+        there = {"data_dir": str(self.workdir.path / "tfds")}
+        return [(there if spec["kind"] == "tfds" else {}) | configs.plain(spec) for spec in specs]
+
+    def sources(self, specs: Sequence[Mapping[str, Any]]) -> list[Source]:
+        return [open_source(spec) for spec in self.specs(specs)]
+
+    @cached_property
+    def train(self) -> list[Source]:
+        return self.sources(self.config.data.train)
+
+    def mixture(self) -> dict[str, float]:
+        """Weight of each training source by name."""
+        specs = self.specs(self.config.data.train)
+        return {source.name: spec.get("weight", 1.0) for source, spec in zip(self.train, specs, strict=True)}
+
+    @cached_property
+    def held_out(self) -> dict[str, list[Source]]:
+        """Held-out sets by name; "validation" first."""
+        specs = {"validation": self.config.data.validation, **self.config.data.tests}
+        return {name: self.sources(tuple(spec)) for name, spec in specs.items()}
+
+    def fingerprints(self, *, held_out: bool = False) -> dict[str, Any]:
+        """What the sources hold, by name."""
+        sources = [*self.train, *(self.held_out["validation"] if held_out else ())]
+        return {f"{i} {source.name}": dict(source.fingerprint) for i, source in enumerate(sources)}
+
+    @cached_property
+    def resize(self) -> Resize:
+        height, width = self.config.data.image_size
+        return Resize(self.config.data.resize, height, width, self.config.image_tokenizer.factor)
+
+    # ---- tokenizers and grammar -----------------------------------------------------------------------------------
+
+    @cached_property
+    def autoencoder(self) -> AutoencoderConfig:
+        return configs.pick(AutoencoderConfig, self.config.image_tokenizer)
+
+    @cached_property
+    def text_tokenizer(self) -> TextTokenizer:
+        path = self.workdir.text_tokenizer / "text.model"
+        self._require(path.exists(), path, "tokenizer")
+        return TextTokenizer.load(path)
+
+    @cached_property
+    def image_tokenizer(self) -> ImageTokenizer:
+        path = self.workdir.image_tokenizer / "config.json"
+        self._require(path.exists(), path, "tokenizer")
+        return ImageTokenizer.load(self.workdir.image_tokenizer)
+
+    @cached_property
+    def grammar(self) -> Grammar:
+        """The vocabulary that binds the two tokenizers, and how pictures are written in it."""
+        text, image = self.text_tokenizer, self.image_tokenizer
+        height, width = (side // image.factor for side in self.config.data.image_size)
+        rows = self.config.data.layout == "rows"
+        # "aspect" keeps the area, so a side may be up to twice that of the square.
+        layout = sized_rows(2 * height, 2 * width) if rows else fixed_grid(height, width)
+        vocabulary = Vocabulary(
+            text.size, image.codebook_size, max(layout.height, layout.width) if rows else 0, text.hash, image.hash
+        )
+        return Grammar(vocabulary, layout, text)
+
+    # ---- model ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def model(self) -> TransformerConfig:
+        return config_from(configs.plain(self.config.model), vocab_size=self.grammar.vocabulary.size)
+
+    @cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        return make_mesh(configs.plain(self.config.mesh))
+
+    def filter(self, modality: str) -> Filter:
+        return Filter(**configs.plain(self.config.sampling[modality]))
+
+    @cached_property
+    def params(self) -> Any:
+        """The trained transformer's parameters on one device, without the optimizer's state."""
+        folder = self.workdir.model
+        self._require((folder / "done.json").exists(), folder / "done.json", "train")
+        return restore_params(folder / "checkpoints", manifest=self.grammar.manifest())
+
+    @cached_property
+    def engine(self) -> Engine:
+        sampling = self.config.sampling
+        return Engine(
+            self.model, self.params, self.grammar, batch_size=sampling.batch_size, max_length=sampling.max_length
+        )
+
+    def trained(self) -> dict[str, Any]:
+        """What decided the trained model: the fingerprint of its stage."""
+        path = self.workdir.model / "done.json"
+        self._require(path.exists(), path, "train")
+        return read_json(path)["fingerprint"]
+
+    @property
+    def weights(self) -> str:
+        """Names the trained weights."""
+        return hashlib.sha256(json.dumps(self.trained(), sort_keys=True).encode()).hexdigest()
+
+    def facts(self) -> dict[str, str]:
+        """Short things worth saying at the head of a report."""
+        vocabulary = self.grammar.vocabulary
+        return {
+            "model": f"{parameter_count(self.model) / 1e6:.2f}M parameters in {self.model.n_layers} layers",
+            "vocabulary": f"{vocabulary.text_size} text pieces + {vocabulary.codebook_size} image codes",
+        }
+
+    def _require(self, found: bool, path: Any, verb: str) -> None:
+        if not found:
+            raise SystemExit(f"ar-unified: {path} is not there yet; run `ar-unified {verb}` (or `run`) first.")

@@ -1,0 +1,55 @@
+"""Turn an experiment's documents into token shards.
+
+Reads the sources and both tokenizers. Leaves in the workdir:
+  data/train, data/validation   ArrayRecord shards, an index of lengths, manifest.json with the vocabulary
+  data/*/skipped.jsonl          every item that was left out: where it stands, its kind, what was wrong
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from ar_unified.cli import config as configs
+from ar_unified.cli.experiment import Experiment, add_experiment_arguments, open_experiment
+from ar_unified.data import prepare as preparing
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_experiment_arguments(parser)
+
+
+def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    prepare(open_experiment(arguments, overrides))
+    return 0
+
+
+def prepare(experiment: Experiment) -> None:
+    """Stage data: train and validation, each of which continues where it was interrupted."""
+    stage = experiment.stage(
+        "data",
+        data={
+            key: configs.plain(experiment.config.data[key]) for key in ("image_size", "resize", "layout", "max_tokens")
+        },
+        sources=experiment.fingerprints(held_out=True),
+        text_hash=experiment.text_tokenizer.hash,
+        image_hash=experiment.image_tokenizer.hash,
+    )
+    if stage.done:
+        return experiment.skip(stage)
+    summary = {}
+    for split, sources in (("train", experiment.train), ("validation", experiment.held_out["validation"])):
+        if not sources:
+            continue
+        report = preparing.prepare(
+            sources,
+            experiment.grammar,
+            experiment.image_tokenizer,
+            stage.folder / split,
+            max_tokens=experiment.config.data.max_tokens,
+            resize=experiment.resize,
+        )
+        experiment.say(f"{split}:\n{report}")
+        summary[split] = {name: asdict(counts) for name, counts in report.sources.items()}
+    experiment.finish(stage, summary)

@@ -1,0 +1,28 @@
+"""Run every stage of an experiment in order: tokenizers, data, training, samples, evaluation.
+
+Each stage leaves its own folder in the workdir (see the other verbs' --help). A finished stage is skipped, an
+interrupted one continues: the same command, started again after any interruption, ends with the same result.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from ar_unified.cli.evaluate import evaluate
+from ar_unified.cli.experiment import add_experiment_arguments, open_experiment
+from ar_unified.cli.prepare import prepare
+from ar_unified.cli.sample import sample_held_out
+from ar_unified.cli.tokenizer import train_tokenizers
+from ar_unified.cli.train import train
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_experiment_arguments(parser)
+
+
+def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    experiment = open_experiment(arguments, overrides)
+    for stage in (train_tokenizers, prepare, train, sample_held_out, evaluate):
+        stage(experiment)
+    return 0

@@ -1,0 +1,112 @@
+"""Train the transformer on the token shards.
+
+Reads data/train and data/validation. Leaves in the workdir:
+  model/checkpoints       Orbax: parameters and optimizer state, each with the vocabulary's manifest
+  model/metrics.jsonl     loss by role and by task, bits, norms, rates; model/tensorboard the same, with sample pictures
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ar_unified.cli import config as configs
+from ar_unified.cli.experiment import Experiment, add_experiment_arguments, open_experiment
+from ar_unified.data.loader import PackedBatches
+from ar_unified.document import CodesPart
+from ar_unified.sampling.engine import Engine, Request
+from ar_unified.training.loop import TrainingConfig, fit
+from ar_unified.training.optimizer import OptimizerConfig
+from ar_unified.training.tasks import TransformerTask
+
+_VALIDATION_BATCHES = 8
+_PREVIEWS = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_experiment_arguments(parser)
+
+
+def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    train(open_experiment(arguments, overrides))
+    return 0
+
+
+def train(experiment: Experiment) -> None:
+    """Stage model."""
+    config, settings, grammar = experiment.config, experiment.config.training, experiment.grammar
+    mixture = experiment.mixture()
+    stage = experiment.stage("model", "model", "loss", "training", manifest=grammar.manifest(), mixture=mixture)
+    if stage.done:
+        return experiment.skip(stage)
+    folder = experiment.workdir.data
+    rows = dict(batch_size=settings.batch_size, seq_len=settings.row_length)
+    batches = PackedBatches(
+        folder / "train",
+        grammar,
+        seed=config.seed,
+        weights=mixture,
+        flip=settings.flip_pairs,
+        condition_dropout=settings.drop_condition,
+        **rows,
+    )
+    for name, facts in batches.describe().items():
+        experiment.say(
+            f"{name}: {facts['rows']} rows an epoch, {facts['fill']:.1%} full, {facts['share']:.1%} of the rows"
+        )
+    validation = []
+    if (folder / "validation").exists():
+        held_out = PackedBatches(folder / "validation", grammar, flip=0.5, condition_dropout=0.0, **rows)
+        validation = [held_out.batch(step) for step in range(_VALIDATION_BATCHES)]
+    task = TransformerTask(
+        experiment.model,
+        grammar.vocabulary,
+        batches.batch,
+        validation,
+        role_weights=configs.plain(config.loss.roles),
+        task_weights=configs.plain(config.loss.tasks),
+        prompt_weight=config.loss.prompt,
+        z_loss=config.loss.z_loss,
+        text_bytes=experiment.text_tokenizer.piece_bytes,
+    )
+    fit(
+        task,
+        configs.pick(TrainingConfig, settings, seed=config.seed, optimizer=configs.pick(OptimizerConfig, settings)),
+        stage.folder,
+        mesh=experiment.mesh,
+        manifest=grammar.manifest(),
+        preview=_preview(experiment) if settings.preview_every else None,
+        logger=experiment.say,
+    )
+    experiment.finish(stage, {"steps": settings.steps})
+
+
+def _preview(experiment: Experiment) -> Any:
+    """A function that draws pictures for the first held-out prompts that ask for one."""
+    prompts = []
+    for source in experiment.held_out["validation"]:
+        for i in range(min(len(source), _PREVIEWS)):
+            document = source[i]
+            if document.task == "text_to_image" and document.prompt is not None:
+                prompts.append(document.parts[: document.prompt])
+    requests = [
+        Request(id=str(i), parts=prompt, mode="image", seed=i, image=experiment.filter("image"))
+        for i, prompt in enumerate(prompts[:_PREVIEWS])
+    ]
+    sampling = experiment.config.sampling
+
+    def preview(step: int, params: Any) -> Mapping[str, np.ndarray]:
+        engine = Engine(
+            experiment.model, params, experiment.grammar, batch_size=_PREVIEWS, max_length=sampling.max_length
+        )
+        shown = {}
+        for sample in engine.generate(requests):
+            for part in sample.document.parts if sample.document else ():
+                if isinstance(part, CodesPart):
+                    shown[f"sample {sample.request.id}"] = experiment.image_tokenizer.decode(part.codes[None])[0]
+        return shown
+
+    return preview

@@ -1,0 +1,54 @@
+"""Bring your own folder: captions.jsonl, docs.jsonl and/or vqa.jsonl beside their pictures.
+
+    ar-unified run --config experiments/folder.py:path=DIR --workdir workdirs/mine
+
+Rows: {"image", "text"}; {"segments": [{"type": "text", "text"} | {"type": "image", "image"}, ...]};
+{"image", "question", "answer"}. `ar-unified validate DIR` checks them first. Pictures keep their aspect ratio: each is
+written with its size, row by row. One item in twenty is held out (all of one picture's rows together).
+
+Arguments: path=DIR; side=PIXELS, a picture has about side x side pixels (96).
+
+Runs to the end on based-cooking (348 recipes, 133 photographs of any size): 22 Nov 2026, 2 shared CPU cores, about 9
+minutes over two starts, 3.3 GB; parse_rate 1.0, tokenizer PSNR 17.7 dB on 6 held-out photographs. 600 steps are a
+check of the path, not a model of cooking.
+"""
+
+from ml_collections import ConfigDict
+
+from ar_unified.cli.config import defaults, model, parse_arg
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    args = parse_arg(arg, path=None, side="96")
+    if not args["path"]:
+        raise ValueError("experiments/folder.py needs the folder: --config experiments/folder.py:path=DIR")
+    side = int(args["side"] or 96)
+    config = defaults()
+    config.name = "folder"
+
+    def source(split: str) -> tuple[ConfigDict, ...]:
+        return (ConfigDict(dict(kind="folder", path=args["path"], split=split)),)
+
+    config.data.train = source("[:95%]")
+    config.data.validation = source("[95%:]")
+    config.data.image_size = (side, side)
+    config.data.resize = "aspect"
+    config.data.layout = "rows"
+    config.data.max_tokens = 512
+
+    config.text_tokenizer.vocab_size = 2048
+
+    config.image_tokenizer.levels = (8, 8, 8, 5)
+    config.image_tokenizer.crop = side // 32 * 32
+    config.image_tokenizer.steps = 1500
+    config.image_tokenizer.batch_size = 32
+
+    config.model = model("2m", dropout=0.1)
+    config.training.row_length = 512
+    config.training.batch_size = 8
+    config.training.steps = 600
+    config.sampling.max_length = 768
+    config.sampling.batch_size = 16
+    config.sampling.text.temperature = 0.7
+    config.evaluation.limit = 32
+    return config

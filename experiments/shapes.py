@@ -1,0 +1,72 @@
+"""The demo: both tokenizers, the transformer, samples and their scores on the embedded shapes dataset.
+
+    make demo      or      ar-unified run --config experiments/shapes.py --workdir workdirs/shapes
+
+22 Nov 2026, fresh clone, jax 0.10.2, 2 cores of a shared EPYC, everything included: 14 min 28 s, 1.28 GB.
+evaluation.json, held-out scenes: text_to_image_exact 0.978, image_to_text_exact 0.815 (questions),
+caption_exact 0.870, story_change_exact 0.678, parse_rate 1.0; unseen_combinations: 0.0, 0.68, 0.0, 0.0, 1.0.
+Training runs at 17,000 to 20,000 tokens/s when nothing else does.
+"""
+
+from ml_collections import ConfigDict
+
+from ar_unified.cli.config import defaults, model
+
+WEIGHTS = {"captions": 0.36, "questions": 0.40, "stories": 0.24}  # shares of the packed rows
+
+
+def sources(split: str) -> tuple[ConfigDict, ...]:
+    return tuple(
+        ConfigDict(dict(kind="tfds", name=f"shapes/{kind}", split=split, weight=weight))
+        for kind, weight in WEIGHTS.items()
+    )
+
+
+def get_config() -> ConfigDict:
+    config = defaults()
+    config.name = "shapes"
+
+    config.data.train = sources("train")
+    config.data.validation = sources("validation")
+    config.data.tests.unseen_combinations = sources("unseen_combinations")
+    config.data.image_size = (64, 64)
+
+    config.text_tokenizer.cross_words = True
+
+    config.image_tokenizer.factor = 16  # 4 x 4 codes a picture
+    config.image_tokenizer.patch = 4
+    config.image_tokenizer.width = 32
+    config.image_tokenizer.multipliers = (1, 2, 4)
+    config.image_tokenizer.blocks = (0, 1, 2)
+    config.image_tokenizer.levels = (8, 6, 5)
+    config.image_tokenizer.l1_weight = 0.5
+    config.image_tokenizer.steps = 2000
+    config.image_tokenizer.batch_size = 16
+    config.image_tokenizer.learning_rate = 4e-3
+
+    config.model = model("2m", d_model=128, n_heads=4, n_kv_heads=4, d_mlp=384, tie_embeddings=False, rope_theta=1e3)
+    config.loss.prompt = 0.1
+    config.loss.roles.text = 0.5
+    config.loss.tasks.image_to_text = 6.0
+    config.loss.z_loss = 1e-4
+    config.training.steps = 4500
+    config.training.batch_size = 8
+    config.training.row_length = 256
+    config.training.learning_rate = 3e-3
+    config.training.warmup_steps = 60
+    config.training.b2 = 0.99
+    config.training.weight_decay = 0.01
+    config.training.flip_pairs = 0.35
+    config.training.drop_condition = 0.05
+    config.training.log_every = 50
+    config.training.validate_every = 500
+    config.training.checkpoint_every = 500
+
+    config.sampling.max_length = 192
+    config.sampling.image.temperature = 0.5
+    config.evaluation.protocol = "shapes"
+    config.evaluation.limit = 400
+    config.evaluation.bars = ConfigDict(
+        dict(text_to_image_exact=0.90, image_to_text_exact=0.90, story_change_exact=0.80, parse_rate=1.0)
+    )
+    return config
