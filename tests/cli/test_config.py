@@ -1,0 +1,55 @@
+"""Experiment files and their overrides."""
+
+import pytest
+
+from ar_unified.cli import config as configs
+from ar_unified.cli.main import main
+from ar_unified.data.sources import open_source
+from ar_unified.model.config import config_from
+from tests.cli.conftest import ROOT
+
+
+@pytest.mark.parametrize("name", ["shapes", "easy_vqa", "emoji", "folder:path=somewhere"])
+def test_every_experiment_describes_a_model(name):
+    file, _, arg = name.partition(":")
+    config = configs.load(f"{ROOT}/experiments/{file}.py" + (f":{arg}" if arg else ""))
+    assert config_from(configs.plain(config.model), vocab_size=1024).n_layers > 0
+    assert config.training.row_length >= config.data.max_tokens
+
+
+def test_an_override_changes_one_key_and_a_wrong_one_is_refused():
+    file = f"{ROOT}/experiments/shapes.py"
+    assert configs.load(file, ["--config.training.steps=7"]).training.steps == 7
+    with pytest.raises(SystemExit, match="stepz"):
+        configs.load(file, ["--config.training.stepz=7"])
+    with pytest.raises(SystemExit, match="many"):
+        configs.load(file, ["--config.training.steps=many"])
+
+
+def test_config_arguments_are_named():
+    assert configs.parse_arg("path=a=b", path=None, side="96") == {"path": "a=b", "side": "96"}
+    with pytest.raises(ValueError, match="expected path; found pth"):
+        configs.parse_arg("pth=x", path=None)
+
+
+def test_an_unknown_source_kind_says_what_there_is():
+    with pytest.raises(ValueError, match="folder"):
+        open_source({"kind": "floppy"})
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["run", "--help"], ["validate", "--help"]])
+def test_help_says_what_a_verb_leaves(argv, capsys):
+    try:
+        main(argv)
+    except SystemExit as stop:
+        assert stop.code == 0
+    out = capsys.readouterr().out
+    assert "workdir" in out and "--config" in out
+
+
+def test_an_unknown_verb_or_argument_is_refused(capsys):
+    assert main(["trian"]) == 2
+    assert "expected one of" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", "--config", "x.py", "--workdir", "w", "--steps=3"])
+    assert "--config.KEY=VALUE" in capsys.readouterr().err

@@ -1,0 +1,14 @@
+"""Eight faked CPU devices and one compilation cache for the whole suite; both must be set before jax starts."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+_CACHE = Path(__file__).resolve().parents[1] / ".cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+from ar_unified.model.host import prepare_cpu  # noqa: E402
+
+prepare_cpu()

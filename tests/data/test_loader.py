@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ar_unified.data.loader import ImageBatches, PackedBatches, iterate
+from ar_unified.data.prepare import prepare
+from ar_unified.data.shards import Shards
+from ar_unified.data.sources import open_source
+from ar_unified.document import TASKS
+from ar_unified.grammar import Grammar, GrammarError
+from ar_unified.vocabulary import ManifestMismatch
+
+T = 160
+
+
+@pytest.fixture
+def prepared(folder: Path, grammar: Grammar, tokenizer: Any, tmp_path: Path) -> Path:
+    sources = [
+        open_source(dict(kind="folder", path=folder, files=(name,), label=name)) for name in ("captions", "vqa", "docs")
+    ]
+    prepare(sources, grammar, tokenizer, tmp_path / "data", max_tokens=T, shard_items=8, show_progress=False)
+    return tmp_path / "data"
+
+
+def batches(prepared: Path, grammar: Grammar, **options: Any) -> PackedBatches:
+    return PackedBatches(prepared, grammar, **(dict(batch_size=4, seq_len=T, seed=3) | options))
+
+
+def rows(batch: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """Every document of a batch, as it stands in it."""
+    found = []
+    for b in range(len(batch["tokens"])):
+        for segment in range(1, batch["segment_ids"][b].max() + 1):
+            here = batch["segment_ids"][b] == segment
+            found.append({name: array[b][here] for name, array in batch.items()} | {"start": np.argmax(here)})
+    return found
+
+
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+def test_a_batch_depends_on_step_and_seed_only(prepared: Path, grammar: Grammar) -> None:
+    reference = batches(prepared, grammar)
+    expected = [reference.batch(step) for step in range(30)]
+    for processes in (1, 2, 4):
+        for step in (17, 3, 29):  # any order, by another reader
+            fresh = batches(prepared, grammar)
+            parts = [fresh.batch(step, i, processes) for i in range(processes)]
+            whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            assert same(whole, expected[step])
+    for threads, ahead in ((0, 0), (1, 2), (4, 8)):
+        restarted = iterate(batches(prepared, grammar), 11, 30, threads=threads, ahead=ahead)
+        assert all(same(a, b) for a, b in zip(restarted, expected[11:], strict=True))
+    assert not any(same(batches(prepared, grammar, seed=4).batch(s), expected[s]) for s in range(5))
+    assert len({batch["tokens"].tobytes() for batch in expected}) == 30
+
+
+def test_every_document_once_an_epoch(prepared: Path, grammar: Grammar) -> None:
+    loader = batches(prepared, grammar, batch_size=1, flip=0.0, condition_dropout=0.0, weights=dict(vqa=1, captions=3))
+    stored = {name: Shards(prepared / name, n) for name, n in (("vqa", 2), ("captions", 3))}
+    whole = {name: Counter(t.tobytes() for t in shards.read(range(len(shards)))) for name, shards in stored.items()}
+    seen = {name: Counter[bytes]() for name in whole}
+    epochs = 2
+    for step in range(4 * epochs * max(loader.rows_per_epoch.values())):
+        found = [document["tokens"].tobytes() for document in rows(loader.batch(step))]
+        name = next(name for name in whole if found[0] in whole[name])
+        assert set(found) <= set(whole[name])
+        if seen[name].total() < epochs * whole[name].total():
+            seen[name].update(found)
+    for name in whole:
+        assert seen[name] == Counter({tokens: count * epochs for tokens, count in whole[name].items()})
+
+
+def test_rows_say_of_every_token_what_the_model_needs(prepared: Path, grammar: Grammar) -> None:
+    loader = batches(prepared, grammar, batch_size=8, condition_dropout=0.3)
+    v = grammar.vocabulary
+    tasks = Counter[str]()
+    for step in range(6):
+        batch = loader.batch(step)
+        padding = batch["segment_ids"] == 0
+        assert (batch["tokens"][padding] == v.pad).all() and (batch["targets"][padding] == v.pad).all()
+        assert (batch["doc_start"][padding] == T).all() and not batch["prompt"][padding].any()
+        assert {k: (a.shape, a.dtype.name) for k, a in batch.items()} == {
+            **{k: ((8, T), "int32") for k in ("tokens", "targets", "positions", "doc_start", "segment_ids")},
+            "tasks": ((8, T), "int8"),
+            "prompt": ((8, T), "bool"),
+        }
+        for d in rows(batch):
+            n = len(d["tokens"])
+            document = grammar.parse(d["tokens"])
+            assert (d["positions"] == np.arange(n)).all() and (d["doc_start"] == d["start"]).all()
+            assert d["targets"].tolist() == [*d["tokens"][1:], v.pad]
+            task = TASKS[d["tasks"][0]]
+            tasks[task] += 1
+            assert len(set(d["tasks"])) == 1 and task in (document.task, "interleaved")
+            border = np.flatnonzero(d["tokens"] == v.eot)
+            assert d["prompt"].tolist() == [k < (border[0] if border.size else 0) for k in range(n)]
+    assert all(tasks[task] for task in ("text_to_image", "image_to_text", "interleaved"))
+
+
+def test_flipping_is_drawn_anew_every_epoch_and_only_for_pairs(prepared: Path, grammar: Grammar) -> None:
+    loader = batches(prepared, grammar, batch_size=1, weights=dict(captions=1), condition_dropout=0.0)
+    per_epoch = loader.rows_per_epoch["captions"]
+    flipped = []
+    for epoch in range(20):
+        read = [grammar.parse(d["tokens"]) for r in range(per_epoch) for d in rows(loader.batch(epoch * per_epoch + r))]
+        assert len(read) == 20
+        flipped.append(frozenset(d.parts[1].text for d in read if d.task == "image_to_text"))
+    assert 0.4 < sum(map(len, flipped)) / 400 < 0.6 and len(set(flipped)) == 20
+    asked = batches(prepared, grammar, weights=dict(vqa=1), flip=1.0).batch(0)
+    assert {TASKS[d["tasks"][0]] for d in rows(asked)} == {"image_to_text"}
+
+
+def test_condition_dropout_leaves_exactly_the_unconditional_prefix(prepared: Path, grammar: Grammar) -> None:
+    boi = grammar.vocabulary.boi
+
+    def prefixes(**options: Any) -> Counter[bool]:
+        loader = batches(prepared, grammar, flip=0.0, **options)
+        found = Counter[bool]()
+        for step in range(20):
+            for d in rows(loader.batch(step)):
+                picture = int(np.argmax(d["tokens"] == boi))
+                found[np.array_equal(d["tokens"][:picture], grammar.unconditional)] += 1
+        return found
+
+    for source in ("captions", "docs"):
+        assert set(prefixes(weights={source: 1}, condition_dropout=1.0)) == {True}
+        assert set(prefixes(weights={source: 1}, condition_dropout=0.0)) == {False}
+    some = prefixes(weights=dict(captions=1), condition_dropout=0.25)
+    assert 0.15 < some[True] / some.total() < 0.35
+    assert set(prefixes(weights=dict(vqa=1), condition_dropout=1.0)) == {False}, "an answer in words keeps its question"
+
+
+def test_one_definition_of_unconditional(prepared: Path, grammar: Grammar, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data and sampler must not each have their own: what the grammar says changes what the loader makes."""
+    other = np.array([grammar.vocabulary.bos, grammar.vocabulary.eol, grammar.vocabulary.eot], np.int32)
+    monkeypatch.setattr(Grammar, "unconditional", property(lambda self: other))
+    for document in rows(
+        batches(prepared, grammar, weights=dict(captions=1), flip=0.0, condition_dropout=1.0).batch(0)
+    ):
+        assert document["tokens"][:4].tolist() == [*other, grammar.vocabulary.boi]
+        with pytest.raises(GrammarError):
+            grammar.parse(document["tokens"])
+
+
+def test_shares_follow_the_weights(prepared: Path, grammar: Grammar) -> None:
+    loader = batches(prepared, grammar, batch_size=64, weights=dict(captions=2, docs=1, vqa=0))
+    tasks = [TASKS[row[0]] for row in loader.batch(5)["tasks"]]
+    assert abs(tasks.count("interleaved") - 64 / 3) < 1.5 and "vqa" not in loader.shares
+    assert loader.describe()["docs"]["fill"] > 0.3
+    with pytest.raises(ValueError, match=r"expected sources \['captions', 'docs', 'vqa'\], found 'book'"):
+        batches(prepared, grammar, weights=dict(book=1))
+
+
+def test_other_vocabulary_and_short_rows_are_refused(prepared: Path, grammar: Grammar, kit: Any) -> None:
+    with pytest.raises(ManifestMismatch, match="grammar.width"):
+        batches(prepared, kit.grammar(type(grammar.layout)("grid", 4, 5)))
+    with pytest.raises(ValueError, match="make rows longer"):
+        batches(prepared, grammar, seq_len=24)
+    with pytest.raises(ValueError, match="divides the batch size 4"):
+        batches(prepared, grammar).batch(0, 0, 3)
+
+
+def test_image_batches_are_pure_and_visit_everything(folder: Path, kit: Any) -> None:
+    (folder / "images/3.png").write_bytes(b"")
+    sources = [
+        open_source(dict(kind="folder", path=folder, files=(name,), label=name)) for name in ("captions", "docs")
+    ]
+
+    def made(**options: Any) -> ImageBatches:
+        return ImageBatches(sources, **(dict(size=(16, 16), batch_size=5, seed=1) | options))
+
+    expected = [made().batch(step)["pixels"] for step in range(40)]
+    assert expected[0].shape == (5, 16, 16, 3) and expected[0].dtype == np.uint8
+    for options in (dict(), dict(memory=0), dict(memory=3 * 16 * 16 * 3)):
+        loader = made(**options)
+        assert all(np.array_equal(loader.batch(step)["pixels"], expected[step]) for step in (31, 2, 31))
+    halves = [made(batch_size=4).batch(6, i, 2)["pixels"] for i in (0, 1)]
+    assert np.array_equal(np.concatenate(halves), made(batch_size=4).batch(6)["pixels"])
+    ahead = iterate(made(), 8, 12, threads=3)
+    assert all(np.array_equal(a["pixels"], b) for a, b in zip(ahead, expected[8:12], strict=True))
+    seen = Counter(picture.tobytes() for batch in expected for picture in batch)
+    assert set(seen) == {kit.picture(i).tobytes() for i in range(20) if i != 3}
+    varied = made(mirror=True, random_crop=True, batch_size=8)
+    assert varied.batch(0)["pixels"].shape == (8, 16, 16, 3)
+    assert np.array_equal(
+        varied.batch(9)["pixels"], made(mirror=True, random_crop=True, batch_size=8).batch(9)["pixels"]
+    )
+
+
+def test_a_full_row_whose_document_begins_with_a_picture_has_no_room_for_dropout(
+    kit: Any, grammar: Grammar, tokenizer: Any, tmp_path: Path
+) -> None:
+    root = kit.folder(tmp_path / "folder")
+    segments = [dict(type="image", image="images/0.png"), dict(type="text", text="what it shows")]
+    kit.write(root / "docs.jsonl", [dict(segments=segments)])
+    source = open_source(dict(kind="folder", path=root, files=("docs",), label="docs"))
+    prepare([source], grammar, tokenizer, tmp_path / "data", max_tokens=T, show_progress=False)
+    (length,) = Shards(tmp_path / "data" / "docs", 1).index["length"].tolist()
+    full = batches(tmp_path / "data", grammar, batch_size=1, seq_len=length, condition_dropout=1.0).batch(0)
+    assert (full["segment_ids"] == 1).all()
+    assert full["tokens"][0, 1] == grammar.vocabulary.boi

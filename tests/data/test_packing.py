@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ar_unified.data.packing import PERIOD, Mixture, Packing, key, permute
+
+
+@given(size=st.integers(1, 3000), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_permute_is_a_permutation_and_element_wise(size: int, seed: int) -> None:
+    whole = permute(np.arange(size), size, key(seed))
+    assert np.array_equal(np.sort(whole), np.arange(size))
+    some = np.arange(0, size, 7)
+    assert np.array_equal(permute(some, size, key(seed)), whole[some])
+
+
+def test_permute_depends_on_the_stream() -> None:
+    orders = {tuple(permute(np.arange(6), 6, key("a", seed))) for seed in range(50)}
+    assert len(orders) > 40
+
+
+@given(lengths=st.lists(st.integers(1, 64), min_size=1, max_size=400), seed=st.integers(0, 9))
+@settings(max_examples=40, deadline=None)
+def test_every_epoch_has_every_document_once_in_rows_that_fit(lengths: list[int], seed: int) -> None:
+    sizes = np.array(lengths)
+    packing = Packing(sizes, 64, seed=seed)
+    for epoch in (0, 5):
+        rows = packing.documents(epoch, np.arange(packing.rows))
+        assert sorted(np.concatenate(rows).tolist()) == list(range(len(sizes)))
+        assert max(sizes[row].sum() for row in rows) <= 64
+        alone = [packing.documents(epoch, np.array([r]))[0] for r in range(packing.rows)]
+        assert all(np.array_equal(a, b) for a, b in zip(rows, alone, strict=True))
+
+
+def test_rows_are_well_filled_and_differ_between_epochs() -> None:
+    lengths = np.random.default_rng(0).integers(20, 200, 2000)
+    packing = Packing(lengths, 512, seed=0)
+    assert packing.fill > 0.99
+    rows = np.arange(packing.rows)
+    companions = [{frozenset(row.tolist()) for row in packing.documents(epoch, rows)} for epoch in (0, 1)]
+    assert len(companions[0] & companions[1]) < 0.05 * packing.rows
+
+
+def test_a_document_longer_than_a_row_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'recipes'.*1 to 8 tokens, found 3 to 9"):
+        Packing(np.array([3, 9]), 8, seed=0, name="recipes")
+
+
+def test_mixture_keeps_weights_in_every_stretch_and_epochs_of_each_source_apart() -> None:
+    mixture = Mixture([10, 1000, 3], [0.25, 0.75, 0.0])
+    places = mixture.places(0, 3 * PERIOD)
+    for start in range(0, 3 * PERIOD, 64):
+        assert (places.source[start : start + 64] == 0).sum() == 16
+    first = [(e, i) for s, e, i in zip(places.source, places.epoch, places.item, strict=True) if s == 0]
+    assert first == [(k // 10, k % 10) for k in range(len(first))]
+    assert not (places.source == 2).any()
+
+
+def test_a_tiny_weight_still_gets_a_turn() -> None:
+    assert min(Mixture([5, 5], [1.0, 1e-9]).shares) > 0

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ar_unified import workdir
+from ar_unified.data.images import Resize, to_png
+from ar_unified.data.prepare import load_manifest, load_report, prepare, split
+from ar_unified.data.shards import Shards, read_skipped
+from ar_unified.data.sources import Source, open_source
+from ar_unified.document import CodesPart, Document, ImagePart, TextPart
+from ar_unified.grammar import Grammar, fixed_grid, sized_rows
+from ar_unified.vocabulary import ManifestMismatch
+
+
+def opened(folder: Path, **options: Any) -> Source:
+    return open_source(dict(kind="folder", path=folder, **options))
+
+
+def run(sources: list[Source], grammar: Grammar, tokenizer: Any, out: Path, **options: Any) -> Any:
+    settings = dict(max_tokens=512, batch_size=8, shard_items=7, show_progress=False)
+    return prepare(sources, grammar, tokenizer, out, **(settings | options))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def documents(out: Path, source: str, grammar: Grammar) -> list[Document]:
+    count = load_manifest(out)["report"][source]["shards"]
+    shards = Shards(out / source, count)
+    return [grammar.parse(tokens) for tokens in shards.read(range(len(shards)))]
+
+
+def test_what_is_on_disk_is_what_the_source_says(
+    folder: Path, grammar: Grammar, tokenizer: Any, tmp_path: Path
+) -> None:
+    source = opened(folder)
+    report = run([source], grammar, tokenizer, tmp_path / "out")
+    found = documents(tmp_path / "out", "set", grammar)
+    assert len(found) == len(source) == report.sources["set"].documents == 35
+    for document, item in zip(found, (source[i] for i in range(35)), strict=True):
+        assert document.prompt == item.prompt and len(document.parts) == len(item.parts)
+        for part, original in zip(document.parts, item.parts, strict=True):
+            if isinstance(original, ImagePart):
+                assert part == CodesPart(tokenizer.encode(original.pixels[None])[0])
+            else:
+                assert part == original
+    index = Shards(tmp_path / "out/set", 5).index
+    assert index["pair"].tolist() == [True] * 20 + [False] * 15 and index["pictures"].sum() == 20 + 10 + 10
+    assert report.sources["set"].tasks == {"text_to_image": 20, "image_to_text": 10, "interleaved": 5}
+    assert Shards(tmp_path / "out/set", 5).item(33) == 33
+    assert str(report) == str(load_report(tmp_path / "out"))
+
+
+def test_interrupted_and_continued_equals_uninterrupted(
+    folder: Path, grammar: Grammar, tokenizer: Any, kit: Any, tmp_path: Path
+) -> None:
+    whole, broken, killed = tmp_path / "whole", tmp_path / "broken", tmp_path / "killed"
+
+    class Failing(kit.Tokenizer):
+        def encode(self, pixels: np.ndarray) -> np.ndarray:
+            if len(self.shapes) == 3:
+                shutil.copytree(broken, killed)  # what SIGKILL would leave at this moment
+                raise KeyboardInterrupt
+            return super().encode(pixels)
+
+    def sources() -> list[Source]:
+        return [opened(folder), opened(folder, files=("docs",), label="stories")]
+
+    run(sources(), grammar, tokenizer, whole)
+    with pytest.raises(KeyboardInterrupt):
+        run(sources(), grammar, Failing(), broken)
+    assert any(broken.rglob("*.array_record")) and not any(broken.rglob("*~"))
+    assert any(killed.rglob("*~"))
+    for begun in (broken, killed):
+        with pytest.raises(FileNotFoundError, match="run `prepare` to its end"):
+            load_report(begun)
+        again = kit.Tokenizer()
+        run(sources(), grammar, again, begun)
+        assert files(begun) == files(whole)
+        assert len(again.shapes) < len(tokenizer.shapes), "finished shards were made again"
+    run(sources(), grammar, never := kit.Tokenizer(), broken)
+    assert not never.shapes, "a finished prepare was done again"
+
+
+def test_another_vocabulary_or_setting_is_refused(
+    folder: Path, grammar: Grammar, tokenizer: Any, kit: Any, tmp_path: Path
+) -> None:
+    run([opened(folder)], grammar, tokenizer, tmp_path)
+    with pytest.raises(ManifestMismatch, match="grammar.height"):
+        run([opened(folder)], kit.grammar(fixed_grid(2, 4)), tokenizer, tmp_path)
+    with pytest.raises(workdir.StageMismatch, match='"max_tokens": 512.*"max_tokens": 300'):
+        run([opened(folder)], grammar, tokenizer, tmp_path, max_tokens=300)
+    kit.write(folder / "docs.jsonl", [dict(segments=[dict(type="text", text="new")])])
+    with pytest.raises(workdir.StageMismatch, match="sources"):
+        run([opened(folder)], grammar, tokenizer, tmp_path)
+    tokenizer.hash = "retrained"
+    with pytest.raises(ManifestMismatch, match="'patch-means'.*'retrained'"):
+        run([opened(folder)], grammar, tokenizer, tmp_path)
+
+
+def test_bad_items_are_left_out_counted_and_change_nothing_else(
+    folder: Path, grammar: Grammar, tokenizer: Any, kit: Any, tmp_path: Path
+) -> None:
+    run([opened(folder)], grammar, tokenizer, tmp_path / "clean")
+    expected = kit.spoil(folder)
+    report = run([opened(folder)], grammar, tokenizer, tmp_path / "spoilt")
+    kinds = sorted(expected.values())
+    assert report.sources["set"].skipped == {kind: kinds.count(kind) for kind in kinds}
+    rows = [json.loads(row) for row in (tmp_path / "spoilt/skipped.jsonl").read_text().splitlines()]
+    assert {"/".join(row["origin"].split("/")[-1:]): row["kind"] for row in rows} == expected
+    assert all(row["reason"] for row in rows)
+    clean, spoilt = (
+        Shards(tmp_path / name / "set", len(list((tmp_path / name / "set").glob("*.array_record"))))
+        for name in ("clean", "spoilt")
+    )
+    tokens = [[t.tobytes() for t in shards.read(range(len(shards)))] for shards in (clean, spoilt)]
+    marked = grammar.encode(Document((TextPart("a <boi> b"), CodesPart(tokenizer.encode(kit.picture(0)[None])[0])), 1))
+    assert marked.tobytes() in tokens[1] and marked.tobytes() not in tokens[0]
+    tokens[1].remove(marked.tobytes())
+    assert tokens[0] == tokens[1]
+
+
+def test_pictures_go_in_full_batches_of_one_size_and_equal_ones_once(tmp_path: Path, kit: Any, tokenizer: Any) -> None:
+    root = tmp_path / "set"
+    (root / "images").mkdir(parents=True)
+    sizes = [(16, 16), (16, 24), (24, 16), (40, 8)]
+    for i in range(24):
+        (root / f"images/{i}.png").write_bytes(to_png(kit.picture(i, *sizes[i % 4])))
+    rows = [dict(image=f"images/{i % 24}.png", question=f"{i}?", answer="no") for i in range(240)]
+    kit.write(root / "vqa.jsonl", rows)
+    grammar = kit.grammar(sized_rows(12, 12))
+    resize = Resize("aspect", 16, 16, 4, 48, 48)
+    run([opened(root)], grammar, tokenizer, tmp_path / "out", batch_size=4, shard_items=1000, resize=resize)
+    assert len(tokenizer.shapes) <= 6 + 4 and all(shape[0] == 4 for shape in tokenizer.shapes)
+    found = documents(tmp_path / "out", "set", grammar)
+    assert [document.parts[1] for document in found] == [TextPart(f"{i}?") for i in range(240)]
+    for i in (0, 1, 2, 3, 23):
+        pixels = resize(kit.picture(i, *sizes[i % 4]))
+        assert found[i].parts[0] == found[i + 24].parts[0] == CodesPart(tokenizer.encode(pixels[None])[0])
+
+
+def test_long_documents_are_split_at_paragraphs_or_left_out(tmp_path: Path, kit: Any, grammar: Grammar) -> None:
+    paragraphs = ["a" * 30, "b" * 30, "c" * 70, "d" * 10]
+    image = CodesPart(np.ones((4, 4), np.int32))
+    pieces = split(Document((TextPart("\n\n".join(paragraphs)), image, TextPart("end"))), grammar, 64 + 2)
+    assert [piece.parts for piece in pieces] == [
+        (TextPart("a" * 30 + "\n\n" + "b" * 30),),
+        (TextPart("c" * 70),),
+        (TextPart("d" * 10), image, TextPart("end")),
+    ]
+    recipe = "two\n" * 20
+    lines = split(Document((TextPart("one\n\n" + recipe + "\nthree"),)), grammar, 30)
+    words = [piece.parts[0].text.split() for piece in lines]
+    assert sum(words, []) == ["one", *["two"] * 20, "three"] and len(lines) == 4
+    root = tmp_path / "set"
+    root.mkdir()
+    (root / "0.png").write_bytes(to_png(kit.picture(0)))
+    segments = [dict(type="text", text=text) for text in paragraphs] + [dict(type="image", image="0.png")]
+    kit.write(root / "docs.jsonl", [dict(segments=segments), dict(segments=segments[:1])])
+    kit.write(root / "captions.jsonl", [dict(image="0.png", text="e" * 70), dict(image="0.png", text="f")])
+    report = run([opened(root)], grammar, kit.Tokenizer(), tmp_path / "out", max_tokens=66).sources["set"]
+    assert report.skipped == {"too_long": 1, "too_long_part": 1} and report.split_items == 1
+    assert report.documents == 1 + 2 + 1 and report.longest <= 66
+    assert [row["kind"] for row in read_skipped(tmp_path / "out/set/00000.array_record")] == [
+        "too_long",
+        "too_long_part",
+    ]

@@ -1,0 +1,148 @@
+"""The embedded dataset: what it says is true, nothing leaks between its splits, and TFDS serves it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from ar_unified.data import scenes, shapes
+from ar_unified.evaluation.shapes import read_scene
+
+
+def some_scenes(split: str, count: int = 300) -> list[scenes.Scene]:
+    rng = np.random.default_rng(7)
+    return [scenes.sample_scene(rng, split) for _ in range(count)]
+
+
+def tiny(kind: str, folder: object, held_out: int = 20) -> shapes.Shapes:
+    config = shapes.ShapesConfig(name=f"tiny_{kind}", kind=kind, side=32, train=40, held_out=held_out)
+    builder = shapes.Shapes(config=config, data_dir=str(folder))
+    builder.download_and_prepare()
+    return builder
+
+
+@pytest.mark.parametrize("split", scenes.SPLITS)
+def test_a_caption_determines_the_scene(split: str) -> None:
+    rng = np.random.default_rng(0)
+    captions = {}
+    for scene in some_scenes(split):
+        text = scenes.caption(rng, scene)
+        assert scenes.read_caption(text) == scene, text
+        captions[text] = scene
+    assert len({text.split()[0] for text in captions}) >= 4  # there is variety
+
+
+@pytest.mark.parametrize("text", ["", "a red circle", "a red blue circle in the top left", "red " * 4])
+def test_a_caption_that_is_unclear_is_not_guessed(text: str) -> None:
+    assert scenes.read_caption(text) is None
+
+
+@pytest.mark.parametrize("split", scenes.SPLITS)
+def test_answers_are_right(split: str) -> None:
+    """Answered once more from the scene by other means: filtering objects by the words of the question."""
+    rng = np.random.default_rng(1)
+    for scene in some_scenes(split):
+        for _ in range(4):
+            question, answer = scenes.question(rng, scene, split)
+            words = question.rstrip("?").lower()
+            asked = words.split(" the ")[-1] if " the " in words else words
+            attributes = (scenes.SHAPES, tuple(scenes.COLOURS), scenes.SIZES, scenes.PLACES)
+            named = {w for names in attributes for w in names if f" {w}" in f" {asked}"}
+            if words.endswith("large or small"):
+                named -= set(scenes.SIZES)
+            fitting = [o for o in scene if named <= {o.shape, o.colour, o.size, o.place}]
+            if words.startswith("how many"):
+                assert answer == ("one", "two", "three")[len(scene) - 1]
+            elif words.startswith("is there"):
+                assert answer == ("yes" if fitting else "no"), (question, scene)
+            else:
+                assert len(fitting) == 1, (question, scene)
+                (o,) = fitting
+                if words.startswith(("what colour", "what shape")) or words.startswith(("where", "is the")):
+                    assert answer in {o.shape, o.colour, o.size, o.place} - named, (question, answer)
+                else:
+                    vertical, horizontal = o.place.split()
+                    across = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
+                    vertical = across[vertical] if "above" in words or "below" in words else vertical
+                    horizontal = horizontal if "above" in words or "below" in words else across[horizontal]
+                    there = [x for x in scene if x.place == f"{vertical} {horizontal}"]
+                    assert answer == (f"{there[0].colour} {there[0].shape}" if there else "nothing")
+
+
+def test_a_story_text_leads_from_one_scene_to_the_next() -> None:
+    rng = np.random.default_rng(2)
+    verbs = set()
+    for scene in some_scenes("train"):
+        change = scenes.sample_change(rng, scene, "train")
+        assert change is not None and change.before == scene and scenes.split_of(change.after) == "train"
+        gone, new = set(scene) - set(change.after), set(change.after) - set(scene)
+        assert (len(gone), len(new)) in {(1, 1), (0, 1), (1, 0)}
+        for o in new:  # what is new about it is what the text says
+            fresh = {o.place, o.colour} - ({gone_o.place for gone_o in gone} | {x.colour for x in gone})
+            assert all(word in change.text for word in fresh), (change.text, o)
+        verbs.add((len(gone), len(new)))
+    assert len(verbs) == 3
+
+
+def test_nothing_changes_in_a_story_but_what_the_text_names() -> None:
+    rng = np.random.default_rng(3)
+    scene = next(s for s in some_scenes("train") if len(s) == 3)
+    changes = (scenes.sample_change(rng, scene, "train") for _ in range(100))
+    change = next(c for c in changes if c and len(c.after) == 2)
+    before, after = scenes.render(scene, 64), scenes.render(change.after, 64)
+    (gone,) = set(scene) - set(change.after)
+    row, column = divmod(scenes.PLACES.index(gone.place), 2)
+    differs = (before != after).any(-1)
+    assert differs.any()
+    differs[row * 32 : (row + 1) * 32, column * 32 : (column + 1) * 32] = False
+    assert not differs.any()
+
+
+def test_splits_are_apart() -> None:
+    seen = {split: set(some_scenes(split, 2000)) for split in scenes.SPLITS}
+    assert not seen["train"] & seen["validation"]
+    train_kinds = {o.kind for scene in seen["train"] | seen["validation"] for o in scene}
+    assert not train_kinds & scenes.UNSEEN and len(train_kinds) == 20
+    assert all(any(o.kind in scenes.UNSEEN for o in scene) for scene in seen["unseen_combinations"])
+    assert {shape for shape, _ in train_kinds} == set(scenes.SHAPES)
+    assert {colour for _, colour in train_kinds} == set(scenes.COLOURS)
+
+
+def test_no_training_text_names_an_unseen_combination() -> None:
+    rng = np.random.default_rng(4)
+    for scene in some_scenes("train", 1000):
+        question, answer = scenes.question(rng, scene, "train")
+        assert not any(f"{c} {s}" in f"{question} {answer}" for s, c in scenes.UNSEEN)
+
+
+@pytest.mark.parametrize("kind", ["captions", "questions", "stories"])
+def test_tfds_builds_the_same_thing_twice(kind: str, tmp_path) -> None:
+    def examples(folder: object) -> list[dict]:
+        return list(tiny(kind, folder).as_data_source(split="validation"))
+
+    once, again = examples(tmp_path / "a"), examples(tmp_path / "b")
+    assert len(once) == 20
+    for a, b in zip(once, again, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(np.asarray(a[key]), np.asarray(b[key]))
+
+
+def test_tfds_serves_pictures_of_the_scenes(tmp_path) -> None:
+    for example in tiny("stories", tmp_path).as_data_source(split="unseen_combinations"):
+        assert 2 <= len(example["texts"]) == len(example["images"]) == len(example["scenes"]) <= 4
+        for image, scene in zip(example["images"], example["scenes"], strict=True):
+            assert image.dtype == np.uint8 and image.shape == (32, 32, 3)
+            assert read_scene(image) == scenes.scene_from_json(scene)
+
+
+def test_the_names_are_known_without_tensorflow() -> None:
+    code = (
+        "import sys, tensorflow_datasets as tfds, ar_unified.data.shapes;"
+        "b = tfds.builder('shapes/stories', data_dir='unused');"
+        "assert b.info.file_format.value == 'array_record' and 'tensorflow' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

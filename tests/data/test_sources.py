@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ar_unified.data.images import to_png
+from ar_unified.data.sources import BadItem, open_source, read, texts
+from ar_unified.document import Document, ImagePart, TextPart
+
+
+def test_a_folder_is_its_three_files_in_order(folder: Path, kit: Any) -> None:
+    source = open_source(dict(kind="folder", path=folder, weight=2.0))
+    assert len(source) == 20 + 5 + 10 and source.name == "set" and source.reversible
+    pair, story, question = source[3], source[20], source[27]
+    assert pair == Document((TextPart("picture 3"), ImagePart(kit.picture(3))), prompt=1)
+    assert story.prompt is None and story.meta["title"] == "story 0" and len(story.parts) == 4
+    assert question.parts[1:] == (TextPart("which is 2?"), TextPart("it")) and question.prompt == 2
+    assert [source.origin(i).rsplit("/")[-1] for i in (3, 20, 27)] == [
+        "captions.jsonl:4",
+        "docs.jsonl:1",
+        "vqa.jsonl:3",
+    ]
+    assert pair.origin == source.origin(3)
+
+
+def test_opening_and_texts_read_no_picture(folder: Path) -> None:
+    for file in (folder / "images").iterdir():
+        file.unlink()
+    source = open_source(dict(kind="folder", path=folder, files=("captions", "vqa")))
+    assert list(texts([source]))[18:22] == ["picture 18", "picture 19", "which is 0?", "it"]
+    with pytest.raises(BadItem, match="captions.jsonl:1: missing_image"):
+        source[0]
+
+
+def test_jsonl_with_pictures_inside_it(tmp_path: Path, kit: Any) -> None:
+    png = base64.b64encode(to_png(kit.picture(7))).decode()
+    kit.write(
+        tmp_path / "own.jsonl",
+        [
+            dict(image=f"data:image/png;base64,{png}", text="a"),
+            dict(image=f"data:image/png;base64,{png[:50]}", text="b"),
+        ],
+    )
+    source = open_source(dict(kind="jsonl", path=tmp_path / "own.jsonl"))
+    assert source.name == "own" and np.array_equal(source[0].parts[1].pixels, kit.picture(7))
+    with pytest.raises(BadItem, match="own.jsonl:2: unreadable_image"):
+        source[1]
+
+
+def test_paths_stay_inside_the_folder(tmp_path: Path, kit: Any) -> None:
+    root = tmp_path / "set"
+    (root / "sub").mkdir(parents=True)
+    (tmp_path / "secret.png").write_bytes(to_png(kit.picture(0)))
+    (root / "fine.png").write_bytes(to_png(kit.picture(0)))
+    (root / "sub" / "out.png").symlink_to(tmp_path / "secret.png")
+    (root / "sub" / "in.png").symlink_to(root / "fine.png")
+    (root / "loop.png").symlink_to(root / "loop.png")
+    names = ["../secret.png", "sub/../../secret.png", str(root / "fine.png"), "sub/out.png", "/etc/passwd"]
+    others = {"sub/in.png": None, "sub/../fine.png": None, "loop.png": "missing_image", "sub": "missing_image"}
+    kit.write(root / "captions.jsonl", [dict(image=name, text="x") for name in [*names, *others, "nul\0.png"]])
+    found = [item.kind if isinstance(item, BadItem) else None for _, item in read(_captions(root), range(10))]
+    assert found == ["path_escapes"] * len(names) + [*others.values(), "missing_image"]
+
+
+def _captions(root: Path, **options: Any) -> Any:
+    return open_source(dict(kind="folder", path=root, files=("captions",), **options))
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        (b'{"image": "images/0.png", "te', "bad_json"),
+        (b'{"image": "images/0.png", "text": "\xff"}', "bad_utf8"),
+        (b"[1, 2]", "bad_row"),
+        (b"[" * 100_000, "bad_json"),
+        (dict(image="images/0.png", caption="other key"), "bad_row"),
+        (dict(image=7, text="x"), "bad_row"),
+        (dict(image="images/0.png", text=" \n"), "empty_text"),
+        (b'{"image": "images/0.png", "text": "\\ud800"}', "bad_text"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_line_and_kind(folder: Path, kit: Any, row: Any, kind: str) -> None:
+    kit.write(folder / "captions.jsonl", [dict(image="images/0.png", text="<boi> is text"), b"", row])
+    source = _captions(folder)
+    assert len(source) == 2 and source[0].parts[0] == TextPart("<boi> is text")
+    with pytest.raises(BadItem, match=f"captions.jsonl:3: {kind}: ") as bad:
+        source[1]
+    assert bad.value.kind == kind and bad.value.origin.endswith("captions.jsonl:3")
+
+
+def test_splits_by_name_and_by_part(folder: Path, kit: Any) -> None:
+    rows = [dict(image=f"images/{i % 20}.png", text=f"{i}", split="test" if i < 20 else "train") for i in range(400)]
+    kit.write(folder / "captions.jsonl", [*rows, b"{broken"])
+
+    def got(split: str | None) -> set[str]:
+        return set(texts([_captions(folder, split=split)]))
+
+    assert got("test") == {str(i) for i in range(20)} and len(got(None)) == 400
+    first, last = got("train[:60%]"), got("train[60%:]")
+    assert first | last == got("train") and not first & last and 0.3 < len(first) / 380 < 0.9
+    assert not {int(i) % 20 for i in first} & {int(i) % 20 for i in last}, "one picture on both sides"
+    assert len(_captions(folder, split="test")) == 21, "a broken row must not vanish"
+    kit.write(folder / "captions.jsonl", rows)
+    with pytest.raises(ValueError, match="no row is in split 'dev'; the rows' splits are: test, train"):
+        _captions(folder, split="dev")
+
+
+def test_wrong_specs_say_what_is_expected(tmp_path: Path) -> None:
+    for spec, message in [
+        (dict(kind="parquet"), "expected kind one of"),
+        (dict(kind="jsonl", path="nowhere.jsonl"), "nowhere.jsonl: no such file"),
+        (dict(kind="folder", path=tmp_path), "expected a folder with at least one of captions.jsonl"),
+        (dict(kind="jsonl", path="x", colour="red"), "unexpected keyword argument 'colour'"),
+        (dict(kind="folder", path=tmp_path, files=("captions",), split="train[5]"), "captions.jsonl: no such file"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            open_source(spec)
+
+
+def test_reading_ahead_keeps_order_and_reports_bad_items_as_values(folder: Path) -> None:
+    (folder / "images/4.png").write_bytes(b"")
+    source = _captions(folder)
+    alone = [item for _, item in read(source, range(20), workers=1)]
+    many = [item for _, item in read(source, range(20), workers=8)]
+    assert [type(item) for item in many] == [type(item) for item in alone]
+    assert isinstance(many[4], BadItem) and many[4].kind == "empty_file"
+    assert many[5] == alone[5] == source[5]
+
+
+def test_tfds_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ar_unified.data import shapes
+
+    for config in shapes.Shapes.BUILDER_CONFIGS:  # the same dataset, with few examples
+        monkeypatch.setattr(config, "train", 6)
+        monkeypatch.setattr(config, "held_out", 6)
+    where = dict(kind="tfds", data_dir=str(tmp_path))
+    pairs = open_source(dict(name="shapes/captions_32", split="train[:50%]", label="pairs", **where))
+    asked = open_source(dict(name="shapes/questions_32", split="validation", **where))
+    told = open_source(dict(name="shapes/stories_32", split="train", **where))
+    assert (len(pairs), pairs.name, asked.name) == (3, "pairs", "shapes/questions_32")
+    pair, question, story = pairs[0], asked[5], told[1]
+    assert (pair.task, question.task, story.task) == ("text_to_image", "image_to_text", "interleaved")
+    assert pair.parts[1].pixels.shape == (32, 32, 3) and isinstance(pair.meta["scene"], str)
+    assert [type(part) for part in question.parts] == [ImagePart, TextPart, TextPart] and question.prompt == 2
+    assert [type(part) for part in story.parts] == [TextPart, ImagePart] * (len(story.parts) // 2)
+    raw = shapes.load("stories_32", "train", str(tmp_path))[1]
+    for part, pixels in zip(story.parts[1::2], raw["images"], strict=True):
+        assert np.array_equal(part.pixels, pixels)
+    assert told.texts(1) == [part.text for part in story.parts[::2]]
+    assert asked.origin(5) == "shapes/questions_32/1.0.0/validation:5"

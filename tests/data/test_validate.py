@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ar_unified.data.validate import validate
+from ar_unified.grammar import Grammar
+
+
+def test_every_bad_item_is_named_by_file_line_and_kind(folder: Path, kit: Any) -> None:
+    expected = kit.spoil(folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    validation = validate(folder, show_progress=False)
+    assert {bad.origin.split("/")[-1]: bad.kind for bad in validation.bad} == expected
+    captions = validation.sources[0]
+    assert captions.items == 31 and sum(captions.tasks.values()) == 21 and captions.kinds["path_escapes"] == 2
+    shown = str(validation)
+    for where, kind in expected.items():
+        assert f"{where}: {kind}: " in shown
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_shows_counts_lengths_and_documents_as_the_model_sees_them(
+    folder: Path, grammar: Grammar, tokenizer: Any
+) -> None:
+    validation = validate(folder, grammar, tokenizer, max_tokens=64, show=1, show_progress=False)
+    captions, docs, vqa = validation.sources
+    assert captions.tasks == {"text_to_image": 20} and vqa.tasks == {"image_to_text": 10}
+    assert captions.tokens[0] == 1 + len("picture 0") + 1 + 18 + 1 and captions.sides[0] == (16, 16)
+    shown = str(validation)
+    assert "picture 0\n    | <end of the prompt>\n    | <picture 16 x 16>" in shown
+    assert "30 tokens: <bos>|p|i|c|t|u|r|e| |0|<eot>|<boi>|<image code " in shown
+    assert "tokens      least 30  50% 3" in shown
+    assert not docs.bad, "documents without a turn are split, not left out"
+    assert validate(folder, grammar, tokenizer, max_tokens=30, show_progress=False).sources[0].kinds == {"too_long": 10}
+
+
+def test_nothing_to_read_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected at least one of captions.jsonl"):
+        validate(tmp_path)
+    with pytest.raises(ValueError, match="no such folder or file"):
+        validate(tmp_path / "nowhere")

@@ -1,0 +1,175 @@
+"""Scores of an oracle whose mistakes are known: what is counted, what is left out, what is asked at once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ar_unified.data import scenes
+from ar_unified.data.sources import BadItem
+from ar_unified.document import CodesPart, Document, ImagePart, TextPart
+from ar_unified.evaluation.generation import evaluate
+from ar_unified.evaluation.protocol import PROTOCOLS
+from ar_unified.grammar import Grammar, fixed_grid
+from ar_unified.sampling.engine import RequestError, Sample
+from ar_unified.vocabulary import Vocabulary
+
+NOTHING = np.full((32, 32, 3), scenes.BACKGROUND, np.uint8)
+
+
+class Bytes:
+    def encode(self, text):
+        return list(text.encode())
+
+    def decode(self, ids):
+        return bytes(ids).decode()
+
+
+class Album:
+    """An image tokenizer that gives every new picture the next code; `lossy` decodes them all to nothing."""
+
+    def __init__(self, lossy=False):
+        self.pictures, self.lossy = [NOTHING], lossy
+
+    def encode(self, pixels):
+        return np.array([[[self.code(picture)]] for picture in pixels], np.int32)
+
+    def decode(self, codes):
+        return np.stack([NOTHING if self.lossy else self.pictures[code] for code in codes.ravel()])
+
+    def code(self, picture):
+        known = [i for i, other in enumerate(self.pictures) if np.array_equal(picture, other)]
+        if not known:
+            self.pictures.append(picture)
+        return (known or [len(self.pictures) - 1])[0]
+
+
+class Oracle:
+    """An engine that knows the documents: `answer(request, truth)` may give something else than the truth."""
+
+    def __init__(self, documents, album, answer=lambda request, truth: truth, max_length=1000):
+        self.grammar = Grammar(Vocabulary(256, 256), fixed_grid(1, 1), Bytes())
+        self.album, self.answer, self.max_length, self.calls = album, answer, max_length, []
+        self.documents = [tuple(map(self.coded, document.parts)) for document in documents]
+
+    def coded(self, part):
+        return CodesPart(np.array([[self.album.code(part.pixels)]], np.int32)) if isinstance(part, ImagePart) else part
+
+    def truth(self, request):
+        n = len(request.parts)
+        for parts in self.documents:
+            for order in (parts, parts[::-1]) if request.turn else (parts,):
+                if order[:n] == request.parts and len(order) > n:
+                    return order[n]
+        raise AssertionError(f"asked what no document says: {request}")
+
+    def check(self, request):
+        if len(self.grammar.prompt_tokens(request.parts, turn=request.turn)) + 4 > self.max_length:
+            raise RequestError("too long")
+
+    def generate(self, requests):
+        self.calls.append(len(requests))
+        for request in reversed(requests):  # the order is nobody's business
+            said = self.answer(request, self.truth(request))
+            if said is None:
+                yield Sample(request, 0, np.zeros(0, np.int32), None, "error", "broken")
+            else:
+                yield Sample(request, 0, np.zeros(0, np.int32), Document((said,)), "eos")
+
+
+def make(n=6):
+    rng = np.random.default_rng(0)
+    documents = []
+    for _ in range(n):
+        scene = scenes.sample_scene(rng, "train")
+        change = None
+        while change is None:
+            before = scenes.sample_scene(rng, "train")
+            change = scenes.sample_change(rng, before, "train")
+        picture, first, second = (scenes.render(s, 32) for s in (scene, before, change.after))
+        meta = {"scene": scenes.scene_to_json(scene)}
+        question, answer = scenes.question(rng, scene, "train")
+        story = (
+            TextPart(scenes.caption(rng, before)),
+            ImagePart(first),
+            TextPart(change.text),
+            ImagePart(second),
+        )
+        documents += [
+            Document((TextPart(scenes.caption(rng, scene)), ImagePart(picture)), 1, meta=meta),
+            Document((ImagePart(picture), TextPart(question), TextPart(answer)), 2, meta=meta),
+            Document(story, meta={"scenes": [scenes.scene_to_json(s) for s in (before, change.after)]}),
+        ]
+    return documents
+
+
+def run(documents, album=None, protocol="shapes", limit=100, **options):
+    album = album or Album()
+    oracle = Oracle(documents, album, **options)
+    metrics, kept = evaluate(oracle, album, oracle.grammar, PROTOCOLS[protocol], [documents], limit=limit)
+    return metrics, kept, oracle
+
+
+def test_an_oracle_is_right_everywhere_and_every_number_has_its_count():
+    metrics, kept, oracle = run(make())
+    counts = metrics["counts"]
+    shares = {"text_to_image_exact", "image_to_text_exact", "caption_exact", "story_change_exact"}
+    for name in (*shares, "reconstruction_exact", "story_reconstruction_exact"):
+        assert (metrics[name], counts[name]) == (1.0, 6), name
+    assert (metrics["parse_rate"], counts["parse_rate"]) == (1.0, 24)
+    assert sum(n for name, n in counts.items() if name.startswith("image_to_text_exact/")) == 6
+    assert metrics["tokenizer_psnr"] == 100 and metrics["skipped"] == {}
+    assert oracle.calls == [6, 6, 6, 6]  # one call a kind
+    assert {e.kind for e in kept} == {"text_to_image", "image_to_text", "caption", "story"}
+    assert all(e.correct for e in kept)
+
+
+def test_mistakes_and_broken_sequences_count_as_wrong():
+    def answer(request, truth):
+        if request.mode == "image":
+            return None if request.id == "text_to_image-0" else CodesPart(np.zeros((1, 1), np.int32))
+        return TextPart(truth.text + " indeed") if request.id.endswith("-1") else truth
+
+    metrics, kept, _ = run(make(), answer=answer)
+    assert metrics["text_to_image_exact"] == metrics["story_change_exact"] == 0
+    assert metrics["reconstruction_exact"] == 1
+    assert metrics["image_to_text_exact"] == pytest.approx(5 / 6)
+    assert metrics["parse_rate"] == pytest.approx(23 / 24)
+    assert [e.got is None for e in kept if e.kind == "text_to_image"].count(True) == 1
+
+
+def test_an_unchanged_picture_is_not_the_next_one_of_a_story():
+    repeat = lambda request, truth: request.parts[1] if request.id.startswith("story") else truth  # noqa: E731
+    assert run(make(), answer=repeat)[0]["story_change_exact"] == 0
+
+
+def test_the_tokenizer_is_told_from_the_model():
+    metrics, _, _ = run(make(), album=Album(lossy=True))
+    assert metrics["reconstruction_exact"] == metrics["story_reconstruction_exact"] == 0
+    assert metrics["tokenizer_psnr"] < 30 and metrics["image_to_text_exact"] == 1
+
+
+def test_what_does_not_fit_is_left_out_and_said():
+    metrics, _, oracle = run(make(), max_length=100)
+    assert metrics["skipped"]["does_not_fit"] == 24 - metrics["counts"]["parse_rate"] > 0
+    assert sum(oracle.calls) == metrics["counts"]["parse_rate"]
+
+
+def test_limit_seed_and_bad_items():
+    class Source(list):
+        def __getitem__(self, i):
+            if i % 3 == 2:
+                raise BadItem("unreadable_image", f"here:{i}", "cut in half")
+            return super().__getitem__(i)
+
+    first, kept, _ = run(Source(make(12)), limit=4)
+    again, same, _ = run(Source(make(12)), limit=4)
+    assert first == again and [e.document for e in kept] == [e.document for e in same]
+    assert first["counts"]["text_to_image_exact"] == first["counts"]["image_to_text_exact"] == 4
+    assert first["skipped"]["unreadable_image"] > 0 and "story_change_exact" not in first
+
+
+def test_without_a_checker_pictures_are_drawn_but_not_scored():
+    metrics, kept, _ = run(make(), protocol="exact")
+    assert "text_to_image_exact" not in metrics and metrics["image_to_text_exact"] == 1
+    assert {e.correct for e in kept if e.kind == "text_to_image"} == {None}

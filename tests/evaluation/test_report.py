@@ -1,0 +1,153 @@
+"""The report is one file that needs no other, says the numbers, and does not trust the text it shows."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from ar_unified.document import Document, ImagePart, TextPart
+from ar_unified.evaluation.charts import MAX_POINTS, line_chart, number
+from ar_unified.evaluation.facts import summary
+from ar_unified.evaluation.generation import Example
+from ar_unified.evaluation.report import wilson, write_report
+
+EVALUATION = {
+    "text_to_image_exact": 0.93,
+    "story_change_exact": 0.71,
+    "image_to_text_exact": 0.95,
+    "image_to_text_exact/colour": 0.9,
+    "tokenizer_psnr": 31.4,
+    "counts": {"text_to_image_exact": 100, "image_to_text_exact": 60, "image_to_text_exact/colour": 20},
+    "skipped": {"does_not_fit": 3},
+    "validation": {"loss": 0.612},
+    "unseen_combinations": {"text_to_image_exact": 0.4321, "counts": {"text_to_image_exact": 50}},
+}
+
+
+class Page(HTMLParser):
+    """Every tag that is opened is closed; collects what would be loaded and what is read."""
+
+    VOID = {"meta", "img", "br", "input", "path"}
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.loaded, self.words = [], [], []
+        self.feed(html)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.loaded += [value for name, value in attrs if name in ("src", "href", "srcset", "action")]
+
+    def handle_endtag(self, tag):
+        assert tag in self.VOID or self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] not in (["style"], ["script"]):
+            self.words.append(data)
+
+
+def page(tmp_path, **options):
+    path = tmp_path / "report.html"
+    write_report(path, **({"title": "Test", "evaluation": EVALUATION} | options))
+    html = path.read_text()
+    return html, Page(html), " ".join(Page(html).words)
+
+
+def example(kind="text_to_image", text="a red circle", **options):
+    picture = np.zeros((8, 8, 3), np.uint8)
+    document = Document((TextPart(text), ImagePart(picture)), 1)
+    options = {"got": picture, "reconstruction": picture} | options
+    return Example(kind, document, document.parts[:1], picture, **options)
+
+
+def test_numbers_stand_beside_their_bars(tmp_path):
+    html, _, words = page(tmp_path, bars={"text_to_image_exact": 0.9, "story_change_exact": 0.8})
+    assert 'class="meter met"' in html and 'class="meter missed"' in html
+    for said in (
+        "✓ bar 90 %",
+        "✗ bar 80 %",
+        "43.2 %",
+        "unseen combinations",
+        "31.4",
+        "0.612",
+        "n=60",
+        "3 does not fit",
+    ):
+        assert said in words, said
+
+
+def test_the_page_is_whole_and_loads_nothing(tmp_path):
+    rows = [{"step": s, "loss": 1 / s, "role_loss/image": 0.5 / s, "psnr": 20.0 + s, "mfu": None} for s in range(1, 9)]
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9, "lo')  # torn by a kill
+    html, found, words = page(
+        tmp_path,
+        examples={
+            "": [example(correct=True), example(got=None, correct=False)],
+            "unseen": [example("story")],
+        },
+        telemetry={"transformer": log, "image_tokenizer": rows, "other": tmp_path / "missing.jsonl"},
+        seconds={"train": 61.0, "sample": 5.0},
+        config={"name": "test", "training": {"steps": 10, "batch_size": 4, "row_length": 8}},
+        facts={"parameters": "2.2 M"},
+    )
+    assert all(re.match(r"#|data:image/", address) for address in found.loaded)
+    assert not re.search(r"@import|url\(|fetch\(|https?:", html)
+    for said in ("Loss by role", "PSNR", "1 min 06 s", "10 steps of 4 rows of 8 tokens: 320 in all", "2.2 M"):
+        assert said in words, said
+    assert "MFU" not in words  # no series, no chart
+
+
+def test_text_of_data_and_models_is_only_text(tmp_path):
+    nasty = '<script>alert("x")</script>'
+    drawn = example(text=nasty)
+    answered = Example("image_to_text", drawn.document, (TextPart(nasty),), nasty, nasty, None, False)
+    examples = {"": [drawn, answered]}
+    html, _, words = page(tmp_path, title=nasty, examples=examples, config={"name": nasty}, facts={nasty: nasty})
+    assert nasty not in html and nasty in words
+
+
+def test_a_bare_evaluation_makes_a_report(tmp_path):
+    assert "Evaluation" in page(tmp_path)[2]
+    page(tmp_path, evaluation={})
+    assert summary({}) == {}
+
+
+def test_charts_keep_their_ends_and_survive_odd_series():
+    assert line_chart("none", {"a": [], "b": [(1, float("nan"))]}) == ""
+    assert "checkbox" not in line_chart("with a zero", {"a": [(0, 0.0), (1, 2.0)]})
+    assert "<path" in line_chart("a point", {"a": [(5, 3.0)]}, log=True)
+    assert "<path" in line_chart("flat", {"a": [(0, 1.0), (9, 1.0)]})
+    chart = line_chart("long", {"a": [(s, 1 + 1 / (s + 1)) for s in range(5000)]})
+    series = json.loads(re.search(r'data-series="([^"]*)"', chart).group(1).replace("&quot;", '"'))
+    points = series[0][1]
+    assert len(points) == MAX_POINTS and (points[0][0], points[-1][0]) == (0, 4999)
+
+
+def test_numbers_are_short():
+    values = (0, 0.5, 0.00012, 1e-3, 12.345, 1234, 12345, 2.5e6, 3e9)
+    assert [number(v) for v in values] == [
+        "0",
+        "0.5",
+        "1.2e-4",
+        "1e-3",
+        "12.3",
+        "1234",
+        "12.3k",
+        "2.5M",
+        "3e9",
+    ]
+
+
+def test_wilson_interval():
+    z2 = 1.96**2  # at the ends the interval has a closed form: n / (n + z^2) and z^2 / (n + z^2)
+    assert wilson(1.0, 100) == pytest.approx((100 / (100 + z2), 1.0))
+    assert wilson(0.0, 10) == pytest.approx((0.0, z2 / (10 + z2)), abs=1e-9)
+    low, high = wilson(0.5, 100)
+    assert low + high == pytest.approx(1) and 0.40 < low < 0.41

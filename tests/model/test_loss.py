@@ -1,0 +1,76 @@
+"""The chunked cross-entropy against the naive one: values, gradients, and what it holds in memory."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ar_unified.model.loss import token_losses
+
+B, T, D, V = 3, 11, 8, 50
+
+
+def naive(hidden, head, targets):
+    logits = jnp.einsum("BTD,VD->BTV", hidden, head)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    return lse - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0], lse
+
+
+def make_inputs():
+    keys = jax.random.split(jax.random.key(0), 4)
+    weights = jax.random.uniform(keys[3], (B, T)).at[:, -3:].set(0.0)  # the last positions are padding
+    return (
+        jax.random.normal(keys[0], (B, T, D)),
+        jax.random.normal(keys[1], (V, D)),
+        jax.random.randint(keys[2], (B, T), 0, V),
+        weights,
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 9, 12, 1000])  # of 33 tokens: one column, uneven, even, all at once
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_values_and_gradients_equal_the_naive_ones(chunk, z_loss):
+    hidden, head, targets, weights = make_inputs()
+
+    def objective(losses):
+        def loss(hidden, head):
+            nll, lse = losses(hidden, head, targets)
+            return (weights * (nll + z_loss * lse**2)).sum(), (nll, lse)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(hidden, head)
+
+    expected = objective(naive)
+    found = objective(lambda *args: token_losses(*args, chunk))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), expected, found)
+    assert not np.asarray(found[1][0])[:, -3:].any()
+
+
+def test_no_array_of_all_logits_forward_or_backward():
+    hidden, head, targets, _ = make_inputs()
+    grad = jax.grad(lambda h, w: sum(x.sum() for x in token_losses(h, w, targets, 2 * B)), argnums=(0, 1))
+    # Arrays of the logits' kind have an axis V; the head's own gradient is V * D.
+    sizes = [a.size for a in arrays_of(jax.make_jaxpr(grad)(hidden, head).jaxpr) if V in a.shape]
+    assert sizes and max(sizes) <= max(2 * B * V, V * D) < B * T * V
+
+
+def arrays_of(jaxpr):
+    """The abstract value of everything computed in a jaxpr and in the jaxprs it calls."""
+    for equation in jaxpr.eqns:
+        yield from (out.aval for out in equation.outvars)
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from arrays_of(inner)
+
+
+def test_bfloat16_hidden_gives_float32_losses_and_gradients_of_the_right_dtypes():
+    hidden, head, targets, weights = make_inputs()
+    nll, lse = token_losses(hidden.astype(jnp.bfloat16), head, targets)
+    assert nll.dtype == lse.dtype == jnp.float32
+    np.testing.assert_allclose(nll, naive(hidden, head, targets)[0], atol=0.1)
+    grads = jax.grad(
+        lambda h, w: (weights * token_losses(h, w, targets)[0]).sum(), argnums=(0, 1)
+    )(hidden.astype(jnp.bfloat16), head)  # fmt: skip
+    assert [g.dtype for g in grads] == [jnp.bfloat16, jnp.float32]

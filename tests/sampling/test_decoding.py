@@ -1,0 +1,124 @@
+"""Drawing one token: the filters against a sorted reference, forced and greedy rows, and logits gone wrong."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ar_unified.sampling import decoding, guidance
+from ar_unified.sampling.decoding import Filter, Filters
+
+B, V = 64, 300
+
+
+def sorted_reference(logits: np.ndarray, k: int, p: float) -> np.ndarray:
+    """Keep-set of one row by sorting; ties at the border stay."""
+    order = np.sort(logits)[::-1]
+    keep = logits >= order[min(k, len(order)) - 1] if k else np.isfinite(logits)
+    keep &= np.isfinite(logits)
+    if p < 1:
+        x = np.where(keep, logits, -np.inf).astype(np.float64)
+        prob = np.exp(x - x.max())
+        prob /= prob.sum()
+        ranked = np.sort(prob)[::-1]
+        last = ranked[np.searchsorted(np.cumsum(ranked), p)]
+        keep &= prob >= last
+    return keep
+
+
+def test_filters_equal_a_sorted_reference():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 3, (B, V)).astype(np.float32)
+    logits[rng.random((B, V)) < 0.3] = -np.inf
+    logits[0, :10] = logits[0, 10]  # ties
+    k = rng.integers(0, V, B).astype(np.int32)
+    p = np.where(rng.random(B) < 0.3, 1.0, rng.uniform(0.05, 0.999, B)).astype(np.float32)
+    k[:3], p[:3] = (1, 0, 5), (1.0, 0.5, 1.0)
+    found = np.asarray(jax.jit(decoding.nucleus)(logits, k, p))
+    for row in range(B):
+        expected = sorted_reference(logits[row], int(k[row]), float(p[row]))
+        np.testing.assert_array_equal(found[row], expected, err_msg=f"row {row}: k={k[row]} p={p[row]}")
+
+
+def choose(logits, **changes):
+    rows, size = logits.shape
+    arguments = dict(
+        allowed=jnp.ones((rows, size), bool),
+        forced=jnp.full(rows, -1),
+        filters=Filters.of([(Filter(), Filter(0.0))] * rows).at(jnp.zeros(rows, bool)),
+        keys=decoding.row_keys(jnp.arange(rows, dtype=jnp.uint32), jnp.zeros(rows, jnp.int32)),
+        position=jnp.arange(rows),
+    )
+    return np.asarray(decoding.choose(logits, **(arguments | changes)))
+
+
+def test_draws_follow_the_distribution():
+    logits = jnp.tile(jnp.log(jnp.array([0.5, 0.3, 0.2])), (20_000, 1))
+    shares = np.bincount(choose(logits), minlength=3) / 20_000
+    np.testing.assert_allclose(shares, [0.5, 0.3, 0.2], atol=0.02)
+    cold = Filters.of([(Filter(0.5), Filter())] * 20_000).at(jnp.zeros(20_000, bool))
+    shares = np.bincount(choose(logits, filters=cold), minlength=3) / 20_000
+    np.testing.assert_allclose(shares, np.array([0.25, 0.09, 0.04]) / 0.38, atol=0.02)
+
+
+def test_modality_decides_temperature():
+    logits = jax.random.normal(jax.random.key(0), (B, V))
+    both = Filters.of([(Filter(1.0), Filter(0.0))] * B)
+    image = jnp.arange(B) % 2 == 1
+    drawn = choose(logits, filters=both.at(image))
+    greedy = np.argmax(logits, axis=-1)
+    assert (drawn[1::2] == greedy[1::2]).all() and (drawn[::2] != greedy[::2]).any()
+
+
+def test_mask_and_forced_tokens_win_over_any_logits():
+    logits = jnp.stack(
+        [
+            jnp.full(8, jnp.nan),
+            jnp.full(8, -jnp.inf),
+            jnp.full(8, jnp.inf),
+            jnp.arange(8.0) * 1e38,
+            jnp.arange(8.0),
+            jnp.arange(8.0).at[3].set(jnp.nan),
+        ]
+    )
+    allowed = jnp.zeros((6, 8), bool).at[:, 2:4].set(True)
+    forced = jnp.array([-1, -1, -1, -1, 7, -1])
+    for filter in (Filter(0.0), Filter(1.0), Filter(1e-8), Filter(100.0, 1, 0.01)):
+        token = choose(
+            logits, allowed=allowed, forced=forced, filters=Filters.of([(filter, filter)] * 6).at(forced > 0)
+        )
+        assert token[4] == 7 and token[5] == 2  # NaN counts as least likely
+        assert all(t in (2, 3) for t in token[:4])
+
+
+def test_noise_belongs_to_seed_sample_and_position_not_to_the_slot():
+    logits = jnp.tile(jax.random.normal(jax.random.key(0), (V,)), (B, 1))
+    seeds, samples, position = (jnp.arange(B) % m for m in (7, 3, 5))
+    keys = decoding.row_keys(seeds.astype(jnp.uint32), samples)
+    token = choose(logits, keys=keys, position=position)
+    order = np.random.default_rng(0).permutation(B)
+    np.testing.assert_array_equal(choose(logits, keys=keys[order], position=position[order]), token[order])
+    same = {(int(a), int(b), int(c)): set() for a, b, c in zip(seeds, samples, position, strict=True)}
+    for a, b, c, t in zip(seeds, samples, position, token, strict=True):
+        same[int(a), int(b), int(c)].add(int(t))
+    assert all(len(tokens) == 1 for tokens in same.values()) and len(set(token.tolist())) > 20
+
+
+@pytest.mark.parametrize(
+    "bad", [Filter(-1.0), Filter(float("nan")), Filter(top_k=-1), Filter(top_p=0.0), Filter(top_p=1.5)]
+)
+def test_a_filter_nothing_can_be_drawn_with_is_refused(bad):
+    with pytest.raises(ValueError, match="image.t"):
+        bad.check("image")
+
+
+def test_mix_is_the_weighted_sum_for_guided_rows_only():
+    c, u = jax.random.normal(jax.random.key(1), (2, 4, V))
+    scale = jnp.array([3.0, 1.0, 0.0, 2.0])
+    mixed = guidance.mix(jnp.concatenate([c, u]), guidance.weights(scale, 2), jnp.array([True, True, True, False]))
+    np.testing.assert_allclose(mixed[0], u[0] + 3 * (c[0] - u[0]), atol=1e-5)
+    np.testing.assert_array_equal(mixed[1], c[1])  # scale 1
+    np.testing.assert_array_equal(mixed[2], u[2])
+    np.testing.assert_array_equal(mixed[3], c[3])  # text

@@ -1,0 +1,36 @@
+"""A random transformer of a few thousand parameters, both layouts, and a text tokenizer of 16 letters."""
+
+from __future__ import annotations
+
+import jax
+
+from ar_unified.grammar import Grammar, fixed_grid, sized_rows
+from ar_unified.model.config import TransformerConfig
+from ar_unified.model.transformer import init
+from ar_unified.vocabulary import Vocabulary
+
+
+class Letters:
+    """One id per letter a..p."""
+
+    size = 16
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) - ord("a") for letter in text]
+
+    def decode(self, ids) -> str:
+        return "".join(chr(ord("a") + i) for i in ids)
+
+
+GRAMMARS = {
+    "grid": Grammar(Vocabulary(16, 24), fixed_grid(2, 3), Letters()),
+    "rows": Grammar(Vocabulary(16, 24, max_side=4), sized_rows(3, 4), Letters()),
+}
+CONFIG = TransformerConfig(
+    vocab_size=128, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_mlp=48, qk_norm="rmsnorm"
+)
+
+
+def random_params(seed: int = 0):
+    """Weights large enough that logits differ by several nats and contexts matter."""
+    return jax.tree.map(lambda p: p * 6 if p.ndim > 1 else p, init(CONFIG, jax.random.key(seed)))

@@ -1,0 +1,124 @@
+"""The checkpoint door: atomic, asynchronous, onto any mesh, and clear about what does not fit."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ar_unified.checkpoint import CheckpointMismatch, Checkpoints, SaveFailed, restore_params
+from ar_unified.parallel.mesh import make_mesh
+from ar_unified.vocabulary import ManifestMismatch
+
+PARAMS = {"w": np.arange(64, dtype=np.float32).reshape(8, 8), "layers": {"b": np.ones((2, 4), np.float32)}}
+
+
+def on(mesh, dtype=jnp.float32):
+    places = {"w": jax.P("fsdp", "tensor"), "layers": {"b": jax.P()}}
+    return jax.tree.map(
+        lambda x, p: jax.ShapeDtypeStruct(x.shape, dtype, sharding=jax.NamedSharding(mesh, p)), PARAMS, places
+    )
+
+
+def save(folder, *steps, **options):
+    mesh = make_mesh(dict(fsdp=4, tensor=2))
+    params = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), PARAMS, on(mesh))
+    checkpoints = Checkpoints(folder, **options)
+    for step in steps:
+        scaled = jax.tree.map(lambda x, step=step: x * step, params)
+        checkpoints.save(step, params=scaled, optimizer={"mu": scaled}, metadata={"manifest": {"size": 128}})
+    return checkpoints
+
+
+def test_restored_onto_another_mesh_and_dtype(tmp_path):
+    save(tmp_path, 1, 2).close()
+    checkpoints = Checkpoints(tmp_path)
+    target = on(make_mesh(dict(fsdp=2), jax.devices()[6:]), jnp.bfloat16)
+    found = checkpoints.restore(params=target, manifest={"size": 128})["params"]
+    assert found["w"].sharding == target["w"].sharding and found["w"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(found["w"], np.float32), 2 * PARAMS["w"])
+    assert checkpoints.metadata()["step"] == 2 and checkpoints.metadata(1)["manifest"] == {"size": 128}
+    checkpoints.close()
+
+
+def test_params_alone_without_knowing_the_model(tmp_path):
+    save(tmp_path, 3).close()
+    shutil.rmtree(tmp_path / "3" / "optimizer")  # not read, so not missed
+    found = restore_params(tmp_path)
+    np.testing.assert_array_equal(found["w"], 3 * PARAMS["w"])
+    assert found["w"].devices() == {jax.devices()[0]}
+
+
+def test_what_does_not_fit_is_refused_by_name(tmp_path):
+    save(tmp_path, 1).close()
+    target = on(make_mesh(dict(fsdp=4, tensor=2)))
+    wrong = target | {"w": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=target["w"].sharding)}
+    with pytest.raises(CheckpointMismatch, match=r"1, params: leaf w: expected \(8, 4\), found \(8, 8\)"):
+        restore_params(tmp_path, wrong)
+    with pytest.raises(CheckpointMismatch, match=r"leaf layers.b: expected none, found \(2, 4\)"):
+        restore_params(tmp_path, {"w": target["w"]})
+    with pytest.raises(ManifestMismatch, match="'size': this run has 256, checkpoint .*/1 has 128"):
+        restore_params(tmp_path, manifest={"size": 256})
+    with pytest.raises(FileNotFoundError, match=r"no step 7 in .*it has steps \[1\]"):
+        restore_params(tmp_path, step=7)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        restore_params(tmp_path / "elsewhere")
+
+
+def test_the_newest_and_every_fourth_are_kept(tmp_path):
+    save(tmp_path, *range(1, 8), keep=2, keep_every=4).close()
+    assert Checkpoints(tmp_path, readonly=True).steps() == [4, 6, 7]
+
+
+def test_a_half_written_checkpoint_is_not_seen_and_is_cleaned_up(tmp_path):
+    save(tmp_path, 1).close()
+    torn = tmp_path / "2.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "1", torn)
+    assert Checkpoints(tmp_path, readonly=True).latest() == 1 and torn.exists()
+    checkpoints = save(tmp_path, 3)
+    checkpoints.close()
+    assert checkpoints.steps() == [1, 3] and not torn.exists()
+
+
+def test_an_old_checkpoint_that_was_half_deleted_is_in_nobodys_way(tmp_path):
+    save(tmp_path, 1, 2).close()
+    shutil.rmtree(tmp_path / "1" / "params")
+    (tmp_path / "1" / "_CHECKPOINT_METADATA").unlink()
+    checkpoints = save(tmp_path, 3, keep=1)
+    checkpoints.wait()
+    assert checkpoints.latest() == 3
+    np.testing.assert_array_equal(restore_params(tmp_path)["w"], 3 * PARAMS["w"])
+    checkpoints.close()
+
+
+def test_a_failed_save_is_raised_by_the_next(tmp_path):
+    checkpoints = save(tmp_path, 1)
+    checkpoints.wait()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))  # no file may grow past 1 MiB: a disk that is full
+    try:
+        large = {"w": np.random.default_rng(0).normal(size=(1500, 1500))}
+        checkpoints.save(2, params=large, optimizer=PARAMS, metadata={})
+        with pytest.raises(SaveFailed, match=r"checkpoint 2 could not be written.*Complete checkpoints: \[1\]"):
+            checkpoints.save(3, params=PARAMS, optimizer=PARAMS, metadata={})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert Checkpoints(tmp_path, readonly=True).steps() == [1]
+
+
+def test_saved_arrays_may_be_donated_at_once(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = jnp.zeros((512, 1024))
+    for step in range(1, 5):
+        x = add(x)
+        checkpoints.save(step, params={"x": x}, optimizer={"n": jnp.int32(step)}, metadata={})
+        for _ in range(50):
+            x = add(x)
+    checkpoints.close()
+    for step in (2, 3, 4):
+        assert set(np.unique(restore_params(tmp_path, step=step)["x"])) == {51 * (step - 1) + 1}

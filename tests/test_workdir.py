@@ -1,0 +1,68 @@
+"""Files appear whole or not at all; a finished stage is skipped, another run's stage is refused."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ar_unified.workdir import StageMismatch, Workdir, clean, read_json, write_bytes, write_json, write_text
+
+FINGERPRINT = {"sources": [{"kind": "folder", "weight": 1.0}], "layout": {"height": 4}, "levels": (8, 8)}
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    write_text(tmp_path / "deep" / "a.txt", "old\r\n")
+    assert (tmp_path / "deep" / "a.txt").read_bytes() == b"old\r\n"
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_bytes(tmp_path / "deep" / "a.txt", b"new")
+    assert [(p.name, p.read_bytes()) for p in (tmp_path / "deep").iterdir()] == [("a.txt", b"old\r\n")]
+
+
+def test_json_takes_what_numpy_gives(tmp_path):
+    value = {"mean": np.float32(0.5), "counts": np.arange(3), "path": Path("x")}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == {"mean": 0.5, "counts": [0, 1, 2], "path": "x"}
+    with pytest.raises(TypeError, match="found set"):
+        write_json(tmp_path / "a.json", {"x": {1}})
+
+
+def test_a_stage_is_done_only_after_finish(tmp_path):
+    stage = Workdir(tmp_path / "run").stage("data", FINGERPRINT)
+    assert not stage.done and stage.folder == Workdir(tmp_path / "run").data
+    again = Workdir(tmp_path / "run").stage("data", FINGERPRINT)
+    assert not again.done
+    again.finish({"documents": np.int64(3)})
+    done = Workdir(tmp_path / "run").stage("data", dict(reversed(FINGERPRINT.items())))
+    assert done.done and done.summary == {"documents": 3}
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_another_fingerprint_is_refused_with_the_field_and_the_way_out(tmp_path, finished):
+    stage = Workdir(tmp_path).stage("data", FINGERPRINT)
+    if finished:
+        stage.finish({})
+    with pytest.raises(StageMismatch) as caught:
+        Workdir(tmp_path).stage("data", FINGERPRINT | {"layout": {"height": 8}})
+    assert caught.value.field == "layout.height"
+    state = "was finished with" if finished else "was begun, not finished, with"
+    for words in (state, "layout.height = 4, this run has 8", "--workdir", f"delete {tmp_path / 'data'}"):
+        assert words in str(caught.value)
+    with pytest.raises(StageMismatch, match="extra"):
+        Workdir(tmp_path).stage("data", FINGERPRINT | {"extra": None})
+
+
+def test_leftovers_of_a_killed_writer_go_when_the_stage_is_opened_again(tmp_path):
+    folder = Workdir(tmp_path).stage("data", FINGERPRINT).folder
+    (folder / "shards").mkdir()
+    leftover, mine = folder / "shards" / ".a.array_record.123.unfinished~", folder / ".kept"
+    leftover.write_bytes(b"half")
+    mine.write_bytes(b"")
+    Workdir(tmp_path).stage("data", FINGERPRINT)
+    assert not leftover.exists() and mine.exists()
+    assert clean(folder) == []

@@ -1,0 +1,270 @@
+"""The image tokenizer: codes mean the same in training, in the sampler and after a reload."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ar_tokenizers.image import metrics
+from ar_tokenizers.image.autoencoder import (
+    Autoencoder,
+    AutoencoderConfig,
+    depth_to_space,
+    init,
+    loss,
+    space_to_depth,
+    to_float,
+)
+from ar_tokenizers.image.quantizers import FSQ, VQ
+from ar_tokenizers.image.tokenizer import ImageTokenizer
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+SMALL = AutoencoderConfig(factor=8, patch=4, width=8, multipliers=(1, 2), blocks=(0, 1), levels=(5, 4, 3))
+SMALL_VQ = AutoencoderConfig(factor=8, patch=4, width=8, multipliers=(1, 2), blocks=(0, 1), quantizer="vq", codes=32)
+
+
+def pictures(count: int, height: int = 16, width: int = 24, seed: int = 0) -> np.ndarray:
+    blocks = np.random.default_rng(seed).integers(0, 256, (count, height // 4, width // 4, 3), np.uint8)
+    return blocks.repeat(4, axis=1).repeat(4, axis=2)
+
+
+def trained(config: AutoencoderConfig, seed: int = 0) -> dict:
+    """Weights that are nowhere zero, as after training: kernels around 0, norms and biases around 1."""
+    noise = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+    return jax.tree.map(lambda x: np.float32(noise.normal(x.ndim == 1, 0.2, x.shape)), shapes)
+
+
+# ---- quantisers -------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(3, 9), min_size=1, max_size=5).map(tuple), st.integers(0, 2**31 - 1))
+@settings(max_examples=40, deadline=None)
+def test_fsq_codes_and_vectors_are_one_to_one(levels, seed):
+    fsq = FSQ(levels)
+    codes = np.random.default_rng(seed).integers(0, fsq.codebook_size, 64)
+    codes = jnp.array([0, fsq.codebook_size - 1, *codes], jnp.int32)
+    np.testing.assert_array_equal(fsq.nearest(fsq.vectors(codes)), codes)
+
+
+@pytest.mark.parametrize("levels", [(8, 5, 5, 5), (8, 8, 8, 5, 5, 5), (3, 4, 6, 7)])
+def test_fsq_reaches_every_level_and_no_other(levels):
+    fsq = FSQ(levels)
+    z = jnp.linspace(-20, 20, 4001)[:, None] * jnp.ones(fsq.dim)
+    vectors = np.asarray(fsq(z).vectors)
+    assert [len(np.unique(vectors[:, c])) for c in range(fsq.dim)] == list(levels)
+    np.testing.assert_allclose(fsq.bound(jnp.zeros((1, fsq.dim))), 0, atol=1e-6)  # an untrained latent is on a code
+    for dtype in (jnp.float32, jnp.bfloat16):
+        codes = fsq.encode((1e4 * jax.random.normal(jax.random.key(0), (999, fsq.dim))).astype(dtype))
+        assert codes.dtype == jnp.int32 and 0 <= codes.min() and codes.max() < fsq.codebook_size
+
+
+def test_impossible_quantisers_are_refused():
+    with pytest.raises(ValueError, match="at least 3"):
+        AutoencoderConfig(levels=(8, 2))
+    with pytest.raises(ValueError, match="more than int32"):
+        FSQ((1000,) * 4)
+
+
+def test_vq_finds_the_nearest_code_and_puts_beta_on_the_commitment():
+    vq = VQ(16, 4, beta=0.25, pull=0.0, rngs=nnx.Rngs(0))
+    z = jax.random.normal(jax.random.key(1), (50, 4))
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    distances = np.linalg.norm(unit(np.asarray(z))[:, None] - unit(np.asarray(vq.codebook[...])), axis=-1)
+    np.testing.assert_array_equal(vq.encode(z), distances.argmin(1))
+
+    graph, state = nnx.split(vq)
+    latent, codebook = jax.grad(lambda z, s: nnx.merge(graph, s)(z).loss, argnums=(0, 1))(z, state)
+    full = jax.grad(lambda z: jnp.mean(jnp.square(vq.bound(z) - jax.lax.stop_gradient(vq(z).vectors))))(z)
+    np.testing.assert_allclose(latent, 0.25 * full, rtol=1e-4, atol=1e-8)
+    assert float(jnp.abs(codebook["codebook"][...]).max()) > 0
+
+
+def test_vq_pull_revives_codes_that_nothing_chooses():
+    def used(pull: float) -> int:
+        vq = VQ(64, 4, beta=0.25, pull=pull, rngs=nnx.Rngs(0))
+        graph, codebook = nnx.split(vq)
+        optimizer = optax.adam(1e-2)
+        corner = lambda key: jnp.ones(4) + 0.1 * jax.random.normal(key, (256, 4))  # noqa: E731 (of the sphere)
+
+        def step(carry, key):
+            codebook, state = carry
+            gradient = jax.grad(lambda s: nnx.merge(graph, s)(corner(key)).loss)(codebook)
+            updates, state = optimizer.update(gradient, state)
+            return (optax.apply_updates(codebook, updates), state), None
+
+        keys = jax.random.split(jax.random.key(1), 200)
+        (codebook, _), _ = jax.jit(lambda c, k: jax.lax.scan(step, c, k))((codebook, optimizer.init(codebook)), keys)
+        return len(np.unique(nnx.merge(graph, codebook).encode(corner(jax.random.key(2)))))
+
+    assert used(0.0) < 8 and used(0.1) > 40
+
+
+# ---- the autoencoder --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [SMALL, SMALL_VQ], ids=["fsq", "vq"])
+def test_what_is_trained_is_what_codes_decode_to(config):
+    """The forward of training, and decode(encode(x)), to the last bit."""
+
+    @jax.jit
+    def both(params, pixels):
+        module = Autoencoder.bind(config, params)
+        return module(pixels), module.encode(pixels), module.decode(module.encode(pixels))
+
+    trained_on, codes, decoded = both(trained(config), to_float(jnp.asarray(pictures(3))))
+    assert trained_on.pixels.shape == (3, 16, 24, 3) and codes.shape == (3, 2, 3)
+    np.testing.assert_array_equal(trained_on.codes, codes)
+    np.testing.assert_array_equal(trained_on.pixels, decoded)
+    assert len(np.unique(codes)) > 2
+
+
+@pytest.mark.parametrize("config", [SMALL, SMALL_VQ], ids=["fsq", "vq"])
+def test_a_few_steps_learn_and_reach_every_parameter(config):
+    flat = np.random.default_rng(0).integers(0, 256, (8, 1, 1, 3), np.uint8).repeat(16, axis=1).repeat(16, axis=2)
+    params = jax.jit(lambda key: init(config, key))(jax.random.key(0))
+    optimizer = optax.adam(1e-2)
+    state, start = optimizer.init(params), params
+
+    @jax.jit
+    def step(params, state):
+        (_, found), gradient = jax.value_and_grad(lambda p: loss(config, p, flat), has_aux=True)(params)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(params, updates), state, found
+
+    psnr = []
+    for _ in range(60):
+        params, state, found = step(params, state)
+        psnr.append(float(found["psnr"][0] / found["psnr"][1]))
+    assert psnr[-1] > psnr[0] + 6
+    assert int(found["code_counts"].sum()) == 8 * 4 and found["code_counts"].shape == (config.codebook_size,)
+    unmoved = jax.tree.map(lambda a, b: bool((a == b).all()), start, params)
+    assert not any(jax.tree.leaves(unmoved)), unmoved
+
+
+def test_loss_metrics_are_those_of_the_pictures():
+    images, params = pictures(4), trained(SMALL)
+    tokenizer = ImageTokenizer(SMALL, params, batch_size=4)
+    total, found = jax.jit(lambda params, images: loss(SMALL, params, images))(params, images)
+    np.testing.assert_allclose(
+        found["psnr"][0] / 4, metrics.psnr(images, tokenizer.decode(tokenizer.encode(images))).mean(), atol=0.02
+    )
+    np.testing.assert_allclose(total, found["mse"][0] / found["mse"][1], rtol=1e-6)
+    np.testing.assert_array_equal(
+        found["code_counts"], np.bincount(tokenizer.encode(images).ravel(), minlength=SMALL.codebook_size)
+    )
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters_and_codes():
+    config = AutoencoderConfig(factor=8, patch=4, width=8, multipliers=(1, 2), blocks=(1, 0), dtype="bfloat16")
+    params = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    pixels = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
+    run = lambda params, x: Autoencoder.bind(config, params)(x)  # noqa: E731
+    program = str(jax.make_jaxpr(run)(params, pixels))
+    convolutions = [line for line in program.splitlines() if "= conv_general_dilated" in line]
+    assert convolutions and all("bf16[" in line for line in convolutions)
+    out = jax.eval_shape(run, params, pixels)
+    assert (out.pixels.dtype, out.codes.dtype) == (jnp.float32, jnp.int32)
+
+
+def test_space_to_depth_keeps_neighbours_together_and_inverts():
+    x = jnp.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
+    y = space_to_depth(x, 2)
+    assert y.shape == (2, 2, 3, 12)
+    np.testing.assert_array_equal(y[0, 1, 2], x[0, 2:4, 4:6].ravel())
+    np.testing.assert_array_equal(depth_to_space(y, 2), x)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"factor": 12}, "power of two"),
+        ({"factor": 4, "patch": 8}, "power of two"),
+        ({"multipliers": [1, 2]}, "make 3 levels, .* multipliers has 2"),
+        ({"blocks": [1]}, "make 3 levels, .* blocks has 1"),
+        ({"quantizer": "fqs"}, "one of"),
+        ({"witdh": 3}, "no \\['witdh'\\]"),
+    ],
+)
+def test_impossible_configs_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        AutoencoderConfig.from_dict(changes)
+
+
+# ---- the artefact -----------------------------------------------------------------------------------------------
+
+
+def test_codes_do_not_depend_on_the_batch_they_came_in():
+    tokenizer = ImageTokenizer(SMALL, trained(SMALL), batch_size=4)
+    images = pictures(7)
+    codes = tokenizer.encode(images)
+    assert (codes.dtype, codes.shape) == (np.int32, (7, 2, 3))
+    np.testing.assert_array_equal(np.concatenate([tokenizer.encode(images[i : i + 1]) for i in range(7)]), codes)
+    back = tokenizer.decode(codes)
+    assert (back.dtype, back.shape) == (np.uint8, images.shape)
+    np.testing.assert_array_equal(tokenizer.decode(codes[5:]), back[5:])
+    assert tokenizer.encode(images[:0]).shape == (0, 2, 3) and tokenizer.decode(codes[:0]).shape == (0, 16, 24, 3)
+
+
+def test_wrong_input_is_named():
+    tokenizer = ImageTokenizer(SMALL, trained(SMALL), batch_size=2)
+    with pytest.raises(ValueError, match="20 x 24 pixels .* multiples of 8"):
+        tokenizer.encode(pictures(1, 20, 24))
+    with pytest.raises(ValueError, match=r"uint8 \[B, H, W, 3\], got float32"):
+        tokenizer.encode(pictures(1).astype(np.float32))
+    with pytest.raises(ValueError, match=r"in \[0, 60\), found 0 to 60"):
+        tokenizer.decode(np.array([[[0, 60]]]))
+    params = trained(SMALL)
+    del params["encoder"]["stem"]["kernel"]
+    with pytest.raises(ValueError, match=r"encoder.stem.kernel: the config asks for \(3, 3, 48, 8\), found missing"):
+        ImageTokenizer(SMALL, params)
+
+
+def test_save_and_load(tmp_path):
+    tokenizer = ImageTokenizer(SMALL, trained(SMALL), batch_size=2)
+    other = ImageTokenizer(SMALL, trained(SMALL, seed=7), batch_size=2)
+    tokenizer.save(tmp_path)
+    loaded = ImageTokenizer.load(tmp_path, batch_size=2)
+    assert loaded.hash == tokenizer.hash != other.hash and loaded.config == SMALL
+    np.testing.assert_array_equal(loaded.encode(pictures(2)), tokenizer.encode(pictures(2)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "weights.safetensors"]
+
+    mixed = (tmp_path / "config.json").read_bytes()
+    other.save(tmp_path)  # over an existing one
+    assert ImageTokenizer.load(tmp_path).hash == other.hash
+    (tmp_path / "config.json").write_bytes(mixed)
+    with pytest.raises(ValueError, match=f"{tokenizer.hash[:12]}, but those found have {other.hash[:12]}"):
+        ImageTokenizer.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"format": 9}))
+    with pytest.raises(ValueError, match="expected format 1, found 9"):
+        ImageTokenizer.load(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no config.json"):
+        ImageTokenizer.load(tmp_path)
+
+
+# ---- metrics ----------------------------------------------------------------------------------------------------
+
+
+def test_psnr_is_per_picture_and_finite():
+    a = np.zeros((2, 4, 4, 3), np.uint8)
+    b = a.copy()
+    b[1] = 255
+    b[1, :2] = 0  # half the pixels off by the whole range
+    np.testing.assert_allclose(metrics.psnr(a, b), [100, 10 * np.log10(2)])
+    with pytest.raises(ValueError, match="one shape"):
+        metrics.psnr(a, b[:1])
+
+
+def test_usage_of_a_codebook():
+    assert metrics.usage(np.array([5, 5, 5, 5, 0, 0, 0, 0])) == {"usage": 0.5, "perplexity": 4.0, "entropy_bits": 2.0}
+    assert metrics.usage(np.array([0, 9]))["perplexity"] == 1
+    with pytest.raises(ValueError, match="no code"):
+        metrics.usage(np.zeros(4, np.int32))

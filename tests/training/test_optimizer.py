@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ar_unified.training.optimizer import OptimizerConfig, is_decayed, learning_rate, make_optimizer
+
+
+def curve(steps=100, **changes):
+    rate = learning_rate(OptimizerConfig(learning_rate=1.0, warmup_steps=9, final_fraction=0.1, **changes), steps)
+    return np.asarray(jax.vmap(rate)(jnp.arange(steps)))
+
+
+def test_cosine_rises_then_falls_to_the_final_rate():
+    rates = curve()
+    np.testing.assert_allclose(rates[:9], np.arange(1, 10) / 10, rtol=1e-6)
+    assert rates[9] > 0.999 and np.all(np.diff(rates[9:]) < 0)
+    np.testing.assert_allclose([rates[54], rates[99]], [0.55, 0.1], atol=0.01)
+
+
+@pytest.mark.parametrize("decay, middle", [("sqrt", 1 - 0.9 * np.sqrt(0.5)), ("linear", 0.55)])
+def test_wsd_is_flat_then_falls(decay, middle):
+    rates = curve(schedule="wsd", decay=decay, decay_fraction=0.2)
+    np.testing.assert_allclose(rates[9:80], 1.0, rtol=1e-6)
+    np.testing.assert_allclose([rates[89], rates[99]], [middle, 0.1], rtol=1e-5)
+
+
+def test_a_schedule_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="9 steps of warm-up and 8 of decay do not fit into 10"):
+        curve(10, schedule="wsd", decay_fraction=0.8)
+    with pytest.raises(ValueError, match="'cosine' and 'wsd'"):
+        curve(schedule="step")
+
+
+def test_only_matrices_decay():
+    params = {
+        "embedding": jnp.ones((4, 4)),
+        "norm": jnp.ones(4),
+        "codebook": jnp.ones((4, 4)),
+        "layers": {
+            "mlp": {"gate": jnp.ones((2, 4, 4))},
+            "query_norm": {"scale": jnp.ones((2, 3, 4))},
+            "b": jnp.ones((2, 4)),
+        },
+    }
+    decayed = jax.tree_util.tree_map_with_path(is_decayed, params)
+    assert decayed["embedding"] and decayed["layers"]["mlp"]["gate"]
+    assert not (decayed["norm"] or decayed["codebook"] or decayed["layers"]["b"])
+    assert not decayed["layers"]["query_norm"]["scale"]
+    tx = make_optimizer(OptimizerConfig(learning_rate=1.0, warmup_steps=0, weight_decay=0.5, final_fraction=1.0), 10)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    moved = optax.apply_updates(params, updates)
+    assert moved["embedding"][0, 0] == 0.5 and moved["norm"][0] == 1.0

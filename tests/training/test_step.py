@@ -1,0 +1,134 @@
+"""One step: accumulated == full batch, any mesh == one device, the RNG, the guard, what is logged."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ar_unified.parallel.mesh import make_mesh
+from ar_unified.parallel.rules import place_batch, shardings
+from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
+from ar_unified.training.step import TrainState, abstract_state, gradients, make_train_step, split_microbatches
+from tests.training import tiny
+
+
+def close(a, b, tolerance):
+    """Each leaf within `tolerance` of its own largest element: gradients of different leaves differ by orders."""
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        error = np.abs(x - y).max() / max(np.abs(y).max(), 1e-12)
+        assert error < tolerance, f"{jax.tree_util.keystr(path)}: relative error {error:.2e}"
+
+
+ONE = {}, 1  # a mesh of one device
+
+
+def loss_and_gradients(params, shape, devices=8, accumulation=1):
+    task, mesh = tiny.task(), make_mesh(shape, jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, shardings(mesh, task.logical_axes(params), params))
+        compute = jax.jit(lambda p, b: gradients(task, p, b, jax.random.key(0), accumulation=accumulation, mesh=mesh))
+        return jax.device_get(compute(placed, place_batch(mesh, tiny.packed(0))))
+
+
+@pytest.fixture(scope="module")
+def reference(params):
+    return loss_and_gradients(params, *ONE)
+
+
+def test_accumulated_is_full_batch(params, reference):
+    close(loss_and_gradients(params, *ONE, accumulation=4), reference, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "shape, accumulation",
+    [
+        (dict(data=8), 1),
+        (dict(fsdp=8), 1),
+        (dict(data=2, fsdp=2, tensor=2), 2),
+        (dict(fsdp=4, context=2), 1),
+    ],
+)
+def test_mesh_changes_nothing(params, reference, shape, accumulation):
+    close(loss_and_gradients(params, shape, accumulation=accumulation), reference, 1e-5)
+
+
+def test_microbatches_are_strided_and_keep_every_row():
+    mesh = make_mesh(dict(data=4), jax.devices()[:4])
+    rows = np.arange(8)[:, None] * np.ones((1, 3), np.int32)
+    parts = jax.jit(lambda b: split_microbatches(b, 2, mesh))(place_batch(mesh, {"x": rows}))["x"]
+    assert np.asarray(parts)[..., 0].tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert parts.addressable_shards[0].data.shape == (2, 1, 3)  # both microbatches on every device
+    with pytest.raises(ValueError, match="8 rows does not split into 3"):
+        split_microbatches({"x": rows}, 3, mesh)
+
+
+def test_state_stays_where_the_rules_put_it(params):
+    task, mesh = tiny.task(), make_mesh(dict(data=2, fsdp=2, tensor=2))
+    tx = make_optimizer(tiny.TRAINING.optimizer, tiny.TRAINING.steps)
+    abstract = abstract_state(task, tx, mesh)
+    places = jax.tree.map(lambda x: x.sharding, abstract)
+    assert places.params["layers"]["mlp"]["gate"].spec == jax.P(None, "fsdp", "tensor")
+    moments = [x.sharding for x in jax.tree.leaves(abstract.optimizer) if x.ndim]
+    assert moments == jax.tree.leaves(places.params) * 2
+    with jax.set_mesh(mesh):
+        state = TrainState(jnp.int32(0), params, tx.init(params))
+        compiled = make_train_step(task, tx, mesh, seed=0, clip_norm=1.0).lower(
+            jax.device_put(state, places), place_batch(mesh, tiny.packed(0))
+        )
+    after, _ = compiled.compile().output_shardings
+    same = jax.tree.map(lambda x, y, z: x.is_equivalent_to(y, z.ndim), after, places, abstract)
+    assert all(jax.tree.leaves(same))
+
+
+def test_dropout_is_keyed_by_step_and_repeats(params):
+    task = tiny.task(config=replace(tiny.MODEL, dropout=0.5, n_layers=1))
+    params = params | {"layers": jax.tree.map(lambda x: x[:1], params["layers"])}
+    mesh = make_mesh({}, jax.devices()[:1])
+    tx = make_optimizer(OptimizerConfig(learning_rate=0.0), 200)
+    step = make_train_step(task, tx, mesh, seed=3)
+    losses = []
+    with jax.set_mesh(mesh):
+        for number in (0, 1, 0):
+            state = jax.tree.map(jnp.array, TrainState(jnp.int32(number), params, tx.init(params)))
+            losses.append(float(step(state, place_batch(mesh, tiny.packed(0)))[1].loss))
+    assert losses[0] == losses[2] != losses[1]
+
+
+def test_metrics_are_what_they_are_called(params):
+    task = tiny.task()
+    batch = tiny.packed(3)
+    loss_sum, weight, metrics = jax.device_get(jax.jit(lambda p, b: task.loss(p, b, None))(params, batch))
+    role = tiny.VOCABULARY.role(batch["targets"])
+    assert {0, 1, 4} <= set(role.ravel())
+    expected = np.where(role == 4, 0.5, 1.0) * np.where(batch["tasks"] == 3, 2.0, 1.0)
+    expected = expected * np.where(batch["prompt"], 0.25, 1.0) * (role != 0)
+    np.testing.assert_allclose(weight, expected.sum(), rtol=1e-6)
+    assert metrics["loss/role/image"][1] == (role == 4).sum()
+    assert metrics["loss/role/text"][1] == (role == 1).sum()
+    assert metrics["bits_per_text_byte"][1] == (batch["targets"][role == 1] + 1).sum()
+    numbers = task.summary(metrics)
+    np.testing.assert_allclose(numbers["bits_per_image_token"], numbers["loss/role/image"] / np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(numbers["fill"], (batch["segment_ids"] > 0).mean(), rtol=1e-6)
+    by_task = sum(metrics[f"loss/task/{name}"][0] for name in ("text", "text_to_image", "image_to_text", "interleaved"))
+    by_role = sum(metrics[f"loss/role/{name}"][0] for name in ("text", "control", "size", "image"))
+    np.testing.assert_allclose(by_task, by_role, rtol=1e-5)
+    assert loss_sum > metrics["loss"][0]  # z-loss is in what is minimised, not in the cross-entropy that is reported
+
+
+def test_unknown_weights_are_refused():
+    with pytest.raises(ValueError, match="unknown .*pictures.*known: text, control, size, image"):
+        tiny.task(role_weights={"pictures": 1.0})
+
+
+def test_flops_of_one_document_are_the_textbook_formula():
+    task = tiny.task()
+    c, T = tiny.MODEL, 100
+    per_layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64
+    matmul = 2 * per_layer + 32 * c.vocab_size
+    flops = task.flops({"tokens": T, "attended": T * (T + 1) / 2})
+    assert flops == 6 * matmul * T + 12 * 2 * 32 * T * (T + 1) / 2

@@ -1,0 +1,92 @@
+"""A training of seconds: the real transformer, two layers wide 32, on packed rows of random documents.
+
+As a script it is the run that tests kill: python tests/training/tiny.py FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ar_unified.model.config import TransformerConfig
+from ar_unified.parallel.mesh import make_mesh
+from ar_unified.training.loop import TrainingConfig, fit
+from ar_unified.training.optimizer import OptimizerConfig
+from ar_unified.training.tasks import TransformerTask
+from ar_unified.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary(text_size=40, codebook_size=60, max_side=4)
+MODEL = TransformerConfig(
+    vocab_size=VOCABULARY.size, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_mlp=64
+)
+TRAINING = TrainingConfig(
+    steps=8,
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+    log_every=2,
+    validate_every=0,
+    checkpoint_every=3,
+)
+ROWS, LENGTH = 8, 24
+
+
+def packed(step: int, rows: int = ROWS, length: int = LENGTH) -> dict[str, np.ndarray]:
+    """Rows of two documents and ragged padding; every text id is followed by an image code: much to learn."""
+    rng = np.random.default_rng((7, step))
+    batch = {
+        "tokens": np.full((rows, length), VOCABULARY.pad, np.int32),
+        "targets": np.full((rows, length), VOCABULARY.pad, np.int32),
+        "positions": np.zeros((rows, length), np.int32),
+        "doc_start": np.full((rows, length), length, np.int32),
+        "segment_ids": np.zeros((rows, length), np.int32),
+        "tasks": np.zeros((rows, length), np.int8),
+        "prompt": np.zeros((rows, length), bool),
+    }
+    for row in range(rows):
+        start = 0
+        for segment, n in enumerate(rng.integers(4, length // 2, 2), 1):
+            text = rng.integers(0, 40, n)
+            document = np.where(np.arange(n) % 2 == 0, text, VOCABULARY.image_offset + np.roll(text, 1) % 60)
+            where = slice(start, start + n)
+            batch["tokens"][row, where] = document
+            batch["targets"][row, start : start + n - 1] = document[1:]
+            batch["positions"][row, where] = np.arange(n)
+            batch["doc_start"][row, where] = start
+            batch["segment_ids"][row, where] = segment
+            batch["tasks"][row, where] = segment % 4
+            batch["prompt"][row, start : start + n // 2] = segment == 2
+            start += n
+    return batch
+
+
+def task(**changes: Any) -> TransformerTask:
+    settings: dict[str, Any] = dict(
+        config=MODEL,
+        vocabulary=VOCABULARY,
+        batch=packed,
+        validation=[packed(10_000)],
+        role_weights={"image": 0.5},
+        task_weights={"interleaved": 2.0},
+        prompt_weight=0.25,
+        z_loss=1e-3,
+        text_bytes=np.arange(1, 41),
+        chunk=32,
+    )
+    return TransformerTask(**settings | changes)
+
+
+def run(folder: str | Path, *, task: Any = None, mesh: Any = None, **changes: Any) -> Any:
+    """fit() of the tiny task on one device unless told otherwise; quiet."""
+    import jax
+
+    mesh = mesh or make_mesh({}, jax.devices()[:1])
+    settings = {key: changes.pop(key) for key in ("manifest", "preview", "logger") if key in changes}
+    settings.setdefault("logger", lambda line: None)
+    return fit(task or globals()["task"](), replace(TRAINING, **changes), folder, mesh=mesh, **settings)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], logger=lambda line: print(line, flush=True), steps=60, checkpoint_every=5, log_every=1)
