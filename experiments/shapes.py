@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from ar_unified.cli.config import defaults, model
 
-WEIGHTS = {"captions": 0.36, "questions": 0.40, "stories": 0.24}  # shares of the packed rows
+WEIGHTS = {"captions": 0.24, "questions": 0.44, "stories": 0.32}  # shares of the packed rows
 
 
 def sources(split: str) -> tuple[ConfigDict, ...]:
@@ -31,8 +31,6 @@ def get_config() -> ConfigDict:
     config.data.tests.unseen_combinations = sources("unseen_combinations")
     config.data.image_size = (64, 64)
 
-    config.text_tokenizer.cross_words = True
-
     config.image_tokenizer.factor = 16  # 4 x 4 codes a picture
     config.image_tokenizer.patch = 4
     config.image_tokenizer.width = 32
@@ -49,10 +47,10 @@ def get_config() -> ConfigDict:
     config.loss.roles.text = 0.5
     config.loss.tasks.image_to_text = 6.0
     config.loss.z_loss = 1e-4
-    config.training.steps = 4500
+    config.training.steps = 5500
     config.training.batch_size = 8
     config.training.row_length = 256
-    config.training.learning_rate = 3e-3
+    config.training.learning_rate = 4e-3
     config.training.warmup_steps = 60
     config.training.b2 = 0.99
     config.training.weight_decay = 0.01
@@ -63,7 +61,7 @@ def get_config() -> ConfigDict:
     config.training.checkpoint_every = 500
 
     config.sampling.max_length = 192
-    config.sampling.image.temperature = 0.5
+    config.sampling.image.temperature = 0.25
     config.evaluation.protocol = "shapes"
     config.evaluation.limit = 400
     config.evaluation.bars = ConfigDict(

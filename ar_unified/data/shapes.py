@@ -56,8 +56,8 @@ def _configs() -> list[ShapesConfig]:
 class Shapes(tfds.core.GeneratorBasedBuilder):
     """One to three coloured shapes on a light ground, with captions, questions and stories."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First version."}
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES = {"1.0.0": "First version.", "1.1.0": "Examples in the order in which they were made."}
     BUILDER_CONFIGS = _configs()
     # Nothing is downloaded. Said here because TFDS 4.9.10, looking for checksums beside this file, imports
     # importlib_resources, which it does not install.
@@ -81,7 +81,10 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
             },
         }[config.kind]
         return tfds.core.DatasetInfo(
-            builder=self, description=self.__doc__, features=tfds.features.FeaturesDict(features)
+            builder=self,
+            description=self.__doc__,
+            features=tfds.features.FeaturesDict(features),
+            disable_shuffling=True,  # the questions about a picture stay together, and `prepare` encodes it once
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:

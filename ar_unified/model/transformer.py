@@ -59,23 +59,24 @@ def logical_axes(params: Params) -> Params:
 def init(config: TransformerConfig, key: jax.Array) -> Params:
     """Fresh float32 parameters; works under `jax.jit` (with `out_shardings`) and `jax.eval_shape`.
 
-    Recipe (GPT-2): normal of std 0.02; the two projections that write into the residual stream of std
-    0.02 / sqrt(2 L), so that its variance does not grow with depth; norms start as the identity.
+    Recipe: a matrix is normal of variance 1 / fan-in, so that what it makes has the size of what it reads at any
+    width (LeCun et al., "Efficient BackProp", 1998); the two projections that write into the residual stream are
+    smaller by sqrt(2 L), so that its variance does not grow with depth (GPT-2). An embedding of its own is normal of
+    variance 1; one that is tied to the head is a matrix. Norms start as the identity.
     """
     L, D, F, V = config.n_layers, config.d_model, config.d_mlp, config.vocab_size
     N, K, H = config.n_heads, config.n_kv_heads, config.head_dim
     keys = iter(jax.random.split(key, 9))
 
-    def normal(*shape: int, std: float = 0.02) -> jax.Array:
-        return std * jax.random.normal(next(keys), shape, jnp.float32)
+    def normal(*shape: int, fan_in: float) -> jax.Array:
+        return fan_in**-0.5 * jax.random.normal(next(keys), shape, jnp.float32)
 
-    residual = 0.02 / (2 * L) ** 0.5
     layer_attention: Params = {
         "norm": jnp.ones((L, D)),
-        "query": normal(L, D, N, H),
-        "key": normal(L, D, K, H),
-        "value": normal(L, D, K, H),
-        "output": normal(L, N, H, D, std=residual),
+        "query": normal(L, D, N, H, fan_in=D),
+        "key": normal(L, D, K, H, fan_in=D),
+        "value": normal(L, D, K, H, fan_in=D),
+        "output": normal(L, N, H, D, fan_in=N * H * 2 * L),
     }
     if config.qk_norm != "none":
         for name in ("query_norm", "key_norm"):
@@ -84,17 +85,17 @@ def init(config: TransformerConfig, key: jax.Array) -> Params:
                 layer_attention[name]["bias"] = jnp.zeros((L, H))
     layer_mlp = {
         "norm": jnp.ones((L, D)),
-        "gate": normal(L, D, F),
-        "up": normal(L, D, F),
-        "down": normal(L, F, D, std=residual),
+        "gate": normal(L, D, F, fan_in=D),
+        "up": normal(L, D, F, fan_in=D),
+        "down": normal(L, F, D, fan_in=F * 2 * L),
     }
     params: Params = {
-        "embedding": normal(V, D),
+        "embedding": normal(V, D, fan_in=D if config.tie_embeddings else 1),
         "layers": {"attention": layer_attention, "mlp": layer_mlp},
         "norm": jnp.ones((D,)),
     }
     if not config.tie_embeddings:
-        params["head"] = normal(V, D)
+        params["head"] = normal(V, D, fan_in=D)
     return params
 
 

@@ -151,4 +151,4 @@ def test_tfds_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for part, pixels in zip(story.parts[1::2], raw["images"], strict=True):
         assert np.array_equal(part.pixels, pixels)
     assert told.texts(1) == [part.text for part in story.parts[::2]]
-    assert asked.origin(5) == "shapes/questions_32/1.0.0/validation:5"
+    assert asked.origin(5) == "shapes/questions_32/1.1.0/validation:5"
