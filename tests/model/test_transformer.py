@@ -49,6 +49,23 @@ def forward_logits(config: TransformerConfig, params, *rows: jax.Array) -> jax.A
     return jax.jit(logits)(params, *rows)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("width, depth", [(32, 2), (32, 12), (256, 2)])
+def test_fresh_parameters_keep_the_size_of_what_they_read(width, depth, tied):
+    sizes = dict(d_model=width, n_layers=depth, n_heads=4, n_kv_heads=4, head_dim=width // 4, d_mlp=2 * width)
+    config = dataclasses.replace(CONFIG, vocab_size=400, tie_embeddings=tied, **sizes)
+    params = init(config, jax.random.key(0))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params["layers"]):
+        if leaf.ndim > 2:
+            name = path[-1].key
+            fan_in = {"output": width, "down": 2 * width}.get(name, width)
+            shrunk = 2 * depth if name in ("output", "down") else 1
+            np.testing.assert_allclose(jnp.var(leaf), 1 / (fan_in * shrunk), rtol=0.1, err_msg=name)
+    logits = forward_logits(config, params, *whole_rows(jax.random.randint(jax.random.key(1), (4, 64), 0, 400)))
+    # A tied model's fresh logits lean towards the token it has just read, which its embedding is.
+    assert 0.8 < float(jnp.median(jnp.std(logits, axis=-1))) < (1.4 if tied else 1.2)
+
+
 @pytest.fixture(params=["one chunk", "chunks", "chunks in a loop"])
 def chunks(request, monkeypatch):
     """Attention over rows of 12 in one piece, in 3 prefixes of one chunk each, and in 2 prefixes of two."""

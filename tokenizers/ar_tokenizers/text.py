@@ -129,7 +129,8 @@ class TextTokenizer:
           model_type: "bpe", or "unigram" (slower, and far hungrier for memory).
           character_coverage: the share of characters that get a piece; the rest are spelled in bytes, losing nothing.
           max_texts: more than 100; 2e6 short texts need a few GB.
-          cross_words: pieces may hold spaces, as in SuperBPE (arXiv:2503.13423): fewer tokens where phrases recur.
+          cross_words: pieces may hold spaces, as in SuperBPE (arXiv:2503.13423): fewer tokens where phrases recur. But
+            where "red star" is one piece it shares nothing with "red circle": a small model learns each by itself.
 
         Raises:
           ValueError: no text, a text with a surrogate, or a vocab_size that has no room for the 259 fixed pieces and
