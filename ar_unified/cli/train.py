@@ -59,7 +59,8 @@ def train(experiment: Experiment) -> None:
         )
     validation = []
     if (folder / "validation").exists():
-        held_out = PackedBatches(folder / "validation", grammar, flip=0.5, condition_dropout=0.0, **rows)
+        flip = 0.5 if settings.flip_pairs else 0.0  # both ways weigh alike, where both are trained
+        held_out = PackedBatches(folder / "validation", grammar, flip=flip, condition_dropout=0.0, **rows)
         validation = [held_out.batch(step) for step in range(_VALIDATION_BATCHES)]
     task = TransformerTask(
         experiment.model,
