@@ -16,7 +16,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.name = "easy_vqa"
 
     def sources(split: str) -> tuple[ConfigDict, ...]:
-        weights = {"captions": 0.45, "vqa": 0.55}
+        weights = {"captions": 0.3, "vqa": 0.7}
         return tuple(
             ConfigDict(dict(kind="folder", path=path, files=(file,), label=file, split=split, weight=weight))
             for file, weight in weights.items()
@@ -39,19 +39,19 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.image_tokenizer.learning_rate = 4e-3
 
     config.model = model(
-        "2m", d_model=128, n_layers=6, n_heads=4, n_kv_heads=4, d_mlp=384, tie_embeddings=False, rope_theta=1e3
+        "2m", d_model=128, n_heads=4, n_kv_heads=4, d_mlp=384, tie_embeddings=False, rope_theta=1e3, dropout=0.1
     )
     config.loss.prompt = 0.1
     config.loss.tasks.image_to_text = 6.0
-    config.training.steps = 2600
-    config.training.learning_rate = 4e-3
+    config.training.steps = 1500  # 4,000 pictures are soon known by heart: at 2,600 it draws worse, see above
+    config.training.learning_rate = 3e-3
     config.training.b2 = 0.99
-    config.training.weight_decay = 0.05
+    config.training.weight_decay = 0.1
     config.training.drop_condition = 0.05
     config.training.log_every = 50
     config.training.checkpoint_every = 500
     config.sampling.max_length = 128
-    config.sampling.image.temperature = 0.4
+    config.sampling.image.temperature = 0.7
     config.evaluation.protocol = "easy_vqa"
     config.evaluation.limit = 1000
     config.evaluation.bars = ConfigDict(dict(vqa_accuracy=0.97, text_to_image_exact=0.90))

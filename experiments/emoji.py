@@ -5,9 +5,9 @@
 The folder is noto-emoji (captions.jsonl and 128-pixel PNGs). There is no held-out set: an emoji's looks do not follow
 from its name. What counts is that the pictures drawn for the names it was trained on are recognisable.
 
-24 Nov 2026, jax 0.10.2, 2 cores of an EPYC that another training shared: 22 min 55 s, 16.6 of them the transformer, which
-ended at a training loss of 0.028. docs/emoji.png shows what it drew for every 69th name, one sample each, seeds 0 to 23:
-22 of the 24 are recognisable; the tiger could be a dog, and the bottle with popping cork is none.
+24 Nov 2026, jax 0.10.2, 2 cores of an EPYC that another training shared: 22 min 55 s, 16.6 of them the transformer,
+which ended at a training loss of 0.028. docs/emoji.png shows what it drew for every 69th name, one sample each, seeds 0
+to 23: 22 of the 24 are recognisable; the tiger could be a dog, and the bottle with popping cork is none.
 """
 
 from ml_collections import ConfigDict
