@@ -2,7 +2,11 @@
 
 ar-unified run --config experiments/easy_vqa.py --workdir workdirs/easy_vqa
 
-Not run to its end yet: no numbers.
+24 Nov 2026, jax 0.10.2, 2 cores of an EPYC that other runs shared: 17 min 3 s. On 1,000 test questions and captions:
+vqa_accuracy 0.860 (colour 0.993, yes or no 0.873, shape 0.619), text_to_image_exact 0.280, parse_rate 1.0; the tokenizer
+keeps 0.964 of the figures. Both fall short of the bars. It is not the length: a model of d=128, 6 layers, captions at
+0.45 and 2,600 steps knew the 4,000 pictures by heart (validation loss 1.35 at step 1,400, 1.88 at the end) and drew worse
+(0.039); with dropout 0.1 and 1,500 steps it did not overfit, and did not get there either (0.786, 0.023).
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +20,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.name = "easy_vqa"
 
     def sources(split: str) -> tuple[ConfigDict, ...]:
-        weights = {"captions": 0.3, "vqa": 0.7}
+        weights = {"captions": 1.0, "vqa": 2.0}
         return tuple(
             ConfigDict(dict(kind="folder", path=path, files=(file,), label=file, split=split, weight=weight))
             for file, weight in weights.items()
@@ -28,28 +32,18 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.text_tokenizer.vocab_size = 384
 
-    config.image_tokenizer.factor = 8  # 8 x 8 codes a picture: at 4 x 4 every fifth shape is not what it was
+    config.image_tokenizer.factor = 8
     config.image_tokenizer.patch = 4
     config.image_tokenizer.multipliers = (1, 2)
     config.image_tokenizer.blocks = (1, 1)
-    config.image_tokenizer.levels = (8, 6, 5)
-    config.image_tokenizer.l1_weight = 0.5
-    config.image_tokenizer.steps = 2500
-    config.image_tokenizer.batch_size = 32
-    config.image_tokenizer.learning_rate = 4e-3
+    config.image_tokenizer.steps = 1500
 
-    config.model = model(
-        "2m", d_model=128, n_heads=4, n_kv_heads=4, d_mlp=384, tie_embeddings=False, rope_theta=1e3, dropout=0.1
-    )
-    config.loss.prompt = 0.1
-    config.loss.tasks.image_to_text = 6.0
-    config.training.steps = 1500  # 4,000 pictures are soon known by heart: at 2,600 it draws worse, see above
+    config.model = model("2m")
+    config.loss.prompt = 0.05
+    config.training.steps = 2000
     config.training.learning_rate = 3e-3
     config.training.b2 = 0.99
-    config.training.weight_decay = 0.1
     config.training.drop_condition = 0.05
-    config.training.log_every = 50
-    config.training.checkpoint_every = 500
     config.sampling.max_length = 128
     config.sampling.image.temperature = 0.7
     config.evaluation.protocol = "easy_vqa"
