@@ -4,9 +4,10 @@ ar-unified run --config experiments/easy_vqa.py --workdir workdirs/easy_vqa
 
 24 Nov 2026, jax 0.10.2, 2 cores of an EPYC that other runs shared: 17 min 3 s. On 1,000 test questions and captions:
 vqa_accuracy 0.860 (colour 0.993, yes or no 0.873, shape 0.619), text_to_image_exact 0.280, parse_rate 1.0; the
-tokenizer keeps 0.964 of the figures. Both fall short of the bars. It is not the length alone: a model of d=128, 6 layers,
-captions at 0.45 and 2,600 steps knew the 4,000 pictures by heart (validation loss 1.35 at step 1,400, 1.88 at the end)
-and reached 0.834 and 0.039; one of 4 layers with dropout 0.1 and 1,500 steps did not overfit, and reached 0.786 and 0.023.
+tokenizer keeps 0.964 of the figures. Both fall short of the bars. It is not the length alone: a model of d=128, 6
+layers, captions at 0.45 and 2,600 steps knew the 4,000 pictures by heart (validation loss 1.35 at step 1,400, 1.88 at
+the end) and reached 0.834 and 0.039; one of 4 layers with dropout 0.1 and 1,500 steps did not overfit, and reached
+0.786 and 0.023.
 """
 
 from ml_collections import ConfigDict
