@@ -39,7 +39,6 @@ def defaults() -> ConfigDict:
     config.text_tokenizer = ConfigDict()
     config.text_tokenizer.vocab_size = 512  # at most; a small corpus gives fewer
     config.text_tokenizer.model_type = "bpe"  # bpe | unigram
-    config.text_tokenizer.cross_words = False  # pieces may hold spaces: fewer tokens where phrases recur
     config.text_tokenizer.max_texts = 2_000_000  # kept in memory, drawn at random where there are more
 
     config.image_tokenizer = ConfigDict()

@@ -53,7 +53,6 @@ def train_text(experiment: Experiment) -> None:
         settings.vocab_size,
         model_type=settings.model_type,
         max_texts=settings.max_texts,
-        cross_words=settings.cross_words,
     )
     tokenizer.save(stage.folder / "text.model")
     experiment.finish(stage, {"pieces": tokenizer.size, "hash": tokenizer.hash})

@@ -58,7 +58,7 @@ def test_fresh_parameters_keep_the_size_of_what_they_read(width, depth, tied):
     for path, leaf in jax.tree_util.tree_leaves_with_path(params["layers"]):
         if leaf.ndim > 2:
             name = path[-1].key
-            fan_in = {"output": width, "down": 2 * width}.get(name, width)
+            fan_in = {"down": 2 * width}.get(name, width)
             shrunk = 2 * depth if name in ("output", "down") else 1
             np.testing.assert_allclose(jnp.var(leaf), 1 / (fan_in * shrunk), rtol=0.1, err_msg=name)
     logits = forward_logits(config, params, *whole_rows(jax.random.randint(jax.random.key(1), (4, 64), 0, 400)))

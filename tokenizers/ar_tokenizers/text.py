@@ -119,7 +119,6 @@ class TextTokenizer:
         model_type: Literal["bpe", "unigram"] = "bpe",
         character_coverage: float = 0.99995,
         max_texts: int = 2_000_000,
-        cross_words: bool = False,
     ) -> TextTokenizer:
         """Learn a tokenizer. The same texts, settings and SentencePiece version give the same model, byte for byte.
 
@@ -129,8 +128,6 @@ class TextTokenizer:
           model_type: "bpe", or "unigram" (slower, and far hungrier for memory).
           character_coverage: the share of characters that get a piece; the rest are spelled in bytes, losing nothing.
           max_texts: more than 100; 2e6 short texts need a few GB.
-          cross_words: pieces may hold spaces, as in SuperBPE (arXiv:2503.13423): fewer tokens where phrases recur. But
-            where "red star" is one piece it shares nothing with "red circle": a small model learns each by itself.
 
         Raises:
           ValueError: no text, a text with a surrogate, or a vocab_size that has no room for the 259 fixed pieces and
@@ -150,7 +147,9 @@ class TextTokenizer:
                 normalization_rule_name="identity",
                 byte_fallback=True,
                 split_digits=True,
-                split_by_whitespace=not cross_words,
+                # Pieces over spaces (SuperBPE, arXiv:2503.13423) are fewer, but where "red star" is one, it shares
+                # nothing with "red circle", and a small model that has to find the star does not get off the ground.
+                split_by_whitespace=True,
                 allow_whitespace_only_pieces=True,
                 remove_extra_whitespaces=False,
                 add_dummy_prefix=False,
