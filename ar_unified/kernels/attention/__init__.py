@@ -1,0 +1,136 @@
+"""Fused causal attention over packed documents: one public function, one meaning, a kernel for each kind of device.
+
+reference.py  what it computes, in a screenful
+bounds.py     from `doc_start` to the blocks that must be read: the mask and the work of every kernel
+xla.py        in chunks, by XLA: any platform and shape
+tpu.py        Pallas for TPU: reads only the blocks that a document touches, forward and backward
+hopper.py     Pallas for Hopper GPUs: the same
+blocks.py     block sizes by device and shape, each with the run it came from
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ar_unified.kernels import device
+from ar_unified.kernels.attention import reference
+from ar_unified.kernels.attention.bounds import Bounds, make_bounds
+from ar_unified.kernels.attention.spec import Spec
+
+BACKENDS = ("reference", "xla", "tpu", "tpu_interpret", "hopper")
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    doc_start: jax.Array,
+    scale: float | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    q_offset: jax.Array | int = 0,
+    kv_offset: jax.Array | int = 0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Attention of each query to the keys of its own document up to itself.
+
+    The query at position p = q_offset + t sees the keys at positions max(doc_start[t], p - window + 1) .. p. One whose
+    stretch is empty (padding has doc_start = T, the length of the whole row) gets exact zeros, forward and backward,
+    and a log-sum-exp of -inf. Differentiable in q, k and v, through the log-sum-exp too.
+
+    Args:
+      q: [B, T, N, H], rotated, not scaled.
+      k, v: [B, S, K, H]; K divides N, and query head n reads KV head n // (N / K).
+      doc_start: int32 [B, T], position of the first key of each query's document. Non-decreasing along a row (but for
+        padding): the result never depends on that, how much work is skipped does.
+      scale: of the scores; None: H ** -0.5.
+      window: keys a query sees at most, itself included; None: its whole document.
+      soft_cap: c * tanh(score / c) in place of each score (Gemma 2, arXiv 2408.00118); None: not.
+      q_offset, kv_offset: positions of the first query and key in their row, int or int32 [] or [B]: for a part of a
+        row under context parallelism, and for queries that continue a cache.
+      return_lse: also return the log of the sum of exponentiated scores, float32 [B, T, N].
+      backend: one of BACKENDS; None: the kernel of the current device (kernels/device.py), and xla on CPUs. A kernel
+        that cannot do a shape is replaced by xla with a warning where it was the default; where it was asked for by
+        name, ValueError says why.
+
+    Returns:
+      [B, T, N, H] in the dtype of v; with return_lse, that and the log-sum-exp. Scores and softmax are float32.
+    """
+    _check(q, k, v, doc_start, window)
+    bounds = make_bounds(doc_start, k.shape[1], window=window, q_offset=q_offset, kv_offset=kv_offset)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "reference":
+        out, lse = reference.attend(q, k, v, bounds, scale, soft_cap)
+    else:
+        shift = q_offset - kv_offset if isinstance(q_offset, int) and isinstance(kv_offset, int) else None
+        spec = Spec(scale, soft_cap, shift, interpret=backend == "tpu_interpret")
+        out, lse = _attention(_choose(backend, q, k), spec, q, k, v, bounds)
+    return (out, jnp.swapaxes(lse, 1, 2)) if return_lse else out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(
+    backend: str, spec: Spec, q: jax.Array, k: jax.Array, v: jax.Array, bounds: Bounds
+) -> tuple[jax.Array, jax.Array]:
+    return _module(backend).forward(spec, q, k, v, bounds)
+
+
+def _forward(backend, spec, q, k, v, bounds):
+    out, lse = _module(backend).forward(spec, q, k, v, bounds)
+    return (out, lse), (q, k, v, bounds, out, lse)
+
+
+def _backward(backend, spec, residuals, cotangents):
+    q, k, v, bounds, out, lse = residuals
+    dout, dlse = cotangents
+    delta = jnp.einsum("BTNH,BTNH->BNT", out.astype(jnp.float32), dout.astype(jnp.float32)) - dlse
+    return *_module(backend).backward(spec, q, k, v, bounds, lse, delta, dout), None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _module(backend: str) -> ModuleType:
+    """The module behind a backend's name, imported when it is used: GPU and TPU kernels pull in much of Pallas."""
+    return importlib.import_module(f"{__name__}.{backend.removesuffix('_interpret')}")
+
+
+def _choose(backend: str | None, q: jax.Array, k: jax.Array) -> str:
+    if backend is not None:
+        if backend not in BACKENDS:
+            raise ValueError(f"attention backend: expected one of {', '.join(BACKENDS)}; found {backend!r}")
+        if reason := _module(backend).unsupported(q, k):
+            raise ValueError(f"attention backend {backend!r}: {reason}; backend='xla' takes any shape")
+        return backend
+    here = device.current()
+    kernel = {"tpu": "tpu", "gpu": "hopper" if here.is_hopper else None}.get(here.platform)
+    if kernel is None:
+        if here.platform != "cpu":
+            warnings.warn(f"attention: there is no kernel for {here.kind}; XLA computes it", stacklevel=3)
+        return "xla"
+    if reason := _module(kernel).unsupported(q, k):
+        warnings.warn(f"attention: XLA computes it on this {here.kind}, not the kernel: {reason}", stacklevel=3)
+        return "xla"
+    return kernel
+
+
+def _check(q: jax.Array, k: jax.Array, v: jax.Array, doc_start: jax.Array, window: int | None) -> None:
+    B, T, N, H = q.shape
+    if k.shape != v.shape or k.shape[0] != B or k.shape[3] != H or N % k.shape[2]:
+        raise ValueError(
+            f"attention: expected q [B, T, N, H], k and v [B, S, K, H] with K dividing N; "
+            f"found q {q.shape}, k {k.shape}, v {v.shape}"
+        )
+    if doc_start.shape != (B, T) or doc_start.dtype != jnp.int32:
+        raise ValueError(f"attention: expected doc_start int32 {(B, T)}; found {doc_start.dtype} {doc_start.shape}")
+    if window is not None and window < 1:
+        raise ValueError(f"attention: expected a window of at least 1 key; found {window}")

@@ -1,0 +1,91 @@
+"""Which keys a query sees, as two numbers a query, and which blocks of keys a block of queries therefore meets.
+
+In a packed row documents lie one behind the other, so what a causal query may see is one stretch of keys: from the
+first key of its document (or of its window) to itself. The two ends are the mask, and their extremes over a block of
+queries say which blocks of keys must be read at all. Every kernel starts from this and from nothing else.
+
+B batch, T query position, S key position, I blocks of queries, J blocks of keys.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Bounds(NamedTuple):
+    """Query t of a row sees the keys first[t] <= s <= last[t], counted from the first key given; none where that is
+    empty. int32 [B, T] both, non-decreasing along a row but for queries that see nothing."""
+
+    first: jax.Array
+    last: jax.Array
+
+
+class BlockRanges(NamedTuple):
+    """For each block of one kind the blocks begin <= j < end of the other kind that it meets; int32 [B, blocks].
+
+    The blocks clean_begin <= j < clean_end of them are seen whole by all queries of the block and need no mask: what is
+    left of them is the left edge of a document, what is right of them the diagonal.
+    """
+
+    begin: jax.Array
+    end: jax.Array
+    clean_begin: jax.Array
+    clean_end: jax.Array
+
+
+def make_bounds(
+    doc_start: jax.Array,
+    keys: int,
+    *,
+    window: int | None = None,
+    q_offset: jax.Array | int = 0,
+    kv_offset: jax.Array | int = 0,
+) -> Bounds:
+    """Bounds of the queries at q_offset + t over `keys` keys at kv_offset + s; see `attention` for the arguments."""
+    positions = jnp.arange(doc_start.shape[1], dtype=jnp.int32) + jnp.asarray(q_offset, jnp.int32).reshape(-1, 1)
+    positions = jnp.broadcast_to(positions, doc_start.shape)
+    first = doc_start if window is None else jnp.maximum(doc_start, positions - (window - 1))
+    first, last = (x - jnp.asarray(kv_offset, jnp.int32).reshape(-1, 1) for x in (first, positions))
+    first, last = jnp.maximum(first, 0), jnp.minimum(last, keys - 1)
+    empty = first > last
+    return Bounds(jnp.where(empty, keys, first), jnp.where(empty, -1, last))
+
+
+def pad_queries(bounds: Bounds, length: int, keys: int) -> Bounds:
+    """Bounds of `length` queries, those behind the given ones seeing nothing."""
+    pad = [(0, 0), (0, length - bounds.first.shape[1])]
+    return Bounds(jnp.pad(bounds.first, pad, constant_values=keys), jnp.pad(bounds.last, pad, constant_values=-1))
+
+
+def key_ranges(bounds: Bounds, keys: int, block_q: int, block_k: int) -> BlockRanges:
+    """The blocks of keys that each block of queries meets, [B, I]. T is a multiple of block_q."""
+
+    def blocks(x: jax.Array) -> jax.Array:
+        return x.reshape(x.shape[0], -1, block_q)
+
+    first, last = blocks(bounds.first), blocks(bounds.last)
+    begin, end = first.min(-1) // block_k, last.max(-1) // block_k + 1
+    begin = jnp.where(last.max(-1) < 0, 0, begin)  # all of the block is padding: 0 <= j < 0
+    clean_begin = jnp.minimum(-(-first.max(-1) // block_k), end)
+    clean_end = jnp.clip((last.min(-1) + 1) // block_k, clean_begin, end)
+    return BlockRanges(begin, end, clean_begin, clean_end)
+
+
+def query_ranges(by_query: BlockRanges, key_blocks: int) -> BlockRanges:
+    """The blocks of queries that each block of keys meets, [B, J], from the opposite.
+
+    Exact where bounds do not decrease along the row. Padding between documents only makes a range wider than needed.
+    """
+
+    def ends(begin: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:
+        j = jnp.arange(key_blocks, dtype=jnp.int32)
+        meets = (begin[..., None] <= j) & (j < end[..., None])  # [B, I, J]
+        some = meets.any(1)
+        first = jnp.argmax(meets, 1).astype(jnp.int32)
+        behind = meets.shape[1] - jnp.argmax(meets[:, ::-1], 1).astype(jnp.int32)
+        return jnp.where(some, first, 0), jnp.where(some, behind, 0)
+
+    return BlockRanges(*ends(by_query.begin, by_query.end), *ends(by_query.clean_begin, by_query.clean_end))

@@ -1,0 +1,26 @@
+"""What a program is being traced for: the devices of the mesh in scope, or else JAX's default ones."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+
+
+class Device(NamedTuple):
+    platform: str  # "cpu", "tpu" or "gpu"
+    kind: str  # as JAX names it: "TPU v5p", "NVIDIA H200"
+
+    @property
+    def is_hopper(self) -> bool:
+        """Compute capability 9.0, what the kernels with wgmma and TMA need."""
+        return any(name in self.kind for name in ("H100", "H200", "H800", "H20", "GH200"))
+
+
+def current() -> Device:
+    """The device under `jax.set_mesh`, which may be one that this host only compiles for; without a mesh, JAX's."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    if device is not None:
+        return Device("gpu" if device.platform in ("cuda", "rocm") else device.platform, device.device_kind)
+    return Device(jax.default_backend(), jax.devices()[0].device_kind)

@@ -1,0 +1,93 @@
+"""Attention: every backend against the reference, forward and backward, on packed rows with padding."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ar_unified.kernels.attention import attention
+from tests.kernels.cases import CASES, Case
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def outputs_and_gradients(case: Case, backend: str, q, k, v, bar, lse_bar, doc_start):
+    def run(q, k, v):
+        return attention(q, k, v, doc_start=doc_start, return_lse=True, backend=backend, **case.options)
+
+    (out, lse), pull = jax.vjp(run, q, k, v)
+    return dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *pull((bar, lse_bar))), strict=True))
+
+
+def run(case: Case, backend: str, dtype=jnp.float32) -> dict[str, np.ndarray]:
+    q, k, v, bar = case.arrays(dtype)
+    doc_start = jnp.asarray(case.doc_start)
+    # The gradient of a log-sum-exp of -inf is none; that of the others must come through.
+    lse_bar = jnp.where(doc_start[..., None] < case.T, jnp.cos(jnp.arange(case.heads, dtype=jnp.float32)), 0.0)
+    return jax.tree.map(np.asarray, outputs_and_gradients(case, backend, q, k, v, bar, lse_bar, doc_start))
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    """|found - expected| / |expected|, by norm."""
+    found, expected = found.astype(np.float64), expected.astype(np.float64)
+    return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-30))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("backend", ["xla"])
+def test_a_backend_equals_the_reference(backend, name):
+    case = CASES[name]
+    expected, found = run(case, "reference"), run(case, backend)
+    for what, value in found.items():
+        finite = np.isfinite(expected[what])
+        np.testing.assert_array_equal(np.isfinite(value), finite, err_msg=what)
+        assert relative(value[finite], expected[what][finite]) < 1e-5, what
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla"])
+def test_padding_is_exactly_zero_forward_and_backward(backend):
+    case = CASES["nothing but padding"]
+    padding = case.doc_start == case.T
+    for what, value in run(case, backend).items():
+        if what == "lse":
+            assert (value[padding] == -np.inf).all()
+        else:
+            assert not value[padding].any() and np.isfinite(value).all(), what
+            assert value[~padding].any(), what
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla"])
+def test_parts_of_a_row_with_offsets_are_the_parts_of_the_whole(backend):
+    case = CASES["padding at the end"]
+    q, k, v, _ = case.arrays()
+    doc_start = jnp.asarray(case.doc_start)
+    whole = attention(q, k, v, doc_start=doc_start, backend="reference")
+    for offset in (128, jnp.int32(128), jnp.array([128, 128])):  # known when tracing; when running; of each row
+        part = attention(q[:, 128:256], k, v, doc_start=doc_start[:, 128:256], q_offset=offset, backend=backend)
+        np.testing.assert_allclose(part, whole[:, 128:256], atol=1e-5)
+    # The keys cut as well: two halves of them merge by their log-sum-exps.
+    halves = [
+        attention(
+            q, k[:, i : i + 192], v[:, i : i + 192], doc_start=doc_start, kv_offset=i, backend=backend, return_lse=True
+        )
+        for i in (0, 192)
+    ]
+    lse = jnp.logaddexp(halves[0][1], halves[1][1])
+    weights = [jnp.where(lse == -jnp.inf, 0.0, jnp.exp(part - lse))[..., None] for _, part in halves]
+    np.testing.assert_allclose(sum(w * out for w, (out, _) in zip(weights, halves, strict=True)), whole, atol=1e-5)
+
+
+def test_what_does_not_fit_is_refused_in_words():
+    q, k, v, _ = CASES["multi-head"].arrays()
+    doc_start = jnp.zeros(q.shape[:2], jnp.int32)
+    for wrong, message in (
+        (dict(backend="cuda"), "expected one of reference, xla, tpu"),
+        (dict(window=0), "window of at least 1 key; found 0"),
+        (dict(k=k[:, :, :3], v=v[:, :, :3]), "K dividing N"),
+        (dict(doc_start=doc_start[:1, :4]), "expected doc_start int32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention(**(dict(q=q, k=k, v=v, doc_start=doc_start) | wrong))
