@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ar_unified.kernels.attention import BACKENDS
+
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
@@ -29,6 +31,7 @@ class TransformerConfig:
       scan_layers: one compiled layer for all (short compiles, TPU); False unrolls them (faster on CPU).
       remat: what backward recomputes. "none" saves all; "dots" saves products with weights only; "full" saves
         the input of each layer only.
+      attention: the backend of kernels.attention; "auto": the device's kernel, or XLA where there is none.
     """
 
     vocab_size: int
@@ -47,6 +50,7 @@ class TransformerConfig:
     dtype: str = "float32"
     scan_layers: bool = False
     remat: str = "none"
+    attention: str = "auto"
 
     def __post_init__(self) -> None:
         for field, choices in _CHOICES.items():
@@ -70,6 +74,7 @@ _CHOICES = {
     "qk_norm": ("none", "layernorm", "rmsnorm"),
     "dtype": ("float32", "bfloat16"),
     "remat": ("none", "dots", "full"),
+    "attention": BACKENDS,
 }
 
 

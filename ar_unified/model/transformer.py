@@ -21,12 +21,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ar_unified.model.attention import attention, cached_attention
+from ar_unified.kernels.qk_norm_rope import Rope, qk_norm_rope
+from ar_unified.model.attention import attend_to_cache, attend_to_documents
 from ar_unified.model.config import TransformerConfig
 
 Params = dict[str, Any]
 Cache = tuple[tuple[jax.Array, jax.Array], ...]  # of each layer: keys and values [B, K, S, H]
-Rope = tuple[jax.Array, jax.Array]  # cos and sin, float32 [B, T, 1, H/2]
 
 # The logical axes of every parameter, by its path; what they mean on a mesh is parallel/rules.py's.
 AXES: dict[str, tuple[str, ...]] = {
@@ -112,13 +112,6 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (x32 * (jax.lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + eps) * scale)).astype(x.dtype)
 
 
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
-    """(x - mean) / std * scale + bias over the last axis, in float32; the dtype of x out."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 - x32.mean(-1, keepdims=True)
-    return (x32 * (jax.lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + eps) * scale) + bias).astype(x.dtype)
-
-
 def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> Rope:
     """cos and sin of position * theta^(-2i/H): float32 [B, T, 1, H/2] of positions [B, T]."""
     wavelengths = theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
@@ -138,13 +131,6 @@ def rope_table(positions: jax.Array, length: int, head_dim: int, theta: float) -
 
     cos, sin = rope_angles(jnp.arange(length)[None], head_dim, theta)
     return look_up(cos), look_up(sin)
-
-
-def rotate(x: jax.Array, rope: Rope) -> jax.Array:
-    """RoPE, half-split pairs (i, i + H/2), on x [B, T, heads, H]; in float32, the dtype of x out."""
-    cos, sin = rope
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -174,36 +160,23 @@ def _linear_backward(residuals, out_bar):
 linear.defvjp(_linear_forward, _linear_backward)
 
 
-class HeadNorm(nnx.Module):
-    """RMSNorm, or LayerNorm where there is a bias, of each head's query or key; one set of weights for all heads."""
-
-    def __init__(self, config: TransformerConfig, params: Params):
-        self.eps = config.norm_eps
-        self.scale = nnx.Param(params["scale"])
-        self.bias = nnx.Param(params["bias"]) if "bias" in params else None
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        if self.bias is None:
-            return rms_norm(x, self.scale[...], self.eps)
-        return layer_norm(x, self.scale[...], self.bias[...], self.eps)
-
-
 class Attention(nnx.Module):
     """Grouped-query attention with RoPE; how keys and values are stored and looked at is the caller's `attend`."""
 
     def __init__(self, config: TransformerConfig, params: Params):
+        self.eps = config.norm_eps
         self.query = nnx.Param(params["query"])
         self.key = nnx.Param(params["key"])
         self.value = nnx.Param(params["value"])
         self.output = nnx.Param(params["output"])
-        self.query_norm = HeadNorm(config, params["query_norm"]) if "query_norm" in params else None
-        self.key_norm = HeadNorm(config, params["key_norm"]) if "key_norm" in params else None
+        self.query_norm = nnx.data(params.get("query_norm", {}))
+        self.key_norm = nnx.data(params.get("key_norm", {}))
 
     def __call__(self, x: jax.Array, rope: Rope, attend: Callable) -> tuple[jax.Array, Any]:
         query, key, value = (self._heads(x, w[...]) for w in (self.query, self.key, self.value))
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        out, state = attend(rotate(query, rope), rotate(key, rope), value)
+        query = qk_norm_rope(query, rope, **self.query_norm, eps=self.eps)
+        key = qk_norm_rope(key, rope, **self.key_norm, eps=self.eps)
+        out, state = attend(query, key, value)
         output = self.output[...]
         return linear(out.reshape(*x.shape[:2], -1), output.reshape(-1, output.shape[-1])), state
 
@@ -284,9 +257,11 @@ class Transformer(nnx.Module):
         rope = rope_table(positions, tokens.shape[1], config.head_dim, config.rope_theta)
         x = dropout(self._embed(tokens), config.dropout, _fold(dropout_key, config.n_layers))
 
+        def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, None]:
+            return attend_to_documents(query, key, value, doc_start, config.attention), None
+
         def layer(x: jax.Array, params: Params, index: jax.Array | int) -> jax.Array:
-            block = Block(config, _cast(params, config.dtype))
-            return block(x, rope, lambda q, k, v: (attention(q, k, v, doc_start), None), _fold(dropout_key, index))[0]
+            return Block(config, _cast(params, config.dtype))(x, rope, attend, _fold(dropout_key, index))[0]
 
         layer = _remat(layer, config.remat, config.scan_layers)
         if config.scan_layers:
@@ -320,7 +295,7 @@ class Transformer(nnx.Module):
             def attend(query, key, value, keys=keys, values=values):
                 keys = keys.at[slots].set(key.astype(keys.dtype), mode="drop")
                 values = values.at[slots].set(value.astype(values.dtype), mode="drop")
-                return cached_attention(query, keys, values, positions), (keys, values)
+                return attend_to_cache(query, keys, values, start, config.attention), (keys, values)
 
             x, state = Block(config, _cast(params, config.dtype))(x, rope, attend)
             states.append(state)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -36,7 +36,7 @@ MAY_STAY_WHOLE = {
 }
 
 
-def spec(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str = "array") -> P:
+def spec(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str = "array") -> P:
     """The PartitionSpec of one array from the logical names of its axes (None: never split).
 
     Raises ValueError, naming the array, for an unknown logical axis, a wrong number of axes, two axes that want one

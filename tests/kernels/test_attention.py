@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ar_unified.kernels.attention import attention
+from ar_unified.kernels.attention import attention, xla
 from tests.kernels.cases import CASES, Case
 
 
@@ -84,10 +85,36 @@ def test_what_does_not_fit_is_refused_in_words():
     q, k, v, _ = CASES["multi-head"].arrays()
     doc_start = jnp.zeros(q.shape[:2], jnp.int32)
     for wrong, message in (
-        (dict(backend="cuda"), "expected one of reference, xla, tpu"),
+        (dict(backend="cuda"), "expected one of auto, reference, xla"),
         (dict(window=0), "window of at least 1 key; found 0"),
         (dict(k=k[:, :, :3], v=v[:, :, :3]), "K dividing N"),
         (dict(doc_start=doc_start[:1, :4]), "expected doc_start int32"),
     ):
         with pytest.raises(ValueError, match=message):
             attention(**(dict(q=q, k=k, v=v, doc_start=doc_start) | wrong))
+
+
+@pytest.mark.parametrize("prefixes", [2, 8])
+def test_chunks_in_a_loop_equal_chunks_one_by_one(monkeypatch, prefixes):
+    monkeypatch.setattr(xla, "CHUNK", 16)
+    monkeypatch.setattr(xla, "PREFIXES", prefixes)
+    case = dataclasses.replace(
+        CASES["T no multiple of a block"], head_dim=8, soft_cap=3.0
+    )  # a case of its own: not cached
+    expected = run(case, "reference")
+    for what, value in run(dataclasses.replace(case, size=1.0 + prefixes * 1e-9), "xla").items():
+        finite = np.isfinite(expected[what])
+        assert relative(value[finite], expected[what][finite]) < 1e-5, what
+
+
+def test_memory_of_the_xla_path_grows_with_the_length_of_a_row_and_not_with_its_square(monkeypatch):
+    monkeypatch.setattr(xla, "CHUNK", 8)
+    monkeypatch.setattr(xla, "PREFIXES", 2)
+    doc_start = jnp.zeros((1, 96), jnp.int32)
+
+    def loss(x):
+        return attention(x, x, x, doc_start=doc_start, backend="xla").sum()
+
+    saved = jax.eval_shape(lambda x: jax.vjp(loss, x)[1], jnp.ones((1, 96, 1, 2)))
+    largest = max(leaf.size for leaf in jax.tree.leaves(saved))
+    assert largest <= 2 * 96 < 96 * 8  # what backward keeps: as large as a query, and no chunk of scores

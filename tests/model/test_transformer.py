@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ar_unified.model import attention as attention_module
+from ar_unified.kernels.attention import xla
 from ar_unified.model.config import PRESETS, TransformerConfig, config_from, parameter_count
 from ar_unified.model.transformer import Transformer, dropout, init, init_cache, logical_axes, rms_norm
 
@@ -70,8 +70,8 @@ def test_fresh_parameters_keep_the_size_of_what_they_read(width, depth, tied):
 def chunks(request, monkeypatch):
     """Attention over rows of 12 in one piece, in 3 prefixes of one chunk each, and in 2 prefixes of two."""
     if request.param != "one chunk":
-        monkeypatch.setattr(attention_module, "CHUNK", 4 if request.param == "chunks" else 3)
-        monkeypatch.setattr(attention_module, "PREFIXES", 8 if request.param == "chunks" else 2)
+        monkeypatch.setattr(xla, "CHUNK", 4 if request.param == "chunks" else 3)
+        monkeypatch.setattr(xla, "PREFIXES", 8 if request.param == "chunks" else 2)
     return request.param
 
 
@@ -123,64 +123,6 @@ def test_packed_documents_are_as_if_each_were_alone(chunks):
     alone = forward(CONFIG, params, *whole_rows(jnp.asarray(alone)))
     for i, (row, place) in enumerate(where):
         np.testing.assert_allclose(packed[row, place], alone[i, : place.stop - place.start], atol=1e-5)
-
-
-def attention_and_gradients(doc_start: jax.Array) -> tuple[jax.Array, ...]:
-    B, T = doc_start.shape
-    query, key, value, bar = (
-        jax.random.normal(k, (B, T, heads, 8))
-        for k, heads in zip(jax.random.split(jax.random.key(0), 4), (4, 2, 2, 4), strict=True)
-    )
-
-    @jax.jit
-    def run(query, key, value, bar):
-        out, pull = jax.vjp(lambda *qkv: attention_module.attention(*qkv, doc_start), query, key, value)
-        return out, *pull(bar)
-
-    return run(query, key, value, bar)
-
-
-def test_attention_of_padding_is_exactly_zero_forward_and_backward(chunks):
-    _, _, doc_start, _ = packed_rows()
-    padding = np.asarray(doc_start) == doc_start.shape[1]
-    for array in map(np.asarray, attention_and_gradients(doc_start)):
-        assert np.isfinite(array).all()
-        assert not array[padding].any() and array[~padding].any()
-
-
-def test_gradients_of_attention_by_chunks_equal_autodiff_of_the_plain_formula(chunks):
-    _, _, doc_start, _ = packed_rows()
-    doc_start = doc_start[:, :11]  # not a multiple of any chunk
-    found = attention_and_gradients(doc_start)
-
-    def plain(query, key, value, doc_start):
-        key, value = (jnp.repeat(x, 2, axis=2) for x in (key, value))
-        scores = jnp.einsum("BTNH,BSNH->BNTS", query, key) / 8**0.5
-        s = jnp.arange(key.shape[1])
-        seen = ((doc_start[..., None] <= s) & (s <= s[:, None]))[:, None]
-        weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
-        return jnp.einsum("BNTS,BSNH->BTNH", jnp.where(seen, weights, 0.0), value)
-
-    original, attention_module.attention = attention_module.attention, plain
-    try:
-        expected = attention_and_gradients(doc_start)
-    finally:
-        attention_module.attention = original
-    for one, other in zip(expected, found, strict=True):
-        np.testing.assert_allclose(other, one, atol=1e-5)
-
-
-def test_memory_of_attention_grows_with_the_length_of_a_row_and_not_with_its_square(monkeypatch):
-    monkeypatch.setattr(attention_module, "CHUNK", 8)
-    monkeypatch.setattr(attention_module, "PREFIXES", 2)
-    doc_start = jnp.zeros((1, 96), jnp.int32)
-
-    def loss(x):
-        return attention_module.attention(x, x, x, doc_start).sum()
-
-    saved = jax.eval_shape(lambda x: jax.vjp(loss, x)[1], jnp.ones((1, 96, 1, 2)))
-    largest = max(leaf.size for leaf in jax.tree.leaves(saved))
-    assert largest <= 2 * 96 < 96 * 8  # what backward keeps: as large as a query, and no chunk of scores
 
 
 @pytest.mark.parametrize("norm_placement", ["pre", "swin"])

@@ -50,7 +50,9 @@ def test_accumulated_is_full_batch(params, reference):
         (dict(data=8), 1),
         (dict(fsdp=8), 1),
         (dict(data=2, fsdp=2, tensor=2), 2),
-        (dict(fsdp=4, context=2), 1),
+        (dict(data=2, tensor=4), 1),  # more devices than KV heads
+        (dict(fsdp=2, context=4), 1),
+        (dict(fsdp=2, tensor=2, context=2), 2),
     ],
 )
 def test_mesh_changes_nothing(params, reference, shape, accumulation):

@@ -21,7 +21,7 @@ from ar_unified.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(text_size=40, codebook_size=60, max_side=4)
 MODEL = TransformerConfig(
-    vocab_size=VOCABULARY.size, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_mlp=64
+    vocab_size=VOCABULARY.size, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_mlp=64, qk_norm="rmsnorm"
 )
 TRAINING = TrainingConfig(
     steps=8,

@@ -24,7 +24,7 @@ from ar_unified.kernels.attention import reference
 from ar_unified.kernels.attention.bounds import Bounds, make_bounds
 from ar_unified.kernels.attention.spec import Spec
 
-BACKENDS = ("reference", "xla", "tpu", "tpu_interpret", "hopper")
+BACKENDS = ("auto", "reference", "xla", "tpu", "tpu_interpret", "hopper")
 
 
 def attention(
@@ -39,7 +39,7 @@ def attention(
     q_offset: jax.Array | int = 0,
     kv_offset: jax.Array | int = 0,
     return_lse: bool = False,
-    backend: str | None = None,
+    backend: str = "auto",
 ) -> Any:
     """Attention of each query to the keys of its own document up to itself.
 
@@ -58,9 +58,8 @@ def attention(
       q_offset, kv_offset: positions of the first query and key in their row, int or int32 [] or [B]: for a part of a
         row under context parallelism, and for queries that continue a cache.
       return_lse: also return the log of the sum of exponentiated scores, float32 [B, T, N].
-      backend: one of BACKENDS; None: the kernel of the current device (kernels/device.py), and xla on CPUs. A kernel
-        that cannot do a shape is replaced by xla with a warning where it was the default; where it was asked for by
-        name, ValueError says why.
+      backend: one of BACKENDS. "auto": the kernel of the current device (kernels/device.py), and xla on CPUs. Where
+        that kernel cannot do a shape, xla does it, with a warning; one that was asked for by name raises ValueError.
 
     Returns:
       [B, T, N, H] in the dtype of v; with return_lse, that and the log-sum-exp. Scores and softmax are float32.
@@ -104,8 +103,8 @@ def _module(backend: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{backend.removesuffix('_interpret')}")
 
 
-def _choose(backend: str | None, q: jax.Array, k: jax.Array) -> str:
-    if backend is not None:
+def _choose(backend: str, q: jax.Array, k: jax.Array) -> str:
+    if backend != "auto":
         if backend not in BACKENDS:
             raise ValueError(f"attention backend: expected one of {', '.join(BACKENDS)}; found {backend!r}")
         if reason := _module(backend).unsupported(q, k):

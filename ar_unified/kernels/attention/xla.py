@@ -38,7 +38,7 @@ def forward(spec: Spec, q: jax.Array, k: jax.Array, v: jax.Array, bounds: Bounds
         keys, values = key[:, :, :seen], value[:, :, :seen]
 
         def one(piece, keys=keys, values=values):
-            return _forward(spec, *piece, key=keys, value=values)
+            return _forward(spec, piece, keys, values)
 
         pieces = query[..., begin:end, :], bounds.first[:, begin:end], bounds.last[:, begin:end]
         out, lse = _map(one, pieces, (3, 1, 1), (3, 3), chunk)
@@ -72,7 +72,7 @@ def backward(
         keys, values = key[:, :, :seen], value[:, :, :seen]
 
         def add(sums, piece, keys=keys, values=values):
-            dq, dk, dv = _backward(spec, *piece, key=keys, value=values)
+            dq, dk, dv = _backward(spec, piece, keys, values)
             return (sums[0] + dk, sums[1] + dv), dq
 
         pieces = (
@@ -80,7 +80,7 @@ def backward(
             lse[..., begin:end], delta[..., begin:end], dout[..., begin:end, :],
         )  # fmt: skip
         if end - begin == chunk:
-            dq, dk, dv = _backward(spec, *pieces, key=keys, value=values)
+            dq, dk, dv = _backward(spec, pieces, keys, values)
         else:
             zeros = jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
             (dk, dv), dq = jax.lax.scan(add, zeros, _split(pieces, (3, 1, 1, 3, 3, 3), chunk))
@@ -104,7 +104,8 @@ def _scores(spec, query, key, first, last):
     return scores + bias[:, None, None]
 
 
-def _forward(spec, query, first, last, key, value):
+def _forward(spec, piece, key, value):
+    query, first, last = piece
     scores = _scores(spec, query * jnp.asarray(spec.scale, query.dtype), key, first, last)
     highest = jnp.maximum(_row_max(scores), _HIDDEN / 2)  # of a row that sees nothing: then its weights are exact zeros
     weights = jnp.exp(scores - highest)
@@ -114,7 +115,8 @@ def _forward(spec, query, first, last, key, value):
     return (out / jnp.where(total > 0, total, 1.0)).astype(value.dtype), lse[..., 0]
 
 
-def _backward(spec, query, first, last, lse, delta, dout, key, value):
+def _backward(spec, piece, key, value):
+    query, first, last, lse, delta, dout = piece
     scale = jnp.asarray(spec.scale, query.dtype)
     scores = _scores(spec, query * scale, key, first, last)
     weights = jnp.exp(scores - lse[..., None])

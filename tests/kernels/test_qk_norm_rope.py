@@ -1,0 +1,54 @@
+"""QK-norm with RoPE: values and gradients of the plain formula, and what backward keeps."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ar_unified.kernels.qk_norm_rope import qk_norm_rope
+
+B, T, N, H, EPS = 2, 5, 3, 8, 1e-3
+
+
+def plain(x, rope, scale=None, bias=None):
+    if bias is not None:
+        x = x - x.mean(-1, keepdims=True)
+    if scale is not None:
+        x = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + EPS) * scale
+    x = x if bias is None else x + bias
+    cos, sin = (jnp.concatenate([r, r], -1) for r in rope)
+    return x * cos + jnp.concatenate([-x[..., H // 2 :], x[..., : H // 2]], -1) * sin
+
+
+@pytest.fixture(params=["none", "rmsnorm", "layernorm"])
+def arguments(request):
+    keys = jax.random.split(jax.random.key(0), 4)
+    angles = jax.random.uniform(keys[0], (B, T, 1, H // 2)) * 6
+    weights = [1 + jax.random.normal(keys[1], (H,)), jax.random.normal(keys[2], (H,))]
+    used = weights[: ["none", "rmsnorm", "layernorm"].index(request.param)]
+    return jax.random.normal(keys[3], (B, T, N, H)), (jnp.cos(angles), jnp.sin(angles)), used
+
+
+def test_values_and_gradients_are_those_of_the_plain_formula(arguments):
+    x, rope, weights = arguments
+    bar = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
+
+    def run(function):
+        out, pull = jax.vjp(lambda x, weights: function(x, rope, *weights), x, weights)
+        return out, pull(bar)
+
+    found = run(lambda *a: qk_norm_rope(*a, eps=EPS))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, run(plain))
+
+
+def test_backward_keeps_the_input_as_it_came_and_one_number_a_head(arguments):
+    x, rope, weights = arguments
+    x = x.astype(jnp.bfloat16)
+    pull = jax.eval_shape(
+        lambda x, weights: jax.vjp(lambda *a: qk_norm_rope(a[0], rope, *a[1]), x, weights)[1], x, weights
+    )
+    large = [leaf for leaf in jax.tree.leaves(pull) if leaf.size > x.size // H and leaf.shape[-2] != 1]
+    assert [(leaf.shape, leaf.dtype) for leaf in large] == [(x.shape, jnp.bfloat16)] * bool(weights)
+    assert qk_norm_rope(x, rope, *weights).dtype == jnp.bfloat16
