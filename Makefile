@@ -7,7 +7,7 @@ PYTHON  ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 PINS     = requirements/py$(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])' 2>/dev/null).txt
 BIN      = $(VENV)/bin
 
-.PHONY: setup demo test lint wheel clean
+.PHONY: setup libtpu demo test lint wheel clean
 
 setup: $(VENV)/.installed
 
@@ -21,7 +21,16 @@ demo: setup  ## train both tokenizers and the transformer on the embedded shapes
 	$(BIN)/ar-unified run --config experiments/shapes.py --workdir $(WORKDIR)
 	@echo "Open $(WORKDIR)/report.html"
 
-test: setup
+# TPU's compiler, for the tests that compile for TPUs on this machine's CPU. It lies beside the packages and not among
+# them: JAX would look for a TPU in every process that finds it there.
+libtpu: setup $(VENV)/libtpu
+
+$(VENV)/libtpu: $(wildcard requirements/*.txt)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ \
+	    $$(test -f $(PINS) && echo "-c $(PINS)") libtpu || { mkdir -p $@; echo "no libtpu here: what compiles for TPUs is skipped"; }
+	@touch $@
+
+test: setup libtpu
 	$(BIN)/python -m pytest -q -n 2
 
 lint: setup

@@ -1,6 +1,7 @@
 """Eight faked CPU devices and one compilation cache for the whole suite; both must be set before jax starts."""
 
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -8,6 +9,12 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 _CACHE = Path(__file__).resolve().parents[1] / ".cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+# TPU's compiler, where `make libtpu` put it: used by name only, by several processes at once, asking no TPU's metadata.
+_LIBTPU = Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"
+if _LIBTPU.exists():
+    os.environ.setdefault("TPU_LIBRARY_PATH", str(_LIBTPU))
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 from ar_unified.model.host import prepare_cpu  # noqa: E402
 
