@@ -5,6 +5,9 @@ visited, left of a window as right of a row's end, and the next row's first bloc
 this row is computed. A core takes its steps one after the other and softmax runs along them, so there is nothing to
 split and merge here; where a chip has two cores (v4, v5p), they share the KV heads.
 
+XLA keeps an array whose last axis is shorter than a row of 128 lanes with the axis before it along the lanes. So a
+cache of head dim 64 is handed over as [B, K, H, S], which is how it lies in memory: no copy is made.
+
 B batch, S cache slot, N query heads, K KV heads, G = N / K padded to whole tiles, H head dim.
 """
 
@@ -47,12 +50,17 @@ def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arra
     def by_row(width: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, heads, rows, width), lambda h, i, row_of, *_: (row_of[i], h, 0, 0))
 
-    slots = pl.BlockSpec((1, heads, block, H), lambda h, i, row_of, block_of, *_: (row_of[i], h, block_of[i], 0))
+    if turned := H < 128:
+        slots = pl.BlockSpec((1, heads, H, block), lambda h, i, row_of, block_of, *_: (row_of[i], h, 0, block_of[i]))
+        k, v = jnp.swapaxes(cache.k, 2, 3), jnp.swapaxes(cache.v, 2, 3)
+    else:
+        slots = pl.BlockSpec((1, heads, block, H), lambda h, i, row_of, block_of, *_: (row_of[i], h, block_of[i], 0))
+        k, v = cache.k, cache.v
     # Of [B, K, S] a block of some of the heads is no whole tile; with an axis of one between, it is.
     scales = pl.BlockSpec((1, heads, 1, block), lambda h, i, row_of, block_of, *_: (row_of[i], h, 0, block_of[i]))
     quantized = [] if cache.k_scale is None else [x[:, :, None] for x in (cache.k_scale, cache.v_scale)]
     out, lse = pl.pallas_call(
-        functools.partial(_kernel, spec, block),
+        functools.partial(_kernel, spec, block, turned),
         out_shape=(
             jax.ShapeDtypeStruct(query.shape, q.dtype),
             jax.ShapeDtypeStruct((*query.shape[:3], 1), jnp.float32),
@@ -67,7 +75,7 @@ def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arra
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=spec.interpret,
         name="decode_attention",
-    )(row_of, block_of, cache.begin, cache.end, query, cache.k, cache.v, *quantized)
+    )(row_of, block_of, cache.begin, cache.end, query, k, v, *quantized)
     return out[:, :, :G].reshape(B, N, H), lse[:, :, :G].reshape(B, N)
 
 
@@ -83,14 +91,16 @@ def _live_blocks(cache: Cache, block: int) -> tuple[jax.Array, jax.Array, jax.Ar
     list is never looked at. A row without a live slot has its first block in it, for its zeros to be written."""
     B, S = cache.k.shape[0], cache.k.shape[2]
     first = cache.begin // block
-    behind = jnp.cumsum(jnp.maximum(pl.cdiv(cache.end, block) - first, 1))  # the row's last block in the list, + 1
+    count = jnp.maximum(pl.cdiv(cache.end, block) - first, 1)
+    behind = jnp.cumsum(count)  # of each row: one more than its last place in the list
     i = jnp.arange(B * pl.cdiv(S, block), dtype=jnp.int32)
-    row = jnp.minimum(jnp.searchsorted(behind, i, side="right"), B - 1).astype(jnp.int32)
-    before = jnp.where(row > 0, behind[row - 1], 0)
-    return row, (first[row] + i - before).astype(jnp.int32), behind[-1]
+    # By comparing all with all: a search and look-ups would be loops and gathers on TPU, once a layer.
+    row = jnp.minimum((behind <= i[:, None]).sum(1, dtype=jnp.int32), B - 1)
+    shift = jnp.where(row[:, None] == jnp.arange(B), first - (behind - count), 0).sum(1, dtype=jnp.int32)
+    return row, i + shift, behind[-1]
 
 
-def _kernel(spec, block, row_of, block_of, begin, end, q, k, v, *refs):
+def _kernel(spec, block, turned, row_of, block_of, begin, end, q, k, v, *refs):
     *scales, out, lse, highest, total, acc = refs
     i = pl.program_id(1)
     row, start = row_of[i], block_of[i] * block
@@ -106,15 +116,15 @@ def _kernel(spec, block, row_of, block_of, begin, end, q, k, v, *refs):
 
     @pl.when(whole)
     def _():
-        _add_block(spec, None, q, k, v, scales, highest, total, acc)
+        _add_block(spec, turned, None, q, k, v, scales, highest, total, acc)
 
     @pl.when(jnp.logical_not(whole) & (last >= 0))
     def _():
-        def seen(shape: tuple[int, int], axis: int) -> jax.Array:
+        def seen(shape: tuple[int, ...], axis: int) -> jax.Array:
             s = start + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
             return (first <= s) & (s <= last)
 
-        _add_block(spec, seen, q, k, v, scales, highest, total, acc)
+        _add_block(spec, turned, seen, q, k, v, scales, highest, total, acc)
 
     @pl.when(last < start + block)
     def _():
@@ -123,28 +133,28 @@ def _kernel(spec, block, row_of, block_of, begin, end, q, k, v, *refs):
         lse[0] = jnp.where(some, highest[...] + jnp.log(total[...]), -jnp.inf)
 
 
-def _add_block(spec, seen, q, k, v, scales, highest, total, acc):
-    """Takes one block of slots into the running softmax, head by head; `seen` masks it, where it is an edge."""
+def _add_block(spec, turned, seen, q, k, v, scales, highest, total, acc):
+    """Takes one block of slots into the running softmax; `seen` masks it, where it is an edge."""
     precise = dict(preferred_element_type=jnp.float32)
     if q.dtype == jnp.float32:
         precise["precision"] = jax.lax.Precision.HIGHEST
-    for h in range(k.shape[1]):
-        keys, values = k[0, h].astype(q.dtype), v[0, h].astype(q.dtype)
-        scores = jax.lax.dot_general(q[0, h], keys, (((1,), (1,)), ((), ())), **precise)  # [G, S]
-        if scales:
-            scores *= scales[0][0, h]
-        if spec.soft_cap is not None:
-            scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
+    cached = "KHS" if turned else "KSH"
+    keys, values = k[0].astype(q.dtype), v[0].astype(q.dtype)
+    scores = jnp.einsum(f"KGH,{cached}->KGS", q[0], keys, **precise)
+    if scales:
+        scores *= scales[0][0]
+    if spec.soft_cap is not None:
+        scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
+    if seen is not None:
+        scores = jnp.where(seen(scores.shape, 2), scores, -jnp.inf)
+        # What lies behind the array's end is whatever the memory held: no weight of zero makes it harmless.
+        values = jnp.where(seen(values.shape, cached.index("S")), values, 0)
+    new = jnp.maximum(highest[...], scores.max(-1, keepdims=True))  # finite: each listed block has a seen slot
+    weights, shrink = jnp.exp(scores - new), jnp.exp(highest[...] - new)
+    highest[...] = new
+    total[...] = shrink * total[...] + weights.sum(-1, keepdims=True)
+    if scales:
+        weights *= scales[1][0]
         if seen is not None:
-            scores = jnp.where(seen(scores.shape, 1), scores, -jnp.inf)
-            # What lies behind the array's end is whatever the memory held: no weight of zero makes it harmless.
-            values = jnp.where(seen(values.shape, 0), values, 0)
-        new = jnp.maximum(highest[h], scores.max(-1, keepdims=True))  # finite: each listed block has a seen slot
-        weights, shrink = jnp.exp(scores - new), jnp.exp(highest[h] - new)
-        highest[h] = new
-        total[h] = shrink * total[h] + weights.sum(-1, keepdims=True)
-        if scales:
-            weights *= scales[1][0, h]
-            if seen is not None:
-                weights = jnp.where(seen(weights.shape, 1), weights, 0.0)
-        acc[h] = shrink * acc[h] + jnp.dot(weights.astype(values.dtype), values, **precise)
+            weights = jnp.where(seen(weights.shape, 2), weights, 0.0)
+    acc[...] = shrink * acc[...] + jnp.einsum(f"KGS,{cached}->KGH", weights.astype(values.dtype), values, **precise)
