@@ -46,3 +46,23 @@ def test_tpu(tpu, name):
     assert "tpu_custom_call" in compiled.as_text()
     cache = sum(arrays[x].size * arrays[x].dtype.itemsize for x in ("k", "v"))
     assert compiled.memory_analysis().temp_size_in_bytes < cache / 10 + 2**20  # no copy of the cache is made
+
+
+HOPPER = {
+    "grouped by 4": SHIPPED["grouped by 4"],
+    "multi-head, ragged end": (2, 1104, 4, 4, 64, jnp.bfloat16, False, {}),
+    "multi-query, window and soft cap": SHIPPED["multi-query, window and soft cap"],
+    "int8": SHIPPED["int8"],
+    "int8, head dim 64": (2, 1104, 16, 1, 64, jnp.bfloat16, True, {}),
+    "int8, head dim 256": (1, 1104, 8, 1, 256, jnp.bfloat16, True, {}),
+}
+
+
+@pytest.mark.parametrize("name", HOPPER)
+def test_hopper_lowers(name):
+    *shape, options = HOPPER[name]
+    step = jax.jit(functools.partial(decode_attention, backend="hopper", return_lse=True, **options))
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
+        lowered = step.trace(**shapes(*shape)).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
