@@ -62,3 +62,11 @@ CASES = {
     "int8": DecodeCase(LENGTHS, 300, int8=True),
     "int8, grouped by 8, window": DecodeCase((0, 1, 700, 1100), 1100, 8, 1, 128, window=600, int8=True),
 }
+
+# Few and small, for a GPU is emulated slowly: rows in parts of which some are empty; rings that are filled again.
+HOPPER_CASES = {
+    "rows in parts": DecodeCase((500, 64, 0), 512, 4, 1, 64),
+    "window": DecodeCase((450, 512), 512, 2, 1, 64, window=300),
+    "soft cap, filled again": DecodeCase((250, 0), 256, 4, 1, 128, soft_cap=5.0, size=8.0),
+    "int8, filled again": DecodeCase((250,), 256, 4, 1, 256, int8=True),
+}

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ar_unified.kernels import attention, decode_attention, device
-from tests.kernels.decode_cases import CASES, DecodeCase
+from tests.kernels.decode_cases import CASES, HOPPER_CASES, DecodeCase
 from tests.kernels.test_attention import relative
 
 KERNELS = ("xla", "tpu_interpret")
@@ -18,7 +19,7 @@ KERNELS = ("xla", "tpu_interpret")
 
 def outputs(case: DecodeCase, backend: str, arrays: dict) -> tuple[jax.Array, jax.Array]:
     # An emulated kernel is compiled to run once: without LLVM's optimisations that is twice as fast.
-    options = {"xla_backend_optimization_level": 0} if backend == "tpu_interpret" else None
+    options = {"xla_backend_optimization_level": 0} if backend.endswith("_interpret") else None
     step = functools.partial(decode_attention.decode_attention, **case.options, return_lse=True, backend=backend)
     return jax.jit(step, compiler_options=options)(**arrays)
 
@@ -45,6 +46,19 @@ def test_bfloat16_is_near_the_reference_on_the_same_numbers(backend, name):
     exact = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, case.arrays(jnp.bfloat16))
     expected, _ = outputs(case, "reference", exact)
     assert relative(run(case, backend, jnp.bfloat16)[0], np.asarray(expected)) < 2e-2
+
+
+@pytest.mark.skipif(not hasattr(plgpu, "InterpretGPUParams"), reason="this JAX cannot emulate a Hopper GPU; 0.12 can")
+@pytest.mark.parametrize("name", HOPPER_CASES)
+def test_hopper_emulated_is_near_the_reference_on_the_same_numbers_and_has_no_races(name):
+    case = HOPPER_CASES[name]
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, case.arrays(jnp.bfloat16))
+    expected, expected_lse = map(np.asarray, outputs(case, "reference", exact))
+    out, lse = run(case, "hopper_interpret", jnp.bfloat16)
+    finite = np.isfinite(expected_lse)
+    np.testing.assert_array_equal(np.isfinite(lse), finite)
+    assert relative(lse[finite], expected_lse[finite]) < 1e-5
+    assert relative(out, expected) < 2e-2 and not out[~finite].any()
 
 
 @pytest.mark.parametrize("backend", ["reference", *KERNELS])

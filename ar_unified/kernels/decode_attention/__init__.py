@@ -23,7 +23,7 @@ from ar_unified.kernels import backend as backends
 from ar_unified.kernels.decode_attention.int8 import quantize as quantize
 from ar_unified.kernels.decode_attention.spec import Cache, Spec
 
-BACKENDS = ("reference", "xla", "tpu", "tpu_interpret", "hopper")
+BACKENDS = ("reference", "xla", "tpu", "tpu_interpret", "hopper", "hopper_interpret")
 
 
 def decode_attention(
@@ -59,7 +59,7 @@ def decode_attention(
       return_lse: also return the log of the sum of exponentiated scores, float32 [B, N].
       backend: one of BACKENDS; None: the kernel of the current device (kernels/device.py), and xla on CPUs. A kernel
         that cannot do a shape is replaced by xla with a warning where it was the default; where it was asked for by
-        name, ValueError says why.
+        name, ValueError says why. The kernels are emulated on a CPU as tpu_interpret and (jax 0.12) hopper_interpret.
 
     Returns:
       [B, N, H] in the dtype of q; with return_lse, that and the log-sum-exp. Scores and softmax are float32.
@@ -68,8 +68,9 @@ def decode_attention(
     end = jnp.clip(lengths, 0, k.shape[2])
     begin = jnp.zeros_like(end) if window is None else jnp.maximum(end - window, 0)
     backend = backends.choose(__name__, BACKENDS, backend, q, k)
-    spec = Spec(q.shape[-1] ** -0.5 if scale is None else scale, soft_cap, interpret=backend == "tpu_interpret")
-    out, lse = _decode_attention(backend, spec, q, Cache(k, v, k_scale, v_scale, begin, end))
+    spec = Spec(q.shape[-1] ** -0.5 if scale is None else scale, soft_cap, interpret=backend.endswith("_interpret"))
+    scales = None if k_scale is None or v_scale is None else (k_scale, v_scale)
+    out, lse = _decode_attention(backend, spec, q, Cache(k, v, scales, begin, end))
     return (out, lse) if return_lse else out
 
 

@@ -62,9 +62,9 @@ def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arra
     parts = min(pl.cdiv(THREAD_BLOCKS, B * K), pl.cdiv(S, SHORTEST_PART))
     stages = max(2, RING_BYTES // (2 * BLOCK * H * cache.k.dtype.itemsize))
     query = jnp.pad(q.reshape(B, K, G, H), [(0, 0), (0, 0), (0, -G % 8), (0, 0)])  # whole rows of tiles
-    scales, quantized = [], cache.k_scale is not None
-    if quantized:
-        scales = [jnp.pad(x, [(0, 0), (0, 0), (0, -S % BLOCK)]) for x in (cache.k_scale, cache.v_scale)]
+    quantized = cache.scales is not None
+    # TMA copies whole blocks from a stride of 16 bytes only; the cache itself is never padded.
+    scales = [jnp.pad(x, [(0, 0), (0, 0), (0, -S % BLOCK)]) for x in cache.scales or ()]
     out, lse = plgpu.kernel(
         functools.partial(_kernel, spec, quantized),
         out_type=[
@@ -83,15 +83,18 @@ def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arra
         grid_names=("part", "head", "row"),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name="decode_attention",
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if spec.interpret else None,  # type: ignore[attr-defined]
     )(cache.begin, cache.end, query, cache.k, cache.v, *scales)
     out, lse = merge(out[..., :G, :], lse[..., :G]) if parts > 1 else (out[0, ..., :G, :], lse[0, ..., :G])
     return out.reshape(B, N, H), lse.reshape(B, N)
 
 
 def _kernel(spec, quantized, begin_ref, end_ref, q_ref, k_ref, v_ref, *refs):
-    k_scale_ref, v_scale_ref = refs[:2] if quantized else (None, None)
-    out_ref, lse_ref, q_smem, k_smem, v_smem, lse_smem, q_ready, k_ready, v_ready, *refs = refs[2 * quantized :]
-    wide_smem, k_scale_smem, v_scale_smem = refs if quantized else (None, None, None)
+    *scale_refs, out_ref, lse_ref = refs[: 2 + 2 * quantized]
+    q_smem, k_smem, v_smem, lse_smem, q_ready, k_ready, v_ready, *more_smem = refs[2 + 2 * quantized :]
+    none: Any = (None,) * 3
+    k_scale_ref, v_scale_ref = scale_refs or none[:2]
+    wide_smem, k_scale_smem, v_scale_smem = more_smem or none
     stages, H = k_smem.shape[0], k_smem.shape[2]
     part, head, row = lax.axis_index("part"), lax.axis_index("head"), lax.axis_index("row")
     first, behind = begin_ref[row], end_ref[row]
@@ -100,23 +103,21 @@ def _kernel(spec, quantized, begin_ref, end_ref, q_ref, k_ref, v_ref, *refs):
     begin = row_begin + part * share
     count = jnp.clip(row_end - begin, 0, share)  # of blocks; 0 where the row is shorter than it has parts
 
-    def fetch(i, ref, scale_ref, smem, scale_smem, ready):
-        """Starts the copy of block i of the share, if it is one."""
-        slot = lax.rem(i, stages)
-        slots = pl.ds((begin + i) * BLOCK, BLOCK)
+    def fetcher(ref, scale_ref, smem, scale_smem, ready):
+        def fetch(i):
+            """Starts the copy of block i of the share, if it is one."""
+            slot, slots = lax.rem(i, stages), pl.ds((begin + i) * BLOCK, BLOCK)
 
-        @pl.when(i < count)
-        def _():
-            plgpu.copy_gmem_to_smem(ref.at[row, head, slots], smem.at[slot], ready.at[slot])
-            if quantized:
-                plgpu.copy_gmem_to_smem(scale_ref.at[row, head, slots], scale_smem.at[slot], ready.at[slot])
+            @pl.when(i < count)
+            def _():
+                plgpu.copy_gmem_to_smem(ref.at[row, head, slots], smem.at[slot], ready.at[slot])
+                if quantized:
+                    plgpu.copy_gmem_to_smem(scale_ref.at[row, head, slots], scale_smem.at[slot], ready.at[slot])
 
-    fetch_k = functools.partial(
-        fetch, ref=k_ref, scale_ref=k_scale_ref, smem=k_smem, scale_smem=k_scale_smem, ready=k_ready
-    )
-    fetch_v = functools.partial(
-        fetch, ref=v_ref, scale_ref=v_scale_ref, smem=v_smem, scale_smem=v_scale_smem, ready=v_ready
-    )
+        return fetch
+
+    fetch_k = fetcher(k_ref, k_scale_ref, k_smem, k_scale_smem, k_ready)
+    fetch_v = fetcher(v_ref, v_scale_ref, v_smem, v_scale_smem, v_ready)
 
     def operand(smem):
         """The block as wgmma takes it, in shared memory."""
@@ -139,9 +140,9 @@ def _kernel(spec, quantized, begin_ref, end_ref, q_ref, k_ref, v_ref, *refs):
         acc, highest, total = carry
         slot = lax.rem(i, stages)
         plgpu.barrier_wait(k_ready.at[slot])
+        k_scale = plgpu.layout_cast(k_scale_smem[slot], _BY_COLUMN) if quantized else None
         scores = _product(q_smem, plgpu.transpose_ref(operand(k_smem.at[slot]), (1, 0)))
-        if quantized:
-            k_scale = plgpu.layout_cast(k_scale_smem[slot], _BY_COLUMN)
+        if k_scale is not None:
             scores *= lax.broadcast_in_dim(k_scale, scores.shape, [1])
         fetch_k(i + stages)
         if spec.soft_cap is not None:
@@ -156,7 +157,7 @@ def _kernel(spec, quantized, begin_ref, end_ref, q_ref, k_ref, v_ref, *refs):
         if quantized:
             v_scale = plgpu.layout_cast(v_scale_smem[slot], _BY_COLUMN)
             weights *= lax.broadcast_in_dim(v_scale, weights.shape, [1])
-        acc = _accumulate(acc, weights.astype(q_smem.dtype), operand(v_smem.at[slot]))
+        acc = _accumulate(spec, acc, weights.astype(q_smem.dtype), operand(v_smem.at[slot]))
         fetch_v(i + stages)
         return acc, new, total
 
@@ -182,8 +183,12 @@ def _product(a, b) -> jax.Array:
     return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
 
 
-def _accumulate(acc: jax.Array, a: jax.Array, b) -> jax.Array:
+def _accumulate(spec: Spec, acc: jax.Array, a: jax.Array, b) -> jax.Array:
     """acc + a @ b, a in registers and b in shared memory."""
+    if spec.interpret:  # JAX's emulation of a GPU has neither run_state nor a left operand in registers
+        b = b[...]
+        plgpu.commit_smem()  # wgmma reads as TMA writes, in the async proxy; this read is ordinary and needs the fence
+        return acc + jnp.dot(a, b, preferred_element_type=jnp.float32)
 
     def run(ref):
         plgpu.wgmma(ref, a, b)

@@ -22,8 +22,8 @@ def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arra
     K = cache.k.shape[1]
     wide = jnp.promote_types(q.dtype, jnp.float32)
     k, v = cache.k.astype(wide), cache.v.astype(wide)
-    if cache.k_scale is not None and cache.v_scale is not None:
-        k, v = k * cache.k_scale[..., None], v * cache.v_scale[..., None]
+    if cache.scales is not None:
+        k, v = (x * scale[..., None] for x, scale in zip((k, v), cache.scales, strict=True))
     query = q.astype(wide).reshape(B, K, N // K, H)
     scores = jnp.einsum("BKGH,BKSH->BKGS", query, k, precision="highest") * spec.scale
     if spec.soft_cap is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,13 @@ import jax.numpy as jnp
 class Cache(NamedTuple):
     """What the queries look at: row b at the slots begin[b] <= s < end[b], none where that is empty.
 
-    k, v: [B, K, S, H].  k_scale, v_scale: float32 [B, K, S], what each key and value is to be multiplied with; None:
+    k, v: [B, K, S, H].  scales: float32 [B, K, S] twice, what each key and each value is to be multiplied with; None:
     they are whole.  begin, end: int32 [B], 0 <= begin < end <= S or both 0.
     """
 
     k: jax.Array
     v: jax.Array
-    k_scale: jax.Array | None
-    v_scale: jax.Array | None
+    scales: tuple[jax.Array, jax.Array] | None
     begin: jax.Array
     end: jax.Array
 
@@ -37,9 +36,9 @@ class Spec:
     Attributes:
       scale: of the scores.
       soft_cap: scores become soft_cap * tanh(score / soft_cap); None: they stay.
-      interpret: what Pallas kernels pass to `pallas_call(interpret=...)`: True or pltpu.InterpretParams to emulate.
+      interpret: emulate the kernel on a CPU.
     """
 
     scale: float
     soft_cap: float | None = None
-    interpret: Any = False
+    interpret: bool = False

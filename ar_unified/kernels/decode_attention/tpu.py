@@ -58,7 +58,7 @@ def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arra
         k, v = cache.k, cache.v
     # Of [B, K, S] a block of some of the heads is no whole tile; with an axis of one between, it is.
     scales = pl.BlockSpec((1, heads, 1, block), lambda h, i, row_of, block_of, *_: (row_of[i], h, 0, block_of[i]))
-    quantized = [] if cache.k_scale is None else [x[:, :, None] for x in (cache.k_scale, cache.v_scale)]
+    quantized = [] if cache.scales is None else [x[:, :, None] for x in cache.scales]
     out, lse = pl.pallas_call(
         functools.partial(_kernel, spec, block, turned),
         out_shape=(

@@ -28,8 +28,8 @@ def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arra
     query = (q * jnp.asarray(spec.scale, q.dtype)).reshape(B, K, N // K, H)
     k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
     scores = jnp.einsum("BKGH,BKSH->BKGS", query, k, preferred_element_type=jnp.float32)
-    if cache.k_scale is not None:
-        scores *= cache.k_scale[:, :, None]
+    if cache.scales is not None:
+        scores *= cache.scales[0][:, :, None]
     if spec.soft_cap is not None:
         scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
     # Added, not selected: layers and heads share the bias, which costs less than masking the scores of each.
@@ -37,8 +37,8 @@ def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arra
     highest = jnp.maximum(_row_max(scores), _HIDDEN / 2)  # of a row that sees nothing: then its weights are exact zeros
     weights = jnp.exp(scores - highest)
     total = weights.sum(-1, keepdims=True)
-    if cache.v_scale is not None:
-        weights *= cache.v_scale[:, :, None]
+    if cache.scales is not None:
+        weights *= cache.scales[1][:, :, None]
     out = jnp.einsum("BKGS,BKSH->BKGH", weights.astype(q.dtype), v, preferred_element_type=jnp.float32)
     out = out / jnp.where(total > 0, total, 1.0)
     lse = jnp.where(total > 0, highest + jnp.log(total), -jnp.inf)
