@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from ar_unified.kernels.decode_attention import quantize
 
@@ -24,16 +24,15 @@ class DecodeCase:
     size: float = 1.0  # of the queries: large ones make log-sum-exps that are far from 0
     int8: bool = False
 
-    def arrays(self, dtype=jnp.float32, seed: int = 0) -> dict[str, jax.Array]:
+    def arrays(self, dtype=np.float32, seed: int = 0) -> dict[str, np.ndarray]:
         """What `decode_attention` takes by name."""
-        B = len(self.lengths)
-        keys = jax.random.split(jax.random.key(seed), 3)
-        shapes = (B, self.heads, self.head_dim), *[(B, self.kv_heads, self.S, self.head_dim)] * 2
-        q, k, v = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
-        arrays = dict(q=(q * self.size).astype(dtype), lengths=jnp.array(self.lengths, jnp.int32))
+        B, random = len(self.lengths), np.random.default_rng(seed)
+        q = random.standard_normal((B, self.heads, self.head_dim), np.float32) * self.size
+        k, v = random.standard_normal((2, B, self.kv_heads, self.S, self.head_dim), np.float32)
+        arrays = dict(q=q.astype(dtype), lengths=np.array(self.lengths, np.int32))
         if not self.int8:
             return arrays | dict(k=k.astype(dtype), v=v.astype(dtype))
-        (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
+        (k, k_scale), (v, v_scale) = (map(np.asarray, jax.jit(quantize)(x)) for x in (k, v))
         return arrays | dict(k=k, v=v, k_scale=k_scale, v_scale=v_scale)
 
     @property

@@ -5,10 +5,10 @@ enough of them for every SM, each row into equal parts of what is live in it, an
 log-sum-exps. It walks its share in blocks that TMA brings into a ring of shared memory; as soon as one is used up the
 next is on its way, and while a thread block computes, the others on the SM wait for memory in its stead.
 
-The G query heads are rows of one wgmma, padded to the 64 it always has. The padding is free: an SM gets 15 bytes a
-clock from HBM, which at H = 128 is 64 x 128 x 15 = 123k multiply-adds in the 128 clocks of a row of bfloat16 products,
-a quarter of what its tensor cores do; dot products on CUDA cores would have to turn every number into float32 first,
-G multiply-adds each after that, and run out at G = 8.
+The G query heads are rows of one wgmma, padded to the 64 it always has. The padding is free: an SM of an H100 gets 15
+bytes a clock from HBM, 7.5 bfloat16 numbers, and 64 multiply-adds with each are a quarter of the 2048 that its tensor
+cores do in a clock (a third on an H200). CUDA cores, with 128 lanes, would first have to widen each number and then use
+it G times: half of what they do at G = 8, all of it with int8, and softmax comes on top.
 
 An int8 block is copied as int8 and widened once on its way from shared memory to shared memory.
 
@@ -22,10 +22,10 @@ import math
 from typing import Any
 
 import jax
-import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from ar_unified.kernels.decode_attention.spec import Cache, Spec
 from ar_unified.kernels.merge import merge

@@ -5,8 +5,8 @@ visited, left of a window as right of a row's end, and the next row's first bloc
 this row is computed. A core takes its steps one after the other and softmax runs along them, so there is nothing to
 split and merge here; where a chip has two cores (v4, v5p), they share the KV heads.
 
-XLA keeps an array whose last axis is shorter than a row of 128 lanes with the axis before it along the lanes. So a
-cache of head dim 64 is handed over as [B, K, H, S], which is how it lies in memory: no copy is made.
+XLA keeps an array whose last axis does not fill rows of 128 lanes with the axis before it along the lanes. So a cache
+of head dim 64 is handed over as [B, K, H, S], which is how it lies in memory: no copy is made.
 
 B batch, S cache slot, N query heads, K KV heads, G = N / K padded to whole tiles, H head dim.
 """
@@ -50,7 +50,7 @@ def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arra
     def by_row(width: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, heads, rows, width), lambda h, i, row_of, *_: (row_of[i], h, 0, 0))
 
-    if turned := H < 128:
+    if turned := H % 128 != 0:
         slots = pl.BlockSpec((1, heads, H, block), lambda h, i, row_of, block_of, *_: (row_of[i], h, 0, block_of[i]))
         k, v = jnp.swapaxes(cache.k, 2, 3), jnp.swapaxes(cache.v, 2, 3)
     else:
