@@ -1,0 +1,41 @@
+"""Which implementation of a fused op runs: what the caller asked for, or what the device of the trace has."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from ar_unified.kernels import device
+
+
+def module(package: str, backend: str) -> ModuleType:
+    """The module behind a backend's name, imported when it is used: GPU and TPU kernels pull in much of Pallas."""
+    return importlib.import_module(f"{package}.{backend.removesuffix('_interpret')}")
+
+
+def choose(package: str, backends: Sequence[str], backend: str | None, *args: Any) -> str:
+    """The backend of the op in `package` to use for `args`, which its modules' `unsupported(*args)` judge.
+
+    None: the kernel of the current device, and xla on CPUs and, with a warning, where there is no kernel or it cannot
+    do this. A backend asked for by name is used or refused with ValueError, never replaced.
+    """
+    op = package.rpartition(".")[2]
+    if backend is not None:
+        if backend not in backends:
+            raise ValueError(f"{op} backend: expected one of {', '.join(backends)}; found {backend!r}")
+        if reason := module(package, backend).unsupported(*args):
+            raise ValueError(f"{op} backend {backend!r}: {reason}; backend='xla' takes any shape")
+        return backend
+    here = device.current()
+    kernel = {"tpu": "tpu", "gpu": "hopper" if here.is_hopper else None}.get(here.platform)
+    if kernel is None:
+        if here.platform != "cpu":
+            warnings.warn(f"{op}: there is no kernel for {here.kind}; XLA computes it", stacklevel=3)
+        return "xla"
+    if reason := module(package, kernel).unsupported(*args):
+        warnings.warn(f"{op}: XLA computes it on this {here.kind}, not the kernel: {reason}", stacklevel=3)
+        return "xla"
+    return kernel

@@ -1,0 +1,104 @@
+"""Fused attention of one query a row over its KV cache: one public function, one meaning, a kernel for each device.
+
+Decoding is bound by reading the cache. So the kernels read the live part of each row and nothing else, once, for all
+query heads of a KV head together; and a cache in int8 with a scale a vector (`quantize`) is read as int8.
+
+spec.py       the arguments as every implementation takes them
+reference.py  what it computes, in a screenful
+xla.py        by XLA: any platform and shape, the whole cache
+tpu.py        Pallas for TPU
+hopper.py     Pallas for Hopper GPUs
+int8.py       keys and values to int8
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ar_unified.kernels import backend as backends
+from ar_unified.kernels.decode_attention.int8 import quantize as quantize
+from ar_unified.kernels.decode_attention.spec import Cache, Spec
+
+BACKENDS = ("reference", "xla", "tpu", "tpu_interpret", "hopper", "hopper_interpret")
+
+
+def decode_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    lengths: jax.Array,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Attention of one query a row over a cache that already holds the query's own key and value.
+
+    Row b's query is at position lengths[b] - 1 and sees the slots max(0, lengths[b] - window) <= s < lengths[b]. A row
+    of length 0 gets exact zeros, and a log-sum-exp of -inf. What the other slots hold has no influence but must be
+    finite. It is what `attention` computes with q_offset = lengths - 1, which is also the differentiable form: this
+    one has no derivative, and asking for it raises TypeError.
+
+    Args:
+      q: [B, N, H], rotated, not scaled.
+      k, v: [B, K, S, H]; K divides N, and query head n reads KV head n // (N / K). Floating point, or int8 with scales.
+      lengths: int32 [B], live slots of each row, 0 .. S.
+      k_scale, v_scale: float32 [B, K, S], of an int8 cache: key and value s stand for k[..., s, :] * k_scale[..., s]
+        and v[..., s, :] * v_scale[..., s], as `quantize` makes them.
+      scale: of the scores; None: H ** -0.5.
+      window: slots a query sees at most, its own included; None: all live ones.
+      soft_cap: c * tanh(score / c) in place of each score (Gemma 2, arXiv 2408.00118); None: not.
+      return_lse: also return the log of the sum of exponentiated scores, float32 [B, N].
+      backend: one of BACKENDS; None: the kernel of the current device (kernels/device.py), and xla on CPUs. A kernel
+        that cannot do a shape is replaced by xla with a warning where it was the default; where it was asked for by
+        name, ValueError says why. The kernels are emulated on a CPU as tpu_interpret and (jax 0.12) hopper_interpret.
+
+    Returns:
+      [B, N, H] in the dtype of q; with return_lse, that and the log-sum-exp. Scores and softmax are float32.
+    """
+    _check(q, k, v, lengths, k_scale, v_scale, window)
+    end = jnp.clip(lengths, 0, k.shape[2])
+    begin = jnp.zeros_like(end) if window is None else jnp.maximum(end - window, 0)
+    backend = backends.choose(__name__, BACKENDS, backend, q, k)
+    spec = Spec(q.shape[-1] ** -0.5 if scale is None else scale, soft_cap, interpret=backend.endswith("_interpret"))
+    scales = None if k_scale is None or v_scale is None else (k_scale, v_scale)
+    out, lse = _decode_attention(backend, spec, q, Cache(k, v, scales, begin, end))
+    return (out, lse) if return_lse else out
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _decode_attention(backend: str, spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Array]:
+    return backends.module(__name__, backend).forward(spec, q, cache)
+
+
+@_decode_attention.defjvp
+def _no_derivative(backend, spec, primals, tangents):
+    raise TypeError("decode_attention has no derivative; kernels.attention with q_offset = lengths - 1 has one")
+
+
+def _check(q, k, v, lengths, k_scale, v_scale, window) -> None:
+    B, N, H = q.shape
+    if k.shape != v.shape or k.dtype != v.dtype or k.shape[0] != B or k.shape[3] != H or N % k.shape[1]:
+        raise ValueError(
+            f"decode_attention: expected q [B, N, H], k and v [B, K, S, H] of one dtype with K dividing N; "
+            f"found q {q.shape}, k {k.dtype} {k.shape}, v {v.dtype} {v.shape}"
+        )
+    if lengths.shape != (B,) or lengths.dtype != jnp.int32:
+        raise ValueError(f"decode_attention: expected lengths int32 {(B,)}; found {lengths.dtype} {lengths.shape}")
+    if window is not None and window < 1:
+        raise ValueError(f"decode_attention: expected a window of at least 1 slot; found {window}")
+    for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if (x is not None) != (k.dtype == jnp.int8):
+            raise ValueError(
+                f"decode_attention: an int8 cache, and no other, has scales; found {k.dtype} and {name} {x}"
+            )
+        if x is not None and (x.shape != k.shape[:3] or x.dtype != jnp.float32):
+            raise ValueError(f"decode_attention: expected {name} float32 {k.shape[:3]}; found {x.dtype} {x.shape}")

@@ -1,0 +1,44 @@
+"""One decoding step of attention as its implementations take it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Cache(NamedTuple):
+    """What the queries look at: row b at the slots begin[b] <= s < end[b], none where that is empty.
+
+    k, v: [B, K, S, H].  scales: float32 [B, K, S] twice, what each key and each value is to be multiplied with; None:
+    they are whole.  begin, end: int32 [B], 0 <= begin < end <= S or both 0.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    scales: tuple[jax.Array, jax.Array] | None
+    begin: jax.Array
+    end: jax.Array
+
+    @property
+    def seen(self) -> jax.Array:
+        """bool [B, S]."""
+        s = jnp.arange(self.k.shape[2], dtype=jnp.int32)
+        return (self.begin[:, None] <= s) & (s < self.end[:, None])
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What a kernel is compiled for, besides shapes.
+
+    Attributes:
+      scale: of the scores.
+      soft_cap: scores become soft_cap * tanh(score / soft_cap); None: they stay.
+      interpret: emulate the kernel on a CPU.
+    """
+
+    scale: float
+    soft_cap: float | None = None
+    interpret: bool = False

@@ -1,0 +1,160 @@
+"""Decode attention on TPU: one walk over the live blocks of all rows, the heads of a group as rows of one product.
+
+The grid is as long as the list of live blocks, not as B * S: a block of slots that no query sees is neither fetched nor
+visited, left of a window as right of a row's end, and the next row's first block is on its way while the last one of
+this row is computed. A core takes its steps one after the other and softmax runs along them, so there is nothing to
+split and merge here; where a chip has two cores (v4, v5p), they share the KV heads.
+
+XLA keeps an array whose last axis does not fill rows of 128 lanes with the axis before it along the lanes. So a cache
+of head dim 64 is handed over as [B, K, H, S], which is how it lies in memory: no copy is made.
+
+B batch, S cache slot, N query heads, K KV heads, G = N / K padded to whole tiles, H head dim.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ar_unified.kernels.decode_attention.spec import Cache, Spec
+
+BLOCK_BYTES = 512 * 1024  # of keys a step: long enough a copy to hide the step's fixed cost of about 0.3 us
+HEADS = 8  # KV heads a step at most; each is a product of its own
+DTYPES = (jnp.float32, jnp.bfloat16)
+
+
+def unsupported(q: jax.Array, k: jax.Array) -> str | None:
+    """Why these cannot be computed here; None: they can."""
+    if q.dtype not in DTYPES or k.dtype not in (*DTYPES, jnp.int8):
+        return f"expected q in float32 or bfloat16 and a cache in one of these or int8; found {q.dtype} and {k.dtype}"
+    if q.shape[-1] % 64:
+        return f"expected a head dim in multiples of 64; found {q.shape[-1]}"
+    return None
+
+
+def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Array]:
+    """Outputs [B, N, H] in the dtype of q, and log-sum-exp float32 [B, N]."""
+    B, N, H = q.shape
+    K, S = cache.k.shape[1:3]
+    G = N // K
+    heads, block = _tiles(K, S, H, cache.k.dtype.itemsize)
+    query = (q * jnp.asarray(spec.scale, q.dtype)).reshape(B, K, G, H)
+    query = jnp.pad(query, [(0, 0), (0, 0), (0, -G % (32 // q.dtype.itemsize)), (0, 0)])
+    rows = query.shape[2]
+    row_of, block_of, count = _live_blocks(cache, block)
+
+    def by_row(width: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, heads, rows, width), lambda h, i, row_of, *_: (row_of[i], h, 0, 0))
+
+    if turned := H % 128 != 0:
+        slots = pl.BlockSpec((1, heads, H, block), lambda h, i, row_of, block_of, *_: (row_of[i], h, 0, block_of[i]))
+        k, v = jnp.swapaxes(cache.k, 2, 3), jnp.swapaxes(cache.v, 2, 3)
+    else:
+        slots = pl.BlockSpec((1, heads, block, H), lambda h, i, row_of, block_of, *_: (row_of[i], h, block_of[i], 0))
+        k, v = cache.k, cache.v
+    # Of [B, K, S] a block of some of the heads is no whole tile; with an axis of one between, it is.
+    scales = pl.BlockSpec((1, heads, 1, block), lambda h, i, row_of, block_of, *_: (row_of[i], h, 0, block_of[i]))
+    quantized = [] if cache.scales is None else [x[:, :, None] for x in cache.scales]
+    out, lse = pl.pallas_call(
+        functools.partial(_kernel, spec, block, turned),
+        out_shape=(
+            jax.ShapeDtypeStruct(query.shape, q.dtype),
+            jax.ShapeDtypeStruct((*query.shape[:3], 1), jnp.float32),
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=(K // heads, count),
+            in_specs=[by_row(H), slots, slots, *[scales] * len(quantized)],
+            out_specs=(by_row(H), by_row(1)),
+            scratch_shapes=[pltpu.VMEM((heads, rows, width), jnp.float32) for width in (1, 1, H)],
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        interpret=spec.interpret,
+        name="decode_attention",
+    )(row_of, block_of, cache.begin, cache.end, query, k, v, *quantized)
+    return out[:, :, :G].reshape(B, N, H), lse[:, :, :G].reshape(B, N)
+
+
+def _tiles(K: int, S: int, H: int, itemsize: int) -> tuple[int, int]:
+    """KV heads and slots a step: half of the heads at most, for two cores to share, and BLOCK_BYTES of keys."""
+    heads = max(n for n in range(1, max(K // 2, 1) + 1) if K % n == 0 and n <= HEADS)
+    fit = BLOCK_BYTES // (heads * max(H, 128) * itemsize)  # a power of two for every head dim that is one
+    return heads, min(S, max(fit // 128 * 128, 128))
+
+
+def _live_blocks(cache: Cache, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The row and the place in it of each live block, int32 [B * blocks a row], and how many there are; the rest of the
+    list is never looked at. A row without a live slot has its first block in it, for its zeros to be written."""
+    B, S = cache.k.shape[0], cache.k.shape[2]
+    first = cache.begin // block
+    count = jnp.maximum(pl.cdiv(cache.end, block) - first, 1)
+    behind = jnp.cumsum(count)  # of each row: one more than its last place in the list
+    i = jnp.arange(B * pl.cdiv(S, block), dtype=jnp.int32)
+    # By comparing all with all: a search and look-ups would be loops and gathers on TPU, once a layer.
+    row = jnp.minimum((behind <= i[:, None]).sum(1, dtype=jnp.int32), B - 1)
+    shift = jnp.where(row[:, None] == jnp.arange(B), first - (behind - count), 0).sum(1, dtype=jnp.int32)
+    return row, i + shift, behind[-1]
+
+
+def _kernel(spec, block, turned, row_of, block_of, begin, end, q, k, v, *refs):
+    *scales, out, lse, highest, total, acc = refs
+    i = pl.program_id(1)
+    row, start = row_of[i], block_of[i] * block
+    first, last = begin[row], end[row] - 1  # of the slots that the row sees
+
+    @pl.when(start <= first)
+    def _():
+        highest[...] = jnp.full_like(highest, -jnp.inf)
+        total[...] = jnp.zeros_like(total)
+        acc[...] = jnp.zeros_like(acc)
+
+    whole = (first <= start) & (start + block - 1 <= last)
+
+    @pl.when(whole)
+    def _():
+        _add_block(spec, turned, None, q, k, v, scales, highest, total, acc)
+
+    @pl.when(jnp.logical_not(whole) & (last >= 0))
+    def _():
+        def seen(shape: tuple[int, ...], axis: int) -> jax.Array:
+            s = start + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+            return (first <= s) & (s <= last)
+
+        _add_block(spec, turned, seen, q, k, v, scales, highest, total, acc)
+
+    @pl.when(last < start + block)
+    def _():
+        some = total[...] > 0
+        out[0] = (acc[...] / jnp.where(some, total[...], 1.0)).astype(out.dtype)
+        lse[0] = jnp.where(some, highest[...] + jnp.log(total[...]), -jnp.inf)
+
+
+def _add_block(spec, turned, seen, q, k, v, scales, highest, total, acc):
+    """Takes one block of slots into the running softmax; `seen` masks it, where it is an edge."""
+    precise = dict(preferred_element_type=jnp.float32)
+    if q.dtype == jnp.float32:
+        precise["precision"] = jax.lax.Precision.HIGHEST
+    cached = "KHS" if turned else "KSH"
+    keys, values = k[0].astype(q.dtype), v[0].astype(q.dtype)
+    scores = jnp.einsum(f"KGH,{cached}->KGS", q[0], keys, **precise)
+    if scales:
+        scores *= scales[0][0]
+    if spec.soft_cap is not None:
+        scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
+    if seen is not None:
+        scores = jnp.where(seen(scores.shape, 2), scores, -jnp.inf)
+        # What lies behind the array's end is whatever the memory held: no weight of zero makes it harmless.
+        values = jnp.where(seen(values.shape, cached.index("S")), values, 0)
+    new = jnp.maximum(highest[...], scores.max(-1, keepdims=True))  # finite: each listed block has a seen slot
+    weights, shrink = jnp.exp(scores - new), jnp.exp(highest[...] - new)
+    highest[...] = new
+    total[...] = shrink * total[...] + weights.sum(-1, keepdims=True)
+    if scales:
+        weights *= scales[1][0]
+        if seen is not None:
+            weights = jnp.where(seen(weights.shape, 2), weights, 0.0)
+    acc[...] = shrink * acc[...] + jnp.einsum(f"KGS,{cached}->KGH", weights.astype(values.dtype), values, **precise)

@@ -1,0 +1,31 @@
+"""Partial attentions put together: each over its own part of the keys, with the log-sum-exp of its scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+def merge(outs: jax.Array | Sequence[jax.Array], lses: jax.Array | Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Attention over the union of disjoint sets of keys, from the attention over each.
+
+    A part with a log-sum-exp of -inf saw nothing and weighs nothing, whatever its output holds, NaN included; where no
+    part saw anything, the output is exact zeros and the log-sum-exp -inf.
+
+    Args:
+      outs: the normalised outputs, an array [P, ..., H] or P arrays [..., H], P the parts.
+      lses: the log-sum-exps, [P, ...] or P of [...], natural logarithms.
+
+    Returns:
+      The output [..., H] in the dtype of `outs`, and the log-sum-exp [...] in the dtype of `lses`.
+    """
+    out, lse = jnp.stack(outs), jnp.stack(lses)
+    highest = lse.max(0)
+    highest = jnp.where(highest == -jnp.inf, 0.0, highest)  # -inf - -inf would be NaN
+    weights = jnp.exp(lse - highest)  # at most 1, and 1 for the highest: however large or small the scores
+    total = weights.sum(0)
+    shares = (weights / jnp.where(total > 0, total, 1.0))[..., None]
+    merged = jnp.where(shares > 0, out.astype(shares.dtype) * shares, 0.0).sum(0)
+    return merged.astype(out.dtype), jnp.where(total > 0, highest + jnp.log(total), -jnp.inf)
