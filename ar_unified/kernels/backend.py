@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 from ar_unified.kernels import device
+
+BACKENDS = ("auto", "reference", "xla", "tpu", "tpu_interpret", "hopper", "hopper_interpret")
 
 
 def module(package: str, backend: str) -> ModuleType:
@@ -16,16 +17,17 @@ def module(package: str, backend: str) -> ModuleType:
     return importlib.import_module(f"{package}.{backend.removesuffix('_interpret')}")
 
 
-def choose(package: str, backends: Sequence[str], backend: str | None, *args: Any) -> str:
+def choose(package: str, backend: str, *args: Any) -> str:
     """The backend of the op in `package` to use for `args`, which its modules' `unsupported(*args)` judge.
 
-    None: the kernel of the current device, and xla on CPUs and, with a warning, where there is no kernel or it cannot
-    do this. A backend asked for by name is used or refused with ValueError, never replaced.
+    "auto": the kernel of the current device, and xla on CPUs and, with a warning, where there is no kernel or it cannot
+    do this. A backend asked for by name is used or refused with ValueError, never replaced. tpu_interpret and
+    hopper_interpret emulate the kernels on a CPU, the latter with jax 0.12 and later.
     """
     op = package.rpartition(".")[2]
-    if backend is not None:
-        if backend not in backends:
-            raise ValueError(f"{op} backend: expected one of {', '.join(backends)}; found {backend!r}")
+    if backend != "auto":
+        if backend not in BACKENDS:
+            raise ValueError(f"{op} backend: expected one of {', '.join(BACKENDS)}; found {backend!r}")
         if reason := module(package, backend).unsupported(*args):
             raise ValueError(f"{op} backend {backend!r}: {reason}; backend='xla' takes any shape")
         return backend

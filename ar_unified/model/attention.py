@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ar_unified.kernels.attention import attention
+from ar_unified.kernels.decode_attention import decode_attention
 from ar_unified.parallel.rules import spec
 
 
@@ -25,12 +26,12 @@ def attend_to_documents(
 
     Args:
       query: [B, T, N, H], rotated.  key, value: [B, T, K, H].  doc_start: int32 [B, T]; T on padding.
-      backend: of kernels.attention.BACKENDS.
+      backend: of kernels.backend.BACKENDS.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return attention(query, key, value, doc_start=doc_start, backend=backend)
-    key, value = (_repeated(x, query.shape[2], mesh.shape["tensor"]) for x in (key, value))
+    key, value = (_repeated(x, 2, query.shape[2], mesh.shape["tensor"]) for x in (key, value))
     heads = spec(mesh, ("batch", "sequence", "heads", "head_dim"), query.shape, "attention")
     rows = spec(mesh, ("batch", "sequence"), doc_start.shape, "doc_start")
 
@@ -58,17 +59,32 @@ def attend_to_cache(
       start: int32 [B].
       backend: as above.
     """
-    doc_start = jnp.zeros(query.shape[:2], jnp.int32)
-    key, value = (jnp.swapaxes(x, 1, 2) for x in (keys, values))
-    return attention(query, key, value, doc_start=doc_start, q_offset=start, backend=backend)
+
+    def part(query, keys, values, start):
+        if query.shape[1] == 1:
+            return decode_attention(query[:, 0], keys, values, lengths=start + 1, backend=backend)[:, None]
+        key, value = (jnp.swapaxes(x, 1, 2) for x in (keys, values))
+        doc_start = jnp.zeros(query.shape[:2], jnp.int32)
+        return attention(query, key, value, doc_start=doc_start, q_offset=start, backend=backend)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return part(query, keys, values, start)
+    keys, values = (_repeated(x, 1, query.shape[2], mesh.shape["tensor"]) for x in (keys, values))
+    heads = spec(mesh, ("batch", None, "heads", "head_dim"), query.shape, "attention")
+    cache = spec(mesh, ("batch", "kv_heads", None, "head_dim"), keys.shape, "cache")
+    rows = spec(mesh, ("batch",), start.shape, "start")
+    return jax.shard_map(part, in_specs=(heads, cache, cache, rows), out_specs=heads, check_vma=False)(
+        query, keys, values, start
+    )
 
 
-def _repeated(x: jax.Array, query_heads: int, ways: int) -> jax.Array:
-    """[B, S, K, H] with each head as often as it takes for `ways` devices to have whole ones; one time mostly."""
-    times = ways // math.gcd(x.shape[2], ways)
-    if query_heads % (x.shape[2] * times):
+def _repeated(x: jax.Array, axis: int, query_heads: int, ways: int) -> jax.Array:
+    """x with each of its KV heads, on `axis`, as often as it takes for `ways` devices to have whole ones: once mostly."""
+    times = ways // math.gcd(x.shape[axis], ways)
+    if query_heads % (x.shape[axis] * times):
         raise ValueError(
-            f"attention: {query_heads} query heads over {x.shape[2]} KV heads do not split over tensor={ways} devices: "
-            "choose a tensor axis that divides the number of query heads into whole groups"
+            f"attention: {query_heads} query heads over {x.shape[axis]} KV heads do not split over tensor={ways} "
+            "devices: choose a tensor axis that divides the query heads into whole groups"
         )
-    return jnp.repeat(x, times, axis=2) if times > 1 else x
+    return jnp.repeat(x, times, axis=axis) if times > 1 else x

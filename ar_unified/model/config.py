@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ar_unified.kernels.attention import BACKENDS
+from ar_unified.kernels.backend import BACKENDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class TransformerConfig:
       scan_layers: one compiled layer for all (short compiles, TPU); False unrolls them (faster on CPU).
       remat: what backward recomputes. "none" saves all; "dots" saves products with weights only; "full" saves
         the input of each layer only.
-      attention: the backend of kernels.attention; "auto": the device's kernel, or XLA where there is none.
+      attention: the backend of the attention kernels (kernels/backend.py); "auto": the device's kernel, or XLA where there is none.
     """
 
     vocab_size: int

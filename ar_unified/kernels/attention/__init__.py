@@ -11,20 +11,15 @@ blocks.py     block sizes by device and shape, each with the run it came from
 from __future__ import annotations
 
 import functools
-import importlib
-import warnings
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ar_unified.kernels import device
+from ar_unified.kernels import backend as backends
 from ar_unified.kernels.attention import reference
 from ar_unified.kernels.attention.bounds import Bounds, make_bounds
 from ar_unified.kernels.attention.spec import Spec
-
-BACKENDS = ("auto", "reference", "xla", "tpu", "tpu_interpret", "hopper")
 
 
 def attention(
@@ -58,8 +53,7 @@ def attention(
       q_offset, kv_offset: positions of the first query and key in their row, int or int32 [] or [B]: for a part of a
         row under context parallelism, and for queries that continue a cache.
       return_lse: also return the log of the sum of exponentiated scores, float32 [B, T, N].
-      backend: one of BACKENDS. "auto": the kernel of the current device (kernels/device.py), and xla on CPUs. Where
-        that kernel cannot do a shape, xla does it, with a warning; one that was asked for by name raises ValueError.
+      backend: one of kernels.backend.BACKENDS; "auto": the kernel of the current device, and xla on CPUs.
 
     Returns:
       [B, T, N, H] in the dtype of v; with return_lse, that and the log-sum-exp. Scores and softmax are float32.
@@ -67,12 +61,13 @@ def attention(
     _check(q, k, v, doc_start, window)
     bounds = make_bounds(doc_start, k.shape[1], window=window, q_offset=q_offset, kv_offset=kv_offset)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    backend = backends.choose(__name__, backend, q, k)
     if backend == "reference":
         out, lse = reference.attend(q, k, v, bounds, scale, soft_cap)
     else:
         shift = q_offset - kv_offset if isinstance(q_offset, int) and isinstance(kv_offset, int) else None
-        spec = Spec(scale, soft_cap, shift, interpret=backend == "tpu_interpret")
-        out, lse = _attention(_choose(backend, q, k), spec, q, k, v, bounds)
+        spec = Spec(scale, soft_cap, shift, interpret=backend.endswith("_interpret"))
+        out, lse = _attention(backend, spec, q, k, v, bounds)
     return (out, jnp.swapaxes(lse, 1, 2)) if return_lse else out
 
 
@@ -80,11 +75,11 @@ def attention(
 def _attention(
     backend: str, spec: Spec, q: jax.Array, k: jax.Array, v: jax.Array, bounds: Bounds
 ) -> tuple[jax.Array, jax.Array]:
-    return _module(backend).forward(spec, q, k, v, bounds)
+    return backends.module(__name__, backend).forward(spec, q, k, v, bounds)
 
 
 def _forward(backend, spec, q, k, v, bounds):
-    out, lse = _module(backend).forward(spec, q, k, v, bounds)
+    out, lse = backends.module(__name__, backend).forward(spec, q, k, v, bounds)
     return (out, lse), (q, k, v, bounds, out, lse)
 
 
@@ -92,34 +87,10 @@ def _backward(backend, spec, residuals, cotangents):
     q, k, v, bounds, out, lse = residuals
     dout, dlse = cotangents
     delta = jnp.einsum("BTNH,BTNH->BNT", out.astype(jnp.float32), dout.astype(jnp.float32)) - dlse
-    return *_module(backend).backward(spec, q, k, v, bounds, lse, delta, dout), None
+    return *backends.module(__name__, backend).backward(spec, q, k, v, bounds, lse, delta, dout), None
 
 
 _attention.defvjp(_forward, _backward)
-
-
-def _module(backend: str) -> ModuleType:
-    """The module behind a backend's name, imported when it is used: GPU and TPU kernels pull in much of Pallas."""
-    return importlib.import_module(f"{__name__}.{backend.removesuffix('_interpret')}")
-
-
-def _choose(backend: str, q: jax.Array, k: jax.Array) -> str:
-    if backend != "auto":
-        if backend not in BACKENDS:
-            raise ValueError(f"attention backend: expected one of {', '.join(BACKENDS)}; found {backend!r}")
-        if reason := _module(backend).unsupported(q, k):
-            raise ValueError(f"attention backend {backend!r}: {reason}; backend='xla' takes any shape")
-        return backend
-    here = device.current()
-    kernel = {"tpu": "tpu", "gpu": "hopper" if here.is_hopper else None}.get(here.platform)
-    if kernel is None:
-        if here.platform != "cpu":
-            warnings.warn(f"attention: there is no kernel for {here.kind}; XLA computes it", stacklevel=3)
-        return "xla"
-    if reason := _module(kernel).unsupported(q, k):
-        warnings.warn(f"attention: XLA computes it on this {here.kind}, not the kernel: {reason}", stacklevel=3)
-        return "xla"
-    return kernel
 
 
 def _check(q: jax.Array, k: jax.Array, v: jax.Array, doc_start: jax.Array, window: int | None) -> None:

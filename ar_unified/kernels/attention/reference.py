@@ -8,6 +8,11 @@ import jax.numpy as jnp
 from ar_unified.kernels.attention.bounds import Bounds
 
 
+def unsupported(q: jax.Array, k: jax.Array) -> str | None:
+    """Why these cannot be computed here; None: they can."""
+    return None
+
+
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, bounds: Bounds, scale: float, soft_cap: float | None
 ) -> tuple[jax.Array, jax.Array]:

@@ -23,8 +23,6 @@ from ar_unified.kernels import backend as backends
 from ar_unified.kernels.decode_attention.int8 import quantize as quantize
 from ar_unified.kernels.decode_attention.spec import Cache, Spec
 
-BACKENDS = ("reference", "xla", "tpu", "tpu_interpret", "hopper", "hopper_interpret")
-
 
 def decode_attention(
     q: jax.Array,
@@ -38,7 +36,7 @@ def decode_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     return_lse: bool = False,
-    backend: str | None = None,
+    backend: str = "auto",
 ) -> Any:
     """Attention of one query a row over a cache that already holds the query's own key and value.
 
@@ -57,9 +55,7 @@ def decode_attention(
       window: slots a query sees at most, its own included; None: all live ones.
       soft_cap: c * tanh(score / c) in place of each score (Gemma 2, arXiv 2408.00118); None: not.
       return_lse: also return the log of the sum of exponentiated scores, float32 [B, N].
-      backend: one of BACKENDS; None: the kernel of the current device (kernels/device.py), and xla on CPUs. A kernel
-        that cannot do a shape is replaced by xla with a warning where it was the default; where it was asked for by
-        name, ValueError says why. The kernels are emulated on a CPU as tpu_interpret and (jax 0.12) hopper_interpret.
+      backend: one of kernels.backend.BACKENDS; "auto": the kernel of the current device, and xla on CPUs.
 
     Returns:
       [B, N, H] in the dtype of q; with return_lse, that and the log-sum-exp. Scores and softmax are float32.
@@ -67,7 +63,7 @@ def decode_attention(
     _check(q, k, v, lengths, k_scale, v_scale, window)
     end = jnp.clip(lengths, 0, k.shape[2])
     begin = jnp.zeros_like(end) if window is None else jnp.maximum(end - window, 0)
-    backend = backends.choose(__name__, BACKENDS, backend, q, k)
+    backend = backends.choose(__name__, backend, q, k)
     spec = Spec(q.shape[-1] ** -0.5 if scale is None else scale, soft_cap, interpret=backend.endswith("_interpret"))
     scales = None if k_scale is None or v_scale is None else (k_scale, v_scale)
     out, lse = _decode_attention(backend, spec, q, Cache(k, v, scales, begin, end))
