@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +36,7 @@ from ar_unified.kernels.attention.bounds import Bounds, key_ranges, pad_queries,
 from ar_unified.kernels.attention.spec import Spec
 
 HEAD_DIMS = (64, 128, 256)
-VISITS = 1 << 16  # in one call at most: half of the scalar memory, which is 1 MiB on TPU v4 to v7
+VISITS = 96 * 1024  # in one call at most: three quarters of the scalar memory, which is 1 MiB on TPU v4 to 7
 _HIDDEN = -1e30  # the score of a key that is not seen; finite, for a query that sees none must not make NaN
 _LOG2E = math.log2(math.e)
 
@@ -115,14 +115,15 @@ def _forward(spec, tile, outer, inner, bounds, query, key, value, out, lse, sums
         total[...] = jnp.zeros_like(total)
 
     def add(seen):
-        for p, r in tile.heads_of_step():
+        @_each_head(tile)
+        def _(p, r):
             scores, _ = _scores(spec, key[p], query[r], seen)
-            before = highest[r : r + 1]
+            before = highest[pl.ds(r, 1)]
             now = jnp.maximum(before, scores.max(0, keepdims=True))
             weights, shrink = jnp.exp2(scores - now), jnp.exp2(before - now)
-            total[r : r + 1] = total[r : r + 1] * shrink + weights.sum(0, keepdims=True)
+            total[pl.ds(r, 1)] = total[pl.ds(r, 1)] * shrink + weights.sum(0, keepdims=True)
             sums[r] = sums[r] * shrink + _dot(value[p].T, weights.astype(value.dtype))
-            highest[r : r + 1] = now
+            highest[pl.ds(r, 1)] = now
 
     _masked_or_clean(add, word, tile, bounds, work.inner_block(word))
 
@@ -143,8 +144,9 @@ def _dquery(spec, tile, outer, inner, bounds, query, key, value, lse, delta, dou
         sums[...] = jnp.zeros_like(sums)
 
     def add(seen):
-        for p, r in tile.heads_of_step():
-            _, dscores = _weights(spec, key[p], value[p], query[r], dout[r], lse[r : r + 1], delta[r : r + 1], seen)
+        @_each_head(tile)
+        def _(p, r):
+            _, dscores = _weights(spec, key[p], value[p], query[r], dout[r], lse[pl.ds(r, 1)], delta[pl.ds(r, 1)], seen)
             sums[r] += _dot(key[p].T, dscores.astype(key.dtype))
 
     _masked_or_clean(add, word, tile, bounds, work.inner_block(word))
@@ -165,9 +167,10 @@ def _dkey(spec, tile, outer, inner, bounds, query, key, value, lse, delta, dout,
         value_sums[...] = jnp.zeros_like(value_sums)
 
     def add(seen):
-        for p, r in tile.heads_of_step():
+        @_each_head(tile)
+        def _(p, r):
             weights, dscores = _weights(
-                spec, key[p], value[p], query[r], dout[r], lse[r : r + 1], delta[r : r + 1], seen
+                spec, key[p], value[p], query[r], dout[r], lse[pl.ds(r, 1)], delta[pl.ds(r, 1)], seen
             )
             value_sums[p] += _dot(weights.astype(dout.dtype), dout[r])
             key_sums[p] += _dot(dscores.astype(query.dtype), query[r])
@@ -178,6 +181,16 @@ def _dkey(spec, tile, outer, inner, bounds, query, key, value, lse, delta, dout,
     def _():
         dk[...] = (key_sums[...] * spec.scale).astype(dk.dtype)
         dv[...] = value_sums[...].astype(dv.dtype)
+
+
+def _each_head(tile: _Tile) -> Callable[[Callable], None]:
+    """Calls body(p, r) for each query head of a step. Two at a time would take 4% fewer cycles by libtpu's schedules,
+    and twice as long to compile."""
+
+    def run(body: Callable) -> None:
+        pl.loop(0, tile.heads)(lambda r: body(r * tile.kv_heads // tile.heads, r))
+
+    return run
 
 
 def _masked_or_clean(add: Callable, word, tile: _Tile, bounds, key_block) -> None:
@@ -244,10 +257,6 @@ class _Tile(NamedTuple):
         """Steps that the query heads of a KV head take."""
         return self.N * self.kv_heads // (self.K * self.heads)
 
-    def heads_of_step(self) -> Iterator[tuple[int, int]]:
-        """(p, r) of each query head r of a step."""
-        return ((r * self.kv_heads // self.heads, r) for r in range(self.heads))
-
     @property
     def padded(self) -> tuple[int, int]:
         """T and S up to whole blocks."""
@@ -264,9 +273,9 @@ class _Tile(NamedTuple):
 
 def _tile(q: jax.Array, k: jax.Array) -> _Tile:
     (_, T, N, H), (S, K) = q.shape, k.shape[1:3]
-    want = blocks(device.current().kind, H, max(T, S), N // K, q.dtype.itemsize)
-    queries, keys = min(want.queries, T + -T % 128), min(want.keys, S + -S % 128)  # lanes come in 128
     G = N // K
+    want = blocks(device.current().kind, head_dim=H, length=max(T, S), group=G, dtype_bytes=q.dtype.itemsize)
+    queries, keys = min(want.queries, T + -T % 128), min(want.keys, S + -S % 128)  # lanes come in 128
     if want.heads <= G:
         heads, kv_heads = max(r for r in range(1, want.heads + 1) if G % r == 0), 1
     else:
