@@ -14,7 +14,8 @@ from ar_unified.kernels.attention import attention, xla
 from tests.kernels.cases import CASES, Case
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+# Little optimised: little is run of each program, and most of the time goes into compiling interpreted kernels.
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options={"xla_backend_optimization_level": 0})
 def outputs_and_gradients(case: Case, backend: str, q, k, v, bar, lse_bar, doc_start):
     def run(q, k, v):
         return attention(q, k, v, doc_start=doc_start, return_lse=True, backend=backend, **case.options)
@@ -38,7 +39,7 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("backend", ["xla"])
+@pytest.mark.parametrize("backend", ["xla", "tpu_interpret"])
 def test_a_backend_equals_the_reference(backend, name):
     case = CASES[name]
     expected, found = run(case, "reference"), run(case, backend)
@@ -48,7 +49,7 @@ def test_a_backend_equals_the_reference(backend, name):
         assert relative(value[finite], expected[what][finite]) < 1e-5, what
 
 
-@pytest.mark.parametrize("backend", ["reference", "xla"])
+@pytest.mark.parametrize("backend", ["reference", "xla", "tpu_interpret"])
 def test_padding_is_exactly_zero_forward_and_backward(backend):
     case = CASES["nothing but padding"]
     padding = case.doc_start == case.T
@@ -60,7 +61,7 @@ def test_padding_is_exactly_zero_forward_and_backward(backend):
             assert value[~padding].any(), what
 
 
-@pytest.mark.parametrize("backend", ["reference", "xla"])
+@pytest.mark.parametrize("backend", ["reference", "xla", "tpu_interpret"])
 def test_parts_of_a_row_with_offsets_are_the_parts_of_the_whole(backend):
     case = CASES["padding at the end"]
     q, k, v, _ = case.arrays()

@@ -1,57 +1,85 @@
-"""Block sizes of the attention kernels, by device and shape, each with where it comes from.
+"""Block sizes of the kernels: a table by device, head dim, length and GQA ratio, each row with where it comes from.
 
-To add a row: time the kernel (experiments/benchmarks/attention.py), write what won and where it was measured. The first
-row that fits a call is taken.
+A row is the best known choice for what it names; `blocks` takes the first row that fits, so narrow rows stand first.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 
-class Blocks(NamedTuple):
-    queries: int
-    keys: int
-    heads: int = 1  # query heads in one step of a TPU kernel, at most
+class Tile(NamedTuple):
+    """
+    Attributes:
+      block_q: queries of a block.
+      block_k: keys of a block.
+      stages: blocks of the inner loop's side that are in flight at once (hopper.py).
+      heads: query heads of a step, at most (tpu.py).
+    """
+
+    block_q: int
+    block_k: int
+    stages: int = 1
+    heads: int = 1
 
 
-class Row(NamedTuple):
-    device: str  # how its kind begins, as JAX names it
-    blocks: Blocks
-    source: str
-    head_dim: int | None = None  # None: any
-    longest: int | None = None  # of queries and keys, up to this; None: any
-    group: int | None = None  # query heads to a KV head, at least; None: any
-    dtype_bytes: int | None = None  # of q, k and v; None: any
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """
+    Attributes:
+      device: how the name of the kind begins, as JAX has it: "TPU v5 lite".
+      kernel: which one of a backend's; None: all.
+      head_dim: H; None: any.
+      tile: the choice.
+      origin: the run that produced it, or what stands in for one.
+      length: longest T or S it is for; None: any.
+      group: query heads per KV head it is for; None: any.
+      dtype_bytes: of an element of q it is for; None: any.
+    """
+
+    device: str
+    kernel: str | None
+    head_dim: int | None
+    tile: Tile
+    origin: str
+    length: int | None = None
+    group: int | None = None
+    dtype_bytes: int | None = None
 
 
-# ---- TPU: not timed, no TPU was at hand -----------------------------------------------------------------------------
-# What is known of other kernels there: the best blocks of splash attention are 1024 to 2048 queries with 256 (v5p) or 512
-# (v6e, 7x) keys computed at once (tokamax data/autotuning, mid-2026). Steps here are as long, by heads rather than by
-# queries: 8 heads x 512 queries x 512 keys are the scores of 2048 x 1024 of one head, and blocks of 512 waste less at
-# the edges of documents of 1k. The number of heads is what fits the 16 MiB of VMEM that a kernel has by default,
-# as tests/kernels/test_tpu_compiles.py checks with libtpu.
-_FITS = "not timed: as in the comment above, compiled for v4, v5e, v5p, v6e, 7x by libtpu 0.0.42.1 and 0.0.50.1"
-_LONG = "not timed: as many scores a step, in fewer steps, whose list must fit the scalar memory"
+# ---- TPU. No run on a TPU has produced any of these yet. Splash attention there is best with 1024 to 2048 queries and
+# 256 (v5p) or 512 (v6e, 7x) keys computed at once (tokamax data/autotuning, mid-2026). Steps here are as long by their
+# heads: 8 of 512 x 512 are as many scores as 2048 x 1024 of one head, and short blocks fit documents better. How many
+# heads is what fits the 16 MiB of VMEM that a kernel has by default (tests/kernels/test_tpu_compiles.py).
+FITS = "fits VMEM on v4, v5e, v5p, v6e and 7x by libtpu 0.0.42.1 and 0.0.50.1; not timed"
+LONG = "fits VMEM as above, and its list of steps scalar memory up to 256k; not timed"
+
+_UP_TO = 1 << 15
 _TPU = [
-    Row("TPU", Blocks(512, 512, 4), _FITS, head_dim=64, longest=1 << 15, dtype_bytes=4),
+    Row("TPU", None, 256, Tile(512, 512, heads=1), FITS, length=_UP_TO, dtype_bytes=4),
+    Row("TPU", None, None, Tile(512, 512, heads=4), FITS, length=_UP_TO, dtype_bytes=4),
+    Row("TPU", None, 256, Tile(512, 512, heads=2), FITS, length=_UP_TO, group=1),
+    Row("TPU", None, 256, Tile(512, 512, heads=4), FITS, length=_UP_TO),
+    Row("TPU", None, None, Tile(512, 512, heads=4), FITS, length=_UP_TO, group=1),
+    Row("TPU", None, None, Tile(512, 512, heads=8), FITS, length=_UP_TO),
+    Row("TPU", None, 256, Tile(1024, 512, heads=1), LONG),
+    Row("TPU", None, None, Tile(1024, 512, heads=1), LONG, dtype_bytes=4),
+    Row("TPU", None, None, Tile(1024, 512, heads=2), LONG),
+    Row("cpu", None, None, Tile(128, 128, heads=4), "the smallest that TPU kernels take, to interpret in tests"),
 ]
 
 TABLE = [
     *_TPU,
-    Row("cpu", Blocks(128, 128, 8), "to interpret in tests: the smallest that TPU kernels take"),
 ]
 
 
-def blocks(device: str, *, head_dim: int, length: int, group: int, dtype_bytes: int) -> Blocks:
-    """Block sizes for a call on a device of this kind; `length` is the greater of queries and keys."""
+def blocks(device: str, kernel: str, head_dim: int, length: int, group: int, dtype_bytes: int = 2) -> Tile:
+    """The tile of the first row of TABLE that fits; KeyError where none does."""
     for row in TABLE:
-        if (
-            device.startswith(row.device)
-            and row.head_dim in (None, head_dim)
-            and (row.longest is None or length <= row.longest)
-            and (row.group is None or group >= row.group)
-            and row.dtype_bytes in (None, dtype_bytes)
-        ):
-            return row.blocks
-    return Blocks(128, 128)
+        asked = {"kernel": kernel, "head_dim": head_dim, "group": group, "dtype_bytes": dtype_bytes}
+        if not device.startswith(row.device) or (row.length is not None and length > row.length):
+            continue
+        if all(getattr(row, name) in (None, value) for name, value in asked.items()):
+            return row.tile
+    raise KeyError(f"no block sizes for {kernel} on {device} with head_dim {head_dim}")

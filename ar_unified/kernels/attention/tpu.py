@@ -102,7 +102,7 @@ def backward(
     return _unlay(dq, tile.T), _unlay(dk, tile.S), _unlay(dv, tile.S)
 
 
-# ---- the kernels: query, dout, out, dq [r, T, H]; key, value, dk, dv [p, S, H]; lse, delta [r, T]; bounds [2, T] -------
+# ---- the kernels: query, dout, out, dq [r, T, H]; key, value, dk, dv [p, S, H]; lse, delta [r, T]; bounds [2, T] -----
 
 
 def _forward(spec, tile, outer, inner, bounds, query, key, value, out, lse, sums, highest, total):
@@ -274,8 +274,10 @@ class _Tile(NamedTuple):
 def _tile(q: jax.Array, k: jax.Array) -> _Tile:
     (_, T, N, H), (S, K) = q.shape, k.shape[1:3]
     G = N // K
-    want = blocks(device.current().kind, head_dim=H, length=max(T, S), group=G, dtype_bytes=q.dtype.itemsize)
-    queries, keys = min(want.queries, T + -T % 128), min(want.keys, S + -S % 128)  # lanes come in 128
+    # Interpreted on any device, and compiled on a machine without TPUs but for none in particular: the smallest blocks.
+    kind = device.current().kind
+    want = blocks(kind if kind.startswith("TPU") else "cpu", "tpu", H, max(T, S), G, q.dtype.itemsize)
+    queries, keys = min(want.block_q, T + -T % 128), min(want.block_k, S + -S % 128)  # lanes come in 128
     if want.heads <= G:
         heads, kv_heads = max(r for r in range(1, want.heads + 1) if G % r == 0), 1
     else:
@@ -306,9 +308,7 @@ def _call(kernel, spec, tile, visits, ins: dict[str, jax.Array], outs: dict[str,
         return work.row(outer[t]), n, i, kv, j
 
     def block(shape, index):
-        if outer_is_keys:
-            return pl.BlockSpec(shape, lambda h, t, part, outer, inner: index(*place(h, t, part, outer, inner)))
-        return pl.BlockSpec(shape, lambda h, t, outer, inner: index(*place(h, t, 0, outer, inner)))
+        return pl.BlockSpec(shape, lambda *at: index(*place(*at)))
 
     query = block((None, tile.heads, tile.queries, tile.H), lambda b, n, i, kv, j: (b, n, i, 0))
     key = block((None, tile.kv_heads, tile.keys, tile.H), lambda b, n, i, kv, j: (b, kv, j, 0))
@@ -317,18 +317,18 @@ def _call(kernel, spec, tile, visits, ins: dict[str, jax.Array], outs: dict[str,
         bounds=block((None, 2, tile.queries), lambda b, n, i, kv, j: (b, 0, i)),
         query=query, dout=query, key=key, value=key, lse=per_query, delta=per_query,
     )  # fmt: skip
-    grid = (tile.K // tile.kv_heads, visits.count, tile.parts) if outer_is_keys else (tile.N // tile.heads, visits.count)
+    heads, parts = (tile.K // tile.kv_heads, tile.parts) if outer_is_keys else (tile.N // tile.heads, 1)
     return pl.pallas_call(
         functools.partial(kernel, spec, tile),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=grid,
+            grid=(heads, visits.steps, parts),
             in_specs=[specs[name] for name in ins],
             out_specs=[specs[name] for name in outs],
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         ),
         out_shape=list(outs.values()),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", *["arbitrary"] * (len(grid) - 1))),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
         interpret=spec.interpret,
         name=f"attention{kernel.__name__}",
     )(visits.outer, visits.inner, *ins.values())

@@ -24,11 +24,11 @@ _OTHER, _ROW = 4, 16  # how far the block numbers are shifted to make room
 
 
 class Visits(NamedTuple):
-    """The first `count` entries hold; int32 each. Two words an entry, because a TPU's scalar memory is small."""
+    """The first `steps` entries hold; int32 each. Two words an entry, because a TPU's scalar memory is small."""
 
     outer: jax.Array  # row of the batch << 16 | outer block
     inner: jax.Array  # other block << 4 | FIRST | LAST | MASKED | CLEAN
-    count: jax.Array  # []
+    steps: jax.Array  # []
 
 
 def row(outer):
@@ -45,10 +45,10 @@ def inner_block(inner):
 
 def most(queries: int, keys: int, block_q: int, block_k: int, shift: int | None) -> int:
     """How many visits one row can make at most, in either direction: a causal row that is one document."""
-    I, J = -(-queries // block_q), -(-keys // block_k)
-    last = keys - 1 if shift is None else np.arange(1, I + 1, dtype=np.int64) * block_q - 1 + shift
-    met = np.broadcast_to(np.clip(last // block_k + 1, 0, J), (I,))
-    return int(met.sum()) + I + J  # each block may be one that meets nothing
+    query_blocks, key_blocks = -(-queries // block_q), -(-keys // block_k)
+    last = np.arange(1, query_blocks + 1) * block_q - 1 + (keys if shift is None else shift)
+    met = np.clip(last // block_k + 1, 0, key_blocks)
+    return int(met.sum()) + query_blocks + key_blocks  # each block may be one that meets nothing
 
 
 def visits(outer: BlockRanges, by_query: BlockRanges, limit: int, *, outer_is_keys: bool) -> Visits:
