@@ -13,8 +13,11 @@ import pytest
 from ar_unified.kernels.attention import attention, xla
 from tests.kernels.cases import CASES, Case
 
+# Little is run of each program, and most of the time goes into compiling interpreted kernels.
+HASTILY = {"xla_backend_optimization_level": 0}
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=HASTILY)
 def outputs_and_gradients(case: Case, backend: str, q, k, v, bar, lse_bar, doc_start):
     def run(q, k, v):
         return attention(q, k, v, doc_start=doc_start, return_lse=True, backend=backend, **case.options)
@@ -38,7 +41,7 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("backend", ["xla"])
+@pytest.mark.parametrize("backend", ["xla", "tpu_interpret"])
 def test_a_backend_equals_the_reference(backend, name):
     case = CASES[name]
     expected, found = run(case, "reference"), run(case, backend)
@@ -48,7 +51,7 @@ def test_a_backend_equals_the_reference(backend, name):
         assert relative(value[finite], expected[what][finite]) < 1e-5, what
 
 
-@pytest.mark.parametrize("backend", ["reference", "xla"])
+@pytest.mark.parametrize("backend", ["reference", "xla", "tpu_interpret"])
 def test_padding_is_exactly_zero_forward_and_backward(backend):
     case = CASES["nothing but padding"]
     padding = case.doc_start == case.T
@@ -60,21 +63,24 @@ def test_padding_is_exactly_zero_forward_and_backward(backend):
             assert value[~padding].any(), what
 
 
-@pytest.mark.parametrize("backend", ["reference", "xla"])
+@pytest.mark.parametrize("backend", ["reference", "xla", "tpu_interpret"])
 def test_parts_of_a_row_with_offsets_are_the_parts_of_the_whole(backend):
     case = CASES["padding at the end"]
     q, k, v, _ = case.arrays()
     doc_start = jnp.asarray(case.doc_start)
     whole = attention(q, k, v, doc_start=doc_start, backend="reference")
-    for offset in (128, jnp.int32(128), jnp.array([128, 128])):  # known when tracing; when running; of each row
-        part = attention(q[:, 128:256], k, v, doc_start=doc_start[:, 128:256], q_offset=offset, backend=backend)
-        np.testing.assert_allclose(part, whole[:, 128:256], atol=1e-5)
+
+    def compiled(**known):
+        return jax.jit(functools.partial(attention, backend=backend, **known), compiler_options=HASTILY)
+
+    part = dict(q=q[:, 128:256], k=k, v=v, doc_start=doc_start[:, 128:256])
+    np.testing.assert_allclose(compiled(q_offset=128)(**part), whole[:, 128:256], atol=1e-5)  # known when tracing
+    for offset in (jnp.int32(128), jnp.array([128, 128])):  # when running; of each row
+        np.testing.assert_allclose(compiled()(**part, q_offset=offset), whole[:, 128:256], atol=1e-5)
     # The keys cut as well: two halves of them merge by their log-sum-exps.
+    half = compiled(return_lse=True)
     halves = [
-        attention(
-            q, k[:, i : i + 192], v[:, i : i + 192], doc_start=doc_start, kv_offset=i, backend=backend, return_lse=True
-        )
-        for i in (0, 192)
+        half(q, k[:, i : i + 192], v[:, i : i + 192], doc_start=doc_start, kv_offset=jnp.int32(i)) for i in (0, 192)
     ]
     lse = jnp.logaddexp(halves[0][1], halves[1][1])
     weights = [jnp.where(lse == -jnp.inf, 0.0, jnp.exp(part - lse))[..., None] for _, part in halves]

@@ -1,0 +1,85 @@
+"""Block sizes of the kernels: a table by device, head dim, length and GQA ratio, each row with where it comes from.
+
+A row is the best known choice for what it names; `blocks` takes the first row that fits, so narrow rows stand first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """
+    Attributes:
+      block_q: queries of a block.
+      block_k: keys of a block.
+      stages: blocks of the inner loop's side that are in flight at once (hopper.py).
+      heads: query heads of a step, at most (tpu.py).
+    """
+
+    block_q: int
+    block_k: int
+    stages: int = 1
+    heads: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """
+    Attributes:
+      device: how the name of the kind begins, as JAX has it: "TPU v5 lite".
+      kernel: which one of a backend's; None: all.
+      head_dim: H; None: any.
+      tile: the choice.
+      origin: the run that produced it, or what stands in for one.
+      length: longest T or S it is for; None: any.
+      group: query heads per KV head it is for; None: any.
+      dtype_bytes: of an element of q it is for; None: any.
+    """
+
+    device: str
+    kernel: str | None
+    head_dim: int | None
+    tile: Tile
+    origin: str
+    length: int | None = None
+    group: int | None = None
+    dtype_bytes: int | None = None
+
+
+# ---- TPU. No run on a TPU has produced any of these yet. Splash attention there is best with 1024 to 2048 queries and
+# 256 (v5p) or 512 (v6e, 7x) keys computed at once (tokamax data/autotuning, mid-2026). Steps here are as long by their
+# heads: 8 of 512 x 512 are as many scores as 2048 x 1024 of one head, and short blocks fit documents better. How many
+# heads is what fits the 16 MiB of VMEM that a kernel has by default (tests/kernels/test_tpu_compiles.py).
+FITS = "fits VMEM on v4, v5e, v5p, v6e and 7x by libtpu 0.0.42.1 and 0.0.50.1; not timed"
+LONG = "fits VMEM as above, and its list of steps scalar memory up to 128k, or 256k where bfloat16; not timed"
+
+_UP_TO = 1 << 15
+_TPU = [
+    Row("TPU", None, 256, Tile(256, 256, heads=2), FITS, length=_UP_TO, dtype_bytes=4),  # six products to one of
+    Row("TPU", None, None, Tile(256, 256, heads=4), FITS, length=_UP_TO, dtype_bytes=4),  # bfloat16: less a step
+    Row("TPU", None, 256, Tile(512, 512, heads=2), FITS, length=_UP_TO, group=1),
+    Row("TPU", None, 256, Tile(512, 512, heads=4), FITS, length=_UP_TO),
+    Row("TPU", None, None, Tile(512, 512, heads=4), FITS, length=_UP_TO, group=1),
+    Row("TPU", None, None, Tile(512, 512, heads=8), FITS, length=_UP_TO),
+    Row("TPU", None, None, Tile(512, 512, heads=1), LONG, dtype_bytes=4),
+    Row("TPU", None, 256, Tile(1024, 512, heads=1), LONG),
+    Row("TPU", None, None, Tile(1024, 512, heads=2), LONG),
+    Row("cpu", None, None, Tile(128, 128, heads=4), "the smallest that TPU kernels take, to interpret in tests"),
+]
+
+TABLE = [
+    *_TPU,
+]
+
+
+def blocks(device: str, kernel: str, head_dim: int, length: int, group: int, dtype_bytes: int = 2) -> Tile:
+    """The tile of the first row of TABLE that fits; KeyError where none does."""
+    for row in TABLE:
+        asked = {"kernel": kernel, "head_dim": head_dim, "group": group, "dtype_bytes": dtype_bytes}
+        if not device.startswith(row.device) or (row.length is not None and length > row.length):
+            continue
+        if all(getattr(row, name) in (None, value) for name, value in asked.items()):
+            return row.tile
+    raise KeyError(f"no block sizes for {kernel} on {device} with head_dim {head_dim}")

@@ -1,0 +1,359 @@
+"""Attention on TPU by Pallas (Mosaic): forward, dQ and dK/dV, with no step where no query sees a key.
+
+The grid of a kernel is a list (visits.py): as long as there are pairs of a block of queries and a block of keys that
+meet, in the order in which their sums close. Scalar prefetch brings it to the index maps, so blocks of other documents
+are neither fetched nor computed, and the pipeline never runs dry between two documents. The other ways are worse: a
+dense grid with clamped index maps pays for each empty step (for documents of 1k in a row of 8k, most of them), and a
+loop inside the kernel with copies of its own must fill its pipeline again for each block of queries. The list's price
+is scalar memory, 8 bytes a visit: where all rows of a batch do not fit, they go in groups.
+
+A step takes several query heads, those of one KV head where there are enough: keys are fetched and masks made once for
+all of them, and steps are long enough to hide their fixed cost with blocks as short as documents ask for.
+
+Scores stand as [S, T]: what belongs to a query (its bounds, maximum, log-sum-exp) then lies along lanes, and meets all
+its keys without copies of itself over 128 lanes. Exponents are of base 2, with log2(e) in the scale.
+
+B batch, T query position, S key position, N query heads, K KV heads, G = N / K, H head dim; in one step, r is one of
+the query heads and p one of the KV heads.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ar_unified.kernels import device
+from ar_unified.kernels.attention import visits as work
+from ar_unified.kernels.attention.blocks import blocks
+from ar_unified.kernels.attention.bounds import Bounds, key_ranges, pad_queries, query_ranges
+from ar_unified.kernels.attention.spec import Spec
+
+HEAD_DIMS = (64, 128, 256)
+VISITS = 96 * 1024  # in one call at most: three quarters of the scalar memory, which is 1 MiB on TPU v4 to 7
+_HIDDEN = -1e30  # the score of a key that is not seen; finite, for a query that sees none must not make NaN
+_LOG2E = math.log2(math.e)
+
+
+def unsupported(q: jax.Array, k: jax.Array) -> str | None:
+    """Why these shapes cannot be computed here; None: they can."""
+    if q.shape[-1] not in HEAD_DIMS:
+        return f"expected a head dim of {', '.join(map(str, HEAD_DIMS))}; found {q.shape[-1]}"
+    if q.dtype != k.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"expected queries and keys of bfloat16 or float32, both the same; found {q.dtype} and {k.dtype}"
+    if (most := _tile(q, k).visits(None)) > VISITS:
+        return f"{q.shape[1]} queries by {k.shape[1]} keys may take {most} steps, and scalar memory holds {VISITS}"
+    return None
+
+
+def forward(spec: Spec, q: jax.Array, k: jax.Array, v: jax.Array, bounds: Bounds) -> tuple[jax.Array, jax.Array]:
+    """Outputs [B, T, N, H] in the dtype of v, and log-sum-exp float32 [B, N, T]."""
+    tile = _tile(q, k)
+    state = (tile.heads, tile.queries)
+
+    def rows(bounds, query, key, value):
+        visits, _ = _work(spec, tile, bounds)
+        ins = dict(bounds=jnp.stack(bounds, 1), query=query, key=key, value=value)
+        outs = dict(query=_like(query, v.dtype), lse=tile.per_query(query.shape[0]))
+        return _call(_forward, spec, tile, visits, ins, outs, [(tile.heads, tile.H, tile.queries), state, state])
+
+    T, S = tile.padded
+    ins = pad_queries(bounds, T, tile.S), _lay(q, T), _lay(k, S), _lay(v, S)
+    out, lse = _by_rows(rows, VISITS // tile.visits(spec.shift), ins)
+    return _unlay(out, tile.T), lse.reshape(*out.shape[:3])[..., : tile.T]
+
+
+def backward(
+    spec: Spec,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bounds: Bounds,
+    lse: jax.Array,
+    delta: jax.Array,
+    dout: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of q, k and v; `delta` float32 [B, N, T] is sum(dout * out) over H, less the gradient of `lse`."""
+    tile = _tile(q, k)
+    lse = jnp.where(lse == -jnp.inf, 0.0, lse * _LOG2E)  # of a query that sees nothing: hidden scores then weigh zero
+
+    def rows(bounds, query, key, value, lse, delta, dout):
+        by_query, by_key = _work(spec, tile, bounds)
+        ins = dict(bounds=jnp.stack(bounds, 1), query=query, key=key, value=value, lse=lse, delta=delta, dout=dout)
+        sums = (tile.kv_heads, tile.keys, tile.H)
+        outs = dict(key=_like(key, k.dtype), value=_like(value, v.dtype))
+        dk, dv = _call(_dkey, spec, tile, by_key, ins, outs, [sums, sums])
+        outs = dict(query=_like(query, q.dtype))
+        (dq,) = _call(_dquery, spec, tile, by_query, ins, outs, [(tile.heads, tile.H, tile.queries)])
+        return dq, dk, dv
+
+    T, S = tile.padded
+    per_query = (
+        jnp.pad(x, [(0, 0), (0, 0), (0, T - tile.T)]).reshape(tile.per_query(x.shape[0]).shape) for x in (lse, delta)
+    )
+    ins = pad_queries(bounds, T, tile.S), _lay(q, T), _lay(k, S), _lay(v, S), *per_query, _lay(dout, T)
+    dq, dk, dv = _by_rows(rows, VISITS // tile.visits(spec.shift), ins)
+    return _unlay(dq, tile.T), _unlay(dk, tile.S), _unlay(dv, tile.S)
+
+
+# ---- the kernels: query, dout, out, dq [r, T, H]; key, value, dk, dv [p, S, H]; lse, delta [r, T]; bounds [2, T] -----
+
+
+def _forward(spec, tile, outer, inner, bounds, query, key, value, out, lse, sums, highest, total):
+    word = inner[pl.program_id(1)]
+
+    @pl.when(word & work.FIRST != 0)
+    def _():
+        sums[...] = jnp.zeros_like(sums)
+        highest[...] = jnp.full_like(highest, _HIDDEN / 2)  # no lower, so that hidden scores weigh exactly zero
+        total[...] = jnp.zeros_like(total)
+
+    def add(seen):
+        @_each_head(tile)
+        def _(p, r):
+            scores, _ = _scores(spec, key[p], query[r], seen)
+            before = highest[pl.ds(r, 1)]
+            now = jnp.maximum(before, scores.max(0, keepdims=True))
+            weights, shrink = jnp.exp2(scores - now), jnp.exp2(before - now)
+            total[pl.ds(r, 1)] = total[pl.ds(r, 1)] * shrink + weights.sum(0, keepdims=True)
+            sums[r] = sums[r] * shrink + _dot(value[p].T, weights.astype(value.dtype))
+            highest[pl.ds(r, 1)] = now
+
+    _masked_or_clean(add, word, tile, bounds, work.inner_block(word))
+
+    @pl.when(word & work.LAST != 0)
+    def _():
+        some = total[...] > 0
+        divisor = jnp.where(some, total[...], 1.0)
+        lse[...] = jnp.where(some, highest[...] * (1 / _LOG2E) + jnp.log(divisor), -jnp.inf)
+        for r in range(tile.heads):
+            out[r] = (sums[r] / divisor[r : r + 1]).T.astype(out.dtype)
+
+
+def _dquery(spec, tile, outer, inner, bounds, query, key, value, lse, delta, dout, dq, sums):
+    word = inner[pl.program_id(1)]
+
+    @pl.when(word & work.FIRST != 0)
+    def _():
+        sums[...] = jnp.zeros_like(sums)
+
+    def add(seen):
+        @_each_head(tile)
+        def _(p, r):
+            _, dscores = _weights(spec, key[p], value[p], query[r], dout[r], lse[pl.ds(r, 1)], delta[pl.ds(r, 1)], seen)
+            sums[r] += _dot(key[p].T, dscores.astype(key.dtype))
+
+    _masked_or_clean(add, word, tile, bounds, work.inner_block(word))
+
+    @pl.when(word & work.LAST != 0)
+    def _():
+        for r in range(tile.heads):
+            dq[r] = (sums[r] * spec.scale).T.astype(dq.dtype)
+
+
+def _dkey(spec, tile, outer, inner, bounds, query, key, value, lse, delta, dout, dk, dv, key_sums, value_sums):
+    visit, part = pl.program_id(1), pl.program_id(2)
+    word = inner[visit]
+
+    @pl.when((word & work.FIRST != 0) & (part == 0))
+    def _():
+        key_sums[...] = jnp.zeros_like(key_sums)
+        value_sums[...] = jnp.zeros_like(value_sums)
+
+    def add(seen):
+        @_each_head(tile)
+        def _(p, r):
+            weights, dscores = _weights(
+                spec, key[p], value[p], query[r], dout[r], lse[pl.ds(r, 1)], delta[pl.ds(r, 1)], seen
+            )
+            value_sums[p] += _dot(weights.astype(dout.dtype), dout[r])
+            key_sums[p] += _dot(dscores.astype(query.dtype), query[r])
+
+    _masked_or_clean(add, word, tile, bounds, work.outer_block(outer[visit]))
+
+    @pl.when((word & work.LAST != 0) & (part == tile.parts - 1))
+    def _():
+        dk[...] = (key_sums[...] * spec.scale).astype(dk.dtype)
+        dv[...] = value_sums[...].astype(dv.dtype)
+
+
+def _each_head(tile: _Tile) -> Callable[[Callable], None]:
+    """Calls body(p, r) for each query head of a step. Two at a time would take 4% fewer cycles by libtpu's schedules,
+    and twice as long to compile."""
+
+    def run(body: Callable) -> None:
+        pl.loop(0, tile.heads)(lambda r: body(r * tile.kv_heads // tile.heads, r))
+
+    return run
+
+
+def _masked_or_clean(add: Callable, word, tile: _Tile, bounds, key_block) -> None:
+    """Runs `add` with what is seen, bool [S, T]: at the left edge and the diagonal; with None where all is."""
+
+    @pl.when(word & work.MASKED != 0)
+    def _():
+        s = key_block * tile.keys + jax.lax.broadcasted_iota(jnp.int32, (tile.keys, tile.queries), 0)
+        add((bounds[0:1] <= s) & (s <= bounds[1:2]))
+
+    @pl.when(word & work.CLEAN != 0)
+    def _():
+        add(None)
+
+
+def _scores(spec, key, query, seen):
+    """Scores times log2(e), [S, T], and their slope by the soft cap (None: 1)."""
+    scores, slope = _dot(key, query, transposed=True), None
+    if spec.soft_cap is None:
+        scores *= spec.scale * _LOG2E
+    else:
+        bent = jnp.tanh(scores * (spec.scale / spec.soft_cap))
+        scores, slope = bent * (spec.soft_cap * _LOG2E), 1 - bent * bent
+    return scores if seen is None else jnp.where(seen, scores, _HIDDEN), slope
+
+
+def _weights(spec, key, value, query, dout, lse, delta, seen):
+    """The softmax and the gradient of scores before they are scaled, [S, T]; `lse` to base 2."""
+    scores, slope = _scores(spec, key, query, seen)
+    weights = jnp.exp2(scores - lse)
+    dscores = weights * (_dot(value, dout, transposed=True) - delta)
+    return weights, dscores if slope is None else dscores * slope
+
+
+def _dot(a, b, transposed=False):
+    """a @ b, or a @ b.T; float32 products of float32 inputs are exact, not of their bfloat16 roundings."""
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((1,), (1 if transposed else 0,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+# ---- how a call is cut into steps ----------------------------------------------------------------------------------
+
+
+class _Tile(NamedTuple):
+    """Shapes of a call but for its batch, and of a step."""
+
+    T: int
+    S: int
+    N: int
+    K: int
+    H: int
+    queries: int  # in a step
+    keys: int
+    heads: int  # query heads in a step
+    kv_heads: int
+
+    @property
+    def parts(self) -> int:
+        """Steps that the query heads of a KV head take."""
+        return self.N * self.kv_heads // (self.K * self.heads)
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """T and S up to whole blocks."""
+        return self.T + -self.T % self.queries, self.S + -self.S % self.keys
+
+    def per_query(self, rows: int) -> jax.ShapeDtypeStruct:
+        """A number for each query, grouped by the heads of a step so that a block has whole rows of them."""
+        shape = (rows, self.N // self.heads, self.heads, self.padded[0])
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def visits(self, shift: int | None) -> int:
+        return work.most(self.T, self.S, self.queries, self.keys, shift)
+
+
+def _tile(q: jax.Array, k: jax.Array) -> _Tile:
+    (_, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    G = N // K
+    # Interpreted on any device, and compiled on a machine without TPUs but for none in particular: the smallest blocks.
+    kind = device.current().kind
+    want = blocks(kind if kind.startswith("TPU") else "cpu", "tpu", H, max(T, S), G, q.dtype.itemsize)
+    queries, keys = min(want.block_q, T + -T % 128), min(want.block_k, S + -S % 128)  # lanes come in 128
+    if want.heads <= G:
+        heads, kv_heads = max(r for r in range(1, want.heads + 1) if G % r == 0), 1
+    else:
+        kv_heads = max(p for p in range(1, want.heads // G + 1) if K % p == 0)
+        heads = kv_heads * G
+    return _Tile(T, S, N, K, H, queries, keys, heads, kv_heads)
+
+
+def _work(spec: Spec, tile: _Tile, bounds: Bounds) -> tuple[work.Visits, work.Visits]:
+    """What is to be visited for blocks of queries, and for blocks of keys."""
+    by_query = key_ranges(bounds, tile.S, tile.queries, tile.keys)
+    by_key = query_ranges(by_query, -(-tile.S // tile.keys))
+    limit = tile.visits(spec.shift) * bounds.first.shape[0]
+    return (
+        work.visits(by_query, by_query, limit, outer_is_keys=False),
+        work.visits(by_key, by_query, limit, outer_is_keys=True),
+    )
+
+
+def _call(kernel, spec, tile, visits, ins: dict[str, jax.Array], outs: dict[str, jax.ShapeDtypeStruct], scratch):
+    """Runs a kernel over its visits. An array's name says how it is cut."""
+    outer_is_keys = kernel is _dkey
+
+    def place(h, t, part, outer, inner):  # -> row, block of query heads, of queries, of KV heads, of keys
+        own, other = work.outer_block(outer[t]), work.inner_block(inner[t])
+        i, j = (other, own) if outer_is_keys else (own, other)
+        n, kv = (h * tile.parts + part, h) if outer_is_keys else (h, h // tile.parts)
+        return work.row(outer[t]), n, i, kv, j
+
+    def block(shape, index):
+        return pl.BlockSpec(shape, lambda *at: index(*place(*at)))
+
+    query = block((None, tile.heads, tile.queries, tile.H), lambda b, n, i, kv, j: (b, n, i, 0))
+    key = block((None, tile.kv_heads, tile.keys, tile.H), lambda b, n, i, kv, j: (b, kv, j, 0))
+    per_query = block((None, None, tile.heads, tile.queries), lambda b, n, i, kv, j: (b, n, 0, i))
+    specs = dict(
+        bounds=block((None, 2, tile.queries), lambda b, n, i, kv, j: (b, 0, i)),
+        query=query, dout=query, key=key, value=key, lse=per_query, delta=per_query,
+    )  # fmt: skip
+    heads, parts = (tile.K // tile.kv_heads, tile.parts) if outer_is_keys else (tile.N // tile.heads, 1)
+    return pl.pallas_call(
+        functools.partial(kernel, spec, tile),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(heads, visits.steps, parts),
+            in_specs=[specs[name] for name in ins],
+            out_specs=[specs[name] for name in outs],
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+        ),
+        out_shape=list(outs.values()),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
+        interpret=spec.interpret,
+        name=f"attention{kernel.__name__}",
+    )(visits.outer, visits.inner, *ins.values())
+
+
+def _like(x: jax.Array, dtype) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, dtype)
+
+
+def _lay(x: jax.Array, length: int) -> jax.Array:
+    """[B, T, N, H] -> [B, N, length, H], zeros behind T: no garbage may meet a weight of zero."""
+    x = jnp.moveaxis(x, 1, 2)
+    return jnp.pad(x, [(0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)]) if length > x.shape[2] else x
+
+
+def _unlay(x: jax.Array, length: int) -> jax.Array:
+    return jnp.moveaxis(x[:, :, :length], 2, 1)
+
+
+def _by_rows(function: Callable, most: int, arrays: Any) -> Any:
+    """function of the arrays [B, ...], or of as many rows at once as divide B and are not more than `most`."""
+    B = jax.tree.leaves(arrays)[0].shape[0]
+    size = max(b for b in range(1, min(B, most) + 1) if B % b == 0)
+    if size == B:
+        return function(*arrays)
+    split = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), arrays)
+    outs = jax.lax.map(lambda rows: function(*rows), split)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outs)

@@ -1,0 +1,66 @@
+"""The TPU kernels compile for every generation, on a CPU: by libtpu, which knows the chips without having one.
+
+What this proves: that Mosaic takes the kernels, and that blocks of the table fit VMEM and lists of steps scalar memory.
+"""
+
+from __future__ import annotations
+
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.topologies import get_topology_desc
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ar_unified.kernels.attention import attention
+
+BF16, F32 = jnp.bfloat16, jnp.float32
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libtpu():
+    if "TPU_LIBRARY_PATH" not in os.environ:
+        pytest.importorskip("libtpu", reason="no libtpu here (make libtpu), which compiles for TPUs")
+
+
+def gradients(topology: str, batch, length, heads, kv_heads, head_dim, dtype, shape=(1, 1), soft_cap=None):
+    """Compiles forward and backward on a mesh (data, tensor) of this shape."""
+    devices = get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = jax.make_mesh(
+        shape, ("data", "tensor"), devices=devices[: shape[0] * shape[1]], axis_types=(AxisType.Auto,) * 2
+    )
+    rows, by_head = P("data"), P("data", None, "tensor")
+
+    def loss(q, k, v, doc_start):
+        out, lse = attention(q, k, v, doc_start=doc_start, backend="tpu", soft_cap=soft_cap, return_lse=True)
+        return jnp.sum(out.astype(F32)) + jnp.sum(jnp.where(lse > -jnp.inf, lse, 0.0))
+
+    def array(n, dtype, *dims):
+        return jax.ShapeDtypeStruct((batch, length, *dims), dtype, sharding=NamedSharding(mesh, n))
+
+    q, kv = (array(by_head, dtype, n, head_dim) for n in (heads, kv_heads))
+    with jax.set_mesh(mesh):
+        program = jax.shard_map(
+            jax.grad(loss, (0, 1, 2)), in_specs=(by_head, by_head, by_head, rows), out_specs=by_head, check_vma=False
+        )
+        return jax.jit(program).trace(q, kv, kv, array(rows, jnp.int32)).lower(lowering_platforms=("tpu",)).compile()
+
+
+@pytest.mark.parametrize(
+    "topology, batch, length, heads, kv_heads, head_dim, dtype, options",
+    [
+        ("v4:2x2x1", 2, 4096, 8, 8, 64, BF16, {}),
+        ("v4:2x2x1", 1, 2048, 4, 4, 256, BF16, {}),
+        ("v5e:2x2", 4, 8192, 32, 8, 128, BF16, dict(shape=(2, 2))),
+        ("v5p:2x2x1", 1, 1 << 17, 8, 1, 128, BF16, {}),
+        ("v5p:2x2x1", 1, 2048, 8, 2, 128, F32, {}),
+        ("v6e:2x2", 2, 4096, 8, 1, 256, BF16, dict(soft_cap=50.0)),
+        ("v6e:2x2", 1, 1000, 4, 4, 256, F32, {}),
+        ("tpu7x:2x2x1", 2, 4096, 8, 2, 128, BF16, {}),
+    ],
+)
+def test_compiles(topology, batch, length, heads, kv_heads, head_dim, dtype, options):
+    compiled = gradients(topology, batch, length, heads, kv_heads, head_dim, dtype, **options)
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') >= 3  # forward, dQ, dK and dV
