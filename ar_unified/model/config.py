@@ -31,7 +31,7 @@ class TransformerConfig:
       scan_layers: one compiled layer for all (short compiles, TPU); False unrolls them (faster on CPU).
       remat: what backward recomputes. "none" saves all; "dots" saves products with weights only; "full" saves
         the input of each layer only.
-      attention: the backend of the attention kernels (kernels/backend.py); "auto": the device's kernel, or XLA where there is none.
+      attention: the backend of kernels/backend.py; "auto": the device's own kernel, or XLA where there is none.
     """
 
     vocab_size: int

@@ -13,6 +13,7 @@ import pytest
 from ar_unified.kernels.attention import xla
 from ar_unified.model.config import PRESETS, TransformerConfig, config_from, parameter_count
 from ar_unified.model.transformer import Transformer, dropout, init, init_cache, logical_axes, rms_norm
+from ar_unified.parallel.mesh import make_mesh
 
 CONFIG = config_from("debug", 40, qk_norm="layernorm")
 
@@ -156,6 +157,23 @@ def test_prefill_and_decode_equal_the_teacher_forced_forward(norm_placement):
                 logits[row, 0], expected[row, start[row]], atol=1e-5, err_msg=f"{row} at {start[row]}"
             )
         start += 1
+
+
+@pytest.mark.parametrize(
+    "shape", [dict(data=4, tensor=2), dict(data=2, tensor=4), dict(fsdp=2, tensor=2, context=2)], ids=str
+)
+def test_the_cache_is_read_alike_on_any_mesh(shape):
+    model, tokens = Transformer.bind(CONFIG, make_params(CONFIG)), make_tokens(4, 6)
+
+    def read(tokens):
+        start = jnp.array([0, 3, 1, 0], jnp.int32)  # what lies before is zeros: read all the same
+        hidden, cache = model.extend(tokens[:, :5], init_cache(CONFIG, 4, 12), start)
+        return hidden, model.extend(tokens[:, 5:], cache, start + 5)[0]
+
+    expected = jax.jit(read)(tokens)
+    with jax.set_mesh(make_mesh(shape)):
+        found = jax.jit(read)(tokens)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
 
 
 @pytest.mark.parametrize(

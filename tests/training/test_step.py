@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ar_unified.model import transformer
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.parallel.rules import place_batch, shardings
 from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
@@ -27,12 +28,17 @@ def close(a, b, tolerance):
 ONE = {}, 1  # a mesh of one device
 
 
-def loss_and_gradients(params, shape, devices=8, accumulation=1):
-    task, mesh = tiny.task(), make_mesh(shape, jax.devices()[:devices])
+def loss_and_gradients(params, shape, devices=8, accumulation=1, batch=None, **options):
+    """`options` are of the model; interpreted kernels are not worth optimising."""
+    task, mesh = tiny.task(config=replace(tiny.MODEL, **options)), make_mesh(shape, jax.devices()[:devices])
+    compiler = {"xla_backend_optimization_level": 0} if options else None
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, shardings(mesh, task.logical_axes(params), params))
-        compute = jax.jit(lambda p, b: gradients(task, p, b, jax.random.key(0), accumulation=accumulation, mesh=mesh))
-        return jax.device_get(compute(placed, place_batch(mesh, tiny.packed(0))))
+        compute = jax.jit(
+            lambda p, b: gradients(task, p, b, jax.random.key(0), accumulation=accumulation, mesh=mesh),
+            compiler_options=compiler,
+        )
+        return jax.device_get(compute(placed, place_batch(mesh, batch or tiny.packed(0))))
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +63,36 @@ def test_accumulated_is_full_batch(params, reference):
 )
 def test_mesh_changes_nothing(params, reference, shape, accumulation):
     close(loss_and_gradients(params, shape, accumulation=accumulation), reference, 1e-5)
+
+
+WIDE = dict(d_model=32, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=64)  # a head dim that the kernels take
+
+
+def unpacked(batch):
+    """Each document in a row of its own, padding behind it."""
+    alone = {name: [] for name in batch}
+    for row in range(len(batch["tokens"])):
+        for segment in range(1, batch["segment_ids"][row].max() + 1):
+            here = batch["segment_ids"][row] == segment
+            for name, values in batch.items():
+                empty = {"doc_start": values.shape[1], "tokens": tiny.VOCABULARY.pad, "targets": tiny.VOCABULARY.pad}
+                rest = np.full((~here).sum(), empty.get(name, 0), values.dtype)
+                first = np.zeros_like(values[row][here]) if name == "doc_start" else values[row][here]
+                alone[name].append(np.concatenate([first, rest]))
+    return {name: np.stack(rows) for name, rows in alone.items()}
+
+
+@pytest.mark.slow
+def test_packed_rows_through_the_kernel_train_like_documents_alone():
+    params = transformer.init(replace(tiny.MODEL, **WIDE), jax.random.key(1))
+    batch = tiny.packed(0)
+    alone = unpacked(batch)
+    assert len(alone["tokens"]) == 2 * len(batch["tokens"])
+    expected = loss_and_gradients(params, *ONE, batch=alone, **WIDE, attention="reference")[:2]
+    packed = loss_and_gradients(params, *ONE, batch=batch, **WIDE, attention="tpu_interpret")[:2]
+    close(packed, expected, 1e-5)
+    for shape in (dict(data=2, tensor=4), dict(fsdp=2, tensor=2, context=2)):
+        close(loss_and_gradients(params, shape, batch=batch, **WIDE, attention="tpu_interpret")[:2], expected, 1e-5)
 
 
 def test_microbatches_are_strided_and_keep_every_row():
