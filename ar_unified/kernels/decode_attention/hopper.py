@@ -123,8 +123,10 @@ def _kernel(spec, quantized, begin_ref, end_ref, q_ref, k_ref, v_ref, *refs):
         """The block as wgmma takes it, in shared memory."""
         if not quantized:
             return smem
-        block = plgpu.layout_cast(smem[...], plgpu.Layout.WGMMA_UPCAST_2X)
-        wide_smem[...] = plgpu.layout_cast(block.astype(wide_smem.dtype), _WGMMA)
+        for column in range(0, H, 128):  # a block of H = 256 at once would spill registers
+            columns = pl.ds(column, min(H, 128))
+            piece = plgpu.layout_cast(smem[:, columns], plgpu.Layout.WGMMA_UPCAST_2X)
+            wide_smem[:, columns] = plgpu.layout_cast(piece.astype(wide_smem.dtype), _WGMMA)
         plgpu.commit_smem()
         return wide_smem
 
