@@ -7,7 +7,7 @@ PYTHON  ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 PINS     = requirements/py$(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])' 2>/dev/null).txt
 BIN      = $(VENV)/bin
 
-.PHONY: setup libtpu demo test lint wheel clean
+.PHONY: setup libtpu demo test lint check-hopper wheel clean
 
 setup: $(VENV)/.installed
 
@@ -38,8 +38,20 @@ lint: setup
 	$(BIN)/ruff format --check --diff . >/dev/null || { echo "run: ruff format ."; exit 1; }
 	$(BIN)/mypy
 
+HOPPER   = .venv-hopper
+check-hopper: $(HOPPER)/.installed  ## compile the GPU kernels for an H200 with NVIDIA's compiler; needs no GPU, 1.4 GB
+	PYTHONPATH=. $(HOPPER)/bin/python tests/kernels/check_hopper.py
+
+$(HOPPER)/.installed: $(wildcard requirements/*.txt)
+	$(PYTHON) -m venv $(HOPPER)
+	$(HOPPER)/bin/python -m pip install --quiet --disable-pip-version-check $$(test -f $(PINS) && echo "-c $(PINS)") jax absl-py
+	jax=$$($(HOPPER)/bin/python -c 'import jax; print(jax.__version__)') && \
+	  $(HOPPER)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    jax-cuda13-pjrt==$$jax jax-cuda13-plugin==$$jax nvidia-cuda-nvcc nvidia-nvvm
+	@touch $@
+
 wheel: setup
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) .cache dist workdirs
+	rm -rf $(VENV) $(HOPPER) .cache dist workdirs

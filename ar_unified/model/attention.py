@@ -80,7 +80,7 @@ def attend_to_cache(
 
 
 def _repeated(x: jax.Array, axis: int, query_heads: int, ways: int) -> jax.Array:
-    """x with each KV head, on `axis`, as often as it takes for all of `ways` devices to have whole ones: mostly once."""
+    """x with each KV head, on `axis`, so often that each of `ways` devices has a whole one: mostly once."""
     times = ways // math.gcd(x.shape[axis], ways)
     if query_heads % (x.shape[axis] * times):
         raise ValueError(

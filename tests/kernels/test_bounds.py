@@ -39,3 +39,21 @@ def test_visited_blocks_are_exactly_those_that_meet(name, block_q, block_k):
             other = np.arange(visited.shape[1])
             np.testing.assert_array_equal((begin <= other) & (other < end), visited)
             np.testing.assert_array_equal((clean_begin <= other) & (other < clean_end), clean)
+
+
+def test_what_counts_as_clean_is_clean_even_where_documents_go_back():
+    """The result never depends on doc_start being non-decreasing; only how much work is skipped does."""
+    T, block = 256, 16
+    doc_start = np.zeros((1, T), np.int32)
+    doc_start[:, 96:160] = 64  # these see less of the row than those before and behind them
+    bounds = make_bounds(jnp.asarray(doc_start), T)
+    by_query = key_ranges(bounds, T, block, block)
+    s = np.arange(T)
+    seen = (np.asarray(bounds.first)[0, :, None] <= s) & (s <= np.asarray(bounds.last)[0, :, None])
+    tiles = seen.reshape(T // block, block, -1, block)
+    whole, some = tiles.all((1, 3)), tiles.any((1, 3))
+    for ranges, clean, visited in ((by_query, whole, some), (query_ranges(by_query, T // block), whole.T, some.T)):
+        begin, end, clean_begin, clean_end = (np.asarray(x)[0][:, None] for x in ranges)
+        other = np.arange(T // block)
+        assert not ((clean_begin <= other) & (other < clean_end) & ~clean).any()
+        assert ((begin <= other) & (other < end) | ~visited).all()

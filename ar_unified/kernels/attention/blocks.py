@@ -28,8 +28,9 @@ class Tile(NamedTuple):
 class Row:
     """
     Attributes:
-      device: how the name of the kind begins, as JAX has it: "TPU v5 lite".
-      kernel: which one of a backend's; None: all.
+      device: how the name of the kind begins, as JAX has it: "TPU v5 lite"; "hopper" for H100, H200 and their kin,
+        which attention does not tell apart.
+      kernel: "forward", "dq" or "dkv"; None: all.
       head_dim: H; None: any.
       tile: the choice.
       origin: the run that produced it, or what stands in for one.
@@ -52,26 +53,41 @@ class Row:
 # 256 (v5p) or 512 (v6e, 7x) keys computed at once (tokamax data/autotuning, mid-2026). Steps here are as long by their
 # heads: 8 of 512 x 512 are as many scores as 2048 x 1024 of one head, and short blocks fit documents better. How many
 # heads is what fits the 16 MiB of VMEM that a kernel has by default (tests/kernels/test_tpu_compiles.py).
-FITS = "fits VMEM on v4, v5e, v5p, v6e and 7x by libtpu 0.0.42.1 and 0.0.50.1; not timed"
-LONG = "fits VMEM as above, and its list of steps scalar memory up to 128k, or 256k where bfloat16; not timed"
+FITS_TPU = "fits VMEM on v4, v5e, v5p, v6e and 7x by libtpu 0.0.42.1 and 0.0.50.1; not timed"
+LONG_TPU = "fits VMEM as above, and its list of steps scalar memory up to 128k, or 256k where bfloat16; not timed"
 
 _UP_TO = 1 << 15
 _TPU = [
-    Row("TPU", None, 256, Tile(256, 256, heads=2), FITS, length=_UP_TO, dtype_bytes=4),  # six products to one of
-    Row("TPU", None, None, Tile(256, 256, heads=4), FITS, length=_UP_TO, dtype_bytes=4),  # bfloat16: less a step
-    Row("TPU", None, 256, Tile(512, 512, heads=2), FITS, length=_UP_TO, group=1),
-    Row("TPU", None, 256, Tile(512, 512, heads=4), FITS, length=_UP_TO),
-    Row("TPU", None, None, Tile(512, 512, heads=4), FITS, length=_UP_TO, group=1),
-    Row("TPU", None, None, Tile(512, 512, heads=8), FITS, length=_UP_TO),
-    Row("TPU", None, None, Tile(512, 512, heads=1), LONG, dtype_bytes=4),
-    Row("TPU", None, 256, Tile(1024, 512, heads=1), LONG),
-    Row("TPU", None, None, Tile(1024, 512, heads=2), LONG),
+    Row("TPU", None, 256, Tile(256, 256, heads=2), FITS_TPU, length=_UP_TO, dtype_bytes=4),  # six products to one of
+    Row("TPU", None, None, Tile(256, 256, heads=4), FITS_TPU, length=_UP_TO, dtype_bytes=4),  # bfloat16: less a step
+    Row("TPU", None, 256, Tile(512, 512, heads=2), FITS_TPU, length=_UP_TO, group=1),
+    Row("TPU", None, 256, Tile(512, 512, heads=4), FITS_TPU, length=_UP_TO),
+    Row("TPU", None, None, Tile(512, 512, heads=4), FITS_TPU, length=_UP_TO, group=1),
+    Row("TPU", None, None, Tile(512, 512, heads=8), FITS_TPU, length=_UP_TO),
+    Row("TPU", None, None, Tile(512, 512, heads=1), LONG_TPU, dtype_bytes=4),
+    Row("TPU", None, 256, Tile(1024, 512, heads=1), LONG_TPU),
+    Row("TPU", None, None, Tile(1024, 512, heads=2), LONG_TPU),
     Row("cpu", None, None, Tile(128, 128, heads=4), "the smallest that TPU kernels take, to interpret in tests"),
 ]
 
-TABLE = [
-    *_TPU,
+# ---- Hopper. No run on a GPU has produced any of these yet: they are published tilings where those exist, cut down to
+# what `make check-hopper` compiles without a register spill and within 227 KiB of shared memory.
+FA3_TILE = "FlashAttention-3's tile for causal rows (its SM90_BLOCK_SIZE_TUNING.md), not timed here"
+FITS_HOPPER = "fits registers and shared memory (make check-hopper), not timed here"
+
+_HOPPER = [
+    Row("hopper", "forward", 64, Tile(128, 128, 4), FITS_HOPPER),
+    Row("hopper", "forward", 128, Tile(128, 128, 2), FA3_TILE),
+    Row("hopper", "forward", 256, Tile(128, 64, 2), FITS_HOPPER),
+    Row("hopper", "dq", 64, Tile(128, 64, 4), FITS_HOPPER),
+    Row("hopper", "dq", 128, Tile(128, 64, 4), FITS_HOPPER),
+    Row("hopper", "dq", 256, Tile(128, 64, 1), FITS_HOPPER),
+    Row("hopper", "dkv", 64, Tile(64, 128, 4), FITS_HOPPER),
+    Row("hopper", "dkv", 128, Tile(64, 128, 3), FA3_TILE),
+    Row("hopper", "dkv", 256, Tile(64, 64, 2), FITS_HOPPER),
 ]
+
+TABLE = [*_TPU, *_HOPPER]
 
 
 def blocks(device: str, kernel: str, head_dim: int, length: int, group: int, dtype_bytes: int = 2) -> Tile:

@@ -77,15 +77,18 @@ def key_ranges(bounds: Bounds, keys: int, block_q: int, block_k: int) -> BlockRa
 def query_ranges(by_query: BlockRanges, key_blocks: int) -> BlockRanges:
     """The blocks of queries that each block of keys meets, [B, J], from the opposite.
 
-    Exact where bounds do not decrease along the row. Padding between documents only makes a range wider than needed.
+    Exact where bounds do not decrease along the row. Where they do, or at padding between documents, a range may be
+    wider than needed, and no block counts as clean where not all from the first clean one to the last are.
     """
 
-    def ends(begin: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def ends(begin: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         j = jnp.arange(key_blocks, dtype=jnp.int32)
         meets = (begin[..., None] <= j) & (j < end[..., None])  # [B, I, J]
         some = meets.any(1)
-        first = jnp.argmax(meets, 1).astype(jnp.int32)
-        behind = meets.shape[1] - jnp.argmax(meets[:, ::-1], 1).astype(jnp.int32)
-        return jnp.where(some, first, 0), jnp.where(some, behind, 0)
+        first = jnp.where(some, jnp.argmax(meets, 1).astype(jnp.int32), 0)
+        behind = jnp.where(some, meets.shape[1] - jnp.argmax(meets[:, ::-1], 1).astype(jnp.int32), 0)
+        return first, behind, meets.sum(1) == behind - first
 
-    return BlockRanges(*ends(by_query.begin, by_query.end), *ends(by_query.clean_begin, by_query.clean_end))
+    begin, end, _ = ends(by_query.begin, by_query.end)
+    clean_begin, clean_end, whole = ends(by_query.clean_begin, by_query.clean_end)
+    return BlockRanges(begin, end, jnp.where(whole, clean_begin, 0), jnp.where(whole, clean_end, 0))

@@ -1,0 +1,60 @@
+"""The arithmetic of one tile of scores, in base 2: a GPU exponentiates by 2, and log2(e) joins the softmax's scale.
+
+Plain functions of arrays, called inside the Hopper kernels. A score of factor(spec) * scores is the true one times
+log2(e).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from ar_unified.kernels.attention.spec import Spec
+
+LOG2_E = math.log2(math.e)
+LOWEST = -1e30  # the maximum of no scores; finite, so that a row that sees nothing makes exp2(-inf - LOWEST) = 0
+
+Broadcast = Callable[[jax.Array, jax.Array], jax.Array]  # a vector over the rows of a tile, to the shape of the tile
+
+
+def factor(spec: Spec) -> float:
+    """What a tile of `scores` is multiplied by on its way into exp2."""
+    return (spec.scale if spec.soft_cap is None else spec.soft_cap) * LOG2_E
+
+
+def scores(spec: Spec, products: jax.Array) -> jax.Array:
+    """Scores from the products q k, up to `factor`: the products themselves, or their tanh under a soft cap."""
+    return products if spec.soft_cap is None else jnp.tanh(products * (spec.scale / spec.soft_cap))
+
+
+def seen(first: jax.Array, last: jax.Array, s: jax.Array) -> jax.Array:
+    """Whether a query whose bounds are first..last sees key s."""
+    return (first <= s) & (s <= last)
+
+
+def softmax_step(
+    spec: Spec, scores: jax.Array, highest: jax.Array, broadcast: Broadcast
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Weights of a tile [T, S], what earlier sums of weights are to be multiplied by, and the new maximum [T]."""
+    new = jnp.maximum(highest, scores.max(1) * factor(spec))
+    return jnp.exp2(scores * factor(spec) - broadcast(new, scores)), jnp.exp2(highest - new), new
+
+
+def log_sum_exp(highest: jax.Array, total: jax.Array) -> jax.Array:
+    """Natural log-sum-exp [T] from the maximum and the sum of weights; -inf where nothing was seen."""
+    some = total > 0
+    return jnp.where(some, highest * (1 / LOG2_E) + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf)
+
+
+def weights(spec: Spec, scores: jax.Array, lse: jax.Array) -> jax.Array:
+    """Weights of a tile again, from the base-2 log-sum-exp in the tile's shape: +inf of a row makes them 0."""
+    return jnp.exp2(scores * factor(spec) - lse)
+
+
+def slopes(spec: Spec, scores: jax.Array, weights: jax.Array) -> jax.Array:
+    """What dweights - delta is multiplied by for the gradient of the products q k, but for spec.scale, which the caller
+    applies once to the sum over tiles."""
+    return weights if spec.soft_cap is None else weights * (1 - scores * scores)

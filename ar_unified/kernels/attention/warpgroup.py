@@ -1,0 +1,169 @@
+"""What the Hopper kernels are built from: the walk over blocks, and the products and tiles of one warpgroup.
+
+A tile is [64, columns] in the registers of the 128 threads of a warpgroup, in the layout of wgmma's results; a vector
+over its rows or its columns has the layout that remains.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from ar_unified.kernels.attention.bounds import BlockRanges
+from ar_unified.kernels.attention.spec import Spec
+
+BY_ROW, BY_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+
+# ---- the walk over blocks ------------------------------------------------------------------------------------------
+
+
+class Walk(NamedTuple):
+    """The blocks that one block meets, in the order in which they are visited: `left` masked ones from `begin`, the
+    other masked ones from `clean_end`, then the clean ones. To repeat is to visit the masked ones so many times, then
+    the clean ones.
+    """
+
+    begin: jax.Array
+    left: jax.Array
+    clean_begin: jax.Array
+    clean_end: jax.Array
+    masked: jax.Array
+    clean: jax.Array
+    repeat: int
+
+    def block(self, at: jax.Array) -> jax.Array:
+        """The block of masked visit `at` of one repeat."""
+        return jnp.where(at < self.left, self.begin + at, self.clean_end + at - self.left)
+
+    def fold(self, step: Callable, carry: tuple) -> tuple:
+        """step(whether it needs a mask, number of the visit, carry) over all visits."""
+        masked, clean = self.masked * self.repeat, self.clean * self.repeat
+        carry = lax.fori_loop(0, masked, functools.partial(step, True), carry)
+        return lax.fori_loop(masked, masked + clean, functools.partial(step, False), carry)
+
+    def visit(self, do: Callable) -> None:
+        """do(number of the visit, repeat, block) over all visits."""
+
+        @pl.loop(0, self.masked * self.repeat)
+        def _(at):
+            do(at, at // self.masked, self.block(lax.rem(at, self.masked)))
+
+        @pl.loop(0, self.clean * self.repeat)
+        def _(at):
+            do(self.masked * self.repeat + at, at // self.clean, self.clean_begin + lax.rem(at, self.clean))
+
+
+def read_walk(ranges_ref, repeat: int = 1) -> Walk:
+    begin, end, clean_begin, clean_end = (ranges_ref[i] for i in range(4))
+    left = clean_begin - begin
+    return Walk(begin, left, clean_begin, clean_end, left + end - clean_end, clean_end - clean_begin, repeat)
+
+
+def stacked(ranges: BlockRanges) -> jax.Array:
+    """int32 [B, blocks, 4]. Where no block is clean the whole range is left of the clean ones."""
+    clean_begin = jnp.clip(ranges.clean_begin, ranges.begin, ranges.end)
+    empty = ranges.clean_begin >= ranges.clean_end
+    clean_begin = jnp.where(empty, ranges.end, clean_begin)
+    return jnp.stack([ranges.begin, ranges.end, clean_begin, jnp.where(empty, ranges.end, ranges.clean_end)], -1)
+
+
+# ---- products and tiles --------------------------------------------------------------------------------------------
+
+
+def _multiply(acc, a, b) -> None:
+    """acc += a @ b.T, issued and not waited for. In parts [parts, rows, columns], the sum over them."""
+    for left, right in [(a, b)] if len(a.shape) == 2 else [(a.at[p], b.at[p]) for p in range(a.shape[0])]:
+        plgpu.wgmma(acc, left, right.transpose((1, 0)))
+
+
+def product(a, b, meanwhile: Callable[[], None] = lambda: None) -> jax.Array:
+    """a @ b.T, both in shared memory; `meanwhile` runs when the product has been issued."""
+
+    def run(acc):
+        _multiply(acc, a, b)
+        meanwhile()
+        return acc[...]
+
+    return pl.run_scoped(run, plgpu.ACC((a.shape[-2], b.shape[-2]), jnp.float32))
+
+
+def two_products(first: tuple, second: tuple, then: Callable, *, overlap: bool) -> Any:
+    """then(f, g), where f() and g() are a @ b.T of each pair (a, b) in shared memory.
+
+    To overlap is to issue both at once, so that what `then` does between f and g runs while the second product does.
+    """
+    if not overlap:
+        return then(lambda: product(*first), lambda: product(*second))
+
+    def run(acc_first, acc_second):
+        _multiply(acc_first, *first)
+        _multiply(acc_second, *second)
+        behind = 1 if len(second[0].shape) == 2 else second[0].shape[0]
+
+        def result(acc, wait_n):
+            # The wait does not name the registers it is for: without the barrier, use of them could move before it.
+            return lax.optimization_barrier(plgpu.wgmma_accumulator_load(acc, wait_n=wait_n))
+
+        return then(lambda: result(acc_first, behind), lambda: result(acc_second, 0))
+
+    shape = first[0].shape[-2], first[1].shape[-2]
+    return pl.run_scoped(run, *[plgpu.ACC(shape, jnp.float32)] * 2)
+
+
+def accumulate(spec: Spec, *terms: tuple) -> list[jax.Array]:
+    """[acc + a @ b for acc, a, b in terms], with a in registers and b in shared memory."""
+    accs, lefts, rights = zip(*terms, strict=True)
+    if spec.interpret:  # JAX's emulation of a GPU has neither run_state nor a left operand in registers (0.12)
+        out = [acc + jnp.dot(a, b[...], preferred_element_type=jnp.float32) for acc, a, b in terms]
+        plgpu.commit_smem()  # that b was read as wgmma reads it, and TMA may write there next
+        return out
+
+    def run(refs):
+        for ref, a, b in zip(refs, lefts, rights, strict=True):
+            plgpu.wgmma(ref, a, b)
+
+    return pl.run_state(run)([plgpu.ACC.init(acc) for acc in accs])
+
+
+def free_all(*rings) -> None:
+    """Gives every slot of the rings to the copying warpgroup."""
+    for ring in rings:
+        for slot in range(ring.shape[0]):
+            plgpu.barrier_arrive(ring.at[slot])
+
+
+def load(ref, layout=BY_ROW) -> jax.Array:
+    return plgpu.layout_cast(ref[...], layout)
+
+
+def full(shape, value: float) -> jax.Array:
+    layout = plgpu.Layout.WGMMA if isinstance(shape, tuple) else BY_ROW
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+
+
+def down(x: jax.Array, tile: jax.Array) -> jax.Array:
+    """A value for each row of a tile, in the tile's shape."""
+    return lax.broadcast_in_dim(x, tile.shape, [0])
+
+
+def across(x: jax.Array, tile: jax.Array) -> jax.Array:
+    """A value for each column of a tile, in the tile's shape."""
+    return lax.broadcast_in_dim(x, tile.shape, [1])
+
+
+def opaque(index: jax.Array | int) -> jax.Array:
+    """The index, as something that the compiler must take to change in a loop. It would otherwise compute the address
+    of every slice of an operand before the loop, and spill what is then too many registers."""
+    return lax.optimization_barrier(jnp.asarray(index, jnp.int32))
