@@ -3,6 +3,7 @@
 reference.py  what it computes, in a screenful
 bounds.py     from `doc_start` to the blocks that must be read: the mask and the work of every kernel
 xla.py        in chunks, by XLA: any platform and shape
+visits.py     from those blocks to a list of steps, for tpu.py
 tpu.py        Pallas for TPU: reads only the blocks that a document touches, forward and backward
 hopper.py     Pallas for Hopper GPUs: the same
 blocks.py     block sizes by device and shape, each with the run it came from

@@ -53,8 +53,9 @@ class Row:
 # 256 (v5p) or 512 (v6e, 7x) keys computed at once (tokamax data/autotuning, mid-2026). Steps here are as long by their
 # heads: 8 of 512 x 512 are as many scores as 2048 x 1024 of one head, and short blocks fit documents better. How many
 # heads is what fits the 16 MiB of VMEM that a kernel has by default (tests/kernels/test_tpu_compiles.py).
-FITS_TPU = "fits VMEM on v4, v5e, v5p, v6e and 7x by libtpu 0.0.42.1 and 0.0.50.1; not timed"
-LONG_TPU = "fits VMEM as above, and its list of steps scalar memory up to 128k, or 256k where bfloat16; not timed"
+# Each row was compiled for v4, which has the least VMEM, by libtpu 0.0.42.1; the tests compile some for the others.
+FITS_TPU = "fits VMEM (compiled by libtpu, 2026-11-24); not timed"
+LONG_TPU = "fits VMEM, and a list of steps for 128k by 128k scalar memory (compiled by libtpu, 2026-11-24); not timed"
 
 _UP_TO = 1 << 15
 _TPU = [
