@@ -14,6 +14,7 @@ from typing import Any
 
 from ar_unified.data.items import BadItem, Source
 from ar_unified.data.rows import Rows
+from ar_unified.data.views import Views
 from ar_unified.document import Document
 
 __all__ = ["BadItem", "Source", "open_source", "read", "texts"]
@@ -33,17 +34,19 @@ def open_source(spec: Mapping[str, Any]) -> Source:
             dict(kind="jsonl", path=..., root=None, split=None): one file; pictures are in it or under `root` (None:
                 the file's folder).
             `split` of the last two is "train", "train[:95%]", "[95%:]": see `Rows`. Any of them may have `label` (the
-            source's name), `reversible` (True), and `weight`, which is the loader's.
+            source's name), `reversible` (True), `views` (dict(count=..., shift=..., mirror=...): see `Views`), and
+            `weight`, which is the loader's.
 
     Raises:
-        ValueError: an unknown kind or key, a missing file, or a split no row is in.
+        ValueError: an unknown kind or key, a missing file, a split no row is in, or views out of range.
     """
     kinds: dict[str, Callable[..., Source]] = {"tfds": _tfds, "folder": _folder, "jsonl": _jsonl}
     kind = spec.get("kind")
     if kind not in kinds:
         raise ValueError(f"source: expected kind one of {sorted(kinds)}, found {kind!r} in {dict(spec)}")
     try:
-        return kinds[kind](**{key: value for key, value in spec.items() if key not in ("kind", "weight")})
+        source = kinds[kind](**{key: value for key, value in spec.items() if key not in ("kind", "weight", "views")})
+        return Views(source, **spec["views"]) if spec.get("views") else source
     except TypeError as error:
         raise ValueError(f"source of kind {kind!r}: {error}; in {dict(spec)}") from error
 

@@ -1,0 +1,73 @@
+"""A source several times over, its pictures a little different each time: more to learn from than there is.
+
+Axes: `H` `W` height and width in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ar_unified.data.items import Source
+from ar_unified.data.packing import key, uniform
+from ar_unified.document import Document, ImagePart
+
+
+class Views:
+    """`count` views of every item of a source; item i * count + k is view k of item i.
+
+    View 0 is the item as it stands. The others move it by up to `shift` of its sides, down or up and right or left,
+    and with `mirror` every other one is mirrored left to right. All pictures of a document are moved alike. What is
+    drawn depends on the source's name, the item and k only, so all that reads a source can read its views: an image
+    tokenizer sees them in training, and `prepare` codes each (LlamaGen, arXiv:2406.06525, stores ten crops).
+
+    Only for texts that stay true: no mirror where they say left or right, no shift where they say where, and no more
+    of it than the objects are from the edges.
+
+    Raises:
+        ValueError: a count below 1, or a shift outside [0, 1).
+    """
+
+    def __init__(self, source: Source, *, count: int, shift: float = 0.0, mirror: bool = False):
+        if count < 1 or not 0 <= shift < 1:
+            raise ValueError(f"views: expected count >= 1 and 0 <= shift < 1, found {count} and {shift}")
+        self.source, self.count, self.shift, self.mirror = source, count, shift, mirror
+        self.name, self.reversible = source.name, source.reversible
+        self._stream = key("views", source.name)
+
+    @property
+    def fingerprint(self) -> Mapping[str, Any]:
+        return dict(self.source.fingerprint) | {"views": [self.count, self.shift, self.mirror]}
+
+    def __len__(self) -> int:
+        return len(self.source) * self.count
+
+    def __getitem__(self, i: int) -> Document:
+        document = self.source[i // self.count]
+        if i % self.count == 0:
+            return document
+        down, right, side = uniform(self._stream, i * 3 + np.arange(3)).tolist()
+        move = self.shift * (2 * down - 1), self.shift * (2 * right - 1), self.mirror and side < 0.5
+        parts = tuple(ImagePart(moved(p.pixels, *move)) if isinstance(p, ImagePart) else p for p in document.parts)
+        return replace(document, parts=parts)
+
+    def texts(self, i: int) -> list[str]:
+        """The text of view 0; the others bring none of their own."""
+        return [] if i % self.count else self.source.texts(i // self.count)
+
+    def origin(self, i: int) -> str:
+        return self.source.origin(i // self.count)
+
+
+def moved(pixels: np.ndarray, down: float, right: float, mirror: bool = False) -> np.ndarray:
+    """A picture moved by shares of its height and width, to whole pixels, and then mirrored left to right.
+
+    Where it has ended, its edge pixels go on. uint8 [H, W, 3] -> the same shape.
+    """
+    H, W = pixels.shape[:2]
+    rows = np.clip(np.arange(H) - round(down * H), 0, H - 1)
+    columns = np.clip(np.arange(W) - round(right * W), 0, W - 1)
+    return pixels[rows[:, None], columns[::-1] if mirror else columns]

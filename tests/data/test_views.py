@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ar_unified.data.loader import ImageBatches
+from ar_unified.data.prepare import load_manifest, prepare
+from ar_unified.data.shards import Shards
+from ar_unified.data.sources import open_source, read, texts
+from ar_unified.data.views import Views, moved
+from ar_unified.document import CodesPart, ImagePart, TextPart
+from ar_unified.grammar import Grammar
+
+
+def views(folder: Path, **options: Any) -> Views:
+    source = open_source(dict(kind="folder", path=folder, views=dict(count=4, shift=0.25, mirror=True) | options))
+    assert isinstance(source, Views)
+    return source
+
+
+def pictures(source: Any, i: int) -> list[np.ndarray]:
+    return [part.pixels for part in source[i].parts if isinstance(part, ImagePart)]
+
+
+def test_moved_pixels_stay_and_edges_go_on() -> None:
+    pixels = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
+    assert np.array_equal(moved(pixels, 0, 0), pixels)
+    assert np.array_equal(moved(pixels, 0, 0, mirror=True), pixels[:, ::-1])
+    assert np.array_equal(moved(pixels, 0.25, 0), pixels[[0, 0, 1, 2]])
+    assert np.array_equal(moved(pixels, 0, -0.5, mirror=True), pixels[:, [2, 3, 3, 3]][:, ::-1])
+
+
+def test_view_0_is_the_item_and_the_others_say_the_same_of_moved_pictures(folder: Path) -> None:
+    plain, source = open_source(dict(kind="folder", path=folder)), views(folder)
+    assert len(source) == 4 * len(plain) and (source.name, source.reversible) == (plain.name, plain.reversible)
+    mirrored, shown = 0, 0
+    for i in range(len(source)):
+        original, document = plain[i // 4], source[i]
+        assert [p for p in document.parts if isinstance(p, TextPart)] == [
+            p for p in original.parts if isinstance(p, TextPart)
+        ]
+        assert (document.prompt, document.id, document.origin) == (original.prompt, original.id, source.origin(i))
+        if i % 4 == 0:
+            assert document == original
+            continue
+        before, after = pictures(plain, i // 4), pictures(source, i)
+        places = [(m, y, x) for m in (False, True) for y in range(-4, 5) for x in range(-4, 5)]
+        found = [  # pictures are noise of 16 x 16: no two places look the same
+            place
+            for place in places
+            if all(
+                np.array_equal(moved(b, place[1] / 16, place[2] / 16, place[0]), a)
+                for b, a in zip(before, after, strict=True)
+            )
+        ]
+        assert len(found) == 1, "all pictures of a document are moved alike, by no more than the shift"
+        mirrored, shown = mirrored + found[0][0], shown + 1
+    assert 0.3 < mirrored / shown < 0.7
+
+
+def test_views_depend_on_the_item_only_and_are_part_of_the_fingerprint(folder: Path) -> None:
+    source = views(folder)
+    ahead = dict(read(source, reversed(range(len(source))), workers=4))
+    assert all(views(folder)[i] == ahead[i] for i in range(len(source)))
+    prints = [views(folder, **change).fingerprint for change in ({}, {"count": 3}, {"shift": 0.1}, {"mirror": False})]
+    assert all(a != b for i, a in enumerate(prints) for b in prints[:i])
+    assert dict(prints[0]).items() >= open_source(dict(kind="folder", path=folder)).fingerprint.items()
+    assert list(texts([source])) == list(texts([source.source])), "a text counts once"
+
+
+def test_each_view_is_coded_and_is_trained_on(folder: Path, grammar: Grammar, tokenizer: Any, tmp_path: Path) -> None:
+    source = views(folder, count=3)
+    report = prepare([source], grammar, tokenizer, tmp_path, max_tokens=512, show_progress=False).sources["set"]
+    assert report.documents == report.items == 3 * 35
+    stored = Shards(tmp_path / "set", load_manifest(tmp_path)["report"]["set"]["shards"])
+    codes = [grammar.parse(tokens).parts[1] for tokens in stored.read(range(3))]  # of the first caption
+    assert codes == [CodesPart(tokenizer.encode(pictures(source, i)[0][None])[0]) for i in range(3)]
+    assert len({part.codes.tobytes() for part in codes}) == 3
+    seen = ImageBatches([source], size=(16, 16), batch_size=len(source)).batch(0)["pixels"]
+    assert len({picture.tobytes() for picture in seen}) > 20
+
+
+@pytest.mark.parametrize("wrong", [dict(count=0), dict(shift=1.0), dict(shift=-0.1), dict(zoom=2)])
+def test_views_out_of_range_are_refused(folder: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="views|zoom"):
+        views(folder, **wrong)
