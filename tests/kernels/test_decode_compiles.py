@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import jax
 import pytest
 from jax.experimental import topologies
 
 from tests.kernels.decode_shipped import HOPPER, TPU, decode_kernels
-
-# libtpu's lock file outlives its process, and its search for a metadata server takes minutes where there is none.
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-
-TOPOLOGIES = {"v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2", "tpu7x": "2x2x1"}
+from tests.kernels.topologies import TPUS, needs_libtpu
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install libtpu")
+@needs_libtpu
 @pytest.mark.parametrize(
-    ("tpu", "name"), [(tpu, name) for tpu in TOPOLOGIES for name in (TPU if tpu == "v5e" else list(TPU)[:2])]
+    ("tpu", "name"), [(tpu, name) for tpu in TPUS for name in (TPU if tpu == "v5e" else list(TPU)[:2])]
 )
 def test_tpu(tpu, name):
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{tpu}:{TOPOLOGIES[tpu]}")
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[tpu])
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
     step, arrays = {name: rest for name, *rest in decode_kernels("tpu", sharding)}[name]
     compiled = jax.jit(step).trace(**arrays).lower(lowering_platforms=("tpu",)).compile()

@@ -53,11 +53,9 @@ ONE_HEAD = Case(((200, 101),), 301, heads=1, kv_heads=1)
 )
 def test_bfloat16_errs_no_more_than_xla_does(case):
     expected, found = exact(case, jnp.bfloat16), rounded(case, "tpu_interpret")
-    # XLA's CPU lacks the products of bfloat16 that the xla path needs in backward where there are several heads.
-    by_xla = rounded(case, "xla") if case.heads == 1 else None
+    by_xla = rounded(case, "xla")
     for what, value in expected.items():
-        most = 2e-2 if by_xla is None else min(2e-2, 1.5 * relative(by_xla[what], value))
-        assert relative(found[what], value) < most, what
+        assert relative(found[what], value) < min(2e-2, 1.5 * relative(by_xla[what], value)), what
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -78,7 +76,7 @@ def listed(case: Case, block_q: int, block_k: int):
 HOLE = Case(((40, 60, 30),), 160)  # the second of its documents becomes padding in the midst of a row
 
 
-@pytest.mark.parametrize("block_q, block_k", [(64, 16), (16, 64)])
+@pytest.mark.parametrize("block_q, block_k", [(64, 32)])
 @pytest.mark.parametrize("case", [*CASES.values(), HOLE], ids=[*CASES, "hole"])
 def test_steps_are_the_pairs_of_blocks_that_meet_in_both_directions(monkeypatch, case, block_q, block_k):
     doc_start = case.doc_start

@@ -5,8 +5,6 @@ What this proves: that Mosaic takes the kernels, and that blocks of the table fi
 
 from __future__ import annotations
 
-import os
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -15,19 +13,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ar_unified.kernels.attention import attention
+from tests.kernels.topologies import TPUS, needs_libtpu
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 
 
-@pytest.fixture(scope="module", autouse=True)
-def libtpu():
-    if "TPU_LIBRARY_PATH" not in os.environ:
-        pytest.importorskip("libtpu", reason="no libtpu here (make libtpu), which compiles for TPUs")
-
-
 def gradients(topology: str, batch, length, heads, kv_heads, head_dim, dtype, shape=(1, 1), soft_cap=None):
     """Compiles forward and backward on a mesh (data, tensor) of this shape."""
-    devices = get_topology_desc(platform="tpu", topology_name=topology).devices
+    devices = get_topology_desc(platform="tpu", topology_name=TPUS[topology]).devices
     mesh = jax.make_mesh(
         shape, ("data", "tensor"), devices=devices[: shape[0] * shape[1]], axis_types=(AxisType.Auto,) * 2
     )
@@ -48,17 +41,18 @@ def gradients(topology: str, batch, length, heads, kv_heads, head_dim, dtype, sh
         return jax.jit(program).trace(q, kv, kv, array(rows, jnp.int32)).lower(lowering_platforms=("tpu",)).compile()
 
 
+@needs_libtpu
 @pytest.mark.parametrize(
     "topology, batch, length, heads, kv_heads, head_dim, dtype, options",
     [
-        ("v4:2x2x1", 2, 4096, 8, 8, 64, BF16, {}),
-        ("v4:2x2x1", 1, 2048, 4, 4, 256, BF16, {}),
-        ("v5e:2x2", 4, 8192, 32, 8, 128, BF16, dict(shape=(2, 2))),
-        pytest.param("v5p:2x2x1", 1, 1 << 17, 8, 1, 128, BF16, {}, marks=pytest.mark.slow),
-        ("v5p:2x2x1", 1, 2048, 8, 2, 128, F32, {}),
-        ("v6e:2x2", 2, 4096, 8, 1, 256, BF16, dict(soft_cap=50.0)),
-        ("v6e:2x2", 1, 1000, 4, 4, 256, F32, {}),
-        ("tpu7x:2x2x1", 2, 4096, 8, 2, 128, BF16, {}),
+        ("v4", 2, 4096, 8, 8, 64, BF16, {}),
+        ("v4", 1, 2048, 4, 4, 256, BF16, {}),
+        ("v5e", 4, 8192, 32, 8, 128, BF16, dict(shape=(2, 2))),
+        pytest.param("v5p", 1, 1 << 17, 8, 1, 128, BF16, {}, marks=pytest.mark.slow),
+        ("v5p", 1, 2048, 8, 2, 128, F32, {}),
+        ("v6e", 2, 4096, 8, 1, 256, BF16, dict(soft_cap=50.0)),
+        ("v6e", 1, 1000, 4, 4, 256, F32, {}),
+        ("tpu7x", 2, 4096, 8, 2, 128, BF16, {}),
     ],
 )
 def test_compiles(topology, batch, length, heads, kv_heads, head_dim, dtype, options):
