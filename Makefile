@@ -7,7 +7,7 @@ PYTHON  ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 PINS     = requirements/py$(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])' 2>/dev/null).txt
 BIN      = $(VENV)/bin
 
-.PHONY: setup libtpu demo test lint check-hopper wheel clean
+.PHONY: setup libtpu demo test test-slow lint check-hopper wheel clean
 
 setup: $(VENV)/.installed
 
@@ -31,7 +31,10 @@ $(VENV)/libtpu: $(wildcard requirements/*.txt)
 	@touch $@
 
 test: setup libtpu
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+test-slow: setup libtpu  ## what takes long: kills at random moments, races in kernels, TPUs by the dozen
+	$(BIN)/python -m pytest -q -n 2 -m slow
 
 lint: setup
 	$(BIN)/ruff check .

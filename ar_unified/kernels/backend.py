@@ -7,6 +7,8 @@ import warnings
 from types import ModuleType
 from typing import Any
 
+import jax
+
 from ar_unified.kernels import device
 
 BACKENDS = ("auto", "reference", "xla", "tpu", "tpu_interpret", "hopper", "hopper_interpret")
@@ -28,6 +30,10 @@ def choose(package: str, backend: str, *args: Any) -> str:
     if backend != "auto":
         if backend not in BACKENDS:
             raise ValueError(f"{op} backend: expected one of {', '.join(BACKENDS)}; found {backend!r}")
+        if backend == "hopper_interpret" and jax.__version_info__ < (0, 12):
+            raise ValueError(
+                f"{op} backend {backend!r}: JAX emulates such kernels from 0.12 on; this is {jax.__version__}"
+            )
         if reason := module(package, backend).unsupported(*args):
             raise ValueError(f"{op} backend {backend!r}: {reason}; backend='xla' takes any shape")
         return backend

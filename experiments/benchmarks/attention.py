@@ -1,18 +1,20 @@
-"""Attention on one H100 or H200: ours beside cuDNN and the stock Pallas kernel, on the same card in one run.
+"""Attention and decode attention on one H100 or H200: ours beside cuDNN and stock Pallas, on one card in one run.
 
     python experiments/benchmarks/attention.py            # under ten minutes; needs pip install ".[cuda]"
 
-First parity: every row of tests/kernels/cases.py in bfloat16 against the reference, outputs and gradients. Then times,
-bfloat16, H 128, 32k tokens a batch:
+First parity: all of tests/kernels/cases.py and decode_cases.py in bfloat16 against the reference, with gradients where
+there are any. Then times, bfloat16, H 128, 32k tokens a batch:
 
     dense    causal rows of 4k, 8k and 32k; ours, cuDNN (jax.nn.dot_product_attention), the stock Pallas kernel
              (jax.experimental.pallas.ops.gpu.attention, Triton: deprecated, multi-head only, its default blocks)
     packed   rows of 8k with 8 documents of 1k: ours skips what no query sees; cuDNN has no answer but the dense row,
              so its time is the dense one
+    decode   32 rows with 4k live slots of 8k, 32 heads over 8; cuDNN with sequence lengths, XLA; and an int8 cache
 
 Times are of the device (CUPTI, the sum over the kernels of a call), the contenders in turns, medians of --repeats;
 where CUPTI is not to be had, wall time of ten calls in a row, and the results say so. FLOPs are 4 B N T S H over the
-documents' own T and S, half of it for being causal; backward 2.5 times that. Clocks and power are logged before each
+documents' own T and S, half of it for being causal; backward 2.5 times that. Decode counts the bytes of the live slots.
+Clocks and power are logged before each
 row, for an H100 under a power limit is another device. Everything lands in results/attention_<device>_<time>.json.
 
 No run has been recorded yet. What to hold it against, H100 SXM, TFLOP/s causal forward at 4k / 8k / 16k (tokamax's
@@ -41,7 +43,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for tests.kernel
 
 from ar_unified.kernels import device  # noqa: E402
 from ar_unified.kernels.attention import attention  # noqa: E402
+from ar_unified.kernels.decode_attention import decode_attention, quantize  # noqa: E402
 from tests.kernels.cases import CASES, Case  # noqa: E402
+from tests.kernels.decode_cases import CASES as DECODE_CASES  # noqa: E402
+from tests.kernels.decode_cases import HOPPER_CASES, DecodeCase  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 HEAD_DIM, TOKENS = 128, 32768
@@ -54,13 +59,15 @@ class Row:
 
     Attributes:
       name: what is computed.
-      flops: of the part that is useful.
+      work: FLOPs, or bytes, of the part that is useful.
+      unit: "TFLOP/s", or "GB/s" where the work is bytes.
       arrays: makes the arguments of every contender.
       contenders: by name; the first is ours.
     """
 
     name: str
-    flops: float
+    work: float
+    unit: str
     arrays: Callable[[], tuple]
     contenders: dict[str, Callable]
 
@@ -111,6 +118,7 @@ def attention_rows(name: str, T: int, N: int, K: int, document: int, contenders:
         yield Row(
             f"{name} T={T} N={N} K={K} {what}",
             factor * flops,
+            "TFLOP/s",
             functools.partial(random_arrays, B, T, N, K, document),
             {function.__name__: jax.jit(wrap(function)) for function in contenders},
         )
@@ -127,7 +135,49 @@ def packed_rows() -> Iterator[Row]:
         yield from attention_rows("packed 8 x 1k", 8192, N, K, 1024, (ours, cudnn))
 
 
-SUITES: dict[str, Callable[[], Iterator[Row]]] = {"packed": packed_rows, "dense": dense_rows}
+def decode_rows() -> Iterator[Row]:
+    """32 rows that each read 4k live slots; what lies behind them is another 4k that must not be read."""
+    B, N, K, S, live = 32, 32, 8, 8192, 4096
+
+    def arrays(int8: bool) -> tuple:
+        q, k, v = (
+            jax.random.normal(key, shape, jnp.bfloat16)
+            for key, shape in zip(
+                jax.random.split(jax.random.key(0), 3),
+                ((B, N, HEAD_DIM), (B, K, S, HEAD_DIM), (B, K, S, HEAD_DIM)),
+                strict=True,
+            )
+        )
+        (k, k_scale), (v, v_scale) = (quantize(k), quantize(v)) if int8 else ((k, None), (v, None))
+        return q, k, v, jnp.full(B, live, jnp.int32), k_scale, v_scale
+
+    def by(backend: str) -> Callable:
+        def run(q, k, v, lengths, k_scale, v_scale):
+            return decode_attention(q, k, v, lengths=lengths, k_scale=k_scale, v_scale=v_scale, backend=backend)
+
+        return jax.jit(run)
+
+    def cudnn(q, k, v, lengths, k_scale, v_scale):
+        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+        ends = dict(query_seq_lengths=jnp.ones_like(lengths), key_value_seq_lengths=lengths)
+        return jax.nn.dot_product_attention(q[:, None], k, v, implementation="cudnn", **ends)
+
+    slots = 2 * B * K * live
+    yield Row(
+        f"decode B={B} live={live} N={N} K={K} bfloat16", slots * HEAD_DIM * 2.0, "GB/s",
+        functools.partial(arrays, False), dict(ours=by("hopper"), cudnn=jax.jit(cudnn), xla=by("xla")),
+    )  # fmt: skip
+    yield Row(
+        f"decode B={B} live={live} N={N} K={K} int8", slots * (HEAD_DIM + 4.0), "GB/s",
+        functools.partial(arrays, True), dict(ours=by("hopper"), xla=by("xla")),
+    )  # fmt: skip
+
+
+SUITES: dict[str, Callable[[], Iterator[Row]]] = {
+    "decode": decode_rows,
+    "packed": packed_rows,
+    "dense": dense_rows,
+}
 
 
 # ---- is it right ---------------------------------------------------------------------------------------------------
@@ -157,6 +207,21 @@ def parity(case: Case) -> dict[str, float]:
         # Where a query sees one key its gradient is exactly 0: what is left of it then counts beside 0.01.
         error = np.linalg.norm(value - right) / max(np.linalg.norm(right), 1e-2 * right.size**0.5, 1e-30)
         errors[what] = float(error) if exact and np.isfinite(value).all() else float("inf")
+    return errors
+
+
+def decode_parity(case: DecodeCase) -> dict[str, float]:
+    """The same of decode attention, against the reference on the numbers that the case has in bfloat16."""
+    arrays = case.arrays(jnp.bfloat16)
+    wide = {name: x.astype(np.float32) if x.dtype == jnp.bfloat16 else x for name, x in arrays.items()}
+    step = functools.partial(decode_attention, return_lse=True, **case.options)
+    found, expected = step(**arrays, backend="hopper"), step(**wide, backend="reference")
+    empty, errors = np.array(case.lengths) == 0, {}
+    for what, value, right in zip(("out", "lse"), found, expected, strict=True):
+        value, right = np.asarray(value, np.float64), np.asarray(right, np.float64)
+        exact = (value[empty] == (-np.inf if what == "lse" else 0.0)).all()
+        error = np.linalg.norm(value[~empty] - right[~empty]) / max(np.linalg.norm(right[~empty]), 1e-30)
+        errors[what] = float(error) if exact and np.isfinite(value[~empty]).all() else float("inf")
     return errors
 
 
@@ -197,7 +262,9 @@ def clocks() -> str:
 
 def measure(row: Row, timer: Callable, repeats: int) -> dict[str, Any]:
     args = row.arrays()
-    record: dict[str, Any] = dict(name=row.name, flops=row.flops, clocks=clocks(), milliseconds={}, failed={})
+    record: dict[str, Any] = dict(
+        name=row.name, work=row.work, unit=row.unit, clocks=clocks(), milliseconds={}, failed={}
+    )
     ready = {}
     for name, run in row.contenders.items():
         try:
@@ -214,7 +281,8 @@ def measure(row: Row, timer: Callable, repeats: int) -> dict[str, Any]:
 
 def report(record: dict[str, Any]) -> None:
     medians = {name: statistics.median(times) for name, times in record["milliseconds"].items()}
-    cells = [f"{name} {ms:.3f} ms {record['flops'] / ms / 1e9:.0f} TFLOP/s" for name, ms in medians.items()]
+    per_second = record["work"] / {"TFLOP/s": 1e9, "GB/s": 1e6}[record["unit"]]
+    cells = [f"{name} {ms:.3f} ms {per_second / ms:.0f} {record['unit']}" for name, ms in medians.items()]
     cells += [f"{name} failed" for name in record["failed"]]
     print(f"{record['name']:44s} " + " | ".join(cells) + f"   [{record['clocks']}]", flush=True)
 
@@ -265,9 +333,11 @@ def main() -> int:
         path.write_text(json.dumps(results, indent=1) + "\n")
 
     wrong = 0
-    for name, case in {} if args.no_parity else CASES.items():
+    # Caches whose slots TMA cannot copy are XLA's on a GPU too.
+    decode_cases = {f"decode: {name}": case for name, case in (DECODE_CASES | HOPPER_CASES).items() if case.S % 8 == 0}
+    for name, case in ({} if args.no_parity else CASES | decode_cases).items():
         try:
-            errors = parity(case)
+            errors = parity(case) if isinstance(case, Case) else decode_parity(case)
         except Exception as error:  # the other cases, and the times, are still worth having
             errors = {f"{type(error).__name__}: {error}"[:300]: float("inf")}
         bad = max(errors.values()) > TOLERANCE

@@ -58,6 +58,7 @@ CASES = {
     "nothing but padding": Case(((), (70,)), 160),
     "multi-head": Case(((100, 60),), 160, heads=4, kv_heads=4),
     "multi-query": Case(((100, 60),), 160, heads=4, kv_heads=1),
+    "grouped by 4": Case(((100, 60),), 160, heads=8, kv_heads=2),
     "grouped by 8": Case(((100, 60),), 160, heads=8, kv_heads=1),
     "head_dim 128": Case(((100, 60), (150,)), 160, head_dim=128),
     "head_dim 256": Case(((100, 60), (150,)), 160, head_dim=256),

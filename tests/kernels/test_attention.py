@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_refused_in_words():
 
 @pytest.mark.parametrize("prefixes", [2, 8])
 def test_chunks_in_a_loop_equal_chunks_one_by_one(monkeypatch, prefixes):
-    monkeypatch.setattr(xla, "CHUNK", 16)
+    monkeypatch.setattr(xla, "CHUNK", 64)
     monkeypatch.setattr(xla, "PREFIXES", prefixes)
     case = dataclasses.replace(
         CASES["T no multiple of a block"], head_dim=8, soft_cap=3.0

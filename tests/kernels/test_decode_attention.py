@@ -134,7 +134,7 @@ def test_the_default_is_xla_here_and_what_a_kernel_cannot_do_elsewhere_warns(mon
 def test_what_does_not_fit_is_refused_in_words():
     arrays, int8 = CASES["grouped by 4"].arrays(), CASES["int8"].arrays()
     for wrong, message in (
-        (dict(backend="cuda"), "expected one of reference, xla, tpu"),
+        (dict(backend="cuda"), "expected one of auto, reference, xla"),
         (dict(backend="hopper"), "'hopper': .*bfloat16.*; backend='xla' takes any shape"),
         (dict(window=0), "window of at least 1 slot; found 0"),
         (dict(v=arrays["v"][:, :, :3]), "K dividing N"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -43,19 +42,17 @@ def rounded(case: Case, backend: str) -> dict[str, np.ndarray]:
     return jax.tree.map(np.asarray, outputs(*qkv, bar, jnp.asarray(case.doc_start)))
 
 
-ONE_HEAD = Case(((200, 101),), 301, heads=1, kv_heads=1)
-
-
-@pytest.mark.parametrize(
-    "case",
-    [ONE_HEAD, dataclasses.replace(ONE_HEAD, head_dim=128, soft_cap=5.0, size=8.0), CASES["head_dim 128"]],
-    ids=["one head", "soft cap", "grouped"],
-)
-def test_bfloat16_errs_no_more_than_xla_does(case):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16_errs_no_more_than_xla_does(name):
+    case = CASES[name]
     expected, found = exact(case, jnp.bfloat16), rounded(case, "tpu_interpret")
     by_xla = rounded(case, "xla")
     for what, value in expected.items():
-        assert relative(found[what], value) < min(2e-2, 1.5 * relative(by_xla[what], value)), what
+        # Where a query sees one key the gradients of q and k are exactly 0: what is left of them counts beside 0.01.
+        size = max(np.linalg.norm(value), 1e-2 * value.size**0.5)
+        error, of_xla = (np.linalg.norm(x[what].astype(np.float64) - value) / size for x in (found, by_xla))
+        assert error < min(2e-2, 1.5 * of_xla + 1e-6), what
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -106,6 +103,7 @@ def test_steps_are_the_pairs_of_blocks_that_meet_in_both_directions(monkeypatch,
             assert len(flags) == np.maximum(turn(some).sum(2), 1).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["multi-query", "nothing but padding"])
 def test_copies_race_with_nothing(name):
     case = CASES[name]

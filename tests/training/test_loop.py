@@ -146,7 +146,7 @@ def test_a_poisoned_batch_stops_the_run_and_costs_nothing(tmp_path):
     with pytest.raises(NonFinite) as error:
         run()
     message = str(error.value)
-    assert "at step 5: gradient of layers.mlp.gate, layer 0 (1 of 12 leaves" in message
+    assert "at step 5: gradient of layers.mlp.gate, layer 0 (1 of 14 leaves" in message
     assert "step 3 is the last good checkpoint" in message and "learning rate" in message
     same_bits(restore_params(tmp_path / "checkpoints"), at_three[3])
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" in row] == [2, 4]

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from ar_unified.kernels.attention.xla import row_max
 from ar_unified.kernels.decode_attention.spec import Cache, Spec
 
 _HIDDEN = -1e30  # added to the score of a slot that is not seen; finite, for a row that sees none must not make NaN
@@ -34,7 +34,7 @@ def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arra
         scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
     # Added, not selected: layers and heads share the bias, which costs less than masking the scores of each.
     scores += jnp.where(cache.seen, 0.0, _HIDDEN)[:, None, None]
-    highest = jnp.maximum(_row_max(scores), _HIDDEN / 2)  # of a row that sees nothing: then its weights are exact zeros
+    highest = jnp.maximum(row_max(scores), _HIDDEN / 2)  # of a row that sees nothing: then its weights are exact zeros
     weights = jnp.exp(scores - highest)
     total = weights.sum(-1, keepdims=True)
     if cache.scales is not None:
@@ -43,12 +43,3 @@ def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arra
     out = out / jnp.where(total > 0, total, 1.0)
     lse = jnp.where(total > 0, highest + jnp.log(total), -jnp.inf)
     return out.reshape(B, N, H).astype(q.dtype), lse.reshape(B, N)
-
-
-def _row_max(x: jax.Array) -> jax.Array:
-    """x.max(-1, keepdims=True). XLA CPU does not vectorise a maximum that keeps NaN; this one need not: 4x faster."""
-
-    def greater(x: jax.Array) -> jax.Array:
-        return jax.lax.reduce(x, np.float32(-np.inf), lambda a, b: jnp.where(a > b, a, b), (x.ndim - 1,))
-
-    return jax.lax.platform_dependent(x, cpu=greater, default=lambda x: x.max(-1))[..., None]
