@@ -1,0 +1,69 @@
+"""The model on a TPU that is not there: compiled by libtpu, it trains and decodes through the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.topologies import get_topology_desc
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ar_unified.model.config import config_from
+from ar_unified.model.transformer import Transformer, init, init_cache, logical_axes
+from ar_unified.parallel.mesh import make_mesh
+from ar_unified.parallel.rules import batch_spec, shardings
+from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
+from ar_unified.training.step import abstract_state, make_train_step
+from tests.kernels.topologies import TPUS, needs_libtpu
+from tests.training import tiny
+
+MODEL = replace(
+    config_from("debug", tiny.VOCABULARY.size, qk_norm="rmsnorm", dtype="bfloat16", scan_layers=True, remat="full"),
+    d_model=256, n_heads=8, n_kv_heads=2, head_dim=128, d_mlp=512,
+)  # fmt: skip
+pytestmark = [needs_libtpu, pytest.mark.slow]
+
+
+def kernels(compiled) -> int:
+    return compiled.as_text().count('custom_call_target="tpu_custom_call"')
+
+
+@pytest.mark.parametrize("shape", [dict(fsdp=2, tensor=2), dict(fsdp=2, context=2)], ids=str)
+def test_the_train_step_runs_the_kernels(shape):
+    task, tx = tiny.task(config=MODEL), make_optimizer(OptimizerConfig(), 1000)
+    mesh = make_mesh(shape, get_topology_desc(platform="tpu", topology_name=TPUS["v5e"]).devices)
+    batch = {
+        name: jax.ShapeDtypeStruct((4, 1024), x.dtype, sharding=NamedSharding(mesh, batch_spec(mesh, (4, 1024))))
+        for name, x in tiny.packed(0).items()
+    }
+    # What runs at once while a program is made must not meet the mesh: nothing can run on it.
+    step, state = make_train_step(task, tx, mesh, seed=0, clip_norm=1.0), abstract_state(task, tx, mesh)
+    with jax.set_mesh(mesh):
+        compiled = step.trace(state, batch).lower(lowering_platforms=("tpu",)).compile()
+    assert kernels(compiled) == 4  # in the one scanned layer: forward, and again for backward; dQ; dK and dV
+
+
+def test_prefill_and_decode_run_the_kernels():
+    mesh = make_mesh(dict(data=2, tensor=2), get_topology_desc(platform="tpu", topology_name=TPUS["v5e"]).devices)
+    config, rows, whole = MODEL, P("data"), P()
+    params = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    cache = jax.eval_shape(lambda: init_cache(config, 4, 1024))
+
+    def place(shape, dtype, spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh):
+        params = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            params,
+            shardings(mesh, logical_axes(params), params),
+        )
+        cache = jax.tree.map(lambda x: place(x.shape, x.dtype, P("data", "tensor")), cache)
+        for tokens in (128, 1):
+            args = place((4, tokens), jnp.int32, rows), cache, place((4,), jnp.int32, whole)
+            extend = jax.jit(lambda params, *args: Transformer.bind(config, params).extend(*args))
+            compiled = extend.trace(params, *args).lower(lowering_platforms=("tpu",)).compile()
+            assert kernels(compiled) == config.n_layers
