@@ -3,10 +3,9 @@
 reference.py  what it computes, in a screenful
 bounds.py     from `doc_start` to the blocks that must be read: the mask and the work of every kernel
 xla.py        in chunks, by XLA: any platform and shape
-visits.py     from those blocks to a list of steps, for tpu.py
-tpu.py        Pallas for TPU: reads only the blocks that a document touches, forward and backward
-hopper.py     Pallas for Hopper GPUs: the same
-blocks.py     block sizes by device and shape, each with the run it came from
+tpu.py        Pallas for TPU, over the list of blocks that visits.py makes
+hopper.py     Pallas for Hopper GPUs, in terms of warpgroup.py; tile.py is its arithmetic
+blocks.py     block sizes by device and shape, each with where it comes from
 """
 
 from __future__ import annotations
