@@ -47,7 +47,6 @@ def defaults() -> ConfigDict:
     config.image_tokenizer.width = 32
     config.image_tokenizer.multipliers = (1, 2, 2)  # x width, one per level
     config.image_tokenizer.blocks = (0, 1, 2)  # residual blocks per level
-    config.image_tokenizer.padding = "zeros"  # zeros | reflect: a flat picture is the same code everywhere
     config.image_tokenizer.quantizer = "fsq"  # fsq | vq
     config.image_tokenizer.levels = (8, 5, 5, 5)  # fsq: the codebook is their product
     config.image_tokenizer.codes = 1024  # vq: the codebook

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import jax
@@ -212,15 +211,6 @@ def test_codes_do_not_depend_on_the_batch_they_came_in():
     assert (back.dtype, back.shape) == (np.uint8, images.shape)
     np.testing.assert_array_equal(tokenizer.decode(codes[5:]), back[5:])
     assert tokenizer.encode(images[:0]).shape == (0, 2, 3) and tokenizer.decode(codes[:0]).shape == (0, 16, 24, 3)
-
-
-def test_reflected_borders_make_a_flat_picture_one_code():
-    flat = np.full((1, 32, 48, 3), 200, np.uint8)
-    spread = {}
-    for padding in ("zeros", "reflect"):
-        config = dataclasses.replace(SMALL, blocks=(1, 1), padding=padding, levels=(9, 9, 9, 9))
-        spread[padding] = len(np.unique(ImageTokenizer(config, trained(config)).encode(flat)))
-    assert spread["reflect"] == 1 < spread["zeros"]
 
 
 def test_wrong_input_is_named():

@@ -34,7 +34,6 @@ class AutoencoderConfig:
     width: int = 64  # features at the finest level
     multipliers: tuple[int, ...] = (1, 2, 2)  # x width, one per level: fine to coarse, log2(factor / patch) + 1 levels
     blocks: tuple[int, ...] = (0, 1, 2)  # residual blocks per level, in the encoder and again in the decoder
-    padding: Literal["zeros", "reflect"] = "zeros"  # beyond the border; reflect: a flat picture is one code everywhere
     quantizer: Literal["fsq", "vq"] = "fsq"
     levels: tuple[int, ...] = (8, 5, 5, 5)  # fsq: the codebook size is their product
     codes: int = 1024  # vq: the codebook size
@@ -59,11 +58,7 @@ class AutoencoderConfig:
                 )
         if min(self.width, *self.multipliers) < 1 or min(self.blocks) < 0:
             raise ValueError(f"width and multipliers must be at least 1, and blocks at least 0: {self}")
-        for name, known in (
-            ("quantizer", ("fsq", "vq")),
-            ("dtype", ("float32", "bfloat16")),
-            ("padding", ("zeros", "reflect")),
-        ):
+        for name, known in (("quantizer", ("fsq", "vq")), ("dtype", ("float32", "bfloat16"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         nnx.eval_shape(lambda: self._quantizer(nnx.Rngs(0)))  # it checks its own numbers
@@ -145,12 +140,12 @@ class Encoder(nnx.Module):
     def __init__(self, config: AutoencoderConfig, dim: int, *, rngs: nnx.Rngs) -> None:
         dtype, widths = jnp.dtype(config.dtype), config.widths
         self.patch, self.dtype = config.patch, dtype
-        self.stem = _conv(3 * config.patch**2, widths[0], config, rngs=rngs)
+        self.stem = _conv(3 * config.patch**2, widths[0], dtype=dtype, rngs=rngs)
         self.depth = len(widths)
         for index, (width, blocks) in enumerate(zip(widths, config.blocks, strict=True)):
             if index:
                 setattr(self, f"down{index}", _linear(4 * widths[index - 1], width, dtype=dtype, rngs=rngs))
-            setattr(self, f"level{index}", Level(width, blocks, config, rngs=rngs))
+            setattr(self, f"level{index}", Level(width, blocks, dtype=dtype, rngs=rngs))
         self.norm = _norm(widths[-1], dtype=dtype, rngs=rngs)
         self.to_code = _linear(widths[-1], dim, dtype=jnp.float32, rngs=rngs)
 
@@ -172,11 +167,11 @@ class Decoder(nnx.Module):
         self.from_code = _linear(dim, widths[-1], dtype=jnp.float32, rngs=rngs)
         self.depth = len(widths)
         for index, (width, blocks) in enumerate(zip(widths, config.blocks, strict=True)):
-            setattr(self, f"level{index}", Level(width, blocks, config, rngs=rngs))
+            setattr(self, f"level{index}", Level(width, blocks, dtype=dtype, rngs=rngs))
             if index:
                 setattr(self, f"up{index}", _linear(width, 4 * widths[index - 1], dtype=dtype, rngs=rngs))
         self.norm = _norm(widths[0], dtype=dtype, rngs=rngs)
-        self.head = _conv(widths[0], 3 * config.patch**2, config, rngs=rngs)
+        self.head = _conv(widths[0], 3 * config.patch**2, dtype=dtype, rngs=rngs)
 
     def __call__(self, vectors: jax.Array) -> jax.Array:
         x = self.from_code(vectors).astype(self.dtype)
@@ -190,10 +185,10 @@ class Decoder(nnx.Module):
 class Level(nnx.Module):
     """Residual blocks at one resolution: [B, h', w', F] -> the same shape."""
 
-    def __init__(self, width: int, blocks: int, config: AutoencoderConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, width: int, blocks: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.blocks = blocks
         for index in range(blocks):
-            setattr(self, f"block{index}", Block(width, config, rngs=rngs))
+            setattr(self, f"block{index}", Block(width, dtype=dtype, rngs=rngs))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for index in range(self.blocks):
@@ -204,12 +199,11 @@ class Level(nnx.Module):
 class Block(nnx.Module):
     """Pre-activation residual block of two 3 x 3 convolutions; the identity at the start of training."""
 
-    def __init__(self, width: int, config: AutoencoderConfig, *, rngs: nnx.Rngs) -> None:
-        dtype = jnp.dtype(config.dtype)
+    def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.norm1 = _norm(width, dtype=dtype, rngs=rngs)
-        self.conv1 = _conv(width, width, config, rngs=rngs)
+        self.conv1 = _conv(width, width, dtype=dtype, rngs=rngs)
         self.norm2 = _norm(width, dtype=dtype, rngs=rngs)
-        self.conv2 = _conv(width, width, config, rngs=rngs, kernel_init=nnx.initializers.zeros)
+        self.conv2 = _conv(width, width, dtype=dtype, rngs=rngs, kernel_init=nnx.initializers.zeros)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.conv1(jax.nn.silu(self.norm1(x)))
@@ -275,10 +269,8 @@ def depth_to_space(x: jax.Array, size: int) -> jax.Array:
     return x.reshape(b, h * size, w * size, f // size**2)
 
 
-def _conv(fan_in: int, fan_out: int, config: AutoencoderConfig, *, rngs: nnx.Rngs, **options: Any) -> nnx.Conv:
-    padding = {"zeros": "SAME", "reflect": "REFLECT"}[config.padding]
-    types = dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.float32)
-    return nnx.Conv(fan_in, fan_out, (3, 3), padding=padding, rngs=rngs, **types, **options)
+def _conv(fan_in: int, fan_out: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, **options: Any) -> nnx.Conv:
+    return nnx.Conv(fan_in, fan_out, (3, 3), dtype=dtype, param_dtype=jnp.float32, rngs=rngs, **options)
 
 
 def _linear(fan_in: int, fan_out: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
