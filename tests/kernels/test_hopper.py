@@ -34,12 +34,12 @@ def run(case: Case) -> tuple[dict, dict]:
     """Results of the kernels in bfloat16, and of the reference in float32 on the same numbers."""
     q, k, v, bar = case.arrays(jnp.bfloat16)
     bounds = make_bounds(jnp.asarray(case.doc_start), case.T, window=case.window)
-    spec = Spec(case.head_dim**-0.5, case.soft_cap, interpret=plgpu.InterpretGPUParams(detect_races=True))
+    spec = Spec(case.head_dim**-0.5, case.soft_cap, interpret=True)
     out, lse = hopper.forward(spec, q, k, v, bounds)
     q32, k32, v32, bar32 = (x.astype(jnp.float32) for x in (q, k, v, bar))
 
     def attend(q, k, v):
-        return reference.attend(q, k, v, bounds, spec.scale, spec.soft_cap)
+        return reference.forward(spec, q, k, v, bounds)
 
     (out32, lse32), pull = jax.vjp(attend, q32, k32, v32)
     delta = jnp.einsum("BTNH,BTNH->BNT", out.astype(jnp.float32), bar32)

@@ -62,11 +62,11 @@ def attention(
     bounds = make_bounds(doc_start, k.shape[1], window=window, q_offset=q_offset, kv_offset=kv_offset)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     backend = backends.choose(__name__, backend, q, k)
-    if backend == "reference":
-        out, lse = reference.attend(q, k, v, bounds, scale, soft_cap)
+    shift = q_offset - kv_offset if isinstance(q_offset, int) and isinstance(kv_offset, int) else None
+    spec = Spec(scale, soft_cap, shift, interpret=backend.endswith("_interpret"))
+    if backend == "reference":  # JAX differentiates it
+        out, lse = reference.forward(spec, q, k, v, bounds)
     else:
-        shift = q_offset - kv_offset if isinstance(q_offset, int) and isinstance(kv_offset, int) else None
-        spec = Spec(scale, soft_cap, shift, interpret=backend.endswith("_interpret"))
         out, lse = _attention(backend, spec, q, k, v, bounds)
     return (out, jnp.swapaxes(lse, 1, 2)) if return_lse else out
 

@@ -424,7 +424,7 @@ def _launch(
         thread_name="warpgroup",
         kernel_name=f"attention_{name}",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret is True else interpret or None,  # type: ignore[attr-defined]
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,  # type: ignore[attr-defined]
     )
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ar_unified.kernels.attention.bounds import Bounds
+from ar_unified.kernels.attention.spec import Spec
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:
@@ -13,9 +14,7 @@ def unsupported(q: jax.Array, k: jax.Array) -> str | None:
     return None
 
 
-def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, bounds: Bounds, scale: float, soft_cap: float | None
-) -> tuple[jax.Array, jax.Array]:
+def forward(spec: Spec, q: jax.Array, k: jax.Array, v: jax.Array, bounds: Bounds) -> tuple[jax.Array, jax.Array]:
     """Outputs [B, T, N, H] in the dtype of v, and log-sum-exp [B, N, T] in float32 (float64 for float64 inputs).
 
     B batch, T query position, S key position, N query heads, K KV heads, G = N / K, H head dim.
@@ -24,9 +23,9 @@ def attend(
     S, K = k.shape[1:3]
     wide = jnp.promote_types(q.dtype, jnp.float32)
     q = q.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=wide, precision="highest") * scale
-    if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=wide, precision="highest") * spec.scale
+    if spec.soft_cap is not None:
+        scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
     s = jnp.arange(S)
     seen = ((bounds.first[..., None] <= s) & (s <= bounds.last[..., None]))[:, None, None]  # [B, 1, 1, T, S]
     some = seen.any(-1, keepdims=True)

@@ -13,7 +13,7 @@ class Spec:
       scale: of the scores.
       soft_cap: scores become soft_cap * tanh(score / soft_cap); None: they stay.
       shift: q_offset - kv_offset where both are known when tracing; None: only when running.
-      interpret: what Pallas kernels pass to `pallas_call(interpret=...)`: True or pltpu.InterpretParams to emulate.
+      interpret: emulate the kernel on a CPU; for tpu.py it may say how (pltpu.InterpretParams).
     """
 
     scale: float
