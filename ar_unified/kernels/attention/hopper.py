@@ -222,22 +222,9 @@ def _forward_kernel(
 
     @pl.when(warpgroup == CONSUMERS)
     def _copy():
-        plgpu.set_max_registers(_REGISTERS[1], action="decrease")
-        kv = n // (q_ref.shape[2] // k_ref.shape[2])
-        for w in range(CONSUMERS):
-            rows = pl.ds((i * CONSUMERS + w) * ROWS, ROWS)
-            plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n], q_smem.at[w], q_ready)
-            for ref, smem in ((first_ref, first_smem), (last_ref, last_smem)):
-                plgpu.copy_gmem_to_smem(ref.at[b, rows], smem.at[w], q_ready)
-
-        @walk.visit
-        def _(at, _, j):
-            slot = lax.rem(at, k_smem.shape[0])
-            keys = b, pl.ds(j * block_k, block_k), kv
-            plgpu.barrier_wait(k_free.at[slot])
-            plgpu.copy_gmem_to_smem(k_ref.at[keys], k_smem.at[slot], k_ready.at[slot])
-            plgpu.barrier_wait(v_free.at[slot])
-            plgpu.copy_gmem_to_smem(v_ref.at[keys], v_smem.at[slot], v_ready.at[slot])
+        bounds = (first_ref, first_smem), (last_ref, last_smem)
+        keys, values = (k_ref, k_smem, k_free, k_ready), (v_ref, v_smem, v_free, v_ready)
+        _serve_queries(n, i, b, walk, block_k, q_ready, [(q_ref, q_smem)], [], bounds, keys, values)
 
 
 # ---- backward ------------------------------------------------------------------------------------------------------
@@ -292,25 +279,10 @@ def _dq_kernel(
 
     @pl.when(warpgroup == CONSUMERS)
     def _copy():
-        plgpu.set_max_registers(_REGISTERS[1], action="decrease")
-        kv = n // (q_ref.shape[2] // k_ref.shape[2])
-        for w in range(CONSUMERS):
-            rows = pl.ds((i * CONSUMERS + w) * ROWS, ROWS)
-            for ref, smem in ((q_ref, q_smem), (dout_ref, dout_smem)):
-                plgpu.copy_gmem_to_smem(ref.at[b, rows, n], smem.at[w], q_ready)
-            for ref, smem in ((lse_ref, lse_smem), (delta_ref, delta_smem)):
-                plgpu.copy_gmem_to_smem(ref.at[b, n, rows], smem.at[w], q_ready)
-            for ref, smem in ((first_ref, first_smem), (last_ref, last_smem)):
-                plgpu.copy_gmem_to_smem(ref.at[b, rows], smem.at[w], q_ready)
-
-        @walk.visit
-        def _(at, _, j):
-            slot = lax.rem(at, k_smem.shape[0])
-            keys = b, pl.ds(j * block_k, block_k), kv
-            plgpu.barrier_wait(v_free.at[slot])
-            plgpu.copy_gmem_to_smem(v_ref.at[keys], v_smem.at[slot], v_ready.at[slot])
-            plgpu.barrier_wait(k_free.at[slot])
-            plgpu.copy_gmem_to_smem(k_ref.at[keys], k_smem.at[slot], k_ready.at[slot])
+        tiles, numbers = ((q_ref, q_smem), (dout_ref, dout_smem)), ((lse_ref, lse_smem), (delta_ref, delta_smem))
+        bounds = (first_ref, first_smem), (last_ref, last_smem)
+        keys, values = (k_ref, k_smem, k_free, k_ready), (v_ref, v_smem, v_free, v_ready)
+        _serve_queries(n, i, b, walk, block_k, q_ready, tiles, numbers, bounds, values, keys)
 
 
 def _dkv_kernel(
@@ -406,6 +378,33 @@ def _dkv_kernel(
                 part = pl.ds(p * columns, columns)
                 plgpu.copy_gmem_to_smem(dout_ref.at[b, rows, n, part], dout_smem.at[slot, p], ready)
             plgpu.copy_gmem_to_smem(delta_ref.at[b, n, rows], delta_smem.at[slot], ready)
+
+
+# ---- the warpgroup that copies -------------------------------------------------------------------------------------
+
+
+def _serve_queries(n, i, b, walk, block_k, ready, tiles, numbers, bounds, *rings) -> None:
+    """Copies what a block of queries needs: its own rows once, then its blocks of keys and values, each to a free slot.
+
+    tiles, numbers, bounds: pairs (from, to) of arrays [B, T, N, H], [B, N, T] and [B, T]; `ready` counts them.  rings:
+    (from, to, free, ready) of keys and values, in the order in which the kernel lets go of them.
+    """
+    plgpu.set_max_registers(_REGISTERS[1], action="decrease")
+    for w in range(CONSUMERS):
+        rows = pl.ds((i * CONSUMERS + w) * ROWS, ROWS)
+        for pairs, place in ((tiles, (b, rows, n)), (numbers, (b, n, rows)), (bounds, (b, rows))):
+            for ref, smem in pairs:
+                plgpu.copy_gmem_to_smem(ref.at[place], smem.at[w], ready)
+
+    q_ref, k_ref = tiles[0][0], rings[0][0]
+    kv = n // (q_ref.shape[2] // k_ref.shape[2])
+
+    @walk.visit
+    def _(at, _, j):
+        for ref, smem, slot_free, slot_ready in rings:
+            slot = lax.rem(at, smem.shape[0])
+            plgpu.barrier_wait(slot_free.at[slot])
+            plgpu.copy_gmem_to_smem(ref.at[b, pl.ds(j * block_k, block_k), kv], smem.at[slot], slot_ready.at[slot])
 
 
 # ---- launching -----------------------------------------------------------------------------------------------------
