@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,32 @@ def peak_flops() -> tuple[float, str]:
         best = min(best, time.perf_counter() - start)
     devices = 1 if device.platform == "cpu" else jax.device_count()
     return 2 * n**3 / best * devices, f"measured fp32 matmul on {device.device_kind}"
+
+
+def device_memory() -> dict[str, float]:
+    """GiB in use now and at most so far on the fullest device of this process; {} where JAX does not say (CPU)."""
+    stats = [found for device in jax.local_devices() if (found := device.memory_stats())]
+    keys = {"hbm_gib": "bytes_in_use", "hbm_peak_gib": "peak_bytes_in_use"}
+    return {name: max(s[key] for s in stats) / 2**30 for name, key in keys.items() if stats and key in stats[0]}
+
+
+def straggler(before: Sequence[float], step_seconds: float) -> str:
+    """A warning that names the process the others wait for; "" if there is none.
+
+    Steps begin together: one process whose batch or Python is slow makes all devices idle.
+
+    Args:
+      before: by process, mean seconds between the end of a step's dispatch and that of the next's batch.
+      step_seconds: mean seconds of a step. A tenth of it is worth a word.
+    """
+    slowest = int(np.argmax(before))
+    usual = float(np.median(before))
+    if before[slowest] - usual <= 0.1 * step_seconds:
+        return ""
+    return (
+        f"process {slowest} of {len(before)} keeps the others waiting: {before[slowest]:.3g} s before each step, where "
+        f"others take {usual:.3g} s and a step {step_seconds:.3g} s; look at its host's storage, memory and other jobs"
+    )
 
 
 class Meter:

@@ -3,7 +3,10 @@ from __future__ import annotations
 import json
 import math
 
-from ar_unified.training.telemetry import Meter, Telemetry, console_line, peak_flops, read_metrics
+import pytest
+
+from ar_unified.training.profiler import parse_window
+from ar_unified.training.telemetry import Meter, Telemetry, console_line, peak_flops, read_metrics, straggler
 
 
 def test_resume_leaves_one_clean_curve(tmp_path):
@@ -42,3 +45,15 @@ def test_console_line_and_peak():
     assert line == "step 10/100  loss 2.5000  grad 0.5  12.3k tokens/s  2 s/step  MFU 31.4%  ETA 3:00"
     peak, source = peak_flops()
     assert peak > 1e9 and "measured fp32 matmul on cpu" in source
+
+
+def test_the_process_that_others_wait_for_is_named():
+    assert straggler([0.1, 0.1, 0.13, 0.1], 1.0) == ""
+    assert "process 2 of 4 keeps the others waiting: 0.9 s" in straggler([0.1, 0.1, 0.9, 0.1], 1.0)
+
+
+def test_profile_windows():
+    assert parse_window("100:105") == (100, 105)
+    for wrong in ("100", "5:5", "a:b", "-1:4", "1:2:3"):
+        with pytest.raises(ValueError, match="FIRST:LAST"):
+            parse_window(wrong)

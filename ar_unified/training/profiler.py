@@ -1,0 +1,49 @@
+"""A trace of a few steps, for xprof or Perfetto: where the time inside a step goes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+
+def parse_window(text: str) -> tuple[int, int]:
+    """ "100:105" -> (100, 105): the trace begins when 100 steps are taken and ends when 105 are. Raises ValueError."""
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise ValueError(f"profile: expected FIRST:LAST in steps, as in 100:105, found {text!r}")
+    return int(match[1]), int(match[2])
+
+
+class Profiler:
+    """Traces the steps of `window` (steps taken when it begins and when it ends; None: nothing) into `folder`."""
+
+    def __init__(self, window: tuple[int, int] | None, folder: str | Path):
+        self.window, self.folder = window, Path(folder)
+        self._tracing = False
+
+    def at(self, taken: int, wait: Callable[[], object]) -> bool:
+        """To be called before every step with the number of steps taken; whether a trace was finished just now.
+
+        `wait` returns when the devices have done those steps, so that a trace holds its own steps and no others.
+        """
+        if self.window is None:
+            return False
+        first, last = self.window
+        if first <= taken < last and not self._tracing:
+            wait()
+            jax.profiler.start_trace(str(self.folder))
+            self._tracing = True
+        elif taken >= last and self._tracing:
+            wait()
+            self.close()
+            return True
+        return False
+
+    def close(self) -> None:
+        """Ends a trace that is under way."""
+        if self._tracing:
+            self._tracing = False
+            jax.profiler.stop_trace()
