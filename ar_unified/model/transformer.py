@@ -24,6 +24,7 @@ from flax import nnx
 from ar_unified.kernels.qk_norm_rope import Rope, qk_norm_rope
 from ar_unified.model.attention import attend_to_cache, attend_to_documents
 from ar_unified.model.config import TransformerConfig
+from ar_unified.model.embedding import look_up
 from ar_unified.parallel.zigzag import unzigzag, zigzag
 
 Params = dict[str, Any]
@@ -270,7 +271,11 @@ class Transformer(nnx.Module):
         rope = rope_table(positions, tokens.shape[1], config.head_dim, config.rope_theta)
         if dropout_keys is not None:  # of each token
             dropout_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(dropout_keys, columns)
-        x = dropout(self._embed(tokens), config.dropout, _fold(dropout_keys, config.n_layers))
+        x = dropout(
+            look_up(self.embedding[...], tokens, config.dtype, "sequence"),
+            config.dropout,
+            _fold(dropout_keys, config.n_layers),
+        )
 
         def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, None]:
             return attend_to_documents(query, key, value, doc_start, config.attention, config.context), None
@@ -304,7 +309,7 @@ class Transformer(nnx.Module):
         positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         rope = rope_angles(positions, config.head_dim, config.rope_theta)
         slots = jnp.arange(tokens.shape[0])[:, None], slice(None), positions
-        x, states = self._embed(tokens), []
+        x, states = look_up(self.embedding[...], tokens, config.dtype), []
         for params, (keys, values) in zip(_unstack(self.layers, config.n_layers), cache, strict=True):
 
             def attend(query, key, value, keys=keys, values=values):
@@ -324,9 +329,6 @@ class Transformer(nnx.Module):
         """float32 [..., V] of hidden states [..., D]. For sampling; a loss takes `head` and never holds these."""
         head = self.head().astype(hidden.dtype)
         return jnp.einsum("...D,VD->...V", hidden, head, preferred_element_type=jnp.float32)
-
-    def _embed(self, tokens: jax.Array) -> jax.Array:
-        return self.embedding[...][tokens].astype(self.config.dtype)
 
 
 def _cast(params: Params, dtype: str) -> Params:

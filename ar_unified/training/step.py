@@ -121,7 +121,7 @@ def gradients(
 ) -> tuple[jax.Array, Params, Metrics]:
     """(loss, gradients, metric sums) of one global batch, in `accumulation` sequential parts of it.
 
-    What is random is keyed by row, fold_in(key, row of the global batch), so that it is the same in any number of parts.
+    What is random is keyed by row, fold_in(key, row of the global batch), and so the same in any number of parts.
     """
     rows = next(iter(batch.values())).shape[0]
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
