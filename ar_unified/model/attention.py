@@ -1,8 +1,8 @@
 """The door from the transformer to the attention kernels: each device of the mesh runs them on its part.
 
 A Pallas kernel cannot be split by the compiler, so what GSPMD does elsewhere is said here: rows are cut by batch, heads
-by tensor, and the sequence by context, whose devices gather each other's keys and values (gradients come back by the
-opposite, a reduce-scatter). Without a mesh in scope (`jax.set_mesh`) the kernels are simply called.
+by tensor, and the sequence by context (model/context.py). Without a mesh in scope (`jax.set_mesh`) the kernels are
+simply called.
 
 B batch, T query position, S key position, N query heads, K KV heads, H head dim.
 """
@@ -16,17 +16,25 @@ import jax.numpy as jnp
 
 from ar_unified.kernels.attention import attention
 from ar_unified.kernels.decode_attention import decode_attention
+from ar_unified.model import context as contexts
 from ar_unified.parallel.rules import spec
 
 
 def attend_to_documents(
-    query: jax.Array, key: jax.Array, value: jax.Array, doc_start: jax.Array, backend: str = "auto"
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    doc_start: jax.Array,
+    backend: str = "auto",
+    context: str = "gather",
 ) -> jax.Array:
     """Attention of each position of packed rows to its own document up to itself: [B, T, N, H].
 
     Args:
-      query: [B, T, N, H], rotated.  key, value: [B, T, K, H].  doc_start: int32 [B, T]; T on padding.
+      query: [B, T, N, H], rotated.  key, value: [B, T, K, H].  doc_start: int32 [B, T]; T on padding. Where the mesh
+        cuts sequences, all in the order of parallel/zigzag.py; doc_start still counts in the sequence's.
       backend: of kernels.backend.BACKENDS.
+      context: how a device sees the keys of others, "gather" or "ring".
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -36,11 +44,10 @@ def attend_to_documents(
     rows = spec(mesh, ("batch", "sequence"), doc_start.shape, "doc_start")
 
     def part(query, key, value, doc_start):
-        offset: jax.Array | int = 0
         if mesh.shape["context"] > 1:
-            key, value = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (key, value))
-            offset = jax.lax.axis_index("context") * query.shape[1]
-        return attention(query, key, value, doc_start=doc_start, q_offset=offset, backend=backend)
+            way = {"gather": contexts.gather, "ring": contexts.ring}[context]
+            return way(backend, query, key, value, doc_start)
+        return attention(query, key, value, doc_start=doc_start, backend=backend)
 
     # check_vma=False: what a kernel does to replication is not known to JAX.
     return jax.shard_map(part, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)(

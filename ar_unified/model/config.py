@@ -32,6 +32,8 @@ class TransformerConfig:
       remat: what backward recomputes. "none" saves all; "dots" saves products with weights only; "full" saves
         the input of each layer only.
       attention: the backend of kernels/backend.py; "auto": the device's own kernel, or XLA where there is none.
+      context: on a mesh whose context axis cuts rows, "gather" collects a layer's keys and values on each device, which
+        waits least; "ring" passes them round, for rows whose keys would fill the memory. No other mesh asks.
     """
 
     vocab_size: int
@@ -51,6 +53,7 @@ class TransformerConfig:
     scan_layers: bool = False
     remat: str = "none"
     attention: str = "auto"
+    context: str = "gather"
 
     def __post_init__(self) -> None:
         for field, choices in _CHOICES.items():
@@ -75,6 +78,7 @@ _CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "remat": ("none", "dots", "full"),
     "attention": BACKENDS,
+    "context": ("gather", "ring"),
 }
 
 

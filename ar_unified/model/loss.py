@@ -1,12 +1,22 @@
 """Cross-entropy over a large vocabulary in chunks of tokens: logits exist for one chunk at a time.
 
-B batch, T position, D model, V vocabulary, C chunks, M tokens of a chunk.
+On a mesh (`jax.set_mesh`) each device takes its own rows and columns against its part of the vocabulary, and three
+numbers a token are all that a chunk exchanges. The head is collected over fsdp once, not once a chunk, and its gradient
+is scattered once: left to the compiler, both would happen inside the loop.
+
+B batch, T position, D model, V vocabulary (of a device, inside), C chunks.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+
+from ar_unified.parallel.rules import spec
 
 
 def token_losses(
@@ -22,62 +32,127 @@ def token_losses(
       hidden: [B, T, D].
       head: [V, D]; taken to the dtype of `hidden`, products accumulate in float32.
       targets: int32 [B, T], in 0 .. V - 1. Padding needs any such id, and a weight of 0 from the caller.
-      chunk: tokens whose logits exist at once, over all rows; a chunk takes the same columns of every row.
+      chunk: tokens of one device whose logits exist at once; a chunk takes the same columns of each of its rows.
 
     Returns:
       nll and lse, float32 [B, T]; nll = lse - logit of the target.
     """
-    B, T, D = hidden.shape
-    width = max(1, min(chunk // B, T))
-    pad = -T % width
+    return _losses(chunk, hidden, head, targets)
 
-    def split(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [C, B, width, ...]
-        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, -1, width, *x.shape[2:]), 1, 0)
 
-    def join(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, 0, 1).reshape(B, T + pad)[:, :T]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _losses(chunk: int, hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    places = _Places(hidden, head)
+    return places.run(_forward_part, chunk, (hidden, head, targets), (places.tokens, places.tokens))
 
-    nll, lse = _chunked(split(hidden), head.astype(hidden.dtype), split(targets))
+
+def _forward(chunk, hidden, head, targets):
+    nll, lse = _losses(chunk, hidden, head, targets)
+    return (nll, lse), (hidden, head, targets, lse)
+
+
+def _backward(chunk, residuals, cotangents):
+    places = _Places(*residuals[:2])
+    return *places.run(_backward_part, chunk, (*residuals, *cotangents), (places.hidden, places.head)), None
+
+
+_losses.defvjp(_forward, _backward)
+
+
+class _Places:
+    """Where the arrays lie on the mesh in scope, and what its axes add up; without one, nothing is split."""
+
+    def __init__(self, hidden: jax.Array, head: jax.Array):
+        mesh = jax.sharding.get_abstract_mesh()
+        self.split = not mesh.empty and mesh.size > 1
+        if self.split:
+            self.hidden = spec(mesh, ("batch", "sequence", None), hidden.shape, "hidden")
+            self.tokens = spec(mesh, ("batch", "sequence"), hidden.shape[:2], "targets")
+            self.head = spec(mesh, ("vocab", "embed"), head.shape, "head")
+        else:
+            self.hidden = self.tokens = self.head = None
+
+    def run(self, part: Callable, chunk: int, args: tuple, outs: tuple) -> Any:
+        part = functools.partial(part, self, chunk)
+        if not self.split:
+            return part(*args)
+        ins = (self.hidden, self.head, *(self.tokens,) * (len(args) - 2))
+        return jax.shard_map(part, in_specs=ins, out_specs=outs, check_vma=False)(*args)
+
+    def whole_head(self, head: jax.Array, dtype: Any) -> jax.Array:
+        head = head.astype(dtype)
+        return jax.lax.all_gather(head, "fsdp", axis=1, tiled=True) if self.split else head
+
+    def scattered(self, head_bar: jax.Array) -> jax.Array:
+        if not self.split:
+            return head_bar
+        head_bar = jax.lax.psum_scatter(head_bar, "fsdp", scatter_dimension=1, tiled=True)
+        return jax.lax.psum(head_bar, ("data", "context"))
+
+    def over_vocabulary(self, collective: Callable, x: Any) -> Any:
+        return collective(x, "tensor") if self.split else x
+
+    def local_targets(self, targets: jax.Array, size: int) -> jax.Array:
+        """Targets counted from the first id of this device; outside 0 .. size - 1 if another device has them."""
+        return targets - jax.lax.axis_index("tensor") * size if self.split else targets
+
+
+def _forward_part(places, chunk, hidden, head, targets):
+    head = places.whole_head(head, hidden.dtype)
+
+    def one(piece):
+        hidden, targets = piece
+        logits = _logits(hidden, head)
+        highest = places.over_vocabulary(jax.lax.pmax, logits.max(-1))
+        total = jnp.exp(logits - highest[..., None]).sum(-1)
+        local = places.local_targets(targets, head.shape[0])
+        there = (local >= 0) & (local < head.shape[0])
+        found = jnp.take_along_axis(logits, jnp.where(there, local, 0)[..., None], -1)[..., 0]
+        total, found = places.over_vocabulary(jax.lax.psum, (total, jnp.where(there, found, 0.0)))
+        lse = highest + jnp.log(total)
+        return lse - found, lse
+
+    split, join = _chunks(chunk, targets.shape)
+    nll, lse = jax.lax.map(one, (split(hidden), split(targets)))
     return join(nll), join(lse)
+
+
+def _backward_part(places, chunk, hidden, head, targets, lse, nll_bar, lse_bar):
+    whole = places.whole_head(head, hidden.dtype)
+    ids = jnp.arange(whole.shape[0], dtype=targets.dtype)
+
+    def one(head_bar, piece):
+        hidden, targets, lse, nll_bar, lse_bar = piece
+        probabilities = jnp.exp(_logits(hidden, whole) - lse[..., None])
+        hit = places.local_targets(targets, ids.size)[..., None] == ids
+        logits_bar = probabilities * (nll_bar + lse_bar)[..., None] - jnp.where(hit, nll_bar[..., None], 0.0)
+        logits_bar = logits_bar.astype(hidden.dtype)
+        hidden_bar = jnp.einsum("BTV,VD->BTD", logits_bar, whole)
+        head_bar += jnp.einsum("BTV,BTD->VD", logits_bar, hidden, preferred_element_type=jnp.float32)
+        return head_bar, hidden_bar
+
+    split, join = _chunks(chunk, targets.shape)
+    pieces = tuple(split(x) for x in (hidden, targets, lse, nll_bar, lse_bar))
+    head_bar, hidden_bar = jax.lax.scan(one, jnp.zeros(whole.shape, jnp.float32), pieces)
+    hidden_bar = places.over_vocabulary(jax.lax.psum, join(hidden_bar))
+    return hidden_bar, places.scattered(head_bar).astype(head.dtype)
 
 
 def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
     return jnp.einsum("BTD,VD->BTV", hidden, head, preferred_element_type=jnp.float32)
 
 
-@jax.custom_vjp
-def _chunked(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    def one(piece):
-        hidden, targets = piece
-        logits = _logits(hidden, head)
-        lse = jax.nn.logsumexp(logits, axis=-1)
-        return lse - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0], lse
+def _chunks(chunk: int, shape: tuple[int, ...]) -> tuple[Callable, Callable]:
+    """From arrays [B, T, ...] to [C, B, width, ...] and back."""
+    B, T = shape
+    width = max(1, min(chunk // B, T))
+    pad = -T % width
 
-    return jax.lax.map(one, (hidden, targets))
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, -1, width, *x.shape[2:]), 1, 0)
 
+    def join(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 0, 1).reshape(B, T + pad, *x.shape[3:])[:, :T]
 
-def _forward(hidden, head, targets):
-    nll, lse = _chunked(hidden, head, targets)
-    return (nll, lse), (hidden, head, targets, lse)
-
-
-def _backward(residuals, cotangents):
-    hidden, head, targets, lse = residuals
-
-    def one(head_grad, piece):
-        hidden, targets, lse, nll_bar, lse_bar = piece
-        probabilities = jnp.exp(_logits(hidden, head) - lse[..., None])
-        hit = targets[..., None] == jnp.arange(head.shape[0], dtype=targets.dtype)
-        logits_bar = probabilities * (nll_bar + lse_bar)[..., None] - jnp.where(hit, nll_bar[..., None], 0.0)
-        logits_bar = logits_bar.astype(hidden.dtype)
-        hidden_bar = jnp.einsum("BTV,VD->BTD", logits_bar, head)
-        head_grad += jnp.einsum("BTV,BTD->VD", logits_bar, hidden, preferred_element_type=jnp.float32)
-        return head_grad, hidden_bar
-
-    zeros = jnp.zeros(head.shape, jnp.float32)
-    head_bar, hidden_bar = jax.lax.scan(one, zeros, (hidden, targets, lse, *cotangents))
-    return hidden_bar, head_bar.astype(head.dtype), None
-
-
-_chunked.defvjp(_forward, _backward)
+    return split, join

@@ -24,6 +24,8 @@ from flax import nnx
 from ar_unified.kernels.qk_norm_rope import Rope, qk_norm_rope
 from ar_unified.model.attention import attend_to_cache, attend_to_documents
 from ar_unified.model.config import TransformerConfig
+from ar_unified.model.embedding import look_up
+from ar_unified.parallel.zigzag import unzigzag, zigzag
 
 Params = dict[str, Any]
 Cache = tuple[tuple[jax.Array, jax.Array], ...]  # of each layer: keys and values [B, K, S, H]
@@ -133,12 +135,23 @@ def rope_table(positions: jax.Array, length: int, head_dim: int, theta: float) -
     return look_up(cos), look_up(sin)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes a fraction `rate` (to 1/65536) of x and scales the rest up; the identity without a key."""
-    if key is None or rate == 0.0:
+def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
+    """Zeroes a fraction `rate` (to 1/65536) of x and scales the rest up; the identity without keys.
+
+    Args:
+      x: [..., D].
+      keys: [...], one for each vector: what a token loses then depends on neither its batch nor its device.
+    """
+    if keys is None or rate == 0.0:
         return x
-    threshold = round(rate * 65536)  # 16 random bits a value: half the cost of the usual 32
-    keep = jax.random.bits(key, x.shape, jnp.uint16) >= threshold
+    threshold = round(rate * 65536)
+
+    def draw(key: jax.Array) -> jax.Array:
+        return jax.random.bits(key, x.shape[-1:], jnp.uint16)
+
+    for _ in range(keys.ndim):
+        draw = jax.vmap(draw)
+    keep = draw(keys) >= threshold
     return jnp.where(keep, x * jnp.asarray(65536 / (65536 - threshold), x.dtype), 0)
 
 
@@ -208,16 +221,15 @@ class Block(nnx.Module):
         self.mlp = MLP(params["mlp"])
 
     def __call__(
-        self, x: jax.Array, rope: Rope, attend: Callable, dropout_key: jax.Array | None = None
+        self, x: jax.Array, rope: Rope, attend: Callable, dropout_keys: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
         pre, eps, rate = self.config.norm_placement == "pre", self.config.norm_eps, self.config.dropout
-        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         attention_norm, mlp_norm = self.attention_norm[...], self.mlp_norm[...]
 
         y, state = self.attention(rms_norm(x, attention_norm, eps) if pre else x, rope, attend)
-        x = x + dropout(y if pre else rms_norm(y, attention_norm, eps), rate, keys[0])
+        x = x + dropout(y if pre else rms_norm(y, attention_norm, eps), rate, _fold(dropout_keys, 0))
         y = self.mlp(rms_norm(x, mlp_norm, eps) if pre else x)
-        x = x + dropout(y if pre else rms_norm(y, mlp_norm, eps), rate, keys[1])
+        x = x + dropout(y if pre else rms_norm(y, mlp_norm, eps), rate, _fold(dropout_keys, 1))
         return x, state
 
 
@@ -241,27 +253,35 @@ class Transformer(nnx.Module):
         tokens: jax.Array,
         positions: jax.Array,
         doc_start: jax.Array,
-        dropout_key: jax.Array | None = None,
+        dropout_keys: jax.Array | None = None,
     ) -> jax.Array:
         """The teacher-forced forward over packed rows.
 
         Args:
           tokens, positions: int32 [B, T]; positions count from the beginning of each document.
           doc_start: int32 [B, T], where in the row the document of each position begins; T on padding.
-          dropout_key: None for no dropout.
+          dropout_keys: keys [B], one for each row; None for no dropout.
 
         Returns:
           Hidden states after the last norm, [B, T, D] in the compute dtype. `token_losses` or `logits` take them.
         """
         config = self.config
+        columns = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        tokens, positions, doc_start, columns = (zigzag(x) for x in (tokens, positions, doc_start, columns))
         rope = rope_table(positions, tokens.shape[1], config.head_dim, config.rope_theta)
-        x = dropout(self._embed(tokens), config.dropout, _fold(dropout_key, config.n_layers))
+        if dropout_keys is not None:  # of each token
+            dropout_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(dropout_keys, columns)
+        x = dropout(
+            look_up(self.embedding[...], tokens, config.dtype, "sequence"),
+            config.dropout,
+            _fold(dropout_keys, config.n_layers),
+        )
 
         def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, None]:
-            return attend_to_documents(query, key, value, doc_start, config.attention), None
+            return attend_to_documents(query, key, value, doc_start, config.attention, config.context), None
 
         def layer(x: jax.Array, params: Params, index: jax.Array | int) -> jax.Array:
-            return Block(config, _cast(params, config.dtype))(x, rope, attend, _fold(dropout_key, index))[0]
+            return Block(config, _cast(params, config.dtype))(x, rope, attend, _fold(dropout_keys, index))[0]
 
         layer = _remat(layer, config.remat, config.scan_layers)
         if config.scan_layers:
@@ -270,7 +290,7 @@ class Transformer(nnx.Module):
         else:
             for index, params in enumerate(_unstack(self.layers, config.n_layers)):
                 x = layer(x, params, index)
-        return rms_norm(x, self.norm[...], config.norm_eps)
+        return unzigzag(rms_norm(x, self.norm[...], config.norm_eps))
 
     def extend(self, tokens: jax.Array, cache: Cache, start: jax.Array) -> tuple[jax.Array, Cache]:
         """Reads T more tokens of each row behind what the cache holds: the one path of prefill and decode.
@@ -289,7 +309,7 @@ class Transformer(nnx.Module):
         positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         rope = rope_angles(positions, config.head_dim, config.rope_theta)
         slots = jnp.arange(tokens.shape[0])[:, None], slice(None), positions
-        x, states = self._embed(tokens), []
+        x, states = look_up(self.embedding[...], tokens, config.dtype), []
         for params, (keys, values) in zip(_unstack(self.layers, config.n_layers), cache, strict=True):
 
             def attend(query, key, value, keys=keys, values=values):
@@ -310,9 +330,6 @@ class Transformer(nnx.Module):
         head = self.head().astype(hidden.dtype)
         return jnp.einsum("...D,VD->...V", hidden, head, preferred_element_type=jnp.float32)
 
-    def _embed(self, tokens: jax.Array) -> jax.Array:
-        return self.embedding[...][tokens].astype(self.config.dtype)
-
 
 def _cast(params: Params, dtype: str) -> Params:
     """The matrices in the compute dtype; norm weights (vectors) stay float32."""
@@ -323,8 +340,10 @@ def _unstack(layers: Params, n_layers: int) -> list[Params]:
     return [jax.tree.map(lambda p, index=index: p[index], layers) for index in range(n_layers)]
 
 
-def _fold(key: jax.Array | None, index: jax.Array | int) -> jax.Array | None:
-    return None if key is None else jax.random.fold_in(key, index)
+def _fold(keys: jax.Array | None, index: jax.Array | int) -> jax.Array | None:
+    """Another key from each of keys [B, T]."""
+    fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
+    return None if keys is None else fold(keys, index)
 
 
 def _remat(layer: Callable, policy: str, scanned: bool) -> Callable:

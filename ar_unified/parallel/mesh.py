@@ -2,6 +2,9 @@
 
 `data` repeats the parameters, `fsdp` splits them and the batch with them, `tensor` splits heads, MLP and vocabulary,
 `context` splits the sequence. An axis that is not named has size 1, so that one program serves a laptop and a pod.
+
+TPU slices are joined by the data centre's network (DCN), some hundred times slower than the links inside one (ICI).
+They become the outer part of `data`, over which one gradient a step travels; no other axis crosses a slice.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 # From the slowest links to the fastest: neighbours in the device order end up in the same tensor/context group.
@@ -25,7 +30,8 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
 
     Axis types are always Auto (jax.make_mesh defaults to Explicit, under which shardings become part of the types).
 
-    Raises ValueError for an unknown axis, two -1, or sizes that do not multiply to the number of devices.
+    Raises ValueError for an unknown axis, two -1, sizes that do not multiply to the number of devices, or axes other
+    than `data` that do not fit into a slice.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {axis: 1 for axis in MESH_AXES} | dict({"data": -1} if shape is None else shape)
@@ -40,14 +46,33 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     if rest and len(devices) % product == 0:
         sizes[rest[0]] = len(devices) // product
     elif rest or product != len(devices):
-        given = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1)
         raise ValueError(
-            f"mesh {given or 'of 1'}: the sizes given multiply to {product}, but there are {len(devices)} devices; "
+            f"mesh {_shown(sizes)}: the sizes given multiply to {product}, but there are {len(devices)} devices; "
             "choose sizes whose product is that number, or set one axis to -1 and let the others divide it"
         )
-    return jax.make_mesh(
-        tuple(sizes[axis] for axis in MESH_AXES),
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * len(MESH_AXES),
-        devices=devices,
-    )
+    slices = _slices(devices)
+    inner = math.prod(size for axis, size in sizes.items() if axis != "data")
+    if len(slices[0]) % inner:
+        raise ValueError(
+            f"mesh {_shown(sizes)}: fsdp, tensor and context multiply to {inner}, which does not divide the "
+            f"{len(slices[0])} devices of each of the {len(slices)} slices; these axes stay inside a slice, so choose "
+            f"a product of them that divides {len(slices[0])}, and let data span the slices"
+        )
+    shape_of_slice = (sizes["data"] // len(slices), *(sizes[axis] for axis in MESH_AXES[1:]))
+    # Where a TPU's own axes do not give these sizes, one of them may serve two of ours.
+    parts = [mesh_utils.create_device_mesh(shape_of_slice, part, allow_split_physical_axes=True) for part in slices]
+    return Mesh(np.concatenate(parts), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _slices(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+    """The devices by TPU slice. A GPU's slice_index names its host, and fsdp over several of those is usual."""
+    slices: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", 0) if device.platform == "tpu" else 0, []).append(device)
+    if len({len(part) for part in slices.values()}) > 1:
+        raise ValueError(f"mesh: slices of one size were expected; found {[len(part) for part in slices.values()]}")
+    return [slices[index] for index in sorted(slices)]
+
+
+def _shown(sizes: Mapping[str, int]) -> str:
+    return " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "of 1"

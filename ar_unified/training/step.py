@@ -53,8 +53,8 @@ class Task(Protocol):
     def logical_axes(self, params: Params) -> Any:
         """A tree like params, of tuples of logical axis names (parallel/rules.py)."""
 
-    def loss(self, params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array, Metrics]:
-        """(sum of weight * loss, sum of weight, metric sums); key None: no dropout."""
+    def loss(self, params: Params, batch: Batch, keys: jax.Array | None) -> tuple[jax.Array, jax.Array, Metrics]:
+        """(sum of weight * loss, sum of weight, metric sums); keys [B], one for each row; None: no dropout."""
 
     def summary(self, totals: Metrics) -> dict[str, float]:
         """The numbers to write down, from metric sums on the host."""
@@ -119,31 +119,36 @@ def split_microbatches(batch: Batch, count: int, mesh: Mesh) -> Batch:
 def gradients(
     task: Task, params: Params, batch: Batch, key: jax.Array, *, accumulation: int, mesh: Mesh
 ) -> tuple[jax.Array, Params, Metrics]:
-    """(loss, gradients, metric sums) of one global batch, in `accumulation` sequential parts of it."""
+    """(loss, gradients, metric sums) of one global batch, in `accumulation` sequential parts of it.
 
-    def objective(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-        loss, weight, metrics = task.loss(params, batch, key)
+    What is random is keyed by row, fold_in(key, row of the global batch), and so the same in any number of parts.
+    """
+    rows = next(iter(batch.values())).shape[0]
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+
+    def objective(params: Params, batch: Batch, keys: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+        loss, weight, metrics = task.loss(params, batch, keys)
         return loss, (weight, metrics)
 
     places = shardings(mesh, task.logical_axes(params), params)
     part = jax.value_and_grad(objective, has_aux=True)
 
-    def summed(batch: Batch, key: jax.Array) -> Any:
-        (loss, (weight, metrics)), grads = part(params, batch, key)
+    def summed(batch: Batch, keys: jax.Array) -> Any:
+        (loss, (weight, metrics)), grads = part(params, batch, keys)
         # Without this the compiler may keep gradients whole, and the memory that fsdp saves is lost.
         return loss, weight, metrics, jax.lax.with_sharding_constraint(grads, places)
 
     if accumulation == 1:
-        loss, weight, metrics, grads = summed(batch, key)
+        loss, weight, metrics, grads = summed(batch, keys)
     else:
         parts = split_microbatches(batch, accumulation, mesh)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(accumulation))
+        keys = split_microbatches({"keys": keys}, accumulation, mesh)["keys"]
 
         def add(total: Any, each: tuple[Batch, jax.Array]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, summed(*each)), None
 
-        first = jax.tree.map(lambda x: x[0], parts)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(summed, first, key))
+        first = jax.tree.map(lambda x: x[0], (parts, keys))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(summed, *first))
         (loss, weight, metrics, grads), _ = jax.lax.scan(add, zeros, (parts, keys))
     scale = jnp.where(weight > 0, 1.0 / weight, 0.0)  # a batch without weight moves nothing
     return loss * scale, jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads), metrics

@@ -84,10 +84,10 @@ class TransformerTask:
         prompt = jnp.where(batch["prompt"], self.prompt_weight, 1.0)
         return role_weight[self.vocabulary.role(batch["targets"])] * task_weight[batch["tasks"]] * prompt
 
-    def loss(self, params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array, Metrics]:
+    def loss(self, params: Params, batch: Batch, keys: jax.Array | None) -> tuple[jax.Array, jax.Array, Metrics]:
         model = transformer.Transformer.bind(self.config, params)
-        dropout_key = key if self.config.dropout else None
-        hidden = model(batch["tokens"], batch["positions"], batch["doc_start"], dropout_key=dropout_key)
+        dropout_keys = keys if self.config.dropout else None
+        hidden = model(batch["tokens"], batch["positions"], batch["doc_start"], dropout_keys=dropout_keys)
         nll, lse = token_losses(hidden, model.head(), batch["targets"], self.chunk)  # f32 [B, T] both
         weight = self.weights(batch)
         loss = jnp.sum(weight * (nll + self.z_loss * jnp.square(lse))), jnp.sum(weight)
@@ -158,9 +158,9 @@ class TokenizerTask:
     def describe(self) -> dict[str, Any]:
         return {"kind": self.name, **dataclasses.asdict(self.config)}
 
-    def loss(self, params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array, Metrics]:
+    def loss(self, params: Params, batch: Batch, keys: jax.Array | None) -> tuple[jax.Array, jax.Array, Metrics]:
         images = jnp.float32(batch["pixels"].shape[0])
-        loss, metrics = autoencoder.loss(self.config, params, batch["pixels"], key)
+        loss, metrics = autoencoder.loss(self.config, params, batch["pixels"], keys)
         return loss * images, images, {"loss": (loss * images, images), "images": images, **metrics}
 
     def summary(self, totals: Metrics) -> dict[str, float]:

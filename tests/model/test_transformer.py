@@ -189,7 +189,9 @@ def test_options_of_cost_change_neither_values_nor_gradients(change):
     def run(config):
         def loss(params):
             model = Transformer.bind(config, params)
-            return (model.logits(model(tokens, positions, doc_start, jax.random.key(7))) ** 2).mean()
+            return (
+                model.logits(model(tokens, positions, doc_start, jax.random.split(jax.random.key(7), 2))) ** 2
+            ).mean()
 
         return jax.jit(jax.value_and_grad(loss))(params)
 
@@ -201,12 +203,12 @@ def test_options_of_cost_change_neither_values_nor_gradients(change):
 
 
 def test_dropout_drops_at_its_rate_keeps_the_mean_and_needs_a_key():
-    dropped = np.asarray(dropout(jnp.ones((400, 500)), 0.3, jax.random.key(0)))
+    dropped = np.asarray(dropout(jnp.ones((400, 500)), 0.3, jax.random.split(jax.random.key(0), 400)))
     assert abs((dropped == 0).mean() - 0.3) < 0.01 and abs(dropped.mean() - 1) < 0.01
     config = dataclasses.replace(CONFIG, dropout=0.3)
     params, rows = make_params(config), whole_rows(make_tokens(2, 12))
     assert not np.allclose(
-        forward(config, params, *rows, jax.random.key(0)), forward(config, params, *rows, jax.random.key(1))
+        *(forward(config, params, *rows, jax.random.split(jax.random.key(seed), 2)) for seed in (0, 1))
     )
     np.testing.assert_array_equal(forward(config, params, *rows), forward(CONFIG, params, *rows))
 

@@ -3,10 +3,12 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
+from jax.experimental.topologies import get_topology_desc
 from jax.sharding import AxisType
 
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.parallel.rules import place_batch, shardings, spec
+from tests.kernels.topologies import needs_libtpu
 
 
 def test_axes_are_named_and_auto_and_one_takes_the_rest():
@@ -30,6 +32,22 @@ def test_axes_are_named_and_auto_and_one_takes_the_rest():
 def test_a_mesh_that_does_not_fit_is_refused_with_the_numbers(shape, message):
     with pytest.raises(ValueError, match=message):
         make_mesh(shape)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("chips", ["v5e:4x4", "v5p:2x2x4"])
+def test_slices_are_the_outer_part_of_data(chips):
+    devices = get_topology_desc(platform="tpu", topology_name=chips, num_slices=2).devices
+    mesh = make_mesh(dict(data=-1, fsdp=2, tensor=4), list(reversed(devices)))
+    assert dict(mesh.shape) == dict(data=4, fsdp=2, tensor=4, context=1)
+    index = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert (index[:2] == 0).all() and (index[2:] == 1).all()
+    # Tensor groups are neighbours: four chips around a square, not along a line with its ends apart.
+    for group in mesh.devices.reshape(8, 4):
+        steps = [np.abs(np.subtract(a.coords, b.coords)).sum() for a, b in zip(group, group[1:], strict=False)]
+        assert max(steps) <= 2
+    with pytest.raises(ValueError, match="fsdp=32: .* multiply to 32, .* 16 devices of each of the 2 slices"):
+        make_mesh(dict(fsdp=32), devices)
 
 
 def test_rules_place_axes_by_name():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import jax
@@ -41,28 +42,34 @@ def loss_and_gradients(params, shape, devices=8, accumulation=1, batch=None, **o
         return jax.device_get(compute(placed, place_batch(mesh, batch or tiny.packed(0))))
 
 
+# With QK-norm, grouped queries, untied tables, weights by role and task, z-loss, several documents a row and padding.
+FEATURES = dict(dropout=0.3, scan_layers=True, remat="full")
+
+
 @pytest.fixture(scope="module")
 def reference(params):
-    return loss_and_gradients(params, *ONE)
-
-
-def test_accumulated_is_full_batch(params, reference):
-    close(loss_and_gradients(params, *ONE, accumulation=4), reference, 1e-6)
+    expected = loss_and_gradients(params, *ONE, **FEATURES)
+    assert abs(float(expected[0]) / float(loss_and_gradients(params, *ONE)[0]) - 1) > 1e-3  # dropout does something
+    return expected
 
 
 @pytest.mark.parametrize(
-    "shape, accumulation",
+    "shape, accumulation, context",
     [
-        (dict(data=8), 1),
-        (dict(fsdp=8), 1),
-        (dict(data=2, fsdp=2, tensor=2), 2),
-        (dict(data=2, tensor=4), 1),  # more devices than KV heads
-        (dict(fsdp=2, context=4), 1),
-        (dict(fsdp=2, tensor=2, context=2), 2),
+        ({}, 2, "gather"),
+        ({}, 4, "gather"),
+        (dict(data=8), 1, "gather"),
+        (dict(fsdp=8), 1, "gather"),
+        (dict(data=2, tensor=4), 4, "gather"),  # more devices than KV heads
+        (dict(fsdp=2, context=4), 1, "gather"),
+        (dict(fsdp=2, context=4), 1, "ring"),
+        (dict(fsdp=2, tensor=2, context=2), 2, "gather"),
+        (dict(tensor=2, context=3), 2, "ring"),
     ],
 )
-def test_mesh_changes_nothing(params, reference, shape, accumulation):
-    close(loss_and_gradients(params, shape, accumulation=accumulation), reference, 1e-5)
+def test_neither_mesh_nor_accumulation_changes_anything(params, reference, shape, accumulation, context):
+    devices = math.prod(shape.values())
+    close(loss_and_gradients(params, shape, devices, accumulation, context=context, **FEATURES), reference, 1e-5)
 
 
 WIDE = dict(d_model=32, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=64)  # a head dim that the kernels take

@@ -58,17 +58,68 @@ def attention(
     Returns:
       [B, T, N, H] in the dtype of v; with return_lse, that and the log-sum-exp. Scores and softmax are float32.
     """
-    _check(q, k, v, doc_start, window)
-    bounds = make_bounds(doc_start, k.shape[1], window=window, q_offset=q_offset, kv_offset=kv_offset)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    backend = backends.choose(__name__, backend, q, k)
-    shift = q_offset - kv_offset if isinstance(q_offset, int) and isinstance(kv_offset, int) else None
-    spec = Spec(scale, soft_cap, shift, interpret=backend.endswith("_interpret"))
+    backend, spec, bounds = _prepare(
+        q, k, v, doc_start, scale, window, soft_cap, q_offset=q_offset, kv_offset=kv_offset, backend=backend
+    )
     if backend == "reference":  # JAX differentiates it
         out, lse = reference.forward(spec, q, k, v, bounds)
     else:
         out, lse = _attention(backend, spec, q, k, v, bounds)
     return (out, jnp.swapaxes(lse, 1, 2)) if return_lse else out
+
+
+def attention_gradients(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    dout: jax.Array,
+    *,
+    doc_start: jax.Array,
+    scale: float | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    q_offset: jax.Array | int = 0,
+    kv_offset: jax.Array | int = 0,
+    backend: str = "auto",
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients through a part of the keys, where the output was merged (kernels/merge.py) from several parts.
+
+    Those of q are what this part adds to them; over all parts they sum to the whole. Those of k and v are whole.
+
+    Args:
+      q, k, v, doc_start and what follows: as `attention` took them for this part.
+      lse: float32 [B, T, N], of all keys.
+      delta: float32 [B, T, N], sum(dout * out) over H with the merged output, less the gradient of `lse`.
+      dout: [B, T, N, H], of the merged output.
+    """
+    backend, spec, bounds = _prepare(
+        q, k, v, doc_start, scale, window, soft_cap, q_offset=q_offset, kv_offset=kv_offset, backend=backend
+    )
+    lse, delta = jnp.swapaxes(lse, 1, 2), jnp.swapaxes(delta, 1, 2)
+    return backends.module(__name__, backend).backward(spec, q, k, v, bounds, lse, delta, dout)
+
+
+def _prepare(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    doc_start: jax.Array,
+    scale: float | None,
+    window: int | None,
+    soft_cap: float | None,
+    *,
+    q_offset: jax.Array | int,
+    kv_offset: jax.Array | int,
+    backend: str,
+) -> tuple[str, Spec, Bounds]:
+    _check(q, k, v, doc_start, window)
+    bounds = make_bounds(doc_start, k.shape[1], window=window, q_offset=q_offset, kv_offset=kv_offset)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    backend = backends.choose(__name__, backend, q, k)
+    shift = q_offset - kv_offset if isinstance(q_offset, int) and isinstance(kv_offset, int) else None
+    return backend, Spec(scale, soft_cap, shift, interpret=backend.endswith("_interpret")), bounds
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

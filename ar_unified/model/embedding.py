@@ -1,0 +1,40 @@
+"""The lookup of token vectors in a table that tensor cuts by id and fsdp by column.
+
+Tokens travel, not the table: each device looks up its columns for the rows of its whole fsdp group, devices of a tensor
+group add up what each has (one has it, the others zero), and an exchange over fsdp brings each row home. That moves as
+many bytes as the result has; the table of a large vocabulary is larger than a device's share of any batch. It is said
+here because the compiler, where sequences are cut too, collects the result of all devices on each.
+
+B batch, T position, V vocabulary, D model.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ar_unified.parallel.rules import spec
+
+
+def look_up(table: jax.Array, tokens: jax.Array, dtype: str, sequence: str | None = None) -> jax.Array:
+    """table[tokens], [B, T, D] in `dtype`; gradients are added up in the table's.
+
+    Args:
+      table: [V, D].  tokens: int32 [B, T].
+      sequence: the logical axis of T, "sequence" where the mesh may cut it; None where it is whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return table[tokens].astype(dtype)
+
+    def part(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        local = jax.lax.all_gather(tokens, "fsdp", tiled=True) - jax.lax.axis_index("tensor") * table.shape[0]
+        there = (local >= 0) & (local < table.shape[0])
+        rows = jnp.where(there[..., None], table[jnp.where(there, local, 0)], 0.0).astype(dtype)
+        return jax.lax.all_to_all(jax.lax.psum(rows, "tensor"), "fsdp", split_axis=0, concat_axis=2, tiled=True)
+
+    ins = (
+        spec(mesh, ("vocab", "embed"), table.shape, "embedding"),
+        spec(mesh, ("batch", sequence), tokens.shape, "tokens"),
+    )
+    return jax.shard_map(part, in_specs=ins, out_specs=jax.P(*ins[1], None))(table, tokens)

@@ -1,0 +1,77 @@
+"""The order of a row's columns under context parallelism: device i of C holds pieces i and 2C - 1 - i of 2C.
+
+Of a causal row that is cut into C stretches, the last device would have 2C - 1 times the work of the first, and all
+would wait for it. One early and one late piece together see as many keys on each device. Devices hold a batch in the
+order of the sequence, and a model turns it round for itself: what travels is small beside the keys of one layer.
+
+C devices of the context axis, B batch, T position.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from ar_unified.parallel.rules import spec
+
+
+def zigzag(x: jax.Array) -> jax.Array:
+    """[B, T, ...] from the order of the sequence; the identity where the mesh in scope does not cut sequences.
+
+    Raises ValueError where T is not a multiple of 2C.
+    """
+    return _exchange(x, _to_zigzag)
+
+
+def unzigzag(x: jax.Array) -> jax.Array:
+    """[B, T, ...] back to the order of the sequence."""
+    return _exchange(x, _to_sequence)
+
+
+def pieces(device: jax.Array, ways: int, width: int) -> tuple[jax.Array, jax.Array]:
+    """Where in the sequence the early and the late piece of a device begin: of `ways` devices, `width` columns each."""
+    return device * width, (2 * ways - 1 - device) * width
+
+
+def _exchange(x: jax.Array, part) -> jax.Array:
+    mesh: AbstractMesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["context"] == 1:
+        return x
+    count = 2 * mesh.shape["context"]
+    if x.shape[1] % count:
+        raise ValueError(
+            f"rows of {x.shape[1]} tokens do not split into the 2 x context = {count} equal pieces that "
+            f"context={mesh.shape['context']} devices hold: choose a row length that is a multiple of {count}"
+        )
+    where = spec(mesh, ("batch", "sequence") + (None,) * (x.ndim - 2), x.shape, "row")
+    return jax.shard_map(part, in_specs=where, out_specs=where)(x)
+
+
+def _homes(ways: int) -> tuple[list[int], list[int]]:
+    """The devices of pieces 0, 2, 4, ... and of pieces 1, 3, 5, ...: each is every device once."""
+    home = [min(piece, 2 * ways - 1 - piece) for piece in range(2 * ways)]
+    return home[0::2], home[1::2]
+
+
+def _to_zigzag(x: jax.Array) -> jax.Array:
+    ways, index = jax.lax.axis_size("context"), jax.lax.axis_index("context")
+    even, odd = (
+        jax.lax.ppermute(half, "context", list(enumerate(homes)))
+        for half, homes in zip(jnp.split(x, 2, axis=1), _homes(ways), strict=True)
+    )
+    early, late = (jnp.where(index % 2 == 0, *pair) for pair in ((even, odd), (odd, even)))
+    return jnp.concatenate([early, late], axis=1)
+
+
+def _to_sequence(x: jax.Array) -> jax.Array:
+    ways, index = jax.lax.axis_size("context"), jax.lax.axis_index("context")
+    early, late = jnp.split(x, 2, axis=1)
+    halves = (jnp.where(index % 2 == 0, *pair) for pair in ((early, late), (late, early)))
+    return jnp.concatenate(
+        [
+            jax.lax.ppermute(half, "context", [(home, device) for device, home in enumerate(homes)])
+            for half, homes in zip(halves, _homes(ways), strict=True)
+        ],
+        axis=1,
+    )
