@@ -51,8 +51,8 @@ def obituary(text: str, process: int, processes: int, coordinator: str) -> str:
     names = f"process{'es' if len(blamed) > 1 else ''} {', '.join(map(str, blamed))}"
     return (
         f"{who} gave up at the start: {names} did not come to {coordinator} in time. Is it running (see its "
-        f"log, or the scheduler's)? Can its host resolve and reach {coordinator} (firewall, proxy variables)? Has every "
-        "process the same --coordinator and --processes, and a --process of its own? --start-timeout waits longer."
+        f"log, or the scheduler's)? Can its host resolve and reach {coordinator} (firewall, proxy variables)? Has "
+        "each the same --coordinator and --processes, and a --process of its own? --start-timeout waits longer."
     )
 
 

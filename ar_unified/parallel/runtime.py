@@ -59,7 +59,8 @@ class _Log:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"process-{process}.log"
         self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        command = [sys.executable, "-I", "-S", last_words.__file__, path, str(process), str(processes), coordinator]
+        facts = [str(path), str(process), str(processes), coordinator]
+        command = [sys.executable, "-I", "-S", last_words.__file__, *facts]
         self.reader = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         assert self.reader.stdin is not None
         self.streams = {2: os.dup(2)} | ({1: os.dup(1)} if process else {})
@@ -125,7 +126,9 @@ def start(
             f"process {process} of {processes}"
         )
     _log = _Log(Path(logs), process, processes, coordinator, heartbeat_timeout)
-    _log.write(f"process {process} of {processes}, coordinator {coordinator}, pid {os.getpid()} on {os.uname().nodename}")
+    _log.write(
+        f"process {process} of {processes}, coordinator {coordinator}, pid {os.getpid()} on {os.uname().nodename}"
+    )
     # The service gives up first, and says who is missing to all who came; the clients' own time-out is for its silence.
     service = partial(_jax.get_distributed_runtime_service, cluster_register_timeout=start_timeout)
     with mock.patch.object(_jax, "get_distributed_runtime_service", service):
@@ -172,7 +175,9 @@ def _fail(error: Exception) -> None:
     assert _log is not None
     traceback.print_exception(error)
     if _PEER_LOST.search(str(error)) and not isinstance(error, ProcessesMissing):
-        print("ar-unified: a connection broke; JAX says within the heartbeat time-out whose", file=sys.stderr, flush=True)
+        print(
+            "ar-unified: a connection broke; JAX says within the heartbeat time-out whose", file=sys.stderr, flush=True
+        )
         time.sleep(_log.heartbeat_timeout + 10)  # it ends this process with the answer
     if jax.process_index() == 0:
         time.sleep(_GRACE)
@@ -233,7 +238,7 @@ def to_host(tree: Any) -> Any:
     if jax.process_count() == 1:
         return jax.device_get(tree)
 
-    def one(x: jax.Array) -> np.ndarray | None:
+    def one(x: Any) -> np.ndarray | None:
         whole = jax.jit(_same, out_shardings=NamedSharding(x.sharding.mesh, P()))(x)
         return np.asarray(whole.addressable_data(0)) if first() else None
 
