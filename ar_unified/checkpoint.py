@@ -4,16 +4,22 @@ A checkpoint of step s is the folder `<folder>/<s>` with two trees that are read
 `optimizer`, and JSON metadata (step, vocabulary manifest, model and training config). Orbax writes into a temporary
 folder and renames it when all of it is on disk, so a half-written checkpoint is never seen. Saving is asynchronous:
 arrays are copied to the host before `save` returns, the disk is written behind the next steps.
+
+Of many processes each writes its shards, and all must open, save, wait and close together. Reading is for each alone:
+a process restores what its devices hold, whatever the others do. Folders are local, or URLs as `gs://bucket/run`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import logging as absl_logging
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from ar_unified.vocabulary import require_same
@@ -34,17 +40,22 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-      folder: where they lie.
+      folder: where they lie, on storage that all processes share.
       keep: how many of the newest survive.
       keep_every: also keep every step that is a multiple of this; 0: none.
-      readonly: for readers beside a running writer: nothing is created, cleaned or saved.
+      readonly: for readers beside a running writer: nothing is created, cleaned or saved, and no other process awaited.
     """
 
     def __init__(self, folder: str | Path, *, keep: int = 3, keep_every: int = 0, readonly: bool = False):
-        self.folder = Path(folder).absolute()
+        path = os.fspath(folder)
+        self.folder = epath.Path(path if "://" in path else os.path.abspath(path))
         self.readonly = readonly
-        if readonly and not self.folder.is_dir():
-            raise FileNotFoundError(f"no checkpoints: {self.folder} does not exist; has the training stage run?")
+        self._saving: tuple[int, ocp.AsyncResponse[bool]] | None = None
+        self._failed = False
+        if readonly:
+            if not self.folder.is_dir():
+                raise FileNotFoundError(f"no checkpoints: {self.folder} does not exist; has the training stage run?")
+            return
         policies = ocp.training.preservation_policies
         preserve: list[Any] = [policies.LatestN(keep)]
         if keep_every:
@@ -52,12 +63,13 @@ class Checkpoints:
         self._orbax = ocp.training.Checkpointer(
             self.folder,
             preservation_policy=policies.AnyPreservationPolicy(preserve),
-            cleanup_tmp_directories=not readonly,  # what a killed writer left
+            cleanup_tmp_directories=True,  # what a killed writer left
         )
-        self._saving: int | None = None
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
+        if self.readonly:
+            return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(self.folder))
         return [checkpoint.step for checkpoint in self._orbax.checkpoints]
 
     def latest(self) -> int | None:
@@ -72,35 +84,54 @@ class Checkpoints:
         if self.readonly:
             raise RuntimeError(f"{self.folder} was opened read-only")
         self.wait()
-        self._saving = step
-        self._orbax.save_checkpointables_async(
+        response = self._orbax.save_checkpointables_async(
             step,
             {"params": params, "optimizer": optimizer},
             force=True,  # when to save is the loop's decision
             custom_metadata={**metadata, "step": step},
         )
+        if response is not None:
+            self._saving = step, response
+
+    def check(self) -> None:
+        """Raises SaveFailed if the last save has failed by now; never waits. For every step of a loop."""
+        self._settle(timeout=0)
 
     def wait(self) -> None:
         """Until the last save is on disk. Raises SaveFailed."""
-        step, self._saving = self._saving, None
+        self._settle(timeout=None)
+
+    def _settle(self, timeout: float | None) -> None:
+        if self._saving is None:
+            return
+        step, response = self._saving
         try:
-            self._orbax.wait()
+            response.result(timeout)
         except Exception as error:
+            if timeout is not None and isinstance(error, TimeoutError):
+                return  # still writing
+            self._saving, self._failed = None, True
             raise SaveFailed(
                 f"checkpoint {step} could not be written to {self.folder}: {str(error)[:300]} ... "
                 f"Complete checkpoints: {self.steps()}. Is the disk full or gone? Starting again continues from them."
             ) from error
+        self._saving = None
 
     def close(self) -> None:
         """Waits, raises like `wait`, and ends Orbax's threads."""
         try:
             self.wait()
         finally:
-            self._orbax.close()
+            if not self.readonly:
+                # Orbax raises a failed save once more here; SaveFailed has said it.
+                with contextlib.suppress(Exception) if self._failed else contextlib.nullcontext():
+                    self._orbax.close()
 
     def metadata(self, step: int | None = None) -> dict[str, Any]:
         """The JSON saved with a step (default: the latest)."""
-        return dict(self._orbax.checkpointables_metadata(self._existing(step)).custom_metadata or {})
+        with _alone():
+            stored = ocp.checkpointables_metadata(self.folder / str(self._existing(step)))
+        return dict(stored.custom_metadata or {})
 
     def restore(
         self, step: int | None = None, *, manifest: Mapping[str, Any] | None = None, **targets: Any
@@ -110,23 +141,25 @@ class Checkpoints:
         Args:
           step: default the latest.
           manifest: the vocabulary manifest of the reader; a checkpoint of another vocabulary is refused.
-          **targets: trees of jax.ShapeDtypeStruct with shardings, for any mesh; None: as saved, on the first device.
+          **targets: trees of jax.ShapeDtypeStruct with shardings, for any mesh of any number of processes, and any
+            floating dtype (bfloat16 from float32); None: as saved, on this process's first device.
 
         Raises FileNotFoundError, vocabulary.ManifestMismatch, or CheckpointMismatch.
         """
         step = self._existing(step)
-        stored = self._orbax.checkpointables_metadata(step)
         where = f"checkpoint {self.folder.name}/{step}"
-        if manifest is not None:
-            found = (stored.custom_metadata or {}).get("manifest") or {}
-            require_same(manifest, found, expected_from="this run", found_from=where)
-        shapes = {name: stored.metadata[name] for name in targets}
-        for name, target in targets.items():
-            if target is None:
-                targets[name] = _on_first_device(shapes[name])
-            else:
-                _check(shapes[name], target, f"{where}, {name}")
-        return self._orbax.load_checkpointables(step, targets)
+        with _alone():
+            stored = ocp.checkpointables_metadata(self.folder / str(step))
+            if manifest is not None:
+                found = (stored.custom_metadata or {}).get("manifest") or {}
+                require_same(manifest, found, expected_from="this run", found_from=where)
+            shapes = {name: stored.metadata[name] for name in targets}
+            for name, target in targets.items():
+                if target is None:
+                    targets[name] = _on_first_device(shapes[name])
+                else:
+                    _check(shapes[name], target, f"{where}, {name}")
+            return ocp.load_checkpointables(self.folder / str(step), targets)
 
     def _existing(self, step: int | None) -> int:
         steps = self.steps()
@@ -136,13 +169,17 @@ class Checkpoints:
         return steps[-1] if step is None else step
 
 
+def _alone() -> ocp.Context:
+    """Orbax's context for a process that reads without waiting for others."""
+    context = ocp.Context()
+    context.multiprocessing.primary_host = jax.process_index()
+    context.multiprocessing.active_processes = {jax.process_index()}
+    return context
+
+
 def restore_params(folder: str | Path, target: Any = None, *, step: int | None = None, manifest: Any = None) -> Any:
     """The parameters alone, without reading optimizer state; arguments as `Checkpoints.restore`."""
-    checkpoints = Checkpoints(folder, readonly=True)
-    try:
-        return checkpoints.restore(step, manifest=manifest, params=target)["params"]
-    finally:
-        checkpoints.close()
+    return Checkpoints(folder, readonly=True).restore(step, manifest=manifest, params=target)["params"]
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

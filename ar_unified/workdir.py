@@ -3,13 +3,14 @@
     config.json  text_tokenizer/  image_tokenizer/  data/  model/  samples/  evaluation.json  report.html
 
 A stage owns one folder. `started.json` in it says with which fingerprint (whatever decides its result) it was
-begun, `done.json` is written last. One process opens a stage; on many hosts, the first.
+begun, `done.json` is written last. Of many processes, process 0 writes and the others read, on storage that all share.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,11 +87,15 @@ class Stage:
         self.done = True
 
 
-class Workdir:
-    """The folder of one run; made if it is missing."""
+class NotShared(RuntimeError):
+    """This process does not see what process 0 wrote."""
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+
+class Workdir:
+    """The folder of one run; made if it is missing. `reader`: another process writes; this one only looks."""
+
+    def __init__(self, path: str | Path, *, reader: bool = False):
+        self.path, self.reader = Path(path), reader
         self.path.mkdir(parents=True, exist_ok=True)
         self.config = self.path / "config.json"
         self.text_tokenizer = self.path / "text_tokenizer"
@@ -104,16 +109,21 @@ class Workdir:
     def stage(self, name: str, fingerprint: Mapping[str, Any]) -> Stage:
         """Opens a stage: a finished one as `done`, an interrupted one to continue, a new one to begin.
 
+        A reader opens it when the writer has opened it.
+
         Args:
             name: of its folder, e.g. "data".
             fingerprint: all that decides the result, as JSON values: part of the config, input hashes.
 
         Raises:
             StageMismatch: the folder was finished, or begun, with another fingerprint.
+            NotShared: a reader does not find the writer's record.
         """
         ours = json.loads(json.dumps(fingerprint, default=_plain))
         stage = Stage(name, self.path / name, ours)
         started, done = stage.folder / "started.json", stage.folder / "done.json"
+        if self.reader and not done.exists():
+            self.await_file(started)
         for record, state in ((done, "finished"), (started, "begun, not finished,")):
             if record.exists():
                 found = read_json(record)
@@ -122,9 +132,24 @@ class Workdir:
                 break
         else:
             write_json(started, {"fingerprint": ours})
-        if not stage.done:
+        if not stage.done and not self.reader:
             clean(stage.folder)
         return stage
+
+    def await_file(self, path: Path, content: Any = None, *, patience: float = 60.0) -> None:
+        """For a reader: until a JSON file that the writer has written is seen here, with `content` unless None.
+
+        Network file systems show new files late; after `patience` seconds NotShared is raised.
+        """
+        deadline = time.monotonic() + patience
+        while not (path.exists() and (content is None or read_json(path) == content)):
+            if time.monotonic() > deadline:
+                found = "holds something else" if path.exists() else "is not there"
+                raise NotShared(
+                    f"process 0 has written {path.absolute()}; seen from this process, on {os.uname().nodename}, "
+                    f"it {found}: --workdir must be on storage that all processes share, and their configs the same"
+                )
+            time.sleep(0.1)
 
 
 def _require_same(stage: Stage, found: Any, state: str) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import resource
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
+from orbax.checkpoint import v1 as ocp
 
 from ar_unified.checkpoint import CheckpointMismatch, Checkpoints, SaveFailed, restore_params
 from ar_unified.parallel.mesh import make_mesh
@@ -95,7 +98,7 @@ def test_an_old_checkpoint_that_was_half_deleted_is_in_nobodys_way(tmp_path):
     checkpoints.close()
 
 
-def test_a_failed_save_is_raised_by_the_next(tmp_path):
+def test_a_failed_save_is_raised_without_waiting_for_the_next(tmp_path):
     checkpoints = save(tmp_path, 1)
     checkpoints.wait()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -104,10 +107,23 @@ def test_a_failed_save_is_raised_by_the_next(tmp_path):
         large = {"w": np.random.default_rng(0).normal(size=(1500, 1500))}
         checkpoints.save(2, params=large, optimizer=PARAMS, metadata={})
         with pytest.raises(SaveFailed, match=r"checkpoint 2 could not be written.*Complete checkpoints: \[1\]"):
-            checkpoints.save(3, params=PARAMS, optimizer=PARAMS, metadata={})
+            for _ in range(1000):  # as a loop asks at every step
+                checkpoints.check()
+                time.sleep(0.02)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    checkpoints.close()  # said once
     assert Checkpoints(tmp_path, readonly=True).steps() == [1]
+
+
+@pytest.mark.parametrize("readonly", [False, True])
+def test_a_url_reaches_orbax_as_it_is(monkeypatch, readonly):
+    """No bucket here: what is written to one is Orbax's and TensorStore's."""
+    seen = []
+    monkeypatch.setattr(ocp.training, "Checkpointer", lambda folder, **_: seen.append(folder))
+    monkeypatch.setattr(type(epath.Path("gs://bucket")), "is_dir", lambda path: seen.append(path) or True)
+    Checkpoints("gs://bucket/runs/a", readonly=readonly)
+    assert [str(folder) for folder in seen] == ["gs://bucket/runs/a"]
 
 
 def test_saved_arrays_may_be_donated_at_once(tmp_path):

@@ -25,6 +25,7 @@ def defaults() -> ConfigDict:
     config = ConfigDict()
     config.name = "experiment"
     config.seed = 0
+    config.checkpoint_folder = ""  # of the transformer, e.g. gs://bucket/run; "": model/checkpoints in the workdir
 
     # Documents: tuples of dicts for ar_unified.data.sources.open_source, each with its `weight` in the mixture.
     config.data = ConfigDict()

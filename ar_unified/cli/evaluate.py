@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ar_unified import progress
 from ar_unified.cli import config as configs
-from ar_unified.cli.experiment import Experiment, add_experiment_arguments, open_experiment
+from ar_unified.cli.experiment import Experiment, add_experiment_arguments, by_first_process, open_experiment
 from ar_unified.evaluation.generation import Example
 from ar_unified.evaluation.generation import evaluate as score
 from ar_unified.evaluation.protocol import PROTOCOLS
@@ -34,6 +34,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
+@by_first_process
 def evaluate(experiment: Experiment) -> None:
     """Stage evaluation: done when both files are there and nothing they depend on has changed."""
     config, workdir = experiment.config, experiment.workdir

@@ -7,11 +7,13 @@ make the data again, and a changed codebook is refused instead of mixed in.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,17 +28,20 @@ from ar_unified.data.images import Resize
 from ar_unified.data.sources import Source, open_source
 from ar_unified.grammar import Grammar, fixed_grid, sized_rows
 from ar_unified.model.config import TransformerConfig, config_from, parameter_count
+from ar_unified.parallel import runtime
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
+from ar_unified.training.loop import Preempted
 from ar_unified.vocabulary import Vocabulary
 from ar_unified.workdir import Stage, Workdir, read_json, write_json
 
+_ALONE = 14 * 86400.0  # seconds that others wait for a stage of process 0: as long as it lives
 STAGES = ("text_tokenizer", "image_tokenizer", "data", "model", "samples", "evaluation")
 
 
 def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
-    """--config, --workdir and the overrides that every verb takes."""
+    """--config, --workdir, the overrides that every verb takes, and how several processes find each other."""
     parser.add_argument(
         "--config",
         required=True,
@@ -44,14 +49,64 @@ def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
         help="the experiment file; `:arg` is handed to it, as in experiments/folder.py:path=DIR",
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where stages leave their results")
+    many = parser.add_argument_group(
+        "many processes",
+        "The same command on every host. SLURM, Open MPI, GKE and TPU VMs say themselves who is who; elsewhere:",
+    )
+    many.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, the same for all")
+    many.add_argument("--processes", type=int, metavar="N", help="how many; 1: alone, whatever the environment says")
+    many.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
+    many.add_argument(
+        "--start-timeout", type=int, default=300, metavar="SECONDS", help="until all must have come (300)"
+    )
+    many.add_argument(
+        "--heartbeat-timeout",
+        type=int,
+        default=100,
+        metavar="SECONDS",
+        help="until the others stop when one has died or hangs (100)",
+    )
     parser.epilog = "Any --config.KEY=VALUE changes one key, as in --config.training.steps=100."
 
 
 def open_experiment(arguments: argparse.Namespace, overrides: Sequence[str]) -> Experiment:
-    """The experiment of a command line; leaves its config in the workdir."""
-    experiment = Experiment(configs.load(arguments.config, overrides), Workdir(arguments.workdir))
-    write_json(experiment.workdir.config, configs.plain(experiment.config))
+    """The experiment of a command line, with the other processes of its job; leaves its config in the workdir."""
+    config = configs.load(arguments.config, overrides)
+    try:
+        runtime.start(
+            arguments.coordinator,
+            arguments.processes,
+            arguments.process,
+            logs=Path(arguments.workdir) / "logs",
+            start_timeout=arguments.start_timeout,
+            heartbeat_timeout=arguments.heartbeat_timeout,
+        )
+    except ValueError as error:
+        raise SystemExit(f"ar-unified: {error}") from error
+    first = runtime.first()
+    experiment = Experiment(config, Workdir(arguments.workdir, reader=not first))
+    workdir, plain = experiment.workdir, configs.plain(config)
+    if first:
+        write_json(workdir.config, plain)
+    runtime.barrier("config")
+    if not first:
+        workdir.await_file(workdir.config, json.loads(json.dumps(plain)))
     return experiment
+
+
+def by_first_process(stage: Callable[[Experiment], None]) -> Callable[[Experiment], None]:
+    """A stage that process 0 does alone; the others wait, and then read what it left."""
+
+    @functools.wraps(stage)
+    def wrapped(experiment: Experiment) -> None:
+        if runtime.first():
+            stage(experiment)
+        runtime.barrier(stage.__name__, timeout=_ALONE)
+        if runtime.preempted():
+            experiment.say("SIGTERM: stopped between two stages")
+            raise Preempted
+
+    return wrapped
 
 
 class Experiment:
@@ -62,14 +117,21 @@ class Experiment:
         self._opened = time.perf_counter()
 
     def say(self, line: str) -> None:
-        print(line, flush=True)
+        runtime.say(line)
 
     # ---- stages ---------------------------------------------------------------------------------------------------
 
-    def stage(self, name: str, *keys: str, **more: Any) -> Stage:
-        """The stage's guard, with `keys` of the config and `more` as what decides its result."""
+    def stage(self, name: str, *keys: str, together: bool = False, **more: Any) -> Stage:
+        """The stage's guard, with `keys` of the config and `more` as what decides its result.
+
+        together: all processes open it; else the one that does the stage (`by_first_process`).
+        """
         fingerprint = {key: configs.plain(self.config[key]) for key in keys} | {"seed": self.config.seed} | more
+        if together and not runtime.first():
+            runtime.barrier(f"stage {name}")  # process 0 has opened it
         stage = self.workdir.stage(name, fingerprint)
+        if together and runtime.first():
+            runtime.barrier(f"stage {name}")
         self._opened = time.perf_counter()
         if not stage.done:
             self.say(f"==== {name}")
@@ -81,7 +143,8 @@ class Experiment:
     def finish(self, stage: Stage, summary: Mapping[str, Any]) -> None:
         """Marks the stage as done; its wall time is that of the attempt that finished it."""
         seconds = round(time.perf_counter() - self._opened, 1)
-        stage.finish({**summary, "seconds": seconds})
+        if runtime.first():
+            stage.finish({**summary, "seconds": seconds})
         self.say(f"==== {stage.name}: {seconds} s")
 
     def seconds(self) -> dict[str, float]:
@@ -168,12 +231,17 @@ class Experiment:
     def filter(self, modality: str) -> Filter:
         return Filter(**configs.plain(self.config.sampling[modality]))
 
+    @property
+    def checkpoint_folder(self) -> str:
+        """Of the transformer."""
+        return self.config.checkpoint_folder or str(self.workdir.model / "checkpoints")
+
     @cached_property
     def params(self) -> Any:
         """The trained transformer's parameters on one device, without the optimizer's state."""
         folder = self.workdir.model
         self._require((folder / "done.json").exists(), folder / "done.json", "train")
-        return restore_params(folder / "checkpoints", manifest=self.grammar.manifest())
+        return restore_params(self.checkpoint_folder, manifest=self.grammar.manifest())
 
     @cached_property
     def engine(self) -> Engine:

@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     _quiet_libraries()
     prepare_cpu()
+    from ar_unified.parallel import runtime  # not before the switches above, nor for --help
+
     module = importlib.import_module(f"ar_unified.cli.{verb}")
     parser = argparse.ArgumentParser(
         prog=f"ar-unified {verb}",
@@ -61,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     stray = [word for word in unknown if not (word.startswith("--config.") and "=" in word)]
     if stray:
         parser.error(f"unknown arguments {' '.join(stray)} (a config key is changed by --config.KEY=VALUE)")
-    return int(module.main(arguments, unknown) or 0)
+    with runtime.ending():
+        return int(module.main(arguments, unknown) or 0)
 
 
 def _quiet_libraries() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from ar_unified.cli import config as configs
-from ar_unified.cli.experiment import Experiment, add_experiment_arguments, open_experiment
+from ar_unified.cli.experiment import Experiment, add_experiment_arguments, by_first_process, open_experiment
 from ar_unified.data import prepare as preparing
 
 
@@ -25,6 +25,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
+@by_first_process
 def prepare(experiment: Experiment) -> None:
     """Stage data: train and validation, each of which continues where it was interrupted."""
     stage = experiment.stage(

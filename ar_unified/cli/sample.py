@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ar_unified.cli import config as configs
-from ar_unified.cli.experiment import Experiment, add_experiment_arguments, open_experiment
+from ar_unified.cli.experiment import Experiment, add_experiment_arguments, by_first_process, open_experiment
 from ar_unified.data.images import to_png
 from ar_unified.data.sources import BadItem, Source
 from ar_unified.document import Document, ImagePart, TextPart
@@ -40,10 +40,16 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         sample_held_out(experiment)
         return 0
     output = arguments.output or experiment.workdir.samples / Path(arguments.requests).stem
-    _run(experiment, Path(arguments.requests), Path(output))
+
+    @by_first_process
+    def answer(experiment: Experiment) -> None:
+        _run(experiment, Path(arguments.requests), Path(output))
+
+    answer(experiment)
     return 0
 
 
+@by_first_process
 def sample_held_out(experiment: Experiment) -> None:
     """Stage samples: a gallery of what the model answers to the beginnings of held-out documents."""
     stage = experiment.stage("samples", "sampling", model=experiment.trained())

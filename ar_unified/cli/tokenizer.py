@@ -17,9 +17,10 @@ from ar_tokenizers.image.tokenizer import ImageTokenizer
 from ar_tokenizers.text import TextTokenizer
 
 from ar_unified.cli import config as configs
-from ar_unified.cli.experiment import Experiment, add_experiment_arguments, open_experiment
+from ar_unified.cli.experiment import Experiment, add_experiment_arguments, by_first_process, open_experiment
 from ar_unified.data.loader import ImageBatches
 from ar_unified.data.sources import texts
+from ar_unified.parallel import runtime
 from ar_unified.training.loop import TrainingConfig, fit
 from ar_unified.training.optimizer import OptimizerConfig
 from ar_unified.training.tasks import TokenizerTask
@@ -42,6 +43,7 @@ def train_tokenizers(experiment: Experiment) -> None:
     train_image(experiment)
 
 
+@by_first_process
 def train_text(experiment: Experiment) -> None:
     """Stage text_tokenizer."""
     stage = experiment.stage("text_tokenizer", "text_tokenizer", sources=experiment.fingerprints())
@@ -66,6 +68,7 @@ def train_image(experiment: Experiment) -> None:
         "image_tokenizer",
         image_size=configs.plain(experiment.config.data.image_size),
         sources=experiment.fingerprints(),
+        together=True,
     )
     if stage.done:
         return experiment.skip(stage)
@@ -104,6 +107,9 @@ def train_image(experiment: Experiment) -> None:
         keep=1,
     )
     params = fit(task, training, stage.folder, mesh=experiment.mesh, preview=preview, logger=experiment.say)
-    tokenizer = ImageTokenizer(experiment.autoencoder, jax.device_get(params))
-    tokenizer.save(stage.folder)
-    experiment.finish(stage, {"codes": tokenizer.codebook_size, "hash": tokenizer.hash})
+    params = runtime.to_host(params)
+    if runtime.first():
+        tokenizer = ImageTokenizer(experiment.autoencoder, params)
+        tokenizer.save(stage.folder)
+        experiment.finish(stage, {"codes": tokenizer.codebook_size, "hash": tokenizer.hash})
+    runtime.barrier(stage.name)

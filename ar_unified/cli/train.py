@@ -39,7 +39,9 @@ def train(experiment: Experiment) -> None:
     """Stage model."""
     config, settings, grammar = experiment.config, experiment.config.training, experiment.grammar
     mixture = experiment.mixture()
-    stage = experiment.stage("model", "model", "loss", "training", manifest=grammar.manifest(), mixture=mixture)
+    stage = experiment.stage(
+        "model", "model", "loss", "training", manifest=grammar.manifest(), mixture=mixture, together=True
+    )
     if stage.done:
         return experiment.skip(stage)
     folder = experiment.workdir.data
@@ -80,6 +82,7 @@ def train(experiment: Experiment) -> None:
         mesh=experiment.mesh,
         manifest=grammar.manifest(),
         preview=_preview(experiment) if settings.preview_every else None,
+        checkpoint_folder=experiment.checkpoint_folder,
         logger=experiment.say,
     )
     experiment.finish(stage, {"steps": settings.steps})

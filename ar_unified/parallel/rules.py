@@ -82,11 +82,35 @@ def batch_spec(mesh: Mesh, shape: tuple[int, ...], name: str = "batch") -> P:
     return spec(mesh, axes, shape, name)
 
 
-def place_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Puts a global batch (numpy arrays, the same on every host) onto the mesh; each host copies only its rows."""
+def batch_part(mesh: Mesh, rows: int) -> tuple[int, int]:
+    """(index, count): all rows that this process's devices hold are in part `index` of `count` equal parts of a batch.
+
+    (0, 1), the whole batch, for a single process, and where a mesh spreads a process's rows over several parts.
+    """
+    sharding = NamedSharding(mesh, spec(mesh, ("batch",), (rows,), "batch"))
+    indices = sharding.addressable_devices_indices_map((rows,)).values()
+    held = [index[0].indices(rows)[:2] for index in indices if index is not None]
+    start, stop = min(start for start, _ in held), max(stop for _, stop in held)
+    size = stop - start
+    return (start // size, rows // size) if rows % size == 0 and start % size == 0 else (0, 1)
+
+
+def place_batch(mesh: Mesh, batch: Mapping[str, Any], part: tuple[int, int] = (0, 1)) -> dict[str, jax.Array]:
+    """Puts a global batch onto the mesh, from `part` (index, count) of it: numpy arrays [B / count, ...].
+
+    Each process copies the rows of its own devices; they must lie in its part (`batch_part`).
+    """
+    index, count = part
 
     def put(name: str, array: Any) -> jax.Array:
-        sharding = NamedSharding(mesh, batch_spec(mesh, array.shape, f"batch[{name!r}]"))
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+        rows = len(array)
+        shape = (rows * count, *array.shape[1:])
+        sharding = NamedSharding(mesh, batch_spec(mesh, shape, f"batch[{name!r}]"))
+
+        def held(where: Any) -> Any:  # a slice of each axis
+            start, stop, _ = where[0].indices(shape[0])
+            return array[(slice(start - index * rows, stop - index * rows), *where[1:])]
+
+        return jax.make_array_from_callback(shape, sharding, held)
 
     return {name: put(name, array) for name, array in batch.items()}

@@ -2,7 +2,8 @@
 
 A run is a folder. `fit` continues what it finds there: a finished training is recognised, an interrupted one goes on
 from its last checkpoint and ends with the parameters it would have had (bit for bit in fp32 on a CPU), because the
-state holds everything but the data, and the data is a function of the step.
+state holds everything but the data, and the data is a function of the step. Of many processes each runs this loop;
+process 0 alone writes and shows what is written and shown once.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ar_unified.checkpoint import Checkpoints
-from ar_unified.parallel.rules import place_batch
+from ar_unified.parallel import runtime
+from ar_unified.parallel.rules import batch_part, place_batch
 from ar_unified.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from ar_unified.training.step import (
     Params,
@@ -60,7 +61,7 @@ class NonFinite(RuntimeError):
 
 
 class Preempted(SystemExit):
-    """SIGTERM came: a checkpoint was written. Exit status 143, as of a process that SIGTERM ended."""
+    """SIGTERM came, to one process of perhaps many: a checkpoint was written. Exit status 143, as SIGTERM's own."""
 
     def __init__(self) -> None:
         super().__init__(128 + signal.SIGTERM)
@@ -74,24 +75,32 @@ def fit(
     mesh: Mesh,
     manifest: Mapping[str, Any] | None = None,
     preview: Preview | None = None,
-    logger: Callable[[str], Any] = print,
+    checkpoint_folder: str | Path | None = None,
+    logger: Callable[[str], Any] = runtime.say,
 ) -> Params:
     """Trains `task` to `config.steps` in `folder` and returns the parameters on `mesh`.
 
     Args:
       manifest: of the vocabulary; goes into every checkpoint, and a checkpoint of another is refused.
-      preview: called with (steps taken, params); the pictures it returns, uint8 [H, W, 3], go to TensorBoard.
+      preview: called with (steps taken, params); the pictures it returns, uint8 [H, W, 3], go to TensorBoard. Of many
+        processes, process 0 calls it, with the parameters as numpy arrays.
+      checkpoint_folder: where checkpoints lie, also a URL as gs://bucket/run; default: `folder`/checkpoints.
       logger: takes console lines.
 
-    Raises NonFinite, Preempted, vocabulary.ManifestMismatch, checkpoint.CheckpointMismatch.
+    Raises NonFinite, Preempted, checkpoint.SaveFailed, vocabulary.ManifestMismatch, checkpoint.CheckpointMismatch.
     """
     folder = Path(folder)
     # ---------------------------------------------------------------------- State: shapes first, then values
     tx = make_optimizer(config.optimizer, config.steps)
     rate = jax.jit(learning_rate(config.optimizer, config.steps))
     abstract = abstract_state(task, tx, mesh)
-    checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep, keep_every=config.keep_every)
+    checkpoints = Checkpoints(
+        checkpoint_folder or folder / "checkpoints", keep=config.keep, keep_every=config.keep_every
+    )
     start = checkpoints.latest() or 0
+    runtime.barrier(
+        f"{task.name} from step {start}"
+    )  # who sees another latest checkpoint waits elsewhere: named, not hung
     if start >= config.steps:
         params = checkpoints.restore(start, manifest=manifest, params=abstract.params)["params"]
         checkpoints.close()
@@ -135,32 +144,33 @@ def fit(
             telemetry.say(console_line(taken, config.steps, line, task.unit))
             meter.reset()
 
+    # ---------------------------------------------------------------------- Data: of a global batch, the rows used here
+    part = batch_part(mesh, len(next(iter(task.batch(start).values()))))
+
     # ---------------------------------------------------------------------- SIGTERM: stop at the next step border
     asked = threading.Event()
-    alone = jax.process_count() == 1
+    alone = jax.process_count() == 1  # many must agree on the step: JAX's handler and runtime.preempted do that
     handles = alone and threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, lambda *_: asked.set()) if handles else None
-
-    def preempted(step: int) -> bool:  # hosts must agree on the step: JAX's own handler does that
-        return asked.is_set() if alone else multihost_utils.reached_preemption_sync_point(step)
 
     # ---------------------------------------------------------------------- Steps
     try:
         began = time.perf_counter()
         with jax.set_mesh(mesh):  # for what is traced; previews run outside, they may use other devices
-            compiled = train_step.lower(state, place_batch(mesh, task.batch(start))).compile()
+            compiled = train_step.lower(state, place_batch(mesh, task.batch(start, *part), part)).compile()
         telemetry.say(f"{task.name}: compiled in {time.perf_counter() - began:.1f} s")
         pending: tuple[int, StepReport] | None = None
         meter.reset()
         for step in range(start, config.steps):
-            state, report = compiled(state, place_batch(mesh, task.batch(step)))
+            state, report = compiled(state, place_batch(mesh, task.batch(step, *part), part))
             taken = step + 1
+            checkpoints.check()
             # The device works on this step while the host reads the one before and makes the next batch.
             if pending:
                 read(*pending)
             pending = (taken, report)
 
-            last = preempted(step)  # the checkpoint comes before anything else then
+            last = asked.is_set() or runtime.preempted()  # the checkpoint comes before anything else then
             validate = _due(taken, config.validate_every, config.steps) and len(task.validation) > 0 and not last
             show = _due(taken, config.preview_every, config.steps) and preview is not None and not last
             save = _due(taken, config.checkpoint_every, config.steps) or taken == config.steps or last
@@ -180,7 +190,10 @@ def fit(
                 telemetry.log(taken, {f"validation/{name}": value for name, value in scores.items()})
                 telemetry.say(f"step {taken}/{config.steps}  validation loss {scores['loss']:.4f}")
             if show and preview is not None:
-                telemetry.images(taken, preview(taken, state.params) or {})
+                params = state.params if alone else runtime.to_host(state.params)
+                if runtime.first():
+                    telemetry.images(taken, preview(taken, params) or {})
+                runtime.barrier("preview", timeout=3600)
             if save:  # after what was said of this step: a run killed here says it once
                 checkpoints.save(
                     taken,

@@ -7,7 +7,7 @@ alike, so that neither the mesh nor the accumulation changes what is optimised (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -23,7 +23,13 @@ from ar_unified.training.optimizer import state_shardings
 Params = dict[str, Any]
 Batch = Mapping[str, Any]
 Metrics = dict[str, Any]
-BatchOfStep = Callable[[int], Mapping[str, np.ndarray]]
+
+
+class BatchOfStep(Protocol):
+    """A pure function of the step."""
+
+    def __call__(self, step: int, index: int = 0, count: int = 1, /) -> Mapping[str, np.ndarray]:
+        """Part `index` of `count` equal parts of the rows of a global batch."""
 
 
 class Task(Protocol):
@@ -42,7 +48,7 @@ class Task(Protocol):
 
     @property
     def batch(self) -> BatchOfStep:
-        """The global batch of a step, a pure function of it."""
+        """The global batch of a step, or a part of it."""
 
     @property
     def validation(self) -> Sequence[Mapping[str, np.ndarray]]:

@@ -151,8 +151,7 @@ class Telemetry:
                 self._board.add_image(name, np.asarray(pixels), step, dataformats="HWC")
 
     def say(self, line: str) -> None:
-        if self.active:
-            self.console(line)
+        self.console(line)
 
     def close(self) -> None:
         if self.active:

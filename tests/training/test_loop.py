@@ -58,10 +58,10 @@ class Killed(Exception):
 def dying(step):
     """batch(step) of a run that ends at `step` without a word."""
 
-    def batch(s):
+    def batch(s, *part):
         if s == step:
             raise Killed
-        return tiny.packed(s)
+        return tiny.packed(s, *part)
 
     return batch
 
@@ -129,7 +129,7 @@ class Poisoned(TransformerTask):
 def test_a_poisoned_batch_stops_the_run_and_costs_nothing(tmp_path):
     """The bad step is the last before a checkpoint is due: it must be known to be bad by then."""
 
-    def batch(step):
+    def batch(step, *part):
         return tiny.packed(step) | {"poison": np.full((tiny.ROWS, tiny.LENGTH), step == 5)}
 
     task = tiny.task()
@@ -170,7 +170,7 @@ def test_the_bad_step_is_not_taken(params):
 
 
 def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on(whole, tmp_path):
-    def batch(step):
+    def batch(step, *part):
         if step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return tiny.packed(step)

@@ -10,7 +10,7 @@ from ar_unified.training.telemetry import read_metrics
 from tests.training import tiny
 
 
-def flat(step: int) -> dict[str, np.ndarray]:
+def flat(step: int, *part: int) -> dict[str, np.ndarray]:
     """Pictures of one colour each."""
     colours = np.random.default_rng(step).integers(0, 256, (8, 1, 1, 3))
     return {"pixels": np.broadcast_to(colours, (8, 8, 8, 3)).astype(np.uint8)}

@@ -33,7 +33,7 @@ TRAINING = TrainingConfig(
 ROWS, LENGTH = 8, 24
 
 
-def packed(step: int, rows: int = ROWS, length: int = LENGTH) -> dict[str, np.ndarray]:
+def packed(step: int, index: int = 0, count: int = 1, rows: int = ROWS, length: int = LENGTH) -> dict[str, np.ndarray]:
     """Rows of two documents and ragged padding; every text id is followed by an image code: much to learn."""
     rng = np.random.default_rng((7, step))
     batch = {
@@ -59,7 +59,8 @@ def packed(step: int, rows: int = ROWS, length: int = LENGTH) -> dict[str, np.nd
             batch["tasks"][row, where] = segment % 4
             batch["prompt"][row, start : start + n // 2] = segment == 2
             start += n
-    return batch
+    part = slice(index * rows // count, (index + 1) * rows // count)
+    return {name: values[part] for name, values in batch.items()}
 
 
 def task(**changes: Any) -> TransformerTask:

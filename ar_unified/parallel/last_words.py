@@ -1,0 +1,82 @@
+"""The log of one process of many, and what is said of it when it cannot say it itself.
+
+JAX ends a process with abort() when another is gone, and a killed process says nothing: neither can run Python of
+ours. So each process writes its stderr to a small reader, this file run as a script, which outlives it:
+
+    python last_words.py LOG PROCESS PROCESSES COORDINATOR < the stderr of the process
+
+It puts every line with the time into LOG, and on the terminal too for process 0. When the lines end without FAREWELL,
+it says what happened, in words of ours. Needs nothing but the standard library; starts in 20 ms.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import time
+
+FAREWELL = "\x04"  # the last line of a process that ends in order
+
+# How jaxlib's coordination service (0.10 to 0.12) names the processes that it misses, and that it is gone itself.
+_NAMED = re.compile(r"(?:timed out task names|stopped sending heartbeats\)):\s*((?:\d+\s+)+)")
+_START = "RegisterTask"
+_NO_COORDINATOR = re.compile(r"Failed to send RPC to coordination service|Deadline Exceeded\s+RPC: \S*RegisterTask")
+
+
+def missing(text: str) -> list[int]:
+    """The processes that an error of the coordination service blames; [] if it blames none."""
+    named = {int(number) for group in _NAMED.findall(f"{text}\n") for number in group.split()}
+    return sorted(named) or ([0] if _NO_COORDINATOR.search(text) else [])
+
+
+def gone(processes: list[int]) -> str:
+    """ "process 1 is gone (its log: logs/process-1.log)" """
+    names = ", ".join(map(str, processes[:20])) + (f" and {len(processes) - 20} more" if len(processes) > 20 else "")
+    verb = "process {} is gone" if len(processes) == 1 else "processes {} are gone"
+    return f"{verb.format(names)} (log: logs/process-{processes[0]}.log in the workdir)"
+
+
+AGAIN = "Nothing is lost: the same command, started again, continues from the last checkpoint."
+
+
+def obituary(text: str, process: int, processes: int, coordinator: str) -> str:
+    """What to say of a process that ended without FAREWELL, from the end of its stderr."""
+    who, blamed = f"process {process} of {processes}", missing(text)
+    if not blamed:
+        return f"{who} was ended from outside: killed, or out of memory. {AGAIN}"
+    if _START not in text:
+        return f"{who} was stopped by JAX: {gone(blamed)}. {AGAIN}"
+    names = f"process{'es' if len(blamed) > 1 else ''} {', '.join(map(str, blamed))}"
+    return (
+        f"{who} gave up at the start: {names} did not come to {coordinator} in time. Is it running (see its "
+        f"log, or the scheduler's)? Can its host resolve and reach {coordinator} (firewall, proxy variables)? Has "
+        "each the same --coordinator and --processes, and a --process of its own? --start-timeout waits longer."
+    )
+
+
+def main() -> None:
+    log_path, process, processes, coordinator = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # they are for the process; its last lines are still to come
+    log = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def say(line: str) -> None:
+        os.write(log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n".encode())
+        if process == 0:
+            os.write(2, f"{line}\n".encode())
+
+    rest, tail = "", ""
+    while chunk := os.read(0, 65536).decode(errors="replace"):
+        *lines, rest = re.split("[\r\n]", rest + chunk)
+        for line in lines:
+            if line == FAREWELL:
+                return
+            say(line)
+        tail = (tail + "".join(f"{line}\n" for line in lines))[-20_000:]
+    say(f"ar-unified: {obituary(tail + rest, process, processes, coordinator)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""Many processes as one program: the one door to `jax.distributed`.
+
+Every process of a job runs the same command. `start` joins them, from flags or from what the cluster says; `barrier`
+lets them wait for each other; `ending` ends them together. One process is the usual case and costs nothing: nothing is
+started, and every function here returns at once.
+
+JAX's coordination service watches over the processes: when one is gone, it ends the others within the heartbeat
+time-out, also those that wait inside a collective. `last_words.py` says so in words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+from absl import flags
+
+# Private, for want of a public way: what cluster this is before anything is started (jax.distributed.initialize tells
+# only by starting), and a service that names who did not come (initialize does not pass its own time-out on to it).
+from jax._src import clusters
+from jax._src.lib import _jax
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import multihost  # barriers of the coordination service; JAX's public ones are device collectives
+
+from ar_unified.parallel import last_words
+
+_GRACE = 3.0  # seconds that process 0, whose end ends the others, leaves them to say what they have to say
+# Errors of collectives that lost a peer: gloo's, NCCL's, the coordination service's.
+_PEER_LOST = re.compile(r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|[Cc]onnection (reset|closed|refused)|heartbeat")
+
+
+class ProcessesMissing(RuntimeError):
+    """Others did not come to a barrier in time; the message names them. `processes`: their numbers, if known."""
+
+    def __init__(self, message: str, processes: list[int]):
+        super().__init__(message)
+        self.processes = processes
+
+
+class _Log:
+    """Where this process writes when there are several: its log, and the reader that its stderr goes to."""
+
+    def __init__(self, folder: Path, process: int, processes: int, coordinator: str, heartbeat_timeout: int):
+        self.heartbeat_timeout = heartbeat_timeout
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"process-{process}.log"
+        self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        facts = [str(path), str(process), str(processes), coordinator]
+        command = [sys.executable, "-I", "-S", last_words.__file__, *facts]
+        self.reader = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        assert self.reader.stdin is not None
+        self.streams = {2: os.dup(2)} | ({1: os.dup(1)} if process else {})
+        for stream in self.streams:
+            os.dup2(self.reader.stdin.fileno(), stream)
+        self.reader.stdin.close()
+
+    def write(self, line: str) -> None:
+        os.write(self.file, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n".encode())
+
+    def close(self) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.write(2, f"{last_words.FAREWELL}\n".encode())
+        for stream, terminal in self.streams.items():  # the last writing ends, unless a child of ours has one
+            os.dup2(terminal, stream)
+        self.reader.wait(timeout=10)
+
+
+_log: _Log | None = None
+_asked = 0
+
+
+# ---- start and end --------------------------------------------------------------------------------------------------
+
+
+def start(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    *,
+    logs: str | Path,
+    start_timeout: int = 300,
+    heartbeat_timeout: int = 100,
+) -> None:
+    """Joins the processes of this job, before the first JAX computation.
+
+    Args:
+      coordinator: HOST:PORT of process 0. processes: their number. process: which of them this is, from 0. All three,
+        or none: then the environment decides as JAX reads it (SLURM, GKE, TPU metadata, Open MPI, Kubernetes), and
+        where there is none, or it has one process, nothing is started. `processes=1` alone: nothing is started.
+      logs: folder for `process-<i>.log`, on storage that all processes share; not touched by a single process.
+      start_timeout: seconds until all must have come. heartbeat_timeout: until a silent process is given up.
+
+    Raises ValueError for flags that do not fit together. Time-outs end the process: its last words name who is missing.
+    """
+    global _log
+    given = [value is not None for value in (coordinator, processes, process)]
+    if processes == 1 and not (coordinator or process):
+        return
+    if not any(given):
+        detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
+        where = os.environ.get("JAX_COORDINATOR_ADDRESS")
+        coordinator, processes, process, _ = detect(where, None, None, None, None, start_timeout)
+        if processes is None or processes == 1:
+            return
+    if coordinator is None or processes is None or process is None:
+        found = f"coordinator={coordinator}, processes={processes}, process={process}"
+        raise ValueError(f"expected --coordinator HOST:PORT, --processes N and --process I, all three; found {found}")
+    if not 0 <= process < processes or not re.fullmatch(r".+:\d+", coordinator):
+        raise ValueError(
+            f"expected --coordinator HOST:PORT and 0 <= --process < --processes; found {coordinator}, "
+            f"process {process} of {processes}"
+        )
+    _log = _Log(Path(logs), process, processes, coordinator, heartbeat_timeout)
+    _log.write(
+        f"process {process} of {processes}, coordinator {coordinator}, pid {os.getpid()} on {os.uname().nodename}"
+    )
+    # The service gives up first, and says who is missing to all who came; the clients' own time-out is for its silence.
+    service = partial(_jax.get_distributed_runtime_service, cluster_register_timeout=start_timeout)
+    with mock.patch.object(_jax, "get_distributed_runtime_service", service):
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            initialization_timeout=start_timeout + 5,
+            heartbeat_timeout_seconds=heartbeat_timeout,
+            shutdown_timeout_seconds=heartbeat_timeout,
+        )
+    # Orbax's manager waits by device collectives unless told otherwise; those would cross the step's own.
+    flags.FLAGS["experimental_orbax_use_distributed_barrier"].value = True
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+@contextlib.contextmanager
+def ending() -> Iterator[None]:
+    """Around a whole program: all processes end together, and one that fails ends at once, with its traceback."""
+    try:
+        yield
+    except Exception as error:
+        if _log is not None:
+            _fail(error)
+        raise
+    except BaseException:  # SystemExit: all processes raise it at the same place
+        _stop()
+        raise
+    _stop()
+
+
+def _stop() -> None:
+    global _log
+    if _log is None:
+        return
+    jax.distributed.shutdown()  # waits for the others
+    log, _log = _log, None
+    log.close()
+
+
+def _fail(error: Exception) -> None:
+    """Says why, and ends this process without waiting for the others: they may be waiting for this one."""
+    assert _log is not None
+    traceback.print_exception(error)
+    if _PEER_LOST.search(str(error)) and not isinstance(error, ProcessesMissing):
+        print(
+            "ar-unified: a connection broke; JAX says within the heartbeat time-out whose", file=sys.stderr, flush=True
+        )
+        time.sleep(_log.heartbeat_timeout + 10)  # it ends this process with the answer
+    if jax.process_index() == 0:
+        time.sleep(_GRACE)
+    _log.close()
+    os._exit(1)
+
+
+# ---- between the two ------------------------------------------------------------------------------------------------
+
+
+def first() -> bool:
+    """Whether this is process 0, which writes what is written once."""
+    return jax.process_index() == 0
+
+
+def say(line: str) -> None:
+    """A line for people: on the terminal from process 0 alone; in the log of every process where there are several."""
+    if first():
+        print(line, flush=True)
+    if _log is not None:
+        _log.write(line)
+
+
+def barrier(name: str, timeout: float = 600.0) -> None:
+    """Waits until every process is at the barrier of this name, through the coordination service: no device is asked.
+
+    Raises ProcessesMissing after `timeout` seconds, naming those that did not come.
+    """
+    if jax.process_count() == 1:
+        return
+    try:
+        multihost.get_barrier_sync_fn()(key=f"ar_unified/{name}", timeout_ms=int(timeout * 1000))
+    except jax.errors.JaxRuntimeError as error:
+        lost = last_words.missing(str(error))
+        who = last_words.gone(lost) if lost else f"the coordination service says: {str(error)[:500]}"
+        where = f"waited {timeout:g} s at the barrier {name!r}"
+        raise ProcessesMissing(f"{where}: {who}. {last_words.AGAIN}", lost) from error
+
+
+def preempted() -> bool:
+    """Whether all processes stop here: SIGTERM came to one of them, and this is the call they agreed on.
+
+    To be called by all processes equally often, at the end of every step. JAX's handler of SIGTERM is the one that
+    counts, so none may be installed beside it. Always False for a single process.
+    """
+    global _asked
+    if _log is None:
+        return False
+    _asked += 1  # not the step: a second training starts from 0 again, behind what was agreed
+    return multihost_utils.reached_preemption_sync_point(_asked)
+
+
+def to_host(tree: Any) -> Any:
+    """Arrays on any mesh -> the same tree of numpy arrays on process 0, None on the others; all must call it.
+
+    Leaf by leaf: each is whole on every device for a moment.
+    """
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+
+    def one(x: Any) -> np.ndarray | None:
+        whole = jax.jit(_same, out_shardings=NamedSharding(x.sharding.mesh, P()))(x)
+        return np.asarray(whole.addressable_data(0)) if first() else None
+
+    host = jax.tree.map(one, tree)
+    return host if first() else None
+
+
+def _same(x: jax.Array) -> jax.Array:
+    return x
