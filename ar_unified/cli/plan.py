@@ -1,9 +1,9 @@
 """Compile an experiment's real programs for hardware that is not here: what they need and how fast they can be.
 
 Needs a CPU, and libtpu for TPUs (`pip install ar_unified[tpu]` or `make libtpu`); no data, tokenizers or workdir.
-Prints per device: memory by what holds it against what there is, collectives by kind with the bytes they send, FLOPs, and an
-estimate of the time of a step with what it assumes. A program that does not fit is refused (exit status 1) with the
-compiler's number and with what would make it fit. With --output:
+Prints per device: memory by what holds it against what there is, collectives by kind with the bytes they send, FLOPs,
+and an estimate of the time of a step with what it assumes. A program that does not fit is refused (exit status 1) with
+the compiler's number and with what would make it fit. With --output:
   plan.json    all numbers
   index.html   the same with a picture of where memory goes
 

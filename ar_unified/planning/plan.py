@@ -101,9 +101,9 @@ def _warnings(run: Run, mesh: Mesh, target: Target) -> list[str]:
     if target.is_tpu and width % LANES:
         most = max(n for n in range(1, mesh.shape["fsdp"] + 1) if run.model.d_model % (n * LANES) == 0)
         said.append(
-            f"fsdp={mesh.shape['fsdp']} leaves {width:g} of d_model's {run.model.d_model} columns a device, and TPUs "
-            f"keep {LANES} together: the compiler then sends all-reduces in place of all-gathers and reduce-scatters, twice "
-            f"the bytes; fsdp={most} with a larger data axis avoids it"
+            f"fsdp={mesh.shape['fsdp']} leaves {width:g} of {run.model.d_model} columns of d_model a device, and "
+            f"TPUs keep {LANES} together: the compiler then sends all-reduces in place of all-gathers and "
+            f"reduce-scatters, twice the bytes; fsdp={most} with a larger data axis avoids it"
         )
     return said
 
