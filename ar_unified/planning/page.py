@@ -10,7 +10,7 @@ from typing import Any
 
 from ar_unified.planning.memory import PARTS
 from ar_unified.planning.plan import Plan
-from ar_unified.planning.report import duration, size, text
+from ar_unified.planning.report import billions, duration, size, text
 from ar_unified.workdir import write_text
 
 _WIDTH, _BAR = 1000, 46  # SVG units
@@ -30,7 +30,7 @@ def write_page(path: str | Path, plan: Plan) -> None:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}: ar_unified plan</title><style>{style}</style></head>
 <body><main><h1>{escape(title)}</h1>
-<p class="lead">{plan["model"]["parameters"] / 1e9:.2f}B parameters on {plan["chips"]} chips, mesh {escape(mesh)}.
+<p class="lead">{billions(plan["model"]["parameters"])} parameters on {plan["chips"]} chips, mesh {escape(mesh)}.
 Compiled for this hardware; nothing was run.</p>
 {sections}<h2>In words</h2><pre>{escape(text(plan))}</pre></main></body></html>
 """,

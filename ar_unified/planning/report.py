@@ -19,6 +19,10 @@ def size(n: float | None) -> str:
     return f"{n:.0f} B"
 
 
+def billions(n: float) -> str:
+    return f"{n / 1e9:.2f}B" if n >= 1e8 else f"{n / 1e6:.2f}M"
+
+
 def duration(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
@@ -28,7 +32,7 @@ def text(plan: Plan) -> str:
     mesh = " ".join(f"{axis}={n}" for axis, n in plan["mesh"].items())
     lines = [
         f"{plan['job']} on {plan['target']}: {plan['chips']} chips, mesh {mesh}",
-        f"  model: {plan['model']['parameters'] / 1e9:.2f}B parameters, vocabulary {plan['model']['vocabulary']:,}, "
+        f"  model: {billions(plan['model']['parameters'])} parameters, vocabulary {plan['model']['vocabulary']:,}, "
         f"remat {plan['model']['remat']}, {plan['model']['dtype']}",
         f"  batch: {', '.join(f'{name} {value:,}' for name, value in plan['batch'].items())}",
     ]

@@ -27,6 +27,14 @@ LIBTPU = (
     "checkout (or point TPU_LIBRARY_PATH at a libtpu.so)"
 )
 
+# No host of a TPU: it asks nobody where it is, does not lock others out, and does not complain that it cannot tell.
+_QUIET = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}
+
 
 class TargetError(ValueError):
     """A target that does not exist or that this host cannot compile for; the message says what to do."""
@@ -109,14 +117,14 @@ def parse_target(text: str) -> Target:
 
 
 def _find_libtpu() -> None:
-    """Makes libtpu loadable by name: not a user of a TPU, beside others of its kind, asking no metadata server."""
+    """Makes libtpu loadable as a compiler."""
     beside = Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"  # where `make libtpu` puts it
     if "TPU_LIBRARY_PATH" not in os.environ and importlib.util.find_spec("libtpu") is None:
         if not beside.exists():
             raise TargetError(LIBTPU)
         os.environ["TPU_LIBRARY_PATH"] = str(beside)
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
 
 
 def _cpu_devices(target: Target) -> list[jax.Device]:
