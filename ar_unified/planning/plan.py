@@ -140,19 +140,14 @@ def _grouped(found: Sequence[Collective], mesh: Mesh, target: Target) -> list[di
     for each in found:
         moved = traffic(each, mesh, target.hardware)
         axes = " x ".join(_axes(each.groups[0], mesh))
-        key = (each.kind, axes, moved.dcn > 0)
-        empty = {
-            "kind": each.kind,
-            "over": axes,
-            "group": each.groups.shape[1],
-            "network": "DCN" if moved.dcn else "ICI",
-        }
-        row = rows.setdefault(key, {**empty, "times": 0, "bytes": 0.0, "ici": 0.0, "dcn": 0.0, "overlapped": 0.0})
-        row["times"] += each.times
-        row["bytes"] += float(each.bytes * each.times)
-        row["ici"] += moved.ici
-        row["dcn"] += moved.dcn
-        row["overlapped"] += moved.ici + moved.dcn if each.overlapped else 0.0
+        sent = moved.ici + moved.dcn
+        row = rows.setdefault((each.kind, axes, moved.dcn > 0), {"kind": each.kind, "over": axes})
+        row["group"] = each.groups.shape[1]
+        sums = {"times": each.times, "bytes": float(each.bytes * each.times), "ici": moved.ici, "dcn": moved.dcn}
+        for name, n in (sums | {"overlapped": sent * each.overlapped}).items():
+            row[name] = row.get(name, 0) + n
+        if sent > row.get("most", 0.0):
+            row |= {"most": sent, "source": each.source}
     return sorted(rows.values(), key=lambda row: -row["ici"] - row["dcn"])
 
 

@@ -67,6 +67,7 @@ def _program(program: dict[str, Any], plan: Plan) -> list[str]:
         lines.append(
             f"    {row['kind']:<19}{row['times']:>6} x over {row['over']} ({row['group']}): {', '.join(networks)}"
             + (f", {row['overlapped'] / (row['ici'] + row['dcn']):.0%} overlapped" if row["overlapped"] else "")
+            + (f"; most for {'/'.join(row['source'].split('/')[-2:])}" if row.get("source") else "")
         )
     if not program["collectives"]:
         lines.append("    none")
