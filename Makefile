@@ -7,7 +7,7 @@ PYTHON  ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 PINS     = requirements/py$(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])' 2>/dev/null).txt
 BIN      = $(VENV)/bin
 
-.PHONY: setup libtpu demo test test-slow lint check-hopper wheel clean
+.PHONY: setup libtpu demo test test-slow lint check-hopper plan wheel clean
 
 setup: $(VENV)/.installed
 
@@ -52,6 +52,9 @@ $(HOPPER)/.installed: $(wildcard requirements/*.txt)
 	  $(HOPPER)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	    jax-cuda13-pjrt==$$jax jax-cuda13-plugin==$$jax nvidia-cuda-nvcc nvidia-nvvm
 	@touch $@
+
+plan: setup libtpu  ## compile published shapes for TPU slices and write the table in BUILD.md; an hour on two cores
+	PYTHONPATH=.:tokenizers $(BIN)/python experiments/benchmarks/plan_table.py
 
 wheel: setup
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -66,6 +66,7 @@ def defaults() -> ConfigDict:
     config.loss.tasks = ConfigDict(dict(text=1.0, text_to_image=1.0, image_to_text=1.0, interleaved=1.0))
     config.loss.prompt = 1.0  # further weight of what stands inside a prompt
     config.loss.z_loss = 0.0
+    config.loss.chunk = 1024  # positions whose logits a device holds at one time
 
     config.training = ConfigDict()
     config.training.steps = 1000

@@ -17,6 +17,7 @@ VERBS = {
     "train": "train the transformer on the shards",
     "sample": "write interleaved documents for the prompts of a JSONL file",
     "evaluate": "score the tokenizer and the model on held-out documents; write evaluation.json and report.html",
+    "plan": "compile the training or sampling for a TPU slice or GPUs that are not here: memory, traffic, time",
     "validate": "check a dataset folder or a config and print what is in it, bad items by file and line",
 }
 

@@ -74,6 +74,7 @@ def train(experiment: Experiment) -> None:
         prompt_weight=config.loss.prompt,
         z_loss=config.loss.z_loss,
         text_bytes=experiment.text_tokenizer.piece_bytes,
+        chunk=config.loss.chunk,
     )
     fit(
         task,

@@ -15,20 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from ar_unified.parallel.hardware import of_kind
 from ar_unified.training.step import Metrics
-
-# Dense bf16 matrix-multiply peak, FLOP/s per device as JAX counts devices (v4 and later: one per chip; TPU7x: one per
-# half chip). From the vendors' data sheets. First match by prefix of device_kind, so longer names come first.
-PEAK_FLOPS = (
-    ("TPU v6 lite", 918e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5", 459e12),
-    ("TPU v4", 275e12),
-    ("TPU7x", 1154e12),
-    ("NVIDIA H200", 989e12),
-    ("NVIDIA H100", 989e12),  # SXM
-    ("NVIDIA A100", 312e12),
-)
 
 
 def peak_flops() -> tuple[float, str]:
@@ -38,9 +26,8 @@ def peak_flops() -> tuple[float, str]:
     one processor, so it is not multiplied by their number there.
     """
     device = jax.devices()[0]
-    for kind, peak in PEAK_FLOPS:
-        if device.device_kind.startswith(kind):
-            return peak * jax.device_count(), f"{kind} data sheet, bf16"
+    if (known := of_kind(device.device_kind)) is not None:
+        return known.flops * jax.device_count(), f"{known.kind} data sheet, bf16"
     n = 1024
     matrix = jax.device_put(np.ones((n, n), np.float32), jax.local_devices()[0])
     multiply = jax.jit(jnp.matmul)

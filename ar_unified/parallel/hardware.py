@@ -1,0 +1,87 @@
+"""What one device can do, by kind: the numbers that MFU is measured against and that a plan estimates with.
+
+A device is what JAX counts: one chip from v4 on (v4 with its two cores as one, "megacore"), half a chip of TPU7x. All
+numbers are the vendors', dense, per device and in one direction; what a program reaches of them is another matter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+GiB = 1 << 30
+_CLOUD = "docs.cloud.google.com/tpu/docs/"
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """
+    Attributes:
+      name: as a target is written, "v5p".
+      kind: how `device_kind` begins.
+      flops: bf16 matrix products, FLOP/s.
+      hbm: bytes of memory; of TPUs what libtpu 0.0.42 leaves to a program, as it says where one does not fit.
+      hbm_bandwidth: bytes/s.
+      link: bytes/s of one link to one neighbour, one direction (TPU); of all links together (GPU).
+      torus: axes of the network that joins the devices of a slice; a device has two links along each. 0: a switch.
+      ring: an axis is closed to a ring where its size is a multiple of this.
+      largest: devices of the largest slice (TPU) or node (GPU).
+      dcn: bytes/s to other slices or nodes.
+      host: devices on one host.
+      source: where the numbers are from.
+    """
+
+    name: str
+    kind: str
+    flops: float
+    hbm: float
+    hbm_bandwidth: float
+    link: float
+    torus: int
+    ring: int
+    largest: int
+    dcn: float
+    host: int
+    source: str
+
+
+# First match by prefix of device_kind, so longer names come first.
+HARDWARE = (
+    Hardware(
+        "v6e", "TPU v6 lite", 918e12, 31.25 * GiB, 1638e9, 100e9, 2, 16, 256, 12.5e9, 8,
+        f"{_CLOUD}v6e and tpu7x: 918 TFLOPs, 32 GB at 1638 GBps, ICI 800 GBps both ways over 4 links, DCN 100 Gbps",
+    ),
+    Hardware(
+        "v5e", "TPU v5 lite", 197e12, 15.75 * GiB, 819e9, 50e9, 2, 16, 256, 3.125e9, 8,
+        f"{_CLOUD}v5e: 197 TFLOPs, 16 GB at 819 GBps, ICI 400 GBps both ways over 4 links, DCN 6.4 Tbps per 256 chips",
+    ),
+    Hardware(
+        "v5p", "TPU v5", 459e12, 95.74 * GiB, 2765e9, 100e9, 3, 4, 6144, 6.25e9, 4,
+        f"{_CLOUD}v5p: 459 TFLOPs, 95 GiB at 2765 GBps, ICI 1200 GBps both ways over 6 links, DCN 50 Gbps",
+    ),
+    Hardware(
+        "v4", "TPU v4", 275e12, 30.75 * GiB, 1200e9, 45e9, 3, 4, 4096, 6.25e9, 4,
+        f"{_CLOUD}v4: 275 TFLOPs, 32 GiB at 1200 GBps; link and DCN (25 GB/s a host): jax-ml.github.io/scaling-book",
+    ),
+    Hardware(
+        "tpu7x", "TPU7x", 1153.5e12, 94.75 * GiB, 3690e9, 50e9, 3, 4, 18432, 6.25e9, 8,
+        f"{_CLOUD}tpu7x, half of a chip: 2307 TFLOPs, 192 GiB at 7380 GBps, ICI 1200 GBps both ways over 6 links, "
+        "DCN 100 Gbps",
+    ),
+    Hardware(
+        "h200", "NVIDIA H200", 989e12, 141e9, 4800e9, 450e9, 0, 0, 8, 50e9, 8,
+        "NVIDIA H200 SXM data sheet: 989 TFLOPS, 141 GB at 4.8 TB/s, NVLink 900 GB/s both ways; DGX: 400 Gb/s a GPU",
+    ),
+    Hardware(
+        "h100", "NVIDIA H100", 989e12, 80e9, 3350e9, 450e9, 0, 0, 8, 50e9, 8,
+        "NVIDIA H100 SXM data sheet: 989 TFLOPS, 80 GB at 3.35 TB/s, NVLink 900 GB/s both ways; DGX: 400 Gb/s a GPU",
+    ),
+    Hardware(
+        "a100", "NVIDIA A100", 312e12, 80e9, 2039e9, 300e9, 0, 0, 8, 25e9, 8,
+        "NVIDIA A100 SXM 80GB data sheet: 312 TFLOPS, 2039 GB/s, NVLink 600 GB/s both ways; DGX: 200 Gb/s a GPU",
+    ),
+)  # fmt: skip
+
+
+def of_kind(device_kind: str) -> Hardware | None:
+    """The hardware of a device as JAX names its kind; None for what the table does not know (CPUs among them)."""
+    return next((each for each in HARDWARE if device_kind.startswith(each.kind)), None)

@@ -1,0 +1,87 @@
+"""What would make a program fit: changes of one thing each, tried.
+
+Arithmetic says which changes cannot be enough: parameters, optimizer state and gradients are exact before anything is
+compiled. The others are compiled, and what is reported of them is the compiler's answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from jax.sharding import Mesh
+
+from ar_unified.planning.memory import at_least, memory
+from ar_unified.planning.programs import OutOfMemory, Run, programs
+from ar_unified.planning.targets import Target
+
+
+class Trial(NamedTuple):
+    """
+    Attributes:
+      change: in words, with the key to set.
+      fits: None: not compiled, because arithmetic rules it out.
+      peak: bytes a device: the compiler's, or the least that arithmetic allows.
+    """
+
+    change: str
+    fits: bool | None
+    peak: float | None
+
+
+def trials(run: Run, mesh: Mesh, target: Target, job: str, say: Callable[[str], object]) -> Iterator[Trial]:
+    """Every change that applies, the cheapest for training speed first; each that may fit is compiled."""
+    for change, variant, shape in _changes(run, mesh, job):
+        try:
+            other = target.mesh(shape)
+            todo = programs(variant, other, job)
+        except ValueError:  # sizes that do not divide: not a way out
+            continue
+        capacity = target.hardware.hbm
+        least = max(sum(at_least(program, variant).values()) for program in todo)
+        if least > capacity:
+            yield Trial(change, None, least)
+            continue
+        say(f"  trying {change} ...")
+        try:
+            peak = max(memory(program, program.compile(), variant, capacity).peak for program in todo)
+            yield Trial(change, peak <= capacity, peak)
+        except OutOfMemory as error:
+            yield Trial(change, False, error.used)
+
+
+def _changes(run: Run, mesh: Mesh, job: str) -> Iterator[tuple[str, Run, dict[str, int]]]:
+    """(what, the run, the sizes of its mesh), one change each."""
+    shape = dict(mesh.shape)
+    rows = shape["data"] * shape["fsdp"]  # devices that hold different rows
+    if job == "sample":
+        if run.requests % 2 == 0 and run.requests // 2 >= rows:
+            yield f"config.sampling.batch_size={run.requests // 2}", _with(run, requests=run.requests // 2), shape
+        yield f"config.sampling.max_length={run.max_length // 2}", _with(run, max_length=run.max_length // 2), shape
+    else:
+        if run.model.remat != "full":
+            model = dataclasses.replace(run.model, remat="full")
+            yield "config.model.remat=full", _with(run, model=model), shape
+        smaller = run.loss_chunk // 4
+        if smaller >= 128:
+            yield f"config.loss.chunk={smaller}", _with(run, loss_chunk=smaller), shape
+        each = run.batch_size // run.accumulation
+        if each % 2 == 0 and each // 2 >= rows:
+            more = run.accumulation * 2
+            yield f"config.training.accumulation={more}", _with(run, accumulation=more), shape
+            yield f"config.training.batch_size={run.batch_size // 2}", _with(run, batch_size=run.batch_size // 2), shape
+    if shape["data"] > 1:
+        factor = 2 if shape["data"] % 2 == 0 else shape["data"]
+        wider = shape | {"data": shape["data"] // factor, "fsdp": shape["fsdp"] * factor}
+        yield f"config.mesh.fsdp={wider['fsdp']}", run, wider
+    for axis in ("data", "fsdp"):
+        factor = next((f for f in (4, 2) if shape[axis] % f == 0), 0)
+        if factor:
+            cut = shape | {axis: shape[axis] // factor, "tensor": shape["tensor"] * factor}
+            yield f"config.mesh.{axis}={cut[axis]} --config.mesh.tensor={cut['tensor']}", run, cut
+            break
+
+
+def _with(run: Run, **changes: object) -> Run:
+    return dataclasses.replace(run, **changes)  # type: ignore[arg-type]

@@ -1,0 +1,258 @@
+"""The collectives of a compiled module: what each moves, between whom, and how often a step runs it.
+
+Read from the text of the optimised HLO, which is what will run: inside a loop an instruction counts as often as the
+loop turns. Replica groups are positions in the mesh (row-major), in any of the three notations XLA prints.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+
+class Collective(NamedTuple):
+    """One collective instruction, per device.
+
+    Attributes:
+      kind: of KINDS.
+      bytes: of the whole array: what all-gather gives, what reduce-scatter takes, what the others give.
+      groups: int [groups, size], positions in the mesh of the devices that exchange; of a permute the pairs.
+      times: how often a step runs it.
+      known: False: it is in a loop whose length depends on data, which counts once.
+      overlapped: the compiler runs it beside computation.
+      source: the operation of the program it was made for, as XLA names it.
+    """
+
+    kind: str
+    bytes: int
+    groups: np.ndarray
+    times: int
+    known: bool
+    overlapped: bool
+    source: str
+
+    @property
+    def sent(self) -> float:
+        """Bytes a device sends in one step, by the ring algorithm: (n - 1) / n of the array, twice for all-reduce."""
+        n = self.groups.shape[1]
+        if self.kind == "collective-permute":
+            return float(self.bytes * self.times)
+        return self.bytes * self.times * (n - 1) / n * (2 if self.kind == "all-reduce" else 1)
+
+
+class _Instruction(NamedTuple):
+    type: str
+    opcode: str
+    rest: str  # operands and attributes
+
+
+def collectives(hlo: str, devices: int) -> list[Collective]:
+    """All collectives of a module over `devices` devices that join at least two of them.
+
+    What TPU's compiler overlaps it writes down in several fusions with one channel: it counts once.
+    """
+    computations, entry = _parse(hlo)
+    times, known = _times(computations, entry)
+    callers = {callee: each for part in computations.values() for each in part for callee in _CALLED.findall(each.rest)}
+    found: dict[Any, Collective] = {}
+    for name, instructions in computations.items():
+        if not times[name]:
+            continue
+        for each in instructions:
+            kind = each.opcode.removesuffix("-start")
+            if kind not in KINDS:
+                continue
+            groups = _groups(each.rest, devices, kind)
+            size = _bytes(each.type, last=each.opcode.endswith("-start") and kind != "all-reduce")
+            if kind == "reduce-scatter":
+                size *= groups.shape[1]
+            # TPU's fused reduce-scatter: an all-reduce of which the same fusion keeps this device's part.
+            if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"
+            if groups.shape[1] > 1:
+                source = _source(each) or (_source(callers[name]) if name in callers else "")
+                overlapped = each.opcode.endswith("-start") or name.startswith("async_collective_fusion")
+                channel = re.search(r"channel_id=(\d+)", each.rest)
+                key = int(channel.group(1)) if channel else (name, len(found))
+                if (before := found.get(key)) is not None:
+                    overlapped |= before.overlapped
+                    source = source or before.source
+                    count = max(before.times, times[name])
+                else:
+                    count = times[name]
+                found[key] = Collective(kind, size, groups, count, known[name], overlapped, source)
+    return list(found.values())
+
+
+def unknown_loops(hlo: str) -> int:
+    """Loops that are reached and whose number of turns the module does not say."""
+    computations, entry = _parse(hlo)
+    times, _ = _times(computations, entry)
+    return sum(
+        each.opcode == "while" and _trips(each, computations) is None
+        for name, instructions in computations.items()
+        if times[name]
+        for each in instructions
+    )
+
+
+def _source(each: _Instruction) -> str:
+    named = re.search(r'op_name="([^"]*)"', each.rest)
+    return named.group(1) if named else ""
+
+
+# ---- the text ----------------------------------------------------------------------------------------------------
+
+_HEADER = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{$")
+_NAMED = re.compile(r"^\s+(?:ROOT )?%?([^\s=]+) = ")
+_ARRAY = re.compile(r"\b([a-z]+)(\d*)[a-z0-9]*\[([\d,]*)\]")
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([^\s,}]+)")
+_MANY_CALLED = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
+
+
+def _parse(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:
+    """Instructions by computation, and the name of the entry."""
+    computations: dict[str, list[_Instruction]] = {}
+    entry, current = "", []
+    for line in hlo.splitlines():
+        if header := _HEADER.match(line):
+            current = computations.setdefault(header.group(2), [])
+            entry = header.group(2) if header.group(1) else entry
+        elif named := _NAMED.match(line):
+            kind, rest = _split_type(line[named.end() :])
+            opcode, _, rest = rest.partition("(")
+            current.append(_Instruction(kind, opcode, rest))
+    if not entry:
+        raise ValueError("this is not the text of an HLO module: it has no ENTRY computation")
+    return computations, entry
+
+
+def _split_type(text: str) -> tuple[str, str]:
+    """The type an instruction begins with, and what follows: a tuple ends with its own parenthesis."""
+    if not text.startswith("("):
+        kind, _, rest = text.partition(" ")
+        return kind, rest
+    depth = 0
+    for at, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return text[: at + 1], text[at + 2 :]
+    raise ValueError(f"unfinished tuple type: {text[:80]}")
+
+
+def _bytes(kind: str, last: bool = False) -> int:
+    """Bytes of a type: of all arrays of a tuple, or of the result alone where a start's type holds the operand too."""
+    arrays = []
+    for letters, bits, shape in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", kind)):
+        width = 8 if letters == "pred" else int(bits or 0)
+        if width:
+            arrays.append(math.prod(int(n) for n in shape.split(",") if n) * width // 8)
+    if last and len(arrays) > 1:  # (operands..., results...), and for a permute two u32 [] of context
+        arrays = [a for a in arrays if a > 4] or arrays
+        arrays = arrays[len(arrays) // 2 :]
+    return sum(arrays)
+
+
+def _times(computations: dict[str, list[_Instruction]], entry: str) -> tuple[dict[str, int], dict[str, bool]]:
+    """How often one run of the module runs each computation, and whether that is known."""
+    times: dict[str, int] = defaultdict(int)
+    known: dict[str, bool] = defaultdict(lambda: True)
+
+    def visit(name: str, count: int, certain: bool) -> None:
+        times[name] += count
+        known[name] &= certain
+        for each in computations.get(name, ()):
+            if each.opcode in ("async-update", "async-done"):  # their start has called it
+                continue
+            turns = _trips(each, computations) if each.opcode == "while" else 1
+            called = _CALLED.findall(each.rest)
+            for names in _MANY_CALLED.findall(each.rest):
+                called += [word.strip().lstrip("%") for word in names.split(",")]
+            for callee in called:
+                visit(callee, count * (turns or 1), certain and turns is not None)
+
+    visit(entry, 1, True)
+    return times, known
+
+
+def _trips(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> int | None:
+    """Turns of a loop: as XLA states it, or the constant that its counter, from 0 by 1, is compared with."""
+    if stated := re.search(r'"?known_trip_count"?:\{"n":"(\d+)"\}', loop.rest):
+        return int(stated.group(1))
+    condition = re.search(r"condition=%?([^\s,}]+)", loop.rest)
+    if condition is None:
+        return None
+    names, bounds, less = [condition.group(1)], [], 0
+    while names:
+        for each in computations.get(names.pop(), ()):
+            names += _CALLED.findall(each.rest)
+            if each.opcode == "constant" and each.type.startswith("s32[]"):
+                bounds.append(int(each.rest.partition(")")[0]))
+            less += each.opcode == "compare" and "direction=LT" in each.rest
+    return bounds[0] if len(bounds) == 1 and less == 1 else None
+
+
+def _groups(rest: str, devices: int, kind: str) -> np.ndarray:
+    """int [groups, size] of positions."""
+    if kind == "collective-permute":
+        pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", rest)
+        numbers = [int(n) for n in re.findall(r"\d+", pairs.group(1))] if pairs else []
+        moved = np.array(numbers, int).reshape(-1, 2)
+        moved = moved[moved[:, 0] != moved[:, 1]]
+        return moved if len(moved) else np.zeros((1, 1), int)
+    given = rest.partition("replica_groups=")[2]
+    if given.startswith("mesh["):
+        return _mesh_groups(given)
+    if given.startswith("["):
+        shape, _, order = given.partition("<=")
+        return _iota(order, devices).reshape(_numbers(shape))
+    listed = re.match(r"\{(\{[\d,{} ]*\})\}", given)
+    if listed is None:
+        return np.arange(devices)[None]  # {}: all together
+    return np.array([_numbers(group) for group in re.findall(r"\{([\d, ]*)\}", listed.group(1))])
+
+
+def _mesh_groups(given: str) -> np.ndarray:
+    """mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a','b':(1)2}: the devices that differ on the named axes only."""
+    match = re.match(r"mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", given)
+    if match is None:
+        raise ValueError(f"replica groups in a notation that is not known: {given[:120]}")
+    axes, order, chosen = match.groups()
+    named = re.findall(r"'?([^'=,]+)'?=(\d+)", axes)
+    sizes = [int(size) for _, size in named]
+    ids = _iota(order or "", math.prod(sizes)).reshape(-1)
+    # Every axis as (before, chosen part, after): a part of an axis is written 'axis':(before)size.
+    shape: list[int] = []
+    inner: list[int] = []
+    parts = {name: (int(pre or 1), int(size or 0)) for name, pre, size in _CHOSEN.findall(chosen)}
+    for (name, _), size in zip(named, sizes, strict=True):
+        pre, part = parts.get(name, (size, 1))
+        part = part or size // pre
+        inner.append(len(shape) + 1)
+        shape += [pre, part, size // (pre * part)]
+    outer = [axis for axis in range(len(shape)) if axis not in inner]
+    count = math.prod(shape[axis] for axis in inner)
+    return ids.reshape(shape).transpose([*outer, *inner]).reshape(-1, count)
+
+
+_CHOSEN = re.compile(r"'?([^',:{}\s]+)'?(?::\((\d+)\)(\d+))?")
+
+
+def _iota(order: str, devices: int) -> np.ndarray:
+    """[4,16]T(1,0): 0 .. 63 as 4 x 16, axes exchanged; a plain list of ids; nothing: in order."""
+    if match := re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order):
+        ids = np.arange(devices).reshape(_numbers(match.group(1)))
+        return ids.transpose(_numbers(match.group(2))) if match.group(2) else ids
+    numbers = _numbers(order)
+    return np.array(numbers) if len(numbers) == devices else np.arange(devices)
+
+
+def _numbers(text: str) -> Sequence[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]

@@ -1,0 +1,71 @@
+"""Where a device's memory goes: what the compiler says in all, and how it divides, as far as that can be known.
+
+Parameters, optimizer state, batch and cache are arithmetic on their shardings; the compiler's argument size checks it.
+Of temporaries it gives one number. Gradients and what the forward pass keeps for the backward one are computed, and the
+rest is what it is called: gathered weights, logits of a chunk, buffers of collectives, workspace.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ar_unified.planning.programs import Compiled, Program, Run, local_bytes, saved_for_backward
+
+# Every part that a program may have, in the order they are shown, and where the number is from.
+PARTS = {
+    "parameters": "exact: shapes and shardings",
+    "optimizer": "exact: shapes and shardings",
+    "cache": "exact: shapes and shardings",
+    "inputs": "exact: shapes and shardings; and what layouts pad",
+    "gradients": "arithmetic: as large as the parameters, float32",
+    "activations": "arithmetic: what JAX keeps of the forward pass for the backward one",
+    "temporaries": "the compiler's temporaries less those two: gathered weights, logits, workspace",
+    "outputs": "the compiler's, where they do not take an argument's place",
+    "code": "the compiler's",
+}
+
+
+class Memory(NamedTuple):
+    """Bytes a device.
+
+    Attributes:
+      parts: by name of PARTS; they add up to `peak`.
+      peak: the compiler's, all of it.
+      capacity: of the device.
+    """
+
+    parts: dict[str, float]
+    peak: float
+    capacity: float
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.capacity
+
+
+def memory(program: Program, compiled: Compiled, run: Run, capacity: float) -> Memory:
+    arguments = dict(program.local_bytes())
+    parts: dict[str, float] = {k: arguments.pop(k) for k in ("parameters", "optimizer", "cache") if k in arguments}
+    parts["inputs"] = max(compiled.arguments - sum(parts.values()), 0)
+    rest = float(compiled.temporaries)
+    if program.name == "train":
+        for name, size in state_of_backward(program, run).items():
+            parts[name] = min(size, rest)
+            rest -= parts[name]
+    parts |= {"temporaries": rest, "outputs": compiled.outputs - compiled.aliased, "code": compiled.code}
+    parts = {name: parts[name] for name in PARTS if name in parts}
+    return Memory(parts, float(sum(parts.values())), capacity)
+
+
+def state_of_backward(program: Program, run: Run) -> dict[str, int]:
+    """Gradients and kept activations, bytes a device, by arithmetic."""
+    parameters = local_bytes(program.arguments["parameters"])
+    return {"gradients": parameters, "activations": saved_for_backward(run, program.mesh)}
+
+
+def at_least(program: Program, run: Run) -> dict[str, float]:
+    """What a program cannot do without, bytes a device, by arithmetic alone: for one that does not compile."""
+    arguments = dict(program.local_bytes())
+    parts: dict[str, float] = {k: arguments.pop(k) for k in ("parameters", "optimizer", "cache") if k in arguments}
+    parts["inputs"] = sum(arguments.values())
+    return parts | (state_of_backward(program, run) if program.name == "train" else {})

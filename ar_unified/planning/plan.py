@@ -1,0 +1,157 @@
+"""One plan: a run, on a target, for a job. Everything that is reported comes from here, as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ar_unified.model.config import parameter_count
+from ar_unified.planning import advice
+from ar_unified.planning.collectives import Collective, collectives, unknown_loops
+from ar_unified.planning.memory import at_least, memory
+from ar_unified.planning.programs import OutOfMemory, Program, Run, programs
+from ar_unified.planning.roofline import roofline, traffic
+from ar_unified.planning.scaling import LANES, scaling
+from ar_unified.planning.targets import Target
+
+Plan = dict[str, Any]  # JSON values; `make_plan` says which
+
+
+def make_plan(
+    run: Run, target: Target, job: str = "train", *, advise: bool = True, say: Callable[[str], Any] = print
+) -> Plan:
+    """Compiles the programs of `job` for `target` and reads them.
+
+    Args:
+      advise: where a program does not fit, try what would make it fit. Each trial compiles again.
+      say: takes a line at the beginning of what takes minutes.
+
+    Returns:
+      {"target", "chips", "mesh", "job", "model", "stand_in", "warnings", "fits",
+       "programs": [{"name", "compile_seconds", "memory", "collectives", "flops", "seconds", ...}],
+       "refused": where a program does not fit: {"program", "message", "used", "capacity", "at_least", "trials"}}.
+      Bytes and seconds are per device and step (prefill: per batch; decode: per token of each row).
+
+    Raises ValueError where mesh, batch and model do not divide each other, TargetError where there is no such target.
+    """
+    mesh = target.mesh(run.mesh)
+    result: Plan = {
+        "target": target.name,
+        "hardware": {"source": target.hardware.source, "hbm": target.hardware.hbm, "flops": target.hardware.flops},
+        "chips": target.chips,
+        "devices": mesh.size,
+        "mesh": dict(mesh.shape),
+        "job": job,
+        "model": {
+            "parameters": parameter_count(run.model),
+            "vocabulary": run.model.vocab_size,
+            "remat": run.model.remat,
+            "dtype": run.model.dtype,
+        },
+        "batch": _batch(run, job),
+        "stand_in": None if target.is_tpu else f"{mesh.size} CPU devices",
+        "versions": {"jax": jax.__version__},
+        "warnings": _warnings(run, mesh, target),
+        "programs": [],
+        "fits": True,
+    }
+    for program in programs(run, mesh, job):
+        say(f"compiling {program.name} for {target.name} ...")
+        try:
+            report = _report(program, run, target)
+        except OutOfMemory as error:
+            report = None
+            result["refused"] = {"program": program.name, "message": str(error), "used": error.used}
+            result["refused"]["capacity"] = error.capacity or target.hardware.hbm
+        if report is not None:
+            result["programs"].append(report)
+            if target.is_tpu and report["memory"]["peak"] > target.hardware.hbm:
+                peak, hbm = report["memory"]["peak"], target.hardware.hbm
+                message = f"it compiles, and its arguments and temporaries together need {peak / 2**30:.2f} GiB"
+                result["refused"] = {"program": program.name, "message": message, "used": peak, "capacity": hbm}
+        if "refused" in result:
+            result["fits"] = False
+            result["refused"]["at_least"] = at_least(program, run)
+            found = advice.trials(run, mesh, target, job, say) if advise else ()
+            result["refused"]["trials"] = [trial._asdict() for trial in found]
+            break
+    return result
+
+
+def _batch(run: Run, job: str) -> dict[str, Any]:
+    if job == "train":
+        return {
+            "rows": run.batch_size,
+            "row_length": run.row_length,
+            "accumulation": run.accumulation,
+            "loss_chunk": run.loss_chunk,
+            "document": min(run.document, run.row_length),
+        }
+    return {"requests": run.requests, "contexts": run.contexts, "cache": run.max_length, "prompt": run.max_length // 2}
+
+
+def _warnings(run: Run, mesh: Mesh, target: Target) -> list[str]:
+    """What is allowed and costs much."""
+    said = []
+    width = run.model.d_model / mesh.shape["fsdp"]
+    if target.is_tpu and width % LANES:
+        most = max(n for n in range(1, mesh.shape["fsdp"] + 1) if run.model.d_model % (n * LANES) == 0)
+        said.append(
+            f"fsdp={mesh.shape['fsdp']} leaves {width:g} of {run.model.d_model} columns of d_model a device, and "
+            f"TPUs keep {LANES} together: the compiler then sends all-reduces in place of all-gathers and "
+            f"reduce-scatters, twice the bytes; fsdp={most} with a larger data axis avoids it"
+        )
+    return said
+
+
+def _report(program: Program, run: Run, target: Target) -> dict[str, Any]:
+    compiled = program.compile()
+    mesh, hardware = program.mesh, target.hardware
+    found = collectives(compiled.hlo, mesh.size)
+    where = memory(program, compiled, run, hardware.hbm)
+    estimate = roofline(program.name, run, mesh, hardware, found)
+    report: dict[str, Any] = {
+        "name": program.name,
+        "compile_seconds": round(compiled.seconds, 1),
+        "memory": where._asdict(),
+        "collectives": _grouped(found, mesh, target),
+        "loops_of_unknown_length": unknown_loops(compiled.hlo),
+        "flops": {"model": estimate.model_flops, "executed": estimate.executed},
+        "tokens": estimate.tokens,
+        "sent": estimate.sent,
+        "seconds": estimate.seconds,
+        "fastest": estimate.fastest,
+        "slowest": estimate.slowest,
+        "bound": estimate.bound,
+        "mfu": [estimate.mfu(estimate.slowest), estimate.mfu(estimate.fastest)],
+    }
+    if program.name == "train":
+        report["scaling"] = scaling(program, run, target, estimate)._asdict()
+    return report
+
+
+def _grouped(found: Sequence[Collective], mesh: Mesh, target: Target) -> list[dict[str, Any]]:
+    """Collectives of one kind over the same axes as one row; what sends most comes first."""
+    rows: dict[tuple[str, str, bool], dict[str, Any]] = {}
+    for each in found:
+        moved = traffic(each, mesh, target.hardware)
+        axes = " x ".join(_axes(each.groups[0], mesh))
+        sent = moved.ici + moved.dcn
+        row = rows.setdefault((each.kind, axes, moved.dcn > 0), {"kind": each.kind, "over": axes})
+        row["group"] = each.groups.shape[1]
+        sums = {"times": each.times, "bytes": float(each.bytes * each.times), "ici": moved.ici, "dcn": moved.dcn}
+        for name, n in (sums | {"overlapped": sent * each.overlapped}).items():
+            row[name] = row.get(name, 0) + n
+        if sent > row.get("most", 0.0):
+            row |= {"most": sent, "source": each.source}
+    return sorted(rows.values(), key=lambda row: -row["ici"] - row["dcn"])
+
+
+def _axes(group: np.ndarray, mesh: Mesh) -> list[str]:
+    """The mesh axes along which the devices of a group differ."""
+    places = np.array(np.unravel_index(group, mesh.devices.shape))
+    return [axis for axis, place in zip(mesh.axis_names, places, strict=True) if len(set(place)) > 1]

@@ -1,0 +1,255 @@
+"""The programs of a job as they would run: traced from the real code, placed on a mesh, compiled, never executed.
+
+B batch, T position, R requests, P prompt, S cache length, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from ar_unified.grammar import Grammar, ImageLayout, TextCodec
+from ar_unified.model import transformer
+from ar_unified.model.config import TransformerConfig
+from ar_unified.parallel.rules import batch_spec, shardings, spec
+from ar_unified.sampling import engine
+from ar_unified.sampling.decoding import Filter, Filters
+from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
+from ar_unified.training.step import abstract_state, make_train_step
+from ar_unified.training.tasks import TransformerTask
+from ar_unified.vocabulary import Vocabulary
+
+JOBS = ("train", "sample")
+# What data/loader.py gives of each position.
+FIELDS = {
+    **dict.fromkeys(("tokens", "targets", "positions", "doc_start", "segment_ids"), jnp.int32),
+    "tasks": jnp.int8,
+    "prompt": jnp.bool_,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """All of a config that decides its programs and their cost.
+
+    Attributes:
+      model, vocabulary, layout: what is trained and sampled.
+      mesh: sizes by axis, one of which may be -1.
+      batch_size, row_length, accumulation: packed rows of a step, over all devices; tokens of each; microbatches.
+      loss_chunk: positions whose logits a device holds at one time.
+      document: tokens of the longest document, for the FLOPs of attention.
+      optimizer, steps: of the training.
+      requests, max_length, contexts: rows decoded at once; length of the KV cache; 2 with guidance.
+    """
+
+    model: TransformerConfig
+    vocabulary: Vocabulary
+    layout: ImageLayout
+    mesh: Mapping[str, int]
+    batch_size: int
+    row_length: int
+    accumulation: int = 1
+    loss_chunk: int = 1024
+    document: int = 1024
+    optimizer: OptimizerConfig = OptimizerConfig()
+    steps: int = 100_000
+    requests: int = 64
+    max_length: int = 4096
+    contexts: int = 1
+
+
+class OutOfMemory(Exception):
+    """The compiler refuses, in its own words. `used` and `capacity`: bytes, as it says them; None where it does not."""
+
+    def __init__(self, message: str):
+        super().__init__(message.splitlines()[0])
+        said = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", message)
+        said = said or re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+        sizes = [float(said[i]) * 1024 ** " KMGT".index(said[i + 1] or " ") for i in (1, 3)] if said else [None, None]
+        self.used, self.capacity = sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """
+    Attributes:
+      hlo: text of the optimised module.
+      arguments, outputs, aliased, temporaries, code: bytes a device, the compiler's own.
+      seconds: it took.
+    """
+
+    hlo: str
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    code: int
+    seconds: float
+
+    @property
+    def peak(self) -> int:
+        """Bytes of a device's memory: outputs that take an argument's place count once."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One jitted function and what it will be called with.
+
+    Attributes:
+      name: "train", "prefill" or "decode".
+      arguments: trees of ShapeDtypeStructs with shardings, by what they hold ("parameters", "optimizer", ...).
+    """
+
+    name: str
+    mesh: Mesh
+    arguments: Mapping[str, Any]
+    _trace: Callable[[], Any]
+
+    def local_bytes(self) -> dict[str, int]:
+        """Bytes of each argument on one device, without the padding that layouts add. Exact, by arithmetic."""
+        return {name: local_bytes(tree) for name, tree in self.arguments.items()}
+
+    def compile(self) -> Compiled:
+        """Raises OutOfMemory."""
+        start = time.perf_counter()
+        platform = self.mesh.devices.flat[0].platform
+        with jax.set_mesh(self.mesh):
+            traced = self._trace()
+            try:
+                compiled = traced.lower(lowering_platforms=(platform,)).compile()
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" in str(error) and "emory" in str(error):
+                    raise OutOfMemory(str(error)) from error
+                raise
+        stats = compiled.memory_analysis()
+        return Compiled(
+            compiled.as_text(),
+            stats.argument_size_in_bytes,
+            stats.output_size_in_bytes,
+            stats.alias_size_in_bytes,
+            stats.temp_size_in_bytes,
+            stats.generated_code_size_in_bytes,
+            time.perf_counter() - start,
+        )
+
+
+def local_bytes(tree: Any) -> int:
+    """Bytes of a tree of ShapeDtypeStructs on one device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def programs(run: Run, mesh: Mesh, job: str) -> list[Program]:
+    """The programs of a job on a mesh, traced when they are compiled. Raises ValueError where the mesh does not fit."""
+    return [train_program(run, mesh)] if job == "train" else sample_programs(run, mesh)
+
+
+# ---- training ----------------------------------------------------------------------------------------------------
+
+
+def make_task(run: Run) -> TransformerTask:
+    def no_batch(step: int) -> Any:
+        raise RuntimeError("a plan has no data")
+
+    return TransformerTask(run.model, run.vocabulary, no_batch, chunk=run.loss_chunk)
+
+
+def train_program(run: Run, mesh: Mesh) -> Program:
+    task, tx = make_task(run), make_optimizer(run.optimizer, run.steps)
+    # Both run small programs of their own, which must not meet the mesh: nothing can run on it.
+    state = abstract_state(task, tx, mesh)
+    step = make_train_step(
+        task, tx, mesh, seed=0, clip_norm=run.optimizer.clip_norm, accumulation=run.accumulation
+    )  # fmt: skip
+    shape = (run.batch_size, run.row_length)
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, batch_spec(mesh, shape, name)))
+        for name, dtype in FIELDS.items()
+    }
+    arguments = {"parameters": state.params, "optimizer": (state.step, state.optimizer), "batch": batch}
+    return Program("train", mesh, arguments, lambda: step.trace(state, batch))
+
+
+def saved_for_backward(run: Run, mesh: Mesh) -> int:
+    """Bytes a device keeps of the forward pass for the backward one, parameters apart. Of JAX's trace, by arithmetic.
+
+    They are what `jax.vjp` of the loss closes over, spread over the devices that split rows and sequence. XLA may drop
+    or share some; with remat "full" there is little to drop.
+    """
+    task = make_task(run)
+    rows = run.batch_size // run.accumulation
+    batch = {name: jax.ShapeDtypeStruct((rows, run.row_length), dtype) for name, dtype in FIELDS.items()}
+    params = jax.eval_shape(task.init, jax.random.key(0))
+
+    def residuals(params: Any, batch: Any) -> Any:
+        return jax.vjp(lambda params: task.loss(params, batch, None)[0], params)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(residuals, params, batch))
+    known = {(x.shape, x.dtype) for x in jax.tree.leaves(params)}
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
+    # A residual without the rows' axis is a parameter, cast or not, which lies elsewhere.
+    per_row = [x for x in kept if (x.shape, x.dtype) not in known and x.size % rows == 0 and rows in x.shape]
+    return sum(x.size * x.dtype.itemsize for x in per_row) // ways
+
+
+# ---- sampling ----------------------------------------------------------------------------------------------------
+
+
+def sample_programs(run: Run, mesh: Mesh) -> list[Program]:
+    """Prefill and decode of a full batch: prompts of half the cache, parameters in float32 as they are restored."""
+    config, R, S = run.model, run.requests, run.max_length
+    # The compiled part never turns text into ids.
+    grammar = Grammar(run.vocabulary, run.layout, cast(TextCodec, None))
+
+    def placed(axes: Callable[[Any], tuple[str | None, ...]], tree: Any) -> Any:
+        def one(x: Any) -> Any:
+            where = NamedSharding(mesh, spec(mesh, axes(x), x.shape, "sampling"))
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+        return jax.tree.map(one, tree)
+
+    def by_row(x: Any) -> tuple[str | None, ...]:
+        return (("batch",) + (None,) * (x.ndim - 1)) if x.ndim else ()
+
+    params = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+    places = shardings(mesh, transformer.logical_axes(params), params)
+    params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, places)
+    filters = Filters.of([(Filter(), Filter())] * R)
+    numbers = {name: jax.ShapeDtypeStruct((R,), jnp.int32) for name in engine.Rows._fields}
+    rows = engine.Rows(
+        **{
+            **numbers,
+            "tokens": jax.ShapeDtypeStruct((R, S // 2), jnp.int32),
+            "seed": jax.ShapeDtypeStruct((R,), jnp.uint32),
+            "scale": jax.ShapeDtypeStruct((R,), jnp.float32),
+            "filters": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), filters),
+        }
+    )
+    prefill = partial(engine.prefill, config, grammar, contexts=run.contexts, length=S)
+    decode = partial(engine.decode, config, grammar)
+    state = jax.eval_shape(prefill, params, rows)
+    cache = placed(lambda x: ("batch", "kv_heads", None, "head_dim"), state.cache)
+    state = placed(by_row, state)._replace(cache=cache)
+    rows = placed(by_row, rows)
+    result = jax.tree.map(lambda x: x.sharding, state)
+    first = jax.jit(prefill, out_shardings=result)
+    rest = jax.jit(decode, donate_argnums=1, out_shardings=result)
+    return [
+        Program("prefill", mesh, {"parameters": params, "requests": rows}, lambda: first.trace(params, rows)),
+        Program(
+            "decode",
+            mesh,
+            {"parameters": params, "cache": cache, "requests": (rows, state._replace(cache=None))},
+            lambda: rest.trace(params, state, rows),
+        ),
+    ]

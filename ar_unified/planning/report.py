@@ -1,0 +1,121 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ar_unified.planning.memory import PARTS
+from ar_unified.planning.plan import Plan
+from ar_unified.planning.roofline import ASSUMPTIONS
+
+
+def size(n: float | None) -> str:
+    """Bytes in words: GiB and MiB, as memory is counted."""
+    if n is None:
+        return "?"
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if n >= unit:
+            return f"{n / unit:.2f} {name}"
+    return f"{n:.0f} B"
+
+
+def billions(n: float) -> str:
+    return f"{n / 1e9:.2f}B" if n >= 1e8 else f"{n / 1e6:.2f}M"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def text(plan: Plan) -> str:
+    """All of it, for a terminal."""
+    mesh = " ".join(f"{axis}={n}" for axis, n in plan["mesh"].items())
+    lines = [
+        f"{plan['job']} on {plan['target']}: {plan['chips']} chips, mesh {mesh}",
+        f"  model: {billions(plan['model']['parameters'])} parameters, vocabulary {plan['model']['vocabulary']:,}, "
+        f"remat {plan['model']['remat']}, {plan['model']['dtype']}",
+        f"  batch: {', '.join(f'{name} {value:,}' for name, value in plan['batch'].items())}",
+    ]
+    if plan["stand_in"]:
+        lines.append(
+            f"  {plan['stand_in']} stand in for the target: memory is XLA's for CPUs, with XLA's attention in place of "
+            "the kernel; what is split, and the collectives, are as partitioned before the target's own optimisations"
+        )
+    lines += [f"  note: {warning}" for warning in plan["warnings"]]
+    for program in plan["programs"]:
+        lines += ["", *_program(program, plan)]
+    if "refused" in plan:
+        lines += ["", *_refused(plan["refused"])]
+    if plan["programs"]:
+        lines += ["", "Assumed:", *(f"  - {each}" for each in ASSUMPTIONS), f"  - {plan['hardware']['source']}"]
+    return "\n".join(lines)
+
+
+def _program(program: dict[str, Any], plan: Plan) -> list[str]:
+    where = program["memory"]
+    lines = [f"{program['name']} (compiled in {program['compile_seconds']:.0f} s), per device"]
+    for name, n in where["parts"].items():
+        lines.append(f"  {name:<14}{size(n):>12}   {PARTS[name]}")
+    share = where["peak"] / where["capacity"]
+    lines.append(f"  {'peak':<14}{size(where['peak']):>12}   {share:.0%} of {size(where['capacity'])}")
+    unit = {"train": "a step", "prefill": "a batch", "decode": "a token of every row"}[program["name"]]
+    lines.append(f"  collectives, {unit}: sent by one device")
+    for row in program["collectives"]:
+        if row["ici"] + row["dcn"] < 1e-4 * sum(program["sent"].values()):
+            continue
+        networks = [f"{size(row['ici'])} on ICI"] + ([f"{size(row['dcn'])} on DCN"] if row["dcn"] else [])
+        lines.append(
+            f"    {row['kind']:<19}{row['times']:>6} x over {row['over']} ({row['group']}): {', '.join(networks)}"
+            + (f", {row['overlapped'] / (row['ici'] + row['dcn']):.0%} overlapped" if row["overlapped"] else "")
+            + (f"; most for {'/'.join(row['source'].split('/')[-2:])}" if row.get("source") else "")
+        )
+    if not program["collectives"]:
+        lines.append("    none")
+    if program["loops_of_unknown_length"]:
+        lines.append(f"    ({program['loops_of_unknown_length']} loop whose length is data: one turn is counted)")
+    flops = program["flops"]
+    lines.append(
+        f"  FLOPs, all devices: {flops['model']:.3g} of the model, {flops['executed']:.3g} run, with what is computed "
+        "again"
+    )
+    seconds = ", ".join(f"{name} {duration(s)}" for name, s in program["seconds"].items())
+    lines.append(f"  time by resource: {seconds}")
+    low, high = program["mfu"]
+    rate = program["tokens"]
+    lines.append(
+        f"  estimate: {duration(program['fastest'])} to {duration(program['slowest'])}, "
+        f"{rate / program['slowest']:,.0f} to {rate / program['fastest']:,.0f} tokens/s"
+        + (f", MFU {low:.0%} to {high:.0%}" if program["name"] == "train" else "")
+        + f"; bound by {program['bound']}"
+    )
+    if "scaling" in program:
+        lines.append(f"  weak scaling: {_scaling(program['scaling'])}")
+    return lines
+
+
+def _scaling(scaling: dict[str, Any]) -> str:
+    if scaling["largest"] == 0:
+        return f"not bound by products here: {scaling['breaks']}"
+    reach = (
+        "any number of slices" if scaling["largest"] is None else f"{scaling['largest']:,} chips"
+    ) + f" (a slice has at most {scaling['per_slice']:,})"
+    return f"bound by products up to {reach}; first to break: {scaling['breaks']}"
+
+
+def _refused(refused: dict[str, Any]) -> list[str]:
+    lines = [
+        f"REFUSED: {refused['program']} does not fit: {size(refused['used'])} of {size(refused['capacity'])}",
+        f"  the compiler: {refused['message']}",
+        f"  by arithmetic, at least: {', '.join(f'{name} {size(n)}' for name, n in refused['at_least'].items())}",
+    ]
+    if refused["trials"]:
+        lines.append("  changes of one thing, tried:")
+    for trial in refused["trials"]:
+        if trial["fits"] is None:
+            verdict = f"no: needs at least {size(trial['peak'])} (arithmetic; not compiled)"
+        elif trial["fits"]:
+            verdict = f"FITS with {size(trial['peak'])} (compiled)"
+        else:
+            verdict = f"no: {size(trial['peak'])} (compiled; the compiler's number)"
+        lines.append(f"    --{trial['change']}: {verdict}")
+    return lines

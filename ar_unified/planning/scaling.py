@@ -1,0 +1,66 @@
+"""Weak scaling on paper: the batch of a device stays, the slice grows. How far is a step bound by products?
+
+What a device computes and reads stays the same. What it sends inside a slice grows by (n - 1) / n of its group and so
+is at its limit already in a group of 32; links grow with devices. So the slice ends where the network does, and beyond
+it the gradients cross between slices, over the slowest link there is.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ar_unified.planning.programs import Program, Run, local_bytes
+from ar_unified.planning.roofline import Roofline
+from ar_unified.planning.targets import Target
+
+CRITICAL_TOKENS = 16e6  # tokens a step; the largest batch of a published dense run (Llama 3 405B, arXiv 2407.21783)
+LANES = 128  # columns of a TPU register: shards of the model axis below it cost all-reduces for gathers
+
+
+class Scaling(NamedTuple):
+    """
+    Attributes:
+      largest: chips up to which products bound the step; 0: not even here; None: any number of slices.
+      per_slice: chips of the largest slice there is.
+      breaks: what comes first beyond it, or on the way there, in words.
+      tokens_needed: tokens a chip at which products would take as long as the slowest other resource does now.
+    """
+
+    largest: int | None
+    per_slice: int
+    breaks: str
+    tokens_needed: float
+
+
+def scaling(program: Program, run: Run, target: Target, estimate: Roofline) -> Scaling:
+    """For the train step. Growth is by `data`; fsdp, tensor and context stay as they are."""
+    hardware, mesh = target.hardware, program.mesh
+    seconds, per_slice = estimate.seconds, target.hardware.largest
+    products, per_chip = seconds["products"], estimate.tokens / mesh.size
+    needed = per_chip * max(seconds["ICI"], seconds["DCN"], seconds["memory"]) / products
+    if (worst := estimate.bound) != "products":
+        breaks = (
+            f"{worst} takes {seconds[worst] / products:.2f} x the products: {needed:,.0f} tokens a chip would balance"
+        )
+        return Scaling(0, per_slice, breaks, needed)
+
+    # A device's shard of gradients (float32) crosses between slices: 2 (s - 1) / s of it, sent in parts by all the
+    # devices of a slice that hold it.
+    inner = mesh.shape["fsdp"] * mesh.shape["tensor"] * mesh.shape["context"]
+    shard = local_bytes(program.arguments["parameters"]) / max(per_slice // inner, 1)
+    share = products * hardware.dcn / (2 * shard)  # what (s - 1) / s may be at most
+    slices = None if share >= 1 else max(int(1 / (1 - share)), 1)
+    largest = None if slices is None else slices * per_slice
+    batch_chips = int(CRITICAL_TOKENS / per_chip)
+    if largest is None or batch_chips < largest:
+        breaks = (
+            f"the batch: {batch_chips:,} chips already take {CRITICAL_TOKENS / 1e6:.0f}M tokens a step, the most a "
+            f"dense run was published with; fewer a chip stay compute-bound down to {needed:,.0f}"
+        )
+    else:
+        beyond = slices + 1 if slices else 2
+        breaks = (
+            f"DCN: {beyond} slices of {per_slice:,} chips would send {2 * shard * (beyond - 1) / beyond / 1e6:,.0f} MB "
+            f"of gradients a device, {(beyond - 1) / beyond / share:.2f} x the time of the products"
+        )
+    return Scaling(largest, per_slice, breaks, needed)

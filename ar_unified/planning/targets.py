@@ -1,0 +1,137 @@
+"""Hardware by name, "v5p:8x8x8,slices=2", and devices of it to compile for on a host that has none.
+
+TPUs come from libtpu, which is their whole compiler and needs no TPU. GPUs stand for themselves where JAX's CUDA plugin
+is installed; elsewhere as many CPU devices take their place, and what depends on the compiler is XLA's for the CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.topologies import get_topology_desc
+from jax.sharding import Mesh
+
+from ar_unified.parallel.hardware import HARDWARE, Hardware
+from ar_unified.parallel.mesh import make_mesh
+
+LIBTPU = (
+    "libtpu, the compiler for TPUs, is not here: `pip install ar_unified[tpu]` brings it, or `make libtpu` in a "
+    "checkout (or point TPU_LIBRARY_PATH at a libtpu.so)"
+)
+
+# No host of a TPU: it asks nobody where it is, does not lock others out, and does not complain that it cannot tell.
+_QUIET = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}
+
+
+class TargetError(ValueError):
+    """A target that does not exist or that this host cannot compile for; the message says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """
+    Attributes:
+      hardware: of each device.
+      shape: chips of a slice along each axis of its network, (8, 8, 8); of GPUs (devices,).
+      slices: slices of that shape, joined by the data-centre network.
+    """
+
+    hardware: Hardware
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def name(self) -> str:
+        name = f"{self.hardware.name}:{'x'.join(map(str, self.shape))}"
+        return f"{name},slices={self.slices}" if self.slices > 1 else name
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape) * self.slices
+
+    @property
+    def is_tpu(self) -> bool:
+        return self.hardware.torus > 0
+
+    def devices(self) -> list[jax.Device]:
+        """All devices, slice by slice. Raises TargetError where this host cannot give them."""
+        if not self.is_tpu:
+            return _cpu_devices(self)
+        _find_libtpu()
+        name = self.hardware.name
+        options: dict[str, Any] = {"num_slices": self.slices} if self.slices > 1 else {}
+        if name == "v4":
+            options["chip_config_name"] = "megacore"  # as JAX runs on v4: two cores as one device
+        if self.chips == 1:
+            options["chips_per_host_bounds"] = (1, 1, 1)
+        try:
+            return list(
+                get_topology_desc(
+                    platform="tpu", topology_name=f"{name}:{'x'.join(map(str, self.shape))}", **options
+                ).devices
+            )
+        except jax.errors.JaxRuntimeError as error:
+            raise TargetError(f"target {self.name}: libtpu knows no such slice: {error}") from error
+
+    def mesh(self, shape: Mapping[str, int]) -> Mesh:
+        """The mesh of a config on these devices, slices as the outer part of `data`.
+
+        Raises ValueError, as make_mesh does, for sizes that do not fit.
+        """
+        return make_mesh(shape, self.devices())
+
+
+def parse_target(text: str) -> Target:
+    """ "v5p:8x8x8", "v5e:16x16,slices=2", "h200:8". Raises TargetError."""
+    known = {hardware.name: hardware for hardware in HARDWARE}
+    head, *options = text.split(",")
+    name, _, shape = head.partition(":")
+    if name not in known:
+        raise TargetError(f"target {text!r}: expected one of {', '.join(known)} and a shape, as in v5p:4x4x4 or h200:8")
+    hardware = known[name]
+    sizes = [int(size) if size.isdigit() else 0 for size in shape.split("x")]
+    axes = hardware.torus or 1
+    if len(sizes) != axes or min(sizes) < 1:
+        example = {3: "4x4x4", 2: "16x16"}.get(hardware.torus, "8")
+        raise TargetError(f"target {text!r}: expected {axes} sizes of at least 1, as in {name}:{example}")
+    slices = 1
+    for option in options:
+        key, _, value = option.partition("=")
+        if key != "slices" or not value.isdigit() or int(value) < 1:
+            raise TargetError(f"target {text!r}: expected slices=NUMBER after the shape; found {option!r}")
+        slices = int(value)
+    return Target(hardware, tuple(sizes), slices)
+
+
+def _find_libtpu() -> None:
+    """Makes libtpu loadable as a compiler."""
+    beside = Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"  # where `make libtpu` puts it
+    if "TPU_LIBRARY_PATH" not in os.environ and importlib.util.find_spec("libtpu") is None:
+        if not beside.exists():
+            raise TargetError(LIBTPU)
+        os.environ["TPU_LIBRARY_PATH"] = str(beside)
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+
+
+def _cpu_devices(target: Target) -> list[jax.Device]:
+    devices = jax.devices("cpu")
+    if len(devices) < target.chips:
+        raise TargetError(
+            f"target {target.name}: {target.chips} CPU devices stand in for it and this process has {len(devices)}; "
+            f"set JAX_NUM_CPU_DEVICES={target.chips} before it starts"
+        )
+    return list(devices[: target.chips])

@@ -1,0 +1,108 @@
+"""Pretrain a published shape on your own folder, on a TPU slice or a GPU cluster.
+
+    ar-unified plan  --config experiments/pretrain.py:model=chameleon_7b,chips=64 --target v5p:4x4x4
+    ar-unified run   --config experiments/pretrain.py:model=chameleon_7b,chips=64,path=DIR --workdir gs://bucket/run
+
+`plan` first: it needs no data and no hardware. It says what a device's memory holds, what the network carries and how
+long a step takes at least; BUILD.md has a table of its answers for the shapes and slices below.
+
+Arguments: model=chameleon_7b | chameleon_34b | emu3_8b | lwm_7b; chips=NUMBER of devices (64), which sets the batch;
+path=DIR, documents as experiments/folder.py takes them (training only).
+
+What is published is the shape of the models, their vocabulary and, for Chameleon, the optimizer (arXiv 2405.09818,
+table 1: learning rate 1e-4, z-loss 1e-5, clipping at 1). The mesh is ours. fsdp is the largest that leaves a device
+whole registers (128 columns) of the model axis: beyond that a TPU sends twice the bytes. Rows a chip are what keeps a
+step bound by products. No such run was made: these are plans, not results.
+"""
+
+from dataclasses import dataclass
+
+from ml_collections import ConfigDict
+
+from ar_unified.cli.config import defaults, model, parse_arg
+from ar_unified.model.config import PRESETS
+from ar_unified.vocabulary import CONTROLS
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes of one published system, and how it is spread.
+
+    side, factor, codes: pixels of a picture, pixels a code, size of the codebook. layout: of ar_unified.grammar.
+    row: tokens of a packed row. rows: of them a chip (of all chips that share one under context parallelism).
+    """
+
+    side: int
+    factor: int
+    codes: int
+    layout: str
+    row: int
+    rows: int
+    fsdp: int
+    context: int = 1
+    document: int = 4096
+    learning_rate: float = 1e-4
+    dropout: float = 0.0
+
+
+RECIPES = {
+    "chameleon_7b": Recipe(512, 16, 8192, "grid", row=4096, rows=2, fsdp=32, dropout=0.1),
+    "chameleon_34b": Recipe(512, 16, 8192, "grid", row=4096, rows=2, fsdp=64),
+    "emu3_8b": Recipe(512, 8, 32768, "rows", row=8192, rows=1, fsdp=32, document=8192),
+    "lwm_7b": Recipe(256, 16, 8192, "grid", row=131072, rows=1, fsdp=32, context=16, document=131072),
+}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    args = parse_arg(arg, model="chameleon_7b", chips="64", path="DIR")
+    name = str(args["model"])
+    if name not in RECIPES:
+        raise ValueError(f"experiments/pretrain.py: expected model={' | '.join(RECIPES)}; found {name!r}")
+    recipe, chips = RECIPES[name], int(args["chips"] or 64)
+    fsdp = min(recipe.fsdp, chips // recipe.context)
+    if fsdp < 1 or chips % (fsdp * recipe.context):
+        raise ValueError(f"experiments/pretrain.py: {chips} chips do not divide by {recipe.context} x {fsdp}")
+    config = defaults()
+    config.name = name
+
+    def source(split: str) -> tuple[ConfigDict, ...]:
+        return (ConfigDict(dict(kind="folder", path=args["path"], split=split)),)
+
+    config.data.train = source("[:99%]")
+    config.data.validation = source("[99%:]")
+    config.data.image_size = (recipe.side, recipe.side)
+    config.data.layout = recipe.layout
+    config.data.resize = "aspect" if recipe.layout == "rows" else "crop"
+    config.data.max_tokens = recipe.document
+
+    levels = (recipe.factor // 4).bit_length()  # each halves the picture, after patches of 4 x 4
+    config.image_tokenizer.factor = recipe.factor
+    config.image_tokenizer.patch = 4
+    config.image_tokenizer.width = 128
+    config.image_tokenizer.multipliers = (1, 2, 4)[-levels:]
+    config.image_tokenizer.blocks = (2,) * levels
+    config.image_tokenizer.quantizer = "vq"
+    config.image_tokenizer.codes = recipe.codes
+    config.image_tokenizer.crop = 256
+    config.image_tokenizer.steps = 100_000
+    config.image_tokenizer.batch_size = 256
+
+    sides = 2 * recipe.side // recipe.factor if recipe.layout == "rows" else 0
+    config.text_tokenizer.vocab_size = PRESETS[name]["vocab_size"] - recipe.codes - sides - len(CONTROLS)
+
+    config.model = model(name, dropout=recipe.dropout)
+    config.mesh = ConfigDict(dict(data=-1, fsdp=fsdp, tensor=1, context=recipe.context))
+    config.loss.z_loss = 1e-5
+    config.training.steps = 200_000
+    config.training.batch_size = recipe.rows * chips // recipe.context
+    config.training.row_length = recipe.row
+    config.training.learning_rate = recipe.learning_rate
+    config.training.warmup_steps = 4000
+    config.training.validate_every = 1000
+    config.training.checkpoint_every = 500
+
+    config.sampling.batch_size = 4 * chips // recipe.context
+    config.sampling.max_length = min(recipe.row, 8192)
+    config.sampling.guidance = 3.0
+    config.evaluation.limit = 256
+    return config

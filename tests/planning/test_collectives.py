@@ -1,0 +1,112 @@
+"""Collectives are read as they run: from HLO written by hand, and from a module that XLA compiled."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ar_unified.parallel.mesh import make_mesh
+from ar_unified.planning.collectives import collectives, unknown_loops
+
+# A loop of 3 turns in which two devices of four gather, a fused reduce-scatter that TPUs write as an all-reduce, one
+# gather that is written twice because it runs beside computation, and a loop whose end depends on data.
+MODULE = """HloModule jit_step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%all-reduce-scatter.1 (input: f32[8,128]) -> f32[8,64] {
+  %input = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %reduced = f32[8,128]{1,0:T(8,128)} all-reduce(%input), channel_id=3, replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}, use_global_device_ids=true, to_apply=%add
+  ROOT %part = f32[8,64]{1,0} slice(%reduced), slice={[0:8], [0:64]}
+}
+
+%async_collective_fusion.1 (p: bf16[4,8]) -> bf16[16,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  ROOT %gathered = bf16[16,8]{1,0} all-gather(%p), channel_id=4, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+%fused_computation.2 (p: bf16[4,8]) -> bf16[16,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  ROOT %again = bf16[16,8]{1,0} all-gather(%p), channel_id=4, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+%condition (state: (s32[], f32[16])) -> pred[] {
+  %state = (s32[], f32[16]{0}) parameter(0)
+  %turn = s32[] get-tuple-element(%state), index=0
+  %turns = s32[] constant(3)
+  ROOT %less = pred[] compare(%turn, %turns), direction=LT
+}
+
+%body (state: (s32[], f32[16])) -> (s32[], f32[16]) {
+  %state = (s32[], f32[16]{0}) parameter(0)
+  %x = f32[8]{0} custom-call(%state), custom_call_target="part"
+  %whole = f32[16]{0} all-gather(%x), channel_id=1, replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}, metadata={op_name="jit(step)/while/body/gather"}
+  ROOT %next = (s32[], f32[16]{0}) tuple(%state, %whole)
+}
+
+%until (state: (pred[], f32[4])) -> pred[] {
+  %state = (pred[], f32[4]{0}) parameter(0)
+  ROOT %go = pred[] get-tuple-element(%state), index=0
+}
+
+%turn (state: (pred[], f32[4])) -> (pred[], f32[4]) {
+  %state = (pred[], f32[4]{0}) parameter(0)
+  %moved = f32[4]{0} collective-permute(%state), channel_id=5, source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+  ROOT %out = (pred[], f32[4]{0}) tuple(%state, %moved)
+}
+
+ENTRY %main (x: (s32[], f32[16])) -> f32[] {
+  %x = (s32[], f32[16]{0}) parameter(0)
+  %loop = (s32[], f32[16]{0}) while(%x), condition=%condition, body=%body
+  %scattered = f32[8,64]{1,0} fusion(%loop), kind=kCustom, calls=%all-reduce-scatter.1, metadata={op_name="jit(step)/gradient"}
+  %f1 = bf16[16,8]{1,0} fusion(%loop), kind=kCustom, calls=%async_collective_fusion.1
+  %f2 = bf16[16,8]{1,0} fusion(%loop), kind=kCustom, calls=%fused_computation.2
+  %open = (pred[], f32[4]{0}) while(%x), condition=%until, body=%turn
+  ROOT %all = f32[] all-reduce(%open), channel_id=6, replica_groups={}, to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_kinds_groups_and_loops():
+    found = {each.kind: each for each in collectives(MODULE, 4) if not each.overlapped}
+    gather = found["all-gather"]
+    assert (gather.bytes, gather.times, gather.groups.tolist()) == (64, 3, [[0, 2], [1, 3]])
+    assert gather.sent == 3 * 64 / 2 and gather.source == "jit(step)/while/body/gather"
+    scatter = found["reduce-scatter"]
+    assert (scatter.bytes, scatter.times, scatter.groups.tolist()) == (4096, 1, [[0, 1], [2, 3]])
+    assert scatter.sent == 2048 and scatter.source == "jit(step)/gradient"
+    assert found["all-reduce"].groups.tolist() == [[0, 1, 2, 3]] and found["all-reduce"].sent == 4 * 2 * 3 / 4
+    permute = found["collective-permute"]
+    assert (permute.bytes, permute.sent, permute.known) == (16, 16, False)
+    assert unknown_loops(MODULE) == 1
+
+
+def test_what_runs_beside_computation_counts_once():
+    (gather,) = [each for each in collectives(MODULE, 4) if each.overlapped]
+    assert (gather.kind, gather.bytes, gather.times) == ("all-gather", 256, 1)
+
+
+def test_a_compiled_scan_over_sharded_weights():
+    """Five layers whose weights are split in four: five gathers of a whole weight, in XLA's own words."""
+    mesh = make_mesh(dict(fsdp=4, data=2))
+    weights = jax.ShapeDtypeStruct((5, 64, 64), jnp.float32, sharding=NamedSharding(mesh, P(None, "fsdp")))
+    x = jax.ShapeDtypeStruct((8, 64), jnp.float32, sharding=NamedSharding(mesh, P(("data", "fsdp"))))
+
+    def layers(weights, x):
+        def one(x, weight):
+            weight = jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, P()))
+            return jnp.tanh(x @ weight), None
+
+        return jax.lax.scan(one, x, weights)[0]
+
+    hlo = jax.jit(layers).lower(weights, x).compile().as_text()
+    gathers = [each for each in collectives(hlo, 8) if each.kind == "all-gather"]
+    assert [(each.bytes, each.times) for each in gathers] == [(64 * 64 * 4, 5)]
+    assert np.array_equal(np.sort(gathers[0].groups, 1), [[0, 1, 2, 3], [4, 5, 6, 7]])

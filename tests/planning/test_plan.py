@@ -1,0 +1,100 @@
+"""Plans of small models: compiled for a TPU that is not here, or for CPU devices in place of GPUs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import jax
+import pytest
+
+from ar_unified.cli import config as configs
+from ar_unified.cli.plan import run_of, save
+from ar_unified.grammar import fixed_grid
+from ar_unified.model.config import PRESETS, config_from
+from ar_unified.planning.plan import make_plan
+from ar_unified.planning.programs import Run
+from ar_unified.planning.report import text
+from ar_unified.planning.targets import TargetError, parse_target
+from tests.kernels.topologies import needs_libtpu
+from tests.training import tiny
+
+MODEL = replace(
+    config_from("debug", tiny.VOCABULARY.size, qk_norm="rmsnorm", dtype="bfloat16", scan_layers=True, remat="full"),
+    d_model=256, n_heads=2, n_kv_heads=2, head_dim=128, d_mlp=512,
+)  # fmt: skip
+RUN = Run(MODEL, tiny.VOCABULARY, fixed_grid(4, 4), dict(data=-1, fsdp=2), 8, 128, requests=8, max_length=64)
+SMALL = replace(RUN, model=tiny.MODEL, row_length=16)
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def test_targets_by_name():
+    target = parse_target("v5p:4x4x8,slices=2")
+    assert (target.name, target.chips, target.hardware.kind) == ("v5p:4x4x8,slices=2", 256, "TPU v5")
+    errors = {"v9:2x2": "expected one of", "v5e:4x4x4": "expected 2 sizes", "v5e:4x4,hosts=2": "slices="}
+    for wrong, said in errors.items():
+        with pytest.raises(TargetError, match=said):
+            parse_target(wrong)
+
+
+@pytest.mark.parametrize("name", ["chameleon_7b", "chameleon_34b", "emu3_8b", "lwm_7b"])
+def test_the_pretraining_config_has_the_published_vocabulary_and_an_even_mesh(name):
+    run = run_of(configs.load(f"experiments/pretrain.py:model={name},chips=512"))
+    assert 0 <= run.vocabulary.size - PRESETS[name]["vocab_size"] < 128
+    inner = run.mesh["fsdp"] * run.mesh["context"]
+    assert 512 % inner == 0 and run.batch_size % (512 // run.mesh["context"]) == 0
+    assert run.model.d_model % (128 * run.mesh["fsdp"]) == 0  # whole registers of a TPU
+
+
+def test_gpus_are_planned_with_cpus_in_their_place(tmp_path):
+    plan = make_plan(SMALL, parse_target("h200:8"), say=quiet)
+    assert plan["mesh"] == dict(data=4, fsdp=2, tensor=1, context=1) and plan["fits"]
+    (step,) = plan["programs"]
+    where = step["memory"]["parts"]
+    # AdamW keeps two moments like the parameters, and two counters.
+    assert where["optimizer"] - 2 * where["parameters"] < 64
+    assert sum(where.values()) == step["memory"]["peak"]
+    # Weights are gathered over fsdp, and gradients meet over data.
+    assert any(row["over"] == "fsdp" and row["kind"] == "all-gather" for row in step["collectives"])
+    assert any("data" in row["over"] for row in step["collectives"])
+    assert step["flops"]["executed"] > step["flops"]["model"] > 6 * 2 * 32 * 32 * 8 * 16
+    said = text(plan)
+    assert "8 CPU devices stand in" in said and re.search(r"peak +[\d.]+ [KM]iB", said)
+    save(plan, tmp_path)
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("<rect") > len(where) and "http" not in page
+
+
+def test_what_does_not_divide_is_an_error_with_the_numbers():
+    with pytest.raises(ValueError, match="multiply to 3"):
+        make_plan(replace(SMALL, mesh=dict(fsdp=3)), parse_target("h200:8"), say=quiet)
+    with pytest.raises(ValueError, match="axis 'batch' has size 6"):
+        make_plan(replace(SMALL, batch_size=6), parse_target("h200:8"), say=quiet)
+
+
+def test_a_stand_in_needs_enough_devices():
+    assert len(jax.devices("cpu")) == 8
+    with pytest.raises(TargetError, match="JAX_NUM_CPU_DEVICES=16"):
+        parse_target("h200:16").devices()
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_tpu_slice_is_planned_and_what_is_too_large_is_refused():
+    target = parse_target("v5e:2x2")
+    plan = make_plan(RUN, target, say=quiet)
+    (step,) = plan["programs"]
+    assert plan["fits"] and step["memory"]["parts"]["code"] > 0
+    assert {"all-gather"} <= {row["kind"] for row in step["collectives"] if row["over"] == "fsdp"}
+
+    # 2 x 8 layers as wide as that hold more than a chip has before anything is compiled.
+    huge = replace(RUN, model=replace(MODEL, d_model=8192, d_mlp=32768, n_layers=8))
+    plan = make_plan(huge, target, say=quiet)
+    refused = plan["refused"]
+    assert not plan["fits"] and refused["used"] > refused["capacity"] == pytest.approx(15.75 * 2**30)
+    assert "exceeds available HBM" in refused["message"] or "hbm" in refused["message"]
+    assert refused["trials"] and all(trial["fits"] is None for trial in refused["trials"])
+    assert "REFUSED: train does not fit" in text(plan)
