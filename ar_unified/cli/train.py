@@ -3,6 +3,7 @@
 Reads data/train and data/validation. Leaves in the workdir:
   model/checkpoints       Orbax: parameters and optimizer state, each with the vocabulary's manifest
   model/metrics.jsonl     loss by role and by task, bits, norms, rates; model/tensorboard the same, with sample pictures
+  model/goodput.json      where the wall time of every attempt went
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ar_unified.document import CodesPart
 from ar_unified.sampling.engine import Engine, Request
 from ar_unified.training.loop import TrainingConfig, fit
 from ar_unified.training.optimizer import OptimizerConfig
+from ar_unified.training.profiler import parse_window
 from ar_unified.training.tasks import TransformerTask
 
 _VALIDATION_BATCHES = 8
@@ -28,15 +30,21 @@ _PREVIEWS = 8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_experiment_arguments(parser)
+    parser.add_argument(
+        "--profile",
+        metavar="FIRST:LAST",
+        type=parse_window,
+        help="trace the steps between FIRST and LAST taken into model/profile, as in 100:105 (for xprof or Perfetto)",
+    )
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    train(open_experiment(arguments, overrides))
+    train(open_experiment(arguments, overrides), profile=arguments.profile)
     return 0
 
 
-def train(experiment: Experiment) -> None:
-    """Stage model."""
+def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> None:
+    """Stage model; `profile`: of training.loop.fit."""
     config, settings, grammar = experiment.config, experiment.config.training, experiment.grammar
     mixture = experiment.mixture()
     stage = experiment.stage(
@@ -84,6 +92,7 @@ def train(experiment: Experiment) -> None:
         manifest=grammar.manifest(),
         preview=_preview(experiment) if settings.preview_every else None,
         checkpoint_folder=experiment.checkpoint_folder,
+        profile=profile,
         logger=experiment.say,
     )
     experiment.finish(stage, {"steps": settings.steps})

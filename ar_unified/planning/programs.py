@@ -158,7 +158,7 @@ def programs(run: Run, mesh: Mesh, job: str) -> list[Program]:
 
 
 def make_task(run: Run) -> TransformerTask:
-    def no_batch(step: int) -> Any:
+    def no_batch(step: int, index: int = 0, count: int = 1) -> Any:
         raise RuntimeError("a plan has no data")
 
     return TransformerTask(run.model, run.vocabulary, no_batch, chunk=run.loss_chunk)

@@ -43,7 +43,11 @@ class Goodput:
         try:
             yield
         finally:
-            self.seconds[activity] += time.perf_counter() - began
+            self.add(activity, time.perf_counter() - began)
+
+    def add(self, activity: str, seconds: float) -> None:
+        """`seconds` that are over belonged to `activity`."""
+        self.seconds[activity] += seconds
 
     def write(self, step: int) -> dict[str, float]:
         """Puts the account after `step` steps on disk; returns {"goodput": its share, "time/ACTIVITY": others'}."""

@@ -8,6 +8,7 @@ process 0 alone writes and shows what is written and shown once.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import math
 import signal
@@ -19,12 +20,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ar_unified.checkpoint import Checkpoints
 from ar_unified.parallel import runtime
 from ar_unified.parallel.rules import batch_part, place_batch
+from ar_unified.training import goodput
 from ar_unified.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from ar_unified.training.profiler import Profiler
 from ar_unified.training.step import (
     Params,
     StepReport,
@@ -35,7 +39,14 @@ from ar_unified.training.step import (
     make_state,
     make_train_step,
 )
-from ar_unified.training.telemetry import Meter, Telemetry, console_line, peak_flops
+from ar_unified.training.telemetry import (
+    Meter,
+    Telemetry,
+    console_line,
+    device_memory,
+    peak_flops,
+    straggler,
+)
 
 Preview = Callable[[int, Params], Mapping[str, np.ndarray] | None]
 
@@ -76,6 +87,7 @@ def fit(
     manifest: Mapping[str, Any] | None = None,
     preview: Preview | None = None,
     checkpoint_folder: str | Path | None = None,
+    profile: tuple[int, int] | None = None,
     logger: Callable[[str], Any] = runtime.say,
 ) -> Params:
     """Trains `task` to `config.steps` in `folder` and returns the parameters on `mesh`.
@@ -85,6 +97,7 @@ def fit(
       preview: called with (steps taken, params); the pictures it returns, uint8 [H, W, 3], go to TensorBoard. Of many
         processes, process 0 calls it, with the parameters as numpy arrays.
       checkpoint_folder: where checkpoints lie, also a URL as gs://bucket/run; default: `folder`/checkpoints.
+      profile: (first, last) steps taken between which a trace is written to `folder`/profile; None: no trace.
       logger: takes console lines.
 
     Raises NonFinite, Preempted, checkpoint.SaveFailed, vocabulary.ManifestMismatch, checkpoint.CheckpointMismatch.
@@ -98,9 +111,8 @@ def fit(
         checkpoint_folder or folder / "checkpoints", keep=config.keep, keep_every=config.keep_every
     )
     start = checkpoints.latest() or 0
-    runtime.barrier(
-        f"{task.name} from step {start}"
-    )  # who sees another latest checkpoint waits elsewhere: named, not hung
+    runtime.barrier(f"{task.name} from step {start}")  # who sees another checkpoint waits elsewhere: named, not hung
+    clock = goodput.Goodput(folder / "goodput.json", start, active=runtime.first())
     if start >= config.steps:
         params = checkpoints.restore(start, manifest=manifest, params=abstract.params)["params"]
         checkpoints.close()
@@ -122,6 +134,7 @@ def fit(
     # ---------------------------------------------------------------------- Telemetry
     telemetry = Telemetry(folder, resume_step=start, console=logger)
     peak, peak_source = peak_flops()
+    alone = jax.process_count() == 1
     size = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params))
     axes = ", ".join(f"{axis}={n}" for axis, n in mesh.shape.items())
     telemetry.say(
@@ -129,6 +142,7 @@ def fit(
         f"peak {peak / 1e12:.3g} TFLOP/s ({peak_source})"
     )
     meter = Meter()
+    profiler = Profiler(profile, folder / "profile")
 
     def read(taken: int, report: StepReport) -> None:
         """Waits for a step that was dispatched, checks it, and writes the log line if one is due."""
@@ -139,33 +153,50 @@ def fit(
         meter.add(values | {"grad_norm": (norm, np.float32(1))})
         if _due(taken, config.log_every, config.steps):
             line = task.summary(meter.totals) | {"learning_rate": float(rate(taken - 1))}
-            line |= meter.rates(task.unit, task.flops(meter.totals), peak)
+            line |= meter.rates(task.unit, task.flops(meter.totals), peak) | device_memory() | clock.write(taken)
             telemetry.log(taken, line)
             telemetry.say(console_line(taken, config.steps, line, task.unit))
+            if not alone:
+                waits = multihost_utils.process_allgather(np.float32(line["input_seconds"]))
+                telemetry.say(straggler(waits.tolist(), line["step_seconds"]))
             meter.reset()
 
     # ---------------------------------------------------------------------- Data: of a global batch, the rows used here
     part = batch_part(mesh, len(next(iter(task.batch(start).values()))))
+    hand = concurrent.futures.ThreadPoolExecutor(1, "batches")  # makes the next batch while the devices work
+
+    def fetch(step: int) -> concurrent.futures.Future:
+        return hand.submit(lambda: place_batch(mesh, task.batch(step, *part), part))
 
     # ---------------------------------------------------------------------- SIGTERM: stop at the next step border
     asked = threading.Event()
-    alone = jax.process_count() == 1  # many must agree on the step: JAX's handler and runtime.preempted do that
+    # Of many processes all must agree on the step: JAX's handler and runtime.preempted do that.
     handles = alone and threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, lambda *_: asked.set()) if handles else None
 
     # ---------------------------------------------------------------------- Steps
     try:
-        began = time.perf_counter()
-        with jax.set_mesh(mesh):  # for what is traced; previews run outside, they may use other devices
-            compiled = train_step.lower(state, place_batch(mesh, task.batch(start, *part), part)).compile()
+        following = fetch(start)
+        with clock.during("compile"), jax.set_mesh(mesh):  # for what is traced; previews may use other devices
+            began = time.perf_counter()
+            compiled = train_step.lower(state, following.result()).compile()
         telemetry.say(f"{task.name}: compiled in {time.perf_counter() - began:.1f} s")
         pending: tuple[int, StepReport] | None = None
         meter.reset()
         for step in range(start, config.steps):
-            state, report = compiled(state, place_batch(mesh, task.batch(step, *part), part))
+            if profiler.at(step, state):
+                telemetry.say(f"{task.name}: steps {profile} are traced in {profiler.folder}")
+            waiting = time.perf_counter()
+            batch = following.result()
+            if pending is None or pending[1].loss.is_ready():  # type: ignore[attr-defined]  # devices were idle meanwhile
+                waited = time.perf_counter() - waiting
+                meter.waited += waited
+                clock.add("input", waited)
+            state, report = compiled(state, batch)
+            following = fetch(step + 1) if step + 1 < config.steps else following
             taken = step + 1
             checkpoints.check()
-            # The device works on this step while the host reads the one before and makes the next batch.
+            # The devices work on this step while the host reads the one before.
             if pending:
                 read(*pending)
             pending = (taken, report)
@@ -183,28 +214,27 @@ def fit(
             paused = time.perf_counter()
             if validate:
                 held_out = Meter()
-                with jax.set_mesh(mesh):
+                with clock.during("validation"), jax.set_mesh(mesh):
                     for batch in task.validation:
                         held_out.add(jax.device_get(eval_step(state.params, place_batch(mesh, batch))))
                 scores = task.summary(held_out.totals)
                 telemetry.log(taken, {f"validation/{name}": value for name, value in scores.items()})
                 telemetry.say(f"step {taken}/{config.steps}  validation loss {scores['loss']:.4f}")
             if show and preview is not None:
-                params = state.params if alone else runtime.to_host(state.params)
-                if runtime.first():
-                    telemetry.images(taken, preview(taken, params) or {})
-                runtime.barrier("preview", timeout=3600)
+                with clock.during("preview"):
+                    params = state.params if alone else runtime.to_host(state.params)
+                    if runtime.first():
+                        telemetry.images(taken, preview(taken, params) or {})
+                    runtime.barrier("preview", timeout=3600)
             if save:  # after what was said of this step: a run killed here says it once
-                checkpoints.save(
-                    taken,
-                    params=state.params,
-                    optimizer={"step": state.step, "state": state.optimizer},
-                    metadata={
-                        "manifest": dict(manifest or {}),
-                        "model": task.describe(),
-                        "training": dataclasses.asdict(config),
-                    },
-                )
+                story = {"model": task.describe(), "training": dataclasses.asdict(config)}
+                with clock.during("checkpoint"):
+                    checkpoints.save(
+                        taken,
+                        params=state.params,
+                        optimizer={"step": state.step, "state": state.optimizer},
+                        metadata={"manifest": dict(manifest or {}), **story},
+                    )
             if last:
                 telemetry.say(f"{task.name}: SIGTERM, stopped after step {taken} with a checkpoint")
                 raise Preempted
@@ -212,8 +242,12 @@ def fit(
     finally:
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
+        hand.shutdown(cancel_futures=True)
+        profiler.close()
         telemetry.close()
-        checkpoints.close()  # waits for the disk, and raises if the last save failed
+        with clock.during("checkpoint"):
+            checkpoints.close()  # waits for the disk, and raises if the last save failed
+    logger(f"{task.name}: {goodput.describe(clock.write(config.steps))}")
     return state.params
 
 

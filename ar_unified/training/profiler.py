@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -24,20 +24,18 @@ class Profiler:
         self.window, self.folder = window, Path(folder)
         self._tracing = False
 
-    def at(self, taken: int, wait: Callable[[], object]) -> bool:
-        """To be called before every step with the number of steps taken; whether a trace was finished just now.
-
-        `wait` returns when the devices have done those steps, so that a trace holds its own steps and no others.
-        """
+    def at(self, taken: int, state: Any) -> bool:
+        """To be called before every step, with the number of steps taken and the arrays they left; whether a trace was
+        finished just now. Both ends wait for `state`, so that a trace holds its own steps and no others."""
         if self.window is None:
             return False
         first, last = self.window
         if first <= taken < last and not self._tracing:
-            wait()
+            jax.block_until_ready(state)
             jax.profiler.start_trace(str(self.folder))
             self._tracing = True
         elif taken >= last and self._tracing:
-            wait()
+            jax.block_until_ready(state)
             self.close()
             return True
         return False

@@ -51,10 +51,10 @@ def device_memory() -> dict[str, float]:
 def straggler(before: Sequence[float], step_seconds: float) -> str:
     """A warning that names the process the others wait for; "" if there is none.
 
-    Steps begin together: one process whose batch or Python is slow makes all devices idle.
+    Steps begin together: one process whose batches are slow makes all devices idle.
 
     Args:
-      before: by process, mean seconds between the end of a step's dispatch and that of the next's batch.
+      before: by process, mean seconds in which its devices had nothing to do until the batch of a step came.
       step_seconds: mean seconds of a step. A tenth of it is worth a word.
     """
     slowest = int(np.argmax(before))
@@ -62,8 +62,8 @@ def straggler(before: Sequence[float], step_seconds: float) -> str:
     if before[slowest] - usual <= 0.1 * step_seconds:
         return ""
     return (
-        f"process {slowest} of {len(before)} keeps the others waiting: {before[slowest]:.3g} s before each step, where "
-        f"others take {usual:.3g} s and a step {step_seconds:.3g} s; look at its host's storage, memory and other jobs"
+        f"process {slowest} of {len(before)} keeps the others waiting: {before[slowest]:.3g} s for its part of each "
+        f"batch, others {usual:.3g} s, a step {step_seconds:.3g} s; look at its host's storage, memory and other jobs"
     )
 
 
@@ -76,6 +76,7 @@ class Meter:
     def reset(self) -> None:
         self.totals: Metrics = {}
         self.steps = 0
+        self.waited = 0.0  # seconds in which the devices had nothing to do until a batch came
         self.started = time.perf_counter()
 
     def add(self, values: Metrics) -> None:
@@ -89,9 +90,10 @@ class Meter:
         self.started += time.perf_counter() - since
 
     def rates(self, unit: str, flops: float | None, peak: float) -> dict[str, float]:
-        """Seconds per step, units per second, and MFU = FLOPs the model needs / (time * peak) where they are known."""
+        """Seconds per step and of them for input, units per second, and MFU = FLOPs the model needs / (time * peak)."""
         seconds = max(time.perf_counter() - self.started, 1e-9)
-        rates = {"step_seconds": seconds / self.steps, f"{unit}_per_second": float(self.totals[unit]) / seconds}
+        rates = {"step_seconds": seconds / self.steps, "input_seconds": self.waited / self.steps}
+        rates[f"{unit}_per_second"] = float(self.totals[unit]) / seconds
         return rates | ({"mfu": flops / seconds / peak} if flops is not None else {})
 
 

@@ -36,7 +36,9 @@ def test_meter_adds_sums_and_leaves_pauses_out(monkeypatch):
     paused, now[0] = now[0], now[0] + 50
     meter.skip(paused)
     assert meter.totals["loss"] == (40.0, 40.0)
-    assert meter.rates("tokens", 80.0, 100.0) == {"step_seconds": 2.0, "tokens_per_second": 10.0, "mfu": 0.2}
+    assert meter.rates("tokens", 80.0, 100.0) == {
+        "step_seconds": 2.0, "input_seconds": 0.0, "tokens_per_second": 10.0, "mfu": 0.2,
+    }  # fmt: skip
 
 
 def test_console_line_and_peak():
