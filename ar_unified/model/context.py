@@ -124,4 +124,5 @@ def _pass_on(tree: Any) -> Any:
 
 
 def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return tuple(jnp.split(x, 2, axis=1))
+    early, late = jnp.split(x, 2, axis=1)
+    return early, late

@@ -65,12 +65,11 @@ class _Places:
     def __init__(self, hidden: jax.Array, head: jax.Array):
         mesh = jax.sharding.get_abstract_mesh()
         self.split = not mesh.empty and mesh.size > 1
+        self.hidden = self.tokens = self.head = jax.P()
         if self.split:
             self.hidden = spec(mesh, ("batch", "sequence", None), hidden.shape, "hidden")
             self.tokens = spec(mesh, ("batch", "sequence"), hidden.shape[:2], "targets")
             self.head = spec(mesh, ("vocab", "embed"), head.shape, "head")
-        else:
-            self.hidden = self.tokens = self.head = None
 
     def run(self, part: Callable, chunk: int, args: tuple, outs: tuple) -> Any:
         part = functools.partial(part, self, chunk)

@@ -33,15 +33,15 @@ def kernels(compiled) -> int:
 
 
 @pytest.mark.parametrize(
-    "shape, context, calls",
+    "shape, options, calls",
     [
-        (dict(fsdp=2, tensor=2), "gather", 1),
-        (dict(fsdp=2, context=2), "gather", 2),
-        (dict(fsdp=2, context=2), "ring", 3),
+        (dict(fsdp=2, tensor=2), {}, 1),
+        (dict(fsdp=2, context=2), {}, 2),
+        (dict(fsdp=2, context=2), dict(context="ring", remat="offload"), 3),
     ],
 )
-def test_the_train_step_runs_the_kernels(shape, context, calls):
-    config = replace(MODEL, context=context)
+def test_the_train_step_runs_the_kernels(shape, options, calls):
+    config = replace(MODEL, **options)
     task, tx = tiny.task(config=config, chunk=1024), make_optimizer(OptimizerConfig(), 1000)
     mesh = make_mesh(shape, get_topology_desc(platform="tpu", topology_name=TPUS["v5e"]).devices)
     batch = {
@@ -55,6 +55,8 @@ def test_the_train_step_runs_the_kernels(shape, context, calls):
     # In the one scanned layer, for each pair of pieces: forward, and again for backward; dQ; dK and dV.
     assert kernels(compiled) == 4 * calls
     assert_nothing_travels_whole(compiled.as_text(), config, mesh, 4, 1024, 1024)
+    inputs = config.n_layers * 4 * 1024 * config.d_model * 2 // 4  # of the layers, in bfloat16, on one of four devices
+    assert compiled.memory_analysis().host_temp_size_in_bytes == (inputs if config.remat == "offload" else 0)
 
 
 def test_prefill_and_decode_run_the_kernels():
