@@ -45,7 +45,7 @@ def attend_to_documents(
 
     def part(query, key, value, doc_start):
         if mesh.shape["context"] > 1:
-            way = contexts.ring if context == "ring" else contexts.gather
+            way = contexts.gather if context == "gather" else contexts.ring
             return way(backend, query, key, value, doc_start)
         return attention(query, key, value, doc_start=doc_start, backend=backend)
 

@@ -30,7 +30,7 @@ class TransformerConfig:
       dtype: of the matrix products and activations. Parameters, norms, softmax and RoPE angles are float32.
       scan_layers: one compiled layer for all (short compiles, TPU); False unrolls them (faster on CPU).
       remat: what backward recomputes. "none" saves all; "dots" saves products with weights only; "full" saves
-        the input of each layer only.
+        the input of each layer only; "offload" saves the same in the host's memory.
       attention: the backend of kernels/backend.py; "auto": the device's own kernel, or XLA where there is none.
       context: on a mesh whose context axis cuts rows, "gather" collects a layer's keys and values on each device, which
         waits least; "ring" passes them round, for rows whose keys would fill the memory. No other mesh asks.
@@ -76,7 +76,7 @@ _CHOICES = {
     "norm_placement": ("pre", "swin"),
     "qk_norm": ("none", "layernorm", "rmsnorm"),
     "dtype": ("float32", "bfloat16"),
-    "remat": ("none", "dots", "full"),
+    "remat": ("none", "dots", "full", "offload"),
     "attention": BACKENDS,
     "context": ("gather", "ring"),
 }

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from ar_unified.kernels.qk_norm_rope import Rope, qk_norm_rope
 from ar_unified.model.attention import attend_to_cache, attend_to_documents
@@ -27,6 +28,7 @@ from ar_unified.model.config import TransformerConfig
 from ar_unified.model.embedding import look_up
 from ar_unified.parallel.zigzag import unzigzag, zigzag
 
+_INPUT = "layer_input"  # what remat="offload" sends to the host
 Params = dict[str, Any]
 Cache = tuple[tuple[jax.Array, jax.Array], ...]  # of each layer: keys and values [B, K, S, H]
 
@@ -347,7 +349,18 @@ def _fold(keys: jax.Array | None, index: jax.Array | int) -> jax.Array | None:
 
 
 def _remat(layer: Callable, policy: str, scanned: bool) -> Callable:
+    """`layer` (x, ...) -> x, of which backward has what `policy` (TransformerConfig.remat) keeps."""
     if policy == "none":
         return layer
-    saved = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}[policy]
-    return jax.checkpoint(layer, policy=saved, prevent_cse=not scanned)
+    policies = jax.checkpoint_policies
+    saved: Any = {"dots": policies.dots_with_no_batch_dims_saveable, "full": None}.get(policy)
+    if policy == "offload":
+        saved = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=[_INPUT],
+            offload_src="device", offload_dst="pinned_host",
+        )  # fmt: skip
+
+    def named(x: jax.Array, *args: Any) -> jax.Array:
+        return layer(checkpoint_name(x, _INPUT), *args)
+
+    return jax.checkpoint(named, policy=saved, prevent_cse=not scanned)

@@ -19,10 +19,11 @@ from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
 from ar_unified.training.step import abstract_state, make_train_step
 from tests.kernels.topologies import TPUS, needs_libtpu
 from tests.training import tiny
+from tests.training.travel import assert_nothing_travels_whole
 
 MODEL = replace(
-    config_from("debug", tiny.VOCABULARY.size, qk_norm="rmsnorm", dtype="bfloat16", scan_layers=True, remat="full"),
-    d_model=256, n_heads=8, n_kv_heads=2, head_dim=128, d_mlp=512,
+    config_from("debug", 4096, qk_norm="rmsnorm", dtype="bfloat16", scan_layers=True, remat="full"),
+    d_model=512, n_heads=8, n_kv_heads=2, head_dim=128, d_mlp=512,
 )  # fmt: skip
 pytestmark = [needs_libtpu, pytest.mark.slow]
 
@@ -31,9 +32,17 @@ def kernels(compiled) -> int:
     return compiled.as_text().count('custom_call_target="tpu_custom_call"')
 
 
-@pytest.mark.parametrize("shape", [dict(fsdp=2, tensor=2), dict(fsdp=2, context=2)], ids=str)
-def test_the_train_step_runs_the_kernels(shape):
-    task, tx = tiny.task(config=MODEL), make_optimizer(OptimizerConfig(), 1000)
+@pytest.mark.parametrize(
+    "shape, options, calls",
+    [
+        (dict(fsdp=2, tensor=2), {}, 1),
+        (dict(fsdp=2, context=2), {}, 2),
+        (dict(fsdp=2, context=2), dict(context="ring", remat="offload"), 3),
+    ],
+)
+def test_the_train_step_runs_the_kernels(shape, options, calls):
+    config = replace(MODEL, **options)
+    task, tx = tiny.task(config=config, chunk=1024), make_optimizer(OptimizerConfig(), 1000)
     mesh = make_mesh(shape, get_topology_desc(platform="tpu", topology_name=TPUS["v5e"]).devices)
     batch = {
         name: jax.ShapeDtypeStruct((4, 1024), x.dtype, sharding=NamedSharding(mesh, batch_spec(mesh, (4, 1024))))
@@ -43,7 +52,11 @@ def test_the_train_step_runs_the_kernels(shape):
     step, state = make_train_step(task, tx, mesh, seed=0, clip_norm=1.0), abstract_state(task, tx, mesh)
     with jax.set_mesh(mesh):
         compiled = step.trace(state, batch).lower(lowering_platforms=("tpu",)).compile()
-    assert kernels(compiled) == 4  # in the one scanned layer: forward, and again for backward; dQ; dK and dV
+    # In the one scanned layer, for each pair of pieces: forward, and again for backward; dQ; dK and dV.
+    assert kernels(compiled) == 4 * calls
+    assert_nothing_travels_whole(compiled.as_text(), config, mesh, 4, 1024, 1024)
+    inputs = config.n_layers * 4 * 1024 * config.d_model * 2 // 4  # of the layers, in bfloat16, on one of four devices
+    assert compiled.memory_analysis().host_temp_size_in_bytes == (inputs if config.remat == "offload" else 0)
 
 
 def test_prefill_and_decode_run_the_kernels():

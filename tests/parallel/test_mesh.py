@@ -8,6 +8,7 @@ from jax.sharding import AxisType
 
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.parallel.rules import place_batch, shardings, spec
+from ar_unified.parallel.zigzag import unzigzag, zigzag
 from tests.kernels.topologies import needs_libtpu
 
 
@@ -79,3 +80,15 @@ def test_batches_are_split_over_data_and_fsdp():
     assert placed["pixels"].addressable_shards[0].data.shape == (1, 4, 4, 3)
     with pytest.raises(ValueError, match=r"batch\['tokens'\].*size 6.*dataxfsdp = 8"):
         place_batch(mesh, {"tokens": np.zeros((6, 2))})
+
+
+@pytest.mark.parametrize("ways", [2, 3, 8])
+def test_devices_hold_an_early_and_a_late_piece(ways):
+    mesh = make_mesh(dict(context=ways), jax.devices()[:ways])
+    row = np.arange(4 * ways)[None]  # in 2 x ways pieces of two
+    with jax.set_mesh(mesh):
+        turned = jax.jit(zigzag)(row)
+        assert jax.jit(unzigzag)(turned).tolist() == row.tolist()
+    pieces = row.reshape(2 * ways, 2)
+    for i, shard in enumerate(turned.addressable_shards):
+        assert shard.data.ravel().tolist() == [*pieces[i], *pieces[2 * ways - 1 - i]]
