@@ -159,6 +159,7 @@ def fit(
         with jax.set_mesh(mesh):  # for what is traced; previews run outside, they may use other devices
             compiled = train_step.lower(state, place_batch(mesh, task.batch(start, *part), part)).compile()
         telemetry.say(f"{task.name}: compiled in {time.perf_counter() - began:.1f} s")
+        runtime.barrier("compiled", timeout=3600)  # gloo gives up on who comes 30 s later to the first collective
         pending: tuple[int, StepReport] | None = None
         meter.reset()
         for step in range(start, config.steps):

@@ -1,0 +1,131 @@
+"""Jobs of several processes on this machine, for tests to disturb; as a script, one process of such a job.
+
+A job trains the tiny transformer of tests/training/tiny.py, thinner still, sharded over one faked device a process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def environment() -> dict[str, str]:
+    """What a process needs to run from source on one faked device."""
+    paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tokenizers'}", "JAX_PLATFORMS": "cpu"}
+    return os.environ | paths | {"JAX_NUM_CPU_DEVICES": "1"}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return int(listener.getsockname()[1])
+
+
+class Job:
+    """Starts the processes of a training in `folder`; `settings` are TrainingConfig's, `pause` seconds a step.
+
+    absent: processes that never come.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        processes: int,
+        *,
+        heartbeat: int = 10,
+        pause: float = 0.0,
+        absent: Any = (),
+        **settings: Any,
+    ):
+        self.folder, self.began = folder, time.monotonic()
+        shared = dict(folder=str(folder), coordinator=f"localhost:{free_port()}", processes=processes)
+        shared |= dict(heartbeat=heartbeat, pause=pause, settings=settings)
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, json.dumps(shared | {"process": i})],
+                env=environment(),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for i in range(processes)
+            if i not in absent
+        ]
+
+    def until(self, step: int, seconds: float = 120) -> None:
+        """Waits until the loss of a step is written."""
+        metrics, deadline = self.folder / "metrics.jsonl", time.monotonic() + seconds
+        while not (metrics.exists() and f'{{"step": {step},' in metrics.read_text()):
+            assert time.monotonic() < deadline and self.running(), self.end()
+            time.sleep(0.01)
+
+    def running(self) -> bool:
+        return all(process.poll() is None for process in self.processes)
+
+    def send(self, process: int, number: signal.Signals) -> None:
+        self.processes[process].send_signal(number)
+
+    def kill(self, first: int = 0, gap: float = 0.0) -> None:
+        """Ends all processes as a power cut does, one of them `gap` seconds before the others."""
+        self.processes[first].kill()
+        time.sleep(gap)
+        for process in self.processes:
+            process.kill()
+        self.end()
+
+    def end(self, seconds: float = 120) -> list[tuple[int, str]]:
+        """(return code, terminal output) of every process, when all have ended."""
+        found = []
+        for process in self.processes:
+            try:
+                output, _ = process.communicate(timeout=seconds)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                output = f"{process.communicate()[0]}\n(did not end within {seconds} s)"
+            found.append((process.returncode, output))
+        return found
+
+    def log(self, process: int) -> str:
+        return (self.folder / "logs" / f"process-{process}.log").read_text()
+
+
+def main() -> None:
+    from ar_unified.model.host import prepare_cpu
+
+    prepare_cpu()
+    from ar_unified.parallel import runtime
+    from ar_unified.parallel.mesh import make_mesh
+    from tests.training import tiny
+
+    job = json.loads(sys.argv[1])
+    with runtime.ending():
+        runtime.start(
+            job["coordinator"],
+            job["processes"],
+            job["process"],
+            logs=f"{job['folder']}/logs",
+            start_timeout=5 if job["heartbeat"] < 5 else 60,
+            heartbeat_timeout=job["heartbeat"],
+        )
+
+        def batch(step: int, *part: int) -> Any:
+            time.sleep(job["pause"])
+            return tiny.packed(step, *part)
+
+        model = replace(tiny.MODEL, n_layers=1, d_model=16, d_mlp=16)
+        task = tiny.task(config=model, batch=batch, validation=[])
+        tiny.run(job["folder"], task=task, mesh=make_mesh(dict(fsdp=-1)), logger=runtime.say, **job["settings"])
+
+
+if __name__ == "__main__":
+    main()
