@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,14 @@ class Job:
         processes: int,
         *,
         heartbeat: int = 10,
+        start: int = 120,
         pause: float = 0.0,
-        absent: Any = (),
+        absent: Sequence[int] = (),
         **settings: Any,
     ):
-        self.folder, self.began = folder, time.monotonic()
+        self.folder = folder
         shared = dict(folder=str(folder), coordinator=f"localhost:{free_port()}", processes=processes)
-        shared |= dict(heartbeat=heartbeat, pause=pause, settings=settings)
+        shared |= dict(heartbeat=heartbeat, start=start, pause=pause, settings=settings)
         self.processes = [
             subprocess.Popen(
                 [sys.executable, __file__, json.dumps(shared | {"process": i})],
@@ -62,7 +64,7 @@ class Job:
             if i not in absent
         ]
 
-    def until(self, step: int, seconds: float = 120) -> None:
+    def until(self, step: int, seconds: float = 400) -> None:
         """Waits until the loss of a step is written."""
         metrics, deadline = self.folder / "metrics.jsonl", time.monotonic() + seconds
         while not (metrics.exists() and f'{{"step": {step},' in metrics.read_text()):
@@ -83,7 +85,7 @@ class Job:
             process.kill()
         self.end()
 
-    def end(self, seconds: float = 120) -> list[tuple[int, str]]:
+    def end(self, seconds: float = 400) -> list[tuple[int, str]]:
         """(return code, terminal output) of every process, when all have ended."""
         found = []
         for process in self.processes:
@@ -99,13 +101,26 @@ class Job:
         return (self.folder / "logs" / f"process-{process}.log").read_text()
 
 
+def train(folder: Path | str, mesh: Any, pause: float = 0.0, **settings: Any) -> None:
+    """What each process of a job does, on `mesh`."""
+    from ar_unified.parallel import runtime
+    from tests.training import tiny
+
+    def batch(step: int, *part: int) -> Any:
+        time.sleep(pause)
+        return tiny.packed(step, *part)
+
+    model = replace(tiny.MODEL, n_layers=1, d_model=16, d_mlp=16)
+    task = tiny.task(config=model, batch=batch, validation=[])
+    tiny.run(folder, task=task, mesh=mesh, logger=runtime.say, **settings)
+
+
 def main() -> None:
     from ar_unified.model.host import prepare_cpu
 
     prepare_cpu()
     from ar_unified.parallel import runtime
     from ar_unified.parallel.mesh import make_mesh
-    from tests.training import tiny
 
     job = json.loads(sys.argv[1])
     with runtime.ending():
@@ -114,17 +129,10 @@ def main() -> None:
             job["processes"],
             job["process"],
             logs=f"{job['folder']}/logs",
-            start_timeout=5 if job["heartbeat"] < 5 else 60,
+            start_timeout=job["start"],
             heartbeat_timeout=job["heartbeat"],
         )
-
-        def batch(step: int, *part: int) -> Any:
-            time.sleep(job["pause"])
-            return tiny.packed(step, *part)
-
-        model = replace(tiny.MODEL, n_layers=1, d_model=16, d_mlp=16)
-        task = tiny.task(config=model, batch=batch, validation=[])
-        tiny.run(job["folder"], task=task, mesh=make_mesh(dict(fsdp=-1)), logger=runtime.say, **job["settings"])
+        train(job["folder"], make_mesh(dict(fsdp=-1)), job["pause"], **job["settings"])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def under_fire(folder: Path, kills: int, seed: int) -> list[int]:
     rng, latest = random.Random(seed), [0]
     for number in range(kills):
         job = Job(folder, 2, steps=1_000_000, log_every=1, checkpoint_every=3, keep=2, pause=0.01)
-        job.until(latest[-1] + 4, seconds=400)
+        job.until(latest[-1] + 4)
         time.sleep(rng.uniform(0.0, 1.5))
         job.kill(first=rng.randrange(2), gap=rng.choice([0.0, 0.0, rng.uniform(0.0, 0.3)]))
 
