@@ -1,6 +1,6 @@
 """Jobs of several processes on this machine, for tests to disturb; as a script, one process of such a job.
 
-A job trains the tiny transformer of tests/training/tiny.py, thinner still, sharded over one faked device a process.
+A job trains a bigram model of 3,000 parameters, sharded over one faked device a process.
 """
 
 from __future__ import annotations
@@ -13,9 +13,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ar_unified.parallel import runtime
+from ar_unified.parallel.mesh import make_mesh
+from ar_unified.training.tasks import ratios
+from tests.training import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -101,27 +110,50 @@ class Job:
         return (self.folder / "logs" / f"process-{process}.log").read_text()
 
 
+@dataclass(frozen=True, eq=False)
+class Bigram:
+    """The smallest model that learns: the next token from the embedding of this one. It compiles in no time."""
+
+    batch: Any
+    validation: tuple[()] = ()
+    name: str = "bigram"
+    unit: str = "tokens"
+
+    def init(self, key: jax.Array) -> dict[str, jax.Array]:
+        embed = 0.1 * jax.random.normal(key, (tiny.VOCABULARY.size, 16))
+        return {"embed": embed, "head": jnp.zeros((16, tiny.VOCABULARY.size))}
+
+    def logical_axes(self, params: Any) -> dict[str, tuple[str, str]]:
+        return {"embed": ("vocab", "embed"), "head": ("embed", "vocab")}
+
+    def loss(self, params: Any, batch: Any, key: Any) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+        logits = params["embed"][batch["tokens"]] @ params["head"]
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+        trained = (batch["targets"] != tiny.VOCABULARY.pad).astype(jnp.float32)
+        loss, weight = jnp.sum(nll * trained), jnp.sum(trained)
+        return loss, weight, {"loss": (loss, weight), "tokens": weight}
+
+    def summary(self, totals: Any) -> dict[str, float]:
+        return ratios(totals)
+
+    def flops(self, totals: Any) -> None:
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": self.name}
+
+
 def train(folder: Path | str, mesh: Any, pause: float = 0.0, **settings: Any) -> None:
     """What each process of a job does, on `mesh`."""
-    from ar_unified.parallel import runtime
-    from tests.training import tiny
 
     def batch(step: int, *part: int) -> Any:
         time.sleep(pause)
         return tiny.packed(step, *part)
 
-    model = replace(tiny.MODEL, n_layers=1, d_model=16, d_mlp=16)
-    task = tiny.task(config=model, batch=batch, validation=[])
-    tiny.run(folder, task=task, mesh=mesh, logger=runtime.say, **settings)
+    tiny.run(folder, task=Bigram(batch), mesh=mesh, logger=runtime.say, **settings)
 
 
 def main() -> None:
-    from ar_unified.model.host import prepare_cpu
-
-    prepare_cpu()
-    from ar_unified.parallel import runtime
-    from ar_unified.parallel.mesh import make_mesh
-
     job = json.loads(sys.argv[1])
     with runtime.ending():
         runtime.start(
