@@ -58,7 +58,8 @@ class Job:
         absent: Sequence[int] = (),
         **settings: Any,
     ):
-        self.folder = folder
+        self.folder, self.before = folder, [0] * processes
+        self.before = [len(self.log(i)) for i in range(processes)]
         shared = dict(folder=str(folder), coordinator=f"localhost:{free_port()}", processes=processes)
         shared |= dict(heartbeat=heartbeat, start=start, pause=pause, settings=settings)
         self.processes = [
@@ -74,9 +75,9 @@ class Job:
         ]
 
     def until(self, step: int, seconds: float = 400) -> None:
-        """Waits until the loss of a step is written."""
-        metrics, deadline = self.folder / "metrics.jsonl", time.monotonic() + seconds
-        while not (metrics.exists() and f'{{"step": {step},' in metrics.read_text()):
+        """Waits until this job has said the loss of a step."""
+        deadline = time.monotonic() + seconds
+        while not ((self.folder / "logs").exists() and f" step {step}/" in self.log(0)):
             assert time.monotonic() < deadline and self.running(), self.end()
             time.sleep(0.01)
 
@@ -107,7 +108,9 @@ class Job:
         return found
 
     def log(self, process: int) -> str:
-        return (self.folder / "logs" / f"process-{process}.log").read_text()
+        """What a process of this job has written into its log, which earlier jobs may have begun."""
+        path = self.folder / "logs" / f"process-{process}.log"
+        return path.read_text()[self.before[process] :] if path.exists() else ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ def under_fire(folder: Path, kills: int, seed: int) -> list[int]:
     for number in range(kills):
         job = Job(folder, 2, steps=1_000_000, log_every=1, checkpoint_every=3, keep=2, pause=0.01)
         job.until(latest[-1] + 4)
-        time.sleep(rng.uniform(0.0, 1.5))
+        time.sleep(rng.uniform(0.0, 1.0))
         job.kill(first=rng.randrange(2), gap=rng.choice([0.0, 0.0, rng.uniform(0.0, 0.3)]))
 
         checkpoints = Checkpoints(folder / "checkpoints", readonly=True)
