@@ -21,23 +21,27 @@ SLURM_PROCID=0 "$@" && wait $!
 
 
 @pytest.mark.slow
-def test_slurm_runs_every_stage_on_two_nodes(folder: Path, tmp_path: Path) -> None:
+def test_slurm_trains_both_tokenizers_on_two_nodes(folder: Path, tmp_path: Path) -> None:
     program = f'#!/bin/bash\nexec {sys.executable} -m ar_unified.cli.main "$@"\n'
     for name, text in {"srun": SRUN, "ar-unified": program}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    short = dict(image_tokenizer__steps=4, training__steps=4, training__warmup_steps=1, evaluation__limit=1)
     workdir = tmp_path / "workdir"
     found = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "JAX_COORDINATOR_PORT": str(free_port())}
     done = subprocess.run(
-        ["bash", ROOT / "experiments/launch/slurm.sh", *command("run", folder, workdir, **short)],
+        [
+            "bash",
+            ROOT / "experiments/launch/slurm.sh",
+            *command("tokenizer", folder, workdir, image_tokenizer__steps=4),
+        ],
         env=environment() | found,
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "transformer: " in done.stdout and (workdir / "report.html").exists()
+    assert (workdir / "image_tokenizer" / "weights.safetensors").exists()
     lines = done.stdout.splitlines()
-    assert len([line for line in lines if line.startswith("==== evaluation")]) == 2  # begun and ended, by process 0
+    assert "image_tokenizer: 0.02M parameters on data=2" in done.stdout
+    assert len([line for line in lines if line.startswith("==== text_tokenizer")]) == 2  # begun and ended, by process 0
     assert "step 4/4" in (workdir / "logs" / "process-1.log").read_text()
