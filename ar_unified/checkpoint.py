@@ -56,21 +56,12 @@ class Checkpoints:
             if not self.folder.is_dir():
                 raise FileNotFoundError(f"no checkpoints: {self.folder} does not exist; has the training stage run?")
             return
-        policies = ocp.training.preservation_policies
-        preserve: list[Any] = [policies.LatestN(keep)]
-        if keep_every:
-            preserve.append(policies.EveryNSteps(keep_every))
-        self._orbax = ocp.training.Checkpointer(
-            self.folder,
-            preservation_policy=policies.AnyPreservationPolicy(preserve),
-            cleanup_tmp_directories=True,  # what a killed writer left
-        )
+        self.keep, self.keep_every = keep, keep_every
+        self._orbax = ocp.training.Checkpointer(self.folder, cleanup_tmp_directories=True)  # what a killed writer left
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
-        if self.readonly:
-            return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(self.folder))
-        return [checkpoint.step for checkpoint in self._orbax.checkpoints]
+        return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(self.folder))
 
     def latest(self) -> int | None:
         """The newest complete checkpoint, or None."""
@@ -116,6 +107,21 @@ class Checkpoints:
                 f"Complete checkpoints: {self.steps()}. Is the disk full or gone? Starting again continues from them."
             ) from error
         self._saving = None
+        if jax.process_index() == 0:
+            self._delete_old()
+
+    def _delete_old(self) -> None:
+        """Not Orbax's policies: a writer killed while they delete leaves half a checkpoint under its name."""
+        steps = self.steps()
+        for step in steps[: -self.keep]:
+            if self.keep_every and step % self.keep_every == 0:
+                continue
+            old = self.folder / str(step)
+            if "://" in str(self.folder):
+                (old / "commit_success.txt").unlink(missing_ok=True)  # what makes it a checkpoint in a bucket
+            else:
+                old = old.rename(self.folder / f"{step}.old.orbax-checkpoint-tmp")  # cleaned like a torn one, if torn
+            old.rmtree()
 
     def close(self) -> None:
         """Waits, raises like `wait`, and ends Orbax's threads."""

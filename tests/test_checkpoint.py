@@ -80,11 +80,13 @@ def test_the_newest_and_every_fourth_are_kept(tmp_path):
 def test_a_half_written_checkpoint_is_not_seen_and_is_cleaned_up(tmp_path):
     save(tmp_path, 1).close()
     torn = tmp_path / "2.orbax-checkpoint-tmp"
-    shutil.copytree(tmp_path / "1", torn)
-    assert Checkpoints(tmp_path, readonly=True).latest() == 1 and torn.exists()
+    half_deleted = tmp_path / "0.old.orbax-checkpoint-tmp"
+    for left in (torn, half_deleted):
+        shutil.copytree(tmp_path / "1", left)
+    assert Checkpoints(tmp_path, readonly=True).steps() == [1] and torn.exists()
     checkpoints = save(tmp_path, 3)
     checkpoints.close()
-    assert checkpoints.steps() == [1, 3] and not torn.exists()
+    assert checkpoints.steps() == [1, 3] and not torn.exists() and not half_deleted.exists()
 
 
 def test_an_old_checkpoint_that_was_half_deleted_is_in_nobodys_way(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ar_unified.workdir import StageMismatch, Workdir, clean, read_json, write_bytes, write_json, write_text
+from ar_unified.workdir import NotShared, StageMismatch, Workdir, clean, read_json, write_bytes, write_json, write_text
 
 FINGERPRINT = {"sources": [{"kind": "folder", "weight": 1.0}], "layout": {"height": 4}, "levels": (8, 8)}
 
@@ -66,3 +66,13 @@ def test_leftovers_of_a_killed_writer_go_when_the_stage_is_opened_again(tmp_path
     Workdir(tmp_path).stage("data", FINGERPRINT)
     assert not leftover.exists() and mine.exists()
     assert clean(folder) == []
+
+
+def test_a_process_that_does_not_see_the_shared_folder_says_so(tmp_path):
+    Workdir(tmp_path / "here").stage("data", {"size": 1})
+    assert not Workdir(tmp_path / "here", reader=True).stage("data", {"size": 1}).done
+    with pytest.raises(StageMismatch, match="size"):
+        Workdir(tmp_path / "here", reader=True).stage("data", {"size": 2})
+    elsewhere = Workdir(tmp_path / "elsewhere", reader=True)
+    with pytest.raises(NotShared, match="is not there: --workdir must be on storage that all processes share"):
+        elsewhere.await_file(elsewhere.config, patience=0)

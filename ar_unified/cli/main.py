@@ -34,6 +34,7 @@ def _overview() -> str:
             "",
             "`ar-unified VERB --help` says what a verb reads, what it leaves in the workdir, and its options.",
             "Every verb can be killed and started again: what is finished is skipped, what was interrupted continues.",
+            "Many hosts: the same command on each (BUILD.md, Many processes).",
         ]
     )
 

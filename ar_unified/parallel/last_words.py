@@ -11,6 +11,7 @@ it says what happened, in words of ours. Needs nothing but the standard library;
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -65,7 +66,8 @@ def main() -> None:
     def say(line: str) -> None:
         os.write(log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n".encode())
         if process == 0:
-            os.write(2, f"{line}\n".encode())
+            with contextlib.suppress(OSError):  # the terminal may be closed; the log goes on
+                os.write(2, f"{line}\n".encode())
 
     rest, tail = "", ""
     while chunk := os.read(0, 65536).decode(errors="replace"):

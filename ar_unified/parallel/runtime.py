@@ -173,6 +173,15 @@ def _stop() -> None:
 def _fail(error: Exception) -> None:
     """Says why, and ends this process without waiting for the others: they may be waiting for this one."""
     assert _log is not None
+    try:
+        _explain(error)
+        _log.close()
+    finally:
+        os._exit(1)
+
+
+def _explain(error: Exception) -> None:
+    assert _log is not None
     traceback.print_exception(error)
     if _PEER_LOST.search(str(error)) and not isinstance(error, ProcessesMissing):
         print(
@@ -181,8 +190,6 @@ def _fail(error: Exception) -> None:
         time.sleep(_log.heartbeat_timeout + 10)  # it ends this process with the answer
     if jax.process_index() == 0:
         time.sleep(_GRACE)
-    _log.close()
-    os._exit(1)
 
 
 # ---- between the two ------------------------------------------------------------------------------------------------

@@ -181,6 +181,7 @@ def fit(
             began = time.perf_counter()
             compiled = train_step.lower(state, following.result()).compile()
         telemetry.say(f"{task.name}: compiled in {time.perf_counter() - began:.1f} s")
+        runtime.barrier("compiled", timeout=3600)  # gloo gives up on who comes 30 s later to the first collective
         pending: tuple[int, StepReport] | None = None
         meter.reset()
         for step in range(start, config.steps):

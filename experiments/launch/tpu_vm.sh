@@ -1,0 +1,45 @@
+#!/bin/bash
+# A TPU slice as a queued resource, and the same command on all its hosts:
+#
+#   export PROJECT=my-project ZONE=us-east5-a REPOSITORY=URL NFS=10.0.0.2:/shared
+#   experiments/launch/tpu_vm.sh emoji v5p-32 v2-alpha-tpuv5 run --config experiments/emoji.py --workdir /shared/runs/emoji
+#
+# Started again, it uses the slice that is there, or asks for another, and continues from the last checkpoint.
+# SPOT=1 asks for preemptible chips. End: gcloud compute tpus queued-resources delete NAME --force.
+set -euo pipefail
+
+if [[ $# -lt 4 ]]; then
+  echo "usage: tpu_vm.sh NAME ACCELERATOR RUNTIME VERB [ARGUMENTS]" >&2
+  exit 2
+fi
+name=$1 accelerator=$2 runtime=$3
+shift 3
+where=(--project "$PROJECT" --zone "$ZONE")
+
+state() {
+  gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)' 2>/dev/null || true
+}
+
+case "$(state)" in
+  FAILED | SUSPENDED) gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet ;;
+esac
+if [[ -z "$(state)" ]]; then
+  gcloud compute tpus queued-resources create "$name" --node-id "$name" "${where[@]}" \
+    --accelerator-type "$accelerator" --runtime-version "$runtime" ${SPOT:+--spot}
+fi
+until [[ "$(state)" == ACTIVE ]]; do
+  echo "$name: $(state)"
+  sleep 30
+done
+
+# On every host: the shared folder, the code, the packages, and the verb. TPU metadata tells JAX who is who.
+printf -v verb '%q ' "$@"
+gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all --command "
+  set -e
+  sudo apt-get install -y -qq nfs-common
+  sudo mkdir -p /shared && { mountpoint -q /shared || sudo mount $NFS /shared; }
+  [ -d ar_unified ] || git clone --quiet $REPOSITORY ar_unified
+  cd ar_unified && git pull --quiet
+  [ -d .venv ] || python3 -m venv .venv
+  .venv/bin/pip install --quiet '.[tpu]'
+  .venv/bin/ar-unified $verb"

@@ -1,0 +1,90 @@
+"""Real processes on this machine: the losses of one, one agreed stop, and clear words when one is gone."""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from ar_unified.checkpoint import Checkpoints
+from ar_unified.parallel.mesh import make_mesh
+from ar_unified.training.telemetry import read_metrics
+from tests.parallel.job import Job, train
+from tests.parallel.under_fire import under_fire
+
+pytestmark = pytest.mark.slow
+STEPS = 40
+SETTINGS = dict(steps=STEPS, log_every=1, checkpoint_every=4)
+AGAIN = "the same command, started again, continues from the last checkpoint"
+
+
+def losses(folder: Path) -> list[float]:
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    return [row["loss"] for row in rows]
+
+
+def finish(folder: Path, processes: int) -> list[float]:
+    """Trains to the end, from whatever is in the folder; the whole loss curve."""
+    if processes == 1:
+        train(folder, make_mesh({}, jax.devices()[:1]), **SETTINGS)
+    else:
+        ended = Job(folder, processes, **SETTINGS).end()
+        assert [code for code, _ in ended] == [0] * processes, ended
+        assert not ended[1][1]  # the terminal is process 0's
+    return losses(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[float]]:
+    """Loss curves of trainings that nobody disturbs, by the number of processes."""
+    return {n: finish(tmp_path_factory.mktemp(f"whole{n}"), n) for n in (1, 2, 4)}
+
+
+def test_the_losses_are_those_of_one_process(whole):
+    assert whole[1][-1] < whole[1][0]
+    for processes in (2, 4):
+        np.testing.assert_allclose(whole[processes], whole[1], rtol=1e-6)
+
+
+def test_sigterm_to_one_stops_all_at_one_step_with_a_checkpoint(whole, tmp_path):
+    job = Job(tmp_path / "two", 2, pause=0.1, **SETTINGS)
+    job.until(step=2)
+    job.send(1, signal.SIGTERM)
+    assert [code for code, _ in job.end()] == [143, 143]
+    stops = [re.findall(r"SIGTERM, stopped after step (\d+) with a checkpoint", job.log(i)) for i in range(2)]
+    latest = Checkpoints(tmp_path / "two" / "checkpoints", readonly=True).latest()
+    assert stops[0] == stops[1] == [str(latest)] and latest < STEPS
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    np.testing.assert_allclose(finish(tmp_path / "one", 1), whole[1], rtol=1e-6)
+    np.testing.assert_allclose(finish(tmp_path / "two", 4), whole[1], rtol=1e-6)
+
+
+def test_sigkill_to_one_stops_the_other_with_its_name_and_nothing_is_lost(whole, tmp_path):
+    job = Job(tmp_path, 2, heartbeat=8, pause=0.1, **SETTINGS)
+    job.until(step=10)
+    job.send(1, signal.SIGKILL)
+    killed = time.monotonic()
+    (code, output), _ = job.end()
+    assert code not in (0, 143) and time.monotonic() - killed < 8 + 10
+    assert "process 0 of 2 was stopped by JAX: process 1 is gone" in output and AGAIN in output
+    assert AGAIN in job.log(0) and "process 1 of 2 was ended from outside" in job.log(1)
+    assert finish(tmp_path, 2) == whole[2]  # bit for bit
+
+
+def test_who_does_not_come_is_named(tmp_path):
+    [(code, output)] = Job(tmp_path, 2, start=4, absent=[1], **SETTINGS).end()
+    assert code and "gave up at the start: process 1 did not come to localhost:" in output
+    [(code, _)] = (job := Job(tmp_path, 2, start=4, absent=[0], **SETTINGS)).end()
+    assert code and "gave up at the start: process 0 did not come to localhost:" in job.log(1)
+
+
+def test_no_checkpoint_is_lost_under_fire(tmp_path):
+    assert len(under_fire(tmp_path, 3, seed=random.randrange(2**32))) == 3

@@ -1,0 +1,46 @@
+"""Checkpoints under fire: a job of two processes that saves all the time, killed at random moments.
+
+PYTHONPATH=.:tokenizers python tests/parallel/under_fire.py FOLDER 20
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from pathlib import Path
+
+import jax
+
+from ar_unified.checkpoint import Checkpoints
+from tests.parallel.job import Job
+
+
+def under_fire(folder: Path, kills: int, seed: int) -> list[int]:
+    """Kills the job `kills` times and starts it again each time; returns the latest checkpoint after each.
+
+    After each kill, every checkpoint that is seen must load whole, and the newest must not be older than before.
+    """
+    rng, latest = random.Random(seed), [0]
+    for number in range(kills):
+        job = Job(folder, 2, steps=1_000_000, log_every=1, checkpoint_every=3, keep=2, pause=0.01)
+        job.until(latest[-1] + 4)
+        time.sleep(rng.uniform(0.0, 1.0))
+        job.kill(first=rng.randrange(2), gap=rng.choice([0.0, 0.0, rng.uniform(0.0, 0.3)]))
+
+        checkpoints = Checkpoints(folder / "checkpoints", readonly=True)
+        unfinished = [path.name for path in (folder / "checkpoints").iterdir() if not path.name.isdigit()]
+        for step in checkpoints.steps():
+            found = checkpoints.restore(step, params=None, optimizer=None)
+            assert found["optimizer"]["step"] == step == checkpoints.metadata(step)["step"]
+            assert all(jax.numpy.isfinite(leaf).all() for leaf in jax.tree.leaves(found["params"]))
+        assert checkpoints.steps() and checkpoints.steps()[-1] >= latest[-1]
+        print(
+            f"kill {number + 1}: checkpoints {checkpoints.steps()} load; unfinished, unseen: {unfinished}", flush=True
+        )
+        latest.append(checkpoints.steps()[-1])
+    return latest[1:]
+
+
+if __name__ == "__main__":
+    under_fire(Path(sys.argv[1]), int(sys.argv[2]), seed=int(time.time()))
