@@ -68,6 +68,15 @@ def test_gpus_are_planned_with_cpus_in_their_place(tmp_path):
     assert page.count("<rect") > len(where) and "http" not in page
 
 
+def test_sampling_is_planned_by_its_two_programs():
+    plan = make_plan(SMALL, parse_target("h200:8"), "sample", say=quiet)
+    prefill, decode = plan["programs"]
+    assert (prefill["name"], decode["name"]) == ("prefill", "decode")
+    # Keys and values of 2 layers, 2 heads, 64 slots, 8 dimensions in float32; 8 rows on 8 devices.
+    assert decode["memory"]["parts"]["cache"] == 2 * 2 * 2 * 64 * 8 * 4
+    assert decode["loops_of_unknown_length"] == 1 and prefill["loops_of_unknown_length"] == 0
+
+
 def test_what_does_not_divide_is_an_error_with_the_numbers():
     with pytest.raises(ValueError, match="multiply to 3"):
         make_plan(replace(SMALL, mesh=dict(fsdp=3)), parse_target("h200:8"), say=quiet)
