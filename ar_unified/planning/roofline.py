@@ -90,13 +90,11 @@ def traffic(each: Collective, mesh: Mesh, hardware: Hardware) -> Traffic:
     """Between slices a hierarchical algorithm is assumed: inside each slice first, the parts across."""
     devices = mesh.devices.flat
     group = [devices[i] for i in each.groups[0]]
-    slices = len({getattr(device, "slice_index", 0) or 0 for device in group})
+    slices = len({_slice(device) for device in group})
     inside = len(group) // slices
     whole = each.bytes * each.times * (2 if each.kind == "all-reduce" else 1)
     if each.kind == "collective-permute":
-        cut = sum(
-            getattr(devices[a], "slice_index", 0) != getattr(devices[b], "slice_index", 0) for a, b in each.groups
-        ) / len(each.groups)
+        cut = sum(_slice(devices[a]) != _slice(devices[b]) for a, b in each.groups) / len(each.groups)
         ici, dcn = whole * (1 - cut), whole * cut
     else:
         ici = whole * (inside - 1) / inside

@@ -15,7 +15,6 @@ from ar_unified.planning.roofline import Roofline
 from ar_unified.planning.targets import Target
 
 CRITICAL_TOKENS = 16e6  # tokens a step; the largest batch of a published dense run (Llama 3 405B, arXiv 2407.21783)
-LANES = 128  # columns of a TPU register: shards of the model axis below it cost all-reduces for gathers
 
 
 class Scaling(NamedTuple):
