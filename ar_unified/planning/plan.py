@@ -102,8 +102,9 @@ def _warnings(program: dict[str, Any]) -> list[str]:
     if reduced <= sum(sent.values()) or program["name"] != "train":
         return []
     return [
-        f"the compiler gathers weights and scatters gradients by all-reduces over fsdp ({reduced / 2**30:.0f} GiB), which "
-        "send twice the bytes; libtpu 0.0.42 does so where fsdp is a whole 3-D slice: half of it, and data=2, avoid it"
+        f"the compiler gathers weights and scatters gradients by all-reduces over fsdp ({reduced / 2**30:.0f} GiB), "
+        "which send twice the bytes; libtpu 0.0.42 does so where fsdp is a whole 3-D slice: half of it, and data=2, "
+        "avoid it"
     ]
 
 
