@@ -10,9 +10,9 @@ Arguments: model=chameleon_7b | chameleon_34b | emu3_8b | lwm_7b; chips=NUMBER o
 path=DIR, documents as experiments/folder.py takes them (training only).
 
 What is published is the shape of the models, their vocabulary and, for Chameleon, the optimizer (arXiv 2405.09818,
-table 1: learning rate 1e-4, z-loss 1e-5, clipping at 1). The mesh is ours. fsdp is the largest that leaves a device
-whole registers (128 columns) of the model axis: beyond that a TPU sends twice the bytes. Rows a chip are what keeps a
-step bound by products. No such run was made: these are plans, not results.
+table 1: learning rate 1e-4, z-loss 1e-5, clipping at 1). The mesh is ours. fsdp is at most half of the devices
+that could share it: over a whole 3-D slice libtpu gathers by all-reduces, which send twice the bytes. Rows a chip are
+what keeps a step bound by products. No such run was made: these are plans, not results.
 """
 
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if name not in RECIPES:
         raise ValueError(f"experiments/pretrain.py: expected model={' | '.join(RECIPES)}; found {name!r}")
     recipe, chips = RECIPES[name], int(args["chips"] or 64)
-    fsdp = min(recipe.fsdp, chips // recipe.context)
+    fsdp = min(recipe.fsdp, max(chips // recipe.context // 2, 1))
     if fsdp < 1 or chips % (fsdp * recipe.context):
         raise ValueError(f"experiments/pretrain.py: {chips} chips do not divide by {recipe.context} x {fsdp}")
     config = defaults()

@@ -46,6 +46,7 @@ class Roofline(NamedTuple):
     Attributes:
       seconds: by resource: "products", "memory", "ICI", "DCN".
       model_flops: of all devices, as MFU counts them; `executed` with recomputation.
+      open_ici: seconds on ICI if no axis of the network were closed to a ring.
       sent: bytes a device sends, by network.
       tokens: of a step, all devices.
     """
@@ -53,6 +54,7 @@ class Roofline(NamedTuple):
     seconds: dict[str, float]
     model_flops: float
     executed: float
+    open_ici: float
     sent: dict[str, float]
     tokens: float
     peak_flops: float
@@ -80,6 +82,7 @@ class Traffic(NamedTuple):
     ici: float
     dcn: float
     seconds_ici: float
+    open_ici: float
     seconds_dcn: float
 
 
@@ -87,29 +90,27 @@ def traffic(each: Collective, mesh: Mesh, hardware: Hardware) -> Traffic:
     """Between slices a hierarchical algorithm is assumed: inside each slice first, the parts across."""
     devices = mesh.devices.flat
     group = [devices[i] for i in each.groups[0]]
-    slices = len({getattr(device, "slice_index", 0) or 0 for device in group})
+    slices = len({_slice(device) for device in group})
     inside = len(group) // slices
     whole = each.bytes * each.times * (2 if each.kind == "all-reduce" else 1)
     if each.kind == "collective-permute":
-        cut = sum(
-            getattr(devices[a], "slice_index", 0) != getattr(devices[b], "slice_index", 0) for a, b in each.groups
-        ) / len(each.groups)
+        cut = sum(_slice(devices[a]) != _slice(devices[b]) for a, b in each.groups) / len(each.groups)
         ici, dcn = whole * (1 - cut), whole * cut
     else:
         ici = whole * (inside - 1) / inside
         dcn = whole / inside * (slices - 1) / slices
-    rate = hardware.link * _links([device for device in group if _slice(device) == _slice(group[0])], mesh, hardware)
-    return Traffic(ici, dcn, ici / rate, dcn / hardware.dcn)
+    links, axes = _links([device for device in group if _slice(device) == _slice(group[0])], mesh, hardware)
+    return Traffic(ici, dcn, ici / (hardware.link * links), ici / (hardware.link * axes), dcn / hardware.dcn)
 
 
 def _slice(device: object) -> int:
     return getattr(device, "slice_index", 0) or 0
 
 
-def _links(group: Sequence[object], mesh: Mesh, hardware: Hardware) -> int:
-    """Links a device can send on at once to others of its group."""
+def _links(group: Sequence[object], mesh: Mesh, hardware: Hardware) -> tuple[int, int]:
+    """Links a device can send on at once to others of its group, and how many those were without closed rings."""
     if not hardware.torus:
-        return 1
+        return 1, 1
     total = np.array([device.coords for device in mesh.devices.flat])
     sizes = total.max(0) - total.min(0) + 1
     spans = [len(set(axis)) for axis in np.array([device.coords for device in group]).T]  # type: ignore[attr-defined]
@@ -117,7 +118,7 @@ def _links(group: Sequence[object], mesh: Mesh, hardware: Hardware) -> int:
     for span, size in zip(spans, sizes, strict=True):
         if span > 1:
             links += 2 if span == size and size % hardware.ring == 0 else 1
-    return max(links, 1)
+    return max(links, 1), max(sum(span > 1 for span in spans), 1)
 
 
 def roofline(name: str, run: Run, mesh: Mesh, hardware: Hardware, found: Sequence[Collective]) -> Roofline:
@@ -133,7 +134,7 @@ def roofline(name: str, run: Run, mesh: Mesh, hardware: Hardware, found: Sequenc
         "DCN": sum(move.seconds_dcn for move in moves),
     }
     sent = {"ICI": sum(move.ici for move in moves), "DCN": sum(move.dcn for move in moves)}
-    return Roofline(seconds, model, executed, sent, tokens, peak)
+    return Roofline(seconds, model, executed, sum(move.open_ici for move in moves), sent, tokens, peak)
 
 
 def _weights(run: Run) -> tuple[float, float]:

@@ -1,8 +1,9 @@
 """Weak scaling on paper: the batch of a device stays, the slice grows. How far is a step bound by products?
 
-What a device computes and reads stays the same. What it sends inside a slice grows by (n - 1) / n of its group and so
-is at its limit already in a group of 32; links grow with devices. So the slice ends where the network does, and beyond
-it the gradients cross between slices, over the slowest link there is.
+What a device computes and reads stays the same, and so does what it sends over fsdp, tensor and context; over data it
+sends (n - 1) / n of its gradients, twice, which hardly grows. In a larger slice a group may lie on axes that it does
+not close to rings, with half the links. The slice ends where its network does, and beyond it the gradients cross
+between slices, over the slowest link there is.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from ar_unified.planning.roofline import Roofline
 from ar_unified.planning.targets import Target
 
 CRITICAL_TOKENS = 16e6  # tokens a step; the largest batch of a published dense run (Llama 3 405B, arXiv 2407.21783)
-LANES = 128  # columns of a TPU register: shards of the model axis below it cost all-reduces for gathers
 
 
 class Scaling(NamedTuple):
@@ -43,6 +43,10 @@ def scaling(program: Program, run: Run, target: Target, estimate: Roofline) -> S
             f"{worst} takes {seconds[worst] / products:.2f} x the products: {needed:,.0f} tokens a chip would balance"
         )
         return Scaling(0, per_slice, breaks, needed)
+
+    if estimate.open_ici > products:
+        breaks = f"ICI: where groups close no rings it takes {estimate.open_ici / products:.2f} x the products"
+        return Scaling(mesh.size, per_slice, breaks, needed)
 
     # A device's shard of gradients (float32) crosses between slices: 2 (s - 1) / s of it, sent in parts by all the
     # devices of a slice that hold it.

@@ -3,7 +3,7 @@
     make plan      or      PYTHONPATH=.:tokenizers python experiments/benchmarks/plan_table.py [CASE ...]
 
 Compiles the train step of experiments/pretrain.py for each case, one after the other, with libtpu on this machine's CPU
-(two to ten minutes a case on two cores, 3 to 8 GB), and leaves the raw numbers in results/plans/. Cases that are there
+(two to three minutes of processor a case, 3 GB), and leaves the raw numbers in results/plans/. Cases that are there
 already are not compiled again unless they are named. Then it writes the table into BUILD.md, between its two marks.
 """
 

