@@ -10,11 +10,10 @@ Axes: C contexts, R requests in a batch, B = C * R rows (context-major), P promp
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,101 +26,10 @@ from ar_unified.grammar import Grammar, GrammarError
 from ar_unified.model.config import TransformerConfig
 from ar_unified.model.transformer import Transformer, init_cache
 from ar_unified.sampling import decoding, guidance
-from ar_unified.sampling.decoding import Filter, Filters
+from ar_unified.sampling.decoding import Filters
+from ar_unified.sampling.request import MODES, Request, RequestError, Sample
 
-MODES = {"text": automaton.TEXT, "image": automaton.IMAGE, "free": automaton.FREE}
 _SMALLEST = 16  # tokens of the smallest bucket
-_MANY = 1 << 20  # more pictures than any budget holds
-
-
-class RequestError(ValueError):
-    """What is wrong with one request; the rest of the job goes on."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to continue, and how.
-
-    Attributes:
-        id: names the request in samples and messages.
-        parts: the prompt: text, and pictures as codes of the image tokenizer.
-        turn: True: answer the prompt; False: go on writing the document it begins.
-        mode: "text": no pictures; "image": only pictures; "free": both, as the model likes.
-        n: how many samples. seed: 0 <= seed < 2**32; sample i of a request is the same however many are drawn.
-        max_tokens: budget of a sample, <eos> included; None: what its pictures need ("image"), else what fits.
-        min_images, max_images: pictures in a sample; None: exactly one in mode "image", any number in "free".
-        image_size: (height, width) of every picture in codes; None: the fixed grid's, or as the model likes.
-        guidance: scale of classifier-free guidance on image codes; 1: none, and then it costs nothing.
-        text, image: how text (and control) tokens and image codes are drawn.
-        meta: travels along.
-    """
-
-    id: str
-    parts: tuple[Part, ...]
-    turn: bool = True
-    mode: Literal["text", "image", "free"] = "free"
-    n: int = 1
-    seed: int = 0
-    max_tokens: int | None = None
-    min_images: int | None = None
-    max_images: int | None = None
-    image_size: tuple[int, int] | None = None
-    guidance: float = 1.0
-    text: Filter = Filter()
-    image: Filter = Filter()
-    meta: Mapping[str, Any] = field(default_factory=dict, compare=False)
-
-    def check(self) -> None:
-        """Raises RequestError naming the first field that no engine could serve."""
-        if self.mode not in MODES:
-            raise RequestError(f"mode: expected one of {', '.join(MODES)}, found {self.mode!r}")
-        if self.n < 1:
-            raise RequestError(f"n: expected at least 1 sample, found {self.n}")
-        if not 0 <= self.seed < 2**32:
-            raise RequestError(f"seed: expected 0 <= seed < 2**32, found {self.seed}")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise RequestError(f"max_tokens: expected at least 1, found {self.max_tokens}")
-        if not math.isfinite(self.guidance):
-            raise RequestError(f"guidance: expected a finite number, found {self.guidance}")
-        least, most = self.images
-        if not 0 <= least <= most or (self.mode == "image" and most < 1):
-            raise RequestError(f"min_images, max_images: expected 0 <= min <= max, found {least} and {most}")
-        if self.mode == "text" and least:
-            raise RequestError(f'min_images: mode "text" makes no pictures, found {least}')
-        try:
-            self.text.check("text")
-            self.image.check("image")
-        except ValueError as error:
-            raise RequestError(str(error)) from None
-
-    @property
-    def images(self) -> tuple[int, int]:
-        """Fewest and most pictures of a sample."""
-        if self.mode == "text":
-            return self.min_images or 0, self.max_images or 0
-        least = self.min_images if self.min_images is not None else int(self.mode == "image")
-        most = self.max_images if self.max_images is not None else max(least, 1) if self.mode == "image" else _MANY
-        return least, most
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One answer.
-
-    Attributes:
-        request, index: sample `index` of `request`.
-        tokens: int32 [n], generated, <eos> included.
-        document: what they say: the parts behind the prompt, pictures as codes. None if there was an error.
-        finish_reason: "eos": the model ended it; "length": the budget did; "error".
-        error: what went wrong, in words; "" if nothing.
-    """
-
-    request: Request
-    index: int
-    tokens: np.ndarray
-    document: Document | None
-    finish_reason: Literal["eos", "length", "error"]
-    error: str = ""
 
 
 class Rows(NamedTuple):
@@ -235,7 +143,7 @@ class Engine:
         layout = self.grammar.layout
         height, width = request.image_size or (layout.height, layout.width)
         block = self.grammar.image_tokens(height, width)
-        prompt = self.grammar.prompt_tokens(request.parts, turn=request.turn)
+        prompt = self.grammar.prompt_tokens(request.parts, turn=request.turn)  # type: ignore[arg-type]
         room = self.max_length - len(prompt)
         least, most = request.images
         smallest = block if request.image_size or not layout.sized else self.grammar.image_tokens(1, 1)

@@ -14,7 +14,8 @@ from ar_unified.model.transformer import Transformer
 from ar_unified.sampling import decoding, guidance
 from ar_unified.sampling import engine as engine_module
 from ar_unified.sampling.decoding import Filter
-from ar_unified.sampling.engine import Engine, Request, _rows, prefill, step
+from ar_unified.sampling.engine import Engine, _rows, prefill, step
+from ar_unified.sampling.request import Request
 from tests.sampling.tiny import CONFIG, GRAMMARS, random_params
 
 NOISE = 1e-4  # of the largest logit: rounding, which these large random weights amplify; an error is of order 1
