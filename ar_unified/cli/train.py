@@ -18,7 +18,8 @@ from ar_unified.cli import config as configs
 from ar_unified.cli.experiment import Experiment, add_experiment_arguments, open_experiment
 from ar_unified.data.loader import PackedBatches
 from ar_unified.document import CodesPart
-from ar_unified.sampling.engine import Engine, Request
+from ar_unified.sampling.engine import Engine
+from ar_unified.sampling.request import Request
 from ar_unified.training.loop import TrainingConfig, fit
 from ar_unified.training.optimizer import OptimizerConfig
 from ar_unified.training.profiler import parse_window

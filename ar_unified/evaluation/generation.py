@@ -27,7 +27,8 @@ from ar_unified.document import CodesPart, Document, ImagePart, Part, TextPart
 from ar_unified.evaluation.protocol import Protocol, text_of
 from ar_unified.grammar import Grammar, GrammarError
 from ar_unified.sampling.decoding import Filter
-from ar_unified.sampling.engine import Engine, Request, RequestError, Sample
+from ar_unified.sampling.engine import Engine
+from ar_unified.sampling.request import Request, RequestError, Sample
 
 KINDS = ("text_to_image", "image_to_text", "caption", "story")
 _SCAN = 16  # items of a source that are looked at for each document wanted
@@ -222,10 +223,11 @@ def _request(
     `budget`: tokens for a text answer. It is more than any right answer has: none may be right because it was
     cut.
     """
-    request = Request(parts=codec.encoded(example.prompt), turn=example.kind != "story", **settings)
+    parts = codec.encoded(example.prompt)
+    request = Request(parts=parts, turn=example.kind != "story", **settings)
     try:
         if isinstance(example.expected, str):
-            room = engine.max_length - len(grammar.prompt_tokens(request.parts, turn=request.turn))
+            room = engine.max_length - len(grammar.prompt_tokens(parts, turn=request.turn))
             if room < _length(grammar, example.expected) + 1:
                 return None
             request = replace(request, mode="text", max_tokens=min(budget, room))

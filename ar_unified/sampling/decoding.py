@@ -1,9 +1,8 @@
 """Logits -> one token per row: temperature, top-k and top-p per row and modality, then Gumbel-argmax.
 
-No sort: a row's top-k or top-p set is {values >= t} for one threshold t, and t is found bit by bit, 32 passes over the
-row whatever k is (the binary search of T5X and tpu-inference, here on the bits themselves, so it is exact up to ties,
-which are all kept). Noise belongs to (seed, sample, position) and to nothing else, so a row draws the same token in
-any slot of any batch.
+No sort: a row's top-k or top-p set is {values >= t} for one threshold t, and t is searched for (as T5X and
+tpu-inference do, here on the bits of the floats, so it is exact up to ties, which are all kept). Noise belongs to
+(seed, sample, position) and to nothing else, so a row draws the same token in any slot of any batch.
 
 Axes: B rows, V vocabulary.
 """
@@ -11,13 +10,15 @@ Axes: B rows, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from ar_unified.kernels.attention.xla import row_max
 
 _FLOOR = -1e30  # where NaN and -inf of an allowed token go: below everything real, above everything forbidden
 
@@ -64,31 +65,48 @@ def row_keys(seed: Array, sample: Array) -> Array:
     return jax.vmap(lambda s, i: jax.random.fold_in(jax.random.key(s, impl="threefry2x32"), i))(seed, sample)
 
 
-def choose(logits: Array, allowed: Array, forced: Array, filters: Filters, keys: Array, position: Array) -> Array:
-    """The next token of every row, int32 [B].
+def choose(
+    logits: Array, allowed: Array | None, active: Array, filters: Filters, keys: Array, position: Array
+) -> tuple[Array, Array]:
+    """The next token of every row: int32 [B], an index into the logits; and bool [B], whether its logits were NaN.
 
     Args:
         logits: f32 [B, V], guidance already mixed in. NaN and -inf count as the least likely.
-        allowed: bool [B, V]; nothing outside it is ever returned, whatever the logits are.
-        forced: int32 [B]; a token that needs no drawing, or -1.
+        allowed: bool [B, V]; nothing outside it is ever returned, whatever the logits are. None: all are.
+        active: bool [B]; the others get some token, without work being done for it.
         filters: [B] each (`Filters.at`).
         keys: [B] from `row_keys`. position: int32 [B], of the token in its sequence, prompt included.
     """
-    drawn = (forced < 0) & (filters.temperature > 0)  # these rows need noise; the others are done by argmax
-    logits = jnp.clip(jnp.nan_to_num(logits, nan=_FLOOR), _FLOOR, -_FLOOR)
-    logits = jnp.where(allowed, logits, -jnp.inf)
+    drawn = active & (filters.temperature > 0)  # these rows need noise; the others are done by argmax
+    nan = jnp.isnan(logits)
+    broken = active & jnp.any(nan, axis=-1)
+    logits = jnp.clip(jnp.where(nan, _FLOOR, logits), _FLOOR, -_FLOOR)
+    if allowed is not None:
+        logits = jnp.where(allowed, logits, -jnp.inf)
 
     def draw(logits: Array) -> Array:
-        scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
-        scaled = scaled / jnp.where(drawn, filters.temperature, 1.0)[:, None]
-        scaled = jnp.where(allowed, jnp.maximum(scaled, _FLOOR), -jnp.inf)
+        temperature = jnp.where(drawn, filters.temperature, 1.0)[:, None]
+        scaled = (logits - row_max(logits)) / temperature
+        scaled = jnp.maximum(scaled, _FLOOR)
+        if allowed is not None:
+            scaled = jnp.where(allowed, scaled, -jnp.inf)
         keep = nucleus(scaled, jnp.where(drawn, filters.top_k, 0), jnp.where(drawn, filters.top_p, 1.0))
         noise = jax.vmap(lambda key, p: jax.random.gumbel(jax.random.fold_in(key, p), logits.shape[-1:]))
         noisy = jnp.where(keep, scaled + noise(keys, position), -jnp.inf)
         return jnp.where(drawn[:, None], noisy, logits)
 
     logits = jax.lax.cond(jnp.any(drawn), draw, lambda logits: logits, logits)
-    return jnp.where(forced >= 0, forced, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    return _argmax(logits), broken
+
+
+def penalize(logits: Array, seen: Array, penalty: Array) -> Array:
+    """f32 [B, V]: logits of tokens `seen`, bool [B, V], above 0 divided by `penalty` [B], others multiplied."""
+
+    def penalized(logits: Array) -> Array:
+        factor = penalty[:, None]
+        return jnp.where(seen, jnp.where(logits > 0, logits / factor, logits * factor), logits)
+
+    return jax.lax.cond(jnp.any(penalty != 1), penalized, lambda logits: logits, logits)
 
 
 def nucleus(logits: Array, top_k: Array, top_p: Array) -> Array:
@@ -98,20 +116,30 @@ def nucleus(logits: Array, top_k: Array, top_p: Array) -> Array:
     after top_k). Of equal logits at the border all stay. A filter that no row uses costs nothing.
     """
     ranks = _ranks(logits)
+    used = jnp.stack([(top_k > 0) & (top_k < logits.shape[-1]), top_p < 1])
+    least = jnp.where(used, jnp.stack([top_k.astype(jnp.float32), top_p]), 0)
 
-    def by_count(floor: Array) -> Array:
-        k = jnp.where(top_k > 0, top_k, logits.shape[-1])
-        return _largest(lambda t: jnp.sum(ranks >= t[:, None], axis=-1) >= k, floor)
+    def cut(i: Array, floor: Array) -> Array:
+        """The floor of a row's top_k (i = 0), where each token weighs 1, then of its top_p, where it weighs p."""
+        kept = jnp.where(ranks >= floor[:, None], logits, -jnp.inf)
+        p = jnp.exp(kept - row_max(kept))
+        weight = jnp.where(i == 0, 1.0, p / jnp.sum(p, axis=-1, keepdims=True))
+        found = _threshold(ranks, jax.lax.optimization_barrier(weight), least[i], used[i])
+        return jnp.where(used[i], jnp.maximum(found, floor), floor)
 
-    def by_mass(floor: Array) -> Array:
-        p = jax.nn.softmax(jnp.where(ranks >= floor[:, None], logits, -jnp.inf), axis=-1)
-        found = _largest(lambda t: jnp.sum(jnp.where(ranks >= t[:, None], p, 0), axis=-1) >= top_p, floor)
-        return jnp.where(top_p < 1, jnp.maximum(found, floor), floor)
+    def cut_if_used(i: Array, floor: Array) -> Array:
+        return jax.lax.cond(jnp.any(used[i]), cut, lambda i, floor: floor, i, floor)
 
-    floor = jnp.zeros(logits.shape[:1], jnp.uint32)
-    floor = jax.lax.cond(jnp.any(top_k > 0), by_count, lambda floor: floor, floor)
-    floor = jax.lax.cond(jnp.any(top_p < 1), by_mass, lambda floor: floor, floor)
+    floor = jax.lax.fori_loop(0, 2, cut_if_used, jnp.zeros(logits.shape[:1], jnp.uint32))
     return (ranks >= floor[:, None]) & (logits > -jnp.inf)
+
+
+def _argmax(x: Array) -> Array:
+    """jnp.argmax(x, -1) of x [B, V] without NaN, int32 [B], in two reductions that XLA CPU vectorises, as it does not
+    the one of jnp.argmax, and behind a barrier: it would make the noise anew for each of them."""
+    x = jax.lax.optimization_barrier(x)
+    index = jnp.arange(x.shape[-1], dtype=jnp.int32)
+    return jnp.min(jnp.where(x == row_max(x), index, x.shape[-1] - 1), axis=-1)
 
 
 def _ranks(x: Array) -> Array:
@@ -120,11 +148,42 @@ def _ranks(x: Array) -> Array:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _largest(holds: Callable[[Array], Array], like: Array) -> Array:
-    """The largest uint32 t per row for which `holds(t)`, given that it holds up to some t and for none beyond."""
+def _threshold(ranks: Array, weight: Array, least: Array, used: Array) -> Array:
+    """For each row that is `used`, a t with {rank >= t} the smallest such set that weighs `least` or more: uint32 [B].
 
-    def bit(i: Array, t: Array) -> Array:
-        higher = t | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        return jnp.where(holds(higher), higher, t)
+    Args:
+        ranks: uint32 [B, V]. weight: f32 [B, V], >= 0; of a whole row more than `least`, f32 [B].
 
-    return jax.lax.fori_loop(0, 32, bit, jnp.zeros_like(like))
+    A search that brackets t, by interpolation and by halves in turn. A row is done as soon as its bracket holds one
+    token alone, after 6 to 12 passes over the logits; no distribution takes more than 64.
+    """
+
+    def measure(t: Array) -> tuple[Array, Array]:
+        inside = ranks >= t[:, None]
+        return jnp.sum(jnp.where(inside, weight, 0), axis=-1), jnp.sum(inside, axis=-1, dtype=jnp.int32)
+
+    def unsettled(low: Array, high: Array, at_low: Any, at_high: Any) -> Array:
+        alone = (at_low[1] - at_high[1] <= 1) | (at_low[0] == least)
+        return used & (high - low > 1) & ~alone
+
+    def body(carry: Any) -> Any:
+        i, low, high, at_low, at_high = carry
+        width = high - low
+        share = (at_low[0] - least) / jnp.maximum(at_low[0] - at_high[0], 1e-30)
+        share = jnp.where(i % 2 == 0, jnp.clip(share, 0.02, 0.98), 0.5)
+        t = low + jnp.clip((width.astype(jnp.float32) * share).astype(jnp.uint32), 1, jnp.maximum(width, 2) - 1)
+        found = measure(t)
+        going, enough = unsettled(low, high, at_low, at_high), found[0] >= least
+
+        def pick(rows: Array, new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda a, b: jnp.where(rows, a, b), new, old)
+
+        low, at_low = pick(going & enough, (t, found), (low, at_low))
+        high, at_high = pick(going & ~enough, (t, found), (high, at_high))
+        return i + 1, low, high, at_low, at_high
+
+    low = jnp.min(ranks, axis=-1)
+    nothing = jnp.zeros(low.shape, jnp.float32), jnp.zeros(low.shape, jnp.int32)
+    everything = jnp.sum(weight, axis=-1), jnp.full(low.shape, ranks.shape[-1], jnp.int32)
+    carry = (jnp.int32(0), low, jnp.max(ranks, axis=-1) + 1, everything, nothing)
+    return jax.lax.while_loop(lambda carry: jnp.any(unsettled(*carry[1:])), body, carry)[1]

@@ -1,174 +1,83 @@
-"""Many requests in, many samples out: ragged prompts, one KV cache, one compiled loop on the device to the end.
+"""Many requests in, many samples out, by continuous batching.
 
-Requests are grouped by what their arrays look like: contexts (1, or 2 where guidance is on), prompt bucket, cache
-length. All three follow from the request alone, so a sample never depends on its batch mates; a short batch is filled
-up with copies. For each group two programs are compiled, prefill and decode, and no request ever adds another: its
+Requests are served in pools (`steps.Shape`): by how many contexts they are guided with and which length of cache they
+need. Both follow from the request alone, and no row looks at another, so a sample does not depend on its batch mates,
+its slot, or when it came to it. For each pool three programs are compiled, and no request ever adds another: its
 temperature, guidance, size, seed and budget are arrays.
 
-Axes: C contexts, R requests in a batch, B = C * R rows (context-major), P prompt bucket, S cache length, V vocabulary.
+The host is one chunk behind: it sends chunk k + 1 on its way before it reads chunk k. Where it knows how many tokens a
+sample takes, as of pictures of a given size, it needs not read to know when a slot is free: the chunk ends there and
+the next sample starts at once.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
+import contextlib
+import functools
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax.sharding import Mesh
 
-from ar_unified import automaton
 from ar_unified.document import Document, Part, TextPart
-from ar_unified.grammar import Grammar, GrammarError
+from ar_unified.grammar import Grammar, GrammarError, ImageLayout
 from ar_unified.model.config import TransformerConfig
-from ar_unified.model.transformer import Transformer, init_cache
-from ar_unified.sampling import decoding, guidance
-from ar_unified.sampling.decoding import Filter, Filters
+from ar_unified.sampling import score as scoring
+from ar_unified.sampling import steps
+from ar_unified.sampling.decoding import Filters
+from ar_unified.sampling.plan import Plan, open_picture, plan
+from ar_unified.sampling.request import Request, RequestError, Sample
+from ar_unified.sampling.score import Score, Scored
+from ar_unified.sampling.steps import CHUNK, Prefix, Shape, State
 
-MODES = {"text": automaton.TEXT, "image": automaton.IMAGE, "free": automaton.FREE}
-_SMALLEST = 16  # tokens of the smallest bucket
-_MANY = 1 << 20  # more pictures than any budget holds
-
-
-class RequestError(ValueError):
-    """What is wrong with one request; the rest of the job goes on."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to continue, and how.
-
-    Attributes:
-        id: names the request in samples and messages.
-        parts: the prompt: text, and pictures as codes of the image tokenizer.
-        turn: True: answer the prompt; False: go on writing the document it begins.
-        mode: "text": no pictures; "image": only pictures; "free": both, as the model likes.
-        n: how many samples. seed: 0 <= seed < 2**32; sample i of a request is the same however many are drawn.
-        max_tokens: budget of a sample, <eos> included; None: what its pictures need ("image"), else what fits.
-        min_images, max_images: pictures in a sample; None: exactly one in mode "image", any number in "free".
-        image_size: (height, width) of every picture in codes; None: the fixed grid's, or as the model likes.
-        guidance: scale of classifier-free guidance on image codes; 1: none, and then it costs nothing.
-        text, image: how text (and control) tokens and image codes are drawn.
-        meta: travels along.
-    """
-
-    id: str
-    parts: tuple[Part, ...]
-    turn: bool = True
-    mode: Literal["text", "image", "free"] = "free"
-    n: int = 1
-    seed: int = 0
-    max_tokens: int | None = None
-    min_images: int | None = None
-    max_images: int | None = None
-    image_size: tuple[int, int] | None = None
-    guidance: float = 1.0
-    text: Filter = Filter()
-    image: Filter = Filter()
-    meta: Mapping[str, Any] = field(default_factory=dict, compare=False)
-
-    def check(self) -> None:
-        """Raises RequestError naming the first field that no engine could serve."""
-        if self.mode not in MODES:
-            raise RequestError(f"mode: expected one of {', '.join(MODES)}, found {self.mode!r}")
-        if self.n < 1:
-            raise RequestError(f"n: expected at least 1 sample, found {self.n}")
-        if not 0 <= self.seed < 2**32:
-            raise RequestError(f"seed: expected 0 <= seed < 2**32, found {self.seed}")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise RequestError(f"max_tokens: expected at least 1, found {self.max_tokens}")
-        if not math.isfinite(self.guidance):
-            raise RequestError(f"guidance: expected a finite number, found {self.guidance}")
-        least, most = self.images
-        if not 0 <= least <= most or (self.mode == "image" and most < 1):
-            raise RequestError(f"min_images, max_images: expected 0 <= min <= max, found {least} and {most}")
-        if self.mode == "text" and least:
-            raise RequestError(f'min_images: mode "text" makes no pictures, found {least}')
-        try:
-            self.text.check("text")
-            self.image.check("image")
-        except ValueError as error:
-            raise RequestError(str(error)) from None
-
-    @property
-    def images(self) -> tuple[int, int]:
-        """Fewest and most pictures of a sample."""
-        if self.mode == "text":
-            return self.min_images or 0, self.max_images or 0
-        least = self.min_images if self.min_images is not None else int(self.mode == "image")
-        most = self.max_images if self.max_images is not None else max(least, 1) if self.mode == "image" else _MANY
-        return least, most
+_SMALLEST = 16  # tokens of the smallest bucket of prompts
+_PREFILL = 16  # prompts read at once, at most
+_KEPT = 4  # batches of prompts that are kept for samples to come
+_AHEAD = 4  # requests planned ahead, times the slots
+_SHORT = 16  # steps of a chunk while samples wait for a slot that nobody knows the end of
+_SHORTEST = 8  # and of any other chunk that is cut short
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One answer.
+class Programs(NamedTuple):
+    """The compiled functions; see `steps`."""
 
-    Attributes:
-        request, index: sample `index` of `request`.
-        tokens: int32 [n], generated, <eos> included.
-        document: what they say: the parts behind the prompt, pictures as codes. None if there was an error.
-        finish_reason: "eos": the model ended it; "length": the budget did; "error".
-        error: what went wrong, in words; "" if nothing.
-    """
-
-    request: Request
-    index: int
-    tokens: np.ndarray
-    document: Document | None
-    finish_reason: Literal["eos", "length", "error"]
-    error: str = ""
+    prepare: Any
+    empty: Any
+    prefill: Any
+    insert: Any
+    decode: Any
+    score: Any
 
 
-class Rows(NamedTuple):
-    """What the requests of a batch say, as arrays [R, ...]. Constant while decoding."""
-
-    tokens: Array  # i32 [R, P], padded on the right
-    lengths: Array  # i32 [R]
-    remaining: Array
-    mode: Array
-    min_images: Array
-    max_images: Array
-    height: Array  # 0: free
-    width: Array
-    seed: Array  # u32 [R]
-    sample: Array
-    scale: Array  # f32 [R]
-    filters: Filters  # [R, 2] each
+@functools.lru_cache(maxsize=16)
+def programs(config: TransformerConfig, grammar: Grammar, mesh: Mesh | None) -> Programs:
+    """One set for all engines of a model: `mesh` only tells apart what is compiled for one from what is for another."""
+    return Programs(
+        prepare=jax.jit(functools.partial(steps.prepare, config, grammar)),
+        empty=jax.jit(functools.partial(steps.empty, config, grammar), static_argnums=(0, 1, 2)),
+        prefill=jax.jit(functools.partial(steps.prefill, config)),
+        insert=jax.jit(functools.partial(steps.insert, grammar), donate_argnums=(0,)),
+        decode=jax.jit(functools.partial(steps.decode_chunk, config, grammar), donate_argnums=(1,)),
+        score=jax.jit(functools.partial(scoring.forward, config)),
+    )
 
 
-class State(NamedTuple):
-    """What decoding changes."""
-
-    step: Array  # i32, tokens generated by every row that is not done
-    logits: Array  # f32 [B, V], for the next token, of every context
-    cache: Any  # of B rows
-    companion: Array  # i32 [R], cache slot of a companion's last token
-    automaton: automaton.State  # [R]
-    tokens: Array  # i32 [R, S], generated; PAD behind the end
-    broken: Array  # bool [R], the model's logits were NaN
-
-
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Job:
-    """One sample to draw, and the shapes it needs."""
+    """One sample that is drawn. `left`: steps until its end, where known; `tokens`: what it has, `given` included."""
 
-    request: Request
+    plan: Plan
     index: int
-    prompt: np.ndarray
-    budget: int
-    smallest: int  # tokens of the smallest picture it may make
-    contexts: int
-    bucket: int
-    length: int
+    left: int | None
+    tokens: list[np.ndarray] = field(default_factory=list)
+    finished: bool = False
 
-    @property
-    def group(self) -> tuple[int, int, int]:
-        return self.contexts, self.bucket, self.length
+    def drawn(self) -> np.ndarray:
+        return np.concatenate([self.plan.given, *self.tokens]).astype(np.int32)
 
 
 class Engine:
@@ -177,14 +86,26 @@ class Engine:
     Args:
         config, params: the transformer; `params` may be replaced between calls by others of the same shapes.
         grammar: what may be written, and the vocabulary it is written in.
-        batch_size: requests decoded at once (twice as many rows where guidance is on).
+        batch_size: R, samples decoded at once (with guidance two or three rows each).
         max_length: tokens of prompt and answer together; the longest KV cache.
+        kv_dtype: of the KV cache; None: the compute dtype. "int8" halves a bfloat16 cache.
+        mesh: devices to decode on, samples split by its data axes and heads by its tensor axis (`parallel`).
 
     Raises:
-        ValueError: the model's vocabulary is not the grammar's, or a size is not positive.
+        ValueError: the model's vocabulary is not the grammar's, or a size is not positive or not one the mesh divides.
     """
 
-    def __init__(self, config: TransformerConfig, params: Any, grammar: Grammar, *, batch_size: int, max_length: int):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        params: Any,
+        grammar: Grammar,
+        *,
+        batch_size: int,
+        max_length: int,
+        kv_dtype: str | None = None,
+        mesh: Mesh | None = None,
+    ):
         if config.vocab_size != grammar.vocabulary.size:
             raise ValueError(
                 f"the model's vocabulary has {config.vocab_size} ids, the grammar's {grammar.vocabulary.size}: "
@@ -192,226 +113,382 @@ class Engine:
             )
         if batch_size < 1 or max_length < 2:
             raise ValueError(f"expected batch_size >= 1 and max_length >= 2, found {batch_size} and {max_length}")
+        ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        if batch_size % ways:
+            raise ValueError(f"batch_size: expected a multiple of the mesh's {ways} data devices, found {batch_size}")
         self.config, self.params, self.grammar = config, params, grammar
-        self.batch_size, self.max_length = batch_size, max_length
-        self._prefill = jax.jit(partial(prefill, config, grammar), static_argnames=("contexts", "length"))
-        self._decode = jax.jit(partial(decode, config, grammar), donate_argnums=(1,))
+        self.batch_size, self.max_length, self.kv_dtype, self.mesh = batch_size, max_length, kv_dtype, mesh
+        self._prefill_rows = -(-min(2 * batch_size, _PREFILL) // ways) * ways
+        self._programs = programs(config, grammar, mesh)
+        self._prepared: tuple[Any, Any] = (None, None)
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Sample]:
-        """All samples of all requests, batch by batch as they finish, which is not the order of the requests.
+        """All samples of all requests as they finish, which is not the order of the requests.
 
-        A request that cannot be served gives one sample with an `error`, first; the others are not touched by it.
+        A request that cannot be served gives one sample with an `error`; the others are not touched by it. `requests`
+        is read as slots become free, so it may be endless.
         """
         return self.draw((request, index) for request in requests for index in range(max(request.n, 1)))
 
     def draw(self, samples: Iterable[tuple[Request, int]]) -> Iterator[Sample]:
-        """Like `generate` for chosen samples, (request, index) each. Leaving some out keeps the order of the rest."""
-        samples = list(samples)
-        plans: dict[int, _Job | None] = {}  # by request: its samples share a plan, or an error
-        jobs: list[_Job] = []
-        for request, index in samples:
-            if id(request) not in plans:
-                try:
-                    plans[id(request)] = self._plan(request)
-                except (RequestError, GrammarError) as error:
-                    plans[id(request)] = None
-                    yield Sample(request, index, np.zeros(0, np.int32), None, "error", str(error))
-            if (plan := plans[id(request)]) is not None:
-                jobs.append(replace(plan, index=index))
-        groups: dict[tuple[int, int, int], list[_Job]] = {}
-        for job in jobs:
-            groups.setdefault(job.group, []).append(job)
-        for _, group in sorted(groups.items()):
-            group.sort(key=lambda job: job.budget)  # rows that end together decode together
-            for start in range(0, len(group), self.batch_size):
-                yield from self._run(group[start : start + self.batch_size])
+        """Like `generate` for chosen samples, (request, index) each."""
+        waiting = _Waiting(self, samples)
+        prompts = _Prompts(self)
+        while (shape := waiting.shape()) is not None or waiting.refused:
+            yield from waiting.pop_refused()
+            if shape is not None:
+                yield from self._serve(shape, waiting, prompts)
+
+    def score(self, items: Iterable[Scored]) -> list[Score]:
+        """How likely the model finds what is given: one Score an item, in their order.
+
+        Items are documents, of which the answer is scored (without a turn: all of it), or pairs of a request and the
+        parts that might answer it. Log-probabilities are the model's own, over the whole vocabulary.
+
+        Raises GrammarError or RequestError for the first item that has no tokens, or more than max_length.
+        """
+        found: dict[int, Score] = {}
+        width = self._prefill_rows
+        for bucket, group in scoring.batches(enumerate(map(self._pieces, items)), width, _bucket):
+            tokens = np.full((width, bucket), self.grammar.vocabulary.pad, np.int32)
+            for row, (_, parts) in zip(tokens, group, strict=False):
+                row[: sum(map(len, parts))] = np.concatenate(parts)
+            arrays = self.call(self._programs.score, self.params, tokens)
+            rows = scoring.scores([parts for _, parts in group], *map(np.asarray, arrays))
+            found |= {index: score for (index, _), score in zip(group, rows, strict=True)}
+        return [found[i] for i in range(len(found))]
+
+    def _pieces(self, item: Scored) -> list[np.ndarray]:
+        parts = scoring.pieces(self.grammar, item)
+        if (n := sum(map(len, parts))) > self.max_length:
+            raise RequestError(f"{n} tokens to score, but the engine's max_length is {self.max_length}: raise it")
+        return parts
 
     def check(self, request: Request) -> None:
         """Raises RequestError or GrammarError, saying what to change, if the request cannot be served."""
-        self._plan(request)
+        self.plan(request)
 
-    def _plan(self, request: Request) -> _Job:
-        request.check()
-        layout = self.grammar.layout
-        height, width = request.image_size or (layout.height, layout.width)
-        block = self.grammar.image_tokens(height, width)
-        prompt = self.grammar.prompt_tokens(request.parts, turn=request.turn)
-        room = self.max_length - len(prompt)
-        least, most = request.images
-        smallest = block if request.image_size or not layout.sized else self.grammar.image_tokens(1, 1)
-        needed = least * smallest + 1
-        if room < needed:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens and {least} pictures with <eos> need {needed} more, "
-                f"but the engine's max_length is {self.max_length}: shorten the prompt or raise max_length"
-            )
-        budget = request.max_tokens or min(room, most * block + 1 if request.mode == "image" else room)
-        if budget > room:
-            raise RequestError(
-                f"max_tokens: the prompt has {len(prompt)} tokens and the engine's max_length is {self.max_length}, "
-                f"so at most {room} fit, found {budget}"
-            )
-        if budget < needed:
-            raise RequestError(f"max_tokens: {least} pictures with <eos> need {needed}, found {budget}")
-        contexts = 1 if request.guidance == 1 or request.mode == "text" else 2
-        length = min(_bucket(len(prompt) + budget), self.max_length)
-        return _Job(request, 0, prompt, budget, smallest, contexts, min(_power(len(prompt)), length), length)
+    def plan(self, request: Request) -> Plan:
+        """How the request would be served; raises as `check` does."""
+        return plan(self.grammar, request, self.max_length)
 
-    def _run(self, jobs: list[_Job]) -> Iterator[Sample]:
-        contexts, bucket, length = jobs[0].group
-        rows = _rows(jobs + jobs[-1:] * (self.batch_size - len(jobs)), bucket, self.grammar.vocabulary.pad)
-        state = self._prefill(self.params, rows, contexts=contexts, length=length)
-        state = self._decode(self.params, state, rows)
-        tokens, broken = jax.device_get((state.tokens, state.broken))
-        for job, row, bad in zip(jobs, tokens, broken, strict=False):
-            yield self._sample(job, row[row != self.grammar.vocabulary.pad], bool(bad))
+    # ---- one pool ------------------------------------------------------------------------------------------------
 
-    def _sample(self, job: _Job, tokens: np.ndarray, broken: bool) -> Sample:
-        request = job.request
+    def _serve(self, shape: Shape, waiting: _Waiting, prompts: _Prompts) -> Iterator[Sample]:
+        """Samples of one shape until none of them waits any more."""
+        state = self.call(self._programs.empty, shape, self.batch_size, self.kv_dtype)
+        slots: list[_Job | None] = [None] * self.batch_size
+        behind: tuple[Any, list[_Job | None]] | None = None  # the chunk before: what came of it, and for whom
+        begun = ended = 0
+        while True:
+            fresh = {i: job for i, slot in enumerate(slots) if slot is None and (job := waiting.next(shape))}
+            yield from waiting.pop_refused()
+            if fresh:
+                state = self._insert(state, shape, fresh, prompts)
+                for i, job in fresh.items():
+                    slots[i] = job
+                begun += len(fresh)
+            now = None
+            if any(slots):
+                free = np.array([slot is None for slot in slots])
+                count = _chunk(slots, waiting.any(shape))
+                state, packed = self.call(self._programs.decode, self.weights, state, free, np.int32(count))
+                packed.copy_to_host_async()
+                now = packed, list(slots)
+                for i, slot in enumerate(slots):
+                    if slot is not None and slot.left is not None:
+                        slot.left -= count
+                        if slot.left <= 0:
+                            slots[i] = None
+            if behind is not None:
+                for sample, job in self._read(*behind):
+                    slots = [None if slot is job else slot for slot in slots]
+                    ended += 1
+                    yield sample
+            behind = now
+            if behind is None and not any(slots) and not waiting.any(shape):
+                if begun != ended:
+                    raise RuntimeError(f"{begun - ended} of {begun} samples did not end where they were to: a bug")
+                return
+
+    def _insert(self, state: State, shape: Shape, fresh: dict[int, _Job], prompts: _Prompts) -> State:
+        """The state with new samples in its slots."""
+        R, C = self.batch_size, shape.contexts
+        where = [(i * C + c, prefix) for i, job in fresh.items() for c, prefix in enumerate(job.plan.prefixes)]
+        batches = prompts.read([prefix for _, prefix in where])
+        arrays = _arrays(self.grammar.layout, shape, R, fresh)
+        new = np.isin(np.arange(R), list(fresh))
+        for batch, rows in batches:  # rows of `batch`, for each prefix in order; -1: it is in another
+            there = [(slot, row) for (slot, _), row in zip(where, rows, strict=True) if row >= 0]
+            slots, source = np.full(R * C, R * C, np.int32), np.zeros(R * C, np.int32)
+            slots[: len(there)], source[: len(there)] = zip(*there, strict=True)
+            state = self.call(self._programs.insert, state, batch, source, slots, new, *arrays)
+        return state
+
+    def _read(self, packed: Any, owners: Sequence[_Job | None]) -> Iterator[tuple[Sample, _Job]]:
+        """Takes what a chunk brought to its samples, and gives those that are finished."""
+        rows = np.asarray(packed)
+        for row, job in zip(rows, owners, strict=True):
+            if job is None or job.finished:
+                continue
+            *tokens, done, broken = row
+            drawn = np.array(tokens, np.int32)
+            job.tokens.append(drawn[drawn != self.grammar.vocabulary.pad])
+            sample = self._stopped(job) if job.plan.request.stop else None
+            if sample is None and done:
+                sample = self._sample(job, job.drawn(), bool(broken))
+            if sample is not None:
+                job.finished = True
+                yield sample, job
+
+    # ---- samples -------------------------------------------------------------------------------------------------
+
+    def _sample(self, job: _Job, tokens: np.ndarray, broken: bool = False) -> Sample:
+        request = job.plan.request
         if broken:
             reason = "the model's logits were NaN: the weights are broken, or overflow in the compute dtype"
             return Sample(request, job.index, tokens, None, "error", reason)
         try:
-            document = Document(self._answer(job, tokens), id=request.id, meta=request.meta)
+            document = self._document(job.plan, tokens)
         except GrammarError as error:
             return Sample(request, job.index, tokens, None, "error", str(error))
         # Ended by the budget: something more was allowed, but nothing of that kind would have fitted.
-        left = job.budget - len(tokens)
+        left = job.plan.budget - len(tokens)
         if request.mode == "image":
             pictures = sum(not isinstance(part, TextPart) for part in document.parts)
-            cut = pictures < request.images[1] and left < job.smallest
+            cut = pictures < request.images[1] and left < job.plan.smallest
         else:
             cut = left == 0
         return Sample(request, job.index, tokens, document, "length" if cut else "eos")
 
-    def _answer(self, job: _Job, tokens: np.ndarray) -> tuple[Part, ...]:
-        """The parts behind the prompt. Text that goes on where the prompt's text ends is a part of its own."""
-        parts = self.grammar.parse(np.concatenate([job.prompt, tokens])).parts
-        given = job.request.parts
-        answer = parts[len(given) :]
-        if given and not job.request.turn and isinstance(given[-1], TextPart):
-            said = parts[len(given) - 1]
-            assert isinstance(said, TextPart)
-            if said.text != given[-1].text:
-                answer = (TextPart(said.text.removeprefix(given[-1].text)), *answer)
-        return answer
+    def _document(self, plan: Plan, tokens: np.ndarray) -> Document:
+        """What stands behind the prompt. Text that goes on where the prompt's text ends is a part of its own."""
+        v, prompt = self.grammar.vocabulary, plan.prompt
+        opened = open_picture(self.grammar, prompt)
+        parts: tuple[Part, ...] = self.grammar.parse(np.concatenate([[v.bos], opened, tokens])).parts
+        before = _text_run(v.text_size, prompt)
+        if len(before) and len(tokens) and tokens[0] < v.text_size:
+            # Said again with the text before: what ids stand for may depend on it.
+            first = tokens[: int(np.argmax(np.append(tokens >= v.text_size, True)))]
+            whole, known = (self.grammar.text_codec.decode([int(i) for i in ids])
+                            for ids in (np.concatenate([before, first]), before))  # fmt: skip
+            rest = parts[1:] if parts and isinstance(parts[0], TextPart) else parts
+            said = whole.removeprefix(known)
+            parts = (TextPart(said), *rest) if said else rest
+        return Document(parts, id=plan.request.id, meta=plan.request.meta)
 
-
-# ---- the compiled part ------------------------------------------------------------------------------------------
-
-
-def prefill(
-    config: TransformerConfig, grammar: Grammar, params: Any, rows: Rows, *, contexts: int, length: int
-) -> State:
-    """The state behind the prompts: R rows of `rows.tokens` and, per further context, R rows of the empty prompt."""
-    model = Transformer.bind(config, params)
-    R = len(rows.tokens)
-    hidden, cache = model.extend(rows.tokens, init_cache(config, R, length), jnp.zeros(R, jnp.int32))
-    logits = model.logits(hidden[jnp.arange(R), rows.lengths - 1])
-    unconditional = jnp.asarray(grammar.unconditional)[None]
-    if contexts > 1:  # all companions begin alike: one row is read, and copied
-        _, empty = model.extend(unconditional, init_cache(config, 1, length), jnp.zeros(1, jnp.int32))
-        cache = jax.tree.map(
-            lambda own, other: jnp.concatenate([own, *[jnp.repeat(other, R, axis=0)] * (contexts - 1)]), cache, empty
+    def _stopped(self, job: _Job) -> Sample | None:
+        """The sample, if one of the request's stops is in it."""
+        v, tokens = self.grammar.vocabulary, job.drawn()
+        first: tuple[int, int, str | tuple[int, ...]] | None = None  # tokens up to its end, to its beginning, the stop
+        for begin, end in _text_runs(v.text_size, tokens):
+            ids = [int(i) for i in tokens[begin:end]]
+            for stop in job.plan.request.stop:
+                at = _find_text(self.grammar, ids, stop) if isinstance(stop, str) else _find_ids(ids, stop)
+                if at is not None and (first is None or begin + at < first[0]):
+                    first = begin + at, begin, stop
+            if first is not None:
+                break
+        if first is None:
+            return None
+        end, begin, stop = first
+        tokens = tokens[:end]
+        if isinstance(stop, str):
+            sample = self._sample(job, np.append(tokens, v.eos).astype(np.int32))
+            if sample.document is None:
+                return replace(sample, tokens=tokens)
+            *parts, last = sample.document.parts
+            assert isinstance(last, TextPart)
+            text = last.text[: last.text.rindex(stop)]
+            parts += [TextPart(text)] if text else []
+        else:
+            sample = self._sample(job, np.append(tokens[: end - len(stop)], v.eos).astype(np.int32))
+            if sample.document is None:
+                return replace(sample, tokens=tokens)
+            parts = list(sample.document.parts)
+        return replace(
+            sample, tokens=tokens, document=replace(sample.document, parts=tuple(parts)), finish_reason="stop"
         )
-        logits = jnp.tile(logits, (contexts, 1))  # never mixed: a picture's first code is behind its <boi>
-    state = grammar.automaton.init(
-        rows.tokens, rows.lengths, rows.remaining, rows.mode, rows.min_images, rows.max_images, rows.height, rows.width
-    )
-    return State(
-        step=jnp.int32(0),
-        logits=logits,
-        cache=cache,
-        companion=jnp.full(R, unconditional.shape[1], jnp.int32),
-        automaton=state,
-        tokens=jnp.full((R, length), grammar.vocabulary.pad, jnp.int32),
-        broken=jnp.zeros(R, bool),
-    )
+
+    # ---- the device ----------------------------------------------------------------------------------------------
+
+    @property
+    def weights(self) -> steps.Weights:
+        """`params` as the steps read them, made when they are first needed."""
+        if self._prepared[0] is not self.params:
+            self._prepared = self.params, self.call(self._programs.prepare, self.params)
+        return self._prepared[1]
+
+    def call(self, function: Any, *args: Any) -> Any:
+        """function(*args) with the mesh in scope."""
+        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            return function(*args)
 
 
-def decode(config: TransformerConfig, grammar: Grammar, params: Any, state: State, rows: Rows) -> State:
-    """Steps until every row is done. All of the state is returned, so that all of it can be donated."""
-    keys = decoding.row_keys(rows.seed, rows.sample)
+class _Waiting:
+    """Samples that wait for a slot, planned a little ahead of their time, by the pool they need."""
 
-    def going(state: State) -> Array:
-        return ~jnp.all(grammar.automaton.done(state.automaton))
+    def __init__(self, engine: Engine, samples: Iterable[tuple[Request, int]]):
+        self._engine, self._samples = engine, iter(samples)
+        self._queues: dict[Shape, deque[_Job]] = {}
+        self._plan: tuple[Request | None, Plan | None] = (None, None)  # the last one: samples of a request share it
+        self.refused: list[Sample] = []
 
-    def body(state: State) -> State:
-        return step(config, grammar, params, state, rows, keys)
+    def shape(self) -> Shape | None:
+        """The pool that most samples wait for."""
+        self._fill()
+        return max(self._queues, key=lambda shape: len(self._queues[shape]), default=None)
 
-    return jax.lax.while_loop(going, body, state)
+    def any(self, shape: Shape) -> bool:
+        return shape in self._queues
 
+    def next(self, shape: Shape) -> _Job | None:
+        """The first that waits for this pool."""
+        self._fill()
+        if (queue := self._queues.get(shape)) is None:
+            return None
+        job = queue.popleft()
+        if not queue:
+            del self._queues[shape]
+            self._fill()
+        return job
 
-def step(config: TransformerConfig, grammar: Grammar, params: Any, state: State, rows: Rows, keys: Array) -> State:
-    """One token for every row: mix the contexts, mask, draw, then feed the token to all contexts of its row."""
-    machine, vocabulary = grammar.automaton, grammar.vocabulary
-    R, S = state.tokens.shape
-    contexts = state.logits.shape[0] // R
+    def pop_refused(self) -> Iterator[Sample]:
+        while self.refused:
+            yield self.refused.pop(0)
 
-    image = machine.in_image(state.automaton)
-    done = machine.done(state.automaton)
-    logits = guidance.mix(state.logits, guidance.weights(rows.scale, contexts), image)
-    broken = state.broken | (~done & jnp.any(jnp.isnan(logits), axis=-1))
-    position = jnp.minimum(rows.lengths + state.step, S - 1)  # a row that is done stays within its cache
-    token = decoding.choose(
-        logits,
-        machine.allowed(state.automaton),
-        machine.forced(state.automaton),
-        rows.filters.at(image),
-        keys,
-        position,
-    )
-
-    companion = guidance.companion_position(vocabulary, token, state.companion, len(grammar.unconditional))
-    model = Transformer.bind(config, params)
-    hidden, cache = model.extend(
-        jnp.tile(token, contexts)[:, None],
-        state.cache,
-        jnp.concatenate([position, *[companion] * (contexts - 1)]),
-    )
-    return State(
-        step=state.step + 1,
-        logits=model.logits(hidden[:, 0]),
-        cache=cache,
-        companion=companion,
-        automaton=machine.advance(state.automaton, token),
-        tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.step)),
-        broken=broken,
-    )
+    def _fill(self) -> None:
+        most = _AHEAD * self._engine.batch_size
+        while sum(map(len, self._queues.values())) < most and (pair := next(self._samples, None)) is not None:
+            request, index = pair
+            if self._plan[0] is not request:
+                try:
+                    self._plan = request, self._engine.plan(request)
+                except (RequestError, GrammarError) as error:
+                    self._plan = request, None
+                    self.refused.append(Sample(request, index, np.zeros(0, np.int32), None, "error", str(error)))
+            if (found := self._plan[1]) is not None:
+                self._queues.setdefault(found.shape, deque()).append(_Job(found, index, found.steps))
 
 
-def _rows(jobs: list[_Job], bucket: int, pad: int) -> Rows:
-    tokens: Any = np.full((len(jobs), bucket), pad, np.int32)
-    for row, job in zip(tokens, jobs, strict=True):
-        row[: len(job.prompt)] = job.prompt
-    requests = [job.request for job in jobs]
-    sizes = [request.image_size or (0, 0) for request in requests]
+class _Prompts:
+    """Reads prompts, each once however many samples begin with it, and keeps the last ones."""
 
-    def column(values: Iterable[Any], dtype: Any = np.int32) -> Any:
-        return np.array(list(values), dtype)
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._batches: OrderedDict[int, tuple[Prefix, dict[bytes, int]]] = OrderedDict()  # the last used one last
 
-    return Rows(
-        tokens=tokens,
-        lengths=column(len(job.prompt) for job in jobs),
-        remaining=column(job.budget for job in jobs),
-        mode=column(MODES[request.mode] for request in requests),
-        min_images=column(request.images[0] for request in requests),
-        max_images=column(request.images[1] for request in requests),
-        height=column(height for height, _ in sizes),
-        width=column(width for _, width in sizes),
-        seed=column((request.seed for request in requests), np.uint32),
-        sample=column(job.index for job in jobs),
-        scale=column((request.guidance for request in requests), np.float32),
-        filters=Filters.of([(request.text, request.image) for request in requests]),
-    )
+    def read(self, prompts: Sequence[np.ndarray]) -> list[tuple[Prefix, list[int]]]:
+        """Batches that hold them, and where: the row of each prompt in the batch, or -1."""
+        wanted = {prompt.tobytes(): prompt for prompt in prompts}
+        kept = {id: batch for id, batch in self._batches.items() if wanted.keys() & batch[1].keys()}
+        known = {key for _, rows in kept.values() for key in rows}
+        missing: dict[int, list[np.ndarray]] = {}
+        for key, prompt in wanted.items():
+            if key not in known:
+                missing.setdefault(_bucket(len(prompt)), []).append(prompt)
+        width = self._engine._prefill_rows
+        for bucket, group in missing.items():
+            for i in range(0, len(group), width):
+                batch = self._read(group[i : i + width], bucket)
+                kept[id(batch[0])] = batch
+        for name, batch in kept.items():
+            self._batches[name] = batch
+            self._batches.move_to_end(name)
+        while len(self._batches) > _KEPT:
+            self._batches.popitem(last=False)
+        found, left = [], dict.fromkeys(wanted)
+        for prefix, rows in kept.values():
+            mine = {key: row for key, row in rows.items() if key in left}
+            found.append((prefix, [mine.get(prompt.tobytes(), -1) for prompt in prompts]))
+            left = {key: None for key in left if key not in mine}
+        return [(prefix, rows) for prefix, rows in found if max(rows) >= 0]
+
+    def _read(self, prompts: Sequence[np.ndarray], bucket: int) -> tuple[Prefix, dict[bytes, int]]:
+        engine = self._engine
+        tokens = np.full((engine._prefill_rows, bucket), engine.grammar.vocabulary.pad, np.int32)
+        lengths = np.zeros(engine._prefill_rows, np.int32)
+        for i, prompt in enumerate(prompts):
+            tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
+        prefix = engine.call(engine._programs.prefill, engine.weights, tokens, lengths)
+        return prefix, {prompt.tobytes(): i for i, prompt in enumerate(prompts)}
 
 
-def _power(n: int) -> int:
-    """The smallest of 16, 32, 64, ... that holds n tokens."""
-    return max(_SMALLEST, 1 << (n - 1).bit_length())
+def _chunk(slots: Sequence[_Job | None], waiting: bool) -> int:
+    """How many steps to take: to the next end that is known, if somebody waits for it."""
+    if not waiting:
+        return CHUNK
+    left = [slot.left for slot in slots if slot is not None]
+    ends = [n for n in left if n is not None] + [CHUNK if None not in left else _SHORT]
+    return max(min(ends), min(_SHORTEST, max(ends)))
 
 
 def _bucket(n: int) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, ... that holds n tokens: every step of decoding reads all of it."""
-    power = _power(n)
-    return power * 3 // 4 if n <= power * 3 // 4 and power > _SMALLEST else power
+    """The smallest of 16, 32, 64, ... that holds n tokens."""
+    return max(_SMALLEST, 1 << (n - 1).bit_length()) if n else _SMALLEST
+
+
+def _arrays(layout: ImageLayout, shape: Shape, slots: int, fresh: dict[int, _Job]) -> tuple[Any, ...]:
+    """What `steps.insert` takes of the samples: rows, start, position."""
+    jobs = [fresh.get(i) for i in range(slots)]
+    C = shape.contexts
+
+    def column(default: Any, value: Any, dtype: Any) -> Any:
+        return np.array([default if job is None else value(job) for job in jobs], dtype)
+
+    def pair(name: str, default: Any, dtype: Any) -> Any:
+        def of(job: _Job) -> list[Any]:
+            return [getattr(f, name) for f in (job.plan.request.text, job.plan.request.image)]
+
+        return column([default] * 2, of, dtype)
+
+    canvas: Any = np.full((slots, layout.height * layout.width), -1, np.int32)
+    for i, job in fresh.items():
+        if job.plan.request.canvas is not None:
+            canvas[i, : job.plan.request.canvas.size] = job.plan.request.canvas.ravel()
+    rows = steps.Rows(
+        seed=column(0, lambda job: job.plan.request.seed, np.uint32),
+        sample=column(0, lambda job: job.index, np.int32),
+        weights=column([0] * C, lambda job: job.plan.weights, np.float32),
+        start=column([0] * C, lambda job: job.plan.starts, np.int32),
+        resets=column([False] * C, lambda job: job.plan.resets, bool),
+        filters=Filters(pair("temperature", 0, np.float32), pair("top_k", 0, np.int32), pair("top_p", 1, np.float32)),
+        penalty=column(1, lambda job: job.plan.request.repetition_penalty, np.float32),
+        canvas=canvas,
+    )
+    start = column([-1] + [0] * 8, lambda job: job.plan.start, np.int32)
+    position = column([0] * C, lambda job: [len(prefix) for prefix in job.plan.prefixes], np.int32)
+    return rows, start, position
+
+
+# ---- text in tokens ----------------------------------------------------------------------------------------------
+
+
+def _text_run(text_size: int, tokens: np.ndarray) -> np.ndarray:
+    """The text pieces that `tokens` end with."""
+    other = np.flatnonzero(tokens >= text_size)
+    return tokens[int(other[-1]) + 1 if len(other) else 0 :]
+
+
+def _text_runs(text_size: int, tokens: np.ndarray) -> list[tuple[int, int]]:
+    """Where runs of text pieces begin and end."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], tokens < text_size, [0]]).astype(np.int8)))
+    return [(int(begin), int(end)) for begin, end in edges.reshape(-1, 2)]
+
+
+def _find_text(grammar: Grammar, ids: Sequence[int], stop: str) -> int | None:
+    """How many of the ids it takes to say `stop`."""
+    decode = grammar.text_codec.decode
+    if stop not in decode(ids):
+        return None
+    low, high = 0, len(ids)  # decode(ids[:high]) has it, decode(ids[:low]) has not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if stop in decode(ids[:middle]) else (middle, high)
+    return high
+
+
+def _find_ids(ids: Sequence[int], stop: Sequence[int]) -> int | None:
+    """Where the ids `stop` end, in `ids`."""
+    n = len(stop)
+    return next((i + n for i in range(len(ids) - n + 1) if tuple(ids[i : i + n]) == tuple(stop)), None)

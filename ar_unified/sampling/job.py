@@ -29,7 +29,8 @@ from ar_unified.data.prepare import default_resize
 from ar_unified.document import CodesPart, ImagePart, Part, TextPart
 from ar_unified.grammar import GrammarError
 from ar_unified.sampling import gallery
-from ar_unified.sampling.engine import Engine, RequestError, Sample
+from ar_unified.sampling.engine import Engine
+from ar_unified.sampling.request import RequestError, Sample
 from ar_unified.sampling.requests import Line, load_picture, read_requests
 from ar_unified.workdir import clean, read_json, write_bytes, write_json
 

@@ -23,7 +23,7 @@ import numpy as np
 from ar_unified.data import images
 from ar_unified.document import TextPart
 from ar_unified.sampling.decoding import Filter
-from ar_unified.sampling.engine import MODES, Request, RequestError
+from ar_unified.sampling.request import MODES, Request, RequestError
 
 _SETTINGS: dict[str, tuple[type, ...]] = {
     "mode": (str,),

@@ -11,7 +11,7 @@ from ar_unified.document import CodesPart, Document, ImagePart, TextPart
 from ar_unified.evaluation.generation import evaluate
 from ar_unified.evaluation.protocol import PROTOCOLS
 from ar_unified.grammar import Grammar, fixed_grid
-from ar_unified.sampling.engine import RequestError, Sample
+from ar_unified.sampling.request import RequestError, Sample
 from ar_unified.vocabulary import Vocabulary
 
 NOTHING = np.full((32, 32, 3), scenes.BACKGROUND, np.uint8)

@@ -10,8 +10,9 @@ from PIL import Image
 
 from ar_unified.document import CodesPart, TextPart
 from ar_unified.sampling import engine as engine_module
-from ar_unified.sampling.engine import Engine, RequestError
+from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.job import JobMismatch, run_job
+from ar_unified.sampling.request import RequestError
 from tests.sampling.tiny import CONFIG, GRAMMARS
 
 DEFAULTS = {"text": {"temperature": 0.9}, "image": {"top_k": 12}}

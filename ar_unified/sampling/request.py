@@ -1,0 +1,177 @@
+"""What a sampler is asked for and what it gives back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from ar_unified import automaton
+from ar_unified.document import Document, Part
+from ar_unified.sampling.decoding import Filter
+
+MODES = {
+    "text": automaton.TEXT,
+    "image": automaton.IMAGE,
+    "interleaved": automaton.FREE,
+    "free": automaton.FREE,
+}
+CONTEXTS = ("empty_prompt", "bos_boi", "from_boi", "image_only", "negative_prompt")
+_MANY = 1 << 20  # more pictures than any budget holds
+
+
+class RequestError(ValueError):
+    """What is wrong with one request; the rest of the job goes on."""
+
+
+@dataclass(frozen=True)
+class TokensPart:
+    """Ids of the vocabulary as they are; a prompt may end in the middle of a picture this way."""
+
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to continue, and how.
+
+    Attributes:
+        id: names the request in samples and messages.
+        parts: the prompt: text, pictures as codes of the image tokenizer, and token ids, in reading order.
+        turn: True: answer the prompt; False: go on writing the document it begins.
+        mode: "text": no pictures; "image": only pictures; "interleaved": text and at least one picture; "free": both,
+            as the model likes. Whatever the mode, the answer is one the grammar can parse.
+        n: how many samples. seed: 0 <= seed < 2**32; sample i of a request is the same however many are drawn.
+        max_tokens: budget of a sample, <eos> included; None: what its pictures need ("image"), else what fits.
+        stop: where to stop: a text, which the answer is then cut before, or ids of text pieces in a row.
+        min_images, max_images: pictures in a sample; None: exactly one in mode "image", at least one in "interleaved",
+            any number in "free".
+        image_size: (height, width) of every picture in codes; None: the canvas's, the fixed grid's, or as the model
+            likes.
+        canvas: int32 [h, w], codes the first picture is to have, -1 where they are to be drawn: a picture is
+            completed (its first rows given) or repaired (all but a hole given).
+        guidance: scale of classifier-free guidance on image codes; 1: none, and then it costs nothing.
+        image_guidance: a second scale, for what the prompt's pictures add beside its text (InstructPix2Pix, arXiv
+            2211.09800; Chameleon's 3.0 and 1.2): u + image_guidance (i - u) + guidance (c - i), with i the pictures
+            alone. None: one scale.
+        context: u, what guidance compares with; one of CONTEXTS, each followed by the picture at hand:
+            "empty_prompt": <bos> <eot>, what condition dropout trains. "bos_boi": <bos> (Chameleon, LWM).
+            "from_boi": nothing (Lumina-mGPT). "image_only": the document without its text (Emu3.5).
+            "negative_prompt": that text as the prompt (Emu3).
+        negative_prompt: its text.
+        repetition_penalty: of text pieces that prompt or answer hold already; 1: none. Logits above 0 are divided by
+            it, others multiplied (CTRL, arXiv 1909.05858).
+        text, image: how text (and control) tokens and image codes are drawn.
+        meta: travels along.
+    """
+
+    id: str
+    parts: tuple[Part | TokensPart, ...]
+    turn: bool = True
+    mode: Literal["text", "image", "interleaved", "free"] = "free"
+    n: int = 1
+    seed: int = 0
+    max_tokens: int | None = None
+    stop: tuple[str | tuple[int, ...], ...] = ()
+    min_images: int | None = None
+    max_images: int | None = None
+    image_size: tuple[int, int] | None = None
+    canvas: np.ndarray | None = field(default=None, compare=False)
+    guidance: float = 1.0
+    image_guidance: float | None = None
+    context: Literal["empty_prompt", "bos_boi", "from_boi", "image_only", "negative_prompt"] = "empty_prompt"
+    negative_prompt: str = ""
+    repetition_penalty: float = 1.0
+    text: Filter = Filter()
+    image: Filter = Filter()
+    meta: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def check(self) -> None:
+        """Raises RequestError naming the first field that no engine could serve."""
+        if self.mode not in MODES:
+            raise RequestError(f"mode: expected one of {', '.join(MODES)}, found {self.mode!r}")
+        if self.n < 1:
+            raise RequestError(f"n: expected at least 1 sample, found {self.n}")
+        if not 0 <= self.seed < 2**32:
+            raise RequestError(f"seed: expected 0 <= seed < 2**32, found {self.seed}")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise RequestError(f"max_tokens: expected at least 1, found {self.max_tokens}")
+        for scale in ("guidance", "image_guidance"):
+            value = getattr(self, scale)
+            if value is not None and not math.isfinite(value):
+                raise RequestError(f"{scale}: expected a finite number, found {value}")
+        if self.context not in CONTEXTS:
+            raise RequestError(f"context: expected one of {', '.join(CONTEXTS)}, found {self.context!r}")
+        if (self.context == "negative_prompt") != bool(self.negative_prompt):
+            raise RequestError(
+                'negative_prompt: expected a text with context "negative_prompt", and none with another; '
+                f"found {self.negative_prompt!r:.80} with {self.context!r}"
+            )
+        if self.image_guidance is not None and self.context == "image_only":
+            raise RequestError('image_guidance: compares "image_only" with another context: name one in `context`')
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise RequestError(f"repetition_penalty: expected a number > 0 (1: off), found {self.repetition_penalty}")
+        if any(not stop for stop in self.stop):
+            raise RequestError("stop: expected texts or ids, found an empty one")
+        self._check_images()
+        try:
+            self.text.check("text")
+            self.image.check("image")
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+
+    def _check_images(self) -> None:
+        least, most = self.images
+        if not 0 <= least <= most or (self.mode == "image" and most < 1):
+            raise RequestError(f"min_images, max_images: expected 0 <= min <= max, found {least} and {most}")
+        if self.mode == "text" and least:
+            raise RequestError(f'min_images: mode "text" makes no pictures, found {least}')
+        if self.mode == "interleaved" and most < 1:
+            raise RequestError('max_images: mode "interleaved" makes at least one picture, found 0')
+        if self.canvas is not None:
+            found = f"{self.canvas.dtype} {list(self.canvas.shape)}"
+            if self.canvas.dtype != np.int32 or self.canvas.ndim != 2:
+                raise RequestError(f"canvas: expected codes int32 [h, w], found {found}")
+            if self.mode == "text":
+                raise RequestError('canvas: mode "text" makes no pictures')
+            if self.image_size not in (None, self.canvas.shape):
+                raise RequestError(f"canvas: expected codes of image_size {self.image_size}, found {found}")
+
+    @property
+    def images(self) -> tuple[int, int]:
+        """Fewest and most pictures of a sample."""
+        if self.mode == "text":
+            return self.min_images or 0, self.max_images or 0
+        least = self.min_images if self.min_images is not None else int(self.mode in ("image", "interleaved"))
+        most = self.max_images if self.max_images is not None else max(least, 1) if self.mode == "image" else _MANY
+        return least, most
+
+    @property
+    def contexts(self) -> int:
+        """How many contexts are decoded for it: 1 without guidance, 2, or 3 with `image_guidance`."""
+        if self.mode == "text" or (self.guidance == 1 and self.image_guidance in (None, 1)):
+            return 1
+        return 2 if self.image_guidance is None else 3
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer.
+
+    Attributes:
+        request, index: sample `index` of `request`.
+        tokens: int32 [n], generated, <eos> included unless it was stopped.
+        document: what they say: the parts behind the prompt, pictures as codes. None if there was an error.
+        finish_reason: "eos": the model ended it; "length": the budget did; "stop": one of `request.stop` did; "error".
+        error: what went wrong, in words; "" if nothing.
+    """
+
+    request: Request
+    index: int
+    tokens: np.ndarray
+    document: Document | None
+    finish_reason: Literal["eos", "length", "stop", "error"]
+    error: str = ""
