@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -13,9 +15,10 @@ from ar_unified.sampling import engine as engine_module
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.job import JobMismatch, run_job
 from ar_unified.sampling.request import RequestError
+from ar_unified.sampling.results import JobBusy, read
 from tests.sampling.tiny import CONFIG, GRAMMARS
 
-DEFAULTS = {"text": {"temperature": 0.9}, "image": {"top_k": 12}}
+DEFAULTS = {"text": {"temperature": 0.9}, "image": {"top_k": 12}, "context": "empty_prompt"}
 
 
 class Tiles:
@@ -37,12 +40,17 @@ def engine(params):
         yield Engine(CONFIG, params, GRAMMARS["grid"], batch_size=3, max_length=64)
 
 
+# The head of a PNG of 65535 x 65535 pixels.
+BOMB = bytes.fromhex("89504e470d0a1a0a0000000d494844520000ffff0000ffff0802000000f8ba9b52")
+
+
 def write_requests(folder, rows):
     folder.mkdir(exist_ok=True)
     path = folder / "requests.jsonl"
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
     path.write_bytes(b"\n".join(lines) + b"\n")
     Image.fromarray(np.full((20, 30, 3), 90, np.uint8)).save(folder / "grey.png")
+    (folder / "bomb.png").write_bytes(BOMB)
     return path
 
 
@@ -57,7 +65,11 @@ GOOD = [
 
 
 def tree(folder):
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+    """Every file's bytes; the lines of all processes together, in the order of the requests."""
+    files = {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+    lines = [files.pop(name) for name in list(files) if name.startswith("samples")]
+    rows = [json.loads(line) for data in lines for line in data.splitlines()]
+    return files | {"samples": sorted(rows, key=lambda row: (row["line"], row["sample"] or 0))}
 
 
 def run(engine, requests, output, **changes):
@@ -92,24 +104,28 @@ def test_everything_asked_for_is_there(engine, tmp_path):
     assert "http" not in page
 
 
-def test_killed_anywhere_the_job_ends_with_the_same_bytes(engine, tmp_path, monkeypatch):
-    """DESIGN §3.8: a cut at any byte of samples.jsonl, and pictures half done."""
+def test_killed_anywhere_and_split_over_processes_the_job_ends_the_same(engine, tmp_path, monkeypatch):
+    """DESIGN §3.8: a cut at any byte of samples.jsonl, pictures half done, and another number of processes."""
     monkeypatch.setattr("ar_unified.sampling.job._WINDOW", 1)
     requests = write_requests(tmp_path / "in", [*GOOD, b'{"prompt": ', {"id": "no", "prompt": "abc", "guidance": "x"}])
     run(engine, requests, tmp_path / "whole")
     whole = tree(tmp_path / "whole")
-    data = whole["samples.jsonl"]
-    for cut in np.linspace(0, len(data), 8).astype(int):
+    data = (tmp_path / "whole/samples.jsonl").read_bytes()
+    for processes, cut in zip([1, 4, 2, 1, 2, 4], np.linspace(0, len(data), 6).astype(int), strict=True):
         output = tmp_path / f"cut{cut}"
         for name, content in whole.items():
-            if name != "index.html":
+            if name not in ("index.html", "samples"):
                 (output / name).parent.mkdir(parents=True, exist_ok=True)
                 (output / name).write_bytes(content)
         (output / "samples.jsonl").write_bytes(data[:cut])
         (output / "images/cat/.02_00.png.1.unfinished~").write_bytes(b"half")
         if cut < len(data) // 2:
             (output / "images/tale/00_00.png").unlink()
-        run(engine, requests, output)
+        for k in reversed(range(processes)):
+            run(engine, requests, output, process=(k, processes))
+            assert (output / "index.html").exists() == (k == 0 or cut == len(data))
+        if cut == len(data):  # no picture was written, so none was looked after
+            (output / "images/cat/.02_00.png.1.unfinished~").unlink()
         assert tree(output) == whole
 
 
@@ -147,6 +163,9 @@ def test_bad_requests_are_one_line_each_and_the_rest_is_served(engine, tmp_path)
         ({}, "either"),
         ({"prompt": "a", "n": 0}, "n: expected"),
         ({"prompt": "a", "n": True}, "n: expected int"),
+        ({"prompt": "a", "image_guidance": float("nan")}, "image_guidance: expected a finite number"),
+        ({"prompt": "a", "guidance": 3, "context": "none"}, "context: expected one of"),
+        ({"prompt": "a", "guidance": 3, "context": "negative_prompt"}, "negative_prompt: expected a text"),
         (b'{"prompt": "a", "image": {"temperature": NaN}}', "image.temperature"),
         ({"prompt": "a", "image_size": [8, 13]}, "multiples of 4"),
         ({"prompt": "a", "image_size": [16, 16]}, "exactly 2 x 3"),
@@ -156,6 +175,12 @@ def test_bad_requests_are_one_line_each_and_the_rest_is_served(engine, tmp_path)
         ({"content": [{"type": "image", "image": "../requests.jsonl"}]}, "inside the folder"),
         ({"content": [{"type": "image", "image": "none.png"}]}, "cannot be read"),
         ({"content": [{"type": "image", "image": "requests.jsonl"}]}, "requests.jsonl"),
+        ({"content": [{"type": "image", "image": "bomb.png"}]}, "pixels"),
+        ({"content": [{"type": "image", "image": "https://a.b/c.png"}]}, "nothing is fetched"),
+        ({"content": [{"type": "image", "image": "file:///etc/passwd"}]}, "inside the folder"),
+        ({"content": [{"type": "image", "image": "data:image/png;base64,AAAA"}]}, "unknown"),
+        ({"content": []}, "at least one part"),
+        ({"prompt": "a", "canvas": {"image": "grey.png", "top": 3}}, "canvas.top: expected a multiple of 4"),
         ({"content": [{"type": "sound"}]}, "content 0"),
         (b'{"prompt": "\\ud800"}', "surrogate"),
     ]
@@ -176,3 +201,77 @@ def test_wrong_defaults_stop_the_job(engine, tmp_path):
     requests = write_requests(tmp_path / "in", GOOD)
     with pytest.raises(RequestError, match="defaults: unknown key 'colour'"):
         run(engine, requests, tmp_path / "out", defaults={"colour": 1})
+
+
+def test_a_scale_needs_the_context_it_compares_with(engine, tmp_path):
+    requests = write_requests(tmp_path / "in", [{"prompt": "a", "guidance": 3}, {"prompt": "a"}])
+    report = run(engine, requests, tmp_path / "out", defaults={})
+    assert (report.samples, report.errors) == (1, 1)
+    (error,) = [row["error"] for row in read(tmp_path / "out") if "error" in row]
+    assert "a scale needs the context" in error
+
+
+def test_a_picture_put_in_order_is_tried_again(engine, tmp_path):
+    requests = write_requests(tmp_path / "in", [GOOD[1], GOOD[3]])
+    picture = (tmp_path / "in/grey.png").read_bytes()
+    (tmp_path / "in/grey.png").write_bytes(picture[:60])
+    for samples in (1, 0):  # the same error is said once
+        report = run(engine, requests, tmp_path / "out")
+        assert report.samples == samples
+        rows = list(read(tmp_path / "out"))
+        assert [row["id"] for row in rows if "error" in row] == ["ask"]
+    (tmp_path / "in/grey.png").write_bytes(picture)
+    assert run(engine, requests, tmp_path / "out").samples == 2
+    assert sorted((row["id"], row["sample"]) for row in read(tmp_path / "out")) == [("ask", 0), ("ask", 1), ("dog", 0)]
+
+
+def test_a_full_disk_ends_the_job_and_it_goes_on_from_there(engine, tmp_path):
+    requests = write_requests(tmp_path / "in", [{"id": f"r{i}", "prompt": "abc"} for i in range(12)])
+    run(engine, requests, tmp_path / "whole")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # bytes a file may have: a few lines
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            run(engine, requests, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    left = (tmp_path / "out/samples.jsonl").read_bytes()
+    assert len(left) == 1000 and not left.endswith(b"\n")  # torn
+    report = run(engine, requests, tmp_path / "out")
+    assert 0 < report.found < 12 and tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_one_file_has_one_writer(engine, tmp_path):
+    requests = write_requests(tmp_path / "in", GOOD[1:2])
+    run(engine, requests, tmp_path / "out")
+    with open(tmp_path / "out/samples.jsonl", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for process in [(0, 1), (1, 2)]:
+            with pytest.raises(JobBusy, match=r"samples\.jsonl is being written"):
+                run(engine, requests, tmp_path / "out", process=process)
+
+
+def test_a_canvas_is_kept_where_its_mask_is_black(engine, tmp_path):
+    hole = np.zeros((20, 30, 3), np.uint8)
+    hole[:, 20:] = 255
+    rows = [
+        {"id": "mask", "prompt": "a", "canvas": {"image": "grey.png", "mask": "hole.png"}},
+        {"id": "top", "prompt": "a", "canvas": {"image": "grey.png", "top": 4}},
+    ]
+    requests = write_requests(tmp_path / "in", rows)
+    Image.fromarray(hole).save(tmp_path / "in/hole.png")
+    prepared = {}
+
+    class Asked(Engine):
+        """Keeps the requests instead of serving them."""
+
+        def __init__(self):
+            self.__dict__.update(engine.__dict__)
+
+        def draw(self, samples):
+            prepared.update((request.id, request) for request, _ in samples)
+            return iter(())
+
+    run(Asked(), requests, tmp_path / "out")
+    np.testing.assert_array_equal(prepared["mask"].canvas, [[9, 9, -1], [9, 9, -1]])
+    np.testing.assert_array_equal(prepared["top"].canvas, [[9, 9, 9], [-1, -1, -1]])
