@@ -52,7 +52,7 @@ class Row:
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
-    """The requests of a file or folder, in order, without blank lines. Raises OSError, and ValueError for a broken tar.
+    """The requests of a file or folder, in order, without blank lines. Raises OSError; RequestError: a broken file.
 
     The format is that of the name's suffix; without one that is known, lines beginning with "{" are JSONL.
     """
@@ -179,7 +179,10 @@ def _openai_part(part: Any) -> Any:
 
 
 def _json(path: Path) -> Iterator[tuple[int, Callable[[], Mapping[str, Any]]]]:
-    value = json.loads(path.read_bytes())
+    try:
+        value = _value(path.read_bytes())
+    except RequestError as error:
+        raise RequestError(f"{path}: {error}") from None
 
     def named(id: str, row: Any) -> Mapping[str, Any]:
         if not isinstance(row, dict):
@@ -189,8 +192,10 @@ def _json(path: Path) -> Iterator[tuple[int, Callable[[], Mapping[str, Any]]]]:
 
     if isinstance(value, dict):
         yield from ((i, partial(named, id, row)) for i, (id, row) in enumerate(value.items(), 1))
-    else:
+    elif isinstance(value, list):
         yield from ((i, partial(_request, json.dumps(row).encode())) for i, row in enumerate(value, 1))
+    else:
+        raise RequestError(f"{path}: expected an object of requests by id, or a list, found {type(value).__name__}")
 
 
 def _folder(path: Path) -> Iterator[tuple[int, Callable[[], Mapping[str, Any]]]]:
@@ -202,8 +207,15 @@ def _folder(path: Path) -> Iterator[tuple[int, Callable[[], Mapping[str, Any]]]]
 
 def _tar(path: Path) -> Iterator[Row]:
     """The samples of a WebDataset shard: consecutive members whose names are alike up to the first dot."""
-    with tarfile.open(path, "r:") as tar:
-        members = (member for member in tar if member.isreg() and not member.issparse())
+
+    def regular(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+        try:
+            yield from (member for member in tar if member.isreg() and not member.issparse())
+        except tarfile.TarError as error:
+            raise RequestError(f"{path}: expected a whole, uncompressed tar: {error}") from None
+
+    with _opened(path) as tar:
+        members = regular(tar)
         for number, (key, group) in enumerate(groupby(members, lambda member: _key(member.name)[0]), 1):
             found = list(group)
             load = partial(_member, path, {member.name: member for member in found})
@@ -211,6 +223,13 @@ def _tar(path: Path) -> Iterator[Row]:
                 yield Row(number, _sample(tar, key, found), load)
             except RequestError as error:
                 yield Row(number, {"id": key.replace("/", "-")}, load, str(error))
+
+
+def _opened(path: Path) -> tarfile.TarFile:
+    try:
+        return tarfile.open(path, "r:")
+    except tarfile.TarError as error:
+        raise RequestError(f"{path}: expected a whole, uncompressed tar: {error}") from None
 
 
 def _key(name: str) -> tuple[str, str]:

@@ -59,13 +59,17 @@ class JobMismatch(ValueError):
 
 @dataclass(frozen=True)
 class JobReport:
-    """What a process did: samples and errors of this run, lines found done, tokens drawn, seconds."""
+    """What a process did: samples and errors of this run, lines found done, tokens drawn, seconds.
+
+    `complete`: nothing is left to do, for no process.
+    """
 
     samples: int
     errors: int
     found: int
     tokens: int
     seconds: float
+    complete: bool
 
     def __str__(self) -> str:
         rate = f"{self.samples / self.seconds:.2f} samples/s, {self.tokens / self.seconds:.0f} tokens/s"
@@ -139,9 +143,10 @@ def run_job(
                     line, prompt = prompts[sample.request.id]
                     writer.put(_entry(line, prompt, sample, image_tokenizer.factor))
         found = Done.read(output)
-    if not any(_undone(line, found) and line.number not in found.failed for line in lines):
-        gallery.write(output)  # the last process to end finds all done
-    return JobReport(tally.samples, tally.errors, len(done.samples), tally.tokens, tally.seconds)
+    complete = not any(_undone(line, found) and line.number not in found.failed for line in lines)
+    if complete:  # the last process to end finds it so
+        gallery.write(output)
+    return JobReport(tally.samples, tally.errors, len(done.samples), tally.tokens, tally.seconds, complete)
 
 
 def _count(line: Line) -> int:

@@ -117,7 +117,7 @@ def read_requests(
         factor: pixels a side of one code. defaults: settings of requests that do not say.
 
     Raises:
-        RequestError: a setting of `defaults` is wrong. OSError, ValueError: a file cannot be read.
+        RequestError: a setting of `defaults` is wrong, or a tar or JSON file is broken. OSError: it cannot be read.
     """
     settings = dict(defaults or {})
     _settings(settings, factor, "defaults")
