@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import random
 import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +24,7 @@ from ar_unified.sampling.request import RequestError
 from ar_unified.sampling.results import JobBusy, read
 from tests.sampling.tiny import CONFIG, GRAMMARS
 
+ROOT = Path(__file__).resolve().parents[2]
 DEFAULTS = {"text": {"temperature": 0.9}, "image": {"top_k": 12}, "context": "empty_prompt"}
 
 
@@ -271,3 +278,49 @@ def test_a_canvas_is_kept_where_its_mask_is_black(engine, tmp_path):
     run(Asked(), requests, tmp_path / "out")
     np.testing.assert_array_equal(prepared["mask"].canvas, [[9, 9, -1], [9, 9, -1]])
     np.testing.assert_array_equal(prepared["top"].canvas, [[9, 9, 9], [-1, -1, -1]])
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_nothing_is_lost(tmp_path, kills=2, count=40):
+    """SIGKILL at moments spread over the job, half of them with a second process beside it."""
+    rows = [
+        {"id": f"r{i}", "prompt": "abcdefgh"[: 1 + i % 8], "guidance": 1 + i % 3, "n": 1 + (i % 5 == 0)}
+        if i % 7 else {"content": [{"type": "image", "image": "grey.png"}], "mode": "text", "max_tokens": 5}
+        for i in range(count)
+    ]  # fmt: skip
+    rows[count // 2] = {"id": "bad", "prompt": ""}
+    requests = write_requests(tmp_path / "in", rows)
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tokenizers'}",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+    def start(output, *process):
+        program = [sys.executable, "-m", "tests.sampling.killed", str(requests), str(output), *process]
+        return subprocess.Popen(program, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    assert start(tmp_path / "whole").wait() == 0
+    total = len(tree(tmp_path / "whole")["samples"])
+    output = tmp_path / "killed"
+
+    def written():
+        return sum(path.read_bytes().count(b"\n") for path in output.glob("samples*.jsonl"))
+
+    random.seed(0)
+    for kill in range(kills):
+        target = written() + max(1, (total - written()) // (kills - kill + 1) - 2)
+        processes = [start(output, f"{k}/{2}") for k in range(2)] if kill % 2 else [start(output)]
+        while written() < target and any(process.poll() is None for process in processes):
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.05))
+        alive = [process for process in processes if process.poll() is None]
+        for process in processes:
+            process.kill()
+            process.wait()
+        assert alive, processes[0].stderr.read().decode()[-2000:]
+    assert written() < total
+    for k in range(2):
+        process = start(output, f"{k}/2")
+        assert process.wait() == 0, process.stderr.read().decode()[-2000:]
+    assert tree(output) == tree(tmp_path / "whole")
