@@ -101,10 +101,6 @@ class Automaton:
         """
         v, layout = self.vocabulary, self.layout
         tokens, lengths = jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
-        batch = lengths.shape
-
-        def column(x: jax.Array | int) -> jax.Array:
-            return jnp.broadcast_to(jnp.asarray(x, jnp.int32), batch)
 
         def token(i: jax.Array) -> jax.Array:
             return jnp.take_along_axis(tokens, jnp.maximum(i, 0)[:, None], axis=1, mode="clip")[:, 0]
@@ -114,16 +110,47 @@ class Automaton:
         inside = at < lengths[:, None]
         begin = jnp.max(jnp.where(inside & (tokens == v.boi), at, -1), axis=1)
         end = jnp.max(jnp.where(inside & (tokens == v.eoi), at, -1), axis=1)
-        open_image = begin > end
-        written = lengths - 1 - begin - layout.header  # negative while sides are missing
-        ended = token(lengths - 1) == v.eos
-        phase = jnp.select([ended, ~open_image, written == -2, written == -1], [_DONE, _PARTS, _HEIGHT, _WIDTH], _BODY)
+        into = jnp.where(begin > end, lengths - 1 - begin, -1)
+        side = 1 - v.size_offset
+        sides = (jnp.where(into > i, token(begin + 1 + i) + side, 0) for i in range(layout.header))
+        picture_height, picture_width = sides if layout.sized else (0, 0)
+        state = self.resume(
+            into, picture_height, picture_width, remaining, mode, min_images, max_images, height, width
+        )  # fmt: skip
+        return self.halt(state, token(lengths - 1) == v.eos)
+
+    def resume(
+        self,
+        into: jax.Array,
+        picture_height: jax.Array | int,
+        picture_width: jax.Array | int,
+        remaining: jax.Array,
+        mode: jax.Array,
+        min_images: jax.Array,
+        max_images: jax.Array,
+        height: jax.Array,
+        width: jax.Array,
+    ) -> State:
+        """The state of `init` from how far each row is into a picture.
+
+        Args:
+            into: int [B], tokens of the picture that the prompt breaks off in, BOI not counted; -1: it is in none.
+            picture_height, picture_width: int [B], sides of that picture as far as they are said, else 0.
+            others: as in `init`.
+        """
+        layout = self.layout
+        into = jnp.asarray(into, jnp.int32)
+
+        def column(x: jax.Array | int) -> jax.Array:
+            return jnp.broadcast_to(jnp.asarray(x, jnp.int32), into.shape)
+
+        open_image = into >= 0
+        written = into - layout.header  # negative while sides are missing
+        phase = jnp.select([~open_image, written == -2, written == -1], [_PARTS, _HEIGHT, _WIDTH], _BODY)
         remaining, mode = column(remaining), column(mode)
         images = open_image.astype(jnp.int32)
         if layout.sized:
-            side = 1 - v.size_offset
-            image_height = jnp.where(open_image & (written >= -1), token(begin + 1) + side, 0)
-            image_width = jnp.where(open_image & (written >= 0), token(begin + 2) + side, 0)
+            image_height, image_width = column(picture_height), column(picture_width)
             want_height, want_width = column(height), column(width)
         else:
             image_height, image_width = layout.height * images, layout.width * images
@@ -148,6 +175,10 @@ class Automaton:
         room = jnp.maximum(remaining - self.needed(state), 0) // self._smallest(state)
         return state._replace(min_images=jnp.minimum(jnp.minimum(min_images, max_images), images + room))
 
+    def halt(self, state: State, rows: jax.Array) -> State:
+        """The state with `rows`, bool [B], ended where they are."""
+        return state._replace(phase=jnp.where(rows, _DONE, state.phase).astype(jnp.int32))
+
     def fits(self, state: State, min_images: jax.Array) -> jax.Array:
         """bool [B]: whether a fresh state can end within its budget with the pictures that were asked for."""
         return (state.min_images >= min_images) & (self.needed(state) <= state.remaining)
@@ -167,10 +198,10 @@ class Automaton:
         )
         return jnp.where(state.phase == _DONE, 0, rest + self._later(state))
 
-    def allowed(self, state: State) -> jax.Array:
-        """bool [B, V]: the ids that may come next; at least one in every row."""
+    def allowed(self, state: State, first: int | None = None) -> jax.Array:
+        """bool [B, V]: the ids that may come next; at least one in every row. `first`: of the first so many ids."""
         choices = self._choices(state)
-        ids = jnp.arange(self.vocabulary.size, dtype=jnp.int32)
+        ids = jnp.arange(self.vocabulary.size if first is None else first, dtype=jnp.int32)
         low, high, boi, eos = (field[:, None] for field in choices)
         inside = (ids >= low) & (ids < high)
         return inside | (boi & (ids == self.vocabulary.boi)) | (eos & (ids == self.vocabulary.eos))
@@ -210,6 +241,12 @@ class Automaton:
     def done(self, state: State) -> jax.Array:
         """bool [B]: the row has ended; only PAD follows."""
         return state.phase == _DONE
+
+    def code(self, state: State) -> jax.Array:
+        """int32 [B]: which code of its picture, row by row from 0, the next token is, where it is one."""
+        if not self.layout.sized:
+            return state.written
+        return state.written - state.written // (state.width + 1)
 
     def in_image(self, state: State) -> jax.Array:
         """bool [B]: the next token is an image code."""

@@ -49,34 +49,39 @@ def attend_to_documents(
 
 
 def attend_to_cache(
-    query: jax.Array, keys: jax.Array, values: jax.Array, start: jax.Array, backend: str = "auto"
+    query: jax.Array, cache: tuple[jax.Array, ...], start: jax.Array, backend: str = "auto"
 ) -> jax.Array:
     """Attention over a cache in which slot s holds the key of position s: [B, T, N, H].
 
     Args:
       query: [B, T, N, H], rotated, of the positions start[b] .. start[b] + T - 1; each sees the slots up to its own.
-      keys, values: [B, K, S, H], with those of the queries already in it.
+      cache: keys and values [B, K, S, H], with those of the queries already in it, and of int8 ones the scales
+        float32 [B, K, S].
       start: int32 [B].
       backend: as above.
     """
 
-    def part(query, keys, values, start):
+    def part(query, start, keys, values, *scales):
         if query.shape[1] == 1:
-            return decode_attention(query[:, 0], keys, values, lengths=start + 1, backend=backend)[:, None]
+            named = dict(zip(("k_scale", "v_scale"), scales, strict=False))
+            out = decode_attention(query[:, 0], keys, values, lengths=start + 1, backend=backend, **named)
+            return out[:, None]
+        if scales:
+            keys, values = (
+                (x * scale[..., None]).astype(query.dtype) for x, scale in zip((keys, values), scales, strict=True)
+            )
         key, value = (jnp.swapaxes(x, 1, 2) for x in (keys, values))
         doc_start = jnp.zeros(query.shape[:2], jnp.int32)
         return attention(query, key, value, doc_start=doc_start, q_offset=start, backend=backend)
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return part(query, keys, values, start)
-    keys, values = (_repeated(x, 1, query.shape[2], mesh.shape["tensor"]) for x in (keys, values))
+        return part(query, start, *cache)
+    cache = tuple(_repeated(x, 1, query.shape[2], mesh.shape["tensor"]) for x in cache)
     heads = spec(mesh, ("batch", None, "heads", "head_dim"), query.shape, "attention")
-    cache = spec(mesh, ("batch", "kv_heads", None, "head_dim"), keys.shape, "cache")
     rows = spec(mesh, ("batch",), start.shape, "start")
-    return jax.shard_map(part, in_specs=(heads, cache, cache, rows), out_specs=heads, check_vma=False)(
-        query, keys, values, start
-    )
+    specs = [spec(mesh, ("batch", "kv_heads", None, "head_dim")[: x.ndim], x.shape, "cache") for x in cache]
+    return jax.shard_map(part, in_specs=(heads, rows, *specs), out_specs=heads, check_vma=False)(query, start, *cache)
 
 
 def _repeated(x: jax.Array, axis: int, query_heads: int, ways: int) -> jax.Array:

@@ -21,12 +21,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ar_unified.kernels.decode_attention import quantize
 from ar_unified.kernels.qk_norm_rope import Rope, qk_norm_rope
 from ar_unified.model.attention import attend_to_cache, attend_to_documents
 from ar_unified.model.config import TransformerConfig
 
 Params = dict[str, Any]
-Cache = tuple[tuple[jax.Array, jax.Array], ...]  # of each layer: keys and values [B, K, S, H]
+# Of each layer: keys and values [B, K, S, H]; of an int8 cache also what each is scaled with, float32 [B, K, S].
+Cache = tuple[tuple[jax.Array, ...], ...]
 
 # The logical axes of every parameter, by its path; what they mean on a mesh is parallel/rules.py's.
 AXES: dict[str, tuple[str, ...]] = {
@@ -50,10 +52,24 @@ AXES: dict[str, tuple[str, ...]] = {
 
 
 def logical_axes(params: Params) -> Params:
-    """A tree like `params` with the logical names of each leaf's axes (tuples of str)."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: AXES["/".join(entry.key for entry in path)], params
-    )  # fmt: skip
+    """A tree like `params`, stacked or `unstacked`, with the logical names of each leaf's axes (tuples of str)."""
+
+    def axes(path: Any, _: Any) -> tuple[str, ...]:
+        names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        stacked = len(names) == len(path)
+        return AXES["/".join(names)][0 if stacked else 1 :]
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def unstacked(config: TransformerConfig, params: Params) -> Params:
+    """The parameters as decoding reads them: a list of layers, matrices in the compute dtype.
+
+    Every step of decoding reads every weight once. Of stacked ones it would first copy each layer out of the stack.
+    """
+    return _cast(params, config.dtype) | {
+        "layers": [_cast(layer, config.dtype) for layer in _unstack(params["layers"], config.n_layers)]
+    }
 
 
 def init(config: TransformerConfig, key: jax.Array) -> Params:
@@ -100,10 +116,27 @@ def init(config: TransformerConfig, key: jax.Array) -> Params:
 
 
 def init_cache(config: TransformerConfig, batch: int, length: int, dtype: Any = None) -> Cache:
-    """An empty cache of `length` positions for `batch` rows, in the compute dtype unless told otherwise."""
+    """An empty cache of `length` positions for `batch` rows, in the compute dtype unless told otherwise.
+
+    dtype "int8": half the bytes of bfloat16; each vector is rounded by its own scale (kernels/decode_attention).
+    """
     shape = (batch, config.n_kv_heads, length, config.head_dim)
-    dtype = dtype or config.dtype
-    return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layers))
+    dtype = jnp.dtype(dtype or config.dtype)
+    scales = (jnp.zeros(shape[:3]),) * 2 if dtype == jnp.int8 else ()
+    # Arrays of their own: a buffer that two share cannot be donated.
+    return tuple(
+        tuple(jnp.array(x) for x in (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *scales))
+        for _ in range(config.n_layers)
+    )
+
+
+def write_cache(layer: tuple[jax.Array, ...], slots: Any, key: jax.Array, value: jax.Array) -> tuple[jax.Array, ...]:
+    """A layer's cache with key and value written at `slots` (an index of its axes B, K, S); outside it: dropped."""
+    new: tuple[jax.Array, ...] = (key, value)
+    if layer[0].dtype == jnp.int8:
+        (key, key_scale), (value, value_scale) = quantize(key), quantize(value)
+        new = key, value, key_scale, value_scale
+    return tuple(old.at[slots].set(x.astype(old.dtype), mode="drop") for old, x in zip(layer, new, strict=True))
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -281,21 +314,22 @@ class Transformer(nnx.Module):
 
         Args:
           tokens: int32 [B, T].  cache: from `init_cache` or an earlier call.  start: int32 [B].
+          Parameters may be stacked or `unstacked`.
 
         Returns:
           Hidden states [B, T, D] as `__call__` gives them, and the cache with the new keys and values.
         """
         config = self.config
         positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        rope = rope_angles(positions, config.head_dim, config.rope_theta)
+        # Behind a barrier: XLA CPU would otherwise compute cos and sin anew for each head of each layer.
+        rope = jax.lax.optimization_barrier(rope_angles(positions, config.head_dim, config.rope_theta))
         slots = jnp.arange(tokens.shape[0])[:, None], slice(None), positions
         x, states = self._embed(tokens), []
-        for params, (keys, values) in zip(_unstack(self.layers, config.n_layers), cache, strict=True):
+        for params, cached in zip(_unstack(self.layers, config.n_layers), cache, strict=True):
 
-            def attend(query, key, value, keys=keys, values=values):
-                keys = keys.at[slots].set(key.astype(keys.dtype), mode="drop")
-                values = values.at[slots].set(value.astype(values.dtype), mode="drop")
-                return attend_to_cache(query, keys, values, start, config.attention), (keys, values)
+            def attend(query, key, value, cached=cached):
+                cached = write_cache(cached, slots, key, value)
+                return attend_to_cache(query, cached, start, config.attention), cached
 
             x, state = Block(config, _cast(params, config.dtype))(x, rope, attend)
             states.append(state)
@@ -319,7 +353,9 @@ def _cast(params: Params, dtype: str) -> Params:
     return jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 1 else p, params)
 
 
-def _unstack(layers: Params, n_layers: int) -> list[Params]:
+def _unstack(layers: Params | list[Params], n_layers: int) -> list[Params]:
+    if isinstance(layers, list):
+        return layers
     return [jax.tree.map(lambda p, index=index: p[index], layers) for index in range(n_layers)]
 
 

@@ -67,13 +67,18 @@ def spec(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[i
     return P(*entries)
 
 
-def shardings(mesh: Mesh, logical_axes: Any, shapes: Any) -> Any:
-    """The NamedSharding of every leaf of `shapes` (arrays or ShapeDtypeStructs), from a same-shaped tree of tuples."""
+def specs(mesh: Mesh | AbstractMesh, logical_axes: Any, shapes: Any) -> Any:
+    """The PartitionSpec of every leaf of `shapes` (arrays or ShapeDtypeStructs), from a same-shaped tree of tuples."""
 
-    def one(path: Any, leaf: Any, axes: tuple[str | None, ...]) -> NamedSharding:
-        return NamedSharding(mesh, spec(mesh, axes, leaf.shape, jax.tree_util.keystr(path, simple=True, separator=".")))
+    def one(path: Any, leaf: Any, axes: tuple[str | None, ...]) -> P:
+        return spec(mesh, axes, leaf.shape, jax.tree_util.keystr(path, simple=True, separator="."))
 
     return jax.tree_util.tree_map_with_path(one, shapes, logical_axes)
+
+
+def shardings(mesh: Mesh, logical_axes: Any, shapes: Any) -> Any:
+    """The NamedSharding of every leaf of `shapes`; see `specs`."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(mesh, logical_axes, shapes))
 
 
 def batch_spec(mesh: Mesh, shape: tuple[int, ...], name: str = "batch") -> P:

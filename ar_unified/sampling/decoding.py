@@ -1,9 +1,8 @@
 """Logits -> one token per row: temperature, top-k and top-p per row and modality, then Gumbel-argmax.
 
-No sort: a row's top-k or top-p set is {values >= t} for one threshold t, and t is found bit by bit, 32 passes over the
-row whatever k is (the binary search of T5X and tpu-inference, here on the bits themselves, so it is exact up to ties,
-which are all kept). Noise belongs to (seed, sample, position) and to nothing else, so a row draws the same token in
-any slot of any batch.
+No sort: a row's top-k or top-p set is {values >= t} for one threshold t, and t is searched for (as T5X and
+tpu-inference do, here on the bits of the floats, so it is exact up to ties, which are all kept). Noise belongs to
+(seed, sample, position) and to nothing else, so a row draws the same token in any slot of any batch.
 
 Axes: B rows, V vocabulary.
 """
@@ -13,11 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from ar_unified.kernels.attention.xla import row_max
 
 _FLOOR = -1e30  # where NaN and -inf of an allowed token go: below everything real, above everything forbidden
 
@@ -64,31 +65,44 @@ def row_keys(seed: Array, sample: Array) -> Array:
     return jax.vmap(lambda s, i: jax.random.fold_in(jax.random.key(s, impl="threefry2x32"), i))(seed, sample)
 
 
-def choose(logits: Array, allowed: Array, forced: Array, filters: Filters, keys: Array, position: Array) -> Array:
-    """The next token of every row, int32 [B].
+def choose(
+    logits: Array, allowed: Array | None, active: Array, filters: Filters, keys: Array, position: Array
+) -> tuple[Array, Array]:
+    """The next token of every row: int32 [B], an index into the logits; and bool [B], whether its logits were NaN.
 
     Args:
         logits: f32 [B, V], guidance already mixed in. NaN and -inf count as the least likely.
-        allowed: bool [B, V]; nothing outside it is ever returned, whatever the logits are.
-        forced: int32 [B]; a token that needs no drawing, or -1.
+        allowed: bool [B, V]; nothing outside it is ever returned, whatever the logits are. None: all are.
+        active: bool [B]; the others get some token, without work being done for it.
         filters: [B] each (`Filters.at`).
         keys: [B] from `row_keys`. position: int32 [B], of the token in its sequence, prompt included.
     """
-    drawn = (forced < 0) & (filters.temperature > 0)  # these rows need noise; the others are done by argmax
-    logits = jnp.clip(jnp.nan_to_num(logits, nan=_FLOOR), _FLOOR, -_FLOOR)
-    logits = jnp.where(allowed, logits, -jnp.inf)
+    drawn = active & (filters.temperature > 0)  # these rows need noise; the others are done by argmax
+    nan = jnp.isnan(logits)
+    broken = active & jnp.any(nan, axis=-1)
+    logits = jnp.clip(jnp.where(nan, _FLOOR, logits), _FLOOR, -_FLOOR)
+    if allowed is not None:
+        logits = jnp.where(allowed, logits, -jnp.inf)
 
     def draw(logits: Array) -> Array:
-        scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
-        scaled = scaled / jnp.where(drawn, filters.temperature, 1.0)[:, None]
-        scaled = jnp.where(allowed, jnp.maximum(scaled, _FLOOR), -jnp.inf)
+        temperature = jnp.where(drawn, filters.temperature, 1.0)[:, None]
+        scaled = (logits - row_max(logits)) / temperature
+        scaled = jnp.maximum(scaled, _FLOOR)
+        if allowed is not None:
+            scaled = jnp.where(allowed, scaled, -jnp.inf)
         keep = nucleus(scaled, jnp.where(drawn, filters.top_k, 0), jnp.where(drawn, filters.top_p, 1.0))
         noise = jax.vmap(lambda key, p: jax.random.gumbel(jax.random.fold_in(key, p), logits.shape[-1:]))
         noisy = jnp.where(keep, scaled + noise(keys, position), -jnp.inf)
         return jnp.where(drawn[:, None], noisy, logits)
 
     logits = jax.lax.cond(jnp.any(drawn), draw, lambda logits: logits, logits)
-    return jnp.where(forced >= 0, forced, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    return _argmax(logits), broken
+
+
+def penalize(logits: Array, seen: Array, penalty: Array) -> Array:
+    """f32 [B, V]: logits of tokens `seen`, bool [B, V], above 0 divided by `penalty` [B], others multiplied."""
+    penalty = penalty[:, None]
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def nucleus(logits: Array, top_k: Array, top_p: Array) -> Array:
@@ -99,19 +113,43 @@ def nucleus(logits: Array, top_k: Array, top_p: Array) -> Array:
     """
     ranks = _ranks(logits)
 
+    def count(t: Array) -> Array:
+        return jnp.sum(ranks >= t[:, None], axis=-1, dtype=jnp.int32).astype(jnp.float32)
+
     def by_count(floor: Array) -> Array:
-        k = jnp.where(top_k > 0, top_k, logits.shape[-1])
-        return _largest(lambda t: jnp.sum(ranks >= t[:, None], axis=-1) >= k, floor)
+        used = (top_k > 0) & (top_k < logits.shape[-1])
+        k = jnp.where(used, top_k, 0).astype(jnp.float32)
+
+        def measure(t: Array) -> tuple[Array, Array]:
+            n = count(t)
+            return n, n
+
+        return jnp.where(used, _threshold(ranks, measure, k, used), floor)
 
     def by_mass(floor: Array) -> Array:
-        p = jax.nn.softmax(jnp.where(ranks >= floor[:, None], logits, -jnp.inf), axis=-1)
-        found = _largest(lambda t: jnp.sum(jnp.where(ranks >= t[:, None], p, 0), axis=-1) >= top_p, floor)
-        return jnp.where(top_p < 1, jnp.maximum(found, floor), floor)
+        kept = jnp.where(ranks >= floor[:, None], logits, -jnp.inf)
+        p = jnp.exp(kept - row_max(kept))
+        p = p / jnp.sum(p, axis=-1, keepdims=True)
+
+        def measure(t: Array) -> tuple[Array, Array]:
+            return jnp.sum(jnp.where(ranks >= t[:, None], p, 0), axis=-1), count(t)
+
+        used = top_p < 1
+        found = _threshold(ranks, measure, jnp.where(used, top_p, 0), used)
+        return jnp.where(used, jnp.maximum(found, floor), floor)
 
     floor = jnp.zeros(logits.shape[:1], jnp.uint32)
     floor = jax.lax.cond(jnp.any(top_k > 0), by_count, lambda floor: floor, floor)
     floor = jax.lax.cond(jnp.any(top_p < 1), by_mass, lambda floor: floor, floor)
     return (ranks >= floor[:, None]) & (logits > -jnp.inf)
+
+
+def _argmax(x: Array) -> Array:
+    """jnp.argmax(x, -1) of x [B, V] without NaN, int32 [B], in two reductions that XLA CPU vectorises, as it does not
+    the one of jnp.argmax, and behind a barrier: it would make the noise anew for each of them."""
+    x = jax.lax.optimization_barrier(x)
+    index = jnp.arange(x.shape[-1], dtype=jnp.int32)
+    return jnp.min(jnp.where(x == row_max(x), index, x.shape[-1] - 1), axis=-1)
 
 
 def _ranks(x: Array) -> Array:
@@ -120,11 +158,39 @@ def _ranks(x: Array) -> Array:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _largest(holds: Callable[[Array], Array], like: Array) -> Array:
-    """The largest uint32 t per row for which `holds(t)`, given that it holds up to some t and for none beyond."""
+def _threshold(ranks: Array, measure: Callable[[Array], tuple[Array, Array]], least: Array, used: Array) -> Array:
+    """uint32 [B], for each row that is `used` a t with {rank >= t} the smallest set whose measure is at least `least`.
 
-    def bit(i: Array, t: Array) -> Array:
-        higher = t | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        return jnp.where(holds(higher), higher, t)
+    Args:
+        measure: of the sets {rank >= t}, t uint32 [B]: f32 [B], and how many tokens are in them, f32 [B].
 
-    return jax.lax.fori_loop(0, 32, bit, jnp.zeros_like(like))
+    A search that brackets t: a row is done as soon as its bracket holds no further token or its measure is met exactly
+    by counting, after 6 to 12 passes over the logits. Guesses go by interpolation and by halves in turn, so no
+    distribution takes more than 64.
+    """
+    lowest = jnp.min(ranks, axis=-1)
+    beyond = jnp.max(ranks, axis=-1) + 1  # no rank is 2**32 - 1: that would be a NaN
+    first = measure(lowest)
+
+    def open_rows(low: Array, high: Array, at_low: Any, at_high: Any) -> Array:
+        return used & (high - low > 1) & (at_low[1] - at_high[1] > 1) & (at_low[1] != least)
+
+    def body(carry: Any) -> Any:
+        i, low, high, at_low, at_high = carry
+        width = high - low
+        share = (at_low[0] - least) / jnp.maximum(at_low[0] - at_high[0], 1e-30)
+        share = jnp.where(i % 2 == 0, jnp.clip(share, 0.02, 0.98), 0.5)
+        step = jnp.clip((width.astype(jnp.float32) * share).astype(jnp.uint32), 1, jnp.maximum(width, 2) - 1)
+        t = low + step
+        found = measure(t)
+        going = open_rows(low, high, at_low, at_high)
+        up, down = going & (found[0] >= least), going & (found[0] < least)
+
+        def pick(rows: Array, new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda a, b: jnp.where(rows, a, b), new, old)
+
+        return i + 1, pick(up, t, low), pick(down, t, high), pick(up, found, at_low), pick(down, found, at_high)
+
+    zero = jnp.zeros(ranks.shape[:1], jnp.float32)
+    carry = (jnp.int32(0), lowest, beyond, first, (zero, zero))
+    return jax.lax.while_loop(lambda carry: jnp.any(open_rows(*carry[1:])), body, carry)[1]

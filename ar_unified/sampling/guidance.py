@@ -1,15 +1,17 @@
-"""Classifier-free guidance: a picture's logits as a weighted sum over C contexts of the same row.
+"""Classifier-free guidance: a picture's logits as a weighted sum over the C contexts of its request.
 
-Context 0 is the request itself; context 1, the companion, is what the picture is compared with: the grammar's one
-`unconditional` prefix followed by the current picture's tokens alone. Rows are laid out context-major, [C * B] =
-[request rows | companion rows], so mixing is a reshape and both contexts run in one forward. In text a companion waits
-at the end of its prefix; at every <boi> it starts again from there. Only image codes are guided: text, sizes and
-control tokens come from the request's own logits.
+Context 0 is the request itself. The others are companions, what the picture is compared with: a prefix, then pictures
+alone. A companion "resets" if each new picture starts again from the prefix; otherwise (the context "image_only") it
+keeps the pictures before. Only image codes are guided: text, sizes and control tokens come from the request's own
+logits, and companions never see text.
 
-A third context (Chameleon's and InstructPix2Pix's "pictures only", weights [s_t, s_i - s_t, 1 - s_i]) is one more
-block of rows and one more weight.
+All contexts of a request run in one forward, as rows side by side: [R * C]. So mixing is a reshape, and however rows
+are split over devices, a request's contexts are on one.
 
-Axes: C contexts, B rows, V vocabulary.
+    C = 2   own | unconditional                   weights [s, 1 - s]
+    C = 3   own | unconditional | pictures only   weights [s, 1 - s_i, s_i - s]
+
+Axes: R requests, C contexts, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,37 +22,45 @@ from jax import Array
 from ar_unified.vocabulary import Role, Vocabulary
 
 
-def weights(scale: Array, contexts: int) -> Array:
-    """f32 [C, B]: what each context counts for at guidance `scale` [B]; they add up to 1.
+def weights(scale: float, image_scale: float | None, contexts: int) -> list[float]:
+    """What each context counts for; they add up to 1.
 
-    C = 2 is Ho & Salimans' u + s (c - u). On logits or on log-probabilities: the two differ by a constant per row.
+    C = 2 is Ho & Salimans' u + s (c - u), C = 3 InstructPix2Pix's u + s_i (i - u) + s (c - i). On logits or on
+    log-probabilities: the two differ by a constant per row.
     """
     if contexts == 1:
-        return jnp.ones((1, *scale.shape), jnp.float32)
-    if contexts == 2:
-        return jnp.stack([scale, 1 - scale]).astype(jnp.float32)
-    raise ValueError(f"contexts: expected 1 (no guidance) or 2 (guided by one scale), found {contexts}")
+        return [1.0]
+    if image_scale is None:
+        return [scale, 1 - scale]
+    return [scale, 1 - image_scale, image_scale - scale]
 
 
-def mix(logits: Array, weights: Array, guided: Array) -> Array:
-    """f32 [B, V] from logits f32 [C * B, V], weights [C, B] and guided bool [B] (the next token is an image code).
+def mix(logits: Array, weights: Array) -> Array:
+    """f32 [R, V] from logits f32 [R, C, V] and weights f32 [R, C].
 
-    Rows that are not guided, and rows whose companions weigh nothing, keep their own logits bit for bit.
+    Rows whose companions weigh nothing keep their own logits bit for bit.
     """
-    contexts, rows = weights.shape
-    logits = logits.reshape(contexts, rows, -1)
-    if contexts == 1:
-        return logits[0]
-    guided = guided & jnp.any(weights[1:] != 0, axis=0)
-    return jnp.where(guided[:, None], jnp.sum(weights[:, :, None] * logits, axis=0), logits[0])
+    if weights.shape[1] == 1:
+        return logits[:, 0]
+    mixed = sum(weights[:, c, None] * logits[:, c] for c in range(weights.shape[1]))
+    return jnp.where(jnp.any(weights[:, 1:] != 0, axis=1)[:, None], mixed, logits[:, 0])
 
 
-def companion_position(vocabulary: Vocabulary, token: Array, position: Array, start: int) -> Array:
-    """Where a companion row writes `token`: int32, any shape.
+def advance(vocabulary: Vocabulary, token: Array, position: Array, start: Array, resets: Array) -> tuple[Array, Array]:
+    """Where each context writes `token`, and where it would write one more: int32 [R, C] twice.
 
-    <boi> and everything outside a picture goes to slot `start`, right behind the unconditional prefix, where the next
-    <boi> overwrites it; a picture's tokens follow its <boi>. `position`: where the token before went.
+    Args:
+        token: int32 [R].
+        position: int32 [R, C], behind what each context has read so far.
+        start: int32 [R, C], behind its prefix. resets: bool [R, C]; False for context 0.
+
+    A companion's place for what is not of a picture is the one behind its last picture, or its prefix if it resets:
+    the next <boi> overwrites it.
     """
-    role = vocabulary.role(token)
-    inside = (role == Role.IMAGE) | (role == Role.SIZE) | (token == vocabulary.eol)
-    return jnp.where(inside, position + 1, start)
+    v, role = vocabulary, vocabulary.role(token)
+    picture = (role == Role.IMAGE) | (role == Role.SIZE) | (token == v.eol) | (token == v.boi) | (token == v.eoi)
+    begins, ends = (token == v.boi)[:, None], (token == v.eoi)[:, None]
+    writes = jnp.where(begins & resets, start, position)
+    reads = picture[:, None] | (jnp.arange(position.shape[1]) == 0)
+    behind = jnp.where(reads, writes + 1, writes)
+    return writes, jnp.where(resets & (ends | ~picture[:, None]), start, behind)

@@ -1,0 +1,302 @@
+"""The compiled part of the sampler: prefill, insert and decode_chunk, three functions from state to state.
+
+A pool of R slots decodes R samples at once. Its shapes are static (`Shape`, the batch, the cache length); everything
+that a request may ask for is an array, so that requests of all kinds run in one program. The host fills free slots
+between chunks.
+
+Each step first asks the automaton what is to be drawn. A token that is forced needs no logits; an image code needs the
+image codes' part of the head, of all contexts; text needs the other part, of the request's own context. So the state
+keeps hidden states, and of the two parts of the head, and of drawing from them, only what some row needs is computed.
+
+Axes: R slots, C contexts, rows side by side [R * C]; b rows of a prefill, P its bucket; S cache length; D model;
+W text pieces, control tokens and sides; K KV heads, H head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ar_unified import automaton
+from ar_unified.grammar import Grammar
+from ar_unified.model.config import TransformerConfig
+from ar_unified.model.transformer import (
+    Cache,
+    Params,
+    Transformer,
+    init_cache,
+    logical_axes,
+    unstacked,
+    write_cache,
+)
+from ar_unified.parallel import rules
+from ar_unified.sampling import decoding, guidance
+from ar_unified.sampling.decoding import Filters
+
+CHUNK = 64  # steps of a chunk at most
+
+
+class Weights(NamedTuple):
+    """The model as the sampler reads it: its layers, and the two parts of its head, each [rows, D]."""
+
+    layers: Params  # unstacked, without a head
+    text: Array  # ids 0 .. W - 1
+    image: Array  # image codes
+
+
+class Shape(NamedTuple):
+    """What a pool is compiled for, besides the sizes of the engine.
+
+    Attributes:
+        contexts: C. length: S.
+        penalty: whether it keeps which text pieces a row has seen. canvas: whether rows may have given codes.
+    """
+
+    contexts: int
+    length: int
+    penalty: bool = False
+    canvas: bool = False
+
+
+class Rows(NamedTuple):
+    """What the requests say; constant while a row is decoded. Each [R, ...]."""
+
+    seed: Array  # u32 [R]
+    sample: Array  # i32 [R]
+    weights: Array  # f32 [R, C]
+    start: Array  # i32 [R, C], behind each context's prefix
+    resets: Array  # bool [R, C]
+    filters: Filters  # [R, 2] each
+    penalty: Array  # f32 [R]
+    canvas: Array  # i32 [R, codes of the largest picture], -1: to be drawn; [R, 0] in a pool without
+
+
+class State(NamedTuple):
+    """A pool. Each [R, ...] or [R * C, ...]."""
+
+    rows: Rows
+    automaton: automaton.State
+    position: Array  # i32 [R, C], where the next token of each context goes
+    hidden: Array  # [R * C, D], for the next token
+    cache: Cache
+    seen: Array  # bool [R, W], in a pool with a penalty; else [R, 0]
+    broken: Array  # bool [R], the model's logits were NaN
+
+
+class Prefix(NamedTuple):
+    """Prompts that were read: the hidden state of the last token of each [b, D], and the cache, its length P."""
+
+    hidden: Array
+    cache: Cache
+
+
+def prepare(config: TransformerConfig, grammar: Grammar, params: Params) -> Weights:
+    """The parameters as `decode_chunk` wants them, in the compute dtype."""
+    v = grammar.vocabulary
+    head = Transformer.bind(config, params).head().astype(config.dtype)
+    layers = {name: value for name, value in unstacked(config, params).items() if name != "head"}
+    image = head[v.image_offset : v.image_offset + v.codebook_size]
+    weights = Weights(layers, head[: text_ids(grammar)], image)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return weights
+    axes: Any = Weights(logical_axes(layers), ("vocab", "embed"), ("vocab", "embed"))  # type: ignore[arg-type]
+    return jax.lax.with_sharding_constraint(weights, rules.specs(mesh, axes, weights))
+
+
+def placed(tree: Any) -> Any:
+    """A state or a prefix as a mesh in scope splits it: rows by batch, a cache's heads by tensor."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+    axes = {1: ("batch",), 2: ("batch", None)}
+    axes |= {3: ("batch", "kv_heads", None), 4: ("batch", "kv_heads", None, "head_dim")}  # of a cache
+    return jax.tree.map(
+        lambda x: jax.lax.with_sharding_constraint(x, rules.spec(mesh, axes[x.ndim], x.shape, "sampler state")), tree
+    )
+
+
+def text_ids(grammar: Grammar) -> int:
+    """W: the ids in front of the image codes, and some more, so that a mesh can split them."""
+    return min(-(-grammar.vocabulary.image_offset // 128) * 128, grammar.vocabulary.size)
+
+
+def empty(config: TransformerConfig, grammar: Grammar, shape: Shape, slots: int, kv_dtype: str | None) -> State:
+    """A pool in which every slot is free."""
+    R, C = slots, shape.contexts
+
+    def full(value: Any, dtype: Any, *more: int) -> Array:
+        return jnp.full((R, *more), value, dtype)
+
+    rows = Rows(
+        seed=full(0, jnp.uint32),
+        sample=full(0, jnp.int32),
+        weights=full(0, jnp.float32, C),
+        start=full(0, jnp.int32, C),
+        resets=full(False, bool, C),
+        filters=Filters(full(0, jnp.float32, 2), full(0, jnp.int32, 2), full(1, jnp.float32, 2)),
+        penalty=full(1, jnp.float32),
+        canvas=full(-1, jnp.int32, grammar.layout.height * grammar.layout.width if shape.canvas else 0),
+    )
+    zero = jnp.zeros(R, jnp.int32)
+    machine = grammar.automaton.resume(zero - 1, 0, 0, zero, zero, zero, zero, zero, zero)
+    return placed(
+        State(
+            rows=rows,
+            automaton=jax.tree.map(jnp.array, machine),
+            position=full(0, jnp.int32, C),
+            hidden=jnp.zeros((R * C, config.d_model), config.dtype),
+            cache=init_cache(config, R * C, shape.length, kv_dtype),
+            seen=full(False, bool, text_ids(grammar) if shape.penalty else 0),
+            broken=full(False, bool),
+        )
+    )
+
+
+def prefill(config: TransformerConfig, weights: Weights, tokens: Array, lengths: Array) -> Prefix:
+    """Reads prompts: tokens int32 [b, P], padded on the right, lengths int32 [b] (0: an empty one)."""
+    model = Transformer.bind(config, weights.layers)
+    b, P = tokens.shape
+    hidden, cache = model.extend(tokens, init_cache(config, b, P), jnp.zeros(b, jnp.int32))
+    return placed(Prefix(hidden[jnp.arange(b), jnp.maximum(lengths - 1, 0)], cache))
+
+
+def insert(
+    grammar: Grammar,
+    state: State,
+    prefix: Prefix,
+    source: Array,
+    slots: Array,
+    fresh: Array,
+    rows: Rows,
+    start: Array,
+    position: Array,
+    seen: Array,
+) -> State:
+    """Starts samples in slots.
+
+    Args:
+        prefix: prompts. source: int32 [M], rows of it. slots: int32 [M], where in the pool's [R * C] rows they go, one
+            to any number of them; those beyond the end go nowhere.
+        fresh: bool [R], slots whose sample is new. They take rows, position, seen, [R, ...] each, and the automaton
+            resumed from `start`, int32 [R, 9], the arguments of `Automaton.resume`.
+    """
+    length = min(state.cache[0][0].shape[2], prefix.cache[0][0].shape[2])
+    where = slots, slice(None), slice(0, length)
+    cache = tuple(
+        write_cache(layer, where, keys[source, :, :length], values[source, :, :length])
+        for layer, (keys, values) in zip(state.cache, prefix.cache, strict=True)
+    )
+
+    def take(new: Array, old: Array) -> Array:
+        return jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+    return placed(
+        State(
+            rows=jax.tree.map(take, rows, state.rows),
+            automaton=jax.tree.map(take, grammar.automaton.resume(*start.T), state.automaton),
+            position=take(position, state.position),
+            hidden=state.hidden.at[slots].set(prefix.hidden[source], mode="drop"),
+            cache=cache,
+            seen=take(seen, state.seen),
+            broken=state.broken & ~fresh,
+        )
+    )
+
+
+def decode_chunk(
+    config: TransformerConfig, grammar: Grammar, weights: Weights, state: State, halted: Array, steps: Array
+) -> tuple[State, Array]:
+    """Up to `steps` (at most CHUNK) more tokens of every row, fewer once all rows have ended.
+
+    `halted`, bool [R], ends rows before. Returns the state, and what happened, packed for one copy to the host: int32
+    [R, CHUNK + 2], the tokens, PAD behind the end of a row, then whether it has ended and whether it is broken.
+    """
+    state = state._replace(automaton=grammar.automaton.halt(state.automaton, halted))
+    keys = decoding.row_keys(state.rows.seed, state.rows.sample)
+    tokens = jnp.full((len(halted), CHUNK), grammar.vocabulary.pad, jnp.int32)
+
+    def going(carry: Any) -> Array:
+        i, state, _ = carry
+        return (i < steps) & ~jnp.all(grammar.automaton.done(state.automaton))
+
+    def body(carry: Any) -> Any:
+        i, state, tokens = carry
+        token, state = step(config, grammar, weights, state, keys)
+        return i + 1, state, jax.lax.dynamic_update_slice(tokens, token[:, None], (0, i))
+
+    _, state, tokens = jax.lax.while_loop(going, body, (jnp.int32(0), state, tokens))
+    facts = jnp.stack([grammar.automaton.done(state.automaton), state.broken], axis=1)
+    return placed(state), jnp.concatenate([tokens, facts.astype(jnp.int32)], axis=1)
+
+
+def step(
+    config: TransformerConfig, grammar: Grammar, weights: Weights, state: State, keys: Array
+) -> tuple[Array, State]:
+    """One token for every row, int32 [R], drawn, or forced by the grammar; then fed to all contexts of its row."""
+    machine, rows = grammar.automaton, state.rows
+    token, broken = draw(grammar, weights, state, keys)
+    after = machine.halt(machine.advance(state.automaton, token), broken)
+    writes, position = guidance.advance(grammar.vocabulary, token, state.position, rows.start, rows.resets)
+    done = machine.done(after)[:, None]
+
+    model = Transformer.bind(config, weights.layers)
+    # A row that has ended reads as little as there is, its first slot: a free slot costs next to nothing.
+    fed = jnp.repeat(token, position.shape[1])[:, None]
+    hidden, cache = model.extend(fed, state.cache, jnp.where(done, 0, writes).reshape(-1))
+    seen = state.seen
+    if seen.shape[1]:
+        piece = jnp.where(token < grammar.vocabulary.text_size, token, seen.shape[1])  # others are dropped
+        seen = seen.at[jnp.arange(len(token)), piece].set(True, mode="drop")
+    return token, State(
+        rows=rows,
+        automaton=after,
+        position=jnp.where(done, 0, position),
+        hidden=hidden[:, 0],
+        cache=cache,
+        seen=seen,
+        broken=state.broken | broken,
+    )
+
+
+def draw(grammar: Grammar, weights: Weights, state: State, keys: Array) -> tuple[Array, Array]:
+    """The next token of every row, int32 [R], and whether its logits were NaN, bool [R]."""
+    machine, vocabulary, rows = grammar.automaton, grammar.vocabulary, state.rows
+    R, C = state.position.shape
+    hidden = state.hidden.reshape(R, C, -1)
+    image, forced = machine.in_image(state.automaton), machine.forced(state.automaton)
+    if rows.canvas.shape[1]:
+        given = jnp.take_along_axis(rows.canvas, machine.code(state.automaton)[:, None], axis=1, mode="clip")[:, 0]
+        given = jnp.where(image & (state.automaton.images == 1), given, -1)
+        forced = jnp.where(given >= 0, vocabulary.image_offset + given, forced)
+    drawn, own = forced < 0, state.position[:, 0]
+
+    def codes() -> tuple[Array, Array]:
+        logits = guidance.mix(project(hidden, weights.image), rows.weights)
+        token, broken = decoding.choose(logits, None, drawn & image, rows.filters.at(image), keys, own)
+        return vocabulary.image_offset + token, broken
+
+    def words() -> tuple[Array, Array]:
+        logits = project(hidden[:, 0], weights.text)
+        if state.seen.shape[1]:
+            logits = decoding.penalize(logits, state.seen, rows.penalty)
+        allowed = machine.allowed(state.automaton, logits.shape[1])
+        return decoding.choose(logits, allowed, drawn & ~image, rows.filters.at(image), keys, own)
+
+    def where_any(needed: Array, function: Callable[[], tuple[Array, Array]]) -> tuple[Array, Array]:
+        nothing = jnp.zeros(R, jnp.int32), jnp.zeros(R, bool)
+        return jax.lax.cond(jnp.any(needed), function, lambda: nothing)
+
+    code, bad_code = where_any(drawn & image, codes)
+    word, bad_word = where_any(drawn & ~image, words)
+    token = jnp.where(drawn, jnp.where(image, code, word), forced)
+    return token, bad_code | bad_word
+
+
+def project(hidden: Array, head: Array) -> Array:
+    """f32 [..., rows of the head] of hidden states [..., D]."""
+    return jnp.einsum("...D,VD->...V", hidden, head, preferred_element_type=jnp.float32)
