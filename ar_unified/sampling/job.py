@@ -191,7 +191,12 @@ def _manifest(engine: Engine, requests: Sequence[Path], defaults: Mapping[str, A
         "weights": weights,
         "requests": fingerprint(requests),
         "defaults": dict(defaults),
-        "engine": {"batch_size": engine.batch_size, "max_length": engine.max_length, "dtype": str(engine.config.dtype)},
+        "engine": {
+            "batch_size": engine.batch_size,
+            "max_length": engine.max_length,
+            "dtype": str(engine.config.dtype),
+            "kv_dtype": engine.kv_dtype,
+        },
     }
     return json.loads(json.dumps(manifest))
 

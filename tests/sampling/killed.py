@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 import time
 
-from ar_unified.sampling import engine as engine_module
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.job import run_job
-from tests.sampling.test_job import DEFAULTS, Tiles
+from tests.sampling.test_job import DEFAULTS, Tiles, few_programs
 from tests.sampling.tiny import CONFIG, GRAMMARS, random_params
 
 
@@ -23,7 +22,7 @@ class Slow(Tiles):
 if __name__ == "__main__":
     requests, output, *process = sys.argv[1:]
     k, n = process[0].split("/") if process else ("0", "1")
-    engine_module._SMALLEST = 64  # fewer programs to compile
+    few_programs(setattr)
     engine = Engine(CONFIG, random_params(), GRAMMARS["grid"], batch_size=4, max_length=64)
     report = run_job(
         engine, Slow(), requests, output, defaults=DEFAULTS, weights="w", process=(int(k), int(n)), show_progress=False
