@@ -10,7 +10,7 @@ Axes: B rows, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -101,8 +101,12 @@ def choose(
 
 def penalize(logits: Array, seen: Array, penalty: Array) -> Array:
     """f32 [B, V]: logits of tokens `seen`, bool [B, V], above 0 divided by `penalty` [B], others multiplied."""
-    penalty = penalty[:, None]
-    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+    def penalized(logits: Array) -> Array:
+        factor = penalty[:, None]
+        return jnp.where(seen, jnp.where(logits > 0, logits / factor, logits * factor), logits)
+
+    return jax.lax.cond(jnp.any(penalty != 1), penalized, lambda logits: logits, logits)
 
 
 def nucleus(logits: Array, top_k: Array, top_p: Array) -> Array:
@@ -112,35 +116,21 @@ def nucleus(logits: Array, top_k: Array, top_p: Array) -> Array:
     after top_k). Of equal logits at the border all stay. A filter that no row uses costs nothing.
     """
     ranks = _ranks(logits)
+    used = jnp.stack([(top_k > 0) & (top_k < logits.shape[-1]), top_p < 1])
+    least = jnp.where(used, jnp.stack([top_k.astype(jnp.float32), top_p]), 0)
 
-    def count(t: Array) -> Array:
-        return jnp.sum(ranks >= t[:, None], axis=-1, dtype=jnp.int32).astype(jnp.float32)
-
-    def by_count(floor: Array) -> Array:
-        used = (top_k > 0) & (top_k < logits.shape[-1])
-        k = jnp.where(used, top_k, 0).astype(jnp.float32)
-
-        def measure(t: Array) -> tuple[Array, Array]:
-            n = count(t)
-            return n, n
-
-        return jnp.where(used, _threshold(ranks, measure, k, used), floor)
-
-    def by_mass(floor: Array) -> Array:
+    def cut(i: Array, floor: Array) -> Array:
+        """The floor of a row's top_k (i = 0), where each token weighs 1, then of its top_p, where it weighs p."""
         kept = jnp.where(ranks >= floor[:, None], logits, -jnp.inf)
         p = jnp.exp(kept - row_max(kept))
-        p = p / jnp.sum(p, axis=-1, keepdims=True)
+        weight = jnp.where(i == 0, 1.0, p / jnp.sum(p, axis=-1, keepdims=True))
+        found = _threshold(ranks, jax.lax.optimization_barrier(weight), least[i], used[i])
+        return jnp.where(used[i], jnp.maximum(found, floor), floor)
 
-        def measure(t: Array) -> tuple[Array, Array]:
-            return jnp.sum(jnp.where(ranks >= t[:, None], p, 0), axis=-1), count(t)
+    def cut_if_used(i: Array, floor: Array) -> Array:
+        return jax.lax.cond(jnp.any(used[i]), cut, lambda i, floor: floor, i, floor)
 
-        used = top_p < 1
-        found = _threshold(ranks, measure, jnp.where(used, top_p, 0), used)
-        return jnp.where(used, jnp.maximum(found, floor), floor)
-
-    floor = jnp.zeros(logits.shape[:1], jnp.uint32)
-    floor = jax.lax.cond(jnp.any(top_k > 0), by_count, lambda floor: floor, floor)
-    floor = jax.lax.cond(jnp.any(top_p < 1), by_mass, lambda floor: floor, floor)
+    floor = jax.lax.fori_loop(0, 2, cut_if_used, jnp.zeros(logits.shape[:1], jnp.uint32))
     return (ranks >= floor[:, None]) & (logits > -jnp.inf)
 
 
@@ -158,39 +148,42 @@ def _ranks(x: Array) -> Array:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _threshold(ranks: Array, measure: Callable[[Array], tuple[Array, Array]], least: Array, used: Array) -> Array:
-    """uint32 [B], for each row that is `used` a t with {rank >= t} the smallest set whose measure is at least `least`.
+def _threshold(ranks: Array, weight: Array, least: Array, used: Array) -> Array:
+    """For each row that is `used`, a t with {rank >= t} the smallest such set that weighs `least` or more: uint32 [B].
 
     Args:
-        measure: of the sets {rank >= t}, t uint32 [B]: f32 [B], and how many tokens are in them, f32 [B].
+        ranks: uint32 [B, V]. weight: f32 [B, V], >= 0; of a whole row more than `least`, f32 [B].
 
-    A search that brackets t: a row is done as soon as its bracket holds no further token or its measure is met exactly
-    by counting, after 6 to 12 passes over the logits. Guesses go by interpolation and by halves in turn, so no
-    distribution takes more than 64.
+    A search that brackets t, by interpolation and by halves in turn. A row is done as soon as its bracket holds one
+    token alone, after 6 to 12 passes over the logits; no distribution takes more than 64.
     """
-    lowest = jnp.min(ranks, axis=-1)
-    beyond = jnp.max(ranks, axis=-1) + 1  # no rank is 2**32 - 1: that would be a NaN
-    first = measure(lowest)
 
-    def open_rows(low: Array, high: Array, at_low: Any, at_high: Any) -> Array:
-        return used & (high - low > 1) & (at_low[1] - at_high[1] > 1) & (at_low[1] != least)
+    def measure(t: Array) -> tuple[Array, Array]:
+        inside = ranks >= t[:, None]
+        return jnp.sum(jnp.where(inside, weight, 0), axis=-1), jnp.sum(inside, axis=-1, dtype=jnp.int32)
+
+    def unsettled(low: Array, high: Array, at_low: Any, at_high: Any) -> Array:
+        alone = (at_low[1] - at_high[1] <= 1) | (at_low[0] == least)
+        return used & (high - low > 1) & ~alone
 
     def body(carry: Any) -> Any:
         i, low, high, at_low, at_high = carry
         width = high - low
         share = (at_low[0] - least) / jnp.maximum(at_low[0] - at_high[0], 1e-30)
         share = jnp.where(i % 2 == 0, jnp.clip(share, 0.02, 0.98), 0.5)
-        step = jnp.clip((width.astype(jnp.float32) * share).astype(jnp.uint32), 1, jnp.maximum(width, 2) - 1)
-        t = low + step
+        t = low + jnp.clip((width.astype(jnp.float32) * share).astype(jnp.uint32), 1, jnp.maximum(width, 2) - 1)
         found = measure(t)
-        going = open_rows(low, high, at_low, at_high)
-        up, down = going & (found[0] >= least), going & (found[0] < least)
+        going, enough = unsettled(low, high, at_low, at_high), found[0] >= least
 
         def pick(rows: Array, new: Any, old: Any) -> Any:
             return jax.tree.map(lambda a, b: jnp.where(rows, a, b), new, old)
 
-        return i + 1, pick(up, t, low), pick(down, t, high), pick(up, found, at_low), pick(down, found, at_high)
+        low, at_low = pick(going & enough, (t, found), (low, at_low))
+        high, at_high = pick(going & ~enough, (t, found), (high, at_high))
+        return i + 1, low, high, at_low, at_high
 
-    zero = jnp.zeros(ranks.shape[:1], jnp.float32)
-    carry = (jnp.int32(0), lowest, beyond, first, (zero, zero))
-    return jax.lax.while_loop(lambda carry: jnp.any(open_rows(*carry[1:])), body, carry)[1]
+    low = jnp.min(ranks, axis=-1)
+    nothing = jnp.zeros(low.shape, jnp.float32), jnp.zeros(low.shape, jnp.int32)
+    everything = jnp.sum(weight, axis=-1), jnp.full(low.shape, ranks.shape[-1], jnp.int32)
+    carry = (jnp.int32(0), low, jnp.max(ranks, axis=-1) + 1, everything, nothing)
+    return jax.lax.while_loop(lambda carry: jnp.any(unsettled(*carry[1:])), body, carry)[1]

@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ar_unified.document import Document, Part, TextPart
-from ar_unified.grammar import Grammar, GrammarError
+from ar_unified.grammar import Grammar, GrammarError, ImageLayout
 from ar_unified.model.config import TransformerConfig
 from ar_unified.sampling import steps
 from ar_unified.sampling.decoding import Filters
@@ -187,7 +187,7 @@ class Engine:
         R, C = self.batch_size, shape.contexts
         where = [(i * C + c, prefix) for i, job in fresh.items() for c, prefix in enumerate(job.plan.prefixes)]
         batches = prompts.read([prefix for _, prefix in where])
-        arrays = _arrays(self.grammar, shape, R, fresh)
+        arrays = _arrays(self.grammar.layout, shape, R, fresh)
         new = np.isin(np.arange(R), list(fresh))
         for batch, rows in batches:  # rows of `batch`, for each prefix in order; -1: it is in another
             there = [(slot, row) for (slot, _), row in zip(where, rows, strict=True) if row >= 0]
@@ -399,10 +399,10 @@ def _bucket(n: int) -> int:
     return max(_SMALLEST, 1 << (n - 1).bit_length()) if n else _SMALLEST
 
 
-def _arrays(grammar: Grammar, shape: Shape, slots: int, fresh: dict[int, _Job]) -> tuple[Any, ...]:
-    """What `steps.insert` takes of the samples: rows, start, position, seen."""
+def _arrays(layout: ImageLayout, shape: Shape, slots: int, fresh: dict[int, _Job]) -> tuple[Any, ...]:
+    """What `steps.insert` takes of the samples: rows, start, position."""
     jobs = [fresh.get(i) for i in range(slots)]
-    C, layout = shape.contexts, grammar.layout
+    C = shape.contexts
 
     def column(default: Any, value: Any, dtype: Any) -> Any:
         return np.array([default if job is None else value(job) for job in jobs], dtype)
@@ -413,13 +413,10 @@ def _arrays(grammar: Grammar, shape: Shape, slots: int, fresh: dict[int, _Job]) 
 
         return column([default] * 2, of, dtype)
 
-    canvas: Any = np.full((slots, layout.height * layout.width if shape.canvas else 0), -1, np.int32)
-    seen = np.zeros((slots, steps.text_ids(grammar) if shape.penalty else 0), bool)
+    canvas: Any = np.full((slots, layout.height * layout.width), -1, np.int32)
     for i, job in fresh.items():
-        if shape.canvas and job.plan.request.canvas is not None:
+        if job.plan.request.canvas is not None:
             canvas[i, : job.plan.request.canvas.size] = job.plan.request.canvas.ravel()
-        if shape.penalty:
-            seen[i, job.plan.prompt[job.plan.prompt < grammar.vocabulary.text_size]] = True
     rows = steps.Rows(
         seed=column(0, lambda job: job.plan.request.seed, np.uint32),
         sample=column(0, lambda job: job.index, np.int32),
@@ -432,7 +429,7 @@ def _arrays(grammar: Grammar, shape: Shape, slots: int, fresh: dict[int, _Job]) 
     )
     start = column([-1] + [0] * 8, lambda job: job.plan.start, np.int32)
     position = column([0] * C, lambda job: [len(prefix) for prefix in job.plan.prefixes], np.int32)
-    return rows, start, position, seen
+    return rows, start, position
 
 
 # ---- text in tokens ----------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ from ar_unified.sampling.request import MODES, Request, RequestError, TokensPart
 from ar_unified.sampling.steps import Shape
 from ar_unified.vocabulary import Role
 
+_PARTS = (4, 2, 1)  # of max_length, that a cache is long
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -100,12 +102,7 @@ def plan(grammar: Grammar, request: Request, max_length: int) -> Plan:
             len(opened) - 1, *sides, budget - len(given), MODES[request.mode], *(min(n, 2**30) for n in (least, most)),
             *(request.image_size or (0, 0) if request.canvas is None else request.canvas.shape),
         ),
-        shape=Shape(
-            contexts=len(prefixes),
-            length=_length_class(longest, max_length),
-            penalty=request.repetition_penalty != 1 and request.mode != "image",
-            canvas=request.canvas is not None,
-        ),
+        shape=Shape(len(prefixes), _length_class(longest, max_length)),
     )  # fmt: skip
 
 
@@ -230,7 +227,7 @@ def _budget(request: Request, needed: int, most: int, prompt: int, max_length: i
 
 def _length_class(n: int, max_length: int) -> int:
     """The length of the cache that n tokens go to: max_length, a half or a quarter of it, in multiples of 8."""
-    classes = [-(-max_length // (8 * part)) * 8 for part in (4, 2, 1)]
+    classes = [-(-max_length // (8 * part)) * 8 for part in _PARTS]
     fitting = [length for length in classes if length >= n]
     if not fitting:
         raise RequestError(

@@ -49,17 +49,10 @@ class Weights(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What a pool is compiled for, besides the sizes of the engine.
-
-    Attributes:
-        contexts: C. length: S.
-        penalty: whether it keeps which text pieces a row has seen. canvas: whether rows may have given codes.
-    """
+    """What a pool is compiled for, besides the sizes of the engine: C and S."""
 
     contexts: int
     length: int
-    penalty: bool = False
-    canvas: bool = False
 
 
 class Rows(NamedTuple):
@@ -72,7 +65,7 @@ class Rows(NamedTuple):
     resets: Array  # bool [R, C]
     filters: Filters  # [R, 2] each
     penalty: Array  # f32 [R]
-    canvas: Array  # i32 [R, codes of the largest picture], -1: to be drawn; [R, 0] in a pool without
+    canvas: Array  # i32 [R, codes of the largest picture], of the first picture; -1: to be drawn
 
 
 class State(NamedTuple):
@@ -83,13 +76,14 @@ class State(NamedTuple):
     position: Array  # i32 [R, C], where the next token of each context goes
     hidden: Array  # [R * C, D], for the next token
     cache: Cache
-    seen: Array  # bool [R, W], in a pool with a penalty; else [R, 0]
+    seen: Array  # bool [R, W], text pieces that are in the row's prompt or answer
     broken: Array  # bool [R], the model's logits were NaN
 
 
 class Prefix(NamedTuple):
-    """Prompts that were read: the hidden state of the last token of each [b, D], and the cache, its length P."""
+    """Prompts that were read: their tokens [b, P], the hidden state of the last one [b, D], and a cache of length P."""
 
+    tokens: Array
     hidden: Array
     cache: Cache
 
@@ -140,7 +134,7 @@ def empty(config: TransformerConfig, grammar: Grammar, shape: Shape, slots: int,
         resets=full(False, bool, C),
         filters=Filters(full(0, jnp.float32, 2), full(0, jnp.int32, 2), full(1, jnp.float32, 2)),
         penalty=full(1, jnp.float32),
-        canvas=full(-1, jnp.int32, grammar.layout.height * grammar.layout.width if shape.canvas else 0),
+        canvas=full(-1, jnp.int32, grammar.layout.height * grammar.layout.width),
     )
     zero = jnp.zeros(R, jnp.int32)
     machine = grammar.automaton.resume(zero - 1, 0, 0, zero, zero, zero, zero, zero, zero)
@@ -151,7 +145,7 @@ def empty(config: TransformerConfig, grammar: Grammar, shape: Shape, slots: int,
             position=full(0, jnp.int32, C),
             hidden=jnp.zeros((R * C, config.d_model), config.dtype),
             cache=init_cache(config, R * C, shape.length, kv_dtype),
-            seen=full(False, bool, text_ids(grammar) if shape.penalty else 0),
+            seen=full(False, bool, text_ids(grammar)),
             broken=full(False, bool),
         )
     )
@@ -162,7 +156,7 @@ def prefill(config: TransformerConfig, weights: Weights, tokens: Array, lengths:
     model = Transformer.bind(config, weights.layers)
     b, P = tokens.shape
     hidden, cache = model.extend(tokens, init_cache(config, b, P), jnp.zeros(b, jnp.int32))
-    return placed(Prefix(hidden[jnp.arange(b), jnp.maximum(lengths - 1, 0)], cache))
+    return placed(Prefix(tokens, hidden[jnp.arange(b), jnp.maximum(lengths - 1, 0)], cache))
 
 
 def insert(
@@ -175,16 +169,16 @@ def insert(
     rows: Rows,
     start: Array,
     position: Array,
-    seen: Array,
 ) -> State:
     """Starts samples in slots.
 
     Args:
         prefix: prompts. source: int32 [M], rows of it. slots: int32 [M], where in the pool's [R * C] rows they go, one
             to any number of them; those beyond the end go nowhere.
-        fresh: bool [R], slots whose sample is new. They take rows, position, seen, [R, ...] each, and the automaton
+        fresh: bool [R], slots whose sample is new. They take rows and position, [R, ...] each, and the automaton
             resumed from `start`, int32 [R, 9], the arguments of `Automaton.resume`.
     """
+    C, v = position.shape[1], grammar.vocabulary
     length = min(state.cache[0][0].shape[2], prefix.cache[0][0].shape[2])
     where = slots, slice(None), slice(0, length)
     cache = tuple(
@@ -195,6 +189,12 @@ def insert(
     def take(new: Array, old: Array) -> Array:
         return jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
+    # A prompt is read by the first context of each request; its text pieces are not to be said again.
+    mine = jnp.where(slots % C == 0, slots // C, len(fresh))[:, None]
+    tokens = prefix.tokens[source]
+    seen = (state.seen & ~fresh[:, None]).at[mine, jnp.where(tokens < v.text_size, tokens, state.seen.shape[1])].set(
+        True, mode="drop"
+    )  # fmt: skip
     return placed(
         State(
             rows=jax.tree.map(take, rows, state.rows),
@@ -202,7 +202,7 @@ def insert(
             position=take(position, state.position),
             hidden=state.hidden.at[slots].set(prefix.hidden[source], mode="drop"),
             cache=cache,
-            seen=take(seen, state.seen),
+            seen=seen,
             broken=state.broken & ~fresh,
         )
     )
@@ -248,17 +248,14 @@ def step(
     # A row that has ended reads as little as there is, its first slot: a free slot costs next to nothing.
     fed = jnp.repeat(token, position.shape[1])[:, None]
     hidden, cache = model.extend(fed, state.cache, jnp.where(done, 0, writes).reshape(-1))
-    seen = state.seen
-    if seen.shape[1]:
-        piece = jnp.where(token < grammar.vocabulary.text_size, token, seen.shape[1])  # others are dropped
-        seen = seen.at[jnp.arange(len(token)), piece].set(True, mode="drop")
+    piece = jnp.where(token < grammar.vocabulary.text_size, token, state.seen.shape[1])  # others are dropped
     return token, State(
         rows=rows,
         automaton=after,
         position=jnp.where(done, 0, position),
         hidden=hidden[:, 0],
         cache=cache,
-        seen=seen,
+        seen=state.seen.at[jnp.arange(len(token)), piece].set(True, mode="drop"),
         broken=state.broken | broken,
     )
 
@@ -269,10 +266,9 @@ def draw(grammar: Grammar, weights: Weights, state: State, keys: Array) -> tuple
     R, C = state.position.shape
     hidden = state.hidden.reshape(R, C, -1)
     image, forced = machine.in_image(state.automaton), machine.forced(state.automaton)
-    if rows.canvas.shape[1]:
-        given = jnp.take_along_axis(rows.canvas, machine.code(state.automaton)[:, None], axis=1, mode="clip")[:, 0]
-        given = jnp.where(image & (state.automaton.images == 1), given, -1)
-        forced = jnp.where(given >= 0, vocabulary.image_offset + given, forced)
+    given = jnp.take_along_axis(rows.canvas, machine.code(state.automaton)[:, None], axis=1, mode="clip")[:, 0]
+    given = jnp.where(image & (state.automaton.images == 1), given, -1)
+    forced = jnp.where(given >= 0, vocabulary.image_offset + given, forced)
     drawn, own = forced < 0, state.position[:, 0]
 
     def codes() -> tuple[Array, Array]:
@@ -282,8 +278,7 @@ def draw(grammar: Grammar, weights: Weights, state: State, keys: Array) -> tuple
 
     def words() -> tuple[Array, Array]:
         logits = project(hidden[:, 0], weights.text)
-        if state.seen.shape[1]:
-            logits = decoding.penalize(logits, state.seen, rows.penalty)
+        logits = decoding.penalize(logits, state.seen, rows.penalty)
         allowed = machine.allowed(state.automaton, logits.shape[1])
         return decoding.choose(logits, allowed, drawn & ~image, rows.filters.at(image), keys, own)
 

@@ -11,14 +11,13 @@ import pytest
 
 from ar_unified.document import CodesPart, TextPart
 from ar_unified.model.transformer import Transformer
-from ar_unified.sampling import decoding, guidance
-from ar_unified.sampling import engine as engine_module
+from ar_unified.parallel.mesh import make_mesh
 from ar_unified.sampling.decoding import Filter
-from ar_unified.sampling.engine import Engine, _rows, prefill, step
-from ar_unified.sampling.request import Request
+from ar_unified.sampling.engine import Engine
+from ar_unified.sampling.request import Request, TokensPart
 from tests.sampling.tiny import CONFIG, GRAMMARS, random_params
 
-NOISE = 1e-4  # of the largest logit: rounding, which these large random weights amplify; an error is of order 1
+NOISE = 1e-5  # of the largest logit, in units of rounding that these large random weights amplify
 GREEDY = dict(text=Filter(0.0), image=Filter(0.0))
 
 
@@ -28,17 +27,24 @@ def picture(grammar, seed=0, size=None):
 
 
 def requests(grammar, **changes):
-    """Ragged prompts, all modes, mixed scales, seeds, filters and sizes."""
+    """Ragged prompts, all modes, one to three contexts, mixed scales, seeds, filters and sizes."""
     size = (2, 3)
+    hole = np.array([[5, 7, -1], [-1, -1, 9]], np.int32)
     rows = [
         Request("t2i", (TextPart("abc"),), mode="image", guidance=3.0, n=2, seed=5),
         Request("t2i plain", (TextPart("abc"),), mode="image", seed=5),
         Request("long", (TextPart("ponmlkjihgfedcba" * 2),), mode="image", guidance=1.5, image=Filter(0.7, 5)),
         Request("i2t", (picture(grammar), TextPart("a")), mode="text", max_tokens=9, text=Filter(1.0, 0, 0.8), n=3),
-        Request("story", (), turn=False, mode="free", min_images=2, max_images=3, guidance=2.0, max_tokens=60),
+        Request("story", (), turn=False, min_images=2, max_images=3, guidance=2.0, max_tokens=60, context="bos_boi"),
         Request("go on", (TextPart("abc"), picture(grammar, 1), TextPart("de")), turn=False, max_tokens=35, seed=9),
         Request("two", (TextPart("h"),), mode="image", min_images=2, max_images=2, image_size=size, guidance=2.0),
         Request("short", (TextPart("b"),), mode="free", max_tokens=1),
+        Request("both", (TextPart("ca"),), mode="interleaved", max_tokens=50, guidance=2.0, context="from_boi"),
+        Request("edit", (picture(grammar, 2), TextPart("p")), mode="image", guidance=3.0, image_guidance=1.2, n=2),
+        Request("not", (TextPart("ab"),), mode="image", guidance=4.0, context="negative_prompt", negative_prompt="dd"),
+        Request("alike", (picture(grammar, 3), TextPart("o")), mode="image", guidance=2.0, context="image_only"),
+        Request("hole", (TextPart("ab"),), mode="image", canvas=hole, image_size=size, guidance=2.0),
+        Request("anew", (TextPart("abcd"),), mode="text", max_tokens=12, repetition_penalty=1.5, seed=4),
     ]
     return [dataclasses.replace(row, **changes) for row in rows]
 
@@ -65,8 +71,26 @@ def forward_logits(params, tokens):
 
 @pytest.fixture(autouse=True)
 def _few_programs(monkeypatch):
-    """Compiling is what these tests wait for: one bucket instead of many. The buckets have a test of their own."""
-    monkeypatch.setattr(engine_module, "_SMALLEST", 64)
+    """Compiling is what these tests wait for: one bucket of prompts and one length of cache."""
+    monkeypatch.setattr("ar_unified.sampling.engine._SMALLEST", 64)
+    monkeypatch.setattr("ar_unified.sampling.plan._PARTS", (1,))
+
+
+def contexts_of(grammar, plan, tokens):
+    """What each context of a request has read when its sample so far is `tokens`; written out once more."""
+    v, request = grammar.vocabulary, plan.request
+    own = np.concatenate([plan.prompt, tokens])
+    begins = np.flatnonzero(own == v.boi)
+    at_hand = own[begins[-1] :] if len(begins) else own[:0]
+    bases = {
+        "empty_prompt": [v.bos, v.eot],
+        "bos_boi": [v.bos],
+        "from_boi": [],
+        "negative_prompt": [v.bos, *grammar.text_codec.encode(request.negative_prompt), v.eot],
+    }
+    pictures = own[own >= v.text_size]
+    wanted = [request.context, "image_only"][: len(plan.prefixes) - 1]
+    return [own, *(pictures if name == "image_only" else np.array([*bases[name], *at_hand]) for name in wanted)]
 
 
 def test_every_sample_parses_and_keeps_its_request(grammar, params):
@@ -84,22 +108,14 @@ def test_every_sample_parses_and_keeps_its_request(grammar, params):
             assert len(pictures) == len(sample.document.parts)
         if request.image_size:
             assert {part.codes.shape for part in pictures} == {request.image_size}
+    codes, canvas = found["hole", 0].document.parts[0].codes, found["hole", 0].request.canvas
+    np.testing.assert_array_equal(codes[canvas >= 0], canvas[canvas >= 0])
     assert found["short", 0].finish_reason == "length" and found["t2i", 0].finish_reason == "eos"
-    assert not np.array_equal(found["t2i", 0].tokens, found["t2i", 1].tokens)
-
-
-def test_what_goes_on_is_what_follows_the_prompt(params):
-    grammar = GRAMMARS["grid"]
-    request = requests(grammar)[5]
-    (sample,) = engine(grammar, params).generate([request])
-    whole = grammar.parse(np.concatenate([grammar.prompt_tokens(request.parts, turn=False), sample.tokens]))
-    text = "".join(part.text if isinstance(part, TextPart) else "#" for part in whole.parts)
-    answer = "".join(part.text if isinstance(part, TextPart) else "#" for part in sample.document.parts)
-    assert text == "abc#de" + answer and answer
+    assert not np.array_equal(found["i2t", 0].tokens, found["i2t", 1].tokens)
 
 
 def test_a_sample_depends_on_weights_request_seed_and_index_only(grammar, params):
-    """DESIGN §3.5. Alone, permuted, in other slots, beside other mates, by index, by another engine: the same bits."""
+    """DESIGN §3.5. Alone, permuted, in other slots, beside other mates, resumed, by another engine: the same bits."""
     asked = requests(grammar)
     first = engine(grammar, params)
     reference = collect(first.generate(asked))
@@ -112,7 +128,7 @@ def test_a_sample_depends_on_weights_request_seed_and_index_only(grammar, params
         collect(sample for request in asked for sample in first.generate([request])),
         collect(first.draw([(asked[0], 1), (asked[3], 2), (asked[3], 0)])),
     ]
-    for run, count in zip(runs, (11, 11, 11, 11, 3), strict=True):
+    for run, count in zip(runs, (*[len(reference)] * 4, 3), strict=True):
         shared = [key for key in run if key in reference]
         assert len(shared) == count
         for key in shared:
@@ -121,93 +137,80 @@ def test_a_sample_depends_on_weights_request_seed_and_index_only(grammar, params
     assert any(not np.array_equal(other[key].tokens, reference[key].tokens) for key in reference)
 
 
-def test_scale_one_is_no_guidance_bit_for_bit(grammar, params):
-    """In a batch of two contexts, too: a row of scale 1 keeps its own logits exactly."""
-    asked = [dataclasses.replace(r, guidance=1.0, mode="image", max_tokens=None) for r in requests(grammar)[:3]]
-    first = engine(grammar, params)
-    jobs = [first._plan(request) for request in asked]
-    bucket = max(job.bucket for job in jobs)
-    rows = _rows(jobs, bucket, grammar.vocabulary.pad)
-    keys = decoding.row_keys(rows.seed, rows.sample)
-    one, two = (prefill(CONFIG, grammar, params, rows, contexts=c, length=64) for c in (1, 2))
-    advance = jax.jit(lambda state: step(CONFIG, grammar, params, state, rows, keys))
-    for _ in range(12):
-        np.testing.assert_array_equal(
-            one.logits, guidance.mix(two.logits, guidance.weights(rows.scale, 2), jnp.full(3, True))
-        )
-        one, two = advance(one), advance(two)
-    np.testing.assert_array_equal(one.tokens, two.tokens)
-
-
-def test_guided_batch_equals_a_two_context_loop_without_cache(grammar, params):
-    """Mixed scales, several pictures, text between them; greedy."""
-    v, empty = grammar.vocabulary, list(grammar.unconditional)
-    asked = [
-        Request("a", (TextPart("abc"),), mode="image", guidance=4.0, **GREEDY),
-        Request(
-            "b", (TextPart("dd"),), mode="image", guidance=0.0, min_images=2, max_images=2, image_size=(2, 3), **GREEDY
-        ),
-        Request("c", (TextPart("ab"),), turn=False, min_images=2, guidance=2.5, max_tokens=50, **GREEDY),
-        Request("d", (picture(grammar), TextPart("p")), mode="image", guidance=-1.0, **GREEDY),
-    ]
-    found = collect(engine(grammar, params).generate(asked))
-    for request in asked:
-        sample = found[request.id, 0]
-        assert len([p for p in sample.document.parts if isinstance(p, CodesPart)]) >= 1
-        prompt = grammar.prompt_tokens(request.parts, turn=request.turn)
-        tokens = np.concatenate([prompt, sample.tokens])
-        own, image = forward_logits(params, tokens), v.role(tokens) == 4
-        for i in np.flatnonzero(image):
-            if i < len(prompt):
-                continue
-            begin = np.flatnonzero(tokens[:i] == v.boi)[-1]
-            other = forward_logits(params, np.concatenate([empty, tokens[begin:i]]))[-1]
-            mixed = other + request.guidance * (own[i - 1] - other)
-            codes = mixed[v.image_offset : v.image_offset + v.codebook_size]
-            assert codes[tokens[i] - v.image_offset] >= codes.max() - 1e-4, (request.id, i)
-    plain = collect(engine(grammar, params).generate(dataclasses.replace(r, guidance=1.0) for r in asked))
-    assert any(not np.array_equal(plain[key].tokens, found[key].tokens) for key in found)  # guidance did something
-
-
-def test_decode_logits_equal_the_forward_in_both_contexts(grammar, params):
-    """DESIGN §3.6, along the engine's own path: prefill, every step, and companions after each reset."""
-    asked = requests(grammar)[2:5] + requests(grammar)[6:7]
-    planner = engine(grammar, params)
-    jobs = [planner._plan(request) for request in asked]
-    rows = _rows(jobs, max(job.bucket for job in jobs), grammar.vocabulary.pad)
-    keys, v = decoding.row_keys(rows.seed, rows.sample), grammar.vocabulary
-    state = prefill(CONFIG, grammar, params, rows, contexts=2, length=96)
-    advance = jax.jit(lambda state: step(CONFIG, grammar, params, state, rows, keys))
-    logits, resets = [np.asarray(state.logits)], 0
-    while not bool(grammar.automaton.done(state.automaton).all()):
-        state = advance(state)
-        logits.append(np.asarray(state.logits))
-    R = len(jobs)
-    for row, job in enumerate(jobs):
-        generated = np.asarray(state.tokens)[row]
-        generated = generated[generated != v.pad]
-        whole = np.concatenate([job.prompt, generated])
-        own = forward_logits(params, whole)
-        for i in range(len(generated)):
-            np.testing.assert_allclose(logits[i][row], own[len(job.prompt) + i - 1], atol=NOISE * np.abs(own).max())
-        for begin in np.flatnonzero(generated == v.boi):
-            end = begin + np.flatnonzero(generated[begin:] == v.eoi)[0]
-            other = forward_logits(params, np.concatenate([grammar.unconditional, generated[begin:end]]))
-            for i in range(begin, end):
-                expected = other[len(grammar.unconditional) + i - begin]
-                np.testing.assert_allclose(logits[i + 1][R + row], expected, atol=NOISE * np.abs(other).max())
-            resets += 1
-    assert resets >= 5
-
-
-def test_no_request_compiles_another_program(params):
+def test_a_mesh_gives_the_same_tokens(params):
+    """Rows over two devices and heads over two: data 2 x tensor 2."""
     grammar = GRAMMARS["grid"]
-    first = engine(grammar, params)
-    list(first.generate([Request("a", (TextPart("abc"),), mode="image", guidance=2.0)]))
-    before = first._prefill._cache_size(), first._decode._cache_size()
-    changed = Request("b", (TextPart("p"),), mode="image", guidance=7.0, seed=3, n=2, image=Filter(0.5, 3, 0.5))
-    list(first.generate([changed]))
-    assert (first._prefill._cache_size(), first._decode._cache_size()) == before == (1, 1)
+    asked = [r for r in requests(grammar) if r.contexts < 3]
+    one, two = (
+        collect(engine(grammar, params, mesh=mesh).generate(asked))
+        for mesh in (None, make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4]))
+    )
+    for key in one:
+        np.testing.assert_array_equal(one[key].tokens, two[key].tokens, err_msg=str(key))
+
+
+@pytest.mark.parametrize("contexts", [1, 2, 3])
+def test_logits_equal_the_forward_in_every_context(grammar, params, contexts):
+    """DESIGN §3.6, along the engine's own path: at prefill, after insertion in the middle of other rows, across borders
+    of chunks, in rows that change between text and pictures, and in companions; and what is drawn is the mixture's."""
+    asked = [r for r in requests(grammar, **GREEDY, n=1) if r.contexts == contexts and r.repetition_penalty == 1]
+    first = engine(grammar, params, batch_size=3)
+    head, call, insert = np.asarray(params["head"]), first.call, first._insert
+    seen: list[np.ndarray] = []  # logits of all rows before each step
+    placed: list[tuple[int, dict]] = []  # which samples began at which step, by slot
+
+    def one_by_one(function, *args):
+        if function is not first._programs.decode:
+            return call(function, *args)
+        weights, state, halted, count = args
+        pieces = []
+        for i in range(int(count)):
+            seen.append(np.asarray(state.hidden).reshape(3, contexts, -1) @ head.T)
+            state, packed = call(function, weights, state, halted & (i == 0), np.int32(1))
+            pieces.append(packed)
+        rest = packed[:, len(pieces) :]
+        return state, jnp.concatenate([*(piece[:, :1] for piece in pieces), rest], axis=1)
+
+    def inserted(state, shape, fresh, prompts):
+        placed.append((len(seen), dict(fresh)))
+        return insert(state, shape, fresh, prompts)
+
+    first.call, first._insert = one_by_one, inserted
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ar_unified.sampling.engine._chunk", lambda slots, waiting: 3)
+        samples = collect(first.generate(asked))
+    assert len(samples) == len(asked)
+    checked = codes = 0
+    for begin, fresh in placed:
+        for slot, job in fresh.items():
+            sample = samples[job.plan.request.id, 0]
+            generated = sample.tokens
+            for i in range(len(job.plan.given), len(generated)):
+                found = seen[begin + i - len(job.plan.given)][slot]
+                reads = contexts_of(grammar, job.plan, generated[:i])
+                image = generated[i] >= grammar.vocabulary.image_offset
+                expected = []
+                for c, tokens in enumerate(reads):
+                    if c and not image:
+                        break
+                    expected.append(forward_logits(params, tokens)[-1])
+                    scale = np.abs(expected[-1]).max()
+                    np.testing.assert_allclose(found[c], expected[-1], rtol=0, atol=20 * NOISE * scale)
+                    checked += 1
+                if image and job.plan.request.canvas is None:
+                    s, s_i = job.plan.request.guidance, job.plan.request.image_guidance
+                    if contexts == 2:
+                        mixed = expected[1] + s * (expected[0] - expected[1])
+                    elif contexts == 3:
+                        own, other, pictures = expected
+                        mixed = other + s_i * (pictures - other) + s * (own - pictures)
+                    else:
+                        mixed = expected[0]
+                    mixed = mixed[grammar.vocabulary.image_offset :][:24]
+                    drawn = generated[i] - grammar.vocabulary.image_offset
+                    assert mixed[drawn] >= mixed.max() - 1e-3, (job.plan.request.id, i)
+                    codes += 1
+    assert checked > 20 and codes > 5
 
 
 BAD = [
@@ -217,6 +220,16 @@ BAD = [
     (dict(max_tokens=3), "found 3"),
     (dict(image_size=(9, 9)), "9 x 9"),
     (dict(guidance=float("nan")), "guidance"),
+    (dict(context="nothing"), "context: expected one of"),
+    (dict(context="negative_prompt"), "negative_prompt: expected a text"),
+    (dict(image_guidance=2.0, context="image_only"), "name one in `context`"),
+    (dict(repetition_penalty=0.0), "repetition_penalty"),
+    (dict(stop=("",)), "stop: expected"),
+    (dict(stop=((99,),)), "text pieces 0..15"),
+    (dict(canvas=np.zeros((2, 3), np.int64)), "canvas: expected codes int32"),
+    (dict(canvas=np.full((2, 3), 24, np.int32)), "or -1 to draw"),
+    (dict(parts=(TokensPart((500,)),)), "ids 0..127"),
+    (dict(parts=(TokensPart((20, 20)),)), "expected"),
     (dict(image=Filter(temperature=float("nan"))), "image.temperature"),
     (dict(mode="poem"), "poem"),
     (dict(seed=-1), "seed"),
@@ -229,13 +242,14 @@ def test_a_request_that_cannot_be_served_is_one_error_and_no_more(params):
     good = Request("good", (TextPart("abc"),), mode="image", n=2)
     bad = [dataclasses.replace(good, id=words, **change) for change, words in BAD]
     samples = list(engine(GRAMMARS["grid"], params).generate([*bad, good]))
-    assert [sample.request.id for sample in samples] == [*(words for _, words in BAD), "good", "good"]
-    for sample in samples[: len(BAD)]:
+    failed = [sample for sample in samples if sample.error]
+    assert [sample.request.id for sample in failed] == [words for _, words in BAD]
+    for sample in failed:
         assert sample.request.id in sample.error and sample.document is None
-    assert all(sample.document is not None for sample in samples[len(BAD) :])
+    assert [sample.request.id for sample in samples if not sample.error] == ["good", "good"]
 
 
 def test_broken_weights_are_named_not_sampled(params):
     nan = jax.tree.map(lambda p: p * np.nan, params)
-    (sample,) = engine(GRAMMARS["grid"], nan).generate([Request("a", (TextPart("abc"),), mode="image")])
-    assert "NaN" in sample.error and sample.document is None
+    samples = list(engine(GRAMMARS["grid"], nan).generate([Request("a", (TextPart("abc"),), mode="image", n=6)]))
+    assert len(samples) == 6 and all("NaN" in sample.error and sample.document is None for sample in samples)

@@ -1,4 +1,7 @@
-"""Decode attention by XLA alone: any platform, any shape; the whole cache is read, however short the rows are.
+"""Decode attention by XLA alone: any platform, any shape.
+
+XLA's shapes are static, so of a cache it reads the whole, a half, a quarter or an eighth: as much as the longest row of
+the batch asks for. What a row gets does not depend on that, bit for bit on CPU: more slots add exact zeros.
 
 B batch, S cache slot, N query heads, K KV heads, G = N / K, H head dim.
 """
@@ -11,6 +14,8 @@ import jax.numpy as jnp
 from ar_unified.kernels.attention.xla import row_max
 from ar_unified.kernels.decode_attention.spec import Cache, Spec
 
+PREFIXES = (8, 4, 2, 1)  # parts of the cache; finer ones do not pay for the copy that XLA makes of a part
+SHORTEST = 64  # slots of a prefix at least
 _HIDDEN = -1e30  # added to the score of a slot that is not seen; finite, for a row that sees none must not make NaN
 
 
@@ -21,6 +26,25 @@ def unsupported(q: jax.Array, k: jax.Array) -> str | None:
 
 def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Array]:
     """Outputs [B, N, H] in the dtype of q, and log-sum-exp float32 [B, N]."""
+    lengths = prefixes(cache.k.shape[2])
+    if len(lengths) == 1:
+        return _forward(spec, q, cache)
+    which = jnp.sum(jnp.max(cache.end) > jnp.array(lengths[:-1]), dtype=jnp.int32)
+    return jax.lax.switch(which, [lambda n=n: _forward(spec, q, _first(cache, n)) for n in lengths])
+
+
+def prefixes(length: int) -> list[int]:
+    """The slots that a cache of `length` is read in, in rising order."""
+    parts = (-(-length // (SHORTEST * part)) * SHORTEST for part in PREFIXES)
+    return sorted({min(part, length) for part in parts})
+
+
+def _first(cache: Cache, slots: int) -> Cache:
+    scales = None if cache.scales is None else (cache.scales[0][:, :, :slots], cache.scales[1][:, :, :slots])
+    return cache._replace(k=cache.k[:, :, :slots], v=cache.v[:, :, :slots], scales=scales)
+
+
+def _forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Array]:
     B, N, H = q.shape
     K = cache.k.shape[1]
     # The heads of a group are the rows of one matrix, without an axis for the one query: XLA CPU's product of these is
