@@ -293,5 +293,10 @@ def draw(grammar: Grammar, weights: Weights, state: State, keys: Array) -> tuple
 
 
 def project(hidden: Array, head: Array) -> Array:
-    """f32 [..., rows of the head] of hidden states [..., D]."""
-    return jnp.einsum("...D,VD->...V", hidden, head, preferred_element_type=jnp.float32)
+    """f32 [R, ..., rows of the head] of hidden states [R, ..., D]. A mesh splits the head, but no row of logits."""
+    logits = jnp.einsum("...D,VD->...V", hidden, head, preferred_element_type=jnp.float32)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return logits
+    axes = ("batch", *[None] * (logits.ndim - 1))
+    return jax.lax.with_sharding_constraint(logits, rules.spec(mesh, axes, logits.shape, "logits"))

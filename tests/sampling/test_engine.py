@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 
 from ar_unified.document import CodesPart, TextPart
-from ar_unified.model.transformer import Transformer
+from ar_unified.model.transformer import Transformer, init
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.request import Request, TokensPart
 from tests.sampling.tiny import CONFIG, GRAMMARS, random_params
 
-NOISE = 1e-5  # of the largest logit, in units of rounding that these large random weights amplify
 GREEDY = dict(text=Filter(0.0), image=Filter(0.0))
 
 
@@ -150,10 +149,11 @@ def test_a_mesh_gives_the_same_tokens(params):
 
 
 @pytest.mark.parametrize("contexts", [1, 2, 3])
-def test_logits_equal_the_forward_in_every_context(grammar, params, contexts):
+def test_logits_equal_the_forward_in_every_context(grammar, contexts):
     """DESIGN §3.6, along the engine's own path: at prefill, after insertion in the middle of other rows, across borders
     of chunks, in rows that change between text and pictures, and in companions; and what is drawn is the mixture's."""
     asked = [r for r in requests(grammar, **GREEDY, n=1) if r.contexts == contexts and r.repetition_penalty == 1]
+    params = init(CONFIG, jax.random.key(0))
     first = engine(grammar, params, batch_size=3)
     head, call, insert = np.asarray(params["head"]), first.call, first._insert
     seen: list[np.ndarray] = []  # logits of all rows before each step
@@ -195,7 +195,7 @@ def test_logits_equal_the_forward_in_every_context(grammar, params, contexts):
                         break
                     expected.append(forward_logits(params, tokens)[-1])
                     scale = np.abs(expected[-1]).max()
-                    np.testing.assert_allclose(found[c], expected[-1], rtol=0, atol=20 * NOISE * scale)
+                    np.testing.assert_allclose(found[c], expected[-1], rtol=0, atol=1e-5 * scale)
                     checked += 1
                 if image and job.plan.request.canvas is None:
                     s, s_i = job.plan.request.guidance, job.plan.request.image_guidance
@@ -208,9 +208,9 @@ def test_logits_equal_the_forward_in_every_context(grammar, params, contexts):
                         mixed = expected[0]
                     mixed = mixed[grammar.vocabulary.image_offset :][:24]
                     drawn = generated[i] - grammar.vocabulary.image_offset
-                    assert mixed[drawn] >= mixed.max() - 1e-3, (job.plan.request.id, i)
+                    assert mixed[drawn] >= mixed.max() - 1e-4, (job.plan.request.id, i)
                     codes += 1
-    assert checked > 20 and codes > 5
+    assert checked > 15 and codes > 5
 
 
 BAD = [

@@ -1,0 +1,346 @@
+"""Batch sampling on the CPU beside Hugging Face transformers on torch: pictures with guidance, and plain text.
+
+One Llama-shaped model of random weights, the same on both sides, float32: the language model of a small Emu3 (d=256,
+4 layers, 8 heads over 2 KV heads, FFN 704, 2,009 text and control ids, 4,096 image codes, untied). All runs in turns
+within one process of their own a side, after a warm-up; medians. Pictures have 16 x 16 codes, 275 tokens with line
+ends, end of picture and end of document, guidance 3, top-k 2048, temperature 1; every output is checked against the
+grammar. Only tokens are made, no pixels.
+
+    hf        `generate` as the documentation of Emu3 in transformers has it: `prefix_allowed_tokens_fn` that returns
+              lists, `negative_prompt_ids`, guidance_scale=3, top_k=2048
+    tuned     the same with a function that knows its position and returns tensors
+    loop      a loop over their forward: both contexts in one batch, the head cut to the image codes, forced tokens
+              without drawing
+    ours      Engine.generate
+
+Text: greedy, 64 prompt and 128 new tokens. `generate`, and `loop`, the barest loop over their forward.
+
+    OMP_NUM_THREADS=1 taskset -c 1 python experiments/benchmarks/sampling_vs_transformers.py --output FILE.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TEXT, CODES, SIDE = 2000, 4096, 16
+NEW = (SIDE + 1) * SIDE + 2  # codes and line ends, <eoi>, <eos>
+SCALE, TOP_K = 3.0, 2048
+PROMPT, NEW_TEXT = 64, 128
+PICTURES, TEXTS = ("hf", "tuned", "loop"), ("generate", "loop")
+
+
+class Ids:
+    """A stand-in text tokenizer: a text is a list of numbers."""
+
+    size = TEXT
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids: Any) -> str:
+        return " ".join(str(int(id)) for id in ids)
+
+
+def model() -> tuple[Any, Any, Any]:
+    """Config, parameters and grammar of our side."""
+    import jax
+
+    from ar_unified.grammar import Grammar, sized_rows
+    from ar_unified.model.config import TransformerConfig
+    from ar_unified.model.transformer import init
+    from ar_unified.vocabulary import Vocabulary
+
+    grammar = Grammar(Vocabulary(TEXT, CODES, max_side=SIDE), sized_rows(SIDE, SIDE), Ids())
+    config = TransformerConfig(
+        vocab_size=grammar.vocabulary.size, d_model=256, n_layers=4, n_heads=8, n_kv_heads=2, head_dim=32, d_mlp=704
+    )
+    params = init(config, jax.random.key(0))
+    # Logits of a trained size, so that temperature, cuts and greedy choices mean something.
+    return config, params | {"head": 5 * params["head"]}, grammar
+
+
+def prompts(batch: int) -> np.ndarray:
+    """int32 [batch, 24]: texts, all of one length, as the peers want them."""
+    return np.random.default_rng(0).integers(0, TEXT, (batch, 24), dtype=np.int32)
+
+
+# ---- ours --------------------------------------------------------------------------------------------------------
+
+
+def our_pictures(batch: int, prompt: np.ndarray) -> Callable[[], np.ndarray]:
+    """Draws one picture for each prompt: ids [batch, NEW]."""
+    from ar_unified.document import TextPart
+    from ar_unified.sampling.decoding import Filter
+    from ar_unified.sampling.engine import Engine
+    from ar_unified.sampling.request import Request
+
+    config, params, grammar = model()
+    engine = Engine(config, params, grammar, batch_size=batch, max_length=312)
+    run = 0
+
+    def draw() -> np.ndarray:
+        nonlocal run
+        run += 1
+        asked = [
+            Request(str(i), (TextPart(Ids().decode(row)),), mode="image", seed=1000 * run + i, guidance=SCALE,
+                    image_size=(SIDE, SIDE), image=Filter(1.0, TOP_K))
+            for i, row in enumerate(prompt)
+        ]  # fmt: skip
+        samples = list(engine.generate(asked))
+        assert len(samples) == batch and not any(sample.error for sample in samples)
+        return np.stack([sample.tokens[3:] for sample in samples])
+
+    return draw
+
+
+def our_texts(batch: int, prompt: np.ndarray) -> Callable[[], np.ndarray]:
+    """Goes on with each prompt: ids [batch, NEW_TEXT]."""
+    from ar_unified.sampling.decoding import Filter
+    from ar_unified.sampling.engine import Engine
+    from ar_unified.sampling.request import Request, TokensPart
+
+    config, params, grammar = model()
+    engine = Engine(config, params, grammar, batch_size=batch, max_length=PROMPT + NEW_TEXT)
+    v = grammar.vocabulary
+    # Pieces alone, as the peers draw: a text that never ends before its budget does.
+    params["head"] = params["head"].at[v.eos].set(0)
+
+    def draw() -> np.ndarray:
+        asked = [
+            Request(str(i), (TokensPart((v.bos, *map(int, row[1:]))),), turn=False, mode="text", text=Filter(0.0))
+            for i, row in enumerate(prompt)
+        ]
+        found = {int(sample.request.id): sample.tokens for sample in engine.generate(asked)}
+        return np.stack([found[i] for i in range(batch)])
+
+    return draw
+
+
+# ---- the peers ---------------------------------------------------------------------------------------------------
+
+
+def make_peer(state: dict[str, np.ndarray], vocab: int, v: dict[str, int]) -> Any:
+    import torch
+    import transformers
+
+    peer = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=vocab, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=8,
+            num_key_value_heads=2, head_dim=32, rms_norm_eps=1e-5, tie_word_embeddings=False,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4}, max_position_embeddings=4096,
+            attn_implementation="sdpa", bos_token_id=v["bos"], eos_token_id=v["eos"], pad_token_id=v["pad"],
+        )
+    )  # fmt: skip
+    peer.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
+    return peer.eval()
+
+
+def peer_pictures(peer: Any, prompt: np.ndarray, v: dict[str, int]) -> dict[str, Callable[[], np.ndarray]]:
+    import torch
+
+    batch = len(prompt)
+    header = [v["boi"], v["side"] + SIDE - 1, v["side"] + SIDE - 1]
+
+    def ids(texts: np.ndarray) -> Any:
+        begin, end = [[v["bos"]]] * batch, [[v["eot"], *header]] * batch
+        return torch.from_numpy(np.concatenate([begin, texts, end], axis=1)).long()
+
+    own, other = ids(prompt), ids(prompt[:, :0])
+    image = torch.arange(v["image"], v["image"] + CODES)
+
+    def allowed(_: int, tokens: Any) -> list[int]:
+        """The documentation's rule: where in the picture are we, and what may stand there?"""
+        position = torch.nonzero(tokens == v["boi"], as_tuple=True)[0][0] + 2
+        offset = tokens.shape[0] - position
+        if offset == (SIDE + 1) * SIDE + 1:
+            return (v["eoi"],)
+        if offset == (SIDE + 1) * SIDE + 2:
+            return (v["eos"],)
+        if offset > (SIDE + 1) * SIDE + 2:
+            return (v["pad"],)
+        if offset % (SIDE + 1) == 0:
+            return (v["eol"],)
+        return list(range(v["image"], v["image"] + CODES))
+
+    one = {name: torch.tensor([v[name]]) for name in ("eol", "eoi", "eos")}
+    forced = {i * (SIDE + 1) - 1: "eol" for i in range(1, SIDE + 1)}
+    forced |= {NEW - 2: "eoi", NEW - 1: "eos"}
+
+    def tuned_allowed(_: int, tokens: Any) -> Any:
+        name = forced.get(tokens.shape[0] - own.shape[1])
+        return image if name is None else one[name]
+
+    def generate(function: Callable) -> np.ndarray:
+        with torch.inference_mode():
+            out = peer.generate(
+                own, attention_mask=torch.ones_like(own), prefix_allowed_tokens_fn=function, do_sample=True,
+                guidance_scale=SCALE, negative_prompt_ids=other, negative_prompt_attention_mask=torch.ones_like(other),
+                top_k=TOP_K, temperature=1.0, max_new_tokens=NEW,
+            )  # fmt: skip
+        return out[:, own.shape[1] :].numpy()
+
+    def loop() -> np.ndarray:
+        head = peer.lm_head.weight[v["image"] : v["image"] + CODES]
+        pad = own.shape[1] - other.shape[1]
+        with torch.inference_mode():
+            tokens = torch.cat([own, torch.nn.functional.pad(other, (pad, 0), value=v["pad"])])
+            mask = torch.ones(2 * batch, own.shape[1] + NEW, dtype=torch.long)
+            mask[batch:, :pad] = 0
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            length, cache, out = own.shape[1], None, []
+            for i in range(NEW):
+                width = tokens.shape[1]
+                result = peer.model(
+                    input_ids=tokens, past_key_values=cache, use_cache=True, attention_mask=mask[:, :length],
+                    position_ids=positions[:, length - width : length],
+                )  # fmt: skip
+                cache = result.past_key_values
+                if name := forced.get(i):
+                    token = one[name].expand(batch)
+                else:
+                    logits = result.last_hidden_state[:, -1] @ head.T
+                    logits = logits[batch:] + SCALE * (logits[:batch] - logits[batch:])
+                    top, where = torch.topk(logits, TOP_K)
+                    token = where.gather(1, torch.multinomial(top.softmax(-1), 1))[:, 0] + v["image"]
+                out.append(token)
+                tokens, length = token.repeat(2)[:, None], length + 1
+        return torch.stack(out, 1).numpy()
+
+    return {
+        "hf": lambda: generate(allowed),
+        "tuned": lambda: generate(tuned_allowed),
+        "loop": loop,
+    }
+
+
+def peer_texts(peer: Any, prompt: np.ndarray) -> dict[str, Callable[[], np.ndarray]]:
+    import torch
+
+    ids = torch.from_numpy(prompt).long()
+
+    def generate() -> np.ndarray:
+        with torch.inference_mode():
+            mask = torch.ones_like(ids)
+            out = peer.generate(
+                ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TEXT, min_new_tokens=NEW_TEXT
+            )
+        return out[:, ids.shape[1] :].numpy()
+
+    def loop() -> np.ndarray:
+        with torch.inference_mode():
+            out, cache, last = [], None, ids
+            for _ in range(NEW_TEXT):
+                result = peer(input_ids=last, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                cache, last = result.past_key_values, result.logits[:, -1].argmax(-1, keepdim=True)
+                out.append(last)
+        return torch.cat(out, 1).numpy()
+
+    return {"generate": generate, "loop": loop}
+
+
+# ---- in turns ----------------------------------------------------------------------------------------------------
+
+
+def serve(pipe: Any, side: str, task: str, prompt: np.ndarray, state: Any, vocab: int, v: dict[str, int]) -> None:
+    """A side's process: each name received is a run, answered by (wall, CPU seconds, tokens)."""
+    if side == "ours":
+        from ar_unified.model.host import prepare_cpu
+
+        prepare_cpu()
+        runs = {"ours": (our_pictures if task == "pictures" else our_texts)(len(prompt), prompt)}
+    else:
+        peer = make_peer(state, vocab, v)
+        runs = peer_pictures(peer, prompt, v) if task == "pictures" else peer_texts(peer, prompt)
+    while (name := pipe.recv()) is not None:
+        wall, cpu = time.perf_counter(), time.process_time()
+        out = runs[name]()
+        pipe.send((time.perf_counter() - wall, time.process_time() - cpu, out))
+
+
+def compare(task: str, batch: int, repeats: int, state: Any, vocab: int, v: dict[str, int]) -> dict[str, list]:
+    """(wall, CPU) seconds of every run of every mode, in turns."""
+    prompt = prompts(batch) if task == "pictures" else np.random.default_rng(1).integers(0, TEXT, (batch, PROMPT))
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = {}, []
+    for side in ("ours", "theirs"):
+        pipes[side], end = context.Pipe()
+        args = (end, side, task, prompt, state if side == "theirs" else None, vocab, v)
+        processes.append(context.Process(target=serve, args=args, daemon=True))
+        processes[-1].start()
+    names = ("ours", *(PICTURES if task == "pictures" else TEXTS))
+    times: dict[str, list] = {name: [] for name in names}
+    for repeat in range(repeats + 1):
+        for name in names:
+            pipe = pipes["ours" if name == "ours" else "theirs"]
+            pipe.send(name)
+            wall, cpu, out = pipe.recv()
+            if task == "pictures":
+                check(out, v)
+            if repeat:
+                times[name].append((wall, cpu))
+    for pipe in pipes.values():
+        pipe.send(None)
+    for process in processes:
+        process.join()
+    return times
+
+
+def check(out: np.ndarray, v: dict[str, int]) -> None:
+    """Raises AssertionError unless every row is a picture."""
+    body = out[:, : SIDE * (SIDE + 1)].reshape(len(out), SIDE, SIDE + 1)
+    codes = body[:, :, :SIDE]
+    assert out.shape[1] == NEW and (body[:, :, SIDE] == v["eol"]).all()
+    assert ((codes >= v["image"]) & (codes < v["image"] + CODES)).all()
+    assert (out[:, -2] == v["eoi"]).all() and (out[:, -1] == v["eos"]).all()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", nargs="*", type=int, default=(1, 16), help="batches")
+    parser.add_argument("--texts", nargs="*", type=int, default=(1, 16, 64), help="batches")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+
+    import jax
+
+    from experiments.benchmarks.cpu_vs_transformers import llama_state
+
+    config, params, grammar = model()
+    vocabulary = grammar.vocabulary
+    v = {name: getattr(vocabulary, name) for name in ("pad", "bos", "eos", "eot", "boi", "eoi", "eol")}
+    v |= {"side": vocabulary.size_offset, "image": vocabulary.image_offset}
+    state = llama_state(config, params)
+    results: dict[str, Any] = {"model": dataclasses.asdict(config), "jax": jax.__version__, "runs": {}}
+    for task, batches in (("pictures", args.pictures), ("texts", args.texts)):
+        for batch in batches:
+            times = compare(task, batch, args.repeats, state, vocabulary.size, v)
+            results["runs"][f"{task} b={batch}"] = times
+            medians = {
+                name: [statistics.median(run[i] for run in runs) for i in (0, 1)] for name, runs in times.items()
+            }
+            ours = medians["ours"]
+            per = batch * 60 if task == "pictures" else batch * NEW_TEXT
+            unit = "images/min" if task == "pictures" else "tok/s"
+            cells = [
+                f"{name} {per / wall:,.1f} {unit} {wall / ours[0]:.2f} ({cpu / ours[1]:.2f})"
+                for name, (wall, cpu) in medians.items()
+            ]
+            print(f"{task} b={batch}: " + " | ".join(cells), flush=True)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(results) + "\n")
+
+
+if __name__ == "__main__":
+    main()
