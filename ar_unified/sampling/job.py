@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from ar_unified import progress
@@ -33,6 +34,7 @@ from ar_unified.sampling.formats import fingerprint
 from ar_unified.sampling.request import Request, RequestError, Sample, TokensPart
 from ar_unified.sampling.requests import Canvas, Line, Picture, PictureError, read_requests
 from ar_unified.sampling.results import Done, Entry, Writer, by_size, open_shard, shards
+from ar_unified.sampling.roofline import Roofline, bandwidth
 from ar_unified.workdir import clean, read_json, write_bytes, write_json
 
 _WINDOW = 4  # batches of requests that are made ready at once, while the engine works on those before
@@ -161,11 +163,14 @@ def _undone(line: Line, done: Done) -> list[int]:
 
 
 class _Tally:
-    """Counts what was written, and says how fast: tokens a second, and how many of the engine's rows were at work."""
+    """Counts what was written, and says how fast: tokens a second, slots at work, and, on known devices, which part of
+    the least time that memory allows was needed."""
 
     def __init__(self, engine: Engine, advance: Callable[[float], Any], say: Callable[..., Any]):
         self._engine, self._advance, self._say = engine, advance, say
         self._started = time.monotonic()
+        rate = bandwidth(jax.devices()[0].device_kind)
+        self._roofline = Roofline(engine, rate * jax.device_count()) if rate else None
         self.samples = self.errors = self.tokens = 0
 
     @property
@@ -178,7 +183,13 @@ class _Tally:
         self.samples += len(rows) - failed
         self.tokens += sum(len(row.get("tokens", ())) for row in rows)
         self._advance(sum(row["n"] if row["sample"] is None else 1 for row in rows))
-        self._say(f"{self.tokens / self.seconds:.0f} tokens/s", refresh=False)
+        said = f"{self.tokens / self.seconds:.0f} tokens/s, {self._engine.occupancy:.0%} of slots"
+        if self._roofline:
+            for row in rows:
+                contexts = 1 if "context" not in row else 3 if "image_guidance" in row else 2
+                self._roofline.add(len(row.get("tokens", ())), contexts)
+            said += f", {self._roofline.seconds / self.seconds:.0%} of roofline"
+        self._say(said, refresh=False)
 
 
 # ---- the manifest -----------------------------------------------------------------------------------------------
