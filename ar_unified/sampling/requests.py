@@ -49,6 +49,7 @@ _SETTINGS: dict[str, tuple[type, ...]] = {
 _FILTER: dict[str, tuple[type, ...]] = {"temperature": (int, float), "top_k": (int,), "top_p": (int, float)}
 _CANVAS: dict[str, tuple[type, ...]] = {"image": (str,), "mask": (str,), "top": (int,)}
 _PART = {"text": "text", "image": "image", "tokens": "ids"}  # type of a part -> the key of what it holds
+_MOST = {"n": 100_000, "seed": 2**32}  # of whole numbers; others fit an int32
 _NAMES = {"Mapping": "object", "tuple": "list", "dict": "object"}  # what JSON calls them
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # names a folder, too
 
@@ -168,6 +169,8 @@ def _typed(row: Mapping[str, Any], types: Mapping[str, tuple[type, ...]], where:
         if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
             names = " or ".join(dict.fromkeys(_NAMES.get(t.__name__, t.__name__) for t in wanted))
             raise RequestError(f"{where}{key}: expected {names}, found {value!r:.80}")
+        if isinstance(value, int) and abs(value) >= _MOST.get(key, 2**31):
+            raise RequestError(f"{where}{key}: expected less than {_MOST.get(key, 2**31)}, found {value!r:.40}")
 
 
 def _content(row: Mapping[str, Any], read: Callable[[str], bytes]) -> tuple[TextPart | TokensPart | Picture, ...]:
