@@ -201,6 +201,38 @@ def test_random_logits_parse_and_end_within_the_budget(grammar):
         np.testing.assert_array_equal(np.asarray(getattr(again, field))[inside], getattr(at, field)[inside])
 
 
+@pytest.mark.slow
+@both
+def test_a_hundred_thousand_random_sequences_parse(grammar):
+    """From the empty prompt, in all modes, with sizes asked for and not."""
+    v, automaton, rng = grammar.vocabulary, grammar.automaton, np.random.default_rng(0)
+    B, T = 100_000, 40
+    start = np.column_stack(
+        [np.full(B, -1), *np.zeros((2, B)), rng.integers(1, T + 1, B), rng.integers(0, 3, B), rng.integers(0, 3, B),
+         np.full(B, 5), rng.integers(0, 3, B), rng.integers(0, 4, B)]
+    ).astype(np.int32)  # fmt: skip
+    taste = jnp.zeros((B, v.size)).at[:, jnp.array([v.boi, v.eos])].set(rng.normal(0, 4, (B, 2)))
+
+    @jax.jit
+    def draw(state):
+        def step(state, key):
+            logits = jax.random.normal(key, taste.shape) * 3 + taste
+            forced = automaton.forced(state)
+            token = jnp.argmax(jnp.where(automaton.allowed(state), logits, -jnp.inf), axis=-1)
+            token = jnp.where(forced >= 0, forced, token).astype(jnp.int32)
+            return automaton.advance(state, token), token
+
+        return jax.lax.scan(step, state, jax.random.split(jax.random.key(0), T))
+
+    end, tokens = draw(automaton.resume(*start.T))
+    assert np.all(automaton.done(end))
+    pictures = 0
+    for row in np.asarray(tokens).T:
+        document = grammar.parse(np.concatenate([grammar.unconditional, row[row != v.pad]]))
+        pictures += any(isinstance(part, CodesPart) for part in document.parts)
+    assert 0.3 * B < pictures < 0.9 * B
+
+
 # ---- requests that cannot be met ---------------------------------------------------------------
 
 

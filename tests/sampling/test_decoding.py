@@ -43,15 +43,15 @@ def test_filters_equal_a_sorted_reference():
 
 
 def choose(logits, **changes):
-    rows, size = logits.shape
+    rows = len(logits)
     arguments = dict(
-        allowed=jnp.ones((rows, size), bool),
-        forced=jnp.full(rows, -1),
+        allowed=None,
+        active=jnp.ones(rows, bool),
         filters=Filters.of([(Filter(), Filter(0.0))] * rows).at(jnp.zeros(rows, bool)),
         keys=decoding.row_keys(jnp.arange(rows, dtype=jnp.uint32), jnp.zeros(rows, jnp.int32)),
         position=jnp.arange(rows),
     )
-    return np.asarray(decoding.choose(logits, **(arguments | changes)))
+    return np.asarray(decoding.choose(logits, **(arguments | changes))[0])
 
 
 def test_draws_follow_the_distribution():
@@ -72,25 +72,33 @@ def test_modality_decides_temperature():
     assert (drawn[1::2] == greedy[1::2]).all() and (drawn[::2] != greedy[::2]).any()
 
 
-def test_mask_and_forced_tokens_win_over_any_logits():
+def test_the_mask_wins_over_any_logits_and_nan_is_told():
     logits = jnp.stack(
         [
             jnp.full(8, jnp.nan),
             jnp.full(8, -jnp.inf),
             jnp.full(8, jnp.inf),
             jnp.arange(8.0) * 1e38,
-            jnp.arange(8.0),
             jnp.arange(8.0).at[3].set(jnp.nan),
         ]
     )
-    allowed = jnp.zeros((6, 8), bool).at[:, 2:4].set(True)
-    forced = jnp.array([-1, -1, -1, -1, 7, -1])
+    allowed = jnp.zeros((5, 8), bool).at[:, 2:4].set(True)
     for filter in (Filter(0.0), Filter(1.0), Filter(1e-8), Filter(100.0, 1, 0.01)):
-        token = choose(
-            logits, allowed=allowed, forced=forced, filters=Filters.of([(filter, filter)] * 6).at(forced > 0)
-        )
-        assert token[4] == 7 and token[5] == 2  # NaN counts as least likely
+        filters = Filters.of([(filter, filter)] * 5).at(jnp.zeros(5, bool))
+        token = choose(logits, allowed=allowed, filters=filters)
+        assert token[4] == 2  # NaN counts as least likely
         assert all(t in (2, 3) for t in token[:4])
+    keys = decoding.row_keys(jnp.arange(5, dtype=jnp.uint32), jnp.zeros(5, jnp.int32))
+    active = jnp.array([True, True, True, True, False])
+    _, broken = decoding.choose(logits, allowed, active, filters, keys, jnp.zeros(5, jnp.int32))
+    assert broken.tolist() == [True, False, False, False, False]
+
+
+def test_the_penalty_moves_what_was_said_away_from_being_said_again():
+    logits = jnp.array([[2.0, -2.0, 2.0, -2.0]] * 2)
+    seen = jnp.array([[True, True, False, False]] * 2)
+    found = decoding.penalize(logits, seen, jnp.array([2.0, 1.0]))
+    np.testing.assert_array_equal(found, [[1.0, -4.0, 2.0, -2.0], [2.0, -2.0, 2.0, -2.0]])
 
 
 def test_noise_belongs_to_seed_sample_and_position_not_to_the_slot():
@@ -114,11 +122,16 @@ def test_a_filter_nothing_can_be_drawn_with_is_refused(bad):
         bad.check("image")
 
 
-def test_mix_is_the_weighted_sum_for_guided_rows_only():
-    c, u = jax.random.normal(jax.random.key(1), (2, 4, V))
-    scale = jnp.array([3.0, 1.0, 0.0, 2.0])
-    mixed = guidance.mix(jnp.concatenate([c, u]), guidance.weights(scale, 2), jnp.array([True, True, True, False]))
+def test_mix_is_the_weighted_sum_and_scale_one_is_no_guidance_bit_for_bit():
+    c, u, i = jax.random.normal(jax.random.key(1), (3, 4, V))
+    scales = [3.0, 1.0, 0.0, 2.0]
+    mixed = guidance.mix(jnp.stack([c, u], 1), jnp.array([guidance.weights(s, None, 2) for s in scales]))
     np.testing.assert_allclose(mixed[0], u[0] + 3 * (c[0] - u[0]), atol=1e-5)
-    np.testing.assert_array_equal(mixed[1], c[1])  # scale 1
+    np.testing.assert_array_equal(mixed[1], c[1])
     np.testing.assert_array_equal(mixed[2], u[2])
-    np.testing.assert_array_equal(mixed[3], c[3])  # text
+    mixed = guidance.mix(jnp.stack([c, u, i], 1), jnp.array([guidance.weights(s, 1.2, 3) for s in scales]))
+    for row, s in enumerate(scales):
+        expected = u[row] + 1.2 * (i[row] - u[row]) + s * (c[row] - i[row])
+        np.testing.assert_allclose(mixed[row], expected, atol=1e-5)
+    mixed = guidance.mix(jnp.stack([c, u, i], 1), jnp.array([guidance.weights(1.0, 1.0, 3)] * 4))
+    np.testing.assert_array_equal(mixed, c)
