@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     """Writes a file that appears whole or not at all, and makes its folder. Raises OSError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
+    # Processes of other hosts may have the same number.
+    unfinished = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{_UNFINISHED}")
     try:
         with open(unfinished, "wb") as file:
             file.write(data)
@@ -54,9 +56,13 @@ def read_json(path: str | Path) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def clean(folder: str | Path) -> list[Path]:
-    """Removes what killed writers left under `folder`; returns the paths. Not while others write there."""
-    leftovers = sorted(Path(folder).rglob(f".*{_UNFINISHED}"))
+def clean(folder: str | Path, *, deep: bool = True) -> list[Path]:
+    """Removes what killed writers left in `folder`, `deep`: and under it; returns the paths.
+
+    Not while others write there.
+    """
+    pattern = f".*{_UNFINISHED}"
+    leftovers = sorted(Path(folder).rglob(pattern) if deep else Path(folder).glob(pattern))
     for path in leftovers:
         path.unlink(missing_ok=True)
     return leftovers

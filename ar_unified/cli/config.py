@@ -94,6 +94,7 @@ def defaults() -> ConfigDict:
     config.sampling.batch_size = 64
     config.sampling.max_length = 256  # prompt and answer
     config.sampling.guidance = 1.0
+    config.sampling.context = "empty_prompt"  # what guidance compares with: ar_unified.sampling.request has the others
     config.sampling.text = ConfigDict(dict(temperature=0.0, top_k=0, top_p=1.0))
     config.sampling.image = ConfigDict(dict(temperature=1.0, top_k=0, top_p=1.0))
 

@@ -1,11 +1,16 @@
-"""Write interleaved documents for a file of requests.
+"""Write interleaved documents for files of requests.
 
-Each line of the requests is a JSON object: {"prompt": "a red circle"} asks for a picture of a text; {"content": [...],
-"mode": "text" | "image" | "free", ...} for anything else (ar_unified.sampling.requests says what a line may hold).
-Without --requests, prompts are taken from the held-out documents. Leaves in the output folder:
+A line of the requests is a JSON object: {"prompt": "a red circle"} asks for a picture of a text; {"content": [...],
+"mode": "text" | "image" | "interleaved" | "free", ...} for anything else (ar_unified.sampling.requests says what a
+line may hold). Plain text files of prompts, OpenAI batch files, WebDataset shards and the prompt files of benchmarks
+are read as they are. Without --requests, prompts are taken from the held-out documents. Leaves in the output folder:
   samples.jsonl   one line per sample: text, and the names of its pictures; a bad request is a line that says why
   images/         PNG files
   index.html      a gallery
+Run again after whatever stopped it, it goes on. Many processes share a job, each with a part of the requests: those
+that started together by their numbers, others by --part K/N; their number may change. --layout writes the pictures as a
+benchmark reads them, into OUTPUT/LAYOUT; without --requests it does so for what an output folder has, be its job
+finished or running.
 """
 
 from __future__ import annotations
@@ -17,12 +22,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from ar_unified.cli import config as configs
 from ar_unified.cli.experiment import Experiment, add_experiment_arguments, by_first_process, open_experiment
 from ar_unified.data.images import to_png
 from ar_unified.data.sources import BadItem, Source
 from ar_unified.document import Document, ImagePart, TextPart
-from ar_unified.sampling.job import run_job
+from ar_unified.sampling.job import JobMismatch, JobReport, run_job
+from ar_unified.sampling.layouts import LAYOUTS, LayoutError, export
+from ar_unified.sampling.request import RequestError
+from ar_unified.sampling.results import JobBusy
 from ar_unified.workdir import write_bytes, write_text
 
 _HELD_OUT = 12  # documents of each source whose beginnings become prompts
@@ -30,22 +40,43 @@ _HELD_OUT = 12  # documents of each source whose beginnings become prompts
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_experiment_arguments(parser)
-    parser.add_argument("--requests", metavar="FILE", help="JSONL; default: prompts from the held-out documents")
-    parser.add_argument("--output", metavar="DIR", help="default: samples/ in the workdir")
+    parser.add_argument(
+        "--requests", metavar="FILE", nargs="+", help="what to serve; default: prompts from the held-out documents"
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", help="default: samples/ in the workdir, and the name of the requests"
+    )
+    parser.add_argument(
+        "--part", metavar="K/N", type=_part, help="serve part K, from 0, of N; default: of the processes, this one's"
+    )
+    parser.add_argument("--layout", choices=LAYOUTS, help="write the pictures for a benchmark, too")
+
+
+def _part(text: str) -> tuple[int, int]:
+    k, _, n = text.partition("/")
+    if not (k.isdecimal() and n.isdecimal() and int(k) < int(n)):
+        raise argparse.ArgumentTypeError(f"expected K/N with 0 <= K < N, as in 3/16, found {text!r}")
+    return int(k), int(n)
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     experiment = open_experiment(arguments, overrides)
-    if not arguments.requests:
+    requests = [Path(path) for path in arguments.requests or ()]
+    if not requests and not arguments.layout:
         sample_held_out(experiment)
         return 0
-    output = arguments.output or experiment.workdir.samples / Path(arguments.requests).stem
-
-    @by_first_process
-    def answer(experiment: Experiment) -> None:
-        _run(experiment, Path(arguments.requests), Path(output))
-
-    answer(experiment)
+    output = Path(arguments.output or experiment.workdir.samples / (requests[0].stem if requests else ""))
+    more = {"n": LAYOUTS[arguments.layout].n} if arguments.layout else {}
+    try:
+        report = _run(experiment, requests, output, part=arguments.part, **more) if requests else None
+        if arguments.layout and (report is None or report.complete):
+            experiment.say(str(export(output, arguments.layout, output / arguments.layout)))
+    except (RequestError, JobMismatch, JobBusy, LayoutError) as error:
+        raise SystemExit(f"ar-unified: {error}") from None
+    except OSError as error:
+        raise SystemExit(
+            f"ar-unified: {error}. What is in {output} stays; the same command goes on from there."
+        ) from None
     return 0
 
 
@@ -59,22 +90,26 @@ def sample_held_out(experiment: Experiment) -> None:
     if not requests.exists():
         rows = [row for source in experiment.held_out["validation"] for row in _rows(source, stage.folder)]
         write_text(requests, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    experiment.finish(stage, _run(experiment, requests, stage.folder))
+    report = _run(experiment, [requests], stage.folder, part=(0, 1))
+    experiment.finish(stage, {"samples": report.samples, "errors": report.errors})
 
 
-def _run(experiment: Experiment, requests: Path, output: Path) -> dict[str, Any]:
+def _run(
+    experiment: Experiment, requests: Sequence[Path], output: Path, part: tuple[int, int] | None = None, **defaults: Any
+) -> JobReport:
     sampling = experiment.config.sampling
     report = run_job(
         experiment.engine,
         experiment.image_tokenizer,
         requests,
         output,
-        defaults={"guidance": sampling.guidance, **{m: configs.plain(sampling[m]) for m in ("text", "image")}},
+        defaults={key: configs.plain(sampling[key]) for key in ("guidance", "context", "text", "image")} | defaults,
         weights=experiment.weights,
         resize=experiment.resize,
+        process=part or (jax.process_index(), jax.process_count()),
     )
-    experiment.say(f"{report}\n{output / 'index.html'}")
-    return {"samples": report.samples, "errors": report.errors}
+    experiment.say(f"{report}\n{output / 'index.html'}" if report.complete else str(report))
+    return report
 
 
 def _rows(source: Source, folder: Path) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Formats Pillow reads by itself. Formats that start another program (EPS) or are hardly tested stay out.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -83,6 +83,9 @@ def _opened(data: bytes, limits: Limits) -> Iterator[Image.Image]:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError("image_shape", str(error)) from error
+    except UnidentifiedImageError:  # whose text names an address in memory
+        reason = f"expected a picture ({', '.join(FORMATS)}), found bytes that begin with {data[:8]!r}"
+        raise ImageError("unreadable_image", reason) from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise ImageError("unreadable_image", f"{type(error).__name__}: {error}") from error
 

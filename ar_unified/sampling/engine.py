@@ -121,6 +121,7 @@ class Engine:
         self._prefill_rows = -(-min(2 * batch_size, _PREFILL) // ways) * ways
         self._programs = programs(config, grammar, mesh)
         self._prepared: tuple[Any, Any] = (None, None)
+        self._slot_steps = np.zeros(2, np.int64)  # at work, and all
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Sample]:
         """All samples of all requests as they finish, which is not the order of the requests.
@@ -168,6 +169,11 @@ class Engine:
         """Raises RequestError or GrammarError, saying what to change, if the request cannot be served."""
         self.plan(request)
 
+    @property
+    def occupancy(self) -> float:
+        """Which part of the slots was at work, over all steps so far."""
+        return float(self._slot_steps[0] / max(self._slot_steps[1], 1))
+
     def plan(self, request: Request) -> Plan:
         """How the request would be served; raises as `check` does."""
         return plan(self.grammar, request, self.max_length)
@@ -194,6 +200,7 @@ class Engine:
                 count = _chunk(slots, waiting.any(shape))
                 state, packed = self.call(self._programs.decode, self.weights, state, free, np.int32(count))
                 packed.copy_to_host_async()
+                self._slot_steps += sum(not empty for empty in free) * count, len(slots) * count
                 now = packed, list(slots)
                 for i, slot in enumerate(slots):
                     if slot is not None and slot.left is not None:

@@ -6,18 +6,18 @@ The rows travel inside the page; cards are built as they come into view, so ten 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ar_unified.sampling.results import read
 from ar_unified.workdir import write_text
 
 
 def write(folder: str | Path, title: str = "Samples") -> Path:
-    """Writes `folder`/index.html from its samples.jsonl; returns its path. Raises OSError."""
+    """Writes `folder`/index.html from a job's lines, finished or not; returns its path. Raises OSError, ValueError."""
     folder = Path(folder)
     groups: dict[tuple[int, str], dict[str, Any]] = {}
-    for row in _rows(folder / "samples.jsonl"):
+    for row in read(folder):
         group = groups.setdefault((row["line"], row["id"]), {"id": row["id"], "prompt": row["prompt"], "samples": []})
         group["samples"].append({
             "n": row["sample"],
@@ -34,13 +34,6 @@ def write(folder: str | Path, title: str = "Samples") -> Path:
     page = _PAGE.replace("@TITLE@", title).replace("@DATA@", data)
     write_text(folder / "index.html", page)
     return folder / "index.html"
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):  # a torn last line belongs to a job that is not over
-                yield json.loads(line)
 
 
 _PAGE = """<!doctype html>
@@ -82,6 +75,7 @@ img { display: block; max-width: 100%; height: auto; border-radius: 8px; backgro
 img.small { image-rendering: pixelated }
 figcaption { margin-top: .4rem; color: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums }
 .error { color: var(--bad) }
+.ids { color: var(--soft); font: 12px ui-monospace, monospace }
 #end { height: 1px; grid-column: 1 / -1 }
 dialog { border: 0; padding: 0; background: none; max-width: none; max-height: none }
 dialog::backdrop { background: #000c }
@@ -121,7 +115,8 @@ function picture(part) {
   return node;
 }
 const fill = (node, parts) => {
-  for (const part of parts) node.append(part.type === "text" ? make("p", "", part.text) : picture(part));
+  for (const part of parts)
+    node.append(part.image ? picture(part) : make("p", part.ids && "ids", part.text || part.ids.join(" ")));
   return node;
 };
 function show(card) {

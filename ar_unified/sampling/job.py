@@ -1,40 +1,43 @@
-"""A file of requests in, a folder of samples out; killed at any moment, it goes on where it was.
+"""Requests in, a folder of samples out; killed at any moment, it goes on where it was.
 
     manifest.json   what decides the samples: vocabulary, weights, requests, defaults, engine shape
-    samples.jsonl   one line per sample, appended when its pictures are in their place; bad requests are lines, too
+    samples*.jsonl  one line per sample, appended when its pictures are in their place; bad requests are lines, too
     images/ID/00_00.png   picture 00 of sample 00; prompt_00.png, a picture of the prompt as the model saw it
-    index.html      the gallery
+    index.html      the gallery, when all is done
 
-A sample depends on its request alone and the order of work on the requests alone, so the files of an interrupted job
-are, byte for byte, those of one that was never interrupted.
+A sample depends on its request alone, so an interrupted job, and one split over any number of processes, ends with the
+same lines and the same pictures as one that was neither; only the order of the lines may differ.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import time
-from collections import defaultdict
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from ar_unified import progress
 from ar_unified.data.images import to_png
 from ar_unified.data.prepare import default_resize
-from ar_unified.document import CodesPart, ImagePart, Part, TextPart
+from ar_unified.document import CodesPart, Part, TextPart
 from ar_unified.grammar import GrammarError
 from ar_unified.sampling import gallery
 from ar_unified.sampling.engine import Engine
-from ar_unified.sampling.request import RequestError, Sample
-from ar_unified.sampling.requests import Line, load_picture, read_requests
+from ar_unified.sampling.formats import fingerprint
+from ar_unified.sampling.request import Request, RequestError, Sample, TokensPart
+from ar_unified.sampling.requests import Canvas, Line, Picture, PictureError, read_requests
+from ar_unified.sampling.results import Done, Entry, Writer, by_size, open_shard, shards
+from ar_unified.sampling.roofline import Roofline, bandwidth
 from ar_unified.workdir import clean, read_json, write_bytes, write_json
 
-_WINDOW = 16  # batches of requests whose pictures are in memory at once
+_WINDOW = 4  # batches of requests that are made ready at once, while the engine works on those before
 
 
 class ImageTokenizer(Protocol):
@@ -58,13 +61,17 @@ class JobMismatch(ValueError):
 
 @dataclass(frozen=True)
 class JobReport:
-    """What a job did: samples and errors of this run, lines found done, tokens drawn, seconds."""
+    """What a process did: samples and errors of this run, lines found done, tokens drawn, seconds.
+
+    `complete`: nothing is left to do, for no process.
+    """
 
     samples: int
     errors: int
     found: int
     tokens: int
     seconds: float
+    complete: bool
 
     def __str__(self) -> str:
         rate = f"{self.samples / self.seconds:.2f} samples/s, {self.tokens / self.seconds:.0f} tokens/s"
@@ -75,107 +82,138 @@ class JobReport:
 def run_job(
     engine: Engine,
     image_tokenizer: ImageTokenizer,
-    requests: str | Path,
+    requests: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
     defaults: Mapping[str, Any] | None = None,
     weights: str = "",
     resize: Callable[[np.ndarray], np.ndarray] | None = None,
+    process: tuple[int, int] = (0, 1),
     show_progress: bool = True,
 ) -> JobReport:
-    """Serves every request of a JSONL file (`sampling.requests`); what is done already is not done again.
+    """Serves every request of a file (`sampling.formats` has the kinds); what is done already is not done again.
 
     Args:
         engine: its grammar is that of `image_tokenizer`.
-        requests: the file. output: the folder, made if it is missing.
+        requests: the file, or several. output: the folder, made if it is missing.
         defaults: settings of requests that do not say, with the keys of a request.
         weights: names the weights (a hash, or checkpoint and step): samples of others are not mixed in.
         resize: what data preparation did to a picture, uint8 [H, W, 3] to uint8; None: what the layout implies.
+        process: (k, n): this is process k of n that share the job; it serves every n-th request. Each has an engine of
+            its own. The number may change when the job is run again.
         show_progress: a bar with rate and time left, on stderr.
 
     Raises:
         JobMismatch: `output` holds a job with other requests, weights, tokenizers, defaults or engine shape.
-        RequestError: `defaults` are wrong. OSError: the requests cannot be read, or the output not be written.
-        ValueError: samples.jsonl holds a line that no job wrote.
+        JobBusy: another process writes what this one would.
+        RequestError: `defaults` are wrong.
+        OSError: the requests cannot be read, or the output not be written (a full disk); what is there stays, and the
+            same call goes on from there. ValueError: samples.jsonl holds a line that no job wrote.
     """
-    requests, output = Path(requests), Path(output)
-    lines = read_requests(requests, factor=image_tokenizer.factor, defaults=defaults)
-    _begin(output, _manifest(engine, requests, defaults or {}, weights))
-    done = recover(output / "samples.jsonl")
-    started = time.monotonic()
+    rank, count = process
+    if not 0 <= rank < count:
+        raise ValueError(f"process: expected (k, n) with 0 <= k < n, found {process}")
+    paths = [Path(requests)] if isinstance(requests, str | Path) else [Path(path) for path in requests]
+    output = Path(output)
+    lines = read_requests(paths, factor=image_tokenizer.factor, defaults=defaults)
+    _begin(output, _manifest(engine, paths, defaults or {}, weights), mend=rank == 0)
+    prepare = _Preparation(
+        engine, image_tokenizer, resize or default_resize(engine.grammar.layout, image_tokenizer.factor), output
+    )
+    with open_shard(output, rank, count) as file:
+        done = Done.read(output)
+        mine = [line for line in lines[rank::count] if _undone(line, done)]
+        total = sum(_count(line) for line in lines[rank::count])
+        left = sum(_count(line) for line in mine)
+        with progress.bar(total, "samples", "sample", done=total - left, shown=show_progress) as bar:
+            tally = _Tally(engine, bar.update, bar.set_postfix_str)
+            with Writer(output, file, image_tokenizer.decode, engine.batch_size, tally.add) as writer:
+                prompts: dict[str, tuple[Line, list[dict[str, Any]]]] = {}
 
-    def finished(line: Line, sample: int | None) -> bool:
-        return (line.number, sample) in done or (line.number, None) in done
+                def pairs() -> Iterator[tuple[Request, int]]:
+                    for window in _ahead(prepare, _chunks(mine, _WINDOW * engine.batch_size)):
+                        for line, prompt in window:
+                            if line.error:
+                                if done.failed.get(line.number) != line.error:
+                                    writer.put(Entry(_refused(line)))
+                                continue
+                            assert line.request is not None
+                            prompts[line.id] = line, prompt
+                            yield from ((line.request, i) for i in _undone(line, done))
 
-    def undone(line: Line) -> list[int]:
-        return [i for i in range(line.request.n) if not finished(line, i)] if line.request else []
-
-    total = sum(line.request.n for line in lines if line.request)
-    writer = _Writer(output, image_tokenizer)
-    left = sum(len(undone(line)) for line in lines)
-    resize = resize or default_resize(engine.grammar.layout, image_tokenizer.factor)
-    with (
-        progress.bar(total, "samples", "sample", done=total - left, shown=show_progress) as bar,
-        open(output / "samples.jsonl", "ab") as file,
-    ):
-        for window in _chunks(lines, _WINDOW * engine.batch_size):
-            bad = [line for line in window if line.error]
-            good = [line for line in window if undone(line)]
-            ready, refused = _prepare(engine, image_tokenizer, good, requests.parent, resize)
-            errors = sorted(bad + refused, key=lambda line: line.number)
-            writer.append(file, [_error(line) for line in errors if not finished(line, None)])
-            bar.update(sum(len(undone(line)) for line in refused))
-            by_id = {line.id: (line, pictures) for line, pictures in ready}
-            pairs = [(line.request, i) for line, _ in ready for i in undone(line) if line.request]
-            for batch in _chunks(engine.draw(pairs), engine.batch_size):
-                writer.write(file, batch, by_id)
-                bar.update(len(batch))
-                bar.set_postfix_str(f"{writer.tokens / (time.monotonic() - started):.0f} tokens/s", refresh=False)
-    gallery.write(output)
-    return JobReport(writer.samples, writer.errors, len(done), writer.tokens, max(time.monotonic() - started, 1e-9))
+                for sample in engine.draw(pairs()):
+                    line, prompt = prompts[sample.request.id]
+                    writer.put(_entry(line, prompt, sample, image_tokenizer.factor))
+        found = Done.read(output)
+    complete = not any(_undone(line, found) and line.number not in found.failed for line in lines)
+    if complete:  # the last process to end finds it so
+        gallery.write(output)
+    return JobReport(tally.samples, tally.errors, len(done.samples), tally.tokens, tally.seconds, complete)
 
 
-def recover(path: Path) -> set[tuple[int, int | None]]:
-    """What a samples.jsonl says is done, as (line of the requests, sample), sample None for a bad request.
+def _count(line: Line) -> int:
+    return line.request.n if line.request else 1
 
-    A torn last line is cut off.
 
-    Raises:
-        ValueError: a whole line is not one a job wrote.
-    """
-    if not path.exists():
-        return set()
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):  # the writer was killed in the middle of a line: its sample is drawn again
-        with open(path, "r+b") as file:
-            file.truncate(whole)
-    done: set[tuple[int, int | None]] = set()
-    for number, line in enumerate(data[:whole].splitlines(), 1):
-        try:
-            row = json.loads(line)
-            done.add((row["line"], row["sample"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number}: expected a sample, found {line[:60]!r} ({error!r})") from None
-    return done
+def _undone(line: Line, done: Done) -> list[int]:
+    """Samples of a line that are to be drawn, or [0] for an error that is to be written."""
+    if line.request is None:
+        return [] if done.has(line.number, None) else [0]
+    return [i for i in range(line.request.n) if not done.has(line.number, i)]
+
+
+class _Tally:
+    """Counts what was written, and says how fast: tokens a second, slots at work, and, on known devices, which part of
+    the least time that memory allows was needed."""
+
+    def __init__(self, engine: Engine, advance: Callable[[float], Any], say: Callable[..., Any]):
+        self._engine, self._advance, self._say = engine, advance, say
+        self._started = time.monotonic()
+        rate = bandwidth(jax.devices()[0].device_kind)
+        self._roofline = Roofline(engine, rate * jax.device_count()) if rate else None
+        self.samples = self.errors = self.tokens = 0
+
+    @property
+    def seconds(self) -> float:
+        return max(time.monotonic() - self._started, 1e-9)
+
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        failed = sum("error" in row for row in rows)
+        self.errors += failed
+        self.samples += len(rows) - failed
+        self.tokens += sum(len(row.get("tokens", ())) for row in rows)
+        self._advance(sum(row["n"] if row["sample"] is None else 1 for row in rows))
+        said = f"{self.tokens / self.seconds:.0f} tokens/s, {self._engine.occupancy:.0%} of slots"
+        if self._roofline:
+            for row in rows:
+                contexts = 1 if "context" not in row else 3 if "image_guidance" in row else 2
+                self._roofline.add(len(row.get("tokens", ())), contexts)
+            said += f", {self._roofline.seconds / self.seconds:.0%} of roofline"
+        self._say(said, refresh=False)
 
 
 # ---- the manifest -----------------------------------------------------------------------------------------------
 
 
-def _manifest(engine: Engine, requests: Path, defaults: Mapping[str, Any], weights: str) -> dict[str, Any]:
+def _manifest(engine: Engine, requests: Sequence[Path], defaults: Mapping[str, Any], weights: str) -> dict[str, Any]:
     manifest = {
-        "version": 1,
+        "version": 2,
         "vocabulary": engine.grammar.manifest(),
         "weights": weights,
-        "requests": hashlib.sha256(requests.read_bytes()).hexdigest(),
+        "requests": fingerprint(requests),
         "defaults": dict(defaults),
-        "engine": {"batch_size": engine.batch_size, "max_length": engine.max_length, "dtype": str(engine.config.dtype)},
+        "engine": {
+            "batch_size": engine.batch_size,
+            "max_length": engine.max_length,
+            "dtype": str(engine.config.dtype),
+            "kv_dtype": engine.kv_dtype,
+        },
     }
     return json.loads(json.dumps(manifest))
 
 
-def _begin(output: Path, manifest: Mapping[str, Any]) -> None:
+def _begin(output: Path, manifest: Mapping[str, Any], *, mend: bool) -> None:
+    """Writes the manifest, or compares; `mend`: removes what killed processes left beside it."""
     path = output / "manifest.json"
     if path.exists():
         ours, theirs = dict(_flat(manifest)), dict(_flat(read_json(path)))
@@ -187,10 +225,11 @@ def _begin(output: Path, manifest: Mapping[str, Any]) -> None:
                     f"{output} holds a job with {field} = {a!r:.120}, this one has {b!r:.120}: "
                     "its samples would be mixed. Use another output folder, or delete this one.",
                 )
-        clean(output)
-    elif (output / "samples.jsonl").exists():
+        if mend:
+            clean(output, deep=False)
+    elif shards(output):
         raise JobMismatch(
-            "manifest.json", f"{output} has samples.jsonl but no manifest.json: use another output folder"
+            "manifest.json", f"{output} has {shards(output)[0].name} but no manifest.json: use another output folder"
         )
     else:
         write_json(path, manifest)
@@ -204,127 +243,143 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-# ---- pictures in ------------------------------------------------------------------------------------------------
+# ---- requests in ------------------------------------------------------------------------------------------------
 
 
-def _prepare(
-    engine: Engine,
-    tokenizer: ImageTokenizer,
-    lines: Sequence[Line],
-    folder: Path,
-    resize: Callable[[np.ndarray], np.ndarray],
-) -> tuple[list[tuple[Line, list[np.ndarray]]], list[Line]]:
-    """Lines with their parts, as (line, pictures of the prompt), and the lines that the engine cannot serve."""
-    loaded: list[tuple[Line, list[np.ndarray]]] = []
-    refused: list[Line] = []
-    for line in lines:
+class _Preparation:
+    """Gives requests their parts, or an error. Pictures are read, encoded, and put in the folder."""
+
+    def __init__(
+        self, engine: Engine, tokenizer: ImageTokenizer, resize: Callable[[np.ndarray], np.ndarray], output: Path
+    ):
+        self._engine, self._tokenizer, self._resize, self._output = engine, tokenizer, resize, output
+
+    def __call__(self, lines: Sequence[Line]) -> list[tuple[Line, list[dict[str, Any]]]]:
+        """(line, the prompt as JSON) for each of the lines."""
+        opened = [self._open(line) for line in lines]
+        codes = iter(by_size(self._tokenizer.encode, [pixels for _, pictures, _ in opened for pixels in pictures]))
+        return [self._ready(line, pictures, [next(codes) for _ in pictures], mask) for line, pictures, mask in opened]
+
+    def _open(self, line: Line) -> tuple[Line, list[np.ndarray], np.ndarray | None]:
+        """The pictures of a line, the canvas last, and which of the canvas's codes are to be drawn, bool [h, w]."""
         try:
-            names = [part for part in line.content if isinstance(part, Path)]
-            loaded.append((line, [resize(load_picture(folder, name)) for name in names]))
+            pictures = [self._resize(part.load()) for part in line.content if isinstance(part, Picture)]
+            if line.canvas is None:
+                return line, pictures, None
+            canvas, mask = self._canvas(line.canvas)
+            return line, [*pictures, canvas], mask
         except RequestError as error:
-            refused.append(replace(line, error=str(error)))
-    codes = iter(_by_size(tokenizer.encode, [picture for _, pictures in loaded for picture in pictures]))
-    ready: list[tuple[Line, list[np.ndarray]]] = []
-    for line, pictures in loaded:
-        parts: list[Part] = [part if isinstance(part, TextPart) else CodesPart(next(codes)) for part in line.content]
-        assert line.request is not None
-        request = replace(line.request, parts=tuple(parts))
+            return replace(line, error=str(error), retry=isinstance(error, PictureError)), [], None
+
+    def _canvas(self, canvas: Canvas) -> tuple[np.ndarray, np.ndarray]:
+        whole = canvas.image.load()
+        pixels, factor = self._resize(whole), self._tokenizer.factor
+        height, width = (side // factor for side in pixels.shape[:2])
+        if canvas.mask is None:
+            if canvas.top % factor or not 0 < canvas.top < pixels.shape[0]:
+                raise RequestError(
+                    f"canvas.top: expected a multiple of {factor} pixels between 0 and {pixels.shape[0]}, "
+                    f"found {canvas.top}"
+                )
+            return pixels, np.broadcast_to(np.arange(height)[:, None] >= canvas.top // factor, (height, width))
+        mask = canvas.mask.load()
+        if mask.shape != whole.shape:
+            raise RequestError(
+                f"canvas.mask: expected {whole.shape[0]} x {whole.shape[1]} pixels (height x width) like its image, "
+                f"found {mask.shape[0]} x {mask.shape[1]}"
+            )
+        white = self._resize(mask)[..., 0] > 127
+        return pixels, np.any(white.reshape(height, factor, width, factor), axis=(1, 3), keepdims=False)
+
+    def _ready(
+        self, line: Line, pictures: Sequence[np.ndarray], codes: Sequence[np.ndarray], mask: np.ndarray | None
+    ) -> tuple[Line, list[dict[str, Any]]]:
+        if line.request is None or line.error:
+            return line, []
+        left = iter(codes)
+        parts: list[Part | TokensPart] = [
+            CodesPart(next(left)) if isinstance(part, Picture) else part for part in line.content
+        ]
+        canvas = None if mask is None else np.where(mask, -1, next(left)).astype(np.int32)
+        request = replace(line.request, parts=tuple(parts), canvas=canvas)
         try:
-            engine.check(request)
-            ready.append((replace(line, request=request), pictures))
+            self._engine.check(request)
         except (RequestError, GrammarError) as error:
-            refused.append(replace(line, error=str(error)))
-    return ready, refused
+            return replace(line, error=str(error)), []
+        return replace(line, request=request), self._prompt(request, pictures)
+
+    def _prompt(self, request: Request, pictures: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+        """The parts as JSON; their pictures are written to files that are not there yet."""
+        segments: list[dict[str, Any]] = []
+        given = iter(enumerate(pictures))
+        for part in request.parts:
+            if isinstance(part, TextPart):
+                segments.append({"type": "text", "text": part.text})
+            elif isinstance(part, TokensPart):
+                segments.append({"type": "tokens", "ids": list(part.ids)})
+            else:
+                number, pixels = next(given)
+                segments.append(self._picture(f"images/{request.id}/prompt_{number:02d}.png", pixels))
+        for _, pixels in given:
+            segments.append(self._picture(f"images/{request.id}/canvas.png", pixels) | {"type": "canvas"})
+        return segments
+
+    def _picture(self, name: str, pixels: np.ndarray) -> dict[str, Any]:
+        if not (self._output / name).exists():
+            write_bytes(self._output / name, to_png(pixels))
+        return _image(name, *pixels.shape[:2])
 
 
-def _by_size(function: Callable[[np.ndarray], np.ndarray], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """`function` over the arrays, those of one shape in one call; results in the order of the arrays."""
-    places: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for i, array in enumerate(arrays):
-        places[array.shape].append(i)
-    out: list[np.ndarray] = list(arrays)
-    for where in places.values():
-        for i, result in zip(where, function(np.stack([arrays[i] for i in where])), strict=True):
-            out[i] = result
-    return out
+def _ahead(prepare: _Preparation, windows: Iterable[list[Line]]) -> Iterator[list[tuple[Line, list[dict[str, Any]]]]]:
+    """The windows in order, the next one made ready on another thread meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        going: deque[Future[list[tuple[Line, list[dict[str, Any]]]]]] = deque()
+        for window in windows:
+            going.append(pool.submit(prepare, window))
+            if len(going) > 1:
+                yield going.popleft().result()
+        while going:
+            yield going.popleft().result()
 
 
-def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    chunk: list[Any] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+def _chunks(items: Sequence[Any], size: int) -> Iterator[Any]:
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 # ---- samples out ------------------------------------------------------------------------------------------------
 
 
-def _error(line: Line) -> dict[str, Any]:
+def _refused(line: Line) -> dict[str, Any]:
     prompt = [{"type": "text", "text": part.text} for part in line.content if isinstance(part, TextPart)]
-    return {"id": line.id, "sample": None, "line": line.number, "error": line.error, "prompt": prompt}
+    row = {"id": line.id, "sample": None, "n": _count(line), "line": line.number, "error": line.error, "prompt": prompt}
+    return row | ({"retry": True} if line.retry else {})
 
 
-class _Writer:
-    """Puts a batch of samples into the folder: first the pictures, whole, then one line each."""
-
-    def __init__(self, output: Path, tokenizer: ImageTokenizer):
-        self.output, self.tokenizer = output, tokenizer
-        self.samples = self.errors = self.tokens = 0
-
-    def write(
-        self, file: IO[bytes], batch: Sequence[Sample], lines: Mapping[str, tuple[Line, list[np.ndarray]]]
-    ) -> None:
-        codes = [
-            part.codes
-            for s in batch
-            for part in (s.document.parts if s.document else ())
-            if isinstance(part, CodesPart)
-        ]
-        pictures = iter(_by_size(self.tokenizer.decode, codes))
-        rows = []
-        for sample in batch:
-            request, (line, given) = sample.request, lines[sample.request.id]
-            row: dict[str, Any] = {"id": request.id, "sample": sample.index, "line": line.number}
-            row["prompt"] = self._segments(request.parts, iter(given), request.id, "prompt", known=True)
-            if sample.document is None:
-                row["error"] = sample.error
-            else:
-                row["segments"] = self._segments(
-                    sample.document.parts, pictures, request.id, f"{sample.index:02d}", known=False
-                )
-            row |= {"finish_reason": sample.finish_reason, "seed": request.seed, "guidance": request.guidance}
-            row |= {"tokens": sample.tokens.tolist()} | ({"meta": dict(request.meta)} if request.meta else {})
-            rows.append(row)
-            self.tokens += len(sample.tokens)
-        self.append(file, rows)
-
-    def append(self, file: IO[bytes], rows: Sequence[Mapping[str, Any]]) -> None:
-        for row in rows:
-            # A lone surrogate of a bad request becomes its JSON escape.
-            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
-            file.flush()  # one write a line
-            self.errors += "error" in row
-            self.samples += "error" not in row
-        os.fsync(file.fileno())
-
-    def _segments(
-        self, parts: Iterable[Part], pictures: Iterator[np.ndarray], id: str, name: str, *, known: bool
-    ) -> list[dict[str, Any]]:
-        """Parts as JSON, with their pictures written to files; `known`: files that are there need not be again."""
-        segments: list[dict[str, Any]] = []
-        count = 0
-        for part in parts:
+def _entry(line: Line, prompt: list[dict[str, Any]], sample: Sample, factor: int) -> Entry:
+    """The line of a sample, and its pictures."""
+    request = sample.request
+    row: dict[str, Any] = {"id": request.id, "sample": sample.index, "n": request.n, "line": line.number}
+    row["prompt"] = prompt
+    pictures: list[tuple[str, np.ndarray]] = []
+    if sample.document is None:
+        row["error"] = sample.error
+    else:
+        row["segments"] = []
+        for part in sample.document.parts:
             if isinstance(part, TextPart):
-                segments.append({"type": "text", "text": part.text})
-                continue
-            pixels = part.pixels if isinstance(part, ImagePart) else next(pictures)
-            path = f"images/{id}/{name}_{count:02d}.png"
-            if not (known and (self.output / path).exists()):
-                write_bytes(self.output / path, to_png(pixels))
-            segments.append({"type": "image", "image": path, "height": pixels.shape[0], "width": pixels.shape[1]})
-            count += 1
-        return segments
+                row["segments"].append({"type": "text", "text": part.text})
+            elif isinstance(part, CodesPart):
+                name = f"images/{request.id}/{sample.index:02d}_{len(pictures):02d}.png"
+                pictures.append((name, part.codes))
+                row["segments"].append(_image(name, *(side * factor for side in part.codes.shape)))
+    row |= {"finish_reason": sample.finish_reason, "seed": request.seed, "guidance": request.guidance}
+    if request.contexts > 1:
+        row["context"] = request.context
+    if request.image_guidance is not None:
+        row["image_guidance"] = request.image_guidance
+    row |= {"tokens": sample.tokens.tolist()} | ({"meta": dict(request.meta)} if request.meta else {})
+    return Entry(row, tuple(pictures))
+
+
+def _image(name: str, height: int, width: int) -> dict[str, Any]:
+    return {"type": "image", "image": name, "height": height, "width": width}

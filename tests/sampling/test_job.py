@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from ar_unified.document import CodesPart, TextPart
 from ar_unified.sampling import engine as engine_module
+from ar_unified.sampling import plan
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.job import JobMismatch, run_job
 from ar_unified.sampling.request import RequestError
+from ar_unified.sampling.results import JobBusy, read
+from ar_unified.sampling.roofline import Roofline, bandwidth
 from tests.sampling.tiny import CONFIG, GRAMMARS
 
-DEFAULTS = {"text": {"temperature": 0.9}, "image": {"top_k": 12}}
+ROOT = Path(__file__).resolve().parents[2]
+DEFAULTS = {"text": {"temperature": 0.9}, "image": {"top_k": 12}, "context": "empty_prompt"}
 
 
 class Tiles:
@@ -30,10 +43,16 @@ class Tiles:
         return np.repeat(np.repeat(codes.astype(np.uint8) * 10, 4, 1), 4, 2)[..., None].repeat(3, -1)
 
 
+def few_programs(setattr):
+    """One length of prompts and of caches: less to compile."""
+    setattr(engine_module, "_SMALLEST", 64)
+    setattr(plan, "_length_class", lambda n, max_length: max_length)
+
+
 @pytest.fixture(scope="module")
 def engine(params):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "_SMALLEST", 64)  # fewer programs to compile
+        few_programs(patch.setattr)
         yield Engine(CONFIG, params, GRAMMARS["grid"], batch_size=3, max_length=64)
 
 
@@ -43,6 +62,7 @@ def write_requests(folder, rows):
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
     path.write_bytes(b"\n".join(lines) + b"\n")
     Image.fromarray(np.full((20, 30, 3), 90, np.uint8)).save(folder / "grey.png")
+    Image.new("1", (9000, 9000)).save(folder / "bomb.png")
     return path
 
 
@@ -57,7 +77,11 @@ GOOD = [
 
 
 def tree(folder):
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+    """Every file's bytes; the lines of all processes together, in the order of the requests."""
+    files = {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+    lines = [files.pop(name) for name in list(files) if name.startswith("samples")]
+    rows = [json.loads(line) for data in lines for line in data.splitlines()]
+    return files | {"samples": sorted(rows, key=lambda row: (row["line"], row["sample"] or 0))}
 
 
 def run(engine, requests, output, **changes):
@@ -92,24 +116,31 @@ def test_everything_asked_for_is_there(engine, tmp_path):
     assert "http" not in page
 
 
-def test_killed_anywhere_the_job_ends_with_the_same_bytes(engine, tmp_path, monkeypatch):
-    """DESIGN §3.8: a cut at any byte of samples.jsonl, and pictures half done."""
+def test_killed_anywhere_and_split_over_processes_the_job_ends_the_same(engine, tmp_path, monkeypatch):
+    """DESIGN §3.8: a cut at any byte of samples.jsonl, pictures half done, and another number of processes."""
     monkeypatch.setattr("ar_unified.sampling.job._WINDOW", 1)
     requests = write_requests(tmp_path / "in", [*GOOD, b'{"prompt": ', {"id": "no", "prompt": "abc", "guidance": "x"}])
     run(engine, requests, tmp_path / "whole")
     whole = tree(tmp_path / "whole")
-    data = whole["samples.jsonl"]
-    for cut in np.linspace(0, len(data), 8).astype(int):
+    data = (tmp_path / "whole/samples.jsonl").read_bytes()
+    last = [
+        part["image"]
+        for row in map(json.loads, data.splitlines())
+        for part in row.get("segments", ())
+        if "image" in part
+    ][-1]
+    for processes, cut in zip([1, 4, 2, 1, 2, 4], np.linspace(0, len(data), 6).astype(int), strict=True):
         output = tmp_path / f"cut{cut}"
         for name, content in whole.items():
-            if name != "index.html":
+            if name not in ("index.html", "samples"):
                 (output / name).parent.mkdir(parents=True, exist_ok=True)
                 (output / name).write_bytes(content)
         (output / "samples.jsonl").write_bytes(data[:cut])
-        (output / "images/cat/.02_00.png.1.unfinished~").write_bytes(b"half")
-        if cut < len(data) // 2:
-            (output / "images/tale/00_00.png").unlink()
-        run(engine, requests, output)
+        if cut < len(data):  # killed in the last picture
+            (output / last).rename((output / last).with_name(".00_00.png.host.1.unfinished~"))
+        for k in reversed(range(processes)):
+            run(engine, requests, output, process=(k, processes))
+            assert (output / "index.html").exists() == (k == 0 or cut == len(data))
         assert tree(output) == whole
 
 
@@ -147,6 +178,12 @@ def test_bad_requests_are_one_line_each_and_the_rest_is_served(engine, tmp_path)
         ({}, "either"),
         ({"prompt": "a", "n": 0}, "n: expected"),
         ({"prompt": "a", "n": True}, "n: expected int"),
+        ({"prompt": "a", "image_guidance": float("nan")}, "image_guidance: expected a finite number"),
+        ({"prompt": "a", "n": 10**9}, "n: expected less than 100000"),
+        ({"prompt": "a", "image": {"top_k": 10**12}}, "image.top_k: expected less than"),
+        ({"prompt": "a", "guidance": 10**400}, "guidance: expected less than"),
+        ({"prompt": "a", "guidance": 3, "context": "none"}, "context: expected one of"),
+        ({"prompt": "a", "guidance": 3, "context": "negative_prompt"}, "negative_prompt: expected a text"),
         (b'{"prompt": "a", "image": {"temperature": NaN}}', "image.temperature"),
         ({"prompt": "a", "image_size": [8, 13]}, "multiples of 4"),
         ({"prompt": "a", "image_size": [16, 16]}, "exactly 2 x 3"),
@@ -156,6 +193,12 @@ def test_bad_requests_are_one_line_each_and_the_rest_is_served(engine, tmp_path)
         ({"content": [{"type": "image", "image": "../requests.jsonl"}]}, "inside the folder"),
         ({"content": [{"type": "image", "image": "none.png"}]}, "cannot be read"),
         ({"content": [{"type": "image", "image": "requests.jsonl"}]}, "requests.jsonl"),
+        ({"content": [{"type": "image", "image": "bomb.png"}]}, "9000 x 9000 pixels"),
+        ({"content": [{"type": "image", "image": "https://a.b/c.png"}]}, "nothing is fetched"),
+        ({"content": [{"type": "image", "image": "file:///etc/passwd"}]}, "inside the folder"),
+        ({"content": [{"type": "image", "image": "data:image/png;base64,AAAA"}]}, "begin with b'"),
+        ({"content": []}, "at least one part"),
+        ({"prompt": "a", "canvas": {"image": "grey.png", "top": 3}}, "canvas.top: expected a multiple of 4"),
         ({"content": [{"type": "sound"}]}, "content 0"),
         (b'{"prompt": "\\ud800"}', "surrogate"),
     ]
@@ -176,3 +219,132 @@ def test_wrong_defaults_stop_the_job(engine, tmp_path):
     requests = write_requests(tmp_path / "in", GOOD)
     with pytest.raises(RequestError, match="defaults: unknown key 'colour'"):
         run(engine, requests, tmp_path / "out", defaults={"colour": 1})
+
+
+def test_a_scale_needs_the_context_it_compares_with(engine, tmp_path):
+    requests = write_requests(tmp_path / "in", [{"prompt": "a", "guidance": 3}, {"prompt": "a"}])
+    report = run(engine, requests, tmp_path / "out", defaults={})
+    assert (report.samples, report.errors) == (1, 1)
+    (error,) = [row["error"] for row in read(tmp_path / "out") if "error" in row]
+    assert "a scale needs the context" in error
+
+
+def test_a_picture_put_in_order_is_tried_again(engine, tmp_path):
+    requests = write_requests(tmp_path / "in", [GOOD[1], GOOD[3]])
+    picture = (tmp_path / "in/grey.png").read_bytes()
+    (tmp_path / "in/grey.png").write_bytes(picture[:60])
+    for samples in (1, 0):  # the same error is said once
+        report = run(engine, requests, tmp_path / "out")
+        assert report.samples == samples
+        rows = list(read(tmp_path / "out"))
+        assert [row["id"] for row in rows if "error" in row] == ["ask"]
+    (tmp_path / "in/grey.png").write_bytes(picture)
+    assert run(engine, requests, tmp_path / "out").samples == 2
+    assert sorted((row["id"], row["sample"]) for row in read(tmp_path / "out")) == [("ask", 0), ("ask", 1), ("dog", 0)]
+
+
+def test_a_full_disk_ends_the_job_and_it_goes_on_from_there(engine, tmp_path):
+    requests = write_requests(tmp_path / "in", [{"id": f"r{i}", "prompt": "abc"} for i in range(12)])
+    run(engine, requests, tmp_path / "whole")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # bytes a file may have: a few lines
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            run(engine, requests, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    left = (tmp_path / "out/samples.jsonl").read_bytes()
+    assert len(left) == 1000 and not left.endswith(b"\n")  # torn
+    report = run(engine, requests, tmp_path / "out")
+    assert 0 < report.found < 12 and tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_one_file_has_one_writer(engine, tmp_path):
+    requests = write_requests(tmp_path / "in", GOOD[1:2])
+    run(engine, requests, tmp_path / "out")
+    with open(tmp_path / "out/samples.jsonl", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for process in [(0, 1), (1, 2)]:
+            with pytest.raises(JobBusy, match=r"samples\.jsonl is being written"):
+                run(engine, requests, tmp_path / "out", process=process)
+
+
+def test_a_canvas_is_kept_where_its_mask_is_black(engine, tmp_path):
+    hole = np.zeros((20, 30, 3), np.uint8)
+    hole[:, 20:] = 255
+    rows = [
+        {"id": "mask", "prompt": "a", "canvas": {"image": "grey.png", "mask": "hole.png"}},
+        {"id": "top", "prompt": "a", "canvas": {"image": "grey.png", "top": 4}},
+    ]
+    requests = write_requests(tmp_path / "in", rows)
+    Image.fromarray(hole).save(tmp_path / "in/hole.png")
+    prepared = {}
+
+    class Asked(Engine):
+        """Keeps the requests instead of serving them."""
+
+        def __init__(self):
+            self.__dict__.update(engine.__dict__)
+
+        def draw(self, samples):
+            prepared.update((request.id, request) for request, _ in samples)
+            return iter(())
+
+    run(Asked(), requests, tmp_path / "out")
+    np.testing.assert_array_equal(prepared["mask"].canvas, [[9, 9, -1], [9, 9, -1]])
+    np.testing.assert_array_equal(prepared["top"].canvas, [[9, 9, 9], [-1, -1, -1]])
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_nothing_is_lost(tmp_path, kills=2, count=40):
+    """SIGKILL at moments spread over the job, half of them with a second process beside it."""
+    rows = [
+        {"id": f"r{i}", "prompt": "abcdefgh"[: 1 + i % 8], "guidance": 1 + i % 3, "n": 1 + (i % 5 == 0)}
+        if i % 7 else {"content": [{"type": "image", "image": "grey.png"}], "mode": "text", "max_tokens": 5}
+        for i in range(count)
+    ]  # fmt: skip
+    rows[count // 2] = {"id": "bad", "prompt": ""}
+    requests = write_requests(tmp_path / "in", rows)
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tokenizers'}",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+    def start(output, *process):
+        program = [sys.executable, "-m", "tests.sampling.killed", str(requests), str(output), *process]
+        return subprocess.Popen(program, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    assert start(tmp_path / "whole").wait() == 0
+    total = len(tree(tmp_path / "whole")["samples"])
+    output = tmp_path / "killed"
+
+    def written():
+        return sum(path.read_bytes().count(b"\n") for path in output.glob("samples*.jsonl"))
+
+    random.seed(0)
+    for kill in range(kills):
+        target = written() + max(1, (total - written()) // (kills - kill + 1) - 2)
+        processes = [start(output, f"{k}/{2}") for k in range(2)] if kill % 2 else [start(output)]
+        while written() < target and any(process.poll() is None for process in processes):
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.05))
+        alive = [process for process in processes if process.poll() is None]
+        for process in processes:
+            process.kill()
+            process.wait()
+        assert alive, processes[0].stderr.read().decode()[-2000:]
+    assert written() < total
+    for k in range(2):
+        process = start(output, f"{k}/2")
+        assert process.wait() == 0, process.stderr.read().decode()[-2000:]
+    assert tree(output) == tree(tmp_path / "whole")
+
+
+def test_the_roofline_is_weights_and_cache_over_bandwidth(engine):
+    assert bandwidth("TPU v5 lite") == 0.819e12 and bandwidth("TPU v5p") == 2.765e12 and bandwidth("cpu") is None
+    roofline = Roofline(engine, rate=1e9)
+    roofline.add(tokens=10, contexts=2)
+    weights = sum(leaf.size for leaf in jax.tree.leaves(engine.params)) * 4 * 10 / 3  # three samples at once
+    cache = 2 * 55 * (2 * 2 * 2 * 8 * 4)  # positions seen, times keys and values of 2 layers, 2 heads, 8 float32
+    np.testing.assert_allclose(roofline.seconds, (weights + cache) / 1e9)

@@ -1,0 +1,76 @@
+"""EleutherAI's lm-evaluation-harness (package lm-eval 0.4): text tasks.
+
+    from ar_unified.sampling.adapters.lm_eval import EngineLM
+    lm_eval.simple_evaluate(model=EngineLM(engine), tasks=["hellaswag"])
+
+Prompts that are too long lose their beginning, as everywhere in that harness.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lm_eval.api.model import LM
+
+from ar_unified.sampling.adapters.model import Model
+from ar_unified.sampling.engine import Engine
+from ar_unified.sampling.request import TokensPart
+
+
+class EngineLM(LM):
+    """An engine as the harness's language model.
+
+    Args:
+        engine: the model. turn: False: a text is continued; True: a prompt is answered.
+        max_gen_toks: tokens of an answer where the task does not say.
+    """
+
+    def __init__(self, engine: Engine, *, turn: bool = False, max_gen_toks: int = 256):
+        super().__init__()
+        self._model = Model(engine, turn=turn, max_tokens=max_gen_toks)
+        self._encode = engine.grammar.text_codec.encode
+        self._room = engine.max_length - 2 - turn  # for text, beside <bos>, <eos> and <eot>
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        """(context, continuation) each: log-likelihood in nats, and whether it is the greedy one."""
+        pairs = []
+        for context, continuation in (request.args for request in requests):
+            # A space at the border belongs to what follows, as tokenizers see it.
+            bare = context if self._model.turn else context.rstrip()
+            given = self._encode(bare) if bare else []
+            if self._model.turn:
+                scored = self._encode(continuation)
+            else:
+                scored = self._encode(context + continuation)[len(given) :]
+            pairs.append((self._behind(given, len(scored)), TokensPart(tuple(scored))))
+        return self._model.likelihoods(pairs)
+
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+        """(text,) each: its whole log-likelihood; of a long text every token once, behind as much as fits."""
+        pairs, owners = [], []
+        for owner, (text,) in enumerate(request.args for request in requests):
+            ids = self._encode(text)
+            for start in range(0, len(ids), self._room):
+                end = min(start + self._room, len(ids))
+                scored = tuple(ids[start:end])
+                pairs.append((self._behind(ids[:start], len(scored)), TokensPart(scored)))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (value, _) in zip(owners, self._model.likelihoods(pairs), strict=True):
+            totals[owner] += value
+        return totals
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """(context, settings) each: the text up to one of `until`."""
+        asked = []
+        for context, settings in (request.args for request in requests):
+            budget = settings.get("max_gen_toks") or self._model.max_tokens
+            ids = self._encode(context) if context else []
+            fits = len(ids) + budget <= self._room
+            asked.append(((context,) if fits else self._behind(ids, budget), settings))
+        return self._model.answers(asked)
+
+    def _behind(self, ids: list[int], more: int) -> tuple[TokensPart, ...]:
+        """The end of a context that leaves room for `more` tokens."""
+        kept = ids[max(0, len(ids) - max(self._room - more, 0)) :]
+        return (TokensPart(tuple(kept)),) if kept else ()

@@ -1,0 +1,131 @@
+"""What every evaluation harness asks of a model: answers to prompts, and how likely a text is behind a prompt."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ar_unified.data.prepare import default_resize
+from ar_unified.document import CodesPart, Part, TextPart
+from ar_unified.grammar import GrammarError
+from ar_unified.sampling.decoding import Filter
+from ar_unified.sampling.engine import Engine
+from ar_unified.sampling.job import ImageTokenizer
+from ar_unified.sampling.request import Request, RequestError, TokensPart
+from ar_unified.sampling.scoring import score
+
+_BUDGET = ("max_new_tokens", "max_gen_toks", "max_tokens")  # what the harnesses call it
+
+log = logging.getLogger(__name__)
+
+Content = Sequence[str | Image.Image | TokensPart]  # a prompt, in reading order
+
+
+class Model:
+    """An engine that takes texts and Pillow's pictures.
+
+    Args:
+        engine: serves all that is asked at once in its slots.
+        image_tokenizer: needed where prompts have pictures. resize: as in `run_job`.
+        turn: whether prompts are answered, or the text they begin is continued.
+        max_tokens: of an answer, where the harness does not say.
+
+    What cannot be served (a prompt that is too long) is logged, and answered by "" or a likelihood of 0.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        image_tokenizer: ImageTokenizer | None = None,
+        resize: Callable[[np.ndarray], np.ndarray] | None = None,
+        *,
+        turn: bool = True,
+        max_tokens: int = 256,
+    ):
+        self.engine, self.image_tokenizer, self.turn, self.max_tokens = engine, image_tokenizer, turn, max_tokens
+        self._resize = resize
+        if resize is None and image_tokenizer is not None:
+            self._resize = default_resize(engine.grammar.layout, image_tokenizer.factor)
+
+    def answers(self, asked: Sequence[tuple[Content, Mapping[str, Any]]]) -> list[str]:
+        """The text of the answer to each prompt, drawn as its settings say: greedily, unless `do_sample` or a
+        temperature; `until` a text, or several; up to `max_new_tokens`."""
+        answers = [""] * len(asked)
+        for sample in self.engine.generate(self._requests(asked)):
+            if sample.document is None:
+                log.warning("request %s: %s", sample.request.id, sample.error)
+                continue
+            answers[int(sample.request.id)] = "".join(
+                part.text for part in sample.document.parts if isinstance(part, TextPart)
+            )
+        return answers
+
+    def likelihoods(self, asked: Sequence[tuple[Content, str | TokensPart]]) -> list[tuple[float, bool]]:
+        """For each (prompt, continuation): the log-likelihood of the continuation in nats, and whether a greedy model
+        would write it."""
+        found = [(-math.inf, False)] * len(asked)
+        pairs = []
+        for i, (content, text) in enumerate(asked):
+            request = Request(str(i), self.parts(content), turn=self.turn, mode="text")
+            pairs.append((request, (TextPart(text) if isinstance(text, str) else text,)))
+        for i, likely in enumerate(score(self.engine, pairs)):
+            if likely.error:
+                log.warning("request %d: %s", i, likely.error)
+            else:
+                found[i] = float(np.sum(likely.logprobs)), bool(np.all(likely.greedy))
+        return found
+
+    def parts(self, content: Content) -> tuple[Part | TokensPart, ...]:
+        """A prompt as parts of a Request: texts side by side joined by a line end, pictures as codes."""
+        parts: list[Part | TokensPart] = []
+        for item in content:
+            if isinstance(item, Image.Image):
+                parts.append(CodesPart(self._codes(item)))
+            elif isinstance(item, TokensPart):
+                parts.append(item)
+            elif item:
+                before = parts.pop().text + "\n" if parts and isinstance(parts[-1], TextPart) else ""  # type: ignore[union-attr]
+                parts.append(TextPart(before + item))
+        return tuple(parts)
+
+    def _codes(self, image: Image.Image) -> np.ndarray:
+        if self.image_tokenizer is None or self._resize is None:
+            raise ValueError("a prompt has a picture: give the model its image_tokenizer")
+        return self.image_tokenizer.encode(self._resize(np.asarray(image.convert("RGB")))[None])[0]
+
+    def _requests(self, asked: Sequence[tuple[Content, Mapping[str, Any]]]) -> Iterable[Request]:
+        for i, (content, settings) in enumerate(asked):
+            until = settings.get("until") or ()
+            request = Request(
+                str(i),
+                self.parts(content),
+                turn=self.turn,
+                mode="text",
+                seed=i,
+                stop=tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop),
+                text=_filter(settings),
+            )
+            budget = next((settings[key] for key in _BUDGET if settings.get(key)), self.max_tokens)
+            try:
+                room = self.engine.max_length - len(self.engine.plan(request).prompt)
+                request = replace(request, max_tokens=min(int(budget) + 1, room))  # ours counts <eos>
+            except (RequestError, GrammarError):
+                pass  # the engine says so with the sample
+            yield request
+
+
+def _filter(settings: Mapping[str, Any]) -> Filter:
+    temperature = settings.get("temperature")
+    if settings.get("do_sample") is False or (temperature is None and not settings.get("do_sample")):
+        temperature = 0.0
+    return Filter(
+        temperature=1.0 if temperature is None else float(temperature),
+        top_k=int(settings.get("top_k") or 0),
+        top_p=float(settings.get("top_p") or 1.0),
+    )

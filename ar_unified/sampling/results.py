@@ -1,0 +1,252 @@
+"""The lines of a job's folder: each process appends to a file of its own, and every sample is read once.
+
+    samples.jsonl                    of a job of one process
+    samples-00003-of-00016.jsonl     of process 3 of 16
+
+A job may go on with another number of processes: what is done is read from all the files. A line is appended when the
+pictures it names are in their place, so a line that is there and whole is a sample that is done.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import queue
+import re
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from ar_unified.data.images import to_png
+from ar_unified.workdir import clean, write_bytes
+
+_NAME = re.compile(r"samples(-\d{5}-of-\d{5})?\.jsonl")
+_PATIENCE = 5.0  # seconds that a finished sample may wait for others to be decoded with
+
+
+class JobBusy(RuntimeError):
+    """Another process writes where this one would."""
+
+
+def shard_name(process: int, processes: int) -> str:
+    """Of the file that one of the processes appends to."""
+    return "samples.jsonl" if processes == 1 else f"samples-{process:05d}-of-{processes:05d}.jsonl"
+
+
+def shards(folder: str | Path) -> list[Path]:
+    """The files of all processes, whatever their number was."""
+    return sorted(path for path in Path(folder).glob("samples*.jsonl") if _NAME.fullmatch(path.name))
+
+
+def read(folder: str | Path) -> Iterator[dict[str, Any]]:
+    """Every line of a job, finished or running, each sample once. A torn last line is left out.
+
+    An error that was put right later is left out, too. Raises OSError, and ValueError for a line that no job wrote.
+    """
+    seen: set[tuple[int, int | None]] = set()
+    failed: dict[int, dict[str, Any]] = {}
+    for path in shards(folder):
+        for row in _rows(path):
+            if row.get("retry"):
+                failed[row["line"]] = row
+            elif (row["line"], row["sample"]) not in seen:
+                seen.add((row["line"], row["sample"]))
+                yield row
+    done = {line for line, _ in seen}
+    yield from (row for line, row in failed.items() if line not in done)
+
+
+@dataclass(frozen=True)
+class Done:
+    """What the files say is done.
+
+    Attributes:
+        samples: (line of the requests, sample), sample None for a bad request.
+        failed: by line, the error of a request that may go well in another run.
+    """
+
+    samples: set[tuple[int, int | None]] = field(default_factory=set)
+    failed: dict[int, str] = field(default_factory=dict)
+
+    def has(self, line: int, sample: int | None) -> bool:
+        return (line, sample) in self.samples or (line, None) in self.samples
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Done:
+        """Raises OSError, and ValueError for a line that no job wrote."""
+        done = cls()
+        for row in read(folder):
+            if row.get("retry"):
+                done.failed[row["line"]] = row["error"]
+            else:
+                done.samples.add((row["line"], row["sample"]))
+        return done
+
+
+def open_shard(folder: Path, process: int, processes: int) -> IO[bytes]:
+    """The file of this process, locked and without a torn last line, to append to.
+
+    Files that processes of another number left are mended, too. Raises OSError, and JobBusy if one is still written.
+    """
+    name = shard_name(process, processes)
+    ending = f"-of-{processes:05d}.jsonl"
+    for path in shards(folder):
+        current = path.name.endswith(ending) if processes > 1 else path.name == name
+        if not current:
+            with open(path, "r+b") as other:
+                _own(other, path)
+    file: IO[bytes] = open(folder / name, "a+b", buffering=0)
+    try:
+        _own(file, folder / name)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _own(file: IO[bytes], path: Path) -> None:
+    """Locks a file and cuts off a torn last line: its writer was killed in it, and its sample is drawn again."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise JobBusy(f"{path} is being written by another process: wait for it, or end it") from None
+        # some network file systems have no locks
+    size, block = file.seek(0, os.SEEK_END), 1 << 16
+    end = size
+    while end > 0:
+        start = max(0, end - block)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
+            break
+        end = start
+    if end < size:
+        file.truncate(end)
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                row = json.loads(line)
+                row["line"], row["sample"]  # noqa: B018
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}:{number}: expected a sample, found {line[:60]!r} ({error!r})") from None
+            yield row
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line to be written, and the pictures it names: file names under the folder, and codes int32 [h, w]."""
+
+    row: Mapping[str, Any]
+    pictures: tuple[tuple[str, np.ndarray], ...] = ()
+
+
+class Writer:
+    """Decodes pictures and appends lines on a thread of its own, while the engine goes on.
+
+    Args:
+        folder: of the job. file: from `open_shard`.
+        decode: codes int32 [B, h, w] -> pictures uint8 [B, H, W, 3].
+        batch: entries that are decoded and written together; they wait at most five seconds for each other.
+        written: called on the thread with the rows that are safely there.
+
+    As a context: leaving it writes what was put; an error of the thread comes out of `put` or there.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        file: IO[bytes],
+        decode: Callable[[np.ndarray], np.ndarray],
+        batch: int,
+        written: Callable[[Sequence[Mapping[str, Any]]], None],
+    ):
+        self._folder, self._file, self._decode = folder, file, decode
+        self._batch, self._written = batch, written
+        self._queue: queue.Queue[Entry | None] = queue.Queue(4 * batch)
+        self._thread = threading.Thread(target=self._work, name="writer", daemon=True)
+        self._error: Exception | None = None
+        self._touched: set[Path] = set()
+
+    def __enter__(self) -> Writer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        if self._error and kind is None:
+            raise self._error
+
+    def put(self, entry: Entry) -> None:
+        """Hands an entry over; waits while the thread is four batches behind."""
+        if self._error:
+            raise self._error
+        self._queue.put(entry)
+
+    def _work(self) -> None:
+        waiting: list[Entry] = []
+        since = time.monotonic()
+        going = True
+        while going:
+            try:
+                entry = self._queue.get(timeout=max(since + _PATIENCE - time.monotonic(), 0.01) if waiting else None)
+                going = entry is not None
+                since = since if waiting else time.monotonic()
+                waiting += [entry] if entry else []
+            except queue.Empty:
+                pass
+            if waiting and (len(waiting) >= self._batch or not going or time.monotonic() > since + _PATIENCE):
+                try:
+                    if not self._error:  # behind an error nothing is written, but `put` must not wait for ever
+                        self._write(waiting)
+                except Exception as error:
+                    self._error = error
+                waiting = []
+
+    def _write(self, entries: Sequence[Entry]) -> None:
+        named = [picture for entry in entries for picture in entry.pictures]
+        decoded = by_size(self._decode, [codes for _, codes in named])
+        for (name, _), pixels in zip(named, decoded, strict=True):
+            path = self._folder / name
+            if path.parent not in self._touched:
+                self._touched.add(path.parent)
+                clean(path.parent)  # what a killed process left of the same request
+            write_bytes(path, to_png(pixels))
+        for entry in entries:
+            # A lone surrogate of a bad request becomes its JSON escape.
+            line = json.dumps(entry.row, ensure_ascii=False).encode("utf-8", "backslashreplace")
+            rest = memoryview(line + b"\n")
+            while rest:  # one write a line, unless the disk is full: then the next says so
+                rest = rest[self._file.write(rest) :]
+        os.fsync(self._file.fileno())
+        self._written([entry.row for entry in entries])
+
+
+def by_size(function: Callable[[np.ndarray], np.ndarray], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """`function` over the arrays, those of one shape in one call; results in the order of the arrays."""
+    places: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for i, array in enumerate(arrays):
+        places[array.shape].append(i)
+    out: list[np.ndarray] = list(arrays)
+    for where in places.values():
+        for i, result in zip(where, function(np.stack([arrays[i] for i in where])), strict=True):
+            out[i] = result
+    return out

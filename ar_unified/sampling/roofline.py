@@ -1,0 +1,46 @@
+"""The least time that decoding can take: every step reads the weights once, and every row its part of the cache.
+
+After "How to Scale Your Model" (jax-ml/scaling-book, inference): decoding is bound by memory up to hundreds of rows.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ar_unified.sampling.engine import Engine
+
+# Bytes/s of the memory of one device as JAX counts devices, from the vendors' data sheets. First match by prefix.
+BANDWIDTH = (
+    ("TPU v6 lite", 1.64e12),
+    ("TPU v5 lite", 0.819e12),
+    ("TPU v5", 2.765e12),
+    ("TPU v4", 1.228e12),
+    ("TPU7x", 3.7e12),
+    ("NVIDIA H200", 4.8e12),
+    ("NVIDIA H100", 3.35e12),  # SXM
+    ("NVIDIA A100 80GB", 2.039e12),
+)
+
+
+def bandwidth(device_kind: str) -> float | None:
+    """Bytes/s of a device; None where they are not known, as on a CPU."""
+    return next((rate for kind, rate in BANDWIDTH if device_kind.startswith(kind)), None)
+
+
+class Roofline:
+    """Adds up what the samples of an engine have to read. Prompts are left out: the bound is a little low."""
+
+    def __init__(self, engine: Engine, rate: float):
+        config = engine.config
+        element = 1 if engine.kv_dtype == "int8" else jnp.dtype(engine.kv_dtype or config.dtype).itemsize
+        self._position = 2 * config.n_layers * config.n_kv_heads * config.head_dim * element
+        weights = jax.tree.leaves(engine.params)
+        # A step reads the weights in the compute dtype, for all the samples that are decoded at once.
+        self._token = sum(leaf.size for leaf in weights) * jnp.dtype(config.dtype).itemsize / engine.batch_size
+        self._rate = rate
+        self.seconds = 0.0
+
+    def add(self, tokens: int, contexts: int) -> None:
+        """A sample of `tokens` tokens, decoded in so many contexts."""
+        self.seconds += (tokens * self._token + contexts * tokens * (tokens + 1) / 2 * self._position) / self._rate

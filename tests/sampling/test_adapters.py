@@ -1,0 +1,128 @@
+"""Harnesses call an engine: what they get is what the engine says, in their order and under their settings."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from ar_unified.document import CodesPart, TextPart
+from ar_unified.model.transformer import Transformer
+from ar_unified.sampling.adapters.model import Model
+from ar_unified.sampling.decoding import Filter
+from ar_unified.sampling.engine import Engine
+from ar_unified.sampling.request import Request, TokensPart
+from ar_unified.sampling.scoring import score
+from tests.sampling.test_job import Tiles, few_programs
+from tests.sampling.tiny import CONFIG, GRAMMARS
+
+GREY = Image.new("RGB", (30, 20), (90, 90, 90))
+GREEDY = Filter(temperature=0.0)
+GREY_CODES = CodesPart(np.full((2, 3), 9, np.int32))
+
+
+@pytest.fixture(scope="module")
+def engine(params):
+    with pytest.MonkeyPatch.context() as patch:
+        few_programs(patch.setattr)
+        yield Engine(CONFIG, params, GRAMMARS["grid"], batch_size=3, max_length=64)
+
+
+def by_hand(params, ids, begin):
+    """Log-likelihood of ids[begin:] behind ids[:begin], and whether each is the most likely."""
+    tokens = jnp.asarray([ids])
+    model = Transformer.bind(CONFIG, params)
+    logits = np.asarray(model.logits(model(tokens, jnp.arange(len(ids))[None], jnp.zeros_like(tokens)))[0], np.float64)
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    total = sum(logprobs[i - 1, ids[i]] for i in range(begin, len(ids)))
+    return total, all(np.argmax(logits[i - 1]) == ids[i] for i in range(begin, len(ids)))
+
+
+def instance(*args):
+    return SimpleNamespace(args=args)
+
+
+def test_scores_are_those_of_the_forward(engine, params):
+    v = engine.grammar.vocabulary
+    pairs = [(Request(str(i), (TextPart("abc" * (i + 1)),)), (TextPart("de"), GREY_CODES)) for i in range(4)]
+    pairs.insert(2, (Request("long", (TextPart("a" * 60),)), (TextPart("abcdef"),)))
+    pairs.append((Request("on", (TokensPart((3, 4)),), turn=False), (TokensPart((5, 6)),)))
+    found = list(score(engine, pairs))
+    assert "max_length is 64" in found.pop(2).error
+    for (request, parts), got in zip([pair for i, pair in enumerate(pairs) if i != 2], found, strict=True):
+        ids, answer = [v.bos, 3, 4], [5, 6]
+        if request.turn:
+            ids = engine.grammar.prompt_tokens(request.parts, turn=True).tolist()
+            answer = engine.grammar.prompt_tokens(parts, turn=False)[1:].tolist()
+        assert got.tokens.tolist() == answer and len(got.logprobs) == len(got.greedy) == len(answer)
+        total, greedy = by_hand(params, ids + answer, len(ids))
+        np.testing.assert_allclose(got.logprobs.sum(), total, rtol=1e-5)
+        assert got.greedy.all() == greedy
+
+
+def test_answers_come_in_order_and_under_their_settings(engine, caplog):
+    model = Model(engine, Tiles(), max_tokens=6)
+    asked = [(["abc"], {}), ([GREY, "h"], {"max_new_tokens": 3}), (["a" * 90], {}), (["abc"], {"do_sample": True})]
+    first, second, long, drawn = model.answers(asked)
+    assert len(first) == 6 and len(second) <= 3 and long == "" and "max_length is 64" in caplog.text
+    assert drawn != first == model.answers(asked[:1])[0]
+    assert len(model.answers([(["abc"], {"max_gen_toks": 1})])[0]) == 1
+    (cut,) = model.answers([(["abc"], {"until": [first[2]]})])
+    assert cut == first[: first.index(first[2])]
+    (greedy,) = engine.generate([Request("x", model.parts([GREY, "h"]), mode="text", max_tokens=4, text=GREEDY)])
+    assert second == "".join(part.text for part in greedy.document.parts)
+    likely = model.likelihoods([(["abc"], first), (["abc"], "a" + first[1:])])
+    assert likely[0][0] > likely[1][0] and not likely[1][1]
+
+
+def test_lm_evaluation_harness(engine, params):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness (lm-eval) is not installed")
+    from ar_unified.sampling.adapters.lm_eval import EngineLM
+
+    model = EngineLM(engine, max_gen_toks=5)
+    bos = engine.grammar.vocabulary.bos
+    found = model.loglikelihood([instance("abc", "de"), instance("", "de"), instance("a" * 80, "bc")])
+    ids = [[bos, 0, 1, 2, 3, 4], [bos, 3, 4], [bos, *[0] * 60, 1, 2]]
+    for (value, greedy), row in zip(found, ids, strict=True):
+        expected = by_hand(params, row, len(row) - 2)
+        np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+        assert greedy == expected[1]
+    short, long = model.loglikelihood_rolling([instance("abcd"), instance("ab" * 40)])
+    np.testing.assert_allclose(short, by_hand(params, [bos, 0, 1, 2, 3], 1)[0], rtol=1e-5)
+    text = [0, 1] * 40
+    parts = by_hand(params, [bos, *text[:62]], 1)[0] + by_hand(params, [bos, *text[18:]], 45)[0]
+    np.testing.assert_allclose(long, parts, rtol=1e-5)
+    answers = model.generate_until([instance("abc", {"until": []}), instance("a" * 90, {"max_gen_toks": 4})])
+    assert 1 <= len(answers[0]) <= 5 and len(answers[1]) <= 4
+
+
+def test_lmms_eval(engine):
+    pytest.importorskip("lmms_eval", reason="lmms-eval is not installed")
+    from ar_unified.sampling.adapters.lmms_eval import EngineLMM
+
+    model, plain = EngineLMM(engine, Tiles()), Model(engine, Tiles())
+    model.task_dict = {"t": {"test": [{"picture": GREY, "answer": "ab"}]}}
+
+    def visual(doc):
+        return [doc["picture"]]
+
+    settings = {"max_new_tokens": 4}
+    found = model.generate_until([instance(text, settings, visual, 0, "t", "test") for text in ("h", "b<image>h")])
+    assert found == plain.answers([([GREY, "h"], settings), (["b", GREY, "h"], settings)])
+    (likely,) = model.loglikelihood([instance("h", lambda doc: doc["answer"], visual, 0, "t", "test")])
+    assert likely == plain.likelihoods([([GREY, "h"], "ab")])[0]
+
+
+def test_vlmevalkit(engine, tmp_path):
+    pytest.importorskip("vlmeval", reason="VLMEvalKit is not installed")
+    from ar_unified.sampling.adapters.vlmevalkit import EngineVLM
+
+    GREY.save(tmp_path / "grey.png")
+    model = EngineVLM(engine, Tiles(), max_new_tokens=4)
+    message = [{"type": "image", "value": str(tmp_path / "grey.png")}, {"type": "text", "value": "h"}]
+    assert (
+        model.generate(message, dataset="MME") == Model(engine, Tiles()).answers([([GREY, "h"], {"max_tokens": 4})])[0]
+    )

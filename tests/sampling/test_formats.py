@@ -1,0 +1,124 @@
+"""Every format says the same thing in its own way."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ar_unified.document import TextPart
+from ar_unified.sampling.request import RequestError, TokensPart
+from ar_unified.sampling.requests import Picture, read_requests
+
+DEFAULTS = {"context": "empty_prompt"}
+
+
+def png(grey):
+    file = io.BytesIO()
+    Image.fromarray(np.full((4, 4, 3), grey, np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def lines(paths):
+    return read_requests(paths, factor=4, defaults=DEFAULTS)
+
+
+def said(line):
+    """Id, settings and content of a line, pictures by their grey."""
+    content = [int(part.load()[0, 0, 0]) if isinstance(part, Picture) else part for part in line.content]
+    return line.id, line.request, content
+
+
+def tar(path, members):
+    with tarfile.open(path, "w") as file:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_prompts_in_every_format(tmp_path):
+    prompts = ["a cat", "ein Hünd"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n\n" for p in prompts))
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(prompts).encode())
+    (tmp_path / "c").write_text("\n".join(prompts))
+    (tmp_path / "d.json").write_text(json.dumps([{"prompt": p} for p in prompts]))
+    tar(tmp_path / "e.tar", {f"{i}.txt": p.encode() for i, p in enumerate(prompts)})
+    for name in ("a.jsonl", "b.txt", "c", "d.json", "e.tar"):
+        found = lines(tmp_path / name)
+        assert [line.content for line in found] == [(TextPart(p),) for p in prompts], name
+        assert all(line.request.mode == "image" and not line.error for line in found), name
+    several = lines([tmp_path / "a.jsonl", tmp_path / "b.txt"])
+    assert [line.number for line in several] == [1, 3, 4, 5] and len({line.id for line in several}) == 4
+
+
+def test_an_openai_batch_is_read_as_ours(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a b.png").write_bytes(png(9))
+    url = "data:image/png;base64," + base64.b64encode(png(5)).decode()
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [
+            {"type": "text", "text": "Which?"},
+            {"type": "image_url", "image_url": {"url": url}},
+            {"type": "image_url", "image_url": {"url": (tmp_path / "in/a b.png").as_uri()}},
+        ]},
+    ]  # fmt: skip
+    body = {"model": "m", "messages": messages, "max_completion_tokens": 7, "temperature": 0.5, "stop": "x", "seed": 3}
+    theirs = {"custom_id": "q-1", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    ours = {"id": "q-1", "max_tokens": 7, "text": {"temperature": 0.5}, "stop": ["x"], "seed": 3, "content": [
+        {"type": "text", "text": "Be brief.\n\nWhich?"}, {"type": "image", "image": url},
+        {"type": "image", "image": "a b.png"},
+    ]}  # fmt: skip
+    assistant = {"custom_id": "q-2", "body": {"messages": [{"role": "assistant", "content": "Hm."}]}}
+    penalty = {"custom_id": "q-3", "body": {"messages": messages[:1], "presence_penalty": 1}}
+    for name, rows in {"theirs": [theirs, assistant, penalty], "ours": [ours]}.items():
+        (tmp_path / f"in/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = lines(tmp_path / "in/theirs.jsonl")
+    assert said(found[0]) == said(lines(tmp_path / "in/ours.jsonl")[0])
+    assert said(found[0])[2] == [TextPart("Be brief.\n\nWhich?"), 5, 9]
+    assert "found 'assistant'" in found[1].error and "unknown key 'presence_penalty'" in found[2].error
+    assert [line.id for line in found] == ["q-1", "000002", "q-3"]
+
+
+def test_a_webdataset_shard(tmp_path):
+    content = [{"type": "tokens", "ids": [3]}, {"type": "image", "image": "d/2.png"}]
+    path = tar(tmp_path / "shard.tar", {
+        "d/0.txt": b"a cat\n",
+        "d/1.0.png": png(1), "d/1.1.jpg": png(2), "d/1.txt": b"Which?", "d/1.json": b'{"mode": "text", "seed": 4}',
+        "d/2.json": json.dumps({"content": content}).encode(), "d/2.png": png(3),
+        "d/3.cls": b"7", "d/3.txt": b"a dog",
+        "d/4.txt": b"a", "d/4.json": b'{"prompt": "b"}',
+        "d/5.txt": b"a bird",
+    })  # fmt: skip
+    found = lines(path)
+    assert [line.id for line in found] == [f"d-{i}" for i in range(6)]
+    assert said(found[0])[2] == [TextPart("a cat")] and found[0].request.mode == "image"
+    assert said(found[1])[2] == [1, 2, TextPart("Which?")]
+    assert (found[1].request.mode, found[1].request.seed) == ("text", 4)
+    assert said(found[2])[2] == [TokensPart((3,)), 3]
+    assert "d/3.cls" in found[3].error and "found both" in found[4].error
+    assert said(found[5])[2] == [TextPart("a bird")]
+    path.write_bytes(path.read_bytes()[:3000])  # a copy that broke off
+    with pytest.raises(RequestError, match="expected a whole, uncompressed tar"):
+        lines(path)
+
+
+def test_the_prompt_files_of_benchmarks(tmp_path):
+    geneval = {"tag": "counting", "include": [{"class": "bench", "count": 2}], "prompt": "two benches"}
+    (tmp_path / "evaluation_metadata.jsonl").write_text(json.dumps(geneval) + "\n")
+    (tmp_path / "meta_data.json").write_text(json.dumps({"f0a1": {"category": "art", "prompt": "a vase"}}))
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts/partiprompts9.txt").write_text("a red door\n")
+    (first,), (second,), (third,) = map(
+        lines, (tmp_path / n for n in ("evaluation_metadata.jsonl", "meta_data.json", "prompts"))
+    )
+    assert first.request.meta == geneval and first.content == (TextPart("two benches"),)
+    assert (second.id, second.request.meta, second.content) == ("f0a1", {"category": "art"}, (TextPart("a vase"),))
+    assert (third.id, third.content) == ("partiprompts9", (TextPart("a red door"),))
