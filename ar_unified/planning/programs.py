@@ -20,9 +20,8 @@ from jax.sharding import Mesh, NamedSharding
 from ar_unified.grammar import Grammar, ImageLayout, TextCodec
 from ar_unified.model import transformer
 from ar_unified.model.config import TransformerConfig
-from ar_unified.parallel.rules import batch_spec, shardings, spec
-from ar_unified.sampling import engine
-from ar_unified.sampling.decoding import Filter, Filters
+from ar_unified.parallel.rules import batch_spec
+from ar_unified.sampling import steps
 from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
 from ar_unified.training.step import abstract_state, make_train_step
 from ar_unified.training.tasks import TransformerTask
@@ -206,50 +205,40 @@ def saved_for_backward(run: Run, mesh: Mesh) -> int:
 
 
 def sample_programs(run: Run, mesh: Mesh) -> list[Program]:
-    """Prefill and decode of a full batch: prompts of half the cache, parameters in float32 as they are restored."""
+    """Prefill of prompts of half the cache, one for each slot, and decoding in a pool that is full."""
     config, R, S = run.model, run.requests, run.max_length
     # The compiled part never turns text into ids.
     grammar = Grammar(run.vocabulary, run.layout, cast(TextCodec, None))
 
-    def placed(axes: Callable[[Any], tuple[str | None, ...]], tree: Any) -> Any:
-        def one(x: Any) -> Any:
-            where = NamedSharding(mesh, spec(mesh, axes(x), x.shape, "sampling"))
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    def placed(tree: Any, specs: Any) -> Any:
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s)), tree, specs
+        )
 
-        return jax.tree.map(one, tree)
-
-    def by_row(x: Any) -> tuple[str | None, ...]:
-        return (("batch",) + (None,) * (x.ndim - 1)) if x.ndim else ()
+    def by_row(tree: Any) -> Any:
+        return placed(tree, steps.row_specs(mesh, tree))
 
     params = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
-    places = shardings(mesh, transformer.logical_axes(params), params)
-    params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, places)
-    filters = Filters.of([(Filter(), Filter())] * R)
-    numbers = {name: jax.ShapeDtypeStruct((R,), jnp.int32) for name in engine.Rows._fields}
-    rows = engine.Rows(
-        **{
-            **numbers,
-            "tokens": jax.ShapeDtypeStruct((R, S // 2), jnp.int32),
-            "seed": jax.ShapeDtypeStruct((R,), jnp.uint32),
-            "scale": jax.ShapeDtypeStruct((R,), jnp.float32),
-            "filters": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), filters),
-        }
-    )
-    prefill = partial(engine.prefill, config, grammar, contexts=run.contexts, length=S)
-    decode = partial(engine.decode, config, grammar)
-    state = jax.eval_shape(prefill, params, rows)
-    cache = placed(lambda x: ("batch", "kv_heads", None, "head_dim"), state.cache)
-    state = placed(by_row, state)._replace(cache=cache)
-    rows = placed(by_row, rows)
-    result = jax.tree.map(lambda x: x.sharding, state)
-    first = jax.jit(prefill, out_shardings=result)
-    rest = jax.jit(decode, donate_argnums=1, out_shardings=result)
+    weights = jax.eval_shape(partial(steps.prepare, config, grammar), params)
+    weights = placed(weights, steps.weight_specs(mesh, weights))
+    shape = steps.Shape(run.contexts, S)
+    state = by_row(jax.eval_shape(lambda: steps.empty(config, grammar, shape, R, None)))
+    prompts = by_row((jax.ShapeDtypeStruct((R, S // 2), jnp.int32), jax.ShapeDtypeStruct((R,), jnp.int32)))
+    chunk = by_row(jax.ShapeDtypeStruct((R,), jnp.bool_)), jax.ShapeDtypeStruct((), jnp.int32)
+    prefill = jax.jit(partial(steps.prefill, config))
+    decode = jax.jit(partial(steps.decode_chunk, config, grammar), donate_argnums=1)
+    rows = state._replace(cache=None)
     return [
-        Program("prefill", mesh, {"parameters": params, "requests": rows}, lambda: first.trace(params, rows)),
+        Program(
+            "prefill",
+            mesh,
+            {"parameters": weights.layers, "requests": prompts},
+            lambda: prefill.trace(weights._replace(text=None, image=None), *prompts),
+        ),
         Program(
             "decode",
             mesh,
-            {"parameters": params, "cache": cache, "requests": (rows, state._replace(cache=None))},
-            lambda: rest.trace(params, state, rows),
+            {"parameters": weights, "cache": state.cache, "requests": (rows, chunk)},
+            lambda: decode.trace(weights, state, *chunk),
         ),
     ]

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import AbstractMesh, Mesh
 
 from ar_unified import automaton
 from ar_unified.grammar import Grammar
@@ -96,22 +97,26 @@ def prepare(config: TransformerConfig, grammar: Grammar, params: Params) -> Weig
     image = head[v.image_offset : v.image_offset + v.codebook_size]
     weights = Weights(layers, head[: text_ids(grammar)], image)
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return weights
-    axes: Any = Weights(logical_axes(layers), ("vocab", "embed"), ("vocab", "embed"))  # type: ignore[arg-type]
-    return jax.lax.with_sharding_constraint(weights, rules.specs(mesh, axes, weights))
+    return weights if mesh.empty else jax.lax.with_sharding_constraint(weights, weight_specs(mesh, weights))
 
 
 def placed(tree: Any) -> Any:
-    """A state or a prefix as a mesh in scope splits it: rows by batch, a cache's heads by tensor."""
+    """A state or a prefix as a mesh in scope splits it."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return tree
-    axes = {1: ("batch",), 2: ("batch", None)}
+    return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, row_specs(mesh, tree))
+
+
+def weight_specs(mesh: Mesh | AbstractMesh, weights: Weights) -> Any:
+    """Where the weights lie: as in training."""
+    axes: Any = Weights(logical_axes(weights.layers), ("vocab", "embed"), ("vocab", "embed"))  # type: ignore[arg-type]
+    return rules.specs(mesh, axes, weights)
+
+
+def row_specs(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
+    """Where a state, or what is made of rows, lies: rows by batch, a cache's heads by tensor."""
+    axes: dict[int, tuple[str | None, ...]] = {1: ("batch",), 2: ("batch", None)}
     axes |= {3: ("batch", "kv_heads", None), 4: ("batch", "kv_heads", None, "head_dim")}  # of a cache
-    return jax.tree.map(
-        lambda x: jax.lax.with_sharding_constraint(x, rules.spec(mesh, axes[x.ndim], x.shape, "sampler state")), tree
-    )
+    return jax.tree.map(lambda x: rules.spec(mesh, axes[x.ndim], x.shape, "sampler state"), tree)
 
 
 def text_ids(grammar: Grammar) -> int:
