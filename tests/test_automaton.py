@@ -216,7 +216,7 @@ def test_a_hundred_thousand_random_sequences_parse(grammar):
     @jax.jit
     def draw(state):
         def step(state, key):
-            logits = jax.random.normal(key, taste.shape) * 3 + taste
+            logits = jax.random.uniform(key, taste.shape) * 9 + taste
             forced = automaton.forced(state)
             token = jnp.argmax(jnp.where(automaton.allowed(state), logits, -jnp.inf), axis=-1)
             token = jnp.where(forced >= 0, forced, token).astype(jnp.int32)

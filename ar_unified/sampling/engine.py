@@ -26,10 +26,12 @@ from jax.sharding import Mesh
 from ar_unified.document import Document, Part, TextPart
 from ar_unified.grammar import Grammar, GrammarError, ImageLayout
 from ar_unified.model.config import TransformerConfig
+from ar_unified.sampling import score as scoring
 from ar_unified.sampling import steps
 from ar_unified.sampling.decoding import Filters
 from ar_unified.sampling.plan import Plan, open_picture, plan
 from ar_unified.sampling.request import Request, RequestError, Sample
+from ar_unified.sampling.score import Score, Scored
 from ar_unified.sampling.steps import CHUNK, Prefix, Shape, State
 
 _SMALLEST = 16  # tokens of the smallest bucket of prompts
@@ -48,6 +50,7 @@ class Programs(NamedTuple):
     prefill: Any
     insert: Any
     decode: Any
+    score: Any
 
 
 @functools.lru_cache(maxsize=16)
@@ -59,6 +62,7 @@ def programs(config: TransformerConfig, grammar: Grammar, mesh: Mesh | None) -> 
         prefill=jax.jit(functools.partial(steps.prefill, config)),
         insert=jax.jit(functools.partial(steps.insert, grammar), donate_argnums=(0,)),
         decode=jax.jit(functools.partial(steps.decode_chunk, config, grammar), donate_argnums=(1,)),
+        score=jax.jit(functools.partial(scoring.forward, config)),
     )
 
 
@@ -135,6 +139,31 @@ class Engine:
             yield from waiting.pop_refused()
             if shape is not None:
                 yield from self._serve(shape, waiting, prompts)
+
+    def score(self, items: Iterable[Scored]) -> list[Score]:
+        """How likely the model finds what is given: one Score an item, in their order.
+
+        Items are documents, of which the answer is scored (without a turn: all of it), or pairs of a request and the
+        parts that might answer it. Log-probabilities are the model's own, over the whole vocabulary.
+
+        Raises GrammarError or RequestError for the first item that has no tokens, or more than max_length.
+        """
+        found: dict[int, Score] = {}
+        width = self._prefill_rows
+        for bucket, group in scoring.batches(enumerate(map(self._pieces, items)), width, _bucket):
+            tokens = np.full((width, bucket), self.grammar.vocabulary.pad, np.int32)
+            for row, (_, parts) in zip(tokens, group, strict=False):
+                row[: sum(map(len, parts))] = np.concatenate(parts)
+            arrays = self.call(self._programs.score, self.params, tokens)
+            rows = scoring.scores([parts for _, parts in group], *map(np.asarray, arrays))
+            found |= {index: score for (index, _), score in zip(group, rows, strict=True)}
+        return [found[i] for i in range(len(found))]
+
+    def _pieces(self, item: Scored) -> list[np.ndarray]:
+        parts = scoring.pieces(self.grammar, item)
+        if (n := sum(map(len, parts))) > self.max_length:
+            raise RequestError(f"{n} tokens to score, but the engine's max_length is {self.max_length}: raise it")
+        return parts
 
     def check(self, request: Request) -> None:
         """Raises RequestError or GrammarError, saying what to change, if the request cannot be served."""

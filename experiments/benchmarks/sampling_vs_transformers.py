@@ -337,9 +337,9 @@ def main() -> None:
                 for name, (wall, cpu) in medians.items()
             ]
             print(f"{task} b={batch}: " + " | ".join(cells), flush=True)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results) + "\n")
+            if args.output:
+                args.output.parent.mkdir(parents=True, exist_ok=True)
+                args.output.write_text(json.dumps(results) + "\n")
 
 
 if __name__ == "__main__":

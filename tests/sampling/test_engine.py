@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ar_unified.document import CodesPart, TextPart
+from ar_unified.document import CodesPart, Document, TextPart
 from ar_unified.model.transformer import Transformer, init
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.sampling.decoding import Filter
@@ -211,6 +211,49 @@ def test_logits_equal_the_forward_in_every_context(grammar, contexts):
                     assert mixed[drawn] >= mixed.max() - 1e-4, (job.plan.request.id, i)
                     codes += 1
     assert checked > 15 and codes > 5
+
+
+def test_scores_are_those_of_the_forward(params):
+    grammar = GRAMMARS["rows"]
+    pair = Document((TextPart("abc"), picture(grammar), TextPart("de")), prompt=1)
+    plain = Document((TextPart("h"), picture(grammar, 1)))
+    ask = Request("ask", (TextPart("ab"),), turn=False), (TextPart("cd"),)
+    answered = Request("ask", (TextPart("ab"),)), (TokensPart((3, 4, 5)),)
+    found = engine(grammar, params).score([pair, plain, ask, answered])
+    whole = [grammar.encode(pair), grammar.encode(plain)]
+    whole += [np.array([grammar.vocabulary.bos, 0, 1, 2, 3, grammar.vocabulary.eos])]
+    whole += [np.array([grammar.vocabulary.bos, 0, 1, grammar.vocabulary.eot, 3, 4, 5, grammar.vocabulary.eos])]
+    for score, tokens, counts in zip(found, whole, ([19, 2], [1, 19], [2], [3]), strict=True):
+        log_p = np.asarray(jax.nn.log_softmax(forward_logits(params, tokens)))
+        own = log_p[np.arange(len(tokens) - 1), tokens[1:]]
+        assert [part.tokens for part in score.parts] == counts and score.tokens == sum(counts)
+        np.testing.assert_allclose(score.eos.log_likelihood, own[-1], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(score.log_likelihood, own[-1 - sum(counts) : -1].sum(), rtol=1e-4)
+    best = int(forward_logits(params, whole[2][:3])[-1].argmax())
+    (greedy,) = engine(grammar, params).score([(ask[0], (TokensPart((best,)),))]) if best < 16 else (None,)
+    assert greedy is None or greedy.parts[0].greedy
+
+
+def test_an_int8_cache_is_close(grammar):
+    """Greedy codes mostly agree; how close the attention itself is has a test beside its kernels."""
+    params = init(CONFIG, jax.random.key(0))
+    asked = [Request("a", (TextPart("abcdef"),), mode="image", guidance=2.0, n=3, **GREEDY)]
+    whole, rounded = engine(grammar, params), engine(grammar, params, kv_dtype="int8")
+    a, b = collect(whole.generate(asked)), collect(rounded.generate(asked))
+    agree = [np.mean(a[key].tokens == b[key].tokens) for key in a]
+    assert min(agree) > 0.5 and set(a) == set(b)
+
+
+def test_a_stop_ends_the_text_before_it(params):
+    grammar = GRAMMARS["grid"]
+    request = Request("a", (TextPart("h"),), mode="text", max_tokens=40)
+    (free,) = engine(grammar, params).generate([request])
+    text = free.document.parts[0].text
+    for stop in (text[7:9], tuple(grammar.text_codec.encode(text[7:9]))):
+        (cut,) = engine(grammar, params).generate([dataclasses.replace(request, stop=(stop,))])
+        assert not cut.error and cut.finish_reason == "stop"
+        assert cut.document.parts[0].text == text[: text.index(text[7:9])]
+        np.testing.assert_array_equal(cut.tokens, free.tokens[: len(cut.tokens)])
 
 
 BAD = [

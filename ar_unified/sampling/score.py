@@ -1,0 +1,118 @@
+"""How likely a model finds what is there already: log-likelihoods of given parts, teacher-forced.
+
+Axes: b rows of a batch, P bucket, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from ar_unified.document import Document, Part
+from ar_unified.grammar import Grammar
+from ar_unified.model.config import TransformerConfig
+from ar_unified.model.transformer import Transformer
+from ar_unified.sampling.plan import prompt_tokens
+from ar_unified.sampling.request import Request, TokensPart
+
+_POSITIONS = 64  # whose logits [b, 64, V] exist at once
+
+
+@dataclass(frozen=True)
+class PartScore:
+    """Of one part: its log-likelihood in nats given all before it, its tokens, and whether each was the likeliest."""
+
+    log_likelihood: float
+    tokens: int
+    greedy: bool
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of an answer: that of each of its parts, and of the <eos> behind them."""
+
+    parts: tuple[PartScore, ...]
+    eos: PartScore
+
+    @property
+    def log_likelihood(self) -> float:
+        """Of all parts together, in nats, without <eos>."""
+        return sum(part.log_likelihood for part in self.parts)
+
+    @property
+    def tokens(self) -> int:
+        """Of all parts together, without <eos>."""
+        return sum(part.tokens for part in self.parts)
+
+
+Scored = Document | tuple[Request, Sequence[Part | TokensPart]]
+
+
+def pieces(grammar: Grammar, item: Scored) -> list[np.ndarray]:
+    """The token ids of the prompt, of each part to be scored, and of <eos>. Raises GrammarError or RequestError.
+
+    Of a Document the prompt is what it says; without a turn all parts are scored. Of a request and an answer, the
+    request's prompt: without a turn the answer goes on where the prompt's text ends.
+    """
+    if isinstance(item, Document):
+        turn = item.prompt is not None
+        grammar.encode(item)  # a part that no grammar carries is named by its place in the document
+        request = Request(item.id, item.parts[: item.prompt or 0], turn=turn)
+        answer: Sequence[Part | TokensPart] = item.parts[item.prompt or 0 :]
+    else:
+        request, answer = item
+    alone = [prompt_tokens(grammar, Request("", (part,), turn=False))[1:] for part in answer]
+    return [prompt_tokens(grammar, request), *alone, np.array([grammar.vocabulary.eos], np.int32)]
+
+
+def forward(config: TransformerConfig, params: Any, tokens: Array) -> tuple[Array, Array]:
+    """Of every token of int32 [b, P] but the first: f32 [b, P - 1] its log-probability given those before it, over the
+    whole vocabulary, and bool [b, P - 1], whether none was likelier."""
+    model = Transformer.bind(config, params)
+    b, P = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (b, P))
+    hidden = model(tokens, positions, jnp.zeros_like(tokens))
+    chunk = min(_POSITIONS, P)
+
+    def one(piece: tuple[Array, Array]) -> tuple[Array, Array]:
+        hidden, target = piece
+        logits = model.logits(hidden)
+        own = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+        return own - jax.nn.logsumexp(logits, axis=-1), own >= jnp.max(logits, axis=-1)
+
+    def split(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(b, P // chunk, chunk, *x.shape[2:]), 1, 0)
+
+    found = jax.lax.map(one, (split(hidden), split(jnp.roll(tokens, -1, axis=1))))
+    log_likelihood, greedy = (jnp.moveaxis(x, 0, 1).reshape(b, P)[:, :-1] for x in found)
+    return log_likelihood, greedy
+
+
+def scores(items: Sequence[list[np.ndarray]], log_likelihood: np.ndarray, greedy: np.ndarray) -> Iterator[Score]:
+    """The Score of each row's `pieces`, from what `forward` found of them."""
+    for row, parts in enumerate(items):
+        found, at = [], len(parts[0]) - 1
+        for part in parts[1:]:
+            span = slice(at, at + len(part))
+            total = float(log_likelihood[row, span].astype(np.float64).sum())
+            found.append(PartScore(total, len(part), bool(greedy[row, span].all())))
+            at += len(part)
+        yield Score(tuple(found[:-1]), found[-1])
+
+
+def batches(items: Iterable[tuple[int, list[np.ndarray]]], width: int, bucket: Any) -> Iterator[tuple[int, list[Any]]]:
+    """(bucket, up to `width` items of it), as the items come."""
+    waiting: dict[int, list[Any]] = {}
+    for item in items:
+        size = bucket(sum(map(len, item[1])))
+        group = waiting.setdefault(size, [])
+        group.append(item)
+        if len(group) == width:
+            yield size, waiting.pop(size)
+    yield from waiting.items()
