@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ar_unified.document import CodesPart, TextPart
+from ar_unified.document import CodesPart
 from ar_unified.model.transformer import Transformer
 from ar_unified.sampling.adapters.model import Model
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
-from ar_unified.sampling.request import Request, TokensPart
-from ar_unified.sampling.scoring import score
+from ar_unified.sampling.request import Request
 from tests.sampling.test_job import Tiles, few_programs
 from tests.sampling.tiny import CONFIG, GRAMMARS
 
@@ -45,24 +44,6 @@ def instance(*args):
     return SimpleNamespace(args=args)
 
 
-def test_scores_are_those_of_the_forward(engine, params):
-    v = engine.grammar.vocabulary
-    pairs = [(Request(str(i), (TextPart("abc" * (i + 1)),)), (TextPart("de"), GREY_CODES)) for i in range(4)]
-    pairs.insert(2, (Request("long", (TextPart("a" * 60),)), (TextPart("abcdef"),)))
-    pairs.append((Request("on", (TokensPart((3, 4)),), turn=False), (TokensPart((5, 6)),)))
-    found = list(score(engine, pairs))
-    assert "max_length is 64" in found.pop(2).error
-    for (request, parts), got in zip([pair for i, pair in enumerate(pairs) if i != 2], found, strict=True):
-        ids, answer = [v.bos, 3, 4], [5, 6]
-        if request.turn:
-            ids = engine.grammar.prompt_tokens(request.parts, turn=True).tolist()
-            answer = engine.grammar.prompt_tokens(parts, turn=False)[1:].tolist()
-        assert got.tokens.tolist() == answer and len(got.logprobs) == len(got.greedy) == len(answer)
-        total, greedy = by_hand(params, ids + answer, len(ids))
-        np.testing.assert_allclose(got.logprobs.sum(), total, rtol=1e-5)
-        assert got.greedy.all() == greedy
-
-
 def test_answers_come_in_order_and_under_their_settings(engine, caplog):
     model = Model(engine, Tiles(), max_tokens=6)
     asked = [(["abc"], {}), ([GREY, "h"], {"max_new_tokens": 3}), (["a" * 90], {}), (["abc"], {"do_sample": True})]
@@ -74,8 +55,8 @@ def test_answers_come_in_order_and_under_their_settings(engine, caplog):
     assert cut == first[: first.index(first[2])]
     (greedy,) = engine.generate([Request("x", model.parts([GREY, "h"]), mode="text", max_tokens=4, text=GREEDY)])
     assert second == "".join(part.text for part in greedy.document.parts)
-    likely = model.likelihoods([(["abc"], first), (["abc"], "a" + first[1:])])
-    assert likely[0][0] > likely[1][0] and not likely[1][1]
+    likely = model.likelihoods([(["abc"], first), (["a" * 70], "b"), (["abc"], "a" + first[1:])])
+    assert likely[0][0] > likely[2][0] and not likely[2][1] and likely[1] == (-np.inf, False)
 
 
 def test_lm_evaluation_harness(engine, params):

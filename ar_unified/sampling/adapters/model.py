@@ -18,7 +18,7 @@ from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.job import ImageTokenizer
 from ar_unified.sampling.request import Request, RequestError, TokensPart
-from ar_unified.sampling.scoring import score
+from ar_unified.sampling.score import pieces
 
 _BUDGET = ("max_new_tokens", "max_gen_toks", "max_tokens")  # what the harnesses call it
 
@@ -70,15 +70,19 @@ class Model:
         """For each (prompt, continuation): the log-likelihood of the continuation in nats, and whether a greedy model
         would write it."""
         found = [(-math.inf, False)] * len(asked)
-        pairs = []
+        pairs: dict[int, tuple[Request, tuple[Part | TokensPart, ...]]] = {}
         for i, (content, text) in enumerate(asked):
             request = Request(str(i), self.parts(content), turn=self.turn, mode="text")
-            pairs.append((request, (TextPart(text) if isinstance(text, str) else text,)))
-        for i, likely in enumerate(score(self.engine, pairs)):
-            if likely.error:
-                log.warning("request %d: %s", i, likely.error)
-            else:
-                found[i] = float(np.sum(likely.logprobs)), bool(np.all(likely.greedy))
+            pair = request, (TextPart(text) if isinstance(text, str) else text,)
+            try:
+                length = sum(map(len, pieces(self.engine.grammar, pair)))
+                if length > self.engine.max_length:
+                    raise RequestError(f"{length} tokens, but the engine's max_length is {self.engine.max_length}")
+                pairs[i] = pair
+            except (RequestError, GrammarError) as error:
+                log.warning("request %d: %s", i, error)
+        for i, likely in zip(pairs, self.engine.score(pairs.values()), strict=True):
+            found[i] = likely.log_likelihood, all(part.greedy for part in likely.parts)
         return found
 
     def parts(self, content: Content) -> tuple[Part | TokensPart, ...]:
