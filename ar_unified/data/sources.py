@@ -34,8 +34,8 @@ def open_source(spec: Mapping[str, Any]) -> Source:
             dict(kind="jsonl", path=..., root=None, split=None): one file; pictures are in it or under `root` (None:
                 the file's folder).
             `split` of the last two is "train", "train[:95%]", "[95%:]": see `Rows`. Any of them may have `label` (the
-            source's name), `reversible` (True), `views` (dict(count=..., shift=..., mirror=...): see `Views`), and
-            `weight`, which is the loader's.
+            source's name), `reversible` (True), `views` (dict(count=..., shift=..., mirror=..., whole=...): see
+            `Views`), and `weight`, which is the loader's.
 
     Raises:
         ValueError: an unknown kind or key, a missing file, a split no row is in, or views out of range.
