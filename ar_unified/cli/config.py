@@ -52,6 +52,7 @@ def defaults() -> ConfigDict:
     config.image_tokenizer.codes = 1024  # vq: the codebook
     config.image_tokenizer.code_dim = 8  # vq
     config.image_tokenizer.l1_weight = 0.0
+    config.image_tokenizer.tolerance = 0.0  # pixel errors, in [-1, 1], that cost nothing
     config.image_tokenizer.dtype = "float32"
     config.image_tokenizer.steps = 1000
     config.image_tokenizer.batch_size = 64

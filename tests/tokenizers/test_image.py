@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -159,6 +160,16 @@ def test_loss_metrics_are_those_of_the_pictures():
     np.testing.assert_array_equal(
         found["code_counts"], np.bincount(tokenizer.encode(images).ravel(), minlength=SMALL.codebook_size)
     )
+
+
+def test_errors_within_the_tolerance_cost_nothing():
+    images, params = pictures(4), trained(SMALL)
+    target = np.asarray(to_float(jnp.asarray(images)))
+    error = np.abs(np.asarray(Autoencoder.bind(SMALL, params)(target).pixels) - target)
+    excess = np.maximum(error - 0.3, 0)
+    total, found = loss(dataclasses.replace(SMALL, tolerance=0.3, l1_weight=0.5), params, images)
+    np.testing.assert_allclose(total, 0.5 * excess.mean() + np.square(excess).mean(), rtol=1e-5)
+    np.testing.assert_allclose(found["l1"][0] / 4, error.mean(), rtol=1e-5)  # metrics are of all errors
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters_and_codes():

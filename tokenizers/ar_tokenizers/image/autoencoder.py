@@ -42,6 +42,7 @@ class AutoencoderConfig:
     pull: float = 0.1  # vq: weight of drawing unused codes to the data
     l1_weight: float = 0.0
     l2_weight: float = 1.0
+    tolerance: float = 0.0  # errors up to this, of pixels in [-1, 1], cost nothing: no code is spent on faint tints
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the networks' arithmetic; parameters and codes: float32
 
     def __post_init__(self) -> None:
@@ -234,7 +235,8 @@ def loss(
     error = reconstruction.pixels - target
     l1 = jnp.mean(jnp.abs(error), axis=(1, 2, 3))
     mse = jnp.mean(jnp.square(error), axis=(1, 2, 3))
-    total = jnp.mean(config.l1_weight * l1 + config.l2_weight * mse) + reconstruction.quantizer_loss
+    excess = jnp.maximum(jnp.abs(error) - config.tolerance, 0)
+    total = jnp.mean(config.l1_weight * excess + config.l2_weight * jnp.square(excess)) + reconstruction.quantizer_loss
 
     seen = jnp.mean(jnp.square(jnp.clip(reconstruction.pixels, -1, 1) - target), axis=(1, 2, 3))
     psnr = 10 * jnp.log10(4 / jnp.maximum(seen, 4e-10))  # at most 100 dB, as in metrics.psnr
