@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 import numpy as np
@@ -130,8 +129,9 @@ def start(
         f"process {process} of {processes}, coordinator {coordinator}, pid {os.getpid()} on {os.uname().nodename}"
     )
     # The service gives up first, and says who is missing to all who came; the clients' own time-out is for its silence.
-    service = partial(_jax.get_distributed_runtime_service, cluster_register_timeout=start_timeout)
-    with mock.patch.object(_jax, "get_distributed_runtime_service", service):
+    service = _jax.get_distributed_runtime_service
+    _jax.get_distributed_runtime_service = partial(service, cluster_register_timeout=start_timeout)
+    try:
         jax.distributed.initialize(
             coordinator,
             processes,
@@ -140,6 +140,8 @@ def start(
             heartbeat_timeout_seconds=heartbeat_timeout,
             shutdown_timeout_seconds=heartbeat_timeout,
         )
+    finally:
+        _jax.get_distributed_runtime_service = service
     # Orbax's manager waits by device collectives unless told otherwise; those would cross the step's own.
     flags.FLAGS["experimental_orbax_use_distributed_barrier"].value = True
     if not flags.FLAGS.is_parsed():
