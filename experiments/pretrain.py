@@ -1,7 +1,7 @@
 """Pretrain a published shape on your own folder, on a TPU slice or a GPU cluster.
 
     ar-unified plan  --config experiments/pretrain.py:model=chameleon_7b,chips=64 --target v5p:4x4x4
-    ar-unified run   --config experiments/pretrain.py:model=chameleon_7b,chips=64,path=DIR --workdir gs://bucket/run
+    ar-unified run   --config experiments/pretrain.py:model=chameleon_7b,chips=64,path=DIR --workdir DIR
 
 `plan` first: it needs no data and no hardware. It says what a device's memory holds, what the network carries and how
 long a step takes at least; BUILD.md has a table of its answers for the shapes and slices below.
