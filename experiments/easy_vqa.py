@@ -24,7 +24,7 @@ answers and 64 drawings of the test split, so not in the config. d=128, untied, 
 Third round, a third of one core, beginnings only (7,200 to 13,400 documents, where 100,000 would be needed):
 - The reader is not what fails on small figures: it reads all test pictures right down to 24 pixels a side; tokenizers
   return small figures as blobs. At 32 pixels 64 codes keep 0.92, 16 codes 0.80; 36 codes of 24 pixels 0.84.
-- The ground's tint takes codes: an error of up to 0.15 that costs nothing lowers 5.9 bits a code to 4.3 at the same 0.92.
+- The ground's tint takes codes: an error of up to 0.15 that costs nothing lowers 5.9 bits a code to 4.3 at 0.92.
 - 37 % of the figures lie within 4 pixels of an edge, so that a shift by 1/16 cuts some of them.
 - Embeddings of codes that begin as sums over FSQ digits learn faster: loss on image codes 1.44 against 1.52 after
   7,200 documents, drawings 0.094 against 0.031. Views that keep figures whole, that tolerance and a config of 32 pixels
