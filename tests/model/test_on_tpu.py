@@ -52,8 +52,9 @@ def test_the_train_step_runs_the_kernels(shape, options, calls):
     step, state = make_train_step(task, tx, mesh, seed=0, clip_norm=1.0), abstract_state(task, tx, mesh)
     with jax.set_mesh(mesh):
         compiled = step.trace(state, batch).lower(lowering_platforms=("tpu",)).compile()
-    # In the one scanned layer, for each pair of pieces: forward, and again for backward; dQ; dK and dV.
-    assert kernels(compiled) == 4 * calls
+    # In the one scanned layer, for each pair of pieces: forward, and again for backward; dQ; dK and dV. A loop that
+    # exchanges with the host libtpu writes out twice, to hide the one turn's transfer behind the other's work.
+    assert kernels(compiled) == 4 * calls * (2 if config.remat == "offload" else 1)
     assert_nothing_travels_whole(compiled.as_text(), config, mesh, 4, 1024, 1024)
     inputs = config.n_layers * 4 * 1024 * config.d_model * 2 // 4  # of the layers, in bfloat16, on one of four devices
     assert compiled.memory_analysis().host_temp_size_in_bytes == (inputs if config.remat == "offload" else 0)
