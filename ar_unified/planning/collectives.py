@@ -2,6 +2,9 @@
 
 Read from the text of the optimised HLO, which is what will run: inside a loop an instruction counts as often as the
 loop turns. Replica groups are positions in the mesh (row-major), in any of the three notations XLA prints.
+
+What TPUs exchange between slices is not written as a collective: each device sends its share, summed inside its slice
+before, to its host, whose runtime (megascale) does the rest. Such a send is read as the collective it names.
 """
 
 from __future__ import annotations
@@ -66,11 +69,16 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
         if not times[name]:
             continue
         for each in instructions:
-            kind = each.opcode.removesuffix("-start")
+            between = _BETWEEN_SLICES.search(each.rest) if each.opcode == "send" else None
+            kind = between.group(2).lower().replace("_", "-") if between else each.opcode.removesuffix("-start")
             if kind not in KINDS:
                 continue
-            groups = _groups(each.rest, devices, kind)
-            size = _bytes(each.type, last=each.opcode.endswith("-start") and kind != "all-reduce")
+            if between:  # slices are the outermost part of the mesh
+                groups = np.arange(devices).reshape(between.group(1).count(",") + 1, -1).T
+                size = _bytes(each.type.partition("]")[0] + "]")  # of (what is sent, context, token)
+            else:
+                groups = _groups(each.rest, devices, kind)
+                size = _bytes(each.type, last=each.opcode.endswith("-start") and kind != "all-reduce")
             if kind == "reduce-scatter":
                 size *= groups.shape[1]
             # TPU's fused reduce-scatter: an all-reduce of which the same fusion keeps this device's part.
@@ -80,7 +88,7 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
                 source = _source(each) or (_source(callers[name]) if name in callers else "")
                 overlapped = each.opcode.endswith("-start") or name.startswith("async_collective_fusion")
                 channel = re.search(r"channel_id=(\d+)", each.rest)
-                key = int(channel.group(1)) if channel else (name, len(found))
+                key = (bool(between), channel.group(1)) if channel else (name, len(found))
                 if (before := found.get(key)) is not None:
                     overlapped |= before.overlapped
                     source = source or before.source
@@ -242,6 +250,7 @@ def _mesh_groups(given: str) -> np.ndarray:
     return ids.reshape(shape).transpose([*outer, *inner]).reshape(-1, count)
 
 
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_target="\{([\d,]+)\}.*_xla_megascale_transfer_type="(\w+)"')
 _CHOSEN = re.compile(r"'?([^',:{}\s]+)'?(?::\((\d+)\)(\d+))?")
 
 

@@ -93,6 +93,19 @@ def test_what_runs_beside_computation_counts_once():
     assert (gather.kind, gather.overlapped, gather.times) == ("all-gather", True, 1)
 
 
+def test_what_slices_exchange_is_a_send_to_the_host():
+    send = """ENTRY %main (x: f32[8,128]) -> token[] {
+  %x = f32[8,128]{1,0} parameter(0)
+  %start = token[] after-all()
+  %send.2 = (f32[8,128]{1,0:T(8,128)}, u32[], token[]) send(%x, %start), channel_id=6, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %done = token[] send-done(%send.2), channel_id=6, is_host_transfer=true
+}
+"""  # noqa: E501
+    (found,) = collectives(send, 8)
+    assert (found.kind, found.bytes, found.times) == ("all-reduce", 8 * 128 * 4, 1)
+    assert found.groups.tolist() == [[0, 4], [1, 5], [2, 6], [3, 7]]
+
+
 def test_a_compiled_scan_over_sharded_weights():
     """Five layers whose weights are split in four: five gathers of a whole weight, in XLA's own words."""
     mesh = make_mesh(dict(fsdp=4, data=2))
