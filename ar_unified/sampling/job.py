@@ -28,13 +28,14 @@ from ar_unified.data.images import to_png
 from ar_unified.data.prepare import default_resize
 from ar_unified.document import CodesPart, Part, TextPart
 from ar_unified.grammar import GrammarError
+from ar_unified.parallel.hardware import of_kind
 from ar_unified.sampling import gallery
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.formats import fingerprint
 from ar_unified.sampling.request import Request, RequestError, Sample, TokensPart
 from ar_unified.sampling.requests import Canvas, Line, Picture, PictureError, read_requests
 from ar_unified.sampling.results import Done, Entry, Writer, by_size, open_shard, shards
-from ar_unified.sampling.roofline import Roofline, bandwidth
+from ar_unified.sampling.roofline import Roofline
 from ar_unified.workdir import clean, read_json, write_bytes, write_json
 
 _WINDOW = 4  # batches of requests that are made ready at once, while the engine works on those before
@@ -169,8 +170,9 @@ class _Tally:
     def __init__(self, engine: Engine, advance: Callable[[float], Any], say: Callable[..., Any]):
         self._engine, self._advance, self._say = engine, advance, say
         self._started = time.monotonic()
-        rate = bandwidth(jax.devices()[0].device_kind)
-        self._roofline = Roofline(engine, rate * jax.device_count()) if rate else None
+        hardware = of_kind(jax.devices()[0].device_kind)
+        devices = engine.mesh.size if engine.mesh else 1  # those of this engine: others serve requests of their own
+        self._roofline = Roofline(engine, hardware.hbm_bandwidth * devices) if hardware else None
         self.samples = self.errors = self.tokens = 0
 
     @property

@@ -10,23 +10,6 @@ import jax.numpy as jnp
 
 from ar_unified.sampling.engine import Engine
 
-# Bytes/s of the memory of one device as JAX counts devices, from the vendors' data sheets. First match by prefix.
-BANDWIDTH = (
-    ("TPU v6 lite", 1.64e12),
-    ("TPU v5 lite", 0.819e12),
-    ("TPU v5", 2.765e12),
-    ("TPU v4", 1.228e12),
-    ("TPU7x", 3.7e12),
-    ("NVIDIA H200", 4.8e12),
-    ("NVIDIA H100", 3.35e12),  # SXM
-    ("NVIDIA A100 80GB", 2.039e12),
-)
-
-
-def bandwidth(device_kind: str) -> float | None:
-    """Bytes/s of a device; None where they are not known, as on a CPU."""
-    return next((rate for kind, rate in BANDWIDTH if device_kind.startswith(kind)), None)
-
 
 class Roofline:
     """Adds up what the samples of an engine have to read. Prompts are left out: the bound is a little low."""

@@ -158,7 +158,8 @@ def fit(
             telemetry.say(console_line(taken, config.steps, line, task.unit))
             if not alone:
                 waits = multihost_utils.process_allgather(np.float32(line["input_seconds"]))
-                telemetry.say(straggler(waits.tolist(), line["step_seconds"]))
+                if warning := straggler(waits.tolist(), line["step_seconds"]):
+                    telemetry.say(warning)
             meter.reset()
 
     # ---------------------------------------------------------------------- Data: of a global batch, the rows used here

@@ -24,7 +24,7 @@ from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.job import JobMismatch, run_job
 from ar_unified.sampling.request import RequestError
 from ar_unified.sampling.results import JobBusy, read
-from ar_unified.sampling.roofline import Roofline, bandwidth
+from ar_unified.sampling.roofline import Roofline
 from tests.sampling.tiny import CONFIG, GRAMMARS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -342,7 +342,6 @@ def test_killed_again_and_again_nothing_is_lost(tmp_path, kills=2, count=40):
 
 
 def test_the_roofline_is_weights_and_cache_over_bandwidth(engine):
-    assert bandwidth("TPU v5 lite") == 0.819e12 and bandwidth("TPU v5p") == 2.765e12 and bandwidth("cpu") is None
     roofline = Roofline(engine, rate=1e9)
     roofline.add(tokens=10, contexts=2)
     weights = sum(leaf.size for leaf in jax.tree.leaves(engine.params)) * 4 * 10 / 3  # three samples at once
