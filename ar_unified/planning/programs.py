@@ -191,7 +191,7 @@ def saved_for_backward(run: Run, mesh: Mesh) -> int:
     params = jax.eval_shape(task.init, jax.random.key(0))
 
     def residuals(params: Any, batch: Any) -> Any:
-        return jax.vjp(lambda params: task.loss(params, batch, None)[0], params)[1]
+        return jax.vjp(lambda params: task.loss(params, {}, batch, None)[0], params)[1]
 
     kept = jax.tree.leaves(jax.eval_shape(residuals, params, batch))
     known = {(x.shape, x.dtype) for x in jax.tree.leaves(params)}

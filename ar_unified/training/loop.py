@@ -27,6 +27,7 @@ from ar_unified.checkpoint import Checkpoints
 from ar_unified.parallel import runtime
 from ar_unified.parallel.rules import batch_part, place_batch
 from ar_unified.training import goodput
+from ar_unified.training.divergence import Watch
 from ar_unified.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from ar_unified.training.profiler import Profiler
 from ar_unified.training.step import (
@@ -45,6 +46,7 @@ from ar_unified.training.telemetry import (
     console_line,
     device_memory,
     peak_flops,
+    read_metrics,
     straggler,
 )
 
@@ -100,7 +102,7 @@ def fit(
       profile: (first, last) steps taken between which a trace is written to `folder`/profile; None: no trace.
       logger: takes console lines.
 
-    Raises NonFinite, Preempted, checkpoint.SaveFailed, vocabulary.ManifestMismatch, checkpoint.CheckpointMismatch.
+    Raises NonFinite, divergence.Diverged, Preempted, checkpoint.SaveFailed, vocabulary.ManifestMismatch, checkpoint.CheckpointMismatch.
     """
     folder = Path(folder)
     # ---------------------------------------------------------------------- State: shapes first, then values
@@ -113,19 +115,22 @@ def fit(
     start = checkpoints.latest() or 0
     runtime.barrier(f"{task.name} from step {start}")  # who sees another checkpoint waits elsewhere: named, not hung
     clock = goodput.Goodput(folder / "goodput.json", start, active=runtime.first())
-    if start >= config.steps:
+    finished = start >= config.steps
+    if finished and not abstract.kept:  # without the optimizer: a reader may have another, or no room for it
         params = checkpoints.restore(start, manifest=manifest, params=abstract.params)["params"]
-        checkpoints.close()
-        logger(f"{task.name}: finished already, {start} of {config.steps} steps")
-        return params
-    if start:
-        rest = {"step": abstract.step, "state": abstract.optimizer}
-        found = checkpoints.restore(start, manifest=manifest, params=abstract.params, optimizer=rest)
-        state = TrainState(found["optimizer"]["step"], found["params"], found["optimizer"]["state"])
+        state = TrainState(abstract.step, params, abstract.optimizer, {})
+    elif start:
+        found = checkpoints.restore(start, manifest=manifest, params=abstract.params, optimizer=_rest(abstract))
+        kept = found["optimizer"].get("kept", {})
+        state = TrainState(found["optimizer"]["step"], found["params"], found["optimizer"]["state"], kept)
     else:
         places = jax.tree.map(lambda x: x.sharding, abstract)
         with jax.set_mesh(mesh):
             state = jax.jit(lambda: make_state(task, tx, config.seed), out_shardings=places)()
+    if finished:
+        checkpoints.close()
+        logger(f"{task.name}: finished already, {start} of {config.steps} steps")
+        return task.inference_params(state.params, state.kept)
     train_step = make_train_step(
         task, tx, mesh, seed=config.seed, clip_norm=config.optimizer.clip_norm, accumulation=config.accumulation
     )
@@ -142,6 +147,8 @@ def fit(
         f"peak {peak / 1e12:.3g} TFLOP/s ({peak_source})"
     )
     meter = Meter()
+    metrics_file = folder / "metrics.jsonl"
+    watch = Watch(read_metrics(metrics_file, until=start) if start and metrics_file.exists() else ())
     profiler = Profiler(profile, folder / "profile")
 
     def read(taken: int, report: StepReport) -> None:
@@ -151,11 +158,14 @@ def fit(
             checkpoints.wait()
             raise NonFinite(_diagnosis(taken, report, float(loss), float(norm), checkpoints.latest()))
         meter.add(values | {"grad_norm": (norm, np.float32(1))})
+        watch.add(taken - 1, float(values["loss"][0] / max(values["loss"][1], 1e-9)), checkpoints.latest)
         if _due(taken, config.log_every, config.steps):
             line = task.summary(meter.totals) | {"learning_rate": float(rate(taken - 1))}
             line |= meter.rates(task.unit, task.flops(meter.totals), peak) | device_memory() | clock.write(taken)
             telemetry.log(taken, line)
             telemetry.say(console_line(taken, config.steps, line, task.unit))
+            if warning := task.warning(line):
+                telemetry.say(f"{task.name}: {warning}")
             if not alone:
                 waits = multihost_utils.process_allgather(np.float32(line["input_seconds"]))
                 if warning := straggler(waits.tolist(), line["step_seconds"]):
@@ -218,13 +228,14 @@ def fit(
                 held_out = Meter()
                 with clock.during("validation"), jax.set_mesh(mesh):
                     for batch in task.validation:
-                        held_out.add(jax.device_get(eval_step(state.params, place_batch(mesh, batch))))
+                        held_out.add(jax.device_get(eval_step(state.params, state.kept, place_batch(mesh, batch))))
                 scores = task.summary(held_out.totals)
                 telemetry.log(taken, {f"validation/{name}": value for name, value in scores.items()})
                 telemetry.say(f"step {taken}/{config.steps}  validation loss {scores['loss']:.4f}")
             if show and preview is not None:
                 with clock.during("preview"):
-                    params = state.params if alone else runtime.to_host(state.params)
+                    params = task.inference_params(state.params, state.kept)
+                    params = params if alone else runtime.to_host(params)
                     if runtime.first():
                         telemetry.images(taken, preview(taken, params) or {})
                     runtime.barrier("preview", timeout=3600)
@@ -234,7 +245,7 @@ def fit(
                     checkpoints.save(
                         taken,
                         params=state.params,
-                        optimizer={"step": state.step, "state": state.optimizer},
+                        optimizer=_rest(state),
                         metadata={"manifest": dict(manifest or {}), **story},
                     )
             if last:
@@ -250,7 +261,13 @@ def fit(
         with clock.during("checkpoint"):
             checkpoints.close()  # waits for the disk, and raises if the last save failed
     logger(f"{task.name}: {goodput.describe(clock.write(config.steps))}")
-    return state.params
+    return task.inference_params(state.params, state.kept)
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds beside the parameters."""
+    kept = {"kept": state.kept} if state.kept else {}
+    return {"step": state.step, "state": state.optimizer, **kept}
 
 
 def _due(taken: int, every: int, steps: int) -> bool:

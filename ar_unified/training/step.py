@@ -3,6 +3,9 @@
 The loss of a step is sum(weight * loss) / sum(weight) over the whole global batch: over microbatches and over devices
 alike, so that neither the mesh nor the accumulation changes what is optimised (ragged rows weigh what they hold, not
 1/rows each). A step whose gradient is not finite changes nothing and says which leaf and layer was to blame.
+
+A task may have several losses, each moving its own group of the parameters, as an autoencoder and its discriminator
+do: one forward pass, and one pull-back for each loss (the step of MAGVIT, google-research/magvit).
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ Params = dict[str, Any]
 Batch = Mapping[str, Any]
 Metrics = dict[str, Any]
 
+STATISTICS = "statistics"
+
 
 class BatchOfStep(Protocol):
     """A pure function of the step."""
@@ -36,7 +41,10 @@ class Task(Protocol):
     """What is trained: a model, its loss, its data, and what is worth saying about a step (training/tasks.py).
 
     Metrics are sums, never means: a (sum, count) pair is divided after it was added over microbatches, devices and
-    steps; a bare array is a plain sum (a count of tokens, a histogram of codes).
+    steps; a bare array is a plain sum (a count of tokens, a histogram of codes). Those under STATISTICS, a dict, are for
+    `settle` alone and are not reported.
+
+    What a task keeps (`kept`) is state that no gradient moves: averaged weights, statistics of a codebook.
     """
 
     @property
@@ -59,8 +67,25 @@ class Task(Protocol):
     def logical_axes(self, params: Params) -> Any:
         """A tree like params, of tuples of logical axis names (parallel/rules.py)."""
 
-    def loss(self, params: Params, batch: Batch, keys: jax.Array | None) -> tuple[jax.Array, jax.Array, Metrics]:
-        """(sum of weight * loss, sum of weight, metric sums); keys [B], one for each row; None: no dropout."""
+    def start(self, params: Params) -> Params:
+        """What is kept beside the parameters, before the first step."""
+
+    def loss(
+        self, params: Params, kept: Params, batch: Batch, keys: jax.Array | None
+    ) -> tuple[jax.Array | dict[str, jax.Array], jax.Array, Metrics]:
+        """(sum of weight * loss, sum of weight, metric sums); keys [B], one for each row; None: held out, no dropout.
+
+        Several losses come as a dict, by the top-level key of the parameters that each of them moves.
+        """
+
+    def settle(self, params: Params, kept: Params, sums: Metrics) -> tuple[Params, Params]:
+        """(params, kept) after the optimizer moved `params`; sums: what the step's batch left under STATISTICS."""
+
+    def inference_params(self, params: Params, kept: Params) -> Params:
+        """The model to validate, show and use: the parameters, or their averages."""
+
+    def warning(self, line: Mapping[str, float]) -> str:
+        """What a person should know of a log line (the `summary` of some steps); "" if nothing."""
 
     def summary(self, totals: Metrics) -> dict[str, float]:
         """The numbers to write down, from metric sums on the host."""
@@ -72,19 +97,36 @@ class Task(Protocol):
         """JSON for the checkpoint: enough to build the model again."""
 
 
+class NothingKept:
+    """For a task that trains all it holds."""
+
+    def start(self, params: Params) -> Params:
+        return {}
+
+    def settle(self, params: Params, kept: Params, sums: Metrics) -> tuple[Params, Params]:
+        return params, kept
+
+    def inference_params(self, params: Params, kept: Params) -> Params:
+        return params
+
+    def warning(self, line: Mapping[str, float]) -> str:
+        return ""
+
+
 class TrainState(NamedTuple):
     """All that a run is; with the data a function of `step`, restoring it resumes exactly."""
 
     step: jax.Array  # i32 [], steps taken
     params: Params
     optimizer: optax.OptState
+    kept: Params  # the task's, beside what gradients move
 
 
 class StepReport(NamedTuple):
     """What one step says. `values` holds sums, (sum, count) pairs and histograms; the rest is the NaN guard."""
 
     values: Metrics
-    loss: jax.Array  # f32 []
+    loss: jax.Array  # f32 [], of several their sum
     grad_norm: jax.Array  # f32 [], before clipping
     finite: jax.Array  # bool [], False: the step was not taken
     finite_leaves: dict[str, jax.Array]  # by leaf: bool [], or bool [L] for stacked layers
@@ -93,7 +135,8 @@ class StepReport(NamedTuple):
 def make_state(task: Task, tx: optax.GradientTransformation, seed: int) -> TrainState:
     """The state before the first step. Jittable, and the same on every mesh."""
     params = task.init(jax.random.key(seed))
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    kept = jax.tree.map(jnp.copy, task.start(params))  # no buffer twice: the state is donated
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), kept)
 
 
 def abstract_state(task: Task, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -101,7 +144,8 @@ def abstract_state(task: Task, tx: optax.GradientTransformation, mesh: Mesh) -> 
     shapes = jax.eval_shape(lambda: make_state(task, tx, 0))
     whole = NamedSharding(mesh, P())
     params = shardings(mesh, task.logical_axes(shapes.params), shapes.params)
-    places = TrainState._make((whole, params, state_shardings(tx, shapes.params, params, whole)))
+    kept = shardings(mesh, task.logical_axes(shapes.kept), shapes.kept) if shapes.kept else {}
+    places = TrainState._make((whole, params, state_shardings(tx, shapes.params, params, whole), kept))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
 
 
@@ -123,24 +167,29 @@ def split_microbatches(batch: Batch, count: int, mesh: Mesh) -> Batch:
 
 
 def gradients(
-    task: Task, params: Params, batch: Batch, key: jax.Array, *, accumulation: int, mesh: Mesh
-) -> tuple[jax.Array, Params, Metrics]:
-    """(loss, gradients, metric sums) of one global batch, in `accumulation` sequential parts of it.
+    task: Task, params: Params, kept: Params, batch: Batch, key: jax.Array, *, accumulation: int, mesh: Mesh
+) -> tuple[jax.Array | dict[str, jax.Array], Params, Metrics]:
+    """(loss or losses, gradients, metric sums) of one global batch, in `accumulation` sequential parts of it.
 
     What is random is keyed by row, fold_in(key, row of the global batch), and so the same in any number of parts.
     """
     rows = next(iter(batch.values())).shape[0]
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
-    def objective(params: Params, batch: Batch, keys: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-        loss, weight, metrics = task.loss(params, batch, keys)
-        return loss, (weight, metrics)
-
     places = shardings(mesh, task.logical_axes(params), params)
-    part = jax.value_and_grad(objective, has_aux=True)
 
     def summed(batch: Batch, keys: jax.Array) -> Any:
-        (loss, (weight, metrics)), grads = part(params, batch, keys)
+        def objective(params: Params) -> tuple[Any, tuple[jax.Array, Metrics]]:
+            loss, weight, metrics = task.loss(params, kept, batch, keys)
+            return loss, (weight, metrics)
+
+        loss, pull_back, (weight, metrics) = jax.vjp(objective, params, has_aux=True)
+        if isinstance(loss, dict):
+            one = {name: jnp.ones_like(value) for name, value in loss.items()}
+            none = jax.tree.map(jnp.zeros_like, one)
+            grads = {name: pull_back(none | {name: one[name]})[0][name] for name in params}
+        else:
+            (grads,) = pull_back(jnp.ones_like(loss))
         # Without this the compiler may keep gradients whole, and the memory that fsdp saves is lost.
         return loss, weight, metrics, jax.lax.with_sharding_constraint(grads, places)
 
@@ -157,7 +206,8 @@ def gradients(
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(summed, *first))
         (loss, weight, metrics, grads), _ = jax.lax.scan(add, zeros, (parts, keys))
     scale = jnp.where(weight > 0, 1.0 / weight, 0.0)  # a batch without weight moves nothing
-    return loss * scale, jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads), metrics
+    loss, grads = jax.tree.map(lambda x: (x * scale).astype(x.dtype), (loss, grads))
+    return loss, grads, metrics
 
 
 def squared_norms(grads: Params) -> dict[str, jax.Array]:
@@ -169,6 +219,12 @@ def squared_norms(grads: Params) -> dict[str, jax.Array]:
 
     leaves = jax.tree_util.tree_leaves_with_path(grads)
     return {jax.tree_util.keystr(path, simple=True, separator="."): one(path, leaf) for path, leaf in leaves}
+
+
+def clipped(grads: Params, norm: jax.Array, largest: float) -> Params:
+    """Gradients of the given norm, shrunk to at most `largest`."""
+    shrink = jnp.minimum(1.0, largest / jnp.maximum(norm, 1e-12))
+    return jax.tree.map(lambda g: (g * shrink).astype(g.dtype), grads)
 
 
 def make_train_step(
@@ -184,25 +240,33 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        loss, grads, values = gradients(task, state.params, batch, key, accumulation=accumulation, mesh=mesh)
+        loss, grads, values = gradients(
+            task, state.params, state.kept, batch, key, accumulation=accumulation, mesh=mesh
+        )
+        statistics = values.pop(STATISTICS, {})
         squares = squared_norms(grads)
         norm = jnp.sqrt(sum(jnp.sum(s) for s in squares.values()))
         leaves = {name: jnp.isfinite(s) for name, s in squares.items()}
-        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-        if clip_norm:
-            shrink = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
-            grads = jax.tree.map(lambda g: (g * shrink).astype(g.dtype), grads)
+        if clip_norm and isinstance(loss, dict):  # what one loss moves is clipped by its own norm
+            grads = {name: clipped(part, optax.global_norm(part), clip_norm) for name, part in grads.items()}
+        elif clip_norm:
+            grads = clipped(grads, norm, clip_norm)
+        total = jnp.sum(jnp.stack(jax.tree.leaves(loss)))
+        finite = jnp.isfinite(norm) & jnp.isfinite(total)
         updates, optimizer = tx.update(grads, state.optimizer, state.params)
-        moved = (optax.apply_updates(state.params, updates), optimizer)
-        params, optimizer = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), moved, (state.params, state.optimizer)
-        )
-        return TrainState(state.step + 1, params, optimizer), StepReport(values, loss, norm, finite, leaves)
+        params, kept = task.settle(optax.apply_updates(state.params, updates), state.kept, statistics)
+        moved = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, optimizer, kept), state[1:])
+        return TrainState(state.step + 1, *moved), StepReport(values, total, norm, finite, leaves)
 
     places = jax.tree.map(lambda x: x.sharding, abstract_state(task, tx, mesh))
     return jax.jit(train_step, donate_argnums=0, out_shardings=(places, NamedSharding(mesh, P())))
 
 
 def make_eval_step(task: Task, mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted (params, batch) -> metric sums of a held-out batch: no dropout, no gradient."""
-    return jax.jit(lambda params, batch: task.loss(params, batch, None)[2], out_shardings=NamedSharding(mesh, P()))
+    """The jitted (params, kept, batch) -> metric sums of a held-out batch: no dropout, no gradient."""
+
+    def eval_step(params: Params, kept: Params, batch: Batch) -> Metrics:
+        values = task.loss(task.inference_params(params, kept), kept, batch, None)[2]
+        return {name: value for name, value in values.items() if name != STATISTICS}
+
+    return jax.jit(eval_step, out_shardings=NamedSharding(mesh, P()))

@@ -22,7 +22,7 @@ from ar_unified.document import TASKS
 from ar_unified.model import transformer
 from ar_unified.model.config import TransformerConfig
 from ar_unified.model.loss import token_losses
-from ar_unified.training.step import Batch, BatchOfStep, Metrics, Params
+from ar_unified.training.step import Batch, BatchOfStep, Metrics, NothingKept, Params
 from ar_unified.vocabulary import Role, Vocabulary
 
 
@@ -32,7 +32,7 @@ def ratios(totals: Metrics) -> dict[str, float]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TransformerTask:
+class TransformerTask(NothingKept):
     """Next-token prediction on packed rows of every task at once.
 
     The weight of a target is role_weights[its role] * task_weights[its document's task], times `prompt_weight` where
@@ -84,7 +84,9 @@ class TransformerTask:
         prompt = jnp.where(batch["prompt"], self.prompt_weight, 1.0)
         return role_weight[self.vocabulary.role(batch["targets"])] * task_weight[batch["tasks"]] * prompt
 
-    def loss(self, params: Params, batch: Batch, keys: jax.Array | None) -> tuple[jax.Array, jax.Array, Metrics]:
+    def loss(
+        self, params: Params, kept: Params, batch: Batch, keys: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, Metrics]:
         model = transformer.Transformer.bind(self.config, params)
         dropout_keys = keys if self.config.dropout else None
         hidden = model(batch["tokens"], batch["positions"], batch["doc_start"], dropout_keys=dropout_keys)
@@ -139,7 +141,7 @@ class TransformerTask:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TokenizerTask:
+class TokenizerTask(NothingKept):
     """The image autoencoder on batches {"pixels": uint8 [B, H, W, 3]}."""
 
     config: autoencoder.AutoencoderConfig
@@ -158,7 +160,9 @@ class TokenizerTask:
     def describe(self) -> dict[str, Any]:
         return {"kind": self.name, **dataclasses.asdict(self.config)}
 
-    def loss(self, params: Params, batch: Batch, keys: jax.Array | None) -> tuple[jax.Array, jax.Array, Metrics]:
+    def loss(
+        self, params: Params, kept: Params, batch: Batch, keys: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, Metrics]:
         images = jnp.float32(batch["pixels"].shape[0])
         loss, metrics = autoencoder.loss(self.config, params, batch["pixels"], keys)
         return loss * images, images, {"loss": (loss * images, images), "images": images, **metrics}

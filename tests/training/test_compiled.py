@@ -56,7 +56,7 @@ def test_memory_of_parameters_gradients_and_optimizer_falls_with_fsdp():
             x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(state.optimizer)
         )
         compute = jax.jit(
-            lambda p, b, mesh=mesh: gradients(task, p, b, jax.random.key(0), accumulation=2, mesh=mesh)[1]
+            lambda p, b, mesh=mesh: gradients(task, p, {}, b, jax.random.key(0), accumulation=2, mesh=mesh)[1]
         )
         with jax.set_mesh(mesh):
             lowered = compute.lower(state.params, batch_on(mesh, rows=16, length=16))

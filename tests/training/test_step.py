@@ -36,7 +36,7 @@ def loss_and_gradients(params, shape, devices=8, accumulation=1, batch=None, **o
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, shardings(mesh, task.logical_axes(params), params))
         compute = jax.jit(
-            lambda p, b: gradients(task, p, b, jax.random.key(0), accumulation=accumulation, mesh=mesh),
+            lambda p, b: gradients(task, p, {}, b, jax.random.key(0), accumulation=accumulation, mesh=mesh),
             compiler_options=compiler,
         )
         return jax.device_get(compute(placed, place_batch(mesh, batch or tiny.packed(0))))
@@ -133,7 +133,7 @@ def test_state_stays_where_the_rules_put_it(params):
     moments = [x.sharding for x in jax.tree.leaves(abstract.optimizer) if x.ndim]
     assert moments == jax.tree.leaves(places.params) * 2
     with jax.set_mesh(mesh):
-        state = TrainState(jnp.int32(0), params, tx.init(params))
+        state = TrainState(jnp.int32(0), params, tx.init(params), {})
         compiled = make_train_step(task, tx, mesh, seed=0, clip_norm=1.0).lower(
             jax.device_put(state, places), place_batch(mesh, tiny.packed(0))
         )
@@ -151,7 +151,7 @@ def test_dropout_is_keyed_by_step_and_repeats(params):
     losses = []
     with jax.set_mesh(mesh):
         for number in (0, 1, 0):
-            state = jax.tree.map(jnp.array, TrainState(jnp.int32(number), params, tx.init(params)))
+            state = jax.tree.map(jnp.array, TrainState(jnp.int32(number), params, tx.init(params), {}))
             losses.append(float(step(state, place_batch(mesh, tiny.packed(0)))[1].loss))
     assert losses[0] == losses[2] != losses[1]
 
@@ -159,7 +159,7 @@ def test_dropout_is_keyed_by_step_and_repeats(params):
 def test_metrics_are_what_they_are_called(params):
     task = tiny.task()
     batch = tiny.packed(3)
-    loss_sum, weight, metrics = jax.device_get(jax.jit(lambda p, b: task.loss(p, b, None))(params, batch))
+    loss_sum, weight, metrics = jax.device_get(jax.jit(lambda p, b: task.loss(p, {}, b, None))(params, batch))
     role = tiny.VOCABULARY.role(batch["targets"])
     assert {0, 1, 4} <= set(role.ravel())
     expected = np.where(role == 4, 0.5, 1.0) * np.where(batch["tasks"] == 3, 2.0, 1.0)

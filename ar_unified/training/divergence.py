@@ -1,0 +1,48 @@
+"""Training that has gone wrong without a NaN: the loss stands above where it began."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+_BEGINNING = 10  # steps whose mean loss is where training began
+_MEMORY = 0.9  # of the running mean: about ten steps, so that one bad batch is none
+
+
+class Diverged(RuntimeError):
+    """The loss rose far above its beginning and stayed there; training stopped before the next checkpoint."""
+
+
+class Watch:
+    """Takes the loss of every step and raises Diverged once their running mean exceeds 1.5 x the beginning + 1.
+
+    A model that knows nothing has about the loss it began with; one that is far above it is worse than none, and
+    almost never comes back. The `+ 1` leaves room for a model that began well (a fine-tuning).
+
+    Args:
+      rows: of an earlier part of this run, from metrics.jsonl: the first says where it began.
+    """
+
+    def __init__(self, rows: Sequence[dict[str, Any]] = ()) -> None:
+        began = [row["loss"] for row in rows if isinstance(row.get("loss"), float)]
+        self.began: float | None = began[0] if began else None
+        self._first: list[float] = []
+        self._mean: float | None = None
+
+    def add(self, step: int, loss: float, latest: Callable[[], int | None]) -> None:
+        """step: as taken, from 0. latest: finds the last checkpoint, for the message."""
+        if self.began is None:
+            self._first.append(loss)
+            if len(self._first) < _BEGINNING:
+                return
+            self.began = min(self._first[0], sum(self._first) / len(self._first))
+        self._mean = loss if self._mean is None else _MEMORY * self._mean + (1 - _MEMORY) * loss
+        if self._mean > 1.5 * self.began + 1:
+            good = latest()
+            kept = f"step {good} is the last good checkpoint" if good else "there is no checkpoint yet"
+            raise Diverged(
+                f"diverged at step {step}: the loss has come to {self._mean:.4g} from {self.began:.4g} at the "
+                f"beginning; {kept}. Try a lower learning rate (lower it with the batch size too), a longer warm-up or a "
+                "lower clip_norm; with an adversary, a smaller weight or a later start. Starting again resumes from the "
+                "checkpoint and, with the same settings, meets the same end."
+            )
