@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from absl import flags
+from ar_tokenizers.image.adversary import AdversaryConfig
 from ml_collections import ConfigDict, config_flags
 
 from ar_unified.model.config import PRESETS, TransformerConfig
@@ -53,11 +54,27 @@ def defaults() -> ConfigDict:
     config.image_tokenizer.codes = 1024  # vq: the codebook
     config.image_tokenizer.code_dim = 8  # vq
     config.image_tokenizer.l1_weight = 0.0
+    config.image_tokenizer.l2_weight = 1.0
+    config.image_tokenizer.perceptual = "none"  # none | ms_ssim | match | lpips | features
+    config.image_tokenizer.perceptual_weight = 1.0
+    config.image_tokenizer.perceptual_file = ""  # lpips, features: the network's weights
+    config.image_tokenizer.adversary = ConfigDict(dataclasses.asdict(AdversaryConfig()))
+    config.image_tokenizer.ema = 0.0  # decay of the averaged weights that are used in the end; 0: the last ones
     config.image_tokenizer.dtype = "float32"
     config.image_tokenizer.steps = 1000
     config.image_tokenizer.batch_size = 64
+    config.image_tokenizer.accumulation = 1  # microbatches per step
     config.image_tokenizer.learning_rate = 2e-3
+    config.image_tokenizer.warmup_steps = 50  # at most a tenth of the steps
+    config.image_tokenizer.final_fraction = 0.02  # of the peak, at the last step
+    config.image_tokenizer.b1 = 0.9
+    config.image_tokenizer.b2 = 0.99
+    config.image_tokenizer.weight_decay = 0.0
+    config.image_tokenizer.clip_norm = 1.0
+    config.image_tokenizer.checkpoint_every = 0  # and validate and show pictures; 0: at each quarter
     config.image_tokenizer.crop = 0  # train on random crops of this side; 0: on whole pictures of image_size
+    config.image_tokenizer.short_side = 0  # of the pictures that are cropped; 0: 5/4 of the crop
+    config.image_tokenizer.mirror = False  # half of them left to right
 
     config.model = model("2m")
 

@@ -13,6 +13,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from ar_tokenizers.image.adversary import AdversaryConfig
+from ar_tokenizers.image.metrics import collapse, usage
+from ar_tokenizers.image.objective import Objective, ObjectiveConfig
+from ar_tokenizers.image.perceptual import open_perceptual
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 from ar_tokenizers.text import TextTokenizer
 
@@ -74,42 +78,65 @@ def train_image(experiment: Experiment) -> None:
         return experiment.skip(stage)
     size = (settings.crop, settings.crop) if settings.crop else tuple(experiment.config.data.image_size)
 
-    def pictures(sources: Sequence[Any], random_crop: bool) -> ImageBatches:
-        seed = experiment.config.seed
-        return ImageBatches(sources, size=size, batch_size=settings.batch_size, seed=seed, random_crop=random_crop)
+    def pictures(sources: Sequence[Any], **options: Any) -> ImageBatches:
+        return ImageBatches(sources, size=size, batch_size=settings.batch_size, seed=experiment.config.seed, **options)
 
-    held_out = pictures(experiment.held_out["validation"] or experiment.train, False)
+    held_out = pictures(experiment.held_out["validation"] or experiment.train)
     validation = [held_out.batch(step) for step in range(_VALIDATION_BATCHES)]
-    task = TokenizerTask(experiment.autoencoder, pictures(experiment.train, bool(settings.crop)).batch, validation)
+    objective = Objective(
+        experiment.autoencoder,
+        configs.pick(ObjectiveConfig, settings, adversary=configs.pick(AdversaryConfig, settings.adversary)),
+        open_perceptual(settings.perceptual, settings.perceptual_file),
+    )
+    # Without a crop, whole pictures; a mirrored "left" would be wrong where text says so, not for a tokenizer.
+    options = {"short_side": settings.short_side or settings.crop * 5 // 4} if settings.crop else {}
+    batches = pictures(experiment.train, mirror=settings.mirror, **options)
+    task = TokenizerTask(objective, batches.batch, validation)
 
     def preview(step: int, params: Any) -> Mapping[str, np.ndarray]:
         shown = validation[0]["pixels"][:_SHEET]
-        tokenizer = ImageTokenizer(experiment.autoencoder, jax.device_get(params), batch_size=_SHEET)
+        weights = jax.device_get(params["autoencoder"])
+        tokenizer = ImageTokenizer(experiment.autoencoder, weights, batch_size=len(shown))
         rows = (shown, tokenizer.decode(tokenizer.encode(shown)))
         return {"reconstructions": np.concatenate([np.concatenate(list(row), 1) for row in rows], 0)}
 
     steps = settings.steps
-    every = max(1, steps // 4)
+    every = settings.checkpoint_every or max(1, steps // 4)
+    rate = settings.adversary.learning_rate
     training = TrainingConfig(
         steps=steps,
         seed=experiment.config.seed,
+        accumulation=settings.accumulation,
         optimizer=OptimizerConfig(
             learning_rate=settings.learning_rate,
-            warmup_steps=min(50, steps // 10),
-            final_fraction=0.02,
-            b2=0.99,
-            weight_decay=0.0,
+            warmup_steps=min(settings.warmup_steps, steps // 10),
+            final_fraction=settings.final_fraction,
+            b1=settings.b1,
+            b2=settings.b2,
+            weight_decay=settings.weight_decay,
+            clip_norm=settings.clip_norm,
+            factors=(("discriminator", rate / settings.learning_rate),) if rate else (),
         ),
-        log_every=max(1, steps // 40),
+        log_every=max(1, min(100, steps // 40)),
         validate_every=every,
         preview_every=every,
         checkpoint_every=every,
         keep=1,
     )
     params = fit(task, training, stage.folder, mesh=experiment.mesh, preview=preview, logger=experiment.say)
-    params = runtime.to_host(params)
+    params = runtime.to_host(params["autoencoder"])
     if runtime.first():
         tokenizer = ImageTokenizer(experiment.autoencoder, params)
         tokenizer.save(stage.folder)
-        experiment.finish(stage, {"codes": tokenizer.codebook_size, "hash": tokenizer.hash})
+        counts = np.bincount(
+            np.concatenate([tokenizer.encode(batch["pixels"]).ravel() for batch in validation]),
+            minlength=tokenizer.codebook_size,
+        )
+        summary: dict[str, Any] = {"codes": tokenizer.codebook_size, "hash": tokenizer.hash}
+        if warning := collapse(usage(counts), tokenizer.codebook_size):
+            experiment.say(f"image_tokenizer: WARNING, on held-out pictures {warning}")
+            summary["warning"] = warning
+        if objective.perceptual is not None:
+            summary["perceptual"] = objective.perceptual.describe()
+        experiment.finish(stage, summary)
     runtime.barrier(stage.name)

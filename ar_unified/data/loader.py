@@ -202,7 +202,8 @@ class ImageBatches:
         size: (H, W) in pixels.
         weights: shares of the sources; None: by their number of documents.
         mirror: whether half of the pictures are mirrored left to right (not for text, nor where sides matter).
-        random_crop: cut the window at random out of a picture scaled to 5/4 of the size, not from the middle.
+        short_side: scale pictures to this short side, in pixels, and cut the window at random out of them; None: the
+            largest window of the size's aspect, from the middle.
     """
 
     def __init__(
@@ -214,11 +215,13 @@ class ImageBatches:
         seed: int = 0,
         weights: Sequence[float] | None = None,
         mirror: bool = False,
-        random_crop: bool = False,
+        short_side: int | None = None,
         memory: int = 2**29,
     ):
         self.sources, self.size, self.batch_size, self.seed = list(sources), size, batch_size, seed
-        self.mirror, self.random_crop = mirror, random_crop
+        if short_side is not None and short_side < max(size):
+            raise ValueError(f"short_side must be at least the sides of the window, {size}; got {short_side}")
+        self.mirror, self.short_side = mirror, short_side
         self._mixture = Mixture([len(source) for source in sources], weights)
         self._room = memory
         self._kept: dict[tuple[int, int], list[np.ndarray]] = {}
@@ -256,16 +259,22 @@ class ImageBatches:
         place = (source, document)
         if place in self._kept:
             return self._kept[place]
-        H, W = (side * 5 // 4 if self.random_crop else side for side in self.size)
         try:
             parts = self.sources[source][document].parts
         except BadItem:
             parts = ()
-        found = [images.resize(part.pixels, H, W) for part in parts if isinstance(part, ImagePart)]
+        found = [images.resize(part.pixels, *self._scaled(part.pixels)) for part in parts if isinstance(part, ImagePart)]
         self._room -= sum(picture.nbytes for picture in found)
         if self._room > 0:
             self._kept[place] = found
         return found
+
+    def _scaled(self, pixels: np.ndarray) -> tuple[int, int]:
+        if self.short_side is None:
+            return self.size
+        height, width = pixels.shape[:2]
+        scale = self.short_side / min(height, width)
+        return round(height * scale), round(width * scale)
 
 
 def iterate(

@@ -28,7 +28,8 @@ class OptimizerConfig:
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
-    clip_norm: float = 1.0  # of the whole gradient; 0: no clipping
+    clip_norm: float = 1.0  # of the whole gradient (of each loss's, where there are several); 0: no clipping
+    factors: tuple[tuple[str, float], ...] = ()  # on the learning rate, by the top-level key of the parameters
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -68,7 +69,7 @@ def is_decayed(path: tuple[Any, ...], leaf: Any) -> bool:
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """AdamW over plain parameter trees. Clipping is the train step's, which knows the norm already."""
-    return optax.adamw(
+    adamw = optax.adamw(
         learning_rate(config, steps),
         b1=config.b1,
         b2=config.b2,
@@ -76,6 +77,14 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         weight_decay=config.weight_decay,
         mask=lambda params: jax.tree_util.tree_map_with_path(is_decayed, params),
     )
+    if not config.factors:
+        return adamw
+
+    def scaled(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        factors = dict(config.factors)
+        return {k: jax.tree.map(lambda u, f=factors.get(k, 1.0): f * u, part) for k, part in updates.items()}, state
+
+    return optax.chain(adamw, optax.GradientTransformation(lambda params: optax.EmptyState(), scaled))
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any, param_shardings: Any, other: Any) -> Any:

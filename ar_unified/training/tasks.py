@@ -15,14 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ar_tokenizers.image import autoencoder
-from ar_tokenizers.image.metrics import usage
+from ar_tokenizers.image.metrics import collapse, usage
+from ar_tokenizers.image.objective import Objective
 
 from ar_unified.document import TASKS
 from ar_unified.model import transformer
 from ar_unified.model.config import TransformerConfig
 from ar_unified.model.loss import token_losses
-from ar_unified.training.step import Batch, BatchOfStep, Metrics, NothingKept, Params
+from ar_unified.training.step import STATISTICS, Batch, BatchOfStep, Metrics, NothingKept, Params
 from ar_unified.vocabulary import Role, Vocabulary
 
 
@@ -141,35 +141,57 @@ class TransformerTask(NothingKept):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TokenizerTask(NothingKept):
-    """The image autoencoder on batches {"pixels": uint8 [B, H, W, 3]}."""
+class TokenizerTask:
+    """The image autoencoder, and its adversary if it has one, on batches {"pixels": uint8 [B, H, W, 3]}.
 
-    config: autoencoder.AutoencoderConfig
+    Parameters and losses are by the names "autoencoder" and "discriminator" (ar_tokenizers.image.objective).
+    """
+
+    objective: Objective
     batch: BatchOfStep
     validation: Sequence[Mapping[str, np.ndarray]] = ()
     name: str = "image_tokenizer"
     unit: str = "images"
 
     def init(self, key: jax.Array) -> Params:
-        return autoencoder.init(self.config, key)
+        return self.objective.init(key)
+
+    def start(self, params: Params) -> Params:
+        return self.objective.start(params)
+
+    def inference_params(self, params: Params, kept: Params) -> Params:
+        return self.objective.inference_params(params, kept)
 
     def logical_axes(self, params: Params) -> Any:
         """Output channels of every kernel; vectors stay whole."""
         return jax.tree.map(lambda x: (None,) * (x.ndim - 1) + ("channels" if x.ndim > 1 else None,), params)
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": self.name, **dataclasses.asdict(self.config)}
+        objective = self.objective
+        return {
+            "kind": self.name,
+            **dataclasses.asdict(objective.autoencoder),
+            "objective": dataclasses.asdict(objective.config),
+            "perceptual": objective.perceptual.describe() if objective.perceptual else {},
+        }
 
     def loss(
         self, params: Params, kept: Params, batch: Batch, keys: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array, Metrics]:
+    ) -> tuple[dict[str, jax.Array], jax.Array, Metrics]:
         images = jnp.float32(batch["pixels"].shape[0])
-        loss, metrics = autoencoder.loss(self.config, params, batch["pixels"], keys)
-        return loss * images, images, {"loss": (loss * images, images), "images": images, **metrics}
+        losses, metrics, sums = self.objective.losses(params, kept, batch["pixels"], keys)
+        return losses, images, {"images": images, STATISTICS: sums, **metrics}
+
+    def settle(self, params: Params, kept: Params, sums: Metrics) -> tuple[Params, Params]:
+        return self.objective.settle(params, kept, sums)
 
     def summary(self, totals: Metrics) -> dict[str, float]:
         codes = usage(totals["code_counts"]) if "code_counts" in totals else {}
         return ratios(totals) | {f"codes/{k}": float(v) for k, v in codes.items()}
+
+    def warning(self, line: Mapping[str, float]) -> str:
+        size = self.objective.autoencoder.codebook_size
+        return collapse({k.removeprefix("codes/"): v for k, v in line.items() if k.startswith("codes/")}, size)
 
     def flops(self, totals: Metrics) -> None:
         return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 
@@ -36,3 +38,21 @@ def usage(counts: np.ndarray) -> dict[str, float]:
     p = counts[counts > 0] / counts.sum()
     entropy = float(-(p * np.log2(p)).sum()) + 0.0
     return {"usage": float((counts > 0).mean()), "perplexity": 2.0**entropy, "entropy_bits": entropy}
+
+
+def collapse(found: Mapping[str, float], codebook_size: int) -> str:
+    """A warning where a codebook is hardly used, with the numbers that show it; "" where all is well.
+
+    Args:
+      found: what `usage` said of at least some thousand codes.
+    """
+    if not found:
+        return ""
+    used, perplexity = round(found["usage"] * codebook_size), found["perplexity"]
+    if perplexity >= 2 and (used >= 0.05 * codebook_size or used >= 256):
+        return ""
+    return (
+        f"the codebook has collapsed: {used} of {codebook_size} codes are used, with a perplexity of {perplexity:.1f}. "
+        "Are all pictures of one colour? Else try quantizer=fsq, a smaller codebook, a smaller code_dim, restart, or "
+        "a lower learning rate"
+    )

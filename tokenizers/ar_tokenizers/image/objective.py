@@ -1,0 +1,239 @@
+"""What an image tokenizer is trained for: reconstruction, its quantiser, how pictures look, and an adversary.
+
+Axes: B batch, H W pixels, K codebook size.
+
+The parameters are {"autoencoder": ..., "discriminator": ...}, the second only with an adversary, and so are the losses:
+each moves the parameters of its name, and both come from one forward pass. What is kept beside the parameters is what
+no gradient moves: the number of steps, averaged weights, statistics of the codebook, averages of the discriminator, the
+weights of a pretrained network that pictures are compared with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ar_tokenizers.image import adversary as adversaries
+from ar_tokenizers.image import autoencoder as autoencoders
+from ar_tokenizers.image.adversary import AdversaryConfig
+from ar_tokenizers.image.autoencoder import Autoencoder, Reconstruction, to_float
+from ar_tokenizers.image.config import AutoencoderConfig
+from ar_tokenizers.image.perceptual import Perceptual, feature_matching
+
+Params = dict[str, Any]
+Metrics = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """The weights of the losses, and whether the weights are averaged. ValueError where the numbers make no sense."""
+
+    l1_weight: float = 0.0  # weight of the mean absolute error of pixels in [-1, 1]
+    l2_weight: float = 1.0  # and of the mean squared error
+    perceptual: str = "none"  # one of perceptual.KINDS
+    perceptual_weight: float = 1.0
+    adversary: AdversaryConfig = AdversaryConfig()
+    ema: float = 0.0  # decay of the averaged weights that are used in the end, e.g. 0.9999; 0: the last ones
+
+    def __post_init__(self) -> None:
+        for name in ("l1_weight", "l2_weight", "perceptual_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"objective: {name} must be 0 or more, got {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"objective: ema must be in [0, 1), got {self.ema}")
+        if not self.l1_weight + self.l2_weight > 0:
+            raise ValueError("objective: l1_weight and l2_weight are both 0: nothing would ask for the right colours")
+        if self.perceptual == "match" and self.adversary.kind == "none":
+            raise ValueError("objective: perceptual 'match' compares what the adversary sees, and there is no adversary")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Objective:
+    """An autoencoder, its losses, and the network that pictures are compared with."""
+
+    autoencoder: AutoencoderConfig
+    config: ObjectiveConfig = ObjectiveConfig()
+    perceptual: Perceptual | None = None
+
+    def init(self, key: jax.Array) -> Params:
+        params = {"autoencoder": autoencoders.init(self.autoencoder, key)}
+        if self.config.adversary.kind != "none":
+            params["discriminator"] = adversaries.init(self.config.adversary, jax.random.fold_in(key, 1))
+        return params
+
+    def start(self, params: Params) -> Params:
+        """What is kept, before the first step."""
+        quantizer = autoencoders.quantizer(self.autoencoder)
+        kept: Params = {"steps": jnp.zeros((), jnp.int32)}
+        if statistics := quantizer.start(params["autoencoder"].get("quantizer", {})):
+            kept["quantizer"] = statistics
+        if self.config.ema:
+            kept["average"] = params["autoencoder"]
+        if self.config.adversary.lecam:
+            kept["lecam"] = adversaries.lecam_init()
+        if self.perceptual is not None and self.perceptual.params:
+            kept["perceptual"] = self.perceptual.params
+        return kept
+
+    def inference_params(self, params: Params, kept: Params) -> Params:
+        """The same tree, with the averaged weights in place where there are any."""
+        return {**params, "autoencoder": kept.get("average", params["autoencoder"])}
+
+    def losses(
+        self, params: Params, kept: Params, pixels: jax.Array, keys: jax.Array | None
+    ) -> tuple[dict[str, jax.Array], Metrics, dict[str, Any]]:
+        """What to minimise for a batch.
+
+        Args:
+          pixels: [B, H, W, 3], uint8, or float32 in [-1, 1].
+          keys: PRNG keys [B], one for each picture; None: held-out pictures, whose losses are without the adversary.
+
+        Returns:
+          losses, float32 [] by the parameters that each moves, summed over the pictures; metrics, (sum, count) over the
+          pictures, and `code_counts`, how often each code was used, int32 [K]; and sums for `settle`.
+        """
+        config, target = self.config, to_float(pixels)
+        made = Autoencoder.bind(self.autoencoder, params["autoencoder"])(target, keys)
+        count = float(target.shape[0])
+
+        def similar(fake: jax.Array) -> tuple[jax.Array, Metrics]:
+            """The losses that compare with the original, weighted, and each by its name: float32 [B]."""
+            error = fake - target
+            parts = {
+                "l1": jnp.mean(jnp.abs(error), axis=(1, 2, 3)),
+                "mse": jnp.mean(jnp.square(error), axis=(1, 2, 3)),
+            }
+            loss = config.l1_weight * parts["l1"] + config.l2_weight * parts["mse"]
+            if self.perceptual is not None:
+                parts["perceptual"] = self.perceptual.distance(kept.get("perceptual", {}), target, fake)
+                loss += config.perceptual_weight * parts["perceptual"]
+            return loss, parts
+
+        loss, parts = similar(made.pixels)
+        loss += made.quantizer_loss
+        seen = jnp.mean(jnp.square(jnp.clip(made.pixels, -1, 1) - target), axis=(1, 2, 3))
+        parts["psnr"] = 10 * jnp.log10(4 / jnp.maximum(seen, 4e-10))  # at most 100 dB, as in metrics.psnr
+        parts["quantizer_loss"] = jnp.broadcast_to(made.quantizer_loss, loss.shape)
+        parts["loss"] = loss  # without the adversary, whose loss says nothing over time
+        losses, sums = {"autoencoder": jnp.sum(loss)}, {"quantizer": made.quantizer_sums}
+        if "discriminator" in params:
+            losses["discriminator"] = jnp.zeros(())
+        if "discriminator" in params and keys is not None:
+            judged = self._judged(params, kept, target, made, lambda fake: similar(fake)[0])
+            losses["autoencoder"] += jnp.sum(judged.generator)
+            losses["discriminator"] += jnp.sum(judged.discriminator)
+            parts |= judged.parts
+            sums["adversary"] = {"real": jnp.sum(judged.parts["logits/real"]), "count": jnp.float32(count)} | {
+                "fake": jnp.sum(judged.parts["logits/fake"])
+            }
+        metrics: Metrics = {name: (jnp.sum(part), count) for name, part in parts.items()}
+        metrics["code_counts"] = jnp.zeros(self.autoencoder.codebook_size, jnp.int32).at[made.codes.ravel()].add(1)
+        return losses, jax.lax.stop_gradient(metrics), jax.lax.stop_gradient(sums)
+
+    def _judged(
+        self,
+        params: Params,
+        kept: Params,
+        target: jax.Array,
+        made: Reconstruction,
+        similar: Callable[[jax.Array], jax.Array],
+    ) -> Judged:
+        """What the adversary makes of a batch; nothing is computed before its time has come."""
+        config, matching = self.config.adversary, self.config.perceptual_weight * (self.config.perceptual == "match")
+        weight, learning = adversaries.gates(config, kept["steps"])
+
+        def generator(discriminator: Params, fake: jax.Array) -> tuple[jax.Array, Any]:
+            logits, features = adversaries.logits(config, discriminator, fake)
+            return adversaries.generator_loss(config, logits), (logits, features)
+
+        def judge(discriminator: Params, fake: jax.Array) -> Judged:
+            real_logits, real_features = adversaries.logits(config, discriminator, target)
+            fooled, (fake_logits, fake_features) = generator(discriminator, fake)
+            share = weight
+            if config.adaptive:
+                still = jax.lax.stop_gradient((discriminator, fake))
+                by_pixels = jax.grad(lambda fake: jnp.mean(similar(fake)))(still[1])
+                by_adversary = jax.grad(lambda fake: jnp.mean(generator(still[0], fake)[0]))(still[1])
+                share *= self._balance(params["autoencoder"], made.codes, by_pixels, by_adversary)
+            loss = adversaries.discriminator_loss(config, real_logits, fake_logits)
+            parts = {
+                "generator_loss": fooled,
+                "discriminator_loss": loss,
+                "generator_weight": jnp.broadcast_to(share, fooled.shape),
+                "logits/real": _by_picture(real_logits),
+                "logits/fake": _by_picture(fake_logits),
+            }
+            if config.lecam:
+                loss += adversaries.lecam_penalty(config, kept["lecam"], real_logits, fake_logits)
+            if config.r1:
+                due = adversaries.r1_weight(config, kept["steps"])
+                parts["r1"] = jax.lax.cond(
+                    due > 0,
+                    lambda discriminator: due * adversaries.r1_penalty(config, discriminator, target),
+                    lambda discriminator: jnp.zeros(len(target)),
+                    discriminator,
+                )
+                loss += parts["r1"]
+            total = share * fooled
+            if matching:
+                parts["perceptual"] = feature_matching(real_features, fake_features)
+                total += jnp.where(weight > 0, matching, 0.0) * parts["perceptual"]
+            return Judged(total, loss, jax.lax.stop_gradient(parts))
+
+        def nothing(discriminator: Params, fake: jax.Array) -> Judged:
+            return jax.tree.map(jnp.zeros_like, jax.eval_shape(judge, discriminator, fake))
+
+        return jax.lax.cond(learning > 0, judge, nothing, params["discriminator"], made.pixels)
+
+    def _balance(self, params: Params, codes: jax.Array, by_pixels: jax.Array, by_adversary: jax.Array) -> jax.Array:
+        """VQGAN's adaptive weight, from the gradients of two losses for the pixels."""
+
+        def last_layer(head: Params) -> jax.Array:
+            decoder = {**params["decoder"], "head": head}
+            return Autoencoder.bind(self.autoencoder, {**params, "decoder": decoder}).decode(codes)
+
+        head = params["decoder"]["head"]
+        return adversaries.adaptive_weight(
+            *adversaries.last_layer_gradients(last_layer, head, by_pixels, by_adversary)
+        )
+
+    def settle(self, params: Params, kept: Params, sums: Mapping[str, Any]) -> tuple[Params, Params]:
+        """(params, kept) after an optimizer step, given what `losses` summed over the step's whole batch."""
+        kept = {**kept, "steps": kept["steps"] + 1}
+        model = dict(params["autoencoder"])
+        if "quantizer" in kept:
+            quantizer = autoencoders.quantizer(self.autoencoder)
+            model["quantizer"], kept["quantizer"] = quantizer.settle(
+                model["quantizer"], kept["quantizer"], sums["quantizer"]
+            )
+        if "average" in kept:
+            # TensorFlow's ramp: the average of a young training is of its last tenth, not of its first weights.
+            steps = kept["steps"].astype(jnp.float32)
+            decay = jnp.minimum(self.config.ema, steps / (steps + 9))
+            average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, kept["average"], model)
+            if "quantizer" in kept:  # codes that were restarted are not on their way from where they were
+                average["quantizer"] = model["quantizer"]
+            kept["average"] = average
+        if "lecam" in kept:
+            found = sums["adversary"]
+            kept["lecam"] = jax.tree.map(
+                lambda new, old: jnp.where(adversaries.gates(self.config.adversary, kept["steps"] - 1)[1] > 0, new, old),
+                adversaries.lecam_update(kept["lecam"], found["real"], found["fake"], found["count"]),
+                kept["lecam"],
+            )
+        return {**params, "autoencoder": model}, kept
+
+
+class Judged(NamedTuple):
+    generator: jax.Array  # float32 [B], weighted
+    discriminator: jax.Array  # float32 [B]
+    parts: Metrics  # float32 [B] by name: what is worth a line in the log
+
+
+def _by_picture(values: jax.Array) -> jax.Array:
+    """[B, ...] -> [B]: over the patches, if there are any."""
+    return jnp.mean(values, axis=tuple(range(1, values.ndim)))
