@@ -44,11 +44,14 @@ def defaults() -> ConfigDict:
     config.text_tokenizer.max_texts = 2_000_000  # kept in memory, drawn at random where there are more
 
     config.image_tokenizer = ConfigDict()
+    config.image_tokenizer.backbone = "folded"  # folded: small, cheap on a CPU | vqgan: the field's
     config.image_tokenizer.factor = 16  # pixels per code, each way
     config.image_tokenizer.patch = 4  # of the factor, folded into features at once
     config.image_tokenizer.width = 32
     config.image_tokenizer.multipliers = (1, 2, 2)  # x width, one per level
     config.image_tokenizer.blocks = (0, 1, 2)  # residual blocks per level
+    config.image_tokenizer.attention = "none"  # vqgan: none | middle | lowest resolution
+    config.image_tokenizer.z_channels = 256  # vqgan: features between its last convolution and the quantiser
     config.image_tokenizer.quantizer = "fsq"  # fsq | vq
     config.image_tokenizer.levels = (8, 5, 5, 5)  # fsq: the codebook is their product
     config.image_tokenizer.codes = 1024  # vq: the codebook

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from ar_tokenizers.image.autoencoder import AutoencoderConfig
+from ar_tokenizers.image.config import AutoencoderConfig
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 from ar_tokenizers.text import TextTokenizer
 from ml_collections import ConfigDict

@@ -1,6 +1,7 @@
 """Experiment files and their overrides."""
 
 import pytest
+from ar_tokenizers.image.config import PRESETS, AutoencoderConfig
 
 from ar_unified.cli import config as configs
 from ar_unified.cli.main import main
@@ -24,6 +25,14 @@ def test_an_override_changes_one_key_and_a_wrong_one_is_refused():
         configs.load(file, ["--config.training.stepz=7"])
     with pytest.raises(SystemExit, match="many"):
         configs.load(file, ["--config.training.steps=many"])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_an_image_tokenizer_takes_a_preset(preset):
+    config = configs.defaults()
+    config.image_tokenizer.update(PRESETS[preset])
+    expected = {**configs.plain(configs.defaults().image_tokenizer), **PRESETS[preset]}
+    assert configs.pick(AutoencoderConfig, config.image_tokenizer) == configs.pick(AutoencoderConfig, expected)
 
 
 def test_config_arguments_are_named():

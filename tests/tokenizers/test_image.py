@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -10,15 +11,9 @@ import numpy as np
 import optax
 import pytest
 from ar_tokenizers.image import metrics
-from ar_tokenizers.image.autoencoder import (
-    Autoencoder,
-    AutoencoderConfig,
-    depth_to_space,
-    init,
-    loss,
-    space_to_depth,
-    to_float,
-)
+from ar_tokenizers.image.autoencoder import Autoencoder, init, loss, to_float
+from ar_tokenizers.image.config import AutoencoderConfig
+from ar_tokenizers.image.layers import depth_to_space, space_to_depth
 from ar_tokenizers.image.quantizers import FSQ, VQ
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 from flax import nnx
@@ -27,6 +22,10 @@ from hypothesis import strategies as st
 
 SMALL = AutoencoderConfig(factor=8, patch=4, width=8, multipliers=(1, 2), blocks=(0, 1), levels=(5, 4, 3))
 SMALL_VQ = AutoencoderConfig(factor=8, patch=4, width=8, multipliers=(1, 2), blocks=(0, 1), quantizer="vq", codes=32)
+SMALL_VQGAN = AutoencoderConfig(
+    backbone="vqgan", patch=4, factor=8, width=8, multipliers=(1, 2), blocks=(1, 1), attention="lowest", z_channels=6,
+    levels=(5, 4, 3),
+)  # fmt: skip
 
 
 def pictures(count: int, height: int = 16, width: int = 24, seed: int = 0) -> np.ndarray:
@@ -109,7 +108,7 @@ def test_vq_pull_revives_codes_that_nothing_chooses():
 # ---- the autoencoder --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [SMALL, SMALL_VQ], ids=["fsq", "vq"])
+@pytest.mark.parametrize("config", [SMALL, SMALL_VQ, SMALL_VQGAN], ids=["fsq", "vq", "vqgan"])
 def test_what_is_trained_is_what_codes_decode_to(config):
     """The forward of training, and decode(encode(x)), to the last bit."""
 
@@ -125,7 +124,7 @@ def test_what_is_trained_is_what_codes_decode_to(config):
     assert len(np.unique(codes)) > 2
 
 
-@pytest.mark.parametrize("config", [SMALL, SMALL_VQ], ids=["fsq", "vq"])
+@pytest.mark.parametrize("config", [SMALL, SMALL_VQ, SMALL_VQGAN], ids=["fsq", "vq", "vqgan"])
 def test_a_few_steps_learn_and_reach_every_parameter(config):
     flat = np.random.default_rng(0).integers(0, 256, (8, 1, 1, 3), np.uint8).repeat(16, axis=1).repeat(16, axis=2)
     params = jax.jit(lambda key: init(config, key))(jax.random.key(0))
@@ -161,8 +160,9 @@ def test_loss_metrics_are_those_of_the_pictures():
     )
 
 
-def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters_and_codes():
-    config = AutoencoderConfig(factor=8, patch=4, width=8, multipliers=(1, 2), blocks=(1, 0), dtype="bfloat16")
+@pytest.mark.parametrize("config", [SMALL, SMALL_VQGAN], ids=["folded", "vqgan"])
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters_and_codes(config):
+    config = dataclasses.replace(config, dtype="bfloat16")
     params = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     pixels = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
@@ -190,6 +190,9 @@ def test_space_to_depth_keeps_neighbours_together_and_inverts():
         ({"multipliers": [1, 2]}, "make 3 levels, .* multipliers has 2"),
         ({"blocks": [1]}, "make 3 levels, .* blocks has 1"),
         ({"quantizer": "fqs"}, "one of"),
+        ({"backbone": "resnet"}, "one of"),
+        ({"attention": "middle"}, "'folded' has no attention"),
+        ({"backbone": "vqgan"}, "at least 1 blocks"),
         ({"witdh": 3}, "no \\['witdh'\\]"),
     ],
 )

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import jax
 import numpy as np
-from ar_tokenizers.image.autoencoder import AutoencoderConfig
+from ar_tokenizers.image.config import AutoencoderConfig
 
 from ar_unified.checkpoint import restore_params
 from ar_unified.training.tasks import TokenizerTask

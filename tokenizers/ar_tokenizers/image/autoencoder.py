@@ -1,98 +1,22 @@
 """A convolutional VQ-VAE for pictures of any H x W divisible by its factor.
 
-Axes: B batch, H W pixels, h w codes (H/factor, W/factor), C code dim, K codebook size, F features.
+Axes: B batch, H W pixels, h w codes (H/factor, W/factor), K codebook size.
 
-The first `patch` of the factor is a space-to-depth (Cosmos, arXiv:2501.03575, has a Haar transform there), the rest
-halvings: nothing is computed at the resolution of the pixels, which is what makes small pictures cheap on a CPU.
-Levels, residual blocks and mirrored decoder after VQGAN (Esser et al. 2020, arXiv:2012.09841), with RMSNorm over the
-features of each position instead of GroupNorm, so that a code depends on its surroundings and not on statistics of the
-whole picture. No discriminator and no perceptual loss here.
+An encoder, a quantiser and a decoder; which ones is the config's choice.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ar_tokenizers.image.quantizers import FSQ, VQ, Quantizer
+from ar_tokenizers.image import folded, vqgan
+from ar_tokenizers.image.config import AutoencoderConfig
 
 Params = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class AutoencoderConfig:
-    """What an image tokenizer is. Raises ValueError where the numbers do not fit together."""
-
-    factor: int = 16  # pixels along the side of one code
-    patch: int = 4  # of which this many are folded into features at once
-    width: int = 64  # features at the finest level
-    multipliers: tuple[int, ...] = (1, 2, 2)  # x width, one per level: fine to coarse, log2(factor / patch) + 1 levels
-    blocks: tuple[int, ...] = (0, 1, 2)  # residual blocks per level, in the encoder and again in the decoder
-    quantizer: Literal["fsq", "vq"] = "fsq"
-    levels: tuple[int, ...] = (8, 5, 5, 5)  # fsq: the codebook size is their product
-    codes: int = 1024  # vq: the codebook size
-    code_dim: int = 8  # vq
-    beta: float = 0.25  # vq: weight of the commitment
-    pull: float = 0.1  # vq: weight of drawing unused codes to the data
-    l1_weight: float = 0.0
-    l2_weight: float = 1.0
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the networks' arithmetic; parameters and codes: float32
-
-    def __post_init__(self) -> None:
-        for name in ("multipliers", "blocks", "levels"):  # JSON and ml_collections bring lists
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        depth = (self.factor // max(self.patch, 1)).bit_length()
-        if self.patch < 1 or depth < 1 or self.factor != self.patch << (depth - 1):
-            raise ValueError(f"factor must be patch x a power of two, got factor {self.factor} and patch {self.patch}")
-        for name in ("multipliers", "blocks"):
-            if len(getattr(self, name)) != depth:
-                raise ValueError(
-                    f"factor {self.factor} and patch {self.patch} make {depth} levels, fine to coarse, "
-                    f"but {name} has {len(getattr(self, name))}: {getattr(self, name)}"
-                )
-        if min(self.width, *self.multipliers) < 1 or min(self.blocks) < 0:
-            raise ValueError(f"width and multipliers must be at least 1, and blocks at least 0: {self}")
-        for name, known in (("quantizer", ("fsq", "vq")), ("dtype", ("float32", "bfloat16"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
-        nnx.eval_shape(lambda: self._quantizer(nnx.Rngs(0)))  # it checks its own numbers
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> AutoencoderConfig:
-        """Raises ValueError naming the keys that are no field."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise ValueError(f"an AutoencoderConfig has no {unknown}; it has {known}")
-        return cls(**values)
-
-    @property
-    def codebook_size(self) -> int:
-        return math.prod(self.levels) if self.quantizer == "fsq" else self.codes
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Features per level, fine to coarse."""
-        return tuple(self.width * multiplier for multiplier in self.multipliers)
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Pixels -> codes (h, w). Raises ValueError unless both sides are multiples of the factor."""
-        if height <= 0 or width <= 0 or height % self.factor or width % self.factor:
-            raise ValueError(
-                f"a picture of {height} x {width} pixels does not divide into codes of {self.factor} x {self.factor}: "
-                f"resize, crop or pad both sides to multiples of {self.factor}"
-            )
-        return height // self.factor, width // self.factor
-
-    def _quantizer(self, rngs: nnx.Rngs) -> Quantizer:
-        if self.quantizer == "fsq":
-            return FSQ(self.levels)
-        return VQ(self.codes, self.code_dim, beta=self.beta, pull=self.pull, rngs=rngs)
 
 
 class Reconstruction(NamedTuple):
@@ -107,8 +31,9 @@ class Autoencoder(nnx.Module):
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.quantizer = config._quantizer(rngs)
-        self.encoder = Encoder(config, self.quantizer.dim, rngs=rngs)
-        self.decoder = Decoder(config, self.quantizer.dim, rngs=rngs)
+        backbone: Any = folded if config.backbone == "folded" else vqgan
+        self.encoder = backbone.Encoder(config, self.quantizer.dim, rngs=rngs)
+        self.decoder = backbone.Decoder(config, self.quantizer.dim, rngs=rngs)
 
     @staticmethod
     def bind(config: AutoencoderConfig, params: Params) -> Autoencoder:
@@ -132,82 +57,6 @@ class Autoencoder(nnx.Module):
     def _latents(self, pixels: jax.Array) -> jax.Array:
         self.config.grid(*pixels.shape[1:3])
         return self.encoder(pixels)
-
-
-class Encoder(nnx.Module):
-    """float32 [B, H, W, 3] -> float32 [B, h, w, C]."""
-
-    def __init__(self, config: AutoencoderConfig, dim: int, *, rngs: nnx.Rngs) -> None:
-        dtype, widths = jnp.dtype(config.dtype), config.widths
-        self.patch, self.dtype = config.patch, dtype
-        self.stem = _conv(3 * config.patch**2, widths[0], dtype=dtype, rngs=rngs)
-        self.depth = len(widths)
-        for index, (width, blocks) in enumerate(zip(widths, config.blocks, strict=True)):
-            if index:
-                setattr(self, f"down{index}", _linear(4 * widths[index - 1], width, dtype=dtype, rngs=rngs))
-            setattr(self, f"level{index}", Level(width, blocks, dtype=dtype, rngs=rngs))
-        self.norm = _norm(widths[-1], dtype=dtype, rngs=rngs)
-        self.to_code = _linear(widths[-1], dim, dtype=jnp.float32, rngs=rngs)
-
-    def __call__(self, pixels: jax.Array) -> jax.Array:
-        x = self.stem(space_to_depth(pixels.astype(self.dtype), self.patch))
-        for index in range(self.depth):
-            if index:
-                x = getattr(self, f"down{index}")(space_to_depth(x, 2))
-            x = getattr(self, f"level{index}")(x)
-        return self.to_code(self.norm(x).astype(jnp.float32))
-
-
-class Decoder(nnx.Module):
-    """float32 [B, h, w, C] -> float32 [B, H, W, 3]: the encoder backwards."""
-
-    def __init__(self, config: AutoencoderConfig, dim: int, *, rngs: nnx.Rngs) -> None:
-        dtype, widths = jnp.dtype(config.dtype), config.widths
-        self.patch, self.dtype = config.patch, dtype
-        self.from_code = _linear(dim, widths[-1], dtype=jnp.float32, rngs=rngs)
-        self.depth = len(widths)
-        for index, (width, blocks) in enumerate(zip(widths, config.blocks, strict=True)):
-            setattr(self, f"level{index}", Level(width, blocks, dtype=dtype, rngs=rngs))
-            if index:
-                setattr(self, f"up{index}", _linear(width, 4 * widths[index - 1], dtype=dtype, rngs=rngs))
-        self.norm = _norm(widths[0], dtype=dtype, rngs=rngs)
-        self.head = _conv(widths[0], 3 * config.patch**2, dtype=dtype, rngs=rngs)
-
-    def __call__(self, vectors: jax.Array) -> jax.Array:
-        x = self.from_code(vectors).astype(self.dtype)
-        for index in reversed(range(self.depth)):
-            x = getattr(self, f"level{index}")(x)
-            if index:
-                x = depth_to_space(getattr(self, f"up{index}")(x), 2)
-        return depth_to_space(self.head(jax.nn.silu(self.norm(x))).astype(jnp.float32), self.patch)
-
-
-class Level(nnx.Module):
-    """Residual blocks at one resolution: [B, h', w', F] -> the same shape."""
-
-    def __init__(self, width: int, blocks: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.blocks = blocks
-        for index in range(blocks):
-            setattr(self, f"block{index}", Block(width, dtype=dtype, rngs=rngs))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        for index in range(self.blocks):
-            x = getattr(self, f"block{index}")(x)
-        return x
-
-
-class Block(nnx.Module):
-    """Pre-activation residual block of two 3 x 3 convolutions; the identity at the start of training."""
-
-    def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.norm1 = _norm(width, dtype=dtype, rngs=rngs)
-        self.conv1 = _conv(width, width, dtype=dtype, rngs=rngs)
-        self.norm2 = _norm(width, dtype=dtype, rngs=rngs)
-        self.conv2 = _conv(width, width, dtype=dtype, rngs=rngs, kernel_init=nnx.initializers.zeros)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.conv1(jax.nn.silu(self.norm1(x)))
-        return x + self.conv2(jax.nn.silu(self.norm2(y)))
 
 
 def init(config: AutoencoderConfig, key: jax.Array) -> Params:
@@ -253,29 +102,3 @@ def to_float(pixels: jax.Array) -> jax.Array:
 def to_uint8(pixels: jax.Array) -> jax.Array:
     """float32 in [-1, 1] -> uint8: clipped and rounded."""
     return jnp.round((jnp.clip(pixels, -1, 1) + 1) * 127.5).astype(jnp.uint8)
-
-
-def space_to_depth(x: jax.Array, size: int) -> jax.Array:
-    """[B, H, W, F] -> [B, H/size, W/size, size*size*F]."""
-    b, h, w, f = x.shape
-    x = x.reshape(b, h // size, size, w // size, size, f).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, h // size, w // size, size * size * f)
-
-
-def depth_to_space(x: jax.Array, size: int) -> jax.Array:
-    """The inverse of space_to_depth."""
-    b, h, w, f = x.shape
-    x = x.reshape(b, h, w, size, size, f // size**2).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, h * size, w * size, f // size**2)
-
-
-def _conv(fan_in: int, fan_out: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, **options: Any) -> nnx.Conv:
-    return nnx.Conv(fan_in, fan_out, (3, 3), dtype=dtype, param_dtype=jnp.float32, rngs=rngs, **options)
-
-
-def _linear(fan_in: int, fan_out: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(fan_in, fan_out, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
-
-
-def _norm(width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(width, epsilon=1e-6, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)

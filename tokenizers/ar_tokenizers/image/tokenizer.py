@@ -18,7 +18,8 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from ar_tokenizers.files import write_whole
-from ar_tokenizers.image.autoencoder import Autoencoder, AutoencoderConfig, Params, init, to_float, to_uint8
+from ar_tokenizers.image.autoencoder import Autoencoder, Params, init, to_float, to_uint8
+from ar_tokenizers.image.config import AutoencoderConfig
 
 WEIGHTS, CONFIG, FORMAT = "weights.safetensors", "config.json", 1
 

@@ -1,0 +1,124 @@
+"""The two backbones: their sizes, what they compute and with what, and the one of the field beside its origin."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ar_tokenizers.image import layers, taming
+from ar_tokenizers.image.autoencoder import Autoencoder, init
+from ar_tokenizers.image.config import PRESETS, AutoencoderConfig, config_from
+from flax import nnx
+
+SMALL = AutoencoderConfig(backbone="vqgan", factor=4, patch=1, width=32, multipliers=(1, 1, 2), blocks=(1, 2, 1),
+                          attention="lowest", z_channels=12)  # fmt: skip
+PARAMETERS = {  # as published: VQGAN f16 and LlamaGen VQ-16 72M, SBER-MoVQGAN 270M (with a norm of its own)
+    "folded_f8": 1_452_340,
+    "folded_f16": 2_026_932,
+    "vqgan_f8_1m": 1_062_759,
+    "vqgan_f16_1m": 1_137_127,
+    "vqgan_f8_16m": 15_900_871,
+    "vqgan_f16_16m": 16_345_287,
+    "taming_f16": 71_750_279,
+    "taming_f8": 69_976_711,
+    "maskgit_f16": 64_388_743,
+    "chameleon_f16": 66_492_039,
+    "open_magvit2_f16": 92_894_523,
+    "ibq_f16": 106_658_439,
+    "emu3_f8": 270_373_167,
+}
+
+
+def random_params(config: AutoencoderConfig, seed: int = 0) -> dict:
+    """Weights that are nowhere zero and keep activations of their size, as after training."""
+    noise = np.random.default_rng(seed)
+    shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        scale = 0.2 if leaf.ndim == 1 else np.prod(leaf.shape[:-1]) ** -0.5
+        return np.float32(noise.normal(leaf.ndim == 1, scale, leaf.shape))
+
+    return jax.tree.map(draw, shapes)
+
+
+def pictures(*shape: int) -> np.ndarray:
+    return np.random.default_rng(1).uniform(-1, 1, (*shape, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_their_sizes_and_any_shape_of_picture(name):
+    config = config_from(name, dtype="bfloat16")
+    params = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PARAMETERS[name]
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    pixels = jax.ShapeDtypeStruct((2, 3 * config.factor, 5 * config.factor, 3), jnp.float32)
+    out = jax.eval_shape(lambda params, x: Autoencoder.bind(config, params)(x), params, pixels)
+    assert (out.pixels.shape, out.codes.shape) == (pixels.shape, (2, 3, 5))
+
+
+def test_an_unknown_preset_names_those_there_are():
+    with pytest.raises(ValueError, match="folded_f8, .*found 'vqgan'"):
+        config_from("vqgan")
+
+
+def test_vqgan_starts_without_its_residual_branches():
+    config = AutoencoderConfig(backbone="vqgan", factor=1, patch=1, width=8, multipliers=(1,), blocks=(1,),
+                               attention="middle")  # fmt: skip
+    params = init(config, jax.random.key(0))
+    flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    zero = {name for name, leaf in flat.items() if leaf.ndim > 1 and not leaf.any()}
+    assert zero == {name for name in flat if "conv2']['kernel" in name or "out']['kernel" in name}
+
+
+def test_group_norm_is_that_of_its_paper_in_float32():
+    """A large mean is where statistics of float16 types or E[x^2] - E[x]^2 go wrong."""
+    x = 100 + np.random.default_rng(0).normal(0, 1, (2, 6, 4, 64)).astype(np.float32)
+    norm = layers.GroupNorm(64, dtype=jnp.dtype("float32"))
+    norm.scale, norm.bias = nnx.Param(jnp.arange(64.0)), nnx.Param(jnp.arange(64.0) - 9)
+    groups = x.astype(np.float64).reshape(2, 24, 32, 2)
+    deviation = groups - groups.mean((1, 3), keepdims=True)
+    expected = (deviation / np.sqrt(np.square(deviation).mean((1, 3), keepdims=True) + 1e-6)).reshape(x.shape)
+    np.testing.assert_allclose(norm(x), expected * np.arange(64) + np.arange(64) - 9, atol=5e-3)
+
+
+@pytest.mark.parametrize("attention", ["none", "middle", "lowest"])
+def test_weights_travel_by_taming_names(attention):
+    config = AutoencoderConfig(**(vars(SMALL) | {"attention": attention}))
+    params = random_params(config)
+    state = taming.to_taming(params)
+    assert "encoder.down.0.downsample.conv.weight" in state and "decoder.up.2.upsample.conv.weight" in state
+    assert any("attn" in name for name in state) == (attention != "none")
+    back = taming.from_taming(config, state)
+    jax.tree.map(np.testing.assert_array_equal, back, {name: params[name] for name in back})
+    del state["quant_conv.bias"]
+    with pytest.raises(ValueError, match="quant_conv.bias is missing"):
+        taming.from_taming(config, state)
+
+
+@pytest.mark.parametrize(("factor", "attention"), [(8, "middle"), (16, "lowest")])
+def test_encoder_equals_that_of_chameleon_in_transformers(factor, attention):
+    torch = pytest.importorskip("torch", reason="parity with Hugging Face needs torch (the [interop] extra)")
+    chameleon = pytest.importorskip(
+        "transformers.models.chameleon", reason="parity with Hugging Face needs transformers"
+    )
+    multipliers = (1, 2, 2, 4) if factor == 8 else (1, 1, 2, 2, 4)
+    config = AutoencoderConfig(backbone="vqgan", factor=factor, patch=1, width=32, multipliers=multipliers,
+                               blocks=(2,) * len(multipliers), attention=attention, z_channels=16)  # fmt: skip
+    params = random_params(config)
+    pixels = pictures(2, 32, 32)
+    peer = chameleon.modeling_chameleon.ChameleonVQVAE(
+        chameleon.ChameleonVQVAEConfig(
+            embed_dim=4, num_embeddings=16, latent_channels=16, base_channels=32, channel_multiplier=list(multipliers),
+            num_res_blocks=2, resolution=32, attn_resolutions=[32 // factor] if attention == "lowest" else None,
+        )
+    )  # fmt: skip
+    state = {name: torch.from_numpy(leaf.copy()) for name, leaf in taming.to_taming(params).items()}
+    missing, unknown = peer.load_state_dict(state, strict=False)
+    assert missing == ["quantize.embedding.weight"] and all(name.startswith("decoder.") for name in unknown)
+    with torch.inference_mode():
+        expected = peer.quant_conv(peer.encoder(torch.from_numpy(pixels).permute(0, 3, 1, 2)))
+    found = jax.jit(lambda params, x: Autoencoder.bind(config, params).encoder(x))(params, pixels)
+    np.testing.assert_allclose(found, expected.permute(0, 2, 3, 1), atol=1e-4)

@@ -1,0 +1,145 @@
+"""The shape of an image tokenizer: one frozen dataclass, and the backbones by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from flax import nnx
+
+from ar_tokenizers.image.quantizers import FSQ, VQ, Quantizer
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+    """What an image tokenizer is. Raises ValueError where the numbers do not fit together."""
+
+    backbone: Literal["folded", "vqgan"] = "folded"  # folded: small and cheap on a CPU | vqgan: the field's
+    factor: int = 16  # pixels along the side of one code
+    patch: int = 4  # of which this many are folded into features at once; 1 in published vqgans
+    width: int = 64  # features at the finest level
+    multipliers: tuple[int, ...] = (1, 2, 2)  # x width, one per level: fine to coarse, log2(factor / patch) + 1 levels
+    blocks: tuple[int, ...] = (
+        0,
+        1,
+        2,
+    )  # residual blocks per level of the encoder; vqgan's decoder has one more in each
+    attention: Literal["none", "middle", "lowest"] = "none"  # vqgan: only between encoder and codes | in all of the
+    # lowest resolution. It costs (HW / factor^2)^2, and a code then looks at every pixel
+    z_channels: int = 256  # vqgan: features between its last 3 x 3 convolution and the quantiser
+    quantizer: Literal["fsq", "vq"] = "fsq"
+    levels: tuple[int, ...] = (8, 5, 5, 5)  # fsq: the codebook size is their product
+    codes: int = 1024  # vq: the codebook size
+    code_dim: int = 8  # vq
+    beta: float = 0.25  # vq: weight of the commitment
+    pull: float = 0.1  # vq: weight of drawing unused codes to the data
+    l1_weight: float = 0.0
+    l2_weight: float = 1.0
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the networks' arithmetic; parameters and codes: float32
+
+    def __post_init__(self) -> None:
+        for name in ("multipliers", "blocks", "levels"):  # JSON and ml_collections bring lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        depth = (self.factor // max(self.patch, 1)).bit_length()
+        if self.patch < 1 or depth < 1 or self.factor != self.patch << (depth - 1):
+            raise ValueError(f"factor must be patch x a power of two, got factor {self.factor} and patch {self.patch}")
+        for name in ("multipliers", "blocks"):
+            if len(getattr(self, name)) != depth:
+                raise ValueError(
+                    f"factor {self.factor} and patch {self.patch} make {depth} levels, fine to coarse, "
+                    f"but {name} has {len(getattr(self, name))}: {getattr(self, name)}"
+                )
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        if min(self.width, self.z_channels, *self.multipliers) < 1:
+            raise ValueError(f"width, multipliers and z_channels must be at least 1: {self}")
+        if min(self.blocks) < (fewest := int(self.backbone == "vqgan")):
+            raise ValueError(f"a level of backbone {self.backbone!r} has at least {fewest} blocks, got {self.blocks}")
+        if self.backbone == "folded" and self.attention != "none":
+            raise ValueError(f"backbone 'folded' has no attention, got {self.attention!r}: choose 'vqgan' or 'none'")
+        nnx.eval_shape(lambda: self._quantizer(nnx.Rngs(0)))  # it checks its own numbers
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AutoencoderConfig:
+        """Raises ValueError naming the keys that are no field."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise ValueError(f"an AutoencoderConfig has no {unknown}; it has {known}")
+        return cls(**values)
+
+    @property
+    def codebook_size(self) -> int:
+        return math.prod(self.levels) if self.quantizer == "fsq" else self.codes
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Features per level, fine to coarse."""
+        return tuple(self.width * multiplier for multiplier in self.multipliers)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Pixels -> codes (h, w). Raises ValueError unless both sides are multiples of the factor."""
+        if height <= 0 or width <= 0 or height % self.factor or width % self.factor:
+            raise ValueError(
+                f"a picture of {height} x {width} pixels does not divide into codes of {self.factor} x {self.factor}: "
+                f"resize, crop or pad both sides to multiples of {self.factor}"
+            )
+        return height // self.factor, width // self.factor
+
+    def _quantizer(self, rngs: nnx.Rngs) -> Quantizer:
+        if self.quantizer == "fsq":
+            return FSQ(self.levels)
+        return VQ(self.codes, self.code_dim, beta=self.beta, pull=self.pull, rngs=rngs)
+
+
+_CHOICES = {
+    "backbone": ("folded", "vqgan"),
+    "attention": ("none", "middle", "lowest"),
+    "quantizer": ("fsq", "vq"),
+    "dtype": ("float32", "bfloat16"),
+}
+
+
+def _folded(width: int, multipliers: tuple[int, ...], blocks: tuple[int, ...]) -> dict[str, Any]:
+    factor = 4 << (len(multipliers) - 1)
+    return dict(backbone="folded", factor=factor, patch=4, width=width, multipliers=multipliers, blocks=blocks)
+
+
+def _vqgan(width: int, multipliers: tuple[int, ...], blocks: int, **more: Any) -> dict[str, Any]:
+    patch = more.get("patch", 1)
+    shape = dict(factor=patch << (len(multipliers) - 1), patch=patch, width=width, multipliers=multipliers)
+    return dict(backbone="vqgan", **shape, blocks=(blocks,) * len(multipliers)) | more
+
+
+# Backbones only: the quantiser and the losses are the experiment's choice. In an experiment file:
+# config.image_tokenizer.update(PRESETS["taming_f16"])
+PRESETS: dict[str, dict[str, Any]] = {
+    # Ours, from 1M parameters. vqgan_*_16m are the sizes of the benchmark against transformers.
+    "folded_f8": _folded(64, (1, 2), (1, 2)),
+    "folded_f16": _folded(64, (1, 2, 2), (0, 1, 2)),
+    "vqgan_f8_1m": _vqgan(32, (1, 1, 2, 2), 1, z_channels=64),
+    "vqgan_f16_1m": _vqgan(32, (1, 1, 1, 2, 2), 1, z_channels=64),
+    "vqgan_f8_16m": _vqgan(64, (1, 2, 2, 4), 2, attention="middle", z_channels=64),
+    "vqgan_f16_16m": _vqgan(64, (1, 1, 2, 2, 4), 2, attention="middle", z_channels=64),
+    # taming-transformers' f16 (configs/imagenet_vqgan.yaml) is LlamaGen's VQ-16, and its f8 is LlamaGen's VQ-8.
+    "taming_f16": _vqgan(128, (1, 1, 2, 2, 4), 2, attention="lowest"),
+    "taming_f8": _vqgan(128, (1, 2, 2, 4), 2, attention="lowest"),
+    # google-research/maskgit, vqgan_config.py, and MAGVIT's 2-D ones. They halve by averages; here by convolutions.
+    "maskgit_f16": _vqgan(128, (1, 1, 2, 2, 4), 2),
+    # transformers' configuration_chameleon.py (arXiv:2405.09818).
+    "chameleon_f16": _vqgan(128, (1, 1, 2, 2, 4), 2, attention="middle"),
+    # TencentARC/SEED-Voken: Open-MAGVIT2 (arXiv:2409.04410) and IBQ (arXiv:2412.02692), which Emu3.5 scaled up.
+    "open_magvit2_f16": _vqgan(128, (1, 1, 2, 2, 4), 4, z_channels=18),
+    "ibq_f16": _vqgan(128, (1, 1, 2, 2, 4), 4, attention="lowest"),
+    # SBER-MoVQGAN 270M, what Emu3's tokenizer grew from, with GroupNorm where its decoder has SpatialNorm.
+    "emu3_f8": _vqgan(256, (1, 2, 2, 4), 2, attention="lowest", z_channels=4),
+}
+
+
+def config_from(preset: str, **changes: Any) -> AutoencoderConfig:
+    """The config of a preset's name, with changes. Raises ValueError for an unknown preset or field."""
+    if preset not in PRESETS:
+        raise ValueError(f"image tokenizer preset: expected one of {', '.join(PRESETS)}; found {preset!r}")
+    return AutoencoderConfig.from_dict(PRESETS[preset] | changes)

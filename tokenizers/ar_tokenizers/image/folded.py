@@ -1,0 +1,98 @@
+"""The small backbone: pictures folded into features first, so that nothing is computed at the resolution of pixels.
+
+Axes: B batch, H W pixels, h w codes (H/factor, W/factor), h' w' positions of a level, C code dim, F features.
+
+The first `patch` of the factor is a space-to-depth (Cosmos, arXiv:2501.03575, has a Haar transform there), the rest
+halvings, which is what makes small pictures cheap on a CPU. Levels, residual blocks and mirrored decoder after VQGAN
+(Esser et al. 2020, arXiv:2012.09841), with RMSNorm over the features of each position instead of GroupNorm, so that a
+code depends on its surroundings and not on statistics of the whole picture.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ar_tokenizers.image.config import AutoencoderConfig
+from ar_tokenizers.image.layers import Conv3x3, depth_to_space, linear, space_to_depth
+
+
+class Encoder(nnx.Module):
+    """float32 [B, H, W, 3] -> float32 [B, h, w, C]."""
+
+    def __init__(self, config: AutoencoderConfig, dim: int, *, rngs: nnx.Rngs) -> None:
+        dtype, widths = jnp.dtype(config.dtype), config.widths
+        self.patch, self.dtype = config.patch, dtype
+        self.stem = Conv3x3(3 * config.patch**2, widths[0], dtype=dtype, rngs=rngs)
+        self.depth = len(widths)
+        for index, (width, blocks) in enumerate(zip(widths, config.blocks, strict=True)):
+            if index:
+                setattr(self, f"down{index}", linear(4 * widths[index - 1], width, dtype=dtype, rngs=rngs))
+            setattr(self, f"level{index}", Level(width, blocks, dtype=dtype, rngs=rngs))
+        self.norm = _norm(widths[-1], dtype=dtype, rngs=rngs)
+        self.to_code = linear(widths[-1], dim, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        x = self.stem(space_to_depth(pixels.astype(self.dtype), self.patch))
+        for index in range(self.depth):
+            if index:
+                x = getattr(self, f"down{index}")(space_to_depth(x, 2))
+            x = getattr(self, f"level{index}")(x)
+        return self.to_code(self.norm(x).astype(jnp.float32))
+
+
+class Decoder(nnx.Module):
+    """float32 [B, h, w, C] -> float32 [B, H, W, 3]: the encoder backwards."""
+
+    def __init__(self, config: AutoencoderConfig, dim: int, *, rngs: nnx.Rngs) -> None:
+        dtype, widths = jnp.dtype(config.dtype), config.widths
+        self.patch, self.dtype = config.patch, dtype
+        self.from_code = linear(dim, widths[-1], dtype=jnp.float32, rngs=rngs)
+        self.depth = len(widths)
+        for index, (width, blocks) in enumerate(zip(widths, config.blocks, strict=True)):
+            setattr(self, f"level{index}", Level(width, blocks, dtype=dtype, rngs=rngs))
+            if index:
+                setattr(self, f"up{index}", linear(width, 4 * widths[index - 1], dtype=dtype, rngs=rngs))
+        self.norm = _norm(widths[0], dtype=dtype, rngs=rngs)
+        self.head = Conv3x3(widths[0], 3 * config.patch**2, dtype=dtype, rngs=rngs)
+
+    def __call__(self, vectors: jax.Array) -> jax.Array:
+        x = self.from_code(vectors).astype(self.dtype)
+        for index in reversed(range(self.depth)):
+            x = getattr(self, f"level{index}")(x)
+            if index:
+                x = depth_to_space(getattr(self, f"up{index}")(x), 2)
+        return depth_to_space(self.head(jax.nn.silu(self.norm(x))).astype(jnp.float32), self.patch)
+
+
+class Level(nnx.Module):
+    """Residual blocks at one resolution: [B, h', w', F] -> the same shape."""
+
+    def __init__(self, width: int, blocks: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.blocks = blocks
+        for index in range(blocks):
+            setattr(self, f"block{index}", Block(width, dtype=dtype, rngs=rngs))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for index in range(self.blocks):
+            x = getattr(self, f"block{index}")(x)
+        return x
+
+
+class Block(nnx.Module):
+    """Pre-activation residual block of two 3 x 3 convolutions; the identity at the start of training."""
+
+    def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.norm1 = _norm(width, dtype=dtype, rngs=rngs)
+        self.conv1 = Conv3x3(width, width, dtype=dtype, rngs=rngs)
+        self.norm2 = _norm(width, dtype=dtype, rngs=rngs)
+        self.conv2 = Conv3x3(width, width, dtype=dtype, rngs=rngs, kernel_init=nnx.initializers.zeros)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.conv1(jax.nn.silu(self.norm1(x)))
+        return x + self.conv2(jax.nn.silu(self.norm2(y)))
+
+
+def _norm(width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(width, epsilon=1e-6, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)

@@ -1,0 +1,85 @@
+"""What both backbones are built of.
+
+Axes: B batch, H W rows and columns, F features. Parameters are float32, arithmetic is in `dtype`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class Conv3x3(nnx.Module):
+    """3 x 3 convolution padded with zeros: [B, H, W, F] -> [B, H/stride, W/stride, F']; stride 2 wants even sides."""
+
+    def __init__(
+        self,
+        fan_in: int,
+        fan_out: int,
+        *,
+        stride: int = 1,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        kernel_init: Any = nnx.initializers.lecun_normal(),  # noqa: B008 (a pure function)
+    ) -> None:
+        self.stride, self.dtype = stride, dtype
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (3, 3, fan_in, fan_out), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(fan_out, jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
+        return conv3x3(x.astype(self.dtype), kernel, self.stride) + bias
+
+
+def conv3x3(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
+    """[B, H, W, F] * [3, 3, F, F'] -> [B, H/stride, W/stride, F'].
+
+    A stride of 1 has a zero on each side. A stride of 2 has its zeros below and to the right only, as in
+    taming-transformers: window i begins at pixel 2i.
+    """
+    padding = [(1, 1), (1, 1)] if stride == 1 else [(0, 1), (0, 1)]
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+class GroupNorm(nnx.Module):
+    """Zero mean and unit variance over the picture and each of 32 groups of features (Wu & He, arXiv:1803.08494).
+
+    Statistics are float32 whatever the dtype. Widths that 32 does not divide have as many groups as share a divisor
+    with it.
+    """
+
+    def __init__(self, width: int, *, dtype: jnp.dtype) -> None:
+        self.groups, self.dtype = math.gcd(32, width), dtype
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(width, jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)
+        mean = jnp.mean(y, axis=(1, 3), keepdims=True)
+        variance = jnp.mean(jnp.square(y - mean), axis=(1, 3), keepdims=True)
+        y = ((y - mean) * jax.lax.rsqrt(variance + 1e-6)).reshape(x.shape)
+        return (y * self.scale[...] + self.bias[...]).astype(self.dtype)
+
+
+def linear(fan_in: int, fan_out: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, **options: Any) -> nnx.Linear:
+    return nnx.Linear(fan_in, fan_out, dtype=dtype, param_dtype=jnp.float32, rngs=rngs, **options)
+
+
+def space_to_depth(x: jax.Array, size: int) -> jax.Array:
+    """[B, H, W, F] -> [B, H/size, W/size, size*size*F]."""
+    b, h, w, f = x.shape
+    x = x.reshape(b, h // size, size, w // size, size, f).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h // size, w // size, size * size * f)
+
+
+def depth_to_space(x: jax.Array, size: int) -> jax.Array:
+    """The inverse of space_to_depth."""
+    b, h, w, f = x.shape
+    x = x.reshape(b, h, w, size, size, f // size**2).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h * size, w * size, f // size**2)

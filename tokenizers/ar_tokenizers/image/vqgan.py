@@ -1,0 +1,143 @@
+"""The backbone of the field: the encoder and decoder of VQGAN.
+
+Axes: B batch, H W pixels, h w codes (H/factor, W/factor), h' w' positions of a level, S = h'w', C code dim, F features.
+
+Esser et al. 2020, arXiv:2012.09841 (taming-transformers' model.py): LlamaGen, Chameleon, IBQ, MaskGIT, Open-MAGVIT2 and
+the parent of Emu3's tokenizer are this network with other widths, blocks and attention. The order of layers is that of
+taming-transformers, so that its weights and those of `ChameleonVQVAE` in transformers load after renaming and
+transposing. What is ours: residual branches start at zero, the 1 x 1 convolutions around the quantiser are `to_code`
+and `from_code` in float32, and `patch` may fold pixels first (1 in the published systems).
+
+GroupNorm looks at the whole picture and attention at every position: a code depends on all pixels, if weakly.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ar_tokenizers.image.config import AutoencoderConfig
+from ar_tokenizers.image.layers import Conv3x3, GroupNorm, depth_to_space, linear, space_to_depth
+
+
+class Encoder(nnx.Module):
+    """float32 [B, H, W, 3] -> float32 [B, h, w, C]."""
+
+    def __init__(self, config: AutoencoderConfig, dim: int, *, rngs: nnx.Rngs) -> None:
+        dtype, widths = jnp.dtype(config.dtype), config.widths
+        self.patch, self.dtype, self.depth = config.patch, dtype, len(widths)
+        self.stem = Conv3x3(3 * config.patch**2, config.width, dtype=dtype, rngs=rngs)
+        previous = config.width
+        for index, (width, blocks) in enumerate(zip(widths, config.blocks, strict=True)):
+            if index:
+                setattr(self, f"down{index}", Conv3x3(previous, previous, stride=2, dtype=dtype, rngs=rngs))
+            attention = config.attention == "lowest" and index == self.depth - 1
+            setattr(self, f"level{index}", Level(previous, width, blocks, attention, dtype=dtype, rngs=rngs))
+            previous = width
+        self.middle = Middle(previous, config.attention != "none", dtype=dtype, rngs=rngs)
+        self.norm = GroupNorm(previous, dtype=dtype)
+        self.head = Conv3x3(previous, config.z_channels, dtype=dtype, rngs=rngs)
+        self.to_code = linear(config.z_channels, dim, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        x = self.stem(space_to_depth(pixels.astype(self.dtype), self.patch))
+        for index in range(self.depth):
+            if index:
+                x = getattr(self, f"down{index}")(x)
+            x = getattr(self, f"level{index}")(x)
+        x = self.head(jax.nn.silu(self.norm(self.middle(x))))
+        return self.to_code(x.astype(jnp.float32))
+
+
+class Decoder(nnx.Module):
+    """float32 [B, h, w, C] -> float32 [B, H, W, 3]: the encoder backwards, with one more block in each level."""
+
+    def __init__(self, config: AutoencoderConfig, dim: int, *, rngs: nnx.Rngs) -> None:
+        dtype, widths = jnp.dtype(config.dtype), config.widths
+        self.patch, self.dtype, self.depth = config.patch, dtype, len(widths)
+        previous = widths[-1]
+        self.from_code = linear(dim, config.z_channels, dtype=jnp.float32, rngs=rngs)
+        self.stem = Conv3x3(config.z_channels, previous, dtype=dtype, rngs=rngs)
+        self.middle = Middle(previous, config.attention != "none", dtype=dtype, rngs=rngs)
+        for index in reversed(range(self.depth)):
+            width, blocks = widths[index], config.blocks[index] + 1
+            attention = config.attention == "lowest" and index == self.depth - 1
+            setattr(self, f"level{index}", Level(previous, width, blocks, attention, dtype=dtype, rngs=rngs))
+            if index:
+                setattr(self, f"up{index}", Conv3x3(width, width, dtype=dtype, rngs=rngs))
+            previous = width
+        self.norm = GroupNorm(previous, dtype=dtype)
+        self.head = Conv3x3(previous, 3 * config.patch**2, dtype=dtype, rngs=rngs)
+
+    def __call__(self, vectors: jax.Array) -> jax.Array:
+        x = self.middle(self.stem(self.from_code(vectors)))
+        for index in reversed(range(self.depth)):
+            x = getattr(self, f"level{index}")(x)
+            if index:
+                x = getattr(self, f"up{index}")(x.repeat(2, axis=1).repeat(2, axis=2))
+        return depth_to_space(self.head(jax.nn.silu(self.norm(x))).astype(jnp.float32), self.patch)
+
+
+class Level(nnx.Module):
+    """Residual blocks at one resolution, each followed by attention if asked: [B, h', w', F] -> [B, h', w', F']."""
+
+    def __init__(
+        self, fan_in: int, width: int, blocks: int, attention: bool, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> None:
+        self.blocks, self.attention = blocks, attention
+        for index in range(blocks):
+            setattr(self, f"block{index}", Block(width if index else fan_in, width, dtype=dtype, rngs=rngs))
+            if attention:
+                setattr(self, f"attention{index}", Attention(width, dtype=dtype, rngs=rngs))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for index in range(self.blocks):
+            x = getattr(self, f"block{index}")(x)
+            if self.attention:
+                x = getattr(self, f"attention{index}")(x)
+        return x
+
+
+class Middle(nnx.Module):
+    """What stands at the resolution of the codes: [B, h, w, F] -> the same shape."""
+
+    def __init__(self, width: int, attention: bool, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.block1 = Block(width, width, dtype=dtype, rngs=rngs)
+        self.attention = Attention(width, dtype=dtype, rngs=rngs) if attention else None
+        self.block2 = Block(width, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.block1(x)
+        return self.block2(self.attention(x) if self.attention else x)
+
+
+class Block(nnx.Module):
+    """Pre-activation residual block of two 3 x 3 convolutions; at the start of training only its shortcut."""
+
+    def __init__(self, fan_in: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.norm1 = GroupNorm(fan_in, dtype=dtype)
+        self.conv1 = Conv3x3(fan_in, width, dtype=dtype, rngs=rngs)
+        self.norm2 = GroupNorm(width, dtype=dtype)
+        self.conv2 = Conv3x3(width, width, dtype=dtype, rngs=rngs, kernel_init=nnx.initializers.zeros)
+        self.shortcut = linear(fan_in, width, dtype=dtype, rngs=rngs) if fan_in != width else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.conv1(jax.nn.silu(self.norm1(x)))
+        y = self.conv2(jax.nn.silu(self.norm2(y)))
+        return y + (self.shortcut(x) if self.shortcut else x)
+
+
+class Attention(nnx.Module):
+    """One head of self-attention over all positions, the softmax in float32; the identity at the start of training."""
+
+    def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.norm = GroupNorm(width, dtype=dtype)
+        self.query, self.key, self.value = (linear(width, width, dtype=dtype, rngs=rngs) for _ in range(3))
+        self.out = linear(width, width, dtype=dtype, rngs=rngs, kernel_init=nnx.initializers.zeros)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.norm(x).reshape(x.shape[0], -1, x.shape[-1])
+        scores = jnp.einsum("bqf,bsf->bqs", self.query(y), self.key(y), preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores * x.shape[-1] ** -0.5).astype(y.dtype)
+        return x + self.out(jnp.einsum("bqs,bsf->bqf", weights, self.value(y))).reshape(x.shape)
