@@ -1,0 +1,233 @@
+"""The adversary of an image tokenizer: what it is, its losses and penalties, and when they count.
+
+Axes: B batch, H W pixels.
+
+Both networks learn from one forward pass, after MAGVIT (arXiv:2212.05199): write one function of both sets of
+parameters that returns both losses, and pull each back to its own parameters,
+
+    (d_loss, g_loss), pull_back = jax.vjp(losses, d_params, g_params)
+    d_grads, _ = pull_back((1.0, 0.0))
+    _, g_grads = pull_back((0.0, 1.0))
+
+without a stop_gradient anywhere: what the discriminator's loss says about the autoencoder is thrown away with the `_`.
+
+Every loss and penalty here is float32 [B], one number for each picture, so that sums over microbatches and devices are
+those of the whole batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ar_tokenizers.image.discriminators import Discriminator, PatchDiscriminator, StyleDiscriminator
+
+Params = dict[str, Any]
+LECAM_DECAY = 0.999  # of the averages: MAGVIT's and Open-MAGVIT2's; LeCAM's own code has 0.99
+
+
+@dataclasses.dataclass(frozen=True)
+class AdversaryConfig:
+    """What an adversary is. Raises ValueError where the numbers make no sense."""
+
+    kind: Literal["none", "patch", "style"] = "none"
+    width: int = 64  # features of the finest layer; they double with every halving, up to eight times as many
+    layers: int = 3  # how often the discriminator halves the picture
+    loss: Literal["hinge", "non_saturating"] = "hinge"
+    weight: float = 0.1  # of the generator's loss beside those of reconstruction
+    adaptive: bool = False  # scale that by `adaptive_weight`, as VQGAN does, with weight 0.8
+    start: int = 5000  # the step at which the generator first feels the adversary
+    warmup: int = 2000  # steps before `start` (or as many as there are) in which the discriminator already learns
+    ramp: int = 2000  # steps over which the weight rises to its full size
+    r1: float = 0.0  # gamma of the R1 penalty, which is gamma / 2 |gradient|^2 (MAGVIT's "cost 10" is 20 here); 0: none
+    r1_every: int = 16  # steps between penalties, each counting for all of them (lazy, StyleGAN2); 1: every step
+    lecam: float = 0.0  # weight of the LeCAM regulariser (0.05 in Open-MAGVIT2); 0: none
+    learning_rate: float = 0.0  # of the discriminator; 0: the autoencoder's
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of its arithmetic; parameters, logits and losses: float32
+
+    def __post_init__(self) -> None:
+        choices = {
+            "kind": ("none", "patch", "style"),
+            "loss": ("hinge", "non_saturating"),
+            "dtype": ("float32", "bfloat16"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"adversary: {name} must be one of {known}, got {getattr(self, name)!r}")
+        for name in ("width", "layers", "r1_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"adversary: {name} must be at least 1, got {getattr(self, name)}")
+        for name in ("weight", "start", "warmup", "ramp", "r1", "lecam", "learning_rate"):
+            if not getattr(self, name) >= 0:  # also where it is not a number
+                raise ValueError(f"adversary: {name} must be 0 or more, got {getattr(self, name)}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AdversaryConfig:
+        """Raises ValueError naming the keys that are no field."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise ValueError(f"an AdversaryConfig has no {unknown}; it has {known}")
+        return cls(**values)
+
+    def _discriminator(self, rngs: nnx.Rngs) -> Discriminator:
+        if self.kind == "none":
+            raise ValueError('this adversary is of kind "none" and has no discriminator: ask for "patch" or "style"')
+        build = PatchDiscriminator if self.kind == "patch" else StyleDiscriminator
+        return build(self.width, self.layers, dtype=jnp.dtype(self.dtype), rngs=rngs)
+
+
+def init(config: AdversaryConfig, key: jax.Array) -> Params:
+    """Parameters: a nested dict of float32 arrays, empty for kind "none". Works under jax.jit and jax.eval_shape."""
+    if config.kind == "none":
+        return {}
+    return nnx.to_pure_dict(nnx.state(config._discriminator(nnx.Rngs(params=key)), nnx.Param))
+
+
+def logits(config: AdversaryConfig, params: Params, pixels: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+    """How real each picture looks, and what the discriminator saw in it.
+
+    Args:
+      pixels: float32 [B, H, W, 3] in [-1, 1], of any H x W that is large enough.
+
+    Returns:
+      logits, float32 [B, h, w] of patches or [B] of pictures, larger for real ones; and the activations of its layers,
+      [B, h, w, F] in the dtype of the config, which feature matching compares.
+
+    Raises:
+      ValueError: the pictures are too small for as many layers, or the kind is "none".
+    """
+    graph, state = nnx.split(nnx.eval_shape(lambda: config._discriminator(nnx.Rngs(0))))
+    nnx.replace_by_pure_dict(state, params)
+    discriminator = nnx.merge(graph, state)
+    height, width = pixels.shape[1:3]
+    if min(height, width) < discriminator.least:
+        raise ValueError(
+            f"a {config.kind} discriminator of {config.layers} layers needs pictures of at least {discriminator.least} "
+            f"pixels a side, got {height} x {width}: ask for fewer layers"
+        )
+    return discriminator(pixels)
+
+
+# ---- losses -----------------------------------------------------------------------------------------------------
+
+
+def discriminator_loss(config: AdversaryConfig, real_logits: jax.Array, fake_logits: jax.Array) -> jax.Array:
+    """What the discriminator minimises: logits [B, ...] of pictures and of their reconstructions -> float32 [B].
+
+    hinge: half of relu(1 - real) + relu(1 + fake), as in VQGAN and LlamaGen. non_saturating: cross entropy without
+    the half (Goodfellow et al. 2014, arXiv:1406.2661), as in MaskGIT.
+    """
+    if config.loss == "hinge":
+        return 0.5 * _mean(jax.nn.relu(1 - real_logits)) + 0.5 * _mean(jax.nn.relu(1 + fake_logits))
+    return _mean(jax.nn.softplus(-real_logits)) + _mean(jax.nn.softplus(fake_logits))
+
+
+def generator_loss(config: AdversaryConfig, fake_logits: jax.Array) -> jax.Array:
+    """What the autoencoder minimises, not yet weighted: logits [B, ...] of reconstructions -> float32 [B].
+
+    hinge: -fake. non_saturating: -log sigmoid(fake), whose gradient is largest where the discriminator is sure.
+    """
+    return _mean(-fake_logits) if config.loss == "hinge" else _mean(jax.nn.softplus(-fake_logits))
+
+
+def r1_penalty(config: AdversaryConfig, params: Params, pixels: jax.Array) -> jax.Array:
+    """gamma / 2 |d logit / d pixels|^2 of real pictures [B, H, W, 3] -> float32 [B], for the discriminator's loss.
+
+    Mescheder et al. 2018, arXiv:1801.04406. A picture's logit is the mean over its patches. Penalties are dear: ask
+    for them in few steps, and multiply them by what `r1_weight` says.
+    """
+
+    def total(pixels: jax.Array) -> jax.Array:  # of pictures that do not see each other: one gradient for all
+        return jnp.sum(_mean(logits(config, params, pixels)[0]))
+
+    return 0.5 * config.r1 * jnp.sum(jnp.square(jax.grad(total)(pixels)), axis=(1, 2, 3))
+
+
+def lecam_init() -> dict[str, jax.Array]:
+    """The averages before the first step: where the discriminator makes no difference."""
+    return {"real": jnp.zeros((), jnp.float32), "fake": jnp.zeros((), jnp.float32)}
+
+
+def lecam_penalty(
+    config: AdversaryConfig, averages: Mapping[str, jax.Array], real_logits: jax.Array, fake_logits: jax.Array
+) -> jax.Array:
+    """lecam x (relu(real - average fake)^2 + relu(average real - fake)^2) -> float32 [B].
+
+    Tseng et al. 2021, arXiv:2104.03310, with the relu of the authors' code: it holds back a discriminator that grows
+    sure, and asks nothing of one that errs. Of each picture's mean logit; MAGVIT has the batch's, which would depend
+    on the microbatch.
+    """
+    real = jax.nn.relu(_mean(real_logits) - averages["fake"])
+    fake = jax.nn.relu(averages["real"] - _mean(fake_logits))
+    return config.lecam * (jnp.square(real) + jnp.square(fake))
+
+
+def lecam_update(
+    averages: Mapping[str, jax.Array], real_sum: jax.Array, fake_sum: jax.Array, count: jax.Array | float
+) -> dict[str, jax.Array]:
+    """The averages after a step, from the sums over the whole global batch of each picture's mean logit."""
+    means = {"real": real_sum / count, "fake": fake_sum / count}
+    return {name: LECAM_DECAY * averages[name] + (1 - LECAM_DECAY) * mean for name, mean in means.items()}
+
+
+# ---- weights ----------------------------------------------------------------------------------------------------
+
+
+def gates(config: AdversaryConfig, step: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """(weight of the generator's loss, 1.0 where the discriminator learns and 0.0 where not), float32 [] each.
+
+    The discriminator begins `warmup` steps before the generator feels it: one that starts to learn at that moment
+    knows nothing of the reconstructions it meets, and what it says is noise (taming-transformers#44).
+    """
+    step = jnp.asarray(step, jnp.float32)
+    if config.kind == "none":
+        return jnp.zeros_like(step), jnp.zeros_like(step)
+    risen = jnp.clip((step - config.start + 1) / max(config.ramp, 1), 0, 1)
+    return config.weight * risen, (step >= config.start - config.warmup).astype(jnp.float32)
+
+
+def r1_weight(config: AdversaryConfig, step: jax.Array | int) -> jax.Array:
+    """What `r1_penalty` counts at this step, float32 []: `r1_every` in one step of as many, 0 in the others."""
+    due = (jnp.asarray(step) % config.r1_every == 0) & (config.r1 > 0)
+    return jnp.where(due, float(config.r1_every), 0.0)
+
+
+def last_layer_gradients(
+    layer: Callable[[Params], jax.Array], params: Params, reconstruction: jax.Array, adversarial: jax.Array
+) -> tuple[Params, Params]:
+    """Gradients of two losses for the last layer of the decoder, by one vjp of that layer alone.
+
+    Args:
+      layer: from its parameters to the pixels [B, H, W, 3], given what comes in.
+      reconstruction, adversarial: d loss / d pixels [B, H, W, 3] of each.
+
+    Returns:
+      Both gradients, trees like params. They are sums over pictures: add them over microbatches.
+    """
+    _, pull_back = jax.vjp(layer, params)
+    return pull_back(reconstruction)[0], pull_back(adversarial)[0]
+
+
+def adaptive_weight(reconstruction: Params, adversarial: Params, limit: float = 1e4) -> jax.Array:
+    """How much of the adversary balances the reconstruction: a constant for gradients, float32 [] in [0, limit].
+
+    |gradient of the reconstruction's losses| / (|gradient of the generator's loss| + 1e-4), both for the last layer:
+    VQGAN, Esser et al. 2020, arXiv:2012.09841. It multiplies the weight of `gates`. The 1e-4 is meant for gradients
+    of a mean over pictures, not of a sum.
+    """
+    ratio = _norm(reconstruction) / (_norm(adversarial) + 1e-4)
+    return jax.lax.stop_gradient(jnp.clip(ratio, 0, limit))
+
+
+def _mean(values: jax.Array) -> jax.Array:
+    """[B, ...] -> [B]: over the patches, if there are any."""
+    return jnp.mean(values, axis=tuple(range(1, values.ndim)))
+
+
+def _norm(tree: Params) -> jax.Array:
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)))
