@@ -35,16 +35,19 @@ _SHEET = 8  # pictures and their reconstructions, one above the other
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_experiment_arguments(parser)
+    parser.add_argument("--only", choices=("text", "image"), help="train one of the two (both)")
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    train_tokenizers(open_experiment(arguments, overrides))
+    train_tokenizers(open_experiment(arguments, overrides), arguments.only)
     return 0
 
 
-def train_tokenizers(experiment: Experiment) -> None:
-    train_text(experiment)
-    train_image(experiment)
+def train_tokenizers(experiment: Experiment, only: str | None = None) -> None:
+    if only != "image":
+        train_text(experiment)
+    if only != "text":
+        train_image(experiment)
 
 
 @by_first_process

@@ -14,6 +14,7 @@ from ar_tokenizers.image import metrics
 from ar_tokenizers.image.autoencoder import Autoencoder, init, loss, to_float
 from ar_tokenizers.image.config import AutoencoderConfig
 from ar_tokenizers.image.layers import depth_to_space, space_to_depth
+from ar_tokenizers.image.objective import Objective
 from ar_tokenizers.image.quantizers import FSQ, VQ
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 from flax import nnx
@@ -128,12 +129,18 @@ def test_what_is_trained_is_what_codes_decode_to(config):
 def test_a_few_steps_learn_and_reach_every_parameter(config):
     flat = np.random.default_rng(0).integers(0, 256, (8, 1, 1, 3), np.uint8).repeat(16, axis=1).repeat(16, axis=2)
     params = jax.jit(lambda key: init(config, key))(jax.random.key(0))
+    objective, keys = Objective(config), jax.random.split(jax.random.key(1), len(flat))
+    kept = objective.start({"autoencoder": params})
     optimizer = optax.adam(1e-2)
     state, start = optimizer.init(params), params
 
     @jax.jit
     def step(params, state):
-        (_, found), gradient = jax.value_and_grad(lambda p: loss(config, p, flat), has_aux=True)(params)
+        def total(params):
+            losses, found, _ = objective.losses({"autoencoder": params}, kept, flat, keys)
+            return losses["autoencoder"], found
+
+        (_, found), gradient = jax.value_and_grad(total, has_aux=True)(params)
         updates, state = optimizer.update(gradient, state)
         return optax.apply_updates(params, updates), state, found
 
@@ -150,11 +157,12 @@ def test_a_few_steps_learn_and_reach_every_parameter(config):
 def test_loss_metrics_are_those_of_the_pictures():
     images, params = pictures(4), trained(SMALL)
     tokenizer = ImageTokenizer(SMALL, params, batch_size=4)
-    total, found = jax.jit(lambda params, images: loss(SMALL, params, images))(params, images)
+    objective = Objective(SMALL)
+    losses, found, _ = jax.jit(lambda p, images: objective.losses({"autoencoder": p}, objective.start({"autoencoder": p}), images, None))(params, images)
     np.testing.assert_allclose(
         found["psnr"][0] / 4, metrics.psnr(images, tokenizer.decode(tokenizer.encode(images))).mean(), atol=0.02
     )
-    np.testing.assert_allclose(total, found["mse"][0] / found["mse"][1], rtol=1e-6)
+    np.testing.assert_allclose(losses["autoencoder"], found["mse"][0], rtol=1e-6)
     np.testing.assert_array_equal(
         found["code_counts"], np.bincount(tokenizer.encode(images).ravel(), minlength=SMALL.codebook_size)
     )

@@ -1,30 +1,180 @@
+"""The image tokenizer in the one loop: any quantiser, with and without an adversary, on any mesh, killed and resumed."""
+
 from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+import pytest
+from ar_tokenizers.image.adversary import AdversaryConfig
 from ar_tokenizers.image.config import AutoencoderConfig
+from ar_tokenizers.image.metrics import collapse, usage
+from ar_tokenizers.image.objective import Objective, ObjectiveConfig
+from ar_tokenizers.image.perceptual import open_perceptual
+from ar_tokenizers.image.tokenizer import ImageTokenizer
 
-from ar_unified.checkpoint import restore_params
+from ar_unified.checkpoint import Checkpoints
+from ar_unified.parallel.mesh import make_mesh
+from ar_unified.training.divergence import Diverged
+from ar_unified.training.loop import NonFinite
+from ar_unified.training.optimizer import OptimizerConfig
 from ar_unified.training.tasks import TokenizerTask
 from ar_unified.training.telemetry import read_metrics
 from tests.training import tiny
 
+SMALL: dict[str, Any] = dict(factor=8, patch=4, width=8, multipliers=(1, 2), blocks=(0, 1), levels=(5, 4, 3), codes=64)
+ADVERSARY = AdversaryConfig(kind="patch", width=4, layers=2, start=2, warmup=2, ramp=2, r1=1.0, r1_every=2, lecam=0.05)
+QUANTIZERS: dict[str, dict[str, Any]] = {
+    "fsq": dict(quantizer="fsq"),
+    "vq": dict(quantizer="vq"),
+    "vq_ema": dict(quantizer="vq", update="ema"),
+    "simvq": dict(quantizer="simvq"),
+    "lfq": dict(quantizer="lfq"),
+    "bsq": dict(quantizer="bsq"),
+    "ibq": dict(quantizer="ibq"),
+    "rq": dict(quantizer="rq", depth=2),
+    "rq_ema": dict(quantizer="rq", depth=2, update="ema"),
+}
 
-def flat(step: int, *part: int) -> dict[str, np.ndarray]:
-    """Pictures of one colour each."""
-    colours = np.random.default_rng(step).integers(0, 256, (8, 1, 1, 3))
-    return {"pixels": np.broadcast_to(colours, (8, 8, 8, 3)).astype(np.uint8)}
+
+def pictures(step: int, index: int = 0, count: int = 1) -> dict[str, np.ndarray]:
+    """Pictures of a few blocks of colour."""
+    blocks = np.random.default_rng(step % 16).integers(0, 256, (8, 4, 4, 3), np.uint8)
+    pixels = blocks.repeat(4, axis=1).repeat(4, axis=2)
+    return {"pixels": pixels[index * 8 // count : (index + 1) * 8 // count]}
+
+
+def task(adversary: AdversaryConfig | None = None, batch: Any = pictures, **changes: Any) -> TokenizerTask:
+    settings: dict[str, Any] = dict(ema=0.9, l1_weight=0.5)
+    if adversary is not None:
+        settings |= dict(adversary=adversary, perceptual="match", perceptual_weight=0.5)
+    objective = ObjectiveConfig(**settings)
+    config = AutoencoderConfig(**SMALL | changes)
+    return TokenizerTask(Objective(config, objective, open_perceptual(objective.perceptual)), batch, [batch(99)])
+
+
+def curve(folder: Path, task: TokenizerTask, shape: dict[str, int], steps: int, **options: Any) -> list[float]:
+    devices = jax.devices()[: int(np.prod(list(shape.values())))]
+    settings = dict(steps=steps, log_every=1, validate_every=0, checkpoint_every=0) | options
+    tiny.run(folder, task=task, mesh=make_mesh(shape, devices), **settings)
+    return [row["loss"] for row in read_metrics(folder / "metrics.jsonl")]
 
 
 def test_the_loop_trains_an_image_tokenizer(tmp_path):
-    config = AutoencoderConfig(factor=4, patch=4, width=8, multipliers=(1,), blocks=(0,), quantizer="vq", codes=16)
-    task = TokenizerTask(config, flat, validation=[flat(99)])
-    params = tiny.run(tmp_path, task=task, steps=4, log_every=1, validate_every=4, accumulation=2)
+    made = task(quantizer="vq", codes=16)
+    params = tiny.run(tmp_path, task=made, steps=4, log_every=1, validate_every=4, accumulation=2)
     *rows, last = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and last["validation/psnr"] > 0
     assert {"loss", "psnr", "codes/usage", "codes/perplexity", "images_per_second"} <= set(rows[0])
     assert 0 < rows[0]["codes/usage"] <= 1
     assert "mfu" not in rows[0]  # its FLOPs are not counted, so none are claimed
-    stored = restore_params(tmp_path / "checkpoints")
-    sizes = [sum(x.size for x in jax.tree.leaves(tree)) for tree in (stored, params)]
-    assert sizes[0] == sizes[1]
+    ImageTokenizer(made.objective.autoencoder, jax.device_get(params["autoencoder"]))
+
+
+@pytest.mark.parametrize("kind", ["patch", "style"])
+def test_the_adversary_waits_learns_and_is_felt_in_that_order(tmp_path, kind):
+    adversary = dataclasses.replace(ADVERSARY, kind=kind, start=4, warmup=2, ramp=2, adaptive=True)
+    curve(tmp_path, task(adversary), dict(data=1), 8)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    losses, weights = ([row[key] for row in rows] for key in ("discriminator_loss", "generator_weight"))
+    assert losses[:2] == [0, 0] and all(loss > 0 for loss in losses[2:])
+    assert weights[:4] == [0] * 4 and all(weight > 0 for weight in weights[4:])
+
+
+@pytest.mark.parametrize("name", ["vq_ema", "rq"])
+def test_microbatches_and_meshes_change_nothing(tmp_path, name):
+    made = task(ADVERSARY, **QUANTIZERS[name])
+    expected = curve(tmp_path / "one", made, dict(data=1), 6)
+    np.testing.assert_allclose(curve(tmp_path / "mesh", made, dict(data=2, fsdp=4), 6), expected, rtol=1e-4)
+    if name == "rq":
+        parts = curve(tmp_path / "parts", made, dict(data=1), 6, accumulation=2)
+        np.testing.assert_allclose(parts, expected, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adversary", [None, ADVERSARY], ids=["alone", "adversary"])
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_200_steps_on_one_device_and_on_eight(tmp_path, name, adversary):
+    made = task(adversary, **QUANTIZERS[name])
+    expected = curve(tmp_path / "one", made, dict(data=1), 200)
+    assert expected[-1] < 0.7 * expected[0]
+    np.testing.assert_allclose(curve(tmp_path / "eight", made, dict(data=2, fsdp=4), 200), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["fsq", "vq", "rq_ema"])
+def test_killed_and_resumed_bit_for_bit(tmp_path, name):
+    """The discriminator, its optimizer, the averages and the statistics of the codebook included."""
+
+    class Killed(Exception):
+        pass
+
+    def mortal(step: int, *part: int) -> dict[str, np.ndarray]:
+        if step == 7:
+            raise Killed
+        return pictures(step, *part)
+
+    made = task(ADVERSARY, **QUANTIZERS[name])
+    options = dict(steps=9, log_every=1, validate_every=0, checkpoint_every=3)
+    tiny.run(tmp_path / "whole", task=made, **options)
+    with pytest.raises(Killed):
+        tiny.run(tmp_path / "torn", task=dataclasses.replace(made, batch=mortal), **options)
+    assert Checkpoints(tmp_path / "torn/checkpoints", readonly=True).latest() == 6
+    tiny.run(tmp_path / "torn", task=made, **options)
+    whole, torn = (
+        Checkpoints(tmp_path / run / "checkpoints", readonly=True).restore(9, params=None, optimizer=None)
+        for run in ("whole", "torn")
+    )
+    assert {"average", "lecam", "steps"} <= set(whole["optimizer"]["kept"])
+    jax.tree.map(np.testing.assert_array_equal, torn, whole)
+    rows = [
+        [{k: v for k, v in row.items() if "second" not in k and "goodput" not in k} for row in read_metrics(path)]
+        for path in (tmp_path / "whole/metrics.jsonl", tmp_path / "torn/metrics.jsonl")
+    ]
+    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+
+
+# ---- what goes wrong ---------------------------------------------------------------------------------------------
+
+
+def test_a_huge_learning_rate_ends_in_a_message_and_a_good_checkpoint(tmp_path):
+    """Warm-up carries the first steps; then it goes wrong, with a NaN or without one."""
+    rates = OptimizerConfig(learning_rate=30.0, warmup_steps=2000, clip_norm=0.0)
+    with pytest.raises((Diverged, NonFinite), match="is the last good checkpoint.*learning rate"):
+        tiny.run(tmp_path, task=task(quantizer="vq"), steps=2100, optimizer=rates, log_every=50, checkpoint_every=5)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", readonly=True)
+    stored = checkpoints.restore(checkpoints.latest(), params=None)["params"]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(stored))
+
+
+def test_pictures_of_one_colour_are_called_a_collapse(tmp_path):
+    lines: list[str] = []
+
+    def grey(step: int, *part: int) -> dict[str, np.ndarray]:
+        return {"pixels": np.full_like(pictures(step, *part)["pixels"], 77)}
+
+    tiny.run(tmp_path, task=task(batch=grey), steps=4, log_every=2, logger=lines.append)
+    assert any("collapsed" in line and "of 60 codes are used" in line and "one colour" in line for line in lines)
+
+
+def test_healthy_codebooks_are_not_called_collapsed():
+    assert not collapse(usage(np.ones(1000)), 1000)
+    assert not collapse(usage(np.r_[np.ones(300), np.zeros(64000 - 300)]), 64000)
+    assert "2 of 1000 codes" in collapse(usage(np.r_[np.ones(2), np.zeros(998)]), 1000)
+
+
+def test_one_picture_of_the_smallest_size_trains(tmp_path):
+    """Batch 1, one code: statistics of one have no spread to divide by."""
+
+    def smallest(step: int, index: int = 0, count: int = 1) -> dict[str, np.ndarray]:
+        return {"pixels": pictures(step)["pixels"][:1, :8, :8]}
+
+    for name in ("fsq", "vq_ema", "ibq"):
+        adversary = AdversaryConfig(kind="patch", width=4, layers=1, start=0, warmup=0, ramp=1)
+        losses = curve(tmp_path / name, task(adversary, smallest, **QUANTIZERS[name]), dict(data=1), 4)
+        assert np.isfinite(losses).all()
+    small = AdversaryConfig(kind="patch", width=4, layers=3, start=0, warmup=0)
+    with pytest.raises(ValueError, match="at least 24 pixels a side, got 8 x 8"):
+        curve(tmp_path / "small", task(small, smallest), dict(data=1), 1)

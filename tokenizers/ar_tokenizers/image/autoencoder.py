@@ -64,36 +64,6 @@ def init(config: AutoencoderConfig, key: jax.Array) -> Params:
     return nnx.to_pure_dict(nnx.state(Autoencoder(config, rngs=nnx.Rngs(params=key)), nnx.Param))
 
 
-def loss(
-    config: AutoencoderConfig, params: Params, pixels: jax.Array, key: jax.Array | None = None
-) -> tuple[jax.Array, dict[str, Any]]:
-    """What to minimise for a batch.
-
-    Args:
-      pixels: [B, H, W, 3], uint8, or float32 in [-1, 1].
-      key: of no use here, because nothing is drawn; every loss of the training loop takes one.
-
-    Returns:
-      The mean loss over the pictures, and metrics: (sum, count) over the pictures of `l1` and `mse` (of pixels in
-      [-1, 1]), `psnr` (dB, of the clipped reconstruction, per picture) and `quantizer_loss`; and `code_counts`, how
-      often each code was used, int32 [K].
-    """
-    target = to_float(pixels)
-    reconstruction = Autoencoder.bind(config, params)(target)
-    error = reconstruction.pixels - target
-    l1 = jnp.mean(jnp.abs(error), axis=(1, 2, 3))
-    mse = jnp.mean(jnp.square(error), axis=(1, 2, 3))
-    total = jnp.mean(config.l1_weight * l1 + config.l2_weight * mse) + reconstruction.quantizer_loss
-
-    seen = jnp.mean(jnp.square(jnp.clip(reconstruction.pixels, -1, 1) - target), axis=(1, 2, 3))
-    psnr = 10 * jnp.log10(4 / jnp.maximum(seen, 4e-10))  # at most 100 dB, as in metrics.psnr
-    count = float(target.shape[0])
-    metrics: dict[str, Any] = {"l1": (l1.sum(), count), "mse": (mse.sum(), count), "psnr": (psnr.sum(), count)}
-    metrics["quantizer_loss"] = (reconstruction.quantizer_loss * count, count)
-    metrics["code_counts"] = jnp.zeros(config.codebook_size, jnp.int32).at[reconstruction.codes.ravel()].add(1)
-    return total, jax.lax.stop_gradient(metrics)
-
-
 def to_float(pixels: jax.Array) -> jax.Array:
     """uint8 -> float32 in [-1, 1]; float32 stays as it is."""
     return pixels.astype(jnp.float32) / 127.5 - 1 if pixels.dtype == jnp.uint8 else pixels

@@ -35,8 +35,6 @@ class AutoencoderConfig:
     code_dim: int = 8  # vq
     beta: float = 0.25  # vq: weight of the commitment
     pull: float = 0.1  # vq: weight of drawing unused codes to the data
-    l1_weight: float = 0.0
-    l2_weight: float = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the networks' arithmetic; parameters and codes: float32
 
     def __post_init__(self) -> None:

@@ -1,0 +1,62 @@
+"""IBQ: a large codebook of wide codes, all of which learn from every position; the family of Emu3.5's tokenizer.
+
+    C=experiments/image_tokenizers/ibq.py:path=DIR,validation=DIR2,lpips=FILE,codes=16384
+    ar-unified tokenizer --only image --config $C --workdir workdirs/ibq
+    ar-unified evaluate --only tokenizer --config $C --workdir workdirs/ibq
+
+Shi et al. 2024, arXiv:2412.02692; TencentARC/SEED-Voken, configs/IBQ/gpu/imagenet_ibqgan_16384.yaml. Published,
+ImageNet validation at 256 pixels, not by us: rFID 2.24, 1.87, 1.37 and 1.00 with 1,024, 8,192, 16,384 and 262,144 codes, of
+which 99, 98, 96 and 84 % are in use. Their users report NaN and collapse (their issues 51, 53, 59): advice there is a
+lower learning rate with a smaller batch, and narrower codes.
+
+Theirs: L1 and LPIPS at weight 1, entropy 0.05 at temperature 0.01, patch discriminator at a fixed 0.1 from the first
+step with LeCAM 0.05, Adam at 1e-4 with drops after epochs 250 and 300 of 330, batch 256, mixed float16, averaged
+weights. Different here: one loss for both sides, non-saturating (theirs is hinge for the discriminator alone); the rate
+falls along a cosine; bfloat16.
+
+Arguments: path=DIR and validation=DIR of pictures; lpips=FILE that convert_perceptual wrote (none: 1 - MS-SSIM in
+its place); codes=N (16384).
+"""
+
+from ar_tokenizers.image.config import PRESETS
+from ml_collections import ConfigDict
+
+from ar_unified.cli.config import defaults, parse_arg
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    args = parse_arg(arg, path="pictures", validation=None, lpips=None, codes="16384")
+    config = defaults()
+    config.name = "ibq"
+    config.data.train = (ConfigDict(dict(kind="pictures", path=args["path"])),)
+    config.data.validation = (ConfigDict(dict(kind="pictures", path=args["validation"])),) if args["validation"] else ()
+    config.data.image_size = (256, 256)
+    config.evaluation.limit = 50_000
+    config.mesh.data, config.mesh.fsdp = -1, 1
+
+    tokenizer = config.image_tokenizer
+    tokenizer.update(PRESETS["ibq_f16"])
+    tokenizer.quantizer = "ibq"
+    tokenizer.codes = int(args["codes"] or 16_384)
+    tokenizer.code_dim = 256
+    tokenizer.entropy = 0.05
+    tokenizer.dtype = "bfloat16"
+    tokenizer.l1_weight, tokenizer.l2_weight = 1.0, 0.0
+    tokenizer.perceptual = "lpips" if args["lpips"] else "ms_ssim"
+    tokenizer.perceptual_file = args["lpips"] or ""
+
+    tokenizer.adversary.kind = "patch"
+    tokenizer.adversary.loss = "non_saturating"
+    tokenizer.adversary.weight = 0.1
+    tokenizer.adversary.start = tokenizer.adversary.warmup = tokenizer.adversary.ramp = 0
+    tokenizer.adversary.lecam = 0.05
+    tokenizer.adversary.dtype = "bfloat16"
+
+    tokenizer.crop, tokenizer.short_side, tokenizer.mirror = 256, 288, True
+    tokenizer.steps = 1_650_000  # 330 epochs of ImageNet
+    tokenizer.batch_size = 256
+    tokenizer.learning_rate = 1e-4
+    tokenizer.b1, tokenizer.b2, tokenizer.clip_norm = 0.5, 0.9, 0.0
+    tokenizer.ema = 0.9999
+    tokenizer.checkpoint_every = 5000
+    return config

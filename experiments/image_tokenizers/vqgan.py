@@ -1,0 +1,60 @@
+"""VQGAN f16, the first of the line: 16 x 16 codes of a 256-pixel picture, learned with an adversary.
+
+    C=experiments/image_tokenizers/vqgan.py:path=DIR,validation=DIR2,lpips=FILE
+    ar-unified tokenizer --only image --config $C --workdir workdirs/vqgan
+    ar-unified evaluate --only tokenizer --config $C --workdir workdirs/vqgan
+
+Esser et al. 2020, arXiv:2012.09841; taming-transformers, configs/imagenet_vqgan.yaml. Published, ImageNet validation at
+256 pixels, not by us: rFID 7.94 with 1,024 codes, 4.98 with 16,384; somebody else's training of the first
+(xyfJASON/visual-tokenizer-pytorch): rFID 5.82, 19.91 dB, SSIM 0.505, 37.5 % of the codes in use.
+
+Theirs: L1 and LPIPS at weight 1, patch discriminator with hinge loss at 0.8 times the adaptive weight from step 250,001
+(10,000 in the config for data of your own), Adam (0.5, 0.9) at 4.5e-6 x batch 12. Different here: the discriminator
+learns for 5,000 steps before the autoencoder feels it, over the next 5,000 (theirs meets trained reconstructions cold);
+group norm in it instead of batch norm; codes on the unit sphere; beta on the commitment.
+
+Arguments: path=DIR and validation=DIR of pictures; lpips=FILE that convert_perceptual wrote (none: 1 - MS-SSIM in
+its place, which needs no pretrained network); codes=N (1024).
+"""
+
+from ar_tokenizers.image.config import PRESETS
+from ml_collections import ConfigDict
+
+from ar_unified.cli.config import defaults, parse_arg
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    args = parse_arg(arg, path="pictures", validation=None, lpips=None, codes="1024")
+    config = defaults()
+    config.name = "vqgan"
+    config.data.train = (ConfigDict(dict(kind="pictures", path=args["path"])),)
+    config.data.validation = (ConfigDict(dict(kind="pictures", path=args["validation"])),) if args["validation"] else ()
+    config.data.image_size = (256, 256)
+    config.evaluation.limit = 50_000
+    config.mesh.data, config.mesh.fsdp = -1, 1
+
+    tokenizer = config.image_tokenizer
+    tokenizer.update(PRESETS["taming_f16"])
+    tokenizer.quantizer = "vq"
+    tokenizer.codes = int(args["codes"] or 1024)
+    tokenizer.code_dim = 256
+    tokenizer.restart = 0.0
+    tokenizer.l1_weight, tokenizer.l2_weight = 1.0, 0.0
+    tokenizer.perceptual = "lpips" if args["lpips"] else "ms_ssim"
+    tokenizer.perceptual_file = args["lpips"] or ""
+
+    tokenizer.adversary.kind = "patch"
+    tokenizer.adversary.adaptive = True
+    tokenizer.adversary.weight = 0.8
+    tokenizer.adversary.start = 250_000
+    tokenizer.adversary.warmup = 5000
+    tokenizer.adversary.ramp = 5000
+
+    tokenizer.crop, tokenizer.short_side, tokenizer.mirror = 256, 288, True
+    tokenizer.steps = 500_000
+    tokenizer.batch_size = 12
+    tokenizer.learning_rate = 5.4e-5
+    tokenizer.final_fraction = 1.0
+    tokenizer.b1, tokenizer.b2, tokenizer.clip_norm = 0.5, 0.9, 0.0
+    tokenizer.checkpoint_every = 5000
+    return config
