@@ -1,0 +1,154 @@
+"""How far a reconstruction is from its picture to the eye: what to minimise beside the pixels.
+
+Axes: B batch, H W pixels, h w positions, F features.
+
+`ms_ssim` and `match` need no pretrained weights; `lpips` and `features` need a file that the user names, whose sha256
+belongs beside every number that came from it. All are zero for equal pictures and float32 [B], one for each picture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ar_tokenizers.image import lpips, resnet
+from ar_tokenizers.image.weights import Params, read_weights
+
+Kind = Literal["none", "lpips", "features", "ms_ssim", "match"]
+Features = Sequence[jax.Array]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["kind", "hash", "dtype"])
+@dataclasses.dataclass(frozen=True, eq=False)
+class Perceptual:
+    """One perceptual distance, made by `load`. A pytree: pass it to a jitted function, and its weights are arguments
+    of the program instead of constants in it."""
+
+    kind: Kind
+    params: Params
+    hash: str  # sha256 of the weight file; empty where there is none
+    dtype: str  # of the network's arithmetic; the distance is float32
+
+    @classmethod
+    def load(
+        cls, kind: str, path: str | os.PathLike[str] = "", dtype: Literal["float32", "bfloat16"] = "float32"
+    ) -> Perceptual:
+        """Read the weights, where the kind has any.
+
+        Args:
+          path: the weight file of `lpips` or `features` (weights.py says what it holds); of the others: nothing.
+          dtype: "float32" for a number to report, "bfloat16" for a fast loss.
+
+        Raises:
+          FileNotFoundError, ValueError: no such kind, or no such weights.
+        """
+        if kind not in get_args(Kind):
+            raise ValueError(f"a perceptual distance is one of {get_args(Kind)}, got {kind!r}")
+        networks = {"lpips": lpips, "features": resnet}
+        if bool(path) != (kind in networks):
+            wants = "needs a weight file: name one" if kind in networks else f"has no weights: it cannot use {path}"
+            raise ValueError(f"the perceptual distance {kind!r} {wants}")
+        if kind not in networks:
+            return cls(kind, {}, "", dtype)  # type: ignore[arg-type]
+        arrays, digest = read_weights(path, networks[kind].SHAPES)
+        return cls(kind, networks[kind].arrange(arrays), digest, dtype)  # type: ignore[arg-type]
+
+    @property
+    def name(self) -> str:
+        """What to print beside a number, with the first digits of the sha256 of the weights."""
+        names = {"lpips": "LPIPS-VGG16", "features": "ResNet-50 logits", "ms_ssim": "1 - MS-SSIM"}
+        return names.get(self.kind, self.kind) + (f" ({self.hash[:12]})" if self.hash else "")
+
+    def distance(self, a: jax.Array, b: jax.Array, a_features: Features = (), b_features: Features = ()) -> jax.Array:
+        """float32 [B, H, W, 3] in [-1, 1] twice -> float32 [B].
+
+        `match` compares what the discriminator saw in them, the activations that adversary.logits returns; the
+        others have no use for it. Raises ValueError where pictures are too small, or `match` is given no activations.
+        """
+        dtype = jnp.dtype(self.dtype)
+        match self.kind:
+            case "lpips":
+                return lpips.distance(self.params, a, b, dtype)
+            case "features":
+                logits = resnet.logits(self.params, jnp.concatenate([a, b]), dtype)
+                return jnp.mean(jnp.square(logits[: len(a)] - logits[len(a) :]), axis=-1)
+            case "ms_ssim":
+                return 1 - ms_ssim(a, b)
+            case "match":
+                return feature_matching(a_features, b_features)
+        return jnp.zeros(len(a), jnp.float32)
+
+
+# ---- without weights --------------------------------------------------------------------------------------------
+
+_SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+_WINDOW = np.exp(-0.5 * np.square(np.arange(-5, 6) / 1.5))
+
+
+def ms_ssim(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Multi-scale structural similarity: float32 [B, H, W, 3] in [-1, 1] twice -> float32 [B], 1 for equal pictures.
+
+    Wang, Simoncelli and Bovik 2003, as a loss: Zhao et al. 2015, arXiv:1511.08861. A Gaussian window of 11 x 11 pixels
+    and sigma 1.5, without padding; the mean over the colours. Five scales fit sides of 176 pixels and more; smaller
+    pictures have as many as fit, of the same relative weights.
+
+    Raises:
+      ValueError: a side is shorter than the window.
+    """
+    side = min(a.shape[1:3])
+    if side < len(_WINDOW):
+        raise ValueError(f"MS-SSIM needs pictures of at least 11 x 11 pixels, got {a.shape[1]} x {a.shape[2]}")
+    count = min(len(_SCALES), (side // len(_WINDOW)).bit_length())
+    weights = np.array(_SCALES[:count]) / sum(_SCALES[:count])
+    x, y = (pixels.astype(jnp.float32) * 0.5 + 0.5 for pixels in (a, b))  # SSIM's luminance is of [0, 1]
+    total = jnp.ones((len(x), 3), jnp.float32)
+    for scale, weight in enumerate(weights):
+        luminance, contrast = _similarity(x, y)
+        similarity = luminance * contrast if scale == count - 1 else contrast
+        # Opposite structure is negative and has no power. A flat reconstruction of anything is above this bound, so
+        # that training starts with a gradient.
+        total *= jnp.maximum(similarity.mean((1, 2)), 1e-4) ** weight
+        x, y = _halve(x), _halve(y)
+    return total.mean(-1)
+
+
+def feature_matching(a: Features, b: Features) -> jax.Array:
+    """Mean |difference| of two lists of activations [B, h, w, F], each layer counting the same -> float32 [B].
+
+    Wang et al. 2017 (pix2pixHD), arXiv:1711.11585. Raises ValueError where there are none.
+    """
+    if not a or len(a) != len(b):
+        raise ValueError(
+            "feature matching compares what the discriminator saw in both pictures, the second result of "
+            f"adversary.logits, but got {len(a)} and {len(b)} layers of it"
+        )
+    layers = [jnp.abs(x.astype(jnp.float32) - y.astype(jnp.float32)).mean((1, 2, 3)) for x, y in zip(a, b, strict=True)]
+    return sum(layers[1:], layers[0]) / len(layers)
+
+
+def _similarity(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """SSIM's luminance and contrast-structure maps, [B, H - 10, W - 10, 3], of pictures in [0, 1]."""
+
+    def band(size: int) -> np.ndarray:  # the window as a matrix: two products are faster than a convolution of one
+        rows = [np.pad(_WINDOW / _WINDOW.sum(), (i, size - len(_WINDOW) - i)) for i in range(size - len(_WINDOW) + 1)]
+        return np.float32(rows)
+
+    moments = jnp.stack([x, y, x * x, y * y, x * y])
+    rows, columns = band(x.shape[1]), band(x.shape[2])
+    moments = jnp.einsum("ih,nbhwc->nbiwc", rows, moments, precision="highest")
+    mx, my, xx, yy, xy = jnp.einsum("jw,nbiwc->nbijc", columns, moments, precision="highest")
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * mx * my + c1) / (mx * mx + my * my + c1)
+    return luminance, (2 * (xy - mx * my) + c2) / (xx - mx * mx + yy - my * my + c2)
+
+
+def _halve(x: jax.Array) -> jax.Array:
+    b, h, w, c = x.shape
+    return x[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
