@@ -16,7 +16,7 @@ import numpy as np
 from ar_tokenizers.image.adversary import AdversaryConfig
 from ar_tokenizers.image.metrics import collapse, usage
 from ar_tokenizers.image.objective import Objective, ObjectiveConfig
-from ar_tokenizers.image.perceptual import open_perceptual
+from ar_tokenizers.image.perceptual import Perceptual
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 from ar_tokenizers.text import TextTokenizer
 
@@ -89,7 +89,7 @@ def train_image(experiment: Experiment) -> None:
     objective = Objective(
         experiment.autoencoder,
         configs.pick(ObjectiveConfig, settings, adversary=configs.pick(AdversaryConfig, settings.adversary)),
-        open_perceptual(settings.perceptual, settings.perceptual_file),
+        Perceptual.load(settings.perceptual, settings.perceptual_file, settings.dtype),
     )
     # Without a crop, whole pictures; a mirrored "left" would be wrong where text says so, not for a tokenizer.
     options = {"short_side": settings.short_side or settings.crop * 5 // 4} if settings.crop else {}
@@ -139,7 +139,7 @@ def train_image(experiment: Experiment) -> None:
         if warning := collapse(usage(counts), tokenizer.codebook_size):
             experiment.say(f"image_tokenizer: WARNING, on held-out pictures {warning}")
             summary["warning"] = warning
-        if objective.perceptual is not None:
-            summary["perceptual"] = objective.perceptual.describe()
+        if objective.perceptual.kind != "none":
+            summary["perceptual"] = objective.perceptual.name
         experiment.finish(stage, summary)
     runtime.barrier(stage.name)

@@ -172,7 +172,7 @@ class TokenizerTask:
             "kind": self.name,
             **dataclasses.asdict(objective.autoencoder),
             "objective": dataclasses.asdict(objective.config),
-            "perceptual": objective.perceptual.describe() if objective.perceptual else {},
+            "perceptual_sha256": objective.perceptual.hash,
         }
 
     def loss(

@@ -13,7 +13,7 @@ from ar_tokenizers.image.adversary import AdversaryConfig
 from ar_tokenizers.image.config import AutoencoderConfig
 from ar_tokenizers.image.metrics import collapse, usage
 from ar_tokenizers.image.objective import Objective, ObjectiveConfig
-from ar_tokenizers.image.perceptual import open_perceptual
+from ar_tokenizers.image.perceptual import Perceptual
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 
 from ar_unified.checkpoint import Checkpoints
@@ -53,7 +53,7 @@ def task(adversary: AdversaryConfig | None = None, batch: Any = pictures, **chan
         settings |= dict(adversary=adversary, perceptual="match", perceptual_weight=0.5)
     objective = ObjectiveConfig(**settings)
     config = AutoencoderConfig(**SMALL | changes)
-    return TokenizerTask(Objective(config, objective, open_perceptual(objective.perceptual)), batch, [batch(99)])
+    return TokenizerTask(Objective(config, objective, Perceptual.load(objective.perceptual)), batch, [batch(99)])
 
 
 def curve(folder: Path, task: TokenizerTask, shape: dict[str, int], steps: int, **options: Any) -> list[float]:

@@ -34,7 +34,7 @@ class ObjectiveConfig:
 
     l1_weight: float = 0.0  # weight of the mean absolute error of pixels in [-1, 1]
     l2_weight: float = 1.0  # and of the mean squared error
-    perceptual: str = "none"  # one of perceptual.KINDS
+    perceptual: str = "none"  # a perceptual.Kind
     perceptual_weight: float = 1.0
     adversary: AdversaryConfig = AdversaryConfig()
     ema: float = 0.0  # decay of the averaged weights that are used in the end, e.g. 0.9999; 0: the last ones
@@ -53,11 +53,20 @@ class ObjectiveConfig:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Objective:
-    """An autoencoder, its losses, and the network that pictures are compared with."""
+    """An autoencoder, its losses, and the network that pictures are compared with.
+
+    Raises ValueError where `perceptual` is not the distance that the config asks for.
+    """
 
     autoencoder: AutoencoderConfig
     config: ObjectiveConfig = ObjectiveConfig()
-    perceptual: Perceptual | None = None
+    perceptual: Perceptual = Perceptual.load("none")
+
+    def __post_init__(self) -> None:
+        if self.perceptual.kind != self.config.perceptual:
+            raise ValueError(
+                f"objective: the config asks for perceptual {self.config.perceptual!r}, given {self.perceptual.kind!r}"
+            )
 
     def init(self, key: jax.Array) -> Params:
         params = {"autoencoder": autoencoders.init(self.autoencoder, key)}
@@ -75,7 +84,7 @@ class Objective:
             kept["average"] = params["autoencoder"]
         if self.config.adversary.lecam:
             kept["lecam"] = adversaries.lecam_init()
-        if self.perceptual is not None and self.perceptual.params:
+        if self.perceptual.params:  # pretrained: here they are arguments of the step and not constants in it
             kept["perceptual"] = self.perceptual.params
         return kept
 
@@ -108,8 +117,9 @@ class Objective:
                 "mse": jnp.mean(jnp.square(error), axis=(1, 2, 3)),
             }
             loss = config.l1_weight * parts["l1"] + config.l2_weight * parts["mse"]
-            if self.perceptual is not None:
-                parts["perceptual"] = self.perceptual.distance(kept.get("perceptual", {}), target, fake)
+            if self.perceptual.kind not in ("none", "match"):
+                perceptual = dataclasses.replace(self.perceptual, params=kept.get("perceptual", {}))
+                parts["perceptual"] = perceptual.distance(target, fake)
                 loss += config.perceptual_weight * parts["perceptual"]
             return loss, parts
 
