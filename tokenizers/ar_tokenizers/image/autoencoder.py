@@ -1,6 +1,9 @@
 """A convolutional VQ-VAE for pictures of any H x W divisible by its factor.
 
-Axes: B batch, H W pixels, h w codes (H/factor, W/factor), C code dim, K codebook size, F features.
+Axes: B batch, H W pixels, h w codes (H/factor, W/factor x depth), C code dim, K codebook size, F features.
+
+A quantiser with D codes a position makes the grid of codes D times as wide, depth innermost: whoever reads codes sees
+one wider grid of single codes.
 
 The first `patch` of the factor is a space-to-depth (Cosmos, arXiv:2501.03575, has a Haar transform there), the rest
 halvings: nothing is computed at the resolution of the pixels, which is what makes small pictures cheap on a CPU.
@@ -12,7 +15,7 @@ whole picture. No discriminator and no perceptual loss here.
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ar_tokenizers.image.quantizers import FSQ, VQ, Quantizer
+from ar_tokenizers.image import quantizers
 
 Params = dict[str, Any]
 
@@ -34,12 +37,17 @@ class AutoencoderConfig:
     width: int = 64  # features at the finest level
     multipliers: tuple[int, ...] = (1, 2, 2)  # x width, one per level: fine to coarse, log2(factor / patch) + 1 levels
     blocks: tuple[int, ...] = (0, 1, 2)  # residual blocks per level, in the encoder and again in the decoder
-    quantizer: Literal["fsq", "vq"] = "fsq"
+    quantizer: str = "fsq"  # one of quantizers.NAMES; the next ten are settings of quantizers.make
     levels: tuple[int, ...] = (8, 5, 5, 5)  # fsq: the codebook size is their product
-    codes: int = 1024  # vq: the codebook size
-    code_dim: int = 8  # vq
-    beta: float = 0.25  # vq: weight of the commitment
-    pull: float = 0.1  # vq: weight of drawing unused codes to the data
+    activation: str = "tanh"  # fsq: or "ifsq"
+    codes: int = 1024  # all others: the codebook size
+    code_dim: int = 0  # numbers in a code; 0: the quantiser's usual
+    depth: int = 4  # rq: codes a position
+    update: str = "gradient"  # vq, rq: what moves the codes; or "ema"
+    gradient: str = "straight_through"  # vq, simvq, rq: or "rotation"
+    beta: float = 0.25  # weight of the commitment
+    entropy: float = -1.0  # weight of the entropy penalty; negative: the quantiser's usual
+    restart: float = 0.1  # vq, rq: codes used less than this share of the mean become latents; 0: never
     l1_weight: float = 0.0
     l2_weight: float = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the networks' arithmetic; parameters and codes: float32
@@ -58,10 +66,9 @@ class AutoencoderConfig:
                 )
         if min(self.width, *self.multipliers) < 1 or min(self.blocks) < 0:
             raise ValueError(f"width and multipliers must be at least 1, and blocks at least 0: {self}")
-        for name, known in (("quantizer", ("fsq", "vq")), ("dtype", ("float32", "bfloat16"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
-        nnx.eval_shape(lambda: self._quantizer(nnx.Rngs(0)))  # it checks its own numbers
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
+        self._sizes  # noqa: B018 (the quantiser checks its own numbers)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AutoencoderConfig:
@@ -71,9 +78,21 @@ class AutoencoderConfig:
             raise ValueError(f"an AutoencoderConfig has no {unknown}; it has {known}")
         return cls(**values)
 
+    def make_quantizer(self, rngs: nnx.Rngs) -> quantizers.Quantizer:
+        return quantizers.make(**{name: getattr(self, name) for name in quantizers.SETTINGS}, rngs=rngs)
+
+    @functools.cached_property
+    def _sizes(self) -> quantizers.Quantizer:
+        """The quantiser without its arrays."""
+        return nnx.eval_shape(lambda: self.make_quantizer(nnx.Rngs(0)))
+
     @property
     def codebook_size(self) -> int:
-        return math.prod(self.levels) if self.quantizer == "fsq" else self.codes
+        return self._sizes.codebook_size
+
+    @property
+    def codes_per_position(self) -> int:
+        return self._sizes.depth
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -81,24 +100,20 @@ class AutoencoderConfig:
         return tuple(self.width * multiplier for multiplier in self.multipliers)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Pixels -> codes (h, w). Raises ValueError unless both sides are multiples of the factor."""
+        """Pixels -> the grid of codes (h, w). Raises ValueError unless both sides are multiples of the factor."""
         if height <= 0 or width <= 0 or height % self.factor or width % self.factor:
             raise ValueError(
                 f"a picture of {height} x {width} pixels does not divide into codes of {self.factor} x {self.factor}: "
                 f"resize, crop or pad both sides to multiples of {self.factor}"
             )
-        return height // self.factor, width // self.factor
-
-    def _quantizer(self, rngs: nnx.Rngs) -> Quantizer:
-        if self.quantizer == "fsq":
-            return FSQ(self.levels)
-        return VQ(self.codes, self.code_dim, beta=self.beta, pull=self.pull, rngs=rngs)
+        return height // self.factor, width // self.factor * self.codes_per_position
 
 
 class Reconstruction(NamedTuple):
     pixels: jax.Array  # float32 [B, H, W, 3], about [-1, 1]: not clipped
     codes: jax.Array  # int32 [B, h, w]
     quantizer_loss: jax.Array  # float32 []
+    quantizer_sums: dict[str, jax.Array]  # for the quantiser's `settle`; {} without keys
 
 
 class Autoencoder(nnx.Module):
@@ -106,7 +121,7 @@ class Autoencoder(nnx.Module):
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.quantizer = config._quantizer(rngs)
+        self.quantizer = config.make_quantizer(rngs)
         self.encoder = Encoder(config, self.quantizer.dim, rngs=rngs)
         self.decoder = Decoder(config, self.quantizer.dim, rngs=rngs)
 
@@ -117,17 +132,25 @@ class Autoencoder(nnx.Module):
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(graph, state)
 
-    def __call__(self, pixels: jax.Array) -> Reconstruction:
-        quantized = self.quantizer(self._latents(pixels))
-        return Reconstruction(self.decoder(quantized.vectors), quantized.codes, quantized.loss)
+    def __call__(self, pixels: jax.Array, keys: jax.Array | None = None) -> Reconstruction:
+        """keys: PRNG keys [B], one for each picture; None: not training."""
+        quantized = self.quantizer(self._latents(pixels), keys)
+        codes = self._in_grid(quantized.codes)
+        return Reconstruction(self.decoder(quantized.vectors), codes, quantized.loss, quantized.sums)
 
     def encode(self, pixels: jax.Array) -> jax.Array:
         """float32 [B, H, W, 3] in [-1, 1] -> codes int32 [B, h, w]."""
-        return self.quantizer.encode(self._latents(pixels))
+        return self._in_grid(self.quantizer.encode(self._latents(pixels)))
 
     def decode(self, codes: jax.Array) -> jax.Array:
         """int32 [B, h, w] in [0, K) -> float32 [B, H, W, 3]: exactly what the training pass makes of these codes."""
+        depth = self.quantizer.depth
+        if depth > 1:
+            codes = codes.reshape(*codes.shape[:2], -1, depth)
         return self.decoder(self.quantizer.vectors(codes))
+
+    def _in_grid(self, codes: jax.Array) -> jax.Array:
+        return codes.reshape(*codes.shape[:2], -1)
 
     def _latents(self, pixels: jax.Array) -> jax.Array:
         self.config.grid(*pixels.shape[1:3])
