@@ -209,7 +209,7 @@ class Experiment:
     def grammar(self) -> Grammar:
         """The vocabulary that binds the two tokenizers, and how pictures are written in it."""
         text, image = self.text_tokenizer, self.image_tokenizer
-        height, width = (side // image.factor for side in self.config.data.image_size)
+        height, width = image.config.grid(*self.config.data.image_size)
         rows = self.config.data.layout == "rows"
         # "aspect" keeps the area, so a side may be up to twice that of the square.
         layout = sized_rows(2 * height, 2 * width) if rows else fixed_grid(height, width)

@@ -13,11 +13,11 @@ the compiler's number and with what would make it fit. With --output:
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+from ar_tokenizers.image.autoencoder import AutoencoderConfig
 from ml_collections import ConfigDict
 
 from ar_unified.cli import config as configs
@@ -79,13 +79,13 @@ def use_cpu(target: Target) -> None:
 
 def run_of(config: ConfigDict) -> Run:
     """What a config's programs are made of. The vocabulary is as large as its tokenizers may become."""
-    image, training, sampling = config.image_tokenizer, config.training, config.sampling
+    training, sampling = config.training, config.sampling
+    image = configs.pick(AutoencoderConfig, config.image_tokenizer)
     rows = config.data.layout == "rows"
-    height, width = (side // image.factor for side in config.data.image_size)
+    height, width = image.grid(*config.data.image_size)
     layout = sized_rows(2 * height, 2 * width) if rows else fixed_grid(height, width)
-    codes = math.prod(image.levels) if image.quantizer == "fsq" else image.codes
     side = max(layout.height, layout.width) if rows else 0
-    vocabulary = Vocabulary(config.text_tokenizer.vocab_size, codes, side)
+    vocabulary = Vocabulary(config.text_tokenizer.vocab_size, image.codebook_size, side)
     return Run(
         model=config_from(configs.plain(config.model), vocab_size=vocabulary.size),
         vocabulary=vocabulary,

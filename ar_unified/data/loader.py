@@ -263,7 +263,9 @@ class ImageBatches:
             parts = self.sources[source][document].parts
         except BadItem:
             parts = ()
-        found = [images.resize(part.pixels, *self._scaled(part.pixels)) for part in parts if isinstance(part, ImagePart)]
+        found = [
+            images.resize(part.pixels, *self._scaled(part.pixels)) for part in parts if isinstance(part, ImagePart)
+        ]
         self._room -= sum(picture.nbytes for picture in found)
         if self._room > 0:
             self._kept[place] = found

@@ -31,8 +31,9 @@ def summary(config: Mapping[str, Any]) -> dict[str, str]:
         lines["data"] = ", ".join(dict.fromkeys(sources))
     if "image_size" in data and "factor" in image:
         height, width = data["image_size"]
-        codes = math.prod(image.get("levels") or ()) if image.get("quantizer") == "fsq" else image.get("codebook_size")
-        grid = f"{height // image['factor']} x {width // image['factor']} codes of {codes}"
+        codes = math.prod(image.get("levels") or ()) if image.get("quantizer") == "fsq" else image.get("codes")
+        depth = image.get("depth", 1) if image.get("quantizer") == "rq" else 1
+        grid = f"{height // image['factor']} x {width // image['factor'] * depth} codes of {codes}"
         lines["pictures"] = f"{height} x {width} pixels as {grid} ({image.get('quantizer', '').upper()})"
     if "vocab_size" in text:
         lines["text"] = f"{text['vocab_size']} pieces ({text.get('model_type', '')})"

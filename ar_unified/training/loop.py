@@ -102,7 +102,8 @@ def fit(
       profile: (first, last) steps taken between which a trace is written to `folder`/profile; None: no trace.
       logger: takes console lines.
 
-    Raises NonFinite, divergence.Diverged, Preempted, checkpoint.SaveFailed, vocabulary.ManifestMismatch, checkpoint.CheckpointMismatch.
+    Raises NonFinite, divergence.Diverged, Preempted, checkpoint.SaveFailed, vocabulary.ManifestMismatch,
+    checkpoint.CheckpointMismatch.
     """
     folder = Path(folder)
     # ---------------------------------------------------------------------- State: shapes first, then values
@@ -151,14 +152,17 @@ def fit(
     watch = Watch(read_metrics(metrics_file, until=start) if start and metrics_file.exists() else ())
     profiler = Profiler(profile, folder / "profile")
 
+    def good() -> int | None:
+        checkpoints.wait()
+        return checkpoints.latest()
+
     def read(taken: int, report: StepReport) -> None:
         """Waits for a step that was dispatched, checks it, and writes the log line if one is due."""
         values, loss, norm, finite = jax.device_get((report.values, report.loss, report.grad_norm, report.finite))
         if not finite:
-            checkpoints.wait()
-            raise NonFinite(_diagnosis(taken, report, float(loss), float(norm), checkpoints.latest()))
+            raise NonFinite(_diagnosis(taken, report, float(loss), float(norm), good()))
         meter.add(values | {"grad_norm": (norm, np.float32(1))})
-        watch.add(taken - 1, float(values["loss"][0] / max(values["loss"][1], 1e-9)), checkpoints.latest)
+        watch.add(taken - 1, float(values["loss"][0] / max(values["loss"][1], 1e-9)), good)
         if _due(taken, config.log_every, config.steps):
             line = task.summary(meter.totals) | {"learning_rate": float(rate(taken - 1))}
             line |= meter.rates(task.unit, task.flops(meter.totals), peak) | device_memory() | clock.write(taken)

@@ -81,8 +81,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         return adamw
 
     def scaled(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        factors = dict(config.factors)
-        return {k: jax.tree.map(lambda u, f=factors.get(k, 1.0): f * u, part) for k, part in updates.items()}, state
+        for name, factor in config.factors:
+            updates = updates | {name: optax.tree.scale(factor, updates[name])}
+        return updates, state
 
     return optax.chain(adamw, optax.GradientTransformation(lambda params: optax.EmptyState(), scaled))
 

@@ -41,8 +41,8 @@ class Task(Protocol):
     """What is trained: a model, its loss, its data, and what is worth saying about a step (training/tasks.py).
 
     Metrics are sums, never means: a (sum, count) pair is divided after it was added over microbatches, devices and
-    steps; a bare array is a plain sum (a count of tokens, a histogram of codes). Those under STATISTICS, a dict, are for
-    `settle` alone and are not reported.
+    steps; a bare array is a plain sum (a count of tokens, a histogram of codes). Those under STATISTICS, a dict, are
+    for `settle` alone and are not reported.
 
     What a task keeps (`kept`) is state that no gradient moves: averaged weights, statistics of a codebook.
     """

@@ -163,8 +163,10 @@ class TokenizerTask:
         return self.objective.inference_params(params, kept)
 
     def logical_axes(self, params: Params) -> Any:
-        """Output channels of every kernel; vectors stay whole."""
-        return jax.tree.map(lambda x: (None,) * (x.ndim - 1) + ("channels" if x.ndim > 1 else None,), params)
+        """Output channels of every kernel; vectors and numbers stay whole."""
+        return jax.tree.map(
+            lambda x: (None,) * (x.ndim - 1) + ("channels",) if x.ndim > 1 else (None,) * x.ndim, params
+        )
 
     def describe(self) -> dict[str, Any]:
         objective = self.objective

@@ -189,9 +189,7 @@ def test_image_batches_are_pure_and_visit_everything(folder: Path, kit: Any) -> 
     assert set(seen) == {kit.picture(i).tobytes() for i in range(20) if i != 3}
     varied = made(mirror=True, short_side=20, batch_size=8)
     assert varied.batch(0)["pixels"].shape == (8, 16, 16, 3)
-    assert np.array_equal(
-        varied.batch(9)["pixels"], made(mirror=True, short_side=20, batch_size=8).batch(9)["pixels"]
-    )
+    assert np.array_equal(varied.batch(9)["pixels"], made(mirror=True, short_side=20, batch_size=8).batch(9)["pixels"])
 
 
 def test_a_full_row_whose_document_begins_with_a_picture_has_no_room_for_dropout(

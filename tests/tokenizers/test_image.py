@@ -11,15 +11,11 @@ import numpy as np
 import optax
 import pytest
 from ar_tokenizers.image import metrics
-from ar_tokenizers.image.autoencoder import Autoencoder, init, loss, to_float
+from ar_tokenizers.image.autoencoder import Autoencoder, init, to_float
 from ar_tokenizers.image.config import AutoencoderConfig
 from ar_tokenizers.image.layers import depth_to_space, space_to_depth
 from ar_tokenizers.image.objective import Objective
-from ar_tokenizers.image.quantizers import FSQ, VQ
 from ar_tokenizers.image.tokenizer import ImageTokenizer
-from flax import nnx
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 SMALL = AutoencoderConfig(factor=8, patch=4, width=8, multipliers=(1, 2), blocks=(0, 1), levels=(5, 4, 3))
 SMALL_VQ = AutoencoderConfig(factor=8, patch=4, width=8, multipliers=(1, 2), blocks=(0, 1), quantizer="vq", codes=32)
@@ -27,6 +23,7 @@ SMALL_VQGAN = AutoencoderConfig(
     backbone="vqgan", patch=4, factor=8, width=8, multipliers=(1, 2), blocks=(1, 1), attention="lowest", z_channels=6,
     levels=(5, 4, 3),
 )  # fmt: skip
+SMALL_RQ = dataclasses.replace(SMALL_VQ, quantizer="rq", depth=3)
 
 
 def pictures(count: int, height: int = 16, width: int = 24, seed: int = 0) -> np.ndarray:
@@ -41,75 +38,10 @@ def trained(config: AutoencoderConfig, seed: int = 0) -> dict:
     return jax.tree.map(lambda x: np.float32(noise.normal(x.ndim == 1, 0.2, x.shape)), shapes)
 
 
-# ---- quantisers -------------------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.integers(3, 9), min_size=1, max_size=5).map(tuple), st.integers(0, 2**31 - 1))
-@settings(max_examples=40, deadline=None)
-def test_fsq_codes_and_vectors_are_one_to_one(levels, seed):
-    fsq = FSQ(levels)
-    codes = np.random.default_rng(seed).integers(0, fsq.codebook_size, 64)
-    codes = jnp.array([0, fsq.codebook_size - 1, *codes], jnp.int32)
-    np.testing.assert_array_equal(fsq.nearest(fsq.vectors(codes)), codes)
-
-
-@pytest.mark.parametrize("levels", [(8, 5, 5, 5), (8, 8, 8, 5, 5, 5), (3, 4, 6, 7)])
-def test_fsq_reaches_every_level_and_no_other(levels):
-    fsq = FSQ(levels)
-    z = jnp.linspace(-20, 20, 4001)[:, None] * jnp.ones(fsq.dim)
-    vectors = np.asarray(fsq(z).vectors)
-    assert [len(np.unique(vectors[:, c])) for c in range(fsq.dim)] == list(levels)
-    np.testing.assert_allclose(fsq.bound(jnp.zeros((1, fsq.dim))), 0, atol=1e-6)  # an untrained latent is on a code
-    for dtype in (jnp.float32, jnp.bfloat16):
-        codes = fsq.encode((1e4 * jax.random.normal(jax.random.key(0), (999, fsq.dim))).astype(dtype))
-        assert codes.dtype == jnp.int32 and 0 <= codes.min() and codes.max() < fsq.codebook_size
-
-
-def test_impossible_quantisers_are_refused():
-    with pytest.raises(ValueError, match="at least 3"):
-        AutoencoderConfig(levels=(8, 2))
-    with pytest.raises(ValueError, match="more than int32"):
-        FSQ((1000,) * 4)
-
-
-def test_vq_finds_the_nearest_code_and_puts_beta_on_the_commitment():
-    vq = VQ(16, 4, beta=0.25, pull=0.0, rngs=nnx.Rngs(0))
-    z = jax.random.normal(jax.random.key(1), (50, 4))
-    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
-    distances = np.linalg.norm(unit(np.asarray(z))[:, None] - unit(np.asarray(vq.codebook[...])), axis=-1)
-    np.testing.assert_array_equal(vq.encode(z), distances.argmin(1))
-
-    graph, state = nnx.split(vq)
-    latent, codebook = jax.grad(lambda z, s: nnx.merge(graph, s)(z).loss, argnums=(0, 1))(z, state)
-    full = jax.grad(lambda z: jnp.mean(jnp.square(vq.bound(z) - jax.lax.stop_gradient(vq(z).vectors))))(z)
-    np.testing.assert_allclose(latent, 0.25 * full, rtol=1e-4, atol=1e-8)
-    assert float(jnp.abs(codebook["codebook"][...]).max()) > 0
-
-
-def test_vq_pull_revives_codes_that_nothing_chooses():
-    def used(pull: float) -> int:
-        vq = VQ(64, 4, beta=0.25, pull=pull, rngs=nnx.Rngs(0))
-        graph, codebook = nnx.split(vq)
-        optimizer = optax.adam(1e-2)
-        corner = lambda key: jnp.ones(4) + 0.1 * jax.random.normal(key, (256, 4))  # noqa: E731 (of the sphere)
-
-        def step(carry, key):
-            codebook, state = carry
-            gradient = jax.grad(lambda s: nnx.merge(graph, s)(corner(key)).loss)(codebook)
-            updates, state = optimizer.update(gradient, state)
-            return (optax.apply_updates(codebook, updates), state), None
-
-        keys = jax.random.split(jax.random.key(1), 200)
-        (codebook, _), _ = jax.jit(lambda c, k: jax.lax.scan(step, c, k))((codebook, optimizer.init(codebook)), keys)
-        return len(np.unique(nnx.merge(graph, codebook).encode(corner(jax.random.key(2)))))
-
-    assert used(0.0) < 8 and used(0.1) > 40
-
-
 # ---- the autoencoder --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [SMALL, SMALL_VQ, SMALL_VQGAN], ids=["fsq", "vq", "vqgan"])
+@pytest.mark.parametrize("config", [SMALL, SMALL_VQ, SMALL_RQ, SMALL_VQGAN], ids=["fsq", "vq", "rq", "vqgan"])
 def test_what_is_trained_is_what_codes_decode_to(config):
     """The forward of training, and decode(encode(x)), to the last bit."""
 
@@ -119,7 +51,7 @@ def test_what_is_trained_is_what_codes_decode_to(config):
         return module(pixels), module.encode(pixels), module.decode(module.encode(pixels))
 
     trained_on, codes, decoded = both(trained(config), to_float(jnp.asarray(pictures(3))))
-    assert trained_on.pixels.shape == (3, 16, 24, 3) and codes.shape == (3, 2, 3)
+    assert trained_on.pixels.shape == (3, 16, 24, 3) and codes.shape == (3, *config.grid(16, 24))
     np.testing.assert_array_equal(trained_on.codes, codes)
     np.testing.assert_array_equal(trained_on.pixels, decoded)
     assert len(np.unique(codes)) > 2
@@ -158,7 +90,9 @@ def test_loss_metrics_are_those_of_the_pictures():
     images, params = pictures(4), trained(SMALL)
     tokenizer = ImageTokenizer(SMALL, params, batch_size=4)
     objective = Objective(SMALL)
-    losses, found, _ = jax.jit(lambda p, images: objective.losses({"autoencoder": p}, objective.start({"autoencoder": p}), images, None))(params, images)
+    losses, found, _ = jax.jit(
+        lambda p, images: objective.losses({"autoencoder": p}, objective.start({"autoencoder": p}), images, None)
+    )(params, images)
     np.testing.assert_allclose(
         found["psnr"][0] / 4, metrics.psnr(images, tokenizer.decode(tokenizer.encode(images))).mean(), atol=0.02
     )
@@ -254,7 +188,7 @@ def test_save_and_load(tmp_path):
     with pytest.raises(ValueError, match=f"{tokenizer.hash[:12]}, but those found have {other.hash[:12]}"):
         ImageTokenizer.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"format": 9}))
-    with pytest.raises(ValueError, match="expected format 1, found 9"):
+    with pytest.raises(ValueError, match="expected format 2, found 9"):
         ImageTokenizer.load(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="no config.json"):

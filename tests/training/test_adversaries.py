@@ -69,9 +69,7 @@ def test_each_loss_moves_its_own_parameters(shape, accumulation):
     params, batch = task.init(None), task.batch(0)
     with jax.set_mesh(mesh):
         losses, grads, metrics = jax.jit(
-            lambda p, b: gradients(
-                task, p, task.start(p), b, jax.random.key(0), accumulation=accumulation, mesh=mesh
-            )
+            lambda p, b: gradients(task, p, task.start(p), b, jax.random.key(0), accumulation=accumulation, mesh=mesh)
         )(params, batch)
     a, b, x = np.ones(4), np.arange(4.0), batch["x"]
     np.testing.assert_allclose(grads["maker"]["a"], np.mean(2 * b * (a - x), 0), rtol=1e-5)

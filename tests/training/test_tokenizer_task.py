@@ -1,4 +1,4 @@
-"""The image tokenizer in the one loop: any quantiser, with and without an adversary, on any mesh, killed and resumed."""
+"""The image tokenizer in the one loop: any quantiser, with an adversary or without, on any mesh, killed and resumed."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """A convolutional VQ-VAE for pictures of any H x W divisible by its factor.
 
-Axes: B batch, H W pixels, h w codes (H/factor, W/factor), K codebook size.
+Axes: B batch, H W pixels, h w codes (H/factor, W/factor x depth), K codebook size.
 
-An encoder, a quantiser and a decoder; which ones is the config's choice.
+An encoder, a quantiser and a decoder; which ones is the config's choice. A quantiser with D codes a position makes the
+grid of codes D times as wide, depth innermost: whoever reads codes sees one wider grid of single codes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class Reconstruction(NamedTuple):
     pixels: jax.Array  # float32 [B, H, W, 3], about [-1, 1]: not clipped
     codes: jax.Array  # int32 [B, h, w]
     quantizer_loss: jax.Array  # float32 []
+    quantizer_sums: dict[str, jax.Array]  # for the quantiser's `settle`; {} without keys
 
 
 class Autoencoder(nnx.Module):
@@ -30,7 +32,7 @@ class Autoencoder(nnx.Module):
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.quantizer = config._quantizer(rngs)
+        self.quantizer = config.make_quantizer(rngs)
         backbone: Any = folded if config.backbone == "folded" else vqgan
         self.encoder = backbone.Encoder(config, self.quantizer.dim, rngs=rngs)
         self.decoder = backbone.Decoder(config, self.quantizer.dim, rngs=rngs)
@@ -42,17 +44,25 @@ class Autoencoder(nnx.Module):
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(graph, state)
 
-    def __call__(self, pixels: jax.Array) -> Reconstruction:
-        quantized = self.quantizer(self._latents(pixels))
-        return Reconstruction(self.decoder(quantized.vectors), quantized.codes, quantized.loss)
+    def __call__(self, pixels: jax.Array, keys: jax.Array | None = None) -> Reconstruction:
+        """keys: PRNG keys [B], one for each picture; None: not training."""
+        quantized = self.quantizer(self._latents(pixels), keys)
+        codes = self._in_grid(quantized.codes)
+        return Reconstruction(self.decoder(quantized.vectors), codes, quantized.loss, quantized.sums)
 
     def encode(self, pixels: jax.Array) -> jax.Array:
         """float32 [B, H, W, 3] in [-1, 1] -> codes int32 [B, h, w]."""
-        return self.quantizer.encode(self._latents(pixels))
+        return self._in_grid(self.quantizer.encode(self._latents(pixels)))
 
     def decode(self, codes: jax.Array) -> jax.Array:
         """int32 [B, h, w] in [0, K) -> float32 [B, H, W, 3]: exactly what the training pass makes of these codes."""
+        depth = self.quantizer.depth
+        if depth > 1:
+            codes = codes.reshape(*codes.shape[:2], -1, depth)
         return self.decoder(self.quantizer.vectors(codes))
+
+    def _in_grid(self, codes: jax.Array) -> jax.Array:
+        return codes.reshape(*codes.shape[:2], -1)
 
     def _latents(self, pixels: jax.Array) -> jax.Array:
         self.config.grid(*pixels.shape[1:3])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from flax import nnx
 
-from ar_tokenizers.image.quantizers import FSQ, VQ, Quantizer
+from ar_tokenizers.image import quantizers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +29,17 @@ class AutoencoderConfig:
     attention: Literal["none", "middle", "lowest"] = "none"  # vqgan: only between encoder and codes | in all of the
     # lowest resolution. It costs (HW / factor^2)^2, and a code then looks at every pixel
     z_channels: int = 256  # vqgan: features between its last 3 x 3 convolution and the quantiser
-    quantizer: Literal["fsq", "vq"] = "fsq"
+    quantizer: str = "fsq"  # one of quantizers.NAMES; the next ten are settings of quantizers.make
     levels: tuple[int, ...] = (8, 5, 5, 5)  # fsq: the codebook size is their product
-    codes: int = 1024  # vq: the codebook size
-    code_dim: int = 8  # vq
-    beta: float = 0.25  # vq: weight of the commitment
-    pull: float = 0.1  # vq: weight of drawing unused codes to the data
+    activation: str = "tanh"  # fsq: or "ifsq"
+    codes: int = 1024  # all others: the codebook size
+    code_dim: int = 0  # numbers in a code; 0: the quantiser's usual
+    depth: int = 4  # rq: codes a position
+    update: str = "gradient"  # vq, rq: what moves the codes; or "ema"
+    gradient: str = "straight_through"  # vq, simvq, rq: or "rotation"
+    beta: float = 0.25  # weight of the commitment
+    entropy: float = -1.0  # weight of the entropy penalty; negative: the quantiser's usual
+    restart: float = 0.1  # vq, rq: codes used less than this share of the mean become latents; 0: never
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the networks' arithmetic; parameters and codes: float32
 
     def __post_init__(self) -> None:
@@ -58,7 +63,7 @@ class AutoencoderConfig:
             raise ValueError(f"a level of backbone {self.backbone!r} has at least {fewest} blocks, got {self.blocks}")
         if self.backbone == "folded" and self.attention != "none":
             raise ValueError(f"backbone 'folded' has no attention, got {self.attention!r}: choose 'vqgan' or 'none'")
-        nnx.eval_shape(lambda: self._quantizer(nnx.Rngs(0)))  # it checks its own numbers
+        self.abstract_quantizer  # noqa: B018 (the quantiser checks its own numbers)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AutoencoderConfig:
@@ -68,9 +73,21 @@ class AutoencoderConfig:
             raise ValueError(f"an AutoencoderConfig has no {unknown}; it has {known}")
         return cls(**values)
 
+    def make_quantizer(self, rngs: nnx.Rngs) -> quantizers.Quantizer:
+        return quantizers.make(**{name: getattr(self, name) for name in quantizers.SETTINGS}, rngs=rngs)
+
+    @functools.cached_property
+    def abstract_quantizer(self) -> quantizers.Quantizer:
+        """The quantiser without its arrays."""
+        return nnx.eval_shape(lambda: self.make_quantizer(nnx.Rngs(0)))
+
     @property
     def codebook_size(self) -> int:
-        return math.prod(self.levels) if self.quantizer == "fsq" else self.codes
+        return self.abstract_quantizer.codebook_size
+
+    @property
+    def codes_per_position(self) -> int:
+        return self.abstract_quantizer.depth
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -78,24 +95,18 @@ class AutoencoderConfig:
         return tuple(self.width * multiplier for multiplier in self.multipliers)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Pixels -> codes (h, w). Raises ValueError unless both sides are multiples of the factor."""
+        """Pixels -> the grid of codes (h, w). Raises ValueError unless both sides are multiples of the factor."""
         if height <= 0 or width <= 0 or height % self.factor or width % self.factor:
             raise ValueError(
                 f"a picture of {height} x {width} pixels does not divide into codes of {self.factor} x {self.factor}: "
                 f"resize, crop or pad both sides to multiples of {self.factor}"
             )
-        return height // self.factor, width // self.factor
-
-    def _quantizer(self, rngs: nnx.Rngs) -> Quantizer:
-        if self.quantizer == "fsq":
-            return FSQ(self.levels)
-        return VQ(self.codes, self.code_dim, beta=self.beta, pull=self.pull, rngs=rngs)
+        return height // self.factor, width // self.factor * self.codes_per_position
 
 
 _CHOICES = {
     "backbone": ("folded", "vqgan"),
     "attention": ("none", "middle", "lowest"),
-    "quantizer": ("fsq", "vq"),
     "dtype": ("float32", "bfloat16"),
 }
 

@@ -48,7 +48,9 @@ class ObjectiveConfig:
         if not self.l1_weight + self.l2_weight > 0:
             raise ValueError("objective: l1_weight and l2_weight are both 0: nothing would ask for the right colours")
         if self.perceptual == "match" and self.adversary.kind == "none":
-            raise ValueError("objective: perceptual 'match' compares what the adversary sees, and there is no adversary")
+            raise ValueError(
+                "objective: perceptual 'match' compares what the adversary sees, and there is no adversary"
+            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,7 +78,7 @@ class Objective:
 
     def start(self, params: Params) -> Params:
         """What is kept, before the first step."""
-        quantizer = autoencoders.quantizer(self.autoencoder)
+        quantizer = self.autoencoder.abstract_quantizer
         kept: Params = {"steps": jnp.zeros((), jnp.int32)}
         if statistics := quantizer.start(params["autoencoder"].get("quantizer", {})):
             kept["quantizer"] = statistics
@@ -207,16 +209,14 @@ class Objective:
             return Autoencoder.bind(self.autoencoder, {**params, "decoder": decoder}).decode(codes)
 
         head = params["decoder"]["head"]
-        return adversaries.adaptive_weight(
-            *adversaries.last_layer_gradients(last_layer, head, by_pixels, by_adversary)
-        )
+        return adversaries.adaptive_weight(*adversaries.last_layer_gradients(last_layer, head, by_pixels, by_adversary))
 
     def settle(self, params: Params, kept: Params, sums: Mapping[str, Any]) -> tuple[Params, Params]:
         """(params, kept) after an optimizer step, given what `losses` summed over the step's whole batch."""
         kept = {**kept, "steps": kept["steps"] + 1}
         model = dict(params["autoencoder"])
         if "quantizer" in kept:
-            quantizer = autoencoders.quantizer(self.autoencoder)
+            quantizer = self.autoencoder.abstract_quantizer
             model["quantizer"], kept["quantizer"] = quantizer.settle(
                 model["quantizer"], kept["quantizer"], sums["quantizer"]
             )
@@ -231,7 +231,9 @@ class Objective:
         if "lecam" in kept:
             found = sums["adversary"]
             kept["lecam"] = jax.tree.map(
-                lambda new, old: jnp.where(adversaries.gates(self.config.adversary, kept["steps"] - 1)[1] > 0, new, old),
+                lambda new, old: jnp.where(
+                    adversaries.gates(self.config.adversary, kept["steps"] - 1)[1] > 0, new, old
+                ),
                 adversaries.lecam_update(kept["lecam"], found["real"], found["fake"], found["count"]),
                 kept["lecam"],
             )

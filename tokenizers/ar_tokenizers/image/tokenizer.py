@@ -21,11 +21,13 @@ from ar_tokenizers.files import write_whole
 from ar_tokenizers.image.autoencoder import Autoencoder, Params, init, to_float, to_uint8
 from ar_tokenizers.image.config import AutoencoderConfig
 
-WEIGHTS, CONFIG, FORMAT = "weights.safetensors", "config.json", 1
+WEIGHTS, CONFIG, FORMAT = "weights.safetensors", "config.json", 2
 
 
 class ImageTokenizer:
-    """Pictures uint8 [B, H, W, 3] <-> codes int32 [B, H/factor, W/factor] in [0, codebook_size).
+    """Pictures uint8 [B, H, W, 3] <-> codes int32 [B, h, w] in [0, codebook_size).
+
+    h is H/factor and w is W/factor x codes_per_position: see AutoencoderConfig.grid.
 
     Args:
       batch_size: pictures in one call of the compiled network; the last batch is padded. One size means one compiled
@@ -55,6 +57,10 @@ class ImageTokenizer:
     def factor(self) -> int:
         return self.config.factor
 
+    @property
+    def codes_per_position(self) -> int:
+        return self.config.codes_per_position
+
     @functools.cached_property
     def hash(self) -> str:
         """sha256 of the config and of every weight: what makes two tokenizers the same."""
@@ -73,12 +79,15 @@ class ImageTokenizer:
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """int32 [B, h, w] -> uint8 [B, H, W, 3]. Raises ValueError for codes outside [0, codebook_size)."""
+        depth = self.codes_per_position
         codes = np.asarray(codes)
         if not np.issubdtype(codes.dtype, np.integer) or codes.ndim != 3:
             raise ValueError(f"codes must be integers [B, h, w], got {codes.dtype} {list(codes.shape)}")
         if codes.size and not 0 <= codes.min() <= codes.max() < self.codebook_size:
             raise ValueError(f"codes must be in [0, {self.codebook_size}), found {codes.min()} to {codes.max()}")
-        side = (codes.shape[1] * self.factor, codes.shape[2] * self.factor, 3)
+        if codes.shape[2] % depth:
+            raise ValueError(f"a row of codes has {depth} for each position, which {codes.shape[2]} is no multiple of")
+        side = (codes.shape[1] * self.factor, codes.shape[2] // depth * self.factor, 3)
         return self._in_batches(self._decode, codes.astype(np.int32), side, np.uint8)
 
     def save(self, folder: str | os.PathLike[str]) -> None:

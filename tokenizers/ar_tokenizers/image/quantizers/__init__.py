@@ -1,0 +1,89 @@
+"""The quantisers, made by name from one flat set of settings.
+
+fsq     a grid, no codebook: nothing to collapse, any size                      arXiv:2309.15505, 2601.17124
+vq      a learned codebook on the unit sphere                                   arXiv:1711.00937, 2110.04627
+simvq   a frozen codebook and one linear layer                                  arXiv:2411.02038
+lfq     signs                                                                   arXiv:2310.05737
+bsq     signs on the unit sphere                                                arXiv:2406.07548
+ibq     a learned codebook, all of whose codes get every gradient               arXiv:2412.02692
+rq      D codes a position, each for the rest of the ones before                arXiv:2203.01941
+"""
+
+from __future__ import annotations
+
+import inspect
+
+from flax import nnx
+
+from ar_tokenizers.image.quantizers.base import Quantized as Quantized
+from ar_tokenizers.image.quantizers.base import Quantizer as Quantizer
+from ar_tokenizers.image.quantizers.fsq import FSQ as FSQ
+from ar_tokenizers.image.quantizers.ibq import IBQ as IBQ
+from ar_tokenizers.image.quantizers.lfq import BSQ as BSQ
+from ar_tokenizers.image.quantizers.lfq import LFQ as LFQ
+from ar_tokenizers.image.quantizers.rq import RQ as RQ
+from ar_tokenizers.image.quantizers.simvq import SimVQ as SimVQ
+from ar_tokenizers.image.quantizers.vq import VQ as VQ
+
+NAMES = ("fsq", "vq", "simvq", "lfq", "bsq", "ibq", "rq")
+USUAL_DIM = {"vq": 8, "simvq": 32, "ibq": 32, "rq": 8}
+USUAL_ENTROPY = {"lfq": 0.1, "bsq": 0.1, "ibq": 0.1}  # they lose their codebook without; 0 for the others
+
+
+def make(
+    *,
+    quantizer: str,
+    levels: tuple[int, ...] = (8, 5, 5, 5),
+    activation: str = "tanh",
+    codes: int = 1024,
+    code_dim: int = 0,
+    depth: int = 4,
+    update: str = "gradient",
+    gradient: str = "straight_through",
+    beta: float = 0.25,
+    entropy: float = -1.0,
+    restart: float = 0.1,
+    rngs: nnx.Rngs,
+) -> Quantizer:
+    """The quantiser of that name. Under nnx.eval_shape it costs nothing and still says its sizes.
+
+    Args:
+      levels, activation: of fsq.
+      codes: the codebook size of all others.
+      code_dim: numbers in a code of vq, simvq, ibq and rq; 0: the quantiser's usual.
+      depth: codes a position of rq.
+      update, restart: of vq and rq (codebook.py).
+      gradient: of vq, simvq and rq.
+      beta: weight of the commitment.
+      entropy: weight of the entropy penalty of vq, lfq, bsq and ibq; negative: the quantiser's usual.
+
+    Raises:
+      ValueError: an unknown name, a size that the quantiser cannot have, or a choice that it would not heed.
+    """
+    if quantizer not in NAMES:
+        raise ValueError(f"quantizer must be one of {', '.join(NAMES)}, got {quantizer!r}")
+    for name, value, plain, heeded_by in (
+        ("activation", activation, "tanh", ("fsq",)),
+        ("update", update, "gradient", ("vq", "rq")),
+        ("gradient", gradient, "straight_through", ("vq", "simvq", "rq")),
+        ("entropy", max(entropy, 0.0), 0.0, ("vq", "lfq", "bsq", "ibq")),
+        ("code_dim", code_dim, 0, tuple(USUAL_DIM)),
+    ):
+        if value != plain and quantizer not in heeded_by:
+            raise ValueError(f"{name}={value!r} is for {', '.join(heeded_by)}; {quantizer} has {plain!r}")
+    dim = code_dim or USUAL_DIM.get(quantizer, 0)
+    entropy = entropy if entropy >= 0 else USUAL_ENTROPY.get(quantizer, 0.0)
+    if quantizer == "fsq":
+        return FSQ(levels, activation)
+    if quantizer == "simvq":
+        return SimVQ(codes, dim, gradient=gradient, beta=beta, rngs=rngs)
+    if quantizer in ("lfq", "bsq"):
+        return (LFQ if quantizer == "lfq" else BSQ)(codes, beta=beta, entropy=entropy)
+    if quantizer == "ibq":
+        return IBQ(codes, dim, beta=beta, entropy=entropy, rngs=rngs)
+    if quantizer == "rq":
+        return RQ(codes, dim, depth=depth, update=update, gradient=gradient, beta=beta, restart=restart, rngs=rngs)
+    return VQ(codes, dim, update=update, gradient=gradient, beta=beta, entropy=entropy, restart=restart, rngs=rngs)
+
+
+SETTINGS = tuple(name for name in inspect.signature(make).parameters if name != "rngs")

@@ -1,0 +1,136 @@
+"""What an autoencoder asks of a quantiser: latents to codes, codes to vectors, and what it learns by.
+
+Axes: B batch, C code dim, K codebook size.
+
+A quantiser says three things: `bound` brings a latent into the space of the codes, `nearest` finds the code, `vectors`
+looks it up. The training pass is built from the same three, so that what the decoder learns from is bit for bit what
+it gets from codes later. All arithmetic is float32 and int32 whatever the networks compute in: with bfloat16 indices
+FSQ loses half its codebook (lucidrains/vector-quantize-pytorch#114).
+
+What some quantisers keep beside their parameters (how often a code was used, say) goes through three doors, so that it
+is the same on any mesh, checkpointed and resumed with the rest of the training state: `start` makes it, every pass
+returns `sums` over the positions it saw, and `settle` brings it up to date once a step.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Params = dict[str, Any]
+Kept = dict[str, jax.Array]
+
+
+class Quantized(NamedTuple):
+    vectors: jax.Array  # float32 [B, ..., C]: exactly `vectors(codes)`, with the gradient of the latent
+    codes: jax.Array  # int32 [B, ...] in [0, K); of depth D > 1: [B, ..., D]
+    loss: jax.Array  # float32 []: what the quantiser itself asks for, a mean over positions
+    sums: dict[str, jax.Array]  # over all positions, for `settle`: add them over the parts of a batch; {}: none
+
+
+class Quantizer(nnx.Module):
+    """The interface. `dim` is C, `codebook_size` is K, `depth` the number of codes that describe a position."""
+
+    dim: int
+    codebook_size: int
+    depth: int = 1
+
+    @abstractmethod
+    def bound(self, z: jax.Array) -> jax.Array:
+        """Latents [..., C] of any size -> float32 [..., C] in the space the codes live in; differentiable."""
+
+    @abstractmethod
+    def nearest(self, bounded: jax.Array) -> jax.Array:
+        """Bounded latents [..., C] -> the codes int32 [...]."""
+
+    @abstractmethod
+    def vectors(self, codes: jax.Array) -> jax.Array:
+        """Codes int32 [...] in [0, K) -> float32 [..., C]."""
+
+    def through(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
+        """The value of `vectors`, with a gradient that reaches the latents."""
+        return straight_through(bounded, vectors)
+
+    def loss(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
+        """What to add to the loss of the autoencoder."""
+        return jnp.zeros((), jnp.float32)
+
+    def sums(self, bounded: jax.Array, codes: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
+        """What `settle` wants to know of a training batch."""
+        return {}
+
+    def encode(self, z: jax.Array) -> jax.Array:
+        """Latents [..., C] -> codes int32 [...]."""
+        return self.nearest(self.bound(z))
+
+    def __call__(self, z: jax.Array, keys: jax.Array | None = None) -> Quantized:
+        """The training pass.
+
+        Args:
+          z: [B, ..., C], of any float dtype.
+          keys: PRNG keys [B], one for each row; None: not training, and nothing is summed.
+        """
+        bounded = self.bound(z)
+        codes = self.nearest(bounded)
+        vectors = self.vectors(codes)
+        sums = {} if keys is None else self.sums(*jax.lax.stop_gradient((bounded, codes)), keys)
+        return Quantized(self.through(bounded, vectors), codes, self.loss(bounded, vectors), sums)
+
+    def start(self, params: Params) -> Kept:
+        """What is kept beside the parameters, before the first step.
+
+        Args:
+          params: the quantiser's own, a dict of arrays.
+        """
+        return {}
+
+    def settle(self, params: Params, kept: Kept, sums: dict[str, jax.Array]) -> tuple[Params, Kept]:
+        """After an optimiser step: the parameters and what is kept, given the sums over the step's whole batch."""
+        return params, kept
+
+
+# ---- gradients --------------------------------------------------------------------------------------------------
+
+
+def straight_through(latents: jax.Array, vectors: jax.Array) -> jax.Array:
+    """[..., C] twice -> the value of the second with the gradient of the first (Bengio et al. 2013, arXiv:1308.3432).
+
+    The bracket is exactly zero, so the value is exactly the code's; the usual `z + stop_gradient(vectors - z)` is off
+    by a rounding error.
+    """
+    return jax.lax.stop_gradient(vectors) + (latents - jax.lax.stop_gradient(latents))
+
+
+def rotation(latents: jax.Array, vectors: jax.Array) -> jax.Array:
+    """As straight_through, with the gradient turned and scaled as the latent would have to be to become its code.
+
+    The rotation trick of Fifty et al. 2024, arXiv:2410.06424: two reflections, held fixed.
+    """
+    latent, vector = jax.lax.stop_gradient((latents, vectors))
+    here, there = unit(latent), unit(vector)
+    middle = unit(here + there)
+    along = lambda axis: axis * jnp.sum(axis * latents, axis=-1, keepdims=True)  # noqa: E731
+    turned = latents - 2 * along(middle) + 2 * there * jnp.sum(here * latents, axis=-1, keepdims=True)
+    turned = turned * norm(vector) / norm(latent)
+    return vector + (turned - jax.lax.stop_gradient(turned))
+
+
+GRADIENTS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "straight_through": straight_through,
+    "rotation": rotation,
+}
+
+
+def norm(vectors: jax.Array) -> jax.Array:
+    """[..., C] -> [..., 1]; never zero, and its gradient finite at zero."""
+    return jnp.sqrt(jnp.sum(jnp.square(vectors), axis=-1, keepdims=True) + 1e-12)
+
+
+def unit(vectors: jax.Array) -> jax.Array:
+    """[..., C] -> the same directions with length 1; zero stays zero."""
+    return vectors * jax.lax.rsqrt(jnp.sum(jnp.square(vectors), axis=-1, keepdims=True) + 1e-12)

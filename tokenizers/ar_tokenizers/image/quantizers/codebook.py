@@ -1,0 +1,232 @@
+"""A table of K vectors: finding the nearest, softmax over all, and keeping every code in use.
+
+Axes: B batch, N positions (any axes before the last), C code dim, K codebook size.
+
+Whatever needs all N x K scores walks over blocks of codes, so that at most SCORES of them exist at one time, in the
+backward pass too, and K = 262144 fits beside a network. Blocks are of codes and not of positions: positions are spread
+over the devices of a mesh, and stay where they are.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ar_tokenizers.image.quantizers.base import GRADIENTS, Kept, Params, Quantizer
+
+SCORES = 2**24  # scores held at one time, over all devices: 64 MB of float32
+DECAY = 0.99  # of the moving averages, per step (VQ-VAE, arXiv:1711.00937, appendix A)
+UPDATES = ("gradient", "ema")
+_NEVER = -1e30  # the score of a code that is not there: finite, because 0 * inf is not a number
+
+
+# ---- all codes, a block at a time -------------------------------------------------------------------------------
+
+
+def nearness(table: jax.Array) -> jax.Array:
+    """[K, C] -> the bias [K] with which the largest x . t + bias is the code of the smallest distance."""
+    return -0.5 * jnp.sum(jnp.square(table), axis=-1)
+
+
+def nearest(x: jax.Array, table: jax.Array, bias: jax.Array | float = 0.0) -> jax.Array:
+    """x [N, C], table [K, C] -> int32 [N]: the first code with the largest x . t + bias."""
+    x, table, bias = jax.lax.stop_gradient((x, table, bias))
+
+    def better(best: tuple[jax.Array, jax.Array], block: _Block) -> tuple[tuple[jax.Array, jax.Array], None]:
+        score, code = best
+        scores = _scores(x, block)
+        there, then = jnp.max(scores, axis=-1), jnp.argmax(scores, axis=-1).astype(jnp.int32) + block["first"]
+        return (jnp.maximum(score, there), jnp.where(there > score, then, code)), None
+
+    start = (jnp.full(x.shape[:-1], -jnp.inf), jnp.zeros(x.shape[:-1], jnp.int32))
+    return jax.lax.scan(better, start, _blocks(x, table, bias))[0][1]
+
+
+def log_partition(x: jax.Array, table: jax.Array, bias: jax.Array | float = 0.0) -> jax.Array:
+    """x [N, C], table [K, C] -> [N]: the log of the sum over codes of exp(x . t + bias); differentiable."""
+
+    @jax.checkpoint
+    def of_block(x: jax.Array, block: _Block) -> jax.Array:
+        return jax.nn.logsumexp(_scores(x, block), axis=-1)
+
+    def add(total: jax.Array, block: _Block) -> tuple[jax.Array, None]:
+        return jnp.logaddexp(total, of_block(x, block)), None
+
+    return jax.lax.scan(add, jnp.full(x.shape[:-1], _NEVER), _blocks(x, table, bias))[0]
+
+
+def soft_lookup(x: jax.Array, table: jax.Array) -> jax.Array:
+    """x [N, C], table [K, C] -> [N, C]: the mean of the codes under softmax(x . t).
+
+    The gradient goes through the softmax alone, to x and to all codes; that of the looked-up values is left out.
+    """
+
+    @jax.checkpoint
+    def of_block(x: jax.Array, total: jax.Array, block: _Block) -> jax.Array:
+        p = jnp.exp(_scores(x, block) - total[..., None])
+        return jnp.einsum("...k,kc->...c", p, jax.lax.stop_gradient(block["table"]), precision="highest")
+
+    total = log_partition(x, table)
+    add = lambda mean, block: (mean + of_block(x, total, block), None)  # noqa: E731
+    return jax.lax.scan(add, jnp.zeros_like(x), _blocks(x, table, 0.0))[0]
+
+
+def entropy_penalty(x: jax.Array, table: jax.Array, bias: jax.Array | float = 0.0) -> jax.Array:
+    """x [N, C], table [K, C] -> []: the mean entropy of p = softmax(x . t + bias) less the entropy of the mean p, nats.
+
+    Small where each position is sure of its code and all codes are used alike (Yu et al. 2023, arXiv:2310.05737). The
+    mean is over the positions of this call: parts of a batch, summed, ask for a little less than the whole.
+    """
+
+    @jax.checkpoint
+    def of_block(x: jax.Array, total: jax.Array, block: _Block) -> jax.Array:
+        scores = _scores(x, block)
+        p = jnp.exp(scores - total[..., None])
+        each = jnp.mean(jnp.sum(p * (total[..., None] - scores), axis=-1))
+        return each - entropy(jnp.mean(p, axis=tuple(range(p.ndim - 1))))
+
+    total = log_partition(x, table, bias)
+    add = lambda penalty, block: (penalty + of_block(x, total, block), None)  # noqa: E731
+    return jax.lax.scan(add, jnp.zeros(()), _blocks(x, table, bias))[0]
+
+
+def entropy(p: jax.Array) -> jax.Array:
+    """Probabilities -> [], nats; its gradient is finite at zero."""
+    return -jnp.sum(p * jnp.log(p + 1e-12))
+
+
+_Block = dict[str, jax.Array]  # table [k, C], bias [k], first []
+
+
+def _blocks(x: jax.Array, table: jax.Array, bias: jax.Array | float) -> _Block:
+    """The table as a stack of blocks [n, k, ...], the last filled up with codes that never score."""
+    codes = table.shape[0]
+    size = min(codes, max(1, SCORES // max(1, math.prod(x.shape[:-1]))))
+    count = -(-codes // size)
+    bias = jnp.broadcast_to(jnp.asarray(bias, jnp.float32), (codes,))
+    spare = count * size - codes
+    return {
+        "table": jnp.pad(table, [(0, spare), (0, 0)]).reshape(count, size, -1),
+        "bias": jnp.pad(bias, (0, spare), constant_values=_NEVER).reshape(count, size),
+        "first": jnp.arange(count, dtype=jnp.int32) * size,
+    }
+
+
+def _scores(x: jax.Array, block: _Block) -> jax.Array:
+    # HIGHEST: at an accelerator's default precision, neighbouring codes of a large codebook swap.
+    return jnp.einsum("...c,kc->...k", x, block["table"], precision="highest") + block["bias"]
+
+
+# ---- a table that follows the latents ---------------------------------------------------------------------------
+
+
+class CodebookQuantizer(Quantizer):
+    """A quantiser with a learned table, its moving averages, and the restart of codes that fell out of use.
+
+    Args:
+      update: "gradient": the optimiser moves the codes. "ema": a code is the moving average of the latents that chose
+        it (van den Oord et al. 2017, arXiv:1711.00937, appendix A); `settle` writes it, and no gradient reaches it.
+      gradient: how it reaches the latents, "straight_through" or "rotation".
+      restart: a code used less than this share of the mean use, by moving averages, becomes one of the batch's latents
+        (Lee et al. 2022, arXiv:2203.01941, whose threshold is a count and so depends on the batch). 0: never.
+
+    Raises:
+      ValueError: an unknown update or gradient, or sizes that are no codebook.
+    """
+
+    def __init__(
+        self, codes: int, dim: int, *, update: str, gradient: str, beta: float, restart: float, rngs: nnx.Rngs
+    ) -> None:
+        check_sizes(type(self).__name__, codes, dim)
+        check_gradient(gradient)
+        if update not in UPDATES:
+            raise ValueError(f"update must be one of {', '.join(UPDATES)}, got {update!r}")
+        if not 0 <= restart < 1:
+            raise ValueError(f"restart is a share of the mean use of a code, in [0, 1), got {restart}")
+        self.dim, self.codebook_size, self.beta, self.restart = dim, codes, beta, restart
+        self.update, self.gradient = update, gradient
+        self.codebook = nnx.Param(jax.random.normal(rngs.params(), (codes, dim), jnp.float32) / math.sqrt(dim))
+
+    def table(self) -> jax.Array:
+        """float32 [K, C]: the codes as they are looked up."""
+        codebook = self.codebook[...]
+        return jax.lax.stop_gradient(codebook) if self.update == "ema" else codebook
+
+    def through(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
+        return GRADIENTS[self.gradient](bounded, vectors)
+
+    def sums(self, bounded: jax.Array, codes: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
+        """`count` [K] and `latent` [K, C] of the latents by code, `drawn_*` of latents by a code drawn for each.
+
+        A restarted code should become one latent, not the mean of many, and the draws of a batch must not depend on
+        how it is split. So each latent draws a code and a weight of so long a tail that nearly all of a code's sum is
+        its heaviest latent.
+        """
+        zeros, sums = jnp.zeros((self.codebook_size, self.dim)), {}
+        if self.restart or self.update == "ema":
+            sums["count"] = zeros[:, 0].at[codes].add(1.0)
+        if self.update == "ema":
+            sums["latent"] = zeros.at[codes].add(bounded)
+        if self.restart:
+
+            def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+                code, weight = jax.random.split(key)
+                tail = jax.random.uniform(weight, codes.shape[1:], minval=1e-3) ** -8
+                return jax.random.randint(code, codes.shape[1:], 0, self.codebook_size), tail
+
+            code, weight = jax.vmap(draw)(keys)
+            sums["drawn_weight"] = zeros[:, 0].at[code].add(weight)
+            sums["drawn_latent"] = zeros.at[code].add(weight[..., None] * bounded)
+        return sums
+
+    def start(self, params: Params) -> Kept:
+        kept = {}
+        if self.restart or self.update == "ema":
+            kept["count"] = jnp.zeros(self.codebook_size)
+        if self.update == "ema":
+            kept["latent"] = jnp.zeros((self.codebook_size, self.dim))
+        return kept
+
+    def settle(self, params: Params, kept: Kept, sums: dict[str, jax.Array]) -> tuple[Params, Kept]:
+        kept = {name: DECAY * old + (1 - DECAY) * sums[name] for name, old in kept.items()}
+        codebook = params["codebook"]
+        if self.update == "ema":  # both averages start at zero and fade alike: their ratio needs no correction
+            used = kept["count"] > 1e-12
+            mean = kept["latent"] / jnp.where(used, kept["count"], 1.0)[:, None]
+            codebook = jnp.where(used[:, None], mean, codebook)
+        if self.restart:
+            usual = jnp.mean(kept["count"])
+            weight = sums["drawn_weight"]
+            again = (kept["count"] < self.restart * usual) & (weight > 0)
+            latent = sums["drawn_latent"] / jnp.where(weight > 0, weight, 1.0)[:, None]
+            codebook = jnp.where(again[:, None], latent, codebook)
+            kept["count"] = jnp.where(again, usual, kept["count"])  # time to be found
+            if self.update == "ema":
+                kept["latent"] = jnp.where(again[:, None], usual * latent, kept["latent"])
+        return params | {"codebook": codebook}, kept
+
+
+def check_sizes(name: str, codes: int, dim: int) -> None:
+    if codes < 2 or dim < 2:
+        raise ValueError(f"{name} needs at least 2 codes of at least 2 dimensions, got {codes} of {dim}")
+
+
+def check_gradient(gradient: str) -> None:
+    if gradient not in GRADIENTS:
+        raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
+
+
+def pull_together(bounded: jax.Array, vectors: jax.Array, beta: float) -> jax.Array:
+    """The code drawn to its latents, and beta times the latents to their code (VQ-VAE, arXiv:1711.00937).
+
+    Taming-transformers' default ("legacy") has beta on the other term, and so have the systems that copied it.
+    """
+    codebook = jnp.mean(jnp.square(jax.lax.stop_gradient(bounded) - vectors))
+    return codebook + beta * commitment(bounded, vectors)
+
+
+def commitment(bounded: jax.Array, vectors: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.square(bounded - jax.lax.stop_gradient(vectors)))

@@ -1,0 +1,69 @@
+"""RQ: D codes a position, each for what the ones before it left. Axes: C code dim, K codebook size, D depth."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ar_tokenizers.image.quantizers.base import Quantized
+from ar_tokenizers.image.quantizers.codebook import CodebookQuantizer, commitment, nearest, nearness
+
+
+class RQ(CodebookQuantizer):
+    """Residual quantisation: the nearest code, then the nearest to the rest, D times from one shared codebook.
+
+    Lee et al. 2022, arXiv:2203.01941: the commitment is asked of every partial sum, so that each depth is a coarser
+    picture by itself.
+    """
+
+    def __init__(
+        self,
+        codes: int,
+        dim: int,
+        *,
+        depth: int,
+        update: str = "ema",
+        gradient: str = "straight_through",
+        beta: float = 0.25,
+        restart: float = 0.1,
+        rngs: nnx.Rngs,
+    ) -> None:
+        if depth < 1:
+            raise ValueError(f"RQ needs a depth of at least 1, got {depth}")
+        super().__init__(codes, dim, update=update, gradient=gradient, beta=beta, restart=restart, rngs=rngs)
+        self.depth = depth
+
+    def bound(self, z: jax.Array) -> jax.Array:
+        return z.astype(jnp.float32)
+
+    def nearest(self, bounded: jax.Array) -> jax.Array:
+        """[..., C] -> int32 [..., D]."""
+        return self._descend(bounded)[0]
+
+    def vectors(self, codes: jax.Array) -> jax.Array:
+        """int32 [..., D] -> [..., C]: the sum over depth, in order."""
+        table, total = self.table(), jnp.zeros((*codes.shape[:-1], self.dim))
+        for depth in range(self.depth):
+            total = total + table[codes[..., depth]]
+        return total
+
+    def __call__(self, z: jax.Array, keys: jax.Array | None = None) -> Quantized:
+        bounded = self.bound(z)
+        codes, rests = self._descend(jax.lax.stop_gradient(bounded))
+        sums = {} if keys is None else self.sums(rests, codes, keys)
+        chosen = self.table()[codes]
+        loss = self.beta * commitment(bounded[..., None, :], jnp.cumsum(chosen, axis=-2))
+        if self.update == "gradient":
+            loss += jnp.mean(jnp.square(rests - chosen))
+        return Quantized(self.through(bounded, self.vectors(codes)), codes, loss, sums)
+
+    def _descend(self, bounded: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[..., C] -> codes int32 [..., D], and the rest [..., D, C] that each of them is for."""
+        table, rest, codes, rests = jax.lax.stop_gradient(self.table()), bounded, [], []
+        bias = nearness(table)
+        for _ in range(self.depth):
+            rests.append(rest)
+            codes.append(nearest(rest, table, bias))
+            rest = rest - table[codes[-1]]
+        return jnp.stack(codes, -1), jnp.stack(rests, -2)

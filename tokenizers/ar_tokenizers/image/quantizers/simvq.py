@@ -1,0 +1,47 @@
+"""SimVQ: a frozen codebook seen through one linear layer. Axes: C code dim, K codebook size."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ar_tokenizers.image.quantizers.base import GRADIENTS, Quantizer
+from ar_tokenizers.image.quantizers.codebook import check_gradient, check_sizes, nearest, nearness, pull_together
+
+
+class SimVQ(Quantizer):
+    """Vector quantisation whose codes move together: K random vectors that stay, and one linear layer that is trained.
+
+    Every code gets a gradient from every choice, which is what keeps all of them in use. Zhu et al. 2024,
+    arXiv:2411.02038. Looking up goes through the layer (the authors' code forgets it in `get_codebook_entry`).
+    """
+
+    def __init__(
+        self, codes: int, dim: int, *, gradient: str = "straight_through", beta: float = 0.25, rngs: nnx.Rngs
+    ) -> None:
+        check_sizes("SimVQ", codes, dim)
+        check_gradient(gradient)
+        self.dim, self.codebook_size, self.beta, self.gradient = dim, codes, beta, gradient
+        self.codebook = nnx.Param(jax.random.normal(rngs.params(), (codes, dim), jnp.float32))  # as latents
+        self.layer = nnx.Linear(dim, dim, param_dtype=jnp.float32, precision="highest", rngs=rngs)
+
+    def table(self) -> jax.Array:
+        """float32 [K, C]: the codes as they are looked up."""
+        return self.layer(jax.lax.stop_gradient(self.codebook[...]))
+
+    def bound(self, z: jax.Array) -> jax.Array:
+        return z.astype(jnp.float32)
+
+    def nearest(self, bounded: jax.Array) -> jax.Array:
+        table = self.table()
+        return nearest(bounded, table, nearness(table))
+
+    def vectors(self, codes: jax.Array) -> jax.Array:
+        return self.table()[codes]
+
+    def through(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
+        return GRADIENTS[self.gradient](bounded, vectors)
+
+    def loss(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
+        return pull_together(bounded, vectors, self.beta)

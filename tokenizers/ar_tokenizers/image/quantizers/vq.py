@@ -1,0 +1,61 @@
+"""VQ on the unit sphere. Axes: C code dim, K codebook size."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from ar_tokenizers.image.quantizers.base import unit
+from ar_tokenizers.image.quantizers.codebook import (
+    CodebookQuantizer,
+    commitment,
+    entropy_penalty,
+    nearest,
+    pull_together,
+)
+
+TEMPERATURE = 0.01  # of the entropy penalty's softmax over minus the squared distance (LlamaGen, arXiv:2406.06525)
+
+
+class VQ(CodebookQuantizer):
+    """Vector quantisation on the unit sphere: the code with the largest cosine.
+
+    Low-dimensional and l2-normalised as in ViT-VQGAN (Yu et al. 2021, arXiv:2110.04627) and LlamaGen's VQ-16
+    (arXiv:2406.06525); codebook and commitment loss as in VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937).
+
+    Args:
+      entropy: weight of the entropy penalty; 0: none, and none computed.
+    """
+
+    def __init__(
+        self,
+        codes: int,
+        dim: int,
+        *,
+        update: str = "gradient",
+        gradient: str = "straight_through",
+        beta: float = 0.25,
+        entropy: float = 0.0,
+        restart: float = 0.1,
+        rngs: nnx.Rngs,
+    ) -> None:
+        super().__init__(codes, dim, update=update, gradient=gradient, beta=beta, restart=restart, rngs=rngs)
+        self.entropy = entropy
+
+    def bound(self, z: jax.Array) -> jax.Array:
+        return unit(z.astype("float32"))
+
+    def nearest(self, bounded: jax.Array) -> jax.Array:
+        return nearest(bounded, unit(self.table()))
+
+    def vectors(self, codes: jax.Array) -> jax.Array:
+        return unit(self.table())[codes]
+
+    def loss(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
+        if self.update == "ema":
+            loss = self.beta * commitment(bounded, vectors)
+        else:
+            loss = pull_together(bounded, vectors, self.beta)
+        if self.entropy:  # on the sphere -|x - t|^2 is 2 x . t - 2
+            loss += self.entropy * entropy_penalty(bounded * (2 / TEMPERATURE), unit(self.table()))
+        return loss
