@@ -49,11 +49,14 @@ def _cards(sheet: np.ndarray, numbers: Mapping[str, Any]) -> list[str]:
     cards = []
     for row, facts in zip(sheet.reshape(-1, H, 3, W, 3), numbers["shown"], strict=True):
         real, seen, difference = (resize(np.ascontiguousarray(row[:, i]), *size) for i in range(3))
-        told = f"{facts['psnr']:.1f} dB" + (f", SSIM {facts['ssim']:.3f}" if "ssim" in facts else "")
+        psnr = f"{facts['psnr']:.1f} dB"
+        told = "worst: " if facts["worst"] else ""
+        told += f"SSIM {facts['ssim']:.3f}, " if "ssim" in facts else ""
+        origin = escape(facts["origin"].rpartition("/")[2])
         cards.append(
-            f'<div class="card sample"><div class="triple">{figure(real, "original")}{figure(seen, told)}'
-            f"{figure(difference, f'difference x {AMPLIFIED}')}</div>"
-            f'<div class="text soft">{"worst: " if facts["worst"] else ""}{escape(facts["origin"])}</div></div>'
+            f'<div class="card sample"><div class="triple">{figure(real, "original")}'
+            f"{figure(seen, psnr)}{figure(difference, f'difference x {AMPLIFIED}')}</div>"
+            f'<div class="text soft">{told}{origin}</div></div>'
         )
     return cards
 

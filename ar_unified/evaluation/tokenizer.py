@@ -126,8 +126,8 @@ def evaluate_tokenizer(
     Returns:
         (numbers, sheet). The sheet, uint8 [n * H, 3 * W, 3], is `sheets.sheet` of the pictures under "shown". Numbers,
         each a float unless said otherwise:
-          protocol, crop [H, W], filter, sources, pictures (int), seed, tokenizer (its sha256), skipped {reason: n},
-          enlarged (int: pictures smaller than the crop): what the others depend on;
+          protocol (PROTOCOL, the filter too), crop [H, W], sources, pictures (int), seed, tokenizer (its sha256),
+          skipped {reason: n}, enlarged (int: pictures smaller than the crop): what the others depend on;
           psnr, psnr_of_mean_mse in dB; ssim; ms_ssim (crops below 161 pixels: ms_ssim_<n>_scales, or none); l1;
           codebook_size, ids_per_picture, ids (int); usage, dead, perplexity, entropy_bits, normalised_entropy and
           top_percent of metrics.usage, over all ids of the set;
@@ -185,7 +185,6 @@ def evaluate_tokenizer(
     numbers: dict[str, Any] = {
         "protocol": PROTOCOL,
         "crop": list(size),
-        "filter": PROTOCOL["filter"],
         "sources": [source.name for source in sources],
         "pictures": len(done),
         "enlarged": sum(enlarged for _, _, enlarged in done),
@@ -222,7 +221,7 @@ def evaluate_tokenizer(
         {
             "origin": done[s.index][1],
             **{key: float(measured[key][s.index]) for key in ("psnr", "ssim") if key in measured},
-            "worst": s.index >= FIRST,
+            "worst": s.index >= FIRST and len(done) > FIRST + WORST,
         }
         for s in shown
     ]

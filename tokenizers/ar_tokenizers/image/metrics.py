@@ -109,7 +109,7 @@ def usage(counts: np.ndarray) -> dict[str, float]:
     top = np.sort(counts)[::-1][: -(-counts.size // 100)]
     return {
         "usage": float((counts > 0).mean()),
-        "dead": float((counts == 0).sum()),
+        "dead": int((counts == 0).sum()),
         "perplexity": 2.0**entropy,
         "entropy_bits": entropy,
         "normalised_entropy": entropy / np.log2(counts.size) if counts.size > 1 else 1.0,
