@@ -41,10 +41,11 @@ def evaluate_held_out(experiment: Experiment) -> None:
         probe_steps=steps,
         sources={name: [dict(source.fingerprint) for source in sources] for name, sources in sets.items()},
         probed=experiment.fingerprints() if steps else {},
+        weights={name: file for name, file in _files(config).items() if file},
     )
     if stage.done:
         return experiment.skip(stage)
-    results = _score(experiment, sets, experiment.config.data.image_size, stage.folder)
+    results = _score(experiment, sets, config.data.image_size, stage.folder)
     experiment.finish(stage, {name: numbers["psnr"] for name, numbers in results.items()})
 
 
@@ -76,6 +77,7 @@ def _score(
     """Numbers by set; leaves the files."""
     config, (height, width) = experiment.config, size
     experiment.image_tokenizer.config.grid(height, width)  # raises before anything is read
+    networks = _networks(config)
     probe = _probe(experiment, (height, width))
     results: dict[str, Any] = {}
     sheets: dict[str, np.ndarray] = {}
@@ -90,6 +92,7 @@ def _score(
                     seed=config.seed,
                     probe=probe,
                     progress=bar.update,
+                    **networks,
                 )
         except NoPictures as error:
             experiment.say(f"{name}: {error}")
@@ -108,6 +111,22 @@ def _score(
     )
     experiment.say(f"{folder / 'evaluation.json'}\n{folder / 'report.html'}")
     return results
+
+
+def _files(config: Mapping[str, Any]) -> dict[str, str]:
+    """Weight files by what is measured with them; "" for none."""
+    return {"LPIPS": config["evaluation"]["lpips_file"], "inception": config["evaluation"]["inception_file"]}
+
+
+def _networks(config: Mapping[str, Any]) -> dict[str, Any]:
+    if not any(_files(config).values()):
+        return {}
+    from ar_unified.evaluation.networks import load_networks
+
+    try:
+        return load_networks(_files(config))
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"ar-unified evaluate: {error}") from error
 
 
 def _probe(experiment: Experiment, size: tuple[int, int]) -> Probe | None:

@@ -20,7 +20,7 @@ import numpy as np
 from ar_unified.model.config import TransformerConfig, parameter_count
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
-from ar_unified.training.step import abstract_state, make_eval_step, make_state, make_train_step
+from ar_unified.training.step import TrainState, abstract_state, make_eval_step, make_state, make_train_step
 from ar_unified.training.tasks import TransformerTask
 from ar_unified.vocabulary import Vocabulary
 
@@ -36,7 +36,7 @@ class Probe:
     """A trained one: call it with ids int32 [N, h, w] it has not seen. `budget`: what its numbers depend on."""
 
     task: TransformerTask
-    params: Any
+    state: TrainState
     mesh: jax.sharding.Mesh
     rows: int
     budget: dict[str, Any]
@@ -50,7 +50,9 @@ class Probe:
         total = count = 0.0
         for start in range(0, len(ids), self.rows):
             with jax.set_mesh(self.mesh):
-                found = self._step(self.params, _rows(self.task.vocabulary, ids[start : start + self.rows], self.rows))
+                found = self._step(
+                    self.state.params, _rows(self.task.vocabulary, ids[start : start + self.rows], self.rows)
+                )
             bits, counted = jax.device_get(found["bits_per_image_token"])
             total, count = total + float(bits), count + float(counted)
         return {"bits_per_id": total / count, "budget": self.budget}
@@ -101,7 +103,7 @@ def train_probe(ids: np.ndarray, codebook_size: int, *, steps: int, seed: int = 
         "learning_rate": optimizer.learning_rate,
         "seed": seed,
     }
-    return Probe(task, state.params, mesh, rows, budget)
+    return Probe(task, state, mesh, rows, budget)
 
 
 def _rows_of(ids_per_picture: int) -> int:
