@@ -1,6 +1,7 @@
 """What each stage leaves where, whole or not at all. What is done is skipped; what is other is refused.
 
-    config.json  text_tokenizer/  image_tokenizer/  data/  model/  samples/  evaluation.json  report.html
+    config.json  text_tokenizer/  image_tokenizer/  data/  model/  samples/  tokenizer_evaluation/
+    evaluation.json  report.html
 
 A stage owns one folder. `started.json` in it says with which fingerprint (whatever decides its result) it was
 begun, `done.json` is written last. Of many processes, process 0 writes and the others read, on storage that all share.
@@ -109,6 +110,7 @@ class Workdir:
         self.data = self.path / "data"
         self.model = self.path / "model"
         self.samples = self.path / "samples"
+        self.tokenizer_evaluation = self.path / "tokenizer_evaluation"
         self.evaluation = self.path / "evaluation.json"
         self.report = self.path / "report.html"
 

@@ -127,7 +127,10 @@ def defaults() -> ConfigDict:
 
     config.evaluation = ConfigDict()
     config.evaluation.protocol = "exact"  # exact | shapes | easy_vqa: who says what is right
-    config.evaluation.limit = 256  # documents of each kind in each set
+    config.evaluation.limit = 256  # documents of each kind in each set; pictures of each set, for the tokenizer
+    config.evaluation.tokenizer_probe_steps = 0  # of a small transformer on image ids alone (bits per id); 0: none
+    config.evaluation.lpips_file = ""  # weights for the tokenizer's LPIPS; "": no such number
+    config.evaluation.inception_file = ""  # and for its rFID
     config.evaluation.bars = ConfigDict()  # by metric, what it should reach: shown in the report
     return config
 

@@ -3,6 +3,9 @@
 Asks for pictures, answers, captions and next pictures of stories, for every held-out set. Leaves in the workdir:
   evaluation.json   every metric with how many were asked; each further held-out set under its name
   report.html       the numbers, curves, reconstructions and samples on one self-contained page
+The tokenizer is scored first and by itself: --only tokenizer needs no model, and leaves in tokenizer_evaluation
+  evaluation.json   PSNR, SSIM, codebook usage, bits, and what they depend on, of every held-out set
+  <set>.png         original, reconstruction and difference of a few pictures; report.html: all of it on one page
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from tqdm import tqdm
 
 from ar_unified import progress
 from ar_unified.cli import config as configs
+from ar_unified.cli.evaluate_tokenizer import evaluate_folder, evaluate_held_out, results_of
 from ar_unified.cli.experiment import Experiment, add_experiment_arguments, by_first_process, open_experiment
 from ar_unified.evaluation.generation import Example
 from ar_unified.evaluation.generation import evaluate as score
@@ -27,16 +31,33 @@ from ar_unified.workdir import write_json
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_experiment_arguments(parser)
+    parser.add_argument("--only", choices=["tokenizer"], help="score the image tokenizer and stop; no model is needed")
+    parser.add_argument(
+        "--pictures",
+        metavar="DIR",
+        help="with --only tokenizer: score it on the picture files under DIR, into tokenizer_evaluation/<DIR>-<crop>",
+    )
+    parser.add_argument(
+        "--crop", type=int, metavar="PIXELS", help="with --pictures: side of the square crops (config.data.image_size)"
+    )
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    evaluate(open_experiment(arguments, overrides))
+    if (arguments.pictures and not arguments.only) or (arguments.crop and not arguments.pictures):
+        raise SystemExit("ar-unified evaluate: --pictures goes with --only tokenizer, and --crop with --pictures.")
+    experiment = open_experiment(arguments, overrides)
+    if arguments.pictures:
+        evaluate_folder(experiment, arguments.pictures, arguments.crop)
+        return 0
+    evaluate_held_out(experiment)
+    if not arguments.only:
+        evaluate(experiment)
     return 0
 
 
 @by_first_process
 def evaluate(experiment: Experiment) -> None:
-    """Stage evaluation: done when both files are there and nothing they depend on has changed."""
+    """Stage evaluation, behind tokenizer_evaluation: done when both files are there and nothing has changed."""
     config, workdir = experiment.config, experiment.workdir
     stage = experiment.stage("evaluation", "evaluation", "sampling", model=experiment.trained())
     if stage.done and workdir.evaluation.exists() and workdir.report.exists():
@@ -67,6 +88,7 @@ def evaluate(experiment: Experiment) -> None:
     if config.evaluation.protocol == "easy_vqa":
         metrics["vqa_accuracy"] = metrics.get("image_to_text_exact")
     metrics["validation"] = _last_validation(experiment)
+    metrics["tokenizer"], sheets = results_of(experiment)
 
     write_json(workdir.evaluation, metrics)
     write_report(
@@ -74,6 +96,7 @@ def evaluate(experiment: Experiment) -> None:
         title=config.name,
         evaluation=metrics,
         examples=examples,
+        sheets=sheets,
         telemetry={
             "image_tokenizer": workdir.image_tokenizer / "metrics.jsonl",
             "transformer": workdir.model / "metrics.jsonl",

@@ -37,7 +37,7 @@ from ar_unified.vocabulary import Vocabulary
 from ar_unified.workdir import Stage, Workdir, read_json, write_json
 
 _ALONE = 14 * 86400.0  # seconds that others wait for a stage of process 0: as long as it lives
-STAGES = ("text_tokenizer", "image_tokenizer", "data", "model", "samples", "evaluation")
+STAGES = ("text_tokenizer", "image_tokenizer", "data", "model", "samples", "tokenizer_evaluation", "evaluation")
 
 
 def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,13 +94,13 @@ def open_experiment(arguments: argparse.Namespace, overrides: Sequence[str]) -> 
     return experiment
 
 
-def by_first_process(stage: Callable[[Experiment], None]) -> Callable[[Experiment], None]:
-    """A stage that process 0 does alone; the others wait, and then read what it left."""
+def by_first_process(stage: Callable[..., None]) -> Callable[..., None]:
+    """A stage (of an experiment) that process 0 does alone; the others wait, and then read what it left."""
 
     @functools.wraps(stage)
-    def wrapped(experiment: Experiment) -> None:
+    def wrapped(experiment: Experiment, *more: Any) -> None:
         if runtime.first():
-            stage(experiment)
+            stage(experiment, *more)
         runtime.barrier(stage.__name__, timeout=_ALONE)
         if runtime.preempted():
             experiment.say("SIGTERM: stopped between two stages")

@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Sequence
 
 from ar_unified.cli.evaluate import evaluate
+from ar_unified.cli.evaluate_tokenizer import evaluate_held_out
 from ar_unified.cli.experiment import add_experiment_arguments, open_experiment
 from ar_unified.cli.prepare import prepare
 from ar_unified.cli.sample import sample_held_out
@@ -23,6 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     experiment = open_experiment(arguments, overrides)
-    for stage in (train_tokenizers, prepare, train, sample_held_out, evaluate):
+    for stage in (train_tokenizers, prepare, train, sample_held_out, evaluate_held_out, evaluate):
         stage(experiment)
     return 0

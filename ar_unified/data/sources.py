@@ -1,4 +1,4 @@
-"""Where documents come from: named TFDS datasets, folders of JSONL and pictures, single JSONL files.
+"""Where documents come from: named TFDS datasets, folders of JSONL and pictures, single JSONL files, plain pictures.
 
 A source is random access: opening it reads no picture, reading item i touches nothing but item i. An item that cannot
 be used raises BadItem with what is wrong and where it stands; what to do about it is the reader's policy.
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ar_unified.data.items import BadItem, Source
+from ar_unified.data.pictures import Pictures
 from ar_unified.data.rows import Rows
 from ar_unified.data.views import Views
 from ar_unified.document import Document
@@ -33,14 +34,15 @@ def open_source(spec: Mapping[str, Any]) -> Source:
                 those of captions, docs and vqa that are there.
             dict(kind="jsonl", path=..., root=None, split=None): one file; pictures are in it or under `root` (None:
                 the file's folder).
-            `split` of the last two is "train", "train[:95%]", "[95%:]": see `Rows`. Any of them may have `label` (the
-            source's name), `reversible` (True), `views` (dict(count=..., shift=..., mirror=...): see `Views`), and
+            dict(kind="pictures", path=...): every picture file under a folder, without text; for image tokenizers.
+            `split` of folder and jsonl is "train", "train[:95%]", "[95%:]": see `Rows`. Any source may have `label`
+            (its name), `reversible` (True), `views` (dict(count=..., shift=..., mirror=...): see `Views`), and
             `weight`, which is the loader's.
 
     Raises:
         ValueError: an unknown kind or key, a missing file, a split no row is in, or views out of range.
     """
-    kinds: dict[str, Callable[..., Source]] = {"tfds": _tfds, "folder": _folder, "jsonl": _jsonl}
+    kinds: dict[str, Callable[..., Source]] = {"tfds": _tfds, "folder": _folder, "jsonl": _jsonl, "pictures": Pictures}
     kind = spec.get("kind")
     if kind not in kinds:
         raise ValueError(f"source: expected kind one of {sorted(kinds)}, found {kind!r} in {dict(spec)}")

@@ -15,13 +15,18 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ar_unified.evaluation.charts import line_chart, number
 from ar_unified.evaluation.facts import environment, summary
 from ar_unified.evaluation.figures import figure, sample_sections
 from ar_unified.evaluation.generation import Example
+from ar_unified.evaluation.sheets import section
 from ar_unified.training.telemetry import read_metrics
 from ar_unified.workdir import write_text
 
+LEAD = "One transformer over text and image tokens: what it makes and what that is worth."
+TOKENIZER_LEAD = "An image tokenizer: what it keeps of pictures, and how its codes are used."
 HELD_OUT = "held out"  # what the numbers at the top level of an evaluation are called
 NAMES = {
     "text_to_image_exact": "Text to image",
@@ -51,6 +56,7 @@ def write_report(
     title: str,
     evaluation: Mapping[str, Any],
     examples: Mapping[str, Sequence[Example]] | None = None,
+    sheets: Mapping[str, np.ndarray] | None = None,
     telemetry: Mapping[str, str | Path | Sequence[Mapping[str, Any]]] | None = None,
     bars: Mapping[str, float] | None = None,
     config: Mapping[str, Any] | None = None,
@@ -63,8 +69,10 @@ def write_report(
         path: of the HTML file.
         title: the experiment's name.
         evaluation: metrics as generation.evaluate gives them; further held-out sets as nested mappings by
-            name, numbers of other kinds (validation losses) flat or nested.
+            name, numbers of other kinds (validation losses) flat or nested; under "tokenizer" those of
+            tokenizer.evaluate_tokenizer by set.
         examples: by set, "" or "held out" for the first.
+        sheets: by set, the pictures of evaluate_tokenizer.
         telemetry: by model, "image_tokenizer" and "transformer": a metrics.jsonl (which may be missing), or
             its rows.
         bars: by metric, what it should reach.
@@ -72,13 +80,15 @@ def write_report(
         facts: short things worth saying in the head beside the config's summary, by name.
         seconds: wall time of each stage, by name in order.
     """
-    sets = _sets(evaluation)
+    scores = evaluation.get("tokenizer", {})
+    sets = _sets({key: value for key, value in evaluation.items() if key != "tokenizer"})
     curves = {name: _rows(rows) for name, rows in (telemetry or {}).items()}
     galleries = {name or HELD_OUT: list(group) for name, group in (examples or {}).items()}
+    tokenizer = section(scores, sheets or {})
     sections = [
         ("Numbers", _headline(sets, bars or {})),
         *sample_sections(galleries),
-        ("Image tokenizer", _tokenizer(galleries, curves.get("image_tokenizer", []), sets)),
+        ("Image tokenizer", _tokenizer(galleries, curves.get("image_tokenizer", []), sets, tokenizer)),
         ("Transformer", _transformer(curves.get("transformer", []))),
         ("Evaluation", _table(sets, bars or {})),
         ("The run", _run(config or {}, seconds or {})),
@@ -88,6 +98,7 @@ def write_report(
     body = "".join(f'<section id="{_anchor(name)}"><h2>{escape(name)}</h2>{html}</section>' for name, html in sections)
     here = files("ar_unified.evaluation")
     style, script = (here.joinpath(f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    lead = TOKENIZER_LEAD if evaluation.keys() == {"tokenizer"} else LEAD
     head = _facts({**summary(config or {}), **(facts or {})})
     write_text(
         path,
@@ -96,7 +107,7 @@ def write_report(
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}: ar_unified</title><style>{style}</style></head>
 <body><main><header><h1>{escape(title)}</h1>
-<p class="lead">One transformer over text and image tokens: what it makes and what that is worth.</p>
+<p class="lead">{lead}</p>
 {head}</header><nav>{links}</nav>{body}</main>
 <script>{script}</script></body></html>
 """,
@@ -219,8 +230,9 @@ def _tokenizer(
     galleries: Mapping[str, Sequence[Example]],
     rows: Sequence[Mapping[str, Any]],
     sets: Mapping[str, Mapping[str, Any]],
+    scores: str,
 ) -> str:
-    """Reconstructions beside originals, and the tokenizer's curves."""
+    """What it is worth, or else a few reconstructions beside originals, and the tokenizer's curves."""
     first = next(iter(sets.values()))
     told = []
     if "tokenizer_psnr" in first:
@@ -245,7 +257,7 @@ def _tokenizer(
         ),
     )
     lead = f'<p class="lead">{"; ".join(told)}.</p>' if told else ""
-    gallery = f'<div class="gallery">{pictures}</div>' if pictures else ""
+    gallery = scores or (f'<div class="gallery">{pictures}</div>' if pictures else "")
     between = "<h3>training</h3>" if charts and gallery else ""
     return lead + gallery + between + charts if gallery or charts else ""
 

@@ -50,12 +50,13 @@ def test_a_run_leaves_everything_and_is_not_redone(finished, folder, capsys):
     evaluation = json.loads((finished / "evaluation.json").read_text())
     assert evaluation["parse_rate"] == 1.0
     assert evaluation["validation"]["loss"] > 0
+    assert evaluation["tokenizer"]["validation"]["psnr"] > 0 and (finished / "tokenizer_evaluation").is_dir()
     assert "</html>" in (finished / "report.html").read_text()
     rows = [json.loads(line) for line in (finished / "samples" / "samples.jsonl").read_text().splitlines()]
     assert rows and not [row for row in rows if "error" in row]
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     assert main(command("run", folder, finished)) == 0
-    assert capsys.readouterr().out.count("done already") == 6
+    assert capsys.readouterr().out.count("done already") == 7
     changed = [path for path, when in before.items() if path.stat().st_mtime_ns != when]
     assert [path.name for path in changed] == ["config.json"]
 

@@ -152,3 +152,21 @@ def test_tfds_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert np.array_equal(part.pixels, pixels)
     assert told.texts(1) == [part.text for part in story.parts[::2]]
     assert asked.origin(5) == "shapes/questions_32/1.1.0/validation:5"
+
+
+def test_plain_pictures_are_documents_of_one_picture(tmp_path: Path, kit: Any) -> None:
+    (tmp_path / "b").mkdir()
+    for name, number in (("b/2.PNG", 2), ("a.png", 1)):
+        (tmp_path / name).write_bytes(to_png(kit.picture(number)))
+    (tmp_path / "c.jpg").write_bytes(b"no picture")
+    (tmp_path / "readme.md").write_text("neither")
+    source = open_source(dict(kind="pictures", path=tmp_path))
+    assert len(source) == 3 and source.name == tmp_path.name and list(texts([source])) == []
+    assert [source[i] for i in (0, 1)] == [Document((ImagePart(kit.picture(i)),)) for i in (1, 2)]
+    with pytest.raises(BadItem, match="c.jpg: unreadable_image"):
+        source[2]
+    before = source.fingerprint
+    (tmp_path / "c.jpg").unlink()
+    assert open_source(dict(kind="pictures", path=tmp_path)).fingerprint != before
+    with pytest.raises(ValueError, match="picture files .* found none"):
+        open_source(dict(kind="pictures", path=tmp_path / "nowhere"))

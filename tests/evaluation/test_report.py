@@ -14,6 +14,9 @@ from ar_unified.evaluation.charts import MAX_POINTS, line_chart, number
 from ar_unified.evaluation.facts import summary
 from ar_unified.evaluation.generation import Example
 from ar_unified.evaluation.report import wilson, write_report
+from ar_unified.evaluation.sheets import section
+from ar_unified.evaluation.tokenizer import evaluate_tokenizer
+from tests.evaluation.test_tokenizer import SIZE, Album, Greys, exact, noisy
 
 EVALUATION = {
     "text_to_image_exact": 0.93,
@@ -151,3 +154,48 @@ def test_wilson_interval():
     assert wilson(0.0, 10) == pytest.approx((0.0, z2 / (10 + z2)), abs=1e-9)
     low, high = wilson(0.5, 100)
     assert low + high == pytest.approx(1) and 0.40 < low < 0.41
+
+
+def test_a_tokenizer_alone_has_a_report(tmp_path):
+    source = Album("<b>emoji</b>", noisy(9))
+    networks = dict(distances={"LPIPS": lambda a, b: np.full(len(a), 0.25)}, weights={"LPIPS": "abcdef" + "0" * 58})
+    numbers, sheet = evaluate_tokenizer(
+        Greys(), [source], size=SIZE, probe=lambda ids: {"bits_per_id": 2.125, "budget": {"steps": 77}}, **networks
+    )
+    other, _ = evaluate_tokenizer(Greys(), [Album("a", exact(2)), Album("b", exact(2, seed=1))], size=SIZE)
+    rows = [{"step": s, "loss": 1 / s, "codes/dead": 7 - s} for s in range(1, 5)]
+    html, found, words = page(
+        tmp_path,
+        evaluation={"tokenizer": {"validation": numbers, "unseen_things": other}},
+        sheets={"validation": sheet},
+        telemetry={"image_tokenizer": rows},
+    )
+    for said in (
+        f"{numbers['psnr']:.2f} dB",
+        "MS-SSIM, 3 scales of 5",
+        "LPIPS weights abcdef",
+        "2.1250",
+        "steps: 77",
+        "Lanczos",
+        "pictures of <b>emoji</b>, crops of 48 x 64",  # as text
+        "unseen things: a",
+        "difference x 4",
+        "An image tokenizer",
+    ):
+        assert said in " ".join(words.split()), said
+    assert "<b>emoji" not in html and "Transformer" not in words
+    pictures = [address for address in found.loaded if address.startswith("data:image/png")]
+    assert len(pictures) == 3 * len(numbers["shown"]) == 24
+
+
+def test_pictures_on_the_page_are_no_larger_than_needed(tmp_path):
+    big = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
+    numbers = {"crop": [512, 512], "shown": [{"origin": "x", "psnr": 20.0, "worst": False}]}
+    html = section({"a": whole(numbers)}, {"a": np.concatenate([big] * 3, 1)})
+    assert 'width="256" height="256"' in html
+
+
+def whole(numbers):
+    """Numbers with what every result has."""
+    found, _ = evaluate_tokenizer(Greys(), [Album("a", exact(1))], size=SIZE)
+    return found | numbers

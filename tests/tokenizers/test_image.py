@@ -193,23 +193,3 @@ def test_save_and_load(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="no config.json"):
         ImageTokenizer.load(tmp_path)
-
-
-# ---- metrics ----------------------------------------------------------------------------------------------------
-
-
-def test_psnr_is_per_picture_and_finite():
-    a = np.zeros((2, 4, 4, 3), np.uint8)
-    b = a.copy()
-    b[1] = 255
-    b[1, :2] = 0  # half the pixels off by the whole range
-    np.testing.assert_allclose(metrics.psnr(a, b), [100, 10 * np.log10(2)])
-    with pytest.raises(ValueError, match="one shape"):
-        metrics.psnr(a, b[:1])
-
-
-def test_usage_of_a_codebook():
-    assert metrics.usage(np.array([5, 5, 5, 5, 0, 0, 0, 0])) == {"usage": 0.5, "perplexity": 4.0, "entropy_bits": 2.0}
-    assert metrics.usage(np.array([0, 9]))["perplexity"] == 1
-    with pytest.raises(ValueError, match="no code"):
-        metrics.usage(np.zeros(4, np.int32))

@@ -1,0 +1,164 @@
+"""The part of `evaluate` that needs no model: what an experiment's image tokenizer is worth.
+
+Scores the pictures of every held-out set, or those of a folder, and leaves beside each other
+  evaluation.json   {"tokenizer": {set: numbers}} (ar_unified.evaluation.tokenizer)
+  <set>.png         original | reconstruction | difference of a few pictures, a row each
+  report.html       the same and the tokenizer's curves on one self-contained page
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ar_unified import progress
+from ar_unified.cli import config as configs
+from ar_unified.cli.experiment import Experiment, by_first_process
+from ar_unified.data.images import decode, to_png
+from ar_unified.data.sources import Source, open_source
+from ar_unified.evaluation.report import write_report
+from ar_unified.evaluation.tokenizer import PROTOCOL, NoPictures, Probe, draw_pictures, evaluate_tokenizer
+from ar_unified.training.probe import pictures_wanted, train_probe
+from ar_unified.workdir import read_json, write_bytes, write_json
+
+
+@by_first_process
+def evaluate_held_out(experiment: Experiment) -> None:
+    """Stage tokenizer_evaluation."""
+    config, sets = experiment.config, {name: sources for name, sources in experiment.held_out.items() if sources}
+    steps = config.evaluation.tokenizer_probe_steps
+    stage = experiment.stage(
+        "tokenizer_evaluation",
+        tokenizer=experiment.image_tokenizer.hash,
+        protocol=PROTOCOL,
+        image_size=configs.plain(config.data.image_size),
+        limit=config.evaluation.limit,
+        probe_steps=steps,
+        sources={name: [dict(source.fingerprint) for source in sources] for name, sources in sets.items()},
+        probed=experiment.fingerprints() if steps else {},
+        weights={name: file for name, file in _files(config).items() if file},
+    )
+    if stage.done:
+        return experiment.skip(stage)
+    results = _score(experiment, sets, config.data.image_size, stage.folder)
+    experiment.finish(stage, {name: numbers["psnr"] for name, numbers in results.items()})
+
+
+@by_first_process
+def evaluate_folder(experiment: Experiment, pictures: str, crop: int | None = None) -> None:
+    """The picture files of a folder in place of the held-out sets, into a folder of their own; every time anew.
+
+    crop: side of the square crops in pixels; None: config.data.image_size.
+    """
+    try:
+        source = open_source(dict(kind="pictures", path=pictures))
+    except ValueError as error:
+        raise SystemExit(f"ar-unified evaluate: {error}") from error
+    size = (crop, crop) if crop else experiment.config.data.image_size
+    folder = experiment.workdir.tokenizer_evaluation / f"{source.name}-{size[0]}x{size[1]}"
+    _score(experiment, {source.name: [source]}, size, folder)
+
+
+def results_of(experiment: Experiment) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Numbers and sheets by held-out set, as the stage left them."""
+    folder = experiment.workdir.tokenizer_evaluation
+    results = read_json(folder / "evaluation.json")["tokenizer"]
+    return results, {name: decode((folder / f"{name}.png").read_bytes()) for name in results}
+
+
+def _score(
+    experiment: Experiment, sets: Mapping[str, Sequence[Source]], size: Sequence[int], folder: Path
+) -> dict[str, Any]:
+    """Numbers by set; leaves the files."""
+    config, (height, width) = experiment.config, size
+    experiment.image_tokenizer.config.grid(height, width)  # raises before anything is read
+    networks = _networks(config)
+    probe = _probe(experiment, (height, width))
+    results: dict[str, Any] = {}
+    sheets: dict[str, np.ndarray] = {}
+    for name, sources in sets.items():
+        try:
+            with progress.bar(config.evaluation.limit, "pictures", f"tokenizer on {name}") as bar:
+                results[name], sheets[name] = evaluate_tokenizer(
+                    experiment.image_tokenizer,
+                    sources,
+                    size=(height, width),
+                    limit=config.evaluation.limit,
+                    seed=config.seed,
+                    probe=probe,
+                    progress=bar.update,
+                    **networks,
+                )
+        except NoPictures as error:
+            experiment.say(f"{name}: {error}")
+            continue
+        write_bytes(folder / f"{name}.png", to_png(sheets[name]))
+        experiment.say(_line(name, results[name]))
+    write_json(folder / "evaluation.json", {"tokenizer": results})
+    write_report(
+        folder / "report.html",
+        title=f"{config.name}: the image tokenizer",
+        evaluation={"tokenizer": results},
+        sheets=sheets,
+        telemetry={"image_tokenizer": experiment.workdir.image_tokenizer / "metrics.jsonl"},
+        config=configs.plain(config),
+        facts=_facts(experiment),
+    )
+    experiment.say(f"{folder / 'evaluation.json'}\n{folder / 'report.html'}")
+    return results
+
+
+def _files(config: Mapping[str, Any]) -> dict[str, str]:
+    """Weight files by what is measured with them; "" for none."""
+    return {"LPIPS": config["evaluation"]["lpips_file"], "inception": config["evaluation"]["inception_file"]}
+
+
+def _networks(config: Mapping[str, Any]) -> dict[str, Any]:
+    if not any(_files(config).values()):
+        return {}
+    from ar_unified.evaluation.networks import load_networks
+
+    try:
+        return load_networks(_files(config))
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"ar-unified evaluate: {error}") from error
+
+
+def _probe(experiment: Experiment, size: tuple[int, int]) -> Probe | None:
+    """Trained on the ids of the experiment's training pictures; None where the config asks for none."""
+    config, tokenizer = experiment.config, experiment.image_tokenizer
+    steps = config.evaluation.tokenizer_probe_steps
+    if not steps:
+        return None
+    height, width = tokenizer.config.grid(*size)
+    wanted = pictures_wanted(steps, height * width)
+    drawn = draw_pictures(experiment.train, size, wanted, config.seed)
+    ids = []
+    with progress.bar(wanted, "pictures", "ids for the probe") as bar:
+        while batch := list(itertools.islice(drawn, tokenizer.batch_size)):
+            ids.append(tokenizer.encode(np.stack([picture.pixels for picture in batch])))
+            bar.update(len(batch))
+    experiment.say(f"probe: {steps} steps on the ids of {sum(map(len, ids))} training pictures")
+    return train_probe(np.concatenate(ids), tokenizer.codebook_size, steps=steps, seed=config.seed)
+
+
+def _line(name: str, numbers: Mapping[str, Any]) -> str:
+    said = [f"PSNR {numbers['psnr']:.2f} dB"]
+    said += [f"SSIM {numbers['ssim']:.3f}"] if "ssim" in numbers else []
+    said += [
+        f"{numbers['usage']:.1%} of {numbers['codebook_size']} codes used, entropy {numbers['entropy_bits']:.2f} bits"
+    ]
+    said += [f"{numbers['probe']['bits_per_id']:.2f} bits per id under the probe"] if "probe" in numbers else []
+    return f"{name}, {numbers['pictures']} pictures: {', '.join(said)}"
+
+
+def _facts(experiment: Experiment) -> dict[str, str]:
+    tokenizer = experiment.image_tokenizer
+    size = sum(leaf.size for leaf in jax.tree.leaves(tokenizer.params))
+    facts = f"{size / 1e6:.2f}M parameters, {tokenizer.codebook_size} codes, sha256 {tokenizer.hash[:12]}"
+    return {"image tokenizer": facts}

@@ -1,0 +1,324 @@
+"""What an image tokenizer is worth on pictures it was not trained on, under one pinned protocol.
+
+Every number depends on the pictures' number, size and resizing, on rounding, and on whether means are taken of errors
+or of decibels, so all of that is fixed here and stands in the result beside the numbers (`PROTOCOL`). A number from a
+network is given only with the sha256 of its weight file.
+
+Axes: B batch, N pictures of a set, H W pixels, h w ids, K codebook size, F features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from ar_tokenizers.image import metrics
+
+from ar_unified.data.images import resize
+from ar_unified.data.sources import BadItem, Source
+from ar_unified.document import ImagePart
+from ar_unified.evaluation.sheets import sheet
+
+PROTOCOL = {
+    "version": 1,
+    "resize": "largest centred window of the crop's proportions, scaled to the crop",
+    "filter": "Lanczos (Pillow, reducing_gap 3)",
+    "range": "uint8 RGB in and out: reconstructions are clipped and rounded, as in a PNG file",
+    "means": "per picture, then over pictures; psnr_of_mean_mse: of the mean error of the set; at most 100 dB",
+    "ssim": "Gaussian window 11 x 11, sigma 1.5, mean of R, G and B",
+}
+CORRUPTION = (0.01, 0.05, 0.10)  # shares of the ids that are replaced
+FIRST, WORST = 6, 2  # pictures that are shown: the first drawn, and the worst of the others
+_SCAN = 16  # items of a source that are looked at for each picture wanted
+
+Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]  # uint8 [B, H, W, 3] twice -> float64 [B]
+Extractor = Callable[[np.ndarray], np.ndarray]  # uint8 [B, H, W, 3] -> features [B, F]
+Probe = Callable[[np.ndarray], Mapping[str, Any]]  # int32 [N, h, w] -> "bits_per_id", and what it took
+
+
+class Tokenizer(Protocol):
+    """What is scored: an `ar_tokenizers.image.tokenizer.ImageTokenizer`, or another's with the same four."""
+
+    @property
+    def codebook_size(self) -> int: ...
+
+    @property
+    def hash(self) -> str: ...
+
+    def encode(self, images: np.ndarray, /) -> np.ndarray:
+        """uint8 [B, H, W, 3] -> int32 [B, h, w] in [0, K)."""
+
+    def decode(self, codes: np.ndarray, /) -> np.ndarray:
+        """int32 [B, h, w] -> uint8 [B, H, W, 3]."""
+
+
+class NoPictures(ValueError):
+    """The sources have no readable picture."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """`pixels` uint8 [H, W, 3] at the size asked for; `enlarged`: the original was smaller."""
+
+    source: str
+    origin: str
+    pixels: np.ndarray
+    enlarged: bool
+
+
+def draw_pictures(
+    sources: Sequence[Source], size: tuple[int, int], limit: int, seed: int = 0, left_out: Counter[str] | None = None
+) -> Iterator[Picture]:
+    """Up to `limit` different pictures at `size` (H, W), from every source alike, in an order drawn by `seed`.
+
+    `left_out` counts bad items by kind, and pictures that came before as "repeated".
+    """
+    left_out = Counter() if left_out is None else left_out
+    rng = np.random.default_rng(seed)
+    walks = [_walk(source, rng.permutation(len(source))[: _SCAN * limit], size, left_out) for source in sources]
+    seen = set[bytes]()
+    for picture in itertools.chain.from_iterable(itertools.zip_longest(*walks)):
+        if picture is None:  # that source has no more
+            continue
+        digest = hashlib.sha256(picture.pixels.tobytes()).digest()
+        if digest in seen:
+            left_out["repeated"] += 1
+            continue
+        seen.add(digest)
+        yield picture
+        if len(seen) == limit:
+            return
+
+
+def evaluate_tokenizer(
+    tokenizer: Tokenizer,
+    sources: Sequence[Source],
+    *,
+    size: tuple[int, int],
+    limit: int = 256,
+    seed: int = 0,
+    batch_size: int = 64,
+    distances: Mapping[str, Distance] | None = None,
+    extractors: Mapping[str, Extractor] | None = None,
+    weights: Mapping[str, str] | None = None,
+    probe: Probe | None = None,
+    progress: Callable[[int], Any] = lambda count: None,
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Scores a tokenizer on the pictures of held-out documents.
+
+    Args:
+        size: (H, W) of the crops in pixels, which the tokenizer must divide into ids.
+        limit: pictures at most, from every source alike. seed: of the draw and of the corruption of ids.
+        batch_size: pictures in memory at one time; no number depends on it but by the tokenizer.
+        distances: further distances by name, such as "LPIPS"; their means go under their names.
+        extractors: by name, networks whose features' Frechet distance between the real and the reconstructed pictures
+            is taken: "inception" is called rFID, any other FD-<name>.
+        weights: sha256 of the weight file of every distance and extractor.
+        probe: a model of ids, trained on others (`training.probe`).
+        progress: called with the number of pictures that were done.
+
+    Returns:
+        (numbers, sheet). The sheet, uint8 [n * H, 3 * W, 3], is `sheets.sheet` of the pictures under "shown". Numbers,
+        each a float unless said otherwise:
+          protocol (PROTOCOL, the filter too), crop [H, W], sources, pictures (int), seed, tokenizer (its sha256),
+          skipped {reason: n}, enlarged (int: pictures smaller than the crop): what the others depend on;
+          psnr, psnr_of_mean_mse in dB; ssim; ms_ssim (crops below 161 pixels: ms_ssim_<n>_scales, or none); l1;
+          codebook_size, ids_per_picture, ids (int); usage, dead, perplexity, entropy_bits, normalised_entropy and
+          top_percent of metrics.usage, over all ids of the set;
+          bits_per_pixel, entropy_bits_per_pixel: of ids of log2(K) bits each, and of entropy_bits each;
+          id_stability: the share of ids that encoding the reconstruction gives again;
+          psnr_corrupted {"1%": ...}: in dB against the original, after that share of the ids became others at random;
+          by_source {name: {pictures, psnr, ssim, l1, and those of metrics.usage}};
+          probe {bits_per_id, bits_per_pixel, ...}, the names of `distances`, rFID and FD-<name>, weights: where given;
+          shown [{origin, psnr, ssim, worst}].
+
+    Raises:
+        NoPictures: there was nothing to score.
+        ValueError: a distance or extractor without its sha256, or a size that the tokenizer does not take.
+    """
+    distances, extractors, weights = dict(distances or {}), dict(extractors or {}), dict(weights or {})
+    if unnamed := sorted((distances.keys() | extractors.keys()) - weights.keys()):
+        raise ValueError(f"weights: expected the sha256 of the weight file of every network, found none of {unnamed}")
+    measures = _measures(size) | distances
+    moments = {name: (_Moments(), _Moments()) for name in extractors}
+    values: dict[str, list[float]] = {name: [] for name in (*measures, *map(_corrupted_name, CORRUPTION))}
+    skipped, K = Counter[str](), tokenizer.codebook_size
+    done: list[tuple[str, str, bool]] = []  # source, origin, enlarged
+    all_ids: list[np.ndarray] = []
+    stable = 0
+    shown: list[_Shown] = []
+
+    drawn = draw_pictures(sources, size, limit, seed, skipped)
+    while batch := list(itertools.islice(drawn, batch_size)):
+        first = len(done)
+        done += [(picture.source, picture.origin, picture.enlarged) for picture in batch]
+        real = np.stack([picture.pixels for picture in batch])
+        ids = tokenizer.encode(real)
+        seen = tokenizer.decode(ids)
+        all_ids.append(ids)
+        stable += int(np.sum(tokenizer.encode(seen) == ids))
+        for name, measure in measures.items():
+            values[name] += measure(real, seen).tolist()
+        for share in CORRUPTION:
+            broken = np.stack([_corrupted(x, share, K, (seed, first + i)) for i, x in enumerate(ids)])
+            values[_corrupted_name(share)] += metrics.psnr(real, tokenizer.decode(broken)).tolist()
+        for name, extract in extractors.items():
+            for moment, pixels in zip(moments[name], (real, seen), strict=True):
+                moment.add(extract(pixels))
+        shown += [_Shown(first + i, values["psnr"][first + i], real[i], seen[i]) for i in range(len(batch))]
+        shown = _kept(shown)
+        progress(len(batch))
+    if not done:
+        names = ", ".join(source.name for source in sources)
+        raise NoPictures(f"no readable picture in {names or 'no source'}; left out: {dict(skipped)}")
+
+    ids = np.concatenate(all_ids)
+    of = np.array([source for source, _, _ in done])
+    measured = {name: np.array(found) for name, found in values.items()}
+    codes, bits = _usage(ids, K), ids[0].size / math.prod(size)  # bits of a pixel for each bit of an id
+    numbers: dict[str, Any] = {
+        "protocol": PROTOCOL,
+        "crop": list(size),
+        "sources": [source.name for source in sources],
+        "pictures": len(done),
+        "enlarged": sum(enlarged for _, _, enlarged in done),
+        "skipped": dict(skipped),
+        "seed": seed,
+        "tokenizer": tokenizer.hash,
+        **{name: float(measured[name].mean()) for name in measures if name != "mse"},
+        "psnr_of_mean_mse": float(metrics.decibels(measured["mse"].mean())),
+        "codebook_size": K,
+        "ids_per_picture": ids[0].size,
+        "ids": ids.size,
+        **codes,
+        "bits_per_pixel": math.log2(K) * bits,
+        "entropy_bits_per_pixel": codes["entropy_bits"] * bits,
+        "id_stability": stable / ids.size,
+        "psnr_corrupted": {f"{share:.0%}": float(measured[_corrupted_name(share)].mean()) for share in CORRUPTION},
+        "by_source": {
+            str(name): {
+                "pictures": int((of == name).sum()),
+                **{key: float(measured[key][of == name].mean()) for key in ("psnr", "ssim", "l1") if key in measured},
+                **_usage(ids[of == name], K),
+            }
+            for name in dict.fromkeys(of.tolist())
+        },
+    }
+    if probe:
+        found = dict(probe(ids))
+        numbers["probe"] = found | {"bits_per_pixel": found["bits_per_id"] * bits}
+    for name, (a, b) in moments.items():
+        numbers["rFID" if name == "inception" else f"FD-{name}"] = _frechet(a, b)
+    if weights:
+        numbers["weights"] = weights
+    numbers["shown"] = [
+        {
+            "origin": done[s.index][1],
+            **{key: float(measured[key][s.index]) for key in ("psnr", "ssim") if key in measured},
+            "worst": s.index >= FIRST and len(done) > FIRST + WORST,
+        }
+        for s in shown
+    ]
+    return numbers, sheet(np.stack([s.real for s in shown]), np.stack([s.seen for s in shown]))
+
+
+def _walk(source: Source, order: np.ndarray, size: tuple[int, int], left_out: Counter[str]) -> Iterator[Picture]:
+    for index in order:
+        try:
+            document = source[int(index)]
+        except BadItem as error:
+            left_out[error.kind] += 1
+            continue
+        for part in document.parts:
+            if isinstance(part, ImagePart):
+                enlarged = min(have / want for have, want in zip(part.pixels.shape, size, strict=False)) < 1
+                yield Picture(source.name, document.origin, resize(part.pixels, *size), enlarged)
+
+
+# ---- distances -------------------------------------------------------------------------------------------------
+
+
+def _measures(size: tuple[int, int]) -> dict[str, Distance]:
+    """The distances that need no weights, as far as pictures of that size have them."""
+    found: dict[str, Distance] = {"psnr": metrics.psnr, "mse": metrics.mse, "l1": metrics.l1}
+    most = len(metrics.SCALE_WEIGHTS)
+    scales = [n for n in range(1, most + 1) if min(size) >= metrics.ms_ssim_side(n)]
+    if scales:
+        found["ssim"] = _one_by_one(metrics.ssim)
+    if len(scales) > 1:
+        name = "ms_ssim" if scales[-1] == most else f"ms_ssim_{scales[-1]}_scales"
+        found[name] = _one_by_one(lambda a, b: metrics.ms_ssim(a, b, scales[-1]))
+    return found
+
+
+def _one_by_one(distance: Distance) -> Distance:
+    """Ten float64 copies of a whole batch are more memory than they are worth."""
+    return lambda a, b: np.array([distance(x, y) for x, y in zip(a, b, strict=True)])
+
+
+class _Moments:
+    """Mean and covariance of features, float64, over batches."""
+
+    def __init__(self) -> None:
+        self.count, self.total, self.products = 0, np.zeros(1), np.zeros((1, 1))
+
+    def add(self, features: np.ndarray) -> None:
+        features = np.asarray(features, np.float64)
+        self.count += len(features)
+        self.total = self.total + features.sum(0)
+        self.products = self.products + features.T @ features
+
+    def mean_and_covariance(self) -> tuple[np.ndarray, np.ndarray]:
+        mean = self.total / self.count
+        return mean, (self.products - self.count * np.outer(mean, mean)) / max(self.count - 1, 1)
+
+
+def _frechet(a: _Moments, b: _Moments) -> float:
+    from ar_tokenizers.image.inception import frechet_distance  # brings a network: not before it is asked for
+
+    return float(frechet_distance(*a.mean_and_covariance(), *b.mean_and_covariance()))
+
+
+# ---- ids -------------------------------------------------------------------------------------------------------
+
+
+def _usage(ids: np.ndarray, codebook_size: int) -> dict[str, float]:
+    return metrics.usage(np.bincount(ids.ravel(), minlength=codebook_size))
+
+
+def _corrupted(ids: np.ndarray, share: float, codebook_size: int, seed: tuple[int, int]) -> np.ndarray:
+    """int32 [h, w] with each id replaced, with probability `share`, by any other one.
+
+    The draw is one for all shares: what 1 % loses, 10 % loses as well.
+    """
+    rng = np.random.default_rng(seed)
+    hit = rng.random(ids.shape) < share
+    return np.where(hit, (ids + rng.integers(1, max(codebook_size, 2), ids.shape)) % codebook_size, ids).astype(
+        np.int32
+    )
+
+
+def _corrupted_name(share: float) -> str:
+    return f"psnr_corrupted/{share:.0%}"
+
+
+# ---- what is shown ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Shown:
+    index: int
+    psnr: float
+    real: np.ndarray
+    seen: np.ndarray
+
+
+def _kept(shown: list[_Shown]) -> list[_Shown]:
+    others = sorted((s for s in shown if s.index >= FIRST), key=lambda s: (s.psnr, s.index))
+    return [s for s in shown if s.index < FIRST] + others[:WORST]

@@ -1,0 +1,127 @@
+"""How well a small transformer predicts image ids: what their entropy and rFID leave out of a tokenizer's worth.
+
+A tokenizer whose pictures look the same may have ids that are far harder to model. So a transformer of a fixed small
+size is trained for a fixed small budget on ids of training pictures, in reading order, and its bits per id are measured
+on others. It is this repository's transformer, task and training step, on one device, without a checkpoint: what is
+interrupted begins again.
+
+Axes: N pictures, h w ids of a picture, B rows, T = h * w.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from ar_unified.model.config import TransformerConfig, parameter_count
+from ar_unified.parallel.mesh import make_mesh
+from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
+from ar_unified.training.step import TrainState, abstract_state, make_eval_step, make_state, make_train_step
+from ar_unified.training.tasks import TransformerTask
+from ar_unified.vocabulary import Vocabulary
+
+TOKENS = 2048  # of a step, in whole pictures
+SHAPE: dict[str, Any] = dict(
+    d_model=128, n_layers=4, n_heads=4, n_kv_heads=4, head_dim=32, d_mlp=384, qk_norm="rmsnorm"
+)
+OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=50, b2=0.99, weight_decay=0.05)
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A trained one: call it with ids int32 [N, h, w] it has not seen. `budget`: what its numbers depend on."""
+
+    task: TransformerTask
+    state: TrainState
+    mesh: jax.sharding.Mesh
+    rows: int
+    budget: dict[str, Any]
+
+    @functools.cached_property
+    def _step(self) -> jax.stages.Wrapped:
+        return make_eval_step(self.task, self.mesh)
+
+    def __call__(self, ids: np.ndarray) -> dict[str, Any]:
+        """{"bits_per_id": mean negative log2-likelihood of an id, given those before it; "budget"}."""
+        total = count = 0.0
+        for start in range(0, len(ids), self.rows):
+            with jax.set_mesh(self.mesh):
+                found = self._step(
+                    self.state.params, _rows(self.task.vocabulary, ids[start : start + self.rows], self.rows)
+                )
+            bits, counted = jax.device_get(found["bits_per_image_token"])
+            total, count = total + float(bits), count + float(counted)
+        return {"bits_per_id": total / count, "budget": self.budget}
+
+
+def pictures_wanted(steps: int, ids_per_picture: int) -> int:
+    """How many training pictures a probe of so many steps sees once."""
+    return steps * _rows_of(ids_per_picture)
+
+
+def train_probe(ids: np.ndarray, codebook_size: int, *, steps: int, seed: int = 0) -> Probe:
+    """Trains on ids int32 [N, h, w] for `steps` steps of about TOKENS ids; deterministic, by `seed`.
+
+    Raises:
+        ValueError: no ids, or fewer than 1 step. RuntimeError: the loss became infinite or NaN.
+    """
+    if not ids.size or steps < 1:
+        raise ValueError(
+            f"probe: expected at least 1 step on the ids of at least 1 picture, got {steps} and {ids.shape}"
+        )
+    rows = _rows_of(ids[0].size)
+    vocabulary = Vocabulary(text_size=1, codebook_size=codebook_size)
+
+    def batch(step: int, index: int = 0, count: int = 1) -> dict[str, np.ndarray]:
+        epochs, at = np.divmod(np.arange(step * rows, (step + 1) * rows), len(ids))
+        orders = {epoch: np.random.default_rng((seed, epoch)).permutation(len(ids)) for epoch in set(epochs.tolist())}
+        return _rows(vocabulary, ids[[orders[epoch][i] for epoch, i in zip(epochs.tolist(), at, strict=True)]], rows)
+
+    config = TransformerConfig(vocab_size=vocabulary.size, **SHAPE)
+    optimizer = dataclasses.replace(OPTIMIZER, warmup_steps=min(OPTIMIZER.warmup_steps, steps // 10))
+    task = TransformerTask(config, vocabulary, batch)
+    tx, mesh = make_optimizer(optimizer, steps), make_mesh({}, jax.local_devices()[:1])
+    places = jax.tree.map(lambda x: x.sharding, abstract_state(task, tx, mesh))
+    train_step = make_train_step(task, tx, mesh, seed=seed, clip_norm=optimizer.clip_norm)
+    with jax.set_mesh(mesh):
+        state = jax.jit(lambda: make_state(task, tx, seed), out_shardings=places)()
+        for step in range(steps):
+            state, report = train_step(state, batch(step))
+    if not report.finite:
+        raise RuntimeError(f"probe: the last of {steps} steps on image ids had a loss of {float(report.loss)}")
+    budget = {
+        "parameters": parameter_count(config),
+        "shape": f"{config.n_layers} layers of width {config.d_model}",
+        "steps": steps,
+        "ids_per_step": rows * ids[0].size,
+        "pictures": len(ids),
+        "epochs": round(steps * rows / len(ids), 2),
+        "learning_rate": optimizer.learning_rate,
+        "seed": seed,
+    }
+    return Probe(task, state, mesh, rows, budget)
+
+
+def _rows_of(ids_per_picture: int) -> int:
+    return max(1, TOKENS // ids_per_picture)
+
+
+def _rows(vocabulary: Vocabulary, ids: np.ndarray, count: int) -> dict[str, np.ndarray]:
+    """A batch of `count` rows of one picture each, the last ones empty: <boi> and all ids but the last -> the ids."""
+    T = ids[0].size
+    targets = np.full((count, T), vocabulary.pad, np.int32)
+    targets[: len(ids)] = ids.reshape(-1, T) + vocabulary.image_offset
+    here = np.broadcast_to((np.arange(count) < len(ids))[:, None], (count, T))
+    return {
+        "tokens": np.concatenate([np.full((count, 1), vocabulary.boi, np.int32), targets[:, :-1]], 1),
+        "targets": targets,
+        "positions": np.broadcast_to(np.arange(T, dtype=np.int32), (count, T)),
+        "doc_start": np.zeros((count, T), np.int32),
+        "segment_ids": here.astype(np.int32),
+        "tasks": np.zeros((count, T), np.int8),
+        "prompt": np.zeros((count, T), bool),
+    }

@@ -1,0 +1,76 @@
+"""`evaluate --only tokenizer`: no model, no text tokenizer, and no word about the evaluation of either."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ar_tokenizers.image.autoencoder import init
+from ar_tokenizers.image.tokenizer import ImageTokenizer
+from PIL import Image
+
+from ar_unified.cli import config as configs
+from ar_unified.cli.experiment import Experiment
+from ar_unified.cli.main import main
+from ar_unified.training import probe
+from ar_unified.workdir import StageMismatch, Workdir
+from tests.cli.conftest import command
+
+
+@pytest.fixture
+def workdir(folder: Path, tmp_path: Path) -> Path:
+    """With an image tokenizer that learnt nothing, and nothing else."""
+    argv = command("evaluate", folder, tmp_path)
+    config = Experiment(configs.load(argv[2], argv[5:]), Workdir(tmp_path)).autoencoder
+    ImageTokenizer(config, init(config, jax.random.key(0))).save(tmp_path / "image_tokenizer")
+    return tmp_path
+
+
+def evaluate(folder: Path, workdir: Path, *more: str, **changes: object) -> int:
+    return main([*command("evaluate", folder, workdir, **changes), "--only", "tokenizer", *more])
+
+
+def test_only_the_tokenizer_is_scored_and_once(workdir, folder, capsys, monkeypatch):
+    monkeypatch.setattr(probe, "SHAPE", dict(d_model=16, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=8, d_mlp=16))
+    changes = dict(evaluation__tokenizer_probe_steps=2)
+    assert evaluate(folder, workdir, **changes) == 0
+    left = workdir / "tokenizer_evaluation"
+    numbers = json.loads((left / "evaluation.json").read_text())["tokenizer"]["validation"]
+    assert numbers["crop"] == [32, 32] and numbers["pictures"] == 2 and numbers["sources"] == [folder.name]
+    assert numbers["probe"]["bits_per_id"] > 0 and numbers["probe"]["budget"]["steps"] == 2
+    assert Image.open(left / "validation.png").size == (3 * 32, 2 * 32)
+    assert f"{numbers['psnr']:.2f} dB" in (left / "report.html").read_text()
+    assert not (workdir / "evaluation").exists() and not (workdir / "evaluation.json").exists()
+    capsys.readouterr()
+    assert evaluate(folder, workdir, **changes) == 0
+    assert "tokenizer_evaluation: done already" in capsys.readouterr().out
+    with pytest.raises(StageMismatch, match="limit"):
+        evaluate(folder, workdir, evaluation__limit=3, **changes)
+
+
+def test_a_folder_of_plain_pictures(workdir, folder, tmp_path_factory, capsys):
+    pictures = tmp_path_factory.mktemp("pictures")
+    for i in range(3):
+        noise = np.random.default_rng(i).integers(0, 256, (70, 90, 3), np.uint8)
+        Image.fromarray(noise).save(pictures / f"{i}.png")
+    (pictures / "broken.png").write_bytes(b"no")
+    assert evaluate(folder, workdir, "--pictures", str(pictures), "--crop", "64", evaluation__limit=9) == 0
+    left = workdir / "tokenizer_evaluation" / f"{pictures.name}-64x64"
+    numbers = json.loads((left / "evaluation.json").read_text())["tokenizer"][pictures.name]
+    assert numbers["pictures"] == 3 and numbers["skipped"] == {"unreadable_image": 1} and numbers["crop"] == [64, 64]
+    assert (left / f"{pictures.name}.png").exists() and (left / "report.html").exists()
+    assert not (workdir / "tokenizer_evaluation" / "started.json").exists()  # the held-out sets are another matter
+    with pytest.raises(ValueError, match="multiples of 16"):
+        evaluate(folder, workdir, "--pictures", str(pictures), "--crop", "40")
+    with pytest.raises(SystemExit, match="found none"):
+        evaluate(folder, workdir, "--pictures", str(pictures / "nothing"))
+
+
+def test_flags_that_need_another_are_refused(workdir, folder):
+    with pytest.raises(SystemExit, match="--only tokenizer"):
+        main([*command("evaluate", folder, workdir), "--pictures", "x"])
+    with pytest.raises(SystemExit, match="ar-unified tokenizer"):
+        evaluate(folder, workdir / "empty")
