@@ -1,4 +1,4 @@
-"""Perceptual distances: those of the packages they are named after, on random weights, and the errors of their files."""
+"""Perceptual distances are those of the packages they are named after; files that are not theirs are refused."""
 
 from __future__ import annotations
 
