@@ -2,10 +2,12 @@
 
     python -m ar_tokenizers.image.convert_perceptual --vgg vgg16.pth --lpips vgg.pth --output lpips.safetensors
     python -m ar_tokenizers.image.convert_perceptual --resnet50 resnet50.pth --output resnet50.safetensors
+    python -m ar_tokenizers.image.convert_perceptual --inception pt_inception.pth --output inception.safetensors
 
-The files are state dicts: torchvision's vgg16 and resnet50 (IMAGENET1K_V1, which the recipes were trained with), and
-the heads of the lpips package, weights/v0.1/vgg.pth. What the networks do not use (classifiers, counters of batches)
-is left out; names and layout stay torch's. Needs torch, which only this module imports.
+The files are state dicts: torchvision's vgg16 and resnet50 (IMAGENET1K_V1, which the recipes were trained with), the
+heads of the lpips package (weights/v0.1/vgg.pth), and pytorch-fid's Inception (pt_inception-2015-12-05). What the
+networks do not use (classifiers, counters of batches) is left out; names and layout stay torch's. Needs torch, which
+only this module imports.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import numpy as np
 from safetensors.numpy import save as save_tensors
 
 from ar_tokenizers.files import write_whole
-from ar_tokenizers.image import lpips, resnet
+from ar_tokenizers.image import inception, lpips, resnet
 from ar_tokenizers.image.weights import Arrays, check_weights
 
 
@@ -56,15 +58,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--vgg", metavar="FILE", help="torchvision's vgg16, for LPIPS")
     parser.add_argument("--lpips", metavar="FILE", help="the heads of LPIPS for VGG, version 0.1")
     parser.add_argument("--resnet50", metavar="FILE", help="torchvision's resnet50")
+    parser.add_argument("--inception", metavar="FILE", help="pytorch-fid's Inception")
     parser.add_argument("--output", metavar="FILE", required=True, help="the .safetensors to write")
     given = parser.parse_args(arguments)
     networks = [
         ([given.vgg, given.lpips], lpips.SHAPES),
         ([given.resnet50], resnet.SHAPES),
+        ([given.inception], inception.SHAPES),
     ]
     asked = [(files, shapes) for files, shapes in networks if any(files)]
     if len(asked) != 1 or not all(asked[0][0]) or Path(given.output).suffix != ".safetensors":
-        parser.error("one network at a time, into a .safetensors file: --vgg with --lpips, or --resnet50")
+        parser.error("one network at a time, into a .safetensors file: --vgg with --lpips, --resnet50 or --inception")
     files, shapes = asked[0]
     try:
         digest = convert(files, shapes, given.output)

@@ -56,7 +56,7 @@ def distance(params: Params, a: jax.Array, b: jax.Array, dtype: jnp.dtype = jnp.
     """
     if min(a.shape[1:3]) < 16:
         raise ValueError(f"LPIPS needs pictures of at least 16 x 16 pixels, got {a.shape[1]} x {a.shape[2]}")
-    shift, scale = np.float32([-0.030, -0.088, -0.188]), np.float32([0.458, 0.448, 0.450])
+    shift, scale = jnp.array([-0.030, -0.088, -0.188]), jnp.array([0.458, 0.448, 0.450])
     x = ((jnp.concatenate([a, b]).astype(jnp.float32) - shift) / scale).astype(dtype)
     total = jnp.zeros(len(a), jnp.float32)
     for index, names in enumerate(_vgg_names()):

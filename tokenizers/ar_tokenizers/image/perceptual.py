@@ -138,7 +138,7 @@ def _similarity(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     def band(size: int) -> np.ndarray:  # the window as a matrix: two products are faster than a convolution of one
         rows = [np.pad(_WINDOW / _WINDOW.sum(), (i, size - len(_WINDOW) - i)) for i in range(size - len(_WINDOW) + 1)]
-        return np.float32(rows)
+        return np.array(rows, np.float32)
 
     moments = jnp.stack([x, y, x * x, y * y, x * y])
     rows, columns = band(x.shape[1]), band(x.shape[2])

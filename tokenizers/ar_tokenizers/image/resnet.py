@@ -55,7 +55,7 @@ def logits(params: Params, pixels: jax.Array, dtype: jnp.dtype = jnp.float32) ->
     (arXiv:2409.16211, whose preparation this is): resized to 224 x 224 pixels, bilinear and antialiased, and
     normalised by ImageNet's mean and deviation. Bottlenecks have their stride in the 3 x 3, as torchvision's.
     """
-    mean, deviation = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+    mean, deviation = jnp.array([0.485, 0.456, 0.406]), jnp.array([0.229, 0.224, 0.225])
     x = pixels.astype(jnp.float32) * 0.5 + 0.5
     x = jax.image.resize(x, (len(x), 224, 224, 3), "bilinear", precision=jax.lax.Precision.HIGHEST)
     x = jax.nn.relu(conv(params["conv1"], ((x - mean) / deviation).astype(dtype), 2, 3))
