@@ -119,6 +119,24 @@ def usage(counts: np.ndarray) -> dict[str, float]:
     }
 
 
+def collapse(found: Mapping[str, float], codebook_size: int) -> str:
+    """A warning where a codebook is hardly used, with the numbers that show it; "" where all is well.
+
+    Args:
+      found: what `usage` said of at least some thousand codes.
+    """
+    if not found:
+        return ""
+    used, perplexity = round(found["usage"] * codebook_size), found["perplexity"]
+    if perplexity >= 2 and (used >= 0.05 * codebook_size or used >= 256):
+        return ""
+    return (
+        f"the codebook has collapsed: {used} of {codebook_size} codes are used, with a perplexity of {perplexity:.1f}. "
+        "Are all pictures of one colour? Else try quantizer=fsq, a smaller codebook, a smaller code_dim, restart, or "
+        "a lower learning rate"
+    )
+
+
 def _pair(name: str, a: np.ndarray, b: np.ndarray, side: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Both as float64 in 0..255."""
     a, b = np.asarray(a), np.asarray(b)
@@ -156,21 +174,3 @@ def _halved(x: np.ndarray) -> np.ndarray:
     x = np.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, x.shape[-3] % 2), (0, x.shape[-2] % 2), (0, 0)], mode="edge")
     x = (x[..., ::2, :, :] + x[..., 1::2, :, :]) / 2
     return (x[..., ::2, :] + x[..., 1::2, :]) / 2
-
-
-def collapse(found: Mapping[str, float], codebook_size: int) -> str:
-    """A warning where a codebook is hardly used, with the numbers that show it; "" where all is well.
-
-    Args:
-      found: what `usage` said of at least some thousand codes.
-    """
-    if not found:
-        return ""
-    used, perplexity = round(found["usage"] * codebook_size), found["perplexity"]
-    if perplexity >= 2 and (used >= 0.05 * codebook_size or used >= 256):
-        return ""
-    return (
-        f"the codebook has collapsed: {used} of {codebook_size} codes are used, with a perplexity of {perplexity:.1f}. "
-        "Are all pictures of one colour? Else try quantizer=fsq, a smaller codebook, a smaller code_dim, restart, or "
-        "a lower learning rate"
-    )
