@@ -79,21 +79,27 @@ def train_image(experiment: Experiment) -> None:
     )
     if stage.done:
         return experiment.skip(stage)
-    size = (settings.crop, settings.crop) if settings.crop else tuple(experiment.config.data.image_size)
+    shares = [spec.get("picture_weight") for spec in experiment.specs(experiment.config.data.train)]
 
     def pictures(sources: Sequence[Any], **options: Any) -> ImageBatches:
-        return ImageBatches(sources, size=size, batch_size=settings.batch_size, seed=experiment.config.seed, **options)
+        options = {"size": tuple(experiment.config.data.image_size), **options}
+        return ImageBatches(sources, batch_size=settings.batch_size, seed=experiment.config.seed, **options)
 
-    held_out = pictures(experiment.held_out["validation"] or experiment.train)
-    validation = [held_out.batch(step) for step in range(_VALIDATION_BATCHES)]
+    cropped = dict(size=(settings.crop,) * 2, short_side=settings.short_side or settings.crop * 5 // 4)
+    batches = pictures(
+        experiment.train,
+        weights=[share or 0.0 for share in shares] if any(shares) else None,
+        mirror=settings.mirror,
+        **cropped if settings.crop else {},
+    )
+    held_out = experiment.held_out["validation"] or experiment.train
+    count = min(_VALIDATION_BATCHES, -(-sum(map(len, held_out)) // settings.batch_size))
+    validation = [pictures(held_out).batch(step) for step in range(count)]
     objective = Objective(
         experiment.autoencoder,
         configs.pick(ObjectiveConfig, settings, adversary=configs.pick(AdversaryConfig, settings.adversary)),
         Perceptual.load(settings.perceptual, settings.perceptual_file, settings.dtype),
     )
-    # Without a crop, whole pictures; a mirrored "left" would be wrong where text says so, not for a tokenizer.
-    options = {"short_side": settings.short_side or settings.crop * 5 // 4} if settings.crop else {}
-    batches = pictures(experiment.train, mirror=settings.mirror, **options)
     task = TokenizerTask(objective, batches.batch, validation)
 
     def preview(step: int, params: Any) -> Mapping[str, np.ndarray]:

@@ -20,6 +20,7 @@ from ar_unified.document import Document
 
 __all__ = ["BadItem", "Source", "open_source", "read", "texts"]
 
+_OF_OTHERS = ("kind", "weight", "picture_weight", "views")  # keys of a spec that are not the source's
 FOLDER_FILES = ("captions", "docs", "vqa")
 
 
@@ -37,7 +38,8 @@ def open_source(spec: Mapping[str, Any]) -> Source:
             dict(kind="pictures", path=...): every picture file under a folder, without text; for image tokenizers.
             `split` of folder and jsonl is "train", "train[:95%]", "[95%:]": see `Rows`. Any source may have `label`
             (its name), `reversible` (True), `views` (dict(count=..., shift=..., mirror=...): see `Views`), and
-            `weight`, which is the loader's.
+            what is not the source's: `weight` in the mixture of documents, `picture_weight` in that of the image
+            tokenizer's pictures (default: by its number of documents).
 
     Raises:
         ValueError: an unknown kind or key, a missing file, a split no row is in, or views out of range.
@@ -47,7 +49,7 @@ def open_source(spec: Mapping[str, Any]) -> Source:
     if kind not in kinds:
         raise ValueError(f"source: expected kind one of {sorted(kinds)}, found {kind!r} in {dict(spec)}")
     try:
-        source = kinds[kind](**{key: value for key, value in spec.items() if key not in ("kind", "weight", "views")})
+        source = kinds[kind](**{key: value for key, value in spec.items() if key not in _OF_OTHERS})
         return Views(source, **spec["views"]) if spec.get("views") else source
     except TypeError as error:
         raise ValueError(f"source of kind {kind!r}: {error}; in {dict(spec)}") from error
