@@ -178,4 +178,4 @@ def plain(config: Any) -> Any:
 def pick(kind: type[T], config: Mapping[str, Any], **more: Any) -> T:
     """The dataclass `kind` from those keys of a config that are its fields."""
     names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    return kind(**{key: value for key, value in plain(config).items() if key in names}, **more)
+    return kind(**{key: value for key, value in plain(config).items() if key in names} | more)
