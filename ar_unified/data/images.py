@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -114,6 +114,16 @@ def to_uint8(pixels: np.ndarray) -> np.ndarray:
 
 
 # ---- sizes -------------------------------------------------------------------------------------------------------
+
+
+class Cells(Protocol):
+    """What a code stands for: `codes_per_position` of them, side by side, are `factor` x `factor` pixels."""
+
+    @property
+    def factor(self) -> int: ...
+
+    @property
+    def codes_per_position(self) -> int: ...
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import numpy as np
 
 from ar_unified import progress, workdir
 from ar_unified.data import shards
-from ar_unified.data.images import Resize
+from ar_unified.data.images import Cells, Resize
 from ar_unified.data.sources import BadItem, Source, read
 from ar_unified.document import TASKS, CodesPart, Document, ImagePart, Part, TextPart
 from ar_unified.grammar import Grammar, ImageLayout
@@ -31,14 +31,11 @@ from ar_unified.vocabulary import ManifestMismatch, require_same
 VERSION = 1
 
 
-class ImageTokenizer(Protocol):
-    """Pictures to codes; `factor` pixels a side of a code."""
+class ImageTokenizer(Cells, Protocol):
+    """Pictures to codes."""
 
     @property
     def codebook_size(self) -> int: ...
-
-    @property
-    def factor(self) -> int: ...
 
     @property
     def hash(self) -> str: ...
@@ -84,12 +81,13 @@ class Report:
         return "\n".join(lines)
 
 
-def default_resize(layout: ImageLayout, factor: int) -> Resize:
+def default_resize(layout: ImageLayout, tokenizer: Cells) -> Resize:
     """The resize a layout implies: a grid crops; rows keep the aspect, at half the area of the largest picture."""
-    height, width = layout.height * factor, layout.width * factor
+    factor, across = tokenizer.factor, layout.width // tokenizer.codes_per_position
+    height, width = layout.height * factor, across * factor
     if not layout.sized:
         return Resize("crop", height, width, factor)
-    target_h, target_w = (max(1, round(side / 2**0.5)) * factor for side in (layout.height, layout.width))
+    target_h, target_w = (max(1, round(side / 2**0.5)) * factor for side in (layout.height, across))
     return Resize("aspect", target_h, target_w, factor, height, width)
 
 
@@ -126,7 +124,7 @@ def prepare(
         StageMismatch: `folder` was begun with other sources or settings.
     """
     folder = Path(folder)
-    resize = resize or default_resize(grammar.layout, image_tokenizer.factor)
+    resize = resize or default_resize(grammar.layout, image_tokenizer)
     _check_tokenizer(grammar, image_tokenizer)
     names = [folder_name(source.name) for source in sources]
     if len(set(names)) < len(names):

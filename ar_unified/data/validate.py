@@ -158,7 +158,7 @@ class _Model:
 
     def __init__(self, grammar: Grammar | None, tokenizer: ImageTokenizer | None, resize: Resize | None):
         if resize is None and grammar is not None and tokenizer is not None:
-            resize = default_resize(grammar.layout, tokenizer.factor)
+            resize = default_resize(grammar.layout, tokenizer)
         self.grammar, self.tokenizer, self.resize = grammar, tokenizer, resize
 
     def length(self, document: Document) -> int | None:
@@ -170,7 +170,8 @@ class _Model:
         def blank(pixels: np.ndarray) -> np.ndarray:
             assert resize is not None
             h, w = resize.target(*pixels.shape[:2])
-            return np.zeros((h // resize.factor, w // resize.factor), np.int32)
+            depth = self.tokenizer.codes_per_position if self.tokenizer else 1
+            return np.zeros((h // resize.factor, w // resize.factor * depth), np.int32)
 
         return len(self.grammar.encode(_coded(document, blank)))
 

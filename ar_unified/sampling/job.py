@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from ar_unified import progress
-from ar_unified.data.images import to_png
+from ar_unified.data.images import Cells, to_png
 from ar_unified.data.prepare import default_resize
 from ar_unified.document import CodesPart, Part, TextPart
 from ar_unified.grammar import GrammarError
@@ -41,11 +41,8 @@ from ar_unified.workdir import clean, read_json, write_bytes, write_json
 _WINDOW = 4  # batches of requests that are made ready at once, while the engine works on those before
 
 
-class ImageTokenizer(Protocol):
-    """Pictures uint8 [B, H, W, 3] <-> codes int32 [B, h, w]; `factor` pixels a side of one code."""
-
-    @property
-    def factor(self) -> int: ...
+class ImageTokenizer(Cells, Protocol):
+    """Pictures uint8 [B, H, W, 3] <-> codes int32 [B, h, w]."""
 
     def encode(self, images: np.ndarray, /) -> np.ndarray: ...
 
@@ -116,11 +113,10 @@ def run_job(
         raise ValueError(f"process: expected (k, n) with 0 <= k < n, found {process}")
     paths = [Path(requests)] if isinstance(requests, str | Path) else [Path(path) for path in requests]
     output = Path(output)
-    lines = read_requests(paths, factor=image_tokenizer.factor, defaults=defaults)
+    lines = read_requests(paths, cells=image_tokenizer, defaults=defaults)
     _begin(output, _manifest(engine, paths, defaults or {}, weights), mend=rank == 0)
-    prepare = _Preparation(
-        engine, image_tokenizer, resize or default_resize(engine.grammar.layout, image_tokenizer.factor), output
-    )
+    resize = resize or default_resize(engine.grammar.layout, image_tokenizer)
+    prepare = _Preparation(engine, image_tokenizer, resize, output)
     with open_shard(output, rank, count) as file:
         done = Done.read(output)
         mine = [line for line in lines[rank::count] if _undone(line, done)]
@@ -144,7 +140,7 @@ def run_job(
 
                 for sample in engine.draw(pairs()):
                     line, prompt = prompts[sample.request.id]
-                    writer.put(_entry(line, prompt, sample, image_tokenizer.factor))
+                    writer.put(_entry(line, prompt, sample, image_tokenizer))
         found = Done.read(output)
     complete = not any(_undone(line, found) and line.number not in found.failed for line in lines)
     if complete:  # the last process to end finds it so
@@ -283,6 +279,7 @@ class _Preparation:
                     f"canvas.top: expected a multiple of {factor} pixels between 0 and {pixels.shape[0]}, "
                     f"found {canvas.top}"
                 )
+            width *= self._tokenizer.codes_per_position
             return pixels, np.broadcast_to(np.arange(height)[:, None] >= canvas.top // factor, (height, width))
         mask = canvas.mask.load()
         if mask.shape != whole.shape:
@@ -291,7 +288,8 @@ class _Preparation:
                 f"found {mask.shape[0]} x {mask.shape[1]}"
             )
         white = self._resize(mask)[..., 0] > 127
-        return pixels, np.any(white.reshape(height, factor, width, factor), axis=(1, 3), keepdims=False)
+        drawn = np.any(white.reshape(height, factor, width, factor), axis=(1, 3))
+        return pixels, np.repeat(drawn, self._tokenizer.codes_per_position, axis=1)
 
     def _ready(
         self, line: Line, pictures: Sequence[np.ndarray], codes: Sequence[np.ndarray], mask: np.ndarray | None
@@ -357,7 +355,7 @@ def _refused(line: Line) -> dict[str, Any]:
     return row | ({"retry": True} if line.retry else {})
 
 
-def _entry(line: Line, prompt: list[dict[str, Any]], sample: Sample, factor: int) -> Entry:
+def _entry(line: Line, prompt: list[dict[str, Any]], sample: Sample, cells: Cells) -> Entry:
     """The line of a sample, and its pictures."""
     request = sample.request
     row: dict[str, Any] = {"id": request.id, "sample": sample.index, "n": request.n, "line": line.number}
@@ -373,7 +371,8 @@ def _entry(line: Line, prompt: list[dict[str, Any]], sample: Sample, factor: int
             elif isinstance(part, CodesPart):
                 name = f"images/{request.id}/{sample.index:02d}_{len(pictures):02d}.png"
                 pictures.append((name, part.codes))
-                row["segments"].append(_image(name, *(side * factor for side in part.codes.shape)))
+                height, width = (side * cells.factor for side in part.codes.shape)
+                row["segments"].append(_image(name, height, width // cells.codes_per_position))
     row |= {"finish_reason": sample.finish_reason, "seed": request.seed, "guidance": request.guidance}
     if request.contexts > 1:
         row["context"] = request.context

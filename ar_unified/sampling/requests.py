@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from ar_unified.data import images
+from ar_unified.data.images import Cells
 from ar_unified.document import TextPart
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.formats import Row, read_rows
@@ -109,19 +110,20 @@ class Line:
 
 
 def read_requests(
-    paths: str | Path | Sequence[str | Path], *, factor: int, defaults: Mapping[str, Any] | None = None
+    paths: str | Path | Sequence[str | Path], *, cells: Cells, defaults: Mapping[str, Any] | None = None
 ) -> list[Line]:
     """Every request of the files, in order; those that cannot be read have an `error`.
 
     Args:
         paths: a file or folder that `formats.read_rows` reads, or several, numbered on.
-        factor: pixels a side of one code. defaults: settings of requests that do not say.
+        cells: the image tokenizer, or whatever says what a code stands for.
+        defaults: settings of requests that do not say.
 
     Raises:
         RequestError: a setting of `defaults` is wrong, or a tar or JSON file is broken. OSError: it cannot be read.
     """
     settings = dict(defaults or {})
-    _settings(settings, factor, "defaults")
+    _settings(settings, cells, "defaults")
     lines: list[Line] = []
     seen: dict[str, int] = {}
     before = 0
@@ -129,12 +131,12 @@ def read_requests(
         number = before
         for row in read_rows(path):
             number = before + row.number
-            lines.append(_line(row, number, factor, settings, seen))
+            lines.append(_line(row, number, cells, settings, seen))
         before = number
     return lines
 
 
-def _line(row: Row, number: int, factor: int, settings: Mapping[str, Any], seen: dict[str, int]) -> Line:
+def _line(row: Row, number: int, cells: Cells, settings: Mapping[str, Any], seen: dict[str, int]) -> Line:
     id = f"{number:06d}"
     try:
         id = _id(row.data, id)
@@ -144,7 +146,7 @@ def _line(row: Row, number: int, factor: int, settings: Mapping[str, Any], seen:
         if row.error:
             raise RequestError(row.error)
         content = _content(row.data, row.load)
-        return Line(number, id, content, _canvas(row.data, row.load), _request(row.data, id, factor, settings))
+        return Line(number, id, content, _canvas(row.data, row.load), _request(row.data, id, cells, settings))
     except RequestError as error:
         return Line(number, id, error=str(error))
 
@@ -221,7 +223,7 @@ def _text(text: Any, where: str) -> TextPart:
     return TextPart(text)
 
 
-def _request(row: Mapping[str, Any], id: str, factor: int, defaults: Mapping[str, Any]) -> Request:
+def _request(row: Mapping[str, Any], id: str, cells: Cells, defaults: Mapping[str, Any]) -> Request:
     _known(row, {"id": (), "prompt": (), "content": (), **_SETTINGS, "canvas": (), "meta": ()}, "")
     own = {key: value for key, value in row.items() if key in _SETTINGS}
     meta = row.get("meta", {})
@@ -234,7 +236,7 @@ def _request(row: Mapping[str, Any], id: str, factor: int, defaults: Mapping[str
             merged[modality] = {**defaults.get(modality, {}), **own[modality]}
     if merged.get("context") != "negative_prompt" and "negative_prompt" not in own:
         merged.pop("negative_prompt", None)  # the default's, which belongs to the default's context
-    settings = _settings(merged, factor, "")
+    settings = _settings(merged, cells, "")
     settings.setdefault("mode", "image" if "prompt" in row else "free")
     # Requests that name no seed still draw differently from each other, and alike in every run.
     settings.setdefault("seed", int.from_bytes(hashlib.sha256(id.encode()).digest()[:4], "big"))
@@ -243,7 +245,7 @@ def _request(row: Mapping[str, Any], id: str, factor: int, defaults: Mapping[str
     return request
 
 
-def _settings(row: Mapping[str, Any], factor: int, where: str) -> dict[str, Any]:
+def _settings(row: Mapping[str, Any], cells: Cells, where: str) -> dict[str, Any]:
     """Keyword arguments of a Request."""
     where = f"{where}: " if where else ""
     _known(row, _SETTINGS, where)
@@ -264,7 +266,7 @@ def _settings(row: Mapping[str, Any], factor: int, where: str) -> dict[str, Any]
                 f"{where}guidance: a scale needs the context it compares with: one of {', '.join(CONTEXTS)}"
             )
     if "image_size" in row:
-        settings["image_size"] = _codes(row["image_size"], factor, where)
+        settings["image_size"] = _codes(row["image_size"], cells, where)
     return settings
 
 
@@ -275,11 +277,12 @@ def _stop(stop: Any, where: str) -> tuple[str | tuple[int, ...], ...]:
     return tuple(s if isinstance(s, str) else tuple(s) for s in stops)
 
 
-def _codes(size: Any, factor: int, where: str) -> tuple[int, int]:
+def _codes(size: Any, cells: Cells, where: str) -> tuple[int, int]:
     """Pixels, one number or [height, width], as codes."""
     sides = [size, size] if isinstance(size, int) else list(size)
+    factor = cells.factor
     if len(sides) != 2 or any(type(side) is not int or side < 1 or side % factor for side in sides):
         raise RequestError(
             f"{where}image_size: expected [height, width] in pixels, multiples of {factor}, found {size!r}"
         )
-    return sides[0] // factor, sides[1] // factor
+    return sides[0] // factor, sides[1] // factor * cells.codes_per_position

@@ -30,7 +30,7 @@ class ByteCodec:
 class PatchMeans:
     """An image tokenizer whose code is the mean of a 4 x 4 patch, in 16 steps of grey; counts what it was given."""
 
-    codebook_size, factor, hash = 16, 4, "patch-means"
+    codebook_size, factor, codes_per_position, hash = 16, 4, 1, "patch-means"
 
     def __init__(self) -> None:
         self.shapes: list[tuple[int, ...]] = []

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,8 +25,9 @@ def png(grey):
     return file.getvalue()
 
 
-def lines(paths):
-    return read_requests(paths, factor=4, defaults=DEFAULTS)
+def lines(paths, codes_per_position=1):
+    cells = SimpleNamespace(factor=4, codes_per_position=codes_per_position)
+    return read_requests(paths, cells=cells, defaults=DEFAULTS)
 
 
 def said(line):
@@ -122,3 +124,11 @@ def test_the_prompt_files_of_benchmarks(tmp_path):
     assert first.request.meta == geneval and first.content == (TextPart("two benches"),)
     assert (second.id, second.request.meta, second.content) == ("f0a1", {"category": "art"}, (TextPart("a vase"),))
     assert (third.id, third.content) == ("partiprompts9", (TextPart("a red door"),))
+
+
+def test_image_sizes_are_asked_in_pixels(tmp_path):
+    """Two codes side by side for each 4 x 4 pixels make the grid twice as wide."""
+    (tmp_path / "requests.jsonl").write_text(json.dumps({"prompt": "a cat", "image_size": [8, 12]}))
+    for codes_per_position, size in ((1, (2, 3)), (2, (2, 6))):
+        (line,) = lines(tmp_path / "requests.jsonl", codes_per_position)
+        assert line.request.image_size == size

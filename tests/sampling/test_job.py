@@ -34,7 +34,7 @@ DEFAULTS = {"text": {"temperature": 0.9}, "image": {"top_k": 12}, "context": "em
 class Tiles:
     """A stand-in image tokenizer: a code is a 4 x 4 tile of one grey."""
 
-    factor = 4
+    factor, codes_per_position = 4, 1
 
     def encode(self, images):
         return (images[:, ::4, ::4, 0] // 10).clip(0, 23).astype(np.int32)

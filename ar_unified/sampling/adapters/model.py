@@ -51,7 +51,7 @@ class Model:
         self.engine, self.image_tokenizer, self.turn, self.max_tokens = engine, image_tokenizer, turn, max_tokens
         self._resize = resize
         if resize is None and image_tokenizer is not None:
-            self._resize = default_resize(engine.grammar.layout, image_tokenizer.factor)
+            self._resize = default_resize(engine.grammar.layout, image_tokenizer)
 
     def answers(self, asked: Sequence[tuple[Content, Mapping[str, Any]]]) -> list[str]:
         """The text of the answer to each prompt, drawn as its settings say: greedily, unless `do_sample` or a
