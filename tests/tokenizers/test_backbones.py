@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ar_tokenizers.image import layers, taming
+from ar_tokenizers.image import convolution, layers, taming
 from ar_tokenizers.image.autoencoder import Autoencoder, init
 from ar_tokenizers.image.config import PRESETS, AutoencoderConfig, config_from
 from flax import nnx
@@ -122,3 +122,37 @@ def test_encoder_equals_that_of_chameleon_in_transformers(factor, attention):
         expected = peer.quant_conv(peer.encoder(torch.from_numpy(pixels).permute(0, 3, 1, 2)))
     found = jax.jit(lambda params, x: Autoencoder.bind(config, params).encoder(x))(params, pixels)
     np.testing.assert_allclose(found, expected.permute(0, 2, 3, 1), atol=1e-4)
+
+
+def plain(x, kernel):
+    """The sum over nine shifted pictures."""
+    h, w = x.shape[1:3]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    shifted = [padded[:, i : i + h, j : j + w] for i in range(3) for j in range(3)]
+    return jnp.concatenate(shifted, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+@pytest.mark.parametrize(
+    ("function", "definition", "shape"),
+    [
+        (convolution.winograd, plain, (2, 8, 5, 6)),
+        (convolution.conv3x3, plain, (1, 4, 3, 128)),
+        (convolution.conv3x3, plain, (1, 3, 4, 2)),
+        (convolution.doubling_conv3x3, lambda x, k: plain(x.repeat(2, axis=1).repeat(2, axis=2), k), (2, 3, 5, 4)),
+        # Its windows begin at pixel 2i, and those of the definition are centred on pixel i.
+        (convolution.halving_conv3x3, lambda x, k: plain(x, k)[:, 1::2, 1::2], (2, 4, 6, 4)),
+    ],
+    ids=["winograd", "wide", "narrow", "doubling", "halving"],
+)
+def test_convolutions_and_their_gradients_equal_the_definition(function, definition, shape):
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=shape).astype(np.float32)
+    kernel = draw.normal(size=(3, 3, shape[-1], 6)).astype(np.float32) / np.sqrt(9 * shape[-1]).astype(np.float32)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(function, x, kernel):
+        out, back = jax.vjp(function, x, kernel)
+        return out, *back(jnp.cos(jnp.arange(out.size)).reshape(out.shape))
+
+    for found, expected in zip(run(function, x, kernel), run(definition, x, kernel), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-4)

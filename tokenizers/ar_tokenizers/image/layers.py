@@ -6,45 +6,35 @@ Axes: B batch, H W rows and columns, F features. Parameters are float32, arithme
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ar_tokenizers.image.convolution import conv3x3
+
 
 class Conv3x3(nnx.Module):
-    """3 x 3 convolution padded with zeros: [B, H, W, F] -> [B, H/stride, W/stride, F']; stride 2 wants even sides."""
+    """One of the functions of convolution.py, by default the one that keeps the size, and a bias."""
 
     def __init__(
         self,
         fan_in: int,
         fan_out: int,
+        convolution: Callable[[jax.Array, jax.Array], jax.Array] = conv3x3,
         *,
-        stride: int = 1,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
         kernel_init: Any = nnx.initializers.lecun_normal(),  # noqa: B008 (a pure function)
     ) -> None:
-        self.stride, self.dtype = stride, dtype
+        self.convolution, self.dtype = convolution, dtype
         self.kernel = nnx.Param(kernel_init(rngs.params(), (3, 3, fan_in, fan_out), jnp.float32))
         self.bias = nnx.Param(jnp.zeros(fan_out, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
-        return conv3x3(x.astype(self.dtype), kernel, self.stride) + bias
-
-
-def conv3x3(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
-    """[B, H, W, F] * [3, 3, F, F'] -> [B, H/stride, W/stride, F'].
-
-    A stride of 1 has a zero on each side. A stride of 2 has its zeros below and to the right only, as in
-    taming-transformers: window i begins at pixel 2i.
-    """
-    padding = [(1, 1), (1, 1)] if stride == 1 else [(0, 1), (0, 1)]
-    return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+        return self.convolution(x.astype(self.dtype), self.kernel[...]) + self.bias[...].astype(self.dtype)
 
 
 class GroupNorm(nnx.Module):

@@ -32,7 +32,9 @@ _RENAMED = {
     r"\.attention(\d)": r".attn.\1",
     r"\.up(\d)": r".up.\1.upsample.conv",
     r"\.shortcut": ".nin_shortcut",
-    r"\.(query|key|value)\.": lambda match: f".{match[1][0]}.",
+    r"\.query\.": ".q.",
+    r"\.key\.": ".k.",
+    r"\.value\.": ".v.",
     r"\.out\.": ".proj_out.",
     r"\.(kernel|scale)$": ".weight",
 }

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ar_tokenizers.image.config import AutoencoderConfig
+from ar_tokenizers.image.convolution import doubling_conv3x3, halving_conv3x3
 from ar_tokenizers.image.layers import Conv3x3, GroupNorm, depth_to_space, linear, space_to_depth
 
 
@@ -31,7 +32,7 @@ class Encoder(nnx.Module):
         previous = config.width
         for index, (width, blocks) in enumerate(zip(widths, config.blocks, strict=True)):
             if index:
-                setattr(self, f"down{index}", Conv3x3(previous, previous, stride=2, dtype=dtype, rngs=rngs))
+                setattr(self, f"down{index}", Conv3x3(previous, previous, halving_conv3x3, dtype=dtype, rngs=rngs))
             attention = config.attention == "lowest" and index == self.depth - 1
             setattr(self, f"level{index}", Level(previous, width, blocks, attention, dtype=dtype, rngs=rngs))
             previous = width
@@ -65,7 +66,7 @@ class Decoder(nnx.Module):
             attention = config.attention == "lowest" and index == self.depth - 1
             setattr(self, f"level{index}", Level(previous, width, blocks, attention, dtype=dtype, rngs=rngs))
             if index:
-                setattr(self, f"up{index}", Conv3x3(width, width, dtype=dtype, rngs=rngs))
+                setattr(self, f"up{index}", Conv3x3(width, width, doubling_conv3x3, dtype=dtype, rngs=rngs))
             previous = width
         self.norm = GroupNorm(previous, dtype=dtype)
         self.head = Conv3x3(previous, 3 * config.patch**2, dtype=dtype, rngs=rngs)
@@ -75,7 +76,7 @@ class Decoder(nnx.Module):
         for index in reversed(range(self.depth)):
             x = getattr(self, f"level{index}")(x)
             if index:
-                x = getattr(self, f"up{index}")(x.repeat(2, axis=1).repeat(2, axis=2))
+                x = getattr(self, f"up{index}")(x)
         return depth_to_space(self.head(jax.nn.silu(self.norm(x))).astype(jnp.float32), self.patch)
 
 
