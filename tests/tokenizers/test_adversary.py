@@ -158,7 +158,7 @@ def test_r1_of_a_linear_discriminator_and_against_finite_differences(monkeypatch
     np.testing.assert_allclose(gradient, 2 * 3.0 * w, rtol=1e-5)  # two pictures, each gamma x w
 
     config = dataclasses.replace(PATCH, r1=2.0)
-    params, x = start(config), pictures(2, 12, 12)
+    params, x = start(config), pictures(2, 16, 16)
     mean = jax.jit(lambda x: adversary.logits(config, params, x)[0].mean((1, 2)))
     slope = jax.jit(jax.grad(lambda x: mean(x).sum()))(x)
     along = slope / jnp.sqrt(jnp.square(slope).sum((1, 2, 3), keepdims=True))

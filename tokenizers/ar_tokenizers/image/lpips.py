@@ -70,7 +70,7 @@ def distance(params: Params, a: jax.Array, b: jax.Array, dtype: jnp.dtype = jnp.
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """x / (|x| + 1e-10). Where all features are 0, so is the gradient: that of a plain square root is not a number."""
+    """x / (|x| + 1e-10), with a finite gradient also where the squares vanish: that of the plain square root is not."""
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     some = square > 0
     return x / (jnp.where(some, jnp.sqrt(jnp.where(some, square, 1)), 0) + 1e-10)
