@@ -49,10 +49,9 @@ class Probe:
         """{"bits_per_id": mean negative log2-likelihood of an id, given those before it; "budget"}."""
         total = count = 0.0
         for start in range(0, len(ids), self.rows):
+            batch = _rows(self.task.vocabulary, ids[start : start + self.rows], self.rows)
             with jax.set_mesh(self.mesh):
-                found = self._step(
-                    self.state.params, _rows(self.task.vocabulary, ids[start : start + self.rows], self.rows)
-                )
+                found = self._step(self.state.params, batch)
             bits, counted = jax.device_get(found["bits_per_image_token"])
             total, count = total + float(bits), count + float(counted)
         return {"bits_per_id": total / count, "budget": self.budget}

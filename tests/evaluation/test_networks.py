@@ -18,9 +18,9 @@ networks = pytest.importorskip("ar_unified.evaluation.networks")
 
 def weights(shapes, path):
     rng = np.random.default_rng(0)
-    positive = ("running_var", "lin")
+    positive = ("running_var", "lin", "bn.weight")
     made = {
-        name: np.float32(np.abs(x) + 0.5 if any(word in name for word in positive) else x)
+        name: np.float32(np.abs(x) + 1 if any(word in name for word in positive) else x)
         for name, shape in shapes.items()
         for x in [rng.normal(0, (2 / max(np.prod(shape[1:]), 50)) ** 0.5, shape)]
     }
@@ -38,5 +38,5 @@ def test_lpips_and_rfid_stand_beside_the_hash_of_their_weights(tmp_path):
     same, _ = evaluate_tokenizer(Greys(), [source], size=SIZE, **found)
     assert same["LPIPS"] == 0 and same["rFID"] == pytest.approx(0, abs=1e-3) and same["weights"] == digests
     other, _ = evaluate_tokenizer(Greys(drift=12), [source], size=SIZE, **found)
-    assert other["LPIPS"] > 0 and other["rFID"] > same["rFID"] + 1e-3
+    assert other["LPIPS"] > 0 and other["rFID"] > 1e-3
     assert networks.load_networks({"LPIPS": "", "inception": ""})["weights"] == {}
