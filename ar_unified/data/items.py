@@ -22,6 +22,12 @@ class BadItem(Exception):
         self.kind, self.origin, self.reason = kind, origin, reason
 
 
+def language(source: Source, i: int) -> str:
+    """The language that item i says it is in, "" where the source does not know of languages or this item's."""
+    known = getattr(source, "language", None)
+    return known(i) if known else ""
+
+
 class Source(Protocol):
     """Documents by index. Safe to read from many threads.
 

@@ -97,6 +97,10 @@ class TfdsSource:
         except UnicodeDecodeError as error:
             raise BadItem("bad_utf8", self.origin(i), str(error)) from error
 
+    def language(self, i: int) -> str:
+        """The feature "language", "" where there is none."""
+        return _string(self._examples[i].get("language", ""))
+
 
 # Features in the order of the document's parts; the first that an example has all of decides.
 _FEATURES = {
