@@ -28,6 +28,11 @@ def language(source: Source, i: int) -> str:
     return known(i) if known else ""
 
 
+def has_pictures(source: Source) -> bool:
+    """False for a source that is known to hold text alone."""
+    return getattr(source, "has_pictures", True)
+
+
 class Source(Protocol):
     """Documents by index. Safe to read from many threads.
 

@@ -16,6 +16,7 @@ import grain
 import numpy as np
 
 from ar_unified.data import images, shards
+from ar_unified.data.items import has_pictures
 from ar_unified.data.packing import Mixture, Packing, Places, hash64, key, permute, summary, uniform
 from ar_unified.data.prepare import folder_name, load_manifest
 from ar_unified.data.sources import BadItem, Source
@@ -198,7 +199,8 @@ class ImageBatches:
     document without a (readable) picture another one is drawn.
 
     Args:
-        sources: at least one; items are read as they come up and kept in memory up to `memory` bytes.
+        sources: at least one with pictures; those of text alone are left out. Items are read as they come up and kept
+            in memory up to `memory` bytes.
         size: (H, W) in pixels.
         weights: shares of the sources; None: by their number of documents.
         mirror: whether half of the pictures are mirrored left to right (not for text, nor where sides matter).
@@ -217,9 +219,13 @@ class ImageBatches:
         random_crop: bool = False,
         memory: int = 2**29,
     ):
-        self.sources, self.size, self.batch_size, self.seed = list(sources), size, batch_size, seed
+        used = [i for i, source in enumerate(sources) if has_pictures(source)]
+        if not used:
+            names = ", ".join(source.name for source in sources) or "none"
+            raise ValueError(f"expected a source with pictures, found {names}")
+        self.sources, self.size, self.batch_size, self.seed = [sources[i] for i in used], size, batch_size, seed
         self.mirror, self.random_crop = mirror, random_crop
-        self._mixture = Mixture([len(source) for source in sources], weights)
+        self._mixture = Mixture([len(source) for source in self.sources], weights and [weights[i] for i in used])
         self._room = memory
         self._kept: dict[tuple[int, int], list[np.ndarray]] = {}
 

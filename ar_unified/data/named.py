@@ -58,6 +58,10 @@ class TfdsSource:
         self.name, self.reversible, self.limits = label or name, reversible, limits
         self.fingerprint: dict[str, Any] = {"kind": "tfds", "items": len(self), "dataset": self._where}
 
+    @property
+    def has_pictures(self) -> bool:
+        return self.kind != "text"
+
     def __len__(self) -> int:
         return len(self._examples)
 

@@ -93,6 +93,8 @@ class TextFiles:
         }
         self._block = functools.lru_cache(maxsize=4)(self._read_block)
 
+    has_pictures = False
+
     def __len__(self) -> int:
         return self._items
 
