@@ -40,7 +40,7 @@ def defaults() -> ConfigDict:
     config.text_tokenizer = ConfigDict()
     config.text_tokenizer.vocab_size = 512  # at most; a small corpus gives fewer
     config.text_tokenizer.model_type = "bpe"  # bpe | unigram
-    config.text_tokenizer.max_bytes = 100_000_000  # of text, an even part where there is more; memory is 18 times that
+    config.text_tokenizer.max_bytes = 100_000_000  # of text, an even part of more; memory is 20 to 90 times that
     config.text_tokenizer.temperature = 1.0  # above 1: small sources are read several times (see data.balance)
     config.text_tokenizer.model = ""  # a SentencePiece model from elsewhere, instead of training one
     config.text_tokenizer.lossy = "refuse"  # such a model that loses text: refuse | warn

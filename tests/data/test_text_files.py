@@ -14,7 +14,7 @@ import pytest
 
 from ar_unified.data import text_files
 from ar_unified.data.balance import passes, places, text_bytes
-from ar_unified.data.items import language
+from ar_unified.data.items import has_pictures, language
 from ar_unified.data.prepare import prepare
 from ar_unified.data.sources import BadItem, open_source, read, texts
 from ar_unified.data.validate import validate
@@ -188,3 +188,28 @@ def test_text_alone_becomes_tokens_and_what_a_tokenizer_loses_is_left_out(tmp_pa
 def test_validate_reads_a_folder_of_text(corpus: Path) -> None:
     (found,) = validate(corpus, show_progress=False).sources
     assert found.tasks == {"text": 4} and not found.bad
+
+
+def test_text_of_a_tfds_dataset_knows_its_language(tmp_path: Path) -> None:
+    import tensorflow_datasets as tfds
+
+    class Sentences(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(dict(text=tfds.features.Text(), language=tfds.features.Text())),
+            )
+
+        def _split_generators(self, manager):
+            return {
+                "train": enumerate([dict(text="een cirkel", language="nld"), dict(text="a circle", language="eng")])
+            }
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    found = open_source(dict(kind="tfds", name="sentences", data_dir=str(tmp_path)))
+    assert {language(found, i): found.texts(i) for i in range(2)} == {"nld": ["een cirkel"], "eng": ["a circle"]}
+    assert found[0].task == "text" and not has_pictures(found)

@@ -175,6 +175,12 @@ def test_long_texts_are_not_dropped():
     assert len(long.encode("circle")) == 1
 
 
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_a_corpus_without_spaces_teaches_spaces_all_the_same(model_type):
+    tokenizer = TextTokenizer.train(["\u4eba\u4eba\u751f\u800c\u81ea\u7531"] * 9, 300, model_type=model_type)
+    assert tokenizer.decode(tokenizer.encode(" a  b ")) == " a  b " and len(tokenizer.encode(" ")) == 1
+
+
 def test_training_errors_keep_their_cause():
     def broken():
         yield "a text"

@@ -12,9 +12,10 @@ from typing import Any
 
 SPACE = "\u2581"  # what SentencePiece writes for a space
 
-# Field numbers, of NormalizerSpec and the last of TrainerSpec.
-_NAME, _CHARSMAP, _ADD_DUMMY_PREFIX, _REMOVE_EXTRA_WHITESPACES, _BYTE_FALLBACK = 1, 2, 3, 4, 35
-_USER_DEFINED = 4  # a type of piece
+# Field numbers, of NormalizerSpec and of TrainerSpec; a type of piece and one of model.
+_NAME, _CHARSMAP, _ADD_DUMMY_PREFIX, _REMOVE_EXTRA_WHITESPACES = 1, 2, 3, 4
+_MODEL_TYPE, _BYTE_FALLBACK = 3, 35
+_USER_DEFINED, _BPE = 4, 2
 
 # Texts that a model may lose. The parts of one are encoded apart and decoded together.
 _CHARACTERS = ("\uff46\uff55\uff4c\uff4c \ufb01 e\u0301 \u00e9 \u2126",)
@@ -103,6 +104,11 @@ def reachable_symbols(model_bytes: bytes) -> list[str]:
     pieces = (dict(_fields(piece)) for field, piece in _fields(model_bytes) if field == 1)
     symbols = [piece[1].decode() for piece in pieces if piece.get(3) == _USER_DEFINED]
     return [symbol for symbol in symbols if symbol.replace(SPACE, " ").strip()]
+
+
+def is_bpe(model_bytes: bytes) -> bool:
+    """Whether a SentencePiece model merges pairs of pieces (BPE)."""
+    return _settings(model_bytes, 2).get(_MODEL_TYPE) == _BPE
 
 
 def _settings(model_bytes: bytes, part: int) -> dict[int, Any]:

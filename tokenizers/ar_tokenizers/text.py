@@ -28,7 +28,7 @@ import numpy as np
 import sentencepiece
 
 from ar_tokenizers.files import write_whole
-from ar_tokenizers.lossless import SPACE, Loss, find_losses
+from ar_tokenizers.lossless import SPACE, Loss, find_losses, is_bpe
 
 Lossy = Literal["refuse", "warn"]
 _LONGEST = 1 << 16  # characters SentencePiece is shown at once in training; it drops longer lines, so they are cut here
@@ -76,7 +76,7 @@ class TextTokenizer:
                 "text_tokenizer.lossy): documents that do not come back are then left out, and counted"
             )
         # Where no piece goes on over the end of a word or line, what stands before a border decides nothing behind it.
-        self._in_blocks = not self.losses and not any(map(_ACROSS.search, pieces))
+        self._in_blocks = is_bpe(model_bytes) and not self.losses and not any(map(_ACROSS.search, pieces))
 
     @functools.cached_property
     def piece_bytes(self) -> np.ndarray:
@@ -101,9 +101,8 @@ class TextTokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of a text, in [0, size) and never <unk> (but for a model that loses text).
 
-        Long texts are encoded in blocks of words: 2.1 to 2.6 times as fast with BPE (tiny Shakespeare, 1.1 MB; a core
-        of a shared EPYC), and the same ids. A unigram model adds up its scores in float32 and rounds them over a long
-        text, so that blocks may have other, better scored pieces there.
+        Long texts are encoded in blocks of words with BPE, whose time in SentencePiece grows faster than the text. The
+        ids are the same, 2.6 times as fast (experiments/benchmarks/text_tokenizer.py).
 
         Raises:
           ValueError: the text has a surrogate, which is no character and has no UTF-8 form.
@@ -153,8 +152,8 @@ class TextTokenizer:
           vocab_size: how many pieces at most. A corpus with less to learn gives a smaller `size`, not an error.
           model_type: "bpe", or "unigram" (many times slower).
           character_coverage: the share of characters that get a piece; the rest are spelled in bytes, losing nothing.
-          max_bytes: of text that is kept. SentencePiece's memory is that times 18 (bpe) or 27 (unigram) for words, and
-            times 88 or 15 for the worst of text without spaces, random Chinese characters (peak RSS for 8 MB of each).
+          max_bytes: of text that is kept. Peak memory is that times 22 (bpe) or 31 (unigram) for words, times 93 or 19
+            for random Chinese characters, the worst of text without spaces (experiments/benchmarks/text_tokenizer.py).
 
         Raises:
           ValueError: no text, a text with a surrogate, or a vocab_size that has no room for the 259 fixed pieces and
@@ -179,6 +178,7 @@ class TextTokenizer:
                 allow_whitespace_only_pieces=True,
                 remove_extra_whitespaces=False,
                 add_dummy_prefix=False,
+                required_chars=SPACE,  # a corpus without spaces must not leave them without a piece
                 character_coverage=character_coverage,
                 # Their own pieces: learned ones would glue words to line ends.
                 user_defined_symbols=["\n", "\t"],
