@@ -35,8 +35,9 @@ def open_source(spec: Mapping[str, Any]) -> Source:
                 those of captions, docs and vqa that are there.
             dict(kind="jsonl", path=..., root=None, split=None): one file; pictures are in it or under `root` (None:
                 the file's folder).
-            dict(kind="text", path=..., files=("*.txt", "*.md", "*.jsonl"), by="file", field="text", split=None): text
-                alone, a document a file, a line (by="line") or a row of a .jsonl file: see `TextFiles`.
+            dict(kind="text", path=..., files=("*.txt", "*.md", "*.jsonl"), by="file", field="text",
+                language="language", split=None): text alone, a document a file, a line (by="line") or a row of a .jsonl
+                file: see `TextFiles`.
             `split` of the last three is "train", "train[:95%]", "[95%:]": see `Rows`. Any of them may have `label` (the
             source's name), `reversible` (True), `views` (dict(count=..., shift=..., mirror=...): see `Views`), and
             `weight`, which is the loader's.

@@ -40,6 +40,8 @@ class TextFiles:
         ValueError: no such path, no file of these names, no text in `split`, or an argument out of range.
     """
 
+    has_pictures = False
+
     def __init__(
         self,
         path: str | Path,
@@ -72,9 +74,7 @@ class TextFiles:
             digest.update(self._name(file).encode(errors="surrogateescape"))
             try:
                 if not file.resolve().is_relative_to(inside):
-                    self._add(
-                        number, problem=("path_escapes", f"expected a file inside {path}, found a link out of it")
-                    )
+                    self._add(number, problem=("path_escapes", f"expected a file inside {path}, found a link"))
                     continue
                 with open(file, "rb") as stream:
                     index = self._index_lines if self._in_lines(file) else self._index_file
@@ -93,16 +93,16 @@ class TextFiles:
         }
         self._block = functools.lru_cache(maxsize=4)(self._read_block)
 
-    has_pictures = False
-
     def __len__(self) -> int:
         return self._items
 
     def origin(self, i: int) -> str:
         block = self._block_of(i)
         file = self._files[self._file[block]]
-        if block in self._problems or not self._in_lines(file):
-            return str(file) if self._line[block] == 1 else f"{file}:{self._line[block]}"
+        if not self._in_lines(file) or not self._stop[block]:
+            return str(file)
+        if block in self._problems:
+            return f"{file}:{self._line[block]}"
         return f"{file}:{self._block(block)[i - self._first[block]][0]}"
 
     def __getitem__(self, i: int) -> Document:

@@ -15,6 +15,7 @@ import pytest
 from ar_unified.data import text_files
 from ar_unified.data.balance import passes, places, text_bytes
 from ar_unified.data.items import has_pictures, language
+from ar_unified.data.loader import ImageBatches
 from ar_unified.data.prepare import prepare
 from ar_unified.data.sources import BadItem, open_source, read, texts
 from ar_unified.data.validate import validate
@@ -72,12 +73,14 @@ def test_bad_texts_are_named_by_file_place_and_kind(
     (root / "link.txt").symlink_to(tmp_path / "secret.txt")
     (root / "loop.txt").symlink_to(root / "loop.txt")
     (root / "lines.txt").write_bytes(b"fine\ncaf\xe9\n" + b"x" * 350 + b"\nlast\n")
+    (root / "long.txt").write_bytes(b"y" * 200)
     (root / "rows.jsonl").write_bytes(b'{"text": "cut\n{"body": "x"}\n[1]\n{"text": " "}\n{"text": "\\ud800"}\n')
-    found = {item.origin.split("/")[-1]: item for _, item in read(source(root, by="line"), range(11))}
+    found = {item.origin.split("/")[-1]: item for _, item in read(source(root, by="line"), range(12))}
     bad = {place: item.kind for place, item in found.items() if isinstance(item, BadItem)}
     assert bad == {
         "lines.txt:2": "bad_utf8",
         "lines.txt:3": "too_large",
+        "long.txt:1": "too_large",
         "link.txt": "path_escapes",
         "loop.txt": "unreadable_file",
         "rows.jsonl:1": "bad_json",
@@ -183,6 +186,14 @@ def test_text_alone_becomes_tokens_and_what_a_tokenizer_loses_is_left_out(tmp_pa
     assert "a.txt:2" in (tmp_path / "line" / "skipped.jsonl").read_text()
     found = validate(tmp_path / "a.txt", grammar, tokenizer, show_progress=False)
     assert [bad.kind for bad in found.bad] == ["text_lost"]
+
+
+def test_an_image_tokenizer_is_trained_on_sources_with_pictures_only(corpus: Path, folder: Path) -> None:
+    pictures = open_source(dict(kind="folder", path=folder))
+    batches = ImageBatches([source(corpus), pictures], size=(16, 16), batch_size=4, weights=[5.0, 1.0])
+    assert batches.sources == [pictures] and batches.batch(0)["pixels"].shape == (4, 16, 16, 3)
+    with pytest.raises(ValueError, match="expected a source with pictures, found corpus"):
+        ImageBatches([source(corpus)], size=(16, 16), batch_size=4)
 
 
 def test_validate_reads_a_folder_of_text(corpus: Path) -> None:
