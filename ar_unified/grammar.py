@@ -40,6 +40,10 @@ class GrammarError(ValueError):
         self.position, self.expected, self.found = position, expected, found
 
 
+class TextLost(GrammarError):
+    """The text tokenizer does not give a text back as it was."""
+
+
 class TextCodec(Protocol):
     """Lossless text <-> ids 0..text_size-1. If it has a `hash`, it must be the vocabulary's `text_hash`."""
 
@@ -172,14 +176,14 @@ class Grammar:
 
     def _text(self, i: int, text: str) -> np.ndarray:
         ids = self.text_codec.encode(text)
-        if not ids or min(ids) < 0 or max(ids) >= self.vocabulary.text_size:
+        if ids and (min(ids) < 0 or max(ids) >= self.vocabulary.text_size):
             expected = f"ids 0..{self.vocabulary.text_size - 1} from the text tokenizer"
             raise GrammarError(i, expected, f"{ids!r:.80} for {text!r:.80}", unit="part")
         back = self.text_codec.decode(ids)
         if back != text:
             at = len(os.path.commonprefix([text, back]))
             expected = f"a text the tokenizer gives back, {text[at : at + 20]!r} at character {at}"
-            raise GrammarError(i, expected, repr(back[at : at + 20]), unit="part")
+            raise TextLost(i, expected, repr(back[at : at + 20]), unit="part")
         return np.asarray(ids, np.int32)
 
     def _picture(self, i: int, part: Part) -> np.ndarray:

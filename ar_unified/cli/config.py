@@ -41,7 +41,10 @@ def defaults() -> ConfigDict:
     config.text_tokenizer = ConfigDict()
     config.text_tokenizer.vocab_size = 512  # at most; a small corpus gives fewer
     config.text_tokenizer.model_type = "bpe"  # bpe | unigram
-    config.text_tokenizer.max_texts = 2_000_000  # kept in memory, drawn at random where there are more
+    config.text_tokenizer.max_bytes = 100_000_000  # of text, an even part of more; memory is 20 to 90 times that
+    config.text_tokenizer.temperature = 1.0  # above 1: small sources are read several times (see data.balance)
+    config.text_tokenizer.model = ""  # a SentencePiece model from elsewhere, instead of training one
+    config.text_tokenizer.lossy = "refuse"  # such a model that loses text: refuse | warn
 
     config.image_tokenizer = ConfigDict()
     config.image_tokenizer.backbone = "folded"  # folded: small, cheap on a CPU | vqgan: the field's
@@ -71,7 +74,7 @@ def defaults() -> ConfigDict:
     config.image_tokenizer.adversary = ConfigDict(dataclasses.asdict(AdversaryConfig()))
     config.image_tokenizer.ema = 0.0  # decay of the averaged weights that are used in the end; 0: the last ones
     config.image_tokenizer.dtype = "float32"
-    config.image_tokenizer.steps = 1000
+    config.image_tokenizer.steps = 1000  # 0: none is trained
     config.image_tokenizer.batch_size = 64
     config.image_tokenizer.accumulation = 1  # microbatches per step
     config.image_tokenizer.learning_rate = 2e-3

@@ -197,7 +197,7 @@ class Experiment:
     def text_tokenizer(self) -> TextTokenizer:
         path = self.workdir.text_tokenizer / "text.model"
         self._require(path.exists(), path, "tokenizer")
-        return TextTokenizer.load(path)
+        return TextTokenizer.load(path, lossy=self.config.text_tokenizer.lossy)
 
     @cached_property
     def image_tokenizer(self) -> ImageTokenizer:

@@ -21,6 +21,7 @@ from ar_tokenizers.image.autoencoder import AutoencoderConfig
 from ml_collections import ConfigDict
 
 from ar_unified.cli import config as configs
+from ar_unified.cli.text_tokenizer import load
 from ar_unified.grammar import fixed_grid, sized_rows
 from ar_unified.model.config import config_from
 from ar_unified.planning.page import write_page
@@ -85,7 +86,9 @@ def run_of(config: ConfigDict) -> Run:
     height, width = image.grid(*config.data.image_size)
     layout = sized_rows(2 * height, 2 * width) if rows else fixed_grid(height, width)
     side = max(layout.height, layout.width) if rows else 0
-    vocabulary = Vocabulary(config.text_tokenizer.vocab_size, image.codebook_size, side)
+    brought = config.text_tokenizer.model
+    text_size = load(config.text_tokenizer).size if brought else config.text_tokenizer.vocab_size
+    vocabulary = Vocabulary(text_size, image.codebook_size, side)
     return Run(
         model=config_from(configs.plain(config.model), vocab_size=vocabulary.size),
         vocabulary=vocabulary,

@@ -1,7 +1,8 @@
 """Train the text tokenizer and the image tokenizer of an experiment.
 
 Reads the experiment's training sources. Leaves in the workdir:
-  text_tokenizer/text.model                            SentencePiece, lossless
+  text_tokenizer/text.model                            SentencePiece, lossless (or text_tokenizer.model of the config)
+  text_tokenizer/report.json                           bytes per token and round trip, by source and language
   image_tokenizer/weights.safetensors and config.json  the VQ-VAE; its checkpoints, curves and pictures beside them
 """
 
@@ -18,12 +19,11 @@ from ar_tokenizers.image.metrics import collapse, usage
 from ar_tokenizers.image.objective import Objective, ObjectiveConfig
 from ar_tokenizers.image.perceptual import Perceptual
 from ar_tokenizers.image.tokenizer import ImageTokenizer
-from ar_tokenizers.text import TextTokenizer
 
 from ar_unified.cli import config as configs
-from ar_unified.cli.experiment import Experiment, add_experiment_arguments, by_first_process, open_experiment
+from ar_unified.cli.experiment import Experiment, add_experiment_arguments, open_experiment
+from ar_unified.cli.text_tokenizer import train_text
 from ar_unified.data.loader import ImageBatches
-from ar_unified.data.sources import texts
 from ar_unified.parallel import runtime
 from ar_unified.training.loop import TrainingConfig, fit
 from ar_unified.training.optimizer import OptimizerConfig
@@ -46,25 +46,8 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 def train_tokenizers(experiment: Experiment, only: str | None = None) -> None:
     if only != "image":
         train_text(experiment)
-    if only != "text":
+    if only != "text" and experiment.config.image_tokenizer.steps:
         train_image(experiment)
-
-
-@by_first_process
-def train_text(experiment: Experiment) -> None:
-    """Stage text_tokenizer."""
-    stage = experiment.stage("text_tokenizer", "text_tokenizer", sources=experiment.fingerprints())
-    if stage.done:
-        return experiment.skip(stage)
-    settings = experiment.config.text_tokenizer
-    tokenizer = TextTokenizer.train(
-        texts(experiment.train),
-        settings.vocab_size,
-        model_type=settings.model_type,
-        max_texts=settings.max_texts,
-    )
-    tokenizer.save(stage.folder / "text.model")
-    experiment.finish(stage, {"pieces": tokenizer.size, "hash": tokenizer.hash})
 
 
 def train_image(experiment: Experiment) -> None:

@@ -4,7 +4,8 @@ Prints counts, lengths, every bad item by file, line and kind, and the first doc
 placeholders for pictures, or as real tokens where the workdir already has both tokenizers. The exit status is 1 if an
 item is bad.
 
-  ar-unified validate DIR                                     a folder with captions.jsonl, docs.jsonl and/or vqa.jsonl
+  ar-unified validate DIR                                     a folder with captions.jsonl, docs.jsonl and/or vqa.jsonl,
+                                                              or of text files
   ar-unified validate --config FILE[:arg] [--workdir DIR]     the sources of an experiment
 """
 
@@ -21,7 +22,7 @@ from ar_unified.workdir import Workdir
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", nargs="?", metavar="DIR", help="a dataset folder or one JSONL file")
+    parser.add_argument("folder", nargs="?", metavar="DIR", help="a dataset folder, one JSONL file or one of text")
     parser.add_argument("--config", metavar="FILE[:arg]", help="an experiment instead")
     parser.add_argument("--workdir", metavar="DIR", help="where the experiment's tokenizers are")
     parser.add_argument("--show", type=int, default=3, metavar="N", help="documents of each source to print (3)")

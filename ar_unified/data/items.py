@@ -13,13 +13,25 @@ class BadItem(Exception):
 
     Attributes:
         kind: one word for counting: "bad_utf8", "bad_json", "bad_row", "bad_text", "empty_text", "missing_image",
-            "path_escapes", "empty_file", "unreadable_image", "image_shape", or another kind of DocumentError.
+            "path_escapes", "empty_file", "unreadable_image", "image_shape", "unreadable_file", "too_large",
+            "text_lost", or another kind of DocumentError.
         origin: "file:line" or the dataset's name and index. reason: expected, found.
     """
 
     def __init__(self, kind: str, origin: str, reason: str):
         super().__init__(f"{origin}: {kind}: {reason}")
         self.kind, self.origin, self.reason = kind, origin, reason
+
+
+def language(source: Source, i: int) -> str:
+    """The language that item i says it is in, "" where the source does not know of languages or this item's."""
+    known = getattr(source, "language", None)
+    return known(i) if known else ""
+
+
+def has_pictures(source: Source) -> bool:
+    """False for a source that is known to hold text alone."""
+    return getattr(source, "has_pictures", True)
 
 
 class Source(Protocol):

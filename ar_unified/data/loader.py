@@ -16,6 +16,7 @@ import grain
 import numpy as np
 
 from ar_unified.data import images, shards
+from ar_unified.data.items import has_pictures
 from ar_unified.data.packing import Mixture, Packing, Places, hash64, key, permute, summary, uniform
 from ar_unified.data.prepare import folder_name, load_manifest
 from ar_unified.data.sources import BadItem, Source
@@ -198,7 +199,8 @@ class ImageBatches:
     document without a (readable) picture another one is drawn.
 
     Args:
-        sources: at least one; items are read as they come up and kept in memory up to `memory` bytes.
+        sources: at least one with pictures; those of text alone are left out. Items are read as they come up and kept
+            in memory up to `memory` bytes.
         size: (H, W) in pixels.
         weights: shares of the sources; None: by their number of documents.
         mirror: whether half of the pictures are mirrored left to right (not for text, nor where sides matter).
@@ -218,11 +220,15 @@ class ImageBatches:
         short_side: int | None = None,
         memory: int = 2**29,
     ):
-        self.sources, self.size, self.batch_size, self.seed = list(sources), size, batch_size, seed
+        used = [i for i, source in enumerate(sources) if has_pictures(source)]
+        if not used:
+            names = ", ".join(source.name for source in sources) or "none"
+            raise ValueError(f"expected a source with pictures, found {names}")
+        self.sources, self.size, self.batch_size, self.seed = [sources[i] for i in used], size, batch_size, seed
         if short_side is not None and short_side < max(size):
             raise ValueError(f"short_side must be at least the sides of the window, {size}; got {short_side}")
         self.mirror, self.short_side = mirror, short_side
-        self._mixture = Mixture([len(source) for source in sources], weights)
+        self._mixture = Mixture([len(source) for source in self.sources], weights and [weights[i] for i in used])
         self._room = memory
         self._kept: dict[tuple[int, int], list[np.ndarray]] = {}
 

@@ -58,6 +58,10 @@ class TfdsSource:
         self.name, self.reversible, self.limits = label or name, reversible, limits
         self.fingerprint: dict[str, Any] = {"kind": "tfds", "items": len(self), "dataset": self._where}
 
+    @property
+    def has_pictures(self) -> bool:
+        return self.kind != "text"
+
     def __len__(self) -> int:
         return len(self._examples)
 
@@ -96,6 +100,10 @@ class TfdsSource:
             return [_string(value) for value in values]
         except UnicodeDecodeError as error:
             raise BadItem("bad_utf8", self.origin(i), str(error)) from error
+
+    def language(self, i: int) -> str:
+        """The feature "language", "" where there is none."""
+        return _string(self._examples[i].get("language", ""))
 
 
 # Features in the order of the document's parts; the first that an example has all of decides.

@@ -25,7 +25,7 @@ from ar_unified.data import shards
 from ar_unified.data.images import Cells, Resize
 from ar_unified.data.sources import BadItem, Source, read
 from ar_unified.document import TASKS, CodesPart, Document, ImagePart, Part, TextPart
-from ar_unified.grammar import Grammar, ImageLayout
+from ar_unified.grammar import Grammar, ImageLayout, TextLost
 from ar_unified.vocabulary import ManifestMismatch, require_same
 
 VERSION = 1
@@ -108,7 +108,8 @@ def prepare(
 
     Bad items are left out, counted by kind, and listed with origin and reason in <folder>/skipped.jsonl. A document of
     more than max_tokens is left out too ("too_long") if it has a turn, since half an answer is none; without a turn it
-    is split (see `split`), and only a line or picture that is too long by itself is left out ("too_long_part").
+    is split (see `split`), and only a line or picture that is too long by itself is left out ("too_long_part"). What a
+    lossy text tokenizer does not give back is left out ("text_lost").
 
     Args:
         sources: with different names.
@@ -336,21 +337,22 @@ def _write(shard: shards.ShardWriter, item: _Item, grammar: Grammar, max_tokens:
         shard.skip(item.bad.origin, item.bad.kind, item.bad.reason)
         return
     whole = item.document
-    tokens = grammar.encode(whole)
-    if len(tokens) <= max_tokens:
-        pieces = [(whole, tokens)]
-    elif whole.prompt is not None:
-        shard.skip(whole.origin, "too_long", f"expected at most {max_tokens} tokens, found {len(tokens)}")
+    try:
+        tokens = grammar.encode(whole)
+        long = len(tokens) > max_tokens
+        if long and whole.prompt is not None:
+            shard.skip(whole.origin, "too_long", f"expected at most {max_tokens} tokens, found {len(tokens)}")
+            return
+        cut = split(whole, grammar, max_tokens) if long else []
+        pieces = [(piece, grammar.encode(piece)) for piece in cut] if long else [(whole, tokens)]
+    except TextLost as error:
+        shard.skip(whole.origin, "text_lost", str(error))
         return
-    else:
-        pieces = []
-        for piece in split(whole, grammar, max_tokens):
-            tokens = grammar.encode(piece)
-            if len(tokens) <= max_tokens:
-                pieces.append((piece, tokens))
-            else:
-                reason = f"expected at most {max_tokens} tokens, found {len(tokens)} in one line or picture"
-                shard.skip(whole.origin, "too_long_part", reason)
+    for _, tokens in pieces:
+        if len(tokens) > max_tokens:
+            reason = f"expected at most {max_tokens} tokens, found {len(tokens)} in one line or picture"
+            shard.skip(whole.origin, "too_long_part", reason)
+    pieces = [(piece, tokens) for piece, tokens in pieces if len(tokens) <= max_tokens]
     for part, (document, tokens) in enumerate(pieces):
         texts = [p.text for p in document.parts if isinstance(p, TextPart)]
         shard.write(

@@ -50,7 +50,7 @@ class Rows:
         self.files, self.root, self.limits = list(files), root, limits
         self.name, self.reversible = label or root.resolve().name, reversible
         self._inside = root.resolve()
-        chosen, self._found_splits = _split(split), set[str]()
+        chosen, self._found_splits = parse_split(split), set[str]()
         self._file, self._line, self._start, self._length = array("i"), array("q"), array("q"), array("i")
         digest = hashlib.sha256()
         for number, file in enumerate(self.files):
@@ -86,7 +86,7 @@ class Rows:
             return True
         self._found_splits.add(str(name))
         wanted, low, high = chosen
-        return (not wanted or name == wanted) and low <= _place(row, data) < high
+        return (not wanted or name == wanted) and low <= place(row, data) < high
 
     def __len__(self) -> int:
         return len(self._line)
@@ -100,6 +100,14 @@ class Rows:
     def texts(self, i: int) -> list[str]:
         blank = np.zeros((1, 1, 3), np.uint8)
         return [part.text for part in self._document(i, lambda _: blank).parts if isinstance(part, TextPart)]
+
+    def language(self, i: int) -> str:
+        """The row's key "language", "" where there is none."""
+        try:
+            known = self._row(i).get("language")
+        except _Bad:
+            return ""
+        return known if isinstance(known, str) else ""
 
     def _document(self, i: int, load: Callable[[str], np.ndarray]) -> Document:
         origin = self.origin(i)
@@ -173,7 +181,7 @@ def _embedded(reference: str) -> bytes:
         raise _Bad("unreadable_image", f"data: URL: {error}") from error
 
 
-def _split(split: str | None) -> tuple[str, float, float]:
+def parse_split(split: str | None) -> tuple[str, float, float]:
     """Name ("": any), and the part [low, high) of 0..1."""
     percent = r"(\d+(?:\.\d+)?)%"
     match = re.fullmatch(rf"([^\[\]%]*)(?:\[(?:{percent})?:(?:{percent})?\])?", split or "")
@@ -183,7 +191,7 @@ def _split(split: str | None) -> tuple[str, float, float]:
     return name, float(low or 0) / 100, float(high or 100) / 100
 
 
-def _place(row: Mapping[str, Any], data: bytes) -> float:
+def place(row: Mapping[str, Any], data: bytes) -> float:
     """Where in 0..1 a row falls, by the hash of what it must stay together with."""
     segments = row.get("segments")
     inner = [s["image"] for s in segments if isinstance(s, dict) and "image" in s] if isinstance(segments, list) else []

@@ -1,4 +1,4 @@
-"""Where documents come from: named TFDS datasets, folders of JSONL and pictures, single JSONL files, plain pictures.
+"""Where documents come from: named TFDS datasets, folders of JSONL and pictures, single JSONL files, plain files.
 
 A source is random access: opening it reads no picture, reading item i touches nothing but item i. An item that cannot
 be used raises BadItem with what is wrong and where it stands; what to do about it is the reader's policy.
@@ -12,9 +12,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ar_unified.data.balance import places
 from ar_unified.data.items import BadItem, Source
 from ar_unified.data.pictures import Pictures
 from ar_unified.data.rows import Rows
+from ar_unified.data.text_files import TextFiles
 from ar_unified.data.views import Views
 from ar_unified.document import Document
 
@@ -36,15 +38,20 @@ def open_source(spec: Mapping[str, Any]) -> Source:
             dict(kind="jsonl", path=..., root=None, split=None): one file; pictures are in it or under `root` (None:
                 the file's folder).
             dict(kind="pictures", path=...): every picture file under a folder, without text; for image tokenizers.
-            `split` of folder and jsonl is "train", "train[:95%]", "[95%:]": see `Rows`. Any source may have `label`
-            (its name), `reversible` (True), `views` (dict(count=..., shift=..., mirror=...): see `Views`), and
+            dict(kind="text", path=..., files=("*.txt", "*.md", "*.jsonl"), by="file", field="text",
+                language="language", split=None): text alone, a document a file, a line (by="line") or a row of a .jsonl
+                file: see `TextFiles`.
+            `split` of folder, jsonl and text is "train", "train[:95%]", "[95%:]": see `Rows`. Any source may have
+            `label` (its name), `reversible` (True), `views` (dict(count=..., shift=..., mirror=...): see `Views`), and
             what is not the source's: `weight` in the mixture of documents, `picture_weight` in that of the image
             tokenizer's pictures (default: by its number of documents).
 
     Raises:
         ValueError: an unknown kind or key, a missing file, a split no row is in, or views out of range.
     """
-    kinds: dict[str, Callable[..., Source]] = {"tfds": _tfds, "folder": _folder, "jsonl": _jsonl, "pictures": Pictures}
+    kinds: dict[str, Callable[..., Source]] = {
+        "tfds": _tfds, "folder": _folder, "jsonl": _jsonl, "pictures": Pictures, "text": TextFiles,
+    }  # fmt: skip
     kind = spec.get("kind")
     if kind not in kinds:
         raise ValueError(f"source: expected kind one of {sorted(kinds)}, found {kind!r} in {dict(spec)}")
@@ -99,11 +106,19 @@ def read(source: Source, indices: Iterable[int], workers: int = 2) -> Iterator[t
                 future.cancel()
 
 
-def texts(sources: Iterable[Source]) -> Iterator[str]:
-    """All text of all sources, no picture opened: what a text tokenizer is trained on. Bad items are left out."""
-    for source in sources:
-        for i in range(len(source)):
+def texts(
+    sources: Sequence[Source], passes: Sequence[float] | None = None, left_out: Callable[[BadItem], Any] | None = None
+) -> Iterator[str]:
+    """The text of all sources, no picture opened: what a text tokenizer is trained on.
+
+    Args:
+        passes: how often each source is read (`balance.passes`); None: once.
+        left_out: called with each bad item.
+    """
+    for source, times in zip(sources, passes or [1.0] * len(sources), strict=True):
+        for i in places(len(source), times, source.name):
             try:
                 yield from source.texts(i)
-            except BadItem:
-                continue
+            except BadItem as bad:
+                if left_out:
+                    left_out(bad)

@@ -14,8 +14,9 @@ from ar_unified import progress
 from ar_unified.data.images import Resize
 from ar_unified.data.prepare import ImageTokenizer, default_resize
 from ar_unified.data.sources import FOLDER_FILES, BadItem, open_source, read
+from ar_unified.data.text_files import FILES as TEXT_FILES
 from ar_unified.document import CodesPart, Document, ImagePart, TextPart
-from ar_unified.grammar import Grammar
+from ar_unified.grammar import Grammar, TextLost
 
 _PERCENTILES = (0, 50, 90, 99, 100)
 
@@ -107,8 +108,8 @@ def validate(
     """Reads every item, pictures included.
 
     Args:
-        data: a folder (`captions.jsonl`, `docs.jsonl`, `vqa.jsonl`, each reported by itself), one JSONL file, or a list
-            of source specs (`open_source`).
+        data: a folder (`captions.jsonl`, `docs.jsonl`, `vqa.jsonl`, each reported by itself; without them, its text
+            files), one JSONL or text file, or a list of source specs (`open_source`).
         grammar: with it, and with the tokenizer or `resize`, lengths in tokens are reported.
         image_tokenizer: with it and a grammar the first documents are shown as their real tokens.
         resize: as for `prepare`.
@@ -129,7 +130,11 @@ def validate(
                 if isinstance(item, BadItem):
                     found.bad.append(item)
                     continue
-                length = model.length(item)
+                try:
+                    length = model.length(item)
+                except TextLost as error:
+                    found.bad.append(BadItem("text_lost", source.origin(i), str(error)))
+                    continue
                 if max_tokens and length and length > max_tokens and item.prompt is not None:
                     reason = f"expected at most {max_tokens} tokens, found {length}"
                     found.bad.append(BadItem("too_long", source.origin(i), reason))
@@ -144,13 +149,15 @@ def _specs(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     if path.is_dir():
         names = [name for name in FOLDER_FILES if (path / f"{name}.jsonl").is_file()]
+        if not names and any(file for pattern in TEXT_FILES for file in path.rglob(pattern)):
+            return [dict(kind="text", path=path)]
         if not names:
             expected = ", ".join(f"{name}.jsonl" for name in FOLDER_FILES)
-            raise ValueError(f"{path}: expected at least one of {expected} in it, found none")
+            raise ValueError(f"{path}: expected at least one of {expected} in it, or text files; found none")
         return [dict(kind="folder", path=path, files=(name,), label=f"{path.name}/{name}") for name in names]
     if not path.is_file():
         raise ValueError(f"{path}: no such folder or file")
-    return [dict(kind="jsonl", path=path)]
+    return [dict(kind="jsonl" if path.suffix == ".jsonl" else "text", path=path)]
 
 
 class _Model:

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import io
 import random
+import re
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
+from ar_tokenizers.lossless import reachable_symbols
 from ar_tokenizers.text import TextTokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from ar_unified.document import Document, TextPart
+from ar_unified.grammar import Grammar, fixed_grid
+from ar_unified.vocabulary import CONTROLS, Role, Vocabulary
+
+TEXTS = Path(__file__).parents[3] / "shared" / "data" / "text"
 WORDS = "a red blue green small large circle square triangle star left of above the and is there".split()
 
 
@@ -25,21 +34,78 @@ def tokenizer() -> TextTokenizer:
     return TextTokenizer.train(captions(300), vocab_size=384)
 
 
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def either(request) -> TextTokenizer:
+    return TextTokenizer.train(captions(300), vocab_size=384, model_type=request.param)
+
+
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 @example("  a  \n\n\t\r\n ")
 @example("\u2581")
 @example(" \u2581\u2581 a\u2581 ")
 @example("\u2585\0\ufffd\ufeff \u2047 ")
 @example("<boi> <s> </s> <unk> <0x0A> <pad>")
-@settings(max_examples=300, deadline=None)
-def test_round_trip(tokenizer, text):
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    assert all(0 < id < tokenizer.size for id in ids)  # 0 is <unk>
+@example("a red \u2581 star\n" * 100)
+@settings(max_examples=200, deadline=None)
+def test_round_trip(either, text):
+    ids = either.encode(text)
+    assert either.decode(ids) == text
+    assert all(0 < id < either.size for id in ids)  # 0 is <unk>
 
 
-def test_texts_encoded_apart_join_exactly(tokenizer):
-    assert tokenizer.decode(tokenizer.encode("a red") + tokenizer.encode("dish star")) == "a reddish star"
+@pytest.mark.skipif(not TEXTS.is_dir(), reason=f"{TEXTS} is not here")
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_thirty_languages_shakespeare_and_source_code_come_back(model_type):
+    languages = {file.stem: file.read_text(encoding="utf-8") for file in sorted((TEXTS / "udhr").glob("*.txt"))}
+    others = [TEXTS / "tinyshakespeare.txt", *sorted(Path(__file__).parents[2].rglob("ar_unified/**/*.py"))]
+    tokenizer = TextTokenizer.train("\n".join(languages.values()).splitlines(), 8000, model_type=model_type)
+    assert len(languages) == 30 and len(others) > 50
+    for name, text in languages.items() | {(str(file), file.read_text(encoding="utf-8")) for file in others}:
+        assert tokenizer.decode(tokenizer.encode(text)) == text, name
+
+
+SPELLED = [*(f"<{name}>" for name in CONTROLS), "<s>", "</s>", "<unk>", "<0x0A>", "\u2581", "<|endoftext|>", " ", "a"]
+
+
+@given(st.lists(st.sampled_from(SPELLED), min_size=1).map("".join))
+@settings(max_examples=100, deadline=None)
+def test_text_never_spells_a_control_token(tokenizer, text):
+    vocabulary = Vocabulary(tokenizer.size, codebook_size=4, text_hash=tokenizer.hash)
+    grammar = Grammar(vocabulary, fixed_grid(1, 1), tokenizer)
+    bos, *inside, eos = grammar.encode(Document((TextPart(text),)))
+    assert (bos, eos) == (vocabulary.bos, vocabulary.eos)
+    assert set(vocabulary.role(np.array(inside)).tolist()) == {Role.TEXT}
+    assert grammar.parse(np.array([bos, *inside, eos])).parts == (TextPart(text),)
+
+
+@given(
+    data=st.data(), words=st.lists(st.sampled_from([*WORDS, " ", "\n", "\t", "\u00e9", "\u2581", "\u4eba"]), min_size=1)
+)
+@settings(max_examples=100, deadline=None)
+def test_texts_join_and_part_exactly(either, data, words):
+    text = " ".join(words)
+    cut = data.draw(st.integers(0, len(text)))
+    assert either.decode(either.encode(text[:cut]) + either.encode(text[cut:])) == text
+    ids = either.encode(text)
+    border = data.draw(st.integers(0, len(ids)))
+    while 0 < border < len(ids) and either.is_byte(ids[border]):  # not inside a character
+        border += 1
+    assert either.decode(ids[:border]) + either.decode(ids[border:]) == text
+
+
+def test_blocks_of_a_long_text_have_the_ids_of_the_whole(tokenizer):
+    text = "".join(captions(40)) + "star" * 300 + " ".join(captions(40)) + "  a\n\n  b" * 100
+    whole = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes).encode(text)
+    assert tokenizer.encode(text) == whole
+
+
+def test_a_model_whose_pieces_span_words_is_not_cut_into_blocks():
+    texts = ["a red star of the sea\n"] * 50
+    model = foreign(texts, split_by_whitespace=False)
+    tokenizer = TextTokenizer(model)
+    text = "a red star of the sea " * 60
+    assert len(tokenizer.encode("a red star")) == 1
+    assert tokenizer.encode(text) == sentencepiece.SentencePieceProcessor(model_proto=model).encode(text)
 
 
 def test_learned_pieces_are_used(tokenizer):
@@ -74,14 +140,34 @@ def test_training_is_deterministic():
 
 def test_training_draws_from_the_whole_of_a_long_stream():
     texts = (word for word in ("early bird", "late owl") for _ in range(1000))
-    tokenizer = TextTokenizer.train(texts, 300, max_texts=101)
+    tokenizer = TextTokenizer.train(texts, 300, max_bytes=1000)
     assert len(tokenizer.encode("early")) == len(tokenizer.encode("late")) == 1
+
+
+def test_memory_does_not_grow_with_the_corpus():
+    """20 MB pass through; at most 100 kB of them are held. SentencePiece's own memory is not Python's to trace."""
+    given = 0
+
+    def corpus():
+        nonlocal given
+        for caption in captions(2000):
+            given += 1
+            yield caption * 300  # about 10 kB
+
+    tracemalloc.start()
+    try:
+        TextTokenizer.train(corpus(), 300, max_bytes=100_000)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert given == 2000 and peak < 2_000_000
 
 
 def test_small_and_large_vocabularies():
     assert 259 < TextTokenizer.train(["abc abd"], 100_000).size < 300
-    with pytest.raises(ValueError, match="vocab_size 260 is too small: this corpus needs at least 263"):
-        TextTokenizer.train(["abc "], 260)
+    for size in (260, -1):
+        with pytest.raises(ValueError, match=f"vocab_size {size} is too small: this corpus needs at least 263"):
+            TextTokenizer.train(["abc "], size)
 
 
 def test_long_texts_are_not_dropped():
@@ -89,8 +175,10 @@ def test_long_texts_are_not_dropped():
     assert len(long.encode("circle")) == 1
 
 
-def test_unigram_is_lossless_too():
-    TextTokenizer.train(captions(300), 320, model_type="unigram")  # its constructor probes
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_a_corpus_without_spaces_teaches_spaces_all_the_same(model_type):
+    tokenizer = TextTokenizer.train(["\u4eba\u4eba\u751f\u800c\u81ea\u7531"] * 9, 300, model_type=model_type)
+    assert tokenizer.decode(tokenizer.encode(" a  b ")) == " a  b " and len(tokenizer.encode(" ")) == 1
 
 
 def test_training_errors_keep_their_cause():
@@ -111,10 +199,8 @@ def test_surrogates_are_refused(tokenizer):
         tokenizer.encode("a\udc80")
 
 
-@pytest.mark.parametrize(
-    "settings", [{"normalization_rule_name": "nmt_nfkc"}, {"byte_fallback": False}, {"add_dummy_prefix": True}]
-)
-def test_a_model_that_loses_text_is_refused(settings, tmp_path):
+def foreign(texts: list[str], **settings) -> bytes:
+    """A SentencePiece model trained elsewhere: lossless but for `settings`."""
     lossless = dict(
         normalization_rule_name="identity",
         byte_fallback=True,
@@ -124,12 +210,54 @@ def test_a_model_that_loses_text_is_refused(settings, tmp_path):
     )
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(captions(100)), model_writer=model, vocab_size=330, model_type="bpe",
+        sentence_iterator=iter(texts), model_writer=model, vocab_size=330, model_type="bpe",
         hard_vocab_limit=False, minloglevel=2, **(lossless | settings),
     )  # fmt: skip
-    (tmp_path / "text.model").write_bytes(model.getvalue())
-    with pytest.raises(ValueError, match="text.model: this text model loses text"):
-        TextTokenizer.load(tmp_path / "text.model")
+    return model.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("settings", "cause"),
+    [
+        (
+            dict(normalization_rule_name="nmt_nfkc"),
+            r"normalizer_spec.name = 'nmt_nfkc' rewrites .* back as 'full",
+        ),
+        (
+            dict(remove_extra_whitespaces=True),
+            r"remove_extra_whitespaces .*'  two  spaces ' .* as 'two spaces'",
+        ),
+        (dict(add_dummy_prefix=True), r"add_dummy_prefix .*: 'a reddish star' comes back as 'a red dish star'"),
+        (dict(byte_fallback=False), r"byte_fallback is off: .* comes back as ' \u2047 "),
+    ],
+)
+def test_a_model_that_loses_text_is_refused_or_says_how(settings, cause, tmp_path):
+    file = tmp_path / "text.model"
+    file.write_bytes(foreign(captions(100), **settings))
+    with pytest.raises(ValueError, match="text.model: this text model loses text") as refused:
+        TextTokenizer.load(file)
+    tokenizer = TextTokenizer.load(file, lossy="warn")
+    (loss,) = tokenizer.losses
+    assert re.search(cause, str(loss)) and str(loss) in str(refused.value)
+    assert tokenizer.decode(tokenizer.encode("a red star")) == "a red star"
+
+
+def test_a_rule_that_no_probe_meets_is_found_in_the_settings(tmp_path):
+    (tmp_path / "rules.tsv").write_text("71\t78\n")  # q -> x
+    model = foreign(captions(100), normalization_rule_tsv=str(tmp_path / "rules.tsv"))
+    (loss,) = TextTokenizer(model, lossy="warn").losses
+    assert "rewrites characters" in loss.cause and not loss.text
+
+
+def test_ids_of_a_foreign_model_that_text_can_and_cannot_spell():
+    model = foreign(captions(100), control_symbols=["<boi>"], user_defined_symbols=["<image>", "\n"])
+    assert reachable_symbols(model) == ["<image>"]
+    tokenizer = TextTokenizer(model)
+    ids = tokenizer.encode("<s> <boi> <image>\n")
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model).id_to_piece(ids)
+    assert "<image>" in pieces and not {"<s>", "<boi>", "<unk>"} & set(pieces)
+    assert tokenizer.decode(ids) == "<s> <boi> <image>\n"
+    assert tokenizer.piece_bytes[ids].sum() == len("<s> <boi> <image>\n")
 
 
 def test_save_and_load(tokenizer, tmp_path):

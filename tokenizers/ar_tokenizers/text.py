@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import heapq
 import io
 import os
+import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -26,20 +28,13 @@ import numpy as np
 import sentencepiece
 
 from ar_tokenizers.files import write_whole
+from ar_tokenizers.lossless import SPACE, Loss, find_losses, is_bpe
 
-_SPACE = "\u2581"  # what SentencePiece writes for a space
-_LONGEST = 1 << 16  # characters SentencePiece is shown at once; it drops longer lines, so they are cut here
-
-# What a normaliser, a dummy prefix or a missing byte fallback would lose, one kind of loss a probe.
-_PROBES = (
-    "  two  spaces ",
-    "line\n\n\tindented\r\n",
-    "\uff46\uff55\uff4c\uff4c \ufb01 e\u0301 \u00e9 \u2126",
-    "\U0001f9ee\U000e0001 \ufeff",
-    "nul \0 and \x01",
-    f"{_SPACE}a{_SPACE}b ",
-    "<unk> <s> <0x0A>",
-)
+Lossy = Literal["refuse", "warn"]
+_LONGEST = 1 << 16  # characters SentencePiece is shown at once in training; it drops longer lines, so they are cut here
+# At least 500 characters, up to the end of a line or word.
+_BLOCK = re.compile(r"(?s).{500}.*?(?:(?<=\n)|(?<! )(?= )|\Z)|.+")
+_ACROSS = re.compile(rf"(?s)\n.|.\n|[^{SPACE}]{SPACE}")  # a piece that goes on over the border of two blocks
 
 
 class TextTokenizer:
@@ -47,13 +42,20 @@ class TextTokenizer:
 
     Args:
       model_bytes: a serialised SentencePiece model.
+      lossy: what becomes of a model that loses text (a normaliser such as nmt_nfkc, a dummy prefix, no byte fallback):
+        it is refused, or taken as it is, with `losses` to be looked at.
+
+    Attributes:
+      losses: how the model loses text, empty for those that `train` makes.
+      size: how many ids there are. hash: sha256 of the model. model_bytes: the model.
 
     Raises:
-      ValueError: the bytes are no SentencePiece model, or the model loses text (a normaliser such as nmt_nfkc, a dummy
-        prefix, or no byte fallback).
+      ValueError: the bytes are no SentencePiece model, or the model loses text and `lossy` does not allow it.
     """
 
-    def __init__(self, model_bytes: bytes) -> None:
+    def __init__(self, model_bytes: bytes, *, lossy: Lossy = "refuse") -> None:
+        if lossy not in ("refuse", "warn"):
+            raise ValueError(f"lossy: expected refuse or warn, got {lossy!r}")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
         except RuntimeError as error:
@@ -61,14 +63,20 @@ class TextTokenizer:
         self.model_bytes = model_bytes
         self.hash = hashlib.sha256(model_bytes).hexdigest()
         self.size = int(self._processor.get_piece_size())
-        self._space_as_bytes = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
-        for probe in _PROBES:
-            if (found := self.decode(self.encode(probe))) != probe:
-                raise ValueError(
-                    f"this text model loses text: {probe!r} comes back as {found!r}. Train with TextTokenizer.train, "
-                    "or with normalization_rule_name=identity, byte_fallback, remove_extra_whitespaces=false, "
-                    "allow_whitespace_only_pieces and add_dummy_prefix=false"
-                )
+        pieces = [self._processor.id_to_piece(i) for i in range(self.size)]
+        spelled = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        self._space_as_bytes = spelled if all(map(self._processor.is_byte, spelled)) else []
+        self._in_blocks = False
+        self.losses: tuple[Loss, ...] = find_losses(model_bytes, self.encode, self.decode)
+        if self.losses and lossy == "refuse":
+            raise ValueError(
+                "this text model loses text.\n"
+                + "".join(f"  {loss}\n" for loss in self.losses)
+                + 'Train one with TextTokenizer.train, or take it as it is with lossy="warn" (in a config: '
+                "text_tokenizer.lossy): documents that do not come back are then left out, and counted"
+            )
+        # Where no piece goes on over the end of a word or line, what stands before a border decides nothing behind it.
+        self._in_blocks = is_bpe(model_bytes) and not self.losses and not any(map(_ACROSS.search, pieces))
 
     @functools.cached_property
     def piece_bytes(self) -> np.ndarray:
@@ -76,26 +84,42 @@ class TextTokenizer:
         processor = self._processor
         return np.array(
             [
-                0 if processor.is_unknown(i) else 1 if processor.is_byte(i) else len(self.decode([i]).encode())
+                0
+                if processor.is_unknown(i) or processor.is_control(i)
+                else 1
+                if processor.is_byte(i)
+                else len(processor.id_to_piece(i).replace(SPACE, " ").encode())
                 for i in range(self.size)
             ],
             np.int32,
         )
 
+    def is_byte(self, id: int) -> bool:
+        """Whether an id stands for one byte of a character that has no piece."""
+        return bool(self._processor.is_byte(id))
+
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, in [0, size) and never <unk>.
+        """The ids of a text, in [0, size) and never <unk> (but for a model that loses text).
+
+        Long texts are encoded in blocks of words with BPE, whose time in SentencePiece grows faster than the text. The
+        ids are the same, 2.6 times as fast (experiments/benchmarks/text_tokenizer.py).
 
         Raises:
           ValueError: the text has a surrogate, which is no character and has no UTF-8 form.
         """
         try:
-            if _SPACE not in text:
-                return self._processor.encode(text)
-            first, *rest = (self._processor.encode(part) for part in text.split(_SPACE))
+            if SPACE not in text or not self._space_as_bytes:
+                return self._encode(text)
+            first, *rest = map(self._encode, text.split(SPACE))
             return first + [id for part in rest for id in (*self._space_as_bytes, *part)]
         except (RuntimeError, UnicodeEncodeError) as error:
             _refuse_surrogates(text)
             raise ValueError(f"SentencePiece refused {text[:80]!r}: {error}") from error
+
+    def _encode(self, text: str) -> list[int]:
+        if len(text) <= 500 or not self._in_blocks:
+            return self._processor.encode(text)
+        return [id for block in _BLOCK.findall(text) for id in self._processor.encode(block)]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of any ids in [0, size). Bytes that are no UTF-8, and <unk>, come back as U+FFFD.
@@ -118,31 +142,32 @@ class TextTokenizer:
         *,
         model_type: Literal["bpe", "unigram"] = "bpe",
         character_coverage: float = 0.99995,
-        max_texts: int = 2_000_000,
+        max_bytes: int = 100_000_000,
     ) -> TextTokenizer:
         """Learn a tokenizer. The same texts, settings and SentencePiece version give the same model, byte for byte.
 
         Args:
-          texts: read once; may be larger than memory, of which `max_texts` drawn at random are kept.
+          texts: read once; may be larger than memory: texts (parts of 65,536 characters of long ones) drawn at random
+            are kept.
           vocab_size: how many pieces at most. A corpus with less to learn gives a smaller `size`, not an error.
-          model_type: "bpe", or "unigram" (slower, and far hungrier for memory).
+          model_type: "bpe", or "unigram" (many times slower).
           character_coverage: the share of characters that get a piece; the rest are spelled in bytes, losing nothing.
-          max_texts: more than 100; 2e6 short texts need a few GB.
+          max_bytes: of text that is kept. Peak memory is that times 22 (bpe) or 31 (unigram) for words, times 93 or 19
+            for random Chinese characters, the worst of text without spaces (experiments/benchmarks/text_tokenizer.py).
 
         Raises:
           ValueError: no text, a text with a surrogate, or a vocab_size that has no room for the 259 fixed pieces and
             the characters.
         """
-        if max_texts <= 100:
-            raise ValueError(f"max_texts must be more than 100, got {max_texts}")
-        model, reader = io.BytesIO(), _Reader(texts)
-        sentencepiece.set_random_generator_seed(0)  # else SentencePiece shuffles differently each time
+        model, kept = io.BytesIO(), _draw(texts, max_bytes)
+        if not kept:
+            raise ValueError("there is no text to train a tokenizer on: every text is empty")
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(reader),
+                sentence_iterator=iter(kept),
                 model_writer=model,
                 model_type=model_type,
-                vocab_size=vocab_size,
+                vocab_size=max(vocab_size, 1),  # below, SentencePiece does not say how many it needs
                 hard_vocab_limit=False,
                 normalization_rule_name="identity",
                 byte_fallback=True,
@@ -153,6 +178,7 @@ class TextTokenizer:
                 allow_whitespace_only_pieces=True,
                 remove_extra_whitespaces=False,
                 add_dummy_prefix=False,
+                required_chars=SPACE,  # a corpus without spaces must not leave them without a piece
                 character_coverage=character_coverage,
                 # Their own pieces: learned ones would glue words to line ends.
                 user_defined_symbols=["\n", "\t"],
@@ -162,21 +188,15 @@ class TextTokenizer:
                 eos_id=-1,
                 pad_id=-1,
                 max_sentence_length=4 * _LONGEST,  # in bytes
-                input_sentence_size=max_texts,
-                shuffle_input_sentence=True,
                 minloglevel=2,
             )
         except RuntimeError as error:
-            if reader.error is not None:  # SentencePiece turns it into a RuntimeError and drops its type
-                raise reader.error from None
-            if not reader.count:
-                raise ValueError("there is no text to train a tokenizer on: every text is empty") from error
             if found := re.search(r"required_chars\. (\d+) vs (\d+)", str(error)):
                 raise ValueError(
                     f"vocab_size {vocab_size} is too small: this corpus needs at least {found[2]} (259 fixed pieces "
                     "and its characters). Raise vocab_size or lower character_coverage"
                 ) from error
-            raise ValueError(f"SentencePiece could not train on {reader.count} texts: {error}") from error
+            raise ValueError(f"SentencePiece could not train on {len(kept)} texts: {error}") from error
         return cls(model.getvalue())
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -184,29 +204,33 @@ class TextTokenizer:
         write_whole(path, self.model_bytes)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> TextTokenizer:
-        """Read what `save` wrote, or any lossless SentencePiece model. Raises ValueError naming the file."""
+    def load(cls, path: str | os.PathLike[str], *, lossy: Lossy = "refuse") -> TextTokenizer:
+        """Read what `save` wrote, or any SentencePiece model. Raises ValueError naming the file, and OSError."""
         try:
-            return cls(Path(path).read_bytes())
+            return cls(Path(path).read_bytes(), lossy=lossy)
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
 
 
-class _Reader:
-    """Hands texts to the trainer: without the empty, in parts it does not drop, and keeping what went wrong."""
+def _draw(texts: Iterable[str], max_bytes: int) -> list[str]:
+    """Texts in parts of at most _LONGEST characters, in order; of more than max_bytes an even draw, at least one part.
 
-    def __init__(self, texts: Iterable[str]) -> None:
-        self.texts, self.count, self.error = texts, 0, None  # type: Iterable[str], int, BaseException | None
+    The draw is of those with the smallest random numbers, so that no more than it is ever held.
+    """
+    kept: list[tuple[float, int, str]] = []  # a heap, the largest number first
+    size, random_number = 0, random.Random(0).random
+    for place, part in enumerate(_parts(texts)):
+        heapq.heappush(kept, (-random_number(), place, part))
+        size += len(part.encode())
+        while size > max_bytes and len(kept) > 1:
+            size -= len(heapq.heappop(kept)[2].encode())
+    return [part for _, part in sorted((place, part) for _, place, part in kept)]
 
-    def __iter__(self) -> Iterator[str]:
-        try:
-            for text in self.texts:
-                _refuse_surrogates(text)
-                self.count += bool(text)
-                yield from (text[start : start + _LONGEST] for start in range(0, len(text), _LONGEST))
-        except BaseException as error:
-            self.error = error
-            raise
+
+def _parts(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        _refuse_surrogates(text)
+        yield from (text[start : start + _LONGEST] for start in range(0, len(text), _LONGEST))
 
 
 def _refuse_surrogates(text: str) -> None:

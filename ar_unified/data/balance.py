@@ -1,0 +1,60 @@
+"""How much of each source a text tokenizer is trained on: all of it, an even part of it, or all of it several times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from ar_unified.data.items import BadItem, Source
+from ar_unified.data.packing import key, uniform
+
+_LOOKED_AT = 256  # items of a source, for the size of its text
+
+
+def passes(sources: Sequence[Source], *, temperature: float = 1.0, max_bytes: float = float("inf")) -> list[float]:
+    """How often each source is to be read: 1 once, 0.1 an even tenth of it, 2.5 twice and a half.
+
+    Of bytes b, each source has the share b^(1/temperature): 1 leaves them as they are; the higher, the more of a small
+    language is seen, by reading it again (multilingual BERT 1.4; XLM-R, arXiv:1911.02116, and mT5, arXiv:2010.11934,
+    3.3). The largest is read once, or less where the whole would be more than max_bytes.
+
+    Raises:
+        ValueError: a temperature below 1.
+    """
+    if not temperature >= 1:
+        raise ValueError(f"temperature: expected at least 1, found {temperature}")
+    sizes = [text_bytes(source) for source in sources]
+    largest = max(sizes, default=0.0)
+    # Where no text was found, reading it tells why.
+    often = [(size / largest) ** (1 / temperature - 1) if size else 1.0 for size in sizes]
+    total = sum(size * times for size, times in zip(sizes, often, strict=True))
+    return [times * min(1.0, max_bytes / total) for times in often] if total else often
+
+
+def text_bytes(source: Source) -> float:
+    """About how many bytes of UTF-8 text a source has, from 256 of its items."""
+    looked = found = 0
+    for i in places(len(source), min(1.0, _LOOKED_AT / max(len(source), 1)), source.name):
+        looked += 1
+        try:
+            found += sum(len(text.encode(errors="replace")) for text in source.texts(i))
+        except BadItem:
+            continue
+    return found / looked * len(source) if looked else 0.0
+
+
+def places(items: int, times: float, name: str) -> Iterator[int]:
+    """Which of `items` to read, in order, to have read them `times` times: whole passes, then an even part.
+
+    The part has one item of every stretch of 1 / part items, drawn by `name`: spread over the whole, none twice, and
+    nothing is kept in memory.
+    """
+    whole, count = int(times), round((times - int(times)) * items)
+    for _ in range(whole):
+        yield from range(items)
+    stream = key("places", name)
+    for start in range(0, count, 4096):
+        numbers = np.arange(start, min(start + 4096, count), dtype=np.int64)
+        low, high = numbers * items // count, (numbers + 1) * items // count
+        yield from (low + (uniform(stream, numbers) * (high - low)).astype(np.int64)).tolist()

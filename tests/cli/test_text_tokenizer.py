@@ -1,0 +1,106 @@
+"""The stage text_tokenizer: trained, brought from elsewhere, and its report."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from ar_tokenizers.text import TextTokenizer
+
+from ar_unified.cli import config as configs
+from ar_unified.cli.experiment import Experiment
+from ar_unified.cli.main import main
+from ar_unified.cli.plan import run_of
+from ar_unified.workdir import StageMismatch, Workdir
+from tests.cli.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("corpus")
+    (root / "eng.txt").write_bytes(b"a red circle\na blue star\n" * 40 + b"caf\xe9\n")
+    (root / "ell.txt").write_text(
+        "\u03ba\u03cc\u03ba\u03ba\u03b9\u03bd\u03bf  \u03b1\u03c3\u03c4\u03ad\u03c1\u03b9\n" * 4
+    )
+    rows = [dict(text="een rode cirkel", language="nld"), dict(text="en r\u00f8d sirkel", language="nob")]
+    (root / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def arguments(corpus: Path, **changes: object) -> list[str]:
+    changes = {"vocab_size": 400} | changes
+    overrides = [f"--config.text_tokenizer.{key}={value}" for key, value in changes.items()]
+    return ["--config", f"{ROOT}/experiments/text_tokenizer.py:path={corpus}", *overrides]
+
+
+def test_the_stage_leaves_a_model_and_a_report_by_source_and_language(corpus, tmp_path, capsys):
+    command = ["tokenizer", "--workdir", str(tmp_path), *arguments(corpus, temperature=2.0)]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    report = json.loads((tmp_path / "text_tokenizer" / "report.json").read_text())
+    rows = report["texts"]
+    assert list(rows) == ["ell", "eng", "more/nld", "more/nob"]
+    assert rows["eng"]["texts"] == 80 and rows["eng"]["bytes"] == 40 * 23
+    assert rows["eng"]["bytes_per_token"] > 3 and rows["ell"]["tokens_per_character"] < 0.5
+    assert all(row["failed"] == 0 for row in rows.values())
+    assert report["left_out"]["bad_utf8"]["count"] == 1
+    assert "eng.txt:81: bad_utf8: expected UTF-8, found 0xe9 at byte 1003 of the file" in out
+    assert 1 == report["passes"]["eng"] < report["passes"]["ell"]
+    assert "400 wanted: this corpus has no more to learn from" in out and "bytes/token" in out
+    assert not (tmp_path / "image_tokenizer").exists()
+    assert main(command) == 0 and "done already" in capsys.readouterr().out
+
+
+def test_a_model_from_elsewhere_is_used_or_refused(corpus, tmp_path, capsys):
+    TextTokenizer.train(["a red circle", "a blue star"] * 9, 300).save(tmp_path / "own.model")
+    command = ["tokenizer", "--workdir", str(tmp_path / "own")]
+    assert main([*command, *arguments(corpus, model=tmp_path / "own.model")]) == 0
+    used = (tmp_path / "own" / "text_tokenizer" / "text.model").read_bytes()
+    assert used == (tmp_path / "own.model").read_bytes()
+    size = TextTokenizer(used).size
+    config = configs.load(*_file_and_overrides(corpus, model=tmp_path / "own.model"))
+    assert run_of(config).vocabulary.text_size == size < 400
+    TextTokenizer.train(["other words"] * 9, 300).save(tmp_path / "own.model")
+    with pytest.raises(StageMismatch, match="model_sha256"):
+        main([*command, *arguments(corpus, model=tmp_path / "own.model")])
+
+    lossy = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a red circle", "a blue star"] * 9), model_writer=lossy, vocab_size=290,
+        model_type="bpe", hard_vocab_limit=False, byte_fallback=True, add_dummy_prefix=False, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "lossy.model").write_bytes(lossy.getvalue())
+    command = ["tokenizer", "--workdir", str(tmp_path / "lossy")]
+    with pytest.raises(
+        SystemExit, match="lossy.model: this text model loses text(?s:.*)nmt_nfkc(?s:.*)extra_whitespaces"
+    ):
+        main([*command, *arguments(corpus, model=tmp_path / "lossy.model")])
+    with pytest.raises(SystemExit, match="No such file"):
+        main([*command, *arguments(corpus, model=tmp_path / "nowhere.model")])
+    capsys.readouterr()
+    warned = dict(model=tmp_path / "lossy.model", lossy="warn")
+    assert main([*command, *arguments(corpus, **warned)]) == 0
+    report = json.loads((tmp_path / "lossy" / "text_tokenizer" / "report.json").read_text())
+    assert report["texts"]["ell"]["failed"] == 4 and len(report["losses"]) == 2
+    assert report["texts"]["ell"]["first_failure"]["origin"].endswith("ell.txt:1")
+    out = capsys.readouterr().out
+    assert "0 of 4" in out and "this text model loses text: normalizer_spec.name = 'nmt_nfkc'" in out
+    experiment = Experiment(configs.load(*_file_and_overrides(corpus, **warned)), Workdir(tmp_path / "lossy"))
+    assert experiment.text_tokenizer.losses
+
+
+def _file_and_overrides(corpus: Path, **changes: object) -> tuple[str, list[str]]:
+    _, file, *overrides = arguments(corpus, **changes)
+    return file, overrides
+
+
+def test_a_corpus_without_text_names_what_was_left_out(tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "latin.txt").write_bytes(b"\xe9\n")
+    with pytest.raises(
+        ValueError, match="text tokenizer of bad: there is no text .* left out: 1 bad_utf8, first .*latin.txt:1"
+    ):
+        main(["tokenizer", "--workdir", str(tmp_path / "w"), *arguments(tmp_path)])

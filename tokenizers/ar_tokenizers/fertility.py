@@ -1,0 +1,80 @@
+"""What a text tokenizer makes of texts: how many tokens it needs, and whether the texts come back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ar_tokenizers.text import TextTokenizer
+
+
+@dataclass
+class Fertility:
+    """Counts over the texts of one language or source.
+
+    Of parallel texts, `tokens` beside that of another language says how much dearer this one is (arXiv:2305.15425).
+
+    Attributes:
+      bytes, characters, tokens: of UTF-8, Unicode code points, ids. byte_tokens: ids that stand for one byte of a
+        character without a piece.
+      failed: texts that do not come back.
+      first_failure: "origin", and "text" and "back" about where they begin to differ; empty where nothing failed.
+    """
+
+    texts: int = 0
+    bytes: int = 0
+    characters: int = 0
+    tokens: int = 0
+    byte_tokens: int = 0
+    failed: int = 0
+    first_failure: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.bytes / max(self.tokens, 1)
+
+    @property
+    def tokens_per_character(self) -> float:
+        return self.tokens / max(self.characters, 1)
+
+    @property
+    def byte_share(self) -> float:
+        """The part of the tokens that stand for one byte."""
+        return self.byte_tokens / max(self.tokens, 1)
+
+    def add(self, tokenizer: TextTokenizer, text: str, origin: str = "") -> None:
+        """Counts one text. Raises ValueError for a text with a surrogate."""
+        ids = tokenizer.encode(text)
+        self.texts += 1
+        self.bytes += len(text.encode())
+        self.characters += len(text)
+        self.tokens += len(ids)
+        self.byte_tokens += sum(map(tokenizer.is_byte, ids))
+        if (back := tokenizer.decode(ids)) != text:
+            self.failed += 1
+            at = len(os.path.commonprefix([text, back]))
+            shown = slice(max(0, at - 10), at + 30)
+            self.first_failure = self.first_failure or dict(origin=origin, text=text[shown], back=back[shown])
+
+    def to_json(self) -> dict[str, Any]:
+        """Every count and ratio as JSON values."""
+        ratios = ("bytes_per_token", "tokens_per_character", "byte_share")
+        return vars(self) | {name: round(getattr(self, name), 4) for name in ratios}
+
+
+def table(rows: Mapping[str, Fertility]) -> str:
+    """A line for each name, and one for each first text that does not come back."""
+    width = max([8, *map(len, rows)])
+    lines = [f"{'':<{width}}     bytes    tokens  bytes/token  tokens/char  byte tokens  come back"]
+    for name, row in rows.items():
+        back = "all" if not row.failed else f"{row.texts - row.failed} of {row.texts}"
+        lines.append(
+            f"{name:<{width}} {row.bytes:>9} {row.tokens:>9}  {row.bytes_per_token:>11.2f}  "
+            f"{row.tokens_per_character:>11.3f}  {row.byte_share:>10.2%}   {back}"
+        )
+    for name, row in rows.items():
+        if row.failed:
+            lines.append("{}: {origin}: {text!r} comes back as {back!r}".format(name, **row.first_failure))
+    return "\n".join(lines)
