@@ -166,8 +166,9 @@ def make_peer(state: dict[str, np.ndarray], vocab: int, v: dict[str, int]) -> An
 
 def special_tokens(v: dict[str, int]) -> Any:
     """A tokenizer of transformers that knows the tokens of a picture's frame, under our ids."""
-    import tokenizers
     import transformers
+
+    import tokenizers
 
     ids = {"<|extra_200|>": v["eol"], "<unk>": v["pad"]}
     fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
