@@ -121,8 +121,9 @@ def defaults() -> ConfigDict:
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, context=1))  # -1: the devices left over
 
     config.sampling = ConfigDict()
-    config.sampling.batch_size = 64
+    config.sampling.batch_size = 64  # in each process; a multiple of the devices that split rows
     config.sampling.max_length = 256  # prompt and answer
+    config.sampling.kv_dtype = ""  # of the KV cache: int8 | float8_e4m3fn | bfloat16 | float32; "": the model's dtype
     config.sampling.guidance = 1.0
     config.sampling.context = "empty_prompt"  # what guidance compares with: ar_unified.sampling.request has the others
     config.sampling.text = ConfigDict(dict(temperature=0.0, top_k=0, top_p=1.0))

@@ -28,7 +28,8 @@ from ar_unified.data.images import Resize
 from ar_unified.data.sources import Source, open_source
 from ar_unified.grammar import Grammar, fixed_grid, sized_rows
 from ar_unified.model.config import TransformerConfig, config_from, parameter_count
-from ar_unified.parallel import runtime
+from ar_unified.model.transformer import init, logical_axes
+from ar_unified.parallel import rules, runtime
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
@@ -242,18 +243,49 @@ class Experiment:
         return self.config.checkpoint_folder or str(self.workdir.model / "checkpoints")
 
     @cached_property
+    def decoding_mesh(self) -> jax.sharding.Mesh | None:
+        """This process's own devices, heads split as the config's mesh says and rows over all the others; None for one.
+
+        Each process serves requests of its own. The axes fsdp and context, which save memory in training, would make
+        every step of decoding wait for weights; the devices they name split rows.
+        """
+        devices = jax.local_devices()
+        if len(devices) == 1:
+            return None
+        try:
+            return make_mesh({"data": -1, "tensor": self.config.mesh.tensor}, devices)
+        except ValueError as error:
+            raise SystemExit(f"ar-unified: sampling on this process's {len(devices)} devices: {error}") from None
+
+    @cached_property
     def params(self) -> Any:
-        """The trained transformer's parameters on one device, without the optimizer's state."""
-        folder = self.workdir.model
+        """The trained transformer's parameters, where decoding wants them, without the optimizer's state."""
+        folder, mesh = self.workdir.model, self.decoding_mesh
         self._require((folder / "done.json").exists(), folder / "done.json", "train")
-        return restore_params(self.checkpoint_folder, manifest=self.grammar.manifest())
+        target = None  # one device
+        if mesh is not None:
+            shapes = jax.eval_shape(functools.partial(init, self.model), jax.random.key(0))
+            placement = rules.shardings(mesh, logical_axes(shapes), shapes)
+            target = jax.tree.map(
+                lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, placement
+            )
+        return restore_params(self.checkpoint_folder, target, manifest=self.grammar.manifest())
 
     @cached_property
     def engine(self) -> Engine:
         sampling = self.config.sampling
-        return Engine(
-            self.model, self.params, self.grammar, batch_size=sampling.batch_size, max_length=sampling.max_length
-        )
+        try:
+            return Engine(
+                self.model,
+                self.params,
+                self.grammar,
+                batch_size=sampling.batch_size,
+                max_length=sampling.max_length,
+                kv_dtype=sampling.kv_dtype or None,
+                mesh=self.decoding_mesh,
+            )
+        except ValueError as error:
+            raise SystemExit(f"ar-unified: config.sampling: {error}") from None
 
     def trained(self) -> dict[str, Any]:
         """What decided the trained model: the fingerprint of its stage."""

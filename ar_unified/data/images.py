@@ -108,6 +108,14 @@ def to_png(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+def to_thumbnail(pixels: np.ndarray, side: int) -> bytes:
+    """uint8 [H, W, 3] as the bytes of a JPEG file, scaled so that its longer side has at most `side` pixels."""
+    file, picture = io.BytesIO(), Image.fromarray(pixels)
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    picture.save(file, "JPEG", quality=85)
+    return file.getvalue()
+
+
 def to_uint8(pixels: np.ndarray) -> np.ndarray:
     """Floats in [-1, 1], any shape, as uint8: the inverse of x / 127.5 - 1."""
     return np.clip(np.rint((np.asarray(pixels, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)

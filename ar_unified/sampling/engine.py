@@ -16,24 +16,25 @@ import contextlib
 import functools
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ar_unified.document import Document, Part, TextPart
 from ar_unified.grammar import Grammar, GrammarError, ImageLayout
 from ar_unified.model.config import TransformerConfig
 from ar_unified.sampling import score as scoring
 from ar_unified.sampling import steps
+from ar_unified.sampling.answer import finished, stopped
 from ar_unified.sampling.decoding import Filters
-from ar_unified.sampling.plan import Plan, open_picture, plan
+from ar_unified.sampling.plan import Plan, plan
 from ar_unified.sampling.request import Request, RequestError, Sample
 from ar_unified.sampling.score import Score, Scored
 from ar_unified.sampling.steps import CHUNK, Prefix, Shape, State
 
+KV_DTYPES = (None, "int8", "float8_e4m3fn", "bfloat16", "float32")
 _SMALLEST = 16  # tokens of the smallest bucket of prompts
 _PREFILL = 16  # prompts read at once, at most
 _KEPT = 4  # batches of prompts that are kept for samples to come
@@ -88,11 +89,12 @@ class Engine:
         grammar: what may be written, and the vocabulary it is written in.
         batch_size: R, samples decoded at once (with guidance two or three rows each).
         max_length: tokens of prompt and answer together; the longest KV cache.
-        kv_dtype: of the KV cache; None: the compute dtype. "int8" halves a bfloat16 cache.
+        kv_dtype: of the KV cache, one of KV_DTYPES; None: the compute dtype. int8 has a scale for each vector.
         mesh: devices to decode on, samples split by its data axes and heads by its tensor axis (`parallel`).
 
     Raises:
-        ValueError: the model's vocabulary is not the grammar's, or a size is not positive or not one the mesh divides.
+        ValueError: the model's vocabulary is not the grammar's, a size is not positive or not one the mesh divides, or
+            kv_dtype is not one of KV_DTYPES.
     """
 
     def __init__(
@@ -113,6 +115,9 @@ class Engine:
             )
         if batch_size < 1 or max_length < 2:
             raise ValueError(f"expected batch_size >= 1 and max_length >= 2, found {batch_size} and {max_length}")
+        if kv_dtype not in KV_DTYPES:
+            expected = ", ".join(str(name) for name in KV_DTYPES)
+            raise ValueError(f"kv_dtype: expected one of {expected}; found {kv_dtype!r}")
         ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         if batch_size % ways:
             raise ValueError(f"batch_size: expected a multiple of the mesh's {ways} data devices, found {batch_size}")
@@ -241,81 +246,12 @@ class Engine:
             *tokens, done, broken = row
             drawn = np.array(tokens, np.int32)
             job.tokens.append(drawn[drawn != self.grammar.vocabulary.pad])
-            sample = self._stopped(job) if job.plan.request.stop else None
+            sample = stopped(self.grammar, job.plan, job.index, job.drawn()) if job.plan.request.stop else None
             if sample is None and done:
-                sample = self._sample(job, job.drawn(), bool(broken))
+                sample = finished(self.grammar, job.plan, job.index, job.drawn(), bool(broken))
             if sample is not None:
                 job.finished = True
                 yield sample, job
-
-    # ---- samples -------------------------------------------------------------------------------------------------
-
-    def _sample(self, job: _Job, tokens: np.ndarray, broken: bool = False) -> Sample:
-        request = job.plan.request
-        if broken:
-            reason = "the model's logits were NaN: the weights are broken, or overflow in the compute dtype"
-            return Sample(request, job.index, tokens, None, "error", reason)
-        try:
-            document = self._document(job.plan, tokens)
-        except GrammarError as error:
-            return Sample(request, job.index, tokens, None, "error", str(error))
-        # Ended by the budget: something more was allowed, but nothing of that kind would have fitted.
-        left = job.plan.budget - len(tokens)
-        if request.mode == "image":
-            pictures = sum(not isinstance(part, TextPart) for part in document.parts)
-            cut = pictures < request.images[1] and left < job.plan.smallest
-        else:
-            cut = left == 0
-        return Sample(request, job.index, tokens, document, "length" if cut else "eos")
-
-    def _document(self, plan: Plan, tokens: np.ndarray) -> Document:
-        """What stands behind the prompt. Text that goes on where the prompt's text ends is a part of its own."""
-        v, prompt = self.grammar.vocabulary, plan.prompt
-        opened = open_picture(self.grammar, prompt)
-        parts: tuple[Part, ...] = self.grammar.parse(np.concatenate([[v.bos], opened, tokens])).parts
-        before = _text_run(v.text_size, prompt)
-        if len(before) and len(tokens) and tokens[0] < v.text_size:
-            # Said again with the text before: what ids stand for may depend on it.
-            first = tokens[: int(np.argmax(np.append(tokens >= v.text_size, True)))]
-            whole, known = (self.grammar.text_codec.decode([int(i) for i in ids])
-                            for ids in (np.concatenate([before, first]), before))  # fmt: skip
-            rest = parts[1:] if parts and isinstance(parts[0], TextPart) else parts
-            said = whole.removeprefix(known)
-            parts = (TextPart(said), *rest) if said else rest
-        return Document(parts, id=plan.request.id, meta=plan.request.meta)
-
-    def _stopped(self, job: _Job) -> Sample | None:
-        """The sample, if one of the request's stops is in it."""
-        v, tokens = self.grammar.vocabulary, job.drawn()
-        first: tuple[int, int, str | tuple[int, ...]] | None = None  # tokens up to its end, to its beginning, the stop
-        for begin, end in _text_runs(v.text_size, tokens):
-            ids = [int(i) for i in tokens[begin:end]]
-            for stop in job.plan.request.stop:
-                at = _find_text(self.grammar, ids, stop) if isinstance(stop, str) else _find_ids(ids, stop)
-                if at is not None and (first is None or begin + at < first[0]):
-                    first = begin + at, begin, stop
-            if first is not None:
-                break
-        if first is None:
-            return None
-        end, begin, stop = first
-        tokens = tokens[:end]
-        if isinstance(stop, str):
-            sample = self._sample(job, np.append(tokens, v.eos).astype(np.int32))
-            if sample.document is None:
-                return replace(sample, tokens=tokens)
-            *parts, last = sample.document.parts
-            assert isinstance(last, TextPart)
-            text = last.text[: last.text.rindex(stop)]
-            parts += [TextPart(text)] if text else []
-        else:
-            sample = self._sample(job, np.append(tokens[: end - len(stop)], v.eos).astype(np.int32))
-            if sample.document is None:
-                return replace(sample, tokens=tokens)
-            parts = list(sample.document.parts)
-        return replace(
-            sample, tokens=tokens, document=replace(sample.document, parts=tuple(parts)), finish_reason="stop"
-        )
 
     # ---- the device ----------------------------------------------------------------------------------------------
 
@@ -466,36 +402,3 @@ def _arrays(layout: ImageLayout, shape: Shape, slots: int, fresh: dict[int, _Job
     start = column([-1] + [0] * 8, lambda job: job.plan.start, np.int32)
     position = column([0] * C, lambda job: [len(prefix) for prefix in job.plan.prefixes], np.int32)
     return rows, start, position
-
-
-# ---- text in tokens ----------------------------------------------------------------------------------------------
-
-
-def _text_run(text_size: int, tokens: np.ndarray) -> np.ndarray:
-    """The text pieces that `tokens` end with."""
-    other = np.flatnonzero(tokens >= text_size)
-    return tokens[int(other[-1]) + 1 if len(other) else 0 :]
-
-
-def _text_runs(text_size: int, tokens: np.ndarray) -> list[tuple[int, int]]:
-    """Where runs of text pieces begin and end."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], tokens < text_size, [0]]).astype(np.int8)))
-    return [(int(begin), int(end)) for begin, end in edges.reshape(-1, 2)]
-
-
-def _find_text(grammar: Grammar, ids: Sequence[int], stop: str) -> int | None:
-    """How many of the ids it takes to say `stop`."""
-    decode = grammar.text_codec.decode
-    if stop not in decode(ids):
-        return None
-    low, high = 0, len(ids)  # decode(ids[:high]) has it, decode(ids[:low]) has not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if stop in decode(ids[:middle]) else (middle, high)
-    return high
-
-
-def _find_ids(ids: Sequence[int], stop: Sequence[int]) -> int | None:
-    """Where the ids `stop` end, in `ids`."""
-    n = len(stop)
-    return next((i + n for i in range(len(ids) - n + 1) if tuple(ids[i : i + n]) == tuple(stop)), None)

@@ -1,6 +1,7 @@
 """The page to look at a job's samples with: one file that needs no server and no network, beside its pictures.
 
-The rows travel inside the page; cards are built as they come into view, so ten thousand samples scroll like ten.
+The rows travel inside the page; cards are built as they come into view, and load thumbnails, so ten thousand samples
+scroll like ten. A click shows the picture itself.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ar_unified.sampling.results import read
+from ar_unified.sampling.results import THUMBNAIL, read, thumbnail
 from ar_unified.workdir import write_text
 
 
@@ -18,10 +19,13 @@ def write(folder: str | Path, title: str = "Samples") -> Path:
     folder = Path(folder)
     groups: dict[tuple[int, str], dict[str, Any]] = {}
     for row in read(folder):
-        group = groups.setdefault((row["line"], row["id"]), {"id": row["id"], "prompt": row["prompt"], "samples": []})
+        key = row["line"], row["id"]
+        if key not in groups:
+            groups[key] = {"id": row["id"], "prompt": [_shown(folder, part) for part in row["prompt"]], "samples": []}
+        group = groups[key]
         group["samples"].append({
             "n": row["sample"],
-            "parts": row.get("segments", []),
+            "parts": [_shown(folder, part) for part in row.get("segments", [])],
             "error": row.get("error", ""),
             "note": f"seed {row['seed']} · guidance {row['guidance']:g} · {len(row['tokens'])} tokens"
             if "tokens" in row else f"line {row['line']}",
@@ -31,9 +35,17 @@ def write(folder: str | Path, title: str = "Samples") -> Path:
     for card in cards:
         card["samples"].sort(key=lambda sample: -1 if sample["n"] is None else sample["n"])
     data = json.dumps(cards, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
-    page = _PAGE.replace("@TITLE@", title).replace("@DATA@", data)
+    page = _PAGE.replace("@TITLE@", title).replace("@THUMBNAIL@", str(THUMBNAIL)).replace("@DATA@", data)
     write_text(folder / "index.html", page)
     return folder / "index.html"
+
+
+def _shown(folder: Path, part: dict[str, Any]) -> dict[str, Any]:
+    """A part of a line, with the thumbnail of a large picture: jobs of an older version have none."""
+    if max(part.get("height", 0), part.get("width", 0)) <= THUMBNAIL:
+        return part
+    small = thumbnail(Path(part["image"]))
+    return part | {"thumbnail": small.as_posix()} if (folder / small).exists() else part
 
 
 _PAGE = """<!doctype html>
@@ -107,11 +119,15 @@ function make(tag, kind, text) {
   return node;
 }
 function picture(part) {
-  const node = make("img", Math.max(part.height, part.width) <= 160 ? "small" : "");
-  const scale = Math.max(1, Math.floor(160 / Math.max(part.height, part.width)));  // whole factors keep pixels square
-  node.loading = "lazy"; node.decoding = "async"; node.alt = ""; node.src = encodeURI(part.image);
-  node.width = part.width * scale; node.height = part.height * scale;
-  node.onclick = () => { zoom.firstChild.src = node.src; zoom.firstChild.className = node.className; zoom.showModal() };
+  const longer = Math.max(part.height, part.width), small = longer <= 160;
+  const node = make("img", small ? "small" : "");
+  // Whole factors keep the pixels of a small one square.
+  const scale = small ? Math.floor(160 / longer) : Math.min(1, @THUMBNAIL@ / longer);
+  node.loading = "lazy"; node.decoding = "async"; node.alt = ""; node.src = encodeURI(part.thumbnail || part.image);
+  node.width = Math.round(part.width * scale); node.height = Math.round(part.height * scale);
+  node.onclick = () => {
+    zoom.firstChild.src = encodeURI(part.image); zoom.firstChild.className = node.className; zoom.showModal();
+  };
   return node;
 }
 const fill = (node, parts) => {

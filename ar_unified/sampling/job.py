@@ -2,7 +2,8 @@
 
     manifest.json   what decides the samples: vocabulary, weights, requests, defaults, engine shape
     samples*.jsonl  one line per sample, appended when its pictures are in their place; bad requests are lines, too
-    images/ID/00_00.png   picture 00 of sample 00; prompt_00.png, a picture of the prompt as the model saw it
+    images/ID/00_00.png   picture 00 of sample 00; prompt_00.png, a picture of the prompt as the model saw it; beside
+                          one of more than 256 pixels a side its thumbnail, 00_00.jpg
     index.html      the gallery, when all is done
 
 A sample depends on its request alone, so an interrupted job, and one split over any number of processes, ends with the
@@ -24,7 +25,7 @@ import jax
 import numpy as np
 
 from ar_unified import progress
-from ar_unified.data.images import Cells, to_png
+from ar_unified.data.images import Cells
 from ar_unified.data.prepare import default_resize
 from ar_unified.document import CodesPart, Part, TextPart
 from ar_unified.grammar import GrammarError
@@ -34,9 +35,9 @@ from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.formats import fingerprint
 from ar_unified.sampling.request import Request, RequestError, Sample, TokensPart
 from ar_unified.sampling.requests import Canvas, Line, Picture, PictureError, read_requests
-from ar_unified.sampling.results import Done, Entry, Writer, by_size, open_shard, shards
+from ar_unified.sampling.results import Done, Entry, Writer, by_size, open_shard, shards, write_picture
 from ar_unified.sampling.roofline import Roofline
-from ar_unified.workdir import clean, read_json, write_bytes, write_json
+from ar_unified.workdir import clean, read_json, write_json
 
 _WINDOW = 4  # batches of requests that are made ready at once, while the engine works on those before
 
@@ -325,8 +326,10 @@ class _Preparation:
         return segments
 
     def _picture(self, name: str, pixels: np.ndarray) -> dict[str, Any]:
-        if not (self._output / name).exists():
-            write_bytes(self._output / name, to_png(pixels))
+        path = self._output / name
+        if not path.exists():
+            clean(path.parent)  # what a killed process left of it
+            write_picture(path, pixels)
         return _image(name, *pixels.shape[:2])
 
 

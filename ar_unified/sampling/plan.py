@@ -19,6 +19,7 @@ from ar_unified.sampling.steps import Shape
 from ar_unified.vocabulary import Role
 
 _PARTS = (4, 2, 1)  # of max_length, that a cache is long
+_SLOTS = 64  # its length is a multiple of
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,8 +227,12 @@ def _budget(request: Request, needed: int, most: int, prompt: int, max_length: i
 
 
 def _length_class(n: int, max_length: int) -> int:
-    """The length of the cache that n tokens go to: max_length, a half or a quarter of it, in multiples of 8."""
-    classes = [-(-max_length // (8 * part)) * 8 for part in _PARTS]
+    """The length of the cache that n tokens go to: max_length, a half or a quarter of it, in multiples of 64.
+
+    Of 64, because XLA on a CPU adds up a row in vectors: behind an incomplete one, a row's bits would depend on how
+    much of the cache its batch makes it read (kernels/decode_attention/xla.py).
+    """
+    classes = [-(-max_length // (_SLOTS * part)) * _SLOTS for part in _PARTS]
     fitting = [length for length in classes if length >= n]
     if not fitting:
         raise RequestError(

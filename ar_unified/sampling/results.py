@@ -25,10 +25,11 @@ from typing import IO, Any
 
 import numpy as np
 
-from ar_unified.data.images import to_png
+from ar_unified.data.images import to_png, to_thumbnail
 from ar_unified.workdir import clean, write_bytes
 
 _NAME = re.compile(r"samples(-\d{5}-of-\d{5})?\.jsonl")
+THUMBNAIL = 256  # pixels of the longer side; a picture that has no more is its own
 _PATIENCE = 5.0  # seconds that a finished sample may wait for others to be decoded with
 
 
@@ -229,7 +230,7 @@ class Writer:
             if path.parent not in self._touched:
                 self._touched.add(path.parent)
                 clean(path.parent)  # what a killed process left of the same request
-            write_bytes(path, to_png(pixels))
+            write_picture(path, pixels)
         for entry in entries:
             # A lone surrogate of a bad request becomes its JSON escape.
             line = json.dumps(entry.row, ensure_ascii=False).encode("utf-8", "backslashreplace")
@@ -238,6 +239,18 @@ class Writer:
                 rest = rest[self._file.write(rest) :]
         os.fsync(self._file.fileno())
         self._written([entry.row for entry in entries])
+
+
+def write_picture(path: Path, pixels: np.ndarray) -> None:
+    """Writes a PNG and, before it, the thumbnail of a large one: where the PNG is, both are whole. Raises OSError."""
+    if max(pixels.shape[:2]) > THUMBNAIL:
+        write_bytes(thumbnail(path), to_thumbnail(pixels, THUMBNAIL))
+    write_bytes(path, to_png(pixels))
+
+
+def thumbnail(picture: Path) -> Path:
+    """Where the thumbnail of a picture is, if it has one: beside it."""
+    return picture.with_suffix(".jpg")
 
 
 def by_size(function: Callable[[np.ndarray], np.ndarray], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:

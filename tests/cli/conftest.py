@@ -34,7 +34,7 @@ SMALL = {
     "training.validate_every": 12,
     "training.checkpoint_every": 5,
     "sampling.max_length": 192,
-    "sampling.batch_size": 4,
+    "sampling.batch_size": 8,
     "evaluation.limit": 2,
 }
 

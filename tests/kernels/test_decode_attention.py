@@ -11,6 +11,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ar_unified.kernels import attention, decode_attention, device
+from ar_unified.kernels.decode_attention import xla
 from tests.kernels.decode_cases import CASES, HOPPER_CASES, DecodeCase
 from tests.kernels.test_attention import relative
 
@@ -85,6 +86,33 @@ def test_what_lies_outside_of_a_row_has_no_influence(backend):
     other = arrays | {name: np.where(outside, np.float32(1e4), arrays[name]) for name in ("k", "v")}
     for found, expected in zip(outputs(case, backend, other), outputs(case, backend, arrays), strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("longest", [1, 128, 129, 513])
+def test_xla_reads_no_more_of_a_cache_than_the_prefix_its_longest_row_needs(longest, int8):
+    """At both sides of each border: what the reference gives, and what lies behind the prefix would have made NaN."""
+    assert xla.prefixes(1000) == [128, 256, 512, 1000]
+    read = next(prefix for prefix in xla.prefixes(1000) if prefix >= longest)
+    case = DecodeCase((longest, longest // 2, 0, min(longest, 70)), 1000, heads=4, kv_heads=2, int8=int8)
+    arrays = case.arrays()
+    expected = outputs(case, "reference", arrays)
+    floats = ("k_scale", "v_scale") if int8 else ("k", "v")
+    behind = arrays | {name: arrays[name].copy() for name in floats}
+    for name in floats:
+        behind[name][:, :, read:] = np.nan
+    for found, right in zip(outputs(case, "xla", behind), expected, strict=True):
+        finite = np.isfinite(right)
+        np.testing.assert_array_equal(found[~finite], right[~finite])
+        assert relative(found[finite], right[finite]) < 1e-5
+
+
+def test_by_xla_a_row_gets_the_same_bits_whatever_prefix_its_batch_needs():
+    """Else a sample would depend on those beside it. Of a cache of 1000 slots, no multiple of 64, the last bits do."""
+    alone = DecodeCase((100, 1), 1024).arrays()
+    beside = alone | {"lengths": np.array([100, 1024], np.int32)}
+    for a, b in zip(*(outputs(CASES["grouped by 4"], "xla", arrays) for arrays in (alone, beside)), strict=True):
+        np.testing.assert_array_equal(a[0], b[0])
 
 
 @pytest.mark.parametrize("name", ["grouped by 4", "window and soft cap"])

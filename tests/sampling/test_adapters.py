@@ -96,6 +96,20 @@ def test_lmms_eval(engine):
     (likely,) = model.loglikelihood([instance("h", lambda doc: doc["answer"], visual, 0, "t", "test")])
     assert likely == plain.likelihoods([([GREY, "h"], "ab")])[0]
 
+    def rounds(doc, previous_output, round_idx, previous_round_info):
+        """As many more rounds as the answer wanted says letters, each about the answer before."""
+        if round_idx > len(doc["answer"]):
+            return None, None, True, previous_output, None
+        assert previous_round_info == (None if round_idx == 1 else round_idx - 1)
+        return [GREY], previous_output[-1], False, previous_output, round_idx
+
+    model.task_dict["t"]["test"].append({"picture": GREY, "answer": ""})
+    two = [instance("h", settings, visual, rounds, id, "t", "test") for id in (0, 1)]
+    three_answers, one_answer = model.generate_until_multi_round(two)
+    first = plain.answers([([GREY, "h"], settings)])[0]
+    second = plain.answers([([GREY, first], settings)])[0]
+    assert three_answers == [first, second, plain.answers([([GREY, second], settings)])[0]] and one_answer == [first]
+
 
 def test_vlmevalkit(engine, tmp_path):
     pytest.importorskip("vlmeval", reason="VLMEvalKit is not installed")

@@ -75,6 +75,26 @@ def _few_programs(monkeypatch):
     monkeypatch.setattr("ar_unified.sampling.plan._PARTS", (1,))
 
 
+def watch(first, contexts):
+    """A list that takes the logits [R, C, V] of all rows before each step, which the engine then takes one by one."""
+    head, call, seen = np.asarray(first.params["head"]), first.call, []
+
+    def one_by_one(function, *args):
+        if function is not first._programs.decode:
+            return call(function, *args)
+        weights, state, halted, count = args
+        pieces = []
+        for i in range(int(count)):
+            seen.append(np.asarray(state.hidden).reshape(first.batch_size, contexts, -1) @ head.T)
+            state, packed = call(function, weights, state, halted & (i == 0), np.int32(1))
+            pieces.append(packed)
+        rest = packed[:, len(pieces) :]
+        return state, jnp.concatenate([*(piece[:, :1] for piece in pieces), rest], axis=1)
+
+    first.call = one_by_one
+    return seen
+
+
 def contexts_of(grammar, plan, tokens):
     """What each context of a request has read when its sample so far is `tokens`; written out once more."""
     v, request = grammar.vocabulary, plan.request
@@ -155,27 +175,14 @@ def test_logits_equal_the_forward_in_every_context(grammar, contexts):
     asked = [r for r in requests(grammar, **GREEDY, n=1) if r.contexts == contexts and r.repetition_penalty == 1]
     params = init(CONFIG, jax.random.key(0))
     first = engine(grammar, params, batch_size=3)
-    head, call, insert = np.asarray(params["head"]), first.call, first._insert
-    seen: list[np.ndarray] = []  # logits of all rows before each step
+    seen, insert = watch(first, contexts), first._insert
     placed: list[tuple[int, dict]] = []  # which samples began at which step, by slot
-
-    def one_by_one(function, *args):
-        if function is not first._programs.decode:
-            return call(function, *args)
-        weights, state, halted, count = args
-        pieces = []
-        for i in range(int(count)):
-            seen.append(np.asarray(state.hidden).reshape(3, contexts, -1) @ head.T)
-            state, packed = call(function, weights, state, halted & (i == 0), np.int32(1))
-            pieces.append(packed)
-        rest = packed[:, len(pieces) :]
-        return state, jnp.concatenate([*(piece[:, :1] for piece in pieces), rest], axis=1)
 
     def inserted(state, shape, fresh, prompts):
         placed.append((len(seen), dict(fresh)))
         return insert(state, shape, fresh, prompts)
 
-    first.call, first._insert = one_by_one, inserted
+    first._insert = inserted
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ar_unified.sampling.engine._chunk", lambda slots, waiting: 3)
         samples = collect(first.generate(asked))
@@ -234,14 +241,23 @@ def test_scores_are_those_of_the_forward(params):
     assert greedy is None or greedy.parts[0].greedy
 
 
-def test_an_int8_cache_is_close(grammar):
-    """Greedy codes mostly agree; how close the attention itself is has a test beside its kernels."""
-    params = init(CONFIG, jax.random.key(0))
-    asked = [Request("a", (TextPart("abcdef"),), mode="image", guidance=2.0, n=3, **GREEDY)]
-    whole, rounded = engine(grammar, params), engine(grammar, params, kv_dtype="int8")
-    a, b = collect(whole.generate(asked)), collect(rounded.generate(asked))
-    agree = [np.mean(a[key].tokens == b[key].tokens) for key in a]
-    assert min(agree) > 0.5 and set(a) == set(b)
+def test_a_rounded_cache_moves_the_logits_a_little():
+    """All caches read the same tokens, a prompt and the codes of a canvas. Bounded is the distance of a step's logits
+    to those of the whole cache, over their length; at most 0.27% and 1.4% were found."""
+    params, found = init(CONFIG, jax.random.key(0)), {}
+    canvas = np.array([[-1, 3, 5, 7], [9, 11, 13, 15], [17, 19, 21, 23]], np.int32)  # the hole: else all is prompt
+    asked = Request("a", (TextPart("abcdefghijkl"),), mode="image", guidance=2.0, canvas=canvas, **GREEDY)
+    for name in (None, "int8", "float8_e4m3fn"):
+        first = engine(GRAMMARS["rows"], params, batch_size=1, kv_dtype=name)
+        seen = watch(first, contexts=2)
+        (sample,) = first.generate([asked])
+        found[name] = sample.tokens, np.stack(seen[: len(sample.tokens) - 3])
+    tokens, whole = found.pop(None)
+    assert len(whole) > 14
+    for name, (same, rounded) in found.items():
+        np.testing.assert_array_equal(same, tokens)
+        moved = np.linalg.norm(rounded - whole, axis=-1) / np.linalg.norm(whole, axis=-1)
+        assert 0 < moved.max() < {"int8": 0.006, "float8_e4m3fn": 0.03}[name]
 
 
 def test_what_goes_on_is_what_follows_the_prompt(params):

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ar_unified.document import CodesPart, TextPart
 from ar_unified.sampling import engine as engine_module
-from ar_unified.sampling import plan
+from ar_unified.sampling import gallery, plan
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.job import JobMismatch, run_job
 from ar_unified.sampling.request import RequestError
@@ -114,6 +114,56 @@ def test_everything_asked_for_is_there(engine, tmp_path):
     page = (tmp_path / "out/index.html").read_text()
     assert all(segment["image"] in page for row in rows for segment in row["segments"] if "image" in segment)
     assert "http" not in page
+
+
+class Large(Tiles):
+    """Tiles of 128 x 128 pixels: pictures of 256 x 384."""
+
+    factor = 128
+
+    def encode(self, images):
+        return (images[:, ::128, ::128, 0] // 10).clip(0, 23).astype(np.int32)
+
+    def decode(self, codes):
+        return super().decode(codes).repeat(32, 1).repeat(32, 2)
+
+
+def test_the_gallery_loads_thumbnails_of_large_pictures(engine, tmp_path):
+    requests = write_requests(tmp_path / "in", [{"id": "dog", "prompt": "de"}, GOOD[3]])
+
+    def run_large(output):
+        run_job(engine, Large(), requests, output, defaults=DEFAULTS, weights="w", show_progress=False)
+        return tree(output)
+
+    def shown(output):
+        """(picture, thumbnail) of each picture on the page."""
+        page = (output / "index.html").read_text()
+        data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+        parts = [part for card in data for s in card["samples"] for part in (*card["prompt"], *s["parts"])]
+        return {(part["image"], part.get("thumbnail")) for part in parts if "image" in part}
+
+    output = tmp_path / "out"
+    whole = run_large(output)
+    names = ["images/dog/00_00", "images/ask/prompt_00"]
+    assert shown(output) == {(f"{name}.png", f"{name}.jpg") for name in names}
+    for name in names:
+        with Image.open(output / f"{name}.jpg") as small, Image.open(output / f"{name}.png") as large:
+            assert (small.size, large.size) == ((256, 171), (384, 256))
+            near = np.asarray(small, float) - np.asarray(large.resize(small.size), float)
+            assert np.abs(near).mean() < 3
+
+    # Killed between a thumbnail and its picture, and in a thumbnail.
+    (output / "images/dog/00_00.png").unlink()
+    (output / "images/ask/prompt_00.png").unlink()
+    (output / "images/ask/prompt_00.jpg").rename(output / "images/ask/.prompt_00.jpg.host.1.unfinished~")
+    (output / "samples.jsonl").write_bytes(b"")
+    assert run_large(output) == whole
+
+    (output / "images/dog/00_00.jpg").unlink()  # as jobs before thumbnails left it
+    gallery.write(output)
+    assert ("images/dog/00_00.png", None) in shown(output)
+    run(engine, requests, tmp_path / "small")
+    assert not list((tmp_path / "small").rglob("*.jpg"))
 
 
 def test_killed_anywhere_and_split_over_processes_the_job_ends_the_same(engine, tmp_path, monkeypatch):

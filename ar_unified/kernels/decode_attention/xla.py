@@ -1,7 +1,8 @@
 """Decode attention by XLA alone: any platform, any shape.
 
 XLA's shapes are static, so of a cache it reads the whole, a half, a quarter or an eighth: as much as the longest row of
-the batch asks for. What a row gets does not depend on that, bit for bit on CPU: more slots add exact zeros.
+the batch asks for. What a row gets does not depend on that, bit for bit on CPU where the cache's length is a multiple
+of SHORTEST: more slots add exact zeros, in the same order.
 
 B batch, S cache slot, N query heads, K KV heads, G = N / K, H head dim.
 """
@@ -15,7 +16,7 @@ from ar_unified.kernels.attention.xla import row_max
 from ar_unified.kernels.decode_attention.spec import Cache, Spec
 
 PREFIXES = (8, 4, 2, 1)  # parts of the cache; finer ones do not pay for the copy that XLA makes of a part
-SHORTEST = 64  # slots of a prefix at least
+SHORTEST = 64  # slots of a prefix at least, and what all but the whole cache are multiples of
 _HIDDEN = -1e30  # added to the score of a slot that is not seen; finite, for a row that sees none must not make NaN
 
 

@@ -53,8 +53,34 @@ class EngineLMM(lmms):
             pairs.append((_content(context, doc_to_visual(doc)), text))
         return self._model.likelihoods(pairs)
 
-    def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
-        raise NotImplementedError("a prompt has one turn: tasks of several rounds cannot be run")
+    def generate_until_multi_round(self, requests: list[Any]) -> list[list[str]]:
+        """(context, settings, doc_to_visual, doc_to_text, doc_id, task, split) each: the answers of all its rounds.
+
+        Every round is a prompt of its own. `doc_to_text` says the next one, given the answers so far, until it says
+        that they were the last; what a prompt has of earlier rounds is the task's to put there.
+        """
+        answers: list[Any] = [[] for _ in requests]
+        asked = {}  # by request: the prompt of this round, and what the task remembers
+        for i, request in enumerate(requests):
+            context, _, doc_to_visual, _, id, task, split = request.args
+            asked[i] = _content(context, doc_to_visual(self.task_dict[task][split][id])), None
+        number = 0
+        while asked:
+            number += 1
+            found = self._model.answers([(content, requests[i].args[1]) for i, (content, _) in asked.items()])
+            for (i, (_, memory)), answer in zip(list(asked.items()), found, strict=True):
+                _, _, _, doc_to_text, id, task, split = requests[i].args
+                visuals, context, over, answers[i], memory = doc_to_text(
+                    self.task_dict[task][split][id],
+                    previous_output=[*answers[i], answer],
+                    round_idx=number,
+                    previous_round_info=memory,
+                )
+                if over:
+                    del asked[i]
+                else:
+                    asked[i] = _content(context, visuals), memory
+        return [list(rounds) for rounds in answers]
 
 
 def _content(context: str, visuals: list[Any] | None) -> Content:

@@ -1,0 +1,107 @@
+"""From the tokens of an answer to its Sample: where it stops, the document it says, and why it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from ar_unified.document import Document, Part, TextPart
+from ar_unified.grammar import Grammar, GrammarError
+from ar_unified.sampling.plan import Plan, open_picture
+from ar_unified.sampling.request import Sample
+
+Stop = str | tuple[int, ...]  # a text, or ids of text pieces
+
+
+def finished(grammar: Grammar, plan: Plan, index: int, tokens: np.ndarray, broken: bool = False) -> Sample:
+    """The sample of a row that has ended: tokens int32 [n], <eos> among them; broken: its logits were NaN."""
+    request = plan.request
+    if broken:
+        reason = "the model's logits were NaN: the weights are broken, or overflow in the compute dtype"
+        return Sample(request, index, tokens, None, "error", reason)
+    try:
+        document = _document(grammar, plan, tokens)
+    except GrammarError as error:
+        return Sample(request, index, tokens, None, "error", str(error))
+    # Ended by the budget: something more was allowed, but nothing of that kind would have fitted.
+    left = plan.budget - len(tokens)
+    if request.mode == "image":
+        pictures = sum(not isinstance(part, TextPart) for part in document.parts)
+        cut = pictures < request.images[1] and left < plan.smallest
+    else:
+        cut = left == 0
+    return Sample(request, index, tokens, document, "length" if cut else "eos")
+
+
+def stopped(grammar: Grammar, plan: Plan, index: int, tokens: np.ndarray) -> Sample | None:
+    """The sample, if one of the request's stops is in tokens int32 [n]: they end with it, the document before it."""
+    found = _first_stop(grammar, tokens, plan.request.stop)
+    if found is None:
+        return None
+    end, stop = found
+    said = tokens[: end if isinstance(stop, str) else end - len(stop)]  # a text may begin within a piece
+    sample = finished(grammar, plan, index, np.append(said, grammar.vocabulary.eos).astype(np.int32))
+    if sample.document is None:
+        return replace(sample, tokens=tokens[:end])
+    parts = sample.document.parts
+    if isinstance(stop, str):
+        *before, last = parts
+        assert isinstance(last, TextPart)
+        text = last.text[: last.text.rindex(stop)]
+        parts = (*before, TextPart(text)) if text else tuple(before)
+    return replace(sample, tokens=tokens[:end], document=replace(sample.document, parts=parts), finish_reason="stop")
+
+
+def _document(grammar: Grammar, plan: Plan, tokens: np.ndarray) -> Document:
+    """What stands behind the prompt. Text that goes on where the prompt's text ends is a part of its own."""
+    v, prompt = grammar.vocabulary, plan.prompt
+    opened = open_picture(grammar, prompt)
+    parts: tuple[Part, ...] = grammar.parse(np.concatenate([[v.bos], opened, tokens])).parts
+    *_, (begin, end) = (0, 0), *_text_runs(v.text_size, prompt)
+    before = prompt[begin:end] if end == len(prompt) else prompt[:0]
+    if len(before) and len(tokens) and tokens[0] < v.text_size:
+        # Said again with the text before: what ids stand for may depend on it.
+        first = tokens[: _text_runs(v.text_size, tokens)[0][1]]
+        whole, known = (grammar.text_codec.decode([int(i) for i in ids])
+                        for ids in (np.concatenate([before, first]), before))  # fmt: skip
+        rest = parts[1:] if parts and isinstance(parts[0], TextPart) else parts
+        said = whole.removeprefix(known)
+        parts = (TextPart(said), *rest) if said else rest
+    return Document(parts, id=plan.request.id, meta=plan.request.meta)
+
+
+def _first_stop(grammar: Grammar, tokens: np.ndarray, stops: Sequence[Stop]) -> tuple[int, Stop] | None:
+    """(n, stop) of the stop that is said first: the first n tokens say it, and no fewer do. A picture interrupts."""
+    for begin, end in _text_runs(grammar.vocabulary.text_size, tokens):
+        ids = [int(i) for i in tokens[begin:end]]
+        ends = (_find_text(grammar, ids, stop) if isinstance(stop, str) else _find_ids(ids, stop) for stop in stops)
+        found = [(begin + n, stop) for n, stop in zip(ends, stops, strict=True) if n is not None]
+        if found:
+            return min(found, key=lambda pair: pair[0])
+    return None
+
+
+def _text_runs(text_size: int, tokens: np.ndarray) -> list[tuple[int, int]]:
+    """Where runs of text pieces begin and end."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], tokens < text_size, [0]]).astype(np.int8)))
+    return [(int(begin), int(end)) for begin, end in edges.reshape(-1, 2)]
+
+
+def _find_text(grammar: Grammar, ids: Sequence[int], stop: str) -> int | None:
+    """How many of the ids it takes to say `stop`."""
+    decode = grammar.text_codec.decode
+    if stop not in decode(ids):
+        return None
+    low, high = 0, len(ids)  # decode(ids[:high]) has it, decode(ids[:low]) has not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if stop in decode(ids[:middle]) else (middle, high)
+    return high
+
+
+def _find_ids(ids: Sequence[int], stop: Sequence[int]) -> int | None:
+    """Where the ids `stop` end, in `ids`."""
+    n = len(stop)
+    return next((i + n for i in range(len(ids) - n + 1) if tuple(ids[i : i + n]) == tuple(stop)), None)

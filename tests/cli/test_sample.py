@@ -1,0 +1,70 @@
+"""Sampling as an experiment asks for it: on which devices, with which cache."""
+
+import jax
+import numpy as np
+import pytest
+
+from ar_unified.checkpoint import Checkpoints
+from ar_unified.cli import config as configs
+from ar_unified.cli.experiment import Experiment
+from ar_unified.document import TextPart
+from ar_unified.sampling.engine import Engine
+from ar_unified.sampling.request import Request
+from ar_unified.sampling.steps import Shape
+from ar_unified.workdir import Workdir, write_json
+from tests.sampling.tiny import CONFIG, GRAMMARS, random_params
+
+
+def experiment(folder, **changes):
+    """One whose tiny model was trained, without the stages before."""
+    config = configs.defaults()
+    config.sampling.update(dict(batch_size=4, max_length=64) | changes.pop("sampling", {}))
+    config.mesh.update(changes)
+    opened = Experiment(config, Workdir(folder))
+    opened.__dict__ |= {"grammar": GRAMMARS["grid"], "model": CONFIG}  # what the tokenizers would decide
+    return opened
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    checkpoints = Checkpoints(folder / "model" / "checkpoints")
+    metadata = {"manifest": GRAMMARS["grid"].manifest()}
+    checkpoints.save(1, params=random_params(), optimizer={"count": np.zeros(1)}, metadata=metadata)
+    checkpoints.close()
+    write_json(folder / "model" / "done.json", {"fingerprint": {}})
+    return folder
+
+
+def test_rows_are_split_over_a_process_own_devices_and_heads_as_the_mesh_says(trained):
+    """Eight devices: 4 groups of rows x tensor 2. The weights never lie whole on one, the tokens are those of one."""
+    engine = experiment(trained, fsdp=4, tensor=2).engine
+    assert dict(engine.mesh.shape) == {"data": 4, "fsdp": 1, "tensor": 2, "context": 1}
+    query = engine.params["layers"]["attention"]["query"]  # [L, D, N, H]
+    assert query.addressable_shards[0].data.shape == (2, 32, 4 // 2, 8)
+    cache = engine.call(engine._programs.empty, Shape(1, 64), 4, None).cache
+    assert cache[0][0].addressable_shards[0].data.shape == (4 // 4, 2 // 2, 64, 8)  # [rows, K, S, H]
+
+    asked = [Request(name, (TextPart(name),), mode="image", seed=3) for name in ("a", "bc", "def", "g", "hh")]
+    alone = Engine(CONFIG, random_params(), GRAMMARS["grid"], batch_size=4, max_length=64)
+    ours, theirs = ({s.request.id: s.tokens.tolist() for s in e.generate(asked)} for e in (engine, alone))
+    assert ours == theirs
+
+
+def test_one_device_needs_no_mesh(trained, monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    opened = experiment(trained, sampling=dict(kv_dtype="int8"))
+    assert opened.engine.mesh is None and opened.engine.kv_dtype == "int8"
+
+
+@pytest.mark.parametrize(
+    "mesh, sampling, words",
+    [
+        (dict(tensor=3), {}, "8 devices: mesh .*tensor=3"),
+        (dict(tensor=2), dict(batch_size=6), "batch_size: expected a multiple of the mesh's 4 data devices, found 6"),
+        ({}, dict(kv_dtype="int4"), "kv_dtype: expected one of .*int8.*; found 'int4'"),
+    ],
+)
+def test_what_does_not_fit_is_said(trained, mesh, sampling, words):
+    with pytest.raises(SystemExit, match=words):
+        experiment(trained, sampling=sampling, **mesh).engine  # noqa: B018
