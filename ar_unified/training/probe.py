@@ -51,7 +51,7 @@ class Probe:
         for start in range(0, len(ids), self.rows):
             batch = _rows(self.task.vocabulary, ids[start : start + self.rows], self.rows)
             with jax.set_mesh(self.mesh):
-                found = self._step(self.state.params, batch)
+                found = self._step(self.state.params, self.state.kept, batch)
             bits, counted = jax.device_get(found["bits_per_image_token"])
             total, count = total + float(bits), count + float(counted)
         return {"bits_per_id": total / count, "budget": self.budget}

@@ -1,0 +1,112 @@
+"""Every quantiser at equal budget: photographs and emoji, 1,024 codes (fsq: 1,000; rq: two of 32), f8, one small network.
+
+    python experiments/benchmarks/quantizers.py --path DIR --workdir DIR2 --output FILE.json [--only NAME ...]
+
+DIR holds clothing and noto-emoji with their captions.jsonl; one picture in twenty of each is held out and scored, at
+128 x 128 pixels. Each quantiser trains the network of experiments/photos.py on the same crops from the same seed, for
+STEPS steps of 16, on the pixels' squared error alone, with the settings its name has by default; then a transformer of
+1M parameters learns the ids of the training pictures for PROBE steps, and its bits per id are of the held-out ones.
+Nothing was tuned for any of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ar_unified.cli.config import defaults, parse_arg
+
+STEPS, PROBE = 1000, 150
+CANDIDATES: dict[str, dict[str, Any]] = {
+    "fsq": dict(quantizer="fsq"),
+    "fsq, ifsq": dict(quantizer="fsq", activation="ifsq"),
+    "vq": dict(quantizer="vq"),
+    "vq, ema": dict(quantizer="vq", update="ema"),
+    "vq, rotation": dict(quantizer="vq", gradient="rotation"),
+    "simvq": dict(quantizer="simvq"),
+    "lfq": dict(quantizer="lfq"),
+    "bsq": dict(quantizer="bsq"),
+    "ibq": dict(quantizer="ibq"),
+    "rq": dict(quantizer="rq", depth=2, codes=32),
+}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    args = parse_arg(arg, path="../shared/data", name="fsq")
+    config = defaults()
+    config.name = f"bake-off: {args['name']}"
+
+    def pictures(split: str) -> tuple[ConfigDict, ...]:
+        return tuple(
+            ConfigDict(dict(kind="folder", path=f"{args['path']}/{name}", files=("captions",), split=split))
+            for name in ("clothing", "noto-emoji")
+        )
+
+    config.data.train = pictures("[:95%]")
+    config.data.validation = pictures("[95%:]")
+    config.data.image_size = (128, 128)
+    config.evaluation.tokenizer_probe_steps = PROBE
+
+    tokenizer = config.image_tokenizer
+    tokenizer.factor, tokenizer.patch = 8, 4
+    tokenizer.width, tokenizer.multipliers, tokenizer.blocks = 64, (1, 2), (1, 2)
+    tokenizer.crop, tokenizer.short_side, tokenizer.mirror = 64, 128, True
+    tokenizer.steps, tokenizer.batch_size = STEPS, 16
+    tokenizer.checkpoint_every = STEPS
+    tokenizer.update(CANDIDATES[args["name"].replace("+", ", ")])
+    return config
+
+
+def measured(name: str, path: str, folder: Path) -> dict[str, Any]:
+    """Trains and scores one in processes of their own; what is done already is not done again."""
+    label = name.replace(", ", "+")  # a comma ends an argument
+    config = ["--config", f"{__file__}:path={path},name={label}", "--workdir", str(folder / label)]
+    began, before = time.perf_counter(), os.times()
+    for verb in (["tokenizer", "--only", "image"], ["evaluate", "--only", "tokenizer"]):
+        subprocess.run([sys.executable, "-m", "ar_unified.cli.main", *verb, *config], check=True)
+    after = os.times()
+    (numbers,) = json.loads((folder / label / "tokenizer_evaluation/evaluation.json").read_text())["tokenizer"].values()
+    keys = ("psnr", "ssim", "codebook_size", "usage", "dead", "entropy_bits", "perplexity", "id_stability", "pictures")
+    return {key: numbers[key] for key in keys} | {
+        "bits_per_id": numbers["probe"]["bits_per_id"],
+        "ids_per_picture": numbers["ids_per_picture"],
+        "psnr_corrupted_5%": numbers["psnr_corrupted"]["5%"],
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": after.children_user + after.children_system - before.children_user - before.children_system,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--path", default="../shared/data")
+    parser.add_argument("--workdir", type=Path, default=Path("workdirs/bake_off"))
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
+    arguments = parser.parse_args()
+    results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    for name in arguments.only:
+        results[name] = measured(name, arguments.path, arguments.workdir)
+        arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+        print(row(name, results[name]), flush=True)
+    print("\n" + "\n".join(row(name, result) for name, result in results.items()))
+
+
+def row(name: str, found: dict[str, Any]) -> str:
+    """PSNR, SSIM, usage, entropy, bits of an id and of a picture under the probe, stability, CPU seconds."""
+    picture = found["bits_per_id"] * found["ids_per_picture"]
+    return (
+        f"    {name:14s}{found['psnr']:6.2f} {found['ssim']:6.3f} {found['usage']:6.1%} {found['entropy_bits']:6.2f} "
+        f"{found['bits_per_id']:6.2f} {picture:6.0f} {found['id_stability']:6.1%} {found['cpu_seconds']:6.0f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
