@@ -20,6 +20,7 @@ from safetensors.numpy import save as save_tensors
 from ar_tokenizers.files import write_whole
 from ar_tokenizers.image.autoencoder import Autoencoder, Params, init, to_float, to_uint8
 from ar_tokenizers.image.config import AutoencoderConfig
+from ar_tokenizers.image.tiling import map_windows
 
 WEIGHTS, CONFIG, FORMAT = "weights.safetensors", "config.json", 1
 
@@ -64,22 +65,46 @@ class ImageTokenizer:
             digest.update(np.asarray(leaf).astype("<f4").tobytes())
         return digest.hexdigest()
 
-    def encode(self, images: np.ndarray) -> np.ndarray:
-        """uint8 [B, H, W, 3] -> int32 [B, h, w]. Raises ValueError for other dtypes and sides that do not divide."""
+    def encode(self, images: np.ndarray, *, tile: int = 0, overlap: int | None = None) -> np.ndarray:
+        """Pictures to codes.
+
+        Args:
+          images: uint8 [B, H, W, 3].
+          tile: 0: the network sees whole pictures. Else it sees windows of tile x tile pixels, and `batch_size` of them
+            at once, whatever H and W are.
+          overlap: of neighbouring windows, in pixels, at least; by default a quarter of a tile. Both are multiples of
+            the factor. With backbone "folded" the windows change nothing if the overlap is 2 x `folded.reach(config)`,
+            4 x in `decode`. With "vqgan" each window has its own norms and attention, and its codes are not those of
+            the whole picture.
+
+        Returns:
+          int32 [B, h, w].
+
+        Raises:
+          ValueError: another dtype, sides or windows that do not divide, windows that overlap by more than a half.
+        """
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"pictures must be uint8 [B, H, W, 3], got {images.dtype} {list(images.shape)}")
-        return self._in_batches(self._encode, images, self.config.grid(*images.shape[1:3]), np.int32)
+        self.config.grid(*images.shape[1:3])
+        run = functools.partial(self._in_batches, self._encode, scales=(self.factor, 1), dtype=np.int32)
+        return self._in_windows(run, images, (self.factor, 1), tile, overlap, blend=False)
 
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        """int32 [B, h, w] -> uint8 [B, H, W, 3]. Raises ValueError for codes outside [0, codebook_size)."""
+    def decode(self, codes: np.ndarray, *, tile: int = 0, overlap: int | None = None) -> np.ndarray:
+        """Codes to pictures: int32 [B, h, w] -> uint8 [B, H, W, 3].
+
+        `tile` and `overlap` as in `encode`, in pixels; overlaps are blended, so that no seam shows.
+
+        Raises:
+          ValueError: codes outside [0, codebook_size), or windows as in `encode`.
+        """
         codes = np.asarray(codes)
         if not np.issubdtype(codes.dtype, np.integer) or codes.ndim != 3:
             raise ValueError(f"codes must be integers [B, h, w], got {codes.dtype} {list(codes.shape)}")
         if codes.size and not 0 <= codes.min() <= codes.max() < self.codebook_size:
             raise ValueError(f"codes must be in [0, {self.codebook_size}), found {codes.min()} to {codes.max()}")
-        side = (codes.shape[1] * self.factor, codes.shape[2] * self.factor, 3)
-        return self._in_batches(self._decode, codes.astype(np.int32), side, np.uint8)
+        run = functools.partial(self._in_batches, self._decode, scales=(1, self.factor), dtype=np.uint8)
+        return self._in_windows(run, codes.astype(np.int32), (1, self.factor), tile, overlap, blend=True)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write weights.safetensors and, last, config.json: without the second there is no tokenizer in the folder."""
@@ -112,10 +137,30 @@ class ImageTokenizer:
             )
         return tokenizer
 
-    def _in_batches(
-        self, function: Callable[..., jax.Array], rows: np.ndarray, shape: tuple[int, ...], dtype: type
+    def _in_windows(
+        self,
+        run: Callable[[np.ndarray], np.ndarray],
+        rows: np.ndarray,
+        scales: tuple[int, int],
+        tile: int,
+        overlap: int | None,
+        *,
+        blend: bool,
     ) -> np.ndarray:
-        out: np.ndarray = np.empty((len(rows), *shape), dtype)
+        if not tile:
+            return run(rows)
+        overlap = tile // self.factor // 4 * self.factor if overlap is None else overlap
+        if tile < self.factor or tile % self.factor or overlap % self.factor:
+            raise ValueError(f"tile and overlap must be multiples of {self.factor} pixels, got {tile} and {overlap}")
+        sides = dict(tile=tile // self.factor, overlap=overlap // self.factor)
+        return map_windows(run, rows, scales=scales, **sides, blend=blend)
+
+    def _in_batches(
+        self, function: Callable[..., jax.Array], rows: np.ndarray, *, scales: tuple[int, int], dtype: type
+    ) -> np.ndarray:
+        height, width = (side // scales[0] * scales[1] for side in rows.shape[1:3])
+        channels = (3,) * (dtype is np.uint8)
+        out: np.ndarray = np.empty((len(rows), height, width, *channels), dtype)
         for start in range(0, len(rows), self.batch_size):
             batch = rows[start : start + self.batch_size]
             padding = [(0, self.batch_size - len(batch)), *[(0, 0)] * (rows.ndim - 1)]
