@@ -66,6 +66,12 @@ class Decoder(nnx.Module):
         return depth_to_space(self.head(jax.nn.silu(self.norm(x))).astype(jnp.float32), self.patch)
 
 
+def reach(config: AutoencoderConfig) -> int:
+    """Pixels from the edge of a code to the farthest pixel that it depends on, or that depends on it."""
+    blocks = sum(2 * count << level for level, count in enumerate(config.blocks))  # of two convolutions each
+    return config.patch * (1 + blocks)
+
+
 class Level(nnx.Module):
     """Residual blocks at one resolution: [B, h', w', F] -> the same shape."""
 

@@ -20,6 +20,7 @@ from safetensors.numpy import save as save_tensors
 from ar_tokenizers.files import write_whole
 from ar_tokenizers.image.autoencoder import Autoencoder, Params, init, to_float, to_uint8
 from ar_tokenizers.image.config import AutoencoderConfig
+from ar_tokenizers.image.tiling import map_windows
 
 WEIGHTS, CONFIG, FORMAT = "weights.safetensors", "config.json", 2
 
@@ -47,7 +48,7 @@ class ImageTokenizer:
         self.config, self.batch_size = config, batch_size
         self.params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
         self._encode = jax.jit(lambda params, rows: Autoencoder.bind(config, params).encode(to_float(rows)))
-        self._decode = jax.jit(lambda params, rows: to_uint8(Autoencoder.bind(config, params).decode(rows)))
+        self._decode = jax.jit(lambda params, rows: to_uint8(Autoencoder.bind(config, params).decode(_in_grid(rows))))
 
     @property
     def codebook_size(self) -> int:
@@ -70,25 +71,49 @@ class ImageTokenizer:
             digest.update(np.asarray(leaf).astype("<f4").tobytes())
         return digest.hexdigest()
 
-    def encode(self, images: np.ndarray) -> np.ndarray:
-        """uint8 [B, H, W, 3] -> int32 [B, h, w]. Raises ValueError for other dtypes and sides that do not divide."""
+    def encode(self, images: np.ndarray, *, tile: int = 0, overlap: int | None = None) -> np.ndarray:
+        """Pictures to codes.
+
+        Args:
+          images: uint8 [B, H, W, 3].
+          tile: 0: the network sees whole pictures. Else it sees windows of tile x tile pixels, and `batch_size` of them
+            at once, whatever H and W are.
+          overlap: of neighbouring windows, in pixels, at least; by default a quarter of a tile. Both are multiples of
+            the factor. With backbone "folded" the windows change nothing if the overlap is 2 x `folded.reach(config)`,
+            4 x in `decode`. With "vqgan" each window has its own norms and attention, and its codes are not those of
+            the whole picture.
+
+        Returns:
+          int32 [B, h, w].
+
+        Raises:
+          ValueError: another dtype, sides or windows that do not divide, windows that overlap by more than a half.
+        """
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"pictures must be uint8 [B, H, W, 3], got {images.dtype} {list(images.shape)}")
-        return self._in_batches(self._encode, images, self.config.grid(*images.shape[1:3]), np.int32)
+        self.config.grid(*images.shape[1:3])
+        run = functools.partial(self._in_batches, self._encode, scales=(self.factor, 1), dtype=np.int32)
+        return _in_grid(self._in_windows(run, images, (self.factor, 1), tile, overlap, blend=False))
 
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        """int32 [B, h, w] -> uint8 [B, H, W, 3]. Raises ValueError for codes outside [0, codebook_size)."""
-        depth = self.codes_per_position
-        codes = np.asarray(codes)
+    def decode(self, codes: np.ndarray, *, tile: int = 0, overlap: int | None = None) -> np.ndarray:
+        """Codes to pictures: int32 [B, h, w] -> uint8 [B, H, W, 3].
+
+        `tile` and `overlap` as in `encode`, in pixels; overlaps are blended, so that no seam shows.
+
+        Raises:
+          ValueError: codes outside [0, codebook_size), or windows as in `encode`.
+        """
+        codes, depth = np.asarray(codes), self.codes_per_position
         if not np.issubdtype(codes.dtype, np.integer) or codes.ndim != 3:
             raise ValueError(f"codes must be integers [B, h, w], got {codes.dtype} {list(codes.shape)}")
         if codes.size and not 0 <= codes.min() <= codes.max() < self.codebook_size:
             raise ValueError(f"codes must be in [0, {self.codebook_size}), found {codes.min()} to {codes.max()}")
         if codes.shape[2] % depth:
             raise ValueError(f"a row of codes has {depth} for each position, which {codes.shape[2]} is no multiple of")
-        side = (codes.shape[1] * self.factor, codes.shape[2] // depth * self.factor, 3)
-        return self._in_batches(self._decode, codes.astype(np.int32), side, np.uint8)
+        by_position = codes.astype(np.int32).reshape(*codes.shape[:2], -1, depth)
+        run = functools.partial(self._in_batches, self._decode, scales=(1, self.factor), dtype=np.uint8)
+        return self._in_windows(run, by_position, (1, self.factor), tile, overlap, blend=True)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write weights.safetensors and, last, config.json: without the second there is no tokenizer in the folder."""
@@ -121,15 +146,42 @@ class ImageTokenizer:
             )
         return tokenizer
 
-    def _in_batches(
-        self, function: Callable[..., jax.Array], rows: np.ndarray, shape: tuple[int, ...], dtype: type
+    def _in_windows(
+        self,
+        run: Callable[[np.ndarray], np.ndarray],
+        rows: np.ndarray,
+        scales: tuple[int, int],
+        tile: int,
+        overlap: int | None,
+        *,
+        blend: bool,
     ) -> np.ndarray:
+        if not tile:
+            return run(rows)
+        overlap = tile // self.factor // 4 * self.factor if overlap is None else overlap
+        if tile < self.factor or tile % self.factor or overlap % self.factor:
+            raise ValueError(f"tile and overlap must be multiples of {self.factor} pixels, got {tile} and {overlap}")
+        sides = dict(tile=tile // self.factor, overlap=overlap // self.factor)
+        return map_windows(run, rows, scales=scales, **sides, blend=blend)
+
+    def _in_batches(
+        self, function: Callable[..., jax.Array], rows: np.ndarray, *, scales: tuple[int, int], dtype: type
+    ) -> np.ndarray:
+        """Rows [n, H, W, 3] or [n, h, w, codes_per_position] -> the other of the two."""
+        height, width = (side // scales[0] * scales[1] for side in rows.shape[1:3])
+        shape = (height, width, 3 if dtype is np.uint8 else self.codes_per_position)
         out: np.ndarray = np.empty((len(rows), *shape), dtype)
         for start in range(0, len(rows), self.batch_size):
             batch = rows[start : start + self.batch_size]
             padding = [(0, self.batch_size - len(batch)), *[(0, 0)] * (rows.ndim - 1)]
-            out[start : start + len(batch)] = np.asarray(function(self.params, np.pad(batch, padding)))[: len(batch)]
+            made = np.asarray(function(self.params, np.pad(batch, padding))).reshape(-1, *shape)
+            out[start : start + len(batch)] = made[: len(batch)]
         return out
+
+
+def _in_grid(codes: Any) -> Any:
+    """[B, h, w, codes_per_position] -> [B, h, w x codes_per_position]."""
+    return codes.reshape(*codes.shape[:2], -1)
 
 
 def _flatten(tree: Params, prefix: str = "") -> dict[str, Any]:

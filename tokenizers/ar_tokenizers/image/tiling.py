@@ -1,0 +1,86 @@
+"""Pictures larger than memory allows, encoded and decoded in overlapping windows of one size.
+
+Axes: B batch, H W pixels, h w codes. Lengths here are in codes, unless said otherwise.
+
+A window sees nothing of what is beyond its edge, so its results near an edge inside the picture are wrong as far as the
+network reaches. Codes are taken from the window in whose middle they are: half of each overlap is given up on either
+side. Pixels are blended over the middle half of each overlap; a quarter is given up on either side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+
+def map_windows(
+    function: Callable[[np.ndarray], np.ndarray],
+    x: np.ndarray,
+    *,
+    scales: tuple[int, int],
+    tile: int,
+    overlap: int,
+    blend: bool,
+) -> np.ndarray:
+    """What `function` makes of `x`, computed in windows.
+
+    Args:
+      function: [n, th * scales[0], tw * scales[0], ...] -> [n, th * scales[1], tw * scales[1], ...].
+      x: [B, h * scales[0], w * scales[0], ...].
+      scales: entries of x and of the result along the side of one code: (factor, 1) to encode, (1, factor) to decode.
+      tile: side of a window; a picture that is smaller is its own window. overlap: of neighbours, at least.
+      blend: mix the overlaps (pixels), or cut them in their middle (codes).
+
+    Returns:
+      [B, h * scales[1], w * scales[1], ...]
+
+    Raises:
+      ValueError: the overlap is negative, or more than half a tile.
+    """
+    if not 0 <= overlap <= tile // 2:
+        raise ValueError(f"windows of {tile} codes overlap by 0 to {tile // 2} codes, got {overlap}")
+    height, width = (side // scales[0] for side in x.shape[1:3])
+    tops, lefts = _starts(height, tile, overlap), _starts(width, tile, overlap)
+    reads, writes = scales
+
+    def strip(top: int) -> np.ndarray:
+        rows = x[:, top * reads : (top + tile) * reads]
+        windows = np.concatenate([rows[:, :, left * reads : (left + tile) * reads] for left in lefts])
+        return _join(np.split(function(windows), len(lefts)), [left * writes for left in lefts], 2, blend)
+
+    return _join(map(strip, tops), [top * writes for top in tops], 1, blend)
+
+
+def _starts(length: int, tile: int, overlap: int) -> list[int]:
+    """Where windows begin, evenly spread."""
+    if length <= tile:
+        return [0]
+    last = math.ceil((length - tile) / (tile - overlap))
+    return [i * (length - tile) // last for i in range(last + 1)]
+
+
+def _join(pieces: Iterable[np.ndarray], starts: Sequence[int], axis: int, blend: bool) -> np.ndarray:
+    """Overlapping pieces that begin at `starts` along an axis (1 or 2 of at least 3) -> the whole."""
+    finished: list[np.ndarray] = []
+    begin = 0  # of what is last in `finished`
+    for start, piece in zip(starts, pieces, strict=True):
+        piece = np.moveaxis(piece, axis, 0)
+        if finished:
+            before, shared = np.split(finished.pop(), [start - begin])
+            new, rest = np.split(piece, [len(shared)])
+            finished += [before, np.concatenate([_mix(shared, new, blend), rest])]
+        else:
+            finished.append(piece)
+        begin = start
+    return np.moveaxis(np.concatenate(finished), 0, axis)
+
+
+def _mix(old: np.ndarray, new: np.ndarray, blend: bool) -> np.ndarray:
+    """One overlap of two pieces, along the first axis."""
+    if not blend:
+        return np.concatenate([old[: len(old) // 2], new[len(old) // 2 :]])
+    middle = (np.arange(len(old), dtype=np.float32) + 0.5) / max(len(old), 1)
+    weight = np.clip(2 * middle - 0.5, 0, 1).reshape(-1, *[1] * (old.ndim - 1))
+    return np.round(old + weight * (new.astype(np.float32) - old)).astype(old.dtype)
