@@ -1,4 +1,4 @@
-"""Every quantiser at equal budget: photographs and emoji, 1,024 codes (fsq: 1,000; rq: two of 32), f8, one small network.
+"""Every quantiser at equal budget: photographs and emoji, 1,024 codes (fsq: 1,000; rq: two of 32), f8, one network.
 
     python experiments/benchmarks/quantizers.py --path DIR --workdir DIR2 --output FILE.json [--only NAME ...]
 
