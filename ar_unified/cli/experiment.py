@@ -192,7 +192,13 @@ class Experiment:
 
     @cached_property
     def autoencoder(self) -> AutoencoderConfig:
-        return configs.pick(AutoencoderConfig, self.config.image_tokenizer)
+        image = configs.pick(AutoencoderConfig, self.config.image_tokenizer)
+        if self.config.data.layout == "rows" and image.codes_per_position > 1:
+            raise SystemExit(
+                f"ar-unified: config.data.layout: expected 'grid' with {image.codes_per_position} codes a position "
+                f"({image.quantizer}), found 'rows', whose pictures could end inside a position"
+            )
+        return image
 
     @cached_property
     def text_tokenizer(self) -> TextTokenizer:
@@ -212,11 +218,6 @@ class Experiment:
         text, image = self.text_tokenizer, self.image_tokenizer
         height, width = image.config.grid(*self.config.data.image_size)
         rows = self.config.data.layout == "rows"
-        if rows and image.codes_per_position > 1:
-            raise SystemExit(
-                f"ar-unified: config.data.layout: expected 'grid' with {image.codes_per_position} codes a position "
-                f"({image.config.quantizer}), found 'rows', whose pictures could end inside a position"
-            )
         # "aspect" keeps the area, so a side may be up to twice that of the square.
         layout = sized_rows(2 * height, 2 * width) if rows else fixed_grid(height, width)
         vocabulary = Vocabulary(

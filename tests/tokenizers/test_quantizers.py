@@ -22,7 +22,7 @@ SETTINGS = {
     "fsq": dict(quantizer="fsq", levels=(5, 4, 3)),
     "ifsq": dict(quantizer="fsq", levels=(5, 4, 3), activation="ifsq"),
     "vq": dict(quantizer="vq", codes=K, entropy=0.01),
-    "vq-ema": dict(quantizer="vq", codes=K, update="ema"),
+    "vq-ema": dict(quantizer="vq", codes=K, update="ema", entropy=0.01),
     "vq-rotation": dict(quantizer="vq", codes=K, gradient="rotation"),
     "simvq": dict(quantizer="simvq", codes=K),
     "lfq": dict(quantizer="lfq", codes=K),
@@ -273,7 +273,7 @@ def test_a_restarted_code_is_nearly_one_latent():
 
 
 def test_settle_is_the_moving_average_of_the_latents_of_a_code():
-    vq = make("vq-ema", codes=8, restart=0.0)
+    vq = make("vq-ema", codes=8, restart=0.0, entropy=0.0)
     params, noise = params_of(vq), np.random.default_rng(0)
     kept, count, total = vq.start(params), np.zeros(8), np.zeros((8, vq.dim))
     expected = np.array(params["codebook"])

@@ -131,7 +131,8 @@ class CodebookQuantizer(Quantizer):
         it (van den Oord et al. 2017, arXiv:1711.00937, appendix A); `settle` writes it, and no gradient reaches it.
       gradient: how it reaches the latents, "straight_through" or "rotation".
       restart: a code used less than this share of the mean use, by moving averages, becomes one of the batch's latents
-        (Lee et al. 2022, arXiv:2203.01941, whose threshold is a count and so depends on the batch). 0: never.
+        (Lee et al. 2022, arXiv:2203.01941, whose threshold is a count and so depends on the batch). 0: never. A step
+        should have at least a position for every 32 codes: with fewer, the average forgets codes that are in use.
 
     Raises:
       ValueError: an unknown update or gradient, or sizes that are no codebook.

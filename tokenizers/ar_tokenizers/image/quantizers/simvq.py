@@ -15,6 +15,7 @@ class SimVQ(Quantizer):
 
     Every code gets a gradient from every choice, which is what keeps all of them in use. Zhu et al. 2024,
     arXiv:2411.02038. Looking up goes through the layer (the authors' code forgets it in `get_codebook_entry`).
+    With the rotation gradient it can lose its codebook (lucidrains/vector-quantize-pytorch#177).
     """
 
     def __init__(
