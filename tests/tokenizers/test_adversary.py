@@ -161,7 +161,7 @@ def test_r1_of_a_linear_discriminator_and_against_finite_differences(monkeypatch
     np.testing.assert_allclose(penalty, 1.5 * np.square(w).sum() * np.ones(2), rtol=1e-5)
     np.testing.assert_allclose(gradient, 2 * 3.0 * w, rtol=1e-5)  # two pictures, each gamma x w
 
-    config = dataclasses.replace(PATCH, r1=2.0)
+    config = dataclasses.replace(PATCH, r1=2.0, layers=1)
     params, x = weights(config), pictures(2, 16, 16)
     mean = jax.jit(lambda x: adversary.logits(config, params, x)[0].mean((1, 2)))
     slope = jax.jit(jax.grad(lambda x: mean(x).sum()))(x)
@@ -204,11 +204,12 @@ def test_lazy_r1_counts_for_the_steps_between():
 def test_adaptive_weight_is_that_of_two_whole_gradients():
     real, features = pictures(2, 12, 12), jax.random.normal(jax.random.key(5), (2, 12, 12, 6))
     last = {"kernel": 0.3 * jax.random.normal(jax.random.key(6), (6, 3)), "bias": jnp.zeros(3)}
-    judge = weights(PATCH)
+    config = dataclasses.replace(PATCH, layers=1)
+    judge = weights(config)
     layer = lambda params: features @ params["kernel"] + params["bias"]  # noqa: E731
     of_pixels = {
         "reconstruction": lambda x: jnp.abs(x - real).mean(),
-        "adversarial": lambda x: adversary.generator_loss(PATCH, adversary.logits(PATCH, judge, x)[0]).mean(),
+        "adversarial": lambda x: adversary.generator_loss(config, adversary.logits(config, judge, x)[0]).mean(),
     }
 
     @jax.jit
