@@ -20,8 +20,8 @@ with a static cache and torch.compile. Our tokens were those of `generate`, all 
     OMP_NUM_THREADS=1 nice -n -5 taskset -c 1 python experiments/benchmarks/sampling_vs_transformers.py \\
         --lwm PYTHON --output FILE.json
 
-Measured so on 25 Nov 2026, three repeats, on one core of a Xeon (AVX-512, model 207) that other work shared, more or
-less than half of its time: jaxlib 0.10.2, torch 2.14.1, transformers 5.24.0, LWM f45d2b7 with jax 0.4.29; raw times in
+Measured so on 25 Nov 2026, three repeats, on one core of a Xeon (AVX-512, model 207) that other work shared, two or
+three times as much: jaxlib 0.10.2, torch 2.14.1, transformers 5.24.0, LWM f45d2b7 with jax 0.4.29; raw times in
 results/sampling_vs_transformers.json. Their wall time over ours, CPU time in brackets, and our rate by the clock:
 
                      hf            tuned         loop          lwm            ours
@@ -33,7 +33,7 @@ results/sampling_vs_transformers.json. Their wall time over ours, CPU time in br
     text b=16        2.32 (2.34)   2.61 (2.63)   3.18 (3.19)                  3,024 tokens/s
     text b=64        1.53 (1.64)   1.27 (1.36)   3.27 (3.43)                  3,035 tokens/s
 
-A run an hour before, with fewer neighbours: hf 5.36 (5.68) and 4.04 (3.94), loop 2.37 (2.44) and 1.82 (1.66) of
+A run half an hour before, with fewer neighbours: hf 5.36 (5.68) and 4.04 (3.94), loop 2.37 (2.44) and 1.82 (1.66) of
 pictures; of text the nearest were compiled 2.44 (2.23), loop 2.42 (2.66) and loop 1.64 (1.50); ours drew 149 and 223
 images/min.
 """
