@@ -20,18 +20,22 @@ with a static cache and torch.compile. Our tokens were those of `generate`, all 
     OMP_NUM_THREADS=1 nice -n -5 taskset -c 1 python experiments/benchmarks/sampling_vs_transformers.py \\
         --lwm PYTHON --output FILE.json
 
-Measured so on 25 Nov 2026, three repeats, on one core of a Xeon (AVX-512, model 207) that other work shared: jaxlib
-0.10.2, torch 2.14.1, transformers 5.24.0, LWM f45d2b7 with jax 0.4.29; raw times in
+Measured so on 25 Nov 2026, three repeats, on one core of a Xeon (AVX-512, model 207) that other work shared, two or
+three times as much: jaxlib 0.10.2, torch 2.14.1, transformers 5.24.0, LWM f45d2b7 with jax 0.4.29; raw times in
 results/sampling_vs_transformers.json. Their wall time over ours, CPU time in brackets, and our rate by the clock:
 
                      hf            tuned         loop          lwm            ours
-    pictures b=1     5.36 (5.68)   5.02 (5.29)   2.37 (2.44)    3.21 (3.34)   149 images/min
-    pictures b=16    4.04 (3.94)   2.31 (2.33)   1.82 (1.66)   10.25 (9.13)   223 images/min
+    pictures b=1     9.03 (8.30)   8.44 (7.40)   3.47 (3.06)   4.07 (3.62)    82 images/min
+    pictures b=16    4.12 (4.13)   2.06 (2.41)   1.55 (1.57)   8.28 (9.35)    173 images/min
 
                      generate      loop          compiled
-    text b=1         4.68 (4.22)   3.45 (3.11)   2.44 (2.23)                    800 tokens/s
-    text b=16        2.95 (2.94)   2.42 (2.66)   4.14 (4.24)                  3,861 tokens/s
-    text b=64        1.95 (1.81)   1.64 (1.50)   4.24 (4.07)                  3,284 tokens/s
+    text b=1         4.54 (4.68)   4.04 (3.72)   2.89 (2.33)                  882 tokens/s
+    text b=16        2.32 (2.34)   2.61 (2.63)   3.18 (3.19)                  3,024 tokens/s
+    text b=64        1.53 (1.64)   1.27 (1.36)   3.27 (3.43)                  3,035 tokens/s
+
+A run half an hour before, with fewer neighbours: hf 5.36 (5.68) and 4.04 (3.94), loop 2.37 (2.44) and 1.82 (1.66) of
+pictures; of text the nearest were compiled 2.44 (2.23), loop 2.42 (2.66) and loop 1.64 (1.50); ours drew 149 and 223
+images/min.
 """
 
 from __future__ import annotations
