@@ -181,7 +181,7 @@ class ImageTokenizer:
 
 def _in_grid(codes: Any) -> Any:
     """[B, h, w, codes_per_position] -> [B, h, w x codes_per_position]."""
-    return codes.reshape(*codes.shape[:2], -1)
+    return codes.reshape(*codes.shape[:2], codes.shape[2] * codes.shape[3])
 
 
 def _flatten(tree: Params, prefix: str = "") -> dict[str, Any]:
