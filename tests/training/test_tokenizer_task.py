@@ -25,7 +25,7 @@ from ar_unified.training.tasks import TokenizerTask
 from ar_unified.training.telemetry import read_metrics
 from tests.training import tiny
 
-SMALL: dict[str, Any] = dict(factor=8, patch=4, width=8, multipliers=(1, 2), blocks=(0, 1), levels=(5, 4, 3), codes=64)
+SMALL: dict[str, Any] = dict(factor=8, patch=4, width=8, multipliers=(1, 2), blocks=(0, 1), levels=(5, 4, 3), codes=16)
 ADVERSARY = AdversaryConfig(kind="patch", width=4, layers=2, start=2, warmup=2, ramp=2, r1=1.0, r1_every=2, lecam=0.05)
 QUANTIZERS: dict[str, dict[str, Any]] = {
     "fsq": dict(quantizer="fsq"),
@@ -41,8 +41,8 @@ QUANTIZERS: dict[str, dict[str, Any]] = {
 
 
 def pictures(step: int, index: int = 0, count: int = 1) -> dict[str, np.ndarray]:
-    """Pictures of a few blocks of colour."""
-    blocks = np.random.default_rng(step % 16).integers(0, 256, (8, 4, 4, 3), np.uint8)
+    """32 x 32 pixels, blocks of colour: more positions in a batch than codes, so that no code hangs on one of them."""
+    blocks = np.random.default_rng(step % 16).integers(0, 256, (8, 8, 8, 3), np.uint8)
     pixels = blocks.repeat(4, axis=1).repeat(4, axis=2)
     return {"pixels": pixels[index * 8 // count : (index + 1) * 8 // count]}
 
@@ -56,9 +56,12 @@ def task(adversary: AdversaryConfig | None = None, batch: Any = pictures, **chan
     return TokenizerTask(Objective(config, objective, Perceptual.load(objective.perceptual)), batch, [batch(99)])
 
 
+GENTLE = OptimizerConfig(learning_rate=1e-3, warmup_steps=2)  # a rounding error does not turn into another code
+
+
 def curve(folder: Path, task: TokenizerTask, shape: dict[str, int], steps: int, **options: Any) -> list[float]:
     devices = jax.devices()[: int(np.prod(list(shape.values())))]
-    settings = dict(steps=steps, log_every=1, validate_every=0, checkpoint_every=0) | options
+    settings = dict(steps=steps, optimizer=GENTLE, log_every=1, validate_every=0, checkpoint_every=0) | options
     tiny.run(folder, task=task, mesh=make_mesh(shape, devices), **settings)
     return [row["loss"] for row in read_metrics(folder / "metrics.jsonl")]
 
@@ -98,7 +101,7 @@ def test_microbatches_and_meshes_change_nothing(tmp_path):
 def test_200_steps_on_one_device_and_on_eight(tmp_path, name, adversary):
     made = task(adversary, **QUANTIZERS[name])
     expected = curve(tmp_path / "one", made, dict(data=1), 200)
-    assert expected[-1] < 0.7 * expected[0]
+    assert expected[-1] < 0.8 * expected[0]
     np.testing.assert_allclose(curve(tmp_path / "eight", made, dict(data=2, fsdp=4), 200), expected, rtol=1e-4)
 
 

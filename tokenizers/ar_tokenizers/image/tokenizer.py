@@ -111,7 +111,7 @@ class ImageTokenizer:
             raise ValueError(f"codes must be in [0, {self.codebook_size}), found {codes.min()} to {codes.max()}")
         if codes.shape[2] % depth:
             raise ValueError(f"a row of codes has {depth} for each position, which {codes.shape[2]} is no multiple of")
-        by_position = codes.astype(np.int32).reshape(*codes.shape[:2], -1, depth)
+        by_position = codes.astype(np.int32).reshape(*codes.shape[:2], codes.shape[2] // depth, depth)
         run = functools.partial(self._in_batches, self._decode, scales=(1, self.factor), dtype=np.uint8)
         return self._in_windows(run, by_position, (1, self.factor), tile, overlap, blend=True)
 
