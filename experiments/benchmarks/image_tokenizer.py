@@ -1,9 +1,9 @@
 """The vqgan backbone beside Hugging Face's `ChameleonVQVAE` on torch: pictures of 256 pixels to codes, and back.
 
 The same random weights on both sides, float32: base 64, two blocks a level, attention in the middle, multipliers
-1 2 2 4 (f8) or 1 1 2 2 4 (f16), 4,096 codes of 64 dimensions. `encode` is theirs with its quantiser; ours finds the same
-Euclidean neighbour. transformers has no decoder of this network, so that of taming-transformers is written out in torch
-below. Each side has a process of its own; runs alternate after a warm-up, and what they made is compared.
+1 2 2 4 (f8) or 1 1 2 2 4 (f16), 4,096 codes of 64 dimensions. `encode` includes the quantiser; ours finds the same
+Euclidean neighbour as theirs. transformers has no decoder of this network, so that of taming-transformers is written
+out in torch below. Each side has a process of its own; runs alternate after a warm-up, and what they made is compared.
 
     OMP_NUM_THREADS=1 taskset -c 0 python experiments/benchmarks/image_tokenizer.py --output FILE.json
 """

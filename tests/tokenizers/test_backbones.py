@@ -51,11 +51,17 @@ def pictures(*shape: int) -> np.ndarray:
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_their_sizes_and_any_shape_of_picture(name):
     config = config_from(name, dtype="bfloat16")
-    params = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+
+    def made_and_used(
+        key: jax.Array, pixels: jax.Array
+    ) -> tuple:  # one trace of both: `init` and `bind` would be three
+        module = Autoencoder(config, rngs=nnx.Rngs(params=key))
+        return nnx.to_pure_dict(nnx.state(module, nnx.Param)), module(pixels)
+
+    pixels = jax.ShapeDtypeStruct((2, 3 * config.factor, 5 * config.factor, 3), jnp.float32)
+    params, out = jax.eval_shape(made_and_used, jax.random.key(0), pixels)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PARAMETERS[name]
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    pixels = jax.ShapeDtypeStruct((2, 3 * config.factor, 5 * config.factor, 3), jnp.float32)
-    out = jax.eval_shape(lambda params, x: Autoencoder.bind(config, params)(x), params, pixels)
     assert (out.pixels.shape, out.codes.shape) == (pixels.shape, (2, 3, 5))
 
 
