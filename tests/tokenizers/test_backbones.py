@@ -51,11 +51,17 @@ def pictures(*shape: int) -> np.ndarray:
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_their_sizes_and_any_shape_of_picture(name):
     config = config_from(name, dtype="bfloat16")
-    params = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+
+    def made_and_used(
+        key: jax.Array, pixels: jax.Array
+    ) -> tuple:  # one trace of both: `init` and `bind` would be three
+        module = Autoencoder(config, rngs=nnx.Rngs(params=key))
+        return nnx.to_pure_dict(nnx.state(module, nnx.Param)), module(pixels)
+
+    pixels = jax.ShapeDtypeStruct((2, 3 * config.factor, 5 * config.factor, 3), jnp.float32)
+    params, out = jax.eval_shape(made_and_used, jax.random.key(0), pixels)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PARAMETERS[name]
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    pixels = jax.ShapeDtypeStruct((2, 3 * config.factor, 5 * config.factor, 3), jnp.float32)
-    out = jax.eval_shape(lambda params, x: Autoencoder.bind(config, params)(x), params, pixels)
     assert (out.pixels.shape, out.codes.shape) == (pixels.shape, (2, 3, 5))
 
 
@@ -156,3 +162,24 @@ def test_convolutions_and_their_gradients_equal_the_definition(function, definit
 
     for found, expected in zip(run(function, x, kernel), run(definition, x, kernel), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_decoder_equals_that_of_taming_transformers_written_in_torch():
+    torch = pytest.importorskip("torch", reason="parity with torch needs torch (the [interop] extra)")
+    pytest.importorskip("transformers", reason="the decoder in torch is made of blocks that transformers has")
+    from experiments.benchmarks.image_tokenizer import DIM, make_decoder
+
+    config = AutoencoderConfig(backbone="vqgan", factor=2, patch=1, width=64, multipliers=(1, 2), blocks=(2, 2),
+                               attention="middle", z_channels=DIM)  # fmt: skip
+    params = random_params(config)
+    names = {
+        name.partition("decoder.")[2]: leaf for name, leaf in taming.to_taming(params).items() if "decoder" in name
+    }
+    peer = make_decoder(config.multipliers)
+    peer.load_state_dict({name: torch.from_numpy(leaf.copy()) for name, leaf in names.items()})
+    vectors = np.random.default_rng(2).normal(size=(2, 4, 6, 4)).astype(np.float32)
+    first = params["decoder"]["from_code"]
+    with torch.inference_mode():
+        expected = peer(torch.from_numpy(vectors @ first["kernel"] + first["bias"]).permute(0, 3, 1, 2))
+    found = jax.jit(lambda params, x: Autoencoder.bind(config, params).decoder(x))(params, vectors)
+    np.testing.assert_allclose(found, expected.permute(0, 2, 3, 1), atol=1e-4)

@@ -9,6 +9,10 @@ transposing. What is ours: residual branches start at zero, the 1 x 1 convolutio
 and `from_code` in float32, and `patch` may fold pixels first (1 in the published systems).
 
 GroupNorm looks at the whole picture and attention at every position: a code depends on all pixels, if weakly.
+
+Clips are not here. The network itself would need little: frames in the batch, and after each block a temporal
+convolution over past frames only, added and zero at first, so that a single frame is exactly a picture. What is missing
+is the rest: halving in time (1 + 2n frames to 1 + n), a clip in documents, data, grammar and sampling.
 """
 
 from __future__ import annotations
