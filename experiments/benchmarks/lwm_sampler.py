@@ -2,8 +2,8 @@
 
 Run by that benchmark (`--lwm PYTHON`) with an interpreter of LWM's time: jax 0.4.29, flax 0.8.4, transformers 4.40, and
 the repositories LargeWorldModel/LWM f45d2b7, haoliuhl/tux 61c11e1 and haoliuhl/ringattention 6305e2f on its path
-(wandb and gcsfs, which its tux imports and sampling never uses, may be empty modules). Each line read is a run; it is answered
-by a line [wall, CPU seconds].
+(wandb and gcsfs, which its tux imports and sampling never uses, may be empty modules). Each line read is a run; it is
+answered by a line [wall, CPU seconds].
 
 The model has random weights and the sizes of the benchmark's, as far as LWM has them: as many KV heads as heads, a
 vocabulary of codes and a head of its own for them; 257 tokens a picture, the last one forced, no line ends. Guidance

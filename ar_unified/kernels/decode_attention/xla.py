@@ -61,7 +61,9 @@ def _forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arr
     scores += jnp.where(cache.seen, 0.0, _HIDDEN)[:, None, None]
     highest = jnp.maximum(row_max(scores), _HIDDEN / 2)  # of a row that sees nothing: then its weights are exact zeros
     weights = jnp.exp(scores - highest)
-    total = weights.sum(-1, keepdims=True)
+    # A product, not a sum: XLA CPU adds up a row of S numbers in an order that depends on S.
+    ones = jax.lax.optimization_barrier(jnp.ones(weights.shape[-1], weights.dtype))
+    total = jnp.einsum("BKGS,S->BKG", weights, ones)[..., None]
     if cache.scales is not None:
         weights *= cache.scales[1][:, :, None]
     out = jnp.einsum("BKGS,BKSH->BKGH", weights.astype(q.dtype), v, preferred_element_type=jnp.float32)
