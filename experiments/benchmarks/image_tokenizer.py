@@ -15,8 +15,8 @@ repeats, medians. The codes agreed to 1.000 everywhere, the pixels to 1.4e-5.
     b=1         1.26 (1.24)   1.26 (1.26)    0.99 (0.99)   1.02 (0.97)
     b=8         1.76 (1.59)   1.54 (1.56)    1.60 (1.55)   1.46 (1.49)
 
-So f16 at b=1 is a draw, within what neighbours on the machine do to a run: half an hour before, its encoder was at 1.14. Two
-threads were not measured, for want of a quiet machine, nor a GPU.
+So f16 at b=1 is a draw, within what neighbours on the machine do to a run: half an hour before, its encoder was at
+1.14. Two threads were not measured, for want of a quiet machine, nor a GPU.
 
 What was found, in CPU time on that core:
   * XLA's 3 x 3 convolution runs at 95 to 135 GFLOP/s and torch's at 97 to 128, of 140 that either multiplies matrices
