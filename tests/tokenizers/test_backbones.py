@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -92,7 +93,7 @@ def test_group_norm_is_that_of_its_paper_in_float32():
 
 @pytest.mark.parametrize("attention", ["none", "middle", "lowest"])
 def test_weights_travel_by_taming_names(attention):
-    config = AutoencoderConfig(**(vars(SMALL) | {"attention": attention}))
+    config = dataclasses.replace(SMALL, attention=attention)
     params = random_params(config)
     state = taming.to_taming(params)
     assert "encoder.down.0.downsample.conv.weight" in state and "decoder.up.2.upsample.conv.weight" in state
