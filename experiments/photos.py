@@ -1,4 +1,4 @@
-"""An image tokenizer of photographs and emoji on a CPU: f8, 15,360 codes, 1.5M parameters, an hour.
+"""An image tokenizer of photographs and emoji that a CPU can train: f8, 15,360 codes, 1.45M parameters.
 
     C=experiments/photos.py:path=DIR
     ar-unified tokenizer --only image --config $C --workdir workdirs/photos
@@ -6,7 +6,8 @@
 
 DIR holds the folders clothing (1,000 photographs, short side 128), noto-emoji (1,644 pictures of 128 x 128) and
 based-cooking (133 photographs) for training, and kodak (8 photographs of 768 x 512) to be tested on: none of it is seen
-in training.
+in training. The aim is 21 dB on kodak at 256 x 256 within an hour. It has not been run to its end yet: of 6,000 steps
+the first 1,300 took 9 minutes of CPU time and came to a loss of 0.031 on training crops.
 
 Argument: path=DIR.
 """
