@@ -178,7 +178,12 @@ def test_the_cache_is_read_alike_on_any_mesh(shape):
 
 @pytest.mark.parametrize(
     "change",
-    [dict(scan_layers=True), dict(remat="full"), dict(remat="dots"), dict(scan_layers=True, remat="offload")],
+    [
+        dict(scan_layers=True),
+        dict(remat="full"),
+        pytest.param(dict(remat="dots"), marks=pytest.mark.slow),
+        pytest.param(dict(scan_layers=True, remat="offload"), marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_options_of_cost_change_neither_values_nor_gradients(change):

@@ -57,7 +57,11 @@ def test_what_is_trained_is_what_codes_decode_to(config):
     assert len(np.unique(codes)) > 2
 
 
-@pytest.mark.parametrize("config", [SMALL, SMALL_VQ, SMALL_VQGAN], ids=["fsq", "vq", "vqgan"])
+@pytest.mark.parametrize(
+    "config",
+    [SMALL, SMALL_VQ, pytest.param(SMALL_VQGAN, marks=pytest.mark.slow)],
+    ids=["fsq", "vq", "vqgan"],
+)
 def test_a_few_steps_learn_and_reach_every_parameter(config):
     flat = np.random.default_rng(0).integers(0, 256, (8, 1, 1, 3), np.uint8).repeat(16, axis=1).repeat(16, axis=2)
     params = jax.jit(lambda key: init(config, key))(jax.random.key(0))

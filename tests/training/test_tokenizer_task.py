@@ -96,6 +96,7 @@ def test_the_adversary_waits_learns_and_is_felt_in_that_order(tmp_path, kind):
     assert weights[:4] == [0] * 4 and all(weight > 0 for weight in weights[4:])
 
 
+@pytest.mark.slow
 def test_microbatches_over_a_mesh_change_nothing(tmp_path):
     made = task(dataclasses.replace(ADVERSARY, r1=0.0), flat, **QUANTIZERS["vq_ema"])
     expected = curve(tmp_path / "one", made, dict(data=1), 6)
