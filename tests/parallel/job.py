@@ -23,6 +23,7 @@ import optax
 
 from ar_unified.parallel import runtime
 from ar_unified.parallel.mesh import make_mesh
+from ar_unified.training.step import NothingKept
 from ar_unified.training.tasks import ratios
 from tests.training import tiny
 
@@ -114,7 +115,7 @@ class Job:
 
 
 @dataclass(frozen=True, eq=False)
-class Bigram:
+class Bigram(NothingKept):
     """The smallest model that learns: the next token from the embedding of this one. It compiles in no time."""
 
     batch: Any
@@ -129,7 +130,7 @@ class Bigram:
     def logical_axes(self, params: Any) -> dict[str, tuple[str, str]]:
         return {"embed": ("vocab", "embed"), "head": ("embed", "vocab")}
 
-    def loss(self, params: Any, batch: Any, key: Any) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+    def loss(self, params: Any, kept: Any, batch: Any, key: Any) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
         logits = params["embed"][batch["tokens"]] @ params["head"]
         nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
         trained = (batch["targets"] != tiny.VOCABULARY.pad).astype(jnp.float32)
