@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 from ar_tokenizers.image.adversary import AdversaryConfig
-from ar_tokenizers.image.metrics import collapse, usage
 from ar_tokenizers.image.objective import Objective, ObjectiveConfig
 from ar_tokenizers.image.perceptual import Perceptual
 from ar_tokenizers.image.tokenizer import ImageTokenizer
@@ -28,6 +27,7 @@ from ar_unified.parallel import runtime
 from ar_unified.training.loop import TrainingConfig, fit
 from ar_unified.training.optimizer import OptimizerConfig
 from ar_unified.training.tasks import TokenizerTask
+from ar_unified.training.telemetry import read_metrics
 
 _VALIDATION_BATCHES = 4
 _SHEET = 8  # pictures and their reconstructions, one above the other
@@ -120,12 +120,10 @@ def train_image(experiment: Experiment) -> None:
     if runtime.first():
         tokenizer = ImageTokenizer(experiment.autoencoder, params)
         tokenizer.save(stage.folder)
-        counts = np.bincount(
-            np.concatenate([tokenizer.encode(batch["pixels"]).ravel() for batch in validation]),
-            minlength=tokenizer.codebook_size,
-        )
         summary: dict[str, Any] = {"codes": tokenizer.codebook_size, "hash": tokenizer.hash}
-        if warning := collapse(usage(counts), tokenizer.codebook_size):
+        rows = read_metrics(stage.folder / "metrics.jsonl")
+        last = next(row for row in reversed(rows) if "validation/loss" in row)  # the loop ends with one
+        if warning := task.warning({key.removeprefix("validation/"): value for key, value in last.items()}):
             experiment.say(f"image_tokenizer: WARNING, on held-out pictures {warning}")
             summary["warning"] = warning
         if objective.perceptual.kind != "none":

@@ -79,13 +79,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     )
     if not config.factors:
         return adamw
-
-    def scaled(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        for name, factor in config.factors:
-            updates = updates | {name: optax.tree.scale(factor, updates[name])}
-        return updates, state
-
-    return optax.chain(adamw, optax.GradientTransformation(lambda params: optax.EmptyState(), scaled))
+    only = [optax.masked(optax.scale(f), lambda p, name=name: {k: k == name for k in p}) for name, f in config.factors]
+    return optax.chain(adamw, *only)
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any, param_shardings: Any, other: Any) -> Any:

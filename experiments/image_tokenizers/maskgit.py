@@ -31,7 +31,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.validation = (ConfigDict(dict(kind="pictures", path=args["validation"])),) if args["validation"] else ()
     config.data.image_size = (256, 256)
     config.evaluation.limit = 50_000
-    config.mesh.data, config.mesh.fsdp = -1, 1
 
     tokenizer = config.image_tokenizer
     tokenizer.update(PRESETS["maskgit_f16"])

@@ -1,7 +1,11 @@
 """Experiment files and their overrides."""
 
+import jax
 import pytest
+from ar_tokenizers.image.adversary import AdversaryConfig
 from ar_tokenizers.image.config import PRESETS, AutoencoderConfig
+from ar_tokenizers.image.objective import Objective, ObjectiveConfig
+from ar_tokenizers.image.perceptual import Perceptual
 
 from ar_unified.cli import config as configs
 from ar_unified.cli.main import main
@@ -33,6 +37,16 @@ def test_an_image_tokenizer_takes_a_preset(preset):
     config.image_tokenizer.update(PRESETS[preset])
     expected = {**configs.plain(configs.defaults().image_tokenizer), **PRESETS[preset]}
     assert configs.pick(AutoencoderConfig, config.image_tokenizer) == configs.pick(AutoencoderConfig, expected)
+
+
+@pytest.mark.parametrize("name", ["vqgan", "llamagen", "maskgit", "ibq", "emu3"])
+def test_every_recipe_describes_an_image_tokenizer_and_its_losses(name):
+    settings = configs.load(str(ROOT / f"experiments/image_tokenizers/{name}.py")).image_tokenizer
+    adversary = configs.pick(AdversaryConfig, settings.adversary)
+    config = configs.pick(ObjectiveConfig, settings, adversary=adversary)
+    objective = Objective(configs.pick(AutoencoderConfig, settings), config, Perceptual.load(config.perceptual))
+    params = jax.eval_shape(objective.init, jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params["autoencoder"])) > 50e6 and params["discriminator"]
 
 
 def test_config_arguments_are_named():

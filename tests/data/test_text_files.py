@@ -214,12 +214,11 @@ def test_text_of_a_tfds_dataset_knows_its_language(tmp_path: Path) -> None:
             )
 
         def _split_generators(self, manager):
-            return {
-                "train": enumerate([dict(text="een cirkel", language="nld"), dict(text="a circle", language="eng")])
-            }
+            return {"train": self._generate_examples()}
 
         def _generate_examples(self):
-            raise NotImplementedError
+            yield 0, dict(text="een cirkel", language="nld")
+            yield 1, dict(text="a circle", language="eng")
 
     found = open_source(dict(kind="tfds", name="sentences", data_dir=str(tmp_path)))
     assert {language(found, i): found.texts(i) for i in range(2)} == {"nld": ["een cirkel"], "eng": ["a circle"]}

@@ -123,8 +123,8 @@ def discriminator_loss(config: AdversaryConfig, real_logits: jax.Array, fake_log
     the half (Goodfellow et al. 2014, arXiv:1406.2661), as in MaskGIT.
     """
     if config.loss == "hinge":
-        return 0.5 * _mean(jax.nn.relu(1 - real_logits)) + 0.5 * _mean(jax.nn.relu(1 + fake_logits))
-    return _mean(jax.nn.softplus(-real_logits)) + _mean(jax.nn.softplus(fake_logits))
+        return 0.5 * by_picture(jax.nn.relu(1 - real_logits)) + 0.5 * by_picture(jax.nn.relu(1 + fake_logits))
+    return by_picture(jax.nn.softplus(-real_logits)) + by_picture(jax.nn.softplus(fake_logits))
 
 
 def generator_loss(config: AdversaryConfig, fake_logits: jax.Array) -> jax.Array:
@@ -132,7 +132,7 @@ def generator_loss(config: AdversaryConfig, fake_logits: jax.Array) -> jax.Array
 
     hinge: -fake. non_saturating: -log sigmoid(fake), whose gradient is largest where the discriminator is sure.
     """
-    return _mean(-fake_logits) if config.loss == "hinge" else _mean(jax.nn.softplus(-fake_logits))
+    return by_picture(-fake_logits) if config.loss == "hinge" else by_picture(jax.nn.softplus(-fake_logits))
 
 
 def r1_penalty(config: AdversaryConfig, params: Params, pixels: jax.Array) -> jax.Array:
@@ -143,7 +143,7 @@ def r1_penalty(config: AdversaryConfig, params: Params, pixels: jax.Array) -> ja
     """
 
     def total(pixels: jax.Array) -> jax.Array:  # of pictures that do not see each other: one gradient for all
-        return jnp.sum(_mean(logits(config, params, pixels)[0]))
+        return jnp.sum(by_picture(logits(config, params, pixels)[0]))
 
     return 0.5 * config.r1 * jnp.sum(jnp.square(jax.grad(total)(pixels)), axis=(1, 2, 3))
 
@@ -162,8 +162,8 @@ def lecam_penalty(
     sure, and asks nothing of one that errs. Of each picture's mean logit; MAGVIT has the batch's, which would depend
     on the microbatch.
     """
-    real = jax.nn.relu(_mean(real_logits) - averages["fake"])
-    fake = jax.nn.relu(averages["real"] - _mean(fake_logits))
+    real = jax.nn.relu(by_picture(real_logits) - averages["fake"])
+    fake = jax.nn.relu(averages["real"] - by_picture(fake_logits))
     return config.lecam * (jnp.square(real) + jnp.square(fake))
 
 
@@ -224,7 +224,7 @@ def adaptive_weight(reconstruction: Params, adversarial: Params, limit: float = 
     return jax.lax.stop_gradient(jnp.clip(ratio, 0, limit))
 
 
-def _mean(values: jax.Array) -> jax.Array:
+def by_picture(values: jax.Array) -> jax.Array:
     """[B, ...] -> [B]: over the patches, if there are any."""
     return jnp.mean(values, axis=tuple(range(1, values.ndim)))
 

@@ -10,6 +10,7 @@ change a logit. All layers are smooth enough to be differentiated twice, which R
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import Any
 
 import jax
@@ -22,9 +23,9 @@ class Discriminator(nnx.Module):
 
     least: int
 
+    @abstractmethod
     def __call__(self, pixels: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         """[B, H, W, 3] in [-1, 1] -> (logits float32 [B, ...], activations [B, h, w, F], fine to coarse)."""
-        raise NotImplementedError
 
 
 class PatchDiscriminator(Discriminator):

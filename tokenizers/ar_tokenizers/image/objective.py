@@ -22,7 +22,7 @@ from ar_tokenizers.image import autoencoder as autoencoders
 from ar_tokenizers.image.adversary import AdversaryConfig
 from ar_tokenizers.image.autoencoder import Autoencoder, Reconstruction, to_float
 from ar_tokenizers.image.config import AutoencoderConfig
-from ar_tokenizers.image.perceptual import Perceptual, feature_matching
+from ar_tokenizers.image.perceptual import Perceptual
 
 Params = dict[str, Any]
 Metrics = dict[str, Any]
@@ -176,8 +176,8 @@ class Objective:
                 "generator_loss": fooled,
                 "discriminator_loss": loss,
                 "generator_weight": jnp.broadcast_to(share, fooled.shape),
-                "logits/real": _by_picture(real_logits),
-                "logits/fake": _by_picture(fake_logits),
+                "logits/real": adversaries.by_picture(real_logits),
+                "logits/fake": adversaries.by_picture(fake_logits),
             }
             if config.lecam:
                 loss += adversaries.lecam_penalty(config, kept["lecam"], real_logits, fake_logits)
@@ -192,7 +192,7 @@ class Objective:
                 loss += parts["r1"]
             total = share * fooled
             if matching:
-                parts["perceptual"] = feature_matching(real_features, fake_features)
+                parts["perceptual"] = self.perceptual.distance(target, fake, real_features, fake_features)
                 total += jnp.where(weight > 0, matching, 0.0) * parts["perceptual"]
             return Judged(total, loss, jax.lax.stop_gradient(parts))
 
@@ -244,8 +244,3 @@ class Judged(NamedTuple):
     generator: jax.Array  # float32 [B], weighted
     discriminator: jax.Array  # float32 [B]
     parts: Metrics  # float32 [B] by name: what is worth a line in the log
-
-
-def _by_picture(values: jax.Array) -> jax.Array:
-    """[B, ...] -> [B]: over the patches, if there are any."""
-    return jnp.mean(values, axis=tuple(range(1, values.ndim)))
