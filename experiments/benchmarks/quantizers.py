@@ -29,6 +29,7 @@ STEPS, PROBE = 1000, 150
 CANDIDATES: dict[str, dict[str, Any]] = {
     "fsq": dict(quantizer="fsq"),
     "fsq, ifsq": dict(quantizer="fsq", activation="ifsq"),
+    "fsq, 4096": dict(quantizer="fsq", levels=(8, 8, 8, 8)),  # four times the codes: near the bits that vq takes
     "vq": dict(quantizer="vq"),
     "vq, ema": dict(quantizer="vq", update="ema"),
     "vq, rotation": dict(quantizer="vq", gradient="rotation"),
@@ -92,9 +93,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
     arguments = parser.parse_args()
-    results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    results: dict[str, Any] = {}
     for name in arguments.only:
-        results[name] = measured(name, arguments.path, arguments.workdir)
+        found = measured(name, arguments.path, arguments.workdir)
+        if arguments.output.exists():  # another process may be at other names
+            results = json.loads(arguments.output.read_text())
+        results[name] = found
         arguments.output.write_text(json.dumps(results, indent=1) + "\n")
         print(row(name, results[name]), flush=True)
     print("\n" + "\n".join(row(name, result) for name, result in results.items()))

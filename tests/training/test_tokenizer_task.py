@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from ar_tokenizers.image.tokenizer import ImageTokenizer
 
 from ar_unified.checkpoint import Checkpoints
 from ar_unified.parallel.mesh import make_mesh
+from ar_unified.parallel.rules import place_batch
 from ar_unified.training.divergence import Diverged
 from ar_unified.training.loop import NonFinite
-from ar_unified.training.optimizer import OptimizerConfig
+from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
+from ar_unified.training.step import abstract_state, make_state, make_train_step
 from ar_unified.training.tasks import TokenizerTask
 from ar_unified.training.telemetry import read_metrics
 from tests.training import tiny
@@ -105,17 +108,42 @@ def test_microbatches_over_a_mesh_change_nothing(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name, judged, steps",
-    # Where softmax over codes or an adversary amplifies rounding, a code flips sooner or later and the runs part: first
-    # seen after 32 and 77 steps.
-    [*((name, False, 24 if name == "ibq" else 200) for name in QUANTIZERS), ("fsq", True, 60), ("vq_ema", True, 60)],
-)
-def test_one_device_and_eight_have_the_same_losses(tmp_path, name, judged, steps):
-    made = task(ADVERSARY if judged else None, flat, **QUANTIZERS[name])
-    expected = curve(tmp_path / "one", made, dict(data=1), steps)
+@pytest.mark.parametrize("name", [name for name in QUANTIZERS if name != "ibq"])
+def test_one_device_and_eight_have_the_same_losses(tmp_path, name):
+    made = task(batch=flat, **QUANTIZERS[name])
+    expected = curve(tmp_path / "one", made, dict(data=1), 200)
     assert np.mean(expected[-16:]) < 0.98 * np.mean(expected[:8])
-    np.testing.assert_allclose(curve(tmp_path / "eight", made, dict(data=2, fsdp=4), steps), expected, rtol=1e-4)
+    np.testing.assert_allclose(curve(tmp_path / "eight", made, dict(data=2, fsdp=4), 200), expected, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, judged", [("ibq", False), ("fsq", True), ("vq_ema", True)])
+def test_one_device_and_eight_take_the_same_steps(name, judged):
+    """200 steps of one run, each taken on one device and on eight from the same state: losses, gradients, parameters.
+
+    Softmax over codes and adversaries amplify rounding: two runs of their own agree to 1e-6 for 30 to 140 steps; then
+    a latent between two codes gets one in the first run and the other in the second, and they part.
+    """
+    made = task(ADVERSARY if judged else None, flat, **QUANTIZERS[name])
+    tx = make_optimizer(GENTLE, 200)
+    meshes = make_mesh(dict(data=1), jax.devices()[:1]), make_mesh(dict(data=2, fsdp=4), jax.devices())
+    places = [jax.tree.map(lambda x: x.sharding, abstract_state(made, tx, mesh)) for mesh in meshes]
+    takes = [make_train_step(made, tx, mesh, seed=0, clip_norm=GENTLE.clip_norm) for mesh in meshes]
+    state = jax.device_get(jax.jit(lambda: make_state(made, tx, 0))())
+    # Of how far a step may move a parameter; an average of parameters moves less.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=0.02 * GENTLE.learning_rate)
+    losses = []
+    for step in range(200):
+        found = []
+        for mesh, place, take in zip(meshes, places, takes, strict=True):
+            with jax.set_mesh(mesh):
+                found.append(jax.device_get(take(jax.device_put(state, place), place_batch(mesh, flat(step)))))
+        (one, report), (state, expected) = found
+        losses.append(expected.loss)
+        np.testing.assert_allclose(report.loss, expected.loss, rtol=1e-4)
+        np.testing.assert_allclose(report.grad_norm, expected.grad_norm, rtol=1e-3)
+        jax.tree.map(close, one[1:], state[1:])
+    assert np.std(losses[-16:]) > 0 and state.step == 200
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in ("fsq", "rq_ema")] + ["vq"])
