@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ar_tokenizers.image.layers import GroupNorm
+
 
 class Discriminator(nnx.Module):
     """The interface. `least` is the shortest side of a picture, in pixels, that leaves something to judge."""
@@ -43,8 +45,7 @@ class PatchDiscriminator(Discriminator):
             conv = _conv(widths[index], fan_out, 4, dtype=dtype, rngs=rngs, strides=stride, use_bias=index == 0)
             setattr(self, f"conv{index}", conv)
             if index:
-                norm = nnx.GroupNorm(fan_out, math.gcd(32, fan_out), dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
-                setattr(self, f"norm{index}", norm)
+                setattr(self, f"norm{index}", GroupNorm(fan_out, dtype=dtype))
         self.head = _conv(widths[-1], 1, 4, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, pixels: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
