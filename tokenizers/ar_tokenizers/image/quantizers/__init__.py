@@ -26,7 +26,7 @@ from ar_tokenizers.image.quantizers.simvq import SimVQ as SimVQ
 from ar_tokenizers.image.quantizers.vq import VQ as VQ
 
 NAMES = ("fsq", "vq", "simvq", "lfq", "bsq", "ibq", "rq")
-USUAL_DIM = {"vq": 8, "simvq": 32, "ibq": 32, "rq": 8}
+USUAL_DIM = {"vq": 8, "simvq": 8, "ibq": 32, "rq": 8}
 USUAL_ENTROPY = {"lfq": 0.1, "bsq": 0.1, "ibq": 0.1}  # they lose their codebook without; 0 for the others
 
 
