@@ -9,14 +9,14 @@ out in torch below. Each side has a process of its own; runs alternate after a w
 
 Measured so on 26 Nov 2026, on one core of a Xeon with AVX-512 that other work shared: jaxlib 0.10.2, torch 2.14.1,
 transformers 5.24.0; raw times in results/image_tokenizer.json. Their wall time over ours, CPU time in brackets; 5
-repeats, medians. The codes agreed to 1.000 everywhere, the pixels to 1.4e-5.
+repeats, medians. The codes agreed to 1.000 everywhere, the pixels to 1.4e-5. b=1 with `--batches 1`, after the last of
+the changes below, which b=8 has not seen.
 
                 f8: encode    decode         f16: encode   decode
-    b=1         1.26 (1.24)   1.26 (1.26)    0.99 (0.99)   1.02 (0.97)
+    b=1         1.35 (1.33)   1.35 (1.36)    1.14 (1.16)   1.09 (1.09)
     b=8         1.76 (1.59)   1.54 (1.56)    1.60 (1.55)   1.46 (1.49)
 
-So f16 at b=1 is a draw, within what neighbours on the machine do to a run: half an hour before, its encoder was at
-1.14. Two threads were not measured, for want of a quiet machine, nor a GPU.
+Two threads were not measured, for want of a quiet machine, nor a GPU.
 
 What was found, in CPU time on that core:
   * XLA's 3 x 3 convolution runs at 95 to 135 GFLOP/s and torch's at 97 to 128, of 140 that either multiplies matrices
@@ -25,9 +25,10 @@ What was found, in CPU time on that core:
     128, 10 -> 8 at 32 x 32 x 256, nothing at 256 x 256 x 64, where moving the data takes as long as was saved. A
     quarter of them, in both directions: 36 ms, 13 and 30 at these three, because of the sums.
   * Doubling without repeating the picture: 195 -> 80 ms at 128 -> 256 pixels and 128 features.
-  * What is left of encode f8: 60% convolutions, two fifths of that at full resolution, 64 features; 18% GroupNorm,
-    which XLA reads four times. Its statistics in strips that stay in the cache would take 14 ms in place of 18 at full
-    resolution, 5% of the whole; not done, as it is a loop in the backward pass too.
+  * GroupNorm with silu, 256 x 256 x 64, forward and with the way back: 16 to 22 and 64 to 70 ms before, 9.5 and 51 ms
+    now that features and groups meet in products, which XLA does not repeat for every position (layers.py). Reading
+    for one mean takes 1.4 ms, the last pass 3.5. Before it, f16 at b=1 was a draw: 1.01 and 0.96.
+  * What is left of encode f8 is convolutions, two fifths of that at full resolution, 64 features.
 """
 
 from __future__ import annotations
