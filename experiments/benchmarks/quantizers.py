@@ -1,4 +1,4 @@
-"""Every quantiser at equal budget: photographs and emoji, 1,024 codes (fsq: 1,000; rq: two of 32), f8, one network.
+"""Every quantiser at equal budget: photographs and emoji, 1,024 codes (fsq: 1,000 or 4,096; rq: two of 32), f8.
 
     python experiments/benchmarks/quantizers.py --path DIR --workdir DIR2 --output FILE.json [--only NAME ...]
 
@@ -27,8 +27,8 @@ reconstruction again; CPU seconds of all of it:
 
 The learned codebook on the sphere (vq) keeps most; the grid (fsq) takes a quarter fewer bits of the transformer, half a
 decibel below it, and simvq lies between them. fsq stays the default: fewest bits, and no codebook that could collapse,
-no state to keep. Take vq where PSNR is what counts. lfq, bsq and ibq spend these few steps on their entropy penalties:
-all codes are used, the picture comes later; at the length of their papers that may turn.
+no state to keep. Take vq where PSNR is what counts. lfq, bsq and ibq, which have entropy penalties, use all codes and
+are two or three decibels behind after these few steps; whether that turns at the length of their papers was not tried.
 
 Nothing was tuned for any of them, but for one: simvq had 32 numbers a code before, lost all but 10 of its 1,024 codes
 and came to 18.54 dB; it has 8 now, as vq.

@@ -108,31 +108,35 @@ def test_microbatches_over_a_mesh_change_nothing(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in QUANTIZERS if name != "ibq"])
-def test_one_device_and_eight_have_the_same_losses(tmp_path, name):
-    made = task(batch=flat, **QUANTIZERS[name])
-    expected = curve(tmp_path / "one", made, dict(data=1), 200)
+@pytest.mark.parametrize(
+    "name, judged, steps",
+    # Where softmax over codes or an adversary amplifies rounding, a code flips sooner or later and the runs part: first
+    # seen after 32 and 77 steps.
+    [*((name, False, 24 if name == "ibq" else 200) for name in QUANTIZERS), ("fsq", True, 60), ("vq_ema", True, 60)],
+)
+def test_one_device_and_eight_have_the_same_losses(tmp_path, name, judged, steps):
+    made = task(ADVERSARY if judged else None, flat, **QUANTIZERS[name])
+    expected = curve(tmp_path / "one", made, dict(data=1), steps)
     assert np.mean(expected[-16:]) < 0.98 * np.mean(expected[:8])
-    np.testing.assert_allclose(curve(tmp_path / "eight", made, dict(data=2, fsdp=4), 200), expected, rtol=1e-4)
+    np.testing.assert_allclose(curve(tmp_path / "eight", made, dict(data=2, fsdp=4), steps), expected, rtol=1e-4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, judged", [("ibq", False), ("fsq", True), ("vq_ema", True)])
-def test_one_device_and_eight_take_the_same_steps(name, judged):
+def test_one_device_and_eight_take_the_same_steps():
     """200 steps of one run, each taken on one device and on eight from the same state: losses, gradients, parameters.
 
-    Softmax over codes and adversaries amplify rounding: two runs of their own agree to 1e-6 for 30 to 140 steps; then
-    a latent between two codes gets one in the first run and the other in the second, and they part.
+    For ibq, whose runs part sooner: its softmax over codes amplifies rounding until a latent between two codes gets
+    one in the first run and the other in the second.
     """
-    made = task(ADVERSARY if judged else None, flat, **QUANTIZERS[name])
+    made = task(batch=flat, **QUANTIZERS["ibq"])
     tx = make_optimizer(GENTLE, 200)
     meshes = make_mesh(dict(data=1), jax.devices()[:1]), make_mesh(dict(data=2, fsdp=4), jax.devices())
     places = [jax.tree.map(lambda x: x.sharding, abstract_state(made, tx, mesh)) for mesh in meshes]
     takes = [make_train_step(made, tx, mesh, seed=0, clip_norm=GENTLE.clip_norm) for mesh in meshes]
     state = jax.device_get(jax.jit(lambda: make_state(made, tx, 0))())
     # Of how far a step may move a parameter; an average of parameters moves less.
-    close = functools.partial(np.allclose, rtol=1e-4, atol=0.02 * GENTLE.learning_rate)
-    losses, parted = [], []
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=0.02 * GENTLE.learning_rate)
+    losses = []
     for step in range(200):
         found = []
         for mesh, place, take in zip(meshes, places, takes, strict=True):
@@ -140,11 +144,9 @@ def test_one_device_and_eight_take_the_same_steps(name, judged):
                 found.append(jax.device_get(take(jax.device_put(state, place), place_batch(mesh, flat(step)))))
         (one, report), (state, expected) = found
         losses.append(expected.loss)
-        same = np.allclose(report.loss, expected.loss, rtol=1e-4, atol=0)
-        same &= np.allclose(report.grad_norm, expected.grad_norm, rtol=1e-3, atol=0)
-        if not (same and all(jax.tree.leaves(jax.tree.map(close, one[1:], state[1:])))):
-            parted.append(step)
-    assert len(parted) <= 4, parted  # a code is chosen by rounding within a step, too: vq with an adversary, 4 of 200
+        np.testing.assert_allclose(report.loss, expected.loss, rtol=1e-4)
+        np.testing.assert_allclose(report.grad_norm, expected.grad_norm, rtol=1e-3)
+        jax.tree.map(close, one[1:], state[1:])
     assert np.std(losses[-16:]) > 0 and state.step == 200
 
 
