@@ -19,11 +19,9 @@ from ar_tokenizers.image.tokenizer import ImageTokenizer
 
 from ar_unified.checkpoint import Checkpoints
 from ar_unified.parallel.mesh import make_mesh
-from ar_unified.parallel.rules import place_batch
 from ar_unified.training.divergence import Diverged
 from ar_unified.training.loop import NonFinite
-from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
-from ar_unified.training.step import abstract_state, make_state, make_train_step
+from ar_unified.training.optimizer import OptimizerConfig
 from ar_unified.training.tasks import TokenizerTask
 from ar_unified.training.telemetry import read_metrics
 from tests.training import tiny
@@ -50,11 +48,11 @@ def pictures(step: int, index: int = 0, count: int = 1) -> dict[str, np.ndarray]
     return {"pixels": pixels[index * 8 // count : (index + 1) * 8 // count]}
 
 
-def flat(step: int, index: int = 0, count: int = 1) -> dict[str, np.ndarray]:
-    """32 x 32 pixels, each picture of one of eight colours: few latents, and few on the border between two codes, where
-    rounding decides and the losses of two meshes part for good."""
+def flat(step: int, index: int = 0, count: int = 1, side: int = 16) -> dict[str, np.ndarray]:
+    """side x side pixels, each picture of one of eight colours: few latents, and few on the border between two codes,
+    where rounding decides and the losses of two meshes part for good."""
     colours = np.random.default_rng(0).integers(0, 256, (8, 1, 1, 3), np.uint8)
-    pixels = colours[np.random.default_rng(step).integers(0, 8, 8)].repeat(32, axis=1).repeat(32, axis=2)
+    pixels = colours[np.random.default_rng(step).integers(0, 8, 8)].repeat(side, axis=1).repeat(side, axis=2)
     return {"pixels": pixels[index * 8 // count : (index + 1) * 8 // count]}
 
 
@@ -67,15 +65,19 @@ def task(adversary: AdversaryConfig | None = None, batch: Any = pictures, **chan
     return TokenizerTask(Objective(config, objective, Perceptual.load(objective.perceptual)), batch, [batch(99)])
 
 
-# With an eps that leaves tiny gradients tiny: Adam makes steps of one size of them, whose sign is rounding.
-GENTLE = OptimizerConfig(learning_rate=2e-4, warmup_steps=2, eps=1e-3)
+# Runs that rounding does not part. The eps leaves tiny gradients tiny: Adam makes steps of one size of them, whose sign
+# is rounding. At four times the rate two runs of ibq drew apart threefold in ten steps before any code had changed.
+GENTLE = OptimizerConfig(learning_rate=5e-5, warmup_steps=2, eps=1e-3)
 
 
-def curve(folder: Path, task: TokenizerTask, shape: dict[str, int], steps: int, **options: Any) -> list[float]:
+def train(
+    folder: Path, task: TokenizerTask, shape: dict[str, int], steps: int, **options: Any
+) -> tuple[list[float], Any]:
+    """The loss of every step, and the parameters after the last."""
     devices = jax.devices()[: int(np.prod(list(shape.values())))]
     settings = dict(steps=steps, optimizer=GENTLE, log_every=1, validate_every=0, checkpoint_every=0) | options
-    tiny.run(folder, task=task, mesh=make_mesh(shape, devices), **settings)
-    return [row["loss"] for row in read_metrics(folder / "metrics.jsonl")]
+    params = tiny.run(folder, task=task, mesh=make_mesh(shape, devices), **settings)
+    return [row["loss"] for row in read_metrics(folder / "metrics.jsonl")], jax.device_get(params)
 
 
 def test_the_loop_trains_an_image_tokenizer(tmp_path):
@@ -92,7 +94,7 @@ def test_the_loop_trains_an_image_tokenizer(tmp_path):
 @pytest.mark.parametrize("kind", ["patch", pytest.param("style", marks=pytest.mark.slow)])
 def test_the_adversary_waits_learns_and_is_felt_in_that_order(tmp_path, kind):
     adversary = dataclasses.replace(ADVERSARY, kind=kind, start=4, warmup=2, ramp=2, adaptive=True)
-    curve(tmp_path, task(adversary), dict(data=1), 8)
+    train(tmp_path, task(adversary), dict(data=1), 8)
     rows = read_metrics(tmp_path / "metrics.jsonl")
     losses, weights = ([row[key] for row in rows] for key in ("discriminator_loss", "generator_weight"))
     assert losses[:2] == [0, 0] and all(loss > 0 for loss in losses[2:])
@@ -102,52 +104,31 @@ def test_the_adversary_waits_learns_and_is_felt_in_that_order(tmp_path, kind):
 @pytest.mark.slow
 def test_microbatches_over_a_mesh_change_nothing(tmp_path):
     made = task(dataclasses.replace(ADVERSARY, r1=0.0), flat, **QUANTIZERS["vq_ema"])
-    expected = curve(tmp_path / "one", made, dict(data=1), 6)
-    mesh = curve(tmp_path / "mesh", made, dict(data=2, fsdp=2), 6, accumulation=2)
+    expected, _ = train(tmp_path / "one", made, dict(data=1), 6)
+    mesh, _ = train(tmp_path / "mesh", made, dict(data=2, fsdp=2), 6, accumulation=2)
     np.testing.assert_allclose(mesh, expected, rtol=1e-4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name, judged, steps",
-    # Where softmax over codes or an adversary amplifies rounding, a code flips sooner or later and the runs part: first
-    # seen after 32 and 77 steps.
-    [*((name, False, 24 if name == "ibq" else 200) for name in QUANTIZERS), ("fsq", True, 60), ("vq_ema", True, 60)],
-)
-def test_one_device_and_eight_have_the_same_losses(tmp_path, name, judged, steps):
-    made = task(ADVERSARY if judged else None, flat, **QUANTIZERS[name])
-    expected = curve(tmp_path / "one", made, dict(data=1), steps)
-    assert np.mean(expected[-16:]) < 0.98 * np.mean(expected[:8])
-    np.testing.assert_allclose(curve(tmp_path / "eight", made, dict(data=2, fsdp=4), steps), expected, rtol=1e-4)
+@pytest.mark.parametrize("judged", [False, True], ids=["alone", "judged"])
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_one_device_and_eight_have_the_same_losses(tmp_path, name, judged):
+    """200 steps, twice from the start, and then the same parameters: statistics and averages settle the same way too.
 
-
-@pytest.mark.slow
-def test_one_device_and_eight_take_the_same_steps():
-    """200 steps of one run, each taken on one device and on eight from the same state: losses, gradients, parameters.
-
-    For ibq, whose runs part sooner: its softmax over codes amplifies rounding until a latent between two codes gets
-    one in the first run and the other in the second.
+    ibq drives latents to the borders between codes, where the gradient of its entropy penalty is steep. It has one
+    latent for each picture here, and codes of four numbers: with 32 its two runs part after some 130 steps.
     """
-    made = task(batch=flat, **QUANTIZERS["ibq"])
-    tx = make_optimizer(GENTLE, 200)
-    meshes = make_mesh(dict(data=1), jax.devices()[:1]), make_mesh(dict(data=2, fsdp=4), jax.devices())
-    places = [jax.tree.map(lambda x: x.sharding, abstract_state(made, tx, mesh)) for mesh in meshes]
-    takes = [make_train_step(made, tx, mesh, seed=0, clip_norm=GENTLE.clip_norm) for mesh in meshes]
-    state = jax.device_get(jax.jit(lambda: make_state(made, tx, 0))())
-    # Of how far a step may move a parameter; an average of parameters moves less.
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=0.02 * GENTLE.learning_rate)
-    losses = []
-    for step in range(200):
-        found = []
-        for mesh, place, take in zip(meshes, places, takes, strict=True):
-            with jax.set_mesh(mesh):
-                found.append(jax.device_get(take(jax.device_put(state, place), place_batch(mesh, flat(step)))))
-        (one, report), (state, expected) = found
-        losses.append(expected.loss)
-        np.testing.assert_allclose(report.loss, expected.loss, rtol=1e-4)
-        np.testing.assert_allclose(report.grad_norm, expected.grad_norm, rtol=1e-3)
-        jax.tree.map(close, one[1:], state[1:])
-    assert np.std(losses[-16:]) > 0 and state.step == 200
+    adversary, batch, changes = ADVERSARY, flat, QUANTIZERS[name]
+    if name == "ibq":
+        adversary = dataclasses.replace(adversary, layers=1)  # two need 12 pixels
+        batch, changes = functools.partial(flat, side=8), changes | dict(code_dim=4)
+    made = task(adversary if judged else None, batch, **changes)
+    expected, params = train(tmp_path / "one", made, dict(data=1), 200)
+    losses, found = train(tmp_path / "eight", made, dict(data=2, fsdp=4), 200)
+    assert np.mean(expected[-16:]) < 0.98 * np.mean(expected[:16])
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    # Of how far one step may move a parameter.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=0.2 * GENTLE.learning_rate), found, params)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in ("fsq", "rq_ema")] + ["vq"])
@@ -218,8 +199,8 @@ def test_one_picture_of_the_smallest_size_trains(tmp_path):
         return {"pixels": pictures(step)["pixels"][:1, :8, :8]}
 
     adversary = AdversaryConfig(kind="patch", width=4, layers=1, start=0, warmup=0, ramp=1)
-    losses = curve(tmp_path / "vq", task(adversary, smallest, **QUANTIZERS["vq"]), dict(data=1), 4)
+    losses, _ = train(tmp_path / "vq", task(adversary, smallest, **QUANTIZERS["vq"]), dict(data=1), 4)
     assert np.isfinite(losses).all()
     small = AdversaryConfig(kind="patch", width=4, layers=3, start=0, warmup=0)
     with pytest.raises(ValueError, match="at least 24 pixels a side, got 8 x 8"):
-        curve(tmp_path / "small", task(small, smallest), dict(data=1), 4)
+        train(tmp_path / "small", task(small, smallest), dict(data=1), 4)
