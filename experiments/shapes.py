@@ -3,8 +3,8 @@
     make demo      or      ar-unified run --config experiments/shapes.py --workdir workdirs/shapes
 
 24 Nov 2026, fresh clone, jax 0.10.2, 2 cores of an EPYC, everything included: 12 min 2 s, of it training at 20,000 to
-23,000 tokens/s. 26 Nov, fresh clone, 2 slower cores that other work shared (5,000 tokens/s), evaluation.json, 400 of each
-kind, held-out scenes: text_to_image_exact 1.0, image_to_text_exact 0.940 (questions; "Where is ...?" alone 0.71),
+23,000 tokens/s. 26 Nov, fresh clone, 2 slower cores that other work shared (5,000 tokens/s), evaluation.json, 400 of
+each kind, held-out scenes: text_to_image_exact 1.0, image_to_text_exact 0.940 (questions; "Where is ...?" alone 0.71),
 caption_exact 1.0, story_change_exact 0.855, parse_rate 1.0; unseen_combinations, in the same order: 0.138, 0.75, 0.005,
 0.06, 1.0.
 """

@@ -113,7 +113,7 @@ def test_microbatches_over_a_mesh_change_nothing(tmp_path):
 @pytest.mark.parametrize("judged", [False, True], ids=["alone", "judged"])
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_one_device_and_eight_have_the_same_losses(tmp_path, name, judged):
-    """200 steps, twice from the start, and then the same parameters: statistics and averages settle the same way too.
+    """200 steps, twice from the start, and then the same parameters.
 
     ibq drives latents to the borders between codes, where the gradient of its entropy penalty is steep. It has one
     latent for each picture here, and codes of four numbers: with 32 its two runs part after some 130 steps.
