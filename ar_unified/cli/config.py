@@ -68,6 +68,7 @@ def defaults() -> ConfigDict:
     config.image_tokenizer.restart = 0.1  # vq, rq: a code used less than this share of the mean starts anew; 0: never
     config.image_tokenizer.l1_weight = 0.0
     config.image_tokenizer.l2_weight = 1.0
+    config.image_tokenizer.tolerance = 0.0  # pixel errors up to this, of [-1, 1], cost nothing
     config.image_tokenizer.perceptual = "none"  # none | ms_ssim | match | lpips | features
     config.image_tokenizer.perceptual_weight = 1.0
     config.image_tokenizer.perceptual_file = ""  # lpips, features: the network's weights
@@ -111,6 +112,7 @@ def defaults() -> ConfigDict:
     config.training.b2 = 0.95
     config.training.weight_decay = 0.1
     config.training.clip_norm = 1.0
+    config.training.code_rows = "random"  # rows of image codes begin random | alike: near for codes that are near
     config.training.flip_pairs = 0.5  # how often a pair is read the other way round
     config.training.drop_condition = 0.1  # how often a prompt becomes the empty one (what guidance compares with)
     config.training.log_every = 20

@@ -84,6 +84,7 @@ def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> Non
         z_loss=config.loss.z_loss,
         text_bytes=experiment.text_tokenizer.piece_bytes,
         chunk=config.loss.chunk,
+        code_vectors=_code_vectors(experiment),
     )
     fit(
         task,
@@ -97,6 +98,13 @@ def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> Non
         logger=experiment.say,
     )
     experiment.finish(stage, {"steps": settings.steps})
+
+
+def _code_vectors(experiment: Experiment) -> np.ndarray | None:
+    how = experiment.config.training.code_rows
+    if how not in ("random", "alike"):
+        raise SystemExit(f"ar-unified: config.training.code_rows: expected 'random' or 'alike', found {how!r}")
+    return experiment.image_tokenizer.vectors() if how == "alike" else None
 
 
 def _preview(experiment: Experiment) -> Any:

@@ -42,9 +42,9 @@ def open_source(spec: Mapping[str, Any]) -> Source:
                 language="language", split=None): text alone, a document a file, a line (by="line") or a row of a .jsonl
                 file: see `TextFiles`.
             `split` of folder, jsonl and text is "train", "train[:95%]", "[95%:]": see `Rows`. Any source may have
-            `label` (its name), `reversible` (True), `views` (dict(count=..., shift=..., mirror=...): see `Views`), and
-            what is not the source's: `weight` in the mixture of documents, `picture_weight` in that of the image
-            tokenizer's pictures (default: by its number of documents).
+            `label` (its name), `reversible` (True), `views` (dict(count=..., shift=..., mirror=..., whole=...): see
+            `Views`), and what is not the source's: `weight` in the mixture of documents, `picture_weight` in that of
+            the image tokenizer's pictures (default: by its number of documents).
 
     Raises:
         ValueError: an unknown kind or key, a missing file, a split no row is in, or views out of range.

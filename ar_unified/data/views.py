@@ -24,23 +24,24 @@ class Views:
     drawn depends on the source's name, the item and k only, so all that reads a source can read its views: an image
     tokenizer sees them in training, and `prepare` codes each (LlamaGen, arXiv:2406.06525, stores ten crops).
 
-    Only for texts that stay true: no mirror where they say left or right, no shift where they say where, and no more
-    of it than the objects are from the edges.
+    Only for texts that stay true: no mirror where they say left or right, no shift where they say where. A shift cuts
+    off what is nearer to an edge, unless `whole`: then a picture moves only as far as nothing but its ground, one flat
+    colour all round, is pushed out, and a shift near 1 puts what stands on it anywhere.
 
     Raises:
         ValueError: a count below 1, or a shift outside [0, 1).
     """
 
-    def __init__(self, source: Source, *, count: int, shift: float = 0.0, mirror: bool = False):
+    def __init__(self, source: Source, *, count: int, shift: float = 0.0, mirror: bool = False, whole: bool = False):
         if count < 1 or not 0 <= shift < 1:
             raise ValueError(f"views: expected count >= 1 and 0 <= shift < 1, found {count} and {shift}")
-        self.source, self.count, self.shift, self.mirror = source, count, shift, mirror
+        self.source, self.count, self.shift, self.mirror, self.whole = source, count, shift, mirror, whole
         self.name, self.reversible = source.name, source.reversible
         self._stream = key("views", source.name)
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
-        return dict(self.source.fingerprint) | {"views": [self.count, self.shift, self.mirror]}
+        return dict(self.source.fingerprint) | {"views": [self.count, self.shift, self.mirror, self.whole]}
 
     def __len__(self) -> int:
         return len(self.source) * self.count
@@ -50,8 +51,15 @@ class Views:
         if i % self.count == 0:
             return document
         down, right, side = uniform(self._stream, i * 3 + np.arange(3)).tolist()
-        move = self.shift * (2 * down - 1), self.shift * (2 * right - 1), self.mirror and side < 0.5
-        parts = tuple(ImagePart(moved(p.pixels, *move)) if isinstance(p, ImagePart) else p for p in document.parts)
+        most = np.full(4, self.shift)  # up, down, left, right
+        for part in document.parts if self.whole else ():
+            if isinstance(part, ImagePart):
+                most = np.minimum(most, room(part.pixels))
+        move = down * (most[0] + most[1]) - most[0], right * (most[2] + most[3]) - most[2], self.mirror and side < 0.5
+        parts = tuple(
+            ImagePart(moved(p.pixels, *move, whole=self.whole)) if isinstance(p, ImagePart) else p
+            for p in document.parts
+        )
         return replace(document, parts=parts)
 
     def texts(self, i: int) -> list[str]:
@@ -62,12 +70,26 @@ class Views:
         return self.source.origin(i // self.count)
 
 
-def moved(pixels: np.ndarray, down: float, right: float, mirror: bool = False) -> np.ndarray:
+def moved(pixels: np.ndarray, down: float, right: float, mirror: bool = False, *, whole: bool = False) -> np.ndarray:
     """A picture moved by shares of its height and width, to whole pixels, and then mirrored left to right.
 
-    Where it has ended, its edge pixels go on. uint8 [H, W, 3] -> the same shape.
+    Where it has ended, its edge pixels go on; `whole`: what leaves at one side comes in at the other, which is right
+    for a move within `room`. uint8 [H, W, 3] -> the same shape.
     """
     H, W = pixels.shape[:2]
-    rows = np.clip(np.arange(H) - round(down * H), 0, H - 1)
-    columns = np.clip(np.arange(W) - round(right * W), 0, W - 1)
+    rows, columns = np.arange(H) - round(down * H), np.arange(W) - round(right * W)
+    rows, columns = (rows % H, columns % W) if whole else (np.clip(rows, 0, H - 1), np.clip(columns, 0, W - 1))
     return pixels[rows[:, None], columns[::-1] if mirror else columns]
+
+
+def room(pixels: np.ndarray) -> np.ndarray:
+    """How far uint8 [H, W, 3] can move up, down, left and right until more than its ground leaves it.
+
+    The ground is the colour of the first pixel. float64 [4], shares of the height (2) and the width (2).
+    """
+    shown = np.any(pixels != pixels[0, 0], axis=-1)
+    found = []
+    for line in (shown.any(axis=1), shown.any(axis=0)):
+        at = np.flatnonzero(line) if line.any() else np.arange(len(line))  # all ground: there is no need to move
+        found += [at[0] / len(line), (len(line) - 1 - at[-1]) / len(line)]
+    return np.array(found)

@@ -20,6 +20,7 @@ from ar_tokenizers.image.objective import Objective
 
 from ar_unified.document import TASKS
 from ar_unified.model import transformer
+from ar_unified.model.code_vectors import begin_alike
 from ar_unified.model.config import TransformerConfig
 from ar_unified.model.loss import token_losses
 from ar_unified.training.step import STATISTICS, Batch, BatchOfStep, Metrics, NothingKept, Params
@@ -46,6 +47,8 @@ class TransformerTask(NothingKept):
       text_bytes: i32 [text_size], UTF-8 bytes each text piece stands for; None: no bits per byte.
       z_loss: weight of log(Z)^2, which keeps logits from drifting (PaLM, arXiv:2204.02311, uses 1e-4).
       chunk: positions whose logits exist at one time.
+      code_vectors: f32 [K, C] of the image tokenizer, for rows of image codes that begin alike where codes are; None:
+        they begin at random, as those of text do.
     """
 
     config: TransformerConfig
@@ -58,6 +61,7 @@ class TransformerTask(NothingKept):
     z_loss: float = 0.0
     text_bytes: np.ndarray | None = None
     chunk: int = 1024
+    code_vectors: np.ndarray | None = None
     name: str = "transformer"
     unit: str = "tokens"
 
@@ -67,9 +71,19 @@ class TransformerTask(NothingKept):
             unknown = sorted(set(given) - set(known))
             if unknown:
                 raise ValueError(f"{what}_weights: unknown {unknown}; known: {', '.join(known)}")
+        if self.code_vectors is not None and len(self.code_vectors) != self.vocabulary.codebook_size:
+            raise ValueError(
+                f"code_vectors: expected one for each of {self.vocabulary.codebook_size} image codes, "
+                f"found {len(self.code_vectors)}"
+            )
 
     def init(self, key: jax.Array) -> Params:
-        return transformer.init(self.config, key)
+        params = transformer.init(self.config, key)
+        if self.code_vectors is None:
+            return params
+        return begin_alike(
+            params, jnp.asarray(self.code_vectors), self.vocabulary.image_offset, jax.random.fold_in(key, 1)
+        )
 
     def logical_axes(self, params: Params) -> Any:
         return transformer.logical_axes(params)

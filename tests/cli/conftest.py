@@ -30,6 +30,7 @@ SMALL = {
     "training.warmup_steps": 4,
     "training.batch_size": 8,
     "training.row_length": 160,
+    "training.code_rows": "alike",
     "training.log_every": 4,
     "training.validate_every": 12,
     "training.checkpoint_every": 5,

@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ar_unified.data.loader import ImageBatches
 from ar_unified.data.prepare import load_manifest, prepare
 from ar_unified.data.shards import Shards
 from ar_unified.data.sources import open_source, read, texts
-from ar_unified.data.views import Views, moved
+from ar_unified.data.views import Views, moved, room
 from ar_unified.document import CodesPart, ImagePart, TextPart
 from ar_unified.grammar import Grammar
 
@@ -61,11 +62,32 @@ def test_view_0_is_the_item_and_the_others_say_the_same_of_moved_pictures(folder
     assert 0.3 < mirrored / shown < 0.7
 
 
+def test_a_whole_figure_goes_anywhere_on_its_ground_and_is_never_cut(tmp_path: Path) -> None:
+    figure = np.arange(1, 19, dtype=np.uint8).reshape(2, 3, 3)
+    pixels = np.full((8, 10, 3), 200, np.uint8)
+    pixels[5:7, :3] = figure  # it touches the left edge
+    Image.fromarray(pixels).save(tmp_path / "0.png")
+    (tmp_path / "captions.jsonl").write_text('{"image": "0.png", "text": "a thing"}')
+    source = views(tmp_path, count=400, shift=0.99, mirror=False, whole=True)
+    places = set()
+    for i in range(len(source)):
+        (moved_to,) = pictures(source, i)
+        top, left = np.argwhere(np.any(moved_to != 200, axis=-1)).min(axis=0)
+        assert np.array_equal(moved_to[top : top + 2, left : left + 3], figure)
+        assert (moved_to == 200).all(axis=-1).sum() == 80 - 6
+        places.add((int(top), int(left)))
+    assert places == {(top, left) for top in range(7) for left in range(8)}
+    assert room(pixels).tolist() == [5 / 8, 1 / 8, 0, 7 / 10]
+
+
 def test_views_depend_on_the_item_only_and_are_part_of_the_fingerprint(folder: Path) -> None:
     source = views(folder)
     ahead = dict(read(source, reversed(range(len(source))), workers=4))
     assert all(views(folder)[i] == ahead[i] for i in range(len(source)))
-    prints = [views(folder, **change).fingerprint for change in ({}, {"count": 3}, {"shift": 0.1}, {"mirror": False})]
+    prints = [
+        views(folder, **change).fingerprint
+        for change in ({}, {"count": 3}, {"shift": 0.1}, {"mirror": False}, {"whole": True})
+    ]
     assert all(a != b for i, a in enumerate(prints) for b in prints[:i])
     assert dict(prints[0]).items() >= open_source(dict(kind="folder", path=folder)).fingerprint.items()
     assert list(texts([source])) == list(texts([source.source])), "a text counts once"

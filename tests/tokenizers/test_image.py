@@ -14,7 +14,7 @@ from ar_tokenizers.image import metrics
 from ar_tokenizers.image.autoencoder import Autoencoder, init, to_float
 from ar_tokenizers.image.config import AutoencoderConfig
 from ar_tokenizers.image.layers import depth_to_space, space_to_depth
-from ar_tokenizers.image.objective import Objective
+from ar_tokenizers.image.objective import Objective, ObjectiveConfig
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 
 SMALL = AutoencoderConfig(factor=8, patch=4, width=8, multipliers=(1, 2), blocks=(0, 1), levels=(5, 4, 3))
@@ -104,6 +104,20 @@ def test_loss_metrics_are_those_of_the_pictures():
     np.testing.assert_array_equal(
         found["code_counts"], np.bincount(tokenizer.encode(images).ravel(), minlength=SMALL.codebook_size)
     )
+
+
+def test_errors_within_the_tolerance_cost_nothing_and_are_still_reported():
+    images, params = pictures(4), trained(SMALL)
+    target = np.asarray(to_float(jnp.asarray(images)))
+    error = np.abs(np.asarray(Autoencoder.bind(SMALL, params)(target).pixels) - target)
+    excess = np.maximum(error - 0.3, 0)
+    objective = Objective(SMALL, ObjectiveConfig(tolerance=0.3, l1_weight=0.5))
+    params = {"autoencoder": params}
+    losses, found, _ = objective.losses(params, objective.start(params), images, None)
+    per_picture = 0.5 * excess.mean() + np.square(excess).mean()
+    np.testing.assert_allclose(losses["autoencoder"] / 4, per_picture, rtol=1e-5)
+    np.testing.assert_allclose(found["l1"][0] / 4, error.mean(), rtol=1e-5)
+    assert per_picture < 0.5 * error.mean() + np.square(error).mean()
 
 
 @pytest.mark.parametrize("config", [SMALL, SMALL_VQGAN], ids=["folded", "vqgan"])

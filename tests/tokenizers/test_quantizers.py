@@ -427,3 +427,13 @@ def test_restart_revives_codes_that_nothing_chooses(name):
 def test_impossible_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         nnx.eval_shape(lambda: quantizers.make(**changes, rngs=nnx.Rngs(0)))
+
+
+@EVERY
+def test_a_code_alone_is_what_a_position_gets_of_it(name):
+    quantizer = make(name)
+    codes = jax.random.randint(jax.random.key(1), (7, quantizer.depth), 0, quantizer.codebook_size)
+    alone = quantizer.alone()
+    assert alone.shape == (quantizer.codebook_size, quantizer.dim)
+    found = quantizer.vectors(codes if quantizer.depth > 1 else codes[:, 0])
+    np.testing.assert_allclose(found, alone[codes].sum(axis=1), atol=1e-5)

@@ -34,13 +34,14 @@ class ObjectiveConfig:
 
     l1_weight: float = 0.0  # weight of the mean absolute error of pixels in [-1, 1]
     l2_weight: float = 1.0  # and of the mean squared error
+    tolerance: float = 0.0  # errors up to this, of pixels in [-1, 1], cost nothing: no code is spent on faint tints
     perceptual: str = "none"  # a perceptual.Kind
     perceptual_weight: float = 1.0
     adversary: AdversaryConfig = AdversaryConfig()
     ema: float = 0.0  # decay of the averaged weights that are used in the end, e.g. 0.9999; 0: the last ones
 
     def __post_init__(self) -> None:
-        for name in ("l1_weight", "l2_weight", "perceptual_weight"):
+        for name in ("l1_weight", "l2_weight", "tolerance", "perceptual_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"objective: {name} must be 0 or more, got {getattr(self, name)}")
         if not 0 <= self.ema < 1:
@@ -114,11 +115,10 @@ class Objective:
         def similar(fake: jax.Array) -> tuple[jax.Array, Metrics]:
             """The losses that compare with the original, weighted, and each by its name: float32 [B]."""
             error = fake - target
-            parts = {
-                "l1": jnp.mean(jnp.abs(error), axis=(1, 2, 3)),
-                "mse": jnp.mean(jnp.square(error), axis=(1, 2, 3)),
-            }
-            loss = config.l1_weight * parts["l1"] + config.l2_weight * parts["mse"]
+            parts = sizes(error)
+            # The metrics are of all errors, the loss is of what is beyond the tolerance.
+            counted = sizes(error - jnp.clip(error, -config.tolerance, config.tolerance)) if config.tolerance else parts
+            loss = config.l1_weight * counted["l1"] + config.l2_weight * counted["mse"]
             if self.perceptual.kind not in ("none", "match"):
                 perceptual = dataclasses.replace(self.perceptual, params=kept.get("perceptual", {}))
                 parts["perceptual"] = perceptual.distance(target, fake)
@@ -238,6 +238,11 @@ class Objective:
                 kept["lecam"],
             )
         return {**params, "autoencoder": model}, kept
+
+
+def sizes(error: jax.Array) -> Metrics:
+    """Mean absolute and mean squared error of each picture: [B, H, W, 3] -> float32 [B] by name."""
+    return {"l1": jnp.mean(jnp.abs(error), axis=(1, 2, 3)), "mse": jnp.mean(jnp.square(error), axis=(1, 2, 3))}
 
 
 class Judged(NamedTuple):

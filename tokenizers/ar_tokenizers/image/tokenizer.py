@@ -71,6 +71,10 @@ class ImageTokenizer:
             digest.update(np.asarray(leaf).astype("<f4").tobytes())
         return digest.hexdigest()
 
+    def vectors(self) -> np.ndarray:
+        """What the quantiser has for each code, float32 [K, C]: near each other where codes are (Quantizer.alone)."""
+        return np.asarray(jax.jit(lambda params: Autoencoder.bind(self.config, params).quantizer.alone())(self.params))
+
     def encode(self, images: np.ndarray, *, tile: int = 0, overlap: int | None = None) -> np.ndarray:
         """Pictures to codes.
 

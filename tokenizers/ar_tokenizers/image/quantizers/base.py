@@ -52,6 +52,10 @@ class Quantizer(nnx.Module):
     def vectors(self, codes: jax.Array) -> jax.Array:
         """Codes int32 [...] in [0, K) -> float32 [..., C]."""
 
+    def alone(self) -> jax.Array:
+        """float32 [K, C]: the vector of each code; at a depth above 1, what it adds to its position's."""
+        return self.vectors(jnp.arange(self.codebook_size))
+
     def through(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
         """The value of `vectors`, with a gradient that reaches the latents."""
         return straight_through(bounded, vectors)

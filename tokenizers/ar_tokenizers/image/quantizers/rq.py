@@ -48,6 +48,9 @@ class RQ(CodebookQuantizer):
             total = total + table[codes[..., depth]]
         return total
 
+    def alone(self) -> jax.Array:
+        return self.table()
+
     def __call__(self, z: jax.Array, keys: jax.Array | None = None) -> Quantized:
         bounded = self.bound(z)
         codes, rests = self._descend(jax.lax.stop_gradient(bounded))

@@ -1,0 +1,65 @@
+"""Rows of image codes that begin alike: near for near codes, as large as others, and text left as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ar_unified.model import transformer
+from ar_unified.model.code_vectors import begin_alike, random_features
+from ar_unified.parallel.mesh import make_mesh
+from ar_unified.training.optimizer import make_optimizer
+from ar_unified.training.step import abstract_state, make_state
+from tests.training import tiny
+
+VECTORS = np.random.default_rng(0).normal(size=(tiny.VOCABULARY.codebook_size, 5)).astype(np.float32)
+
+
+def test_products_of_features_are_those_of_a_gaussian_of_the_distance():
+    features = np.asarray(random_features(3.0 + 2.0 * jnp.asarray(VECTORS), 1 << 16, jax.random.key(0)))
+    radius = np.sqrt(np.square(VECTORS - VECTORS.mean(axis=0)).sum(axis=1).mean())
+    distance = np.linalg.norm(VECTORS[:, None] - VECTORS[None], axis=-1) / radius
+    np.testing.assert_allclose(features @ features.T / features.shape[1], np.exp(-(distance**2) / 2), atol=0.02)
+
+
+def test_a_codebook_of_one_vector_is_no_division_by_zero():
+    assert np.isfinite(random_features(jnp.ones((4, 3)), 8, jax.random.key(0))).all()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_only_the_rows_of_codes_change_and_keep_their_size(tied):
+    config = dataclasses.replace(tiny.MODEL, d_model=512, tie_embeddings=tied)
+    before = transformer.init(config, jax.random.key(0))
+    offset, codes = tiny.VOCABULARY.image_offset, tiny.VOCABULARY.codebook_size
+    after = begin_alike(before, jnp.asarray(VECTORS), offset, jax.random.key(1))
+    changed = {name for name in before if jax.tree.leaves(before[name])[0] is not jax.tree.leaves(after[name])[0]}
+    assert changed == ({"embedding"} if tied else {"embedding", "head"})
+    before, after = jax.device_get((before, after))
+    for name in changed:
+        rows = np.zeros(config.vocab_size, bool)
+        rows[offset : offset + codes] = True
+        np.testing.assert_array_equal(np.any(before[name] != after[name], axis=1), rows)
+        assert np.std(after[name][rows]) == pytest.approx(np.std(before[name][rows]), rel=0.05)
+    nearest = np.argsort(np.linalg.norm(VECTORS[:, None] - VECTORS[None], axis=-1), axis=1)[:, 1]
+    table = after["embedding"][offset : offset + codes]
+    similar = np.sum(table * table[nearest], axis=1) / np.sum(table * table, axis=1)
+    others = np.sum(table * np.roll(table, 7, axis=0), axis=1) / np.sum(table * table, axis=1)
+    assert similar.mean() > others.mean() + 0.15
+
+
+def test_a_task_begins_so_on_any_mesh():
+    task, tx = tiny.task(code_vectors=VECTORS), make_optimizer(tiny.TRAINING.optimizer, 8)
+    found = []
+    for shape, count in ((dict(data=1), 1), (dict(fsdp=4, tensor=2), 8)):
+        mesh = make_mesh(shape, jax.devices()[:count])
+        places = jax.tree.map(lambda x: x.sharding, abstract_state(task, tx, mesh))
+        found.append(jax.device_get(jax.jit(lambda: make_state(task, tx, 0), out_shardings=places)()).params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *found)
+    plain = tiny.task().init(jax.random.key(0))
+    assert not np.allclose(plain["embedding"], found[0]["embedding"])
+    with pytest.raises(ValueError, match="one for each of 60 image codes, found 59"):
+        tiny.task(code_vectors=VECTORS[1:])
