@@ -115,9 +115,11 @@ class Objective:
         def similar(fake: jax.Array) -> tuple[jax.Array, Metrics]:
             """The losses that compare with the original, weighted, and each by its name: float32 [B]."""
             error = fake - target
-            parts = sizes(error)
+            parts = mean_errors(error)
             # The metrics are of all errors, the loss is of what is beyond the tolerance.
-            counted = sizes(error - jnp.clip(error, -config.tolerance, config.tolerance)) if config.tolerance else parts
+            counted = (
+                mean_errors(error - jnp.clip(error, -config.tolerance, config.tolerance)) if config.tolerance else parts
+            )
             loss = config.l1_weight * counted["l1"] + config.l2_weight * counted["mse"]
             if self.perceptual.kind not in ("none", "match"):
                 perceptual = dataclasses.replace(self.perceptual, params=kept.get("perceptual", {}))
@@ -240,7 +242,7 @@ class Objective:
         return {**params, "autoencoder": model}, kept
 
 
-def sizes(error: jax.Array) -> Metrics:
+def mean_errors(error: jax.Array) -> Metrics:
     """Mean absolute and mean squared error of each picture: [B, H, W, 3] -> float32 [B] by name."""
     return {"l1": jnp.mean(jnp.abs(error), axis=(1, 2, 3)), "mse": jnp.mean(jnp.square(error), axis=(1, 2, 3))}
 
