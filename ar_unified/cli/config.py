@@ -104,6 +104,7 @@ def defaults() -> ConfigDict:
     config.training.batch_size = 16  # packed rows per step, over all devices
     config.training.row_length = 256
     config.training.accumulation = 1  # microbatches per step
+    config.training.optimizer = "adamw"  # adamw | muon
     config.training.learning_rate = 2e-3
     config.training.schedule = "cosine"  # cosine | wsd
     config.training.warmup_steps = 50

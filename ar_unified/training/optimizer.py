@@ -1,23 +1,30 @@
-"""AdamW with decay on matrices only, and two learning-rate schedules: warm-up + cosine, and WSD."""
+"""AdamW with decay on matrices only, Muon for the matrices of layers, and schedules: warm-up + cosine, and WSD."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (decoupled decay, Loshchilov & Hutter, arXiv:1711.05101) and its schedule.
+    """AdamW (decoupled decay, Loshchilov & Hutter, arXiv:1711.05101) or Muon, and the schedule of either.
+
+    Muon (Jordan et al., kellerjordan.github.io/posts/muon, 2024) moves the matrices of the layers by their momentum
+    made orthogonal, and leaves embeddings, head and norms to AdamW. Its steps have AdamW's root mean square, 0.2 of the
+    rate (Liu et al., arXiv:2502.16982), so that a learning rate and a decay for the one are a start for the other.
 
     WSD is warm-up, stable, decay (arXiv:2404.06395): one long run whose decay can be started from any checkpoint.
     `decay="sqrt"` falls as 1 - sqrt(x), the better of the shapes compared in arXiv:2405.18392.
     """
 
+    optimizer: str = "adamw"  # or "muon"
     learning_rate: float = 1e-3  # peak
     warmup_steps: int = 100  # linear from 0
     schedule: str = "cosine"  # or "wsd"
@@ -67,28 +74,57 @@ def is_decayed(path: tuple[Any, ...], leaf: Any) -> bool:
     return axes >= 2 and not any(word in name for name in names for word in ("norm", "bias", "codebook"))
 
 
+def muon_axes(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:
+    """Which axes of a layer's stacked matrix count what it reads, and which what it makes; None: AdamW's.
+
+    All heads are one matrix, [L, D, N H] or [L, N H, D].
+    """
+    names = [str(getattr(key, "key", key)) for key in path]
+    if names[0] != "layers" or not is_decayed(path, leaf):
+        return None
+    first_made = leaf.ndim - 1 if names[-1] == "output" else 2
+    return MuonDimensionNumbers(tuple(range(1, first_made)), tuple(range(first_made, leaf.ndim)))
+
+
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW over plain parameter trees. Clipping is the train step's, which knows the norm already."""
-    adamw = optax.adamw(
-        learning_rate(config, steps),
+    """The update over plain parameter trees. Clipping is the train step's, which knows the norm already.
+
+    Raises ValueError for an unknown optimizer and for what `learning_rate` refuses.
+    """
+    if config.optimizer not in ("adamw", "muon"):
+        raise ValueError(f"optimizer {config.optimizer!r}: there are 'adamw' and 'muon'")
+    rate = learning_rate(config, steps)
+    tx = optax.adamw(
+        rate,
         b1=config.b1,
         b2=config.b2,
         eps=config.eps,
         weight_decay=config.weight_decay,
         mask=lambda params: jax.tree_util.tree_map_with_path(is_decayed, params),
     )
+    if config.optimizer == "muon":
+        axes = functools.partial(jax.tree_util.tree_map_with_path, muon_axes)
+        orthogonal = muon(
+            rate, weight_decay=config.weight_decay, consistent_rms=0.2, muon_weight_dimension_numbers=axes
+        )
+        tx = optax.partition({True: orthogonal, False: tx}, _moved_by_muon)
     if not config.factors:
-        return adamw
+        return tx
     only = [optax.masked(optax.scale(f), lambda p, name=name: {k: k == name for k in p}) for name, f in config.factors]
-    return optax.chain(adamw, *only)
+    return optax.chain(tx, *only)
+
+
+def _moved_by_muon(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: muon_axes(path, leaf) is not None, params)
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any, param_shardings: Any, other: Any) -> Any:
     """Shardings for `tx.init(params)`: moments lie where their parameters lie, counters as `other` says."""
     return optax.tree_map_params(
         tx,
-        lambda _, sharding: sharding,
+        lambda leaf, sharding: leaf if isinstance(leaf, optax.MaskedNode) else sharding,
         jax.eval_shape(tx.init, params),
         param_shardings,
         transform_non_params=lambda _: other,
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),  # where one group's state leaves out another's parameters
     )

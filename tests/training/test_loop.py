@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -106,6 +107,17 @@ def test_another_mesh_takes_over(whole, tmp_path):
         tiny.run(tmp_path, task=tiny.task(batch=dying(5)))
     params = tiny.run(tmp_path, mesh=make_mesh(dict(data=2, fsdp=2, tensor=2)))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(np.asarray(x), y, atol=2e-5), params, whole[1])
+
+
+def test_muon_is_resumed_bit_for_bit_and_on_another_mesh(tmp_path):
+    changes = dict(optimizer=dataclasses.replace(tiny.TRAINING.optimizer, optimizer="muon"))
+    expected = jax.device_get(tiny.run(tmp_path / "whole", **changes))
+    for name, mesh in {"same": None, "other": make_mesh(dict(data=2, fsdp=2, tensor=2))}.items():
+        with pytest.raises(Killed):
+            tiny.run(tmp_path / name, task=tiny.task(batch=dying(5)), **changes)
+        params = tiny.run(tmp_path / name, mesh=mesh, **changes)
+        compare = np.testing.assert_array_equal if mesh is None else partial(np.testing.assert_allclose, atol=2e-5)
+        jax.tree.map(lambda x, y, compare=compare: compare(np.asarray(x), y), params, expected)
 
 
 def test_the_checkpoint_says_what_it_is(tmp_path):

@@ -6,7 +6,15 @@ import numpy as np
 import optax
 import pytest
 
-from ar_unified.training.optimizer import OptimizerConfig, is_decayed, learning_rate, make_optimizer, state_shardings
+from ar_unified.training.optimizer import (
+    OptimizerConfig,
+    is_decayed,
+    learning_rate,
+    make_optimizer,
+    muon_axes,
+    state_shardings,
+)
+from tests.training import tiny
 
 
 def curve(steps=100, **changes):
@@ -65,3 +73,37 @@ def test_a_group_of_parameters_may_have_a_rate_of_its_own():
     np.testing.assert_allclose(updates["discriminator"]["b"], 0.25 * updates["autoencoder"]["a"][0, 0], rtol=1e-6)
     places = state_shardings(tx, params, jax.tree.map(lambda x: x.ndim, params), 0)
     assert jax.tree.structure(places) == jax.tree.structure(tx.init(params))
+
+
+def test_muon_makes_the_steps_of_matrices_orthogonal_and_leaves_the_rest_to_adamw():
+    settings = dict(learning_rate=0.1, warmup_steps=0, weight_decay=0.5, final_fraction=1.0)
+    params = jax.device_get(tiny.task().init(jax.random.key(0)))
+    grads = jax.tree.map(lambda x: np.random.default_rng(x.size).normal(size=x.shape).astype(np.float32), params)
+
+    def step(optimizer):
+        tx = make_optimizer(OptimizerConfig(optimizer=optimizer, **settings), 10)
+        return tx.update(grads, tx.init(params), params)[0]
+
+    muon, adamw = step("muon"), step("adamw")
+    attention, mlp = muon["layers"]["attention"], muon["layers"]["mlp"]
+    assert muon_axes((jax.tree_util.DictKey("embedding"),), params["embedding"]) is None
+    rows = {"query": 32, "key": 32, "value": 32, "output": 32, "gate": 32, "up": 32, "down": 64}
+    for name, update in (attention | mlp).items():
+        if name not in rows:
+            continue
+        weight = params["layers"]["attention" if name in attention else "mlp"][name]
+        for layer in range(2):  # all heads of a layer are one matrix, and layers are apart
+            moved = np.asarray(update[layer] + 0.1 * 0.5 * weight[layer]).reshape(rows[name], -1)
+            np.testing.assert_allclose(np.sqrt((moved**2).mean()), 0.1 * 0.2, rtol=0.25)
+            # Newton-Schulz with Jordan's coefficients leaves singular values in 0.7 to 1.2; Gaussian ones would spread
+            # from 0 for a square matrix
+            size = np.linalg.svd(moved, compute_uv=False) / (0.1 * 0.2 * max(moved.shape) ** 0.5)
+            assert 0.5 < size[: len(size) * 9 // 10].min() and size.max() < 1.3, (name, size)
+    rest = [(muon[k], adamw[k]) for k in ("embedding", "head", "norm")]
+    rest += [(attention[k], adamw["layers"]["attention"][k]) for k in ("norm", "query_norm", "key_norm")]
+    jax.tree.map(np.testing.assert_array_equal, *zip(*rest, strict=True))
+
+
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(ValueError, match="optimizer 'sgd': there are 'adamw' and 'muon'"):
+        make_optimizer(OptimizerConfig(optimizer="sgd", warmup_steps=0), 10)

@@ -124,14 +124,22 @@ def test_microbatches_are_strided_and_keep_every_row():
         split_microbatches({"x": rows}, 3, mesh)
 
 
-def test_state_stays_where_the_rules_put_it(params):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_state_stays_where_the_rules_put_it(params, optimizer):
     task, mesh = tiny.task(), make_mesh(dict(data=2, fsdp=2, tensor=2))
-    tx = make_optimizer(tiny.TRAINING.optimizer, tiny.TRAINING.steps)
+    tx = make_optimizer(replace(tiny.TRAINING.optimizer, optimizer=optimizer), tiny.TRAINING.steps)
     abstract = abstract_state(task, tx, mesh)
     places = jax.tree.map(lambda x: x.sharding, abstract)
     assert places.params["layers"]["mlp"]["gate"].spec == jax.P(None, "fsdp", "tensor")
-    moments = [x.sharding for x in jax.tree.leaves(abstract.optimizer) if x.ndim]
-    assert moments == jax.tree.leaves(places.params) * 2
+    coefficients = (3,)  # muon's own, beside its momentum
+    moments = [x.sharding for x in jax.tree.leaves(abstract.optimizer) if x.shape not in ((), coefficients)]
+    if optimizer == "adamw":
+        assert moments == jax.tree.leaves(places.params) * 2
+    else:  # one momentum, and AdamW's two for what is left
+        matrices = {"query", "key", "value", "output", "gate", "up", "down"}
+        count = {path: 1 if path[-1].key in matrices else 2 for path, _ in jax.tree.leaves_with_path(places.params)}
+        expected = [s for path, s in jax.tree.leaves_with_path(places.params) for _ in range(count[path])]
+        assert sorted(map(str, moments)) == sorted(map(str, expected))
     with jax.set_mesh(mesh):
         state = TrainState(jnp.int32(0), params, tx.init(params), {})
         compiled = make_train_step(task, tx, mesh, seed=0, clip_norm=1.0).lower(
