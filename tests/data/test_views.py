@@ -105,7 +105,7 @@ def test_each_view_is_coded_and_is_trained_on(folder: Path, grammar: Grammar, to
     assert len({picture.tobytes() for picture in seen}) > 20
 
 
-@pytest.mark.parametrize("wrong", [dict(count=0), dict(shift=1.0), dict(shift=-0.1), dict(zoom=2)])
+@pytest.mark.parametrize("wrong", [dict(count=0), dict(count=1), dict(shift=1.0), dict(shift=-0.1), dict(zoom=2)])
 def test_views_out_of_range_are_refused(folder: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="views|zoom"):
         views(folder, **wrong)
