@@ -17,8 +17,9 @@ class OptimizerConfig:
     """AdamW (decoupled decay, Loshchilov & Hutter, arXiv:1711.05101) or Muon, and the schedule of either.
 
     Muon (Jordan et al., kellerjordan.github.io/posts/muon, 2024) moves the matrices of the layers by their momentum
-    made orthogonal, and leaves embeddings, head and norms to AdamW. Its steps have AdamW's root mean square, 0.2 of the
-    rate (Liu et al., arXiv:2502.16982), so that a learning rate and a decay for the one are a start for the other.
+    made orthogonal, and leaves embeddings, head and norms to AdamW (b1, b2 and eps are AdamW's alone). Its steps have
+    AdamW's root mean square, 0.2 of the rate (Liu et al., arXiv:2502.16982), so that a learning rate and a decay for
+    the one are a start for the other.
 
     WSD is warm-up, stable, decay (arXiv:2404.06395): one long run whose decay can be started from any checkpoint.
     `decay="sqrt"` falls as 1 - sqrt(x), the better of the shapes compared in arXiv:2405.18392.
@@ -74,7 +75,7 @@ def is_decayed(path: tuple[Any, ...], leaf: Any) -> bool:
     return axes >= 2 and not any(word in name for name in names for word in ("norm", "bias", "codebook"))
 
 
-def muon_axes(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:
+def _muon_axes(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:
     """Which axes of a layer's stacked matrix count what it reads, and which what it makes; None: AdamW's.
 
     All heads are one matrix, [L, D, N H] or [L, N H, D].
@@ -103,7 +104,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         mask=lambda params: jax.tree_util.tree_map_with_path(is_decayed, params),
     )
     if config.optimizer == "muon":
-        axes = functools.partial(jax.tree_util.tree_map_with_path, muon_axes)
+        axes = functools.partial(jax.tree_util.tree_map_with_path, _muon_axes)
         orthogonal = muon(
             rate, weight_decay=config.weight_decay, consistent_rms=0.2, muon_weight_dimension_numbers=axes
         )
@@ -115,7 +116,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def _moved_by_muon(params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: muon_axes(path, leaf) is not None, params)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _muon_axes(path, leaf) is not None, params)
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any, param_shardings: Any, other: Any) -> Any:
