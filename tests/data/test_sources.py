@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import base64
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -121,14 +123,29 @@ def test_wrong_specs_say_what_is_expected(tmp_path: Path) -> None:
             open_source(spec)
 
 
-def test_reading_ahead_keeps_order_and_reports_bad_items_as_values(folder: Path) -> None:
+@pytest.mark.parametrize("takes", [0.0, 2e-3])  # seconds an item: read in place, read ahead by threads
+def test_reading_keeps_order_and_gives_bad_items_as_values(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, takes: float
+) -> None:
     (folder / "images/4.png").write_bytes(b"")
     source = _captions(folder)
-    alone = [item for _, item in read(source, range(20), workers=1)]
-    many = [item for _, item in read(source, range(20), workers=8)]
-    assert [type(item) for item in many] == [type(item) for item in alone]
-    assert isinstance(many[4], BadItem) and many[4].kind == "empty_file"
-    assert many[5] == alone[5] == source[5]
+    expected = [item for _, item in read(source, range(20))]
+    assert isinstance(expected[4], BadItem) and expected[4].kind == "empty_file" and expected[5] == source[5]
+
+    threads, get = set(), type(source).__getitem__
+
+    def slowly(self: Any, i: int) -> Any:
+        threads.add(threading.current_thread().name)
+        time.sleep(takes)
+        return get(self, i)
+
+    monkeypatch.setattr(type(source), "__getitem__", slowly)
+    for workers in (1, 8):
+        numbers, items = zip(*read(source, reversed(range(20)), workers), strict=True)
+        assert numbers == tuple(reversed(range(20)))
+        assert [type(item) for item in reversed(items)] == [type(item) for item in expected]
+        assert items[-6] == expected[5]
+    assert len(threads) > 1 or not takes
 
 
 def test_tfds_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
