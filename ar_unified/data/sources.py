@@ -105,7 +105,7 @@ def read(source: Source, indices: Iterable[int], workers: int = 2) -> Iterator[t
         item = get(i)
         seconds.append(time.perf_counter() - began)
         yield item
-    if not seconds or median(seconds) < 1e-3:
+    if not seconds or median(seconds) < 1e-3:  # the first may have opened something, a bad one takes no time
         yield from map(get, left)
         return
     waiting: deque[Future[tuple[int, Document | BadItem]]] = deque()
