@@ -116,6 +116,9 @@ def defaults() -> ConfigDict:
     config.training.code_rows = "random"  # rows of image codes begin random | alike: near for codes that are near
     config.training.flip_pairs = 0.5  # how often a pair is read the other way round
     config.training.drop_condition = 0.1  # how often a prompt becomes the empty one (what guidance compares with)
+    # Later parts of the training that mix otherwise: dicts of `begin` (a share of the steps), and what changes there of
+    # `weights` ({source: share of the rows}), `flip_pairs` and `drop_condition`.
+    config.training.phases = ()
     config.training.log_every = 20
     config.training.validate_every = 200
     config.training.preview_every = 0

@@ -9,14 +9,16 @@ Reads data/train and data/validation. Leaves in the workdir:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from ar_unified.cli import config as configs
 from ar_unified.cli.experiment import Experiment, add_experiment_arguments, open_experiment
-from ar_unified.data.loader import PackedBatches
+from ar_unified.data.loader import PackedBatches, Phase
 from ar_unified.document import CodesPart
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.request import Request
@@ -55,23 +57,16 @@ def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> Non
         return experiment.skip(stage)
     folder = experiment.workdir.data
     rows = dict(batch_size=settings.batch_size, seq_len=settings.row_length)
-    batches = PackedBatches(
-        folder / "train",
-        grammar,
-        seed=config.seed,
-        weights=mixture,
-        flip=settings.flip_pairs,
-        condition_dropout=settings.drop_condition,
-        **rows,
-    )
+    phases = _phases(settings, mixture)
+    batches = PackedBatches(folder / "train", grammar, seed=config.seed, phases=phases, **rows)
     for name, facts in batches.describe().items():
-        experiment.say(
-            f"{name}: {facts['rows']} rows an epoch, {facts['fill']:.1%} full, {facts['share']:.1%} of the rows"
-        )
+        shares = ", then ".join(f"{share:.1%}" for share in facts["shares"])
+        experiment.say(f"{name}: {facts['rows']} rows an epoch, {facts['fill']:.1%} full, {shares} of the rows")
     validation = []
     if (folder / "validation").exists():
-        flip = 0.5 if settings.flip_pairs else 0.0  # both ways weigh alike, where both are trained
-        held_out = PackedBatches(folder / "validation", grammar, flip=flip, condition_dropout=0.0, **rows)
+        flip = 0.5 if any(phase.flip for phase in phases) else 0.0  # both ways weigh alike, where both are trained
+        as_it_stands = Phase(flip=flip, condition_dropout=0.0)
+        held_out = PackedBatches(folder / "validation", grammar, phases=[as_it_stands], **rows)
         validation = [held_out.batch(step) for step in range(_VALIDATION_BATCHES)]
     task = TransformerTask(
         experiment.model,
@@ -98,6 +93,23 @@ def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> Non
         logger=experiment.say,
     )
     experiment.finish(stage, {"steps": settings.steps})
+
+
+def _phases(settings: ConfigDict, mixture: Mapping[str, float]) -> list[Phase]:
+    """The training as its settings begin it, then what `training.phases` changes of it, each from its step on."""
+    phases = [Phase(0, mixture, settings.flip_pairs, settings.drop_condition)]
+    for i, change in enumerate(configs.plain(settings.phases)):
+        begin = change.pop("begin", None)
+        unknown = sorted(change.keys() - {"weights", "flip_pairs", "drop_condition"})
+        if unknown or not isinstance(begin, float | int) or not 0 < begin < 1:
+            raise SystemExit(
+                f"ar-unified: config.training.phases[{i}]: expected a `begin` between 0 and 1 (of the steps) and "
+                f"any of weights, flip_pairs, drop_condition; found {dict(begin=begin) | change}"
+            )
+        names = dict(weights="weights", flip_pairs="flip", drop_condition="condition_dropout")
+        changes = {names[key]: value for key, value in change.items()}
+        phases.append(dataclasses.replace(phases[-1], from_step=round(begin * settings.steps), **changes))
+    return phases
 
 
 def _code_vectors(experiment: Experiment) -> np.ndarray | None:

@@ -8,7 +8,9 @@ Axes: `B` rows of the global batch, `T` tokens of a row, `n` documents of a batc
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,28 +38,46 @@ class Batches(Protocol):
         """The rows of this process of the global batch of `step`."""
 
 
+@dataclass(frozen=True)
+class Phase:
+    """How documents are mixed and read, from a step of the training to the next phase.
+
+    Attributes:
+        from_step: the first one it holds for.
+        weights: source -> share of the rows; sources not named are left out. None: one epoch of all sources together.
+        flip: probability that a pair of one text and one picture is read the other way, picture first.
+        condition_dropout: probability that a document that asks for a picture loses its prompt (`grammar.drop_prompt`),
+            an interleaved one all that stands before one of its pictures (`grammar.drop_context`): what is left is what
+            the sampler's companion row sees under classifier-free guidance. Its row keeps the room, as padding.
+    """
+
+    from_step: int = 0
+    weights: Mapping[str, float] | None = None
+    flip: float = 0.5
+    condition_dropout: float = 0.1
+
+
 class PackedBatches:
     """Rows of whole documents from the shards that `prepare` left in `folder`.
 
-    Every epoch of a source has each of its documents once. For each document and epoch is drawn anew:
-    - flip: a pair of one text and one picture is read the other way, picture first, with this probability.
-    - condition_dropout: a document that asks for a picture loses its prompt (`grammar.drop_prompt`), an interleaved one
-      all that stands before one of its pictures (`grammar.drop_context`): what is left is what the sampler's companion
-      row sees under classifier-free guidance. Its row keeps the room, as padding.
+    Every epoch of a source has each of its documents once, and draws anew which are flipped and which lose their
+    condition. A source goes on where the phase before left it.
 
     Args:
         folder: of one `prepare`.
         grammar: the one the data was prepared with.
         seq_len: T, at least the longest document.
-        weights: source -> share of the rows; sources not named are left out. None: one epoch of all sources together.
+        phases: the first from step 0, the others after it, in order.
         seed: of the order and of what is drawn.
 
     Attributes:
-        rows_per_epoch: rows of one epoch of every source that is used. shares: their shares of the stream.
+        rows_per_epoch: rows of one epoch of every source that is used.
+        shares: for every phase, their shares of the stream.
 
     Raises:
         ManifestMismatch: the data was prepared with another vocabulary or grammar.
-        ValueError: an unknown source, weights or probabilities out of range, or a document longer than seq_len.
+        ValueError: an unknown source, weights or probabilities out of range, phases out of order, or a document longer
+            than seq_len.
     """
 
     def __init__(
@@ -68,22 +88,19 @@ class PackedBatches:
         batch_size: int,
         seq_len: int,
         seed: int = 0,
-        weights: Mapping[str, float] | None = None,
-        flip: float = 0.5,
-        condition_dropout: float = 0.1,
+        phases: Sequence[Phase] = (Phase(),),
     ):
         manifest = load_manifest(folder)
         require_same(grammar.manifest(), manifest["vocabulary"], expected_from="this run", found_from=str(folder))
         counts = manifest["report"]
-        wanted = {folder_name(name): w for name, w in (weights or dict.fromkeys(counts, 1.0)).items() if w}
-        unknown = sorted(wanted.keys() - counts.keys())
-        if unknown:
-            raise ValueError(f"weights: expected sources {sorted(counts)}, found {unknown[0]!r}")
-        for name, p in (("flip", flip), ("condition_dropout", condition_dropout)):
-            if not 0 <= p <= 1:
-                raise ValueError(f"{name}: expected a probability, found {p}")
+        weights = [
+            {folder_name(name): w for name, w in (phase.weights or dict.fromkeys(counts, 1.0)).items() if w}
+            for phase in phases
+        ]
+        wanted = list(dict.fromkeys(name for phase in weights for name in phase))
+        _check(phases, unknown=sorted(set(wanted) - counts.keys()), known=sorted(counts))
         self.grammar, self.batch_size, self.seq_len, self.seed = grammar, batch_size, seq_len, seed
-        self.flip, self.condition_dropout = flip, condition_dropout
+        self.phases = tuple(phases)
         self._names = [name for name in wanted if counts[name]["documents"]]
         self._shards = [shards.Shards(Path(folder) / name, counts[name]["shards"]) for name in self._names]
         self._packings = [
@@ -91,14 +108,22 @@ class PackedBatches:
             for name, source in zip(self._names, self._shards, strict=True)
         ]
         self.rows_per_epoch = {name: p.rows for name, p in zip(self._names, self._packings, strict=True)}
-        used = None if weights is None else [wanted[name] for name in self._names]
-        self._mixture = Mixture(list(self.rows_per_epoch.values()), used)
-        self.shares = dict(zip(self._names, self._mixture.shares, strict=True))
+        self._mixtures: list[Mixture] = []
+        for i, phase in enumerate(phases):
+            rows = batch_size * (phase.from_step - phases[i - 1].from_step)
+            self._mixtures.append(
+                Mixture(
+                    list(self.rows_per_epoch.values()),
+                    None if phase.weights is None else [weights[i].get(name, 0.0) for name in self._names],
+                    self._mixtures[-1].taken(rows) if i else None,
+                )
+            )
+        self.shares = [dict(zip(self._names, mixture.shares, strict=True)) for mixture in self._mixtures]
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """Rows an epoch, fill of the rows, and share of the stream of every source."""
+        """Rows an epoch, fill of the rows, and shares of the stream (one for each phase) of every source."""
         packed = summary(dict(zip(self._names, self._packings, strict=True)))
-        return {name: packed[name] | {"share": self.shares[name]} for name in self._names}
+        return {name: packed[name] | {"shares": [shares[name] for shares in self.shares]} for name in self._names}
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
         """Rows process_index/process_count of the global batch of `step`.
@@ -108,14 +133,16 @@ class PackedBatches:
             doc_start (T on padding), segment_ids (from 1; 0 on padding), all int32; tasks (of the document) int8;
             prompt (the target belongs to the prompt, EOT included) bool.
         """
-        places = _slice(self._mixture, step, self.batch_size, process_index, process_count)
+        now = bisect.bisect_right([phase.from_step for phase in self.phases], step) - 1
+        since = step - self.phases[now].from_step
+        places = _slice(self._mixtures[now], since, self.batch_size, process_index, process_count)
         documents: list[np.ndarray] = []
         tasks: list[int] = []
         rows: list[int] = []
         for at in _groups(places):
             source, epoch = int(places.source[at[0]]), int(places.epoch[at[0]])
             chosen = self._packings[source].documents(epoch, places.item[at])
-            found, found_tasks = self._read(source, epoch, np.concatenate(chosen))
+            found, found_tasks = self._read(self.phases[now], source, epoch, np.concatenate(chosen))
             documents += found
             tasks += found_tasks
             rows += np.repeat(at, [len(row) for row in chosen]).tolist()
@@ -129,14 +156,14 @@ class PackedBatches:
             eot=self.grammar.vocabulary.eot,
         )
 
-    def _read(self, source: int, epoch: int, chosen: np.ndarray) -> tuple[list[np.ndarray], list[int]]:
+    def _read(self, phase: Phase, source: int, epoch: int, chosen: np.ndarray) -> tuple[list[np.ndarray], list[int]]:
         """Tokens and tasks of documents as this epoch has them."""
         index = self._shards[source].index[chosen]
         documents, tasks = self._shards[source].read(chosen), index["task"].copy()
         streams = (self.seed, self._names[source], epoch)
-        flipped = index["pair"] & (uniform(key(*streams, "flip"), chosen) < self.flip)
+        flipped = index["pair"] & (uniform(key(*streams, "flip"), chosen) < phase.flip)
         tasks[flipped] = np.where(index["task"][flipped] == _TEXT_TO_IMAGE, _IMAGE_TO_TEXT, _TEXT_TO_IMAGE)
-        dropped = uniform(key(*streams, "dropout"), chosen) < self.condition_dropout
+        dropped = uniform(key(*streams, "dropout"), chosen) < phase.condition_dropout
         picture = hash64(key(*streams, "picture"), chosen) % np.maximum(index["pictures"], 1).astype(np.uint64)
         for i in np.flatnonzero(flipped):
             documents[i] = self.grammar.swap_turn(documents[i])
@@ -300,6 +327,18 @@ def iterate(
     made = steps.map(lambda step: batches.batch(int(step), process_index, process_count))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead if threads else 0)
     return iter(made.to_iter_dataset(options))
+
+
+def _check(phases: Sequence[Phase], *, unknown: Sequence[str], known: Sequence[str]) -> None:
+    if unknown:
+        raise ValueError(f"weights: expected sources {list(known)}, found {unknown[0]!r}")
+    steps = [phase.from_step for phase in phases]
+    if not steps or steps[0] != 0 or steps != sorted(set(steps)):
+        raise ValueError(f"phases: expected the first from step 0, each later than the one before; found {steps}")
+    for phase in phases:
+        for name, p in (("flip", phase.flip), ("condition_dropout", phase.condition_dropout)):
+            if not 0 <= p <= 1:
+                raise ValueError(f"{name}: expected a probability, found {p}")
 
 
 def _slice(mixture: Mixture, step: int, batch_size: int, index: int, count: int) -> Places:

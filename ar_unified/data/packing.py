@@ -182,18 +182,22 @@ class Mixture:
     Args:
         sizes: rows (or items) an epoch of every source has, at least 1.
         weights: shares, not negative; None: by size, so that epochs of all sources end together.
+        taken: rows of every source that were read before this stream; it goes on after them. None: none.
 
     Raises:
         ValueError: weights that are negative or all zero, or a source without rows.
     """
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None = None):
+    def __init__(
+        self, sizes: Sequence[int], weights: Sequence[float] | None = None, taken: Sequence[int] | None = None
+    ):
         shares = np.asarray(sizes if weights is None else weights, np.float64)
         if len(shares) != len(sizes) or not len(sizes) or (shares < 0).any() or not shares.sum() > 0:
             raise ValueError(f"mixture: expected {len(sizes)} weights >= 0, not all 0; found {shares.tolist()}")
         if min(sizes) < 1:
             raise ValueError(f"mixture: expected at least one row in every source, found {list(sizes)}")
         self.sizes = np.asarray(sizes, np.int64)
+        self._taken = np.zeros(len(sizes), np.int64) if taken is None else np.asarray(taken, np.int64)
         counts = _apportion(shares)
         turns = np.concatenate([(np.arange(count) + 0.5) / count for count in counts if count] or [np.zeros(0)])
         source = np.repeat(np.arange(len(counts)), counts)
@@ -205,8 +209,15 @@ class Mixture:
         """Places start..stop-1 of the stream."""
         cycle, slot = np.divmod(np.arange(start, stop), PERIOD)
         source = self._source[slot]
-        epoch, item = np.divmod(cycle * self._counts[source] + self._rank[slot], self.sizes[source])
+        row = self._taken[source] + cycle * self._counts[source] + self._rank[slot]
+        epoch, item = np.divmod(row, self.sizes[source])
         return Places(source, epoch, item)
+
+    def taken(self, stop: int) -> list[int]:
+        """Rows of every source that were read before place `stop`."""
+        cycles, rest = divmod(stop, PERIOD)
+        partly = np.bincount(self._source[:rest], minlength=len(self.sizes))
+        return (self._taken + cycles * self._counts + partly).tolist()
 
     @property
     def shares(self) -> list[float]:

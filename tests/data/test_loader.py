@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ar_unified.data.loader import ImageBatches, PackedBatches, iterate
+from ar_unified.data.loader import ImageBatches, PackedBatches, Phase, iterate
 from ar_unified.data.prepare import prepare
 from ar_unified.data.shards import Shards
 from ar_unified.data.sources import open_source
@@ -27,8 +27,10 @@ def prepared(folder: Path, grammar: Grammar, tokenizer: Any, tmp_path: Path) -> 
     return tmp_path / "data"
 
 
-def batches(prepared: Path, grammar: Grammar, **options: Any) -> PackedBatches:
-    return PackedBatches(prepared, grammar, **(dict(batch_size=4, seq_len=T, seed=3) | options))
+def batches(prepared: Path, grammar: Grammar, *later: Phase, **options: Any) -> PackedBatches:
+    """One phase, made of the options that are its fields, and the later ones."""
+    first = Phase(**{name: options.pop(name) for name in Phase.__dataclass_fields__ if name in options})
+    return PackedBatches(prepared, grammar, phases=[first, *later], **(dict(batch_size=4, seq_len=T, seed=3) | options))
 
 
 def rows(batch: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
@@ -152,10 +154,38 @@ def test_one_definition_of_unconditional(prepared: Path, grammar: Grammar, monke
 def test_shares_follow_the_weights(prepared: Path, grammar: Grammar) -> None:
     loader = batches(prepared, grammar, batch_size=64, weights=dict(captions=2, docs=1, vqa=0))
     tasks = [TASKS[row[0]] for row in loader.batch(5)["tasks"]]
-    assert abs(tasks.count("interleaved") - 64 / 3) < 1.5 and "vqa" not in loader.shares
+    assert abs(tasks.count("interleaved") - 64 / 3) < 1.5 and "vqa" not in loader.shares[0]
     assert loader.describe()["docs"]["fill"] > 0.3
     with pytest.raises(ValueError, match=r"expected sources \['captions', 'docs', 'vqa'\], found 'book'"):
         batches(prepared, grammar, weights=dict(book=1))
+
+
+def test_a_phase_mixes_otherwise_from_its_step_on_and_each_source_goes_on(prepared: Path, grammar: Grammar) -> None:
+    first, second = dict(captions=1, vqa=3), dict(captions=3, vqa=1)
+    loader = batches(prepared, grammar, Phase(7, second, flip=1.0), weights=first, flip=0.0, condition_dropout=0.0)
+    tasks = [[TASKS[row[0]] for row in loader.batch(step)["tasks"]] for step in range(16)]
+    assert [row.count("text_to_image") for row in tasks] == [1] * 7 + [0] * 9, "captions: drawn first, then all read"
+    assert loader.shares == [dict(captions=0.25, vqa=0.75), dict(captions=0.75, vqa=0.25)]
+
+    whole = batches(prepared, grammar, Phase(7, second, 0.0, 0.0), weights=first, flip=0.0, condition_dropout=0.0)
+    read = [row.tobytes() for step in range(64) for row in whole.batch(step)["tokens"]]
+    for name in first:
+        alone = batches(prepared, grammar, batch_size=1, weights={name: 1}, flip=0.0, condition_dropout=0.0)
+        stream = [alone.batch(step)["tokens"].tobytes() for step in range(len(read))]
+        found = [row for row in read if row in set(stream)]
+        assert 64 < len(found) < len(read) and found == stream[: len(found)], "from where it was"
+
+
+def test_phases_out_of_order_are_refused(prepared: Path, grammar: Grammar) -> None:
+    for later in ([Phase(0)], [Phase(5), Phase(5)], [Phase(5), Phase(3)]):
+        with pytest.raises(ValueError, match="each later than the one before; found"):
+            batches(prepared, grammar, *later)
+    with pytest.raises(ValueError, match="the first from step 0"):
+        batches(prepared, grammar, from_step=2)
+    with pytest.raises(ValueError, match="flip: expected a probability, found 1.5"):
+        batches(prepared, grammar, Phase(3, flip=1.5))
+    with pytest.raises(ValueError, match="found 'book'"):
+        batches(prepared, grammar, Phase(3, dict(book=1)))
 
 
 def test_other_vocabulary_and_short_rows_are_refused(prepared: Path, grammar: Grammar, kit: Any) -> None:

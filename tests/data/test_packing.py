@@ -59,5 +59,19 @@ def test_mixture_keeps_weights_in_every_stretch_and_epochs_of_each_source_apart(
     assert not (places.source == 2).any()
 
 
+def test_a_mixture_goes_on_where_another_stopped() -> None:
+    sizes, stop = [7, 40], PERIOD + 37
+    before = Mixture(sizes, [0.5, 0.5]).places(0, stop)
+    taken = Mixture(sizes, [0.5, 0.5]).taken(stop)
+    assert taken == [(before.source == s).sum() for s in (0, 1)]
+    after = Mixture(sizes, [0.1, 0.9], taken)
+    places = after.places(0, 500)
+    for s, size in enumerate(sizes):
+        here = places.source == s
+        rows = places.epoch[here] * size + places.item[here]
+        np.testing.assert_array_equal(rows, taken[s] + np.arange(here.sum()))
+    assert after.taken(500) == [taken[s] + (places.source == s).sum() for s in (0, 1)]
+
+
 def test_a_tiny_weight_still_gets_a_turn() -> None:
     assert min(Mixture([5, 5], [1.0, 1e-9]).shares) > 0
