@@ -110,6 +110,7 @@ def defaults() -> ConfigDict:
     config.training.warmup_steps = 50
     config.training.decay_fraction = 0.2  # wsd: the last part of the steps
     config.training.final_fraction = 0.0  # of the peak, at the last step
+    config.training.restarts = ()  # shares of the steps at which the schedule begins anew
     config.training.b2 = 0.95
     config.training.weight_decay = 0.1
     config.training.clip_norm = 1.0

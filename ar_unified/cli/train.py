@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,14 +58,14 @@ def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> Non
         return experiment.skip(stage)
     folder = experiment.workdir.data
     rows = dict(batch_size=settings.batch_size, seq_len=settings.row_length)
-    phases = _phases(settings, mixture)
-    batches = PackedBatches(folder / "train", grammar, seed=config.seed, phases=phases, **rows)
+    planned = phases(settings, mixture)
+    batches = PackedBatches(folder / "train", grammar, seed=config.seed, phases=planned, **rows)
     for name, facts in batches.describe().items():
         shares = ", then ".join(f"{share:.1%}" for share in facts["shares"])
         experiment.say(f"{name}: {facts['rows']} rows an epoch, {facts['fill']:.1%} full, {shares} of the rows")
     validation = []
     if (folder / "validation").exists():
-        flip = 0.5 if any(phase.flip for phase in phases) else 0.0  # both ways weigh alike, where both are trained
+        flip = 0.5 if any(phase.flip for phase in planned) else 0.0  # both ways weigh alike, where both are trained
         as_it_stands = Phase(flip=flip, condition_dropout=0.0)
         held_out = PackedBatches(folder / "validation", grammar, phases=[as_it_stands], **rows)
         validation = [held_out.batch(step) for step in range(_VALIDATION_BATCHES)]
@@ -95,9 +96,9 @@ def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> Non
     experiment.finish(stage, {"steps": settings.steps})
 
 
-def _phases(settings: ConfigDict, mixture: Mapping[str, float]) -> list[Phase]:
+def phases(settings: ConfigDict, mixture: Mapping[str, float]) -> list[Phase]:
     """The training as its settings begin it, then what `training.phases` changes of it, each from its step on."""
-    phases = [Phase(0, mixture, settings.flip_pairs, settings.drop_condition)]
+    found = [Phase(0, mixture, settings.flip_pairs, settings.drop_condition)]
     for i, change in enumerate(configs.plain(settings.phases)):
         begin = change.pop("begin", None)
         unknown = sorted(change.keys() - {"weights", "flip_pairs", "drop_condition"})
@@ -108,8 +109,8 @@ def _phases(settings: ConfigDict, mixture: Mapping[str, float]) -> list[Phase]:
             )
         names = dict(weights="weights", flip_pairs="flip", drop_condition="condition_dropout")
         changes = {names[key]: value for key, value in change.items()}
-        phases.append(dataclasses.replace(phases[-1], from_step=round(begin * settings.steps), **changes))
-    return phases
+        found.append(dataclasses.replace(found[-1], from_step=math.ceil(begin * settings.steps), **changes))
+    return found
 
 
 def _code_vectors(experiment: Experiment) -> np.ndarray | None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +26,8 @@ class OptimizerConfig:
 
     WSD is warm-up, stable, decay (arXiv:2404.06395): one long run whose decay can be started from any checkpoint.
     `decay="sqrt"` falls as 1 - sqrt(x), the better of the shapes compared in arXiv:2405.18392.
+
+    A restart begins the schedule anew, warm-up and all (Loshchilov & Hutter, arXiv:1608.03983): for training in stages.
     """
 
     optimizer: str = "adamw"  # or "muon"
@@ -32,6 +37,7 @@ class OptimizerConfig:
     decay: str = "sqrt"  # WSD only; or "linear"
     decay_fraction: float = 0.2  # WSD only: the last part of the steps, in which the rate falls
     final_fraction: float = 0.1  # of the peak, reached at the last step
+    restarts: Sequence[float] = ()  # shares of the steps, rising; the steps from one to the next are a schedule
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
@@ -43,13 +49,22 @@ class OptimizerConfig:
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """The learning rate of step s (0-based) of a training of `steps` steps, as a jittable function.
 
-    Raises ValueError for unknown shapes and for a warm-up and decay longer than the training.
+    Raises ValueError for unknown shapes, for restarts out of order, and for a warm-up and decay longer than the steps.
     """
     if config.schedule not in ("cosine", "wsd") or config.decay not in ("sqrt", "linear"):
         raise ValueError(
             f"schedule {config.schedule!r} with decay {config.decay!r}: "
             "schedules are 'cosine' and 'wsd', decays of wsd are 'sqrt' and 'linear'"
         )
+    begins = [0, *(math.ceil(share * steps) for share in config.restarts)]
+    lengths = [end - begin for begin, end in itertools.pairwise([*begins, steps])]
+    if min(lengths) < 1:
+        raise ValueError(f"restarts: expected rising shares of the steps, between 0 and 1; found {config.restarts}")
+    return optax.join_schedules([_schedule(config, length) for length in lengths], begins[1:])
+
+
+def _schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Once up and down, in `steps` steps."""
     warmup = config.warmup_steps
     decay_steps = steps - warmup if config.schedule == "cosine" else max(1, round(config.decay_fraction * steps))
     if decay_steps < 1 or warmup + decay_steps > steps:

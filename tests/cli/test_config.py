@@ -6,9 +6,12 @@ from ar_tokenizers.image.adversary import AdversaryConfig
 from ar_tokenizers.image.config import PRESETS, AutoencoderConfig
 from ar_tokenizers.image.objective import Objective, ObjectiveConfig
 from ar_tokenizers.image.perceptual import Perceptual
+from ml_collections import ConfigDict
 
 from ar_unified.cli import config as configs
 from ar_unified.cli.main import main
+from ar_unified.cli.train import phases
+from ar_unified.data.loader import Phase
 from ar_unified.data.sources import open_source
 from ar_unified.model.config import config_from
 from tests.cli.conftest import ROOT
@@ -76,3 +79,18 @@ def test_an_unknown_verb_or_argument_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--config", "x.py", "--workdir", "w", "--steps=3"])
     assert "--config.KEY=VALUE" in capsys.readouterr().err
+
+
+def test_phases_change_what_they_name_and_keep_the_rest() -> None:
+    settings = configs.defaults().training
+    settings.update(steps=1000, flip_pairs=1.0, drop_condition=0.05)
+    settings.phases = (ConfigDict(dict(begin=0.25, weights=dict(a=1.0))), ConfigDict(dict(begin=0.9, flip_pairs=0.0)))
+    assert phases(settings, dict(a=0.5, b=0.5)) == [
+        Phase(0, dict(a=0.5, b=0.5), 1.0, 0.05),
+        Phase(250, dict(a=1.0), 1.0, 0.05),
+        Phase(900, dict(a=1.0), 0.0, 0.05),
+    ]
+    for wrong in (dict(begin=1.0), dict(begin=0), dict(flip_pairs=0.5), dict(begin=0.5, flips=0.5)):
+        settings.phases = (ConfigDict(wrong),)
+        with pytest.raises(SystemExit, match=r"config.training.phases\[0\]: expected a `begin` between 0 and 1"):
+            phases(settings, dict(a=1.0))

@@ -29,6 +29,19 @@ def test_wsd_is_flat_then_falls(decay, middle):
     np.testing.assert_allclose([rates[89], rates[99]], [middle, 0.1], rtol=1e-5)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_a_restart_begins_the_schedule_anew(schedule):
+    rates = curve(100, schedule=schedule, restarts=(0.25, 0.6))
+    parts = [curve(steps, schedule=schedule) for steps in (25, 35, 40)]
+    np.testing.assert_allclose(rates, np.concatenate(parts), rtol=1e-6)
+
+
+def test_restarts_out_of_order_are_refused():
+    for wrong in ((0.0,), (0.5, 0.5), (0.6, 0.3), (1.0,)):
+        with pytest.raises(ValueError, match="expected rising shares of the steps"):
+            curve(100, restarts=wrong)
+
+
 def test_a_schedule_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="9 steps of warm-up and 8 of decay do not fit into 10"):
         curve(10, schedule="wsd", decay_fraction=0.8)
