@@ -82,7 +82,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.training.drop_condition = 0.05
     drawing = dict(begin=0.28, weights=dict(captions=0.75, vqa=0.25), flip_pairs=0.1)
     config.training.phases = (ConfigDict(drawing),)
-    config.training.restarts = (0.28,)
+    config.training.restarts = (drawing["begin"],)
     config.training.log_every = 100
     config.training.validate_every = 1000
     config.training.checkpoint_every = 500

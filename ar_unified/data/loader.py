@@ -49,12 +49,19 @@ class Phase:
         condition_dropout: probability that a document that asks for a picture loses its prompt (`grammar.drop_prompt`),
             an interleaved one all that stands before one of its pictures (`grammar.drop_context`): what is left is what
             the sampler's companion row sees under classifier-free guidance. Its row keeps the room, as padding.
+
+    Raises ValueError for a probability outside [0, 1].
     """
 
     from_step: int = 0
     weights: Mapping[str, float] | None = None
     flip: float = 0.5
     condition_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "condition_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a probability, found {getattr(self, name)}")
 
 
 class PackedBatches:
@@ -76,8 +83,7 @@ class PackedBatches:
 
     Raises:
         ManifestMismatch: the data was prepared with another vocabulary or grammar.
-        ValueError: an unknown source, weights or probabilities out of range, phases out of order, or a document longer
-            than seq_len.
+        ValueError: an unknown source, weights out of range, phases out of order, or a document longer than seq_len.
     """
 
     def __init__(
@@ -98,7 +104,12 @@ class PackedBatches:
             for phase in phases
         ]
         wanted = list(dict.fromkeys(name for phase in weights for name in phase))
-        _check(phases, unknown=sorted(set(wanted) - counts.keys()), known=sorted(counts))
+        unknown = sorted(set(wanted) - counts.keys())
+        if unknown:
+            raise ValueError(f"weights: expected sources {sorted(counts)}, found {unknown[0]!r}")
+        steps = [phase.from_step for phase in phases]
+        if not steps or steps[0] != 0 or steps != sorted(set(steps)):
+            raise ValueError(f"phases: expected the first from step 0, each later than the one before; found {steps}")
         self.grammar, self.batch_size, self.seq_len, self.seed = grammar, batch_size, seq_len, seed
         self.phases = tuple(phases)
         self._names = [name for name in wanted if counts[name]["documents"]]
@@ -327,18 +338,6 @@ def iterate(
     made = steps.map(lambda step: batches.batch(int(step), process_index, process_count))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead if threads else 0)
     return iter(made.to_iter_dataset(options))
-
-
-def _check(phases: Sequence[Phase], *, unknown: Sequence[str], known: Sequence[str]) -> None:
-    if unknown:
-        raise ValueError(f"weights: expected sources {list(known)}, found {unknown[0]!r}")
-    steps = [phase.from_step for phase in phases]
-    if not steps or steps[0] != 0 or steps != sorted(set(steps)):
-        raise ValueError(f"phases: expected the first from step 0, each later than the one before; found {steps}")
-    for phase in phases:
-        for name, p in (("flip", phase.flip), ("condition_dropout", phase.condition_dropout)):
-            if not 0 <= p <= 1:
-                raise ValueError(f"{name}: expected a probability, found {p}")
 
 
 def _slice(mixture: Mixture, step: int, batch_size: int, index: int, count: int) -> Places:
