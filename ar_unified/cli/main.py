@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from ar_unified.errors import RunError, UserError
 from ar_unified.model.host import prepare_cpu
 
 VERBS = {
@@ -65,8 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     stray = [word for word in unknown if not (word.startswith("--config.") and "=" in word)]
     if stray:
         parser.error(f"unknown arguments {' '.join(stray)} (a config key is changed by --config.KEY=VALUE)")
-    with runtime.ending():
-        return int(module.main(arguments, unknown) or 0)
+    try:
+        with runtime.ending():
+            return int(module.main(arguments, unknown) or 0)
+    except (UserError, RunError) as error:
+        if os.environ.get("AR_UNIFIED_DEBUG"):
+            raise
+        print(f"ar-unified {verb}: {error}", file=sys.stderr)
+        return error.exit_status
 
 
 def _quiet_libraries() -> None:
