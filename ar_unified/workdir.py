@@ -4,11 +4,14 @@
     evaluation.json  report.html
 
 A stage owns one folder. `started.json` in it says with which fingerprint (whatever decides its result) it was
-begun, `done.json` is written last. Of many processes, process 0 writes and the others read, on storage that all share.
+begun, `done.json` is written last. While a process makes a stage it holds the lock `.STAGE.lock`, which ends with the
+process, however that ends. Of a job's many processes, process 0 writes and the others read, on storage that all share.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import socket
@@ -16,7 +19,9 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from ar_unified.errors import UserError
 
 _UNFINISHED = ".unfinished~"  # ends the name of a file that is being written
 
@@ -69,7 +74,7 @@ def clean(folder: str | Path, *, deep: bool = True) -> list[Path]:
     return leftovers
 
 
-class StageMismatch(ValueError):
+class StageMismatch(UserError):
     """A stage's folder holds (part of) the result of something else. `field`: first to differ, dotted."""
 
     def __init__(self, field: str, message: str):
@@ -94,16 +99,25 @@ class Stage:
         self.done = True
 
 
-class NotShared(RuntimeError):
+class StageBusy(UserError):
+    """Another process is making this stage; the message says which."""
+
+
+class NotShared(UserError):
     """This process does not see what process 0 wrote."""
 
 
+_held: dict[Path, IO[str]] = {}  # the locks of this process
+
+
 class Workdir:
-    """The folder of one run; made if it is missing. `reader`: another process writes; this one only looks."""
+    """The folder of one run, made when the first stage begins. `reader`: another process writes; this one only looks.
+
+    What is finished is only read, so it may lie on storage that cannot be written.
+    """
 
     def __init__(self, path: str | Path, *, reader: bool = False):
         self.path, self.reader = Path(path), reader
-        self.path.mkdir(parents=True, exist_ok=True)
         self.config = self.path / "config.json"
         self.text_tokenizer = self.path / "text_tokenizer"
         self.image_tokenizer = self.path / "image_tokenizer"
@@ -125,6 +139,7 @@ class Workdir:
 
         Raises:
             StageMismatch: the folder was finished, or begun, with another fingerprint.
+            StageBusy: another process is making it.
             NotShared: a reader does not find the writer's record.
         """
         ours = json.loads(json.dumps(fingerprint, default=_plain))
@@ -138,11 +153,33 @@ class Workdir:
                 _require_same(stage, found["fingerprint"], state)
                 stage.done, stage.summary = record == done, found.get("summary")
                 break
-        else:
-            write_json(started, {"fingerprint": ours})
         if not stage.done and not self.reader:
+            self._own(name)
+            if not started.exists():
+                write_json(started, {"fingerprint": ours})
             clean(stage.folder)
         return stage
+
+    def _own(self, name: str) -> None:
+        """Takes the lock of a stage for the rest of this process. Raises StageBusy."""
+        path = (self.path / f".{name}.lock").resolve()
+        if path in _held:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                return  # some network file systems have no locks
+            raise StageBusy(f"{self.path / name} is being made by {holder}: wait for it, or end it") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+        _held[path] = file
 
     def await_file(self, path: Path, content: Any = None, *, patience: float = 60.0) -> None:
         """For a reader: until a JSON file that the writer has written is seen here, with `content` unless None.

@@ -25,38 +25,15 @@ from typing import Any
 import jax
 
 from ar_unified.cli import config as configs
-from ar_unified.cli.experiment import Experiment, add_experiment_arguments, by_first_process, open_experiment
+from ar_unified.cli.experiment import Experiment, by_first_process, open_experiment
 from ar_unified.data.images import to_png
 from ar_unified.data.sources import BadItem, Source
 from ar_unified.document import Document, ImagePart, TextPart
-from ar_unified.sampling.job import JobMismatch, JobReport, run_job
-from ar_unified.sampling.layouts import LAYOUTS, LayoutError, export
-from ar_unified.sampling.request import RequestError
-from ar_unified.sampling.results import JobBusy
+from ar_unified.sampling.job import JobReport, run_job
+from ar_unified.sampling.layouts import LAYOUTS, export
 from ar_unified.workdir import write_bytes, write_text
 
 _HELD_OUT = 12  # documents of each source whose beginnings become prompts
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_experiment_arguments(parser)
-    parser.add_argument(
-        "--requests", metavar="FILE", nargs="+", help="what to serve; default: prompts from the held-out documents"
-    )
-    parser.add_argument(
-        "--output", metavar="DIR", help="default: samples/ in the workdir, and the name of the requests"
-    )
-    parser.add_argument(
-        "--part", metavar="K/N", type=_part, help="serve part K, from 0, of N; default: of the processes, this one's"
-    )
-    parser.add_argument("--layout", choices=LAYOUTS, help="write the pictures for a benchmark, too")
-
-
-def _part(text: str) -> tuple[int, int]:
-    k, _, n = text.partition("/")
-    if not (k.isdecimal() and n.isdecimal() and int(k) < int(n)):
-        raise argparse.ArgumentTypeError(f"expected K/N with 0 <= K < N, as in 3/16, found {text!r}")
-    return int(k), int(n)
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -67,16 +44,9 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         return 0
     output = Path(arguments.output or experiment.workdir.samples / (requests[0].stem if requests else ""))
     more = {"n": LAYOUTS[arguments.layout].n} if arguments.layout else {}
-    try:
-        report = _run(experiment, requests, output, part=arguments.part, **more) if requests else None
-        if arguments.layout and (report is None or report.complete):
-            experiment.say(str(export(output, arguments.layout, output / arguments.layout)))
-    except (RequestError, JobMismatch, JobBusy, LayoutError) as error:
-        raise SystemExit(f"ar-unified: {error}") from None
-    except OSError as error:
-        raise SystemExit(
-            f"ar-unified: {error}. What is in {output} stays; the same command goes on from there."
-        ) from None
+    report = _run(experiment, requests, output, part=arguments.part, **more) if requests else None
+    if arguments.layout and (report is None or report.complete):
+        experiment.say(str(export(output, arguments.layout, output / arguments.layout)))
     return 0
 
 

@@ -28,6 +28,7 @@ from ar_unified import progress
 from ar_unified.data.images import Cells
 from ar_unified.data.prepare import default_resize
 from ar_unified.document import CodesPart, Part, TextPart
+from ar_unified.errors import UserError
 from ar_unified.grammar import GrammarError
 from ar_unified.parallel.hardware import of_kind
 from ar_unified.sampling import gallery
@@ -50,7 +51,7 @@ class ImageTokenizer(Cells, Protocol):
     def decode(self, codes: np.ndarray, /) -> np.ndarray: ...
 
 
-class JobMismatch(ValueError):
+class JobMismatch(UserError):
     """The output folder belongs to another job. `field`: the first that differs, dotted."""
 
     def __init__(self, field: str, message: str):

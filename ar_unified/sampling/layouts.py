@@ -22,13 +22,14 @@ from typing import Any
 
 from PIL import Image
 
+from ar_unified.errors import UserError
 from ar_unified.sampling.results import read
 from ar_unified.workdir import write_bytes, write_text
 
 _NAME_BYTES = 255  # of a file's name, on every file system in use
 
 
-class LayoutError(ValueError):
+class LayoutError(UserError):
     """The requests do not say what a layout needs."""
 
 

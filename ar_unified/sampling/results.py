@@ -26,6 +26,7 @@ from typing import IO, Any
 import numpy as np
 
 from ar_unified.data.images import to_png, to_thumbnail
+from ar_unified.errors import UserError
 from ar_unified.workdir import clean, write_bytes
 
 _NAME = re.compile(r"samples(-\d{5}-of-\d{5})?\.jsonl")
@@ -33,7 +34,7 @@ THUMBNAIL = 256  # pixels of the longer side; a picture that has no more is its 
 _PATIENCE = 5.0  # seconds that a finished sample may wait for others to be decoded with
 
 
-class JobBusy(RuntimeError):
+class JobBusy(UserError):
     """Another process writes where this one would."""
 
 
