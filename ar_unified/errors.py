@@ -13,9 +13,10 @@ them and ends the process.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 NO, UNUSABLE, STOPPED, FAULT = 1, 2, 3, 70
@@ -47,6 +48,12 @@ def about(where: str) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise UserError(f"{where}: {in_words(error) if isinstance(error, OSError) else error}") from error
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """What ends a message that refuses `word`: "; did you mean 'adamw'?", "" where no choice is near."""
+    found = difflib.get_close_matches(str(word), list(choices), 1)
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:

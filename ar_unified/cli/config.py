@@ -61,7 +61,7 @@ def defaults() -> ConfigDict:
     config.image_tokenizer.codes = 1024  # all others: the codebook
     config.image_tokenizer.code_dim = 0  # numbers in a code; 0: the quantizer's usual
     config.image_tokenizer.depth = 4  # rq: codes a position
-    config.image_tokenizer.update = "gradient"  # vq, rq: gradient | ema, what moves the codes
+    config.image_tokenizer.codebook_update = "gradient"  # vq, rq: gradient | ema, what moves the codes
     config.image_tokenizer.gradient = "straight_through"  # vq, simvq, rq: straight_through | rotation
     config.image_tokenizer.beta = 0.25  # weight of the commitment
     config.image_tokenizer.entropy = -1.0  # weight of the entropy penalty; negative: the quantizer's usual
