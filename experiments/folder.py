@@ -15,14 +15,14 @@ check of the path, not a model of cooking.
 
 from ml_collections import ConfigDict
 
-from ar_unified.cli.config import defaults, model, parse_arg
+from ar_unified.cli.config import defaults, model, parse_arg, whole
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     args = parse_arg(arg, path=None, side="96")
     if not args["path"]:
         raise ValueError("experiments/folder.py needs the folder: --config experiments/folder.py:path=DIR")
-    side = int(args["side"] or 96)
+    side = whole("side", args["side"])
     config = defaults()
     config.name = "folder"
 

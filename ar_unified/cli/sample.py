@@ -29,6 +29,8 @@ from ar_unified.cli.experiment import Experiment, by_first_process, open_experim
 from ar_unified.data.images import to_png
 from ar_unified.data.sources import BadItem, Source
 from ar_unified.document import Document, ImagePart, TextPart
+from ar_unified.errors import UserError
+from ar_unified.sampling import results
 from ar_unified.sampling.job import JobReport, run_job
 from ar_unified.sampling.layouts import LAYOUTS, export
 from ar_unified.workdir import write_bytes, write_text
@@ -37,7 +39,8 @@ _HELD_OUT = 12  # documents of each source whose beginnings become prompts
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    experiment = open_experiment(arguments, overrides)
+    stages = ["requests"] if arguments.requests or arguments.layout else ["samples"]
+    experiment = open_experiment(arguments, overrides, stages)
     requests = [Path(path) for path in arguments.requests or ()]
     if not requests and not arguments.layout:
         sample_held_out(experiment)
@@ -79,7 +82,20 @@ def _run(
         process=part or (jax.process_index(), jax.process_count()),
     )
     experiment.say(f"{report}\n{output / 'index.html'}" if report.complete else str(report))
+    if report.complete:
+        _require_samples(output)
     return report
+
+
+def _require_samples(output: Path) -> None:
+    """Raises UserError for a job all of whose requests were refused."""
+    refused = []
+    for row in results.read(output):
+        if "error" not in row:
+            return
+        refused.append(row["error"])
+    if refused:
+        raise UserError(f"none of {len(refused)} requests could be served, see {output}; the first: {refused[0]}")
 
 
 def _rows(source: Source, folder: Path) -> Iterator[dict[str, Any]]:

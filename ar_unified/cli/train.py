@@ -9,22 +9,19 @@ Reads data/train and data/validation. Leaves in the workdir:
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from ar_unified.cli import config as configs
 from ar_unified.cli.experiment import Experiment, open_experiment
+from ar_unified.cli.settings import phases, training
 from ar_unified.data.loader import PackedBatches, Phase
 from ar_unified.document import CodesPart
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.request import Request
-from ar_unified.training.loop import TrainingConfig, fit
-from ar_unified.training.optimizer import OptimizerConfig
+from ar_unified.training.loop import fit
 from ar_unified.training.tasks import TransformerTask
 
 _VALIDATION_BATCHES = 8
@@ -32,7 +29,7 @@ _PREVIEWS = 8
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    train(open_experiment(arguments, overrides), profile=arguments.profile)
+    train(open_experiment(arguments, overrides, ["model"]), profile=arguments.profile)
     return 0
 
 
@@ -73,7 +70,7 @@ def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> Non
     )
     fit(
         task,
-        configs.pick(TrainingConfig, settings, seed=config.seed, optimizer=configs.pick(OptimizerConfig, settings)),
+        training(config),
         stage.folder,
         mesh=experiment.mesh,
         manifest=grammar.manifest(),
@@ -85,28 +82,9 @@ def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> Non
     experiment.finish(stage, {"steps": settings.steps})
 
 
-def phases(settings: ConfigDict, mixture: Mapping[str, float]) -> list[Phase]:
-    """The training as its settings begin it, then what `training.phases` changes of it, each from its step on."""
-    found = [Phase(0, mixture, settings.flip_pairs, settings.drop_condition)]
-    for i, change in enumerate(configs.plain(settings.phases)):
-        begin = change.pop("begin", None)
-        unknown = sorted(change.keys() - {"weights", "flip_pairs", "drop_condition"})
-        if unknown or not isinstance(begin, float | int) or not 0 < begin < 1:
-            raise SystemExit(
-                f"ar-unified: config.training.phases[{i}]: expected a `begin` between 0 and 1 (of the steps) and "
-                f"any of weights, flip_pairs, drop_condition; found {dict(begin=begin) | change}"
-            )
-        names = dict(weights="weights", flip_pairs="flip", drop_condition="condition_dropout")
-        changes = {names[key]: value for key, value in change.items()}
-        found.append(dataclasses.replace(found[-1], from_step=math.ceil(begin * settings.steps), **changes))
-    return found
-
-
 def _code_vectors(experiment: Experiment) -> np.ndarray | None:
-    how = experiment.config.training.code_rows
-    if how not in ("random", "alike"):
-        raise SystemExit(f"ar-unified: config.training.code_rows: expected 'random' or 'alike', found {how!r}")
-    return experiment.image_tokenizer.vectors() if how == "alike" else None
+    """For `training.code_rows`; None: random rows."""
+    return experiment.image_tokenizer.vectors() if experiment.config.training.code_rows == "alike" else None
 
 
 def _preview(experiment: Experiment) -> Any:

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 
 from ar_unified import interrupts
 from ar_unified.checkpoint import Checkpoints
-from ar_unified.errors import RunError
+from ar_unified.errors import RunError, outside
 from ar_unified.interrupts import Interrupted, Preempted
 from ar_unified.parallel import runtime
 from ar_unified.parallel.rules import batch_part, place_batch
@@ -56,9 +56,15 @@ from ar_unified.training.telemetry import (
 Preview = Callable[[int, Params], Mapping[str, np.ndarray] | None]
 
 
+_INTERVALS = ("log_every", "validate_every", "preview_every", "checkpoint_every", "keep_every")
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """How long, how often, and from which seed. Intervals are in steps; 0: never. A checkpoint is made at the end."""
+    """How long, how often, and from which seed. Intervals are in steps; 0: never. A checkpoint is made at the end.
+
+    Raises ValueError, naming the field, for a number out of range.
+    """
 
     steps: int
     seed: int = 0
@@ -70,6 +76,11 @@ class TrainingConfig:
     checkpoint_every: int = 200
     keep: int = 3  # newest checkpoints that survive
     keep_every: int = 0  # and every multiple of this
+
+    def __post_init__(self) -> None:
+        whole = dict.fromkeys(("steps", "accumulation", "keep"), "[1, inf)")
+        if problems := outside(self, **whole, **dict.fromkeys(_INTERVALS, "[0, inf)")):
+            raise ValueError(problems[0])
 
 
 class NonFinite(RunError):

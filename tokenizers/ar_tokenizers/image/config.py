@@ -55,7 +55,7 @@ class AutoencoderConfig:
                     f"factor {self.factor} and patch {self.patch} make {depth} levels, fine to coarse, "
                     f"but {name} has {len(getattr(self, name))}: {getattr(self, name)}"
                 )
-        for name, known in _CHOICES.items():
+        for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         if min(self.width, self.z_channels, *self.multipliers) < 1:
@@ -114,7 +114,7 @@ class AutoencoderConfig:
 
 _NAMED_BEFORE = {"update": "codebook_update"}  # in tokenizers that were saved; their hashes stay
 
-_CHOICES = {
+CHOICES = {
     "backbone": ("folded", "vqgan"),
     "attention": ("none", "middle", "lowest"),
     "dtype": ("float32", "bfloat16"),
