@@ -4,7 +4,7 @@
     evaluation.json  report.html
 
 A stage owns one folder. `started.json` in it says with which fingerprint (whatever decides its result) it was
-begun, `done.json` is written last. While a process makes a stage it holds the lock `.STAGE.lock`, which ends with the
+begun, `done.json` is written last. While a process makes a stage it holds the lock `.locks/STAGE`, which ends with the
 process, however that ends. Of a job's many processes, process 0 writes and the others read, on storage that all share.
 """
 
@@ -162,7 +162,7 @@ class Workdir:
 
     def _own(self, name: str) -> None:
         """Takes the lock of a stage for the rest of this process. Raises StageBusy."""
-        path = (self.path / f".{name}.lock").resolve()
+        path = (self.path / ".locks" / name).resolve()
         if path in _held:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
