@@ -58,8 +58,11 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """The value `write_json` wrote. Raises OSError, json.JSONDecodeError."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """The value `write_json` wrote. Raises OSError, and UserError for a file that holds something else."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # of UTF-8, or of JSON
+        raise UserError(f"{path}: expected JSON, as it was written: {error}. It was changed, or cut short") from error
 
 
 def clean(folder: str | Path, *, deep: bool = True) -> list[Path]:

@@ -180,13 +180,15 @@ class Experiment:
     def text_tokenizer(self) -> TextTokenizer:
         path = self.workdir.text_tokenizer / "text.model"
         self._require(path.exists(), path, "tokenizer")
-        return TextTokenizer.load(path, lossy=self.config.text_tokenizer.lossy)
+        with about("the workdir's text tokenizer"):
+            return TextTokenizer.load(path, lossy=self.config.text_tokenizer.lossy)
 
     @cached_property
     def image_tokenizer(self) -> ImageTokenizer:
         path = self.workdir.image_tokenizer / "config.json"
         self._require(path.exists(), path, "tokenizer")
-        return ImageTokenizer.load(self.workdir.image_tokenizer)
+        with about("the workdir's image tokenizer"):
+            return ImageTokenizer.load(self.workdir.image_tokenizer)
 
     @cached_property
     def grammar(self) -> Grammar:
@@ -209,7 +211,8 @@ class Experiment:
 
     @cached_property
     def mesh(self) -> jax.sharding.Mesh:
-        return make_mesh(configs.plain(self.config.mesh))
+        with about("config.mesh"):
+            return make_mesh(configs.plain(self.config.mesh))
 
     def filter(self, modality: str) -> Filter:
         return Filter(**configs.plain(self.config.sampling[modality]))
