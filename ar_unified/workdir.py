@@ -17,6 +17,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -26,15 +27,16 @@ from ar_unified.errors import UserError
 _UNFINISHED = ".unfinished~"  # ends the name of a file that is being written
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Writes a file that appears whole or not at all, and makes its folder. Raises OSError."""
+@contextmanager
+def whole(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file to write to that appears when the block ends without an error, or not at all. Raises OSError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Processes of other hosts may have the same number.
     unfinished = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{_UNFINISHED}")
     try:
         with open(unfinished, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
@@ -45,6 +47,12 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Writes a file that appears whole or not at all, and makes its folder. Raises OSError."""
+    with whole(path) as file:
+        file.write(data)
 
 
 def write_text(path: str | Path, text: str) -> None:
