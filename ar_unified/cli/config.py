@@ -124,6 +124,8 @@ def defaults() -> ConfigDict:
     config.training.validate_every = 200
     config.training.preview_every = 0
     config.training.checkpoint_every = 200
+    config.training.keep = 3  # newest checkpoints that survive
+    config.training.keep_every = 0  # and every multiple of this, for `train --branch`; 0: none
 
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, context=1))  # -1: the devices left over
 

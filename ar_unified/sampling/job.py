@@ -109,7 +109,8 @@ def run_job(
         warn: is told what is odd about the files of requests, once a file.
 
     Raises:
-        JobMismatch: `output` holds a job with other requests, weights, tokenizers, defaults or engine shape.
+        JobMismatch: `output` holds a job with other requests, weights, tokenizers, defaults or engine shape, but for
+            its batch size.
         JobBusy: another process writes what this one would.
         RequestError: `defaults` are wrong, or a file of requests is broken or empty.
         OSError: the requests cannot be read, or the output not be written (a full disk); what is there stays, and the
@@ -225,7 +226,7 @@ def _begin(output: Path, manifest: Mapping[str, Any], *, mend: bool) -> None:
         ours, theirs = dict(_flat(manifest)), dict(_flat(read_json(path)))
         for field in sorted(ours.keys() | theirs.keys()):
             a, b = theirs.get(field, "(absent)"), ours.get(field, "(absent)")
-            if a != b:
+            if a != b and field != "engine.batch_size":  # after a lack of memory it goes on with another
                 raise JobMismatch(
                     field,
                     f"{output} holds a job with {field} = {a!r:.120}, this one has {b!r:.120}: "

@@ -69,7 +69,16 @@ class TrainingConfig:
     preview_every: int = 0
     checkpoint_every: int = 200
     keep: int = 3  # newest checkpoints that survive
-    keep_every: int = 0  # and every multiple of this
+    keep_every: int = 0  # and every multiple of this, itself a multiple of checkpoint_every; 0: none
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"keep: expected at least 1 checkpoint, found {self.keep}")
+        if self.keep_every and (self.checkpoint_every < 1 or self.keep_every % self.checkpoint_every):
+            raise ValueError(
+                f"keep_every: expected a multiple of checkpoint_every, which is {self.checkpoint_every}, "
+                f"found {self.keep_every}"
+            )
 
 
 class NonFinite(RunError):
@@ -258,7 +267,7 @@ def fit(
         telemetry.close()
         with clock.during("checkpoint"):
             checkpoints.close()  # waits for the disk, and raises if the last save failed
-    logger(f"{task.name}: {goodput.describe(clock.write(config.steps))}")
+    logger(f"{task.name}: {goodput.describe(clock.write(config.steps, finished=True))}")
     return task.inference_params(state.params, state.kept)
 
 

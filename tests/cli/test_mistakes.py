@@ -17,7 +17,6 @@ import pytest
 from ar_unified import workdir as workdirs
 from ar_unified.checkpoint import Checkpoints
 from ar_unified.cli.main import main
-from ar_unified.workdir import Workdir
 from tests.cli.conftest import ROOT, command, refused
 
 FEW = dict(image_tokenizer__steps=2, training__steps=2, training__warmup_steps=1, training__validate_every=0)
@@ -249,7 +248,7 @@ def foreign_checkpoint(place: Place) -> None:
 def busy(place: Place) -> None:
     """Its lock is held by somebody else: not by this process, as far as it knows."""
     (place.work / "model" / "done.json").unlink()
-    Workdir(place.work)._own("model")
+    workdirs.own(place.work / "model")
     held = workdirs._held.copy()
     place.undo.setattr(workdirs, "_held", {})
     place.undo.setattr(place, "held", held, raising=False)
