@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from functools import partial
+from html import unescape
 from pathlib import Path
 
 import jax
@@ -18,6 +21,7 @@ import numpy as np
 import pytest
 
 from ar_unified.checkpoint import Checkpoints, restore_params
+from ar_unified.evaluation.report import transformer_charts, write_report
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.parallel.rules import place_batch
 from ar_unified.training.loop import NonFinite, Preempted
@@ -83,6 +87,18 @@ def test_it_learns_and_says_so(whole):
     assert list(seen) == [6, 8]
     same_bits(seen[8], params)
     assert any("step 8/8  loss" in line and "tokens/s" in line and "ETA" in line for line in lines)
+
+
+def test_the_report_draws_every_chart_of_what_is_written(whole, tmp_path):
+    path = whole[0] / "metrics.jsonl"
+    rows = read_metrics(path)
+    written = {key for row in rows for key in row}
+    for title, _, metrics, _ in transformer_charts(rows):
+        assert metrics and set(metrics) <= written, title
+    write_report(tmp_path / "report.html", title="tiny", evaluation={}, telemetry={"transformer": path})
+    html = (tmp_path / "report.html").read_text()
+    curves = [[name for name, _ in json.loads(unescape(series))] for series in re.findall('data-series="(.*?)"', html)]
+    assert ["image", "text"] in curves and ["image to text", "text to image"] in curves
 
 
 @pytest.mark.parametrize("deaths", [(2,), (5, 7)])
