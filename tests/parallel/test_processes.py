@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 import shutil
 import signal
@@ -16,6 +15,7 @@ import pytest
 from ar_unified.checkpoint import Checkpoints
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.training.telemetry import read_metrics
+from tests.moments import random_moments
 from tests.parallel.job import Job, train
 from tests.parallel.under_fire import under_fire
 
@@ -87,4 +87,4 @@ def test_who_does_not_come_is_named(tmp_path):
 
 
 def test_no_checkpoint_is_lost_under_fire(tmp_path):
-    assert len(under_fire(tmp_path, 3, seed=random.randrange(2**32))) == 3
+    assert len(under_fire(tmp_path, 3, random_moments())) == 3

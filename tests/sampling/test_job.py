@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import random
 import resource
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from ar_unified.sampling.job import JobMismatch, run_job
 from ar_unified.sampling.request import RequestError
 from ar_unified.sampling.results import JobBusy, read
 from ar_unified.sampling.roofline import Roofline
+from tests.moments import random_moments
 from tests.sampling.tiny import CONFIG, GRAMMARS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -372,7 +372,7 @@ def test_killed_again_and_again_nothing_is_lost(tmp_path, kills=2, count=40):
     def written():
         return sum(path.read_bytes().count(b"\n") for path in output.glob("samples*.jsonl"))
 
-    random.seed(0)
+    random = random_moments()
     for kill in range(kills):
         target = written() + max(1, (total - written()) // (kills - kill + 1) - 2)
         processes = [start(output, f"{k}/{2}") for k in range(2)] if kill % 2 else [start(output)]

@@ -30,6 +30,7 @@ from ar_unified.training.step import TrainState, make_train_step
 from ar_unified.training.tasks import TransformerTask
 from ar_unified.training.telemetry import read_metrics
 from ar_unified.vocabulary import ManifestMismatch
+from tests.moments import random_moments
 from tests.training import tiny
 
 
@@ -222,8 +223,8 @@ def test_sigkill_at_random_moments(tmp_path):
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tokenizers'}", "JAX_NUM_CPU_DEVICES": "1"}
     command = [sys.executable, str(root / "tests/training/tiny.py")]
-    random = np.random.default_rng(int(time.time()))
-    for moment in sorted(random.integers(6, 60, 3)):  # after that many steps and a moment: saves included
+    random = random_moments()
+    for moment in sorted(random.sample(range(6, 60), 3)):  # after that many steps and a moment: saves included
         process = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment, stdout=subprocess.PIPE)
         assert process.stdout is not None
         for line in process.stdout:
