@@ -67,6 +67,7 @@ def test_another_config_is_refused_not_mixed_in(finished, folder):
         main(command("run", folder, finished, image_tokenizer__width=16))
 
 
+@pytest.mark.exact
 @pytest.mark.slow
 def test_killed_three_times_it_ends_with_the_same_parameters(finished, folder, tmp_path):
     workdir = tmp_path / "killed"

@@ -48,6 +48,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[float]]:
     return {n: finish(tmp_path_factory.mktemp(f"whole{n}"), n) for n in (1, 2, 4)}
 
 
+@pytest.mark.exact
 def test_the_losses_are_those_of_one_process(whole):
     assert whole[1][-1] < whole[1][0]
     for processes in (2, 4):
@@ -67,6 +68,7 @@ def test_sigterm_to_one_stops_all_at_one_step_with_a_checkpoint(whole, tmp_path)
     np.testing.assert_allclose(finish(tmp_path / "two", 4), whole[1], rtol=1e-6)
 
 
+@pytest.mark.exact
 def test_sigkill_to_one_stops_the_other_with_its_name_and_nothing_is_lost(whole, tmp_path):
     job = Job(tmp_path, 2, heartbeat=8, pause=0.1, **SETTINGS)
     job.until(step=10)

@@ -124,6 +124,7 @@ def test_the_penalty_moves_what_was_said_away_from_being_said_again():
     np.testing.assert_array_equal(found, [[1.0, -4.0, 2.0, -2.0], [2.0, -2.0, 2.0, -2.0]])
 
 
+@pytest.mark.exact
 def test_noise_belongs_to_seed_sample_and_position_not_to_the_slot():
     logits = jnp.tile(jax.random.normal(jax.random.key(0), (V,)), (B, 1))
     seeds, samples, position = (jnp.arange(B) % m for m in (7, 3, 5))
@@ -145,6 +146,7 @@ def test_a_filter_nothing_can_be_drawn_with_is_refused(bad):
         bad.check("image")
 
 
+@pytest.mark.exact
 def test_mix_is_the_weighted_sum_and_scale_one_is_no_guidance_bit_for_bit():
     c, u, i = jax.random.normal(jax.random.key(1), (3, 4, V))
     scales = [3.0, 1.0, 0.0, 2.0]

@@ -102,6 +102,7 @@ def test_the_report_draws_every_chart_of_what_is_written(whole, tmp_path):
     assert ["image", "text"] in curves and ["image to text", "text to image"] in curves
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("deaths", [(2,), (5, 7)])
 def test_killed_is_uninterrupted(whole, tmp_path, deaths):
     folder, expected, _, _ = whole
@@ -119,6 +120,7 @@ def test_a_finished_training_is_recognised(whole):
     assert lines == ["transformer: finished already, 8 of 8 steps"]
 
 
+@pytest.mark.exact
 def test_another_mesh_takes_over(whole, tmp_path):
     with pytest.raises(Killed):
         tiny.run(tmp_path, task=tiny.task(batch=dying(5)))
@@ -126,6 +128,7 @@ def test_another_mesh_takes_over(whole, tmp_path):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(np.asarray(x), y, atol=2e-5), params, whole[1])
 
 
+@pytest.mark.exact
 def test_muon_is_resumed_bit_for_bit_and_on_another_mesh(tmp_path):
     changes = dict(optimizer=dataclasses.replace(tiny.TRAINING.optimizer, optimizer="muon"))
     expected = jax.device_get(tiny.run(tmp_path / "whole", **changes))
@@ -202,6 +205,7 @@ def test_the_bad_step_is_not_taken(params):
     assert not report.finite and after.step == 1 and not report.finite_leaves["layers.mlp.gate"].any()
 
 
+@pytest.mark.exact
 def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on(whole, tmp_path):
     def batch(step, *part):
         if step == 4:
@@ -218,6 +222,7 @@ def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on(whole, tmp_path):
     same_bits(tiny.run(tmp_path), whole[1])
 
 
+@pytest.mark.exact
 @pytest.mark.slow
 def test_sigkill_at_random_moments(tmp_path):
     root = Path(__file__).parents[2]

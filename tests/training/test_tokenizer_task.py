@@ -42,6 +42,9 @@ QUANTIZERS: dict[str, dict[str, Any]] = {
 }
 
 
+SOME = {("fsq", False), ("vq_ema", True), ("ibq", False), ("rq", True), ("lfq", False)}
+
+
 def pictures(step: int, index: int = 0, count: int = 1) -> dict[str, np.ndarray]:
     """32 x 32 pixels, blocks of colour: more positions in a batch than codes, so that no code hangs on one of them."""
     blocks = np.random.default_rng(step % 16).integers(0, 256, (8, 8, 8, 3), np.uint8)
@@ -103,6 +106,7 @@ def test_the_adversary_waits_learns_and_is_felt_in_that_order(tmp_path, kind):
     assert weights[:4] == [0] * 4 and all(weight > 0 for weight in weights[4:])
 
 
+@pytest.mark.exact
 @pytest.mark.slow
 def test_microbatches_over_a_mesh_change_nothing(tmp_path):
     made = task(dataclasses.replace(ADVERSARY, r1=0.0), flat, **QUANTIZERS["vq_ema"])
@@ -111,9 +115,22 @@ def test_microbatches_over_a_mesh_change_nothing(tmp_path):
     np.testing.assert_allclose(mesh, expected, rtol=1e-4)
 
 
+@pytest.mark.exact
 @pytest.mark.slow
-@pytest.mark.parametrize("judged", [False, True], ids=["alone", "judged"])
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize(
+    "name, judged",
+    [
+        pytest.param(
+            name,
+            judged,
+            id=f"{name}-{'judged' if judged else 'alone'}",
+            # Of each way to move codes one, and one with each penalty; test-all has the others.
+            marks=() if (name, judged) in SOME else pytest.mark.exhaustive,
+        )
+        for name in QUANTIZERS
+        for judged in (False, True)
+    ],
+)
 def test_one_device_and_eight_have_the_same_losses(tmp_path, name, judged):
     """200 steps, twice from the start, and then the same parameters.
 
@@ -133,6 +150,7 @@ def test_one_device_and_eight_have_the_same_losses(tmp_path, name, judged):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=0.2 * GENTLE.learning_rate), found, params)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in ("fsq", "rq_ema")] + ["vq"])
 def test_killed_and_resumed_bit_for_bit(tmp_path, name):
     """The discriminator, its optimizer, the averages and the statistics of the codebook included."""
