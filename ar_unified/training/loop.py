@@ -44,6 +44,7 @@ from ar_unified.training.step import (
     make_train_step,
 )
 from ar_unified.training.telemetry import (
+    VALIDATION,
     Meter,
     Telemetry,
     console_line,
@@ -238,7 +239,7 @@ def fit(
                     for batch in task.validation:
                         held_out.add(jax.device_get(eval_step(state.params, state.kept, place_batch(mesh, batch))))
                 scores = task.summary(held_out.totals)
-                telemetry.log(taken, {f"validation/{name}": value for name, value in scores.items()})
+                telemetry.log(taken, {VALIDATION + name: value for name, value in scores.items()})
                 telemetry.say(f"step {taken}/{config.steps}  validation loss {scores['loss']:.4f}")
             if show and preview is not None:
                 with clock.during("preview"):
