@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 
 from ar_unified.errors import RunError, UserError
-from ar_unified.model.host import prepare_cpu
 
 VERBS = {
     "run": "every stage of an experiment in order: tokenizer, prepare, train, sample, evaluate",
@@ -51,7 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ar-unified: unknown verb {verb!r}; expected one of {', '.join(VERBS)}.", file=sys.stderr)
         return 2
     _quiet_libraries()
-    prepare_cpu()
     from ar_unified.parallel import runtime  # not before the switches above, nor for --help
 
     module = importlib.import_module(f"ar_unified.cli.{verb}")
