@@ -34,8 +34,8 @@ NEEDED = jax.__version_info__ < (0, 12)  # from then on jaxlib is right by itsel
 
 
 def python(code: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs `code` in a process of its own, on one device, with no XLA_FLAGS but those given."""
-    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    """Runs `code` in a process of its own, on one device, with no XLA_FLAGS but those given and no cache."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
     paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tokenizers'}", "JAX_NUM_CPU_DEVICES": "1"}
     return subprocess.run(
         [sys.executable, "-c", code], env=inherited | paths | environment, cwd=cwd, capture_output=True, text=True
