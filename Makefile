@@ -94,7 +94,7 @@ lint: setup
 
 HOPPER   = .venv-hopper
 check-hopper: $(HOPPER)/.installed  ## compile the GPU kernels for an H200 with NVIDIA's compiler; needs no GPU, 1.4 GB
-	PYTHONPATH=. $(HOPPER)/bin/python tests/kernels/check_hopper.py
+	PYTHONPATH=.:tokenizers $(HOPPER)/bin/python tests/kernels/check_hopper.py
 
 $(HOPPER)/.installed: $(wildcard requirements/*.txt)
 	$(PYTHON) -m venv $(HOPPER)

@@ -27,6 +27,6 @@ if _LIBTPU.exists():
     os.environ.setdefault("TPU_LIBRARY_PATH", str(_LIBTPU))
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
-from ar_unified.model.host import prepare_cpu  # noqa: E402
+from ar_tokenizers.host import keep_memory  # noqa: E402
 
-prepare_cpu()
+keep_memory()
