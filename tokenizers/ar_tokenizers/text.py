@@ -158,8 +158,8 @@ class TextTokenizer:
             for random Chinese characters, the worst of text without spaces (experiments/benchmarks/text_tokenizer.py).
 
         Raises:
-          ValueError: no text, nothing but line ends and the like, a text with a surrogate, or a vocab_size that has no room for the 259 fixed pieces and
-            the characters.
+          ValueError: no text, nothing but line ends and the like, a text with a surrogate, or a vocab_size that has no
+            room for the 259 fixed pieces and the characters.
         """
         model, kept = io.BytesIO(), _draw(texts, max_bytes)
         if not kept:
