@@ -26,6 +26,7 @@ from ar_unified.data.cutting import split
 from ar_unified.data.images import Cells, Resize
 from ar_unified.data.sources import BadItem, Source, read
 from ar_unified.document import TASKS, CodesPart, Document, ImagePart, TextPart
+from ar_unified.errors import UserError
 from ar_unified.grammar import Grammar, ImageLayout, TextLost
 from ar_unified.vocabulary import ManifestMismatch, require_same
 
@@ -130,7 +131,7 @@ def prepare(
     _check_tokenizer(grammar, image_tokenizer)
     names = [folder_name(source.name) for source in sources]
     if len(set(names)) < len(names):
-        raise ValueError(f"sources need different names (labels), found {names}")
+        raise UserError(f"sources need different names (labels), found {names}")
     plan = {
         "version": VERSION,
         "vocabulary": grammar.manifest(),
