@@ -36,7 +36,7 @@ def defaults() -> ConfigDict:
     config.data.image_size = (64, 64)  # height and width of pictures; resize="aspect" keeps their area only
     config.data.resize = "crop"  # crop: to exactly image_size | aspect: sides are multiples of the factor
     config.data.layout = "grid"  # grid: one size for all pictures | rows: each says its size (needed by aspect)
-    config.data.max_tokens = 256  # a longer document is split between its parts where it can be, else left out
+    config.data.max_tokens = 256  # a longer document is cut, one with a question or caption left out (data.cutting)
 
     config.text_tokenizer = ConfigDict()
     config.text_tokenizer.vocab_size = 512  # at most; a small corpus gives fewer

@@ -216,6 +216,25 @@ def test_a_corpus_without_spaces_teaches_spaces_all_the_same(model_type):
     assert tokenizer.decode(tokenizer.encode(" a  b ")) == " a  b " and len(tokenizer.encode(" ")) == 1
 
 
+@pytest.mark.parametrize("sign", ["\u2585", "\u2581", "\0", "\u2047", "\x85", "\u2028"])
+def test_texts_with_a_reserved_character_are_learned_from_on_both_sides_of_it(sign):
+    with_it = [f"sparkline zebra {i}{sign}quantises xylophones" for i in range(40)]
+    others = [f"the quick brown fox {i}" for i in range(40)]
+    for texts in (with_it, with_it + others):
+        found = TextTokenizer.train(texts, 420)
+        assert len(found.encode("sparkline zebra")) < 6 and len(found.encode("quantises xylophones")) < 6
+        for text in (*texts[:3], sign, f"{sign}{sign} a {sign}"):
+            assert found.decode(found.encode(text)) == text
+    assert len(TextTokenizer.train(with_it, 420).encode("\u2585")) == 3, "three bytes"
+    TextTokenizer.train(with_it, 420, model_type="unigram")
+
+
+def test_texts_of_reserved_characters_alone_are_told():
+    for text in ("\u2585", "\u2581\u2581", "\n", "\t\0"):
+        with pytest.raises(ValueError, match=r"nothing to learn from 3 texts: .*U\+2581 and U\+2585"):
+            TextTokenizer.train([text] * 3, 300)
+
+
 def test_training_errors_keep_their_cause():
     def broken():
         yield "a text"
