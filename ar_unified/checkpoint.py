@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from orbax.checkpoint import v1 as ocp
 
 from ar_unified.errors import RunError, UserError
 from ar_unified.vocabulary import require_same
+
+_COMMITTED = "commit_success.txt"  # the file that makes a folder of a bucket a checkpoint
 
 # Orbax tells the story of every save, and of a failed one in pages of JSON. What fails is raised; the rest is noise.
 absl_logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
@@ -119,7 +121,7 @@ class Checkpoints:
                 continue
             old = self.folder / str(step)
             if "://" in str(self.folder):
-                (old / "commit_success.txt").unlink(missing_ok=True)  # what makes it a checkpoint in a bucket
+                (old / _COMMITTED).unlink(missing_ok=True)  # what makes it a checkpoint in a bucket
             else:
                 old = old.rename(self.folder / f"{step}.old.orbax-checkpoint-tmp")  # cleaned like a torn one, if torn
             old.rmtree()
@@ -187,6 +189,58 @@ def _alone() -> ocp.Context:
 def restore_params(folder: str | Path, target: Any = None, *, step: int | None = None, manifest: Any = None) -> Any:
     """The parameters alone, without reading optimizer state; arguments as `Checkpoints.restore`."""
     return Checkpoints(folder, readonly=True).restore(step, manifest=manifest, params=target)["params"]
+
+
+def steps_in(folder: str | Path) -> list[int]:
+    """Steps of the complete checkpoints of a folder, ascending; [] where there is no such folder."""
+    try:
+        return Checkpoints(folder, readonly=True).steps()
+    except FileNotFoundError:
+        return []
+
+
+def adopt(origin: str | Path, step: int, folder: str | Path) -> None:
+    """Puts checkpoint `step` of `origin` into `folder`, whole or not at all; what is there already stays.
+
+    On one file system its files are shared (hard links: nobody writes into a checkpoint), else copied. To be done while
+    nobody trains in `folder`. Raises FileNotFoundError, also where the checkpoint is deleted meanwhile, and OSError.
+    """
+    there, here = (Checkpoints(path, readonly=True).folder for path in (origin, _made(folder)))
+    if step not in steps_in(there):
+        raise FileNotFoundError(f"no step {step} in {there}; it has steps {steps_in(there)}")
+    if step in steps_in(here):
+        return
+    bucket = "://" in str(here)
+    target = here / (str(step) if bucket else f"{step}.new.orbax-checkpoint-tmp")  # cleaned like a torn one, if torn
+    if target.exists():
+        target.rmtree()
+    for path in sorted(_files(there / str(step)), key=lambda path: path.name == _COMMITTED):
+        copy = target / path.relative_to(there / str(step))
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        link_or_copy(path, copy)
+    if not bucket:
+        target.rename(here / str(step))
+
+
+def link_or_copy(path: Any, copy: Any) -> None:
+    """A file under one more name; another file with the same bytes where the file system cannot do that."""
+    try:
+        os.link(path, copy)
+    except (OSError, TypeError, NotImplementedError):
+        epath.Path(path).copy(copy)
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
+
+
+def _made(folder: str | Path) -> str | Path:
+    epath.Path(folder).mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

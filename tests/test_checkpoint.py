@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import time
@@ -13,7 +14,7 @@ import pytest
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from ar_unified.checkpoint import CheckpointMismatch, Checkpoints, SaveFailed, restore_params
+from ar_unified.checkpoint import CheckpointMismatch, Checkpoints, SaveFailed, adopt, restore_params, steps_in
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.vocabulary import ManifestMismatch
 
@@ -140,3 +141,29 @@ def test_saved_arrays_may_be_donated_at_once(tmp_path):
     checkpoints.close()
     for step in (2, 3, 4):
         assert set(np.unique(restore_params(tmp_path, step=step)["x"])) == {51 * (step - 1) + 1}
+
+
+def test_a_checkpoint_is_adopted_whole_and_outlives_its_origin(tmp_path):
+    origin, folder = tmp_path / "origin", tmp_path / "branch"
+    save(origin, 1, 2, 3).close()
+    shutil.copytree(origin / "1", folder / "2.new.orbax-checkpoint-tmp")  # what a killed attempt left
+    adopt(origin, 2, folder)
+    adopt(origin, 2, folder)  # again, as after a kill behind it
+    assert steps_in(folder) == [2] and steps_in(origin) == [1, 2, 3] and steps_in(tmp_path / "none") == []
+    assert [path.name for path in folder.iterdir()] == ["2"]
+    shutil.rmtree(origin)
+    checkpoints = save(folder, 4)
+    checkpoints.close()
+    assert checkpoints.steps() == [2, 4] and checkpoints.metadata(2)["step"] == 2
+    found = checkpoints.restore(2, params=None, optimizer=None)
+    np.testing.assert_array_equal(found["params"]["w"], 2 * PARAMS["w"])
+    with pytest.raises(FileNotFoundError, match=r"no step 5 in .*it has steps \[2, 4\]"):
+        adopt(folder, 5, tmp_path / "again")
+
+
+def test_a_file_system_without_hard_links_gets_copies(tmp_path, monkeypatch):
+    save(tmp_path / "origin", 1).close()
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("not here")))
+    adopt(tmp_path / "origin", 1, tmp_path / "branch")
+    shutil.rmtree(tmp_path / "origin")
+    np.testing.assert_array_equal(restore_params(tmp_path / "branch")["w"], PARAMS["w"])

@@ -64,6 +64,12 @@ def _tokenizer(parser: argparse.ArgumentParser) -> None:
 def _train(parser: argparse.ArgumentParser) -> None:
     _experiment(parser)
     parser.add_argument(
+        "--branch",
+        metavar="WORKDIR[:STEP]",
+        type=_branch,
+        help="begin with a checkpoint of another workdir (its last), its tokenizers and its data; it stays as it is",
+    )
+    parser.add_argument(
         "--profile",
         metavar="FIRST:LAST",
         type=_window,
@@ -139,6 +145,16 @@ def _window(text: str) -> tuple[int, int]:
     if match is None or int(match[1]) >= int(match[2]):
         raise argparse.ArgumentTypeError(f"expected FIRST:LAST in steps, as in 100:105, found {text!r}")
     return int(match[1]), int(match[2])
+
+
+def _branch(text: str) -> tuple[Path, int | None]:
+    """WORKDIR or WORKDIR:STEP."""
+    path, colon, step = text.rpartition(":")
+    if colon and step.isdecimal():
+        return Path(path), int(step)
+    if not text:
+        raise argparse.ArgumentTypeError("expected WORKDIR or WORKDIR:STEP, found nothing")
+    return Path(text), None
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -76,8 +76,10 @@ RANGES: dict[str, dict[str, str]] = {  # of the keys that no dataclass asks abou
     "data": {"max_tokens": _COUNT},
     "text_tokenizer": {"vocab_size": _COUNT, "max_bytes": _COUNT, "temperature": _COUNT},
     "image_tokenizer": {
-        **dict.fromkeys(("batch_size", "accumulation"), _COUNT),
-        **dict.fromkeys(("steps", "warmup_steps", "checkpoint_every", "crop", "short_side", "code_dim"), _NOT_NEGATIVE),
+        **dict.fromkeys(("batch_size", "accumulation", "depth"), _COUNT),
+        **dict.fromkeys(
+            ("steps", "warmup_steps", "checkpoint_every", "crop", "short_side", "code_dim", "beta"), _NOT_NEGATIVE
+        ),
     },
     "loss": {"prompt": _NOT_NEGATIVE, "z_loss": _NOT_NEGATIVE, "chunk": _COUNT},
     "training": {"batch_size": _COUNT, "row_length": _COUNT, "flip_pairs": _SHARE, "drop_condition": _SHARE},

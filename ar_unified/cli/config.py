@@ -45,7 +45,7 @@ def defaults() -> ConfigDict:
     config.data.image_size = (64, 64)  # height and width of pictures; resize="aspect" keeps their area only
     config.data.resize = "crop"  # crop: to exactly image_size | aspect: sides are multiples of the factor
     config.data.layout = "grid"  # grid: one size for all pictures | rows: each says its size (needed by aspect)
-    config.data.max_tokens = 256  # a longer document is split between its parts where it can be, else left out
+    config.data.max_tokens = 256  # a longer document is cut, one with a question or caption left out (data.cutting)
 
     config.text_tokenizer = ConfigDict()
     config.text_tokenizer.vocab_size = 512  # at most; a small corpus gives fewer
@@ -133,6 +133,8 @@ def defaults() -> ConfigDict:
     config.training.validate_every = 200
     config.training.preview_every = 0
     config.training.checkpoint_every = 200
+    config.training.keep = 3  # newest checkpoints that survive
+    config.training.keep_every = 0  # and every multiple of this, for `train --branch`; 0: none
 
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, context=1))  # -1: the devices left over
 
@@ -298,9 +300,12 @@ def _is(kind: type, value: Any) -> bool:
 def _require_known(config: ConfigDict, key: str) -> None:
     """Raises UserError for a key that an override names and the config does not have."""
     part: Any = config
-    for name in key.split("[")[0].split("."):  # what stands in a tuple is looked up by ml_collections
+    for name in re.findall(r"[^.\[\]]+", key):
+        if isinstance(part, tuple) and name.isdecimal() and int(name) < len(part):
+            part = part[int(name)]
+            continue
         if not isinstance(part, ConfigDict) or name not in part:
-            known = _keys(config)
+            known = [*_keys(config), *(_keys(part, key[: key.rindex("]") + 2]) if "]" in key else ())]
             near = nearest(key, known)
             if not near and (same := [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]]):
                 near = f"; did you mean {same[0]!r}?"
@@ -323,9 +328,8 @@ def _of_override(config: ConfigDict, error: str) -> str:
     if match is None:
         return f"--config: {error}"
     part: Any = config
-    for name in match[1].split("["):
-        for inner in name.rstrip("]").split("."):
-            part = part[int(inner) if inner.isdecimal() else inner]
+    for name in re.findall(r"[^.\[\]]+", match[1]):
+        part = part[int(name) if name.isdecimal() else name]
     return f"config.{match[1]}: expected {_WORDS.get(type(part), type(part).__name__)}, found {match[2]!r}"
 
 
@@ -341,8 +345,8 @@ def parse_arg(arg: str | None, **known: str | None) -> dict[str, str | None]:
     for item in filter(None, (arg or "").split(",")):
         name, equals, value = item.partition("=")
         if name not in known or not equals:
-            expected = ", ".join(f"{each}=..." for each in known)
-            raise ValueError(f"its argument: expected {expected}; found {item!r}{nearest(name, known)}")
+            found = name if equals else f"{item!r} without a value (a value cannot hold a comma)"
+            raise ValueError(f"config argument: expected {', '.join(known)}; found {found}{nearest(name, known)}")
         given[name] = home(value)
     return {**known, **given}
 
@@ -350,7 +354,7 @@ def parse_arg(arg: str | None, **known: str | None) -> dict[str, str | None]:
 def whole(name: str, value: str | None) -> int:
     """The value of an argument that counts something. Raises ValueError, naming it, unless it is at least 1."""
     if value is None or not value.isdecimal() or int(value) < 1:
-        raise ValueError(f"its argument {name}: expected a whole number, at least 1; found {value!r}")
+        raise ValueError(f"config argument {name}: expected a whole number, at least 1; found {value!r}")
     return int(value)
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ar_unified import progress
 from ar_unified.cli import config as configs
+from ar_unified.cli.changes import changeable
 from ar_unified.cli.evaluate_tokenizer import evaluate_folder, evaluate_held_out, results_of
 from ar_unified.cli.experiment import Experiment, by_first_process, open_experiment
 from ar_unified.errors import UserError
@@ -50,7 +51,12 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 def evaluate(experiment: Experiment) -> None:
     """Stage evaluation, behind tokenizer_evaluation: done when both files are there and nothing has changed."""
     config, workdir = experiment.config, experiment.workdir
-    stage = experiment.stage("evaluation", "evaluation", "sampling", model=experiment.trained())
+    may = changeable(anew=["model"])
+    stage = experiment.stage("evaluation", "evaluation", "sampling", model=experiment.trained(), may=may)
+    if stage.aside:  # with what belonged to it
+        for path in (workdir.evaluation, workdir.report):
+            if path.exists():
+                path.replace(stage.aside / path.name)
     if stage.done and workdir.evaluation.exists() and workdir.report.exists():
         return experiment.skip(stage)
 

@@ -1,7 +1,7 @@
 """A config and a workdir, and the things they name: what every verb opens first.
 
 Stages are fingerprinted by the parts of the config that decide their result, so that a changed learning rate does not
-make the data again, and a changed codebook is refused instead of mixed in.
+make the data again, and a changed codebook is refused instead of mixed in. `cli.changes` has what may change later.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ from ar_tokenizers.image.tokenizer import ImageTokenizer
 from ar_tokenizers.text import TextTokenizer
 from ml_collections import ConfigDict
 
+from ar_unified import history
 from ar_unified.checkpoint import restore_params
 from ar_unified.cli import config as configs
 from ar_unified.cli import settings
+from ar_unified.cli.changes import Training, changeable, require_extensible
 from ar_unified.cli.check import STAGES, check, check_devices, check_sources
 from ar_unified.data.images import Resize
 from ar_unified.data.sources import Source, open_source
 from ar_unified.errors import UserError, about
 from ar_unified.grammar import Grammar
+from ar_unified.history import Changeable
 from ar_unified.interrupts import Preempted
 from ar_unified.model.config import TransformerConfig, config_from, parameter_count
 from ar_unified.model.transformer import init, logical_axes
@@ -39,7 +42,7 @@ from ar_unified.parallel.mesh import make_mesh
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
 from ar_unified.vocabulary import Vocabulary
-from ar_unified.workdir import Stage, Workdir, read_json, write_json
+from ar_unified.workdir import Stage, Workdir, read_history, read_json, write_json
 
 _ALONE = 14 * 86400.0  # seconds that others wait for a stage of process 0: as long as it lives
 
@@ -105,17 +108,31 @@ class Experiment:
 
     # ---- stages ---------------------------------------------------------------------------------------------------
 
-    def stage(self, name: str, *keys: str, together: bool = False, **more: Any) -> Stage:
+    def stage(
+        self,
+        name: str,
+        *keys: str,
+        together: bool = False,
+        training: Training | None = None,
+        may: Changeable | None = None,
+        **more: Any,
+    ) -> Stage:
         """The stage's guard, with `keys` of the config and `more` as what decides its result.
 
         The workdir's config.json is that of the last start that had something to make.
 
-        together: all processes open it; else the one that does the stage (`by_first_process`).
+        Args:
+            together: all processes open it; else the one that does the stage (`by_first_process`).
+            training: where the stage is many steps, how far it has come: it may be told to go on to others.
+            may: what of it may change; default: by `cli.changes`.
         """
-        fingerprint = {key: configs.plain(self.config[key]) for key in keys} | {"seed": self.config.seed} | more
+        may = may or changeable()
+        fingerprint = self.fingerprint(*keys, **more)
         if together and not runtime.first():
             runtime.barrier(f"stage {name}")  # process 0 has opened it
-        stage = self.workdir.stage(name, fingerprint)
+        stage = self.workdir.stage(name, fingerprint, may)
+        if stage.changed:  # a reader sees none: what changed is written when it comes
+            self._go_on(stage, training)
         if together and runtime.first():
             runtime.barrier(f"stage {name}")
         self._opened = time.perf_counter()
@@ -124,6 +141,30 @@ class Experiment:
                 write_json(self.workdir.config, configs.plain(self.config))
             self.say(f"==== {name}")
         return stage
+
+    def fingerprint(self, *keys: str, **more: Any) -> dict[str, Any]:
+        """Of a stage: `keys` of the config, and `more`."""
+        return {key: configs.plain(self.config[key]) for key in keys} | {"seed": self.config.seed} | more
+
+    def _go_on(self, stage: Stage, training: Training | None) -> None:
+        """Writes what changed into the stage's history and says it; raises UserError where it cannot go on with it."""
+        if anew := stage.changed.get("anew"):
+            stage.begin_anew()
+            field, (old, new) = next(iter(anew.items()))
+            self.say(
+                f"{stage.name}: made anew, as {field} is {new!r:.80} now (was {old!r:.80}); "
+                f"what there was is in {stage.aside}"
+            )
+            return
+        taken = max(training.checkpoints(), default=0) if training else None
+        if "extended" in stage.changed:
+            if training is None:
+                raise AssertionError(f"stage {stage.name!r} has no steps that could be extended")
+            taken = require_extensible(stage, training, self.workdir)
+        entries = [history.entry(kind, taken, changed) for kind, changed in stage.changed.items()]
+        stage.begin(*entries)
+        for entry in entries:
+            self.say(f"{stage.name}: {entry['kind']} {history.told(entry)}")
 
     def skip(self, stage: Stage) -> None:
         self.say(f"==== {stage.name}: done already ({stage.folder})")
@@ -189,13 +230,15 @@ class Experiment:
     def text_tokenizer(self) -> TextTokenizer:
         path = self.workdir.text_tokenizer / "text.model"
         self._require(path.exists(), path, "tokenizer")
-        return TextTokenizer.load(path, lossy=self.config.text_tokenizer.lossy)
+        with about("the workdir's text tokenizer"):
+            return TextTokenizer.load(path, lossy=self.config.text_tokenizer.lossy)
 
     @cached_property
     def image_tokenizer(self) -> ImageTokenizer:
         path = self.workdir.image_tokenizer / "config.json"
         self._require(path.exists(), path, "tokenizer")
-        return ImageTokenizer.load(self.workdir.image_tokenizer)
+        with about("the workdir's image tokenizer"):
+            return ImageTokenizer.load(self.workdir.image_tokenizer)
 
     @cached_property
     def grammar(self) -> Grammar:
@@ -215,7 +258,8 @@ class Experiment:
 
     @cached_property
     def mesh(self) -> jax.sharding.Mesh:
-        return make_mesh(configs.plain(self.config.mesh))
+        with about("config.mesh"):
+            return make_mesh(configs.plain(self.config.mesh))
 
     def filter(self, modality: str) -> Filter:
         return settings.token_filter(self.config, modality)
@@ -268,10 +312,12 @@ class Experiment:
             )
 
     def trained(self) -> dict[str, Any]:
-        """What decided the trained model: the fingerprint of its stage."""
+        """What decided the trained model: the fingerprint of its stage, and what of it changed on the way."""
         path = self.workdir.model / "done.json"
         self._require(path.exists(), path, "train")
-        return read_json(path)["fingerprint"]
+        told = [entry for entry in read_history(self.workdir.model) if entry["kind"] in history.DECIDING]
+        way = [{key: entry[key] for key in ("kind", "step", "changed")} for entry in told]
+        return read_json(path)["fingerprint"] | ({"history": way} if way else {})
 
     @property
     def weights(self) -> str:
@@ -284,7 +330,9 @@ class Experiment:
         return {
             "model": f"{parameter_count(self.model) / 1e6:.2f}M parameters in {self.model.n_layers} layers",
             "vocabulary": f"{vocabulary.text_size} text pieces + {vocabulary.codebook_size} image codes",
-        }
+        } | (
+            {"changed": "; ".join(map(history.told, changed))} if (changed := read_history(self.workdir.model)) else {}
+        )
 
     def _require(self, found: bool, path: Any, verb: str) -> None:
         if not found:

@@ -21,6 +21,7 @@ from ar_tokenizers.image.autoencoder import AutoencoderConfig
 from ml_collections import ConfigDict
 
 from ar_unified.cli import config as configs
+from ar_unified.cli.check import check
 from ar_unified.cli.text_tokenizer import load
 from ar_unified.grammar import fixed_grid, sized_rows
 from ar_unified.model.config import config_from
@@ -38,7 +39,9 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     try:
         target = parse_target(arguments.target)
         use_cpu(target)
-        run = run_of(configs.load(arguments.config, overrides))
+        config = configs.load(arguments.config, overrides)
+        check(config, [])
+        run = run_of(config)
         plan = make_plan(
             run, target, arguments.job, advise=not arguments.no_advice, say=lambda line: print(line, flush=True)
         )

@@ -2,11 +2,14 @@
 
 A line of the requests is a JSON object: {"prompt": "a red circle"} asks for a picture of a text; {"content": [...],
 "mode": "text" | "image" | "interleaved" | "free", ...} for anything else (ar_unified.sampling.requests says what a
-line may hold). Plain text files of prompts, OpenAI batch files, WebDataset shards and the prompt files of benchmarks
-are read as they are. Without --requests, prompts are taken from the held-out documents. Leaves in the output folder:
+line may hold). Text files of prompts, tables with a column of them (CSV, TSV, Parquet), OpenAI batch files of
+/v1/chat/completions and /v1/images/generations, WebDataset shards and the prompt files of benchmarks are read as they
+are; columns of their own travel along. Without --requests, prompts are taken from the held-out documents. Leaves in the
+output folder:
   samples.jsonl   one line per sample: text, and the names of its pictures; a bad request is a line that says why
   images/         PNG files
   index.html      a gallery
+  batch_output.jsonl, batch_errors.jsonl   for a batch file: its answers in OpenAI's format (sampling.batch_output)
 Run again after whatever stopped it, it goes on. Many processes share a job, each with a part of the requests: those
 that started together by their numbers, others by --part K/N; their number may change. --layout writes the pictures as a
 benchmark reads them, into OUTPUT/LAYOUT; without --requests it does so for what an output folder has, be its job
@@ -25,12 +28,13 @@ from typing import Any
 import jax
 
 from ar_unified.cli import config as configs
+from ar_unified.cli.changes import changeable
 from ar_unified.cli.experiment import Experiment, by_first_process, open_experiment
 from ar_unified.data.images import to_png
 from ar_unified.data.sources import BadItem, Source
 from ar_unified.document import Document, ImagePart, TextPart
 from ar_unified.errors import UserError
-from ar_unified.sampling import results
+from ar_unified.sampling import batch_output, results
 from ar_unified.sampling.job import JobReport, run_job
 from ar_unified.sampling.layouts import LAYOUTS, export
 from ar_unified.workdir import write_bytes, write_text
@@ -56,13 +60,16 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 @by_first_process
 def sample_held_out(experiment: Experiment) -> None:
     """Stage samples: a gallery of what the model answers to the beginnings of held-out documents."""
-    stage = experiment.stage("samples", "sampling", model=experiment.trained())
+    stage = experiment.stage("samples", "sampling", model=experiment.trained(), may=changeable(anew=["model"]))
     if stage.done:
         return experiment.skip(stage)
     requests = stage.folder / "requests.jsonl"
     if not requests.exists():
         rows = [row for source in experiment.held_out["validation"] for row in _rows(source, stage.folder)]
         write_text(requests, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    if not requests.stat().st_size:
+        experiment.say("samples: no held-out document has a prompt, or a second part to go on with; nothing is drawn")
+        return experiment.finish(stage, {"samples": 0, "errors": 0})
     report = _run(experiment, [requests], stage.folder, part=(0, 1))
     experiment.finish(stage, {"samples": report.samples, "errors": report.errors})
 
@@ -80,8 +87,10 @@ def _run(
         weights=experiment.weights,
         resize=experiment.resize,
         process=part or (jax.process_index(), jax.process_count()),
+        warn=lambda line: experiment.say(f"warning: {line}"),
     )
-    experiment.say(f"{report}\n{output / 'index.html'}" if report.complete else str(report))
+    made = [output / name for name in ("index.html", *batch_output.NAMES)] if report.complete else []
+    experiment.say("\n".join([str(report), *(str(path) for path in made if path.exists())]))
     if report.complete:
         _require_samples(output)
     return report

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ar_tokenizers.fertility import Fertility, table
-from ar_tokenizers.lossless import reachable_symbols
+from ar_tokenizers.lossless import RESERVED, reachable_symbols
 from ar_tokenizers.text import TextTokenizer
 
 from ar_unified.cli.experiment import Experiment, by_first_process
@@ -32,9 +32,9 @@ def train_text(experiment: Experiment) -> None:
     )
     if stage.done:
         return experiment.skip(stage)
-    left_out, often = _LeftOut(), dict[str, float]()
+    left_out, often, reserved = _LeftOut(), dict[str, float](), dict.fromkeys(RESERVED, 0)
     if tokenizer is None:
-        tokenizer, often = _train(experiment, left_out)
+        tokenizer, often = _train(experiment, left_out, reserved)
     tokenizer.save(stage.folder / "text.model")
     measured = measure(tokenizer, {source.name: source for source in experiment.train}) | measure(
         tokenizer, {f"validation/{source.name}": source for source in experiment.held_out["validation"]}
@@ -46,6 +46,7 @@ def train_text(experiment: Experiment) -> None:
         "symbols_that_text_can_spell": reachable_symbols(tokenizer.model_bytes),
         "passes": often,
         "left_out": left_out.kinds,
+        "cut_at": {f"U+{ord(sign):04X}": count for sign, count in reserved.items() if count},
         "texts": {name: row.to_json() for name, row in measured.items()},
     }
     write_json(stage.folder / "report.json", report)
@@ -55,8 +56,13 @@ def train_text(experiment: Experiment) -> None:
     experiment.finish(stage, {"pieces": tokenizer.size, "hash": tokenizer.hash})
 
 
-def _train(experiment: Experiment, left_out: _LeftOut) -> tuple[TextTokenizer, dict[str, float]]:
-    """A tokenizer of the training sources, and how often each of them was read."""
+def _train(
+    experiment: Experiment, left_out: _LeftOut, reserved: dict[str, int]
+) -> tuple[TextTokenizer, dict[str, float]]:
+    """A tokenizer of the training sources, and how often each of them was read.
+
+    reserved: counts, for each of these characters, the texts that have it.
+    """
     settings, sources = experiment.config.text_tokenizer, experiment.train
     times = passes(sources, temperature=settings.temperature, max_bytes=settings.max_bytes)
     often = dict(zip((source.name for source in sources), times, strict=True))
@@ -64,7 +70,7 @@ def _train(experiment: Experiment, left_out: _LeftOut) -> tuple[TextTokenizer, d
         experiment.say("read: " + ", ".join(f"{name} {count:.3g} times" for name, count in often.items()))
     try:
         tokenizer = TextTokenizer.train(
-            texts(sources, times, left_out),
+            _counted(texts(sources, times, left_out), reserved),
             settings.vocab_size,
             model_type=settings.model_type,
             max_bytes=settings.max_bytes,
@@ -75,6 +81,13 @@ def _train(experiment: Experiment, left_out: _LeftOut) -> tuple[TextTokenizer, d
     if left_out.kinds:
         experiment.say(str(left_out))
     return tokenizer, often
+
+
+def _counted(texts: Iterable[str], reserved: dict[str, int]) -> Iterator[str]:
+    for text in texts:
+        for sign in reserved:
+            reserved[sign] += sign in text
+        yield text
 
 
 def load(settings: Mapping[str, Any]) -> TextTokenizer:
@@ -103,6 +116,11 @@ def _remarks(report: Mapping[str, Any], wanted: int) -> list[str]:
     if symbols := report["symbols_that_text_can_spell"]:
         shown = ", ".join(map(repr, symbols[:8]))
         lines.append(f"text can spell {len(symbols)} user-defined symbols of this model ({shown}): they stay text")
+    for sign, count in report["cut_at"].items():
+        lines.append(
+            f"{sign} is in {count} of the texts: SentencePiece keeps it for itself, so they were learned from on both "
+            "sides of it, and it is spelled in bytes"
+        )
     if report["pieces"] < wanted:
         lines.append(f"{report['pieces']} pieces of the {wanted} wanted: this corpus has no more to learn from")
     return lines

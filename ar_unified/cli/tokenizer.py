@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +19,9 @@ from ar_tokenizers.image.objective import Objective
 from ar_tokenizers.image.perceptual import Perceptual
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 
+from ar_unified.checkpoint import steps_in
 from ar_unified.cli import config as configs
+from ar_unified.cli.changes import Training, changeable
 from ar_unified.cli.experiment import Experiment, open_experiment
 from ar_unified.cli.settings import objective as objective_of
 from ar_unified.cli.settings import short_side, tokenizer_training
@@ -46,15 +49,28 @@ def train_tokenizers(experiment: Experiment, only: str | None = None) -> None:
         train_image(experiment)
 
 
+def _whole_batch(experiment: Experiment) -> bool:
+    """Whether the losses look at all pictures of a microbatch together, and not at each by itself."""
+    adversary = experiment.config.image_tokenizer.adversary
+    entropy = getattr(experiment.autoencoder.abstract_quantizer, "entropy", 0.0)
+    return bool(entropy) or (adversary.kind != "none" and adversary.adaptive)
+
+
 def train_image(experiment: Experiment) -> None:
     """Stage image_tokenizer."""
     settings = experiment.config.image_tokenizer
+    checkpoints = experiment.workdir.image_tokenizer / "checkpoints"
     stage = experiment.stage(
         "image_tokenizer",
         "image_tokenizer",
+        "mesh",
         image_size=configs.plain(experiment.config.data.image_size),
         sources=experiment.fingerprints(),
         together=True,
+        training=Training(
+            "image_tokenizer.steps", settings.steps, partial(steps_in, checkpoints), str(checkpoints), "data"
+        ),
+        may=changeable(whole_batch=_whole_batch(experiment)),
     )
     if stage.done:
         return experiment.skip(stage)

@@ -4,32 +4,49 @@ Reads data/train and data/validation. Leaves in the workdir:
   model/checkpoints       Orbax: parameters and optimizer state, each with the vocabulary's manifest
   model/metrics.jsonl     loss by role and by task, bits, norms, rates; model/tensorboard the same, with sample pictures
   model/goodput.json      where the wall time of every attempt went
+  model/history.json      what changed while it was trained, and at which step
+
+What only decides cost (model.remat, training.accumulation, loss.chunk, mesh, log_every, ...) may change whenever the
+training is started again. So may training.steps and the schedule, also of a finished training: it goes on. To go on
+from a checkpoint in the middle and leave the training as it is, branch it into a workdir of its own:
+    ar-unified train --branch WORKDIR:STEP --workdir NEW --config FILE --config.training.steps=N ...
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from ar_unified.checkpoint import steps_in
 from ar_unified.cli import config as configs
+from ar_unified.cli.branch import branch
+from ar_unified.cli.changes import Training
 from ar_unified.cli.experiment import Experiment, open_experiment
 from ar_unified.cli.settings import phases, training
 from ar_unified.data.loader import PackedBatches, Phase
 from ar_unified.document import CodesPart
+from ar_unified.history import DECIDING
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.request import Request
 from ar_unified.training.loop import fit
+from ar_unified.training.optimizer import OptimizerConfig, learning_rate
 from ar_unified.training.tasks import TransformerTask
+from ar_unified.workdir import Stage
 
 _VALIDATION_BATCHES = 8
 _PREVIEWS = 8
+_KEYS = ("model", "loss", "training", "mesh")
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    train(open_experiment(arguments, overrides, ["model"]), profile=arguments.profile)
+    experiment = open_experiment(arguments, overrides, ["model"])
+    if arguments.branch:
+        branch(experiment, *arguments.branch, lambda: experiment.fingerprint(*_KEYS, **_facts(experiment)))
+    train(experiment, profile=arguments.profile)
     return 0
 
 
@@ -37,11 +54,12 @@ def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> Non
     """Stage model; `profile`: of training.loop.fit."""
     config, settings, grammar = experiment.config, experiment.config.training, experiment.grammar
     mixture = experiment.mixture()
-    stage = experiment.stage(
-        "model", "model", "loss", "training", manifest=grammar.manifest(), mixture=mixture, together=True
-    )
+    checkpoints = experiment.checkpoint_folder
+    progress = Training("training.steps", settings.steps, partial(steps_in, checkpoints), checkpoints)
+    stage = experiment.stage("model", *_KEYS, together=True, training=progress, **_facts(experiment))
     if stage.done:
         return experiment.skip(stage)
+    _say_rate(experiment, stage, max(progress.checkpoints(), default=0))
     folder = experiment.workdir.data
     rows = dict(batch_size=settings.batch_size, seq_len=settings.row_length)
     planned = phases(settings, mixture)
@@ -75,11 +93,27 @@ def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> Non
         mesh=experiment.mesh,
         manifest=grammar.manifest(),
         preview=_preview(experiment) if settings.preview_every else None,
-        checkpoint_folder=experiment.checkpoint_folder,
+        checkpoint_folder=checkpoints,
         profile=profile,
         logger=experiment.say,
     )
     experiment.finish(stage, {"steps": settings.steps})
+
+
+def _facts(experiment: Experiment) -> dict[str, Any]:
+    """What decides the trained model beside the config."""
+    return dict(manifest=experiment.grammar.manifest(), mixture=experiment.mixture())
+
+
+def _say_rate(experiment: Experiment, stage: Stage, taken: int) -> None:
+    """What a schedule that has just changed makes of the learning rate, which may rise again."""
+    changes = [entry for entry in stage.history if entry["kind"] in DECIDING]
+    if not changes or not taken or changes[-1]["step"] != taken:
+        return
+    now = configs.plain(experiment.config.training)
+    old = {field.removeprefix("training."): values[0] for field, values in changes[-1]["changed"].items()}
+    rates = [learning_rate(configs.pick(OptimizerConfig, each), each["steps"]) for each in (now | old, now)]
+    experiment.say(f"learning rate: {rates[0](taken - 1):.3g} in step {taken}, {rates[1](taken):.3g} in the next")
 
 
 def _code_vectors(experiment: Experiment) -> np.ndarray | None:

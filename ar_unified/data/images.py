@@ -15,6 +15,8 @@ from typing import Literal, Protocol
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ar_unified.errors import UserError
+
 # Formats Pillow reads by itself. Formats that start another program (EPS) or are hardly tested stay out.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
@@ -159,11 +161,11 @@ class Resize:
 
     def __post_init__(self) -> None:
         if self.kind not in RESIZES:
-            raise ValueError(f'resize: expected kind "crop" or "aspect", found {self.kind!r}')
+            raise UserError(f'resize: expected kind "crop" or "aspect", found {self.kind!r}')
         for name in ("height", "width"):
             side = getattr(self, name)
             if side < self.factor or side % self.factor:
-                raise ValueError(f"resize: expected {name} a multiple of the factor {self.factor}, found {side}")
+                raise UserError(f"resize: expected {name} a multiple of the factor {self.factor}, found {side}")
 
     def target(self, height: int, width: int) -> tuple[int, int]:
         """Height and width that a picture of height x width pixels gets."""

@@ -23,6 +23,7 @@ from ar_unified.data.packing import Mixture, Packing, Places, hash64, key, permu
 from ar_unified.data.prepare import folder_name, load_manifest
 from ar_unified.data.sources import BadItem, Source
 from ar_unified.document import TASKS, ImagePart
+from ar_unified.errors import UserError
 from ar_unified.grammar import Grammar
 from ar_unified.vocabulary import require_same
 
@@ -50,7 +51,7 @@ class Phase:
             an interleaved one all that stands before one of its pictures (`grammar.drop_context`): what is left is what
             the sampler's companion row sees under classifier-free guidance. Its row keeps the room, as padding.
 
-    Raises ValueError for a probability outside [0, 1].
+    Raises UserError for a probability outside [0, 1].
     """
 
     from_step: int = 0
@@ -61,14 +62,14 @@ class Phase:
     def __post_init__(self) -> None:
         for name in ("flip", "condition_dropout"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a probability, found {getattr(self, name)}")
+                raise UserError(f"{name}: expected a probability, found {getattr(self, name)}")
 
 
 def require_order(phases: Sequence[Phase]) -> None:
     """Raises ValueError unless the first phase begins at step 0 and each other one later than the one before."""
     steps = [phase.from_step for phase in phases]
     if not steps or steps[0] != 0 or steps != sorted(set(steps)):
-        raise ValueError(f"phases: expected the first from step 0, each later than the one before; found {steps}")
+        raise UserError(f"phases: expected the first from step 0, each later than the one before; found {steps}")
 
 
 class PackedBatches:
@@ -90,7 +91,7 @@ class PackedBatches:
 
     Raises:
         ManifestMismatch: the data was prepared with another vocabulary or grammar.
-        ValueError: an unknown source, weights out of range, phases out of order, or a document longer than seq_len.
+        UserError: an unknown source, weights out of range, phases out of order, or a document longer than seq_len.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class PackedBatches:
         wanted = list(dict.fromkeys(name for phase in weights for name in phase))
         unknown = sorted(set(wanted) - counts.keys())
         if unknown:
-            raise ValueError(f"weights: expected sources {sorted(counts)}, found {unknown[0]!r}")
+            raise UserError(f"weights: expected sources {sorted(counts)}, found {unknown[0]!r}")
         require_order(phases)
         self.grammar, self.batch_size, self.seq_len, self.seed = grammar, batch_size, seq_len, seed
         self.phases = tuple(phases)
@@ -266,10 +267,10 @@ class ImageBatches:
         used = [i for i, source in enumerate(sources) if has_pictures(source)]
         if not used:
             names = ", ".join(source.name for source in sources) or "none"
-            raise ValueError(f"expected a source with pictures, found {names}")
+            raise UserError(f"expected a source with pictures, found {names}")
         self.sources, self.size, self.batch_size, self.seed = [sources[i] for i in used], size, batch_size, seed
         if short_side is not None and short_side < max(size):
-            raise ValueError(f"short_side must be at least the sides of the window, {size}; got {short_side}")
+            raise UserError(f"short_side must be at least the sides of the window, {size}; got {short_side}")
         self.mirror, self.short_side = mirror, short_side
         self._mixture = Mixture([len(source) for source in self.sources], weights and [weights[i] for i in used])
         self._room = memory
@@ -347,7 +348,7 @@ def iterate(
 
 def _slice(mixture: Mixture, step: int, batch_size: int, index: int, count: int) -> Places:
     if batch_size % count or not 0 <= index < count:
-        raise ValueError(f"process {index} of {count}: expected a count that divides the batch size {batch_size}")
+        raise UserError(f"process {index} of {count}: expected a count that divides the batch size {batch_size}")
     rows = batch_size // count
     start = step * batch_size + index * rows
     return mixture.places(start, start + rows)

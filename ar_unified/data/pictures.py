@@ -9,6 +9,7 @@ from typing import Any
 from ar_unified.data import images
 from ar_unified.data.items import BadItem
 from ar_unified.document import Document, ImagePart
+from ar_unified.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 
@@ -17,7 +18,7 @@ class Pictures:
     """Every picture file under `path`, however deep, in the order of their paths.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class Pictures:
         found = (path for path in self.root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
         self.files = sorted(found, key=lambda path: path.relative_to(self.root).as_posix())
         if not self.files:
-            raise ValueError(f"{self.root}: expected a folder with picture files ({', '.join(SUFFIXES)}), found none")
+            raise UserError(f"{self.root}: expected a folder with picture files ({', '.join(SUFFIXES)}), found none")
         names = "".join(f"{path.relative_to(self.root).as_posix()} {path.stat().st_size}\n" for path in self.files)
         digest = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
         self.fingerprint: dict[str, Any] = {"kind": "pictures", "items": len(self), "sha256": digest}

@@ -22,13 +22,15 @@ import numpy as np
 
 from ar_unified import progress, workdir
 from ar_unified.data import shards
+from ar_unified.data.cutting import split
 from ar_unified.data.images import Cells, Resize
 from ar_unified.data.sources import BadItem, Source, read
-from ar_unified.document import TASKS, CodesPart, Document, ImagePart, Part, TextPart
+from ar_unified.document import TASKS, CodesPart, Document, ImagePart, TextPart
+from ar_unified.errors import UserError
 from ar_unified.grammar import Grammar, ImageLayout, TextLost
 from ar_unified.vocabulary import ManifestMismatch, require_same
 
-VERSION = 1
+VERSION = 2
 
 
 class ImageTokenizer(Cells, Protocol):
@@ -108,8 +110,8 @@ def prepare(
 
     Bad items are left out, counted by kind, and listed with origin and reason in <folder>/skipped.jsonl. A document of
     more than max_tokens is left out too ("too_long") if it has a turn, since half an answer is none; without a turn it
-    is split (see `split`), and only a line or picture that is too long by itself is left out ("too_long_part"). What a
-    lossy text tokenizer does not give back is left out ("text_lost").
+    is split (see `cutting.split`), and only a picture or character that is too long by itself is left out
+    ("too_long_part"). What a lossy text tokenizer does not give back is left out ("text_lost").
 
     Args:
         sources: with different names.
@@ -129,7 +131,7 @@ def prepare(
     _check_tokenizer(grammar, image_tokenizer)
     names = [folder_name(source.name) for source in sources]
     if len(set(names)) < len(names):
-        raise ValueError(f"sources need different names (labels), found {names}")
+        raise UserError(f"sources need different names (labels), found {names}")
     plan = {
         "version": VERSION,
         "vocabulary": grammar.manifest(),
@@ -350,7 +352,7 @@ def _write(shard: shards.ShardWriter, item: _Item, grammar: Grammar, max_tokens:
         return
     for _, tokens in pieces:
         if len(tokens) > max_tokens:
-            reason = f"expected at most {max_tokens} tokens, found {len(tokens)} in one line or picture"
+            reason = f"expected at most {max_tokens} tokens, found {len(tokens)} in one picture or character"
             shard.skip(whole.origin, "too_long_part", reason)
     pieces = [(piece, tokens) for piece, tokens in pieces if len(tokens) <= max_tokens]
     for part, (document, tokens) in enumerate(pieces):
@@ -364,46 +366,3 @@ def _write(shard: shards.ShardWriter, item: _Item, grammar: Grammar, max_tokens:
             pictures=len(document.parts) - len(texts),
             pair=reversible and document.prompt == 1 and len(document.parts) == 2 and len(texts) == 1,
         )
-
-
-def split(document: Document, grammar: Grammar, max_tokens: int) -> list[Document]:
-    """A document without a turn as several, each as long as fits: cut between its parts, else paragraphs, else lines.
-
-    Only the blanks at a cut are lost. A line or picture that is too long by itself makes a document that is.
-    Parts: TextPart, CodesPart.
-    """
-
-    def fits(parts: Sequence[Part]) -> bool:
-        return len(grammar.encode(Document(tuple(parts)))) <= max_tokens
-
-    units: list[Part] = []
-    for part in document.parts:
-        paragraphs = re.split(r"(?<=\n\n)", part.text) if isinstance(part, TextPart) else []
-        for text in paragraphs:
-            lines = [text] if fits([TextPart(text)]) else text.splitlines(keepends=True)
-            units += [TextPart(line) for line in lines if line]
-        units += [] if paragraphs else [part]
-    pieces: list[list[Part]] = [[]]
-    for unit in units:
-        longer = _joined(pieces[-1], unit)
-        if pieces[-1] and not fits(longer):
-            pieces.append([unit])
-        else:
-            pieces[-1] = longer
-    return [document for parts in pieces if (document := _stripped(parts, document.origin)).parts]
-
-
-def _joined(parts: list[Part], unit: Part) -> list[Part]:
-    if parts and isinstance(unit, TextPart) and isinstance(parts[-1], TextPart):
-        return [*parts[:-1], TextPart(parts[-1].text + unit.text)]
-    return [*parts, unit]
-
-
-def _stripped(parts: list[Part], origin: str) -> Document:
-    """Without line ends at its edges: the cut has taken their place."""
-    parts = list(parts)
-    for edge, strip in ((0, str.lstrip), (-1, str.rstrip)):
-        if parts and isinstance(part := parts[edge], TextPart):
-            text = strip(part.text, "\n")
-            parts[edge : edge + 1 or None] = [TextPart(text)] if text else []
-    return Document(tuple(parts), origin=origin)

@@ -19,13 +19,17 @@ from ar_unified.data.balance import places
 from ar_unified.data.items import BadItem, Source
 from ar_unified.data.pictures import Pictures
 from ar_unified.data.rows import Rows
+from ar_unified.data.splits import EmptySplit
 from ar_unified.data.text_files import TextFiles
 from ar_unified.data.views import Views
 from ar_unified.document import Document
+from ar_unified.errors import UserError
+from ar_unified.paths import home
 
-__all__ = ["BadItem", "Source", "open_source", "read", "texts"]
+__all__ = ["BadItem", "EmptySplit", "Source", "open_source", "read", "texts"]
 
 _OF_OTHERS = ("kind", "weight", "picture_weight", "views")  # keys of a spec that are not the source's
+_PATHS = ("path", "root", "data_dir")
 FOLDER_FILES = ("captions", "docs", "vqa")
 
 
@@ -44,25 +48,28 @@ def open_source(spec: Mapping[str, Any]) -> Source:
             dict(kind="text", path=..., files=("*.txt", "*.md", "*.jsonl"), by="file", field="text",
                 language="language", split=None): text alone, a document a file, a line (by="line") or a row of a .jsonl
                 file: see `TextFiles`.
-            `split` of folder, jsonl and text is "train", "train[:95%]", "[95%:]": see `Rows`. Any source may have
+            `split` of folder, jsonl and text is "train", "train[:95%]", "[95%:]": see `splits`. Any source may have
             `label` (its name), `reversible` (True), `views` (dict(count=..., shift=..., mirror=..., whole=...): see
             `Views`), and what is not the source's: `weight` in the mixture of documents, `picture_weight` in that of
             the image tokenizer's pictures (default: by its number of documents).
 
     Raises:
-        ValueError: an unknown kind or key, a missing file, a split no row is in, or views out of range.
+        UserError: an unknown kind or key, a missing file, views out of range, or a split no row is in (EmptySplit: for
+            want of a second picture or text).
     """
     kinds: dict[str, Callable[..., Source]] = {
         "tfds": _tfds, "folder": _folder, "jsonl": _jsonl, "pictures": Pictures, "text": TextFiles,
     }  # fmt: skip
     kind = spec.get("kind")
     if kind not in kinds:
-        raise ValueError(f"source: expected kind one of {sorted(kinds)}, found {kind!r} in {dict(spec)}")
+        raise UserError(f"source: expected kind one of {sorted(kinds)}, found {kind!r} in {dict(spec)}")
     try:
-        source = kinds[kind](**{key: value for key, value in spec.items() if key not in _OF_OTHERS})
+        options = {key: value for key, value in spec.items() if key not in _OF_OTHERS}
+        options |= {key: home(options[key]) for key in _PATHS if options.get(key)}
+        source = kinds[kind](**options)
         return Views(source, **spec["views"]) if spec.get("views") else source
     except TypeError as error:
-        raise ValueError(f"source of kind {kind!r}: {error}; in {dict(spec)}") from error
+        raise UserError(f"source of kind {kind!r}: {error}; in {dict(spec)}") from error
 
 
 def _tfds(name: str, split: str = "train", **options: Any) -> Source:
@@ -73,12 +80,21 @@ def _tfds(name: str, split: str = "train", **options: Any) -> Source:
 
 def _folder(path: str | Path, files: Sequence[str] | None = None, **options: Any) -> Source:
     root = Path(path)
-    named = [root / f"{file}.jsonl" for file in files or FOLDER_FILES]
+    named = [root / f"{file}.jsonl" for file in files] if files else _standard(root)
     found = named if files else [file for file in named if file.is_file()]
-    if not found:
-        expected = ", ".join(file.name for file in named)
-        raise ValueError(f"{root}: expected a folder with at least one of {expected}, found none")
-    return Rows(found, root, **options)
+    if not root.is_dir() or not found:
+        what = "no file of these names" if root.is_dir() else "no such folder"
+        expected = " or ".join(file.name for file in named)
+        raise UserError(
+            f"{root}: expected a folder with {expected} and the pictures they name, found {what} at {root.absolute()}. "
+            "Bring the data there, or give its path (of the experiments here: --config FILE:path=DIR)"
+        )
+    beside = [file for file in _standard(root) if file.is_file() and file not in found]
+    return Rows(found, root, beside=beside, **options)
+
+
+def _standard(root: Path) -> list[Path]:
+    return [root / f"{file}.jsonl" for file in FOLDER_FILES]
 
 
 def _jsonl(path: str | Path, root: str | Path | None = None, **options: Any) -> Source:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ar_unified.data.items import BadItem
-from ar_unified.data.rows import parse_split, place
+from ar_unified.data.splits import Split
 from ar_unified.document import Document, TextPart
+from ar_unified.errors import UserError
 
 FILES = ("*.txt", "*.md", "*.jsonl")
 _BLOCK = 1 << 14  # bytes that share an entry of the index, and are read at once
@@ -23,11 +24,12 @@ _LARGEST = 1 << 26  # bytes of a document
 class TextFiles:
     """The texts of the files under `path`, in the order of their names; may be far larger than memory.
 
-    The files are read once at opening. What is kept of them is their names and 40 bytes for every 16 KiB, or for every
-    file if files are smaller. Line ends are not part of a line, blank lines are no items; nothing else is changed.
+    The files are read once at opening, twice for a part. What is kept of them is their names and 40 bytes for every
+    16 KiB, or for every file if files are smaller. Line ends are not part of a line, blank lines are no items; nothing
+    else is changed.
 
-    `split` is as for `Rows`: lines and files have no name but "train", and a part takes files by the hash of their name
-    and lines by that of their text.
+    `split` is as for `Rows`: lines and files have no name but "train", and a part takes files by their name and lines
+    by their text.
 
     Args:
         path: a folder, or one file.
@@ -37,7 +39,7 @@ class TextFiles:
         language: "file": a file's name, without its ending, is the language of its texts; else the key of a row's.
 
     Raises:
-        ValueError: no such path, no file of these names, no text in `split`, or an argument out of range.
+        UserError: no such path, no file of these names, no text in `split`, or an argument out of range.
     """
 
     has_pictures = False
@@ -55,41 +57,30 @@ class TextFiles:
         reversible: bool = True,
     ):
         if by not in ("file", "line"):
-            raise ValueError(f"by: expected file or line, found {by!r}")
+            raise UserError(f"by: expected file or line, found {by!r}")
         path = Path(path)
         alone = path.is_file()
         self.name, self.reversible = label or (path.stem if alone else path.resolve().name), reversible
         self._by, self._field, self._language_from = by, field, language
-        self._wanted = None if split is None else parse_split(split)
+        self._split = None if split is None else Split(split)
         self._root = path.parent if alone else path
         self._files = [path] if alone else _find(path, files)
         inside = path.resolve().parent if alone else path.resolve()
 
-        # Of every block: its first item, its file, where in the file it starts and stops, the number of its first line.
-        self._first, self._file, self._start, self._stop, self._line = (array("q") for _ in range(5))
-        self._problems: dict[int, tuple[str, str]] = {}  # blocks that are one bad item: kind and reason
-        self._items = 0
-        digest = hashlib.sha256()
-        for number, file in enumerate(self._files):
-            digest.update(self._name(file).encode(errors="surrogateescape"))
-            try:
-                if not file.resolve().is_relative_to(inside):
-                    self._add(number, problem=("path_escapes", f"expected a file inside {path}, found a link"))
-                    continue
-                with open(file, "rb") as stream:
-                    index = self._index_lines if self._in_lines(file) else self._index_file
-                    index(number, _Digested(stream, digest))
-            except (OSError, RuntimeError) as error:  # no permission, a loop of links
-                self._add(number, problem=("unreadable_file", str(error)))
-        if split is not None and not self._items:
-            raise ValueError(f"{path}: no text is in split {split!r}")
+        if self._split and self._split.by_part:
+            self._index(path, inside)
+            self._split.settle()
+        sha256 = self._index(path, inside)
+        if self._split and not self._items:
+            raise self._split.empty(path, "text")
         self.fingerprint: dict[str, Any] = {
             "kind": "text",
             "items": self._items,
             "by": by,
             "field": field,
             "split": split,
-            "sha256": digest.hexdigest(),
+            "sha256": sha256,
+            **(self._split.fingerprint() if self._split else {}),
         }
         self._block = functools.lru_cache(maxsize=4)(self._read_block)
 
@@ -186,6 +177,26 @@ class TextFiles:
 
     # ---- the index ------------------------------------------------------------------------------------------------
 
+    def _index(self, path: Path, inside: Path) -> str:
+        """Reads all files for the places of their items; returns the sha256 of names and contents."""
+        # Of every block: its first item, its file, where in the file it starts and stops, the number of its first line.
+        self._first, self._file, self._start, self._stop, self._line = (array("q") for _ in range(5))
+        self._problems: dict[int, tuple[str, str]] = {}  # blocks that are one bad item: kind and reason
+        self._items = 0
+        digest = hashlib.sha256()
+        for number, file in enumerate(self._files):
+            digest.update(self._name(file).encode(errors="surrogateescape"))
+            try:
+                if not file.resolve().is_relative_to(inside):
+                    self._add(number, problem=("path_escapes", f"expected a file inside {path}, found a link"))
+                    continue
+                with open(file, "rb") as stream:
+                    index = self._index_lines if self._in_lines(file) else self._index_file
+                    index(number, _Digested(stream, digest))
+            except (OSError, RuntimeError) as error:  # no permission, a loop of links
+                self._add(number, problem=("unreadable_file", str(error)))
+        return digest.hexdigest()
+
     def _name(self, file: Path) -> str:
         return file.relative_to(self._root).as_posix()
 
@@ -237,7 +248,7 @@ class TextFiles:
 
     def _is_item(self, file: Path, line: bytes) -> bool:
         line = line.strip()
-        if not line or self._wanted is None:
+        if not line or self._split is None:
             return bool(line)
         if not _is_jsonl(file):
             return self._in_split({}, line)
@@ -248,10 +259,7 @@ class TextFiles:
             return True  # a row that cannot be read is in every split, so that it is reported
 
     def _in_split(self, row: Mapping[str, Any], data: bytes) -> bool:
-        if self._wanted is None:
-            return True
-        name, low, high = self._wanted
-        return (not name or row.get("split", "train") == name) and low <= place(row, data) < high
+        return self._split is None or self._split.has(row, data)
 
 
 class _Digested:
@@ -284,12 +292,12 @@ def _is_jsonl(file: Path) -> bool:
 def _find(root: Path, patterns: Sequence[str]) -> list[Path]:
     """The files under a folder that have one of these names, sorted."""
     if not root.is_dir():
-        raise ValueError(f"{root}: no such file or folder")
+        raise UserError(f"{root}: no such file or folder")
     for pattern in patterns:
         if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
-            raise ValueError(f"files: expected patterns of names inside {root}, found {pattern!r}")
+            raise UserError(f"files: expected patterns of names inside {root}, found {pattern!r}")
     found = {path for pattern in patterns for path in root.rglob(pattern) if not path.is_dir()}
     shown = [path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts)]
     if not shown:
-        raise ValueError(f"{root}: expected files named {', '.join(patterns)} in it, found none")
+        raise UserError(f"{root}: expected files named {', '.join(patterns)} in it, found none")
     return sorted(shown, key=lambda path: path.relative_to(root).as_posix())

@@ -16,6 +16,7 @@ from ar_unified.data.prepare import ImageTokenizer, default_resize
 from ar_unified.data.sources import FOLDER_FILES, BadItem, open_source, read
 from ar_unified.data.text_files import FILES as TEXT_FILES
 from ar_unified.document import CodesPart, Document, ImagePart, TextPart
+from ar_unified.errors import UserError
 from ar_unified.grammar import Grammar, TextLost
 
 _PERCENTILES = (0, 50, 90, 99, 100)
@@ -117,7 +118,7 @@ def validate(
         show: documents of each source to show.
 
     Raises:
-        ValueError: nothing to read at `data`.
+        UserError: nothing to read at `data`.
     """
     model = _Model(grammar, image_tokenizer, resize)
     sources = [open_source(spec) for spec in (_specs(data) if isinstance(data, str | Path) else data)]
@@ -153,10 +154,10 @@ def _specs(path: str | Path) -> list[dict[str, Any]]:
             return [dict(kind="text", path=path)]
         if not names:
             expected = ", ".join(f"{name}.jsonl" for name in FOLDER_FILES)
-            raise ValueError(f"{path}: expected at least one of {expected} in it, or text files; found none")
+            raise UserError(f"{path}: expected at least one of {expected} in it, or text files; found none")
         return [dict(kind="folder", path=path, files=(name,), label=f"{path.name}/{name}") for name in names]
     if not path.is_file():
-        raise ValueError(f"{path}: no such folder or file")
+        raise UserError(f"{path}: no such folder or file")
     return [dict(kind="jsonl" if path.suffix == ".jsonl" else "text", path=path)]
 
 

@@ -22,7 +22,7 @@ from ar_unified.evaluation.facts import environment, summary
 from ar_unified.evaluation.figures import figure, sample_sections
 from ar_unified.evaluation.generation import Example
 from ar_unified.evaluation.sheets import section
-from ar_unified.training.telemetry import read_metrics
+from ar_unified.training.telemetry import LOSS_BY_ROLE, LOSS_BY_TASK, VALIDATION, read_metrics
 from ar_unified.workdir import write_text
 
 LEAD = "One transformer over text and image tokens: what it makes and what that is worth."
@@ -89,7 +89,7 @@ def write_report(
         ("Numbers", _headline(sets, bars or {})),
         *sample_sections(galleries),
         ("Image tokenizer", _tokenizer(galleries, curves.get("image_tokenizer", []), sets, tokenizer)),
-        ("Transformer", _transformer(curves.get("transformer", []))),
+        ("Transformer", _draw(rows := curves.get("transformer", []), transformer_charts(rows))),
         ("Evaluation", _table(sets, bars or {})),
         ("The run", _run(config or {}, seconds or {})),
     ]
@@ -245,50 +245,50 @@ def _tokenizer(
         f"{figure(example.reconstruction, 'reconstruction')}</div></div>"
         for example in examples[:8]
     )
-    charts = _charts(
-        rows,
-        (
-            ("Loss", "", _both("loss"), "log"),
-            ("PSNR", "dB", _both("psnr"), ""),
-            ("Codebook usage", "share of codes", _both("codes/usage"), ""),
-            ("Code perplexity", "codes", _both("codes/perplexity"), ""),
-            ("Learning rate", "", {"learning_rate": "learning rate"}, ""),
-            ("Speed", "images/s", {"images_per_second": "images per second"}, "zero"),
-        ),
-    )
+    charts = _draw(rows, tokenizer_charts())
     lead = f'<p class="lead">{"; ".join(told)}.</p>' if told else ""
     gallery = scores or (f'<div class="gallery">{pictures}</div>' if pictures else "")
     between = "<h3>training</h3>" if charts and gallery else ""
     return lead + gallery + between + charts if gallery or charts else ""
 
 
-def _transformer(rows: Sequence[Mapping[str, Any]]) -> str:
+def tokenizer_charts() -> tuple[Chart, ...]:
+    """Of an image tokenizer's training."""
+    return (
+        ("Loss", "", _both("loss"), "log"),
+        ("PSNR", "dB", _both("psnr"), ""),
+        ("Codebook usage", "share of codes", _both("codes/usage"), ""),
+        ("Code perplexity", "codes", _both("codes/perplexity"), ""),
+        ("Learning rate", "", {"learning_rate": "learning rate"}, ""),
+        ("Speed", "images/s", {"images_per_second": "images per second"}, "zero"),
+    )
+
+
+def transformer_charts(rows: Sequence[Mapping[str, Any]]) -> tuple[Chart, ...]:
+    """Of a transformer's training, with a curve for each role and task that its rows know."""
     keys = {key for row in rows for key in row}
-    return _charts(
-        rows,
-        (
-            ("Loss", "nats per token", _both("loss"), ""),
-            ("Loss by role", "nats per token, train", _losses(keys, "role_loss/"), ""),
-            ("Loss by task", "nats per token, train", _losses(keys, "task_loss/"), ""),
-            ("Image tokens", "bits per token", _both("bits_per_image_token"), ""),
-            ("Text", "bits per byte", _both("bits_per_text_byte"), ""),
-            ("Gradient norm", "before clipping", {"grad_norm": "norm"}, "log"),
-            ("Learning rate", "", {"learning_rate": "learning rate"}, ""),
-            ("Speed", "tokens/s", {"tokens_per_second": "tokens per second"}, "zero"),
-            ("MFU", "share of the device's peak", {"mfu": "MFU"}, "zero"),
-        ),
+    return (
+        ("Loss", "nats per token", _both("loss"), ""),
+        ("Loss by role", "nats per token, train", _losses(keys, LOSS_BY_ROLE), ""),
+        ("Loss by task", "nats per token, train", _losses(keys, LOSS_BY_TASK), ""),
+        ("Image tokens", "bits per token", _both("bits_per_image_token"), ""),
+        ("Text", "bits per byte", _both("bits_per_text_byte"), ""),
+        ("Gradient norm", "before clipping", {"grad_norm": "norm"}, "log"),
+        ("Learning rate", "", {"learning_rate": "learning rate"}, ""),
+        ("Speed", "tokens/s", {"tokens_per_second": "tokens per second"}, "zero"),
+        ("MFU", "share of the device's peak", {"mfu": "MFU"}, "zero"),
     )
 
 
 def _both(key: str) -> dict[str, str]:
-    return {key: "train", f"validation/{key}": "validation"}
+    return {key: "train", VALIDATION + key: "validation"}
 
 
 def _losses(keys: Iterable[str], prefix: str) -> dict[str, str]:
     return {key: key.removeprefix(prefix).replace("_", " ") for key in sorted(keys) if key.startswith(prefix)}
 
 
-def _charts(rows: Sequence[Mapping[str, Any]], charts: Iterable[Chart]) -> str:
+def _draw(rows: Sequence[Mapping[str, Any]], charts: Iterable[Chart]) -> str:
     drawn = []
     for title, unit, metrics, axis in charts:
         series = {

@@ -35,7 +35,8 @@ class LayoutError(UserError):
 
 @dataclass(frozen=True)
 class _Asked:
-    """A request of a job: its line, and the first picture of each of its samples that is there, by sample."""
+    """A request of a job: its name, which is its id where that can be a file's name, its line, and the first picture
+    of each of its samples that is there, by sample."""
 
     id: str
     line: int
@@ -77,10 +78,10 @@ def _asked(job: Path, report: ExportReport) -> Iterator[_Asked]:
     requests: dict[int, _Asked] = {}
     for row in read(job):
         prompt = " ".join(part["text"] for part in row["prompt"] if part["type"] == "text")
-        asked = _Asked(row["id"], row["line"], row["n"], prompt, row.get("meta", {}))
+        asked = _Asked(row.get("name", row["id"]), row["line"], row["n"], prompt, row.get("meta", {}))
         asked = requests.setdefault(row["line"], asked)
         if "error" in row:
-            report.left_out[row["id"]] = row["error"]
+            report.left_out[asked.id] = row["error"]
             continue
         images = [part["image"] for part in row["segments"] if part["type"] == "image"]
         if images:
@@ -178,7 +179,7 @@ def _folder(job: Path, report: ExportReport) -> None:
         if not images:
             report.left_out[row["id"]] = f"sample {row['sample']} has no picture"
         facts = {"text": text, "id": row["id"], "sample": row["sample"], "seed": row["seed"]}
-        names = [f"{row['id']}_{picture.name}" for picture in images]
+        names = [f"{row.get('name', row['id'])}_{picture.name}" for picture in images]
         lines[row["line"], row["sample"]] = [{"file_name": name} | facts for name in names]
         for name, picture in zip(names, images, strict=True):
             _put(picture, report.folder / name, report)

@@ -44,6 +44,7 @@ from ar_unified.training.step import (
     make_train_step,
 )
 from ar_unified.training.telemetry import (
+    VALIDATION,
     Meter,
     Telemetry,
     console_line,
@@ -75,12 +76,17 @@ class TrainingConfig:
     preview_every: int = 0
     checkpoint_every: int = 200
     keep: int = 3  # newest checkpoints that survive
-    keep_every: int = 0  # and every multiple of this
+    keep_every: int = 0  # and every multiple of this, itself a multiple of checkpoint_every; 0: none
 
     def __post_init__(self) -> None:
         whole = dict.fromkeys(("steps", "accumulation", "keep"), "[1, inf)")
         if problems := outside(self, **whole, **dict.fromkeys(_INTERVALS, "[0, inf)")):
             raise ValueError(problems[0])
+        if self.keep_every and (self.checkpoint_every < 1 or self.keep_every % self.checkpoint_every):
+            raise ValueError(
+                f"keep_every: expected a multiple of checkpoint_every, which is {self.checkpoint_every}, "
+                f"found {self.keep_every}"
+            )
 
 
 class NonFinite(RunError):
@@ -240,7 +246,7 @@ def fit(
                     for batch in task.validation:
                         held_out.add(jax.device_get(eval_step(state.params, state.kept, place_batch(mesh, batch))))
                 scores = task.summary(held_out.totals)
-                telemetry.log(taken, {f"validation/{name}": value for name, value in scores.items()})
+                telemetry.log(taken, {VALIDATION + name: value for name, value in scores.items()})
                 telemetry.say(f"step {taken}/{config.steps}  validation loss {scores['loss']:.4f}")
             if show and preview is not None:
                 with clock.during("preview"):
@@ -269,7 +275,7 @@ def fit(
         telemetry.close()
         with clock.during("checkpoint"):
             checkpoints.close()  # waits for the disk, and raises if the last save failed
-    logger(f"{task.name}: {goodput.describe(clock.write(config.steps))}")
+    logger(f"{task.name}: {goodput.describe(clock.write(config.steps, finished=True))}")
     return task.inference_params(state.params, state.kept)
 
 

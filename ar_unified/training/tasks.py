@@ -25,6 +25,7 @@ from ar_unified.model.code_vectors import begin_alike
 from ar_unified.model.config import TransformerConfig
 from ar_unified.model.loss import token_losses
 from ar_unified.training.step import STATISTICS, Batch, BatchOfStep, Metrics, NothingKept, Params
+from ar_unified.training.telemetry import LOSS_BY_ROLE, LOSS_BY_TASK
 from ar_unified.vocabulary import Role, Vocabulary
 
 
@@ -138,13 +139,13 @@ class TransformerTask(NothingKept):
         }
         for each in Role:
             if each != Role.PAD:
-                metrics[f"loss/role/{each.name.lower()}"] = pair(nll, trained & (role == each))
+                metrics[LOSS_BY_ROLE + each.name.lower()] = pair(nll, trained & (role == each))
         for index, task in enumerate(TASKS):
-            metrics[f"loss/task/{task}"] = pair(nll, trained & (batch["tasks"] == index))
-        image, count = metrics["loss/role/image"]
+            metrics[LOSS_BY_TASK + task] = pair(nll, trained & (batch["tasks"] == index))
+        image, count = metrics[LOSS_BY_ROLE + "image"]
         metrics["bits_per_image_token"] = (image / math.log(2), count)
         if self.text_bytes is not None:
-            text, _ = metrics["loss/role/text"]
+            text, _ = metrics[LOSS_BY_ROLE + "text"]
             sizes = jnp.asarray(self.text_bytes)[jnp.clip(batch["targets"], 0, len(self.text_bytes) - 1)]
             counted = jnp.where(trained & (role == Role.TEXT), sizes, 0)
             metrics["bits_per_text_byte"] = (text / math.log(2), jnp.sum(counted, dtype=jnp.float32))

@@ -18,6 +18,9 @@ from tensorboardX import SummaryWriter
 from ar_unified.parallel.hardware import of_kind
 from ar_unified.training.step import Metrics
 
+# What names of metrics begin with that stand once for each role, each task, and for what was held out.
+LOSS_BY_ROLE, LOSS_BY_TASK, VALIDATION = "loss/role/", "loss/task/", "validation/"
+
 
 def peak_flops() -> tuple[float, str]:
     """(FLOP/s of all devices together, where the number comes from). On a CPU, or unknown hardware: measured.

@@ -54,6 +54,17 @@ def test_the_stage_leaves_a_model_and_a_report_by_source_and_language(corpus, tm
     assert main(command) == 0 and "done already" in capsys.readouterr().out
 
 
+def test_a_reserved_character_cuts_no_text_out_of_training_and_is_told(tmp_path, capsys):
+    (tmp_path / "bars").mkdir()
+    lines = [f"sparkline zebra {i} \u2585 quantises" if i % 2 else f"the quick fox {i}" for i in range(40)]
+    (tmp_path / "bars" / "log.txt").write_text("\n".join(lines), encoding="utf-8")
+    assert main(["tokenizer", "--workdir", str(tmp_path / "w"), *arguments(tmp_path)]) == 0
+    report = json.loads((tmp_path / "w" / "text_tokenizer" / "report.json").read_text())
+    assert report["cut_at"] == {"U+2585": 20} and "U+2585 is in 20 of the texts" in capsys.readouterr().out
+    tokenizer = TextTokenizer.load(tmp_path / "w" / "text_tokenizer" / "text.model")
+    assert len(tokenizer.encode("sparkline zebra")) < 6
+
+
 def test_a_model_from_elsewhere_is_used_or_refused(corpus, tmp_path, capsys):
     TextTokenizer.train(["a red circle", "a blue star"] * 9, 300).save(tmp_path / "own.model")
     command = ["tokenizer", "--workdir", str(tmp_path / "own")]

@@ -12,6 +12,7 @@ import pytest
 from ar_unified.data.images import to_png
 from ar_unified.data.sources import BadItem, open_source, read, texts
 from ar_unified.document import Document, ImagePart, TextPart
+from ar_unified.errors import UserError
 
 
 def test_a_folder_is_its_three_files_in_order(folder: Path, kit: Any) -> None:
@@ -115,12 +116,22 @@ def test_wrong_specs_say_what_is_expected(tmp_path: Path) -> None:
     for spec, message in [
         (dict(kind="parquet"), "expected kind one of"),
         (dict(kind="jsonl", path="nowhere.jsonl"), "nowhere.jsonl: no such file"),
-        (dict(kind="folder", path=tmp_path), "expected a folder with at least one of captions.jsonl"),
+        (
+            dict(kind="folder", path=tmp_path),
+            "expected a folder with captions.jsonl or docs.jsonl or vqa.jsonl .* no file of these names",
+        ),
+        (
+            dict(kind="folder", path=tmp_path / "nowhere", files=("captions",)),
+            "captions.jsonl .* no such folder at .*path=DIR",
+        ),
+        (dict(kind="tfds", name="shape/captions", data_dir=str(tmp_path)), "TFDS dataset 'shape/captions'"),
+        (dict(kind="tfds", name="shapes/nothing", data_dir=str(tmp_path)), "BuilderConfig nothing not found"),
         (dict(kind="jsonl", path="x", colour="red"), "unexpected keyword argument 'colour'"),
         (dict(kind="folder", path=tmp_path, files=("captions",), split="train[5]"), "captions.jsonl: no such file"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message) as caught:
             open_source(spec)
+        assert len(str(caught.value)) < 500, "one sentence, not a list of all datasets"
 
 
 @pytest.mark.parametrize("takes", [0.0, 2e-3])  # seconds an item: read in place, read ahead by threads

@@ -201,7 +201,7 @@ def test_validate_reads_a_folder_of_text(corpus: Path) -> None:
     assert found.tasks == {"text": 4} and not found.bad
 
 
-def test_text_of_a_tfds_dataset_knows_its_language(tmp_path: Path) -> None:
+def test_text_of_a_tfds_dataset_knows_its_language(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import tensorflow_datasets as tfds
 
     class Sentences(tfds.core.GeneratorBasedBuilder):
@@ -223,3 +223,5 @@ def test_text_of_a_tfds_dataset_knows_its_language(tmp_path: Path) -> None:
     found = open_source(dict(kind="tfds", name="sentences", data_dir=str(tmp_path)))
     assert {language(found, i): found.texts(i) for i in range(2)} == {"nld": ["een cirkel"], "eng": ["a circle"]}
     assert found[0].task == "text" and not has_pictures(found)
+    said = capsys.readouterr().out
+    assert "sentences/1.0.0: prepared by TFDS, which downloads what it needs, into" in said and "Unknown" not in said

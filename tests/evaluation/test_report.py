@@ -86,7 +86,7 @@ def test_numbers_stand_beside_their_bars(tmp_path):
 
 
 def test_the_page_is_whole_and_loads_nothing(tmp_path):
-    rows = [{"step": s, "loss": 1 / s, "role_loss/image": 0.5 / s, "psnr": 20.0 + s, "mfu": None} for s in range(1, 9)]
+    rows = [{"step": s, "loss": 1 / s, "psnr": 20.0 + s, "mfu": None} for s in range(1, 9)]
     log = tmp_path / "metrics.jsonl"
     log.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9, "lo')  # torn by a kill
     html, found, words = page(
@@ -102,7 +102,7 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path):
     )
     assert all(re.match(r"#|data:image/", address) for address in found.loaded)
     assert not re.search(r"@import|url\(|fetch\(|https?:", html)
-    for said in ("Loss by role", "PSNR", "1 min 06 s", "10 steps of 4 rows of 8 tokens: 320 in all", "2.2 M"):
+    for said in ("Loss", "PSNR", "1 min 06 s", "10 steps of 4 rows of 8 tokens: 320 in all", "2.2 M"):
         assert said in words, said
     assert "MFU" not in words  # no series, no chart
 

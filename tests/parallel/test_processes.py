@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 import shutil
 import signal
@@ -16,6 +15,7 @@ import pytest
 from ar_unified.checkpoint import Checkpoints
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.training.telemetry import read_metrics
+from tests.moments import random_moments
 from tests.parallel.job import Job, train
 from tests.parallel.under_fire import under_fire
 
@@ -48,6 +48,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[float]]:
     return {n: finish(tmp_path_factory.mktemp(f"whole{n}"), n) for n in (1, 2, 4)}
 
 
+@pytest.mark.exact
 def test_the_losses_are_those_of_one_process(whole):
     assert whole[1][-1] < whole[1][0]
     for processes in (2, 4):
@@ -68,6 +69,7 @@ def test_a_signal_to_one_stops_all_at_one_step_with_a_checkpoint(whole, tmp_path
     np.testing.assert_allclose(finish(tmp_path / "two", 4), whole[1], rtol=1e-6)
 
 
+@pytest.mark.exact
 def test_sigkill_to_one_stops_the_other_with_its_name_and_nothing_is_lost(whole, tmp_path):
     job = Job(tmp_path, 2, heartbeat=8, pause=0.1, **SETTINGS)
     job.until(step=10)
@@ -88,4 +90,4 @@ def test_who_does_not_come_is_named(tmp_path):
 
 
 def test_no_checkpoint_is_lost_under_fire(tmp_path):
-    assert len(under_fire(tmp_path, 3, seed=random.randrange(2**32))) == 3
+    assert len(under_fire(tmp_path, 3, random_moments())) == 3

@@ -133,6 +133,7 @@ def test_every_sample_parses_and_keeps_its_request(grammar, params):
     assert not np.array_equal(found["i2t", 0].tokens, found["i2t", 1].tokens)
 
 
+@pytest.mark.exact
 def test_a_sample_depends_on_weights_request_seed_and_index_only(grammar, params):
     """DESIGN §3.5. Alone, permuted, in other slots, beside other mates, resumed, by another engine: the same bits."""
     asked = requests(grammar)
@@ -156,6 +157,7 @@ def test_a_sample_depends_on_weights_request_seed_and_index_only(grammar, params
     assert any(not np.array_equal(other[key].tokens, reference[key].tokens) for key in reference)
 
 
+@pytest.mark.exact
 def test_a_mesh_gives_the_same_tokens(params):
     """Rows over two devices and heads over two: data 2 x tensor 2."""
     grammar = GRAMMARS["grid"]
