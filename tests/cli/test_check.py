@@ -345,7 +345,7 @@ def test_a_picture_has_room_in_a_document_and_in_a_sample(tmp_path):
     check_sources(made)  # text alone
     vars(made)["train"] = [SimpleNamespace(name="pictures", fingerprint={})]
     with pytest.raises(
-        UserError, match="2 problems:\n.*data.max_tokens: .*at least 18.*\n.*sampling.max_length: .*at least 19"
+        UserError, match="2 problems:\n.*data.max_tokens: .*at least 20.*\n.*sampling.max_length: .*at least 21"
     ):
         check_sources(made)
 
