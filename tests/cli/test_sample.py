@@ -81,7 +81,7 @@ def test_a_job_all_of_whose_requests_fail_is_an_error(trained, tmp_path):
     cells = SimpleNamespace(factor=4, codes_per_position=1, decode=None, encode=None, hash="")
     opened.__dict__ |= {"image_tokenizer": cells}
     requests = tmp_path / "requests.jsonl"
-    requests.write_text(2 * (json.dumps({"prompt": "long " * 40}) + "\n"))
+    requests.write_text(2 * (json.dumps({"prompt": "abcd" * 40}) + "\n"))
     for _ in range(2):
         with pytest.raises(UserError, match="none of 2 requests could be served.*the first: .*max_length is 64"):
             _run(opened, [requests], tmp_path / "out", part=(0, 1))
