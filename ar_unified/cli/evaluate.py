@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="with --only tokenizer: score it on the picture files under DIR, into tokenizer_evaluation/<DIR>-<crop>",
     )
+    parser.add_argument("--links", action="store_true", help="with --pictures: follow links that lead out of DIR")
     parser.add_argument(
         "--crop", type=int, metavar="PIXELS", help="with --pictures: side of the square crops (config.data.image_size)"
     )
@@ -47,7 +48,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise SystemExit("ar-unified evaluate: --pictures goes with --only tokenizer, and --crop with --pictures.")
     experiment = open_experiment(arguments, overrides)
     if arguments.pictures:
-        evaluate_folder(experiment, arguments.pictures, arguments.crop)
+        evaluate_folder(experiment, arguments.pictures, arguments.crop, links=arguments.links)
         return 0
     evaluate_held_out(experiment)
     if not arguments.only:

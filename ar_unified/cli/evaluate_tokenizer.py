@@ -50,15 +50,12 @@ def evaluate_held_out(experiment: Experiment) -> None:
 
 
 @by_first_process
-def evaluate_folder(experiment: Experiment, pictures: str, crop: int | None = None) -> None:
+def evaluate_folder(experiment: Experiment, pictures: str, crop: int | None = None, links: bool = False) -> None:
     """The picture files of a folder in place of the held-out sets, into a folder of their own; every time anew.
 
-    crop: side of the square crops in pixels; None: config.data.image_size.
+    crop: side of the square crops in pixels; None: config.data.image_size. links: as of a source.
     """
-    try:
-        source = open_source(dict(kind="pictures", path=pictures))
-    except ValueError as error:
-        raise SystemExit(f"ar-unified evaluate: {error}") from error
+    source = open_source(dict(kind="pictures", path=pictures, links=links))
     size = (crop, crop) if crop else experiment.config.data.image_size
     folder = experiment.workdir.tokenizer_evaluation / f"{source.name}-{size[0]}x{size[1]}"
     _score(experiment, {source.name: [source]}, size, folder)

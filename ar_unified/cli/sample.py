@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--part", metavar="K/N", type=_part, help="serve part K, from 0, of N; default: of the processes, this one's"
     )
+    parser.add_argument("--links", action="store_true", help="follow links that lead out of the requests' folder")
     parser.add_argument("--layout", choices=LAYOUTS, help="write the pictures for a benchmark, too")
 
 
@@ -68,7 +69,9 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     output = Path(arguments.output or experiment.workdir.samples / (requests[0].stem if requests else ""))
     more = {"n": LAYOUTS[arguments.layout].n} if arguments.layout else {}
     try:
-        report = _run(experiment, requests, output, part=arguments.part, **more) if requests else None
+        report = (
+            _run(experiment, requests, output, part=arguments.part, links=arguments.links, **more) if requests else None
+        )
         if arguments.layout and (report is None or report.complete):
             experiment.say(str(export(output, arguments.layout, output / arguments.layout)))
     except (RequestError, JobMismatch, JobBusy, LayoutError) as error:
@@ -95,7 +98,12 @@ def sample_held_out(experiment: Experiment) -> None:
 
 
 def _run(
-    experiment: Experiment, requests: Sequence[Path], output: Path, part: tuple[int, int] | None = None, **defaults: Any
+    experiment: Experiment,
+    requests: Sequence[Path],
+    output: Path,
+    part: tuple[int, int] | None = None,
+    links: bool = False,
+    **defaults: Any,
 ) -> JobReport:
     sampling = experiment.config.sampling
     report = run_job(
@@ -106,6 +114,7 @@ def _run(
         defaults={key: configs.plain(sampling[key]) for key in ("guidance", "context", "text", "image")} | defaults,
         weights=experiment.weights,
         resize=experiment.resize,
+        links=links,
         process=part or (jax.process_index(), jax.process_count()),
     )
     experiment.say(f"{report}\n{output / 'index.html'}" if report.complete else str(report))

@@ -7,17 +7,14 @@
     a folder  of ID.txt, a prompt each (DPG-Bench's prompts)
 
 What cannot be read becomes a row with an error, and the rows behind it are read all the same. Pictures are named by the
-rows and read later: files under the folder of the requests, members of the tar, or data: URLs. Nothing is fetched.
+rows and read later: files under the folder of the requests (`data.files`), members of the tar, or data: URLs. Text is
+UTF-8 (`data.encoding`).
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import json
-import re
-import stat
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,13 +22,15 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
+from ar_unified.data import encoding
+from ar_unified.data.files import FileError, Folder, data_url
+from ar_unified.data.images import SUFFIXES
 from ar_unified.sampling.request import RequestError
 
 _MOST_BYTES = 1 << 28  # of a picture's file
 _MOST_TEXT = 1 << 24  # bytes of a prompt's file
-_PICTURES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+_PICTURES = tuple(suffix[1:] for suffix in SUFFIXES)
 _GENEVAL = {"tag", "include", "prompt"}
 
 
@@ -42,7 +41,7 @@ class Row:
     Attributes:
         number: from 1; the line, where the file has lines.
         data: what the request says, with the keys of our JSONL. error: why there is no data, or "".
-        load: the bytes of a picture by the name that the row gives it; raises RequestError or OSError.
+        load: the bytes of a picture by the name that the row gives it; raises RequestError, FileError or OSError.
     """
 
     number: int
@@ -51,22 +50,24 @@ class Row:
     error: str = ""
 
 
-def read_rows(path: str | Path) -> Iterator[Row]:
+def read_rows(path: str | Path, links: bool = False) -> Iterator[Row]:
     """The requests of a file or folder, in order, without blank lines. Raises OSError; RequestError: a broken file.
+
+    `links`: whether links that lead out of the requests' folder are followed, to pictures and to prompts in a folder.
 
     The format is that of the name's suffix; without one that is known, lines beginning with "{" are JSONL.
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if path.is_dir():
-        return _rows(path, _folder(path))
+        return _rows(path, _folder(path, links), links)
     if suffix == ".tar":
         return _tar(path)
     if suffix == ".json":
-        return _rows(path.parent, _json(path))
+        return _rows(path.parent, _json(path), links)
     if suffix == ".txt" or (suffix != ".jsonl" and not _begins_with_object(path)):
-        return _rows(path.parent, ((number, partial(_prompt, line)) for number, line in _lines(path)))
-    return _rows(path.parent, ((number, partial(_request, line)) for number, line in _lines(path)))
+        return _rows(path.parent, ((number, partial(_prompt, line)) for number, line in _lines(path)), links)
+    return _rows(path.parent, ((number, partial(_request, line)) for number, line in _lines(path)), links)
 
 
 def fingerprint(paths: Sequence[str | Path]) -> str:
@@ -79,8 +80,8 @@ def fingerprint(paths: Sequence[str | Path]) -> str:
     return digest.hexdigest()
 
 
-def _rows(folder: Path, entries: Iterator[tuple[int, Callable[[], Mapping[str, Any]]]]) -> Iterator[Row]:
-    load = partial(read_picture, folder)
+def _rows(folder: Path, entries: Iterator[tuple[int, Callable[[], Mapping[str, Any]]]], links: bool) -> Iterator[Row]:
+    load = Folder(folder, links).read
     for number, read in entries:
         try:
             yield Row(number, read(), load)
@@ -94,7 +95,10 @@ def _rows(folder: Path, entries: Iterator[tuple[int, Callable[[], Mapping[str, A
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # some editors begin a file so
+            try:
+                line = line if number > 1 else _whole(line)  # that it is no UTF-8 shows in the file's first bytes
+            except RequestError as error:
+                raise RequestError(f"{path}: {error}") from None
             if line.strip():
                 yield number, line
 
@@ -120,9 +124,17 @@ def _request(data: bytes) -> Mapping[str, Any]:
 
 def _text(data: bytes) -> str:
     try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"expected UTF-8, found byte {data[error.start]:#04x} at {error.start}") from None
+        return encoding.text(data)
+    except encoding.EncodingError as error:
+        raise RequestError(str(error)) from None
+
+
+def _whole(data: bytes) -> bytes:
+    """A file, or its first line, without a byte order mark. Raises RequestError: it is no UTF-8."""
+    try:
+        return encoding.unmarked(data)
+    except encoding.EncodingError as error:
+        raise RequestError(str(error)) from None
 
 
 def _value(data: bytes) -> Any:
@@ -180,7 +192,7 @@ def _openai_part(part: Any) -> Any:
 
 def _json(path: Path) -> Iterator[tuple[int, Callable[[], Mapping[str, Any]]]]:
     try:
-        value = _value(path.read_bytes())
+        value = _value(_whole(path.read_bytes()))
     except RequestError as error:
         raise RequestError(f"{path}: {error}") from None
 
@@ -198,9 +210,15 @@ def _json(path: Path) -> Iterator[tuple[int, Callable[[], Mapping[str, Any]]]]:
         raise RequestError(f"{path}: expected an object of requests by id, or a list, found {type(value).__name__}")
 
 
-def _folder(path: Path) -> Iterator[tuple[int, Callable[[], Mapping[str, Any]]]]:
+def _folder(path: Path, links: bool) -> Iterator[tuple[int, Callable[[], Mapping[str, Any]]]]:
+    folder = Folder(path, links)
+
     def named(file: Path) -> dict[str, Any]:
-        return {"id": file.stem, **_prompt(file.read_bytes())}
+        try:
+            data = folder.read_file(file.name)
+        except FileError as error:
+            raise RequestError(f"{file.name}: {error.reason}") from None
+        return {"id": file.stem, **_prompt(_whole(data))}
 
     yield from ((i, partial(named, file)) for i, file in enumerate(sorted(path.glob("*.txt")), 1))
 
@@ -251,9 +269,9 @@ def _sample(tar: tarfile.TarFile, key: str, members: Sequence[tarfile.TarInfo]) 
             stream = tar.extractfile(member)
             assert stream is not None  # a regular file
             if extension == "txt":
-                texts.append(_text(stream.read()).strip())
+                texts.append(_text(_whole(stream.read())).strip())
             else:
-                row = dict(_request(stream.read()))
+                row = dict(_request(_whole(stream.read())))
         else:
             raise RequestError(f"{member.name}: expected a short .txt or .json, or a picture ({', '.join(_PICTURES)})")
     if texts and row.keys() & {"prompt", "content"}:
@@ -268,7 +286,7 @@ def _sample(tar: tarfile.TarFile, key: str, members: Sequence[tarfile.TarInfo]) 
 
 def _member(path: Path, members: Mapping[str, tarfile.TarInfo], name: str) -> bytes:
     if name.startswith("data:"):
-        return _data_url(name)
+        return data_url(name)
     if name not in members:
         raise RequestError(f"expected one of the sample's members {', '.join(members)}")
     member = members[name]
@@ -277,36 +295,3 @@ def _member(path: Path, members: Mapping[str, tarfile.TarInfo], name: str) -> by
     with open(path, "rb") as file:
         file.seek(member.offset_data)
         return file.read(member.size)
-
-
-# ---- pictures ---------------------------------------------------------------------------------------------------
-
-
-def read_picture(folder: Path, name: str) -> bytes:
-    """The bytes of a picture: a file under `folder`, by path or file: URL, or a data: URL. No other URL is opened.
-
-    Raises RequestError saying what was expected, or OSError.
-    """
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", name)
-    if scheme and scheme[1].lower() == "data":
-        return _data_url(name)
-    if scheme and scheme[1].lower() != "file":
-        raise RequestError("expected a file, or a data: URL: nothing is fetched from a network")
-    path = Path(unquote(urlsplit(name).path) if scheme else name)
-    file = (folder / path).resolve()
-    if (path.is_absolute() and not scheme) or not file.is_relative_to(folder.resolve()):
-        raise RequestError("expected a file inside the folder of the requests")
-    status = file.stat()
-    if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:
-        raise RequestError(f"expected a file of at most {_MOST_BYTES} bytes")
-    return file.read_bytes()
-
-
-def _data_url(url: str) -> bytes:
-    head, comma, data = url.partition(",")
-    if not comma or not head.endswith(";base64"):
-        raise RequestError("expected data:image/...;base64,...")
-    try:
-        return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise RequestError(f"expected base64: {error}") from None

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from ar_unified.data import images
+from ar_unified.data.files import FileError
 from ar_unified.data.images import Cells
 from ar_unified.document import TextPart
 from ar_unified.sampling.decoding import Filter
@@ -73,7 +74,7 @@ class Picture:
             return images.decode(self.read(self.name))
         except RequestError as error:
             raise RequestError(f"{where}: {error}") from None
-        except images.ImageError as error:
+        except (images.ImageError, FileError) as error:
             raise PictureError(f"{where}: {error.reason}") from None
         except (OSError, RuntimeError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
@@ -110,7 +111,11 @@ class Line:
 
 
 def read_requests(
-    paths: str | Path | Sequence[str | Path], *, cells: Cells, defaults: Mapping[str, Any] | None = None
+    paths: str | Path | Sequence[str | Path],
+    *,
+    cells: Cells,
+    defaults: Mapping[str, Any] | None = None,
+    links: bool = False,
 ) -> list[Line]:
     """Every request of the files, in order; those that cannot be read have an `error`.
 
@@ -118,6 +123,7 @@ def read_requests(
         paths: a file or folder that `formats.read_rows` reads, or several, numbered on.
         cells: the image tokenizer, or whatever says what a code stands for.
         defaults: settings of requests that do not say.
+        links: whether links that lead out of the requests' folder are followed.
 
     Raises:
         RequestError: a setting of `defaults` is wrong, or a tar or JSON file is broken. OSError: it cannot be read.
@@ -129,7 +135,7 @@ def read_requests(
     before = 0
     for path in [paths] if isinstance(paths, str | Path) else paths:
         number = before
-        for row in read_rows(path):
+        for row in read_rows(path, links):
             number = before + row.number
             lines.append(_line(row, number, cells, settings, seen))
         before = number
