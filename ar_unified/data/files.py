@@ -107,7 +107,7 @@ class Folder:
         top = next((top for top in (self._lexical, self._real) if _is_below(full, top)), None)
         if top is None:
             raise FileError("path_escapes", f"expected a path inside {self.root}")
-        below = os.path.relpath(full, top)
+        below = full[len(top) :].lstrip(os.sep) or "."
         if not os.path.lexists(self.root / below):
             below = self._spelled(name, below.split(os.sep))
         if reason := self._refused(below):
