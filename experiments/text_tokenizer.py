@@ -2,7 +2,8 @@
 
     ar-unified tokenizer --config experiments/text_tokenizer.py:path=DIR --workdir workdirs/text
 
-Every .txt, .md or .jsonl file of DIR, and every folder in it, is one language (or source), named after it.
+Every .txt, .md or .jsonl file of DIR, and every folder in it, is one language (or source), named after it: en.txt is
+"en", or "en.txt" beside an en.md or a folder en.
 text_tokenizer/text.model in the workdir is the model, report.json the table below.
 
 Arguments: path=DIR; by=line|file, what one text is (line).
@@ -32,7 +33,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from ar_unified.cli.config import defaults, parse_arg
-from ar_unified.data.text_files import FILES
+from ar_unified.data.files import hidden
+from ar_unified.data.text_files import FILES, languages
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -41,9 +43,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
         raise ValueError("experiments/text_tokenizer.py needs texts: --config experiments/text_tokenizer.py:path=DIR")
     config = defaults()
     config.name = "text_tokenizer"
-    found = [path for path in sorted(Path(args["path"]).iterdir()) if path.is_dir() or any(map(path.match, FILES))]
+    seen = [path for path in sorted(Path(args["path"]).iterdir()) if not hidden(path.name)]
+    found = [path for path in seen if path.is_dir() or any(Path(path.name.lower()).match(name) for name in FILES)]
     config.data.train = tuple(
-        ConfigDict(dict(kind="text", path=str(path), by=args["by"], label=path.stem)) for path in found
+        ConfigDict(dict(kind="text", path=str(path), by=args["by"], label=label))
+        for path, label in zip(found, languages(found), strict=True)
     )
     config.text_tokenizer.vocab_size = 8192
     config.image_tokenizer.steps = 0

@@ -49,7 +49,8 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         return 0
     output = Path(arguments.output or experiment.workdir.samples / (requests[0].stem if requests else ""))
     more = {"n": LAYOUTS[arguments.layout].n} if arguments.layout else {}
-    report = _run(experiment, requests, output, part=arguments.part, **more) if requests else None
+    given = dict(part=arguments.part, links=arguments.links, **more)
+    report = _run(experiment, requests, output, **given) if requests else None
     if arguments.layout and (report is None or report.complete):
         experiment.say(str(export(output, arguments.layout, output / arguments.layout)))
     return 0
@@ -73,7 +74,12 @@ def sample_held_out(experiment: Experiment) -> None:
 
 
 def _run(
-    experiment: Experiment, requests: Sequence[Path], output: Path, part: tuple[int, int] | None = None, **defaults: Any
+    experiment: Experiment,
+    requests: Sequence[Path],
+    output: Path,
+    part: tuple[int, int] | None = None,
+    links: bool = False,
+    **defaults: Any,
 ) -> JobReport:
     sampling = experiment.config.sampling
     report = run_job(
@@ -84,6 +90,7 @@ def _run(
         defaults={key: configs.plain(sampling[key]) for key in ("guidance", "context", "text", "image")} | defaults,
         weights=experiment.weights,
         resize=experiment.resize,
+        links=links,
         process=part or (jax.process_index(), jax.process_count()),
         warn=lambda line: experiment.say(f"warning: {line}"),
     )

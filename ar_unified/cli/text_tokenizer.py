@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ar_tokenizers.fertility import Fertility, table
@@ -36,8 +36,10 @@ def train_text(experiment: Experiment) -> None:
     if tokenizer is None:
         tokenizer, often = _train(experiment, left_out, reserved)
     tokenizer.save(stage.folder / "text.model")
-    measured = measure(tokenizer, {source.name: source for source in experiment.train}) | measure(
-        tokenizer, {f"validation/{source.name}": source for source in experiment.held_out["validation"]}
+    measured = measure(
+        tokenizer,
+        [(source.name, source) for source in experiment.train]
+        + [(f"validation/{source.name}", source) for source in experiment.held_out["validation"]],
     )
     report: dict[str, Any] = {
         "pieces": tokenizer.size,
@@ -96,10 +98,10 @@ def load(settings: Mapping[str, Any]) -> TextTokenizer:
         return TextTokenizer.load(settings["model"], lossy=settings["lossy"])
 
 
-def measure(tokenizer: TextTokenizer, sources: Mapping[str, Source]) -> dict[str, Fertility]:
+def measure(tokenizer: TextTokenizer, sources: Sequence[tuple[str, Source]]) -> dict[str, Fertility]:
     """Fertility and round trip by source, and by language where items say theirs ("name/nld"); bad items left out."""
     rows: dict[str, Fertility] = {}
-    for name, source in sources.items():
+    for name, source in sources:
         for i in places(len(source), min(1.0, _MEASURED / max(text_bytes(source), 1.0)), source.name):
             try:
                 found = source.texts(i)
