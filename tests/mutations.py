@@ -138,7 +138,7 @@ MUTATIONS = (
         "pair=reversible and document.prompt == 1",
         "pair=document.prompt == 1",
         "pairs of a source that must not be turned round are",
-        ("tests/data/test_prepare.py", "tests/data/test_loader.py"),
+        ("tests/data/test_prepare.py::test_what_is_on_disk_is_what_the_source_says",),
     ),
     # ---- model and loss
     Mutation(
