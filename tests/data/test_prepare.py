@@ -54,6 +54,9 @@ def test_what_is_on_disk_is_what_the_source_says(
                 assert part == original
     index = Shards(tmp_path / "out/set", 5).index
     assert index["pair"].tolist() == [True] * 20 + [False] * 15 and index["pictures"].sum() == 20 + 10 + 10
+    one_way = opened(folder, reversible=False, files=("captions",), label="one way")
+    run([one_way], grammar, tokenizer, tmp_path / "one way")
+    assert not Shards(tmp_path / "one way/one-way", 3).index["pair"].any()
     assert report.sources["set"].tasks == {"text_to_image": 20, "image_to_text": 10, "interleaved": 5}
     assert Shards(tmp_path / "out/set", 5).item(33) == 33
     assert str(report) == str(load_report(tmp_path / "out"))
