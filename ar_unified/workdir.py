@@ -4,13 +4,16 @@
     evaluation.json  report.html
 
 A stage owns one folder. `started.json` in it says with which fingerprint (whatever decides its result) it was
-begun, `done.json` is written last. Of many processes, process 0 writes and the others read, on storage that all share.
+begun, `done.json` is written last. A stage that stopped before it made anything holds nobody back: its folder is
+removed when it fails, or when it is opened again. Of many processes, process 0 writes and the others read, on storage
+that all share.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -93,6 +96,16 @@ class Stage:
         write_json(self.folder / "done.json", {"fingerprint": self.fingerprint, "summary": self.summary})
         self.done = True
 
+    def made_nothing(self) -> bool:
+        """Whether it was begun, and nothing came of it so far."""
+        files = {path.name for path in self.folder.rglob("*") if not path.is_dir()}
+        return not {name for name in files - {"started.json"} if not name.endswith(_UNFINISHED)}
+
+    def abandon(self) -> None:
+        """Removes the folder of a stage that failed before it made anything, so that the next try begins anew."""
+        if not self.done and self.made_nothing():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
 
 class NotShared(RuntimeError):
     """This process does not see what process 0 wrote."""
@@ -132,6 +145,8 @@ class Workdir:
         started, done = stage.folder / "started.json", stage.folder / "done.json"
         if self.reader and not done.exists():
             self.await_file(started)
+        if not self.reader and not done.exists() and started.exists() and stage.made_nothing():
+            started.unlink()  # killed at once: whatever it was begun with, nothing was made of it
         for record, state in ((done, "finished"), (started, "begun, not finished,")):
             if record.exists():
                 found = read_json(record)

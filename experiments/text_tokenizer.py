@@ -2,7 +2,8 @@
 
     ar-unified tokenizer --config experiments/text_tokenizer.py:path=DIR --workdir workdirs/text
 
-Every .txt, .md or .jsonl file of DIR, and every folder in it, is one language (or source), named after it.
+Every .txt, .md or .jsonl file of DIR, and every folder in it that has such files, is one language (or source), named
+after it. Hidden files and folders, and folders without text, are passed over.
 text_tokenizer/text.model in the workdir is the model, report.json the table below.
 
 Arguments: path=DIR; by=line|file, what one text is (line).
@@ -35,15 +36,34 @@ from ar_unified.cli.config import defaults, parse_arg
 from ar_unified.data.text_files import FILES
 
 
+def has_text(path: Path) -> bool:
+    """Whether a file is one of text, or a folder has one that is not hidden."""
+    if not path.is_dir():
+        return any(map(path.match, FILES))
+    files = (file.relative_to(path) for pattern in FILES for file in path.rglob(pattern) if file.is_file())
+    return any(not any(part.startswith(".") for part in file.parts) for file in files)
+
+
 def get_config(arg: str | None = None) -> ConfigDict:
     args = parse_arg(arg, path=None, by="line")
     if not args["path"]:
         raise ValueError("experiments/text_tokenizer.py needs texts: --config experiments/text_tokenizer.py:path=DIR")
     config = defaults()
     config.name = "text_tokenizer"
-    found = [path for path in sorted(Path(args["path"]).iterdir()) if path.is_dir() or any(map(path.match, FILES))]
+    found = [path for path in sorted(Path(args["path"]).iterdir()) if not path.name.startswith(".") and has_text(path)]
+    if not found:
+        raise ValueError(
+            f"{args['path']}: expected files named {', '.join(FILES)} in it, or in its folders; found none"
+        )
+    stems = [path.stem for path in found]
     config.data.train = tuple(
-        ConfigDict(dict(kind="text", path=str(path), by=args["by"], label=path.stem)) for path in found
+        # Where en.txt stands beside en.md, each has its whole name.
+        ConfigDict(
+            dict(
+                kind="text", path=str(path), by=args["by"], label=path.name if stems.count(path.stem) > 1 else path.stem
+            )
+        )
+        for path in found
     )
     config.text_tokenizer.vocab_size = 8192
     config.image_tokenizer.steps = 0

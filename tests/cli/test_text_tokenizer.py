@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from ar_unified.cli import config as configs
 from ar_unified.cli.experiment import Experiment
 from ar_unified.cli.main import main
 from ar_unified.cli.plan import run_of
+from ar_unified.errors import UNUSABLE
 from ar_unified.workdir import StageMismatch, Workdir
 from tests.cli.conftest import ROOT
 
@@ -54,6 +56,19 @@ def test_the_stage_leaves_a_model_and_a_report_by_source_and_language(corpus, tm
     assert main(command) == 0 and "done already" in capsys.readouterr().out
 
 
+def test_what_is_not_text_beside_the_texts_is_passed_over_and_two_of_one_name_are_two(tmp_path):
+    for name in ("en.txt", "en.md", "nl.txt"):
+        (tmp_path / name).write_text(f"{name} a red circle\n" * 9)
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "deep" / "er" / "de.txt").write_text("ein roter Kreis\n" * 9)
+    for name in (".git/a.txt", "pictures/a.png", "notes/.cache/a.txt", ".hidden.txt", "empty/x.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"\x89PNG")
+    assert main(["tokenizer", "--workdir", str(tmp_path / "w"), *arguments(tmp_path)]) == 0
+    report = json.loads((tmp_path / "w" / "text_tokenizer" / "report.json").read_text())
+    assert sorted(report["texts"]) == ["deep", "en.md", "en.txt", "nl"] and not report["left_out"]
+
+
 def test_a_reserved_character_cuts_no_text_out_of_training_and_is_told(tmp_path, capsys):
     (tmp_path / "bars").mkdir()
     lines = [f"sparkline zebra {i} \u2585 quantises" if i % 2 else f"the quick fox {i}" for i in range(40)]
@@ -85,13 +100,11 @@ def test_a_model_from_elsewhere_is_used_or_refused(corpus, tmp_path, capsys):
     )  # fmt: skip
     (tmp_path / "lossy.model").write_bytes(lossy.getvalue())
     command = ["tokenizer", "--workdir", str(tmp_path / "lossy")]
-    with pytest.raises(
-        SystemExit, match="lossy.model: this text model loses text(?s:.*)nmt_nfkc(?s:.*)extra_whitespaces"
-    ):
-        main([*command, *arguments(corpus, model=tmp_path / "lossy.model")])
-    with pytest.raises(SystemExit, match="No such file"):
-        main([*command, *arguments(corpus, model=tmp_path / "nowhere.model")])
-    capsys.readouterr()
+    assert main([*command, *arguments(corpus, model=tmp_path / "lossy.model")]) == UNUSABLE
+    refused = capsys.readouterr().err
+    assert re.search("lossy.model: this text model loses text(?s:.*)nmt_nfkc(?s:.*)extra_whitespaces", refused)
+    assert main([*command, *arguments(corpus, model=tmp_path / "nowhere.model")]) == UNUSABLE
+    assert "No such file" in capsys.readouterr().err
     warned = dict(model=tmp_path / "lossy.model", lossy="warn")
     assert main([*command, *arguments(corpus, **warned)]) == 0
     report = json.loads((tmp_path / "lossy" / "text_tokenizer" / "report.json").read_text())
@@ -108,10 +121,13 @@ def _file_and_overrides(corpus: Path, **changes: object) -> tuple[str, list[str]
     return file, overrides
 
 
-def test_a_corpus_without_text_names_what_was_left_out(tmp_path):
+def test_a_corpus_without_text_names_what_was_left_out(tmp_path, capsys):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "latin.txt").write_bytes(b"\xe9\n")
-    with pytest.raises(
-        ValueError, match="text tokenizer of bad: there is no text .* left out: 1 bad_utf8, first .*latin.txt:1"
-    ):
-        main(["tokenizer", "--workdir", str(tmp_path / "w"), *arguments(tmp_path)])
+    command = ["tokenizer", "--workdir", str(tmp_path / "w"), *arguments(tmp_path)]
+    assert main(command) == UNUSABLE
+    said = capsys.readouterr().err
+    assert re.search("text tokenizer of bad: there is no text .* Left out: 1 bad_utf8, first .*latin.txt:1", said)
+    assert not (tmp_path / "w" / "text_tokenizer").exists(), "a stage that made nothing leaves nothing"
+    (tmp_path / "bad" / "latin.txt").write_text("a red circle\n" * 20)
+    assert main(command) == 0
