@@ -12,7 +12,8 @@ import hashlib
 import json
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from ar_unified.checkpoint import restore_params
 from ar_unified.cli import config as configs
 from ar_unified.cli.changes import Training, changeable, require_extensible
 from ar_unified.data.images import Resize
-from ar_unified.data.sources import Source, open_source
+from ar_unified.data.sources import EmptySplit, Source, open_source
 from ar_unified.errors import UserError, about
 from ar_unified.grammar import Grammar, fixed_grid, sized_rows
 from ar_unified.history import Changeable
@@ -76,7 +77,8 @@ def by_first_process(stage: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(stage)
     def wrapped(experiment: Experiment, *more: Any) -> None:
         if runtime.first():
-            stage(experiment, *more)
+            with experiment.leaving_nothing():
+                stage(experiment, *more)
         runtime.barrier(stage.__name__, timeout=_ALONE)
         if runtime.preempted():
             experiment.say("SIGTERM: stopped between two stages")
@@ -91,6 +93,7 @@ class Experiment:
     def __init__(self, config: ConfigDict, workdir: Workdir):
         self.config, self.workdir = config, workdir
         self._opened = time.perf_counter()
+        self._stage: Stage | None = None
 
     def say(self, line: str) -> None:
         runtime.say(line)
@@ -120,6 +123,7 @@ class Experiment:
         if together and not runtime.first():
             runtime.barrier(f"stage {name}")  # process 0 has opened it
         stage = self.workdir.stage(name, fingerprint, may)
+        self._stage = stage
         if stage.changed:  # a reader sees none: what changed is written when it comes
             self._go_on(stage, training)
         if together and runtime.first():
@@ -155,6 +159,17 @@ class Experiment:
         for entry in entries:
             self.say(f"{stage.name}: {entry['kind']} {history.told(entry)}")
 
+    @contextmanager
+    def leaving_nothing(self) -> Iterator[None]:
+        """Around the work of a stage: one that fails before it has made anything leaves no folder."""
+        self._stage = None
+        try:
+            yield
+        except BaseException:
+            if self._stage is not None and runtime.first():
+                self._stage.abandon()
+            raise
+
     def skip(self, stage: Stage) -> None:
         self.say(f"==== {stage.name}: done already ({stage.folder})")
 
@@ -175,7 +190,7 @@ class Experiment:
     def specs(self, specs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Specs as plain dicts; named datasets live in the workdir unless the spec says where."""
         there = {"data_dir": str(self.workdir.path / "tfds")}
-        return [(there if spec["kind"] == "tfds" else {}) | configs.plain(spec) for spec in specs]
+        return [(there if spec.get("kind") == "tfds" else {}) | configs.plain(spec) for spec in specs]
 
     def sources(self, specs: Sequence[Mapping[str, Any]]) -> list[Source]:
         return [open_source(spec) for spec in self.specs(specs)]
@@ -191,9 +206,17 @@ class Experiment:
 
     @cached_property
     def held_out(self) -> dict[str, list[Source]]:
-        """Held-out sets by name; "validation" first."""
+        """Held-out sets by name; "validation" first. A part that has nothing, for want of groups, is left out."""
         specs = {"validation": self.config.data.validation, **self.config.data.tests}
-        return {name: self.sources(tuple(spec)) for name, spec in specs.items()}
+        found: dict[str, list[Source]] = {}
+        for name, those in specs.items():
+            found[name] = []
+            for spec in those:
+                try:
+                    found[name] += self.sources([spec])
+                except EmptySplit as error:
+                    self.say(f"{name}: {error}. It goes on without it")
+        return found
 
     def fingerprints(self, *, held_out: bool = False) -> dict[str, Any]:
         """What the sources hold, by name."""

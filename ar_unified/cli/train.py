@@ -30,6 +30,7 @@ from ar_unified.cli.branch import branch
 from ar_unified.cli.changes import Training
 from ar_unified.cli.experiment import Experiment, open_experiment
 from ar_unified.data.loader import PackedBatches, Phase
+from ar_unified.data.prepare import load_report
 from ar_unified.document import CodesPart
 from ar_unified.history import DECIDING
 from ar_unified.sampling.engine import Engine
@@ -54,6 +55,11 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> None:
     """Stage model; `profile`: of training.loop.fit."""
+    with experiment.leaving_nothing():
+        _train(experiment, profile)
+
+
+def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
     config, settings, grammar = experiment.config, experiment.config.training, experiment.grammar
     mixture = experiment.mixture()
     checkpoints = experiment.checkpoint_folder
@@ -70,11 +76,14 @@ def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> Non
         shares = ", then ".join(f"{share:.1%}" for share in facts["shares"])
         experiment.say(f"{name}: {facts['rows']} rows an epoch, {facts['fill']:.1%} full, {shares} of the rows")
     validation = []
-    if (folder / "validation").exists():
+    held_out = load_report(folder / "validation").sources if (folder / "validation").exists() else {}
+    if any(source.documents for source in held_out.values()):
         flip = 0.5 if any(phase.flip for phase in planned) else 0.0  # both ways weigh alike, where both are trained
         as_it_stands = Phase(flip=flip, condition_dropout=0.0)
-        held_out = PackedBatches(folder / "validation", grammar, phases=[as_it_stands], **rows)
-        validation = [held_out.batch(step) for step in range(_VALIDATION_BATCHES)]
+        stream = PackedBatches(folder / "validation", grammar, phases=[as_it_stands], **rows)
+        validation = [stream.batch(step) for step in range(_VALIDATION_BATCHES)]
+    else:
+        experiment.say("no document is held out: training goes on without a validation loss")
     task = TransformerTask(
         experiment.model,
         grammar.vocabulary,
