@@ -26,6 +26,7 @@ from ar_unified.checkpoint import restore_params
 from ar_unified.cli import config as configs
 from ar_unified.data.images import Resize
 from ar_unified.data.sources import Source, open_source
+from ar_unified.errors import UserError
 from ar_unified.grammar import Grammar, fixed_grid, sized_rows
 from ar_unified.model.config import TransformerConfig, config_from, parameter_count
 from ar_unified.model.transformer import init, logical_axes
@@ -270,7 +271,8 @@ class Experiment:
             target = jax.tree.map(
                 lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, placement
             )
-        return restore_params(self.checkpoint_folder, target, manifest=self.grammar.manifest())
+        step = None if self.config.sampling.checkpoint == "last" else self.checkpoint
+        return restore_params(self.checkpoint_folder, target, step=step, manifest=self.grammar.manifest())
 
     @cached_property
     def engine(self) -> Engine:
@@ -288,21 +290,43 @@ class Experiment:
         except ValueError as error:
             raise SystemExit(f"ar-unified: config.sampling: {error}") from None
 
-    def trained(self) -> dict[str, Any]:
-        """What decided the trained model: the fingerprint of its stage."""
+    def _trained(self) -> dict[str, Any]:
+        """What the finished model stage says of itself: its fingerprint, and its summary."""
         path = self.workdir.model / "done.json"
         self._require(path.exists(), path, "train")
-        return read_json(path)["fingerprint"]
+        return read_json(path)
+
+    def trained(self) -> dict[str, Any]:
+        """What decided the trained model: the fingerprint of its stage."""
+        return self._trained()["fingerprint"]
+
+    @property
+    def checkpoint(self) -> int:
+        """Steps taken by the model that samples and evaluations use: the last, or the best on held-out documents."""
+        wanted, summary = self.config.sampling.checkpoint, self._trained()["summary"]
+        if wanted == "last":
+            return summary["steps"]
+        if wanted != "best":
+            raise UserError(f"config.sampling.checkpoint: expected 'last' or 'best', found {wanted!r}")
+        if "best_step" not in summary:
+            raise UserError(
+                "config.sampling.checkpoint: expected 'last', found 'best', but this training kept no best step: that "
+                "needs held-out documents and training.keep_best=True while it trains"
+            )
+        return summary["best_step"]
 
     @property
     def weights(self) -> str:
-        """Names the trained weights."""
-        return hashlib.sha256(json.dumps(self.trained(), sort_keys=True).encode()).hexdigest()
+        """Names the weights that are used."""
+        trained = json.dumps(self.trained(), sort_keys=True)
+        step = "" if self.config.sampling.checkpoint == "last" else f" step {self.checkpoint}"
+        return hashlib.sha256((trained + step).encode()).hexdigest()
 
     def facts(self) -> dict[str, str]:
         """Short things worth saying at the head of a report."""
-        vocabulary = self.grammar.vocabulary
-        return {
+        vocabulary, step = self.grammar.vocabulary, self.checkpoint
+        best = f"step {step}, the best on held-out documents"
+        return {"checkpoint": best if self.config.sampling.checkpoint == "best" else f"step {step}, the last"} | {
             "model": f"{parameter_count(self.model) / 1e6:.2f}M parameters in {self.model.n_layers} layers",
             "vocabulary": f"{vocabulary.text_size} text pieces + {vocabulary.codebook_size} image codes",
         }

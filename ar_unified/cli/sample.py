@@ -83,7 +83,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 @by_first_process
 def sample_held_out(experiment: Experiment) -> None:
     """Stage samples: a gallery of what the model answers to the beginnings of held-out documents."""
-    stage = experiment.stage("samples", "sampling", model=experiment.trained())
+    stage = experiment.stage("samples", "sampling", model=experiment.trained(), checkpoint_step=experiment.checkpoint)
     if stage.done:
         return experiment.skip(stage)
     requests = stage.folder / "requests.jsonl"

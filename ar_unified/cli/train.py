@@ -1,8 +1,10 @@
 """Train the transformer on the token shards.
 
 Reads data/train and data/validation. Leaves in the workdir:
-  model/checkpoints       Orbax: parameters and optimizer state, each with the vocabulary's manifest
-  model/metrics.jsonl     loss by role and by task, bits, norms, rates; model/tensorboard the same, with sample pictures
+  model/checkpoints       Orbax: parameters and optimizer state, each with the vocabulary's manifest; the last few, and
+                          that of the lowest validation loss (training.keep_best)
+  model/metrics.jsonl     loss and log Z by role, loss by task, bits, norms, rates, attention between text and pictures;
+                          model/tensorboard the same, with sample pictures
   model/goodput.json      where the wall time of every attempt went
 """
 
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from ar_unified.checkpoint import Checkpoints
 from ar_unified.cli import config as configs
 from ar_unified.cli.experiment import Experiment, add_experiment_arguments, open_experiment
 from ar_unified.data.loader import PackedBatches, Phase
@@ -80,6 +83,7 @@ def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> Non
         z_loss=config.loss.z_loss,
         text_bytes=experiment.text_tokenizer.piece_bytes,
         chunk=config.loss.chunk,
+        attention_share=settings.attention_share,
         code_vectors=_code_vectors(experiment),
     )
     fit(
@@ -93,7 +97,9 @@ def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> Non
         profile=profile,
         logger=experiment.say,
     )
-    experiment.finish(stage, {"steps": settings.steps})
+    best = Checkpoints(experiment.checkpoint_folder, readonly=True).best()
+    kept = dict(zip(("best_step", "best_validation_loss"), best, strict=True)) if best else {}
+    experiment.finish(stage, {"steps": settings.steps, **kept})
 
 
 def phases(settings: ConfigDict, mixture: Mapping[str, float]) -> list[Phase]:
