@@ -311,7 +311,8 @@ class Experiment:
             target = jax.tree.map(
                 lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, placement
             )
-        return restore_params(self.checkpoint_folder, target, manifest=self.grammar.manifest())
+        step = None if self.config.sampling.checkpoint == "last" else self.checkpoint
+        return restore_params(self.checkpoint_folder, target, step=step, manifest=self.grammar.manifest())
 
     @cached_property
     def engine(self) -> Engine:
@@ -328,27 +329,56 @@ class Experiment:
                 mesh=self.decoding_mesh,
             )
 
-    def trained(self) -> dict[str, Any]:
-        """What decided the trained model: the fingerprint of its stage, and what of it changed on the way."""
+    def _trained(self) -> dict[str, Any]:
+        """What the finished model stage says of itself: its fingerprint, and its summary."""
         path = self.workdir.model / "done.json"
         self._require(path.exists(), path, "train")
+        return read_json(path)
+
+    def trained(self) -> dict[str, Any]:
+        """What decided the trained model: the fingerprint of its stage, and what of it changed on the way."""
+        fingerprint = self._trained()["fingerprint"]
         told = [entry for entry in read_history(self.workdir.model) if entry["kind"] in history.DECIDING]
         way = [{key: entry[key] for key in ("kind", "step", "changed")} for entry in told]
-        return read_json(path)["fingerprint"] | ({"history": way} if way else {})
+        return fingerprint | ({"history": way} if way else {})
+
+    @property
+    def checkpoint(self) -> int:
+        """Steps taken by the model that samples and evaluations use: the last, or the best on held-out documents."""
+        wanted, summary = self.config.sampling.checkpoint, self._trained()["summary"]
+        if wanted == "last":
+            return summary["steps"]
+        if wanted != "best":
+            raise UserError(f"config.sampling.checkpoint: expected 'last' or 'best', found {wanted!r}")
+        if "best_step" not in summary:
+            raise UserError(
+                "config.sampling.checkpoint: expected 'last', found 'best', but this training kept no best step: that "
+                "needs held-out documents and training.keep_best=True while it trains"
+            )
+        return summary["best_step"]
 
     @property
     def weights(self) -> str:
-        """Names the trained weights."""
-        return hashlib.sha256(json.dumps(self.trained(), sort_keys=True).encode()).hexdigest()
+        """Names the weights that are used."""
+        trained = json.dumps(self.trained(), sort_keys=True)
+        step = "" if self.config.sampling.checkpoint == "last" else f" step {self.checkpoint}"
+        return hashlib.sha256((trained + step).encode()).hexdigest()
 
     def facts(self) -> dict[str, str]:
         """Short things worth saying at the head of a report."""
-        vocabulary = self.grammar.vocabulary
-        return {
-            "model": f"{parameter_count(self.model) / 1e6:.2f}M parameters in {self.model.n_layers} layers",
-            "vocabulary": f"{vocabulary.text_size} text pieces + {vocabulary.codebook_size} image codes",
-        } | (
-            {"changed": "; ".join(map(history.told, changed))} if (changed := read_history(self.workdir.model)) else {}
+        vocabulary, step = self.grammar.vocabulary, self.checkpoint
+        best = f"step {step}, the best on held-out documents"
+        return (
+            {"checkpoint": best if self.config.sampling.checkpoint == "best" else f"step {step}, the last"}
+            | {
+                "model": f"{parameter_count(self.model) / 1e6:.2f}M parameters in {self.model.n_layers} layers",
+                "vocabulary": f"{vocabulary.text_size} text pieces + {vocabulary.codebook_size} image codes",
+            }
+            | (
+                {"changed": "; ".join(map(history.told, changed))}
+                if (changed := read_history(self.workdir.model))
+                else {}
+            )
         )
 
     def _require(self, found: bool, path: Any, verb: str) -> None:

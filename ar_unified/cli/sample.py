@@ -28,7 +28,7 @@ from typing import Any
 import jax
 
 from ar_unified.cli import config as configs
-from ar_unified.cli.changes import changeable
+from ar_unified.cli.changes import MODEL, changeable
 from ar_unified.cli.experiment import Experiment, by_first_process, open_experiment
 from ar_unified.data.images import to_png
 from ar_unified.data.sources import BadItem, Source
@@ -59,7 +59,13 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 @by_first_process
 def sample_held_out(experiment: Experiment) -> None:
     """Stage samples: a gallery of what the model answers to the beginnings of held-out documents."""
-    stage = experiment.stage("samples", "sampling", model=experiment.trained(), may=changeable(anew=["model"]))
+    stage = experiment.stage(
+        "samples",
+        "sampling",
+        model=experiment.trained(),
+        checkpoint_step=experiment.checkpoint,
+        may=changeable(anew=MODEL),
+    )
     if stage.done:
         return experiment.skip(stage)
     requests = stage.folder / "requests.jsonl"

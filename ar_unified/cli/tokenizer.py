@@ -135,6 +135,7 @@ def train_image(experiment: Experiment) -> None:
         preview_every=every,
         checkpoint_every=every,
         keep=1,
+        keep_best=False,  # what is used is the last, or its average
     )
     params = fit(task, training, stage.folder, mesh=experiment.mesh, preview=preview, logger=experiment.say)
     params = runtime.to_host(params["autoencoder"])

@@ -1,8 +1,10 @@
 """Train the transformer on the token shards.
 
 Reads data/train and data/validation. Leaves in the workdir:
-  model/checkpoints       Orbax: parameters and optimizer state, each with the vocabulary's manifest
-  model/metrics.jsonl     loss by role and by task, bits, norms, rates; model/tensorboard the same, with sample pictures
+  model/checkpoints       Orbax: parameters and optimizer state, each with the vocabulary's manifest; the last few, and
+                          that of the lowest validation loss (training.keep_best)
+  model/metrics.jsonl     loss and log Z by role, loss by task, bits, norms, rates, attention between text and pictures;
+                          model/tensorboard the same, with sample pictures
   model/goodput.json      where the wall time of every attempt went
   model/history.json      what changed while it was trained, and at which step
 
@@ -24,7 +26,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from ar_unified.checkpoint import steps_in
+from ar_unified.checkpoint import Checkpoints, steps_in
 from ar_unified.cli import config as configs
 from ar_unified.cli.branch import branch
 from ar_unified.cli.changes import Training
@@ -95,6 +97,7 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
         z_loss=config.loss.z_loss,
         text_bytes=experiment.text_tokenizer.piece_bytes,
         chunk=config.loss.chunk,
+        attention_share=settings.attention_share,
         code_vectors=_code_vectors(experiment),
     )
     fit(
@@ -108,7 +111,9 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
         profile=profile,
         logger=experiment.say,
     )
-    experiment.finish(stage, {"steps": settings.steps})
+    best = Checkpoints(experiment.checkpoint_folder, readonly=True).best()
+    kept = dict(zip(("best_step", "best_validation_loss"), best, strict=True)) if best else {}
+    experiment.finish(stage, {"steps": settings.steps, **kept})
 
 
 def _facts(experiment: Experiment) -> dict[str, Any]:
