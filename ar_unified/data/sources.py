@@ -22,10 +22,11 @@ from ar_unified.data.rows import Rows
 from ar_unified.data.text_files import TextFiles
 from ar_unified.data.views import Views
 from ar_unified.document import Document
+from ar_unified.errors import UserError
 
 __all__ = ["BadItem", "Source", "open_source", "read", "texts"]
 
-_OF_OTHERS = ("kind", "weight", "picture_weight", "views")  # keys of a spec that are not the source's
+_OF_OTHERS = ("kind", "weight", "picture_weight", "views", "made_by")  # keys of a spec that are not the source's
 FOLDER_FILES = ("captions", "docs", "vqa")
 
 
@@ -47,9 +48,11 @@ def open_source(spec: Mapping[str, Any]) -> Source:
             `split` of folder, jsonl and text is "train", "train[:95%]", "[95%:]": see `Rows`. Any source may have
             `label` (its name), `reversible` (True), `views` (dict(count=..., shift=..., mirror=..., whole=...): see
             `Views`), and what is not the source's: `weight` in the mixture of documents, `picture_weight` in that of
-            the image tokenizer's pictures (default: by its number of documents).
+            the image tokenizer's pictures (default: by its number of documents); `made_by`, the command that makes
+            what `path` names, for the message where it is missing.
 
     Raises:
+        UserError: what `path` names is missing, and `made_by` says how to make it.
         ValueError: an unknown kind or key, a missing file, a split no row is in, or views out of range.
     """
     kinds: dict[str, Callable[..., Source]] = {
@@ -58,6 +61,8 @@ def open_source(spec: Mapping[str, Any]) -> Source:
     kind = spec.get("kind")
     if kind not in kinds:
         raise ValueError(f"source: expected kind one of {sorted(kinds)}, found {kind!r} in {dict(spec)}")
+    if spec.get("made_by") and not Path(spec.get("path", ".")).exists():
+        raise UserError(f"{spec['path']}: no such file or folder. This makes it: {spec['made_by']}")
     try:
         source = kinds[kind](**{key: value for key, value in spec.items() if key not in _OF_OTHERS})
         return Views(source, **spec["views"]) if spec.get("views") else source
