@@ -30,7 +30,7 @@ from ar_unified.errors import UserError, about
 
 __all__ = ["BadItem", "EmptySplit", "Source", "open_source", "read", "texts"]
 
-_OF_OTHERS = ("kind", "weight", "picture_weight", "views")  # keys of a spec that are not the source's
+_OF_OTHERS = ("kind", "weight", "picture_weight", "views", "made_by")  # keys of a spec that are not the source's
 FOLDER_FILES = ("captions", "docs", "vqa")
 
 
@@ -54,11 +54,12 @@ def open_source(spec: Mapping[str, Any]) -> Source:
             `split` of folder, jsonl and text is "train", "train[:95%]", "[95%:]": see `splits`. Any source may have
             `label` (its name), `reversible` (True), `views` (dict(count=..., shift=..., mirror=..., whole=...): see
             `Views`), and what is not the source's: `weight` in the mixture of documents, `picture_weight` in that of
-            the image tokenizer's pictures (default: by its number of documents).
+            the image tokenizer's pictures (default: by its number of documents); `made_by`, the command that makes
+            what `path` names, for the message where it is missing.
 
     Raises:
-        UserError: an unknown kind or key, a missing file, views out of range, or a split no row is in (EmptySplit: for
-            want of a second picture or text).
+        UserError: an unknown kind or key, a missing file (`made_by` says how to make it), views out of range, or a split
+            no row is in (EmptySplit: for want of a second picture or text).
     """
     kinds: dict[str, Callable[..., Source]] = {
         "tfds": _tfds, "folder": _folder, "jsonl": _jsonl, "pictures": Pictures, "text": TextFiles,
@@ -66,6 +67,8 @@ def open_source(spec: Mapping[str, Any]) -> Source:
     kind = spec.get("kind")
     if kind not in kinds:
         raise UserError(f"source: expected kind one of {sorted(kinds)}, found {kind!r} in {dict(spec)}")
+    if spec.get("made_by") and not Path(spec.get("path", ".")).exists():
+        raise UserError(f"{spec['path']}: no such file or folder. This makes it: {spec['made_by']}")
     try:
         source = kinds[kind](**{key: value for key, value in spec.items() if key not in _OF_OTHERS})
         return Views(source, **spec["views"]) if spec.get("views") else source
