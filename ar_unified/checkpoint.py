@@ -22,17 +22,18 @@ from absl import logging as absl_logging
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from ar_unified.errors import RunError, UserError
 from ar_unified.vocabulary import require_same
 
 # Orbax tells the story of every save, and of a failed one in pages of JSON. What fails is raised; the rest is noise.
 absl_logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
 
 
-class SaveFailed(RuntimeError):
+class SaveFailed(RunError):
     """An earlier save did not reach the disk. It was asynchronous: training went on meanwhile."""
 
 
-class CheckpointMismatch(ValueError):
+class CheckpointMismatch(UserError):
     """What the checkpoint holds is not what was asked for; the message names the first leaf that differs."""
 
 

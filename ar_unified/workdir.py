@@ -4,32 +4,39 @@
     evaluation.json  report.html
 
 A stage owns one folder. `started.json` in it says with which fingerprint (whatever decides its result) it was
-begun, `done.json` is written last. Of many processes, process 0 writes and the others read, on storage that all share.
+begun, `done.json` is written last. While a process makes a stage it holds the lock `.locks/STAGE`, which ends with the
+process, however that ends. Of a job's many processes, process 0 writes and the others read, on storage that all share.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from ar_unified.errors import UserError
 
 _UNFINISHED = ".unfinished~"  # ends the name of a file that is being written
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Writes a file that appears whole or not at all, and makes its folder. Raises OSError."""
+@contextmanager
+def whole(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file to write to that appears when the block ends without an error, or not at all. Raises OSError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Processes of other hosts may have the same number.
     unfinished = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{_UNFINISHED}")
     try:
         with open(unfinished, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
@@ -40,6 +47,12 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Writes a file that appears whole or not at all, and makes its folder. Raises OSError."""
+    with whole(path) as file:
+        file.write(data)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -53,8 +66,11 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """The value `write_json` wrote. Raises OSError, json.JSONDecodeError."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """The value `write_json` wrote. Raises OSError, and UserError for a file that holds something else."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # of UTF-8, or of JSON
+        raise UserError(f"{path}: expected JSON, as it was written: {error}. It was changed, or cut short") from error
 
 
 def clean(folder: str | Path, *, deep: bool = True) -> list[Path]:
@@ -69,7 +85,7 @@ def clean(folder: str | Path, *, deep: bool = True) -> list[Path]:
     return leftovers
 
 
-class StageMismatch(ValueError):
+class StageMismatch(UserError):
     """A stage's folder holds (part of) the result of something else. `field`: first to differ, dotted."""
 
     def __init__(self, field: str, message: str):
@@ -94,16 +110,25 @@ class Stage:
         self.done = True
 
 
-class NotShared(RuntimeError):
+class StageBusy(UserError):
+    """Another process is making this stage; the message says which."""
+
+
+class NotShared(UserError):
     """This process does not see what process 0 wrote."""
 
 
+_held: dict[Path, IO[str]] = {}  # the locks of this process
+
+
 class Workdir:
-    """The folder of one run; made if it is missing. `reader`: another process writes; this one only looks."""
+    """The folder of one run, made when the first stage begins. `reader`: another process writes; this one only looks.
+
+    What is finished is only read, so it may lie on storage that cannot be written.
+    """
 
     def __init__(self, path: str | Path, *, reader: bool = False):
         self.path, self.reader = Path(path), reader
-        self.path.mkdir(parents=True, exist_ok=True)
         self.config = self.path / "config.json"
         self.text_tokenizer = self.path / "text_tokenizer"
         self.image_tokenizer = self.path / "image_tokenizer"
@@ -125,6 +150,7 @@ class Workdir:
 
         Raises:
             StageMismatch: the folder was finished, or begun, with another fingerprint.
+            StageBusy: another process is making it.
             NotShared: a reader does not find the writer's record.
         """
         ours = json.loads(json.dumps(fingerprint, default=_plain))
@@ -138,11 +164,33 @@ class Workdir:
                 _require_same(stage, found["fingerprint"], state)
                 stage.done, stage.summary = record == done, found.get("summary")
                 break
-        else:
-            write_json(started, {"fingerprint": ours})
         if not stage.done and not self.reader:
+            self._own(name)
+            if not started.exists():
+                write_json(started, {"fingerprint": ours})
             clean(stage.folder)
         return stage
+
+    def _own(self, name: str) -> None:
+        """Takes the lock of a stage for the rest of this process. Raises StageBusy."""
+        path = (self.path / ".locks" / name).resolve()
+        if path in _held:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                return  # some network file systems have no locks
+            raise StageBusy(f"{self.path / name} is being made by {holder}: wait for it, or end it") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+        _held[path] = file
 
     def await_file(self, path: Path, content: Any = None, *, patience: float = 60.0) -> None:
         """For a reader: until a JSON file that the writer has written is seen here, with `content` unless None.

@@ -1,12 +1,25 @@
 """Files appear whole or not at all; a finished stage is skipped, another run's stage is refused."""
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ar_unified.workdir import NotShared, StageMismatch, Workdir, clean, read_json, write_bytes, write_json, write_text
+from ar_unified.workdir import (
+    NotShared,
+    StageBusy,
+    StageMismatch,
+    Workdir,
+    clean,
+    read_json,
+    write_bytes,
+    write_json,
+    write_text,
+)
 
 FINGERPRINT = {"sources": [{"kind": "folder", "weight": 1.0}], "layout": {"height": 4}, "levels": (8, 8)}
 
@@ -76,3 +89,36 @@ def test_a_process_that_does_not_see_the_shared_folder_says_so(tmp_path):
     elsewhere = Workdir(tmp_path / "elsewhere", reader=True)
     with pytest.raises(NotShared, match="is not there: --workdir must be on storage that all processes share"):
         elsewhere.await_file(elsewhere.config, patience=0)
+
+
+def test_a_stage_that_another_process_makes_is_refused_until_that_process_ends(tmp_path):
+    hold = (
+        "import sys, time; from ar_unified.workdir import Workdir\n"
+        "Workdir(sys.argv[1]).stage('model', {'a': 1}); print('held', flush=True); time.sleep(600)"
+    )
+    root = Path(__file__).resolve().parents[1]
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(
+            StageBusy, match=f"model is being made by process {other.pid} on .*: wait for it, or end it"
+        ):
+            Workdir(tmp_path).stage("model", {"a": 1})
+        assert not Workdir(tmp_path).stage("data", {"a": 1}).done  # another stage is free
+    finally:
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+    assert not Workdir(tmp_path).stage("model", {"a": 1}).done
+
+
+def test_a_finished_stage_is_opened_without_writing(tmp_path):
+    Workdir(tmp_path / "run").stage("data", FINGERPRINT).finish({})
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert Workdir(tmp_path / "run").stage("data", FINGERPRINT).done
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert not Workdir(tmp_path / "none").path.exists()

@@ -20,7 +20,8 @@ from tqdm import tqdm
 from ar_unified import progress
 from ar_unified.cli import config as configs
 from ar_unified.cli.evaluate_tokenizer import evaluate_folder, evaluate_held_out, results_of
-from ar_unified.cli.experiment import Experiment, add_experiment_arguments, by_first_process, open_experiment
+from ar_unified.cli.experiment import Experiment, by_first_process, open_experiment
+from ar_unified.errors import UserError
 from ar_unified.evaluation.generation import Example
 from ar_unified.evaluation.generation import evaluate as score
 from ar_unified.evaluation.protocol import PROTOCOLS
@@ -29,23 +30,9 @@ from ar_unified.training.telemetry import read_metrics
 from ar_unified.workdir import write_json
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_experiment_arguments(parser)
-    parser.add_argument("--only", choices=["tokenizer"], help="score the image tokenizer and stop; no model is needed")
-    parser.add_argument(
-        "--pictures",
-        metavar="DIR",
-        help="with --only tokenizer: score it on the picture files under DIR, into tokenizer_evaluation/<DIR>-<crop>",
-    )
-    parser.add_argument("--links", action="store_true", help="with --pictures: follow links that lead out of DIR")
-    parser.add_argument(
-        "--crop", type=int, metavar="PIXELS", help="with --pictures: side of the square crops (config.data.image_size)"
-    )
-
-
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     if (arguments.pictures and not arguments.only) or (arguments.crop and not arguments.pictures):
-        raise SystemExit("ar-unified evaluate: --pictures goes with --only tokenizer, and --crop with --pictures.")
+        raise UserError("expected --pictures together with --only tokenizer, and --crop together with --pictures")
     experiment = open_experiment(arguments, overrides)
     if arguments.pictures:
         evaluate_folder(experiment, arguments.pictures, arguments.crop, links=arguments.links)

@@ -10,6 +10,7 @@ import argparse
 import functools
 import hashlib
 import json
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -26,14 +27,15 @@ from ar_unified.checkpoint import restore_params
 from ar_unified.cli import config as configs
 from ar_unified.data.images import Resize
 from ar_unified.data.sources import Source, open_source
+from ar_unified.errors import UserError, about
 from ar_unified.grammar import Grammar, fixed_grid, sized_rows
+from ar_unified.interrupts import Preempted
 from ar_unified.model.config import TransformerConfig, config_from, parameter_count
 from ar_unified.model.transformer import init, logical_axes
 from ar_unified.parallel import rules, runtime
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
-from ar_unified.training.loop import Preempted
 from ar_unified.vocabulary import Vocabulary
 from ar_unified.workdir import Stage, Workdir, read_json, write_json
 
@@ -41,57 +43,27 @@ _ALONE = 14 * 86400.0  # seconds that others wait for a stage of process 0: as l
 STAGES = ("text_tokenizer", "image_tokenizer", "data", "model", "samples", "tokenizer_evaluation", "evaluation")
 
 
-def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
-    """--config, --workdir, the overrides that every verb takes, and how several processes find each other."""
-    parser.add_argument(
-        "--config",
-        required=True,
-        metavar="FILE[:arg]",
-        help="the experiment file; `:arg` is handed to it, as in experiments/folder.py:path=DIR",
-    )
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="where stages leave their results")
-    many = parser.add_argument_group(
-        "many processes",
-        "The same command on every host. SLURM, Open MPI, GKE and TPU VMs say themselves who is who; elsewhere:",
-    )
-    many.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, the same for all")
-    many.add_argument("--processes", type=int, metavar="N", help="how many; 1: alone, whatever the environment says")
-    many.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
-    many.add_argument(
-        "--start-timeout", type=int, default=300, metavar="SECONDS", help="until all must have come (300)"
-    )
-    many.add_argument(
-        "--heartbeat-timeout",
-        type=int,
-        default=100,
-        metavar="SECONDS",
-        help="until the others stop when one has died or hangs (100)",
-    )
-    parser.epilog = "Any --config.KEY=VALUE changes one key, as in --config.training.steps=100."
-
-
 def open_experiment(arguments: argparse.Namespace, overrides: Sequence[str]) -> Experiment:
-    """The experiment of a command line, with the other processes of its job; leaves its config in the workdir."""
+    """The experiment of a command line, with the other processes of its job."""
     config = configs.load(arguments.config, overrides)
-    try:
-        runtime.start(
-            arguments.coordinator,
-            arguments.processes,
-            arguments.process,
-            logs=Path(arguments.workdir) / "logs",
-            start_timeout=arguments.start_timeout,
-            heartbeat_timeout=arguments.heartbeat_timeout,
-        )
-    except ValueError as error:
-        raise SystemExit(f"ar-unified: {error}") from error
+    logs = Path(arguments.workdir) / "logs"
+    runtime.start(
+        arguments.coordinator,
+        arguments.processes,
+        arguments.process,
+        logs=logs,
+        start_timeout=arguments.start_timeout,
+        heartbeat_timeout=arguments.heartbeat_timeout,
+    )
     first = runtime.first()
     experiment = Experiment(config, Workdir(arguments.workdir, reader=not first))
-    workdir, plain = experiment.workdir, configs.plain(config)
-    if first:
-        write_json(workdir.config, plain)
-    runtime.barrier("config")
-    if not first:
-        workdir.await_file(workdir.config, json.loads(json.dumps(plain)))
+    if jax.process_count() > 1:  # all must have the same config, and see the same folder
+        asked = configs.plain(config)
+        if first:
+            write_json(logs / "asked.json", asked)
+        runtime.barrier("config")
+        if not first:
+            experiment.workdir.await_file(logs / "asked.json", asked)
     return experiment
 
 
@@ -105,7 +77,7 @@ def by_first_process(stage: Callable[..., None]) -> Callable[..., None]:
         runtime.barrier(stage.__name__, timeout=_ALONE)
         if runtime.preempted():
             experiment.say("SIGTERM: stopped between two stages")
-            raise Preempted
+            raise Preempted(signal.SIGTERM)
 
     return wrapped
 
@@ -125,6 +97,8 @@ class Experiment:
     def stage(self, name: str, *keys: str, together: bool = False, **more: Any) -> Stage:
         """The stage's guard, with `keys` of the config and `more` as what decides its result.
 
+        The workdir's config.json is that of the last start that had something to make.
+
         together: all processes open it; else the one that does the stage (`by_first_process`).
         """
         fingerprint = {key: configs.plain(self.config[key]) for key in keys} | {"seed": self.config.seed} | more
@@ -135,6 +109,8 @@ class Experiment:
             runtime.barrier(f"stage {name}")
         self._opened = time.perf_counter()
         if not stage.done:
+            if runtime.first():
+                write_json(self.workdir.config, configs.plain(self.config))
             self.say(f"==== {name}")
         return stage
 
@@ -194,8 +170,8 @@ class Experiment:
     def autoencoder(self) -> AutoencoderConfig:
         image = configs.pick(AutoencoderConfig, self.config.image_tokenizer)
         if self.config.data.layout == "rows" and image.codes_per_position > 1:
-            raise SystemExit(
-                f"ar-unified: config.data.layout: expected 'grid' with {image.codes_per_position} codes a position "
+            raise UserError(
+                f"config.data.layout: expected 'grid' with {image.codes_per_position} codes a position "
                 f"({image.quantizer}), found 'rows', whose pictures could end inside a position"
             )
         return image
@@ -204,13 +180,15 @@ class Experiment:
     def text_tokenizer(self) -> TextTokenizer:
         path = self.workdir.text_tokenizer / "text.model"
         self._require(path.exists(), path, "tokenizer")
-        return TextTokenizer.load(path, lossy=self.config.text_tokenizer.lossy)
+        with about("the workdir's text tokenizer"):
+            return TextTokenizer.load(path, lossy=self.config.text_tokenizer.lossy)
 
     @cached_property
     def image_tokenizer(self) -> ImageTokenizer:
         path = self.workdir.image_tokenizer / "config.json"
         self._require(path.exists(), path, "tokenizer")
-        return ImageTokenizer.load(self.workdir.image_tokenizer)
+        with about("the workdir's image tokenizer"):
+            return ImageTokenizer.load(self.workdir.image_tokenizer)
 
     @cached_property
     def grammar(self) -> Grammar:
@@ -233,7 +211,8 @@ class Experiment:
 
     @cached_property
     def mesh(self) -> jax.sharding.Mesh:
-        return make_mesh(configs.plain(self.config.mesh))
+        with about("config.mesh"):
+            return make_mesh(configs.plain(self.config.mesh))
 
     def filter(self, modality: str) -> Filter:
         return Filter(**configs.plain(self.config.sampling[modality]))
@@ -253,10 +232,8 @@ class Experiment:
         devices = jax.local_devices()
         if len(devices) == 1:
             return None
-        try:
+        with about(f"sampling on this process's {len(devices)} devices"):
             return make_mesh({"data": -1, "tensor": self.config.mesh.tensor}, devices)
-        except ValueError as error:
-            raise SystemExit(f"ar-unified: sampling on this process's {len(devices)} devices: {error}") from None
 
     @cached_property
     def params(self) -> Any:
@@ -275,18 +252,17 @@ class Experiment:
     @cached_property
     def engine(self) -> Engine:
         sampling = self.config.sampling
-        try:
+        params = self.params
+        with about("config.sampling"):
             return Engine(
                 self.model,
-                self.params,
+                params,
                 self.grammar,
                 batch_size=sampling.batch_size,
                 max_length=sampling.max_length,
                 kv_dtype=sampling.kv_dtype or None,
                 mesh=self.decoding_mesh,
             )
-        except ValueError as error:
-            raise SystemExit(f"ar-unified: config.sampling: {error}") from None
 
     def trained(self) -> dict[str, Any]:
         """What decided the trained model: the fingerprint of its stage."""
@@ -309,4 +285,4 @@ class Experiment:
 
     def _require(self, found: bool, path: Any, verb: str) -> None:
         if not found:
-            raise SystemExit(f"ar-unified: {path} is not there yet; run `ar-unified {verb}` (or `run`) first.")
+            raise UserError(f"{path} is not there yet; run `ar-unified {verb}` (or `run`) with this workdir first")

@@ -12,12 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from ar_unified.cli import config as configs
-from ar_unified.cli.experiment import Experiment, add_experiment_arguments, by_first_process, open_experiment
+from ar_unified.cli.experiment import Experiment, by_first_process, open_experiment
 from ar_unified.data import prepare as preparing
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_experiment_arguments(parser)
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -20,7 +20,7 @@ from ar_tokenizers.image.perceptual import Perceptual
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 
 from ar_unified.cli import config as configs
-from ar_unified.cli.experiment import Experiment, add_experiment_arguments, open_experiment
+from ar_unified.cli.experiment import Experiment, open_experiment
 from ar_unified.cli.text_tokenizer import train_text
 from ar_unified.data.loader import ImageBatches
 from ar_unified.parallel import runtime
@@ -31,11 +31,6 @@ from ar_unified.training.telemetry import read_metrics
 
 _VALIDATION_BATCHES = 4
 _SHEET = 8  # pictures and their reconstructions, one above the other
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_experiment_arguments(parser)
-    parser.add_argument("--only", choices=("text", "image"), help="train one of the two (both)")
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:

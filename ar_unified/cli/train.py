@@ -18,28 +18,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ar_unified.cli import config as configs
-from ar_unified.cli.experiment import Experiment, add_experiment_arguments, open_experiment
+from ar_unified.cli.experiment import Experiment, open_experiment
 from ar_unified.data.loader import PackedBatches, Phase
 from ar_unified.document import CodesPart
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.request import Request
 from ar_unified.training.loop import TrainingConfig, fit
 from ar_unified.training.optimizer import OptimizerConfig
-from ar_unified.training.profiler import parse_window
 from ar_unified.training.tasks import TransformerTask
 
 _VALIDATION_BATCHES = 8
 _PREVIEWS = 8
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_experiment_arguments(parser)
-    parser.add_argument(
-        "--profile",
-        metavar="FIRST:LAST",
-        type=parse_window,
-        help="trace the steps between FIRST and LAST taken into model/profile, as in 100:105 (for xprof or Perfetto)",
-    )
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -18,20 +18,13 @@ from pathlib import Path
 from ar_unified.cli import config as configs
 from ar_unified.cli.experiment import Experiment
 from ar_unified.data.validate import validate
+from ar_unified.errors import UserError
 from ar_unified.workdir import Workdir
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", nargs="?", metavar="DIR", help="a dataset folder, one JSONL file or one of text")
-    parser.add_argument("--config", metavar="FILE[:arg]", help="an experiment instead")
-    parser.add_argument("--workdir", metavar="DIR", help="where the experiment's tokenizers are")
-    parser.add_argument("--links", action="store_true", help="follow links that lead out of DIR")
-    parser.add_argument("--show", type=int, default=3, metavar="N", help="documents of each source to print (3)")
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     if (arguments.folder is None) == (arguments.config is None):
-        raise SystemExit("ar-unified validate: expected a folder or --config, one of the two; see --help.")
+        raise UserError("expected a folder or --config, one of the two; --help says more")
     if arguments.folder is not None:
         found = validate(arguments.folder, links=arguments.links, show=arguments.show)
     else:

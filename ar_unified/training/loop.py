@@ -9,10 +9,10 @@ process 0 alone writes and shows what is written and shown once.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +23,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from ar_unified import interrupts
 from ar_unified.checkpoint import Checkpoints
+from ar_unified.errors import RunError
+from ar_unified.interrupts import Interrupted, Preempted
 from ar_unified.parallel import runtime
 from ar_unified.parallel.rules import batch_part, place_batch
 from ar_unified.training import goodput
@@ -69,15 +72,8 @@ class TrainingConfig:
     keep_every: int = 0  # and every multiple of this
 
 
-class NonFinite(RuntimeError):
+class NonFinite(RunError):
     """A step had a loss or gradient that is not finite; nothing was learnt from it and training stopped."""
-
-
-class Preempted(SystemExit):
-    """SIGTERM came, to one process of perhaps many: a checkpoint was written. Exit status 143, as SIGTERM's own."""
-
-    def __init__(self) -> None:
-        super().__init__(128 + signal.SIGTERM)
 
 
 def fit(
@@ -183,11 +179,10 @@ def fit(
     def fetch(step: int) -> concurrent.futures.Future:
         return hand.submit(lambda: place_batch(mesh, task.batch(step, *part), part))
 
-    # ---------------------------------------------------------------------- SIGTERM: stop at the next step border
-    asked = threading.Event()
-    # Of many processes all must agree on the step: JAX's handler and runtime.preempted do that.
-    handles = alone and threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, lambda *_: asked.set()) if handles else None
+    # ---------------------------------------------------------------------- Signals: stop at the next step border
+    # Of many processes all must agree on the step: JAX's handler of SIGTERM and runtime.preempted do that.
+    listening = contextlib.ExitStack()
+    asked = listening.enter_context(interrupts.noted()) if alone else lambda: 0
 
     # ---------------------------------------------------------------------- Steps
     try:
@@ -217,10 +212,10 @@ def fit(
                 read(*pending)
             pending = (taken, report)
 
-            last = asked.is_set() or runtime.preempted()  # the checkpoint comes before anything else then
-            validate = _due(taken, config.validate_every, config.steps) and len(task.validation) > 0 and not last
-            show = _due(taken, config.preview_every, config.steps) and preview is not None and not last
-            save = _due(taken, config.checkpoint_every, config.steps) or taken == config.steps or last
+            came = asked() or (signal.SIGTERM if runtime.preempted() else 0)  # the checkpoint comes first then
+            validate = _due(taken, config.validate_every, config.steps) and len(task.validation) > 0 and not came
+            show = _due(taken, config.preview_every, config.steps) and preview is not None and not came
+            save = _due(taken, config.checkpoint_every, config.steps) or taken == config.steps or came
             if not (validate or show or save):
                 continue
 
@@ -252,13 +247,12 @@ def fit(
                         optimizer=_rest(state),
                         metadata={"manifest": dict(manifest or {}), **story},
                     )
-            if last:
-                telemetry.say(f"{task.name}: SIGTERM, stopped after step {taken} with a checkpoint")
-                raise Preempted
+            if came:
+                telemetry.say(f"{task.name}: {Interrupted(came).name}, stopped after step {taken} with a checkpoint")
+                raise Preempted(came)
             meter.skip(paused)
     finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
+        listening.close()
         hand.shutdown(cancel_futures=True)
         profiler.close()
         telemetry.close()

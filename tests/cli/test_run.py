@@ -17,8 +17,8 @@ from ar_unified.checkpoint import Checkpoints
 from ar_unified.cli import config as configs
 from ar_unified.cli.experiment import Experiment
 from ar_unified.cli.main import main
-from ar_unified.workdir import StageMismatch, Workdir
-from tests.cli.conftest import ROOT, command
+from ar_unified.workdir import Workdir
+from tests.cli.conftest import ROOT, command, refused
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +58,12 @@ def test_a_run_leaves_everything_and_is_not_redone(finished, folder, capsys):
     assert main(command("run", folder, finished)) == 0
     assert capsys.readouterr().out.count("done already") == 7
     changed = [path for path, when in before.items() if path.stat().st_mtime_ns != when]
-    assert [path.name for path in changed] == ["config.json"]
+    assert changed == []
 
 
 @pytest.mark.slow
 def test_another_config_is_refused_not_mixed_in(finished, folder):
-    with pytest.raises(StageMismatch, match="image_tokenizer.width"):
-        main(command("run", folder, finished, image_tokenizer__width=16))
+    refused(command("run", folder, finished, image_tokenizer__width=16), "image_tokenizer.width")
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from ar_unified.checkpoint import Checkpoints
 from ar_unified.cli import config as configs
 from ar_unified.cli.experiment import Experiment
 from ar_unified.document import TextPart
+from ar_unified.errors import UserError
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.request import Request
 from ar_unified.sampling.steps import Shape
@@ -66,5 +67,5 @@ def test_one_device_needs_no_mesh(trained, monkeypatch):
     ],
 )
 def test_what_does_not_fit_is_said(trained, mesh, sampling, words):
-    with pytest.raises(SystemExit, match=words):
+    with pytest.raises(UserError, match=words):
         experiment(trained, sampling=sampling, **mesh).engine  # noqa: B018

@@ -54,10 +54,11 @@ def test_the_losses_are_those_of_one_process(whole):
         np.testing.assert_allclose(whole[processes], whole[1], rtol=1e-6)
 
 
-def test_sigterm_to_one_stops_all_at_one_step_with_a_checkpoint(whole, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_stops_all_at_one_step_with_a_checkpoint(whole, tmp_path, number):
     job = Job(tmp_path / "two", 2, pause=0.1, **SETTINGS)
     job.until(step=2)
-    job.send(1, signal.SIGTERM)
+    job.send(1, number)
     assert [code for code, _ in job.end()] == [143, 143]
     stops = [re.findall(r"SIGTERM, stopped after step (\d+) with a checkpoint", job.log(i)) for i in range(2)]
     latest = Checkpoints(tmp_path / "two" / "checkpoints", readonly=True).latest()

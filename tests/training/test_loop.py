@@ -185,19 +185,18 @@ def test_the_bad_step_is_not_taken(params):
     assert not report.finite and after.step == 1 and not report.finite_leaves["layers.mlp.gate"].any()
 
 
-def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on(whole, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on(whole, tmp_path, number):
     def batch(step, *part):
         if step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return tiny.packed(step)
 
     assert threading.current_thread() is threading.main_thread()
     with pytest.raises(Preempted) as stop:
         tiny.run(tmp_path, task=tiny.task(batch=batch))
-    assert stop.value.code == 143 and Checkpoints(tmp_path / "checkpoints", readonly=True).latest() in (
-        4,
-        5,
-    )  # as the batch was early
+    latest = Checkpoints(tmp_path / "checkpoints", readonly=True).latest()
+    assert stop.value.code == 128 + number and latest in (4, 5)  # as the batch was early
     same_bits(tiny.run(tmp_path), whole[1])
 
 

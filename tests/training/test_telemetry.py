@@ -3,9 +3,6 @@ from __future__ import annotations
 import json
 import math
 
-import pytest
-
-from ar_unified.training.profiler import parse_window
 from ar_unified.training.telemetry import Meter, Telemetry, console_line, peak_flops, read_metrics, straggler
 
 
@@ -52,10 +49,3 @@ def test_console_line_and_peak():
 def test_the_process_that_others_wait_for_is_named():
     assert straggler([0.1, 0.1, 0.13, 0.1], 1.0) == ""
     assert "process 2 of 4 keeps the others waiting: 0.9 s" in straggler([0.1, 0.1, 0.9, 0.1], 1.0)
-
-
-def test_profile_windows():
-    assert parse_window("100:105") == (100, 105)
-    for wrong in ("100", "5:5", "a:b", "-1:4", "1:2:3"):
-        with pytest.raises(ValueError, match="FIRST:LAST"):
-            parse_window(wrong)
