@@ -4,9 +4,10 @@
     evaluation.json  report.html
 
 A stage owns one folder. `started.json` in it says with which fingerprint (whatever decides its result) it was
-begun, `done.json` is written last, `history.json` tells what changed meanwhile (ar_unified.history). While a process
-makes a stage it holds the lock `.locks/STAGE`, which ends with the process, however that ends. Of a job's many
-processes, process 0 writes and the others read, on storage that all share.
+begun, `done.json` is written last, `history.json` tells what changed meanwhile (ar_unified.history). A stage that
+stopped before it made anything holds nobody back: its folder is removed when it fails, or when it is opened again.
+While a process makes a stage it holds the lock `.locks/STAGE`, which ends with the process, however that ends. Of a
+job's many processes, process 0 writes and the others read, on storage that all share.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import fcntl
 import itertools
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -159,6 +161,16 @@ class Stage:
         write_json(self.folder / "done.json", record)
         self.done = True
 
+    def made_nothing(self) -> bool:
+        """Whether it was begun, and nothing came of it so far."""
+        files = {path.name for path in self.folder.rglob("*") if not path.is_dir()}
+        return not {name for name in files - {"started.json"} if not name.endswith(_UNFINISHED)}
+
+    def abandon(self) -> None:
+        """Removes the folder of a stage that failed before it made anything, so that the next try begins anew."""
+        if not self.done and self.made_nothing():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
     """What changed while the stage of a folder was made, oldest first."""
@@ -237,6 +249,9 @@ class Workdir:
         started, done = stage.folder / "started.json", stage.folder / "done.json"
         if self.reader:
             self._await_record(stage, may)
+        elif not done.exists() and started.exists() and stage.made_nothing():
+            own(stage.folder)
+            started.unlink()  # killed at once: whatever it was begun with, nothing was made of it
         for record, state in ((done, "finished"), (started, "begun, not finished,")):
             if record.exists():
                 found = read_json(record)

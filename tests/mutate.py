@@ -1,8 +1,9 @@
 """Makes the mistakes of tests/mutations.py one by one, each in a copy of the tree, and asks their tests.
 
-python tests/mutate.py [--jobs 2] [NAME ...]
+python tests/mutate.py [--jobs 2] [--green] [--missing] [NAME ...]
 
-A mistake counts as noticed where its tests pass without it and fail with it. All results that are known go into
+A mistake counts as noticed where its tests pass without it and fail with it (--green: `make test` has just shown that
+they pass). --missing: those alone that are not known to be noticed. All results that are known go into
 docs/mutations.md; a mistake that nothing noticed, or that can no longer be made, is exit status 1.
 """
 
@@ -30,6 +31,7 @@ from tests.mutations import MUTATIONS, Mutation  # noqa: E402
 
 KNOWN = ROOT / ".cache" / "mutations.json"  # results by name, with a digest of what they are of
 PAGE = ROOT / "docs" / "mutations.md"
+QUICK = "not slow and not interop and not newest_jax"  # as `make test` has it
 LONGEST = 900  # seconds; what takes longer hangs, and is noticed by that
 HEAD = """# Mistakes that the tests notice
 
@@ -47,15 +49,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="of mistakes; all")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--green", action="store_true")
+    parser.add_argument("--missing", action="store_true")
     options = parser.parse_args()
     unknown = set(options.names) - {each.name for each in MUTATIONS}
     if unknown:
         parser.error(f"no mistake is called {', '.join(sorted(unknown))}")
     wrong = [f"{each.name}: {problem}" for each in MUTATIONS if (problem := impossible(each))]
     chosen = [each for each in MUTATIONS if not options.names or each.name in options.names]
-    passing = Passing()
+    if options.missing:
+        chosen = [each for each in chosen if read_known().get(each.name, {}).get("result") != "noticed"]
+    passing = Passing(options.green)
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        for each, found in zip(chosen, pool.map(lambda each: attempt(each, passing), chosen), strict=True):
+        going = {pool.submit(attempt, each, passing): each for each in chosen}
+        for done in concurrent.futures.as_completed(going):
+            each, found = going[done], done.result()
             print(f"{each.name}: {found['result']}  {found['by']}  {found['seconds']:.0f} s", flush=True)
             known = read_known() | {each.name: found}
             KNOWN.parent.mkdir(exist_ok=True)
@@ -76,12 +84,15 @@ def impossible(mutation: Mutation) -> str:
 class Passing:
     """Which tests pass as the tree is; each asked once."""
 
-    def __init__(self) -> None:
+    def __init__(self, all_do: bool) -> None:
+        self._all_do = all_do
         self._locks: dict[tuple[str, ...], threading.Lock] = {}
         self._found: dict[tuple[str, ...], int] = {}
         self._all = threading.Lock()
 
     def __call__(self, tests: tuple[str, ...]) -> bool:
+        if self._all_do:
+            return True
         with self._all:
             lock = self._locks.setdefault(tests, threading.Lock())
         with lock:
@@ -126,7 +137,7 @@ def ask(root: Path, tests: tuple[str, ...]) -> tuple[int, str]:
     """pytest's exit status, -1 where it hung, and the first test that failed."""
     path = f"{root}{os.pathsep}{root / 'tokenizers'}"
     environment = os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", QUICK, "-p", "no:cacheprovider", *tests]
     try:
         done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=LONGEST)
     except subprocess.TimeoutExpired:

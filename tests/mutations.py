@@ -138,7 +138,7 @@ MUTATIONS = (
         "pair=reversible and document.prompt == 1",
         "pair=document.prompt == 1",
         "pairs of a source that must not be turned round are",
-        ("tests/data/test_prepare.py", "tests/data/test_loader.py"),
+        ("tests/data/test_prepare.py::test_what_is_on_disk_is_what_the_source_says",),
     ),
     # ---- model and loss
     Mutation(
@@ -253,7 +253,7 @@ MUTATIONS = (
         "keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))",
         "keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.zeros(rows, jnp.int32))",
         "all rows of a batch drop the same neurons",
-        ("tests/training/test_step.py", "-k", "dropout"),
+        ("tests/training/test_step.py::test_every_row_of_a_global_batch_has_a_key_of_its_own",),
     ),
     Mutation(
         "clipping-makes-gradients-longer",
@@ -261,7 +261,7 @@ MUTATIONS = (
         "shrink = jnp.minimum(1.0, largest / jnp.maximum(norm, 1e-12))",
         "shrink = jnp.maximum(1.0, largest / jnp.maximum(norm, 1e-12))",
         "small gradients are blown up, large ones not clipped",
-        ("tests/training/test_step.py", "-k", "clip"),
+        ("tests/training/test_step.py::test_long_gradients_are_clipped_and_short_ones_left",),
     ),
     Mutation(
         "bad-gradients-are-taken",
@@ -367,7 +367,7 @@ MUTATIONS = (
         "given = jnp.where(image & (state.automaton.images == 1), given, -1)",
         "given = jnp.where(image, given, -1)",
         "the second picture copies the canvas too",
-        ("tests/sampling/test_engine.py", "tests/sampling/test_job.py::test_a_canvas_is_kept_where_its_mask_is_black"),
+        ("tests/sampling/test_engine.py::test_every_sample_parses_and_keeps_its_request",),
     ),
     Mutation(
         "scores-begin-one-late",
@@ -383,7 +383,7 @@ MUTATIONS = (
         'int.from_bytes(hashlib.sha256(id.encode()).digest()[:4], "big")',
         "0",
         "a prompt asked for twice gives the same picture twice",
-        ("tests/sampling/test_formats.py", "tests/sampling/test_job.py"),
+        ("tests/sampling/test_formats.py",),
     ),
     Mutation(
         "the-mask-is-inverted",

@@ -94,6 +94,7 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--part", metavar="K/N", type=_part, help="serve part K, from 0, of N; default: of the processes, this one's"
     )
+    parser.add_argument("--links", action="store_true", help="follow links that lead out of the requests' folder")
     parser.add_argument("--layout", choices=LAYOUTS, help="write the pictures for a benchmark, too")
 
 
@@ -106,6 +107,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
         type=_path,
         help="with --only tokenizer: score it on the picture files under DIR, into tokenizer_evaluation/<DIR>-<crop>",
     )
+    parser.add_argument("--links", action="store_true", help="with --pictures: follow links that lead out of DIR")
     parser.add_argument(
         "--crop", type=int, metavar="PIXELS", help="with --pictures: side of the square crops (config.data.image_size)"
     )
@@ -117,6 +119,7 @@ def _validate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--config", metavar="FILE[:arg]", type=_path, help="an experiment instead")
     parser.add_argument("--workdir", metavar="DIR", type=_path, help="where the experiment's tokenizers are")
+    parser.add_argument("--links", action="store_true", help="follow links that lead out of DIR")
     parser.add_argument("--show", type=int, default=3, metavar="N", help="documents of each source to print (3)")
 
 

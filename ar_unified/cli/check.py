@@ -67,6 +67,7 @@ CHOICES: dict[str, Collection[str]] = {
     "training.code_rows": CODE_ROWS,
     "sampling.kv_dtype": [name or "" for name in KV_DTYPES],
     "sampling.context": CONTEXTS,
+    "sampling.checkpoint": settings.CHECKPOINTS,
     "evaluation.protocol": PROTOCOLS,
 }
 
@@ -259,6 +260,8 @@ def _check_sampling(config: ConfigDict, problems: _Problems, stages: Collection[
                 "'negative_prompt' is for requests that each have one; prompts of held-out documents have none",
             )
         more = {"negative_prompt": "-"}
+    if config.sampling.checkpoint == "best" and "model" in stages and not config.training.keep_best:
+        problems.say("sampling.checkpoint", "expected 'last' where config.training.keep_best is False, found 'best'")
     with problems.of("sampling", [*config.sampling.keys()]):
         settings.request(config, **more).check()
 

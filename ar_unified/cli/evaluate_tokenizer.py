@@ -53,13 +53,13 @@ def evaluate_held_out(experiment: Experiment) -> None:
 
 
 @by_first_process
-def evaluate_folder(experiment: Experiment, pictures: str, crop: int | None = None) -> None:
+def evaluate_folder(experiment: Experiment, pictures: str, crop: int | None = None, links: bool = False) -> None:
     """The picture files of a folder in place of the held-out sets, into a folder of their own; every time anew.
 
-    crop: side of the square crops in pixels; None: config.data.image_size.
+    crop: side of the square crops in pixels; None: config.data.image_size. links: as of a source.
     """
     with about("--pictures"):
-        source = open_source(dict(kind="pictures", path=pictures))
+        source = open_source(dict(kind="pictures", path=pictures, links=links))
     size = (crop, crop) if crop else experiment.config.data.image_size
     with about("--crop"):
         experiment.image_tokenizer.config.grid(*size)

@@ -12,7 +12,8 @@ import hashlib
 import json
 import signal
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from ar_unified.cli import settings
 from ar_unified.cli.changes import Training, changeable, require_extensible
 from ar_unified.cli.check import STAGES, check, check_devices, check_sources
 from ar_unified.data.images import Resize
-from ar_unified.data.sources import Source, open_source
+from ar_unified.data.sources import EmptySplit, Source, open_source
 from ar_unified.errors import UserError, about
 from ar_unified.grammar import Grammar
 from ar_unified.history import Changeable
@@ -87,7 +88,8 @@ def by_first_process(stage: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(stage)
     def wrapped(experiment: Experiment, *more: Any) -> None:
         if runtime.first():
-            stage(experiment, *more)
+            with experiment.leaving_nothing():
+                stage(experiment, *more)
         runtime.barrier(stage.__name__, timeout=_ALONE)
         if runtime.preempted():
             experiment.say("SIGTERM: stopped between two stages")
@@ -102,6 +104,7 @@ class Experiment:
     def __init__(self, config: ConfigDict, workdir: Workdir):
         self.config, self.workdir = config, workdir
         self._opened = time.perf_counter()
+        self._stage: Stage | None = None
 
     def say(self, line: str) -> None:
         runtime.say(line)
@@ -131,6 +134,7 @@ class Experiment:
         if together and not runtime.first():
             runtime.barrier(f"stage {name}")  # process 0 has opened it
         stage = self.workdir.stage(name, fingerprint, may)
+        self._stage = stage
         if stage.changed:  # a reader sees none: what changed is written when it comes
             self._go_on(stage, training)
         if together and runtime.first():
@@ -166,6 +170,17 @@ class Experiment:
         for entry in entries:
             self.say(f"{stage.name}: {entry['kind']} {history.told(entry)}")
 
+    @contextmanager
+    def leaving_nothing(self) -> Iterator[None]:
+        """Around the work of a stage: one that fails before it has made anything leaves no folder."""
+        self._stage = None
+        try:
+            yield
+        except BaseException:
+            if self._stage is not None and runtime.first():
+                self._stage.abandon()
+            raise
+
     def skip(self, stage: Stage) -> None:
         self.say(f"==== {stage.name}: done already ({stage.folder})")
 
@@ -188,12 +203,20 @@ class Experiment:
         there = {"data_dir": str(self.workdir.path / "tfds")}
         return [(there if spec.get("kind") == "tfds" else {}) | configs.plain(spec) for spec in specs]
 
-    def sources(self, key: str, specs: Sequence[Mapping[str, Any]]) -> list[Source]:
-        """Those of a key of config.data. Raises UserError, naming the key, for one that cannot be opened."""
+    def sources(self, key: str, specs: Sequence[Mapping[str, Any]], *, held_out: bool = False) -> list[Source]:
+        """Those of a key of config.data. Raises UserError, naming the key, for one that cannot be opened.
+
+        held_out: one that has nothing, for want of groups, is left out.
+        """
         opened = []
         for i, spec in enumerate(self.specs(specs)):
             with about(f"config.data.{key}[{i}]"):
-                opened.append(open_source(spec))
+                try:
+                    opened.append(open_source(spec))
+                except EmptySplit as error:
+                    if not held_out:
+                        raise
+                    self.say(f"{key}: {error}. It goes on without it")
         return opened
 
     @cached_property
@@ -207,9 +230,10 @@ class Experiment:
 
     @cached_property
     def held_out(self) -> dict[str, list[Source]]:
-        """Held-out sets by name; "validation" first."""
-        tests = {name: self.sources(f"tests.{name}", specs) for name, specs in self.config.data.tests.items()}
-        return {"validation": self.sources("validation", self.config.data.validation), **tests}
+        """Held-out sets by name; "validation" first. A part that has nothing, for want of groups, is left out."""
+        tests = {f"tests.{name}": specs for name, specs in self.config.data.tests.items()}
+        sets = {"validation": self.config.data.validation, **tests}
+        return {key.removeprefix("tests."): self.sources(key, specs, held_out=True) for key, specs in sets.items()}
 
     def fingerprints(self, *, held_out: bool = False) -> dict[str, Any]:
         """What the sources hold, by name."""
@@ -294,7 +318,8 @@ class Experiment:
             target = jax.tree.map(
                 lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, placement
             )
-        return restore_params(self.checkpoint_folder, target, manifest=self.grammar.manifest())
+        step = None if self.config.sampling.checkpoint == "last" else self.checkpoint
+        return restore_params(self.checkpoint_folder, target, step=step, manifest=self.grammar.manifest())
 
     @cached_property
     def engine(self) -> Engine:
@@ -311,27 +336,56 @@ class Experiment:
                 mesh=self.decoding_mesh,
             )
 
-    def trained(self) -> dict[str, Any]:
-        """What decided the trained model: the fingerprint of its stage, and what of it changed on the way."""
+    def _trained(self) -> dict[str, Any]:
+        """What the finished model stage says of itself: its fingerprint, and its summary."""
         path = self.workdir.model / "done.json"
         self._require(path.exists(), path, "train")
+        return read_json(path)
+
+    def trained(self) -> dict[str, Any]:
+        """What decided the trained model: the fingerprint of its stage, and what of it changed on the way."""
+        fingerprint = self._trained()["fingerprint"]
         told = [entry for entry in read_history(self.workdir.model) if entry["kind"] in history.DECIDING]
         way = [{key: entry[key] for key in ("kind", "step", "changed")} for entry in told]
-        return read_json(path)["fingerprint"] | ({"history": way} if way else {})
+        return fingerprint | ({"history": way} if way else {})
+
+    @property
+    def checkpoint(self) -> int:
+        """Steps taken by the model that samples and evaluations use: the last, or the best on held-out documents."""
+        wanted, summary = self.config.sampling.checkpoint, self._trained()["summary"]
+        if wanted == "last":
+            return summary["steps"]
+        if wanted != "best":
+            raise UserError(f"config.sampling.checkpoint: expected 'last' or 'best', found {wanted!r}")
+        if "best_step" not in summary:
+            raise UserError(
+                "config.sampling.checkpoint: expected 'last', found 'best', but this training kept no best step: that "
+                "needs held-out documents and training.keep_best=True while it trains"
+            )
+        return summary["best_step"]
 
     @property
     def weights(self) -> str:
-        """Names the trained weights."""
-        return hashlib.sha256(json.dumps(self.trained(), sort_keys=True).encode()).hexdigest()
+        """Names the weights that are used."""
+        trained = json.dumps(self.trained(), sort_keys=True)
+        step = "" if self.config.sampling.checkpoint == "last" else f" step {self.checkpoint}"
+        return hashlib.sha256((trained + step).encode()).hexdigest()
 
     def facts(self) -> dict[str, str]:
         """Short things worth saying at the head of a report."""
-        vocabulary = self.grammar.vocabulary
-        return {
-            "model": f"{parameter_count(self.model) / 1e6:.2f}M parameters in {self.model.n_layers} layers",
-            "vocabulary": f"{vocabulary.text_size} text pieces + {vocabulary.codebook_size} image codes",
-        } | (
-            {"changed": "; ".join(map(history.told, changed))} if (changed := read_history(self.workdir.model)) else {}
+        vocabulary, step = self.grammar.vocabulary, self.checkpoint
+        best = f"step {step}, the best on held-out documents"
+        return (
+            {"checkpoint": best if self.config.sampling.checkpoint == "best" else f"step {step}, the last"}
+            | {
+                "model": f"{parameter_count(self.model) / 1e6:.2f}M parameters in {self.model.n_layers} layers",
+                "vocabulary": f"{vocabulary.text_size} text pieces + {vocabulary.codebook_size} image codes",
+            }
+            | (
+                {"changed": "; ".join(map(history.told, changed))}
+                if (changed := read_history(self.workdir.model))
+                else {}
+            )
         )
 
     def _require(self, found: bool, path: Any, verb: str) -> None:

@@ -96,6 +96,7 @@ def tokenizer_training(config: ConfigDict) -> TrainingConfig:
         preview_every=every,
         checkpoint_every=every,
         keep=1,
+        keep_best=False,  # what is used is the last, or its average
     )
 
 
@@ -132,6 +133,7 @@ def phases(settings: ConfigDict, mixture: Mapping[str, float]) -> list[Phase]:
 
 
 # ---- sampling ---------------------------------------------------------------------------------------------------
+CHECKPOINTS = ("last", "best")  # which samples and the evaluation are of
 
 
 def token_filter(config: ConfigDict, modality: str) -> Filter:

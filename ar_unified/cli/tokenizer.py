@@ -26,7 +26,8 @@ from ar_unified.cli.experiment import Experiment, open_experiment
 from ar_unified.cli.settings import objective as objective_of
 from ar_unified.cli.settings import short_side, tokenizer_training
 from ar_unified.cli.text_tokenizer import train_text
-from ar_unified.data.loader import ImageBatches
+from ar_unified.data.items import has_pictures
+from ar_unified.data.loader import ImageBatches, NothingReadable
 from ar_unified.parallel import runtime
 from ar_unified.training.loop import fit
 from ar_unified.training.tasks import TokenizerTask
@@ -46,7 +47,8 @@ def train_tokenizers(experiment: Experiment, only: str | None = None) -> None:
     if only != "image":
         train_text(experiment)
     if only != "text" and experiment.config.image_tokenizer.steps:
-        train_image(experiment)
+        with experiment.leaving_nothing():
+            train_image(experiment)
 
 
 def _whole_batch(experiment: Experiment) -> bool:
@@ -87,7 +89,15 @@ def train_image(experiment: Experiment) -> None:
         mirror=settings.mirror,
         **cropped if settings.crop else {},
     )
-    held_out = experiment.held_out["validation"] or experiment.train
+    batches.check()
+    held_out = [source for source in experiment.held_out["validation"] if has_pictures(source)]
+    for source in list(held_out):
+        try:
+            pictures([source]).check()
+        except NothingReadable as error:
+            experiment.say(f"validation: {error}")
+            held_out.remove(source)
+    held_out = held_out or experiment.train
     count = min(_VALIDATION_BATCHES, -(-sum(map(len, held_out)) // settings.batch_size))
     validation = [pictures(held_out).batch(step) for step in range(count)]
     objective = Objective(

@@ -18,7 +18,7 @@ import grain
 import numpy as np
 
 from ar_unified.data import images, shards
-from ar_unified.data.items import has_pictures
+from ar_unified.data.items import LeftOut, has_pictures
 from ar_unified.data.packing import Mixture, Packing, Places, hash64, key, permute, summary, uniform
 from ar_unified.data.prepare import folder_name, load_manifest
 from ar_unified.data.sources import BadItem, Source
@@ -30,6 +30,11 @@ from ar_unified.vocabulary import require_same
 Batch = dict[str, np.ndarray]
 _TEXT_TO_IMAGE, _IMAGE_TO_TEXT = TASKS.index("text_to_image"), TASKS.index("image_to_text")
 _INTERLEAVED = TASKS.index("interleaved")
+_LOOKED_AT = 1000  # documents of a source, for one with a picture
+
+
+class NothingReadable(UserError):
+    """A source has no picture that an image tokenizer could learn from."""
 
 
 class Batches(Protocol):
@@ -289,16 +294,37 @@ class ImageBatches:
                 pixels[i] = self._picture(source, document, draw)
         return {"pixels": pixels}
 
+    def check(self) -> None:
+        """Raises NothingReadable for the first source without a readable picture in its first 1000 documents."""
+        for source, items in enumerate(self.sources):
+            if not any(self._pictures(source, document) for document in range(min(len(items), _LOOKED_AT))):
+                raise self._nothing_readable(source)
+
+    def _nothing_readable(self, source: int) -> NothingReadable:
+        items, left_out = self.sources[source], LeftOut()
+        count = min(len(items), _LOOKED_AT)
+        for document in range(count):
+            try:
+                items[document]
+            except BadItem as bad:
+                left_out(bad)
+            else:
+                left_out(BadItem("no_picture", items.origin(document), "the document has no picture"))
+        looked = "its" if count == len(items) else f"{count} of its"
+        return NothingReadable(
+            f"source {items.name!r}: no readable picture in {looked} {len(items)} documents: {left_out}. Mend them, "
+            "take the source out of the config, or name one without pictures as kind='text'"
+        )
+
     def _picture(self, source: int, document: int, draw: Sequence[int]) -> np.ndarray:
         """One picture; draw: random whole numbers for which of the document's, top, left, mirrored."""
         count = len(self.sources[source])
-        for attempt in range(1000):
+        for attempt in range(_LOOKED_AT):
             if pictures := self._pictures(source, document):
                 break
             document = int(hash64(key("instead"), draw[0] ^ attempt) % np.uint64(count))
         else:
-            name = self.sources[source].name
-            raise ValueError(f"source {name!r}: found no readable picture in 1000 of {count} documents")
+            raise self._nothing_readable(source)
         picture, (H, W) = pictures[draw[0] % len(pictures)], self.size
         top, left = draw[1] % (picture.shape[0] - H + 1), draw[2] % (picture.shape[1] - W + 1)
         picture = picture[top : top + H, left : left + W]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import functools
 import hashlib
 import json
@@ -15,17 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from ar_unified.data import images
+from ar_unified.data import encoding, images
+from ar_unified.data.files import FileError, Folder, require_file
 from ar_unified.data.items import BadItem
 from ar_unified.data.splits import Split
 from ar_unified.document import Document, DocumentError, TextPart, document_from_json
-from ar_unified.errors import UserError
 
 
 class Rows:
     """Rows of JSONL files (`document.document_from_json`), with pictures under `root` or in the row as data: URLs.
 
-    The files are read once at opening, twice for a part, for the place of every line; memory is 24 bytes a row.
+    The files are read once at opening, twice for a part, for the place of every line; memory is 24 bytes a row. They
+    are UTF-8: a file that is not (`encoding`) is one bad item. What names mean, and `links`: `files.Folder`.
 
     `split`, as in TFDS, is a name, a part in percent, or both: rows without the key "split" are all "train", and a part
     takes pictures with all their rows, rows without one by their id, else by their line (`splits` says which): the same
@@ -43,18 +42,18 @@ class Rows:
         files: Sequence[Path],
         root: Path,
         *,
+        links: bool = False,
         split: str | None = None,
         beside: Sequence[Path] = (),
         label: str | None = None,
         reversible: bool = True,
         limits: images.Limits = images.LIMITS,
     ):
-        missing = [str(file) for file in files if not file.is_file()]
-        if missing:
-            raise UserError(f"{missing[0]}: no such file; expected one JSON object a line in it")
+        for file in files:
+            require_file(file)
         self.files, self.root, self.limits = list(files), root, limits
         self.name, self.reversible = label or root.resolve().name, reversible
-        self._inside = root.resolve()
+        self._folder = Folder(root, links)
         chosen = Split(split) if split is not None else None
         if chosen and chosen.by_part:
             for file in (*self.files, *beside):
@@ -79,6 +78,7 @@ class Rows:
             "split": split,
             "sha256": digest.hexdigest(),
             **(chosen.fingerprint() if chosen else {}),
+            **({"links": True} if links else {}),
         }
         # Questions about one picture stand together, so the last few pictures are kept.
         self._picture = functools.lru_cache(maxsize=4)(self._load)
@@ -119,11 +119,12 @@ class Rows:
         return Document(document.parts, document.prompt, id=document.id, origin=origin, meta=document.meta)
 
     def _row(self, i: int) -> dict[str, Any]:
-        data = os.pread(self._open[self._file[i]], self._length[i], self._start[i])
+        start = self._start[i]
+        data = os.pread(self._open[self._file[i]], self._length[i], start)
         try:
-            row = json.loads(data.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise _Bad("bad_utf8", f"expected UTF-8, found byte {data[error.start]:#04x} at {error.start}") from error
+            row = json.loads(encoding.text(data if start else encoding.unmarked(data)))
+        except encoding.EncodingError as error:
+            raise _Bad("bad_utf8", str(error)) from error
         except (ValueError, RecursionError) as error:
             raise _Bad("bad_json", f"expected one JSON object, found {data[:40]!r}: {error}") from error
         if not isinstance(row, dict):
@@ -134,24 +135,11 @@ class Rows:
         return row
 
     def _load(self, reference: str) -> np.ndarray:
-        embedded = reference.startswith("data:")
-        data = _embedded(reference) if embedded else self._file_bytes(reference)
+        where = f"{reference[:40]}..." if reference.startswith("data:") else reference
         try:
-            return images.decode(data, self.limits)
-        except images.ImageError as error:
-            where = f"{reference[:40]}..." if embedded else reference
-            raise _Bad(error.kind, f"{where}: {error.reason}") from error
-
-    def _file_bytes(self, reference: str) -> bytes:
-        try:
-            path = (self.root / reference).resolve()
-            if Path(reference).is_absolute() or not path.is_relative_to(self._inside):
-                raise _Bad("path_escapes", f"expected a path inside {self.root}, found {reference!r}")
-            if not path.is_file():
-                raise _Bad("missing_image", f"{reference}: no such file")
-            return path.read_bytes()
-        except (OSError, RuntimeError, ValueError) as error:  # no permission, a loop of links, a NUL in the name
-            raise _Bad("missing_image", f"{reference!r}: {error}") from error
+            return images.decode(self._folder.read(reference), self.limits)
+        except (FileError, images.ImageError) as error:
+            raise _Bad(error.kind, f"{where!r}: {error.reason}") from error
 
 
 class _Bad(Exception):
@@ -163,9 +151,14 @@ class _Bad(Exception):
 
 
 def _lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Number (from 1), offset and bytes of every line."""
-    start = 0
+    """Number (from 1), offset and bytes of every line, no byte order mark; of a file that is no UTF-8, its head."""
     with open(file, "rb") as stream:
+        try:
+            start = encoding.begin(stream)
+        except encoding.EncodingError:
+            stream.seek(0)
+            yield 1, 0, stream.read(encoding.HEAD)
+            return
         for number, data in enumerate(stream, 1):
             yield number, start, data
             start += len(data)
@@ -173,17 +166,7 @@ def _lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
 
 def _has(split: Split, data: bytes, *, own: bool = True) -> bool:
     try:
-        row = json.loads(data)
+        row = json.loads(encoding.text(data))
         return split.has(row, data, own=own)
     except (ValueError, RecursionError, AttributeError):
         return True
-
-
-def _embedded(reference: str) -> bytes:
-    header, comma, payload = reference.partition(",")
-    if not comma or not header.endswith(";base64"):
-        raise _Bad("unreadable_image", f"expected data:<type>;base64,<bytes>, found {header[:40]!r}")
-    try:
-        return base64.b64decode(payload, validate=True)
-    except binascii.Error as error:
-        raise _Bad("unreadable_image", f"data: URL: {error}") from error

@@ -122,6 +122,9 @@ def test_what_does_not_go_together_is_told():
     rows = {"data.layout": "rows", "image_tokenizer.quantizer": "rq", "image_tokenizer.codes": 64}
     says(r"config.data.layout: expected 'grid' with 4 codes a position \(rq\)", rows)
     check(load(**{"data.layout": "rows", "data.resize": "aspect"}))
+    kept = {"sampling.checkpoint": "best", "training.keep_best": False}
+    says("config.sampling.checkpoint: expected 'last' where config.training.keep_best is False", kept)
+    check(load(**kept), ["samples"])  # the training may have kept it
     check(load(**{"image_tokenizer.quantizer": "vq", "image_tokenizer.codebook_update": "ema"}))
     assert (
         autoencoder(load(image_tokenizer__quantizer="vq", image_tokenizer__codebook_update="ema")).codebook_update

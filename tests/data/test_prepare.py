@@ -11,7 +11,7 @@ import pytest
 from ar_unified import workdir
 from ar_unified.data.cutting import characters, split
 from ar_unified.data.images import Resize, to_png
-from ar_unified.data.prepare import load_manifest, load_report, prepare
+from ar_unified.data.prepare import NothingLeft, load_manifest, load_report, prepare
 from ar_unified.data.shards import Shards, read_skipped
 from ar_unified.data.sources import Source, open_source
 from ar_unified.document import CodesPart, Document, ImagePart, TextPart
@@ -54,6 +54,9 @@ def test_what_is_on_disk_is_what_the_source_says(
                 assert part == original
     index = Shards(tmp_path / "out/set", 5).index
     assert index["pair"].tolist() == [True] * 20 + [False] * 15 and index["pictures"].sum() == 20 + 10 + 10
+    one_way = opened(folder, reversible=False, files=("captions",), label="one way")
+    run([one_way], grammar, tokenizer, tmp_path / "one way")
+    assert not Shards(tmp_path / "one way/one-way", 3).index["pair"].any()
     assert report.sources["set"].tasks == {"text_to_image": 20, "image_to_text": 10, "interleaved": 5}
     assert Shards(tmp_path / "out/set", 5).item(33) == 33
     assert str(report) == str(load_report(tmp_path / "out"))
@@ -126,6 +129,29 @@ def test_bad_items_are_left_out_counted_and_change_nothing_else(
     assert marked.tobytes() in tokens[1] and marked.tobytes() not in tokens[0]
     tokens[1].remove(marked.tobytes())
     assert tokens[0] == tokens[1]
+
+
+def test_a_source_of_which_nothing_is_left_is_refused_with_kinds_and_first_examples(
+    folder: Path, grammar: Grammar, tokenizer: Any, kit: Any, tmp_path: Path
+) -> None:
+    def sources() -> list[Source]:
+        return [opened(folder, files=(name,), label=name) for name in ("captions", "vqa", "docs")]
+
+    kit.write(folder / "vqa.jsonl", [b"{", dict(image="nowhere.png", question="a?", answer="b"), b"{"])
+    with pytest.raises(NothingLeft) as caught:
+        run(sources(), grammar, tokenizer, tmp_path / "out")
+    said = str(caught.value)
+    assert "of source 'vqa': 2 bad_json, first " in said and "vqa.jsonl:1: bad_json: expected one JSON object" in said
+    assert "1 missing_image, first " in said and "captions" not in said and "Mend them" in said
+    assert not files(tmp_path / "out"), "shards with what was left out would be taken for good next time"
+    report = run(sources(), grammar, tokenizer, tmp_path / "held-out", may_be_lost=True)
+    assert report.sources["vqa"].documents == 0 and report.sources["captions"].documents == 20
+    assert "WARNING: most of vqa is left out" in str(report) and str(report).count("WARNING") == 1
+    (folder / "vqa.jsonl").write_bytes(b"")
+    with pytest.raises(NothingLeft, match="source 'vqa' has no items"):
+        run(sources(), grammar, tokenizer, tmp_path / "out")
+    kit.write(folder / "vqa.jsonl", [dict(image="images/0.png", question="a?", answer="b")])
+    assert run(sources(), grammar, tokenizer, tmp_path / "out").sources["vqa"].documents == 1
 
 
 def test_pictures_go_in_full_batches_of_one_size_and_equal_ones_once(tmp_path: Path, kit: Any, tokenizer: Any) -> None:

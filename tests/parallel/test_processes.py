@@ -82,6 +82,17 @@ def test_sigkill_to_one_stops_the_other_with_its_name_and_nothing_is_lost(whole,
     assert finish(tmp_path, 2) == whole[2]  # bit for bit
 
 
+def test_all_processes_save_where_the_validation_loss_is_lowest(tmp_path):
+    """No checkpoint is due but the last: those between are of validations that were the best so far."""
+    settings = dict(steps=12, log_every=1, validate_every=4, checkpoint_every=0, keep=9)
+    ended = Job(tmp_path / "two", 2, **settings).end()
+    assert [code for code, _ in ended] == [0, 0], ended
+    train(tmp_path / "one", make_mesh({}, jax.devices()[:1]), **settings)
+    two, one = (Checkpoints(tmp_path / name / "checkpoints", readonly=True) for name in ("two", "one"))
+    assert two.steps() == one.steps() == [4, 8, 12]
+    assert two.best()[0] == one.best()[0] and two.best()[1] == pytest.approx(one.best()[1], rel=1e-6)
+
+
 def test_who_does_not_come_is_named(tmp_path):
     [(code, output)] = Job(tmp_path, 2, start=4, absent=[1], **SETTINGS).end()
     assert code and "gave up at the start: process 1 did not come to localhost:" in output

@@ -136,6 +136,10 @@ def test_noise_belongs_to_seed_sample_and_position_not_to_the_slot():
     for a, b, c, t in zip(seeds, samples, position, token, strict=True):
         same[int(a), int(b), int(c)].add(int(t))
     assert all(len(tokens) == 1 for tokens in same.values()) and len(set(token.tolist())) > 20
+    for varied in range(3):  # and each of the three matters alone
+        seed, sample, at = (jnp.arange(B) if i == varied else jnp.zeros(B, jnp.int32) for i in range(3))
+        alone = choose(logits, keys=decoding.row_keys(seed.astype(jnp.uint32), sample), position=at)
+        assert len(set(alone.tolist())) > 20, varied
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def requests(grammar, **changes):
         Request("edit", (picture(grammar, 2), TextPart("p")), mode="image", guidance=3.0, image_guidance=1.2, n=2),
         Request("not", (TextPart("ab"),), mode="image", guidance=4.0, context="negative_prompt", negative_prompt="dd"),
         Request("alike", (picture(grammar, 3), TextPart("o")), mode="image", guidance=2.0, context="image_only"),
-        Request("hole", (TextPart("ab"),), mode="image", canvas=hole, image_size=size, guidance=2.0),
+        Request("hole", (TextPart("ab"),), mode="image", canvas=hole, image_size=size, guidance=2.0, min_images=2),
         Request("anew", (TextPart("abcd"),), mode="text", max_tokens=12, repetition_penalty=1.5, seed=4),
     ]
     return [dataclasses.replace(row, **changes) for row in rows]
@@ -129,6 +129,8 @@ def test_every_sample_parses_and_keeps_its_request(grammar, params):
             assert {part.codes.shape for part in pictures} == {request.image_size}
     codes, canvas = found["hole", 0].document.parts[0].codes, found["hole", 0].request.canvas
     np.testing.assert_array_equal(codes[canvas >= 0], canvas[canvas >= 0])
+    second = found["hole", 0].document.parts[1].codes  # the canvas is the first picture's alone
+    assert (second[canvas >= 0] != canvas[canvas >= 0]).any()
     assert found["short", 0].finish_reason == "length" and found["t2i", 0].finish_reason == "eos"
     assert not np.array_equal(found["i2t", 0].tokens, found["i2t", 1].tokens)
 

@@ -1,4 +1,4 @@
-"""A run that is changed on the way: what decides only cost leaves its curve, more steps are taken from where it stands."""
+"""A run that is changed on the way: what decides only cost leaves its curve; more steps begin where it stands."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from ar_unified.checkpoint import Checkpoints, adopt
 from ar_unified.training.loop import TrainingConfig
 from ar_unified.training.optimizer import OptimizerConfig, learning_rate
 from ar_unified.training.telemetry import read_metrics
+from tests.parallel.job import Bigram
 from tests.training import tiny
 from tests.training.test_loop import Killed, dying, same_bits
 
 WSD = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, schedule="wsd", decay_fraction=0.25, final_fraction=0.0)
+
+BIGRAM = Bigram(tiny.packed)
 
 
 def curve(folder, key="loss"):
@@ -48,14 +51,14 @@ def test_out_of_memory_at_step_30_costs_no_more_than_time(tmp_path):
 def test_more_steps_before_the_decay_are_the_longer_run(tmp_path):
     """Interrupted at a constant rate, it has no memory of how long it was to be."""
     with pytest.raises(Killed):
-        tiny.run(tmp_path / "longer", task=tiny.task(batch=dying(5)), optimizer=WSD, steps=8)
-    longer = tiny.run(tmp_path / "longer", optimizer=WSD, steps=12)
-    same_bits(longer, tiny.run(tmp_path / "whole", optimizer=WSD, steps=12))
+        tiny.run(tmp_path / "longer", task=Bigram(dying(5)), optimizer=WSD, steps=8)
+    longer = tiny.run(tmp_path / "longer", task=BIGRAM, optimizer=WSD, steps=12)
+    same_bits(longer, tiny.run(tmp_path / "whole", task=BIGRAM, optimizer=WSD, steps=12))
 
 
 def test_a_finished_run_goes_on_at_the_rate_of_the_longer_schedule(tmp_path):
-    tiny.run(tmp_path, steps=8, log_every=1)
-    tiny.run(tmp_path, steps=12, log_every=1)
+    tiny.run(tmp_path, task=BIGRAM, steps=8, log_every=1)
+    tiny.run(tmp_path, task=BIGRAM, steps=12, log_every=1)
     rates = curve(tmp_path, "learning_rate")
     optimizer = tiny.TRAINING.optimizer
     expected = [float(learning_rate(optimizer, 8 if step < 8 else 12)(step)) for step in range(12)]
@@ -67,12 +70,12 @@ def test_a_finished_run_goes_on_at_the_rate_of_the_longer_schedule(tmp_path):
 def test_a_decay_is_branched_from_the_middle(tmp_path):
     """A run at a constant rate to step 12, and what it would have been with 8 steps, from its step 6."""
     constant = dataclasses.replace(WSD, decay_fraction=0.0)
-    tiny.run(tmp_path / "constant", optimizer=constant, steps=12, keep=1, keep_every=6)
+    tiny.run(tmp_path / "constant", task=BIGRAM, optimizer=constant, steps=12, keep=1, keep_every=6)
     kept = Checkpoints(tmp_path / "constant/checkpoints", readonly=True)
     assert kept.steps() == [6, 12]
     adopt(kept.folder, 6, tmp_path / "branch/checkpoints")
-    branch = tiny.run(tmp_path / "branch", optimizer=WSD, steps=8)
-    same_bits(branch, tiny.run(tmp_path / "whole", optimizer=WSD, steps=8))
+    branch = tiny.run(tmp_path / "branch", task=BIGRAM, optimizer=WSD, steps=8)
+    same_bits(branch, tiny.run(tmp_path / "whole", task=BIGRAM, optimizer=WSD, steps=8))
     assert kept.steps() == [6, 12]
 
 
