@@ -59,7 +59,7 @@ class OptimizerConfig:
             self,
             learning_rate="[0, inf)",
             warmup_steps="[0, inf)",
-            decay_fraction="(0, 1]",
+            decay_fraction="[0, 1]",
             final_fraction="[0, 1]",
             b1="[0, 1)",
             b2="[0, 1)",

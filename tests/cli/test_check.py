@@ -88,7 +88,7 @@ def test_an_unknown_choice_is_told_what_there_is(key):
         ("training.steps", -5, "at least 1, found -5"),
         ("training.warmup_steps", 5000, "do not fit into 3200 steps"),
         ("training.warmup_steps", -1, "at least 0"),
-        ("training.decay_fraction", 0, r"in \(0, 1\]"),
+        ("training.decay_fraction", 1.5, r"in \[0, 1\]"),
         ("training.restarts", "(0.9,0.5)", "rising shares"),
         ("training.batch_size", 0, "at least 1"),
         ("training.accumulation", 3, "a divisor of batch_size, 8; found 3"),
@@ -122,6 +122,7 @@ def test_what_does_not_go_together_is_told():
     rows = {"data.layout": "rows", "image_tokenizer.quantizer": "rq", "image_tokenizer.codes": 64}
     says(r"config.data.layout: expected 'grid' with 4 codes a position \(rq\)", rows)
     check(load(**{"data.layout": "rows", "data.resize": "aspect"}))
+    check(load(**{"training.schedule": "wsd", "training.decay_fraction": 0}))  # a training whose decays branch off
     kept = {"sampling.checkpoint": "best", "training.keep_best": False}
     says("config.sampling.checkpoint: expected 'last' where config.training.keep_best is False", kept)
     check(load(**kept), ["samples"])  # the training may have kept it
