@@ -25,10 +25,11 @@ from ml_collections import ConfigDict
 
 from ar_unified.checkpoint import restore_params
 from ar_unified.cli import config as configs
-from ar_unified.data.images import Resize
+from ar_unified.data.images import NoImages, Resize
+from ar_unified.data.items import has_pictures
 from ar_unified.data.sources import EmptySplit, Source, open_source
 from ar_unified.errors import UserError
-from ar_unified.grammar import Grammar, fixed_grid, sized_rows
+from ar_unified.grammar import TEXT_ALONE, Grammar, fixed_grid, sized_rows
 from ar_unified.model.config import TransformerConfig, config_from, parameter_count
 from ar_unified.model.transformer import init, logical_axes
 from ar_unified.parallel import rules, runtime
@@ -231,7 +232,25 @@ class Experiment:
         return TextTokenizer.load(path, lossy=self.config.text_tokenizer.lossy)
 
     @cached_property
-    def image_tokenizer(self) -> ImageTokenizer:
+    def text_only(self) -> bool:
+        """Whether there are no pictures: no image tokenizer is trained or there, and no source has need of one.
+
+        Raises UserError where a source may have pictures, and none to code them.
+        """
+        if self.config.image_tokenizer.steps or (self.workdir.image_tokenizer / "config.json").exists():
+            return False
+        sources = [*self.train, *(source for those in self.held_out.values() for source in those)]
+        if pictured := [source.name for source in sources if has_pictures(source)]:
+            raise UserError(
+                f"config.image_tokenizer.steps is 0 and none was brought, but {', '.join(pictured)} may have pictures: "
+                "raise the steps, or bring text alone as sources of kind='text'"
+            )
+        return True
+
+    @cached_property
+    def image_tokenizer(self) -> ImageTokenizer | NoImages:
+        if self.text_only:
+            return NoImages()
         path = self.workdir.image_tokenizer / "config.json"
         self._require(path.exists(), path, "tokenizer")
         return ImageTokenizer.load(self.workdir.image_tokenizer)
@@ -240,6 +259,8 @@ class Experiment:
     def grammar(self) -> Grammar:
         """The vocabulary that binds the two tokenizers, and how pictures are written in it."""
         text, image = self.text_tokenizer, self.image_tokenizer
+        if isinstance(image, NoImages):
+            return Grammar(Vocabulary(text.size, 0, text_hash=text.hash), TEXT_ALONE, text)
         height, width = image.config.grid(*self.config.data.image_size)
         rows = self.config.data.layout == "rows"
         # "aspect" keeps the area, so a side may be up to twice that of the square.
@@ -328,7 +349,8 @@ class Experiment:
         vocabulary = self.grammar.vocabulary
         return {
             "model": f"{parameter_count(self.model) / 1e6:.2f}M parameters in {self.model.n_layers} layers",
-            "vocabulary": f"{vocabulary.text_size} text pieces + {vocabulary.codebook_size} image codes",
+            "vocabulary": f"{vocabulary.text_size} text pieces"
+            + (f" + {vocabulary.codebook_size} image codes" if vocabulary.codebook_size else ", no pictures"),
         }
 
     def _require(self, found: bool, path: Any, verb: str) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 from ar_tokenizers.image.metrics import psnr
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 
+from ar_unified.data.images import NoImages
 from ar_unified.data.sources import BadItem, Source
 from ar_unified.document import CodesPart, Document, ImagePart, Part, TextPart
 from ar_unified.evaluation.protocol import Protocol, text_of
@@ -75,7 +76,7 @@ class Scores:
 
 def evaluate(
     engine: Engine,
-    image_tokenizer: ImageTokenizer,
+    image_tokenizer: ImageTokenizer | NoImages,
     grammar: Grammar,
     protocol: Protocol,
     sources: Sequence[Source],
@@ -294,7 +295,7 @@ def _judged(
 class _Codec:
     """Pixels <-> codes, computed in batches of pictures of one size, and remembered."""
 
-    def __init__(self, tokenizer: ImageTokenizer):
+    def __init__(self, tokenizer: ImageTokenizer | NoImages):
         self.tokenizer = tokenizer
         self.codes: dict[str, np.ndarray] = {}  # by pixels
         self.pixels: dict[str, np.ndarray] = {}  # by codes
