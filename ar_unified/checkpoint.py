@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from orbax.checkpoint import v1 as ocp
 
 from ar_unified.errors import RunError, UserError
 from ar_unified.vocabulary import require_same
+
+_COMMITTED = "commit_success.txt"  # the file that makes a folder of a bucket a checkpoint
 
 # Orbax tells the story of every save, and of a failed one in pages of JSON. What fails is raised; the rest is noise.
 absl_logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
@@ -44,20 +46,30 @@ class Checkpoints:
       folder: where they lie, on storage that all processes share.
       keep: how many of the newest survive.
       keep_every: also keep every step that is a multiple of this; 0: none.
+      keep_best: also keep the step of the lowest validation loss among those that were saved with one.
       readonly: for readers beside a running writer: nothing is created, cleaned or saved, and no other process awaited.
     """
 
-    def __init__(self, folder: str | Path, *, keep: int = 3, keep_every: int = 0, readonly: bool = False):
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        keep: int = 3,
+        keep_every: int = 0,
+        keep_best: bool = False,
+        readonly: bool = False,
+    ):
         path = os.fspath(folder)
         self.folder = epath.Path(path if "://" in path else os.path.abspath(path))
         self.readonly = readonly
         self._saving: tuple[int, ocp.AsyncResponse[bool]] | None = None
         self._failed = False
+        self._losses: dict[int, float | None] = {}  # by step, as its metadata has it: read once
         if readonly:
             if not self.folder.is_dir():
                 raise FileNotFoundError(f"no checkpoints: {self.folder} does not exist; has the training stage run?")
             return
-        self.keep, self.keep_every = keep, keep_every
+        self.keep, self.keep_every, self.keep_best = keep, keep_every, keep_best
         self._orbax = ocp.training.Checkpointer(self.folder, cleanup_tmp_directories=True)  # what a killed writer left
 
     def steps(self) -> list[int]:
@@ -68,8 +80,34 @@ class Checkpoints:
         """The newest complete checkpoint, or None."""
         return max(self.steps(), default=None)
 
-    def save(self, step: int, *, params: Any, optimizer: Any, metadata: Mapping[str, Any]) -> None:
+    def best(self) -> tuple[int, float] | None:
+        """(step, validation loss) of the complete checkpoint with the lowest, or None; the first of equal ones.
+
+        It stands in the metadata of each, so that who starts again, or only reads, knows it too.
+        """
+        steps = self.steps()
+        for step in steps:
+            if step not in self._losses:
+                try:
+                    self._losses[step] = self.metadata(step).get("validation_loss")
+                except (OSError, ValueError):  # half deleted: not the best of anything
+                    self._losses[step] = None
+        found = [(loss, step) for step in steps if (loss := self._losses[step]) is not None]
+        loss, step = min(found, default=(0.0, 0))
+        return (step, loss) if found else None
+
+    def save(
+        self,
+        step: int,
+        *,
+        params: Any,
+        optimizer: Any,
+        metadata: Mapping[str, Any],
+        validation_loss: float | None = None,
+    ) -> None:
         """Starts saving and returns; the arrays may be donated at once. `metadata` is JSON; `step` is added to it.
+
+        validation_loss: of these parameters, finite; None: not known. It is added to the metadata.
 
         Raises SaveFailed if the save before this one failed.
         """
@@ -80,8 +118,9 @@ class Checkpoints:
             step,
             {"params": params, "optimizer": optimizer},
             force=True,  # when to save is the loop's decision
-            custom_metadata={**metadata, "step": step},
+            custom_metadata={**metadata, "step": step, "validation_loss": validation_loss},
         )
+        self._losses[step] = validation_loss
         if response is not None:
             self._saving = step, response
 
@@ -114,12 +153,13 @@ class Checkpoints:
     def _delete_old(self) -> None:
         """Not Orbax's policies: a writer killed while they delete leaves half a checkpoint under its name."""
         steps = self.steps()
+        best = self.best() if self.keep_best else None
         for step in steps[: -self.keep]:
-            if self.keep_every and step % self.keep_every == 0:
+            if (self.keep_every and step % self.keep_every == 0) or (best and step == best[0]):
                 continue
             old = self.folder / str(step)
             if "://" in str(self.folder):
-                (old / "commit_success.txt").unlink(missing_ok=True)  # what makes it a checkpoint in a bucket
+                (old / _COMMITTED).unlink(missing_ok=True)  # what makes it a checkpoint in a bucket
             else:
                 old = old.rename(self.folder / f"{step}.old.orbax-checkpoint-tmp")  # cleaned like a torn one, if torn
             old.rmtree()
@@ -187,6 +227,58 @@ def _alone() -> ocp.Context:
 def restore_params(folder: str | Path, target: Any = None, *, step: int | None = None, manifest: Any = None) -> Any:
     """The parameters alone, without reading optimizer state; arguments as `Checkpoints.restore`."""
     return Checkpoints(folder, readonly=True).restore(step, manifest=manifest, params=target)["params"]
+
+
+def steps_in(folder: str | Path) -> list[int]:
+    """Steps of the complete checkpoints of a folder, ascending; [] where there is no such folder."""
+    try:
+        return Checkpoints(folder, readonly=True).steps()
+    except FileNotFoundError:
+        return []
+
+
+def adopt(origin: str | Path, step: int, folder: str | Path) -> None:
+    """Puts checkpoint `step` of `origin` into `folder`, whole or not at all; what is there already stays.
+
+    On one file system its files are shared (hard links: nobody writes into a checkpoint), else copied. To be done while
+    nobody trains in `folder`. Raises FileNotFoundError, also where the checkpoint is deleted meanwhile, and OSError.
+    """
+    there, here = (Checkpoints(path, readonly=True).folder for path in (origin, _made(folder)))
+    if step not in steps_in(there):
+        raise FileNotFoundError(f"no step {step} in {there}; it has steps {steps_in(there)}")
+    if step in steps_in(here):
+        return
+    bucket = "://" in str(here)
+    target = here / (str(step) if bucket else f"{step}.new.orbax-checkpoint-tmp")  # cleaned like a torn one, if torn
+    if target.exists():
+        target.rmtree()
+    for path in sorted(_files(there / str(step)), key=lambda path: path.name == _COMMITTED):
+        copy = target / path.relative_to(there / str(step))
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        link_or_copy(path, copy)
+    if not bucket:
+        target.rename(here / str(step))
+
+
+def link_or_copy(path: Any, copy: Any) -> None:
+    """A file under one more name; another file with the same bytes where the file system cannot do that."""
+    try:
+        os.link(path, copy)
+    except (OSError, TypeError, NotImplementedError):
+        epath.Path(path).copy(copy)
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
+
+
+def _made(folder: str | Path) -> str | Path:
+    epath.Path(folder).mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

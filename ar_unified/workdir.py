@@ -4,25 +4,31 @@
     evaluation.json  report.html
 
 A stage owns one folder. `started.json` in it says with which fingerprint (whatever decides its result) it was
-begun, `done.json` is written last. While a process makes a stage it holds the lock `.STAGE.lock`, which ends with the
-process, however that ends. Of a job's many processes, process 0 writes and the others read, on storage that all share.
+begun, `done.json` is written last, `history.json` tells what changed meanwhile (ar_unified.history). A stage that
+stopped before it made anything holds nobody back: its folder is removed when it fails, or when it is opened again.
+While a process makes a stage it holds the lock `.locks/STAGE`, which ends with the process, however that ends. Of a
+job's many processes, process 0 writes and the others read, on storage that all share.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from ar_unified import history
 from ar_unified.errors import UserError
+from ar_unified.history import Changeable, Changes
 
 _UNFINISHED = ".unfinished~"  # ends the name of a file that is being written
 
@@ -66,8 +72,11 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """The value `write_json` wrote. Raises OSError, json.JSONDecodeError."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """The value `write_json` wrote. Raises OSError, and UserError for a file that holds something else."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # of UTF-8, or of JSON
+        raise UserError(f"{path}: expected JSON, as it was written: {error}. It was changed, or cut short") from error
 
 
 def clean(folder: str | Path, *, deep: bool = True) -> list[Path]:
@@ -92,19 +101,81 @@ class StageMismatch(UserError):
 
 @dataclass
 class Stage:
-    """One stage's folder. `done`: its result is there and may be used; `summary`: what `finish` was given."""
+    """One stage's folder.
+
+    Attributes:
+        fingerprint: whatever decides its result. cost: the other settings it is made with, flat.
+        done: its result is there and may be used. summary: what `finish` was given.
+        changed: by kind (ar_unified.history), what differs from the folder's record and may; `begin` writes it down.
+        aside: where what was there before lies now, if the stage was begun anew.
+    """
 
     name: str
     folder: Path
     fingerprint: dict[str, Any]
+    cost: dict[str, Any] = field(default_factory=dict)
     done: bool = False
     summary: dict[str, Any] | None = None
+    changed: dict[str, Changes] = field(default_factory=dict)
+    aside: Path | None = None
+
+    @property
+    def fields(self) -> list[str]:
+        """Dotted, of all that it is made with."""
+        return [*self.cost, *dict(history.flat(self.fingerprint))]
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The entries of history.json, oldest first; [] where nothing changed."""
+        return read_history(self.folder)
+
+    def begin(self, *entries: Mapping[str, Any]) -> None:
+        """Writes `entries` to the history, then the record of how the stage is made from now on; it is not done.
+
+        Raises StageBusy.
+        """
+        own(self.folder)
+        told = self.history
+        for entry in entries:
+            if not told or not history.same(told[-1], entry):  # killed behind this, it comes here again
+                told.append(dict(entry))
+        if entries:
+            write_json(self.folder / "history.json", told)
+        write_json(self.folder / "started.json", {"fingerprint": self.fingerprint, "cost": self.cost})
+        (self.folder / "done.json").unlink(missing_ok=True)
+        self.done, self.summary = False, None
+        clean(self.folder)
+
+    def begin_anew(self) -> None:
+        """Renames the folder, by the first number that is free, and begins an empty one."""
+        numbers = (self.folder.with_name(f"{self.name}.old-{n}") for n in itertools.count(1))
+        own(self.folder)
+        self.aside = next(path for path in numbers if not path.exists())
+        self.folder.rename(self.aside)
+        self.begin(history.entry("anew", None, self.changed["anew"], aside=self.aside.name))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Marks the stage as done; to be called when everything it leaves is in its place."""
-        self.summary = json.loads(json.dumps(summary, default=_plain))
-        write_json(self.folder / "done.json", {"fingerprint": self.fingerprint, "summary": self.summary})
+        self.summary = _as_json(summary)
+        record = {"fingerprint": self.fingerprint, "cost": self.cost, "summary": self.summary}
+        write_json(self.folder / "done.json", record)
         self.done = True
+
+    def made_nothing(self) -> bool:
+        """Whether it was begun, and nothing came of it so far."""
+        files = {path.name for path in self.folder.rglob("*") if not path.is_dir()}
+        return not {name for name in files - {"started.json"} if not name.endswith(_UNFINISHED)}
+
+    def abandon(self) -> None:
+        """Removes the folder of a stage that failed before it made anything, so that the next try begins anew."""
+        if not self.done and self.made_nothing():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """What changed while the stage of a folder was made, oldest first."""
+    path = folder / "history.json"
+    return read_json(path) if path.exists() else []
 
 
 class StageBusy(UserError):
@@ -116,6 +187,28 @@ class NotShared(UserError):
 
 
 _held: dict[Path, IO[str]] = {}  # the locks of this process
+
+
+def own(folder: Path) -> None:
+    """Takes the lock of a stage's folder for the rest of this process. Raises StageBusy."""
+    path = (folder.parent / ".locks" / folder.name).resolve()
+    if path in _held:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            return  # some network file systems have no locks
+        raise StageBusy(f"{folder} is being made by {holder}: wait for it, or end it") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    file.flush()
+    _held[path] = file
 
 
 class Workdir:
@@ -136,58 +229,59 @@ class Workdir:
         self.evaluation = self.path / "evaluation.json"
         self.report = self.path / "report.html"
 
-    def stage(self, name: str, fingerprint: Mapping[str, Any]) -> Stage:
+    def stage(self, name: str, fingerprint: Mapping[str, Any], may: Changeable = history.NOTHING) -> Stage:
         """Opens a stage: a finished one as `done`, an interrupted one to continue, a new one to begin.
 
         A reader opens it when the writer has opened it.
 
         Args:
             name: of its folder, e.g. "data".
-            fingerprint: all that decides the result, as JSON values: part of the config, input hashes.
+            fingerprint: all that decides the result, as JSON values (part of the config, input hashes), and of what
+                decides only cost what is worth telling.
+            may: what may differ from the folder's record; the stage then has it as `changed`.
 
         Raises:
-            StageMismatch: the folder was finished, or begun, with another fingerprint.
+            StageMismatch: the folder was finished, or begun, with something else that may not change.
             StageBusy: another process is making it.
             NotShared: a reader does not find the writer's record.
         """
-        ours = json.loads(json.dumps(fingerprint, default=_plain))
-        stage = Stage(name, self.path / name, ours)
+        stage = self.undecided(name, fingerprint, may)
         started, done = stage.folder / "started.json", stage.folder / "done.json"
-        if self.reader and not done.exists():
-            self.await_file(started)
+        if self.reader:
+            self._await_record(stage, may)
+        elif not done.exists() and started.exists() and stage.made_nothing():
+            own(stage.folder)
+            started.unlink()  # killed at once: whatever it was begun with, nothing was made of it
         for record, state in ((done, "finished"), (started, "begun, not finished,")):
             if record.exists():
                 found = read_json(record)
-                _require_same(stage, found["fingerprint"], state)
+                stage.changed = _changes(stage, found, state, may)
                 stage.done, stage.summary = record == done, found.get("summary")
                 break
-        if not stage.done and not self.reader:
-            self._own(name)
-            if not started.exists():
-                write_json(started, {"fingerprint": ours})
+        else:
+            stage.begin()
+        if not stage.done and not self.reader and not stage.changed:
+            own(stage.folder)
             clean(stage.folder)
         return stage
 
-    def _own(self, name: str) -> None:
-        """Takes the lock of a stage for the rest of this process. Raises StageBusy."""
-        path = (self.path / f".{name}.lock").resolve()
-        if path in _held:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                return  # some network file systems have no locks
-            raise StageBusy(f"{self.path / name} is being made by {holder}: wait for it, or end it") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        file.flush()
-        _held[path] = file
+    def undecided(self, name: str, fingerprint: Mapping[str, Any], may: Changeable) -> Stage:
+        """A stage as it is to be made, whatever its folder holds: nothing is read or written."""
+        return Stage(name, self.path / name, *history.divide(_as_json(fingerprint), may.cost))
+
+    def _await_record(self, stage: Stage, may: Changeable, patience: float = 60.0) -> None:
+        """For a reader: until the writer's record is seen here, and is of this config."""
+        started, done = stage.folder / "started.json", stage.folder / "done.json"
+        deadline = time.monotonic() + patience
+        while True:
+            if not done.exists():
+                self.await_file(started, patience=patience)
+            record, state = (done, "finished") if done.exists() else (started, "begun")
+            if not _changes(stage, read_json(record), state, may):
+                return
+            if time.monotonic() > deadline:  # raises: this is not in it
+                self.await_file(record, {"fingerprint": stage.fingerprint, "cost": stage.cost}, patience=0)
+            time.sleep(0.1)
 
     def await_file(self, path: Path, content: Any = None, *, patience: float = 60.0) -> None:
         """For a reader: until a JSON file that the writer has written is seen here, with `content` unless None.
@@ -205,24 +299,25 @@ class Workdir:
             time.sleep(0.1)
 
 
-def _require_same(stage: Stage, found: Any, state: str) -> None:
-    theirs, ours = dict(_flat(found)), dict(_flat(stage.fingerprint))
-    for field in [*ours, *(field for field in theirs if field not in ours)]:
-        a, b = theirs.get(field, "(absent)"), ours.get(field, "(absent)")
-        if a != b:
-            raise StageMismatch(
-                field,
-                f"stage {stage.name!r}: {stage.folder} was {state} with {field} = {a!r:.200}, this run has "
-                f"{b!r:.200}. Use another --workdir, or delete {stage.folder} to make it again.",
-            )
+def _changes(stage: Stage, found: Mapping[str, Any], state: str, may: Changeable) -> dict[str, Changes]:
+    """What differs from a record and may, by kind. Raises StageMismatch for what may not."""
+    refused, changed = history.compare(found, stage.fingerprint, stage.cost, may)
+    if refused is not None:
+        old, new = changed["extended"][refused]
+        raise StageMismatch(
+            refused,
+            f"stage {stage.name!r}: {stage.folder} was {state} with {refused} = {old!r:.200}, this run has "
+            f"{new!r:.200}. Use another --workdir, or delete {stage.folder} to make it again. "
+            f"{may.among(stage.fields)}".rstrip(),
+        )
+    if state == "finished":  # with the settings it tells of
+        changed.pop("cost", None)
+    return changed
 
 
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _flat(inner, f"{path}.{key}" if path else key)
-    else:
-        yield path, value
+def _as_json(value: Any) -> Any:
+    """A value as it comes back from a file."""
+    return json.loads(json.dumps(value, default=_plain))
 
 
 def _plain(value: Any) -> Any:

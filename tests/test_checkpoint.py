@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import time
@@ -13,7 +14,7 @@ import pytest
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from ar_unified.checkpoint import CheckpointMismatch, Checkpoints, SaveFailed, restore_params
+from ar_unified.checkpoint import CheckpointMismatch, Checkpoints, SaveFailed, adopt, restore_params, steps_in
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.vocabulary import ManifestMismatch
 
@@ -75,6 +76,29 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
 def test_the_newest_and_every_fourth_are_kept(tmp_path):
     save(tmp_path, *range(1, 8), keep=2, keep_every=4).close()
     assert Checkpoints(tmp_path, readonly=True).steps() == [4, 6, 7]
+
+
+def test_the_best_is_kept_until_a_better_one_is_on_disk(tmp_path):
+    losses = {1: 3.0, 2: 1.5, 3: None, 4: 2.0, 5: 1.5}
+    mesh = make_mesh(dict(fsdp=4, tensor=2))
+    params = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), PARAMS, on(mesh))
+
+    def write(*steps):
+        checkpoints = Checkpoints(tmp_path, keep=1, keep_best=True)
+        for step in steps:
+            checkpoints.save(step, params=params, optimizer=params, metadata={}, validation_loss=losses[step])
+        checkpoints.close()
+
+    write(1, 2, 3)
+    assert Checkpoints(tmp_path, readonly=True).steps() == [2, 3]
+    write(4, 5)  # started again, it knows: and of equal ones the first stays
+    reader = Checkpoints(tmp_path, readonly=True)
+    assert reader.steps() == [2, 5] and reader.best() == (2, 1.5) and reader.latest() == 5
+    losses[6] = 1.0
+    write(6)
+    assert Checkpoints(tmp_path, readonly=True).steps() == [6]
+    (tmp_path / "6" / "_CHECKPOINT_METADATA").unlink()
+    assert Checkpoints(tmp_path, readonly=True).best() is None
 
 
 def test_a_half_written_checkpoint_is_not_seen_and_is_cleaned_up(tmp_path):
@@ -140,3 +164,29 @@ def test_saved_arrays_may_be_donated_at_once(tmp_path):
     checkpoints.close()
     for step in (2, 3, 4):
         assert set(np.unique(restore_params(tmp_path, step=step)["x"])) == {51 * (step - 1) + 1}
+
+
+def test_a_checkpoint_is_adopted_whole_and_outlives_its_origin(tmp_path):
+    origin, folder = tmp_path / "origin", tmp_path / "branch"
+    save(origin, 1, 2, 3).close()
+    shutil.copytree(origin / "1", folder / "2.new.orbax-checkpoint-tmp")  # what a killed attempt left
+    adopt(origin, 2, folder)
+    adopt(origin, 2, folder)  # again, as after a kill behind it
+    assert steps_in(folder) == [2] and steps_in(origin) == [1, 2, 3] and steps_in(tmp_path / "none") == []
+    assert [path.name for path in folder.iterdir()] == ["2"]
+    shutil.rmtree(origin)
+    checkpoints = save(folder, 4)
+    checkpoints.close()
+    assert checkpoints.steps() == [2, 4] and checkpoints.metadata(2)["step"] == 2
+    found = checkpoints.restore(2, params=None, optimizer=None)
+    np.testing.assert_array_equal(found["params"]["w"], 2 * PARAMS["w"])
+    with pytest.raises(FileNotFoundError, match=r"no step 5 in .*it has steps \[2, 4\]"):
+        adopt(folder, 5, tmp_path / "again")
+
+
+def test_a_file_system_without_hard_links_gets_copies(tmp_path, monkeypatch):
+    save(tmp_path / "origin", 1).close()
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("not here")))
+    adopt(tmp_path / "origin", 1, tmp_path / "branch")
+    shutil.rmtree(tmp_path / "origin")
+    np.testing.assert_array_equal(restore_params(tmp_path / "branch")["w"], PARAMS["w"])

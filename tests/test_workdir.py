@@ -55,9 +55,26 @@ def test_a_stage_is_done_only_after_finish(tmp_path):
     assert done.done and done.summary == {"documents": 3}
 
 
+def test_a_stage_that_made_nothing_holds_nobody_back(tmp_path):
+    stage = Workdir(tmp_path).stage("data", FINGERPRINT)
+    (stage.folder / "train").mkdir()
+    (stage.folder / ".a.json.123.unfinished~").write_bytes(b"killed at once")
+    other = Workdir(tmp_path).stage("data", FINGERPRINT | {"layout": {"height": 8}})
+    assert read_json(other.folder / "started.json")["fingerprint"]["layout"] == {"height": 8}
+    other.abandon()
+    assert not other.folder.exists()
+    again = Workdir(tmp_path).stage("data", FINGERPRINT)
+    write_text(again.folder / "train" / "shard", "made")
+    again.abandon()
+    with pytest.raises(StageMismatch):
+        Workdir(tmp_path).stage("data", FINGERPRINT | {"layout": {"height": 8}})
+    assert (again.folder / "train" / "shard").exists()
+
+
 @pytest.mark.parametrize("finished", [False, True])
 def test_another_fingerprint_is_refused_with_the_field_and_the_way_out(tmp_path, finished):
     stage = Workdir(tmp_path).stage("data", FINGERPRINT)
+    write_text(stage.folder / "shard", "made")
     if finished:
         stage.finish({})
     with pytest.raises(StageMismatch) as caught:

@@ -62,6 +62,12 @@ def _tokenizer(parser: argparse.ArgumentParser) -> None:
 def _train(parser: argparse.ArgumentParser) -> None:
     _experiment(parser)
     parser.add_argument(
+        "--branch",
+        metavar="WORKDIR[:STEP]",
+        type=_branch,
+        help="begin with a checkpoint of another workdir (its last), its tokenizers and its data; it stays as it is",
+    )
+    parser.add_argument(
         "--profile",
         metavar="FIRST:LAST",
         type=_window,
@@ -82,6 +88,7 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--part", metavar="K/N", type=_part, help="serve part K, from 0, of N; default: of the processes, this one's"
     )
+    parser.add_argument("--links", action="store_true", help="follow links that lead out of the requests' folder")
     parser.add_argument("--layout", choices=LAYOUTS, help="write the pictures for a benchmark, too")
 
 
@@ -93,6 +100,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="with --only tokenizer: score it on the picture files under DIR, into tokenizer_evaluation/<DIR>-<crop>",
     )
+    parser.add_argument("--links", action="store_true", help="with --pictures: follow links that lead out of DIR")
     parser.add_argument(
         "--crop", type=int, metavar="PIXELS", help="with --pictures: side of the square crops (config.data.image_size)"
     )
@@ -102,6 +110,7 @@ def _validate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", nargs="?", metavar="DIR", help="a dataset folder, one JSONL file or one of text")
     parser.add_argument("--config", metavar="FILE[:arg]", help="an experiment instead")
     parser.add_argument("--workdir", metavar="DIR", help="where the experiment's tokenizers are")
+    parser.add_argument("--links", action="store_true", help="follow links that lead out of DIR")
     parser.add_argument("--show", type=int, default=3, metavar="N", help="documents of each source to print (3)")
 
 
@@ -123,6 +132,16 @@ def _window(text: str) -> tuple[int, int]:
     if match is None or int(match[1]) >= int(match[2]):
         raise argparse.ArgumentTypeError(f"expected FIRST:LAST in steps, as in 100:105, found {text!r}")
     return int(match[1]), int(match[2])
+
+
+def _branch(text: str) -> tuple[Path, int | None]:
+    """WORKDIR or WORKDIR:STEP."""
+    path, colon, step = text.rpartition(":")
+    if colon and step.isdecimal():
+        return Path(path), int(step)
+    if not text:
+        raise argparse.ArgumentTypeError("expected WORKDIR or WORKDIR:STEP, found nothing")
+    return Path(text), None
 
 
 def _part(text: str) -> tuple[int, int]:

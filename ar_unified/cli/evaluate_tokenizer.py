@@ -18,6 +18,7 @@ import numpy as np
 
 from ar_unified import progress
 from ar_unified.cli import config as configs
+from ar_unified.cli.changes import changeable
 from ar_unified.cli.experiment import Experiment, by_first_process
 from ar_unified.data.images import decode, to_png
 from ar_unified.data.sources import Source, open_source
@@ -43,6 +44,7 @@ def evaluate_held_out(experiment: Experiment) -> None:
         sources={name: [dict(source.fingerprint) for source in sources] for name, sources in sets.items()},
         probed=experiment.fingerprints() if steps else {},
         weights={name: file for name, file in _files(config).items() if file},
+        may=changeable(anew=["tokenizer"]),
     )
     if stage.done:
         return experiment.skip(stage)
@@ -51,13 +53,13 @@ def evaluate_held_out(experiment: Experiment) -> None:
 
 
 @by_first_process
-def evaluate_folder(experiment: Experiment, pictures: str, crop: int | None = None) -> None:
+def evaluate_folder(experiment: Experiment, pictures: str, crop: int | None = None, links: bool = False) -> None:
     """The picture files of a folder in place of the held-out sets, into a folder of their own; every time anew.
 
-    crop: side of the square crops in pixels; None: config.data.image_size.
+    crop: side of the square crops in pixels; None: config.data.image_size. links: as of a source.
     """
     with about("--pictures"):
-        source = open_source(dict(kind="pictures", path=pictures))
+        source = open_source(dict(kind="pictures", path=pictures, links=links))
     size = (crop, crop) if crop else experiment.config.data.image_size
     with about("--crop"):
         experiment.image_tokenizer.config.grid(*size)

@@ -1,7 +1,7 @@
 """A config and a workdir, and the things they name: what every verb opens first.
 
 Stages are fingerprinted by the parts of the config that decide their result, so that a changed learning rate does not
-make the data again, and a changed codebook is refused instead of mixed in.
+make the data again, and a changed codebook is refused instead of mixed in. `cli.changes` has what may change later.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import hashlib
 import json
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,15 @@ from ar_tokenizers.image.tokenizer import ImageTokenizer
 from ar_tokenizers.text import TextTokenizer
 from ml_collections import ConfigDict
 
+from ar_unified import history
 from ar_unified.checkpoint import restore_params
 from ar_unified.cli import config as configs
+from ar_unified.cli.changes import Training, changeable, require_extensible
 from ar_unified.data.images import Resize
-from ar_unified.data.sources import Source, open_source
+from ar_unified.data.sources import EmptySplit, Source, open_source
 from ar_unified.errors import UserError, about
 from ar_unified.grammar import Grammar, fixed_grid, sized_rows
+from ar_unified.history import Changeable
 from ar_unified.interrupts import Preempted
 from ar_unified.model.config import TransformerConfig, config_from, parameter_count
 from ar_unified.model.transformer import init, logical_axes
@@ -37,7 +41,7 @@ from ar_unified.parallel.mesh import make_mesh
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
 from ar_unified.vocabulary import Vocabulary
-from ar_unified.workdir import Stage, Workdir, read_json, write_json
+from ar_unified.workdir import Stage, Workdir, read_history, read_json, write_json
 
 _ALONE = 14 * 86400.0  # seconds that others wait for a stage of process 0: as long as it lives
 STAGES = ("text_tokenizer", "image_tokenizer", "data", "model", "samples", "tokenizer_evaluation", "evaluation")
@@ -73,7 +77,8 @@ def by_first_process(stage: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(stage)
     def wrapped(experiment: Experiment, *more: Any) -> None:
         if runtime.first():
-            stage(experiment, *more)
+            with experiment.leaving_nothing():
+                stage(experiment, *more)
         runtime.barrier(stage.__name__, timeout=_ALONE)
         if runtime.preempted():
             experiment.say("SIGTERM: stopped between two stages")
@@ -88,23 +93,39 @@ class Experiment:
     def __init__(self, config: ConfigDict, workdir: Workdir):
         self.config, self.workdir = config, workdir
         self._opened = time.perf_counter()
+        self._stage: Stage | None = None
 
     def say(self, line: str) -> None:
         runtime.say(line)
 
     # ---- stages ---------------------------------------------------------------------------------------------------
 
-    def stage(self, name: str, *keys: str, together: bool = False, **more: Any) -> Stage:
+    def stage(
+        self,
+        name: str,
+        *keys: str,
+        together: bool = False,
+        training: Training | None = None,
+        may: Changeable | None = None,
+        **more: Any,
+    ) -> Stage:
         """The stage's guard, with `keys` of the config and `more` as what decides its result.
 
         The workdir's config.json is that of the last start that had something to make.
 
-        together: all processes open it; else the one that does the stage (`by_first_process`).
+        Args:
+            together: all processes open it; else the one that does the stage (`by_first_process`).
+            training: where the stage is many steps, how far it has come: it may be told to go on to others.
+            may: what of it may change; default: by `cli.changes`.
         """
-        fingerprint = {key: configs.plain(self.config[key]) for key in keys} | {"seed": self.config.seed} | more
+        may = may or changeable()
+        fingerprint = self.fingerprint(*keys, **more)
         if together and not runtime.first():
             runtime.barrier(f"stage {name}")  # process 0 has opened it
-        stage = self.workdir.stage(name, fingerprint)
+        stage = self.workdir.stage(name, fingerprint, may)
+        self._stage = stage
+        if stage.changed:  # a reader sees none: what changed is written when it comes
+            self._go_on(stage, training)
         if together and runtime.first():
             runtime.barrier(f"stage {name}")
         self._opened = time.perf_counter()
@@ -113,6 +134,41 @@ class Experiment:
                 write_json(self.workdir.config, configs.plain(self.config))
             self.say(f"==== {name}")
         return stage
+
+    def fingerprint(self, *keys: str, **more: Any) -> dict[str, Any]:
+        """Of a stage: `keys` of the config, and `more`."""
+        return {key: configs.plain(self.config[key]) for key in keys} | {"seed": self.config.seed} | more
+
+    def _go_on(self, stage: Stage, training: Training | None) -> None:
+        """Writes what changed into the stage's history and says it; raises UserError where it cannot go on with it."""
+        if anew := stage.changed.get("anew"):
+            stage.begin_anew()
+            field, (old, new) = next(iter(anew.items()))
+            self.say(
+                f"{stage.name}: made anew, as {field} is {new!r:.80} now (was {old!r:.80}); "
+                f"what there was is in {stage.aside}"
+            )
+            return
+        taken = max(training.checkpoints(), default=0) if training else None
+        if "extended" in stage.changed:
+            if training is None:
+                raise AssertionError(f"stage {stage.name!r} has no steps that could be extended")
+            taken = require_extensible(stage, training, self.workdir)
+        entries = [history.entry(kind, taken, changed) for kind, changed in stage.changed.items()]
+        stage.begin(*entries)
+        for entry in entries:
+            self.say(f"{stage.name}: {entry['kind']} {history.told(entry)}")
+
+    @contextmanager
+    def leaving_nothing(self) -> Iterator[None]:
+        """Around the work of a stage: one that fails before it has made anything leaves no folder."""
+        self._stage = None
+        try:
+            yield
+        except BaseException:
+            if self._stage is not None and runtime.first():
+                self._stage.abandon()
+            raise
 
     def skip(self, stage: Stage) -> None:
         self.say(f"==== {stage.name}: done already ({stage.folder})")
@@ -134,7 +190,7 @@ class Experiment:
     def specs(self, specs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Specs as plain dicts; named datasets live in the workdir unless the spec says where."""
         there = {"data_dir": str(self.workdir.path / "tfds")}
-        return [(there if spec["kind"] == "tfds" else {}) | configs.plain(spec) for spec in specs]
+        return [(there if spec.get("kind") == "tfds" else {}) | configs.plain(spec) for spec in specs]
 
     def sources(self, specs: Sequence[Mapping[str, Any]]) -> list[Source]:
         return [open_source(spec) for spec in self.specs(specs)]
@@ -150,9 +206,17 @@ class Experiment:
 
     @cached_property
     def held_out(self) -> dict[str, list[Source]]:
-        """Held-out sets by name; "validation" first."""
+        """Held-out sets by name; "validation" first. A part that has nothing, for want of groups, is left out."""
         specs = {"validation": self.config.data.validation, **self.config.data.tests}
-        return {name: self.sources(tuple(spec)) for name, spec in specs.items()}
+        found: dict[str, list[Source]] = {}
+        for name, those in specs.items():
+            found[name] = []
+            for spec in those:
+                try:
+                    found[name] += self.sources([spec])
+                except EmptySplit as error:
+                    self.say(f"{name}: {error}. It goes on without it")
+        return found
 
     def fingerprints(self, *, held_out: bool = False) -> dict[str, Any]:
         """What the sources hold, by name."""
@@ -180,13 +244,15 @@ class Experiment:
     def text_tokenizer(self) -> TextTokenizer:
         path = self.workdir.text_tokenizer / "text.model"
         self._require(path.exists(), path, "tokenizer")
-        return TextTokenizer.load(path, lossy=self.config.text_tokenizer.lossy)
+        with about("the workdir's text tokenizer"):
+            return TextTokenizer.load(path, lossy=self.config.text_tokenizer.lossy)
 
     @cached_property
     def image_tokenizer(self) -> ImageTokenizer:
         path = self.workdir.image_tokenizer / "config.json"
         self._require(path.exists(), path, "tokenizer")
-        return ImageTokenizer.load(self.workdir.image_tokenizer)
+        with about("the workdir's image tokenizer"):
+            return ImageTokenizer.load(self.workdir.image_tokenizer)
 
     @cached_property
     def grammar(self) -> Grammar:
@@ -209,7 +275,8 @@ class Experiment:
 
     @cached_property
     def mesh(self) -> jax.sharding.Mesh:
-        return make_mesh(configs.plain(self.config.mesh))
+        with about("config.mesh"):
+            return make_mesh(configs.plain(self.config.mesh))
 
     def filter(self, modality: str) -> Filter:
         return Filter(**configs.plain(self.config.sampling[modality]))
@@ -244,7 +311,8 @@ class Experiment:
             target = jax.tree.map(
                 lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, placement
             )
-        return restore_params(self.checkpoint_folder, target, manifest=self.grammar.manifest())
+        step = None if self.config.sampling.checkpoint == "last" else self.checkpoint
+        return restore_params(self.checkpoint_folder, target, step=step, manifest=self.grammar.manifest())
 
     @cached_property
     def engine(self) -> Engine:
@@ -261,24 +329,57 @@ class Experiment:
                 mesh=self.decoding_mesh,
             )
 
-    def trained(self) -> dict[str, Any]:
-        """What decided the trained model: the fingerprint of its stage."""
+    def _trained(self) -> dict[str, Any]:
+        """What the finished model stage says of itself: its fingerprint, and its summary."""
         path = self.workdir.model / "done.json"
         self._require(path.exists(), path, "train")
-        return read_json(path)["fingerprint"]
+        return read_json(path)
+
+    def trained(self) -> dict[str, Any]:
+        """What decided the trained model: the fingerprint of its stage, and what of it changed on the way."""
+        fingerprint = self._trained()["fingerprint"]
+        told = [entry for entry in read_history(self.workdir.model) if entry["kind"] in history.DECIDING]
+        way = [{key: entry[key] for key in ("kind", "step", "changed")} for entry in told]
+        return fingerprint | ({"history": way} if way else {})
+
+    @property
+    def checkpoint(self) -> int:
+        """Steps taken by the model that samples and evaluations use: the last, or the best on held-out documents."""
+        wanted, summary = self.config.sampling.checkpoint, self._trained()["summary"]
+        if wanted == "last":
+            return summary["steps"]
+        if wanted != "best":
+            raise UserError(f"config.sampling.checkpoint: expected 'last' or 'best', found {wanted!r}")
+        if "best_step" not in summary:
+            raise UserError(
+                "config.sampling.checkpoint: expected 'last', found 'best', but this training kept no best step: that "
+                "needs held-out documents and training.keep_best=True while it trains"
+            )
+        return summary["best_step"]
 
     @property
     def weights(self) -> str:
-        """Names the trained weights."""
-        return hashlib.sha256(json.dumps(self.trained(), sort_keys=True).encode()).hexdigest()
+        """Names the weights that are used."""
+        trained = json.dumps(self.trained(), sort_keys=True)
+        step = "" if self.config.sampling.checkpoint == "last" else f" step {self.checkpoint}"
+        return hashlib.sha256((trained + step).encode()).hexdigest()
 
     def facts(self) -> dict[str, str]:
         """Short things worth saying at the head of a report."""
-        vocabulary = self.grammar.vocabulary
-        return {
-            "model": f"{parameter_count(self.model) / 1e6:.2f}M parameters in {self.model.n_layers} layers",
-            "vocabulary": f"{vocabulary.text_size} text pieces + {vocabulary.codebook_size} image codes",
-        }
+        vocabulary, step = self.grammar.vocabulary, self.checkpoint
+        best = f"step {step}, the best on held-out documents"
+        return (
+            {"checkpoint": best if self.config.sampling.checkpoint == "best" else f"step {step}, the last"}
+            | {
+                "model": f"{parameter_count(self.model) / 1e6:.2f}M parameters in {self.model.n_layers} layers",
+                "vocabulary": f"{vocabulary.text_size} text pieces + {vocabulary.codebook_size} image codes",
+            }
+            | (
+                {"changed": "; ".join(map(history.told, changed))}
+                if (changed := read_history(self.workdir.model))
+                else {}
+            )
+        )
 
     def _require(self, found: bool, path: Any, verb: str) -> None:
         if not found:

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from ar_unified import interrupts
 from ar_unified.cli.arguments import parser_of
 from ar_unified.errors import FAULT, UNUSABLE, explain
-from ar_unified.model.host import prepare_cpu
 
 VERBS = {
     "run": "every stage of an experiment in order: tokenizer, prepare, train, sample, evaluate",
@@ -97,8 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(verb: str, arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     _quiet_libraries()
-    prepare_cpu()
-    from ar_unified.parallel import runtime  # JAX: not before the switches above
+    from ar_unified.parallel import runtime  # JAX: not for --help
 
     module = importlib.import_module(f"ar_unified.cli.{verb}")
     with runtime.ending():

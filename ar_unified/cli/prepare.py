@@ -46,6 +46,7 @@ def prepare(experiment: Experiment) -> None:
             stage.folder / split,
             max_tokens=experiment.config.data.max_tokens,
             resize=experiment.resize,
+            may_be_lost=split == "validation",
         )
         experiment.say(f"{split}:\n{report}")
         summary[split] = {name: asdict(counts) for name, counts in report.sources.items()}

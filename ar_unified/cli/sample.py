@@ -28,6 +28,7 @@ from typing import Any
 import jax
 
 from ar_unified.cli import config as configs
+from ar_unified.cli.changes import MODEL, changeable
 from ar_unified.cli.experiment import Experiment, by_first_process, open_experiment
 from ar_unified.data.images import to_png
 from ar_unified.data.sources import BadItem, Source
@@ -48,7 +49,8 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         return 0
     output = Path(arguments.output or experiment.workdir.samples / (requests[0].stem if requests else ""))
     more = {"n": LAYOUTS[arguments.layout].n} if arguments.layout else {}
-    report = _run(experiment, requests, output, part=arguments.part, **more) if requests else None
+    given = dict(part=arguments.part, links=arguments.links, **more)
+    report = _run(experiment, requests, output, **given) if requests else None
     if arguments.layout and (report is None or report.complete):
         experiment.say(str(export(output, arguments.layout, output / arguments.layout)))
     return 0
@@ -57,7 +59,13 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 @by_first_process
 def sample_held_out(experiment: Experiment) -> None:
     """Stage samples: a gallery of what the model answers to the beginnings of held-out documents."""
-    stage = experiment.stage("samples", "sampling", model=experiment.trained())
+    stage = experiment.stage(
+        "samples",
+        "sampling",
+        model=experiment.trained(),
+        checkpoint_step=experiment.checkpoint,
+        may=changeable(anew=MODEL),
+    )
     if stage.done:
         return experiment.skip(stage)
     requests = stage.folder / "requests.jsonl"
@@ -72,7 +80,12 @@ def sample_held_out(experiment: Experiment) -> None:
 
 
 def _run(
-    experiment: Experiment, requests: Sequence[Path], output: Path, part: tuple[int, int] | None = None, **defaults: Any
+    experiment: Experiment,
+    requests: Sequence[Path],
+    output: Path,
+    part: tuple[int, int] | None = None,
+    links: bool = False,
+    **defaults: Any,
 ) -> JobReport:
     sampling = experiment.config.sampling
     report = run_job(
@@ -83,6 +96,7 @@ def _run(
         defaults={key: configs.plain(sampling[key]) for key in ("guidance", "context", "text", "image")} | defaults,
         weights=experiment.weights,
         resize=experiment.resize,
+        links=links,
         process=part or (jax.process_index(), jax.process_count()),
         warn=lambda line: experiment.say(f"warning: {line}"),
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,10 +20,13 @@ from ar_tokenizers.image.objective import Objective, ObjectiveConfig
 from ar_tokenizers.image.perceptual import Perceptual
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 
+from ar_unified.checkpoint import steps_in
 from ar_unified.cli import config as configs
+from ar_unified.cli.changes import Training, changeable
 from ar_unified.cli.experiment import Experiment, open_experiment
 from ar_unified.cli.text_tokenizer import train_text
-from ar_unified.data.loader import ImageBatches
+from ar_unified.data.items import has_pictures
+from ar_unified.data.loader import ImageBatches, NothingReadable
 from ar_unified.parallel import runtime
 from ar_unified.training.loop import TrainingConfig, fit
 from ar_unified.training.optimizer import OptimizerConfig
@@ -42,18 +46,32 @@ def train_tokenizers(experiment: Experiment, only: str | None = None) -> None:
     if only != "image":
         train_text(experiment)
     if only != "text" and experiment.config.image_tokenizer.steps:
-        train_image(experiment)
+        with experiment.leaving_nothing():
+            train_image(experiment)
+
+
+def _whole_batch(experiment: Experiment) -> bool:
+    """Whether the losses look at all pictures of a microbatch together, and not at each by itself."""
+    adversary = experiment.config.image_tokenizer.adversary
+    entropy = getattr(experiment.autoencoder.abstract_quantizer, "entropy", 0.0)
+    return bool(entropy) or (adversary.kind != "none" and adversary.adaptive)
 
 
 def train_image(experiment: Experiment) -> None:
     """Stage image_tokenizer."""
     settings = experiment.config.image_tokenizer
+    checkpoints = experiment.workdir.image_tokenizer / "checkpoints"
     stage = experiment.stage(
         "image_tokenizer",
         "image_tokenizer",
+        "mesh",
         image_size=configs.plain(experiment.config.data.image_size),
         sources=experiment.fingerprints(),
         together=True,
+        training=Training(
+            "image_tokenizer.steps", settings.steps, partial(steps_in, checkpoints), str(checkpoints), "data"
+        ),
+        may=changeable(whole_batch=_whole_batch(experiment)),
     )
     if stage.done:
         return experiment.skip(stage)
@@ -70,7 +88,15 @@ def train_image(experiment: Experiment) -> None:
         mirror=settings.mirror,
         **cropped if settings.crop else {},
     )
-    held_out = experiment.held_out["validation"] or experiment.train
+    batches.check()
+    held_out = [source for source in experiment.held_out["validation"] if has_pictures(source)]
+    for source in list(held_out):
+        try:
+            pictures([source]).check()
+        except NothingReadable as error:
+            experiment.say(f"validation: {error}")
+            held_out.remove(source)
+    held_out = held_out or experiment.train
     count = min(_VALIDATION_BATCHES, -(-sum(map(len, held_out)) // settings.batch_size))
     validation = [pictures(held_out).batch(step) for step in range(count)]
     objective = Objective(
@@ -109,6 +135,7 @@ def train_image(experiment: Experiment) -> None:
         preview_every=every,
         checkpoint_every=every,
         keep=1,
+        keep_best=False,  # what is used is the last, or its average
     )
     params = fit(task, training, stage.folder, mesh=experiment.mesh, preview=preview, logger=experiment.say)
     params = runtime.to_host(params["autoencoder"])

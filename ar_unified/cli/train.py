@@ -1,9 +1,17 @@
 """Train the transformer on the token shards.
 
 Reads data/train and data/validation. Leaves in the workdir:
-  model/checkpoints       Orbax: parameters and optimizer state, each with the vocabulary's manifest
-  model/metrics.jsonl     loss by role and by task, bits, norms, rates; model/tensorboard the same, with sample pictures
+  model/checkpoints       Orbax: parameters and optimizer state, each with the vocabulary's manifest; the last few, and
+                          that of the lowest validation loss (training.keep_best)
+  model/metrics.jsonl     loss and log Z by role, loss by task, bits, norms, rates, attention between text and pictures;
+                          model/tensorboard the same, with sample pictures
   model/goodput.json      where the wall time of every attempt went
+  model/history.json      what changed while it was trained, and at which step
+
+What only decides cost (model.remat, training.accumulation, loss.chunk, mesh, log_every, ...) may change whenever the
+training is started again. So may training.steps and the schedule, also of a finished training: it goes on. To go on
+from a checkpoint in the middle and leave the training as it is, branch it into a workdir of its own:
+    ar-unified train --branch WORKDIR:STEP --workdir NEW --config FILE --config.training.steps=N ...
 """
 
 from __future__ import annotations
@@ -12,39 +20,56 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from ar_unified.checkpoint import Checkpoints, steps_in
 from ar_unified.cli import config as configs
+from ar_unified.cli.branch import branch
+from ar_unified.cli.changes import Training
 from ar_unified.cli.experiment import Experiment, open_experiment
 from ar_unified.data.loader import PackedBatches, Phase
+from ar_unified.data.prepare import load_report
 from ar_unified.document import CodesPart
+from ar_unified.history import DECIDING
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.request import Request
 from ar_unified.training.loop import TrainingConfig, fit
-from ar_unified.training.optimizer import OptimizerConfig
+from ar_unified.training.optimizer import OptimizerConfig, learning_rate
 from ar_unified.training.tasks import TransformerTask
+from ar_unified.workdir import Stage
 
 _VALIDATION_BATCHES = 8
 _PREVIEWS = 8
+_KEYS = ("model", "loss", "training", "mesh")
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    train(open_experiment(arguments, overrides), profile=arguments.profile)
+    experiment = open_experiment(arguments, overrides)
+    if arguments.branch:
+        branch(experiment, *arguments.branch, lambda: experiment.fingerprint(*_KEYS, **_facts(experiment)))
+    train(experiment, profile=arguments.profile)
     return 0
 
 
 def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> None:
     """Stage model; `profile`: of training.loop.fit."""
+    with experiment.leaving_nothing():
+        _train(experiment, profile)
+
+
+def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
     config, settings, grammar = experiment.config, experiment.config.training, experiment.grammar
     mixture = experiment.mixture()
-    stage = experiment.stage(
-        "model", "model", "loss", "training", manifest=grammar.manifest(), mixture=mixture, together=True
-    )
+    checkpoints = experiment.checkpoint_folder
+    progress = Training("training.steps", settings.steps, partial(steps_in, checkpoints), checkpoints)
+    stage = experiment.stage("model", *_KEYS, together=True, training=progress, **_facts(experiment))
     if stage.done:
         return experiment.skip(stage)
+    _say_rate(experiment, stage, max(progress.checkpoints(), default=0))
     folder = experiment.workdir.data
     rows = dict(batch_size=settings.batch_size, seq_len=settings.row_length)
     planned = phases(settings, mixture)
@@ -53,11 +78,14 @@ def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> Non
         shares = ", then ".join(f"{share:.1%}" for share in facts["shares"])
         experiment.say(f"{name}: {facts['rows']} rows an epoch, {facts['fill']:.1%} full, {shares} of the rows")
     validation = []
-    if (folder / "validation").exists():
+    held_out = load_report(folder / "validation").sources if (folder / "validation").exists() else {}
+    if any(source.documents for source in held_out.values()):
         flip = 0.5 if any(phase.flip for phase in planned) else 0.0  # both ways weigh alike, where both are trained
         as_it_stands = Phase(flip=flip, condition_dropout=0.0)
-        held_out = PackedBatches(folder / "validation", grammar, phases=[as_it_stands], **rows)
-        validation = [held_out.batch(step) for step in range(_VALIDATION_BATCHES)]
+        stream = PackedBatches(folder / "validation", grammar, phases=[as_it_stands], **rows)
+        validation = [stream.batch(step) for step in range(_VALIDATION_BATCHES)]
+    else:
+        experiment.say("no document is held out: training goes on without a validation loss")
     task = TransformerTask(
         experiment.model,
         grammar.vocabulary,
@@ -69,6 +97,7 @@ def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> Non
         z_loss=config.loss.z_loss,
         text_bytes=experiment.text_tokenizer.piece_bytes,
         chunk=config.loss.chunk,
+        attention_share=settings.attention_share,
         code_vectors=_code_vectors(experiment),
     )
     fit(
@@ -78,11 +107,29 @@ def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> Non
         mesh=experiment.mesh,
         manifest=grammar.manifest(),
         preview=_preview(experiment) if settings.preview_every else None,
-        checkpoint_folder=experiment.checkpoint_folder,
+        checkpoint_folder=checkpoints,
         profile=profile,
         logger=experiment.say,
     )
-    experiment.finish(stage, {"steps": settings.steps})
+    best = Checkpoints(experiment.checkpoint_folder, readonly=True).best()
+    kept = dict(zip(("best_step", "best_validation_loss"), best, strict=True)) if best else {}
+    experiment.finish(stage, {"steps": settings.steps, **kept})
+
+
+def _facts(experiment: Experiment) -> dict[str, Any]:
+    """What decides the trained model beside the config."""
+    return dict(manifest=experiment.grammar.manifest(), mixture=experiment.mixture())
+
+
+def _say_rate(experiment: Experiment, stage: Stage, taken: int) -> None:
+    """What a schedule that has just changed makes of the learning rate, which may rise again."""
+    changes = [entry for entry in stage.history if entry["kind"] in DECIDING]
+    if not changes or not taken or changes[-1]["step"] != taken:
+        return
+    now = configs.plain(experiment.config.training)
+    old = {field.removeprefix("training."): values[0] for field, values in changes[-1]["changed"].items()}
+    rates = [learning_rate(configs.pick(OptimizerConfig, each), each["steps"]) for each in (now | old, now)]
+    experiment.say(f"learning rate: {rates[0](taken - 1):.3g} in step {taken}, {rates[1](taken):.3g} in the next")
 
 
 def phases(settings: ConfigDict, mixture: Mapping[str, float]) -> list[Phase]:

@@ -4,7 +4,7 @@ Prints counts, lengths, every bad item by file, line and kind, and the first doc
 placeholders for pictures, or as real tokens where the workdir already has both tokenizers. The exit status is 1 if an
 item is bad.
 
-  ar-unified validate DIR                                     a folder with captions.jsonl, docs.jsonl and/or vqa.jsonl,
+  ar-unified validate DIR [--links]                           a folder with captions.jsonl, docs.jsonl and/or vqa.jsonl,
                                                               or of text files
   ar-unified validate --config FILE[:arg] [--workdir DIR]     the sources of an experiment
 """
@@ -26,9 +26,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     if (arguments.folder is None) == (arguments.config is None):
         raise UserError("expected a folder or --config, one of the two; --help says more")
     if arguments.folder is not None:
-        if not Path(arguments.folder).exists():
-            raise UserError(f"{arguments.folder}: no such file or folder")
-        found = validate(arguments.folder, show=arguments.show)
+        found = validate(arguments.folder, links=arguments.links, show=arguments.show)
     else:
         config = configs.load(arguments.config, overrides)
         experiment = Experiment(config, Workdir(arguments.workdir or Path(".cache") / "validate" / config.name))

@@ -9,18 +9,15 @@
 
 What cannot be read becomes a row with an error, and the rows behind it are read all the same. What is no prompt never
 becomes one: the header of a table, other members of a tar, README and LICENSE files, hidden files and what macOS puts
-into archives (__MACOSX, ._*). Pictures are named by the rows and read later: files under the folder of the requests,
-members of the tar, or data: URLs. Nothing is fetched.
+into archives (__MACOSX, ._*). Pictures are named by the rows and read later: files under the folder of the requests
+(`data.files`), members of the tar, or data: URLs. Nothing is fetched. Text is UTF-8 (`data.encoding`).
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import json
 import re
-import stat
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,14 +25,16 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
+from ar_unified.data import encoding, files
+from ar_unified.data.files import FileError, Folder, data_url
+from ar_unified.data.images import SUFFIXES
 from ar_unified.sampling import tables
 from ar_unified.sampling.request import RequestError
 
 _MOST_BYTES = 1 << 28  # of a picture's file
 _MOST_TEXT = 1 << 24  # bytes of a prompt's file
-_PICTURES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+_PICTURES = tuple(suffix[1:] for suffix in SUFFIXES)
 _PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 _GENEVAL = {"tag", "include", "prompt"}
 _MJHQ = {"category", "prompt"}
@@ -49,7 +48,7 @@ class Row:
     Attributes:
         number: from 1; the line, where the file has lines.
         data: what the request says, with the keys of our JSONL. error: why there is no data, or "".
-        load: the bytes of a picture by the name that the row gives it; raises RequestError or OSError.
+        load: the bytes of a picture by the name that the row gives it; raises RequestError, FileError or OSError.
         foreign: it was written for others (a table, a shard's metadata), not as a request.
     """
 
@@ -63,29 +62,30 @@ class Row:
 Left = Callable[[str], None]  # is told each thing that is left out, by its kind
 
 
-def read_rows(path: str | Path, leave: Left = lambda kind: None) -> Iterator[Row]:
+def read_rows(path: str | Path, leave: Left = lambda kind: None, *, links: bool = False) -> Iterator[Row]:
     """The requests of a file or folder, in order, without blank lines. Raises OSError; RequestError: a broken file.
 
     The format is that of the name's suffix; without one that is known, lines beginning with "{" are JSONL. `leave` is
-    told what is there and is no prompt: "README.txt", "members .cls".
+    told what is there and is no prompt: "README.txt", "members .cls". `links`: whether links that lead out of the
+    requests' folder are followed, to pictures and to prompts in a folder.
     """
     path = Path(path)
-    suffix = path.suffix.lower()
+    suffix, beside = path.suffix.lower(), Folder(path.parent, links)
     if path.is_dir():
-        return _rows(path, _folder(path, leave))
+        return _rows(Folder(path, links), _folder(Folder(path, links), leave))
     if suffix in _PACKED:
         raise RequestError(f"{path}: expected a file that is not compressed: unpack it first")
     if suffix == ".tar":
         return _tar(path, leave)
     if suffix == ".json":
-        return _rows(path.parent, _json(path))
+        return _rows(beside, _json(path))
     if suffix == ".parquet":
-        return _rows(path.parent, tables.parquet(path, leave), foreign=True)
+        return _rows(beside, tables.parquet(path, leave), foreign=True)
     if suffix in (".csv", ".tsv"):
-        return _rows(path.parent, tables.delimited(path, _texts(path)), foreign=True)
+        return _rows(beside, tables.delimited(path, _texts(path)), foreign=True)
     if suffix == ".txt" or (suffix != ".jsonl" and not _begins_with_object(path)):
-        return _text_file(path, leave)
-    return _rows(path.parent, ((number, partial(_request, line)) for number, line in _lines(path)))
+        return _text_file(path, beside, leave)
+    return _rows(beside, ((number, partial(_request, line)) for number, line in _lines(path)))
 
 
 def fingerprint(paths: Sequence[str | Path]) -> str:
@@ -99,9 +99,9 @@ def fingerprint(paths: Sequence[str | Path]) -> str:
 
 
 def _rows(
-    folder: Path, entries: Iterator[tuple[int, Callable[[], Mapping[str, Any]]]], foreign: bool = False
+    folder: Folder, entries: Iterator[tuple[int, Callable[[], Mapping[str, Any]]]], foreign: bool = False
 ) -> Iterator[Row]:
-    load = partial(read_picture, folder)
+    load = folder.read
     for number, read in entries:
         try:
             yield Row(number, read(), load, foreign=foreign)
@@ -111,8 +111,7 @@ def _rows(
 
 def hidden(name: str) -> bool:
     """Whether a file of an archive or folder, by its path there, is not for people: .DS_Store, ._a.txt, __MACOSX/a."""
-    parts = [part for part in name.split("/") if part not in ("", ".")]
-    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
+    return any(files.hidden(part) for part in name.split("/") if part not in ("", "."))
 
 
 # ---- lines ------------------------------------------------------------------------------------------------------
@@ -121,7 +120,10 @@ def hidden(name: str) -> bool:
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # some editors begin a file so
+            try:
+                line = line if number > 1 else _whole(line)  # that it is no UTF-8 shows in the file's first bytes
+            except RequestError as error:
+                raise RequestError(f"{path}: {error}") from None
             if line.strip():
                 yield number, line
 
@@ -134,23 +136,23 @@ def _texts(path: Path) -> Iterator[str]:
     """The lines of a file with their ends; blank ones may stand within a cell."""
     with open(path, "rb") as file:
         for number, line in enumerate(file):
-            yield _text(line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line)
+            yield _text(_whole(line) if number == 0 else line)
 
 
-def _text_file(path: Path, leave: Left) -> Iterator[Row]:
+def _text_file(path: Path, beside: Folder, leave: Left) -> Iterator[Row]:
     """A prompt a line, unless the first is the header of a table."""
     try:
         first = _text(next((line for _, line in _lines(path)), b"")).strip()
     except RequestError:
         first = ""  # its row says so
     if "\t" in first and tables.header(first):
-        yield from _rows(path.parent, tables.delimited(path, _texts(path)), foreign=True)
+        yield from _rows(beside, tables.delimited(path, _texts(path)), foreign=True)
         return
     lines = _lines(path)
     if tables.header(first):
         next(lines)
         leave(f"the first line, {first!r}, as a header")
-    yield from _rows(path.parent, ((number, partial(_prompt, line)) for number, line in lines))
+    yield from _rows(beside, ((number, partial(_prompt, line)) for number, line in lines))
 
 
 def _prompt(data: bytes) -> dict[str, Any]:
@@ -168,9 +170,17 @@ def _request(data: bytes) -> Mapping[str, Any]:
 
 def _text(data: bytes) -> str:
     try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"expected UTF-8, found byte {data[error.start]:#04x} at {error.start}") from None
+        return encoding.text(data)
+    except encoding.EncodingError as error:
+        raise RequestError(str(error)) from None
+
+
+def _whole(data: bytes) -> bytes:
+    """A file, or its first line, without a byte order mark. Raises RequestError: it is no UTF-8."""
+    try:
+        return encoding.unmarked(data)
+    except encoding.EncodingError as error:
+        raise RequestError(str(error)) from None
 
 
 def _value(data: bytes) -> Any:
@@ -187,7 +197,7 @@ def _value(data: bytes) -> Any:
 
 def _json(path: Path) -> Iterator[tuple[int, Callable[[], Mapping[str, Any]]]]:
     try:
-        value = _value(path.read_bytes())
+        value = _value(_whole(path.read_bytes()))
     except RequestError as error:
         raise RequestError(f"{path}: {error}") from None
 
@@ -207,17 +217,23 @@ def _json(path: Path) -> Iterator[tuple[int, Callable[[], Mapping[str, Any]]]]:
         raise RequestError(f"{path}: expected an object of requests by id, or a list, found {type(value).__name__}")
 
 
-def _folder(path: Path, leave: Left) -> Iterator[tuple[int, Callable[[], Mapping[str, Any]]]]:
-    def named(file: Path) -> dict[str, Any]:
-        return {"id": file.stem, **_prompt(file.read_bytes())}
+def _folder(folder: Folder, leave: Left) -> Iterator[tuple[int, Callable[[], Mapping[str, Any]]]]:
+    path = folder.root
 
-    files = _prompt_files(path)
-    if not files:
+    def named(file: Path) -> dict[str, Any]:
+        try:
+            data = folder.read_file(file.name)
+        except FileError as error:
+            raise RequestError(f"{file.name}: {error.reason}") from None
+        return {"id": file.stem, **_prompt(_whole(data))}
+
+    prompts = _prompt_files(path)
+    if not prompts:
         raise RequestError(f"{path}: expected a folder of .txt files, a prompt each, found none: name the file itself")
     for file in sorted(path.iterdir()):
-        if file not in files and not hidden(file.name):
+        if file not in prompts and not hidden(file.name):
             leave(file.name if _ABOUT.fullmatch(file.name) else f"files {file.suffix}" if file.suffix else file.name)
-    yield from ((i, partial(named, file)) for i, file in enumerate(files, 1))
+    yield from ((i, partial(named, file)) for i, file in enumerate(prompts, 1))
 
 
 def _prompt_files(folder: Path) -> list[Path]:
@@ -284,9 +300,9 @@ def _sample(tar: tarfile.TarFile, key: str, members: Sequence[tarfile.TarInfo]) 
             stream = tar.extractfile(member)
             assert stream is not None  # a regular file
             if extension == "txt":
-                texts.append(_text(stream.read()).strip())
+                texts.append(_text(_whole(stream.read())).strip())
             else:
-                row = dict(_request(stream.read()))
+                row = dict(_request(_whole(stream.read())))
         else:
             raise RequestError(f"{member.name}: expected at most {_MOST_TEXT} bytes of text, found {member.size}")
     if texts and row.keys() & {"prompt", "content"}:
@@ -301,7 +317,7 @@ def _sample(tar: tarfile.TarFile, key: str, members: Sequence[tarfile.TarInfo]) 
 
 def _member(path: Path, members: Mapping[str, tarfile.TarInfo], name: str) -> bytes:
     if name.startswith("data:"):
-        return _data_url(name)
+        return data_url(name)
     if name not in members:
         raise RequestError(f"expected one of the sample's members {', '.join(members)}")
     member = members[name]
@@ -310,36 +326,3 @@ def _member(path: Path, members: Mapping[str, tarfile.TarInfo], name: str) -> by
     with open(path, "rb") as file:
         file.seek(member.offset_data)
         return file.read(member.size)
-
-
-# ---- pictures ---------------------------------------------------------------------------------------------------
-
-
-def read_picture(folder: Path, name: str) -> bytes:
-    """The bytes of a picture: a file under `folder`, by path or file: URL, or a data: URL. No other URL is opened.
-
-    Raises RequestError saying what was expected, or OSError.
-    """
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", name)
-    if scheme and scheme[1].lower() == "data":
-        return _data_url(name)
-    if scheme and scheme[1].lower() != "file":
-        raise RequestError("expected a file, or a data: URL: nothing is fetched from a network")
-    path = Path(unquote(urlsplit(name).path) if scheme else name)
-    file = (folder / path).resolve()
-    if (path.is_absolute() and not scheme) or not file.is_relative_to(folder.resolve()):
-        raise RequestError("expected a file inside the folder of the requests")
-    status = file.stat()
-    if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:
-        raise RequestError(f"expected a file of at most {_MOST_BYTES} bytes")
-    return file.read_bytes()
-
-
-def _data_url(url: str) -> bytes:
-    head, comma, data = url.partition(",")
-    if not comma or not head.endswith(";base64"):
-        raise RequestError("expected data:image/...;base64,...")
-    try:
-        return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise RequestError(f"expected base64: {error}") from None

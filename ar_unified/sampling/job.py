@@ -91,6 +91,7 @@ def run_job(
     defaults: Mapping[str, Any] | None = None,
     weights: str = "",
     resize: Callable[[np.ndarray], np.ndarray] | None = None,
+    links: bool = False,
     process: tuple[int, int] = (0, 1),
     show_progress: bool = True,
     warn: Callable[[str], Any] = warnings.warn,
@@ -103,13 +104,15 @@ def run_job(
         defaults: settings of requests that do not say, with the keys of a request.
         weights: names the weights (a hash, or checkpoint and step): samples of others are not mixed in.
         resize: what data preparation did to a picture, uint8 [H, W, 3] to uint8; None: what the layout implies.
+        links: whether links that lead out of the requests' folder are followed (`data.files`).
         process: (k, n): this is process k of n that share the job; it serves every n-th request. Each has an engine of
             its own. The number may change when the job is run again.
         show_progress: a bar with rate and time left, on stderr.
         warn: is told what is odd about the files of requests, once a file.
 
     Raises:
-        JobMismatch: `output` holds a job with other requests, weights, tokenizers, defaults or engine shape.
+        JobMismatch: `output` holds a job with other requests, weights, tokenizers, defaults or engine shape, but for
+            its batch size.
         JobBusy: another process writes what this one would.
         RequestError: `defaults` are wrong, or a file of requests is broken or empty.
         OSError: the requests cannot be read, or the output not be written (a full disk); what is there stays, and the
@@ -120,7 +123,7 @@ def run_job(
         raise ValueError(f"process: expected (k, n) with 0 <= k < n, found {process}")
     paths = [Path(requests)] if isinstance(requests, str | Path) else [Path(path) for path in requests]
     output = Path(output)
-    lines = read_requests(paths, cells=image_tokenizer, defaults=defaults, warn=warn)
+    lines = read_requests(paths, cells=image_tokenizer, defaults=defaults, links=links, warn=warn)
     _begin(output, _manifest(engine, paths, defaults or {}, weights), mend=rank == 0)
     resize = resize or default_resize(engine.grammar.layout, image_tokenizer)
     prepare = _Preparation(engine, image_tokenizer, resize, output)
@@ -225,7 +228,7 @@ def _begin(output: Path, manifest: Mapping[str, Any], *, mend: bool) -> None:
         ours, theirs = dict(_flat(manifest)), dict(_flat(read_json(path)))
         for field in sorted(ours.keys() | theirs.keys()):
             a, b = theirs.get(field, "(absent)"), ours.get(field, "(absent)")
-            if a != b:
+            if a != b and field != "engine.batch_size":  # after a lack of memory it goes on with another
                 raise JobMismatch(
                     field,
                     f"{output} holds a job with {field} = {a!r:.120}, this one has {b!r:.120}: "

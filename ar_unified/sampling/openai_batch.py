@@ -5,7 +5,7 @@
 
 A document has one turn, so the messages of a conversation, the assistant's among them, become one prompt: their texts
 and pictures in reading order, blocks of text joined by a blank line, and no words for the roles. The answer is what
-comes next. Pictures are data: URLs or files (`formats.read_picture`).
+comes next. Pictures are data: URLs or files (`data.files`).
 
     n, seed (modulo 2**32), stop, max_tokens = max_completion_tokens   as ours
     temperature, top_p, top_k       how text is drawn; "image": {"temperature": ...}, a key of ours, how pictures are

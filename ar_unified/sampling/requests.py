@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from ar_unified.data import images
+from ar_unified.data.files import FileError
 from ar_unified.data.images import Cells
 from ar_unified.document import TextPart
 from ar_unified.sampling import openai_batch
@@ -57,7 +58,7 @@ class Picture:
             return images.decode(self.read(self.name))
         except RequestError as error:
             raise RequestError(f"{where}: {error}") from None
-        except images.ImageError as error:
+        except (images.ImageError, FileError) as error:
             raise PictureError(f"{where}: {error.reason}") from None
         except (OSError, RuntimeError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
@@ -104,6 +105,7 @@ def read_requests(
     *,
     cells: Cells,
     defaults: Mapping[str, Any] | None = None,
+    links: bool = False,
     warn: Callable[[str], Any] = warnings.warn,
 ) -> list[Line]:
     """Every request of the files, in order; those that cannot be read have an `error`.
@@ -112,6 +114,7 @@ def read_requests(
         paths: a file or folder that `formats.read_rows` reads, or several, numbered on.
         cells: the image tokenizer, or whatever says what a code stands for.
         defaults: settings of requests that do not say.
+        links: whether links that lead out of the requests' folder are followed.
         warn: called once for a file with columns of its own, and once for one where something is no prompt.
 
     Raises:
@@ -127,7 +130,7 @@ def read_requests(
         number = before
         left: Counter[str] = Counter()
         own: dict[str, None] = {}
-        for row in read_rows(path, lambda kind, left=left: left.update([kind])):  # type: ignore[misc]
+        for row in read_rows(path, lambda kind, left=left: left.update([kind]), links=links):  # type: ignore[misc]
             number = before + row.number
             lines.append(_line(row, number, cells, settings, names, own))
         if number == before:

@@ -49,12 +49,17 @@ class Goodput:
         """`seconds` that are over belonged to `activity`."""
         self.seconds[activity] += seconds
 
-    def write(self, step: int) -> dict[str, float]:
-        """Puts the account after `step` steps on disk; returns {"goodput": its share, "time/ACTIVITY": others'}."""
+    def write(self, step: int, *, finished: bool = False) -> dict[str, float]:
+        """Puts the account after `step` steps on disk; returns {"goodput": its share, "time/ACTIVITY": others'}.
+
+        finished: nothing is left to do, so what passes until somebody asks for more steps is not "down".
+        """
         elapsed = time.perf_counter() - self._began
         spent = {"step": 0.0} | self.seconds
         spent["step" if step > self._attempt["first"] else "start"] += elapsed - sum(self.seconds.values())
         self._attempt |= {"seen": self._attempt["began"] + elapsed, "last": step, "seconds": spent}
+        if finished:
+            self._attempt["finished"] = True
         attempts = [*self._earlier, self._attempt]
         if self.active:
             write_json(self.path, attempts)
@@ -64,7 +69,7 @@ class Goodput:
 def shares(attempts: list[dict[str, Any]]) -> dict[str, float]:
     """Fractions of the wall time of all attempts, as `Goodput.write` returns them; an activity without any is left out.
 
-    An attempt: began and seen (Unix seconds), first and last (steps taken then), seconds by activity.
+    An attempt: began and seen (Unix seconds), first and last (steps taken then), seconds by activity, and `finished`.
     """
     total = dict.fromkeys(("step", *ACTIVITIES), 0.0)
     for attempt, following in itertools.zip_longest(attempts, attempts[1:]):
@@ -76,7 +81,8 @@ def shares(attempts: list[dict[str, Any]]) -> dict[str, float]:
             redone = attempt["seconds"]["step"] * min(lost, 1.0)
             total["step"] -= redone
             total["redone"] += redone
-            total["down"] += max(following["began"] - attempt["seen"], 0.0)
+            if not attempt.get("finished"):
+                total["down"] += max(following["began"] - attempt["seen"], 0.0)
     wall = max(sum(total.values()), 1e-9)
     return {"goodput": total.pop("step") / wall} | {f"time/{k}": v / wall for k, v in total.items() if v}
 

@@ -40,18 +40,22 @@ from ar_unified.training.step import (
     TrainState,
     abstract_state,
     make_eval_step,
+    make_inspection,
     make_state,
     make_train_step,
 )
 from ar_unified.training.telemetry import (
+    VALIDATION,
     Meter,
     Telemetry,
+    Warnings,
     console_line,
     device_memory,
     peak_flops,
     read_metrics,
     straggler,
 )
+from ar_unified.training.turning import losses_of, turned
 
 Preview = Callable[[int, Params], Mapping[str, np.ndarray] | None]
 
@@ -69,7 +73,17 @@ class TrainingConfig:
     preview_every: int = 0
     checkpoint_every: int = 200
     keep: int = 3  # newest checkpoints that survive
-    keep_every: int = 0  # and every multiple of this
+    keep_every: int = 0  # and every multiple of this, itself a multiple of checkpoint_every; 0: none
+    keep_best: bool = True  # and that of the lowest validation loss, which is saved when it is found
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"keep: expected at least 1 checkpoint, found {self.keep}")
+        if self.keep_every and (self.checkpoint_every < 1 or self.keep_every % self.checkpoint_every):
+            raise ValueError(
+                f"keep_every: expected a multiple of checkpoint_every, which is {self.checkpoint_every}, "
+                f"found {self.keep_every}"
+            )
 
 
 class NonFinite(RunError):
@@ -107,7 +121,10 @@ def fit(
     rate = jax.jit(learning_rate(config.optimizer, config.steps))
     abstract = abstract_state(task, tx, mesh)
     checkpoints = Checkpoints(
-        checkpoint_folder or folder / "checkpoints", keep=config.keep, keep_every=config.keep_every
+        checkpoint_folder or folder / "checkpoints",
+        keep=config.keep,
+        keep_every=config.keep_every,
+        keep_best=config.keep_best,
     )
     start = checkpoints.latest() or 0
     runtime.barrier(f"{task.name} from step {start}")  # who sees another checkpoint waits elsewhere: named, not hung
@@ -131,7 +148,7 @@ def fit(
     train_step = make_train_step(
         task, tx, mesh, seed=config.seed, clip_norm=config.optimizer.clip_norm, accumulation=config.accumulation
     )
-    eval_step = make_eval_step(task, mesh)
+    eval_step, inspection = make_eval_step(task, mesh), make_inspection(task, mesh)
 
     # ---------------------------------------------------------------------- Telemetry
     telemetry = Telemetry(folder, resume_step=start, console=logger)
@@ -143,9 +160,10 @@ def fit(
         f"{task.name}: {size / 1e6:.2f}M parameters on {axes}; step {start} of {config.steps}; "
         f"peak {peak / 1e12:.3g} TFLOP/s ({peak_source})"
     )
-    meter = Meter()
+    meter, warnings = Meter(), Warnings(telemetry.say)
     metrics_file = folder / "metrics.jsonl"
-    watch = Watch(read_metrics(metrics_file, until=start) if start and metrics_file.exists() else ())
+    rows = losses_of(read_metrics(metrics_file, until=start) if start and metrics_file.exists() else ())
+    watch, turning, best = Watch(rows), Warnings(telemetry.say), checkpoints.best()
     profiler = Profiler(profile, folder / "profile")
 
     def good() -> int | None:
@@ -163,13 +181,13 @@ def fit(
             line = task.summary(meter.totals) | {"learning_rate": float(rate(taken - 1))}
             line |= meter.rates(task.unit, task.flops(meter.totals), peak) | device_memory() | clock.write(taken)
             telemetry.log(taken, line)
+            rows.append({"step": taken, "loss": line["loss"]})
             telemetry.say(console_line(taken, config.steps, line, task.unit))
-            if warning := task.warning(line):
-                telemetry.say(f"{task.name}: {warning}")
+            found = {"task": f"{task.name}: {warning}"} if (warning := task.warning(line)) else {}
             if not alone:
                 waits = multihost_utils.process_allgather(np.float32(line["input_seconds"]))
-                if warning := straggler(waits.tolist(), line["step_seconds"]):
-                    telemetry.say(warning)
+                found |= straggler(waits.tolist(), line["step_seconds"])
+            warnings.update(found)
             meter.reset()
 
     # ---------------------------------------------------------------------- Data: of a global batch, the rows used here
@@ -226,11 +244,24 @@ def fit(
             if validate:
                 held_out = Meter()
                 with clock.during("validation"), jax.set_mesh(mesh):
-                    for batch in task.validation:
-                        held_out.add(jax.device_get(eval_step(state.params, state.kept, place_batch(mesh, batch))))
-                scores = task.summary(held_out.totals)
-                telemetry.log(taken, {f"validation/{name}": value for name, value in scores.items()})
+                    for i, batch in enumerate(task.validation):
+                        batch = place_batch(mesh, batch)
+                        held_out.add(jax.device_get(eval_step(state.params, state.kept, batch)))
+                        if i == 0:  # one batch is enough for what costs a pass of its own
+                            inspected = jax.device_get(inspection(state.params, state.kept, batch))
+                scores = task.summary(held_out.totals | inspected)
+                telemetry.log(taken, {VALIDATION + name: value for name, value in scores.items()})
                 telemetry.say(f"step {taken}/{config.steps}  validation loss {scores['loss']:.4f}")
+                validation_loss = _agreed(scores["loss"])
+                if config.keep_best and math.isfinite(validation_loss) and (best is None or validation_loss < best[1]):
+                    best, save = (taken, validation_loss), True
+                rows.append({"step": taken, VALIDATION + "loss": scores["loss"]})
+                ends = taken == config.steps
+                words = turned(rows, finished=ends, kept=best[0] if config.keep_best and best else None)
+                if words and ends:  # with the last numbers, whatever was said before
+                    telemetry.say(f"{task.name}: {words}")
+                else:
+                    turning.update({"turned": f"{task.name}: {words}"} if words else {})
             if show and preview is not None:
                 with clock.during("preview"):
                     params = task.inference_params(state.params, state.kept)
@@ -246,6 +277,7 @@ def fit(
                         params=state.params,
                         optimizer=_rest(state),
                         metadata={"manifest": dict(manifest or {}), **story},
+                        validation_loss=validation_loss if validate and math.isfinite(validation_loss) else None,
                     )
             if came:
                 telemetry.say(f"{task.name}: {Interrupted(came).name}, stopped after step {taken} with a checkpoint")
@@ -258,7 +290,7 @@ def fit(
         telemetry.close()
         with clock.during("checkpoint"):
             checkpoints.close()  # waits for the disk, and raises if the last save failed
-    logger(f"{task.name}: {goodput.describe(clock.write(config.steps))}")
+    logger(f"{task.name}: {goodput.describe(clock.write(config.steps, finished=True))}")
     return task.inference_params(state.params, state.kept)
 
 
@@ -266,6 +298,12 @@ def _rest(state: TrainState) -> dict[str, Any]:
     """What a checkpoint holds beside the parameters."""
     kept = {"kept": state.kept} if state.kept else {}
     return {"step": state.step, "state": state.optimizer, **kept}
+
+
+def _agreed(loss: float) -> float:
+    """A loss as process 0 has it, in float32: what all processes decide by must be the same to the bit."""
+    value = np.float32(loss)
+    return float(value if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(value))
 
 
 def _due(taken: int, every: int, steps: int) -> bool:

@@ -97,6 +97,15 @@ def test_the_prompt_files_of_benchmarks(tmp_path):
     assert (third.id, third.content) == ("partiprompts9", (TextPart("a red door"),))
 
 
+def test_requests_without_a_seed_draw_apart_from_each_other_and_alike_in_every_run(tmp_path):
+    file = tmp_path / "requests.jsonl"
+    file.write_text("".join(json.dumps({"id": id, "prompt": "a cat"}) + "\n" for id in "abc"))
+    seeds = [line.request.seed for line in lines(file)]
+    assert len(set(seeds)) == 3 and seeds == [line.request.seed for line in lines(file)]
+    file.write_text(json.dumps({"id": "c", "prompt": "a cat"}))  # nor does a seed depend on the rows before
+    assert [line.request.seed for line in lines(file)] == seeds[2:]
+
+
 def test_image_sizes_are_asked_in_pixels(tmp_path):
     """Two codes side by side for each 4 x 4 pixels make the grid twice as wide."""
     (tmp_path / "requests.jsonl").write_text(json.dumps({"prompt": "a cat", "image_size": [8, 12]}))

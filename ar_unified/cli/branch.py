@@ -1,0 +1,102 @@
+"""A workdir that begins where another's training was at some step: its tokenizers, its data and that checkpoint.
+
+The other workdir is only read. Files are shared with it (hard links) where the file system can, so a branch costs no
+room and stays whole when the other is deleted.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ar_unified import history
+from ar_unified.checkpoint import adopt, link_or_copy, steps_in
+from ar_unified.cli.changes import changeable
+from ar_unified.cli.experiment import Experiment, by_first_process
+from ar_unified.errors import UserError, about
+from ar_unified.workdir import StageMismatch, read_history, read_json, write_bytes
+
+_MADE_BEFORE = ("text_tokenizer", "image_tokenizer", "data")
+
+
+@by_first_process
+def branch(
+    experiment: Experiment, origin: Path, step: int | None, fingerprint: Callable[[], Mapping[str, Any]]
+) -> None:
+    """Makes the experiment's stage `model` begin with checkpoint `step` (None: the last) of the workdir `origin`.
+
+    fingerprint: of that stage, asked for when tokenizers and data are in place. What it differs in from the origin's is
+    noted in the history, after the origin's own up to `step`. Called again for the same branch, it does nothing.
+
+    Raises UserError for an origin that has no such checkpoint or is this workdir, and for a workdir that has a model;
+    StageMismatch where something differs that decides steps already taken.
+    """
+    origin, here = origin.resolve(), experiment.workdir.path.resolve()
+    wanted = experiment.config.training.steps
+    if origin == here:
+        raise UserError(f"--branch {origin}: expected another workdir than --workdir, found the same")
+    if (experiment.workdir.model / "started.json").exists():
+        told = [entry for entry in read_history(experiment.workdir.model) if entry["kind"] == "branched"]
+        if told and told[-1]["from"] == str(origin) and step in (None, told[-1]["step"]):
+            return
+        raise UserError(f"--branch {origin}: {experiment.workdir.model} has a model already; use another --workdir")
+    records = [path for name in ("done", "started") if (path := origin / "model" / f"{name}.json").exists()]
+    if not records:
+        raise UserError(f"--branch {origin}: expected a workdir whose training has begun, found no model in it")
+    there = _checkpoint_folder(origin)
+    if Path(there) == Path(experiment.checkpoint_folder):
+        raise UserError(f"config.checkpoint_folder: expected another than the origin's, found the same, {there}")
+    steps = steps_in(there)
+    step = max(steps, default=0) if step is None else step
+    if step not in steps:
+        raise UserError(
+            f"--branch {origin}: expected one of the steps that {there} has checkpoints of, {steps}; found {step}. "
+            "training.keep_every says which of them survive."
+        )
+    if wanted <= step:
+        raise UserError(
+            f"config.training.steps: expected more than the {step} that the branch begins with, found {wanted}"
+        )
+
+    for name in _MADE_BEFORE:
+        _share(origin / name, experiment.workdir.path / name)
+    may = changeable()
+    stage = experiment.workdir.undecided("model", fingerprint(), may)
+    told = read_history(origin / "model")
+    there_then = history.as_of(read_json(records[0]), told, step)
+    refused, changed = history.compare(there_then, stage.fingerprint, stage.cost, may)
+    if refused is not None:
+        old, new = changed["extended"][refused]
+        raise StageMismatch(
+            refused,
+            f"--branch {origin}: its training had {refused} = {old!r:.200}, this one has {new!r:.200}. "
+            f"{may.among(stage.fields)}",
+        )
+    with about(f"--branch {origin}:{step}"):
+        adopt(there, step, experiment.checkpoint_folder)
+        if (origin / "model" / "metrics.jsonl").exists():  # the curve up to here; the training cuts it there
+            write_bytes(stage.folder / "metrics.jsonl", (origin / "model" / "metrics.jsonl").read_bytes())
+    (stage.folder / "history.json").unlink(missing_ok=True)  # of an attempt that was killed
+    before = [entry for entry in told if (entry["step"] or 0) < step]
+    differs = {field: pair for part in changed.values() for field, pair in part.items()}
+    now = history.entry("branched", step, differs, **{"from": str(origin)})
+    stage.begin(*before, now)
+    experiment.say(f"model: {history.told(now)}")
+
+
+def _checkpoint_folder(origin: Path) -> str:
+    config = read_json(origin / "config.json") if (origin / "config.json").exists() else {}
+    return config.get("checkpoint_folder") or str(origin / "model" / "checkpoints")
+
+
+def _share(there: Path, here: Path) -> None:
+    """The folder of a finished stage under a second name, whole or not at all; one that is here already stays."""
+    if here.exists() or not (there / "done.json").exists():
+        return
+    unfinished = here.with_name(f".{here.name}.branch~")
+    with about(f"--branch: {there}"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(there, unfinished, copy_function=link_or_copy)
+        unfinished.rename(here)

@@ -1,0 +1,125 @@
+"""Which keys of a config may change in a workdir that holds (a part of) a run, and what then becomes of a stage.
+
+Every key that is not named here decides the result of the stages that read it: changed, they are refused. A new key
+belongs to one of the two lists only if what their comments say is true of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ar_unified.errors import UserError
+from ar_unified.history import Changeable
+from ar_unified.workdir import Stage, StageMismatch, Workdir
+
+# The same result, but for rounding: memory, speed, and what is logged, shown and kept.
+COST = (
+    "mesh",
+    "text_tokenizer.model",  # where the file lies: what is in it decides, by its hash
+    "text_tokenizer.lossy",
+    "image_tokenizer.checkpoint_every",
+    "model.scan_layers",
+    "model.remat",
+    "model.attention",
+    "model.context",
+    "loss.chunk",
+    "training.accumulation",
+    "training.log_every",
+    "training.validate_every",
+    "training.preview_every",
+    "training.checkpoint_every",
+    "training.keep",
+    "training.keep_every",
+    "training.keep_best",
+    "training.attention_share",
+    "sampling.batch_size",
+)
+# All that the learning rate and the phases of a step are made from: the steps that are taken stay as they are.
+EXTENDS = (
+    "image_tokenizer.steps",
+    "image_tokenizer.learning_rate",
+    "image_tokenizer.warmup_steps",
+    "image_tokenizer.final_fraction",
+    "training.steps",
+    "training.learning_rate",
+    "training.schedule",
+    "training.warmup_steps",
+    "training.decay_fraction",
+    "training.final_fraction",
+    "training.restarts",
+    "training.phases",
+)
+
+
+MODEL = ("model", "checkpoint_step")  # in the fingerprint of a stage that uses the trained model
+
+
+def changeable(*, whole_batch: bool = False, anew: Sequence[str] = ()) -> Changeable:
+    """What may change of a stage.
+
+    Args:
+        whole_batch: a loss of the image tokenizer looks at all pictures of a microbatch together, so that the number of
+            microbatches decides its result.
+        anew: fields of the fingerprint that say what the stage is made from, where nothing is made from the stage.
+    """
+    parts = () if whole_batch else ("image_tokenizer.accumulation",)
+    return Changeable((*COST, *parts), EXTENDS, tuple(anew))
+
+
+@dataclass(frozen=True)
+class Training:
+    """A stage of many steps.
+
+    Attributes:
+        wanted: steps in all, as the key `key` of the config says.
+        checkpoints: the steps that there are checkpoints of, ascending.
+        folder: where they lie.
+        before: the stage that is made from this one; "": any number, and they follow by themselves.
+    """
+
+    key: str
+    wanted: int
+    checkpoints: Callable[[], list[int]]
+    folder: str
+    before: str = ""
+
+
+def require_extensible(stage: Stage, training: Training, workdir: Workdir) -> int:
+    """Steps taken of a stage whose schedule has changed. Raises UserError where it cannot go on with the new one."""
+    fields = stage.changed["extended"]
+    changed = ", ".join(f"{field} = {new!r:.80} (was {old!r:.80})" for field, (old, new) in fields.items())
+    where = f"stage {stage.name!r}: {stage.folder}"
+    if training.before and any(
+        (workdir.path / training.before / f"{record}.json").exists() for record in ("started", "done")
+    ):
+        raise StageMismatch(
+            next(iter(fields)),
+            f"{where} cannot go on with {changed}: {workdir.path / training.before} is made from it as it is. "
+            f"Use another --workdir, or delete {training.before} (and what was made from it) first.",
+        )
+    steps = training.checkpoints()
+    taken = max(steps, default=0)
+    if stage.done and not taken:
+        raise UserError(
+            f"{where} cannot go on with {changed}: there is no checkpoint in {training.folder}. "
+            f"Use another --workdir, or delete {stage.folder} to make it again."
+        )
+    least = taken + 1 if stage.done else taken
+    if training.wanted < least:
+        state = f"is finished with {taken} steps" if stage.done else f"has taken {taken} steps"
+        raise StageMismatch(
+            next(iter(fields)),
+            f"{where} {state}, and now {changed}: expected config.{training.key} of at least {least} to go on with "
+            f"that, found {training.wanted}. Raise it" + _elsewhere(stage, workdir) + ".",
+        )
+    return taken
+
+
+def _elsewhere(stage: Stage, workdir: Workdir) -> str:
+    if stage.name != "model":
+        return ", or use another --workdir"
+    return (
+        ", or leave this training as it is and go on from one of its checkpoints in another workdir: "
+        f"ar-unified train --branch {workdir.path}:STEP --workdir NEW"
+    )

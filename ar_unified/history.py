@@ -1,0 +1,144 @@
+"""What changed while a stage was made: which fields of its fingerprint may, and the file that tells of it.
+
+`history.json` in a stage's folder is a list, oldest first, of {"when": UTC, "step": steps taken then, "kind": one of
+these, "changed": {field: [old, new]}}:
+    cost       the result is the same as without the change
+    extended   the steps behind `step` follow other settings than those before it
+    branched   the stage began with checkpoint `step` of another workdir, `from`
+    anew       what the stage had been made from is no more: it was begun again, what there was lies in `aside`
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import functools
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+DECIDING = ("extended", "branched")  # the kinds without which a result cannot be made again
+_ABSENT = "(absent)"
+
+Changes = dict[str, list[Any]]  # {field: [old, new]}
+
+
+@dataclass(frozen=True)
+class Changeable:
+    """Fields that may differ from those a stage was begun with; all others decide its result.
+
+    A field is dotted; the name of a part stands for all that is in it.
+
+    Attributes:
+        cost: they decide how long or with how much memory the same result is made, and what is logged.
+        extends: they decide the steps to come and no step before.
+        anew: what the stage was made from. Nothing else is made from the stage, so it follows.
+    """
+
+    cost: Sequence[str] = ()
+    extends: Sequence[str] = ()
+    anew: Sequence[str] = ()
+
+    def among(self, fields: Sequence[str]) -> str:
+        """A sentence that names those of `fields` that may change; "" for none."""
+        parts = []
+        for words, names in (("at any time", self.cost), ("for the steps to come", self.extends)):
+            if found := [name for name in names if any(_within(field, (name,)) for field in fields)]:
+                parts.append(f"{', '.join(found)} {words}")
+        return f"What may change here: {'; '.join(parts)}." if parts else ""
+
+
+def divide(
+    fingerprint: Mapping[str, Any], cost: Sequence[str], path: str = ""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A fingerprint without the fields that decide only cost, and these, flat: {field: value}."""
+    kept: dict[str, Any] = {}
+    only_cost: dict[str, Any] = {}
+    for key, value in fingerprint.items():
+        field = f"{path}.{key}" if path else key
+        if _within(field, cost):
+            only_cost |= dict(flat(value, field))
+        elif isinstance(value, dict) and value:
+            inner, found = divide(value, cost, field)
+            only_cost |= found
+            if inner:
+                kept[key] = inner
+        else:
+            kept[key] = value
+    return kept, only_cost
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Changes:
+    """The flat fields of two nested mappings that differ, in the order of `ours`."""
+    old, new = dict(flat(theirs)), dict(flat(ours))
+    fields = [*new, *(field for field in old if field not in new)]
+    pairs = {field: [old.get(field, _ABSENT), new.get(field, _ABSENT)] for field in fields}
+    return {field: [a, b] for field, (a, b) in pairs.items() if a != b}
+
+
+def compare(
+    found: Mapping[str, Any], fingerprint: Mapping[str, Any], cost: Mapping[str, Any], may: Changeable
+) -> tuple[str | None, dict[str, Changes]]:
+    """A record ({"fingerprint", "cost"}) against what a stage is to be made with now.
+
+    Returns:
+        The first field that differs and may not; and what differs and may, by kind. Where anything differs that the
+        stage was made from, all belongs to that: it is begun anew.
+    """
+    # Records of earlier versions have what decides only cost in their fingerprint.
+    theirs, their_cost = divide(found["fingerprint"], may.cost)
+    their_cost |= found.get("cost", {})
+    changes = differences(theirs, fingerprint)
+    if any(_within(field, may.anew) for field in changes):
+        return None, {"anew": changes}
+    refused = next((field for field in changes if not _within(field, may.extends)), None)
+    cheap = {name: [their_cost[name], new] for name, new in cost.items() if their_cost.get(name, new) != new}
+    kinds = {"extended": changes, "cost": cheap}
+    return refused, {kind: fields for kind, fields in kinds.items() if fields}
+
+
+def as_of(found: Mapping[str, Any], told: Sequence[Mapping[str, Any]], step: int) -> dict[str, Any]:
+    """A record as it was for the steps up to `step`: what `told`, its history, says of later ones is undone."""
+    fingerprint, cost = copy.deepcopy(found["fingerprint"]), dict(found.get("cost", {}))
+    for late in reversed([entry for entry in told if (entry["step"] or 0) >= step]):
+        for field, (old, _) in late["changed"].items():
+            *path, name = field.split(".")
+            part = cost if field in cost else functools.reduce(operator.getitem, path, fingerprint)
+            part[field if part is cost else name] = old
+    return {"fingerprint": fingerprint, "cost": cost}
+
+
+def entry(kind: str, step: int | None, changed: Changes, **more: Any) -> dict[str, Any]:
+    """One line of a history, of now."""
+    when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"when": when, "step": step, "kind": kind, **more, "changed": changed}
+
+
+def same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two entries tell of one change, as when the first attempt to make it was killed."""
+    return {**a, "when": ""} == {**b, "when": ""}
+
+
+def told(found: Mapping[str, Any]) -> str:
+    """An entry as a few words: at step 24 training.steps 24 -> 48."""
+    changes = ", ".join(f"{field} {old!s:.60} -> {new!s:.60}" for field, (old, new) in found["changed"].items())
+    where = f"at step {found['step']}" if found["step"] is not None else ""
+    whence = f"branched from {found['from']}" if "from" in found else ""
+    return " ".join(filter(None, (where, whence, changes)))
+
+
+def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted field, value) of everything in nested mappings."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from flat(inner, f"{path}.{key}" if path else key)
+    else:
+        yield path, value
+
+
+def _within(field: str, names: Sequence[str]) -> bool:
+    return any(field == name or field.startswith(f"{name}.") for name in names)
+
+
+NOTHING = Changeable()

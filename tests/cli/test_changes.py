@@ -1,0 +1,408 @@
+"""A workdir whose config changes: which keys may, what is noted of it, and what follows from it."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from ar_unified.checkpoint import Checkpoints, restore_params, steps_in
+from ar_unified.cli import config as configs
+from ar_unified.cli import experiment as experiment_module
+from ar_unified.cli.branch import branch, parse_branch
+from ar_unified.cli.changes import COST, EXTENDS, Training, changeable
+from ar_unified.cli.experiment import Experiment
+from ar_unified.cli.main import main
+from ar_unified.cli.tokenizer import _whole_batch
+from ar_unified.data.loader import PackedBatches
+from ar_unified.errors import UserError
+from ar_unified.history import flat
+from ar_unified.parallel.mesh import make_mesh
+from ar_unified.training.telemetry import read_metrics
+from ar_unified.workdir import NotShared, StageMismatch, Workdir, read_json, write_json, write_text
+from tests.cli.conftest import command
+
+KEYS = {"model": ("model", "loss", "training", "mesh"), "image_tokenizer": ("image_tokenizer", "mesh")}
+
+
+def config(**changes: Any) -> ConfigDict:
+    made = configs.defaults()
+    for key, value in changes.items():
+        _set(made, key.replace("__", "."), value)
+    return made
+
+
+def _set(made: ConfigDict, key: str, value: Any) -> None:
+    *parts, name = key.split(".")
+    with made.ignore_type():
+        functools.reduce(operator.getitem, parts, made)[name] = value
+
+
+def open_stage(folder: Path, name: str = "model", taken: int = 0, made: ConfigDict | None = None, **changes: Any):
+    """The stage of an experiment that has taken so many steps, without anything that it trains."""
+    made = made or config(**changes)
+    key = {"model": "training.steps", "image_tokenizer": "image_tokenizer.steps"}[name]
+    wanted = functools.reduce(operator.getitem, key.split("."), made)
+    steps = Training(key, wanted, lambda: [taken] if taken else [], "there", "" if name == "model" else "data")
+    return Experiment(made, Workdir(folder)).stage(name, *KEYS[name], training=steps, manifest={"size": 9})
+
+
+def history(folder: Path, name: str = "model") -> list[tuple[Any, ...]]:
+    path = folder / name / "history.json"
+    return [(row["kind"], row["step"], row["changed"]) for row in read_json(path)] if path.exists() else []
+
+
+def test_every_key_that_may_change_is_a_key() -> None:
+    known = dict(flat(configs.plain(configs.defaults())))
+    for name in (*COST, *EXTENDS, "image_tokenizer.accumulation"):
+        assert any(key == name or key.startswith(f"{name}.") for key in known), name
+    assert not set(COST) & set(EXTENDS)
+
+
+@pytest.mark.parametrize("name", ["model", "image_tokenizer"])
+def test_each_key_of_a_training_costs_extends_or_is_refused(tmp_path: Path, name: str) -> None:
+    """Every key by itself: what is in neither list decides the result, whatever it is."""
+    plain = configs.plain(configs.defaults())
+    keys = {key: value for part in KEYS[name] for key, value in flat(plain[part], part)}
+    accepted: dict[str, set[str]] = {"cost": set(), "extended": set()}
+    for i, (key, value) in enumerate(keys.items()):
+        open_stage(tmp_path / str(i), name)
+        made = config()
+        _set(made, key, _other(value))
+        try:
+            open_stage(tmp_path / str(i), name, made=made)
+        except StageMismatch as error:
+            assert error.field == key and "What may change here: " in str(error)
+            assert history(tmp_path / str(i), name) == []
+        else:
+            ((kind, step, changed),) = history(tmp_path / str(i), name)
+            assert step == 0 and list(changed) == [key]
+            accepted[kind].add(key)
+    for kind, listed in (("cost", (*COST, "image_tokenizer.accumulation")), ("extended", EXTENDS)):
+        assert accepted[kind] == {key for key in keys if key in listed or "mesh" in listed and key.startswith("mesh.")}
+
+
+def _other(value: Any) -> Any:
+    if isinstance(value, bool | str | list):
+        return {bool: lambda: not value, str: lambda: f"{value}x", list: lambda: (*value, 0.5)}[type(value)]()
+    return value + 1
+
+
+def test_the_message_names_the_field_and_what_may_change(tmp_path: Path) -> None:
+    open_stage(tmp_path)
+    with pytest.raises(StageMismatch) as caught:
+        open_stage(tmp_path, model__d_model=64, training__b2=0.5)
+    assert caught.value.field == "model.d_model" and caught.value.exit_status == 2
+    for words in (
+        "model.d_model = 192, this run has 64",
+        "--workdir",
+        "model.remat",
+        "loss.chunk",
+        "training.log_every",
+    ):
+        assert words in str(caught.value)
+    assert "training.steps" in str(caught.value) and "image_tokenizer" not in str(caught.value)
+
+
+def test_the_story_of_an_interrupted_run_and_of_one_that_is_made_longer(tmp_path: Path) -> None:
+    open_stage(tmp_path)
+    changes: dict[str, Any] = dict(model__remat="full", training__accumulation=4, loss__chunk=256, mesh__fsdp=2)
+    cheap = {"mesh.fsdp": [1, 2], "model.remat": ["none", "full"], "loss.chunk": [1024, 256]}
+    cheap |= {"training.accumulation": [1, 4]}
+    for _ in range(2):  # killed and started again: told once
+        stage = open_stage(tmp_path, taken=400, **changes)
+        assert not stage.done and history(tmp_path) == [("cost", 400, cheap)]
+    assert not [key for key in dict(flat(stage.fingerprint)) if key in (*cheap, "training.log_every")]
+    changes |= dict(training__decay_fraction=0.5, training__log_every=10)
+    stage = open_stage(tmp_path, taken=600, **changes)
+    decay = ("extended", 600, {"training.decay_fraction": [0.2, 0.5]})
+    assert history(tmp_path)[1:] == [decay, ("cost", 600, {"training.log_every": [20, 10]})]
+    stage.finish({"steps": 1000})
+    weights = Experiment(config(), Workdir(tmp_path)).weights
+
+    cheaper = changes | dict(training__log_every=50, model__remat="none")
+    assert open_stage(tmp_path, taken=1000, **cheaper).done  # nothing is left to do with it, so nothing is told
+    assert len(history(tmp_path)) == 3 and Experiment(config(), Workdir(tmp_path)).weights == weights
+    with pytest.raises(StageMismatch, match="is finished with 1000 steps.*config.training.steps of at least 1001"):
+        open_stage(tmp_path, taken=1000, **changes | dict(training__decay_fraction=0.1))
+    stage = open_stage(tmp_path, taken=1000, **changes | dict(training__steps=1500))
+    assert not stage.done and history(tmp_path)[3:] == [("extended", 1000, {"training.steps": [1000, 1500]})]
+    with pytest.raises(SystemExit, match="train"):
+        Experiment(config(), Workdir(tmp_path)).trained()  # what uses it waits for its end
+    with pytest.raises(StageMismatch, match="has taken 1200 steps.*at least 1200 .*found 1100.*--branch"):
+        open_stage(tmp_path, taken=1200, **changes | dict(training__steps=1100))
+    assert not open_stage(tmp_path, taken=1200, **changes | dict(training__steps=1250)).done  # shorter, not yet there
+    stage.finish({})
+    assert Experiment(config(), Workdir(tmp_path)).weights != weights
+
+
+def test_killed_while_it_is_reopened_it_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_stage(tmp_path).finish({})
+    unlink = Path.unlink
+
+    def die(path: Path, **options: Any) -> None:
+        if path.name == "done.json":
+            raise KeyboardInterrupt
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", die)
+    with pytest.raises(KeyboardInterrupt):
+        open_stage(tmp_path, taken=1000, training__steps=2000)
+    monkeypatch.undo()
+    assert not open_stage(tmp_path, taken=1000, training__steps=2000).done
+    assert history(tmp_path) == [("extended", 1000, {"training.steps": [1000, 2000]})]
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_from_nothing(tmp_path: Path) -> None:
+    open_stage(tmp_path).finish({})
+    with pytest.raises(UserError, match="there is no checkpoint in there"):
+        open_stage(tmp_path, taken=0, training__steps=2000)
+    assert (tmp_path / "model" / "done.json").exists()
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_workdir_of_an_earlier_version_opens(tmp_path: Path, finished: bool) -> None:
+    """Its fingerprint has all of `model`, `loss` and `training`, and neither mesh nor keys that came later."""
+    plain = configs.plain(configs.defaults())
+    del plain["training"]["keep_every"], plain["training"]["keep"]
+    old = {key: plain[key] for key in ("model", "loss", "training")} | {"seed": 0, "manifest": {"size": 9}}
+    write_json(tmp_path / "model" / ("done.json" if finished else "started.json"), {"fingerprint": old, "summary": {}})
+    with pytest.raises(StageMismatch, match="model.d_model = 192"):
+        open_stage(tmp_path, model__d_model=64)
+    assert open_stage(tmp_path, taken=9, model__remat="dots").done == finished
+    assert history(tmp_path) == ([] if finished else [("cost", 9, {"model.remat": ["none", "dots"]})])
+    if finished:  # samples that were made of it are still of it
+        assert Experiment(config(), Workdir(tmp_path)).trained() == old
+
+
+def test_an_image_tokenizer_goes_on_until_data_is_made_with_it(tmp_path: Path) -> None:
+    open_stage(tmp_path, "image_tokenizer").finish({})
+    with pytest.raises(StageMismatch, match="image_tokenizer.steps of at least 1001"):
+        open_stage(tmp_path, "image_tokenizer", taken=1000, image_tokenizer__steps=900)
+    assert not open_stage(tmp_path, "image_tokenizer", taken=1000, image_tokenizer__steps=2000).done
+    assert history(tmp_path, "image_tokenizer")[0][0] == "extended"
+    write_json(tmp_path / "data" / "started.json", {})
+    with pytest.raises(StageMismatch, match=f"{tmp_path / 'data'} is made from it"):
+        open_stage(tmp_path, "image_tokenizer", taken=1500, image_tokenizer__steps=3000)
+
+
+@pytest.mark.parametrize(
+    "changes, whole", [({}, False), (dict(quantizer="lfq"), True), (dict(quantizer="lfq", entropy=0.0), False)]
+)
+def test_microbatches_decide_where_a_loss_looks_at_all_of_one(tmp_path: Path, changes: dict, whole: bool) -> None:
+    made = config(**{f"image_tokenizer__{key}": value for key, value in changes.items()})
+    experiment = Experiment(made, Workdir(tmp_path))
+    assert _whole_batch(experiment) == whole
+    may = changeable(whole_batch=whole)
+    experiment.stage("image_tokenizer", "image_tokenizer", may=may)
+    made.image_tokenizer.accumulation = 2
+    if not whole:
+        experiment.stage("image_tokenizer", "image_tokenizer", may=may)
+        return
+    with pytest.raises(StageMismatch, match="accumulation"):
+        experiment.stage("image_tokenizer", "image_tokenizer", may=may)
+
+
+def test_an_adaptive_adversary_looks_at_all_of_a_microbatch(tmp_path: Path) -> None:
+    made = config(image_tokenizer__adversary__kind="patch", image_tokenizer__adversary__adaptive=True)
+    assert _whole_batch(Experiment(made, Workdir(tmp_path)))
+
+
+def test_what_is_made_of_a_model_follows_it_and_nothing_is_lost(tmp_path: Path) -> None:
+    open_stage(tmp_path).finish({})
+
+    def samples(**changes: Any):
+        opened = Experiment(config(**changes), Workdir(tmp_path))
+        return opened.stage("samples", "sampling", model=opened.trained(), may=changeable(anew=["model"]))
+
+    stage = samples()
+    write_json(stage.folder / "samples.jsonl", "of step 1000")
+    stage.finish({})
+    assert samples(sampling__batch_size=3).done
+    with pytest.raises(StageMismatch, match="sampling.guidance.*What may change here: sampling.batch_size at any time"):
+        samples(sampling__guidance=3.0)
+    open_stage(tmp_path, taken=1000, training__steps=1200).finish({})
+    stage = samples()
+    assert not stage.done and not (stage.folder / "samples.jsonl").exists()
+    assert stage.aside == tmp_path / "samples.old-1" and read_json(stage.aside / "samples.jsonl") == "of step 1000"
+    ((kind, step, changed),) = history(tmp_path, "samples")
+    assert (kind, step) == ("anew", None) and changed["model.training.steps"] == [1000, 1200]
+    assert not samples().aside  # interrupted, it goes on
+
+
+@pytest.fixture
+def origin(tmp_path: Path) -> Path:
+    """A workdir whose training took 12 steps of 20: two checkpoints and small stand-ins for what was before them."""
+    folder = tmp_path / "origin"
+    made = config(training__steps=20)
+    for name in ("text_tokenizer", "data"):
+        Workdir(folder).stage(name, {}).finish({})
+        write_json(folder / name / "deep" / "file.json", name)
+    open_stage(folder, made=made)
+    open_stage(folder, taken=4, training__steps=20, training__log_every=5)
+    open_stage(folder, taken=8, training__steps=24, training__log_every=5)
+    checkpoints = Checkpoints(folder / "model" / "checkpoints")
+    for step in (6, 12):
+        checkpoints.save(step, params={"w": np.full(3, step)}, optimizer={"n": np.zeros(1)}, metadata={})
+    checkpoints.close()
+    write_text(folder / "model" / "metrics.jsonl", "".join(f'{{"step": {i}, "loss": 1.0}}\n' for i in range(1, 13)))
+    write_json(folder / "config.json", configs.plain(made))
+    return folder
+
+
+def branched(origin: Path, folder: Path, step: int | None = None, **changes: Any) -> Experiment:
+    experiment = Experiment(config(**dict(training__steps=16) | changes), Workdir(folder))
+    branch(experiment, origin, step, lambda: experiment.fingerprint(*KEYS["model"], manifest={"size": 9}))
+    return experiment
+
+
+def test_a_branch_has_all_that_a_training_needs_and_leaves_its_origin_alone(origin: Path, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in origin.rglob("*") if path.is_file()}
+    folder = tmp_path / "new"
+    (folder / ".data.branch~").mkdir(parents=True)  # a killed attempt
+    for _ in range(2):  # and the same command again
+        branched(origin, folder, 6, training__schedule="wsd")
+    assert {path: path.read_bytes() for path in origin.rglob("*") if path.is_file()} == before
+    assert sorted(path.name for path in folder.iterdir()) == ["data", "model", "text_tokenizer"]
+    # The step before the branch is told as the origin has it; what came later there is not this run's.
+    noted = {"training.steps": [20, 16], "training.schedule": ["cosine", "wsd"], "training.log_every": [5, 20]}
+    assert history(folder) == [("cost", 4, {"training.log_every": [20, 5]}), ("branched", 6, noted)]
+    assert read_json(folder / "model" / "history.json")[-1]["from"] == str(origin)
+    shutil.rmtree(origin)
+    assert read_json(folder / "data" / "deep" / "file.json") == "data" and (folder / "data" / "done.json").exists()
+    assert steps_in(folder / "model" / "checkpoints") == [6]
+    np.testing.assert_array_equal(restore_params(folder / "model" / "checkpoints")["w"], np.full(3, 6))
+    stage = open_stage(folder, taken=6, training__steps=16, training__schedule="wsd")  # as `train` goes on with it
+    assert not stage.done and not stage.changed and len(read_metrics(folder / "model" / "metrics.jsonl")) == 12
+
+
+@pytest.mark.parametrize(
+    "step, changes, words",
+    [
+        (7, {}, r"the steps that .*origin/model/checkpoints has checkpoints of, \[6, 12\]; found 7.*keep_every"),
+        (None, dict(training__steps=12), "config.training.steps: expected more than the 12 .* found 12"),
+        (6, dict(training__b2=0.5), "training had training.b2 = 0.95, this one has 0.5. What may change here: .*remat"),
+        (6, dict(checkpoint_folder="origin/model/checkpoints"), "config.checkpoint_folder: expected another"),
+    ],
+)
+def test_what_cannot_be_branched_is_said(
+    origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int | None, changes: dict, words: str
+) -> None:
+    if "checkpoint_folder" in changes:
+        changes = {"checkpoint_folder": str(tmp_path / changes["checkpoint_folder"])}
+    with pytest.raises(UserError, match=words):
+        branched(origin, tmp_path / "new", step, **changes)
+    assert not (tmp_path / "new" / "model" / "started.json").exists()
+    assert branched(origin, tmp_path / "new", 6).workdir.model.exists()  # mended, it goes on
+
+
+def test_a_branch_never_grows_on_another_model(origin: Path, tmp_path: Path) -> None:
+    open_stage(tmp_path / "new")
+    for folder, words in ((tmp_path / "new", "has a model already"), (origin, "expected another workdir")):
+        with pytest.raises(UserError, match=words):
+            branched(origin, folder)
+    with pytest.raises(UserError, match="expected a workdir whose training has begun"):
+        branched(tmp_path / "nowhere", tmp_path / "third")
+
+
+def test_a_branch_is_a_workdir_and_perhaps_a_step() -> None:
+    assert parse_branch("a:b/c:12") == (Path("a:b/c"), 12) and parse_branch("a:b") == (Path("a:b"), None)
+
+
+def test_another_process_waits_until_it_sees_what_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fingerprint = configs.plain(config().training)
+    may = changeable()
+    Workdir(tmp_path).stage("model", {"training": fingerprint}, may).finish({})
+    longer = {"training": fingerprint | {"steps": 2000}}
+    seen = []
+
+    def reopen(seconds: float) -> None:
+        seen.append(seconds)
+        stage = Workdir(tmp_path).stage("model", longer, may)
+        if stage.changed:
+            stage.begin()
+
+    monkeypatch.setattr("time.sleep", reopen)
+    assert not Workdir(tmp_path, reader=True).stage("model", longer, may).done and seen
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("time.monotonic", iter(range(0, 10**6, 50)).__next__)
+    with pytest.raises(NotShared, match="holds something else"):
+        Workdir(tmp_path, reader=True).stage("model", {"training": fingerprint}, may)
+
+
+# ---- from the command line --------------------------------------------------------------------------------------
+
+SETTINGS: dict[str, Any] = dict(
+    image_tokenizer__steps=1, training__steps=36, training__log_every=1, training__validate_every=0,
+    training__checkpoint_every=6, training__keep=2, training__keep_every=18, training__schedule="wsd",
+    training__decay_fraction=0.0, evaluation__limit=1,
+)  # fmt: skip
+
+
+def run(verb: str, folder: Path, workdir: Path, *flags: str, **changes: Any) -> int:
+    return main([*command(verb, folder, workdir, **SETTINGS | changes), *flags])
+
+
+@pytest.mark.slow
+def test_a_training_that_ran_out_of_memory_is_changed_made_longer_and_branched(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(experiment_module, "make_mesh", lambda *_: make_mesh({}, jax.devices()[:1]))
+    whole, changed, decayed = tmp_path / "whole", tmp_path / "changed", tmp_path / "decayed"
+    for verb in ("tokenizer", "prepare"):
+        assert run(verb, folder, whole) == 0
+    shutil.copytree(whole, changed)
+    assert run("train", folder, whole) == 0
+
+    batch = PackedBatches.batch
+
+    def out_of_memory(batches: PackedBatches, step: int, *part: int) -> Any:
+        if step == 30:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return batch(batches, step, *part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedBatches, "batch", out_of_memory)
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            run("train", folder, changed)
+    cheap: dict[str, Any] = dict(model__remat="full", training__accumulation=2, loss__chunk=64)
+    assert run("train", folder, changed, **cheap) == 0
+    ours, theirs = ([row["loss"] for row in read_metrics(path / "model/metrics.jsonl")] for path in (changed, whole))
+    assert len(ours) == 36
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+    for verb in ("sample", "evaluate"):
+        assert run(verb, folder, changed, **cheap) == 0
+    before = (changed / "evaluation.json").read_bytes()
+    capsys.readouterr()
+    assert run("run", folder, changed, **cheap | dict(training__steps=40, training__log_every=2)) == 0
+    out = capsys.readouterr().out
+    assert "learning rate: 0 in step 36" in out and "samples: made anew, as model.training.steps is 40" in out
+    assert (changed / "evaluation.old-1" / "evaluation.json").read_bytes() == before
+    assert (changed / "evaluation.old-1" / "report.html").exists() and (changed / "evaluation.json").exists()
+    assert "training.steps 36 -&gt; 40" in (changed / "report.html").read_text()
+    names = {"model.remat": ["none", "full"], "loss.chunk": [1024, 64], "training.accumulation": [1, 2]}
+    assert history(changed) == [
+        ("cost", 30, names),
+        ("extended", 36, {"training.steps": [36, 40]}),
+        ("cost", 36, {"training.log_every": [1, 2]}),
+    ]
+
+    decay = dict(training__steps=24, training__decay_fraction=0.25)
+    assert run("train", folder, decayed, "--branch", f"{whole}:12", **decay) == 2
+    assert "has checkpoints of, [18, 30, 36]; found 12" in capsys.readouterr().err
+    assert run("train", folder, decayed, "--branch", f"{whole}:18", **decay) == 0
+    rows = read_metrics(decayed / "model/metrics.jsonl")
+    assert [row["loss"] for row in rows[:18]] == theirs[:18] and len(rows) == 24
+    assert rows[17]["learning_rate"] == 2e-3 > rows[18]["learning_rate"] and rows[-1]["learning_rate"] == 0
+    fields = {"training.steps": [36, 24], "training.decay_fraction": [0.0, 0.25]}
+    assert history(decayed) == [("branched", 18, fields)]
+    assert steps_in(whole / "model/checkpoints") == [18, 30, 36] and not history(whole)
+    assert run("train", folder, whole) == 0 and "model: done already" in capsys.readouterr().out
