@@ -58,8 +58,8 @@ def open_source(spec: Mapping[str, Any]) -> Source:
             what `path` names, for the message where it is missing.
 
     Raises:
-        UserError: an unknown kind or key, a missing file (`made_by` says how to make it), views out of range, or a split
-            no row is in (EmptySplit: for want of a second picture or text).
+        UserError: an unknown kind or key, a missing file (`made_by` says how to make it), views out of range, or a
+            split no row is in (EmptySplit: for want of a second picture or text).
     """
     kinds: dict[str, Callable[..., Source]] = {
         "tfds": _tfds, "folder": _folder, "jsonl": _jsonl, "pictures": Pictures, "text": TextFiles,

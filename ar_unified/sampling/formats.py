@@ -135,8 +135,11 @@ def _begins_with_object(path: Path) -> bool:
 def _texts(path: Path) -> Iterator[str]:
     """The lines of a file with their ends; blank ones may stand within a cell."""
     with open(path, "rb") as file:
-        for number, line in enumerate(file):
-            yield _text(_whole(line) if number == 0 else line)
+        for number, line in enumerate(file, 1):
+            try:
+                yield _text(_whole(line) if number == 1 else line)
+            except RequestError as error:
+                raise RequestError(f"{path}:{number}: {error}") from None
 
 
 def _text_file(path: Path, beside: Folder, leave: Left) -> Iterator[Row]:

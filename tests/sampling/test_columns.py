@@ -136,6 +136,8 @@ def test_settings_of_a_table_and_what_other_systems_called_so(tmp_path):
         ("a.csv", b"a cat\na dog\n", "A file with a prompt on each line ends in .txt"),
         ("a.csv", b"prompt,prompt\na,b\n", "found 'prompt' twice"),
         ("a.csv", b'prompt\n"a\n', "expected a CSV file"),
+        ("a.csv", "prompt\na\nHünd\n".encode("cp1252"), "a.csv:3: expected"),
+        ("a.tsv", "prompt\tcategory\n".encode("utf-16"), "a.tsv:1: expected"),
         ("a.parquet", b"PAR1 broken", "expected a Parquet file"),
         ("a.txt.gz", b"\x1f\x8b", "unpack it first"),
         ("a.txt", b"\n\n", "expected at least one request, found none"),
