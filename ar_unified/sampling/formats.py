@@ -9,8 +9,8 @@
 
 What cannot be read becomes a row with an error, and the rows behind it are read all the same. What is no prompt never
 becomes one: the header of a table, other members of a tar, README and LICENSE files, hidden files and what macOS puts
-into archives (__MACOSX, ._*). Pictures are named by the rows and read later: files under the folder of the requests
-(`data.files`), members of the tar, or data: URLs. Nothing is fetched. Text is UTF-8 (`data.encoding`).
+into archives (__MACOSX, ._*). Text is UTF-8 (`data.encoding`). Pictures are named by the rows and read later: files
+under the folder of the requests (`data.files`), members of the tar, or data: URLs. Nothing is fetched.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ar_unified.data import encoding, files
-from ar_unified.data.files import FileError, Folder, data_url
+from ar_unified.data import encoding
+from ar_unified.data.files import FileError, Folder, data_url, hidden
 from ar_unified.data.images import SUFFIXES
 from ar_unified.sampling import tables
 from ar_unified.sampling.request import RequestError
@@ -62,7 +62,7 @@ class Row:
 Left = Callable[[str], None]  # is told each thing that is left out, by its kind
 
 
-def read_rows(path: str | Path, leave: Left = lambda kind: None, *, links: bool = False) -> Iterator[Row]:
+def read_rows(path: str | Path, leave: Left = lambda kind: None, links: bool = False) -> Iterator[Row]:
     """The requests of a file or folder, in order, without blank lines. Raises OSError; RequestError: a broken file.
 
     The format is that of the name's suffix; without one that is known, lines beginning with "{" are JSONL. `leave` is
@@ -70,22 +70,22 @@ def read_rows(path: str | Path, leave: Left = lambda kind: None, *, links: bool 
     requests' folder are followed, to pictures and to prompts in a folder.
     """
     path = Path(path)
-    suffix, beside = path.suffix.lower(), Folder(path.parent, links)
+    suffix, folder = path.suffix.lower(), Folder(path if path.is_dir() else path.parent, links)
     if path.is_dir():
-        return _rows(Folder(path, links), _folder(Folder(path, links), leave))
+        return _rows(folder, _folder(folder, leave))
     if suffix in _PACKED:
         raise RequestError(f"{path}: expected a file that is not compressed: unpack it first")
     if suffix == ".tar":
         return _tar(path, leave)
     if suffix == ".json":
-        return _rows(beside, _json(path))
+        return _rows(folder, _json(path))
     if suffix == ".parquet":
-        return _rows(beside, tables.parquet(path, leave), foreign=True)
+        return _rows(folder, tables.parquet(path, leave), foreign=True)
     if suffix in (".csv", ".tsv"):
-        return _rows(beside, tables.delimited(path, _texts(path)), foreign=True)
+        return _rows(folder, tables.delimited(path, _texts(path)), foreign=True)
     if suffix == ".txt" or (suffix != ".jsonl" and not _begins_with_object(path)):
-        return _text_file(path, beside, leave)
-    return _rows(beside, ((number, partial(_request, line)) for number, line in _lines(path)))
+        return _text_file(path, folder, leave)
+    return _rows(folder, ((number, partial(_request, line)) for number, line in _lines(path)))
 
 
 def fingerprint(paths: Sequence[str | Path]) -> str:
@@ -109,23 +109,26 @@ def _rows(
             yield Row(number, {}, load, str(error))
 
 
-def hidden(name: str) -> bool:
+def _hidden(name: str) -> bool:
     """Whether a file of an archive or folder, by its path there, is not for people: .DS_Store, ._a.txt, __MACOSX/a."""
-    return any(files.hidden(part) for part in name.split("/") if part not in ("", "."))
+    return any(hidden(part) for part in name.split("/") if part not in ("", "."))
 
 
 # ---- lines ------------------------------------------------------------------------------------------------------
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def _raw_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file with their ends, without a byte order mark. Raises RequestError: it is no UTF-8."""
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line = line if number > 1 else _whole(line)  # that it is no UTF-8 shows in the file's first bytes
-            except RequestError as error:
-                raise RequestError(f"{path}: {error}") from None
-            if line.strip():
-                yield number, line
+        try:
+            encoding.begin(file)
+        except encoding.EncodingError as error:
+            raise RequestError(f"{path}: {error}") from None
+        yield from file
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    yield from ((number, line) for number, line in enumerate(_raw_lines(path), 1) if line.strip())
 
 
 def _begins_with_object(path: Path) -> bool:
@@ -133,29 +136,28 @@ def _begins_with_object(path: Path) -> bool:
 
 
 def _texts(path: Path) -> Iterator[str]:
-    """The lines of a file with their ends; blank ones may stand within a cell."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield _text(_whole(line) if number == 1 else line)
-            except RequestError as error:
-                raise RequestError(f"{path}:{number}: {error}") from None
+    """The lines of a table with their ends; blank ones may stand within a cell."""
+    for number, line in enumerate(_raw_lines(path), 1):
+        try:
+            yield encoding.text(line)
+        except encoding.EncodingError as error:
+            raise RequestError(f"{path}, line {number}: {error}") from None
 
 
-def _text_file(path: Path, beside: Folder, leave: Left) -> Iterator[Row]:
+def _text_file(path: Path, folder: Folder, leave: Left) -> Iterator[Row]:
     """A prompt a line, unless the first is the header of a table."""
     try:
         first = _text(next((line for _, line in _lines(path)), b"")).strip()
     except RequestError:
         first = ""  # its row says so
     if "\t" in first and tables.header(first):
-        yield from _rows(beside, tables.delimited(path, _texts(path)), foreign=True)
+        yield from _rows(folder, tables.delimited(path, _texts(path)), foreign=True)
         return
     lines = _lines(path)
     if tables.header(first):
         next(lines)
         leave(f"the first line, {first!r}, as a header")
-    yield from _rows(beside, ((number, partial(_prompt, line)) for number, line in lines))
+    yield from _rows(folder, ((number, partial(_prompt, line)) for number, line in lines))
 
 
 def _prompt(data: bytes) -> dict[str, Any]:
@@ -179,7 +181,7 @@ def _text(data: bytes) -> str:
 
 
 def _whole(data: bytes) -> bytes:
-    """A file, or its first line, without a byte order mark. Raises RequestError: it is no UTF-8."""
+    """A file without a byte order mark. Raises RequestError: it is no UTF-8."""
     try:
         return encoding.unmarked(data)
     except encoding.EncodingError as error:
@@ -221,8 +223,6 @@ def _json(path: Path) -> Iterator[tuple[int, Callable[[], Mapping[str, Any]]]]:
 
 
 def _folder(folder: Folder, leave: Left) -> Iterator[tuple[int, Callable[[], Mapping[str, Any]]]]:
-    path = folder.root
-
     def named(file: Path) -> dict[str, Any]:
         try:
             data = folder.read_file(file.name)
@@ -230,17 +230,19 @@ def _folder(folder: Folder, leave: Left) -> Iterator[tuple[int, Callable[[], Map
             raise RequestError(f"{file.name}: {error.reason}") from None
         return {"id": file.stem, **_prompt(_whole(data))}
 
-    prompts = _prompt_files(path)
-    if not prompts:
-        raise RequestError(f"{path}: expected a folder of .txt files, a prompt each, found none: name the file itself")
-    for file in sorted(path.iterdir()):
-        if file not in prompts and not hidden(file.name):
+    files = _prompt_files(folder.root)
+    if not files:
+        raise RequestError(
+            f"{folder.root}: expected a folder of .txt files, a prompt each, found none: name the file itself"
+        )
+    for file in sorted(folder.root.iterdir()):
+        if file not in files and not _hidden(file.name):
             leave(file.name if _ABOUT.fullmatch(file.name) else f"files {file.suffix}" if file.suffix else file.name)
-    yield from ((i, partial(named, file)) for i, file in enumerate(prompts, 1))
+    yield from ((i, partial(named, file)) for i, file in enumerate(files, 1))
 
 
 def _prompt_files(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.glob("*.txt") if not hidden(f.name) and not _ABOUT.fullmatch(f.name))
+    return sorted(f for f in folder.glob("*.txt") if not _hidden(f.name) and not _ABOUT.fullmatch(f.name))
 
 
 def _tar(path: Path, leave: Left) -> Iterator[Row]:
@@ -249,7 +251,7 @@ def _tar(path: Path, leave: Left) -> Iterator[Row]:
     def regular(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         try:
             for member in tar:
-                if member.isreg() and not member.issparse() and not hidden(member.name):
+                if member.isreg() and not member.issparse() and not _hidden(member.name):
                     if _useful(member.name):
                         yield member
                     else:

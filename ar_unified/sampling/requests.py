@@ -130,7 +130,7 @@ def read_requests(
         number = before
         left: Counter[str] = Counter()
         own: dict[str, None] = {}
-        for row in read_rows(path, lambda kind, left=left: left.update([kind]), links=links):  # type: ignore[misc]
+        for row in read_rows(path, lambda kind, left=left: left.update([kind]), links):  # type: ignore[misc]
             number = before + row.number
             lines.append(_line(row, number, cells, settings, names, own))
         if number == before:

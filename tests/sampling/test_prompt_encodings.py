@@ -19,10 +19,12 @@ from ar_unified.sampling.requests import PictureError, read_requests
 
 PROMPTS = ["ein Hünd", "a cat"]
 MARK = codecs.BOM_UTF8
+SUFFIXES = [".txt", ".jsonl", ".json", ".csv", ".tsv", ".tar", ".prompts", ""]
 
 
 def lines(path, **options):
     cells = SimpleNamespace(factor=4, codes_per_position=1)
+    options.setdefault("warn", lambda line: None)
     return read_requests(path, cells=cells, defaults={"context": "empty_prompt"}, **options)
 
 
@@ -40,19 +42,25 @@ def written(path, data):
         for i, prompt in enumerate(PROMPTS):
             (path / f"{i}.txt").write_bytes(data(prompt))
     else:
-        text = {".json": "[" + ",".join(rows) + "]", ".jsonl": "\r\n".join(rows)}.get(path.suffix, "\r\n".join(PROMPTS))
+        table = [["prompt", "number"], *([prompt, str(i)] for i, prompt in enumerate(PROMPTS))]
+        text = {
+            ".json": "[" + ",".join(rows) + "]",
+            ".jsonl": "\r\n".join(rows),
+            ".csv": "\r\n".join(map(",".join, table)),
+            ".tsv": "\n".join(map("\t".join, table)),
+        }.get(path.suffix, "\r\n".join(PROMPTS))
         path.write_bytes(data(text))
     return path
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".tar", ".prompts", ""])
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_mark_is_no_part_of_a_prompt(tmp_path, suffix):
     found = lines(written(tmp_path / f"a{suffix}", lambda text: MARK + text.encode()))
     assert [line.error for line in found] == ["", ""]
     assert [line.content for line in found] == [(TextPart(prompt),) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".tar", ".prompts", ""])
+@pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("codec", ["utf-16", "utf-16-le", "utf-32-be"])
 def test_another_encoding_is_refused_by_name_and_nothing_is_drawn(tmp_path, suffix, codec):
     path = written(tmp_path / f"a{suffix}", lambda text: text.encode(codec))
@@ -72,6 +80,9 @@ def test_single_bytes_are_an_error_of_their_line(tmp_path):
     found = lines(tmp_path / "a.txt")
     assert [bool(line.error) for line in found] == [False, True, False]
     assert "found 0xfc at byte 5; in Windows-1252 it would read 'ein Hünd" in found[1].error
+    (tmp_path / "a.csv").write_bytes("prompt\na dog\nein Hünd\n".encode("cp1252"))
+    with pytest.raises(RequestError, match="a.csv, line 3: expected UTF-8, found 0xfc"):
+        lines(tmp_path / "a.csv")
 
 
 def test_links_of_prompts_and_their_pictures(tmp_path):
