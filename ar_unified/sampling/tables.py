@@ -2,7 +2,8 @@
 
 The first line of a CSV or TSV file names the columns. A TSV cell is what stands between two tabs (PartiPrompts.tsv has
 prompts with a quotation mark in them); one that is quoted whole, its inner marks doubled, is taken out of its quotes,
-and where cells go over lines the file is read as CSV is. Columns named as settings are settings, an empty cell says nothing, and all others travel in `meta`.
+and where cells go over lines the file is read as CSV is. Columns named as settings are settings, an empty cell says
+nothing, and all others travel in `meta`.
 """
 
 from __future__ import annotations

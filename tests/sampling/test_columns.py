@@ -78,6 +78,11 @@ def test_slips_are_found_wherever_a_letter_went_wrong():
         assert own_columns({word: 1, "prompt": "a"}) == {word: 1}, word
 
 
+def test_beside_the_right_key_a_similar_one_is_no_slip_of_it():
+    row = {"prompt": "a", "prompts": ["a", "b"], "Prompt": "A"}
+    assert own_columns(row) == {"prompts": ["a", "b"], "Prompt": "A"}
+
+
 def test_slips_inside_a_setting_are_errors_too(tmp_path):
     rows = [{"text": {"temprature": 1}}, {"image": {"topk": 3}}, {"canvas": {"image": "a.png", "msk": "b.png"}}]
     path = tmp_path / "a.jsonl"
