@@ -143,6 +143,15 @@ def test_the_story_of_an_interrupted_run_and_of_one_that_is_made_longer(tmp_path
     assert Experiment(config(), Workdir(tmp_path)).weights != weights
 
 
+def test_the_way_of_a_training_names_its_weights_and_its_cost_does_not(tmp_path: Path) -> None:
+    """Of three trainings whose settings end alike: at once, at another cost on the way, made longer on the way."""
+    for name, changes in (("once", {}), ("cost", dict(model__remat="full")), ("longer", dict(training__steps=1500))):
+        open_stage(tmp_path / name, **dict(training__steps=2000) | changes)
+        open_stage(tmp_path / name, taken=1000, training__steps=2000).finish({})
+    once, cost, longer = (Experiment(config(), Workdir(tmp_path / name)).weights for name in ("once", "cost", "longer"))
+    assert once == cost != longer
+
+
 def test_killed_while_it_is_reopened_it_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     open_stage(tmp_path).finish({})
     unlink = Path.unlink
@@ -378,13 +387,13 @@ def test_a_training_that_ran_out_of_memory_is_changed_made_longer_and_branched(
     assert len(ours) == 36
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
-    for verb in ("sample", "evaluate"):
-        assert run(verb, folder, changed, **cheap) == 0
+    assert run("evaluate", folder, changed, **cheap) == 0
     before = (changed / "evaluation.json").read_bytes()
     capsys.readouterr()
-    assert run("run", folder, changed, **cheap | dict(training__steps=40, training__log_every=2)) == 0
+    for verb in ("train", "evaluate"):
+        assert run(verb, folder, changed, **cheap | dict(training__steps=40, training__log_every=2)) == 0
     out = capsys.readouterr().out
-    assert "learning rate: 0 in step 36" in out and "samples: made anew, as model.training.steps is 40" in out
+    assert "learning rate: 0 in step 36" in out and "evaluation: made anew, as model.training.steps is 40" in out
     assert (changed / "evaluation.old-1" / "evaluation.json").read_bytes() == before
     assert (changed / "evaluation.old-1" / "report.html").exists() and (changed / "evaluation.json").exists()
     assert "training.steps 36 -&gt; 40" in (changed / "report.html").read_text()
@@ -401,7 +410,7 @@ def test_a_training_that_ran_out_of_memory_is_changed_made_longer_and_branched(
     assert run("train", folder, decayed, "--branch", f"{whole}:18", **decay) == 0
     rows = read_metrics(decayed / "model/metrics.jsonl")
     assert [row["loss"] for row in rows[:18]] == theirs[:18] and len(rows) == 24
-    assert rows[17]["learning_rate"] == 2e-3 > rows[18]["learning_rate"] and rows[-1]["learning_rate"] == 0
+    assert rows[17]["learning_rate"] == pytest.approx(2e-3) > rows[18]["learning_rate"] and rows[-1]["learning_rate"] == 0
     fields = {"training.steps": [36, 24], "training.decay_fraction": [0.0, 0.25]}
     assert history(decayed) == [("branched", 18, fields)]
     assert steps_in(whole / "model/checkpoints") == [18, 30, 36] and not history(whole)
