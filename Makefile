@@ -7,7 +7,8 @@ PYTHON  ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 PINS     = requirements/py$(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])' 2>/dev/null).txt
 BIN      = $(VENV)/bin
 
-.PHONY: setup libtpu demo test test-slow lint check-hopper plan wheel clean
+.PHONY: setup libtpu demo test test-slow test-exact test-interop test-py312 test-all mutate lint check-hopper plan wheel \
+        clean environments
 
 setup: $(VENV)/.installed
 
@@ -30,11 +31,61 @@ $(VENV)/libtpu: $(wildcard requirements/*.txt)
 	    $$(test -f $(PINS) && echo "-c $(PINS)") libtpu || { mkdir -p $@; echo "no libtpu here: what compiles for TPUs is skipped"; }
 	@touch $@
 
-test: setup libtpu
-	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+# ---- tests. RESULTS: where each target leaves its outcomes, for tests/summary.py.
+PYTEST   = -m pytest -q -n 2
+RESULTS ?= .cache/tests
+HERE     = not interop and not newest_jax
+INTEROP  = .venv-interop
+PY312    = .venv-py312
 
-test-slow: setup libtpu  ## what takes long: kills at random moments, races in kernels, TPUs by the dozen
-	$(BIN)/python -m pytest -q -n 2 -m slow
+test: setup libtpu
+	$(BIN)/python $(PYTEST) --junitxml=$(RESULTS)/quick.xml -m "not slow and $(HERE)"
+
+test-slow: setup libtpu  ## what takes long: races in kernels, TPUs by the dozen; kills and meshes are test-exact's
+	$(BIN)/python $(PYTEST) --junitxml=$(RESULTS)/slow.xml -m "slow and not exact and not exhaustive and $(HERE)"
+
+test-exact: setup libtpu  ## the same bits after a kill, the same numbers on any mesh, as users' programs are optimised
+	AR_UNIFIED_TEST_OPTIMIZED=1 $(BIN)/python $(PYTEST) --junitxml=$(RESULTS)/exact.xml -m "exact and not exhaustive and $(HERE)"
+
+test-interop: $(INTEROP)/.installed  ## beside torch, transformers, lm-evaluation-harness and lmms-eval
+	$(INTEROP)/bin/python $(PYTEST) --junitxml=$(RESULTS)/interop.xml -m interop
+
+# The GPU kernels emulated, and of every room what meets JAX most.
+COVERING = tests/test_automaton.py tests/test_checkpoint.py tests/data/test_loader.py tests/training/test_loop.py \
+           tests/training/test_step.py tests/sampling/test_decoding.py tests/sampling/test_job.py tests/cli/test_config.py
+test-py312: $(PY312)/.installed  ## Python 3.12 with the newest JAX
+	$(PY312)/bin/python $(PYTEST) --junitxml=$(RESULTS)/py312-kernels.xml -m newest_jax
+	$(PY312)/bin/python $(PYTEST) --junitxml=$(RESULTS)/py312.xml -m "not slow and not interop" $(COVERING)
+
+ALL = .cache/test-all
+test-all: environments  ## every test there is, at both levels of optimisation and on both Pythons; some hours
+	rm -rf $(ALL)
+	-$(BIN)/python $(PYTEST) --junitxml=$(ALL)/all.xml -m "$(HERE)"
+	-AR_UNIFIED_TEST_OPTIMIZED=1 $(BIN)/python $(PYTEST) --junitxml=$(ALL)/exact.xml -m "exact and $(HERE)"
+	-$(INTEROP)/bin/python $(PYTEST) --junitxml=$(ALL)/interop.xml -m interop
+	-$(PY312)/bin/python $(PYTEST) --junitxml=$(ALL)/py312.xml -m "not interop"
+	$(BIN)/python tests/summary.py --record tests/last_full_run.json $(ALL)/*.xml
+
+mutate: setup  ## makes mistakes one by one and asks the quick tests; writes docs/mutations.md; an hour
+	$(BIN)/python tests/mutate.py $(MISTAKES)
+
+environments: setup libtpu $(INTEROP)/.installed $(PY312)/.installed
+
+# torch is not for the environment that users have; lmms_eval's requirements are 5 GB, of which its base class needs none.
+$(INTEROP)/.installed: pyproject.toml $(wildcard requirements/*.txt)
+	$(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check $$(test -f $(PINS) && echo "-c $(PINS)") \
+	    -r requirements/interop.txt -e ".[dev]"
+	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps lmms_eval==0.7.3
+	@touch $@
+
+PYTHON312 ?= $(shell for p in python3.12 python3 $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.12*/bin/python; do \
+             $$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo $$p && break; done)
+$(PY312)/.installed: pyproject.toml $(wildcard requirements/*.txt)
+	@test -n "$(PYTHON312)" || { echo "Python 3.12 was not found. Name one: make PYTHON312=... $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON312) -m venv $(PY312)
+	$(PY312)/bin/python -m pip install --quiet --disable-pip-version-check -c requirements/py312.txt -e ".[dev]"
+	@touch $@
 
 lint: setup
 	$(BIN)/ruff check .
@@ -43,7 +94,7 @@ lint: setup
 
 HOPPER   = .venv-hopper
 check-hopper: $(HOPPER)/.installed  ## compile the GPU kernels for an H200 with NVIDIA's compiler; needs no GPU, 1.4 GB
-	PYTHONPATH=. $(HOPPER)/bin/python tests/kernels/check_hopper.py
+	PYTHONPATH=.:tokenizers $(HOPPER)/bin/python tests/kernels/check_hopper.py
 
 $(HOPPER)/.installed: $(wildcard requirements/*.txt)
 	$(PYTHON) -m venv $(HOPPER)
@@ -60,4 +111,4 @@ wheel: setup
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(HOPPER) .cache dist workdirs
+	rm -rf $(VENV) $(HOPPER) $(INTEROP) $(PY312) .cache dist workdirs

@@ -22,6 +22,7 @@ from absl import logging as absl_logging
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from ar_unified.errors import RunError, UserError
 from ar_unified.vocabulary import require_same
 
 _COMMITTED = "commit_success.txt"  # the file that makes a folder of a bucket a checkpoint
@@ -30,11 +31,11 @@ _COMMITTED = "commit_success.txt"  # the file that makes a folder of a bucket a 
 absl_logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
 
 
-class SaveFailed(RuntimeError):
+class SaveFailed(RunError):
     """An earlier save did not reach the disk. It was asynchronous: training went on meanwhile."""
 
 
-class CheckpointMismatch(ValueError):
+class CheckpointMismatch(UserError):
     """What the checkpoint holds is not what was asked for; the message names the first leaf that differs."""
 
 
@@ -45,20 +46,30 @@ class Checkpoints:
       folder: where they lie, on storage that all processes share.
       keep: how many of the newest survive.
       keep_every: also keep every step that is a multiple of this; 0: none.
+      keep_best: also keep the step of the lowest validation loss among those that were saved with one.
       readonly: for readers beside a running writer: nothing is created, cleaned or saved, and no other process awaited.
     """
 
-    def __init__(self, folder: str | Path, *, keep: int = 3, keep_every: int = 0, readonly: bool = False):
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        keep: int = 3,
+        keep_every: int = 0,
+        keep_best: bool = False,
+        readonly: bool = False,
+    ):
         path = os.fspath(folder)
         self.folder = epath.Path(path if "://" in path else os.path.abspath(path))
         self.readonly = readonly
         self._saving: tuple[int, ocp.AsyncResponse[bool]] | None = None
         self._failed = False
+        self._losses: dict[int, float | None] = {}  # by step, as its metadata has it: read once
         if readonly:
             if not self.folder.is_dir():
                 raise FileNotFoundError(f"no checkpoints: {self.folder} does not exist; has the training stage run?")
             return
-        self.keep, self.keep_every = keep, keep_every
+        self.keep, self.keep_every, self.keep_best = keep, keep_every, keep_best
         self._orbax = ocp.training.Checkpointer(self.folder, cleanup_tmp_directories=True)  # what a killed writer left
 
     def steps(self) -> list[int]:
@@ -69,8 +80,34 @@ class Checkpoints:
         """The newest complete checkpoint, or None."""
         return max(self.steps(), default=None)
 
-    def save(self, step: int, *, params: Any, optimizer: Any, metadata: Mapping[str, Any]) -> None:
+    def best(self) -> tuple[int, float] | None:
+        """(step, validation loss) of the complete checkpoint with the lowest, or None; the first of equal ones.
+
+        It stands in the metadata of each, so that who starts again, or only reads, knows it too.
+        """
+        steps = self.steps()
+        for step in steps:
+            if step not in self._losses:
+                try:
+                    self._losses[step] = self.metadata(step).get("validation_loss")
+                except (OSError, ValueError):  # half deleted: not the best of anything
+                    self._losses[step] = None
+        found = [(loss, step) for step in steps if (loss := self._losses[step]) is not None]
+        loss, step = min(found, default=(0.0, 0))
+        return (step, loss) if found else None
+
+    def save(
+        self,
+        step: int,
+        *,
+        params: Any,
+        optimizer: Any,
+        metadata: Mapping[str, Any],
+        validation_loss: float | None = None,
+    ) -> None:
         """Starts saving and returns; the arrays may be donated at once. `metadata` is JSON; `step` is added to it.
+
+        validation_loss: of these parameters, finite; None: not known. It is added to the metadata.
 
         Raises SaveFailed if the save before this one failed.
         """
@@ -81,8 +118,9 @@ class Checkpoints:
             step,
             {"params": params, "optimizer": optimizer},
             force=True,  # when to save is the loop's decision
-            custom_metadata={**metadata, "step": step},
+            custom_metadata={**metadata, "step": step, "validation_loss": validation_loss},
         )
+        self._losses[step] = validation_loss
         if response is not None:
             self._saving = step, response
 
@@ -115,8 +153,9 @@ class Checkpoints:
     def _delete_old(self) -> None:
         """Not Orbax's policies: a writer killed while they delete leaves half a checkpoint under its name."""
         steps = self.steps()
+        best = self.best() if self.keep_best else None
         for step in steps[: -self.keep]:
-            if self.keep_every and step % self.keep_every == 0:
+            if (self.keep_every and step % self.keep_every == 0) or (best and step == best[0]):
                 continue
             old = self.folder / str(step)
             if "://" in str(self.folder):

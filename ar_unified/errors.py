@@ -3,7 +3,7 @@
     0    done
     1    the verb's answer is no: `plan` found no room, `validate` found bad items
     2    something given cannot be used: the call, the config, data, files, the workdir. Mend it and start again
-    3    a run stopped by itself: not finite, diverged, a full disk, a lost process. What is done stays
+    3    a run stopped by itself: out of memory, not finite, a full disk, a lost process. What is done stays
     70   none of these: a fault of ours, with its traceback
     129, 130, 143   stopped by SIGHUP, Ctrl-C, SIGTERM; in training with a checkpoint
 
@@ -13,10 +13,16 @@ them and ends the process.
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 NO, UNUSABLE, STOPPED, FAULT = 1, 2, 3, 70
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EFBIG}
+_OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|Out of memory", re.IGNORECASE)
+_NO_BACKEND = re.compile(r"Unable to initialize backend|Unknown backend")
 
 
 class UserError(ValueError):
@@ -40,4 +46,33 @@ def about(where: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {in_words(error) if isinstance(error, OSError) else error}") from error
+
+
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """What to tell a person of an error, and the exit status; None for a fault of ours, which needs its traceback."""
+    if isinstance(error, UserError | RunError):
+        return str(error), error.exit_status
+    if isinstance(error, OSError):
+        stopped = error.errno in _DISK
+        more = ". What is done stays; with room again, the same command goes on from there" if stopped else ""
+        return in_words(error) + more, STOPPED if stopped else UNUSABLE
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error))):
+        return (
+            f"out of memory: {_first_line(error)}. Try model.remat=full, a smaller loss.chunk or sampling.batch_size, "
+            "or more training.accumulation: they change no result, and the same command with them goes on",
+            STOPPED,
+        )
+    if isinstance(error, RuntimeError) and _NO_BACKEND.search(str(error)):
+        return f"JAX: {_first_line(error)}; JAX_PLATFORMS=cpu runs without an accelerator", UNUSABLE
+    return None
+
+
+def in_words(error: OSError) -> str:
+    """ "data/a.jsonl: No such file or directory" """
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    return ": ".join([*names[:1], error.strerror or str(error) or type(error).__name__])
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:300].rstrip(" .")

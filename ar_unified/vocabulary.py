@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from ar_unified.errors import UserError
+
 VERSION = 1
 CONTROLS = ("pad", "bos", "eos", "eot", "boi", "eoi", "eol")  # eot: end of turn, between prompt and answer
 _ALIGNMENT = 128  # so that the logits' last axis tiles and shards evenly
@@ -31,7 +33,7 @@ class Role(IntEnum):
     IMAGE = 4
 
 
-class ManifestMismatch(ValueError):
+class ManifestMismatch(UserError):
     """Two artefacts that do not speak the same vocabulary. `field`: the first that differs, dotted."""
 
     def __init__(self, field: str, message: str):

@@ -4,21 +4,27 @@
     evaluation.json  report.html
 
 A stage owns one folder. `started.json` in it says with which fingerprint (whatever decides its result) it was
-begun, `done.json` is written last, `history.json` tells what changed meanwhile (ar_unified.history). Of many processes,
-process 0 writes and the others read, on storage that all share.
+begun, `done.json` is written last, `history.json` tells what changed meanwhile (ar_unified.history). A stage that
+stopped before it made anything holds nobody back: its folder is removed when it fails, or when it is opened again.
+While a process makes a stage it holds the lock `.locks/STAGE`, which ends with the process, however that ends. Of a
+job's many processes, process 0 writes and the others read, on storage that all share.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import itertools
 import json
 import os
+import shutil
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ar_unified import history
 from ar_unified.errors import UserError
@@ -27,15 +33,16 @@ from ar_unified.history import Changeable, Changes
 _UNFINISHED = ".unfinished~"  # ends the name of a file that is being written
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Writes a file that appears whole or not at all, and makes its folder. Raises OSError."""
+@contextmanager
+def whole(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file to write to that appears when the block ends without an error, or not at all. Raises OSError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Processes of other hosts may have the same number.
     unfinished = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{_UNFINISHED}")
     try:
         with open(unfinished, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
@@ -46,6 +53,12 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Writes a file that appears whole or not at all, and makes its folder. Raises OSError."""
+    with whole(path) as file:
+        file.write(data)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -59,8 +72,11 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """The value `write_json` wrote. Raises OSError, json.JSONDecodeError."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """The value `write_json` wrote. Raises OSError, and UserError for a file that holds something else."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # of UTF-8, or of JSON
+        raise UserError(f"{path}: expected JSON, as it was written: {error}. It was changed, or cut short") from error
 
 
 def clean(folder: str | Path, *, deep: bool = True) -> list[Path]:
@@ -114,7 +130,11 @@ class Stage:
         return read_history(self.folder)
 
     def begin(self, *entries: Mapping[str, Any]) -> None:
-        """Writes `entries` to the history, then the record of how the stage is made from now on; it is not done."""
+        """Writes `entries` to the history, then the record of how the stage is made from now on; it is not done.
+
+        Raises StageBusy.
+        """
+        own(self.folder)
         told = self.history
         for entry in entries:
             if not told or not history.same(told[-1], entry):  # killed behind this, it comes here again
@@ -129,6 +149,7 @@ class Stage:
     def begin_anew(self) -> None:
         """Renames the folder, by the first number that is free, and begins an empty one."""
         numbers = (self.folder.with_name(f"{self.name}.old-{n}") for n in itertools.count(1))
+        own(self.folder)
         self.aside = next(path for path in numbers if not path.exists())
         self.folder.rename(self.aside)
         self.begin(history.entry("anew", None, self.changed["anew"], aside=self.aside.name))
@@ -140,6 +161,16 @@ class Stage:
         write_json(self.folder / "done.json", record)
         self.done = True
 
+    def made_nothing(self) -> bool:
+        """Whether it was begun, and nothing came of it so far."""
+        files = {path.name for path in self.folder.rglob("*") if not path.is_dir()}
+        return not {name for name in files - {"started.json"} if not name.endswith(_UNFINISHED)}
+
+    def abandon(self) -> None:
+        """Removes the folder of a stage that failed before it made anything, so that the next try begins anew."""
+        if not self.done and self.made_nothing():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
     """What changed while the stage of a folder was made, oldest first."""
@@ -147,16 +178,47 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     return read_json(path) if path.exists() else []
 
 
-class NotShared(RuntimeError):
+class StageBusy(UserError):
+    """Another process is making this stage; the message says which."""
+
+
+class NotShared(UserError):
     """This process does not see what process 0 wrote."""
 
 
+_held: dict[Path, IO[str]] = {}  # the locks of this process
+
+
+def own(folder: Path) -> None:
+    """Takes the lock of a stage's folder for the rest of this process. Raises StageBusy."""
+    path = (folder.parent / ".locks" / folder.name).resolve()
+    if path in _held:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            return  # some network file systems have no locks
+        raise StageBusy(f"{folder} is being made by {holder}: wait for it, or end it") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    file.flush()
+    _held[path] = file
+
+
 class Workdir:
-    """The folder of one run; made if it is missing. `reader`: another process writes; this one only looks."""
+    """The folder of one run, made when the first stage begins. `reader`: another process writes; this one only looks.
+
+    What is finished is only read, so it may lie on storage that cannot be written.
+    """
 
     def __init__(self, path: str | Path, *, reader: bool = False):
         self.path, self.reader = Path(path), reader
-        self.path.mkdir(parents=True, exist_ok=True)
         self.config = self.path / "config.json"
         self.text_tokenizer = self.path / "text_tokenizer"
         self.image_tokenizer = self.path / "image_tokenizer"
@@ -180,12 +242,16 @@ class Workdir:
 
         Raises:
             StageMismatch: the folder was finished, or begun, with something else that may not change.
+            StageBusy: another process is making it.
             NotShared: a reader does not find the writer's record.
         """
         stage = self.undecided(name, fingerprint, may)
         started, done = stage.folder / "started.json", stage.folder / "done.json"
         if self.reader:
             self._await_record(stage, may)
+        elif not done.exists() and started.exists() and stage.made_nothing():
+            own(stage.folder)
+            started.unlink()  # killed at once: whatever it was begun with, nothing was made of it
         for record, state in ((done, "finished"), (started, "begun, not finished,")):
             if record.exists():
                 found = read_json(record)
@@ -195,6 +261,7 @@ class Workdir:
         else:
             stage.begin()
         if not stage.done and not self.reader and not stage.changed:
+            own(stage.folder)
             clean(stage.folder)
         return stage
 

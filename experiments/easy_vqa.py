@@ -1,5 +1,6 @@
 """easy-VQA: questions about, and pictures of, one coloured shape on 64 x 64 pixels; train split against test split.
 
+python experiments/data/make_easy_vqa.py --output datasets/easy-vqa    # from the Python package easy-vqa
 ar-unified run --config experiments/easy_vqa.py --workdir workdirs/easy_vqa
 
 26 Nov 2026, jax 0.10.2, a clone with nothing trained, 2 cores of a Xeon that others share, in one go: 27 min 4 s
@@ -33,14 +34,17 @@ from ar_unified.cli.config import defaults, model, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    path = parse_arg(arg, path="../shared/data/easy-vqa")["path"]
+    path = parse_arg(arg, path="datasets/easy-vqa")["path"]
+    made_by = f"python experiments/data/make_easy_vqa.py --output {path}"
     config = defaults()
     config.name = "easy_vqa"
 
     def sources(split: str, views: dict[str, int]) -> tuple[ConfigDict, ...]:
         found = []
         for file, weight in {"captions": 0.15, "vqa": 0.85}.items():
-            spec = dict(kind="folder", path=path, files=(file,), label=file, split=split, weight=weight)
+            spec = dict(
+                kind="folder", path=path, files=(file,), label=file, split=split, weight=weight, made_by=made_by
+            )
             if views:  # no text says where the figure is
                 spec["views"] = dict(count=views[file], shift=0.99, mirror=True, whole=True)
             found.append(ConfigDict(spec))

@@ -1,9 +1,11 @@
 """Emoji by name: a transformer that learns 1,644 pictures and their English names by heart.
 
-    ar-unified run --config experiments/emoji.py:path=DIR/noto-emoji --workdir workdirs/emoji
+    python experiments/data/make_emoji.py --font FILE --names FILE --output datasets/noto-emoji
+    ar-unified run --config experiments/emoji.py --workdir workdirs/emoji
 
-The folder is noto-emoji (captions.jsonl and 128-pixel PNGs). There is no held-out set: an emoji's looks do not follow
-from its name. What counts is that the pictures drawn for the names it was trained on are recognisable.
+make_emoji.py says where the font and the names come from; `emoji.py:path=DIR` takes a folder that is elsewhere. There
+is no held-out set: an emoji's looks do not follow from its name. What counts is that the pictures drawn for the names
+it was trained on are recognisable.
 
 24 Nov 2026, jax 0.10.2, 2 cores of an EPYC that another training shared: 22 min 55 s, 16.6 of them the transformer,
 which ended at a training loss of 0.028. docs/emoji.png shows what it drew for every 69th name, one sample each, seeds 0
@@ -16,10 +18,11 @@ from ar_unified.cli.config import defaults, model, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    path = parse_arg(arg, path="../shared/data/noto-emoji")["path"]
+    path = parse_arg(arg, path="datasets/noto-emoji")["path"]
     config = defaults()
     config.name = "emoji"
-    source = ConfigDict(dict(kind="folder", path=path, files=("captions",)))
+    made_by = f"python experiments/data/make_emoji.py --font FILE --names FILE --output {path}"
+    source = ConfigDict(dict(kind="folder", path=path, files=("captions",), made_by=made_by))
     config.data.train = (source,)
     config.data.validation = (source,)  # the training names: see above
     config.data.image_size = (64, 64)

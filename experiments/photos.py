@@ -1,10 +1,11 @@
 """An image tokenizer of photographs and emoji that a CPU can train: f8, 15,360 codes, 1.45M parameters.
 
-    C=experiments/photos.py:path=DIR
+    C=experiments/photos.py
     ar-unified tokenizer --only image --config $C --workdir workdirs/photos
     ar-unified evaluate --only tokenizer --config $C --workdir workdirs/photos
 
-DIR holds the folders clothing (1,000 photographs, short side 128), noto-emoji (1,644 pictures of 128 x 128) and
+The folder datasets, or DIR of photos.py:path=DIR, holds what data/make_photos.py and data/make_emoji.py make of public
+sources that they name: clothing (1,000 photographs, short side 128), noto-emoji (1,644 pictures of 128 x 128) and
 based-cooking (133 photographs) for training, and kodak (8 photographs of 768 x 512) to be tested on: none of it is seen
 in training.
 
@@ -17,7 +18,7 @@ codes. The curve, PSNR on kodak after thousands of steps:
     1      2      3      4      5      6      7      8      9      10
     23.15  23.77  24.04  24.24  24.35  24.44  24.53  24.57  24.59  24.61
 
-Argument: path=DIR.
+Argument: path=DIR. Other photographs do as well: put folders of them there under these names.
 """
 
 from ml_collections import ConfigDict
@@ -25,15 +26,22 @@ from ml_collections import ConfigDict
 from ar_unified.cli.config import defaults, parse_arg
 
 TRAIN = {"clothing": 0.6, "based-cooking": 0.25, "noto-emoji": 0.15}  # shares of the crops
+MADE_BY = {
+    "clothing": "make_photos.py --clothing CLONE --output {path}",
+    "based-cooking": "make_photos.py --cooking CLONE --output {path}",
+    "kodak": "make_photos.py --kodak CLONE --output {path}",
+    "noto-emoji": "make_emoji.py --font FILE --names FILE --output {path}/noto-emoji",
+}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    path = parse_arg(arg, path="../shared/data")["path"]
+    path = parse_arg(arg, path="datasets")["path"]
     config = defaults()
     config.name = "photos"
 
     def pictures(name: str, **more: float) -> ConfigDict:
-        return ConfigDict(dict(kind="pictures", path=f"{path}/{name}", **more))
+        made_by = f"python experiments/data/{MADE_BY[name].format(path=path)}"
+        return ConfigDict(dict(kind="pictures", path=f"{path}/{name}", made_by=made_by, **more))
 
     config.data.train = tuple(pictures(name, picture_weight=share) for name, share in TRAIN.items())
     config.data.validation = (pictures("kodak"),)

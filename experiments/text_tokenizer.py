@@ -2,7 +2,9 @@
 
     ar-unified tokenizer --config experiments/text_tokenizer.py:path=DIR --workdir workdirs/text
 
-Every .txt, .md or .jsonl file of DIR, and every folder in it, is one language (or source), named after it.
+Every .txt, .md or .jsonl file of DIR, and every folder in it that has such files, is one language (or source), named
+after it: en.txt is "en", or "en.txt" beside an en.md or a folder en. Hidden files and folders, and folders without
+text, are passed over.
 text_tokenizer/text.model in the workdir is the model, report.json the table below.
 
 Arguments: path=DIR; by=line|file, what one text is (line).
@@ -32,18 +34,30 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from ar_unified.cli.config import defaults, parse_arg
-from ar_unified.data.text_files import FILES
+from ar_unified.data.files import Folder, hidden
+from ar_unified.data.text_files import FILES, languages
+from ar_unified.errors import UserError
+
+
+def has_text(path: Path) -> bool:
+    """Whether a file is one of text, or a folder has one that is not hidden."""
+    if not path.is_dir():
+        return any(Path(path.name.lower()).match(pattern) for pattern in FILES)
+    return bool(Folder(path).search(lambda name: has_text(Path(name))))
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     args = parse_arg(arg, path=None, by="line")
     if not args["path"]:
-        raise ValueError("experiments/text_tokenizer.py needs texts: --config experiments/text_tokenizer.py:path=DIR")
+        raise UserError("experiments/text_tokenizer.py needs texts: --config experiments/text_tokenizer.py:path=DIR")
     config = defaults()
     config.name = "text_tokenizer"
-    found = [path for path in sorted(Path(args["path"]).iterdir()) if path.is_dir() or any(map(path.match, FILES))]
+    seen = [path for path in sorted(Path(args["path"]).iterdir()) if not hidden(path.name) and has_text(path)]
+    if not seen:
+        raise UserError(f"{args['path']}: expected files named {', '.join(FILES)} in it, or in its folders; found none")
     config.data.train = tuple(
-        ConfigDict(dict(kind="text", path=str(path), by=args["by"], label=path.stem)) for path in found
+        ConfigDict(dict(kind="text", path=str(path), by=args["by"], label=label))
+        for path, label in zip(seen, languages(seen), strict=True)
     )
     config.text_tokenizer.vocab_size = 8192
     config.image_tokenizer.steps = 0

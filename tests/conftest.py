@@ -1,4 +1,8 @@
-"""Eight faked CPU devices and one compilation cache for the whole suite; both must be set before jax starts."""
+"""Eight faked CPU devices and one compilation cache for the whole suite; both must be set before jax starts.
+
+AR_UNIFIED_TEST_OPTIMIZED=1: XLA optimises as it does for users (make test-exact). Programs of the two levels lie in one
+cache under keys of their own: XLA_FLAGS is part of a key.
+"""
 
 import os
 import sys
@@ -10,9 +14,12 @@ _CACHE = Path(__file__).resolve().parents[1] / ".cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # Tests compile much and compute little: without XLA's late optimisations the suite takes about half of the CPU time.
-os.environ["XLA_FLAGS"] = " ".join([
-    os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true",
-])  # fmt: skip
+OPTIMIZED = os.environ.get("AR_UNIFIED_TEST_OPTIMIZED", "") not in ("", "0")
+if not OPTIMIZED:
+    os.environ["XLA_FLAGS"] = " ".join([
+        os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ])  # fmt: skip
 
 # TPU's compiler, where `make libtpu` put it: used by name only, by several processes at once, asking no TPU's metadata.
 _LIBTPU = Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"
@@ -20,6 +27,6 @@ if _LIBTPU.exists():
     os.environ.setdefault("TPU_LIBRARY_PATH", str(_LIBTPU))
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
-from ar_unified.model.host import prepare_cpu  # noqa: E402
+from ar_tokenizers.host import keep_memory  # noqa: E402
 
-prepare_cpu()
+keep_memory()

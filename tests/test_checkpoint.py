@@ -78,6 +78,29 @@ def test_the_newest_and_every_fourth_are_kept(tmp_path):
     assert Checkpoints(tmp_path, readonly=True).steps() == [4, 6, 7]
 
 
+def test_the_best_is_kept_until_a_better_one_is_on_disk(tmp_path):
+    losses = {1: 3.0, 2: 1.5, 3: None, 4: 2.0, 5: 1.5}
+    mesh = make_mesh(dict(fsdp=4, tensor=2))
+    params = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), PARAMS, on(mesh))
+
+    def write(*steps):
+        checkpoints = Checkpoints(tmp_path, keep=1, keep_best=True)
+        for step in steps:
+            checkpoints.save(step, params=params, optimizer=params, metadata={}, validation_loss=losses[step])
+        checkpoints.close()
+
+    write(1, 2, 3)
+    assert Checkpoints(tmp_path, readonly=True).steps() == [2, 3]
+    write(4, 5)  # started again, it knows: and of equal ones the first stays
+    reader = Checkpoints(tmp_path, readonly=True)
+    assert reader.steps() == [2, 5] and reader.best() == (2, 1.5) and reader.latest() == 5
+    losses[6] = 1.0
+    write(6)
+    assert Checkpoints(tmp_path, readonly=True).steps() == [6]
+    (tmp_path / "6" / "_CHECKPOINT_METADATA").unlink()
+    assert Checkpoints(tmp_path, readonly=True).best() is None
+
+
 def test_a_half_written_checkpoint_is_not_seen_and_is_cleaned_up(tmp_path):
     save(tmp_path, 1).close()
     torn = tmp_path / "2.orbax-checkpoint-tmp"

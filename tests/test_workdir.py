@@ -1,12 +1,25 @@
 """Files appear whole or not at all; a finished stage is skipped, another run's stage is refused."""
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ar_unified.workdir import NotShared, StageMismatch, Workdir, clean, read_json, write_bytes, write_json, write_text
+from ar_unified.workdir import (
+    NotShared,
+    StageBusy,
+    StageMismatch,
+    Workdir,
+    clean,
+    read_json,
+    write_bytes,
+    write_json,
+    write_text,
+)
 
 FINGERPRINT = {"sources": [{"kind": "folder", "weight": 1.0}], "layout": {"height": 4}, "levels": (8, 8)}
 
@@ -42,9 +55,26 @@ def test_a_stage_is_done_only_after_finish(tmp_path):
     assert done.done and done.summary == {"documents": 3}
 
 
+def test_a_stage_that_made_nothing_holds_nobody_back(tmp_path):
+    stage = Workdir(tmp_path).stage("data", FINGERPRINT)
+    (stage.folder / "train").mkdir()
+    (stage.folder / ".a.json.123.unfinished~").write_bytes(b"killed at once")
+    other = Workdir(tmp_path).stage("data", FINGERPRINT | {"layout": {"height": 8}})
+    assert read_json(other.folder / "started.json")["fingerprint"]["layout"] == {"height": 8}
+    other.abandon()
+    assert not other.folder.exists()
+    again = Workdir(tmp_path).stage("data", FINGERPRINT)
+    write_text(again.folder / "train" / "shard", "made")
+    again.abandon()
+    with pytest.raises(StageMismatch):
+        Workdir(tmp_path).stage("data", FINGERPRINT | {"layout": {"height": 8}})
+    assert (again.folder / "train" / "shard").exists()
+
+
 @pytest.mark.parametrize("finished", [False, True])
 def test_another_fingerprint_is_refused_with_the_field_and_the_way_out(tmp_path, finished):
     stage = Workdir(tmp_path).stage("data", FINGERPRINT)
+    write_text(stage.folder / "shard", "made")
     if finished:
         stage.finish({})
     with pytest.raises(StageMismatch) as caught:
@@ -76,3 +106,36 @@ def test_a_process_that_does_not_see_the_shared_folder_says_so(tmp_path):
     elsewhere = Workdir(tmp_path / "elsewhere", reader=True)
     with pytest.raises(NotShared, match="is not there: --workdir must be on storage that all processes share"):
         elsewhere.await_file(elsewhere.config, patience=0)
+
+
+def test_a_stage_that_another_process_makes_is_refused_until_that_process_ends(tmp_path):
+    hold = (
+        "import sys, time; from ar_unified.workdir import Workdir\n"
+        "Workdir(sys.argv[1]).stage('model', {'a': 1}); print('held', flush=True); time.sleep(600)"
+    )
+    root = Path(__file__).resolve().parents[1]
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(
+            StageBusy, match=f"model is being made by process {other.pid} on .*: wait for it, or end it"
+        ):
+            Workdir(tmp_path).stage("model", {"a": 1})
+        assert not Workdir(tmp_path).stage("data", {"a": 1}).done  # another stage is free
+    finally:
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+    assert not Workdir(tmp_path).stage("model", {"a": 1}).done
+
+
+def test_a_finished_stage_is_opened_without_writing(tmp_path):
+    Workdir(tmp_path / "run").stage("data", FINGERPRINT).finish({})
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert Workdir(tmp_path / "run").stage("data", FINGERPRINT).done
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert not Workdir(tmp_path / "none").path.exists()

@@ -6,7 +6,6 @@ room and stays whole when the other is deleted.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,16 +19,6 @@ from ar_unified.errors import UserError, about
 from ar_unified.workdir import StageMismatch, read_history, read_json, write_bytes
 
 _MADE_BEFORE = ("text_tokenizer", "image_tokenizer", "data")
-
-
-def parse_branch(text: str) -> tuple[Path, int | None]:
-    """WORKDIR or WORKDIR:STEP."""
-    path, colon, step = text.rpartition(":")
-    if colon and step.isdecimal():
-        return Path(path), int(step)
-    if not text:
-        raise argparse.ArgumentTypeError("expected WORKDIR or WORKDIR:STEP, found nothing")
-    return Path(text), None
 
 
 @by_first_process

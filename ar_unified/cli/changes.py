@@ -31,6 +31,8 @@ COST = (
     "training.checkpoint_every",
     "training.keep",
     "training.keep_every",
+    "training.keep_best",
+    "training.attention_share",
     "sampling.batch_size",
 )
 # All that the learning rate and the phases of a step are made from: the steps that are taken stay as they are.
@@ -48,6 +50,9 @@ EXTENDS = (
     "training.restarts",
     "training.phases",
 )
+
+
+MODEL = ("model", "checkpoint_step")  # in the fingerprint of a stage that uses the trained model
 
 
 def changeable(*, whole_batch: bool = False, anew: Sequence[str] = ()) -> Changeable:

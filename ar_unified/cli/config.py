@@ -36,7 +36,7 @@ def defaults() -> ConfigDict:
     config.data.image_size = (64, 64)  # height and width of pictures; resize="aspect" keeps their area only
     config.data.resize = "crop"  # crop: to exactly image_size | aspect: sides are multiples of the factor
     config.data.layout = "grid"  # grid: one size for all pictures | rows: each says its size (needed by aspect)
-    config.data.max_tokens = 256  # a longer document is split between its parts where it can be, else left out
+    config.data.max_tokens = 256  # a longer document is cut, one with a question or caption left out (data.cutting)
 
     config.text_tokenizer = ConfigDict()
     config.text_tokenizer.vocab_size = 512  # at most; a small corpus gives fewer
@@ -122,14 +122,17 @@ def defaults() -> ConfigDict:
     config.training.phases = ()
     config.training.log_every = 20
     config.training.validate_every = 200
+    config.training.attention_share = True  # at each validation: how much text and pictures look at each other
     config.training.preview_every = 0
     config.training.checkpoint_every = 200
     config.training.keep = 3  # newest checkpoints that survive
     config.training.keep_every = 0  # and every multiple of this, for `train --branch`; 0: none
+    config.training.keep_best = True  # also the checkpoint of the lowest validation loss (sampling.checkpoint="best")
 
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, context=1))  # -1: the devices left over
 
     config.sampling = ConfigDict()
+    config.sampling.checkpoint = "last"  # of the trained model, for samples and evaluation: last | best
     config.sampling.batch_size = 64  # in each process; a multiple of the devices that split rows
     config.sampling.max_length = 256  # prompt and answer
     config.sampling.kv_dtype = ""  # of the KV cache: int8 | float8_e4m3fn | bfloat16 | float32; "": the model's dtype

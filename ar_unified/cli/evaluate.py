@@ -1,6 +1,8 @@
 """Score an experiment's tokenizer and model on its held-out documents.
 
-Asks for pictures, answers, captions and next pictures of stories, for every held-out set. Leaves in the workdir:
+Asks for pictures, answers, captions and next pictures of stories, for every held-out set; of interleaved documents
+that the protocol has no checker for, the next picture and text. config.sampling.checkpoint=best asks the step of the
+lowest validation loss. Leaves in the workdir:
   evaluation.json   every metric with how many were asked; each further held-out set under its name
   report.html       the numbers, curves, reconstructions and samples on one self-contained page
 The tokenizer is scored first and by itself: --only tokenizer needs no model, and leaves in tokenizer_evaluation
@@ -19,9 +21,10 @@ from tqdm import tqdm
 
 from ar_unified import progress
 from ar_unified.cli import config as configs
-from ar_unified.cli.changes import changeable
+from ar_unified.cli.changes import MODEL, changeable
 from ar_unified.cli.evaluate_tokenizer import evaluate_folder, evaluate_held_out, results_of
-from ar_unified.cli.experiment import Experiment, add_experiment_arguments, by_first_process, open_experiment
+from ar_unified.cli.experiment import Experiment, by_first_process, open_experiment
+from ar_unified.errors import UserError
 from ar_unified.evaluation.generation import Example
 from ar_unified.evaluation.generation import evaluate as score
 from ar_unified.evaluation.protocol import PROTOCOLS
@@ -30,25 +33,12 @@ from ar_unified.training.telemetry import read_metrics
 from ar_unified.workdir import write_json
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_experiment_arguments(parser)
-    parser.add_argument("--only", choices=["tokenizer"], help="score the image tokenizer and stop; no model is needed")
-    parser.add_argument(
-        "--pictures",
-        metavar="DIR",
-        help="with --only tokenizer: score it on the picture files under DIR, into tokenizer_evaluation/<DIR>-<crop>",
-    )
-    parser.add_argument(
-        "--crop", type=int, metavar="PIXELS", help="with --pictures: side of the square crops (config.data.image_size)"
-    )
-
-
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     if (arguments.pictures and not arguments.only) or (arguments.crop and not arguments.pictures):
-        raise SystemExit("ar-unified evaluate: --pictures goes with --only tokenizer, and --crop with --pictures.")
+        raise UserError("expected --pictures together with --only tokenizer, and --crop together with --pictures")
     experiment = open_experiment(arguments, overrides)
     if arguments.pictures:
-        evaluate_folder(experiment, arguments.pictures, arguments.crop)
+        evaluate_folder(experiment, arguments.pictures, arguments.crop, links=arguments.links)
         return 0
     evaluate_held_out(experiment)
     if not arguments.only:
@@ -60,8 +50,14 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 def evaluate(experiment: Experiment) -> None:
     """Stage evaluation, behind tokenizer_evaluation: done when both files are there and nothing has changed."""
     config, workdir = experiment.config, experiment.workdir
-    may = changeable(anew=["model"])
-    stage = experiment.stage("evaluation", "evaluation", "sampling", model=experiment.trained(), may=may)
+    stage = experiment.stage(
+        "evaluation",
+        "evaluation",
+        "sampling",
+        model=experiment.trained(),
+        checkpoint_step=experiment.checkpoint,
+        may=changeable(anew=MODEL),
+    )
     if stage.aside:  # with what belonged to it
         for path in (workdir.evaluation, workdir.report):
             if path.exists():
@@ -89,11 +85,13 @@ def evaluate(experiment: Experiment) -> None:
                 fit=experiment.resize,
                 progress=partial(_show, bar),
             )
+        if "note" in found:
+            experiment.say(f"evaluate {name}: {found['note']}")
         examples["" if name == "validation" else name] = kept
         metrics |= found if name == "validation" else {name: found}
     if config.evaluation.protocol == "easy_vqa":
         metrics["vqa_accuracy"] = metrics.get("image_to_text_exact")
-    metrics["validation"] = _last_validation(experiment)
+    metrics["validation"] = _validation(experiment)
     metrics["tokenizer"], sheets = results_of(experiment)
 
     write_json(workdir.evaluation, metrics)
@@ -116,11 +114,15 @@ def evaluate(experiment: Experiment) -> None:
     experiment.say(f"{workdir.evaluation}\n{workdir.report}")
 
 
-def _last_validation(experiment: Experiment) -> dict[str, float]:
-    """The last losses on held-out documents that training wrote, by role and by task."""
-    rows = read_metrics(experiment.workdir.model / "metrics.jsonl")
+def _validation(experiment: Experiment) -> dict[str, float]:
+    """The last losses on held-out documents that training wrote up to the step that is used, by role and by task.
+
+    Shares of attention stay in metrics.jsonl: a table of them by layer would hide the rest.
+    """
+    rows = read_metrics(experiment.workdir.model / "metrics.jsonl", until=experiment.checkpoint)
     last: dict[str, float] = next((row for row in reversed(rows) if "validation/loss" in row), {})
-    return {key.removeprefix("validation/"): value for key, value in last.items() if key.startswith("validation/")}
+    named = {key.removeprefix("validation/"): value for key, value in last.items() if key.startswith("validation/")}
+    return {key: value for key, value in named.items() if not key.startswith("attention/")}
 
 
 def _show(bar: tqdm, kind: str, done: int, of: int) -> None:

@@ -22,6 +22,7 @@ from ar_unified.cli.changes import changeable
 from ar_unified.cli.experiment import Experiment, by_first_process
 from ar_unified.data.images import decode, to_png
 from ar_unified.data.sources import Source, open_source
+from ar_unified.errors import about
 from ar_unified.evaluation.report import write_report
 from ar_unified.evaluation.tokenizer import PROTOCOL, NoPictures, Probe, draw_pictures, evaluate_tokenizer
 from ar_unified.training.probe import pictures_wanted, train_probe
@@ -52,16 +53,16 @@ def evaluate_held_out(experiment: Experiment) -> None:
 
 
 @by_first_process
-def evaluate_folder(experiment: Experiment, pictures: str, crop: int | None = None) -> None:
+def evaluate_folder(experiment: Experiment, pictures: str, crop: int | None = None, links: bool = False) -> None:
     """The picture files of a folder in place of the held-out sets, into a folder of their own; every time anew.
 
-    crop: side of the square crops in pixels; None: config.data.image_size.
+    crop: side of the square crops in pixels; None: config.data.image_size. links: as of a source.
     """
-    try:
-        source = open_source(dict(kind="pictures", path=pictures))
-    except ValueError as error:
-        raise SystemExit(f"ar-unified evaluate: {error}") from error
+    with about("--pictures"):
+        source = open_source(dict(kind="pictures", path=pictures, links=links))
     size = (crop, crop) if crop else experiment.config.data.image_size
+    with about("--crop"):
+        experiment.image_tokenizer.config.grid(*size)
     folder = experiment.workdir.tokenizer_evaluation / f"{source.name}-{size[0]}x{size[1]}"
     _score(experiment, {source.name: [source]}, size, folder)
 
@@ -78,7 +79,6 @@ def _score(
 ) -> dict[str, Any]:
     """Numbers by set; leaves the files."""
     config, (height, width) = experiment.config, size
-    experiment.image_tokenizer.config.grid(height, width)  # raises before anything is read
     networks = _networks(config)
     probe = _probe(experiment, (height, width))
     results: dict[str, Any] = {}
@@ -125,10 +125,8 @@ def _networks(config: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     from ar_unified.evaluation.networks import load_networks
 
-    try:
+    with about("config.evaluation"):
         return load_networks(_files(config))
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(f"ar-unified evaluate: {error}") from error
 
 
 def _probe(experiment: Experiment, size: tuple[int, int]) -> Probe | None:

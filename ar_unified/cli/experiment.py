@@ -10,8 +10,10 @@ import argparse
 import functools
 import hashlib
 import json
+import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,16 +29,17 @@ from ar_unified.checkpoint import restore_params
 from ar_unified.cli import config as configs
 from ar_unified.cli.changes import Training, changeable, require_extensible
 from ar_unified.data.images import Resize
-from ar_unified.data.sources import Source, open_source
+from ar_unified.data.sources import EmptySplit, Source, open_source
+from ar_unified.errors import UserError, about
 from ar_unified.grammar import Grammar, fixed_grid, sized_rows
 from ar_unified.history import Changeable
+from ar_unified.interrupts import Preempted
 from ar_unified.model.config import TransformerConfig, config_from, parameter_count
 from ar_unified.model.transformer import init, logical_axes
 from ar_unified.parallel import rules, runtime
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
-from ar_unified.training.loop import Preempted
 from ar_unified.vocabulary import Vocabulary
 from ar_unified.workdir import Stage, Workdir, read_history, read_json, write_json
 
@@ -44,57 +47,27 @@ _ALONE = 14 * 86400.0  # seconds that others wait for a stage of process 0: as l
 STAGES = ("text_tokenizer", "image_tokenizer", "data", "model", "samples", "tokenizer_evaluation", "evaluation")
 
 
-def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
-    """--config, --workdir, the overrides that every verb takes, and how several processes find each other."""
-    parser.add_argument(
-        "--config",
-        required=True,
-        metavar="FILE[:arg]",
-        help="the experiment file; `:arg` is handed to it, as in experiments/folder.py:path=DIR",
-    )
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="where stages leave their results")
-    many = parser.add_argument_group(
-        "many processes",
-        "The same command on every host. SLURM, Open MPI, GKE and TPU VMs say themselves who is who; elsewhere:",
-    )
-    many.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, the same for all")
-    many.add_argument("--processes", type=int, metavar="N", help="how many; 1: alone, whatever the environment says")
-    many.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
-    many.add_argument(
-        "--start-timeout", type=int, default=300, metavar="SECONDS", help="until all must have come (300)"
-    )
-    many.add_argument(
-        "--heartbeat-timeout",
-        type=int,
-        default=100,
-        metavar="SECONDS",
-        help="until the others stop when one has died or hangs (100)",
-    )
-    parser.epilog = "Any --config.KEY=VALUE changes one key, as in --config.training.steps=100."
-
-
 def open_experiment(arguments: argparse.Namespace, overrides: Sequence[str]) -> Experiment:
-    """The experiment of a command line, with the other processes of its job; leaves its config in the workdir."""
+    """The experiment of a command line, with the other processes of its job."""
     config = configs.load(arguments.config, overrides)
-    try:
-        runtime.start(
-            arguments.coordinator,
-            arguments.processes,
-            arguments.process,
-            logs=Path(arguments.workdir) / "logs",
-            start_timeout=arguments.start_timeout,
-            heartbeat_timeout=arguments.heartbeat_timeout,
-        )
-    except ValueError as error:
-        raise SystemExit(f"ar-unified: {error}") from error
+    logs = Path(arguments.workdir) / "logs"
+    runtime.start(
+        arguments.coordinator,
+        arguments.processes,
+        arguments.process,
+        logs=logs,
+        start_timeout=arguments.start_timeout,
+        heartbeat_timeout=arguments.heartbeat_timeout,
+    )
     first = runtime.first()
     experiment = Experiment(config, Workdir(arguments.workdir, reader=not first))
-    workdir, plain = experiment.workdir, configs.plain(config)
-    if first:
-        write_json(workdir.config, plain)
-    runtime.barrier("config")
-    if not first:
-        workdir.await_file(workdir.config, json.loads(json.dumps(plain)))
+    if jax.process_count() > 1:  # all must have the same config, and see the same folder
+        asked = configs.plain(config)
+        if first:
+            write_json(logs / "asked.json", asked)
+        runtime.barrier("config")
+        if not first:
+            experiment.workdir.await_file(logs / "asked.json", asked)
     return experiment
 
 
@@ -104,11 +77,12 @@ def by_first_process(stage: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(stage)
     def wrapped(experiment: Experiment, *more: Any) -> None:
         if runtime.first():
-            stage(experiment, *more)
+            with experiment.leaving_nothing():
+                stage(experiment, *more)
         runtime.barrier(stage.__name__, timeout=_ALONE)
         if runtime.preempted():
             experiment.say("SIGTERM: stopped between two stages")
-            raise Preempted
+            raise Preempted(signal.SIGTERM)
 
     return wrapped
 
@@ -119,6 +93,7 @@ class Experiment:
     def __init__(self, config: ConfigDict, workdir: Workdir):
         self.config, self.workdir = config, workdir
         self._opened = time.perf_counter()
+        self._stage: Stage | None = None
 
     def say(self, line: str) -> None:
         runtime.say(line)
@@ -136,6 +111,8 @@ class Experiment:
     ) -> Stage:
         """The stage's guard, with `keys` of the config and `more` as what decides its result.
 
+        The workdir's config.json is that of the last start that had something to make.
+
         Args:
             together: all processes open it; else the one that does the stage (`by_first_process`).
             training: where the stage is many steps, how far it has come: it may be told to go on to others.
@@ -146,12 +123,15 @@ class Experiment:
         if together and not runtime.first():
             runtime.barrier(f"stage {name}")  # process 0 has opened it
         stage = self.workdir.stage(name, fingerprint, may)
+        self._stage = stage
         if stage.changed:  # a reader sees none: what changed is written when it comes
             self._go_on(stage, training)
         if together and runtime.first():
             runtime.barrier(f"stage {name}")
         self._opened = time.perf_counter()
         if not stage.done:
+            if runtime.first():
+                write_json(self.workdir.config, configs.plain(self.config))
             self.say(f"==== {name}")
         return stage
 
@@ -179,6 +159,17 @@ class Experiment:
         for entry in entries:
             self.say(f"{stage.name}: {entry['kind']} {history.told(entry)}")
 
+    @contextmanager
+    def leaving_nothing(self) -> Iterator[None]:
+        """Around the work of a stage: one that fails before it has made anything leaves no folder."""
+        self._stage = None
+        try:
+            yield
+        except BaseException:
+            if self._stage is not None and runtime.first():
+                self._stage.abandon()
+            raise
+
     def skip(self, stage: Stage) -> None:
         self.say(f"==== {stage.name}: done already ({stage.folder})")
 
@@ -199,7 +190,7 @@ class Experiment:
     def specs(self, specs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Specs as plain dicts; named datasets live in the workdir unless the spec says where."""
         there = {"data_dir": str(self.workdir.path / "tfds")}
-        return [(there if spec["kind"] == "tfds" else {}) | configs.plain(spec) for spec in specs]
+        return [(there if spec.get("kind") == "tfds" else {}) | configs.plain(spec) for spec in specs]
 
     def sources(self, specs: Sequence[Mapping[str, Any]]) -> list[Source]:
         return [open_source(spec) for spec in self.specs(specs)]
@@ -215,9 +206,17 @@ class Experiment:
 
     @cached_property
     def held_out(self) -> dict[str, list[Source]]:
-        """Held-out sets by name; "validation" first."""
+        """Held-out sets by name; "validation" first. A part that has nothing, for want of groups, is left out."""
         specs = {"validation": self.config.data.validation, **self.config.data.tests}
-        return {name: self.sources(tuple(spec)) for name, spec in specs.items()}
+        found: dict[str, list[Source]] = {}
+        for name, those in specs.items():
+            found[name] = []
+            for spec in those:
+                try:
+                    found[name] += self.sources([spec])
+                except EmptySplit as error:
+                    self.say(f"{name}: {error}. It goes on without it")
+        return found
 
     def fingerprints(self, *, held_out: bool = False) -> dict[str, Any]:
         """What the sources hold, by name."""
@@ -235,8 +234,8 @@ class Experiment:
     def autoencoder(self) -> AutoencoderConfig:
         image = configs.pick(AutoencoderConfig, self.config.image_tokenizer)
         if self.config.data.layout == "rows" and image.codes_per_position > 1:
-            raise SystemExit(
-                f"ar-unified: config.data.layout: expected 'grid' with {image.codes_per_position} codes a position "
+            raise UserError(
+                f"config.data.layout: expected 'grid' with {image.codes_per_position} codes a position "
                 f"({image.quantizer}), found 'rows', whose pictures could end inside a position"
             )
         return image
@@ -245,13 +244,15 @@ class Experiment:
     def text_tokenizer(self) -> TextTokenizer:
         path = self.workdir.text_tokenizer / "text.model"
         self._require(path.exists(), path, "tokenizer")
-        return TextTokenizer.load(path, lossy=self.config.text_tokenizer.lossy)
+        with about("the workdir's text tokenizer"):
+            return TextTokenizer.load(path, lossy=self.config.text_tokenizer.lossy)
 
     @cached_property
     def image_tokenizer(self) -> ImageTokenizer:
         path = self.workdir.image_tokenizer / "config.json"
         self._require(path.exists(), path, "tokenizer")
-        return ImageTokenizer.load(self.workdir.image_tokenizer)
+        with about("the workdir's image tokenizer"):
+            return ImageTokenizer.load(self.workdir.image_tokenizer)
 
     @cached_property
     def grammar(self) -> Grammar:
@@ -274,7 +275,8 @@ class Experiment:
 
     @cached_property
     def mesh(self) -> jax.sharding.Mesh:
-        return make_mesh(configs.plain(self.config.mesh))
+        with about("config.mesh"):
+            return make_mesh(configs.plain(self.config.mesh))
 
     def filter(self, modality: str) -> Filter:
         return Filter(**configs.plain(self.config.sampling[modality]))
@@ -294,10 +296,8 @@ class Experiment:
         devices = jax.local_devices()
         if len(devices) == 1:
             return None
-        try:
+        with about(f"sampling on this process's {len(devices)} devices"):
             return make_mesh({"data": -1, "tensor": self.config.mesh.tensor}, devices)
-        except ValueError as error:
-            raise SystemExit(f"ar-unified: sampling on this process's {len(devices)} devices: {error}") from None
 
     @cached_property
     def params(self) -> Any:
@@ -311,47 +311,76 @@ class Experiment:
             target = jax.tree.map(
                 lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, placement
             )
-        return restore_params(self.checkpoint_folder, target, manifest=self.grammar.manifest())
+        step = None if self.config.sampling.checkpoint == "last" else self.checkpoint
+        return restore_params(self.checkpoint_folder, target, step=step, manifest=self.grammar.manifest())
 
     @cached_property
     def engine(self) -> Engine:
         sampling = self.config.sampling
-        try:
+        params = self.params
+        with about("config.sampling"):
             return Engine(
                 self.model,
-                self.params,
+                params,
                 self.grammar,
                 batch_size=sampling.batch_size,
                 max_length=sampling.max_length,
                 kv_dtype=sampling.kv_dtype or None,
                 mesh=self.decoding_mesh,
             )
-        except ValueError as error:
-            raise SystemExit(f"ar-unified: config.sampling: {error}") from None
+
+    def _trained(self) -> dict[str, Any]:
+        """What the finished model stage says of itself: its fingerprint, and its summary."""
+        path = self.workdir.model / "done.json"
+        self._require(path.exists(), path, "train")
+        return read_json(path)
 
     def trained(self) -> dict[str, Any]:
         """What decided the trained model: the fingerprint of its stage, and what of it changed on the way."""
-        path = self.workdir.model / "done.json"
-        self._require(path.exists(), path, "train")
+        fingerprint = self._trained()["fingerprint"]
         told = [entry for entry in read_history(self.workdir.model) if entry["kind"] in history.DECIDING]
         way = [{key: entry[key] for key in ("kind", "step", "changed")} for entry in told]
-        return read_json(path)["fingerprint"] | ({"history": way} if way else {})
+        return fingerprint | ({"history": way} if way else {})
+
+    @property
+    def checkpoint(self) -> int:
+        """Steps taken by the model that samples and evaluations use: the last, or the best on held-out documents."""
+        wanted, summary = self.config.sampling.checkpoint, self._trained()["summary"]
+        if wanted == "last":
+            return summary["steps"]
+        if wanted != "best":
+            raise UserError(f"config.sampling.checkpoint: expected 'last' or 'best', found {wanted!r}")
+        if "best_step" not in summary:
+            raise UserError(
+                "config.sampling.checkpoint: expected 'last', found 'best', but this training kept no best step: that "
+                "needs held-out documents and training.keep_best=True while it trains"
+            )
+        return summary["best_step"]
 
     @property
     def weights(self) -> str:
-        """Names the trained weights."""
-        return hashlib.sha256(json.dumps(self.trained(), sort_keys=True).encode()).hexdigest()
+        """Names the weights that are used."""
+        trained = json.dumps(self.trained(), sort_keys=True)
+        step = "" if self.config.sampling.checkpoint == "last" else f" step {self.checkpoint}"
+        return hashlib.sha256((trained + step).encode()).hexdigest()
 
     def facts(self) -> dict[str, str]:
         """Short things worth saying at the head of a report."""
-        vocabulary = self.grammar.vocabulary
-        return {
-            "model": f"{parameter_count(self.model) / 1e6:.2f}M parameters in {self.model.n_layers} layers",
-            "vocabulary": f"{vocabulary.text_size} text pieces + {vocabulary.codebook_size} image codes",
-        } | (
-            {"changed": "; ".join(map(history.told, changed))} if (changed := read_history(self.workdir.model)) else {}
+        vocabulary, step = self.grammar.vocabulary, self.checkpoint
+        best = f"step {step}, the best on held-out documents"
+        return (
+            {"checkpoint": best if self.config.sampling.checkpoint == "best" else f"step {step}, the last"}
+            | {
+                "model": f"{parameter_count(self.model) / 1e6:.2f}M parameters in {self.model.n_layers} layers",
+                "vocabulary": f"{vocabulary.text_size} text pieces + {vocabulary.codebook_size} image codes",
+            }
+            | (
+                {"changed": "; ".join(map(history.told, changed))}
+                if (changed := read_history(self.workdir.model))
+                else {}
+            )
         )
 
     def _require(self, found: bool, path: Any, verb: str) -> None:
         if not found:
-            raise SystemExit(f"ar-unified: {path} is not there yet; run `ar-unified {verb}` (or `run`) first.")
+            raise UserError(f"{path} is not there yet; run `ar-unified {verb}` (or `run`) with this workdir first")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
+import importlib.metadata
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
-from ar_unified.errors import RunError, UserError
-from ar_unified.model.host import prepare_cpu
+from ar_unified import interrupts
+from ar_unified.cli.arguments import parser_of
+from ar_unified.errors import FAULT, UNUSABLE, explain
 
 VERBS = {
     "run": "every stage of an experiment in order: tokenizer, prepare, train, sample, evaluate",
@@ -21,6 +25,7 @@ VERBS = {
     "plan": "compile the training or sampling for a TPU slice or GPUs that are not here: memory, traffic, time",
     "validate": "check a dataset folder or a config and print what is in it, bad items by file and line",
 }
+_BROKEN_PIPE = 141  # 128 + SIGPIPE, as of any command whose reader has gone
 
 
 def _overview() -> str:
@@ -28,6 +33,7 @@ def _overview() -> str:
     return "\n".join(
         [
             "usage: ar-unified VERB --config FILE[:arg] --workdir DIR [--config.key=value ...]",
+            "       ar-unified --version",
             "",
             "Train and sample autoregressive image+text models.",
             "",
@@ -36,44 +42,71 @@ def _overview() -> str:
             "`ar-unified VERB --help` says what a verb reads, what it leaves in the workdir, and its options.",
             "Every verb can be killed and started again: what is finished is skipped, what was interrupted continues.",
             "Many hosts: the same command on each (BUILD.md, Many processes).",
+            "",
+            "Exit status: 0 done; 1 the answer is no (plan, validate); 2 something given cannot be used; 3 a run",
+            "stopped by itself; 70 a fault of ours, with its traceback; 129, 130, 143 by SIGHUP, Ctrl-C, SIGTERM.",
         ]
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the process's exit status (2 for a call that cannot be understood)."""
+    """Runs one verb and returns the process's exit status (ar_unified.errors has what each means).
+
+    Raises SystemExit where argparse ends the process: --help, and an argument that is wrong by itself.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that has no such letter shows its number
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview())
-        return 0 if argv else 2
+        return 0 if argv else UNUSABLE
+    if argv[0] == "--version":
+        print(f"ar-unified {importlib.metadata.version('ar_unified')}")
+        return 0
     verb, rest = argv[0], argv[1:]
     if verb not in VERBS:
-        print(f"ar-unified: unknown verb {verb!r}; expected one of {', '.join(VERBS)}.", file=sys.stderr)
-        return 2
-    _quiet_libraries()
-    prepare_cpu()
-    from ar_unified.parallel import runtime  # not before the switches above, nor for --help
-
-    module = importlib.import_module(f"ar_unified.cli.{verb}")
-    parser = argparse.ArgumentParser(
-        prog=f"ar-unified {verb}",
-        description=module.__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    module.add_arguments(parser)
-    arguments, unknown = parser.parse_known_args(rest)
-    stray = [word for word in unknown if not (word.startswith("--config.") and "=" in word)]
-    if stray:
+        near = "".join(f"; did you mean {found!r}?" for found in difflib.get_close_matches(verb, VERBS, 1))
+        print(f"ar-unified: unknown verb {verb!r}; expected one of {', '.join(VERBS)}{near}", file=sys.stderr)
+        return UNUSABLE
+    parser = parser_of(verb)
+    arguments, overrides = parser.parse_known_args(rest)
+    if stray := [word for word in overrides if not (word.startswith("--config.") and "=" in word)]:
         parser.error(f"unknown arguments {' '.join(stray)} (a config key is changed by --config.KEY=VALUE)")
     try:
-        with runtime.ending():
-            return int(module.main(arguments, unknown) or 0)
-    except (UserError, RunError) as error:
-        if os.environ.get("AR_UNIFIED_DEBUG"):
-            raise
-        print(f"ar-unified {verb}: {error}", file=sys.stderr)
-        return error.exit_status
+        with interrupts.raised():
+            return _run(verb, arguments, overrides)
+    except interrupts.Interrupted as stop:
+        if not isinstance(stop, interrupts.Preempted):  # which has said so
+            _tell(verb, f"stopped by {stop.name}; what is done stays, and the same command goes on from there")
+        return int(stop.code or 0)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at its end
+        return _BROKEN_PIPE
+    except Exception as error:
+        explained = explain(error)
+        if explained is None or arguments.debug or os.environ.get("AR_UNIFIED_DEBUG"):
+            traceback.print_exc()
+        if explained is None:
+            _tell(verb, "this is a fault of ar-unified, not of yours: please report it with the lines above")
+            return FAULT
+        _tell(verb, explained[0])
+        return explained[1]
+
+
+def _run(verb: str, arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    _quiet_libraries()
+    from ar_unified.parallel import runtime  # JAX: not for --help
+
+    module = importlib.import_module(f"ar_unified.cli.{verb}")
+    with runtime.ending():
+        status = int(module.main(arguments, overrides) or 0)
+        sys.stdout.flush()  # a closed pipe is noticed here, not at Python's end
+        return status
+
+
+def _tell(verb: str, message: str) -> None:
+    print(f"ar-unified {verb}: {message}", file=sys.stderr, flush=True)
 
 
 def _quiet_libraries() -> None:

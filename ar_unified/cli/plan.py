@@ -26,25 +26,12 @@ from ar_unified.grammar import fixed_grid, sized_rows
 from ar_unified.model.config import config_from
 from ar_unified.planning.page import write_page
 from ar_unified.planning.plan import Plan, make_plan
-from ar_unified.planning.programs import JOBS, Run
+from ar_unified.planning.programs import Run
 from ar_unified.planning.report import text
 from ar_unified.planning.targets import Target, TargetError, parse_target
 from ar_unified.training.optimizer import OptimizerConfig
 from ar_unified.vocabulary import Vocabulary
 from ar_unified.workdir import write_json
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE[:arg]", help="the experiment file")
-    parser.add_argument(
-        "--target",
-        required=True,
-        help="v4, v5e, v5p, v6e or tpu7x and the shape of a slice, as v5p:4x4x4 or v6e:16x16,slices=2; or h200:8",
-    )
-    parser.add_argument("--job", choices=JOBS, default="train", help="sample: prefill and decode; default: %(default)s")
-    parser.add_argument("--output", metavar="DIR", help="also write plan.json and index.html there")
-    parser.add_argument("--no-advice", action="store_true", help="refuse at once; do not try what would fit")
-    parser.epilog = "Any --config.KEY=VALUE changes one key, as in --config.mesh.fsdp=32."
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:

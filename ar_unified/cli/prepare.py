@@ -12,12 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from ar_unified.cli import config as configs
-from ar_unified.cli.experiment import Experiment, add_experiment_arguments, by_first_process, open_experiment
+from ar_unified.cli.experiment import Experiment, by_first_process, open_experiment
 from ar_unified.data import prepare as preparing
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_experiment_arguments(parser)
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -50,6 +46,7 @@ def prepare(experiment: Experiment) -> None:
             stage.folder / split,
             max_tokens=experiment.config.data.max_tokens,
             resize=experiment.resize,
+            may_be_lost=split == "validation",
         )
         experiment.say(f"{split}:\n{report}")
         summary[split] = {name: asdict(counts) for name, counts in report.sources.items()}

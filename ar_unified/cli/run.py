@@ -11,15 +11,11 @@ from collections.abc import Sequence
 
 from ar_unified.cli.evaluate import evaluate
 from ar_unified.cli.evaluate_tokenizer import evaluate_held_out
-from ar_unified.cli.experiment import add_experiment_arguments, open_experiment
+from ar_unified.cli.experiment import open_experiment
 from ar_unified.cli.prepare import prepare
 from ar_unified.cli.sample import sample_held_out
 from ar_unified.cli.tokenizer import train_tokenizers
 from ar_unified.cli.train import train
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_experiment_arguments(parser)
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:

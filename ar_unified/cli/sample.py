@@ -2,11 +2,14 @@
 
 A line of the requests is a JSON object: {"prompt": "a red circle"} asks for a picture of a text; {"content": [...],
 "mode": "text" | "image" | "interleaved" | "free", ...} for anything else (ar_unified.sampling.requests says what a
-line may hold). Plain text files of prompts, OpenAI batch files, WebDataset shards and the prompt files of benchmarks
-are read as they are. Without --requests, prompts are taken from the held-out documents. Leaves in the output folder:
+line may hold). Text files of prompts, tables with a column of them (CSV, TSV, Parquet), OpenAI batch files of
+/v1/chat/completions and /v1/images/generations, WebDataset shards and the prompt files of benchmarks are read as they
+are; columns of their own travel along. Without --requests, prompts are taken from the held-out documents. Leaves in the
+output folder:
   samples.jsonl   one line per sample: text, and the names of its pictures; a bad request is a line that says why
   images/         PNG files
   index.html      a gallery
+  batch_output.jsonl, batch_errors.jsonl   for a batch file: its answers in OpenAI's format (sampling.batch_output)
 Run again after whatever stopped it, it goes on. Many processes share a job, each with a part of the requests: those
 that started together by their numbers, others by --part K/N; their number may change. --layout writes the pictures as a
 benchmark reads them, into OUTPUT/LAYOUT; without --requests it does so for what an output folder has, be its job
@@ -25,39 +28,17 @@ from typing import Any
 import jax
 
 from ar_unified.cli import config as configs
-from ar_unified.cli.changes import changeable
-from ar_unified.cli.experiment import Experiment, add_experiment_arguments, by_first_process, open_experiment
+from ar_unified.cli.changes import MODEL, changeable
+from ar_unified.cli.experiment import Experiment, by_first_process, open_experiment
 from ar_unified.data.images import to_png
 from ar_unified.data.sources import BadItem, Source
 from ar_unified.document import Document, ImagePart, TextPart
-from ar_unified.sampling.job import JobMismatch, JobReport, run_job
-from ar_unified.sampling.layouts import LAYOUTS, LayoutError, export
-from ar_unified.sampling.request import RequestError
-from ar_unified.sampling.results import JobBusy
+from ar_unified.sampling import batch_output
+from ar_unified.sampling.job import JobReport, run_job
+from ar_unified.sampling.layouts import LAYOUTS, export
 from ar_unified.workdir import write_bytes, write_text
 
 _HELD_OUT = 12  # documents of each source whose beginnings become prompts
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_experiment_arguments(parser)
-    parser.add_argument(
-        "--requests", metavar="FILE", nargs="+", help="what to serve; default: prompts from the held-out documents"
-    )
-    parser.add_argument(
-        "--output", metavar="DIR", help="default: samples/ in the workdir, and the name of the requests"
-    )
-    parser.add_argument(
-        "--part", metavar="K/N", type=_part, help="serve part K, from 0, of N; default: of the processes, this one's"
-    )
-    parser.add_argument("--layout", choices=LAYOUTS, help="write the pictures for a benchmark, too")
-
-
-def _part(text: str) -> tuple[int, int]:
-    k, _, n = text.partition("/")
-    if not (k.isdecimal() and n.isdecimal() and int(k) < int(n)):
-        raise argparse.ArgumentTypeError(f"expected K/N with 0 <= K < N, as in 3/16, found {text!r}")
-    return int(k), int(n)
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -68,35 +49,43 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         return 0
     output = Path(arguments.output or experiment.workdir.samples / (requests[0].stem if requests else ""))
     more = {"n": LAYOUTS[arguments.layout].n} if arguments.layout else {}
-    try:
-        report = _run(experiment, requests, output, part=arguments.part, **more) if requests else None
-        if arguments.layout and (report is None or report.complete):
-            experiment.say(str(export(output, arguments.layout, output / arguments.layout)))
-    except (RequestError, JobMismatch, JobBusy, LayoutError) as error:
-        raise SystemExit(f"ar-unified: {error}") from None
-    except OSError as error:
-        raise SystemExit(
-            f"ar-unified: {error}. What is in {output} stays; the same command goes on from there."
-        ) from None
+    given = dict(part=arguments.part, links=arguments.links, **more)
+    report = _run(experiment, requests, output, **given) if requests else None
+    if arguments.layout and (report is None or report.complete):
+        experiment.say(str(export(output, arguments.layout, output / arguments.layout)))
     return 0
 
 
 @by_first_process
 def sample_held_out(experiment: Experiment) -> None:
     """Stage samples: a gallery of what the model answers to the beginnings of held-out documents."""
-    stage = experiment.stage("samples", "sampling", model=experiment.trained(), may=changeable(anew=["model"]))
+    stage = experiment.stage(
+        "samples",
+        "sampling",
+        model=experiment.trained(),
+        checkpoint_step=experiment.checkpoint,
+        may=changeable(anew=MODEL),
+    )
     if stage.done:
         return experiment.skip(stage)
     requests = stage.folder / "requests.jsonl"
     if not requests.exists():
         rows = [row for source in experiment.held_out["validation"] for row in _rows(source, stage.folder)]
         write_text(requests, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    if not requests.stat().st_size:
+        experiment.say("samples: no held-out document has a prompt, or a second part to go on with; nothing is drawn")
+        return experiment.finish(stage, {"samples": 0, "errors": 0})
     report = _run(experiment, [requests], stage.folder, part=(0, 1))
     experiment.finish(stage, {"samples": report.samples, "errors": report.errors})
 
 
 def _run(
-    experiment: Experiment, requests: Sequence[Path], output: Path, part: tuple[int, int] | None = None, **defaults: Any
+    experiment: Experiment,
+    requests: Sequence[Path],
+    output: Path,
+    part: tuple[int, int] | None = None,
+    links: bool = False,
+    **defaults: Any,
 ) -> JobReport:
     sampling = experiment.config.sampling
     report = run_job(
@@ -107,9 +96,12 @@ def _run(
         defaults={key: configs.plain(sampling[key]) for key in ("guidance", "context", "text", "image")} | defaults,
         weights=experiment.weights,
         resize=experiment.resize,
+        links=links,
         process=part or (jax.process_index(), jax.process_count()),
+        warn=lambda line: experiment.say(f"warning: {line}"),
     )
-    experiment.say(f"{report}\n{output / 'index.html'}" if report.complete else str(report))
+    made = [output / name for name in ("index.html", *batch_output.NAMES)] if report.complete else []
+    experiment.say("\n".join([str(report), *(str(path) for path in made if path.exists())]))
     return report
 
 

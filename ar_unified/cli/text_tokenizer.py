@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ar_tokenizers.fertility import Fertility, table
-from ar_tokenizers.lossless import reachable_symbols
+from ar_tokenizers.lossless import RESERVED, reachable_symbols
 from ar_tokenizers.text import TextTokenizer
 
 from ar_unified.cli.experiment import Experiment, by_first_process
 from ar_unified.data.balance import passes, places, text_bytes
-from ar_unified.data.items import BadItem, Source, language
+from ar_unified.data.items import BadItem, LeftOut, Source, language
 from ar_unified.data.sources import texts
+from ar_unified.errors import UserError, about
 from ar_unified.workdir import write_json
 
 _MEASURED = 1_000_000  # bytes of a source that the report looks at, an even part of it
@@ -31,12 +32,14 @@ def train_text(experiment: Experiment) -> None:
     )
     if stage.done:
         return experiment.skip(stage)
-    left_out, often = _LeftOut(), dict[str, float]()
+    left_out, often, reserved = LeftOut(), dict[str, float](), dict.fromkeys(RESERVED, 0)
     if tokenizer is None:
-        tokenizer, often = _train(experiment, left_out)
+        tokenizer, often = _train(experiment, left_out, reserved)
     tokenizer.save(stage.folder / "text.model")
-    measured = measure(tokenizer, {source.name: source for source in experiment.train}) | measure(
-        tokenizer, {f"validation/{source.name}": source for source in experiment.held_out["validation"]}
+    measured = measure(
+        tokenizer,
+        [(source.name, source) for source in experiment.train]
+        + [(f"validation/{source.name}", source) for source in experiment.held_out["validation"]],
     )
     report: dict[str, Any] = {
         "pieces": tokenizer.size,
@@ -45,6 +48,7 @@ def train_text(experiment: Experiment) -> None:
         "symbols_that_text_can_spell": reachable_symbols(tokenizer.model_bytes),
         "passes": often,
         "left_out": left_out.kinds,
+        "cut_at": {f"U+{ord(sign):04X}": count for sign, count in reserved.items() if count},
         "texts": {name: row.to_json() for name, row in measured.items()},
     }
     write_json(stage.folder / "report.json", report)
@@ -54,8 +58,13 @@ def train_text(experiment: Experiment) -> None:
     experiment.finish(stage, {"pieces": tokenizer.size, "hash": tokenizer.hash})
 
 
-def _train(experiment: Experiment, left_out: _LeftOut) -> tuple[TextTokenizer, dict[str, float]]:
-    """A tokenizer of the training sources, and how often each of them was read."""
+def _train(
+    experiment: Experiment, left_out: LeftOut, reserved: dict[str, int]
+) -> tuple[TextTokenizer, dict[str, float]]:
+    """A tokenizer of the training sources, and how often each of them was read.
+
+    reserved: counts, for each of these characters, the texts that have it.
+    """
     settings, sources = experiment.config.text_tokenizer, experiment.train
     times = passes(sources, temperature=settings.temperature, max_bytes=settings.max_bytes)
     often = dict(zip((source.name for source in sources), times, strict=True))
@@ -63,31 +72,36 @@ def _train(experiment: Experiment, left_out: _LeftOut) -> tuple[TextTokenizer, d
         experiment.say("read: " + ", ".join(f"{name} {count:.3g} times" for name, count in often.items()))
     try:
         tokenizer = TextTokenizer.train(
-            texts(sources, times, left_out),
+            _counted(texts(sources, times, left_out), reserved),
             settings.vocab_size,
             model_type=settings.model_type,
             max_bytes=settings.max_bytes,
         )
     except ValueError as error:
         where = f"text tokenizer of {', '.join(often) or 'no sources'}"
-        raise ValueError(". ".join(filter(None, (f"{where}: {error}", str(left_out))))) from error
+        raise UserError(f"{where}: {error}" + (f". Left out: {left_out}" if left_out.kinds else "")) from error
     if left_out.kinds:
-        experiment.say(str(left_out))
+        experiment.say(f"left out: {left_out}")
     return tokenizer, often
 
 
+def _counted(texts: Iterable[str], reserved: dict[str, int]) -> Iterator[str]:
+    for text in texts:
+        for sign in reserved:
+            reserved[sign] += sign in text
+        yield text
+
+
 def load(settings: Mapping[str, Any]) -> TextTokenizer:
-    """The model a config brings. Ends the program if it is not there or loses text and may not."""
-    try:
+    """The model a config brings. Raises UserError if it is not there or loses text and may not."""
+    with about("config.text_tokenizer.model"):
         return TextTokenizer.load(settings["model"], lossy=settings["lossy"])
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"ar-unified: text_tokenizer.model: {error}") from error
 
 
-def measure(tokenizer: TextTokenizer, sources: Mapping[str, Source]) -> dict[str, Fertility]:
+def measure(tokenizer: TextTokenizer, sources: Sequence[tuple[str, Source]]) -> dict[str, Fertility]:
     """Fertility and round trip by source, and by language where items say theirs ("name/nld"); bad items left out."""
     rows: dict[str, Fertility] = {}
-    for name, source in sources.items():
+    for name, source in sources:
         for i in places(len(source), min(1.0, _MEASURED / max(text_bytes(source), 1.0)), source.name):
             try:
                 found = source.texts(i)
@@ -104,20 +118,11 @@ def _remarks(report: Mapping[str, Any], wanted: int) -> list[str]:
     if symbols := report["symbols_that_text_can_spell"]:
         shown = ", ".join(map(repr, symbols[:8]))
         lines.append(f"text can spell {len(symbols)} user-defined symbols of this model ({shown}): they stay text")
+    for sign, count in report["cut_at"].items():
+        lines.append(
+            f"{sign} is in {count} of the texts: SentencePiece keeps it for itself, so they were learned from on both "
+            "sides of it, and it is spelled in bytes"
+        )
     if report["pieces"] < wanted:
         lines.append(f"{report['pieces']} pieces of the {wanted} wanted: this corpus has no more to learn from")
     return lines
-
-
-class _LeftOut:
-    """Counts bad items, and keeps the first of each kind."""
-
-    def __init__(self) -> None:
-        self.kinds: dict[str, dict[str, Any]] = {}
-
-    def __call__(self, bad: BadItem) -> None:
-        self.kinds.setdefault(bad.kind, {"count": 0, "first": str(bad)})["count"] += 1
-
-    def __str__(self) -> str:
-        kinds = (f"{found['count']} {kind}, first {found['first']}" for kind, found in self.kinds.items())
-        return "left out: " + "; ".join(kinds) if self.kinds else ""

@@ -23,9 +23,10 @@ from ar_tokenizers.image.tokenizer import ImageTokenizer
 from ar_unified.checkpoint import steps_in
 from ar_unified.cli import config as configs
 from ar_unified.cli.changes import Training, changeable
-from ar_unified.cli.experiment import Experiment, add_experiment_arguments, open_experiment
+from ar_unified.cli.experiment import Experiment, open_experiment
 from ar_unified.cli.text_tokenizer import train_text
-from ar_unified.data.loader import ImageBatches
+from ar_unified.data.items import has_pictures
+from ar_unified.data.loader import ImageBatches, NothingReadable
 from ar_unified.parallel import runtime
 from ar_unified.training.loop import TrainingConfig, fit
 from ar_unified.training.optimizer import OptimizerConfig
@@ -34,11 +35,6 @@ from ar_unified.training.telemetry import read_metrics
 
 _VALIDATION_BATCHES = 4
 _SHEET = 8  # pictures and their reconstructions, one above the other
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_experiment_arguments(parser)
-    parser.add_argument("--only", choices=("text", "image"), help="train one of the two (both)")
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -50,7 +46,8 @@ def train_tokenizers(experiment: Experiment, only: str | None = None) -> None:
     if only != "image":
         train_text(experiment)
     if only != "text" and experiment.config.image_tokenizer.steps:
-        train_image(experiment)
+        with experiment.leaving_nothing():
+            train_image(experiment)
 
 
 def _whole_batch(experiment: Experiment) -> bool:
@@ -91,7 +88,15 @@ def train_image(experiment: Experiment) -> None:
         mirror=settings.mirror,
         **cropped if settings.crop else {},
     )
-    held_out = experiment.held_out["validation"] or experiment.train
+    batches.check()
+    held_out = [source for source in experiment.held_out["validation"] if has_pictures(source)]
+    for source in list(held_out):
+        try:
+            pictures([source]).check()
+        except NothingReadable as error:
+            experiment.say(f"validation: {error}")
+            held_out.remove(source)
+    held_out = held_out or experiment.train
     count = min(_VALIDATION_BATCHES, -(-sum(map(len, held_out)) // settings.batch_size))
     validation = [pictures(held_out).batch(step) for step in range(count)]
     objective = Objective(
@@ -130,6 +135,7 @@ def train_image(experiment: Experiment) -> None:
         preview_every=every,
         checkpoint_every=every,
         keep=1,
+        keep_best=False,  # what is used is the last, or its average
     )
     params = fit(task, training, stage.folder, mesh=experiment.mesh, preview=preview, logger=experiment.say)
     params = runtime.to_host(params["autoencoder"])

@@ -1,8 +1,10 @@
 """Train the transformer on the token shards.
 
 Reads data/train and data/validation. Leaves in the workdir:
-  model/checkpoints       Orbax: parameters and optimizer state, each with the vocabulary's manifest
-  model/metrics.jsonl     loss by role and by task, bits, norms, rates; model/tensorboard the same, with sample pictures
+  model/checkpoints       Orbax: parameters and optimizer state, each with the vocabulary's manifest; the last few, and
+                          that of the lowest validation loss (training.keep_best)
+  model/metrics.jsonl     loss and log Z by role, loss by task, bits, norms, rates, attention between text and pictures;
+                          model/tensorboard the same, with sample pictures
   model/goodput.json      where the wall time of every attempt went
   model/history.json      what changed while it was trained, and at which step
 
@@ -24,41 +26,25 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from ar_unified.checkpoint import steps_in
+from ar_unified.checkpoint import Checkpoints, steps_in
 from ar_unified.cli import config as configs
-from ar_unified.cli.branch import branch, parse_branch
+from ar_unified.cli.branch import branch
 from ar_unified.cli.changes import Training
-from ar_unified.cli.experiment import Experiment, add_experiment_arguments, open_experiment
+from ar_unified.cli.experiment import Experiment, open_experiment
 from ar_unified.data.loader import PackedBatches, Phase
+from ar_unified.data.prepare import load_report
 from ar_unified.document import CodesPart
 from ar_unified.history import DECIDING
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.request import Request
 from ar_unified.training.loop import TrainingConfig, fit
 from ar_unified.training.optimizer import OptimizerConfig, learning_rate
-from ar_unified.training.profiler import parse_window
 from ar_unified.training.tasks import TransformerTask
 from ar_unified.workdir import Stage
 
 _VALIDATION_BATCHES = 8
 _PREVIEWS = 8
 _KEYS = ("model", "loss", "training", "mesh")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_experiment_arguments(parser)
-    parser.add_argument(
-        "--profile",
-        metavar="FIRST:LAST",
-        type=parse_window,
-        help="trace the steps between FIRST and LAST taken into model/profile, as in 100:105 (for xprof or Perfetto)",
-    )
-    parser.add_argument(
-        "--branch",
-        metavar="WORKDIR[:STEP]",
-        type=parse_branch,
-        help="begin with a checkpoint of another workdir (its last), its tokenizers and its data; it stays as it is",
-    )
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -71,6 +57,11 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> None:
     """Stage model; `profile`: of training.loop.fit."""
+    with experiment.leaving_nothing():
+        _train(experiment, profile)
+
+
+def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
     config, settings, grammar = experiment.config, experiment.config.training, experiment.grammar
     mixture = experiment.mixture()
     checkpoints = experiment.checkpoint_folder
@@ -87,11 +78,14 @@ def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> Non
         shares = ", then ".join(f"{share:.1%}" for share in facts["shares"])
         experiment.say(f"{name}: {facts['rows']} rows an epoch, {facts['fill']:.1%} full, {shares} of the rows")
     validation = []
-    if (folder / "validation").exists():
+    held_out = load_report(folder / "validation").sources if (folder / "validation").exists() else {}
+    if any(source.documents for source in held_out.values()):
         flip = 0.5 if any(phase.flip for phase in planned) else 0.0  # both ways weigh alike, where both are trained
         as_it_stands = Phase(flip=flip, condition_dropout=0.0)
-        held_out = PackedBatches(folder / "validation", grammar, phases=[as_it_stands], **rows)
-        validation = [held_out.batch(step) for step in range(_VALIDATION_BATCHES)]
+        stream = PackedBatches(folder / "validation", grammar, phases=[as_it_stands], **rows)
+        validation = [stream.batch(step) for step in range(_VALIDATION_BATCHES)]
+    else:
+        experiment.say("no document is held out: training goes on without a validation loss")
     task = TransformerTask(
         experiment.model,
         grammar.vocabulary,
@@ -103,6 +97,7 @@ def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> Non
         z_loss=config.loss.z_loss,
         text_bytes=experiment.text_tokenizer.piece_bytes,
         chunk=config.loss.chunk,
+        attention_share=settings.attention_share,
         code_vectors=_code_vectors(experiment),
     )
     fit(
@@ -116,7 +111,9 @@ def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> Non
         profile=profile,
         logger=experiment.say,
     )
-    experiment.finish(stage, {"steps": settings.steps})
+    best = Checkpoints(experiment.checkpoint_folder, readonly=True).best()
+    kept = dict(zip(("best_step", "best_validation_loss"), best, strict=True)) if best else {}
+    experiment.finish(stage, {"steps": settings.steps, **kept})
 
 
 def _facts(experiment: Experiment) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Prints counts, lengths, every bad item by file, line and kind, and the first doc
 placeholders for pictures, or as real tokens where the workdir already has both tokenizers. The exit status is 1 if an
 item is bad.
 
-  ar-unified validate DIR                                     a folder with captions.jsonl, docs.jsonl and/or vqa.jsonl,
+  ar-unified validate DIR [--links]                           a folder with captions.jsonl, docs.jsonl and/or vqa.jsonl,
                                                               or of text files
   ar-unified validate --config FILE[:arg] [--workdir DIR]     the sources of an experiment
 """
@@ -18,23 +18,15 @@ from pathlib import Path
 from ar_unified.cli import config as configs
 from ar_unified.cli.experiment import Experiment
 from ar_unified.data.validate import validate
+from ar_unified.errors import UserError
 from ar_unified.workdir import Workdir
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", nargs="?", metavar="DIR", help="a dataset folder, one JSONL file or one of text")
-    parser.add_argument("--config", metavar="FILE[:arg]", help="an experiment instead")
-    parser.add_argument("--workdir", metavar="DIR", help="where the experiment's tokenizers are")
-    parser.add_argument("--show", type=int, default=3, metavar="N", help="documents of each source to print (3)")
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     if (arguments.folder is None) == (arguments.config is None):
-        raise SystemExit("ar-unified validate: expected a folder or --config, one of the two; see --help.")
+        raise UserError("expected a folder or --config, one of the two; --help says more")
     if arguments.folder is not None:
-        if not Path(arguments.folder).exists():
-            raise SystemExit(f"ar-unified validate: {arguments.folder}: no such file or folder")
-        found = validate(arguments.folder, show=arguments.show)
+        found = validate(arguments.folder, links=arguments.links, show=arguments.show)
     else:
         config = configs.load(arguments.config, overrides)
         experiment = Experiment(config, Workdir(arguments.workdir or Path(".cache") / "validate" / config.name))

@@ -8,6 +8,7 @@ import numpy as np
 
 from ar_unified.data.items import BadItem, Source
 from ar_unified.data.packing import key, uniform
+from ar_unified.errors import UserError
 
 _LOOKED_AT = 256  # items of a source, for the size of its text
 
@@ -20,10 +21,10 @@ def passes(sources: Sequence[Source], *, temperature: float = 1.0, max_bytes: fl
     3.3). The largest is read once, or less where the whole would be more than max_bytes.
 
     Raises:
-        ValueError: a temperature below 1.
+        UserError: a temperature below 1.
     """
     if not temperature >= 1:
-        raise ValueError(f"temperature: expected at least 1, found {temperature}")
+        raise UserError(f"config.text_tokenizer.temperature: expected at least 1, found {temperature}")
     sizes = [text_bytes(source) for source in sources]
     largest = max(sizes, default=0.0)
     # Where no text was found, reading it tells why.

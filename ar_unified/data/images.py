@@ -1,5 +1,18 @@
 """Pictures as bytes -> uint8 RGB -> the size a model wants. Nothing is decoded before its header was found sane.
 
+`decode` reads every picture file, `to_rgb` what it and others open with Pillow. Of each kind of pixel:
+
+    1, 2, 4, 8 bit grey and RGB           as they are
+    16 bit grey, RGB, with or without alpha; 12 bit TIFF   white is 65535 (4095), whatever the brightest pixel is
+    palette, CMYK (Adobe's too), YCbCr, LAB                Pillow's RGB
+    alpha, a transparent colour or palette entry           laid on white
+    floats (TIFF, PFM)                    white is 1, 255 or 65535, told from the values: `_white`
+    32 bit and signed 16 bit integers     white is 255 or 65535, told in the same way
+    grey that counts down to white        turned over
+    NaN, infinite or negative values, a range that cannot be told, signed 8 bit   unreadable_image
+    animations, files of several pages    the first picture
+    EXIF orientation                      upright
+
 Axes: `H` `W` height and width in pixels.
 """
 
@@ -7,16 +20,27 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from ar_unified.data.encoding import no_content
+from ar_unified.errors import UserError
 
 # Formats Pillow reads by itself. Formats that start another program (EPS) or are hardly tested stay out.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# What their files are called, in small letters.
+SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
+)  # fmt: skip
+
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
+_SIGNED = 2  # a sample format
+_WHITES = (1, 255, 65535)  # what the values of a picture may end at
 
 
 class ImageError(ValueError):
@@ -52,15 +76,14 @@ LIMITS = Limits()
 
 
 def decode(data: bytes, limits: Limits = LIMITS) -> np.ndarray:
-    """A picture file as read-only uint8 [H, W, 3]: upright (EXIF), first frame, transparency on white, 16 bit as 8.
+    """A picture file as read-only uint8 [H, W, 3]: see the table above.
 
     Raises:
         ImageError: "empty_file" (no bytes), "image_shape" (outside `limits`), "unreadable_image" (no picture of
-            FORMATS, truncated or broken).
+            FORMATS, truncated or broken, or values whose range cannot be told).
     """
     with _opened(data, limits) as picture:
-        ImageOps.exif_transpose(picture, in_place=True)
-        pixels = np.array(_rgb(picture))
+        pixels = to_rgb(picture)
     pixels.flags.writeable = False  # sources hand the same picture out more than once
     return pixels
 
@@ -84,21 +107,80 @@ def _opened(data: bytes, limits: Limits) -> Iterator[Image.Image]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError("image_shape", str(error)) from error
     except UnidentifiedImageError:  # whose text names an address in memory
-        reason = f"expected a picture ({', '.join(FORMATS)}), found bytes that begin with {data[:8]!r}"
-        raise ImageError("unreadable_image", reason) from None
+        found = no_content(data) or f"bytes that begin with {data[:8]!r}"
+        kind = " of a kind that Pillow reads" if data[:4] in (b"II*\0", b"MM\0*") else ""
+        raise ImageError(
+            "unreadable_image", f"expected a picture{kind} ({', '.join(FORMATS)}), found {found}"
+        ) from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise ImageError("unreadable_image", f"{type(error).__name__}: {error}") from error
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # 16 bit greyscale; Pillow's own conversion would clip it
-        values = np.asarray(picture, np.float32) / 257
-        return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)).convert("RGB")
+def to_rgb(picture: Image.Image) -> np.ndarray:
+    """A picture that Pillow has opened or made, as uint8 [H, W, 3]: see the table above. Raises ImageError."""
+    tags, clear = dict(getattr(picture, "tag_v2", {})), _clear(picture)
+    declared = 65535 if picture.format in ("PNG", "PPM") and picture.mode == "I" else 0
+    if picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        picture = ImageOps.exif_transpose(picture)
+    if _SIGNED in np.atleast_1d(tags.get(_SAMPLE_FORMAT, 1)) and picture.mode not in ("I", "F"):
+        raise ImageError("unreadable_image", "expected values from 0 up, found a TIFF of signed 8 bit values")
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+        values = np.asarray(picture)
+        white = declared or _white(values, picture.mode, tags)
+        grey = np.clip(np.rint(values.astype(np.float32) * np.float32(255 / white)), 0, 255).astype(np.uint8)
+        if tags.get(_PHOTOMETRIC) == 0:  # 0 is white; Pillow turns over 8 bits only
+            grey = 255 - grey
+        if clear is not None:
+            grey[values == clear] = 255
+        return np.repeat(grey[..., None], 3, axis=-1)
+    if clear is not None:
+        picture.info["transparency"] = clear
     if "A" in picture.getbands() or "a" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture).convert("RGB")
-    return picture.convert("RGB")
+        ground = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(ground, picture)
+    return np.array(picture.convert("RGB"))
+
+
+def _white(values: np.ndarray, mode: str, tags: Mapping[int, Any]) -> int:
+    """The value that is white in grey [H, W] of a mode that does not say so by itself. Raises ImageError.
+
+    Floats are 0..1, 0..255 or 0..65535, integers of mode "I" the latter two: the least that the brightest pixel fits,
+    with a 255th of it to spare at both ends, as resampling overshoots. A picture in which nothing is brighter than a
+    16th of 255 or 65535 would be all but black, and is more likely of another range: it is refused.
+    """
+    bits = int(np.max(tags.get(_BITS, 16)))
+    if mode.startswith("I;16"):
+        return 2**bits - 1 if bits < 16 else 65535
+    low, high = float(values.min()), float(values.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ImageError("unreadable_image", "expected numbers, found NaN or infinite values in a picture of floats")
+    signed16 = bits == 16 and _SIGNED in np.atleast_1d(tags.get(_SAMPLE_FORMAT, 1))  # which ends at 32767
+    whites = _WHITES if mode == "F" else _WHITES[1:2] if signed16 else _WHITES[1:]
+    for white in whites:
+        least = 0 if white == 1 else white / 16
+        if low >= -white / 255 and (least <= high <= white + white / 255 or low == high == 0):
+            return white
+    ranges = " or ".join(f"0 to {white}" for white in whites)
+    raise ImageError(
+        "unreadable_image",
+        f"expected values of {ranges}, found {low:g} to {high:g}, so what is white cannot be told; save it in 8 bit",
+    )
+
+
+def _clear(picture: Image.Image) -> int | tuple[int, ...] | None:
+    """The transparent colour of a PNG without a palette, as its pixels have it; None: none.
+
+    PNG says it in the bits of the file, and Pillow spreads 2 and 4 bits over 8 and keeps the upper 8 of 16 in RGB.
+    """
+    clear = picture.info.get("transparency")
+    if picture.format != "PNG" or picture.mode == "P" or not isinstance(clear, int | tuple):
+        return None
+    tiles = getattr(picture, "tile", None)  # gone once the pixels are loaded
+    raw = tiles[0].args if tiles else ""
+    if isinstance(clear, tuple):
+        return tuple(value >> 8 for value in clear) if raw == "RGB;16B" else clear
+    return clear * {"L;2": 85, "L;4": 17}.get(str(raw), 1)
 
 
 def to_png(pixels: np.ndarray) -> bytes:
@@ -156,11 +238,11 @@ class Resize:
 
     def __post_init__(self) -> None:
         if self.kind not in ("crop", "aspect"):
-            raise ValueError(f'resize: expected kind "crop" or "aspect", found {self.kind!r}')
+            raise UserError(f'resize: expected kind "crop" or "aspect", found {self.kind!r}')
         for name in ("height", "width"):
             side = getattr(self, name)
             if side < self.factor or side % self.factor:
-                raise ValueError(f"resize: expected {name} a multiple of the factor {self.factor}, found {side}")
+                raise UserError(f"resize: expected {name} a multiple of the factor {self.factor}, found {side}")
 
     def target(self, height: int, width: int) -> tuple[int, int]:
         """Height and width that a picture of height x width pixels gets."""

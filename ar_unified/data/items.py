@@ -23,6 +23,23 @@ class BadItem(Exception):
         self.kind, self.origin, self.reason = kind, origin, reason
 
 
+class LeftOut:
+    """Counts bad items by kind, and keeps the first of each.
+
+    Attributes:
+        kinds: kind -> {"count", "first"}, in the order in which they came.
+    """
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, dict[str, Any]] = {}
+
+    def __call__(self, bad: BadItem) -> None:
+        self.kinds.setdefault(bad.kind, {"count": 0, "first": str(bad)})["count"] += 1
+
+    def __str__(self) -> str:
+        return "; ".join(f"{found['count']} {kind}, first {found['first']}" for kind, found in self.kinds.items())
+
+
 def language(source: Source, i: int) -> str:
     """The language that item i says it is in, "" where the source does not know of languages or this item's."""
     known = getattr(source, "language", None)

@@ -18,17 +18,23 @@ import grain
 import numpy as np
 
 from ar_unified.data import images, shards
-from ar_unified.data.items import has_pictures
+from ar_unified.data.items import LeftOut, has_pictures
 from ar_unified.data.packing import Mixture, Packing, Places, hash64, key, permute, summary, uniform
 from ar_unified.data.prepare import folder_name, load_manifest
 from ar_unified.data.sources import BadItem, Source
 from ar_unified.document import TASKS, ImagePart
+from ar_unified.errors import UserError
 from ar_unified.grammar import Grammar
 from ar_unified.vocabulary import require_same
 
 Batch = dict[str, np.ndarray]
 _TEXT_TO_IMAGE, _IMAGE_TO_TEXT = TASKS.index("text_to_image"), TASKS.index("image_to_text")
 _INTERLEAVED = TASKS.index("interleaved")
+_LOOKED_AT = 1000  # documents of a source, for one with a picture
+
+
+class NothingReadable(UserError):
+    """A source has no picture that an image tokenizer could learn from."""
 
 
 class Batches(Protocol):
@@ -50,7 +56,7 @@ class Phase:
             an interleaved one all that stands before one of its pictures (`grammar.drop_context`): what is left is what
             the sampler's companion row sees under classifier-free guidance. Its row keeps the room, as padding.
 
-    Raises ValueError for a probability outside [0, 1].
+    Raises UserError for a probability outside [0, 1].
     """
 
     from_step: int = 0
@@ -61,7 +67,7 @@ class Phase:
     def __post_init__(self) -> None:
         for name in ("flip", "condition_dropout"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a probability, found {getattr(self, name)}")
+                raise UserError(f"{name}: expected a probability, found {getattr(self, name)}")
 
 
 class PackedBatches:
@@ -83,7 +89,7 @@ class PackedBatches:
 
     Raises:
         ManifestMismatch: the data was prepared with another vocabulary or grammar.
-        ValueError: an unknown source, weights out of range, phases out of order, or a document longer than seq_len.
+        UserError: an unknown source, weights out of range, phases out of order, or a document longer than seq_len.
     """
 
     def __init__(
@@ -106,10 +112,10 @@ class PackedBatches:
         wanted = list(dict.fromkeys(name for phase in weights for name in phase))
         unknown = sorted(set(wanted) - counts.keys())
         if unknown:
-            raise ValueError(f"weights: expected sources {sorted(counts)}, found {unknown[0]!r}")
+            raise UserError(f"weights: expected sources {sorted(counts)}, found {unknown[0]!r}")
         steps = [phase.from_step for phase in phases]
         if not steps or steps[0] != 0 or steps != sorted(set(steps)):
-            raise ValueError(f"phases: expected the first from step 0, each later than the one before; found {steps}")
+            raise UserError(f"phases: expected the first from step 0, each later than the one before; found {steps}")
         self.grammar, self.batch_size, self.seq_len, self.seed = grammar, batch_size, seq_len, seed
         self.phases = tuple(phases)
         self._names = [name for name in wanted if counts[name]["documents"]]
@@ -261,10 +267,10 @@ class ImageBatches:
         used = [i for i, source in enumerate(sources) if has_pictures(source)]
         if not used:
             names = ", ".join(source.name for source in sources) or "none"
-            raise ValueError(f"expected a source with pictures, found {names}")
+            raise UserError(f"expected a source with pictures, found {names}")
         self.sources, self.size, self.batch_size, self.seed = [sources[i] for i in used], size, batch_size, seed
         if short_side is not None and short_side < max(size):
-            raise ValueError(f"short_side must be at least the sides of the window, {size}; got {short_side}")
+            raise UserError(f"short_side must be at least the sides of the window, {size}; got {short_side}")
         self.mirror, self.short_side = mirror, short_side
         self._mixture = Mixture([len(source) for source in self.sources], weights and [weights[i] for i in used])
         self._room = memory
@@ -283,16 +289,37 @@ class ImageBatches:
                 pixels[i] = self._picture(source, document, draw)
         return {"pixels": pixels}
 
+    def check(self) -> None:
+        """Raises NothingReadable for the first source without a readable picture in its first 1000 documents."""
+        for source, items in enumerate(self.sources):
+            if not any(self._pictures(source, document) for document in range(min(len(items), _LOOKED_AT))):
+                raise self._nothing_readable(source)
+
+    def _nothing_readable(self, source: int) -> NothingReadable:
+        items, left_out = self.sources[source], LeftOut()
+        count = min(len(items), _LOOKED_AT)
+        for document in range(count):
+            try:
+                items[document]
+            except BadItem as bad:
+                left_out(bad)
+            else:
+                left_out(BadItem("no_picture", items.origin(document), "the document has no picture"))
+        looked = "its" if count == len(items) else f"{count} of its"
+        return NothingReadable(
+            f"source {items.name!r}: no readable picture in {looked} {len(items)} documents: {left_out}. Mend them, "
+            "take the source out of the config, or name one without pictures as kind='text'"
+        )
+
     def _picture(self, source: int, document: int, draw: Sequence[int]) -> np.ndarray:
         """One picture; draw: random whole numbers for which of the document's, top, left, mirrored."""
         count = len(self.sources[source])
-        for attempt in range(1000):
+        for attempt in range(_LOOKED_AT):
             if pictures := self._pictures(source, document):
                 break
             document = int(hash64(key("instead"), draw[0] ^ attempt) % np.uint64(count))
         else:
-            name = self.sources[source].name
-            raise ValueError(f"source {name!r}: found no readable picture in 1000 of {count} documents")
+            raise self._nothing_readable(source)
         picture, (H, W) = pictures[draw[0] % len(pictures)], self.size
         top, left = draw[1] % (picture.shape[0] - H + 1), draw[2] % (picture.shape[1] - W + 1)
         picture = picture[top : top + H, left : left + W]
@@ -342,7 +369,7 @@ def iterate(
 
 def _slice(mixture: Mixture, step: int, batch_size: int, index: int, count: int) -> Places:
     if batch_size % count or not 0 <= index < count:
-        raise ValueError(f"process {index} of {count}: expected a count that divides the batch size {batch_size}")
+        raise UserError(f"process {index} of {count}: expected a count that divides the batch size {batch_size}")
     rows = batch_size // count
     start = step * batch_size + index * rows
     return mixture.places(start, start + rows)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from ar_unified.data import (
-    images,
-    shapes,  # noqa: F401  makes the embedded dataset known to TFDS
-)
+from ar_unified.data import images, shapes  # the second makes the embedded dataset known to TFDS
 from ar_unified.data.items import BadItem
 from ar_unified.document import Document, DocumentError, ImagePart, Part, TextPart
+from ar_unified.errors import UserError
 
 
 class TfdsSource:
@@ -24,7 +25,7 @@ class TfdsSource:
     texts + images: a story, text and picture in turn; text alone: plain text. Everything else goes to `meta`.
 
     Raises:
-        ValueError: the features are none of these.
+        UserError: no such dataset, configuration or split, it cannot be downloaded, or its features are none of these.
     """
 
     def __init__(
@@ -37,23 +38,24 @@ class TfdsSource:
         reversible: bool = True,
         limits: images.Limits = images.LIMITS,
     ):
-        # The default format, tfrecord, cannot be read at random, nor without TensorFlow.
-        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-        if not sys.stderr.isatty():
-            tfds.disable_progress_bar()  # its bars fill a log file with thousands of lines
-        builder.download_and_prepare()
+        with _about(name):
+            # The default format, tfrecord, cannot be read at random, nor without TensorFlow.
+            builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+            if not builder.data_path.exists():
+                _prepare(builder)
         features = builder.info.features
         fitting = [kind for kind, keys in _FEATURES.items() if set(keys) <= features.keys()]
         if not fitting:
             expected = "; ".join(" + ".join(keys) for keys in _FEATURES.values())
-            raise ValueError(f"{name}: expected features {expected}; found {', '.join(features)}")
+            raise UserError(f"{name}: expected features {expected}; found {', '.join(features)}")
         self.kind = fitting[0]
         pictures = {
             key: _raw_bytes()
             for key, feature in features.items()
             if isinstance(getattr(feature, "feature", feature), tfds.features.Image)
         }
-        self._examples = builder.as_data_source(split, decoders=pictures)
+        with _about(name):
+            self._examples = builder.as_data_source(split, decoders=pictures)
         self._where = f"{builder.info.full_name}/{split}"
         self.name, self.reversible, self.limits = label or name, reversible, limits
         self.fingerprint: dict[str, Any] = {"kind": "tfds", "items": len(self), "dataset": self._where}
@@ -115,6 +117,33 @@ _FEATURES = {
     "text": ("text",),
 }
 _PROMPTS = {"question": 2, "pair": 1, "caption": 1, "story": None, "text": None}
+
+
+@contextlib.contextmanager
+def _about(name: str) -> Iterator[None]:
+    """Turns what TFDS raises for a name, a split or a download into a UserError, without its list of all datasets."""
+    try:
+        yield
+    except (tfds.download.DownloadError, OSError, ValueError) as error:
+        reason, *listed = [line.strip(" \t-") for line in str(error).splitlines() if line.strip()] or [repr(error)]
+        reason = reason.replace(" Available datasets:", "")
+        named = ", ".join(listed) if len(listed) <= 16 else ""
+        raise UserError(f"TFDS dataset {name!r}: {reason} {named}".rstrip()) from error
+
+
+def _prepare(builder: tfds.core.DatasetBuilder) -> None:
+    """Builds or downloads a dataset, and says which."""
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()  # its bars fill a log file with thousands of lines
+    info, where = builder.info, builder.data_dir
+    if isinstance(builder, shapes.Shapes):
+        counts = ", ".join(f"{count:,} {split}" for split, count in builder.counts().items())
+        print(f"{info.full_name}: drawn here, nothing is downloaded: {counts}, into {where}", flush=True)
+    else:
+        size = f", {info.download_size} to download" if info.download_size else ", which downloads what it needs"
+        print(f"{info.full_name}: prepared by TFDS{size}, into {where}", flush=True)
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS would say "Downloading ... Unknown size" of both
+        builder.download_and_prepare()
 
 
 def _raw_bytes() -> Any:

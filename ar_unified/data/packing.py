@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from ar_unified.errors import UserError
+
 PERIOD = 1024  # rows after which the order of the sources repeats: shares are exact to 1/1024
 
 # ---- random numbers as functions ---------------------------------------------------------------------------------
@@ -127,15 +129,15 @@ class Packing:
         rows: rows an epoch. fill: share of their positions that hold a token.
 
     Raises:
-        ValueError: no documents, or one that is longer than a row.
+        UserError: no documents, or one that is longer than a row.
     """
 
     def __init__(self, lengths: np.ndarray, row_length: int, *, seed: int, name: str = ""):
         if not len(lengths):
-            raise ValueError(f"source {name!r}: no documents to pack")
+            raise UserError(f"source {name!r}: no documents to pack")
         longest = int(lengths.max())
         if longest > row_length or lengths.min() < 1:
-            raise ValueError(
+            raise UserError(
                 f"source {name!r}: expected documents of 1 to {row_length} tokens, found {int(lengths.min())} to "
                 f"{longest}: prepare with max_tokens <= the row length, or make rows longer"
             )
@@ -185,7 +187,7 @@ class Mixture:
         taken: rows of every source that were read before this stream; it goes on after them. None: none.
 
     Raises:
-        ValueError: weights that are negative or all zero, or a source without rows.
+        UserError: weights that are negative or all zero, or a source without rows.
     """
 
     def __init__(
@@ -193,9 +195,9 @@ class Mixture:
     ):
         shares = np.asarray(sizes if weights is None else weights, np.float64)
         if len(shares) != len(sizes) or not len(sizes) or (shares < 0).any() or not shares.sum() > 0:
-            raise ValueError(f"mixture: expected {len(sizes)} weights >= 0, not all 0; found {shares.tolist()}")
+            raise UserError(f"mixture: expected {len(sizes)} weights >= 0, not all 0; found {shares.tolist()}")
         if min(sizes) < 1:
-            raise ValueError(f"mixture: expected at least one row in every source, found {list(sizes)}")
+            raise UserError(f"mixture: expected at least one row in every source, found {list(sizes)}")
         self.sizes = np.asarray(sizes, np.int64)
         self._taken = np.zeros(len(sizes), np.int64) if taken is None else np.asarray(taken, np.int64)
         counts = _apportion(shares)

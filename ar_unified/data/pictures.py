@@ -7,51 +7,57 @@ from pathlib import Path
 from typing import Any
 
 from ar_unified.data import images
+from ar_unified.data.files import FileError, Folder
 from ar_unified.data.items import BadItem
 from ar_unified.document import Document, ImagePart
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+from ar_unified.errors import UserError
 
 
 class Pictures:
-    """Every picture file under `path`, however deep, in the order of their paths.
+    """Every picture file under `path`, however deep, in the order of their paths; which: `files.Folder`.
+
+    Links that lead out, and what cannot be read, are bad items.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is no such folder, or no picture in it.
     """
 
     def __init__(
         self,
         path: str | Path,
         *,
+        links: bool = False,
         label: str | None = None,
         reversible: bool = True,
         limits: images.Limits = images.LIMITS,
     ):
         self.root, self.limits = Path(path), limits
         self.name, self.reversible = label or self.root.resolve().name, reversible
-        found = (path for path in self.root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-        self.files = sorted(found, key=lambda path: path.relative_to(self.root).as_posix())
-        if not self.files:
-            raise ValueError(f"{self.root}: expected a folder with picture files ({', '.join(SUFFIXES)}), found none")
-        names = "".join(f"{path.relative_to(self.root).as_posix()} {path.stat().st_size}\n" for path in self.files)
+        self._found = Folder(self.root, links).search(lambda name: name.lower().endswith(images.SUFFIXES))
+        if not self._found:
+            endings = ", ".join(images.SUFFIXES)
+            raise UserError(f"{self.root}: expected a folder with picture files ({endings}), found none")
+        names = "".join(f"{found.name} {found.size}\n" for found in self._found)
         digest = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
         self.fingerprint: dict[str, Any] = {"kind": "pictures", "items": len(self), "sha256": digest}
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self._found)
 
     def origin(self, i: int) -> str:
-        return str(self.files[i])
+        return str(self.root / self._found[i].name)
 
     def __getitem__(self, i: int) -> Document:
+        found, path = self._found[i], self.root / self._found[i].name
         try:
-            pixels = images.decode(self.files[i].read_bytes(), self.limits)
-        except images.ImageError as error:
+            if found.error:
+                raise found.error
+            pixels = images.decode(path.read_bytes(), self.limits)
+        except (images.ImageError, FileError) as error:
             raise BadItem(error.kind, self.origin(i), error.reason) from error
         except OSError as error:
             raise BadItem("missing_image", self.origin(i), str(error)) from error
-        return Document((ImagePart(pixels),), id=self.files[i].name, origin=self.origin(i))
+        return Document((ImagePart(pixels),), id=path.name, origin=self.origin(i))
 
     def texts(self, i: int) -> list[str]:
         return []

@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import Counter, deque
+import shutil
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,13 +23,16 @@ import numpy as np
 
 from ar_unified import progress, workdir
 from ar_unified.data import shards
+from ar_unified.data.cutting import split
 from ar_unified.data.images import Cells, Resize
+from ar_unified.data.items import LeftOut
 from ar_unified.data.sources import BadItem, Source, read
-from ar_unified.document import TASKS, CodesPart, Document, ImagePart, Part, TextPart
+from ar_unified.document import TASKS, CodesPart, Document, ImagePart, TextPart
+from ar_unified.errors import UserError
 from ar_unified.grammar import Grammar, ImageLayout, TextLost
 from ar_unified.vocabulary import ManifestMismatch, require_same
 
-VERSION = 1
+VERSION = 2
 
 
 class ImageTokenizer(Cells, Protocol):
@@ -58,6 +62,18 @@ class SourceReport:
     shards: int = 0
     tasks: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)  # kind -> items (too_long_part: pieces of items)
+    first: dict[str, str] = field(default_factory=dict)  # kind -> the first of these items, and what is wrong
+
+    @property
+    def lost(self) -> str:
+        """How many items were left out, by kind, and the first of each; "" for none."""
+        return "; ".join(
+            f"{n} {kind}" + (f", first {self.first[kind]}" if self.first else "") for kind, n in self.skipped.items()
+        )
+
+
+class NothingLeft(UserError):
+    """A source of which no document is left: training would go on without it."""
 
 
 @dataclass
@@ -77,7 +93,9 @@ class Report:
             if s.split_items:
                 lines.append(f"  {s.split_items} items were too long and are split into several documents")
             if s.skipped:
-                lines.append("  left out: " + ", ".join(f"{n} {kind}" for kind, n in s.skipped.items()))
+                lines.append(f"  left out: {s.lost}")
+            if 2 * s.documents < s.items:
+                lines.append(f"  WARNING: most of {name} is left out")
         return "\n".join(lines)
 
 
@@ -102,14 +120,15 @@ def prepare(
     batch_size: int = 64,
     shard_items: int = 8192,
     workers: int = 2,
+    may_be_lost: bool = False,
     show_progress: bool = True,
 ) -> Report:
     """Writes every source's documents as tokens under `folder` (see `shards`), or continues, or finds it done.
 
     Bad items are left out, counted by kind, and listed with origin and reason in <folder>/skipped.jsonl. A document of
     more than max_tokens is left out too ("too_long") if it has a turn, since half an answer is none; without a turn it
-    is split (see `split`), and only a line or picture that is too long by itself is left out ("too_long_part"). What a
-    lossy text tokenizer does not give back is left out ("text_lost").
+    is split (see `cutting.split`), and only a picture or character that is too long by itself is left out
+    ("too_long_part"). What a lossy text tokenizer does not give back is left out ("text_lost").
 
     Args:
         sources: with different names.
@@ -119,8 +138,11 @@ def prepare(
         resize: what is done to pictures first; None: `default_resize`.
         shard_items: items of a source in a shard, the unit of restarting.
         workers: threads that read and decode.
+        may_be_lost: whether a source may end without a document, as one that is held out may.
 
     Raises:
+        NothingLeft: no document is left of a source; what was written is removed, so that data or settings that are
+            mended need no other folder.
         ManifestMismatch: the tokenizer is not the vocabulary's, or `folder` was begun with another vocabulary.
         StageMismatch: `folder` was begun with other sources or settings.
     """
@@ -129,7 +151,7 @@ def prepare(
     _check_tokenizer(grammar, image_tokenizer)
     names = [folder_name(source.name) for source in sources]
     if len(set(names)) < len(names):
-        raise ValueError(f"sources need different names (labels), found {names}")
+        raise UserError(f"sources need different names (labels), found {names}")
     plan = {
         "version": VERSION,
         "vocabulary": grammar.manifest(),
@@ -172,8 +194,23 @@ def prepare(
                 for ready in encoder.finish():
                     _write(shard, ready, grammar, max_tokens, source.reversible)
     report = Report({name: _count(folder / name, len(parts), len(source)) for name, source, parts in ranges})
+    if lost := [name for name, source in report.sources.items() if not source.documents and not may_be_lost]:
+        for name in names:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / "plan.json").unlink()
+        raise NothingLeft(". ".join(_nothing_left(name, report.sources[name]) for name in lost))
     _finish(folder, plan, report)
     return report
+
+
+def _nothing_left(name: str, source: SourceReport) -> str:
+    if not source.items:
+        return f"source {name!r} has no items: fill it, or take it out of the config"
+    cure = "raise config.data.max_tokens (and training.row_length)" if "too_long" in source.skipped else "mend them"
+    return (
+        f"no documents are left of source {name!r}: {source.lost}. "
+        f"{cure[0].upper()}{cure[1:]}, or take the source out of the config"
+    )
 
 
 def load_manifest(folder: str | Path) -> dict[str, Any]:
@@ -230,7 +267,10 @@ def _same_plan(folder: Path, plan: Mapping[str, Any]) -> None:
 def _count(folder: Path, count: int, items: int) -> SourceReport:
     paths = [shards.shard_path(folder, number) for number in range(count)]
     index = np.concatenate([np.zeros(0, shards.INDEX), *map(shards.read_index, paths)])
-    skipped = Counter(row["kind"] for path in paths for row in shards.read_skipped(path))
+    left_out = LeftOut()
+    for row in (row for path in paths for row in shards.read_skipped(path)):
+        left_out(BadItem(row["kind"], row["origin"], row["reason"]))
+    kinds = dict(sorted(left_out.kinds.items()))
     tasks = {task: int((index["task"] == i).sum()) for i, task in enumerate(TASKS)}
     return SourceReport(
         items=items,
@@ -242,7 +282,8 @@ def _count(folder: Path, count: int, items: int) -> SourceReport:
         split_items=int((index["part"] == 1).sum()),
         shards=count,
         tasks={task: number for task, number in tasks.items() if number},
-        skipped=dict(sorted(skipped.items())),
+        skipped={kind: found["count"] for kind, found in kinds.items()},
+        first={kind: found["first"] for kind, found in kinds.items()},
     )
 
 
@@ -350,7 +391,7 @@ def _write(shard: shards.ShardWriter, item: _Item, grammar: Grammar, max_tokens:
         return
     for _, tokens in pieces:
         if len(tokens) > max_tokens:
-            reason = f"expected at most {max_tokens} tokens, found {len(tokens)} in one line or picture"
+            reason = f"expected at most {max_tokens} tokens, found {len(tokens)} in one picture or character"
             shard.skip(whole.origin, "too_long_part", reason)
     pieces = [(piece, tokens) for piece, tokens in pieces if len(tokens) <= max_tokens]
     for part, (document, tokens) in enumerate(pieces):
@@ -364,46 +405,3 @@ def _write(shard: shards.ShardWriter, item: _Item, grammar: Grammar, max_tokens:
             pictures=len(document.parts) - len(texts),
             pair=reversible and document.prompt == 1 and len(document.parts) == 2 and len(texts) == 1,
         )
-
-
-def split(document: Document, grammar: Grammar, max_tokens: int) -> list[Document]:
-    """A document without a turn as several, each as long as fits: cut between its parts, else paragraphs, else lines.
-
-    Only the blanks at a cut are lost. A line or picture that is too long by itself makes a document that is.
-    Parts: TextPart, CodesPart.
-    """
-
-    def fits(parts: Sequence[Part]) -> bool:
-        return len(grammar.encode(Document(tuple(parts)))) <= max_tokens
-
-    units: list[Part] = []
-    for part in document.parts:
-        paragraphs = re.split(r"(?<=\n\n)", part.text) if isinstance(part, TextPart) else []
-        for text in paragraphs:
-            lines = [text] if fits([TextPart(text)]) else text.splitlines(keepends=True)
-            units += [TextPart(line) for line in lines if line]
-        units += [] if paragraphs else [part]
-    pieces: list[list[Part]] = [[]]
-    for unit in units:
-        longer = _joined(pieces[-1], unit)
-        if pieces[-1] and not fits(longer):
-            pieces.append([unit])
-        else:
-            pieces[-1] = longer
-    return [document for parts in pieces if (document := _stripped(parts, document.origin)).parts]
-
-
-def _joined(parts: list[Part], unit: Part) -> list[Part]:
-    if parts and isinstance(unit, TextPart) and isinstance(parts[-1], TextPart):
-        return [*parts[:-1], TextPart(parts[-1].text + unit.text)]
-    return [*parts, unit]
-
-
-def _stripped(parts: list[Part], origin: str) -> Document:
-    """Without line ends at its edges: the cut has taken their place."""
-    parts = list(parts)
-    for edge, strip in ((0, str.lstrip), (-1, str.rstrip)):
-        if parts and isinstance(part := parts[edge], TextPart):
-            text = strip(part.text, "\n")
-            parts[edge : edge + 1 or None] = [TextPart(text)] if text else []
-    return Document(tuple(parts), origin=origin)

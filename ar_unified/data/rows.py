@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import functools
 import hashlib
 import json
 import os
-import re
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ar_unified.data import images
+from ar_unified.data import encoding, images
+from ar_unified.data.files import FileError, Folder, require_file
 from ar_unified.data.items import BadItem
+from ar_unified.data.splits import Split
 from ar_unified.document import Document, DocumentError, TextPart, document_from_json
 
 
 class Rows:
     """Rows of JSONL files (`document.document_from_json`), with pictures under `root` or in the row as data: URLs.
 
-    The files are read once at opening, for the place of every line; memory is 24 bytes a row.
+    The files are read once at opening, twice for a part, for the place of every line; memory is 24 bytes a row. They
+    are UTF-8: a file that is not (`encoding`) is one bad item. What names mean, and `links`: `files.Folder`.
 
     `split`, as in TFDS, is a name, a part in percent, or both: rows without the key "split" are all "train", and a part
-    takes rows by a hash of their (first) picture's reference, else of their id, else of the line: the same picture is
-    never on both sides of a border. A row that cannot be read is in every split, so that it is reported.
+    takes pictures with all their rows, rows without one by their id, else by their line (`splits` says which): the same
+    picture is never on both sides of a border. A row that cannot be read is in every split, so that it is reported.
+
+    Args:
+        beside: files of other sources over the same pictures, which are to have their borders where this one has.
 
     Raises:
-        ValueError: a file is missing, or no row is in `split`.
+        UserError: a file is missing, or no row is in `split` (EmptySplit: for want of more pictures).
     """
 
     def __init__(
@@ -39,36 +42,43 @@ class Rows:
         files: Sequence[Path],
         root: Path,
         *,
+        links: bool = False,
         split: str | None = None,
+        beside: Sequence[Path] = (),
         label: str | None = None,
         reversible: bool = True,
         limits: images.Limits = images.LIMITS,
     ):
-        missing = [str(file) for file in files if not file.is_file()]
-        if missing:
-            raise ValueError(f"{missing[0]}: no such file")
+        for file in files:
+            require_file(file)
         self.files, self.root, self.limits = list(files), root, limits
         self.name, self.reversible = label or root.resolve().name, reversible
-        self._inside = root.resolve()
-        chosen, self._found_splits = parse_split(split), set[str]()
+        self._folder = Folder(root, links)
+        chosen = Split(split) if split is not None else None
+        if chosen and chosen.by_part:
+            for file in (*self.files, *beside):
+                for _, _, data in _lines(file):
+                    _has(chosen, data, own=file in self.files)
+            chosen.settle()
         self._file, self._line, self._start, self._length = array("i"), array("q"), array("q"), array("i")
         digest = hashlib.sha256()
         for number, file in enumerate(self.files):
             for line, start, data in _lines(file):
                 digest.update(data)
-                if data.strip() and (split is None or self._in(chosen, data)):
+                if data.strip() and (chosen is None or _has(chosen, data)):
                     self._file.append(number)
                     self._line.append(line)
                     self._start.append(start)
                     self._length.append(len(data))
-        if split is not None and not self._line:
-            names = ", ".join(sorted(self._found_splits)) or "none"
-            raise ValueError(f"{root}: no row is in split {split!r}; the rows' splits are: {names}")
+        if chosen and not self._line:
+            raise chosen.empty(root, "row")
         self.fingerprint: dict[str, Any] = {
             "kind": "rows",
             "items": len(self),
             "split": split,
             "sha256": digest.hexdigest(),
+            **(chosen.fingerprint() if chosen else {}),
+            **({"links": True} if links else {}),
         }
         # Questions about one picture stand together, so the last few pictures are kept.
         self._picture = functools.lru_cache(maxsize=4)(self._load)
@@ -77,16 +87,6 @@ class Rows:
     def __del__(self) -> None:
         for descriptor in getattr(self, "_open", ()):
             os.close(descriptor)
-
-    def _in(self, chosen: tuple[str, float, float], data: bytes) -> bool:
-        try:
-            row = json.loads(data)
-            name = row.get("split", "train")
-        except (ValueError, RecursionError, AttributeError):
-            return True
-        self._found_splits.add(str(name))
-        wanted, low, high = chosen
-        return (not wanted or name == wanted) and low <= place(row, data) < high
 
     def __len__(self) -> int:
         return len(self._line)
@@ -119,11 +119,12 @@ class Rows:
         return Document(document.parts, document.prompt, id=document.id, origin=origin, meta=document.meta)
 
     def _row(self, i: int) -> dict[str, Any]:
-        data = os.pread(self._open[self._file[i]], self._length[i], self._start[i])
+        start = self._start[i]
+        data = os.pread(self._open[self._file[i]], self._length[i], start)
         try:
-            row = json.loads(data.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise _Bad("bad_utf8", f"expected UTF-8, found byte {data[error.start]:#04x} at {error.start}") from error
+            row = json.loads(encoding.text(data if start else encoding.unmarked(data)))
+        except encoding.EncodingError as error:
+            raise _Bad("bad_utf8", str(error)) from error
         except (ValueError, RecursionError) as error:
             raise _Bad("bad_json", f"expected one JSON object, found {data[:40]!r}: {error}") from error
         if not isinstance(row, dict):
@@ -134,24 +135,11 @@ class Rows:
         return row
 
     def _load(self, reference: str) -> np.ndarray:
-        embedded = reference.startswith("data:")
-        data = _embedded(reference) if embedded else self._file_bytes(reference)
+        where = f"{reference[:40]}..." if reference.startswith("data:") else reference
         try:
-            return images.decode(data, self.limits)
-        except images.ImageError as error:
-            where = f"{reference[:40]}..." if embedded else reference
-            raise _Bad(error.kind, f"{where}: {error.reason}") from error
-
-    def _file_bytes(self, reference: str) -> bytes:
-        try:
-            path = (self.root / reference).resolve()
-            if Path(reference).is_absolute() or not path.is_relative_to(self._inside):
-                raise _Bad("path_escapes", f"expected a path inside {self.root}, found {reference!r}")
-            if not path.is_file():
-                raise _Bad("missing_image", f"{reference}: no such file")
-            return path.read_bytes()
-        except (OSError, RuntimeError, ValueError) as error:  # no permission, a loop of links, a NUL in the name
-            raise _Bad("missing_image", f"{reference!r}: {error}") from error
+            return images.decode(self._folder.read(reference), self.limits)
+        except (FileError, images.ImageError) as error:
+            raise _Bad(error.kind, f"{where!r}: {error.reason}") from error
 
 
 class _Bad(Exception):
@@ -163,38 +151,22 @@ class _Bad(Exception):
 
 
 def _lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Number (from 1), offset and bytes of every line."""
-    start = 0
+    """Number (from 1), offset and bytes of every line, no byte order mark; of a file that is no UTF-8, its head."""
     with open(file, "rb") as stream:
+        try:
+            start = encoding.begin(stream)
+        except encoding.EncodingError:
+            stream.seek(0)
+            yield 1, 0, stream.read(encoding.HEAD)
+            return
         for number, data in enumerate(stream, 1):
             yield number, start, data
             start += len(data)
 
 
-def _embedded(reference: str) -> bytes:
-    header, comma, payload = reference.partition(",")
-    if not comma or not header.endswith(";base64"):
-        raise _Bad("unreadable_image", f"expected data:<type>;base64,<bytes>, found {header[:40]!r}")
+def _has(split: Split, data: bytes, *, own: bool = True) -> bool:
     try:
-        return base64.b64decode(payload, validate=True)
-    except binascii.Error as error:
-        raise _Bad("unreadable_image", f"data: URL: {error}") from error
-
-
-def parse_split(split: str | None) -> tuple[str, float, float]:
-    """Name ("": any), and the part [low, high) of 0..1."""
-    percent = r"(\d+(?:\.\d+)?)%"
-    match = re.fullmatch(rf"([^\[\]%]*)(?:\[(?:{percent})?:(?:{percent})?\])?", split or "")
-    if not match:
-        raise ValueError(f'split: expected "name", "name[:95%]" or "[95%:]", found {split!r}')
-    name, low, high = match.groups()
-    return name, float(low or 0) / 100, float(high or 100) / 100
-
-
-def place(row: Mapping[str, Any], data: bytes) -> float:
-    """Where in 0..1 a row falls, by the hash of what it must stay together with."""
-    segments = row.get("segments")
-    inner = [s["image"] for s in segments if isinstance(s, dict) and "image" in s] if isinstance(segments, list) else []
-    key = row.get("image") or next(iter(inner), None) or row.get("id")
-    digest = hashlib.blake2b(str(key).encode(errors="replace") if key else data, digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+        row = json.loads(encoding.text(data))
+        return split.has(row, data, own=own)
+    except (ValueError, RecursionError, AttributeError):
+        return True

@@ -95,8 +95,13 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
         make = {"captions": _captions, "questions": _questions, "stories": _stories}[config.kind]
         rng = np.random.default_rng([list(_TRAIN).index(config.kind), scenes.SPLITS.index(split)])
         examples = make(rng, split, config.side)
-        for i in range(config.train if split == "train" else config.held_out):
+        for i in range(self.counts()[split]):
             yield i, next(examples)
+
+    def counts(self) -> dict[str, int]:
+        """Examples of each split."""
+        config = self.builder_config
+        return {split: config.train if split == "train" else config.held_out for split in scenes.SPLITS}
 
 
 def _picture(scene: scenes.Scene, side: int) -> io.BytesIO:

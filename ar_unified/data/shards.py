@@ -21,6 +21,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from ar_unified import workdir
+from ar_unified.errors import UserError, about
 
 INDEX = np.dtype(
     [
@@ -93,7 +94,8 @@ def skipped_path(shard: Path) -> Path:
 
 def read_index(shard: Path) -> np.ndarray:
     """INDEX [n] of a shard."""
-    return np.load(index_path(shard), allow_pickle=False)
+    with about(f"{index_path(shard)}: delete the folder and prepare the data again"):
+        return np.load(index_path(shard), allow_pickle=False)
 
 
 def read_skipped(shard: Path) -> list[dict[str, str]]:
@@ -112,12 +114,12 @@ class Shards:
         paths = [shard_path(folder, number) for number in range(count)]
         missing = [str(path) for path in paths if not path.is_file()]
         if missing:
-            raise FileNotFoundError(f"{missing[0]}: the manifest says it is there; prepare the data again")
+            raise UserError(f"{missing[0]}: no such file, but the manifest names it; delete {folder} and prepare again")
         self.index = np.concatenate([np.zeros(0, INDEX), *map(read_index, paths)])
         # A reader of a shard without records cannot be asked for any; ArrayRecordDataSource skips over it.
         self._records = ArrayRecordDataSource([str(path) for path in paths])
         if len(self._records) != len(self.index):
-            raise ValueError(
+            raise UserError(
                 f"{folder}: the shards hold {len(self._records)} documents, their index {len(self.index)}: "
                 "a file was changed; delete the folder and prepare the data again"
             )

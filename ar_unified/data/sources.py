@@ -6,26 +6,31 @@ be used raises BadItem with what is wrong and where it stands; what to do about 
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from ar_unified.data.balance import places
+from ar_unified.data.files import FileError, Folder
 from ar_unified.data.items import BadItem, Source
 from ar_unified.data.pictures import Pictures
 from ar_unified.data.rows import Rows
+from ar_unified.data.splits import EmptySplit
 from ar_unified.data.text_files import TextFiles
 from ar_unified.data.views import Views
 from ar_unified.document import Document
+from ar_unified.errors import UserError, about
 
-__all__ = ["BadItem", "Source", "open_source", "read", "texts"]
+__all__ = ["BadItem", "EmptySplit", "Source", "open_source", "read", "texts"]
 
-_OF_OTHERS = ("kind", "weight", "picture_weight", "views")  # keys of a spec that are not the source's
+_OF_OTHERS = ("kind", "weight", "picture_weight", "views", "made_by")  # keys of a spec that are not the source's
 FOLDER_FILES = ("captions", "docs", "vqa")
 
 
@@ -44,25 +49,31 @@ def open_source(spec: Mapping[str, Any]) -> Source:
             dict(kind="text", path=..., files=("*.txt", "*.md", "*.jsonl"), by="file", field="text",
                 language="language", split=None): text alone, a document a file, a line (by="line") or a row of a .jsonl
                 file: see `TextFiles`.
-            `split` of folder, jsonl and text is "train", "train[:95%]", "[95%:]": see `Rows`. Any source may have
+            All but tfds take links=False: whether links that lead out of the folder are followed (`files`: what belongs
+                to a folder, and what a name in a row means).
+            `split` of folder, jsonl and text is "train", "train[:95%]", "[95%:]": see `splits`. Any source may have
             `label` (its name), `reversible` (True), `views` (dict(count=..., shift=..., mirror=..., whole=...): see
             `Views`), and what is not the source's: `weight` in the mixture of documents, `picture_weight` in that of
-            the image tokenizer's pictures (default: by its number of documents).
+            the image tokenizer's pictures (default: by its number of documents); `made_by`, the command that makes
+            what `path` names, for the message where it is missing.
 
     Raises:
-        ValueError: an unknown kind or key, a missing file, a split no row is in, or views out of range.
+        UserError: an unknown kind or key, a missing file (`made_by` says how to make it), views out of range, or a split
+            no row is in (EmptySplit: for want of a second picture or text).
     """
     kinds: dict[str, Callable[..., Source]] = {
         "tfds": _tfds, "folder": _folder, "jsonl": _jsonl, "pictures": Pictures, "text": TextFiles,
     }  # fmt: skip
     kind = spec.get("kind")
     if kind not in kinds:
-        raise ValueError(f"source: expected kind one of {sorted(kinds)}, found {kind!r} in {dict(spec)}")
+        raise UserError(f"source: expected kind one of {sorted(kinds)}, found {kind!r} in {dict(spec)}")
+    if spec.get("made_by") and not Path(spec.get("path", ".")).exists():
+        raise UserError(f"{spec['path']}: no such file or folder. This makes it: {spec['made_by']}")
     try:
         source = kinds[kind](**{key: value for key, value in spec.items() if key not in _OF_OTHERS})
         return Views(source, **spec["views"]) if spec.get("views") else source
     except TypeError as error:
-        raise ValueError(f"source of kind {kind!r}: {error}; in {dict(spec)}") from error
+        raise UserError(f"source of kind {kind!r}: {error}; in {dict(spec)}") from error
 
 
 def _tfds(name: str, split: str = "train", **options: Any) -> Source:
@@ -71,14 +82,36 @@ def _tfds(name: str, split: str = "train", **options: Any) -> Source:
     return TfdsSource(name, split, **options)
 
 
-def _folder(path: str | Path, files: Sequence[str] | None = None, **options: Any) -> Source:
-    root = Path(path)
-    named = [root / f"{file}.jsonl" for file in files or FOLDER_FILES]
-    found = named if files else [file for file in named if file.is_file()]
-    if not found:
-        expected = ", ".join(file.name for file in named)
-        raise ValueError(f"{root}: expected a folder with at least one of {expected}, found none")
-    return Rows(found, root, **options)
+def row_files(root: str | Path) -> list[str]:
+    """Which of FOLDER_FILES a folder has. Raises UserError: one is there in other letters, or there is no folder."""
+    with about(str(root)):
+        names = os.listdir(root)
+    for name in names:
+        meant = name.lower()
+        if name != meant and meant.removesuffix(".jsonl") in FOLDER_FILES and meant.endswith(".jsonl"):
+            raise UserError(f"{Path(root) / name}: this name is written in small letters: rename it to {meant}")
+    return [file for file in FOLDER_FILES if f"{file}.jsonl" in names]
+
+
+def _folder(path: str | Path, files: Sequence[str] | None = None, *, links: bool = False, **options: Any) -> Source:
+    root, folder = Path(path), Folder(path, links)
+    found = files or (row_files(root) if root.is_dir() else [])
+    if not root.is_dir() or not found:
+        what = "no file of these names" if root.is_dir() else "no such folder"
+        expected = " or ".join(f"{file}.jsonl" for file in files or FOLDER_FILES)
+        raise UserError(
+            f"{root}: expected a folder with {expected} and the pictures they name, found {what} at {root.absolute()}. "
+            "Bring the data there, or give its path (of the experiments here: --config FILE:path=DIR)"
+        )
+
+    paths, beside = [], []
+    for name in (f"{file}.jsonl" for file in found):
+        with about(str(root / name)):
+            paths.append(folder.path(name))
+    for name in (f"{file}.jsonl" for file in FOLDER_FILES if file not in found):
+        with suppress(FileError):  # what cannot be read here is another source's to tell
+            beside.append(folder.path(name))
+    return Rows(paths, root, beside=beside, links=links, **options)
 
 
 def _jsonl(path: str | Path, root: str | Path | None = None, **options: Any) -> Source:

@@ -7,13 +7,18 @@ import functools
 import hashlib
 import json
 from array import array
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from ar_unified.data import encoding
+from ar_unified.data.files import Folder, Found
 from ar_unified.data.items import BadItem
-from ar_unified.data.rows import parse_split, place
+from ar_unified.data.splits import Split
 from ar_unified.document import Document, TextPart
+from ar_unified.errors import UserError
 
 FILES = ("*.txt", "*.md", "*.jsonl")
 _BLOCK = 1 << 14  # bytes that share an entry of the index, and are read at once
@@ -23,21 +28,25 @@ _LARGEST = 1 << 26  # bytes of a document
 class TextFiles:
     """The texts of the files under `path`, in the order of their names; may be far larger than memory.
 
-    The files are read once at opening. What is kept of them is their names and 40 bytes for every 16 KiB, or for every
-    file if files are smaller. Line ends are not part of a line, blank lines are no items; nothing else is changed.
+    The files are read once at opening, twice for a part. What is kept of them is their names and 40 bytes for every
+    16 KiB, or for every file if files are smaller. Line ends are not part of a line, nor is a byte order mark of a
+    text; blank lines are no items; nothing else is changed. A file that is no UTF-8 (`encoding`), or cannot be read, is
+    one bad item.
 
-    `split` is as for `Rows`: lines and files have no name but "train", and a part takes files by the hash of their name
-    and lines by that of their text.
+    `split` is as for `Rows`: lines and files have no name but "train", and a part takes files by their name and lines
+    by their text.
 
     Args:
         path: a folder, or one file.
-        files: patterns of names; folders below are searched too, hidden ones are not.
+        files: patterns of names, in whichever case; folders below are searched too: `files.Folder` says which.
         by: what one document is, "file" or "line". Of a .jsonl file it is a row.
         field: the key of a row's text. The others become `meta`.
-        language: "file": a file's name, without its ending, is the language of its texts; else the key of a row's.
+        language: "file": a file's name, without its ending where that tells it from its neighbours, is the language of
+            its texts; else the key of a row's.
+        links: whether links that lead out of the folder are followed.
 
     Raises:
-        ValueError: no such path, no file of these names, no text in `split`, or an argument out of range.
+        UserError: no such path, no file of these names, no text in `split`, or an argument out of range.
     """
 
     has_pictures = False
@@ -50,46 +59,37 @@ class TextFiles:
         by: str = "file",
         field: str = "text",
         language: str = "language",
+        links: bool = False,
         split: str | None = None,
         label: str | None = None,
         reversible: bool = True,
     ):
         if by not in ("file", "line"):
-            raise ValueError(f"by: expected file or line, found {by!r}")
+            raise UserError(f"by: expected file or line, found {by!r}")
         path = Path(path)
         alone = path.is_file()
         self.name, self.reversible = label or (path.stem if alone else path.resolve().name), reversible
         self._by, self._field, self._language_from = by, field, language
-        self._wanted = None if split is None else parse_split(split)
+        self._split = None if split is None else Split(split)
         self._root = path.parent if alone else path
-        self._files = [path] if alone else _find(path, files)
-        inside = path.resolve().parent if alone else path.resolve()
+        found = [Found(path.name)] if alone else find(path, files, links)
+        self._files = [self._root / file.name for file in found]
+        self._languages = languages(self._files)
 
-        # Of every block: its first item, its file, where in the file it starts and stops, the number of its first line.
-        self._first, self._file, self._start, self._stop, self._line = (array("q") for _ in range(5))
-        self._problems: dict[int, tuple[str, str]] = {}  # blocks that are one bad item: kind and reason
-        self._items = 0
-        digest = hashlib.sha256()
-        for number, file in enumerate(self._files):
-            digest.update(self._name(file).encode(errors="surrogateescape"))
-            try:
-                if not file.resolve().is_relative_to(inside):
-                    self._add(number, problem=("path_escapes", f"expected a file inside {path}, found a link"))
-                    continue
-                with open(file, "rb") as stream:
-                    index = self._index_lines if self._in_lines(file) else self._index_file
-                    index(number, _Digested(stream, digest))
-            except (OSError, RuntimeError) as error:  # no permission, a loop of links
-                self._add(number, problem=("unreadable_file", str(error)))
-        if split is not None and not self._items:
-            raise ValueError(f"{path}: no text is in split {split!r}")
+        if self._split and self._split.by_part:
+            self._index(found)
+            self._split.settle()
+        sha256 = self._index(found)
+        if self._split and not self._items:
+            raise self._split.empty(path, "text")
         self.fingerprint: dict[str, Any] = {
             "kind": "text",
             "items": self._items,
             "by": by,
             "field": field,
             "split": split,
-            "sha256": digest.hexdigest(),
+            "sha256": sha256,
+            **(self._split.fingerprint() if self._split else {}),
         }
         self._block = functools.lru_cache(maxsize=4)(self._read_block)
 
@@ -116,7 +116,7 @@ class TextFiles:
     def language(self, i: int) -> str:
         """What language item i is in, "" where that is not known."""
         if self._language_from == "file":
-            return self._files[self._file[self._block_of(i)]].stem
+            return self._languages[self._file[self._block_of(i)]]
         try:
             known = self._read(i)[1].get(self._language_from)
         except BadItem:
@@ -136,14 +136,17 @@ class TextFiles:
         if block in self._problems:
             kind, reason = self._problems[block]
             raise BadItem(kind, self.origin(i), reason)
-        _, start, data = self._block(block)[i - self._first[block]]
+        try:
+            _, start, data = self._block(block)[i - self._first[block]]
+        except (OSError, IndexError) as error:
+            reason = f"the file is not as it was when it was opened: {error}"
+            raise BadItem("unreadable_file", str(self._files[self._file[block]]), reason) from error
         if problem := _too_large(len(data), "one line"):
             raise BadItem(problem[0], self.origin(i), problem[1])
         try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            found = f"found {data[error.start]:#04x} at byte {start + error.start} of the file"
-            raise BadItem("bad_utf8", self.origin(i), f"expected UTF-8, {found}") from error
+            text = encoding.text(data, start)
+        except encoding.EncodingError as error:
+            raise BadItem("bad_utf8", self.origin(i), str(error)) from error
         row: Mapping[str, Any] = {}
         if _is_jsonl(self._files[self._file[block]]):
             text, row = self._parse(i, text)
@@ -176,7 +179,7 @@ class TextFiles:
             stream.seek(start)
             data = stream.read(self._stop[block] - start)
         if not self._in_lines(file):
-            return [(1, 0, data)]
+            return [(1, start, data)]
         items = []
         for number, line in enumerate(data.split(b"\n"), self._line[block]):
             if self._is_item(file, line):
@@ -185,6 +188,28 @@ class TextFiles:
         return items
 
     # ---- the index ------------------------------------------------------------------------------------------------
+
+    def _index(self, found: Sequence[Found]) -> str:
+        """Reads all files for the places of their items; returns the sha256 of names and contents."""
+        # Of every block: its first item, its file, where in the file it starts and stops, the number of its first line.
+        self._first, self._file, self._start, self._stop, self._line = (array("q") for _ in range(5))
+        self._problems: dict[int, tuple[str, str]] = {}  # blocks that are one bad item: kind and reason
+        self._items = 0
+        digest = hashlib.sha256()
+        for number, (file, entry) in enumerate(zip(self._files, found, strict=True)):
+            digest.update(entry.name.encode(errors="surrogateescape"))
+            if entry.error:
+                self._add(number, problem=(entry.error.kind, entry.error.reason))
+                continue
+            try:
+                with open(file, "rb") as stream:
+                    index = self._index_lines if self._in_lines(file) else self._index_file
+                    index(number, encoding.begin(stream), _Digested(stream, digest))
+            except encoding.EncodingError as error:
+                self._add(number, problem=("bad_utf8", str(error)))
+            except OSError as error:  # no permission, a disk that fails
+                self._add(number, problem=("unreadable_file", str(error)))
+        return digest.hexdigest()
 
     def _name(self, file: Path) -> str:
         return file.relative_to(self._root).as_posix()
@@ -210,15 +235,17 @@ class TextFiles:
                 column.append(entry)
             self._items += items
 
-    def _index_file(self, number: int, stream: _Digested) -> None:
+    def _index_file(self, number: int, start: int, stream: _Digested) -> None:
         size = 0
         while data := stream.read(1 << 20):
             size += len(data)
-        if self._in_split({"id": self._name(self._files[number])}, b""):
-            self._add(number, 0, size, problem=_too_large(size, "one file; by='line' makes every line a document"))
+        name = self._files[number].relative_to(self._root).as_posix()
+        if self._in_split({"id": name}, b""):
+            problem = _too_large(size, "one file; by='line' makes every line a document")
+            self._add(number, start, start + size, problem=problem)
 
-    def _index_lines(self, number: int, stream: _Digested) -> None:
-        start, line = 0, 1
+    def _index_lines(self, number: int, start: int, stream: _Digested) -> None:
+        line = 1
         while data := stream.read(_BLOCK):
             head = data.rfind(b"\n") + 1  # where the last line begins
             data += stream.readline(_LARGEST)
@@ -237,7 +264,7 @@ class TextFiles:
 
     def _is_item(self, file: Path, line: bytes) -> bool:
         line = line.strip()
-        if not line or self._wanted is None:
+        if not line or self._split is None:
             return bool(line)
         if not _is_jsonl(file):
             return self._in_split({}, line)
@@ -248,10 +275,7 @@ class TextFiles:
             return True  # a row that cannot be read is in every split, so that it is reported
 
     def _in_split(self, row: Mapping[str, Any], data: bytes) -> bool:
-        if self._wanted is None:
-            return True
-        name, low, high = self._wanted
-        return (not name or row.get("split", "train") == name) and low <= place(row, data) < high
+        return self._split is None or self._split.has(row, data)
 
 
 class _Digested:
@@ -278,18 +302,31 @@ def _too_large(size: int, what: str) -> tuple[str, str] | None:
 
 
 def _is_jsonl(file: Path) -> bool:
-    return file.suffix == ".jsonl"
+    return file.suffix.lower() == ".jsonl"
 
 
-def _find(root: Path, patterns: Sequence[str]) -> list[Path]:
-    """The files under a folder that have one of these names, sorted."""
-    if not root.is_dir():
-        raise ValueError(f"{root}: no such file or folder")
+def languages(files: Sequence[Path]) -> list[str]:
+    """What each of several files is called by its name alone: without its ending, unless a neighbour is called so."""
+    stems = Counter((file.parent, file.stem) for file in files)
+    return [file.stem if stems[file.parent, file.stem] == 1 else file.name for file in files]
+
+
+def find(root: Path, patterns: Sequence[str], links: bool) -> list[Found]:
+    """The files under a folder that have one of these names, sorted. Raises UserError: there are none."""
     for pattern in patterns:
         if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
-            raise ValueError(f"files: expected patterns of names inside {root}, found {pattern!r}")
-    found = {path for pattern in patterns for path in root.rglob(pattern) if not path.is_dir()}
-    shown = [path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts)]
-    if not shown:
-        raise ValueError(f"{root}: expected files named {', '.join(patterns)} in it, found none")
-    return sorted(shown, key=lambda path: path.relative_to(root).as_posix())
+            raise UserError(f"files: expected patterns of names inside {root}, found {pattern!r}")
+    wanted = [("**", *PurePosixPath(pattern.lower()).parts) for pattern in patterns]
+    found = Folder(root, links).search(lambda name: any(_matches(name.lower().split("/"), parts) for parts in wanted))
+    if not found:
+        raise UserError(f"{root}: expected files named {', '.join(patterns)} in it, found none")
+    return found
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a path is of a pattern in which ** stands for any number of folders."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_matches(parts[i:], pattern[1:]) for i in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])

@@ -13,9 +13,11 @@ import numpy as np
 from ar_unified import progress
 from ar_unified.data.images import Resize
 from ar_unified.data.prepare import ImageTokenizer, default_resize
-from ar_unified.data.sources import FOLDER_FILES, BadItem, open_source, read
+from ar_unified.data.sources import FOLDER_FILES, BadItem, open_source, read, row_files
 from ar_unified.data.text_files import FILES as TEXT_FILES
+from ar_unified.data.text_files import find
 from ar_unified.document import CodesPart, Document, ImagePart, TextPart
+from ar_unified.errors import UserError
 from ar_unified.grammar import Grammar, TextLost
 
 _PERCENTILES = (0, 50, 90, 99, 100)
@@ -101,6 +103,7 @@ def validate(
     *,
     resize: Resize | None = None,
     max_tokens: int | None = None,
+    links: bool = False,
     show: int = 3,
     workers: int = 2,
     show_progress: bool = True,
@@ -114,13 +117,14 @@ def validate(
         image_tokenizer: with it and a grammar the first documents are shown as their real tokens.
         resize: as for `prepare`.
         max_tokens: with a grammar, longer documents are reported as bad ("too_long").
+        links: of a folder or file: whether links that lead out of it are followed.
         show: documents of each source to show.
 
     Raises:
-        ValueError: nothing to read at `data`.
+        UserError: nothing to read at `data`.
     """
     model = _Model(grammar, image_tokenizer, resize)
-    sources = [open_source(spec) for spec in (_specs(data) if isinstance(data, str | Path) else data)]
+    sources = [open_source(spec) for spec in (_specs(data, links) if isinstance(data, str | Path) else data)]
     validation = Validation([Found(source.name, len(source)) for source in sources])
     total = sum(map(len, sources))
     with progress.bar(total, "items", "validate", shown=show_progress) as bar:
@@ -145,19 +149,25 @@ def validate(
     return validation
 
 
-def _specs(path: str | Path) -> list[dict[str, Any]]:
+def _specs(path: str | Path, links: bool) -> list[dict[str, Any]]:
     path = Path(path)
     if path.is_dir():
-        names = [name for name in FOLDER_FILES if (path / f"{name}.jsonl").is_file()]
-        if not names and any(file for pattern in TEXT_FILES for file in path.rglob(pattern)):
-            return [dict(kind="text", path=path)]
+        names = row_files(path)
         if not names:
-            expected = ", ".join(f"{name}.jsonl" for name in FOLDER_FILES)
-            raise ValueError(f"{path}: expected at least one of {expected} in it, or text files; found none")
-        return [dict(kind="folder", path=path, files=(name,), label=f"{path.name}/{name}") for name in names]
+            try:
+                find(path, TEXT_FILES, links)
+            except UserError as error:
+                expected = ", ".join(f"{name}.jsonl" for name in FOLDER_FILES)
+                raise UserError(
+                    f"{path}: expected at least one of {expected} in it, or text files; found none"
+                ) from error
+            return [dict(kind="text", path=path, links=links)]
+        return [
+            dict(kind="folder", path=path, files=(name,), links=links, label=f"{path.name}/{name}") for name in names
+        ]
     if not path.is_file():
-        raise ValueError(f"{path}: no such folder or file")
-    return [dict(kind="jsonl" if path.suffix == ".jsonl" else "text", path=path)]
+        raise UserError(f"{path}: no such folder or file")
+    return [dict(kind="jsonl" if path.suffix.lower() == ".jsonl" else "text", path=path, links=links)]
 
 
 class _Model:

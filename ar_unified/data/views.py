@@ -14,6 +14,7 @@ import numpy as np
 from ar_unified.data.items import Source
 from ar_unified.data.packing import key, uniform
 from ar_unified.document import Document, ImagePart
+from ar_unified.errors import UserError
 
 
 class Views:
@@ -29,15 +30,15 @@ class Views:
     colour all round, is pushed out, and a shift near 1 puts what stands on it anywhere.
 
     Raises:
-        ValueError: a count below 1, a shift outside [0, 1), or a shift or mirror with a count of 1, which would show
+        UserError: a count below 1, a shift outside [0, 1), or a shift or mirror with a count of 1, which would show
             the items as they stand and nothing else.
     """
 
     def __init__(self, source: Source, *, count: int, shift: float = 0.0, mirror: bool = False, whole: bool = False):
         if count < 1 or not 0 <= shift < 1:
-            raise ValueError(f"views: expected count >= 1 and 0 <= shift < 1, found {count} and {shift}")
+            raise UserError(f"views: expected count >= 1 and 0 <= shift < 1, found {count} and {shift}")
         if count == 1 and (shift or mirror):
-            raise ValueError("views: view 0 is the item as it stands, so shift and mirror need count >= 2, found 1")
+            raise UserError("views: view 0 is the item as it stands, so shift and mirror need count >= 2, found 1")
         self.source, self.count, self.shift, self.mirror, self.whole = source, count, shift, mirror, whole
         self.name, self.reversible = source.name, source.reversible
         self._stream = key("views", source.name)

@@ -23,6 +23,14 @@ def sample_sections(galleries: Mapping[str, Sequence[Example]]) -> list[tuple[st
     shown: tuple[tuple[str, tuple[str, ...], Callable[[Example], str], str, str], ...] = (
         ("Pictures from text", ("text_to_image",), _drawn, "gallery", "Left the model's, right a real one."),
         ("Stories", ("story",), _story, "stories", "Told a change, the model draws what follows (framed)."),
+        (
+            "Next pictures",
+            ("next_picture",),
+            _story,
+            "stories",
+            "After what is given, the model's (framed) and the real.",
+        ),
+        ("Next texts", ("next_text",), _answered, "gallery asks", ""),
         ("Answers about pictures", ("image_to_text", "caption"), _answered, "gallery asks", ""),
     )
     sections = []

@@ -1,10 +1,11 @@
 """Asks a trained model about held-out documents and counts what it got right.
 
-Four kinds of questions, each sampled with one call of the engine: draw the picture of a text; answer a
-question about a picture; caption a picture (the pairs of the first kind, turned round); and, in a story, draw
-the next picture. Beside the model's scores stand the tokenizer's: a checker that fails on the reconstruction
-of a real picture cannot pass a sampled one, so `reconstruction_exact` is the ceiling of
-`text_to_image_exact`.
+Kinds of questions, each sampled with one call of the engine: draw the picture of a text; answer a question
+about a picture; caption a picture (the pairs of the first kind, turned round); and, in a story, draw the next
+picture, which the protocol checks. Of other interleaved documents, where no checker knows what is right, the
+next picture and the next text are asked for, and compared with the document's own. Beside the model's scores
+stand the tokenizer's: a checker that fails on the reconstruction of a real picture cannot pass a sampled one,
+so `reconstruction_exact` is the ceiling of `text_to_image_exact`.
 
 Axes: H, W height and width of a picture in pixels, h, w in codes.
 """
@@ -24,13 +25,13 @@ from ar_tokenizers.image.tokenizer import ImageTokenizer
 
 from ar_unified.data.sources import BadItem, Source
 from ar_unified.document import CodesPart, Document, ImagePart, Part, TextPart
-from ar_unified.evaluation.protocol import Protocol, text_of
+from ar_unified.evaluation.protocol import Protocol, same_text, text_of
 from ar_unified.grammar import Grammar, GrammarError
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.request import Request, RequestError, Sample
 
-KINDS = ("text_to_image", "image_to_text", "caption", "story")
+KINDS = ("text_to_image", "image_to_text", "caption", "story", "next_picture", "next_text")
 _SCAN = 16  # items of a source that are looked at for each document wanted
 
 
@@ -62,6 +63,7 @@ class Scores:
 
     right: Counter[str] = field(default_factory=Counter)
     asked: Counter[str] = field(default_factory=Counter)
+    psnr: list[float] = field(default_factory=list)  # dB, of pictures that were compared with the real one
 
     def add(self, name: str, ok: bool) -> None:
         self.asked[name] += 1
@@ -107,9 +109,11 @@ def evaluate(
     Returns:
         Metrics and examples. Metrics: shares in [0, 1] `text_to_image_exact`, `image_to_text_exact` (and
         `image_to_text_exact/KIND`), `caption_exact`, `story_change_exact`, `parse_rate` (of all sequences
-        sampled here), `reconstruction_exact`, `story_reconstruction_exact`; `tokenizer_psnr` in dB, the mean
-        over the real pictures; `counts` with the n of each; `skipped` with the documents left out by reason.
-        Absent where nothing was asked.
+        sampled here), `reconstruction_exact`, `story_reconstruction_exact`, `next_text_exact`; in dB, means of
+        PSNR: `tokenizer_psnr` of the real pictures' reconstructions and `next_picture_psnr` of the model's
+        pictures, both against the real ones; `counts` with the n of each; `skipped` with the documents left
+        out by reason. Absent where nothing was asked. `note` says in words what there was to ask, where it was
+        not captions, questions or stories.
     """
     scores, skipped = Scores(), Counter[str]()
     documents = _collect(sources, limit, seed, fit, skipped)
@@ -118,6 +122,7 @@ def evaluate(
     image, text = image or Filter(), text or Filter(temperature=0.0)
 
     kept: list[Example] = []
+    asked_of = Counter[str]()  # questions that were put, by kind
     for kind in KINDS:
         asked: dict[str, Example] = {}
         requests: list[Request] = []
@@ -131,10 +136,11 @@ def evaluate(
                 continue
             asked[request.id] = example
             requests.append(request)
+            asked_of[kind] += 1
         answers: dict[str, str | np.ndarray | None] = {}
-        for sample in engine.generate(requests):
+        for sample in engine.generate(requests) if requests else ():
             scores.add("parse_rate", sample.document is not None)
-            answers[sample.request.id] = _answer(sample)
+            answers[sample.request.id] = _answer(sample, kind)
             if progress:
                 progress(kind, len(answers), len(requests))
         codec.learn_codes(answer for answer in answers.values() if isinstance(answer, np.ndarray))
@@ -142,10 +148,13 @@ def evaluate(
         kept += done[:keep] + [e for e in done[keep:] if e.correct is False][: keep // 2]
 
     metrics = scores.metrics()
-    if codec.psnr:
-        metrics["tokenizer_psnr"] = float(np.mean(codec.psnr))
-        metrics["counts"]["tokenizer_psnr"] = len(codec.psnr)
+    for name, values in {"tokenizer_psnr": codec.psnr, "next_picture_psnr": scores.psnr}.items():
+        if values:
+            metrics[name] = float(np.mean(values))
+            metrics["counts"][name] = len(values)
     metrics["skipped"] = dict(skipped)
+    if note := _note(documents, asked_of, protocol, skipped):
+        metrics["note"] = note
     return metrics, kept
 
 
@@ -200,9 +209,44 @@ def _examples(kind: str, documents: Mapping[str, list[Document]], protocol: Prot
                 yield Example(kind, d, pictures, text_of(d, answer=False))
     elif kind == "story":
         for d in documents.get("interleaved", []):
-            at = [i for i, part in enumerate(d.parts) if _is_image(part)]
-            if len(at) > 1 and at[1] > at[0] + 1:  # a text says what the second picture shows
-                yield Example(kind, d, d.parts[: at[1]], d.parts[at[1]].pixels)  # type: ignore[union-attr]
+            if (at := _story(d, protocol)) is not None:
+                yield Example(kind, d, d.parts[:at], d.parts[at].pixels)  # type: ignore[union-attr]
+    elif kind in ("next_picture", "next_text"):
+        for d in documents.get("interleaved", []):
+            if _story(d, protocol) is None:
+                wanted = ImagePart if kind == "next_picture" else TextPart
+                for at, part in enumerate(d.parts):  # the first that has something before it
+                    if at and isinstance(part, wanted):
+                        yield Example(kind, d, d.parts[:at], part.pixels if _is_image(part) else part.text)  # type: ignore[union-attr]
+                        break
+
+
+def _story(document: Document, protocol: Protocol) -> int | None:
+    """Which part of an interleaved document is a picture that the protocol can check; None: none is.
+
+    It is the second picture, where a text before it says what it shows.
+    """
+    at = [i for i, part in enumerate(document.parts) if _is_image(part)]
+    return at[1] if protocol.story_matches and len(at) > 1 and at[1] > at[0] + 1 else None
+
+
+_LOOKED_FOR = "captions (a prompt that asks for a picture), questions about a picture, and stories"
+
+
+def _note(
+    documents: Mapping[str, list[Document]], asked: Counter[str], protocol: Protocol, skipped: Counter[str]
+) -> str:
+    """What was looked for, and what was asked instead; "" where it was found."""
+    if any(asked[kind] for kind in ("text_to_image", "image_to_text", "caption", "story")):
+        return ""
+    found = ", ".join(f"{len(group)} of kind {task}" for task, group in sorted(documents.items()) if group)
+    left_out = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in skipped.items())
+    note = f"looked for {_LOOKED_FOR} that the protocol {protocol.name!r} can judge; found "
+    note += (f"documents: {found}" if found else "no documents") + (f" (left out: {left_out})" if left_out else "")
+    if asked["next_picture"] or asked["next_text"]:
+        parts = f"{asked['next_picture']} next pictures and {asked['next_text']} next texts"
+        return f"{note}. Asked for the next part of interleaved documents instead: {parts}"
+    return f"{note}. Nothing was asked: text alone has no right answer, and an interleaved document needs two parts"
 
 
 def _length(grammar: Grammar, text: str) -> int:
@@ -224,13 +268,18 @@ def _request(
     cut.
     """
     parts = codec.encoded(example.prompt)
-    request = Request(parts=parts, turn=example.kind != "story", **settings)
+    request = Request(parts=parts, turn=example.document.prompt is not None, **settings)
     try:
         if isinstance(example.expected, str):
             room = engine.max_length - len(grammar.prompt_tokens(parts, turn=request.turn))
             if room < _length(grammar, example.expected) + 1:
                 return None
             request = replace(request, mode="text", max_tokens=min(budget, room))
+            if (behind := example.document.parts[len(parts) :][1:]) and example.kind == "next_text":
+                # A text ends where the model begins the picture behind it: that must be allowed, and have its room.
+                (picture,) = codec.encoded(behind[:1])
+                budget += grammar.image_tokens(*picture.codes.shape)  # type: ignore[union-attr]
+                request = replace(request, mode="free", max_images=1, max_tokens=min(budget, room))
         else:
             height, width = codec.encode(example.expected).shape
             request = replace(request, mode="image", image_size=(height, width))
@@ -243,13 +292,15 @@ def _request(
 # ---- what came back ----------------------------------------------------------------------------------------
 
 
-def _answer(sample: Sample) -> str | np.ndarray | None:
+def _answer(sample: Sample, kind: str) -> str | np.ndarray | None:
     """The text, or the codes int32 [h, w] of the first picture; None where the sequence did not parse."""
     if sample.document is None:
         return None
     parts = sample.document.parts
     if sample.request.mode == "image":
         return next((part.codes for part in parts if isinstance(part, CodesPart)), None)
+    if kind == "next_text":  # one that begins with a picture has no next text
+        parts = parts[:1]
     return " ".join(part.text for part in parts if isinstance(part, TextPart))
 
 
@@ -264,6 +315,9 @@ def _judged(
             assert protocol.caption_matches
             correct = got is not None and protocol.caption_matches(document, got)
             scores.add("caption_exact", correct)
+        elif kind == "next_text":
+            correct = got is not None and same_text(expected, got)
+            scores.add("next_text_exact", correct)
         else:
             correct = got is not None and protocol.answer_matches(expected, got)
             scores.add("image_to_text_exact", correct)
@@ -283,6 +337,8 @@ def _judged(
         )
     elif kind == "text_to_image" and (shows := protocol.picture_matches) is not None:
         check, names = partial(shows, document), ("text_to_image_exact", "reconstruction_exact")
+    if kind == "next_picture" and picture is not None:
+        scores.psnr.append(float(psnr(expected, picture)))
     if check is None:
         return example
     correct = picture is not None and check(picture)

@@ -22,7 +22,15 @@ from ar_unified.evaluation.facts import environment, summary
 from ar_unified.evaluation.figures import figure, sample_sections
 from ar_unified.evaluation.generation import Example
 from ar_unified.evaluation.sheets import section
-from ar_unified.training.telemetry import read_metrics
+from ar_unified.training.telemetry import (
+    LOG_Z_BY_ROLE,
+    LOSS_BY_ROLE,
+    LOSS_BY_TASK,
+    TOKENS_PER_SECOND,
+    VALIDATION,
+    read_metrics,
+)
+from ar_unified.training.turning import turned
 from ar_unified.workdir import write_text
 
 LEAD = "One transformer over text and image tokens: what it makes and what that is worth."
@@ -34,6 +42,8 @@ NAMES = {
     "vqa_accuracy": "Questions answered",
     "caption_exact": "Captions",
     "story_change_exact": "Stories",
+    "next_text_exact": "Next texts",
+    "next_picture_psnr": "Next pictures, PSNR",
     "parse_rate": "Sequences that parse",
     "reconstruction_exact": "Reconstructions",
     "story_reconstruction_exact": "Reconstructions in stories",
@@ -45,6 +55,7 @@ MEANINGS = {
     "vqa_accuracy": "questions about a picture answered exactly",
     "caption_exact": "captions that describe their picture",
     "story_change_exact": "next pictures that show the change told",
+    "next_text_exact": "next texts of interleaved documents that are the document's own",
     "parse_rate": "sampled sequences that are documents",
     "reconstruction_exact": "real pictures still right behind the tokenizer: the ceiling of text to image",
 }
@@ -161,7 +172,7 @@ def _table(sets: Mapping[str, Mapping[str, Any]], bars: Mapping[str, float]) -> 
     """Every number of every set: the named ones in their order, groups under what they are groups of."""
     keys = list(dict.fromkeys(k for metrics in sets.values() for k in metrics if isinstance(metrics[k], (int, float))))
     if not keys:
-        return ""
+        return _notes(sets)
     order = {key: i for i, key in enumerate(dict.fromkeys([*NAMES, *keys]))}
     keys.sort(key=lambda key: (order.get(key.split("/")[0], order[key]), key))
     rows = []
@@ -178,11 +189,18 @@ def _table(sets: Mapping[str, Mapping[str, Any]], bars: Mapping[str, float]) -> 
     ]
     head = "".join(f"<th>{escape(name)}</th>" for name in sets)
     note = f'<p class="soft">Left out: {escape(", ".join(skipped))}.</p>' if skipped else ""
+    note += _notes(sets)
     return (
         '<p class="lead">Shares with their 95 % Wilson interval and the number asked.</p>'
         f'<div class="card scroll"><table><thead><tr><th>metric</th><th>bar</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>{note}"
     )
+
+
+def _notes(sets: Mapping[str, Mapping[str, Any]]) -> str:
+    """What was asked of sets that had not what an evaluation looks for."""
+    notes = [f"{name}: {metrics['note']}." for name, metrics in sets.items() if metrics.get("note")]
+    return "".join(f'<p class="soft">{escape(note)}</p>' for note in notes)
 
 
 def _cell(metrics: Mapping[str, Any], key: str) -> str:
@@ -222,6 +240,9 @@ def _sample_size(metrics: Mapping[str, Any], key: str) -> str:
 
 # ---- curves ------------------------------------------------------------------------------------------------
 
+_ATTENTION = "validation/attention/"
+_PAIRS = {"text_to_image": "text at pictures", "image_to_text": "pictures at text"}
+
 # Title, unit, {metric: name in the legend}, y axis at first: "" (linear), "log" or "zero" (linear from 0).
 Chart = tuple[str, str, Mapping[str, str], str]
 
@@ -245,50 +266,59 @@ def _tokenizer(
         f"{figure(example.reconstruction, 'reconstruction')}</div></div>"
         for example in examples[:8]
     )
-    charts = _charts(
-        rows,
-        (
-            ("Loss", "", _both("loss"), "log"),
-            ("PSNR", "dB", _both("psnr"), ""),
-            ("Codebook usage", "share of codes", _both("codes/usage"), ""),
-            ("Code perplexity", "codes", _both("codes/perplexity"), ""),
-            ("Learning rate", "", {"learning_rate": "learning rate"}, ""),
-            ("Speed", "images/s", {"images_per_second": "images per second"}, "zero"),
-        ),
-    )
+    charts = _draw(rows, tokenizer_charts())
     lead = f'<p class="lead">{"; ".join(told)}.</p>' if told else ""
     gallery = scores or (f'<div class="gallery">{pictures}</div>' if pictures else "")
     between = "<h3>training</h3>" if charts and gallery else ""
     return lead + gallery + between + charts if gallery or charts else ""
 
 
-def _transformer(rows: Sequence[Mapping[str, Any]]) -> str:
-    keys = {key for row in rows for key in row}
-    return _charts(
-        rows,
-        (
-            ("Loss", "nats per token", _both("loss"), ""),
-            ("Loss by role", "nats per token, train", _losses(keys, "role_loss/"), ""),
-            ("Loss by task", "nats per token, train", _losses(keys, "task_loss/"), ""),
-            ("Image tokens", "bits per token", _both("bits_per_image_token"), ""),
-            ("Text", "bits per byte", _both("bits_per_text_byte"), ""),
-            ("Gradient norm", "before clipping", {"grad_norm": "norm"}, "log"),
-            ("Learning rate", "", {"learning_rate": "learning rate"}, ""),
-            ("Speed", "tokens/s", {"tokens_per_second": "tokens per second"}, "zero"),
-            ("MFU", "share of the device's peak", {"mfu": "MFU"}, "zero"),
-        ),
+def tokenizer_charts() -> tuple[Chart, ...]:
+    """Of an image tokenizer's training."""
+    return (
+        ("Loss", "", _both("loss"), "log"),
+        ("PSNR", "dB", _both("psnr"), ""),
+        ("Codebook usage", "share of codes", _both("codes/usage"), ""),
+        ("Code perplexity", "codes", _both("codes/perplexity"), ""),
+        ("Learning rate", "", {"learning_rate": "learning rate"}, ""),
+        ("Speed", "images/s", {"images_per_second": "images per second"}, "zero"),
     )
 
 
+def transformer_charts(rows: Sequence[Mapping[str, Any]]) -> tuple[Chart, ...]:
+    """Of a transformer's training, with a curve for each role and task that its rows know."""
+    keys = {key for row in rows for key in row}
+    return (
+        ("Loss", "nats per token", _both("loss"), ""),
+        ("Loss by role", "nats per token, train", _losses(keys, LOSS_BY_ROLE), ""),
+        ("Loss by task", "nats per token, train", _losses(keys, LOSS_BY_TASK), ""),
+        ("Image tokens", "bits per token", _both("bits_per_image_token"), ""),
+        ("Text", "bits per byte", _both("bits_per_text_byte"), ""),
+        ("Gradient norm", "before clipping", {"grad_norm": "norm"}, "log"),
+        ("Learning rate", "", {"learning_rate": "learning rate"}, ""),
+        ("log Z by role", "nats, train", _losses(keys, LOG_Z_BY_ROLE), ""),
+        ("Speed", "tokens/s", {"tokens_per_second": "all"} | _losses(keys, TOKENS_PER_SECOND), "zero"),
+        ("MFU", "share of the device's peak", {"mfu": "MFU"}, "zero"),
+    )
+
+
+def _transformer(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Whether its training has turned, and the curves of it."""
+    words = turned(rows)
+    said = f'<p class="lead">The {escape(words)}.</p>' if words else ""
+    looks = _attention_charts(rows)
+    return said + _draw(rows, transformer_charts(rows)) + (f"<h3>who looks at whom</h3>{looks}" if looks else "")
+
+
 def _both(key: str) -> dict[str, str]:
-    return {key: "train", f"validation/{key}": "validation"}
+    return {key: "train", VALIDATION + key: "validation"}
 
 
 def _losses(keys: Iterable[str], prefix: str) -> dict[str, str]:
     return {key: key.removeprefix(prefix).replace("_", " ") for key in sorted(keys) if key.startswith(prefix)}
 
 
-def _charts(rows: Sequence[Mapping[str, Any]], charts: Iterable[Chart]) -> str:
+def _draw(rows: Sequence[Mapping[str, Any]], charts: Iterable[Chart]) -> str:
     drawn = []
     for title, unit, metrics, axis in charts:
         series = {
@@ -297,6 +327,35 @@ def _charts(rows: Sequence[Mapping[str, Any]], charts: Iterable[Chart]) -> str:
         }
         drawn.append(line_chart(title, series, unit=unit, log=axis == "log", zero=axis == "zero"))
     return f'<div class="grid2">{"".join(drawn)}</div>' if any(drawn) else ""
+
+
+def _attention_charts(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The shares of attention between text and pictures (training/attention_share.py): by layer, and over time."""
+    found = [row for row in rows if any(key.startswith(_ATTENTION) for key in row)]
+    if not found:
+        return ""
+    latest: dict[str, list[tuple[float, float]]] = {}
+    means: dict[str, list[tuple[float, float]]] = {}
+    for row in found:
+        for pair, name in _PAIRS.items():
+            of_layers = {
+                int(key.rpartition("_")[2]): value
+                for key, value in row.items()
+                if key.startswith(f"{_ATTENTION}{pair}/layer_") and isinstance(value, float)
+            }
+            if of_layers:
+                means.setdefault(name, []).append((row["step"], sum(of_layers.values()) / len(of_layers)))
+                latest[name] = sorted(of_layers.items())
+                even = row[f"{_ATTENTION}{pair}/uniform"]
+                latest[f"{name}, were it even"] = [(layer, even) for layer in sorted(of_layers)]
+    steps = f"share of attention by layer, from 0, at step {found[-1]['step']}"
+    drawn = line_chart("Text and pictures, by layer", latest, unit=steps, zero=True)
+    drawn += line_chart("Text and pictures, over time", means, unit="share of attention, mean of layers", zero=True)
+    return (
+        '<p class="soft">How much of their attention the positions of one modality give to the other, on held-out '
+        "documents; even: if they looked at all they see alike.</p>"
+        f'<div class="grid2">{drawn}</div>'
+    )
 
 
 def _rows(source: str | Path | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

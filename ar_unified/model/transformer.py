@@ -301,9 +301,7 @@ class Transformer(nnx.Module):
           Hidden states after the last norm, [B, T, D] in the compute dtype. `token_losses` or `logits` take them.
         """
         config = self.config
-        columns = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        tokens, positions, doc_start, columns = (zigzag(x) for x in (tokens, positions, doc_start, columns))
-        rope = rope_table(positions, tokens.shape[1], config.head_dim, config.rope_theta)
+        tokens, positions, doc_start, columns, rope = self._begin(tokens, positions, doc_start)
         if dropout_keys is not None:  # of each token
             dropout_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(dropout_keys, columns)
         x = dropout(
@@ -326,6 +324,35 @@ class Transformer(nnx.Module):
             for index, params in enumerate(_unstack(self.layers, config.n_layers)):
                 x = layer(x, params, index)
         return unzigzag(rms_norm(x, self.norm[...], config.norm_eps))
+
+    def observe(self, tokens: jax.Array, positions: jax.Array, doc_start: jax.Array, look: Callable[..., Any]) -> Any:
+        """The same forward, without dropout, for what `look` sees of attention on the way.
+
+        Args:
+          tokens, positions, doc_start: as above.
+          look: called in each layer with the rotated query [B, T, N, H] and key [B, T, K, H], in the order of the row.
+
+        Returns:
+          The arrays that `look` gave, stacked on a leading axis L.
+        """
+        config = self.config
+        tokens, positions, doc_start, _, rope = self._begin(tokens, positions, doc_start)
+
+        def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
+            out = attend_to_documents(query, key, value, doc_start, config.attention, config.context)
+            return out, look(unzigzag(query), unzigzag(key))
+
+        def layer(x: jax.Array, params: Params) -> tuple[jax.Array, Any]:
+            return Block(config, _cast(params, config.dtype))(x, rope, attend)
+
+        return jax.lax.scan(layer, look_up(self.embedding[...], tokens, config.dtype, "sequence"), self.layers)[1]
+
+    def _begin(self, tokens: jax.Array, positions: jax.Array, doc_start: jax.Array) -> tuple[Any, ...]:
+        """Tokens, positions, doc_start and columns, int32 [B, T] in the mesh's order of rows, and RoPE's angles."""
+        columns = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        tokens, positions, doc_start, columns = (zigzag(x) for x in (tokens, positions, doc_start, columns))
+        rope = rope_table(positions, tokens.shape[1], self.config.head_dim, self.config.rope_theta)
+        return tokens, positions, doc_start, columns, rope
 
     def extend(self, tokens: jax.Array, cache: Cache, start: jax.Array) -> tuple[jax.Array, Cache]:
         """Reads T more tokens of each row behind what the cache holds: the one path of prefill and decode.

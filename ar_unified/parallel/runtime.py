@@ -35,6 +35,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import multihost  # barriers of the coordination service; JAX's public ones are device collectives
 
+from ar_unified import errors, interrupts
+from ar_unified.errors import RunError, UserError
 from ar_unified.parallel import last_words
 
 _GRACE = 3.0  # seconds that process 0, whose end ends the others, leaves them to say what they have to say
@@ -42,7 +44,7 @@ _GRACE = 3.0  # seconds that process 0, whose end ends the others, leaves them t
 _PEER_LOST = re.compile(r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|[Cc]onnection (reset|closed|refused)|heartbeat")
 
 
-class ProcessesMissing(RuntimeError):
+class ProcessesMissing(RunError):
     """Others did not come to a barrier in time; the message names them. `processes`: their numbers, if known."""
 
     def __init__(self, message: str, processes: list[int]):
@@ -104,7 +106,7 @@ def start(
       logs: folder for `process-<i>.log`, on storage that all processes share; not touched by a single process.
       start_timeout: seconds until all must have come. heartbeat_timeout: until a silent process is given up.
 
-    Raises ValueError for flags that do not fit together. Time-outs end the process: its last words name who is missing.
+    Raises UserError for flags that do not fit together. Time-outs end the process: its last words name who is missing.
     """
     global _log
     given = [value is not None for value in (coordinator, processes, process)]
@@ -118,9 +120,9 @@ def start(
             return
     if coordinator is None or processes is None or process is None:
         found = f"coordinator={coordinator}, processes={processes}, process={process}"
-        raise ValueError(f"expected --coordinator HOST:PORT, --processes N and --process I, all three; found {found}")
+        raise UserError(f"expected --coordinator HOST:PORT, --processes N and --process I, all three; found {found}")
     if not 0 <= process < processes or not re.fullmatch(r".+:\d+", coordinator):
-        raise ValueError(
+        raise UserError(
             f"expected --coordinator HOST:PORT and 0 <= --process < --processes; found {coordinator}, "
             f"process {process} of {processes}"
         )
@@ -142,6 +144,7 @@ def start(
         )
     finally:
         _jax.get_distributed_runtime_service = service
+    interrupts.forward_to_sigterm()  # the one signal that JAX lets all processes agree on
     # Orbax's manager waits by device collectives unless told otherwise; those would cross the step's own.
     flags.FLAGS["experimental_orbax_use_distributed_barrier"].value = True
     if not flags.FLAGS.is_parsed():
@@ -150,7 +153,7 @@ def start(
 
 @contextlib.contextmanager
 def ending() -> Iterator[None]:
-    """Around a whole program: all processes end together, and one that fails ends at once, with its traceback."""
+    """Around a whole program: all processes end together, and one that fails ends at once and says why."""
     try:
         yield
     except Exception as error:
@@ -175,16 +178,20 @@ def _stop() -> None:
 def _fail(error: Exception) -> None:
     """Says why, and ends this process without waiting for the others: they may be waiting for this one."""
     assert _log is not None
+    explained = errors.explain(error)
     try:
-        _explain(error)
+        _explain(error, None if explained is None else explained[0])
         _log.close()
     finally:
-        os._exit(1)
+        os._exit(errors.FAULT if explained is None else explained[1])
 
 
-def _explain(error: Exception) -> None:
+def _explain(error: Exception, explained: str | None) -> None:
     assert _log is not None
-    traceback.print_exception(error)
+    if explained is None:
+        traceback.print_exception(error)
+    else:
+        print(f"ar-unified: {explained}", file=sys.stderr, flush=True)
     if _PEER_LOST.search(str(error)) and not isinstance(error, ProcessesMissing):
         print(
             "ar-unified: a connection broke; JAX says within the heartbeat time-out whose", file=sys.stderr, flush=True
@@ -205,7 +212,10 @@ def first() -> bool:
 def say(line: str) -> None:
     """A line for people: on the terminal from process 0 alone; in the log of every process where there are several."""
     if first():
-        print(line, flush=True)
+        try:
+            print(line, flush=True)
+        except OSError:  # the terminal was closed, or the pipe: files go on telling
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if _log is not None:
         _log.write(line)
 

@@ -10,3 +10,5 @@ report.py       all of it as text, JSON and a page with a picture
 
 It stands on training, sampling, model and parallel; cli alone imports it.
 """
+
+JOBS = ("train", "sample")  # what can be planned; sample: prefill and decode

@@ -27,7 +27,6 @@ from ar_unified.training.step import abstract_state, make_train_step
 from ar_unified.training.tasks import TransformerTask
 from ar_unified.vocabulary import Vocabulary
 
-JOBS = ("train", "sample")
 # What data/loader.py gives of each position.
 FIELDS = {
     **dict.fromkeys(("tokens", "targets", "positions", "doc_start", "segment_ids"), jnp.int32),

@@ -19,6 +19,7 @@ import jax
 from jax.experimental.topologies import get_topology_desc
 from jax.sharding import Mesh
 
+from ar_unified.errors import UserError
 from ar_unified.parallel.hardware import HARDWARE, Hardware
 from ar_unified.parallel.mesh import make_mesh
 
@@ -36,7 +37,7 @@ _QUIET = {
 }
 
 
-class TargetError(ValueError):
+class TargetError(UserError):
     """A target that does not exist or that this host cannot compile for; the message says what to do."""
 
 

@@ -2,22 +2,22 @@
 
     *.jsonl   a line is a request of ours, a plain {"prompt"}, a line of an OpenAI batch, or one of GenEval's metadata
     *.txt     a line is a prompt; so are T2I-CompBench's files
+    *.tsv, *.csv, *.parquet   a row is a request (`sampling.tables`): PartiPrompts.tsv, DiffusionDB's metadata
     *.tar     WebDataset: key.txt is a prompt, key.json a request, key.png, key.jpg, ... pictures in front of the prompt
-    *.json    an object of requests by id (MJHQ-30K's meta_data.json), or a list of them
+    *.json    an object of requests by id (MJHQ-30K's meta_data.json), or a list of them; a text alone is a prompt
     a folder  of ID.txt, a prompt each (DPG-Bench's prompts)
 
-What cannot be read becomes a row with an error, and the rows behind it are read all the same. Pictures are named by the
-rows and read later: files under the folder of the requests, members of the tar, or data: URLs. Nothing is fetched.
+What cannot be read becomes a row with an error, and the rows behind it are read all the same. What is no prompt never
+becomes one: the header of a table, other members of a tar, README and LICENSE files, hidden files and what macOS puts
+into archives (__MACOSX, ._*). Text is UTF-8 (`data.encoding`). Pictures are named by the rows and read later: files
+under the folder of the requests (`data.files`), members of the tar, or data: URLs. Nothing is fetched.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import json
 import re
-import stat
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,14 +25,20 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
+from ar_unified.data import encoding
+from ar_unified.data.files import FileError, Folder, data_url, hidden
+from ar_unified.data.images import SUFFIXES
+from ar_unified.sampling import tables
 from ar_unified.sampling.request import RequestError
 
 _MOST_BYTES = 1 << 28  # of a picture's file
 _MOST_TEXT = 1 << 24  # bytes of a prompt's file
-_PICTURES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+_PICTURES = tuple(suffix[1:] for suffix in SUFFIXES)
+_PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 _GENEVAL = {"tag", "include", "prompt"}
+_MJHQ = {"category", "prompt"}
+_ABOUT = re.compile(r"(readme|licen[cs]e|notice|copying|changelog|citation)(\.\w+)?", re.IGNORECASE)  # names of files
 
 
 @dataclass(frozen=True)
@@ -42,65 +48,116 @@ class Row:
     Attributes:
         number: from 1; the line, where the file has lines.
         data: what the request says, with the keys of our JSONL. error: why there is no data, or "".
-        load: the bytes of a picture by the name that the row gives it; raises RequestError or OSError.
+        load: the bytes of a picture by the name that the row gives it; raises RequestError, FileError or OSError.
+        foreign: it was written for others (a table, a shard's metadata), not as a request.
     """
 
     number: int
     data: Mapping[str, Any]
     load: Callable[[str], bytes]
     error: str = ""
+    foreign: bool = False
 
 
-def read_rows(path: str | Path) -> Iterator[Row]:
+Left = Callable[[str], None]  # is told each thing that is left out, by its kind
+
+
+def read_rows(path: str | Path, leave: Left = lambda kind: None, links: bool = False) -> Iterator[Row]:
     """The requests of a file or folder, in order, without blank lines. Raises OSError; RequestError: a broken file.
 
-    The format is that of the name's suffix; without one that is known, lines beginning with "{" are JSONL.
+    The format is that of the name's suffix; without one that is known, lines beginning with "{" are JSONL. `leave` is
+    told what is there and is no prompt: "README.txt", "members .cls". `links`: whether links that lead out of the
+    requests' folder are followed, to pictures and to prompts in a folder.
     """
     path = Path(path)
-    suffix = path.suffix.lower()
+    suffix, folder = path.suffix.lower(), Folder(path if path.is_dir() else path.parent, links)
     if path.is_dir():
-        return _rows(path, _folder(path))
+        return _rows(folder, _folder(folder, leave))
+    if suffix in _PACKED:
+        raise RequestError(f"{path}: expected a file that is not compressed: unpack it first")
     if suffix == ".tar":
-        return _tar(path)
+        return _tar(path, leave)
     if suffix == ".json":
-        return _rows(path.parent, _json(path))
+        return _rows(folder, _json(path))
+    if suffix == ".parquet":
+        return _rows(folder, tables.parquet(path, leave), foreign=True)
+    if suffix in (".csv", ".tsv"):
+        return _rows(folder, tables.delimited(path, _texts(path)), foreign=True)
     if suffix == ".txt" or (suffix != ".jsonl" and not _begins_with_object(path)):
-        return _rows(path.parent, ((number, partial(_prompt, line)) for number, line in _lines(path)))
-    return _rows(path.parent, ((number, partial(_request, line)) for number, line in _lines(path)))
+        return _text_file(path, folder, leave)
+    return _rows(folder, ((number, partial(_request, line)) for number, line in _lines(path)))
 
 
 def fingerprint(paths: Sequence[str | Path]) -> str:
     """sha256 of everything the files (of a folder: all its prompts) say."""
     digest = hashlib.sha256()
     for path in map(Path, paths):
-        for file in sorted(path.glob("*.txt")) if path.is_dir() else [path]:
+        for file in _prompt_files(path) if path.is_dir() else [path]:
             with open(file, "rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 
 
-def _rows(folder: Path, entries: Iterator[tuple[int, Callable[[], Mapping[str, Any]]]]) -> Iterator[Row]:
-    load = partial(read_picture, folder)
+def _rows(
+    folder: Folder, entries: Iterator[tuple[int, Callable[[], Mapping[str, Any]]]], foreign: bool = False
+) -> Iterator[Row]:
+    load = folder.read
     for number, read in entries:
         try:
-            yield Row(number, read(), load)
+            yield Row(number, read(), load, foreign=foreign)
         except RequestError as error:
             yield Row(number, {}, load, str(error))
+
+
+def _hidden(name: str) -> bool:
+    """Whether a file of an archive or folder, by its path there, is not for people: .DS_Store, ._a.txt, __MACOSX/a."""
+    return any(hidden(part) for part in name.split("/") if part not in ("", "."))
 
 
 # ---- lines ------------------------------------------------------------------------------------------------------
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def _raw_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file with their ends, without a byte order mark. Raises RequestError: it is no UTF-8."""
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # some editors begin a file so
-            if line.strip():
-                yield number, line
+        try:
+            encoding.begin(file)
+        except encoding.EncodingError as error:
+            raise RequestError(f"{path}: {error}") from None
+        yield from file
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    yield from ((number, line) for number, line in enumerate(_raw_lines(path), 1) if line.strip())
 
 
 def _begins_with_object(path: Path) -> bool:
     return next((line.lstrip().startswith(b"{") for _, line in _lines(path)), True)
+
+
+def _texts(path: Path) -> Iterator[str]:
+    """The lines of a table with their ends; blank ones may stand within a cell."""
+    for number, line in enumerate(_raw_lines(path), 1):
+        try:
+            yield encoding.text(line)
+        except encoding.EncodingError as error:
+            raise RequestError(f"{path}, line {number}: {error}") from None
+
+
+def _text_file(path: Path, folder: Folder, leave: Left) -> Iterator[Row]:
+    """A prompt a line, unless the first is the header of a table."""
+    try:
+        first = _text(next((line for _, line in _lines(path)), b"")).strip()
+    except RequestError:
+        first = ""  # its row says so
+    if "\t" in first and tables.header(first):
+        yield from _rows(folder, tables.delimited(path, _texts(path)), foreign=True)
+        return
+    lines = _lines(path)
+    if tables.header(first):
+        next(lines)
+        leave(f"the first line, {first!r}, as a header")
+    yield from _rows(folder, ((number, partial(_prompt, line)) for number, line in lines))
 
 
 def _prompt(data: bytes) -> dict[str, Any]:
@@ -111,8 +168,6 @@ def _request(data: bytes) -> Mapping[str, Any]:
     row = _value(data)
     if not isinstance(row, dict):
         raise RequestError(f"expected a JSON object, found {type(row).__name__}")
-    if "custom_id" in row:
-        return _openai(row)
     if row.keys() >= _GENEVAL:
         return {"prompt": row["prompt"], "meta": row}
     return row
@@ -120,9 +175,17 @@ def _request(data: bytes) -> Mapping[str, Any]:
 
 def _text(data: bytes) -> str:
     try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"expected UTF-8, found byte {data[error.start]:#04x} at {error.start}") from None
+        return encoding.text(data)
+    except encoding.EncodingError as error:
+        raise RequestError(str(error)) from None
+
+
+def _whole(data: bytes) -> bytes:
+    """A file without a byte order mark. Raises RequestError: it is no UTF-8."""
+    try:
+        return encoding.unmarked(data)
+    except encoding.EncodingError as error:
+        raise RequestError(str(error)) from None
 
 
 def _value(data: bytes) -> Any:
@@ -134,83 +197,66 @@ def _value(data: bytes) -> Any:
         raise RequestError(f"expected one JSON object, found {data[:40]!r}: {error}") from None
 
 
-# ---- OpenAI batches ---------------------------------------------------------------------------------------------
-
-
-def _openai(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of an OpenAI batch file: the messages become one prompt; settings of ours may stand in the body, too."""
-    unknown = row.keys() - {"custom_id", "method", "url", "body"}
-    if unknown:
-        raise RequestError(f"unknown key {min(unknown)!r}; known beside custom_id: method, url, body")
-    if not str(row.get("url", "/v1/chat/completions")).endswith("/chat/completions"):
-        raise RequestError(f"url: expected /v1/chat/completions, found {row['url']!r:.80}")
-    if not isinstance(row.get("body"), dict) or not isinstance(row["body"].get("messages"), list):
-        raise RequestError("body: expected an object with a list of messages")
-    body = {key: value for key, value in row["body"].items() if key not in ("messages", "model")}
-    content = [part for message in row["body"]["messages"] for part in _message(message)]
-    if "max_completion_tokens" in body:
-        body["max_tokens"] = body.pop("max_completion_tokens")
-    drawn = {key: body.pop(key) for key in ("temperature", "top_p") if key in body}
-    if drawn and isinstance(body.setdefault("text", {}), dict):
-        body["text"] = {**drawn, **body["text"]}
-    return {"id": row["custom_id"], "content": content, **body}
-
-
-def _message(message: Any) -> list[Any]:
-    role = message.get("role") if isinstance(message, dict) else None
-    if role not in ("system", "developer", "user"):
-        raise RequestError(f"messages: expected the roles system and user (there is one turn), found {role!r:.80}")
-    content = message.get("content")
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    if not isinstance(content, list):
-        raise RequestError(f"messages: expected content, a text or a list of parts, found {content!r:.80}")
-    return [_openai_part(part) for part in content]
-
-
-def _openai_part(part: Any) -> Any:
-    if not (isinstance(part, dict) and part.get("type") == "image_url"):
-        return part
-    url = part.get("image_url")
-    return {"type": "image", "image": url.get("url") if isinstance(url, dict) else url}
-
-
 # ---- files that are not lines -----------------------------------------------------------------------------------
 
 
 def _json(path: Path) -> Iterator[tuple[int, Callable[[], Mapping[str, Any]]]]:
     try:
-        value = _value(path.read_bytes())
+        value = _value(_whole(path.read_bytes()))
     except RequestError as error:
         raise RequestError(f"{path}: {error}") from None
 
+    def one(row: Any) -> Mapping[str, Any]:
+        return {"prompt": row} if isinstance(row, str) else _request(json.dumps(row).encode())
+
     def named(id: str, row: Any) -> Mapping[str, Any]:
-        if not isinstance(row, dict):
-            raise RequestError(f"expected a JSON object, found {row!r:.80}")
-        meta = {key: value for key, value in row.items() if key != "prompt"}
-        return {"id": id, "prompt": row.get("prompt"), "meta": meta}
+        if isinstance(row, dict) and row.keys() == _MJHQ:
+            row = {"prompt": row["prompt"], "meta": {"category": row["category"]}}
+        return {"id": id, **one(row)}
 
     if isinstance(value, dict):
         yield from ((i, partial(named, id, row)) for i, (id, row) in enumerate(value.items(), 1))
     elif isinstance(value, list):
-        yield from ((i, partial(_request, json.dumps(row).encode())) for i, row in enumerate(value, 1))
+        yield from ((i, partial(one, row)) for i, row in enumerate(value, 1))
     else:
         raise RequestError(f"{path}: expected an object of requests by id, or a list, found {type(value).__name__}")
 
 
-def _folder(path: Path) -> Iterator[tuple[int, Callable[[], Mapping[str, Any]]]]:
+def _folder(folder: Folder, leave: Left) -> Iterator[tuple[int, Callable[[], Mapping[str, Any]]]]:
     def named(file: Path) -> dict[str, Any]:
-        return {"id": file.stem, **_prompt(file.read_bytes())}
+        try:
+            data = folder.read_file(file.name)
+        except FileError as error:
+            raise RequestError(f"{file.name}: {error.reason}") from None
+        return {"id": file.stem, **_prompt(_whole(data))}
 
-    yield from ((i, partial(named, file)) for i, file in enumerate(sorted(path.glob("*.txt")), 1))
+    files = _prompt_files(folder.root)
+    if not files:
+        raise RequestError(
+            f"{folder.root}: expected a folder of .txt files, a prompt each, found none: name the file itself"
+        )
+    for file in sorted(folder.root.iterdir()):
+        if file not in files and not _hidden(file.name):
+            leave(file.name if _ABOUT.fullmatch(file.name) else f"files {file.suffix}" if file.suffix else file.name)
+    yield from ((i, partial(named, file)) for i, file in enumerate(files, 1))
 
 
-def _tar(path: Path) -> Iterator[Row]:
+def _prompt_files(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.glob("*.txt") if not _hidden(f.name) and not _ABOUT.fullmatch(f.name))
+
+
+def _tar(path: Path, leave: Left) -> Iterator[Row]:
     """The samples of a WebDataset shard: consecutive members whose names are alike up to the first dot."""
 
     def regular(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         try:
-            yield from (member for member in tar if member.isreg() and not member.issparse())
+            for member in tar:
+                if member.isreg() and not member.issparse() and not _hidden(member.name):
+                    if _useful(member.name):
+                        yield member
+                    else:
+                        name = member.name.rpartition("/")[2]
+                        leave(name if _ABOUT.fullmatch(name) else f"members .{_key(name)[1]}")
         except tarfile.TarError as error:
             raise RequestError(f"{path}: expected a whole, uncompressed tar: {error}") from None
 
@@ -219,8 +265,9 @@ def _tar(path: Path) -> Iterator[Row]:
         for number, (key, group) in enumerate(groupby(members, lambda member: _key(member.name)[0]), 1):
             found = list(group)
             load = partial(_member, path, {member.name: member for member in found})
+            foreign = any(_key(member.name)[1] == "txt" for member in found)
             try:
-                yield Row(number, _sample(tar, key, found), load)
+                yield Row(number, _sample(tar, key, found), load, foreign=foreign)
             except RequestError as error:
                 yield Row(number, {"id": key.replace("/", "-")}, load, str(error))
 
@@ -236,7 +283,14 @@ def _key(name: str) -> tuple[str, str]:
     """ "dir/0001.seg.png" -> ("dir/0001", "seg.png")."""
     folder, slash, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
-    return folder.removeprefix("./") + slash + stem, extension.lower()
+    return (folder + slash).removeprefix("./") + stem, extension.lower()
+
+
+def _useful(name: str) -> bool:
+    """Whether a member of a tar is a prompt, a request or a picture."""
+    extension = _key(name)[1]
+    picture = extension.rpartition(".")[2] in _PICTURES
+    return (extension in ("txt", "json") or picture) and not _ABOUT.fullmatch(name.rpartition("/")[2])
 
 
 def _sample(tar: tarfile.TarFile, key: str, members: Sequence[tarfile.TarInfo]) -> dict[str, Any]:
@@ -247,15 +301,15 @@ def _sample(tar: tarfile.TarFile, key: str, members: Sequence[tarfile.TarInfo]) 
         extension = _key(member.name)[1]
         if extension.rpartition(".")[2] in _PICTURES:
             pictures.append({"type": "image", "image": member.name})
-        elif extension in ("txt", "json") and member.size <= _MOST_TEXT:
+        elif member.size <= _MOST_TEXT:
             stream = tar.extractfile(member)
             assert stream is not None  # a regular file
             if extension == "txt":
-                texts.append(_text(stream.read()).strip())
+                texts.append(_text(_whole(stream.read())).strip())
             else:
-                row = dict(_request(stream.read()))
+                row = dict(_request(_whole(stream.read())))
         else:
-            raise RequestError(f"{member.name}: expected a short .txt or .json, or a picture ({', '.join(_PICTURES)})")
+            raise RequestError(f"{member.name}: expected at most {_MOST_TEXT} bytes of text, found {member.size}")
     if texts and row.keys() & {"prompt", "content"}:
         raise RequestError(f"{key}: expected the prompt in {key}.txt or in {key}.json, found both")
     texts += [row.pop("prompt")] if "prompt" in row and pictures else []
@@ -268,7 +322,7 @@ def _sample(tar: tarfile.TarFile, key: str, members: Sequence[tarfile.TarInfo]) 
 
 def _member(path: Path, members: Mapping[str, tarfile.TarInfo], name: str) -> bytes:
     if name.startswith("data:"):
-        return _data_url(name)
+        return data_url(name)
     if name not in members:
         raise RequestError(f"expected one of the sample's members {', '.join(members)}")
     member = members[name]
@@ -277,36 +331,3 @@ def _member(path: Path, members: Mapping[str, tarfile.TarInfo], name: str) -> by
     with open(path, "rb") as file:
         file.seek(member.offset_data)
         return file.read(member.size)
-
-
-# ---- pictures ---------------------------------------------------------------------------------------------------
-
-
-def read_picture(folder: Path, name: str) -> bytes:
-    """The bytes of a picture: a file under `folder`, by path or file: URL, or a data: URL. No other URL is opened.
-
-    Raises RequestError saying what was expected, or OSError.
-    """
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", name)
-    if scheme and scheme[1].lower() == "data":
-        return _data_url(name)
-    if scheme and scheme[1].lower() != "file":
-        raise RequestError("expected a file, or a data: URL: nothing is fetched from a network")
-    path = Path(unquote(urlsplit(name).path) if scheme else name)
-    file = (folder / path).resolve()
-    if (path.is_absolute() and not scheme) or not file.is_relative_to(folder.resolve()):
-        raise RequestError("expected a file inside the folder of the requests")
-    status = file.stat()
-    if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:
-        raise RequestError(f"expected a file of at most {_MOST_BYTES} bytes")
-    return file.read_bytes()
-
-
-def _data_url(url: str) -> bytes:
-    head, comma, data = url.partition(",")
-    if not comma or not head.endswith(";base64"):
-        raise RequestError("expected data:image/...;base64,...")
-    try:
-        return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise RequestError(f"expected base64: {error}") from None

@@ -2,9 +2,11 @@
 
     manifest.json   what decides the samples: vocabulary, weights, requests, defaults, engine shape
     samples*.jsonl  one line per sample, appended when its pictures are in their place; bad requests are lines, too
-    images/ID/00_00.png   picture 00 of sample 00; prompt_00.png, a picture of the prompt as the model saw it; beside
-                          one of more than 256 pixels a side its thumbnail, 00_00.jpg
+    images/NAME/00_00.png   picture 00 of sample 00; prompt_00.png, a picture of the prompt as the model saw it; beside
+                            one of more than 256 pixels a side its thumbnail, 00_00.jpg. NAME is the request's id, or,
+                            where that cannot name a folder, what its lines have as "name"
     index.html      the gallery, when all is done
+    batch_output.jsonl, batch_errors.jsonl   when all is done: what an OpenAI batch answers, if the requests are one
 
 A sample depends on its request alone, so an interrupted job, and one split over any number of processes, ends with the
 same lines and the same pictures as one that was neither; only the order of the lines may differ.
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,9 +31,10 @@ from ar_unified import progress
 from ar_unified.data.images import Cells
 from ar_unified.data.prepare import default_resize
 from ar_unified.document import CodesPart, Part, TextPart
+from ar_unified.errors import UserError
 from ar_unified.grammar import GrammarError
 from ar_unified.parallel.hardware import of_kind
-from ar_unified.sampling import gallery
+from ar_unified.sampling import batch_output, gallery
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.formats import fingerprint
 from ar_unified.sampling.request import Request, RequestError, Sample, TokensPart
@@ -50,7 +54,7 @@ class ImageTokenizer(Cells, Protocol):
     def decode(self, codes: np.ndarray, /) -> np.ndarray: ...
 
 
-class JobMismatch(ValueError):
+class JobMismatch(UserError):
     """The output folder belongs to another job. `field`: the first that differs, dotted."""
 
     def __init__(self, field: str, message: str):
@@ -87,8 +91,10 @@ def run_job(
     defaults: Mapping[str, Any] | None = None,
     weights: str = "",
     resize: Callable[[np.ndarray], np.ndarray] | None = None,
+    links: bool = False,
     process: tuple[int, int] = (0, 1),
     show_progress: bool = True,
+    warn: Callable[[str], Any] = warnings.warn,
 ) -> JobReport:
     """Serves every request of a file (`sampling.formats` has the kinds); what is done already is not done again.
 
@@ -98,15 +104,17 @@ def run_job(
         defaults: settings of requests that do not say, with the keys of a request.
         weights: names the weights (a hash, or checkpoint and step): samples of others are not mixed in.
         resize: what data preparation did to a picture, uint8 [H, W, 3] to uint8; None: what the layout implies.
+        links: whether links that lead out of the requests' folder are followed (`data.files`).
         process: (k, n): this is process k of n that share the job; it serves every n-th request. Each has an engine of
             its own. The number may change when the job is run again.
         show_progress: a bar with rate and time left, on stderr.
+        warn: is told what is odd about the files of requests, once a file.
 
     Raises:
         JobMismatch: `output` holds a job with other requests, weights, tokenizers, defaults or engine shape, but for
             its batch size.
         JobBusy: another process writes what this one would.
-        RequestError: `defaults` are wrong.
+        RequestError: `defaults` are wrong, or a file of requests is broken or empty.
         OSError: the requests cannot be read, or the output not be written (a full disk); what is there stays, and the
             same call goes on from there. ValueError: samples.jsonl holds a line that no job wrote.
     """
@@ -115,7 +123,7 @@ def run_job(
         raise ValueError(f"process: expected (k, n) with 0 <= k < n, found {process}")
     paths = [Path(requests)] if isinstance(requests, str | Path) else [Path(path) for path in requests]
     output = Path(output)
-    lines = read_requests(paths, cells=image_tokenizer, defaults=defaults)
+    lines = read_requests(paths, cells=image_tokenizer, defaults=defaults, links=links, warn=warn)
     _begin(output, _manifest(engine, paths, defaults or {}, weights), mend=rank == 0)
     resize = resize or default_resize(engine.grammar.layout, image_tokenizer)
     prepare = _Preparation(engine, image_tokenizer, resize, output)
@@ -147,6 +155,7 @@ def run_job(
     complete = not any(_undone(line, found) and line.number not in found.failed for line in lines)
     if complete:  # the last process to end finds it so
         gallery.write(output)
+        batch_output.write(output, lines, weights)
     return JobReport(tally.samples, tally.errors, len(done.samples), tally.tokens, tally.seconds, complete)
 
 
@@ -197,7 +206,7 @@ class _Tally:
 
 def _manifest(engine: Engine, requests: Sequence[Path], defaults: Mapping[str, Any], weights: str) -> dict[str, Any]:
     manifest = {
-        "version": 2,
+        "version": 3,
         "vocabulary": engine.grammar.manifest(),
         "weights": weights,
         "requests": fingerprint(requests),
@@ -305,12 +314,12 @@ class _Preparation:
         canvas = None if mask is None else np.where(mask, -1, next(left)).astype(np.int32)
         request = replace(line.request, parts=tuple(parts), canvas=canvas)
         try:
-            self._engine.check(request)
+            length = len(self._engine.plan(request).prompt)
         except (RequestError, GrammarError) as error:
             return replace(line, error=str(error)), []
-        return replace(line, request=request), self._prompt(request, pictures)
+        return replace(line, request=request, prompt_tokens=length), self._prompt(request, line.name, pictures)
 
-    def _prompt(self, request: Request, pictures: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+    def _prompt(self, request: Request, name: str, pictures: Sequence[np.ndarray]) -> list[dict[str, Any]]:
         """The parts as JSON; their pictures are written to files that are not there yet."""
         segments: list[dict[str, Any]] = []
         given = iter(enumerate(pictures))
@@ -321,9 +330,9 @@ class _Preparation:
                 segments.append({"type": "tokens", "ids": list(part.ids)})
             else:
                 number, pixels = next(given)
-                segments.append(self._picture(f"images/{request.id}/prompt_{number:02d}.png", pixels))
+                segments.append(self._picture(f"images/{name}/prompt_{number:02d}.png", pixels))
         for _, pixels in given:
-            segments.append(self._picture(f"images/{request.id}/canvas.png", pixels) | {"type": "canvas"})
+            segments.append(self._picture(f"images/{name}/canvas.png", pixels) | {"type": "canvas"})
         return segments
 
     def _picture(self, name: str, pixels: np.ndarray) -> dict[str, Any]:
@@ -363,6 +372,7 @@ def _entry(line: Line, prompt: list[dict[str, Any]], sample: Sample, cells: Cell
     """The line of a sample, and its pictures."""
     request = sample.request
     row: dict[str, Any] = {"id": request.id, "sample": sample.index, "n": request.n, "line": line.number}
+    row |= {"name": line.name} if line.name != request.id else {}
     row["prompt"] = prompt
     pictures: list[tuple[str, np.ndarray]] = []
     if sample.document is None:
@@ -373,7 +383,7 @@ def _entry(line: Line, prompt: list[dict[str, Any]], sample: Sample, cells: Cell
             if isinstance(part, TextPart):
                 row["segments"].append({"type": "text", "text": part.text})
             elif isinstance(part, CodesPart):
-                name = f"images/{request.id}/{sample.index:02d}_{len(pictures):02d}.png"
+                name = f"images/{line.name}/{sample.index:02d}_{len(pictures):02d}.png"
                 pictures.append((name, part.codes))
                 height, width = (side * cells.factor for side in part.codes.shape)
                 row["segments"].append(_image(name, height, width // cells.codes_per_position))
@@ -382,7 +392,8 @@ def _entry(line: Line, prompt: list[dict[str, Any]], sample: Sample, cells: Cell
         row["context"] = request.context
     if request.image_guidance is not None:
         row["image_guidance"] = request.image_guidance
-    row |= {"tokens": sample.tokens.tolist()} | ({"meta": dict(request.meta)} if request.meta else {})
+    row |= {"prompt_tokens": line.prompt_tokens, "tokens": sample.tokens.tolist()}
+    row |= {"meta": dict(request.meta)} if request.meta else {}
     return Entry(row, tuple(pictures))
 
 

@@ -22,19 +22,21 @@ from typing import Any
 
 from PIL import Image
 
+from ar_unified.errors import UserError
 from ar_unified.sampling.results import read
 from ar_unified.workdir import write_bytes, write_text
 
 _NAME_BYTES = 255  # of a file's name, on every file system in use
 
 
-class LayoutError(ValueError):
+class LayoutError(UserError):
     """The requests do not say what a layout needs."""
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """A request of a job: its line, and the first picture of each of its samples that is there, by sample."""
+    """A request of a job: its name, which is its id where that can be a file's name, its line, and the first picture
+    of each of its samples that is there, by sample."""
 
     id: str
     line: int
@@ -76,10 +78,10 @@ def _asked(job: Path, report: ExportReport) -> Iterator[_Asked]:
     requests: dict[int, _Asked] = {}
     for row in read(job):
         prompt = " ".join(part["text"] for part in row["prompt"] if part["type"] == "text")
-        asked = _Asked(row["id"], row["line"], row["n"], prompt, row.get("meta", {}))
+        asked = _Asked(row.get("name", row["id"]), row["line"], row["n"], prompt, row.get("meta", {}))
         asked = requests.setdefault(row["line"], asked)
         if "error" in row:
-            report.left_out[row["id"]] = row["error"]
+            report.left_out[asked.id] = row["error"]
             continue
         images = [part["image"] for part in row["segments"] if part["type"] == "image"]
         if images:
@@ -177,7 +179,7 @@ def _folder(job: Path, report: ExportReport) -> None:
         if not images:
             report.left_out[row["id"]] = f"sample {row['sample']} has no picture"
         facts = {"text": text, "id": row["id"], "sample": row["sample"], "seed": row["seed"]}
-        names = [f"{row['id']}_{picture.name}" for picture in images]
+        names = [f"{row.get('name', row['id'])}_{picture.name}" for picture in images]
         lines[row["line"], row["sample"]] = [{"file_name": name} | facts for name in names]
         for name, picture in zip(names, images, strict=True):
             _put(picture, report.folder / name, report)

@@ -11,6 +11,7 @@ import numpy as np
 
 from ar_unified import automaton
 from ar_unified.document import Document, Part
+from ar_unified.errors import UserError
 from ar_unified.sampling.decoding import Filter
 
 MODES = {
@@ -23,7 +24,7 @@ CONTEXTS = ("empty_prompt", "bos_boi", "from_boi", "image_only", "negative_promp
 _MANY = 1 << 20  # more pictures than any budget holds
 
 
-class RequestError(ValueError):
+class RequestError(UserError):
     """What is wrong with one request; the rest of the job goes on."""
 
 

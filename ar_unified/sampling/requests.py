@@ -8,51 +8,36 @@
 
 Parts of "content" are texts, pictures and {"type": "tokens", "ids": [...]}. Pictures are files under the requests'
 folder, or data: URLs. Sizes are in pixels. Everything but "prompt" or "content" is optional; `sampling.request` says
-what the settings mean, and `defaults` of a job has the same keys.
+what the settings mean, and `defaults` of a job has the same keys. Columns of a row's own travel in "meta", with one
+warning a file (`sampling.columns` says which keys they are); an id may be any text, and names its folder of pictures.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ar_unified.data import images
+from ar_unified.data.files import FileError
 from ar_unified.data.images import Cells
 from ar_unified.document import TextPart
+from ar_unified.sampling import openai_batch
+from ar_unified.sampling.columns import CANVAS, FILTER, SETTINGS, Names, check_keys, digest, elsewhere, own_columns
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.formats import Row, read_rows
+from ar_unified.sampling.openai_batch import Asked
 from ar_unified.sampling.request import CONTEXTS, MODES, Request, RequestError, TokensPart
 
-_SETTINGS: dict[str, tuple[type, ...]] = {
-    "mode": (str,),
-    "turn": (bool,),
-    "n": (int,),
-    "seed": (int,),
-    "max_tokens": (int,),
-    "stop": (str, list),
-    "min_images": (int,),
-    "max_images": (int,),
-    "image_size": (int, list, tuple),
-    "guidance": (int, float),
-    "image_guidance": (int, float),
-    "context": (str,),
-    "negative_prompt": (str,),
-    "repetition_penalty": (int, float),
-    "text": (Mapping,),
-    "image": (Mapping,),
-}
-_FILTER: dict[str, tuple[type, ...]] = {"temperature": (int, float), "top_k": (int,), "top_p": (int, float)}
-_CANVAS: dict[str, tuple[type, ...]] = {"image": (str,), "mask": (str,), "top": (int,)}
 _PART = {"text": "text", "image": "image", "tokens": "ids"}  # type of a part -> the key of what it holds
 _MOST = {"n": 100_000, "seed": 2**32}  # of whole numbers; others fit an int32
 _NAMES = {"Mapping": "object", "tuple": "list", "dict": "object"}  # what JSON calls them
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # names a folder, too
 
 
 class PictureError(RequestError):
@@ -73,7 +58,7 @@ class Picture:
             return images.decode(self.read(self.name))
         except RequestError as error:
             raise RequestError(f"{where}: {error}") from None
-        except images.ImageError as error:
+        except (images.ImageError, FileError) as error:
             raise PictureError(f"{where}: {error.reason}") from None
         except (OSError, RuntimeError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
@@ -94,23 +79,34 @@ class Line:
     """One entry of a requests file.
 
     Attributes:
-        number: of its row, from 1. id: its own, else its number; a folder of pictures is named after it.
+        number: of its row, from 1. id: its own, else its number. name: of its folder of pictures: the id, where that
+            can be a folder's name.
         content: text, ids, and pictures. canvas: what the answer's first picture starts from.
         request: without parts and canvas yet; None if there is an `error`.
         retry: whether the error may be gone when the job is run again.
+        batch: what an answer in OpenAI's format repeats, if the row is one of theirs.
+        prompt_tokens: of the request with its parts, once it has them.
     """
 
     number: int
     id: str
+    name: str
     content: tuple[TextPart | TokensPart | Picture, ...] = ()
     canvas: Canvas | None = None
     request: Request | None = None
     error: str = ""
     retry: bool = False
+    batch: Asked | None = None
+    prompt_tokens: int = 0
 
 
 def read_requests(
-    paths: str | Path | Sequence[str | Path], *, cells: Cells, defaults: Mapping[str, Any] | None = None
+    paths: str | Path | Sequence[str | Path],
+    *,
+    cells: Cells,
+    defaults: Mapping[str, Any] | None = None,
+    links: bool = False,
+    warn: Callable[[str], Any] = warnings.warn,
 ) -> list[Line]:
     """Every request of the files, in order; those that cannot be read have an `error`.
 
@@ -118,51 +114,67 @@ def read_requests(
         paths: a file or folder that `formats.read_rows` reads, or several, numbered on.
         cells: the image tokenizer, or whatever says what a code stands for.
         defaults: settings of requests that do not say.
+        links: whether links that lead out of the requests' folder are followed.
+        warn: called once for a file with columns of its own, and once for one where something is no prompt.
 
     Raises:
-        RequestError: a setting of `defaults` is wrong, or a tar or JSON file is broken. OSError: it cannot be read.
+        RequestError: a setting of `defaults` is wrong, a tar, JSON or table file is broken, or a file holds no request
+            at all. OSError: it cannot be read.
     """
     settings = dict(defaults or {})
     _settings(settings, cells, "defaults")
     lines: list[Line] = []
-    seen: dict[str, int] = {}
+    names = Names()
     before = 0
     for path in [paths] if isinstance(paths, str | Path) else paths:
         number = before
-        for row in read_rows(path):
+        left: Counter[str] = Counter()
+        own: dict[str, None] = {}
+        for row in read_rows(path, lambda kind, left=left: left.update([kind]), links):  # type: ignore[misc]
             number = before + row.number
-            lines.append(_line(row, number, cells, settings, seen))
+            lines.append(_line(row, number, cells, settings, names, own))
+        if number == before:
+            raise RequestError(f"{path}: expected at least one request, found none")
         before = number
+        if left:
+            warn(f"{path}: left out, as no prompts: {_shown(f'{kind} ({n})' for kind, n in left.items())}")
+        if own:
+            called = [f"{key} is {elsewhere(key)} here" for key in own if elsewhere(key)]
+            hint = f" (settings have other names: {_shown(called)})" if called else ""
+            warn(f"{path}: columns that are no settings travel in meta: {_shown(own)}{hint}")
     return lines
 
 
-def _line(row: Row, number: int, cells: Cells, settings: Mapping[str, Any], seen: dict[str, int]) -> Line:
-    id = f"{number:06d}"
+def _shown(names: Iterable[str]) -> str:
+    first = [f"{name:.60}" for name in islice(names, 21)]
+    return ", ".join(first[:20] + ["..."] * (len(first) > 20))
+
+
+def _line(row: Row, number: int, cells: Cells, settings: Mapping[str, Any], names: Names, own: dict[str, None]) -> Line:
+    """The entry of a row; its own columns are added to `own`."""
+    id = name = f"{number:06d}"
+    batch = openai_batch.asked(row.data)
     try:
-        id = _id(row.data, id)
-        if id in seen:
-            raise RequestError(f"id {id!r} is that of line {seen[id]} already: give every request its own")
-        seen[id] = number
+        id = _id(row.data, "custom_id" if batch else "id", id)
+        name = names.add(id, number)
         if row.error:
             raise RequestError(row.error)
-        content = _content(row.data, row.load)
-        return Line(number, id, content, _canvas(row.data, row.load), _request(row.data, id, cells, settings))
+        data = openai_batch.request(row.data) if batch else row.data
+        content = _content(data, row.load)
+        canvas, request = _canvas(data, row.load), _request(data, id, cells, settings, row.foreign)
+        own.update(dict.fromkeys(own_columns(data, foreign=row.foreign)))
+        return Line(number, id, name, content, canvas, request, batch=batch)
     except RequestError as error:
-        return Line(number, id, error=str(error))
+        return Line(number, id, name, error=str(error), batch=batch)
 
 
-def _id(row: Mapping[str, Any], default: str) -> str:
-    id = row.get("id", default)
-    id = str(id) if type(id) is int else id
-    if not isinstance(id, str) or not _ID.fullmatch(id):
-        raise RequestError(f"id: expected letters, digits, '.', '_' and '-', at most 100, found {id!r:.120}")
-    return id
-
-
-def _known(row: Mapping[str, Any], keys: Mapping[str, Any], where: str) -> None:
-    unknown = [key for key in row if key not in keys]
-    if unknown:
-        raise RequestError(f"{where}unknown key {unknown[0]!r}; known: {', '.join(keys)}")
+def _id(row: Mapping[str, Any], key: str, default: str) -> str:
+    id = row.get(key)
+    if id is None or id == "":
+        return default
+    if isinstance(id, bool) or not isinstance(id, str | int | float):
+        raise RequestError(f"{key}: expected a text or a number, found {id!r:.120}")
+    return str(id)
 
 
 def _typed(row: Mapping[str, Any], types: Mapping[str, tuple[type, ...]], where: str) -> None:
@@ -187,7 +199,7 @@ def _content(row: Mapping[str, Any], read: Callable[[str], bytes]) -> tuple[Text
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in _PART:
             raise RequestError(f"content {i}: expected type {', '.join(map(repr, _PART))}, found {part!r:.80}")
-        _known(part, {"type": (), _PART[kind]: ()}, f"content {i}: ")
+        check_keys(part, ("type", _PART[kind]), f"content {i}: ")
         found = part.get(_PART[kind])
         if kind == "text":
             text = _text(found, f"content {i}")
@@ -209,10 +221,11 @@ def _canvas(row: Mapping[str, Any], read: Callable[[str], bytes]) -> Canvas | No
     canvas = row.get("canvas")
     if canvas is None:
         return None
+    if isinstance(canvas, dict):
+        check_keys(canvas, CANVAS, "canvas: ")
     if not isinstance(canvas, dict) or "image" not in canvas or ("mask" in canvas) == ("top" in canvas):
         raise RequestError(f'canvas: expected an object with "image" and either "mask" or "top", found {canvas!r:.80}')
-    _known(canvas, _CANVAS, "canvas: ")
-    _typed(canvas, _CANVAS, "canvas.")
+    _typed(canvas, CANVAS, "canvas.")
     mask = Picture(canvas["mask"], read) if "mask" in canvas else None
     return Canvas(Picture(canvas["image"], read), mask, canvas.get("top", 0))
 
@@ -223,13 +236,16 @@ def _text(text: Any, where: str) -> TextPart:
     return TextPart(text)
 
 
-def _request(row: Mapping[str, Any], id: str, cells: Cells, defaults: Mapping[str, Any]) -> Request:
-    _known(row, {"id": (), "prompt": (), "content": (), **_SETTINGS, "canvas": (), "meta": ()}, "")
-    own = {key: value for key, value in row.items() if key in _SETTINGS}
+def _request(row: Mapping[str, Any], id: str, cells: Cells, defaults: Mapping[str, Any], foreign: bool) -> Request:
+    columns = own_columns(row, foreign=foreign)
+    own = {key: value for key, value in row.items() if key in SETTINGS and key not in columns}
     meta = row.get("meta", {})
     if not isinstance(meta, dict):
         raise RequestError(f"meta: expected object, found {meta!r:.80}")
-    _typed(own, _SETTINGS, "")
+    twice = [key for key in columns if key in meta]
+    if twice:
+        raise RequestError(f"meta: {twice[0]!r:.80} stands in it, and in the row beside it: expected one of them")
+    _typed(own, SETTINGS, "")
     merged = dict(defaults) | own
     for modality in ("text", "image"):
         if modality in own:
@@ -239,8 +255,8 @@ def _request(row: Mapping[str, Any], id: str, cells: Cells, defaults: Mapping[st
     settings = _settings(merged, cells, "")
     settings.setdefault("mode", "image" if "prompt" in row else "free")
     # Requests that name no seed still draw differently from each other, and alike in every run.
-    settings.setdefault("seed", int.from_bytes(hashlib.sha256(id.encode()).digest()[:4], "big"))
-    request = Request(id, (), meta=meta, **settings)
+    settings.setdefault("seed", int.from_bytes(digest(id)[:4], "big"))
+    request = Request(id, (), meta={**columns, **meta}, **settings)
     request.check()
     return request
 
@@ -248,13 +264,13 @@ def _request(row: Mapping[str, Any], id: str, cells: Cells, defaults: Mapping[st
 def _settings(row: Mapping[str, Any], cells: Cells, where: str) -> dict[str, Any]:
     """Keyword arguments of a Request."""
     where = f"{where}: " if where else ""
-    _known(row, _SETTINGS, where)
-    _typed(row, _SETTINGS, where)
+    check_keys(row, SETTINGS, where)
+    _typed(row, SETTINGS, where)
     settings = dict(row)
     for modality in ("text", "image"):
         if modality in row:
-            _known(row[modality], _FILTER, f"{where}{modality}: ")
-            _typed(row[modality], _FILTER, f"{where}{modality}.")
+            check_keys(row[modality], FILTER, f"{where}{modality}: ")
+            _typed(row[modality], FILTER, f"{where}{modality}.")
             settings[modality] = Filter(**row[modality])
     if "mode" in row and row["mode"] not in MODES:
         raise RequestError(f"{where}mode: expected one of {', '.join(MODES)}, found {row['mode']!r}")

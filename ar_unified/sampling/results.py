@@ -26,6 +26,7 @@ from typing import IO, Any
 import numpy as np
 
 from ar_unified.data.images import to_png, to_thumbnail
+from ar_unified.errors import UserError
 from ar_unified.workdir import clean, write_bytes
 
 _NAME = re.compile(r"samples(-\d{5}-of-\d{5})?\.jsonl")
@@ -33,7 +34,7 @@ THUMBNAIL = 256  # pixels of the longer side; a picture that has no more is its 
 _PATIENCE = 5.0  # seconds that a finished sample may wait for others to be decoded with
 
 
-class JobBusy(RuntimeError):
+class JobBusy(UserError):
     """Another process writes where this one would."""
 
 
@@ -50,7 +51,7 @@ def shards(folder: str | Path) -> list[Path]:
 def read(folder: str | Path) -> Iterator[dict[str, Any]]:
     """Every line of a job, finished or running, each sample once. A torn last line is left out.
 
-    An error that was put right later is left out, too. Raises OSError, and ValueError for a line that no job wrote.
+    An error that was put right later is left out, too. Raises OSError, and UserError for a line that no job wrote.
     """
     seen: set[tuple[int, int | None]] = set()
     failed: dict[int, dict[str, Any]] = {}
@@ -82,7 +83,7 @@ class Done:
 
     @classmethod
     def read(cls, folder: str | Path) -> Done:
-        """Raises OSError, and ValueError for a line that no job wrote."""
+        """Raises OSError, and UserError for a line that no job wrote."""
         done = cls()
         for row in read(folder):
             if row.get("retry"):
@@ -144,7 +145,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                 row = json.loads(line)
                 row["line"], row["sample"]  # noqa: B018
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}:{number}: expected a sample, found {line[:60]!r} ({error!r})") from None
+                raise UserError(f"{path}:{number}: expected a sample, found {line[:60]!r} ({error!r})") from None
             yield row
 
 

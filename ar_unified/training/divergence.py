@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ar_unified.errors import RunError
+
 _BEGINNING = 10  # steps whose mean loss is where training began
 _MEMORY = 0.9  # of the running mean: about ten steps, so that one bad batch is none
 
 
-class Diverged(RuntimeError):
+class Diverged(RunError):
     """The loss rose far above its beginning and stayed there; training stopped before the next checkpoint."""
 
 

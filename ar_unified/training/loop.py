@@ -9,10 +9,10 @@ process 0 alone writes and shows what is written and shown once.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +23,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from ar_unified import interrupts
 from ar_unified.checkpoint import Checkpoints
+from ar_unified.errors import RunError
+from ar_unified.interrupts import Interrupted, Preempted
 from ar_unified.parallel import runtime
 from ar_unified.parallel.rules import batch_part, place_batch
 from ar_unified.training import goodput
@@ -37,18 +40,22 @@ from ar_unified.training.step import (
     TrainState,
     abstract_state,
     make_eval_step,
+    make_inspection,
     make_state,
     make_train_step,
 )
 from ar_unified.training.telemetry import (
+    VALIDATION,
     Meter,
     Telemetry,
+    Warnings,
     console_line,
     device_memory,
     peak_flops,
     read_metrics,
     straggler,
 )
+from ar_unified.training.turning import losses_of, turned
 
 Preview = Callable[[int, Params], Mapping[str, np.ndarray] | None]
 
@@ -67,6 +74,7 @@ class TrainingConfig:
     checkpoint_every: int = 200
     keep: int = 3  # newest checkpoints that survive
     keep_every: int = 0  # and every multiple of this, itself a multiple of checkpoint_every; 0: none
+    keep_best: bool = True  # and that of the lowest validation loss, which is saved when it is found
 
     def __post_init__(self) -> None:
         if self.keep < 1:
@@ -78,15 +86,8 @@ class TrainingConfig:
             )
 
 
-class NonFinite(RuntimeError):
+class NonFinite(RunError):
     """A step had a loss or gradient that is not finite; nothing was learnt from it and training stopped."""
-
-
-class Preempted(SystemExit):
-    """SIGTERM came, to one process of perhaps many: a checkpoint was written. Exit status 143, as SIGTERM's own."""
-
-    def __init__(self) -> None:
-        super().__init__(128 + signal.SIGTERM)
 
 
 def fit(
@@ -120,7 +121,10 @@ def fit(
     rate = jax.jit(learning_rate(config.optimizer, config.steps))
     abstract = abstract_state(task, tx, mesh)
     checkpoints = Checkpoints(
-        checkpoint_folder or folder / "checkpoints", keep=config.keep, keep_every=config.keep_every
+        checkpoint_folder or folder / "checkpoints",
+        keep=config.keep,
+        keep_every=config.keep_every,
+        keep_best=config.keep_best,
     )
     start = checkpoints.latest() or 0
     runtime.barrier(f"{task.name} from step {start}")  # who sees another checkpoint waits elsewhere: named, not hung
@@ -144,7 +148,7 @@ def fit(
     train_step = make_train_step(
         task, tx, mesh, seed=config.seed, clip_norm=config.optimizer.clip_norm, accumulation=config.accumulation
     )
-    eval_step = make_eval_step(task, mesh)
+    eval_step, inspection = make_eval_step(task, mesh), make_inspection(task, mesh)
 
     # ---------------------------------------------------------------------- Telemetry
     telemetry = Telemetry(folder, resume_step=start, console=logger)
@@ -156,9 +160,10 @@ def fit(
         f"{task.name}: {size / 1e6:.2f}M parameters on {axes}; step {start} of {config.steps}; "
         f"peak {peak / 1e12:.3g} TFLOP/s ({peak_source})"
     )
-    meter = Meter()
+    meter, warnings = Meter(), Warnings(telemetry.say)
     metrics_file = folder / "metrics.jsonl"
-    watch = Watch(read_metrics(metrics_file, until=start) if start and metrics_file.exists() else ())
+    rows = losses_of(read_metrics(metrics_file, until=start) if start and metrics_file.exists() else ())
+    watch, turning, best = Watch(rows), Warnings(telemetry.say), checkpoints.best()
     profiler = Profiler(profile, folder / "profile")
 
     def good() -> int | None:
@@ -176,13 +181,13 @@ def fit(
             line = task.summary(meter.totals) | {"learning_rate": float(rate(taken - 1))}
             line |= meter.rates(task.unit, task.flops(meter.totals), peak) | device_memory() | clock.write(taken)
             telemetry.log(taken, line)
+            rows.append({"step": taken, "loss": line["loss"]})
             telemetry.say(console_line(taken, config.steps, line, task.unit))
-            if warning := task.warning(line):
-                telemetry.say(f"{task.name}: {warning}")
+            found = {"task": f"{task.name}: {warning}"} if (warning := task.warning(line)) else {}
             if not alone:
                 waits = multihost_utils.process_allgather(np.float32(line["input_seconds"]))
-                if warning := straggler(waits.tolist(), line["step_seconds"]):
-                    telemetry.say(warning)
+                found |= straggler(waits.tolist(), line["step_seconds"])
+            warnings.update(found)
             meter.reset()
 
     # ---------------------------------------------------------------------- Data: of a global batch, the rows used here
@@ -192,11 +197,10 @@ def fit(
     def fetch(step: int) -> concurrent.futures.Future:
         return hand.submit(lambda: place_batch(mesh, task.batch(step, *part), part))
 
-    # ---------------------------------------------------------------------- SIGTERM: stop at the next step border
-    asked = threading.Event()
-    # Of many processes all must agree on the step: JAX's handler and runtime.preempted do that.
-    handles = alone and threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, lambda *_: asked.set()) if handles else None
+    # ---------------------------------------------------------------------- Signals: stop at the next step border
+    # Of many processes all must agree on the step: JAX's handler of SIGTERM and runtime.preempted do that.
+    listening = contextlib.ExitStack()
+    asked = listening.enter_context(interrupts.noted()) if alone else lambda: 0
 
     # ---------------------------------------------------------------------- Steps
     try:
@@ -226,10 +230,10 @@ def fit(
                 read(*pending)
             pending = (taken, report)
 
-            last = asked.is_set() or runtime.preempted()  # the checkpoint comes before anything else then
-            validate = _due(taken, config.validate_every, config.steps) and len(task.validation) > 0 and not last
-            show = _due(taken, config.preview_every, config.steps) and preview is not None and not last
-            save = _due(taken, config.checkpoint_every, config.steps) or taken == config.steps or last
+            came = asked() or (signal.SIGTERM if runtime.preempted() else 0)  # the checkpoint comes first then
+            validate = _due(taken, config.validate_every, config.steps) and len(task.validation) > 0 and not came
+            show = _due(taken, config.preview_every, config.steps) and preview is not None and not came
+            save = _due(taken, config.checkpoint_every, config.steps) or taken == config.steps or came
             if not (validate or show or save):
                 continue
 
@@ -240,11 +244,24 @@ def fit(
             if validate:
                 held_out = Meter()
                 with clock.during("validation"), jax.set_mesh(mesh):
-                    for batch in task.validation:
-                        held_out.add(jax.device_get(eval_step(state.params, state.kept, place_batch(mesh, batch))))
-                scores = task.summary(held_out.totals)
-                telemetry.log(taken, {f"validation/{name}": value for name, value in scores.items()})
+                    for i, batch in enumerate(task.validation):
+                        batch = place_batch(mesh, batch)
+                        held_out.add(jax.device_get(eval_step(state.params, state.kept, batch)))
+                        if i == 0:  # one batch is enough for what costs a pass of its own
+                            inspected = jax.device_get(inspection(state.params, state.kept, batch))
+                scores = task.summary(held_out.totals | inspected)
+                telemetry.log(taken, {VALIDATION + name: value for name, value in scores.items()})
                 telemetry.say(f"step {taken}/{config.steps}  validation loss {scores['loss']:.4f}")
+                validation_loss = _agreed(scores["loss"])
+                if config.keep_best and math.isfinite(validation_loss) and (best is None or validation_loss < best[1]):
+                    best, save = (taken, validation_loss), True
+                rows.append({"step": taken, VALIDATION + "loss": scores["loss"]})
+                ends = taken == config.steps
+                words = turned(rows, finished=ends, kept=best[0] if config.keep_best and best else None)
+                if words and ends:  # with the last numbers, whatever was said before
+                    telemetry.say(f"{task.name}: {words}")
+                else:
+                    turning.update({"turned": f"{task.name}: {words}"} if words else {})
             if show and preview is not None:
                 with clock.during("preview"):
                     params = task.inference_params(state.params, state.kept)
@@ -260,14 +277,14 @@ def fit(
                         params=state.params,
                         optimizer=_rest(state),
                         metadata={"manifest": dict(manifest or {}), **story},
+                        validation_loss=validation_loss if validate and math.isfinite(validation_loss) else None,
                     )
-            if last:
-                telemetry.say(f"{task.name}: SIGTERM, stopped after step {taken} with a checkpoint")
-                raise Preempted
+            if came:
+                telemetry.say(f"{task.name}: {Interrupted(came).name}, stopped after step {taken} with a checkpoint")
+                raise Preempted(came)
             meter.skip(paused)
     finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
+        listening.close()
         hand.shutdown(cancel_futures=True)
         profiler.close()
         telemetry.close()
@@ -281,6 +298,12 @@ def _rest(state: TrainState) -> dict[str, Any]:
     """What a checkpoint holds beside the parameters."""
     kept = {"kept": state.kept} if state.kept else {}
     return {"step": state.step, "state": state.optimizer, **kept}
+
+
+def _agreed(loss: float) -> float:
+    """A loss as process 0 has it, in float32: what all processes decide by must be the same to the bit."""
+    value = np.float32(loss)
+    return float(value if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(value))
 
 
 def _due(taken: int, every: int, steps: int) -> bool:

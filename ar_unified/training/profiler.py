@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import jax
-
-
-def parse_window(text: str) -> tuple[int, int]:
-    """ "100:105" -> (100, 105): the trace begins when 100 steps are taken and ends when 105 are. Raises ValueError."""
-    match = re.fullmatch(r"(\d+):(\d+)", text)
-    if match is None or int(match[1]) >= int(match[2]):
-        raise ValueError(f"profile: expected FIRST:LAST in steps, as in 100:105, found {text!r}")
-    return int(match[1]), int(match[2])
 
 
 class Profiler:

@@ -84,6 +84,9 @@ class Task(Protocol):
     def inference_params(self, params: Params, kept: Params) -> Params:
         """The model to validate, show and use: the parameters, or their averages."""
 
+    def inspect(self, params: Params, kept: Params, batch: Batch) -> Metrics:
+        """Metric sums of a held-out batch that the loss does not compute: a pass of its own. {}: none."""
+
     def warning(self, line: Mapping[str, float]) -> str:
         """What a person should know of a log line (the `summary` of some steps); "" if nothing."""
 
@@ -108,6 +111,9 @@ class NothingKept:
 
     def inference_params(self, params: Params, kept: Params) -> Params:
         return params
+
+    def inspect(self, params: Params, kept: Params, batch: Batch) -> Metrics:
+        return {}
 
     def warning(self, line: Mapping[str, float]) -> str:
         return ""
@@ -270,3 +276,12 @@ def make_eval_step(task: Task, mesh: Mesh) -> jax.stages.Wrapped:
         return {name: value for name, value in values.items() if name != STATISTICS}
 
     return jax.jit(eval_step, out_shardings=NamedSharding(mesh, P()))
+
+
+def make_inspection(task: Task, mesh: Mesh) -> jax.stages.Wrapped:
+    """The jitted (params, kept, batch) -> metric sums of `task.inspect`."""
+
+    def inspection(params: Params, kept: Params, batch: Batch) -> Metrics:
+        return task.inspect(task.inference_params(params, kept), kept, batch)
+
+    return jax.jit(inspection, out_shardings=NamedSharding(mesh, P()))

@@ -23,7 +23,9 @@ from ar_unified.model import transformer
 from ar_unified.model.code_vectors import begin_alike
 from ar_unified.model.config import TransformerConfig
 from ar_unified.model.loss import token_losses
+from ar_unified.training.attention_share import attention_shares
 from ar_unified.training.step import STATISTICS, Batch, BatchOfStep, Metrics, NothingKept, Params
+from ar_unified.training.telemetry import LOG_Z_BY_ROLE, LOSS_BY_ROLE, LOSS_BY_TASK
 from ar_unified.vocabulary import Role, Vocabulary
 
 
@@ -47,6 +49,8 @@ class TransformerTask(NothingKept):
       text_bytes: i32 [text_size], UTF-8 bytes each text piece stands for; None: no bits per byte.
       z_loss: weight of log(Z)^2, which keeps logits from drifting (PaLM, arXiv:2204.02311, uses 1e-4).
       chunk: positions whose logits exist at one time.
+      attention_share: measure at each validation how much text and pictures look at each other, by layer
+        (training/attention_share.py): about the time of two forward passes over one held-out batch.
       code_vectors: f32 [K, C] of the image tokenizer, for rows of image codes that begin alike where codes are; None:
         they begin at random, as those of text do.
     """
@@ -61,6 +65,7 @@ class TransformerTask(NothingKept):
     z_loss: float = 0.0
     text_bytes: np.ndarray | None = None
     chunk: int = 1024
+    attention_share: bool = True
     code_vectors: np.ndarray | None = None
     name: str = "transformer"
     unit: str = "tokens"
@@ -109,7 +114,19 @@ class TransformerTask(NothingKept):
         loss = jnp.sum(weight * (nll + self.z_loss * jnp.square(lse))), jnp.sum(weight)
         return *loss, self._metrics(batch, weight, nll, lse)
 
+    def inspect(self, params: Params, kept: Params, batch: Batch) -> Metrics:
+        if not self.attention_share:
+            return {}
+        return attention_shares(transformer.Transformer.bind(self.config, params), self.vocabulary, batch)
+
     def _metrics(self, batch: Batch, weight: jax.Array, nll: jax.Array, lse: jax.Array) -> Metrics:
+        """Sums over a batch, of what the loss has computed anyway.
+
+        `loss/role/ROLE` and `log_z/role/ROLE` are means, in nats, over the trained positions whose target has the role:
+        of -log p(target), and of log Z = log sum_v exp(logit_v), the log-partition of the whole softmax. Where the
+        logits of one modality drift, its log Z shows it first. `tokens/ROLE` counts the tokens that are read: the parts
+        of `tokens`.
+        """
         role = self.vocabulary.role(batch["targets"])
         trained = weight > 0
         present = batch["segment_ids"] > 0
@@ -124,15 +141,19 @@ class TransformerTask(NothingKept):
             "tokens": jnp.sum(present, dtype=jnp.float32),
             "attended": jnp.sum(jnp.where(present, batch["positions"] + 1, 0), dtype=jnp.float32),
         }
+        read = self.vocabulary.role(batch["tokens"])
         for each in Role:
             if each != Role.PAD:
-                metrics[f"loss/role/{each.name.lower()}"] = pair(nll, trained & (role == each))
+                name, of_role = each.name.lower(), trained & (role == each)
+                metrics[f"tokens/{name}"] = jnp.sum(present & (read == each), dtype=jnp.float32)
+                metrics[LOSS_BY_ROLE + name] = pair(nll, of_role)
+                metrics[LOG_Z_BY_ROLE + name] = pair(lse, of_role)
         for index, task in enumerate(TASKS):
-            metrics[f"loss/task/{task}"] = pair(nll, trained & (batch["tasks"] == index))
-        image, count = metrics["loss/role/image"]
+            metrics[LOSS_BY_TASK + task] = pair(nll, trained & (batch["tasks"] == index))
+        image, count = metrics[LOSS_BY_ROLE + "image"]
         metrics["bits_per_image_token"] = (image / math.log(2), count)
         if self.text_bytes is not None:
-            text, _ = metrics["loss/role/text"]
+            text, _ = metrics[LOSS_BY_ROLE + "text"]
             sizes = jnp.asarray(self.text_bytes)[jnp.clip(batch["targets"], 0, len(self.text_bytes) - 1)]
             counted = jnp.where(trained & (role == Role.TEXT), sizes, 0)
             metrics["bits_per_text_byte"] = (text / math.log(2), jnp.sum(counted, dtype=jnp.float32))
@@ -197,6 +218,9 @@ class TokenizerTask:
         images = jnp.float32(batch["pixels"].shape[0])
         losses, metrics, sums = self.objective.losses(params, kept, batch["pixels"], keys)
         return losses, images, {"images": images, STATISTICS: sums, **metrics}
+
+    def inspect(self, params: Params, kept: Params, batch: Batch) -> Metrics:
+        return {}
 
     def settle(self, params: Params, kept: Params, sums: Metrics) -> tuple[Params, Params]:
         return self.objective.settle(params, kept, sums)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,10 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from ar_unified.parallel.hardware import of_kind
 from ar_unified.training.step import Metrics
+
+# What names of metrics begin with that stand once for each role, each task, and for what was held out.
+LOSS_BY_ROLE, LOSS_BY_TASK, LOG_Z_BY_ROLE = "loss/role/", "loss/task/", "log_z/role/"
+TOKENS_PER_SECOND, VALIDATION = "tokens_per_second/", "validation/"
 
 
 def peak_flops() -> tuple[float, str]:
@@ -48,8 +52,8 @@ def device_memory() -> dict[str, float]:
     return {name: max(s[key] for s in stats) / 2**30 for name, key in keys.items() if stats and key in stats[0]}
 
 
-def straggler(before: Sequence[float], step_seconds: float) -> str:
-    """A warning that names the process the others wait for; "" if there is none.
+def straggler(before: Sequence[float], step_seconds: float) -> dict[str, str]:
+    """{"process I": a warning that names it} for the process the others wait for; {} if there is none.
 
     Steps begin together: one process whose batches are slow makes all devices idle.
 
@@ -60,11 +64,34 @@ def straggler(before: Sequence[float], step_seconds: float) -> str:
     slowest = int(np.argmax(before))
     usual = float(np.median(before))
     if before[slowest] - usual <= 0.1 * step_seconds:
-        return ""
-    return (
+        return {}
+    said = (
         f"process {slowest} of {len(before)} keeps the others waiting: {before[slowest]:.3g} s for its part of each "
         f"batch, others {usual:.3g} s, a step {step_seconds:.3g} s; look at its host's storage, memory and other jobs"
     )
+    return {f"process {slowest}": said}
+
+
+class Warnings:
+    """Says a warning when it begins, and not again at every log line that it is still true of.
+
+    One that was absent from `_GONE` calls in a row has ended: should it come again, it is said again. A number that
+    swings round a threshold is one warning.
+    """
+
+    _GONE = 3
+
+    def __init__(self, say: Callable[[str], Any]):
+        self._say = say
+        self._absent: dict[str, int] = {}  # calls since a warning was last true, by kind
+
+    def update(self, found: Mapping[str, str]) -> None:
+        """found: the warnings that are true now, by kind; numbers in their words may differ from call to call."""
+        for kind, words in found.items():
+            if kind not in self._absent:
+                self._say(words)
+        absent = {kind: n + 1 for kind, n in self._absent.items() if n + 1 < self._GONE}
+        self._absent = absent | dict.fromkeys(found, 0)
 
 
 class Meter:
@@ -90,10 +117,16 @@ class Meter:
         self.started += time.perf_counter() - since
 
     def rates(self, unit: str, flops: float | None, peak: float) -> dict[str, float]:
-        """Seconds per step and of them for input, units per second, and MFU = FLOPs the model needs / (time * peak)."""
+        """Seconds per step and of them for input, units per second, and MFU = FLOPs the model needs / (time * peak).
+
+        Plain sums named "UNIT/KIND" are parts of the units: each that counted anything has a rate of its own,
+        "UNIT_per_second/KIND", and together they are the whole.
+        """
         seconds = max(time.perf_counter() - self.started, 1e-9)
         rates = {"step_seconds": seconds / self.steps, "input_seconds": self.waited / self.steps}
-        rates[f"{unit}_per_second"] = float(self.totals[unit]) / seconds
+        for name, total in self.totals.items():
+            if name == unit or (name.startswith(f"{unit}/") and total > 0):
+                rates[f"{unit}_per_second{name.removeprefix(unit)}"] = float(total) / seconds
         return rates | ({"mfu": flops / seconds / peak} if flops is not None else {})
 
 
@@ -122,7 +155,7 @@ class Telemetry:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in read_metrics(path, until=resume_step)))
             temporary.replace(path)
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=resume_step + 1)
+        self._board = _summary_writer()(str(Path(folder) / "tensorboard"), purge_step=resume_step + 1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """One whole line, in one write, and the same numbers to TensorBoard."""
@@ -148,6 +181,23 @@ class Telemetry:
             self._board.close()
 
 
+def _summary_writer() -> Any:
+    """tensorboardX's SummaryWriter, imported by who writes.
+
+    It imports torch wherever torch is installed, for a type in its annotations: seconds, or the end of the run where
+    that torch is broken. Its own code goes on without one, so meanwhile there is none, unless it is loaded already.
+    """
+    if "torch" in sys.modules:
+        from tensorboardX import SummaryWriter
+    else:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` an ImportError
+        try:
+            from tensorboardX import SummaryWriter
+        finally:
+            sys.modules.pop("torch")
+    return SummaryWriter
+
+
 def read_metrics(path: str | Path, until: float = math.inf) -> list[dict[str, Any]]:
     """The whole lines of a metrics.jsonl up to a step; a torn line is left out."""
     rows = []
@@ -162,8 +212,10 @@ def read_metrics(path: str | Path, until: float = math.inf) -> list[dict[str, An
 
 
 def console_line(step: int, steps: int, values: Mapping[str, float], unit: str) -> str:
-    """step 200/1000  loss 3.1416  grad 0.52  12.3k tokens/s  0.21 s/step  MFU 31.4%  ETA 2:48"""
-    rate = values[f"{unit}_per_second"]
+    """step 200/1000  loss 3.1416  grad 0.52  12.3k tokens/s (image 9k, text 3.3k)  0.2 s/step  MFU 31.4%  ETA 2:48"""
+    rate = f"{unit}_per_second"
+    kinds = {key.removeprefix(f"{rate}/"): value for key, value in values.items() if key.startswith(f"{rate}/")}
+    parted = ", ".join(f"{kind} {_short(v)}" for kind, v in sorted(kinds.items(), key=lambda item: -item[1]))
     seconds = values["step_seconds"]
     left = round((steps - step) * seconds)
     hours, minutes = divmod(left // 60, 60)
@@ -171,9 +223,13 @@ def console_line(step: int, steps: int, values: Mapping[str, float], unit: str) 
         f"step {step}/{steps}",
         f"loss {values['loss']:.4f}",
         f"grad {values['grad_norm']:.3g}",
-        f"{rate / 1000:.1f}k {unit}/s" if rate >= 1000 else f"{rate:.1f} {unit}/s",
+        f"{_short(values[rate])} {unit}/s" + (f" ({parted})" if len(kinds) > 1 else ""),
         f"{seconds:.3g} s/step",
     ]
     if "mfu" in values:
         parts.append(f"MFU {values['mfu']:.1%}")
     return "  ".join([*parts, f"ETA {f'{hours}:{minutes:02}' if hours else minutes}:{left % 60:02}"])
+
+
+def _short(rate: float) -> str:
+    return f"{rate / 1000:.1f}k" if rate >= 1000 else f"{rate:.1f}"

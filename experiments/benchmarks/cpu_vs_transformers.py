@@ -28,7 +28,7 @@ What made it faster, in CPU time of the demo's loss and gradients in float32, in
 was at 0.87 of torch's speed):
   1080 ms  plain einsum attention
    890     attention in causal chunks with a backward of its own, the mask an added bias, a maximum that XLA vectorises
-   710     memory stays with the process: 130,000 page faults a step fewer (`prepare_cpu`)
+   710     memory stays with the process: 130,000 page faults a step fewer (`keep_memory`)
    590     the gradient of a weight contracted as [tokens, I] x [tokens, O] -> [I, O], which JAX turns round
    540     cos and sin of RoPE looked up in a table instead of computed for every head of every layer
 Decoding at b=16 is 1.2x (25m) to 1.5x (demo) faster over a cache [B, K, S, H] than over [B, S, K, H].
@@ -53,9 +53,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from ar_tokenizers.host import keep_memory
 
 from ar_unified.model.config import TransformerConfig, config_from
-from ar_unified.model.host import prepare_cpu
 from ar_unified.model.loss import token_losses
 from ar_unified.model.transformer import Transformer, init, init_cache
 
@@ -276,7 +276,7 @@ def main() -> None:
     args = parser.parse_args()
 
     preset, vocab, (B, T) = SIZES[args.size]
-    prepare_cpu()
+    keep_memory()
     base = config_from(preset, vocab, qk_norm="none")
     params = init(base, jax.random.key(0))
     # Weights of a trained size: at init the top two logits are too close for greedy tokens to be compared.

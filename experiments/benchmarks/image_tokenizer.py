@@ -192,9 +192,9 @@ def theirs(shape: str, task: str, batch: int) -> Callable[[], np.ndarray]:
 def serve(pipe: Any, side: str, case: tuple[str, str, int]) -> None:
     """A side's process: each word received is a run, answered by (wall, CPU seconds, result)."""
     if side == "ours":
-        from ar_unified.model.host import prepare_cpu
+        from ar_tokenizers.host import keep_memory
 
-        prepare_cpu()
+        keep_memory()
     run = (ours if side == "ours" else theirs)(*case)
     while pipe.recv() is not None:
         wall, cpu = time.perf_counter(), time.process_time()

@@ -309,9 +309,9 @@ def peer_texts(peer: Any, prompt: np.ndarray) -> dict[str, Callable[[], np.ndarr
 def serve(pipe: Any, side: str, task: str, prompt: np.ndarray, state: Any, vocab: int, v: dict[str, int]) -> None:
     """A side's process: each name received is a run, answered by (wall, CPU seconds, tokens)."""
     if side == "ours":
-        from ar_unified.model.host import prepare_cpu
+        from ar_tokenizers.host import keep_memory
 
-        prepare_cpu()
+        keep_memory()
         runs = {"ours": (our_pictures if task == "pictures" else our_texts)(len(prompt), prompt)}
     else:
         peer = make_peer(state, vocab, v)

@@ -1,12 +1,16 @@
 """A small folder of captions, questions and stories, and what makes `experiments/folder.py` run on it in seconds."""
 
+import contextlib
+import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ar_unified.cli.main import main
 from ar_unified.data import scenes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,6 +50,13 @@ def command(verb: str, folder: Path, workdir: Path, **changes: object) -> list[s
     overrides = [f"--config.{key}={value}" for key, value in settings.items()]
     config = f"{ROOT / 'experiments' / 'folder.py'}:path={folder}"
     return [verb, "--config", config, "--workdir", str(workdir), *overrides]
+
+
+def refused(argv: list[str], words: str, status: int = 2) -> None:
+    """`ar-unified` ends with this status and one sentence on stderr that matches `words`; no traceback."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert main(argv) == status, said.getvalue()
+    assert re.search(words, said.getvalue()) and "Traceback" not in said.getvalue(), said.getvalue()
 
 
 @pytest.fixture(scope="session")

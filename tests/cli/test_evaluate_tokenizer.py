@@ -17,7 +17,7 @@ from ar_unified.cli.experiment import Experiment
 from ar_unified.cli.main import main
 from ar_unified.training import probe
 from ar_unified.workdir import Workdir
-from tests.cli.conftest import command
+from tests.cli.conftest import command, refused
 
 
 @pytest.fixture
@@ -47,8 +47,8 @@ def test_only_the_tokenizer_is_scored_and_once(workdir, folder, capsys, monkeypa
     capsys.readouterr()
     assert evaluate(folder, workdir, **changes) == 0
     assert "tokenizer_evaluation: done already" in capsys.readouterr().out
-    assert evaluate(folder, workdir, evaluation__limit=3, **changes) == 2
-    assert "limit = 2, this run has 3" in capsys.readouterr().err
+    other = command("evaluate", folder, workdir, **changes | {"evaluation__limit": 3})
+    refused([*other, "--only", "tokenizer"], "limit")
 
 
 def test_a_folder_of_plain_pictures(workdir, folder, tmp_path_factory, capsys):
@@ -63,14 +63,11 @@ def test_a_folder_of_plain_pictures(workdir, folder, tmp_path_factory, capsys):
     assert numbers["pictures"] == 3 and numbers["skipped"] == {"unreadable_image": 1} and numbers["crop"] == [64, 64]
     assert (left / f"{pictures.name}.png").exists() and (left / "report.html").exists()
     assert not (workdir / "tokenizer_evaluation" / "started.json").exists()  # the held-out sets are another matter
-    with pytest.raises(ValueError, match="multiples of 16"):
-        evaluate(folder, workdir, "--pictures", str(pictures), "--crop", "40")
-    with pytest.raises(SystemExit, match="found none"):
-        evaluate(folder, workdir, "--pictures", str(pictures / "nothing"))
+    only = [*command("evaluate", folder, workdir), "--only", "tokenizer"]
+    refused([*only, "--pictures", str(pictures), "--crop", "40"], "--crop: .*multiples of 16")
+    refused([*only, "--pictures", str(pictures / "nothing")], "--pictures: .*found none")
 
 
 def test_flags_that_need_another_are_refused(workdir, folder):
-    with pytest.raises(SystemExit, match="--only tokenizer"):
-        main([*command("evaluate", folder, workdir), "--pictures", "x"])
-    with pytest.raises(SystemExit, match="ar-unified tokenizer"):
-        evaluate(folder, workdir / "empty")
+    refused([*command("evaluate", folder, workdir), "--pictures", "x"], "--only tokenizer")
+    refused([*command("evaluate", folder, workdir / "empty"), "--only", "tokenizer"], "run `ar-unified tokenizer`")

@@ -8,6 +8,7 @@ from ar_unified.checkpoint import Checkpoints
 from ar_unified.cli import config as configs
 from ar_unified.cli.experiment import Experiment
 from ar_unified.document import TextPart
+from ar_unified.errors import UserError
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.request import Request
 from ar_unified.sampling.steps import Shape
@@ -66,5 +67,30 @@ def test_one_device_needs_no_mesh(trained, monkeypatch):
     ],
 )
 def test_what_does_not_fit_is_said(trained, mesh, sampling, words):
-    with pytest.raises(SystemExit, match=words):
+    with pytest.raises(UserError, match=words):
         experiment(trained, sampling=sampling, **mesh).engine  # noqa: B018
+
+
+def test_the_best_checkpoint_is_sampled_from_when_asked(tmp_path):
+    """Two steps with other weights: `sampling.checkpoint` decides, and everything that is made says which it was."""
+    params = random_params()
+    metadata = {"manifest": GRAMMARS["grid"].manifest()}
+    checkpoints = Checkpoints(tmp_path / "model" / "checkpoints")
+    for step, loss in ((1, 2.0), (2, 3.0)):
+        scaled = jax.tree.map(lambda x, step=step: x * step, params)
+        more = dict(optimizer={"count": np.zeros(1)}, metadata=metadata, validation_loss=loss)
+        checkpoints.save(step, params=scaled, **more)
+    checkpoints.close()
+    done, summary = tmp_path / "model" / "done.json", {"steps": 2, "best_step": 1, "best_validation_loss": 2.0}
+    write_json(done, {"fingerprint": {}, "summary": summary})
+
+    last, best = (experiment(tmp_path, sampling=dict(checkpoint=which)) for which in ("last", "best"))
+    for opened, step in ((last, 2), (best, 1)):
+        assert opened.checkpoint == step
+        np.testing.assert_array_equal(opened.params["embedding"], params["embedding"] * step)
+    assert last.weights != best.weights  # samples of the two never mix
+    with pytest.raises(UserError, match="sampling.checkpoint: expected 'last' or 'best', found 'first'"):
+        experiment(tmp_path, sampling=dict(checkpoint="first")).checkpoint  # noqa: B018
+    write_json(done, {"fingerprint": {}, "summary": {"steps": 2}})
+    with pytest.raises(UserError, match="kept no best step: .* training.keep_best=True"):
+        best.checkpoint  # noqa: B018

@@ -15,7 +15,7 @@ from ar_unified.cli.experiment import Experiment
 from ar_unified.cli.main import main
 from ar_unified.cli.plan import run_of
 from ar_unified.workdir import Workdir
-from tests.cli.conftest import ROOT
+from tests.cli.conftest import ROOT, refused
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,30 @@ def test_the_stage_leaves_a_model_and_a_report_by_source_and_language(corpus, tm
     assert main(command) == 0 and "done already" in capsys.readouterr().out
 
 
+def test_what_is_not_text_beside_the_texts_is_passed_over_and_two_of_one_name_are_two(tmp_path):
+    for name in ("en.txt", "en.md", "nl.txt"):
+        (tmp_path / name).write_text(f"{name} a red circle\n" * 9)
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "deep" / "er" / "de.txt").write_text("ein roter Kreis\n" * 9)
+    for name in (".git/a.txt", "pictures/a.png", "notes/.cache/a.txt", ".hidden.txt", "empty/x.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"\x89PNG")
+    assert main(["tokenizer", "--workdir", str(tmp_path / "w"), *arguments(tmp_path)]) == 0
+    report = json.loads((tmp_path / "w" / "text_tokenizer" / "report.json").read_text())
+    assert sorted(report["texts"]) == ["deep", "en.md", "en.txt", "nl"] and not report["left_out"]
+
+
+def test_a_reserved_character_cuts_no_text_out_of_training_and_is_told(tmp_path, capsys):
+    (tmp_path / "bars").mkdir()
+    lines = [f"sparkline zebra {i} \u2585 quantises" if i % 2 else f"the quick fox {i}" for i in range(40)]
+    (tmp_path / "bars" / "log.txt").write_text("\n".join(lines), encoding="utf-8")
+    assert main(["tokenizer", "--workdir", str(tmp_path / "w"), *arguments(tmp_path)]) == 0
+    report = json.loads((tmp_path / "w" / "text_tokenizer" / "report.json").read_text())
+    assert report["cut_at"] == {"U+2585": 20} and "U+2585 is in 20 of the texts" in capsys.readouterr().out
+    tokenizer = TextTokenizer.load(tmp_path / "w" / "text_tokenizer" / "text.model")
+    assert len(tokenizer.encode("sparkline zebra")) < 6
+
+
 def test_a_model_from_elsewhere_is_used_or_refused(corpus, tmp_path, capsys):
     TextTokenizer.train(["a red circle", "a blue star"] * 9, 300).save(tmp_path / "own.model")
     command = ["tokenizer", "--workdir", str(tmp_path / "own")]
@@ -64,8 +88,7 @@ def test_a_model_from_elsewhere_is_used_or_refused(corpus, tmp_path, capsys):
     config = configs.load(*_file_and_overrides(corpus, model=tmp_path / "own.model"))
     assert run_of(config).vocabulary.text_size == size < 400
     TextTokenizer.train(["other words"] * 9, 300).save(tmp_path / "own.model")
-    assert main([*command, *arguments(corpus, model=tmp_path / "own.model")]) == 2
-    assert "model_sha256" in capsys.readouterr().err
+    refused([*command, *arguments(corpus, model=tmp_path / "own.model")], "model_sha256")
 
     lossy = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -74,12 +97,9 @@ def test_a_model_from_elsewhere_is_used_or_refused(corpus, tmp_path, capsys):
     )  # fmt: skip
     (tmp_path / "lossy.model").write_bytes(lossy.getvalue())
     command = ["tokenizer", "--workdir", str(tmp_path / "lossy")]
-    with pytest.raises(
-        SystemExit, match="lossy.model: this text model loses text(?s:.*)nmt_nfkc(?s:.*)extra_whitespaces"
-    ):
-        main([*command, *arguments(corpus, model=tmp_path / "lossy.model")])
-    with pytest.raises(SystemExit, match="No such file"):
-        main([*command, *arguments(corpus, model=tmp_path / "nowhere.model")])
+    lost = "lossy.model: this text model loses text(?s:.*)nmt_nfkc(?s:.*)extra_whitespaces"
+    refused([*command, *arguments(corpus, model=tmp_path / "lossy.model")], lost)
+    refused([*command, *arguments(corpus, model=tmp_path / "nowhere.model")], "nowhere.model: No such file")
     capsys.readouterr()
     warned = dict(model=tmp_path / "lossy.model", lossy="warn")
     assert main([*command, *arguments(corpus, **warned)]) == 0
@@ -97,10 +117,12 @@ def _file_and_overrides(corpus: Path, **changes: object) -> tuple[str, list[str]
     return file, overrides
 
 
-def test_a_corpus_without_text_names_what_was_left_out(tmp_path):
+def test_a_corpus_without_text_names_what_was_left_out(tmp_path, capsys):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "latin.txt").write_bytes(b"\xe9\n")
-    with pytest.raises(
-        ValueError, match="text tokenizer of bad: there is no text .* left out: 1 bad_utf8, first .*latin.txt:1"
-    ):
-        main(["tokenizer", "--workdir", str(tmp_path / "w"), *arguments(tmp_path)])
+    words = "text tokenizer of bad: there is no text .* Left out: 1 bad_utf8, first .*latin.txt:1"
+    command = ["tokenizer", "--workdir", str(tmp_path / "w"), *arguments(tmp_path)]
+    refused(command, words)
+    assert not (tmp_path / "w" / "text_tokenizer").exists(), "a stage that made nothing leaves nothing"
+    (tmp_path / "bad" / "latin.txt").write_text("a red circle\n" * 20)
+    assert main(command) == 0

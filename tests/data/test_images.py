@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ar_unified.data.images import ImageError, Limits, Resize, decode, resize, to_png, to_uint8
+from ar_unified.data.images import ImageError, Limits, Resize, decode, resize, to_png, to_rgb, to_uint8
 
 
 def encoded(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -30,6 +32,135 @@ def test_grey_and_sixteen_bit_become_rgb() -> None:
     eight, sixteen = Image.fromarray(ramp.astype(np.uint8)), Image.fromarray(ramp * 257)
     assert np.array_equal(decode(encoded(eight))[..., 1], ramp)
     assert np.array_equal(decode(encoded(sixteen))[..., 2], ramp)
+
+
+def tiff(values: list[float], dtype: str, *, white: int = 1, bits: int = 0) -> bytes:
+    """A TIFF of one row of grey, of a kind that Pillow may not write. `white`: 0, if 0 is white."""
+    data = np.array(values, dtype).tobytes()
+    kind = {"u": 1, "i": 2, "f": 3}[np.dtype(dtype).kind]
+    bits = bits or 8 * np.dtype(dtype).itemsize
+    tags = [
+        (256, 4, len(values)), (257, 4, 1), (258, 3, bits), (259, 3, 1), (262, 3, white),
+        (273, 4, 8 + 2 + 12 * 10 + 4), (277, 3, 1), (278, 4, 1), (279, 4, len(data)), (339, 3, kind),
+    ]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, size, 1, value) for tag, size, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + data
+
+
+def png(depth: int, colour: int, row: bytes, clear: bytes, width: int = 2) -> bytes:
+    """A PNG of one row; `colour` 0: grey, 2: RGB; `clear`: the colour that is transparent."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0)) + chunk(b"tRNS", clear)
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        tiff([64 / 255, 192 / 255], "<f4"),
+        tiff([64.0, 192.0], "<f4"),
+        tiff([64 * 257.0, 192 * 257.0], "<f4"),
+        tiff([64, 192], "<i4"),
+        tiff([64 * 257, 192 * 257], "<u4"),
+        tiff([64, 192], "<i2"),
+        tiff([64 * 257, 192 * 257], "<u2"),
+        tiff([255 - 64, 255 - 192], "u1", white=0),
+        tiff([65535 - 64 * 257, 65535 - 192 * 257], "<u2", white=0),
+        tiff([1 - 64 / 255, 1 - 192 / 255], "<f4", white=0),
+        b"Pf 2 1 -1.0\n" + struct.pack("<ff", 64 / 255, 192 / 255),
+        b"P5 2 1 65535\n" + struct.pack(">HH", 64 * 257, 192 * 257),
+        b"P5 2 1 4095\n" + struct.pack(">HH", 1028, 3083),
+        b"P6 2 1 65535\n" + struct.pack(">HHHHHH", *[64 * 257] * 3, *[192 * 257] * 3),
+    ],
+    ids=lambda data: "",
+)
+def test_every_kind_of_number_is_the_same_grey(data: bytes) -> None:
+    assert decode(data).tolist() == [[[64] * 3, [192] * 3]]
+
+
+def test_twelve_bits_end_at_4095() -> None:
+    packed = b"\x40\x4c\x0c"  # 1028 and 3084, 12 bits each
+    data = tiff([0, 0], "<u2", bits=12)[:-4] + packed
+    assert decode(data)[0, :, 0].tolist() == [64, 192]
+
+
+def test_floats_may_overshoot_and_a_dark_picture_stays_dark() -> None:
+    assert decode(tiff([-0.003, 1.003], "<f4"))[0, :, 0].tolist() == [0, 255]
+    assert decode(tiff([0.0, 0.02], "<f4"))[0, :, 0].tolist() == [0, 5]
+    for dtype in ("<f4", "<i4"):
+        assert not decode(tiff([0, 0], dtype)).any()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (tiff([0.0, float("nan")], "<f4"), "NaN or infinite"),
+        (tiff([0.0, float("inf")], "<f4"), "NaN or infinite"),
+        (tiff([-1.0, 1.0], "<f4"), "found -1 to 1, so what is white cannot be told"),
+        (tiff([0.0, 3.0], "<f4"), "expected values of 0 to 1 or 0 to 255 or 0 to 65535, found 0 to 3,"),
+        (tiff([0.0, 1e6], "<f4"), "found 0 to 1e"),
+        (tiff([0, 2**30], "<i4"), "found 0 to 1.07374e"),
+        (tiff([0, 2**31 + 5], "<u4"), "cannot be told"),
+        (tiff([-5, 200], "<i2"), "found -5 to 200"),
+        (tiff([0, 20000], "<i2"), "expected values of 0 to 255, found"),  # of 32767, or of 65535?
+        (tiff([-5, 100], "i1"), "signed 8 bit"),
+        (tiff([0.0, 1.0], "<f8"), "of a kind that Pillow reads"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_numbers_whose_range_cannot_be_told_are_refused(data: bytes, reason: str) -> None:
+    with pytest.raises(ImageError, match=reason) as error:
+        decode(data)
+    assert error.value.kind == "unreadable_image"
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (png(1, 0, b"\x40", b"\0\0"), [255, 255]),
+        (png(1, 0, b"\x40", b"\0\1"), [0, 255]),
+        (png(2, 0, b"\x60", b"\0\1"), [255, 170]),
+        (png(4, 0, b"\x4c", b"\0\4"), [255, 204]),
+        (png(8, 0, b"\x40\xc0", b"\0\x40"), [255, 192]),
+        (png(16, 0, b"\x40\x40\xc0\xc0", b"\x40\x40"), [255, 192]),
+        (png(16, 0, b"\x40\x41\xc0\xc0", b"\x40\x40"), [64, 192]),
+        (png(8, 2, b"\x40\x40\x40\xc0\xc0\xc0", b"\0\x40" * 3), [255, 192]),
+        (png(16, 2, b"\x40\x41" * 3 + b"\xc0\xc0" * 3, b"\x40\x41" * 3), [255, 192]),
+    ],
+    ids=["1", "1 white", "2", "4", "8", "16", "16, nearly", "rgb 8", "rgb 16"],
+)
+def test_a_transparent_colour_is_white_in_every_depth(data: bytes, expected: list[int]) -> None:
+    assert decode(data)[0, :, 0].tolist() == expected
+
+
+def test_the_other_modes_keep_their_colours() -> None:
+    red = Image.new("RGB", (16, 16), (200, 40, 40))
+    inks = red.convert("CMYK")
+    for picture, kind in [(inks, "JPEG"), (inks, "TIFF"), (red.convert("YCbCr"), "TIFF"), (red.quantize(4), "GIF")]:
+        assert np.abs(decode(encoded(picture, kind))[8, 8].astype(int) - (200, 40, 40)).max() <= 6, (picture.mode, kind)
+    assert (decode(encoded(Image.new("CMYK", (8, 8)), "JPEG")) == 255).all(), "no ink is white"
+    lab = Image.new("LAB", (2, 2), (255, 128, 128))
+    assert decode(encoded(lab, "TIFF")).min() > 240
+    assert set(decode(encoded(Image.new("1", (2, 2), 1)))[0, 0]) == {255}
+    sixteen = b"\x40\x40\xc0\xc0\x20\x20" * 2
+    assert decode(png(16, 2, sixteen, b"\0\1" * 3))[0, 0].tolist() == [64, 192, 32]
+
+
+def test_of_several_pictures_the_first_is_taken() -> None:
+    frames = [Image.new("L", (4, 4), grey) for grey in (64, 192)]
+    for kind in ("GIF", "TIFF", "WEBP", "PNG"):
+        options = {"lossless": True} if kind == "WEBP" else {}
+        assert (decode(encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)) == 64).all(), kind
+
+
+def test_pictures_that_others_opened_are_read_alike() -> None:
+    for data in (png(4, 0, b"\x4c", b"\0\4"), tiff([64, 192], "<i4"), encoded(Image.new("LA", (3, 2)))):
+        with Image.open(io.BytesIO(data)) as picture:
+            assert np.array_equal(to_rgb(picture), decode(data)) and np.array_equal(to_rgb(picture), decode(data))
+    assert to_rgb(Image.fromarray(np.array([[0.25, 1.0]], np.float32)))[0, :, 0].tolist() == [64, 255]
 
 
 def test_exif_rotation_is_applied() -> None:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from ar_unified import workdir
+from ar_unified.data.cutting import characters, split
 from ar_unified.data.images import Resize, to_png
-from ar_unified.data.prepare import load_manifest, load_report, prepare, split
+from ar_unified.data.prepare import NothingLeft, load_manifest, load_report, prepare
 from ar_unified.data.shards import Shards, read_skipped
 from ar_unified.data.sources import Source, open_source
 from ar_unified.document import CodesPart, Document, ImagePart, TextPart
@@ -53,6 +54,9 @@ def test_what_is_on_disk_is_what_the_source_says(
                 assert part == original
     index = Shards(tmp_path / "out/set", 5).index
     assert index["pair"].tolist() == [True] * 20 + [False] * 15 and index["pictures"].sum() == 20 + 10 + 10
+    one_way = opened(folder, reversible=False, files=("captions",), label="one way")
+    run([one_way], grammar, tokenizer, tmp_path / "one way")
+    assert not Shards(tmp_path / "one way/one-way", 3).index["pair"].any()
     assert report.sources["set"].tasks == {"text_to_image": 20, "image_to_text": 10, "interleaved": 5}
     assert Shards(tmp_path / "out/set", 5).item(33) == 33
     assert str(report) == str(load_report(tmp_path / "out"))
@@ -127,6 +131,29 @@ def test_bad_items_are_left_out_counted_and_change_nothing_else(
     assert tokens[0] == tokens[1]
 
 
+def test_a_source_of_which_nothing_is_left_is_refused_with_kinds_and_first_examples(
+    folder: Path, grammar: Grammar, tokenizer: Any, kit: Any, tmp_path: Path
+) -> None:
+    def sources() -> list[Source]:
+        return [opened(folder, files=(name,), label=name) for name in ("captions", "vqa", "docs")]
+
+    kit.write(folder / "vqa.jsonl", [b"{", dict(image="nowhere.png", question="a?", answer="b"), b"{"])
+    with pytest.raises(NothingLeft) as caught:
+        run(sources(), grammar, tokenizer, tmp_path / "out")
+    said = str(caught.value)
+    assert "of source 'vqa': 2 bad_json, first " in said and "vqa.jsonl:1: bad_json: expected one JSON object" in said
+    assert "1 missing_image, first " in said and "captions" not in said and "Mend them" in said
+    assert not files(tmp_path / "out"), "shards with what was left out would be taken for good next time"
+    report = run(sources(), grammar, tokenizer, tmp_path / "held-out", may_be_lost=True)
+    assert report.sources["vqa"].documents == 0 and report.sources["captions"].documents == 20
+    assert "WARNING: most of vqa is left out" in str(report) and str(report).count("WARNING") == 1
+    (folder / "vqa.jsonl").write_bytes(b"")
+    with pytest.raises(NothingLeft, match="source 'vqa' has no items"):
+        run(sources(), grammar, tokenizer, tmp_path / "out")
+    kit.write(folder / "vqa.jsonl", [dict(image="images/0.png", question="a?", answer="b")])
+    assert run(sources(), grammar, tokenizer, tmp_path / "out").sources["vqa"].documents == 1
+
+
 def test_pictures_go_in_full_batches_of_one_size_and_equal_ones_once(tmp_path: Path, kit: Any, tokenizer: Any) -> None:
     root = tmp_path / "set"
     (root / "images").mkdir(parents=True)
@@ -147,12 +174,12 @@ def test_pictures_go_in_full_batches_of_one_size_and_equal_ones_once(tmp_path: P
 
 
 def test_long_documents_are_split_at_paragraphs_or_left_out(tmp_path: Path, kit: Any, grammar: Grammar) -> None:
-    paragraphs = ["a" * 30, "b" * 30, "c" * 70, "d" * 10]
+    paragraphs = ["a" * 30, "b" * 30, "c" * 60, "d" * 10]
     image = CodesPart(np.ones((4, 4), np.int32))
     pieces = split(Document((TextPart("\n\n".join(paragraphs)), image, TextPart("end"))), grammar, 64 + 2)
     assert [piece.parts for piece in pieces] == [
         (TextPart("a" * 30 + "\n\n" + "b" * 30),),
-        (TextPart("c" * 70),),
+        (TextPart("c" * 60),),
         (TextPart("d" * 10), image, TextPart("end")),
     ]
     recipe = "two\n" * 20
@@ -166,9 +193,55 @@ def test_long_documents_are_split_at_paragraphs_or_left_out(tmp_path: Path, kit:
     kit.write(root / "docs.jsonl", [dict(segments=segments), dict(segments=segments[:1])])
     kit.write(root / "captions.jsonl", [dict(image="0.png", text="e" * 70), dict(image="0.png", text="f")])
     report = run([opened(root)], grammar, kit.Tokenizer(), tmp_path / "out", max_tokens=66).sources["set"]
-    assert report.skipped == {"too_long": 1, "too_long_part": 1} and report.split_items == 1
-    assert report.documents == 1 + 2 + 1 and report.longest <= 66
-    assert [row["kind"] for row in read_skipped(tmp_path / "out/set/00000.array_record")] == [
-        "too_long",
-        "too_long_part",
-    ]
+    assert report.skipped == {"too_long": 1} and report.split_items == 1
+    assert report.documents == 1 + 3 + 1 and report.longest <= 66
+    report = run([opened(root, files=("docs",))], grammar, kit.Tokenizer(), tmp_path / "small", max_tokens=19)
+    assert report.sources["set"].skipped == {"too_long_part": 1}, "a picture takes 20 tokens with <bos> and <eos>"
+    (skipped,) = read_skipped(tmp_path / "small/set/00000.array_record")
+    assert skipped["kind"] == "too_long_part" and "in one picture or character" in skipped["reason"]
+
+
+LONG = {
+    "words": "word0 runs  over word1,\tand word2 " * 40,
+    "no spaces": "\u8d64\u3044\u661f\u304c\u9752\u3044\u5186\u306e\u4e0a\u306b" * 30,
+    "marks and joiners": "e\u0301\U0001f469\U0001f3fd\u200d\U0001f52c" * 60,
+    "blanks": "a" + " " * 300 + "b",
+    "one word among others": "short " * 5 + "x" * 200 + " short" * 5,
+    "a line among lines": "one\n" + "word " * 60 + "\ntwo",
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("max_tokens", [40, 64])
+def test_a_line_that_is_too_long_by_itself_is_cut_and_nothing_of_it_is_lost(
+    grammar: Grammar, name: str, max_tokens: int
+) -> None:
+    text = LONG[name]
+    pieces = [piece.parts[0].text for piece in split(Document((TextPart(text),)), grammar, max_tokens)]
+    joined = "".join(pieces)
+    assert joined == text or ("lines" in name and joined.replace("\n", "") == text.replace("\n", ""))
+    lengths = [len(grammar.encode(Document((TextPart(piece),)))) for piece in pieces]
+    assert max(lengths) <= max_tokens
+    if name == "words":
+        assert all(piece[0].isspace() for piece in pieces[1:]), "cut before words"
+        assert min(lengths[:-1]) > max_tokens - len("word0,") - 3, "each piece is as long as it can be"
+    whole = characters(text)
+    for piece in pieces:  # no character is parted from its marks
+        assert all(character in whole for character in characters(piece))
+
+
+def test_a_long_text_takes_time_in_proportion(grammar: Grammar) -> None:
+    """Pieces are found by halving: adding word after word would read each piece a thousand times."""
+    reads = 0
+
+    class Counting(type(grammar.text_codec)):
+        def encode(self, text: str) -> list[int]:
+            nonlocal reads
+            reads += len(text)
+            return super().encode(text)
+
+    counting = Grammar(grammar.vocabulary, grammar.layout, Counting())
+    text = "ab " * 20_000
+    pieces = split(Document((TextPart(text),)), counting, 4096)
+    assert "".join(piece.parts[0].text for piece in pieces) == text and len(pieces) == 15
+    assert reads < 30 * len(text)

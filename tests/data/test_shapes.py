@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from ar_unified.data import scenes, shapes
+from ar_unified.data.sources import open_source
+from ar_unified.errors import UserError
 from ar_unified.evaluation.shapes import read_scene
 
 
@@ -146,3 +148,16 @@ def test_the_names_are_known_without_tensorflow() -> None:
         "assert b.info.file_format.value == 'array_record' and 'tensorflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_is_drawn_here_is_not_said_to_be_downloaded(tmp_path, monkeypatch, capsys):
+    few = {split: 3 for split in scenes.SPLITS}
+    monkeypatch.setattr(shapes.Shapes, "counts", lambda self: few)
+    for _ in range(2):
+        source = open_source(dict(kind="tfds", name="shapes/stories_32", data_dir=str(tmp_path)))
+        assert len(source) == 3
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "Unknown" not in out and "Downloading" not in out
+    assert "shapes/stories_32/1.1.0: drawn here, nothing is downloaded: 3 train, 3 validation" in out
+    with pytest.raises(UserError, match="shapes/stories_32': Unknown split 'dev'"):
+        open_source(dict(kind="tfds", name="shapes/stories_32", split="dev", data_dir=str(tmp_path)))

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import base64
+import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from ar_unified.data.images import to_png
 from ar_unified.data.sources import BadItem, open_source, read, texts
 from ar_unified.document import Document, ImagePart, TextPart
+from ar_unified.errors import UserError
 
 
 def test_a_folder_is_its_three_files_in_order(folder: Path, kit: Any) -> None:
@@ -61,11 +64,14 @@ def test_paths_stay_inside_the_folder(tmp_path: Path, kit: Any) -> None:
     (root / "sub" / "out.png").symlink_to(tmp_path / "secret.png")
     (root / "sub" / "in.png").symlink_to(root / "fine.png")
     (root / "loop.png").symlink_to(root / "loop.png")
-    names = ["../secret.png", "sub/../../secret.png", str(root / "fine.png"), "sub/out.png", "/etc/passwd"]
-    others = {"sub/in.png": None, "sub/../fine.png": None, "loop.png": "missing_image", "sub": "missing_image"}
-    kit.write(root / "captions.jsonl", [dict(image=name, text="x") for name in [*names, *others, "nul\0.png"]])
-    found = [item.kind if isinstance(item, BadItem) else None for _, item in read(_captions(root), range(10))]
-    assert found == ["path_escapes"] * len(names) + [*others.values(), "missing_image"]
+    os.mkfifo(root / "pipe.png")
+    good = ["sub/in.png", "sub/../fine.png", str(root / "fine.png"), (root / "fine.png").as_uri(), "../set/fine.png"]
+    out = ["../secret.png", "sub/../../secret.png", "sub/out.png", "/etc/passwd", (tmp_path / "secret.png").as_uri()]
+    missing = ["loop.png", "sub", "nul\0.png", "pipe.png", "https://example.org/a.png", "\ud800.png", "n" * 300]
+    names = [*good, *out, *missing]
+    kit.write(root / "captions.jsonl", [json.dumps(dict(image=name, text="x")).encode() for name in names])
+    found = [item.kind if isinstance(item, BadItem) else None for _, item in read(_captions(root), range(len(names)))]
+    assert found == [None] * len(good) + ["path_escapes"] * len(out) + ["missing_image"] * len(missing)
 
 
 def _captions(root: Path, **options: Any) -> Any:
@@ -115,12 +121,22 @@ def test_wrong_specs_say_what_is_expected(tmp_path: Path) -> None:
     for spec, message in [
         (dict(kind="parquet"), "expected kind one of"),
         (dict(kind="jsonl", path="nowhere.jsonl"), "nowhere.jsonl: no such file"),
-        (dict(kind="folder", path=tmp_path), "expected a folder with at least one of captions.jsonl"),
+        (
+            dict(kind="folder", path=tmp_path),
+            "expected a folder with captions.jsonl or docs.jsonl or vqa.jsonl .* no file of these names",
+        ),
+        (
+            dict(kind="folder", path=tmp_path / "nowhere", files=("captions",)),
+            "captions.jsonl .* no such folder at .*path=DIR",
+        ),
+        (dict(kind="tfds", name="shape/captions", data_dir=str(tmp_path)), "TFDS dataset 'shape/captions'"),
+        (dict(kind="tfds", name="shapes/nothing", data_dir=str(tmp_path)), "BuilderConfig nothing not found"),
         (dict(kind="jsonl", path="x", colour="red"), "unexpected keyword argument 'colour'"),
         (dict(kind="folder", path=tmp_path, files=("captions",), split="train[5]"), "captions.jsonl: no such file"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message) as caught:
             open_source(spec)
+        assert len(str(caught.value)) < 500, "one sentence, not a list of all datasets"
 
 
 @pytest.mark.parametrize("takes", [0.0, 2e-3])  # seconds an item: read in place, read ahead by threads
@@ -185,5 +201,8 @@ def test_plain_pictures_are_documents_of_one_picture(tmp_path: Path, kit: Any) -
     before = source.fingerprint
     (tmp_path / "c.jpg").unlink()
     assert open_source(dict(kind="pictures", path=tmp_path)).fingerprint != before
-    with pytest.raises(ValueError, match="picture files .* found none"):
+    with pytest.raises(UserError, match="picture files .* found none"):
+        (tmp_path / "b" / "2.PNG").unlink()
+        open_source(dict(kind="pictures", path=tmp_path / "b"))
+    with pytest.raises(UserError, match="nowhere: no such file or folder"):
         open_source(dict(kind="pictures", path=tmp_path / "nowhere"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import tracemalloc
@@ -15,7 +16,7 @@ import pytest
 from ar_unified.data import text_files
 from ar_unified.data.balance import passes, places, text_bytes
 from ar_unified.data.items import has_pictures, language
-from ar_unified.data.loader import ImageBatches
+from ar_unified.data.loader import ImageBatches, NothingReadable
 from ar_unified.data.prepare import prepare
 from ar_unified.data.sources import BadItem, open_source, read, texts
 from ar_unified.data.validate import validate
@@ -180,7 +181,13 @@ def test_text_alone_becomes_tokens_and_what_a_tokenizer_loses_is_left_out(tmp_pa
     for by, documents, skipped in (("line", 11, {"text_lost": 1}), ("file", 0, {"text_lost": 1})):
         folder = tmp_path / by
         report = prepare(
-            [source(tmp_path / "a.txt", by=by)], grammar, tokenizer, folder, max_tokens=32, show_progress=False
+            [source(tmp_path / "a.txt", by=by)],
+            grammar,
+            tokenizer,
+            folder,
+            max_tokens=32,
+            may_be_lost=True,
+            show_progress=False,
         )
         assert report.sources["a"].documents == documents and report.sources["a"].skipped == skipped
     assert "a.txt:2" in (tmp_path / "line" / "skipped.jsonl").read_text()
@@ -194,6 +201,15 @@ def test_an_image_tokenizer_is_trained_on_sources_with_pictures_only(corpus: Pat
     assert batches.sources == [pictures] and batches.batch(0)["pixels"].shape == (4, 16, 16, 3)
     with pytest.raises(ValueError, match="expected a source with pictures, found corpus"):
         ImageBatches([source(corpus)], size=(16, 16), batch_size=4)
+    batches.check()
+    (folder / "docs.jsonl").write_text(json.dumps(dict(segments=[dict(type="text", text="words")])) + "\n{\n" * 2)
+    wordy = open_source(dict(kind="folder", path=folder, files=("docs",), label="wordy"))
+    for ask in (ImageBatches([pictures, wordy], size=(16, 16), batch_size=4).check,
+                lambda: ImageBatches([wordy], size=(16, 16), batch_size=4).batch(0)):  # fmt: skip
+        with pytest.raises(
+            NothingReadable, match="'wordy': no readable picture in its 3 documents: 1 no_picture, first"
+        ):
+            ask()
 
 
 def test_validate_reads_a_folder_of_text(corpus: Path) -> None:
@@ -201,7 +217,7 @@ def test_validate_reads_a_folder_of_text(corpus: Path) -> None:
     assert found.tasks == {"text": 4} and not found.bad
 
 
-def test_text_of_a_tfds_dataset_knows_its_language(tmp_path: Path) -> None:
+def test_text_of_a_tfds_dataset_knows_its_language(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import tensorflow_datasets as tfds
 
     class Sentences(tfds.core.GeneratorBasedBuilder):
@@ -223,3 +239,5 @@ def test_text_of_a_tfds_dataset_knows_its_language(tmp_path: Path) -> None:
     found = open_source(dict(kind="tfds", name="sentences", data_dir=str(tmp_path)))
     assert {language(found, i): found.texts(i) for i in range(2)} == {"nld": ["een cirkel"], "eng": ["a circle"]}
     assert found[0].task == "text" and not has_pictures(found)
+    said = capsys.readouterr().out
+    assert "sentences/1.0.0: prepared by TFDS, which downloads what it needs, into" in said and "Unknown" not in said

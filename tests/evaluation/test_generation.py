@@ -173,3 +173,61 @@ def test_without_a_checker_pictures_are_drawn_but_not_scored():
     metrics, kept, _ = run(make(), protocol="exact")
     assert "text_to_image_exact" not in metrics and metrics["image_to_text_exact"] == 1
     assert {e.correct for e in kept if e.kind == "text_to_image"} == {None}
+
+
+# ---- interleaved documents that no checker knows ------------------------------------------------------------------
+
+
+def pages(n=4):
+    """Text, picture, text: as a folder of recipes has them."""
+    documents = make(n)[2::3]
+    return [Document((*d.parts[:2], TextPart(f"then {i}"))) for i, d in enumerate(documents)]
+
+
+def test_of_interleaved_documents_alone_the_next_parts_are_asked():
+    metrics, kept, oracle = run(pages(), protocol="exact")
+    assert metrics["counts"] == {"parse_rate": 8, "next_text_exact": 4, "tokenizer_psnr": 4, "next_picture_psnr": 4}
+    assert metrics["next_text_exact"] == metrics["parse_rate"] == 1 and metrics["next_picture_psnr"] == 100
+    assert [(e.kind, len(e.prompt)) for e in kept] == [("next_picture", 1)] * 4 + [("next_text", 2)] * 4
+    assert oracle.calls == [4, 4]
+    note = metrics["note"]
+    assert "looked for captions" in note and "'exact'" in note and "4 of kind interleaved" in note
+    assert "4 next pictures and 4 next texts" in note
+
+
+def test_a_wrong_next_part_is_counted_as_wrong():
+    def answer(request, truth):
+        return TextPart("no") if request.id == "next_text-0" else CodesPart(np.zeros((1, 1), np.int32)) if (
+            request.mode == "image"
+        ) else truth  # fmt: skip
+
+    metrics, _, _ = run(pages(), protocol="exact", answer=answer)
+    assert metrics["next_text_exact"] == 3 / 4 and metrics["next_picture_psnr"] < 30
+
+
+def test_a_next_text_may_end_where_a_picture_begins():
+    """The document goes on behind the text: the model is free to begin that picture, and has room for it."""
+    asked = []
+
+    def answer(request, truth):
+        asked.append(request)
+        return truth
+
+    documents = [Document((*d.parts, d.parts[1])) for d in pages()]
+    metrics, _, _ = run(documents, protocol="exact", answer=answer)
+    texts = [request for request in asked if request.id.startswith("next_text")]
+    assert metrics["next_text_exact"] == 1 and {request.mode for request in texts} == {"free"}
+    assert all(request.max_images == 1 and request.max_tokens >= 3 + len("then 0") for request in texts)
+    begins_with_a_picture = lambda request, truth: CodesPart(np.zeros((1, 1), np.int32))  # noqa: E731
+    assert run(documents, protocol="exact", answer=begins_with_a_picture)[0]["next_text_exact"] == 0
+
+
+def test_stories_that_a_protocol_checks_are_not_asked_twice():
+    metrics, kept, _ = run(make()[2::3])
+    assert metrics["story_change_exact"] == 1 and {e.kind for e in kept} == {"story"} and "note" not in metrics
+
+
+def test_nothing_to_ask_is_said_with_what_was_looked_for():
+    metrics, kept, oracle = run([Document((TextPart("only words"),))] * 3, protocol="exact")
+    assert metrics["counts"] == {} and not kept and not oracle.calls
+    assert "found documents: 3 of kind text. Nothing was asked" in metrics["note"]

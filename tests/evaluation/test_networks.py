@@ -6,14 +6,12 @@ import hashlib
 
 import numpy as np
 import pytest
+from ar_tokenizers.image import inception, lpips
 from safetensors.numpy import save_file
 
+from ar_unified.evaluation import networks
 from ar_unified.evaluation.tokenizer import evaluate_tokenizer
 from tests.evaluation.test_tokenizer import SIZE, Album, Greys, exact
-
-inception = pytest.importorskip("ar_tokenizers.image.inception")
-lpips = pytest.importorskip("ar_tokenizers.image.lpips")
-networks = pytest.importorskip("ar_unified.evaluation.networks")
 
 
 def weights(shapes, path):

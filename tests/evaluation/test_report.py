@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from html import unescape
 from html.parser import HTMLParser
 
 import numpy as np
@@ -16,7 +17,9 @@ from ar_unified.evaluation.generation import Example
 from ar_unified.evaluation.report import wilson, write_report
 from ar_unified.evaluation.sheets import section
 from ar_unified.evaluation.tokenizer import evaluate_tokenizer
+from ar_unified.training.telemetry import read_metrics
 from tests.evaluation.test_tokenizer import SIZE, Album, Greys, exact, noisy
+from tests.training import tiny
 
 EVALUATION = {
     "text_to_image_exact": 0.93,
@@ -86,7 +89,7 @@ def test_numbers_stand_beside_their_bars(tmp_path):
 
 
 def test_the_page_is_whole_and_loads_nothing(tmp_path):
-    rows = [{"step": s, "loss": 1 / s, "role_loss/image": 0.5 / s, "psnr": 20.0 + s, "mfu": None} for s in range(1, 9)]
+    rows = [{"step": s, "loss": 1 / s, "psnr": 20.0 + s, "mfu": None} for s in range(1, 9)]
     log = tmp_path / "metrics.jsonl"
     log.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9, "lo')  # torn by a kill
     html, found, words = page(
@@ -102,7 +105,7 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path):
     )
     assert all(re.match(r"#|data:image/", address) for address in found.loaded)
     assert not re.search(r"@import|url\(|fetch\(|https?:", html)
-    for said in ("Loss by role", "PSNR", "1 min 06 s", "10 steps of 4 rows of 8 tokens: 320 in all", "2.2 M"):
+    for said in ("Loss", "PSNR", "1 min 06 s", "10 steps of 4 rows of 8 tokens: 320 in all", "2.2 M"):
         assert said in words, said
     assert "MFU" not in words  # no series, no chart
 
@@ -199,3 +202,37 @@ def whole(numbers):
     """Numbers with what every result has."""
     found, _ = evaluate_tokenizer(Greys(), [Album("a", exact(1))], size=SIZE)
     return found | numbers
+
+
+def test_charts_of_modalities_read_what_a_training_writes(tmp_path):
+    """The rows are those of a real training of a tiny model: a key that nobody emits would draw nothing."""
+    tiny.run(tmp_path / "run", steps=4, validate_every=2, log_every=1)
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    html, _, words = page(tmp_path, telemetry={"transformer": rows})
+    for said in ("log Z by role", "Text and pictures, by layer", "Text and pictures, over time", "step 4"):
+        assert said in words, said
+    charts = {title: json.loads(unescape(data)) for data, title in _charts(html)}
+    assert {name for name, _ in charts["log Z by role"]} == {"text", "image"}
+    assert {name for name, _ in charts["Speed"]} == {"all", "text", "image"}
+    layers = dict(charts["Text and pictures, by layer"])
+    at = "validation/attention/text_to_image"
+    last = [row for row in rows if f"{at}/uniform" in row][-1]
+    assert layers["text at pictures"] == [[i, float(f"{last[f'{at}/layer_{i}']:.5g}")] for i in range(2)]
+    assert [step for step, _ in dict(charts["Text and pictures, over time"])["pictures at text"]] == [2, 4]
+    assert "by heart" not in words
+
+
+def _charts(html):
+    return [
+        (re.search(r'data-series="([^"]*)"', chart).group(1), unescape(re.search(r"<h4>(.*?) <small>", chart).group(1)))
+        for chart in html.split('<figure class="chart">')[1:]
+    ]
+
+
+def test_a_training_that_turned_and_an_evaluation_without_questions_are_told(tmp_path):
+    losses = zip((100, 200, 300, 400), (6.5, 6.1, 6.8, 7.05), strict=True)
+    rows = [row for s, v in losses for row in ({"step": s, "loss": 100 / s}, {"step": s, "validation/loss": v})]
+    said = page(tmp_path, telemetry={"transformer": rows})[2]
+    assert "lowest at step 200 (6.1) and has risen since (7.05 at step 400" in said
+    for evaluation in ({"counts": {}, "note": "looked for <b>"}, EVALUATION | {"note": "looked for <b>"}):
+        assert "held out: looked for <b>." in page(tmp_path, evaluation=evaluation)[2]

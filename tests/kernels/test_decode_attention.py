@@ -56,6 +56,7 @@ def test_bfloat16_is_near_the_reference_on_the_same_numbers(name):
         assert relative(run(CASES[name], backend, jnp.bfloat16)[0], expected) < 2e-2, backend
 
 
+@pytest.mark.newest_jax
 @pytest.mark.skipif(not hasattr(plgpu, "InterpretGPUParams"), reason="this JAX cannot emulate a Hopper GPU; 0.12 can")
 @pytest.mark.parametrize("name", HOPPER_CASES)
 def test_hopper_emulated_is_near_the_reference_on_the_same_numbers_and_has_no_races(name):
@@ -107,6 +108,7 @@ def test_xla_reads_no_more_of_a_cache_than_the_prefix_its_longest_row_needs(long
         assert relative(found[finite], right[finite]) < 1e-5
 
 
+@pytest.mark.exact
 def test_by_xla_a_row_gets_the_same_bits_whatever_prefix_its_batch_needs():
     """Else a sample would depend on those beside it. Of a cache of 1000 slots, no multiple of 64, the last bits do."""
     alone = DecodeCase((100, 1), 1024).arrays()

@@ -50,6 +50,7 @@ def run(case: Case) -> tuple[dict, dict]:
     return tuple({k: np.asarray(v, np.float64) for k, v in x.items()} for x in (found, expected))
 
 
+@pytest.mark.newest_jax
 @emulated
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FEW_HEADS)

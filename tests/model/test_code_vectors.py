@@ -51,6 +51,7 @@ def test_only_the_rows_of_codes_change_and_keep_their_size(tied):
     assert similar.mean() > others.mean() + 0.15
 
 
+@pytest.mark.exact
 def test_a_task_begins_so_on_any_mesh():
     task, tx = tiny.task(code_vectors=VECTORS), make_optimizer(tiny.TRAINING.optimizer, 8)
     found = []

@@ -114,6 +114,7 @@ def test_a_position_sees_itself_and_the_past_of_its_document_and_nothing_else(ch
     np.testing.assert_array_equal(reach > 0, expected)
 
 
+@pytest.mark.exact
 def test_packed_documents_are_as_if_each_were_alone(chunks):
     params = make_params(CONFIG)
     tokens, positions, doc_start, where = packed_rows()
@@ -126,6 +127,7 @@ def test_packed_documents_are_as_if_each_were_alone(chunks):
         np.testing.assert_allclose(packed[row, place], alone[i, : place.stop - place.start], atol=1e-5)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("norm_placement", ["pre", "swin"])
 def test_prefill_and_decode_equal_the_teacher_forced_forward(norm_placement):
     config = dataclasses.replace(CONFIG, norm_placement=norm_placement)
@@ -159,6 +161,7 @@ def test_prefill_and_decode_equal_the_teacher_forced_forward(norm_placement):
         start += 1
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize(
     "shape", [dict(data=4, tensor=2), dict(data=2, tensor=4), dict(fsdp=2, tensor=2, context=2)], ids=str
 )
@@ -323,6 +326,7 @@ def test_a_wrong_config_says_what_was_expected(wrong, message):
         config_from({"preset": "debug"} | wrong, 40)
 
 
+@pytest.mark.interop
 def test_logits_equal_those_of_hugging_face_llama():
     torch = pytest.importorskip("torch", reason="parity with Hugging Face needs torch (the [interop] extra)")
     transformers = pytest.importorskip("transformers", reason="parity with Hugging Face needs transformers")

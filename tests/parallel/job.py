@@ -119,7 +119,7 @@ class Bigram(NothingKept):
     """The smallest model that learns: the next token from the embedding of this one. It compiles in no time."""
 
     batch: Any
-    validation: tuple[()] = ()
+    validation: Any = ()
     name: str = "bigram"
     unit: str = "tokens"
 
@@ -154,7 +154,8 @@ def train(folder: Path | str, mesh: Any, pause: float = 0.0, **settings: Any) ->
         time.sleep(pause)
         return tiny.packed(step, *part)
 
-    tiny.run(folder, task=Bigram(batch), mesh=mesh, logger=runtime.say, **settings)
+    validation = [tiny.packed(10_000)] if settings.get("validate_every") else ()
+    tiny.run(folder, task=Bigram(batch, validation), mesh=mesh, logger=runtime.say, **settings)
 
 
 def main() -> None:

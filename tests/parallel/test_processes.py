@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 import shutil
 import signal
@@ -16,6 +15,7 @@ import pytest
 from ar_unified.checkpoint import Checkpoints
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.training.telemetry import read_metrics
+from tests.moments import random_moments
 from tests.parallel.job import Job, train
 from tests.parallel.under_fire import under_fire
 
@@ -48,16 +48,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[float]]:
     return {n: finish(tmp_path_factory.mktemp(f"whole{n}"), n) for n in (1, 2, 4)}
 
 
+@pytest.mark.exact
 def test_the_losses_are_those_of_one_process(whole):
     assert whole[1][-1] < whole[1][0]
     for processes in (2, 4):
         np.testing.assert_allclose(whole[processes], whole[1], rtol=1e-6)
 
 
-def test_sigterm_to_one_stops_all_at_one_step_with_a_checkpoint(whole, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_stops_all_at_one_step_with_a_checkpoint(whole, tmp_path, number):
     job = Job(tmp_path / "two", 2, pause=0.1, **SETTINGS)
     job.until(step=2)
-    job.send(1, signal.SIGTERM)
+    job.send(1, number)
     assert [code for code, _ in job.end()] == [143, 143]
     stops = [re.findall(r"SIGTERM, stopped after step (\d+) with a checkpoint", job.log(i)) for i in range(2)]
     latest = Checkpoints(tmp_path / "two" / "checkpoints", readonly=True).latest()
@@ -67,6 +69,7 @@ def test_sigterm_to_one_stops_all_at_one_step_with_a_checkpoint(whole, tmp_path)
     np.testing.assert_allclose(finish(tmp_path / "two", 4), whole[1], rtol=1e-6)
 
 
+@pytest.mark.exact
 def test_sigkill_to_one_stops_the_other_with_its_name_and_nothing_is_lost(whole, tmp_path):
     job = Job(tmp_path, 2, heartbeat=8, pause=0.1, **SETTINGS)
     job.until(step=10)
@@ -79,6 +82,17 @@ def test_sigkill_to_one_stops_the_other_with_its_name_and_nothing_is_lost(whole,
     assert finish(tmp_path, 2) == whole[2]  # bit for bit
 
 
+def test_all_processes_save_where_the_validation_loss_is_lowest(tmp_path):
+    """No checkpoint is due but the last: those between are of validations that were the best so far."""
+    settings = dict(steps=12, log_every=1, validate_every=4, checkpoint_every=0, keep=9)
+    ended = Job(tmp_path / "two", 2, **settings).end()
+    assert [code for code, _ in ended] == [0, 0], ended
+    train(tmp_path / "one", make_mesh({}, jax.devices()[:1]), **settings)
+    two, one = (Checkpoints(tmp_path / name / "checkpoints", readonly=True) for name in ("two", "one"))
+    assert two.steps() == one.steps() == [4, 8, 12]
+    assert two.best()[0] == one.best()[0] and two.best()[1] == pytest.approx(one.best()[1], rel=1e-6)
+
+
 def test_who_does_not_come_is_named(tmp_path):
     [(code, output)] = Job(tmp_path, 2, start=4, absent=[1], **SETTINGS).end()
     assert code and "gave up at the start: process 1 did not come to localhost:" in output
@@ -87,4 +101,4 @@ def test_who_does_not_come_is_named(tmp_path):
 
 
 def test_no_checkpoint_is_lost_under_fire(tmp_path):
-    assert len(under_fire(tmp_path, 3, seed=random.randrange(2**32))) == 3
+    assert len(under_fire(tmp_path, 3, random_moments())) == 3

@@ -13,15 +13,16 @@ from pathlib import Path
 import jax
 
 from ar_unified.checkpoint import Checkpoints
+from tests.moments import random_moments
 from tests.parallel.job import Job
 
 
-def under_fire(folder: Path, kills: int, seed: int) -> list[int]:
+def under_fire(folder: Path, kills: int, rng: random.Random) -> list[int]:
     """Kills the job `kills` times and starts it again each time; returns the latest checkpoint after each.
 
     After each kill, every checkpoint that is seen must load whole, and the newest must not be older than before.
     """
-    rng, latest = random.Random(seed), [0]
+    latest = [0]
     for number in range(kills):
         job = Job(folder, 2, steps=1_000_000, log_every=1, checkpoint_every=3, keep=2, pause=0.01)
         job.until(latest[-1] + 4)
@@ -43,4 +44,4 @@ def under_fire(folder: Path, kills: int, seed: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    under_fire(Path(sys.argv[1]), int(sys.argv[2]), seed=int(time.time()))
+    under_fire(Path(sys.argv[1]), int(sys.argv[2]), random_moments())

@@ -42,7 +42,7 @@ def test_filters_equal_a_sorted_reference():
         np.testing.assert_array_equal(found[row], expected, err_msg=f"row {row}: k={k[row]} p={p[row]}")
 
 
-def choose(logits, **changes):
+def choose_tokens(logits, **changes):
     rows = len(logits)
     arguments = dict(
         allowed=None,
@@ -51,7 +51,11 @@ def choose(logits, **changes):
         keys=decoding.row_keys(jnp.arange(rows, dtype=jnp.uint32), jnp.zeros(rows, jnp.int32)),
         position=jnp.arange(rows),
     )
-    return np.asarray(decoding.choose(logits, **(arguments | changes))[0])
+    return decoding.choose(logits, **(arguments | changes))[0]
+
+
+def choose(logits, **changes):
+    return np.asarray(choose_tokens(logits, **changes))
 
 
 def test_draws_follow_the_distribution():
@@ -70,6 +74,25 @@ def test_modality_decides_temperature():
     drawn = choose(logits, filters=both.at(image))
     greedy = np.argmax(logits, axis=-1)
     assert (drawn[1::2] == greedy[1::2]).all() and (drawn[::2] != greedy[::2]).any()
+
+
+def test_what_is_drawn_stays_within_top_k_and_top_p():
+    rows = 4000
+    logits = jnp.tile(jnp.log(jnp.array([0.2, 0.4, 0.1, 0.3])), (rows, 1))
+    cases = [
+        (Filter(top_k=2), {1: 4 / 7, 3: 3 / 7}),
+        (Filter(top_p=0.75), {1: 4 / 9, 3: 3 / 9, 0: 2 / 9}),
+        (Filter(top_k=3, top_p=0.7), {1: 4 / 7, 3: 3 / 7}),  # of what top_k leaves, 0.78 is in two
+        (Filter(0.5, top_p=0.5), {1: 1.0}),  # of 0.53, as the temperature makes of 0.4
+    ]
+    draw = jax.jit(lambda filters: choose_tokens(logits, filters=filters))
+    for text, expected in cases:
+        for image in (False, True):  # each modality has a filter of its own
+            pair = (Filter(top_k=1), text) if image else (text, Filter(top_k=1))
+            drawn = np.asarray(draw(Filters.of([pair] * rows).at(jnp.full(rows, image))))
+            shares = np.bincount(drawn, minlength=4) / rows
+            np.testing.assert_allclose(shares, [expected.get(i, 0) for i in range(4)], atol=0.04, err_msg=str(text))
+            assert set(drawn.tolist()) == set(expected), text
 
 
 def test_the_mask_wins_over_any_logits_and_nan_is_told():
@@ -101,6 +124,7 @@ def test_the_penalty_moves_what_was_said_away_from_being_said_again():
     np.testing.assert_array_equal(found, [[1.0, -4.0, 2.0, -2.0], [2.0, -2.0, 2.0, -2.0]])
 
 
+@pytest.mark.exact
 def test_noise_belongs_to_seed_sample_and_position_not_to_the_slot():
     logits = jnp.tile(jax.random.normal(jax.random.key(0), (V,)), (B, 1))
     seeds, samples, position = (jnp.arange(B) % m for m in (7, 3, 5))
@@ -112,6 +136,10 @@ def test_noise_belongs_to_seed_sample_and_position_not_to_the_slot():
     for a, b, c, t in zip(seeds, samples, position, token, strict=True):
         same[int(a), int(b), int(c)].add(int(t))
     assert all(len(tokens) == 1 for tokens in same.values()) and len(set(token.tolist())) > 20
+    for varied in range(3):  # and each of the three matters alone
+        seed, sample, at = (jnp.arange(B) if i == varied else jnp.zeros(B, jnp.int32) for i in range(3))
+        alone = choose(logits, keys=decoding.row_keys(seed.astype(jnp.uint32), sample), position=at)
+        assert len(set(alone.tolist())) > 20, varied
 
 
 @pytest.mark.parametrize(
@@ -122,6 +150,7 @@ def test_a_filter_nothing_can_be_drawn_with_is_refused(bad):
         bad.check("image")
 
 
+@pytest.mark.exact
 def test_mix_is_the_weighted_sum_and_scale_one_is_no_guidance_bit_for_bit():
     c, u, i = jax.random.normal(jax.random.key(1), (3, 4, V))
     scales = [3.0, 1.0, 0.0, 2.0]

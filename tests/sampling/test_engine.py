@@ -42,7 +42,7 @@ def requests(grammar, **changes):
         Request("edit", (picture(grammar, 2), TextPart("p")), mode="image", guidance=3.0, image_guidance=1.2, n=2),
         Request("not", (TextPart("ab"),), mode="image", guidance=4.0, context="negative_prompt", negative_prompt="dd"),
         Request("alike", (picture(grammar, 3), TextPart("o")), mode="image", guidance=2.0, context="image_only"),
-        Request("hole", (TextPart("ab"),), mode="image", canvas=hole, image_size=size, guidance=2.0),
+        Request("hole", (TextPart("ab"),), mode="image", canvas=hole, image_size=size, guidance=2.0, min_images=2),
         Request("anew", (TextPart("abcd"),), mode="text", max_tokens=12, repetition_penalty=1.5, seed=4),
     ]
     return [dataclasses.replace(row, **changes) for row in rows]
@@ -129,10 +129,13 @@ def test_every_sample_parses_and_keeps_its_request(grammar, params):
             assert {part.codes.shape for part in pictures} == {request.image_size}
     codes, canvas = found["hole", 0].document.parts[0].codes, found["hole", 0].request.canvas
     np.testing.assert_array_equal(codes[canvas >= 0], canvas[canvas >= 0])
+    second = found["hole", 0].document.parts[1].codes  # the canvas is the first picture's alone
+    assert (second[canvas >= 0] != canvas[canvas >= 0]).any()
     assert found["short", 0].finish_reason == "length" and found["t2i", 0].finish_reason == "eos"
     assert not np.array_equal(found["i2t", 0].tokens, found["i2t", 1].tokens)
 
 
+@pytest.mark.exact
 def test_a_sample_depends_on_weights_request_seed_and_index_only(grammar, params):
     """DESIGN §3.5. Alone, permuted, in other slots, beside other mates, resumed, by another engine: the same bits."""
     asked = requests(grammar)
@@ -156,6 +159,7 @@ def test_a_sample_depends_on_weights_request_seed_and_index_only(grammar, params
     assert any(not np.array_equal(other[key].tokens, reference[key].tokens) for key in reference)
 
 
+@pytest.mark.exact
 def test_a_mesh_gives_the_same_tokens(params):
     """Rows over two devices and heads over two: data 2 x tensor 2."""
     grammar = GRAMMARS["grid"]

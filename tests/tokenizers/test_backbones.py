@@ -105,6 +105,7 @@ def test_weights_travel_by_taming_names(attention):
         taming.from_taming(config, state)
 
 
+@pytest.mark.interop
 @pytest.mark.parametrize(("factor", "attention"), [(8, "middle"), (16, "lowest")])
 def test_encoder_equals_that_of_chameleon_in_transformers(factor, attention):
     torch = pytest.importorskip("torch", reason="parity with Hugging Face needs torch (the [interop] extra)")
@@ -165,6 +166,7 @@ def test_convolutions_and_their_gradients_equal_the_definition(function, definit
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.interop
 def test_decoder_equals_that_of_taming_transformers_written_in_torch():
     torch = pytest.importorskip("torch", reason="parity with torch needs torch (the [interop] extra)")
     pytest.importorskip("transformers", reason="the decoder in torch is made of blocks that transformers has")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
+import scipy.linalg
 from ar_tokenizers.image import convert_perceptual, inception
 from ar_tokenizers.image.weights import read_weights
 
@@ -82,6 +83,7 @@ def torch_pool3(state, pixels):
     return x.mean((2, 3)).numpy()
 
 
+@pytest.mark.interop
 @pytest.mark.slow
 def test_pool3_is_pytorch_fids(tmp_path):
     torch = pytest.importorskip("torch", reason="torch is not installed: pip install -e '.[interop]'")
@@ -131,9 +133,8 @@ def test_distance_is_symmetric_and_zero_for_equals_also_with_few_pictures():
 
 
 def test_distance_is_that_of_the_matrix_root():
-    linalg = pytest.importorskip("scipy.linalg", reason="scipy is not installed")
     (m1, c1), (m2, c2) = gaussian(0, 24, 300), gaussian(3, 24, 300)
-    expected = np.square(m1 - m2).sum() + np.trace(c1 + c2 - 2 * linalg.sqrtm(c1 @ c2).real)
+    expected = np.square(m1 - m2).sum() + np.trace(c1 + c2 - 2 * scipy.linalg.sqrtm(c1 @ c2).real)
     np.testing.assert_allclose(inception.frechet_distance(m1, c1, m2, c2), expected, rtol=1e-9)
 
 

@@ -139,6 +139,7 @@ def torch_lpips(arrays, a, b):
     return total[:, 0].numpy()
 
 
+@pytest.mark.interop
 def test_lpips_is_the_packages(lpips_arrays, lpips_file):
     perceptual, a, b = Perceptual.load("lpips", lpips_file), pictures(2, 16, 33), pictures(2, 16, 33, seed=1)
     found = jax.jit(lambda p, a, b: p.distance(a, b))(perceptual, a, b)
@@ -185,6 +186,7 @@ def torch_resnet(arrays, x):
     return functional.linear(x.mean((2, 3)), w["fc.weight"], w["fc.bias"]).numpy()
 
 
+@pytest.mark.interop
 @pytest.mark.slow
 def test_resnet_logits_are_torchvisions(tmp_path):
     arrays = random_weights(resnet.SHAPES)
@@ -205,6 +207,7 @@ def test_resnet_logits_are_torchvisions(tmp_path):
 # ---- files ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.interop
 def test_torchs_files_become_ours(lpips_arrays, tmp_path, capsys):
     torch = pytest.importorskip("torch", reason="torch is not installed: pip install -e '.[interop]'")
     state = {name: torch.from_numpy(array) for name, array in lpips_arrays.items()}

@@ -6,6 +6,7 @@ import io
 import random
 import re
 import tracemalloc
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -53,11 +54,45 @@ def test_round_trip(either, text):
     assert all(0 < id < either.size for id in ids)  # 0 is <unk>
 
 
-@pytest.mark.skipif(not TEXTS.is_dir(), reason=f"{TEXTS} is not here")
+def thirty_scripts() -> dict[str, str]:
+    """Texts of words in the letters and marks of thirty blocks of Unicode, as far apart as languages are."""
+    blocks = [
+        *(0x61, 0xE0, 0x100, 0x250, 0x3B1, 0x430, 0x561, 0x5D0, 0x627, 0x710, 0x905, 0x985, 0xA05, 0xA85, 0xB05),
+        *(
+            0xB85,
+            0xC05,
+            0xC85,
+            0xD05,
+            0xE01,
+            0xE81,
+            0xF40,
+            0x1000,
+            0x10D0,
+            0x1200,
+            0x13A0,
+            0x1780,
+            0x3041,
+            0x4E00,
+            0xAC00,
+        ),
+    ]
+    texts = {}
+    for block in blocks:
+        draw = random.Random(block)
+        letters = [chr(code) for code in range(block, block + 26) if unicodedata.category(chr(code)) != "Cn"]
+        words = ["".join(draw.choices(letters, k=draw.randrange(1, 8))) for _ in range(120)]
+        lines = [" ".join(draw.choices(words, k=9)) + draw.choice(".!?\u3002\u0964\u061f") for _ in range(60)]
+        texts[f"U+{block:04X}"] = "\n".join(lines) + "\n"
+    return texts
+
+
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
-def test_thirty_languages_shakespeare_and_source_code_come_back(model_type):
-    languages = {file.stem: file.read_text(encoding="utf-8") for file in sorted((TEXTS / "udhr").glob("*.txt"))}
-    others = [TEXTS / "tinyshakespeare.txt", *sorted(Path(__file__).parents[2].rglob("ar_unified/**/*.py"))]
+def test_thirty_languages_and_source_code_come_back(model_type):
+    """The declaration of human rights and Shakespeare where they lie beside the repository, else what is like them."""
+    files = sorted((TEXTS / "udhr").glob("*.txt"))
+    languages = {file.stem: file.read_text(encoding="utf-8") for file in files} or thirty_scripts()
+    others = sorted(Path(__file__).parents[2].rglob("ar_unified/**/*.py"))
+    others += [TEXTS / "tinyshakespeare.txt"] if files else []
     tokenizer = TextTokenizer.train("\n".join(languages.values()).splitlines(), 8000, model_type=model_type)
     assert len(languages) == 30 and len(others) > 50
     for name, text in languages.items() | {(str(file), file.read_text(encoding="utf-8")) for file in others}:
@@ -179,6 +214,25 @@ def test_long_texts_are_not_dropped():
 def test_a_corpus_without_spaces_teaches_spaces_all_the_same(model_type):
     tokenizer = TextTokenizer.train(["\u4eba\u4eba\u751f\u800c\u81ea\u7531"] * 9, 300, model_type=model_type)
     assert tokenizer.decode(tokenizer.encode(" a  b ")) == " a  b " and len(tokenizer.encode(" ")) == 1
+
+
+@pytest.mark.parametrize("sign", ["\u2585", "\u2581", "\0", "\u2047", "\x85", "\u2028"])
+def test_texts_with_a_reserved_character_are_learned_from_on_both_sides_of_it(sign):
+    with_it = [f"sparkline zebra {i}{sign}quantises xylophones" for i in range(40)]
+    others = [f"the quick brown fox {i}" for i in range(40)]
+    for texts in (with_it, with_it + others):
+        found = TextTokenizer.train(texts, 420)
+        assert len(found.encode("sparkline zebra")) < 6 and len(found.encode("quantises xylophones")) < 6
+        for text in (*texts[:3], sign, f"{sign}{sign} a {sign}"):
+            assert found.decode(found.encode(text)) == text
+    assert len(TextTokenizer.train(with_it, 420).encode("\u2585")) == 3, "three bytes"
+    TextTokenizer.train(with_it, 420, model_type="unigram")
+
+
+def test_texts_of_reserved_characters_alone_are_told():
+    for text in ("\u2585", "\u2581\u2581", "\n", "\t\0"):
+        with pytest.raises(ValueError, match=r"nothing to learn from 3 texts: .*U\+2581 and U\+2585"):
+            TextTokenizer.train([text] * 3, 300)
 
 
 def test_training_errors_keep_their_cause():

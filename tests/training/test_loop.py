@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from functools import partial
+from html import unescape
 from pathlib import Path
 
 import jax
@@ -18,6 +21,7 @@ import numpy as np
 import pytest
 
 from ar_unified.checkpoint import Checkpoints, restore_params
+from ar_unified.evaluation.report import transformer_charts, write_report
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.parallel.rules import place_batch
 from ar_unified.training.loop import NonFinite, Preempted
@@ -26,6 +30,7 @@ from ar_unified.training.step import TrainState, make_train_step
 from ar_unified.training.tasks import TransformerTask
 from ar_unified.training.telemetry import read_metrics
 from ar_unified.vocabulary import ManifestMismatch
+from tests.moments import random_moments
 from tests.training import tiny
 
 
@@ -85,6 +90,19 @@ def test_it_learns_and_says_so(whole):
     assert any("step 8/8  loss" in line and "tokens/s" in line and "ETA" in line for line in lines)
 
 
+def test_the_report_draws_every_chart_of_what_is_written(whole, tmp_path):
+    path = whole[0] / "metrics.jsonl"
+    rows = read_metrics(path)
+    written = {key for row in rows for key in row}
+    for title, _, metrics, _ in transformer_charts(rows):
+        assert metrics and set(metrics) <= written, title
+    write_report(tmp_path / "report.html", title="tiny", evaluation={}, telemetry={"transformer": path})
+    html = (tmp_path / "report.html").read_text()
+    curves = [[name for name, _ in json.loads(unescape(series))] for series in re.findall('data-series="(.*?)"', html)]
+    assert ["image", "text"] in curves and ["image to text", "text to image"] in curves
+
+
+@pytest.mark.exact
 @pytest.mark.parametrize("deaths", [(2,), (5, 7)])
 def test_killed_is_uninterrupted(whole, tmp_path, deaths):
     folder, expected, _, _ = whole
@@ -102,6 +120,7 @@ def test_a_finished_training_is_recognised(whole):
     assert lines == ["transformer: finished already, 8 of 8 steps"]
 
 
+@pytest.mark.exact
 def test_another_mesh_takes_over(whole, tmp_path):
     with pytest.raises(Killed):
         tiny.run(tmp_path, task=tiny.task(batch=dying(5)))
@@ -109,6 +128,7 @@ def test_another_mesh_takes_over(whole, tmp_path):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(np.asarray(x), y, atol=2e-5), params, whole[1])
 
 
+@pytest.mark.exact
 def test_muon_is_resumed_bit_for_bit_and_on_another_mesh(tmp_path):
     changes = dict(optimizer=dataclasses.replace(tiny.TRAINING.optimizer, optimizer="muon"))
     expected = jax.device_get(tiny.run(tmp_path / "whole", **changes))
@@ -185,29 +205,30 @@ def test_the_bad_step_is_not_taken(params):
     assert not report.finite and after.step == 1 and not report.finite_leaves["layers.mlp.gate"].any()
 
 
-def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on(whole, tmp_path):
+@pytest.mark.exact
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on(whole, tmp_path, number):
     def batch(step, *part):
         if step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return tiny.packed(step)
 
     assert threading.current_thread() is threading.main_thread()
     with pytest.raises(Preempted) as stop:
         tiny.run(tmp_path, task=tiny.task(batch=batch))
-    assert stop.value.code == 143 and Checkpoints(tmp_path / "checkpoints", readonly=True).latest() in (
-        4,
-        5,
-    )  # as the batch was early
+    latest = Checkpoints(tmp_path / "checkpoints", readonly=True).latest()
+    assert stop.value.code == 128 + number and latest in (4, 5)  # as the batch was early
     same_bits(tiny.run(tmp_path), whole[1])
 
 
+@pytest.mark.exact
 @pytest.mark.slow
 def test_sigkill_at_random_moments(tmp_path):
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tokenizers'}", "JAX_NUM_CPU_DEVICES": "1"}
     command = [sys.executable, str(root / "tests/training/tiny.py")]
-    random = np.random.default_rng(int(time.time()))
-    for moment in sorted(random.integers(6, 60, 3)):  # after that many steps and a moment: saves included
+    random = random_moments()
+    for moment in sorted(random.sample(range(6, 60), 3)):  # after that many steps and a moment: saves included
         process = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment, stdout=subprocess.PIPE)
         assert process.stdout is not None
         for line in process.stdout:

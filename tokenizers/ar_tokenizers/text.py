@@ -5,7 +5,8 @@ have no piece), newline and tab as pieces of their own, 256 bytes, and what was 
 live outside, in the one vocabulary of the model that reads the text, so that no text can spell them.
 
 SentencePiece writes a space as U+2581 and reads every U+2581 in a piece back as a space. A U+2581 in the text is
-therefore encoded as its three bytes, which come back as they were.
+therefore encoded as its three bytes, which come back as they were. In training it, and U+2585, stand for a line end,
+where no piece goes on: SentencePiece keeps both for itself (`lossless.RESERVED`).
 
 Settings after the tokenizers of LLaMA (BPE, identity normalisation, byte fallback, split digits), without the dummy
 prefix: pieces of text that are encoded apart and joined decode to the joined text.
@@ -28,12 +29,13 @@ import numpy as np
 import sentencepiece
 
 from ar_tokenizers.files import write_whole
-from ar_tokenizers.lossless import SPACE, Loss, find_losses, is_bpe
+from ar_tokenizers.lossless import RESERVED, SPACE, Loss, find_losses, is_bpe
 
 Lossy = Literal["refuse", "warn"]
 _LONGEST = 1 << 16  # characters SentencePiece is shown at once in training; it drops longer lines, so they are cut here
 # At least 500 characters, up to the end of a line or word.
 _BLOCK = re.compile(r"(?s).{500}.*?(?:(?<=\n)|(?<! )(?= )|\Z)|.+")
+_AS_LINE_ENDS = str.maketrans(dict.fromkeys(RESERVED, "\n"))
 _ACROSS = re.compile(rf"(?s)\n.|.\n|[^{SPACE}]{SPACE}")  # a piece that goes on over the border of two blocks
 
 
@@ -156,12 +158,18 @@ class TextTokenizer:
             for random Chinese characters, the worst of text without spaces (experiments/benchmarks/text_tokenizer.py).
 
         Raises:
-          ValueError: no text, a text with a surrogate, or a vocab_size that has no room for the 259 fixed pieces and
-            the characters.
+          ValueError: no text, nothing but line ends and the like, a text with a surrogate, or a vocab_size that has no
+            room for the 259 fixed pieces and the characters.
         """
         model, kept = io.BytesIO(), _draw(texts, max_bytes)
         if not kept:
             raise ValueError("there is no text to train a tokenizer on: every text is empty")
+        if not any(text.strip("\n\t\0") for text in kept):
+            signs = " and ".join(f"U+{ord(sign):04X}" for sign in RESERVED)
+            raise ValueError(
+                f"there is nothing to learn from {len(kept)} texts: they hold nothing but line ends, tabs, NUL, and "
+                f"{signs}, which SentencePiece keeps for itself"
+            )
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=iter(kept),
@@ -230,6 +238,7 @@ def _draw(texts: Iterable[str], max_bytes: int) -> list[str]:
 def _parts(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         _refuse_surrogates(text)
+        text = text.translate(_AS_LINE_ENDS) if any(character in text for character in RESERVED) else text
         yield from (text[start : start + _LONGEST] for start in range(0, len(text), _LONGEST))
 
 

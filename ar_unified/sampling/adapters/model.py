@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ar_unified.data.images import to_rgb
 from ar_unified.data.prepare import default_resize
 from ar_unified.document import CodesPart, Part, TextPart
 from ar_unified.grammar import GrammarError
@@ -101,7 +102,7 @@ class Model:
     def _codes(self, image: Image.Image) -> np.ndarray:
         if self.image_tokenizer is None or self._resize is None:
             raise ValueError("a prompt has a picture: give the model its image_tokenizer")
-        return self.image_tokenizer.encode(self._resize(np.asarray(image.convert("RGB")))[None])[0]
+        return self.image_tokenizer.encode(self._resize(to_rgb(image))[None])[0]
 
     def _requests(self, asked: Sequence[tuple[Content, Mapping[str, Any]]]) -> Iterable[Request]:
         for i, (content, settings) in enumerate(asked):

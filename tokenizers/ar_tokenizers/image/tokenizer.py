@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
@@ -138,10 +139,16 @@ class ImageTokenizer:
         folder = Path(folder)
         if not (folder / CONFIG).is_file():
             raise FileNotFoundError(f"{folder} holds no image tokenizer: there is no {CONFIG}, which is written last")
-        record = json.loads((folder / CONFIG).read_text())
+        try:
+            record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{folder / CONFIG}: expected JSON, as it was written: {error}") from error
         if record.get("format") != FORMAT:
             raise ValueError(f"{folder / CONFIG}: expected format {FORMAT}, found {record.get('format')!r}")
-        params = _unflatten(load_tensors((folder / WEIGHTS).read_bytes()))
+        try:
+            params = _unflatten(load_tensors((folder / WEIGHTS).read_bytes()))
+        except SafetensorError as error:
+            raise ValueError(f"{folder / WEIGHTS}: {error}: the file was changed, or cut short") from error
         tokenizer = cls(AutoencoderConfig.from_dict(record["config"]), params, batch_size=batch_size)
         if tokenizer.hash != record["hash"]:
             raise ValueError(

@@ -1,0 +1,163 @@
+"""What every verb takes, on its own, so that `VERB --help` and a mistyped flag are answered before JAX is imported."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from ar_unified.planning import JOBS
+
+
+def parser_of(verb: str) -> argparse.ArgumentParser:
+    """The parser of a verb; its description is the docstring of the verb's module, read without importing it."""
+    source = Path(__file__).with_name(f"{verb}.py").read_text(encoding="utf-8")
+    parser = argparse.ArgumentParser(
+        prog=f"ar-unified {verb}",
+        description=ast.get_docstring(ast.parse(source)),
+        epilog="Any --config.KEY=VALUE changes one key, as in --config.training.steps=100.",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _VERBS[verb](parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error (or AR_UNIFIED_DEBUG=1)")
+    return parser
+
+
+def _experiment(parser: argparse.ArgumentParser) -> None:
+    """--config, --workdir, and how several processes find each other."""
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE[:arg]",
+        help="the experiment file; `:arg` is handed to it, as in experiments/folder.py:path=DIR",
+    )
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="where stages leave their results")
+    many = parser.add_argument_group(
+        "many processes",
+        "The same command on every host. SLURM, Open MPI, GKE and TPU VMs say themselves who is who; elsewhere:",
+    )
+    many.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, the same for all")
+    many.add_argument("--processes", type=int, metavar="N", help="how many; 1: alone, whatever the environment says")
+    many.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
+    many.add_argument(
+        "--start-timeout", type=int, default=300, metavar="SECONDS", help="until all must have come (300)"
+    )
+    many.add_argument(
+        "--heartbeat-timeout",
+        type=int,
+        default=100,
+        metavar="SECONDS",
+        help="until the others stop when one has died or hangs (100)",
+    )
+
+
+def _tokenizer(parser: argparse.ArgumentParser) -> None:
+    _experiment(parser)
+    parser.add_argument("--only", choices=("text", "image"), help="train one of the two (both)")
+
+
+def _train(parser: argparse.ArgumentParser) -> None:
+    _experiment(parser)
+    parser.add_argument(
+        "--branch",
+        metavar="WORKDIR[:STEP]",
+        type=_branch,
+        help="begin with a checkpoint of another workdir (its last), its tokenizers and its data; it stays as it is",
+    )
+    parser.add_argument(
+        "--profile",
+        metavar="FIRST:LAST",
+        type=_window,
+        help="trace the steps between FIRST and LAST taken into model/profile, as in 100:105 (for xprof or Perfetto)",
+    )
+
+
+def _sample(parser: argparse.ArgumentParser) -> None:
+    from ar_unified.sampling.layouts import LAYOUTS  # NumPy and Pillow, which other verbs' --help need not wait for
+
+    _experiment(parser)
+    parser.add_argument(
+        "--requests", metavar="FILE", nargs="+", help="what to serve; default: prompts from the held-out documents"
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", help="default: samples/ in the workdir, and the name of the requests"
+    )
+    parser.add_argument(
+        "--part", metavar="K/N", type=_part, help="serve part K, from 0, of N; default: of the processes, this one's"
+    )
+    parser.add_argument("--links", action="store_true", help="follow links that lead out of the requests' folder")
+    parser.add_argument("--layout", choices=LAYOUTS, help="write the pictures for a benchmark, too")
+
+
+def _evaluate(parser: argparse.ArgumentParser) -> None:
+    _experiment(parser)
+    parser.add_argument("--only", choices=["tokenizer"], help="score the image tokenizer and stop; no model is needed")
+    parser.add_argument(
+        "--pictures",
+        metavar="DIR",
+        help="with --only tokenizer: score it on the picture files under DIR, into tokenizer_evaluation/<DIR>-<crop>",
+    )
+    parser.add_argument("--links", action="store_true", help="with --pictures: follow links that lead out of DIR")
+    parser.add_argument(
+        "--crop", type=int, metavar="PIXELS", help="with --pictures: side of the square crops (config.data.image_size)"
+    )
+
+
+def _validate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", nargs="?", metavar="DIR", help="a dataset folder, one JSONL file or one of text")
+    parser.add_argument("--config", metavar="FILE[:arg]", help="an experiment instead")
+    parser.add_argument("--workdir", metavar="DIR", help="where the experiment's tokenizers are")
+    parser.add_argument("--links", action="store_true", help="follow links that lead out of DIR")
+    parser.add_argument("--show", type=int, default=3, metavar="N", help="documents of each source to print (3)")
+
+
+def _plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE[:arg]", help="the experiment file")
+    parser.add_argument(
+        "--target",
+        required=True,
+        help="v4, v5e, v5p, v6e or tpu7x and the shape of a slice, as v5p:4x4x4 or v6e:16x16,slices=2; or h200:8",
+    )
+    parser.add_argument("--job", choices=JOBS, default="train", help="sample: prefill and decode; default: %(default)s")
+    parser.add_argument("--output", metavar="DIR", help="also write plan.json and index.html there")
+    parser.add_argument("--no-advice", action="store_true", help="refuse at once; do not try what would fit")
+
+
+def _window(text: str) -> tuple[int, int]:
+    """ "100:105" -> (100, 105): the trace begins when 100 steps are taken and ends when 105 are."""
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise argparse.ArgumentTypeError(f"expected FIRST:LAST in steps, as in 100:105, found {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def _branch(text: str) -> tuple[Path, int | None]:
+    """WORKDIR or WORKDIR:STEP."""
+    path, colon, step = text.rpartition(":")
+    if colon and step.isdecimal():
+        return Path(path), int(step)
+    if not text:
+        raise argparse.ArgumentTypeError("expected WORKDIR or WORKDIR:STEP, found nothing")
+    return Path(text), None
+
+
+def _part(text: str) -> tuple[int, int]:
+    k, _, n = text.partition("/")
+    if not (k.isdecimal() and n.isdecimal() and int(k) < int(n)):
+        raise argparse.ArgumentTypeError(f"expected K/N with 0 <= K < N, as in 3/16, found {text!r}")
+    return int(k), int(n)
+
+
+_VERBS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "run": _experiment,
+    "tokenizer": _tokenizer,
+    "prepare": _experiment,
+    "train": _train,
+    "sample": _sample,
+    "evaluate": _evaluate,
+    "plan": _plan,
+    "validate": _validate,
+}

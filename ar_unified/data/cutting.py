@@ -1,0 +1,106 @@
+"""A document that is too long for a row, as several that are not."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+
+from ar_unified.document import Document, Part, TextPart
+from ar_unified.grammar import Grammar
+
+_WORD = re.compile(r"\s*\S+(?:\s+\Z)?|\s+")  # with the blanks before it: most text tokenizers join a word with those
+_SPARE = 8  # tokens of a document that are not its text's
+_JOINER = "\u200d"
+_SKIN = range(0x1F3FB, 0x1F400)  # tones, which change the emoji before them
+
+
+def split(document: Document, grammar: Grammar, max_tokens: int) -> list[Document]:
+    """A document without a turn as several, each as long as fits.
+
+    It is cut between its parts, else between paragraphs, else lines. A line that is too long by itself is cut before
+    words, and a word, as in a language without spaces, between characters. Only line ends at a cut are lost. A picture
+    or character that is too long by itself makes a document that is. Parts: TextPart, CodesPart.
+    """
+
+    def fits(parts: Sequence[Part]) -> bool:
+        return len(grammar.encode(Document(tuple(parts)))) <= max_tokens
+
+    def short(text: str) -> bool:  # no tokenizer has more tokens than bytes and a few
+        return len(text.encode()) <= max_tokens - _SPARE or fits([TextPart(text)])
+
+    units: list[Part] = []
+    for part in document.parts:
+        if isinstance(part, TextPart):
+            units += [TextPart(text) for text in _units(part.text, short)]
+        else:
+            units.append(part)
+    pieces = (_stripped(parts, document.origin) for parts in _runs(units, fits))
+    return [piece for piece in pieces if piece.parts]
+
+
+def _units(text: str, short: Callable[[str], bool]) -> Iterator[str]:
+    """What a text is never cut inside of; joined, they are the text."""
+    for paragraph in filter(None, re.split(r"(?<=\n\n)", text)):
+        for line in [paragraph] if short(paragraph) else paragraph.splitlines(keepends=True):
+            for word in [line] if short(line) else _WORD.findall(line):
+                yield from [word] if short(word) else characters(word)
+
+
+def characters(text: str) -> list[str]:
+    """A text by what a reader takes for one character: marks, joiners and tones stay with what is before them.
+
+    The common part of Unicode's grapheme clusters (UAX #29); flags, and Korean spelled in letters, may be parted.
+    """
+    found: list[str] = []
+    for character in text:
+        after = unicodedata.category(character).startswith("M") or character == _JOINER or ord(character) in _SKIN
+        if found and (after or found[-1].endswith(_JOINER)):
+            found[-1] += character
+        else:
+            found.append(character)
+    return found
+
+
+def _runs(units: Sequence[Part], fits: Callable[[Sequence[Part]], bool]) -> Iterator[list[Part]]:
+    """Units in order, as many together as fit, at least one; found by doubling and halving, as there may be millions.
+
+    That a run fits if a longer one does is true but for a token or two, so a run may be that much shorter than it could
+    be; it is never too long.
+    """
+    at = 0
+    while at < len(units):
+        rest = len(units) - at
+        count, most = 1, 2
+        while most <= rest and fits(_joined(units[at : at + most])):
+            count, most = most, 2 * most
+        most = min(most, rest + 1)
+        while most - count > 1:
+            middle = (count + most) // 2
+            count, most = (middle, most) if fits(_joined(units[at : at + middle])) else (count, middle)
+        yield _joined(units[at : at + count])
+        at += count
+
+
+def _joined(units: Sequence[Part]) -> list[Part]:
+    parts: list[Part] = []
+    texts: list[str] = []
+    for unit in [*units, None]:
+        if isinstance(unit, TextPart):
+            texts.append(unit.text)
+            continue
+        if texts:
+            parts.append(TextPart("".join(texts)))
+            texts = []
+        parts += [unit] if unit else []
+    return parts
+
+
+def _stripped(parts: list[Part], origin: str) -> Document:
+    """Without line ends at its edges: the cut has taken their place."""
+    parts = list(parts)
+    for edge, strip in ((0, str.lstrip), (-1, str.rstrip)):
+        if parts and isinstance(part := parts[edge], TextPart):
+            text = strip(part.text, "\n")
+            parts[edge : edge + 1 or None] = [TextPart(text)] if text else []
+    return Document(tuple(parts), origin=origin)

@@ -1,0 +1,99 @@
+"""What text files are written in: UTF-8, with or without a byte order mark. Anything else is refused by its name.
+
+One rule for all readers: rows, corpora, prompts, members of archives. The mark is skipped where a file begins and only
+there. UTF-16 and UTF-32 are known by their marks or by the zeros of Latin text; of single bytes, which nothing tells
+apart, an error shows what they would say in Windows-1252. A zero byte is no text. Nothing is guessed and read.
+"""
+
+from __future__ import annotations
+
+import codecs
+from typing import BinaryIO
+
+HEAD = 1024  # bytes of a file that are looked at
+
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32 (little endian)",  # begins with that of UTF-16
+    codecs.BOM_UTF32_BE: "UTF-32 (big endian)",
+    codecs.BOM_UTF16_LE: "UTF-16 (little endian)",
+    codecs.BOM_UTF16_BE: "UTF-16 (big endian)",
+}
+# Which of four bytes are zero in Latin text.
+_ZEROS = {
+    (False, True, True, True): "UTF-32 (little endian)",
+    (True, True, True, False): "UTF-32 (big endian)",
+    (False, True, False, True): "UTF-16 (little endian)",
+    (True, False, True, False): "UTF-16 (big endian)",
+}
+_CONTENTS = {
+    b"version https://git-lfs": "a pointer of Git LFS; `git lfs pull` brings the file",
+    b"\x1f\x8b": "gzip data; unpack it",
+    b"\x28\xb5\x2f\xfd": "Zstandard data; unpack it",
+    b"\xfd7zXZ\0": "xz data; unpack it",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"%PDF-": "a PDF",
+}
+
+
+class EncodingError(ValueError):
+    """Bytes that are not UTF-8. The message: expected, found, what to do."""
+
+
+def no_content(data: bytes) -> str:
+    """What bytes are that stand for a file's content or hold it packed; "" if they seem to be the content."""
+    return next((name for magic, name in _CONTENTS.items() if data.startswith(magic)), "")
+
+
+def foreign(head: bytes) -> str:
+    """What the first bytes of a file (`HEAD` are enough) are in place of UTF-8; "" if nothing says so."""
+    for mark, name in _MARKS.items():
+        if head.startswith(mark):
+            return name
+    if found := no_content(head):
+        return found
+    head = head[:HEAD]
+    if len(head) < 8 or 0 not in head:
+        return ""
+    mostly = [2 * head[i::4].count(0) > len(head[i::4]) for i in range(4)]
+    return _ZEROS.get((mostly[0], mostly[1], mostly[2], mostly[3]), "")
+
+
+def begin(file: BinaryIO) -> int:
+    """Where the text of a file that was just opened begins, and moves there. Raises EncodingError, OSError."""
+    head = file.read(HEAD)
+    _refuse(head)
+    start = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
+    file.seek(start)
+    return start
+
+
+def unmarked(data: bytes) -> bytes:
+    """The bytes of a whole file, or its first, without a byte order mark. Raises EncodingError."""
+    _refuse(data)
+    return data.removeprefix(codecs.BOM_UTF8)
+
+
+def text(data: bytes, at: int | None = None) -> str:
+    """Bytes of UTF-8 as text. `at`: where in their file they begin, for the message. Raises EncodingError."""
+    where, at = ("", 0) if at is None else (" of the file", at)
+    try:
+        found = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        _refuse(data)
+        byte, near = data[error.start], data[max(error.start - 12, 0) : error.start + 12]
+        seen = near.decode("cp1252", "replace").strip()
+        raise EncodingError(
+            f"expected UTF-8, found {byte:#04x} at byte {at + error.start}{where}; "
+            f"in Windows-1252 it would read {seen!r}: if that is right, save it as UTF-8"
+        ) from error
+    if "\0" in found:
+        _refuse(data)
+        zero = at + data.index(0)
+        raise EncodingError(f"expected text in UTF-8, found a zero byte at byte {zero}{where}: is it no text?")
+    return found
+
+
+def _refuse(head: bytes) -> None:
+    if name := foreign(head):
+        hint = ": save it as UTF-8" if name.startswith("UTF") else ""
+        raise EncodingError(f"expected text in UTF-8, found {name}{hint}")

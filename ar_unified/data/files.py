@@ -1,0 +1,279 @@
+"""Which files of a folder belong to a dataset, and which file a name in a row means. One rule for all readers.
+
+- A name stays inside: `..` may not lead out, and an absolute path counts by where it points. NFC and NFD spellings of a
+  name are one name. Beyond that a name is what it says: other letters' case or `\\` for `/` is told, never guessed.
+- Links that stay inside are followed. One that leads out is refused, unless the source says `links=True` (--links) or
+  it is the Hugging Face cache's own: from <repository>/snapshots/<revision>/ into <repository>/blobs/.
+- Where a folder is searched, what is hidden (`.*`, `@eaDir`, `__MACOSX`, ...) is passed over, a folder that several
+  links lead to is read once, and what cannot be read (a pipe, a link to nothing, a locked folder) is named.
+- A path that a person gives (the folder itself, a file) may be a link to anywhere.
+- Nothing is fetched: a name is a path, a file: URL or a data: URL.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import functools
+import os
+import re
+import stat
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from ar_unified.errors import UserError
+
+_LARGEST = 1 << 28  # bytes of a picture's file
+# What file managers, desktops and storage boxes leave in folders, beside names that begin with a dot.
+_LITTER = {
+    "@eadir", "__macosx", "#recycle", "$recycle.bin", "system volume information", "lost+found", "thumbs.db",
+    "desktop.ini",
+}  # fmt: skip
+
+
+class FileError(ValueError):
+    """A file that cannot be used; its name is left to the caller to say.
+
+    `kind`: "path_escapes", "missing_image", "unreadable_image" or "unreadable_file".
+    """
+
+    def __init__(self, kind: str, reason: str):
+        super().__init__(reason)
+        self.kind, self.reason = kind, reason
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file that a search of a folder found: its path below the folder, with "/", and its size in bytes; or, with
+    an `error`, what was found there in its place."""
+
+    name: str
+    size: int = 0
+    error: FileError | None = None
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or folder of this name is no part of a dataset that has it."""
+    return name.startswith(".") or name.lower() in _LITTER
+
+
+class Folder:
+    """A dataset's folder. `links`: whether links that lead out of it are followed.
+
+    Raises:
+        UserError: `links` is neither True nor False.
+    """
+
+    def __init__(self, root: str | Path, links: bool = False):
+        if not isinstance(links, bool):
+            raise UserError(f"links: expected True or False, found {links!r}")
+        self.root, self.links = Path(root), links
+        self._lexical, self._real = os.path.abspath(root), os.path.realpath(root)
+        self._blobs = _blobs(self._real)
+        self._listed = functools.lru_cache(maxsize=16)(_listed)
+
+    # ---- names in rows --------------------------------------------------------------------------------------------
+
+    def read(self, name: str) -> bytes:
+        """The bytes of what a row names: a file inside, by path or file: URL, or a data: URL. Raises FileError."""
+        scheme = re.match(r"(data|file):|[A-Za-z][A-Za-z0-9+.-]*://", name, re.IGNORECASE)
+        if scheme and name[:5].lower() == "data:":
+            return data_url(name)
+        if scheme and name[:5].lower() != "file:":
+            raise FileError("missing_image", "expected a file: nothing is fetched from a network")
+        return self.read_file(unquote(urlsplit(name).path) if scheme else name)
+
+    def read_file(self, name: str) -> bytes:
+        """The bytes of the file that a path means. Raises FileError."""
+        path = self.path(name)
+        try:
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise FileError("missing_image", f"expected a file, found {_kind(status.st_mode)}")
+            if status.st_size > _LARGEST:
+                raise FileError("unreadable_image", f"expected a file of at most {_LARGEST} bytes")
+            return path.read_bytes()
+        except OSError as error:
+            raise FileError("missing_image", str(error.strerror)) from error
+
+    def path(self, name: str) -> Path:
+        """The file that a row means by `name`. Raises FileError: outside, or not there."""
+        if "\0" in name:
+            raise FileError("missing_image", "a name cannot have a zero byte")
+        full = os.path.normpath(os.path.join(self._lexical, name))
+        top = next((top for top in (self._lexical, self._real) if _is_below(full, top)), None)
+        if top is None:
+            raise FileError("path_escapes", f"expected a path inside {self.root}")
+        below = full[len(top) :].lstrip(os.sep) or "."
+        if not os.path.lexists(self.root / below):
+            below = self._spelled(name, below.split(os.sep))
+        if reason := self._refused(below):
+            raise FileError("path_escapes", reason)
+        return self.root / below
+
+    def _spelled(self, name: str, parts: Sequence[str]) -> str:
+        """The path of a file whose name has another Unicode form on disk. Raises FileError: there is none."""
+        near, exact = "", True
+        for part in parts:
+            here = os.path.join(near, part)
+            if not os.path.lexists(self.root / here):
+                names = self._listed(self.root / near).get(_folded(part), [])
+                same = [found for found in names if _nfc(found) == _nfc(part)]
+                if not names:
+                    break
+                here, exact = os.path.join(near, (same or names)[0]), exact and bool(same)
+            near = here
+        else:
+            if exact:
+                return near
+            raise FileError("missing_image", f"no such file; did you mean {near!r}?")
+        reason = "no such file"
+        if "\\" in name:
+            slashed = name.replace("\\", "/")
+            there = os.path.lexists(self.root / slashed)
+            reason += f"; write names with '/'{f', as in {slashed!r}, which is there' if there else ''}"
+        raise FileError("missing_image", reason)
+
+    # ---- links ----------------------------------------------------------------------------------------------------
+
+    def _refused(self, name: str) -> str:
+        """Why a path below the folder may not be followed; "" if it may."""
+        if self.links or self._is_inside(self.root / name):
+            return ""
+        link = name
+        for part in reversed(Path(name).parents):  # the first that leads out
+            if (self.root / part).is_symlink() and not self._is_inside(self.root / part):
+                link = str(part)
+                break
+        target = os.path.realpath(self.root / link)
+        return f"{link} is a link to {target}, outside {self.root}; links=True in the source, or --links, allows that"
+
+    def _is_inside(self, path: Path) -> bool:
+        real = os.path.realpath(path)
+        return _is_below(real, self._real) or (self._blobs is not None and _is_below(real, self._blobs))
+
+    # ---- searching ------------------------------------------------------------------------------------------------
+
+    def search(self, wanted: Callable[[str], bool]) -> list[Found]:
+        """The files below whose path, with "/" between its parts, is `wanted`, in the order of these paths.
+
+        Raises:
+            UserError: the folder is none, or cannot be read.
+        """
+        try:
+            os.listdir(self.root)
+        except FileNotFoundError as error:
+            raise UserError(f"{self.root}: no such file or folder") from error
+        except OSError as error:
+            raise UserError(f"{self.root}: expected a folder that can be read: {error.strerror}") from error
+        found: list[Found] = []
+        folders, links, seen = [""], list[str](), {self._real}
+        while folders or links:
+            if not folders:  # links last: what is inside anyway is read where it stands
+                links.sort()
+                link = links.pop(0)
+                real = os.path.realpath(self.root / link)
+                folders += [] if real in seen else [link]
+                seen.add(real)
+                continue
+            for item, is_link in self._look(folders.pop(), wanted):
+                if isinstance(item, Found):
+                    found.append(item)
+                elif is_link:
+                    links.append(item)
+                elif (real := os.path.realpath(self.root / item)) not in seen:
+                    folders.append(item)
+                    seen.add(real)
+        return sorted(found, key=lambda item: item.name)
+
+    def _look(self, here: str, wanted: Callable[[str], bool]) -> Iterator[tuple[Found | str, bool]]:
+        """What one folder has: files, and the names of folders; and whether each is a link."""
+        try:
+            with os.scandir(self.root / here) as entries:
+                seen = [(os.path.join(here, entry.name), entry.is_symlink()) for entry in entries]
+        except OSError as error:
+            reason = f"the folder cannot be read: {error.strerror}"
+            yield Found(here, error=FileError("unreadable_file", reason)), False
+            return
+        for name, is_link in seen:
+            if hidden(os.path.basename(name)):
+                continue
+            try:
+                status = os.stat(self.root / name)
+            except OSError as error:  # a link to nothing, a loop of links
+                if wanted(name):
+                    yield Found(name, error=FileError("unreadable_file", str(error.strerror))), is_link
+                continue
+            is_folder = stat.S_ISDIR(status.st_mode)
+            if not is_folder and not wanted(name):
+                continue
+            if reason := self._refused(name) if is_link else "":
+                yield Found(name, error=FileError("path_escapes", reason)), is_link
+            elif is_folder:
+                yield name, is_link
+            elif not stat.S_ISREG(status.st_mode):
+                reason = f"expected a file, found {_kind(status.st_mode)}"
+                yield Found(name, error=FileError("unreadable_file", reason)), is_link
+            else:
+                yield Found(name, status.st_size), is_link
+
+
+def require_file(path: str | Path) -> None:
+    """Raises UserError where a person has named no file, or what is no file."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        raise UserError(f"{path}: {'no such file' if missing else error.strerror}") from error
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: expected a file, found {_kind(mode)}")
+
+
+def data_url(url: str) -> bytes:
+    """The bytes that a data: URL holds. Raises FileError."""
+    header, comma, payload = url.partition(",")
+    if not comma or not header.endswith(";base64"):
+        raise FileError("unreadable_image", f"expected data:<type>;base64,<bytes>, found {header[:40]!r}")
+    try:
+        return base64.b64decode(payload, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise FileError("unreadable_image", f"data: URL: {error}") from error
+
+
+def _is_below(path: str, top: str) -> bool:
+    return path == top or path.startswith(top.rstrip(os.sep) + os.sep)
+
+
+def _blobs(real: str) -> str | None:
+    """Where the Hugging Face cache keeps the files of a snapshot that is `real`, or around it."""
+    for folder in (Path(real), *Path(real).parents):
+        if folder.parent.name == "snapshots" and (blobs := folder.parent.parent / "blobs").is_dir():
+            return str(blobs)
+    return None
+
+
+def _listed(folder: Path) -> dict[str, list[str]]:
+    """The names in a folder by what they have in common with other spellings."""
+    names: dict[str, list[str]] = {}
+    try:
+        for name in sorted(os.listdir(folder)):
+            names.setdefault(_folded(name), []).append(name)
+    except OSError:
+        pass
+    return names
+
+
+def _nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _folded(name: str) -> str:
+    return _nfc(_nfc(name).casefold())
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}
+    return next((name for is_kind, name in kinds.items() if is_kind(mode)), "a device")

@@ -1,0 +1,152 @@
+"""Parts of a data set by name and by percent: "train", "train[:95%]", "[95%:]".
+
+What must stay together is a group: all that is said of one picture (see `group`). A part takes groups in the order of
+their hashes, by count: of n groups, "[:95%]" has the first 0.95 n, rounded, and "[95%:]" the others. So parts that meet
+at one border are disjoint and together whole, do not depend on the order of the rows, and are empty on neither side of
+the border where there are two groups or more. One group alone is on the larger side. A part between two borders, as
+"[90%:95%]", may be empty where groups are few.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from array import array
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ar_unified.errors import UserError
+
+_MANY = 1 << 20  # groups, from which on hashes are so even that a border by hash is one by count, to 0.1 %
+_END = 1 << 64
+
+
+class EmptySplit(UserError):
+    """A split has nothing, as there is one group alone and the other side of the border has it."""
+
+
+class Split:
+    """One split, by the rows it is shown.
+
+    Where it is a part (`by_part`) every row is shown twice: `has` counts groups until `settle`, and tells from then on.
+
+    Attributes:
+        names: of all splits that rows named.
+
+    Raises:
+        UserError: `split` is not of the form above.
+    """
+
+    def __init__(self, split: str):
+        self.split = split
+        self.name, *self._shares = parse_split(split)
+        self.by_part = self._shares != [0.0, 1.0]
+        self.names: set[str] = set()
+        self._low, self._high = 0, _END
+        self._own, self._others = _Groups(), _Groups()
+        self._counting = self.by_part
+
+    def has(self, row: Mapping[str, Any], data: bytes, *, own: bool = True) -> bool:
+        """Whether a row (`data`: as it stands in its file) is in the split; True for all that are counted.
+
+        own: False for a row of another source, which is counted so that borders are the same in both.
+        """
+        name = row.get("split", "train")
+        self.names.add(str(name))
+        if self.name and name != self.name:
+            return False
+        if not self.by_part:
+            return True
+        found = group(row, data)
+        if self._counting:
+            (self._own if own else self._others).add(found)
+        return self._counting or self._low <= found < self._high
+
+    def settle(self) -> None:
+        """All rows were shown once: places the borders."""
+        own = self._own.settled()
+        both = _Groups(self._own, self._others) if self._others else self._own
+        self._low, self._high = (_border(share, own, both.settled()) for share in self._shares)
+        self._counting = False
+
+    def fingerprint(self) -> dict[str, Any]:
+        """JSON values that change when the borders do; {} for a split that is no part."""
+        return {"borders": [f"{self._low:x}", f"{self._high:x}"]} if self.by_part else {}
+
+    def empty(self, where: object, what: str) -> UserError:
+        """The error for a split in which nothing was found. what: "row", "text"."""
+        if self.by_part and len(self._own.settled()) == 1:
+            return EmptySplit(
+                f"{where}: nothing is in split {self.split!r}, as all {what}s belong to one picture or text, which is "
+                "never divided: add more, or leave this split out"
+            )
+        names = ", ".join(sorted(self.names)) or "none"
+        return UserError(f"{where}: no {what} is in split {self.split!r}; the {what}s' splits are: {names}")
+
+
+class _Groups:
+    """The hashes of groups, each once; 8 bytes a group, and no more than _MANY are kept."""
+
+    def __init__(self, *of: _Groups):
+        self._sorted = np.unique(np.concatenate([np.zeros(0, np.uint64), *(groups.settled() for groups in of)]))
+        self._new = array("Q")
+
+    def __bool__(self) -> bool:
+        return bool(len(self._sorted) or self._new)
+
+    def add(self, hash: int) -> None:
+        if len(self._sorted) < _MANY:
+            self._new.append(hash)
+            if len(self._new) >= _MANY:
+                self.settled()
+
+    def settled(self) -> np.ndarray:
+        """uint64 [n], ascending."""
+        if self._new:
+            self._sorted = np.unique(np.concatenate([self._sorted, np.frombuffer(self._new, np.uint64)]))
+            self._new = array("Q")
+        return self._sorted
+
+
+def _border(share: float, own: np.ndarray, all_: np.ndarray) -> int:
+    """The hash at which a part ends that has `share` of all groups, with own groups on both sides where there are two.
+
+    Sources of one folder, each with its own file, so have one border, and no picture is on both sides of it.
+    """
+    if share <= 0 or share >= 1:
+        return _END if share >= 1 else 0
+    border = _by_count(share, all_)
+    below = int(np.searchsorted(own, np.uint64(min(border, _END - 1))))
+    return border if 0 < below < len(own) else _by_count(share, own)
+
+
+def _by_count(share: float, groups: np.ndarray) -> int:
+    n = len(groups)
+    if n >= _MANY:
+        return int(share * _END)
+    rank = math.floor(share * n + 0.5)
+    if n > 1:
+        rank = min(max(rank, 1), n - 1)
+    return int(groups[rank]) if rank < n else _END
+
+
+def parse_split(split: str) -> tuple[str, float, float]:
+    """Name ("": any), and the part [low, high) of 0..1. Raises UserError."""
+    percent = r"(\d+(?:\.\d+)?)%"
+    match = re.fullmatch(rf"([^\[\]%]*)(?:\[(?:{percent})?:(?:{percent})?\])?", split)
+    if not match:
+        raise UserError(f'split: expected "name", "name[:95%]" or "[95%:]", found {split!r}')
+    name, low, high = match.groups()
+    return name, float(low or 0) / 100, float(high or 100) / 100
+
+
+def group(row: Mapping[str, Any], data: bytes) -> int:
+    """The hash, 0..2**64-1, of what a row must stay together with: its (first) picture, else its id, else itself."""
+    segments = row.get("segments")
+    inner = [s["image"] for s in segments if isinstance(s, dict) and "image" in s] if isinstance(segments, list) else []
+    key = row.get("image") or next(iter(inner), None) or row.get("id")
+    digest = hashlib.blake2b(str(key).encode(errors="replace") if key else data, digest_size=8).digest()
+    return int.from_bytes(digest, "big")

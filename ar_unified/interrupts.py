@@ -1,0 +1,84 @@
+"""Ctrl-C, SIGTERM and a closed terminal (SIGHUP): work stops where nothing is lost, and says so in one line.
+
+A signal that the process was told to ignore (`nohup`, a job in the background) stays ignored. Of many processes JAX
+agrees on the step at which all stop, and listens to SIGTERM alone: `forward_to_sigterm` makes the others that.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
+
+
+class Interrupted(SystemExit):
+    """A signal ended the work. Exit status 128 + its number, as the signal's own. `name`: as people call it."""
+
+    def __init__(self, number: int = signal.SIGTERM):
+        super().__init__(128 + number)
+        self.name = _NAMES.get(signal.Signals(number), signal.Signals(number).name)
+
+
+class Preempted(Interrupted):
+    """A signal came and a training has stopped at a step border with a checkpoint; it has said so."""
+
+
+@contextmanager
+def raised() -> Iterator[None]:
+    """Around a whole program: a signal raises Interrupted where the main thread is."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    with _handling(stop):
+        yield
+
+
+@contextmanager
+def noted() -> Iterator[Callable[[], int]]:
+    """Around work in steps: yields a function that says which signal has come, 0 for none; a second one raises.
+
+    To be asked at the border of every step. Outside the main thread nothing is heard.
+    """
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if came:
+            raise Interrupted(number)
+        came.append(number)
+        line = f"{Interrupted(number).name}: stopping after this step with a checkpoint; once more to stop at once\n"
+        os.write(2, line.encode())  # print is not safe inside a handler
+
+    with _handling(note):
+        yield lambda: came[0] if came else 0
+
+
+def forward_to_sigterm() -> None:
+    """Ctrl-C and SIGHUP become SIGTERM for the rest of this process."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+
+
+@contextmanager
+def _handling(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    try:
+        for number, previous in before.items():
+            if previous != signal.SIG_IGN:
+                signal.signal(number, handler)
+        yield
+    finally:
+        for number, previous in before.items():
+            if previous is not None:  # None: a handler that Python did not install and cannot put back
+                signal.signal(number, previous)

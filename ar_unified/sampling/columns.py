@@ -1,0 +1,166 @@
+"""What the keys of a row are: settings of ours, slips of the pen, or columns of its own; and which name its id gives.
+
+A column of its own is what nobody could have meant as a setting ("category", "prompt_id"): it travels in `meta`. A key
+that is nearly one of ours ("guidence", "imageSize") and one that other systems call so ("guidance_scale") are errors
+which say what it is called here. Tables and the metadata of shards were written for others: there only slips are
+errors, and what other systems call a setting travels, too.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ar_unified.sampling.request import RequestError
+
+SETTINGS: dict[str, tuple[type, ...]] = {
+    "mode": (str,),
+    "turn": (bool,),
+    "n": (int,),
+    "seed": (int,),
+    "max_tokens": (int,),
+    "stop": (str, list),
+    "min_images": (int,),
+    "max_images": (int,),
+    "image_size": (int, list, tuple),
+    "guidance": (int, float),
+    "image_guidance": (int, float),
+    "context": (str,),
+    "negative_prompt": (str,),
+    "repetition_penalty": (int, float),
+    "text": (Mapping,),
+    "image": (Mapping,),
+}
+FILTER: dict[str, tuple[type, ...]] = {"temperature": (int, float), "top_k": (int,), "top_p": (int, float)}
+CANVAS: dict[str, tuple[type, ...]] = {"image": (str,), "mask": (str,), "top": (int,)}
+ROW = ("id", "prompt", "content", *SETTINGS, "canvas", "meta")  # the keys of a request
+
+# What other systems call a setting, without "_"
+_ELSEWHERE = {
+    **dict.fromkeys(("guidancescale", "cfg", "cfgscale", "classifierfreeguidance", "guidanceweight"), "guidance"),
+    **dict.fromkeys(("numimages", "nimages", "numsamples", "nsamples"), "n"),
+    **dict.fromkeys(("numimagesperprompt", "numreturnsequences"), "n"),
+    **dict.fromkeys(("maxnewtokens", "maxlength", "maxcompletiontokens"), "max_tokens"),
+    **dict.fromkeys(("width", "height", "size", "resolution", "aspectratio"), "image_size"),
+    **dict.fromkeys(("negative", "negprompt"), "negative_prompt"),
+    **dict.fromkeys(("stopsequences", "stopstrings"), "stop"),
+    **dict.fromkeys(("frequencypenalty", "presencepenalty"), "repetition_penalty"),
+    "messages": "content",
+}
+_ORDINARY = {"model"}  # words that look like a slip ("mode") and are none
+_ALIKE = 0.85  # difflib's ratio: "sed" and "seed" have 0.86, "step" and "stop" 0.75
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,98}[A-Za-z0-9_-]|[A-Za-z0-9]")
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # on Windows, with any suffix
+
+
+def own_columns(row: Mapping[str, Any], *, foreign: bool = False) -> dict[str, Any]:
+    """The columns of a row that are its own.
+
+    foreign: the row was not written for us. Raises RequestError for the first key that somebody may have meant as a
+    setting.
+    """
+    own = {key: value for key, value in row.items() if key not in ROW or (foreign and _no_filter(key, value))}
+    for key in own:
+        suggestion = _suggestion(key, row, foreign) if key not in ROW else ""
+        if suggestion:
+            raise RequestError(
+                f"unknown key {key!r:.60}: did you mean {suggestion}? A column of your own of that name may stand in "
+                '"meta"'
+            )
+    return own
+
+
+def check_keys(row: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    """Raises RequestError for the first key that is none of `known`: here nothing may be a row's own."""
+    names = list(known)
+    for key in row:
+        if key not in names:
+            near = nearly(key, names)
+            meant = f": did you mean {near!r}?" if near else ""
+            raise RequestError(f"{where}unknown key {key!r:.60}{meant or '; known: ' + ', '.join(names)}")
+
+
+def elsewhere(key: str) -> str:
+    """Which setting of ours other systems call `key`, or ""."""
+    return _ELSEWHERE.get(_plain(key), "")
+
+
+def nearly(key: str, known: Iterable[str]) -> str:
+    """The one of `known` that `key` is a slip of, or "". "prompt_en" and "seed2" are names of their own."""
+    if key in _ORDINARY or key[-1:].isdigit():
+        return ""
+    spelled = re.sub(r"\W", "_", key).casefold().strip("_")
+    best, at = "", _ALIKE
+    for name in known:
+        same = _plain(key) == _plain(name) or _swapped(spelled, name)
+        ratio = 1.0 if same else difflib.SequenceMatcher(None, spelled, name).ratio()
+        if ratio >= at:
+            best, at = name, ratio
+    return best
+
+
+def _no_filter(key: str, value: Any) -> bool:
+    """A column "text" or "image" that does not say how tokens are drawn."""
+    return key in ("text", "image") and not isinstance(value, Mapping)
+
+
+def _suggestion(key: str, row: Mapping[str, Any], foreign: bool) -> str:
+    if elsewhere(key) and not foreign:
+        return repr(elsewhere(key))
+    near = nearly(key, ROW)
+    if near and near not in row:  # where the right one stands beside it, it is no slip of that
+        return repr(near)
+    inner = nearly(key, FILTER)
+    if inner and not foreign:
+        return f'"text": {{"{inner}": ...}} or "image": {{"{inner}": ...}}'
+    return ""
+
+
+def _plain(key: str) -> str:
+    return re.sub(r"[\W_]", "", key).casefold()
+
+
+def _swapped(a: str, b: str) -> bool:
+    """Whether two neighbours changed places: "mdoe"."""
+    return len(a) == len(b) and any(a[:i] + a[i + 1] + a[i] + a[i + 2 :] == b for i in range(len(a) - 1))
+
+
+# ---- ids --------------------------------------------------------------------------------------------------------
+
+
+class Names:
+    """The name that each id gives a folder of pictures: the id itself wherever it can be one on every file system.
+
+    Otherwise its letters and digits and a hash of it. The same requests in the same order have the same names.
+    """
+
+    def __init__(self) -> None:
+        self._ids: dict[str, int] = {}
+        self._taken: set[str] = set()
+
+    def add(self, id: str, number: int) -> str:
+        """The name of the id of row `number`. Raises RequestError if another row has that id."""
+        if id in self._ids:
+            raise RequestError(f"id {id!r:.120} is that of line {self._ids[id]} already: give every request its own")
+        self._ids[id] = number
+        name = id if _NAME.fullmatch(id) and not _RESERVED.fullmatch(id) else _made(id)
+        if name.casefold() in self._taken:  # "Cat" and "cat" are one folder on some file systems
+            name = _made(id)
+        self._taken.add(name.casefold())
+        return name
+
+
+def _made(id: str) -> str:
+    letters = unicodedata.normalize("NFKD", id).encode("ascii", "ignore").decode()
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", letters)[:48].strip("-") or "id"
+    return f"{readable}-{digest(id).hex()[:16]}"
+
+
+def digest(text: str) -> bytes:
+    """sha256 of a text, be there lone surrogates in it."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

@@ -1,0 +1,229 @@
+"""Lines of an OpenAI batch file -> requests of ours.
+
+    {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "m", "messages": [...]}}
+    {"custom_id": "b", "method": "POST", "url": "/v1/images/generations", "body": {"prompt": "a cat", "size": "64x64"}}
+
+A document has one turn, so the messages of a conversation, the assistant's among them, become one prompt: their texts
+and pictures in reading order, blocks of text joined by a blank line, and no words for the roles. The answer is what
+comes next. Pictures are data: URLs or files (`data.files`).
+
+    n, seed (modulo 2**32), stop, max_tokens = max_completion_tokens   as ours
+    temperature, top_p, top_k       how text is drawn; "image": {"temperature": ...}, a key of ours, how pictures are
+    modalities                      ["text"]: mode "text"; with "image": what the model likes. Without it, too
+    size                            image_size; "auto": what the model does
+    metadata                        meta
+    keys of ours                    "guidance", "mode", "image_size", ...: as in our own lines
+
+A key that changes nothing here is taken at the value which asks for nothing ("frequency_penalty": 0), and refused at
+any other; what says who asks and how it is billed ("user", "store") is not read; null says nothing. The answers in
+OpenAI's format are written by `sampling.batch_output`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ar_unified.sampling.columns import SETTINGS, nearly
+from ar_unified.sampling.request import RequestError
+
+_LINE = ("custom_id", "method", "url", "body")
+_ENDPOINTS: dict[str, Literal["chat", "images"]] = {"/chat/completions": "chat", "/images/generations": "images"}
+_ROLES = ("system", "developer", "user", "assistant")
+_UNREAD = {
+    "model", "user", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "parallel_tool_calls",
+}  # fmt: skip
+_NO_TOOLS = "there are no tools here: leave it out"
+_NO_LOGPROBS = "an answer has no log-probabilities: leave it out"
+_PENALTY = 'leave it out, or set "repetition_penalty", a key of ours'
+# key -> the values that ask for nothing, and what to do about others
+_NEUTRAL: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
+    "chat": {
+        "frequency_penalty": ((0,), _PENALTY),
+        "presence_penalty": ((0,), _PENALTY),
+        "logit_bias": (({},), "it cannot be done here: leave it out"),
+        "logprobs": ((False,), _NO_LOGPROBS),
+        "top_logprobs": ((0,), _NO_LOGPROBS),
+        "stream": ((False,), "a batch is not streamed: leave it out"),
+        "stream_options": ((), "a batch is not streamed: leave it out"),
+        "tools": (([],), _NO_TOOLS),
+        "tool_choice": (("none", "auto"), _NO_TOOLS),
+        "functions": (([],), _NO_TOOLS),
+        "function_call": (("none", "auto"), _NO_TOOLS),
+        "web_search_options": ((), _NO_TOOLS),
+        "response_format": (({"type": "text"},), "answers are free text: ask for JSON in the prompt"),
+        "audio": ((), "there is no sound here: leave it out"),
+        "prediction": ((), "leave it out"),
+        "reasoning_effort": (("none",), "the model answers at once: leave it out"),
+        "verbosity": (("medium",), 'leave it out, or set "max_tokens"'),
+    },
+    "images": {
+        "response_format": (("b64_json",), 'pictures come in the answer: "b64_json"'),
+        "quality": (("auto", "standard"), "there is one quality: leave it out"),
+        "style": (("vivid",), "say it in the prompt"),
+        "background": (("auto", "opaque"), "pictures are opaque: leave it out"),
+        "output_format": (("png",), "pictures are PNG: leave it out"),
+        "output_compression": ((100,), "PNG loses nothing: leave it out"),
+        "moderation": (("auto", "low"), "leave it out"),
+        "stream": ((False,), "a batch is not streamed: leave it out"),
+        "partial_images": ((0,), "a batch is not streamed: leave it out"),
+    },
+}
+_READ = {
+    "chat": ("messages", "n", "seed", "stop", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k",
+             "modalities", "metadata"),
+    "images": ("prompt", "n", "seed", "size", "metadata"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an answer repeats of its request: the id it was given, which kind of answer it expects, the model's name."""
+
+    custom_id: Any
+    endpoint: Literal["chat", "images"]
+    model: str
+
+
+def asked(row: Mapping[str, Any]) -> Asked | None:
+    """What a line of a batch asks for; None for a line of any other kind."""
+    if "custom_id" not in row and not {"url", "body"} <= row.keys():
+        return None
+    body = row.get("body")
+    model = body.get("model") if isinstance(body, dict) else None
+    return Asked(row.get("custom_id"), _endpoint(row.get("url")) or "chat", model if isinstance(model, str) else "")
+
+
+def request(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of a batch with the keys of our lines, all but its id. Raises RequestError saying what to change."""
+    if row.get("custom_id") in (None, ""):
+        raise RequestError("custom_id: expected a text of its own, found none")
+    if row.get("method", "POST") != "POST":
+        raise RequestError(f'method: expected "POST", found {row["method"]!r:.80}')
+    endpoint = _endpoint(row.get("url", "/v1/chat/completions"))
+    if endpoint is None:
+        expected = " or ".join(f"/v1{path}" for path in _ENDPOINTS)
+        raise RequestError(f"url: expected {expected}, found {row['url']!r:.80}")
+    if not isinstance(row.get("body"), dict):
+        raise RequestError(f"body: expected an object, found {row.get('body')!r:.80}")
+    beside = {key: value for key, value in row.items() if key not in _LINE and key != "id"}
+    for key in beside:
+        near = nearly(key, _LINE)
+        if near or key in SETTINGS or key in (*_READ[endpoint], *_NEUTRAL[endpoint], "content", "canvas"):
+            cure = f"did you mean {near!r}?" if near else "put it into body"
+            raise RequestError(f"unknown key {key!r:.60}: {cure}")
+    body = {key: value for key, value in row["body"].items() if value is not None and key not in _UNREAD}
+    _check(body, endpoint)
+    return beside | (_chat(body) if endpoint == "chat" else _images(body))
+
+
+def _endpoint(url: Any) -> Literal["chat", "images"] | None:
+    found = (kind for path, kind in _ENDPOINTS.items() if isinstance(url, str) and url.rstrip("/").endswith(path))
+    return next(found, None)
+
+
+def _check(body: dict[str, Any], endpoint: str) -> None:
+    """Takes what asks for nothing out of the body; raises RequestError for what asks for something else."""
+    ours = (*SETTINGS, "canvas")
+    known = (*_READ[endpoint], *_NEUTRAL[endpoint], *ours)
+    for key, value in list(body.items()):
+        if key in _NEUTRAL[endpoint]:
+            neutral, advice = _NEUTRAL[endpoint][key]
+            if value not in neutral:
+                expected = " or ".join(map(repr, neutral)) or "null"
+                raise RequestError(f"body.{key}: expected {expected}, found {value!r:.80}: {advice}")
+            del body[key]
+        elif key not in known:
+            near = nearly(key, known)
+            meant = f"did you mean {near!r}?" if near else "it is read nowhere here: leave it out"
+            raise RequestError(f"body: unknown key {key!r:.60}: {meant}")
+
+
+def _chat(body: dict[str, Any]) -> dict[str, Any]:
+    messages = body.pop("messages", None)
+    if not isinstance(messages, list) or not messages:
+        raise RequestError(f"body.messages: expected a list of at least one message, found {messages!r:.80}")
+    content = [part for i, message in enumerate(messages) for part in _message(message, f"body.messages {i}")]
+    if not content:
+        raise RequestError("body.messages: expected a text or a picture in one of them, found none")
+    if "max_completion_tokens" in body:
+        most = body.pop("max_completion_tokens")
+        if body.setdefault("max_tokens", most) != most:
+            raise RequestError(f"body: max_tokens {body['max_tokens']!r} and max_completion_tokens {most!r}: give one")
+    drawn = {key: body.pop(key) for key in ("temperature", "top_p", "top_k") if key in body}
+    if drawn and isinstance(body.setdefault("text", {}), dict):
+        body["text"] = {**drawn, **body["text"]}
+    modalities = body.pop("modalities", [])
+    if not isinstance(modalities, list) or any(kind not in ("text", "image") for kind in modalities):
+        raise RequestError(f'body.modalities: expected "text" and "image" in a list, found {modalities!r:.80}')
+    if modalities and "mode" not in body:
+        body["mode"] = modalities[0] if len(set(modalities)) == 1 else "free"
+    return {"content": content, **_common(body)}
+
+
+def _images(body: dict[str, Any]) -> dict[str, Any]:
+    if "prompt" not in body:
+        raise RequestError("body.prompt: expected a text, found none")
+    size = body.pop("size", "auto")
+    if size != "auto":
+        sides = re.fullmatch(r"(\d{1,6})x(\d{1,6})", size) if isinstance(size, str) else None
+        if not sides:
+            raise RequestError(f'body.size: expected "auto" or a width and height, as in "256x256", found {size!r:.80}')
+        body["image_size"] = [int(sides[2]), int(sides[1])]
+    return _common(body)
+
+
+def _common(body: dict[str, Any]) -> dict[str, Any]:
+    if "metadata" in body:
+        body["meta"] = body.pop("metadata")
+    if type(body.get("seed")) is int:
+        body["seed"] %= 2**32
+    return body
+
+
+# ---- messages ---------------------------------------------------------------------------------------------------
+
+
+def _message(message: Any, where: str) -> list[Any]:
+    """The parts of a message that say something."""
+    role = message.get("role") if isinstance(message, dict) else None
+    if role not in _ROLES:
+        raise RequestError(f"{where}: expected one of the roles {', '.join(_ROLES)}, found {role!r:.80}")
+    for key in ("tool_calls", "function_call", "audio"):
+        if message.get(key):
+            raise RequestError(
+                f"{where}: expected text and pictures, found {key}: there are no tools and no sound here"
+            )
+    content = message.get("content")
+    if content is None and role == "assistant":
+        content = message.get("refusal") or ""
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        raise RequestError(f"{where}: expected content, a text or a list of parts, found {content!r:.80}")
+    parts = [_part(part, f"{where}: part {i}") for i, part in enumerate(content)]
+    return [part for part in parts if part["type"] != "text" or part.get("text") != ""]
+
+
+def _part(part: Any, where: str) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in _PARTS:
+        raise RequestError(f"{where}: expected type {', '.join(map(repr, _PARTS))}, found {part!r:.80}")
+    return _PARTS[kind](part)
+
+
+def _image_url(part: Mapping[str, Any]) -> dict[str, Any]:
+    url = part.get("image_url")
+    return {"type": "image", "image": url.get("url") if isinstance(url, dict) else url}
+
+
+_PARTS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "text": lambda part: {"type": "text", "text": part.get("text")},
+    "refusal": lambda part: {"type": "text", "text": part.get("refusal")},
+    "image_url": _image_url,
+    "image": dict,  # ours
+    "tokens": dict,  # ours
+}

@@ -1,0 +1,150 @@
+"""Tables of prompts -> rows: CSV, TSV and Parquet files with a column named prompt, caption or text.
+
+The first line of a CSV or TSV file names the columns. A TSV cell is what stands between two tabs (PartiPrompts.tsv has
+prompts with a quotation mark in them); one that is quoted whole, its inner marks doubled, is taken out of its quotes.
+Columns named as settings are settings, an empty cell says nothing, and all others travel in `meta`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import date, datetime, time
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ar_unified.sampling.columns import ROW, SETTINGS
+from ar_unified.sampling.request import RequestError
+
+PROMPTS = ("prompt", "caption", "text", "prompts", "captions")  # the first that a table has
+_TEXTS = {"prompt", "id", *(key for key, types in SETTINGS.items() if types == (str,))}
+_QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"', re.DOTALL)
+
+Read = Callable[[], Mapping[str, Any]]
+
+
+def delimited(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Read]]:
+    """The rows of a CSV or TSV file, numbered from 1 behind its header.
+
+    lines: of the file, with their ends. Raises RequestError: it has no column of prompts, or it breaks off in a cell.
+    """
+    lines = iter(lines)
+    first = next(lines, "")
+    tabs = path.suffix.lower() != ".csv" or ("\t" in first and "," not in first)
+    delimiter = "\t" if tabs else ";" if ";" in first and "," not in first else ","  # spreadsheets of some countries
+    records = _tabs([first]) if tabs else csv.reader([first], delimiter=delimiter)
+    try:
+        names = _names(path, next(iter(records), []))
+        rest = _tabs(lines) if tabs else csv.reader(lines, delimiter=delimiter, strict=True)
+        number = 0
+        for cells in rest:
+            if any(cell.strip() for cell in cells):
+                number += 1
+                yield number, partial(_row, names, cells)
+    except csv.Error as error:
+        raise RequestError(f"{path}: expected a CSV file: {error}") from None
+
+
+def parquet(path: Path, leave: Callable[[str], None]) -> Iterator[tuple[int, Read]]:
+    """The rows of a Parquet file, from 1. `leave` is told the columns of bytes, which are not read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    open(path, "rb").close()  # a missing file is not a broken one
+    try:
+        with pq.ParquetFile(path) as file:
+            fields = list(file.schema_arrow)
+            plain = [field.name for field in fields if not _binary(pa, field.type)]
+            for field in fields:
+                if field.name not in plain:
+                    leave(f"column {field.name}")
+            names = _names(path, plain)
+            number = 0
+            for batch in file.iter_batches(columns=plain):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield number, partial(_typed_row, names, [values[name] for name in plain])
+    except pa.ArrowException as error:
+        raise RequestError(f"{path}: expected a Parquet file: {error}") from None
+
+
+def header(line: str) -> bool:
+    """Whether the first line of a text file is a table's header, and no prompt: "Prompt", or "prompt<tab>category"."""
+    names = [cell.strip().strip('"').casefold() for cell in line.split("\t")]
+    return len(set(names)) == len(names) and any(name in PROMPTS and name != "text" for name in names)
+
+
+def _tabs(lines: Iterable[str]) -> Iterator[list[str]]:
+    for line in lines:
+        cells = line.rstrip("\r\n").split("\t")
+        yield [cell[1:-1].replace('""', '"') if _QUOTED.fullmatch(cell) else cell for cell in cells]
+
+
+def _names(path: Path, header: Sequence[str]) -> list[str]:
+    """The keys of a table's columns: ours in our spelling, the prompts' as "prompt"."""
+    plain = [name.strip() for name in header]
+    lower = [name.casefold() for name in plain]
+    found = next((lower.index(name) for name in PROMPTS if name in lower), None)
+    if found is None:
+        shown = ", ".join(plain)
+        raise RequestError(
+            f"{path}: expected a first line that names the columns, one of them {', '.join(PROMPTS[:3])}; "
+            f"found {shown!r:.120}. A file with a prompt on each line ends in .txt"
+        )
+    names = [low if low in ROW else name for low, name in zip(lower, plain, strict=True)]
+    names[found] = "prompt"
+    twice = [name for name in names if name and names.count(name) > 1]
+    if twice:
+        raise RequestError(f"{path}: expected columns of different names, found {twice[0]!r:.80} twice")
+    return names
+
+
+def _row(names: Sequence[str], cells: Sequence[str]) -> dict[str, Any]:
+    if len(cells) > len(names):
+        raise RequestError(f"expected {len(names)} cells, as the first line has, found {len(cells)}: {cells!r:.120}")
+    return {name: _cell(name, cell) for name, cell in zip(names, cells, strict=False) if name and _says(name, cell)}
+
+
+def _says(name: str, cell: str) -> bool:
+    return bool(cell.strip()) or name == "prompt"
+
+
+def _cell(name: str, cell: str) -> Any:
+    """A number or list where a setting is one."""
+    if name in _TEXTS or name not in ROW:
+        return cell.strip()
+    try:
+        return json.loads(cell.lower() if cell.lower() in ("true", "false") else cell)
+    except (ValueError, RecursionError):
+        return cell
+
+
+def _typed_row(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
+    return {name: _json(value) for name, value in zip(names, values, strict=True) if value is not None}
+
+
+def _json(value: Any) -> Any:
+    """What Arrow gives, as JSON has it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, datetime | date | time):
+        return value.isoformat()
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, dict):
+        return {str(key): _json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(inner) for inner in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _binary(pa: Any, kind: Any) -> bool:
+    """Whether a column holds bytes, such as pictures, at any depth."""
+    if pa.types.is_nested(kind):
+        return any(_binary(pa, kind.field(i).type) for i in range(kind.num_fields))
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)

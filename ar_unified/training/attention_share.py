@@ -1,0 +1,106 @@
+"""How much of their attention the positions of one modality give to the other, layer by layer.
+
+A model that mixes text and pictures may come to look past one of them. For each layer, and each pair of a query's and a
+key's modality among text and image,
+
+    share(a -> b) = mean over queries q of modality a, and over heads, of  sum over keys k of modality b of  w(q, k)
+
+with w(q, k) = softmax over the keys that q sees (its own document up to itself, packing and padding respected) of
+q . k / sqrt(H). Only queries that see keys of both modalities count: to any other, the question is not put. A share is
+a number in [0, 1]; those of one a sum to at most 1, the rest being controls and sizes. `uniform`, beside the layers, is
+the share that the same queries would give if all the keys they see weighed alike: it is what the data makes of it, and
+a layer above it looks there more than chance.
+
+The training step holds no attention weights. This is a forward of its own over a held-out batch, with the weights of
+a chunk of queries at a time.
+
+B batch, T query position, S key position, N query heads, K KV heads, G = N / K, H head dim, L layers, M modality.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ar_unified.model.transformer import Transformer
+from ar_unified.parallel.rules import spec
+from ar_unified.training.step import Batch, Metrics
+from ar_unified.vocabulary import Role, Vocabulary
+
+MODALITIES = (Role.TEXT, Role.IMAGE)
+_WEIGHTS = 2**23  # weights of a device that exist at one time, 32 MiB: 64 queries of 32 heads over 4,096 keys
+
+
+def attention_shares(model: Transformer, vocabulary: Vocabulary, batch: Batch) -> Metrics:
+    """(sum, count) pairs of one batch: "attention/text_to_image/layer_00", ..., "attention/text_to_image/uniform".
+
+    Args:
+      batch: tokens, positions, doc_start and segment_ids, int32 [B, T], as data/loader.py packs them.
+    """
+    role = jnp.where(batch["segment_ids"] > 0, vocabulary.role(batch["tokens"]), Role.PAD)
+    modality = jnp.stack([role == each for each in MODALITIES], -1)  # [B, T, M]
+    doc_start = batch["doc_start"]
+
+    def look(query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return layer_shares(query, key, doc_start, modality)
+
+    sums, uniform, counts = model.observe(batch["tokens"], batch["positions"], doc_start, look)
+    metrics: Metrics = {}
+    width = len(str(len(sums) - 1))
+    for a, asking in enumerate(MODALITIES):
+        for b, asked in enumerate(MODALITIES):
+            name = f"attention/{asking.name.lower()}_to_{asked.name.lower()}"
+            for layer in range(len(sums)):
+                metrics[f"{name}/layer_{layer:0{width}}"] = (sums[layer, a, b], counts[layer, a])
+            metrics[f"{name}/uniform"] = (uniform[0, a, b], counts[0, a])
+    return metrics
+
+
+def layer_shares(
+    query: jax.Array, key: jax.Array, doc_start: jax.Array, modality: jax.Array, room: int = _WEIGHTS
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of one layer: sums of shares and of uniform shares over the queries that count, f32 [M, M], and how many, [M].
+
+    Args:
+      query: [B, T, N, H], rotated. key: [B, T, K, H]. doc_start: int32 [B, T]; T on padding.
+      modality: bool [B, T, M].
+      room: weights of a device that may exist at one time; of one column of queries at least.
+    """
+    B, T, N, H = query.shape
+    K = key.shape[2]
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = 1
+    if not mesh.empty and mesh.size > 1:  # columns whole on each device: chunks are cut along them
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        query, key, doc_start, modality = (
+            jax.lax.with_sharding_constraint(x, spec(mesh, ("batch",) + (None,) * (x.ndim - 1), x.shape))
+            for x in (query, key, doc_start, modality)
+        )
+    width = max(1, min(T, room * ways // (B * N * T)))
+    pad = -T % width
+    key, asked = key.astype(jnp.float32), modality.astype(jnp.float32)
+    columns = jnp.arange(T)
+
+    def pieces(x: jax.Array, fill: int = 0) -> jax.Array:
+        """[B, T, ...] -> [chunks, B, width, ...]"""
+        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+        return jnp.moveaxis(x.reshape(B, -1, width, *x.shape[2:]), 1, 0)
+
+    def add(total, piece):
+        query, first, last, asking = piece
+        query = query.astype(jnp.float32).reshape(B, width, K, N // K, H)
+        scores = jnp.einsum("BTKGH,BSKH->BKGTS", query, key, precision="highest") * H**-0.5
+        seen = (first[..., None] <= columns) & (columns <= last[..., None])  # [B, T, S]
+        weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), where=seen[:, None, None])
+        shares = jnp.einsum("BKGTS,BSM->BTM", weights, asked, precision="highest") / N
+        keys = jnp.einsum("BTS,BSM->BTM", seen.astype(jnp.float32), asked, precision="highest")
+        uniform = keys / jnp.maximum(seen.sum(-1, keepdims=True), 1)
+        counted = (asking & (keys > 0).all(-1, keepdims=True)).astype(jnp.float32)
+        new = *(jnp.einsum("BTA,BTM->AM", counted, x) for x in (shares, uniform)), counted.sum((0, 1))
+        return jax.tree.map(jnp.add, total, new), None
+
+    M = modality.shape[-1]
+    zeros = jnp.zeros((M, M)), jnp.zeros((M, M)), jnp.zeros(M)
+    last = jnp.broadcast_to(columns, (B, T))
+    parts = pieces(query), pieces(doc_start, T), pieces(last, -1), pieces(modality, 0)
+    return jax.lax.scan(add, zeros, parts)[0]

@@ -1,0 +1,174 @@
+"""The command line itself: answers at once, one sentence for what a person can mend, stops in order."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ar_unified import interrupts
+from ar_unified.cli import main as program
+from ar_unified.cli.arguments import parser_of
+from ar_unified.cli.main import VERBS, main
+from ar_unified.errors import RunError, UserError, about, explain
+
+ROOT = Path(__file__).resolve().parents[2]
+ARGV = ["train", "--config", "x.py", "--workdir", "w"]
+
+
+def ends(monkeypatch, error: BaseException, *more: str) -> int:
+    def fail(*_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(program, "_run", fail)
+    return main([*ARGV, *more])
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_and_a_mistyped_flag_need_no_jax(verb):
+    """What the parser imports is what `--help` waits for."""
+    code = (
+        "import sys; from ar_unified.cli.main import main\n"
+        "for words in (['--help'], ['--confg', 'x.py']):\n"
+        "    try: main([sys.argv[1], *words])\n"
+        "    except SystemExit: pass\n"
+        "slow = {'jax', 'flax', 'orbax', 'tensorflow_datasets', 'tensorboardX', 'torch'} & sys.modules.keys()\n"
+        "sys.exit(f'imported {slow}' if slow else 0)"
+    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tokenizers")])
+    found = subprocess.run(
+        [sys.executable, "-c", code, verb], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    assert "usage: ar-unified " + verb in found.stdout and "--debug" in found.stdout
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("ar-unified 0.")
+
+
+def test_a_near_miss_of_a_verb_is_suggested(capsys):
+    assert main(["evalute"]) == 2
+    assert "did you mean 'evaluate'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error, status, words",
+    [
+        (UserError("config.x: expected 1, found 2"), 2, "config.x: expected 1, found 2"),
+        (RunError("not finite at step 3"), 3, "not finite at step 3"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.jsonl"), 2, "a.jsonl: No such file"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "w/x"),
+            3,
+            "w/x: No space left on device. What is done",
+        ),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes"), 3, "model.remat=full"),
+        (MemoryError(), 3, "out of memory: MemoryError"),
+        (RuntimeError("Unable to initialize backend 'tpu': no TPU"), 2, "JAX_PLATFORMS=cpu"),
+    ],
+)
+def test_what_a_person_can_mend_is_one_sentence(monkeypatch, capsys, error, status, words):
+    monkeypatch.delenv("AR_UNIFIED_DEBUG", raising=False)
+    assert ends(monkeypatch, error) == status
+    said = capsys.readouterr().err
+    assert said.startswith("ar-unified train: ") and words in said and "Traceback" not in said
+    assert said.count("\n") == 1
+
+
+def test_debug_shows_the_traceback_too(monkeypatch, capsys):
+    assert ends(monkeypatch, UserError("no"), "--debug") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_fault_of_ours_has_a_traceback_and_a_status_of_its_own(monkeypatch, capsys):
+    assert ends(monkeypatch, KeyError("offload")) == 70
+    said = capsys.readouterr().err
+    assert "Traceback" in said and "this is a fault of ar-unified" in said
+
+
+def test_a_reader_that_goes_ends_the_verb_quietly(tmp_path):
+    """`ar-unified validate DIR | head -1`"""
+    (tmp_path / "captions.jsonl").write_text("".join(f'{{"image": "{i}.png", "text": "a"}}\n' for i in range(3000)))
+    command = f"{sys.executable} -m ar_unified.cli.main validate {tmp_path} | head -1; echo ${{PIPESTATUS[0]}}"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tokenizers")])
+    found = subprocess.run(
+        ["bash", "-c", command], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert "Traceback" not in found.stderr and "Broken" not in found.stderr, found.stderr
+    assert found.stdout.splitlines()[-1] in ("141", "1")  # 1: all was written before the reader went
+
+
+def test_a_terminal_without_our_letters_is_no_error(tmp_path):
+    folder = tmp_path / "Bücher→"
+    folder.mkdir()
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tokenizers")])
+    found = subprocess.run(
+        [sys.executable, "-m", "ar_unified.cli.main", "validate", str(folder / "none")],
+        env=os.environ | {"PYTHONPATH": path, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+    )
+    assert found.returncode == 2 and b"B\\xfccher\\u2192" in found.stderr and b"Traceback" not in found.stderr
+
+
+def test_about_says_where_and_keeps_the_cause():
+    with pytest.raises(UserError, match="^config.x: a.bin: Permission denied$") as caught, about("config.x"):
+        raise PermissionError(errno.EACCES, "Permission denied", "a.bin")
+    assert isinstance(caught.value.__cause__, PermissionError)
+    assert explain(ValueError("of a programmer")) is None
+
+
+@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_outside_training_ends_with_a_line_and_its_status(monkeypatch, capsys, name, status):
+    def sent(*_: object) -> int:
+        os.kill(os.getpid(), getattr(signal, name))
+        raise AssertionError("the signal was not heard")
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    monkeypatch.setattr(program, "_run", sent)
+    assert main(ARGV) == status
+    said = capsys.readouterr().err
+    assert "stopped by" in said and "the same command goes on" in said and "Traceback" not in said
+    assert before == {number: signal.getsignal(number) for number in before}
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        with interrupts.raised():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+def test_the_first_signal_is_noted_and_the_second_raises(capfd):
+    with interrupts.noted() as asked:
+        assert asked() == 0
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked() == signal.SIGINT
+        with pytest.raises(interrupts.Interrupted):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert "Ctrl-C: stopping after this step with a checkpoint" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_a_parser_that_says_what_the_module_says(verb):
+    assert parser_of(verb).description
+
+
+def test_words_that_are_wrong_by_themselves_are_refused_at_once(capsys):
+    for verb, flag, wrong, expected in [
+        ("train", "--profile", "5:5", "FIRST:LAST"),
+        ("train", "--profile", "1:2:3", "FIRST:LAST"),
+        ("sample", "--part", "16/16", "K/N"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            main([verb, "--config", "x.py", "--workdir", "w", flag, wrong])
+        assert stop.value.code == 2 and expected in capsys.readouterr().err
+    assert parser_of("train").parse_args([*ARGV[1:], "--profile", "100:105"]).profile == (100, 105)

@@ -1,0 +1,75 @@
+"""A person's own folder at the command line: links, encodings, and languages named after files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ar_unified.cli import config
+from ar_unified.cli.main import main
+from ar_unified.data.images import to_png
+from ar_unified.data.sources import BadItem, open_source
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def linked(tmp_path: Path) -> Path:
+    """A folder whose pictures are a link to elsewhere, and whose captions begin with a byte order mark."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "set").mkdir()
+    for i in range(4):
+        (tmp_path / "disk" / f"{i}.png").write_bytes(to_png(np.full((16, 16, 3), 60 * i, np.uint8)))
+    (tmp_path / "set" / "images").symlink_to(tmp_path / "disk")
+    rows = "".join(json.dumps(dict(image=f"images/{i}.png", text=f"grey {i}")) + "\n" for i in range(4))
+    (tmp_path / "set" / "captions.jsonl").write_text(rows, encoding="utf-8-sig")
+    return tmp_path / "set"
+
+
+def test_validate_says_how_links_are_allowed(linked, capsys):
+    assert main(["validate", str(linked)]) == 1
+    assert f"images is a link to {linked.parent / 'disk'}, outside {linked}" in capsys.readouterr().out
+    assert main(["validate", str(linked), "--links"]) == 0
+    assert "4 items, 4 good" in capsys.readouterr().out
+
+
+def test_the_folder_experiment_can_follow_links(linked):
+    path = f"{ROOT}/experiments/folder.py:path={linked}"
+    for arg, good in ((path, False), (f"{path},links=yes", True)):
+        (spec,) = config.load(arg).data.train
+        source = open_source({**config.plain(spec), "split": None})
+        if good:
+            assert source[0].parts[1].pixels.shape == (16, 16, 3)
+        else:
+            with pytest.raises(BadItem, match="path_escapes"):
+                source[0]
+
+
+def test_a_folder_that_is_not_there_is_one_sentence(tmp_path, capsys):
+    assert main(["validate", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere: no such folder or file" in capsys.readouterr().err
+    shutil.copytree(ROOT / "docs", tmp_path / "set")
+    (tmp_path / "set" / "Captions.JSONL").write_text("{}")
+    assert main(["validate", str(tmp_path / "set")]) == 2
+    assert "Captions.JSONL: this name is written in small letters" in capsys.readouterr().err
+
+
+def test_files_that_differ_in_their_ending_are_rows_of_their_own(tmp_path):
+    corpus = tmp_path / "corpus"
+    (corpus / ".git").mkdir(parents=True)
+    (corpus / ".git" / "note.txt").write_text("not this")
+    (corpus / "en.txt").write_text("a red circle\n" * 40, encoding="utf-8-sig")
+    (corpus / "en.md").write_text("a blue star\n" * 30)
+    (corpus / "NL.TXT").write_text("een rode cirkel\n" * 30)
+    experiment = ["--config", f"{ROOT}/experiments/text_tokenizer.py:path={corpus}"]
+    assert (
+        main(["tokenizer", "--workdir", str(tmp_path / "w"), *experiment, "--config.text_tokenizer.vocab_size=300"])
+        == 0
+    )
+    texts = json.loads((tmp_path / "w" / "text_tokenizer" / "report.json").read_text())["texts"]
+    assert {name: row["texts"] for name, row in texts.items()} == {"NL": 30, "en.md": 30, "en.txt": 40}
+    assert texts["en.txt"]["bytes"] == 40 * len("a red circle"), "the mark is no text"

@@ -1,0 +1,108 @@
+"""Folders with little in them, or nothing that can be used: what a stranger's first try looks like."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ar_tokenizers.image.objective import Objective
+from ar_tokenizers.image.tokenizer import ImageTokenizer
+from PIL import Image
+
+from ar_unified.cli import config as configs
+from ar_unified.cli.experiment import Experiment
+from ar_unified.cli.main import main
+from ar_unified.data.sources import open_source
+from ar_unified.errors import UNUSABLE
+from ar_unified.workdir import Workdir
+from tests.cli.conftest import ROOT, command
+
+TINY = {"image_tokenizer__steps": 2, "training__steps": 4, "training__warmup_steps": 1, "evaluation__limit": 1}
+
+
+def pictures(root: Path, count: int, text: str = "picture {}", *, files: bool = True) -> Path:
+    root.mkdir(exist_ok=True)
+    rows = [{"image": f"{i}.png", "text": text.format(i)} for i in range(count)]
+    (root / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for i in range(count if files else 0):
+        noise = np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
+        Image.fromarray(noise).save(root / f"{i}.png")
+    return root
+
+
+def documents(workdir: Path, split: str) -> int:
+    found = json.loads((workdir / "data" / split / "manifest.json").read_text())["report"]
+    return sum(source["documents"] for source in found.values())
+
+
+def bring_tokenizers(root: Path, workdir: Path) -> None:
+    """A text tokenizer of the folder, and an image tokenizer that was never trained."""
+    argv = command("tokenizer", root, workdir)
+    experiment = Experiment(configs.load(argv[2], argv[5:]), Workdir(workdir))
+    untrained = Objective(experiment.autoencoder).init(jax.random.key(0))["autoencoder"]
+    ImageTokenizer(experiment.autoencoder, untrained).save(experiment.workdir.image_tokenizer)
+    assert main([*argv, "--only", "text"]) == 0
+
+
+def prepared(root: Path, workdir: Path, **changes: object) -> int:
+    return main(command("prepare", root, workdir, image_tokenizer__steps=0, **changes))
+
+
+def test_of_two_pictures_one_is_held_out_and_one_alone_is_trained_on(tmp_path, capsys):
+    for count, held_out in ((2, 1), (1, 0)):
+        root, workdir = pictures(tmp_path / f"set{count}", count), tmp_path / f"w{count}"
+        bring_tokenizers(root, workdir)
+        assert prepared(root, workdir) == 0
+        assert documents(workdir, "train") == 1
+        assert (documents(workdir, "validation") if held_out else 0) == held_out
+        assert (workdir / "data" / "validation").exists() == bool(held_out)
+    said = (
+        r"validation: .*set1: nothing is in split '\[95%:\]', as all rows belong to one picture .* goes on without it"
+    )
+    assert re.search(said, capsys.readouterr().out)
+
+
+def test_a_source_of_which_nothing_is_left_ends_prepare_and_says_why(tmp_path, capsys):
+    root, workdir = pictures(tmp_path / "long", 6, "word " * 200 + "{}"), tmp_path / "w"
+    bring_tokenizers(root, workdir)
+    assert prepared(root, workdir) == UNUSABLE
+    said = capsys.readouterr().err
+    assert re.search(
+        r"no documents are left of source 'long': 5 too_long, first .*captions.jsonl:\d+: too_long: ", said
+    )
+    assert "Raise config.data.max_tokens" in said and not (workdir / "data").exists()
+    assert prepared(root, workdir, data__max_tokens=2000) == 0, "nothing is to be deleted first"
+    assert documents(workdir, "train") == 5
+
+
+def test_pictures_that_are_missing_are_said_where_the_image_tokenizer_needs_them(tmp_path, capsys):
+    root, workdir = pictures(tmp_path / "bad", 6, files=False), tmp_path / "w"
+    assert main(command("tokenizer", root, workdir, **TINY)) == UNUSABLE
+    said = capsys.readouterr().err
+    expected = r"source 'bad': no readable picture in its 5 documents: 5 missing_image, first .*captions.jsonl:\d: "
+    assert re.search(expected + "missing_image: .*png: no such file", said)
+    assert not (workdir / "image_tokenizer").exists()
+
+
+def test_data_that_is_not_there_is_one_sentence(tmp_path, capsys):
+    config = f"{ROOT / 'experiments' / 'emoji.py'}:path={tmp_path / 'nowhere'}"
+    assert main(["run", "--config", config, "--workdir", str(tmp_path / "w")]) == UNUSABLE
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "nowhere: expected a folder with captions.jsonl" in said
+    assert "no such folder" in said and "--config FILE:path=DIR" in said
+
+
+@pytest.mark.slow
+def test_a_held_out_picture_that_cannot_be_read_does_not_stop_the_run(tmp_path, capsys):
+    root, workdir = pictures(tmp_path / "set", 2), tmp_path / "w"
+    held_out = open_source(dict(kind="folder", path=root, split="[95%:]")).texts(0)[0]
+    (root / f"{held_out.split()[1]}.png").write_bytes(b"no picture")
+    assert main(command("run", root, workdir, **TINY)) == 0
+    out = capsys.readouterr().out
+    assert "validation: source 'set': no readable picture in its 1 documents: 1 unreadable_image, first" in out
+    assert re.search(r"left out: 1 unreadable_image, first .*\n  WARNING: most of set is left out", out)
+    assert "training goes on without a validation loss" in out and (workdir / "report.html").exists()

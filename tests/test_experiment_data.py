@@ -1,0 +1,171 @@
+"""What experiments/data makes of small stand-ins for the sources it names, and what is said where data are missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from ar_unified.cli import config as configs
+from ar_unified.data.sources import open_source
+from ar_unified.document import ImagePart, TextPart
+from ar_unified.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / "data" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def figure(path, shape, color, size=64):
+    picture = Image.new("RGB", (size, size), (240, 235, 250))
+    draw = ImageDraw.Draw(picture)
+    if shape == "triangle":
+        draw.polygon([(30, 10), (10, 50), (50, 50)], fill=color)
+    else:
+        getattr(draw, {"circle": "ellipse"}.get(shape, shape))([10, 14, 50, 54], fill=color)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "wheel"])
+def test_easy_vqa_of_its_package(tmp_path, kind, capsys):
+    data = tmp_path / "package" / "easy_vqa" / "data"
+    shown = [("circle", (0, 0, 255)), ("rectangle", (255, 0, 0)), ("triangle", (0, 128, 128)), ("circle", (0, 255, 0))]
+    for i, (shape, color) in enumerate(shown):
+        figure(data / "train" / "images" / f"{i}.png", shape, color)
+    figure(data / "test" / "images" / "10.png", "rectangle", (0, 0, 0))
+    (data / "train" / "images" / ".DS_Store").write_bytes(b"")
+    others = ["black", "blue", "brown", "gray", "red", "teal", "yellow"]
+    asked = [
+        ["what is the blue shape?", "circle", 0], ["is there a red shape?", "no", 1],
+        ["is there not a triangle?", "no", 2], *([f"is no {color} shape present?", "yes", 3] for color in others),
+    ]  # fmt: skip
+    (data / "train" / "questions.json").write_text(json.dumps(asked))
+    (data / "test" / "questions.json").write_text(json.dumps([["what color is the shape?", "black", 10]]))
+    source = tmp_path / "package"
+    if kind == "wheel":
+        source = tmp_path / "easy_vqa-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(source, "w") as wheel:
+            for file in sorted(data.rglob("*")):
+                wheel.write(file, file.relative_to(tmp_path / "package"))
+    maker = script("make_easy_vqa")
+    said = maker.facts([tuple(entry) for entry in asked])
+    assert said == {
+        0: {"color": "blue", "shape": "circle"}, 1: {}, 2: {"shape": "triangle"}, 3: {"color": "green"}
+    }  # fmt: skip
+    output = tmp_path / "out"
+    maker.main(["--source", str(source), "--output", str(output)])
+    assert "5 pictures, 5 captions, 11 questions" in capsys.readouterr().out
+    texts = ["a blue circle", "a red rectangle", "a teal triangle", "a green circle", "a black rectangle"]
+    assert [row["text"] for row in rows(output / "captions.jsonl")] == texts
+    assert (output / "images/train/1.png").read_bytes() == (data / "train/images/1.png").read_bytes()
+
+    config = configs.load(f"{ROOT}/experiments/easy_vqa.py:path={output}")
+    captions, questions = (open_source(configs.plain(spec)) for spec in config.data.validation)
+    (picture, question, answer) = questions[0].parts
+    assert isinstance(picture, ImagePart) and (question.text, answer.text) == ("what color is the shape?", "black")
+    assert captions[0].parts[0] == TextPart("a black rectangle")
+
+
+def test_easy_vqa_without_its_package(tmp_path, capsys):
+    for source, words in [("none", "no such file"), (str(tmp_path), "expected data/train/questions.json in it")]:
+        with pytest.raises(SystemExit) as stop:
+            script("make_easy_vqa").main(["--source", source, "--output", str(tmp_path / "out")])
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_emoji_of_files_and_names(tmp_path, capsys):
+    names = {
+        "#️⃣": {"name": "keycap #", "group": "Symbols"}, "😀": {"name": "grinning face", "group": "Smileys"},
+        "🏳️‍🌈": {"name": "rainbow flag", "group": "Flags"}, "🇫🇷": {"name": "France", "group": "Flags"},
+        "🦤": {"name": "dodo", "group": "Animals"},
+    }  # fmt: skip
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    (tmp_path / "128").mkdir()
+    for code in ("1f600", "0023_20e3", "1f3f3_200d_1f308", "1f1eb_1f1f7"):
+        Image.new("RGBA", (128, 128), (9, 9, 9, 255)).save(tmp_path / "128" / f"emoji_u{code}.png")
+    output = tmp_path / "out"
+    maker = script("make_emoji")
+    arguments = ["--names", str(tmp_path / "names.json"), "--output", str(output)]
+    maker.main(["--pictures", str(tmp_path / "128"), *arguments])
+    assert "3 emoji; 1 names without a picture" in capsys.readouterr().out
+    assert [(row["image"], row["text"], row["codepoints"]) for row in rows(output / "captions.jsonl")] == [
+        ("images/emoji_u0023_20e3.png", "keycap #", "23-20e3"),
+        ("images/emoji_u1f3f3_200d_1f308.png", "rainbow flag", "1f3f3-200d-1f308"),
+        ("images/emoji_u1f600.png", "grinning face", "1f600"),
+    ]
+    config = configs.load(f"{ROOT}/experiments/emoji.py:path={output}")
+    assert len(open_source(configs.plain(config.data.train[0]))) == 3
+
+    for more, words in [
+        (["--pictures", str(tmp_path / "none")], "no such folder"),
+        (["--font", str(tmp_path / "names.json")], "expected NotoColorEmoji.ttf with embedded pictures"),
+        (["--pictures", str(output)], "no emoji of the names has a picture"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            maker.main([*more, *arguments])
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_photos_of_clones(tmp_path, capsys):
+    generator = np.random.default_rng(0)
+
+    def photo(path, height, width):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (height, width, 3), np.uint8)).save(path)
+
+    for i in range(102):
+        photo(tmp_path / f"clothing/train/longsleeve/{i}.jpg", 16, 12)
+    photo(tmp_path / "clothing/train/hat/a.jpg", 300, 400)
+    photo(tmp_path / "cooking/static/pix/pie.webp", 300, 800)
+    photo(tmp_path / "cooking/static/pix/unseen.webp", 30, 30)
+    (tmp_path / "cooking/content").mkdir()
+    (tmp_path / "cooking/content/pie.md").write_text("# Pie\n![Pie](/pix/pie.webp)\n![Gone](/pix/gone.webp)")
+    maker = script("make_photos")
+    for number in maker.KODAK:
+        photo(tmp_path / f"kodak/PhotoCD/{number:02d}.png", 20, 30)
+    output = tmp_path / "out"
+    sources = [f"--{name}={tmp_path / name}" for name in ("clothing", "cooking", "kodak")]
+    maker.main([*sources, "--output", str(output)])
+    assert capsys.readouterr().out.split()[1::3] == ["101", "1", "8"]
+    assert Image.open(output / "clothing/images/train/hat/a.jpg").size == (171, 128)
+    assert Image.open(output / "based-cooking/images/pie.jpg").size == (384, 144)
+    assert {row["text"] for row in rows(output / "clothing/captions.jsonl")} == {
+        "a photo of a hat", "a photo of a long-sleeve shirt"
+    }  # fmt: skip
+    assert (output / "kodak/images/kodim23.png").read_bytes() == (tmp_path / "kodak/PhotoCD/23.png").read_bytes()
+    config = configs.load(f"{ROOT}/experiments/photos.py:path={output}")
+    lengths = [len(open_source(configs.plain(spec))) for spec in (*config.data.train[:2], *config.data.validation)]
+    assert lengths == [101, 1, 8]
+    with pytest.raises(SystemExit):
+        maker.main(["--kodak", str(tmp_path / "cooking"), "--output", str(output)])
+    assert "expected kodim01.png or 01.png under it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, maker", [("easy_vqa", "make_easy_vqa"), ("emoji", "make_emoji"), ("photos", "make_photos")]
+)
+def test_missing_data_name_the_command_that_makes_them(tmp_path, name, maker):
+    config = configs.load(f"{ROOT}/experiments/{name}.py:path={tmp_path / 'none'}")
+    for spec in (config.data.train[0], config.data.validation[0]):
+        words = (
+            rf"none.*: no such file or folder\. This makes it: python experiments/data/{maker} .*--output {tmp_path}"
+        )
+        with pytest.raises(UserError, match=words):
+            open_source(configs.plain(spec))
+    assert (ROOT / "experiments/data" / maker).is_file()

@@ -1,0 +1,107 @@
+"""As a library: sums are right on a CPU whatever is imported, and README's example runs as it stands there."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ar_tokenizers.image.autoencoder import init
+from ar_tokenizers.image.config import AutoencoderConfig
+from ar_tokenizers.image.tokenizer import ImageTokenizer
+from ar_tokenizers.text import TextTokenizer
+
+from ar_unified.checkpoint import Checkpoints
+from ar_unified.cli import config as configs
+from ar_unified.cli.experiment import Experiment
+from ar_unified.model import transformer
+from ar_unified.workdir import Workdir, write_json, write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+# jax issue 39103: with jaxlib 0.10.2's own reductions the last of these sums is 1071645696 or so, and nothing says it.
+SUMS = """
+import jax.numpy as jnp
+i = jnp.arange(32769, dtype=jnp.float32)
+x = jnp.stack([i, jnp.zeros_like(i), jnp.zeros_like(i)], axis=1)
+print(float(jax.jit(jax.vmap(lambda row: jnp.sum((jnp.eye(3) @ row) ** 2)))(x)[-1]) == 32768.0**2)
+"""
+NEEDED = jax.__version_info__ < (0, 12)  # from then on jaxlib is right by itself
+
+
+def python(code: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs `code` in a process of its own, on one device, with no XLA_FLAGS but those given and no cache."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
+    paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tokenizers'}", "JAX_NUM_CPU_DEVICES": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=inherited | paths | environment, cwd=cwd, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("first", ["import ar_unified", "import ar_tokenizers.text", "import jax, ar_unified.errors"])
+def test_sums_are_right_after_an_import(first):
+    done = python(f"{first}\nimport jax{SUMS}", PYTHONWARNINGS="error::RuntimeWarning")
+    assert done.stdout == "True\n", done.stdout + done.stderr
+
+
+def test_an_import_that_comes_too_late_says_so():
+    done = python(f"import jax\njax.devices()\nimport ar_unified{SUMS}")
+    assert done.stderr.count("RuntimeWarning: JAX has run before ar_unified") == NEEDED
+    assert ("start with XLA_FLAGS=--xla_cpu" in done.stderr) == NEEDED
+    assert done.stdout == f"{not NEEDED}\n", "where this jaxlib is right by itself, the switch and this test may go"
+
+
+def test_flags_of_the_user_win():
+    flag = "--xla_cpu_experimental_ynn_fusion_type="
+    done = python("import os, ar_unified\nprint(os.environ['XLA_FLAGS'])", XLA_FLAGS=flag)
+    assert done.stdout == f"{flag}\n"
+
+
+def test_an_import_costs_little():
+    done = python("import sys, ar_unified\nprint([m for m in ('jax', 'jaxlib', 'numpy') if m in sys.modules])")
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.slow
+def test_the_example_of_the_readme_runs(tmp_path):
+    """On a workdir as the stages leave it, with networks that have learned nothing."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## As a library")[2]
+    example = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert example, "README has no example under 'As a library'"
+    write_text(
+        tmp_path / "experiments/shapes.py",
+        """from ar_unified.cli.config import defaults, model
+
+def get_config(arg=None):
+    config = defaults()
+    config.model = model("debug")
+    config.sampling.batch_size = 4
+    config.sampling.max_length = 64
+    return config
+""",
+    )
+    workdir = Workdir(tmp_path / "workdirs/shapes")
+    experiment = Experiment(configs.load(str(tmp_path / "experiments/shapes.py")), workdir)
+    image = configs.pick(AutoencoderConfig, experiment.config.image_tokenizer)
+    ImageTokenizer(image, init(image, jax.random.key(0))).save(workdir.image_tokenizer)
+    sentences = [
+        f"A small {colour} star in the top {side}." for colour in ("red", "blue") for side in ("left", "right")
+    ]
+    workdir.text_tokenizer.mkdir()
+    TextTokenizer.train(sentences, 300).save(workdir.text_tokenizer / "text.model")
+    checkpoints = Checkpoints(workdir.model / "checkpoints")
+    params = transformer.init(experiment.model, jax.random.key(0))
+    metadata = {"manifest": experiment.grammar.manifest()}
+    checkpoints.save(1, params=params, optimizer={"count": np.zeros(1)}, metadata=metadata)
+    checkpoints.close()
+    write_json(workdir.model / "done.json", {"fingerprint": {}})
+    done = python(
+        f"{example[1]}    print(sample.index, pixels.dtype, pixels.shape)\n",
+        tmp_path,
+        XLA_FLAGS=os.environ["XLA_FLAGS"],
+    )
+    assert sorted(done.stdout.splitlines()) == [f"{i} uint8 (64, 64, 3)" for i in range(4)], done.stderr

@@ -1,0 +1,65 @@
+"""What a process sets before it runs JAX on a CPU: one switch for right results, three for speed.
+
+Measured on 2 cores with jaxlib 0.10.2 (experiments/benchmarks/cpu_vs_transformers.py):
+
+* XLA CPU fuses some reductions into YNNPACK calls that return wrong numbers in jaxlib 0.10.2 (jax issue 39103: 0.10.1
+  and 0.12 are right; a related crash, 39257, is also in 0.11.0). The gradient of an RMSNorm under `vmap` was off by
+  0.24 without an error. The flag leaves reductions to XLA itself. Importing ar_tokenizers or ar_unified sets it.
+* XLA takes all temporaries of a step as one block, which glibc maps from the system and gives back each time: 130,000
+  page faults, a quarter of the demo's step. The three `mallopt` values make it keep the block. They are for a process
+  that does nothing else: importing ar_unified.cli sets them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+
+_NO_YNN_REDUCE = "--xla_cpu_experimental_ynn_fusion_type=-library_fusion_type_reduce"
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # malloc.h of glibc
+
+
+def right_reductions() -> None:
+    """Adds the flag to XLA_FLAGS where jaxlib needs it. JAX may be imported already, but not have computed yet.
+
+    A flag that a user gave wins. Warns (RuntimeWarning) where JAX already runs on a CPU, which reads flags only once.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    version = _jaxlib_version()
+    if "ynn_fusion_type" in flags or version is None or version >= (0, 12):
+        return
+    os.environ["XLA_FLAGS"] = f"{flags} {_NO_YNN_REDUCE}".strip()
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    if bridge is not None and bridge.backends_are_initialized() and sys.modules["jax"].default_backend() == "cpu":
+        warnings.warn(
+            f"JAX has run before ar_unified or ar_tokenizers was imported: jaxlib {'.'.join(map(str, version))} may "
+            f"compute wrong sums on this CPU. Import one of them first, or start with XLA_FLAGS={_NO_YNN_REDUCE}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def keep_memory() -> None:
+    """Makes glibc keep what it has: memory once taken stays with the process, at its peak. Elsewhere: nothing."""
+    try:
+        libc = ctypes.CDLL(None)
+        libc.gnu_get_libc_version  # noqa: B018  (an AttributeError here means: not glibc)
+        for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1)):
+            libc.mallopt(option, value)
+    except (AttributeError, OSError, TypeError):  # macOS, musl, Windows
+        pass
+
+
+def _jaxlib_version() -> tuple[int, ...] | None:
+    """Read from its file: importing jaxlib, or asking importlib.metadata, would take most of a --help's time."""
+    found = importlib.util.find_spec("jaxlib")
+    if found is None or found.origin is None:
+        return None
+    text = Path(found.origin).with_name("version.py").read_text(encoding="utf-8")
+    version = re.search(r"""^_version = ["'](\d+(?:\.\d+)*)""", text, re.MULTILINE)
+    return tuple(map(int, version[1].split("."))) if version else None
