@@ -13,6 +13,7 @@ from ar_unified.cli.experiment import Experiment, by_first_process
 from ar_unified.data.balance import passes, places, text_bytes
 from ar_unified.data.items import BadItem, Source, language
 from ar_unified.data.sources import texts
+from ar_unified.errors import about
 from ar_unified.workdir import write_json
 
 _MEASURED = 1_000_000  # bytes of a source that the report looks at, an even part of it
@@ -77,11 +78,9 @@ def _train(experiment: Experiment, left_out: _LeftOut) -> tuple[TextTokenizer, d
 
 
 def load(settings: Mapping[str, Any]) -> TextTokenizer:
-    """The model a config brings. Ends the program if it is not there or loses text and may not."""
-    try:
+    """The model a config brings. Raises UserError if it is not there or loses text and may not."""
+    with about("config.text_tokenizer.model"):
         return TextTokenizer.load(settings["model"], lossy=settings["lossy"])
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"ar-unified: text_tokenizer.model: {error}") from error
 
 
 def measure(tokenizer: TextTokenizer, sources: Mapping[str, Source]) -> dict[str, Fertility]:

@@ -137,7 +137,7 @@ class Program:
         lowered = self.lower()
         with jax.set_mesh(self.mesh):
             try:
-                compiled = lowered.compile()
+                compiled: Any = lowered.compile()
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" in str(error) and "emory" in str(error):
                     raise OutOfMemory(str(error)) from error
@@ -226,6 +226,8 @@ def sample_programs(run: Run, mesh: Mesh) -> list[Program]:
     while it reads (sampling/engine.py).
     """
     config, R, S = run.model, run.requests, run.max_length
+    if R < 1 or S < 2:
+        raise ValueError(f"sampling: expected batch_size >= 1 and max_length >= 2, found {R} and {S}")
     # The compiled part never turns text into ids.
     grammar = Grammar(run.vocabulary, run.layout, cast(TextCodec, None))
 

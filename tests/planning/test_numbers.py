@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +17,18 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ar_unified.grammar import fixed_grid
+from ar_unified.grammar import Grammar, fixed_grid
+from ar_unified.model import transformer
 from ar_unified.model.config import TransformerConfig
 from ar_unified.parallel.hardware import HARDWARE
 from ar_unified.parallel.mesh import decoding_axes, make_mesh
 from ar_unified.planning.collectives import Collective, collectives
 from ar_unified.planning.memory import PARTS, memory
-from ar_unified.planning.programs import Compiled, Run, programs
+from ar_unified.planning.programs import Compiled, Run, local_bytes, programs
 from ar_unified.planning.report import text
 from ar_unified.planning.roofline import roofline, traffic
 from ar_unified.planning.targets import parse_target
+from ar_unified.sampling.engine import Engine
 from ar_unified.training.optimizer import OptimizerConfig
 from ar_unified.vocabulary import Vocabulary
 from tests.kernels.topologies import needs_libtpu
@@ -145,6 +148,23 @@ def test_the_parts_of_memory_have_what_the_engine_keeps():
     assert where.parts["held"] == checkpoint + 4 * prefix
     assert where.peak == (1 << 20) + 5 + 7 + where.parts["held"] == sum(where.parts.values())
     assert set(where.parts) < set(PARTS)
+
+
+def test_the_engine_holds_what_the_plan_says():
+    """The arrays themselves, of a model in bfloat16: the checkpoint's, and those made of them."""
+    run = replace(RUN, mesh={}, requests=2, max_length=64)
+    (program,) = [each for each in programs(run, make_mesh({}, jax.devices()[:1]), "sample") if each.name == "decode"]
+    grammar = Grammar(VOCABULARY, run.layout, None)  # nothing here is text
+    engine = Engine(MODEL, transformer.init(MODEL, jax.random.key(0)), grammar, batch_size=2, max_length=64)
+
+    def size(tree: Any) -> int:
+        return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+    checkpoint, prefixes = program.held
+    assert size(engine.params) == local_bytes(checkpoint)
+    assert size(engine.weights) == local_bytes(program.arguments["parameters"]) < size(engine.params)
+    tokens, lengths = np.zeros((engine._prefill_rows, 32), np.int32), np.ones(engine._prefill_rows, np.int32)
+    assert size(engine.call(engine._programs.prefill, engine.weights, tokens, lengths)) == local_bytes(prefixes[0])
 
 
 # ---- the network ---------------------------------------------------------------------------------------------------
