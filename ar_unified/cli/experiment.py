@@ -38,7 +38,7 @@ from ar_unified.interrupts import Preempted
 from ar_unified.model.config import TransformerConfig, config_from, parameter_count
 from ar_unified.model.transformer import init, logical_axes
 from ar_unified.parallel import rules, runtime
-from ar_unified.parallel.mesh import make_mesh
+from ar_unified.parallel.mesh import decoding_axes, make_mesh
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
 from ar_unified.vocabulary import Vocabulary
@@ -309,16 +309,12 @@ class Experiment:
 
     @cached_property
     def decoding_mesh(self) -> jax.sharding.Mesh | None:
-        """This process's own devices, heads split as the config's mesh says and rows over all the others; None for one.
-
-        Each process serves requests of its own. The axes fsdp and context, which save memory in training, would make
-        every step of decoding wait for weights; the devices they name split rows.
-        """
+        """This process's own devices, split as `decoding_axes` of the config's mesh says; None for one."""
         devices = jax.local_devices()
         if len(devices) == 1:
             return None
         with about(f"sampling on this process's {len(devices)} devices"):
-            return make_mesh({"data": -1, "tensor": self.config.mesh.tensor}, devices)
+            return make_mesh(decoding_axes(self.config.mesh), devices)
 
     @cached_property
     def params(self) -> Any:
