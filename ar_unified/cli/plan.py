@@ -23,16 +23,17 @@ from ar_tokenizers.text import TextTokenizer
 from ml_collections import ConfigDict
 
 from ar_unified.cli import config as configs
+from ar_unified.cli import settings
+from ar_unified.cli.check import check
 from ar_unified.cli.text_tokenizer import load
 from ar_unified.errors import UserError, about
-from ar_unified.grammar import TEXT_ALONE, fixed_grid, sized_rows
+from ar_unified.grammar import TEXT_ALONE
 from ar_unified.model.config import config_from
 from ar_unified.planning.page import write_page
 from ar_unified.planning.plan import Plan, make_plan
 from ar_unified.planning.programs import Run
 from ar_unified.planning.report import text
 from ar_unified.planning.targets import Target, parse_target
-from ar_unified.sampling.engine import KV_DTYPES
 from ar_unified.training.optimizer import OptimizerConfig
 from ar_unified.vocabulary import Vocabulary
 from ar_unified.workdir import read_json, write_json
@@ -43,6 +44,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     use_cpu(target)
     config = configs.load(arguments.config, overrides)
     try:
+        check(config, [])
         run = run_of(config, arguments.workdir)
         plan = make_plan(
             run, target, arguments.job, advise=not arguments.no_advice, say=lambda line: print(line, flush=True)
@@ -80,17 +82,8 @@ def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
     """
     training, sampling = config.training, config.sampling
     image = _image_tokenizer(config, workdir)
-    height, width = image.grid(*config.data.image_size)
-    _choice("data.layout", config.data.layout, ("grid", "rows"))
-    _choice("sampling.kv_dtype", sampling.kv_dtype or None, KV_DTYPES)
-    rows = config.data.layout == "rows"
-    if rows and image.codes_per_position > 1:
-        raise ValueError(
-            f"data.layout: expected 'grid' with {image.codes_per_position} codes a position ({image.quantizer}), found "
-            "'rows', whose pictures could end inside a position"
-        )
-    layout = sized_rows(2 * height, 2 * width) if rows else fixed_grid(height, width)
-    side = max(layout.height, layout.width) if rows else 0
+    layout = settings.layout(config, image)
+    side = max(layout.height, layout.width) if layout.sized else 0
     text_size = _text_size(config, workdir)
     vocabulary = Vocabulary(text_size, image.codebook_size, side)
     if not config.image_tokenizer.steps and all(spec.get("kind") == "text" for spec in config.data.train):
@@ -127,9 +120,4 @@ def _image_tokenizer(config: ConfigDict, workdir: str | Path | None) -> Autoenco
     if workdir and (path := Path(workdir) / "image_tokenizer" / "config.json").exists():
         with about(str(path)):
             return AutoencoderConfig.from_dict(read_json(path)["config"])
-    return configs.pick(AutoencoderConfig, config.image_tokenizer)
-
-
-def _choice(key: str, found: object, choices: Sequence[object]) -> None:
-    if found not in choices:
-        raise ValueError(f"{key}: expected one of {', '.join(map(str, choices))}; found {found!r}")
+    return settings.autoencoder(config)

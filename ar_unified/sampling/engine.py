@@ -81,6 +81,14 @@ class _Job:
         return np.concatenate([self.plan.given, *self.tokens]).astype(np.int32)
 
 
+def ways_of(batch_size: int, mesh: Mesh | None) -> int:
+    """Over how many devices of the mesh the rows of an engine are split. Raises ValueError unless that divides them."""
+    ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % ways:
+        raise ValueError(f"batch_size: expected a multiple of the mesh's {ways} data devices, found {batch_size}")
+    return ways
+
+
 class Engine:
     """Draws samples from one model.
 
@@ -118,9 +126,7 @@ class Engine:
         if kv_dtype not in KV_DTYPES:
             expected = ", ".join(str(name) for name in KV_DTYPES)
             raise ValueError(f"kv_dtype: expected one of {expected}; found {kv_dtype!r}")
-        ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-        if batch_size % ways:
-            raise ValueError(f"batch_size: expected a multiple of the mesh's {ways} data devices, found {batch_size}")
+        ways = ways_of(batch_size, mesh)
         self.config, self.params, self.grammar = config, params, grammar
         self.batch_size, self.max_length, self.kv_dtype, self.mesh = batch_size, max_length, kv_dtype, mesh
         self._prefill_rows = prefill_rows(batch_size, ways)
