@@ -29,6 +29,7 @@ from ar_unified.cli.branch import branch
 from ar_unified.cli.changes import Training
 from ar_unified.cli.experiment import Experiment, open_experiment
 from ar_unified.cli.settings import phases, training
+from ar_unified.data.images import NoImages
 from ar_unified.data.loader import PackedBatches, Phase
 from ar_unified.data.prepare import load_report
 from ar_unified.document import CodesPart
@@ -132,7 +133,8 @@ def _say_rate(experiment: Experiment, stage: Stage, taken: int) -> None:
 
 def _code_vectors(experiment: Experiment) -> np.ndarray | None:
     """For `training.code_rows`; None: random rows."""
-    return experiment.image_tokenizer.vectors() if experiment.config.training.code_rows == "alike" else None
+    how, tokenizer = experiment.config.training.code_rows, experiment.image_tokenizer
+    return None if how == "random" or isinstance(tokenizer, NoImages) else tokenizer.vectors()
 
 
 def _preview(experiment: Experiment) -> Any:
