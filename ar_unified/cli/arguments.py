@@ -131,7 +131,10 @@ def _plan(parser: argparse.ArgumentParser) -> None:
         help="v4, v5e, v5p, v6e or tpu7x and the shape of a slice, as v5p:4x4x4 or v6e:16x16,slices=2; or h200:8",
     )
     parser.add_argument(
-        "--workdir", metavar="DIR", help="of the run: its tokenizers size the vocabulary; nothing is written there"
+        "--workdir",
+        metavar="DIR",
+        type=_path,
+        help="of the run: its tokenizers size the vocabulary; nothing is written there",
     )
     parser.add_argument("--job", choices=JOBS, default="train", help="sample: prefill and decode; default: %(default)s")
     parser.add_argument("--output", metavar="DIR", type=_path, help="also write plan.json and index.html there")
@@ -155,12 +158,12 @@ def _window(text: str) -> tuple[int, int]:
 
 def _branch(text: str) -> tuple[Path, int | None]:
     """WORKDIR or WORKDIR:STEP."""
-    path, colon, step = text.rpartition(":")
+    path, colon, step = _path(text).rpartition(":")
     if colon and step.isdecimal():
         return Path(path), int(step)
     if not text:
         raise argparse.ArgumentTypeError("expected WORKDIR or WORKDIR:STEP, found nothing")
-    return Path(text), None
+    return Path(_path(text)), None
 
 
 def _part(text: str) -> tuple[int, int]:

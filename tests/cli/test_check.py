@@ -13,8 +13,10 @@ from ml_collections import ConfigDict
 
 from ar_unified import workdir as workdirs
 from ar_unified.cli import config as configs
+from ar_unified.cli.arguments import parser_of
 from ar_unified.cli.check import CHOICES, STAGES, check, check_devices, check_sources
 from ar_unified.cli.experiment import Experiment
+from ar_unified.cli.main import VERBS
 from ar_unified.cli.settings import autoencoder
 from ar_unified.data.sources import open_source
 from ar_unified.errors import UserError
@@ -251,6 +253,15 @@ def test_every_experiment_passes(tmp_path):
 
 
 # ---- the home folder --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_path_of_a_verb_may_begin_with_the_home_folder(verb, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of/a/person")
+    parser = parser_of(verb)
+    paths = [action for action in parser._actions if re.match("DIR|FILE|WORKDIR", str(action.metavar))]
+    assert paths and all("~" not in str(action.type("~/x")) for action in paths if action.type is not None)
+    assert not [action.dest for action in paths if action.type is None]
 
 
 def test_the_home_folder_wherever_a_path_comes_in(tmp_path, monkeypatch):
