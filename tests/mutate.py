@@ -142,7 +142,7 @@ def ask(root: Path, tests: tuple[str, ...]) -> tuple[int, str]:
         done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=LONGEST)
     except subprocess.TimeoutExpired:
         return -1, f"hangs for {LONGEST} s"
-    failed = re.search(r"^(?:FAILED|ERROR) \S*?([^/\s]+\.py::\S+)", done.stdout, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) \S*?([^/\s]+\.py::\w+)", done.stdout, re.MULTILINE)
     return done.returncode, failed.group(1) if failed else ""
 
 

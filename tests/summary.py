@@ -4,7 +4,7 @@ python tests/summary.py [--only-hardware] [--record FILE] RUN.xml ...     from p
 python tests/summary.py --last FILE                                       what --record has written
 
 A test that is skipped in one run and passes in another was run. Skips for want of hardware say "hardware" in their
-reason; with --only-hardware any other skip is exit status 1.
+reason; with --only-hardware any other skip is exit status 1, as a failure always is.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def main() -> int:
     unfit = [test for test, reason in skipped.items() if "hardware" not in reason]
     if options.only_hardware and unfit:
         print(f"{len(unfit)} of them for want of something else than hardware: give CI what they need")
-    return int(bool(options.only_hardware and unfit))
+    failed = any(found.get("failure") or found.get("error") for found in counts.values())
+    return int(failed or bool(options.only_hardware and unfit))
 
 
 def read(runs: list[Path]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
