@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from ar_unified.cli import config as configs
 from ar_unified.cli.text_tokenizer import load
-from ar_unified.grammar import fixed_grid, sized_rows
+from ar_unified.grammar import TEXT_ALONE, fixed_grid, sized_rows
 from ar_unified.model.config import config_from
 from ar_unified.planning.page import write_page
 from ar_unified.planning.plan import Plan, make_plan
@@ -76,6 +76,8 @@ def run_of(config: ConfigDict) -> Run:
     brought = config.text_tokenizer.model
     text_size = load(config.text_tokenizer).size if brought else config.text_tokenizer.vocab_size
     vocabulary = Vocabulary(text_size, image.codebook_size, side)
+    if not config.image_tokenizer.steps and all(spec.get("kind") == "text" for spec in config.data.train):
+        vocabulary, layout = Vocabulary(text_size, 0), TEXT_ALONE
     return Run(
         model=config_from(configs.plain(config.model), vocab_size=vocabulary.size),
         vocabulary=vocabulary,

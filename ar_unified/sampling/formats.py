@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ar_unified.data import encoding
-from ar_unified.data.files import FileError, Folder, data_url, hidden
+from ar_unified.data.files import FileError, Folder, data_url, hidden, require_file
 from ar_unified.data.images import SUFFIXES
 from ar_unified.sampling import tables
 from ar_unified.sampling.request import RequestError
@@ -73,6 +73,8 @@ def read_rows(path: str | Path, leave: Left = lambda kind: None, links: bool = F
     suffix, folder = path.suffix.lower(), Folder(path if path.is_dir() else path.parent, links)
     if path.is_dir():
         return _rows(folder, _folder(folder, leave))
+    if path.exists():
+        require_file(path)  # a pipe could be read once only
     if suffix in _PACKED:
         raise RequestError(f"{path}: expected a file that is not compressed: unpack it first")
     if suffix == ".tar":
@@ -92,7 +94,7 @@ def fingerprint(paths: Sequence[str | Path]) -> str:
     """sha256 of everything the files (of a folder: all its prompts) say."""
     digest = hashlib.sha256()
     for path in map(Path, paths):
-        for file in _prompt_files(path) if path.is_dir() else [path]:
+        for file in filter(Path.is_file, _prompt_files(path)) if path.is_dir() else [path]:
             with open(file, "rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
@@ -236,13 +238,14 @@ def _folder(folder: Folder, leave: Left) -> Iterator[tuple[int, Callable[[], Map
             f"{folder.root}: expected a folder of .txt files, a prompt each, found none: name the file itself"
         )
     for file in sorted(folder.root.iterdir()):
-        if file not in files and not _hidden(file.name):
+        if file not in files and not hidden(file.name):
             leave(file.name if _ABOUT.fullmatch(file.name) else f"files {file.suffix}" if file.suffix else file.name)
     yield from ((i, partial(named, file)) for i, file in enumerate(files, 1))
 
 
 def _prompt_files(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.glob("*.txt") if not _hidden(f.name) and not _ABOUT.fullmatch(f.name))
+    texts = (file for file in folder.iterdir() if file.suffix.lower() == ".txt")
+    return sorted(file for file in texts if not hidden(file.name) and not _ABOUT.fullmatch(file.name))
 
 
 def _tar(path: Path, leave: Left) -> Iterator[Row]:

@@ -41,7 +41,7 @@ _MB = 8
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="UTF-8 text of about 1 MB")
-    text = parser.parse_args().file.read_text(encoding="utf-8")
+    text = parser.parse_args().file.read_text(encoding="utf-8-sig")
     for model_type in ("bpe", "unigram"):
         tokenizer = TextTokenizer.train(text.splitlines(), 8192, model_type=model_type)
         for name, shown in (("lines", text), ("one line", text.replace("\n", " "))):

@@ -84,6 +84,15 @@ def test_other_encodings_are_one_bad_item_with_their_name(tmp_path: Path, name: 
         assert len(source) == 1 and f"found {name}: save it as UTF-8" in str(error.value), spec
 
 
+@pytest.mark.parametrize("name", UTF)
+def test_a_mark_tells_what_no_zero_byte_shows(tmp_path: Path, name: str) -> None:
+    codec, mark = UTF[name]
+    (tmp_path / "a.txt").write_bytes(mark + ("\u56fe\u50cf" * 50).encode(codec))
+    with pytest.raises(BadItem, match="bad_utf8") as error:
+        open_source(dict(kind="text", path=tmp_path, by="line"))[0]
+    assert f"found {name}: save it as UTF-8" in str(error.value)
+
+
 def test_single_bytes_are_shown_as_windows_would_read_them() -> None:
     with pytest.raises(
         EncodingError, match=r"found 0xe9 at byte 103 of the file; in Windows-1252 it would read 'café'"

@@ -225,6 +225,8 @@ def test_what_cannot_be_read_is_named_and_nothing_waits_for_a_pipe(
     assert kinds(open_source(dict(kind="pictures", path=tmp_path))) == ["unreadable_file"] * 2
     with pytest.raises(UserError, match="captions.jsonl: .*expected a file, found a pipe"):
         open_source(dict(kind="folder", path=tmp_path))
+    kit.write(tmp_path / "vqa.jsonl", [dict(image=f"{i}.png", question="?", answer="x") for i in range(4)])
+    assert len(open_source(dict(kind="folder", path=tmp_path, files=("vqa",), split="[:50%]"))) == 2
     with pytest.raises(UserError, match="captions.jsonl: expected a folder"):
         open_source(dict(kind="pictures", path=tmp_path / "captions.jsonl"))
 

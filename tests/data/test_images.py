@@ -181,6 +181,7 @@ def test_bombs_are_refused_by_their_header() -> None:
     [
         (b"", "empty_file"),
         (b"GIF, they said", "unreadable_image"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "unreadable_image"),
         (encoded(Image.effect_noise((64, 64), 50))[:-200], "unreadable_image"),
         (encoded(Image.new("RGB", (20000, 1))), "image_shape"),
     ],

@@ -203,6 +203,17 @@ def test_a_finished_job_does_nothing(engine, tmp_path):
     assert (report.samples, report.errors, report.found) == (0, 0, 2) and tree(tmp_path / "out") == before
 
 
+def test_a_job_goes_on_with_another_batch_size_and_no_other_length(engine, tmp_path, params):
+    requests = write_requests(tmp_path / "in", GOOD[1:3])
+    run(engine, requests, tmp_path / "out")
+    smaller, shorter = (
+        Engine(CONFIG, params, GRAMMARS["grid"], batch_size=2, max_length=length) for length in (64, 48)
+    )
+    assert run(smaller, requests, tmp_path / "out").found == 2
+    with pytest.raises(JobMismatch, match="engine.max_length = 64, this one has 48"):
+        run(shorter, requests, tmp_path / "out")
+
+
 def test_another_job_is_refused(engine, tmp_path):
     requests = write_requests(tmp_path / "in", GOOD[1:2])
     run(engine, requests, tmp_path / "out")
@@ -241,12 +252,12 @@ def test_bad_requests_are_one_line_each_and_the_rest_is_served(engine, tmp_path)
         ({"id": ["x"], "prompt": "a"}, "id: expected a text"),
         ({"id": "good", "prompt": "b"}, "line 1 already"),
         ({"prompt": "a" * 80}, "max_length is 64"),
-        ({"content": [{"type": "image", "image": "../requests.jsonl"}]}, "inside the folder"),
-        ({"content": [{"type": "image", "image": "none.png"}]}, "cannot be read"),
+        ({"content": [{"type": "image", "image": "../requests.jsonl"}]}, "expected a path inside"),
+        ({"content": [{"type": "image", "image": "none.png"}]}, "no such file"),
         ({"content": [{"type": "image", "image": "requests.jsonl"}]}, "requests.jsonl"),
         ({"content": [{"type": "image", "image": "bomb.png"}]}, "9000 x 9000 pixels"),
         ({"content": [{"type": "image", "image": "https://a.b/c.png"}]}, "nothing is fetched"),
-        ({"content": [{"type": "image", "image": "file:///etc/passwd"}]}, "inside the folder"),
+        ({"content": [{"type": "image", "image": "file:///etc/passwd"}]}, "expected a path inside"),
         ({"content": [{"type": "image", "image": "data:image/png;base64,AAAA"}]}, "begin with b'"),
         ({"content": []}, "at least one part"),
         ({"prompt": "a", "canvas": {"image": "grey.png", "top": 3}}, "canvas.top: expected a multiple of 4"),

@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 
 from ar_unified.document import TextPart
+from ar_unified.errors import UserError
+from ar_unified.sampling.formats import fingerprint
 from ar_unified.sampling.request import RequestError
 from ar_unified.sampling.requests import PictureError, read_requests
 
@@ -93,10 +95,13 @@ def test_links_of_prompts_and_their_pictures(tmp_path):
     (far / "p.txt").write_text("a far prompt")
     (tmp_path / "in" / "pictures").symlink_to(far)
     (tmp_path / "in" / "1.txt").symlink_to(far / "p.txt")
-    (tmp_path / "in" / "0.txt").write_text("a near prompt")
+    (tmp_path / "in" / "0.TXT").write_text("a near prompt")
     os.mkfifo(tmp_path / "in" / "2.txt")
     content = [{"type": "image", "image": "pictures/a.png"}]
     (tmp_path / "in" / "asked.jsonl").write_text(json.dumps({"content": content, "mode": "text"}))
+    assert fingerprint([tmp_path / "in"]) == fingerprint([tmp_path / "in"]), "and does not wait for a pipe"
+    with pytest.raises(UserError, match="2.txt: expected a file, found a pipe"):
+        lines(tmp_path / "in" / "2.txt")
     for links in (False, True):
         near, linked, pipe = lines(tmp_path / "in", links=links)
         assert near.content == (TextPart("a near prompt"),) and "found a pipe" in pipe.error
