@@ -13,10 +13,13 @@ them and ends the process.
 
 from __future__ import annotations
 
+import difflib
 import errno
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 NO, UNUSABLE, STOPPED, FAULT = 1, 2, 3, 70
 
@@ -47,6 +50,34 @@ def about(where: str) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise UserError(f"{where}: {in_words(error) if isinstance(error, OSError) else error}") from error
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """What ends a message that refuses `word`: "; did you mean 'adamw'?", "" where no choice is near."""
+    found = difflib.get_close_matches(str(word), list(choices), 1)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def outside(settings: Any, **intervals: str) -> list[str]:
+    """What is wrong with those fields of a dataclass or config that are no number of their interval, as "[0, 1)".
+
+    A line each, which begins with the field's name.
+    """
+    problems = []
+    for name, interval in intervals.items():
+        value, (least, most) = getattr(settings, name), map(float, interval[1:-1].split(","))
+        above = least <= value if interval[0] == "[" else least < value
+        below = value <= most if interval[-1] == "]" else value < most
+        if not (above and below):
+            whole = f"at least {least:g}" if interval[0] == "[" else f"more than {least:g}"
+            expected = whole if most == math.inf else f"a number in {interval}"
+            problems.append(f"{name}: expected {expected}, found {value}")
+    return problems
+
+
+def several(problems: Sequence[str]) -> str:
+    """One message of them all, a line each where there are more than one."""
+    return "\n  ".join([f"{len(problems)} problems:", *problems]) if len(problems) > 1 else problems[0]
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:

@@ -52,6 +52,9 @@ class TextCodec(Protocol):
     def decode(self, ids: Sequence[int], /) -> str: ...
 
 
+LAYOUTS = ("grid", "rows")
+
+
 @dataclass(frozen=True)
 class ImageLayout:
     """How a picture is written. grid: always height x width codes; rows: any size up to height x width."""
@@ -61,7 +64,7 @@ class ImageLayout:
     width: int
 
     def __post_init__(self) -> None:
-        if self.kind not in ("grid", "rows"):
+        if self.kind not in LAYOUTS:
             raise ValueError(f'image layout: expected kind "grid" or "rows", found {self.kind!r}')
         if self.height < 1 or self.width < 1:
             raise ValueError(f"image layout: expected at least 1 x 1, found {self.height} x {self.width}")

@@ -16,7 +16,7 @@ check of the path, not a model of cooking.
 
 from ml_collections import ConfigDict
 
-from ar_unified.cli.config import defaults, model, parse_arg
+from ar_unified.cli.config import defaults, model, parse_arg, whole
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -25,7 +25,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         raise ValueError("experiments/folder.py needs the folder: --config experiments/folder.py:path=DIR")
     if args["links"] not in ("yes", "no"):
         raise ValueError(f"experiments/folder.py: expected links=yes or links=no, found {args['links']!r}")
-    side, links = int(args["side"] or 96), args["links"] == "yes"
+    side, links = whole("side", args["side"]), args["links"] == "yes"
     config = defaults()
     config.name = "folder"
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from ml_collections import ConfigDict
 
-from ar_unified.cli.config import defaults, model, parse_arg
+from ar_unified.cli.config import defaults, model, parse_arg, whole
 from ar_unified.model.config import PRESETS
 from ar_unified.vocabulary import CONTROLS
 
@@ -58,7 +58,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     name = str(args["model"])
     if name not in RECIPES:
         raise ValueError(f"experiments/pretrain.py: expected model={' | '.join(RECIPES)}; found {name!r}")
-    recipe, chips = RECIPES[name], int(args["chips"] or 64)
+    recipe, chips = RECIPES[name], whole("chips", args["chips"])
     fsdp = min(recipe.fsdp, max(chips // recipe.context // 2, 1))
     if fsdp < 1 or chips % (fsdp * recipe.context):
         raise ValueError(f"experiments/pretrain.py: {chips} chips do not divide by {recipe.context} x {fsdp}")

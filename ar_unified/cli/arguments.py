@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from ar_unified.paths import home
 from ar_unified.planning import JOBS
 
 
@@ -31,10 +32,11 @@ def _experiment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         required=True,
+        type=_path,
         metavar="FILE[:arg]",
         help="the experiment file; `:arg` is handed to it, as in experiments/folder.py:path=DIR",
     )
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="where stages leave their results")
+    parser.add_argument("--workdir", required=True, type=_path, metavar="DIR", help="where stages leave their results")
     many = parser.add_argument_group(
         "many processes",
         "The same command on every host. SLURM, Open MPI, GKE and TPU VMs say themselves who is who; elsewhere:",
@@ -80,10 +82,14 @@ def _sample(parser: argparse.ArgumentParser) -> None:
 
     _experiment(parser)
     parser.add_argument(
-        "--requests", metavar="FILE", nargs="+", help="what to serve; default: prompts from the held-out documents"
+        "--requests",
+        metavar="FILE",
+        nargs="+",
+        type=_path,
+        help="what to serve; default: prompts from the held-out documents",
     )
     parser.add_argument(
-        "--output", metavar="DIR", help="default: samples/ in the workdir, and the name of the requests"
+        "--output", metavar="DIR", type=_path, help="default: samples/ in the workdir, and the name of the requests"
     )
     parser.add_argument(
         "--part", metavar="K/N", type=_part, help="serve part K, from 0, of N; default: of the processes, this one's"
@@ -98,6 +104,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pictures",
         metavar="DIR",
+        type=_path,
         help="with --only tokenizer: score it on the picture files under DIR, into tokenizer_evaluation/<DIR>-<crop>",
     )
     parser.add_argument("--links", action="store_true", help="with --pictures: follow links that lead out of DIR")
@@ -107,23 +114,35 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _validate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", nargs="?", metavar="DIR", help="a dataset folder, one JSONL file or one of text")
-    parser.add_argument("--config", metavar="FILE[:arg]", help="an experiment instead")
-    parser.add_argument("--workdir", metavar="DIR", help="where the experiment's tokenizers are")
+    parser.add_argument(
+        "folder", nargs="?", metavar="DIR", type=_path, help="a dataset folder, one JSONL file or one of text"
+    )
+    parser.add_argument("--config", metavar="FILE[:arg]", type=_path, help="an experiment instead")
+    parser.add_argument("--workdir", metavar="DIR", type=_path, help="where the experiment's tokenizers are")
     parser.add_argument("--links", action="store_true", help="follow links that lead out of DIR")
     parser.add_argument("--show", type=int, default=3, metavar="N", help="documents of each source to print (3)")
 
 
 def _plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE[:arg]", help="the experiment file")
+    parser.add_argument("--config", required=True, metavar="FILE[:arg]", type=_path, help="the experiment file")
     parser.add_argument(
         "--target",
         required=True,
         help="v4, v5e, v5p, v6e or tpu7x and the shape of a slice, as v5p:4x4x4 or v6e:16x16,slices=2; or h200:8",
     )
+    parser.add_argument(
+        "--workdir", metavar="DIR", help="of the run: its tokenizers size the vocabulary; nothing is written there"
+    )
     parser.add_argument("--job", choices=JOBS, default="train", help="sample: prefill and decode; default: %(default)s")
-    parser.add_argument("--output", metavar="DIR", help="also write plan.json and index.html there")
+    parser.add_argument("--output", metavar="DIR", type=_path, help="also write plan.json and index.html there")
     parser.add_argument("--no-advice", action="store_true", help="refuse at once; do not try what would fit")
+
+
+def _path(text: str) -> str:
+    try:
+        return home(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _window(text: str) -> tuple[int, int]:

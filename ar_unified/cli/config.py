@@ -8,15 +8,24 @@ Config files are Python, run because you named them; nothing in a config's value
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import inspect
 import json
-from collections.abc import Mapping, Sequence
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
 from typing import Any, TypeVar
 
 from absl import flags
 from ar_tokenizers.image.adversary import AdversaryConfig
 from ml_collections import ConfigDict, config_flags
 
+from ar_unified.errors import UserError, about, in_words, nearest, several
 from ar_unified.model.config import PRESETS, TransformerConfig
+from ar_unified.paths import home
 
 T = TypeVar("T")
 
@@ -61,7 +70,7 @@ def defaults() -> ConfigDict:
     config.image_tokenizer.codes = 1024  # all others: the codebook
     config.image_tokenizer.code_dim = 0  # numbers in a code; 0: the quantizer's usual
     config.image_tokenizer.depth = 4  # rq: codes a position
-    config.image_tokenizer.update = "gradient"  # vq, rq: gradient | ema, what moves the codes
+    config.image_tokenizer.codebook_update = "gradient"  # vq, rq: gradient | ema, what moves the codes
     config.image_tokenizer.gradient = "straight_through"  # vq, simvq, rq: straight_through | rotation
     config.image_tokenizer.beta = 0.25  # weight of the commitment
     config.image_tokenizer.entropy = -1.0  # weight of the entropy penalty; negative: the quantizer's usual
@@ -158,28 +167,198 @@ def model(preset: str, **changes: Any) -> ConfigDict:
     return ConfigDict({**fields, **{k: v for k, v in PRESETS[preset].items() if k != "vocab_size"}, **changes})
 
 
+FILES = (  # keys that name a file or folder, "" for none
+    "checkpoint_folder",
+    "text_tokenizer.model",
+    "image_tokenizer.perceptual_file",
+    "evaluation.lpips_file",
+    "evaluation.inception_file",
+)
+
+
 def load(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """The locked config of "FILE[:arg]" with "--config.key=value" applied; unknown keys and wrong types are refused."""
-    values, argv = flags.FlagValues(), ["ar-unified", f"--config={file}", *overrides]
-    config_flags.DEFINE_config_file(
-        "config", None, "Experiment file.", lock_config=True, sys_argv=argv, flag_values=values
-    )
+    """The locked config of "FILE[:arg]" with "--config.key=value" applied.
+
+    It has the keys of `defaults` and values of their types; what the values are is asked by ar_unified.cli.check.
+
+    Raises UserError, naming the file or the key: no such file, one that is not Python or fails, one that has no
+    `get_config` or takes no (or needs an) `:arg`, an unknown key, a value of another type.
+    """
+    path, _, arg = home(file).partition(":")
+    config = _from_file(path, arg or None)
+    _require_form(config)
+    for override in overrides:
+        _require_known(config, override.removeprefix("--config.").partition("=")[0])
+    values, argv = flags.FlagValues(), ["ar-unified", *overrides]
     try:
+        config_flags.DEFINE_config_dict("config", config, lock_config=True, sys_argv=argv, flag_values=values)
         values(argv)
-    except (AttributeError, KeyError, flags.Error, TypeError, ValueError, OSError) as error:
-        raise SystemExit(f"ar-unified: config {file}: {error}") from error
+    except (AttributeError, KeyError, IndexError, flags.Error, TypeError, ValueError, SyntaxError) as error:
+        raise UserError(_of_override(config, str(error))) from error
+    _require_form(config)
+    for key in FILES:
+        with about(f"config.{key}"):
+            section, _, name = key.rpartition(".")
+            part = config[section] if section else config
+            part[name] = home(part[name])
     return values.config
+
+
+def _from_file(path: str, arg: str | None) -> ConfigDict:
+    """What `get_config` of a Python file returns."""
+    if not Path(path).is_file():
+        beside = [str(other) for other in Path(path).parent.glob("*.py")]
+        raise UserError(f"config {path}: no such file{nearest(path, beside)}")
+    loader = SourceFileLoader("ar_unified_experiment", path)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))  # type: ignore[arg-type]
+    sys.modules[loader.name] = module  # where dataclasses look for their own module
+    try:
+        loader.exec_module(module)
+        get_config = getattr(module, "get_config", None)
+        if not callable(get_config):
+            raise UserError("expected a function get_config that returns the config, found none")
+        given = () if arg is None else (arg,)
+        try:
+            inspect.signature(get_config).bind(*given)
+        except TypeError:
+            raise UserError(f"it takes no `:arg`, found {arg!r}" if given else f"it needs one: {path}:arg") from None
+        config = get_config(*given)
+        if not isinstance(config, ConfigDict):
+            raise UserError(f"expected get_config to return a ConfigDict, found {type(config).__name__}")
+    except (Exception, SystemExit) as error:
+        raise UserError(f"config {path}{_of_file(path, error)}") from error
+    return config
+
+
+def _of_file(path: str, error: BaseException) -> str:
+    """What went wrong in a config file, with the line where Python says it."""
+    if isinstance(error, SyntaxError) and error.lineno:
+        return f", line {error.lineno}: {error.msg}" if error.filename == path else f": {error}"
+    if isinstance(error, ValueError | SystemExit):  # what a get_config says itself
+        return f": {error}"
+    if isinstance(error, OSError):
+        return f": {in_words(error)}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return (f", line {lines[-1]}" if lines else "") + f": {type(error).__name__}: {error}"
+
+
+# ---- keys and types --------------------------------------------------------------------------------------------
+
+_OPEN = ("data.tests", "evaluation.bars")  # whose keys are names that the experiment gives
+_PARTIAL = ("loss.roles", "loss.tasks", "mesh", "sampling.text", "sampling.image")  # whose absent keys have defaults
+_ELEMENTS: dict[str, type] = {  # of tuples that are empty by default
+    "data.train": ConfigDict,
+    "data.validation": ConfigDict,
+    "data.tests": ConfigDict,
+    "training.phases": ConfigDict,
+    "training.restarts": float,
+}
+_WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", ConfigDict: "a dict"}
+
+
+def _require_form(config: ConfigDict) -> None:
+    if problems := list(_misfits(config, defaults(), "")):
+        raise UserError(several(problems))
+
+
+def _misfits(found: Any, expected: Any, key: str) -> Iterator[str]:
+    """Keys that are unknown or missing, and values of another type than the default's."""
+    where = f"config.{key}" if key else "config"
+    if key.startswith("data.tests."):
+        expected = ()
+    if isinstance(expected, ConfigDict):
+        if not _is(ConfigDict, found):
+            yield f"{where}: expected keys and values, found {found!r:.80}"
+            return
+        for name in found:
+            inner = f"{key}.{name}" if key else name
+            if key in _OPEN:
+                yield from _misfits(found[name], 0.0, inner)
+            elif name in expected:
+                yield from _misfits(found[name], expected[name], inner)
+            else:
+                yield f"config.{inner}: there is no such key{nearest(name, expected)}"
+        if key not in (*_OPEN, *_PARTIAL) and (missing := [name for name in expected if name not in found]):
+            yield f"{where}: {', '.join(missing)} missing; a config begins with ar_unified.cli.config.defaults()"
+    elif isinstance(expected, tuple):
+        kind = type(expected[0]) if expected else _ELEMENTS["data.tests" if key.startswith("data.tests.") else key]
+        if not isinstance(found, tuple | list) or not all(_is(kind, each) for each in found):
+            yield f"{where}: expected a tuple, of {_WORDS[kind]} each; found {_shown(found)}"
+    elif not _is(type(expected), found):
+        yield f"{where}: expected {_WORDS[type(expected)]}, found {found!r:.80}"
+
+
+def _shown(value: Any) -> str:
+    return f"{plain(value)!r:.80}" if isinstance(value, ConfigDict | Mapping | tuple | list) else f"{value!r:.80}"
+
+
+def _is(kind: type, value: Any) -> bool:
+    if kind is ConfigDict:
+        return isinstance(value, Mapping | ConfigDict)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _require_known(config: ConfigDict, key: str) -> None:
+    """Raises UserError for a key that an override names and the config does not have."""
+    part: Any = config
+    for name in re.findall(r"[^.\[\]]+", key):
+        if isinstance(part, tuple) and name.isdecimal() and int(name) < len(part):
+            part = part[int(name)]
+            continue
+        if not isinstance(part, ConfigDict) or name not in part:
+            known = [*_keys(config), *(_keys(part, key[: key.rindex("]") + 2]) if "]" in key else ())]
+            near = nearest(key, known)
+            if not near and (same := [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]]):
+                near = f"; did you mean {same[0]!r}?"
+            raise UserError(f"config.{key}: there is no such key{near}")
+        part = part[name]
+
+
+def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
+    """Dotted, sections too."""
+    found = []
+    for name, value in config.items():
+        found.append(prefix + name)
+        found += _keys(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else []
+    return found
+
+
+def _of_override(config: ConfigDict, error: str) -> str:
+    """What ml_collections says of a value that it cannot read, in our words."""
+    match = re.match(r"flag --config\.(\S+?)=(.*?): ", error, re.DOTALL)
+    if match is None:
+        return f"--config: {error}"
+    part: Any = config
+    for name in re.findall(r"[^.\[\]]+", match[1]):
+        part = part[int(name) if name.isdecimal() else name]
+    return f"config.{match[1]}: expected {_WORDS.get(type(part), type(part).__name__)}, found {match[2]!r}"
+
+
+# ---- in an experiment's get_config ------------------------------------------------------------------------------
 
 
 def parse_arg(arg: str | None, **known: str | None) -> dict[str, str | None]:
     """The `:arg` of a config file, "key=value,key=value", over the known keys and their defaults.
 
-    A value may hold "=" and ":", not ",". Raises ValueError for an unknown key.
+    A value may hold "=" and ":", not ","; a leading `~` is the home folder. Raises ValueError for an unknown key.
     """
-    given = dict(item.partition("=")[::2] for item in (arg or "").split(",") if item)
-    if unknown := sorted(set(given) - set(known)):
-        raise ValueError(f"config argument: expected {', '.join(known)}; found {', '.join(unknown)}")
+    given = {}
+    for item in filter(None, (arg or "").split(",")):
+        name, equals, value = item.partition("=")
+        if name not in known or not equals:
+            found = name if equals else f"{item!r} without a value (a value cannot hold a comma)"
+            raise ValueError(f"config argument: expected {', '.join(known)}; found {found}{nearest(name, known)}")
+        given[name] = home(value)
     return {**known, **given}
+
+
+def whole(name: str, value: str | None) -> int:
+    """The value of an argument that counts something. Raises ValueError, naming it, unless it is at least 1."""
+    if value is None or not value.isdecimal() or int(value) < 1:
+        raise ValueError(f"config argument {name}: expected a whole number, at least 1; found {value!r}")
+    return int(value)
 
 
 def plain(config: Any) -> Any:

@@ -36,7 +36,10 @@ from ar_unified.workdir import write_json
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     if (arguments.pictures and not arguments.only) or (arguments.crop and not arguments.pictures):
         raise UserError("expected --pictures together with --only tokenizer, and --crop together with --pictures")
-    experiment = open_experiment(arguments, overrides)
+    stages = (
+        ["pictures"] if arguments.pictures else ["tokenizer_evaluation", *([] if arguments.only else ["evaluation"])]
+    )
+    experiment = open_experiment(arguments, overrides, stages)
     if arguments.pictures:
         evaluate_folder(experiment, arguments.pictures, arguments.crop, links=arguments.links)
         return 0

@@ -12,7 +12,7 @@ import hashlib
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -27,30 +27,37 @@ from ml_collections import ConfigDict
 from ar_unified import history
 from ar_unified.checkpoint import restore_params
 from ar_unified.cli import config as configs
+from ar_unified.cli import settings
 from ar_unified.cli.changes import Training, changeable, require_extensible
+from ar_unified.cli.check import STAGES, check, check_devices, check_sources
 from ar_unified.data.images import NoImages, Resize
 from ar_unified.data.items import has_pictures
 from ar_unified.data.sources import EmptySplit, Source, open_source
 from ar_unified.errors import UserError, about
-from ar_unified.grammar import TEXT_ALONE, Grammar, fixed_grid, sized_rows
+from ar_unified.grammar import TEXT_ALONE, Grammar
 from ar_unified.history import Changeable
 from ar_unified.interrupts import Preempted
 from ar_unified.model.config import TransformerConfig, config_from, parameter_count
 from ar_unified.model.transformer import init, logical_axes
 from ar_unified.parallel import rules, runtime
-from ar_unified.parallel.mesh import make_mesh
+from ar_unified.parallel.mesh import decoding_axes, make_mesh
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
 from ar_unified.vocabulary import Vocabulary
 from ar_unified.workdir import Stage, Workdir, read_history, read_json, write_json
 
 _ALONE = 14 * 86400.0  # seconds that others wait for a stage of process 0: as long as it lives
-STAGES = ("text_tokenizer", "image_tokenizer", "data", "model", "samples", "tokenizer_evaluation", "evaluation")
 
 
-def open_experiment(arguments: argparse.Namespace, overrides: Sequence[str]) -> Experiment:
-    """The experiment of a command line, with the other processes of its job."""
+def open_experiment(
+    arguments: argparse.Namespace, overrides: Sequence[str], stages: Collection[str] = STAGES
+) -> Experiment:
+    """The experiment of a command line, with the other processes of its job, checked for what is to be done.
+
+    stages: of STAGES, those that follow; "requests" and "pictures" for a person's own ones, which need no sources.
+    """
     config = configs.load(arguments.config, overrides)
+    check(config, stages)
     logs = Path(arguments.workdir) / "logs"
     runtime.start(
         arguments.coordinator,
@@ -69,6 +76,10 @@ def open_experiment(arguments: argparse.Namespace, overrides: Sequence[str]) -> 
         runtime.barrier("config")
         if not first:
             experiment.workdir.await_file(logs / "asked.json", asked)
+    check_devices(experiment, stages)
+    if first and not {"requests", "pictures"} & set(stages):
+        check_sources(experiment, stages)
+    runtime.barrier("checked", timeout=_ALONE)  # process 0 may have built a dataset
     return experiment
 
 
@@ -193,12 +204,25 @@ class Experiment:
         there = {"data_dir": str(self.workdir.path / "tfds")}
         return [(there if spec.get("kind") == "tfds" else {}) | configs.plain(spec) for spec in specs]
 
-    def sources(self, specs: Sequence[Mapping[str, Any]]) -> list[Source]:
-        return [open_source(spec) for spec in self.specs(specs)]
+    def sources(self, key: str, specs: Sequence[Mapping[str, Any]], *, held_out: bool = False) -> list[Source]:
+        """Those of a key of config.data. Raises UserError, naming the key, for one that cannot be opened.
+
+        held_out: one that has nothing, for want of groups, is left out.
+        """
+        opened = []
+        for i, spec in enumerate(self.specs(specs)):
+            with about(f"config.data.{key}[{i}]"):
+                try:
+                    opened.append(open_source(spec))
+                except EmptySplit as error:
+                    if not held_out:
+                        raise
+                    self.say(f"{key}: {error}. It goes on without it")
+        return opened
 
     @cached_property
     def train(self) -> list[Source]:
-        return self.sources(self.config.data.train)
+        return self.sources("train", self.config.data.train)
 
     def mixture(self) -> dict[str, float]:
         """Weight of each training source by name."""
@@ -208,16 +232,9 @@ class Experiment:
     @cached_property
     def held_out(self) -> dict[str, list[Source]]:
         """Held-out sets by name; "validation" first. A part that has nothing, for want of groups, is left out."""
-        specs = {"validation": self.config.data.validation, **self.config.data.tests}
-        found: dict[str, list[Source]] = {}
-        for name, those in specs.items():
-            found[name] = []
-            for spec in those:
-                try:
-                    found[name] += self.sources([spec])
-                except EmptySplit as error:
-                    self.say(f"{name}: {error}. It goes on without it")
-        return found
+        tests = {f"tests.{name}": specs for name, specs in self.config.data.tests.items()}
+        sets = {"validation": self.config.data.validation, **tests}
+        return {key.removeprefix("tests."): self.sources(key, specs, held_out=True) for key, specs in sets.items()}
 
     def fingerprints(self, *, held_out: bool = False) -> dict[str, Any]:
         """What the sources hold, by name."""
@@ -226,20 +243,13 @@ class Experiment:
 
     @cached_property
     def resize(self) -> Resize:
-        height, width = self.config.data.image_size
-        return Resize(self.config.data.resize, height, width, self.config.image_tokenizer.factor)
+        return settings.resize(self.config)
 
     # ---- tokenizers and grammar -----------------------------------------------------------------------------------
 
     @cached_property
     def autoencoder(self) -> AutoencoderConfig:
-        image = configs.pick(AutoencoderConfig, self.config.image_tokenizer)
-        if self.config.data.layout == "rows" and image.codes_per_position > 1:
-            raise UserError(
-                f"config.data.layout: expected 'grid' with {image.codes_per_position} codes a position "
-                f"({image.quantizer}), found 'rows', whose pictures could end inside a position"
-            )
-        return image
+        return settings.autoencoder(self.config)
 
     @cached_property
     def text_tokenizer(self) -> TextTokenizer:
@@ -279,13 +289,10 @@ class Experiment:
         text, image = self.text_tokenizer, self.image_tokenizer
         if isinstance(image, NoImages):
             return Grammar(Vocabulary(text.size, 0, text_hash=text.hash), TEXT_ALONE, text)
-        height, width = image.config.grid(*self.config.data.image_size)
-        rows = self.config.data.layout == "rows"
-        # "aspect" keeps the area, so a side may be up to twice that of the square.
-        layout = sized_rows(2 * height, 2 * width) if rows else fixed_grid(height, width)
-        vocabulary = Vocabulary(
-            text.size, image.codebook_size, max(layout.height, layout.width) if rows else 0, text.hash, image.hash
-        )
+        with about("config.data"):
+            layout = settings.layout(self.config, image.config)
+        side = max(layout.height, layout.width) if layout.sized else 0
+        vocabulary = Vocabulary(text.size, image.codebook_size, side, text.hash, image.hash)
         return Grammar(vocabulary, layout, text)
 
     # ---- model ----------------------------------------------------------------------------------------------------
@@ -300,7 +307,7 @@ class Experiment:
             return make_mesh(configs.plain(self.config.mesh))
 
     def filter(self, modality: str) -> Filter:
-        return Filter(**configs.plain(self.config.sampling[modality]))
+        return settings.token_filter(self.config, modality)
 
     @property
     def checkpoint_folder(self) -> str:
@@ -309,16 +316,12 @@ class Experiment:
 
     @cached_property
     def decoding_mesh(self) -> jax.sharding.Mesh | None:
-        """This process's own devices, heads split as the config's mesh says and rows over all the others; None for one.
-
-        Each process serves requests of its own. The axes fsdp and context, which save memory in training, would make
-        every step of decoding wait for weights; the devices they name split rows.
-        """
+        """This process's own devices, split as `decoding_axes` of the config's mesh says; None for one."""
         devices = jax.local_devices()
         if len(devices) == 1:
             return None
         with about(f"sampling on this process's {len(devices)} devices"):
-            return make_mesh({"data": -1, "tensor": self.config.mesh.tensor}, devices)
+            return make_mesh(decoding_axes(self.config.mesh), devices)
 
     @cached_property
     def params(self) -> Any:

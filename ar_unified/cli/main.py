@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import importlib.metadata
 import os
@@ -13,7 +12,7 @@ from collections.abc import Sequence
 
 from ar_unified import interrupts
 from ar_unified.cli.arguments import parser_of
-from ar_unified.errors import FAULT, UNUSABLE, explain
+from ar_unified.errors import FAULT, UNUSABLE, explain, nearest
 
 VERBS = {
     "run": "every stage of an experiment in order: tokenizer, prepare, train, sample, evaluate",
@@ -66,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     verb, rest = argv[0], argv[1:]
     if verb not in VERBS:
-        near = "".join(f"; did you mean {found!r}?" for found in difflib.get_close_matches(verb, VERBS, 1))
-        print(f"ar-unified: unknown verb {verb!r}; expected one of {', '.join(VERBS)}{near}", file=sys.stderr)
+        expected = f"expected one of {', '.join(VERBS)}{nearest(verb, VERBS)}"
+        print(f"ar-unified: unknown verb {verb!r}; {expected}", file=sys.stderr)
         return UNUSABLE
     parser = parser_of(verb)
     arguments, overrides = parser.parse_known_args(rest)

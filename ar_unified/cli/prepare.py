@@ -17,7 +17,7 @@ from ar_unified.data import prepare as preparing
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    prepare(open_experiment(arguments, overrides))
+    prepare(open_experiment(arguments, overrides, ["data"]))
     return 0
 
 

@@ -33,7 +33,8 @@ from ar_unified.cli.experiment import Experiment, by_first_process, open_experim
 from ar_unified.data.images import to_png
 from ar_unified.data.sources import BadItem, Source
 from ar_unified.document import Document, ImagePart, TextPart
-from ar_unified.sampling import batch_output
+from ar_unified.errors import UserError
+from ar_unified.sampling import batch_output, results
 from ar_unified.sampling.job import JobReport, run_job
 from ar_unified.sampling.layouts import LAYOUTS, export
 from ar_unified.workdir import write_bytes, write_text
@@ -42,7 +43,8 @@ _HELD_OUT = 12  # documents of each source whose beginnings become prompts
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    experiment = open_experiment(arguments, overrides)
+    stages = ["requests"] if arguments.requests or arguments.layout else ["samples"]
+    experiment = open_experiment(arguments, overrides, stages)
     requests = [Path(path) for path in arguments.requests or ()]
     if not requests and not arguments.layout:
         sample_held_out(experiment)
@@ -106,7 +108,20 @@ def _run(
     )
     made = [output / name for name in ("index.html", *batch_output.NAMES)] if report.complete else []
     experiment.say("\n".join([str(report), *(str(path) for path in made if path.exists())]))
+    if report.complete:
+        _require_samples(output)
     return report
+
+
+def _require_samples(output: Path) -> None:
+    """Raises UserError for a job all of whose requests were refused."""
+    refused = []
+    for row in results.read(output):
+        if "error" not in row:
+            return
+        refused.append(row["error"])
+    if refused:
+        raise UserError(f"none of {len(refused)} requests could be served, see {output}; the first: {refused[0]}")
 
 
 def _rows(source: Source, folder: Path, most: int) -> Iterator[dict[str, Any]]:

@@ -16,8 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from ar_tokenizers.image.adversary import AdversaryConfig
-from ar_tokenizers.image.objective import Objective, ObjectiveConfig
+from ar_tokenizers.image.objective import Objective
 from ar_tokenizers.image.perceptual import Perceptual
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 
@@ -25,12 +24,13 @@ from ar_unified.checkpoint import steps_in
 from ar_unified.cli import config as configs
 from ar_unified.cli.changes import Training, changeable
 from ar_unified.cli.experiment import Experiment, open_experiment
+from ar_unified.cli.settings import objective as objective_of
+from ar_unified.cli.settings import short_side, tokenizer_training
 from ar_unified.cli.text_tokenizer import train_text
 from ar_unified.data.items import has_pictures
 from ar_unified.data.loader import ImageBatches, NothingReadable
 from ar_unified.parallel import runtime
-from ar_unified.training.loop import TrainingConfig, fit
-from ar_unified.training.optimizer import OptimizerConfig
+from ar_unified.training.loop import fit
 from ar_unified.training.tasks import TokenizerTask
 from ar_unified.training.telemetry import read_metrics
 
@@ -39,7 +39,8 @@ _SHEET = 8  # pictures and their reconstructions, one above the other
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    train_tokenizers(open_experiment(arguments, overrides), arguments.only)
+    stages = [f"{arguments.only}_tokenizer"] if arguments.only else ["text_tokenizer", "image_tokenizer"]
+    train_tokenizers(open_experiment(arguments, overrides, stages), arguments.only)
     return 0
 
 
@@ -86,7 +87,7 @@ def train_image(experiment: Experiment) -> None:
         options = {"size": tuple(experiment.config.data.image_size), **options}
         return ImageBatches(sources, batch_size=settings.batch_size, seed=experiment.config.seed, **options)
 
-    cropped = dict(size=(settings.crop,) * 2, short_side=settings.short_side or settings.crop * 5 // 4)
+    cropped = dict(size=(settings.crop,) * 2, short_side=short_side(experiment.config))
     batches = pictures(
         experiment.train,
         weights=[share or 0.0 for share in shares] if any(shares) else None,
@@ -106,7 +107,7 @@ def train_image(experiment: Experiment) -> None:
     validation = [pictures(held_out).batch(step) for step in range(count)]
     objective = Objective(
         experiment.autoencoder,
-        configs.pick(ObjectiveConfig, settings, adversary=configs.pick(AdversaryConfig, settings.adversary)),
+        objective_of(experiment.config),
         Perceptual.load(settings.perceptual, settings.perceptual_file, settings.dtype),
     )
     task = TokenizerTask(objective, batches.batch, validation)
@@ -118,31 +119,14 @@ def train_image(experiment: Experiment) -> None:
         rows = (shown, tokenizer.decode(tokenizer.encode(shown)))
         return {"reconstructions": np.concatenate([np.concatenate(list(row), 1) for row in rows], 0)}
 
-    steps = settings.steps
-    every = settings.checkpoint_every or max(1, steps // 4)
-    rate = settings.adversary.learning_rate
-    training = TrainingConfig(
-        steps=steps,
-        seed=experiment.config.seed,
-        accumulation=settings.accumulation,
-        optimizer=OptimizerConfig(
-            learning_rate=settings.learning_rate,
-            warmup_steps=min(settings.warmup_steps, steps // 10),
-            final_fraction=settings.final_fraction,
-            b1=settings.b1,
-            b2=settings.b2,
-            weight_decay=settings.weight_decay,
-            clip_norm=settings.clip_norm,
-            factors=(("discriminator", rate / settings.learning_rate),) if rate else (),
-        ),
-        log_every=max(1, min(100, steps // 40)),
-        validate_every=every,
-        preview_every=every,
-        checkpoint_every=every,
-        keep=1,
-        keep_best=False,  # what is used is the last, or its average
+    params = fit(
+        task,
+        tokenizer_training(experiment.config),
+        stage.folder,
+        mesh=experiment.mesh,
+        preview=preview,
+        logger=experiment.say,
     )
-    params = fit(task, training, stage.folder, mesh=experiment.mesh, preview=preview, logger=experiment.say)
     params = runtime.to_host(params["autoencoder"])
     if runtime.first():
         tokenizer = ImageTokenizer(experiment.autoencoder, params)

@@ -17,20 +17,18 @@ from a checkpoint in the middle and leave the training as it is, branch it into 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from ar_unified.checkpoint import Checkpoints, steps_in
 from ar_unified.cli import config as configs
 from ar_unified.cli.branch import branch
 from ar_unified.cli.changes import Training
 from ar_unified.cli.experiment import Experiment, open_experiment
+from ar_unified.cli.settings import phases, training
 from ar_unified.data.images import NoImages
 from ar_unified.data.loader import PackedBatches, Phase
 from ar_unified.data.prepare import load_report
@@ -38,7 +36,7 @@ from ar_unified.document import CodesPart
 from ar_unified.history import DECIDING
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.request import Request
-from ar_unified.training.loop import TrainingConfig, fit
+from ar_unified.training.loop import fit
 from ar_unified.training.optimizer import OptimizerConfig, learning_rate
 from ar_unified.training.tasks import TransformerTask
 from ar_unified.workdir import Stage
@@ -49,7 +47,7 @@ _KEYS = ("model", "loss", "training", "mesh")
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    experiment = open_experiment(arguments, overrides)
+    experiment = open_experiment(arguments, overrides, ["model"])
     if arguments.branch:
         branch(experiment, *arguments.branch, lambda: experiment.fingerprint(*_KEYS, **_facts(experiment)))
     train(experiment, profile=arguments.profile)
@@ -103,7 +101,7 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
     )
     fit(
         task,
-        configs.pick(TrainingConfig, settings, seed=config.seed, optimizer=configs.pick(OptimizerConfig, settings)),
+        training(config),
         stage.folder,
         mesh=experiment.mesh,
         manifest=grammar.manifest(),
@@ -133,28 +131,9 @@ def _say_rate(experiment: Experiment, stage: Stage, taken: int) -> None:
     experiment.say(f"learning rate: {rates[0](taken - 1):.3g} in step {taken}, {rates[1](taken):.3g} in the next")
 
 
-def phases(settings: ConfigDict, mixture: Mapping[str, float]) -> list[Phase]:
-    """The training as its settings begin it, then what `training.phases` changes of it, each from its step on."""
-    found = [Phase(0, mixture, settings.flip_pairs, settings.drop_condition)]
-    for i, change in enumerate(configs.plain(settings.phases)):
-        begin = change.pop("begin", None)
-        unknown = sorted(change.keys() - {"weights", "flip_pairs", "drop_condition"})
-        if unknown or not isinstance(begin, float | int) or not 0 < begin < 1:
-            raise SystemExit(
-                f"ar-unified: config.training.phases[{i}]: expected a `begin` between 0 and 1 (of the steps) and "
-                f"any of weights, flip_pairs, drop_condition; found {dict(begin=begin) | change}"
-            )
-        names = dict(weights="weights", flip_pairs="flip", drop_condition="condition_dropout")
-        changes = {names[key]: value for key, value in change.items()}
-        found.append(dataclasses.replace(found[-1], from_step=math.ceil(begin * settings.steps), **changes))
-    return found
-
-
 def _code_vectors(experiment: Experiment) -> np.ndarray | None:
-    how = experiment.config.training.code_rows
-    if how not in ("random", "alike"):
-        raise SystemExit(f"ar-unified: config.training.code_rows: expected 'random' or 'alike', found {how!r}")
-    tokenizer = experiment.image_tokenizer
+    """For `training.code_rows`; None: random rows."""
+    how, tokenizer = experiment.config.training.code_rows, experiment.image_tokenizer
     return None if how == "random" or isinstance(tokenizer, NoImages) else tokenizer.vectors()
 
 

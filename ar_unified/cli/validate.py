@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ar_unified.cli import config as configs
+from ar_unified.cli.check import check
 from ar_unified.cli.experiment import Experiment
 from ar_unified.data.validate import validate
 from ar_unified.errors import UserError
@@ -29,6 +30,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         found = validate(arguments.folder, links=arguments.links, show=arguments.show)
     else:
         config = configs.load(arguments.config, overrides)
+        check(config, [])
         experiment = Experiment(config, Workdir(arguments.workdir or Path(".cache") / "validate" / config.name))
         brought = (experiment.workdir.image_tokenizer / "config.json").exists()
         ready = brought or ((experiment.workdir.text_tokenizer / "text.model").exists() and experiment.text_only)

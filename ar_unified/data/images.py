@@ -227,6 +227,9 @@ class NoImages:
     decode = encode
 
 
+RESIZES = ("crop", "aspect")
+
+
 @dataclass(frozen=True)
 class Resize:
     """How pictures of any size come to sizes that a tokenizer and a layout take.
@@ -248,7 +251,7 @@ class Resize:
     max_width: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("crop", "aspect"):
+        if self.kind not in RESIZES:
             raise UserError(f'resize: expected kind "crop" or "aspect", found {self.kind!r}')
         for name in ("height", "width"):
             side = getattr(self, name)

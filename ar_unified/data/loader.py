@@ -70,6 +70,13 @@ class Phase:
                 raise UserError(f"{name}: expected a probability, found {getattr(self, name)}")
 
 
+def require_order(phases: Sequence[Phase]) -> None:
+    """Raises ValueError unless the first phase begins at step 0 and each other one later than the one before."""
+    steps = [phase.from_step for phase in phases]
+    if not steps or steps[0] != 0 or steps != sorted(set(steps)):
+        raise UserError(f"phases: expected the first from step 0, each later than the one before; found {steps}")
+
+
 class PackedBatches:
     """Rows of whole documents from the shards that `prepare` left in `folder`.
 
@@ -113,9 +120,7 @@ class PackedBatches:
         unknown = sorted(set(wanted) - counts.keys())
         if unknown:
             raise UserError(f"weights: expected sources {sorted(counts)}, found {unknown[0]!r}")
-        steps = [phase.from_step for phase in phases]
-        if not steps or steps[0] != 0 or steps != sorted(set(steps)):
-            raise UserError(f"phases: expected the first from step 0, each later than the one before; found {steps}")
+        require_order(phases)
         self.grammar, self.batch_size, self.seq_len, self.seed = grammar, batch_size, seq_len, seed
         self.phases = tuple(phases)
         self._names = [name for name in wanted if counts[name]["documents"]]

@@ -27,10 +27,12 @@ from ar_unified.data.text_files import TextFiles
 from ar_unified.data.views import Views
 from ar_unified.document import Document
 from ar_unified.errors import UserError, about
+from ar_unified.paths import home
 
 __all__ = ["BadItem", "EmptySplit", "Source", "open_source", "read", "texts"]
 
 _OF_OTHERS = ("kind", "weight", "picture_weight", "views", "made_by")  # keys of a spec that are not the source's
+_PATHS = ("path", "root", "data_dir")
 FOLDER_FILES = ("captions", "docs", "vqa")
 
 
@@ -67,10 +69,12 @@ def open_source(spec: Mapping[str, Any]) -> Source:
     kind = spec.get("kind")
     if kind not in kinds:
         raise UserError(f"source: expected kind one of {sorted(kinds)}, found {kind!r} in {dict(spec)}")
-    if spec.get("made_by") and not Path(spec.get("path", ".")).exists():
+    if spec.get("made_by") and not Path(home(spec.get("path", "."))).exists():
         raise UserError(f"{spec['path']}: no such file or folder. This makes it: {spec['made_by']}")
     try:
-        source = kinds[kind](**{key: value for key, value in spec.items() if key not in _OF_OTHERS})
+        options = {key: value for key, value in spec.items() if key not in _OF_OTHERS}
+        options |= {key: home(options[key]) for key in _PATHS if options.get(key)}
+        source = kinds[kind](**options)
         return Views(source, **spec["views"]) if spec.get("views") else source
     except TypeError as error:
         raise UserError(f"source of kind {kind!r}: {error}; in {dict(spec)}") from error

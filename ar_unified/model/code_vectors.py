@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 Params = dict[str, Any]
+CODE_ROWS = ("random", "alike")  # where they may begin
 
 
 def begin_alike(params: Params, vectors: jax.Array, offset: int, key: jax.Array) -> Params:

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ar_unified.errors import nearest
 from ar_unified.kernels.backend import BACKENDS
 
 
@@ -56,9 +57,10 @@ class TransformerConfig:
     context: str = "gather"
 
     def __post_init__(self) -> None:
-        for field, choices in _CHOICES.items():
-            if getattr(self, field) not in choices:
-                raise ValueError(f"model.{field}: expected one of {', '.join(choices)}; found {getattr(self, field)!r}")
+        for field, choices in CHOICES.items():
+            if (found := getattr(self, field)) not in choices:
+                near = nearest(found, choices)
+                raise ValueError(f"model.{field}: expected one of {', '.join(choices)}; found {found!r}{near}")
         for field in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_mlp"):
             if getattr(self, field) < 1:
                 raise ValueError(f"model.{field}: expected at least 1; found {getattr(self, field)}")
@@ -70,9 +72,12 @@ class TransformerConfig:
             raise ValueError(f"model.head_dim: expected an even number (RoPE); found {self.head_dim}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"model.dropout: expected a rate in [0, 1); found {self.dropout}")
+        for field in ("rope_theta", "norm_eps"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"model.{field}: expected more than 0; found {getattr(self, field)}")
 
 
-_CHOICES = {
+CHOICES = {
     "norm_placement": ("pre", "swin"),
     "qk_norm": ("none", "layernorm", "rmsnorm"),
     "dtype": ("float32", "bfloat16"),

@@ -34,16 +34,20 @@ def pieces(device: jax.Array, ways: int, width: int) -> tuple[jax.Array, jax.Arr
     return device * width, (2 * ways - 1 - device) * width
 
 
+def require_pieces(length: int, ways: int) -> None:
+    """Raises ValueError unless rows of `length` tokens can lie over `ways` devices."""
+    if ways > 1 and length % (2 * ways):
+        raise ValueError(
+            f"rows of {length} tokens do not split into the 2 x context = {2 * ways} equal pieces that "
+            f"context={ways} devices hold: choose a row length that is a multiple of {2 * ways}"
+        )
+
+
 def _exchange(x: jax.Array, part) -> jax.Array:
     mesh: AbstractMesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["context"] == 1:
         return x
-    count = 2 * mesh.shape["context"]
-    if x.shape[1] % count:
-        raise ValueError(
-            f"rows of {x.shape[1]} tokens do not split into the 2 x context = {count} equal pieces that "
-            f"context={mesh.shape['context']} devices hold: choose a row length that is a multiple of {count}"
-        )
+    require_pieces(x.shape[1], mesh.shape["context"])
     where = spec(mesh, ("batch", "sequence") + (None,) * (x.ndim - 2), x.shape, "row")
     return jax.shard_map(part, in_specs=where, out_specs=where)(x)
 

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 
 from ar_unified import interrupts
 from ar_unified.checkpoint import Checkpoints
-from ar_unified.errors import RunError
+from ar_unified.errors import RunError, outside
 from ar_unified.interrupts import Interrupted, Preempted
 from ar_unified.parallel import runtime
 from ar_unified.parallel.rules import batch_part, place_batch
@@ -60,9 +60,15 @@ from ar_unified.training.turning import losses_of, turned
 Preview = Callable[[int, Params], Mapping[str, np.ndarray] | None]
 
 
+_INTERVALS = ("log_every", "validate_every", "preview_every", "checkpoint_every", "keep_every")
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """How long, how often, and from which seed. Intervals are in steps; 0: never. A checkpoint is made at the end."""
+    """How long, how often, and from which seed. Intervals are in steps; 0: never. A checkpoint is made at the end.
+
+    Raises ValueError, naming the field, for a number out of range.
+    """
 
     steps: int
     seed: int = 0
@@ -77,8 +83,9 @@ class TrainingConfig:
     keep_best: bool = True  # and that of the lowest validation loss, which is saved when it is found
 
     def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise ValueError(f"keep: expected at least 1 checkpoint, found {self.keep}")
+        whole = dict.fromkeys(("steps", "accumulation", "keep"), "[1, inf)")
+        if problems := outside(self, **whole, **dict.fromkeys(_INTERVALS, "[0, inf)")):
+            raise ValueError(problems[0])
         if self.keep_every and (self.checkpoint_every < 1 or self.keep_every % self.checkpoint_every):
             raise ValueError(
                 f"keep_every: expected a multiple of checkpoint_every, which is {self.checkpoint_every}, "

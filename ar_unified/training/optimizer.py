@@ -14,6 +14,10 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
+from ar_unified.errors import nearest, outside
+
+CHOICES = {"optimizer": ("adamw", "muon"), "schedule": ("cosine", "wsd"), "decay": ("sqrt", "linear")}
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -28,6 +32,8 @@ class OptimizerConfig:
     `decay="sqrt"` falls as 1 - sqrt(x), the better of the shapes compared in arXiv:2405.18392.
 
     A restart begins the schedule anew, warm-up and all (Loshchilov & Hutter, arXiv:1608.03983): for training in stages.
+
+    Raises ValueError, naming the field, for an unknown choice and a number out of range.
     """
 
     optimizer: str = "adamw"  # or "muon"
@@ -45,17 +51,30 @@ class OptimizerConfig:
     clip_norm: float = 1.0  # of the whole gradient (of each loss's, where there are several); 0: no clipping
     factors: tuple[tuple[str, float], ...] = ()  # on the learning rate, by the top-level key of the parameters
 
+    def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            if (found := getattr(self, name)) not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}; found {found!r}{nearest(found, known)}")
+        if problems := outside(
+            self,
+            learning_rate="[0, inf)",
+            warmup_steps="[0, inf)",
+            decay_fraction="(0, 1]",
+            final_fraction="[0, 1]",
+            b1="[0, 1)",
+            b2="[0, 1)",
+            eps="(0, inf)",
+            weight_decay="[0, inf)",
+            clip_norm="[0, inf)",
+        ):
+            raise ValueError(problems[0])
+
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """The learning rate of step s (0-based) of a training of `steps` steps, as a jittable function.
 
-    Raises ValueError for unknown shapes, for restarts out of order, and for a warm-up and decay longer than the steps.
+    Raises ValueError for restarts out of order, and for a warm-up and decay longer than the steps.
     """
-    if config.schedule not in ("cosine", "wsd") or config.decay not in ("sqrt", "linear"):
-        raise ValueError(
-            f"schedule {config.schedule!r} with decay {config.decay!r}: "
-            "schedules are 'cosine' and 'wsd', decays of wsd are 'sqrt' and 'linear'"
-        )
     begins = [0, *(math.ceil(share * steps) for share in config.restarts)]
     lengths = [end - begin for begin, end in itertools.pairwise([*begins, steps])]
     if min(lengths) < 1:
@@ -68,7 +87,9 @@ def _schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     warmup = config.warmup_steps
     decay_steps = steps - warmup if config.schedule == "cosine" else max(1, round(config.decay_fraction * steps))
     if decay_steps < 1 or warmup + decay_steps > steps:
-        raise ValueError(f"{warmup} steps of warm-up and {decay_steps} of decay do not fit into {steps} steps")
+        raise ValueError(
+            f"warmup_steps: {warmup} steps of warm-up and {decay_steps} of decay do not fit into {steps} steps"
+        )
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         done = jnp.asarray(step, jnp.float32) + 1  # the first step already moves, the last ends the decay
@@ -105,10 +126,8 @@ def _muon_axes(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The update over plain parameter trees. Clipping is the train step's, which knows the norm already.
 
-    Raises ValueError for an unknown optimizer and for what `learning_rate` refuses.
+    Raises ValueError for what `learning_rate` refuses.
     """
-    if config.optimizer not in ("adamw", "muon"):
-        raise ValueError(f"optimizer {config.optimizer!r}: there are 'adamw' and 'muon'")
     rate = learning_rate(config, steps)
     tx = optax.adamw(
         rate,

@@ -19,6 +19,7 @@ from ar_tokenizers.image.metrics import collapse, usage
 from ar_tokenizers.image.objective import Objective
 
 from ar_unified.document import TASKS
+from ar_unified.errors import nearest
 from ar_unified.model import transformer
 from ar_unified.model.code_vectors import begin_alike
 from ar_unified.model.config import TransformerConfig
@@ -32,6 +33,20 @@ from ar_unified.vocabulary import Role, Vocabulary
 def ratios(totals: Metrics) -> dict[str, float]:
     """sum / count of every pair that counted anything."""
     return {k: float(v[0] / v[1]) for k, v in totals.items() if isinstance(v, tuple) and v[1] > 0}
+
+
+def wrong_weights(roles: Mapping[str, float], tasks: Mapping[str, float]) -> list[str]:
+    """What is wrong with the weights of a `TransformerTask`, a line each, beginning with "role_weights" or so."""
+    problems = []
+    known_roles = [role.name.lower() for role in Role if role != Role.PAD]
+    for what, given, known in (("role_weights", roles, known_roles), ("task_weights", tasks, TASKS)):
+        if unknown := sorted(set(given) - set(known)):
+            problems.append(f"{what}: unknown {unknown}; known: {', '.join(known)}{nearest(unknown[0], known)}")
+        if negative := {name: weight for name, weight in given.items() if not weight >= 0}:
+            problems.append(f"{what}: expected weights of 0 or more, found {negative}")
+        elif not any({**dict.fromkeys(known, 1.0), **given}.values()):
+            problems.append(f"{what}: all are 0, so there is nothing to learn")
+    return problems
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,11 +86,8 @@ class TransformerTask(NothingKept):
     unit: str = "tokens"
 
     def __post_init__(self) -> None:
-        roles = [role.name.lower() for role in Role if role != Role.PAD]
-        for what, given, known in (("role", self.role_weights, roles), ("task", self.task_weights, TASKS)):
-            unknown = sorted(set(given) - set(known))
-            if unknown:
-                raise ValueError(f"{what}_weights: unknown {unknown}; known: {', '.join(known)}")
+        if problems := wrong_weights(self.role_weights, self.task_weights):
+            raise ValueError(problems[0])
         if self.code_vectors is not None and len(self.code_vectors) != self.vocabulary.codebook_size:
             raise ValueError(
                 f"code_vectors: expected one for each of {self.vocabulary.codebook_size} image codes, "

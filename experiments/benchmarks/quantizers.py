@@ -55,7 +55,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "fsq, ifsq": dict(quantizer="fsq", activation="ifsq"),
     "fsq, 4096": dict(quantizer="fsq", levels=(8, 8, 8, 8)),  # four times the codes: near the bits that vq takes
     "vq": dict(quantizer="vq"),
-    "vq, ema": dict(quantizer="vq", update="ema"),
+    "vq, ema": dict(quantizer="vq", codebook_update="ema"),
     "vq, rotation": dict(quantizer="vq", gradient="rotation"),
     "simvq": dict(quantizer="simvq"),
     "lfq": dict(quantizer="lfq"),

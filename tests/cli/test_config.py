@@ -10,9 +10,10 @@ from ml_collections import ConfigDict
 
 from ar_unified.cli import config as configs
 from ar_unified.cli.main import main
-from ar_unified.cli.train import phases
+from ar_unified.cli.settings import phases
 from ar_unified.data.loader import Phase
 from ar_unified.data.sources import open_source
+from ar_unified.errors import UserError
 from ar_unified.model.config import config_from
 from tests.cli.conftest import ROOT
 
@@ -28,9 +29,9 @@ def test_every_experiment_describes_a_model(name):
 def test_an_override_changes_one_key_and_a_wrong_one_is_refused():
     file = f"{ROOT}/experiments/shapes.py"
     assert configs.load(file, ["--config.training.steps=7"]).training.steps == 7
-    with pytest.raises(SystemExit, match="stepz"):
+    with pytest.raises(UserError, match="stepz"):
         configs.load(file, ["--config.training.stepz=7"])
-    with pytest.raises(SystemExit, match="many"):
+    with pytest.raises(UserError, match="many"):
         configs.load(file, ["--config.training.steps=many"])
 
 
@@ -92,5 +93,5 @@ def test_phases_change_what_they_name_and_keep_the_rest() -> None:
     ]
     for wrong in (dict(begin=1.0), dict(begin=0), dict(flip_pairs=0.5), dict(begin=0.5, flips=0.5)):
         settings.phases = (ConfigDict(wrong),)
-        with pytest.raises(SystemExit, match=r"config.training.phases\[0\]: expected a `begin` between 0 and 1"):
+        with pytest.raises(UserError, match=r"config.training.phases\[0\]: expected a `begin` between 0 and 1"):
             phases(settings, dict(a=1.0))

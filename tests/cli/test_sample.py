@@ -1,5 +1,8 @@
 """Sampling as an experiment asks for it: on which devices, with which cache."""
 
+import json
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +10,7 @@ import pytest
 from ar_unified.checkpoint import Checkpoints
 from ar_unified.cli import config as configs
 from ar_unified.cli.experiment import Experiment
+from ar_unified.cli.sample import _run
 from ar_unified.document import TextPart
 from ar_unified.errors import UserError
 from ar_unified.sampling.engine import Engine
@@ -69,6 +73,18 @@ def test_one_device_needs_no_mesh(trained, monkeypatch):
 def test_what_does_not_fit_is_said(trained, mesh, sampling, words):
     with pytest.raises(UserError, match=words):
         experiment(trained, sampling=sampling, **mesh).engine  # noqa: B018
+
+
+def test_a_job_all_of_whose_requests_fail_is_an_error(trained, tmp_path):
+    """Also when it is run again, and then has nothing left to do."""
+    opened = experiment(trained, sampling=dict(batch_size=8))
+    cells = SimpleNamespace(factor=4, codes_per_position=1, decode=None, encode=None, hash="")
+    opened.__dict__ |= {"image_tokenizer": cells}
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text(2 * (json.dumps({"prompt": "abcd" * 40}) + "\n"))
+    for _ in range(2):
+        with pytest.raises(UserError, match="none of 2 requests could be served.*the first: .*max_length is 64"):
+            _run(opened, [requests], tmp_path / "out", part=(0, 1))
 
 
 def test_the_best_checkpoint_is_sampled_from_when_asked(tmp_path):

@@ -200,6 +200,10 @@ def test_save_and_load(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "weights.safetensors"]
 
     mixed = (tmp_path / "config.json").read_bytes()
+    record = json.loads(mixed)
+    record["config"]["update"] = record["config"].pop("codebook_update")  # as the key was named first
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert ImageTokenizer.load(tmp_path).config == SMALL
     other.save(tmp_path)  # over an existing one
     assert ImageTokenizer.load(tmp_path).hash == other.hash
     (tmp_path / "config.json").write_bytes(mixed)

@@ -22,14 +22,14 @@ SETTINGS = {
     "fsq": dict(quantizer="fsq", levels=(5, 4, 3)),
     "ifsq": dict(quantizer="fsq", levels=(5, 4, 3), activation="ifsq"),
     "vq": dict(quantizer="vq", codes=K, entropy=0.01),
-    "vq-ema": dict(quantizer="vq", codes=K, update="ema", entropy=0.01),
+    "vq-ema": dict(quantizer="vq", codes=K, codebook_update="ema", entropy=0.01),
     "vq-rotation": dict(quantizer="vq", codes=K, gradient="rotation"),
     "simvq": dict(quantizer="simvq", codes=K),
     "lfq": dict(quantizer="lfq", codes=K),
     "bsq": dict(quantizer="bsq", codes=K),
     "ibq": dict(quantizer="ibq", codes=K, code_dim=8),
     "rq": dict(quantizer="rq", codes=K, depth=3),
-    "rq-ema": dict(quantizer="rq", codes=K, depth=2, update="ema", gradient="rotation"),
+    "rq-ema": dict(quantizer="rq", codes=K, depth=2, codebook_update="ema", gradient="rotation"),
 }
 EVERY = pytest.mark.parametrize("name", SETTINGS)
 
@@ -416,11 +416,11 @@ def test_restart_revives_codes_that_nothing_chooses(name):
         (dict(quantizer="fsq", activation="relu"), "tanh, ifsq, got 'relu'"),
         (dict(quantizer="vq", codes=1), "at least 2 codes"),
         (dict(quantizer="vq", gradient="gumbel"), "straight_through, rotation, got 'gumbel'"),
-        (dict(quantizer="vq", update="sgd"), "gradient, ema, got 'sgd'"),
+        (dict(quantizer="vq", codebook_update="sgd"), "gradient, ema, got 'sgd'"),
         (dict(quantizer="vq", restart=1.0), r"in \[0, 1\), got 1.0"),
         (dict(quantizer="lfq", codes=1000), "power of two of codes, at least 4, got 1000"),
         (dict(quantizer="rq", depth=0), "depth of at least 1, got 0"),
-        (dict(quantizer="simvq", update="ema"), "update='ema' is for vq, rq; simvq has 'gradient'"),
+        (dict(quantizer="simvq", codebook_update="ema"), "codebook_update='ema' is for vq, rq; simvq has 'gradient'"),
         (dict(quantizer="lfq", code_dim=9), "code_dim=9 is for vq, simvq, ibq, rq; lfq has 0"),
     ],
 )

@@ -45,7 +45,7 @@ def test_restarts_out_of_order_are_refused():
 def test_a_schedule_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="9 steps of warm-up and 8 of decay do not fit into 10"):
         curve(10, schedule="wsd", decay_fraction=0.8)
-    with pytest.raises(ValueError, match="'cosine' and 'wsd'"):
+    with pytest.raises(ValueError, match="schedule: expected one of cosine, wsd; found 'step'"):
         curve(schedule="step")
 
 
@@ -110,5 +110,5 @@ def test_muon_makes_the_steps_of_matrices_orthogonal_and_leaves_the_rest_to_adam
 
 
 def test_an_unknown_optimizer_is_refused():
-    with pytest.raises(ValueError, match="optimizer 'sgd': there are 'adamw' and 'muon'"):
+    with pytest.raises(ValueError, match="optimizer: expected one of adamw, muon; found 'sgd'"):
         make_optimizer(OptimizerConfig(optimizer="sgd", warmup_steps=0), 10)

@@ -32,13 +32,13 @@ ADVERSARY = AdversaryConfig(kind="patch", width=4, layers=2, start=2, warmup=2, 
 QUANTIZERS: dict[str, dict[str, Any]] = {
     "fsq": dict(quantizer="fsq"),
     "vq": dict(quantizer="vq"),
-    "vq_ema": dict(quantizer="vq", update="ema"),
+    "vq_ema": dict(quantizer="vq", codebook_update="ema"),
     "simvq": dict(quantizer="simvq"),
     "lfq": dict(quantizer="lfq"),
     "bsq": dict(quantizer="bsq"),
     "ibq": dict(quantizer="ibq"),
     "rq": dict(quantizer="rq", depth=2),
-    "rq_ema": dict(quantizer="rq", depth=2, update="ema"),
+    "rq_ema": dict(quantizer="rq", depth=2, codebook_update="ema"),
 }
 
 

@@ -32,6 +32,7 @@ from ar_tokenizers.files import write_whole
 from ar_tokenizers.lossless import RESERVED, SPACE, Loss, find_losses, is_bpe
 
 Lossy = Literal["refuse", "warn"]
+ModelType = Literal["bpe", "unigram"]
 _LONGEST = 1 << 16  # characters SentencePiece is shown at once in training; it drops longer lines, so they are cut here
 # At least 500 characters, up to the end of a line or word.
 _BLOCK = re.compile(r"(?s).{500}.*?(?:(?<=\n)|(?<! )(?= )|\Z)|.+")
@@ -142,7 +143,7 @@ class TextTokenizer:
         texts: Iterable[str],
         vocab_size: int,
         *,
-        model_type: Literal["bpe", "unigram"] = "bpe",
+        model_type: ModelType = "bpe",
         character_coverage: float = 0.99995,
         max_bytes: int = 100_000_000,
     ) -> TextTokenizer:

@@ -31,6 +31,13 @@ Params = dict[str, Any]
 LECAM_DECAY = 0.999  # of the averages: MAGVIT's and Open-MAGVIT2's; LeCAM's own code has 0.99
 
 
+CHOICES = {
+    "kind": ("none", "patch", "style"),
+    "loss": ("hinge", "non_saturating"),
+    "dtype": ("float32", "bfloat16"),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class AdversaryConfig:
     """What an adversary is. Raises ValueError where the numbers make no sense."""
@@ -51,12 +58,7 @@ class AdversaryConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of its arithmetic; parameters, logits and losses: float32
 
     def __post_init__(self) -> None:
-        choices = {
-            "kind": ("none", "patch", "style"),
-            "loss": ("hinge", "non_saturating"),
-            "dtype": ("float32", "bfloat16"),
-        }
-        for name, known in choices.items():
+        for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"adversary: {name} must be one of {known}, got {getattr(self, name)!r}")
         for name in ("width", "layers", "r1_every"):
@@ -104,13 +106,18 @@ def logits(config: AdversaryConfig, params: Params, pixels: jax.Array) -> tuple[
     graph, state = nnx.split(nnx.eval_shape(lambda: config._discriminator(nnx.Rngs(0))))
     nnx.replace_by_pure_dict(state, params)
     discriminator = nnx.merge(graph, state)
-    height, width = pixels.shape[1:3]
-    if min(height, width) < discriminator.least:
+    require_size(config, *pixels.shape[1:3])
+    return discriminator(pixels)
+
+
+def require_size(config: AdversaryConfig, height: int, width: int) -> None:
+    """Raises ValueError for pictures, in pixels, that leave the discriminator nothing to judge."""
+    least = nnx.eval_shape(lambda: config._discriminator(nnx.Rngs(0))).least
+    if min(height, width) < least:
         raise ValueError(
-            f"a {config.kind} discriminator of {config.layers} layers needs pictures of at least {discriminator.least} "
+            f"a {config.kind} discriminator of {config.layers} layers needs pictures of at least {least} "
             f"pixels a side, got {height} x {width}: ask for fewer layers"
         )
-    return discriminator(pixels)
 
 
 # ---- losses -----------------------------------------------------------------------------------------------------

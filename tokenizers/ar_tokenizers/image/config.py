@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -35,7 +36,7 @@ class AutoencoderConfig:
     codes: int = 1024  # all others: the codebook size
     code_dim: int = 0  # numbers in a code; 0: the quantiser's usual
     depth: int = 4  # rq: codes a position
-    update: str = "gradient"  # vq, rq: what moves the codes; or "ema"
+    codebook_update: str = "gradient"  # vq, rq: what moves the codes; or "ema"
     gradient: str = "straight_through"  # vq, simvq, rq: or "rotation"
     beta: float = 0.25  # weight of the commitment
     entropy: float = -1.0  # weight of the entropy penalty; negative: the quantiser's usual
@@ -54,7 +55,7 @@ class AutoencoderConfig:
                     f"factor {self.factor} and patch {self.patch} make {depth} levels, fine to coarse, "
                     f"but {name} has {len(getattr(self, name))}: {getattr(self, name)}"
                 )
-        for name, known in _CHOICES.items():
+        for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         if min(self.width, self.z_channels, *self.multipliers) < 1:
@@ -68,10 +69,17 @@ class AutoencoderConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AutoencoderConfig:
         """Raises ValueError naming the keys that are no field."""
+        values = {_NAMED_BEFORE.get(name, name): value for name, value in values.items()}
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(values) - set(known)):
             raise ValueError(f"an AutoencoderConfig has no {unknown}; it has {known}")
         return cls(**values)
+
+    def identity(self) -> str:
+        """All settings as one line of JSON, each by its first name: what belongs to the hash of a tokenizer."""
+        first = {now: before for before, now in _NAMED_BEFORE.items()}
+        settings = dataclasses.asdict(self)
+        return json.dumps({first.get(name, name): value for name, value in settings.items()}, sort_keys=True)
 
     def make_quantizer(self, rngs: nnx.Rngs) -> quantizers.Quantizer:
         return quantizers.make(**{name: getattr(self, name) for name in quantizers.SETTINGS}, rngs=rngs)
@@ -104,7 +112,9 @@ class AutoencoderConfig:
         return height // self.factor, width // self.factor * self.codes_per_position
 
 
-_CHOICES = {
+_NAMED_BEFORE = {"update": "codebook_update"}  # in tokenizers that were saved; their hashes stay
+
+CHOICES = {
     "backbone": ("folded", "vqgan"),
     "attention": ("none", "middle", "lowest"),
     "dtype": ("float32", "bfloat16"),

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ar_tokenizers.image import lpips, resnet
-from ar_tokenizers.image.weights import Params, read_weights
+from ar_tokenizers.image.weights import Params, check_file, read_weights
 
 Kind = Literal["none", "lpips", "features", "ms_ssim", "match"]
 Features = Sequence[jax.Array]
+NETWORKS = {"lpips": lpips, "features": resnet}
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["kind", "hash", "dtype"])
@@ -51,14 +52,11 @@ class Perceptual:
         """
         if kind not in get_args(Kind):
             raise ValueError(f"a perceptual distance is one of {get_args(Kind)}, got {kind!r}")
-        networks = {"lpips": lpips, "features": resnet}
-        if bool(path) != (kind in networks):
-            wants = "needs a weight file: name one" if kind in networks else f"has no weights: it cannot use {path}"
-            raise ValueError(f"the perceptual distance {kind!r} {wants}")
-        if kind not in networks:
+        require_fitting(kind, path)
+        if kind not in NETWORKS:
             return cls(kind, {}, "", dtype)  # type: ignore[arg-type]
-        arrays, digest = read_weights(path, networks[kind].SHAPES)
-        return cls(kind, networks[kind].arrange(arrays), digest, dtype)  # type: ignore[arg-type]
+        arrays, digest = read_weights(path, NETWORKS[kind].SHAPES)
+        return cls(kind, NETWORKS[kind].arrange(arrays), digest, dtype)  # type: ignore[arg-type]
 
     @property
     def name(self) -> str:
@@ -84,6 +82,17 @@ class Perceptual:
             case "match":
                 return feature_matching(a_features, b_features)
         return jnp.zeros(len(a), jnp.float32)
+
+
+def require_fitting(kind: str, path: str | os.PathLike[str] = "", side: int = 1 << 30) -> None:
+    """Raises ValueError unless a kind that needs a weight file has one, and pictures of `side` pixels suffice."""
+    if bool(path) != (kind in NETWORKS):
+        wants = "needs a weight file: name one" if kind in NETWORKS else f"has no weights: it cannot use {path}"
+        raise ValueError(f"the perceptual distance {kind!r} {wants}")
+    if kind == "ms_ssim" and side < len(_WINDOW):
+        raise ValueError(f"MS-SSIM needs pictures of at least 11 x 11 pixels, got a side of {side}")
+    if path:
+        check_file(path, NETWORKS[kind].SHAPES)
 
 
 # ---- without weights --------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ class ImageTokenizer:
     @functools.cached_property
     def hash(self) -> str:
         """sha256 of the config and of every weight: what makes two tokenizers the same."""
-        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.config), sort_keys=True).encode())
+        digest = hashlib.sha256(self.config.identity().encode())
         for name, leaf in sorted(_flatten(self.params).items()):
             digest.update(f"{name}{leaf.shape}".encode())
             digest.update(np.asarray(leaf).astype("<f4").tobytes())

@@ -12,11 +12,12 @@ import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import safe_open
 from safetensors.numpy import load as load_tensors
 
 Params = dict[str, Any]
@@ -50,6 +51,24 @@ def read_weights(path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, .
         raise ValueError(f"{path} cannot be read as weights: {error}") from error
     check_weights(arrays, shapes, str(path))
     return {name: arrays[name].astype(np.float32) for name in shapes}, hashlib.sha256(data).hexdigest()
+
+
+def check_file(path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """What `read_weights` would say of a file, from the head of a .safetensors file; one of .npz is read whole."""
+    path = Path(path)
+    if path.suffix != ".safetensors" or not path.is_file():
+        read_weights(path, shapes)
+        return
+    try:
+        with safe_open(path, framework="numpy") as file:
+            found = {name: _Header(tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as weights: {error}") from error
+    check_weights(found, shapes, str(path))
+
+
+class _Header(NamedTuple):
+    shape: tuple[int, ...]
 
 
 def check_weights(arrays: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], origin: str) -> None:

@@ -12,6 +12,7 @@ rq      D codes a position, each for the rest of the ones before                
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from flax import nnx
 
@@ -38,7 +39,7 @@ def make(
     codes: int = 1024,
     code_dim: int = 0,
     depth: int = 4,
-    update: str = "gradient",
+    codebook_update: str = "gradient",
     gradient: str = "straight_through",
     beta: float = 0.25,
     entropy: float = -1.0,
@@ -52,7 +53,7 @@ def make(
       codes: the codebook size of all others.
       code_dim: numbers in a code of vq, simvq, ibq and rq; 0: the quantiser's usual.
       depth: codes a position of rq.
-      update, restart: of vq and rq (codebook.py).
+      codebook_update, restart: of vq and rq (codebook.py).
       gradient: of vq, simvq and rq.
       beta: weight of the commitment.
       entropy: weight of the entropy penalty of vq, lfq, bsq and ibq; negative: the quantiser's usual.
@@ -64,7 +65,7 @@ def make(
         raise ValueError(f"quantizer must be one of {', '.join(NAMES)}, got {quantizer!r}")
     for name, value, plain, heeded_by in (
         ("activation", activation, "tanh", ("fsq",)),
-        ("update", update, "gradient", ("vq", "rq")),
+        ("codebook_update", codebook_update, "gradient", ("vq", "rq")),
         ("gradient", gradient, "straight_through", ("vq", "simvq", "rq")),
         ("entropy", max(entropy, 0.0), 0.0, ("vq", "lfq", "bsq", "ibq")),
         ("code_dim", code_dim, 0, tuple(USUAL_DIM)),
@@ -81,9 +82,10 @@ def make(
         return (LFQ if quantizer == "lfq" else BSQ)(codes, beta=beta, entropy=entropy)
     if quantizer == "ibq":
         return IBQ(codes, dim, beta=beta, entropy=entropy, rngs=rngs)
+    table: dict[str, Any] = dict(codebook_update=codebook_update, gradient=gradient, restart=restart, rngs=rngs)
     if quantizer == "rq":
-        return RQ(codes, dim, depth=depth, update=update, gradient=gradient, beta=beta, restart=restart, rngs=rngs)
-    return VQ(codes, dim, update=update, gradient=gradient, beta=beta, entropy=entropy, restart=restart, rngs=rngs)
+        return RQ(codes, dim, depth=depth, beta=beta, **table)
+    return VQ(codes, dim, beta=beta, entropy=entropy, **table)
 
 
 SETTINGS = tuple(name for name in inspect.signature(make).parameters if name != "rngs")

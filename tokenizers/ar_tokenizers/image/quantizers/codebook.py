@@ -127,34 +127,35 @@ class CodebookQuantizer(Quantizer):
     """A quantiser with a learned table, its moving averages, and the restart of codes that fell out of use.
 
     Args:
-      update: "gradient": the optimiser moves the codes. "ema": a code is the moving average of the latents that chose
-        it (van den Oord et al. 2017, arXiv:1711.00937, appendix A); `settle` writes it, and no gradient reaches it.
+      codebook_update: "gradient": the optimiser moves the codes. "ema": a code is the moving average of the latents
+        that chose it (van den Oord et al. 2017, arXiv:1711.00937, appendix A); `settle` writes it, and no gradient
+        reaches it.
       gradient: how it reaches the latents, "straight_through" or "rotation".
       restart: a code used less than this share of the mean use, by moving averages, becomes one of the batch's latents
         (Lee et al. 2022, arXiv:2203.01941, whose threshold is a count and so depends on the batch). 0: never. A step
         should have at least a position for every 32 codes: with fewer, the average forgets codes that are in use.
 
     Raises:
-      ValueError: an unknown update or gradient, or sizes that are no codebook.
+      ValueError: an unknown codebook_update or gradient, or sizes that are no codebook.
     """
 
     def __init__(
-        self, codes: int, dim: int, *, update: str, gradient: str, beta: float, restart: float, rngs: nnx.Rngs
+        self, codes: int, dim: int, *, codebook_update: str, gradient: str, beta: float, restart: float, rngs: nnx.Rngs
     ) -> None:
         check_sizes(type(self).__name__, codes, dim)
         check_gradient(gradient)
-        if update not in UPDATES:
-            raise ValueError(f"update must be one of {', '.join(UPDATES)}, got {update!r}")
+        if codebook_update not in UPDATES:
+            raise ValueError(f"codebook_update must be one of {', '.join(UPDATES)}, got {codebook_update!r}")
         if not 0 <= restart < 1:
             raise ValueError(f"restart is a share of the mean use of a code, in [0, 1), got {restart}")
         self.dim, self.codebook_size, self.beta, self.restart = dim, codes, beta, restart
-        self.update, self.gradient = update, gradient
+        self.codebook_update, self.gradient = codebook_update, gradient
         self.codebook = nnx.Param(jax.random.normal(rngs.params(), (codes, dim), jnp.float32) / math.sqrt(dim))
 
     def table(self) -> jax.Array:
         """float32 [K, C]: the codes as they are looked up."""
         codebook = self.codebook[...]
-        return jax.lax.stop_gradient(codebook) if self.update == "ema" else codebook
+        return jax.lax.stop_gradient(codebook) if self.codebook_update == "ema" else codebook
 
     def through(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
         return GRADIENTS[self.gradient](bounded, vectors)
@@ -167,9 +168,9 @@ class CodebookQuantizer(Quantizer):
         its heaviest latent.
         """
         zeros, sums = jnp.zeros((self.codebook_size, self.dim)), {}
-        if self.restart or self.update == "ema":
+        if self.restart or self.codebook_update == "ema":
             sums["count"] = zeros[:, 0].at[codes].add(1.0)
-        if self.update == "ema":
+        if self.codebook_update == "ema":
             sums["latent"] = zeros.at[codes].add(bounded)
         if self.restart:
 
@@ -185,16 +186,16 @@ class CodebookQuantizer(Quantizer):
 
     def start(self, params: Params) -> Kept:
         kept = {}
-        if self.restart or self.update == "ema":
+        if self.restart or self.codebook_update == "ema":
             kept["count"] = jnp.zeros(self.codebook_size)
-        if self.update == "ema":
+        if self.codebook_update == "ema":
             kept["latent"] = jnp.zeros((self.codebook_size, self.dim))
         return kept
 
     def settle(self, params: Params, kept: Kept, sums: dict[str, jax.Array]) -> tuple[Params, Kept]:
         kept = {name: DECAY * old + (1 - DECAY) * sums[name] for name, old in kept.items()}
         codebook = params["codebook"]
-        if self.update == "ema":  # both averages start at zero and fade alike: their ratio needs no correction
+        if self.codebook_update == "ema":  # both averages start at zero and fade alike: their ratio is right
             used = kept["count"] > 1e-12
             mean = kept["latent"] / jnp.where(used, kept["count"], 1.0)[:, None]
             codebook = jnp.where(used[:, None], mean, codebook)
@@ -205,7 +206,7 @@ class CodebookQuantizer(Quantizer):
             latent = sums["drawn_latent"] / jnp.where(weight > 0, weight, 1.0)[:, None]
             codebook = jnp.where(again[:, None], latent, codebook)
             kept["count"] = jnp.where(again, usual, kept["count"])  # time to be found
-            if self.update == "ema":
+            if self.codebook_update == "ema":
                 kept["latent"] = jnp.where(again[:, None], usual * latent, kept["latent"])
         return params | {"codebook": codebook}, kept
 

@@ -23,7 +23,7 @@ class RQ(CodebookQuantizer):
         dim: int,
         *,
         depth: int,
-        update: str = "ema",
+        codebook_update: str = "ema",
         gradient: str = "straight_through",
         beta: float = 0.25,
         restart: float = 0.1,
@@ -31,7 +31,9 @@ class RQ(CodebookQuantizer):
     ) -> None:
         if depth < 1:
             raise ValueError(f"RQ needs a depth of at least 1, got {depth}")
-        super().__init__(codes, dim, update=update, gradient=gradient, beta=beta, restart=restart, rngs=rngs)
+        super().__init__(
+            codes, dim, codebook_update=codebook_update, gradient=gradient, beta=beta, restart=restart, rngs=rngs
+        )
         self.depth = depth
 
     def bound(self, z: jax.Array) -> jax.Array:
@@ -57,7 +59,7 @@ class RQ(CodebookQuantizer):
         sums = {} if keys is None else self.sums(rests, codes, keys)
         chosen = self.table()[codes]
         loss = self.beta * commitment(bounded[..., None, :], jnp.cumsum(chosen, axis=-2))
-        if self.update == "gradient":
+        if self.codebook_update == "gradient":
             loss += jnp.mean(jnp.square(rests - chosen))
         return Quantized(self.through(bounded, self.vectors(codes)), codes, loss, sums)
 

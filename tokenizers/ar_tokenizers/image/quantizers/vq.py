@@ -32,14 +32,16 @@ class VQ(CodebookQuantizer):
         codes: int,
         dim: int,
         *,
-        update: str = "gradient",
+        codebook_update: str = "gradient",
         gradient: str = "straight_through",
         beta: float = 0.25,
         entropy: float = 0.0,
         restart: float = 0.1,
         rngs: nnx.Rngs,
     ) -> None:
-        super().__init__(codes, dim, update=update, gradient=gradient, beta=beta, restart=restart, rngs=rngs)
+        super().__init__(
+            codes, dim, codebook_update=codebook_update, gradient=gradient, beta=beta, restart=restart, rngs=rngs
+        )
         self.entropy = entropy
 
     def bound(self, z: jax.Array) -> jax.Array:
@@ -52,7 +54,7 @@ class VQ(CodebookQuantizer):
         return unit(self.table())[codes]
 
     def loss(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
-        if self.update == "ema":
+        if self.codebook_update == "ema":
             loss = self.beta * commitment(bounded, vectors)
         else:
             loss = pull_together(bounded, vectors, self.beta)

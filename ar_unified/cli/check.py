@@ -1,0 +1,387 @@
+"""Whether a config can be run, asked before the first stage: all that can be known then, every problem at once.
+
+What is right is said where it means something: the choices by the module that has them, the numbers by the dataclass
+that takes them. Here they are asked, and each answer gets the key that a person changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import jax
+from ar_tokenizers.image import adversary, inception, lpips, perceptual
+from ar_tokenizers.image import config as image_config
+from ar_tokenizers.image.quantizers import NAMES
+from ar_tokenizers.image.quantizers.base import GRADIENTS
+from ar_tokenizers.image.quantizers.codebook import UPDATES
+from ar_tokenizers.image.quantizers.fsq import ACTIVATIONS
+from ar_tokenizers.image.weights import check_file
+from ar_tokenizers.text import Lossy, ModelType
+from ml_collections import ConfigDict
+
+from ar_unified.cli import config as configs
+from ar_unified.cli import settings
+from ar_unified.data.images import RESIZES
+from ar_unified.data.items import has_pictures
+from ar_unified.data.packing import Mixture
+from ar_unified.data.prepare import folder_name
+from ar_unified.errors import UserError, nearest, outside, several
+from ar_unified.evaluation.protocol import PROTOCOLS
+from ar_unified.grammar import LAYOUTS
+from ar_unified.kernels import backend, device
+from ar_unified.model import config as model_config
+from ar_unified.model.code_vectors import CODE_ROWS
+from ar_unified.model.transformer import init, logical_axes
+from ar_unified.parallel import rules, zigzag
+from ar_unified.sampling.engine import KV_DTYPES, ways_of
+from ar_unified.sampling.request import CONTEXTS
+from ar_unified.training import optimizer
+from ar_unified.training.tasks import wrong_weights
+
+if TYPE_CHECKING:
+    from ar_unified.cli.experiment import Experiment
+
+STAGES = ("text_tokenizer", "image_tokenizer", "data", "model", "samples", "tokenizer_evaluation", "evaluation")
+
+CHOICES: dict[str, Collection[str]] = {
+    "data.resize": RESIZES,
+    "data.layout": LAYOUTS,
+    "text_tokenizer.model_type": get_args(ModelType),
+    "text_tokenizer.lossy": get_args(Lossy),
+    **{f"image_tokenizer.{name}": known for name, known in image_config.CHOICES.items()},
+    "image_tokenizer.quantizer": NAMES,
+    "image_tokenizer.activation": ACTIVATIONS,
+    "image_tokenizer.codebook_update": UPDATES,
+    "image_tokenizer.gradient": GRADIENTS,
+    "image_tokenizer.perceptual": get_args(perceptual.Kind),
+    **{f"image_tokenizer.adversary.{name}": known for name, known in adversary.CHOICES.items()},
+    **{f"model.{name}": known for name, known in model_config.CHOICES.items()},
+    "training.optimizer": optimizer.CHOICES["optimizer"],
+    "training.schedule": optimizer.CHOICES["schedule"],
+    "training.code_rows": CODE_ROWS,
+    "sampling.kv_dtype": [name or "" for name in KV_DTYPES],
+    "sampling.context": CONTEXTS,
+    "sampling.checkpoint": settings.CHECKPOINTS,
+    "evaluation.protocol": PROTOCOLS,
+}
+
+_COUNT, _NOT_NEGATIVE, _SHARE = "[1, inf)", "[0, inf)", "[0, 1]"
+RANGES: dict[str, dict[str, str]] = {  # of the keys that no dataclass asks about; by section
+    "": {"seed": "[0, 4294967295]"},  # as of a request
+    "data": {"max_tokens": _COUNT},
+    "text_tokenizer": {"vocab_size": _COUNT, "max_bytes": _COUNT, "temperature": _COUNT},
+    "image_tokenizer": {
+        **dict.fromkeys(("batch_size", "accumulation", "depth"), _COUNT),
+        **dict.fromkeys(
+            ("steps", "warmup_steps", "checkpoint_every", "crop", "short_side", "code_dim", "beta"), _NOT_NEGATIVE
+        ),
+    },
+    "loss": {"prompt": _NOT_NEGATIVE, "z_loss": _NOT_NEGATIVE, "chunk": _COUNT},
+    "training": {"batch_size": _COUNT, "row_length": _COUNT, "flip_pairs": _SHARE, "drop_condition": _SHARE},
+    "sampling": {"batch_size": _COUNT, "max_length": "[2, inf)"},
+    "evaluation": {"limit": _COUNT, "tokenizer_probe_steps": _NOT_NEGATIVE},
+}
+
+
+class _Problems:
+    """What was found wrong, a line each."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    @contextmanager
+    def of(self, section: str, names: Collection[str] = ()) -> Iterator[None]:
+        """Takes down the ValueError, TypeError or OSError of a part of the config.
+
+        names: its keys; a message that begins with one is about that key.
+        """
+        try:
+            yield
+        except (ValueError, TypeError, OSError) as error:
+            self.add(section, str(error), names)
+
+    def add(self, section: str, message: str, names: Collection[str] = ()) -> None:
+        if not message.startswith("config."):
+            begins = (
+                message,
+                re.sub(r"^\w+[:.] ?", "", message),
+            )  # "b2: ...", "objective: ema ...", "model.remat: ..."
+            about = [words for words in begins if re.split(r"\W", words)[0] in names]
+            key = ".".join(filter(None, ["config", section]))
+            message = f"{key}.{about[0]}" if about else f"{key}: {message}"
+        if message not in self.lines:
+            self.lines.append(message)
+
+    def say(self, key: str, message: str) -> None:
+        self.lines.append(f"config.{key}: {message}")
+
+    def found_in(self, *sections: str) -> bool:
+        return any(line.startswith(f"config.{section}") for line in self.lines for section in sections)
+
+    def end(self) -> None:
+        if self.lines:
+            raise UserError(several(self.lines))
+
+
+def check(config: ConfigDict, stages: Collection[str] = STAGES) -> None:
+    """Raises UserError with whatever the config alone says about itself; no file but weights is opened.
+
+    Args:
+        stages: of STAGES, those that are to run; further "requests" and "pictures", a person's own. What a setting is
+            by itself is always asked; how those of two stages go together, and which files there are, where both run.
+    """
+    problems = _Problems()
+    for key, known in CHOICES.items():
+        found = _at(config, key)
+        if found not in known:
+            expected = ", ".join(name or '""' for name in known)
+            problems.say(key, f"expected one of {expected}; found {found!r}{nearest(found, known)}")
+    for section, intervals in RANGES.items():
+        for line in outside(_at(config, section), **intervals):
+            problems.add(section, line, intervals)
+    _check_pictures(config, problems, stages)
+    _check_model(config, problems)
+    _check_training(config, problems, stages)
+    _check_sampling(config, problems, stages)
+    _check_files(config, problems, stages)
+    if "validation" in config.data.tests:
+        problems.say("data.tests.validation", "expected another name, as config.data.validation has this one")
+    problems.end()
+
+
+def _at(config: ConfigDict, key: str) -> Any:
+    return functools.reduce(lambda part, name: part[name], filter(None, key.split(".")), config)
+
+
+def _check_pictures(config: ConfigDict, problems: _Problems, stages: Collection[str]) -> None:
+    tokenizer, image = config.image_tokenizer, None
+    names = [*tokenizer.keys()]
+    if not problems.found_in("image_tokenizer"):
+        with problems.of("image_tokenizer", names):
+            image = settings.autoencoder(config)
+    if not problems.found_in("image_tokenizer.adversary"):
+        inner = len(problems.lines)
+        with problems.of("image_tokenizer.adversary", [*tokenizer.adversary.keys()]):
+            settings.adversary(config)
+        if inner == len(problems.lines):
+            with problems.of("image_tokenizer", names):
+                settings.objective(config)
+    if tokenizer.steps > 0 and not problems.found_in("image_tokenizer"):
+        with problems.of("image_tokenizer", names):
+            settings.tokenizer_training(config)
+        _check_accumulation("image_tokenizer", config, problems)
+    sides = config.data.image_size
+    if len(sides) != 2 or min(sides) < 1:
+        problems.say("data.image_size", f"expected a height and a width in pixels, found {configs.plain(sides)}")
+        return
+    if image is None:
+        return
+    with problems.of("data.image_size"):
+        image.grid(*sides)
+    if not problems.found_in("data"):
+        with problems.of("data", [*config.data.keys()]):
+            settings.layout(config, image)
+    if tokenizer.steps > 0 and not problems.found_in("image_tokenizer", "data"):
+        _check_crops(config, problems, stages)
+
+
+def _check_crops(config: ConfigDict, problems: _Problems, stages: Collection[str]) -> None:
+    """What the image tokenizer is trained on."""
+    tokenizer = config.image_tokenizer
+    image = settings.autoencoder(config)
+    sides = (tokenizer.crop,) * 2 if tokenizer.crop else tuple(config.data.image_size)
+    if tokenizer.crop:
+        with problems.of("image_tokenizer.crop"):
+            image.grid(*sides)
+        if settings.short_side(config) < tokenizer.crop:
+            problems.say(
+                "image_tokenizer.short_side", f"expected at least crop, {tokenizer.crop}; found {tokenizer.short_side}"
+            )
+    if tokenizer.adversary.kind != "none":
+        with problems.of("image_tokenizer.adversary"):
+            adversary.require_size(settings.adversary(config), *sides)
+    with problems.of("image_tokenizer.perceptual"):
+        file = tokenizer.perceptual_file if "image_tokenizer" in stages else ""
+        if file or "image_tokenizer" in stages or tokenizer.perceptual not in perceptual.NETWORKS:
+            perceptual.require_fitting(tokenizer.perceptual, file, min(sides))
+
+
+def _check_accumulation(section: str, config: ConfigDict, problems: _Problems) -> None:
+    part = config[section]
+    if part.batch_size % part.accumulation:
+        problems.say(
+            f"{section}.accumulation", f"expected a divisor of batch_size, {part.batch_size}; found {part.accumulation}"
+        )
+
+
+def _check_model(config: ConfigDict, problems: _Problems) -> None:
+    if not problems.found_in("model"):
+        with problems.of("model", [*config.model.keys()]):
+            model_config.config_from(configs.plain(config.model), vocab_size=128)
+
+
+def _check_training(config: ConfigDict, problems: _Problems, stages: Collection[str]) -> None:
+    part = config.training
+    names = [*part.keys()]
+    for line in wrong_weights(config.loss.roles, config.loss.tasks):
+        problems.add(
+            "loss", line.replace("role_weights", "roles", 1).replace("task_weights", "tasks", 1), ["roles", "tasks"]
+        )
+    if not problems.found_in("training"):
+        with problems.of("training", names):
+            made = settings.training(config)
+            optimizer.learning_rate(made.optimizer, made.steps)
+        with problems.of("training", names):
+            settings.phases(part, {})
+        if not problems.found_in("training.accumulation"):
+            _check_accumulation("training", config, problems)
+    if "model" in stages and part.row_length < config.data.max_tokens:
+        problems.say(
+            "training.row_length",
+            f"expected at least config.data.max_tokens, {config.data.max_tokens}, for the longest document; "
+            f"found {part.row_length}",
+        )
+
+
+def _check_sampling(config: ConfigDict, problems: _Problems, stages: Collection[str]) -> None:
+    if problems.found_in("sampling"):
+        return
+    more = {}
+    if config.sampling.context == "negative_prompt":  # which a person's own requests have with them
+        if {"samples", "evaluation"} & set(stages) and "requests" not in stages:
+            problems.say(
+                "sampling.context",
+                "'negative_prompt' is for requests that each have one; prompts of held-out documents have none",
+            )
+        more = {"negative_prompt": "-"}
+    if config.sampling.checkpoint == "best" and "model" in stages and not config.training.keep_best:
+        problems.say("sampling.checkpoint", "expected 'last' where config.training.keep_best is False, found 'best'")
+    with problems.of("sampling", [*config.sampling.keys()]):
+        settings.request(config, **more).check()
+
+
+def _check_files(config: ConfigDict, problems: _Problems, stages: Collection[str]) -> None:
+    model = config.text_tokenizer.model
+    if "text_tokenizer" in stages and model and not Path(model).is_file():
+        problems.say("text_tokenizer.model", f"{model}: no such file")
+    if "tokenizer_evaluation" in stages or "pictures" in stages:
+        for key, shapes in (("lpips_file", lpips.SHAPES), ("inception_file", inception.SHAPES)):
+            if config.evaluation[key]:
+                with problems.of(f"evaluation.{key}"):
+                    check_file(config.evaluation[key], shapes)
+
+
+# ---- the devices that are here ----------------------------------------------------------------------------------
+
+
+def check_devices(experiment: Experiment, stages: Collection[str] = STAGES) -> None:
+    """Raises UserError with what does not go onto the mesh; to be asked when all processes are there."""
+    config, problems = experiment.config, _Problems()
+    if {"image_tokenizer", "model"} & set(stages):
+        with problems.of("mesh"):
+            mesh = experiment.mesh
+    if not problems.lines and "image_tokenizer" in stages and config.image_tokenizer.steps > 0:
+        tokenizer = config.image_tokenizer
+        with problems.of("image_tokenizer.batch_size"):
+            rules.batch_spec(mesh, (tokenizer.batch_size // tokenizer.accumulation, 1, 1, 3), "a microbatch")
+    if not problems.lines and "model" in stages:
+        _check_mesh(experiment, mesh, problems)
+    if {"samples", "evaluation", "requests"} & set(stages):
+        decoding = None
+        with problems.of("mesh.tensor"):
+            decoding = experiment.decoding_mesh
+        with problems.of("sampling", ["batch_size"]):
+            ways_of(config.sampling.batch_size, decoding)
+    problems.end()
+
+
+def _check_mesh(experiment: Experiment, mesh: jax.sharding.Mesh, problems: _Problems) -> None:
+    config, part = experiment.config, experiment.config.training
+    model = model_config.config_from(configs.plain(config.model), vocab_size=128)
+    rows = part.batch_size // part.accumulation
+    with problems.of("training.batch_size"):
+        rules.batch_spec(mesh, (rows, 1, 1), "a microbatch")
+    with problems.of("training.row_length"):
+        zigzag.require_pieces(part.row_length, mesh.shape["context"])
+    with problems.of("mesh"):
+        one = dataclasses.replace(model, n_layers=1)
+        shapes = jax.eval_shape(functools.partial(init, one), jax.random.key(0))
+        rules.specs(mesh, logical_axes(shapes), shapes)
+    here = device.current()
+    platforms = {"tpu": here.platform == "tpu", "hopper": here.is_hopper}
+    if not platforms.get(model.attention, True):
+        problems.say("model.attention", f"expected 'auto' or 'xla' on this {here.kind}, found {model.attention!r}")
+    elif model.attention != "auto":
+        with problems.of("model.attention"):
+            shape = (rows, part.row_length, model.n_heads, model.head_dim)
+            query = jax.ShapeDtypeStruct(shape, model.dtype)
+            key = jax.ShapeDtypeStruct((*shape[:2], model.n_kv_heads, model.head_dim), model.dtype)
+            backend.choose("ar_unified.kernels.attention", model.attention, query, key)
+
+
+# ---- the sources ------------------------------------------------------------------------------------------------
+
+
+def check_sources(experiment: Experiment, stages: Collection[str] = STAGES) -> None:
+    """Opens every source, which the stages use then. Raises UserError for what is wrong with them and among them."""
+    config, problems = experiment.config, _Problems()
+    for key, sources in {"train": experiment.train, **experiment.held_out}.items():
+        seen: dict[str, int] = {}
+        where = f"data.{key}" if key in ("train", "validation") else f"data.tests.{key}"
+        for i, source in enumerate(sources):
+            first = seen.setdefault(folder_name(source.name), i)
+            if first != i:
+                name = f"its name is {source.name!r}, as of config.{where}[{first}]"
+                problems.say(f"{where}[{i}]", f"{name}: give one of them a `label`")
+    if not experiment.train and {"text_tokenizer", "image_tokenizer", "data", "model"} & set(stages):
+        problems.say("data.train", "expected a source, found none")
+    else:
+        _check_mixture(experiment, problems)
+    if "model" in stages and config.image_tokenizer.steps > 0 and any(map(has_pictures, experiment.train)):
+        _check_room(experiment, problems, stages)
+    problems.end()
+
+
+def _check_mixture(experiment: Experiment, problems: _Problems) -> None:
+    specs = experiment.specs(experiment.config.data.train)
+    for key in ("weight", "picture_weight"):
+        for i, spec in enumerate(specs):
+            value = spec.get(key, 0.0)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+                problems.say(f"data.train[{i}].{key}", f"expected a number, 0 or more; found {value!r}")
+    if problems.lines:
+        return
+    names = [folder_name(source.name) for source in experiment.train]
+    for i, phase in enumerate(settings.phases(experiment.config.training, experiment.mixture())):
+        where = f"training.phases[{i - 1}].weights" if i else "data.train"
+        weights = {folder_name(name): weight for name, weight in dict(phase.weights or {}).items()}
+        for name in weights.keys() - set(names):
+            problems.say(where, f"expected sources {', '.join(names)}; found {name!r}{nearest(name, names)}")
+        if names:
+            with problems.of(where):
+                Mixture([1] * len(names), [weights.get(name, 0.0) for name in names])
+
+
+def _check_room(experiment: Experiment, problems: _Problems, stages: Collection[str]) -> None:
+    """Whether one picture fits into what a document, and a sample, may have."""
+    config = experiment.config
+    image = experiment.autoencoder
+    height, width = image.grid(*config.data.image_size)
+    block = settings.layout(config, image).block(height, width)
+    for key, least, what in (
+        ("data.max_tokens", block + 2, "a document with <bos> and <eos>"),
+        ("sampling.max_length", block + 3, "<bos>, <eot> and <eos>"),
+    ):
+        if key.startswith("data") or {"samples", "evaluation"} & set(stages):
+            if _at(config, key) < least:
+                problems.say(
+                    key,
+                    f"expected at least {least}, for a picture of {height} x {width} codes and {what}; "
+                    f"found {_at(config, key)}",
+                )

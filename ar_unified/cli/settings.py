@@ -1,0 +1,154 @@
+"""What the parts of a config mean: the dataclasses that packages take, made from its keys, each in one place.
+
+Whatever is wrong with a value is said by the dataclass; ar_unified.cli.check makes all of them before the first stage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from ar_tokenizers.image.adversary import AdversaryConfig
+from ar_tokenizers.image.config import AutoencoderConfig
+from ar_tokenizers.image.objective import ObjectiveConfig
+from ml_collections import ConfigDict
+
+from ar_unified.cli import config as configs
+from ar_unified.data.images import Resize
+from ar_unified.data.loader import Phase, require_order
+from ar_unified.errors import UserError, nearest
+from ar_unified.grammar import ImageLayout, fixed_grid, sized_rows
+from ar_unified.sampling.decoding import Filter
+from ar_unified.sampling.request import Request
+from ar_unified.training.loop import TrainingConfig
+from ar_unified.training.optimizer import OptimizerConfig
+
+# ---- pictures ---------------------------------------------------------------------------------------------------
+
+
+def autoencoder(config: ConfigDict) -> AutoencoderConfig:
+    return configs.pick(AutoencoderConfig, config.image_tokenizer)
+
+
+def adversary(config: ConfigDict) -> AdversaryConfig:
+    return configs.pick(AdversaryConfig, config.image_tokenizer.adversary)
+
+
+def objective(config: ConfigDict) -> ObjectiveConfig:
+    return configs.pick(ObjectiveConfig, config.image_tokenizer, adversary=adversary(config))
+
+
+def resize(config: ConfigDict) -> Resize:
+    height, width = config.data.image_size
+    return Resize(config.data.resize, height, width, config.image_tokenizer.factor)
+
+
+def layout(config: ConfigDict, image: AutoencoderConfig) -> ImageLayout:
+    """How pictures are written. Raises ValueError, naming the key, for settings that do not go together."""
+    height, width = image.grid(*config.data.image_size)
+    if config.data.layout == "grid":
+        if config.data.resize == "aspect":
+            raise ValueError(
+                "layout: expected 'rows' with resize 'aspect', whose pictures have many sizes; found 'grid'"
+            )
+        return fixed_grid(height, width)
+    if image.codes_per_position > 1:
+        raise ValueError(
+            f"layout: expected 'grid' with {image.codes_per_position} codes a position ({image.quantizer}), "
+            "found 'rows', whose pictures could end inside a position"
+        )
+    return sized_rows(2 * height, 2 * width)  # "aspect" keeps the area: a side may be up to twice that of the square
+
+
+def short_side(config: ConfigDict) -> int:
+    """Of the pictures that the image tokenizer's training crops, in pixels."""
+    return config.image_tokenizer.short_side or config.image_tokenizer.crop * 5 // 4
+
+
+# ---- training ---------------------------------------------------------------------------------------------------
+
+
+def tokenizer_training(config: ConfigDict) -> TrainingConfig:
+    """Of the image tokenizer."""
+    settings = config.image_tokenizer
+    steps = settings.steps
+    every = settings.checkpoint_every or max(1, steps // 4)
+    rate = settings.adversary.learning_rate
+    if not settings.learning_rate > 0:
+        raise ValueError(f"learning_rate: expected more than 0, found {settings.learning_rate}")
+    return TrainingConfig(
+        steps=steps,
+        seed=config.seed,
+        accumulation=settings.accumulation,
+        optimizer=OptimizerConfig(
+            learning_rate=settings.learning_rate,
+            warmup_steps=min(settings.warmup_steps, steps // 10),
+            final_fraction=settings.final_fraction,
+            b1=settings.b1,
+            b2=settings.b2,
+            weight_decay=settings.weight_decay,
+            clip_norm=settings.clip_norm,
+            factors=(("discriminator", rate / settings.learning_rate),) if rate else (),
+        ),
+        log_every=max(1, min(100, steps // 40)),
+        validate_every=every,
+        preview_every=every,
+        checkpoint_every=every,
+        keep=1,
+        keep_best=False,  # what is used is the last, or its average
+    )
+
+
+def training(config: ConfigDict) -> TrainingConfig:
+    """Of the transformer."""
+    settings = config.training
+    return configs.pick(TrainingConfig, settings, seed=config.seed, optimizer=configs.pick(OptimizerConfig, settings))
+
+
+def phases(settings: ConfigDict, mixture: Mapping[str, float]) -> list[Phase]:
+    """The training as its settings begin it, then what `training.phases` changes of it, each from its step on.
+
+    Raises UserError, naming the phase, for one that is not between the first and the last step, or changes what there
+    is not.
+    """
+    found = [Phase(0, mixture, settings.flip_pairs, settings.drop_condition)]
+    names = dict(weights="weights", flip_pairs="flip", drop_condition="condition_dropout")
+    for i, change in enumerate(configs.plain(settings.phases)):
+        begin = change.pop("begin", None)
+        unknown = sorted(change.keys() - names.keys())
+        if unknown or isinstance(begin, bool) or not isinstance(begin, float | int) or not 0 < begin < 1:
+            near = nearest(unknown[0], names) if unknown else ""
+            raise UserError(
+                f"config.training.phases[{i}]: expected a `begin` between 0 and 1 (of the steps) and "
+                f"any of {', '.join(names)}; found {dict(begin=begin) | change}{near}"
+            )
+        changes = {names[key]: value for key, value in change.items()}
+        try:
+            found.append(dataclasses.replace(found[-1], from_step=math.ceil(begin * settings.steps), **changes))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"config.training.phases[{i}]: {error}") from error
+    require_order(found)
+    return found
+
+
+# ---- sampling ---------------------------------------------------------------------------------------------------
+CHECKPOINTS = ("last", "best")  # which samples and the evaluation are of
+
+
+def token_filter(config: ConfigDict, modality: str) -> Filter:
+    return configs.pick(Filter, config.sampling[modality])
+
+
+def request(config: ConfigDict, **more: str) -> Request:
+    """What every request takes from the config unless it says otherwise."""
+    sampling = config.sampling
+    return Request(
+        id="config.sampling",
+        parts=(),
+        guidance=sampling.guidance,
+        context=sampling.context,
+        text=token_filter(config, "text"),
+        image=token_filter(config, "image"),
+        **more,  # type: ignore[arg-type]
+    )
