@@ -36,6 +36,7 @@ _MOST_BYTES = 1 << 28  # of a picture's file
 _MOST_TEXT = 1 << 24  # bytes of a prompt's file
 _PICTURES = tuple(suffix[1:] for suffix in SUFFIXES)
 _PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
+_TEXTS = (".txt", ".jsonl", ".csv", ".tsv")  # in these a zero byte is an error of its line
 _GENEVAL = {"tag", "include", "prompt"}
 _MJHQ = {"category", "prompt"}
 _ABOUT = re.compile(r"(readme|licen[cs]e|notice|copying|changelog|citation)(\.\w+)?", re.IGNORECASE)  # names of files
@@ -123,9 +124,12 @@ def _raw_lines(path: Path) -> Iterator[bytes]:
     """The lines of a file with their ends, without a byte order mark. Raises RequestError: it is no UTF-8."""
     with open(path, "rb") as file:
         try:
-            encoding.begin(file)
+            start = encoding.begin(file)
         except encoding.EncodingError as error:
             raise RequestError(f"{path}: {error}") from None
+        if path.suffix.lower() not in _TEXTS and b"\0" in file.read(encoding.HEAD):
+            raise RequestError(f"{path}: expected a file of requests, found one that is no text")
+        file.seek(start)
         yield from file
 
 

@@ -151,6 +151,8 @@ def test_settings_of_a_table_and_what_other_systems_called_so(tmp_path):
         ("a.tsv", "prompt\tcategory\n".encode("utf-16"), "a.tsv: expected"),
         ("a.parquet", b"PAR1 broken", "expected a Parquet file"),
         ("a.txt.gz", b"\x1f\x8b", "unpack it first"),
+        ("a.png", b"\x89PNG\r\n\x1a\n\x00\x00", "a.png: expected a file of requests, found one that is no text"),
+        ("a.xlsx", b"PK\x03\x04\x14\x00\x06\x00\x08", "a.xlsx: expected "),
         ("a.txt", b"\n\n", "expected at least one request, found none"),
     ],
 )
