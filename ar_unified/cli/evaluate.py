@@ -38,7 +38,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise UserError("expected --pictures together with --only tokenizer, and --crop together with --pictures")
     experiment = open_experiment(arguments, overrides)
     if arguments.pictures:
-        evaluate_folder(experiment, arguments.pictures, arguments.crop, links=arguments.links)
+        evaluate_folder(experiment, arguments.pictures, arguments.crop, arguments.links)
         return 0
     evaluate_held_out(experiment)
     if not arguments.only:

@@ -57,10 +57,12 @@ def test_a_folder_of_plain_pictures(workdir, folder, tmp_path_factory, capsys):
         noise = np.random.default_rng(i).integers(0, 256, (70, 90, 3), np.uint8)
         Image.fromarray(noise).save(pictures / f"{i}.png")
     (pictures / "broken.png").write_bytes(b"no")
-    assert evaluate(folder, workdir, "--pictures", str(pictures), "--crop", "64", evaluation__limit=9) == 0
+    (tmp_path_factory.mktemp("disk") / "far.png").write_bytes((pictures / "0.png").read_bytes())
+    (pictures / "linked").symlink_to(tmp_path_factory.getbasetemp() / "disk0")
+    assert evaluate(folder, workdir, "--pictures", str(pictures), "--crop", "64", "--links", evaluation__limit=9) == 0
     left = workdir / "tokenizer_evaluation" / f"{pictures.name}-64x64"
     numbers = json.loads((left / "evaluation.json").read_text())["tokenizer"][pictures.name]
-    assert numbers["pictures"] == 3 and numbers["skipped"] == {"unreadable_image": 1} and numbers["crop"] == [64, 64]
+    assert numbers["pictures"] == 4 and numbers["skipped"] == {"unreadable_image": 1} and numbers["crop"] == [64, 64]
     assert (left / f"{pictures.name}.png").exists() and (left / "report.html").exists()
     assert not (workdir / "tokenizer_evaluation" / "started.json").exists()  # the held-out sets are another matter
     only = [*command("evaluate", folder, workdir), "--only", "tokenizer"]
