@@ -53,12 +53,12 @@ def test_only_the_tokenizer_is_scored_and_once(workdir, folder, capsys, monkeypa
 
 def test_a_folder_of_plain_pictures(workdir, folder, tmp_path_factory, capsys):
     pictures = tmp_path_factory.mktemp("pictures")
-    for i in range(3):
+    disk = tmp_path_factory.mktemp("disk")
+    for i, place in enumerate([pictures, pictures, pictures, disk]):
         noise = np.random.default_rng(i).integers(0, 256, (70, 90, 3), np.uint8)
-        Image.fromarray(noise).save(pictures / f"{i}.png")
+        Image.fromarray(noise).save(place / f"{i}.png")
     (pictures / "broken.png").write_bytes(b"no")
-    (tmp_path_factory.mktemp("disk") / "far.png").write_bytes((pictures / "0.png").read_bytes())
-    (pictures / "linked").symlink_to(tmp_path_factory.getbasetemp() / "disk0")
+    (pictures / "linked").symlink_to(disk)
     assert evaluate(folder, workdir, "--pictures", str(pictures), "--crop", "64", "--links", evaluation__limit=9) == 0
     left = workdir / "tokenizer_evaluation" / f"{pictures.name}-64x64"
     numbers = json.loads((left / "evaluation.json").read_text())["tokenizer"][pictures.name]
