@@ -91,6 +91,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --diff . >/dev/null || { echo "run: ruff format ."; exit 1; }
 	$(BIN)/mypy
+	$(BIN)/shellcheck $$(git ls-files '*.sh') .ci/run
+	@if test -x $(BIN)/hadolint; then $(BIN)/hadolint Dockerfile; else echo "no hadolint for this machine: the Dockerfile is not checked"; fi
 
 HOPPER   = .venv-hopper
 check-hopper: $(HOPPER)/.installed  ## compile the GPU kernels for an H200 with NVIDIA's compiler; needs no GPU, 1.4 GB

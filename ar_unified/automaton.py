@@ -93,7 +93,7 @@ class Automaton:
             min_images, max_images: int [B], pictures to generate, the one a prompt breaks off in included.
                 IMAGE mode makes at least one if max_images allows it, TEXT mode none.
             height, width: int [B], sides of every new picture in codes; 0 leaves a side to the sampler. A
-                fixed grid has its own size and ignores both.
+                fixed grid has its own size and ignores both. A vocabulary without image codes makes no picture.
 
         Nothing can be raised here, where values may be traced. A request is possible as it stands iff
         `fits(state, min_images)`. Otherwise `min_images` is lowered to what the budget holds (to none if the
@@ -156,7 +156,12 @@ class Automaton:
             image_height, image_width = layout.height * images, layout.width * images
             want_height, want_width = column(layout.height), column(layout.width)
 
-        possible = (mode != TEXT) & (want_height <= layout.height) & (want_width <= layout.width)
+        possible = (
+            (mode != TEXT)
+            & (self.vocabulary.codebook_size > 0)
+            & (want_height <= layout.height)
+            & (want_width <= layout.width)
+        )
         max_images = jnp.where(possible, jnp.maximum(column(max_images), images), images)
         min_images = jnp.maximum(column(min_images), (mode == IMAGE).astype(jnp.int32))
         state = State(

@@ -95,8 +95,13 @@ def sized_rows(max_height: int, max_width: int) -> ImageLayout:
     return ImageLayout("rows", max_height, max_width)
 
 
+TEXT_ALONE = fixed_grid(1, 1)
+
+
 class Grammar:
     """One vocabulary, one way to write pictures, one text tokenizer.
+
+    A vocabulary without image codes has no pictures: of the layout, `TEXT_ALONE`, nothing is ever written.
 
     Raises:
         ValueError: the vocabulary has no side length for the layout's largest picture.
@@ -189,6 +194,8 @@ class Grammar:
     def _picture(self, i: int, part: Part) -> np.ndarray:
         if not isinstance(part, CodesPart):
             raise GrammarError(i, "codes (the image tokenizer makes them)", "pixels", unit="part")
+        if not self.vocabulary.codebook_size:
+            raise GrammarError(i, "a text (this vocabulary is of text alone)", "a picture", unit="part")
         v, codes = self.vocabulary, part.codes
         h, w = codes.shape
         self.check_size(h, w, i)

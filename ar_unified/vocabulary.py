@@ -47,12 +47,12 @@ class Vocabulary:
 
     Attributes:
         text_size: number of text pieces; their ids are those of the text tokenizer, 0..text_size-1.
-        codebook_size: number of image codes.
+        codebook_size: number of image codes; 0: text alone.
         max_side: largest height or width, in codes, that a size token can say; 0 for layouts without sizes.
         text_hash, image_hash: of the tokenizers ("" where there is none yet).
 
     Raises:
-        ValueError: a size that is not positive (max_side: negative).
+        ValueError: a size out of range.
     """
 
     text_size: int
@@ -62,7 +62,7 @@ class Vocabulary:
     image_hash: str = ""
 
     def __post_init__(self) -> None:
-        for name, least in (("text_size", 1), ("codebook_size", 1), ("max_side", 0)):
+        for name, least in (("text_size", 1), ("codebook_size", 0), ("max_side", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, found {getattr(self, name)}")
 

@@ -310,7 +310,7 @@ def _changes(stage: Stage, found: Mapping[str, Any], state: str, may: Changeable
             f"{new!r:.200}. Use another --workdir, or delete {stage.folder} to make it again. "
             f"{may.among(stage.fields)}".rstrip(),
         )
-    if state == "finished":  # with the settings it tells of
+    if state == "finished" and "extended" not in changed:  # nothing is left to do with other settings
         changed.pop("cost", None)
     return changed
 

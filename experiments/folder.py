@@ -4,7 +4,7 @@
 
 Rows: {"image", "text"}; {"segments": [{"type": "text", "text"} | {"type": "image", "image"}, ...]};
 {"image", "question", "answer"}. `ar-unified validate DIR` checks them first. Pictures keep their aspect ratio: each is
-written with its size, row by row. One item in twenty is held out (all of one picture's rows together).
+written with its size, row by row. One picture in twenty is held out with all its rows, and at least one of two.
 
 Arguments: path=DIR; side=PIXELS, a picture has about side x side pixels (96); links=yes|no, whether links that lead out
 of DIR are followed (no).

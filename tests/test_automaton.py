@@ -12,7 +12,7 @@ import pytest
 
 from ar_unified.automaton import FREE, IMAGE, TEXT, Automaton
 from ar_unified.document import CodesPart, Document, TextPart
-from ar_unified.grammar import Grammar, fixed_grid, sized_rows
+from ar_unified.grammar import TEXT_ALONE, Grammar, fixed_grid, sized_rows
 from ar_unified.vocabulary import Role, Vocabulary
 
 
@@ -259,6 +259,20 @@ def test_what_does_not_fit_is_told_before_it_starts():
     assert not fits(ROWS, ROWS.unconditional, min_images=1, height=3)
     tall = begin(ROWS, ROWS.unconditional, min_images=1, height=3)
     assert not ROWS.automaton.allowed(tall)[0, ROWS.vocabulary.boi]
+
+
+def test_without_image_codes_no_picture_is_begun_and_one_that_is_asked_for_does_not_fit():
+    grammar = Grammar(Vocabulary(5, 0), TEXT_ALONE, Letters())
+    v, automaton = grammar.vocabulary, grammar.automaton
+    tokens = np.full((3, 1), v.bos, np.int32)
+    asked = np.array([0, 1, 1])
+    state = automaton.init(
+        tokens, np.ones(3), np.full(3, 9), np.array([FREE, FREE, IMAGE]), asked, asked + 5, 0 * asked, 0 * asked
+    )
+    assert automaton.fits(state, asked).tolist() == [True, False, False]
+    allowed = np.asarray(automaton.allowed(state))
+    assert not allowed[:, v.boi].any() and allowed[:, v.eos].all()
+    assert np.flatnonzero(allowed[0]).tolist() == [0, 1, 2, 3, 4, v.eos]
 
 
 def test_a_finished_prompt_stays_finished():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ar_unified.document import TASKS, CodesPart, Document, ImagePart, TextPart
-from ar_unified.grammar import Grammar, GrammarError, ImageLayout, fixed_grid, sized_rows
+from ar_unified.grammar import TEXT_ALONE, Grammar, GrammarError, ImageLayout, fixed_grid, sized_rows
 from ar_unified.vocabulary import ManifestMismatch, Role, Vocabulary
 
 
@@ -232,3 +232,17 @@ def test_a_grammar_refuses_another_text_tokenizer_and_sides_it_cannot_say():
         Grammar(Vocabulary(256, 4, max_side=3), sized_rows(3, 4), Utf8())
     with pytest.raises(ValueError, match='"grid" or "rows"'):
         ImageLayout("spiral", 1, 1)
+
+
+def test_a_vocabulary_of_text_alone_refuses_pictures():
+    alone = Grammar(Vocabulary(256, 0), TEXT_ALONE, Utf8())
+    document = Document((TextPart("a"), TextPart("b")), prompt=1)
+    assert alone.parse(alone.encode(document)) == document
+    with pytest.raises(
+        GrammarError, match="part 1: expected a text .this vocabulary is of text alone., found a picture"
+    ):
+        alone.encode(Document((TextPart("a"), picture(1, 1))))
+    v = alone.vocabulary
+    with pytest.raises(GrammarError):
+        alone.parse([v.bos, v.boi, v.image_offset, v.eoi, v.eos])
+    assert Grammar.from_manifest(alone.manifest(), Utf8()).manifest() == alone.manifest()

@@ -39,8 +39,16 @@ def test_names_are_for_people():
 
 
 def test_sizes_must_make_sense():
-    with pytest.raises(ValueError, match="codebook_size: expected at least 1, found 0"):
-        Vocabulary(1, 0)
+    for wrong in (dict(text_size=0), dict(codebook_size=-1), dict(max_side=-1)):
+        with pytest.raises(ValueError, match=rf"{next(iter(wrong))}: expected at least \d, found"):
+            Vocabulary(**dict(text_size=1, codebook_size=1) | wrong)
+
+
+def test_text_alone_has_no_image_codes():
+    alone = Vocabulary(300, 0, text_hash="t")
+    ids = np.arange(alone.size)
+    assert set(alone.role(ids).tolist()) == {Role.PAD, Role.TEXT, Role.CONTROL}
+    assert Vocabulary.from_manifest(alone.manifest()) == alone
 
 
 def test_manifest_there_and_back_through_json():

@@ -121,6 +121,9 @@ def _plan(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="v4, v5e, v5p, v6e or tpu7x and the shape of a slice, as v5p:4x4x4 or v6e:16x16,slices=2; or h200:8",
     )
+    parser.add_argument(
+        "--workdir", metavar="DIR", help="of the run: its tokenizers size the vocabulary; nothing is written there"
+    )
     parser.add_argument("--job", choices=JOBS, default="train", help="sample: prefill and decode; default: %(default)s")
     parser.add_argument("--output", metavar="DIR", help="also write plan.json and index.html there")
     parser.add_argument("--no-advice", action="store_true", help="refuse at once; do not try what would fit")

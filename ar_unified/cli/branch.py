@@ -16,7 +16,7 @@ from ar_unified.checkpoint import adopt, link_or_copy, steps_in
 from ar_unified.cli.changes import changeable
 from ar_unified.cli.experiment import Experiment, by_first_process
 from ar_unified.errors import UserError, about
-from ar_unified.workdir import StageMismatch, read_history, read_json, write_bytes
+from ar_unified.workdir import Stage, StageMismatch, own, read_history, read_json, write_bytes, write_json
 
 _MADE_BEFORE = ("text_tokenizer", "image_tokenizer", "data")
 
@@ -37,12 +37,13 @@ def branch(
     wanted = experiment.config.training.steps
     if origin == here:
         raise UserError(f"--branch {origin}: expected another workdir than --workdir, found the same")
-    if (experiment.workdir.model / "started.json").exists():
+    own(experiment.workdir.model)
+    if _begun(experiment.workdir.model) and not Stage("model", experiment.workdir.model, {}).made_nothing():
         told = [entry for entry in read_history(experiment.workdir.model) if entry["kind"] == "branched"]
         if told and told[-1]["from"] == str(origin) and step in (None, told[-1]["step"]):
             return
         raise UserError(f"--branch {origin}: {experiment.workdir.model} has a model already; use another --workdir")
-    records = [path for name in ("done", "started") if (path := origin / "model" / f"{name}.json").exists()]
+    records = _begun(origin / "model")
     if not records:
         raise UserError(f"--branch {origin}: expected a workdir whose training has begun, found no model in it")
     there = _checkpoint_folder(origin)
@@ -74,16 +75,21 @@ def branch(
             f"--branch {origin}: its training had {refused} = {old!r:.200}, this one has {new!r:.200}. "
             f"{may.among(stage.fields)}",
         )
-    with about(f"--branch {origin}:{step}"):
-        adopt(there, step, experiment.checkpoint_folder)
-        if (origin / "model" / "metrics.jsonl").exists():  # the curve up to here; the training cuts it there
-            write_bytes(stage.folder / "metrics.jsonl", (origin / "model" / "metrics.jsonl").read_bytes())
-    (stage.folder / "history.json").unlink(missing_ok=True)  # of an attempt that was killed
     before = [entry for entry in told if (entry["step"] or 0) < step]
     differs = {field: pair for part in changed.values() for field, pair in part.items()}
     now = history.entry("branched", step, differs, **{"from": str(origin)})
-    stage.begin(*before, now)
+    with about(f"--branch {origin}:{step}"):
+        if (origin / "model" / "metrics.jsonl").exists():  # the curve up to here; the training cuts it there
+            write_bytes(stage.folder / "metrics.jsonl", (origin / "model" / "metrics.jsonl").read_bytes())
+        write_json(stage.folder / "history.json", [*before, now])
+        adopt(there, step, experiment.checkpoint_folder)
+    stage.begin()  # last: killed before this, the same command does all of it again
     experiment.say(f"model: {history.told(now)}")
+
+
+def _begun(folder: Path) -> list[Path]:
+    """The records of a stage, the one that counts first."""
+    return [path for name in ("done", "started") if (path := folder / f"{name}.json").exists()]
 
 
 def _checkpoint_folder(origin: Path) -> str:

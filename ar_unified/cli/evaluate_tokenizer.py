@@ -15,14 +15,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from ar_tokenizers.image.tokenizer import ImageTokenizer
 
 from ar_unified import progress
 from ar_unified.cli import config as configs
 from ar_unified.cli.changes import changeable
 from ar_unified.cli.experiment import Experiment, by_first_process
-from ar_unified.data.images import decode, to_png
+from ar_unified.data.images import NoImages, decode, to_png
 from ar_unified.data.sources import Source, open_source
-from ar_unified.errors import about
+from ar_unified.errors import UserError, about
 from ar_unified.evaluation.report import write_report
 from ar_unified.evaluation.tokenizer import PROTOCOL, NoPictures, Probe, draw_pictures, evaluate_tokenizer
 from ar_unified.training.probe import pictures_wanted, train_probe
@@ -31,7 +32,9 @@ from ar_unified.workdir import read_json, write_bytes, write_json
 
 @by_first_process
 def evaluate_held_out(experiment: Experiment) -> None:
-    """Stage tokenizer_evaluation."""
+    """Stage tokenizer_evaluation; nothing where there is text alone."""
+    if experiment.text_only:
+        return experiment.say("==== tokenizer_evaluation: there is no image tokenizer, so there is none to score")
     config, sets = experiment.config, {name: sources for name, sources in experiment.held_out.items() if sources}
     steps = config.evaluation.tokenizer_probe_steps
     stage = experiment.stage(
@@ -62,7 +65,7 @@ def evaluate_folder(experiment: Experiment, pictures: str, crop: int | None = No
         source = open_source(dict(kind="pictures", path=pictures, links=links))
     size = (crop, crop) if crop else experiment.config.data.image_size
     with about("--crop"):
-        experiment.image_tokenizer.config.grid(*size)
+        _tokenizer(experiment).config.grid(*size)
     folder = experiment.workdir.tokenizer_evaluation / f"{source.name}-{size[0]}x{size[1]}"
     _score(experiment, {source.name: [source]}, size, folder)
 
@@ -70,6 +73,8 @@ def evaluate_folder(experiment: Experiment, pictures: str, crop: int | None = No
 def results_of(experiment: Experiment) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Numbers and sheets by held-out set, as the stage left them."""
     folder = experiment.workdir.tokenizer_evaluation
+    if experiment.text_only:
+        return {}, {}
     results = read_json(folder / "evaluation.json")["tokenizer"]
     return results, {name: decode((folder / f"{name}.png").read_bytes()) for name in results}
 
@@ -79,6 +84,7 @@ def _score(
 ) -> dict[str, Any]:
     """Numbers by set; leaves the files."""
     config, (height, width) = experiment.config, size
+    tokenizer = _tokenizer(experiment)
     networks = _networks(config)
     probe = _probe(experiment, (height, width))
     results: dict[str, Any] = {}
@@ -87,7 +93,7 @@ def _score(
         try:
             with progress.bar(config.evaluation.limit, "pictures", f"tokenizer on {name}") as bar:
                 results[name], sheets[name] = evaluate_tokenizer(
-                    experiment.image_tokenizer,
+                    tokenizer,
                     sources,
                     size=(height, width),
                     limit=config.evaluation.limit,
@@ -115,6 +121,13 @@ def _score(
     return results
 
 
+def _tokenizer(experiment: Experiment) -> ImageTokenizer:
+    tokenizer = experiment.image_tokenizer
+    if isinstance(tokenizer, NoImages):
+        raise UserError("this experiment is of text alone (config.image_tokenizer.steps=0): there is nothing to score")
+    return tokenizer
+
+
 def _files(config: Mapping[str, Any]) -> dict[str, str]:
     """Weight files by what is measured with them; "" for none."""
     return {"LPIPS": config["evaluation"]["lpips_file"], "inception": config["evaluation"]["inception_file"]}
@@ -131,7 +144,7 @@ def _networks(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _probe(experiment: Experiment, size: tuple[int, int]) -> Probe | None:
     """Trained on the ids of the experiment's training pictures; None where the config asks for none."""
-    config, tokenizer = experiment.config, experiment.image_tokenizer
+    config, tokenizer = experiment.config, _tokenizer(experiment)
     steps = config.evaluation.tokenizer_probe_steps
     if not steps:
         return None
@@ -158,7 +171,7 @@ def _line(name: str, numbers: Mapping[str, Any]) -> str:
 
 
 def _facts(experiment: Experiment) -> dict[str, str]:
-    tokenizer = experiment.image_tokenizer
+    tokenizer = _tokenizer(experiment)
     size = sum(leaf.size for leaf in jax.tree.leaves(tokenizer.params))
     facts = f"{size / 1e6:.2f}M parameters, {tokenizer.codebook_size} codes, sha256 {tokenizer.hash[:12]}"
     return {"image tokenizer": facts}

@@ -28,16 +28,17 @@ from ar_unified import history
 from ar_unified.checkpoint import restore_params
 from ar_unified.cli import config as configs
 from ar_unified.cli.changes import Training, changeable, require_extensible
-from ar_unified.data.images import Resize
+from ar_unified.data.images import NoImages, Resize
+from ar_unified.data.items import has_pictures
 from ar_unified.data.sources import EmptySplit, Source, open_source
 from ar_unified.errors import UserError, about
-from ar_unified.grammar import Grammar, fixed_grid, sized_rows
+from ar_unified.grammar import TEXT_ALONE, Grammar, fixed_grid, sized_rows
 from ar_unified.history import Changeable
 from ar_unified.interrupts import Preempted
 from ar_unified.model.config import TransformerConfig, config_from, parameter_count
 from ar_unified.model.transformer import init, logical_axes
 from ar_unified.parallel import rules, runtime
-from ar_unified.parallel.mesh import make_mesh
+from ar_unified.parallel.mesh import decoding_axes, make_mesh
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
 from ar_unified.vocabulary import Vocabulary
@@ -248,7 +249,25 @@ class Experiment:
             return TextTokenizer.load(path, lossy=self.config.text_tokenizer.lossy)
 
     @cached_property
-    def image_tokenizer(self) -> ImageTokenizer:
+    def text_only(self) -> bool:
+        """Whether there are no pictures: no image tokenizer is trained or there, and no source has need of one.
+
+        Raises UserError where a source may have pictures, and none to code them.
+        """
+        if self.config.image_tokenizer.steps or (self.workdir.image_tokenizer / "config.json").exists():
+            return False
+        sources = [*self.train, *(source for those in self.held_out.values() for source in those)]
+        if pictured := [source.name for source in sources if has_pictures(source)]:
+            raise UserError(
+                f"config.image_tokenizer.steps is 0 and none was brought, but {', '.join(pictured)} may have pictures: "
+                "raise the steps, or bring text alone as sources of kind='text'"
+            )
+        return True
+
+    @cached_property
+    def image_tokenizer(self) -> ImageTokenizer | NoImages:
+        if self.text_only:
+            return NoImages()
         path = self.workdir.image_tokenizer / "config.json"
         self._require(path.exists(), path, "tokenizer")
         with about("the workdir's image tokenizer"):
@@ -258,6 +277,8 @@ class Experiment:
     def grammar(self) -> Grammar:
         """The vocabulary that binds the two tokenizers, and how pictures are written in it."""
         text, image = self.text_tokenizer, self.image_tokenizer
+        if isinstance(image, NoImages):
+            return Grammar(Vocabulary(text.size, 0, text_hash=text.hash), TEXT_ALONE, text)
         height, width = image.config.grid(*self.config.data.image_size)
         rows = self.config.data.layout == "rows"
         # "aspect" keeps the area, so a side may be up to twice that of the square.
@@ -288,16 +309,12 @@ class Experiment:
 
     @cached_property
     def decoding_mesh(self) -> jax.sharding.Mesh | None:
-        """This process's own devices, heads split as the config's mesh says and rows over all the others; None for one.
-
-        Each process serves requests of its own. The axes fsdp and context, which save memory in training, would make
-        every step of decoding wait for weights; the devices they name split rows.
-        """
+        """This process's own devices, split as `decoding_axes` of the config's mesh says; None for one."""
         devices = jax.local_devices()
         if len(devices) == 1:
             return None
         with about(f"sampling on this process's {len(devices)} devices"):
-            return make_mesh({"data": -1, "tensor": self.config.mesh.tensor}, devices)
+            return make_mesh(decoding_axes(self.config.mesh), devices)
 
     @cached_property
     def params(self) -> Any:
@@ -367,19 +384,16 @@ class Experiment:
     def facts(self) -> dict[str, str]:
         """Short things worth saying at the head of a report."""
         vocabulary, step = self.grammar.vocabulary, self.checkpoint
-        best = f"step {step}, the best on held-out documents"
-        return (
-            {"checkpoint": best if self.config.sampling.checkpoint == "best" else f"step {step}, the last"}
-            | {
-                "model": f"{parameter_count(self.model) / 1e6:.2f}M parameters in {self.model.n_layers} layers",
-                "vocabulary": f"{vocabulary.text_size} text pieces + {vocabulary.codebook_size} image codes",
-            }
-            | (
-                {"changed": "; ".join(map(history.told, changed))}
-                if (changed := read_history(self.workdir.model))
-                else {}
-            )
-        )
+        codes = f" + {vocabulary.codebook_size} image codes" if vocabulary.codebook_size else ", no pictures"
+        best = self.config.sampling.checkpoint == "best"
+        facts = {
+            "checkpoint": f"step {step}, the {'best on held-out documents' if best else 'last'}",
+            "model": f"{parameter_count(self.model) / 1e6:.2f}M parameters in {self.model.n_layers} layers",
+            "vocabulary": f"{vocabulary.text_size} text pieces{codes}",
+        }
+        if changed := read_history(self.workdir.model):
+            facts["changed"] = "; ".join(map(history.told, changed))
+        return facts
 
     def _require(self, found: bool, path: Any, verb: str) -> None:
         if not found:

@@ -1,6 +1,7 @@
 """Compile an experiment's real programs for hardware that is not here: what they need and how fast they can be.
 
-Needs a CPU, and libtpu for TPUs (`pip install ar_unified[tpu]` or `make libtpu`); no data, tokenizers or workdir.
+Needs a CPU, and libtpu for TPUs (`pip install ar_unified[tpu]` or `make libtpu`); no data and no tokenizers. With
+--workdir, tokenizers that are there say how large the vocabulary is; else it is as large as the config lets it become.
 Prints per device: memory by what holds it against what there is, collectives by kind with the bytes they send, FLOPs,
 and an estimate of the time of a step with what it assumes. A program that does not fit is refused (exit status 1) with
 the compiler's number and with what would make it fit. With --output:
@@ -17,33 +18,39 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from ar_tokenizers.image.autoencoder import AutoencoderConfig
+from ar_tokenizers.image.config import AutoencoderConfig
+from ar_tokenizers.text import TextTokenizer
 from ml_collections import ConfigDict
 
 from ar_unified.cli import config as configs
 from ar_unified.cli.text_tokenizer import load
-from ar_unified.grammar import fixed_grid, sized_rows
+from ar_unified.errors import UserError, about
+from ar_unified.grammar import TEXT_ALONE, fixed_grid, sized_rows
 from ar_unified.model.config import config_from
 from ar_unified.planning.page import write_page
 from ar_unified.planning.plan import Plan, make_plan
 from ar_unified.planning.programs import Run
 from ar_unified.planning.report import text
-from ar_unified.planning.targets import Target, TargetError, parse_target
+from ar_unified.planning.targets import Target, parse_target
+from ar_unified.sampling.engine import KV_DTYPES
 from ar_unified.training.optimizer import OptimizerConfig
 from ar_unified.vocabulary import Vocabulary
-from ar_unified.workdir import write_json
+from ar_unified.workdir import read_json, write_json
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    target = parse_target(arguments.target)
+    use_cpu(target)
+    config = configs.load(arguments.config, overrides)
     try:
-        target = parse_target(arguments.target)
-        use_cpu(target)
-        run = run_of(configs.load(arguments.config, overrides))
+        run = run_of(config, arguments.workdir)
         plan = make_plan(
             run, target, arguments.job, advise=not arguments.no_advice, say=lambda line: print(line, flush=True)
         )
-    except (TargetError, ValueError) as error:
-        raise SystemExit(f"ar-unified plan: {error}") from error
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"config {arguments.config}: {error}") from error
     print(f"\n{text(plan)}")
     if arguments.output:
         save(plan, arguments.output)
@@ -65,17 +72,29 @@ def use_cpu(target: Target) -> None:
         pass
 
 
-def run_of(config: ConfigDict) -> Run:
-    """What a config's programs are made of. The vocabulary is as large as its tokenizers may become."""
+def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
+    """What a config's programs are made of.
+
+    The vocabulary is that of the tokenizers in the workdir, and as large as the config's may become where there are
+    none. Raises ValueError for settings that make no program.
+    """
     training, sampling = config.training, config.sampling
-    image = configs.pick(AutoencoderConfig, config.image_tokenizer)
-    rows = config.data.layout == "rows"
+    image = _image_tokenizer(config, workdir)
     height, width = image.grid(*config.data.image_size)
+    _choice("data.layout", config.data.layout, ("grid", "rows"))
+    _choice("sampling.kv_dtype", sampling.kv_dtype or None, KV_DTYPES)
+    rows = config.data.layout == "rows"
+    if rows and image.codes_per_position > 1:
+        raise ValueError(
+            f"data.layout: expected 'grid' with {image.codes_per_position} codes a position ({image.quantizer}), found "
+            "'rows', whose pictures could end inside a position"
+        )
     layout = sized_rows(2 * height, 2 * width) if rows else fixed_grid(height, width)
     side = max(layout.height, layout.width) if rows else 0
-    brought = config.text_tokenizer.model
-    text_size = load(config.text_tokenizer).size if brought else config.text_tokenizer.vocab_size
+    text_size = _text_size(config, workdir)
     vocabulary = Vocabulary(text_size, image.codebook_size, side)
+    if not config.image_tokenizer.steps and all(spec.get("kind") == "text" for spec in config.data.train):
+        vocabulary, layout = Vocabulary(text_size, 0), TEXT_ALONE
     return Run(
         model=config_from(configs.plain(config.model), vocab_size=vocabulary.size),
         vocabulary=vocabulary,
@@ -91,4 +110,26 @@ def run_of(config: ConfigDict) -> Run:
         requests=sampling.batch_size,
         max_length=sampling.max_length,
         contexts=1 if sampling.guidance == 1 else 2,
+        kv_dtype=sampling.kv_dtype or None,
     )
+
+
+def _text_size(config: ConfigDict, workdir: str | Path | None) -> int:
+    """Pieces of the text tokenizer: trained, brought, or at most."""
+    if workdir and (path := Path(workdir) / "text_tokenizer" / "text.model").exists():
+        with about(str(path)):
+            return TextTokenizer.load(path, lossy="warn").size
+    return load(config.text_tokenizer).size if config.text_tokenizer.model else config.text_tokenizer.vocab_size
+
+
+def _image_tokenizer(config: ConfigDict, workdir: str | Path | None) -> AutoencoderConfig:
+    """Of the trained image tokenizer, or of the one to be trained."""
+    if workdir and (path := Path(workdir) / "image_tokenizer" / "config.json").exists():
+        with about(str(path)):
+            return AutoencoderConfig.from_dict(read_json(path)["config"])
+    return configs.pick(AutoencoderConfig, config.image_tokenizer)
+
+
+def _choice(key: str, found: object, choices: Sequence[object]) -> None:
+    if found not in choices:
+        raise ValueError(f"{key}: expected one of {', '.join(map(str, choices))}; found {found!r}")

@@ -2,6 +2,7 @@
 
 Each stage leaves its own folder in the workdir (see the other verbs' --help). A finished stage is skipped, an
 interrupted one continues: the same command, started again after any interruption, ends with the same result.
+Sources of text alone (kind="text") with config.image_tokenizer.steps=0 make a model of text alone.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from ar_unified.cli.train import train
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     experiment = open_experiment(arguments, overrides)
+    if experiment.text_only:
+        experiment.say("text alone: no image tokenizer, no pictures in samples and report")
     for stage in (train_tokenizers, prepare, train, sample_held_out, evaluate_held_out, evaluate):
         stage(experiment)
     return 0

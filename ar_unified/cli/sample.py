@@ -70,7 +70,11 @@ def sample_held_out(experiment: Experiment) -> None:
         return experiment.skip(stage)
     requests = stage.folder / "requests.jsonl"
     if not requests.exists():
-        rows = [row for source in experiment.held_out["validation"] for row in _rows(source, stage.folder)]
+        sources = experiment.held_out["validation"]
+        if not sources:
+            experiment.say("no document is held out: the prompts are beginnings of training documents")
+        most = experiment.config.sampling.max_length // 4
+        rows = [row for source in sources or experiment.train for row in _rows(source, stage.folder, most)]
         write_text(requests, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     if not requests.stat().st_size:
         experiment.say("samples: no held-out document has a prompt, or a second part to go on with; nothing is drawn")
@@ -105,15 +109,21 @@ def _run(
     return report
 
 
-def _rows(source: Source, folder: Path) -> Iterator[dict[str, Any]]:
-    """Requests from the first documents of a source: the prompt of those with a turn, the first half of the others."""
+def _rows(source: Source, folder: Path, most: int) -> Iterator[dict[str, Any]]:
+    """Requests from the first documents of a source: the prompt of those with a turn, the first half of the others.
+
+    most: characters of a beginning of a text that stands alone.
+    """
     documents = islice(_good(source), _HELD_OUT)
     for number, document in enumerate(documents):
         turn = document.prompt is not None
         border = document.prompt if document.prompt is not None else -(-len(document.parts) // 2)
-        if not turn and len(document.parts) < 2:
-            continue
         name = f"{source.name.replace('/', '-')}-{number:02d}"
+        if not turn and len(document.parts) < 2:
+            for part in document.parts:
+                if isinstance(part, TextPart) and (beginning := _beginning(part.text, most)):
+                    yield {"id": name, "content": [{"type": "text", "text": beginning}], "turn": False, "mode": "text"}
+            continue
         content: list[dict[str, str]] = []
         for at, part in enumerate(document.parts[:border]):
             if isinstance(part, TextPart):
@@ -125,6 +135,13 @@ def _rows(source: Source, folder: Path) -> Iterator[dict[str, Any]]:
         answers_picture = isinstance(document.parts[border], ImagePart)
         mode = ("image" if answers_picture else "text") if turn else "free"
         yield {"id": name, "content": content, "turn": turn, "mode": mode}
+
+
+def _beginning(text: str, most: int) -> str:
+    """The first half of a text, or less, up to a word's end where it has several; "" of a text too short for one."""
+    half = text[: min(len(text) // 2, most)]
+    words, blank, _ = half.rpartition(" ")
+    return (words if blank else half).strip()
 
 
 def _good(source: Source) -> Iterator[Document]:

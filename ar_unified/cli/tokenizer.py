@@ -4,6 +4,7 @@ Reads the experiment's training sources. Leaves in the workdir:
   text_tokenizer/text.model                            SentencePiece, lossless (or text_tokenizer.model of the config)
   text_tokenizer/report.json                           bytes per token and round trip, by source and language
   image_tokenizer/weights.safetensors and config.json  the VQ-VAE; its checkpoints, curves and pictures beside them
+                                                       (with config.image_tokenizer.steps=0, for text alone: none)
 """
 
 from __future__ import annotations
@@ -45,9 +46,13 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 def train_tokenizers(experiment: Experiment, only: str | None = None) -> None:
     if only != "image":
         train_text(experiment)
-    if only != "text" and experiment.config.image_tokenizer.steps:
-        with experiment.leaving_nothing():
-            train_image(experiment)
+    if only == "text":
+        return
+    if not experiment.config.image_tokenizer.steps:
+        experiment.say("==== image_tokenizer: none is trained, as config.image_tokenizer.steps is 0")
+        return
+    with experiment.leaving_nothing():
+        train_image(experiment)
 
 
 def _whole_batch(experiment: Experiment) -> bool:

@@ -31,6 +31,7 @@ from ar_unified.cli import config as configs
 from ar_unified.cli.branch import branch
 from ar_unified.cli.changes import Training
 from ar_unified.cli.experiment import Experiment, open_experiment
+from ar_unified.data.images import NoImages
 from ar_unified.data.loader import PackedBatches, Phase
 from ar_unified.data.prepare import load_report
 from ar_unified.document import CodesPart
@@ -153,7 +154,8 @@ def _code_vectors(experiment: Experiment) -> np.ndarray | None:
     how = experiment.config.training.code_rows
     if how not in ("random", "alike"):
         raise SystemExit(f"ar-unified: config.training.code_rows: expected 'random' or 'alike', found {how!r}")
-    return experiment.image_tokenizer.vectors() if how == "alike" else None
+    tokenizer = experiment.image_tokenizer
+    return None if how == "random" or isinstance(tokenizer, NoImages) else tokenizer.vectors()
 
 
 def _preview(experiment: Experiment) -> Any:

@@ -30,7 +30,8 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     else:
         config = configs.load(arguments.config, overrides)
         experiment = Experiment(config, Workdir(arguments.workdir or Path(".cache") / "validate" / config.name))
-        ready = (experiment.workdir.image_tokenizer / "config.json").exists()
+        brought = (experiment.workdir.image_tokenizer / "config.json").exists()
+        ready = brought or ((experiment.workdir.text_tokenizer / "text.model").exists() and experiment.text_only)
         found = validate(
             experiment.specs(config.data.train),
             experiment.grammar if ready else None,

@@ -216,6 +216,17 @@ class Cells(Protocol):
     def codes_per_position(self) -> int: ...
 
 
+class NoImages:
+    """In place of an image tokenizer where there is text alone: it has no codes, and is never to see a picture."""
+
+    codebook_size, factor, codes_per_position, hash = 0, 1, 1, ""
+
+    def encode(self, images: np.ndarray, /) -> np.ndarray:
+        raise UserError("expected text alone, found a picture: this experiment has no image tokenizer")
+
+    decode = encode
+
+
 @dataclass(frozen=True)
 class Resize:
     """How pictures of any size come to sizes that a tokenizer and a layout take.

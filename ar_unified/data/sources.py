@@ -58,8 +58,8 @@ def open_source(spec: Mapping[str, Any]) -> Source:
             what `path` names, for the message where it is missing.
 
     Raises:
-        UserError: an unknown kind or key, a missing file (`made_by`: how to make it), views out of range, or a split
-            no row is in (EmptySplit: for want of a second picture or text).
+        UserError: an unknown kind or key, a missing file (`made_by` says how to make it), views out of range, or a
+            split no row is in (EmptySplit: for want of a second picture or text).
     """
     kinds: dict[str, Callable[..., Source]] = {
         "tfds": _tfds, "folder": _folder, "jsonl": _jsonl, "pictures": Pictures, "text": TextFiles,
@@ -110,7 +110,7 @@ def _folder(path: str | Path, files: Sequence[str] | None = None, *, links: bool
             paths.append(folder.path(name))
     for name in (f"{file}.jsonl" for file in FOLDER_FILES if file not in found):
         with suppress(FileError):  # what cannot be read here is another source's to tell
-            beside += [path for path in (folder.path(name),) if path.is_file()]
+            beside.append(folder.path(name))
     return Rows(paths, root, beside=beside, links=links, **options)
 
 

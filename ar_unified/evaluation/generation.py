@@ -23,6 +23,7 @@ import numpy as np
 from ar_tokenizers.image.metrics import psnr
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 
+from ar_unified.data.images import NoImages
 from ar_unified.data.sources import BadItem, Source
 from ar_unified.document import CodesPart, Document, ImagePart, Part, TextPart
 from ar_unified.evaluation.protocol import Protocol, same_text, text_of
@@ -77,7 +78,7 @@ class Scores:
 
 def evaluate(
     engine: Engine,
-    image_tokenizer: ImageTokenizer,
+    image_tokenizer: ImageTokenizer | NoImages,
     grammar: Grammar,
     protocol: Protocol,
     sources: Sequence[Source],
@@ -350,7 +351,7 @@ def _judged(
 class _Codec:
     """Pixels <-> codes, computed in batches of pictures of one size, and remembered."""
 
-    def __init__(self, tokenizer: ImageTokenizer):
+    def __init__(self, tokenizer: ImageTokenizer | NoImages):
         self.tokenizer = tokenizer
         self.codes: dict[str, np.ndarray] = {}  # by pixels
         self.pixels: dict[str, np.ndarray] = {}  # by codes

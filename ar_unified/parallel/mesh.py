@@ -64,6 +64,15 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     return Mesh(np.concatenate(parts), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def decoding_axes(shape: Mapping[str, int]) -> dict[str, int]:
+    """What decoding takes of a config's mesh, for the devices of one process: heads by `tensor`, rows by all the rest.
+
+    Each process serves requests of its own. The axes fsdp and context, which save memory in training, would make every
+    step of decoding wait for weights; the devices they name split rows.
+    """
+    return {"data": -1, "tensor": shape.get("tensor", 1)}
+
+
 def _slices(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
     """The devices by TPU slice. A GPU's slice_index names its host, and fsdp over several of those is usual."""
     slices: dict[int, list[jax.Device]] = {}

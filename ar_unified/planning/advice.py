@@ -59,18 +59,22 @@ def _changes(run: Run, mesh: Mesh, job: str) -> Iterator[tuple[str, Run, dict[st
         if run.requests % 2 == 0 and run.requests // 2 >= rows:
             yield f"config.sampling.batch_size={run.requests // 2}", _with(run, requests=run.requests // 2), shape
         yield f"config.sampling.max_length={run.max_length // 2}", _with(run, max_length=run.max_length // 2), shape
-    else:
-        if run.model.remat != "full":
-            model = dataclasses.replace(run.model, remat="full")
-            yield "config.model.remat=full", _with(run, model=model), shape
-        smaller = run.loss_chunk // 4
-        if smaller >= 128:
-            yield f"config.loss.chunk={smaller}", _with(run, loss_chunk=smaller), shape
-        each = run.batch_size // run.accumulation
-        if each % 2 == 0 and each // 2 >= rows:
-            more = run.accumulation * 2
-            yield f"config.training.accumulation={more}", _with(run, accumulation=more), shape
-            yield f"config.training.batch_size={run.batch_size // 2}", _with(run, batch_size=run.batch_size // 2), shape
+        if run.kv_dtype != "int8":
+            yield "config.sampling.kv_dtype=int8", _with(run, kv_dtype="int8"), shape
+        if factor := next((f for f in (4, 2) if shape["data"] % f == 0), 0):
+            tensor = shape["tensor"] * factor
+            yield f"config.mesh.tensor={tensor}", run, shape | {"data": shape["data"] // factor, "tensor": tensor}
+        return
+    if (less := {"none": "full", "dots": "full", "full": "offload"}.get(run.model.remat)) is not None:
+        yield f"config.model.remat={less}", _with(run, model=dataclasses.replace(run.model, remat=less)), shape
+    smaller = run.loss_chunk // 4
+    if smaller >= 128:
+        yield f"config.loss.chunk={smaller}", _with(run, loss_chunk=smaller), shape
+    each = run.batch_size // run.accumulation
+    if each % 2 == 0 and each // 2 >= rows:
+        more = run.accumulation * 2
+        yield f"config.training.accumulation={more}", _with(run, accumulation=more), shape
+        yield f"config.training.batch_size={run.batch_size // 2}", _with(run, batch_size=run.batch_size // 2), shape
     if shape["data"] > 1:
         factor = 2 if shape["data"] % 2 == 0 else shape["data"]
         wider = shape | {"data": shape["data"] // factor, "fsdp": shape["fsdp"] * factor}

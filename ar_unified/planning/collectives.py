@@ -59,7 +59,8 @@ class _Instruction(NamedTuple):
 def collectives(hlo: str, devices: int) -> list[Collective]:
     """All collectives of a module over `devices` devices that join at least two of them.
 
-    What TPU's compiler overlaps it writes down in several fusions with one channel: it counts once.
+    What TPU's compiler overlaps it writes down in several fusions with one channel: it counts once. A channel alone
+    tells nothing: those of shard_map all have the same.
     """
     computations, entry = _parse(hlo)
     times, known = _times(computations, entry)
@@ -88,7 +89,10 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
                 source = _source(each) or (_source(callers[name]) if name in callers else "")
                 overlapped = each.opcode.endswith("-start") or name.startswith("async_collective_fusion")
                 channel = re.search(r"channel_id=(\d+)", each.rest)
-                key = (bool(between), channel.group(1)) if channel else (name, len(found))
+                fused = name in callers and callers[name].opcode == "fusion"
+                key: Any = (name, len(found))
+                if channel and (between or fused):
+                    key = (bool(between), channel.group(1), kind, size, groups.tobytes(), _source(each))
                 if (before := found.get(key)) is not None:
                     overlapped |= before.overlapped
                     source = source or before.source

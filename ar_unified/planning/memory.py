@@ -16,6 +16,7 @@ PARTS = {
     "parameters": "exact: shapes and shardings",
     "optimizer": "exact: shapes and shardings",
     "cache": "exact: shapes and shardings",
+    "held": "exact: what lies there besides: float32 parameters, prompts that were read, the pool while they are read",
     "inputs": "exact: shapes and shardings; and what layouts pad",
     "gradients": "arithmetic: as large as the parameters, float32",
     "activations": "arithmetic: what JAX keeps of the forward pass for the backward one",
@@ -30,7 +31,7 @@ class Memory(NamedTuple):
 
     Attributes:
       parts: by name of PARTS; they add up to `peak`.
-      peak: the compiler's, all of it.
+      peak: the compiler's, and what is held besides.
       capacity: of the device.
     """
 
@@ -47,6 +48,7 @@ def memory(program: Program, compiled: Compiled, run: Run, capacity: float) -> M
     arguments = dict(program.local_bytes())
     parts: dict[str, float] = {k: arguments.pop(k) for k in ("parameters", "optimizer", "cache") if k in arguments}
     parts["inputs"] = max(compiled.arguments - sum(parts.values()), 0)
+    parts |= _held(program)
     rest = float(compiled.temporaries)
     if program.name == "train":
         for name, size in state_of_backward(program, run).items():
@@ -67,5 +69,10 @@ def at_least(program: Program, run: Run) -> dict[str, float]:
     """What a program cannot do without, bytes a device, by arithmetic alone: for one that does not compile."""
     arguments = dict(program.local_bytes())
     parts: dict[str, float] = {k: arguments.pop(k) for k in ("parameters", "optimizer", "cache") if k in arguments}
-    parts["inputs"] = sum(arguments.values())
+    parts |= _held(program) | {"inputs": sum(arguments.values())}
     return parts | (state_of_backward(program, run) if program.name == "train" else {})
+
+
+def _held(program: Program) -> dict[str, float]:
+    held = local_bytes(program.held)
+    return {"held": held} if held else {}

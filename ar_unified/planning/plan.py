@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,13 +11,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ar_unified.model.config import parameter_count
+from ar_unified.parallel.mesh import decoding_axes
 from ar_unified.planning import advice
 from ar_unified.planning.collectives import Collective, collectives, unknown_loops
 from ar_unified.planning.memory import at_least, memory
 from ar_unified.planning.programs import OutOfMemory, Program, Run, programs
 from ar_unified.planning.roofline import roofline, traffic
 from ar_unified.planning.scaling import scaling
-from ar_unified.planning.targets import Target
+from ar_unified.planning.targets import Target, TargetError
 
 Plan = dict[str, Any]  # JSON values; `make_plan` says which
 
@@ -34,16 +36,21 @@ def make_plan(
       {"target", "chips", "mesh", "job", "model", "stand_in", "warnings", "fits",
        "programs": [{"name", "compile_seconds", "memory", "collectives", "flops", "seconds", ...}],
        "refused": where a program does not fit: {"program", "message", "used", "capacity", "at_least", "trials"}}.
-      Bytes and seconds are per device and step (prefill: per batch; decode: per token of each row).
+      Bytes and seconds are per device and step (prefill: per batch; decode: per token of each row). Training is one
+      program over all chips; of sampling, one process is planned, and "processes" says how many like it there are.
 
-    Raises ValueError where mesh, batch and model do not divide each other, TargetError where there is no such target.
+    Raises ValueError where mesh, batch and model do not divide each other, TargetError where there is no such target
+    or the run asks for the attention kernel of another.
     """
-    mesh = target.mesh(run.mesh)
+    place = target if job == "train" else target.process()  # each process serves requests of its own
+    mesh = place.mesh(run.mesh if job == "train" else decoding_axes(run.mesh))
+    run = with_a_kernel(run, target)
     result: Plan = {
         "target": target.name,
         "hardware": {"source": target.hardware.source, "hbm": target.hardware.hbm, "flops": target.hardware.flops},
         "chips": target.chips,
         "devices": mesh.size,
+        "processes": target.chips // place.chips,
         "mesh": dict(mesh.shape),
         "job": job,
         "model": {
@@ -77,10 +84,23 @@ def make_plan(
         if "refused" in result:
             result["fits"] = False
             result["refused"]["at_least"] = at_least(program, run)
-            found = advice.trials(run, mesh, target, job, say) if advise else ()
+            found = advice.trials(run, mesh, place, job, say) if advise else ()
             result["refused"]["trials"] = [trial._asdict() for trial in found]
             break
     return result
+
+
+def with_a_kernel(run: Run, target: Target) -> Run:
+    """The run with an attention that can be compiled for the target: XLA's where CPUs stand in for GPUs."""
+    wanted, theirs = run.model.attention.removesuffix("_interpret"), "tpu" if target.is_tpu else "hopper"
+    if wanted in ("tpu", "hopper") and wanted != theirs:
+        raise TargetError(
+            f"config.model.attention: expected auto, xla, reference or {theirs} for {target.name}; "
+            f"found {run.model.attention!r}, which is a kernel of other hardware"
+        )
+    if wanted != "hopper":
+        return run
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, attention="xla"))
 
 
 def _batch(run: Run, job: str) -> dict[str, Any]:
@@ -92,7 +112,13 @@ def _batch(run: Run, job: str) -> dict[str, Any]:
             "loss_chunk": run.loss_chunk,
             "document": min(run.document, run.row_length),
         }
-    return {"requests": run.requests, "contexts": run.contexts, "cache": run.max_length, "prompt": run.max_length // 2}
+    return {
+        "requests": run.requests,
+        "contexts": run.contexts,
+        "cache": run.max_length,
+        "kv_dtype": run.kv_dtype or run.model.dtype,
+        "prompt": run.max_length // 2,
+    }
 
 
 def _warnings(program: dict[str, Any]) -> list[str]:
@@ -113,11 +139,12 @@ def _report(program: Program, run: Run, target: Target) -> dict[str, Any]:
     mesh, hardware = program.mesh, target.hardware
     found = collectives(compiled.hlo, mesh.size)
     where = memory(program, compiled, run, hardware.hbm)
-    estimate = roofline(program.name, run, mesh, hardware, found)
+    estimate = roofline(program, run, hardware, found)
     report: dict[str, Any] = {
         "name": program.name,
         "compile_seconds": round(compiled.seconds, 1),
         "memory": where._asdict(),
+        "host": compiled.host,
         "collectives": _grouped(found, mesh, target),
         "loops_of_unknown_length": unknown_loops(compiled.hlo),
         "flops": {"model": estimate.model_flops, "executed": estimate.executed},

@@ -20,8 +20,9 @@ from jax.sharding import Mesh, NamedSharding
 from ar_unified.grammar import Grammar, ImageLayout, TextCodec
 from ar_unified.model import transformer
 from ar_unified.model.config import TransformerConfig
-from ar_unified.parallel.rules import batch_spec
+from ar_unified.parallel.rules import batch_spec, specs
 from ar_unified.sampling import steps
+from ar_unified.sampling.engine import KEPT, prefill_rows
 from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
 from ar_unified.training.step import abstract_state, make_train_step
 from ar_unified.training.tasks import TransformerTask
@@ -46,7 +47,8 @@ class Run:
       loss_chunk: positions whose logits a device holds at one time.
       document: tokens of the longest document, for the FLOPs of attention.
       optimizer, steps: of the training.
-      requests, max_length, contexts: rows decoded at once; length of the KV cache; 2 with guidance.
+      requests, max_length, contexts: samples decoded at once by a process; length of the KV cache; 2 with guidance.
+      kv_dtype: of the KV cache, of sampling.engine.KV_DTYPES.
     """
 
     model: TransformerConfig
@@ -63,6 +65,7 @@ class Run:
     requests: int = 64
     max_length: int = 4096
     contexts: int = 1
+    kv_dtype: str | None = None
 
 
 class OutOfMemory(Exception):
@@ -82,6 +85,7 @@ class Compiled:
     Attributes:
       hlo: text of the optimised module.
       arguments, outputs, aliased, temporaries, code: bytes a device, the compiler's own.
+      host: bytes of the host's memory, for each device.
       seconds: it took.
     """
 
@@ -91,6 +95,7 @@ class Compiled:
     aliased: int
     temporaries: int
     code: int
+    host: int
     seconds: float
 
     @property
@@ -106,25 +111,32 @@ class Program:
     Attributes:
       name: "train", "prefill" or "decode".
       arguments: trees of ShapeDtypeStructs with shardings, by what they hold ("parameters", "optimizer", ...).
+      held: a tree of what lies on the devices besides while it runs.
     """
 
     name: str
     mesh: Mesh
     arguments: Mapping[str, Any]
     _trace: Callable[[], Any]
+    held: Any = ()
 
     def local_bytes(self) -> dict[str, int]:
         """Bytes of each argument on one device, without the padding that layouts add. Exact, by arithmetic."""
         return {name: local_bytes(tree) for name, tree in self.arguments.items()}
 
+    def lower(self) -> jax.stages.Lowered:
+        """Traced for the devices of the mesh, not compiled."""
+        platform = self.mesh.devices.flat[0].platform
+        with jax.set_mesh(self.mesh):
+            return self._trace().lower(lowering_platforms=(platform,))
+
     def compile(self) -> Compiled:
         """Raises OutOfMemory."""
         start = time.perf_counter()
-        platform = self.mesh.devices.flat[0].platform
+        lowered = self.lower()
         with jax.set_mesh(self.mesh):
-            traced = self._trace()
             try:
-                compiled = traced.lower(lowering_platforms=(platform,)).compile()
+                compiled: Any = lowered.compile()
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" in str(error) and "emory" in str(error):
                     raise OutOfMemory(str(error)) from error
@@ -137,6 +149,7 @@ class Program:
             stats.alias_size_in_bytes,
             stats.temp_size_in_bytes,
             stats.generated_code_size_in_bytes,
+            stats.host_temp_size_in_bytes,
             time.perf_counter() - start,
         )
 
@@ -182,7 +195,7 @@ def saved_for_backward(run: Run, mesh: Mesh) -> int:
     """Bytes a device keeps of the forward pass for the backward one, parameters apart. Of JAX's trace, by arithmetic.
 
     They are what `jax.vjp` of the loss closes over, spread over the devices that split rows and sequence. XLA may drop
-    or share some; with remat "full" there is little to drop.
+    or share some; with remat "full" there is little to drop. With "offload" the layers' inputs are the host's.
     """
     task = make_task(run)
     rows = run.batch_size // run.accumulation
@@ -197,15 +210,23 @@ def saved_for_backward(run: Run, mesh: Mesh) -> int:
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
     # A residual without the rows' axis is a parameter, cast or not, which lies elsewhere.
     per_row = [x for x in kept if (x.shape, x.dtype) not in known and x.size % rows == 0 and rows in x.shape]
-    return sum(x.size * x.dtype.itemsize for x in per_row) // ways
+    c = run.model
+    there = c.n_layers * rows * run.row_length * c.d_model * jnp.dtype(c.dtype).itemsize if c.remat == "offload" else 0
+    return (sum(x.size * x.dtype.itemsize for x in per_row) - there) // ways
 
 
 # ---- sampling ----------------------------------------------------------------------------------------------------
 
 
 def sample_programs(run: Run, mesh: Mesh) -> list[Program]:
-    """Prefill of prompts of half the cache, one for each slot, and decoding in a pool that is full."""
+    """Prefill of prompts of half the cache, as many as the engine reads at once, and decoding in a pool that is full.
+
+    The engine keeps the float32 parameters beside what it makes of them, and the prompts it has read; the pool waits
+    while it reads (sampling/engine.py).
+    """
     config, R, S = run.model, run.requests, run.max_length
+    if R < 1 or S < 2:
+        raise ValueError(f"sampling: expected batch_size >= 1 and max_length >= 2, found {R} and {S}")
     # The compiled part never turns text into ids.
     grammar = Grammar(run.vocabulary, run.layout, cast(TextCodec, None))
 
@@ -220,25 +241,31 @@ def sample_programs(run: Run, mesh: Mesh) -> list[Program]:
     params = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
     weights = jax.eval_shape(partial(steps.prepare, config, grammar), params)
     weights = placed(weights, steps.weight_specs(mesh, weights))
+    checkpoint = placed(params, specs(mesh, transformer.logical_axes(params), params))
     shape = steps.Shape(run.contexts, S)
-    state = by_row(jax.eval_shape(lambda: steps.empty(config, grammar, shape, R, None)))
-    prompts = by_row((jax.ShapeDtypeStruct((R, S // 2), jnp.int32), jax.ShapeDtypeStruct((R,), jnp.int32)))
+    state = by_row(jax.eval_shape(lambda: steps.empty(config, grammar, shape, R, run.kv_dtype)))
+    b = prefill_rows(R, mesh.shape["data"] * mesh.shape["fsdp"])
+    prompts = by_row((jax.ShapeDtypeStruct((b, S // 2), jnp.int32), jax.ShapeDtypeStruct((b,), jnp.int32)))
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, jax.P()))
     chunk = by_row(jax.ShapeDtypeStruct((R,), jnp.bool_)), count
     prefill = jax.jit(partial(steps.prefill, config))
     decode = jax.jit(partial(steps.decode_chunk, config, grammar), donate_argnums=1)
     rows = state._replace(cache=None)
+    layers = weights._replace(text=None, image=None)
+    prefix = by_row(jax.eval_shape(partial(steps.prefill, config), layers, *prompts))
     return [
         Program(
             "prefill",
             mesh,
             {"parameters": weights.layers, "requests": prompts},
-            lambda: prefill.trace(weights._replace(text=None, image=None), *prompts),
+            lambda: prefill.trace(layers, *prompts),
+            (checkpoint, weights.text, weights.image, state, [prefix] * (KEPT - 1)),
         ),
         Program(
             "decode",
             mesh,
             {"parameters": weights, "cache": state.cache, "requests": (rows, chunk)},
             lambda: decode.trace(weights, state, *chunk),
+            (checkpoint, [prefix] * KEPT),
         ),
     ]

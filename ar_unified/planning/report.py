@@ -30,11 +30,12 @@ def duration(seconds: float) -> str:
 def text(plan: Plan) -> str:
     """All of it, for a terminal."""
     mesh = " ".join(f"{axis}={n}" for axis, n in plan["mesh"].items())
+    alone = f"each of {plan['processes']} processes by itself, " if plan["processes"] > 1 else ""
     lines = [
-        f"{plan['job']} on {plan['target']}: {plan['chips']} chips, mesh {mesh}",
+        f"{plan['job']} on {plan['target']}: {plan['chips']} chips, {alone}mesh {mesh}",
         f"  model: {billions(plan['model']['parameters'])} parameters, vocabulary {plan['model']['vocabulary']:,}, "
         f"remat {plan['model']['remat']}, {plan['model']['dtype']}",
-        f"  batch: {', '.join(f'{name} {value:,}' for name, value in plan['batch'].items())}",
+        f"  batch: {', '.join(f'{k} {v:,}' if isinstance(v, int) else f'{k} {v}' for k, v in plan['batch'].items())}",
     ]
     if plan["stand_in"]:
         lines.append(
@@ -58,6 +59,10 @@ def _program(program: dict[str, Any], plan: Plan) -> list[str]:
         lines.append(f"  {name:<14}{size(n):>12}   {PARTS[name]}")
     share = where["peak"] / where["capacity"]
     lines.append(f"  {'peak':<14}{size(where['peak']):>12}   {share:.0%} of {size(where['capacity'])}")
+    if program["host"]:
+        lines.append(
+            f"  {'on the host':<14}{size(program['host']):>12}   the compiler's: what remat=offload keeps there"
+        )
     unit = {"train": "a step", "prefill": "a batch", "decode": "a token of every row"}[program["name"]]
     lines.append(f"  collectives, {unit}: sent by one device")
     for row in program["collectives"]:

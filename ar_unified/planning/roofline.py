@@ -14,26 +14,27 @@ B batch, T position, D model, N query heads, K KV heads, H head dim, F MLP, L la
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from ar_unified.parallel.hardware import Hardware
 from ar_unified.planning.collectives import Collective
-from ar_unified.planning.programs import Run, make_task
+from ar_unified.planning.programs import Program, Run, local_bytes, make_task
 
 ATTAINABLE = 0.7  # of peak, in large products: the best training runs published for v5p reach 65 to 69% MFU
+_NEWTON_SCHULZ = 5  # optax's muon, ns_steps
 ASSUMPTIONS = (
     "rates are the data sheet's, one direction; nothing was timed",
     f"fastest: products at peak, all overlapped; slowest: products at {ATTAINABLE:.0%} of peak, nothing overlapped",
     "documents are as long as data.max_tokens or the row, whichever is less; rows are full",
     "products include what is computed again: layers by remat, logits by the chunked loss, scores by attention's "
-    "backward",
+    "backward; and Muon's iterations, spread over all devices",
     "memory traffic: every product reads and writes its operands once, gathered weights are written and read once a "
-    "pass, AdamW reads and writes its state once",
+    "pass, the optimizer reads and writes its state once; what remat=offload sends to the host and back is not timed",
     "a collective sends by the ring algorithm over every link its group can use: both directions of an axis that is a "
     "closed ring, one of an axis that is not; collectives do not share links with each other",
     "what crosses slices is sent in parts by all devices of a slice, each after summing inside it",
@@ -121,20 +122,30 @@ def _links(group: Sequence[object], mesh: Mesh, hardware: Hardware) -> tuple[int
     return max(links, 1), max(sum(span > 1 for span in spans), 1)
 
 
-def roofline(name: str, run: Run, mesh: Mesh, hardware: Hardware, found: Sequence[Collective]) -> Roofline:
+def roofline(program: Program, run: Run, hardware: Hardware, found: Sequence[Collective]) -> Roofline:
     """The estimate for a program of programs.py."""
+    mesh = program.mesh
     moves = [traffic(each, mesh, hardware) for each in found]
-    counted = {"train": _train, "prefill": _prefill, "decode": _decode}[name](run, mesh)
-    model, executed, moved, tokens = counted
+    work = {"train": _train, "prefill": _prefill, "decode": _decode}[program.name](run, program)
     peak = hardware.flops * mesh.size
     seconds = {
-        "products": executed / peak,
-        "memory": moved / hardware.hbm_bandwidth,
+        "products": work.executed / peak,
+        "memory": work.moved / hardware.hbm_bandwidth,
         "ICI": sum(move.seconds_ici for move in moves),
         "DCN": sum(move.seconds_dcn for move in moves),
     }
     sent = {"ICI": sum(move.ici for move in moves), "DCN": sum(move.dcn for move in moves)}
-    return Roofline(seconds, model, executed, sum(move.open_ici for move in moves), sent, tokens, peak)
+    open_ici = sum(move.open_ici for move in moves)
+    return Roofline(seconds, work.model, work.executed, open_ici, sent, work.tokens, peak)
+
+
+class _Work(NamedTuple):
+    """FLOPs of all devices, as MFU counts them and as they run; bytes that a device's memory moves; tokens of all."""
+
+    model: float
+    executed: float
+    moved: float
+    tokens: float
 
 
 def _weights(run: Run) -> tuple[float, float]:
@@ -144,51 +155,67 @@ def _weights(run: Run) -> tuple[float, float]:
     return float(c.n_layers * layer), float(c.vocab_size * c.d_model)
 
 
-def _train(run: Run, mesh: Mesh) -> tuple[float, float, float, float]:
-    c, tokens = run.model, float(run.batch_size * run.row_length)
+def _operands(run: Run, tensor: int) -> float:
+    """Bytes that the products of all layers read and write for a token, in the compute dtype, on a device."""
+    c = run.model
+    split = 2 * (c.n_heads * 2 + 2 * c.n_kv_heads) * c.head_dim + 4 * c.d_mlp
+    return float(jnp.dtype(c.dtype).itemsize * c.n_layers * (7 * c.d_model + split / tensor))
+
+
+def _train(run: Run, program: Program) -> _Work:
+    c, mesh, tokens = run.model, program.mesh, float(run.batch_size * run.row_length)
     document = min(run.document, run.row_length)
     attended = tokens * (document + 1) / 2
     layers, head = _weights(run)
     model = make_task(run).flops({"tokens": tokens, "attended": attended})
     attention = 2.0 * c.n_layers * c.n_heads * c.head_dim * attended  # one product of scores or of values
-    again = {"none": 0.0, "dots": 0.0, "full": 2.0 * layers * tokens}[c.remat]
+    forward_again = c.remat in ("full", "offload")
+    again = 2.0 * layers * tokens if forward_again else 0.0
     scores = 3.0 + (0.0 if c.remat == "none" else 2.0)  # the backward kernels make scores twice and dP twice
-    executed = model + again + 2.0 * head * tokens + scores * attention
+    executed = model + again + 2.0 * head * tokens + scores * attention + _orthogonal(run)
     # Per device from here on.
-    passes = 4 if c.remat == "full" else 3  # forward, perhaps again, and two products of backward
+    passes = 4 if forward_again else 3  # forward, perhaps again, and two products of backward
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
     tensor = mesh.shape["tensor"]
-    per_token = c.n_layers * (
-        7 * c.d_model + (2 * (c.n_heads * 2 + 2 * c.n_kv_heads) * c.head_dim + 4 * c.d_mlp) / tensor
-    )
-    shards = mesh.shape["fsdp"] * tensor
-    microbatches = run.accumulation
-    weights = passes * 4.0 * (layers + head) / tensor * microbatches  # bfloat16, written by the gather and read
-    state = 32.0 * (layers + 2 * head) / shards  # parameters and two moments in and out, gradients out and in
-    return model, executed, weights + 2.0 * passes * per_token * tokens / ways + state, tokens
+    width = jnp.dtype(c.dtype).itemsize  # of the weights that travel: written by the gather, and read
+    weights = 2.0 * width * passes * (layers + head) / tensor * run.accumulation
+    held = program.local_bytes()
+    state = 4.0 * held["parameters"] + 2.0 * held["optimizer"]  # in and out; gradients, as large, out and in
+    return _Work(model, executed, weights + passes * _operands(run, tensor) * tokens / ways + state, tokens)
 
 
-def _prefill(run: Run, mesh: Mesh) -> tuple[float, float, float, float]:
-    prompt = run.max_length // 2
-    tokens = float(run.requests * prompt)
+def _orthogonal(run: Run) -> float:
+    """FLOPs of Muon's Newton-Schulz iterations over the layers' matrices, [m, n], m <= n: 4 m m n + 2 m m m each."""
+    if run.optimizer.optimizer != "muon":
+        return 0.0
     c = run.model
-    layers, head = _weights(run)
-    flops = 2 * layers * tokens + 2 * head * run.requests
-    flops += 4.0 * c.n_layers * c.n_heads * c.head_dim * tokens * (prompt + 1) / 2
-    return flops, flops, _stored(run, mesh), tokens
+    heads, kv_heads = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    sides = [heads] * 2 + [kv_heads] * 2 + [c.d_mlp] * 3  # of query, output, key, value; gate, up, down; other: D
+    matrices = [sorted((side, c.d_model)) for side in sides]
+    return float(_NEWTON_SCHULZ * c.n_layers * sum(4 * m * m * n + 2 * m * m * m for m, n in matrices))
 
 
-def _decode(run: Run, mesh: Mesh) -> tuple[float, float, float, float]:
+def _prefill(run: Run, program: Program) -> _Work:
+    """Of one batch of prompts of half the cache. No logits are made."""
+    c, mesh = run.model, program.mesh
+    rows, prompt = program.arguments["requests"][0].shape
+    tokens = float(rows * prompt)
+    layers, _ = _weights(run)
+    flops = 2 * layers * tokens + 4.0 * c.n_layers * c.n_heads * c.head_dim * tokens * (prompt + 1) / 2
+    operands = _operands(run, mesh.shape["tensor"]) * tokens / (mesh.shape["data"] * mesh.shape["fsdp"])
+    return _Work(flops, flops, _read(program) + operands, tokens)
+
+
+def _decode(run: Run, program: Program) -> _Work:
     """Of one token for every row: all weights and the whole cache are read."""
     c, rows = run.model, float(run.requests * run.contexts)
     layers, head = _weights(run)
     flops = 2 * (layers + head) * rows + 4.0 * c.n_layers * c.n_heads * c.head_dim * rows * run.max_length
-    cache = 2.0 * c.n_layers * c.n_kv_heads * c.head_dim * run.max_length * rows * 2
-    held = mesh.shape["data"] * mesh.shape["fsdp"] * math.gcd(mesh.shape["tensor"], c.n_kv_heads)
-    return flops, flops, _stored(run, mesh) + cache / held, float(run.requests)
+    return _Work(flops, flops, _read(program) + program.local_bytes()["cache"], float(run.requests))
 
 
-def _stored(run: Run, mesh: Mesh) -> float:
-    """Weights read on a device, in the float32 they are kept in; gathered over fsdp they are read whole."""
-    layers, head = _weights(run)
-    return 4.0 * (layers + head) / mesh.shape["tensor"]
+def _read(program: Program) -> float:
+    """Weights that a device reads, as the sampler keeps them; the embedding is only looked up."""
+    weights = program.arguments["parameters"]
+    layers = weights.layers if program.name == "decode" else weights
+    return float(program.local_bytes()["parameters"] - local_bytes(layers["embedding"]))

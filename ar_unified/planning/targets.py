@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental.topologies import get_topology_desc
 from jax.sharding import Mesh
 
@@ -86,6 +87,14 @@ class Target:
             )
         except jax.errors.JaxRuntimeError as error:
             raise TargetError(f"target {self.name}: libtpu knows no such slice: {error}") from error
+
+    def process(self) -> Target:
+        """What one process of a job has of it: the devices of one host."""
+        if not self.is_tpu:
+            return Target(self.hardware, (min(self.chips, self.hardware.host),))
+        devices = self.devices()
+        mine = np.array([d.coords for d in devices if d.process_index == devices[0].process_index])  # type: ignore[attr-defined]
+        return Target(self.hardware, tuple(int(n) for n in np.ptp(mine, axis=0)[: self.hardware.torus] + 1))
 
     def mesh(self, shape: Mapping[str, int]) -> Mesh:
         """The mesh of a config on these devices, slices as the outer part of `data`.

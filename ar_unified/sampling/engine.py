@@ -37,7 +37,7 @@ from ar_unified.sampling.steps import CHUNK, Prefix, Shape, State
 KV_DTYPES = (None, "int8", "float8_e4m3fn", "bfloat16", "float32")
 _SMALLEST = 16  # tokens of the smallest bucket of prompts
 _PREFILL = 16  # prompts read at once, at most
-_KEPT = 4  # batches of prompts that are kept for samples to come
+KEPT = 4  # batches of prompts that are kept for samples to come
 _AHEAD = 4  # requests planned ahead, times the slots
 _SHORT = 16  # steps of a chunk while samples wait for a slot that nobody knows the end of
 _SHORTEST = 8  # and of any other chunk that is cut short
@@ -123,7 +123,7 @@ class Engine:
             raise ValueError(f"batch_size: expected a multiple of the mesh's {ways} data devices, found {batch_size}")
         self.config, self.params, self.grammar = config, params, grammar
         self.batch_size, self.max_length, self.kv_dtype, self.mesh = batch_size, max_length, kv_dtype, mesh
-        self._prefill_rows = -(-min(2 * batch_size, _PREFILL) // ways) * ways
+        self._prefill_rows = prefill_rows(batch_size, ways)
         self._programs = programs(config, grammar, mesh)
         self._prepared: tuple[Any, Any] = (None, None)
         self._slot_steps = np.zeros(2, np.int64)  # at work, and all
@@ -338,7 +338,7 @@ class _Prompts:
         for name, batch in kept.items():
             self._batches[name] = batch
             self._batches.move_to_end(name)
-        while len(self._batches) > _KEPT:
+        while len(self._batches) > KEPT:
             self._batches.popitem(last=False)
         found, left = [], dict.fromkeys(wanted)
         for prefix, rows in kept.values():
@@ -355,6 +355,11 @@ class _Prompts:
             tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
         prefix = engine.call(engine._programs.prefill, engine.weights, tokens, lengths)
         return prefix, {prompt.tobytes(): i for i, prompt in enumerate(prompts)}
+
+
+def prefill_rows(batch_size: int, ways: int) -> int:
+    """Prompts read at once by an engine of `batch_size` whose mesh splits rows over `ways` devices."""
+    return -(-min(2 * batch_size, _PREFILL) // ways) * ways
 
 
 def _chunk(slots: Sequence[_Job | None], waiting: bool) -> int:

@@ -272,6 +272,11 @@ class _Preparation:
     def _open(self, line: Line) -> tuple[Line, list[np.ndarray], np.ndarray | None]:
         """The pictures of a line, the canvas last, and which of the canvas's codes are to be drawn, bool [h, w]."""
         try:
+            if not self._engine.grammar.vocabulary.codebook_size:
+                if line.canvas or any(isinstance(part, Picture) for part in line.content):
+                    raise RequestError(
+                        "content: expected texts, as this model was trained on text alone; found a picture"
+                    )
             pictures = [self._resize(part.load()) for part in line.content if isinstance(part, Picture)]
             if line.canvas is None:
                 return line, pictures, None

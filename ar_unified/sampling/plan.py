@@ -192,6 +192,13 @@ def _base(grammar: Grammar, request: Request, context: str, own: np.ndarray) -> 
 
 def _check(grammar: Grammar, request: Request, size: Any, opened: bool) -> None:
     v = grammar.vocabulary
+    if not v.codebook_size:
+        if request.mode in ("image", "interleaved") or request.images[0] or request.canvas is not None:
+            raise RequestError(
+                f'mode: expected "text" or "free", as this model was trained on text alone, found {request.mode!r} '
+                "with a picture asked for"
+            )
+        return
     if size is not None:
         grammar.check_size(*size)
     canvas = request.canvas

@@ -1,8 +1,9 @@
 """Tables of prompts -> rows: CSV, TSV and Parquet files with a column named prompt, caption or text.
 
 The first line of a CSV or TSV file names the columns. A TSV cell is what stands between two tabs (PartiPrompts.tsv has
-prompts with a quotation mark in them); one that is quoted whole, its inner marks doubled, is taken out of its quotes.
-Columns named as settings are settings, an empty cell says nothing, and all others travel in `meta`.
+prompts with a quotation mark in them); one that is quoted whole, its inner marks doubled, is taken out of its quotes,
+and where cells go over lines the file is read as CSV is. Columns named as settings are settings, an empty cell says
+nothing, and all others travel in `meta`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date, datetime, time
 from decimal import Decimal
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +39,11 @@ def delimited(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Read]]:
     first = next(lines, "")
     tabs = path.suffix.lower() != ".csv" or ("\t" in first and "," not in first)
     delimiter = "\t" if tabs else ";" if ";" in first and "," not in first else ","  # spreadsheets of some countries
-    records = _tabs([first]) if tabs else csv.reader([first], delimiter=delimiter)
+    records = _tabs([first, *lines]) if tabs else csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
     try:
-        names = _names(path, next(iter(records), []))
-        rest = _tabs(lines) if tabs else csv.reader(lines, delimiter=delimiter, strict=True)
+        names = _names(path, next(records, []))
         number = 0
-        for cells in rest:
+        for cells in records:
             if any(cell.strip() for cell in cells):
                 number += 1
                 yield number, partial(_row, names, cells)
@@ -79,7 +80,16 @@ def header(line: str) -> bool:
     return len(set(names)) == len(names) and any(name in PROMPTS and name != "text" for name in names)
 
 
-def _tabs(lines: Iterable[str]) -> Iterator[list[str]]:
+def _tabs(lines: Sequence[str]) -> Iterator[list[str]]:
+    width = lines[0].count("\t") + 1
+    if any(line.strip() and line.count("\t") + 1 != width for line in lines):
+        try:
+            records = list(csv.reader(lines, delimiter="\t", strict=True))
+        except csv.Error:
+            records = [[]]
+        if all(len(cells) in (0, width) for cells in records[1:]) and len(records) > 1:
+            yield from records
+            return
     for line in lines:
         cells = line.rstrip("\r\n").split("\t")
         yield [cell[1:-1].replace('""', '"') if _QUOTED.fullmatch(cell) else cell for cell in cells]

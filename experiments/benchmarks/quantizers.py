@@ -2,11 +2,11 @@
 
     python experiments/benchmarks/quantizers.py --path DIR --workdir DIR2 --output FILE.json [--only NAME ...]
 
-DIR holds clothing and noto-emoji with their captions.jsonl; one picture in twenty of each is held out and scored, 135
-at 128 x 128 pixels. Each quantiser trains the network of experiments/photos.py on the same crops from the same seed,
-for STEPS steps of 16, on the pixels' squared error alone, with the settings its name has by default; then a transformer
-of 1M parameters learns the ids of 1,200 training pictures for PROBE steps, and its bits per id are of the held-out
-ones.
+DIR (datasets) holds clothing and noto-emoji with their captions.jsonl, as ../data/make_photos.py and make_emoji.py make
+them; one picture in twenty of each is held out and scored, 135 at 128 x 128 pixels. Each quantiser trains the network
+of experiments/photos.py on the same crops from the same seed, for STEPS steps of 16, on the pixels' squared error
+alone, with the settings its name has by default; then a transformer of 1M parameters learns the ids of 1,200 training
+pictures for PROBE steps, and its bits per id are of the held-out ones.
 
 26 Nov 2026, seed 0, jax 0.10.2, one core of a Xeon (Sapphire Rapids) for each; raw numbers in results/quantizers.json.
 Codes used by the held-out pictures; bits of an id and of a picture under the transformer; ids that survive encoding the
@@ -66,7 +66,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    args = parse_arg(arg, path="../shared/data", name="fsq")
+    args = parse_arg(arg, path="datasets", name="fsq")
     config = defaults()
     config.name = f"bake-off: {args['name']}"
 
@@ -112,7 +112,7 @@ def measured(name: str, path: str, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--path", default="../shared/data")
+    parser.add_argument("--path", default="datasets")
     parser.add_argument("--workdir", type=Path, default=Path("workdirs/bake_off"))
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))

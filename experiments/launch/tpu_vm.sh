@@ -5,7 +5,7 @@
 #   experiments/launch/tpu_vm.sh emoji v5p-32 v2-alpha-tpuv5 run --config experiments/emoji.py --workdir /shared/runs/emoji
 #
 # Started again, it uses the slice that is there, or asks for another, and continues from the last checkpoint.
-# SPOT=1 asks for preemptible chips. End: gcloud compute tpus queued-resources delete NAME --force.
+# TPU images bring Python 3.10, which is too old: uv, from pip, fetches one of its own. SPOT=1 asks for preemptible chips. End: gcloud compute tpus queued-resources delete NAME --force.
 set -euo pipefail
 
 if [[ $# -lt 4 ]]; then
@@ -32,7 +32,7 @@ until [[ "$(state)" == ACTIVE ]]; do
   sleep 30
 done
 
-# On every host: the shared folder, the code, the packages, and the verb. TPU metadata tells JAX who is who.
+# On every host: the shared folder, the code, a Python, the packages, and the verb. TPU metadata tells JAX who is who.
 printf -v verb '%q ' "$@"
 gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all --command "
   set -e
@@ -40,6 +40,9 @@ gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all --command "
   sudo mkdir -p /shared && { mountpoint -q /shared || sudo mount $NFS /shared; }
   [ -d ar_unified ] || git clone --quiet $REPOSITORY ar_unified
   cd ar_unified && git pull --quiet
-  [ -d .venv ] || python3 -m venv .venv
-  .venv/bin/pip install --quiet '.[tpu]'
+  if ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
+    python3 -m uv venv --quiet --clear --seed --python 3.12 .venv
+  fi
+  .venv/bin/python -m pip install --quiet --constraint requirements/py312.txt '.[tpu]'
   .venv/bin/ar-unified $verb"

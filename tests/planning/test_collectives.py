@@ -123,3 +123,17 @@ def test_a_compiled_scan_over_sharded_weights():
     gathers = [each for each in collectives(hlo, 8) if each.kind == "all-gather"]
     assert [(each.bytes, each.times) for each in gathers] == [(64 * 64 * 4, 5)]
     assert np.array_equal(np.sort(gathers[0].groups, 1), [[0, 1, 2, 3], [4, 5, 6, 7]])
+
+
+def test_collectives_of_shard_map_share_a_channel_and_count_each():
+    two = """ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %gathered = f32[32]{0} all-gather(%x), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+  %again = f32[32]{0} all-gather(%x), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %scattered = f32[8]{0} reduce-scatter(%gathered), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+"""
+    found = collectives(two, 4)
+    assert [(each.kind, each.bytes) for each in found] == [
+        ("all-gather", 128), ("all-gather", 128), ("reduce-scatter", 128),
+    ]  # fmt: skip

@@ -78,6 +78,11 @@ def test_slips_are_found_wherever_a_letter_went_wrong():
         assert own_columns({word: 1, "prompt": "a"}) == {word: 1}, word
 
 
+def test_beside_the_right_key_a_similar_one_is_no_slip_of_it():
+    row = {"prompt": "a", "prompts": ["a", "b"], "Prompt": "A"}
+    assert own_columns(row) == {"prompts": ["a", "b"], "Prompt": "A"}
+
+
 def test_slips_inside_a_setting_are_errors_too(tmp_path):
     rows = [{"text": {"temprature": 1}}, {"image": {"topk": 3}}, {"canvas": {"image": "a.png", "msk": "b.png"}}]
     path = tmp_path / "a.jsonl"
@@ -121,6 +126,12 @@ def test_settings_of_a_table_and_what_other_systems_called_so(tmp_path):
     path.write_text("prompt,seed\na cat,soon\na dog,1,2\na bird,3\n")
     assert [bool(line.error) for line in read(path)] == [True, True, False]
 
+    path = tmp_path / "a.tsv"  # cells over two lines, as pandas writes them; and a line that has lost its end
+    path.write_text('prompt\tseed\n"a\ncat"\t1\n"a ""big"" dog"\t2\n')
+    assert [(line.content[0].text, line.request.seed) for line in read(path)] == [("a\ncat", 1), ('a "big" dog', 2)]
+    path.write_text('prompt\tseed\n"a" cat\t1\na dog\n')
+    assert prompts(read(path)) == ['"a" cat', "a dog"]
+
     table = pa.table({"prompt": ["a", "b"], "seed": [2**31, 5], "image": [b"1", b"2"], "nsfw": [0.5, float("nan")]})
     pq.write_table(table, tmp_path / "b.parquet")
     warnings = []
@@ -136,6 +147,8 @@ def test_settings_of_a_table_and_what_other_systems_called_so(tmp_path):
         ("a.csv", b"a cat\na dog\n", "A file with a prompt on each line ends in .txt"),
         ("a.csv", b"prompt,prompt\na,b\n", "found 'prompt' twice"),
         ("a.csv", b'prompt\n"a\n', "expected a CSV file"),
+        ("a.csv", "prompt\na\nHünd\n".encode("cp1252"), "a.csv, line 3: expected"),
+        ("a.tsv", "prompt\tcategory\n".encode("utf-16"), "a.tsv: expected"),
         ("a.parquet", b"PAR1 broken", "expected a Parquet file"),
         ("a.txt.gz", b"\x1f\x8b", "unpack it first"),
         ("a.txt", b"\n\n", "expected at least one request, found none"),

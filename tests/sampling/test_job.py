@@ -203,6 +203,17 @@ def test_a_finished_job_does_nothing(engine, tmp_path):
     assert (report.samples, report.errors, report.found) == (0, 0, 2) and tree(tmp_path / "out") == before
 
 
+def test_a_job_goes_on_with_another_batch_size_and_no_other_length(engine, tmp_path, params):
+    requests = write_requests(tmp_path / "in", GOOD[1:3])
+    run(engine, requests, tmp_path / "out")
+    smaller, shorter = (
+        Engine(CONFIG, params, GRAMMARS["grid"], batch_size=2, max_length=length) for length in (64, 48)
+    )
+    assert run(smaller, requests, tmp_path / "out").found == 2
+    with pytest.raises(JobMismatch, match="engine.max_length = 64, this one has 48"):
+        run(shorter, requests, tmp_path / "out")
+
+
 def test_another_job_is_refused(engine, tmp_path):
     requests = write_requests(tmp_path / "in", GOOD[1:2])
     run(engine, requests, tmp_path / "out")

@@ -99,6 +99,21 @@ def test_mjhq_and_folder(job, tmp_path):
     assert len(rows) + 1 == len(os.listdir(tmp_path / "folder"))
 
 
+def test_files_are_named_by_the_name_that_an_id_has(tmp_path):
+    """An id with a slash in it: its folder's name names the files, and the facts keep the id."""
+    picture = {"type": "image", "image": "images/a-b-12/00_00.png", "height": 8, "width": 8}
+    row = {"id": "a/b", "name": "a-b-12", "sample": 0, "n": 1, "line": 1, "seed": 0, "meta": {"category": "art"}}
+    row |= {"prompt": [{"type": "text", "text": "a"}], "segments": [picture]}
+    (tmp_path / "job/images/a-b-12").mkdir(parents=True)
+    (tmp_path / "job" / picture["image"]).write_bytes(to_png(np.zeros((8, 8, 3), np.uint8)))
+    (tmp_path / "job/samples.jsonl").write_text(json.dumps(row) + "\n")
+    for layout in ("dpg", "mjhq", "folder"):
+        assert export(tmp_path / "job", layout, tmp_path / layout).pictures == 1
+    assert (tmp_path / "dpg/a-b-12.png").exists() and (tmp_path / "mjhq/art/a-b-12.png").exists()
+    (facts,) = [json.loads(line) for line in open(tmp_path / "folder/metadata.jsonl")]
+    assert (facts["file_name"], facts["id"]) == ("a-b-12_00_00.png", "a/b")
+
+
 def test_requests_that_say_too_little_are_named(job, tmp_path):
     for path in job.glob("samples*.jsonl"):
         path.write_text(path.read_text().replace('"include"', '"exclude"'))

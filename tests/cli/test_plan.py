@@ -1,0 +1,87 @@
+"""`plan` as a person calls it: any workdir or none, and one sentence for what cannot be planned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+from ar_tokenizers.image.autoencoder import init
+from ar_tokenizers.image.config import AutoencoderConfig
+from ar_tokenizers.image.tokenizer import ImageTokenizer
+from ar_tokenizers.text import TextTokenizer
+
+from ar_unified.cli.main import main
+from ar_unified.cli.plan import run_of
+from tests.planning.test_choices import small
+
+CONFIG = """
+from tests.planning.test_choices import small
+
+def get_config(arg=None):
+    return small(**{"mesh.tensor": 1, "mesh.data": -1, "training.warmup_steps": 10})
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    (tmp_path / "config.py").write_text(CONFIG)
+    return tmp_path / "config.py"
+
+
+def test_the_tokenizers_of_a_workdir_size_the_vocabulary_and_nothing_is_written(tmp_path):
+    config = small(**{"image_tokenizer.codes": 4096, "image_tokenizer.quantizer": "vq"})
+    absent = tmp_path / "none yet"
+    assert run_of(config, absent) == run_of(config) and not absent.exists()
+    assert (run_of(config).vocabulary.text_size, run_of(config).vocabulary.codebook_size) == (512, 4096)
+
+    sentences = [f"A {colour} star in the top {side}." for colour in ("red", "blue") for side in ("left", "right")]
+    (tmp_path / "text_tokenizer").mkdir()
+    TextTokenizer.train(sentences, 300).save(tmp_path / "text_tokenizer" / "text.model")
+    trained = run_of(config, tmp_path).vocabulary
+    assert 256 < trained.text_size <= 300 and trained.codebook_size == 4096
+    image = AutoencoderConfig(width=8, blocks=(0, 0, 1), levels=(8, 8))
+    ImageTokenizer(image, init(image, jax.random.key(0))).save(tmp_path / "image_tokenizer")
+    trained = run_of(config, tmp_path)
+    assert trained.vocabulary.codebook_size == 64 and trained.model.vocab_size == trained.vocabulary.size == 384
+
+
+def test_the_verb_takes_a_workdir(config, tmp_path, capsys):
+    argv = ["plan", "--config", str(config), "--target", "h200:8", "--output", str(tmp_path / "out")]
+    assert main([*argv, "--workdir", str(tmp_path / "run"), "--config.model.remat=offload"]) == 0
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert plan["model"]["remat"] == "offload" and plan["fits"] and not (tmp_path / "run").exists()
+    assert "8 CPU devices stand in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--target", "v9:2x2"], "target 'v9:2x2': expected one of v6e,"),
+        (["--target", "v5e:2x2x2"], "expected 2 sizes of at least 1"),
+        (["--target", "h200:"], "expected 1 sizes of at least 1"),
+        (["--target", "h200:4096"], "JAX_NUM_CPU_DEVICES=4096"),
+        (["--config.data.layout=Rows"], "data.layout: expected one of grid, rows; found 'Rows'"),
+        (["--config.sampling.kv_dtype=int4"], "sampling.kv_dtype: expected one of None, int8,"),
+        (["--config.model.remat=some"], "model.remat: expected one of none, dots, full, offload; found 'some'"),
+        (["--config.model.attention=tpu"], "expected auto, xla, reference or hopper for h200:8"),
+        (["--config.mesh.fsdp=3"], "multiply to 3"),
+        (["--config.training.batch_size=6"], "axis 'batch' has size 6"),
+        (["--config.training.accumulation=3"], "does not split into 3 microbatches"),
+        (["--config.training.optimizer=sgd"], "optimizer 'sgd': there are 'adamw' and 'muon'"),
+        (["--config.training.schedule=linear"], "schedule 'linear'"),
+        (["--config.training.warmup_steps=5000"], "do not fit into 1000 steps"),
+        (["--config.image_tokenizer.quantizer=abc"], "quantizer"),
+        (["--config.data.image_size=(60,60)"], "60 x 60 pixels does not divide"),
+        (["--job", "sample", "--config.sampling.batch_size=6"], "axis 'batch' has size 6"),
+        (["--job", "sample", "--config.sampling.max_length=1"], "max_length >= 2"),
+        (["--config.text_tokenizer.model=/nowhere.model"], "text_tokenizer.model"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_sentence(words, said, config, capsys):
+    argv = ["plan", "--config", str(config), "--workdir", "/nowhere", *words]
+    status = main(argv if "--target" in words else [*argv, "--target", "h200:8"])
+    error = capsys.readouterr().err
+    assert status == 2 and error.startswith("ar-unified plan: ") and said in error, error
+    assert "Traceback" not in error and len(error.strip().splitlines()) == 1

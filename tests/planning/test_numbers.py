@@ -1,0 +1,255 @@
+"""The numbers of a plan, against sums done by hand: FLOPs, bytes of memory and of the network, seconds, tokens.
+
+Rates are written out from the data sheet of TPU v5e: 197 TFLOP/s, 819 GB/s of memory, 4 links of 50 GB/s one way, DCN
+3.125 GB/s a chip.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ar_unified.grammar import Grammar, fixed_grid
+from ar_unified.model import transformer
+from ar_unified.model.config import TransformerConfig
+from ar_unified.parallel.hardware import HARDWARE
+from ar_unified.parallel.mesh import decoding_axes, make_mesh
+from ar_unified.planning.collectives import Collective, collectives
+from ar_unified.planning.memory import PARTS, memory
+from ar_unified.planning.programs import Compiled, Run, local_bytes, programs
+from ar_unified.planning.report import text
+from ar_unified.planning.roofline import roofline, traffic
+from ar_unified.planning.targets import parse_target
+from ar_unified.sampling.engine import Engine
+from ar_unified.training.optimizer import OptimizerConfig
+from ar_unified.vocabulary import Vocabulary
+from tests.kernels.topologies import needs_libtpu
+
+FLOPS, BANDWIDTH, LINK, DCN = 197e12, 819e9, 50e9, 3.125e9
+V5E = next(each for each in HARDWARE if each.name == "v5e")
+# Two layers: query, key, value, output 64 x 16 x (4 + 2 + 2 + 4) = 12,288; gate, up, down 3 x 64 x 128 = 24,576.
+LAYERS, HEAD = 2 * (12_288 + 24_576), 256 * 64
+NORMS = 2 * 2 * 64 + 64
+VOCABULARY = Vocabulary(100, 100)  # and 7 controls, rounded up: 256
+MODEL = TransformerConfig(
+    vocab_size=256, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, d_mlp=128, dtype="bfloat16"
+)
+# 8 rows of 32 tokens; 4 requests, 8 rows with guidance, over 64 slots.
+RUN = Run(
+    MODEL, VOCABULARY, fixed_grid(4, 4), dict(fsdp=4), 8, 32, document=32, requests=4, max_length=64, contexts=2
+)  # fmt: skip
+TOKENS, PAIRS = 256, 256 * 33 / 2  # a token sees half of its document, itself included
+
+
+def planned(run: Run, name: str, devices: int = 4):
+    """One program on CPU devices that stand for v5e, and its estimate without any traffic between them."""
+    job = "train" if name == "train" else "sample"
+    mesh = make_mesh(run.mesh if job == "train" else decoding_axes(run.mesh), jax.devices()[:devices])
+    (program,) = [each for each in programs(run, mesh, job) if each.name == name]
+    return program, roofline(program, run, V5E, [])
+
+
+# ---- products ------------------------------------------------------------------------------------------------------
+
+
+def test_products_of_a_training_step():
+    _, estimate = planned(RUN, "train")
+    # Forward 1 and backward 2 products with each weight, 2 FLOPs each; of each pair scores and values, as often.
+    attention = 2 * 2 * 4 * 16 * PAIRS  # 2 layers, 4 heads of 16: one product
+    model = 6 * (LAYERS + HEAD) * TOKENS + 6 * attention
+    assert estimate.model_flops == model == 144_900_096
+    # The loss makes its logits twice; the backward kernels scores and dP, one of them for dQ and for dK, dV again.
+    assert estimate.executed == model + 2 * HEAD * TOKENS + 3 * attention == 156_532_736
+    assert estimate.seconds["products"] == pytest.approx(156_532_736 / (4 * FLOPS), rel=1e-9)
+    assert estimate.tokens == TOKENS
+
+
+@pytest.mark.parametrize("remat", ["full", "offload"])
+def test_layers_that_are_computed_again_cost_a_forward_pass(remat):
+    _, without = planned(RUN, "train")
+    _, estimate = planned(replace(RUN, model=replace(MODEL, remat=remat)), "train")
+    again = 2 * LAYERS * TOKENS + 2 * (2 * 2 * 4 * 16 * PAIRS)
+    assert estimate.model_flops == without.model_flops
+    assert estimate.executed - without.executed == again
+
+
+def test_muon_runs_five_iterations_over_the_matrices():
+    _, adamw = planned(RUN, "train")
+    _, muon = planned(replace(RUN, optimizer=OptimizerConfig(optimizer="muon")), "train")
+    # query and output 64 x 64, key and value 64 x 32, gate, up and down 64 x 128: X X^T, its square, their sum with X.
+    one = 2 * (6 * 64**3) + 2 * (4 * 32 * 32 * 64 + 2 * 32**3) + 3 * (4 * 64 * 64 * 128 + 2 * 64**3)
+    assert muon.executed - adamw.executed == 5 * 2 * one
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_xla_counts_the_same_products(optimizer):
+    """An independent count: of XLA, of the step itself. Wide layers, so that products are nearly all there is."""
+    wide = replace(MODEL, d_model=256, n_heads=8, n_kv_heads=8, head_dim=32, d_mlp=1024)
+    run = replace(RUN, model=wide, mesh={}, loss_chunk=512, optimizer=OptimizerConfig(optimizer=optimizer))
+    program, estimate = planned(run, "train", devices=1)
+    counted = program.lower().cost_analysis()["flops"]
+    assert estimate.executed == pytest.approx(counted, rel=0.1)
+
+
+def test_products_of_prefill_and_decode():
+    _, prefill = planned(RUN, "prefill")
+    assert prefill.tokens == 8 * 32  # the engine reads twice its 4 slots at once, here prompts of 32
+    assert prefill.executed == 2 * LAYERS * 256 + 2 * 2 * 2 * 4 * 16 * (256 * 33 / 2)
+    _, decode = planned(RUN, "decode")
+    assert decode.tokens == 4
+    assert decode.executed == 2 * (LAYERS + HEAD) * 8 + 2 * 2 * 2 * 4 * 16 * 8 * 64 == 1_703_936
+    assert decode.seconds["products"] == pytest.approx(1_703_936 / (4 * FLOPS), rel=1e-9)
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+def test_memory_traffic_of_a_training_step():
+    _, estimate = planned(RUN, "train")
+    gathered = 3 * 2 * 2 * (LAYERS + HEAD)  # three passes write and read every weight in bfloat16
+    # A token's operands of a layer: 7 x 64 in and out of projections and MLP, heads, 4 x 128; in three passes.
+    operands = 3 * 2 * 2 * (7 * 64 + 2 * (2 * 4 + 2 * 2) * 16 + 4 * 128) * TOKENS / 4
+    # A quarter of all parameters in float32: in and out with two moments, and gradients once each way.
+    state = 32 * (LAYERS + 2 * HEAD + NORMS) / 4
+    assert estimate.seconds["memory"] == pytest.approx((gathered + operands + state) / BANDWIDTH, rel=1e-4)
+    _, twice = planned(replace(RUN, accumulation=2), "train")
+    assert (twice.seconds["memory"] - estimate.seconds["memory"]) * BANDWIDTH == pytest.approx(gathered, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "dtype, kv_dtype, vector",
+    [("bfloat16", None, 32), ("bfloat16", "int8", 16 + 4), ("float32", None, 64), ("float32", "bfloat16", 32)],
+)
+def test_decoding_reads_the_weights_and_the_cache_as_the_sampler_keeps_them(dtype, kv_dtype, vector):
+    """On data 2 x tensor 2. vector: bytes of a key or value of 16 numbers; int8 has a float32 scale for each."""
+    run = replace(RUN, model=replace(MODEL, dtype=dtype), mesh=dict(data=2, tensor=2), kv_dtype=kv_dtype)
+    program, estimate = planned(run, "decode")
+    width = 2 if dtype == "bfloat16" else 4
+    # Half of the matrices, norms whole in float32; of the head 128 rows of text and controls, and 100 of codes.
+    weights = width * (LAYERS + (128 + 100) * 64) / 2 + 4 * NORMS
+    cache = 2 * 2 * 2 * 64 * vector * 8 / 4  # keys and values, 2 layers, 2 heads, 64 slots, 8 rows on 4 devices
+    assert estimate.seconds["memory"] == pytest.approx((weights + cache) / BANDWIDTH, rel=1e-9)
+    assert program.local_bytes()["cache"] == cache
+
+
+def test_the_parts_of_memory_have_what_the_engine_keeps():
+    program, _ = planned(replace(RUN, mesh=dict(tensor=2)), "decode")
+    checkpoint = 4 * (LAYERS + 2 * HEAD) / 2 + 4 * NORMS  # float32, heads and vocabulary in two
+    prefix = 8 * 32 * (4 + 2 * 2 * 2 * 16 * 2 / 2) / 2 + 8 * 64 * 2 / 2  # tokens and cache; last hidden states; 2 ways
+    where = memory(program, Compiled("", 1 << 20, 0, 0, 5, 7, 0, 0.0), RUN, 1e9)
+    assert where.parts["held"] == checkpoint + 4 * prefix
+    assert where.peak == (1 << 20) + 5 + 7 + where.parts["held"] == sum(where.parts.values())
+    assert set(where.parts) < set(PARTS)
+
+
+def test_the_engine_holds_what_the_plan_says():
+    """The arrays themselves, of a model in bfloat16: the checkpoint's, and those made of them."""
+    run = replace(RUN, mesh={}, requests=2, max_length=64)
+    (program,) = [each for each in programs(run, make_mesh({}, jax.devices()[:1]), "sample") if each.name == "decode"]
+    grammar = Grammar(VOCABULARY, run.layout, None)  # nothing here is text
+    engine = Engine(MODEL, transformer.init(MODEL, jax.random.key(0)), grammar, batch_size=2, max_length=64)
+
+    def size(tree: Any) -> int:
+        return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+    checkpoint, prefixes = program.held
+    assert size(engine.params) == local_bytes(checkpoint)
+    assert size(engine.weights) == local_bytes(program.arguments["parameters"]) < size(engine.params)
+    tokens, lengths = np.zeros((engine._prefill_rows, 32), np.int32), np.ones(engine._prefill_rows, np.int32)
+    assert size(engine.call(engine._programs.prefill, engine.weights, tokens, lengths)) == local_bytes(prefixes[0])
+
+
+# ---- the network ---------------------------------------------------------------------------------------------------
+
+
+@needs_libtpu
+def test_a_matrix_that_is_gathered_and_scattered_on_a_real_slice():
+    """x [64, 512] w [512, 256] on v5e:2x2, w in four: libtpu's own module, read, and turned into seconds."""
+    mesh = parse_target("v5e:2x2").mesh(dict(fsdp=4))
+
+    def step(x, w):
+        whole = jax.lax.all_gather(w, "fsdp", axis=0, tiled=True)  # bfloat16 [512, 256]
+        y = jnp.tanh(jnp.dot(x, whole, preferred_element_type=jnp.float32))
+        grad = jnp.dot(x.T.astype(jnp.float32), y)  # float32 [512, 256], of this device's rows
+        return jax.lax.psum_scatter(grad, "fsdp", scatter_dimension=0, tiled=True)
+
+    split = P("fsdp")
+    args = [
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, split))
+        for shape in ((64, 512), (512, 256))
+    ]
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=split, out_specs=split)
+    compiled = jax.jit(mapped).trace(*args).lower(lowering_platforms=("tpu",)).compile()
+    # Each device: 16 x 512 x 256, twice.
+    assert compiled.cost_analysis()["flops"] == pytest.approx(2 * 2 * 16 * 512 * 256, rel=0.1)
+    found = {each.kind: each for each in collectives(compiled.as_text(), 4)}
+    assert {kind: each.bytes for kind, each in found.items()} == {
+        "all-gather": 512 * 256 * 2, "reduce-scatter": 512 * 256 * 4,
+    }  # fmt: skip
+    # 3/4 of the array by two links: a group that spans both axes of 2 x 2, which close no rings.
+    for each in found.values():
+        moved = traffic(each, mesh, V5E)
+        assert moved.ici == each.sent == each.bytes * 3 / 4 and moved.dcn == 0
+        assert moved.seconds_ici == pytest.approx(each.bytes * 3 / 4 / (2 * LINK), rel=1e-9)
+    program = programs(RUN, mesh, "train")[0]
+    estimate = roofline(program, RUN, V5E, list(found.values()))
+    assert estimate.seconds["ICI"] == pytest.approx(512 * 256 * 6 * 3 / 4 / (2 * LINK), rel=1e-9)
+    assert estimate.sent == {"ICI": 512 * 256 * 6 * 3 / 4, "DCN": 0}
+
+
+@needs_libtpu
+def test_links_of_a_group_and_traffic_between_slices():
+    wide = parse_target("v5e:16x16").mesh(dict(data=16, fsdp=16))
+    every = np.arange(256).reshape(1, -1)
+    gather = Collective("all-gather", 1000, every, 2, True, False, "")
+    # Both axes are rings of 16: four links.
+    assert traffic(gather, wide, V5E).seconds_ici == pytest.approx(2000 * 255 / 256 / (4 * LINK), rel=1e-9)
+    two = parse_target("v5e:2x2,slices=2").mesh(dict(data=2, fsdp=4))
+    reduce = Collective("all-reduce", 4096, np.arange(8).reshape(1, -1), 1, True, False, "")
+    moved = traffic(reduce, two, V5E)
+    # Inside a slice 2 x 3/4 of the array; each chip then sends its quarter of the sum across, twice a half.
+    assert (moved.ici, moved.dcn) == (4096 * 2 * 3 / 4, 4096 * 2 / 4 / 2)
+    assert moved.seconds_dcn == pytest.approx(1024 / DCN, rel=1e-9)
+
+
+# ---- seconds a step, and tokens ------------------------------------------------------------------------------------
+
+
+def test_a_step_takes_as_long_as_its_slowest_resource_or_all_of_them():
+    program, alone = planned(RUN, "train")
+    pairs = np.array([[0, 1], [1, 0], [2, 3], [3, 2]])
+    gpu = next(each for each in HARDWARE if each.name == "h200")  # 900 GB/s both ways through a switch
+    estimate = roofline(program, RUN, gpu, [Collective("collective-permute", 10**6, pairs, 3, True, False, "")])
+    seconds = estimate.seconds
+    assert seconds["ICI"] == pytest.approx(3e6 / 450e9, rel=1e-9)
+    assert seconds["products"] == pytest.approx(156_532_736 / (4 * 989e12), rel=1e-9)
+    assert estimate.fastest == seconds["ICI"] == max(seconds.values()) and estimate.bound == "ICI"
+    assert estimate.slowest == pytest.approx(seconds["ICI"] + seconds["memory"] + seconds["products"] / 0.7, rel=1e-9)
+    assert estimate.mfu(1e-3) == pytest.approx(144_900_096 / 1e-3 / (4 * 989e12), rel=1e-9)
+    assert alone.seconds["ICI"] == alone.seconds["DCN"] == 0
+    said = text(_plan_of(program.name, estimate))
+    low, high = (float(n.replace(",", "")) for n in re.search(r"([\d,]+) to ([\d,]+) tokens/s", said).groups())
+    assert high == pytest.approx(256 / (3e6 / 450e9), rel=1e-6) and low < high
+
+
+def _plan_of(name, estimate):
+    """As little of a plan as its text needs."""
+    program = {
+        "name": name, "compile_seconds": 1.0, "host": 0, "collectives": [], "loops_of_unknown_length": 0,
+        "memory": {"parts": {}, "peak": 1.0, "capacity": 2.0}, "sent": estimate.sent, "tokens": estimate.tokens,
+        "flops": {"model": estimate.model_flops, "executed": estimate.executed}, "seconds": estimate.seconds,
+        "fastest": estimate.fastest, "slowest": estimate.slowest, "bound": estimate.bound, "mfu": [0.1, 0.2],
+    }  # fmt: skip
+    return {
+        "job": "train", "target": "h200:4", "chips": 4, "processes": 1, "mesh": {}, "batch": {}, "stand_in": None,
+        "model": {"parameters": 1, "vocabulary": 256, "remat": "none", "dtype": "bfloat16"}, "warnings": [],
+        "programs": [program], "hardware": {"source": ""},
+    }  # fmt: skip
