@@ -67,7 +67,7 @@ def test_a_folder_of_plain_pictures(workdir, folder, tmp_path_factory, capsys):
     assert not (workdir / "tokenizer_evaluation" / "started.json").exists()  # the held-out sets are another matter
     only = [*command("evaluate", folder, workdir), "--only", "tokenizer"]
     refused([*only, "--pictures", str(pictures), "--crop", "40"], "--crop: .*multiples of 16")
-    refused([*only, "--pictures", str(pictures / "nothing")], "--pictures: .*found none")
+    refused([*only, "--pictures", str(pictures / "nothing")], "--pictures: .*nothing: no such file or folder")
 
 
 def test_flags_that_need_another_are_refused(workdir, folder):
