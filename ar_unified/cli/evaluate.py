@@ -41,7 +41,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     )
     experiment = open_experiment(arguments, overrides, stages)
     if arguments.pictures:
-        evaluate_folder(experiment, arguments.pictures, arguments.crop, links=arguments.links)
+        evaluate_folder(experiment, arguments.pictures, arguments.crop, arguments.links)
         return 0
     evaluate_held_out(experiment)
     if not arguments.only:

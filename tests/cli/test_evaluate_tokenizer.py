@@ -53,19 +53,21 @@ def test_only_the_tokenizer_is_scored_and_once(workdir, folder, capsys, monkeypa
 
 def test_a_folder_of_plain_pictures(workdir, folder, tmp_path_factory, capsys):
     pictures = tmp_path_factory.mktemp("pictures")
-    for i in range(3):
+    disk = tmp_path_factory.mktemp("disk")
+    for i, place in enumerate([pictures, pictures, pictures, disk]):
         noise = np.random.default_rng(i).integers(0, 256, (70, 90, 3), np.uint8)
-        Image.fromarray(noise).save(pictures / f"{i}.png")
+        Image.fromarray(noise).save(place / f"{i}.png")
     (pictures / "broken.png").write_bytes(b"no")
-    assert evaluate(folder, workdir, "--pictures", str(pictures), "--crop", "64", evaluation__limit=9) == 0
+    (pictures / "linked").symlink_to(disk)
+    assert evaluate(folder, workdir, "--pictures", str(pictures), "--crop", "64", "--links", evaluation__limit=9) == 0
     left = workdir / "tokenizer_evaluation" / f"{pictures.name}-64x64"
     numbers = json.loads((left / "evaluation.json").read_text())["tokenizer"][pictures.name]
-    assert numbers["pictures"] == 3 and numbers["skipped"] == {"unreadable_image": 1} and numbers["crop"] == [64, 64]
+    assert numbers["pictures"] == 4 and numbers["skipped"] == {"unreadable_image": 1} and numbers["crop"] == [64, 64]
     assert (left / f"{pictures.name}.png").exists() and (left / "report.html").exists()
     assert not (workdir / "tokenizer_evaluation" / "started.json").exists()  # the held-out sets are another matter
     only = [*command("evaluate", folder, workdir), "--only", "tokenizer"]
     refused([*only, "--pictures", str(pictures), "--crop", "40"], "--crop: .*multiples of 16")
-    refused([*only, "--pictures", str(pictures / "nothing")], "--pictures: .*found none")
+    refused([*only, "--pictures", str(pictures / "nothing")], "--pictures: .*nothing: no such file or folder")
 
 
 def test_flags_that_need_another_are_refused(workdir, folder):
