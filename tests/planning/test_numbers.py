@@ -218,6 +218,9 @@ def test_links_of_a_group_and_traffic_between_slices():
     # Inside a slice 2 x 3/4 of the array; each chip then sends its quarter of the sum across, twice a half.
     assert (moved.ici, moved.dcn) == (4096 * 2 * 3 / 4, 4096 * 2 / 4 / 2)
     assert moved.seconds_dcn == pytest.approx(1024 / DCN, rel=1e-9)
+    program = programs(replace(RUN, mesh=dict(data=2, fsdp=4)), two, "train")[0]
+    estimate = roofline(program, RUN, V5E, [reduce])
+    assert estimate.seconds["DCN"] == moved.seconds_dcn and estimate.sent == {"ICI": moved.ici, "DCN": 1024}
 
 
 # ---- seconds a step, and tokens ------------------------------------------------------------------------------------
