@@ -87,10 +87,10 @@ def by_first_process(stage: Callable[..., None]) -> Callable[..., None]:
     """A stage (of an experiment) that process 0 does alone; the others wait, and then read what it left."""
 
     @functools.wraps(stage)
-    def wrapped(experiment: Experiment, *more: Any) -> None:
+    def wrapped(experiment: Experiment, *more: Any, **options: Any) -> None:
         if runtime.first():
             with experiment.leaving_nothing():
-                stage(experiment, *more)
+                stage(experiment, *more, **options)
         runtime.barrier(stage.__name__, timeout=_ALONE)
         if runtime.preempted():
             experiment.say("SIGTERM: stopped between two stages")

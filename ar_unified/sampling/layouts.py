@@ -23,7 +23,7 @@ from typing import Any
 from PIL import Image
 
 from ar_unified.errors import UserError
-from ar_unified.sampling.results import read
+from ar_unified.sampling.results import read, shards
 from ar_unified.workdir import write_bytes, write_text
 
 _NAME_BYTES = 255  # of a file's name, on every file system in use
@@ -67,6 +67,8 @@ def export(job: str | Path, layout: str, folder: str | Path) -> ExportReport:
     """
     if layout not in LAYOUTS:
         raise LayoutError(f"layout: expected one of {', '.join(LAYOUTS)}, found {layout!r}")
+    if not shards(job):
+        raise LayoutError(f"{job}: expected the folder of a job, with its samples.jsonl; found none")
     report = ExportReport(Path(folder))
     report.folder.mkdir(parents=True, exist_ok=True)
     LAYOUTS[layout].write(Path(job), report)

@@ -267,7 +267,7 @@ TRAINED: dict[str, tuple[Callable[[Place], None], Callable[[Place], list[str]], 
     "a changed loss": (lambda p: None, lambda p: p.verb("train", loss__prompt=0.5), "loss.prompt.*delete", 2),
     "a text model cut short": (cut("text_tokenizer/text.model"), sample, "text.model", 2),
     "an image tokenizer cut short": (cut("image_tokenizer/weights.safetensors"), sample, "weights.safetensors", 2),
-    "a record that is no JSON": (cut("data/done.json"), lambda p: p.verb("train"), "done.json", 2),
+    "a record that is no JSON": (cut("model/done.json"), lambda p: p.verb("train"), "done.json", 2),
     "no checkpoint": (removed("model/checkpoints"), sample, "no checkpoint", 2),
     "a checkpoint of another vocabulary": (foreign_checkpoint, sample, "text_hash", 2),
     "shards that are gone": (
