@@ -11,9 +11,10 @@ from ar_tokenizers.image import quantizers
 from ar_unified.cli import config as configs
 from ar_unified.cli.plan import run_of
 from ar_unified.model.config import CHOICES as MODEL_CHOICES
+from ar_unified.planning import JOBS
 from ar_unified.planning.memory import at_least
 from ar_unified.planning.plan import decoding_axes, with_a_kernel
-from ar_unified.planning.programs import JOBS, programs
+from ar_unified.planning.programs import programs
 from ar_unified.planning.roofline import roofline
 from ar_unified.planning.targets import TargetError, parse_target
 from ar_unified.sampling.engine import KV_DTYPES
