@@ -114,7 +114,7 @@ def _folder(path: str | Path, files: Sequence[str] | None = None, *, links: bool
             paths.append(folder.path(name))
     for name in (f"{file}.jsonl" for file in FOLDER_FILES if file not in found):
         with suppress(FileError):  # what cannot be read here is another source's to tell
-            beside.append(folder.path(name))
+            beside += [path for path in (folder.path(name),) if path.is_file()]  # a pipe would be waited for
     return Rows(paths, root, beside=beside, links=links, **options)
 
 
