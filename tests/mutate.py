@@ -61,15 +61,16 @@ def main() -> int:
         chosen = [each for each in chosen if read_known().get(each.name, {}).get("result") != "noticed"]
     passing = Passing(options.green)
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        results = {}
         going = {pool.submit(attempt, each, passing): each for each in chosen}
         for done in concurrent.futures.as_completed(going):
             each, found = going[done], done.result()
+            results[each.name] = found["result"]
             print(f"{each.name}: {found['result']}  {found['by']}  {found['seconds']:.0f} s", flush=True)
             known = read_known() | {each.name: found}
             KNOWN.parent.mkdir(exist_ok=True)
             KNOWN.write_text(json.dumps(known, indent=1))
     write_page()
-    results = {each.name: read_known()[each.name]["result"] for each in chosen}
     wrong += [f"{name}: {result}" for name, result in results.items() if result != "noticed"]
     print("\n".join(wrong))
     return bool(wrong)
