@@ -358,8 +358,8 @@ MUTATIONS = (
         "ar_unified/sampling/guidance.py",
         "writes = jnp.where(begins & resets, start, position)",
         "writes = position",
-        "the unconditional context sees the picture before",
-        ("tests/sampling/test_engine.py::test_logits_equal_the_forward_in_every_context",),
+        "where a companion begins a picture is left to whatever stood there before",
+        ("tests/sampling/test_decoding.py::test_companions_read_pictures_alone_and_begin_each_anew_if_they_reset",),
     ),
     Mutation(
         "the-canvas-is-drawn-again",

@@ -9,6 +9,7 @@ import pytest
 
 from ar_unified.sampling import decoding, guidance
 from ar_unified.sampling.decoding import Filter, Filters
+from tests.sampling.tiny import GRAMMARS
 
 B, V = 64, 300
 
@@ -148,6 +149,16 @@ def test_noise_belongs_to_seed_sample_and_position_not_to_the_slot():
 def test_a_filter_nothing_can_be_drawn_with_is_refused(bad):
     with pytest.raises(ValueError, match="image.t"):
         bad.check("image")
+
+
+def test_companions_read_pictures_alone_and_begin_each_anew_if_they_reset():
+    v = GRAMMARS["rows"].vocabulary
+    tokens = jnp.array([0, v.boi, v.image_offset, v.eoi])  # a word, and a picture's first, a code and its last
+    position, start = (jnp.tile(jnp.array(row), (4, 1)) for row in ([5, 3, 4], [0, 2, 1]))
+    resets = jnp.tile(jnp.array([False, True, False]), (4, 1))  # own | one that resets | pictures only
+    writes, after = guidance.advance(v, tokens, position, start, resets)
+    assert writes.tolist() == [[5, 3, 4], [5, 2, 4], [5, 3, 4], [5, 3, 4]]
+    assert after.tolist() == [[6, 2, 4], [6, 3, 5], [6, 4, 5], [6, 2, 5]]
 
 
 @pytest.mark.exact
