@@ -336,3 +336,16 @@ def test_a_mistake_in_a_trained_workdir(mistake, trained, folder, tmp_path, monk
 
 def test_there_are_forty_of_them_and_more():
     assert len(FRESH) + len(TRAINED) >= 40
+
+
+def test_verbs_that_only_read_leave_a_finished_workdir_as_it_is(trained, folder, tmp_path, monkeypatch):
+    place = Place(folder, tmp_path / "work", tmp_path, monkeypatch)
+    shutil.copytree(trained, place.work)
+    before = {path: path.stat().st_mtime_ns for path in place.work.rglob("*")}
+    row = {"prompt": "a red circle", "mode": "text", "max_tokens": 2}
+    requests = place.file("prompts.jsonl", json.dumps(row).encode())
+    assert main(place.verb("sample", "--requests", requests, "--output", str(tmp_path / "out"))) == 0
+    assert main(place.verb("train")) == main(place.verb("prepare")) == 0
+    config = command("validate", folder, place.work)[1:3]
+    assert main(["validate", *config, "--workdir", str(place.work), "--show", "1"]) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in place.work.rglob("*")}
