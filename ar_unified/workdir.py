@@ -92,11 +92,15 @@ def clean(folder: str | Path, *, deep: bool = True) -> list[Path]:
 
 
 class StageMismatch(UserError):
-    """A stage's folder holds (part of) the result of something else. `field`: first to differ, dotted."""
+    """A stage's folder holds (part of) the result of something else.
 
-    def __init__(self, field: str, message: str):
+    Attributes:
+        field: first to differ, dotted. old: what it was.
+    """
+
+    def __init__(self, field: str, message: str, old: Any = None):
         super().__init__(message)
-        self.field = field
+        self.field, self.old = field, old
 
 
 @dataclass
@@ -309,6 +313,7 @@ def _changes(stage: Stage, found: Mapping[str, Any], state: str, may: Changeable
             f"stage {stage.name!r}: {stage.folder} was {state} with {refused} = {old!r:.200}, this run has "
             f"{new!r:.200}. Use another --workdir, or delete {stage.folder} to make it again. "
             f"{may.among(stage.fields)}".rstrip(),
+            old,
         )
     if state == "finished" and "extended" not in changed:  # nothing is left to do with other settings
         changed.pop("cost", None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ar_unified.errors import UserError
 from ar_unified.history import Changeable
@@ -95,8 +96,9 @@ def require_extensible(stage: Stage, training: Training, workdir: Workdir) -> in
     ):
         raise StageMismatch(
             next(iter(fields)),
-            f"{where} cannot go on with {changed}: {workdir.path / training.before} is made from it as it is. "
-            f"Use another --workdir, or delete {training.before} (and what was made from it) first.",
+            f"{where} cannot go on with {changed}: {workdir.path / training.before} is made from it as it is. To go on "
+            f"as before, repeat {' '.join(said(field, old) for field, (old, _) in fields.items())}; else use another "
+            f"--workdir, or delete {training.before} (and what was made from it) first.",
         )
     steps = training.checkpoints()
     taken = max(steps, default=0)
@@ -114,6 +116,12 @@ def require_extensible(stage: Stage, training: Training, workdir: Workdir) -> in
             f"that, found {training.wanted}. Raise it" + _elsewhere(stage, workdir) + ".",
         )
     return taken
+
+
+def said(field: str, value: Any) -> str:
+    """A setting as it is written on the command line: --config.data.image_size=(32,32)."""
+    shown = f"({','.join(map(str, value))})" if isinstance(value, list | tuple) else str(value)
+    return f"--config.{field}={shown}"
 
 
 def _elsewhere(stage: Stage, workdir: Workdir) -> str:

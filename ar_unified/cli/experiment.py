@@ -28,7 +28,7 @@ from ar_unified import history
 from ar_unified.checkpoint import restore_params
 from ar_unified.cli import config as configs
 from ar_unified.cli import settings
-from ar_unified.cli.changes import Training, changeable, require_extensible
+from ar_unified.cli.changes import Training, changeable, require_extensible, said
 from ar_unified.cli.check import STAGES, check, check_devices, check_sources
 from ar_unified.data.images import NoImages, Resize
 from ar_unified.data.items import has_pictures
@@ -43,8 +43,9 @@ from ar_unified.parallel import rules, runtime
 from ar_unified.parallel.mesh import decoding_axes, make_mesh
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
+from ar_unified.training import goodput
 from ar_unified.vocabulary import Vocabulary
-from ar_unified.workdir import Stage, Workdir, read_history, read_json, write_json
+from ar_unified.workdir import Stage, StageMismatch, Workdir, read_history, read_json, write_json
 
 _ALONE = 14 * 86400.0  # seconds that others wait for a stage of process 0: as long as it lives
 
@@ -134,7 +135,10 @@ class Experiment:
         fingerprint = self.fingerprint(*keys, **more)
         if together and not runtime.first():
             runtime.barrier(f"stage {name}")  # process 0 has opened it
-        stage = self.workdir.stage(name, fingerprint, may)
+        try:
+            stage = self.workdir.stage(name, fingerprint, may)
+        except StageMismatch as error:
+            raise self._advised(error, keys) from None
         self._stage = stage
         if stage.changed:  # a reader sees none: what changed is written when it comes
             self._go_on(stage, training)
@@ -146,6 +150,23 @@ class Experiment:
                 write_json(self.workdir.config, configs.plain(self.config))
             self.say(f"==== {name}")
         return stage
+
+    def _advised(self, error: StageMismatch, keys: Sequence[str]) -> StageMismatch:
+        """With what a person can do who did not mean to change anything, or who changed the data."""
+        section = error.field.partition(".")[0]
+        if section in keys:
+            return StageMismatch(
+                error.field, f"{error} To go on as before, repeat {said(error.field, error.old)}", error.old
+            )
+        if section in ("sources", "probed"):
+            made = [stage for stage in STAGES if (self.workdir.path / stage / "started.json").exists()]
+            return StageMismatch(
+                error.field,
+                f"the data have changed since {self.workdir.path} was made: {error.field} was {error.old!r:.40}. All "
+                f"of it is made from them: use another --workdir, or delete {', '.join(made)} in this one",
+                error.old,
+            )
+        return error
 
     def fingerprint(self, *keys: str, **more: Any) -> dict[str, Any]:
         """Of a stage: `keys` of the config, and `more`."""
@@ -186,8 +207,9 @@ class Experiment:
         self.say(f"==== {stage.name}: done already ({stage.folder})")
 
     def finish(self, stage: Stage, summary: Mapping[str, Any]) -> None:
-        """Marks the stage as done; its wall time is that of the attempt that finished it."""
-        seconds = round(time.perf_counter() - self._opened, 1)
+        """Marks the stage as done. Its wall time is that of all attempts where it counts them (goodput.json), else of
+        the one that finished it."""
+        seconds = round(max(time.perf_counter() - self._opened, goodput.wall(stage.folder / "goodput.json")), 1)
         if runtime.first():
             stage.finish({**summary, "seconds": seconds})
         self.say(f"==== {stage.name}: {seconds} s")

@@ -382,7 +382,11 @@ def _write(shard: shards.ShardWriter, item: _Item, grammar: Grammar, max_tokens:
         tokens = grammar.encode(whole)
         long = len(tokens) > max_tokens
         if long and whole.prompt is not None:
-            shard.skip(whole.origin, "too_long", f"expected at most {max_tokens} tokens, found {len(tokens)}")
+            shard.skip(
+                whole.origin,
+                "too_long",
+                f"expected at most {max_tokens} tokens (config.data.max_tokens), found {len(tokens)}",
+            )
             return
         cut = split(whole, grammar, max_tokens) if long else []
         pieces = [(piece, grammar.encode(piece)) for piece in cut] if long else [(whole, tokens)]

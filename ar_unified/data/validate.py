@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from ar_unified import progress
-from ar_unified.data.images import Resize
+from ar_unified.data.files import Folder
+from ar_unified.data.images import SUFFIXES, Resize
+from ar_unified.data.items import Source, has_pictures
 from ar_unified.data.prepare import ImageTokenizer, default_resize
 from ar_unified.data.sources import FOLDER_FILES, BadItem, open_source, read, row_files
 from ar_unified.data.text_files import FILES as TEXT_FILES
@@ -87,13 +89,15 @@ class Validation:
     """What all sources hold; `print` it."""
 
     sources: list[Found]
+    note: str = ""
 
     @property
     def bad(self) -> list[BadItem]:
         return [bad for found in self.sources for bad in found.bad]
 
     def __str__(self, most_bad: int = 100) -> str:
-        return "\n".join(line for found in self.sources for line in found.lines(most_bad))
+        lines = [line for found in self.sources for line in found.lines(most_bad)]
+        return "\n".join([*lines, *([self.note] if self.note else [])])
 
 
 def validate(
@@ -125,7 +129,7 @@ def validate(
     """
     model = _Model(grammar, image_tokenizer, resize)
     sources = [open_source(spec) for spec in (_specs(data, links) if isinstance(data, str | Path) else data)]
-    validation = Validation([Found(source.name, len(source)) for source in sources])
+    validation = Validation([Found(source.name, len(source)) for source in sources], _unnamed(data, sources, links))
     total = sum(map(len, sources))
     with progress.bar(total, "items", "validate", shown=show_progress) as bar:
         for source, found in zip(sources, validation.sources, strict=True):
@@ -140,13 +144,28 @@ def validate(
                     found.bad.append(BadItem("text_lost", source.origin(i), str(error)))
                     continue
                 if max_tokens and length and length > max_tokens and item.prompt is not None:
-                    reason = f"expected at most {max_tokens} tokens, found {length}"
+                    reason = f"expected at most {max_tokens} tokens (config.data.max_tokens), found {length}"
                     found.bad.append(BadItem("too_long", source.origin(i), reason))
                     continue
                 found.add(item, length)
                 if len(found.first) < show:
                     found.first.append(model.show(item))
     return validation
+
+
+def _unnamed(data: str | Path | Sequence[Mapping[str, Any]], sources: Sequence[Source], links: bool) -> str:
+    """A word on the pictures of a folder that was read as text alone, as no rows name them; "" for none."""
+    if not isinstance(data, str | Path) or not Path(data).is_dir() or any(map(has_pictures, sources)):
+        return ""
+    count = len(Folder(data, links).search(lambda name: name.lower().endswith(SUFFIXES)))
+    return (
+        count
+        and (
+            f"{data}: these are the texts alone. It has {count} pictures that nothing names: a model learns them from "
+            'captions.jsonl, one line {"image": "name.png", "text": "what it shows"} each'
+        )
+        or ""
+    )
 
 
 def _specs(path: str | Path, links: bool) -> list[dict[str, Any]]:

@@ -34,9 +34,10 @@ def summary(config: Mapping[str, Any]) -> dict[str, str]:
         codes = math.prod(image.get("levels") or ()) if image.get("quantizer") == "fsq" else image.get("codes")
         depth = image.get("depth", 1) if image.get("quantizer") == "rq" else 1
         grid = f"{height // image['factor']} x {width // image['factor'] * depth} codes of {codes}"
-        lines["pictures"] = f"{height} x {width} pixels as {grid} ({image.get('quantizer', '').upper()})"
+        about = "of any shape, the size of " if data.get("resize") == "aspect" else ""
+        lines["pictures"] = f"{about}{height} x {width} pixels as {grid} ({image.get('quantizer', '').upper()})"
     if "vocab_size" in text:
-        lines["text"] = f"{text['vocab_size']} pieces ({text.get('model_type', '')})"
+        lines["text"] = f"at most {text['vocab_size']} pieces ({text.get('model_type', '')})"
     if {"steps", "batch_size", "row_length"} <= train.keys():
         tokens = train["steps"] * train["batch_size"] * train["row_length"]
         rows = f"{train['batch_size']} rows of {train['row_length']} tokens"

@@ -66,7 +66,7 @@ class JobMismatch(UserError):
 class JobReport:
     """What a process did: samples and errors of this run, lines found done, tokens drawn, seconds.
 
-    `complete`: nothing is left to do, for no process.
+    `complete`: nothing is left to do, for no process. `first_error`: of this run, with its line; "": there was none.
     """
 
     samples: int
@@ -75,11 +75,13 @@ class JobReport:
     tokens: int
     seconds: float
     complete: bool
+    first_error: str = ""
 
     def __str__(self) -> str:
         rate = f"{self.samples / self.seconds:.2f} samples/s, {self.tokens / self.seconds:.0f} tokens/s"
         found = f", {self.found} were done already" if self.found else ""
-        return f"{self.samples} samples, {self.errors} errors{found}; {rate}"
+        first = f"\nerrors are in samples.jsonl; the first, {self.first_error}" if self.first_error else ""
+        return f"{self.samples} samples, {self.errors} errors{found}; {rate}{first}"
 
 
 def run_job(
@@ -156,7 +158,9 @@ def run_job(
     if complete:  # the last process to end finds it so
         gallery.write(output)
         batch_output.write(output, lines, weights)
-    return JobReport(tally.samples, tally.errors, len(done.samples), tally.tokens, tally.seconds, complete)
+    return JobReport(
+        tally.samples, tally.errors, len(done.samples), tally.tokens, tally.seconds, complete, tally.first_error
+    )
 
 
 def _count(line: Line) -> int:
@@ -181,6 +185,7 @@ class _Tally:
         devices = engine.mesh.size if engine.mesh else 1  # those of this engine: others serve requests of their own
         self._roofline = Roofline(engine, hardware.hbm_bandwidth * devices) if hardware else None
         self.samples = self.errors = self.tokens = 0
+        self.first_error = ""
 
     @property
     def seconds(self) -> float:
@@ -189,6 +194,9 @@ class _Tally:
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
         failed = sum("error" in row for row in rows)
         self.errors += failed
+        if failed and not self.first_error:
+            row = next(row for row in rows if "error" in row)
+            self.first_error = f"line {row['line']}: {row['error']}"
         self.samples += len(rows) - failed
         self.tokens += sum(len(row.get("tokens", ())) for row in rows)
         self._advance(sum(row["n"] if row["sample"] is None else 1 for row in rows))

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ar_unified.errors import UserError
 from ar_unified.workdir import read_json, write_json
 
 # Apart from "step". "input" is time in which a step could have begun but for its batch.
@@ -94,9 +94,14 @@ def describe(account: dict[str, float]) -> str:
     return f"goodput {account['goodput']:.1%}" + (f" ({named})" if named else "")
 
 
+def wall(path: str | Path) -> float:
+    """Seconds that all attempts in a goodput.json were at work; 0 where there is none."""
+    return sum(each["seen"] - each["began"] for each in _attempts(Path(path)) if "seen" in each)
+
+
 def _attempts(path: Path) -> list[dict[str, Any]]:
     """Of earlier attempts; [] where there were none. A file that is not ours is not a reason to stop training."""
     try:
         return read_json(path)
-    except (OSError, json.JSONDecodeError):
+    except (OSError, UserError):
         return []

@@ -242,8 +242,9 @@ class TokenizerTask:
         return ratios(totals) | {f"codes/{k}": float(v) for k, v in codes.items()}
 
     def warning(self, line: Mapping[str, float]) -> str:
-        size = self.objective.autoencoder.codebook_size
-        return collapse({k.removeprefix("codes/"): v for k, v in line.items() if k.startswith("codes/")}, size)
+        autoencoder = self.objective.autoencoder
+        found = {k.removeprefix("codes/"): v for k, v in line.items() if k.startswith("codes/")}
+        return collapse(found, autoencoder.codebook_size, autoencoder.quantizer)
 
     def flops(self, totals: Metrics) -> None:
         return None

@@ -99,7 +99,7 @@ def test_a_model_from_elsewhere_is_used_or_refused(corpus, tmp_path, capsys):
     command = ["tokenizer", "--workdir", str(tmp_path / "lossy")]
     lost = "lossy.model: this text model loses text(?s:.*)nmt_nfkc(?s:.*)extra_whitespaces"
     refused([*command, *arguments(corpus, model=tmp_path / "lossy.model")], lost)
-    refused([*command, *arguments(corpus, model=tmp_path / "nowhere.model")], "nowhere.model: No such file")
+    refused([*command, *arguments(corpus, model=tmp_path / "nowhere.model")], "nowhere.model: no such file")
     capsys.readouterr()
     warned = dict(model=tmp_path / "lossy.model", lossy="warn")
     assert main([*command, *arguments(corpus, **warned)]) == 0

@@ -26,6 +26,7 @@ def curve(folder, key="loss"):
     return {row["step"]: row[key] for row in read_metrics(folder / "metrics.jsonl") if key in row}
 
 
+@pytest.mark.slow
 def test_out_of_memory_at_step_30_costs_no_more_than_time(tmp_path):
     """Dropout is drawn by row and position, so that neither microbatches nor what is computed twice changes it."""
     model = dataclasses.replace(tiny.MODEL, dropout=0.1)

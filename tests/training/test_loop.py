@@ -121,6 +121,7 @@ def test_a_finished_training_is_recognised(whole):
 
 
 @pytest.mark.exact
+@pytest.mark.slow
 def test_another_mesh_takes_over(whole, tmp_path):
     with pytest.raises(Killed):
         tiny.run(tmp_path, task=tiny.task(batch=dying(5)))
@@ -129,6 +130,7 @@ def test_another_mesh_takes_over(whole, tmp_path):
 
 
 @pytest.mark.exact
+@pytest.mark.slow
 def test_muon_is_resumed_bit_for_bit_and_on_another_mesh(tmp_path):
     changes = dict(optimizer=dataclasses.replace(tiny.TRAINING.optimizer, optimizer="muon"))
     expected = jax.device_get(tiny.run(tmp_path / "whole", **changes))
@@ -206,7 +208,10 @@ def test_the_bad_step_is_not_taken(params):
 
 
 @pytest.mark.exact
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGHUP))],
+)
 def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on(whole, tmp_path, number):
     def batch(step, *part):
         if step == 4:

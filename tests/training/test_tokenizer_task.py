@@ -210,7 +210,10 @@ def test_pictures_of_one_colour_are_called_a_collapse(tmp_path):
 def test_healthy_codebooks_are_not_called_collapsed():
     assert not collapse(usage(np.ones(1000)), 1000)
     assert not collapse(usage(np.r_[np.ones(300), np.zeros(64000 - 300)]), 64000)
-    assert "2 of 1000 codes" in collapse(usage(np.r_[np.ones(2), np.zeros(998)]), 1000)
+    assert not collapse(usage(np.r_[np.full(15, 5), np.zeros(2545)]), 2560)  # of 75 codes no more can be asked
+    told = collapse(usage(np.r_[np.full(2, 500), np.zeros(998)]), 1000, "vq")
+    assert "2 of 1000 codes" in told and "quantizer=fsq" in told
+    assert "quantizer=fsq" not in collapse(usage(np.r_[np.full(2, 500), np.zeros(998)]), 1000, "fsq")
 
 
 def test_one_picture_of_the_smallest_size_trains(tmp_path):

@@ -101,7 +101,8 @@ def usage(counts: np.ndarray) -> dict[str, float]:
       usage: the share of codes used at all; dead: the number of codes that were not; entropy_bits of the empirical
       distribution, at most log2(K); normalised_entropy: of that most, in [0, 1]; perplexity: 2 ** entropy_bits, the
       number of equally used codes with that entropy; top_percent: the share of all that was counted which the most
-      used 1 % of the codes (of K, rounded up) have: 0.01 where all are used alike, 1 where few are used at all.
+      used 1 % of the codes (of K, rounded up) have: 0.01 where all are used alike, 1 where few are used at all;
+      counted: how many codes were counted.
     """
     counts = np.asarray(counts, np.float64).ravel()
     if not counts.size or counts.sum() <= 0:
@@ -116,24 +117,27 @@ def usage(counts: np.ndarray) -> dict[str, float]:
         "entropy_bits": entropy,
         "normalised_entropy": entropy / np.log2(counts.size) if counts.size > 1 else 1.0,
         "top_percent": float(top.sum() / counts.sum()),
+        "counted": int(counts.sum()),
     }
 
 
-def collapse(found: Mapping[str, float], codebook_size: int) -> str:
+def collapse(found: Mapping[str, float], codebook_size: int, quantizer: str = "") -> str:
     """A warning where a codebook is hardly used, with the numbers that show it; "" where all is well.
 
     Args:
-      found: what `usage` said of at least some thousand codes.
+      found: what `usage` said. Of few codes that were counted, a tenth as many different ones are enough.
+      quantizer: which it is, to leave out advice that has been taken.
     """
     if not found:
         return ""
     used, perplexity = round(found["usage"] * codebook_size), found["perplexity"]
-    if perplexity >= 2 and (used >= 0.05 * codebook_size or used >= 256):
+    if perplexity >= 2 and used >= min(0.05 * codebook_size, 256, found["counted"] / 10):
         return ""
+    other = "" if quantizer == "fsq" else "quantizer=fsq, "
     return (
         f"the codebook has collapsed: {used} of {codebook_size} codes are used, with a perplexity of {perplexity:.1f}. "
-        "Are all pictures of one colour? Else try quantizer=fsq, a smaller codebook, a smaller code_dim, restart, or "
-        "a lower learning rate"
+        f"Are all pictures of one colour? Else try {other}a smaller codebook, a smaller code_dim, restart, or a lower "
+        "learning rate"
     )
 
 
