@@ -106,6 +106,7 @@ def test_usage_of_a_codebook():
         "entropy_bits": 2.0,
         "normalised_entropy": pytest.approx(2 / 3),
         "top_percent": 0.25,
+        "counted": 20,
     }
     assert metrics.usage(np.array([0, 9]))["perplexity"] == 1
     even, skewed = np.full(300, 7), np.r_[400, 300, 200, np.full(297, 1)]
