@@ -380,7 +380,7 @@ MUTATIONS = (
     Mutation(
         "requests-without-a-seed-are-alike",
         "ar_unified/sampling/requests.py",
-        'int.from_bytes(hashlib.sha256(id.encode()).digest()[:4], "big")',
+        'int.from_bytes(digest(id)[:4], "big")',
         "0",
         "a prompt asked for twice gives the same picture twice",
         ("tests/sampling/test_formats.py",),
