@@ -113,7 +113,9 @@ def evaluate(experiment: Experiment) -> None:
         facts=experiment.facts(),
         seconds=experiment.seconds(),
     )
-    experiment.finish(stage, {key: value for key, value in metrics.items() if isinstance(value, float)})
+    scores = {key: value for key, value in metrics.items() if isinstance(value, float)}
+    experiment.say(", ".join(f"{key} {value:.3g}" for key, value in scores.items()) or "nothing was scored")
+    experiment.finish(stage, scores)
     experiment.say(f"{workdir.evaluation}\n{workdir.report}")
 
 

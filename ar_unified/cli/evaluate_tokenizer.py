@@ -91,7 +91,8 @@ def _score(
     sheets: dict[str, np.ndarray] = {}
     for name, sources in sets.items():
         try:
-            with progress.bar(config.evaluation.limit, "pictures", f"tokenizer on {name}") as bar:
+            most = min(config.evaluation.limit, sum(map(len, sources)))
+            with progress.bar(most, "pictures", f"tokenizer on {name}") as bar:
                 results[name], sheets[name] = evaluate_tokenizer(
                     tokenizer,
                     sources,

@@ -262,8 +262,27 @@ def sample(place: Place, **changes: Any) -> list[str]:
     return place.verb("sample", "--requests", requests, "--output", str(place.tmp / "out"), **changes)
 
 
+def mended_data(place: Place) -> list[str]:
+    """The same folder with a row less."""
+    root = place.tmp / place.folder.name
+    shutil.copytree(place.folder, root)
+    (root / "captions.jsonl").write_text("".join((root / "captions.jsonl").read_text().splitlines(True)[1:]))
+    return place.verb("run", folder=root)
+
+
 TRAINED: dict[str, tuple[Callable[[Place], None], Callable[[Place], list[str]], str, int]] = {
-    "a changed codebook": (lambda p: None, lambda p: p.verb("run", image_tokenizer__width=16), "width.*delete", 2),
+    "a changed codebook": (
+        lambda p: None,
+        lambda p: p.verb("run", image_tokenizer__width=16),
+        "width.*delete.*repeat --config.image_tokenizer.width=8",
+        2,
+    ),
+    "data that have changed": (
+        lambda p: None,
+        mended_data,
+        "the data have changed since .*delete text_tokenizer, image_tokenizer, data, model in this one",
+        2,
+    ),
     "a changed loss": (lambda p: None, lambda p: p.verb("train", loss__prompt=0.5), "loss.prompt.*delete", 2),
     "a text model cut short": (cut("text_tokenizer/text.model"), sample, "text.model", 2),
     "an image tokenizer cut short": (cut("image_tokenizer/weights.safetensors"), sample, "weights.safetensors", 2),
