@@ -67,7 +67,7 @@ test-all: environments  ## every test there is, at both levels of optimisation a
 	$(BIN)/python tests/summary.py --record tests/last_full_run.json $(ALL)/all.xml \
 	    $(ALL)/exact.xml $(ALL)/interop.xml $(ALL)/py312.xml
 
-mutate: setup  ## makes mistakes one by one and asks the quick tests; writes docs/mutations.md; an hour
+mutate: setup  ## makes mistakes one by one and asks the quick tests; writes docs/mutations.md; five minutes to an hour
 	$(BIN)/python tests/mutate.py $(MISTAKES)
 
 environments: setup libtpu $(INTEROP)/.installed $(PY312)/.installed
