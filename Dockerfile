@@ -1,7 +1,7 @@
 # ar-unified as an image, for a CPU, NVIDIA GPUs or TPUs:
 #
 #   docker build --build-arg BACKEND=tpu --tag ar-unified:tpu .        # cpu (default) | cuda | tpu
-#   docker run --rm --volume "$PWD/workdirs:/work/workdirs" ar-unified:cpu run --config experiments/shapes.py --workdir workdirs/shapes
+#   docker run --rm --volume "$PWD/workdirs:/job/workdirs" ar-unified:cpu run --config experiments/shapes.py --workdir workdirs/shapes
 #
 # The user of the image is not root (uid 1000): what it writes to must be writable for it. GPUs need the host's driver
 # and NVIDIA's container runtime (`docker run --gpus all`); CUDA itself comes with the packages.
@@ -27,9 +27,9 @@ RUN case "$BACKEND" in \
     if [ -f "$pins" ]; then set -- --constraint "$pins"; fi && \
     pip install --no-cache-dir "$@" "$package" && \
     useradd --create-home --uid 1000 user && \
-    mkdir /work && chown user:user /work
+    mkdir /job && chown user:user /job
 
-WORKDIR /work
+WORKDIR /job
 COPY --chown=user:user experiments experiments
 USER 1000
 ENTRYPOINT ["ar-unified"]

@@ -226,7 +226,7 @@ def test_the_image_installs_the_backend_it_is_asked_for(backend, package, tmp_pa
     """The RUN of the Dockerfile in a shell, with programs that write down how they are called."""
     text = (ROOT / "Dockerfile").read_text().partition("\nRUN ")[2]
     command = (
-        re.match(r"(?:.*\\\n)*.*\n", text).group().replace("\\\n", "").replace("mkdir /work", f"mkdir {tmp_path}/work")
+        re.match(r"(?:.*\\\n)*.*\n", text).group().replace("\\\n", "").replace("mkdir /job", f"mkdir {tmp_path}/job")
     )
     for name in ("pip", "useradd", "chown"):
         (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*"\n')
@@ -239,4 +239,4 @@ def test_the_image_installs_the_backend_it_is_asked_for(backend, package, tmp_pa
         return
     pins = f"requirements/py{sys.version_info[0]}{sys.version_info[1]}.txt"
     assert done.stdout.splitlines()[0] == f"pip install --no-cache-dir --constraint {pins} {package}"
-    assert (tmp_path / "work").is_dir()
+    assert (tmp_path / "job").is_dir()
