@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 DECIDING = ("extended", "branched")  # the kinds without which a result cannot be made again
-_ABSENT = "(absent)"
+ABSENT = "(absent)"  # in place of the value of a field that is not there
 
 Changes = dict[str, list[Any]]  # {field: [old, new]}
 
@@ -73,7 +73,7 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Changes:
     """The flat fields of two nested mappings that differ, in the order of `ours`."""
     old, new = dict(flat(theirs)), dict(flat(ours))
     fields = [*new, *(field for field in old if field not in new)]
-    pairs = {field: [old.get(field, _ABSENT), new.get(field, _ABSENT)] for field in fields}
+    pairs = {field: [old.get(field, ABSENT), new.get(field, ABSENT)] for field in fields}
     return {field: [a, b] for field, (a, b) in pairs.items() if a != b}
 
 

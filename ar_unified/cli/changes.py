@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ar_unified.errors import UserError
-from ar_unified.history import Changeable
+from ar_unified.history import ABSENT, Changeable
 from ar_unified.workdir import Stage, StageMismatch, Workdir
 
 # The same result, but for rounding: memory, speed, and what is logged, shown and kept.
@@ -94,11 +94,12 @@ def require_extensible(stage: Stage, training: Training, workdir: Workdir) -> in
     if training.before and any(
         (workdir.path / training.before / f"{record}.json").exists() for record in ("started", "done")
     ):
+        flags = " ".join(said(field, old) for field, (old, _) in fields.items() if old != ABSENT)
+        before = f"To go on as before, repeat {flags}; else use" if flags else "Use"
         raise StageMismatch(
             next(iter(fields)),
-            f"{where} cannot go on with {changed}: {workdir.path / training.before} is made from it as it is. To go on "
-            f"as before, repeat {' '.join(said(field, old) for field, (old, _) in fields.items())}; else use another "
-            f"--workdir, or delete {training.before} (and what was made from it) first.",
+            f"{where} cannot go on with {changed}: {workdir.path / training.before} is made from it as it is. "
+            f"{before} another --workdir, or delete {training.before} (and what was made from it) first.",
         )
     steps = training.checkpoints()
     taken = max(steps, default=0)

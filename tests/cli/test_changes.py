@@ -25,7 +25,7 @@ from ar_unified.cli.main import main
 from ar_unified.cli.tokenizer import _whole_batch
 from ar_unified.data.loader import PackedBatches
 from ar_unified.errors import UserError
-from ar_unified.history import flat
+from ar_unified.history import ABSENT, flat
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.training.telemetry import read_metrics
 from ar_unified.workdir import NotShared, StageMismatch, Workdir, read_json, write_json, write_text
@@ -444,3 +444,10 @@ def test_a_training_that_ran_out_of_memory_is_changed_made_longer_and_branched(
     assert history(decayed) == [("branched", 18, fields)]
     assert steps_in(whole / "model/checkpoints") == [18, 30, 36] and not history(whole)
     assert run("train", folder, whole) == 0 and "model: done already" in capsys.readouterr().out
+
+
+def test_what_is_to_be_repeated_is_a_flag_and_only_where_there_was_a_value(tmp_path):
+    experiment = Experiment(configs.defaults(), Workdir(tmp_path))
+    for old, words in [((32, 32), " To go on as before, repeat --config.data.size=(32,32)"), (ABSENT, "")]:
+        advised = experiment._advised(StageMismatch("data.size", "refused.", old), ("data",))
+        assert str(advised) == f"refused.{words}"
