@@ -28,7 +28,8 @@ from typing import IO, Any
 
 from ar_unified import history
 from ar_unified.errors import UserError
-from ar_unified.history import Changeable, Changes
+from ar_unified.history import Changeable
+from ar_unified.manifests import Changes, Mismatch, flat
 
 _UNFINISHED = ".unfinished~"  # ends the name of a file that is being written
 
@@ -91,16 +92,12 @@ def clean(folder: str | Path, *, deep: bool = True) -> list[Path]:
     return leftovers
 
 
-class StageMismatch(UserError):
-    """A stage's folder holds (part of) the result of something else.
-
-    Attributes:
-        field: first to differ, dotted. old: what it was.
-    """
+class StageMismatch(Mismatch):
+    """A stage's folder holds (part of) the result of something else. `old`: what `field` was."""
 
     def __init__(self, field: str, message: str, old: Any = None):
-        super().__init__(message)
-        self.field, self.old = field, old
+        super().__init__(field, message)
+        self.old = old
 
 
 @dataclass
@@ -126,7 +123,7 @@ class Stage:
     @property
     def fields(self) -> list[str]:
         """Dotted, of all that it is made with."""
-        return [*self.cost, *dict(history.flat(self.fingerprint))]
+        return [*self.cost, *dict(flat(self.fingerprint))]
 
     @property
     def history(self) -> list[dict[str, Any]]:

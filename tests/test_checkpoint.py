@@ -15,8 +15,8 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from ar_unified.checkpoint import CheckpointMismatch, Checkpoints, SaveFailed, adopt, restore_params, steps_in
+from ar_unified.manifests import ManifestMismatch
 from ar_unified.parallel.mesh import make_mesh
-from ar_unified.vocabulary import ManifestMismatch
 
 PARAMS = {"w": np.arange(64, dtype=np.float32).reshape(8, 8), "layers": {"b": np.ones((2, 4), np.float32)}}
 

@@ -25,7 +25,7 @@ from ar_unified.data.sources import BadItem, Source
 from ar_unified.document import TASKS, ImagePart
 from ar_unified.errors import UserError
 from ar_unified.grammar import Grammar
-from ar_unified.vocabulary import require_same
+from ar_unified.manifests import require_same
 
 Batch = dict[str, np.ndarray]
 _TEXT_TO_IMAGE, _IMAGE_TO_TEXT = TASKS.index("text_to_image"), TASKS.index("image_to_text")

@@ -10,7 +10,6 @@ Axes: `B` pictures of a batch, `H` `W` their size in pixels, `h` `w` in codes, `
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 from collections import deque
@@ -30,7 +29,7 @@ from ar_unified.data.sources import BadItem, Source, read
 from ar_unified.document import TASKS, CodesPart, Document, ImagePart, TextPart
 from ar_unified.errors import UserError
 from ar_unified.grammar import Grammar, ImageLayout, TextLost
-from ar_unified.vocabulary import ManifestMismatch, require_same
+from ar_unified.manifests import ManifestMismatch, differences, require_same
 
 VERSION = 2
 
@@ -254,14 +253,13 @@ def _same_plan(folder: Path, plan: Mapping[str, Any]) -> None:
         return
     found = workdir.read_json(folder / "plan.json")
     require_same(plan["vocabulary"], found["vocabulary"], expected_from="this run", found_from=str(folder))
-    for name in ("version", "settings", "sources"):
-        ours, theirs = plan[name], found[name]
-        if ours != theirs:
-            raise workdir.StageMismatch(
-                name,
-                f"{folder} was prepared with {name} = {json.dumps(theirs)}, this run has {json.dumps(ours)}. "
-                f"Use another folder, or delete this one to prepare it again.",
-            )
+    for name, (theirs, ours) in differences(found, plan).items():
+        raise workdir.StageMismatch(
+            name,
+            f"{folder} was prepared with {name} = {theirs!r}, this run has {ours!r}. "
+            "Use another folder, or delete this one to prepare it again.",
+            theirs,
+        )
 
 
 def _count(folder: Path, count: int, items: int) -> SourceReport:

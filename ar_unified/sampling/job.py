@@ -31,8 +31,8 @@ from ar_unified import progress
 from ar_unified.data.images import Cells
 from ar_unified.data.prepare import default_resize
 from ar_unified.document import CodesPart, Part, TextPart
-from ar_unified.errors import UserError
 from ar_unified.grammar import GrammarError
+from ar_unified.manifests import Mismatch, differences
 from ar_unified.parallel.hardware import of_kind
 from ar_unified.sampling import batch_output, gallery
 from ar_unified.sampling.engine import Engine
@@ -54,12 +54,8 @@ class ImageTokenizer(Cells, Protocol):
     def decode(self, codes: np.ndarray, /) -> np.ndarray: ...
 
 
-class JobMismatch(UserError):
-    """The output folder belongs to another job. `field`: the first that differs, dotted."""
-
-    def __init__(self, field: str, message: str):
-        super().__init__(message)
-        self.field = field
+class JobMismatch(Mismatch):
+    """The output folder belongs to another job."""
 
 
 @dataclass(frozen=True)
@@ -233,10 +229,8 @@ def _begin(output: Path, manifest: Mapping[str, Any], *, mend: bool) -> None:
     """Writes the manifest, or compares; `mend`: removes what killed processes left beside it."""
     path = output / "manifest.json"
     if path.exists():
-        ours, theirs = dict(_flat(manifest)), dict(_flat(read_json(path)))
-        for field in sorted(ours.keys() | theirs.keys()):
-            a, b = theirs.get(field, "(absent)"), ours.get(field, "(absent)")
-            if a != b and field != "engine.batch_size":  # after a lack of memory it goes on with another
+        for field, (a, b) in differences(read_json(path), manifest).items():
+            if field != "engine.batch_size":  # after a lack of memory it goes on with another
                 raise JobMismatch(
                     field,
                     f"{output} holds a job with {field} = {a!r:.120}, this one has {b!r:.120}: "
@@ -250,14 +244,6 @@ def _begin(output: Path, manifest: Mapping[str, Any], *, mend: bool) -> None:
         )
     else:
         write_json(path, manifest)
-
-
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        for key, inner in value.items():
-            yield from _flat(inner, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, value
 
 
 # ---- requests in ------------------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ def fit(
       profile: (first, last) steps taken between which a trace is written to `folder`/profile; None: no trace.
       logger: takes console lines.
 
-    Raises NonFinite, divergence.Diverged, Preempted, checkpoint.SaveFailed, vocabulary.ManifestMismatch,
+    Raises NonFinite, divergence.Diverged, Preempted, checkpoint.SaveFailed, manifests.ManifestMismatch,
     checkpoint.CheckpointMismatch.
     """
     folder = Path(folder)

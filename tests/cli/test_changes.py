@@ -25,7 +25,7 @@ from ar_unified.cli.main import main
 from ar_unified.cli.tokenizer import _whole_batch
 from ar_unified.data.loader import PackedBatches
 from ar_unified.errors import UserError
-from ar_unified.history import ABSENT, flat
+from ar_unified.manifests import ABSENT, flat
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.training.telemetry import read_metrics
 from ar_unified.workdir import NotShared, StageMismatch, Workdir, read_json, write_json, write_text
