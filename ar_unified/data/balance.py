@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from ar_unified.data.counter_rng import key, uniform
 from ar_unified.data.items import BadItem, Source
-from ar_unified.data.packing import key, uniform
 from ar_unified.errors import UserError
 
 _LOOKED_AT = 256  # items of a source, for the size of its text

@@ -18,8 +18,9 @@ import grain
 import numpy as np
 
 from ar_unified.data import images, shards
+from ar_unified.data.counter_rng import hash64, key, permute, uniform
 from ar_unified.data.items import LeftOut, has_pictures
-from ar_unified.data.packing import Mixture, Packing, Places, hash64, key, permute, summary, uniform
+from ar_unified.data.packing import Mixture, Packing, Places, summary
 from ar_unified.data.prepare import folder_name, load_manifest
 from ar_unified.data.sources import BadItem, Source
 from ar_unified.document import TASKS, ImagePart
