@@ -34,21 +34,26 @@ from ar_unified.manifests import Changes, Mismatch, flat
 _UNFINISHED = ".unfinished~"  # ends the name of a file that is being written
 
 
+def unfinished(path: Path) -> Path:
+    """Where this process writes what is to appear as `path`: beside it, by a name that `clean` knows."""
+    # Processes of other hosts may have the same number.
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{_UNFINISHED}")
+
+
 @contextmanager
 def whole(path: str | Path) -> Iterator[IO[bytes]]:
     """A file to write to that appears when the block ends without an error, or not at all. Raises OSError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Processes of other hosts may have the same number.
-    unfinished = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{_UNFINISHED}")
+    written = unfinished(path)
     try:
-        with open(unfinished, "wb") as file:
+        with open(written, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        os.replace(written, path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        written.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)  # the new name is on disk only when its folder is
     try:
         os.fsync(folder)

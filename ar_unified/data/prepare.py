@@ -16,14 +16,14 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from ar_unified import progress, workdir
 from ar_unified.data import shards
 from ar_unified.data.cutting import split
-from ar_unified.data.images import Cells, Resize
+from ar_unified.data.images import Cells, ImageCodec, Resize
 from ar_unified.data.items import LeftOut
 from ar_unified.data.sources import BadItem, Source, read
 from ar_unified.document import TASKS, CodesPart, Document, ImagePart, TextPart
@@ -32,19 +32,6 @@ from ar_unified.grammar import Grammar, ImageLayout, TextLost
 from ar_unified.manifests import ManifestMismatch, differences, require_same
 
 VERSION = 2
-
-
-class ImageTokenizer(Cells, Protocol):
-    """Pictures to codes."""
-
-    @property
-    def codebook_size(self) -> int: ...
-
-    @property
-    def hash(self) -> str: ...
-
-    def encode(self, pixels: np.ndarray, /) -> Any:
-        """uint8 [B, H, W, 3] -> int32 [B, h, w]."""
 
 
 @dataclass
@@ -111,7 +98,7 @@ def default_resize(layout: ImageLayout, tokenizer: Cells) -> Resize:
 def prepare(
     sources: Sequence[Source],
     grammar: Grammar,
-    image_tokenizer: ImageTokenizer,
+    image_tokenizer: ImageCodec,
     folder: str | Path,
     *,
     max_tokens: int,
@@ -235,7 +222,7 @@ def folder_name(source: str) -> str:
     return re.sub(r"[^\w.-]+", "-", source).strip(".-") or "source"
 
 
-def _check_tokenizer(grammar: Grammar, tokenizer: ImageTokenizer) -> None:
+def _check_tokenizer(grammar: Grammar, tokenizer: ImageCodec) -> None:
     vocabulary = grammar.vocabulary
     for name, ours in (("hash", vocabulary.image_hash), ("codebook_size", vocabulary.codebook_size)):
         theirs = getattr(tokenizer, name)
@@ -314,7 +301,7 @@ class _Encoder:
     Equal pictures of a shard are encoded once: a picture often comes with many questions.
     """
 
-    def __init__(self, grammar: Grammar, tokenizer: ImageTokenizer, resize: Resize, batch_size: int):
+    def __init__(self, grammar: Grammar, tokenizer: ImageCodec, resize: Resize, batch_size: int):
         self._grammar, self._tokenizer, self._resize, self._batch_size = grammar, tokenizer, resize, batch_size
         self._codes: dict[bytes, CodesPart] = {}
         self._waiting: dict[tuple[int, ...], dict[bytes, np.ndarray]] = {}  # by size

@@ -22,13 +22,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 
 from ar_unified import progress
-from ar_unified.data.images import Cells
+from ar_unified.data.images import Cells, ImageCodec, by_size
 from ar_unified.data.prepare import default_resize
 from ar_unified.document import CodesPart, Part, TextPart
 from ar_unified.grammar import GrammarError
@@ -39,19 +39,11 @@ from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.formats import fingerprint
 from ar_unified.sampling.request import Request, RequestError, Sample, TokensPart
 from ar_unified.sampling.requests import Canvas, Line, Picture, PictureError, read_requests
-from ar_unified.sampling.results import Done, Entry, Writer, by_size, open_shard, shards, write_picture
+from ar_unified.sampling.results import Done, Entry, Writer, open_shard, shards, write_picture
 from ar_unified.sampling.roofline import Roofline
 from ar_unified.workdir import clean, read_json, write_json
 
 _WINDOW = 4  # batches of requests that are made ready at once, while the engine works on those before
-
-
-class ImageTokenizer(Cells, Protocol):
-    """Pictures uint8 [B, H, W, 3] <-> codes int32 [B, h, w]."""
-
-    def encode(self, images: np.ndarray, /) -> np.ndarray: ...
-
-    def decode(self, codes: np.ndarray, /) -> np.ndarray: ...
 
 
 class JobMismatch(Mismatch):
@@ -82,7 +74,7 @@ class JobReport:
 
 def run_job(
     engine: Engine,
-    image_tokenizer: ImageTokenizer,
+    image_tokenizer: ImageCodec,
     requests: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
@@ -252,9 +244,7 @@ def _begin(output: Path, manifest: Mapping[str, Any], *, mend: bool) -> None:
 class _Preparation:
     """Gives requests their parts, or an error. Pictures are read, encoded, and put in the folder."""
 
-    def __init__(
-        self, engine: Engine, tokenizer: ImageTokenizer, resize: Callable[[np.ndarray], np.ndarray], output: Path
-    ):
+    def __init__(self, engine: Engine, tokenizer: ImageCodec, resize: Callable[[np.ndarray], np.ndarray], output: Path):
         self._engine, self._tokenizer, self._resize, self._output = engine, tokenizer, resize, output
 
     def __call__(self, lines: Sequence[Line]) -> list[tuple[Line, list[dict[str, Any]]]]:
