@@ -1,0 +1,439 @@
+"""The grammar as integer state: what a sampler may emit next, row by row, inside one compiled loop.
+
+Every function is pure, elementwise over the batch, and made of comparisons: no tables over the vocabulary.
+
+One rule keeps every row within its budget: `remaining >= needed(state)` holds at the start, and no token is allowed
+that would break it. So what cannot be finished is never started, be it an image, a digit of its size, or one more word
+before an image that was asked for.
+
+Axes: `B` rows, `V` vocabulary. Heights and widths are in units of the layout (`ImageLayout.units`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ar_unified.language.syntax import Syntax
+
+# Modes: no images; only images, then the end; both.
+TEXT, IMAGE, FREE = range(3)
+# Phases: text, an image or the end is next; an image's height; its width; what stands behind its size; after the end.
+PARTS, HEIGHT, WIDTH, BODY, DONE = range(5)
+_DIGITS = 5  # of a side, at most
+
+
+class Opened(NamedTuple):
+    """Where a prompt breaks off; ints, or int32 [B] each.
+
+    Attributes:
+        phase: PARTS, HEIGHT, WIDTH or BODY.
+        written: in PARTS, how many ids of a spelled `open` stand at the end; in HEIGHT and WIDTH, digits of the number;
+            in BODY, codes and row ends, negative while ids of `start` are missing.
+        height, width: as far as they are said, else 0.
+    """
+
+    phase: Any = PARTS
+    written: Any = 0
+    height: Any = 0
+    width: Any = 0
+
+
+class Wanted(NamedTuple):
+    """What a request asks for; ints, or int32 [B] each.
+
+    Attributes:
+        remaining: tokens that may be generated, the end included.
+        mode: TEXT, IMAGE or FREE.
+        min_images, max_images: images to generate, the one a prompt breaks off in included. IMAGE mode makes at least
+            one if max_images allows it, TEXT mode none.
+        height, width: sides of every new image; 0 leaves a side to the sampler. Where images do not say their size
+            both are ignored.
+    """
+
+    remaining: Any = 0
+    mode: Any = TEXT
+    min_images: Any = 0
+    max_images: Any = 0
+    height: Any = 0
+    width: Any = 0
+
+
+class State(NamedTuple):
+    """Where each row stands; every field int32 [B], so rows can be replaced one by one.
+
+    Attributes:
+        phase, written, height, width: as in `Opened`, of the image at hand.
+        remaining: tokens that may still be generated, the end included.
+        images: images begun by the sampler, or by a prompt that breaks off inside one.
+        mode: TEXT, IMAGE or FREE.
+        min_images, max_images: of `images` at the end. What the budget cannot hold is not in `min_images`.
+        want_height, want_width: sides every new image must have; 0: the sampler chooses.
+    """
+
+    phase: jax.Array
+    written: jax.Array
+    height: jax.Array
+    width: jax.Array
+    remaining: jax.Array
+    images: jax.Array
+    mode: jax.Array
+    min_images: jax.Array
+    max_images: jax.Array
+    want_height: jax.Array
+    want_width: jax.Array
+
+
+class Event(NamedTuple):
+    """What one token is to the images of its row; bool [B] each: it begins one, belongs to one, ends one."""
+
+    begins: jax.Array
+    inside: jax.Array
+    ends: jax.Array
+
+
+class _Choices(NamedTuple):
+    """What may come next: the ids low..high-1 but for `never`, and `also` (an image's first id, or a number's end), the
+    end of the document, and digits. Each [B]; digits [B, 10]."""
+
+    low: jax.Array
+    high: jax.Array
+    never: jax.Array
+    also: jax.Array
+    has_also: jax.Array
+    end: jax.Array
+    digits: jax.Array | None
+
+
+@dataclass(frozen=True)
+class Automaton:
+    """The automaton of one syntax. Hashable: a static jit argument."""
+
+    syntax: Syntax
+
+    def resume(self, opened: Opened, wanted: Wanted) -> State:
+        """The state of each row after its prompt.
+
+        Nothing can be raised here, where values may be traced. A request is possible as it stands iff
+        `fits(state, min_images)`. Otherwise `min_images` is lowered to what the budget holds (to none if the layout has
+        no such size), and an image that the prompt began and the budget cannot end breaks off.
+        """
+        layout = self.syntax.layout
+        shape = jnp.broadcast_shapes(*(jnp.shape(x) for x in (*opened, *wanted)))
+        opened = Opened(*(jnp.broadcast_to(jnp.asarray(x, jnp.int32), shape) for x in opened))
+        wanted = Wanted(*(jnp.broadcast_to(jnp.asarray(x, jnp.int32), shape) for x in wanted))
+        most_height, most_width = layout.most
+        images = (opened.phase != PARTS).astype(jnp.int32)
+        want_height, want_width = wanted.height, wanted.width
+        if self.syntax.digits:  # a prompt that has begun to say another size has its way
+            contradicts = (opened.written > 0) & ~_extends(opened.height, want_height, want_height)
+            want_height = jnp.where((opened.phase == HEIGHT) & contradicts, 0, want_height)
+            contradicts = (opened.written > 0) & ~_extends(opened.width, want_width, want_width)
+            want_width = jnp.where((opened.phase == WIDTH) & contradicts, 0, want_width)
+        if not layout.sized:
+            want_height, want_width = (jnp.full(shape, most, jnp.int32) for most in layout.most)
+        possible = (
+            (wanted.mode != TEXT)
+            & (self.syntax.vocabulary.codebook_size > 0)
+            & (want_height <= most_height)
+            & (want_width <= most_width)
+        )
+        max_images = jnp.where(possible, jnp.maximum(wanted.max_images, images), images)
+        min_images = jnp.maximum(wanted.min_images, (wanted.mode == IMAGE).astype(jnp.int32))
+        state = State(
+            phase=jnp.where(wanted.remaining > 0, opened.phase, DONE).astype(jnp.int32),
+            written=opened.written,
+            height=opened.height,
+            width=opened.width,
+            remaining=wanted.remaining,
+            images=images,
+            mode=wanted.mode,
+            min_images=jnp.zeros(shape, jnp.int32),
+            max_images=max_images,
+            want_height=jnp.minimum(want_height, most_height),
+            want_width=jnp.minimum(want_width, most_width),
+        )
+        # A spelled `open` that the prompt has begun is text, where there is no room for the image.
+        short = (opened.phase == PARTS) & (wanted.remaining < self.needed(state))
+        state = state._replace(written=jnp.where(short, 0, state.written))
+        room = jnp.maximum(wanted.remaining - self.needed(state), 0) // self._smallest(state)
+        return state._replace(min_images=jnp.minimum(jnp.minimum(min_images, max_images), images + room))
+
+    def halt(self, state: State, rows: jax.Array) -> State:
+        """The state with `rows`, bool [B], ended where they are."""
+        return state._replace(phase=jnp.where(rows, DONE, state.phase).astype(jnp.int32))
+
+    def fits(self, state: State, min_images: jax.Array) -> jax.Array:
+        """bool [B]: whether a fresh state can end within its budget with the images that were asked for."""
+        return (state.min_images >= min_images) & (self.needed(state) <= state.remaining)
+
+    def needed(self, state: State) -> jax.Array:
+        """int32 [B]: fewest tokens that end the document from here, missing images and the end included."""
+        syntax, layout = self.syntax, self.syntax.layout
+        least_height, least_width = self._least(state)
+        # The least number that goes on from the digits there are: the number itself, unless one is wanted.
+        height = jnp.where(state.want_height > 0, state.want_height, jnp.maximum(state.height, 1))
+        width = jnp.where(state.want_width > 0, state.want_width, jnp.maximum(state.width, 1))
+        header = layout.header(*self._codes(height, least_width))
+        of_width = layout.digits(width) if syntax.digits else 1
+        rest = jnp.select(
+            [state.phase == HEIGHT, state.phase == WIDTH, state.phase == BODY],
+            [
+                header - state.written + syntax.rest(*self._codes(height, least_width)),
+                of_width - state.written + syntax.rest(*self._codes(state.height, width)),
+                self._block_end(state) - state.written,
+            ],
+            self._begun(state),
+        )
+        return jnp.where(state.phase == DONE, 0, rest + self._later(state))
+
+    def allowed(self, state: State, first: int | None = None) -> jax.Array:
+        """bool [B, V]: the ids that may come next; at least one in every row. `first`: of the first so many ids."""
+        choices = self._choices(state)
+        ids = jnp.arange(self.syntax.vocabulary.size if first is None else first, dtype=jnp.int32)
+        low, high, never, also, has_also, end = (field[:, None] for field in choices[:6])
+        allowed = (ids >= low) & (ids < high) & (ids != never)
+        allowed |= (has_also & (ids == also)) | (end & (ids == self.syntax.vocabulary.eos))
+        if choices.digits is not None:
+            for digit, id in enumerate(self.syntax.digits):
+                allowed |= choices.digits[:, digit, None] & (ids == id)
+        return allowed
+
+    def forced(self, state: State) -> jax.Array:
+        """int32 [B]: the only allowed id, or -1 where there is a choice."""
+        low, high, never, also, has_also, end, digits = self._choices(state)
+        count = jnp.maximum(high - low, 0) - ((never >= low) & (never < high)) + has_also + end
+        only = jnp.where(has_also, also, jnp.where(end, self.syntax.vocabulary.eos, low))
+        if digits is not None:
+            count += jnp.sum(digits, axis=1)
+            id = _pick(self.syntax.digits, jnp.argmax(digits, axis=1))
+            only = jnp.where(jnp.any(digits, axis=1), id, only)
+        return jnp.where(count == 1, only, -1)
+
+    def event(self, state: State, token: jax.Array) -> Event:
+        """What an allowed token, int [B], is to images."""
+        last = state.written == len(self.syntax.open) - 1
+        begins = (state.phase == PARTS) & (token == self.syntax.open[-1]) & last
+        inside = (state.phase == HEIGHT) | (state.phase == WIDTH) | (state.phase == BODY)
+        ends = (state.phase == BODY) & (state.written + 1 == self._block_end(state))
+        return Event(begins, inside | begins, ends)
+
+    def advance(self, state: State, token: jax.Array) -> State:
+        """The state after one more generated token, int [B], which must be an allowed one."""
+        syntax, phase = self.syntax, state.phase
+        begins, _, ends = self.event(state, token)
+        stops = (phase == PARTS) & (token == syntax.vocabulary.eos)
+        remaining = jnp.where(phase == DONE, state.remaining, state.remaining - 1)
+        height, width = state.height, state.width
+        written = jnp.where(phase == BODY, state.written + 1, self._matched(state, token))
+        if not syntax.layout.sized:
+            most_height, most_width = syntax.layout.most
+            height, width = jnp.where(begins, most_height, height), jnp.where(begins, most_width, width)
+            said = jnp.zeros_like(begins)
+        else:
+            number, said = self._number(state, token)
+            height = jnp.select([begins, phase == HEIGHT], [0, jnp.where(said, height, number)], height)
+            width = jnp.select([begins, phase == WIDTH], [0, jnp.where(said, width, number)], width)
+            if not syntax.digits:
+                said = (phase == HEIGHT) | (phase == WIDTH)
+            written = jnp.where((phase == HEIGHT) | (phase == WIDTH), state.written + 1, written)
+            written = jnp.where(said & (phase == HEIGHT), 0, written)
+        # Behind the size: where digits say it, the first id of `start` has ended the width.
+        behind = (1 if syntax.digits else 0) - len(syntax.start)
+        written = jnp.where(said & (phase == WIDTH), behind, written)
+        written = jnp.where(begins, 0 if syntax.layout.sized else behind, written)
+        next_phase = jnp.select(
+            [begins, (phase == HEIGHT) & said, (phase == WIDTH) & said, ends, stops],
+            [HEIGHT if syntax.layout.sized else BODY, WIDTH, BODY, PARTS, DONE],
+            phase,
+        )
+        return state._replace(
+            phase=jnp.where(remaining > 0, next_phase, DONE).astype(jnp.int32),
+            written=jnp.where(ends, 0, written).astype(jnp.int32),
+            height=height.astype(jnp.int32),
+            width=width.astype(jnp.int32),
+            remaining=remaining,
+            images=state.images + begins,
+        )
+
+    def done(self, state: State) -> jax.Array:
+        """bool [B]: the row has ended; only PAD follows."""
+        return state.phase == DONE
+
+    def code(self, state: State) -> jax.Array:
+        """int32 [B]: which code of its image, row by row from 0, the next token is, where it is one."""
+        if not self.syntax.layout.row_ends[0]:
+            return state.written
+        return state.written - state.written // (self._codes(state.height, state.width)[1] + 1)
+
+    def in_image(self, state: State) -> jax.Array:
+        """bool [B]: the next token is an image code."""
+        start, row_end, close = self._borders(state)
+        return (state.phase == BODY) & ~start & ~row_end & ~close
+
+    # ---- the arithmetic ------------------------------------------------------------------------------------------
+
+    def _codes(self, height: Any, width: Any) -> tuple[Any, Any]:
+        """Units as codes."""
+        rows, columns = self.syntax.layout.units
+        return height * rows, width * columns
+
+    def _least(self, state: State) -> tuple[jax.Array, jax.Array]:
+        """Sides of the smallest image that may be begun, each [B]."""
+        return jnp.maximum(state.want_height, 1), jnp.maximum(state.want_width, 1)
+
+    def _smallest(self, state: State) -> jax.Array:
+        return self.syntax.block(*self._codes(*self._least(state)))
+
+    def _later(self, state: State) -> jax.Array:
+        """Tokens to keep for after the image at hand: images still owed, and the end."""
+        return jnp.maximum(state.min_images - state.images, 0) * self._smallest(state) + 1
+
+    def _begun(self, state: State) -> jax.Array:
+        """In PARTS, what a spelled `open` that is half there changes of what is needed: of an image that is owed so
+        much is there; one that is not owed, where only images may be made, has to be finished."""
+        if len(self.syntax.open) == 1:
+            return jnp.zeros_like(state.written)
+        owed = state.images < state.min_images
+        committed = (state.mode == IMAGE) & (state.written > 0) & (state.images < state.max_images)
+        return jnp.where(owed, -state.written, jnp.where(committed, self._smallest(state) - state.written, 0))
+
+    def _block_end(self, state: State) -> jax.Array:
+        """`written` at the end of the image at hand."""
+        return self.syntax.layout.body(*self._codes(state.height, state.width)) + len(self.syntax.close)
+
+    def _borders(self, state: State) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Whether the next id is of `start`, a row end, of `close`; each [B]. For phase BODY."""
+        end, _ = self.syntax.layout.row_ends
+        close = state.written >= self.syntax.layout.body(*self._codes(state.height, state.width))
+        start = state.written < 0
+        if not end:
+            return start, jnp.zeros_like(close), close
+        width = self._codes(state.height, state.width)[1]
+        return start, ~start & ~close & (state.written % (width + 1) == width), close
+
+    def _matched(self, state: State, token: jax.Array) -> jax.Array:
+        """How many ids of a spelled `open` stand at the end after `token` in PARTS."""
+        matched = jnp.zeros_like(state.written)
+        if len(self.syntax.open) > 1:
+            for id, after in _matches(self.syntax.open).items():
+                matched = jnp.where(token == id, _pick(after, state.written), matched)
+        return jnp.where(state.phase == PARTS, matched, state.written)
+
+    def _number(self, state: State, token: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Height or width after `token`, and whether the token has ended the number instead; each [B]."""
+        syntax = self.syntax
+        if not syntax.digits:
+            return token - syntax.vocabulary.size_offset + 1, jnp.zeros_like(token, bool)
+        digit = sum(value * (token == id) for value, id in enumerate(syntax.digits))
+        number = 10 * jnp.where(state.phase == HEIGHT, state.height, state.width) + digit
+        ends = jnp.where(state.phase == HEIGHT, token == syntax.separator, token == syntax.start[0])
+        return number, ends
+
+    def _most(self, state: State, free: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Largest height, in phase HEIGHT, and width, in phase WIDTH, that `free` tokens hold."""
+        syntax, layout = self.syntax, self.syntax.layout
+        (rows, columns), (end, fewer) = layout.units, layout.row_ends
+        _, least_width = self._least(state)
+        fixed = len(syntax.start) + len(syntax.close) - fewer
+        row = rows * (self._codes(0, least_width)[1] + end)
+        height = jnp.maximum(self._codes(state.height, 0)[0], 1)
+        if not syntax.digits:
+            most = (free - 2 - fixed) // row, ((free - 1 - fixed) // height - end) // columns
+        else:
+            digits = range(1, len(str(max(layout.most))) + 1)
+            free = free + state.written - fixed
+            room = free - 1 - layout.digits(least_width)
+            most = (
+                _largest([(n, (room - n) // row) for n in digits]),
+                _largest([(n, ((free - n) // height - end) // columns) for n in digits]),
+            )
+        return tuple(jnp.clip(side, 1, limit) for side, limit in zip(most, layout.most, strict=True))  # type: ignore[return-value]
+
+    def _choices(self, state: State) -> _Choices:
+        syntax, v = self.syntax, self.syntax.vocabulary
+        later = self._later(state)
+        free = state.remaining - later  # for the image at hand, or for words
+        parts = state.phase == PARTS
+
+        owed = state.images < state.min_images
+        smallest, matched = self._smallest(state), jnp.where(parts, state.written, 0)
+        image = parts & (state.images < state.max_images)
+        image &= free + jnp.where(owed, smallest, 0) >= smallest - matched
+        words = parts & (state.mode != IMAGE) & (free > 0)
+        end = parts & ~owed
+        never = jnp.full_like(state.phase, -1)
+        if len(syntax.open) > 1:
+            end &= (state.mode != IMAGE) | (matched == 0) | (state.images >= state.max_images)
+            never = jnp.where(parts & ~image & (matched == len(syntax.open) - 1), syntax.open[-1], -1)
+            # Its first ids are words, too: with words allowed they are there already.
+            image &= ~words | (matched == len(syntax.open) - 1)
+        first = _pick(syntax.open, matched)
+
+        height, width = self._most(state, free) if syntax.layout.sized else syntax.layout.most
+        is_height = state.phase == HEIGHT
+        want, most = (
+            jnp.where(is_height, *pair) for pair in ((state.want_height, state.want_width), (height, width))
+        )
+        least, most = jnp.where(want > 0, want, 1), jnp.where(want > 0, want, most)
+        header = is_height | (state.phase == WIDTH)
+        digits, number_ends, number_end = None, jnp.zeros_like(parts), 0
+        if syntax.digits:
+            number = jnp.where(is_height, state.height, state.width)
+            digits = jnp.stack([header & _extends(10 * number + d, least, most) for d in range(10)], axis=1)
+            number_ends = header & (number >= least) & (number <= most)
+            number_end = jnp.where(is_height, syntax.separator, syntax.start[0])
+
+        start, row_end, close = self._borders(state)
+        body = state.phase == BODY
+        size = v.size_offset - 1
+        written = state.written
+        at_start = _pick(syntax.start or (v.pad,), written + len(syntax.start))
+        at_close = _pick(syntax.close, written - (self._block_end(state) - len(syntax.close)))
+        cases = (
+            (words, 0, v.text_size),
+            (parts | (header & bool(syntax.digits)), 0, 0),
+            (header, size + least, size + most + 1),
+            (body & start, at_start, at_start + 1),
+            (body & close, at_close, at_close + 1),
+            (body & row_end, syntax.row_end, syntax.row_end + 1),
+            (body, v.image_offset, v.rest_offset),
+        )
+        conditions, lows, highs = ([case[i] for case in cases] for i in range(3))
+        low = jnp.select(conditions, lows, v.pad).astype(jnp.int32)
+        high = jnp.select(conditions, highs, v.pad + 1).astype(jnp.int32)
+        also = jnp.where(parts, first, number_end).astype(jnp.int32)
+        return _Choices(low, high, never, also, image | number_ends, end, digits)
+
+
+def _pick(ids: tuple[int, ...], index: jax.Array) -> jax.Array:
+    """int32 [B]: ids[index], of few ids; of those beyond an end, the id there."""
+    return jnp.asarray(ids, jnp.int32)[jnp.clip(index, 0, len(ids) - 1)] if len(ids) > 1 else jnp.full_like(index, ids[0])
+
+
+def _matches(run: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
+    """For each id of a run: how many ids of the run stand at the end after it, by how many stood there before (Knuth,
+    Morris and Pratt). The whole run is told by `event` and not here."""
+    found = {}
+    for id in set(run):
+        after = []
+        for matched in range(len(run)):
+            said = [*run[:matched], id]
+            after.append(max(n for n in range(len(run)) if said[len(said) - n :] == list(run[:n])))
+        found[id] = tuple(after)
+    return found
+
+
+def _extends(number: jax.Array, least: jax.Array, most: jax.Array) -> jax.Array:
+    """bool [B]: whether the digits of `number` begin a number, or are one, of least..most."""
+    more = [(number * 10**k <= most) & ((number + 1) * 10**k > least) for k in range(_DIGITS)]
+    return (number > 0) & jnp.any(jnp.stack(more), axis=0)
+
+
+def _largest(by_digits: list[tuple[int, jax.Array]]) -> jax.Array:
+    """The largest number of n digits that is at most its limit, over (n, limit)."""
+    numbers = [jnp.where(limit >= 10 ** (n - 1), jnp.minimum(limit, 10**n - 1), 0) for n, limit in by_digits]
+    return jnp.max(jnp.stack(numbers), axis=0)

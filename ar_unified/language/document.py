@@ -1,0 +1,211 @@
+"""A Document: turns of text and images, in reading order. What goes into the framework, and what comes out of it.
+
+Axes: `H` `W` height and width of an image in pixels; `h` `w` the same in codes of the image tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+TASKS = ("text", "text_to_image", "image_to_text", "interleaved")
+Speaker = Literal["document", "system", "user", "assistant"]
+SPEAKERS: tuple[Speaker, ...] = ("document", "system", "user", "assistant")
+
+
+class DocumentError(ValueError):
+    """What is wrong with a document and at which part.
+
+    Attributes:
+        kind: one word for counting: "empty_text", "bad_text", "image_shape", "image_codes", "adjacent_text",
+            "bad_turns", "bad_prompt" or "bad_row".
+        part: index of the part among all parts, where there is one.
+    """
+
+    def __init__(self, kind: str, reason: str, part: int = 0):
+        super().__init__(reason)
+        self.kind, self.part = kind, part
+
+
+@dataclass(frozen=True)
+class TextPart:
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class ImagePart:
+    """An image: `pixels` uint8 [H, W, 3], RGB. Equal when the pixels are."""
+
+    pixels: np.ndarray
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ImagePart) and np.array_equal(self.pixels, other.pixels)
+
+    def __hash__(self) -> int:
+        return hash((self.pixels.shape, self.pixels.tobytes()))
+
+
+@dataclass(frozen=True, eq=False)
+class CodesPart:
+    """What an image tokenizer made of an image: `codes` int32 [h, w]. Equal when the codes are."""
+
+    codes: np.ndarray
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CodesPart) and np.array_equal(self.codes, other.codes)
+
+    def __hash__(self) -> int:
+        return hash((self.codes.shape, self.codes.tobytes()))
+
+
+Part = TextPart | ImagePart | CodesPart
+
+
+@dataclass(frozen=True)
+class TokensPart:
+    """Ids of the vocabulary as they are, of a prompt only, which may end in the middle of an image this way."""
+
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side says. `speaker` "document" is nobody: plain or interleaved text without a turn.
+
+    `trained`: whether a model is to learn to say it. None: what documents and assistants say, not what they are told.
+    Not compared: ids do not tell it.
+    """
+
+    speaker: Speaker
+    parts: tuple[Part, ...] = ()
+    trained: bool | None = field(default=None, compare=False)
+
+    @property
+    def learned(self) -> bool:
+        return self.speaker in ("document", "assistant") if self.trained is None else self.trained
+
+
+@dataclass(frozen=True)
+class Document:
+    """One turn of nobody's, or a conversation: user and assistant by turns, a system's turn in front or none.
+
+    A conversation ends with the assistant, whose last turn may be empty. An empty turn of the user is what
+    classifier-free guidance compares with.
+
+    Attributes:
+        turns: in order.
+        id: the name a source gave it.
+        origin: "file:line", for messages.
+        meta: facts that travel along, such as the scene an image shows. Like id and origin, not compared.
+    """
+
+    turns: tuple[Turn, ...]
+    id: str = field(default="", compare=False)
+    origin: str = field(default="", compare=False)
+    meta: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def of(cls, parts: Iterable[Part], prompt: int | None = None, **more: Any) -> Document:
+        """Parts without a turn, or with the first `prompt` of them as the user's turn and the rest as the answer."""
+        parts = tuple(parts)
+        if prompt is None:
+            return cls((Turn("document", parts),), **more)
+        if not 0 <= prompt <= len(parts):
+            raise DocumentError("bad_prompt", f"prompt={prompt}: expected None or 0..{len(parts)} leading parts")
+        return cls((Turn("user", parts[:prompt]), Turn("assistant", parts[prompt:])), **more)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Of all turns, in reading order."""
+        return tuple(part for turn in self.turns for part in turn.parts)
+
+    @property
+    def asks(self) -> bool:
+        """Whether there are turns, of which the last answers those before it."""
+        return self.turns[-1].speaker != "document"
+
+    @property
+    def asked(self) -> tuple[Turn, ...]:
+        """The turns before the last, which is the answer."""
+        return self.turns[:-1]
+
+    @property
+    def answer(self) -> tuple[Part, ...]:
+        """Parts of the last turn; without turns, all."""
+        return self.turns[-1].parts
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether it is one question of one part and an answer of one part, of text the one and an image the other."""
+        kinds = [[isinstance(part, TextPart) for part in turn.parts] for turn in self.turns]
+        return [turn.speaker for turn in self.turns] == ["user", "assistant"] and sorted(kinds) == [[False], [True]]
+
+    def check(self) -> None:
+        """Raises DocumentError naming the first part that no grammar could carry there and back."""
+        check_speakers([turn.speaker for turn in self.turns])
+        i = 0
+        for turn in self.turns:
+            before: Part | None = None
+            for part in turn.parts:
+                _check_part(part, before, i)
+                before = part
+                i += 1
+
+    @property
+    def task(self) -> str:
+        """Which of TASKS this document trains: read off the turns and what the answer begins with."""
+        images = [[not isinstance(part, TextPart) for part in turn.parts] for turn in self.turns]
+        if not self.asks or sum(turn.speaker == "assistant" for turn in self.turns) > 1:
+            return "interleaved" if any(map(any, images)) else "text"
+        if any(images[-1][:1]):
+            return "text_to_image"
+        return "image_to_text" if any(map(any, images[:-1])) else "text"
+
+
+def check_speakers(speakers: Sequence[str]) -> None:
+    """Raises DocumentError("bad_turns") unless these may follow each other in a document."""
+    if list(speakers) == ["document"]:
+        return
+    talk = list(speakers[1:] if speakers[:1] == ["system"] or speakers[:1] == ("system",) else speakers)
+    if not talk or len(talk) % 2 or any(who != ("user", "assistant")[i % 2] for i, who in enumerate(talk)):
+        expected = "expected user and assistant by turns, a system's turn in front or none, the assistant's last"
+        raise DocumentError("bad_turns", f"turns: {expected}; found {', '.join(map(str, speakers)) or 'none'}")
+
+
+def _check_part(part: object, before: Part | None, i: int) -> None:
+    if isinstance(part, TextPart):
+        check_text(part.text, f"part {i}", i)
+        if isinstance(before, TextPart):
+            reason = f"part {i}: text right after text: join them, a model sees no border"
+            raise DocumentError("adjacent_text", reason, i)
+    elif isinstance(part, ImagePart):
+        _check_array(part.pixels, np.uint8, "image_shape", f"part {i}: pixels", "[H, W, 3]", i)
+    elif isinstance(part, CodesPart):
+        _check_array(part.codes, np.int32, "image_codes", f"part {i}: codes", "[h, w]", i)
+    else:
+        expected = "expected TextPart, ImagePart or CodesPart"
+        raise DocumentError("bad_row", f"part {i}: {expected}, found {type(part).__name__}", i)
+
+
+def check_text(text: object, where: str, part: int = 0) -> None:
+    """Raises DocumentError unless it is a text that has UTF-8 bytes, at least one."""
+    if not isinstance(text, str):
+        raise DocumentError("bad_text", f"{where}: expected a string, found {type(text).__name__}", part)
+    if not text:
+        raise DocumentError("empty_text", f"{where}: the text is empty", part)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DocumentError("bad_text", f"{where}: lone surrogate at character {error.start}", part) from None
+
+
+def _check_array(array: object, dtype: type, kind: str, where: str, shape: str, part: int) -> None:
+    expected = f"{where}: expected {np.dtype(dtype)} {shape}"
+    if not isinstance(array, np.ndarray):
+        raise DocumentError(kind, f"{expected}, found {type(array).__name__}", part)
+    right = array.ndim == 3 and array.shape[2] == 3 if shape == "[H, W, 3]" else array.ndim == 2
+    if array.dtype != dtype or not right or array.size == 0:
+        raise DocumentError(kind, f"{expected}, found {array.dtype} {list(array.shape)}", part)

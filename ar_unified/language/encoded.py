@@ -1,0 +1,94 @@
+"""Ids with what each is for: what `Grammar.encode` gives, shards keep, and the loader changes. All O(n).
+
+A mark is one byte a position: its role, who says it, whether it is trained, and where turns and images begin. So
+nobody searches ids for the end of a prompt again.
+
+Axes: `n` positions of a document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ar_unified.language.document import SPEAKERS
+
+_ROLE, _SPEAKER = 0b111, 0b11  # Role in bits 0-2, place in SPEAKERS in bits 3-4
+TRAINED, TURN, IMAGE = 1 << 5, 1 << 6, 1 << 7  # is trained; first of a turn; first of an image
+_OWN = _ROLE | IMAGE  # what a token has wherever it stands
+
+
+def mark(role: int, speaker: str, trained: bool) -> int:
+    """The mark of a position that begins nothing. speaker: one of SPEAKERS."""
+    return role | SPEAKERS.index(speaker) << 3 | TRAINED * trained  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A document, or a piece of one, as ids.
+
+    Attributes:
+        tokens: int32 [n].
+        marks: uint8 [n].
+    """
+
+    tokens: np.ndarray
+    marks: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, positions: slice) -> Encoded:
+        return Encoded(self.tokens[positions], self.marks[positions])
+
+    @property
+    def roles(self) -> np.ndarray:
+        """The Role of every position, uint8 [n], by its place: digits of a size are SIZE."""
+        return self.marks & _ROLE
+
+    @property
+    def speakers(self) -> np.ndarray:
+        """Who says it, uint8 [n], a place in SPEAKERS."""
+        return self.marks >> 3 & _SPEAKER
+
+    @property
+    def turns(self) -> np.ndarray:
+        """Where turns begin, int64."""
+        return np.flatnonzero(self.marks & TURN)
+
+    @property
+    def images(self) -> np.ndarray:
+        """Where images begin, int64."""
+        return np.flatnonzero(self.marks & IMAGE)
+
+    @property
+    def trained(self) -> np.ndarray:
+        """bool [n]: whether it is to be learned, or only read."""
+        return (self.marks & TRAINED) > 0
+
+
+def joined(pieces: Sequence[Encoded]) -> Encoded:
+    """Pieces side by side."""
+    return Encoded(np.concatenate([p.tokens for p in pieces]), np.concatenate([p.marks for p in pieces]))
+
+
+def swapped(document: Encoded) -> Encoded:
+    """The last question and its answer exchanged: head (question ask) (answer end) -> head (answer ask) (question end).
+
+    `document` has turns.
+    """
+    *_, begin, border = document.turns.tolist()
+    n, head = len(document), begin or 1  # what begins a document stays in front
+    order = np.concatenate([
+        np.arange(head), np.arange(border, n - 1), [border - 1], np.arange(head, border - 1), [n - 1]
+    ])  # fmt: skip
+    now = head + n - border  # where the answer begins now
+    says = document.marks & np.uint8(0xFF ^ _OWN)
+    marks = document.marks[order] & np.uint8(_OWN)
+    marks[:begin] |= says[:begin]
+    marks[begin:now] |= says[begin] & np.uint8(0xFF ^ TURN)
+    marks[now:] |= says[border] & np.uint8(0xFF ^ TURN)
+    marks[[begin, now]] |= TURN
+    return Encoded(document.tokens[order], marks)

@@ -1,0 +1,376 @@
+"""Document <-> ids: the one description of what may stand where, shared by data, loss and sampler.
+
+How images and turns are written is the layout's (`layouts`); sizes of images follow from `ImageLayout`.
+
+Axes: `h` `w` height and width of an image in codes; `n` tokens of a document.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from ar_unified.language import encoded
+from ar_unified.language.automaton import Automaton, Opened
+from ar_unified.language.document import CodesPart, Document, DocumentError, Part, TextPart, Turn
+from ar_unified.language.encoded import Encoded
+from ar_unified.language.layouts import TurnMarks, TurnTemplate
+from ar_unified.language.reading import GrammarError, Reader, find, half_open
+from ar_unified.language.syntax import ImageLayout, Syntax
+from ar_unified.language.vocabulary import Role, Vocabulary
+from ar_unified.manifests import ManifestMismatch, require_same
+
+
+class TextLost(GrammarError):
+    """The text tokenizer does not give a text back as it was."""
+
+
+class TextCodec(Protocol):
+    """Lossless text <-> ids 0..text_size-1. If it has a `hash`, it must be the vocabulary's `text_hash`."""
+
+    def encode(self, text: str, /) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int], /) -> str: ...
+
+
+class Break(NamedTuple):
+    """Where a prompt breaks off: `begin`, of the image it is inside of, else its length; and the automaton's view."""
+
+    begin: int
+    opened: Opened
+
+
+class Grammar:
+    """One vocabulary, one way to write images and turns, one text tokenizer.
+
+    A vocabulary without image codes has no images: of the layout, `TEXT_ALONE`, nothing is ever written.
+
+    Raises:
+        ValueError: the vocabulary lacks a token that the layout needs.
+        ManifestMismatch: the codec's `hash` or `size` is not what the vocabulary was made for.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, layout: ImageLayout, text_codec: TextCodec):
+        for field, ours in (("hash", vocabulary.text_hash), ("size", vocabulary.text_size)):
+            theirs = getattr(text_codec, field, ours)
+            if theirs != ours:
+                raise ManifestMismatch(
+                    f"text_{field}",
+                    f"vocabulary was made for a text tokenizer with {field} {ours!r}, "
+                    f"the one given has {field} {theirs!r}: use the tokenizer of the same run",
+                )
+        self.vocabulary, self.layout, self.text_codec = vocabulary, layout, text_codec
+        self.syntax = Syntax.of(vocabulary, layout, lambda text: self.text_codec.encode(text))
+
+    # ---- documents to ids ----------------------------------------------------------------------------------------
+
+    def encode(self, document: Document) -> Encoded:
+        """The document as ids and marks. Its parts are TextPart or CodesPart.
+
+        Raises:
+            GrammarError: the document is invalid, or layout, codebook or text tokenizer cannot carry a part.
+        """
+        try:
+            document.check()
+        except DocumentError as error:
+            found = str(error).removeprefix(f"part {error.part}: ")
+            raise GrammarError(error.part, "a valid document", found, unit="part") from error
+        return encoded.joined(self._turns(document.turns))
+
+    def prompt(self, turns: Sequence[Turn]) -> np.ndarray:
+        """What a sampler is given, int32 [n]: turns to be answered, or one of nobody's that is to go on.
+
+        Raises GrammarError like `encode`.
+        """
+        asked = turns[-1].speaker != "document"
+        document = Document((*turns, Turn("assistant"))) if asked else Document(tuple(turns))
+        return self.encode(document).tokens[:-1]
+
+    def parts(self, parts: Sequence[Part]) -> np.ndarray:
+        """Parts in a row as ids, int32 [n], as they stand in a document. Raises GrammarError like `encode`."""
+        return self.prompt([Turn("document", tuple(parts))])[1:]
+
+    @cached_property
+    def unconditional(self) -> Encoded:
+        """What an image without a prompt comes after. Condition dropout trains on it; guidance compares with it."""
+        ids = [self.vocabulary.control(name) for name in self.layout.record.unconditional]
+        return self._controls(ids, Turn("user"), first=True)
+
+    def image(self, codes: np.ndarray) -> np.ndarray:
+        """An image of codes int32 [h, w] as ids, int32 [n]. Raises GrammarError like `encode`."""
+        self._check_codes(codes, 0)
+        return self.syntax.write(codes)[0]
+
+    def image_tokens(self, height: int, width: int) -> int:
+        """Length of an image of height x width codes. Raises GrammarError like `check_size`."""
+        self.check_size(height, width)
+        return self.syntax.block(height, width)
+
+    def check_size(self, height: int, width: int, position: int = 0) -> None:
+        """Raises GrammarError if no image of height x width codes can be written; `position`: its part."""
+        most, (rows, columns) = self.layout, self.layout.units
+        expected = ""
+        if not most.sized:
+            if (height, width) != (most.height, most.width):
+                expected = f"an image of exactly {most.height} x {most.width} codes (resize and crop it)"
+        elif not (1 <= height <= most.height and 1 <= width <= most.width):
+            expected = f"an image of at most {most.height} x {most.width} codes (resize or crop it)"
+        elif height % rows or width % columns:
+            expected = f"an image whose sides are multiples of {rows} and {columns} codes (resize or crop it)"
+        if expected:
+            raise GrammarError(position, expected, f"{height} x {width}", unit="part")
+
+    def _turns(self, turns: Sequence[Turn]) -> list[Encoded]:
+        v, marks = self.vocabulary, self.layout.record.turns
+        ends = v.control(self.layout.record.end)
+        pieces = [self._controls([v.control(self.layout.record.begin)], turns[0], first=True)]
+        at = 0
+        if isinstance(marks, TurnTemplate) and turns[0].speaker != "document":
+            turns = _spelled(turns, marks)
+        for i, turn in enumerate(turns):
+            said = [self._part(at + j, part, turn) for j, part in enumerate(turn.parts)]
+            at += len(turn.parts)
+            answer = turn.speaker in ("document", "assistant")
+            if answer:
+                said.append(self._controls([ends], turn))
+            elif isinstance(marks, TurnMarks):
+                said.append(self._controls([v.control(marks.ask)], turn))
+            if i and said:
+                said[0].marks[:1] |= encoded.TURN
+            pieces += said
+        return pieces
+
+    def _controls(self, ids: Sequence[int], turn: Turn, first: bool = False) -> Encoded:
+        marks = np.full(len(ids), _mark(Role.CONTROL, turn), np.uint8)
+        marks[:1] |= encoded.TURN * first
+        return Encoded(np.asarray(ids, np.int32), marks)
+
+    def _part(self, i: int, part: Part, turn: Turn) -> Encoded:
+        if isinstance(part, TextPart):
+            ids = self._text(i, part.text)
+            return Encoded(ids, np.full(len(ids), _mark(Role.TEXT, turn), np.uint8))
+        if not isinstance(part, CodesPart):
+            raise GrammarError(i, "codes (the image tokenizer makes them)", "pixels", unit="part")
+        self._check_codes(part.codes, i)
+        ids, begin, end = self.syntax.write(part.codes)
+        roles = self.vocabulary.role(ids)
+        roles = np.where(roles == Role.TEXT, Role.CONTROL, roles)  # marks that are spelled
+        roles[begin:end] = Role.SIZE
+        marks = (roles | _mark(0, turn)).astype(np.uint8)
+        marks[0] |= encoded.IMAGE
+        return Encoded(ids, marks)
+
+    def _text(self, i: int, text: str) -> np.ndarray:
+        try:
+            ids = self.text_codec.encode(text)
+        except ValueError as error:
+            raise GrammarError(i, "a text the tokenizer can spell", str(error), unit="part") from error
+        if ids and (min(ids) < 0 or max(ids) >= self.vocabulary.text_size):
+            expected = f"ids 0..{self.vocabulary.text_size - 1} from the text tokenizer"
+            raise GrammarError(i, expected, f"{ids!r:.80} for {text!r:.80}", unit="part")
+        back = self.text_codec.decode(ids)
+        if back != text:
+            at = len(os.path.commonprefix([text, back]))
+            expected = f"a text the tokenizer gives back, {text[at : at + 20]!r} at character {at}"
+            raise TextLost(i, expected, repr(back[at : at + 20]), unit="part")
+        found = np.asarray(ids, np.int32)
+        opening = self.syntax.open
+        if len(opening) > 1 and find(np.append(found, opening[:-1]), opening) >= 0:
+            mark = self.text_codec.decode(opening)
+            raise GrammarError(i, f"a text without {mark!r}, which begins an image", repr(text)[:80], unit="part")
+        return found
+
+    def _check_codes(self, codes: np.ndarray, i: int) -> None:
+        v = self.vocabulary
+        if not v.codebook_size:
+            raise GrammarError(i, "a text (this vocabulary is of text alone)", "an image", unit="part")
+        self.check_size(*codes.shape, i)
+        if codes.min() < 0 or codes.max() >= v.codebook_size:
+            expected = f"codes 0..{v.codebook_size - 1} (the image tokenizer's codebook)"
+            raise GrammarError(i, expected, f"{codes.min()}..{codes.max()}", unit="part")
+
+    # ---- ids to documents ----------------------------------------------------------------------------------------
+
+    def parse(self, tokens: np.ndarray | Sequence[int]) -> Document:
+        """The document that `encode`, or a sampler under the automaton, wrote. Exact inverse of `encode`, but where
+        turns are told apart by text: then all is one turn of nobody's.
+
+        Args:
+            tokens: [n] ids, without padding.
+
+        Raises:
+            GrammarError: with the position of the first token that cannot stand where it stands.
+        """
+        turns, at, _ = self._read(np.asarray(tokens), whole=True)
+        if turns is None:
+            raise GrammarError(at, self.vocabulary.name(self.vocabulary.control(self.layout.record.end)), _END)
+        return Document(turns)
+
+    def breaks_off(self, tokens: np.ndarray) -> Break:
+        """Where ids [n] that begin a document break off. Raises GrammarError where they begin none."""
+        _, _, found = self._read(np.asarray(tokens), whole=False)
+        return found
+
+    def _read(self, ids: np.ndarray, whole: bool) -> tuple[tuple[Turn, ...] | None, int, Break]:
+        """The turns of ids, None if they do not end as a document; how far they were read, and where they break off."""
+        v, record = self.vocabulary, self.layout.record
+        reader = Reader(self.syntax, ids)
+        begin, ends = v.control(record.begin), v.control(record.end)
+        asks = v.control(record.turns.ask) if isinstance(record.turns, TurnMarks) else -1
+        if not len(ids) or ids[0] != begin:
+            raise GrammarError(0, v.name(begin), reader.found(0))
+        asked: list[tuple[Part, ...]] = []  # turns that wait for their answer
+        turns: list[Turn] = []
+        parts: list[Part] = []
+        closed, half, at = False, 0, 1
+        for item in reader.items(1):
+            at = item.end
+            id = int(ids[item.begin])
+            if closed and not turns[-1].speaker == "assistant":
+                raise GrammarError(item.begin, _END, v.name(id))
+            closed, half = False, 0
+            if item.kind == "text":
+                half = half_open(self.syntax, ids[: item.end]) if item.end == len(ids) else 0
+                if text := self.text_codec.decode([int(i) for i in ids[item.begin : item.end]]):
+                    parts.append(TextPart(text))  # a sampled run of pieces may stand for nothing
+            elif item.opened is not None:
+                if whole:
+                    raise GrammarError(len(ids), "the rest of an image", _END)
+                return None, at, Break(item.begin, item.opened)
+            elif item.codes is not None:
+                parts.append(CodesPart(item.codes))
+            elif id == asks and len(asked) < (1 if turns else 2):
+                asked.append(tuple(parts))
+                parts = []
+            elif id == ends and (asked or not turns):
+                turns += _turns(asked, tuple(parts))
+                asked, parts, closed = [], [], True
+            else:
+                turn = f", {v.name(asks)}" if asks >= 0 and len(asked) < (1 if turns else 2) else ""
+                end = f" or {v.name(ends)}" if asked or not turns else ""
+                raise GrammarError(item.begin, f"text, {self._opening()}{turn}{end}", v.name(id))
+        return tuple(turns) if closed else None, at, Break(len(ids), Opened(written=half))
+
+    def _opening(self) -> str:
+        opening = self.syntax.open
+        return self.vocabulary.name(opening[0]) if len(opening) == 1 else repr(self.text_codec.decode(opening))
+
+    # ---- ids to ids: what data does to a document it has already encoded; all O(n) --------------------------------
+
+    def drop_prompt(self, document: Encoded) -> Encoded:
+        """The same last answer after the empty prompt. Raises GrammarError if there is no turn (see `drop_context`)."""
+        return encoded.joined([self.unconditional, document[int(self._borders(document)[-1]) :]])
+
+    def drop_context(self, document: Encoded, image: int) -> Encoded:
+        """The document from one of its images on, counted among those that are not asked with, after the empty prompt.
+
+        Raises GrammarError if there is no such image.
+        """
+        images = document.images[document.trained[document.images]]
+        if not 0 <= image < len(images):
+            raise GrammarError(len(document), f"an image number {image}", f"{len(images)} images")
+        begin = int(images[image])
+        rest = document.marks[begin:].copy()
+        rest[0] |= encoded.TURN
+        own = np.cumsum((rest & encoded.TURN) > 0) == 1
+        rest[own] |= encoded.mark(0, "assistant", trained=False)
+        return encoded.joined([self.unconditional, Encoded(document.tokens[begin:], rest)])
+
+    def swap_turn(self, document: Encoded) -> Encoded:
+        """The last question and its answer exchanged: a pair read the other way.
+
+        Raises GrammarError if there is no turn, or if turns are told apart by text.
+        """
+        self._borders(document)
+        if not isinstance(self.layout.record.turns, TurnMarks):
+            raise GrammarError(0, "turns told apart by ids", "turns told apart by text")
+        return encoded.swapped(document)
+
+    def _borders(self, document: Encoded) -> np.ndarray:
+        borders = document.turns
+        if len(borders) < 2:
+            raise GrammarError(len(document), "a document with turns", "none")
+        return borders
+
+    # ---- what ties it to everything else -------------------------------------------------------------------------
+
+    @cached_property
+    def automaton(self) -> Automaton:
+        """The same grammar as integer state, for constrained decoding on the device."""
+        return Automaton(self.syntax)
+
+    def manifest(self) -> dict[str, Any]:
+        """The vocabulary's manifest and this grammar: plain JSON values."""
+        record = {"record": dataclasses.asdict(self.layout.record)}
+        return self.vocabulary.manifest() | {"layout": _plain(dataclasses.asdict(self.layout) | record)}
+
+    @classmethod
+    def from_manifest(cls, manifest: Mapping[str, Any], text_codec: TextCodec) -> Grammar:
+        """The grammar a manifest describes.
+
+        Raises:
+            ManifestMismatch: a field is missing or unknown here, or `text_codec` is another tokenizer.
+        """
+        vocabulary = Vocabulary.from_manifest(manifest)
+        try:
+            fields = (field.name for field in dataclasses.fields(ImageLayout))
+            layout = ImageLayout(**{name: manifest["layout"][name] for name in fields})
+            grammar = cls(vocabulary, layout, text_codec)
+        except ManifestMismatch:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            message = f"manifest has no layout that this version can read: {error!r}"
+            raise ManifestMismatch("layout", message) from error
+        here = "this version of ar_unified"
+        require_same(grammar.manifest(), manifest, expected_from=here, found_from="manifest")
+        return grammar
+
+
+_END = "the end of the sequence"
+
+
+def _mark(role: int, turn: Turn) -> int:
+    return encoded.mark(role, turn.speaker, turn.learned)
+
+
+def _turns(asked: Sequence[tuple[Part, ...]], answer: tuple[Part, ...]) -> list[Turn]:
+    """A question and its answer, with a system's turn in front if there are two; or an answer to nobody."""
+    if not asked:
+        return [Turn("document", answer)]
+    system = [Turn("system", asked[0])] if len(asked) > 1 else []
+    return [*system, Turn("user", asked[-1]), Turn("assistant", answer)]
+
+
+def _spelled(turns: Sequence[Turn], template: TurnTemplate) -> list[Turn]:
+    """Turns with the text of a template around their parts."""
+    if turns[0].speaker != "system" and template.system:
+        turns = [Turn("system", (TextPart(template.system),)), *turns]
+    out = []
+    for turn in turns:
+        before, _, behind = template.user.partition("{}") if turn.speaker == "user" else ("", "", "")
+        parts = [*([TextPart(before)] if before else []), *turn.parts, *([TextPart(behind)] if behind else [])]
+        out.append(Turn(turn.speaker, joined_texts(parts), turn.trained))
+    return out
+
+
+def joined_texts(parts: Sequence[Part], between: str = "") -> tuple[Part, ...]:
+    """Parts with texts side by side made one."""
+    out: list[Part] = []
+    for part in parts:
+        if isinstance(part, TextPart) and out and isinstance(out[-1], TextPart):
+            out[-1] = TextPart(f"{out[-1].text}{between}{part.text}")
+        else:
+            out.append(part)
+    return tuple(out)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, tuple | list) else value

@@ -1,0 +1,147 @@
+"""How a system writes images and turns: one record each, ours and the published ones, in one table.
+
+    image      open [size] start (codes [row end])*h close
+    document   begin parts end                                   no turn
+               begin (system) user ask answer end (user ask answer end)*
+
+Marks are names of control tokens, or `Text`, which the text tokenizer spells. Everything else follows from the record:
+`syntax` its lengths, `grammar` its ids, `automaton` what may come next.
+
+Sources: Chameleon facebookresearch/chameleon, Anole GAIR-NLP/anole, Lumina-mGPT Alpha-VLLM/Lumina-mGPT and
+Lumina-mGPT-2.0, Emu3 and Emu3.5 baaivision/Emu3 and Emu3.5, LWM LargeWorldModel/LWM, Liquid FoundationVision/Liquid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+from ar_unified.language.vocabulary import CONTROLS
+
+
+@dataclass(frozen=True)
+class Text:
+    """A mark that is spelled by the text tokenizer."""
+
+    text: str
+
+
+Mark = str | Text
+
+
+@dataclass(frozen=True)
+class SizeTokens:
+    """Height, then width, in one size token each: token n says n units of codes."""
+
+    unit: int = 1
+
+
+@dataclass(frozen=True)
+class Decimal:
+    """Height, a separator, width, in decimal digits of the text tokenizer, one piece a digit, none in front that is 0."""
+
+    separator: str = "*"
+
+
+@dataclass(frozen=True)
+class TurnMarks:
+    """Turns told apart by ids: what stands before an answer ends with `ask`, an answer with the document's `end`.
+
+    With more than one turn in front of the first answer, the first is the system's.
+    """
+
+    ask: str = "eot"
+
+
+@dataclass(frozen=True)
+class TurnTemplate:
+    """Turns told apart by text, which cannot be read back: ids -> document gives one turn with all of it.
+
+    Attributes:
+        user: the text around a user's turn, whose parts stand for {}; the answer follows, and the document's `end`.
+        system: the system's turn, where a document has none of its own.
+    """
+
+    user: str = "{}"
+    system: str = ""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one system writes.
+
+    Attributes:
+        controls: the control tokens it needs, in the order of our id space.
+        open: what begins an image.
+        size: how an image says its size; None: all have one.
+        start: behind the size.
+        rows: where `row_end` stands: behind no row, each row, or each but the last.
+        close: what ends an image.
+        begin, end: of a document.
+        turns: how they are marked.
+        unconditional: what classifier-free guidance compares an image with, up to the image's `open`.
+    """
+
+    controls: tuple[str, ...] = CONTROLS
+    open: Mark = "boi"
+    size: SizeTokens | Decimal | None = None
+    start: tuple[str, ...] = ()
+    rows: Literal["none", "after", "between"] = "none"
+    row_end: str = "eol"
+    close: tuple[Mark, ...] = ("eoi",)
+    begin: str = "bos"
+    end: str = "eos"
+    turns: TurnMarks | TurnTemplate = field(default_factory=TurnMarks)
+    unconditional: tuple[str, ...] = ("bos", "eot")
+
+
+_EMU3 = ("pad", "bos", "eos", "boi", "eoi", "img", "eol", "eof", "frame")
+_EMU3_5 = (*_EMU3, "bss", "ess", "boc", "eoc", "bog", "eog")
+
+LAYOUTS: Mapping[str, Layout] = MappingProxyType({
+    # Ours: all images of one size, or each says its own and ends its rows, in tokens, so that no text tokenizer's way
+    # with digits matters.
+    "grid": Layout(),
+    "rows": Layout(size=SizeTokens(), rows="after"),
+    # Chameleon and Anole: 32 x 32 codes.
+    "chameleon": Layout(
+        controls=("pad", "bos", "eos", "eot", "boi", "eoi"),
+        unconditional=("bos",),
+    ),
+    # Lumina-mGPT: height and width in 32 pixels, two codes; an end of each row; the prompt is dropped whole.
+    "lumina_mgpt": Layout(size=SizeTokens(2), rows="after", unconditional=()),
+    # Lumina-mGPT 2.0: the same with a tokenizer of 8 pixels a code.
+    "lumina_mgpt_2": Layout(size=SizeTokens(4), rows="after", unconditional=()),
+    "emu3": Layout(
+        controls=_EMU3,
+        size=Decimal(),
+        start=("img",),
+        rows="after",
+        close=("eof", "eoi"),
+        turns=TurnTemplate(" USER: {} ASSISTANT:", "You are a helpful assistant."),
+        unconditional=("bos",),
+    ),
+    "emu3_5": Layout(
+        controls=_EMU3_5,
+        size=Decimal(),
+        start=("img",),
+        rows="between",
+        turns=TurnTemplate(" USER: {} ASSISTANT:", "You are a helpful assistant."),
+        unconditional=("bos",),
+    ),
+    # LWM: the text "<vision>" opens an image of 16 x 16 codes, an id of the vision table and "</vision>" close it.
+    "lwm": Layout(
+        controls=("pad", "bos", "eos", "eof", "eov"),
+        open=Text("<vision>"),
+        close=("eov", Text("</vision>")),
+        turns=TurnTemplate(),
+        unconditional=("bos",),
+    ),
+    "liquid": Layout(
+        controls=("pad", "bos", "eos", "boi", "eoi", "unconditional"),
+        turns=TurnTemplate(),
+        unconditional=("bos", "unconditional"),
+    ),
+})  # fmt: skip

@@ -1,0 +1,229 @@
+"""Documents as JSON rows, there and back; the one reader of JSON parts, of data and of requests.
+
+    {"image": "a.png", "text": "a cat"}                                          a captioned image
+    {"image": "a.png", "question": "What is it?", "answer": "A cat."}            a question
+    {"segments": [{"type": "text", "text": "..."}, {"type": "image", "image": "a.png"}], "prompt": 1}
+    {"messages": [{"role": "user", "content": "Draw a cat."}, {"role": "assistant", "content": [...]}]}
+
+"prompt" counts the segments that are asked with; without it nobody asks. Roles are system (or developer), user and
+assistant; content is a text or a list of parts, also in OpenAI's form ({"type": "image_url", "image_url": {"url"}}).
+A message with "weight": 0 is read and not learned. Keys that belong to no kind are the document's `meta`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ar_unified.language.document import (
+    CodesPart,
+    Document,
+    DocumentError,
+    ImagePart,
+    Part,
+    Speaker,
+    TextPart,
+    TokensPart,
+    Turn,
+    check_text,
+)
+
+Image = TypeVar("Image")
+LoadImage = Callable[[str], np.ndarray]
+_KEYS = {"id", "image", "text", "question", "answer", "segments", "prompt", "messages"}
+_KINDS = ({"segments"}, {"messages"}, {"image", "question", "answer"}, {"image", "text"})
+_ROLES: dict[str, Speaker] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_NO = ("tool_calls", "function_call", "audio")
+BLOCKS = "\n\n"  # between texts side by side, which are blocks of one
+
+
+def read_parts(content: object, image: Callable[[str, str], Image], where: str, tokens: bool = False) -> list[Any]:
+    """Parts of a list, or of a text alone: TextPart, what `image` makes of a reference, TokensPart.
+
+    Args:
+        content: a text, or a list of {"type": "text" | "image" | "image_url" | "refusal" | "tokens", ...}; other keys of
+            a part ("alt") are not read.
+        image: called with the reference to an image and where it stands.
+        tokens: whether ids may stand among them.
+
+    Texts side by side are joined by a blank line; blank ones of a list are left out.
+
+    Raises:
+        DocumentError: content or a part is of no kind.
+    """
+    if isinstance(content, str):
+        check_text(content, where)
+        return [TextPart(content)]
+    if not isinstance(content, list):
+        raise DocumentError("bad_row", f"{where}: expected a text or a list of parts, found {content!r:.80}")
+    parts: list[Any] = []
+    for i, part in enumerate(content):
+        at = f"{where} {i}"
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind in ("text", "refusal"):
+            check_text(part.get(kind), at)
+            _append(parts, TextPart(str(part.get(kind))))
+        elif kind in ("image", "image_url"):
+            found = part.get(kind)
+            reference = found.get("url") if kind == "image_url" and isinstance(found, Mapping) else found
+            if not isinstance(reference, str) or not reference:
+                raise DocumentError("bad_row", f"{at}: expected a reference to an image, found {reference!r:.80}", i)
+            parts.append(image(reference, at))
+        elif kind == "tokens" and tokens:
+            ids = part.get("ids")
+            if not isinstance(ids, list) or not ids or any(type(id) is not int for id in ids):
+                raise DocumentError("bad_row", f"{at}: expected ids, a list of whole numbers, found {ids!r:.80}", i)
+            parts.append(TokensPart(tuple(ids)))
+        else:
+            kinds = '"text", "image"' + (' or "tokens"' if tokens else "")
+            raise DocumentError("bad_row", f"{at}: expected type {kinds}, found {part!r:.80}", i)
+    return parts
+
+
+def read_messages(
+    messages: object, image: Callable[[str, str], Image], where: str = "messages", tokens: bool = False
+) -> list[tuple[Speaker, list[Any], bool | None]]:
+    """(speaker, parts, whether it is to be learned; None: as the speaker's) of each turn of a conversation.
+
+    Messages of one role in a row are one turn. Raises DocumentError for what is no list of messages.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise DocumentError("bad_row", f"{where}: expected a list of at least one message, found {messages!r:.80}")
+    turns: list[tuple[Speaker, list[Any], bool | None]] = []
+    for i, message in enumerate(messages):
+        at = f"{where} {i}"
+        role = message.get("role") if isinstance(message, Mapping) else None
+        if role not in _ROLES:
+            raise DocumentError("bad_row", f"{at}: expected one of the roles {', '.join(_ROLES)}, found {role!r:.80}")
+        for key in _NO:
+            if message.get(key):
+                reason = f"{at}: expected text and images, found {key}: there are no tools and no sound here"
+                raise DocumentError("bad_row", reason)
+        content = message.get("content")
+        if content is None and role == "assistant":
+            content = message.get("refusal") or ""
+        parts = [] if content == "" else read_parts(content, image, f"{at}: part", tokens)
+        weight = message.get("weight")
+        if weight not in (None, 0, 1):
+            raise DocumentError("bad_row", f"{at}: expected weight 0 or 1, found {weight!r:.80}")
+        learned = None if weight is None else bool(weight)
+        if turns and turns[-1][0] == _ROLES[role] and turns[-1][2] == learned:
+            for part in parts:
+                _append(turns[-1][1], part)
+        else:
+            turns.append((_ROLES[role], parts, learned))
+    return turns
+
+
+def document_from_json(row: object, load_image: LoadImage) -> Document:
+    """The document of one row, checked.
+
+    Args:
+        row: one parsed line.
+        load_image: reads an image by its reference to uint8 [H, W, 3]; what it raises passes through.
+
+    Raises:
+        DocumentError: the row is of no kind or of two, a field has a wrong type, or the document is invalid.
+    """
+    if not isinstance(row, Mapping):
+        raise DocumentError("bad_row", f"expected an object, found {type(row).__name__}")
+    used = _KEYS & row.keys() - {"id", "prompt"}
+    if used not in _KINDS:
+        kinds = ", ".join(f"{{{', '.join(sorted(kind))}}}" for kind in reversed(_KINDS))
+        raise DocumentError("bad_row", f"expected the keys of one of {kinds}; found {{{', '.join(map(str, row))}}}")
+    prompt = row.get("prompt")
+    if "prompt" in row and ("segments" not in row or type(prompt) is not int):
+        raise DocumentError("bad_prompt", f"prompt={prompt!r}: expected a whole number, beside segments")
+
+    def image(reference: str, where: str) -> ImagePart:
+        return ImagePart(load_image(reference))
+
+    def one(key: str) -> Part:
+        kind = "image" if key == "image" else "text"
+        (part,) = read_parts([{"type": kind, kind: row[key]}], image, key)
+        return part
+
+    if "messages" in row:
+        turns = tuple(Turn(who, tuple(parts), learned) for who, parts, learned in read_messages(row["messages"], image))
+    elif "segments" in row:
+        turns = _segments(row["segments"], prompt, image)
+    elif "question" in row:
+        turns = (Turn("user", (one("image"), one("question"))), Turn("assistant", (one("answer"),)))
+    else:
+        turns = (Turn("user", (one("text"),)), Turn("assistant", (one("image"),)))
+    meta = {key: value for key, value in row.items() if key not in _KEYS}
+    document = Document(turns, id=str(row.get("id", "")), meta=meta)
+    document.check()
+    return document
+
+
+def _segments(segments: object, prompt: int | None, image: Callable[[str, str], ImagePart]) -> tuple[Turn, ...]:
+    if not isinstance(segments, list) or not segments:
+        raise DocumentError("bad_row", "segments: expected a list with at least one segment")
+    if prompt is None:
+        return (Turn("document", tuple(read_parts(segments, image, "segment"))),)
+    if not 0 <= prompt <= len(segments):
+        raise DocumentError("bad_prompt", f"prompt={prompt}: expected 0..{len(segments)}, in segments")
+    asked, answer = (tuple(read_parts(part, image, "segment")) for part in (segments[:prompt], segments[prompt:]))
+    return Turn("user", asked), Turn("assistant", answer)
+
+
+def document_to_json(document: Document, save_image: Callable[[np.ndarray], str]) -> dict[str, Any]:
+    """A row for a JSONL file; the inverse of `document_from_json`.
+
+    Args:
+        document: text and images (ImagePart; codes have to be decoded first).
+        save_image: stores pixels uint8 [H, W, 3] and returns the reference that goes into the row.
+
+    Raises:
+        DocumentError: the document is invalid, has codes in it, or a key of `meta` is one the row needs.
+    """
+    document.check()
+    turns = [write_parts(turn.parts, save_image) for turn in document.turns]
+    speakers = [turn.speaker for turn in document.turns]
+    shapes = ["".join(part["type"][0] for part in parts) for parts in turns]
+    learned = [turn.trained for turn in document.turns]
+    row: dict[str, Any]
+    if speakers == ["document"] and learned == [None]:
+        row = {"segments": turns[0]}
+    elif speakers != ["user", "assistant"] or learned != [None, None]:
+        row = {"messages": [_message(turn, parts) for turn, parts in zip(document.turns, turns, strict=True)]}
+    elif shapes == ["t", "i"]:
+        row = {"image": turns[1][0]["image"], "text": turns[0][0]["text"]}
+    elif shapes == ["it", "t"]:
+        row = {"image": turns[0][0]["image"], "question": turns[0][1]["text"], "answer": turns[1][0]["text"]}
+    else:
+        row = {"segments": [*turns[0], *turns[1]], "prompt": len(turns[0])}
+    if document.id:
+        row["id"] = document.id
+    taken = sorted(_KEYS & document.meta.keys())
+    if taken:
+        raise DocumentError("bad_row", f"meta key {taken[0]!r} is a field of the row itself: rename it")
+    return row | dict(document.meta)
+
+
+def write_parts(parts: Sequence[Part], save_image: Callable[[np.ndarray], str]) -> list[dict[str, str]]:
+    """Parts as `read_parts` reads them. Raises DocumentError for codes."""
+    out = []
+    for i, part in enumerate(parts):
+        if isinstance(part, TextPart):
+            out.append({"type": "text", "text": part.text})
+        elif isinstance(part, CodesPart):
+            raise DocumentError("bad_row", f"part {i}: codes cannot be written: decode them first", i)
+        else:
+            out.append({"type": "image", "image": save_image(part.pixels)})
+    return out
+
+
+def _message(turn: Turn, parts: list[dict[str, str]]) -> dict[str, Any]:
+    content: Any = parts[0]["text"] if len(parts) == 1 and parts[0]["type"] == "text" else parts
+    weight = {} if turn.trained is None else {"weight": int(turn.trained)}
+    return {"role": turn.speaker, "content": content} | weight
+
+
+def _append(parts: list[Any], part: Any) -> None:
+    if isinstance(part, TextPart) and parts and isinstance(parts[-1], TextPart):
+        part = TextPart(f"{parts.pop().text}{BLOCKS}{part.text}")
+    parts.append(part)

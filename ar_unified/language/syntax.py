@@ -1,0 +1,205 @@
+"""A layout in ids and lengths: how images of one vocabulary are written, by arithmetic alone.
+
+    open (header: size of height, of width) start (row [row_end])*h close
+
+Axes: `h` `w` rows of an image and codes of a row; numbers of them are ints or (traced) integer arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ar_unified.language.layouts import LAYOUTS, Decimal, Layout, Mark, SizeTokens, Text
+from ar_unified.language.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """A layout and the sizes it is used for.
+
+    Attributes:
+        kind: its name in `LAYOUTS`.
+        height, width: rows of an image and codes of a row; exactly, or at most where images say their size.
+        depth: codes a position; they stand side by side in a row, so width is a multiple of it.
+    """
+
+    kind: str
+    height: int
+    width: int
+    depth: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kind not in LAYOUTS:
+            raise ValueError(f"image layout: expected one of {', '.join(LAYOUTS)}, found {self.kind!r}")
+        if self.height < 1 or self.width < 1:
+            raise ValueError(f"image layout: expected at least 1 x 1, found {self.height} x {self.width}")
+        if self.depth < 1 or self.width % self.depth or (self.sized and not (self.most[0] and self.most[1])):
+            raise ValueError(
+                f"image layout: expected sides of at least {' x '.join(map(str, self.units))} codes, the width a "
+                f"multiple of {self.depth}, found {self.height} x {self.width}"
+            )
+
+    @property
+    def record(self) -> Layout:
+        return LAYOUTS[self.kind]
+
+    @property
+    def sized(self) -> bool:
+        """Whether images say their size."""
+        return self.record.size is not None
+
+    @property
+    def units(self) -> tuple[int, int]:
+        """Codes in a unit of height and of width, which a size counts."""
+        unit = self.record.size.unit if isinstance(self.record.size, SizeTokens) else 1
+        return unit, unit * self.depth
+
+    @property
+    def most(self) -> tuple[int, int]:
+        """Largest height and width, in units."""
+        return self.height // self.units[0], self.width // self.units[1]
+
+    @property
+    def size_tokens(self) -> int:
+        """How many a vocabulary needs."""
+        return max(self.most) if isinstance(self.record.size, SizeTokens) else 0
+
+    @property
+    def row_ends(self) -> tuple[int, int]:
+        """Ids behind each row, 0 or 1, and how many of them an image has fewer than rows, 0 or 1."""
+        return int(self.record.rows != "none"), int(self.record.rows == "between")
+
+    def body(self, height: Any, width: Any) -> Any:
+        """Codes and row ends of an image."""
+        end, fewer = self.row_ends
+        return height * (width + end) - fewer
+
+    def digits(self, count: Any) -> Any:
+        """Decimal digits of a number of units, at least 1."""
+        return 1 + sum((count >= 10**k) * 1 for k in range(1, len(str(max(self.most)))))
+
+    def header(self, height: Any, width: Any) -> Any:
+        """Ids that say a size."""
+        if not isinstance(self.record.size, Decimal):
+            return 2 if self.sized else 0
+        rows, columns = self.units
+        return self.digits(height // rows) + 1 + self.digits(width // columns)
+
+
+def fixed_grid(height: int, width: int) -> ImageLayout:
+    """Every image has height x width codes, written without sizes or row ends."""
+    return ImageLayout("grid", height, width)
+
+
+def sized_rows(max_height: int, max_width: int, depth: int = 1) -> ImageLayout:
+    """Images of any size up to max_height x max_width codes, which say their size and end every row."""
+    return ImageLayout("rows", max_height, max_width, depth)
+
+
+TEXT_ALONE = fixed_grid(1, 1)
+
+
+@dataclass(frozen=True)
+class Syntax:
+    """An image layout with the ids of one vocabulary and text tokenizer. Hashable: a static jit argument.
+
+    Attributes:
+        open: ids that begin an image; more than one are pieces of text, and the last of them begins it.
+        digits: pieces of 0..9, and separator, where sizes are decimal; else () and -1.
+        start, close: ids before the first code, and behind the last. row_end: -1 for none.
+    """
+
+    vocabulary: Vocabulary
+    layout: ImageLayout
+    open: tuple[int, ...]
+    digits: tuple[int, ...]
+    separator: int
+    start: tuple[int, ...]
+    row_end: int
+    close: tuple[int, ...]
+
+    @classmethod
+    def of(cls, vocabulary: Vocabulary, layout: ImageLayout, encode: Callable[[str], Sequence[int]]) -> Syntax:
+        """`encode` spells the marks that are text.
+
+        Raises ValueError: a control or size token is missing, or the text tokenizer has no one piece for a digit.
+        """
+        record = layout.record
+
+        def ids(mark: Mark) -> tuple[int, ...]:
+            return tuple(encode(mark.text)) if isinstance(mark, Text) else (vocabulary.control(mark),)
+
+        if not vocabulary.codebook_size:  # no image is ever written
+            return cls(vocabulary, layout, (vocabulary.pad,), (), -1, (), -1, (vocabulary.pad,))
+        if vocabulary.size_tokens < layout.size_tokens:
+            raise ValueError(
+                f"vocabulary.size_tokens: expected at least {layout.size_tokens} for images up to "
+                f"{layout.height} x {layout.width} codes, found {vocabulary.size_tokens}"
+            )
+        digits: list[int] = []
+        separator = -1
+        if isinstance(record.size, Decimal):
+            pieces = [list(encode(text)) for text in (*"0123456789", record.size.separator)]
+            if any(len(piece) != 1 for piece in pieces) or len({piece[0] for piece in pieces}) < len(pieces):
+                raise ValueError(
+                    f"layout {layout.kind!r}: its sizes are decimal, so the text tokenizer needs a piece of its own for "
+                    f"each digit and for {record.size.separator!r}; found {pieces}"
+                )
+            *digits, separator = (piece[0] for piece in pieces)
+        return cls(
+            vocabulary,
+            layout,
+            ids(record.open),
+            tuple(digits),
+            separator,
+            tuple(vocabulary.control(name) for name in record.start),
+            vocabulary.control(record.row_end) if record.rows != "none" else -1,
+            tuple(id for mark in record.close for id in ids(mark)),
+        )
+
+    # ---- lengths -------------------------------------------------------------------------------------------------
+
+    def block(self, height: Any, width: Any) -> Any:
+        """Length of an image from the first id of `open` to the last of `close`."""
+        return len(self.open) + self.layout.header(height, width) + self.rest(height, width)
+
+    def rest(self, height: Any, width: Any) -> Any:
+        """Of it, what stands behind the header."""
+        return len(self.start) + self.layout.body(height, width) + len(self.close)
+
+    def code_at(self, index: int, height: int, width: int) -> int:
+        """Where in the block code `index`, row by row, stands; with index h * w, where `close` begins."""
+        end, fewer = self.layout.row_ends
+        rows = index // width
+        if index == height * width:
+            rows -= fewer  # no row end behind the last
+        return len(self.open) + self.layout.header(height, width) + len(self.start) + index + rows * end
+
+    # ---- ids -----------------------------------------------------------------------------------------------------
+
+    def size(self, height: int, width: int) -> list[int]:
+        """The ids that say a size."""
+        if not self.layout.sized:
+            return []
+        counts = [side // unit for side, unit in zip((height, width), self.layout.units, strict=True)]
+        if not self.digits:
+            return [self.vocabulary.size_offset + count - 1 for count in counts]
+        first, second = ([self.digits[int(digit)] for digit in str(count)] for count in counts)
+        return [*first, self.separator, *second]
+
+    def write(self, codes: np.ndarray) -> tuple[np.ndarray, int, int]:
+        """An image of codes int32 [h, w]: its ids int32 [n], and where its size begins and ends in them."""
+        h, w = codes.shape
+        body = codes + self.vocabulary.image_offset
+        end, fewer = self.layout.row_ends
+        if end:
+            body = np.concatenate([body, np.full((h, 1), self.row_end)], axis=1)
+        flat = body.ravel()[: body.size - fewer]
+        size = self.size(h, w)
+        begin = len(self.open)
+        ids = np.concatenate([self.open, size, self.start, flat, self.close]).astype(np.int32)
+        return ids, begin, begin + len(size)

@@ -1,0 +1,175 @@
+"""The one id space and the manifest that ties every artefact to it.
+
+    [ text pieces | control tokens | size tokens 1..size_tokens | image codes | rest ], padded to a multiple of 128
+
+A token's role follows from the range its id lies in: roles need no table and work inside a traced function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+
+from ar_unified.manifests import ManifestMismatch, require_same
+
+VERSION = 2
+CONTROLS = ("pad", "bos", "eos", "eot", "boi", "eoi", "eol")  # of our own layouts; eot ends a turn that is answered
+_ALIGNMENT = 128  # so that the logits' last axis tiles and shards evenly
+
+
+class Role(IntEnum):
+    """What a token is for. Loss weights and metrics are per role; PAD has neither."""
+
+    PAD = 0
+    TEXT = 1
+    CONTROL = 2
+    SIZE = 3
+    IMAGE = 4
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Sizes of the ranges, and hashes of the two tokenizers they belong to. Hashable: a static jit argument.
+
+    Attributes:
+        text_size: number of text pieces; their ids are those of the text tokenizer, 0..text_size-1.
+        codebook_size: number of image codes; 0: text alone.
+        size_tokens: how many there are; token n says a side of n units (`layouts.SizeTokens`). 0 for layouts without.
+        text_hash, image_hash: of the tokenizers ("" where there is none yet).
+        controls: names of the control tokens, in order; "pad", "bos" and "eos" among them.
+        rest: ids behind the image codes that nothing writes, with a part in the softmax all the same, as those of a
+            published table that its tokenizer never gives. None: as many as fill the padded width.
+
+    Raises:
+        ValueError: a size out of range, a control twice, or one of the three missing.
+    """
+
+    text_size: int
+    codebook_size: int
+    size_tokens: int = 0
+    text_hash: str = ""
+    image_hash: str = ""
+    controls: tuple[str, ...] = CONTROLS
+    rest: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("text_size", 1), ("codebook_size", 0), ("size_tokens", 0), ("rest", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}: expected at least {least}, found {value}")
+        if len(set(self.controls)) < len(self.controls) or not {"pad", "bos", "eos"} <= set(self.controls):
+            raise ValueError(f"controls: expected pad, bos, eos and others, each once; found {self.controls}")
+
+    def control(self, name: str) -> int:
+        """The id of a control token. Raises ValueError, naming those there are."""
+        if name not in self.controls:
+            raise ValueError(f"this vocabulary has no control token {name!r}, only {', '.join(self.controls)}")
+        return self.text_size + self.controls.index(name)
+
+    pad = property(lambda self: self.control("pad"))
+    bos = property(lambda self: self.control("bos"))
+    eos = property(lambda self: self.control("eos"))
+
+    @property
+    def control_offset(self) -> int:
+        """Id of the first control token."""
+        return self.text_size
+
+    @property
+    def size_offset(self) -> int:
+        """Id of the size token that says 1."""
+        return self.text_size + len(self.controls)
+
+    @property
+    def image_offset(self) -> int:
+        """Id of image code 0."""
+        return self.size_offset + self.size_tokens
+
+    @property
+    def rest_offset(self) -> int:
+        """Id behind the last image code."""
+        return self.image_offset + self.codebook_size
+
+    @property
+    def used(self) -> int:
+        """Number of ids that have a probability; rows of the head from there on have none."""
+        return self.size if self.rest is None else self.rest_offset + self.rest
+
+    @property
+    def size(self) -> int:
+        """`used`, padded: the width of the embedding table and of the head."""
+        return -(-(self.rest_offset + (self.rest or 0)) // _ALIGNMENT) * _ALIGNMENT
+
+    def role(self, ids: Any) -> Any:
+        """The Role of every id, int32 of the same shape; numpy in, numpy out; traced jax arrays likewise.
+
+        By the id alone: the digits of a size that is spelled as text are TEXT here (`Encoded.roles` knows better). Ids
+        that nothing writes (negative, rest, beyond the end) have role PAD.
+        """
+        text = (ids >= 0) & (ids < self.text_size)
+        control = (ids >= self.control_offset) & (ids < self.size_offset) & (ids != self.pad)
+        size = (ids >= self.size_offset) & (ids < self.image_offset)
+        image = (ids >= self.image_offset) & (ids < self.rest_offset)
+        roles = ((text, Role.TEXT), (control, Role.CONTROL), (size, Role.SIZE), (image, Role.IMAGE))
+        # The ranges are disjoint, so a sum picks the one that holds.
+        return sum(inside.astype(np.int32) * np.int32(role) for inside, role in roles)
+
+    def name(self, token: int) -> str:
+        """An id in words, for messages: "<boi>", "text piece 17", "size 4", "image code 3"."""
+        if 0 <= token < self.text_size:
+            return f"text piece {token}"
+        if self.control_offset <= token < self.size_offset:
+            return f"<{self.controls[token - self.control_offset]}>"
+        if self.size_offset <= token < self.image_offset:
+            return f"size {token - self.size_offset + 1}"
+        if self.image_offset <= token < self.rest_offset:
+            return f"image code {token - self.image_offset}"
+        return f"id {token}, which nothing writes"
+
+    def manifest(self) -> dict[str, Any]:
+        """Everything two artefacts must agree on, as JSON values. `Grammar.manifest` adds to it."""
+        return {
+            "version": VERSION,
+            "text_size": self.text_size,
+            "text_hash": self.text_hash,
+            "codebook_size": self.codebook_size,
+            "image_hash": self.image_hash,
+            "size_tokens": self.size_tokens,
+            "controls": {name: self.control(name) for name in self.controls},
+            "offsets": {
+                "text": 0,
+                "control": self.control_offset,
+                "size": self.size_offset,
+                "image": self.image_offset,
+                "rest": self.rest_offset,
+            },
+            "used": self.used,
+            "size": self.size,
+        }
+
+    @classmethod
+    def from_manifest(cls, manifest: Mapping[str, Any]) -> Vocabulary:
+        """The vocabulary a manifest describes.
+
+        Raises:
+            ManifestMismatch: a field is missing, or this version would give out other ids than it says.
+        """
+        fields = ("text_size", "codebook_size", "size_tokens", "text_hash", "image_hash")
+        for name in (*fields, "controls", "used", "size"):
+            if name not in manifest:
+                raise ManifestMismatch(name, f"manifest has no {name!r}: it is not a vocabulary manifest")
+        vocabulary = cls(**{name: manifest[name] for name in fields}, controls=tuple(manifest["controls"]))
+        if manifest["used"] != vocabulary.used:
+            vocabulary = cls(
+                **{name: manifest[name] for name in fields},
+                controls=vocabulary.controls,
+                rest=max(0, manifest["used"] - vocabulary.rest_offset),
+            )
+        ours = vocabulary.manifest()
+        found = {key: value for key, value in manifest.items() if key in ours}
+        require_same(ours, found, expected_from="this version of ar_unified", found_from="manifest")
+        return vocabulary
