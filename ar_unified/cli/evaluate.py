@@ -20,15 +20,15 @@ from typing import Any
 from tqdm import tqdm
 
 from ar_unified import progress
-from ar_unified.cli import config as configs
-from ar_unified.cli.changes import MODEL, changeable
 from ar_unified.cli.evaluate_tokenizer import evaluate_folder, evaluate_held_out, results_of
-from ar_unified.cli.experiment import Experiment, by_first_process, open_experiment
 from ar_unified.errors import UserError
 from ar_unified.evaluation.generation import Example
 from ar_unified.evaluation.generation import evaluate as score
 from ar_unified.evaluation.protocol import PROTOCOLS
 from ar_unified.evaluation.report import write_report
+from ar_unified.experiment import config as configs
+from ar_unified.experiment.changes import MODEL, changeable
+from ar_unified.experiment.experiment import Experiment, by_first_process, open_experiment
 from ar_unified.training.telemetry import read_metrics
 from ar_unified.workdir import write_json
 

@@ -1,7 +1,7 @@
 """A config and a workdir, and the things they name: what every verb opens first.
 
 Stages are fingerprinted by the parts of the config that decide their result, so that a changed learning rate does not
-make the data again, and a changed codebook is refused instead of mixed in. `cli.changes` has what may change later.
+make the data again, and a changed codebook is refused instead of mixed in. `changes` has what may change later.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from ml_collections import ConfigDict
 
 from ar_unified import history
 from ar_unified.checkpoint import restore_params
-from ar_unified.cli import config as configs
-from ar_unified.cli import settings
-from ar_unified.cli.changes import Training, changeable, require_extensible, said
-from ar_unified.cli.check import STAGES, check, check_devices, check_sources
 from ar_unified.data.images import NoImages, Resize
 from ar_unified.data.items import has_pictures
 from ar_unified.data.sources import EmptySplit, Source, open_source
 from ar_unified.errors import UserError, about
+from ar_unified.experiment import config as configs
+from ar_unified.experiment import settings
+from ar_unified.experiment.changes import Training, changeable, require_extensible, said
+from ar_unified.experiment.check import STAGES, check, check_devices, check_sources
 from ar_unified.grammar import TEXT_ALONE, Grammar
 from ar_unified.history import Changeable
 from ar_unified.interrupts import Preempted
@@ -129,7 +129,7 @@ class Experiment:
         Args:
             together: all processes open it; else the one that does the stage (`by_first_process`).
             training: where the stage is many steps, how far it has come: it may be told to go on to others.
-            may: what of it may change; default: by `cli.changes`.
+            may: what of it may change; default: by `changes`.
         """
         may = may or changeable()
         fingerprint = self.fingerprint(*keys, **more)
