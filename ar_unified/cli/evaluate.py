@@ -28,7 +28,8 @@ from ar_unified.evaluation.protocol import PROTOCOLS
 from ar_unified.evaluation.report import write_report
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.changes import MODEL, changeable
-from ar_unified.experiment.experiment import Experiment, by_first_process, open_experiment
+from ar_unified.experiment.experiment import Experiment
+from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.training.telemetry import read_metrics
 from ar_unified.workdir import write_json
 

@@ -25,7 +25,8 @@ from ar_unified.evaluation.report import write_report
 from ar_unified.evaluation.tokenizer import PROTOCOL, NoPictures, Probe, draw_pictures, evaluate_tokenizer
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.changes import changeable
-from ar_unified.experiment.experiment import Experiment, by_first_process
+from ar_unified.experiment.experiment import Experiment
+from ar_unified.experiment.start import by_first_process
 from ar_unified.training.probe import pictures_wanted, train_probe
 from ar_unified.workdir import read_json, write_bytes, write_json
 

@@ -16,7 +16,7 @@ from ar_unified.cli.prepare import prepare
 from ar_unified.cli.sample import sample_held_out
 from ar_unified.cli.tokenizer import train_tokenizers
 from ar_unified.cli.train import train
-from ar_unified.experiment.experiment import open_experiment
+from ar_unified.experiment.start import open_experiment
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -33,7 +33,8 @@ from ar_unified.document import Document, ImagePart, TextPart
 from ar_unified.errors import UserError
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.changes import MODEL, changeable
-from ar_unified.experiment.experiment import Experiment, by_first_process, open_experiment
+from ar_unified.experiment.experiment import Experiment
+from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.sampling import batch_output, results
 from ar_unified.sampling.job import JobReport, run_job
 from ar_unified.sampling.layouts import LAYOUTS, export

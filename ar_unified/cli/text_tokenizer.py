@@ -13,7 +13,8 @@ from ar_unified.data.balance import passes, places, text_bytes
 from ar_unified.data.items import BadItem, LeftOut, Source, language
 from ar_unified.data.sources import texts
 from ar_unified.errors import UserError, about
-from ar_unified.experiment.experiment import Experiment, by_first_process
+from ar_unified.experiment.experiment import Experiment
+from ar_unified.experiment.start import by_first_process
 from ar_unified.workdir import write_json
 
 _MEASURED = 1_000_000  # bytes of a source that the report looks at, an even part of it

@@ -26,9 +26,10 @@ from ar_unified.data.items import has_pictures
 from ar_unified.data.loader import ImageBatches, NothingReadable
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.changes import Training, changeable
-from ar_unified.experiment.experiment import Experiment, open_experiment
+from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.settings import objective as objective_of
 from ar_unified.experiment.settings import short_side, tokenizer_training
+from ar_unified.experiment.start import open_experiment
 from ar_unified.parallel import runtime
 from ar_unified.training.loop import fit
 from ar_unified.training.tasks import TokenizerTask

@@ -31,8 +31,9 @@ from ar_unified.document import CodesPart
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.branch import branch
 from ar_unified.experiment.changes import Training
-from ar_unified.experiment.experiment import Experiment, open_experiment
+from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.settings import phases, training
+from ar_unified.experiment.start import open_experiment
 from ar_unified.history import DECIDING
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.request import Request
