@@ -30,7 +30,7 @@ from ar_unified.experiment import config as configs
 from ar_unified.experiment.changes import MODEL, changeable
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.start import by_first_process, open_experiment
-from ar_unified.training.telemetry import read_metrics
+from ar_unified.metrics import ATTENTION, last_validation, read_metrics
 from ar_unified.workdir import write_json
 
 
@@ -126,9 +126,7 @@ def _validation(experiment: Experiment) -> dict[str, float]:
     Shares of attention stay in metrics.jsonl: a table of them by layer would hide the rest.
     """
     rows = read_metrics(experiment.workdir.model / "metrics.jsonl", until=experiment.checkpoint)
-    last: dict[str, float] = next((row for row in reversed(rows) if "validation/loss" in row), {})
-    named = {key.removeprefix("validation/"): value for key, value in last.items() if key.startswith("validation/")}
-    return {key: value for key, value in named.items() if not key.startswith("attention/")}
+    return {key: value for key, value in last_validation(rows).items() if not key.startswith(ATTENTION)}
 
 
 def _show(bar: tqdm, kind: str, done: int, of: int) -> None:

@@ -30,10 +30,10 @@ from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.settings import objective as objective_of
 from ar_unified.experiment.settings import short_side, tokenizer_training
 from ar_unified.experiment.start import open_experiment
+from ar_unified.metrics import last_validation, read_metrics
 from ar_unified.parallel import runtime
 from ar_unified.training.loop import fit
 from ar_unified.training.tasks import TokenizerTask
-from ar_unified.training.telemetry import read_metrics
 
 _VALIDATION_BATCHES = 4
 _SHEET = 8  # pictures and their reconstructions, one above the other
@@ -134,8 +134,7 @@ def train_image(experiment: Experiment) -> None:
         tokenizer.save(stage.folder)
         summary: dict[str, Any] = {"codes": tokenizer.codebook_size, "hash": tokenizer.hash}
         rows = read_metrics(stage.folder / "metrics.jsonl")
-        last = next(row for row in reversed(rows) if "validation/loss" in row)  # the loop ends with one
-        if warning := task.warning({key.removeprefix("validation/"): value for key, value in last.items()}):
+        if warning := task.warning(last_validation(rows)):  # the loop ends with one
             experiment.say(f"image_tokenizer: WARNING, on held-out pictures {warning}")
             summary["warning"] = warning
         if objective.perceptual.kind != "none":

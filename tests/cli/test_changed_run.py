@@ -15,8 +15,8 @@ from ar_unified.cli.arguments import _branch
 from ar_unified.cli.main import main
 from ar_unified.data.loader import PackedBatches
 from ar_unified.experiment import experiment as experiment_module
+from ar_unified.metrics import read_metrics
 from ar_unified.parallel.mesh import make_mesh
-from ar_unified.training.telemetry import read_metrics
 from ar_unified.workdir import read_json
 from tests.cli.conftest import command
 
