@@ -145,9 +145,9 @@ def fit(
         kept = found["optimizer"].get("kept", {})
         state = TrainState(found["optimizer"]["step"], found["params"], found["optimizer"]["state"], kept)
     else:
-        places = jax.tree.map(lambda x: x.sharding, abstract)
+        placement = jax.tree.map(lambda x: x.sharding, abstract)
         with jax.set_mesh(mesh):
-            state = jax.jit(lambda: make_state(task, tx, config.seed), out_shardings=places)()
+            state = jax.jit(lambda: make_state(task, tx, config.seed), out_shardings=placement)()
     if finished:
         checkpoints.close()
         logger(f"{task.name}: finished already, {start} of {config.steps} steps")
