@@ -22,9 +22,9 @@ PARAMS = {"w": np.arange(64, dtype=np.float32).reshape(8, 8), "layers": {"b": np
 
 
 def on(mesh, dtype=jnp.float32):
-    places = {"w": jax.P("fsdp", "tensor"), "layers": {"b": jax.P()}}
+    placement = {"w": jax.P("fsdp", "tensor"), "layers": {"b": jax.P()}}
     return jax.tree.map(
-        lambda x, p: jax.ShapeDtypeStruct(x.shape, dtype, sharding=jax.NamedSharding(mesh, p)), PARAMS, places
+        lambda x, p: jax.ShapeDtypeStruct(x.shape, dtype, sharding=jax.NamedSharding(mesh, p)), PARAMS, placement
     )
 
 

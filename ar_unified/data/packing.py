@@ -124,7 +124,7 @@ class Packing:
 
 
 @dataclass(frozen=True)
-class Places:
+class Picks:
     """Stretch of a mixture: element i is item `item[i]` of epoch `epoch[i]` of source number `source[i]`; int64 [n]."""
 
     source: np.ndarray
@@ -133,7 +133,7 @@ class Places:
 
 
 class Mixture:
-    """An endless stream over sources by weight; place j is a pure function of (weights, sizes, j).
+    """An endless stream over sources by weight; pick j is a pure function of (weights, sizes, j).
 
     Sources take turns as evenly as their weights allow, so that every stretch of the stream has nearly its share of
     each; the turns repeat after PERIOD. A source that has come to its end begins its next epoch.
@@ -164,16 +164,16 @@ class Mixture:
         order = np.lexsort((source, turns))
         self._source, self._rank, self._counts = source[order], rank[order], counts
 
-    def places(self, start: int, stop: int) -> Places:
-        """Places start..stop-1 of the stream."""
+    def picks(self, start: int, stop: int) -> Picks:
+        """Picks start..stop-1 of the stream."""
         cycle, slot = np.divmod(np.arange(start, stop), PERIOD)
         source = self._source[slot]
         row = self._taken[source] + cycle * self._counts[source] + self._rank[slot]
         epoch, item = np.divmod(row, self.sizes[source])
-        return Places(source, epoch, item)
+        return Picks(source, epoch, item)
 
     def taken(self, stop: int) -> list[int]:
-        """Rows of every source that were read before place `stop`."""
+        """Rows of every source that were read before pick `stop`."""
         cycles, rest = divmod(stop, PERIOD)
         partly = np.bincount(self._source[:rest], minlength=len(self.sizes))
         return (self._taken + cycles * self._counts + partly).tolist()

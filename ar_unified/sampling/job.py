@@ -35,12 +35,12 @@ from ar_unified.grammar import GrammarError
 from ar_unified.manifests import Mismatch, differences
 from ar_unified.parallel.hardware import of_kind
 from ar_unified.sampling import batch_output, gallery
+from ar_unified.sampling.bandwidth import MemoryTime
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.formats import fingerprint
 from ar_unified.sampling.request import Request, RequestError, Sample, TokensPart
 from ar_unified.sampling.requests import Canvas, Line, Picture, PictureError, read_requests
 from ar_unified.sampling.results import Done, Entry, Writer, open_shard, shards, write_picture
-from ar_unified.sampling.roofline import Roofline
 from ar_unified.workdir import clean, read_json, write_json
 
 _WINDOW = 4  # batches of requests that are made ready at once, while the engine works on those before
@@ -171,7 +171,7 @@ class _Tally:
         self._started = time.monotonic()
         hardware = of_kind(jax.devices()[0].device_kind)
         devices = engine.mesh.size if engine.mesh else 1  # those of this engine: others serve requests of their own
-        self._roofline = Roofline(engine, hardware.hbm_bandwidth * devices) if hardware else None
+        self._memory = MemoryTime(engine, hardware.hbm_bandwidth * devices) if hardware else None
         self.samples = self.errors = self.tokens = 0
         self.first_error = ""
 
@@ -189,11 +189,11 @@ class _Tally:
         self.tokens += sum(len(row.get("tokens", ())) for row in rows)
         self._advance(sum(row["n"] if row["sample"] is None else 1 for row in rows))
         said = f"{self.tokens / self.seconds:.0f} tokens/s, {self._engine.occupancy:.0%} of slots"
-        if self._roofline:
+        if self._memory:
             for row in rows:
                 contexts = 1 if "context" not in row else 3 if "image_guidance" in row else 2
-                self._roofline.add(len(row.get("tokens", ())), contexts)
-            said += f", {self._roofline.seconds / self.seconds:.0%} of roofline"
+                self._memory.add(len(row.get("tokens", ())), contexts)
+            said += f", {self._memory.seconds / self.seconds:.0%} of memory bandwidth"
         self._say(said, refresh=False)
 
 
