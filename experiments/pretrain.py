@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from ml_collections import ConfigDict
 
 from ar_unified.experiment.config import defaults, model, parse_arg, whole
+from ar_unified.language.vocabulary import CONTROLS
 from ar_unified.model.config import PRESETS
-from ar_unified.vocabulary import CONTROLS
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from ar_unified.data.sources import open_source
-from ar_unified.document import ImagePart, TextPart
 from ar_unified.errors import UserError
 from ar_unified.experiment import config as configs
+from ar_unified.language.document import ImagePart, TextPart
 
 ROOT = Path(__file__).resolve().parents[1]
 

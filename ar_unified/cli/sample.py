@@ -21,20 +21,22 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from ar_unified.data.images import to_png
 from ar_unified.data.sources import BadItem, Source
-from ar_unified.document import Document, ImagePart, TextPart
 from ar_unified.errors import UserError
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.changes import MODEL, changeable
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.start import by_first_process, open_experiment
+from ar_unified.language.document import Document, ImagePart, TextPart
+from ar_unified.language.rows import write_parts
 from ar_unified.sampling import batch_output, results
 from ar_unified.sampling.benchmark_folders import BENCHMARKS, export
 from ar_unified.sampling.job import JobReport, run_job
@@ -132,25 +134,27 @@ def _rows(source: Source, folder: Path, most: int) -> Iterator[dict[str, Any]]:
     """
     documents = islice(_good(source), _HELD_OUT)
     for number, document in enumerate(documents):
-        turn = document.prompt is not None
-        border = document.prompt if document.prompt is not None else -(-len(document.parts) // 2)
         name = f"{source.name.replace('/', '-')}-{number:02d}"
-        if not turn and len(document.parts) < 2:
+        if not document.asks and len(document.parts) < 2:
             for part in document.parts:
                 if isinstance(part, TextPart) and (beginning := _beginning(part.text, most)):
                     yield {"id": name, "content": [{"type": "text", "text": beginning}], "turn": False, "mode": "text"}
             continue
-        content: list[dict[str, str]] = []
-        for at, part in enumerate(document.parts[:border]):
-            if isinstance(part, TextPart):
-                content.append({"type": "text", "text": part.text})
-            elif isinstance(part, ImagePart):
-                path = Path("prompts") / f"{name}-{at}.png"
-                write_bytes(folder / path, to_png(part.pixels))
-                content.append({"type": "image", "image": str(path)})
-        answers_picture = isinstance(document.parts[border], ImagePart)
-        mode = ("image" if answers_picture else "text") if turn else "free"
-        yield {"id": name, "content": content, "turn": turn, "mode": mode}
+        paths = (Path("prompts") / f"{name}-{at}.png" for at in count())
+
+        def save(pixels: np.ndarray, paths: Iterator[Path] = paths) -> str:
+            path = next(paths)
+            write_bytes(folder / path, to_png(pixels))
+            return str(path)
+
+        if document.asks:
+            mode = "image" if isinstance(next(iter(document.answer), None), ImagePart) else "text"
+            turns = [{"role": turn.speaker, "content": write_parts(turn.parts, save)} for turn in document.asked]
+            said = {"messages": turns} if len(turns) > 1 else {"content": turns[0]["content"]}
+            yield {"id": name, **said, "mode": mode}
+        else:
+            content = write_parts(document.parts[: -(-len(document.parts) // 2)], save)
+            yield {"id": name, "content": content, "turn": False, "mode": "free"}
 
 
 def _beginning(text: str, most: int) -> str:

@@ -27,7 +27,6 @@ from ar_unified.checkpoint import Checkpoints, steps_in
 from ar_unified.data.images import NoImages
 from ar_unified.data.loader import PackedBatches, Phase
 from ar_unified.data.prepare import load_report
-from ar_unified.document import CodesPart
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.branch import branch
 from ar_unified.experiment.changes import Training
@@ -35,6 +34,7 @@ from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.settings import phases, training
 from ar_unified.experiment.start import open_experiment
 from ar_unified.history import DECIDING
+from ar_unified.language.document import CodesPart
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.request import Request
 from ar_unified.training.loop import fit
@@ -144,8 +144,8 @@ def _preview(experiment: Experiment) -> Any:
     for source in experiment.held_out["validation"]:
         for i in range(min(len(source), _PREVIEWS)):
             document = source[i]
-            if document.task == "text_to_image" and document.prompt is not None:
-                prompts.append(document.parts[: document.prompt])
+            if document.task == "text_to_image":
+                prompts.append(document.asked[-1].parts)
     requests = [
         Request(id=str(i), parts=prompt, mode="image", seed=i, image=experiment.filter("image"))
         for i, prompt in enumerate(prompts[:_PREVIEWS])

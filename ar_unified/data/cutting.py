@@ -5,26 +5,66 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
-from ar_unified.document import Document, Part, TextPart
-from ar_unified.grammar import Grammar
+from ar_unified.language.document import Document, Part, TextPart, Turn
+from ar_unified.language.encoded import Encoded
+from ar_unified.language.grammar import Grammar
 
 _WORD = re.compile(r"\s*\S+(?:\s+\Z)?|\s+")  # with the blanks before it: most text tokenizers join a word with those
+Unit = TypeVar("Unit")
 _SPARE = 8  # tokens of a document that are not its text's
 _JOINER = "\u200d"
 _SKIN = range(0x1F3FB, 0x1F400)  # tones, which change the emoji before them
 
 
-def split(document: Document, grammar: Grammar, max_tokens: int) -> list[Document]:
-    """A document without a turn as several, each as long as fits.
+def can_be_split(document: Document) -> bool:
+    """Whether it may be cut: half an answer is none, but a conversation may go on in another document."""
+    return not document.asks or sum(turn.speaker == "user" for turn in document.turns) > 1
 
-    It is cut between its parts, else between paragraphs, else lines. A line that is too long by itself is cut before
-    words, and a word, as in a language without spaces, between characters. Only line ends at a cut are lost. A picture
-    or character that is too long by itself makes a document that is. Parts: TextPart, CodesPart.
+
+def split(document: Document, grammar: Grammar, max_tokens: int) -> list[tuple[Document, Encoded]]:
+    """A document as several, each as long as fits, and their ids.
+
+    Text and images are cut between parts, else between paragraphs, else lines. A line that is too long by itself is cut
+    before words, and a word, as in a language without spaces, between characters. Only line ends at a cut are lost. A
+    conversation is cut between an answer and the next question; each piece begins with the system's turn. A picture,
+    character or question that is too long by itself makes a document that is. Parts: TextPart, CodesPart.
     """
+    known: dict[Document, Encoded] = {}  # the last that fitted: most pieces are one that was tried
 
-    def fits(parts: Sequence[Part]) -> bool:
-        return len(grammar.encode(Document(tuple(parts)))) <= max_tokens
+    def encoded(piece: Document) -> Encoded:
+        if piece not in known:
+            found = grammar.encode(piece)
+            if len(found) > max_tokens:
+                return found
+            known.clear()
+            known[piece] = found
+        return known[piece]
+
+    if document.asks:
+        pieces = _conversations(document, lambda piece: len(encoded(piece)) <= max_tokens)
+    else:
+        pieces = _texts(document, lambda piece: len(encoded(piece)) <= max_tokens, max_tokens)
+    return [(piece, encoded(piece)) for piece in pieces]
+
+
+def _conversations(document: Document, fits: Callable[[Document], bool]) -> Iterator[Document]:
+    system = document.turns[:1] if document.turns[0].speaker == "system" else ()
+    rest = document.turns[len(system) :]
+    exchanges = [rest[i : i + 2] for i in range(0, len(rest), 2)]
+
+    def piece(exchanges: Sequence[tuple[Turn, ...]]) -> Document:
+        return replace(document, turns=(*system, *(turn for exchange in exchanges for turn in exchange)))
+
+    for run in _runs(exchanges, lambda run: fits(piece(run))):
+        yield piece(run)
+
+
+def _texts(document: Document, fitting: Callable[[Document], bool], max_tokens: int) -> Iterator[Document]:
+    def fits(units: Sequence[Part]) -> bool:
+        return fitting(Document.of(_joined(units), origin=document.origin))
 
     def short(text: str) -> bool:  # no tokenizer has more tokens than bytes and a few
         return len(text.encode()) <= max_tokens - _SPARE or fits([TextPart(text)])
@@ -35,8 +75,8 @@ def split(document: Document, grammar: Grammar, max_tokens: int) -> list[Documen
             units += [TextPart(text) for text in _units(part.text, short)]
         else:
             units.append(part)
-    pieces = (_stripped(parts, document.origin) for parts in _runs(units, fits))
-    return [piece for piece in pieces if piece.parts]
+    pieces = (_stripped(_joined(units), document.origin) for units in _runs(units, fits))
+    yield from (piece for piece in pieces if piece.parts)
 
 
 def _units(text: str, short: Callable[[str], bool]) -> Iterator[str]:
@@ -62,7 +102,7 @@ def characters(text: str) -> list[str]:
     return found
 
 
-def _runs(units: Sequence[Part], fits: Callable[[Sequence[Part]], bool]) -> Iterator[list[Part]]:
+def _runs(units: Sequence[Unit], fits: Callable[[Sequence[Unit]], bool]) -> Iterator[Sequence[Unit]]:
     """Units in order, as many together as fit, at least one; found by doubling and halving, as there may be millions.
 
     That a run fits if a longer one does is true but for a token or two, so a run may be that much shorter than it could
@@ -72,13 +112,13 @@ def _runs(units: Sequence[Part], fits: Callable[[Sequence[Part]], bool]) -> Iter
     while at < len(units):
         rest = len(units) - at
         count, most = 1, 2
-        while most <= rest and fits(_joined(units[at : at + most])):
+        while most <= rest and fits(units[at : at + most]):
             count, most = most, 2 * most
         most = min(most, rest + 1)
         while most - count > 1:
             middle = (count + most) // 2
-            count, most = (middle, most) if fits(_joined(units[at : at + middle])) else (count, middle)
-        yield _joined(units[at : at + count])
+            count, most = (middle, most) if fits(units[at : at + middle]) else (count, middle)
+        yield units[at : at + count]
         at += count
 
 
@@ -103,4 +143,4 @@ def _stripped(parts: list[Part], origin: str) -> Document:
         if parts and isinstance(part := parts[edge], TextPart):
             text = strip(part.text, "\n")
             parts[edge : edge + 1 or None] = [TextPart(text)] if text else []
-    return Document(tuple(parts), origin=origin)
+    return Document.of(tuple(parts), origin=origin)

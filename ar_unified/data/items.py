@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from ar_unified.document import Document
+from ar_unified.language.document import Document
 
 
 class BadItem(Exception):

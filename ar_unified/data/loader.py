@@ -23,9 +23,10 @@ from ar_unified.data.items import LeftOut, has_pictures
 from ar_unified.data.packing import Mixture, Packing, Picks, summary
 from ar_unified.data.prepare import folder_name, load_manifest
 from ar_unified.data.sources import BadItem, Source
-from ar_unified.document import TASKS, ImagePart
 from ar_unified.errors import UserError
-from ar_unified.grammar import Grammar
+from ar_unified.language.document import TASKS, ImagePart
+from ar_unified.language.encoded import Encoded, joined
+from ar_unified.language.grammar import Grammar
 from ar_unified.manifests import require_same
 
 Batch = dict[str, np.ndarray]
@@ -154,12 +155,13 @@ class PackedBatches:
         Returns:
             [B / process_count, T] arrays: tokens, targets (next token of the same document, else pad), positions,
             doc_start (T on padding), segment_ids (from 1; 0 on padding), all int32; tasks (of the document) int8;
-            prompt (the target belongs to the prompt, EOT included) bool.
+            roles (of the target; 0, Role.PAD, where there is none) int8; prompt (the target is read, not to be learned:
+            a user's or the system's, with the end of its turn) bool.
         """
         now = bisect.bisect_right([phase.from_step for phase in self.phases], step) - 1
         since = step - self.phases[now].from_step
         picks = _slice(self._mixtures[now], since, self.batch_size, process_index, process_count)
-        documents: list[np.ndarray] = []
+        documents: list[Encoded] = []
         tasks: list[int] = []
         rows: list[int] = []
         for at in _groups(picks):
@@ -176,46 +178,46 @@ class PackedBatches:
             np.array(rows)[order],
             shape=(len(picks.item), self.seq_len),
             pad=self.grammar.vocabulary.pad,
-            eot=self.grammar.vocabulary.eot,
         )
 
-    def _read(self, phase: Phase, source: int, epoch: int, chosen: np.ndarray) -> tuple[list[np.ndarray], list[int]]:
-        """Tokens and tasks of documents as this epoch has them."""
+    def _read(self, phase: Phase, source: int, epoch: int, chosen: np.ndarray) -> tuple[list[Encoded], list[int]]:
+        """Ids and tasks of documents as this epoch has them."""
         index = self._shards[source].index[chosen]
         documents, tasks = self._shards[source].read(chosen), index["task"].copy()
         streams = (self.seed, self._names[source], epoch)
         flipped = index["pair"] & (uniform(key(*streams, "flip"), chosen) < phase.flip)
         tasks[flipped] = np.where(index["task"][flipped] == _TEXT_TO_IMAGE, _IMAGE_TO_TEXT, _TEXT_TO_IMAGE)
         dropped = uniform(key(*streams, "dropout"), chosen) < phase.condition_dropout
-        picture = hash64(key(*streams, "picture"), chosen) % np.maximum(index["pictures"], 1).astype(np.uint64)
+        picture = hash64(key(*streams, "picture"), chosen)
         for i in np.flatnonzero(flipped):
             documents[i] = self.grammar.swap_turn(documents[i])
         for i in np.flatnonzero(dropped & (tasks == _TEXT_TO_IMAGE)):
             documents[i] = self.grammar.drop_prompt(documents[i])
         for i in np.flatnonzero(dropped & (tasks == _INTERLEAVED)):
-            rest = self.grammar.drop_context(documents[i], int(picture[i]))
-            # A document that begins with the picture has no context to lose, and its row no room for an <eot>.
-            documents[i] = rest if len(rest) <= len(documents[i]) else documents[i]
+            document = documents[i]
+            if count := int(document.trained[document.images].sum()):
+                rest = self.grammar.drop_context(document, int(picture[i] % np.uint64(count)))
+                # A document that begins with the image has no context to lose, and its row no room for an <eot>.
+                documents[i] = rest if len(rest) <= len(document) else document
         return documents, tasks.tolist()
 
 
 def pack(
-    documents: Sequence[np.ndarray],
+    documents: Sequence[Encoded],
     tasks: np.ndarray,
     rows: np.ndarray,
     *,
     shape: tuple[int, int],
     pad: int,
-    eot: int,
 ) -> Batch:
     """Documents side by side in their rows; see `PackedBatches.batch` for what comes out.
 
     Args:
-        documents: n token arrays. tasks: int8 [n]. rows: int [n], ascending; the row of each.
+        documents: n of them. tasks: int8 [n]. rows: int [n], ascending; the row of each.
         shape: (B, T).
     """
     B, T = shape
-    lengths = np.array([len(tokens) for tokens in documents])
+    lengths = np.array([len(document) for document in documents])
     ends = np.cumsum(lengths)
     first = np.searchsorted(rows, rows)  # the first document of the same row
     start = ends - lengths - (ends - lengths)[first]  # where in its row each begins
@@ -227,18 +229,23 @@ def pack(
         out[at] = values
         return out.reshape(B, T)
 
-    tokens = np.concatenate(documents)
-    targets = np.append(tokens[1:], pad)
-    targets[ends - 1] = pad
-    border = np.array([int(np.argmax(document == eot)) for document in documents])  # 0: no turn
+    together = joined(documents)
+
+    def next_one(values: np.ndarray, padding: int) -> np.ndarray:
+        """Of each position, the value at the next of the same document."""
+        out = np.append(values[1:], padding)
+        out[ends - 1] = padding
+        return out
+
     return {
-        "tokens": placed(tokens, pad),
-        "targets": placed(targets, pad),
+        "tokens": placed(together.tokens, pad),
+        "targets": placed(next_one(together.tokens, pad), pad),
+        "roles": placed(next_one(together.roles, 0), 0, np.int8),
         "positions": placed(positions, 0),
         "doc_start": placed(np.repeat(start, lengths), T),
         "segment_ids": placed(np.repeat(np.arange(len(documents)) - first + 1, lengths), 0),
         "tasks": placed(np.repeat(tasks, lengths), 0, np.int8),
-        "prompt": placed(positions < np.repeat(border, lengths), 0, np.bool_),
+        "prompt": placed(~next_one(together.trained, 1), 0, np.bool_),
     }
 
 

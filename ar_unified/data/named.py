@@ -14,8 +14,8 @@ import tensorflow_datasets as tfds
 
 from ar_unified.data import images, shapes  # the second makes the embedded dataset known to TFDS
 from ar_unified.data.items import BadItem
-from ar_unified.document import Document, DocumentError, ImagePart, Part, TextPart
 from ar_unified.errors import UserError
+from ar_unified.language.document import Document, DocumentError, ImagePart, Part, TextPart
 
 
 class TfdsSource:
@@ -81,7 +81,7 @@ class TfdsSource:
                 pieces = [(key, example[key]) for key in used]
             parts = tuple(self._part(key, value) for key, value in pieces if value is not None)
             meta = {key: _plain(value) for key, value in example.items() if key not in used}
-            document = Document(parts, _PROMPTS[self.kind], id=origin, origin=origin, meta=meta)
+            document = Document.of(parts, _PROMPTS[self.kind], id=origin, origin=origin, meta=meta)
             document.check()
         except UnicodeDecodeError as error:
             raise BadItem("bad_utf8", origin, str(error)) from error

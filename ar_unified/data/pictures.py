@@ -9,8 +9,8 @@ from typing import Any
 from ar_unified.data import images
 from ar_unified.data.files import FileError, Folder
 from ar_unified.data.items import BadItem
-from ar_unified.document import Document, ImagePart
 from ar_unified.errors import UserError
+from ar_unified.language.document import Document, ImagePart
 
 
 class Pictures:
@@ -57,7 +57,7 @@ class Pictures:
             raise BadItem(error.kind, self.origin(i), error.reason) from error
         except OSError as error:
             raise BadItem("missing_image", self.origin(i), str(error)) from error
-        return Document((ImagePart(pixels),), id=path.name, origin=self.origin(i))
+        return Document.of((ImagePart(pixels),), id=path.name, origin=self.origin(i))
 
     def texts(self, i: int) -> list[str]:
         return []

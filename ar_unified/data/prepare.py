@@ -22,16 +22,17 @@ import numpy as np
 
 from ar_unified import progress, workdir
 from ar_unified.data import shards
-from ar_unified.data.cutting import split
+from ar_unified.data.cutting import can_be_split, split
 from ar_unified.data.images import Cells, ImageCodec, Resize
 from ar_unified.data.items import LeftOut
 from ar_unified.data.sources import BadItem, Source, read
-from ar_unified.document import TASKS, CodesPart, Document, ImagePart, TextPart
 from ar_unified.errors import UserError
-from ar_unified.grammar import Grammar, ImageLayout, TextLost
+from ar_unified.language.document import TASKS, CodesPart, Document, ImagePart, TextPart
+from ar_unified.language.grammar import Grammar, TextLost
+from ar_unified.language.syntax import ImageLayout
 from ar_unified.manifests import ManifestMismatch, differences, require_same
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass
@@ -87,11 +88,11 @@ class Report:
 
 def default_resize(layout: ImageLayout, tokenizer: Cells) -> Resize:
     """The resize a layout implies: a grid crops; rows keep the aspect, at half the area of the largest picture."""
-    factor, across = tokenizer.factor, layout.width // tokenizer.codes_per_position
-    height, width = layout.height * factor, across * factor
+    factor = tokenizer.factor * layout.units[0]
+    height, width = (side * factor for side in layout.most)
     if not layout.sized:
         return Resize("crop", height, width, factor)
-    target_h, target_w = (max(1, round(side / 2**0.5)) * factor for side in (layout.height, across))
+    target_h, target_w = (max(1, round(side / 2**0.5)) * factor for side in layout.most)
     return Resize("aspect", target_h, target_w, factor, height, width)
 
 
@@ -112,8 +113,8 @@ def prepare(
     """Writes every source's documents as tokens under `folder` (see `shards`), or continues, or finds it done.
 
     Bad items are left out, counted by kind, and listed with origin and reason in <folder>/skipped.jsonl. A document of
-    more than max_tokens is left out too ("too_long") if it has a turn, since half an answer is none; without a turn it
-    is split (see `cutting.split`), and only a picture or character that is too long by itself is left out
+    more than max_tokens is left out too ("too_long") if it is one question, since half an answer is none; others are
+    split (see `cutting.split`), and only a picture, a character or a question that is too long by itself is left out
     ("too_long_part"). What a lossy text tokenizer does not give back is left out ("text_lost").
 
     Args:
@@ -314,8 +315,8 @@ class _Encoder:
         else:
             digests = [self._take(part.pixels) for part in item.parts if isinstance(part, ImagePart)]
             # Only where the picture was is kept: pixels live until their batch is encoded.
-            parts = tuple(_PICTURE if isinstance(part, ImagePart) else part for part in item.parts)
-            self._items.append(_Item(number, Document(parts, item.prompt, item.id, item.origin), None, digests))
+            without = item.changed(lambda part: _PICTURE if isinstance(part, ImagePart) else part)
+            self._items.append(_Item(number, without, None, digests))
         if sum(map(len, self._waiting.values())) > 8 * self._batch_size:  # many sizes: the first in line goes
             self._encode(next(iter(self._waiting)))
         yield from self._ready()
@@ -348,8 +349,7 @@ class _Encoder:
             item = self._items.popleft()
             if item.document is not None:
                 codes = iter([self._codes[digest] for digest in item.pictures])
-                parts = tuple(next(codes) if part is _PICTURE else part for part in item.document.parts)
-                item.document = Document(parts, item.document.prompt, item.document.id, item.document.origin)
+                item.document = item.document.changed(lambda part: next(codes) if part is _PICTURE else part)  # noqa: B023
             yield item
 
 
@@ -364,33 +364,35 @@ def _write(shard: shards.ShardWriter, item: _Item, grammar: Grammar, max_tokens:
         return
     whole = item.document
     try:
-        tokens = grammar.encode(whole)
-        long = len(tokens) > max_tokens
-        if long and whole.prompt is not None:
+        found = grammar.encode(whole)
+        if len(found) > max_tokens and not can_be_split(whole):
             shard.skip(
                 whole.origin,
                 "too_long",
-                f"expected at most {max_tokens} tokens (config.data.max_tokens), found {len(tokens)}",
+                f"expected at most {max_tokens} tokens (config.data.max_tokens), found {len(found)}",
             )
             return
-        cut = split(whole, grammar, max_tokens) if long else []
-        pieces = [(piece, grammar.encode(piece)) for piece in cut] if long else [(whole, tokens)]
+        pieces = split(whole, grammar, max_tokens) if len(found) > max_tokens else [(whole, found)]
     except TextLost as error:
         shard.skip(whole.origin, "text_lost", str(error))
         return
-    for _, tokens in pieces:
-        if len(tokens) > max_tokens:
-            reason = f"expected at most {max_tokens} tokens, found {len(tokens)} in one picture or character"
+    for _, found in pieces:
+        if len(found) > max_tokens:
+            reason = f"expected at most {max_tokens} tokens, found {len(found)} in one {_unit(whole)}"
             shard.skip(whole.origin, "too_long_part", reason)
-    pieces = [(piece, tokens) for piece, tokens in pieces if len(tokens) <= max_tokens]
-    for part, (document, tokens) in enumerate(pieces):
+    pieces = [(piece, found) for piece, found in pieces if len(found) <= max_tokens]
+    for part, (document, found) in enumerate(pieces):
         texts = [p.text for p in document.parts if isinstance(p, TextPart)]
         shard.write(
-            tokens,
+            found,
             item=item.number,
             part=part,
             text_bytes=sum(len(text.encode()) for text in texts),
             task=TASKS.index(document.task),
             pictures=len(document.parts) - len(texts),
-            pair=reversible and document.prompt == 1 and len(document.parts) == 2 and len(texts) == 1,
+            pair=reversible and document.is_pair and grammar.can_swap,
         )
+
+
+def _unit(document: Document) -> str:
+    return "question with its answer" if document.asks else "picture or character"

@@ -8,6 +8,7 @@ import json
 import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from ar_unified.data import encoding, images
 from ar_unified.data.files import FileError, Folder, require_file
 from ar_unified.data.items import BadItem
 from ar_unified.data.splits import Split
-from ar_unified.document import Document, DocumentError, TextPart, document_from_json
+from ar_unified.language.document import Document, DocumentError, TextPart
+from ar_unified.language.rows import document_from_json
 
 
 class Rows:
-    """Rows of JSONL files (`document.document_from_json`), with pictures under `root` or in the row as data: URLs.
+    """Rows of JSONL files (`language.rows`), with pictures under `root` or in the row as data: URLs.
 
     The files are read once at opening, twice for a part, for the place of every line; memory is 24 bytes a row. They
     are UTF-8: a file that is not (`encoding`) is one bad item. What names mean, and `links`: `files.Folder`.
@@ -116,7 +118,7 @@ class Rows:
             document = document_from_json(row, load)
         except (_Bad, images.ImageError, DocumentError) as error:
             raise BadItem(error.kind, origin, str(error)) from error
-        return Document(document.parts, document.prompt, id=document.id, origin=origin, meta=document.meta)
+        return replace(document, origin=origin)
 
     def _row(self, i: int) -> dict[str, Any]:
         start = self._start[i]

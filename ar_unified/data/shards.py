@@ -1,7 +1,7 @@
 """Documents as tokens on disk: ArrayRecord shards, each with an index of what a loader must know beforehand.
 
 <folder>/manifest.json                     what the tokens mean and what is in the folder; written last
-         <source>/00000.array_record       one record a document: its item's number, int32 tokens
+         <source>/00000.array_record       one record a document: its item's number, int32 tokens, uint8 marks
                   00000.index.npy          INDEX, one row a document
                   00000.skipped.jsonl      {"origin", "kind", "reason"}, one row an item that was left out
 """
@@ -22,6 +22,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from ar_unified import workdir
 from ar_unified.errors import UserError, about
+from ar_unified.language.encoded import Encoded
 
 INDEX = np.dtype(
     [
@@ -51,11 +52,12 @@ class ShardWriter:
         self._skipped: list[Mapping[str, str]] = []
 
     def write(
-        self, tokens: np.ndarray, *, item: int, part: int, text_bytes: int, task: int, pictures: int, pair: bool
+        self, document: Encoded, *, item: int, part: int, text_bytes: int, task: int, pictures: int, pair: bool
     ) -> None:
-        """Adds a document. tokens: int32 [n]; the rest as in INDEX."""
-        self._records.write(_HEADER.pack(item) + tokens.astype("<i4").tobytes())
-        self._index.append((len(tokens), text_bytes, task, pictures, part, pair))
+        """Adds a document; the rest as in INDEX."""
+        tokens, marks = document.tokens.astype("<i4"), document.marks.astype(np.uint8)
+        self._records.write(_HEADER.pack(item) + tokens.tobytes() + marks.tobytes())
+        self._index.append((len(document), text_bytes, task, pictures, part, pair))
 
     def skip(self, origin: str, kind: str, reason: str) -> None:
         self._skipped.append({"origin": origin, "kind": kind, "reason": reason})
@@ -127,11 +129,17 @@ class Shards:
     def __len__(self) -> int:
         return len(self.index)
 
-    def read(self, documents: Sequence[int] | np.ndarray) -> list[np.ndarray]:
-        """Tokens, int32 [n], of each of `documents`."""
+    def read(self, documents: Sequence[int] | np.ndarray) -> list[Encoded]:
+        """Each of `documents`."""
         records = self._records.__getitems__([int(i) for i in documents]) if len(documents) else []
-        return [np.frombuffer(record, "<i4", offset=_HEADER.size).astype(np.int32) for record in records]
+        lengths = self.index["length"][np.asarray(documents, np.int64)]
+        return [_encoded(record, length) for record, length in zip(records, lengths, strict=True)]
 
     def item(self, document: int) -> int:
         """Item of the source that a document was made of."""
         return _HEADER.unpack_from(self._records[document])[0]
+
+
+def _encoded(record: bytes, length: int) -> Encoded:
+    tokens = np.frombuffer(record, "<i4", length, offset=_HEADER.size).astype(np.int32)
+    return Encoded(tokens, np.frombuffer(record, np.uint8, length, offset=_HEADER.size + tokens.nbytes))

@@ -25,8 +25,8 @@ from ar_unified.data.rows import Rows
 from ar_unified.data.splits import EmptySplit
 from ar_unified.data.text_files import TextFiles
 from ar_unified.data.views import Views
-from ar_unified.document import Document
 from ar_unified.errors import UserError, about
+from ar_unified.language.document import Document
 from ar_unified.paths import home
 
 __all__ = ["BadItem", "EmptySplit", "Source", "open_source", "read", "texts"]

@@ -17,8 +17,8 @@ from ar_unified.data import encoding
 from ar_unified.data.files import Folder, Found
 from ar_unified.data.items import BadItem
 from ar_unified.data.splits import Split
-from ar_unified.document import Document, TextPart
 from ar_unified.errors import UserError
+from ar_unified.language.document import Document, TextPart
 
 FILES = ("*.txt", "*.md", "*.jsonl")
 _BLOCK = 1 << 14  # bytes that share an entry of the index, and are read at once
@@ -108,7 +108,7 @@ class TextFiles:
     def __getitem__(self, i: int) -> Document:
         text, row = self._read(i)
         meta = {key: value for key, value in row.items() if key not in ("id", self._field)}
-        return Document((TextPart(text),), id=str(row.get("id", "")), origin=self.origin(i), meta=meta)
+        return Document.of((TextPart(text),), id=str(row.get("id", "")), origin=self.origin(i), meta=meta)
 
     def texts(self, i: int) -> list[str]:
         return [self._read(i)[0]]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ar_unified import progress
+from ar_unified.data.cutting import can_be_split
 from ar_unified.data.files import Folder
 from ar_unified.data.images import SUFFIXES, ImageCodec, Resize
 from ar_unified.data.items import Source, has_pictures
@@ -18,9 +19,9 @@ from ar_unified.data.prepare import default_resize
 from ar_unified.data.sources import FOLDER_FILES, BadItem, open_source, read, row_files
 from ar_unified.data.text_files import FILES as TEXT_FILES
 from ar_unified.data.text_files import find
-from ar_unified.document import CodesPart, Document, ImagePart, TextPart
 from ar_unified.errors import UserError
-from ar_unified.grammar import Grammar, TextLost
+from ar_unified.language.document import CodesPart, Document, ImagePart, TextPart
+from ar_unified.language.grammar import Grammar, TextLost
 
 _PERCENTILES = (0, 50, 90, 99, 100)
 
@@ -143,7 +144,7 @@ def validate(
                 except TextLost as error:
                     found.bad.append(BadItem("text_lost", source.origin(i), str(error)))
                     continue
-                if max_tokens and length and length > max_tokens and item.prompt is not None:
+                if max_tokens and length and length > max_tokens and not can_be_split(item):
                     reason = f"expected at most {max_tokens} tokens (config.data.max_tokens), found {length}"
                     found.bad.append(BadItem("too_long", source.origin(i), reason))
                     continue
@@ -206,34 +207,36 @@ class _Model:
         def blank(pixels: np.ndarray) -> np.ndarray:
             assert resize is not None
             h, w = resize.target(*pixels.shape[:2])
-            depth = self.tokenizer.codes_per_position if self.tokenizer else 1
-            return np.zeros((h // resize.factor, w // resize.factor * depth), np.int32)
+            factor, depth = (
+                (self.tokenizer.factor, self.tokenizer.codes_per_position) if self.tokenizer else (resize.factor, 1)
+            )
+            return np.zeros((h // factor, w // factor * depth), np.int32)
 
         return len(self.grammar.encode(_coded(document, blank)))
 
     def show(self, document: Document) -> str:
         """In words, with <picture H x W>; then as tokens, piece by piece, if there are a grammar and a tokenizer."""
         lines = [f"({document.origin}, {document.task})"]
-        for i, part in enumerate(document.parts):
-            if i == document.prompt:
-                lines.append("<end of the prompt>")
-            if isinstance(part, TextPart):
-                rest = f" ... ({len(part.text)} characters)" if len(part.text) > 400 else ""
-                lines.append(part.text[:400] + rest)
-            elif isinstance(part, ImagePart):
-                lines.append("<picture {} x {}>".format(*part.pixels.shape))
+        for turn in document.turns:
+            if document.asks:
+                lines.append(f"<{turn.speaker}>")
+            for part in turn.parts:
+                if isinstance(part, TextPart):
+                    rest = f" ... ({len(part.text)} characters)" if len(part.text) > 400 else ""
+                    lines.append(part.text[:400] + rest)
+                elif isinstance(part, ImagePart):
+                    lines.append("<image {} x {}>".format(*part.pixels.shape))
         grammar, tokenizer, resize = self.grammar, self.tokenizer, self.resize
         if grammar is not None and tokenizer is not None and resize is not None:
             real = _coded(document, lambda pixels: np.asarray(tokenizer.encode(resize(pixels)[None]), np.int32)[0])
-            words = [_word(int(token), grammar) for token in grammar.encode(real)]
+            words = [_word(int(token), grammar) for token in grammar.encode(real).tokens]
             short = words if len(words) <= 96 else [*words[:64], f"... ({len(words) - 80} tokens) ...", *words[-16:]]
             lines.append(f"{len(words)} tokens: " + "|".join(short))
         return "\n".join(lines)
 
 
 def _coded(document: Document, codes: Callable[[np.ndarray], np.ndarray]) -> Document:
-    parts = tuple(CodesPart(codes(part.pixels)) if isinstance(part, ImagePart) else part for part in document.parts)
-    return Document(parts, document.prompt, origin=document.origin)
+    return document.changed(lambda part: CodesPart(codes(part.pixels)) if isinstance(part, ImagePart) else part)
 
 
 def _word(token: int, grammar: Grammar) -> str:

@@ -6,15 +6,14 @@ Axes: `H` `W` height and width in pixels.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ar_unified.data.counter_rng import key, uniform
 from ar_unified.data.items import Source
-from ar_unified.document import Document, ImagePart
 from ar_unified.errors import UserError
+from ar_unified.language.document import Document, ImagePart
 
 
 class Views:
@@ -60,11 +59,9 @@ class Views:
             if isinstance(part, ImagePart):
                 most = np.minimum(most, room(part.pixels))
         move = down * (most[0] + most[1]) - most[0], right * (most[2] + most[3]) - most[2], self.mirror and side < 0.5
-        parts = tuple(
-            ImagePart(moved(p.pixels, *move, whole=self.whole)) if isinstance(p, ImagePart) else p
-            for p in document.parts
+        return document.changed(
+            lambda part: ImagePart(moved(part.pixels, *move, whole=self.whole)) if isinstance(part, ImagePart) else part
         )
-        return replace(document, parts=parts)
 
     def texts(self, i: int) -> list[str]:
         """The text of view 0; the others bring none of their own."""

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ar_unified.document import ImagePart, TextPart
 from ar_unified.evaluation.generation import Example
 from ar_unified.evaluation.protocol import text_of
+from ar_unified.language.document import ImagePart, TextPart
 
 NO_PICTURE = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="
 

@@ -24,11 +24,13 @@ from ar_tokenizers.image.metrics import psnr
 
 from ar_unified.data.images import ImageCodec, by_size
 from ar_unified.data.sources import BadItem, Source
-from ar_unified.document import CodesPart, Document, ImagePart, Part, TextPart
 from ar_unified.evaluation.protocol import Protocol, same_text, text_of
-from ar_unified.grammar import Grammar, GrammarError
+from ar_unified.language.document import CodesPart, Document, ImagePart, Part, TextPart
+from ar_unified.language.grammar import Grammar
+from ar_unified.language.reading import GrammarError
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
+from ar_unified.sampling.plan import prompt_tokens
 from ar_unified.sampling.request import Request, RequestError, Sample
 
 KINDS = ("text_to_image", "image_to_text", "caption", "story", "next_picture", "next_text")
@@ -187,8 +189,8 @@ def _collect(
                 continue
             mine[document.task] += 1
             if mine[document.task] <= limit:
-                parts = tuple(ImagePart(fit(p.pixels)) if _is_image(p) else p for p in document.parts)
-                found[document.task].append(replace(document, parts=parts))
+                document = document.changed(lambda part: ImagePart(fit(part.pixels)) if _is_image(part) else part)  # type: ignore[union-attr]
+                found[document.task].append(document)
     return {task: [group[i] for i in rng.permutation(len(group))[:limit]] for task, group in found.items()}
 
 
@@ -196,29 +198,33 @@ def _examples(kind: str, documents: Mapping[str, list[Document]], protocol: Prot
     """The questions of one kind that the documents allow and the protocol has a use for."""
     if kind == "text_to_image":
         for d in documents.get("text_to_image", []):
-            first = d.parts[d.prompt or 0]
+            first = d.answer[0]
             if _is_image(first):
-                yield Example(kind, d, d.parts[: d.prompt], first.pixels)
+                yield Example(kind, d, d.asked[-1].parts, first.pixels)
     elif kind == "image_to_text":
         for d in documents.get("image_to_text", []):
-            yield Example(kind, d, d.parts[: d.prompt], text_of(d, answer=True))
+            yield Example(kind, d, d.asked[-1].parts, text_of(d, answer=True))
     elif kind == "caption" and protocol.caption_matches:
         for d in documents.get("text_to_image", []):
-            pictures = d.parts[d.prompt or 0 :]
-            if len(pictures) == 1 and d.prompt:
-                yield Example(kind, d, pictures, text_of(d, answer=False))
+            if len(d.answer) == 1 and d.asked[-1].parts:
+                yield Example(kind, d, d.answer, text_of(d, answer=False))
     elif kind == "story":
-        for d in documents.get("interleaved", []):
+        for d in _stories(documents):
             if (at := _story(d, protocol)) is not None:
                 yield Example(kind, d, d.parts[:at], d.parts[at].pixels)  # type: ignore[union-attr]
     elif kind in ("next_picture", "next_text"):
-        for d in documents.get("interleaved", []):
+        for d in _stories(documents):
             if _story(d, protocol) is None:
                 wanted = ImagePart if kind == "next_picture" else TextPart
                 for at, part in enumerate(d.parts):  # the first that has something before it
                     if at and isinstance(part, wanted):
                         yield Example(kind, d, d.parts[:at], part.pixels if _is_image(part) else part.text)  # type: ignore[union-attr]
                         break
+
+
+def _stories(documents: Mapping[str, list[Document]]) -> list[Document]:
+    """Interleaved documents; of a conversation nobody says which of its turns is to be made."""
+    return [document for document in documents.get("interleaved", []) if not document.asks]
 
 
 def _story(document: Document, protocol: Protocol) -> int | None:
@@ -268,10 +274,12 @@ def _request(
     cut.
     """
     parts = codec.encoded(example.prompt)
-    request = Request(parts=parts, turn=example.document.prompt is not None, **settings)
+    document = example.document
+    system = document.asked[:-1] if document.asks else ()
+    request = Request(parts=parts, history=system, turn=document.asks, **settings)
     try:
         if isinstance(example.expected, str):
-            room = engine.max_length - len(grammar.prompt_tokens(parts, turn=request.turn))
+            room = engine.max_length - len(prompt_tokens(grammar, request))
             if room < _length(grammar, example.expected) + 1:
                 return None
             request = replace(request, mode="text", max_tokens=min(budget, room))

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from ar_unified.data.scenes import read_caption, scene_from_json
-from ar_unified.document import Document, TextPart
 from ar_unified.evaluation import easy_vqa, shapes
+from ar_unified.language.document import Document, TextPart
 
 
 def text_of(document: Document, answer: bool | None = None) -> str:
     """The document's texts joined by spaces: all (None), the answer's (True) or the prompt's (False)."""
-    border = document.prompt or 0
-    parts = document.parts if answer is None else document.parts[border:] if answer else document.parts[:border]
+    asked = tuple(part for turn in document.asked for part in turn.parts)
+    parts = document.parts if answer is None else document.answer if answer else asked
     return " ".join(part.text for part in parts if isinstance(part, TextPart))
 
 

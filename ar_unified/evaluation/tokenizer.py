@@ -22,8 +22,8 @@ from ar_tokenizers.image import metrics
 
 from ar_unified.data.images import resize
 from ar_unified.data.sources import BadItem, Source
-from ar_unified.document import ImagePart
 from ar_unified.evaluation.sheets import sheet
+from ar_unified.language.document import ImagePart
 
 PROTOCOL = {
     "version": 1,

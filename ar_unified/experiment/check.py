@@ -34,8 +34,8 @@ from ar_unified.evaluation.protocol import PROTOCOLS
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
 from ar_unified.experiment.experiment import STAGES, Experiment
-from ar_unified.grammar import LAYOUTS
 from ar_unified.kernels import backend, device
+from ar_unified.language.layouts import LAYOUTS
 from ar_unified.model import config as model_config
 from ar_unified.model.code_vectors import CODE_ROWS
 from ar_unified.model.transformer import init, logical_axes

@@ -30,8 +30,10 @@ from ar_unified.errors import UserError, about
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
 from ar_unified.experiment.changes import Training, changeable, require_extensible, said
-from ar_unified.grammar import TEXT_ALONE, Grammar
 from ar_unified.history import Changeable
+from ar_unified.language.grammar import Grammar
+from ar_unified.language.syntax import TEXT_ALONE, vocabulary_for
+from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model.config import TransformerConfig, config_from, parameter_count
 from ar_unified.model.transformer import init, logical_axes
 from ar_unified.parallel import rules, runtime
@@ -39,7 +41,6 @@ from ar_unified.parallel.mesh import decoding_axes, make_mesh
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
 from ar_unified.training import goodput
-from ar_unified.vocabulary import Vocabulary
 from ar_unified.workdir import Stage, StageMismatch, Workdir, read_history, read_json, write_json
 
 STAGES = ("text_tokenizer", "image_tokenizer", "data", "model", "samples", "tokenizer_evaluation", "evaluation")
@@ -258,9 +259,9 @@ class Experiment:
             return Grammar(Vocabulary(text.size, 0, text_hash=text.hash), TEXT_ALONE, text)
         with about("config.data"):
             layout = settings.layout(self.config, image.config)
-        side = max(layout.height, layout.width) if layout.sized else 0
-        vocabulary = Vocabulary(text.size, image.codebook_size, side, text.hash, image.hash)
-        return Grammar(vocabulary, layout, text)
+        vocabulary = vocabulary_for(layout, text.size, image.codebook_size, text.hash, image.hash)
+        with about("config.data"):
+            return Grammar(vocabulary, layout, text)
 
     # ---- model ----------------------------------------------------------------------------------------------------
 

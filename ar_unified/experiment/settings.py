@@ -18,7 +18,8 @@ from ar_unified.data.images import Resize
 from ar_unified.data.loader import Phase, require_order
 from ar_unified.errors import UserError, nearest
 from ar_unified.experiment import config as configs
-from ar_unified.grammar import ImageLayout, fixed_grid, sized_rows
+from ar_unified.language.layouts import LAYOUTS, SizeTokens
+from ar_unified.language.syntax import ImageLayout
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.request import Request
 from ar_unified.training.loop import TrainingConfig
@@ -41,24 +42,24 @@ def objective(config: ConfigDict) -> ObjectiveConfig:
 
 def resize(config: ConfigDict) -> Resize:
     height, width = config.data.image_size
-    return Resize(config.data.resize, height, width, config.image_tokenizer.factor)
+    size = LAYOUTS[config.data.layout].size
+    unit = size.unit if isinstance(size, SizeTokens) else 1  # sides are whole units
+    return Resize(config.data.resize, height, width, config.image_tokenizer.factor * unit)
 
 
 def layout(config: ConfigDict, image: AutoencoderConfig) -> ImageLayout:
     """How pictures are written. Raises ValueError, naming the key, for settings that do not go together."""
     height, width = image.grid(*config.data.image_size)
-    if config.data.layout == "grid":
-        if config.data.resize == "aspect":
+    kind, aspect = config.data.layout, config.data.resize == "aspect"
+    if LAYOUTS[kind].size is None:
+        if aspect:
+            sized = " or ".join(repr(name) for name, record in LAYOUTS.items() if record.size is not None)
             raise ValueError(
-                "layout: expected 'rows' with resize 'aspect', whose pictures have many sizes; found 'grid'"
+                f"layout: expected {sized} with resize 'aspect', whose images have many sizes; found {kind!r}"
             )
-        return fixed_grid(height, width)
-    if image.codes_per_position > 1:
-        raise ValueError(
-            f"layout: expected 'grid' with {image.codes_per_position} codes a position ({image.quantizer}), "
-            "found 'rows', whose pictures could end inside a position"
-        )
-    return sized_rows(2 * height, 2 * width)  # "aspect" keeps the area: a side may be up to twice that of the square
+        return ImageLayout(kind, height, width, image.codes_per_position)
+    # "aspect" keeps the area: a side may be up to twice that of the square.
+    return ImageLayout(kind, 2 * height, 2 * width, image.codes_per_position)
 
 
 def short_side(config: ConfigDict) -> int:

@@ -375,12 +375,10 @@ class Automaton:
 
         height, width = self._most(state, free) if syntax.layout.sized else syntax.layout.most
         is_height = state.phase == HEIGHT
-        want, most = (
-            jnp.where(is_height, *pair) for pair in ((state.want_height, state.want_width), (height, width))
-        )
+        want, most = (jnp.where(is_height, *pair) for pair in ((state.want_height, state.want_width), (height, width)))
         least, most = jnp.where(want > 0, want, 1), jnp.where(want > 0, want, most)
         header = is_height | (state.phase == WIDTH)
-        digits, number_ends, number_end = None, jnp.zeros_like(parts), 0
+        digits, number_ends, number_end = None, jnp.zeros_like(parts), jnp.zeros_like(state.phase)
         if syntax.digits:
             number = jnp.where(is_height, state.height, state.width)
             digits = jnp.stack([header & _extends(10 * number + d, least, most) for d in range(10)], axis=1)
@@ -411,7 +409,9 @@ class Automaton:
 
 def _pick(ids: tuple[int, ...], index: jax.Array) -> jax.Array:
     """int32 [B]: ids[index], of few ids; of those beyond an end, the id there."""
-    return jnp.asarray(ids, jnp.int32)[jnp.clip(index, 0, len(ids) - 1)] if len(ids) > 1 else jnp.full_like(index, ids[0])
+    return (
+        jnp.asarray(ids, jnp.int32)[jnp.clip(index, 0, len(ids) - 1)] if len(ids) > 1 else jnp.full_like(index, ids[0])
+    )
 
 
 def _matches(run: tuple[int, ...]) -> dict[int, tuple[int, ...]]:

@@ -5,8 +5,8 @@ Axes: `H` `W` height and width of an image in pixels; `h` `w` the same in codes 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -121,6 +121,10 @@ class Document:
     def parts(self) -> tuple[Part, ...]:
         """Of all turns, in reading order."""
         return tuple(part for turn in self.turns for part in turn.parts)
+
+    def changed(self, change: Callable[[Part], Part]) -> Document:
+        """The same with each part as `change` makes it."""
+        return replace(self, turns=tuple(replace(t, parts=tuple(map(change, t.parts))) for t in self.turns))
 
     @property
     def asks(self) -> bool:

@@ -39,7 +39,8 @@ class TextCodec(Protocol):
 
 
 class Break(NamedTuple):
-    """Where a prompt breaks off: `begin`, of the image it is inside of, else its length; and the automaton's view."""
+    """Where a prompt breaks off: where the image begins that it is inside of (or a spelled `open` that is half there),
+    else its length; and the automaton's view."""
 
     begin: int
     opened: Opened
@@ -90,6 +91,10 @@ class Grammar:
         asked = turns[-1].speaker != "document"
         document = Document((*turns, Turn("assistant"))) if asked else Document(tuple(turns))
         return self.encode(document).tokens[:-1]
+
+    def history(self, turns: Sequence[Turn]) -> np.ndarray:
+        """Turns that are over, int32 [n], as they stand before another. Raises GrammarError like `encode`."""
+        return encoded.joined(self._turns(turns)).tokens
 
     def parts(self, parts: Sequence[Part]) -> np.ndarray:
         """Parts in a row as ids, int32 [n], as they stand in a document. Raises GrammarError like `encode`."""
@@ -189,7 +194,7 @@ class Grammar:
         v = self.vocabulary
         if not v.codebook_size:
             raise GrammarError(i, "a text (this vocabulary is of text alone)", "an image", unit="part")
-        self.check_size(*codes.shape, i)
+        self.check_size(codes.shape[0], codes.shape[1], i)
         if codes.min() < 0 or codes.max() >= v.codebook_size:
             expected = f"codes 0..{v.codebook_size - 1} (the image tokenizer's codebook)"
             raise GrammarError(i, expected, f"{codes.min()}..{codes.max()}", unit="part")
@@ -215,6 +220,10 @@ class Grammar:
         """Where ids [n] that begin a document break off. Raises GrammarError where they begin none."""
         _, _, found = self._read(np.asarray(tokens), whole=False)
         return found
+
+    def texts(self, tokens: np.ndarray) -> list[tuple[int, int]]:
+        """Where runs of text begin and end in ids [n] that begin a document, the digits of images not among them."""
+        return [(item.begin, item.end) for item in Reader(self.syntax, tokens).items(1) if item.kind == "text"]
 
     def _read(self, ids: np.ndarray, whole: bool) -> tuple[tuple[Turn, ...] | None, int, Break]:
         """The turns of ids, None if they do not end as a document; how far they were read, and where they break off."""
@@ -254,7 +263,7 @@ class Grammar:
                 turn = f", {v.name(asks)}" if asks >= 0 and len(asked) < (1 if turns else 2) else ""
                 end = f" or {v.name(ends)}" if asked or not turns else ""
                 raise GrammarError(item.begin, f"text, {self._opening()}{turn}{end}", v.name(id))
-        return tuple(turns) if closed else None, at, Break(len(ids), Opened(written=half))
+        return tuple(turns) if closed else None, at, Break(len(ids) - half, Opened(written=half))
 
     def _opening(self) -> str:
         opening = self.syntax.open
@@ -287,9 +296,14 @@ class Grammar:
         Raises GrammarError if there is no turn, or if turns are told apart by text.
         """
         self._borders(document)
-        if not isinstance(self.layout.record.turns, TurnMarks):
+        if not self.can_swap:
             raise GrammarError(0, "turns told apart by ids", "turns told apart by text")
         return encoded.swapped(document)
+
+    @property
+    def can_swap(self) -> bool:
+        """Whether turns can be exchanged as ids."""
+        return isinstance(self.layout.record.turns, TurnMarks)
 
     def _borders(self, document: Encoded) -> np.ndarray:
         borders = document.turns

@@ -40,7 +40,7 @@ class SizeTokens:
 
 @dataclass(frozen=True)
 class Decimal:
-    """Height, a separator, width, in decimal digits of the text tokenizer, one piece a digit, none in front that is 0."""
+    """Height, a separator, width, in decimal digits: one piece of the text tokenizer each, the first of them not 0."""
 
     separator: str = "*"
 

@@ -83,12 +83,14 @@ class Reader:
         height, width = layout.most
         if layout.sized:
             read = self._decimal if self.syntax.digits else self._size_token
-            height, written, at = read(at, "height", height, self.syntax.separator)
-            if height is None or at > len(self.ids):
+            said, written, at = read(at, "height", height, self.syntax.separator)
+            if said is None:
                 return self._broken(begin, Opened(automaton.HEIGHT, written, self._value, 0))
-            width, written, at = read(at, "width", width, self.syntax.start[0] if self.syntax.start else -1)
-            if width is None or at > len(self.ids):
+            height = said
+            said, written, at = read(at, "width", width, self.syntax.start[0] if self.syntax.start else -1)
+            if said is None:
                 return self._broken(begin, Opened(automaton.WIDTH, written, height, self._value))
+            width = said
             at -= bool(self.syntax.digits)  # what ended the number is of `start`
         h, w = (count * unit for count, unit in zip((height, width), layout.units, strict=True))
         rest = self.ids[at : at + self.syntax.rest(h, w)]

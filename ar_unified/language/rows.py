@@ -43,8 +43,8 @@ def read_parts(content: object, image: Callable[[str, str], Image], where: str, 
     """Parts of a list, or of a text alone: TextPart, what `image` makes of a reference, TokensPart.
 
     Args:
-        content: a text, or a list of {"type": "text" | "image" | "image_url" | "refusal" | "tokens", ...}; other keys of
-            a part ("alt") are not read.
+        content: a text, or a list of {"type": "text" | "image" | "image_url" | "refusal" | "tokens", ...}; other keys
+            of a part ("alt") are not read.
         image: called with the reference to an image and where it stands.
         tokens: whether ids may stand among them.
 

@@ -89,6 +89,19 @@ class ImageLayout:
         rows, columns = self.units
         return self.digits(height // rows) + 1 + self.digits(width // columns)
 
+    def block(self, height: Any, width: Any) -> Any:
+        """Ids of an image; a mark that is spelled counts as one (`Syntax.block` knows)."""
+        around = 1 + len(self.record.start) + len(self.record.close)
+        return around + self.header(height, width) + self.body(height, width)
+
+
+def vocabulary_for(
+    layout: ImageLayout, text_size: int, codebook_size: int, text_hash: str = "", image_hash: str = ""
+) -> Vocabulary:
+    """The vocabulary of two tokenizers with the control and size tokens that a layout needs."""
+    controls = layout.record.controls
+    return Vocabulary(text_size, codebook_size, layout.size_tokens, text_hash, image_hash, controls)
+
 
 def fixed_grid(height: int, width: int) -> ImageLayout:
     """Every image has height x width codes, written without sizes or row ends."""
@@ -146,8 +159,8 @@ class Syntax:
             pieces = [list(encode(text)) for text in (*"0123456789", record.size.separator)]
             if any(len(piece) != 1 for piece in pieces) or len({piece[0] for piece in pieces}) < len(pieces):
                 raise ValueError(
-                    f"layout {layout.kind!r}: its sizes are decimal, so the text tokenizer needs a piece of its own for "
-                    f"each digit and for {record.size.separator!r}; found {pieces}"
+                    f"layout {layout.kind!r}: its sizes are decimal, so each digit and {record.size.separator!r} "
+                    f"need a piece of their own in the text tokenizer; found {pieces}"
                 )
             *digits, separator = (piece[0] for piece in pieces)
         return cls(

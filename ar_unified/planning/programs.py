@@ -17,7 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from ar_unified.grammar import Grammar, ImageLayout, TextCodec
+from ar_unified.language.grammar import Grammar, TextCodec
+from ar_unified.language.syntax import ImageLayout
+from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model import transformer
 from ar_unified.model.config import TransformerConfig
 from ar_unified.parallel.rules import batch_spec, specs
@@ -26,7 +28,6 @@ from ar_unified.sampling.engine import KEPT, prefill_rows
 from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
 from ar_unified.training.step import abstract_state, make_train_step
 from ar_unified.training.tasks import TransformerTask
-from ar_unified.vocabulary import Vocabulary
 
 # What data/loader.py gives of each position.
 FIELDS = {

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from ar_unified.document import Document, Part, TextPart
-from ar_unified.grammar import Grammar, GrammarError
-from ar_unified.sampling.plan import Plan, open_picture
+from ar_unified.language.document import Document, Part, TextPart
+from ar_unified.language.grammar import Grammar
+from ar_unified.language.reading import GrammarError
+from ar_unified.sampling.plan import Plan
 from ar_unified.sampling.request import Sample
 
 Stop = str | tuple[int, ...]  # a text, or ids of text pieces
@@ -37,7 +38,7 @@ def finished(grammar: Grammar, plan: Plan, index: int, tokens: np.ndarray, broke
 
 def stopped(grammar: Grammar, plan: Plan, index: int, tokens: np.ndarray) -> Sample | None:
     """The sample, if one of the request's stops is in tokens int32 [n]: they end with it, the document before it."""
-    found = _first_stop(grammar, tokens, plan.request.stop)
+    found = _first_stop(grammar, plan, tokens)
     if found is None:
         return None
     end, stop = found
@@ -51,42 +52,41 @@ def stopped(grammar: Grammar, plan: Plan, index: int, tokens: np.ndarray) -> Sam
         assert isinstance(last, TextPart)
         text = last.text[: last.text.rindex(stop)]
         parts = (*before, TextPart(text)) if text else tuple(before)
-    return replace(sample, tokens=tokens[:end], document=replace(sample.document, parts=parts), finish_reason="stop")
+    document = Document.of(parts, id=plan.request.id, meta=plan.request.meta)
+    return replace(sample, tokens=tokens[:end], document=document, finish_reason="stop")
 
 
 def _document(grammar: Grammar, plan: Plan, tokens: np.ndarray) -> Document:
     """What stands behind the prompt. Text that goes on where the prompt's text ends is a part of its own."""
     v, prompt = grammar.vocabulary, plan.prompt
-    opened = open_picture(grammar, prompt)
-    parts: tuple[Part, ...] = grammar.parse(np.concatenate([[v.bos], opened, tokens])).parts
-    *_, (begin, end) = (0, 0), *_text_runs(v.text_size, prompt)
-    before = prompt[begin:end] if end == len(prompt) else prompt[:0]
+    at = grammar.breaks_off(prompt)
+    opened = prompt[at.begin :]
+    parts: tuple[Part, ...] = grammar.parse(np.concatenate([prompt[:1], opened, tokens])).parts
+    *_, (begin, end) = (0, 0), *grammar.texts(prompt)
+    before = prompt[begin:end] if end == len(prompt) and not len(opened) else prompt[:0]
     if len(before) and len(tokens) and tokens[0] < v.text_size:
         # Said again with the text before: what ids stand for may depend on it.
-        first = tokens[: _text_runs(v.text_size, tokens)[0][1]]
+        first = tokens[: grammar.texts(np.append(prompt[:1], tokens))[0][1] - 1]
         whole, known = (grammar.text_codec.decode([int(i) for i in ids])
                         for ids in (np.concatenate([before, first]), before))  # fmt: skip
         rest = parts[1:] if parts and isinstance(parts[0], TextPart) else parts
         said = whole.removeprefix(known)
         parts = (TextPart(said), *rest) if said else rest
-    return Document(parts, id=plan.request.id, meta=plan.request.meta)
+    return Document.of(parts, id=plan.request.id, meta=plan.request.meta)
 
 
-def _first_stop(grammar: Grammar, tokens: np.ndarray, stops: Sequence[Stop]) -> tuple[int, Stop] | None:
+def _first_stop(grammar: Grammar, plan: Plan, tokens: np.ndarray) -> tuple[int, Stop] | None:
     """(n, stop) of the stop that is said first: the first n tokens say it, and no fewer do. A picture interrupts."""
-    for begin, end in _text_runs(grammar.vocabulary.text_size, tokens):
+    stops = plan.request.stop
+    before = np.append(plan.prompt[:1], plan.prompt[grammar.breaks_off(plan.prompt).begin :])
+    for run in grammar.texts(np.concatenate([before, tokens])):
+        begin, end = (max(at - len(before), 0) for at in run)
         ids = [int(i) for i in tokens[begin:end]]
         ends = (_find_text(grammar, ids, stop) if isinstance(stop, str) else _find_ids(ids, stop) for stop in stops)
         found = [(begin + n, stop) for n, stop in zip(ends, stops, strict=True) if n is not None]
         if found:
             return min(found, key=lambda pair: pair[0])
     return None
-
-
-def _text_runs(text_size: int, tokens: np.ndarray) -> list[tuple[int, int]]:
-    """Where runs of text pieces begin and end."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], tokens < text_size, [0]]).astype(np.int8)))
-    return [(int(begin), int(end)) for begin, end in edges.reshape(-1, 2)]
 
 
 def _find_text(grammar: Grammar, ids: Sequence[int], stop: str) -> int | None:

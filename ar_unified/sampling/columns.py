@@ -37,7 +37,7 @@ SETTINGS: dict[str, tuple[type, ...]] = {
 }
 FILTER: dict[str, tuple[type, ...]] = {"temperature": (int, float), "top_k": (int,), "top_p": (int, float)}
 CANVAS: dict[str, tuple[type, ...]] = {"image": (str,), "mask": (str,), "top": (int,)}
-ROW = ("id", "prompt", "content", *SETTINGS, "canvas", "meta")  # the keys of a request
+ROW = ("id", "prompt", "content", "messages", *SETTINGS, "canvas", "meta")  # the keys of a request
 
 # What other systems call a setting, without "_"
 _ELSEWHERE = {
@@ -49,7 +49,6 @@ _ELSEWHERE = {
     **dict.fromkeys(("negative", "negprompt"), "negative_prompt"),
     **dict.fromkeys(("stopsequences", "stopstrings"), "stop"),
     **dict.fromkeys(("frequencypenalty", "presencepenalty"), "repetition_penalty"),
-    "messages": "content",
 }
 _ORDINARY = {"model"}  # words that look like a slip ("mode") and are none
 _ALIKE = 0.85  # difflib's ratio: "sed" and "seed" have 0.86, "step" and "stop" 0.75

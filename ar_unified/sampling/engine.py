@@ -23,7 +23,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ar_unified.grammar import Grammar, GrammarError, ImageLayout
+from ar_unified.language.grammar import Grammar
+from ar_unified.language.reading import GrammarError
+from ar_unified.language.syntax import ImageLayout
 from ar_unified.model.config import TransformerConfig
 from ar_unified.sampling import score as scoring
 from ar_unified.sampling import steps
@@ -410,6 +412,7 @@ def _arrays(layout: ImageLayout, shape: Shape, slots: int, fresh: dict[int, _Job
         penalty=column(1, lambda job: job.plan.request.repetition_penalty, np.float32),
         canvas=canvas,
     )
-    start = column([-1] + [0] * 8, lambda job: job.plan.start, np.int32)
+    starts = [steps.Start() if job is None else job.plan.start for job in jobs]
+    start = jax.tree.map(lambda *values: np.array(values, np.int32), *starts)
     position = column([0] * C, lambda job: [len(prefix) for prefix in job.plan.prefixes], np.int32)
     return rows, start, position

@@ -19,7 +19,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from ar_unified.vocabulary import Role, Vocabulary
+from ar_unified.language.automaton import Event
 
 
 def weights(scale: float, image_scale: float | None, contexts: int) -> list[float]:
@@ -46,21 +46,19 @@ def mix(logits: Array, weights: Array) -> Array:
     return jnp.where(jnp.any(weights[:, 1:] != 0, axis=1)[:, None], mixed, logits[:, 0])
 
 
-def advance(vocabulary: Vocabulary, token: Array, position: Array, start: Array, resets: Array) -> tuple[Array, Array]:
-    """Where each context writes `token`, and where it would write one more: int32 [R, C] twice.
+def advance(event: Event, position: Array, start: Array, resets: Array) -> tuple[Array, Array]:
+    """Where each context writes a token, and where it would write one more: int32 [R, C] twice.
 
     Args:
-        token: int32 [R].
+        event: what the token is to images, [R].
         position: int32 [R, C], behind what each context has read so far.
         start: int32 [R, C], behind its prefix. resets: bool [R, C]; False for context 0.
 
     A companion's place for what is not of a picture is the one behind its last picture, or its prefix if it resets:
     the next <boi> overwrites it.
     """
-    v, role = vocabulary, vocabulary.role(token)
-    picture = (role == Role.IMAGE) | (role == Role.SIZE) | (token == v.eol) | (token == v.boi) | (token == v.eoi)
-    begins, ends = (token == v.boi)[:, None], (token == v.eoi)[:, None]
+    begins, picture, ends = (x[:, None] for x in event)
     writes = jnp.where(begins & resets, start, position)
-    reads = picture[:, None] | (jnp.arange(position.shape[1]) == 0)
+    reads = picture | (jnp.arange(position.shape[1]) == 0)
     behind = jnp.where(reads, writes + 1, writes)
-    return writes, jnp.where(resets & (ends | ~picture[:, None]), start, behind)
+    return writes, jnp.where(resets & (ends | ~picture), start, behind)

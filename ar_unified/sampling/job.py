@@ -30,8 +30,8 @@ import numpy as np
 from ar_unified import progress
 from ar_unified.data.images import Cells, ImageCodec, by_size
 from ar_unified.data.prepare import default_resize
-from ar_unified.document import CodesPart, Part, TextPart
-from ar_unified.grammar import GrammarError
+from ar_unified.language.document import CodesPart, TextPart, Turn
+from ar_unified.language.reading import GrammarError
 from ar_unified.manifests import Mismatch, differences
 from ar_unified.parallel.hardware import of_kind
 from ar_unified.sampling import batch_output, gallery
@@ -257,11 +257,11 @@ class _Preparation:
         """The pictures of a line, the canvas last, and which of the canvas's codes are to be drawn, bool [h, w]."""
         try:
             if not self._engine.grammar.vocabulary.codebook_size:
-                if line.canvas or any(isinstance(part, Picture) for part in line.content):
+                if line.canvas or _pictures(line):
                     raise RequestError(
                         "content: expected texts, as this model was trained on text alone; found a picture"
                     )
-            pictures = [self._resize(part.load()) for part in line.content if isinstance(part, Picture)]
+            pictures = [self._resize(picture.load()) for picture in _pictures(line)]
             if line.canvas is None:
                 return line, pictures, None
             canvas, mask = self._canvas(line.canvas)
@@ -297,11 +297,14 @@ class _Preparation:
         if line.request is None or line.error:
             return line, []
         left = iter(codes)
-        parts: list[Part | TokensPart] = [
-            CodesPart(next(left)) if isinstance(part, Picture) else part for part in line.content
-        ]
+
+        def coded(parts: Iterable[Any]) -> tuple[Any, ...]:
+            return tuple(CodesPart(next(left)) if isinstance(part, Picture) else part for part in parts)
+
+        history = tuple(replace(turn, parts=coded(turn.parts)) for turn in line.history)
+        parts = coded(line.content)
         canvas = None if mask is None else np.where(mask, -1, next(left)).astype(np.int32)
-        request = replace(line.request, parts=tuple(parts), canvas=canvas)
+        request = replace(line.request, history=history, parts=parts, canvas=canvas)
         try:
             length = len(self._engine.plan(request).prompt)
         except (RequestError, GrammarError) as error:
@@ -312,14 +315,16 @@ class _Preparation:
         """The parts as JSON; their pictures are written to files that are not there yet."""
         segments: list[dict[str, Any]] = []
         given = iter(enumerate(pictures))
-        for part in request.parts:
-            if isinstance(part, TextPart):
-                segments.append({"type": "text", "text": part.text})
-            elif isinstance(part, TokensPart):
-                segments.append({"type": "tokens", "ids": list(part.ids)})
-            else:
-                number, pixels = next(given)
-                segments.append(self._picture(f"images/{name}/prompt_{number:02d}.png", pixels))
+        for turn in request.turns:
+            who = {"role": turn.speaker} if request.history else {}
+            for part in turn.parts:
+                if isinstance(part, TextPart):
+                    segments.append({"type": "text", "text": part.text} | who)
+                elif isinstance(part, TokensPart):
+                    segments.append({"type": "tokens", "ids": list(part.ids)} | who)
+                else:
+                    number, pixels = next(given)
+                    segments.append(self._picture(f"images/{name}/prompt_{number:02d}.png", pixels) | who)
         for _, pixels in given:
             segments.append(self._picture(f"images/{name}/canvas.png", pixels) | {"type": "canvas"})
         return segments
@@ -330,6 +335,11 @@ class _Preparation:
             clean(path.parent)  # what a killed process left of it
             write_picture(path, pixels)
         return _image(name, *pixels.shape[:2])
+
+
+def _pictures(line: Line) -> list[Picture]:
+    parts = (part for turn in (*line.history, Turn("user", line.content)) for part in turn.parts)
+    return [part for part in parts if isinstance(part, Picture)]
 
 
 def _ahead(prepare: _Preparation, windows: Iterable[list[Line]]) -> Iterator[list[tuple[Line, list[dict[str, Any]]]]]:

@@ -3,9 +3,8 @@
     {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "m", "messages": [...]}}
     {"custom_id": "b", "method": "POST", "url": "/v1/images/generations", "body": {"prompt": "a cat", "size": "64x64"}}
 
-A document has one turn, so the messages of a conversation, the assistant's among them, become one prompt: their texts
-and pictures in reading order, blocks of text joined by a blank line, and no words for the roles. The answer is what
-comes next. Pictures are data: URLs or files (`data.files`).
+Messages are turns (`language.rows`), the user's the last; developer is another word for system. Pictures are data: URLs
+or files (`data.files`).
 
     n, seed (modulo 2**32), stop, max_tokens = max_completion_tokens   as ours
     temperature, top_p, top_k       how text is drawn; "image": {"temperature": ...}, a key of ours, how pictures are
@@ -22,7 +21,7 @@ OpenAI's format are written by `sampling.batch_output`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,7 +30,6 @@ from ar_unified.sampling.request import RequestError
 
 _LINE = ("custom_id", "method", "url", "body")
 _ENDPOINTS: dict[str, Literal["chat", "images"]] = {"/chat/completions": "chat", "/images/generations": "images"}
-_ROLES = ("system", "developer", "user", "assistant")
 _UNREAD = {
     "model", "user", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
     "parallel_tool_calls",
@@ -143,12 +141,8 @@ def _check(body: dict[str, Any], endpoint: str) -> None:
 
 
 def _chat(body: dict[str, Any]) -> dict[str, Any]:
-    messages = body.pop("messages", None)
-    if not isinstance(messages, list) or not messages:
+    if not isinstance(messages := body.pop("messages", None), list) or not messages:
         raise RequestError(f"body.messages: expected a list of at least one message, found {messages!r:.80}")
-    content = [part for i, message in enumerate(messages) for part in _message(message, f"body.messages {i}")]
-    if not content:
-        raise RequestError("body.messages: expected a text or a picture in one of them, found none")
     if "max_completion_tokens" in body:
         most = body.pop("max_completion_tokens")
         if body.setdefault("max_tokens", most) != most:
@@ -161,7 +155,7 @@ def _chat(body: dict[str, Any]) -> dict[str, Any]:
         raise RequestError(f'body.modalities: expected "text" and "image" in a list, found {modalities!r:.80}')
     if modalities and "mode" not in body:
         body["mode"] = modalities[0] if len(set(modalities)) == 1 else "free"
-    return {"content": content, **_common(body)}
+    return {"messages": messages, **_common(body)}
 
 
 def _images(body: dict[str, Any]) -> dict[str, Any]:
@@ -182,48 +176,3 @@ def _common(body: dict[str, Any]) -> dict[str, Any]:
     if type(body.get("seed")) is int:
         body["seed"] %= 2**32
     return body
-
-
-# ---- messages ---------------------------------------------------------------------------------------------------
-
-
-def _message(message: Any, where: str) -> list[Any]:
-    """The parts of a message that say something."""
-    role = message.get("role") if isinstance(message, dict) else None
-    if role not in _ROLES:
-        raise RequestError(f"{where}: expected one of the roles {', '.join(_ROLES)}, found {role!r:.80}")
-    for key in ("tool_calls", "function_call", "audio"):
-        if message.get(key):
-            raise RequestError(
-                f"{where}: expected text and pictures, found {key}: there are no tools and no sound here"
-            )
-    content = message.get("content")
-    if content is None and role == "assistant":
-        content = message.get("refusal") or ""
-    if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    if not isinstance(content, list):
-        raise RequestError(f"{where}: expected content, a text or a list of parts, found {content!r:.80}")
-    parts = [_part(part, f"{where}: part {i}") for i, part in enumerate(content)]
-    return [part for part in parts if part["type"] != "text" or part.get("text") != ""]
-
-
-def _part(part: Any, where: str) -> dict[str, Any]:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind not in _PARTS:
-        raise RequestError(f"{where}: expected type {', '.join(map(repr, _PARTS))}, found {part!r:.80}")
-    return _PARTS[kind](part)
-
-
-def _image_url(part: Mapping[str, Any]) -> dict[str, Any]:
-    url = part.get("image_url")
-    return {"type": "image", "image": url.get("url") if isinstance(url, dict) else url}
-
-
-_PARTS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
-    "text": lambda part: {"type": "text", "text": part.get("text")},
-    "refusal": lambda part: {"type": "text", "text": part.get("refusal")},
-    "image_url": _image_url,
-    "image": dict,  # ours
-    "tokens": dict,  # ours
-}

@@ -6,19 +6,23 @@ and the codes that a canvas gives up to its first hole.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
-from ar_unified.document import CodesPart, Part, TextPart
-from ar_unified.grammar import Grammar
+from ar_unified.language.automaton import HEIGHT, PARTS, WIDTH, Opened, Wanted
+from ar_unified.language.document import Part, TextPart, TokensPart, Turn
+from ar_unified.language.grammar import Break, Grammar
+from ar_unified.language.layouts import TurnMarks
+from ar_unified.language.syntax import ImageLayout
 from ar_unified.sampling import guidance
-from ar_unified.sampling.request import MODES, Request, RequestError, TokensPart
-from ar_unified.sampling.steps import Shape
-from ar_unified.vocabulary import Role
+from ar_unified.sampling.request import MODES, Request, RequestError
+from ar_unified.sampling.steps import Shape, Start
 
-_PARTS = (4, 2, 1)  # of max_length, that a cache is long
+_SHARES = (4, 2, 1)  # of max_length, that a cache is long
 _SLOTS = 64  # its length is a multiple of
 
 
@@ -33,7 +37,7 @@ class Plan:
         starts: where the pictures of each context begin again. resets: whether they do, at each <boi>.
         budget: tokens of a sample at most, `given` among them. smallest: of the smallest picture it may make.
         steps: how many are drawn, if that is known; else None.
-        start: the arguments of `Automaton.resume`.
+        start: what the automaton resumes from.
         shape: of the pool that serves it.
     """
 
@@ -46,7 +50,7 @@ class Plan:
     budget: int
     smallest: int
     steps: int | None
-    start: tuple[int, ...]
+    start: Start
     shape: Shape
 
     @property
@@ -58,37 +62,40 @@ class Plan:
 def plan(grammar: Grammar, request: Request, max_length: int) -> Plan:
     """Raises RequestError or GrammarError, saying what to change, if the request cannot be served."""
     request.check()
-    layout = grammar.layout
+    layout, syntax = grammar.layout, grammar.syntax
     prompt = prompt_tokens(grammar, request)
-    opened = open_picture(grammar, prompt)
+    at = grammar.breaks_off(prompt)
     size = request.image_size or (None if request.canvas is None else request.canvas.shape)
-    _check(grammar, request, size, bool(len(opened)))
+    _check(grammar, request, size, at)
     if not layout.sized:
         size = layout.height, layout.width
-    given = _given(grammar, request, size) if request.mode == "image" and not len(opened) else np.zeros(0, np.int32)
+    inside = at.opened.phase != PARTS
+    given = _given(grammar, request, size) if request.mode == "image" and not inside else np.zeros(0, np.int32)
+    given = given[len(prompt) - at.begin :] if len(given) else given  # of a spelled `open`, what is there already
     own = np.concatenate([prompt, given])
-    opened = open_picture(grammar, own)
+    if len(given):
+        at = grammar.breaks_off(own)
+        inside = at.opened.phase != PARTS
 
     least, most = request.images
     least = max(least, int(request.mode == "image"))
-    smallest = layout.block(*(size or (1, 1)))
-    largest = layout.block(*(size or (layout.height, layout.width)))
-    # What the picture at hand still takes, and those that are owed after it.
-    sides = _sides(grammar, opened)
-    rest = (
-        layout.block(*(a or b for a, b in zip(sides, size or (1, 1), strict=True))) - len(opened) if len(opened) else 0
-    )
-    needed = len(given) + rest + max(least - bool(len(opened)), 0) * smallest + 1
+    smallest = syntax.block(*(size or layout.units))
+    largest = syntax.block(*(size or (layout.height, layout.width)))
+    # What the image at hand still takes, and those that are owed after it.
+    rest = syntax.block(*_sides(layout, at.opened, size)) - (len(own) - at.begin) if inside else 0
+    needed = len(given) + rest + max(least - inside, 0) * smallest + 1
     budget = _budget(request, needed, most * largest + 1, len(prompt), max_length)
 
     prefixes, starts, resets = [own], [0], [False]
+    opening = np.asarray(syntax.open[:-1], np.int32)  # the last id of `open` is where an image begins
     for context in (request.context, "image_only")[: request.contexts - 1]:
-        base = _base(grammar, request, context, own)
-        prefixes.append(base if context == "image_only" else np.concatenate([base, opened]))
+        base = np.concatenate([_base(grammar, request, context, own), opening])
+        prefixes.append(base if context == "image_only" else np.concatenate([base, own[at.begin + len(opening) :]]))
         starts.append(len(base))
         resets.append(context != "image_only")
     longest = max(len(prompt) + budget, max(starts) + min(largest, budget) + 1 if len(starts) > 1 else 0)
     exact = request.mode == "image" and least == most and size is not None and not request.stop
+    wanted = (request.image_size or (0, 0)) if request.canvas is None else request.canvas.shape
     return Plan(
         request=request,
         prompt=prompt,
@@ -99,9 +106,12 @@ def plan(grammar: Grammar, request: Request, max_length: int) -> Plan:
         budget=budget,
         smallest=smallest,
         steps=needed - len(given) if exact else None,
-        start=(
-            len(opened) - 1, *sides, budget - len(given), MODES[request.mode], *(min(n, 2**30) for n in (least, most)),
-            *(request.image_size or (0, 0) if request.canvas is None else request.canvas.shape),
+        start=Start(
+            at.opened,
+            Wanted(
+                budget - len(given), MODES[request.mode], *(min(n, 2**30) for n in (least, most)),
+                *(side // unit for side, unit in zip(wanted, layout.units, strict=True)),
+            ),
         ),
         shape=Shape(len(prefixes), _length_class(longest, max_length)),
     )  # fmt: skip
@@ -109,34 +119,32 @@ def plan(grammar: Grammar, request: Request, max_length: int) -> Plan:
 
 def prompt_tokens(grammar: Grammar, request: Request) -> np.ndarray:
     """The request's prompt, int32 [n]. Raises GrammarError or RequestError where it is none."""
-    v = grammar.vocabulary
-    pieces: list[np.ndarray] = []
-    run: list[Part] = []
-    for part in (*request.parts, None):
-        if part is None or isinstance(part, TokensPart):
-            if run:
-                pieces.append(grammar.prompt_tokens(run, turn=False)[1:])
-                run = []
-            if part is not None:
-                pieces.append(_ids(part, v.size))
-        else:
-            run.append(part)
-    tokens = np.concatenate([np.zeros(0, np.int32), *pieces]).astype(np.int32)
-    if not len(tokens) or tokens[0] != v.bos:
-        tokens = np.concatenate([[v.bos], tokens]).astype(np.int32)
-    if request.turn and v.eot not in tokens:
-        tokens = np.append(tokens, v.eot).astype(np.int32)
-    if any(isinstance(part, TokensPart) for part in request.parts):
-        grammar.parse(np.concatenate([tokens, _closing(grammar, open_picture(grammar, tokens)), [v.eos]]))
+    if not any(isinstance(part, TokensPart) for part in request.parts):
+        return grammar.prompt(request.turns)
+    v, record = grammar.vocabulary, grammar.layout.record
+    pieces = [part_tokens(grammar, *group) for group in _groups(request.parts)]
+    begin = v.control(record.begin)
+    before = grammar.history(request.history) if request.history else np.array([begin], np.int32)
+    if not request.history and len(pieces[0]) and pieces[0][0] == begin:
+        before = before[:0]
+    tokens = np.concatenate([before, *pieces]).astype(np.int32)
+    if request.turn and isinstance(record.turns, TurnMarks) and (ask := v.control(record.turns.ask)) not in tokens:
+        tokens = np.append(tokens, ask).astype(np.int32)
+    grammar.breaks_off(tokens)
     return tokens
 
 
-def open_picture(grammar: Grammar, tokens: np.ndarray) -> np.ndarray:
-    """The tokens, from <boi> on, of the picture that `tokens` break off in; none if they do not."""
-    v = grammar.vocabulary
-    begins = np.flatnonzero(tokens == v.boi)
-    begin = int(begins[-1]) if len(begins) else len(tokens)
-    return tokens[begin:] if v.eoi not in tokens[begin:] else tokens[:0]
+def part_tokens(grammar: Grammar, *parts: Part | TokensPart) -> np.ndarray:
+    """Parts as they stand in a document, int32 [n]: ids alone, or none of them. Raises like `prompt_tokens`."""
+    if isinstance(parts[0], TokensPart):
+        return np.concatenate([_ids(part, grammar.vocabulary.used) for part in parts])  # type: ignore[arg-type]
+    return grammar.parts(parts)  # type: ignore[arg-type]
+
+
+def _groups(parts: Sequence[Part | TokensPart]) -> Iterator[list[Part | TokensPart]]:
+    """Parts in a row of which all are ids, or none."""
+    for _, group in groupby(parts, lambda part: isinstance(part, TokensPart)):
+        yield list(group)
 
 
 def _ids(part: TokensPart, size: int) -> np.ndarray:
@@ -145,52 +153,45 @@ def _ids(part: TokensPart, size: int) -> np.ndarray:
     return np.asarray(part.ids, np.int32)
 
 
-def _sides(grammar: Grammar, opened: np.ndarray) -> tuple[int, int]:
-    """Height and width of a picture that was begun, 0 where they are not said."""
-    said = opened[1 : 1 + grammar.layout.header] - grammar.vocabulary.size_offset + 1
-    if not grammar.layout.sized:
-        return (grammar.layout.height, grammar.layout.width) if len(opened) else (0, 0)
-    return int(said[0]) if len(said) else 0, int(said[1]) if len(said) > 1 else 0
-
-
-def _closing(grammar: Grammar, opened: np.ndarray) -> np.ndarray:
-    """The rest of a picture that was begun, in some way."""
-    if not len(opened):
-        return opened
-    height, width = (side or 1 for side in _sides(grammar, opened))
-    canvas = np.zeros((height, width), np.int32)
-    return grammar.prompt_tokens((CodesPart(canvas),), turn=False)[1:][len(opened) :]
+def _sides(layout: ImageLayout, opened: Opened, size: tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width, in codes, of the image that was begun: as said, as wanted, or the least there may be."""
+    said, wanted = [opened.height, opened.width], size or (0, 0)
+    sides = []
+    for axis, unit in enumerate(layout.units):
+        open_still = opened.phase <= (HEIGHT, WIDTH)[axis]
+        sides.append(wanted[axis] if open_still and wanted[axis] else max(said[axis], 1) * unit)
+    return sides[0], sides[1]
 
 
 def _given(grammar: Grammar, request: Request, size: tuple[int, int] | None) -> np.ndarray:
-    """The beginning of the first picture as far as it is known."""
-    v, layout = grammar.vocabulary, grammar.layout
+    """The beginning of the first image as far as it is known."""
     if size is None:
-        return np.array([v.boi], np.int32)
+        return np.asarray(grammar.syntax.open, np.int32)
     canvas = np.full(size, -1, np.int32) if request.canvas is None else request.canvas
-    codes = np.where(canvas < 0, 0, canvas).astype(np.int32)
-    block = grammar.prompt_tokens((CodesPart(codes),), turn=False)[1:]
+    block = grammar.image(np.where(canvas < 0, 0, canvas).astype(np.int32))
     holes = np.flatnonzero(canvas.ravel() < 0)
     first = int(holes[0]) if len(holes) else canvas.size
-    lines = first // size[1] if layout.sized else 0  # line ends before it
-    return block[: 1 + layout.header + first + lines]
+    return block[: grammar.syntax.code_at(first, *size)]
 
 
 def _base(grammar: Grammar, request: Request, context: str, own: np.ndarray) -> np.ndarray:
-    """What a context reads before the picture at hand; all it reads, if it keeps the pictures before."""
-    v = grammar.vocabulary
+    """What a context reads before the image at hand; all it reads, if it keeps the images before."""
     if context == "empty_prompt":
-        return grammar.unconditional
+        return grammar.unconditional.tokens
     if context == "bos_boi":
-        return grammar.unconditional[:1]
+        return own[:1]
     if context == "from_boi":
-        return grammar.unconditional[:0]
+        return own[:0]
     if context == "negative_prompt":
-        return grammar.prompt_tokens((TextPart(request.negative_prompt),), turn=request.turn)
-    return own[v.role(own) != Role.TEXT]
+        negative = Turn("user" if request.turn else "document", (TextPart(request.negative_prompt),))
+        return grammar.prompt([negative])
+    kept = np.ones(len(own), bool)
+    for begin, end in grammar.texts(own):
+        kept[begin:end] = False
+    return own[kept]
 
 
-def _check(grammar: Grammar, request: Request, size: Any, opened: bool) -> None:
+def _check(grammar: Grammar, request: Request, size: Any, at: Break) -> None:
     v = grammar.vocabulary
     if not v.codebook_size:
         if request.mode in ("image", "interleaved") or request.images[0] or request.canvas is not None:
@@ -201,9 +202,13 @@ def _check(grammar: Grammar, request: Request, size: Any, opened: bool) -> None:
         return
     if size is not None:
         grammar.check_size(*size)
+        _check_begun(grammar, at.opened, size)
+    image_only = request.contexts == 3 or (request.contexts == 2 and request.context == "image_only")
+    if image_only and len(grammar.syntax.open) > 1:
+        raise RequestError(f'context: layout {grammar.layout.kind!r} has no "image_only": its images begin with text')
     canvas = request.canvas
     if canvas is not None:
-        if opened:
+        if at.opened.phase != PARTS:
             raise RequestError("canvas: the prompt breaks off in a picture, which says itself what it begins with")
         if canvas.min() < -1 or canvas.max() >= v.codebook_size:
             found = f"{canvas.min()}..{canvas.max()}"
@@ -211,6 +216,15 @@ def _check(grammar: Grammar, request: Request, size: Any, opened: bool) -> None:
     for stop in request.stop:
         if not isinstance(stop, str) and not all(0 <= id < v.text_size for id in stop):
             raise RequestError(f"stop: expected a text, or ids of text pieces 0..{v.text_size - 1}, found {stop!r:.80}")
+
+
+def _check_begun(grammar: Grammar, opened: Opened, size: tuple[int, int]) -> None:
+    """Raises RequestError if the prompt has begun to say another size, in digits, than the one that is wanted."""
+    wanted = [side // unit for side, unit in zip(size, grammar.layout.units, strict=True)]
+    for axis, (phase, said) in enumerate(((HEIGHT, opened.height), (WIDTH, opened.width))):
+        if opened.phase == phase and said and not str(wanted[axis]).startswith(str(said)):
+            name = ("height", "width")[axis]
+            raise RequestError(f"image_size: the prompt has begun a {name} with {said}, found {wanted[axis]}")
 
 
 def _budget(request: Request, needed: int, most: int, prompt: int, max_length: int) -> int:
@@ -239,7 +253,7 @@ def _length_class(n: int, max_length: int) -> int:
     Of 64, because XLA on a CPU adds up a row in vectors: behind an incomplete one, a row's bits would depend on how
     much of the cache its batch makes it read (kernels/decode_attention/xla.py).
     """
-    classes = [-(-max_length // (_SLOTS * part)) * _SLOTS for part in _PARTS]
+    classes = [-(-max_length // (_SLOTS * part)) * _SLOTS for part in _SHARES]
     fitting = [length for length in classes if length >= n]
     if not fitting:
         raise RequestError(

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ar_unified import automaton
-from ar_unified.document import Document, Part
 from ar_unified.errors import UserError
+from ar_unified.language import automaton
+from ar_unified.language.document import Document, DocumentError, Part, TokensPart, Turn, check_speakers
 from ar_unified.sampling.decoding import Filter
 
 MODES = {
@@ -29,13 +29,6 @@ class RequestError(UserError):
 
 
 @dataclass(frozen=True)
-class TokensPart:
-    """Ids of the vocabulary as they are; a prompt may end in the middle of a picture this way."""
-
-    ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Request:
     """What to continue, and how.
 
@@ -43,6 +36,7 @@ class Request:
         id: names the request in samples and messages.
         parts: the prompt: text, pictures as codes of the image tokenizer, and token ids, in reading order.
         turn: True: answer the prompt; False: go on writing the document it begins.
+        history: the turns before it: a system's, and questions with their answers.
         mode: "text": no pictures; "image": only pictures; "interleaved": text and at least one picture; "free": both,
             as the model likes. Whatever the mode, the answer is one the grammar can parse.
         n: how many samples. seed: 0 <= seed < 2**32; sample i of a request is the same however many are drawn.
@@ -72,6 +66,7 @@ class Request:
     id: str
     parts: tuple[Part | TokensPart, ...]
     turn: bool = True
+    history: tuple[Turn, ...] = ()
     mode: Literal["text", "image", "interleaved", "free"] = "free"
     n: int = 1
     seed: int = 0
@@ -90,10 +85,29 @@ class Request:
     image: Filter = Filter()
     meta: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
+    @classmethod
+    def asking(cls, document: Document, **settings: Any) -> Request:
+        """For the last answer of a document; for one without turns, from its beginning on."""
+        asked = document.asked[-1].parts if document.asks else ()
+        named = {"id": document.id} | settings
+        return cls(parts=asked, turn=document.asks, history=document.asked[:-1], **named)
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """All that the answer comes after."""
+        return *self.history, Turn("user" if self.turn else "document", self.parts)  # type: ignore[arg-type]
+
     def check(self) -> None:
         """Raises RequestError naming the first field that no engine could serve."""
         if self.mode not in MODES:
             raise RequestError(f"mode: expected one of {', '.join(MODES)}, found {self.mode!r}")
+        if self.history and not self.turn:
+            raise RequestError("history: expected turns before one that is to be answered, found turn: false")
+        if self.turn:
+            try:
+                check_speakers([*(turn.speaker for turn in self.history), "user", "assistant"])
+            except DocumentError as error:
+                raise RequestError(f"history: {error}") from None
         if self.n < 1:
             raise RequestError(f"n: expected at least 1 sample, found {self.n}")
         if not 0 <= self.seed < 2**32:

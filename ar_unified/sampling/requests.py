@@ -2,14 +2,16 @@
 
     {"id": "cat", "prompt": "a cat"}                                             a picture of that text
     {"content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What is it?"}], "mode": "text"}
+    {"messages": [{"role": "user", "content": "Draw a cat."}, {"role": "assistant", "content": [...]}, ...]}
     {"prompt": "a cat", "n": 4, "seed": 7, "guidance": 3, "image_size": [32, 48], "image": {"temperature": 0.9}}
     {"prompt": "a cat", "canvas": {"image": "a.png", "mask": "hole.png"}}        that picture, drawn anew where white
     {"prompt": "a cat", "canvas": {"image": "a.png", "top": 64}}                 that picture, below its first 64 pixels
 
-Parts of "content" are texts, pictures and {"type": "tokens", "ids": [...]}. Pictures are files under the requests'
-folder, or data: URLs. Sizes are in pixels. Everything but "prompt" or "content" is optional; `sampling.request` says
-what the settings mean, and `defaults` of a job has the same keys. Columns of a row's own travel in "meta", with one
-warning a file (`sampling.columns` says which keys they are); an id may be any text, and names its folder of pictures.
+Parts of "content", and of the content of messages, are texts, pictures and {"type": "tokens", "ids": [...]}. Pictures
+are files under the requests' folder, or data: URLs. Sizes are in pixels. Everything but "prompt", "content" or
+"messages" is optional; `sampling.request` says what the settings mean, and `defaults` of a job has the same keys.
+Columns of a row's own travel in "meta", with one warning a file (`sampling.columns` says which keys they are); an id
+may be any text, and names its folder of pictures.
 """
 
 from __future__ import annotations
@@ -27,15 +29,15 @@ import numpy as np
 from ar_unified.data import images
 from ar_unified.data.files import FileError
 from ar_unified.data.images import Cells
-from ar_unified.document import TextPart
+from ar_unified.language.document import DocumentError, TextPart, Turn, check_speakers
+from ar_unified.language.rows import read_messages, read_parts
 from ar_unified.sampling import openai_batch
 from ar_unified.sampling.columns import CANVAS, FILTER, SETTINGS, Names, check_keys, digest, elsewhere, own_columns
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.formats import Row, read_rows
 from ar_unified.sampling.openai_batch import Asked
-from ar_unified.sampling.request import CONTEXTS, MODES, Request, RequestError, TokensPart
+from ar_unified.sampling.request import CONTEXTS, MODES, Request, RequestError
 
-_PART = {"text": "text", "image": "image", "tokens": "ids"}  # type of a part -> the key of what it holds
 _MOST = {"n": 100_000, "seed": 2**32}  # of whole numbers; others fit an int32
 _NAMES = {"Mapping": "object", "tuple": "list", "dict": "object"}  # what JSON calls them
 
@@ -81,7 +83,8 @@ class Line:
     Attributes:
         number: of its row, from 1. id: its own, else its number. name: of its folder of pictures: the id, where that
             can be a folder's name.
-        content: text, ids, and pictures. canvas: what the answer's first picture starts from.
+        content: text, ids, and pictures. history: the turns before it, with pictures, too.
+        canvas: what the answer's first picture starts from.
         request: without parts and canvas yet; None if there is an `error`.
         retry: whether the error may be gone when the job is run again.
         batch: what an answer in OpenAI's format repeats, if the row is one of theirs.
@@ -91,7 +94,8 @@ class Line:
     number: int
     id: str
     name: str
-    content: tuple[TextPart | TokensPart | Picture, ...] = ()
+    content: tuple[Any, ...] = ()
+    history: tuple[Turn, ...] = ()
     canvas: Canvas | None = None
     request: Request | None = None
     error: str = ""
@@ -160,10 +164,10 @@ def _line(row: Row, number: int, cells: Cells, settings: Mapping[str, Any], name
         if row.error:
             raise RequestError(row.error)
         data = openai_batch.request(row.data) if batch else row.data
-        content = _content(data, row.load)
+        *history, asked = _turns(data, row.load)
         canvas, request = _canvas(data, row.load), _request(data, id, cells, settings, row.foreign)
         own.update(dict.fromkeys(own_columns(data, foreign=row.foreign)))
-        return Line(number, id, name, content, canvas, request, batch=batch)
+        return Line(number, id, name, asked.parts, tuple(history), canvas, request, batch=batch)
     except RequestError as error:
         return Line(number, id, name, error=str(error), batch=batch)
 
@@ -187,34 +191,29 @@ def _typed(row: Mapping[str, Any], types: Mapping[str, tuple[type, ...]], where:
             raise RequestError(f"{where}{key}: expected less than {_MOST.get(key, 2**31)}, found {value!r:.40}")
 
 
-def _content(row: Mapping[str, Any], read: Callable[[str], bytes]) -> tuple[TextPart | TokensPart | Picture, ...]:
-    if ("prompt" in row) == ("content" in row):
-        raise RequestError('expected either "prompt" (a text) or "content" (a list of parts)')
+def _turns(row: Mapping[str, Any], read: Callable[[str], bytes]) -> tuple[Turn, ...]:
+    """The turns that the answer comes after; their images are Picture."""
+    said = [key for key in ("prompt", "content", "messages") if key in row]
+    if len(said) != 1:
+        raise RequestError('expected either "prompt" (a text), "content" (a list of parts) or "messages" (turns)')
     if "prompt" in row:
-        return (_text(row["prompt"], "prompt"),)
-    if not isinstance(row["content"], list) or not row["content"]:
+        return (Turn("user", (_text(row["prompt"], "prompt"),)),)
+
+    def picture(name: str, where: str) -> Any:
+        return Picture(name, read)
+
+    try:
+        if "messages" in row:
+            found = read_messages(row["messages"], picture, tokens=True)
+            turns = tuple(Turn(who, tuple(parts)) for who, parts, _ in found)
+            check_speakers([*(turn.speaker for turn in turns), "assistant"])
+            return turns
+        parts = read_parts(row["content"], picture, "content", tokens=True)
+    except DocumentError as error:
+        raise RequestError(str(error)) from None
+    if not parts:
         raise RequestError(f"content: expected a list of at least one part, found {row['content']!r:.80}")
-    parts: list[TextPart | TokensPart | Picture] = []
-    for i, part in enumerate(row["content"]):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in _PART:
-            raise RequestError(f"content {i}: expected type {', '.join(map(repr, _PART))}, found {part!r:.80}")
-        check_keys(part, ("type", _PART[kind]), f"content {i}: ")
-        found = part.get(_PART[kind])
-        if kind == "text":
-            text = _text(found, f"content {i}")
-            if parts and isinstance(parts[-1], TextPart):  # blocks of one text, as in documents
-                text = TextPart(f"{parts.pop().text}\n\n{text.text}")  # type: ignore[union-attr]
-            parts.append(text)
-        elif kind == "tokens":
-            if not isinstance(found, list) or not found or any(type(id) is not int for id in found):
-                raise RequestError(f"content {i}: expected ids, a list of whole numbers, found {found!r:.80}")
-            parts.append(TokensPart(tuple(found)))
-        elif isinstance(found, str) and found:
-            parts.append(Picture(found, read))
-        else:
-            raise RequestError(f"content {i}: expected the name of a picture file, found {found!r:.80}")
-    return tuple(parts)
+    return (Turn("user", tuple(parts)),)
 
 
 def _canvas(row: Mapping[str, Any], read: Callable[[str], bytes]) -> Canvas | None:

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ar_unified.document import Document, Part
-from ar_unified.grammar import Grammar
+from ar_unified.language.document import Document, Part
+from ar_unified.language.grammar import Grammar
 from ar_unified.model.config import TransformerConfig
 from ar_unified.model.transformer import Transformer
-from ar_unified.sampling.plan import prompt_tokens
+from ar_unified.sampling.plan import part_tokens, prompt_tokens
 from ar_unified.sampling.request import Request, TokensPart
 
 _POSITIONS = 64  # whose logits [b, 64, V] exist at once
@@ -61,14 +61,14 @@ def pieces(grammar: Grammar, item: Scored) -> list[np.ndarray]:
     request's prompt: without a turn the answer goes on where the prompt's text ends.
     """
     if isinstance(item, Document):
-        turn = item.prompt is not None
         grammar.encode(item)  # a part that no grammar carries is named by its place in the document
-        request = Request(item.id, item.parts[: item.prompt or 0], turn=turn)
-        answer: Sequence[Part | TokensPart] = item.parts[item.prompt or 0 :]
+        request = Request.asking(item)
+        answer: Sequence[Part | TokensPart] = item.answer
     else:
         request, answer = item
-    alone = [prompt_tokens(grammar, Request("", (part,), turn=False))[1:] for part in answer]
-    return [prompt_tokens(grammar, request), *alone, np.array([grammar.vocabulary.eos], np.int32)]
+    end = grammar.vocabulary.control(grammar.layout.record.end)
+    alone = [part_tokens(grammar, part) for part in answer]
+    return [prompt_tokens(grammar, request), *alone, np.array([end], np.int32)]
 
 
 def forward(config: TransformerConfig, params: Any, tokens: Array) -> tuple[Array, Array]:

@@ -22,8 +22,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh
 
-from ar_unified import automaton
-from ar_unified.grammar import Grammar
+from ar_unified.language import automaton
+from ar_unified.language.automaton import Opened, Wanted
+from ar_unified.language.grammar import Grammar
 from ar_unified.model.config import TransformerConfig
 from ar_unified.model.transformer import (
     Cache,
@@ -54,6 +55,13 @@ class Shape(NamedTuple):
 
     contexts: int
     length: int
+
+
+class Start(NamedTuple):
+    """Where the automaton of a sample begins; ints, or i32 [R] each."""
+
+    opened: Opened = Opened()
+    wanted: Wanted = Wanted()
 
 
 class Rows(NamedTuple):
@@ -141,8 +149,7 @@ def empty(config: TransformerConfig, grammar: Grammar, shape: Shape, slots: int,
         penalty=full(1, jnp.float32),
         canvas=full(-1, jnp.int32, grammar.layout.height * grammar.layout.width),
     )
-    zero = jnp.zeros(R, jnp.int32)
-    machine = grammar.automaton.resume(zero - 1, 0, 0, zero, zero, zero, zero, zero, zero)
+    machine = grammar.automaton.resume(Opened(jnp.zeros(R, jnp.int32)), Wanted())
     return placed(
         State(
             rows=rows,
@@ -172,7 +179,7 @@ def insert(
     slots: Array,
     fresh: Array,
     rows: Rows,
-    start: Array,
+    start: Start,
     position: Array,
 ) -> State:
     """Starts samples in slots.
@@ -181,7 +188,7 @@ def insert(
         prefix: prompts. source: int32 [M], rows of it. slots: int32 [M], where in the pool's [R * C] rows they go, one
             to any number of them; those beyond the end go nowhere.
         fresh: bool [R], slots whose sample is new. They take rows and position, [R, ...] each, and the automaton
-            resumed from `start`, int32 [R, 9], the arguments of `Automaton.resume`.
+            resumed from `start`, i32 [R] each.
     """
     C, v = position.shape[1], grammar.vocabulary
     length = min(state.cache[0][0].shape[2], prefix.cache[0][0].shape[2])
@@ -203,7 +210,7 @@ def insert(
     return placed(
         State(
             rows=jax.tree.map(take, rows, state.rows),
-            automaton=jax.tree.map(take, grammar.automaton.resume(*start.T), state.automaton),
+            automaton=jax.tree.map(take, grammar.automaton.resume(*start), state.automaton),
             position=take(position, state.position),
             hidden=state.hidden.at[slots].set(prefix.hidden[source], mode="drop"),
             cache=cache,
@@ -246,7 +253,7 @@ def step(
     machine, rows = grammar.automaton, state.rows
     token, broken = draw(grammar, weights, state, keys)
     after = machine.halt(machine.advance(state.automaton, token), broken)
-    writes, position = guidance.advance(grammar.vocabulary, token, state.position, rows.start, rows.resets)
+    writes, position = guidance.advance(machine.event(state.automaton, token), state.position, rows.start, rows.resets)
     done = machine.done(after)[:, None]
 
     model = Transformer.bind(config, weights.layers)

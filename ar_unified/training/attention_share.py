@@ -22,11 +22,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from ar_unified.language.vocabulary import Role, Vocabulary
 from ar_unified.metrics import ATTENTION
 from ar_unified.model.transformer import Transformer
 from ar_unified.parallel.rules import spec
 from ar_unified.training.step import Batch, Metrics
-from ar_unified.vocabulary import Role, Vocabulary
 
 MODALITIES = (Role.TEXT, Role.IMAGE)
 _WEIGHTS = 2**23  # weights of a device that exist at one time, 32 MiB: 64 queries of 32 heads over 4,096 keys

@@ -17,12 +17,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model.config import TransformerConfig, parameter_count
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
 from ar_unified.training.step import TrainState, abstract_state, make_eval_step, make_state, make_train_step
 from ar_unified.training.tasks import TransformerTask
-from ar_unified.vocabulary import Vocabulary
 
 TOKENS = 2048  # of a step, in whole pictures
 SHAPE: dict[str, Any] = dict(
@@ -116,7 +116,7 @@ def _rows(vocabulary: Vocabulary, ids: np.ndarray, count: int) -> dict[str, np.n
     targets[: len(ids)] = ids.reshape(-1, T) + vocabulary.image_offset
     here = np.broadcast_to((np.arange(count) < len(ids))[:, None], (count, T))
     return {
-        "tokens": np.concatenate([np.full((count, 1), vocabulary.boi, np.int32), targets[:, :-1]], 1),
+        "tokens": np.concatenate([np.full((count, 1), vocabulary.control("boi"), np.int32), targets[:, :-1]], 1),
         "targets": targets,
         "positions": np.broadcast_to(np.arange(T, dtype=np.int32), (count, T)),
         "doc_start": np.zeros((count, T), np.int32),

@@ -18,8 +18,9 @@ import numpy as np
 from ar_tokenizers.image.metrics import collapse, usage
 from ar_tokenizers.image.objective import Objective
 
-from ar_unified.document import TASKS
 from ar_unified.errors import nearest
+from ar_unified.language.document import TASKS
+from ar_unified.language.vocabulary import Role, Vocabulary
 from ar_unified.metrics import LOG_Z_BY_ROLE, LOSS_BY_ROLE, LOSS_BY_TASK
 from ar_unified.model import transformer
 from ar_unified.model.code_vectors import begin_alike
@@ -27,7 +28,6 @@ from ar_unified.model.config import TransformerConfig, matmul_parameters
 from ar_unified.model.loss import token_losses
 from ar_unified.training.attention_share import attention_shares
 from ar_unified.training.step import STATISTICS, Batch, BatchOfStep, Metrics, NothingKept, Params
-from ar_unified.vocabulary import Role, Vocabulary
 
 
 def ratios(totals: Metrics) -> dict[str, float]:

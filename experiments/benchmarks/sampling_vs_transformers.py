@@ -80,12 +80,13 @@ def model() -> tuple[Any, Any, Any]:
     """Config, parameters and grammar of our side."""
     import jax
 
-    from ar_unified.grammar import Grammar, sized_rows
+    from ar_unified.language.grammar import Grammar
+    from ar_unified.language.syntax import sized_rows
+    from ar_unified.language.vocabulary import Vocabulary
     from ar_unified.model.config import TransformerConfig
     from ar_unified.model.transformer import init
-    from ar_unified.vocabulary import Vocabulary
 
-    grammar = Grammar(Vocabulary(TEXT, CODES, max_side=SIDE), sized_rows(SIDE, SIDE), Ids())
+    grammar = Grammar(Vocabulary(TEXT, CODES, size_tokens=SIDE), sized_rows(SIDE, SIDE), Ids())
     config = TransformerConfig(
         vocab_size=grammar.vocabulary.size, d_model=256, n_layers=4, n_heads=8, n_kv_heads=2, head_dim=32, d_mlp=704
     )
@@ -104,7 +105,7 @@ def prompts(batch: int) -> np.ndarray:
 
 def our_pictures(batch: int, prompt: np.ndarray) -> Callable[[], np.ndarray]:
     """Draws one picture for each prompt: ids [batch, NEW]."""
-    from ar_unified.document import TextPart
+    from ar_unified.language.document import TextPart
     from ar_unified.sampling.decoding import Filter
     from ar_unified.sampling.engine import Engine
     from ar_unified.sampling.request import Request

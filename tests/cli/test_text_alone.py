@@ -10,13 +10,14 @@ import pytest
 
 from ar_unified.cli.main import main
 from ar_unified.cli.plan import run_of
-from ar_unified.document import TextPart
 from ar_unified.errors import UNUSABLE
 from ar_unified.experiment import config as configs
-from ar_unified.grammar import TEXT_ALONE, Grammar
+from ar_unified.language.document import TextPart
+from ar_unified.language.grammar import Grammar
+from ar_unified.language.syntax import TEXT_ALONE
+from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.sampling.plan import plan
 from ar_unified.sampling.request import Request, RequestError
-from ar_unified.vocabulary import Vocabulary
 from tests.sampling.tiny import Letters
 
 CONFIG = """

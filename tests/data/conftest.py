@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from ar_unified.data.images import to_png
-from ar_unified.grammar import Grammar, ImageLayout, fixed_grid
-from ar_unified.vocabulary import Vocabulary
+from ar_unified.language.grammar import Grammar
+from ar_unified.language.syntax import ImageLayout, fixed_grid
+from ar_unified.language.vocabulary import Vocabulary
 
 
 class ByteCodec:
@@ -49,7 +50,7 @@ class Kit:
     @staticmethod
     def grammar(layout: ImageLayout) -> Grammar:
         side = max(layout.height, layout.width) if layout.sized else 0
-        vocabulary = Vocabulary(256, 16, max_side=side, text_hash="bytes", image_hash="patch-means")
+        vocabulary = Vocabulary(256, 16, size_tokens=side, text_hash="bytes", image_hash="patch-means")
         return Grammar(vocabulary, layout, ByteCodec())
 
     @staticmethod

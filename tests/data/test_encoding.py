@@ -15,7 +15,7 @@ from ar_unified.data import encoding
 from ar_unified.data.encoding import EncodingError, foreign, text
 from ar_unified.data.sources import BadItem, open_source, read, texts
 from ar_unified.data.validate import validate
-from ar_unified.document import TextPart
+from ar_unified.language.document import TextPart
 
 MARK = codecs.BOM_UTF8
 ROWS = [dict(text="een café"), dict(text="zwei")]

@@ -11,8 +11,9 @@ from ar_unified.data.loader import ImageBatches, PackedBatches, Phase, iterate
 from ar_unified.data.prepare import prepare
 from ar_unified.data.shards import Shards
 from ar_unified.data.sources import open_source
-from ar_unified.document import TASKS
-from ar_unified.grammar import Grammar, GrammarError
+from ar_unified.language.document import TASKS
+from ar_unified.language.grammar import Grammar
+from ar_unified.language.reading import GrammarError
 from ar_unified.manifests import ManifestMismatch
 
 T = 160

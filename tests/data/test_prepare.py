@@ -14,8 +14,9 @@ from ar_unified.data.images import Resize, to_png
 from ar_unified.data.prepare import NothingLeft, load_manifest, load_report, prepare
 from ar_unified.data.shards import Shards, read_skipped
 from ar_unified.data.sources import Source, open_source
-from ar_unified.document import CodesPart, Document, ImagePart, TextPart
-from ar_unified.grammar import Grammar, fixed_grid, sized_rows
+from ar_unified.language.document import CodesPart, Document, ImagePart, TextPart
+from ar_unified.language.grammar import Grammar
+from ar_unified.language.syntax import fixed_grid, sized_rows
 from ar_unified.manifests import ManifestMismatch
 
 
@@ -125,7 +126,9 @@ def test_bad_items_are_left_out_counted_and_change_nothing_else(
         for name in ("clean", "spoilt")
     )
     tokens = [[t.tobytes() for t in shards.read(range(len(shards)))] for shards in (clean, spoilt)]
-    marked = grammar.encode(Document((TextPart("a <boi> b"), CodesPart(tokenizer.encode(kit.picture(0)[None])[0])), 1))
+    marked = grammar.encode(
+        Document.of((TextPart("a <boi> b"), CodesPart(tokenizer.encode(kit.picture(0)[None])[0])), 1)
+    )
     assert marked.tobytes() in tokens[1] and marked.tobytes() not in tokens[0]
     tokens[1].remove(marked.tobytes())
     assert tokens[0] == tokens[1]
@@ -176,14 +179,14 @@ def test_pictures_go_in_full_batches_of_one_size_and_equal_ones_once(tmp_path: P
 def test_long_documents_are_split_at_paragraphs_or_left_out(tmp_path: Path, kit: Any, grammar: Grammar) -> None:
     paragraphs = ["a" * 30, "b" * 30, "c" * 60, "d" * 10]
     image = CodesPart(np.ones((4, 4), np.int32))
-    pieces = split(Document((TextPart("\n\n".join(paragraphs)), image, TextPart("end"))), grammar, 64 + 2)
+    pieces = split(Document.of((TextPart("\n\n".join(paragraphs)), image, TextPart("end"))), grammar, 64 + 2)
     assert [piece.parts for piece in pieces] == [
         (TextPart("a" * 30 + "\n\n" + "b" * 30),),
         (TextPart("c" * 60),),
         (TextPart("d" * 10), image, TextPart("end")),
     ]
     recipe = "two\n" * 20
-    lines = split(Document((TextPart("one\n\n" + recipe + "\nthree"),)), grammar, 30)
+    lines = split(Document.of((TextPart("one\n\n" + recipe + "\nthree"),)), grammar, 30)
     words = [piece.parts[0].text.split() for piece in lines]
     assert sum(words, []) == ["one", *["two"] * 20, "three"] and len(lines) == 4
     root = tmp_path / "set"
@@ -217,10 +220,10 @@ def test_a_line_that_is_too_long_by_itself_is_cut_and_nothing_of_it_is_lost(
     grammar: Grammar, name: str, max_tokens: int
 ) -> None:
     text = LONG[name]
-    pieces = [piece.parts[0].text for piece in split(Document((TextPart(text),)), grammar, max_tokens)]
+    pieces = [piece.parts[0].text for piece in split(Document.of((TextPart(text),)), grammar, max_tokens)]
     joined = "".join(pieces)
     assert joined == text or ("lines" in name and joined.replace("\n", "") == text.replace("\n", ""))
-    lengths = [len(grammar.encode(Document((TextPart(piece),)))) for piece in pieces]
+    lengths = [len(grammar.encode(Document.of((TextPart(piece),)))) for piece in pieces]
     assert max(lengths) <= max_tokens
     if name == "words":
         assert all(piece[0].isspace() for piece in pieces[1:]), "cut before words"
@@ -242,6 +245,6 @@ def test_a_long_text_takes_time_in_proportion(grammar: Grammar) -> None:
 
     counting = Grammar(grammar.vocabulary, grammar.layout, Counting())
     text = "ab " * 20_000
-    pieces = split(Document((TextPart(text),)), counting, 4096)
+    pieces = split(Document.of((TextPart(text),)), counting, 4096)
     assert "".join(piece.parts[0].text for piece in pieces) == text and len(pieces) == 15
     assert reads < 30 * len(text)

@@ -13,15 +13,15 @@ import pytest
 
 from ar_unified.data.images import to_png
 from ar_unified.data.sources import BadItem, open_source, read, texts
-from ar_unified.document import Document, ImagePart, TextPart
 from ar_unified.errors import UserError
+from ar_unified.language.document import Document, ImagePart, TextPart
 
 
 def test_a_folder_is_its_three_files_in_order(folder: Path, kit: Any) -> None:
     source = open_source(dict(kind="folder", path=folder, weight=2.0))
     assert len(source) == 20 + 5 + 10 and source.name == "set" and source.reversible
     pair, story, question = source[3], source[20], source[27]
-    assert pair == Document((TextPart("picture 3"), ImagePart(kit.picture(3))), prompt=1)
+    assert pair == Document.of((TextPart("picture 3"), ImagePart(kit.picture(3))), prompt=1)
     assert story.prompt is None and story.meta["title"] == "story 0" and len(story.parts) == 4
     assert question.parts[1:] == (TextPart("which is 2?"), TextPart("it")) and question.prompt == 2
     assert [source.origin(i).rsplit("/")[-1] for i in (3, 20, 27)] == [
@@ -195,7 +195,7 @@ def test_plain_pictures_are_documents_of_one_picture(tmp_path: Path, kit: Any) -
     (tmp_path / "readme.md").write_text("neither")
     source = open_source(dict(kind="pictures", path=tmp_path))
     assert len(source) == 3 and source.name == tmp_path.name and list(texts([source])) == []
-    assert [source[i] for i in (0, 1)] == [Document((ImagePart(kit.picture(i)),)) for i in (1, 2)]
+    assert [source[i] for i in (0, 1)] == [Document.of((ImagePart(kit.picture(i)),)) for i in (1, 2)]
     with pytest.raises(BadItem, match="c.jpg: unreadable_image"):
         source[2]
     before = source.fingerprint

@@ -20,9 +20,10 @@ from ar_unified.data.loader import ImageBatches, NothingReadable
 from ar_unified.data.prepare import prepare
 from ar_unified.data.sources import BadItem, open_source, read, texts
 from ar_unified.data.validate import validate
-from ar_unified.document import Document, TextPart
-from ar_unified.grammar import Grammar, fixed_grid
-from ar_unified.vocabulary import Vocabulary
+from ar_unified.language.document import Document, TextPart
+from ar_unified.language.grammar import Grammar
+from ar_unified.language.syntax import fixed_grid
+from ar_unified.language.vocabulary import Vocabulary
 
 
 def source(path: Path, **options: Any) -> Any:
@@ -45,7 +46,7 @@ def test_documents_are_files_or_lines_and_rows(corpus: Path) -> None:
     whole, lines = source(corpus), source(corpus, by="line")
     assert list(texts([whole])) == ["# A\n\ntext\n", "row \n 1", "row 2", "one\r\n\n \n  two\u2028half \nthree"]
     assert list(texts([lines])) == ["# A", "text", "row \n 1", "row 2", "one", "  two\u2028half ", "three"]
-    assert lines[5] == Document((TextPart("  two\u2028half "),)) and lines[5].task == "text"
+    assert lines[5] == Document.of((TextPart("  two\u2028half "),)) and lines[5].task == "text"
     found = [lines.origin(i).removeprefix(f"{corpus}/") for i in (1, 3, 5)]
     assert found == ["a.md:3", "c.jsonl:3", "deep/b.txt:4"] and whole.origin(3) == f"{corpus}/deep/b.txt"
     assert lines[2].id == "7" and lines[2].meta == {"language": "nl"}

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from ar_unified.data.validate import validate
-from ar_unified.grammar import Grammar
+from ar_unified.language.grammar import Grammar
 
 
 def test_every_bad_item_is_named_by_file_line_and_kind(folder: Path, kit: Any) -> None:

@@ -12,8 +12,8 @@ from ar_unified.data.prepare import load_manifest, prepare
 from ar_unified.data.shards import Shards
 from ar_unified.data.sources import open_source, read, texts
 from ar_unified.data.views import Views, moved, room
-from ar_unified.document import CodesPart, ImagePart, TextPart
-from ar_unified.grammar import Grammar
+from ar_unified.language.document import CodesPart, ImagePart, TextPart
+from ar_unified.language.grammar import Grammar
 
 
 def views(folder: Path, **options: Any) -> Views:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from ar_unified.document import Document, ImagePart, TextPart
 from ar_unified.evaluation.easy_vqa import COLORS, SHAPES, facts, read_picture
 from ar_unified.evaluation.protocol import PROTOCOLS
+from ar_unified.language.document import Document, ImagePart, TextPart
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "easy-vqa"
 
@@ -79,9 +79,9 @@ def test_protocol_takes_the_facts_from_meta_or_from_the_caption():
     pixels = np.asarray(draw("circle", COLORS["teal"]))
     check = PROTOCOLS["easy_vqa"].picture_matches
     parts = (TextPart("a teal circle"), ImagePart(pixels))
-    assert check(Document(parts, 1), pixels)
-    assert not check(Document((TextPart("a teal triangle"), parts[1]), 1), pixels)
-    assert not check(Document(parts, 1, meta={"color": "blue", "shape": "circle"}), pixels)
+    assert check(Document.of(parts, 1), pixels)
+    assert not check(Document.of((TextPart("a teal triangle"), parts[1]), 1), pixels)
+    assert not check(Document.of(parts, 1, meta={"color": "blue", "shape": "circle"}), pixels)
     assert facts("a gray rectangle") == ("gray", "rectangle") and facts("a red or blue circle") is None
 
 

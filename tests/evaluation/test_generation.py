@@ -7,12 +7,13 @@ import pytest
 
 from ar_unified.data import scenes
 from ar_unified.data.sources import BadItem
-from ar_unified.document import CodesPart, Document, ImagePart, TextPart
 from ar_unified.evaluation.generation import evaluate
 from ar_unified.evaluation.protocol import PROTOCOLS
-from ar_unified.grammar import Grammar, fixed_grid
+from ar_unified.language.document import CodesPart, Document, ImagePart, TextPart
+from ar_unified.language.grammar import Grammar
+from ar_unified.language.syntax import fixed_grid
+from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.sampling.request import RequestError, Sample
-from ar_unified.vocabulary import Vocabulary
 
 NOTHING = np.full((32, 32, 3), scenes.BACKGROUND, np.uint8)
 
@@ -74,7 +75,7 @@ class Oracle:
             if said is None:
                 yield Sample(request, 0, np.zeros(0, np.int32), None, "error", "broken")
             else:
-                yield Sample(request, 0, np.zeros(0, np.int32), Document((said,)), "eos")
+                yield Sample(request, 0, np.zeros(0, np.int32), Document.of((said,)), "eos")
 
 
 def make(n=6):
@@ -96,9 +97,9 @@ def make(n=6):
             ImagePart(second),
         )
         documents += [
-            Document((TextPart(scenes.caption(rng, scene)), ImagePart(picture)), 1, meta=meta),
-            Document((ImagePart(picture), TextPart(question), TextPart(answer)), 2, meta=meta),
-            Document(story, meta={"scenes": [scenes.scene_to_json(s) for s in (before, change.after)]}),
+            Document.of((TextPart(scenes.caption(rng, scene)), ImagePart(picture)), 1, meta=meta),
+            Document.of((ImagePart(picture), TextPart(question), TextPart(answer)), 2, meta=meta),
+            Document.of(story, meta={"scenes": [scenes.scene_to_json(s) for s in (before, change.after)]}),
         ]
     return documents
 
@@ -181,7 +182,7 @@ def test_without_a_checker_pictures_are_drawn_but_not_scored():
 def pages(n=4):
     """Text, picture, text: as a folder of recipes has them."""
     documents = make(n)[2::3]
-    return [Document((*d.parts[:2], TextPart(f"then {i}"))) for i, d in enumerate(documents)]
+    return [Document.of((*d.parts[:2], TextPart(f"then {i}"))) for i, d in enumerate(documents)]
 
 
 def test_of_interleaved_documents_alone_the_next_parts_are_asked():
@@ -213,7 +214,7 @@ def test_a_next_text_may_end_where_a_picture_begins():
         asked.append(request)
         return truth
 
-    documents = [Document((*d.parts, d.parts[1])) for d in pages()]
+    documents = [Document.of((*d.parts, d.parts[1])) for d in pages()]
     metrics, _, _ = run(documents, protocol="exact", answer=answer)
     texts = [request for request in asked if request.id.startswith("next_text")]
     assert metrics["next_text_exact"] == 1 and {request.mode for request in texts} == {"free"}
@@ -228,6 +229,6 @@ def test_stories_that_a_protocol_checks_are_not_asked_twice():
 
 
 def test_nothing_to_ask_is_said_with_what_was_looked_for():
-    metrics, kept, oracle = run([Document((TextPart("only words"),))] * 3, protocol="exact")
+    metrics, kept, oracle = run([Document.of((TextPart("only words"),))] * 3, protocol="exact")
     assert metrics["counts"] == {} and not kept and not oracle.calls
     assert "found documents: 3 of kind text. Nothing was asked" in metrics["note"]

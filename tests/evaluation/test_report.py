@@ -10,13 +10,13 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from ar_unified.document import Document, ImagePart, TextPart
 from ar_unified.evaluation.charts import MAX_POINTS, line_chart, number
 from ar_unified.evaluation.facts import summary
 from ar_unified.evaluation.generation import Example
 from ar_unified.evaluation.report import wilson, write_report
 from ar_unified.evaluation.sheets import section
 from ar_unified.evaluation.tokenizer import evaluate_tokenizer
+from ar_unified.language.document import Document, ImagePart, TextPart
 from ar_unified.metrics import read_metrics
 from tests.evaluation.test_tokenizer import SIZE, Album, Greys, exact, noisy
 from tests.training import tiny
@@ -67,7 +67,7 @@ def page(tmp_path, **options):
 
 def example(kind="text_to_image", text="a red circle", **options):
     picture = np.zeros((8, 8, 3), np.uint8)
-    document = Document((TextPart(text), ImagePart(picture)), 1)
+    document = Document.of((TextPart(text), ImagePart(picture)), 1)
     options = {"got": picture, "reconstruction": picture} | options
     return Example(kind, document, document.parts[:1], picture, **options)
 

@@ -13,7 +13,6 @@ from ar_tokenizers.image import metrics
 
 from ar_unified.data.images import resize
 from ar_unified.data.sources import BadItem
-from ar_unified.document import Document, ImagePart, TextPart
 from ar_unified.evaluation.sheets import AMPLIFIED
 from ar_unified.evaluation.tokenizer import (
     FIRST,
@@ -23,6 +22,7 @@ from ar_unified.evaluation.tokenizer import (
     draw_pictures,
     evaluate_tokenizer,
 )
+from ar_unified.language.document import Document, ImagePart, TextPart
 
 SIZE, K = (48, 64), 8
 
@@ -57,7 +57,7 @@ class Album(list):
         pixels = super().__getitem__(i)
         if pixels is None:
             raise BadItem("unreadable_image", f"{self.name}:{i}", "cut in half")
-        return Document((TextPart("a"), ImagePart(pixels)), 1, origin=f"{self.name}:{i}")
+        return Document.of((TextPart("a"), ImagePart(pixels)), 1, origin=f"{self.name}:{i}")
 
 
 def exact(count: int, codes: int = K, seed: int = 0) -> list[np.ndarray]:

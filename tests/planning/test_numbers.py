@@ -17,7 +17,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ar_unified.grammar import Grammar, fixed_grid
+from ar_unified.language.grammar import Grammar
+from ar_unified.language.syntax import fixed_grid
+from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model import transformer
 from ar_unified.model.config import TransformerConfig
 from ar_unified.parallel.hardware import HARDWARE
@@ -30,7 +32,6 @@ from ar_unified.planning.roofline import roofline, traffic
 from ar_unified.planning.targets import parse_target
 from ar_unified.sampling.engine import Engine
 from ar_unified.training.optimizer import OptimizerConfig
-from ar_unified.vocabulary import Vocabulary
 from tests.kernels.topologies import needs_libtpu
 
 FLOPS, BANDWIDTH, LINK, DCN = 197e12, 819e9, 50e9, 3.125e9

@@ -10,7 +10,7 @@ import pytest
 
 from ar_unified.cli.plan import run_of, save
 from ar_unified.experiment import config as configs
-from ar_unified.grammar import fixed_grid
+from ar_unified.language.syntax import fixed_grid
 from ar_unified.model.config import PRESETS, config_from
 from ar_unified.planning.plan import make_plan
 from ar_unified.planning.programs import Run

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ar_unified.document import CodesPart
+from ar_unified.language.document import CodesPart
 from ar_unified.model.transformer import Transformer
 from ar_unified.sampling.adapters.model import Model
 from ar_unified.sampling.decoding import Filter

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ar_unified.document import TextPart
+from ar_unified.language.document import TextPart
 from ar_unified.sampling.columns import ROW, Names, nearly, own_columns
 from ar_unified.sampling.request import RequestError
 from ar_unified.sampling.requests import read_requests

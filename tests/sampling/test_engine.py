@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ar_unified.document import CodesPart, Document, TextPart
+from ar_unified.language.document import CodesPart, Document, TextPart
 from ar_unified.model.transformer import Transformer, init
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.sampling.decoding import Filter
@@ -226,8 +226,8 @@ def test_logits_equal_the_forward_in_every_context(grammar, contexts):
 
 def test_scores_are_those_of_the_forward(params):
     grammar = GRAMMARS["rows"]
-    pair = Document((TextPart("abc"), picture(grammar), TextPart("de")), prompt=1)
-    plain = Document((TextPart("h"), picture(grammar, 1)))
+    pair = Document.of((TextPart("abc"), picture(grammar), TextPart("de")), prompt=1)
+    plain = Document.of((TextPart("h"), picture(grammar, 1)))
     ask = Request("ask", (TextPart("ab"),), turn=False), (TextPart("cd"),)
     answered = Request("ask", (TextPart("ab"),)), (TokensPart((3, 4, 5)),)
     found = engine(grammar, params).score([pair, plain, ask, answered])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ar_unified.document import TextPart
+from ar_unified.language.document import TextPart
 from ar_unified.sampling.request import RequestError, TokensPart
 from ar_unified.sampling.requests import Picture, read_requests
 

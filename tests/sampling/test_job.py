@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ar_unified.document import CodesPart, TextPart
+from ar_unified.language.document import CodesPart, TextPart
 from ar_unified.sampling import engine as engine_module
 from ar_unified.sampling import gallery, plan
 from ar_unified.sampling.bandwidth import MemoryTime

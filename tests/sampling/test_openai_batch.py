@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ar_unified.document import TextPart
+from ar_unified.language.document import TextPart
 from ar_unified.sampling.requests import Picture, read_requests
 from tests.sampling.test_formats import png
 from tests.sampling.test_job import engine, run, write_requests  # noqa: F401

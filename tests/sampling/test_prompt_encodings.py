@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ar_unified.document import TextPart
 from ar_unified.errors import UserError
+from ar_unified.language.document import TextPart
 from ar_unified.sampling.formats import fingerprint
 from ar_unified.sampling.request import RequestError
 from ar_unified.sampling.requests import PictureError, read_requests

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import jax
 
-from ar_unified.grammar import Grammar, fixed_grid, sized_rows
+from ar_unified.language.grammar import Grammar
+from ar_unified.language.syntax import fixed_grid, sized_rows
+from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model.config import TransformerConfig
 from ar_unified.model.transformer import init
-from ar_unified.vocabulary import Vocabulary
 
 
 class Letters:
@@ -24,7 +25,7 @@ class Letters:
 
 GRAMMARS = {
     "grid": Grammar(Vocabulary(16, 24), fixed_grid(2, 3), Letters()),
-    "rows": Grammar(Vocabulary(16, 24, max_side=4), sized_rows(3, 4), Letters()),
+    "rows": Grammar(Vocabulary(16, 24, size_tokens=4), sized_rows(3, 4), Letters()),
 }
 CONFIG = TransformerConfig(
     vocab_size=128, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_mlp=48, qk_norm="rmsnorm"

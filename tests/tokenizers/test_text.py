@@ -17,9 +17,10 @@ from ar_tokenizers.text import TextTokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ar_unified.document import Document, TextPart
-from ar_unified.grammar import Grammar, fixed_grid
-from ar_unified.vocabulary import CONTROLS, Role, Vocabulary
+from ar_unified.language.document import Document, TextPart
+from ar_unified.language.grammar import Grammar
+from ar_unified.language.syntax import fixed_grid
+from ar_unified.language.vocabulary import CONTROLS, Role, Vocabulary
 
 TEXTS = Path(__file__).parents[3] / "shared" / "data" / "text"
 WORDS = "a red blue green small large circle square triangle star left of above the and is there".split()
@@ -107,7 +108,7 @@ SPELLED = [*(f"<{name}>" for name in CONTROLS), "<s>", "</s>", "<unk>", "<0x0A>"
 def test_text_never_spells_a_control_token(tokenizer, text):
     vocabulary = Vocabulary(tokenizer.size, codebook_size=4, text_hash=tokenizer.hash)
     grammar = Grammar(vocabulary, fixed_grid(1, 1), tokenizer)
-    bos, *inside, eos = grammar.encode(Document((TextPart(text),)))
+    bos, *inside, eos = grammar.encode(Document.of((TextPart(text),)))
     assert (bos, eos) == (vocabulary.bos, vocabulary.eos)
     assert set(vocabulary.role(np.array(inside)).tolist()) == {Role.TEXT}
     assert grammar.parse(np.array([bos, *inside, eos])).parts == (TextPart(text),)

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ar_unified.language.vocabulary import Role
 from ar_unified.model.transformer import Transformer
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.parallel.rules import place_batch
 from ar_unified.training.attention_share import attention_shares, layer_shares
 from ar_unified.training.step import make_inspection
-from ar_unified.vocabulary import Role
 from tests.training import tiny
 
 TEXT, IMAGE, CONTROL = (True, False), (False, True), (False, False)

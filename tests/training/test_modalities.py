@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ar_unified.language.vocabulary import Role
 from ar_unified.model.transformer import Transformer
-from ar_unified.vocabulary import Role
 from tests.training import tiny
 
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model.config import TransformerConfig
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.training.loop import TrainingConfig, fit
 from ar_unified.training.optimizer import OptimizerConfig
 from ar_unified.training.tasks import TransformerTask
-from ar_unified.vocabulary import Vocabulary
 
-VOCABULARY = Vocabulary(text_size=40, codebook_size=60, max_side=4)
+VOCABULARY = Vocabulary(text_size=40, codebook_size=60, size_tokens=4)
 MODEL = TransformerConfig(
     vocab_size=VOCABULARY.size, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_mlp=64, qk_norm="rmsnorm"
 )

@@ -13,8 +13,8 @@ from PIL import Image
 
 from ar_unified.data.images import ImageCodec, to_rgb
 from ar_unified.data.prepare import default_resize
-from ar_unified.document import CodesPart, Part, TextPart
-from ar_unified.grammar import GrammarError
+from ar_unified.language.document import CodesPart, Part, TextPart
+from ar_unified.language.reading import GrammarError
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.request import Request, RequestError, TokensPart

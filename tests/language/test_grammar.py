@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ar_unified.document import TASKS, CodesPart, Document, ImagePart, TextPart
-from ar_unified.grammar import TEXT_ALONE, Grammar, GrammarError, ImageLayout, fixed_grid, sized_rows
+from ar_unified.language.document import TASKS, CodesPart, Document, ImagePart, TextPart
+from ar_unified.language.grammar import Grammar
+from ar_unified.language.reading import GrammarError
+from ar_unified.language.syntax import TEXT_ALONE, ImageLayout, fixed_grid, sized_rows
+from ar_unified.language.vocabulary import Role, Vocabulary
 from ar_unified.manifests import ManifestMismatch
-from ar_unified.vocabulary import Role, Vocabulary
 
 
 class Utf8:
@@ -35,7 +37,7 @@ class Latin:
 
 CODEBOOK = 6
 GRID = Grammar(Vocabulary(256, CODEBOOK), fixed_grid(2, 3), Utf8())
-ROWS = Grammar(Vocabulary(256, CODEBOOK, max_side=4), sized_rows(3, 4), Utf8())
+ROWS = Grammar(Vocabulary(256, CODEBOOK, size_tokens=4), sized_rows(3, 4), Utf8())
 both = pytest.mark.parametrize("grammar", [GRID, ROWS], ids=["grid", "rows"])
 
 
@@ -61,7 +63,7 @@ def documents(draw, grammar, text=UNICODE):
             parts.append(picture(*(draw(side) for side in sides), draw(st.integers(0, CODEBOOK - 1))))
         elif not parts or len(parts) == border or not isinstance(parts[-1], TextPart):
             parts.append(TextPart(draw(text)))
-    return Document(tuple(parts), len(parts) if prompt == len(kinds) else border)
+    return Document.of(tuple(parts), len(parts) if prompt == len(kinds) else border)
 
 
 @both
@@ -112,12 +114,12 @@ def test_whatever_parses_is_what_encode_writes(grammar, data):
 def test_how_documents_look_on_the_wire():
     v = ROWS.vocabulary
     side = v.size_offset - 1
-    tokens = ROWS.encode(Document((TextPart("a"), picture(1, 2, 4)), 1))
+    tokens = ROWS.encode(Document.of((TextPart("a"), picture(1, 2, 4)), 1))
     code = v.image_offset
     expected = [v.bos, 97, v.eot, v.boi, side + 1, side + 2, code + 4, code + 5, v.eol, v.eoi, v.eos]
     assert tokens.tolist() == expected
     v = GRID.vocabulary
-    tokens = GRID.encode(Document((picture(2, 3),)))
+    tokens = GRID.encode(Document.of((picture(2, 3),)))
     assert tokens.tolist() == [v.bos, v.boi, *range(v.image_offset, v.image_offset + 6), v.eoi, v.eos]
     assert GRID.prompt_tokens([TextPart("a")], turn=True).tolist() == [v.bos, 97, v.eot]
     assert GRID.prompt_tokens([TextPart("a")], turn=False).tolist() == [v.bos, 97]
@@ -149,7 +151,7 @@ LOSSY = Grammar(GRID.vocabulary, GRID.layout, Lossy())
 )
 def test_what_cannot_be_written_is_refused(grammar, parts, says):
     with pytest.raises(GrammarError, match=says):
-        grammar.encode(Document(parts))
+        grammar.encode(Document.of(parts))
 
 
 V, S, C = ROWS.vocabulary, ROWS.vocabulary.size_offset - 1, ROWS.vocabulary.image_offset
@@ -192,9 +194,9 @@ def test_tokens_are_rearranged_as_documents_are(grammar, data):
     else:
         prompt, answer = document.parts[:border], document.parts[border:]
         dropped = grammar.drop_prompt(tokens)
-        assert grammar.parse(dropped) == Document(answer, 0)
+        assert grammar.parse(dropped) == Document.of(answer, 0)
         np.testing.assert_array_equal(dropped[: len(grammar.unconditional)], grammar.unconditional)
-        assert grammar.parse(grammar.swap_turn(tokens)) == Document(answer + prompt, len(answer))
+        assert grammar.parse(grammar.swap_turn(tokens)) == Document.of(answer + prompt, len(answer))
         np.testing.assert_array_equal(grammar.swap_turn(grammar.swap_turn(tokens)), tokens)
 
     pictures = [i for i, part in enumerate(document.parts) if isinstance(part, CodesPart)]
@@ -203,7 +205,7 @@ def test_tokens_are_rearranged_as_documents_are(grammar, data):
             with pytest.raises(GrammarError, match="outside the prompt"):
                 grammar.drop_context(tokens, index)
         else:
-            assert grammar.parse(grammar.drop_context(tokens, index)) == Document(document.parts[i:], 0)
+            assert grammar.parse(grammar.drop_context(tokens, index)) == Document.of(document.parts[i:], 0)
     with pytest.raises(GrammarError, match=f"found {len(pictures)} pictures"):
         grammar.drop_context(tokens, len(pictures))
 
@@ -230,19 +232,19 @@ def test_a_grammar_refuses_another_text_tokenizer_and_sides_it_cannot_say():
     with pytest.raises(ManifestMismatch, match="size 300"):
         Grammar(Vocabulary(300, 4, text_hash="mine"), fixed_grid(1, 1), codec)
     with pytest.raises(ValueError, match="max_side: expected at least 4"):
-        Grammar(Vocabulary(256, 4, max_side=3), sized_rows(3, 4), Utf8())
+        Grammar(Vocabulary(256, 4, size_tokens=3), sized_rows(3, 4), Utf8())
     with pytest.raises(ValueError, match='"grid" or "rows"'):
         ImageLayout("spiral", 1, 1)
 
 
 def test_a_vocabulary_of_text_alone_refuses_pictures():
     alone = Grammar(Vocabulary(256, 0), TEXT_ALONE, Utf8())
-    document = Document((TextPart("a"), TextPart("b")), prompt=1)
+    document = Document.of((TextPart("a"), TextPart("b")), prompt=1)
     assert alone.parse(alone.encode(document)) == document
     with pytest.raises(
         GrammarError, match="part 1: expected a text .this vocabulary is of text alone., found a picture"
     ):
-        alone.encode(Document((TextPart("a"), picture(1, 1))))
+        alone.encode(Document.of((TextPart("a"), picture(1, 1))))
     v = alone.vocabulary
     with pytest.raises(GrammarError):
         alone.parse([v.bos, v.boi, v.image_offset, v.eoi, v.eos])

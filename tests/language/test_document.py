@@ -5,15 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from ar_unified.document import (
-    CodesPart,
-    Document,
-    DocumentError,
-    ImagePart,
-    TextPart,
-    document_from_json,
-    document_to_json,
-)
+from ar_unified.language.document import CodesPart, Document, DocumentError, ImagePart, TextPart
+from ar_unified.language.rows import document_from_json, document_to_json
 
 RED = np.full((2, 3, 3), (255, 0, 0), np.uint8)
 BLUE = np.full((4, 2, 3), (0, 0, 255), np.uint8)
@@ -36,10 +29,10 @@ class Album:
 
 
 def test_equality_is_by_content_and_ignores_where_a_document_came_from():
-    again = Document((A, ImagePart(RED.copy())), 1, id="7", origin="x.jsonl:3", meta={"n": 1})
-    assert Document((A, R), 1) == again and hash(Document((A, R), 1)) == hash(again)
-    assert Document((A, R), 1) != Document((A, S), 1)
-    assert Document((A, R), 1) != Document((A, R))
+    again = Document.of((A, ImagePart(RED.copy())), 1, id="7", origin="x.jsonl:3", meta={"n": 1})
+    assert Document.of((A, R), 1) == again and hash(Document.of((A, R), 1)) == hash(again)
+    assert Document.of((A, R), 1) != Document.of((A, S), 1)
+    assert Document.of((A, R), 1) != Document.of((A, R))
     assert CodesPart(np.zeros((1, 4), np.int32)) != CodesPart(np.zeros((2, 2), np.int32))
 
 
@@ -60,7 +53,7 @@ def test_equality_is_by_content_and_ignores_where_a_document_came_from():
     ],
 )
 def test_task(parts, prompt, task):
-    document = Document(parts, prompt)
+    document = Document.of(parts, prompt)
     document.check()
     assert document.task == task
 
@@ -68,17 +61,17 @@ def test_task(parts, prompt, task):
 @pytest.mark.parametrize(
     "document, kind, says",
     [
-        (Document((R, TextPart(""))), "empty_text", "part 1: the text is empty"),
-        (Document((A, B)), "adjacent_text", "part 1"),
-        (Document((A, B, A), 1), "adjacent_text", "part 2"),
-        (Document((TextPart("ok\ud800"),)), "bad_text", "surrogate at character 2"),
-        (Document((ImagePart(RED.astype(np.float32)),)), "image_shape", "float32"),
-        (Document((ImagePart(RED[..., :1]),)), "image_shape", r"\[2, 3, 1\]"),
-        (Document((ImagePart(RED[:0]),)), "image_shape", r"\[0, 3, 3\]"),
-        (Document((CodesPart(np.zeros((2, 2), np.int64)),)), "image_codes", "int64"),
-        (Document((CodesPart(np.zeros(4, np.int32)),)), "image_codes", r"\[4\]"),
-        (Document((A,), 2), "bad_prompt", r"0\.\.1"),
-        (Document(("a",)), "bad_row", "found str"),
+        (Document.of((R, TextPart(""))), "empty_text", "part 1: the text is empty"),
+        (Document.of((A, B)), "adjacent_text", "part 1"),
+        (Document.of((A, B, A), 1), "adjacent_text", "part 2"),
+        (Document.of((TextPart("ok\ud800"),)), "bad_text", "surrogate at character 2"),
+        (Document.of((ImagePart(RED.astype(np.float32)),)), "image_shape", "float32"),
+        (Document.of((ImagePart(RED[..., :1]),)), "image_shape", r"\[2, 3, 1\]"),
+        (Document.of((ImagePart(RED[:0]),)), "image_shape", r"\[0, 3, 3\]"),
+        (Document.of((CodesPart(np.zeros((2, 2), np.int64)),)), "image_codes", "int64"),
+        (Document.of((CodesPart(np.zeros(4, np.int32)),)), "image_codes", r"\[4\]"),
+        (Document.of((A,), 2), "bad_prompt", r"0\.\.1"),
+        (Document.of(("a",)), "bad_row", "found str"),
     ],
 )
 def test_check_names_what_is_wrong(document, kind, says):
@@ -90,12 +83,12 @@ def test_check_names_what_is_wrong(document, kind, says):
 @pytest.mark.parametrize(
     "document, keys",
     [
-        (Document((A, R), 1), {"image", "text"}),
-        (Document((R, A, B), 2), {"image", "question", "answer"}),
-        (Document((A, R, B, S, R)), {"segments"}),
-        (Document((R, A), 1), {"segments", "prompt"}),
-        (Document((A, B), 1), {"segments", "prompt"}),
-        (Document((R, A), 0), {"segments", "prompt"}),
+        (Document.of((A, R), 1), {"image", "text"}),
+        (Document.of((R, A, B), 2), {"image", "question", "answer"}),
+        (Document.of((A, R, B, S, R)), {"segments"}),
+        (Document.of((R, A), 1), {"segments", "prompt"}),
+        (Document.of((A, B), 1), {"segments", "prompt"}),
+        (Document.of((R, A), 0), {"segments", "prompt"}),
     ],
 )
 def test_json_there_and_back(document, keys):
@@ -115,9 +108,9 @@ def test_other_keys_travel_as_meta():
 def test_text_blocks_side_by_side_become_one_text_but_not_across_the_border():
     blocks = [{"type": "text", "text": text} for text in "abcd"]
     whole = document_from_json({"segments": blocks}, lambda name: RED)
-    assert whole == Document((TextPart("a\n\nb\n\nc\n\nd"),))
+    assert whole == Document.of((TextPart("a\n\nb\n\nc\n\nd"),))
     turn = document_from_json({"segments": blocks, "prompt": 3}, lambda name: RED)
-    assert turn == Document((TextPart("a\n\nb\n\nc"), TextPart("d")), 1)
+    assert turn == Document.of((TextPart("a\n\nb\n\nc"), TextPart("d")), 1)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +137,6 @@ def test_bad_rows_are_refused_by_kind(row, kind):
 
 def test_rows_that_would_not_come_back_are_not_written():
     with pytest.raises(DocumentError, match="decode them first"):
-        document_to_json(Document((CodesPart(np.zeros((1, 1), np.int32)),)), lambda pixels: "x")
+        document_to_json(Document.of((CodesPart(np.zeros((1, 1), np.int32)),)), lambda pixels: "x")
     with pytest.raises(DocumentError, match="'text' is a field"):
-        document_to_json(Document((A, R), 1, meta={"text": "other"}), lambda pixels: "x")
+        document_to_json(Document.of((A, R), 1, meta={"text": "other"}), lambda pixels: "x")

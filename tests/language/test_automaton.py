@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ar_unified.automaton import FREE, IMAGE, TEXT, Automaton
-from ar_unified.document import CodesPart, Document, TextPart
-from ar_unified.grammar import TEXT_ALONE, Grammar, fixed_grid, sized_rows
-from ar_unified.vocabulary import Role, Vocabulary
+from ar_unified.language.automaton import FREE, IMAGE, TEXT, Automaton
+from ar_unified.language.document import CodesPart, Document, TextPart
+from ar_unified.language.grammar import Grammar
+from ar_unified.language.syntax import TEXT_ALONE, fixed_grid, sized_rows
+from ar_unified.language.vocabulary import Role, Vocabulary
 
 
 class Letters:
@@ -27,7 +28,7 @@ class Letters:
 
 
 GRID = Grammar(Vocabulary(5, 3), fixed_grid(1, 2), Letters())
-ROWS = Grammar(Vocabulary(5, 3, max_side=3), sized_rows(2, 3), Letters())
+ROWS = Grammar(Vocabulary(5, 3, size_tokens=3), sized_rows(2, 3), Letters())
 both = pytest.mark.parametrize("grammar", [GRID, ROWS], ids=["grid", "rows"])
 
 
@@ -49,7 +50,7 @@ def language(grammar, budget, mode, least, most, height, width):
     sizes = itertools.product(range(1, layout.height + 1), range(1, layout.width + 1))
     sizes = [(h, w) for h, w in sizes if height in (0, h) and width in (0, w)] if layout.sized else [(1, 2)]
     blocks = [
-        grammar.encode(Document((CodesPart(np.zeros(size, np.int32)),)))[1:-1].tolist()
+        grammar.encode(Document.of((CodesPart(np.zeros(size, np.int32)),)))[1:-1].tolist()
         for size in sizes
         if mode != TEXT
     ]
@@ -124,7 +125,7 @@ def prompts(grammar, rng, rows):
         sides = [rng.integers(1 if layout.sized else n, n + 1) for n in (layout.height, layout.width)]
         codes = CodesPart(rng.integers(0, 3, sides).astype(np.int32))
         parts = [TextPart("abc"), codes, codes, TextPart("de")][rng.integers(3) :]
-        tokens = grammar.encode(Document(tuple(parts), prompt=[None, 0, 1][rng.integers(3)]))
+        tokens = grammar.encode(Document.of(tuple(parts), prompt=[None, 0, 1][rng.integers(3)]))
         out.append(tokens[: rng.integers(1, len(tokens))])
     return out
 
@@ -277,7 +278,7 @@ def test_without_image_codes_no_picture_is_begun_and_one_that_is_asked_for_does_
 
 def test_a_finished_prompt_stays_finished():
     v = GRID.vocabulary
-    state = begin(GRID, GRID.encode(Document((TextPart("a"),))))
+    state = begin(GRID, GRID.encode(Document.of((TextPart("a"),))))
     assert GRID.automaton.done(state) and GRID.automaton.forced(state)[0] == v.pad
     assert GRID.automaton.done(GRID.automaton.advance(state, np.array([v.pad])))
     assert GRID.automaton.done(begin(GRID, GRID.unconditional, remaining=0))

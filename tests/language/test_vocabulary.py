@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ar_unified.language.vocabulary import CONTROLS, Role, Vocabulary
 from ar_unified.manifests import ManifestMismatch, manifest_hash, require_same
-from ar_unified.vocabulary import CONTROLS, Role, Vocabulary
 
-V = Vocabulary(text_size=300, codebook_size=64, max_side=8, text_hash="t", image_hash="i")
+V = Vocabulary(text_size=300, codebook_size=64, size_tokens=8, text_hash="t", image_hash="i")
 
 
 def test_ranges_follow_each_other_and_the_size_is_aligned():
@@ -40,7 +40,7 @@ def test_names_are_for_people():
 
 
 def test_sizes_must_make_sense():
-    for wrong in (dict(text_size=0), dict(codebook_size=-1), dict(max_side=-1)):
+    for wrong in (dict(text_size=0), dict(codebook_size=-1), dict(size_tokens=-1)):
         with pytest.raises(ValueError, match=rf"{next(iter(wrong))}: expected at least \d, found"):
             Vocabulary(**dict(text_size=1, codebook_size=1) | wrong)
 
