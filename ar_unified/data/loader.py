@@ -245,7 +245,7 @@ def pack(
         "doc_start": placed(np.repeat(start, lengths), T),
         "segment_ids": placed(np.repeat(np.arange(len(documents)) - first + 1, lengths), 0),
         "tasks": placed(np.repeat(tasks, lengths), 0, np.int8),
-        "prompt": placed(~next_one(together.trained, 1), 0, np.bool_),
+        "prompt": placed(~next_one(together.trained, True), 0, np.bool_),
     }
 
 

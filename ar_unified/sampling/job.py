@@ -30,7 +30,7 @@ import numpy as np
 from ar_unified import progress
 from ar_unified.data.images import Cells, ImageCodec, by_size
 from ar_unified.data.prepare import default_resize
-from ar_unified.language.document import CodesPart, TextPart, Turn
+from ar_unified.language.document import CodesPart, TextPart, TokensPart, Turn
 from ar_unified.language.reading import GrammarError
 from ar_unified.manifests import Mismatch, differences
 from ar_unified.parallel.hardware import of_kind
@@ -38,7 +38,7 @@ from ar_unified.sampling import batch_output, gallery
 from ar_unified.sampling.bandwidth import MemoryTime
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.formats import fingerprint
-from ar_unified.sampling.request import Request, RequestError, Sample, TokensPart
+from ar_unified.sampling.request import Request, RequestError, Sample
 from ar_unified.sampling.requests import Canvas, Line, Picture, PictureError, read_requests
 from ar_unified.sampling.results import Done, Entry, Writer, open_shard, shards, write_picture
 from ar_unified.workdir import clean, read_json, write_json

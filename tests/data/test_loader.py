@@ -12,6 +12,7 @@ from ar_unified.data.prepare import prepare
 from ar_unified.data.shards import Shards
 from ar_unified.data.sources import open_source
 from ar_unified.language.document import TASKS
+from ar_unified.language.encoded import Encoded
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.reading import GrammarError
 from ar_unified.manifests import ManifestMismatch
@@ -67,7 +68,9 @@ def test_a_batch_depends_on_step_and_seed_only(prepared: Path, grammar: Grammar)
 def test_every_document_once_an_epoch(prepared: Path, grammar: Grammar) -> None:
     loader = batches(prepared, grammar, batch_size=1, flip=0.0, condition_dropout=0.0, weights=dict(vqa=1, captions=3))
     stored = {name: Shards(prepared / name, n) for name, n in (("vqa", 2), ("captions", 3))}
-    whole = {name: Counter(t.tobytes() for t in shards.read(range(len(shards)))) for name, shards in stored.items()}
+    whole = {
+        name: Counter(d.tokens.tobytes() for d in shards.read(range(len(shards)))) for name, shards in stored.items()
+    }
     seen = {name: Counter[bytes]() for name in whole}
     epochs = 2
     for step in range(4 * epochs * max(loader.rows_per_epoch.values())):
@@ -92,6 +95,7 @@ def test_rows_say_of_every_token_what_the_model_needs(prepared: Path, grammar: G
         assert {k: (a.shape, a.dtype.name) for k, a in batch.items()} == {
             **{k: ((8, T), "int32") for k in ("tokens", "targets", "positions", "doc_start", "segment_ids")},
             "tasks": ((8, T), "int8"),
+            "roles": ((8, T), "int8"),
             "prompt": ((8, T), "bool"),
         }
         for d in rows(batch):
@@ -102,7 +106,7 @@ def test_rows_say_of_every_token_what_the_model_needs(prepared: Path, grammar: G
             task = TASKS[d["tasks"][0]]
             tasks[task] += 1
             assert len(set(d["tasks"])) == 1 and task in (document.task, "interleaved")
-            border = np.flatnonzero(d["tokens"] == v.eot)
+            border = np.flatnonzero(d["tokens"] == v.control("eot"))
             assert d["prompt"].tolist() == [k < (border[0] if border.size else 0) for k in range(n)]
     assert all(tasks[task] for task in ("text_to_image", "image_to_text", "interleaved"))
 
@@ -121,7 +125,7 @@ def test_flipping_is_drawn_anew_every_epoch_and_only_for_pairs(prepared: Path, g
 
 
 def test_condition_dropout_leaves_exactly_the_unconditional_prefix(prepared: Path, grammar: Grammar) -> None:
-    boi = grammar.vocabulary.boi
+    boi = grammar.vocabulary.control("boi")
 
     def prefixes(**options: Any) -> Counter[bool]:
         loader = batches(prepared, grammar, flip=0.0, **options)
@@ -129,7 +133,7 @@ def test_condition_dropout_leaves_exactly_the_unconditional_prefix(prepared: Pat
         for step in range(20):
             for d in rows(loader.batch(step)):
                 picture = int(np.argmax(d["tokens"] == boi))
-                found[np.array_equal(d["tokens"][:picture], grammar.unconditional)] += 1
+                found[np.array_equal(d["tokens"][:picture], grammar.unconditional.tokens)] += 1
         return found
 
     for source in ("captions", "docs"):
@@ -142,12 +146,13 @@ def test_condition_dropout_leaves_exactly_the_unconditional_prefix(prepared: Pat
 
 def test_one_definition_of_unconditional(prepared: Path, grammar: Grammar, monkeypatch: pytest.MonkeyPatch) -> None:
     """Data and sampler must not each have their own: what the grammar says changes what the loader makes."""
-    other = np.array([grammar.vocabulary.bos, grammar.vocabulary.eol, grammar.vocabulary.eot], np.int32)
-    monkeypatch.setattr(Grammar, "unconditional", property(lambda self: other))
+    v = grammar.vocabulary
+    other = np.array([v.bos, v.control("eol"), v.control("eot")], np.int32)
+    monkeypatch.setattr(Grammar, "unconditional", property(lambda self: Encoded(other, np.full(3, 2, np.uint8))))
     for document in rows(
         batches(prepared, grammar, weights=dict(captions=1), flip=0.0, condition_dropout=1.0).batch(0)
     ):
-        assert document["tokens"][:4].tolist() == [*other, grammar.vocabulary.boi]
+        assert document["tokens"][:4].tolist() == [*other, grammar.vocabulary.control("boi")]
         with pytest.raises(GrammarError):
             grammar.parse(document["tokens"])
 
@@ -190,7 +195,7 @@ def test_phases_out_of_order_are_refused(prepared: Path, grammar: Grammar) -> No
 
 
 def test_other_vocabulary_and_short_rows_are_refused(prepared: Path, grammar: Grammar, kit: Any) -> None:
-    with pytest.raises(ManifestMismatch, match="grammar.width"):
+    with pytest.raises(ManifestMismatch, match="layout.width"):
         batches(prepared, kit.grammar(type(grammar.layout)("grid", 4, 5)))
     with pytest.raises(ValueError, match="make rows longer"):
         batches(prepared, grammar, seq_len=24)
@@ -234,4 +239,4 @@ def test_a_full_row_whose_document_begins_with_a_picture_has_no_room_for_dropout
     (length,) = Shards(tmp_path / "data" / "docs", 1).index["length"].tolist()
     full = batches(tmp_path / "data", grammar, batch_size=1, seq_len=length, condition_dropout=1.0).batch(0)
     assert (full["segment_ids"] == 1).all()
-    assert full["tokens"][0, 1] == grammar.vocabulary.boi
+    assert full["tokens"][0, 1] == grammar.vocabulary.control("boi")

@@ -65,7 +65,7 @@ class Oracle:
         raise AssertionError(f"asked what no document says: {request}")
 
     def check(self, request):
-        if len(self.grammar.prompt_tokens(request.parts, turn=request.turn)) + 4 > self.max_length:
+        if len(self.grammar.prompt(request.turns)) + 4 > self.max_length:
             raise RequestError("too long")
 
     def generate(self, requests):

@@ -13,11 +13,11 @@ from PIL import Image
 
 from ar_unified.data.images import ImageCodec, to_rgb
 from ar_unified.data.prepare import default_resize
-from ar_unified.language.document import CodesPart, Part, TextPart
+from ar_unified.language.document import CodesPart, Part, TextPart, TokensPart
 from ar_unified.language.reading import GrammarError
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
-from ar_unified.sampling.request import Request, RequestError, TokensPart
+from ar_unified.sampling.request import Request, RequestError
 from ar_unified.sampling.score import pieces
 
 _BUDGET = ("max_new_tokens", "max_gen_toks", "max_tokens")  # what the harnesses call it
