@@ -47,7 +47,7 @@ def test_what_is_on_disk_is_what_the_source_says(
     found = documents(tmp_path / "out", "set", grammar)
     assert len(found) == len(source) == report.sources["set"].documents == 35
     for document, item in zip(found, (source[i] for i in range(35)), strict=True):
-        assert document.prompt == item.prompt and len(document.parts) == len(item.parts)
+        assert document.asks == item.asks and len(document.parts) == len(item.parts)
         for part, original in zip(document.parts, item.parts, strict=True):
             if isinstance(original, ImagePart):
                 assert part == CodesPart(tokenizer.encode(original.pixels[None])[0])

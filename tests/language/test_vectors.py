@@ -22,18 +22,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ar_unified import document as documents
-from ar_unified.automaton import FREE, IMAGE, TEXT
 from ar_unified.data.images import Resize
 from ar_unified.data.loader import PackedBatches, Phase
 from ar_unified.data.prepare import prepare
 from ar_unified.data.shards import Shards
-from ar_unified.document import TASKS, CodesPart, Document, ImagePart, TextPart
-from ar_unified.grammar import Grammar, ImageLayout
+from ar_unified.language.automaton import FREE, HEIGHT, IMAGE, PARTS, TEXT, WIDTH, Opened, Wanted
+from ar_unified.language.document import TASKS, CodesPart, Document, ImagePart, TextPart, TokensPart
+from ar_unified.language.grammar import Grammar
+from ar_unified.language.syntax import ImageLayout
+from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.sampling.plan import plan
-from ar_unified.sampling.request import Request, TokensPart
+from ar_unified.sampling.request import Request
 from ar_unified.training.tasks import TransformerTask
-from ar_unified.vocabulary import Vocabulary
 
 VECTORS = Path(__file__).parent / "vectors"
 FACTOR, CODES = 4, 16  # pixels a side of a code, and the codebook, of the image tokenizer below
@@ -95,13 +95,13 @@ class Source:
 
 def grammar(layout: Mapping[str, Any]) -> Grammar:
     """layout: {"kind", "height", "width", "max_side"}, sides in codes."""
-    vocabulary = Vocabulary(256, CODES, max_side=layout["max_side"], text_hash="bytes", image_hash="patch-means")
+    vocabulary = Vocabulary(256, CODES, size_tokens=layout["max_side"], text_hash="bytes", image_hash="patch-means")
     return Grammar(vocabulary, ImageLayout(layout["kind"], layout["height"], layout["width"]), Bytes())
 
 
 def document(spec: Mapping[str, Any], *, pixels: bool = False) -> Document:
     """spec: {"parts": [text, or rows of codes as hexadecimal digits], "prompt": None or how many lead}."""
-    return Document(tuple(part(p, pixels) for p in spec["parts"]), prompt=spec["prompt"])
+    return Document.of((part(p, pixels) for p in spec["parts"]), spec["prompt"])
 
 
 def part(value: Any, pixels: bool = False) -> Any:
@@ -122,15 +122,16 @@ def encode(grammar: Grammar, spec: Mapping[str, Any]) -> Any:
 
 
 def ids(encoded: Any) -> np.ndarray:
-    return encoded
+    return encoded.tokens
 
 
 def roles(grammar: Grammar, encoded: Any) -> np.ndarray:
-    return grammar.vocabulary.role(encoded)
+    np.testing.assert_array_equal(grammar.vocabulary.role(encoded.tokens), encoded.roles)
+    return encoded.roles
 
 
 def task(spec: Mapping[str, Any]) -> int:
-    return documents.TASKS.index(document(spec).task)
+    return TASKS.index(document(spec).task)
 
 
 def swap(grammar: Grammar, encoded: Any) -> Any:
@@ -157,7 +158,7 @@ def prepared(grammar: Grammar, sources: Mapping[str, Sequence[Any]], folder: Pat
     for source in opened:
         shards = Shards(folder / source.name, -(-len(source) // 20))
         index = {name: shards.index[name].astype(np.int32) for name in ("length", "text_bytes", "task", "part", "pair")}
-        found[source.name] = index | {"tokens": shards.read(range(len(shards)))}
+        found[source.name] = index | {"tokens": [document.tokens for document in shards.read(range(len(shards)))]}
     return found
 
 
@@ -189,16 +190,14 @@ def walk(
 ) -> dict[str, np.ndarray]:
     """Sequences under the automaton: at each step, of the ids that are allowed, the one that a draw in [0, 1) picks.
 
-    asked: by argument of `Automaton.init`, one number a prompt; "mode" indexes (text, image, free).
+    asked: by field of `Wanted`, one number a prompt; "mode" indexes (text, image, free).
     draws: float64 [S, B].
     """
     automaton = grammar.automaton
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.full((len(prompts), lengths.max()), grammar.vocabulary.pad, np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
+    opened = Opened(*np.array([grammar.breaks_off(np.array(prompt)).opened for prompt in prompts], np.int32).T)
     columns = {name: jnp.array(values, jnp.int32) for name, values in asked.items()}
-    state = automaton.init(tokens, lengths, **columns | {"mode": jnp.array([TEXT, IMAGE, FREE])[columns["mode"]]})
+    wanted = Wanted(**columns | {"mode": jnp.array([TEXT, IMAGE, FREE])[columns["mode"]]})
+    state = automaton.resume(opened, wanted)
     look: Callable[[Any], Any] = jax.jit(
         lambda s: (automaton.allowed(s), automaton.forced(s), automaton.in_image(s), automaton.done(s), s.remaining)
     )
@@ -222,6 +221,9 @@ def planned(grammar: Grammar, spec: Mapping[str, Any]) -> dict[str, Any]:
     if "image_size" in fields:
         fields["image_size"] = tuple(fields["image_size"])
     made = plan(grammar, Request(id="r", **fields), MAX_TOKENS)
+    opened, wanted = made.start
+    header = 2 * grammar.layout.sized
+    into = {PARTS: -1, HEIGHT: 0, WIDTH: 1}.get(opened.phase, header + opened.written)  # ids behind <boi>
     return {
         "prompt": made.prompt.tolist(),
         "given": made.given.tolist(),
@@ -231,7 +233,7 @@ def planned(grammar: Grammar, spec: Mapping[str, Any]) -> dict[str, Any]:
         "budget": made.budget,
         "smallest": made.smallest,
         "steps": made.steps,
-        "start": [int(i) for i in made.start],
+        "start": [int(i) for i in (into, opened.height, opened.width, *wanted)],
         "shape": list(made.shape),
         "weights": [float(w) for w in made.weights],
     }
