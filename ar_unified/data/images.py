@@ -30,6 +30,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ar_unified.data.encoding import no_content
 from ar_unified.errors import UserError
+from ar_unified.grammar import ImageLayout
 
 # Formats Pillow reads by itself. Formats that start another program (EPS) or are hardly tested stay out.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -86,12 +87,6 @@ def decode(data: bytes, limits: Limits = LIMITS) -> np.ndarray:
         pixels = to_rgb(picture)
     pixels.flags.writeable = False  # sources hand the same picture out more than once
     return pixels
-
-
-def size(data: bytes, limits: Limits = LIMITS) -> tuple[int, int]:
-    """Height and width in pixels from the header alone, before EXIF rotation. Raises ImageError like `decode`."""
-    with _opened(data, limits) as picture:
-        return picture.height, picture.width
 
 
 @contextmanager
@@ -198,11 +193,6 @@ def to_thumbnail(pixels: np.ndarray, side: int) -> bytes:
     return file.getvalue()
 
 
-def to_uint8(pixels: np.ndarray) -> np.ndarray:
-    """Floats in [-1, 1], any shape, as uint8: the inverse of x / 127.5 - 1."""
-    return np.clip(np.rint((np.asarray(pixels, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
-
-
 # ---- sizes -------------------------------------------------------------------------------------------------------
 
 
@@ -271,6 +261,16 @@ class Resize:
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 [H, W, 3] -> uint8 [*target(H, W), 3]. A picture that has its size already is not touched."""
         return resize(pixels, *self.target(*pixels.shape[:2]))
+
+
+def default_resize(layout: ImageLayout, tokenizer: Cells) -> Resize:
+    """The resize a layout implies: a grid crops; rows keep the aspect, at half the area of the largest picture."""
+    factor, across = tokenizer.factor, layout.width // tokenizer.codes_per_position
+    height, width = layout.height * factor, across * factor
+    if not layout.sized:
+        return Resize("crop", height, width, factor)
+    target_h, target_w = (max(1, round(side / 2**0.5)) * factor for side in (layout.height, across))
+    return Resize("aspect", target_h, target_w, factor, height, width)
 
 
 def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:

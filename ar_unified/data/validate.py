@@ -12,9 +12,9 @@ import numpy as np
 
 from ar_unified import progress
 from ar_unified.data.files import Folder
-from ar_unified.data.images import SUFFIXES, Resize
+from ar_unified.data.images import SUFFIXES, Resize, default_resize
 from ar_unified.data.items import Source, has_pictures
-from ar_unified.data.prepare import ImageTokenizer, default_resize
+from ar_unified.data.prepare import ImageTokenizer
 from ar_unified.data.sources import FOLDER_FILES, BadItem, open_source, read, row_files
 from ar_unified.data.text_files import FILES as TEXT_FILES
 from ar_unified.data.text_files import find

@@ -28,8 +28,7 @@ import jax
 import numpy as np
 
 from ar_unified import progress
-from ar_unified.data.images import Cells
-from ar_unified.data.prepare import default_resize
+from ar_unified.data.images import Cells, default_resize
 from ar_unified.document import CodesPart, Part, TextPart
 from ar_unified.errors import UserError
 from ar_unified.grammar import GrammarError
