@@ -28,9 +28,16 @@ from typing import IO, Any
 
 from ar_unified import history
 from ar_unified.errors import UserError
-from ar_unified.history import Changeable, Changes
+from ar_unified.history import Changeable
+from ar_unified.manifests import Changes, Mismatch, flat
 
 _UNFINISHED = ".unfinished~"  # ends the name of a file that is being written
+
+
+def unfinished(path: Path) -> Path:
+    """Where this process writes what is to appear as `path`: beside it, by a name that `clean` knows."""
+    # Processes of other hosts may have the same number.
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{_UNFINISHED}")
 
 
 @contextmanager
@@ -38,16 +45,15 @@ def whole(path: str | Path) -> Iterator[IO[bytes]]:
     """A file to write to that appears when the block ends without an error, or not at all. Raises OSError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Processes of other hosts may have the same number.
-    unfinished = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{_UNFINISHED}")
+    written = unfinished(path)
     try:
-        with open(unfinished, "wb") as file:
+        with open(written, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        os.replace(written, path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        written.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)  # the new name is on disk only when its folder is
     try:
         os.fsync(folder)
@@ -91,16 +97,12 @@ def clean(folder: str | Path, *, deep: bool = True) -> list[Path]:
     return leftovers
 
 
-class StageMismatch(UserError):
-    """A stage's folder holds (part of) the result of something else.
-
-    Attributes:
-        field: first to differ, dotted. old: what it was.
-    """
+class StageMismatch(Mismatch):
+    """A stage's folder holds (part of) the result of something else. `old`: what `field` was."""
 
     def __init__(self, field: str, message: str, old: Any = None):
-        super().__init__(message)
-        self.field, self.old = field, old
+        super().__init__(field, message)
+        self.old = old
 
 
 @dataclass
@@ -126,7 +128,7 @@ class Stage:
     @property
     def fields(self) -> list[str]:
         """Dotted, of all that it is made with."""
-        return [*self.cost, *dict(history.flat(self.fingerprint))]
+        return [*self.cost, *dict(flat(self.fingerprint))]
 
     @property
     def history(self) -> list[dict[str, Any]]:

@@ -315,7 +315,7 @@ MUTATIONS = (
     Mutation(
         "files-grow-in-their-place",
         "ar_unified/workdir.py",
-        'with open(unfinished, "wb") as file:',
+        'with open(written, "wb") as file:',
         'with open(path, "wb") as file:',
         "a kill leaves half a file under its name",
         ("tests/test_workdir.py",),

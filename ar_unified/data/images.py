@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -30,7 +31,6 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ar_unified.data.encoding import no_content
 from ar_unified.errors import UserError
-from ar_unified.grammar import ImageLayout
 
 # Formats Pillow reads by itself. Formats that start another program (EPS) or are hardly tested stay out.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -206,6 +206,20 @@ class Cells(Protocol):
     def codes_per_position(self) -> int: ...
 
 
+class ImageCodec(Cells, Protocol):
+    """A trained image tokenizer, as all rooms see it: pictures uint8 [B, H, W, 3] <-> codes int32 [B, h, w]."""
+
+    @property
+    def codebook_size(self) -> int: ...
+
+    @property
+    def hash(self) -> str: ...
+
+    def encode(self, images: np.ndarray, /) -> np.ndarray: ...
+
+    def decode(self, codes: np.ndarray, /) -> np.ndarray: ...
+
+
 class NoImages:
     """In place of an image tokenizer where there is text alone: it has no codes, and is never to see a picture."""
 
@@ -215,6 +229,18 @@ class NoImages:
         raise UserError("expected text alone, found a picture: this experiment has no image tokenizer")
 
     decode = encode
+
+
+def by_size(function: Callable[[np.ndarray], np.ndarray], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """`function` over the arrays, those of one shape in one call; results in the order of the arrays."""
+    rows: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for i, array in enumerate(arrays):
+        rows[array.shape].append(i)
+    out: list[np.ndarray] = list(arrays)
+    for where in rows.values():
+        for i, result in zip(where, function(np.stack([arrays[i] for i in where])), strict=True):
+            out[i] = result
+    return out
 
 
 RESIZES = ("crop", "aspect")
@@ -261,16 +287,6 @@ class Resize:
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 [H, W, 3] -> uint8 [*target(H, W), 3]. A picture that has its size already is not touched."""
         return resize(pixels, *self.target(*pixels.shape[:2]))
-
-
-def default_resize(layout: ImageLayout, tokenizer: Cells) -> Resize:
-    """The resize a layout implies: a grid crops; rows keep the aspect, at half the area of the largest picture."""
-    factor, across = tokenizer.factor, layout.width // tokenizer.codes_per_position
-    height, width = layout.height * factor, across * factor
-    if not layout.sized:
-        return Resize("crop", height, width, factor)
-    target_h, target_w = (max(1, round(side / 2**0.5)) * factor for side in (layout.height, across))
-    return Resize("aspect", target_h, target_w, factor, height, width)
 
 
 def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from ar_tokenizers.image.tokenizer import ImageTokenizer
 from ar_tokenizers.text import TextTokenizer
 from ml_collections import ConfigDict
 
-from ar_unified import history
+from ar_unified import history, manifests
 from ar_unified.checkpoint import restore_params
 from ar_unified.data.images import NoImages, Resize
 from ar_unified.data.items import has_pictures
@@ -99,7 +99,7 @@ class Experiment:
     def _advised(self, error: StageMismatch, keys: Sequence[str]) -> StageMismatch:
         """With what a person can do who did not mean to change anything, or who changed the data."""
         section = error.field.partition(".")[0]
-        if section in keys and error.old != history.ABSENT:  # a key of a later version cannot be repeated
+        if section in keys and error.old != manifests.ABSENT:  # a key of a later version cannot be repeated
             return StageMismatch(
                 error.field, f"{error} To go on as before, repeat {said(error.field, error.old)}", error.old
             )

@@ -117,7 +117,7 @@ def fit(
       profile: (first, last) steps taken between which a trace is written to `folder`/profile; None: no trace.
       logger: takes console lines.
 
-    Raises NonFinite, divergence.Diverged, Preempted, checkpoint.SaveFailed, vocabulary.ManifestMismatch,
+    Raises NonFinite, divergence.Diverged, Preempted, checkpoint.SaveFailed, manifests.ManifestMismatch,
     checkpoint.CheckpointMismatch.
     """
     folder = Path(folder)
@@ -143,9 +143,9 @@ def fit(
         kept = found["optimizer"].get("kept", {})
         state = TrainState(found["optimizer"]["step"], found["params"], found["optimizer"]["state"], kept)
     else:
-        places = jax.tree.map(lambda x: x.sharding, abstract)
+        placement = jax.tree.map(lambda x: x.sharding, abstract)
         with jax.set_mesh(mesh):
-            state = jax.jit(lambda: make_state(task, tx, config.seed), out_shardings=places)()
+            state = jax.jit(lambda: make_state(task, tx, config.seed), out_shardings=placement)()
     if finished:
         checkpoints.close()
         logger(f"{task.name}: finished already, {start} of {config.steps} steps")

@@ -20,7 +20,7 @@ from ar_unified.experiment import config as configs
 from ar_unified.experiment.branch import branch
 from ar_unified.experiment.changes import COST, EXTENDS, Training, changeable
 from ar_unified.experiment.experiment import Experiment
-from ar_unified.history import ABSENT, flat
+from ar_unified.manifests import ABSENT, flat
 from ar_unified.metrics import read_metrics
 from ar_unified.workdir import NotShared, StageMismatch, Workdir, read_json, write_json, write_text
 

@@ -13,9 +13,9 @@ import numpy as np
 from lmms_eval.api.model import lmms
 from PIL import Image
 
+from ar_unified.data.images import ImageCodec
 from ar_unified.sampling.adapters.model import Content, Model
 from ar_unified.sampling.engine import Engine
-from ar_unified.sampling.job import ImageTokenizer
 
 _PLACE = "<image>"  # where a task wants a picture in its text
 
@@ -28,7 +28,7 @@ class EngineLMM(lmms):
     def __init__(
         self,
         engine: Engine,
-        image_tokenizer: ImageTokenizer,
+        image_tokenizer: ImageCodec,
         resize: Callable[[np.ndarray], np.ndarray] | None = None,
         *,
         max_new_tokens: int = 256,

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ar_unified.data.images import default_resize, to_rgb
+from ar_unified.data.images import ImageCodec, to_rgb
+from ar_unified.data.sizes import default_resize
 from ar_unified.document import CodesPart, Part, TextPart
 from ar_unified.grammar import GrammarError
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
-from ar_unified.sampling.job import ImageTokenizer
 from ar_unified.sampling.request import Request, RequestError, TokensPart
 from ar_unified.sampling.score import pieces
 
@@ -42,7 +42,7 @@ class Model:
     def __init__(
         self,
         engine: Engine,
-        image_tokenizer: ImageTokenizer | None = None,
+        image_tokenizer: ImageCodec | None = None,
         resize: Callable[[np.ndarray], np.ndarray] | None = None,
         *,
         turn: bool = True,

@@ -14,9 +14,9 @@ from PIL import Image
 from vlmeval.vlm.base import BaseModel
 
 from ar_unified.data import images
+from ar_unified.data.images import ImageCodec
 from ar_unified.sampling.adapters.model import Model
 from ar_unified.sampling.engine import Engine
-from ar_unified.sampling.job import ImageTokenizer
 
 
 class EngineVLM(BaseModel):
@@ -28,7 +28,7 @@ class EngineVLM(BaseModel):
     def __init__(
         self,
         engine: Engine,
-        image_tokenizer: ImageTokenizer,
+        image_tokenizer: ImageCodec,
         resize: Callable[[np.ndarray], np.ndarray] | None = None,
         **settings: Any,
     ):
