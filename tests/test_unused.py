@@ -33,7 +33,7 @@ def defined(node: ast.stmt) -> list[str]:
 def uses() -> Iterator[tuple[str, str]]:
     """(module, name) of every use, in our packages and experiments, outside the statement that makes the name."""
     names = {path: name for name, path in modules().items()}
-    for path in files("ar_unified", "tokenizers", "experiments"):
+    for path in files("ar_unified", "tokenizers", "experiments", "examples"):
         here, opened, taken = names.get(path, ""), dict[str, str](), dict[str, tuple[str, str]]()
         for module, name, called in imports(path):
             if name:

@@ -132,7 +132,7 @@ def test_a_kernel_is_seen_through_its_folder() -> None:
 def test_what_is_private_stays_in_its_module() -> None:
     """A name with an underscore is imported by nobody, and used where it is made."""
     reached = []
-    for path in files("ar_unified", "tokenizers", "experiments"):
+    for path in files("ar_unified", "tokenizers", "experiments", "examples"):
         made = {"_replace", "_asdict", "_make", "_fields", "_exit"}  # of named tuples, and os._exit
         used = set()
         for node in ast.walk(tree(path)):
@@ -158,7 +158,7 @@ def test_the_command_line_has_a_module_for_each_verb() -> None:
 
 def test_a_file_is_read_in_one_sitting() -> None:
     long, functions = [], set()
-    for path in files("ar_unified", "tokenizers", "tests", "experiments"):
+    for path in files("ar_unified", "tokenizers", "tests", "experiments", "examples"):
         name = str(path.relative_to(ROOT))
         if (n := len(path.read_text(encoding="utf-8").splitlines())) > LINES:
             long.append(f"{name}: {n} lines")
