@@ -176,8 +176,8 @@ MUTATIONS = (
     Mutation(
         "prompts-weigh-as-answers",
         "ar_unified/training/tasks.py",
-        'task_weight[batch["tasks"]] * prompt',
-        'task_weight[batch["tasks"]]',
+        "task_weight[batch.tasks] * prompt",
+        "task_weight[batch.tasks]",
         "loss.prompt does nothing",
         ("tests/training/test_step.py::test_metrics_are_what_they_are_called",),
     ),

@@ -18,6 +18,7 @@ import grain
 import numpy as np
 
 from ar_unified.data import images, shards
+from ar_unified.data.batch import PackedBatch
 from ar_unified.data.counter_rng import hash64, key, permute, uniform
 from ar_unified.data.items import LeftOut, has_pictures
 from ar_unified.data.packing import Mixture, Packing, Picks, summary
@@ -28,7 +29,6 @@ from ar_unified.errors import UserError
 from ar_unified.grammar import Grammar
 from ar_unified.manifests import require_same
 
-Batch = dict[str, np.ndarray]
 _TEXT_TO_IMAGE, _IMAGE_TO_TEXT = TASKS.index("text_to_image"), TASKS.index("image_to_text")
 _INTERLEAVED = TASKS.index("interleaved")
 _LOOKED_AT = 1000  # documents of a source, for one with a picture
@@ -41,8 +41,8 @@ class NothingReadable(UserError):
 class Batches(Protocol):
     """What a training task reads."""
 
-    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
-        """The rows of this process of the global batch of `step`."""
+    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Any:
+        """The rows of this process of the global batch of `step`: a pytree of numpy arrays."""
 
 
 @dataclass(frozen=True)
@@ -148,14 +148,8 @@ class PackedBatches:
         packed = summary(dict(zip(self._names, self._packings, strict=True)))
         return {name: packed[name] | {"shares": [shares[name] for shares in self.shares]} for name in self._names}
 
-    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
-        """Rows process_index/process_count of the global batch of `step`.
-
-        Returns:
-            [B / process_count, T] arrays: tokens, targets (next token of the same document, else pad), positions,
-            doc_start (T on padding), segment_ids (from 1; 0 on padding), all int32; tasks (of the document) int8;
-            prompt (the target belongs to the prompt, EOT included) bool.
-        """
+    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> PackedBatch:
+        """Rows process_index/process_count of the global batch of `step`, [B / process_count, T]."""
         now = bisect.bisect_right([phase.from_step for phase in self.phases], step) - 1
         since = step - self.phases[now].from_step
         picks = _slice(self._mixtures[now], since, self.batch_size, process_index, process_count)
@@ -207,8 +201,8 @@ def pack(
     shape: tuple[int, int],
     pad: int,
     eot: int,
-) -> Batch:
-    """Documents side by side in their rows; see `PackedBatches.batch` for what comes out.
+) -> PackedBatch:
+    """Documents side by side in their rows.
 
     Args:
         documents: n token arrays. tasks: int8 [n]. rows: int [n], ascending; the row of each.
@@ -221,25 +215,23 @@ def pack(
     start = ends - lengths - (ends - lengths)[first]  # where in its row each begins
     positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
     at = np.repeat(rows * T + start, lengths) + positions
-
-    def placed(values: np.ndarray, padding: int, dtype: Any = np.int32) -> np.ndarray:
-        out = np.full(B * T, padding, dtype)
-        out[at] = values
-        return out.reshape(B, T)
-
     tokens = np.concatenate(documents)
     targets = np.append(tokens[1:], pad)
     targets[ends - 1] = pad
     border = np.array([int(np.argmax(document == eot)) for document in documents])  # 0: no turn
-    return {
-        "tokens": placed(tokens, pad),
-        "targets": placed(targets, pad),
-        "positions": placed(positions, 0),
-        "doc_start": placed(np.repeat(start, lengths), T),
-        "segment_ids": placed(np.repeat(np.arange(len(documents)) - first + 1, lengths), 0),
-        "tasks": placed(np.repeat(tasks, lengths), 0, np.int8),
-        "prompt": placed(positions < np.repeat(border, lengths), 0, np.bool_),
+    values = {
+        "tokens": tokens,
+        "targets": targets,
+        "positions": positions,
+        "doc_start": np.repeat(start, lengths),
+        "segment_ids": np.repeat(np.arange(len(documents)) - first + 1, lengths),
+        "tasks": np.repeat(tasks, lengths),
+        "prompt": positions < np.repeat(border, lengths),
     }
+    batch = PackedBatch.padding(B, T, pad)
+    for name, each in values.items():
+        getattr(batch, name).reshape(-1)[at] = each
+    return batch
 
 
 class ImageBatches:
@@ -282,7 +274,7 @@ class ImageBatches:
         self._room = memory
         self._kept: dict[tuple[int, int], list[np.ndarray]] = {}
 
-    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
+    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> dict[str, np.ndarray]:
         """{"pixels": uint8 [B / process_count, H, W, 3]}."""
         picks = _slice(self._mixture, step, self.batch_size, process_index, process_count)
         pixels = np.empty((len(picks.item), *self.size, 3), np.uint8)
@@ -365,7 +357,7 @@ def iterate(
     process_count: int = 1,
     threads: int = 2,
     ahead: int = 4,
-) -> Iterator[Batch]:
+) -> Iterator[Any]:
     """batch(start), batch(start + 1), ... made by `threads` threads up to `ahead` steps before they are asked for."""
     steps = grain.MapDataset.range(start, stop)
     made = steps.map(lambda step: batches.batch(int(step), process_index, process_count))

@@ -198,7 +198,7 @@ def fit(
             meter.reset()
 
     # ---------------------------------------------------------------------- Data: of a global batch, the rows used here
-    part = batch_part(mesh, len(next(iter(task.batch(start).values()))))
+    part = batch_part(mesh, len(jax.tree.leaves(task.batch(start))[0]))
     hand = concurrent.futures.ThreadPoolExecutor(1, "batches")  # makes the next batch while the devices work
 
     def fetch(step: int) -> concurrent.futures.Future:

@@ -15,16 +15,15 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ar_unified.parallel.rules import batch_spec, shardings
+from ar_unified.parallel.rules import batch_spec, on_mesh, shardings
 from ar_unified.training.optimizer import state_shardings
 
 Params = dict[str, Any]
-Batch = Mapping[str, Any]
+Batch = Any  # a pytree of arrays [B, ...]: data.batch.PackedBatch, or {"pixels"}
 Metrics = dict[str, Any]
 
 STATISTICS = "statistics"
@@ -33,7 +32,7 @@ STATISTICS = "statistics"
 class BatchOfStep(Protocol):
     """A pure function of the step."""
 
-    def __call__(self, step: int, index: int = 0, count: int = 1, /) -> Mapping[str, np.ndarray]:
+    def __call__(self, step: int, index: int = 0, count: int = 1, /) -> Batch:
         """Part `index` of `count` equal parts of the rows of a global batch."""
 
 
@@ -59,7 +58,7 @@ class Task(Protocol):
         """The global batch of a step, or a part of it."""
 
     @property
-    def validation(self) -> Sequence[Mapping[str, np.ndarray]]:
+    def validation(self) -> Sequence[Batch]:
         """Held-out batches, the same every time."""
 
     def init(self, key: jax.Array) -> Params: ...
@@ -152,7 +151,7 @@ def abstract_state(task: Task, tx: optax.GradientTransformation, mesh: Mesh) -> 
     params = shardings(mesh, task.logical_axes(shapes.params), shapes.params)
     kept = shardings(mesh, task.logical_axes(shapes.kept), shapes.kept) if shapes.kept else {}
     placement = TrainState._make((whole, params, state_shardings(tx, shapes.params, params, whole), kept))
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placement)
+    return on_mesh(shapes, placement)
 
 
 def split_microbatches(batch: Batch, count: int, mesh: Mesh) -> Batch:
@@ -161,15 +160,16 @@ def split_microbatches(batch: Batch, count: int, mesh: Mesh) -> Batch:
     Strided, because a device holds consecutive rows: each microbatch is spread over all devices without moving a row.
     """
 
-    def split(name: str, array: jax.Array) -> jax.Array:
+    def split(path: Any, array: jax.Array) -> jax.Array:
         rows = array.shape[0]
         if rows % count:
             raise ValueError(f"batch of {rows} rows does not split into {count} microbatches")
         array = array.reshape(rows // count, count, *array.shape[1:]).swapaxes(0, 1)
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
         where = P(None, *batch_spec(mesh, array.shape[1:], f"microbatch[{name!r}]"))
         return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, where))
 
-    return {name: split(name, array) for name, array in batch.items()}
+    return jax.tree_util.tree_map_with_path(split, batch)
 
 
 def gradients(
@@ -179,7 +179,7 @@ def gradients(
 
     What is random is keyed by row, fold_in(key, row of the global batch), and so the same in any number of parts.
     """
-    rows = next(iter(batch.values())).shape[0]
+    rows = jax.tree.leaves(batch)[0].shape[0]
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
     placement = shardings(mesh, task.logical_axes(params), params)
@@ -202,8 +202,7 @@ def gradients(
     if accumulation == 1:
         loss, weight, metrics, grads = summed(batch, keys)
     else:
-        parts = split_microbatches(batch, accumulation, mesh)
-        keys = split_microbatches({"keys": keys}, accumulation, mesh)["keys"]
+        parts, keys = split_microbatches((batch, keys), accumulation, mesh)
 
         def add(total: Any, each: tuple[Batch, jax.Array]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, summed(*each)), None
