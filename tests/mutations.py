@@ -462,10 +462,10 @@ MUTATIONS = (
     # ---- command line
     Mutation(
         "config-arguments-do-nothing",
-        "ar_unified/cli/config.py",
+        "ar_unified/experiment/config.py",
         "return {**known, **given}",
         "return {**given, **known}",
         "--config experiments/folder.py:path=DIR reads the default's folder",
-        ("tests/cli/test_config.py::test_config_arguments_are_named",),
+        ("tests/experiment/test_config.py::test_config_arguments_are_named",),
     ),
 )

@@ -27,13 +27,14 @@ from typing import Any
 
 import jax
 
-from ar_unified.cli import config as configs
-from ar_unified.cli.changes import MODEL, changeable
-from ar_unified.cli.experiment import Experiment, by_first_process, open_experiment
 from ar_unified.data.images import to_png
 from ar_unified.data.sources import BadItem, Source
 from ar_unified.document import Document, ImagePart, TextPart
 from ar_unified.errors import UserError
+from ar_unified.experiment import config as configs
+from ar_unified.experiment.changes import MODEL, changeable
+from ar_unified.experiment.experiment import Experiment
+from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.sampling import batch_output, results
 from ar_unified.sampling.benchmark_folders import BENCHMARKS, export
 from ar_unified.sampling.job import JobReport, run_job

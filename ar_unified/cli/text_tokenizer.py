@@ -9,11 +9,12 @@ from ar_tokenizers.fertility import Fertility, table
 from ar_tokenizers.lossless import RESERVED, reachable_symbols
 from ar_tokenizers.text import TextTokenizer
 
-from ar_unified.cli.experiment import Experiment, by_first_process
 from ar_unified.data.balance import indices, passes, text_bytes
 from ar_unified.data.items import BadItem, LeftOut, Source, language
 from ar_unified.data.sources import texts
 from ar_unified.errors import UserError, about
+from ar_unified.experiment.experiment import Experiment
+from ar_unified.experiment.start import by_first_process
 from ar_unified.workdir import write_json
 
 _MEASURED = 1_000_000  # bytes of a source that the report looks at, an even part of it

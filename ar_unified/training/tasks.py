@@ -20,13 +20,13 @@ from ar_tokenizers.image.objective import Objective
 
 from ar_unified.document import TASKS
 from ar_unified.errors import nearest
+from ar_unified.metrics import LOG_Z_BY_ROLE, LOSS_BY_ROLE, LOSS_BY_TASK
 from ar_unified.model import transformer
 from ar_unified.model.code_vectors import begin_alike
 from ar_unified.model.config import TransformerConfig, matmul_parameters
 from ar_unified.model.loss import token_losses
 from ar_unified.training.attention_share import attention_shares
 from ar_unified.training.step import STATISTICS, Batch, BatchOfStep, Metrics, NothingKept, Params
-from ar_unified.training.telemetry import LOG_Z_BY_ROLE, LOSS_BY_ROLE, LOSS_BY_TASK
 from ar_unified.vocabulary import Role, Vocabulary
 
 
