@@ -177,9 +177,8 @@ class TransformerTask(NothingKept):
     def flops(self, totals: Metrics) -> float:
         """6 * N_matmul * tokens + 12 * L * N * H * attended keys (forward 1 part, backward 2; remat not counted).
 
-        N_matmul is every weight that a token is multiplied with (`matmul_parameters`). A token attends to
-        position + 1 keys, so a document of T tokens counts 12 * L * N * H * T / 2 per token: the usual attention term,
-        halved for causality. Padding is not work.
+        N_matmul: `model.config.matmul_parameters`. A token attends to position + 1 keys, so a document of T tokens
+        counts 12 * L * N * H * T / 2 per token: the usual attention term, halved for causality. Padding is not work.
         """
         c = self.config
         return (
