@@ -285,14 +285,18 @@ class Resize:
             if side < self.factor or side % self.factor:
                 raise UserError(f"resize: expected {name} a multiple of the factor {self.factor}, found {side}")
 
+    @property
+    def largest(self) -> tuple[int, int]:
+        """Height and width in pixels that no picture of "aspect", which keeps the area alone, goes beyond."""
+        return self.max_height or 2 * self.height, self.max_width or 2 * self.width
+
     def target(self, height: int, width: int) -> tuple[int, int]:
         """Height and width that a picture of height x width pixels gets."""
         if self.kind == "crop":
             return self.height, self.width
         scale = math.sqrt(self.height * self.width / (height * width))
-        most = (self.max_height or 2 * self.height, self.max_width or 2 * self.width)
         sides = (round(side * scale / self.factor) for side in (height, width))
-        h, w = (min(max(n, 1), m // self.factor) * self.factor for n, m in zip(sides, most, strict=True))
+        h, w = (min(max(n, 1), m // self.factor) * self.factor for n, m in zip(sides, self.largest, strict=True))
         return h, w
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
