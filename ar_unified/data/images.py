@@ -218,17 +218,20 @@ class Cells(Protocol):
 
 
 class ImageCodec(Cells, Protocol):
-    """A trained image tokenizer, as all rooms see it: pictures uint8 [B, H, W, 3] <-> codes int32 [B, h, w]."""
+    """A trained image tokenizer, as all rooms see it: `ar_tokenizers.image.tokenizer.ImageTokenizer`, or another's."""
 
     @property
-    def codebook_size(self) -> int: ...
+    def codebook_size(self) -> int:
+        """K."""
 
     @property
     def hash(self) -> str: ...
 
-    def encode(self, images: np.ndarray, /) -> np.ndarray: ...
+    def encode(self, images: np.ndarray, /) -> np.ndarray:
+        """uint8 [B, H, W, 3] -> int32 [B, h, w] in [0, K)."""
 
-    def decode(self, codes: np.ndarray, /) -> np.ndarray: ...
+    def decode(self, codes: np.ndarray, /) -> np.ndarray:
+        """int32 [B, h, w] -> uint8 [B, H, W, 3]."""
 
 
 class NoImages:
