@@ -325,9 +325,9 @@ class ImageBatches:
 
     def _pictures(self, source: int, document: int) -> list[np.ndarray]:
         """All pictures of a document, scaled; [] if there are none or the item is bad."""
-        place = (source, document)
-        if place in self._kept:
-            return self._kept[place]
+        which = (source, document)
+        if which in self._kept:
+            return self._kept[which]
         try:
             parts = self.sources[source][document].parts
         except BadItem:
@@ -337,7 +337,7 @@ class ImageBatches:
         ]
         self._room -= sum(picture.nbytes for picture in found)
         if self._room > 0:
-            self._kept[place] = found
+            self._kept[which] = found
         return found
 
     def _scaled(self, pixels: np.ndarray) -> tuple[int, int]:
