@@ -22,11 +22,11 @@ from ar_tokenizers.image.config import AutoencoderConfig
 from ar_tokenizers.text import TextTokenizer
 from ml_collections import ConfigDict
 
-from ar_unified.cli.text_tokenizer import load
-from ar_unified.errors import UserError, about
+from ar_unified.errors import NO, UserError, about
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
 from ar_unified.experiment.check import check
+from ar_unified.experiment.text_tokenizer import load
 from ar_unified.model.config import config_from
 from ar_unified.planning.page import write_page
 from ar_unified.planning.plan import Plan, make_plan
@@ -54,7 +54,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     print(f"\n{text(plan)}")
     if arguments.output:
         save(plan, arguments.output)
-    return 0 if plan["fits"] else 1
+    return 0 if plan["fits"] else NO
 
 
 def save(plan: Plan, folder: str | Path) -> None:

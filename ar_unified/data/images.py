@@ -89,12 +89,6 @@ def decode(data: bytes, limits: Limits = LIMITS) -> np.ndarray:
     return pixels
 
 
-def size(data: bytes, limits: Limits = LIMITS) -> tuple[int, int]:
-    """Height and width in pixels from the header alone, before EXIF rotation. Raises ImageError like `decode`."""
-    with _opened(data, limits) as picture:
-        return picture.height, picture.width
-
-
 @contextmanager
 def _opened(data: bytes, limits: Limits) -> Iterator[Image.Image]:
     if not data:
@@ -197,11 +191,6 @@ def to_thumbnail(pixels: np.ndarray, side: int) -> bytes:
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     picture.save(file, "JPEG", quality=85)
     return file.getvalue()
-
-
-def to_uint8(pixels: np.ndarray) -> np.ndarray:
-    """Floats in [-1, 1], any shape, as uint8: the inverse of x / 127.5 - 1."""
-    return np.clip(np.rint((np.asarray(pixels, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
 # ---- sizes -------------------------------------------------------------------------------------------------------

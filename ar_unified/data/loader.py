@@ -9,12 +9,11 @@ Axes: `B` rows of the global batch, `T` tokens of a row, `n` documents of a batc
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import grain
 import numpy as np
 
 from ar_unified.data import images, shards
@@ -36,13 +35,6 @@ _LOOKED_AT = 1000  # documents of a source, for one with a picture
 
 class NothingReadable(UserError):
     """A source has no picture that an image tokenizer could learn from."""
-
-
-class Batches(Protocol):
-    """What a training task reads."""
-
-    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Any:
-        """The rows of this process of the global batch of `step`: a pytree of numpy arrays."""
 
 
 @dataclass(frozen=True)
@@ -346,23 +338,6 @@ class ImageBatches:
         height, width = pixels.shape[:2]
         scale = self.short_side / min(height, width)
         return round(height * scale), round(width * scale)
-
-
-def iterate(
-    batches: Batches,
-    start: int = 0,
-    stop: int = 2**31 - 1,
-    *,
-    process_index: int = 0,
-    process_count: int = 1,
-    threads: int = 2,
-    ahead: int = 4,
-) -> Iterator[Any]:
-    """batch(start), batch(start + 1), ... made by `threads` threads up to `ahead` steps before they are asked for."""
-    steps = grain.MapDataset.range(start, stop)
-    made = steps.map(lambda step: batches.batch(int(step), process_index, process_count))
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead if threads else 0)
-    return iter(made.to_iter_dataset(options))
 
 
 def _slice(mixture: Mixture, step: int, batch_size: int, index: int, count: int) -> Picks:

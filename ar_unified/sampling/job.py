@@ -29,7 +29,7 @@ import numpy as np
 
 from ar_unified import progress
 from ar_unified.data.images import Cells, ImageCodec, by_size
-from ar_unified.data.prepare import default_resize
+from ar_unified.data.sizes import default_resize
 from ar_unified.document import CodesPart, Part, TextPart
 from ar_unified.grammar import GrammarError
 from ar_unified.manifests import Mismatch, differences

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from ar_unified.data.batch import PackedBatch
-from ar_unified.data.loader import ImageBatches, PackedBatches, Phase, iterate
+from ar_unified.data.loader import ImageBatches, PackedBatches, Phase
 from ar_unified.data.prepare import prepare
 from ar_unified.data.shards import Shards
 from ar_unified.data.sources import open_source
@@ -59,8 +60,8 @@ def test_a_batch_depends_on_step_and_seed_only(prepared: Path, grammar: Grammar)
             parts = [fresh.batch(step, i, processes) for i in range(processes)]
             whole = jax.tree.map(lambda *parts: np.concatenate(parts), *parts)
             assert same(whole, expected[step])
-    for threads, ahead in ((0, 0), (1, 2), (4, 8)):
-        restarted = iterate(batches(prepared, grammar), 11, 30, threads=threads, ahead=ahead)
+    with ThreadPoolExecutor(4) as pool:  # several at once, by one reader
+        restarted = pool.map(batches(prepared, grammar).batch, range(11, 30))
         assert all(same(a, b) for a, b in zip(restarted, expected[11:], strict=True))
     assert not any(same(batches(prepared, grammar, seed=4).batch(s), expected[s]) for s in range(5))
     assert len({batch.tokens.tobytes() for batch in expected}) == 30
@@ -216,8 +217,9 @@ def test_image_batches_are_pure_and_visit_everything(folder: Path, kit: Any) -> 
         assert all(np.array_equal(loader.batch(step)["pixels"], expected[step]) for step in (31, 2, 31))
     halves = [made(batch_size=4).batch(6, i, 2)["pixels"] for i in (0, 1)]
     assert np.array_equal(np.concatenate(halves), made(batch_size=4).batch(6)["pixels"])
-    ahead = iterate(made(), 8, 12, threads=3)
-    assert all(np.array_equal(a["pixels"], b) for a, b in zip(ahead, expected[8:12], strict=True))
+    with ThreadPoolExecutor(3) as pool:
+        ahead = pool.map(made().batch, range(8, 12))
+        assert all(np.array_equal(a["pixels"], b) for a, b in zip(ahead, expected[8:12], strict=True))
     seen = Counter(picture.tobytes() for batch in expected for picture in batch)
     assert set(seen) == {kit.picture(i).tobytes() for i in range(20) if i != 3}
     varied = made(mirror=True, short_side=20, batch_size=8)

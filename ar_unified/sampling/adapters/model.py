@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ar_unified.data.images import ImageCodec, to_rgb
-from ar_unified.data.prepare import default_resize
+from ar_unified.data.sizes import default_resize
 from ar_unified.document import CodesPart, Part, TextPart
 from ar_unified.grammar import GrammarError
 from ar_unified.sampling.decoding import Filter
