@@ -29,7 +29,7 @@ from ar_unified.experiment.check import check
 from ar_unified.experiment.text_tokenizer import load
 from ar_unified.model.config import config_from
 from ar_unified.planning.page import write_page
-from ar_unified.planning.plan import Plan, make_plan
+from ar_unified.planning.plan import PlanReport, make_plan
 from ar_unified.planning.programs import Run
 from ar_unified.planning.report import text
 from ar_unified.planning.targets import Target, parse_target
@@ -57,7 +57,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0 if plan["fits"] else NO
 
 
-def save(plan: Plan, folder: str | Path) -> None:
+def save(plan: PlanReport, folder: str | Path) -> None:
     write_json(Path(folder) / "plan.json", plan)
     write_page(Path(folder) / "index.html", plan)
 

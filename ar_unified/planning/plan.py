@@ -20,12 +20,12 @@ from ar_unified.planning.roofline import roofline, traffic
 from ar_unified.planning.scaling import scaling
 from ar_unified.planning.targets import Target, TargetError
 
-Plan = dict[str, Any]  # JSON values; `make_plan` says which
+PlanReport = dict[str, Any]  # JSON values; `make_plan` says which
 
 
 def make_plan(
     run: Run, target: Target, job: str = "train", *, advise: bool = True, say: Callable[[str], Any] = print
-) -> Plan:
+) -> PlanReport:
     """Compiles the programs of `job` for `target` and reads them.
 
     Args:
@@ -45,7 +45,7 @@ def make_plan(
     part = target if job == "train" else target.process()  # each process serves requests of its own
     mesh = part.mesh(run.mesh if job == "train" else decoding_axes(run.mesh))
     run = with_a_kernel(run, target)
-    result: Plan = {
+    result: PlanReport = {
         "target": target.name,
         "hardware": {"source": target.hardware.source, "hbm": target.hardware.hbm, "flops": target.hardware.flops},
         "chips": target.chips,

@@ -37,7 +37,7 @@ from ar_unified.training.profiler import Profiler
 from ar_unified.training.step import (
     Params,
     StepReport,
-    Task,
+    TrainingTask,
     TrainState,
     abstract_state,
     make_eval_step,
@@ -96,7 +96,7 @@ class NonFinite(RunError):
 
 
 def fit(
-    task: Task,
+    task: TrainingTask,
     config: TrainingConfig,
     folder: str | Path,
     *,

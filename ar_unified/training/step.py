@@ -36,7 +36,7 @@ class BatchOfStep(Protocol):
         """Part `index` of `count` equal parts of the rows of a global batch."""
 
 
-class Task(Protocol):
+class TrainingTask(Protocol):
     """What is trained: a model, its loss, its data, and what is worth saying about a step (training/tasks.py).
 
     Metrics are sums, never means: a (sum, count) pair is divided after it was added over microbatches, devices and
@@ -137,14 +137,14 @@ class StepReport(NamedTuple):
     finite_leaves: dict[str, jax.Array]  # by leaf: bool [], or bool [L] for stacked layers
 
 
-def make_state(task: Task, tx: optax.GradientTransformation, seed: int) -> TrainState:
+def make_state(task: TrainingTask, tx: optax.GradientTransformation, seed: int) -> TrainState:
     """The state before the first step. Jittable, and the same on every mesh."""
     params = task.init(jax.random.key(seed))
     kept = jax.tree.map(jnp.copy, task.start(params))  # no buffer twice: the state is donated
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), kept)
 
 
-def abstract_state(task: Task, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(task: TrainingTask, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state on `mesh`; nothing is allocated."""
     shapes = jax.eval_shape(lambda: make_state(task, tx, 0))
     whole = NamedSharding(mesh, P())
@@ -173,7 +173,7 @@ def split_microbatches(batch: Batch, count: int, mesh: Mesh) -> Batch:
 
 
 def gradients(
-    task: Task, params: Params, kept: Params, batch: Batch, key: jax.Array, *, accumulation: int, mesh: Mesh
+    task: TrainingTask, params: Params, kept: Params, batch: Batch, key: jax.Array, *, accumulation: int, mesh: Mesh
 ) -> tuple[jax.Array | dict[str, jax.Array], Params, Metrics]:
     """(loss or losses, gradients, metric sums) of one global batch, in `accumulation` sequential parts of it.
 
@@ -233,7 +233,7 @@ def clipped(grads: Params, norm: jax.Array, largest: float) -> Params:
 
 
 def make_train_step(
-    task: Task,
+    task: TrainingTask,
     tx: optax.GradientTransformation,
     mesh: Mesh,
     *,
@@ -267,7 +267,7 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=(placement, NamedSharding(mesh, P())))
 
 
-def make_eval_step(task: Task, mesh: Mesh) -> jax.stages.Wrapped:
+def make_eval_step(task: TrainingTask, mesh: Mesh) -> jax.stages.Wrapped:
     """The jitted (params, kept, batch) -> metric sums of a held-out batch: no dropout, no gradient."""
 
     def eval_step(params: Params, kept: Params, batch: Batch) -> Metrics:
@@ -277,7 +277,7 @@ def make_eval_step(task: Task, mesh: Mesh) -> jax.stages.Wrapped:
     return jax.jit(eval_step, out_shardings=NamedSharding(mesh, P()))
 
 
-def make_inspection(task: Task, mesh: Mesh) -> jax.stages.Wrapped:
+def make_inspection(task: TrainingTask, mesh: Mesh) -> jax.stages.Wrapped:
     """The jitted (params, kept, batch) -> metric sums of `task.inspect`."""
 
     def inspection(params: Params, kept: Params, batch: Batch) -> Metrics:

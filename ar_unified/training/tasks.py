@@ -1,6 +1,6 @@
 """The two tasks of the loop: the transformer on packed token rows, the image autoencoder on pictures.
 
-A task (`step.Task`) is a model, its loss, its data and what is worth saying about a step.
+A task (`step.TrainingTask`) is a model, its loss, its data and what is worth saying about a step.
 
 Axes: B batch, T position, D model, N query heads, H head dim, L layers, V vocabulary.
 """
