@@ -15,12 +15,12 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from ar_tokenizers.image import metrics
 
-from ar_unified.data.images import resize
+from ar_unified.data.images import ImageCodec, resize
 from ar_unified.data.sources import BadItem, Source
 from ar_unified.document import ImagePart
 from ar_unified.evaluation.sheets import sheet
@@ -40,22 +40,6 @@ _SCAN = 16  # items of a source that are looked at for each picture wanted
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]  # uint8 [B, H, W, 3] twice -> float64 [B]
 Extractor = Callable[[np.ndarray], np.ndarray]  # uint8 [B, H, W, 3] -> features [B, F]
 Probe = Callable[[np.ndarray], Mapping[str, Any]]  # int32 [N, h, w] -> "bits_per_id", and what it took
-
-
-class Tokenizer(Protocol):
-    """What is scored: an `ar_tokenizers.image.tokenizer.ImageTokenizer`, or another's with the same four."""
-
-    @property
-    def codebook_size(self) -> int: ...
-
-    @property
-    def hash(self) -> str: ...
-
-    def encode(self, images: np.ndarray, /) -> np.ndarray:
-        """uint8 [B, H, W, 3] -> int32 [B, h, w] in [0, K)."""
-
-    def decode(self, codes: np.ndarray, /) -> np.ndarray:
-        """int32 [B, h, w] -> uint8 [B, H, W, 3]."""
 
 
 class NoPictures(ValueError):
@@ -97,7 +81,7 @@ def draw_pictures(
 
 
 def evaluate_tokenizer(
-    tokenizer: Tokenizer,
+    tokenizer: ImageCodec,
     sources: Sequence[Source],
     *,
     size: tuple[int, int],

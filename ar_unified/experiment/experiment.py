@@ -30,7 +30,7 @@ from ar_unified.errors import UserError, about
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
 from ar_unified.experiment.changes import Training, changeable, require_extensible, said
-from ar_unified.grammar import TEXT_ALONE, Grammar
+from ar_unified.grammar import Grammar
 from ar_unified.history import Changeable
 from ar_unified.model.config import TransformerConfig, config_from, parameter_count
 from ar_unified.model.transformer import init, logical_axes
@@ -39,7 +39,6 @@ from ar_unified.parallel.mesh import decoding_axes, make_mesh
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
 from ar_unified.training import goodput
-from ar_unified.vocabulary import Vocabulary
 from ar_unified.workdir import Stage, StageMismatch, Workdir, read_history, read_json, write_json
 
 STAGES = ("text_tokenizer", "image_tokenizer", "data", "model", "samples", "tokenizer_evaluation", "evaluation")
@@ -254,12 +253,9 @@ class Experiment:
     def grammar(self) -> Grammar:
         """The vocabulary that binds the two tokenizers, and how pictures are written in it."""
         text, image = self.text_tokenizer, self.image_tokenizer
-        if isinstance(image, NoImages):
-            return Grammar(Vocabulary(text.size, 0, text_hash=text.hash), TEXT_ALONE, text)
+        shape = None if isinstance(image, NoImages) else image.config
         with about("config.data"):
-            layout = settings.layout(self.config, image.config)
-        side = max(layout.height, layout.width) if layout.sized else 0
-        vocabulary = Vocabulary(text.size, image.codebook_size, side, text.hash, image.hash)
+            vocabulary, layout = settings.language(self.config, shape, text.size, text.hash, image.hash)
         return Grammar(vocabulary, layout, text)
 
     # ---- model ----------------------------------------------------------------------------------------------------

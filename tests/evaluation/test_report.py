@@ -130,6 +130,12 @@ def test_a_bare_evaluation_makes_a_report(tmp_path):
     assert summary({}) == {}
 
 
+def test_the_head_says_how_a_picture_becomes_codes():
+    tokenizer = {"quantizer": "rq", "depth": 3, "codes": 512, "factor": 16, "steps": 100}
+    found = summary({"data": {"image_size": [64, 32]}, "image_tokenizer": tokenizer})
+    assert found == {"pictures": "64 x 32 pixels as 4 x 6 codes of 512 (RQ)"}
+
+
 def test_charts_keep_their_ends_and_survive_odd_series():
     assert line_chart("none", {"a": [], "b": [(1, float("nan"))]}) == ""
     assert "checkbox" not in line_chart("with a zero", {"a": [(0, 0.0), (1, 2.0)]})
