@@ -159,7 +159,7 @@ class _Tally:
     """What the pictures of a set come to under a tokenizer, a batch at a time."""
 
     def __init__(
-        self, tokenizer: Tokenizer, measures: Mapping[str, Distance], extractors: Mapping[str, Extractor], seed: int
+        self, tokenizer: ImageCodec, measures: Mapping[str, Distance], extractors: Mapping[str, Extractor], seed: int
     ) -> None:
         self.tokenizer, self.measures, self.extractors, self.seed = tokenizer, measures, extractors, seed
         self.done: list[Picture] = []  # without their pixels
