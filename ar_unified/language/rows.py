@@ -87,7 +87,10 @@ def read_messages(
 ) -> list[tuple[Speaker, list[Any], bool | None]]:
     """(speaker, parts, whether it is to be learned; None: as the speaker's) of each turn of a conversation.
 
-    Messages of one role in a row are one turn; before a greeting of the assistant's the user says nothing. Raises DocumentError for what is no list of messages.
+    Messages of one role in a row are one turn; before a greeting of the assistant's the user says nothing.
+
+    Raises:
+        DocumentError: it is no list of messages.
     """
     if not isinstance(messages, list) or not messages:
         raise DocumentError("bad_row", f"{where}: expected a list of at least one message, found {messages!r:.80}")
