@@ -129,19 +129,13 @@ def prepare(
     names = [folder_name(source.name) for source in sources]
     if len(set(names)) < len(names):
         raise UserError(f"sources need different names (labels), found {names}")
+    settings = dict(max_tokens=max_tokens, resize=asdict(resize), batch_size=batch_size, shard_items=shard_items)
+    fingerprints = [dict(source.fingerprint) | {"reversible": source.reversible} for source in sources]
     plan = {
         "version": VERSION,
         "vocabulary": grammar.manifest(),
-        "settings": {
-            "max_tokens": max_tokens,
-            "resize": asdict(resize),
-            "batch_size": batch_size,
-            "shard_items": shard_items,
-        },
-        "sources": {
-            name: dict(source.fingerprint) | {"reversible": source.reversible}
-            for name, source in zip(names, sources, strict=True)
-        },
+        "settings": settings,
+        "sources": dict(zip(names, fingerprints, strict=True)),
     }
     _same_plan(folder, plan)
     if (folder / "manifest.json").exists():

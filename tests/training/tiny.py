@@ -47,6 +47,7 @@ def packed(step: int, index: int = 0, count: int = 1, rows: int = ROWS, length: 
             where = slice(start, start + n)
             batch.tokens[row, where] = document
             batch.targets[row, start : start + n - 1] = document[1:]
+            batch.roles[row, start : start + n - 1] = VOCABULARY.role(document[1:])
             batch.positions[row, where] = np.arange(n)
             batch.doc_start[row, where] = start
             batch.segment_ids[row, where] = segment
