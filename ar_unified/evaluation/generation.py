@@ -151,8 +151,7 @@ def evaluate(
     metrics = scores.metrics()
     for name, values in {"tokenizer_psnr": codec.psnr, "next_picture_psnr": scores.psnr}.items():
         if values:
-            metrics[name] = float(np.mean(values))
-            metrics["counts"][name] = len(values)
+            metrics[name], metrics["counts"][name] = float(np.mean(values)), len(values)
     metrics["skipped"] = dict(skipped)
     if note := _note(documents, asked_of, protocol, skipped):
         metrics["note"] = note

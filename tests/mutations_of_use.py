@@ -1,0 +1,156 @@
+"""Mistakes as in tests/mutations.py: in sampling, evaluation, planning, tokenizers and the command line."""
+
+from __future__ import annotations
+
+from tests.mutations import Mutation
+
+MUTATIONS = (
+    # ---- sampling
+    Mutation(
+        "top-k-disconnected",
+        "ar_unified/sampling/decoding.py",
+        "nucleus(scaled, jnp.where(drawn, filters.top_k, 0),",
+        "nucleus(scaled, jnp.zeros_like(filters.top_k),",
+        "top_k does nothing",
+        ("tests/sampling/test_decoding.py",),
+    ),
+    Mutation(
+        "top-p-disconnected",
+        "ar_unified/sampling/decoding.py",
+        "jnp.where(drawn, filters.top_p, 1.0))",
+        "jnp.ones_like(filters.top_p))",
+        "top_p does nothing",
+        ("tests/sampling/test_decoding.py",),
+    ),
+    Mutation(
+        "all-samples-of-a-request-are-one",
+        "ar_unified/sampling/decoding.py",
+        'jax.random.fold_in(jax.random.key(s, impl="threefry2x32"), i)',
+        'jax.random.fold_in(jax.random.key(s, impl="threefry2x32"), 0 * i)',
+        "n=4 draws one sample four times",
+        ("tests/sampling/test_decoding.py",),
+    ),
+    Mutation(
+        "guidance-scales-swapped",
+        "ar_unified/sampling/guidance.py",
+        "return [scale, 1 - image_scale, image_scale - scale]",
+        "return [scale, image_scale - scale, 1 - image_scale]",
+        "the pictures of a prompt push the wrong way",
+        ("tests/sampling/test_decoding.py",),
+    ),
+    Mutation(
+        "a-companion-reads-on",
+        "ar_unified/sampling/guidance.py",
+        "writes = jnp.where(begins & resets, start, position)",
+        "writes = position",
+        "where a companion begins a picture is left to whatever stood there before",
+        ("tests/sampling/test_decoding.py::test_companions_read_pictures_alone_and_begin_each_anew_if_they_reset",),
+    ),
+    Mutation(
+        "the-canvas-is-drawn-again",
+        "ar_unified/sampling/steps.py",
+        "given = jnp.where(image & (state.automaton.images == 1), given, -1)",
+        "given = jnp.where(image, given, -1)",
+        "the second picture copies the canvas too",
+        ("tests/sampling/test_engine.py::test_every_sample_parses_and_keeps_its_request",),
+    ),
+    Mutation(
+        "scores-begin-one-late",
+        "ar_unified/sampling/score.py",
+        "found, at = [], len(parts[0]) - 1",
+        "found, at = [], len(parts[0])",
+        "the first token of an answer is not scored",
+        ("tests/sampling/test_engine.py::test_scores_are_those_of_the_forward",),
+    ),
+    Mutation(
+        "requests-without-a-seed-are-alike",
+        "ar_unified/sampling/requests.py",
+        'int.from_bytes(digest(id)[:4], "big")',
+        "0",
+        "a prompt asked for twice gives the same picture twice",
+        ("tests/sampling/test_formats.py",),
+    ),
+    Mutation(
+        "the-mask-is-inverted",
+        "ar_unified/sampling/job.py",
+        "white = self._resize(mask)[..., 0] > 127",
+        "white = self._resize(mask)[..., 0] < 127",
+        "what was to be kept is drawn anew",
+        ("tests/sampling/test_job.py::test_a_canvas_is_kept_where_its_mask_is_black",),
+    ),
+    # ---- evaluation and planning
+    Mutation(
+        "broken-sequences-parse",
+        "ar_unified/evaluation/generation.py",
+        'scores.add("parse_rate", sample.document is not None)',
+        'scores.add("parse_rate", True)',
+        "parse_rate is 1 whatever was sampled",
+        ("tests/evaluation/test_generation.py",),
+    ),
+    Mutation(
+        "the-interval-is-half-as-wide",
+        "ar_unified/evaluation/report.py",
+        "z = 1.96",
+        "z = 0.98",
+        "the report promises more than was measured",
+        ("tests/evaluation/test_report.py",),
+    ),
+    Mutation(
+        "an-all-reduce-sends-half",
+        "ar_unified/planning/collectives.py",
+        '(2 if self.kind == "all-reduce" else 1)',
+        "1",
+        "plans promise too little traffic",
+        ("tests/planning/test_collectives.py",),
+    ),
+    # ---- tokenizers
+    Mutation(
+        "psnr-of-amplitudes",
+        "tokenizers/ar_tokenizers/image/metrics.py",
+        "return -10 * np.log10(np.maximum(mse, 1e-10))",
+        "return -20 * np.log10(np.maximum(mse, 1e-10))",
+        "PSNR is twice what it is",
+        ("tests/tokenizers/test_metrics.py",),
+    ),
+    Mutation(
+        "perplexity-in-nats",
+        "tokenizers/ar_tokenizers/image/metrics.py",
+        "entropy = float(-(p * np.log2(p)).sum()) + 0.0",
+        "entropy = float(-(p * np.log(p)).sum()) + 0.0",
+        "code perplexity is far too low",
+        ("tests/tokenizers/test_metrics.py",),
+    ),
+    Mutation(
+        "even-levels-have-a-middle",
+        "tokenizers/ar_tokenizers/image/quantizers/fsq.py",
+        "offset = [0.5 if level % 2 == 0 else 0.0 for level in self.levels]",
+        "offset = [0.0 for level in self.levels]",
+        "FSQ with 8 levels reaches codes that are not there",
+        ("tests/tokenizers/test_quantizers.py", "-k", "fsq"),
+    ),
+    Mutation(
+        "beta-on-the-codebook",
+        "tokenizers/ar_tokenizers/image/quantizers/codebook.py",
+        "return codebook + beta * commitment(bounded, vectors)",
+        "return beta * codebook + commitment(bounded, vectors)",
+        "the commitment weighs 1 and codes learn slowly",
+        ("tests/tokenizers/test_quantizers.py::test_vq_finds_the_nearest_code_and_puts_beta_on_the_commitment",),
+    ),
+    Mutation(
+        "bytes-weigh-nothing",
+        "tokenizers/ar_tokenizers/text.py",
+        "else 1\n                if processor.is_byte(i)",
+        "else 0\n                if processor.is_byte(i)",
+        "bits per byte are too high where characters have no piece",
+        ("tests/tokenizers/test_text.py::test_piece_bytes_add_up_to_the_text",),
+    ),
+    # ---- command line
+    Mutation(
+        "config-arguments-do-nothing",
+        "ar_unified/experiment/config.py",
+        "return {**known, **given}",
+        "return {**given, **known}",
+        "--config experiments/folder.py:path=DIR reads the default's folder",
+        ("tests/experiment/test_config.py::test_config_arguments_are_named",),
+    ),
+)
