@@ -103,6 +103,22 @@ MUTATIONS = (
         "plans promise too little traffic",
         ("tests/planning/test_collectives.py",),
     ),
+    Mutation(
+        "report-draws-what-nobody-writes",
+        "ar_unified/evaluation/report.py",
+        '{"grad_norm": "norm"}',
+        '{"gradient_norm": "norm"}',
+        "the chart of the gradient's norm is gone, and nothing says so",
+        ("tests/evaluation/test_report.py::test_charts_of_modalities_read_what_a_training_writes",),
+    ),
+    Mutation(
+        "model-knows-of-training",
+        "ar_unified/model/loss.py",
+        "from ar_unified.parallel.rules import",
+        "import ar_unified.training.step as _step  # noqa: F401\nfrom ar_unified.parallel.rules import",
+        "whoever uses a model loads its training",
+        ("tests/test_walls.py::test_imports_run_downward",),
+    ),
     # ---- tokenizers
     Mutation(
         "psnr-of-amplitudes",
