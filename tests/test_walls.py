@@ -25,8 +25,9 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("manifests",),
     ),
     (
-        "what a sequence may say, what has changed, what was measured, how devices compute: each on its own",
-        ("language", "history", "metrics", "kernels", "parallel"),
+        "what a sequence may say, what a batch holds, what has changed, what was measured, how devices compute: each "
+        "on its own",
+        ("language", "data.batch", "history", "metrics", "kernels", "parallel"),
     ),
     (
         "stages on disk; pictures, and files that stay in their folder: for datasets and for requests alike",

@@ -7,10 +7,11 @@ from ar_unified.language.syntax import ImageLayout
 
 
 def default_resize(layout: ImageLayout, tokenizer: Cells) -> Resize:
-    """The resize a layout implies: a grid crops; rows keep the aspect, at half the area of the largest picture."""
+    """The resize a layout implies, as an experiment's config makes both: one size crops; many keep the aspect, at the
+    area of an image of half the layout's sides (`Resize.largest`)."""
     factor = tokenizer.factor * layout.units[0]
     height, width = (side * factor for side in layout.most)
     if not layout.sized:
         return Resize("crop", height, width, factor)
-    target_h, target_w = (max(1, round(side / 2**0.5)) * factor for side in layout.most)
-    return Resize("aspect", target_h, target_w, factor, height, width)
+    half_height, half_width = (max(1, side // 2) * factor for side in layout.most)
+    return Resize("aspect", half_height, half_width, factor, height, width)

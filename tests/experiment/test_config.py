@@ -11,10 +11,12 @@ from ar_tokenizers.image.perceptual import Perceptual
 from ml_collections import ConfigDict
 
 from ar_unified.data.loader import Phase
+from ar_unified.data.sizes import default_resize
 from ar_unified.data.sources import open_source
 from ar_unified.errors import UserError
 from ar_unified.evaluation.report import NAMES
 from ar_unified.experiment import config as configs
+from ar_unified.experiment import settings
 from ar_unified.experiment.settings import phases
 from ar_unified.model.config import config_from
 
@@ -81,3 +83,17 @@ def test_phases_change_what_they_name_and_keep_the_rest() -> None:
         settings.phases = (ConfigDict(wrong),)
         with pytest.raises(UserError, match=r"config.training.phases\[0\]: expected a `begin` between 0 and 1"):
             phases(settings, dict(a=1.0))
+
+
+@pytest.mark.parametrize("layout, resize", [("grid", "crop"), ("rows", "aspect"), ("rows", "crop")])
+def test_the_layout_and_the_resize_of_an_experiment_imply_each_other(layout, resize):
+    config = configs.defaults()
+    config.data.image_size, config.data.layout, config.data.resize = (64, 96), layout, resize
+    image = settings.autoencoder(config)
+    vocabulary, written = settings.language(config, image, 300)
+    ours, implied = settings.resize(config), default_resize(written, image)
+    assert (implied.height, implied.width, implied.factor) == (64, 96, 16)
+    assert implied.kind == ("aspect" if layout == "rows" else "crop")
+    if layout == "rows":
+        assert implied.largest == ours.largest == (written.height * 16, written.width * 16) == (128, 192)
+        assert vocabulary.max_side == 12

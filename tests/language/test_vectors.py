@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ar_unified.data.batch import PackedBatch
 from ar_unified.data.images import Resize
 from ar_unified.data.loader import PackedBatches, Phase
 from ar_unified.data.prepare import prepare
@@ -169,7 +170,7 @@ def batches(grammar: Grammar, folder: Path) -> list[dict[str, np.ndarray]]:
         Phase(from_step=2, weights={"pairs": 1, "stories": 3, "texts": 1}, flip=0.3, condition_dropout=0.6),
     ]
     loader = PackedBatches(folder, grammar, batch_size=BATCH, seq_len=MAX_TOKENS, seed=7, phases=phases)
-    return [loader.batch(step) for step in range(STEPS)]
+    return [vars(loader.batch(step)) for step in range(STEPS)]
 
 
 def weights(grammar: Grammar, batch: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -182,7 +183,7 @@ def weights(grammar: Grammar, batch: Mapping[str, np.ndarray]) -> np.ndarray:
         task_weights={"text": 0.5, "text_to_image": 1.1, "image_to_text": 0.3, "interleaved": 0.8},
         prompt_weight=0.15,
     )
-    return np.asarray(of_batches.weights({name: jnp.asarray(values) for name, values in batch.items()}))
+    return np.asarray(of_batches.weights(jax.tree.map(jnp.asarray, PackedBatch(**batch))))
 
 
 def walk(

@@ -351,7 +351,7 @@ def test_a_canvas_is_kept_where_its_mask_is_black(engine, tmp_path):
             self.__dict__.update(engine.__dict__)
 
         def draw(self, samples):
-            prepared.update((request.id, request) for request, _ in samples)
+            prepared.update((plan.request.id, plan.request) for plan, _ in samples)
             return iter(())
 
     run(Asked(), requests, tmp_path / "out")
