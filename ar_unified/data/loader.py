@@ -180,7 +180,7 @@ class PackedBatches:
             documents[i] = self.grammar.drop_prompt(documents[i])
         for i in np.flatnonzero(dropped & (tasks == _INTERLEAVED)):
             document = documents[i]
-            if count := int(document.trained[document.images].sum()):
+            if count := len(document.own_images):
                 rest = self.grammar.drop_context(document, int(picture[i] % np.uint64(count)))
                 # A document that begins with the image has no context to lose, and its row no room for an <eot>.
                 documents[i] = rest if len(rest) <= len(document) else document

@@ -30,7 +30,7 @@ class Opened(NamedTuple):
     """Where a prompt breaks off; ints, or int32 [B] each.
 
     Attributes:
-        phase: PARTS, HEIGHT, WIDTH or BODY.
+        phase: any; DONE behind the end of a document.
         written: in PARTS, how many ids of a spelled `open` stand at the end; in HEIGHT and WIDTH, digits of the number;
             in BODY, codes and row ends, negative while ids of `start` are missing.
         height, width: as far as they are said, else 0.
@@ -126,7 +126,7 @@ class Automaton:
         opened = Opened(*(jnp.broadcast_to(jnp.asarray(x, jnp.int32), shape) for x in opened))
         wanted = Wanted(*(jnp.broadcast_to(jnp.asarray(x, jnp.int32), shape) for x in wanted))
         most_height, most_width = layout.most
-        images = (opened.phase != PARTS).astype(jnp.int32)
+        images = ((opened.phase != PARTS) & (opened.phase != DONE)).astype(jnp.int32)
         want_height, want_width = wanted.height, wanted.width
         if self.syntax.digits:  # a prompt that has begun to say another size has its way
             contradicts = (opened.written > 0) & ~_extends(opened.height, want_height, want_height)
@@ -205,7 +205,8 @@ class Automaton:
     def forced(self, state: State) -> jax.Array:
         """int32 [B]: the only allowed id, or -1 where there is a choice."""
         low, high, never, also, has_also, end, digits = self._choices(state)
-        count = jnp.maximum(high - low, 0) - ((never >= low) & (never < high)) + has_also + end
+        said = (also >= low) & (also < high)  # an `open` that ends with a piece of text is a word, too
+        count = jnp.maximum(high - low, 0) - ((never >= low) & (never < high)) + (has_also & ~said) + end
         only = jnp.where(has_also, also, jnp.where(end, self.syntax.vocabulary.eos, low))
         if digits is not None:
             count += jnp.sum(digits, axis=1)
@@ -366,7 +367,7 @@ class Automaton:
         words = parts & (state.mode != IMAGE) & (free > 0)
         end = parts & ~owed
         never = jnp.full_like(state.phase, -1)
-        if len(syntax.open) > 1:
+        if syntax.spelled:
             end &= (state.mode != IMAGE) | (matched == 0) | (state.images >= state.max_images)
             never = jnp.where(parts & ~image & (matched == len(syntax.open) - 1), syntax.open[-1], -1)
             # Its first ids are words, too: with words allowed they are there already.

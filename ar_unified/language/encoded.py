@@ -64,6 +64,12 @@ class Encoded:
         return np.flatnonzero(self.marks & IMAGE)
 
     @property
+    def own_images(self) -> np.ndarray:
+        """Of those, the images that are learned and that nobody asks with (`Grammar.drop_context`)."""
+        says = np.isin(self.speakers[self.images], (SPEAKERS.index("document"), SPEAKERS.index("assistant")))
+        return self.images[says & self.trained[self.images]]
+
+    @property
     def trained(self) -> np.ndarray:
         """bool [n]: whether it is to be learned, or only read."""
         return (self.marks & TRAINED) > 0

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ar_unified.language import encoded
-from ar_unified.language.automaton import Automaton, Opened
+from ar_unified.language.automaton import DONE, PARTS, Automaton, Opened
 from ar_unified.language.document import CodesPart, Document, DocumentError, Part, TextPart, Turn
 from ar_unified.language.encoded import Encoded
 from ar_unified.language.layouts import TurnMarks, TurnTemplate
@@ -81,7 +81,7 @@ class Grammar:
         except DocumentError as error:
             found = str(error).removeprefix(f"part {error.part}: ")
             raise GrammarError(error.part, "a valid document", found, unit="part") from error
-        return encoded.joined(self._turns(document.turns))
+        return self._joined(document.turns)
 
     def prompt(self, turns: Sequence[Turn]) -> np.ndarray:
         """What a sampler is given, int32 [n]: turns to be answered, or one of nobody's that is to go on.
@@ -94,7 +94,7 @@ class Grammar:
 
     def history(self, turns: Sequence[Turn]) -> np.ndarray:
         """Turns that are over, int32 [n], as they stand before another. Raises GrammarError like `encode`."""
-        return encoded.joined(self._turns(turns)).tokens
+        return self._joined(turns).tokens
 
     def parts(self, parts: Sequence[Part]) -> np.ndarray:
         """Parts in a row as ids, int32 [n], as they stand in a document. Raises GrammarError like `encode`."""
@@ -129,6 +129,16 @@ class Grammar:
             expected = f"an image whose sides are multiples of {rows} and {columns} codes (resize or crop it)"
         if expected:
             raise GrammarError(position, expected, f"{height} x {width}", unit="part")
+
+    def _joined(self, turns: Sequence[Turn]) -> Encoded:
+        """Turns side by side. Texts of two that meet must not begin an image together (`_text`: each alone)."""
+        found, opening = encoded.joined(self._turns(turns)), self.syntax.open
+        if self.syntax.spelled:
+            text = np.where(found.roles == Role.TEXT, found.tokens, -1)
+            if (at := find(text, opening)) >= 0:
+                mark = self.text_codec.decode(opening)
+                raise GrammarError(at, f"texts of turns that do not say {mark!r} together", "the beginning of an image")
+        return found
 
     def _turns(self, turns: Sequence[Turn]) -> list[Encoded]:
         v, marks = self.vocabulary, self.layout.record.turns
@@ -185,7 +195,7 @@ class Grammar:
             raise TextLost(i, expected, repr(back[at : at + 20]), unit="part")
         found = np.asarray(ids, np.int32)
         opening = self.syntax.open
-        if len(opening) > 1 and find(np.append(found, opening[:-1]), opening) >= 0:
+        if self.syntax.spelled and find(np.append(found, opening[:-1]), opening) >= 0:
             mark = self.text_codec.decode(opening)
             raise GrammarError(i, f"a text without {mark!r}, which begins an image", repr(text)[:80], unit="part")
         return found
@@ -230,7 +240,7 @@ class Grammar:
         v, record = self.vocabulary, self.layout.record
         reader = Reader(self.syntax, ids)
         begin, ends = v.control(record.begin), v.control(record.end)
-        asks = v.control(record.turns.ask) if isinstance(record.turns, TurnMarks) else -1
+        asks = v.control(record.turns.ask) if isinstance(record.turns, TurnMarks) else None
         if not len(ids) or ids[0] != begin:
             raise GrammarError(0, v.name(begin), reader.found(0))
         asked: list[tuple[Part, ...]] = []  # turns that wait for their answer
@@ -240,11 +250,11 @@ class Grammar:
         for item in reader.items(1):
             at = item.end
             id = int(ids[item.begin])
-            if closed and not turns[-1].speaker == "assistant":
+            if closed and asks is not None and turns[-1].speaker == "document":
                 raise GrammarError(item.begin, _END, v.name(id))
             closed, half = False, 0
             if item.kind == "text":
-                half = half_open(self.syntax, ids[: item.end]) if item.end == len(ids) else 0
+                half = half_open(self.syntax, ids[item.begin :]) if item.end == len(ids) else 0
                 if text := self.text_codec.decode([int(i) for i in ids[item.begin : item.end]]):
                     parts.append(TextPart(text))  # a sampled run of pieces may stand for nothing
             elif item.opened is not None:
@@ -256,18 +266,23 @@ class Grammar:
             elif id == asks and len(asked) < (1 if turns else 2):
                 asked.append(tuple(parts))
                 parts = []
+            elif id == ends and asks is None:  # of an answer, maybe, behind which another turn begins
+                closed = True
             elif id == ends and (asked or not turns):
                 turns += _turns(asked, tuple(parts))
                 asked, parts, closed = [], [], True
             else:
-                turn = f", {v.name(asks)}" if asks >= 0 and len(asked) < (1 if turns else 2) else ""
+                turn = f", {v.name(asks)}" if asks is not None and len(asked) < (1 if turns else 2) else ""
                 end = f" or {v.name(ends)}" if asked or not turns else ""
                 raise GrammarError(item.begin, f"text, {self._opening()}{turn}{end}", v.name(id))
-        return tuple(turns) if closed else None, at, Break(len(ids) - half, Opened(written=half))
+        if closed and asks is None:
+            turns = [Turn("document", joined_texts(parts))]
+        opened = Opened(DONE) if closed else Opened(PARTS, half)
+        return tuple(turns) if closed else None, at, Break(len(ids) - half, opened)
 
     def _opening(self) -> str:
         opening = self.syntax.open
-        return self.vocabulary.name(opening[0]) if len(opening) == 1 else repr(self.text_codec.decode(opening))
+        return repr(self.text_codec.decode(opening)) if self.syntax.spelled else self.vocabulary.name(opening[0])
 
     # ---- ids to ids: what data does to a document it has already encoded; all O(n) --------------------------------
 
@@ -276,11 +291,11 @@ class Grammar:
         return encoded.joined([self.unconditional, document[int(self._borders(document)[-1]) :]])
 
     def drop_context(self, document: Encoded, image: int) -> Encoded:
-        """The document from one of its images on, counted among those that are not asked with, after the empty prompt.
+        """The document from one of its `own_images` on, after the empty prompt.
 
         Raises GrammarError if there is no such image.
         """
-        images = document.images[document.trained[document.images]]
+        images = document.own_images
         if not 0 <= image < len(images):
             raise GrammarError(len(document), f"an image number {image}", f"{len(images)} images")
         begin = int(images[image])

@@ -73,7 +73,7 @@ class Reader:
         opening = self.syntax.open
         if not self.vocabulary.codebook_size:
             return -1
-        if len(opening) == 1:
+        if not self.syntax.spelled:
             return text if text < len(self.ids) and self.ids[text] == opening[0] else -1
         return find(self.ids[at:text], opening, at)
 

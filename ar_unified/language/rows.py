@@ -48,7 +48,7 @@ def read_parts(content: object, image: Callable[[str, str], Image], where: str, 
         image: called with the reference to an image and where it stands.
         tokens: whether ids may stand among them.
 
-    Texts side by side are joined by a blank line; blank ones of a list are left out.
+    Texts side by side are joined by a blank line.
 
     Raises:
         DocumentError: content or a part is of no kind.
@@ -98,7 +98,7 @@ def read_messages(
     for i, message in enumerate(messages):
         at = f"{where} {i}"
         role = message.get("role") if isinstance(message, Mapping) else None
-        if role not in _ROLES:
+        if not isinstance(role, str) or role not in _ROLES:
             raise DocumentError("bad_row", f"{at}: expected one of the roles {', '.join(_ROLES)}, found {role!r:.80}")
         for key in _NO:
             if message.get(key):
@@ -183,7 +183,8 @@ def document_to_json(document: Document, save_image: Callable[[np.ndarray], str]
         save_image: stores pixels uint8 [H, W, 3] and returns the reference that goes into the row.
 
     Raises:
-        DocumentError: the document is invalid, has codes in it, or a key of `meta` is one the row needs.
+        DocumentError: the document is invalid, has codes in it, or is one turn of nobody's without parts or with
+            `trained`; or a key of `meta` is one the row needs.
     """
     document.check()
     turns = [write_parts(turn.parts, save_image) for turn in document.turns]
@@ -191,9 +192,11 @@ def document_to_json(document: Document, save_image: Callable[[np.ndarray], str]
     shapes = ["".join(part["type"][0] for part in parts) for parts in turns]
     learned = [turn.trained for turn in document.turns]
     row: dict[str, Any]
-    if speakers == ["document"] and learned == [None]:
+    if speakers == ["document"]:
+        if not turns[0] or learned != [None]:
+            raise DocumentError("bad_row", "no row says nothing, or what nobody says but is or is not to be learned")
         row = {"segments": turns[0]}
-    elif speakers != ["user", "assistant"] or learned != [None, None]:
+    elif speakers != ["user", "assistant"] or learned != [None, None] or not document.parts:
         row = {"messages": [_message(turn, parts) for turn, parts in zip(document.turns, turns, strict=True)]}
     elif shapes == ["t", "i"]:
         row = {"image": turns[1][0]["image"], "text": turns[0][0]["text"]}

@@ -121,7 +121,7 @@ class Syntax:
     """An image layout with the ids of one vocabulary and text tokenizer. Hashable: a static jit argument.
 
     Attributes:
-        open: ids that begin an image; more than one are pieces of text, and the last of them begins it.
+        open: ids that begin an image: a control token, or pieces of text (`spelled`), of which the last begins it.
         digits: pieces of 0..9, and separator, where sizes are decimal; else () and -1.
         start, close: ids before the first code, and behind the last. row_end: -1 for none.
     """
@@ -173,6 +173,11 @@ class Syntax:
             vocabulary.control(record.row_end) if record.rows != "none" else -1,
             tuple(id for mark in record.close for id in ids(mark)),
         )
+
+    @property
+    def spelled(self) -> bool:
+        """Whether `open` is text."""
+        return self.open[0] < self.vocabulary.text_size
 
     # ---- lengths -------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ar_unified.language.automaton import HEIGHT, PARTS, WIDTH, Opened, Wanted
+from ar_unified.language.automaton import DONE, HEIGHT, PARTS, WIDTH, Opened, Wanted
 from ar_unified.language.document import Part, TextPart, TokensPart, Turn
 from ar_unified.language.grammar import Break, Grammar
 from ar_unified.language.layouts import TurnMarks
@@ -69,13 +69,13 @@ def plan(grammar: Grammar, request: Request, max_length: int) -> Plan:
     _check(grammar, request, size, at)
     if not layout.sized:
         size = layout.height, layout.width
-    inside = at.opened.phase != PARTS
+    inside = at.opened.phase not in (PARTS, DONE)
     given = _given(grammar, request, size) if request.mode == "image" and not inside else np.zeros(0, np.int32)
     given = given[len(prompt) - at.begin :] if len(given) else given  # of a spelled `open`, what is there already
     own = np.concatenate([prompt, given])
     if len(given):
         at = grammar.breaks_off(own)
-        inside = at.opened.phase != PARTS
+        inside = at.opened.phase not in (PARTS, DONE)
 
     least, most = request.images
     least = max(least, int(request.mode == "image"))

@@ -1,31 +1,14 @@
-"""Documents: what is valid, what each trains, and the way through a JSONL row and back."""
-
-import json
+"""Documents: what is valid, what each trains, and who says what."""
 
 import numpy as np
 import pytest
 
-from ar_unified.language.document import CodesPart, Document, DocumentError, ImagePart, TextPart
-from ar_unified.language.rows import document_from_json, document_to_json
+from ar_unified.language.document import CodesPart, Document, DocumentError, ImagePart, TextPart, Turn, check_speakers
 
 RED = np.full((2, 3, 3), (255, 0, 0), np.uint8)
 BLUE = np.full((4, 2, 3), (0, 0, 255), np.uint8)
 A, B = TextPart("a"), TextPart("b")
 R, S = ImagePart(RED), ImagePart(BLUE)
-
-
-class Album:
-    """Pictures by name, as a folder would keep them."""
-
-    def __init__(self):
-        self.pictures = {}
-
-    def save(self, pixels):
-        self.pictures[name := f"{len(self.pictures)}.png"] = pixels
-        return name
-
-    def load(self, name):
-        return self.pictures[name]
 
 
 def test_equality_is_by_content_and_ignores_where_a_document_came_from():
@@ -70,7 +53,6 @@ def test_task(parts, prompt, task):
         (Document.of((ImagePart(RED[:0]),)), "image_shape", r"\[0, 3, 3\]"),
         (Document.of((CodesPart(np.zeros((2, 2), np.int64)),)), "image_codes", "int64"),
         (Document.of((CodesPart(np.zeros(4, np.int32)),)), "image_codes", r"\[4\]"),
-        (Document.of((A,), 2), "bad_prompt", r"0\.\.1"),
         (Document.of(("a",)), "bad_row", "found str"),
     ],
 )
@@ -80,63 +62,71 @@ def test_check_names_what_is_wrong(document, kind, says):
     assert caught.value.kind == kind
 
 
-@pytest.mark.parametrize(
-    "document, keys",
-    [
-        (Document.of((A, R), 1), {"image", "text"}),
-        (Document.of((R, A, B), 2), {"image", "question", "answer"}),
-        (Document.of((A, R, B, S, R)), {"segments"}),
-        (Document.of((R, A), 1), {"segments", "prompt"}),
-        (Document.of((A, B), 1), {"segments", "prompt"}),
-        (Document.of((R, A), 0), {"segments", "prompt"}),
-    ],
-)
-def test_json_there_and_back(document, keys):
-    album = Album()
-    row = document_to_json(document, album.save)
-    assert row.keys() == keys
-    assert document_from_json(json.loads(json.dumps(row)), album.load) == document
+def test_a_border_outside_the_parts_is_refused():
+    for prompt in (-1, 2):
+        with pytest.raises(DocumentError, match=r"0\.\.1") as caught:
+            Document.of((A,), prompt)
+        assert caught.value.kind == "bad_prompt"
 
 
-def test_other_keys_travel_as_meta():
-    row = {"image": "x", "text": "a red square", "id": 7, "split": "train", "color": "red"}
-    document = document_from_json(row, lambda name: RED)
-    assert (document.id, document.meta) == ("7", {"split": "train", "color": "red"})
-    assert document_to_json(document, lambda pixels: "x") == row | {"id": "7"}
+def talk(speakers):
+    names = {"d": "document", "s": "system", "u": "user", "a": "assistant"}
+    return [names[letter] for letter in speakers]
 
 
-def test_text_blocks_side_by_side_become_one_text_but_not_across_the_border():
-    blocks = [{"type": "text", "text": text} for text in "abcd"]
-    whole = document_from_json({"segments": blocks}, lambda name: RED)
-    assert whole == Document.of((TextPart("a\n\nb\n\nc\n\nd"),))
-    turn = document_from_json({"segments": blocks, "prompt": 3}, lambda name: RED)
-    assert turn == Document.of((TextPart("a\n\nb\n\nc"), TextPart("d")), 1)
+@pytest.mark.parametrize("speakers", ["d", "ua", "sua", "uaua", "suauaua"])
+def test_who_may_follow_whom(speakers):
+    Document(tuple(Turn(who) for who in talk(speakers))).check()
+    check_speakers(tuple(talk(speakers)))
 
 
-@pytest.mark.parametrize(
-    "row, kind",
-    [
-        ({"text": "no picture"}, "bad_row"),
-        ({"image": "x", "text": "a", "segments": []}, "bad_row"),
-        ({"image": "x", "question": "a"}, "bad_row"),
-        ({"image": "x", "text": 3}, "bad_text"),
-        ({"image": "x", "text": ""}, "empty_text"),
-        ({"image": None, "text": "a"}, "bad_row"),
-        ({"segments": []}, "bad_row"),
-        ({"segments": [{"type": "video"}]}, "bad_row"),
-        ({"segments": [{"type": "text", "text": "a"}], "prompt": True}, "bad_prompt"),
-        ({"segments": [{"type": "text", "text": "a"}], "prompt": 2}, "bad_prompt"),
-        (["image"], "bad_row"),
-    ],
-)
-def test_bad_rows_are_refused_by_kind(row, kind):
-    with pytest.raises(DocumentError) as caught:
-        document_from_json(row, lambda name: RED)
-    assert caught.value.kind == kind
+@pytest.mark.parametrize("speakers", ["", "u", "a", "s", "sa", "su", "au", "uau", "usua", "ssua", "dd", "dua", "uad"])
+def test_turns_in_another_order_are_refused(speakers):
+    with pytest.raises(DocumentError, match="user and assistant by turns") as caught:
+        Document(tuple(Turn(who) for who in talk(speakers))).check()
+    assert caught.value.kind == "bad_turns"
+    assert str(caught.value).endswith(", ".join(talk(speakers)) or "none")
 
 
-def test_rows_that_would_not_come_back_are_not_written():
-    with pytest.raises(DocumentError, match="decode them first"):
-        document_to_json(Document.of((CodesPart(np.zeros((1, 1), np.int32)),)), lambda pixels: "x")
-    with pytest.raises(DocumentError, match="'text' is a field"):
-        document_to_json(Document.of((A, R), 1, meta={"text": "other"}), lambda pixels: "x")
+def test_parts_are_counted_through_all_turns_and_texts_of_two_turns_may_meet():
+    Document((Turn("user", (A,)), Turn("assistant", (B,)))).check()
+    with pytest.raises(DocumentError, match="part 3: the text is empty") as caught:
+        Document((Turn("system", (A,)), Turn("user", (R, A)), Turn("assistant", (TextPart(""),)))).check()
+    assert caught.value.part == 3
+
+
+def test_what_is_learned_is_what_is_said_and_not_what_is_told_unless_a_turn_says_otherwise():
+    learned = [Turn(who).learned for who in ("document", "system", "user", "assistant")]
+    assert learned == [True, False, False, True]
+    assert Turn("user", trained=True).learned and not Turn("assistant", trained=False).learned
+    assert Turn("user", (A,), True) == Turn("user", (A,))  # ids do not tell it
+
+
+def test_what_is_asked_and_what_is_answered():
+    turns = Turn("system", (B,)), Turn("user", (R,)), Turn("assistant", (A, S))
+    document = Document(turns)
+    assert document.asks and document.asked == turns[:2] and document.answer == (A, S)
+    assert document.parts == (B, R, A, S) and not document.is_pair
+    plain = Document.of((A, R))
+    assert not plain.asks and plain.asked == () and plain.answer == (A, R)
+    pairs = [((A, R), 1), ((R, A), 1), ((A, B), 1), ((R, S), 1), ((A, R), 0), ((A, R), None), ((R, A, B), 2)]
+    assert [Document.of(*pair).is_pair for pair in pairs] == [True, True, False, False, False, False, False]
+    codes = CodesPart(np.zeros((1, 1), np.int32))
+    changed = document.changed(lambda part: codes if isinstance(part, ImagePart) else part)
+    assert changed.parts == (B, codes, A, codes) and [t.speaker for t in changed.turns] == [
+        "system",
+        "user",
+        "assistant",
+    ]
+
+
+def test_task_of_a_conversation():
+    ask, paint, say = Turn("user", (R, A)), Turn("assistant", (S,)), Turn("assistant", (B,))
+    said = Turn("user", (A,))
+    for turns, task in (
+        ((Turn("system", (A,)), ask, say), "image_to_text"),
+        ((Turn("system", (A,)), said, paint), "text_to_image"),
+        ((ask, paint, said, say), "interleaved"),
+        ((said, say, said, say), "text"),
+    ):
+        assert Document(turns).task == task

@@ -1,6 +1,7 @@
 """The id space: disjoint ranges, one role each, and manifests that refuse what does not belong together."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,32 @@ V = Vocabulary(text_size=300, codebook_size=64, size_tokens=8, text_hash="t", im
 
 
 def test_ranges_follow_each_other_and_the_size_is_aligned():
-    controls = [getattr(V, name) for name in CONTROLS]
+    controls = [V.control(name) for name in CONTROLS]
     assert controls == list(range(300, 307))
-    assert (V.size_offset, V.image_offset, V.size) == (307, 315, 384)
+    assert (V.size_offset, V.image_offset, V.rest_offset, V.size) == (307, 315, 379, 384)
     assert Vocabulary(121 - 64, 64).size == 128 and Vocabulary(122 - 64, 64).size == 256
+
+
+def test_the_width_that_has_a_probability_is_exact_where_a_rest_is_given():
+    assert (V.used, V.size) == (384, 384)  # without: all of the padded width
+    for rest, used, size in ((0, 379, 384), (5, 384, 384), (6, 385, 512)):
+        wide = replace(V, rest=rest)
+        assert (wide.used, wide.size) == (used, size)
+        assert Vocabulary.from_manifest(json.loads(json.dumps(wide.manifest()))).manifest() == wide.manifest()
+        assert not wide.role(np.arange(wide.rest_offset, wide.size)).any()
+    assert Vocabulary(151643, 32768, controls=CONTROLS[:3], rest=8).used == 184422  # a width that is no multiple
+
+
+def test_controls_are_the_layout_s_own_and_asked_for_by_name():
+    own = replace(V, controls=("pad", "bos", "eos", "img", "frame"))
+    assert [own.control(name) for name in own.controls] == list(range(300, 305))
+    assert (own.pad, own.bos, own.eos, own.size_offset) == (300, 301, 302, 305)
+    with pytest.raises(ValueError, match="no control token 'eot', only pad, bos, eos, img, frame"):
+        own.control("eot")
+    assert Vocabulary.from_manifest(json.loads(json.dumps(own.manifest()))) == own
+    for wrong in (("pad", "bos"), ("pad", "bos", "eos", "bos")):
+        with pytest.raises(ValueError, match="controls: expected pad, bos, eos and others, each once"):
+            replace(V, controls=wrong)
 
 
 def test_every_id_has_one_role_in_numpy_and_inside_jit():
@@ -34,13 +57,13 @@ def test_every_id_has_one_role_in_numpy_and_inside_jit():
 
 
 def test_names_are_for_people():
-    ids = (3, V.boi, V.size_offset, V.image_offset + 5, V.size - 1, -1)
-    says = "text piece 3|<boi>|side 1|image code 5|id 383, which nothing uses|id -1, which nothing uses"
+    ids = (3, V.control("boi"), V.size_offset, V.image_offset + 5, V.size - 1, -1)
+    says = "text piece 3|<boi>|size 1|image code 5|id 383, which nothing writes|id -1, which nothing writes"
     assert "|".join(map(V.name, ids)) == says
 
 
 def test_sizes_must_make_sense():
-    for wrong in (dict(text_size=0), dict(codebook_size=-1), dict(size_tokens=-1)):
+    for wrong in (dict(text_size=0), dict(codebook_size=-1), dict(size_tokens=-1), dict(rest=-1)):
         with pytest.raises(ValueError, match=rf"{next(iter(wrong))}: expected at least \d, found"):
             Vocabulary(**dict(text_size=1, codebook_size=1) | wrong)
 
@@ -75,8 +98,9 @@ def test_mismatch_names_both_sides_and_the_first_field_that_differs():
     [
         (("controls", "boi"), 5, "controls.boi"),
         (("text_hash",), "other", "text_hash"),
+        (("used",), 383, "used"),
         (("extra",), 1, "extra"),
-        (("version",), 2, "version"),
+        (("version",), 3, "version"),
     ],
 )
 def test_nested_extra_and_hash_fields_are_compared(path, value, field):
@@ -92,5 +116,5 @@ def test_a_manifest_with_other_ids_or_without_a_field_is_not_read():
     moved = V.manifest() | {"offsets": {"text": 7, "control": 307, "size": 314, "image": 322}}
     with pytest.raises(ManifestMismatch, match="offsets.text"):
         Vocabulary.from_manifest(moved)
-    with pytest.raises(ManifestMismatch, match="'max_side'"):
-        Vocabulary.from_manifest({key: value for key, value in V.manifest().items() if key != "max_side"})
+    with pytest.raises(ManifestMismatch, match="'size_tokens'"):
+        Vocabulary.from_manifest({key: value for key, value in V.manifest().items() if key != "size_tokens"})
