@@ -196,7 +196,7 @@ class Automaton:
         ids = jnp.arange(self.syntax.vocabulary.size if first is None else first, dtype=jnp.int32)
         low, high, never, also, has_also, end = (field[:, None] for field in choices[:6])
         allowed = (ids >= low) & (ids < high) & (ids != never)
-        allowed |= (has_also & (ids == also)) | (end & (ids == self.syntax.vocabulary.eos))
+        allowed |= (has_also & (ids == also)) | (end & (ids == self.syntax.end))
         if choices.digits is not None:
             for digit, id in enumerate(self.syntax.digits):
                 allowed |= choices.digits[:, digit, None] & (ids == id)
@@ -207,7 +207,7 @@ class Automaton:
         low, high, never, also, has_also, end, digits = self._choices(state)
         said = (also >= low) & (also < high)  # an `open` that ends with a piece of text is a word, too
         count = jnp.maximum(high - low, 0) - ((never >= low) & (never < high)) + (has_also & ~said) + end
-        only = jnp.where(has_also, also, jnp.where(end, self.syntax.vocabulary.eos, low))
+        only = jnp.where(has_also, also, jnp.where(end, self.syntax.end, low))
         if digits is not None:
             count += jnp.sum(digits, axis=1)
             id = _pick(self.syntax.digits, jnp.argmax(digits, axis=1))
@@ -226,7 +226,7 @@ class Automaton:
         """The state after one more generated token, int [B], which must be an allowed one."""
         syntax, phase = self.syntax, state.phase
         begins, _, ends = self.event(state, token)
-        stops = (phase == PARTS) & (token == syntax.vocabulary.eos)
+        stops = (phase == PARTS) & (token == syntax.end)
         remaining = jnp.where(phase == DONE, state.remaining, state.remaining - 1)
         height, width = state.height, state.width
         written = jnp.where(phase == BODY, state.written + 1, self._matched(state, token))

@@ -19,7 +19,7 @@ from ar_unified.language import encoded
 from ar_unified.language.automaton import DONE, PARTS, Automaton, Opened
 from ar_unified.language.document import CodesPart, Document, DocumentError, Part, TextPart, Turn
 from ar_unified.language.encoded import Encoded
-from ar_unified.language.layouts import TurnMarks, TurnTemplate
+from ar_unified.language.layouts import Text, TurnMarks, TurnTemplate
 from ar_unified.language.reading import GrammarError, Reader, find, half_open
 from ar_unified.language.syntax import ImageLayout, Syntax
 from ar_unified.language.vocabulary import Role, Vocabulary
@@ -90,11 +90,17 @@ class Grammar:
         """
         asked = turns[-1].speaker != "document"
         document = Document((*turns, Turn("assistant"))) if asked else Document(tuple(turns))
-        return self.encode(document).tokens[:-1]
+        return self.encode(document).tokens[: -1 - len(self.tail)]
 
     def history(self, turns: Sequence[Turn]) -> np.ndarray:
         """Turns that are over, int32 [n], as they stand before another. Raises GrammarError like `encode`."""
-        return self._joined(turns).tokens
+        found = self._joined(turns).tokens
+        return found[: len(found) - len(self.tail)]
+
+    @cached_property
+    def tail(self) -> np.ndarray:
+        """What stands behind the end of a document and is never sampled, int32 [n]; mostly nothing."""
+        return np.array([self.vocabulary.control(name) for name in self.layout.record.tail], np.int32)
 
     def parts(self, parts: Sequence[Part]) -> np.ndarray:
         """Parts in a row as ids, int32 [n], as they stand in a document. Raises GrammarError like `encode`."""
@@ -103,8 +109,15 @@ class Grammar:
     @cached_property
     def unconditional(self) -> Encoded:
         """What an image without a prompt comes after. Condition dropout trains on it; guidance compares with it."""
-        ids = [self.vocabulary.control(name) for name in self.layout.record.unconditional]
-        return self._controls(ids, Turn("user"), first=True)
+        turn, pieces = Turn("user"), [Encoded(np.zeros(0, np.int32), np.zeros(0, np.uint8))]
+        for part in self.layout.record.unconditional:
+            if isinstance(part, Text):
+                pieces.append(self._marked(self.text_codec.encode(part.text), Role.TEXT, turn))
+            else:
+                pieces.append(self._marked([self.vocabulary.control(part)], Role.CONTROL, turn))
+        context = encoded.joined(pieces)
+        context.marks[:1] |= encoded.TURN
+        return context
 
     def image(self, codes: np.ndarray) -> np.ndarray:
         """An image of codes int32 [h, w] as ids, int32 [n]. Raises GrammarError like `encode`."""
@@ -142,8 +155,8 @@ class Grammar:
 
     def _turns(self, turns: Sequence[Turn]) -> list[Encoded]:
         v, marks = self.vocabulary, self.layout.record.turns
-        ends = v.control(self.layout.record.end)
-        pieces = [self._controls([v.control(self.layout.record.begin)], turns[0], first=True)]
+        pieces = [self._marked([v.control(self.layout.record.begin)], Role.CONTROL, turns[0])]
+        pieces[0].marks[:1] |= encoded.TURN
         at = 0
         if isinstance(marks, TurnTemplate) and turns[0].speaker != "document":
             turns = _spelled(turns, marks)
@@ -152,23 +165,22 @@ class Grammar:
             at += len(turn.parts)
             answer = turn.speaker in ("document", "assistant")
             if answer:
-                said.append(self._controls([ends], turn))
+                said.append(self._marked([self.syntax.end], Role.CONTROL, turn))
             elif isinstance(marks, TurnMarks):
-                said.append(self._controls([v.control(marks.ask)], turn))
+                said.append(self._marked([v.control(marks.ask)], Role.CONTROL, turn))
+            elif turn.speaker == "user":
+                said.append(self._marked([v.control(name) for name in marks.answer], Role.CONTROL, turn))
             if i and said:
                 said[0].marks[:1] |= encoded.TURN
             pieces += said
-        return pieces
+        return [*pieces, self._marked(self.tail, Role.CONTROL, turns[-1])]
 
-    def _controls(self, ids: Sequence[int], turn: Turn, first: bool = False) -> Encoded:
-        marks = np.full(len(ids), _mark(Role.CONTROL, turn), np.uint8)
-        marks[:1] |= encoded.TURN * first
-        return Encoded(np.asarray(ids, np.int32), marks)
+    def _marked(self, ids: Sequence[int] | np.ndarray, role: Role, turn: Turn) -> Encoded:
+        return Encoded(np.asarray(ids, np.int32), np.full(len(ids), _mark(role, turn), np.uint8))
 
     def _part(self, i: int, part: Part, turn: Turn) -> Encoded:
         if isinstance(part, TextPart):
-            ids = self._text(i, part.text)
-            return Encoded(ids, np.full(len(ids), _mark(Role.TEXT, turn), np.uint8))
+            return self._marked(self._text(i, part.text), Role.TEXT, turn)
         if not isinstance(part, CodesPart):
             raise GrammarError(i, "codes (the image tokenizer makes them)", "pixels", unit="part")
         self._check_codes(part.codes, i)
@@ -223,7 +235,7 @@ class Grammar:
         """
         turns, at, _ = self._read(np.asarray(tokens), whole=True)
         if turns is None:
-            raise GrammarError(at, self.vocabulary.name(self.vocabulary.control(self.layout.record.end)), _END)
+            raise GrammarError(at, self.vocabulary.name(self.syntax.end), _END)
         return Document(turns)
 
     def breaks_off(self, tokens: np.ndarray) -> Break:
@@ -237,20 +249,23 @@ class Grammar:
 
     def _read(self, ids: np.ndarray, whole: bool) -> tuple[tuple[Turn, ...] | None, int, Break]:
         """The turns of ids, None if they do not end as a document; how far they were read, and where they break off."""
-        v, record = self.vocabulary, self.layout.record
+        v, record, ends = self.vocabulary, self.layout.record, self.syntax.end
         reader = Reader(self.syntax, ids)
-        begin, ends = v.control(record.begin), v.control(record.end)
         asks = v.control(record.turns.ask) if isinstance(record.turns, TurnMarks) else None
-        if not len(ids) or ids[0] != begin:
+        unsaid = [v.control(name) for name in getattr(record.turns, "answer", ())]
+        if not len(ids) or ids[0] != (begin := v.control(record.begin)):
             raise GrammarError(0, v.name(begin), reader.found(0))
         asked: list[tuple[Part, ...]] = []  # turns that wait for their answer
         turns: list[Turn] = []
         parts: list[Part] = []
-        closed, half, at = False, 0, 1
+        closed, half, at, tail = False, 0, 1, self.tail.tolist()
         for item in reader.items(1):
             at = item.end
             id = int(ids[item.begin])
-            if closed and asks is not None and turns[-1].speaker == "document":
+            if closed and tail and id == tail[0]:
+                tail.pop(0)
+                continue
+            if closed and (len(tail) < len(self.tail) or (turns and turns[-1].speaker == "document")):
                 raise GrammarError(item.begin, _END, v.name(id))
             closed, half = False, 0
             if item.kind == "text":
@@ -263,21 +278,25 @@ class Grammar:
                 return None, at, Break(item.begin, item.opened)
             elif item.codes is not None:
                 parts.append(CodesPart(item.codes))
-            elif id == asks and len(asked) < (1 if turns else 2):
+            elif id == asks and (asks == ends or len(asked) < (1 if turns else 2)):
                 asked.append(tuple(parts))
-                parts = []
+                parts, closed = [], asks == ends
             elif id == ends and asks is None:  # of an answer, maybe, behind which another turn begins
                 closed = True
             elif id == ends and (asked or not turns):
                 turns += _turns(asked, tuple(parts))
                 asked, parts, closed = [], [], True
-            else:
+            elif id not in unsaid:
                 turn = f", {v.name(asks)}" if asks is not None and len(asked) < (1 if turns else 2) else ""
                 end = f" or {v.name(ends)}" if asked or not turns else ""
                 raise GrammarError(item.begin, f"text, {self._opening()}{turn}{end}", v.name(id))
+        if closed and tail and whole:
+            raise GrammarError(at, v.name(tail[0]), _END)
         if closed and asks is None:
             turns = [Turn("document", joined_texts(parts))]
-        opened = Opened(DONE) if closed else Opened(PARTS, half)
+        elif closed and asks == ends:
+            turns = _counted(asked)
+        opened = Opened(DONE) if closed and asks != ends else Opened(PARTS, half)
         return tuple(turns) if closed else None, at, Break(len(ids) - half, opened)
 
     def _opening(self) -> str:
@@ -373,6 +392,16 @@ def _turns(asked: Sequence[tuple[Part, ...]], answer: tuple[Part, ...]) -> list[
         return [Turn("document", answer)]
     system = [Turn("system", asked[0])] if len(asked) > 1 else []
     return [*system, Turn("user", asked[-1]), Turn("assistant", answer)]
+
+
+def _counted(said: Sequence[tuple[Part, ...]]) -> list[Turn]:
+    """Turns that all end alike: one alone is nobody's; of an odd number the first is the system's."""
+    if len(said) == 1:
+        return [Turn("document", said[0])]
+    odd = len(said) % 2
+    system = [Turn("system", said[0])] if odd else []
+    pairs = zip(said[odd::2], said[odd + 1 :: 2], strict=True)
+    return system + [turn for asked, answer in pairs for turn in (Turn("user", asked), Turn("assistant", answer))]
 
 
 def _spelled(turns: Sequence[Turn], template: TurnTemplate) -> list[Turn]:

@@ -62,10 +62,12 @@ class TurnTemplate:
     Attributes:
         user: the text around a user's turn, whose parts stand for {}; the answer follows, and the document's `end`.
         system: the system's turn, where a document has none of its own.
+        answer: controls between the user's text and the answer.
     """
 
     user: str = "{}"
     system: str = ""
+    answer: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,10 @@ class Layout:
         start: behind the size.
         rows: where `row_end` stands: behind no row, each row, or each but the last.
         close: what ends an image.
-        begin, end: of a document.
+        begin: of a document.
+        end: of an answer, and of a document; what a sampler stops at. Where it is also what `TurnMarks` end a question
+            with, turns are told apart by counting.
+        tail: behind the last `end` of a document, never sampled.
         turns: how they are marked.
         unconditional: what classifier-free guidance compares an image with, up to the image's `open`.
     """
@@ -93,8 +98,9 @@ class Layout:
     close: tuple[Mark, ...] = ("eoi",)
     begin: str = "bos"
     end: str = "eos"
+    tail: tuple[str, ...] = ()
     turns: TurnMarks | TurnTemplate = field(default_factory=TurnMarks)
-    unconditional: tuple[str, ...] = ("bos", "eot")
+    unconditional: tuple[Mark, ...] = ("bos", "eot")
 
 
 _EMU3 = ("pad", "bos", "eos", "boi", "eoi", "img", "eol", "eof", "frame")
@@ -110,26 +116,31 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType({
         controls=("pad", "bos", "eos", "eot", "boi", "eoi"),
         unconditional=("bos",),
     ),
-    # Lumina-mGPT: height and width in 32 pixels, two codes; an end of each row; the prompt is dropped whole.
-    "lumina_mgpt": Layout(size=SizeTokens(2), rows="after", unconditional=()),
+    # Lumina-mGPT: height and width in 32 pixels, two codes; an end of each row; all turns end alike; without a prompt
+    # nothing stands before an image.
+    "lumina_mgpt": Layout(size=SizeTokens(2), rows="after", end="eot", unconditional=()),
     # Lumina-mGPT 2.0: the same with a tokenizer of 8 pixels a code.
-    "lumina_mgpt_2": Layout(size=SizeTokens(4), rows="after", unconditional=()),
+    "lumina_mgpt_2": Layout(size=SizeTokens(4), rows="after", end="eot", unconditional=()),
+    # Emu3's chat; what its generation is asked with is a document without turns.
     "emu3": Layout(
         controls=_EMU3,
         size=Decimal(),
         start=("img",),
         rows="after",
         close=("eof", "eoi"),
-        turns=TurnTemplate(" USER: {} ASSISTANT:", "You are a helpful assistant."),
+        turns=TurnTemplate(" USER: {}. ASSISTANT:", "You are a helpful assistant."),
         unconditional=("bos",),
     ),
+    # Emu3.5: the system's turn names the task, t2i, x2i, story or howto.
     "emu3_5": Layout(
         controls=_EMU3_5,
         size=Decimal(),
         start=("img",),
         rows="between",
-        turns=TurnTemplate(" USER: {} ASSISTANT:", "You are a helpful assistant."),
-        unconditional=("bos",),
+        end="ess",
+        tail=("eos",),
+        turns=TurnTemplate(" USER: {} ASSISTANT: ", "You are a helpful assistant for t2i task.", ("bss",)),
+        unconditional=("bos", Text("You are a helpful assistant. USER:  ASSISTANT: "), "bss"),
     ),
     # LWM: the text "<vision>" opens an image of 16 x 16 codes, an id of the vision table and "</vision>" close it.
     "lwm": Layout(
@@ -139,9 +150,10 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType({
         turns=TurnTemplate(),
         unconditional=("bos",),
     ),
+    # Liquid, asked to draw.
     "liquid": Layout(
         controls=("pad", "bos", "eos", "boi", "eoi", "unconditional"),
-        turns=TurnTemplate(),
+        turns=TurnTemplate("{} Generate an image based on this description."),
         unconditional=("bos", "unconditional"),
     ),
 })  # fmt: skip

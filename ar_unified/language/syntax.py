@@ -124,6 +124,7 @@ class Syntax:
         open: ids that begin an image: a control token, or pieces of text (`spelled`), of which the last begins it.
         digits: pieces of 0..9, and separator, where sizes are decimal; else () and -1.
         start, close: ids before the first code, and behind the last. row_end: -1 for none.
+        end: of an answer and of a document.
     """
 
     vocabulary: Vocabulary
@@ -134,6 +135,7 @@ class Syntax:
     start: tuple[int, ...]
     row_end: int
     close: tuple[int, ...]
+    end: int
 
     @classmethod
     def of(cls, vocabulary: Vocabulary, layout: ImageLayout, encode: Callable[[str], Sequence[int]]) -> Syntax:
@@ -146,8 +148,9 @@ class Syntax:
         def ids(mark: Mark) -> tuple[int, ...]:
             return tuple(encode(mark.text)) if isinstance(mark, Text) else (vocabulary.control(mark),)
 
+        end = vocabulary.control(record.end)
         if not vocabulary.codebook_size:  # no image is ever written
-            return cls(vocabulary, layout, (vocabulary.pad,), (), -1, (), -1, (vocabulary.pad,))
+            return cls(vocabulary, layout, (vocabulary.pad,), (), -1, (), -1, (vocabulary.pad,), end)
         if vocabulary.size_tokens < layout.size_tokens:
             raise ValueError(
                 f"vocabulary.size_tokens: expected at least {layout.size_tokens} for images up to "
@@ -172,6 +175,7 @@ class Syntax:
             tuple(vocabulary.control(name) for name in record.start),
             vocabulary.control(record.row_end) if record.rows != "none" else -1,
             tuple(id for mark in record.close for id in ids(mark)),
+            end,
         )
 
     @property

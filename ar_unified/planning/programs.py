@@ -8,17 +8,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import string
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from ar_unified.data.batch import PackedBatch
-from ar_unified.language.grammar import Grammar, TextCodec
+from ar_unified.language.grammar import Grammar
 from ar_unified.language.syntax import ImageLayout
 from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model import transformer
@@ -210,6 +211,19 @@ def saved_for_backward(run: Run, mesh: Mesh) -> int:
 # ---- sampling ----------------------------------------------------------------------------------------------------
 
 
+class _Spelling:
+    """Stands for a text tokenizer where a layout spells its marks; the compiled part never turns text into ids."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def encode(self, text: str) -> list[int]:
+        return [string.printable.index(character) % self.size for character in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(string.printable[id] for id in ids)
+
+
 def sample_programs(run: Run, mesh: Mesh) -> list[Program]:
     """Prefill of prompts of half the cache, as many as the engine reads at once, and decoding in a pool that is full.
 
@@ -219,8 +233,7 @@ def sample_programs(run: Run, mesh: Mesh) -> list[Program]:
     config, R, S = run.model, run.requests, run.max_length
     if R < 1 or S < 2:
         raise ValueError(f"sampling: expected batch_size >= 1 and max_length >= 2, found {R} and {S}")
-    # The compiled part never turns text into ids.
-    grammar = Grammar(run.vocabulary, run.layout, cast(TextCodec, None))
+    grammar = Grammar(run.vocabulary, run.layout, _Spelling(run.vocabulary.text_size))
 
     def placed(tree: Any, specs: Any) -> Any:
         return on_mesh(tree, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))

@@ -43,7 +43,7 @@ def stopped(grammar: Grammar, plan: Plan, index: int, tokens: np.ndarray) -> Sam
         return None
     end, stop = found
     said = tokens[: end if isinstance(stop, str) else end - len(stop)]  # a text may begin within a piece
-    sample = finished(grammar, plan, index, np.append(said, grammar.vocabulary.eos).astype(np.int32))
+    sample = finished(grammar, plan, index, np.append(said, grammar.syntax.end).astype(np.int32))
     if sample.document is None:
         return replace(sample, tokens=tokens[:end])
     parts = sample.document.parts
@@ -61,7 +61,7 @@ def _document(grammar: Grammar, plan: Plan, tokens: np.ndarray) -> Document:
     v, prompt = grammar.vocabulary, plan.prompt
     at = grammar.breaks_off(prompt)
     opened = prompt[at.begin :]
-    parts: tuple[Part, ...] = grammar.parse(np.concatenate([prompt[:1], opened, tokens])).parts
+    parts: tuple[Part, ...] = grammar.parse(np.concatenate([prompt[:1], opened, tokens, grammar.tail])).parts
     *_, (begin, end) = (0, 0), *grammar.texts(prompt)
     before = prompt[begin:end] if end == len(prompt) and not len(opened) else prompt[:0]
     if len(before) and len(tokens) and tokens[0] < v.text_size:

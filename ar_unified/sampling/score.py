@@ -66,9 +66,8 @@ def pieces(grammar: Grammar, item: Scored) -> list[np.ndarray]:
         answer: Sequence[Part | TokensPart] = item.answer
     else:
         request, answer = item
-    end = grammar.vocabulary.control(grammar.layout.record.end)
     alone = [part_tokens(grammar, part) for part in answer]
-    return [prompt_tokens(grammar, request), *alone, np.array([end], np.int32)]
+    return [prompt_tokens(grammar, request), *alone, np.array([grammar.syntax.end], np.int32)]
 
 
 def forward(config: TransformerConfig, params: Any, tokens: Array) -> tuple[Array, Array]:

@@ -10,6 +10,7 @@ import pytest
 from ar_unified.cli.plan import run_of
 from ar_unified.experiment import check
 from ar_unified.experiment import config as configs
+from ar_unified.language.layouts import LAYOUTS
 from ar_unified.model.config import CHOICES as MODEL_CHOICES
 from ar_unified.planning import JOBS
 from ar_unified.planning.memory import at_least
@@ -45,9 +46,7 @@ def agreeing(changes):
         changes["image_tokenizer.codebook_update"] = "gradient"
     if quantizer not in ("vq", "rq", "simvq"):
         changes["image_tokenizer.gradient"] = "straight_through"
-    if quantizer == "rq":  # several codes a position, which rows refuse
-        changes |= {"data.layout": "grid", "data.resize": "crop"}
-    if changes.get("data.resize") == "aspect":
+    if changes.get("data.resize") == "aspect" and LAYOUTS[changes.get("data.layout", "grid")].size is None:
         changes["data.layout"] = "rows"
     if changes.get("image_tokenizer.attention", "none") != "none":
         changes["image_tokenizer.backbone"] = "vqgan"
