@@ -143,10 +143,10 @@ class Grammar:
     def _turns(self, turns: Sequence[Turn]) -> list[Encoded]:
         v, marks = self.vocabulary, self.layout.record.turns
         ends = v.control(self.layout.record.end)
-        pieces = [self._controls([v.control(self.layout.record.begin)], turns[0], first=True)]
-        at = 0
         if isinstance(marks, TurnTemplate) and turns[0].speaker != "document":
             turns = _spelled(turns, marks)
+        pieces = [self._controls([v.control(self.layout.record.begin)], turns[0], first=True)]
+        at = 0
         for i, turn in enumerate(turns):
             said = [self._part(at + j, part, turn) for j, part in enumerate(turn.parts)]
             at += len(turn.parts)
