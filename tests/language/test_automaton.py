@@ -88,7 +88,7 @@ def language(grammar, words, budget, mode, least, most, height, width):
 LONG = ("chameleon", "rows of two codes a place", "units of two", "decimals of two digits", "tall decimals")
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c in LONG else ()) for c in WRITTEN])
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.exhaustive if c in LONG else ()) for c in WRITTEN])
 def test_allowed_is_exactly_what_can_still_be_finished(case):
     kind, height, width, depth, codec, words = WRITTEN[case]
     grammar = grammar_of(kind, height, width // depth, depth, codec, codebook=3)
@@ -201,9 +201,9 @@ def sampler(automaton, taste, steps):
     return lambda state, key: jax.lax.scan(step, state, jax.random.split(key, steps))
 
 
-# Layouts that are like another but for their names take a minute of compiling that tells nothing new.
+# A layout takes half a minute of compiling and parsing; those whose parts others have are for later.
 quick = [
-    pytest.param(kind, depth, marks=pytest.mark.slow if kind in ("chameleon", "liquid", "lumina_mgpt_2") else ())
+    pytest.param(kind, depth, marks=() if kind in ("grid", "rows", "emu3_5", "lwm") else pytest.mark.exhaustive)
     for kind, depth in zip(LAYOUTS, itertools.cycle([1, 2]), strict=False)
 ]
 
@@ -257,7 +257,9 @@ def test_random_logits_parse_and_end_within_the_budget(kind, depth):
 
 
 @pytest.mark.slow
-@every
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "emu3_5" else pytest.mark.exhaustive) for kind in LAYOUTS]
+)
 def test_a_hundred_thousand_random_sequences_parse(kind):
     """From the empty prompt, in all modes, with sizes asked for and not."""
     grammar = grammar_of(kind, width=3 if LAYOUTS[kind].size is None else 8)
