@@ -85,10 +85,11 @@ def language(grammar, words, budget, mode, least, most, height, width):
     return found
 
 
+later = [pytest.mark.slow, pytest.mark.exhaustive]
 LONG = ("chameleon", "rows of two codes a place", "units of two", "decimals of two digits", "tall decimals")
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.exhaustive if c in LONG else ()) for c in WRITTEN])
+@pytest.mark.parametrize("case", [pytest.param(c, marks=later if c in LONG else ()) for c in WRITTEN])
 def test_allowed_is_exactly_what_can_still_be_finished(case):
     kind, height, width, depth, codec, words = WRITTEN[case]
     grammar = grammar_of(kind, height, width // depth, depth, codec, codebook=3)
@@ -203,7 +204,7 @@ def sampler(automaton, taste, steps):
 
 # A layout takes half a minute of compiling and parsing; those whose parts others have are for later.
 quick = [
-    pytest.param(kind, depth, marks=() if kind in ("grid", "rows", "emu3_5", "lwm") else pytest.mark.exhaustive)
+    pytest.param(kind, depth, marks=() if kind in ("grid", "rows", "emu3_5", "lwm") else later)
     for kind, depth in zip(LAYOUTS, itertools.cycle([1, 2]), strict=False)
 ]
 
@@ -257,9 +258,7 @@ def test_random_logits_parse_and_end_within_the_budget(kind, depth):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=() if kind == "emu3_5" else pytest.mark.exhaustive) for kind in LAYOUTS]
-)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=() if kind == "emu3_5" else later) for kind in LAYOUTS])
 def test_a_hundred_thousand_random_sequences_parse(kind):
     """From the empty prompt, in all modes, with sizes asked for and not."""
     grammar = grammar_of(kind, width=3 if LAYOUTS[kind].size is None else 8)
