@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 from ml_collections import ConfigDict
 
+from ar_unified.experiment import settings
 from ar_unified.experiment.config import defaults, model, parse_arg, whole
-from ar_unified.language.vocabulary import CONTROLS
 from ar_unified.model.config import PRESETS
 
 
@@ -28,7 +28,7 @@ from ar_unified.model.config import PRESETS
 class Recipe:
     """Sizes of one published system, and how it is spread.
 
-    side, factor, codes: pixels of a picture, pixels a code, size of the codebook. layout: of ar_unified.grammar.
+    side, factor, codes: pixels of a picture, pixels a code, size of the codebook. layout: a name of language.layouts.
     row: tokens of a packed row. rows: of them a chip (of all chips that share one under context parallelism).
     """
 
@@ -87,8 +87,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.image_tokenizer.steps = 100_000
     config.image_tokenizer.batch_size = 256
 
-    sides = 2 * recipe.side // recipe.factor if recipe.layout == "rows" else 0
-    config.text_tokenizer.vocab_size = PRESETS[name]["vocab_size"] - recipe.codes - sides - len(CONTROLS)
+    vocabulary, _ = settings.language(config, settings.autoencoder(config), text_size=1)
+    others = vocabulary.image_offset + vocabulary.codebook_size - vocabulary.text_size
+    config.text_tokenizer.vocab_size = PRESETS[name]["vocab_size"] - others
 
     config.model = model(name, dropout=recipe.dropout)
     config.mesh = ConfigDict(dict(data=-1, fsdp=fsdp, tensor=1, context=recipe.context))

@@ -9,15 +9,15 @@ Axes: `B` rows of the global batch, `T` tokens of a row, `n` documents of a batc
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import grain
 import numpy as np
 
 from ar_unified.data import images, shards
+from ar_unified.data.batch import PackedBatch
 from ar_unified.data.counter_rng import hash64, key, permute, uniform
 from ar_unified.data.items import LeftOut, has_pictures
 from ar_unified.data.packing import Mixture, Packing, Picks, summary
@@ -29,7 +29,6 @@ from ar_unified.language.encoded import Encoded, joined
 from ar_unified.language.grammar import Grammar
 from ar_unified.manifests import require_same
 
-Batch = dict[str, np.ndarray]
 _TEXT_TO_IMAGE, _IMAGE_TO_TEXT = TASKS.index("text_to_image"), TASKS.index("image_to_text")
 _INTERLEAVED = TASKS.index("interleaved")
 _LOOKED_AT = 1000  # documents of a source, for one with a picture
@@ -37,13 +36,6 @@ _LOOKED_AT = 1000  # documents of a source, for one with a picture
 
 class NothingReadable(UserError):
     """A source has no picture that an image tokenizer could learn from."""
-
-
-class Batches(Protocol):
-    """What a training task reads."""
-
-    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
-        """The rows of this process of the global batch of `step`."""
 
 
 @dataclass(frozen=True)
@@ -149,15 +141,8 @@ class PackedBatches:
         packed = summary(dict(zip(self._names, self._packings, strict=True)))
         return {name: packed[name] | {"shares": [shares[name] for shares in self.shares]} for name in self._names}
 
-    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
-        """Rows process_index/process_count of the global batch of `step`.
-
-        Returns:
-            [B / process_count, T] arrays: tokens, targets (next token of the same document, else pad), positions,
-            doc_start (T on padding), segment_ids (from 1; 0 on padding), all int32; tasks (of the document) int8;
-            roles (of the target; 0, Role.PAD, where there is none) int8; prompt (the target is read, not to be learned:
-            a user's or the system's, with the end of its turn) bool.
-        """
+    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> PackedBatch:
+        """Rows process_index/process_count of the global batch of `step`, [B / process_count, T]."""
         now = bisect.bisect_right([phase.from_step for phase in self.phases], step) - 1
         since = step - self.phases[now].from_step
         picks = _slice(self._mixtures[now], since, self.batch_size, process_index, process_count)
@@ -209,8 +194,8 @@ def pack(
     *,
     shape: tuple[int, int],
     pad: int,
-) -> Batch:
-    """Documents side by side in their rows; see `PackedBatches.batch` for what comes out.
+) -> PackedBatch:
+    """Documents side by side in their rows.
 
     Args:
         documents: n of them. tasks: int8 [n]. rows: int [n], ascending; the row of each.
@@ -223,12 +208,6 @@ def pack(
     start = ends - lengths - (ends - lengths)[first]  # where in its row each begins
     positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
     at = np.repeat(rows * T + start, lengths) + positions
-
-    def placed(values: np.ndarray, padding: int, dtype: Any = np.int32) -> np.ndarray:
-        out = np.full(B * T, padding, dtype)
-        out[at] = values
-        return out.reshape(B, T)
-
     together = joined(documents)
 
     def next_one(values: np.ndarray, padding: int) -> np.ndarray:
@@ -237,16 +216,20 @@ def pack(
         out[ends - 1] = padding
         return out
 
-    return {
-        "tokens": placed(together.tokens, pad),
-        "targets": placed(next_one(together.tokens, pad), pad),
-        "roles": placed(next_one(together.roles, 0), 0, np.int8),
-        "positions": placed(positions, 0),
-        "doc_start": placed(np.repeat(start, lengths), T),
-        "segment_ids": placed(np.repeat(np.arange(len(documents)) - first + 1, lengths), 0),
-        "tasks": placed(np.repeat(tasks, lengths), 0, np.int8),
-        "prompt": placed(~next_one(together.trained, 1), 0, np.bool_),
+    values = {
+        "tokens": together.tokens,
+        "targets": next_one(together.tokens, pad),
+        "roles": next_one(together.roles, 0),
+        "positions": positions,
+        "doc_start": np.repeat(start, lengths),
+        "segment_ids": np.repeat(np.arange(len(documents)) - first + 1, lengths),
+        "tasks": np.repeat(tasks, lengths),
+        "prompt": ~next_one(together.trained, True),
     }
+    batch = PackedBatch.padding(B, T, pad)
+    for name, each in values.items():
+        getattr(batch, name).reshape(-1)[at] = each
+    return batch
 
 
 class ImageBatches:
@@ -289,7 +272,7 @@ class ImageBatches:
         self._room = memory
         self._kept: dict[tuple[int, int], list[np.ndarray]] = {}
 
-    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
+    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> dict[str, np.ndarray]:
         """{"pixels": uint8 [B / process_count, H, W, 3]}."""
         picks = _slice(self._mixture, step, self.batch_size, process_index, process_count)
         pixels = np.empty((len(picks.item), *self.size, 3), np.uint8)
@@ -340,9 +323,9 @@ class ImageBatches:
 
     def _pictures(self, source: int, document: int) -> list[np.ndarray]:
         """All pictures of a document, scaled; [] if there are none or the item is bad."""
-        place = (source, document)
-        if place in self._kept:
-            return self._kept[place]
+        which = (source, document)
+        if which in self._kept:
+            return self._kept[which]
         try:
             parts = self.sources[source][document].parts
         except BadItem:
@@ -352,7 +335,7 @@ class ImageBatches:
         ]
         self._room -= sum(picture.nbytes for picture in found)
         if self._room > 0:
-            self._kept[place] = found
+            self._kept[which] = found
         return found
 
     def _scaled(self, pixels: np.ndarray) -> tuple[int, int]:
@@ -361,23 +344,6 @@ class ImageBatches:
         height, width = pixels.shape[:2]
         scale = self.short_side / min(height, width)
         return round(height * scale), round(width * scale)
-
-
-def iterate(
-    batches: Batches,
-    start: int = 0,
-    stop: int = 2**31 - 1,
-    *,
-    process_index: int = 0,
-    process_count: int = 1,
-    threads: int = 2,
-    ahead: int = 4,
-) -> Iterator[Batch]:
-    """batch(start), batch(start + 1), ... made by `threads` threads up to `ahead` steps before they are asked for."""
-    steps = grain.MapDataset.range(start, stop)
-    made = steps.map(lambda step: batches.batch(int(step), process_index, process_count))
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead if threads else 0)
-    return iter(made.to_iter_dataset(options))
 
 
 def _slice(mixture: Mixture, step: int, batch_size: int, index: int, count: int) -> Picks:

@@ -23,13 +23,13 @@ import numpy as np
 from ar_unified import progress, workdir
 from ar_unified.data import shards
 from ar_unified.data.cutting import can_be_split, split
-from ar_unified.data.images import Cells, ImageCodec, Resize
+from ar_unified.data.images import ImageCodec, Resize
 from ar_unified.data.items import LeftOut
+from ar_unified.data.sizes import default_resize
 from ar_unified.data.sources import BadItem, Source, read
 from ar_unified.errors import UserError
 from ar_unified.language.document import TASKS, CodesPart, Document, ImagePart, TextPart
 from ar_unified.language.grammar import Grammar, TextLost
-from ar_unified.language.syntax import ImageLayout
 from ar_unified.manifests import ManifestMismatch, differences, require_same
 
 VERSION = 3
@@ -86,16 +86,6 @@ class Report:
         return "\n".join(lines)
 
 
-def default_resize(layout: ImageLayout, tokenizer: Cells) -> Resize:
-    """The resize a layout implies: a grid crops; rows keep the aspect, at half the area of the largest picture."""
-    factor = tokenizer.factor * layout.units[0]
-    height, width = (side * factor for side in layout.most)
-    if not layout.sized:
-        return Resize("crop", height, width, factor)
-    target_h, target_w = (max(1, round(side / 2**0.5)) * factor for side in layout.most)
-    return Resize("aspect", target_h, target_w, factor, height, width)
-
-
 def prepare(
     sources: Sequence[Source],
     grammar: Grammar,
@@ -139,19 +129,13 @@ def prepare(
     names = [folder_name(source.name) for source in sources]
     if len(set(names)) < len(names):
         raise UserError(f"sources need different names (labels), found {names}")
+    settings = dict(max_tokens=max_tokens, resize=asdict(resize), batch_size=batch_size, shard_items=shard_items)
+    fingerprints = [dict(source.fingerprint) | {"reversible": source.reversible} for source in sources]
     plan = {
         "version": VERSION,
         "vocabulary": grammar.manifest(),
-        "settings": {
-            "max_tokens": max_tokens,
-            "resize": asdict(resize),
-            "batch_size": batch_size,
-            "shard_items": shard_items,
-        },
-        "sources": {
-            name: dict(source.fingerprint) | {"reversible": source.reversible}
-            for name, source in zip(names, sources, strict=True)
-        },
+        "settings": settings,
+        "sources": dict(zip(names, fingerprints, strict=True)),
     }
     _same_plan(folder, plan)
     if (folder / "manifest.json").exists():

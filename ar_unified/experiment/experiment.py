@@ -32,8 +32,6 @@ from ar_unified.experiment import settings
 from ar_unified.experiment.changes import Training, changeable, require_extensible, said
 from ar_unified.history import Changeable
 from ar_unified.language.grammar import Grammar
-from ar_unified.language.syntax import TEXT_ALONE, vocabulary_for
-from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model.config import TransformerConfig, config_from, parameter_count
 from ar_unified.model.transformer import init, logical_axes
 from ar_unified.parallel import rules, runtime
@@ -255,12 +253,9 @@ class Experiment:
     def grammar(self) -> Grammar:
         """The vocabulary that binds the two tokenizers, and how pictures are written in it."""
         text, image = self.text_tokenizer, self.image_tokenizer
-        if isinstance(image, NoImages):
-            return Grammar(Vocabulary(text.size, 0, text_hash=text.hash), TEXT_ALONE, text)
+        shape = None if isinstance(image, NoImages) else image.config
         with about("config.data"):
-            layout = settings.layout(self.config, image.config)
-        vocabulary = vocabulary_for(layout, text.size, image.codebook_size, text.hash, image.hash)
-        with about("config.data"):
+            vocabulary, layout = settings.language(self.config, shape, text.size, text.hash, image.hash)
             return Grammar(vocabulary, layout, text)
 
     # ---- model ----------------------------------------------------------------------------------------------------

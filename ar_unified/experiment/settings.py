@@ -19,7 +19,8 @@ from ar_unified.data.loader import Phase, require_order
 from ar_unified.errors import UserError, nearest
 from ar_unified.experiment import config as configs
 from ar_unified.language.layouts import LAYOUTS, SizeTokens
-from ar_unified.language.syntax import ImageLayout
+from ar_unified.language.syntax import TEXT_ALONE, ImageLayout, vocabulary_for
+from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.request import Request
 from ar_unified.training.loop import TrainingConfig
@@ -58,8 +59,20 @@ def layout(config: ConfigDict, image: AutoencoderConfig) -> ImageLayout:
                 f"layout: expected {sized} with resize 'aspect', whose images have many sizes; found {kind!r}"
             )
         return ImageLayout(kind, height, width, image.codes_per_position)
-    # "aspect" keeps the area: a side may be up to twice that of the square.
-    return ImageLayout(kind, 2 * height, 2 * width, image.codes_per_position)
+    return ImageLayout(kind, *image.grid(*resize(config).largest), image.codes_per_position)
+
+
+def language(
+    config: ConfigDict, image: AutoencoderConfig | None, text_size: int, text_hash: str = "", image_hash: str = ""
+) -> tuple[Vocabulary, ImageLayout]:
+    """The vocabulary of two tokenizers, and how images are written in it; image None: of text alone.
+
+    Raises like `layout`.
+    """
+    if image is None:
+        return Vocabulary(text_size, 0, text_hash=text_hash), TEXT_ALONE
+    how = layout(config, image)
+    return vocabulary_for(how, text_size, image.codebook_size, text_hash, image_hash), how
 
 
 def short_side(config: ConfigDict) -> int:

@@ -87,7 +87,10 @@ def read_messages(
 ) -> list[tuple[Speaker, list[Any], bool | None]]:
     """(speaker, parts, whether it is to be learned; None: as the speaker's) of each turn of a conversation.
 
-    Messages of one role in a row are one turn. Raises DocumentError for what is no list of messages.
+    Messages of one role in a row are one turn; before a greeting of the assistant's the user says nothing.
+
+    Raises:
+        DocumentError: it is no list of messages.
     """
     if not isinstance(messages, list) or not messages:
         raise DocumentError("bad_row", f"{where}: expected a list of at least one message, found {messages!r:.80}")
@@ -104,7 +107,7 @@ def read_messages(
         content = message.get("content")
         if content is None and role == "assistant":
             content = message.get("refusal") or ""
-        parts = [] if content == "" else read_parts(content, image, f"{at}: part", tokens)
+        parts = [] if content == "" else read_parts(content, image, f"{at}: content", tokens)
         weight = message.get("weight")
         if weight not in (None, 0, 1):
             raise DocumentError("bad_row", f"{at}: expected weight 0 or 1, found {weight!r:.80}")
@@ -113,6 +116,8 @@ def read_messages(
             for part in parts:
                 _append(turns[-1][1], part)
         else:
+            if role == "assistant" and (not turns or turns[-1][0] == "system"):
+                turns.append(("user", [], None))
             turns.append((_ROLES[role], parts, learned))
     return turns
 

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ar_unified.language.document import Document, Part
+from ar_unified.language.document import Document, Part, TokensPart
 from ar_unified.language.grammar import Grammar
 from ar_unified.model.config import TransformerConfig
 from ar_unified.model.transformer import Transformer
 from ar_unified.sampling.plan import part_tokens, prompt_tokens
-from ar_unified.sampling.request import Request, TokensPart
+from ar_unified.sampling.request import Request
 
 _POSITIONS = 64  # whose logits [b, 64, V] exist at once
 

@@ -36,7 +36,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def documents(out: Path, source: str, grammar: Grammar) -> list[Document]:
     count = load_manifest(out)["report"][source]["shards"]
     shards = Shards(out / source, count)
-    return [grammar.parse(tokens) for tokens in shards.read(range(len(shards)))]
+    return [grammar.parse(found.tokens) for found in shards.read(range(len(shards)))]
 
 
 def test_what_is_on_disk_is_what_the_source_says(
@@ -47,7 +47,7 @@ def test_what_is_on_disk_is_what_the_source_says(
     found = documents(tmp_path / "out", "set", grammar)
     assert len(found) == len(source) == report.sources["set"].documents == 35
     for document, item in zip(found, (source[i] for i in range(35)), strict=True):
-        assert document.prompt == item.prompt and len(document.parts) == len(item.parts)
+        assert document.asks == item.asks and len(document.parts) == len(item.parts)
         for part, original in zip(document.parts, item.parts, strict=True):
             if isinstance(original, ImagePart):
                 assert part == CodesPart(tokenizer.encode(original.pixels[None])[0])
@@ -98,7 +98,7 @@ def test_another_vocabulary_or_setting_is_refused(
     folder: Path, grammar: Grammar, tokenizer: Any, kit: Any, tmp_path: Path
 ) -> None:
     run([opened(folder)], grammar, tokenizer, tmp_path)
-    with pytest.raises(ManifestMismatch, match="grammar.height"):
+    with pytest.raises(ManifestMismatch, match="layout.height"):
         run([opened(folder)], kit.grammar(fixed_grid(2, 4)), tokenizer, tmp_path)
     with pytest.raises(workdir.StageMismatch, match="settings.max_tokens = 512, this run has 300"):
         run([opened(folder)], grammar, tokenizer, tmp_path, max_tokens=300)
@@ -125,10 +125,10 @@ def test_bad_items_are_left_out_counted_and_change_nothing_else(
         Shards(tmp_path / name / "set", len(list((tmp_path / name / "set").glob("*.array_record"))))
         for name in ("clean", "spoilt")
     )
-    tokens = [[t.tobytes() for t in shards.read(range(len(shards)))] for shards in (clean, spoilt)]
+    tokens = [[t.tokens.tobytes() for t in shards.read(range(len(shards)))] for shards in (clean, spoilt)]
     marked = grammar.encode(
         Document.of((TextPart("a <boi> b"), CodesPart(tokenizer.encode(kit.picture(0)[None])[0])), 1)
-    )
+    ).tokens
     assert marked.tobytes() in tokens[1] and marked.tobytes() not in tokens[0]
     tokens[1].remove(marked.tobytes())
     assert tokens[0] == tokens[1]
@@ -180,14 +180,14 @@ def test_long_documents_are_split_at_paragraphs_or_left_out(tmp_path: Path, kit:
     paragraphs = ["a" * 30, "b" * 30, "c" * 60, "d" * 10]
     image = CodesPart(np.ones((4, 4), np.int32))
     pieces = split(Document.of((TextPart("\n\n".join(paragraphs)), image, TextPart("end"))), grammar, 64 + 2)
-    assert [piece.parts for piece in pieces] == [
+    assert [piece.parts for piece, _ in pieces] == [
         (TextPart("a" * 30 + "\n\n" + "b" * 30),),
         (TextPart("c" * 60),),
         (TextPart("d" * 10), image, TextPart("end")),
     ]
     recipe = "two\n" * 20
     lines = split(Document.of((TextPart("one\n\n" + recipe + "\nthree"),)), grammar, 30)
-    words = [piece.parts[0].text.split() for piece in lines]
+    words = [piece.parts[0].text.split() for piece, _ in lines]
     assert sum(words, []) == ["one", *["two"] * 20, "three"] and len(lines) == 4
     root = tmp_path / "set"
     root.mkdir()
@@ -220,7 +220,7 @@ def test_a_line_that_is_too_long_by_itself_is_cut_and_nothing_of_it_is_lost(
     grammar: Grammar, name: str, max_tokens: int
 ) -> None:
     text = LONG[name]
-    pieces = [piece.parts[0].text for piece in split(Document.of((TextPart(text),)), grammar, max_tokens)]
+    pieces = [piece.parts[0].text for piece, _ in split(Document.of((TextPart(text),)), grammar, max_tokens)]
     joined = "".join(pieces)
     assert joined == text or ("lines" in name and joined.replace("\n", "") == text.replace("\n", ""))
     lengths = [len(grammar.encode(Document.of((TextPart(piece),)))) for piece in pieces]
@@ -246,5 +246,5 @@ def test_a_long_text_takes_time_in_proportion(grammar: Grammar) -> None:
     counting = Grammar(grammar.vocabulary, grammar.layout, Counting())
     text = "ab " * 20_000
     pieces = split(Document.of((TextPart(text),)), counting, 4096)
-    assert "".join(piece.parts[0].text for piece in pieces) == text and len(pieces) == 15
+    assert "".join(piece.parts[0].text for piece, _ in pieces) == text and len(pieces) == 15
     assert reads < 30 * len(text)

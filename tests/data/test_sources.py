@@ -22,8 +22,8 @@ def test_a_folder_is_its_three_files_in_order(folder: Path, kit: Any) -> None:
     assert len(source) == 20 + 5 + 10 and source.name == "set" and source.reversible
     pair, story, question = source[3], source[20], source[27]
     assert pair == Document.of((TextPart("picture 3"), ImagePart(kit.picture(3))), prompt=1)
-    assert story.prompt is None and story.meta["title"] == "story 0" and len(story.parts) == 4
-    assert question.parts[1:] == (TextPart("which is 2?"), TextPart("it")) and question.prompt == 2
+    assert not story.asks and story.meta["title"] == "story 0" and len(story.parts) == 4
+    assert question.parts[1:] == (TextPart("which is 2?"), TextPart("it")) and len(question.asked[0].parts) == 2
     assert [source.origin(i).rsplit("/")[-1] for i in (3, 20, 27)] == [
         "captions.jsonl:4",
         "docs.jsonl:1",
@@ -165,6 +165,8 @@ def test_reading_keeps_order_and_gives_bad_items_as_values(
 
 
 def test_tfds_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorflow_datasets as tfds
+
     from ar_unified.data import shapes
 
     for config in shapes.Shapes.BUILDER_CONFIGS:  # the same dataset, with few examples
@@ -178,9 +180,11 @@ def test_tfds_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pair, question, story = pairs[0], asked[5], told[1]
     assert (pair.task, question.task, story.task) == ("text_to_image", "image_to_text", "interleaved")
     assert pair.parts[1].pixels.shape == (32, 32, 3) and isinstance(pair.meta["scene"], str)
-    assert [type(part) for part in question.parts] == [ImagePart, TextPart, TextPart] and question.prompt == 2
+    assert [type(part) for part in question.parts] == [ImagePart, TextPart, TextPart] and len(
+        question.asked[0].parts
+    ) == 2
     assert [type(part) for part in story.parts] == [TextPart, ImagePart] * (len(story.parts) // 2)
-    raw = shapes.load("stories_32", "train", str(tmp_path))[1]
+    raw = tfds.data_source("shapes/stories_32", split="train", data_dir=str(tmp_path))[1]
     for part, pixels in zip(story.parts[1::2], raw["images"], strict=True):
         assert np.array_equal(part.pixels, pixels)
     assert told.texts(1) == [part.text for part in story.parts[::2]]

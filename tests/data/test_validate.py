@@ -32,7 +32,7 @@ def test_shows_counts_lengths_and_documents_as_the_model_sees_them(
     assert captions.tasks == {"text_to_image": 20} and vqa.tasks == {"image_to_text": 10}
     assert captions.tokens[0] == 1 + len("picture 0") + 1 + 18 + 1 and captions.sides[0] == (16, 16)
     shown = str(validation)
-    assert "picture 0\n    | <end of the prompt>\n    | <picture 16 x 16>" in shown
+    assert "<user>\n    | picture 0\n    | <assistant>\n    | <image 16 x 16>" in shown
     assert "30 tokens: <bos>|p|i|c|t|u|r|e| |0|<eot>|<boi>|<image code " in shown
     assert "tokens      least 30  50% 3" in shown
     assert not docs.bad, "documents without a turn are split, not left out"

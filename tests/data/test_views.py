@@ -43,7 +43,7 @@ def test_view_0_is_the_item_and_the_others_say_the_same_of_moved_pictures(folder
         assert [p for p in document.parts if isinstance(p, TextPart)] == [
             p for p in original.parts if isinstance(p, TextPart)
         ]
-        assert (document.prompt, document.id, document.origin) == (original.prompt, original.id, source.origin(i))
+        assert (document.asks, document.id, document.origin) == (original.asks, original.id, source.origin(i))
         if i % 4 == 0:
             assert document == original
             continue
@@ -98,7 +98,7 @@ def test_each_view_is_coded_and_is_trained_on(folder: Path, grammar: Grammar, to
     report = prepare([source], grammar, tokenizer, tmp_path, max_tokens=512, show_progress=False).sources["set"]
     assert report.documents == report.items == 3 * 35
     stored = Shards(tmp_path / "set", load_manifest(tmp_path)["report"]["set"]["shards"])
-    codes = [grammar.parse(tokens).parts[1] for tokens in stored.read(range(3))]  # of the first caption
+    codes = [grammar.parse(found.tokens).parts[1] for found in stored.read(range(3))]  # of the first caption
     assert codes == [CodesPart(tokenizer.encode(pictures(source, i)[0][None])[0]) for i in range(3)]
     assert len({part.codes.tobytes() for part in codes}) == 3
     seen = ImageBatches([source], size=(16, 16), batch_size=len(source)).batch(0)["pixels"]

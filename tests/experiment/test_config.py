@@ -11,9 +11,12 @@ from ar_tokenizers.image.perceptual import Perceptual
 from ml_collections import ConfigDict
 
 from ar_unified.data.loader import Phase
+from ar_unified.data.sizes import default_resize
 from ar_unified.data.sources import open_source
 from ar_unified.errors import UserError
+from ar_unified.evaluation.report import NAMES
 from ar_unified.experiment import config as configs
+from ar_unified.experiment import settings
 from ar_unified.experiment.settings import phases
 from ar_unified.model.config import config_from
 
@@ -26,6 +29,7 @@ def test_every_experiment_describes_a_model(name):
     config = configs.load(f"{ROOT}/experiments/{file}.py" + (f":{arg}" if arg else ""))
     assert config_from(configs.plain(config.model), vocab_size=1024).n_layers > 0
     assert config.training.row_length >= config.data.max_tokens
+    assert set(config.evaluation.bars) <= NAMES.keys()  # a bar of another name would be shown nowhere
 
 
 def test_an_override_changes_one_key_and_a_wrong_one_is_refused():
@@ -79,3 +83,17 @@ def test_phases_change_what_they_name_and_keep_the_rest() -> None:
         settings.phases = (ConfigDict(wrong),)
         with pytest.raises(UserError, match=r"config.training.phases\[0\]: expected a `begin` between 0 and 1"):
             phases(settings, dict(a=1.0))
+
+
+@pytest.mark.parametrize("layout, resize", [("grid", "crop"), ("rows", "aspect"), ("rows", "crop")])
+def test_the_layout_and_the_resize_of_an_experiment_imply_each_other(layout, resize):
+    config = configs.defaults()
+    config.data.image_size, config.data.layout, config.data.resize = (64, 96), layout, resize
+    image = settings.autoencoder(config)
+    vocabulary, written = settings.language(config, image, 300)
+    ours, implied = settings.resize(config), default_resize(written, image)
+    assert (implied.height, implied.width, implied.factor) == (64, 96, 16)
+    assert implied.kind == ("aspect" if layout == "rows" else "crop")
+    if layout == "rows":
+        assert implied.largest == ours.largest == (written.height * 16, written.width * 16) == (128, 192)
+        assert vocabulary.max_side == 12

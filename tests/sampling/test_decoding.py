@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ar_unified.language.automaton import Event
 from ar_unified.sampling import decoding, guidance
 from ar_unified.sampling.decoding import Filter, Filters
-from tests.sampling.tiny import GRAMMARS
 
 B, V = 64, 300
 
@@ -152,11 +152,11 @@ def test_a_filter_nothing_can_be_drawn_with_is_refused(bad):
 
 
 def test_companions_read_pictures_alone_and_begin_each_anew_if_they_reset():
-    v = GRAMMARS["rows"].vocabulary
-    tokens = jnp.array([0, v.boi, v.image_offset, v.eoi])  # a word, and a picture's first, a code and its last
+    # A word, and an image's first id, a code and its last.
+    event = Event(*jnp.array([[0, 1, 0, 0], [0, 1, 1, 1], [0, 0, 0, 1]], bool))
     position, start = (jnp.tile(jnp.array(row), (4, 1)) for row in ([5, 3, 4], [0, 2, 1]))
     resets = jnp.tile(jnp.array([False, True, False]), (4, 1))  # own | one that resets | pictures only
-    writes, after = guidance.advance(v, tokens, position, start, resets)
+    writes, after = guidance.advance(event, position, start, resets)
     assert writes.tolist() == [[5, 3, 4], [5, 2, 4], [5, 3, 4], [5, 3, 4]]
     assert after.tolist() == [[6, 2, 4], [6, 3, 5], [6, 4, 5], [6, 2, 5]]
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ar_unified.language.document import CodesPart, Document, TextPart
+from ar_unified.language.document import CodesPart, Document, TextPart, TokensPart
 from ar_unified.model.transformer import Transformer, init
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
-from ar_unified.sampling.request import Request, TokensPart
+from ar_unified.sampling.request import Request
 from tests.sampling.tiny import CONFIG, GRAMMARS, random_params
 
 GREEDY = dict(text=Filter(0.0), image=Filter(0.0))
@@ -72,7 +72,7 @@ def forward_logits(params, tokens):
 def _few_programs(monkeypatch):
     """Compiling is what these tests wait for: one bucket of prompts and one length of cache."""
     monkeypatch.setattr("ar_unified.sampling.engine._SMALLEST", 64)
-    monkeypatch.setattr("ar_unified.sampling.plan._PARTS", (1,))
+    monkeypatch.setattr("ar_unified.sampling.plan._SHARES", (1,))
 
 
 def watch(first, contexts):
@@ -99,13 +99,13 @@ def contexts_of(grammar, plan, tokens):
     """What each context of a request has read when its sample so far is `tokens`; written out once more."""
     v, request = grammar.vocabulary, plan.request
     own = np.concatenate([plan.prompt, tokens])
-    begins = np.flatnonzero(own == v.boi)
+    begins = np.flatnonzero(own == v.control("boi"))
     at_hand = own[begins[-1] :] if len(begins) else own[:0]
     bases = {
-        "empty_prompt": [v.bos, v.eot],
+        "empty_prompt": [v.bos, v.control("eot")],
         "bos_boi": [v.bos],
         "from_boi": [],
-        "negative_prompt": [v.bos, *grammar.text_codec.encode(request.negative_prompt), v.eot],
+        "negative_prompt": [v.bos, *grammar.text_codec.encode(request.negative_prompt), v.control("eot")],
     }
     pictures = own[own >= v.text_size]
     wanted = [request.context, "image_only"][: len(plan.prefixes) - 1]
@@ -231,9 +231,11 @@ def test_scores_are_those_of_the_forward(params):
     ask = Request("ask", (TextPart("ab"),), turn=False), (TextPart("cd"),)
     answered = Request("ask", (TextPart("ab"),)), (TokensPart((3, 4, 5)),)
     found = engine(grammar, params).score([pair, plain, ask, answered])
-    whole = [grammar.encode(pair), grammar.encode(plain)]
+    whole = [grammar.encode(pair).tokens, grammar.encode(plain).tokens]
     whole += [np.array([grammar.vocabulary.bos, 0, 1, 2, 3, grammar.vocabulary.eos])]
-    whole += [np.array([grammar.vocabulary.bos, 0, 1, grammar.vocabulary.eot, 3, 4, 5, grammar.vocabulary.eos])]
+    whole += [
+        np.array([grammar.vocabulary.bos, 0, 1, grammar.vocabulary.control("eot"), 3, 4, 5, grammar.vocabulary.eos])
+    ]
     for score, tokens, counts in zip(found, whole, ([19, 2], [1, 19], [2], [3]), strict=True):
         log_p = np.asarray(jax.nn.log_softmax(forward_logits(params, tokens)))
         own = log_p[np.arange(len(tokens) - 1), tokens[1:]]
@@ -268,7 +270,7 @@ def test_what_goes_on_is_what_follows_the_prompt(params):
     grammar = GRAMMARS["grid"]
     (request,) = (r for r in requests(grammar) if r.id == "go on")
     (sample,) = engine(grammar, params).generate([request])
-    whole = grammar.parse(np.concatenate([grammar.prompt_tokens(request.parts, turn=False), sample.tokens]))
+    whole = grammar.parse(np.concatenate([grammar.prompt(request.turns), sample.tokens]))
     text = "".join(part.text if isinstance(part, TextPart) else "#" for part in whole.parts)
     answer = "".join(part.text if isinstance(part, TextPart) else "#" for part in sample.document.parts)
     assert text == "abc#de" + answer and answer

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ar_unified.language.document import TextPart
-from ar_unified.sampling.request import RequestError, TokensPart
+from ar_unified.language.document import TextPart, TokensPart
+from ar_unified.sampling.request import RequestError
 from ar_unified.sampling.requests import Picture, read_requests
 
 DEFAULTS = {"context": "empty_prompt"}

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ar_unified.language.document import CodesPart, TextPart
+from ar_unified.language.document import CodesPart, TextPart, Turn
 from ar_unified.sampling import engine as engine_module
 from ar_unified.sampling import gallery, plan
 from ar_unified.sampling.bandwidth import MemoryTime
@@ -106,7 +106,7 @@ def test_everything_asked_for_is_there(engine, tmp_path):
     by_id = {row["id"]: row for row in rows}
     assert by_id["ask"]["meta"] == {"of": "grey"} and by_id["ask"]["prompt"][0]["type"] == "image"
     # the pictures are those of the tokens
-    tokens = np.array([*GRAMMARS["grid"].prompt_tokens([TextPart("de")], turn=True), *by_id["dog"]["tokens"]])
+    tokens = np.array([*GRAMMARS["grid"].prompt([Turn("user", (TextPart("de"),))]), *by_id["dog"]["tokens"]])
     (codes,) = [p.codes for p in GRAMMARS["grid"].parse(tokens).parts if isinstance(p, CodesPart)]
     np.testing.assert_array_equal(
         np.asarray(Image.open(tmp_path / "out/images/dog/00_00.png")), Tiles().decode(codes[None])[0]
@@ -309,14 +309,16 @@ def test_a_full_disk_ends_the_job_and_it_goes_on_from_there(engine, tmp_path):
     requests = write_requests(tmp_path / "in", [{"id": f"r{i}", "prompt": "abc"} for i in range(12)])
     run(engine, requests, tmp_path / "whole")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # bytes a file may have: a few lines
+    most = (tmp_path / "whole/manifest.json").stat().st_size + 100
+    assert most < (tmp_path / "whole/samples.jsonl").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))  # bytes a file may have: some lines
     try:
         with pytest.raises(OSError, match="File too large"):
             run(engine, requests, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     left = (tmp_path / "out/samples.jsonl").read_bytes()
-    assert len(left) == 1000 and not left.endswith(b"\n")  # torn
+    assert len(left) == most and not left.endswith(b"\n")  # torn
     report = run(engine, requests, tmp_path / "out")
     assert 0 < report.found < 12 and tree(tmp_path / "out") == tree(tmp_path / "whole")
 
@@ -349,7 +351,7 @@ def test_a_canvas_is_kept_where_its_mask_is_black(engine, tmp_path):
             self.__dict__.update(engine.__dict__)
 
         def draw(self, samples):
-            prepared.update((request.id, request) for request, _ in samples)
+            prepared.update((plan.request.id, plan.request) for plan, _ in samples)
             return iter(())
 
     run(Asked(), requests, tmp_path / "out")
@@ -410,3 +412,12 @@ def test_the_least_time_is_weights_and_cache_over_bandwidth(engine):
     weights = sum(leaf.size for leaf in jax.tree.leaves(engine.params)) * 4 * 10 / 3  # three samples at once
     cache = 2 * 55 * (2 * 2 * 2 * 8 * 4)  # positions seen, times keys and values of 2 layers, 2 heads, 8 float32
     np.testing.assert_allclose(least.seconds, (weights + cache) / 1e9)
+
+
+def test_a_request_is_planned_once(engine, tmp_path, monkeypatch):
+    planned = []
+    monkeypatch.setattr(engine, "plan", lambda request: planned.append(request.id) or Engine.plan(engine, request))
+    rows = [{"id": f"r{i}", "prompt": "de", "image_size": [8, 12], "n": 2} for i in range(5)]
+    path = write_requests(tmp_path / "in", rows)
+    report = run_job(engine, Tiles(), path, tmp_path / "out", show_progress=False)
+    assert report.samples == 10 and sorted(planned) == [row["id"] for row in rows]

@@ -38,11 +38,15 @@ def read(folder, rows):
 
 def said(line):
     """Id, settings and content of a line, pictures by their grey."""
-    content = [int(part.load()[0, 0, 0]) if isinstance(part, Picture) else part for part in line.content]
-    return line.id, line.request, content
+
+    def shown(parts):
+        return [int(part.load()[0, 0, 0]) if isinstance(part, Picture) else part for part in parts]
+
+    history = [(turn.speaker, shown(turn.parts)) for turn in line.history]
+    return line.id, line.request, shown(line.content), history
 
 
-def test_a_conversation_is_one_prompt_in_reading_order(tmp_path):
+def test_a_conversation_is_its_turns(tmp_path):
     (tmp_path / "a b.png").write_bytes(png(9))
     messages = [
         {"role": "system", "content": "Be brief."},
@@ -57,13 +61,17 @@ def test_a_conversation_is_one_prompt_in_reading_order(tmp_path):
     ]  # fmt: skip
     body = {"messages": messages, "max_completion_tokens": 7, "temperature": 0.5, "top_p": 0.9, "stop": "x", "seed": 3}
     ours = {"id": "q-1", "max_tokens": 7, "text": {"temperature": 0.5, "top_p": 0.9}, "stop": ["x"], "seed": 3}
-    ours |= {"content": [
-        {"type": "text", "text": "Be brief.\n\nWhich?"}, {"type": "image", "image": URL},
-        {"type": "image", "image": "a b.png"}, {"type": "text", "text": "Grey.\n\nSure?"},
+    which = [{"type": "text", "text": "Which?"}, {"type": "image", "image": URL}, {"type": "image", "image": "a b.png"}]
+    ours |= {"messages": [
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": which},
+        {"role": "assistant", "content": "Grey."}, {"role": "user", "content": "Sure?"},
     ]}  # fmt: skip
     theirs, mine = read(tmp_path, [line("q-1", body), ours])[0], read(tmp_path, [ours])[0]
     assert said(theirs) == said(mine)
-    assert said(theirs)[2] == [TextPart("Be brief.\n\nWhich?"), 5, 9, TextPart("Grey.\n\nSure?")]
+    assert said(theirs)[2:] == (
+        [TextPart("Sure?")],
+        [("system", [TextPart("Be brief.")]), ("user", [TextPart("Which?"), 5, 9]), ("assistant", [TextPart("Grey.")])],
+    )
 
 
 def test_what_asks_for_nothing_is_taken_and_settings_are_used(tmp_path):
@@ -106,11 +114,11 @@ def test_what_asks_for_nothing_is_taken_and_settings_are_used(tmp_path):
         (chat("a") | {"method": "GET"}, 'method: expected "POST"'),
         (chat("") | {}, "custom_id: expected a text"),
         (line("a", {"messages": []}), "at least one message"),
-        (line("a", {"messages": [{"role": "tool", "content": "x"}]}), "body.messages 0: expected one of the roles"),
-        (line("a", {"messages": [{"role": "user"}]}), "body.messages 0: expected content"),
+        (line("a", {"messages": [{"role": "tool", "content": "x"}]}), "messages 0: expected one of the roles"),
+        (line("a", {"messages": [{"role": "user"}]}), "messages 0: content: expected a text or a list of parts"),
         (line("a", {"messages": [{"role": "assistant", "tool_calls": [{}]}]}), "there are no tools"),
-        (chat("a", [{"type": "input_audio"}]), "part 0: expected type 'text'"),
-        (chat("a", [{"type": "image_url", "image_url": {"url": 3}}]), "expected the name of a picture file"),
+        (chat("a", [{"type": "input_audio"}]), 'content 0: expected type "text"'),
+        (chat("a", [{"type": "image_url", "image_url": {"url": 3}}]), "expected a reference to an image"),
         (line("a", {"input": "x"}, "/v1/embeddings"), "expected /v1/chat/completions or /v1/images/generations"),
         (line("a", {"prompt": "x", "size": "big"}, IMAGES), "body.size"),
         (line("a", {"prompt": "x", "size": "13x8"}, IMAGES), "multiples of 4"),
@@ -200,7 +208,9 @@ def test_the_answers_are_in_openai_s_format(engine, tmp_path):  # noqa: F811
     # An answer may stand in a later conversation as it is.
     later = [{"role": "assistant", "content": parts}, {"role": "user", "content": "h"}]
     (again,) = read(tmp_path, [line("later", {"messages": later})])
-    assert not again.error and sum(isinstance(part, Picture) for part in again.content) == len(pictures)
+    assert not again.error and sum(isinstance(part, Picture) for turn in again.history for part in turn.parts) == len(
+        pictures
+    )
 
 
 def test_the_answers_are_the_same_after_a_kill_and_on_more_processes(engine, tmp_path):  # noqa: F811

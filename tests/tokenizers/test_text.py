@@ -108,7 +108,7 @@ SPELLED = [*(f"<{name}>" for name in CONTROLS), "<s>", "</s>", "<unk>", "<0x0A>"
 def test_text_never_spells_a_control_token(tokenizer, text):
     vocabulary = Vocabulary(tokenizer.size, codebook_size=4, text_hash=tokenizer.hash)
     grammar = Grammar(vocabulary, fixed_grid(1, 1), tokenizer)
-    bos, *inside, eos = grammar.encode(Document.of((TextPart(text),)))
+    bos, *inside, eos = grammar.encode(Document.of((TextPart(text),))).tokens
     assert (bos, eos) == (vocabulary.bos, vocabulary.eos)
     assert set(vocabulary.role(np.array(inside)).tolist()) == {Role.TEXT}
     assert grammar.parse(np.array([bos, *inside, eos])).parts == (TextPart(text),)

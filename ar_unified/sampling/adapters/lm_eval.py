@@ -12,9 +12,9 @@ from typing import Any
 
 from lm_eval.api.model import LM
 
+from ar_unified.language.document import TokensPart
 from ar_unified.sampling.adapters.model import Model
 from ar_unified.sampling.engine import Engine
-from ar_unified.sampling.request import TokensPart
 
 
 class EngineLM(LM):

@@ -12,12 +12,13 @@ import numpy as np
 from PIL import Image
 
 from ar_unified.data.images import ImageCodec, to_rgb
-from ar_unified.data.prepare import default_resize
-from ar_unified.language.document import CodesPart, Part, TextPart
+from ar_unified.data.sizes import default_resize
+from ar_unified.language.document import CodesPart, Part, TextPart, TokensPart
 from ar_unified.language.reading import GrammarError
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
-from ar_unified.sampling.request import Request, RequestError, TokensPart
+from ar_unified.sampling.plan import prompt_tokens
+from ar_unified.sampling.request import Request, RequestError
 from ar_unified.sampling.score import pieces
 
 _BUDGET = ("max_new_tokens", "max_gen_toks", "max_tokens")  # what the harnesses call it
@@ -117,10 +118,11 @@ class Model:
             )
             budget = next((settings[key] for key in _BUDGET if settings.get(key)), self.max_tokens)
             try:
-                room = self.engine.max_length - len(self.engine.plan(request).prompt)
-                request = replace(request, max_tokens=min(int(budget) + 1, room))  # ours counts <eos>
+                room = self.engine.max_length - len(prompt_tokens(self.engine.grammar, request))
+                if room > 0:
+                    request = replace(request, max_tokens=min(int(budget) + 1, room))  # ours counts <eos>
             except (RequestError, GrammarError):
-                pass  # the engine says so with the sample
+                pass  # the engine says so with the sample, as of a prompt that leaves no room
             yield request
 
 

@@ -68,14 +68,6 @@ class AdversaryConfig:
             if not getattr(self, name) >= 0:  # also where it is not a number
                 raise ValueError(f"adversary: {name} must be 0 or more, got {getattr(self, name)}")
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> AdversaryConfig:
-        """Raises ValueError naming the keys that are no field."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise ValueError(f"an AdversaryConfig has no {unknown}; it has {known}")
-        return cls(**values)
-
     def _discriminator(self, rngs: nnx.Rngs) -> Discriminator:
         if self.kind == "none":
             raise ValueError('this adversary is of kind "none" and has no discriminator: ask for "patch" or "style"')

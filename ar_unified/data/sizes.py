@@ -1,0 +1,17 @@
+"""The size that pictures get so that a layout can write them."""
+
+from __future__ import annotations
+
+from ar_unified.data.images import Cells, Resize
+from ar_unified.language.syntax import ImageLayout
+
+
+def default_resize(layout: ImageLayout, tokenizer: Cells) -> Resize:
+    """The resize a layout implies, as an experiment's config makes both: one size crops; many keep the aspect, at the
+    area of an image of half the layout's sides (`Resize.largest`)."""
+    factor = tokenizer.factor * layout.units[0]
+    height, width = (side * factor for side in layout.most)
+    if not layout.sized:
+        return Resize("crop", height, width, factor)
+    half_height, half_width = (max(1, side // 2) * factor for side in layout.most)
+    return Resize("aspect", half_height, half_width, factor, height, width)
