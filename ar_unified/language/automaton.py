@@ -382,6 +382,7 @@ class Automaton:
         digits, number_ends, number_end = None, jnp.zeros_like(parts), jnp.zeros_like(state.phase)
         if syntax.digits:
             number = jnp.where(is_height, state.height, state.width)
+            most = jnp.maximum(most, number)  # a prompt may have said more than the budget holds
             digits = jnp.stack([header & _extends(10 * number + d, least, most) for d in range(10)], axis=1)
             number_ends = header & (number >= least) & (number <= most)
             number_end = jnp.where(is_height, syntax.separator, syntax.start[0])

@@ -155,11 +155,11 @@ class Grammar:
 
     def _turns(self, turns: Sequence[Turn]) -> list[Encoded]:
         v, marks = self.vocabulary, self.layout.record.turns
+        if isinstance(marks, TurnTemplate) and turns[0].speaker != "document":
+            turns = _spelled(turns, marks)
         pieces = [self._marked([v.control(self.layout.record.begin)], Role.CONTROL, turns[0])]
         pieces[0].marks[:1] |= encoded.TURN
         at = 0
-        if isinstance(marks, TurnTemplate) and turns[0].speaker != "document":
-            turns = _spelled(turns, marks)
         for i, turn in enumerate(turns):
             said = [self._part(at + j, part, turn) for j, part in enumerate(turn.parts)]
             at += len(turn.parts)

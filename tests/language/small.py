@@ -83,7 +83,7 @@ def sides(layout):
     return [(a, b, unit) for a, b, unit in zip(least, (layout.height, layout.width), layout.units, strict=True)]
 
 
-UNICODE = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+UNICODE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), min_size=1, max_size=12)
 LATIN = st.text(st.characters(max_codepoint=255), min_size=1, max_size=4)
 LETTER = st.text(st.sampled_from(LETTERS.pieces), min_size=1, max_size=5)
 

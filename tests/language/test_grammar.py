@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ar_unified.language.automaton import DONE, Opened
+from ar_unified.language.automaton import DONE, PARTS, Opened
 from ar_unified.language.document import CodesPart, Document, ImagePart, TextPart, Turn
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.layouts import LAYOUTS
@@ -67,6 +67,16 @@ def test_parse_is_the_inverse_of_encode(kind, depth, data):
     said = document if marked(kind) else told(document, layout.record.turns)
     assert grammar.parse(found.tokens) == said
     assert grammar.breaks_off(found.tokens) == (len(found), Opened(DONE))
+    for cut in data.draw(st.lists(st.integers(1, len(found)), max_size=5)):
+        before = grammar.breaks_off(found.tokens[:cut])  # any piece from the front is a prompt
+        assert (
+            before.begin == cut
+            if before.opened.phase in (PARTS, DONE) and not before.opened.written
+            else before.begin < cut
+        )
+        assert (
+            before.begin == cut or before.begin in found.images or found.tokens[before.begin] == grammar.syntax.open[0]
+        )
 
     # Roles, speakers and what is learned, of each turn and each image.
     pictures = [part.codes.shape for part in document.parts if isinstance(part, CodesPart)]
