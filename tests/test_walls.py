@@ -29,8 +29,8 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("language", "history", "metrics", "kernels", "parallel"),
     ),
     (
-        "stages on disk; pictures, and files that stay in their folder: for datasets and for requests alike",
-        ("workdir", "data.images", "data.files"),
+        "stages on disk; pictures and files that stay in their folder, for datasets and requests; a batch's fields",
+        ("workdir", "data.images", "data.files", "data.batch"),
     ),
     (
         "the size that a picture gets: likewise",
@@ -67,7 +67,6 @@ LINES, FUNCTION_LINES = 450, 80
 LONG_FUNCTIONS = {
     "ar_unified/training/loop.py: fit",  # read once from top to bottom
     "ar_unified/data/prepare.py: prepare",  # until it writes turns
-    "ar_unified/experiment/config.py: defaults",  # a table of keys
 }
 
 
