@@ -25,13 +25,12 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("manifests",),
     ),
     (
-        "what a sequence may say, what a batch holds, what has changed, what was measured, how devices compute: each "
-        "on its own",
-        ("language", "data.batch", "history", "metrics", "kernels", "parallel"),
+        "what a sequence may say, what has changed, what was measured, how devices compute: each on its own",
+        ("language", "history", "metrics", "kernels", "parallel"),
     ),
     (
-        "stages on disk; pictures, and files that stay in their folder: for datasets and for requests alike",
-        ("workdir", "data.images", "data.files"),
+        "stages on disk; pictures and files that stay in their folder, for datasets and requests; a batch's fields",
+        ("workdir", "data.images", "data.files", "data.batch"),
     ),
     (
         "the size that a picture gets: likewise",
@@ -63,7 +62,6 @@ ROOMS = {room: level for level, (_, rooms) in enumerate(LAYERS) for room in room
 LINES, FUNCTION_LINES = 450, 80
 LONG_FUNCTIONS = {
     "ar_unified/training/loop.py: fit",  # read once from top to bottom
-    "ar_unified/experiment/config.py: defaults",  # a table of keys
 }
 
 

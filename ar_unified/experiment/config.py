@@ -51,6 +51,13 @@ def defaults() -> ConfigDict:
     config.seed = 0
     config.checkpoint_folder = ""  # of the transformer, e.g. gs://bucket/run; "": model/checkpoints in the workdir
 
+    _add_data_and_tokenizers(config)
+    _add_training(config)
+    _add_sampling_and_evaluation(config)
+    return config
+
+
+def _add_data_and_tokenizers(config: ConfigDict) -> None:
     # Documents: tuples of dicts for ar_unified.data.sources.open_source, each with its `weight` in the mixture.
     config.data = ConfigDict()
     config.data.train = ()
@@ -85,6 +92,8 @@ def defaults() -> ConfigDict:
     config.image_tokenizer.short_side = 0  # of the pictures that are cropped; 0: 5/4 of the crop
     config.image_tokenizer.mirror = False  # half of them left to right
 
+
+def _add_training(config: ConfigDict) -> None:
     config.model = model("2m")
 
     config.loss = ConfigDict(_fields(TransformerTask, ("z_loss", "chunk")))
@@ -109,6 +118,8 @@ def defaults() -> ConfigDict:
 
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, context=1))  # -1: the devices left over
 
+
+def _add_sampling_and_evaluation(config: ConfigDict) -> None:
     config.sampling = ConfigDict()
     config.sampling.checkpoint = "last"  # of the trained model, for samples and evaluation: last | best
     config.sampling.batch_size = 64  # in each process; a multiple of the devices that split rows
@@ -126,7 +137,6 @@ def defaults() -> ConfigDict:
     config.evaluation.lpips_file = ""  # weights for the tokenizer's LPIPS; "": no such number
     config.evaluation.inception_file = ""  # and for its rFID
     config.evaluation.bars = ConfigDict()  # by metric, what it should reach: shown in the report
-    return config
 
 
 def _fields(kind: type, only: Collection[str] = (), without: Collection[str] = (), **changes: Any) -> dict[str, Any]:
