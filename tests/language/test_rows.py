@@ -165,6 +165,16 @@ def test_messages_in_openai_s_form():
     assert read({"role": "user", "content": "a"}, {"role": "assistant", "content": None}).answer == ()
 
 
+def test_before_a_greeting_the_user_says_nothing():
+    hello = {"role": "assistant", "content": "b"}
+    assert read(hello) == conversation(("user",), ("assistant", (B,)))
+    system = {"role": "system", "content": "a"}
+    greeted = conversation(("system", (A,)), ("user",), ("assistant", (B,)))
+    assert read(system, hello) == greeted
+    asked = read(system, hello, {"role": "user", "content": "a"}, hello)
+    assert asked.turns == (*greeted.turns, Turn("user", (A,)), Turn("assistant", (B,)))
+
+
 def test_a_weight_says_what_is_learned():
     found = read(
         {"role": "user", "content": "a", "weight": 1},
@@ -205,14 +215,18 @@ USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content"
         ([USER, {**ANSWER, "tool_calls": [{"id": 1}]}], "bad_row", "messages 1: .*tool_calls"),
         ([USER, {**ANSWER, "audio": {"id": 1}}], "bad_row", "audio"),
         ([USER, {**ANSWER, "weight": 0.5}], "bad_row", "weight 0 or 1, found 0.5"),
-        ([{"role": "user", "content": None}, ANSWER], "bad_row", "messages 0: part: expected a text or a list"),
-        ([{"role": "user", "content": [{"type": "video"}]}, ANSWER], "bad_row", "messages 0: part 0: expected type"),
+        ([{"role": "user", "content": None}, ANSWER], "bad_row", "messages 0: content: expected a text or a list"),
+        ([{"role": "user", "content": [{"type": "video"}]}, ANSWER], "bad_row", "messages 0: content 0: expected type"),
         ([{"role": "user", "content": [{"type": "tokens", "ids": [1]}]}, ANSWER], "bad_row", "expected type"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, ANSWER], "bad_row", "to an image"),
-        ([{"role": "user", "content": [{"type": "text", "text": 3}]}, ANSWER], "bad_text", "part 0: expected a string"),
-        ([{"role": "user", "content": [{"type": "text", "text": ""}]}, ANSWER], "empty_text", "part 0"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": 3}]}, ANSWER],
+            "bad_text",
+            "content 0: expected a string",
+        ),
+        ([{"role": "user", "content": [{"type": "text", "text": ""}]}, ANSWER], "empty_text", "content 0"),
         ([USER], "bad_turns", "found user"),
-        ([ANSWER, USER], "bad_turns", "found assistant, user"),
+        ([ANSWER, USER], "bad_turns", "found user, assistant, user"),
         ([USER, ANSWER, {"role": "system", "content": "a"}, USER, ANSWER], "bad_turns", "by turns"),
         ([USER, {**ANSWER, "weight": 0}, ANSWER], "bad_turns", "by turns"),  # of two kinds, so not one turn
     ],
@@ -235,7 +249,7 @@ def test_ids_are_parts_of_a_request_alone():
     assert read_parts(parts, image, "prompt", tokens=True) == [TokensPart((1, 2)), ("r", "prompt 1"), A]
     assert read_parts("a", image, "prompt") == [A]
     (turn,) = read_messages([{"role": "user", "content": parts}], image, tokens=True)
-    assert turn == ("user", [TokensPart((1, 2)), ("r", "messages 0: part 1"), A], None)
+    assert turn == ("user", [TokensPart((1, 2)), ("r", "messages 0: content 1"), A], None)
     for ids in ([], [True], [1.0], "12", None):
         with pytest.raises(DocumentError, match="prompt 0: expected ids, a list of whole numbers"):
             read_parts([{"type": "tokens", "ids": ids}], image, "prompt", tokens=True)
