@@ -13,7 +13,7 @@ import hashlib
 import re
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,11 +158,7 @@ def prepare(
         for source, items, place, number in missing:
             with shards.ShardWriter(place, number) as shard:
                 encoder = _Encoder(grammar, image_tokenizer, resize, batch_size)
-                for i, item in read(source, items, workers):
-                    for ready in encoder.add(i, item):
-                        _write(shard, ready, grammar, max_tokens, source.reversible)
-                    bar.update()
-                for ready in encoder.finish():
+                for ready in encoder.run(read(source, items, workers), bar.update):
                     _write(shard, ready, grammar, max_tokens, source.reversible)
     report = Report({name: _count(folder / name, len(parts), len(source)) for name, source, parts in ranges})
     if lost := [name for name, source in report.sources.items() if not source.documents and not may_be_lost]:
@@ -292,7 +288,16 @@ class _Encoder:
         self._waiting: dict[tuple[int, ...], dict[bytes, np.ndarray]] = {}  # by size
         self._items: deque[_Item] = deque()
 
-    def add(self, number: int, item: Document | BadItem) -> Iterator[_Item]:
+    def run(self, items: Iterable[tuple[int, Document | BadItem]], taken: Callable[[], Any]) -> Iterator[_Item]:
+        """All items as they become ready; `taken` is called after each that was read."""
+        for number, item in items:
+            yield from self._add(number, item)
+            taken()
+        while self._waiting:
+            self._encode(next(iter(self._waiting)))
+        yield from self._ready()
+
+    def _add(self, number: int, item: Document | BadItem) -> Iterator[_Item]:
         """Takes an item; yields those that are ready."""
         if isinstance(item, BadItem):
             self._items.append(_Item(number, None, item))
@@ -302,12 +307,6 @@ class _Encoder:
             without = item.changed(lambda part: _PICTURE if isinstance(part, ImagePart) else part)
             self._items.append(_Item(number, without, None, digests))
         if sum(map(len, self._waiting.values())) > 8 * self._batch_size:  # many sizes: the first in line goes
-            self._encode(next(iter(self._waiting)))
-        yield from self._ready()
-
-    def finish(self) -> Iterator[_Item]:
-        """Yields all that is left."""
-        while self._waiting:
             self._encode(next(iter(self._waiting)))
         yield from self._ready()
 
