@@ -88,9 +88,14 @@ class Vocabulary:
         return self.size_offset + self.max_side
 
     @property
+    def used(self) -> int:
+        """Number of ids without the reserved ones, which stand behind them."""
+        return self.image_offset + self.codebook_size
+
+    @property
     def size(self) -> int:
         """Number of ids, reserved ones included: the width of the embedding table and of the logits."""
-        return -(-(self.image_offset + self.codebook_size) // _ALIGNMENT) * _ALIGNMENT
+        return -(-self.used // _ALIGNMENT) * _ALIGNMENT
 
     def role(self, ids: Any) -> Any:
         """The Role of every id, int32 of the same shape; numpy in, numpy out; traced jax arrays likewise.

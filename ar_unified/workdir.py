@@ -38,8 +38,7 @@ def whole(path: str | Path) -> Iterator[IO[bytes]]:
     """A file to write to that appears when the block ends without an error, or not at all. Raises OSError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Processes of other hosts may have the same number.
-    unfinished = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{_UNFINISHED}")
+    unfinished = _unfinished(path)
     try:
         with open(unfinished, "wb") as file:
             yield file
@@ -48,11 +47,40 @@ def whole(path: str | Path) -> Iterator[IO[bytes]]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)  # the new name is on disk only when its folder is
+    _sync(path.parent)
+
+
+@contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to fill that appears when the block ends without an error, or not at all.
+
+    Raises FileExistsError where something is there already, be it put there meanwhile; OSError.
+    """
+    path = Path(os.path.abspath(path))
+    if os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
+        raise FileExistsError(errno.EEXIST, "something is there already, which is never written over", str(path))
+    unfinished = _unfinished(path)
+    unfinished.mkdir(parents=True)
     try:
-        os.fsync(folder)
+        yield unfinished
+        os.rename(unfinished, path)  # which fails where there is more than an empty folder
     finally:
-        os.close(folder)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    _sync(path.parent)
+
+
+def _unfinished(path: Path) -> Path:
+    """What is called so until it is whole. Processes of other hosts may have the same number."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{_UNFINISHED}")
+
+
+def _sync(folder: Path) -> None:
+    """Puts new names on disk, where they are only when their folder is."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:

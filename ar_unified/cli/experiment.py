@@ -38,8 +38,8 @@ from ar_unified.grammar import TEXT_ALONE, Grammar
 from ar_unified.history import Changeable
 from ar_unified.interrupts import Preempted
 from ar_unified.model.config import TransformerConfig, config_from, parameter_count
-from ar_unified.model.transformer import init, logical_axes
-from ar_unified.parallel import rules, runtime
+from ar_unified.model.transformer import abstract_params
+from ar_unified.parallel import runtime
 from ar_unified.parallel.mesh import decoding_axes, make_mesh
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
@@ -350,13 +350,7 @@ class Experiment:
         """The trained transformer's parameters, where decoding wants them, without the optimizer's state."""
         folder, mesh = self.workdir.model, self.decoding_mesh
         self._require((folder / "done.json").exists(), folder / "done.json", "train")
-        target = None  # one device
-        if mesh is not None:
-            shapes = jax.eval_shape(functools.partial(init, self.model), jax.random.key(0))
-            placement = rules.shardings(mesh, logical_axes(shapes), shapes)
-            target = jax.tree.map(
-                lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, placement
-            )
+        target = None if mesh is None else abstract_params(self.model, mesh)  # None: one device
         step = None if self.config.sampling.checkpoint == "last" else self.checkpoint
         return restore_params(self.checkpoint_folder, target, step=step, manifest=self.grammar.manifest())
 

@@ -86,6 +86,9 @@ CHOICES = {
     "context": ("gather", "ring"),
 }
 
+# What a training or a machine chooses: weights are right with any of them.
+RUNTIME = ("dropout", "scan_layers", "remat", "attention", "context")
+
 
 def _sizes(d_model: int, n_layers: int, n_heads: int, n_kv_heads: int, head_dim: int, d_mlp: int, **more: Any) -> dict:
     return dict(
