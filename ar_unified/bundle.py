@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import hashlib
 import json
 import re
@@ -42,7 +41,7 @@ from safetensors.numpy import save
 from ar_unified.data.files import FileError, Folder
 from ar_unified.errors import UserError, in_words, nearest
 from ar_unified.grammar import Grammar
-from ar_unified.model.config import RUNTIME, TransformerConfig
+from ar_unified.model.config import TransformerConfig, decisive
 from ar_unified.model.transformer import Params, abstract_params
 from ar_unified.vocabulary import manifest_hash
 from ar_unified.workdir import whole_folder, write_bytes, write_json, write_text
@@ -95,7 +94,11 @@ def write(
     """
     try:
         with whole_folder(folder) as here:
-            sections = {"model": model_settings(config), "data": dict(data), "sampling": dict(sampling)}
+            sections = {
+                "model": decisive(config) | {"dtype": config.dtype},
+                "data": dict(data),
+                "sampling": dict(sampling),
+            }
             write_json(here / CONFIG, sections)
             write_json(here / LANGUAGE, grammar.manifest())
             text_tokenizer.save(here / TEXT)
@@ -138,11 +141,6 @@ def named(params: Params) -> dict[str, Any]:
     return dict(sorted((jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves))
 
 
-def model_settings(config: TransformerConfig) -> dict[str, Any]:
-    """The fields that say what the weights are, and the dtype they are computed with."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in RUNTIME}
-
-
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -179,6 +177,15 @@ class Bundle:
         """sha256 of what it is: the same for the same weights, tokenizers, language and settings."""
         return manifest_hash({name: digest for name, (_, digest) in self._files.items()})
 
+    @property
+    def size(self) -> int:
+        """Bytes of all its files but the card."""
+        return sum(size for size, _ in self._files.values())
+
+    @property
+    def has_images(self) -> bool:
+        return _IMAGE[0] in self._files
+
     @cached_property
     def sections(self) -> dict[str, dict[str, Any]]:
         """config.json: "model", "data" and "sampling"."""
@@ -206,7 +213,7 @@ class Bundle:
 
     def image_tokenizer(self, batch_size: int = 64) -> ImageTokenizer | None:
         """None: there is text alone. batch_size: images in one call of it."""
-        if _IMAGE[0] not in self._files:
+        if not self.has_images:
             return None
         for name in _IMAGE:
             self._read(name)
@@ -225,7 +232,7 @@ class Bundle:
             raise self._error(
                 LANGUAGE, f"expected {self.config.vocab_size} ids, as {CONFIG} has, found {vocabulary.size}"
             )
-        if bool(vocabulary.codebook_size) != (_IMAGE[0] in self._files):
+        if bool(vocabulary.codebook_size) != self.has_images:
             raise self._error(LANGUAGE, f"expected image codes where there is an {IMAGE}, and none without")
         return grammar
 

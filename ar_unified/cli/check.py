@@ -43,6 +43,7 @@ from ar_unified.sampling.engine import KV_DTYPES, ways_of
 from ar_unified.sampling.request import CONTEXTS
 from ar_unified.training import optimizer
 from ar_unified.training.tasks import wrong_weights
+from ar_unified.vocabulary import require_same
 
 if TYPE_CHECKING:
     from ar_unified.cli.experiment import Experiment
@@ -275,6 +276,38 @@ def _check_files(config: ConfigDict, problems: _Problems, stages: Collection[str
             if config.evaluation[key]:
                 with problems.of(f"evaluation.{key}"):
                     check_file(config.evaluation[key], shapes)
+
+
+# ---- the bundle that a training begins with ---------------------------------------------------------------------
+
+
+def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> None:
+    """Raises UserError with every key of the config that says something else than `config.init` has."""
+    if not {"text_tokenizer", "image_tokenizer", "data", "model"} & set(stages) or experiment.bundle is None:
+        return
+    config, bundle, problems = experiment.config, experiment.bundle, _Problems()
+    text, image = bundle.text_tokenizer, bundle.image_tokenizer()
+    theirs = {"model": model_config.decisive(bundle.config)}
+    if image is not None:
+        theirs["image_tokenizer"] = configs.plain(dataclasses.asdict(image.config))
+    elif config.image_tokenizer.steps:
+        problems.say("image_tokenizer.steps", "expected 0, as the bundle in config.init is of text alone")
+    for section, fields in theirs.items():
+        for name, value in fields.items():
+            if name in config[section] and (found := configs.plain(config[section][name])) != value:
+                problems.say(
+                    f"{section}.{name}", f"expected {value!r}, as the bundle in config.init has; found {found!r}"
+                )
+    if config.text_tokenizer.model:
+        problems.say("text_tokenizer.model", "expected none beside config.init, whose bundle has one")
+    if text.losses and config.text_tokenizer.lossy == "refuse":
+        problems.say(
+            "text_tokenizer.lossy", f"expected 'warn', as the bundle's text tokenizer loses text: {text.losses[0]}"
+        )
+    problems.end()
+    ours = settings.grammar(config, text, image).manifest()
+    where = dict(expected_from=f"config.init={bundle.folder}", found_from="this config")
+    require_same(bundle.language, ours, **where)
 
 
 # ---- the devices that are here ----------------------------------------------------------------------------------

@@ -25,16 +25,17 @@ from ar_tokenizers.text import TextTokenizer
 from ml_collections import ConfigDict
 
 from ar_unified import history
+from ar_unified.bundle import Bundle
 from ar_unified.checkpoint import restore_params
 from ar_unified.cli import config as configs
 from ar_unified.cli import settings
 from ar_unified.cli.changes import Training, changeable, require_extensible, said
-from ar_unified.cli.check import STAGES, check, check_devices, check_sources
+from ar_unified.cli.check import STAGES, check, check_bundle, check_devices, check_sources
 from ar_unified.data.images import NoImages, Resize
 from ar_unified.data.items import has_pictures
 from ar_unified.data.sources import EmptySplit, Source, open_source
 from ar_unified.errors import UserError, about
-from ar_unified.grammar import TEXT_ALONE, Grammar
+from ar_unified.grammar import Grammar
 from ar_unified.history import Changeable
 from ar_unified.interrupts import Preempted
 from ar_unified.model.config import TransformerConfig, config_from, parameter_count
@@ -44,7 +45,6 @@ from ar_unified.parallel.mesh import decoding_axes, make_mesh
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
 from ar_unified.training import goodput
-from ar_unified.vocabulary import Vocabulary
 from ar_unified.workdir import Stage, StageMismatch, Workdir, read_history, read_json, write_json
 
 _ALONE = 14 * 86400.0  # seconds that others wait for a stage of process 0: as long as it lives
@@ -55,9 +55,12 @@ def open_experiment(
 ) -> Experiment:
     """The experiment of a command line, with the other processes of its job, checked for what is to be done.
 
-    stages: of STAGES, those that follow; "requests" and "pictures" for a person's own ones, which need no sources.
+    stages: of STAGES, those that follow; "requests", "pictures" and "export" for those which need no sources.
     """
-    config = configs.load(arguments.config, overrides)
+    if arguments.config is None:  # of the verbs that can do without
+        config = configs.recorded(Path(arguments.workdir) / "config.json", overrides)
+    else:
+        config = configs.load(arguments.config, overrides)
     check(config, stages)
     logs = Path(arguments.workdir) / "logs"
     runtime.start(
@@ -77,8 +80,9 @@ def open_experiment(
         runtime.barrier("config")
         if not first:
             experiment.workdir.await_file(logs / "asked.json", asked)
+    check_bundle(experiment, stages)
     check_devices(experiment, stages)
-    if first and not {"requests", "pictures"} & set(stages):
+    if first and not {"requests", "pictures", "export"} & set(stages):
         check_sources(experiment, stages)
     runtime.barrier("checked", timeout=_ALONE)  # process 0 may have built a dataset
     return experiment
@@ -267,7 +271,13 @@ class Experiment:
     def resize(self) -> Resize:
         return settings.resize(self.config)
 
-    # ---- tokenizers and grammar -----------------------------------------------------------------------------------
+    # ---- tokenizers and grammar: trained here, or those of the bundle that the training begins with -----------------
+
+    @cached_property
+    def bundle(self) -> Bundle | None:
+        """What config.init names."""
+        with about("config.init"):
+            return Bundle(self.config.init) if self.config.init else None
 
     @cached_property
     def autoencoder(self) -> AutoencoderConfig:
@@ -288,6 +298,11 @@ class Experiment:
         """
         if self.config.image_tokenizer.steps or (self.workdir.image_tokenizer / "config.json").exists():
             return False
+        done = self.workdir.model / "done.json"
+        if done.exists() and (manifest := read_json(done)["fingerprint"].get("manifest")):
+            return not manifest["codebook_size"]  # it was decided, wherever the sources are now
+        if self.bundle is not None and self.bundle.has_images:
+            return False
         sources = [*self.train, *(source for those in self.held_out.values() for source in those)]
         if pictured := [source.name for source in sources if has_pictures(source)]:
             raise UserError(
@@ -307,15 +322,9 @@ class Experiment:
 
     @cached_property
     def grammar(self) -> Grammar:
-        """The vocabulary that binds the two tokenizers, and how pictures are written in it."""
+        """Of both tokenizers."""
         text, image = self.text_tokenizer, self.image_tokenizer
-        if isinstance(image, NoImages):
-            return Grammar(Vocabulary(text.size, 0, text_hash=text.hash), TEXT_ALONE, text)
-        with about("config.data"):
-            layout = settings.layout(self.config, image.config)
-        side = max(layout.height, layout.width) if layout.sized else 0
-        vocabulary = Vocabulary(text.size, image.codebook_size, side, text.hash, image.hash)
-        return Grammar(vocabulary, layout, text)
+        return settings.grammar(self.config, text, None if isinstance(image, NoImages) else image)
 
     # ---- model ----------------------------------------------------------------------------------------------------
 

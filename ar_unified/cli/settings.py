@@ -12,17 +12,20 @@ from collections.abc import Mapping
 from ar_tokenizers.image.adversary import AdversaryConfig
 from ar_tokenizers.image.config import AutoencoderConfig
 from ar_tokenizers.image.objective import ObjectiveConfig
+from ar_tokenizers.image.tokenizer import ImageTokenizer
+from ar_tokenizers.text import TextTokenizer
 from ml_collections import ConfigDict
 
 from ar_unified.cli import config as configs
 from ar_unified.data.images import Resize
 from ar_unified.data.loader import Phase, require_order
-from ar_unified.errors import UserError, nearest
-from ar_unified.grammar import ImageLayout, fixed_grid, sized_rows
+from ar_unified.errors import UserError, about, nearest
+from ar_unified.grammar import TEXT_ALONE, Grammar, ImageLayout, fixed_grid, sized_rows
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.request import Request
 from ar_unified.training.loop import TrainingConfig
 from ar_unified.training.optimizer import OptimizerConfig
+from ar_unified.vocabulary import Vocabulary
 
 # ---- pictures ---------------------------------------------------------------------------------------------------
 
@@ -59,6 +62,17 @@ def layout(config: ConfigDict, image: AutoencoderConfig) -> ImageLayout:
             "found 'rows', whose pictures could end inside a position"
         )
     return sized_rows(2 * height, 2 * width)  # "aspect" keeps the area: a side may be up to twice that of the square
+
+
+def grammar(config: ConfigDict, text: TextTokenizer, image: ImageTokenizer | None) -> Grammar:
+    """The vocabulary that binds the two tokenizers, and how pictures are written in it; image: None: text alone."""
+    if image is None:
+        return Grammar(Vocabulary(text.size, 0, text_hash=text.hash), TEXT_ALONE, text)
+    with about("config.data"):
+        pictures = layout(config, image.config)
+    side = max(pictures.height, pictures.width) if pictures.sized else 0
+    vocabulary = Vocabulary(text.size, image.codebook_size, side, text.hash, image.hash)
+    return Grammar(vocabulary, pictures, text)
 
 
 def short_side(config: ConfigDict) -> int:
