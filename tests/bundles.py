@@ -19,7 +19,7 @@ from ar_unified.model.config import config_from
 from ar_unified.model.transformer import init
 from ar_unified.vocabulary import Vocabulary
 
-IMAGE = AutoencoderConfig(factor=8, patch=4, width=4, multipliers=(1, 1), blocks=(0, 0), levels=(5, 5))
+IMAGE = AutoencoderConfig(factor=8, patch=4, width=4, multipliers=(1, 1), blocks=(0, 0), levels=(6, 4))
 SENTENCES = [f"A small {colour} star in the top {side}." for colour in ("red", "blue") for side in ("left", "right")]
 DATA = {"image_size": [16, 16], "resize": "crop", "layout": "grid", "max_tokens": 48}
 SAMPLING = {"max_length": 64, "kv_dtype": "", "guidance": 1.0, "context": "empty_prompt"}
@@ -36,7 +36,7 @@ def parts(layout: str = "grid") -> dict[str, Any]:
     else:
         side, how = (0, fixed_grid(2, 2)) if layout == "grid" else (4, sized_rows(4, 4))
         grammar = Grammar(Vocabulary(text.size, image.codebook_size, side, text.hash, image.hash), how, text)
-    config = config_from("debug", vocab_size=grammar.vocabulary.size, qk_norm="rmsnorm", rope_theta=500.0)
+    config = config_from("debug", n_layers=1, vocab_size=grammar.vocabulary.size, qk_norm="rmsnorm", rope_theta=500.0)
     params = jax.tree.map(lambda p: p * 6 if p.ndim > 1 else p, jax.device_get(init(config, jax.random.key(1))))
     data = {"max_tokens": 48} if image is None else DATA
     if layout == "rows":

@@ -238,9 +238,9 @@ class Model:
         if tokens.min() < 0 or tokens.max() >= self.vocabulary.used:
             found = f"{tokens.min()}..{tokens.max()}"
             raise ValueError(f"tokens: expected ids 0..{self.vocabulary.used - 1} of the vocabulary, found {found}")
-        engine = self.engine
-        logits = engine.call(_logits, engine.config, self.vocabulary.used, engine.params, tokens.astype(np.int32))
-        return np.asarray(logits)
+        engine, rows = self.engine, len(tokens)
+        tokens = np.pad(tokens.astype(np.int32), [(0, -rows % ways_of(0, engine.mesh)), (0, 0)])  # a mesh splits rows
+        return np.asarray(engine.call(_logits, engine.config, self.vocabulary.used, engine.params, tokens))[:rows]
 
     def encode(self, document: Document) -> np.ndarray:
         """The document as int32 [n]; pictures may be pixels, of any size. Raises GrammarError."""
