@@ -376,7 +376,8 @@ def check_sources(experiment: Experiment, stages: Collection[str] = STAGES) -> N
         problems.say("data.train", "expected a source, found none")
     else:
         _check_mixture(experiment, problems)
-    if "model" in stages and config.image_tokenizer.steps > 0 and any(map(has_pictures, experiment.train)):
+    images = config.image_tokenizer.steps > 0 or (experiment.bundle is not None and experiment.bundle.has_images)
+    if "model" in stages and images and any(map(has_pictures, experiment.train)):
         _check_room(experiment, problems, stages)
     problems.end()
 

@@ -399,15 +399,15 @@ def begin_with(config: ConfigDict, folder: str) -> None:
     tokenizer = bundle.image_tokenizer()
     sections = {name: _tuples(section) for name, section in bundle.sections.items()}
     del sections["model"]["vocab_size"]
-    if tokenizer is None:
-        config.image_tokenizer.steps = 0
-    else:
+    config.image_tokenizer.steps = 0
+    if tokenizer is not None:
         config.image_tokenizer.update(dataclasses.asdict(tokenizer.config))
     for name, section in sections.items():
         try:
             config[name].update(section)
         except (TypeError, ValueError) as error:  # no bundle of ours has such values
             raise UserError(f"config.{name}: {error}") from error
+    config.training.row_length = max(config.training.row_length, config.data.max_tokens)
 
 
 def whole(name: str, value: str | None) -> int:
