@@ -52,7 +52,8 @@ test-interop: $(INTEROP)/.installed  ## beside torch, transformers, lm-evaluatio
 
 # The GPU kernels emulated, and of every room what meets JAX most.
 COVERING = tests/test_automaton.py tests/test_checkpoint.py tests/data/test_loader.py tests/training/test_loop.py \
-           tests/training/test_step.py tests/sampling/test_decoding.py tests/sampling/test_job.py tests/cli/test_config.py
+           tests/training/test_step.py tests/sampling/test_decoding.py tests/sampling/test_job.py \
+           tests/experiment/test_config.py
 test-py312: $(PY312)/.installed  ## Python 3.12 with the newest JAX
 	$(PY312)/bin/python $(PYTEST) --junitxml=$(RESULTS)/py312-kernels.xml -m newest_jax
 	$(PY312)/bin/python $(PYTEST) --junitxml=$(RESULTS)/py312.xml -m "not slow and not interop" $(COVERING)

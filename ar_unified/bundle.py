@@ -41,9 +41,9 @@ from safetensors.numpy import save
 from ar_unified.data.files import FileError, Folder
 from ar_unified.errors import UserError, in_words, nearest
 from ar_unified.grammar import Grammar
+from ar_unified.manifests import manifest_hash
 from ar_unified.model.config import TransformerConfig, decisive
 from ar_unified.model.transformer import Params, abstract_params
-from ar_unified.vocabulary import manifest_hash
 from ar_unified.workdir import whole_folder, write_bytes, write_json, write_text
 
 VERSION = 1

@@ -23,7 +23,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from ar_unified.errors import RunError, UserError
-from ar_unified.vocabulary import require_same
+from ar_unified.manifests import require_same
 
 _COMMITTED = "commit_success.txt"  # the file that makes a folder of a bucket a checkpoint
 
@@ -191,7 +191,7 @@ class Checkpoints:
           **targets: trees of jax.ShapeDtypeStruct with shardings, for any mesh of any number of processes, and any
             floating dtype (bfloat16 from float32); None: as saved, on this process's first device.
 
-        Raises FileNotFoundError, vocabulary.ManifestMismatch, or CheckpointMismatch.
+        Raises FileNotFoundError, manifests.ManifestMismatch, or CheckpointMismatch.
         """
         step = self._existing(step)
         where = f"checkpoint {self.folder.name}/{step}"

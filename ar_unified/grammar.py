@@ -24,7 +24,8 @@ import numpy as np
 
 from ar_unified.automaton import Automaton
 from ar_unified.document import TASKS, CodesPart, Document, DocumentError, Part, TextPart
-from ar_unified.vocabulary import ManifestMismatch, Role, Vocabulary, require_same
+from ar_unified.manifests import ManifestMismatch, require_same
+from ar_unified.vocabulary import Role, Vocabulary
 
 
 class GrammarError(ValueError):

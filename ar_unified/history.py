@@ -14,14 +14,13 @@ import copy
 import datetime
 import functools
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-DECIDING = ("extended", "branched")  # the kinds without which a result cannot be made again
-ABSENT = "(absent)"  # in place of the value of a field that is not there
+from ar_unified.manifests import Changes, differences, flat
 
-Changes = dict[str, list[Any]]  # {field: [old, new]}
+DECIDING = ("extended", "branched")  # the kinds without which a result cannot be made again
 
 
 @dataclass(frozen=True)
@@ -67,14 +66,6 @@ def divide(
         else:
             kept[key] = value
     return kept, only_cost
-
-
-def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Changes:
-    """The flat fields of two nested mappings that differ, in the order of `ours`."""
-    old, new = dict(flat(theirs)), dict(flat(ours))
-    fields = [*new, *(field for field in old if field not in new)]
-    pairs = {field: [old.get(field, ABSENT), new.get(field, ABSENT)] for field in fields}
-    return {field: [a, b] for field, (a, b) in pairs.items() if a != b}
 
 
 def compare(
@@ -126,15 +117,6 @@ def told(found: Mapping[str, Any]) -> str:
     where = f"at step {found['step']}" if found["step"] is not None else ""
     whence = f"branched from {found['from']}" if "from" in found else ""
     return " ".join(filter(None, (where, whence, changes)))
-
-
-def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted field, value) of everything in nested mappings."""
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from flat(inner, f"{path}.{key}" if path else key)
-    else:
-        yield path, value
 
 
 def _within(field: str, names: Sequence[str]) -> bool:

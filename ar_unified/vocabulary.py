@@ -7,16 +7,14 @@ A token's role follows from the range its id lies in: roles need no table and wo
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
 import numpy as np
 
-from ar_unified.errors import UserError
+from ar_unified.manifests import ManifestMismatch, require_same
 
 VERSION = 1
 CONTROLS = ("pad", "bos", "eos", "eot", "boi", "eoi", "eol")  # eot: end of turn, between prompt and answer
@@ -31,14 +29,6 @@ class Role(IntEnum):
     CONTROL = 2
     SIZE = 3
     IMAGE = 4
-
-
-class ManifestMismatch(UserError):
-    """Two artefacts that do not speak the same vocabulary. `field`: the first that differs, dotted."""
-
-    def __init__(self, field: str, message: str):
-        super().__init__(message)
-        self.field = field
 
 
 @dataclass(frozen=True)
@@ -152,41 +142,3 @@ class Vocabulary:
         here = "this version of ar_unified"
         require_same(vocabulary.manifest(), found, expected_from=here, found_from="manifest")
         return vocabulary
-
-
-# ---- manifests: plain dicts, compared field by field ---------------------------------------------
-
-
-def manifest_hash(manifest: Mapping[str, Any]) -> str:
-    """sha256 (hex) of the manifest in canonical JSON: independent of key order."""
-    canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def require_same(expected: Mapping[str, Any], found: Mapping[str, Any], *, expected_from: str, found_from: str) -> None:
-    """Refuses two manifests that differ.
-
-    Args:
-        expected, found: the two manifests.
-        expected_from, found_from: where each comes from, for the message: "checkpoint runs/a/model".
-
-    Raises:
-        ManifestMismatch: naming both sides and the first field that differs, in the order of `expected`.
-    """
-    ours, theirs = dict(_flat(expected)), dict(_flat(found))
-    for field in [*ours, *(field for field in theirs if field not in ours)]:
-        a, b = ours.get(field, "(absent)"), theirs.get(field, "(absent)")
-        if a != b:
-            raise ManifestMismatch(
-                field,
-                f"manifests differ at {field!r}: {expected_from} has {a!r}, {found_from} has {b!r}. They are "
-                "of different tokenizers or grammars: use artefacts of one run, or make the later one again.",
-            )
-
-
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _flat(inner, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, list(value) if isinstance(value, tuple) else value

@@ -28,9 +28,16 @@ from typing import IO, Any
 
 from ar_unified import history
 from ar_unified.errors import UserError
-from ar_unified.history import Changeable, Changes
+from ar_unified.history import Changeable
+from ar_unified.manifests import Changes, Mismatch, flat
 
 _UNFINISHED = ".unfinished~"  # ends the name of a file that is being written
+
+
+def unfinished(path: Path) -> Path:
+    """Where this process writes what is to appear as `path`: beside it, by a name that `clean` knows."""
+    # Processes of other hosts may have the same number.
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{_UNFINISHED}")
 
 
 @contextmanager
@@ -38,15 +45,15 @@ def whole(path: str | Path) -> Iterator[IO[bytes]]:
     """A file to write to that appears when the block ends without an error, or not at all. Raises OSError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = _unfinished(path)
+    written = unfinished(path)
     try:
-        with open(unfinished, "wb") as file:
+        with open(written, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        os.replace(written, path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        written.unlink(missing_ok=True)
     _sync(path.parent)
 
 
@@ -59,19 +66,14 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     path = Path(os.path.abspath(path))
     if os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
         raise FileExistsError(errno.EEXIST, "something is there already, which is never written over", str(path))
-    unfinished = _unfinished(path)
-    unfinished.mkdir(parents=True)
+    written = unfinished(path)
+    written.mkdir(parents=True)
     try:
-        yield unfinished
-        os.rename(unfinished, path)  # which fails where there is more than an empty folder
+        yield written
+        os.rename(written, path)  # which fails where there is more than an empty folder
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(written, ignore_errors=True)
     _sync(path.parent)
-
-
-def _unfinished(path: Path) -> Path:
-    """What is called so until it is whole. Processes of other hosts may have the same number."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{_UNFINISHED}")
 
 
 def _sync(folder: Path) -> None:
@@ -119,16 +121,12 @@ def clean(folder: str | Path, *, deep: bool = True) -> list[Path]:
     return leftovers
 
 
-class StageMismatch(UserError):
-    """A stage's folder holds (part of) the result of something else.
-
-    Attributes:
-        field: first to differ, dotted. old: what it was.
-    """
+class StageMismatch(Mismatch):
+    """A stage's folder holds (part of) the result of something else. `old`: what `field` was."""
 
     def __init__(self, field: str, message: str, old: Any = None):
-        super().__init__(message)
-        self.field, self.old = field, old
+        super().__init__(field, message)
+        self.old = old
 
 
 @dataclass
@@ -154,7 +152,7 @@ class Stage:
     @property
     def fields(self) -> list[str]:
         """Dotted, of all that it is made with."""
-        return [*self.cost, *dict(history.flat(self.fingerprint))]
+        return [*self.cost, *dict(flat(self.fingerprint))]
 
     @property
     def history(self) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ cancel in all that is easier than the comparison, and yes or no stayed at chance
 
 from ml_collections import ConfigDict
 
-from ar_unified.cli.config import defaults, model, parse_arg
+from ar_unified.experiment.config import defaults, model, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

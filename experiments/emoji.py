@@ -14,7 +14,7 @@ to 23: 22 of the 24 are recognisable; the tiger could be a dog, and the bottle w
 
 from ml_collections import ConfigDict
 
-from ar_unified.cli.config import defaults, model, parse_arg
+from ar_unified.experiment.config import defaults, model, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

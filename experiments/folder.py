@@ -16,7 +16,7 @@ check of the path, not a model of cooking.
 
 from ml_collections import ConfigDict
 
-from ar_unified.cli.config import begin_with, defaults, model, parse_arg, whole
+from ar_unified.experiment.config import begin_with, defaults, model, parse_arg, whole
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -23,7 +23,7 @@ Argument: path=DIR. Other photographs do as well: put folders of them there unde
 
 from ml_collections import ConfigDict
 
-from ar_unified.cli.config import defaults, parse_arg
+from ar_unified.experiment.config import defaults, parse_arg
 
 TRAIN = {"clothing": 0.6, "based-cooking": 0.25, "noto-emoji": 0.15}  # shares of the crops
 MADE_BY = {

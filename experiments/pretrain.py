@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from ml_collections import ConfigDict
 
-from ar_unified.cli.config import defaults, model, parse_arg, whole
+from ar_unified.experiment.config import defaults, model, parse_arg, whole
 from ar_unified.model.config import PRESETS
 from ar_unified.vocabulary import CONTROLS
 

@@ -14,7 +14,7 @@ prompt, which easy_vqa.py must not have, helps here: questions 0.920 with 0.1 of
 
 from ml_collections import ConfigDict
 
-from ar_unified.cli.config import defaults, model
+from ar_unified.experiment.config import defaults, model
 
 WEIGHTS = {"captions": 0.18, "questions": 0.44, "stories": 0.38}  # shares of the packed rows
 

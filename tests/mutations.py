@@ -315,7 +315,7 @@ MUTATIONS = (
     Mutation(
         "files-grow-in-their-place",
         "ar_unified/workdir.py",
-        'with open(unfinished, "wb") as file:',
+        'with open(written, "wb") as file:',
         'with open(path, "wb") as file:',
         "a kill leaves half a file under its name",
         ("tests/test_workdir.py",),
@@ -462,10 +462,10 @@ MUTATIONS = (
     # ---- command line
     Mutation(
         "config-arguments-do-nothing",
-        "ar_unified/cli/config.py",
+        "ar_unified/experiment/config.py",
         "return {**known, **given}",
         "return {**given, **known}",
         "--config experiments/folder.py:path=DIR reads the default's folder",
-        ("tests/cli/test_config.py::test_config_arguments_are_named",),
+        ("tests/experiment/test_config.py::test_config_arguments_are_named",),
     ),
 )

@@ -15,16 +15,16 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from ar_unified.checkpoint import CheckpointMismatch, Checkpoints, SaveFailed, adopt, restore_params, steps_in
+from ar_unified.manifests import ManifestMismatch
 from ar_unified.parallel.mesh import make_mesh
-from ar_unified.vocabulary import ManifestMismatch
 
 PARAMS = {"w": np.arange(64, dtype=np.float32).reshape(8, 8), "layers": {"b": np.ones((2, 4), np.float32)}}
 
 
 def on(mesh, dtype=jnp.float32):
-    places = {"w": jax.P("fsdp", "tensor"), "layers": {"b": jax.P()}}
+    placement = {"w": jax.P("fsdp", "tensor"), "layers": {"b": jax.P()}}
     return jax.tree.map(
-        lambda x, p: jax.ShapeDtypeStruct(x.shape, dtype, sharding=jax.NamedSharding(mesh, p)), PARAMS, places
+        lambda x, p: jax.ShapeDtypeStruct(x.shape, dtype, sharding=jax.NamedSharding(mesh, p)), PARAMS, placement
     )
 
 

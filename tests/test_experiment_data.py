@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from ar_unified.cli import config as configs
 from ar_unified.data.sources import open_source
 from ar_unified.document import ImagePart, TextPart
 from ar_unified.errors import UserError
+from ar_unified.experiment import config as configs
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from ar_unified.document import TASKS, CodesPart, Document, ImagePart, TextPart
 from ar_unified.grammar import TEXT_ALONE, Grammar, GrammarError, ImageLayout, fixed_grid, sized_rows
-from ar_unified.vocabulary import ManifestMismatch, Role, Vocabulary
+from ar_unified.manifests import ManifestMismatch
+from ar_unified.vocabulary import Role, Vocabulary
 
 
 class Utf8:

@@ -17,8 +17,8 @@ from ar_tokenizers.image.tokenizer import ImageTokenizer
 from ar_tokenizers.text import TextTokenizer
 
 from ar_unified.checkpoint import Checkpoints
-from ar_unified.cli import config as configs
-from ar_unified.cli.experiment import Experiment
+from ar_unified.experiment import config as configs
+from ar_unified.experiment.experiment import Experiment
 from ar_unified.model import transformer
 from ar_unified.workdir import Workdir, write_json, write_text
 
@@ -74,7 +74,7 @@ def test_the_example_of_the_readme_runs(tmp_path):
     assert example, "README has no example under 'As a library'"
     write_text(
         tmp_path / "experiments/shapes.py",
-        """from ar_unified.cli.config import defaults, model
+        """from ar_unified.experiment.config import defaults, model
 
 def get_config(arg=None):
     config = defaults()

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ar_unified.vocabulary import CONTROLS, ManifestMismatch, Role, Vocabulary, manifest_hash, require_same
+from ar_unified.manifests import ManifestMismatch, manifest_hash, require_same
+from ar_unified.vocabulary import CONTROLS, Role, Vocabulary
 
 V = Vocabulary(text_size=300, codebook_size=64, max_side=8, text_hash="t", image_hash="i")
 

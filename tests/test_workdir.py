@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ar_unified.data.shards import ShardWriter
 from ar_unified.workdir import (
     NotShared,
     StageBusy,
@@ -16,6 +17,7 @@ from ar_unified.workdir import (
     Workdir,
     clean,
     read_json,
+    whole,
     write_bytes,
     write_json,
     write_text,
@@ -96,6 +98,20 @@ def test_leftovers_of_a_killed_writer_go_when_the_stage_is_opened_again(tmp_path
     Workdir(tmp_path).stage("data", FINGERPRINT)
     assert not leftover.exists() and mine.exists()
     assert clean(folder) == []
+
+
+def test_processes_of_two_hosts_never_write_to_one_unfinished_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.getpid", lambda: 1)  # as in containers
+    names = set()
+    for host in ("a", "b"):
+        monkeypatch.setattr("socket.gethostname", lambda host=host: host)
+        with pytest.raises(KeyboardInterrupt), whole(tmp_path / "picture.png"), ShardWriter(tmp_path, 0):
+            names |= (found := {path.name for path in tmp_path.iterdir()})
+            assert len(found) == 2 and not any(path.name[0] != "." for path in tmp_path.iterdir())
+            raise KeyboardInterrupt
+    assert len(names) == 4
+    (tmp_path / next(iter(names))).touch()
+    assert len(clean(tmp_path)) == 1
 
 
 def test_a_process_that_does_not_see_the_shared_folder_says_so(tmp_path):

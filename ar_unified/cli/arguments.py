@@ -79,7 +79,9 @@ def _train(parser: argparse.ArgumentParser) -> None:
 
 
 def _sample(parser: argparse.ArgumentParser) -> None:
-    from ar_unified.sampling.layouts import LAYOUTS  # NumPy and Pillow, which other verbs' --help need not wait for
+    from ar_unified.sampling.benchmark_folders import (
+        BENCHMARKS,  # NumPy and Pillow, which other verbs' --help need not wait for
+    )
 
     _experiment(parser)
     parser.add_argument(
@@ -96,7 +98,7 @@ def _sample(parser: argparse.ArgumentParser) -> None:
         "--part", metavar="K/N", type=_part, help="serve part K, from 0, of N; default: of the processes, this one's"
     )
     parser.add_argument("--links", action="store_true", help="follow links that lead out of the requests' folder")
-    parser.add_argument("--layout", choices=LAYOUTS, help="write the pictures for a benchmark, too")
+    parser.add_argument("--layout", choices=BENCHMARKS, help="write the pictures for a benchmark, too")
 
 
 def _evaluate(parser: argparse.ArgumentParser) -> None:

@@ -20,16 +20,17 @@ from typing import Any
 from tqdm import tqdm
 
 from ar_unified import progress
-from ar_unified.cli import config as configs
-from ar_unified.cli.changes import MODEL, changeable
 from ar_unified.cli.evaluate_tokenizer import evaluate_folder, evaluate_held_out, results_of
-from ar_unified.cli.experiment import Experiment, by_first_process, open_experiment
 from ar_unified.errors import UserError
 from ar_unified.evaluation.generation import Example
 from ar_unified.evaluation.generation import evaluate as score
 from ar_unified.evaluation.protocol import PROTOCOLS
 from ar_unified.evaluation.report import write_report
-from ar_unified.training.telemetry import read_metrics
+from ar_unified.experiment import config as configs
+from ar_unified.experiment.changes import MODEL, changeable
+from ar_unified.experiment.experiment import Experiment
+from ar_unified.experiment.start import by_first_process, open_experiment
+from ar_unified.metrics import ATTENTION, last_validation, read_metrics
 from ar_unified.workdir import write_json
 
 
@@ -125,9 +126,7 @@ def _validation(experiment: Experiment) -> dict[str, float]:
     Shares of attention stay in metrics.jsonl: a table of them by layer would hide the rest.
     """
     rows = read_metrics(experiment.workdir.model / "metrics.jsonl", until=experiment.checkpoint)
-    last: dict[str, float] = next((row for row in reversed(rows) if "validation/loss" in row), {})
-    named = {key.removeprefix("validation/"): value for key, value in last.items() if key.startswith("validation/")}
-    return {key: value for key, value in named.items() if not key.startswith("attention/")}
+    return {key: value for key, value in last_validation(rows).items() if not key.startswith(ATTENTION)}
 
 
 def _show(bar: tqdm, kind: str, done: int, of: int) -> None:

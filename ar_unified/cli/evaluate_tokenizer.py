@@ -18,14 +18,15 @@ import numpy as np
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 
 from ar_unified import progress
-from ar_unified.cli import config as configs
-from ar_unified.cli.changes import changeable
-from ar_unified.cli.experiment import Experiment, by_first_process
 from ar_unified.data.images import NoImages, decode, to_png
 from ar_unified.data.sources import Source, open_source
 from ar_unified.errors import UserError, about
 from ar_unified.evaluation.report import write_report
 from ar_unified.evaluation.tokenizer import PROTOCOL, NoPictures, Probe, draw_pictures, evaluate_tokenizer
+from ar_unified.experiment import config as configs
+from ar_unified.experiment.changes import changeable
+from ar_unified.experiment.experiment import Experiment
+from ar_unified.experiment.start import by_first_process
 from ar_unified.training.probe import pictures_wanted, train_probe
 from ar_unified.workdir import read_json, write_bytes, write_json
 

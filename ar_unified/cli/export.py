@@ -18,11 +18,12 @@ from typing import Any
 
 from ar_unified import bundle
 from ar_unified.checkpoint import Checkpoints
-from ar_unified.cli import config as configs
-from ar_unified.cli.experiment import Experiment, by_first_process, open_experiment
 from ar_unified.data.images import NoImages
 from ar_unified.errors import UserError
 from ar_unified.evaluation.card import card
+from ar_unified.experiment import config as configs
+from ar_unified.experiment.experiment import Experiment
+from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.model.config import decisive, parameter_count
 from ar_unified.workdir import read_json
 

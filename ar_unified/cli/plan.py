@@ -22,11 +22,11 @@ from ar_tokenizers.image.config import AutoencoderConfig
 from ar_tokenizers.text import TextTokenizer
 from ml_collections import ConfigDict
 
-from ar_unified.cli import config as configs
-from ar_unified.cli import settings
-from ar_unified.cli.check import check
 from ar_unified.cli.text_tokenizer import load
 from ar_unified.errors import UserError, about
+from ar_unified.experiment import config as configs
+from ar_unified.experiment import settings
+from ar_unified.experiment.check import check
 from ar_unified.grammar import TEXT_ALONE
 from ar_unified.model.config import config_from
 from ar_unified.planning.page import write_page

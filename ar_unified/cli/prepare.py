@@ -11,9 +11,10 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from ar_unified.cli import config as configs
-from ar_unified.cli.experiment import Experiment, by_first_process, open_experiment
 from ar_unified.data import prepare as preparing
+from ar_unified.experiment import config as configs
+from ar_unified.experiment.experiment import Experiment
+from ar_unified.experiment.start import by_first_process, open_experiment
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:

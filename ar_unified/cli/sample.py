@@ -27,16 +27,17 @@ from typing import Any
 
 import jax
 
-from ar_unified.cli import config as configs
-from ar_unified.cli.changes import MODEL, changeable
-from ar_unified.cli.experiment import Experiment, by_first_process, open_experiment
 from ar_unified.data.images import to_png
 from ar_unified.data.sources import BadItem, Source
 from ar_unified.document import Document, ImagePart, TextPart
 from ar_unified.errors import UserError
+from ar_unified.experiment import config as configs
+from ar_unified.experiment.changes import MODEL, changeable
+from ar_unified.experiment.experiment import Experiment
+from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.sampling import batch_output, results
+from ar_unified.sampling.benchmark_folders import BENCHMARKS, export
 from ar_unified.sampling.job import JobReport, run_job
-from ar_unified.sampling.layouts import LAYOUTS, export
 from ar_unified.workdir import write_bytes, write_text
 
 _HELD_OUT = 12  # documents of each source whose beginnings become prompts
@@ -50,7 +51,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         sample_held_out(experiment)
         return 0
     output = Path(arguments.output or experiment.workdir.samples / (requests[0].stem if requests else ""))
-    more = {"n": LAYOUTS[arguments.layout].n} if arguments.layout else {}
+    more = {"n": BENCHMARKS[arguments.layout].n} if arguments.layout else {}
     given = dict(part=arguments.part, links=arguments.links, **more)
     report = _run(experiment, requests, output, **given) if requests else None
     if arguments.layout and (report is None or report.complete):

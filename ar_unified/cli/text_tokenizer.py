@@ -9,11 +9,12 @@ from ar_tokenizers.fertility import Fertility, table
 from ar_tokenizers.lossless import RESERVED, reachable_symbols
 from ar_tokenizers.text import TextTokenizer
 
-from ar_unified.cli.experiment import Experiment, by_first_process
-from ar_unified.data.balance import passes, places, text_bytes
+from ar_unified.data.balance import indices, passes, text_bytes
 from ar_unified.data.items import BadItem, LeftOut, Source, language
 from ar_unified.data.sources import texts
 from ar_unified.errors import UserError, about
+from ar_unified.experiment.experiment import Experiment
+from ar_unified.experiment.start import by_first_process
 from ar_unified.workdir import write_json
 
 _MEASURED = 1_000_000  # bytes of a source that the report looks at, an even part of it
@@ -105,7 +106,7 @@ def measure(tokenizer: TextTokenizer, sources: Sequence[tuple[str, Source]]) -> 
     """Fertility and round trip by source, and by language where items say theirs ("name/nld"); bad items left out."""
     rows: dict[str, Fertility] = {}
     for name, source in sources:
-        for i in places(len(source), min(1.0, _MEASURED / max(text_bytes(source), 1.0)), source.name):
+        for i in indices(len(source), min(1.0, _MEASURED / max(text_bytes(source), 1.0)), source.name):
             try:
                 found = source.texts(i)
             except BadItem:

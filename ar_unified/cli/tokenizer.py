@@ -22,18 +22,19 @@ from ar_tokenizers.image.perceptual import Perceptual
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 
 from ar_unified.checkpoint import steps_in
-from ar_unified.cli import config as configs
-from ar_unified.cli.changes import Training, changeable
-from ar_unified.cli.experiment import Experiment, by_first_process, open_experiment
-from ar_unified.cli.settings import objective as objective_of
-from ar_unified.cli.settings import short_side, tokenizer_training
 from ar_unified.cli.text_tokenizer import train_text
 from ar_unified.data.items import has_pictures
 from ar_unified.data.loader import ImageBatches, NothingReadable
+from ar_unified.experiment import config as configs
+from ar_unified.experiment.changes import Training, changeable
+from ar_unified.experiment.experiment import Experiment
+from ar_unified.experiment.settings import objective as objective_of
+from ar_unified.experiment.settings import short_side, tokenizer_training
+from ar_unified.experiment.start import by_first_process, open_experiment
+from ar_unified.metrics import last_validation, read_metrics
 from ar_unified.parallel import runtime
 from ar_unified.training.loop import fit
 from ar_unified.training.tasks import TokenizerTask
-from ar_unified.training.telemetry import read_metrics
 
 _VALIDATION_BATCHES = 4
 _SHEET = 8  # pictures and their reconstructions, one above the other
@@ -148,8 +149,7 @@ def train_image(experiment: Experiment) -> None:
         tokenizer.save(stage.folder)
         summary: dict[str, Any] = {"codes": tokenizer.codebook_size, "hash": tokenizer.hash}
         rows = read_metrics(stage.folder / "metrics.jsonl")
-        last = next(row for row in reversed(rows) if "validation/loss" in row)  # the loop ends with one
-        if warning := task.warning({key.removeprefix("validation/"): value for key, value in last.items()}):
+        if warning := task.warning(last_validation(rows)):  # the loop ends with one
             experiment.say(f"image_tokenizer: WARNING, on held-out pictures {warning}")
             summary["warning"] = warning
         if objective.perceptual.kind != "none":

@@ -27,15 +27,16 @@ import jax
 import numpy as np
 
 from ar_unified.checkpoint import Checkpoints, steps_in
-from ar_unified.cli import config as configs
-from ar_unified.cli.branch import branch
-from ar_unified.cli.changes import Training
-from ar_unified.cli.experiment import Experiment, open_experiment
-from ar_unified.cli.settings import phases, training
 from ar_unified.data.images import NoImages
 from ar_unified.data.loader import PackedBatches, Phase
 from ar_unified.data.prepare import load_report
 from ar_unified.document import CodesPart
+from ar_unified.experiment import config as configs
+from ar_unified.experiment.branch import branch
+from ar_unified.experiment.changes import Training
+from ar_unified.experiment.experiment import Experiment
+from ar_unified.experiment.settings import phases, training
+from ar_unified.experiment.start import open_experiment
 from ar_unified.history import DECIDING
 from ar_unified.model.transformer import Params
 from ar_unified.sampling.engine import Engine

@@ -15,11 +15,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ar_unified.cli import config as configs
-from ar_unified.cli.check import check
-from ar_unified.cli.experiment import Experiment
 from ar_unified.data.validate import validate
 from ar_unified.errors import UserError
+from ar_unified.experiment import config as configs
+from ar_unified.experiment.check import check
+from ar_unified.experiment.experiment import Experiment
 from ar_unified.workdir import Workdir
 
 

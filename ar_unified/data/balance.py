@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from ar_unified.data.counter_rng import key, uniform
 from ar_unified.data.items import BadItem, Source
-from ar_unified.data.packing import key, uniform
 from ar_unified.errors import UserError
 
 _LOOKED_AT = 256  # items of a source, for the size of its text
@@ -36,7 +36,7 @@ def passes(sources: Sequence[Source], *, temperature: float = 1.0, max_bytes: fl
 def text_bytes(source: Source) -> float:
     """About how many bytes of UTF-8 text a source has, from 256 of its items."""
     looked = found = 0
-    for i in places(len(source), min(1.0, _LOOKED_AT / max(len(source), 1)), source.name):
+    for i in indices(len(source), min(1.0, _LOOKED_AT / max(len(source), 1)), source.name):
         looked += 1
         try:
             found += sum(len(text.encode(errors="replace")) for text in source.texts(i))
@@ -45,7 +45,7 @@ def text_bytes(source: Source) -> float:
     return found / looked * len(source) if looked else 0.0
 
 
-def places(items: int, times: float, name: str) -> Iterator[int]:
+def indices(items: int, times: float, name: str) -> Iterator[int]:
     """Which of `items` to read, in order, to have read them `times` times: whole passes, then an even part.
 
     The part has one item of every stretch of 1 / part items, drawn by `name`: spread over the whole, none twice, and

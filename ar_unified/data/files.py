@@ -26,7 +26,7 @@ from urllib.parse import unquote, urlsplit
 
 from ar_unified.errors import UserError
 
-_LARGEST = 1 << 28  # bytes of a picture's file
+LARGEST = 1 << 28  # bytes of a picture's file
 # What file managers, desktops and storage boxes leave in folders, beside names that begin with a dot.
 _LITTER = {
     "@eadir", "__macosx", "#recycle", "$recycle.bin", "system volume information", "lost+found", "thumbs.db",
@@ -79,12 +79,8 @@ class Folder:
 
     def read(self, name: str) -> bytes:
         """The bytes of what a row names: a file inside, by path or file: URL, or a data: URL. Raises FileError."""
-        scheme = re.match(r"(data|file):|[A-Za-z][A-Za-z0-9+.-]*://", name, re.IGNORECASE)
-        if scheme and name[:5].lower() == "data:":
-            return data_url(name)
-        if scheme and name[:5].lower() != "file:":
-            raise FileError("missing_image", "expected a file: nothing is fetched from a network")
-        return self.read_file(unquote(urlsplit(name).path) if scheme else name)
+        found = meant(name)
+        return found if isinstance(found, bytes) else self.read_file(found)
 
     def read_file(self, name: str) -> bytes:
         """The bytes of the file that a path means. Raises FileError."""
@@ -93,8 +89,8 @@ class Folder:
             status = path.stat()
             if not stat.S_ISREG(status.st_mode):
                 raise FileError("missing_image", f"expected a file, found {_kind(status.st_mode)}")
-            if status.st_size > _LARGEST:
-                raise FileError("unreadable_image", f"expected a file of at most {_LARGEST} bytes")
+            if status.st_size > LARGEST:
+                raise FileError("unreadable_image", f"expected a file of at most {LARGEST} bytes")
             return path.read_bytes()
         except OSError as error:
             raise FileError("missing_image", str(error.strerror)) from error
@@ -232,8 +228,17 @@ def require_file(path: str | Path) -> None:
         raise UserError(f"{path}: expected a file, found {_kind(mode)}")
 
 
-def data_url(url: str) -> bytes:
-    """The bytes that a data: URL holds. Raises FileError."""
+def meant(name: str) -> str | bytes:
+    """What a row names: the bytes of a data: URL, or the path that is there or in a file: URL. Raises FileError."""
+    scheme = re.match(r"(data|file):|[A-Za-z][A-Za-z0-9+.-]*://", name, re.IGNORECASE)
+    if scheme and name[:5].lower() == "data:":
+        return _data_url(name)
+    if scheme and name[:5].lower() != "file:":
+        raise FileError("missing_image", "expected a file: nothing is fetched from a network")
+    return unquote(urlsplit(name).path) if scheme else name
+
+
+def _data_url(url: str) -> bytes:
     header, comma, payload = url.partition(",")
     if not comma or not header.endswith(";base64"):
         raise FileError("unreadable_image", f"expected data:<type>;base64,<bytes>, found {header[:40]!r}")

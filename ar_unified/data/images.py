@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -216,6 +217,20 @@ class Cells(Protocol):
     def codes_per_position(self) -> int: ...
 
 
+class ImageCodec(Cells, Protocol):
+    """A trained image tokenizer, as all rooms see it: pictures uint8 [B, H, W, 3] <-> codes int32 [B, h, w]."""
+
+    @property
+    def codebook_size(self) -> int: ...
+
+    @property
+    def hash(self) -> str: ...
+
+    def encode(self, images: np.ndarray, /) -> np.ndarray: ...
+
+    def decode(self, codes: np.ndarray, /) -> np.ndarray: ...
+
+
 class NoImages:
     """In place of an image tokenizer where there is text alone: it has no codes, and is never to see a picture."""
 
@@ -225,6 +240,18 @@ class NoImages:
         raise UserError("expected text alone, found a picture: this experiment has no image tokenizer")
 
     decode = encode
+
+
+def by_size(function: Callable[[np.ndarray], np.ndarray], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """`function` over the arrays, those of one shape in one call; results in the order of the arrays."""
+    rows: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for i, array in enumerate(arrays):
+        rows[array.shape].append(i)
+    out: list[np.ndarray] = list(arrays)
+    for where in rows.values():
+        for i, result in zip(where, function(np.stack([arrays[i] for i in where])), strict=True):
+            out[i] = result
+    return out
 
 
 RESIZES = ("crop", "aspect")

@@ -18,14 +18,15 @@ import grain
 import numpy as np
 
 from ar_unified.data import images, shards
+from ar_unified.data.counter_rng import hash64, key, permute, uniform
 from ar_unified.data.items import LeftOut, has_pictures
-from ar_unified.data.packing import Mixture, Packing, Places, hash64, key, permute, summary, uniform
+from ar_unified.data.packing import Mixture, Packing, Picks, summary
 from ar_unified.data.prepare import folder_name, load_manifest
 from ar_unified.data.sources import BadItem, Source
 from ar_unified.document import TASKS, ImagePart
 from ar_unified.errors import UserError
 from ar_unified.grammar import Grammar
-from ar_unified.vocabulary import require_same
+from ar_unified.manifests import require_same
 
 Batch = dict[str, np.ndarray]
 _TEXT_TO_IMAGE, _IMAGE_TO_TEXT = TASKS.index("text_to_image"), TASKS.index("image_to_text")
@@ -157,13 +158,13 @@ class PackedBatches:
         """
         now = bisect.bisect_right([phase.from_step for phase in self.phases], step) - 1
         since = step - self.phases[now].from_step
-        places = _slice(self._mixtures[now], since, self.batch_size, process_index, process_count)
+        picks = _slice(self._mixtures[now], since, self.batch_size, process_index, process_count)
         documents: list[np.ndarray] = []
         tasks: list[int] = []
         rows: list[int] = []
-        for at in _groups(places):
-            source, epoch = int(places.source[at[0]]), int(places.epoch[at[0]])
-            chosen = self._packings[source].documents(epoch, places.item[at])
+        for at in _groups(picks):
+            source, epoch = int(picks.source[at[0]]), int(picks.epoch[at[0]])
+            chosen = self._packings[source].documents(epoch, picks.item[at])
             found, found_tasks = self._read(self.phases[now], source, epoch, np.concatenate(chosen))
             documents += found
             tasks += found_tasks
@@ -173,7 +174,7 @@ class PackedBatches:
             [documents[i] for i in order],
             np.array(tasks, np.int8)[order],
             np.array(rows)[order],
-            shape=(len(places.item), self.seq_len),
+            shape=(len(picks.item), self.seq_len),
             pad=self.grammar.vocabulary.pad,
             eot=self.grammar.vocabulary.eot,
         )
@@ -283,13 +284,13 @@ class ImageBatches:
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
         """{"pixels": uint8 [B / process_count, H, W, 3]}."""
-        places = _slice(self._mixture, step, self.batch_size, process_index, process_count)
-        pixels = np.empty((len(places.item), *self.size, 3), np.uint8)
-        for at in _groups(places):
-            source, epoch = int(places.source[at[0]]), int(places.epoch[at[0]])
+        picks = _slice(self._mixture, step, self.batch_size, process_index, process_count)
+        pixels = np.empty((len(picks.item), *self.size, 3), np.uint8)
+        for at in _groups(picks):
+            source, epoch = int(picks.source[at[0]]), int(picks.epoch[at[0]])
             streams = (self.seed, self.sources[source].name, epoch)
-            chosen = permute(places.item[at], len(self.sources[source]), key(*streams, "documents"))
-            draws = hash64(key(*streams, "picture"), places.item[at, None] * 4 + np.arange(4))
+            chosen = permute(picks.item[at], len(self.sources[source]), key(*streams, "documents"))
+            draws = hash64(key(*streams, "picture"), picks.item[at, None] * 4 + np.arange(4))
             for i, document, draw in zip(at.tolist(), chosen.tolist(), draws.tolist(), strict=True):
                 pixels[i] = self._picture(source, document, draw)
         return {"pixels": pixels}
@@ -372,17 +373,17 @@ def iterate(
     return iter(made.to_iter_dataset(options))
 
 
-def _slice(mixture: Mixture, step: int, batch_size: int, index: int, count: int) -> Places:
+def _slice(mixture: Mixture, step: int, batch_size: int, index: int, count: int) -> Picks:
     if batch_size % count or not 0 <= index < count:
         raise UserError(f"process {index} of {count}: expected a count that divides the batch size {batch_size}")
     rows = batch_size // count
     start = step * batch_size + index * rows
-    return mixture.places(start, start + rows)
+    return mixture.picks(start, start + rows)
 
 
-def _groups(places: Places) -> list[np.ndarray]:
+def _groups(picks: Picks) -> list[np.ndarray]:
     """Indices of the rows that come from one epoch of one source, for each such."""
-    both = np.stack([places.source, places.epoch])
+    both = np.stack([picks.source, picks.epoch])
     _, group = np.unique(both, axis=1, return_inverse=True)
     group = group.reshape(-1)
     return [np.flatnonzero(group == i) for i in range(group.max() + 1)]

@@ -10,59 +10,16 @@ Sources are mixed row by row: `weights` are shares of rows, which for full rows 
 from __future__ import annotations
 
 import bisect
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ar_unified.data.counter_rng import key, permute
 from ar_unified.errors import UserError
 
 PERIOD = 1024  # rows after which the order of the sources repeats: shares are exact to 1/1024
-
-# ---- random numbers as functions ---------------------------------------------------------------------------------
-
-
-def key(*parts: int | str) -> np.uint64:
-    """One number that depends on all parts and their order: names a stream of random numbers."""
-    text = "\0".join(f"{'s' if isinstance(part, str) else 'i'}{part}" for part in parts)
-    return np.uint64(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
-
-
-def hash64(stream: np.uint64, counter: Any) -> np.ndarray:
-    """Random uint64, same shape as `counter`: element i depends on `stream` and counter[i] only (splitmix64)."""
-    with np.errstate(over="ignore"):
-        z = stream + (np.asarray(counter).astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
-
-
-def uniform(stream: np.uint64, counter: Any) -> np.ndarray:
-    """Like `hash64`, float64 in [0, 1)."""
-    return (hash64(stream, counter) >> np.uint64(11)) * 2.0**-53
-
-
-def permute(index: Any, size: Any, stream: np.uint64) -> np.ndarray:
-    """Where a random permutation of 0..size-1 sends `index`, int64, without making the permutation.
-
-    A Feistel network over the next power of four, walked until it lands inside. `index` and `size` broadcast; every
-    size has its own permutation.
-    """
-    index, size = np.broadcast_arrays(np.asarray(index, np.int64), np.asarray(size, np.int64))
-    half = np.maximum(1, (np.frexp(np.maximum(size - 1, 1).astype(np.float64))[1] + 1) // 2).astype(np.uint64)
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    out, outside = index.astype(np.uint64), np.ones(index.shape, bool)
-    while outside.any():
-        left, right = out >> half, out & mask
-        for turn in range(4):
-            mixed = hash64(stream ^ np.uint64(turn << 60), right ^ (size.astype(np.uint64) << np.uint64(20)))
-            left, right = right, left ^ (mixed & mask)
-        out = np.where(outside, (left << half) | right, out)
-        outside = out >= size.astype(np.uint64)
-    return out.astype(np.int64)
-
 
 # ---- one source --------------------------------------------------------------------------------------------------
 
@@ -167,7 +124,7 @@ class Packing:
 
 
 @dataclass(frozen=True)
-class Places:
+class Picks:
     """Stretch of a mixture: element i is item `item[i]` of epoch `epoch[i]` of source number `source[i]`; int64 [n]."""
 
     source: np.ndarray
@@ -176,7 +133,7 @@ class Places:
 
 
 class Mixture:
-    """An endless stream over sources by weight; place j is a pure function of (weights, sizes, j).
+    """An endless stream over sources by weight; pick j is a pure function of (weights, sizes, j).
 
     Sources take turns as evenly as their weights allow, so that every stretch of the stream has nearly its share of
     each; the turns repeat after PERIOD. A source that has come to its end begins its next epoch.
@@ -207,16 +164,16 @@ class Mixture:
         order = np.lexsort((source, turns))
         self._source, self._rank, self._counts = source[order], rank[order], counts
 
-    def places(self, start: int, stop: int) -> Places:
-        """Places start..stop-1 of the stream."""
+    def picks(self, start: int, stop: int) -> Picks:
+        """Picks start..stop-1 of the stream."""
         cycle, slot = np.divmod(np.arange(start, stop), PERIOD)
         source = self._source[slot]
         row = self._taken[source] + cycle * self._counts[source] + self._rank[slot]
         epoch, item = np.divmod(row, self.sizes[source])
-        return Places(source, epoch, item)
+        return Picks(source, epoch, item)
 
     def taken(self, stop: int) -> list[int]:
-        """Rows of every source that were read before place `stop`."""
+        """Rows of every source that were read before pick `stop`."""
         cycles, rest = divmod(stop, PERIOD)
         partly = np.bincount(self._source[:rest], minlength=len(self.sizes))
         return (self._taken + cycles * self._counts + partly).tolist()

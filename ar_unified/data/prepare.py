@@ -10,42 +10,28 @@ Axes: `B` pictures of a batch, `H` `W` their size in pixels, `h` `w` in codes, `
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from ar_unified import progress, workdir
 from ar_unified.data import shards
 from ar_unified.data.cutting import split
-from ar_unified.data.images import Cells, Resize
+from ar_unified.data.images import Cells, ImageCodec, Resize
 from ar_unified.data.items import LeftOut
 from ar_unified.data.sources import BadItem, Source, read
 from ar_unified.document import TASKS, CodesPart, Document, ImagePart, TextPart
 from ar_unified.errors import UserError
 from ar_unified.grammar import Grammar, ImageLayout, TextLost
-from ar_unified.vocabulary import ManifestMismatch, require_same
+from ar_unified.manifests import ManifestMismatch, differences, require_same
 
 VERSION = 2
-
-
-class ImageTokenizer(Cells, Protocol):
-    """Pictures to codes."""
-
-    @property
-    def codebook_size(self) -> int: ...
-
-    @property
-    def hash(self) -> str: ...
-
-    def encode(self, pixels: np.ndarray, /) -> Any:
-        """uint8 [B, H, W, 3] -> int32 [B, h, w]."""
 
 
 @dataclass
@@ -112,7 +98,7 @@ def default_resize(layout: ImageLayout, tokenizer: Cells) -> Resize:
 def prepare(
     sources: Sequence[Source],
     grammar: Grammar,
-    image_tokenizer: ImageTokenizer,
+    image_tokenizer: ImageCodec,
     folder: str | Path,
     *,
     max_tokens: int,
@@ -236,7 +222,7 @@ def folder_name(source: str) -> str:
     return re.sub(r"[^\w.-]+", "-", source).strip(".-") or "source"
 
 
-def _check_tokenizer(grammar: Grammar, tokenizer: ImageTokenizer) -> None:
+def _check_tokenizer(grammar: Grammar, tokenizer: ImageCodec) -> None:
     vocabulary = grammar.vocabulary
     for name, ours in (("hash", vocabulary.image_hash), ("codebook_size", vocabulary.codebook_size)):
         theirs = getattr(tokenizer, name)
@@ -254,14 +240,13 @@ def _same_plan(folder: Path, plan: Mapping[str, Any]) -> None:
         return
     found = workdir.read_json(folder / "plan.json")
     require_same(plan["vocabulary"], found["vocabulary"], expected_from="this run", found_from=str(folder))
-    for name in ("version", "settings", "sources"):
-        ours, theirs = plan[name], found[name]
-        if ours != theirs:
-            raise workdir.StageMismatch(
-                name,
-                f"{folder} was prepared with {name} = {json.dumps(theirs)}, this run has {json.dumps(ours)}. "
-                f"Use another folder, or delete this one to prepare it again.",
-            )
+    for name, (theirs, ours) in differences(found, plan).items():
+        raise workdir.StageMismatch(
+            name,
+            f"{folder} was prepared with {name} = {theirs!r}, this run has {ours!r}. "
+            "Use another folder, or delete this one to prepare it again.",
+            theirs,
+        )
 
 
 def _count(folder: Path, count: int, items: int) -> SourceReport:
@@ -316,7 +301,7 @@ class _Encoder:
     Equal pictures of a shard are encoded once: a picture often comes with many questions.
     """
 
-    def __init__(self, grammar: Grammar, tokenizer: ImageTokenizer, resize: Resize, batch_size: int):
+    def __init__(self, grammar: Grammar, tokenizer: ImageCodec, resize: Resize, batch_size: int):
         self._grammar, self._tokenizer, self._resize, self._batch_size = grammar, tokenizer, resize, batch_size
         self._codes: dict[bytes, CodesPart] = {}
         self._waiting: dict[tuple[int, ...], dict[bytes, np.ndarray]] = {}  # by size

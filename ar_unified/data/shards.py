@@ -45,7 +45,7 @@ class ShardWriter:
     def __init__(self, folder: Path, number: int):
         folder.mkdir(parents=True, exist_ok=True)
         self._path = shard_path(folder, number)
-        self._unfinished = self._path.with_name(f".{self._path.name}.{os.getpid()}.unfinished~")
+        self._unfinished = workdir.unfinished(self._path)
         self._records = ArrayRecordWriter(str(self._unfinished), "group_size:1")
         self._index: list[tuple[int, int, int, int, int, bool]] = []
         self._skipped: list[Mapping[str, str]] = []

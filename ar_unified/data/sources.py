@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ar_unified.data.balance import places
+from ar_unified.data.balance import indices
 from ar_unified.data.files import FileError, Folder
 from ar_unified.data.items import BadItem, Source
 from ar_unified.data.pictures import Pictures
@@ -169,7 +169,7 @@ def texts(
         left_out: called with each bad item.
     """
     for source, times in zip(sources, passes or [1.0] * len(sources), strict=True):
-        for i in places(len(source), times, source.name):
+        for i in indices(len(source), times, source.name):
             try:
                 yield from source.texts(i)
             except BadItem as bad:

@@ -12,9 +12,9 @@ import numpy as np
 
 from ar_unified import progress
 from ar_unified.data.files import Folder
-from ar_unified.data.images import SUFFIXES, Resize
+from ar_unified.data.images import SUFFIXES, ImageCodec, Resize
 from ar_unified.data.items import Source, has_pictures
-from ar_unified.data.prepare import ImageTokenizer, default_resize
+from ar_unified.data.prepare import default_resize
 from ar_unified.data.sources import FOLDER_FILES, BadItem, open_source, read, row_files
 from ar_unified.data.text_files import FILES as TEXT_FILES
 from ar_unified.data.text_files import find
@@ -103,7 +103,7 @@ class Validation:
 def validate(
     data: str | Path | Sequence[Mapping[str, Any]],
     grammar: Grammar | None = None,
-    image_tokenizer: ImageTokenizer | None = None,
+    image_tokenizer: ImageCodec | None = None,
     *,
     resize: Resize | None = None,
     max_tokens: int | None = None,
@@ -192,7 +192,7 @@ def _specs(path: str | Path, links: bool) -> list[dict[str, Any]]:
 class _Model:
     """Documents as a model would see them, as far as its parts are there."""
 
-    def __init__(self, grammar: Grammar | None, tokenizer: ImageTokenizer | None, resize: Resize | None):
+    def __init__(self, grammar: Grammar | None, tokenizer: ImageCodec | None, resize: Resize | None):
         if resize is None and grammar is not None and tokenizer is not None:
             resize = default_resize(grammar.layout, tokenizer)
         self.grammar, self.tokenizer, self.resize = grammar, tokenizer, resize

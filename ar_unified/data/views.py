@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from ar_unified.data.counter_rng import key, uniform
 from ar_unified.data.items import Source
-from ar_unified.data.packing import key, uniform
 from ar_unified.document import Document, ImagePart
 from ar_unified.errors import UserError
 

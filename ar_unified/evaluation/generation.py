@@ -21,9 +21,8 @@ from typing import Any, TypeGuard
 
 import numpy as np
 from ar_tokenizers.image.metrics import psnr
-from ar_tokenizers.image.tokenizer import ImageTokenizer
 
-from ar_unified.data.images import NoImages
+from ar_unified.data.images import ImageCodec, by_size
 from ar_unified.data.sources import BadItem, Source
 from ar_unified.document import CodesPart, Document, ImagePart, Part, TextPart
 from ar_unified.evaluation.protocol import Protocol, same_text, text_of
@@ -78,7 +77,7 @@ class Scores:
 
 def evaluate(
     engine: Engine,
-    image_tokenizer: ImageTokenizer | NoImages,
+    image_tokenizer: ImageCodec,
     grammar: Grammar,
     protocol: Protocol,
     sources: Sequence[Source],
@@ -351,7 +350,7 @@ def _judged(
 class _Codec:
     """Pixels <-> codes, computed in batches of pictures of one size, and remembered."""
 
-    def __init__(self, tokenizer: ImageTokenizer | NoImages):
+    def __init__(self, tokenizer: ImageCodec):
         self.tokenizer = tokenizer
         self.codes: dict[str, np.ndarray] = {}  # by pixels
         self.pixels: dict[str, np.ndarray] = {}  # by codes
@@ -360,14 +359,15 @@ class _Codec:
     def learn_pixels(self, pictures: Iterable[np.ndarray]) -> None:
         """Encodes uint8 [H, W, 3] pictures, and decodes their codes again."""
         new = {_key(picture): picture for picture in pictures}
-        self.codes.update(_by_size(self.tokenizer.encode, new))
+        self.codes.update(zip(new, by_size(self.tokenizer.encode, list(new.values())), strict=True))
         self.learn_codes(self.codes[key] for key in new)
         self.psnr += [float(psnr(picture, self.decode(self.codes[key]))) for key, picture in new.items()]
 
     def learn_codes(self, codes: Iterable[np.ndarray]) -> None:
         """Decodes int32 [h, w] codes."""
         new = {_key(c): c for c in codes}
-        self.pixels.update(_by_size(self.tokenizer.decode, {k: c for k, c in new.items() if k not in self.pixels}))
+        new = {key: c for key, c in new.items() if key not in self.pixels}
+        self.pixels.update(zip(new, by_size(self.tokenizer.decode, list(new.values())), strict=True))
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         return self.codes[_key(pixels)]
@@ -381,14 +381,3 @@ class _Codec:
 
 def _key(array: np.ndarray) -> str:
     return hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()
-
-
-def _by_size(
-    function: Callable[[np.ndarray], np.ndarray], arrays: Mapping[str, np.ndarray]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """(key, function(array)) for every array, arrays of one shape together."""
-    shapes: dict[tuple[int, ...], list[str]] = defaultdict(list)
-    for key, array in arrays.items():
-        shapes[array.shape].append(key)
-    for keys in shapes.values():
-        yield from zip(keys, function(np.stack([arrays[key] for key in keys])), strict=True)

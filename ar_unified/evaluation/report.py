@@ -22,15 +22,16 @@ from ar_unified.evaluation.facts import environment, summary
 from ar_unified.evaluation.figures import figure, sample_sections
 from ar_unified.evaluation.generation import Example
 from ar_unified.evaluation.sheets import section
-from ar_unified.training.telemetry import (
+from ar_unified.metrics import (
+    ATTENTION,
     LOG_Z_BY_ROLE,
     LOSS_BY_ROLE,
     LOSS_BY_TASK,
     TOKENS_PER_SECOND,
     VALIDATION,
     read_metrics,
+    turned,
 )
-from ar_unified.training.turning import turned
 from ar_unified.workdir import write_text
 
 LEAD = "One transformer over text and image tokens: what it makes and what that is worth."
@@ -240,7 +241,7 @@ def _sample_size(metrics: Mapping[str, Any], key: str) -> str:
 
 # ---- curves ------------------------------------------------------------------------------------------------
 
-_ATTENTION = "validation/attention/"
+_ATTENTION = VALIDATION + ATTENTION
 _PAIRS = {"text_to_image": "text at pictures", "image_to_text": "pictures at text"}
 
 # Title, unit, {metric: name in the legend}, y axis at first: "" (linear), "log" or "zero" (linear from 0).

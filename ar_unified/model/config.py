@@ -160,6 +160,19 @@ def config_from(preset: str | Mapping[str, Any], vocab_size: int | None = None, 
     return TransformerConfig(**fields)
 
 
+def layer_matrices(config: TransformerConfig) -> list[tuple[int, int]]:
+    """(D, other side) of the matrices of one layer: query, output, key, value; gate, up, down."""
+    c = config
+    sides = [c.n_heads * c.head_dim] * 2 + [c.n_kv_heads * c.head_dim] * 2 + [c.d_mlp] * 3
+    return [(c.d_model, side) for side in sides]
+
+
+def matmul_parameters(config: TransformerConfig) -> tuple[int, int]:
+    """Weights that a token is multiplied with: of all layers, and of the head. No embedding table, no norms."""
+    layer = sum(d_model * side for d_model, side in layer_matrices(config))
+    return config.n_layers * layer, config.vocab_size * config.d_model
+
+
 def parameter_count(config: TransformerConfig, *, embedding: bool = True) -> int:
     """Parameters by formula; `embedding=False` leaves out the lookup table (of a tied model: counts it once, as head).
 
@@ -167,6 +180,6 @@ def parameter_count(config: TransformerConfig, *, embedding: bool = True) -> int
     """
     c = config
     norms = {"none": 0, "rmsnorm": 2 * c.head_dim, "layernorm": 4 * c.head_dim}[c.qk_norm] + 2 * c.d_model
-    projections = 2 * c.d_model * (c.n_heads + c.n_kv_heads) * c.head_dim + 3 * c.d_model * c.d_mlp
     tables = 1 if c.tie_embeddings or not embedding else 2
-    return c.n_layers * (projections + norms) + c.d_model + tables * c.vocab_size * c.d_model
+    layers, head = matmul_parameters(c)
+    return layers + tables * head + c.n_layers * norms + c.d_model

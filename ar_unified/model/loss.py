@@ -42,8 +42,8 @@ def token_losses(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _losses(chunk: int, hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    places = _Places(hidden, head)
-    return places.run(_forward_part, chunk, (hidden, head, targets), (places.tokens, places.tokens))
+    placement = _Placement(hidden, head)
+    return placement.run(_forward_part, chunk, (hidden, head, targets), (placement.tokens, placement.tokens))
 
 
 def _forward(chunk, hidden, head, targets):
@@ -52,14 +52,14 @@ def _forward(chunk, hidden, head, targets):
 
 
 def _backward(chunk, residuals, cotangents):
-    places = _Places(*residuals[:2])
-    return *places.run(_backward_part, chunk, (*residuals, *cotangents), (places.hidden, places.head)), None
+    placement = _Placement(*residuals[:2])
+    return *placement.run(_backward_part, chunk, (*residuals, *cotangents), (placement.hidden, placement.head)), None
 
 
 _losses.defvjp(_forward, _backward)
 
 
-class _Places:
+class _Placement:
     """Where the arrays lie on the mesh in scope, and what its axes add up; without one, nothing is split."""
 
     def __init__(self, hidden: jax.Array, head: jax.Array):
@@ -96,18 +96,18 @@ class _Places:
         return targets - jax.lax.axis_index("tensor") * size if self.split else targets
 
 
-def _forward_part(places, chunk, hidden, head, targets):
-    head = places.whole_head(head, hidden.dtype)
+def _forward_part(placement, chunk, hidden, head, targets):
+    head = placement.whole_head(head, hidden.dtype)
 
     def one(piece):
         hidden, targets = piece
         logits = _logits(hidden, head)
-        highest = places.over_vocabulary(jax.lax.pmax, logits.max(-1))
+        highest = placement.over_vocabulary(jax.lax.pmax, logits.max(-1))
         total = jnp.exp(logits - highest[..., None]).sum(-1)
-        local = places.local_targets(targets, head.shape[0])
+        local = placement.local_targets(targets, head.shape[0])
         there = (local >= 0) & (local < head.shape[0])
         found = jnp.take_along_axis(logits, jnp.where(there, local, 0)[..., None], -1)[..., 0]
-        total, found = places.over_vocabulary(jax.lax.psum, (total, jnp.where(there, found, 0.0)))
+        total, found = placement.over_vocabulary(jax.lax.psum, (total, jnp.where(there, found, 0.0)))
         lse = highest + jnp.log(total)
         return lse - found, lse
 
@@ -116,14 +116,14 @@ def _forward_part(places, chunk, hidden, head, targets):
     return join(nll), join(lse)
 
 
-def _backward_part(places, chunk, hidden, head, targets, lse, nll_bar, lse_bar):
-    whole = places.whole_head(head, hidden.dtype)
+def _backward_part(placement, chunk, hidden, head, targets, lse, nll_bar, lse_bar):
+    whole = placement.whole_head(head, hidden.dtype)
     ids = jnp.arange(whole.shape[0], dtype=targets.dtype)
 
     def one(head_bar, piece):
         hidden, targets, lse, nll_bar, lse_bar = piece
         probabilities = jnp.exp(_logits(hidden, whole) - lse[..., None])
-        hit = places.local_targets(targets, ids.size)[..., None] == ids
+        hit = placement.local_targets(targets, ids.size)[..., None] == ids
         logits_bar = probabilities * (nll_bar + lse_bar)[..., None] - jnp.where(hit, nll_bar[..., None], 0.0)
         logits_bar = logits_bar.astype(hidden.dtype)
         hidden_bar = jnp.einsum("BTV,VD->BTD", logits_bar, whole)
@@ -133,8 +133,8 @@ def _backward_part(places, chunk, hidden, head, targets, lse, nll_bar, lse_bar):
     split, join = _chunks(chunk, targets.shape)
     pieces = tuple(split(x) for x in (hidden, targets, lse, nll_bar, lse_bar))
     head_bar, hidden_bar = jax.lax.scan(one, jnp.zeros(whole.shape, jnp.float32), pieces)
-    hidden_bar = places.over_vocabulary(jax.lax.psum, join(hidden_bar))
-    return hidden_bar, places.scattered(head_bar).astype(head.dtype)
+    hidden_bar = placement.over_vocabulary(jax.lax.psum, join(hidden_bar))
+    return hidden_bar, placement.scattered(head_bar).astype(head.dtype)
 
 
 def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:

@@ -180,5 +180,5 @@ def _grouped(found: Sequence[Collective], mesh: Mesh, target: Target) -> list[di
 
 def _axes(group: np.ndarray, mesh: Mesh) -> list[str]:
     """The mesh axes along which the devices of a group differ."""
-    places = np.array(np.unravel_index(group, mesh.devices.shape))
-    return [axis for axis, place in zip(mesh.axis_names, places, strict=True) if len(set(place)) > 1]
+    coordinates = np.array(np.unravel_index(group, mesh.devices.shape))
+    return [axis for axis, along in zip(mesh.axis_names, coordinates, strict=True) if len(set(along)) > 1]

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from ar_unified.model.config import layer_matrices, matmul_parameters
 from ar_unified.parallel.hardware import Hardware
 from ar_unified.planning.collectives import Collective
 from ar_unified.planning.programs import Program, Run, local_bytes, make_task
@@ -148,13 +149,6 @@ class _Work(NamedTuple):
     tokens: float
 
 
-def _weights(run: Run) -> tuple[float, float]:
-    """Weights that a token is multiplied with: of all layers, and of the head."""
-    c = run.model
-    layer = 2 * c.d_model * c.head_dim * (c.n_heads + c.n_kv_heads) + 3 * c.d_model * c.d_mlp
-    return float(c.n_layers * layer), float(c.vocab_size * c.d_model)
-
-
 def _operands(run: Run, tensor: int) -> float:
     """Bytes that the products of all layers read and write for a token, in the compute dtype, on a device."""
     c = run.model
@@ -166,7 +160,7 @@ def _train(run: Run, program: Program) -> _Work:
     c, mesh, tokens = run.model, program.mesh, float(run.batch_size * run.row_length)
     document = min(run.document, run.row_length)
     attended = tokens * (document + 1) / 2
-    layers, head = _weights(run)
+    layers, head = matmul_parameters(run.model)
     model = make_task(run).flops({"tokens": tokens, "attended": attended})
     attention = 2.0 * c.n_layers * c.n_heads * c.head_dim * attended  # one product of scores or of values
     forward_again = c.remat in ("full", "offload")
@@ -188,11 +182,8 @@ def _orthogonal(run: Run) -> float:
     """FLOPs of Muon's Newton-Schulz iterations over the layers' matrices, [m, n], m <= n: 4 m m n + 2 m m m each."""
     if run.optimizer.optimizer != "muon":
         return 0.0
-    c = run.model
-    heads, kv_heads = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    sides = [heads] * 2 + [kv_heads] * 2 + [c.d_mlp] * 3  # of query, output, key, value; gate, up, down; other: D
-    matrices = [sorted((side, c.d_model)) for side in sides]
-    return float(_NEWTON_SCHULZ * c.n_layers * sum(4 * m * m * n + 2 * m * m * m for m, n in matrices))
+    matrices = map(sorted, layer_matrices(run.model))
+    return float(_NEWTON_SCHULZ * run.model.n_layers * sum(4 * m * m * n + 2 * m * m * m for m, n in matrices))
 
 
 def _prefill(run: Run, program: Program) -> _Work:
@@ -200,7 +191,7 @@ def _prefill(run: Run, program: Program) -> _Work:
     c, mesh = run.model, program.mesh
     rows, prompt = program.arguments["requests"][0].shape
     tokens = float(rows * prompt)
-    layers, _ = _weights(run)
+    layers, _ = matmul_parameters(run.model)
     flops = 2 * layers * tokens + 4.0 * c.n_layers * c.n_heads * c.head_dim * tokens * (prompt + 1) / 2
     operands = _operands(run, mesh.shape["tensor"]) * tokens / (mesh.shape["data"] * mesh.shape["fsdp"])
     return _Work(flops, flops, _read(program) + operands, tokens)
@@ -209,7 +200,7 @@ def _prefill(run: Run, program: Program) -> _Work:
 def _decode(run: Run, program: Program) -> _Work:
     """Of one token for every row: all weights and the whole cache are read."""
     c, rows = run.model, float(run.requests * run.contexts)
-    layers, head = _weights(run)
+    layers, head = matmul_parameters(run.model)
     flops = 2 * (layers + head) * rows + 4.0 * c.n_layers * c.n_heads * c.head_dim * rows * run.max_length
     return _Work(flops, flops, _read(program) + program.local_bytes()["cache"], float(run.requests))
 

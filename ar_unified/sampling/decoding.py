@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ar_unified.kernels.attention.xla import row_max
+from ar_unified.kernels.row_max import row_max
 
 _FLOOR = -1e30  # where NaN and -inf of an allowed token go: below everything real, above everything forbidden
 

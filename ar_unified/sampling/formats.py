@@ -27,12 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from ar_unified.data import encoding
-from ar_unified.data.files import FileError, Folder, data_url, hidden, require_file
+from ar_unified.data.files import LARGEST, FileError, Folder, hidden, meant, require_file
 from ar_unified.data.images import SUFFIXES
 from ar_unified.sampling import tables
 from ar_unified.sampling.request import RequestError
 
-_MOST_BYTES = 1 << 28  # of a picture's file
 _MOST_TEXT = 1 << 24  # bytes of a prompt's file
 _PICTURES = tuple(suffix[1:] for suffix in SUFFIXES)
 _PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
@@ -328,13 +327,14 @@ def _sample(tar: tarfile.TarFile, key: str, members: Sequence[tarfile.TarInfo]) 
 
 
 def _member(path: Path, members: Mapping[str, tarfile.TarInfo], name: str) -> bytes:
-    if name.startswith("data:"):
-        return data_url(name)
-    if name not in members:
+    found = meant(name)
+    if isinstance(found, bytes):
+        return found
+    if found not in members:
         raise RequestError(f"expected one of the sample's members {', '.join(members)}")
-    member = members[name]
-    if member.size > _MOST_BYTES:
-        raise RequestError(f"expected at most {_MOST_BYTES} bytes, found {member.size}")
+    member = members[found]
+    if member.size > LARGEST:
+        raise RequestError(f"expected at most {LARGEST} bytes, found {member.size}")
     with open(path, "rb") as file:
         file.seek(member.offset_data)
         return file.read(member.size)

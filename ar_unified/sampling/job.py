@@ -22,44 +22,32 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 
 from ar_unified import progress
-from ar_unified.data.images import Cells
+from ar_unified.data.images import Cells, ImageCodec, by_size
 from ar_unified.data.prepare import default_resize
 from ar_unified.document import CodesPart, Part, TextPart
-from ar_unified.errors import UserError
 from ar_unified.grammar import GrammarError
+from ar_unified.manifests import Mismatch, differences
 from ar_unified.parallel.hardware import of_kind
 from ar_unified.sampling import batch_output, gallery
+from ar_unified.sampling.bandwidth import MemoryTime
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.formats import fingerprint
 from ar_unified.sampling.request import Request, RequestError, Sample, TokensPart
 from ar_unified.sampling.requests import Canvas, Line, Picture, PictureError, read_requests
-from ar_unified.sampling.results import Done, Entry, Writer, by_size, open_shard, shards, write_picture
-from ar_unified.sampling.roofline import Roofline
+from ar_unified.sampling.results import Done, Entry, Writer, open_shard, shards, write_picture
 from ar_unified.workdir import clean, read_json, write_json
 
 _WINDOW = 4  # batches of requests that are made ready at once, while the engine works on those before
 
 
-class ImageTokenizer(Cells, Protocol):
-    """Pictures uint8 [B, H, W, 3] <-> codes int32 [B, h, w]."""
-
-    def encode(self, images: np.ndarray, /) -> np.ndarray: ...
-
-    def decode(self, codes: np.ndarray, /) -> np.ndarray: ...
-
-
-class JobMismatch(UserError):
-    """The output folder belongs to another job. `field`: the first that differs, dotted."""
-
-    def __init__(self, field: str, message: str):
-        super().__init__(message)
-        self.field = field
+class JobMismatch(Mismatch):
+    """The output folder belongs to another job."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +74,7 @@ class JobReport:
 
 def run_job(
     engine: Engine,
-    image_tokenizer: ImageTokenizer,
+    image_tokenizer: ImageCodec,
     requests: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
@@ -183,7 +171,7 @@ class _Tally:
         self._started = time.monotonic()
         hardware = of_kind(jax.devices()[0].device_kind)
         devices = engine.mesh.size if engine.mesh else 1  # those of this engine: others serve requests of their own
-        self._roofline = Roofline(engine, hardware.hbm_bandwidth * devices) if hardware else None
+        self._memory = MemoryTime(engine, hardware.hbm_bandwidth * devices) if hardware else None
         self.samples = self.errors = self.tokens = 0
         self.first_error = ""
 
@@ -201,11 +189,11 @@ class _Tally:
         self.tokens += sum(len(row.get("tokens", ())) for row in rows)
         self._advance(sum(row["n"] if row["sample"] is None else 1 for row in rows))
         said = f"{self.tokens / self.seconds:.0f} tokens/s, {self._engine.occupancy:.0%} of slots"
-        if self._roofline:
+        if self._memory:
             for row in rows:
                 contexts = 1 if "context" not in row else 3 if "image_guidance" in row else 2
-                self._roofline.add(len(row.get("tokens", ())), contexts)
-            said += f", {self._roofline.seconds / self.seconds:.0%} of roofline"
+                self._memory.add(len(row.get("tokens", ())), contexts)
+            said += f", {self._memory.seconds / self.seconds:.0%} of memory bandwidth"
         self._say(said, refresh=False)
 
 
@@ -233,10 +221,8 @@ def _begin(output: Path, manifest: Mapping[str, Any], *, mend: bool) -> None:
     """Writes the manifest, or compares; `mend`: removes what killed processes left beside it."""
     path = output / "manifest.json"
     if path.exists():
-        ours, theirs = dict(_flat(manifest)), dict(_flat(read_json(path)))
-        for field in sorted(ours.keys() | theirs.keys()):
-            a, b = theirs.get(field, "(absent)"), ours.get(field, "(absent)")
-            if a != b and field != "engine.batch_size":  # after a lack of memory it goes on with another
+        for field, (a, b) in differences(read_json(path), manifest).items():
+            if field != "engine.batch_size":  # after a lack of memory it goes on with another
                 raise JobMismatch(
                     field,
                     f"{output} holds a job with {field} = {a!r:.120}, this one has {b!r:.120}: "
@@ -252,23 +238,13 @@ def _begin(output: Path, manifest: Mapping[str, Any], *, mend: bool) -> None:
         write_json(path, manifest)
 
 
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        for key, inner in value.items():
-            yield from _flat(inner, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, value
-
-
 # ---- requests in ------------------------------------------------------------------------------------------------
 
 
 class _Preparation:
     """Gives requests their parts, or an error. Pictures are read, encoded, and put in the folder."""
 
-    def __init__(
-        self, engine: Engine, tokenizer: ImageTokenizer, resize: Callable[[np.ndarray], np.ndarray], output: Path
-    ):
+    def __init__(self, engine: Engine, tokenizer: ImageCodec, resize: Callable[[np.ndarray], np.ndarray], output: Path):
         self._engine, self._tokenizer, self._resize, self._output = engine, tokenizer, resize, output
 
     def __call__(self, lines: Sequence[Line]) -> list[tuple[Line, list[dict[str, Any]]]]:

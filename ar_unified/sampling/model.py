@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from ar_unified.bundle import Bundle, BundleError
-from ar_unified.data.images import NoImages, Resize, to_rgb
+from ar_unified.data.images import ImageCodec, NoImages, Resize, to_rgb
 from ar_unified.data.prepare import default_resize
 from ar_unified.document import CodesPart, Document, ImagePart, Part, TextPart
 from ar_unified.errors import about
@@ -31,7 +31,6 @@ from ar_unified.model.transformer import Transformer, abstract_params
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine, ways_of
-from ar_unified.sampling.job import ImageTokenizer
 from ar_unified.sampling.request import Request, RequestError, Sample, TokensPart
 from ar_unified.sampling.requests import request_of
 from ar_unified.sampling.results import by_size
@@ -98,7 +97,7 @@ def _none_needed(defaults: Mapping[str, Any]) -> dict[str, Any]:
     return {"negative_prompt": "-"} if defaults.get("context") == "negative_prompt" else {}
 
 
-def _resize(bundle: Bundle, tokenizer: ImageTokenizer | None) -> Resize | None:
+def _resize(bundle: Bundle, tokenizer: ImageCodec | None) -> Resize | None:
     """What data preparation did to a picture."""
     if tokenizer is None:
         return None
@@ -122,14 +121,14 @@ class Model:
     def __init__(
         self,
         engine: Engine,
-        image_tokenizer: ImageTokenizer | None = None,
+        image_tokenizer: ImageCodec | None = None,
         resize: Callable[[np.ndarray], np.ndarray] | None = None,
         defaults: Mapping[str, Any] | None = None,
         *,
         weights: str = "",
     ):
         self.engine, self.grammar, self.vocabulary = engine, engine.grammar, engine.grammar.vocabulary
-        self.image_tokenizer: ImageTokenizer = image_tokenizer or NoImages()
+        self.image_tokenizer: ImageCodec = image_tokenizer or NoImages()
         self.resize = resize or default_resize(self.grammar.layout, self.image_tokenizer)
         self.defaults, self.weights = dict(defaults or {}), weights
 

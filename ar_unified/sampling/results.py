@@ -17,7 +17,6 @@ import queue
 import re
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from ar_unified.data.images import to_png, to_thumbnail
+from ar_unified.data.images import by_size, to_png, to_thumbnail
 from ar_unified.errors import UserError
 from ar_unified.workdir import clean, write_bytes
 
@@ -252,15 +251,3 @@ def write_picture(path: Path, pixels: np.ndarray) -> None:
 def thumbnail(picture: Path) -> Path:
     """Where the thumbnail of a picture is, if it has one: beside it."""
     return picture.with_suffix(".jpg")
-
-
-def by_size(function: Callable[[np.ndarray], np.ndarray], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """`function` over the arrays, those of one shape in one call; results in the order of the arrays."""
-    places: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for i, array in enumerate(arrays):
-        places[array.shape].append(i)
-    out: list[np.ndarray] = list(arrays)
-    for where in places.values():
-        for i, result in zip(where, function(np.stack([arrays[i] for i in where])), strict=True):
-            out[i] = result
-    return out

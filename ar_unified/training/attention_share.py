@@ -22,6 +22,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from ar_unified.metrics import ATTENTION
 from ar_unified.model.transformer import Transformer
 from ar_unified.parallel.rules import spec
 from ar_unified.training.step import Batch, Metrics
@@ -49,7 +50,7 @@ def attention_shares(model: Transformer, vocabulary: Vocabulary, batch: Batch) -
     width = len(str(len(sums) - 1))
     for a, asking in enumerate(MODALITIES):
         for b, asked in enumerate(MODALITIES):
-            name = f"attention/{asking.name.lower()}_to_{asked.name.lower()}"
+            name = f"{ATTENTION}{asking.name.lower()}_to_{asked.name.lower()}"
             for layer in range(len(sums)):
                 metrics[f"{name}/layer_{layer:0{width}}"] = (sums[layer, a, b], counts[layer, a])
             metrics[f"{name}/uniform"] = (uniform[0, a, b], counts[0, a])

@@ -28,6 +28,7 @@ from ar_unified import interrupts
 from ar_unified.checkpoint import Checkpoints
 from ar_unified.errors import RunError, outside
 from ar_unified.interrupts import Interrupted, Preempted
+from ar_unified.metrics import VALIDATION, VALIDATION_LOSS, losses_of, read_metrics, turned
 from ar_unified.parallel import runtime
 from ar_unified.parallel.rules import batch_part, place_batch
 from ar_unified.training import goodput
@@ -46,17 +47,14 @@ from ar_unified.training.step import (
     make_train_step,
 )
 from ar_unified.training.telemetry import (
-    VALIDATION,
     Meter,
     Telemetry,
     Warnings,
     console_line,
     device_memory,
     peak_flops,
-    read_metrics,
     straggler,
 )
-from ar_unified.training.turning import losses_of, turned
 
 Preview = Callable[[int, Params], Mapping[str, np.ndarray] | None]
 
@@ -123,7 +121,7 @@ def fit(
       profile: (first, last) steps taken between which a trace is written to `folder`/profile; None: no trace.
       logger: takes console lines.
 
-    Raises NonFinite, divergence.Diverged, Preempted, checkpoint.SaveFailed, vocabulary.ManifestMismatch,
+    Raises NonFinite, divergence.Diverged, Preempted, checkpoint.SaveFailed, manifests.ManifestMismatch,
     checkpoint.CheckpointMismatch.
     """
     folder = Path(folder)
@@ -149,10 +147,10 @@ def fit(
         kept = found["optimizer"].get("kept", {})
         state = TrainState(found["optimizer"]["step"], found["params"], found["optimizer"]["state"], kept)
     else:
-        places = jax.tree.map(lambda x: x.sharding, abstract)
+        placement = jax.tree.map(lambda x: x.sharding, abstract)
         given = begin(abstract.params) if begin else None
         with jax.set_mesh(mesh):
-            made = jax.jit(partial(make_state, task, tx, config.seed), out_shardings=places, donate_argnums=0)
+            made = jax.jit(partial(make_state, task, tx, config.seed), out_shardings=placement, donate_argnums=0)
             state = made(given)
     if finished:
         checkpoints.close()
@@ -268,7 +266,7 @@ def fit(
                 validation_loss = _agreed(scores["loss"])
                 if config.keep_best and math.isfinite(validation_loss) and (best is None or validation_loss < best[1]):
                     best, save = (taken, validation_loss), True
-                rows.append({"step": taken, VALIDATION + "loss": scores["loss"]})
+                rows.append({"step": taken, VALIDATION_LOSS: scores["loss"]})
                 ends = taken == config.steps
                 words = turned(rows, finished=ends, kept=best[0] if config.keep_best and best else None)
                 if words and ends:  # with the last numbers, whatever was said before

@@ -84,10 +84,10 @@ def train_probe(ids: np.ndarray, codebook_size: int, *, steps: int, seed: int = 
     optimizer = dataclasses.replace(OPTIMIZER, warmup_steps=min(OPTIMIZER.warmup_steps, steps // 10))
     task = TransformerTask(config, vocabulary, batch)
     tx, mesh = make_optimizer(optimizer, steps), make_mesh({}, jax.local_devices()[:1])
-    places = jax.tree.map(lambda x: x.sharding, abstract_state(task, tx, mesh))
+    placement = jax.tree.map(lambda x: x.sharding, abstract_state(task, tx, mesh))
     train_step = make_train_step(task, tx, mesh, seed=seed, clip_norm=optimizer.clip_norm)
     with jax.set_mesh(mesh):
-        state = jax.jit(lambda: make_state(task, tx, seed), out_shardings=places)()
+        state = jax.jit(lambda: make_state(task, tx, seed), out_shardings=placement)()
         for step in range(steps):
             state, report = train_step(state, batch(step))
     if not report.finite:

@@ -151,8 +151,8 @@ def abstract_state(task: Task, tx: optax.GradientTransformation, mesh: Mesh) -> 
     whole = NamedSharding(mesh, P())
     params = shardings(mesh, task.logical_axes(shapes.params), shapes.params)
     kept = shardings(mesh, task.logical_axes(shapes.kept), shapes.kept) if shapes.kept else {}
-    places = TrainState._make((whole, params, state_shardings(tx, shapes.params, params, whole), kept))
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+    placement = TrainState._make((whole, params, state_shardings(tx, shapes.params, params, whole), kept))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placement)
 
 
 def split_microbatches(batch: Batch, count: int, mesh: Mesh) -> Batch:
@@ -182,7 +182,7 @@ def gradients(
     rows = next(iter(batch.values())).shape[0]
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
-    places = shardings(mesh, task.logical_axes(params), params)
+    placement = shardings(mesh, task.logical_axes(params), params)
 
     def summed(batch: Batch, keys: jax.Array) -> Any:
         def objective(params: Params) -> tuple[Any, tuple[jax.Array, Metrics]]:
@@ -197,7 +197,7 @@ def gradients(
         else:
             (grads,) = pull_back(jnp.ones_like(loss))
         # Without this the compiler may keep gradients whole, and the memory that fsdp saves is lost.
-        return loss, weight, metrics, jax.lax.with_sharding_constraint(grads, places)
+        return loss, weight, metrics, jax.lax.with_sharding_constraint(grads, placement)
 
     if accumulation == 1:
         loss, weight, metrics, grads = summed(batch, keys)
@@ -264,8 +264,8 @@ def make_train_step(
         moved = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, optimizer, kept), state[1:])
         return TrainState(state.step + 1, *moved), StepReport(values, total, norm, finite, leaves)
 
-    places = jax.tree.map(lambda x: x.sharding, abstract_state(task, tx, mesh))
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(places, NamedSharding(mesh, P())))
+    placement = jax.tree.map(lambda x: x.sharding, abstract_state(task, tx, mesh))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(placement, NamedSharding(mesh, P())))
 
 
 def make_eval_step(task: Task, mesh: Mesh) -> jax.stages.Wrapped:

@@ -20,13 +20,13 @@ from ar_tokenizers.image.objective import Objective
 
 from ar_unified.document import TASKS
 from ar_unified.errors import nearest
+from ar_unified.metrics import LOG_Z_BY_ROLE, LOSS_BY_ROLE, LOSS_BY_TASK
 from ar_unified.model import transformer
 from ar_unified.model.code_vectors import begin_alike
-from ar_unified.model.config import TransformerConfig
+from ar_unified.model.config import TransformerConfig, matmul_parameters
 from ar_unified.model.loss import token_losses
 from ar_unified.training.attention_share import attention_shares
 from ar_unified.training.step import STATISTICS, Batch, BatchOfStep, Metrics, NothingKept, Params
-from ar_unified.training.telemetry import LOG_Z_BY_ROLE, LOSS_BY_ROLE, LOSS_BY_TASK
 from ar_unified.vocabulary import Role, Vocabulary
 
 
@@ -177,14 +177,14 @@ class TransformerTask(NothingKept):
     def flops(self, totals: Metrics) -> float:
         """6 * N_matmul * tokens + 12 * L * N * H * attended keys (forward 1 part, backward 2; remat not counted).
 
-        N_matmul is every weight that a token is multiplied with: projections, MLP and head; not the embedding table,
-        not norms. A token attends to position + 1 keys, so a document of T tokens counts 12 * L * N * H * T / 2 per
-        token: the usual attention term, halved for causality. Padding is not work.
+        N_matmul: `model.config.matmul_parameters`. A token attends to position + 1 keys, so a document of T tokens
+        counts 12 * L * N * H * T / 2 per token: the usual attention term, halved for causality. Padding is not work.
         """
         c = self.config
-        attention = c.d_model * c.head_dim * 2 * (c.n_heads + c.n_kv_heads)
-        matmul = c.n_layers * (attention + 3 * c.d_model * c.d_mlp) + c.d_model * c.vocab_size
-        return 6.0 * matmul * totals["tokens"] + 12.0 * c.n_layers * c.n_heads * c.head_dim * totals["attended"]
+        return (
+            6.0 * sum(matmul_parameters(c)) * totals["tokens"]
+            + 12.0 * c.n_layers * c.n_heads * c.head_dim * totals["attended"]
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

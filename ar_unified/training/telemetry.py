@@ -15,12 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ar_unified.metrics import read_metrics
 from ar_unified.parallel.hardware import of_kind
 from ar_unified.training.step import Metrics
-
-# What names of metrics begin with that stand once for each role, each task, and for what was held out.
-LOSS_BY_ROLE, LOSS_BY_TASK, LOG_Z_BY_ROLE = "loss/role/", "loss/task/", "log_z/role/"
-TOKENS_PER_SECOND, VALIDATION = "tokens_per_second/", "validation/"
 
 
 def peak_flops() -> tuple[float, str]:
@@ -196,19 +193,6 @@ def _summary_writer() -> Any:
         finally:
             sys.modules.pop("torch")
     return SummaryWriter
-
-
-def read_metrics(path: str | Path, until: float = math.inf) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl up to a step; a torn line is left out."""
-    rows = []
-    for line in Path(path).read_bytes().split(b"\n")[:-1]:  # what follows the last newline is torn
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and row.get("step", math.inf) <= until:
-            rows.append(row)
-    return rows
 
 
 def console_line(step: int, steps: int, values: Mapping[str, float], unit: str) -> str:

@@ -47,7 +47,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ar_unified.cli.config import defaults, parse_arg
+from ar_unified.experiment.config import defaults, parse_arg
 
 STEPS, PROBE = 1000, 150
 CANDIDATES: dict[str, dict[str, Any]] = {

@@ -20,7 +20,7 @@ discriminator's own features in their place); lecam=WEIGHT, which MAGVIT can add
 from ar_tokenizers.image.config import PRESETS
 from ml_collections import ConfigDict
 
-from ar_unified.cli.config import defaults, parse_arg
+from ar_unified.experiment.config import defaults, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -20,7 +20,7 @@ its place, which needs no pretrained network); codes=N (1024).
 from ar_tokenizers.image.config import PRESETS
 from ml_collections import ConfigDict
 
-from ar_unified.cli.config import defaults, parse_arg
+from ar_unified.experiment.config import defaults, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -12,9 +12,9 @@ from ar_tokenizers.image.autoencoder import init
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 from PIL import Image
 
-from ar_unified.cli import config as configs
-from ar_unified.cli.experiment import Experiment
 from ar_unified.cli.main import main
+from ar_unified.experiment import config as configs
+from ar_unified.experiment.experiment import Experiment
 from ar_unified.training import probe
 from ar_unified.workdir import Workdir
 from tests.cli.conftest import command, refused

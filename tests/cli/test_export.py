@@ -19,11 +19,11 @@ from ml_collections import ConfigDict
 import ar_unified
 from ar_unified.bundle import Bundle, named
 from ar_unified.checkpoint import Checkpoints
-from ar_unified.cli import config as configs
-from ar_unified.cli.experiment import Experiment
 from ar_unified.cli.main import main
 from ar_unified.document import TextPart
 from ar_unified.errors import UserError
+from ar_unified.experiment import config as configs
+from ar_unified.experiment.experiment import Experiment
 from ar_unified.model.config import decisive, parameter_count
 from ar_unified.sampling.request import Request
 from ar_unified.workdir import Workdir, read_json, write_json

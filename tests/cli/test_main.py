@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -172,3 +173,30 @@ def test_words_that_are_wrong_by_themselves_are_refused_at_once(capsys):
             main([verb, "--config", "x.py", "--workdir", "w", flag, wrong])
         assert stop.value.code == 2 and expected in capsys.readouterr().err
     assert parser_of("train").parse_args([*ARGV[1:], "--profile", "100:105"]).profile == (100, 105)
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["run", "--help"], ["validate", "--help"]])
+def test_help_says_what_a_verb_leaves(argv, capsys):
+    try:
+        main(argv)
+    except SystemExit as stop:
+        assert stop.code == 0
+    out = capsys.readouterr().out
+    assert "workdir" in out and "--config" in out
+
+
+def test_an_unknown_verb_or_argument_is_refused(capsys):
+    assert main(["trian"]) == 2
+    assert "expected one of" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", "--config", "x.py", "--workdir", "w", "--steps=3"])
+    assert "--config.KEY=VALUE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_path_of_a_verb_may_begin_with_the_home_folder(verb, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of/a/person")
+    parser = parser_of(verb)
+    paths = [action for action in parser._actions if re.match("DIR|FILE|WORKDIR", str(action.metavar))]
+    assert paths and all("~" not in str(action.type("~/x")) for action in paths if action.type is not None)
+    assert not [action.dest for action in paths if action.type is None]

@@ -122,7 +122,7 @@ def output_is_a_file(p: Place) -> list[str]:
 
 def spec(text: str) -> str:
     return (
-        "from ar_unified.cli.config import defaults, model\n"
+        "from ar_unified.experiment.config import defaults, model\n"
         "def get_config(arg=None):\n"
         "    c = defaults(); c.model = model('debug')\n"
         f"    c.data.train = ({text},)\n"

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ar_unified.cli import config
 from ar_unified.cli.main import main
 from ar_unified.data.images import to_png
 from ar_unified.data.sources import BadItem, open_source
+from ar_unified.experiment import config
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,10 +13,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from ar_unified.checkpoint import Checkpoints
-from ar_unified.cli import config as configs
-from ar_unified.cli.experiment import Experiment
 from ar_unified.cli.main import main
-from ar_unified.workdir import Workdir
+from ar_unified.experiment import config as configs
+from ar_unified.experiment.experiment import Experiment
+from ar_unified.workdir import Workdir, read_json, write_json
 from tests.cli.conftest import ROOT, command, refused
 from tests.moments import random_moments
 
@@ -96,3 +96,16 @@ def test_killed_three_times_it_ends_with_the_same_parameters(finished, folder, t
     for name in expected:
         np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
     assert Checkpoints(workdir / "model" / "checkpoints", readonly=True).latest() == 24
+
+
+def test_a_refused_start_writes_nothing(folder, tmp_path):
+    work = tmp_path / "work"
+    refused(command("run", folder, work, evaluation__protocol="exactly"), "config.evaluation.protocol: .*mean 'exact'")
+    refused(command("run", folder, work, data__tests="ConfigDict"), "config.data.tests")
+    refused(command("run", tmp_path / "none", work), r"config.data.train\[0\]: .*none")
+    assert not work.exists()
+    work.mkdir()
+    write_json(work / "config.json", {"name": "before"})
+    refused(command("run", folder, work, training__batch_size=6), "config.training.batch_size")
+    assert [path.name for path in work.iterdir()] == ["config.json"]
+    assert read_json(work / "config.json") == {"name": "before"}

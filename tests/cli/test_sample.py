@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from ar_unified.checkpoint import Checkpoints
-from ar_unified.cli import config as configs
-from ar_unified.cli.experiment import Experiment
 from ar_unified.cli.sample import _run
 from ar_unified.document import TextPart
 from ar_unified.errors import UserError
+from ar_unified.experiment import config as configs
+from ar_unified.experiment.experiment import Experiment
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.request import Request
 from ar_unified.sampling.steps import Shape

@@ -13,11 +13,11 @@ from ar_tokenizers.image.objective import Objective
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 from PIL import Image
 
-from ar_unified.cli import config as configs
-from ar_unified.cli.experiment import Experiment
 from ar_unified.cli.main import main
 from ar_unified.data.sources import open_source
 from ar_unified.errors import UNUSABLE
+from ar_unified.experiment import config as configs
+from ar_unified.experiment.experiment import Experiment
 from ar_unified.workdir import Workdir
 from tests.cli.conftest import ROOT, command
 

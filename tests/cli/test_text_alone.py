@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ar_unified.cli import config as configs
 from ar_unified.cli.main import main
 from ar_unified.cli.plan import run_of
 from ar_unified.document import TextPart
 from ar_unified.errors import UNUSABLE
+from ar_unified.experiment import config as configs
 from ar_unified.grammar import TEXT_ALONE, Grammar
 from ar_unified.sampling.plan import plan
 from ar_unified.sampling.request import Request, RequestError
@@ -21,7 +21,7 @@ from tests.sampling.tiny import Letters
 
 CONFIG = """
 from ml_collections import ConfigDict
-from ar_unified.cli.config import defaults, model
+from ar_unified.experiment.config import defaults, model
 
 def get_config(path):
     config = defaults()

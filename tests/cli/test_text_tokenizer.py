@@ -10,10 +10,10 @@ import pytest
 import sentencepiece
 from ar_tokenizers.text import TextTokenizer
 
-from ar_unified.cli import config as configs
-from ar_unified.cli.experiment import Experiment
 from ar_unified.cli.main import main
 from ar_unified.cli.plan import run_of
+from ar_unified.experiment import config as configs
+from ar_unified.experiment.experiment import Experiment
 from ar_unified.workdir import Workdir
 from tests.cli.conftest import ROOT, refused
 

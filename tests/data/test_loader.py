@@ -13,7 +13,7 @@ from ar_unified.data.shards import Shards
 from ar_unified.data.sources import open_source
 from ar_unified.document import TASKS
 from ar_unified.grammar import Grammar, GrammarError
-from ar_unified.vocabulary import ManifestMismatch
+from ar_unified.manifests import ManifestMismatch
 
 T = 160
 

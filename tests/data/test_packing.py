@@ -5,21 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ar_unified.data.packing import PERIOD, Mixture, Packing, key, permute
-
-
-@given(size=st.integers(1, 3000), seed=st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
-def test_permute_is_a_permutation_and_element_wise(size: int, seed: int) -> None:
-    whole = permute(np.arange(size), size, key(seed))
-    assert np.array_equal(np.sort(whole), np.arange(size))
-    some = np.arange(0, size, 7)
-    assert np.array_equal(permute(some, size, key(seed)), whole[some])
-
-
-def test_permute_depends_on_the_stream() -> None:
-    orders = {tuple(permute(np.arange(6), 6, key("a", seed))) for seed in range(50)}
-    assert len(orders) > 40
+from ar_unified.data.packing import PERIOD, Mixture, Packing
 
 
 @given(lengths=st.lists(st.integers(1, 64), min_size=1, max_size=400), seed=st.integers(0, 9))
@@ -51,26 +37,26 @@ def test_a_document_longer_than_a_row_is_refused() -> None:
 
 def test_mixture_keeps_weights_in_every_stretch_and_epochs_of_each_source_apart() -> None:
     mixture = Mixture([10, 1000, 3], [0.25, 0.75, 0.0])
-    places = mixture.places(0, 3 * PERIOD)
+    picks = mixture.picks(0, 3 * PERIOD)
     for start in range(0, 3 * PERIOD, 64):
-        assert (places.source[start : start + 64] == 0).sum() == 16
-    first = [(e, i) for s, e, i in zip(places.source, places.epoch, places.item, strict=True) if s == 0]
+        assert (picks.source[start : start + 64] == 0).sum() == 16
+    first = [(e, i) for s, e, i in zip(picks.source, picks.epoch, picks.item, strict=True) if s == 0]
     assert first == [(k // 10, k % 10) for k in range(len(first))]
-    assert not (places.source == 2).any()
+    assert not (picks.source == 2).any()
 
 
 def test_a_mixture_goes_on_where_another_stopped() -> None:
     sizes, stop = [7, 40], PERIOD + 37
-    before = Mixture(sizes, [0.5, 0.5]).places(0, stop)
+    before = Mixture(sizes, [0.5, 0.5]).picks(0, stop)
     taken = Mixture(sizes, [0.5, 0.5]).taken(stop)
     assert taken == [(before.source == s).sum() for s in (0, 1)]
     after = Mixture(sizes, [0.1, 0.9], taken)
-    places = after.places(0, 500)
+    picks = after.picks(0, 500)
     for s, size in enumerate(sizes):
-        here = places.source == s
-        rows = places.epoch[here] * size + places.item[here]
+        here = picks.source == s
+        rows = picks.epoch[here] * size + picks.item[here]
         np.testing.assert_array_equal(rows, taken[s] + np.arange(here.sum()))
-    assert after.taken(500) == [taken[s] + (places.source == s).sum() for s in (0, 1)]
+    assert after.taken(500) == [taken[s] + (picks.source == s).sum() for s in (0, 1)]
 
 
 def test_a_tiny_weight_still_gets_a_turn() -> None:

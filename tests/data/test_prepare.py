@@ -16,7 +16,7 @@ from ar_unified.data.shards import Shards, read_skipped
 from ar_unified.data.sources import Source, open_source
 from ar_unified.document import CodesPart, Document, ImagePart, TextPart
 from ar_unified.grammar import Grammar, fixed_grid, sized_rows
-from ar_unified.vocabulary import ManifestMismatch
+from ar_unified.manifests import ManifestMismatch
 
 
 def opened(folder: Path, **options: Any) -> Source:
@@ -99,7 +99,7 @@ def test_another_vocabulary_or_setting_is_refused(
     run([opened(folder)], grammar, tokenizer, tmp_path)
     with pytest.raises(ManifestMismatch, match="grammar.height"):
         run([opened(folder)], kit.grammar(fixed_grid(2, 4)), tokenizer, tmp_path)
-    with pytest.raises(workdir.StageMismatch, match='"max_tokens": 512.*"max_tokens": 300'):
+    with pytest.raises(workdir.StageMismatch, match="settings.max_tokens = 512, this run has 300"):
         run([opened(folder)], grammar, tokenizer, tmp_path, max_tokens=300)
     kit.write(folder / "docs.jsonl", [dict(segments=[dict(type="text", text="new")])])
     with pytest.raises(workdir.StageMismatch, match="sources"):

@@ -17,7 +17,7 @@ from ar_unified.evaluation.generation import Example
 from ar_unified.evaluation.report import wilson, write_report
 from ar_unified.evaluation.sheets import section
 from ar_unified.evaluation.tokenizer import evaluate_tokenizer
-from ar_unified.training.telemetry import read_metrics
+from ar_unified.metrics import read_metrics
 from tests.evaluation.test_tokenizer import SIZE, Album, Greys, exact, noisy
 from tests.training import tiny
 

@@ -57,8 +57,8 @@ def test_a_task_begins_so_on_any_mesh():
     found = []
     for shape, count in ((dict(data=1), 1), (dict(fsdp=4, tensor=2), 8)):
         mesh = make_mesh(shape, jax.devices()[:count])
-        places = jax.tree.map(lambda x: x.sharding, abstract_state(task, tx, mesh))
-        found.append(jax.device_get(jax.jit(lambda: make_state(task, tx, 0), out_shardings=places)()).params)
+        placement = jax.tree.map(lambda x: x.sharding, abstract_state(task, tx, mesh))
+        found.append(jax.device_get(jax.jit(lambda: make_state(task, tx, 0), out_shardings=placement)()).params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *found)
     plain = tiny.task().init(jax.random.key(0))
     assert not np.allclose(plain["embedding"], found[0]["embedding"])

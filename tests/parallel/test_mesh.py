@@ -54,9 +54,9 @@ def test_slices_are_the_outer_part_of_data(chips):
 def test_rules_place_axes_by_name():
     mesh = make_mesh(dict(fsdp=4, tensor=2))
     shapes = {"w": jax.ShapeDtypeStruct((3, 8, 6), np.float32), "k": jax.ShapeDtypeStruct((8, 1), np.float32)}
-    places = shardings(mesh, {"w": ("layers", "embed", "mlp"), "k": ("embed", "kv_heads")}, shapes)
-    assert places["w"].spec == jax.P(None, "fsdp", "tensor")
-    assert places["k"].spec == jax.P("fsdp", None)  # one key head on two tensor devices: stated policy, kept whole
+    placement = shardings(mesh, {"w": ("layers", "embed", "mlp"), "k": ("embed", "kv_heads")}, shapes)
+    assert placement["w"].spec == jax.P(None, "fsdp", "tensor")
+    assert placement["k"].spec == jax.P("fsdp", None)  # one key head on two tensor devices: stated policy, kept whole
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from ar_unified.checkpoint import Checkpoints
+from ar_unified.metrics import read_metrics
 from ar_unified.parallel.mesh import make_mesh
-from ar_unified.training.telemetry import read_metrics
 from tests.moments import random_moments
 from tests.parallel.job import Job, train
 from tests.parallel.under_fire import under_fire

@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 from ar_tokenizers.image import quantizers
 
-from ar_unified.cli import config as configs
 from ar_unified.cli.plan import run_of
+from ar_unified.experiment import config as configs
 from ar_unified.model.config import CHOICES as MODEL_CHOICES
 from ar_unified.planning import JOBS
 from ar_unified.planning.memory import at_least

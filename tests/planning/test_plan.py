@@ -8,8 +8,8 @@ from dataclasses import replace
 import jax
 import pytest
 
-from ar_unified.cli import config as configs
 from ar_unified.cli.plan import run_of, save
+from ar_unified.experiment import config as configs
 from ar_unified.grammar import fixed_grid
 from ar_unified.model.config import PRESETS, config_from
 from ar_unified.planning.plan import make_plan

@@ -19,11 +19,11 @@ from PIL import Image
 from ar_unified.document import CodesPart, TextPart
 from ar_unified.sampling import engine as engine_module
 from ar_unified.sampling import gallery, plan
+from ar_unified.sampling.bandwidth import MemoryTime
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.job import JobMismatch, run_job
 from ar_unified.sampling.request import RequestError
 from ar_unified.sampling.results import JobBusy, read
-from ar_unified.sampling.roofline import Roofline
 from tests.moments import random_moments
 from tests.sampling.tiny import CONFIG, GRAMMARS
 
@@ -404,9 +404,9 @@ def test_killed_again_and_again_nothing_is_lost(tmp_path, kills=2, count=40):
     assert tree(output) == tree(tmp_path / "whole")
 
 
-def test_the_roofline_is_weights_and_cache_over_bandwidth(engine):
-    roofline = Roofline(engine, rate=1e9)
-    roofline.add(tokens=10, contexts=2)
+def test_the_least_time_is_weights_and_cache_over_bandwidth(engine):
+    least = MemoryTime(engine, rate=1e9)
+    least.add(tokens=10, contexts=2)
     weights = sum(leaf.size for leaf in jax.tree.leaves(engine.params)) * 4 * 10 / 3  # three samples at once
     cache = 2 * 55 * (2 * 2 * 2 * 8 * 4)  # positions seen, times keys and values of 2 layers, 2 heads, 8 float32
-    np.testing.assert_allclose(roofline.seconds, (weights + cache) / 1e9)
+    np.testing.assert_allclose(least.seconds, (weights + cache) / 1e9)

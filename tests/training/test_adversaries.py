@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from ar_unified.checkpoint import Checkpoints
+from ar_unified.metrics import read_metrics
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.training.divergence import Diverged, Watch
 from ar_unified.training.step import STATISTICS, NothingKept, gradients
-from ar_unified.training.telemetry import read_metrics
 from tests.training import tiny
 
 

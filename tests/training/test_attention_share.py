@@ -133,7 +133,7 @@ def test_meshes_agree(params, mesh):
 
 
 def test_it_is_written_down_by_layer_and_can_be_left_out(tmp_path):
-    from ar_unified.training.telemetry import read_metrics
+    from ar_unified.metrics import read_metrics
 
     for name, on in (("on", True), ("off", False)):
         tiny.run(tmp_path / name, task=tiny.task(attention_share=on), steps=3, validate_every=2)

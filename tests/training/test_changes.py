@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from ar_unified.checkpoint import Checkpoints, adopt
+from ar_unified.metrics import read_metrics
 from ar_unified.training.loop import TrainingConfig
 from ar_unified.training.optimizer import OptimizerConfig, learning_rate
-from ar_unified.training.telemetry import read_metrics
 from tests.parallel.job import Bigram
 from tests.training import tiny
 from tests.training.test_loop import Killed, dying, same_bits

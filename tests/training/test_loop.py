@@ -22,14 +22,14 @@ import pytest
 
 from ar_unified.checkpoint import Checkpoints, restore_params
 from ar_unified.evaluation.report import transformer_charts, write_report
+from ar_unified.manifests import ManifestMismatch
+from ar_unified.metrics import read_metrics
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.parallel.rules import place_batch
 from ar_unified.training.loop import NonFinite, Preempted
 from ar_unified.training.optimizer import make_optimizer
 from ar_unified.training.step import TrainState, make_train_step
 from ar_unified.training.tasks import TransformerTask
-from ar_unified.training.telemetry import read_metrics
-from ar_unified.vocabulary import ManifestMismatch
 from tests.moments import random_moments
 from tests.training import tiny
 

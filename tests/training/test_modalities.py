@@ -44,7 +44,7 @@ def test_tokens_are_counted_by_what_is_read():
 
 
 def test_both_are_in_the_log_line_and_the_metrics(tmp_path):
-    from ar_unified.training.telemetry import read_metrics
+    from ar_unified.metrics import read_metrics
 
     lines = []
     tiny.run(tmp_path, steps=4, logger=lines.append, task=tiny.task(attention_share=False))

@@ -77,8 +77,8 @@ def test_a_group_of_parameters_may_have_a_rate_of_its_own():
     tx = make_optimizer(config, 10)
     updates, _ = tx.update(grads, tx.init(params), params)
     np.testing.assert_allclose(updates["discriminator"]["b"], 0.25 * updates["autoencoder"]["a"][0, 0], rtol=1e-6)
-    places = state_shardings(tx, params, jax.tree.map(lambda x: x.ndim, params), 0)
-    assert jax.tree.structure(places) == jax.tree.structure(tx.init(params))
+    placement = state_shardings(tx, params, jax.tree.map(lambda x: x.ndim, params), 0)
+    assert jax.tree.structure(placement) == jax.tree.structure(tx.init(params))
 
 
 def test_muon_makes_the_steps_of_matrices_orthogonal_and_leaves_the_rest_to_adamw():

@@ -132,24 +132,24 @@ def test_state_stays_where_the_rules_put_it(params, optimizer):
     task, mesh = tiny.task(), make_mesh(dict(data=2, fsdp=2, tensor=2))
     tx = make_optimizer(replace(tiny.TRAINING.optimizer, optimizer=optimizer), tiny.TRAINING.steps)
     abstract = abstract_state(task, tx, mesh)
-    places = jax.tree.map(lambda x: x.sharding, abstract)
-    assert places.params["layers"]["mlp"]["gate"].spec == jax.P(None, "fsdp", "tensor")
+    placement = jax.tree.map(lambda x: x.sharding, abstract)
+    assert placement.params["layers"]["mlp"]["gate"].spec == jax.P(None, "fsdp", "tensor")
     coefficients = (3,)  # muon's own, beside its momentum
     moments = [x.sharding for x in jax.tree.leaves(abstract.optimizer) if x.shape not in ((), coefficients)]
     if optimizer == "adamw":
-        assert moments == jax.tree.leaves(places.params) * 2
+        assert moments == jax.tree.leaves(placement.params) * 2
     else:  # one momentum, and AdamW's two for what is left
         matrices = {"query", "key", "value", "output", "gate", "up", "down"}
-        count = {path: 1 if path[-1].key in matrices else 2 for path, _ in jax.tree.leaves_with_path(places.params)}
-        expected = [s for path, s in jax.tree.leaves_with_path(places.params) for _ in range(count[path])]
+        count = {path: 1 if path[-1].key in matrices else 2 for path, _ in jax.tree.leaves_with_path(placement.params)}
+        expected = [s for path, s in jax.tree.leaves_with_path(placement.params) for _ in range(count[path])]
         assert sorted(map(str, moments)) == sorted(map(str, expected))
     with jax.set_mesh(mesh):
         state = TrainState(jnp.int32(0), params, tx.init(params), {})
         compiled = make_train_step(task, tx, mesh, seed=0, clip_norm=1.0).lower(
-            jax.device_put(state, places), place_batch(mesh, tiny.packed(0))
+            jax.device_put(state, placement), place_batch(mesh, tiny.packed(0))
         )
     after, _ = compiled.compile().output_shardings
-    same = jax.tree.map(lambda x, y, z: x.is_equivalent_to(y, z.ndim), after, places, abstract)
+    same = jax.tree.map(lambda x, y, z: x.is_equivalent_to(y, z.ndim), after, placement, abstract)
     assert all(jax.tree.leaves(same))
 
 

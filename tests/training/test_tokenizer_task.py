@@ -19,12 +19,12 @@ from ar_tokenizers.image.tokenizer import ImageTokenizer
 
 from ar_unified.checkpoint import Checkpoints
 from ar_unified.evaluation.report import tokenizer_charts
+from ar_unified.metrics import read_metrics
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.training.divergence import Diverged
 from ar_unified.training.loop import NonFinite
 from ar_unified.training.optimizer import OptimizerConfig
 from ar_unified.training.tasks import TokenizerTask
-from ar_unified.training.telemetry import read_metrics
 from tests.training import tiny
 
 SMALL: dict[str, Any] = dict(factor=8, patch=4, width=8, multipliers=(1, 2), blocks=(0, 1), levels=(5, 4, 3), codes=16)

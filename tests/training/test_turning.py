@@ -9,49 +9,8 @@ import numpy as np
 import pytest
 
 from ar_unified.checkpoint import Checkpoints, restore_params
-from ar_unified.training.telemetry import read_metrics
-from ar_unified.training.turning import turned
+from ar_unified.metrics import read_metrics
 from tests.training import tiny
-
-
-def rows(validation, training=None):
-    """Rows as metrics.jsonl has them: a validation every 100 steps, the training loss just before each."""
-    training = training or [5.0 / (i + 1) for i in range(len(validation))]
-    pairs = zip(validation, training, strict=True)
-    for step, (held_out, loss) in enumerate(pairs, 1):
-        yield {"step": 100 * step, "loss": loss, "grad_norm": 1.0}
-        yield {"step": 100 * step, "validation/loss": held_out}
-
-
-def words(*args, finished=False):
-    return turned(list(rows(*args)), finished=finished)
-
-
-def test_it_is_told_with_its_numbers():
-    said = words([6.5, 6.1, 6.6, 7.05])
-    assert "lowest at step 200 (6.1) and has risen since (7.05 at step 400; training loss " in said
-
-
-def test_one_rise_may_be_a_chance_but_not_at_the_end():
-    assert not words([6.5, 6.1, 6.6]) and words([6.5, 6.1, 6.6], finished=True)
-
-
-@pytest.mark.parametrize(
-    "losses",
-    [
-        ([6.5, 6.1, 6.6, 6.0],),  # it fell again
-        ([6.5, 6.1, 6.12, 6.13],),  # less than one per cent
-        ([6.5, 6.1, 7.0, 8.0], [4.0, 3.0, 5.0, 6.0]),  # both rise: another matter
-        ([6.5],),
-        ([],),
-        ([6.5, None, None, None],),
-    ],
-)
-def test_no_turn_where_there_is_none(losses):
-    assert not words(*losses, finished=True)
-
-
-# ---- the loop ------------------------------------------------------------------------------------------------------
 
 STEPS = 48
 SETTINGS = dict(

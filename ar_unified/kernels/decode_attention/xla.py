@@ -12,8 +12,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ar_unified.kernels.attention.xla import row_max
 from ar_unified.kernels.decode_attention.spec import Cache, Spec
+from ar_unified.kernels.row_max import row_max
 
 PREFIXES = (8, 4, 2, 1)  # parts of the cache; finer ones do not pay for the copy that XLA makes of a part
 SHORTEST = 64  # slots of a prefix at least, and what all but the whole cache are multiples of

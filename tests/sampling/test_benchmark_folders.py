@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ar_unified.data.images import to_png
-from ar_unified.sampling.layouts import LayoutError, export
+from ar_unified.sampling.benchmark_folders import ExportError, export
 from ar_unified.workdir import write_bytes
 
 GENEVAL = {"tag": "single_object", "include": [{"class": "bench", "count": 1}]}
@@ -117,7 +117,7 @@ def test_files_are_named_by_the_name_that_an_id_has(tmp_path):
 def test_requests_that_say_too_little_are_named(job, tmp_path):
     for path in job.glob("samples*.jsonl"):
         path.write_text(path.read_text().replace('"include"', '"exclude"'))
-    with pytest.raises(LayoutError, match="request r1: geneval needs include"):
+    with pytest.raises(ExportError, match="request r1: geneval needs include"):
         export(job, "geneval", tmp_path / "out")
-    with pytest.raises(LayoutError, match="expected one of geneval, dpg"):
+    with pytest.raises(ExportError, match="expected one of geneval, dpg"):
         export(job, "wise", tmp_path / "out")

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ar_unified.errors import UserError
-from ar_unified.history import ABSENT, Changeable
+from ar_unified.history import Changeable
+from ar_unified.manifests import ABSENT
 from ar_unified.workdir import Stage, StageMismatch, Workdir
 
 # The same result, but for rounding: memory, speed, and what is logged, shown and kept.

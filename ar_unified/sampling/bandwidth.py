@@ -11,8 +11,11 @@ import jax.numpy as jnp
 from ar_unified.sampling.engine import Engine
 
 
-class Roofline:
-    """Adds up what the samples of an engine have to read. Prompts are left out: the bound is a little low."""
+class MemoryTime:
+    """Adds up the time, in seconds, to read what the samples of an engine need at `rate` bytes a second.
+
+    Prompts are left out: the bound is a little low.
+    """
 
     def __init__(self, engine: Engine, rate: float):
         config = engine.config

@@ -1,17 +1,48 @@
-"""When a training has turned: the loss on held-out data rises while that on the training data still falls."""
+"""What metrics.jsonl holds: the names that training writes and the report reads, its rows, and what they come to.
+
+A training has turned when the loss on held-out data rises while that on the training data still falls.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+# What names of metrics begin with that stand once for each role, each task, each pair of modalities that look at each
+# other, and for what was held out.
+LOSS_BY_ROLE, LOSS_BY_TASK, LOG_Z_BY_ROLE = "loss/role/", "loss/task/", "log_z/role/"
+TOKENS_PER_SECOND, ATTENTION, VALIDATION = "tokens_per_second/", "attention/", "validation/"
+VALIDATION_LOSS = VALIDATION + "loss"
 
 _RISE = 0.01  # of the lowest validation loss: less is noise
 _LINES = 5  # log lines whose mean is the training loss of a time
 
 
+def read_metrics(path: str | Path, until: float = math.inf) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl up to a step; a torn line is left out."""
+    rows = []
+    for line in Path(path).read_bytes().split(b"\n")[:-1]:  # what follows the last newline is torn
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and row.get("step", math.inf) <= until:
+            rows.append(row)
+    return rows
+
+
 def losses_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl with what is looked at here, and no more: a long run has many."""
-    return [{key: row[key] for key in ("step", "loss", "validation/loss") if key in row} for row in rows]
+    return [{key: row[key] for key in ("step", "loss", VALIDATION_LOSS) if key in row} for row in rows]
+
+
+def last_validation(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The last scores on held-out data by name, without their prefix; {} where there are none."""
+    last: Mapping[str, Any] = next((row for row in reversed(rows) if VALIDATION_LOSS in row), {})
+    return {key.removeprefix(VALIDATION): value for key, value in last.items() if key.startswith(VALIDATION)}
 
 
 def turned(rows: Sequence[Mapping[str, Any]], *, finished: bool = True, kept: int | None = None) -> str:
@@ -26,7 +57,7 @@ def turned(rows: Sequence[Mapping[str, Any]], *, finished: bool = True, kept: in
       finished: no more validations will come.
       kept: the step whose checkpoint training.keep_best keeps, to be told; None: it keeps none.
     """
-    losses = [(row["step"], row["validation/loss"]) for row in rows if _number(row, "validation/loss")]
+    losses = [(row["step"], row[VALIDATION_LOSS]) for row in rows if _number(row, VALIDATION_LOSS)]
     if len(losses) < 2:
         return ""
     best, lowest = min(losses, key=lambda found: found[1])

@@ -1,21 +1,17 @@
-"""A config and a workdir, and the things they name: what every verb opens first.
+"""A config and a workdir, and the things they name.
 
 Stages are fingerprinted by the parts of the config that decide their result, so that a changed learning rate does not
-make the data again, and a changed codebook is refused instead of mixed in. `cli.changes` has what may change later.
+make the data again, and a changed codebook is refused instead of mixed in. `changes` has what may change later.
 """
 
 from __future__ import annotations
 
-import argparse
-import functools
 import hashlib
 import json
-import signal
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,20 +20,18 @@ from ar_tokenizers.image.tokenizer import ImageTokenizer
 from ar_tokenizers.text import TextTokenizer
 from ml_collections import ConfigDict
 
-from ar_unified import history
+from ar_unified import history, manifests
 from ar_unified.bundle import Bundle
 from ar_unified.checkpoint import restore_params
-from ar_unified.cli import config as configs
-from ar_unified.cli import settings
-from ar_unified.cli.changes import Training, changeable, require_extensible, said
-from ar_unified.cli.check import STAGES, check, check_bundle, check_devices, check_sources
 from ar_unified.data.images import NoImages, Resize
 from ar_unified.data.items import has_pictures
 from ar_unified.data.sources import EmptySplit, Source, open_source
 from ar_unified.errors import UserError, about
+from ar_unified.experiment import config as configs
+from ar_unified.experiment import settings
+from ar_unified.experiment.changes import Training, changeable, require_extensible, said
 from ar_unified.grammar import Grammar
 from ar_unified.history import Changeable
-from ar_unified.interrupts import Preempted
 from ar_unified.model.config import TransformerConfig, config_from, parameter_count
 from ar_unified.model.transformer import abstract_params
 from ar_unified.parallel import runtime
@@ -47,61 +41,7 @@ from ar_unified.sampling.engine import Engine
 from ar_unified.training import goodput
 from ar_unified.workdir import Stage, StageMismatch, Workdir, read_history, read_json, write_json
 
-_ALONE = 14 * 86400.0  # seconds that others wait for a stage of process 0: as long as it lives
-
-
-def open_experiment(
-    arguments: argparse.Namespace, overrides: Sequence[str], stages: Collection[str] = STAGES
-) -> Experiment:
-    """The experiment of a command line, with the other processes of its job, checked for what is to be done.
-
-    stages: of STAGES, those that follow; "requests", "pictures" and "export" for those which need no sources.
-    """
-    if arguments.config is None:  # of the verbs that can do without
-        config = configs.recorded(Path(arguments.workdir) / "config.json", overrides)
-    else:
-        config = configs.load(arguments.config, overrides)
-    check(config, stages)
-    logs = Path(arguments.workdir) / "logs"
-    runtime.start(
-        arguments.coordinator,
-        arguments.processes,
-        arguments.process,
-        logs=logs,
-        start_timeout=arguments.start_timeout,
-        heartbeat_timeout=arguments.heartbeat_timeout,
-    )
-    first = runtime.first()
-    experiment = Experiment(config, Workdir(arguments.workdir, reader=not first))
-    if jax.process_count() > 1:  # all must have the same config, and see the same folder
-        asked = configs.plain(config)
-        if first:
-            write_json(logs / "asked.json", asked)
-        runtime.barrier("config")
-        if not first:
-            experiment.workdir.await_file(logs / "asked.json", asked)
-    check_bundle(experiment, stages)
-    check_devices(experiment, stages)
-    if first and not {"requests", "pictures", "export"} & set(stages):
-        check_sources(experiment, stages)
-    runtime.barrier("checked", timeout=_ALONE)  # process 0 may have built a dataset
-    return experiment
-
-
-def by_first_process(stage: Callable[..., None]) -> Callable[..., None]:
-    """A stage (of an experiment) that process 0 does alone; the others wait, and then read what it left."""
-
-    @functools.wraps(stage)
-    def wrapped(experiment: Experiment, *more: Any, **options: Any) -> None:
-        if runtime.first():
-            with experiment.leaving_nothing():
-                stage(experiment, *more, **options)
-        runtime.barrier(stage.__name__, timeout=_ALONE)
-        if runtime.preempted():
-            experiment.say("SIGTERM: stopped between two stages")
-            raise Preempted(signal.SIGTERM)
-
-    return wrapped
+STAGES = ("text_tokenizer", "image_tokenizer", "data", "model", "samples", "tokenizer_evaluation", "evaluation")
 
 
 class Experiment:
@@ -131,9 +71,9 @@ class Experiment:
         The workdir's config.json is that of the last start that had something to make.
 
         Args:
-            together: all processes open it; else the one that does the stage (`by_first_process`).
+            together: all processes open it; else the one that does the stage (`start.by_first_process`).
             training: where the stage is many steps, how far it has come: it may be told to go on to others.
-            may: what of it may change; default: by `cli.changes`.
+            may: what of it may change; default: by `changes`.
         """
         may = may or changeable()
         fingerprint = self.fingerprint(*keys, **more)
@@ -158,7 +98,7 @@ class Experiment:
     def _advised(self, error: StageMismatch, keys: Sequence[str]) -> StageMismatch:
         """With what a person can do who did not mean to change anything, or who changed the data."""
         section = error.field.partition(".")[0]
-        if section in keys and error.old != history.ABSENT:  # a key of a later version cannot be repeated
+        if section in keys and error.old != manifests.ABSENT:  # a key of a later version cannot be repeated
             return StageMismatch(
                 error.field, f"{error} To go on as before, repeat {said(error.field, error.old)}", error.old
             )

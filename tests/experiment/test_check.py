@@ -11,19 +11,16 @@ from typing import Any
 import pytest
 from ml_collections import ConfigDict
 
-from ar_unified import workdir as workdirs
-from ar_unified.cli import config as configs
-from ar_unified.cli.arguments import parser_of
-from ar_unified.cli.check import CHOICES, STAGES, check, check_devices, check_sources
-from ar_unified.cli.experiment import Experiment
-from ar_unified.cli.main import VERBS
-from ar_unified.cli.settings import autoencoder
 from ar_unified.data.sources import open_source
 from ar_unified.errors import UserError
+from ar_unified.experiment import config as configs
+from ar_unified.experiment.check import CHOICES, check, check_devices, check_sources
+from ar_unified.experiment.experiment import STAGES, Experiment
+from ar_unified.experiment.settings import autoencoder
 from ar_unified.paths import home
 from ar_unified.workdir import Workdir
-from tests.cli.conftest import ROOT, command, refused
 
+ROOT = Path(__file__).resolve().parents[2]
 SHAPES = str(ROOT / "experiments" / "shapes.py")
 
 
@@ -203,7 +200,7 @@ def test_an_override_that_is_no_key_or_of_another_type(change, words):
         configs.load(SHAPES, [f"--config.{change}"])
 
 
-BEGIN = "from ar_unified.cli.config import defaults\nfrom ml_collections import ConfigDict\n"
+BEGIN = "from ar_unified.experiment.config import defaults\nfrom ml_collections import ConfigDict\n"
 
 
 @pytest.mark.parametrize(
@@ -253,15 +250,6 @@ def test_every_experiment_passes(tmp_path):
 
 
 # ---- the home folder --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_path_of_a_verb_may_begin_with_the_home_folder(verb, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/of/a/person")
-    parser = parser_of(verb)
-    paths = [action for action in parser._actions if re.match("DIR|FILE|WORKDIR", str(action.metavar))]
-    assert paths and all("~" not in str(action.type("~/x")) for action in paths if action.type is not None)
-    assert not [action.dest for action in paths if action.type is None]
 
 
 def test_the_home_folder_wherever_a_path_comes_in(tmp_path, monkeypatch):
@@ -363,19 +351,3 @@ def test_a_picture_has_room_in_a_document_and_in_a_sample(tmp_path):
         UserError, match="2 problems:\n.*data.max_tokens: .*at least 20.*\n.*sampling.max_length: .*at least 21"
     ):
         check_sources(made)
-
-
-# ---- a verb -----------------------------------------------------------------------------------------------------
-
-
-def test_a_refused_start_writes_nothing(folder, tmp_path):
-    work = tmp_path / "work"
-    refused(command("run", folder, work, evaluation__protocol="exactly"), "config.evaluation.protocol: .*mean 'exact'")
-    refused(command("run", folder, work, data__tests="ConfigDict"), "config.data.tests")
-    refused(command("run", tmp_path / "none", work), r"config.data.train\[0\]: .*none")
-    assert not work.exists()
-    work.mkdir()
-    workdirs.write_json(work / "config.json", {"name": "before"})
-    refused(command("run", folder, work, training__batch_size=6), "config.training.batch_size")
-    assert [path.name for path in work.iterdir()] == ["config.json"]
-    assert workdirs.read_json(work / "config.json") == {"name": "before"}

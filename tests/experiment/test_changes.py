@@ -8,28 +8,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from ar_unified.checkpoint import Checkpoints, restore_params, steps_in
-from ar_unified.cli import branch as branches
-from ar_unified.cli import config as configs
-from ar_unified.cli import experiment as experiment_module
-from ar_unified.cli.arguments import _branch
-from ar_unified.cli.branch import branch
-from ar_unified.cli.changes import COST, EXTENDS, Training, changeable
-from ar_unified.cli.experiment import Experiment
-from ar_unified.cli.main import main
 from ar_unified.cli.tokenizer import _whole_batch
-from ar_unified.data.loader import PackedBatches
 from ar_unified.errors import UserError
-from ar_unified.history import ABSENT, flat
-from ar_unified.parallel.mesh import make_mesh
-from ar_unified.training.telemetry import read_metrics
+from ar_unified.experiment import branch as branches
+from ar_unified.experiment import config as configs
+from ar_unified.experiment.branch import branch
+from ar_unified.experiment.changes import COST, EXTENDS, Training, changeable
+from ar_unified.experiment.experiment import Experiment
+from ar_unified.manifests import ABSENT, flat
+from ar_unified.metrics import read_metrics
 from ar_unified.workdir import NotShared, StageMismatch, Workdir, read_json, write_json, write_text
-from tests.cli.conftest import command
 
 KEYS = {"model": ("model", "loss", "training", "mesh"), "image_tokenizer": ("image_tokenizer", "mesh")}
 
@@ -349,10 +342,6 @@ def test_a_branch_never_grows_on_another_model(origin: Path, tmp_path: Path) -> 
         branched(tmp_path / "nowhere", tmp_path / "third")
 
 
-def test_a_branch_is_a_workdir_and_perhaps_a_step() -> None:
-    assert _branch("a:b/c:12") == (Path("a:b/c"), 12) and _branch("a:b") == (Path("a:b"), None)
-
-
 def test_another_process_waits_until_it_sees_what_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fingerprint = configs.plain(config().training)
     may = changeable()
@@ -372,78 +361,6 @@ def test_another_process_waits_until_it_sees_what_changed(tmp_path: Path, monkey
     monkeypatch.setattr("time.monotonic", iter(range(0, 10**6, 50)).__next__)
     with pytest.raises(NotShared, match="holds something else"):
         Workdir(tmp_path, reader=True).stage("model", {"training": fingerprint}, may)
-
-
-# ---- from the command line --------------------------------------------------------------------------------------
-
-SETTINGS: dict[str, Any] = dict(
-    image_tokenizer__steps=1, training__steps=36, training__log_every=1, training__validate_every=0,
-    training__checkpoint_every=6, training__keep=2, training__keep_every=18, training__schedule="wsd",
-    training__decay_fraction=0.0, evaluation__limit=1,
-)  # fmt: skip
-
-
-def run(verb: str, folder: Path, workdir: Path, *flags: str, **changes: Any) -> int:
-    return main([*command(verb, folder, workdir, **SETTINGS | changes), *flags])
-
-
-@pytest.mark.slow
-def test_a_training_that_ran_out_of_memory_is_changed_made_longer_and_branched(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(experiment_module, "make_mesh", lambda *_: make_mesh({}, jax.devices()[:1]))
-    whole, changed, decayed = tmp_path / "whole", tmp_path / "changed", tmp_path / "decayed"
-    for verb in ("tokenizer", "prepare"):
-        assert run(verb, folder, whole) == 0
-    shutil.copytree(whole, changed)
-    assert run("train", folder, whole) == 0
-
-    batch = PackedBatches.batch
-
-    def out_of_memory(batches: PackedBatches, step: int, *part: int) -> Any:
-        if step == 30:
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-        return batch(batches, step, *part)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PackedBatches, "batch", out_of_memory)
-        assert run("train", folder, changed) == 3
-    assert "memory" in capsys.readouterr().err
-    cheap: dict[str, Any] = dict(model__remat="full", training__accumulation=2, loss__chunk=64)
-    assert run("train", folder, changed, **cheap) == 0
-    ours, theirs = ([row["loss"] for row in read_metrics(path / "model/metrics.jsonl")] for path in (changed, whole))
-    assert len(ours) == 36
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
-
-    assert run("evaluate", folder, changed, **cheap) == 0
-    before = (changed / "evaluation.json").read_bytes()
-    capsys.readouterr()
-    for verb in ("train", "evaluate"):
-        assert run(verb, folder, changed, **cheap | dict(training__steps=40, training__log_every=2)) == 0
-    out = capsys.readouterr().out
-    assert "learning rate: 0 in step 36" in out and "evaluation: made anew, as model.training.steps is 40" in out
-    assert (changed / "evaluation.old-1" / "evaluation.json").read_bytes() == before
-    assert (changed / "evaluation.old-1" / "report.html").exists() and (changed / "evaluation.json").exists()
-    assert "training.steps 36 -&gt; 40" in (changed / "report.html").read_text()
-    names = {"model.remat": ["none", "full"], "loss.chunk": [1024, 64], "training.accumulation": [1, 2]}
-    assert history(changed) == [
-        ("cost", 30, names),
-        ("extended", 36, {"training.steps": [36, 40]}),
-        ("cost", 36, {"training.log_every": [1, 2]}),
-    ]
-
-    decay = dict(training__steps=24, training__decay_fraction=0.25)
-    assert run("train", folder, decayed, "--branch", f"{whole}:12", **decay) == 2
-    assert "has checkpoints of, [18, 30, 36]; found 12" in capsys.readouterr().err
-    assert run("train", folder, decayed, "--branch", f"{whole}:18", **decay) == 0
-    rows = read_metrics(decayed / "model/metrics.jsonl")
-    assert [row["loss"] for row in rows[:18]] == theirs[:18] and len(rows) == 24
-    rates = [row["learning_rate"] for row in rows]
-    assert rates[17] == pytest.approx(2e-3) and rates[17] > rates[18] and rates[-1] == 0
-    fields = {"training.steps": [36, 24], "training.decay_fraction": [0.0, 0.25]}
-    assert history(decayed) == [("branched", 18, fields)]
-    assert steps_in(whole / "model/checkpoints") == [18, 30, 36] and not history(whole)
-    assert run("train", folder, whole) == 0 and "model: done already" in capsys.readouterr().out
 
 
 def test_what_is_to_be_repeated_is_a_flag_and_only_where_there_was_a_value(tmp_path):

@@ -1,6 +1,6 @@
 """What the parts of a config mean: the dataclasses that packages take, made from its keys, each in one place.
 
-Whatever is wrong with a value is said by the dataclass; ar_unified.cli.check makes all of them before the first stage.
+Whatever is wrong with a value is said by the dataclass; `check` makes all of them before the first stage.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from ar_tokenizers.image.tokenizer import ImageTokenizer
 from ar_tokenizers.text import TextTokenizer
 from ml_collections import ConfigDict
 
-from ar_unified.cli import config as configs
 from ar_unified.data.images import Resize
 from ar_unified.data.loader import Phase, require_order
 from ar_unified.errors import UserError, about, nearest
+from ar_unified.experiment import config as configs
 from ar_unified.grammar import TEXT_ALONE, Grammar, ImageLayout, fixed_grid, sized_rows
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.request import Request

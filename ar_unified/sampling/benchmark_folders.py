@@ -29,8 +29,8 @@ from ar_unified.workdir import write_bytes, write_text
 _NAME_BYTES = 255  # of a file's name, on every file system in use
 
 
-class LayoutError(UserError):
-    """The requests do not say what a layout needs."""
+class ExportError(UserError):
+    """The requests do not say what a benchmark needs."""
 
 
 @dataclass(frozen=True)
@@ -60,18 +60,18 @@ class ExportReport:
         return "\n".join(lines + ["  ..."] * (len(self.left_out) > 5))
 
 
-def export(job: str | Path, layout: str, folder: str | Path) -> ExportReport:
-    """Writes what the benchmark `layout` reads into `folder`, from the samples in the folder of a job.
+def export(job: str | Path, benchmark: str, folder: str | Path) -> ExportReport:
+    """Writes what `benchmark` reads into `folder`, from the samples in the folder of a job.
 
-    Raises LayoutError for an unknown layout or requests that lack what it needs (the message says what), OSError.
+    Raises ExportError for an unknown benchmark or requests that lack what it needs (the message says what), OSError.
     """
-    if layout not in LAYOUTS:
-        raise LayoutError(f"layout: expected one of {', '.join(LAYOUTS)}, found {layout!r}")
+    if benchmark not in BENCHMARKS:
+        raise ExportError(f"layout: expected one of {', '.join(BENCHMARKS)}, found {benchmark!r}")
     if not shards(job):
-        raise LayoutError(f"{job}: expected the folder of a job, with its samples.jsonl; found none")
+        raise ExportError(f"{job}: expected the folder of a job, with its samples.jsonl; found none")
     report = ExportReport(Path(folder))
     report.folder.mkdir(parents=True, exist_ok=True)
-    LAYOUTS[layout].write(Path(job), report)
+    BENCHMARKS[benchmark].write(Path(job), report)
     return report
 
 
@@ -108,7 +108,7 @@ def _put(source: Path, target: Path, report: ExportReport) -> None:
         write_bytes(target, source.read_bytes())
 
 
-# ---- the layouts ------------------------------------------------------------------------------------------------
+# ---- the benchmarks ---------------------------------------------------------------------------------------------
 
 
 def _geneval(job: Path, report: ExportReport) -> None:
@@ -116,7 +116,7 @@ def _geneval(job: Path, report: ExportReport) -> None:
     for asked in _asked(job, report):
         missing = {"tag", "include", "prompt"} - asked.meta.keys()
         if missing:
-            raise LayoutError(
+            raise ExportError(
                 f"request {asked.id}: geneval needs {', '.join(sorted(missing))} in its meta: "
                 "give evaluation_metadata.jsonl as the requests, or its lines as meta"
             )
@@ -133,10 +133,10 @@ def _dpg(job: Path, report: ExportReport) -> None:
             report.left_out[asked.id] = f"{len(asked.pictures)} of {asked.n} samples have a picture so far"
             continue
         if asked.n > 4 or "." in asked.id:
-            raise LayoutError(f"request {asked.id}: dpg takes at most 4 samples (n), and ids without a dot")
+            raise ExportError(f"request {asked.id}: dpg takes at most 4 samples (n), and ids without a dot")
         pictures = [Image.open(asked.pictures[i]) for i in range(asked.n)]
         if len({picture.size for picture in pictures}) > 1 or pictures[0].width != pictures[0].height:
-            raise LayoutError(f"request {asked.id}: dpg takes square pictures of one size: set image_size")
+            raise ExportError(f"request {asked.id}: dpg takes square pictures of one size: set image_size")
         side = pictures[0].width
         grid = Image.new("RGB", (side * min(asked.n, 2), side * (1 + (asked.n > 2))))
         for i, picture in enumerate(pictures):
@@ -163,7 +163,7 @@ def _mjhq(job: Path, report: ExportReport) -> None:
     for asked in _asked(job, report):
         category = asked.meta.get("category")
         if not isinstance(category, str) or not re.fullmatch(r"\w[\w -]*", category):
-            raise LayoutError(
+            raise ExportError(
                 f"request {asked.id}: mjhq needs its category in meta, found {category!r:.40}: "
                 "give meta_data.json as the requests"
             )
@@ -192,17 +192,17 @@ def _folder(job: Path, report: ExportReport) -> None:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Benchmark:
     """`n`: samples of a request that the benchmark asks for. `write`: (job, report) -> the files."""
 
     n: int
     write: Callable[[Path, ExportReport], None]
 
 
-LAYOUTS = {
-    "geneval": Layout(4, _geneval),
-    "dpg": Layout(4, _dpg),
-    "t2i_compbench": Layout(10, _t2i_compbench),
-    "mjhq": Layout(1, _mjhq),
-    "folder": Layout(1, _folder),
+BENCHMARKS = {
+    "geneval": Benchmark(4, _geneval),
+    "dpg": Benchmark(4, _dpg),
+    "t2i_compbench": Benchmark(10, _t2i_compbench),
+    "mjhq": Benchmark(1, _mjhq),
+    "folder": Benchmark(1, _folder),
 }

@@ -13,9 +13,10 @@ from typing import Any
 
 from ar_unified import history
 from ar_unified.checkpoint import adopt, link_or_copy, steps_in
-from ar_unified.cli.changes import changeable
-from ar_unified.cli.experiment import Experiment, by_first_process
 from ar_unified.errors import UserError, about
+from ar_unified.experiment.changes import changeable
+from ar_unified.experiment.experiment import Experiment
+from ar_unified.experiment.start import by_first_process
 from ar_unified.workdir import Stage, StageMismatch, own, read_history, read_json, write_bytes, write_json
 
 _MADE_BEFORE = ("text_tokenizer", "image_tokenizer", "data")

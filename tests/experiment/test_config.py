@@ -1,5 +1,7 @@
 """Experiment files and their overrides."""
 
+from pathlib import Path
+
 import jax
 import pytest
 from ar_tokenizers.image.adversary import AdversaryConfig
@@ -8,14 +10,14 @@ from ar_tokenizers.image.objective import Objective, ObjectiveConfig
 from ar_tokenizers.image.perceptual import Perceptual
 from ml_collections import ConfigDict
 
-from ar_unified.cli import config as configs
-from ar_unified.cli.main import main
-from ar_unified.cli.settings import phases
 from ar_unified.data.loader import Phase
 from ar_unified.data.sources import open_source
 from ar_unified.errors import UserError
+from ar_unified.experiment import config as configs
+from ar_unified.experiment.settings import phases
 from ar_unified.model.config import config_from
-from tests.cli.conftest import ROOT
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("name", ["shapes", "easy_vqa", "emoji", "folder:path=somewhere"])
@@ -62,24 +64,6 @@ def test_config_arguments_are_named():
 def test_an_unknown_source_kind_says_what_there_is():
     with pytest.raises(ValueError, match="folder"):
         open_source({"kind": "floppy"})
-
-
-@pytest.mark.parametrize("argv", [["--help"], ["run", "--help"], ["validate", "--help"]])
-def test_help_says_what_a_verb_leaves(argv, capsys):
-    try:
-        main(argv)
-    except SystemExit as stop:
-        assert stop.code == 0
-    out = capsys.readouterr().out
-    assert "workdir" in out and "--config" in out
-
-
-def test_an_unknown_verb_or_argument_is_refused(capsys):
-    assert main(["trian"]) == 2
-    assert "expected one of" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["train", "--config", "x.py", "--workdir", "w", "--steps=3"])
-    assert "--config.KEY=VALUE" in capsys.readouterr().err
 
 
 def test_phases_change_what_they_name_and_keep_the_rest() -> None:

@@ -182,7 +182,7 @@ FILES = (  # keys that name a file or folder, "" for none
 def load(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """The locked config of "FILE[:arg]" with "--config.key=value" applied.
 
-    It has the keys of `defaults` and values of their types; what the values are is asked by ar_unified.cli.check.
+    It has the keys of `defaults` and values of their types; what the values are is asked by `check`.
 
     Raises UserError, naming the file or the key: no such file, one that is not Python or fails, one that has no
     `get_config` or takes no (or needs an) `:arg`, an unknown key, a value of another type.
@@ -313,7 +313,7 @@ def _misfits(found: Any, expected: Any, key: str) -> Iterator[str]:
             else:
                 yield f"config.{inner}: there is no such key{nearest(name, expected)}"
         if key not in (*_OPEN, *_PARTIAL) and (missing := [name for name in expected if name not in found]):
-            yield f"{where}: {', '.join(missing)} missing; a config begins with ar_unified.cli.config.defaults()"
+            yield f"{where}: {', '.join(missing)} missing; a config begins with ar_unified.experiment.config.defaults()"
     elif isinstance(expected, tuple):
         kind = type(expected[0]) if expected else _ELEMENTS["data.tests" if key.startswith("data.tests.") else key]
         if not isinstance(found, tuple | list) or not all(_is(kind, each) for each in found):

@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import jax
 from ar_tokenizers.image import adversary, inception, lpips, perceptual
@@ -25,16 +25,18 @@ from ar_tokenizers.image.weights import check_file
 from ar_tokenizers.text import Lossy, ModelType
 from ml_collections import ConfigDict
 
-from ar_unified.cli import config as configs
-from ar_unified.cli import settings
 from ar_unified.data.images import RESIZES
 from ar_unified.data.items import has_pictures
 from ar_unified.data.packing import Mixture
 from ar_unified.data.prepare import folder_name
 from ar_unified.errors import UserError, nearest, outside, several
 from ar_unified.evaluation.protocol import PROTOCOLS
+from ar_unified.experiment import config as configs
+from ar_unified.experiment import settings
+from ar_unified.experiment.experiment import STAGES, Experiment
 from ar_unified.grammar import LAYOUTS
 from ar_unified.kernels import backend, device
+from ar_unified.manifests import require_same
 from ar_unified.model import config as model_config
 from ar_unified.model.code_vectors import CODE_ROWS
 from ar_unified.model.transformer import init, logical_axes
@@ -43,12 +45,6 @@ from ar_unified.sampling.engine import KV_DTYPES, ways_of
 from ar_unified.sampling.request import CONTEXTS
 from ar_unified.training import optimizer
 from ar_unified.training.tasks import wrong_weights
-from ar_unified.vocabulary import require_same
-
-if TYPE_CHECKING:
-    from ar_unified.cli.experiment import Experiment
-
-STAGES = ("text_tokenizer", "image_tokenizer", "data", "model", "samples", "tokenizer_evaluation", "evaluation")
 
 CHOICES: dict[str, Collection[str]] = {
     "data.resize": RESIZES,

@@ -1,0 +1,52 @@
+"""Random numbers as functions of a stream and a counter: element i is the same whoever asks, in whatever order.
+
+A stream is named by `key(seed, source, epoch, ...)`. Nothing here has state, so a batch, a permutation or a choice of
+any step can be made without those before it. The numbers never change: data that was read goes on as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+
+def key(*parts: int | str) -> np.uint64:
+    """One number that depends on all parts and their order: names a stream of random numbers."""
+    text = "\0".join(f"{'s' if isinstance(part, str) else 'i'}{part}" for part in parts)
+    return np.uint64(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
+
+
+def hash64(stream: np.uint64, counter: Any) -> np.ndarray:
+    """Random uint64, same shape as `counter`: element i depends on `stream` and counter[i] only (splitmix64)."""
+    with np.errstate(over="ignore"):
+        z = stream + (np.asarray(counter).astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def uniform(stream: np.uint64, counter: Any) -> np.ndarray:
+    """Like `hash64`, float64 in [0, 1)."""
+    return (hash64(stream, counter) >> np.uint64(11)) * 2.0**-53
+
+
+def permute(index: Any, size: Any, stream: np.uint64) -> np.ndarray:
+    """Where a random permutation of 0..size-1 sends `index`, int64, without making the permutation.
+
+    A Feistel network over the next power of four, walked until it lands inside. `index` and `size` broadcast; every
+    size has its own permutation.
+    """
+    index, size = np.broadcast_arrays(np.asarray(index, np.int64), np.asarray(size, np.int64))
+    half = np.maximum(1, (np.frexp(np.maximum(size - 1, 1).astype(np.float64))[1] + 1) // 2).astype(np.uint64)
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    out, outside = index.astype(np.uint64), np.ones(index.shape, bool)
+    while outside.any():
+        left, right = out >> half, out & mask
+        for turn in range(4):
+            mixed = hash64(stream ^ np.uint64(turn << 60), right ^ (size.astype(np.uint64) << np.uint64(20)))
+            left, right = right, left ^ (mixed & mask)
+        out = np.where(outside, (left << half) | right, out)
+        outside = out >= size.astype(np.uint64)
+    return out.astype(np.int64)

@@ -1,0 +1,75 @@
+"""How a verb begins: its experiment, checked, with the other processes of its job; and who does a stage."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import signal
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ar_unified.experiment import config as configs
+from ar_unified.experiment.check import check, check_bundle, check_devices, check_sources
+from ar_unified.experiment.experiment import STAGES, Experiment
+from ar_unified.interrupts import Preempted
+from ar_unified.parallel import runtime
+from ar_unified.workdir import Workdir, write_json
+
+_ALONE = 14 * 86400.0  # seconds that others wait for a stage of process 0: as long as it lives
+
+
+def open_experiment(
+    arguments: argparse.Namespace, overrides: Sequence[str], stages: Collection[str] = STAGES
+) -> Experiment:
+    """The experiment of a command line, with the other processes of its job, checked for what is to be done.
+
+    stages: of STAGES, those that follow; "requests", "pictures" and "export" for those which need no sources.
+    """
+    if arguments.config is None:  # of the verbs that can do without
+        config = configs.recorded(Path(arguments.workdir) / "config.json", overrides)
+    else:
+        config = configs.load(arguments.config, overrides)
+    check(config, stages)
+    logs = Path(arguments.workdir) / "logs"
+    runtime.start(
+        arguments.coordinator,
+        arguments.processes,
+        arguments.process,
+        logs=logs,
+        start_timeout=arguments.start_timeout,
+        heartbeat_timeout=arguments.heartbeat_timeout,
+    )
+    first = runtime.first()
+    experiment = Experiment(config, Workdir(arguments.workdir, reader=not first))
+    if jax.process_count() > 1:  # all must have the same config, and see the same folder
+        asked = configs.plain(config)
+        if first:
+            write_json(logs / "asked.json", asked)
+        runtime.barrier("config")
+        if not first:
+            experiment.workdir.await_file(logs / "asked.json", asked)
+    check_bundle(experiment, stages)
+    check_devices(experiment, stages)
+    if first and not {"requests", "pictures", "export"} & set(stages):
+        check_sources(experiment, stages)
+    runtime.barrier("checked", timeout=_ALONE)  # process 0 may have built a dataset
+    return experiment
+
+
+def by_first_process(stage: Callable[..., None]) -> Callable[..., None]:
+    """A stage (of an experiment) that process 0 does alone; the others wait, and then read what it left."""
+
+    @functools.wraps(stage)
+    def wrapped(experiment: Experiment, *more: Any, **options: Any) -> None:
+        if runtime.first():
+            with experiment.leaving_nothing():
+                stage(experiment, *more, **options)
+        runtime.barrier(stage.__name__, timeout=_ALONE)
+        if runtime.preempted():
+            experiment.say("SIGTERM: stopped between two stages")
+            raise Preempted(signal.SIGTERM)
+
+    return wrapped

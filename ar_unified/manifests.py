@@ -1,0 +1,66 @@
+"""Manifests and fingerprints: nested dicts of JSON values that say what an artefact is. Here they are compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ar_unified.errors import UserError
+
+ABSENT = "(absent)"  # in place of the value of a field that is not there
+
+Changes = dict[str, list[Any]]  # {dotted field: [old, new]}
+
+
+class Mismatch(UserError):
+    """Two records that were to be the same differ. `field`: the first that differs, dotted."""
+
+    def __init__(self, field: str, message: str):
+        super().__init__(message)
+        self.field = field
+
+
+class ManifestMismatch(Mismatch):
+    """Two artefacts that do not speak the same vocabulary."""
+
+
+def manifest_hash(manifest: Mapping[str, Any]) -> str:
+    """sha256 (hex) of the manifest in canonical JSON: independent of key order."""
+    canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted field, value) of everything in nested mappings. Tuples become lists, as in JSON."""
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from flat(inner, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, list(value) if isinstance(value, tuple) else value
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
+    """The fields of two records that differ, in the order of `new`, those that only `old` has last."""
+    a, b = dict(flat(old)), dict(flat(new))
+    pairs = {field: [a.get(field, ABSENT), b.get(field, ABSENT)] for field in (b | a)}
+    return {field: [x, y] for field, (x, y) in pairs.items() if x != y}
+
+
+def require_same(expected: Mapping[str, Any], found: Mapping[str, Any], *, expected_from: str, found_from: str) -> None:
+    """Refuses two manifests that differ.
+
+    Args:
+        expected, found: the two manifests.
+        expected_from, found_from: where each comes from, for the message: "checkpoint runs/a/model".
+
+    Raises:
+        ManifestMismatch: naming both sides and the first field that differs, in the order of `expected`.
+    """
+    for field, (theirs, ours) in differences(found, expected).items():
+        raise ManifestMismatch(
+            field,
+            f"manifests differ at {field!r}: {expected_from} has {ours!r}, {found_from} has {theirs!r}. They are "
+            "of different tokenizers or grammars: use artefacts of one run, or make the later one again.",
+        )
