@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from ar_tokenizers.image.autoencoder import init as init_image
 from ml_collections import ConfigDict
 
 import ar_unified
@@ -23,9 +25,11 @@ from ar_unified.cli.main import main
 from ar_unified.document import TextPart
 from ar_unified.errors import UserError
 from ar_unified.experiment import config as configs
+from ar_unified.experiment import settings
 from ar_unified.experiment.experiment import Experiment
-from ar_unified.model.config import decisive, parameter_count
+from ar_unified.model.config import config_from, decisive, parameter_count
 from ar_unified.sampling.request import Request
+from ar_unified.vocabulary import Vocabulary
 from ar_unified.workdir import Workdir, read_json, write_json
 from tests import bundles
 from tests.bundles import IMAGE, SENTENCES, parts
@@ -186,6 +190,16 @@ def test_a_recorded_config_is_the_config(tmp_path):
     assert found.data.image_size == (64, 64) and found.is_locked
     with pytest.raises(UserError, match="config.seed: expected int|config.seed: expected a whole number"):
         configs.recorded(tmp_path / "config.json", ["--config.seed=a"])
+
+
+def test_the_bundle_of_the_demo_is_under_20_MB():
+    config = configs.load(f"{ROOT}/experiments/shapes.py")
+    image = settings.autoencoder(config)
+    weights = jax.tree.leaves(jax.eval_shape(functools.partial(init_image, image), jax.random.key(0)))
+    vocabulary = Vocabulary(config.text_tokenizer.vocab_size, image.codebook_size)
+    model = config_from(configs.plain(config.model), vocab_size=vocabulary.size)
+    size = 4 * (parameter_count(model) + sum(leaf.size for leaf in weights))  # float32; the rest is a few kilobytes
+    assert 9e6 < size < 19e6
 
 
 # ---- a training that begins with a bundle ---------------------------------------------------------------------------
