@@ -212,7 +212,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 def start(folder: Path, bundle: Bundle, workdir: Path, *changes: str) -> list[str]:
     config = f"{ROOT}/experiments/folder.py:path={folder},init={bundle.folder}"
-    return ["run", "--config", config, "--workdir", str(workdir), *changes]
+    return ["train", "--config", config, "--workdir", str(workdir), *changes]
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,8 @@ def test_a_config_of_another_model_is_refused_before_anything_is_made(bundle, fo
 
 def test_a_bundle_of_text_alone_takes_no_images(folder, tmp_path):
     text = bundles.write(tmp_path / "b", "none")
-    refused(start(folder, text, tmp_path / "w"), "image_tokenizer.steps is 0 and none was brought, but .* may have")
+    run = ["run", *start(folder, text, tmp_path / "w")[1:]]
+    refused(run, "image_tokenizer.steps is 0 and none was brought, but .* may have")
     raised = start(folder, text, tmp_path / "w", "--config.image_tokenizer.steps=5")
     refused(raised, "image_tokenizer.steps: expected 0, as the bundle in config.init is of text alone")
 
