@@ -31,6 +31,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ar_tokenizers.files import whole_folder, write_bytes
 from ar_tokenizers.image.tokenizer import CONFIG as IMAGE_CONFIG
 from ar_tokenizers.image.tokenizer import WEIGHTS as IMAGE_WEIGHTS
 from ar_tokenizers.image.tokenizer import ImageTokenizer
@@ -44,7 +45,7 @@ from ar_unified.grammar import Grammar
 from ar_unified.manifests import manifest_hash
 from ar_unified.model.config import TransformerConfig, decisive
 from ar_unified.model.transformer import Params, abstract_params
-from ar_unified.workdir import whole_folder, write_bytes, write_json, write_text
+from ar_unified.workdir import write_json, write_text
 
 VERSION = 1
 BUNDLE, CONFIG, LANGUAGE, CARD = "bundle.json", "config.json", "language.json", "README.md"

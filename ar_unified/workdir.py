@@ -20,75 +20,17 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
+
+from ar_tokenizers.files import UNFINISHED, write_bytes
 
 from ar_unified import history
 from ar_unified.errors import UserError
 from ar_unified.history import Changeable
 from ar_unified.manifests import Changes, Mismatch, flat
-
-_UNFINISHED = ".unfinished~"  # ends the name of a file that is being written
-
-
-def unfinished(path: Path) -> Path:
-    """Where this process writes what is to appear as `path`: beside it, by a name that `clean` knows."""
-    # Processes of other hosts may have the same number.
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{_UNFINISHED}")
-
-
-@contextmanager
-def whole(path: str | Path) -> Iterator[IO[bytes]]:
-    """A file to write to that appears when the block ends without an error, or not at all. Raises OSError."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = unfinished(path)
-    try:
-        with open(written, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(written, path)
-    finally:
-        written.unlink(missing_ok=True)
-    _sync(path.parent)
-
-
-@contextmanager
-def whole_folder(path: str | Path) -> Iterator[Path]:
-    """A folder to fill that appears when the block ends without an error, or not at all.
-
-    Raises FileExistsError where something is there already, be it put there meanwhile; OSError.
-    """
-    path = Path(os.path.abspath(path))
-    if os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
-        raise FileExistsError(errno.EEXIST, "something is there already, which is never written over", str(path))
-    written = unfinished(path)
-    written.mkdir(parents=True)
-    try:
-        yield written
-        os.rename(written, path)  # which fails where there is more than an empty folder
-    finally:
-        shutil.rmtree(written, ignore_errors=True)
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Puts new names on disk, where they are only when their folder is."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Writes a file that appears whole or not at all, and makes its folder. Raises OSError."""
-    with whole(path) as file:
-        file.write(data)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -114,7 +56,7 @@ def clean(folder: str | Path, *, deep: bool = True) -> list[Path]:
 
     Not while others write there.
     """
-    pattern = f".*{_UNFINISHED}"
+    pattern = f".*{UNFINISHED}"
     leftovers = sorted(Path(folder).rglob(pattern) if deep else Path(folder).glob(pattern))
     for path in leftovers:
         path.unlink(missing_ok=True)
@@ -194,7 +136,7 @@ class Stage:
     def made_nothing(self) -> bool:
         """Whether it was begun, and nothing came of it so far."""
         files = {path.name for path in self.folder.rglob("*") if not path.is_dir()}
-        return not {name for name in files - {"started.json"} if not name.endswith(_UNFINISHED)}
+        return not {name for name in files - {"started.json"} if not name.endswith(UNFINISHED)}
 
     def abandon(self) -> None:
         """Removes the folder of a stage that failed before it made anything, so that the next try begins anew."""

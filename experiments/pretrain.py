@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 from ml_collections import ConfigDict
 
+from ar_unified.experiment import settings
 from ar_unified.experiment.config import defaults, model, parse_arg, whole
 from ar_unified.model.config import PRESETS
-from ar_unified.vocabulary import CONTROLS
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.image_tokenizer.steps = 100_000
     config.image_tokenizer.batch_size = 256
 
-    sides = 2 * recipe.side // recipe.factor if recipe.layout == "rows" else 0
-    config.text_tokenizer.vocab_size = PRESETS[name]["vocab_size"] - recipe.codes - sides - len(CONTROLS)
+    vocabulary, _ = settings.language(config, settings.autoencoder(config), text_size=1)
+    others = vocabulary.image_offset + vocabulary.codebook_size - vocabulary.text_size
+    config.text_tokenizer.vocab_size = PRESETS[name]["vocab_size"] - others
 
     config.model = model(name, dropout=recipe.dropout)
     config.mesh = ConfigDict(dict(data=-1, fsdp=fsdp, tensor=1, context=recipe.context))

@@ -1,4 +1,4 @@
-"""Makes the mistakes of tests/mutations.py one by one, each in a copy of the tree, and asks their tests.
+"""Makes the mistakes of tests/mutations*.py one by one, each in a copy of the tree, and asks their tests.
 
 python tests/mutate.py [--jobs 2] [--green] [--missing] [NAME ...]
 
@@ -27,7 +27,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.mutations import MUTATIONS, Mutation  # noqa: E402
+from tests import mutations, mutations_of_use  # noqa: E402
+from tests.mutations import Mutation  # noqa: E402
+
+MUTATIONS = (*mutations.MUTATIONS, *mutations_of_use.MUTATIONS)
 
 KNOWN = ROOT / ".cache" / "mutations.json"  # results by name, with a digest of what they are of
 PAGE = ROOT / "docs" / "mutations.md"
@@ -35,7 +38,7 @@ QUICK = "not slow and not interop and not newest_jax"  # as `make test` has it
 LONGEST = 900  # seconds; what takes longer hangs, and is noticed by that
 HEAD = """# Mistakes that the tests notice
 
-`make mutate` makes each of these mistakes (tests/mutations.py) in a copy of the repository and runs the quick tests
+`make mutate` makes each of these mistakes (tests/mutations*.py) in a copy of the repository and runs the quick tests
 that must notice it. Written by tests/mutate.py; "noticed by" is the first test that failed.
 
 {noticed} of {all} are noticed.
@@ -79,7 +82,7 @@ def main() -> int:
 def impossible(mutation: Mutation) -> str:
     """Why it cannot be made; "" if it can."""
     times = (ROOT / mutation.file).read_text(encoding="utf-8").count(mutation.old)
-    return "" if times == 1 else f"{mutation.file} has its line {times} times: mend tests/mutations.py"
+    return "" if times == 1 else f"{mutation.file} has its line {times} times: mend tests/mutations*.py"
 
 
 class Passing:

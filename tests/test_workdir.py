@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ar_tokenizers.files import whole
 
 from ar_unified.data.shards import ShardWriter
 from ar_unified.workdir import (
@@ -17,7 +18,6 @@ from ar_unified.workdir import (
     Workdir,
     clean,
     read_json,
-    whole,
     write_bytes,
     write_json,
     write_text,
@@ -132,7 +132,7 @@ def test_a_stage_that_another_process_makes_is_refused_until_that_process_ends(t
     root = Path(__file__).resolve().parents[1]
     other = subprocess.Popen(
         [sys.executable, "-c", hold, str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": str(root)},
+        env=os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tokenizers'}"},
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -20,7 +20,6 @@ from typing import Any
 from tqdm import tqdm
 
 from ar_unified import progress
-from ar_unified.cli.evaluate_tokenizer import evaluate_folder, evaluate_held_out, results_of
 from ar_unified.errors import UserError
 from ar_unified.evaluation.generation import Example
 from ar_unified.evaluation.generation import evaluate as score
@@ -30,6 +29,7 @@ from ar_unified.experiment import config as configs
 from ar_unified.experiment.changes import MODEL, changeable
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.start import by_first_process, open_experiment
+from ar_unified.experiment.tokenizer_evaluation import evaluate_folder, evaluate_held_out, results_of
 from ar_unified.metrics import ATTENTION, last_validation, read_metrics
 from ar_unified.workdir import write_json
 

@@ -22,20 +22,18 @@ from ar_tokenizers.image.config import AutoencoderConfig
 from ar_tokenizers.text import TextTokenizer
 from ml_collections import ConfigDict
 
-from ar_unified.cli.text_tokenizer import load
-from ar_unified.errors import UserError, about
+from ar_unified.errors import NO, UserError, about
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
 from ar_unified.experiment.check import check
-from ar_unified.grammar import TEXT_ALONE
+from ar_unified.experiment.text_tokenizer import load
 from ar_unified.model.config import config_from
 from ar_unified.planning.page import write_page
-from ar_unified.planning.plan import Plan, make_plan
+from ar_unified.planning.plan import PlanReport, make_plan
 from ar_unified.planning.programs import Run
 from ar_unified.planning.report import text
 from ar_unified.planning.targets import Target, parse_target
 from ar_unified.training.optimizer import OptimizerConfig
-from ar_unified.vocabulary import Vocabulary
 from ar_unified.workdir import read_json, write_json
 
 
@@ -56,10 +54,10 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     print(f"\n{text(plan)}")
     if arguments.output:
         save(plan, arguments.output)
-    return 0 if plan["fits"] else 1
+    return 0 if plan["fits"] else NO
 
 
-def save(plan: Plan, folder: str | Path) -> None:
+def save(plan: PlanReport, folder: str | Path) -> None:
     write_json(Path(folder) / "plan.json", plan)
     write_page(Path(folder) / "index.html", plan)
 
@@ -81,13 +79,9 @@ def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
     none. Raises ValueError for settings that make no program.
     """
     training, sampling = config.training, config.sampling
-    image = _image_tokenizer(config, workdir)
-    layout = settings.layout(config, image)
-    side = max(layout.height, layout.width) if layout.sized else 0
-    text_size = _text_size(config, workdir)
-    vocabulary = Vocabulary(text_size, image.codebook_size, side)
-    if not config.image_tokenizer.steps and all(spec.get("kind") == "text" for spec in config.data.train):
-        vocabulary, layout = Vocabulary(text_size, 0), TEXT_ALONE
+    text_alone = not config.image_tokenizer.steps and all(spec.get("kind") == "text" for spec in config.data.train)
+    image = None if text_alone else _image_tokenizer(config, workdir)
+    vocabulary, layout = settings.language(config, image, _text_size(config, workdir))
     return Run(
         model=config_from(configs.plain(config.model), vocab_size=vocabulary.size),
         vocabulary=vocabulary,

@@ -22,7 +22,6 @@ from ar_tokenizers.image.perceptual import Perceptual
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 
 from ar_unified.checkpoint import steps_in
-from ar_unified.cli.text_tokenizer import train_text
 from ar_unified.data.items import has_pictures
 from ar_unified.data.loader import ImageBatches, NothingReadable
 from ar_unified.experiment import config as configs
@@ -31,6 +30,7 @@ from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.settings import objective as objective_of
 from ar_unified.experiment.settings import short_side, tokenizer_training
 from ar_unified.experiment.start import by_first_process, open_experiment
+from ar_unified.experiment.text_tokenizer import train_text
 from ar_unified.metrics import last_validation, read_metrics
 from ar_unified.parallel import runtime
 from ar_unified.training.loop import fit

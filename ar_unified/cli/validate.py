@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ar_unified.data.validate import validate
-from ar_unified.errors import UserError
+from ar_unified.errors import NO, UserError
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.check import check
 from ar_unified.experiment.experiment import Experiment
@@ -43,4 +43,4 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
             show=arguments.show,
         )
     print(found)
-    return 1 if found.bad else 0
+    return NO if found.bad else 0

@@ -89,12 +89,6 @@ def decode(data: bytes, limits: Limits = LIMITS) -> np.ndarray:
     return pixels
 
 
-def size(data: bytes, limits: Limits = LIMITS) -> tuple[int, int]:
-    """Height and width in pixels from the header alone, before EXIF rotation. Raises ImageError like `decode`."""
-    with _opened(data, limits) as picture:
-        return picture.height, picture.width
-
-
 @contextmanager
 def _opened(data: bytes, limits: Limits) -> Iterator[Image.Image]:
     if not data:
@@ -199,11 +193,6 @@ def to_thumbnail(pixels: np.ndarray, side: int) -> bytes:
     return file.getvalue()
 
 
-def to_uint8(pixels: np.ndarray) -> np.ndarray:
-    """Floats in [-1, 1], any shape, as uint8: the inverse of x / 127.5 - 1."""
-    return np.clip(np.rint((np.asarray(pixels, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
-
-
 # ---- sizes -------------------------------------------------------------------------------------------------------
 
 
@@ -218,17 +207,20 @@ class Cells(Protocol):
 
 
 class ImageCodec(Cells, Protocol):
-    """A trained image tokenizer, as all rooms see it: pictures uint8 [B, H, W, 3] <-> codes int32 [B, h, w]."""
+    """A trained image tokenizer, as all rooms see it: `ar_tokenizers.image.tokenizer.ImageTokenizer`, or another's."""
 
     @property
-    def codebook_size(self) -> int: ...
+    def codebook_size(self) -> int:
+        """K."""
 
     @property
     def hash(self) -> str: ...
 
-    def encode(self, images: np.ndarray, /) -> np.ndarray: ...
+    def encode(self, images: np.ndarray, /) -> np.ndarray:
+        """uint8 [B, H, W, 3] -> int32 [B, h, w] in [0, K)."""
 
-    def decode(self, codes: np.ndarray, /) -> np.ndarray: ...
+    def decode(self, codes: np.ndarray, /) -> np.ndarray:
+        """int32 [B, h, w] -> uint8 [B, H, W, 3]."""
 
 
 class NoImages:
@@ -285,14 +277,18 @@ class Resize:
             if side < self.factor or side % self.factor:
                 raise UserError(f"resize: expected {name} a multiple of the factor {self.factor}, found {side}")
 
+    @property
+    def largest(self) -> tuple[int, int]:
+        """Height and width in pixels that no picture of "aspect", which keeps the area alone, goes beyond."""
+        return self.max_height or 2 * self.height, self.max_width or 2 * self.width
+
     def target(self, height: int, width: int) -> tuple[int, int]:
         """Height and width that a picture of height x width pixels gets."""
         if self.kind == "crop":
             return self.height, self.width
         scale = math.sqrt(self.height * self.width / (height * width))
-        most = (self.max_height or 2 * self.height, self.max_width or 2 * self.width)
         sides = (round(side * scale / self.factor) for side in (height, width))
-        h, w = (min(max(n, 1), m // self.factor) * self.factor for n, m in zip(sides, most, strict=True))
+        h, w = (min(max(n, 1), m // self.factor) * self.factor for n, m in zip(sides, self.largest, strict=True))
         return h, w
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:

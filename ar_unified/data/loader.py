@@ -9,15 +9,15 @@ Axes: `B` rows of the global batch, `T` tokens of a row, `n` documents of a batc
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import grain
 import numpy as np
 
 from ar_unified.data import images, shards
+from ar_unified.data.batch import PackedBatch
 from ar_unified.data.counter_rng import hash64, key, permute, uniform
 from ar_unified.data.items import LeftOut, has_pictures
 from ar_unified.data.packing import Mixture, Packing, Picks, summary
@@ -28,7 +28,6 @@ from ar_unified.errors import UserError
 from ar_unified.grammar import Grammar
 from ar_unified.manifests import require_same
 
-Batch = dict[str, np.ndarray]
 _TEXT_TO_IMAGE, _IMAGE_TO_TEXT = TASKS.index("text_to_image"), TASKS.index("image_to_text")
 _INTERLEAVED = TASKS.index("interleaved")
 _LOOKED_AT = 1000  # documents of a source, for one with a picture
@@ -36,13 +35,6 @@ _LOOKED_AT = 1000  # documents of a source, for one with a picture
 
 class NothingReadable(UserError):
     """A source has no picture that an image tokenizer could learn from."""
-
-
-class Batches(Protocol):
-    """What a training task reads."""
-
-    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
-        """The rows of this process of the global batch of `step`."""
 
 
 @dataclass(frozen=True)
@@ -148,14 +140,8 @@ class PackedBatches:
         packed = summary(dict(zip(self._names, self._packings, strict=True)))
         return {name: packed[name] | {"shares": [shares[name] for shares in self.shares]} for name in self._names}
 
-    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
-        """Rows process_index/process_count of the global batch of `step`.
-
-        Returns:
-            [B / process_count, T] arrays: tokens, targets (next token of the same document, else pad), positions,
-            doc_start (T on padding), segment_ids (from 1; 0 on padding), all int32; tasks (of the document) int8;
-            prompt (the target belongs to the prompt, EOT included) bool.
-        """
+    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> PackedBatch:
+        """Rows process_index/process_count of the global batch of `step`, [B / process_count, T]."""
         now = bisect.bisect_right([phase.from_step for phase in self.phases], step) - 1
         since = step - self.phases[now].from_step
         picks = _slice(self._mixtures[now], since, self.batch_size, process_index, process_count)
@@ -207,8 +193,8 @@ def pack(
     shape: tuple[int, int],
     pad: int,
     eot: int,
-) -> Batch:
-    """Documents side by side in their rows; see `PackedBatches.batch` for what comes out.
+) -> PackedBatch:
+    """Documents side by side in their rows.
 
     Args:
         documents: n token arrays. tasks: int8 [n]. rows: int [n], ascending; the row of each.
@@ -221,25 +207,23 @@ def pack(
     start = ends - lengths - (ends - lengths)[first]  # where in its row each begins
     positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
     at = np.repeat(rows * T + start, lengths) + positions
-
-    def placed(values: np.ndarray, padding: int, dtype: Any = np.int32) -> np.ndarray:
-        out = np.full(B * T, padding, dtype)
-        out[at] = values
-        return out.reshape(B, T)
-
     tokens = np.concatenate(documents)
     targets = np.append(tokens[1:], pad)
     targets[ends - 1] = pad
     border = np.array([int(np.argmax(document == eot)) for document in documents])  # 0: no turn
-    return {
-        "tokens": placed(tokens, pad),
-        "targets": placed(targets, pad),
-        "positions": placed(positions, 0),
-        "doc_start": placed(np.repeat(start, lengths), T),
-        "segment_ids": placed(np.repeat(np.arange(len(documents)) - first + 1, lengths), 0),
-        "tasks": placed(np.repeat(tasks, lengths), 0, np.int8),
-        "prompt": placed(positions < np.repeat(border, lengths), 0, np.bool_),
+    values = {
+        "tokens": tokens,
+        "targets": targets,
+        "positions": positions,
+        "doc_start": np.repeat(start, lengths),
+        "segment_ids": np.repeat(np.arange(len(documents)) - first + 1, lengths),
+        "tasks": np.repeat(tasks, lengths),
+        "prompt": positions < np.repeat(border, lengths),
     }
+    batch = PackedBatch.padding(B, T, pad)
+    for name, each in values.items():
+        getattr(batch, name).reshape(-1)[at] = each
+    return batch
 
 
 class ImageBatches:
@@ -282,7 +266,7 @@ class ImageBatches:
         self._room = memory
         self._kept: dict[tuple[int, int], list[np.ndarray]] = {}
 
-    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
+    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> dict[str, np.ndarray]:
         """{"pixels": uint8 [B / process_count, H, W, 3]}."""
         picks = _slice(self._mixture, step, self.batch_size, process_index, process_count)
         pixels = np.empty((len(picks.item), *self.size, 3), np.uint8)
@@ -333,9 +317,9 @@ class ImageBatches:
 
     def _pictures(self, source: int, document: int) -> list[np.ndarray]:
         """All pictures of a document, scaled; [] if there are none or the item is bad."""
-        place = (source, document)
-        if place in self._kept:
-            return self._kept[place]
+        which = (source, document)
+        if which in self._kept:
+            return self._kept[which]
         try:
             parts = self.sources[source][document].parts
         except BadItem:
@@ -345,7 +329,7 @@ class ImageBatches:
         ]
         self._room -= sum(picture.nbytes for picture in found)
         if self._room > 0:
-            self._kept[place] = found
+            self._kept[which] = found
         return found
 
     def _scaled(self, pixels: np.ndarray) -> tuple[int, int]:
@@ -354,23 +338,6 @@ class ImageBatches:
         height, width = pixels.shape[:2]
         scale = self.short_side / min(height, width)
         return round(height * scale), round(width * scale)
-
-
-def iterate(
-    batches: Batches,
-    start: int = 0,
-    stop: int = 2**31 - 1,
-    *,
-    process_index: int = 0,
-    process_count: int = 1,
-    threads: int = 2,
-    ahead: int = 4,
-) -> Iterator[Batch]:
-    """batch(start), batch(start + 1), ... made by `threads` threads up to `ahead` steps before they are asked for."""
-    steps = grain.MapDataset.range(start, stop)
-    made = steps.map(lambda step: batches.batch(int(step), process_index, process_count))
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead if threads else 0)
-    return iter(made.to_iter_dataset(options))
 
 
 def _slice(mixture: Mixture, step: int, batch_size: int, index: int, count: int) -> Picks:

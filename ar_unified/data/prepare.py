@@ -23,12 +23,13 @@ import numpy as np
 from ar_unified import progress, workdir
 from ar_unified.data import shards
 from ar_unified.data.cutting import split
-from ar_unified.data.images import Cells, ImageCodec, Resize
+from ar_unified.data.images import ImageCodec, Resize
 from ar_unified.data.items import LeftOut
+from ar_unified.data.sizes import default_resize
 from ar_unified.data.sources import BadItem, Source, read
 from ar_unified.document import TASKS, CodesPart, Document, ImagePart, TextPart
 from ar_unified.errors import UserError
-from ar_unified.grammar import Grammar, ImageLayout, TextLost
+from ar_unified.grammar import Grammar, TextLost
 from ar_unified.manifests import ManifestMismatch, differences, require_same
 
 VERSION = 2
@@ -83,16 +84,6 @@ class Report:
             if 2 * s.documents < s.items:
                 lines.append(f"  WARNING: most of {name} is left out")
         return "\n".join(lines)
-
-
-def default_resize(layout: ImageLayout, tokenizer: Cells) -> Resize:
-    """The resize a layout implies: a grid crops; rows keep the aspect, at half the area of the largest picture."""
-    factor, across = tokenizer.factor, layout.width // tokenizer.codes_per_position
-    height, width = layout.height * factor, across * factor
-    if not layout.sized:
-        return Resize("crop", height, width, factor)
-    target_h, target_w = (max(1, round(side / 2**0.5)) * factor for side in (layout.height, across))
-    return Resize("aspect", target_h, target_w, factor, height, width)
 
 
 def prepare(

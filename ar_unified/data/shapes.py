@@ -154,12 +154,3 @@ def _stories(rng: np.random.Generator, split: str, side: int) -> Iterator[dict[s
             "images": [_picture(scene, side) for scene in shown],
             "scenes": [scenes.scene_to_json(scene) for scene in shown],
         }
-
-
-def load(config: str = "captions", split: str = "train", data_dir: str | None = None) -> Any:
-    """Examples of `shapes/<config>`, a random-access sequence of dicts; builds the dataset if it is missing.
-
-    Pictures are uint8 [side, side, 3], texts are bytes. `split` may be sliced ("validation[:100]").
-    `data_dir` is where TFDS keeps its datasets; None is its default folder.
-    """
-    return tfds.data_source(f"shapes/{config}", split=split, data_dir=data_dir)

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+from ar_tokenizers.files import unfinished
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -45,7 +46,7 @@ class ShardWriter:
     def __init__(self, folder: Path, number: int):
         folder.mkdir(parents=True, exist_ok=True)
         self._path = shard_path(folder, number)
-        self._unfinished = workdir.unfinished(self._path)
+        self._unfinished = unfinished(self._path)
         self._records = ArrayRecordWriter(str(self._unfinished), "group_size:1")
         self._index: list[tuple[int, int, int, int, int, bool]] = []
         self._skipped: list[Mapping[str, str]] = []

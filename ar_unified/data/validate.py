@@ -14,7 +14,7 @@ from ar_unified import progress
 from ar_unified.data.files import Folder
 from ar_unified.data.images import SUFFIXES, ImageCodec, Resize
 from ar_unified.data.items import Source, has_pictures
-from ar_unified.data.prepare import default_resize
+from ar_unified.data.sizes import default_resize
 from ar_unified.data.sources import FOLDER_FILES, BadItem, open_source, read, row_files
 from ar_unified.data.text_files import FILES as TEXT_FILES
 from ar_unified.data.text_files import find

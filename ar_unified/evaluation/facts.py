@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from ar_tokenizers.image.config import AutoencoderConfig
 
 from ar_unified.evaluation.charts import number
 
@@ -31,11 +32,12 @@ def summary(config: Mapping[str, Any]) -> dict[str, str]:
         lines["data"] = ", ".join(dict.fromkeys(sources))
     if "image_size" in data and "factor" in image:
         height, width = data["image_size"]
-        codes = math.prod(image.get("levels") or ()) if image.get("quantizer") == "fsq" else image.get("codes")
-        depth = image.get("depth", 1) if image.get("quantizer") == "rq" else 1
-        grid = f"{height // image['factor']} x {width // image['factor'] * depth} codes of {codes}"
+        known = {field.name for field in dataclasses.fields(AutoencoderConfig)}
+        shape = AutoencoderConfig.from_dict({key: value for key, value in image.items() if key in known})
+        h, w = shape.grid(height, width)
+        grid = f"{h} x {w} codes of {shape.codebook_size}"
         about = "of any shape, the size of " if data.get("resize") == "aspect" else ""
-        lines["pictures"] = f"{about}{height} x {width} pixels as {grid} ({image.get('quantizer', '').upper()})"
+        lines["pictures"] = f"{about}{height} x {width} pixels as {grid} ({shape.quantizer.upper()})"
     if "vocab_size" in text:
         lines["text"] = f"at most {text['vocab_size']} pieces ({text.get('model_type', '')})"
     if {"steps", "batch_size", "row_length"} <= train.keys():

@@ -29,6 +29,7 @@ from ar_unified.evaluation.protocol import Protocol, same_text, text_of
 from ar_unified.grammar import Grammar, GrammarError
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
+from ar_unified.sampling.plan import Plan
 from ar_unified.sampling.request import Request, RequestError, Sample
 
 KINDS = ("text_to_image", "image_to_text", "caption", "story", "next_picture", "next_text")
@@ -125,17 +126,17 @@ def evaluate(
     asked_of = Counter[str]()  # questions that were put, by kind
     for kind in KINDS:
         asked: dict[str, Example] = {}
-        requests: list[Request] = []
+        requests: list[Plan] = []
         examples = list(_examples(kind, documents, protocol))
         budget = 8 + 2 * max((_length(grammar, e.expected) for e in examples if isinstance(e.expected, str)), default=0)
         for i, example in enumerate(examples):
             settings = dict(id=f"{kind}-{i}", seed=seed + i, guidance=guidance, image=image, text=text)
-            request = _request(example, codec, grammar, engine, budget, settings)
-            if request is None:
+            plan = _plan(example, codec, grammar, engine, budget, settings)
+            if plan is None:
                 skipped["does_not_fit"] += 1
                 continue
-            asked[request.id] = example
-            requests.append(request)
+            asked[plan.request.id] = example
+            requests.append(plan)
             asked_of[kind] += 1
         answers: dict[str, str | np.ndarray | None] = {}
         for sample in engine.generate(requests) if requests else ():
@@ -150,8 +151,7 @@ def evaluate(
     metrics = scores.metrics()
     for name, values in {"tokenizer_psnr": codec.psnr, "next_picture_psnr": scores.psnr}.items():
         if values:
-            metrics[name] = float(np.mean(values))
-            metrics["counts"][name] = len(values)
+            metrics[name], metrics["counts"][name] = float(np.mean(values)), len(values)
     metrics["skipped"] = dict(skipped)
     if note := _note(documents, asked_of, protocol, skipped):
         metrics["note"] = note
@@ -253,15 +253,15 @@ def _length(grammar: Grammar, text: str) -> int:
     return len(grammar.text_codec.encode(text))
 
 
-def _request(
+def _plan(
     example: Example,
     codec: _Codec,
     grammar: Grammar,
     engine: Engine,
     budget: int,
     settings: Mapping[str, Any],
-) -> Request | None:
-    """The question as the engine takes it; None where a picture is too large for the grammar, or all for the
+) -> Plan | None:
+    """The question as the engine serves it; None where a picture is too large for the grammar, or all for the
     engine.
 
     `budget`: tokens for a text answer. It is more than any right answer has: none may be right because it was
@@ -283,10 +283,9 @@ def _request(
         else:
             height, width = codec.encode(example.expected).shape
             request = replace(request, mode="image", image_size=(height, width))
-        engine.check(request)
+        return engine.plan(request)
     except (RequestError, GrammarError):
         return None
-    return request
 
 
 # ---- what came back ----------------------------------------------------------------------------------------

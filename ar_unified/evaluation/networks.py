@@ -12,14 +12,12 @@ from ar_tokenizers.image.autoencoder import to_float
 from ar_tokenizers.image.perceptual import Perceptual
 from ar_tokenizers.image.weights import read_weights
 
-NAMES = ("LPIPS", "inception")
-
 
 def load_networks(files: Mapping[str, str]) -> dict[str, Any]:
     """The networks of `evaluate_tokenizer`: its arguments distances, extractors and weights.
 
     Args:
-        files: path of the weights by name, of NAMES; "" for none.
+        files: path of the weights by name, "LPIPS" and "inception"; "" for none.
 
     Raises:
         FileNotFoundError, ValueError: no such file, or not the weights of that network.

@@ -14,13 +14,13 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from ar_tokenizers.image import metrics
 
-from ar_unified.data.images import resize
+from ar_unified.data.images import ImageCodec, resize
 from ar_unified.data.sources import BadItem, Source
 from ar_unified.document import ImagePart
 from ar_unified.evaluation.sheets import sheet
@@ -40,22 +40,6 @@ _SCAN = 16  # items of a source that are looked at for each picture wanted
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]  # uint8 [B, H, W, 3] twice -> float64 [B]
 Extractor = Callable[[np.ndarray], np.ndarray]  # uint8 [B, H, W, 3] -> features [B, F]
 Probe = Callable[[np.ndarray], Mapping[str, Any]]  # int32 [N, h, w] -> "bits_per_id", and what it took
-
-
-class Tokenizer(Protocol):
-    """What is scored: an `ar_tokenizers.image.tokenizer.ImageTokenizer`, or another's with the same four."""
-
-    @property
-    def codebook_size(self) -> int: ...
-
-    @property
-    def hash(self) -> str: ...
-
-    def encode(self, images: np.ndarray, /) -> np.ndarray:
-        """uint8 [B, H, W, 3] -> int32 [B, h, w] in [0, K)."""
-
-    def decode(self, codes: np.ndarray, /) -> np.ndarray:
-        """int32 [B, h, w] -> uint8 [B, H, W, 3]."""
 
 
 class NoPictures(ValueError):
@@ -97,7 +81,7 @@ def draw_pictures(
 
 
 def evaluate_tokenizer(
-    tokenizer: Tokenizer,
+    tokenizer: ImageCodec,
     sources: Sequence[Source],
     *,
     size: tuple[int, int],
@@ -145,87 +129,109 @@ def evaluate_tokenizer(
     distances, extractors, weights = dict(distances or {}), dict(extractors or {}), dict(weights or {})
     if unnamed := sorted((distances.keys() | extractors.keys()) - weights.keys()):
         raise ValueError(f"weights: expected the sha256 of the weight file of every network, found none of {unnamed}")
-    measures = _measures(size) | distances
-    moments = {name: (_Moments(), _Moments()) for name in extractors}
-    values: dict[str, list[float]] = {name: [] for name in (*measures, *map(_corrupted_name, CORRUPTION))}
-    skipped, K = Counter[str](), tokenizer.codebook_size
-    done: list[tuple[str, str, bool]] = []  # source, origin, enlarged
-    all_ids: list[np.ndarray] = []
-    stable = 0
-    shown: list[_Shown] = []
-
+    skipped = Counter[str]()
+    tally = _Tally(tokenizer, _measures(size) | distances, extractors, seed)
     drawn = draw_pictures(sources, size, limit, seed, skipped)
     while batch := list(itertools.islice(drawn, batch_size)):
-        first = len(done)
-        done += [(picture.source, picture.origin, picture.enlarged) for picture in batch]
-        real = np.stack([picture.pixels for picture in batch])
-        ids = tokenizer.encode(real)
-        seen = tokenizer.decode(ids)
-        all_ids.append(ids)
-        stable += int(np.sum(tokenizer.encode(seen) == ids))
-        for name, measure in measures.items():
-            values[name] += measure(real, seen).tolist()
-        for share in CORRUPTION:
-            broken = np.stack([_corrupted(x, share, K, (seed, first + i)) for i, x in enumerate(ids)])
-            values[_corrupted_name(share)] += metrics.psnr(real, tokenizer.decode(broken)).tolist()
-        for name, extract in extractors.items():
-            for moment, pixels in zip(moments[name], (real, seen), strict=True):
-                moment.add(extract(pixels))
-        shown += [_Shown(first + i, values["psnr"][first + i], real[i], seen[i]) for i in range(len(batch))]
-        shown = _kept(shown)
+        tally.add(batch)
         progress(len(batch))
-    if not done:
+    if not tally.done:
         names = ", ".join(source.name for source in sources)
         raise NoPictures(f"no readable picture in {names or 'no source'}; left out: {dict(skipped)}")
-
-    ids = np.concatenate(all_ids)
-    of = np.array([source for source, _, _ in done])
-    measured = {name: np.array(found) for name, found in values.items()}
-    codes, bits = _usage(ids, K), ids[0].size / math.prod(size)  # bits of a pixel for each bit of an id
     numbers: dict[str, Any] = {
         "protocol": PROTOCOL,
         "crop": list(size),
         "sources": [source.name for source in sources],
-        "pictures": len(done),
-        "enlarged": sum(enlarged for _, _, enlarged in done),
+        "pictures": len(tally.done),
+        "enlarged": sum(picture.enlarged for picture in tally.done),
         "skipped": dict(skipped),
         "seed": seed,
         "tokenizer": tokenizer.hash,
-        **{name: float(measured[name].mean()) for name in measures if name != "mse"},
-        "psnr_of_mean_mse": float(metrics.decibels(measured["mse"].mean())),
-        "codebook_size": K,
-        "ids_per_picture": ids[0].size,
-        "ids": ids.size,
-        **codes,
-        "bits_per_pixel": math.log2(K) * bits,
-        "entropy_bits_per_pixel": codes["entropy_bits"] * bits,
-        "id_stability": stable / ids.size,
-        "psnr_corrupted": {f"{share:.0%}": float(measured[_corrupted_name(share)].mean()) for share in CORRUPTION},
-        "by_source": {
-            str(name): {
-                "pictures": int((of == name).sum()),
-                **{key: float(measured[key][of == name].mean()) for key in ("psnr", "ssim", "l1") if key in measured},
-                **_usage(ids[of == name], K),
-            }
-            for name in dict.fromkeys(of.tolist())
-        },
+        **tally.numbers(math.prod(size), probe),
     }
-    if probe:
-        found = dict(probe(ids))
-        numbers["probe"] = found | {"bits_per_pixel": found["bits_per_id"] * bits}
-    for name, (a, b) in moments.items():
-        numbers["rFID" if name == "inception" else f"FD-{name}"] = _frechet(a, b)
     if weights:
         numbers["weights"] = weights
-    numbers["shown"] = [
-        {
-            "origin": done[s.index][1],
-            **{key: float(measured[key][s.index]) for key in ("psnr", "ssim") if key in measured},
-            "worst": s.index >= FIRST and len(done) > FIRST + WORST,
+    numbers["shown"] = tally.told()
+    return numbers, sheet(np.stack([s.real for s in tally.shown]), np.stack([s.seen for s in tally.shown]))
+
+
+class _Tally:
+    """What the pictures of a set come to under a tokenizer, a batch at a time."""
+
+    def __init__(
+        self, tokenizer: ImageCodec, measures: Mapping[str, Distance], extractors: Mapping[str, Extractor], seed: int
+    ) -> None:
+        self.tokenizer, self.measures, self.extractors, self.seed = tokenizer, measures, extractors, seed
+        self.done: list[Picture] = []  # without their pixels
+        self.shown: list[_Shown] = []
+        self._ids: list[np.ndarray] = []
+        self._stable = 0
+        self._values: dict[str, list[float]] = {name: [] for name in (*measures, *map(_corrupted_name, CORRUPTION))}
+        self._moments = {name: (_Moments(), _Moments()) for name in extractors}
+
+    def add(self, batch: Sequence[Picture]) -> None:
+        first, K = len(self.done), self.tokenizer.codebook_size
+        self.done += [replace(picture, pixels=np.empty(0, np.uint8)) for picture in batch]
+        real = np.stack([picture.pixels for picture in batch])
+        ids = self.tokenizer.encode(real)
+        seen = self.tokenizer.decode(ids)
+        self._ids.append(ids)
+        self._stable += int(np.sum(self.tokenizer.encode(seen) == ids))
+        for name, measure in self.measures.items():
+            self._values[name] += measure(real, seen).tolist()
+        for share in CORRUPTION:
+            broken = np.stack([_corrupted(x, share, K, (self.seed, first + i)) for i, x in enumerate(ids)])
+            self._values[_corrupted_name(share)] += metrics.psnr(real, self.tokenizer.decode(broken)).tolist()
+        for name, extract in self.extractors.items():
+            for moment, pixels in zip(self._moments[name], (real, seen), strict=True):
+                moment.add(extract(pixels))
+        psnr = self._values["psnr"]
+        self.shown += [_Shown(first + i, psnr[first + i], real[i], seen[i]) for i in range(len(batch))]
+        self.shown = _kept(self.shown)
+
+    def numbers(self, pixels: int, probe: Probe | None) -> dict[str, Any]:
+        """Those of `evaluate_tokenizer` that the pictures decide, of `pixels` pixels each."""
+        ids, K = np.concatenate(self._ids), self.tokenizer.codebook_size
+        measured = {name: np.array(found) for name, found in self._values.items()}
+        of = np.array([picture.source for picture in self.done])
+        codes, bits = _usage(ids, K), ids[0].size / pixels  # bits of a pixel for each bit of an id
+        numbers: dict[str, Any] = {
+            **{name: float(measured[name].mean()) for name in self.measures if name != "mse"},
+            "psnr_of_mean_mse": float(metrics.decibels(measured["mse"].mean())),
+            "codebook_size": K,
+            "ids_per_picture": ids[0].size,
+            "ids": ids.size,
+            **codes,
+            "bits_per_pixel": math.log2(K) * bits,
+            "entropy_bits_per_pixel": codes["entropy_bits"] * bits,
+            "id_stability": self._stable / ids.size,
+            "psnr_corrupted": {f"{share:.0%}": float(measured[_corrupted_name(share)].mean()) for share in CORRUPTION},
+            "by_source": {
+                str(name): {
+                    "pictures": int((of == name).sum()),
+                    **{k: float(measured[k][of == name].mean()) for k in ("psnr", "ssim", "l1") if k in measured},
+                    **_usage(ids[of == name], K),
+                }
+                for name in dict.fromkeys(of.tolist())
+            },
         }
-        for s in shown
-    ]
-    return numbers, sheet(np.stack([s.real for s in shown]), np.stack([s.seen for s in shown]))
+        if probe:
+            found = dict(probe(ids))
+            numbers["probe"] = found | {"bits_per_pixel": found["bits_per_id"] * bits}
+        for name, (a, b) in self._moments.items():
+            numbers["rFID" if name == "inception" else f"FD-{name}"] = _frechet(a, b)
+        return numbers
+
+    def told(self) -> list[dict[str, Any]]:
+        """Of each picture that is shown: its origin, how far off it is, and whether it is one of the worst."""
+        return [
+            {
+                "origin": self.done[s.index].origin,
+                **{key: float(self._values[key][s.index]) for key in ("psnr", "ssim") if key in self._values},
+                "worst": s.index >= FIRST and len(self.done) > FIRST + WORST,
+            }
+            for s in self.shown
+        ]
 
 
 def _walk(source: Source, order: np.ndarray, size: tuple[int, int], left_out: Counter[str]) -> Iterator[Picture]:

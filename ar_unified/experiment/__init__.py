@@ -7,6 +7,7 @@ experiment.py  sources, tokenizers, grammar, model, engine of a config and a wor
 check.py       whether a config can be run, asked before the first stage
 start.py       how a verb begins: its experiment, checked, with the other processes of its job
 branch.py      a workdir that begins where another's training was
+text_tokenizer.py, tokenizer_evaluation.py   the two stages that several verbs do
 
 It stands on all rooms but planning; cli alone imports it.
 """

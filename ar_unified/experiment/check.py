@@ -29,12 +29,12 @@ from ar_unified.data.images import RESIZES
 from ar_unified.data.items import has_pictures
 from ar_unified.data.packing import Mixture
 from ar_unified.data.prepare import folder_name
-from ar_unified.errors import UserError, nearest, outside, several
+from ar_unified.errors import UserError, about, nearest, outside, several
 from ar_unified.evaluation.protocol import PROTOCOLS
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
 from ar_unified.experiment.experiment import STAGES, Experiment
-from ar_unified.grammar import LAYOUTS
+from ar_unified.grammar import LAYOUTS, Grammar
 from ar_unified.kernels import backend, device
 from ar_unified.manifests import require_same
 from ar_unified.model import config as model_config
@@ -301,7 +301,10 @@ def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> No
             "text_tokenizer.lossy", f"expected 'warn', as the bundle's text tokenizer loses text: {text.losses[0]}"
         )
     problems.end()
-    ours = settings.grammar(config, text, image).manifest()
+    shape, image_hash = (None, "") if image is None else (image.config, image.hash)
+    with about("config.data"):
+        vocabulary, layout = settings.language(config, shape, text.size, text.hash, image_hash)
+    ours = Grammar(vocabulary, layout, text).manifest()
     where = dict(expected_from=f"config.init={bundle.folder}", found_from="this config")
     require_same(bundle.language, ours, **where)
 

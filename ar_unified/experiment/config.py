@@ -14,25 +14,39 @@ import json
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any, TypeVar
 
 from absl import flags
 from ar_tokenizers.image.adversary import AdversaryConfig
+from ar_tokenizers.image.config import AutoencoderConfig
+from ar_tokenizers.image.objective import ObjectiveConfig
 from ml_collections import ConfigDict, config_flags
 
+from ar_unified.data.loader import Phase
+from ar_unified.document import TASKS
 from ar_unified.errors import UserError, about, in_words, nearest, several
 from ar_unified.model.config import PRESETS, TransformerConfig
 from ar_unified.paths import home
+from ar_unified.sampling.decoding import Filter
+from ar_unified.sampling.request import Request
+from ar_unified.training.loop import TrainingConfig
+from ar_unified.training.optimizer import OptimizerConfig
+from ar_unified.training.tasks import TransformerTask
+from ar_unified.vocabulary import Role
 from ar_unified.workdir import read_json
 
 T = TypeVar("T")
 
 
 def defaults() -> ConfigDict:
-    """Every key of an experiment with its default. Sizes in pixels and lengths in tokens, unless said otherwise."""
+    """Every key of an experiment with its default. Sizes in pixels and lengths in tokens, unless said otherwise.
+
+    A key that is a dataclass's field is explained there, and its default stands there. Here are the keys that only an
+    experiment has, and the defaults that are others in an experiment, which is to be small enough for a CPU.
+    """
     config = ConfigDict()
     config.name = "experiment"
     config.seed = 0
@@ -57,45 +71,17 @@ def defaults() -> ConfigDict:
     config.text_tokenizer.model = ""  # a SentencePiece model from elsewhere, instead of training one
     config.text_tokenizer.lossy = "refuse"  # such a model that loses text: refuse | warn
 
-    config.image_tokenizer = ConfigDict()
-    config.image_tokenizer.backbone = "folded"  # folded: small, cheap on a CPU | vqgan: the field's
-    config.image_tokenizer.factor = 16  # pixels per code, each way
-    config.image_tokenizer.patch = 4  # of the factor, folded into features at once
-    config.image_tokenizer.width = 32
-    config.image_tokenizer.multipliers = (1, 2, 2)  # x width, one per level
-    config.image_tokenizer.blocks = (0, 1, 2)  # residual blocks per level
-    config.image_tokenizer.attention = "none"  # vqgan: none | middle | lowest resolution
-    config.image_tokenizer.z_channels = 256  # vqgan: features between its last convolution and the quantiser
-    config.image_tokenizer.quantizer = "fsq"  # fsq | vq | simvq | lfq | bsq | ibq | rq
-    config.image_tokenizer.levels = (8, 5, 5, 5)  # fsq: the codebook is their product
-    config.image_tokenizer.activation = "tanh"  # fsq: tanh | ifsq
-    config.image_tokenizer.codes = 1024  # all others: the codebook
-    config.image_tokenizer.code_dim = 0  # numbers in a code; 0: the quantizer's usual
-    config.image_tokenizer.depth = 4  # rq: codes a position
-    config.image_tokenizer.codebook_update = "gradient"  # vq, rq: gradient | ema, what moves the codes
-    config.image_tokenizer.gradient = "straight_through"  # vq, simvq, rq: straight_through | rotation
-    config.image_tokenizer.beta = 0.25  # weight of the commitment
-    config.image_tokenizer.entropy = -1.0  # weight of the entropy penalty; negative: the quantizer's usual
-    config.image_tokenizer.restart = 0.1  # vq, rq: a code used less than this share of the mean starts anew; 0: never
-    config.image_tokenizer.l1_weight = 0.0
-    config.image_tokenizer.l2_weight = 1.0
-    config.image_tokenizer.tolerance = 0.0  # pixel errors up to this, of [-1, 1], cost nothing
-    config.image_tokenizer.perceptual = "none"  # none | ms_ssim | match | lpips | features
-    config.image_tokenizer.perceptual_weight = 1.0
+    config.image_tokenizer = ConfigDict(
+        _fields(AutoencoderConfig, width=32)
+        | _fields(ObjectiveConfig, adversary=ConfigDict(_fields(AdversaryConfig)))
+        | _fields(OptimizerConfig, ("b1", "clip_norm"), learning_rate=2e-3, b2=0.99, weight_decay=0.0)
+        | _fields(TrainingConfig, ("accumulation",))
+    )
     config.image_tokenizer.perceptual_file = ""  # lpips, features: the network's weights
-    config.image_tokenizer.adversary = ConfigDict(dataclasses.asdict(AdversaryConfig()))
-    config.image_tokenizer.ema = 0.0  # decay of the averaged weights that are used in the end; 0: the last ones
-    config.image_tokenizer.dtype = "float32"
     config.image_tokenizer.steps = 1000  # 0: none is trained
     config.image_tokenizer.batch_size = 64
-    config.image_tokenizer.accumulation = 1  # microbatches per step
-    config.image_tokenizer.learning_rate = 2e-3
     config.image_tokenizer.warmup_steps = 50  # at most a tenth of the steps
     config.image_tokenizer.final_fraction = 0.02  # of the peak, at the last step
-    config.image_tokenizer.b1 = 0.9
-    config.image_tokenizer.b2 = 0.99
-    config.image_tokenizer.weight_decay = 0.0
-    config.image_tokenizer.clip_norm = 1.0
     config.image_tokenizer.checkpoint_every = 0  # and validate and show pictures; 0: at each quarter
     config.image_tokenizer.crop = 0  # train on random crops of this side; 0: on whole pictures of image_size
     config.image_tokenizer.short_side = 0  # of the pictures that are cropped; 0: 5/4 of the crop
@@ -103,42 +89,25 @@ def defaults() -> ConfigDict:
 
     config.model = model("2m")
 
-    config.loss = ConfigDict()
-    config.loss.roles = ConfigDict(dict(text=1.0, control=1.0, size=1.0, image=1.0))
-    config.loss.tasks = ConfigDict(dict(text=1.0, text_to_image=1.0, image_to_text=1.0, interleaved=1.0))
-    config.loss.prompt = 1.0  # further weight of what stands inside a prompt
-    config.loss.z_loss = 0.0
-    config.loss.chunk = 1024  # positions whose logits a device holds at one time
+    config.loss = ConfigDict(_fields(TransformerTask, ("z_loss", "chunk")))
+    config.loss.roles = ConfigDict({role.name.lower(): 1.0 for role in Role if role != Role.PAD})
+    config.loss.tasks = ConfigDict(dict.fromkeys(TASKS, 1.0))
+    config.loss.prompt = TransformerTask.prompt_weight  # further weight of what stands inside a prompt
 
-    config.training = ConfigDict()
-    config.training.steps = 1000
+    settled = ("decay", "b1", "eps", "factors")  # no keys: nobody tunes them
+    config.training = ConfigDict(
+        _fields(TrainingConfig, without=("seed", "optimizer"), steps=1000)
+        | _fields(OptimizerConfig, without=settled, learning_rate=2e-3, warmup_steps=50, final_fraction=0.0)
+        | _fields(TransformerTask, ("attention_share",))
+    )
     config.training.batch_size = 16  # packed rows per step, over all devices
     config.training.row_length = 256
-    config.training.accumulation = 1  # microbatches per step
-    config.training.optimizer = "adamw"  # adamw | muon
-    config.training.learning_rate = 2e-3
-    config.training.schedule = "cosine"  # cosine | wsd
-    config.training.warmup_steps = 50
-    config.training.decay_fraction = 0.2  # wsd: the last part of the steps
-    config.training.final_fraction = 0.0  # of the peak, at the last step
-    config.training.restarts = ()  # shares of the steps at which the schedule begins anew
-    config.training.b2 = 0.95
-    config.training.weight_decay = 0.1
-    config.training.clip_norm = 1.0
     config.training.code_rows = "random"  # rows of image codes begin random | alike: near for codes that are near
-    config.training.flip_pairs = 0.5  # how often a pair is read the other way round
-    config.training.drop_condition = 0.1  # how often a prompt becomes the empty one (what guidance compares with)
+    config.training.flip_pairs = Phase.flip  # how often a pair is read the other way round
+    config.training.drop_condition = Phase.condition_dropout  # how often a prompt becomes the empty one
     # Later parts of the training that mix otherwise: dicts of `begin` (a share of the steps), and what changes there of
     # `weights` ({source: share of the rows}), `flip_pairs` and `drop_condition`.
     config.training.phases = ()
-    config.training.log_every = 20
-    config.training.validate_every = 200
-    config.training.attention_share = True  # at each validation: how much text and pictures look at each other
-    config.training.preview_every = 0
-    config.training.checkpoint_every = 200
-    config.training.keep = 3  # newest checkpoints that survive
-    config.training.keep_every = 0  # and every multiple of this, for `train --branch`; 0: none
-    config.training.keep_best = True  # also the checkpoint of the lowest validation loss (sampling.checkpoint="best")
 
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, context=1))  # -1: the devices left over
 
@@ -147,10 +116,10 @@ def defaults() -> ConfigDict:
     config.sampling.batch_size = 64  # in each process; a multiple of the devices that split rows
     config.sampling.max_length = 256  # prompt and answer
     config.sampling.kv_dtype = ""  # of the KV cache: int8 | float8_e4m3fn | bfloat16 | float32; "": the model's dtype
-    config.sampling.guidance = 1.0
-    config.sampling.context = "empty_prompt"  # what guidance compares with: ar_unified.sampling.request has the others
-    config.sampling.text = ConfigDict(dict(temperature=0.0, top_k=0, top_p=1.0))
-    config.sampling.image = ConfigDict(dict(temperature=1.0, top_k=0, top_p=1.0))
+    config.sampling.guidance = Request.guidance
+    config.sampling.context = Request.context  # what guidance compares with: ar_unified.sampling.request has the others
+    config.sampling.text = ConfigDict(_fields(Filter, temperature=0.0))
+    config.sampling.image = ConfigDict(_fields(Filter))
 
     config.evaluation = ConfigDict()
     config.evaluation.protocol = "exact"  # exact | shapes | easy_vqa: who says what is right
@@ -162,11 +131,17 @@ def defaults() -> ConfigDict:
     return config
 
 
+def _fields(kind: type, only: Collection[str] = (), without: Collection[str] = (), **changes: Any) -> dict[str, Any]:
+    """The fields of a dataclass with their defaults, or `changes` of them; `only` these, or all `without` those."""
+    names = {*only, *changes} if only else {field.name for field in dataclasses.fields(kind)} - set(without)
+    return {field.name: field.default for field in dataclasses.fields(kind) if field.name in names} | changes
+
+
 def model(preset: str, **changes: Any) -> ConfigDict:
     """A preset of ar_unified.model.config with all its fields spelled out, so that each can be overridden."""
-    fields = {field.name: field.default for field in dataclasses.fields(TransformerConfig)}
+    fields = _fields(TransformerConfig) | PRESETS[preset]
     del fields["vocab_size"]  # the tokenizers decide
-    return ConfigDict({**fields, **{k: v for k, v in PRESETS[preset].items() if k != "vocab_size"}, **changes})
+    return ConfigDict(fields | changes)
 
 
 FILES = (  # keys that name a file or folder, "" for none

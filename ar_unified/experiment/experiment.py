@@ -264,7 +264,10 @@ class Experiment:
     def grammar(self) -> Grammar:
         """Of both tokenizers."""
         text, image = self.text_tokenizer, self.image_tokenizer
-        return settings.grammar(self.config, text, None if isinstance(image, NoImages) else image)
+        shape = None if isinstance(image, NoImages) else image.config
+        with about("config.data"):
+            vocabulary, layout = settings.language(self.config, shape, text.size, text.hash, image.hash)
+        return Grammar(vocabulary, layout, text)
 
     # ---- model ----------------------------------------------------------------------------------------------------
 

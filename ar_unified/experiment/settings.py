@@ -12,15 +12,13 @@ from collections.abc import Mapping
 from ar_tokenizers.image.adversary import AdversaryConfig
 from ar_tokenizers.image.config import AutoencoderConfig
 from ar_tokenizers.image.objective import ObjectiveConfig
-from ar_tokenizers.image.tokenizer import ImageTokenizer
-from ar_tokenizers.text import TextTokenizer
 from ml_collections import ConfigDict
 
 from ar_unified.data.images import Resize
 from ar_unified.data.loader import Phase, require_order
-from ar_unified.errors import UserError, about, nearest
+from ar_unified.errors import UserError, nearest
 from ar_unified.experiment import config as configs
-from ar_unified.grammar import TEXT_ALONE, Grammar, ImageLayout, fixed_grid, sized_rows
+from ar_unified.grammar import TEXT_ALONE, ImageLayout, fixed_grid, sized_rows
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.request import Request
 from ar_unified.training.loop import TrainingConfig
@@ -49,30 +47,32 @@ def resize(config: ConfigDict) -> Resize:
 
 def layout(config: ConfigDict, image: AutoencoderConfig) -> ImageLayout:
     """How pictures are written. Raises ValueError, naming the key, for settings that do not go together."""
-    height, width = image.grid(*config.data.image_size)
     if config.data.layout == "grid":
         if config.data.resize == "aspect":
             raise ValueError(
                 "layout: expected 'rows' with resize 'aspect', whose pictures have many sizes; found 'grid'"
             )
-        return fixed_grid(height, width)
+        return fixed_grid(*image.grid(*config.data.image_size))
     if image.codes_per_position > 1:
         raise ValueError(
             f"layout: expected 'grid' with {image.codes_per_position} codes a position ({image.quantizer}), "
             "found 'rows', whose pictures could end inside a position"
         )
-    return sized_rows(2 * height, 2 * width)  # "aspect" keeps the area: a side may be up to twice that of the square
+    return sized_rows(*image.grid(*resize(config).largest))
 
 
-def grammar(config: ConfigDict, text: TextTokenizer, image: ImageTokenizer | None) -> Grammar:
-    """The vocabulary that binds the two tokenizers, and how pictures are written in it; image: None: text alone."""
+def language(
+    config: ConfigDict, image: AutoencoderConfig | None, text_size: int, text_hash: str = "", image_hash: str = ""
+) -> tuple[Vocabulary, ImageLayout]:
+    """The vocabulary of two tokenizers, and how pictures are written in it; image None: of text alone.
+
+    Raises like `layout`.
+    """
     if image is None:
-        return Grammar(Vocabulary(text.size, 0, text_hash=text.hash), TEXT_ALONE, text)
-    with about("config.data"):
-        pictures = layout(config, image.config)
-    side = max(pictures.height, pictures.width) if pictures.sized else 0
-    vocabulary = Vocabulary(text.size, image.codebook_size, side, text.hash, image.hash)
-    return Grammar(vocabulary, pictures, text)
+        return Vocabulary(text_size, 0, text_hash=text_hash), TEXT_ALONE
+    how = layout(config, image)
+    side = max(how.height, how.width) if how.sized else 0
+    return Vocabulary(text_size, image.codebook_size, side, text_hash, image_hash), how
 
 
 def short_side(config: ConfigDict) -> int:

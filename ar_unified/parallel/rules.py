@@ -7,7 +7,6 @@ spread over a machine is changing a row here. The compiler (GSPMD) derives the c
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -81,6 +80,11 @@ def shardings(mesh: Mesh, logical_axes: Any, shapes: Any) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(mesh, logical_axes, shapes))
 
 
+def on_mesh(shapes: Any, shardings: Any) -> Any:
+    """`shapes` as ShapeDtypeStructs that say where they lie."""
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
+
+
 def batch_spec(mesh: Mesh, shape: tuple[int, ...], name: str = "batch") -> P:
     """How one array of a batch is split: [B, T] by batch and sequence, anything else by its leading axis alone."""
     axes = ("batch", "sequence") if len(shape) == 2 else ("batch",) + (None,) * (len(shape) - 1)
@@ -100,22 +104,31 @@ def batch_part(mesh: Mesh, rows: int) -> tuple[int, int]:
     return (start // size, rows // size) if rows % size == 0 and start % size == 0 else (0, 1)
 
 
-def place_batch(mesh: Mesh, batch: Mapping[str, Any], part: tuple[int, int] = (0, 1)) -> dict[str, jax.Array]:
-    """Puts a global batch onto the mesh, from `part` (index, count) of it: numpy arrays [B / count, ...].
+def batch_shardings(mesh: Mesh, batch: Any) -> Any:
+    """The NamedSharding of every array of a batch (or of its shapes), by `batch_spec`."""
+
+    def one(path: Any, x: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return NamedSharding(mesh, batch_spec(mesh, x.shape, f"batch[{name!r}]"))
+
+    return jax.tree_util.tree_map_with_path(one, batch)
+
+
+def place_batch(mesh: Mesh, batch: Any, part: tuple[int, int] = (0, 1)) -> Any:
+    """Puts a global batch onto the mesh, from `part` (index, count) of it: a pytree of numpy arrays [B / count, ...].
 
     Each process copies the rows of its own devices; they must lie in its part (`batch_part`).
     """
     index, count = part
 
-    def put(name: str, array: Any) -> jax.Array:
+    def put(array: Any, whole: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
         rows = len(array)
-        shape = (rows * count, *array.shape[1:])
-        sharding = NamedSharding(mesh, batch_spec(mesh, shape, f"batch[{name!r}]"))
 
         def held(where: Any) -> Any:  # a slice of each axis
-            start, stop, _ = where[0].indices(shape[0])
+            start, stop, _ = where[0].indices(whole.shape[0])
             return array[(slice(start - index * rows, stop - index * rows), *where[1:])]
 
-        return jax.make_array_from_callback(shape, sharding, held)
+        return jax.make_array_from_callback(whole.shape, sharding, held)
 
-    return {name: put(name, array) for name, array in batch.items()}
+    whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(x) * count, *x.shape[1:]), x.dtype), batch)
+    return jax.tree.map(put, batch, whole, batch_shardings(mesh, whole))

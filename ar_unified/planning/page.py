@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ar_unified.planning.memory import PARTS
-from ar_unified.planning.plan import Plan
+from ar_unified.planning.plan import PlanReport
 from ar_unified.planning.report import billions, duration, size, text
 from ar_unified.workdir import write_text
 
 _WIDTH, _BAR = 1000, 46  # SVG units
 
 
-def write_page(path: str | Path, plan: Plan) -> None:
+def write_page(path: str | Path, plan: PlanReport) -> None:
     """Writes the page, whole or not at all."""
     title = f"{plan['job']} on {plan['target']}"
     sections = "".join(_program(program) for program in plan["programs"])

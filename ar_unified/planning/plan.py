@@ -20,12 +20,12 @@ from ar_unified.planning.roofline import roofline, traffic
 from ar_unified.planning.scaling import scaling
 from ar_unified.planning.targets import Target, TargetError
 
-Plan = dict[str, Any]  # JSON values; `make_plan` says which
+PlanReport = dict[str, Any]  # JSON values; `make_plan` says which
 
 
 def make_plan(
     run: Run, target: Target, job: str = "train", *, advise: bool = True, say: Callable[[str], Any] = print
-) -> Plan:
+) -> PlanReport:
     """Compiles the programs of `job` for `target` and reads them.
 
     Args:
@@ -42,15 +42,15 @@ def make_plan(
     Raises ValueError where mesh, batch and model do not divide each other, TargetError where there is no such target
     or the run asks for the attention kernel of another.
     """
-    place = target if job == "train" else target.process()  # each process serves requests of its own
-    mesh = place.mesh(run.mesh if job == "train" else decoding_axes(run.mesh))
+    part = target if job == "train" else target.process()  # each process serves requests of its own
+    mesh = part.mesh(run.mesh if job == "train" else decoding_axes(run.mesh))
     run = with_a_kernel(run, target)
-    result: Plan = {
+    result: PlanReport = {
         "target": target.name,
         "hardware": {"source": target.hardware.source, "hbm": target.hardware.hbm, "flops": target.hardware.flops},
         "chips": target.chips,
         "devices": mesh.size,
-        "processes": target.chips // place.chips,
+        "processes": target.chips // part.chips,
         "mesh": dict(mesh.shape),
         "job": job,
         "model": {
@@ -84,7 +84,7 @@ def make_plan(
         if "refused" in result:
             result["fits"] = False
             result["refused"]["at_least"] = at_least(program, run)
-            found = advice.trials(run, mesh, place, job, say) if advise else ()
+            found = advice.trials(run, mesh, part, job, say) if advise else ()
             result["refused"]["trials"] = [trial._asdict() for trial in found]
             break
     return result

@@ -17,23 +17,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from ar_unified.data.batch import PackedBatch
 from ar_unified.grammar import Grammar, ImageLayout, TextCodec
 from ar_unified.model import transformer
 from ar_unified.model.config import TransformerConfig
-from ar_unified.parallel.rules import batch_spec, specs
+from ar_unified.parallel.rules import batch_shardings, on_mesh, specs
 from ar_unified.sampling import steps
 from ar_unified.sampling.engine import KEPT, prefill_rows
 from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
 from ar_unified.training.step import abstract_state, make_train_step
 from ar_unified.training.tasks import TransformerTask
 from ar_unified.vocabulary import Vocabulary
-
-# What data/loader.py gives of each position.
-FIELDS = {
-    **dict.fromkeys(("tokens", "targets", "positions", "doc_start", "segment_ids"), jnp.int32),
-    "tasks": jnp.int8,
-    "prompt": jnp.bool_,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,11 +176,8 @@ def train_program(run: Run, mesh: Mesh) -> Program:
     step = make_train_step(
         task, tx, mesh, seed=0, clip_norm=run.optimizer.clip_norm, accumulation=run.accumulation
     )  # fmt: skip
-    shape = (run.batch_size, run.row_length)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, batch_spec(mesh, shape, name)))
-        for name, dtype in FIELDS.items()
-    }
+    shapes = PackedBatch.shapes(run.batch_size, run.row_length)
+    batch = on_mesh(shapes, batch_shardings(mesh, shapes))
     arguments = {"parameters": state.params, "optimizer": (state.step, state.optimizer), "batch": batch}
     return Program("train", mesh, arguments, lambda: step.trace(state, batch))
 
@@ -199,7 +190,7 @@ def saved_for_backward(run: Run, mesh: Mesh) -> int:
     """
     task = make_task(run)
     rows = run.batch_size // run.accumulation
-    batch = {name: jax.ShapeDtypeStruct((rows, run.row_length), dtype) for name, dtype in FIELDS.items()}
+    batch = PackedBatch.shapes(rows, run.row_length)
     params = jax.eval_shape(task.init, jax.random.key(0))
 
     def residuals(params: Any, batch: Any) -> Any:
@@ -231,9 +222,7 @@ def sample_programs(run: Run, mesh: Mesh) -> list[Program]:
     grammar = Grammar(run.vocabulary, run.layout, cast(TextCodec, None))
 
     def placed(tree: Any, specs: Any) -> Any:
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s)), tree, specs
-        )
+        return on_mesh(tree, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
 
     def by_row(tree: Any) -> Any:
         return placed(tree, steps.row_specs(mesh, tree))

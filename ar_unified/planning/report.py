@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ar_unified.planning.memory import PARTS
-from ar_unified.planning.plan import Plan
+from ar_unified.planning.plan import PlanReport
 from ar_unified.planning.roofline import ASSUMPTIONS
 
 
@@ -27,7 +27,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
-def text(plan: Plan) -> str:
+def text(plan: PlanReport) -> str:
     """All of it, for a terminal."""
     mesh = " ".join(f"{axis}={n}" for axis, n in plan["mesh"].items())
     alone = f"each of {plan['processes']} processes by itself, " if plan["processes"] > 1 else ""
@@ -52,7 +52,7 @@ def text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _program(program: dict[str, Any], plan: Plan) -> list[str]:
+def _program(program: dict[str, Any], plan: PlanReport) -> list[str]:
     where = program["memory"]
     lines = [f"{program['name']} (compiled in {program['compile_seconds']:.0f} s), per device"]
     for name, n in where["parts"].items():

@@ -19,10 +19,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from ar_tokenizers.files import whole
+
 from ar_unified.sampling.columns import digest
 from ar_unified.sampling.requests import Line
 from ar_unified.sampling.results import read
-from ar_unified.workdir import whole
 
 NAMES = ("batch_output.jsonl", "batch_errors.jsonl")
 _FINISHED = {"eos": "stop", "stop": "stop", "length": "length"}

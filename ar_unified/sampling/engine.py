@@ -134,15 +134,16 @@ class Engine:
         self._prepared: tuple[Any, Any] = (None, None)
         self._slot_steps = np.zeros(2, np.int64)  # at work, and all
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Sample]:
+    def generate(self, requests: Iterable[Request | Plan]) -> Iterator[Sample]:
         """All samples of all requests as they finish, which is not the order of the requests.
 
         A request that cannot be served gives one sample with an `error`; the others are not touched by it. `requests`
-        is read as slots become free, so it may be endless.
+        is read as slots become free, so it may be endless. One that was planned (`plan`) is not planned again.
         """
-        return self.draw((request, index) for request in requests for index in range(max(request.n, 1)))
+        counted = ((asked, asked.request.n if isinstance(asked, Plan) else asked.n) for asked in requests)
+        return self.draw((asked, index) for asked, n in counted for index in range(max(n, 1)))
 
-    def draw(self, samples: Iterable[tuple[Request, int]]) -> Iterator[Sample]:
+    def draw(self, samples: Iterable[tuple[Request | Plan, int]]) -> Iterator[Sample]:
         """Like `generate` for chosen samples, (request, index) each."""
         waiting = _Waiting(self, samples)
         prompts = _Prompts(self)
@@ -176,17 +177,13 @@ class Engine:
             raise RequestError(f"{n} tokens to score, but the engine's max_length is {self.max_length}: raise it")
         return parts
 
-    def check(self, request: Request) -> None:
-        """Raises RequestError or GrammarError, saying what to change, if the request cannot be served."""
-        self.plan(request)
-
     @property
     def occupancy(self) -> float:
         """Which part of the slots was at work, over all steps so far."""
         return float(self._slot_steps[0] / max(self._slot_steps[1], 1))
 
     def plan(self, request: Request) -> Plan:
-        """How the request would be served; raises as `check` does."""
+        """How the request is served. Raises RequestError or GrammarError, saying what to change, if it cannot be."""
         return plan(self.grammar, request, self.max_length)
 
     # ---- one pool ------------------------------------------------------------------------------------------------
@@ -277,7 +274,7 @@ class Engine:
 class _Waiting:
     """Samples that wait for a slot, planned a little ahead of their time, by the pool they need."""
 
-    def __init__(self, engine: Engine, samples: Iterable[tuple[Request, int]]):
+    def __init__(self, engine: Engine, samples: Iterable[tuple[Request | Plan, int]]):
         self._engine, self._samples = engine, iter(samples)
         self._queues: dict[Shape, deque[_Job]] = {}
         self._plan: tuple[Request | None, Plan | None] = (None, None)  # the last one: samples of a request share it
@@ -310,7 +307,9 @@ class _Waiting:
         most = _AHEAD * self._engine.batch_size
         while sum(map(len, self._queues.values())) < most and (pair := next(self._samples, None)) is not None:
             request, index = pair
-            if self._plan[0] is not request:
+            if isinstance(request, Plan):
+                self._plan = request.request, request
+            elif self._plan[0] is not request:
                 try:
                     self._plan = request, self._engine.plan(request)
                 except (RequestError, GrammarError) as error:

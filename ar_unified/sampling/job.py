@@ -22,14 +22,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from ar_unified import progress
 from ar_unified.data.images import Cells, ImageCodec, by_size
-from ar_unified.data.prepare import default_resize
+from ar_unified.data.sizes import default_resize
 from ar_unified.document import CodesPart, Part, TextPart
 from ar_unified.grammar import GrammarError
 from ar_unified.manifests import Mismatch, differences
@@ -38,6 +38,7 @@ from ar_unified.sampling import batch_output, gallery
 from ar_unified.sampling.bandwidth import MemoryTime
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.formats import fingerprint
+from ar_unified.sampling.plan import Plan
 from ar_unified.sampling.request import Request, RequestError, Sample, TokensPart
 from ar_unified.sampling.requests import Canvas, Line, Picture, PictureError, read_requests
 from ar_unified.sampling.results import Done, Entry, Writer, open_shard, shards, write_picture
@@ -127,16 +128,15 @@ def run_job(
             with Writer(output, file, image_tokenizer.decode, engine.batch_size, tally.add) as writer:
                 prompts: dict[str, tuple[Line, list[dict[str, Any]]]] = {}
 
-                def pairs() -> Iterator[tuple[Request, int]]:
+                def pairs() -> Iterator[tuple[Plan, int]]:
                     for window in _ahead(prepare, _chunks(mine, _WINDOW * engine.batch_size)):
-                        for line, prompt in window:
-                            if line.error:
+                        for line, prompt, plan in window:
+                            if plan is None:
                                 if done.failed.get(line.number) != line.error:
                                     writer.put(Entry(_refused(line)))
                                 continue
-                            assert line.request is not None
                             prompts[line.id] = line, prompt
-                            yield from ((line.request, i) for i in _undone(line, done))
+                            yield from ((plan, i) for i in _undone(line, done))
 
                 for sample in engine.draw(pairs()):
                     line, prompt = prompts[sample.request.id]
@@ -241,14 +241,21 @@ def _begin(output: Path, manifest: Mapping[str, Any], *, mend: bool) -> None:
 # ---- requests in ------------------------------------------------------------------------------------------------
 
 
+class _Ready(NamedTuple):
+    """A line with its request and the prompt as JSON, and how it is served; None: the line has an error."""
+
+    line: Line
+    prompt: list[dict[str, Any]]
+    plan: Plan | None
+
+
 class _Preparation:
     """Gives requests their parts, or an error. Pictures are read, encoded, and put in the folder."""
 
     def __init__(self, engine: Engine, tokenizer: ImageCodec, resize: Callable[[np.ndarray], np.ndarray], output: Path):
         self._engine, self._tokenizer, self._resize, self._output = engine, tokenizer, resize, output
 
-    def __call__(self, lines: Sequence[Line]) -> list[tuple[Line, list[dict[str, Any]]]]:
-        """(line, the prompt as JSON) for each of the lines."""
+    def __call__(self, lines: Sequence[Line]) -> list[_Ready]:
         opened = [self._open(line) for line in lines]
         codes = iter(by_size(self._tokenizer.encode, [pixels for _, pictures, _ in opened for pixels in pictures]))
         return [self._ready(line, pictures, [next(codes) for _ in pictures], mask) for line, pictures, mask in opened]
@@ -293,9 +300,9 @@ class _Preparation:
 
     def _ready(
         self, line: Line, pictures: Sequence[np.ndarray], codes: Sequence[np.ndarray], mask: np.ndarray | None
-    ) -> tuple[Line, list[dict[str, Any]]]:
+    ) -> _Ready:
         if line.request is None or line.error:
-            return line, []
+            return _Ready(line, [], None)
         left = iter(codes)
         parts: list[Part | TokensPart] = [
             CodesPart(next(left)) if isinstance(part, Picture) else part for part in line.content
@@ -303,10 +310,11 @@ class _Preparation:
         canvas = None if mask is None else np.where(mask, -1, next(left)).astype(np.int32)
         request = replace(line.request, parts=tuple(parts), canvas=canvas)
         try:
-            length = len(self._engine.plan(request).prompt)
+            plan = self._engine.plan(request)
         except (RequestError, GrammarError) as error:
-            return replace(line, error=str(error)), []
-        return replace(line, request=request, prompt_tokens=length), self._prompt(request, line.name, pictures)
+            return _Ready(replace(line, error=str(error)), [], None)
+        line = replace(line, request=request, prompt_tokens=len(plan.prompt))
+        return _Ready(line, self._prompt(request, line.name, pictures), plan)
 
     def _prompt(self, request: Request, name: str, pictures: Sequence[np.ndarray]) -> list[dict[str, Any]]:
         """The parts as JSON; their pictures are written to files that are not there yet."""
@@ -332,10 +340,10 @@ class _Preparation:
         return _image(name, *pixels.shape[:2])
 
 
-def _ahead(prepare: _Preparation, windows: Iterable[list[Line]]) -> Iterator[list[tuple[Line, list[dict[str, Any]]]]]:
+def _ahead(prepare: _Preparation, windows: Iterable[list[Line]]) -> Iterator[list[_Ready]]:
     """The windows in order, the next one made ready on another thread meanwhile."""
     with ThreadPoolExecutor(1) as pool:
-        going: deque[Future[list[tuple[Line, list[dict[str, Any]]]]]] = deque()
+        going: deque[Future[list[_Ready]]] = deque()
         for window in windows:
             going.append(pool.submit(prepare, window))
             if len(going) > 1:

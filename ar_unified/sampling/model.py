@@ -23,7 +23,7 @@ from PIL import Image
 
 from ar_unified.bundle import Bundle, BundleError
 from ar_unified.data.images import ImageCodec, NoImages, Resize, to_rgb
-from ar_unified.data.prepare import default_resize
+from ar_unified.data.sizes import default_resize
 from ar_unified.document import CodesPart, Document, ImagePart, Part, TextPart
 from ar_unified.errors import about
 from ar_unified.model.config import TransformerConfig

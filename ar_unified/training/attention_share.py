@@ -22,30 +22,27 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from ar_unified.data.batch import PackedBatch
 from ar_unified.metrics import ATTENTION
 from ar_unified.model.transformer import Transformer
 from ar_unified.parallel.rules import spec
-from ar_unified.training.step import Batch, Metrics
+from ar_unified.training.step import Metrics
 from ar_unified.vocabulary import Role, Vocabulary
 
 MODALITIES = (Role.TEXT, Role.IMAGE)
 _WEIGHTS = 2**23  # weights of a device that exist at one time, 32 MiB: 64 queries of 32 heads over 4,096 keys
 
 
-def attention_shares(model: Transformer, vocabulary: Vocabulary, batch: Batch) -> Metrics:
-    """(sum, count) pairs of one batch: "attention/text_to_image/layer_00", ..., "attention/text_to_image/uniform".
-
-    Args:
-      batch: tokens, positions, doc_start and segment_ids, int32 [B, T], as data/loader.py packs them.
-    """
-    role = jnp.where(batch["segment_ids"] > 0, vocabulary.role(batch["tokens"]), Role.PAD)
+def attention_shares(model: Transformer, vocabulary: Vocabulary, batch: PackedBatch) -> Metrics:
+    """(sum, count) pairs of one batch: "attention/text_to_image/layer_00", ..., "attention/text_to_image/uniform"."""
+    role = jnp.where(batch.segment_ids > 0, vocabulary.role(batch.tokens), Role.PAD)
     modality = jnp.stack([role == each for each in MODALITIES], -1)  # [B, T, M]
-    doc_start = batch["doc_start"]
+    doc_start = batch.doc_start
 
     def look(query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         return layer_shares(query, key, doc_start, modality)
 
-    sums, uniform, counts = model.observe(batch["tokens"], batch["positions"], doc_start, look)
+    sums, uniform, counts = model.observe(batch.tokens, batch.positions, doc_start, look)
     metrics: Metrics = {}
     width = len(str(len(sums) - 1))
     for a, asking in enumerate(MODALITIES):

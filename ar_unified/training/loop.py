@@ -38,7 +38,7 @@ from ar_unified.training.profiler import Profiler
 from ar_unified.training.step import (
     Params,
     StepReport,
-    Task,
+    TrainingTask,
     TrainState,
     abstract_state,
     make_eval_step,
@@ -97,7 +97,7 @@ class NonFinite(RunError):
 
 
 def fit(
-    task: Task,
+    task: TrainingTask,
     config: TrainingConfig,
     folder: str | Path,
     *,
@@ -202,7 +202,7 @@ def fit(
             meter.reset()
 
     # ---------------------------------------------------------------------- Data: of a global batch, the rows used here
-    part = batch_part(mesh, len(next(iter(task.batch(start).values()))))
+    part = batch_part(mesh, len(jax.tree.leaves(task.batch(start))[0]))
     hand = concurrent.futures.ThreadPoolExecutor(1, "batches")  # makes the next batch while the devices work
 
     def fetch(step: int) -> concurrent.futures.Future:

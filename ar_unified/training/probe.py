@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ar_unified.data.batch import PackedBatch
 from ar_unified.model.config import TransformerConfig, parameter_count
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
@@ -75,7 +76,7 @@ def train_probe(ids: np.ndarray, codebook_size: int, *, steps: int, seed: int = 
     rows = _rows_of(ids[0].size)
     vocabulary = Vocabulary(text_size=1, codebook_size=codebook_size)
 
-    def batch(step: int, index: int = 0, count: int = 1) -> dict[str, np.ndarray]:
+    def batch(step: int, index: int = 0, count: int = 1) -> PackedBatch:
         epochs, at = np.divmod(np.arange(step * rows, (step + 1) * rows), len(ids))
         orders = {epoch: np.random.default_rng((seed, epoch)).permutation(len(ids)) for epoch in set(epochs.tolist())}
         return _rows(vocabulary, ids[[orders[epoch][i] for epoch, i in zip(epochs.tolist(), at, strict=True)]], rows)
@@ -109,18 +110,17 @@ def _rows_of(ids_per_picture: int) -> int:
     return max(1, TOKENS // ids_per_picture)
 
 
-def _rows(vocabulary: Vocabulary, ids: np.ndarray, count: int) -> dict[str, np.ndarray]:
+def _rows(vocabulary: Vocabulary, ids: np.ndarray, count: int) -> PackedBatch:
     """A batch of `count` rows of one picture each, the last ones empty: <boi> and all ids but the last -> the ids."""
     T = ids[0].size
     targets = np.full((count, T), vocabulary.pad, np.int32)
     targets[: len(ids)] = ids.reshape(-1, T) + vocabulary.image_offset
     here = np.broadcast_to((np.arange(count) < len(ids))[:, None], (count, T))
-    return {
-        "tokens": np.concatenate([np.full((count, 1), vocabulary.boi, np.int32), targets[:, :-1]], 1),
-        "targets": targets,
-        "positions": np.broadcast_to(np.arange(T, dtype=np.int32), (count, T)),
-        "doc_start": np.zeros((count, T), np.int32),
-        "segment_ids": here.astype(np.int32),
-        "tasks": np.zeros((count, T), np.int8),
-        "prompt": np.zeros((count, T), bool),
-    }
+    return dataclasses.replace(
+        PackedBatch.padding(count, T, vocabulary.pad),
+        tokens=np.concatenate([np.full((count, 1), vocabulary.boi, np.int32), targets[:, :-1]], 1),
+        targets=targets,
+        positions=np.broadcast_to(np.arange(T, dtype=np.int32), (count, T)),
+        doc_start=np.zeros((count, T), np.int32),
+        segment_ids=here.astype(np.int32),
+    )

@@ -15,16 +15,15 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ar_unified.parallel.rules import batch_spec, shardings
+from ar_unified.parallel.rules import batch_spec, on_mesh, shardings
 from ar_unified.training.optimizer import state_shardings
 
 Params = dict[str, Any]
-Batch = Mapping[str, Any]
+Batch = Any  # a pytree of arrays [B, ...]: data.batch.PackedBatch, or {"pixels"}
 Metrics = dict[str, Any]
 
 STATISTICS = "statistics"
@@ -33,11 +32,11 @@ STATISTICS = "statistics"
 class BatchOfStep(Protocol):
     """A pure function of the step."""
 
-    def __call__(self, step: int, index: int = 0, count: int = 1, /) -> Mapping[str, np.ndarray]:
+    def __call__(self, step: int, index: int = 0, count: int = 1, /) -> Batch:
         """Part `index` of `count` equal parts of the rows of a global batch."""
 
 
-class Task(Protocol):
+class TrainingTask(Protocol):
     """What is trained: a model, its loss, its data, and what is worth saying about a step (training/tasks.py).
 
     Metrics are sums, never means: a (sum, count) pair is divided after it was added over microbatches, devices and
@@ -59,7 +58,7 @@ class Task(Protocol):
         """The global batch of a step, or a part of it."""
 
     @property
-    def validation(self) -> Sequence[Mapping[str, np.ndarray]]:
+    def validation(self) -> Sequence[Batch]:
         """Held-out batches, the same every time."""
 
     def init(self, key: jax.Array) -> Params: ...
@@ -138,21 +137,23 @@ class StepReport(NamedTuple):
     finite_leaves: dict[str, jax.Array]  # by leaf: bool [], or bool [L] for stacked layers
 
 
-def make_state(task: Task, tx: optax.GradientTransformation, seed: int, params: Params | None = None) -> TrainState:
+def make_state(
+    task: TrainingTask, tx: optax.GradientTransformation, seed: int, params: Params | None = None
+) -> TrainState:
     """The state before the first step, with fresh parameters or those given. Jittable, and the same on every mesh."""
     params = task.init(jax.random.key(seed)) if params is None else params
     kept = jax.tree.map(jnp.copy, task.start(params))  # no buffer twice: the state is donated
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), kept)
 
 
-def abstract_state(task: Task, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(task: TrainingTask, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state on `mesh`; nothing is allocated."""
     shapes = jax.eval_shape(lambda: make_state(task, tx, 0))
     whole = NamedSharding(mesh, P())
     params = shardings(mesh, task.logical_axes(shapes.params), shapes.params)
     kept = shardings(mesh, task.logical_axes(shapes.kept), shapes.kept) if shapes.kept else {}
     placement = TrainState._make((whole, params, state_shardings(tx, shapes.params, params, whole), kept))
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placement)
+    return on_mesh(shapes, placement)
 
 
 def split_microbatches(batch: Batch, count: int, mesh: Mesh) -> Batch:
@@ -161,25 +162,26 @@ def split_microbatches(batch: Batch, count: int, mesh: Mesh) -> Batch:
     Strided, because a device holds consecutive rows: each microbatch is spread over all devices without moving a row.
     """
 
-    def split(name: str, array: jax.Array) -> jax.Array:
+    def split(path: Any, array: jax.Array) -> jax.Array:
         rows = array.shape[0]
         if rows % count:
             raise ValueError(f"batch of {rows} rows does not split into {count} microbatches")
         array = array.reshape(rows // count, count, *array.shape[1:]).swapaxes(0, 1)
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
         where = P(None, *batch_spec(mesh, array.shape[1:], f"microbatch[{name!r}]"))
         return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, where))
 
-    return {name: split(name, array) for name, array in batch.items()}
+    return jax.tree_util.tree_map_with_path(split, batch)
 
 
 def gradients(
-    task: Task, params: Params, kept: Params, batch: Batch, key: jax.Array, *, accumulation: int, mesh: Mesh
+    task: TrainingTask, params: Params, kept: Params, batch: Batch, key: jax.Array, *, accumulation: int, mesh: Mesh
 ) -> tuple[jax.Array | dict[str, jax.Array], Params, Metrics]:
     """(loss or losses, gradients, metric sums) of one global batch, in `accumulation` sequential parts of it.
 
     What is random is keyed by row, fold_in(key, row of the global batch), and so the same in any number of parts.
     """
-    rows = next(iter(batch.values())).shape[0]
+    rows = jax.tree.leaves(batch)[0].shape[0]
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
     placement = shardings(mesh, task.logical_axes(params), params)
@@ -202,8 +204,7 @@ def gradients(
     if accumulation == 1:
         loss, weight, metrics, grads = summed(batch, keys)
     else:
-        parts = split_microbatches(batch, accumulation, mesh)
-        keys = split_microbatches({"keys": keys}, accumulation, mesh)["keys"]
+        parts, keys = split_microbatches((batch, keys), accumulation, mesh)
 
         def add(total: Any, each: tuple[Batch, jax.Array]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, summed(*each)), None
@@ -234,7 +235,7 @@ def clipped(grads: Params, norm: jax.Array, largest: float) -> Params:
 
 
 def make_train_step(
-    task: Task,
+    task: TrainingTask,
     tx: optax.GradientTransformation,
     mesh: Mesh,
     *,
@@ -268,7 +269,7 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=(placement, NamedSharding(mesh, P())))
 
 
-def make_eval_step(task: Task, mesh: Mesh) -> jax.stages.Wrapped:
+def make_eval_step(task: TrainingTask, mesh: Mesh) -> jax.stages.Wrapped:
     """The jitted (params, kept, batch) -> metric sums of a held-out batch: no dropout, no gradient."""
 
     def eval_step(params: Params, kept: Params, batch: Batch) -> Metrics:
@@ -278,7 +279,7 @@ def make_eval_step(task: Task, mesh: Mesh) -> jax.stages.Wrapped:
     return jax.jit(eval_step, out_shardings=NamedSharding(mesh, P()))
 
 
-def make_inspection(task: Task, mesh: Mesh) -> jax.stages.Wrapped:
+def make_inspection(task: TrainingTask, mesh: Mesh) -> jax.stages.Wrapped:
     """The jitted (params, kept, batch) -> metric sums of `task.inspect`."""
 
     def inspection(params: Params, kept: Params, batch: Batch) -> Metrics:

@@ -1,6 +1,6 @@
 """The two tasks of the loop: the transformer on packed token rows, the image autoencoder on pictures.
 
-A task (`step.Task`) is a model, its loss, its data and what is worth saying about a step.
+A task (`step.TrainingTask`) is a model, its loss, its data and what is worth saying about a step.
 
 Axes: B batch, T position, D model, N query heads, H head dim, L layers, V vocabulary.
 """
@@ -59,7 +59,7 @@ class TransformerTask(NothingKept):
     Args:
       config: the model.
       vocabulary: gives each target its role.
-      batch: batch(step), as data/loader.py makes it.
+      batch: batch(step), a `data.batch.PackedBatch`.
       validation: held-out batches, the same every time.
       text_bytes: i32 [text_size], UTF-8 bytes each text piece stands for; None: no bits per byte.
       z_loss: weight of log(Z)^2, which keeps logits from drifting (PaLM, arXiv:2204.02311, uses 1e-4).
@@ -73,7 +73,7 @@ class TransformerTask(NothingKept):
     config: TransformerConfig
     vocabulary: Vocabulary
     batch: BatchOfStep
-    validation: Sequence[Mapping[str, np.ndarray]] = ()
+    validation: Sequence[Batch] = ()
     role_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     task_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     prompt_weight: float = 1.0
@@ -112,16 +112,16 @@ class TransformerTask(NothingKept):
         """f32 [B, T], the weight of each target."""
         role_weight = jnp.array([self.role_weights.get(role.name.lower(), 1.0) * (role != Role.PAD) for role in Role])
         task_weight = jnp.array([self.task_weights.get(task, 1.0) for task in TASKS])
-        prompt = jnp.where(batch["prompt"], self.prompt_weight, 1.0)
-        return role_weight[self.vocabulary.role(batch["targets"])] * task_weight[batch["tasks"]] * prompt
+        prompt = jnp.where(batch.prompt, self.prompt_weight, 1.0)
+        return role_weight[self.vocabulary.role(batch.targets)] * task_weight[batch.tasks] * prompt
 
     def loss(
         self, params: Params, kept: Params, batch: Batch, keys: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, Metrics]:
         model = transformer.Transformer.bind(self.config, params)
         dropout_keys = keys if self.config.dropout else None
-        hidden = model(batch["tokens"], batch["positions"], batch["doc_start"], dropout_keys=dropout_keys)
-        nll, lse = token_losses(hidden, model.head(), batch["targets"], self.chunk)  # f32 [B, T] both
+        hidden = model(batch.tokens, batch.positions, batch.doc_start, dropout_keys=dropout_keys)
+        nll, lse = token_losses(hidden, model.head(), batch.targets, self.chunk)  # f32 [B, T] both
         weight = self.weights(batch)
         loss = jnp.sum(weight * (nll + self.z_loss * jnp.square(lse))), jnp.sum(weight)
         return *loss, self._metrics(batch, weight, nll, lse)
@@ -139,9 +139,9 @@ class TransformerTask(NothingKept):
         logits of one modality drift, its log Z shows it first. `tokens/ROLE` counts the tokens that are read: the parts
         of `tokens`.
         """
-        role = self.vocabulary.role(batch["targets"])
+        role = self.vocabulary.role(batch.targets)
         trained = weight > 0
-        present = batch["segment_ids"] > 0
+        present = batch.segment_ids > 0
 
         def pair(values: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
             return jnp.sum(jnp.where(where, values, 0.0)), jnp.sum(where.astype(jnp.float32))
@@ -151,9 +151,9 @@ class TransformerTask(NothingKept):
             "log_z": pair(lse, trained),  # the logit norm: log-sum-exp of a position's logits
             "fill": (jnp.sum(present, dtype=jnp.float32), jnp.float32(present.size)),
             "tokens": jnp.sum(present, dtype=jnp.float32),
-            "attended": jnp.sum(jnp.where(present, batch["positions"] + 1, 0), dtype=jnp.float32),
+            "attended": jnp.sum(jnp.where(present, batch.positions + 1, 0), dtype=jnp.float32),
         }
-        read = self.vocabulary.role(batch["tokens"])
+        read = self.vocabulary.role(batch.tokens)
         for each in Role:
             if each != Role.PAD:
                 name, of_role = each.name.lower(), trained & (role == each)
@@ -161,12 +161,12 @@ class TransformerTask(NothingKept):
                 metrics[LOSS_BY_ROLE + name] = pair(nll, of_role)
                 metrics[LOG_Z_BY_ROLE + name] = pair(lse, of_role)
         for index, task in enumerate(TASKS):
-            metrics[LOSS_BY_TASK + task] = pair(nll, trained & (batch["tasks"] == index))
+            metrics[LOSS_BY_TASK + task] = pair(nll, trained & (batch.tasks == index))
         image, count = metrics[LOSS_BY_ROLE + "image"]
         metrics["bits_per_image_token"] = (image / math.log(2), count)
         if self.text_bytes is not None:
             text, _ = metrics[LOSS_BY_ROLE + "text"]
-            sizes = jnp.asarray(self.text_bytes)[jnp.clip(batch["targets"], 0, len(self.text_bytes) - 1)]
+            sizes = jnp.asarray(self.text_bytes)[jnp.clip(batch.targets, 0, len(self.text_bytes) - 1)]
             counted = jnp.where(trained & (role == Role.TEXT), sizes, 0)
             metrics["bits_per_text_byte"] = (text / math.log(2), jnp.sum(counted, dtype=jnp.float32))
         return metrics
@@ -196,7 +196,7 @@ class TokenizerTask:
 
     objective: Objective
     batch: BatchOfStep
-    validation: Sequence[Mapping[str, np.ndarray]] = ()
+    validation: Sequence[Batch] = ()
     name: str = "image_tokenizer"
     unit: str = "images"
 

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from ar_unified.data.loader import ImageBatches, PackedBatches, Phase, iterate
+from ar_unified.data.batch import PackedBatch
+from ar_unified.data.loader import ImageBatches, PackedBatches, Phase
 from ar_unified.data.prepare import prepare
 from ar_unified.data.shards import Shards
 from ar_unified.data.sources import open_source
@@ -33,18 +36,19 @@ def batches(prepared: Path, grammar: Grammar, *later: Phase, **options: Any) -> 
     return PackedBatches(prepared, grammar, phases=[first, *later], **(dict(batch_size=4, seq_len=T, seed=3) | options))
 
 
-def rows(batch: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+def rows(batch: PackedBatch) -> list[dict[str, np.ndarray]]:
     """Every document of a batch, as it stands in it."""
     found = []
-    for b in range(len(batch["tokens"])):
-        for segment in range(1, batch["segment_ids"][b].max() + 1):
-            here = batch["segment_ids"][b] == segment
-            found.append({name: array[b][here] for name, array in batch.items()} | {"start": np.argmax(here)})
+    for b in range(len(batch.tokens)):
+        for segment in range(1, batch.segment_ids[b].max() + 1):
+            here = batch.segment_ids[b] == segment
+            found.append({name: array[b][here] for name, array in vars(batch).items()} | {"start": np.argmax(here)})
     return found
 
 
-def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
-    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+def same(a: PackedBatch, b: PackedBatch) -> bool:
+    pairs = zip(vars(a).values(), vars(b).values(), strict=True)
+    return all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in pairs)
 
 
 def test_a_batch_depends_on_step_and_seed_only(prepared: Path, grammar: Grammar) -> None:
@@ -54,13 +58,13 @@ def test_a_batch_depends_on_step_and_seed_only(prepared: Path, grammar: Grammar)
         for step in (17, 3, 29):  # any order, by another reader
             fresh = batches(prepared, grammar)
             parts = [fresh.batch(step, i, processes) for i in range(processes)]
-            whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            whole = jax.tree.map(lambda *parts: np.concatenate(parts), *parts)
             assert same(whole, expected[step])
-    for threads, ahead in ((0, 0), (1, 2), (4, 8)):
-        restarted = iterate(batches(prepared, grammar), 11, 30, threads=threads, ahead=ahead)
+    with ThreadPoolExecutor(4) as pool:  # several at once, by one reader
+        restarted = pool.map(batches(prepared, grammar).batch, range(11, 30))
         assert all(same(a, b) for a, b in zip(restarted, expected[11:], strict=True))
     assert not any(same(batches(prepared, grammar, seed=4).batch(s), expected[s]) for s in range(5))
-    assert len({batch["tokens"].tobytes() for batch in expected}) == 30
+    assert len({batch.tokens.tobytes() for batch in expected}) == 30
 
 
 def test_every_document_once_an_epoch(prepared: Path, grammar: Grammar) -> None:
@@ -85,10 +89,10 @@ def test_rows_say_of_every_token_what_the_model_needs(prepared: Path, grammar: G
     tasks = Counter[str]()
     for step in range(6):
         batch = loader.batch(step)
-        padding = batch["segment_ids"] == 0
-        assert (batch["tokens"][padding] == v.pad).all() and (batch["targets"][padding] == v.pad).all()
-        assert (batch["doc_start"][padding] == T).all() and not batch["prompt"][padding].any()
-        assert {k: (a.shape, a.dtype.name) for k, a in batch.items()} == {
+        padding = batch.segment_ids == 0
+        assert (batch.tokens[padding] == v.pad).all() and (batch.targets[padding] == v.pad).all()
+        assert (batch.doc_start[padding] == T).all() and not batch.prompt[padding].any()
+        assert {k: (a.shape, a.dtype.name) for k, a in vars(batch).items()} == {
             **{k: ((8, T), "int32") for k in ("tokens", "targets", "positions", "doc_start", "segment_ids")},
             "tasks": ((8, T), "int8"),
             "prompt": ((8, T), "bool"),
@@ -153,7 +157,7 @@ def test_one_definition_of_unconditional(prepared: Path, grammar: Grammar, monke
 
 def test_shares_follow_the_weights(prepared: Path, grammar: Grammar) -> None:
     loader = batches(prepared, grammar, batch_size=64, weights=dict(captions=2, docs=1, vqa=0))
-    tasks = [TASKS[row[0]] for row in loader.batch(5)["tasks"]]
+    tasks = [TASKS[row[0]] for row in loader.batch(5).tasks]
     assert abs(tasks.count("interleaved") - 64 / 3) < 1.5 and "vqa" not in loader.shares[0]
     assert loader.describe()["docs"]["fill"] > 0.3
     with pytest.raises(ValueError, match=r"expected sources \['captions', 'docs', 'vqa'\], found 'book'"):
@@ -163,15 +167,15 @@ def test_shares_follow_the_weights(prepared: Path, grammar: Grammar) -> None:
 def test_a_phase_mixes_otherwise_from_its_step_on_and_each_source_goes_on(prepared: Path, grammar: Grammar) -> None:
     first, second = dict(captions=1, vqa=3), dict(captions=3, vqa=1)
     loader = batches(prepared, grammar, Phase(7, second, flip=1.0), weights=first, flip=0.0, condition_dropout=0.0)
-    tasks = [[TASKS[row[0]] for row in loader.batch(step)["tasks"]] for step in range(16)]
+    tasks = [[TASKS[row[0]] for row in loader.batch(step).tasks] for step in range(16)]
     assert [row.count("text_to_image") for row in tasks] == [1] * 7 + [0] * 9, "captions: drawn first, then all read"
     assert loader.shares == [dict(captions=0.25, vqa=0.75), dict(captions=0.75, vqa=0.25)]
 
     whole = batches(prepared, grammar, Phase(7, second, 0.0, 0.0), weights=first, flip=0.0, condition_dropout=0.0)
-    read = [row.tobytes() for step in range(64) for row in whole.batch(step)["tokens"]]
+    read = [row.tobytes() for step in range(64) for row in whole.batch(step).tokens]
     for name in first:
         alone = batches(prepared, grammar, batch_size=1, weights={name: 1}, flip=0.0, condition_dropout=0.0)
-        stream = [alone.batch(step)["tokens"].tobytes() for step in range(len(read))]
+        stream = [alone.batch(step).tokens.tobytes() for step in range(len(read))]
         found = [row for row in read if row in set(stream)]
         assert 64 < len(found) < len(read) and found == stream[: len(found)], "from where it was"
 
@@ -213,8 +217,9 @@ def test_image_batches_are_pure_and_visit_everything(folder: Path, kit: Any) -> 
         assert all(np.array_equal(loader.batch(step)["pixels"], expected[step]) for step in (31, 2, 31))
     halves = [made(batch_size=4).batch(6, i, 2)["pixels"] for i in (0, 1)]
     assert np.array_equal(np.concatenate(halves), made(batch_size=4).batch(6)["pixels"])
-    ahead = iterate(made(), 8, 12, threads=3)
-    assert all(np.array_equal(a["pixels"], b) for a, b in zip(ahead, expected[8:12], strict=True))
+    with ThreadPoolExecutor(3) as pool:
+        ahead = pool.map(made().batch, range(8, 12))
+        assert all(np.array_equal(a["pixels"], b) for a, b in zip(ahead, expected[8:12], strict=True))
     seen = Counter(picture.tobytes() for batch in expected for picture in batch)
     assert set(seen) == {kit.picture(i).tobytes() for i in range(20) if i != 3}
     varied = made(mirror=True, short_side=20, batch_size=8)
@@ -232,5 +237,5 @@ def test_a_full_row_whose_document_begins_with_a_picture_has_no_room_for_dropout
     prepare([source], grammar, tokenizer, tmp_path / "data", max_tokens=T, show_progress=False)
     (length,) = Shards(tmp_path / "data" / "docs", 1).index["length"].tolist()
     full = batches(tmp_path / "data", grammar, batch_size=1, seq_len=length, condition_dropout=1.0).batch(0)
-    assert (full["segment_ids"] == 1).all()
-    assert full["tokens"][0, 1] == grammar.vocabulary.boi
+    assert (full.segment_ids == 1).all()
+    assert full.tokens[0, 1] == grammar.vocabulary.boi

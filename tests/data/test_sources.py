@@ -165,6 +165,8 @@ def test_reading_keeps_order_and_gives_bad_items_as_values(
 
 
 def test_tfds_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorflow_datasets as tfds
+
     from ar_unified.data import shapes
 
     for config in shapes.Shapes.BUILDER_CONFIGS:  # the same dataset, with few examples
@@ -180,7 +182,7 @@ def test_tfds_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert pair.parts[1].pixels.shape == (32, 32, 3) and isinstance(pair.meta["scene"], str)
     assert [type(part) for part in question.parts] == [ImagePart, TextPart, TextPart] and question.prompt == 2
     assert [type(part) for part in story.parts] == [TextPart, ImagePart] * (len(story.parts) // 2)
-    raw = shapes.load("stories_32", "train", str(tmp_path))[1]
+    raw = tfds.data_source("shapes/stories_32", split="train", data_dir=str(tmp_path))[1]
     for part, pixels in zip(story.parts[1::2], raw["images"], strict=True):
         assert np.array_equal(part.pixels, pixels)
     assert told.texts(1) == [part.text for part in story.parts[::2]]

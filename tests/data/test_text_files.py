@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from ar_unified.data import text_files
-from ar_unified.data.balance import passes, places, text_bytes
+from ar_unified.data.balance import indices, passes, text_bytes
 from ar_unified.data.items import has_pictures, language
 from ar_unified.data.loader import ImageBatches, NothingReadable
 from ar_unified.data.prepare import prepare
@@ -144,9 +144,9 @@ def test_a_corpus_is_read_at_any_place_and_never_held(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("times", "counts"), [(1.0, {1}), (2.5, {2, 3}), (0.0, {0}), (0.3, {0, 1})])
 def test_places_come_as_often_as_asked(times: float, counts: set[int]) -> None:
-    found = Counter(places(10_000, times, "a"))
+    found = Counter(indices(10_000, times, "a"))
     assert found.total() == round(times * 10_000) and {found[i] for i in range(10_000)} == counts
-    assert list(places(10_000, times, "a")) == list(places(10_000, times, "a"))
+    assert list(indices(10_000, times, "a")) == list(indices(10_000, times, "a"))
 
 
 def test_a_temperature_shows_more_of_small_languages(tmp_path: Path) -> None:

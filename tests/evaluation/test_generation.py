@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -63,13 +65,14 @@ class Oracle:
                     return order[n]
         raise AssertionError(f"asked what no document says: {request}")
 
-    def check(self, request):
+    def plan(self, request):
         if len(self.grammar.prompt_tokens(request.parts, turn=request.turn)) + 4 > self.max_length:
             raise RequestError("too long")
+        return SimpleNamespace(request=request)
 
-    def generate(self, requests):
-        self.calls.append(len(requests))
-        for request in reversed(requests):  # the order is nobody's business
+    def generate(self, plans):
+        self.calls.append(len(plans))
+        for request in (plan.request for plan in reversed(plans)):  # the order is nobody's business
             said = self.answer(request, self.truth(request))
             if said is None:
                 yield Sample(request, 0, np.zeros(0, np.int32), None, "error", "broken")

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from html import unescape
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ar_unified.cli import evaluate
 from ar_unified.document import Document, ImagePart, TextPart
+from ar_unified.evaluation import generation
 from ar_unified.evaluation.charts import MAX_POINTS, line_chart, number
 from ar_unified.evaluation.facts import summary
 from ar_unified.evaluation.generation import Example
-from ar_unified.evaluation.report import wilson, write_report
+from ar_unified.evaluation.report import MEANINGS, NAMES, transformer_charts, wilson, write_report
 from ar_unified.evaluation.sheets import section
 from ar_unified.evaluation.tokenizer import evaluate_tokenizer
 from ar_unified.metrics import read_metrics
 from tests.evaluation.test_tokenizer import SIZE, Album, Greys, exact, noisy
+from tests.sources import tree
 from tests.training import tiny
 
 EVALUATION = {
@@ -125,6 +130,12 @@ def test_a_bare_evaluation_makes_a_report(tmp_path):
     assert summary({}) == {}
 
 
+def test_the_head_says_how_a_picture_becomes_codes():
+    tokenizer = {"quantizer": "rq", "depth": 3, "codes": 512, "factor": 16, "steps": 100}
+    found = summary({"data": {"image_size": [64, 32]}, "image_tokenizer": tokenizer})
+    assert found == {"pictures": "64 x 32 pixels as 4 x 6 codes of 512 (RQ)"}
+
+
 def test_charts_keep_their_ends_and_survive_odd_series():
     assert line_chart("none", {"a": [], "b": [(1, float("nan"))]}) == ""
     assert "checkbox" not in line_chart("with a zero", {"a": [(0, 0.0), (1, 2.0)]})
@@ -209,6 +220,8 @@ def test_charts_of_modalities_read_what_a_training_writes(tmp_path):
     tiny.run(tmp_path / "run", steps=4, validate_every=2, log_every=1)
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     html, _, words = page(tmp_path, telemetry={"transformer": rows})
+    for title, _, metrics, _ in transformer_charts(rows):
+        assert metrics and set(metrics) <= {key for row in rows for key in row}, title
     for said in ("log Z by role", "Text and pictures, by layer", "Text and pictures, over time", "step 4"):
         assert said in words, said
     charts = {title: json.loads(unescape(data)) for data, title in _charts(html)}
@@ -220,6 +233,12 @@ def test_charts_of_modalities_read_what_a_training_writes(tmp_path):
     assert layers["text at pictures"] == [[i, float(f"{last[f'{at}/layer_{i}']:.5g}")] for i in range(2)]
     assert [step for step, _ in dict(charts["Text and pictures, over time"])["pictures at text"]] == [2, 4]
     assert "by heart" not in words
+
+
+def test_metrics_with_a_name_are_metrics_of_an_evaluation():
+    written = [generation.__file__, evaluate.__file__]
+    literals = {node.value for file in written for node in ast.walk(tree(Path(file))) if isinstance(node, ast.Constant)}
+    assert MEANINGS.keys() <= NAMES.keys() <= literals
 
 
 def _charts(html):

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from ar_unified.data.loader import Phase
 from ar_unified.data.sources import open_source
 from ar_unified.errors import UserError
+from ar_unified.evaluation.report import NAMES
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.settings import phases
 from ar_unified.model.config import config_from
@@ -26,6 +27,7 @@ def test_every_experiment_describes_a_model(name):
     config = configs.load(f"{ROOT}/experiments/{file}.py" + (f":{arg}" if arg else ""))
     assert config_from(configs.plain(config.model), vocab_size=1024).n_layers > 0
     assert config.training.row_length >= config.data.max_tokens
+    assert set(config.evaluation.bars) <= NAMES.keys()  # a bar of another name would be shown nowhere
 
 
 def test_an_override_changes_one_key_and_a_wrong_one_is_refused():

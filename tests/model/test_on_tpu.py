@@ -11,10 +11,11 @@ from jax.experimental.topologies import get_topology_desc
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ar_unified.data.batch import PackedBatch
 from ar_unified.model.config import config_from
 from ar_unified.model.transformer import Transformer, init, init_cache, logical_axes
 from ar_unified.parallel.mesh import make_mesh
-from ar_unified.parallel.rules import batch_spec, shardings
+from ar_unified.parallel.rules import batch_shardings, on_mesh, shardings
 from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
 from ar_unified.training.step import abstract_state, make_train_step
 from tests.kernels.topologies import TPUS, needs_libtpu
@@ -44,10 +45,8 @@ def test_the_train_step_runs_the_kernels(shape, options, calls):
     config = replace(MODEL, **options)
     task, tx = tiny.task(config=config, chunk=1024), make_optimizer(OptimizerConfig(), 1000)
     mesh = make_mesh(shape, get_topology_desc(platform="tpu", topology_name=TPUS["v5e"]).devices)
-    batch = {
-        name: jax.ShapeDtypeStruct((4, 1024), x.dtype, sharding=NamedSharding(mesh, batch_spec(mesh, (4, 1024))))
-        for name, x in tiny.packed(0).items()
-    }
+    shapes = PackedBatch.shapes(4, 1024)
+    batch = on_mesh(shapes, batch_shardings(mesh, shapes))
     # What runs at once while a program is made must not meet the mesh: nothing can run on it.
     step, state = make_train_step(task, tx, mesh, seed=0, clip_norm=1.0), abstract_state(task, tx, mesh)
     with jax.set_mesh(mesh):

@@ -131,9 +131,9 @@ class Bigram(NothingKept):
         return {"embed": ("vocab", "embed"), "head": ("embed", "vocab")}
 
     def loss(self, params: Any, kept: Any, batch: Any, key: Any) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-        logits = params["embed"][batch["tokens"]] @ params["head"]
-        nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-        trained = (batch["targets"] != tiny.VOCABULARY.pad).astype(jnp.float32)
+        logits = params["embed"][batch.tokens] @ params["head"]
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
+        trained = (batch.targets != tiny.VOCABULARY.pad).astype(jnp.float32)
         loss, weight = jnp.sum(nll * trained), jnp.sum(trained)
         return loss, weight, {"loss": (loss, weight), "tokens": weight}
 

@@ -6,9 +6,9 @@ The choices are read where the code defines them, so that a new one is tried wit
 from __future__ import annotations
 
 import pytest
-from ar_tokenizers.image import quantizers
 
 from ar_unified.cli.plan import run_of
+from ar_unified.experiment import check
 from ar_unified.experiment import config as configs
 from ar_unified.model.config import CHOICES as MODEL_CHOICES
 from ar_unified.planning import JOBS
@@ -17,36 +17,52 @@ from ar_unified.planning.plan import decoding_axes, with_a_kernel
 from ar_unified.planning.programs import programs
 from ar_unified.planning.roofline import roofline
 from ar_unified.planning.targets import TargetError, parse_target
-from ar_unified.sampling.engine import KV_DTYPES
-from ar_unified.sampling.request import CONTEXTS
 from tests.kernels.topologies import needs_libtpu
 
-# Values of every key that reaches a plan. Attention and context have tests of their own: they depend on the target.
-CHOICES = {
-    f"model.{field}": choices for field, choices in MODEL_CHOICES.items() if field not in ("attention", "context")
-} | {
+# Every key that has choices, and what else changes a program. Attention and context depend on the target: see below.
+CHOICES = {key: tuple(known) for key, known in check.CHOICES.items() if key not in ("model.attention", "model.context")}
+CHOICES |= {
     "model.tie_embeddings": (True, False),
     "model.scan_layers": (True, False),
     "model.dropout": (0.0, 0.1),
     "loss.chunk": (16, 1024),
     "loss.z_loss": (0.0, 1e-4),
-    "training.optimizer": ("adamw", "muon"),
-    "training.schedule": ("cosine", "wsd"),
     "training.restarts": ((), (0.5,)),
-    "training.code_rows": ("random", "alike"),
     "training.accumulation": (2, 1),
     "training.clip_norm": (1.0, 0.0),
-    "data.layout": ("grid", "rows"),
-    "data.resize": ("crop", "aspect"),
-    "image_tokenizer.quantizer": quantizers.NAMES,
-    "sampling.kv_dtype": tuple(name or "" for name in KV_DTYPES),
     "sampling.guidance": (1.0, 3.0),
-    "sampling.context": CONTEXTS,
 }
-# As many configs as the longest list, the i-th with the i-th value of every key: each value is in one of them.
-CONFIGS = [
-    {key: values[i % len(values)] for key, values in CHOICES.items()} for i in range(max(map(len, CHOICES.values())))
-]
+
+
+def agreeing(changes):
+    """With what a choice needs beside it, as `check` says for each."""
+    changes = {"image_tokenizer.blocks": (1, 1, 1)} | changes
+    learned = (changes.get("image_tokenizer.codebook_update"), changes.get("image_tokenizer.gradient"))
+    quantizer = changes.setdefault("image_tokenizer.quantizer", "vq" if learned != (None, None) else "fsq")
+    if quantizer != "fsq":
+        changes["image_tokenizer.activation"] = "tanh"
+    if quantizer not in ("vq", "rq"):
+        changes["image_tokenizer.codebook_update"] = "gradient"
+    if quantizer not in ("vq", "rq", "simvq"):
+        changes["image_tokenizer.gradient"] = "straight_through"
+    if quantizer == "rq":  # several codes a position, which rows refuse
+        changes |= {"data.layout": "grid", "data.resize": "crop"}
+    if changes.get("data.resize") == "aspect":
+        changes["data.layout"] = "rows"
+    if changes.get("image_tokenizer.attention", "none") != "none":
+        changes["image_tokenizer.backbone"] = "vqgan"
+    return changes
+
+
+def missed(configs):
+    return [(key, x) for key, values in CHOICES.items() for x in values if not any(c.get(key) == x for c in configs)]
+
+
+# As many configs as the longest list, the i-th with the i-th value of every key; then one for each value that had to
+# give way to others.
+LONGEST = max(map(len, CHOICES.values()))
+CONFIGS = [agreeing({key: values[i % len(values)] for key, values in CHOICES.items()}) for i in range(LONGEST)]
+CONFIGS += [agreeing({key: value}) for key, value in missed(CONFIGS)]
 
 
 def small(**changes):
@@ -73,12 +89,16 @@ def tried(config, job, target="h200:8"):
         yield program.name, lowered
 
 
+def test_every_choice_is_in_a_config():
+    assert not missed(CONFIGS)
+
+
 @pytest.mark.parametrize("changes", CONFIGS, ids=range(len(CONFIGS)))
 @pytest.mark.parametrize("job", JOBS)
 def test_every_choice_makes_a_plan(job, changes):
-    if changes["image_tokenizer.quantizer"] == "rq":  # several codes a position, which rows refuse
-        changes = changes | {"data.layout": "grid"}
-    assert [name for name, _ in tried(small(**changes), job)]
+    config = small(**changes)
+    check.check(config, [])
+    assert [name for name, _ in tried(config, job)]
 
 
 @pytest.mark.parametrize("way", MODEL_CHOICES["context"])

@@ -410,3 +410,12 @@ def test_the_least_time_is_weights_and_cache_over_bandwidth(engine):
     weights = sum(leaf.size for leaf in jax.tree.leaves(engine.params)) * 4 * 10 / 3  # three samples at once
     cache = 2 * 55 * (2 * 2 * 2 * 8 * 4)  # positions seen, times keys and values of 2 layers, 2 heads, 8 float32
     np.testing.assert_allclose(least.seconds, (weights + cache) / 1e9)
+
+
+def test_a_request_is_planned_once(engine, tmp_path, monkeypatch):
+    planned = []
+    monkeypatch.setattr(engine, "plan", lambda request: planned.append(request.id) or Engine.plan(engine, request))
+    rows = [{"id": f"r{i}", "prompt": "de", "image_size": [8, 12], "n": 2} for i in range(5)]
+    path = write_requests(tmp_path / "in", rows)
+    report = run_job(engine, Tiles(), path, tmp_path / "out", show_progress=False)
+    assert report.samples == 10 and sorted(planned) == [row["id"] for row in rows]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ar_unified.data.batch import PackedBatch
 from ar_unified.model.transformer import Transformer
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.parallel.rules import place_batch
@@ -46,15 +47,15 @@ def naive(task, params, batch):
 
         inner = transformer.attend_to_documents
         patch.setattr(transformer, "attend_to_documents", attend)
-        model(batch["tokens"], batch["positions"], batch["doc_start"])
-    role = task.vocabulary.role(batch["tokens"])
+        model(batch.tokens, batch.positions, batch.doc_start)
+    role = task.vocabulary.role(batch.tokens)
     sums = {}
     for layer, (query, key) in enumerate(seen):
         key = np.repeat(key, query.shape[2] // key.shape[2], axis=2)
         for row, t in np.ndindex(role.shape):
-            if batch["segment_ids"][row, t] == 0 or role[row, t] not in (Role.TEXT, Role.IMAGE):
+            if batch.segment_ids[row, t] == 0 or role[row, t] not in (Role.TEXT, Role.IMAGE):
                 continue
-            document = slice(t - batch["positions"][row, t], t + 1)
+            document = slice(t - batch.positions[row, t], t + 1)
             scores = np.einsum("NH,SNH->NS", query[row, t], key[row, document]) * query.shape[-1] ** -0.5
             weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
             roles = role[row, document]
@@ -102,15 +103,17 @@ def test_the_shares_are_those_of_weights_written_out(params, columns, monkeypatc
 def test_packed_documents_do_not_leak(params):
     """A text behind a picture in a row of its own has nothing to look at but itself, whatever the picture is."""
     task, length = tiny.task(), 8
-    batch = {
-        "tokens": np.array([[*(tiny.VOCABULARY.image_offset + np.arange(4)), *range(4)]], np.int32),
-        "positions": np.array([[*range(4)] * 2], np.int32),
-        "doc_start": np.array([[0] * 4 + [4] * 4], np.int32),
-        "segment_ids": np.array([[1] * 4 + [2] * 4], np.int32),
-    }
+    batch = dataclasses.replace(
+        PackedBatch.padding(1, length, tiny.VOCABULARY.pad),
+        tokens=np.array([[*(tiny.VOCABULARY.image_offset + np.arange(4)), *range(4)]], np.int32),
+        positions=np.array([[*range(4)] * 2], np.int32),
+        doc_start=np.array([[0] * 4 + [4] * 4], np.int32),
+        segment_ids=np.array([[1] * 4 + [2] * 4], np.int32),
+    )
     apart = attention_shares(Transformer.bind(task.config, params), task.vocabulary, batch)
     assert all(float(count) == 0 for _, count in apart.values())
-    one = batch | {"doc_start": np.zeros((1, length), np.int32), "positions": np.arange(length, dtype=np.int32)[None]}
+    whole = dict(doc_start=np.zeros((1, length), np.int32), positions=np.arange(length, dtype=np.int32)[None])
+    one = dataclasses.replace(batch, **whole)
     together = attention_shares(Transformer.bind(task.config, params), task.vocabulary, one)
     assert float(together["attention/text_to_image/layer_0"][1]) == 4
     assert 0 < float(together["attention/text_to_image/layer_0"][0]) < 4

@@ -8,10 +8,10 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
 
+from ar_unified.data.batch import PackedBatch
 from ar_unified.parallel.mesh import make_mesh
-from ar_unified.parallel.rules import batch_spec
+from ar_unified.parallel.rules import batch_shardings, on_mesh
 from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
 from ar_unified.training.step import abstract_state, gradients, make_train_step
 from tests.training import tiny
@@ -27,12 +27,8 @@ MODEL = replace(
 
 
 def batch_on(mesh, rows=B, length=T):
-    return {
-        name: jax.ShapeDtypeStruct(
-            (rows, length), x.dtype, sharding=NamedSharding(mesh, batch_spec(mesh, (rows, length)))
-        )
-        for name, x in tiny.packed(0).items()
-    }
+    shapes = PackedBatch.shapes(rows, length)
+    return on_mesh(shapes, batch_shardings(mesh, shapes))
 
 
 @pytest.mark.parametrize(

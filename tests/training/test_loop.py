@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from ar_unified.checkpoint import Checkpoints, restore_params
+from ar_unified.data.batch import PackedBatch
 from ar_unified.evaluation.report import transformer_charts, write_report
 from ar_unified.manifests import ManifestMismatch
 from ar_unified.metrics import read_metrics
@@ -152,6 +153,12 @@ def test_the_checkpoint_says_what_it_is(tmp_path):
         tiny.run(tmp_path, manifest=other)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PoisonedBatch(PackedBatch):
+    poison: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Poisoned(TransformerTask):
     """Where a batch is poisoned, the gradient of one matrix of layer 0 is not finite, though the loss is."""
@@ -160,7 +167,7 @@ class Poisoned(TransformerTask):
         loss, weight, metrics = super().loss(params, kept, batch, key)
         gate = params["layers"]["mlp"]["gate"]
         zero = jnp.abs(gate[0] - jax.lax.stop_gradient(gate[0]))
-        hurt = jnp.sqrt(jnp.where(batch["poison"][0, 0], zero, 1.0))  # the slope of a root at zero
+        hurt = jnp.sqrt(jnp.where(batch.poison[0, 0], zero, 1.0))  # the slope of a root at zero
         return loss + hurt.sum(), weight, metrics
 
 
@@ -168,7 +175,7 @@ def test_a_poisoned_batch_stops_the_run_and_costs_nothing(tmp_path):
     """The bad step is the last before a checkpoint is due: it must be known to be bad by then."""
 
     def batch(step, *part):
-        return tiny.packed(step) | {"poison": np.full((tiny.ROWS, tiny.LENGTH), step == 5)}
+        return PoisonedBatch(**vars(tiny.packed(step)), poison=np.full((tiny.ROWS, tiny.LENGTH), step == 5))
 
     task = tiny.task()
     settings = {field.name: getattr(task, field.name) for field in dataclasses.fields(task)}

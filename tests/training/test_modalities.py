@@ -16,10 +16,10 @@ def test_log_z_by_role_is_the_log_partition_of_those_positions(params):
     task, batch = tiny.task(), tiny.packed(1)
     _, _, metrics = jax.jit(lambda p, b: task.loss(p, {}, b, None))(params, batch)
     model = Transformer.bind(task.config, params)
-    hidden = model(batch["tokens"], batch["positions"], batch["doc_start"])
+    hidden = model(batch.tokens, batch.positions, batch.doc_start)
     log_z = np.asarray(jax.nn.logsumexp(jnp.einsum("btd,vd->btv", hidden, params["head"]), axis=-1))
     trained = np.asarray(task.weights(batch)) > 0
-    roles = task.vocabulary.role(batch["targets"])
+    roles = task.vocabulary.role(batch.targets)
     of = {role.name.lower(): trained & (roles == role) for role in Role if role != Role.PAD}
     for name, where in of.items():
         total, count = metrics[f"log_z/role/{name}"]
@@ -35,9 +35,9 @@ def test_tokens_are_counted_by_what_is_read():
     metrics = jax.eval_shape(lambda p, b: task.loss(p, {}, b, None), task.init(jax.random.key(0)), batch)[2]
     assert {f"tokens/{role.name.lower()}" for role in Role if role != Role.PAD} < set(metrics)
     _, _, metrics = jax.jit(lambda p, b: task.loss(p, {}, b, None))(task.init(jax.random.key(0)), batch)
-    present = batch["segment_ids"] > 0
-    text = present & (batch["tokens"] < tiny.VOCABULARY.text_size)
-    image = present & (batch["tokens"] >= tiny.VOCABULARY.image_offset)
+    present = batch.segment_ids > 0
+    text = present & (batch.tokens < tiny.VOCABULARY.text_size)
+    image = present & (batch.tokens >= tiny.VOCABULARY.image_offset)
     assert metrics["tokens/text"] == text.sum() and metrics["tokens/image"] == image.sum()
     assert text.sum() + image.sum() == metrics["tokens"] == present.sum()
     assert "tokens/text" not in task.summary(jax.device_get(metrics))  # a rate says it: telemetry.Meter

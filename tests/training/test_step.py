@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from ar_unified.data.batch import PackedBatch
 from ar_unified.model import transformer
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.parallel.rules import place_batch, shardings
@@ -83,16 +84,16 @@ WIDE = dict(d_model=32, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=64)  # a h
 
 def unpacked(batch):
     """Each document in a row of its own, padding behind it."""
-    alone = {name: [] for name in batch}
-    for row in range(len(batch["tokens"])):
-        for segment in range(1, batch["segment_ids"][row].max() + 1):
-            here = batch["segment_ids"][row] == segment
-            for name, values in batch.items():
+    alone = {name: [] for name in vars(batch)}
+    for row in range(len(batch.tokens)):
+        for segment in range(1, batch.segment_ids[row].max() + 1):
+            here = batch.segment_ids[row] == segment
+            for name, values in vars(batch).items():
                 empty = {"doc_start": values.shape[1], "tokens": tiny.VOCABULARY.pad, "targets": tiny.VOCABULARY.pad}
                 rest = np.full((~here).sum(), empty.get(name, 0), values.dtype)
                 first = np.zeros_like(values[row][here]) if name == "doc_start" else values[row][here]
                 alone[name].append(np.concatenate([first, rest]))
-    return {name: np.stack(rows) for name, rows in alone.items()}
+    return PackedBatch(**{name: np.stack(rows) for name, rows in alone.items()})
 
 
 @pytest.mark.slow
@@ -100,7 +101,7 @@ def test_packed_rows_through_the_kernel_train_like_documents_alone():
     params = transformer.init(replace(tiny.MODEL, **WIDE), jax.random.key(1))
     batch = tiny.packed(0)
     alone = unpacked(batch)
-    assert len(alone["tokens"]) == 2 * len(batch["tokens"])
+    assert len(alone.tokens) == 2 * len(batch.tokens)
     expected = loss_and_gradients(params, *ONE, batch=alone, **WIDE, attention="reference")[:2]
     packed = loss_and_gradients(params, *ONE, batch=batch, **WIDE, attention="tpu_interpret")[:2]
     close(packed, expected, 1e-5)
@@ -202,17 +203,17 @@ def test_metrics_are_what_they_are_called(params):
     task = tiny.task()
     batch = tiny.packed(3)
     loss_sum, weight, metrics = jax.device_get(jax.jit(lambda p, b: task.loss(p, {}, b, None))(params, batch))
-    role = tiny.VOCABULARY.role(batch["targets"])
+    role = tiny.VOCABULARY.role(batch.targets)
     assert {0, 1, 4} <= set(role.ravel())
-    expected = np.where(role == 4, 0.5, 1.0) * np.where(batch["tasks"] == 3, 2.0, 1.0)
-    expected = expected * np.where(batch["prompt"], 0.25, 1.0) * (role != 0)
+    expected = np.where(role == 4, 0.5, 1.0) * np.where(batch.tasks == 3, 2.0, 1.0)
+    expected = expected * np.where(batch.prompt, 0.25, 1.0) * (role != 0)
     np.testing.assert_allclose(weight, expected.sum(), rtol=1e-6)
     assert metrics["loss/role/image"][1] == (role == 4).sum()
     assert metrics["loss/role/text"][1] == (role == 1).sum()
-    assert metrics["bits_per_text_byte"][1] == (batch["targets"][role == 1] + 1).sum()
+    assert metrics["bits_per_text_byte"][1] == (batch.targets[role == 1] + 1).sum()
     numbers = task.summary(metrics)
     np.testing.assert_allclose(numbers["bits_per_image_token"], numbers["loss/role/image"] / np.log(2), rtol=1e-6)
-    np.testing.assert_allclose(numbers["fill"], (batch["segment_ids"] > 0).mean(), rtol=1e-6)
+    np.testing.assert_allclose(numbers["fill"], (batch.segment_ids > 0).mean(), rtol=1e-6)
     by_task = sum(metrics[f"loss/task/{name}"][0] for name in ("text", "text_to_image", "image_to_text", "interleaved"))
     by_role = sum(metrics[f"loss/role/{name}"][0] for name in ("text", "control", "size", "image"))
     np.testing.assert_allclose(by_task, by_role, rtol=1e-5)

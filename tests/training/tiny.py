@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from ar_unified.data.batch import PackedBatch
 from ar_unified.model.config import TransformerConfig
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.training.loop import TrainingConfig, fit
@@ -33,34 +35,26 @@ TRAINING = TrainingConfig(
 ROWS, LENGTH = 8, 24
 
 
-def packed(step: int, index: int = 0, count: int = 1, rows: int = ROWS, length: int = LENGTH) -> dict[str, np.ndarray]:
+def packed(step: int, index: int = 0, count: int = 1, rows: int = ROWS, length: int = LENGTH) -> PackedBatch:
     """Rows of two documents and ragged padding; every text id is followed by an image code: much to learn."""
     rng = np.random.default_rng((7, step))
-    batch = {
-        "tokens": np.full((rows, length), VOCABULARY.pad, np.int32),
-        "targets": np.full((rows, length), VOCABULARY.pad, np.int32),
-        "positions": np.zeros((rows, length), np.int32),
-        "doc_start": np.full((rows, length), length, np.int32),
-        "segment_ids": np.zeros((rows, length), np.int32),
-        "tasks": np.zeros((rows, length), np.int8),
-        "prompt": np.zeros((rows, length), bool),
-    }
+    batch = PackedBatch.padding(rows, length, VOCABULARY.pad)
     for row in range(rows):
         start = 0
         for segment, n in enumerate(rng.integers(4, length // 2, 2), 1):
             text = rng.integers(0, 40, n)
             document = np.where(np.arange(n) % 2 == 0, text, VOCABULARY.image_offset + np.roll(text, 1) % 60)
             where = slice(start, start + n)
-            batch["tokens"][row, where] = document
-            batch["targets"][row, start : start + n - 1] = document[1:]
-            batch["positions"][row, where] = np.arange(n)
-            batch["doc_start"][row, where] = start
-            batch["segment_ids"][row, where] = segment
-            batch["tasks"][row, where] = segment % 4
-            batch["prompt"][row, start : start + n // 2] = segment == 2
+            batch.tokens[row, where] = document
+            batch.targets[row, start : start + n - 1] = document[1:]
+            batch.positions[row, where] = np.arange(n)
+            batch.doc_start[row, where] = start
+            batch.segment_ids[row, where] = segment
+            batch.tasks[row, where] = segment % 4
+            batch.prompt[row, start : start + n // 2] = segment == 2
             start += n
     part = slice(index * rows // count, (index + 1) * rows // count)
-    return {name: values[part] for name, values in batch.items()}
+    return jax.tree.map(lambda values: values[part], batch)
 
 
 def task(**changes: Any) -> TransformerTask:

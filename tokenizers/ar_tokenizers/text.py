@@ -28,7 +28,7 @@ from typing import Literal
 import numpy as np
 import sentencepiece
 
-from ar_tokenizers.files import write_whole
+from ar_tokenizers.files import write_bytes
 from ar_tokenizers.lossless import RESERVED, SPACE, Loss, find_losses, is_bpe
 
 Lossy = Literal["refuse", "warn"]
@@ -210,7 +210,7 @@ class TextTokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model to one file, whole or not at all."""
-        write_whole(path, self.model_bytes)
+        write_bytes(path, self.model_bytes)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, lossy: Lossy = "refuse") -> TextTokenizer:

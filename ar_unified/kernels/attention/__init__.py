@@ -4,7 +4,7 @@ reference.py  what it computes, in a screenful
 bounds.py     from `doc_start` to the blocks that must be read: the mask and the work of every kernel
 xla.py        in chunks, by XLA: any platform and shape
 tpu.py        Pallas for TPU, over the list of blocks that visits.py makes
-hopper.py     Pallas for Hopper GPUs, in terms of warpgroup.py; tile.py is its arithmetic
+hopper.py     Pallas for Hopper GPUs, in terms of warpgroup.py and copies.py; tile.py is its arithmetic
 blocks.py     block sizes by device and shape, each with where it comes from
 """
 

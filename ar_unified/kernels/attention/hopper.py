@@ -30,6 +30,7 @@ from jax import lax
 from ar_unified.kernels.attention import tile
 from ar_unified.kernels.attention.blocks import Tile, blocks
 from ar_unified.kernels.attention.bounds import Bounds, key_ranges, pad_queries, query_ranges
+from ar_unified.kernels.attention.copies import CONSUMERS, REGISTERS, ROWS, serve_keys, serve_queries
 from ar_unified.kernels.attention.spec import Spec
 from ar_unified.kernels.attention.warpgroup import (
     BY_COLUMN,
@@ -48,9 +49,6 @@ from ar_unified.kernels.attention.warpgroup import (
 )
 
 HEAD_DIMS = (64, 128, 256)
-ROWS = 64  # of a wgmma, and of what one warpgroup computes
-CONSUMERS = 2  # warpgroups that compute; one more copies
-_REGISTERS = 240, 24  # of a thread that computes and of one that copies: 504 of three at most
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:
@@ -179,7 +177,7 @@ def _forward_kernel(
 
     @pl.when(warpgroup < CONSUMERS)
     def _compute():
-        plgpu.set_max_registers(_REGISTERS[0], action="increase")
+        plgpu.set_max_registers(REGISTERS[0], action="increase")
         free_all(k_free, v_free)
         query = q_smem.at[warpgroup]
         plgpu.barrier_wait(q_ready)
@@ -224,7 +222,7 @@ def _forward_kernel(
     def _copy():
         bounds = (first_ref, first_smem), (last_ref, last_smem)
         keys, values = (k_ref, k_smem, k_free, k_ready), (v_ref, v_smem, v_free, v_ready)
-        _serve_queries(n, i, b, walk, block_k, q_ready, [(q_ref, q_smem)], [], bounds, keys, values)
+        serve_queries(n, i, b, walk, block_k, q_ready, [(q_ref, q_smem)], [], bounds, keys, values)
 
 
 # ---- backward ------------------------------------------------------------------------------------------------------
@@ -242,7 +240,7 @@ def _dq_kernel(
 
     @pl.when(warpgroup < CONSUMERS)
     def _compute():
-        plgpu.set_max_registers(_REGISTERS[0], action="increase")
+        plgpu.set_max_registers(REGISTERS[0], action="increase")
         free_all(k_free, v_free)
         plgpu.barrier_wait(q_ready)
         first, last = load(first_smem.at[warpgroup]), load(last_smem.at[warpgroup])
@@ -282,7 +280,7 @@ def _dq_kernel(
         tiles, numbers = ((q_ref, q_smem), (dout_ref, dout_smem)), ((lse_ref, lse_smem), (delta_ref, delta_smem))
         bounds = (first_ref, first_smem), (last_ref, last_smem)
         keys, values = (k_ref, k_smem, k_free, k_ready), (v_ref, v_smem, v_free, v_ready)
-        _serve_queries(n, i, b, walk, block_k, q_ready, tiles, numbers, bounds, values, keys)
+        serve_queries(n, i, b, walk, block_k, q_ready, tiles, numbers, bounds, values, keys)
 
 
 def _dkv_kernel(
@@ -296,7 +294,7 @@ def _dkv_kernel(
     walk = read_walk(ranges_ref.at[b, j], repeat=G)
     stages, parts, _, columns = q_smem.shape
     groups = CONSUMERS // parts  # of 64 keys
-    registers = _REGISTERS if parts == 1 else (232, 40)  # more parts are more copies
+    registers = REGISTERS if parts == 1 else (232, 40)  # more parts are more copies
     # With two parts both warpgroups have the keys of group 0, otherwise each its own and all columns.
     group, part = (warpgroup, 0) if parts == 1 else (0, warpgroup)
 
@@ -355,56 +353,11 @@ def _dkv_kernel(
 
     @pl.when(warpgroup == CONSUMERS)
     def _copy():
-        plgpu.set_max_registers(registers[1], action="decrease")
-        for g in range(groups):
-            for p in range(parts):
-                plgpu.copy_gmem_to_smem(keys(k_ref, g, p), k_smem.at[g, p], kv_ready)
-                plgpu.copy_gmem_to_smem(keys(v_ref, g, p), v_smem.at[g, p], kv_ready)
-
-        @walk.visit
-        def _(at, head, i):
-            slot = lax.rem(at, stages)
-            n, rows = kv * G + head, pl.ds(i * block_q, block_q)
-            plgpu.barrier_wait(free.at[slot])
-            ready = q_ready.at[slot]
-            for p in range(parts):
-                part = pl.ds(p * columns, columns)
-                plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n, part], q_smem.at[slot, p], ready)
-            plgpu.copy_gmem_to_smem(lse_ref.at[b, n, rows], lse_smem.at[slot], ready)
-            plgpu.copy_gmem_to_smem(first_ref.at[b, rows], first_smem.at[slot], ready)
-            plgpu.copy_gmem_to_smem(last_ref.at[b, rows], last_smem.at[slot], ready)
-            ready = dout_ready.at[slot]
-            for p in range(parts):
-                part = pl.ds(p * columns, columns)
-                plgpu.copy_gmem_to_smem(dout_ref.at[b, rows, n, part], dout_smem.at[slot, p], ready)
-            plgpu.copy_gmem_to_smem(delta_ref.at[b, n, rows], delta_smem.at[slot], ready)
-
-
-# ---- the warpgroup that copies -------------------------------------------------------------------------------------
-
-
-def _serve_queries(n, i, b, walk, block_k, ready, tiles, numbers, bounds, *rings) -> None:
-    """Copies what a block of queries needs: its own rows once, then its blocks of keys and values, each to a free slot.
-
-    tiles, numbers, bounds: pairs (from, to) of arrays [B, T, N, H], [B, N, T] and [B, T]; `ready` counts them.  rings:
-    (from, to, free, ready) of keys and values, in the order in which the kernel lets go of them.
-    """
-    plgpu.set_max_registers(_REGISTERS[1], action="decrease")
-    for w in range(CONSUMERS):
-        rows = pl.ds((i * CONSUMERS + w) * ROWS, ROWS)
-        for pairs, place in ((tiles, (b, rows, n)), (numbers, (b, n, rows)), (bounds, (b, rows))):
-            for ref, smem in pairs:
-                plgpu.copy_gmem_to_smem(ref.at[place], smem.at[w], ready)
-
-    q_ref, k_ref = tiles[0][0], rings[0][0]
-    kv = n // (q_ref.shape[2] // k_ref.shape[2])
-
-    @walk.visit
-    def _(at, _, j):
-        for ref, smem, slot_free, slot_ready in rings:
-            slot = lax.rem(at, smem.shape[0])
-            plgpu.barrier_wait(slot_free.at[slot])
-            plgpu.copy_gmem_to_smem(ref.at[b, pl.ds(j * block_k, block_k), kv], smem.at[slot], slot_ready.at[slot])
+        rings: Any = (
+            ((q_ref, q_smem), [(lse_ref, lse_smem)], [(first_ref, first_smem), (last_ref, last_smem)], q_ready),
+            ((dout_ref, dout_smem), [(delta_ref, delta_smem)], [], dout_ready),
+        )
+        serve_keys(kv, b, walk, block_q, registers[1], keys, [(k_ref, k_smem), (v_ref, v_smem)], kv_ready, free, *rings)
 
 
 # ---- launching -----------------------------------------------------------------------------------------------------

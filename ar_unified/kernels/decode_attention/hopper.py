@@ -119,17 +119,6 @@ def _kernel(spec, quantized, begin_ref, end_ref, q_ref, k_ref, v_ref, *refs):
     fetch_k = fetcher(k_ref, k_scale_ref, k_smem, k_scale_smem, k_ready)
     fetch_v = fetcher(v_ref, v_scale_ref, v_smem, v_scale_smem, v_ready)
 
-    def operand(smem):
-        """The block as wgmma takes it, in shared memory."""
-        if not quantized:
-            return smem
-        for column in range(0, H, 128):  # a block of H = 256 at once would spill registers
-            columns = pl.ds(column, min(H, 128))
-            piece = plgpu.layout_cast(smem[:, columns], plgpu.Layout.WGMMA_UPCAST_2X)
-            wide_smem[:, columns] = plgpu.layout_cast(piece.astype(wide_smem.dtype), _WGMMA)
-        plgpu.commit_smem()
-        return wide_smem
-
     # What lies in q_smem behind the G heads is never written: each row of a product depends on its own row alone.
     plgpu.copy_gmem_to_smem(q_ref.at[row, head], q_smem.at[pl.ds(0, q_ref.shape[2])], q_ready)
     for i in range(stages):
@@ -143,7 +132,7 @@ def _kernel(spec, quantized, begin_ref, end_ref, q_ref, k_ref, v_ref, *refs):
         slot = lax.rem(i, stages)
         plgpu.barrier_wait(k_ready.at[slot])
         k_scale = plgpu.layout_cast(k_scale_smem[slot], _BY_COLUMN) if quantized else None
-        scores = _product(q_smem, plgpu.transpose_ref(operand(k_smem.at[slot]), (1, 0)))
+        scores = _product(q_smem, plgpu.transpose_ref(_operand(k_smem.at[slot], wide_smem), (1, 0)))
         if k_scale is not None:
             scores *= lax.broadcast_in_dim(k_scale, scores.shape, [1])
         fetch_k(i + stages)
@@ -159,7 +148,7 @@ def _kernel(spec, quantized, begin_ref, end_ref, q_ref, k_ref, v_ref, *refs):
         if quantized:
             v_scale = plgpu.layout_cast(v_scale_smem[slot], _BY_COLUMN)
             weights *= lax.broadcast_in_dim(v_scale, weights.shape, [1])
-        acc = _accumulate(spec, acc, weights.astype(q_smem.dtype), operand(v_smem.at[slot]))
+        acc = _accumulate(spec, acc, weights.astype(q_smem.dtype), _operand(v_smem.at[slot], wide_smem))
         fetch_v(i + stages)
         return acc, new, total
 
@@ -173,6 +162,19 @@ def _kernel(spec, quantized, begin_ref, end_ref, q_ref, k_ref, v_ref, *refs):
     plgpu.copy_smem_to_gmem(q_smem.at[pl.ds(0, q_ref.shape[2])], out_ref.at[part, row, head])
     plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[part, row, head])
     plgpu.wait_smem_to_gmem(0)
+
+
+def _operand(smem, wide_smem):
+    """The block as wgmma takes it, in shared memory. wide_smem: where one of int8 is widened; None: it need not be."""
+    if wide_smem is None:
+        return smem
+    H = smem.shape[1]
+    for column in range(0, H, 128):  # a block of H = 256 at once would spill registers
+        columns = pl.ds(column, min(H, 128))
+        piece = plgpu.layout_cast(smem[:, columns], plgpu.Layout.WGMMA_UPCAST_2X)
+        wide_smem[:, columns] = plgpu.layout_cast(piece.astype(wide_smem.dtype), _WGMMA)
+    plgpu.commit_smem()
+    return wide_smem
 
 
 def _product(a, b) -> jax.Array:

@@ -12,6 +12,7 @@ from ar_unified.document import Part, TextPart
 from ar_unified.grammar import GrammarError
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.model import Content, Model
+from ar_unified.sampling.plan import prompt_tokens
 from ar_unified.sampling.request import Request, RequestError, TokensPart
 from ar_unified.sampling.score import pieces
 
@@ -82,10 +83,11 @@ class Harness:
             )
             budget = next((settings[key] for key in _BUDGET if settings.get(key)), self.max_tokens)
             try:
-                room = self.engine.max_length - len(self.engine.plan(request).prompt)
-                request = replace(request, max_tokens=min(int(budget) + 1, room))  # ours counts <eos>
+                room = self.engine.max_length - len(prompt_tokens(self.engine.grammar, request))
+                if room > 0:
+                    request = replace(request, max_tokens=min(int(budget) + 1, room))  # ours counts <eos>
             except (RequestError, GrammarError):
-                pass  # the engine says so with the sample
+                pass  # the engine says so with the sample, as of a prompt that leaves no room
             yield request
 
 

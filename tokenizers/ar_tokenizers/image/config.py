@@ -30,7 +30,7 @@ class AutoencoderConfig:
     attention: Literal["none", "middle", "lowest"] = "none"  # vqgan: only between encoder and codes | in all of the
     # lowest resolution. It costs (HW / factor^2)^2, and a code then looks at every pixel
     z_channels: int = 256  # vqgan: features between its last 3 x 3 convolution and the quantiser
-    quantizer: str = "fsq"  # one of quantizers.NAMES; the next ten are settings of quantizers.make
+    quantizer: str = "fsq"  # fsq | vq | simvq | lfq | bsq | ibq | rq; the next ten are settings of quantizers.make
     levels: tuple[int, ...] = (8, 5, 5, 5)  # fsq: the codebook size is their product
     activation: str = "tanh"  # fsq: or "ifsq"
     codes: int = 1024  # all others: the codebook size

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save as save_tensors
 
-from ar_tokenizers.files import write_whole
+from ar_tokenizers.files import write_bytes
 from ar_tokenizers.image import inception, lpips, resnet
 from ar_tokenizers.image.weights import Arrays, check_weights
 
@@ -48,7 +48,7 @@ def convert(paths: Sequence[str], shapes: Mapping[str, tuple[int, ...]], output:
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items() if name in shapes}
     check_weights(arrays, shapes, " and ".join(paths))
     data = save_tensors(arrays)
-    write_whole(output, data)
+    write_bytes(output, data)
     return hashlib.sha256(data).hexdigest()
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from ar_tokenizers.image.weights import Params, Shapes, conv, conv_params, conv_shapes, max_pool
 
-SIDE, FEATURES, _EPSILON = 299, 2048, 1e-3
+SIDE, _EPSILON = 299, 1e-3
 
 
 class Conv(NamedTuple):

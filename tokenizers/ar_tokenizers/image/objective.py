@@ -35,7 +35,7 @@ class ObjectiveConfig:
     l1_weight: float = 0.0  # weight of the mean absolute error of pixels in [-1, 1]
     l2_weight: float = 1.0  # and of the mean squared error
     tolerance: float = 0.0  # errors up to this, of pixels in [-1, 1], cost nothing: no code is spent on faint tints
-    perceptual: str = "none"  # a perceptual.Kind
+    perceptual: str = "none"  # none | ms_ssim | match | lpips | features (perceptual.Kind)
     perceptual_weight: float = 1.0
     adversary: AdversaryConfig = AdversaryConfig()
     ema: float = 0.0  # decay of the averaged weights that are used in the end, e.g. 0.9999; 0: the last ones

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from ar_tokenizers.files import write_whole
+from ar_tokenizers.files import write_bytes
 from ar_tokenizers.image.autoencoder import Autoencoder, Params, init, to_float, to_uint8
 from ar_tokenizers.image.config import AutoencoderConfig
 from ar_tokenizers.image.tiling import map_windows
@@ -124,9 +124,9 @@ class ImageTokenizer:
         """Write weights.safetensors and, last, config.json: without the second there is no tokenizer in the folder."""
         folder = Path(folder)
         (folder / CONFIG).unlink(missing_ok=True)
-        write_whole(folder / WEIGHTS, save_tensors({n: np.asarray(leaf) for n, leaf in _flatten(self.params).items()}))
+        write_bytes(folder / WEIGHTS, save_tensors({n: np.asarray(leaf) for n, leaf in _flatten(self.params).items()}))
         record = {"format": FORMAT, "hash": self.hash, "config": dataclasses.asdict(self.config)}
-        write_whole(folder / CONFIG, (json.dumps(record, indent=2) + "\n").encode())
+        write_bytes(folder / CONFIG, (json.dumps(record, indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, batch_size: int = 64) -> ImageTokenizer:
