@@ -182,7 +182,7 @@ def recorded(path: Path, overrides: Sequence[str] = ()) -> ConfigDict:
             config.update(_tuples(found))
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: expected the config of an experiment: {error}") from error
-    with about(str(path)):
+    with about(f"{path}, which another version may have written (--config names the experiment instead)"):
         _require_form(config)
     return _overridden(config, overrides)
 

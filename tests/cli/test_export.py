@@ -173,7 +173,7 @@ def test_what_cannot_be_exported_is_said(tmp_path):
     refused(export(Workdir(tmp_path / "none"), output), "config.json: no such file; name the experiment by --config")
     record = read_json(workdir.config)
     write_json(workdir.config, record | {"modle": {}})
-    refused(export(workdir, output), "config.json: config.modle: there is no such key")
+    refused(export(workdir, output), "config.json, which another .*--config.*: config.modle: there is no such key")
     write_json(workdir.config, [])
     refused(export(workdir, output), "config.json: expected the config of an experiment")
     write_json(workdir.config, {name: value for name, value in record.items() if name != "init"})  # of before this key
