@@ -160,6 +160,39 @@ MUTATIONS = (
         "bits per byte are too high where characters have no piece",
         ("tests/tokenizers/test_text.py::test_piece_bytes_add_up_to_the_text",),
     ),
+    # ---- bundles
+    Mutation(
+        "a-bundle-may-be-edited",
+        "ar_unified/bundle.py",
+        "if digest != self._files[name][1]:",
+        "if False:",
+        "weights and tokenizers that somebody changed are opened",
+        ("tests/test_bundle.py", "-k", "edited"),
+    ),
+    Mutation(
+        "a-bundle-names-any-file",
+        "ar_unified/bundle.py",
+        "if name not in (*_NEEDED, *_IMAGE) and not _SHARD.fullmatch(name):",
+        "if False:",
+        "a bundle that somebody sent reads files of this machine",
+        ("tests/test_bundle.py", "-k", "outside or absolute or foreign"),
+    ),
+    Mutation(
+        "a-bundle-of-another-language-is-trained-on",
+        "ar_unified/experiment/check.py",
+        "    require_same(bundle.language, ours, **where)\n",
+        "",
+        "a training begins with weights whose ids mean something else",
+        ("tests/cli/test_export.py", "-k", "another_model"),
+    ),
+    Mutation(
+        "a-training-forgets-its-bundle",
+        "ar_unified/cli/train.py",
+        "begin=_begin(experiment),",
+        "begin=None,",
+        "config.init changes nothing but the tokenizers",
+        ("tests/test_examples.py", "-k", "train"),
+    ),
     # ---- command line
     Mutation(
         "config-arguments-do-nothing",

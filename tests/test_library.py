@@ -9,18 +9,10 @@ import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
-from ar_tokenizers.image.autoencoder import init
-from ar_tokenizers.image.config import AutoencoderConfig
-from ar_tokenizers.image.tokenizer import ImageTokenizer
-from ar_tokenizers.text import TextTokenizer
 
-from ar_unified.checkpoint import Checkpoints
-from ar_unified.experiment import config as configs
-from ar_unified.experiment.experiment import Experiment
-from ar_unified.model import transformer
-from ar_unified.workdir import Workdir, write_json, write_text
+import ar_unified
+from tests import bundles
 
 ROOT = Path(__file__).resolve().parents[1]
 # jax issue 39103: with jaxlib 0.10.2's own reductions the last of these sums is 1071645696 or so, and nothing says it.
@@ -61,47 +53,23 @@ def test_flags_of_the_user_win():
     assert done.stdout == f"{flag}\n"
 
 
-def test_an_import_costs_little():
-    done = python("import sys, ar_unified\nprint([m for m in ('jax', 'jaxlib', 'numpy') if m in sys.modules])")
-    assert done.stdout == "[]\n"
+def test_an_import_costs_little_and_names_come_when_they_are_used():
+    heavy = ("jax", "jaxlib", "numpy", "PIL", "flax", "safetensors", "sentencepiece", "orbax")
+    done = python(f"import sys, ar_unified\nprint(dir(ar_unified), [m for m in {heavy} if m in sys.modules])")
+    assert done.stdout.endswith(" []\n") and "'load'" in done.stdout
+    for name in ar_unified.__all__:
+        assert callable(getattr(ar_unified, name)), name
+    with pytest.raises(AttributeError, match="no attribute 'laod'"):
+        ar_unified.laod  # noqa: B018
 
 
 @pytest.mark.slow
 def test_the_example_of_the_readme_runs(tmp_path):
-    """On a workdir as the stages leave it, with networks that have learned nothing."""
+    """On a bundle of networks that have learned nothing."""
     text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## As a library")[2]
     example = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     assert example, "README has no example under 'As a library'"
-    write_text(
-        tmp_path / "experiments/shapes.py",
-        """from ar_unified.experiment.config import defaults, model
-
-def get_config(arg=None):
-    config = defaults()
-    config.model = model("debug")
-    config.sampling.batch_size = 4
-    config.sampling.max_length = 64
-    return config
-""",
-    )
-    workdir = Workdir(tmp_path / "workdirs/shapes")
-    experiment = Experiment(configs.load(str(tmp_path / "experiments/shapes.py")), workdir)
-    image = configs.pick(AutoencoderConfig, experiment.config.image_tokenizer)
-    ImageTokenizer(image, init(image, jax.random.key(0))).save(workdir.image_tokenizer)
-    sentences = [
-        f"A small {colour} star in the top {side}." for colour in ("red", "blue") for side in ("left", "right")
-    ]
-    workdir.text_tokenizer.mkdir()
-    TextTokenizer.train(sentences, 300).save(workdir.text_tokenizer / "text.model")
-    checkpoints = Checkpoints(workdir.model / "checkpoints")
-    params = transformer.init(experiment.model, jax.random.key(0))
-    metadata = {"manifest": experiment.grammar.manifest()}
-    checkpoints.save(1, params=params, optimizer={"count": np.zeros(1)}, metadata=metadata)
-    checkpoints.close()
-    write_json(workdir.model / "done.json", {"fingerprint": {}})
-    done = python(
-        f"{example[1]}    print(sample.index, pixels.dtype, pixels.shape)\n",
-        tmp_path,
-        XLA_FLAGS=os.environ["XLA_FLAGS"],
-    )
-    assert sorted(done.stdout.splitlines()) == [f"{i} uint8 (64, 64, 3)" for i in range(4)], done.stderr
+    bundles.write(tmp_path / "bundle")
+    show = "print([image.size for image in images], type(answer).__name__)\n"
+    done = python(example[1] + show, tmp_path, XLA_FLAGS=os.environ["XLA_FLAGS"])
+    assert done.stdout == f"{[(16, 16)] * 4} str\n", done.stderr

@@ -41,6 +41,10 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("checkpoint", "data", "model"),
     ),
     (
+        "a model as one folder",
+        ("bundle",),
+    ),
+    (
         "how a model comes to be and how it is used: neither needs the other, and a server needs one alone",
         ("training", "sampling"),
     ),

@@ -27,14 +27,15 @@ def parser_of(verb: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _experiment(parser: argparse.ArgumentParser) -> None:
-    """--config, --workdir, and how several processes find each other."""
+def _experiment(parser: argparse.ArgumentParser, recorded: bool = False) -> None:
+    """--config, --workdir, and how several processes find each other; `recorded`: the workdir's own config will do."""
     parser.add_argument(
         "--config",
-        required=True,
+        required=not recorded,
         type=_path,
         metavar="FILE[:arg]",
-        help="the experiment file; `:arg` is handed to it, as in experiments/folder.py:path=DIR",
+        help="the experiment file; `:arg` is handed to it, as in experiments/folder.py:path=DIR"
+        + ("; default: as the workdir's last start had it" if recorded else ""),
     )
     parser.add_argument("--workdir", required=True, type=_path, metavar="DIR", help="where stages leave their results")
     many = parser.add_argument_group(
@@ -115,6 +116,21 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _export(parser: argparse.ArgumentParser) -> None:
+    _experiment(parser, recorded=True)
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="FOLDER",
+        type=_path,
+        help="the bundle; nothing that is there is written over",
+    )
+    parser.add_argument("--license", default="", metavar="WORDS", help="for the model card, as apache-2.0 (unknown)")
+    parser.add_argument(
+        "--shard-mib", type=int, default=2048, metavar="MIB", help="of a file of weights, at most (%(default)s)"
+    )
+
+
 def _validate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder", nargs="?", metavar="DIR", type=_path, help="a dataset folder, one JSONL file or one of text"
@@ -182,6 +198,7 @@ _VERBS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "train": _train,
     "sample": _sample,
     "evaluate": _evaluate,
+    "export": _export,
     "plan": _plan,
     "validate": _validate,
 }

@@ -21,6 +21,7 @@ VERBS = {
     "train": "train the transformer on the shards",
     "sample": "write interleaved documents for the prompts of a JSONL file",
     "evaluate": "score the tokenizer and the model on held-out documents; write evaluation.json and report.html",
+    "export": "write the trained model as one folder that ar_unified.load opens, and a training can begin with",
     "plan": "compile the training or sampling for a TPU slice or GPUs that are not here: memory, traffic, time",
     "validate": "check a dataset folder or a config and print what is in it, bad items by file and line",
 }

@@ -5,6 +5,7 @@ Reads the experiment's training sources. Leaves in the workdir:
   text_tokenizer/report.json                           bytes per token and round trip, by source and language
   image_tokenizer/weights.safetensors and config.json  the VQ-VAE; its checkpoints, curves and pictures beside them
                                                        (with config.image_tokenizer.steps=0, for text alone: none)
+With config.init=FOLDER both are those of a bundle, and nothing is trained.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from ar_unified.experiment.changes import Training, changeable
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.settings import objective as objective_of
 from ar_unified.experiment.settings import short_side, tokenizer_training
-from ar_unified.experiment.start import open_experiment
+from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.experiment.text_tokenizer import train_text
 from ar_unified.metrics import last_validation, read_metrics
 from ar_unified.parallel import runtime
@@ -50,11 +51,25 @@ def train_tokenizers(experiment: Experiment, only: str | None = None) -> None:
         train_text(experiment)
     if only == "text":
         return
+    if experiment.bundle is not None and experiment.bundle.has_images:
+        return bring_image(experiment)
     if not experiment.config.image_tokenizer.steps:
         experiment.say("==== image_tokenizer: none is trained, as config.image_tokenizer.steps is 0")
         return
     with experiment.leaving_nothing():
         train_image(experiment)
+
+
+@by_first_process
+def bring_image(experiment: Experiment) -> None:
+    """Stage image_tokenizer, where the training begins with a bundle: its tokenizer, as it is."""
+    tokenizer = experiment.bundle.image_tokenizer() if experiment.bundle is not None else None
+    assert tokenizer is not None
+    stage = experiment.stage("image_tokenizer", brought=tokenizer.hash)
+    if stage.done:
+        return experiment.skip(stage)
+    tokenizer.save(stage.folder)
+    experiment.finish(stage, {"codes": tokenizer.codebook_size, "hash": tokenizer.hash})
 
 
 def _whole_batch(experiment: Experiment) -> bool:

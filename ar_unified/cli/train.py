@@ -12,15 +12,18 @@ What only decides cost (model.remat, training.accumulation, loss.chunk, mesh, lo
 training is started again. So may training.steps and the schedule, also of a finished training: it goes on. To go on
 from a checkpoint in the middle and leave the training as it is, branch it into a workdir of its own:
     ar-unified train --branch WORKDIR:STEP --workdir NEW --config FILE --config.training.steps=N ...
+To begin a training of your own with the weights, tokenizers and language of a bundle: --config.init=FOLDER. The config
+must describe that model; experiments/folder.py:path=DIR,init=FOLDER takes it from there.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 
 from ar_unified.checkpoint import Checkpoints, steps_in
@@ -35,6 +38,7 @@ from ar_unified.experiment.settings import phases, training
 from ar_unified.experiment.start import open_experiment
 from ar_unified.history import DECIDING
 from ar_unified.language.document import CodesPart
+from ar_unified.model.transformer import Params
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.request import Request
 from ar_unified.training.loop import fit
@@ -108,6 +112,7 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
         manifest=grammar.manifest(),
         preview=_preview(experiment) if settings.preview_every else None,
         checkpoint_folder=checkpoints,
+        begin=_begin(experiment),
         profile=profile,
         logger=experiment.say,
     )
@@ -118,7 +123,21 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
 
 def _facts(experiment: Experiment) -> dict[str, Any]:
     """What decides the trained model beside the config."""
-    return dict(manifest=experiment.grammar.manifest(), mixture=experiment.mixture())
+    init = {} if experiment.bundle is None else {"init": experiment.bundle.hash}
+    return dict(manifest=experiment.grammar.manifest(), mixture=experiment.mixture(), **init)
+
+
+def _begin(experiment: Experiment) -> Callable[[Params], Params] | None:
+    """Gives the bundle's parameters, if config.init names one."""
+    bundle = experiment.bundle
+    if bundle is None:
+        return None
+
+    def begin(abstract: Params) -> Params:
+        experiment.say(f"model: begins with the weights of {bundle.folder}")
+        return bundle.params(jax.tree.map(lambda leaf: leaf.sharding, abstract), "float32")
+
+    return begin
 
 
 def _say_rate(experiment: Experiment, stage: Stage, taken: int) -> None:
@@ -135,7 +154,8 @@ def _say_rate(experiment: Experiment, stage: Stage, taken: int) -> None:
 def _code_vectors(experiment: Experiment) -> np.ndarray | None:
     """For `training.code_rows`; None: random rows."""
     how, tokenizer = experiment.config.training.code_rows, experiment.image_tokenizer
-    return None if how == "random" or isinstance(tokenizer, NoImages) else tokenizer.vectors()
+    drawn = how == "random" or experiment.bundle is not None
+    return None if drawn or isinstance(tokenizer, NoImages) else tokenizer.vectors()
 
 
 def _preview(experiment: Experiment) -> Any:

@@ -29,13 +29,15 @@ from ar_unified.data.images import RESIZES
 from ar_unified.data.items import has_pictures
 from ar_unified.data.packing import Mixture
 from ar_unified.data.prepare import folder_name
-from ar_unified.errors import UserError, nearest, outside, several
+from ar_unified.errors import UserError, about, nearest, outside, several
 from ar_unified.evaluation.protocol import PROTOCOLS
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
 from ar_unified.experiment.experiment import STAGES, Experiment
 from ar_unified.kernels import backend, device
+from ar_unified.language.grammar import Grammar
 from ar_unified.language.layouts import LAYOUTS
+from ar_unified.manifests import require_same
 from ar_unified.model import config as model_config
 from ar_unified.model.code_vectors import CODE_ROWS
 from ar_unified.model.transformer import init, logical_axes
@@ -273,6 +275,41 @@ def _check_files(config: ConfigDict, problems: _Problems, stages: Collection[str
                     check_file(config.evaluation[key], shapes)
 
 
+# ---- the bundle that a training begins with ---------------------------------------------------------------------
+
+
+def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> None:
+    """Raises UserError with every key of the config that says something else than `config.init` has."""
+    if not {"text_tokenizer", "image_tokenizer", "data", "model"} & set(stages) or experiment.bundle is None:
+        return
+    config, bundle, problems = experiment.config, experiment.bundle, _Problems()
+    text, image = bundle.text_tokenizer, bundle.image_tokenizer()
+    theirs = {"model": model_config.decisive(bundle.config)}
+    if image is not None:
+        theirs["image_tokenizer"] = configs.plain(dataclasses.asdict(image.config))
+    elif config.image_tokenizer.steps:
+        problems.say("image_tokenizer.steps", "expected 0, as the bundle in config.init is of text alone")
+    for section, fields in theirs.items():
+        for name, value in fields.items():
+            if name in config[section] and (found := configs.plain(config[section][name])) != value:
+                problems.say(
+                    f"{section}.{name}", f"expected {value!r}, as the bundle in config.init has; found {found!r}"
+                )
+    if config.text_tokenizer.model:
+        problems.say("text_tokenizer.model", "expected none beside config.init, whose bundle has one")
+    if text.losses and config.text_tokenizer.lossy == "refuse":
+        problems.say(
+            "text_tokenizer.lossy", f"expected 'warn', as the bundle's text tokenizer loses text: {text.losses[0]}"
+        )
+    problems.end()
+    shape, image_hash = (None, "") if image is None else (image.config, image.hash)
+    with about("config.data"):
+        vocabulary, layout = settings.language(config, shape, text.size, text.hash, image_hash)
+    ours = Grammar(vocabulary, layout, text).manifest()
+    where = dict(expected_from=f"config.init={bundle.folder}", found_from="this config")
+    require_same(bundle.language, ours, **where)
+
+
 # ---- the devices that are here ----------------------------------------------------------------------------------
 
 
@@ -339,7 +376,8 @@ def check_sources(experiment: Experiment, stages: Collection[str] = STAGES) -> N
         problems.say("data.train", "expected a source, found none")
     else:
         _check_mixture(experiment, problems)
-    if "model" in stages and config.image_tokenizer.steps > 0 and any(map(has_pictures, experiment.train)):
+    images = config.image_tokenizer.steps > 0 or (experiment.bundle is not None and experiment.bundle.has_images)
+    if "model" in stages and images and any(map(has_pictures, experiment.train)):
         _check_room(experiment, problems, stages)
     problems.end()
 

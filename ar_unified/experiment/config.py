@@ -36,6 +36,7 @@ from ar_unified.sampling.request import Request
 from ar_unified.training.loop import TrainingConfig
 from ar_unified.training.optimizer import OptimizerConfig
 from ar_unified.training.tasks import TransformerTask
+from ar_unified.workdir import read_json
 
 T = TypeVar("T")
 
@@ -49,6 +50,7 @@ def defaults() -> ConfigDict:
     config = ConfigDict()
     config.name = "experiment"
     config.seed = 0
+    config.init = ""  # a bundle whose tokenizers, language and weights the training begins with; "": fresh ones
     config.checkpoint_folder = ""  # of the transformer, e.g. gs://bucket/run; "": model/checkpoints in the workdir
 
     _add_data_and_tokenizers(config)
@@ -153,6 +155,7 @@ def model(preset: str, **changes: Any) -> ConfigDict:
 
 
 FILES = (  # keys that name a file or folder, "" for none
+    "init",
     "checkpoint_folder",
     "text_tokenizer.model",
     "image_tokenizer.perceptual_file",
@@ -172,6 +175,37 @@ def load(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
     path, _, arg = home(file).partition(":")
     config = _from_file(path, arg or None)
     _require_form(config)
+    return _overridden(config, overrides)
+
+
+def recorded(path: Path, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The locked config that a workdir's config.json holds, as `load` gives it; keys that came later have defaults.
+
+    Raises UserError: there is no such file, or it was changed into something else.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file; name the experiment by --config, or a workdir in which it has run")
+    found = read_json(path)
+    config = defaults()
+    try:
+        with config.unlocked(), config.ignore_type():
+            config.update(_tuples(found))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: expected the config of an experiment: {error}") from error
+    with about(f"{path}, which another version may have written (--config names the experiment instead)"):
+        _require_form(config)
+    return _overridden(config, overrides)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON with tuples for lists, as configs have them."""
+    if isinstance(value, dict):
+        return {key: _tuples(inner) for key, inner in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """The config, locked, with "--config.key=value" applied. Raises UserError like `load`."""
     for override in overrides:
         _require_known(config, override.removeprefix("--config.").partition("=")[0])
     values, argv = flags.FlagValues(), ["ar-unified", *overrides]
@@ -337,6 +371,28 @@ def parse_arg(arg: str | None, **known: str | None) -> dict[str, str | None]:
             raise ValueError(f"config argument: expected {', '.join(known)}; found {found}{nearest(name, known)}")
         given[name] = home(value)
     return {**known, **given}
+
+
+def begin_with(config: ConfigDict, folder: str) -> None:
+    """Sets `init`, and all that a bundle decides of a training that begins with it: the model's shape, the image
+    tokenizer, how its data were made, and what requests are drawn with. Raises BundleError.
+    """
+    from ar_unified.bundle import Bundle  # JAX, which a config without a bundle need not wait for
+
+    bundle = Bundle(home(folder))
+    config.init = str(bundle.folder)
+    tokenizer = bundle.image_tokenizer()
+    sections = {name: _tuples(section) for name, section in bundle.sections.items()}
+    del sections["model"]["vocab_size"]
+    config.image_tokenizer.steps = 0
+    if tokenizer is not None:
+        config.image_tokenizer.update(dataclasses.asdict(tokenizer.config))
+    for name, section in sections.items():
+        try:
+            config[name].update(section)
+        except (TypeError, ValueError) as error:  # no bundle of ours has such values
+            raise UserError(f"config.{name}: {error}") from error
+    config.training.row_length = max(config.training.row_length, config.data.max_tokens)
 
 
 def whole(name: str, value: str | None) -> int:

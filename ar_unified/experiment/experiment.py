@@ -6,7 +6,6 @@ make the data again, and a changed codebook is refused instead of mixed in. `cha
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import time
@@ -22,6 +21,7 @@ from ar_tokenizers.text import TextTokenizer
 from ml_collections import ConfigDict
 
 from ar_unified import history, manifests
+from ar_unified.bundle import Bundle
 from ar_unified.checkpoint import restore_params
 from ar_unified.data.images import NoImages, Resize
 from ar_unified.data.items import has_pictures
@@ -33,8 +33,8 @@ from ar_unified.experiment.changes import Training, changeable, require_extensib
 from ar_unified.history import Changeable
 from ar_unified.language.grammar import Grammar
 from ar_unified.model.config import TransformerConfig, config_from, parameter_count
-from ar_unified.model.transformer import init, logical_axes
-from ar_unified.parallel import rules, runtime
+from ar_unified.model.transformer import abstract_params
+from ar_unified.parallel import runtime
 from ar_unified.parallel.mesh import decoding_axes, make_mesh
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
@@ -211,7 +211,13 @@ class Experiment:
     def resize(self) -> Resize:
         return settings.resize(self.config)
 
-    # ---- tokenizers and grammar -----------------------------------------------------------------------------------
+    # ---- tokenizers and grammar: trained here, or those of the bundle that the training begins with -----------------
+
+    @cached_property
+    def bundle(self) -> Bundle | None:
+        """What config.init names."""
+        with about("config.init"):
+            return Bundle(self.config.init) if self.config.init else None
 
     @cached_property
     def autoencoder(self) -> AutoencoderConfig:
@@ -232,6 +238,11 @@ class Experiment:
         """
         if self.config.image_tokenizer.steps or (self.workdir.image_tokenizer / "config.json").exists():
             return False
+        done = self.workdir.model / "done.json"
+        if done.exists() and (manifest := read_json(done)["fingerprint"].get("manifest")):
+            return not manifest["codebook_size"]  # it was decided, wherever the sources are now
+        if self.bundle is not None and self.bundle.has_images:
+            return False
         sources = [*self.train, *(source for those in self.held_out.values() for source in those)]
         if pictured := [source.name for source in sources if has_pictures(source)]:
             raise UserError(
@@ -251,7 +262,7 @@ class Experiment:
 
     @cached_property
     def grammar(self) -> Grammar:
-        """The vocabulary that binds the two tokenizers, and how pictures are written in it."""
+        """Of both tokenizers."""
         text, image = self.text_tokenizer, self.image_tokenizer
         shape = None if isinstance(image, NoImages) else image.config
         with about("config.data"):
@@ -291,13 +302,7 @@ class Experiment:
         """The trained transformer's parameters, where decoding wants them, without the optimizer's state."""
         folder, mesh = self.workdir.model, self.decoding_mesh
         self._require((folder / "done.json").exists(), folder / "done.json", "train")
-        target = None  # one device
-        if mesh is not None:
-            shapes = jax.eval_shape(functools.partial(init, self.model), jax.random.key(0))
-            placement = rules.shardings(mesh, logical_axes(shapes), shapes)
-            target = jax.tree.map(
-                lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, placement
-            )
+        target = None if mesh is None else abstract_params(self.model, mesh)  # None: one device
         step = None if self.config.sampling.checkpoint == "last" else self.checkpoint
         return restore_params(self.checkpoint_folder, target, step=step, manifest=self.grammar.manifest())
 

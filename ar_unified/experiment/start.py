@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from ar_unified.experiment import config as configs
-from ar_unified.experiment.check import check, check_devices, check_sources
+from ar_unified.experiment.check import check, check_bundle, check_devices, check_sources
 from ar_unified.experiment.experiment import STAGES, Experiment
 from ar_unified.interrupts import Preempted
 from ar_unified.parallel import runtime
@@ -26,9 +26,12 @@ def open_experiment(
 ) -> Experiment:
     """The experiment of a command line, with the other processes of its job, checked for what is to be done.
 
-    stages: of STAGES, those that follow; "requests" and "pictures" for a person's own ones, which need no sources.
+    stages: of STAGES, those that follow; "requests", "pictures" and "export" for those which need no sources.
     """
-    config = configs.load(arguments.config, overrides)
+    if arguments.config is None:  # of the verbs that can do without
+        config = configs.recorded(Path(arguments.workdir) / "config.json", overrides)
+    else:
+        config = configs.load(arguments.config, overrides)
     check(config, stages)
     logs = Path(arguments.workdir) / "logs"
     runtime.start(
@@ -48,8 +51,9 @@ def open_experiment(
         runtime.barrier("config")
         if not first:
             experiment.workdir.await_file(logs / "asked.json", asked)
+    check_bundle(experiment, stages)
     check_devices(experiment, stages)
-    if first and not {"requests", "pictures"} & set(stages):
+    if first and not {"requests", "pictures", "export"} & set(stages):
         check_sources(experiment, stages)
     runtime.barrier("checked", timeout=_ALONE)  # process 0 may have built a dataset
     return experiment

@@ -25,6 +25,9 @@ def train_text(experiment: Experiment) -> None:
     """Stage text_tokenizer."""
     settings = experiment.config.text_tokenizer
     tokenizer = load(settings) if settings.model else None
+    if experiment.bundle is not None:
+        tokenizer = experiment.bundle.text_tokenizer
+    brought = tokenizer is not None
     stage = experiment.stage(
         "text_tokenizer",
         "text_tokenizer",
@@ -54,7 +57,7 @@ def train_text(experiment: Experiment) -> None:
     }
     write_json(stage.folder / "report.json", report)
     experiment.say(table(measured))
-    for line in _remarks(report, 0 if settings.model else settings.vocab_size):
+    for line in _remarks(report, 0 if brought else settings.vocab_size):
         experiment.say(line)
     experiment.finish(stage, {"pieces": tokenizer.size, "hash": tokenizer.hash})
 

@@ -86,6 +86,14 @@ CHOICES = {
     "context": ("gather", "ring"),
 }
 
+# What a training or a machine chooses: weights are right with any of them.
+_RUNTIME = ("dropout", "scan_layers", "remat", "attention", "context", "dtype")
+
+
+def decisive(config: TransformerConfig) -> dict[str, Any]:
+    """The fields that say what the weights are: they belong together, and to nothing else."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in _RUNTIME}
+
 
 def _sizes(d_model: int, n_layers: int, n_heads: int, n_kv_heads: int, head_dim: int, d_mlp: int, **more: Any) -> dict:
     return dict(

@@ -14,6 +14,7 @@ Chameleon, 2405.09818) are the published ones.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,7 @@ from ar_unified.kernels.qk_norm_rope import Rope, qk_norm_rope
 from ar_unified.model.attention import attend_to_cache, attend_to_documents
 from ar_unified.model.config import TransformerConfig
 from ar_unified.model.embedding import look_up
+from ar_unified.parallel import rules
 from ar_unified.parallel.zigzag import unzigzag, zigzag
 
 _INPUT = "layer_input"  # what remat="offload" sends to the host
@@ -117,6 +119,15 @@ def init(config: TransformerConfig, key: jax.Array) -> Params:
     if not config.tie_embeddings:
         params["head"] = normal(V, D, fan_in=D)
     return params
+
+
+def abstract_params(config: TransformerConfig, mesh: jax.sharding.Mesh | None = None) -> Params:
+    """Shapes and dtypes of the parameters, and their shardings on a mesh; nothing is allocated."""
+    shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    if mesh is None:
+        return shapes
+    places = rules.shardings(mesh, logical_axes(shapes), shapes)
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, places)
 
 
 def init_cache(config: TransformerConfig, batch: int, length: int, dtype: Any = None) -> Cache:

@@ -165,7 +165,7 @@ def _line(row: Row, number: int, cells: Cells, settings: Mapping[str, Any], name
             raise RequestError(row.error)
         data = openai_batch.request(row.data) if batch else row.data
         *history, asked = _turns(data, row.load)
-        canvas, request = _canvas(data, row.load), _request(data, id, cells, settings, row.foreign)
+        canvas, request = _canvas(data, row.load), request_of(data, id, cells, settings, row.foreign)
         own.update(dict.fromkeys(own_columns(data, foreign=row.foreign)))
         return Line(number, id, name, asked.parts, tuple(history), canvas, request, batch=batch)
     except RequestError as error:
@@ -235,7 +235,10 @@ def _text(text: Any, where: str) -> TextPart:
     return TextPart(text)
 
 
-def _request(row: Mapping[str, Any], id: str, cells: Cells, defaults: Mapping[str, Any], foreign: bool) -> Request:
+def request_of(
+    row: Mapping[str, Any], id: str, cells: Cells, defaults: Mapping[str, Any], foreign: bool = False
+) -> Request:
+    """The settings of a row as a Request without parts. Raises RequestError for the first that is wrong."""
     columns = own_columns(row, foreign=foreign)
     own = {key: value for key, value in row.items() if key in SETTINGS and key not in columns}
     meta = row.get("meta", {})

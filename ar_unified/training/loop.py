@@ -15,6 +15,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,7 @@ def fit(
     manifest: Mapping[str, Any] | None = None,
     preview: Preview | None = None,
     checkpoint_folder: str | Path | None = None,
+    begin: Callable[[Params], Params] | None = None,
     profile: tuple[int, int] | None = None,
     logger: Callable[[str], Any] = runtime.say,
 ) -> Params:
@@ -114,6 +116,8 @@ def fit(
       preview: called with (steps taken, params); the pictures it returns, uint8 [H, W, 3], go to TensorBoard. Of many
         processes, process 0 calls it, with the parameters as numpy arrays.
       checkpoint_folder: where checkpoints lie, also a URL as gs://bucket/run; default: `folder`/checkpoints.
+      begin: called before the first step with the shapes, dtypes and shardings of the parameters, gives those to begin
+        with; None: fresh ones.
       profile: (first, last) steps taken between which a trace is written to `folder`/profile; None: no trace.
       logger: takes console lines.
 
@@ -144,8 +148,10 @@ def fit(
         state = TrainState(found["optimizer"]["step"], found["params"], found["optimizer"]["state"], kept)
     else:
         placement = jax.tree.map(lambda x: x.sharding, abstract)
+        given = begin(abstract.params) if begin else None
         with jax.set_mesh(mesh):
-            state = jax.jit(lambda: make_state(task, tx, config.seed), out_shardings=placement)()
+            made = jax.jit(partial(make_state, task, tx, config.seed), out_shardings=placement, donate_argnums=0)
+            state = made(given)
     if finished:
         checkpoints.close()
         logger(f"{task.name}: finished already, {start} of {config.steps} steps")

@@ -137,9 +137,11 @@ class StepReport(NamedTuple):
     finite_leaves: dict[str, jax.Array]  # by leaf: bool [], or bool [L] for stacked layers
 
 
-def make_state(task: TrainingTask, tx: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step. Jittable, and the same on every mesh."""
-    params = task.init(jax.random.key(seed))
+def make_state(
+    task: TrainingTask, tx: optax.GradientTransformation, seed: int, params: Params | None = None
+) -> TrainState:
+    """The state before the first step, with fresh parameters or those given. Jittable, and the same on every mesh."""
+    params = task.init(jax.random.key(seed)) if params is None else params
     kept = jax.tree.map(jnp.copy, task.start(params))  # no buffer twice: the state is donated
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), kept)
 

@@ -106,4 +106,4 @@ def documents(draw, grammar, text=UNICODE, exchanges=3):
     count = draw(st.integers(0, exchanges))
     speakers = ["system"] * draw(st.booleans()) + ["user", "assistant"] * count if count else ["document"]
     trained = st.sampled_from([None, None, True, False])
-    return Document(tuple(Turn(who, parts(), draw(trained)) for who in speakers))
+    return Document.of(tuple(Turn(who, parts(), draw(trained)) for who in speakers))

@@ -38,7 +38,7 @@ DRAW = Turn("assistant", (picture(2, 2, 2), TextPart("b")))
 
 def test_turns_told_apart_by_ids():
     grammar = grammar_of("rows", 2, 2)
-    conversation = Document(
+    conversation = Document.of(
         (Turn("system", (TextPart("a"),)), ASK, DRAW, Turn("user", (), True), Turn("assistant", (), False))
     )
     image = "<boi> =2 =2 #{} #{} <eol> #{} #{} <eol> <eoi>"
@@ -54,7 +54,7 @@ def test_turns_told_apart_by_ids():
     )
     found = grammar.encode(conversation)
     assert found.own_images.tolist() == [15]
-    assert grammar.encode(Document((ASK, Turn("assistant", DRAW.parts, False)))).own_images.tolist() == []
+    assert grammar.encode(Document.of((ASK, Turn("assistant", DRAW.parts, False)))).own_images.tolist() == []
 
 
 def test_a_document_of_nobody_s_is_learned_from_its_begin_on():
@@ -68,7 +68,7 @@ def test_turns_told_apart_by_text_and_decimal_sizes():
     codec = Pieces(*"0123456789*ab", "You are a helpful assistant.", " USER: ", " ASSISTANT:")
     grammar = grammar_of("emu3", 2, 12, codec=codec)
     expect(
-        grammar.encode(Document((Turn("user", (TextPart("1*2"), picture(1, 12))), DRAW))),
+        grammar.encode(Document.of((Turn("user", (TextPart("1*2"), picture(1, 12))), DRAW))),
         grammar,
         "<bos> You_are_a_helpful_assistant. _USER:_ 1 * 2 <boi> 1 * 1 2 <img> "
         "#0 #1 #2 #3 #4 #5 #0 #1 #2 #3 #4 #5 <eol> <eof> <eoi> _ASSISTANT: "
@@ -87,7 +87,7 @@ SPELLED = grammar_of("lwm", 1, 2, codec=Pieces("a", "<vi", "sion>", "</vision>")
 def test_images_that_begin_and_end_with_text():
     expect(
         SPELLED.encode(
-            Document((Turn("user", (TextPart("a<vi"), picture(1, 2))), Turn("assistant", (TextPart("sion>"),))))
+            Document.of((Turn("user", (TextPart("a<vi"), picture(1, 2))), Turn("assistant", (TextPart("sion>"),))))
         ),
         SPELLED,
         "<bos> a <vi <vi sion> #0 #1 <eov> </vision> sion> <eos>",
@@ -107,7 +107,7 @@ def test_no_text_says_the_beginning_of_an_image():
     for grammar in (SPELLED, grammar_of("lwm")):
         turns = Turn("user", (TextPart("a<vi"),)), Turn("assistant", (TextPart("sion>"),))
         with pytest.raises(GrammarError, match="texts of turns that do not say '<vision>' together"):
-            grammar.encode(Document(turns))
+            grammar.encode(Document.of(turns))
         with pytest.raises(GrammarError, match="together"):
             grammar.history(turns)
     for text in ("a</vision>", "a<vi"):
@@ -118,12 +118,13 @@ def test_no_text_says_the_beginning_of_an_image():
 def test_a_question_and_its_answer_exchanged():
     grammar = grammar_of("grid", 1, 2)
     turns = Turn("system", (TextPart("a"),)), Turn("user", (TextPart("1"),)), Turn("assistant", (picture(1, 2),))
-    expect(encoded.swapped(grammar.encode(Document(turns))), grammar, "<bos> a <eot> <boi> #0 #1 <eoi> <eot> 1 <eos>",
+    found = encoded.swapped(grammar.encode(Document(turns)))
+    expect(found, grammar, "<bos> a <eot> <boi> #0 #1 <eoi> <eot> 1 <eos>",
            "ctc" + "ciicc" + "tc", "sss" + "uuuuu" + "aa", "000" + "00000" + "11", [0, 3, 8], [3])  # fmt: skip
 
 
 def test_pieces_side_by_side():
-    found = grammar_of("grid", 2, 2).encode(Document((ASK, DRAW)))
+    found = grammar_of("grid", 2, 2).encode(Document.of((ASK, DRAW)))
     again = encoded.joined([found[:5], found[5:5], found[5:]])
     np.testing.assert_array_equal(again.tokens, found.tokens)
     np.testing.assert_array_equal(again.marks, found.marks)

@@ -51,7 +51,7 @@ def told(document, template):
     for turn in document.turns:
         around = template.user.split("{}") if turn.speaker == "user" else ["", ""]
         say(TextPart(around[0]), *turn.parts, TextPart(around[1]))
-    return Document((Turn("document", tuple(parts)),))
+    return Document.of((Turn("document", tuple(parts)),))
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -249,12 +249,12 @@ def test_tokens_are_rearranged_as_documents_are(kind, data):
         dropped = grammar.drop_prompt(found)
         assert_same(dropped[: len(context)], context)
         nobody = Turn("document", answer.parts)
-        only = {2: Document((Turn("user"), answer)), 1: Document((nobody,))}.get(len(context.tokens))
+        only = {2: Document.of((Turn("user"), answer)), 1: Document.of((nobody,))}.get(len(context.tokens))
         if LAYOUTS[kind].unconditional == ("bos", "unconditional"):
             only = None  # a control that stands nowhere else
         if only:
             assert grammar.parse(dropped.tokens) == only
-            expected = grammar.encode(Document((Turn("user"), answer)))
+            expected = grammar.encode(Document.of((Turn("user"), answer)))
             tail = len(dropped) - len(context)
             np.testing.assert_array_equal(dropped.marks[len(context) :], expected.marks[-tail:])
         if not marked(kind):
@@ -262,7 +262,7 @@ def test_tokens_are_rearranged_as_documents_are(kind, data):
                 grammar.swap_turn(found)
         else:
             turns = replace(question, parts=answer.parts), replace(answer, parts=question.parts)
-            assert_same(grammar.swap_turn(found), grammar.encode(Document((*head, *turns))))
+            assert_same(grammar.swap_turn(found), grammar.encode(Document.of((*head, *turns))))
             assert_same(grammar.swap_turn(grammar.swap_turn(found)), found)
     drop_context(grammar, document, found)
 
@@ -284,7 +284,7 @@ def drop_context(grammar, document, found):
         assert_same(dropped[: len(context)], context)
         left = Turn("assistant", document.turns[i].parts[j:], document.turns[i].trained)
         if marked(grammar.layout.kind):
-            expected = grammar.encode(Document((Turn("user"), left, *document.turns[i + 1 :])))
+            expected = grammar.encode(Document.of((Turn("user"), left, *document.turns[i + 1 :])))
             assert_same(dropped[len(context) :], expected[2:])
             if len(context) == 2:
                 assert_same(dropped, expected)

@@ -13,9 +13,10 @@ from PIL import Image
 
 from ar_unified.language.document import CodesPart
 from ar_unified.model.transformer import Transformer
-from ar_unified.sampling.adapters.model import Model
+from ar_unified.sampling.adapters.harness import Harness
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
+from ar_unified.sampling.model import Model
 from ar_unified.sampling.request import Request
 from tests.sampling import vlmeval_stand_in
 from tests.sampling.test_job import Tiles, few_programs
@@ -48,7 +49,7 @@ def instance(*args):
 
 
 def test_answers_come_in_order_and_under_their_settings(engine, caplog):
-    model = Model(engine, Tiles(), max_tokens=6)
+    model = Harness(Model(engine, Tiles()), max_tokens=6)
     asked = [(["abc"], {}), ([GREY, "h"], {"max_new_tokens": 3}), (["a" * 90], {}), (["abc"], {"do_sample": True})]
     first, second, long, drawn = model.answers(asked)
     assert len(first) == 6 and len(second) <= 3 and long == "" and "max_length is 64" in caplog.text
@@ -67,7 +68,7 @@ def test_lm_evaluation_harness(engine, params):
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness (lm-eval) is not installed")
     from ar_unified.sampling.adapters.lm_eval import EngineLM
 
-    model = EngineLM(engine, max_gen_toks=5)
+    model = EngineLM(Model(engine), max_gen_toks=5)
     bos = engine.grammar.vocabulary.bos
     found = model.loglikelihood([instance("abc", "de"), instance("", "de"), instance("a" * 80, "bc")])
     ids = [[bos, 0, 1, 2, 3, 4], [bos, 3, 4], [bos, *[0] * 60, 1, 2]]
@@ -89,7 +90,7 @@ def test_lmms_eval(engine):
     pytest.importorskip("lmms_eval", reason="lmms-eval is not installed")
     from ar_unified.sampling.adapters.lmms_eval import EngineLMM
 
-    model, plain = EngineLMM(engine, Tiles()), Model(engine, Tiles())
+    model, plain = EngineLMM(Model(engine, Tiles())), Harness(Model(engine, Tiles()))
     model.task_dict = {"t": {"test": [{"picture": GREY, "answer": "ab"}]}}
 
     def visual(doc):
@@ -130,9 +131,9 @@ def test_vlmevalkit(engine, tmp_path, vlmeval):
     from ar_unified.sampling.adapters.vlmevalkit import EngineVLM
 
     GREY.save(tmp_path / "grey.png")
-    model = EngineVLM(engine, Tiles(), max_new_tokens=4)
+    model = EngineVLM(Model(engine, Tiles()), max_new_tokens=4)
     message = [{"type": "image", "value": str(tmp_path / "grey.png")}, {"type": "text", "value": "h"}]
-    expected = Model(engine, Tiles()).answers([([GREY, "h"], {"max_tokens": 4})])[0]
+    expected = Harness(Model(engine, Tiles())).answers([([GREY, "h"], {"max_tokens": 4})])[0]
     assert model.generate(message, dataset="MME") == expected
     assert model.generate([str(tmp_path / "grey.png"), "h"]) == expected
     with pytest.raises(AssertionError, match="video"):  # the kit asks what a model takes

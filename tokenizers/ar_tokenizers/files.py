@@ -1,8 +1,10 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,11 +37,35 @@ def whole(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         os.replace(written, path)
     finally:
         written.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)  # the new name is on disk only when its folder is
+    _sync(path.parent)
+
+
+@contextmanager
+def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to fill that appears when the block ends without an error, or not at all.
+
+    Raises FileExistsError where something is there already, be it put there meanwhile; OSError.
+    """
+    path = Path(os.path.abspath(path))
+    if os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
+        raise FileExistsError(errno.EEXIST, "something is there already, which is never written over", str(path))
+    written = unfinished(path)
+    written.mkdir(parents=True)
     try:
-        os.fsync(folder)
+        yield written
+        os.rename(written, path)  # which fails where there is more than an empty folder
     finally:
-        os.close(folder)
+        shutil.rmtree(written, ignore_errors=True)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Puts new names on disk, where they are only when their folder is."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

@@ -1,7 +1,7 @@
 """EleutherAI's lm-evaluation-harness (package lm-eval 0.4): text tasks.
 
     from ar_unified.sampling.adapters.lm_eval import EngineLM
-    lm_eval.simple_evaluate(model=EngineLM(engine), tasks=["hellaswag"])
+    lm_eval.simple_evaluate(model=EngineLM(ar_unified.load("bundle")), tasks=["hellaswag"])
 
 Prompts that are too long lose their beginning, as everywhere in that harness.
 """
@@ -13,23 +13,23 @@ from typing import Any
 from lm_eval.api.model import LM
 
 from ar_unified.language.document import TokensPart
-from ar_unified.sampling.adapters.model import Model
-from ar_unified.sampling.engine import Engine
+from ar_unified.sampling.adapters.harness import Harness
+from ar_unified.sampling.model import Model
 
 
 class EngineLM(LM):
-    """An engine as the harness's language model.
+    """A model as the harness's language model.
 
     Args:
-        engine: the model. turn: False: a text is continued; True: a prompt is answered.
+        turn: False: a text is continued; True: a prompt is answered.
         max_gen_toks: tokens of an answer where the task does not say.
     """
 
-    def __init__(self, engine: Engine, *, turn: bool = False, max_gen_toks: int = 256):
+    def __init__(self, model: Model, *, turn: bool = False, max_gen_toks: int = 256):
         super().__init__()
-        self._model = Model(engine, turn=turn, max_tokens=max_gen_toks)
-        self._encode = engine.grammar.text_codec.encode
-        self._room = engine.max_length - 2 - turn  # for text, beside <bos>, <eos> and <eot>
+        self._model = Harness(model, turn=turn, max_tokens=max_gen_toks)
+        self._encode = model.grammar.text_codec.encode
+        self._room = model.engine.max_length - 2 - turn  # for text, beside <bos>, <eos> and <eot>
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """(context, continuation) each: log-likelihood in nats, and whether it is the greedy one."""

@@ -1,40 +1,30 @@
 """EvolvingLMMs' lmms-eval (package lmms-eval 0.7): tasks with pictures in the prompt.
 
 from ar_unified.sampling.adapters.lmms_eval import EngineLMM
-lmms_eval.evaluator.simple_evaluate(model=EngineLMM(engine, image_tokenizer), tasks=["mme"])
+lmms_eval.evaluator.simple_evaluate(model=EngineLMM(ar_unified.load("bundle")), tasks=["mme"])
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from lmms_eval.api.model import lmms
 from PIL import Image
 
-from ar_unified.data.images import ImageCodec
-from ar_unified.sampling.adapters.model import Content, Model
-from ar_unified.sampling.engine import Engine
+from ar_unified.sampling.adapters.harness import Harness, Prompt
+from ar_unified.sampling.model import Model
 
 _PLACE = "<image>"  # where a task wants a picture in its text
 
 
 class EngineLMM(lmms):
-    """An engine as the harness's multimodal model; arguments as those of `adapters.model.Model`."""
+    """A model as the harness's multimodal model."""
 
     is_simple = True
 
-    def __init__(
-        self,
-        engine: Engine,
-        image_tokenizer: ImageCodec,
-        resize: Callable[[np.ndarray], np.ndarray] | None = None,
-        *,
-        max_new_tokens: int = 256,
-    ):
+    def __init__(self, model: Model, *, max_new_tokens: int = 256):
         super().__init__()
-        self._model = Model(engine, image_tokenizer, resize, max_tokens=max_new_tokens)
+        self._model = Harness(model, max_tokens=max_new_tokens)
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """(context, settings, doc_to_visual, doc_id, task, split) each."""
@@ -83,7 +73,7 @@ class EngineLMM(lmms):
         return [list(rounds) for rounds in answers]
 
 
-def _content(context: str, visuals: list[Any] | None) -> Content:
+def _content(context: str, visuals: list[Any] | None) -> Prompt:
     """The pictures where the text has places for them, else before it."""
     pictures = list(visuals or ())
     if any(not isinstance(picture, Image.Image) for picture in pictures):

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from ar_unified.data.images import ImageCodec, to_rgb
-from ar_unified.data.sizes import default_resize
-from ar_unified.language.document import CodesPart, Part, TextPart, TokensPart
+from ar_unified.language.document import Part, TextPart, TokensPart
 from ar_unified.language.reading import GrammarError
 from ar_unified.sampling.decoding import Filter
-from ar_unified.sampling.engine import Engine
+from ar_unified.sampling.model import Content, Model
 from ar_unified.sampling.plan import prompt_tokens
 from ar_unified.sampling.request import Request, RequestError
 from ar_unified.sampling.score import pieces
@@ -25,36 +20,24 @@ _BUDGET = ("max_new_tokens", "max_gen_toks", "max_tokens")  # what the harnesses
 
 log = logging.getLogger(__name__)
 
-Content = Sequence[str | Image.Image | TokensPart]  # a prompt, in reading order
+Prompt = Sequence[Content]  # in reading order
 
 
-class Model:
-    """An engine that takes texts and Pillow's pictures.
+class Harness:
+    """A model as harnesses ask it.
 
     Args:
-        engine: serves all that is asked at once in its slots.
-        image_tokenizer: needed where prompts have pictures. resize: as in `run_job`.
+        model: serves all that is asked at once in its slots.
         turn: whether prompts are answered, or the text they begin is continued.
         max_tokens: of an answer, where the harness does not say.
 
     What cannot be served (a prompt that is too long) is logged, and answered by "" or a likelihood of 0.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        image_tokenizer: ImageCodec | None = None,
-        resize: Callable[[np.ndarray], np.ndarray] | None = None,
-        *,
-        turn: bool = True,
-        max_tokens: int = 256,
-    ):
-        self.engine, self.image_tokenizer, self.turn, self.max_tokens = engine, image_tokenizer, turn, max_tokens
-        self._resize = resize
-        if resize is None and image_tokenizer is not None:
-            self._resize = default_resize(engine.grammar.layout, image_tokenizer)
+    def __init__(self, model: Model, *, turn: bool = True, max_tokens: int = 256):
+        self.engine, self.parts, self.turn, self.max_tokens = model.engine, model.parts, turn, max_tokens
 
-    def answers(self, asked: Sequence[tuple[Content, Mapping[str, Any]]]) -> list[str]:
+    def answers(self, asked: Sequence[tuple[Prompt, Mapping[str, Any]]]) -> list[str]:
         """The text of the answer to each prompt, drawn as its settings say: greedily, unless `do_sample` or a
         temperature; `until` a text, or several; up to `max_new_tokens`."""
         answers = [""] * len(asked)
@@ -67,7 +50,7 @@ class Model:
             )
         return answers
 
-    def likelihoods(self, asked: Sequence[tuple[Content, str | TokensPart]]) -> list[tuple[float, bool]]:
+    def likelihoods(self, asked: Sequence[tuple[Prompt, str | TokensPart]]) -> list[tuple[float, bool]]:
         """For each (prompt, continuation): the log-likelihood of the continuation in nats, and whether a greedy model
         would write it."""
         found = [(-math.inf, False)] * len(asked)
@@ -86,25 +69,7 @@ class Model:
             found[i] = likely.log_likelihood, all(part.greedy for part in likely.parts)
         return found
 
-    def parts(self, content: Content) -> tuple[Part | TokensPart, ...]:
-        """A prompt as parts of a Request: texts side by side joined by a line end, pictures as codes."""
-        parts: list[Part | TokensPart] = []
-        for item in content:
-            if isinstance(item, Image.Image):
-                parts.append(CodesPart(self._codes(item)))
-            elif isinstance(item, TokensPart):
-                parts.append(item)
-            elif item:
-                before = parts.pop().text + "\n" if parts and isinstance(parts[-1], TextPart) else ""  # type: ignore[union-attr]
-                parts.append(TextPart(before + item))
-        return tuple(parts)
-
-    def _codes(self, image: Image.Image) -> np.ndarray:
-        if self.image_tokenizer is None or self._resize is None:
-            raise ValueError("a prompt has a picture: give the model its image_tokenizer")
-        return self.image_tokenizer.encode(self._resize(to_rgb(image))[None])[0]
-
-    def _requests(self, asked: Sequence[tuple[Content, Mapping[str, Any]]]) -> Iterable[Request]:
+    def _requests(self, asked: Sequence[tuple[Prompt, Mapping[str, Any]]]) -> Iterable[Request]:
         for i, (content, settings) in enumerate(asked):
             until = settings.get("until") or ()
             request = Request(

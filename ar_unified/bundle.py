@@ -1,0 +1,388 @@
+"""One folder that is a model: all that draws from it, or trains on from it, with no experiment file and no workdir.
+
+    bundle.json                          version, and of every other file its bytes and its sha256
+    config.json                          the transformer ("model"), and with the keys of an experiment what its data
+                                         were ("data") and what a request that says nothing is drawn with ("sampling")
+    language.json                        the grammar's manifest: what a sequence of ids may say
+    text_tokenizer/text.model            SentencePiece
+    image_tokenizer/                     weights.safetensors, config.json; not there for text alone
+    model-00001-of-0000N.safetensors     the transformer's parameters by their paths, in the dtype they had
+    model.safetensors.index.json         which of those files has which
+    README.md                            the card, for people. Nothing reads it, so it is not among the files above
+
+What is in a folder that somebody sent is not trusted: names that are read are those above and no others, links lead
+nowhere else, each file is what bundle.json says of it before anything is made of it, and nothing in it is ever run.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+import re
+import typing
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ar_tokenizers.files import whole_folder, write_bytes
+from ar_tokenizers.image.tokenizer import CONFIG as IMAGE_CONFIG
+from ar_tokenizers.image.tokenizer import WEIGHTS as IMAGE_WEIGHTS
+from ar_tokenizers.image.tokenizer import ImageTokenizer
+from ar_tokenizers.text import TextTokenizer
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from ar_unified.data.files import FileError, Folder
+from ar_unified.errors import UserError, in_words, nearest
+from ar_unified.language.grammar import Grammar
+from ar_unified.manifests import manifest_hash
+from ar_unified.model.config import TransformerConfig, decisive
+from ar_unified.model.transformer import Params, abstract_params
+from ar_unified.workdir import write_json, write_text
+
+VERSION = 1
+BUNDLE, CONFIG, LANGUAGE, CARD = "bundle.json", "config.json", "language.json", "README.md"
+INDEX = "model.safetensors.index.json"
+TEXT, IMAGE = "text_tokenizer/text.model", "image_tokenizer"
+_IMAGE = (f"{IMAGE}/{IMAGE_WEIGHTS}", f"{IMAGE}/{IMAGE_CONFIG}")
+_NEEDED = (CONFIG, LANGUAGE, TEXT, INDEX)
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # by their names in a file
+_LARGEST = 1 << 26  # bytes of a JSON file
+SHARD_BYTES = 2 << 30
+# What comes of values that nobody checked; RecursionError: of JSON that is nested too deep.
+_UNCHECKED = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, SafetensorError)
+
+
+class BundleError(UserError):
+    """A folder that is no bundle, or a damaged one; the message names the folder, the file and what is wrong."""
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def write(
+    folder: str | Path,
+    *,
+    config: TransformerConfig,
+    params: Params,
+    grammar: Grammar,
+    text_tokenizer: TextTokenizer,
+    image_tokenizer: ImageTokenizer | None,
+    data: Mapping[str, Any],
+    sampling: Mapping[str, Any],
+    card: str,
+    shard_bytes: int = SHARD_BYTES,
+) -> Bundle:
+    """Writes a bundle whole or not at all, and opens it.
+
+    Args:
+        folder: is made; something that is there already is never written over.
+        params: of any dtype, which is kept; one that lies on several devices is gathered leaf by leaf.
+        grammar: of the two tokenizers; image_tokenizer: None for text alone.
+        data: image_size, resize, layout and max_tokens of the experiment; of text alone the last.
+        sampling: max_length, kv_dtype, guidance, context, text and image of the experiment.
+        shard_bytes: of a file of parameters at most; a larger parameter has a file of its own.
+
+    Raises UserError where `folder` exists, OSError (a full disk).
+    """
+    try:
+        with whole_folder(folder) as here:
+            sections = {
+                "model": decisive(config) | {"dtype": config.dtype},
+                "data": dict(data),
+                "sampling": dict(sampling),
+            }
+            write_json(here / CONFIG, sections)
+            write_json(here / LANGUAGE, grammar.manifest())
+            text_tokenizer.save(here / TEXT)
+            if image_tokenizer is not None:
+                image_tokenizer.save(here / IMAGE)
+            _write_params(here, params, shard_bytes)
+            names = sorted(str(path.relative_to(here)) for path in here.rglob("*") if path.is_file())
+            files = {name: {"bytes": (here / name).stat().st_size, "sha256": _sha256(here / name)} for name in names}
+            write_text(here / CARD, card)
+            made_by = f"ar_unified {metadata.version('ar_unified')}"
+            write_json(here / BUNDLE, {"version": VERSION, "made_by": made_by, "files": files})
+    except FileExistsError as error:
+        raise UserError(f"{in_words(error)}: name another folder, or remove this one") from error
+    return Bundle(folder)
+
+
+def _write_params(folder: Path, params: Params, shard_bytes: int) -> None:
+    leaves = named(params)
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, leaf in leaves.items():
+        if shards[-1] and size + leaf.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += leaf.nbytes
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        arrays = {name: np.ascontiguousarray(jax.device_get(leaves[name])) for name in names}
+        write_bytes(folder / file, save(arrays, {"format": "np"}))  # save_file's can be read by their owner alone
+        weight_map |= dict.fromkeys(names, file)
+    total = {"total_size": sum(leaf.nbytes for leaf in leaves.values())}
+    write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
+
+
+def named(params: Params) -> dict[str, Any]:
+    """Every leaf by its path, as "layers.mlp.up", in the order of the paths."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return dict(sorted((jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves))
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+class Bundle:
+    """A bundle that is opened: which files there are and how long is known, each is checked when it is read.
+
+    Raises BundleError, as everything here does: it is not there, is none, of another version, cut short or changed.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._inside = Folder(self.folder)
+        if not self.folder.is_dir():
+            raise BundleError(f"{self.folder}: expected the folder of a bundle, found none")
+        if not (self.folder / BUNDLE).exists():
+            workdir = (self.folder / "text_tokenizer").exists() and (self.folder / "model").exists()
+            more = "is a workdir: `ar-unified export` makes a bundle of it" if workdir else "is none"
+            raise BundleError(f"{self.folder}: expected a bundle, which has a {BUNDLE}; this {more}")
+        record = self._json(BUNDLE)
+        if (found := record.get("version")) != VERSION or isinstance(found, bool):
+            raise self._error(BUNDLE, f"expected version {VERSION}, found {found!r:.40}: another ar_unified wrote it")
+        self._files = self._checked(record.get("files"))
+        for name, (size, _) in self._files.items():
+            if (found := self._path(name).stat().st_size) != size:
+                raise self._error(name, f"expected {size} bytes, found {found}: it was cut short or changed")
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of what it is: the same for the same weights, tokenizers, language and settings."""
+        return manifest_hash({name: digest for name, (_, digest) in self._files.items()})
+
+    @property
+    def size(self) -> int:
+        """Bytes of all its files but the card."""
+        return sum(size for size, _ in self._files.values())
+
+    @property
+    def has_images(self) -> bool:
+        return _IMAGE[0] in self._files
+
+    @cached_property
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """config.json: "model", "data" and "sampling"."""
+        found = self._json(CONFIG)
+        for name in ("model", "data", "sampling"):
+            if not isinstance(found.get(name), dict):
+                raise self._error(CONFIG, f"{name}: expected keys and values, found {found.get(name)!r:.80}")
+        return found
+
+    @cached_property
+    def config(self) -> TransformerConfig:
+        with self._reading(CONFIG):
+            return typed(TransformerConfig, self.sections["model"], "model")
+
+    @cached_property
+    def language(self) -> dict[str, Any]:
+        """The grammar's manifest."""
+        return self._json(LANGUAGE)
+
+    @cached_property
+    def text_tokenizer(self) -> TextTokenizer:
+        """One that loses text was allowed to by those who trained with it."""
+        with self._reading(TEXT):
+            return TextTokenizer(self._read(TEXT), lossy="warn")
+
+    def image_tokenizer(self, batch_size: int = 64) -> ImageTokenizer | None:
+        """None: there is text alone. batch_size: images in one call of it."""
+        if not self.has_images:
+            return None
+        for name in _IMAGE:
+            self._read(name)
+        with self._reading(IMAGE):
+            tokenizer = ImageTokenizer.load(self.folder / IMAGE, batch_size=batch_size)
+        if tokenizer.hash != (found := self.language.get("image_hash")):
+            raise self._error(LANGUAGE, f"expected image tokenizer {tokenizer.hash[:12]}, found {found!r:.20}")
+        return tokenizer
+
+    @cached_property
+    def grammar(self) -> Grammar:
+        with self._reading(LANGUAGE):
+            grammar = Grammar.from_manifest(self.language, self.text_tokenizer)
+        vocabulary = grammar.vocabulary
+        if vocabulary.size != self.config.vocab_size:
+            raise self._error(
+                LANGUAGE, f"expected {self.config.vocab_size} ids, as {CONFIG} has, found {vocabulary.size}"
+            )
+        if bool(vocabulary.codebook_size) != self.has_images:
+            raise self._error(LANGUAGE, f"expected image codes where there is an {IMAGE}, and none without")
+        return grammar
+
+    def params(self, places: Any = None, dtype: str | None = None) -> Params:
+        """The transformer's parameters, read straight to where they belong: a device reads what it holds.
+
+        Args:
+            places: a tree like them of shardings, on any mesh; None: this process's first device.
+            dtype: default: as they were written.
+        """
+        shapes = self._shapes()
+        if places is None:
+            places = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), shapes)
+        where = named(places)
+        with contextlib.ExitStack() as stack:
+            found = self._tensors(shapes, stack)
+
+            def make(path: Any, leaf: Any) -> jax.Array:
+                name = jax.tree_util.keystr(path, simple=True, separator=".")
+                tensor = found[name]
+                kind = jax.numpy.dtype(dtype or _DTYPES[tensor.get_dtype()])
+                return jax.make_array_from_callback(leaf.shape, where[name], lambda at: tensor[at].astype(kind))
+
+            # Read before the files are closed.
+            return jax.block_until_ready(jax.tree_util.tree_map_with_path(make, shapes))
+
+    def _shapes(self) -> Params:
+        with self._reading(CONFIG):
+            return abstract_params(self.config)
+
+    def _tensors(self, shapes: Params, stack: contextlib.ExitStack) -> dict[str, Any]:
+        """A view of each tensor, by name. Names, shapes and dtypes are found to be what they should be."""
+        leaves, index = named(shapes), self._index(named(shapes))
+        found = {}
+        for file in sorted(set(index.values())):
+            with self._reading(file):
+                opened = stack.enter_context(safe_open(self._path(file), framework="numpy"))
+                names = set(opened.keys())
+            if names != (told := {name for name, where in index.items() if where == file}):
+                name = min(names ^ told)
+                wrong = "is missing" if name in told else f"{INDEX} has no such tensor in it"
+                raise self._error(file, f"{name!r:.80}: {wrong}")
+            for name in names:
+                found[name] = tensor = opened.get_slice(name)
+                if (shape := tuple(tensor.get_shape())) != leaves[name].shape:
+                    raise self._error(file, f"{name}: expected shape {leaves[name].shape}, found {shape}")
+                if tensor.get_dtype() not in _DTYPES:
+                    raise self._error(file, f"{name}: expected {', '.join(_DTYPES)}; found {tensor.get_dtype()}")
+        return found
+
+    def _index(self, leaves: Mapping[str, Any]) -> dict[str, str]:
+        """The file of each tensor; the files are found to be what was written."""
+        found = self._json(INDEX).get("weight_map")
+        if not isinstance(found, dict):
+            raise self._error(INDEX, f"weight_map: expected keys and values, found {found!r:.80}")
+        files = [name for name in self._files if _SHARD.fullmatch(name)]
+        for name, file in found.items():
+            if name not in leaves:
+                raise self._error(INDEX, f"{name!r:.80}: this model has no such tensor{nearest(name, leaves)}")
+            if file not in files:
+                raise self._error(
+                    INDEX, f"{name}: expected one of {', '.join(files) or 'no files'}; found {file!r:.80}"
+                )
+        if missing := sorted(leaves.keys() - found.keys()):
+            raise self._error(INDEX, f"{missing[0]}: this tensor of the model is missing")
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            for file, digest in zip(files, pool.map(lambda file: _sha256(self._path(file)), files), strict=True):
+                self._require(file, digest)
+        return found
+
+    # ---- files ------------------------------------------------------------------------------------------------------
+
+    def _checked(self, files: Any) -> dict[str, tuple[int, str]]:
+        """(bytes, sha256) of every file, by names that can be trusted."""
+        if not isinstance(files, dict):
+            raise self._error(BUNDLE, f"files: expected keys and values, found {files!r:.80}")
+        for name, facts in files.items():
+            if name not in (*_NEEDED, *_IMAGE) and not _SHARD.fullmatch(name):
+                raise self._error(BUNDLE, f"files: a bundle has no file {name!r:.80}")
+            size, digest = (facts.get(key) if isinstance(facts, dict) else None for key in ("bytes", "sha256"))
+            if type(size) is not int or not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+                raise self._error(BUNDLE, f"files: {name}: expected bytes and sha256, found {facts!r:.80}")
+        needed = (*_NEEDED, *(_IMAGE if any(name in files for name in _IMAGE) else ()))
+        if missing := [name for name in needed if name not in files]:
+            raise self._error(BUNDLE, f"files: {missing[0]} is missing")
+        return {name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
+
+    def _path(self, name: str) -> Path:
+        """Of a file inside, or where the Hugging Face cache has it."""
+        try:
+            path = self._inside.path(name)
+        except FileError as error:
+            raise self._error(name, error.reason) from error
+        if not path.is_file():
+            raise self._error(name, "expected a file, found none")
+        return path
+
+    def _read(self, name: str) -> bytes:
+        try:
+            data = self._path(name).read_bytes()
+        except OSError as error:
+            raise self._error(name, in_words(error)) from error
+        self._require(name, hashlib.sha256(data).hexdigest())
+        return data
+
+    def _require(self, name: str, digest: str) -> None:
+        if digest != self._files[name][1]:
+            raise self._error(
+                name, f"expected sha256 {self._files[name][1][:12]}..., found {digest[:12]}...: it was changed"
+            )
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self._path(name)
+        if path.stat().st_size > _LARGEST:
+            raise self._error(name, f"expected at most {_LARGEST} bytes, found {path.stat().st_size}")
+        with self._reading(name):
+            found = json.loads(path.read_bytes() if name == BUNDLE else self._read(name))
+        if not isinstance(found, dict):
+            raise self._error(name, f"expected keys and values, found {found!r:.80}")
+        return found
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        """Around what is made of a file's values: whatever is wrong with them is told as the file's."""
+        try:
+            yield
+        except BundleError:
+            raise
+        except (*_UNCHECKED, OSError) as error:
+            said = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
+            raise self._error(name, said) from error
+
+    def _error(self, name: str, message: str) -> BundleError:
+        return BundleError(f"bundle {self.folder}: {name}: {message}")
+
+
+T = typing.TypeVar("T")
+
+
+def typed(kind: type[T], values: Mapping[str, Any], where: str) -> T:
+    """The dataclass `kind`, of fields that are numbers, texts and truths, from values that may be anything.
+
+    Raises ValueError, beginning with `where` and the field's name, for an unknown field or one of another type.
+    """
+    hints = typing.get_type_hints(kind)
+    for name, value in values.items():
+        if name not in hints:
+            raise ValueError(f"{where}.{name}: there is no such field{nearest(name, hints)}")
+        allowed = (int, float) if hints[name] is float else (hints[name],)
+        if type(value) not in allowed:
+            raise ValueError(f"{where}.{name}: expected {hints[name].__name__}, found {value!r:.80}")
+    return kind(**values)

@@ -1,0 +1,117 @@
+"""Write the trained model as one folder that is a model: a bundle.
+
+Reads what the stages left in the workdir, and no sources; --config may be left out, and is then what the workdir's last
+start had. config.sampling.checkpoint says which step: last, or best. Leaves in FOLDER, whole or not at all:
+  model-*.safetensors and their index   the transformer's weights, in the dtype they have
+  text_tokenizer/  image_tokenizer/     both tokenizers (for text alone: the first)
+  config.json  language.json            the model's shape, what its data were, what requests are drawn with; the grammar
+  README.md                             the model card: numbers of evaluation.json where they are of these weights
+  bundle.json                           the sha256 and the size of each file but the card
+`ar_unified.load("FOLDER")` opens it, with no experiment and no workdir; --config.init=FOLDER begins a training with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ar_unified import bundle
+from ar_unified.checkpoint import Checkpoints
+from ar_unified.data.images import NoImages
+from ar_unified.errors import UserError
+from ar_unified.evaluation.card import card
+from ar_unified.experiment import config as configs
+from ar_unified.experiment.experiment import Experiment
+from ar_unified.experiment.start import by_first_process, open_experiment
+from ar_unified.model.config import decisive, parameter_count
+from ar_unified.workdir import read_json
+
+_DATA = ("image_size", "resize", "layout", "max_tokens")
+_SAMPLING = ("max_length", "kv_dtype", "guidance", "context", "text", "image")
+
+
+def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    if arguments.shard_mib < 1:
+        raise UserError(f"--shard-mib: expected at least 1, found {arguments.shard_mib}")
+    experiment = open_experiment(arguments, overrides, ["export"])
+    export(experiment, arguments.output, license=arguments.license, shard_bytes=arguments.shard_mib << 20)
+    return 0
+
+
+@by_first_process
+def export(experiment: Experiment, output: str, *, license: str = "", shard_bytes: int = bundle.SHARD_BYTES) -> None:
+    """The bundle of a finished training. Raises UserError where there is none, or `output` is something else."""
+    _require_own(experiment)
+    config, tokenizer = configs.plain(experiment.config), experiment.image_tokenizer
+    image = None if isinstance(tokenizer, NoImages) else tokenizer
+    evaluation = _evaluation(experiment)
+    words = card(
+        license=license,
+        model=experiment.model,
+        vocabulary=experiment.grammar.vocabulary,
+        image=image.config if image else None,
+        config=config,
+        training=_training(experiment),
+        evaluation=evaluation,
+    )
+    made = bundle.write(
+        output,
+        config=experiment.model,
+        params=experiment.params,
+        grammar=experiment.grammar,
+        text_tokenizer=experiment.text_tokenizer,
+        image_tokenizer=image,
+        data={name: config["data"][name] for name in (_DATA if image else ("max_tokens",))},
+        sampling={name: config["sampling"][name] for name in _SAMPLING},
+        card=words,
+        shard_bytes=shard_bytes,
+    )
+    experiment.say(
+        f"{made.folder}: step {experiment.checkpoint}, {parameter_count(experiment.model) / 1e6:.2f}M parameters, "
+        f"{made.size / 1e6:.1f} MB"
+    )
+    if evaluation is None:
+        experiment.say("its card has no numbers: `ar-unified evaluate` has not scored these weights")
+    if not license:
+        experiment.say("its card says that its licence is unknown: --license says which it is")
+
+
+def _require_own(experiment: Experiment) -> None:
+    """Raises UserError where the config is of another model than was trained: weights alone do not say all of it."""
+    config = configs.plain(experiment.config)
+    ours = {"model": decisive(experiment.model), "data": {name: config["data"][name] for name in _DATA}}
+    trained = {"model": experiment.trained(), "data": _done(experiment, "data")}
+    for section, fields in ours.items():
+        theirs = trained[section].get(section, {})  # what a later version added, or a removed stage, is not there
+        for field, new in fields.items():
+            if (old := theirs.get(field, new)) != new:
+                raise UserError(f"config.{section}.{field}: expected {old!r}, as it was trained with; found {new!r}")
+
+
+def _done(experiment: Experiment, stage: str) -> dict[str, Any]:
+    """The fingerprint of a stage; {} where it was removed."""
+    path = experiment.workdir.path / stage / "done.json"
+    return read_json(path)["fingerprint"] if path.exists() else {}
+
+
+def _training(experiment: Experiment) -> dict[str, str]:
+    """What is worth saying of it."""
+    workdir, checkpoint = experiment.workdir, experiment.checkpoint
+    summary = read_json(workdir.model / "done.json")["summary"]
+    metadata = Checkpoints(experiment.checkpoint_folder, readonly=True).metadata(checkpoint)
+    facts = {"checkpoint": f"step {checkpoint} of {summary['steps']}"}
+    if (loss := metadata.get("validation_loss")) is not None:
+        facts["validation loss"] = f"{loss:.4f}"
+    if "seconds" in summary:
+        facts["time"] = f"{summary['seconds'] / 3600:.2f} hours of training"
+    if init := experiment.trained().get("init"):
+        facts["began with"] = f"the weights of bundle {init[:12]}"
+    return facts
+
+
+def _evaluation(experiment: Experiment) -> Mapping[str, Any] | None:
+    """evaluation.json, if it is of the weights that are exported."""
+    path, made = experiment.workdir.evaluation, _done(experiment, "evaluation")
+    of_these = made.get("model") == experiment.trained() and made.get("checkpoint_step") == experiment.checkpoint
+    return read_json(path) if of_these and path.exists() else None

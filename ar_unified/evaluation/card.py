@@ -1,0 +1,102 @@
+"""A model's card: what it is, what it was trained on, what it reached, and how to open it, in Markdown for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ar_tokenizers.image.config import AutoencoderConfig
+
+from ar_unified.evaluation.facts import summary
+from ar_unified.evaluation.report import NAMES
+from ar_unified.language.vocabulary import Vocabulary
+from ar_unified.model.config import TransformerConfig, parameter_count
+
+_VALIDATION = ("loss", "bits_per_text_byte", "bits_per_image_token")
+_TOKENIZER = ("psnr", "ssim", "usage", "bits_per_pixel")
+_OPEN = """```python
+import ar_unified
+
+model = ar_unified.load("FOLDER")
+{calls}
+```
+"""
+_DRAWS = 'model.draw("a text", seed=3, n=4)  # pictures of Pillow\nmodel.ask(picture, "a question")  # a text'
+_WRITES = 'model.ask("a text")  # its answer'
+
+
+def card(
+    *,
+    license: str,
+    model: TransformerConfig,
+    vocabulary: Vocabulary,
+    image: AutoencoderConfig | None,
+    config: Mapping[str, Any],
+    training: Mapping[str, Any],
+    evaluation: Mapping[str, Any] | None,
+) -> str:
+    """The README.md of a bundle.
+
+    Args:
+        license: "": it says that nobody has said.
+        image: of the image tokenizer; None: text alone.
+        config: of the experiment, plain.
+        training: what is worth saying of it, by name.
+        evaluation: what `ar-unified evaluate` wrote; None: nothing of these weights.
+    """
+    codes = f", {vocabulary.codebook_size:,} image codes" if image else ", no images"
+    facts = {
+        "parameters": f"{parameter_count(model):,} ({model.n_layers} layers of {model.d_model})",
+        "vocabulary": f"{vocabulary.used:,} ids: {vocabulary.text_size:,} text pieces{codes}",
+        **({"image tokenizer": f"{image.backbone}, {image.quantizer}, {image.factor} pixels a code"} if image else {}),
+        **{name: words for name, words in summary(config).items() if name != "text" and (image or name != "pictures")},
+        **training,
+        "license": license or "unknown. Say here, and in the first lines of this file, which it is before you share it",
+    }
+    rows = dict(_numbers(evaluation or {}))
+    counts = (evaluation or {}).get("counts", {})
+    lines = [
+        "---",
+        f"license: {_yaml(license or 'unknown')}",
+        "library_name: ar_unified",
+        "---",
+        "",
+        f"# {config['name']}",
+    ]
+    lines += ["", "A pure autoregressive model of " + ("text and images" if image else "text") + ".", ""]
+    lines += _table(("", ""), [(name, str(value)) for name, value in facts.items()])
+    lines += ["", "## Open it", "", _OPEN.format(calls=_DRAWS if image else _WRITES)]
+    lines += ["## What it reached", ""]
+    if rows:
+        shown = [(NAMES.get(name, name), f"{value:.4g}", str(counts.get(name, ""))) for name, value in rows.items()]
+        lines += ["On held-out documents, as `ar-unified evaluate` wrote it.", "", *_table(("", "", "asked"), shown)]
+    else:
+        lines += ["Nothing was measured of these weights."]
+    return "\n".join(lines) + "\n"
+
+
+def _numbers(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """(name, value) of what a card has room for: shares of answers of each held-out set, losses, the tokenizer's."""
+    for name, value in evaluation.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            yield name, value
+        elif name == "validation":
+            yield from ((f"validation {key}", value[key]) for key in _VALIDATION if key in value)
+        elif name == "tokenizer":
+            for split, scores in value.items():
+                yield from ((f"tokenizer {split} {key}", scores[key]) for key in _TOKENIZER if key in scores)
+        elif name != "counts" and isinstance(value, Mapping):
+            yield from (
+                (f"{name}: {NAMES.get(key, key)}", each) for key, each in value.items() if isinstance(each, float)
+            )
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    cells = [head, tuple("---" for _ in head), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in cells]
+
+
+def _yaml(words: str) -> str:
+    """As a text of YAML, whatever is in it."""
+    plain = words.replace("-", "").replace(".", "").isalnum()
+    return words if plain else '"' + words.replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ") + '"'

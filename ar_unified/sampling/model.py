@@ -1,0 +1,344 @@
+"""A model as a person has it in a notebook: texts and pictures in, texts and pictures out.
+
+    model = ar_unified.load("bundle")
+    model.draw("a red circle", seed=3, n=4)          # four pictures of Pillow
+    model.ask(picture, "How many circles are there?")
+
+Axes: B rows, T position, V vocabulary; H, W pixels of a picture, h, w its codes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+
+from ar_unified.bundle import Bundle, BundleError
+from ar_unified.data.images import ImageCodec, NoImages, Resize, to_rgb
+from ar_unified.data.sizes import default_resize
+from ar_unified.errors import about
+from ar_unified.language.document import (
+    CodesPart,
+    Document,
+    DocumentError,
+    ImagePart,
+    Part,
+    TextPart,
+    TokensPart,
+    Turn,
+    check_speakers,
+)
+from ar_unified.language.rows import read_messages
+from ar_unified.model.config import TransformerConfig
+from ar_unified.model.transformer import Transformer, abstract_params
+from ar_unified.parallel.mesh import make_mesh
+from ar_unified.sampling.decoding import Filter
+from ar_unified.sampling.engine import Engine, ways_of
+from ar_unified.sampling.request import Request, RequestError, Sample
+from ar_unified.sampling.requests import request_of
+from ar_unified.sampling.results import by_size
+from ar_unified.sampling.score import Score, Scored
+
+Content = str | Image.Image | np.ndarray | Part | TokensPart  # pixels are uint8 [H, W, 3]
+_ROWS = 8  # samples at once, unless told: a notebook asks for few
+_DEFAULTS = ("guidance", "context", "text", "image")  # of a bundle's sampling, what a request may say itself
+
+
+def load(
+    folder: str | Path,
+    mesh: Mesh | Mapping[str, int] | None = None,
+    *,
+    batch_size: int | None = None,
+    max_length: int | None = None,
+    dtype: str | None = None,
+    kv_dtype: str | None = None,
+) -> Model:
+    """The model of a bundle, as `ar-unified export` wrote it.
+
+    Args:
+        mesh: devices to decode on, or the sizes of its axes over all devices, as {"data": -1, "tensor": 2}: samples are
+            split by `data`, heads by `tensor`. None: this process's first device.
+        batch_size: samples drawn at once, and images coded at once; default 8, or the next that the mesh divides.
+        max_length: tokens of prompt and answer together; default: the bundle's.
+        dtype: of the matrix products, "float32" or "bfloat16"; default: the bundle's.
+        kv_dtype: of the KV cache, one of engine.KV_DTYPES; default: the bundle's.
+
+    Raises bundle.BundleError for a folder that is no bundle or a damaged one, UserError where a setting does not fit.
+    """
+    bundle = Bundle(folder)
+    with about(f"bundle {bundle.folder}"):
+        if mesh is not None and not isinstance(mesh, Mesh):
+            mesh = make_mesh(mesh)
+        ways = ways_of(0, mesh)
+        batch_size = batch_size or -(-_ROWS // ways) * ways
+        config = dataclasses.replace(bundle.config, dtype=dtype or bundle.config.dtype)
+        grammar, tokenizer = bundle.grammar, bundle.image_tokenizer(batch_size)
+        resize, sampling = _resize(bundle, tokenizer), bundle.sections["sampling"]
+        defaults = {name: sampling[name] for name in _DEFAULTS if name in sampling}
+        request_of({"mode": "text"} | _none_needed(defaults), "bundle", tokenizer or NoImages(), defaults)
+        places = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh)) if mesh is not None else None
+        engine = Engine(
+            config,
+            bundle.params(places),
+            grammar,
+            batch_size=batch_size,
+            max_length=max_length or _length(sampling),
+            kv_dtype=kv_dtype or sampling.get("kv_dtype") or None,
+            mesh=mesh,
+        )
+    return Model(engine, tokenizer, resize, defaults, weights=bundle.hash)
+
+
+def _length(sampling: Mapping[str, Any]) -> int:
+    if type(found := sampling.get("max_length")) is not int:
+        raise BundleError(f"sampling.max_length: expected a whole number, found {found!r:.80}")
+    return found
+
+
+def _none_needed(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a request right whose default context needs a text of its own."""
+    return {"negative_prompt": "-"} if defaults.get("context") == "negative_prompt" else {}
+
+
+def _resize(bundle: Bundle, tokenizer: ImageCodec | None) -> Resize | None:
+    """What data preparation did to a picture."""
+    if tokenizer is None:
+        return None
+    data = bundle.sections["data"]
+    kind, size = data.get("resize"), data.get("image_size")
+    if not isinstance(size, list) or len(size) != 2 or any(type(side) is not int for side in size):
+        raise BundleError(f"data.image_size: expected a height and a width in pixels, found {size!r:.80}")
+    return Resize(kind, size[0], size[1], tokenizer.factor * bundle.grammar.layout.units[0])  # type: ignore[arg-type]  # it says which kinds there are
+
+
+class Model:
+    """An engine and what stands around it: pixels become codes on the way in, codes pixels on the way out.
+
+    Args:
+        engine: the transformer, and the grammar of both tokenizers.
+        image_tokenizer: None: there is text alone. resize: as in `run_job`.
+        defaults: settings of requests that do not say, with the keys of a request.
+        weights: names the weights, for `run_job`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        image_tokenizer: ImageCodec | None = None,
+        resize: Callable[[np.ndarray], np.ndarray] | None = None,
+        defaults: Mapping[str, Any] | None = None,
+        *,
+        weights: str = "",
+    ):
+        self.engine, self.grammar, self.vocabulary = engine, engine.grammar, engine.grammar.vocabulary
+        self.image_tokenizer: ImageCodec = image_tokenizer or NoImages()
+        self.resize = resize or default_resize(self.grammar.layout, self.image_tokenizer)
+        self.defaults, self.weights = dict(defaults or {}), weights
+
+    # ---- what it says and draws -------------------------------------------------------------------------------------
+
+    def draw(
+        self,
+        *content: Content,
+        seed: int = 0,
+        n: int = 1,
+        guidance: float | None = None,
+        size: int | tuple[int, int] | None = None,
+        **settings: Any,
+    ) -> list[Image.Image]:
+        """Pictures for a prompt: texts, and pictures where the model was taught to change them.
+
+        Args:
+            seed, n: n pictures; picture i of a seed is the same however many are drawn.
+            guidance: scale of classifier-free guidance; default: the bundle's.
+            size: in pixels, a side or (height, width), where pictures may have any size.
+            settings: more of those of a request (`sampling.request`), as context="bos_boi".
+
+        Raises RequestError, saying what to change, if it cannot be served.
+        """
+        if size is not None:
+            settings["image_size"] = size if isinstance(size, int) else list(size)
+        if guidance is not None:
+            settings["guidance"] = guidance
+        request = self.request(*content, mode="image", seed=seed, n=n, **settings)
+        codes = [part.codes for document in self._answers(request) for part in _images(document)]
+        return [Image.fromarray(pixels) for pixels in by_size(self.image_tokenizer.decode, codes)]
+
+    def ask(self, *content: Content, **settings: Any) -> str:
+        """The text of the answer to a prompt of pictures and texts, as ask(picture, "How many?").
+
+        settings: of a request, as seed=1, max_tokens=50, text={"temperature": 0.7}. Raises RequestError like `draw`.
+        """
+        settings = {"seed": 0} | settings | {"mode": "text", "n": 1}
+        (document,) = self._answers(self.request(*content, **settings))
+        return _text(document)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **settings: Any) -> dict[str, Any]:
+        """The assistant's next message.
+
+        Args:
+            messages: turns, {"role": "system" | "user" | "assistant", "content": a text, or a list of {"type": "text",
+                "text"} and {"type": "image", "image": a picture}}, the user's the last.
+            settings: of a request; mode "text" keeps the answer to words.
+
+        Returns {"role": "assistant", "content": ...} in the same form: a text, or a list where it drew something.
+        Raises RequestError like `draw`.
+        """
+        mode = "free" if self.vocabulary.codebook_size else "text"
+        settings = {"mode": mode, "seed": 0} | settings | {"n": 1}
+        *history, asked = self._turns(messages)
+        request = dataclasses.replace(self.request(**settings), history=tuple(history), parts=asked.parts)
+        (document,) = self._answers(request)
+        if not _images(document):
+            return {"role": "assistant", "content": _text(document)}
+        parts: list[dict[str, Any]] = []
+        for part in document.parts:
+            if isinstance(part, TextPart):
+                parts.append({"type": "text", "text": part.text})
+            elif isinstance(part, CodesPart):
+                parts.append({"type": "image", "image": Image.fromarray(self.detokenize_image(part.codes))})
+        return {"role": "assistant", "content": parts}
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Sample]:
+        """All samples of all requests as they finish (`Engine.generate`); pictures in prompts may be pixels."""
+        return self.engine.generate(map(self._request, requests))
+
+    def _request(self, request: Request) -> Request:
+        history = tuple(dataclasses.replace(turn, parts=self._coded(turn.parts)) for turn in request.history)
+        return dataclasses.replace(request, history=history, parts=self._coded(request.parts))
+
+    def request(self, *content: Content, **settings: Any) -> Request:
+        """A request for that prompt, with the model's defaults for what `settings` do not say.
+
+        They have the keys of a line of requests (`sampling.requests`): image_size is in pixels, text and image are
+        dicts, or Filters. Raises RequestError.
+        """
+        row = {name: dataclasses.asdict(x) if isinstance(x, Filter) else x for name, x in settings.items()}
+        request = request_of(row, "", self.image_tokenizer, self.defaults)
+        if request.meta:
+            raise RequestError(f"{next(iter(request.meta))}: there is no such setting of a request")
+        return dataclasses.replace(request, parts=self.parts(content))
+
+    def _answers(self, request: Request) -> list[Document]:
+        samples = sorted(self.engine.generate([request]), key=lambda sample: sample.index)
+        for sample in samples:
+            if sample.document is None:
+                raise RequestError(sample.error)
+        return [sample.document for sample in samples if sample.document is not None]
+
+    # ---- what it makes of what is there -----------------------------------------------------------------------------
+
+    def score(self, items: Iterable[Scored]) -> list[Score]:
+        """How likely the model finds documents, or answers to requests (`Engine.score`); pictures may be pixels."""
+        return self.engine.score(map(self._scored, items))
+
+    def _scored(self, item: Scored) -> Scored:
+        if isinstance(item, Document):
+            return item.changed(self._coded_part)
+        request, answer = item
+        return self._request(request), self._coded(answer)
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        """Of what comes next behind every token: int32 [B, T] -> float32 [B, T, used], each row one document's ids."""
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or not tokens.size:
+            raise ValueError(f"tokens: expected int32 [B, T], found {tokens.dtype} {list(tokens.shape)}")
+        if tokens.min() < 0 or tokens.max() >= self.vocabulary.used:
+            found = f"{tokens.min()}..{tokens.max()}"
+            raise ValueError(f"tokens: expected ids 0..{self.vocabulary.used - 1} of the vocabulary, found {found}")
+        engine, rows = self.engine, len(tokens)
+        tokens = np.pad(tokens.astype(np.int32), [(0, -rows % ways_of(0, engine.mesh)), (0, 0)])  # a mesh splits rows
+        return np.asarray(engine.call(_logits, engine.config, self.vocabulary.used, engine.params, tokens))[:rows]
+
+    def encode(self, document: Document) -> np.ndarray:
+        """The document as int32 [n]; pictures may be pixels, of any size. Raises GrammarError."""
+        return self.grammar.encode(document.changed(self._coded_part)).tokens
+
+    def parse(self, ids: np.ndarray | Sequence[int]) -> Document:
+        """The document that ids [n] say, pictures as codes. Raises GrammarError with the position that is wrong."""
+        return self.grammar.parse(ids)
+
+    def tokenize_image(self, pixels: np.ndarray | Image.Image) -> np.ndarray:
+        """uint8 [H, W, 3], or a picture of Pillow, of any size -> int32 [h, w], resized as in training."""
+        pixels = to_rgb(pixels) if isinstance(pixels, Image.Image) else np.asarray(pixels)
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
+            raise ValueError(f"image: expected uint8 [H, W, 3], found {pixels.dtype} {list(pixels.shape)}")
+        return self.image_tokenizer.encode(self.resize(pixels)[None])[0]
+
+    def detokenize_image(self, codes: np.ndarray) -> np.ndarray:
+        """int32 [h, w] -> uint8 [H, W, 3]."""
+        return self.image_tokenizer.decode(np.asarray(codes)[None])[0]
+
+    def _coded(self, parts: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(map(self._part, parts))
+
+    def _coded_part(self, part: Part) -> Part:
+        return CodesPart(self.tokenize_image(part.pixels)) if isinstance(part, ImagePart) else part
+
+    def _turns(self, messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
+        """A conversation's turns, images as codes. Raises RequestError."""
+        images: list[Any] = []
+
+        def named(part: Any) -> Any:  # the reader of rows takes names of images
+            if not isinstance(part, Mapping) or part.get("type") != "image":
+                return part
+            images.append(part.get("image"))
+            return {"type": "image", "image": str(len(images) - 1)}
+
+        try:
+            rows = [
+                dict(message) | {"content": list(map(named, message["content"]))}
+                if isinstance(message, Mapping) and isinstance(message.get("content"), list | tuple)
+                else message
+                for message in messages
+            ]
+            said = read_messages(rows, lambda name, where: self._part(images[int(name)]))
+            turns = [Turn(who, tuple(parts)) for who, parts, _ in said]
+            check_speakers([*(turn.speaker for turn in turns), "assistant"])
+        except DocumentError as error:
+            raise RequestError(str(error)) from None
+        return turns
+
+    def parts(self, content: Iterable[Content]) -> tuple[Part | TokensPart, ...]:
+        """A prompt as parts of a Request: texts side by side joined by a line end, pictures as codes."""
+        parts: list[Part | TokensPart] = []
+        for item in content:
+            part = self._part(item)
+            if isinstance(part, TextPart):
+                if not part.text:
+                    continue
+                if parts and isinstance(before := parts[-1], TextPart):
+                    parts[-1] = TextPart(f"{before.text}\n{part.text}")
+                    continue
+            parts.append(part)
+        return tuple(parts)
+
+    def _part(self, item: Content) -> Part | TokensPart:
+        if isinstance(item, str):
+            return TextPart(item)
+        if isinstance(item, TextPart | CodesPart | TokensPart):
+            return item
+        return CodesPart(self.tokenize_image(item.pixels if isinstance(item, ImagePart) else item))
+
+
+def _images(document: Document) -> list[CodesPart]:
+    return [part for part in document.parts if isinstance(part, CodesPart)]
+
+
+def _text(document: Document) -> str:
+    return "".join(part.text for part in document.parts if isinstance(part, TextPart))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logits(config: TransformerConfig, used: int, params: Any, tokens: jax.Array) -> jax.Array:
+    model = Transformer.bind(config, params)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    return model.logits(model(tokens, positions, jnp.zeros_like(tokens)))[..., :used]
