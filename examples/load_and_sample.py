@@ -1,4 +1,4 @@
-"""Open a bundle, draw pictures for a text, and ask the model about the first of them.
+"""Open a bundle, draw images for a text, and ask the model about the first of them.
 
     python examples/load_and_sample.py BUNDLE "A small red circle in the top left." --question "Where is the circle?"
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle")
     parser.add_argument("prompt")
-    parser.add_argument("--question", default="What is in the picture?")
+    parser.add_argument("--question", default="What is in the image?")
     parser.add_argument("--n", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("drawn"))
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given.output.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         image.save(given.output / f"{i}.png")
-    print(f"{len(images)} pictures in {given.output}")
+    print(f"{len(images)} images in {given.output}")
     print(f"{given.question} {model.ask(images[0], given.question)}")
 
 

@@ -1,8 +1,8 @@
-"""Which of several texts says best what is in a picture, as a bundle's model finds it.
+"""Which of several texts says best what is in an image, as a bundle's model finds it.
 
-    python examples/score.py BUNDLE picture.png "A red circle." "A blue star."
+    python examples/score.py BUNDLE image.png "A red circle." "A blue star."
 
-Prints every text with its log-likelihood behind the picture, in nats per token, the likeliest first.
+Prints every text with its log-likelihood behind the image, in nats per token, the likeliest first.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ar_unified.data.images import to_rgb
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle")
-    parser.add_argument("picture")
+    parser.add_argument("image")
     parser.add_argument("texts", nargs="+")
     given = parser.parse_args(argv)
 
     model = ar_unified.load(given.bundle)
-    with Image.open(given.picture) as picture:
-        image = ar_unified.ImagePart(to_rgb(picture))
+    with Image.open(given.image) as opened:
+        image = ar_unified.ImagePart(to_rgb(opened))
     answers = [ar_unified.Document((image, ar_unified.TextPart(text)), prompt=1) for text in given.texts]
     scores = [score.log_likelihood / score.tokens for score in model.score(answers)]
     for score, text in sorted(zip(scores, given.texts, strict=True), reverse=True):

@@ -2,7 +2,7 @@
 
     python examples/train_on_your_folder.py BUNDLE FOLDER WORKDIR NEW --config.training.steps=500
 
-FOLDER holds pictures and captions.jsonl, vqa.jsonl or docs.jsonl (experiments/folder.py says more). Any key of the
+FOLDER holds images and captions.jsonl, vqa.jsonl or docs.jsonl (experiments/folder.py says more). Any key of the
 experiment may follow. Killed and started again, it goes on where it was.
 """
 

@@ -1,4 +1,4 @@
-"""easy-VQA: questions about, and pictures of, one coloured shape on 64 x 64 pixels; train split against test split.
+"""easy-VQA: questions about, and images of, one coloured shape on 64 x 64 pixels; train split against test split.
 
 python experiments/data/make_easy_vqa.py --output datasets/easy-vqa    # from the Python package easy-vqa
 ar-unified run --config experiments/easy_vqa.py --workdir workdirs/easy_vqa
@@ -14,16 +14,17 @@ What it takes, each learned from runs that lacked it:
   steps (Muon): all 79 of the questions for a colour that is there were wrong in the latter two. In 9,000 steps and 45
   minutes it had, at 32 pixels with AdamW: 0.996 and 0.910. The first phase is reading alone; drawing sets it back, and
   it returns: validation loss of text after 1,000, 2,000 ... 6,000 steps: 0.326, 0.457, 0.149, 0.095, 0.055, 0.039.
-- No loss on the prompt. With 0.05 of it, mostly that of the picture's codes, reading alone compares no colours in 1,500
+- No loss on the prompt. With 0.05 of it, mostly that of the image's codes, reading alone compares no colours in 1,500
   steps.
 - A learning rate of 0.002, and a schedule for each phase. At 0.004 three runs of 1,500 steps of reading learned to
   compare shapes or colours, never both well; at 0.002, with more questions, text is at 0.057 after 1,750 of 2,500.
 - Muon. With questions nearly alone AdamW had 0.814 of yes and no after 1,800 steps, Muon 0.904 after 1,500.
-- `views` that keep the figure whole put it anywhere on its ground, so 4,000 pictures are not learnt by heart. A run
-  whose questions showed the pictures as they stand drew 0.837 right.
-- `code_rows`: the rows of image codes begin as features of the quantiser's vectors. After 300 steps the held-out loss
-  of image codes was 2.391 with random rows, 2.133 with such rows in the embedding, 2.010 with them in the head too.
-- 28 pixels, 7 x 7 codes a picture. A tolerance leaves no codes to the ground's tint.
+- `augmentation` that keeps the figure whole puts it anywhere on its ground, so 4,000 images are not learnt by heart. A
+  run whose questions showed the images as they stand drew 0.837 right.
+- `code_embedding_init`: the rows of image codes begin as features of the quantizer's vectors. After 300 steps the
+  held-out loss of image codes was 2.391 with random rows, 2.133 with such rows in the embedding, 2.010 with them in the
+  head too.
+- 28 pixels, 7 x 7 codes an image. A tolerance leaves no codes to the ground's tint.
 What did not help: tied embeddings, and questions drawn so that yes and no are even: then a question and its negation
 cancel in all that is easier than the comparison, and yes or no stayed at chance.
 """
@@ -39,25 +40,25 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = defaults()
     config.name = "easy_vqa"
 
-    def sources(split: str, views: dict[str, int]) -> tuple[ConfigDict, ...]:
+    def sources(split: str, versions: dict[str, int]) -> tuple[ConfigDict, ...]:
         found = []
         for file, weight in {"captions": 0.15, "vqa": 0.85}.items():
             spec = dict(
                 kind="folder", path=path, files=(file,), label=file, split=split, weight=weight, made_by=made_by
             )
-            if views:  # no text says where the figure is
-                spec["views"] = dict(count=views[file], shift=0.99, mirror=True, whole=True)
+            if versions:  # no text says where the figure is
+                spec["augmentation"] = dict(count=versions[file], shift=0.99, mirror=True, whole=True)
             found.append(ConfigDict(spec))
         return tuple(found)
 
-    config.data.train = sources("train", views={"captions": 12, "vqa": 2})
-    config.data.validation = sources("test", views={})
-    config.data.image_size = (28, 28)  # the checker reads all test pictures right, down to 24 x 24
+    config.data.train = sources("train", versions={"captions": 12, "vqa": 2})
+    config.data.validation = sources("test", versions={})
+    config.data.image_size = (28, 28)  # the checker reads all test images right, down to 24 x 24
     config.data.max_tokens = 66
 
     config.text_tokenizer.vocab_size = 384
 
-    config.image_tokenizer.factor = 4  # 7 x 7 codes a picture
+    config.image_tokenizer.factor = 4  # 7 x 7 codes an image
     config.image_tokenizer.patch = 4
     config.image_tokenizer.width = 64
     config.image_tokenizer.multipliers = (1,)
@@ -74,16 +75,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.loss.z_loss = 1e-4
     config.training.steps = 6100
     config.training.batch_size = 24
-    config.training.row_length = 66  # one document a row
+    config.training.sequence_length = 66  # one document a row
     config.training.optimizer = "muon"
-    config.training.code_rows = "alike"
+    config.training.code_embedding_init = "codebook"
     config.training.learning_rate = 2e-3
     config.training.warmup_steps = 100
     config.training.b2 = 0.99
     config.training.weight_decay = 0.01
     # Reading alone first, then drawing with some questions left
     config.training.flip_pairs = 1.0
-    config.training.drop_condition = 0.05
+    config.training.condition_dropout = 0.05
     drawing = dict(begin=0.28, weights=dict(captions=0.75, vqa=0.25), flip_pairs=0.1)
     config.training.phases = (ConfigDict(drawing),)
     config.training.restarts = (drawing["begin"],)
@@ -96,5 +97,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.sampling.image.temperature = 0.8
     config.evaluation.protocol = "easy_vqa"
     config.evaluation.limit = 1000
-    config.evaluation.bars = ConfigDict(dict(vqa_accuracy=0.97, text_to_image_exact=0.90))
+    config.evaluation.thresholds = ConfigDict(dict(vqa_accuracy=0.97, text_to_image_exact=0.90))
     return config

@@ -1,10 +1,10 @@
-"""Emoji by name: a transformer that learns 1,644 pictures and their English names by heart.
+"""Emoji by name: a transformer that learns 1,644 images and their English names by heart.
 
     python experiments/data/make_emoji.py --font FILE --names FILE --output datasets/noto-emoji
     ar-unified run --config experiments/emoji.py --workdir workdirs/emoji
 
 make_emoji.py says where the font and the names come from; `emoji.py:path=DIR` takes a folder that is elsewhere. There
-is no held-out set: an emoji's looks do not follow from its name. What counts is that the pictures drawn for the names
+is no held-out set: an emoji's looks do not follow from its name. What counts is that the images drawn for the names
 it was trained on are recognisable.
 
 24 Nov 2026, jax 0.10.2, 2 cores of an EPYC that another training shared: 22 min 55 s, 16.6 of them the transformer,
@@ -41,13 +41,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.model = model("2m", tie_embeddings=False)
     config.loss.prompt = 0.1
-    config.training.row_length = 256
+    config.training.sequence_length = 256
     config.training.batch_size = 16
     config.training.steps = 1800
     config.training.learning_rate = 3e-3
     config.training.b2 = 0.99
     config.training.flip_pairs = 0.0
-    config.training.drop_condition = 0.05
+    config.training.condition_dropout = 0.05
     config.training.weight_decay = 0.01
     config.training.log_every = 50
     config.training.checkpoint_every = 500

@@ -1,13 +1,13 @@
-"""Bring your own folder: captions.jsonl, docs.jsonl and/or vqa.jsonl beside their pictures.
+"""Bring your own folder: captions.jsonl, docs.jsonl and/or vqa.jsonl beside their images.
 
     ar-unified run --config experiments/folder.py:path=DIR --workdir workdirs/mine
 
 Rows: {"image", "text"}; {"segments": [{"type": "text", "text"} | {"type": "image", "image"}, ...]};
-{"image", "question", "answer"}. `ar-unified validate DIR` checks them first. Pictures keep their aspect ratio: each is
-written with its size, row by row. One picture in twenty is held out with all its rows, and at least one of two.
+{"image", "question", "answer"}. `ar-unified validate DIR` checks them first. Images keep their aspect ratio: each is
+written with its size, row by row. One image in twenty is held out with all its rows, and at least one of two.
 
-Arguments: path=DIR; side=PIXELS, a picture has about side x side pixels (96); links=yes|no, whether links that lead out
-of DIR are followed (no); init=BUNDLE, begin with that model's weights, tokenizers and way with pictures (none).
+Arguments: path=DIR; side=PIXELS, an image has about side x side pixels (96); links=yes|no, whether links that lead out
+of DIR are followed (no); init=BUNDLE, begin with that model's weights, tokenizers and way with images (none).
 
 Runs to the end on based-cooking (348 recipes, 133 photographs of any size): 22 Nov 2026, 2 shared CPU cores, about 9
 minutes over two starts, 3.3 GB; parse_rate 1.0, tokenizer PSNR 17.7 dB on 6 held-out photographs. 600 steps are a
@@ -47,7 +47,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.image_tokenizer.batch_size = 32
 
     config.model = model("2m", dropout=0.1)
-    config.training.row_length = 512
+    config.training.sequence_length = 512
     config.training.batch_size = 8
     config.training.steps = 600
     config.sampling.max_length = 768

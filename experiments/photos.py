@@ -5,14 +5,14 @@
     ar-unified evaluate --only tokenizer --config $C --workdir workdirs/photos
 
 The folder datasets, or DIR of photos.py:path=DIR, holds what data/make_photos.py and data/make_emoji.py make of public
-sources that they name: clothing (1,000 photographs, short side 128), noto-emoji (1,644 pictures of 128 x 128) and
+sources that they name: clothing (1,000 photographs, short side 128), noto-emoji (1,644 images of 128 x 128) and
 based-cooking (133 photographs) for training, and kodak (8 photographs of 768 x 512) to be tested on: none of it is seen
 in training.
 
 26 Nov 2026, jax 0.10.2, 2 cores of a Xeon (Sapphire Rapids) that tests shared for a third of the time: 34 min 20 s, 51
 minutes of CPU time. On kodak at 256 x 256, the largest window scaled to it, PSNR 24.61 dB, SSIM 0.682,
 MS-SSIM 0.910; 91.5 % of the ids survive encoding the reconstruction again; 22.3 dB with 5 % of the ids at random. The
-8,192 ids of the eight pictures are of 2,921 codes, with 10.5 bits each; of training crops 100 steps use 73 % of all
+8,192 ids of the eight images are of 2,921 codes, with 10.5 bits each; of training crops 100 steps use 73 % of all
 codes. The curve, PSNR on kodak after thousands of steps:
 
     1      2      3      4      5      6      7      8      9      10
@@ -39,12 +39,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = defaults()
     config.name = "photos"
 
-    def pictures(name: str, **more: float) -> ConfigDict:
+    def images(name: str, **more: float) -> ConfigDict:
         made_by = f"python experiments/data/{MADE_BY[name].format(path=path)}"
-        return ConfigDict(dict(kind="pictures", path=f"{path}/{name}", made_by=made_by, **more))
+        return ConfigDict(dict(kind="images", path=f"{path}/{name}", made_by=made_by, **more))
 
-    config.data.train = tuple(pictures(name, picture_weight=share) for name, share in TRAIN.items())
-    config.data.validation = (pictures("kodak"),)
+    config.data.train = tuple(images(name, image_weight=share) for name, share in TRAIN.items())
+    config.data.validation = (images("kodak"),)
     config.data.image_size = (256, 256)
 
     tokenizer = config.image_tokenizer

@@ -12,7 +12,7 @@ path=DIR, documents as experiments/folder.py takes them (training only).
 What is published is the shape of the models, their vocabulary and, for Chameleon, the optimizer (arXiv 2405.09818,
 table 1: learning rate 1e-4, z-loss 1e-5, clipping at 1). The mesh is ours. fsdp is at most half of the devices
 that could share it: over a whole 3-D slice libtpu gathers by all-reduces, which send twice the bytes. Rows a chip are
-what keeps a step bound by products. No such run was made: these are plans, not results.
+what keeps a step bound by matmuls. No such run was made: these are plans, not results.
 """
 
 from dataclasses import dataclass
@@ -28,15 +28,16 @@ from ar_unified.model.config import PRESETS
 class Recipe:
     """Sizes of one published system, and how it is spread.
 
-    side, factor, codes: pixels of a picture, pixels a code, size of the codebook. layout: a name of language.layouts.
-    row: tokens of a packed row. rows: of them a chip (of all chips that share one under context parallelism).
+    side, factor, codes: pixels of an image, pixels a code, size of the codebook. layout: a name of language.layouts.
+    sequence_length: tokens of a packed row. rows: of them a chip (of all chips that share one under context
+        parallelism).
     """
 
     side: int
     factor: int
     codes: int
     layout: str
-    row: int
+    sequence_length: int
     rows: int
     fsdp: int
     context: int = 1
@@ -46,10 +47,10 @@ class Recipe:
 
 
 RECIPES = {
-    "chameleon_7b": Recipe(512, 16, 8192, "grid", row=4096, rows=2, fsdp=32, dropout=0.1),
-    "chameleon_34b": Recipe(512, 16, 8192, "grid", row=4096, rows=2, fsdp=64),
-    "emu3_8b": Recipe(512, 8, 32768, "rows", row=8192, rows=1, fsdp=32, document=8192),
-    "lwm_7b": Recipe(256, 16, 8192, "grid", row=131072, rows=1, fsdp=32, context=16, document=131072),
+    "chameleon_7b": Recipe(512, 16, 8192, "grid", sequence_length=4096, rows=2, fsdp=32, dropout=0.1),
+    "chameleon_34b": Recipe(512, 16, 8192, "grid", sequence_length=4096, rows=2, fsdp=64),
+    "emu3_8b": Recipe(512, 8, 32768, "rows", sequence_length=8192, rows=1, fsdp=32, document=8192),
+    "lwm_7b": Recipe(256, 16, 8192, "grid", sequence_length=131072, rows=1, fsdp=32, context=16, document=131072),
 }
 
 
@@ -75,7 +76,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.resize = "aspect" if recipe.layout == "rows" else "crop"
     config.data.max_tokens = recipe.document
 
-    levels = (recipe.factor // 4).bit_length()  # each halves the picture, after patches of 4 x 4
+    levels = (recipe.factor // 4).bit_length()  # each halves the image, after patches of 4 x 4
     config.image_tokenizer.factor = recipe.factor
     config.image_tokenizer.patch = 4
     config.image_tokenizer.width = 128
@@ -96,14 +97,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.loss.z_loss = 1e-5
     config.training.steps = 200_000
     config.training.batch_size = recipe.rows * chips // recipe.context
-    config.training.row_length = recipe.row
+    config.training.sequence_length = recipe.sequence_length
     config.training.learning_rate = recipe.learning_rate
     config.training.warmup_steps = 4000
     config.training.validate_every = 1000
     config.training.checkpoint_every = 500
 
     config.sampling.batch_size = 4 * chips // recipe.context
-    config.sampling.max_length = min(recipe.row, 8192)
+    config.sampling.max_length = min(recipe.sequence_length, 8192)
     config.sampling.guidance = 3.0
     config.evaluation.limit = 256
     return config

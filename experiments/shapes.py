@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     config.data.tests.unseen_combinations = sources("unseen_combinations")
     config.data.image_size = (64, 64)
 
-    config.image_tokenizer.factor = 16  # 4 x 4 codes a picture
+    config.image_tokenizer.factor = 16  # 4 x 4 codes an image
     config.image_tokenizer.patch = 4
     config.image_tokenizer.width = 32
     config.image_tokenizer.multipliers = (1, 2, 4)
@@ -53,15 +53,15 @@ def get_config() -> ConfigDict:
     config.loss.z_loss = 1e-4
     config.training.steps = 3200
     config.training.batch_size = 8
-    config.training.row_length = 256
+    config.training.sequence_length = 256
     config.training.optimizer = "muon"
-    config.training.code_rows = "alike"
+    config.training.code_embedding_init = "codebook"
     config.training.learning_rate = 2e-3
     config.training.warmup_steps = 60
     config.training.b2 = 0.99
     config.training.weight_decay = 0.01
     config.training.flip_pairs = 0.35
-    config.training.drop_condition = 0.05
+    config.training.condition_dropout = 0.05
     config.training.log_every = 50
     config.training.validate_every = 500
     config.training.checkpoint_every = 500
@@ -70,7 +70,7 @@ def get_config() -> ConfigDict:
     config.sampling.image.temperature = 0.25
     config.evaluation.protocol = "shapes"
     config.evaluation.limit = 400
-    config.evaluation.bars = ConfigDict(
+    config.evaluation.thresholds = ConfigDict(
         dict(text_to_image_exact=0.90, image_to_text_exact=0.90, story_change_exact=0.80, parse_rate=1.0)
     )
     return config

@@ -35,7 +35,7 @@ MUTATIONS = (
         "ar_unified/sampling/guidance.py",
         "return [scale, 1 - image_scale, image_scale - scale]",
         "return [scale, image_scale - scale, 1 - image_scale]",
-        "the pictures of a prompt push the wrong way",
+        "the images of a prompt push the wrong way",
         ("tests/sampling/test_decoding.py",),
     ),
     Mutation(
@@ -43,15 +43,17 @@ MUTATIONS = (
         "ar_unified/sampling/guidance.py",
         "writes = jnp.where(begins & resets, start, position)",
         "writes = position",
-        "where a companion begins a picture is left to whatever stood there before",
-        ("tests/sampling/test_decoding.py::test_companions_read_pictures_alone_and_begin_each_anew_if_they_reset",),
+        "where a companion begins an image is left to whatever stood there before",
+        (
+            "tests/sampling/test_decoding.py::test_unconditional_contexts_read_images_alone_and_begin_each_anew_if_they_reset",
+        ),
     ),
     Mutation(
         "the-canvas-is-drawn-again",
         "ar_unified/sampling/steps.py",
         "given = jnp.where(image & (state.automaton.images == 1), given, -1)",
         "given = jnp.where(image, given, -1)",
-        "the second picture copies the canvas too",
+        "the second image copies the canvas too",
         ("tests/sampling/test_engine.py::test_every_sample_parses_and_keeps_its_request",),
     ),
     Mutation(
@@ -67,7 +69,7 @@ MUTATIONS = (
         "ar_unified/sampling/requests.py",
         'int.from_bytes(digest(id)[:4], "big")',
         "0",
-        "a prompt asked for twice gives the same picture twice",
+        "a prompt asked for twice gives the same image twice",
         ("tests/sampling/test_formats.py",),
     ),
     Mutation(

@@ -35,7 +35,7 @@ def modules() -> dict[str, Path]:
 def imports(path: Path) -> Iterator[tuple[str, str, str]]:
     """(module of ours, name in it or "", name here) of every import in a file: in functions, for types alone, anywhere.
 
-    `from ar_unified.data import images as pictures` imports a module: ("ar_unified.data.images", "", "pictures").
+    `from ar_unified.data import images as images` imports a module: ("ar_unified.data.images", "", "images").
     """
     known = modules()
     for node in ast.walk(tree(path)):

@@ -34,7 +34,7 @@ def test_load_and_sample(bundle, tmp_path, capsys):
     example("load_and_sample")([bundle, "A red star.", "--n", "2", "--output", str(tmp_path), "--question", "Where?"])
     assert [Image.open(tmp_path / f"{i}.png").size for i in range(2)] == [(16, 16)] * 2
     out = capsys.readouterr().out
-    assert f"2 pictures in {tmp_path}\nWhere? " in out
+    assert f"2 images in {tmp_path}\nWhere? " in out
 
 
 def test_score(bundle, tmp_path, capsys):
@@ -55,7 +55,7 @@ def test_train_on_your_folder(bundle, tmp_path, capsys):
         Image.fromarray(rng.integers(0, 255, (20, 24, 3), np.uint8)).save(folder / f"{i}.png")
         rows.append({"image": f"{i}.png", "text": SENTENCES[i % 4]})
     (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    few = dict(steps=2, warmup_steps=0, row_length=64, batch_size=8, attention_share=False, learning_rate=0.001)
+    few = dict(steps=2, warmup_steps=0, sequence_length=64, batch_size=8, attention_share=False, learning_rate=0.001)
     changes = [f"--config.training.{key}={value}" for key, value in few.items()]
     new = tmp_path / "new"
     assert example("train_on_your_folder")([bundle, str(folder), str(tmp_path / "work"), str(new), *changes]) == 0

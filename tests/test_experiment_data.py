@@ -31,14 +31,14 @@ def rows(path):
 
 
 def figure(path, shape, color, size=64):
-    picture = Image.new("RGB", (size, size), (240, 235, 250))
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (size, size), (240, 235, 250))
+    draw = ImageDraw.Draw(image)
     if shape == "triangle":
         draw.polygon([(30, 10), (10, 50), (50, 50)], fill=color)
     else:
         getattr(draw, {"circle": "ellipse"}.get(shape, shape))([10, 14, 50, 54], fill=color)
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    image.save(path)
 
 
 @pytest.mark.parametrize("kind", ["folder", "wheel"])
@@ -69,15 +69,15 @@ def test_easy_vqa_of_its_package(tmp_path, kind, capsys):
     }  # fmt: skip
     output = tmp_path / "out"
     maker.main(["--source", str(source), "--output", str(output)])
-    assert "5 pictures, 5 captions, 11 questions" in capsys.readouterr().out
+    assert "5 images, 5 captions, 11 questions" in capsys.readouterr().out
     texts = ["a blue circle", "a red rectangle", "a teal triangle", "a green circle", "a black rectangle"]
     assert [row["text"] for row in rows(output / "captions.jsonl")] == texts
     assert (output / "images/train/1.png").read_bytes() == (data / "train/images/1.png").read_bytes()
 
     config = configs.load(f"{ROOT}/experiments/easy_vqa.py:path={output}")
     captions, questions = (open_source(configs.plain(spec)) for spec in config.data.validation)
-    (picture, question, answer) = questions[0].parts
-    assert isinstance(picture, ImagePart) and (question.text, answer.text) == ("what color is the shape?", "black")
+    (image, question, answer) = questions[0].parts
+    assert isinstance(image, ImagePart) and (question.text, answer.text) == ("what color is the shape?", "black")
     assert captions[0].parts[0] == TextPart("a black rectangle")
 
 
@@ -102,8 +102,8 @@ def test_emoji_of_files_and_names(tmp_path, capsys):
     output = tmp_path / "out"
     maker = script("make_emoji")
     arguments = ["--names", str(tmp_path / "names.json"), "--output", str(output)]
-    maker.main(["--pictures", str(tmp_path / "128"), *arguments])
-    assert "3 emoji; 1 names without a picture" in capsys.readouterr().out
+    maker.main(["--images", str(tmp_path / "128"), *arguments])
+    assert "3 emoji; 1 names without an image" in capsys.readouterr().out
     assert [(row["image"], row["text"], row["codepoints"]) for row in rows(output / "captions.jsonl")] == [
         ("images/emoji_u0023_20e3.png", "keycap #", "23-20e3"),
         ("images/emoji_u1f3f3_200d_1f308.png", "rainbow flag", "1f3f3-200d-1f308"),
@@ -113,9 +113,9 @@ def test_emoji_of_files_and_names(tmp_path, capsys):
     assert len(open_source(configs.plain(config.data.train[0]))) == 3
 
     for more, words in [
-        (["--pictures", str(tmp_path / "none")], "no such folder"),
-        (["--font", str(tmp_path / "names.json")], "expected NotoColorEmoji.ttf with embedded pictures"),
-        (["--pictures", str(output)], "no emoji of the names has a picture"),
+        (["--images", str(tmp_path / "none")], "no such folder"),
+        (["--font", str(tmp_path / "names.json")], "expected NotoColorEmoji.ttf with embedded images"),
+        (["--images", str(output)], "no emoji of the names has an image"),
     ]:
         with pytest.raises(SystemExit) as stop:
             maker.main([*more, *arguments])

@@ -29,11 +29,11 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("language", "history", "metrics", "kernels", "parallel"),
     ),
     (
-        "stages on disk; pictures and files that stay in their folder, for datasets and requests; a batch's fields",
+        "stages on disk; images and files that stay in their folder, for datasets and requests; a batch's fields",
         ("workdir", "data.images", "data.files", "data.batch"),
     ),
     (
-        "the size that a picture gets: likewise",
+        "the size that an image gets: likewise",
         ("data.sizes",),
     ),
     (

@@ -105,7 +105,7 @@ def test_processes_of_two_hosts_never_write_to_one_unfinished_file(tmp_path, mon
     names = set()
     for host in ("a", "b"):
         monkeypatch.setattr("socket.gethostname", lambda host=host: host)
-        with pytest.raises(KeyboardInterrupt), whole(tmp_path / "picture.png"), ShardWriter(tmp_path, 0):
+        with pytest.raises(KeyboardInterrupt), whole(tmp_path / "image.png"), ShardWriter(tmp_path, 0):
             names |= (found := {path.name for path in tmp_path.iterdir()})
             assert len(found) == 2 and not any(path.name[0] != "." for path in tmp_path.iterdir())
             raise KeyboardInterrupt

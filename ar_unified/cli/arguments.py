@@ -98,21 +98,21 @@ def _sample(parser: argparse.ArgumentParser) -> None:
         "--part", metavar="K/N", type=_part, help="serve part K, from 0, of N; default: of the processes, this one's"
     )
     parser.add_argument("--links", action="store_true", help="follow links that lead out of the requests' folder")
-    parser.add_argument("--layout", choices=BENCHMARKS, help="write the pictures for a benchmark, too")
+    parser.add_argument("--layout", choices=BENCHMARKS, help="write the images for a benchmark, too")
 
 
 def _evaluate(parser: argparse.ArgumentParser) -> None:
     _experiment(parser)
     parser.add_argument("--only", choices=["tokenizer"], help="score the image tokenizer and stop; no model is needed")
     parser.add_argument(
-        "--pictures",
+        "--images",
         metavar="DIR",
         type=_path,
-        help="with --only tokenizer: score it on the picture files under DIR, into tokenizer_evaluation/<DIR>-<crop>",
+        help="with --only tokenizer: score it on the image files under DIR, into tokenizer_evaluation/<DIR>-<crop>",
     )
-    parser.add_argument("--links", action="store_true", help="with --pictures: follow links that lead out of DIR")
+    parser.add_argument("--links", action="store_true", help="with --images: follow links that lead out of DIR")
     parser.add_argument(
-        "--crop", type=int, metavar="PIXELS", help="with --pictures: side of the square crops (config.data.image_size)"
+        "--crop", type=int, metavar="PIXELS", help="with --images: side of the square crops (config.data.image_size)"
     )
 
 

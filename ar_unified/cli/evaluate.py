@@ -1,13 +1,13 @@
 """Score an experiment's tokenizer and model on its held-out documents.
 
-Asks for pictures, answers, captions and next pictures of stories, for every held-out set; of interleaved documents
-that the protocol has no checker for, the next picture and text. config.sampling.checkpoint=best asks the step of the
+Asks for images, answers, captions and next images of stories, for every held-out set; of interleaved documents
+that the protocol has no checker for, the next image and text. config.sampling.checkpoint=best asks the step of the
 lowest validation loss. Leaves in the workdir:
   evaluation.json   every metric with how many were asked; each further held-out set under its name
   report.html       the numbers, curves, reconstructions and samples on one self-contained page
 The tokenizer is scored first and by itself: --only tokenizer needs no model, and leaves in tokenizer_evaluation
   evaluation.json   PSNR, SSIM, codebook usage, bits, and what they depend on, of every held-out set
-  <set>.png         original, reconstruction and difference of a few pictures; report.html: all of it on one page
+  <set>.png         original, reconstruction and difference of a few images; report.html: all of it on one page
 """
 
 from __future__ import annotations
@@ -35,14 +35,12 @@ from ar_unified.workdir import write_json
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    if (arguments.pictures and not arguments.only) or (arguments.crop and not arguments.pictures):
-        raise UserError("expected --pictures together with --only tokenizer, and --crop together with --pictures")
-    stages = (
-        ["pictures"] if arguments.pictures else ["tokenizer_evaluation", *([] if arguments.only else ["evaluation"])]
-    )
+    if (arguments.images and not arguments.only) or (arguments.crop and not arguments.images):
+        raise UserError("expected --images together with --only tokenizer, and --crop together with --images")
+    stages = ["images"] if arguments.images else ["tokenizer_evaluation", *([] if arguments.only else ["evaluation"])]
     experiment = open_experiment(arguments, overrides, stages)
-    if arguments.pictures:
-        evaluate_folder(experiment, arguments.pictures, arguments.crop, arguments.links)
+    if arguments.images:
+        evaluate_folder(experiment, arguments.images, arguments.crop, arguments.links)
         return 0
     evaluate_held_out(experiment)
     if not arguments.only:
@@ -109,7 +107,7 @@ def evaluate(experiment: Experiment) -> None:
             "image_tokenizer": workdir.image_tokenizer / "metrics.jsonl",
             "transformer": workdir.model / "metrics.jsonl",
         },
-        bars=configs.plain(config.evaluation.bars),
+        thresholds=configs.plain(config.evaluation.thresholds),
         config=configs.plain(config),
         facts=experiment.facts(),
         seconds=experiment.seconds(),

@@ -6,7 +6,7 @@ Prints per device: memory by what holds it against what there is, collectives by
 and an estimate of the time of a step with what it assumes. A program that does not fit is refused (exit status 1) with
 the compiler's number and with what would make it fit. With --output:
   plan.json    all numbers
-  index.html   the same with a picture of where memory goes
+  index.html   the same with an image of where memory goes
 
     ar-unified plan --config experiments/pretrain.py:model=chameleon_7b,chips=64 --target v5p:4x4x4
 """
@@ -88,7 +88,7 @@ def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
         layout=layout,
         mesh=configs.plain(config.mesh),
         batch_size=training.batch_size,
-        row_length=training.row_length,
+        sequence_length=training.sequence_length,
         accumulation=training.accumulation,
         loss_chunk=config.loss.chunk,
         document=config.data.max_tokens,

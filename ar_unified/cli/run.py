@@ -22,7 +22,7 @@ from ar_unified.experiment.tokenizer_evaluation import evaluate_held_out
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     experiment = open_experiment(arguments, overrides)
     if experiment.text_only:
-        experiment.say("text alone: no image tokenizer, no pictures in samples and report")
+        experiment.say("text alone: no image tokenizer, no images in samples and report")
     for stage in (train_tokenizers, prepare, train, sample_held_out, evaluate_held_out, evaluate):
         stage(experiment)
     return 0

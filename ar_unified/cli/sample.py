@@ -1,17 +1,17 @@
 """Write interleaved documents for files of requests.
 
-A line of the requests is a JSON object: {"prompt": "a red circle"} asks for a picture of a text; {"content": [...],
+A line of the requests is a JSON object: {"prompt": "a red circle"} asks for an image of a text; {"content": [...],
 "mode": "text" | "image" | "interleaved" | "free", ...} for anything else (ar_unified.sampling.requests says what a
 line may hold). Text files of prompts, tables with a column of them (CSV, TSV, Parquet), OpenAI batch files of
 /v1/chat/completions and /v1/images/generations, WebDataset shards and the prompt files of benchmarks are read as they
 are; columns of their own travel along. Without --requests, prompts are taken from the held-out documents. Leaves in the
 output folder:
-  samples.jsonl   one line per sample: text, and the names of its pictures; a bad request is a line that says why
+  samples.jsonl   one line per sample: text, and the names of its images; a bad request is a line that says why
   images/         PNG files
   index.html      a gallery
   batch_output.jsonl, batch_errors.jsonl   for a batch file: its answers in OpenAI's format (sampling.batch_output)
 Run again after whatever stopped it, it goes on. Many processes share a job, each with a part of the requests: those
-that started together by their numbers, others by --part K/N; their number may change. --layout writes the pictures as a
+that started together by their numbers, others by --part K/N; their number may change. --layout writes the images as a
 benchmark reads them, into OUTPUT/LAYOUT; without --requests it does so for what an output folder has, be its job
 finished or running.
 """

@@ -3,7 +3,7 @@
 Reads the experiment's training sources. Leaves in the workdir:
   text_tokenizer/text.model                            SentencePiece, lossless (or text_tokenizer.model of the config)
   text_tokenizer/report.json                           bytes per token and round trip, by source and language
-  image_tokenizer/weights.safetensors and config.json  the VQ-VAE; its checkpoints, curves and pictures beside them
+  image_tokenizer/weights.safetensors and config.json  the VQ-VAE; its checkpoints, curves and images beside them
                                                        (with config.image_tokenizer.steps=0, for text alone: none)
 With config.init=FOLDER both are those of a bundle, and nothing is trained.
 """
@@ -22,7 +22,7 @@ from ar_tokenizers.image.perceptual import Perceptual
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 
 from ar_unified.checkpoint import steps_in
-from ar_unified.data.items import has_pictures
+from ar_unified.data.items import has_images
 from ar_unified.data.loader import ImageBatches, NothingReadable
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.changes import Training, changeable
@@ -37,7 +37,7 @@ from ar_unified.training.loop import fit
 from ar_unified.training.tasks import TokenizerTask
 
 _VALIDATION_BATCHES = 4
-_SHEET = 8  # pictures and their reconstructions, one above the other
+_SHEET = 8  # images and their reconstructions, one above the other
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -73,7 +73,7 @@ def bring_image(experiment: Experiment) -> None:
 
 
 def _whole_batch(experiment: Experiment) -> bool:
-    """Whether the losses look at all pictures of a microbatch together, and not at each by itself."""
+    """Whether the losses look at all images of a microbatch together, and not at each by itself."""
     adversary = experiment.config.image_tokenizer.adversary
     entropy = getattr(experiment.autoencoder.abstract_quantizer, "entropy", 0.0)
     return bool(entropy) or (adversary.kind != "none" and adversary.adaptive)
@@ -97,30 +97,30 @@ def train_image(experiment: Experiment) -> None:
     )
     if stage.done:
         return experiment.skip(stage)
-    shares = [spec.get("picture_weight") for spec in experiment.specs(experiment.config.data.train)]
+    shares = [spec.get("image_weight") for spec in experiment.specs(experiment.config.data.train)]
 
-    def pictures(sources: Sequence[Any], **options: Any) -> ImageBatches:
+    def images(sources: Sequence[Any], **options: Any) -> ImageBatches:
         options = {"size": tuple(experiment.config.data.image_size), **options}
         return ImageBatches(sources, batch_size=settings.batch_size, seed=experiment.config.seed, **options)
 
     cropped = dict(size=(settings.crop,) * 2, short_side=short_side(experiment.config))
-    batches = pictures(
+    batches = images(
         experiment.train,
         weights=[share or 0.0 for share in shares] if any(shares) else None,
         mirror=settings.mirror,
         **cropped if settings.crop else {},
     )
     batches.check()
-    held_out = [source for source in experiment.held_out["validation"] if has_pictures(source)]
+    held_out = [source for source in experiment.held_out["validation"] if has_images(source)]
     for source in list(held_out):
         try:
-            pictures([source]).check()
+            images([source]).check()
         except NothingReadable as error:
             experiment.say(f"validation: {error}")
             held_out.remove(source)
     held_out = held_out or experiment.train
     count = min(_VALIDATION_BATCHES, -(-sum(map(len, held_out)) // settings.batch_size))
-    validation = [pictures(held_out).batch(step) for step in range(count)]
+    validation = [images(held_out).batch(step) for step in range(count)]
     objective = Objective(
         experiment.autoencoder,
         objective_of(experiment.config),
@@ -150,7 +150,7 @@ def train_image(experiment: Experiment) -> None:
         summary: dict[str, Any] = {"codes": tokenizer.codebook_size, "hash": tokenizer.hash}
         rows = read_metrics(stage.folder / "metrics.jsonl")
         if warning := task.warning(last_validation(rows)):  # the loop ends with one
-            experiment.say(f"image_tokenizer: WARNING, on held-out pictures {warning}")
+            experiment.say(f"image_tokenizer: WARNING, on held-out images {warning}")
             summary["warning"] = warning
         if objective.perceptual.kind != "none":
             summary["perceptual"] = objective.perceptual.name

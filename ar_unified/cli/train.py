@@ -3,8 +3,8 @@
 Reads data/train and data/validation. Leaves in the workdir:
   model/checkpoints       Orbax: parameters and optimizer state, each with the vocabulary's manifest; the last few, and
                           that of the lowest validation loss (training.keep_best)
-  model/metrics.jsonl     loss and log Z by role, loss by task, bits, norms, rates, attention between text and pictures;
-                          model/tensorboard the same, with sample pictures
+  model/metrics.jsonl     loss and log Z by role, loss by task, bits, norms, rates, attention between text and images;
+                          model/tensorboard the same, with sample images
   model/goodput.json      where the wall time of every attempt went
   model/history.json      what changed while it was trained, and at which step
 
@@ -75,7 +75,7 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
         return experiment.skip(stage)
     _say_rate(experiment, stage, max(progress.checkpoints(), default=0))
     folder = experiment.workdir.data
-    rows = dict(batch_size=settings.batch_size, seq_len=settings.row_length)
+    rows = dict(batch_size=settings.batch_size, sequence_length=settings.sequence_length)
     planned = phases(settings, mixture)
     batches = PackedBatches(folder / "train", grammar, seed=config.seed, phases=planned, **rows)
     for name, facts in batches.describe().items():
@@ -84,8 +84,8 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
     validation = []
     held_out = load_report(folder / "validation").sources if (folder / "validation").exists() else {}
     if any(source.documents for source in held_out.values()):
-        flip = 0.5 if any(phase.flip for phase in planned) else 0.0  # both ways weigh alike, where both are trained
-        as_it_stands = Phase(flip=flip, condition_dropout=0.0)
+        both = any(phase.flip_pairs for phase in planned)  # then both ways weigh alike
+        as_it_stands = Phase(flip_pairs=0.5 if both else 0.0, condition_dropout=0.0)
         stream = PackedBatches(folder / "validation", grammar, phases=[as_it_stands], **rows)
         validation = [stream.batch(step) for step in range(_VALIDATION_BATCHES)]
     else:
@@ -152,14 +152,14 @@ def _say_rate(experiment: Experiment, stage: Stage, taken: int) -> None:
 
 
 def _code_vectors(experiment: Experiment) -> np.ndarray | None:
-    """For `training.code_rows`; None: random rows."""
-    how, tokenizer = experiment.config.training.code_rows, experiment.image_tokenizer
+    """For `training.code_embedding_init`; None: random rows."""
+    how, tokenizer = experiment.config.training.code_embedding_init, experiment.image_tokenizer
     drawn = how == "random" or experiment.bundle is not None
     return None if drawn or isinstance(tokenizer, NoImages) else tokenizer.vectors()
 
 
 def _preview(experiment: Experiment) -> Any:
-    """A function that draws pictures for the first held-out prompts that ask for one."""
+    """A function that draws images for the first held-out prompts that ask for one."""
     prompts = []
     for source in experiment.held_out["validation"]:
         for i in range(min(len(source), _PREVIEWS)):

@@ -1,7 +1,7 @@
 """Check a dataset folder, or an experiment's sources, and print what is in it; nothing is changed.
 
 Prints counts, lengths, every bad item by file, line and kind, and the first documents as the model will see them: with
-placeholders for pictures, or as real tokens where the workdir already has both tokenizers. The exit status is 1 if an
+placeholders for images, or as real tokens where the workdir already has both tokenizers. The exit status is 1 if an
 item is bad.
 
   ar-unified validate DIR [--links]                           a folder with captions.jsonl, docs.jsonl and/or vqa.jsonl,

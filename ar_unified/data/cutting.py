@@ -29,7 +29,7 @@ def split(document: Document, grammar: Grammar, max_tokens: int) -> list[tuple[D
 
     Text and images are cut between parts, else between paragraphs, else lines. A line that is too long by itself is cut
     before words, and a word, as in a language without spaces, between characters. Only line ends at a cut are lost. A
-    conversation is cut between an answer and the next question; each piece begins with the system's turn. A picture,
+    conversation is cut between an answer and the next question; each piece begins with the system's turn. An image,
     character or question that is too long by itself makes a document that is. Parts: TextPart, CodesPart.
     """
     known: dict[Document, Encoded] = {}  # the last that fitted: most pieces are one that was tried

@@ -26,7 +26,7 @@ from urllib.parse import unquote, urlsplit
 
 from ar_unified.errors import UserError
 
-LARGEST = 1 << 28  # bytes of a picture's file
+LARGEST = 1 << 28  # bytes of an image's file
 # What file managers, desktops and storage boxes leave in folders, beside names that begin with a dot.
 _LITTER = {
     "@eadir", "__macosx", "#recycle", "$recycle.bin", "system volume information", "lost+found", "thumbs.db",

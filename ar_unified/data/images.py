@@ -1,6 +1,6 @@
-"""Pictures as bytes -> uint8 RGB -> the size a model wants. Nothing is decoded before its header was found sane.
+"""Images as bytes -> uint8 RGB -> the size a model wants. Nothing is decoded before its header was found sane.
 
-`decode` reads every picture file, `to_rgb` what it and others open with Pillow. Of each kind of pixel:
+`decode` reads every image file, `to_rgb` what it and others open with Pillow. Of each kind of pixel:
 
     1, 2, 4, 8 bit grey and RGB           as they are
     16 bit grey, RGB, with or without alpha; 12 bit TIFF   white is 65535 (4095), whatever the brightest pixel is
@@ -10,7 +10,7 @@
     32 bit and signed 16 bit integers     white is 255 or 65535, told in the same way
     grey that counts down to white        turned over
     NaN, infinite or negative values, a range that cannot be told, signed 8 bit   unreadable_image
-    animations, files of several pages    the first picture
+    animations, files of several pages    the first image
     EXIF orientation                      upright
 
 Axes: `H` `W` height and width in pixels.
@@ -41,11 +41,11 @@ SUFFIXES = (
 
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 _SIGNED = 2  # a sample format
-_WHITES = (1, 255, 65535)  # what the values of a picture may end at
+_WHITES = (1, 255, 65535)  # what the values of an image may end at
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used. `kind`: "empty_file", "unreadable_image" or "image_shape"."""
+    """An image that cannot be used. `kind`: "empty_file", "unreadable_image" or "image_shape"."""
 
     def __init__(self, kind: str, reason: str):
         super().__init__(reason)
@@ -54,7 +54,7 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a picture may be; read off its header, so that a decompression bomb costs nothing.
+    """What an image may be; read off its header, so that a decompression bomb costs nothing.
 
     Attributes:
         pixels: most pixels (2**26 is 8192 x 8192, 192 MiB decoded).
@@ -77,15 +77,15 @@ LIMITS = Limits()
 
 
 def decode(data: bytes, limits: Limits = LIMITS) -> np.ndarray:
-    """A picture file as read-only uint8 [H, W, 3]: see the table above.
+    """An image file as read-only uint8 [H, W, 3]: see the table above.
 
     Raises:
-        ImageError: "empty_file" (no bytes), "image_shape" (outside `limits`), "unreadable_image" (no picture of
+        ImageError: "empty_file" (no bytes), "image_shape" (outside `limits`), "unreadable_image" (no image of
             FORMATS, truncated or broken, or values whose range cannot be told).
     """
-    with _opened(data, limits) as picture:
-        pixels = to_rgb(picture)
-    pixels.flags.writeable = False  # sources hand the same picture out more than once
+    with _opened(data, limits) as image:
+        pixels = to_rgb(image)
+    pixels.flags.writeable = False  # sources hand the same image out more than once
     return pixels
 
 
@@ -94,9 +94,9 @@ def _opened(data: bytes, limits: Limits) -> Iterator[Image.Image]:
     if not data:
         raise ImageError("empty_file", "the file has no bytes")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            limits.check(picture.height, picture.width)
-            yield picture
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            limits.check(image.height, image.width)
+            yield image
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -104,24 +104,22 @@ def _opened(data: bytes, limits: Limits) -> Iterator[Image.Image]:
     except UnidentifiedImageError:  # whose text names an address in memory
         found = no_content(data) or f"bytes that begin with {data[:8]!r}"
         kind = " of a kind that Pillow reads" if data[:4] in (b"II*\0", b"MM\0*") else ""
-        raise ImageError(
-            "unreadable_image", f"expected a picture{kind} ({', '.join(FORMATS)}), found {found}"
-        ) from None
+        raise ImageError("unreadable_image", f"expected an image{kind} ({', '.join(FORMATS)}), found {found}") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise ImageError("unreadable_image", f"{type(error).__name__}: {error}") from error
 
 
-def to_rgb(picture: Image.Image) -> np.ndarray:
-    """A picture that Pillow has opened or made, as uint8 [H, W, 3]: see the table above. Raises ImageError."""
-    tags, clear = dict(getattr(picture, "tag_v2", {})), _clear(picture)
-    declared = 65535 if picture.format in ("PNG", "PPM") and picture.mode == "I" else 0
-    if picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        picture = ImageOps.exif_transpose(picture)
-    if _SIGNED in np.atleast_1d(tags.get(_SAMPLE_FORMAT, 1)) and picture.mode not in ("I", "F"):
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """An image that Pillow has opened or made, as uint8 [H, W, 3]: see the table above. Raises ImageError."""
+    tags, clear = dict(getattr(image, "tag_v2", {})), _clear(image)
+    declared = 65535 if image.format in ("PNG", "PPM") and image.mode == "I" else 0
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if _SIGNED in np.atleast_1d(tags.get(_SAMPLE_FORMAT, 1)) and image.mode not in ("I", "F"):
         raise ImageError("unreadable_image", "expected values from 0 up, found a TIFF of signed 8 bit values")
-    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-        values = np.asarray(picture)
-        white = declared or _white(values, picture.mode, tags)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        white = declared or _white(values, image.mode, tags)
         grey = np.clip(np.rint(values.astype(np.float32) * np.float32(255 / white)), 0, 255).astype(np.uint8)
         if tags.get(_PHOTOMETRIC) == 0:  # 0 is white; Pillow turns over 8 bits only
             grey = 255 - grey
@@ -129,19 +127,19 @@ def to_rgb(picture: Image.Image) -> np.ndarray:
             grey[values == clear] = 255
         return np.repeat(grey[..., None], 3, axis=-1)
     if clear is not None:
-        picture.info["transparency"] = clear
-    if "A" in picture.getbands() or "a" in picture.getbands() or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        ground = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(ground, picture)
-    return np.array(picture.convert("RGB"))
+        image.info["transparency"] = clear
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(ground, image)
+    return np.array(image.convert("RGB"))
 
 
 def _white(values: np.ndarray, mode: str, tags: Mapping[int, Any]) -> int:
     """The value that is white in grey [H, W] of a mode that does not say so by itself. Raises ImageError.
 
     Floats are 0..1, 0..255 or 0..65535, integers of mode "I" the latter two: the least that the brightest pixel fits,
-    with a 255th of it to spare at both ends, as resampling overshoots. A picture in which nothing is brighter than a
+    with a 255th of it to spare at both ends, as resampling overshoots. An image in which nothing is brighter than a
     16th of 255 or 65535 would be all but black, and is more likely of another range: it is refused.
     """
     bits = int(np.max(tags.get(_BITS, 16)))
@@ -149,7 +147,7 @@ def _white(values: np.ndarray, mode: str, tags: Mapping[int, Any]) -> int:
         return 2**bits - 1 if bits < 16 else 65535
     low, high = float(values.min()), float(values.max())
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ImageError("unreadable_image", "expected numbers, found NaN or infinite values in a picture of floats")
+        raise ImageError("unreadable_image", "expected numbers, found NaN or infinite values in an image of floats")
     signed16 = bits == 16 and _SIGNED in np.atleast_1d(tags.get(_SAMPLE_FORMAT, 1))  # which ends at 32767
     whites = _WHITES if mode == "F" else _WHITES[1:2] if signed16 else _WHITES[1:]
     for white in whites:
@@ -163,15 +161,15 @@ def _white(values: np.ndarray, mode: str, tags: Mapping[int, Any]) -> int:
     )
 
 
-def _clear(picture: Image.Image) -> int | tuple[int, ...] | None:
+def _clear(image: Image.Image) -> int | tuple[int, ...] | None:
     """The transparent colour of a PNG without a palette, as its pixels have it; None: none.
 
     PNG says it in the bits of the file, and Pillow spreads 2 and 4 bits over 8 and keeps the upper 8 of 16 in RGB.
     """
-    clear = picture.info.get("transparency")
-    if picture.format != "PNG" or picture.mode == "P" or not isinstance(clear, int | tuple):
+    clear = image.info.get("transparency")
+    if image.format != "PNG" or image.mode == "P" or not isinstance(clear, int | tuple):
         return None
-    tiles = getattr(picture, "tile", None)  # gone once the pixels are loaded
+    tiles = getattr(image, "tile", None)  # gone once the pixels are loaded
     raw = tiles[0].args if tiles else ""
     if isinstance(clear, tuple):
         return tuple(value >> 8 for value in clear) if raw == "RGB;16B" else clear
@@ -187,9 +185,9 @@ def to_png(pixels: np.ndarray) -> bytes:
 
 def to_thumbnail(pixels: np.ndarray, side: int) -> bytes:
     """uint8 [H, W, 3] as the bytes of a JPEG file, scaled so that its longer side has at most `side` pixels."""
-    file, picture = io.BytesIO(), Image.fromarray(pixels)
-    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-    picture.save(file, "JPEG", quality=85)
+    file, image = io.BytesIO(), Image.fromarray(pixels)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    image.save(file, "JPEG", quality=85)
     return file.getvalue()
 
 
@@ -224,12 +222,12 @@ class ImageCodec(Cells, Protocol):
 
 
 class NoImages:
-    """In place of an image tokenizer where there is text alone: it has no codes, and is never to see a picture."""
+    """In place of an image tokenizer where there is text alone: it has no codes, and is never to see an image."""
 
     codebook_size, factor, codes_per_position, hash = 0, 1, 1, ""
 
     def encode(self, images: np.ndarray, /) -> np.ndarray:
-        raise UserError("expected text alone, found a picture: this experiment has no image tokenizer")
+        raise UserError("expected text alone, found an image: this experiment has no image tokenizer")
 
     decode = encode
 
@@ -251,11 +249,11 @@ RESIZES = ("crop", "aspect")
 
 @dataclass(frozen=True)
 class Resize:
-    """How pictures of any size come to sizes that a tokenizer and a layout take.
+    """How images of any size come to sizes that a tokenizer and a layout take.
 
     Attributes:
         kind: "crop": the largest centred window of the target's aspect, scaled to exactly height x width.
-            "aspect": the picture's own aspect, as near as sides that are multiples of `factor` allow, with about
+            "aspect": the image's own aspect, as near as sides that are multiples of `factor` allow, with about
             height * width pixels (the way of Emu3 and Lumina-mGPT); what hangs over is cropped from the middle.
         height, width: of the target, in pixels, multiples of `factor`.
         factor: pixels a side of one code.
@@ -279,11 +277,11 @@ class Resize:
 
     @property
     def largest(self) -> tuple[int, int]:
-        """Height and width in pixels that no picture of "aspect", which keeps the area alone, goes beyond."""
+        """Height and width in pixels that no image of "aspect", which keeps the area alone, goes beyond."""
         return self.max_height or 2 * self.height, self.max_width or 2 * self.width
 
     def target(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width that a picture of height x width pixels gets."""
+        """Height and width that an image of height x width pixels gets."""
         if self.kind == "crop":
             return self.height, self.width
         scale = math.sqrt(self.height * self.width / (height * width))
@@ -292,7 +290,7 @@ class Resize:
         return h, w
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 [H, W, 3] -> uint8 [*target(H, W), 3]. A picture that has its size already is not touched."""
+        """uint8 [H, W, 3] -> uint8 [*target(H, W), 3]. An image that has its size already is not touched."""
         return resize(pixels, *self.target(*pixels.shape[:2]))
 
 

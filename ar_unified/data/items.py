@@ -46,9 +46,9 @@ def language(source: Source, i: int) -> str:
     return known(i) if known else ""
 
 
-def has_pictures(source: Source) -> bool:
+def has_images(source: Source) -> bool:
     """False for a source that is known to hold text alone."""
-    return getattr(source, "has_pictures", True)
+    return getattr(source, "has_images", True)
 
 
 class Source(Protocol):
@@ -56,8 +56,8 @@ class Source(Protocol):
 
     Attributes:
         name: unique among the sources of a run; also names its folder of shards.
-        reversible: whether its pairs of one text and one picture may be read either way.
-        fingerprint: JSON values that change when the items do; pictures behind references are not looked at.
+        reversible: whether its pairs of one text and one image may be read either way.
+        fingerprint: JSON values that change when the items do; images behind references are not looked at.
     """
 
     name: str
@@ -69,10 +69,10 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> Document:
-        """Item i with pictures as ImagePart. Raises BadItem."""
+        """Item i with images as ImagePart. Raises BadItem."""
 
     def texts(self, i: int) -> list[str]:
-        """The text of item i, no picture opened. Raises BadItem."""
+        """The text of item i, no image opened. Raises BadItem."""
 
     def origin(self, i: int) -> str:
         """Where item i stands, for messages."""

@@ -1,4 +1,4 @@
-"""Prepared shards -> packed batches for the transformer; sources -> picture batches for the image tokenizer.
+"""Prepared shards -> packed batches for the transformer; sources -> image batches for the image tokenizer.
 
 batch(step) is a pure function of (data, seed, step). Whoever asks, in whatever order, with any number of processes or
 threads, gets the same global batch; a process asks for its slice of it.
@@ -19,7 +19,7 @@ import numpy as np
 from ar_unified.data import images, shards
 from ar_unified.data.batch import PackedBatch
 from ar_unified.data.counter_rng import hash64, key, permute, uniform
-from ar_unified.data.items import LeftOut, has_pictures
+from ar_unified.data.items import LeftOut, has_images
 from ar_unified.data.packing import Mixture, Packing, Picks, summary
 from ar_unified.data.prepare import folder_name, load_manifest
 from ar_unified.data.sources import BadItem, Source
@@ -31,11 +31,11 @@ from ar_unified.manifests import require_same
 
 _TEXT_TO_IMAGE, _IMAGE_TO_TEXT = TASKS.index("text_to_image"), TASKS.index("image_to_text")
 _INTERLEAVED = TASKS.index("interleaved")
-_LOOKED_AT = 1000  # documents of a source, for one with a picture
+_LOOKED_AT = 1000  # documents of a source, for one with an image
 
 
 class NothingReadable(UserError):
-    """A source has no picture that an image tokenizer could learn from."""
+    """A source has no image that an image tokenizer could learn from."""
 
 
 @dataclass(frozen=True)
@@ -45,21 +45,21 @@ class Phase:
     Attributes:
         from_step: the first one it holds for.
         weights: source -> share of the rows; sources not named are left out. None: one epoch of all sources together.
-        flip: probability that a pair of one text and one picture is read the other way, picture first.
-        condition_dropout: probability that a document that asks for a picture loses its prompt (`grammar.drop_prompt`),
-            an interleaved one all that stands before one of its pictures (`grammar.drop_context`): what is left is what
-            the sampler's companion row sees under classifier-free guidance. Its row keeps the room, as padding.
+        flip_pairs: probability that a pair of one text and one image is read the other way, image first.
+        condition_dropout: probability that a document that asks for an image loses its prompt (`grammar.drop_prompt`),
+            an interleaved one all that stands before one of its images (`grammar.drop_context`): what is left is what
+            the sampler's unconditional context sees under classifier-free guidance. Its row keeps the room, as padding.
 
     Raises UserError for a probability outside [0, 1].
     """
 
     from_step: int = 0
     weights: Mapping[str, float] | None = None
-    flip: float = 0.5
+    flip_pairs: float = 0.5
     condition_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("flip", "condition_dropout"):
+        for name in ("flip_pairs", "condition_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name}: expected a probability, found {getattr(self, name)}")
 
@@ -80,7 +80,7 @@ class PackedBatches:
     Args:
         folder: of one `prepare`.
         grammar: the one the data was prepared with.
-        seq_len: T, at least the longest document.
+        sequence_length: T, at least the longest document.
         phases: the first from step 0, the others after it, in order.
         seed: of the order and of what is drawn.
 
@@ -90,7 +90,8 @@ class PackedBatches:
 
     Raises:
         ManifestMismatch: the data was prepared with another vocabulary or grammar.
-        UserError: an unknown source, weights out of range, phases out of order, or a document longer than seq_len.
+        UserError: an unknown source, weights out of range, phases out of order, or a document longer than
+            sequence_length.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class PackedBatches:
         grammar: Grammar,
         *,
         batch_size: int,
-        seq_len: int,
+        sequence_length: int,
         seed: int = 0,
         phases: Sequence[Phase] = (Phase(),),
     ):
@@ -115,12 +116,12 @@ class PackedBatches:
         if unknown:
             raise UserError(f"weights: expected sources {sorted(counts)}, found {unknown[0]!r}")
         require_order(phases)
-        self.grammar, self.batch_size, self.seq_len, self.seed = grammar, batch_size, seq_len, seed
+        self.grammar, self.batch_size, self.sequence_length, self.seed = grammar, batch_size, sequence_length, seed
         self.phases = tuple(phases)
         self._names = [name for name in wanted if counts[name]["documents"]]
         self._shards = [shards.Shards(Path(folder) / name, counts[name]["shards"]) for name in self._names]
         self._packings = [
-            Packing(source.index["length"], seq_len, seed=seed, name=name)
+            Packing(source.index["length"], sequence_length, seed=seed, name=name)
             for name, source in zip(self._names, self._shards, strict=True)
         ]
         self.rows_per_epoch = {name: p.rows for name, p in zip(self._names, self._packings, strict=True)}
@@ -161,7 +162,7 @@ class PackedBatches:
             [documents[i] for i in order],
             np.array(tasks, np.int8)[order],
             np.array(rows)[order],
-            shape=(len(picks.item), self.seq_len),
+            shape=(len(picks.item), self.sequence_length),
             pad=self.grammar.vocabulary.pad,
         )
 
@@ -170,10 +171,10 @@ class PackedBatches:
         index = self._shards[source].index[chosen]
         documents, tasks = self._shards[source].read(chosen), index["task"].copy()
         streams = (self.seed, self._names[source], epoch)
-        flipped = index["pair"] & (uniform(key(*streams, "flip"), chosen) < phase.flip)
+        flipped = index["pair"] & (uniform(key(*streams, "flip"), chosen) < phase.flip_pairs)
         tasks[flipped] = np.where(index["task"][flipped] == _TEXT_TO_IMAGE, _IMAGE_TO_TEXT, _TEXT_TO_IMAGE)
         dropped = uniform(key(*streams, "dropout"), chosen) < phase.condition_dropout
-        picture = hash64(key(*streams, "picture"), chosen)
+        image = hash64(key(*streams, "picture"), chosen)
         for i in np.flatnonzero(flipped):
             documents[i] = self.grammar.swap_turn(documents[i])
         for i in np.flatnonzero(dropped & (tasks == _TEXT_TO_IMAGE)):
@@ -181,7 +182,7 @@ class PackedBatches:
         for i in np.flatnonzero(dropped & (tasks == _INTERLEAVED)):
             document = documents[i]
             if count := len(document.own_images):
-                rest = self.grammar.drop_context(document, int(picture[i] % np.uint64(count)))
+                rest = self.grammar.drop_context(document, int(image[i] % np.uint64(count)))
                 # A document that begins with the image has no context to lose, and its row no room for an <eot>.
                 documents[i] = rest if len(rest) <= len(document) else document
         return documents, tasks.tolist()
@@ -233,18 +234,18 @@ def pack(
 
 
 class ImageBatches:
-    """Pictures of the sources' documents at one size, for training an image tokenizer.
+    """Images of the sources' documents at one size, for training an image tokenizer.
 
-    Every epoch of a source visits each of its documents once and takes one of its pictures, drawn anew; in place of a
-    document without a (readable) picture another one is drawn.
+    Every epoch of a source visits each of its documents once and takes one of its images, drawn anew; in place of a
+    document without a (readable) image another one is drawn.
 
     Args:
-        sources: at least one with pictures; those of text alone are left out. Items are read as they come up and kept
+        sources: at least one with images; those of text alone are left out. Items are read as they come up and kept
             in memory up to `memory` bytes.
         size: (H, W) in pixels.
         weights: shares of the sources; None: by their number of documents.
-        mirror: whether half of the pictures are mirrored left to right (not for text, nor where sides matter).
-        short_side: scale pictures to this short side, in pixels, and cut the window at random out of them; None: the
+        mirror: whether half of the images are mirrored left to right (not for text, nor where sides matter).
+        short_side: scale images to this short side, in pixels, and cut the window at random out of them; None: the
             largest window of the size's aspect, from the middle.
     """
 
@@ -260,10 +261,10 @@ class ImageBatches:
         short_side: int | None = None,
         memory: int = 2**29,
     ):
-        used = [i for i, source in enumerate(sources) if has_pictures(source)]
+        used = [i for i, source in enumerate(sources) if has_images(source)]
         if not used:
             names = ", ".join(source.name for source in sources) or "none"
-            raise UserError(f"expected a source with pictures, found {names}")
+            raise UserError(f"expected a source with images, found {names}")
         self.sources, self.size, self.batch_size, self.seed = [sources[i] for i in used], size, batch_size, seed
         if short_side is not None and short_side < max(size):
             raise UserError(f"short_side must be at least the sides of the window, {size}; got {short_side}")
@@ -282,13 +283,13 @@ class ImageBatches:
             chosen = permute(picks.item[at], len(self.sources[source]), key(*streams, "documents"))
             draws = hash64(key(*streams, "picture"), picks.item[at, None] * 4 + np.arange(4))
             for i, document, draw in zip(at.tolist(), chosen.tolist(), draws.tolist(), strict=True):
-                pixels[i] = self._picture(source, document, draw)
+                pixels[i] = self._image(source, document, draw)
         return {"pixels": pixels}
 
     def check(self) -> None:
-        """Raises NothingReadable for the first source without a readable picture in its first 1000 documents."""
+        """Raises NothingReadable for the first source without a readable image in its first 1000 documents."""
         for source, items in enumerate(self.sources):
-            if not any(self._pictures(source, document) for document in range(min(len(items), _LOOKED_AT))):
+            if not any(self._images(source, document) for document in range(min(len(items), _LOOKED_AT))):
                 raise self._nothing_readable(source)
 
     def _nothing_readable(self, source: int) -> NothingReadable:
@@ -300,29 +301,29 @@ class ImageBatches:
             except BadItem as bad:
                 left_out(bad)
             else:
-                left_out(BadItem("no_picture", items.origin(document), "the document has no picture"))
+                left_out(BadItem("no_image", items.origin(document), "the document has no image"))
         looked = "its" if count == len(items) else f"{count} of its"
         return NothingReadable(
-            f"source {items.name!r}: no readable picture in {looked} {len(items)} documents: {left_out}. Mend them, "
-            "take the source out of the config, or name one without pictures as kind='text'"
+            f"source {items.name!r}: no readable image in {looked} {len(items)} documents: {left_out}. Mend them, "
+            "take the source out of the config, or name one without images as kind='text'"
         )
 
-    def _picture(self, source: int, document: int, draw: Sequence[int]) -> np.ndarray:
-        """One picture; draw: random whole numbers for which of the document's, top, left, mirrored."""
+    def _image(self, source: int, document: int, draw: Sequence[int]) -> np.ndarray:
+        """One image; draw: random whole numbers for which of the document's, top, left, mirrored."""
         count = len(self.sources[source])
         for attempt in range(_LOOKED_AT):
-            if pictures := self._pictures(source, document):
+            if found := self._images(source, document):
                 break
             document = int(hash64(key("instead"), draw[0] ^ attempt) % np.uint64(count))
         else:
             raise self._nothing_readable(source)
-        picture, (H, W) = pictures[draw[0] % len(pictures)], self.size
-        top, left = draw[1] % (picture.shape[0] - H + 1), draw[2] % (picture.shape[1] - W + 1)
-        picture = picture[top : top + H, left : left + W]
-        return picture[:, ::-1] if self.mirror and draw[3] & 1 else picture
+        image, (H, W) = found[draw[0] % len(found)], self.size
+        top, left = draw[1] % (image.shape[0] - H + 1), draw[2] % (image.shape[1] - W + 1)
+        image = image[top : top + H, left : left + W]
+        return image[:, ::-1] if self.mirror and draw[3] & 1 else image
 
-    def _pictures(self, source: int, document: int) -> list[np.ndarray]:
-        """All pictures of a document, scaled; [] if there are none or the item is bad."""
+    def _images(self, source: int, document: int) -> list[np.ndarray]:
+        """All images of a document, scaled; [] if there are none or the item is bad."""
         which = (source, document)
         if which in self._kept:
             return self._kept[which]
@@ -333,7 +334,7 @@ class ImageBatches:
         found = [
             images.resize(part.pixels, *self._scaled(part.pixels)) for part in parts if isinstance(part, ImagePart)
         ]
-        self._room -= sum(picture.nbytes for picture in found)
+        self._room -= sum(image.nbytes for image in found)
         if self._room > 0:
             self._kept[which] = found
         return found

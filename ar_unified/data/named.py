@@ -22,7 +22,7 @@ class TfdsSource:
     """A TFDS dataset by name, built or downloaded first where it is not there; never needs TensorFlow.
 
     The features say what an example is: image + (text | caption): a pair; image + question + answer: a question;
-    texts + images: a story, text and picture in turn; text alone: plain text. Everything else goes to `meta`.
+    texts + images: a story, text and image in turn; text alone: plain text. Everything else goes to `meta`.
 
     Raises:
         UserError: no such dataset, configuration or split, it cannot be downloaded, or its features are none of these.
@@ -49,19 +49,19 @@ class TfdsSource:
             expected = "; ".join(" + ".join(keys) for keys in _FEATURES.values())
             raise UserError(f"{name}: expected features {expected}; found {', '.join(features)}")
         self.kind = fitting[0]
-        pictures = {
+        decoders = {
             key: _raw_bytes()
             for key, feature in features.items()
             if isinstance(getattr(feature, "feature", feature), tfds.features.Image)
         }
         with _about(name):
-            self._examples = builder.as_data_source(split, decoders=pictures)
+            self._examples = builder.as_data_source(split, decoders=decoders)
         self._where = f"{builder.info.full_name}/{split}"
         self.name, self.reversible, self.limits = label or name, reversible, limits
         self.fingerprint: dict[str, Any] = {"kind": "tfds", "items": len(self), "dataset": self._where}
 
     @property
-    def has_pictures(self) -> bool:
+    def has_images(self) -> bool:
         return self.kind != "text"
 
     def __len__(self) -> int:
@@ -147,7 +147,7 @@ def _prepare(builder: tfds.core.DatasetBuilder) -> None:
 
 
 def _raw_bytes() -> Any:
-    """A TFDS decoder that leaves pictures as the bytes they are, so that `images.decode` reads all pictures alike."""
+    """A TFDS decoder that leaves images as the bytes they are, so that `images.decode` reads all images alike."""
 
     class RawBytes(tfds.decode.SkipDecoding):
         def decode_batch_example_np(self, example: Any) -> Any:  # TFDS 4.9 has it for single features only

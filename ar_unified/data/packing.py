@@ -24,13 +24,13 @@ PERIOD = 1024  # rows after which the order of the sources repeats: shares are e
 # ---- one source --------------------------------------------------------------------------------------------------
 
 
-def best_fit(lengths: np.ndarray, row_length: int) -> np.ndarray:
+def best_fit(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
     """Best-fit-decreasing: the row of every document, for lengths in descending order.
 
     Documents of one length are placed together, so the work grows with the number of lengths, not of documents.
 
     Args:
-        lengths: int [n], descending, each in 1..row_length.
+        lengths: int [n], descending, each in 1..sequence_length.
 
     Returns:
         int64 [n], rows numbered from 0 without gaps.
@@ -48,7 +48,7 @@ def best_fit(lengths: np.ndarray, row_length: int) -> np.ndarray:
                 free = spaces.pop(i)
                 candidates = np.concatenate(space.pop(free))
             else:
-                free = row_length
+                free = sequence_length
                 needed = -(-(end - at) // (free // length))
                 candidates = np.arange(opened, opened + needed)
                 opened += needed
@@ -78,8 +78,8 @@ class Packing:
     """The rows of one source, epoch after epoch.
 
     Args:
-        lengths: int [n], tokens of every document, 1..row_length.
-        row_length: T.
+        lengths: int [n], tokens of every document, 1..sequence_length.
+        sequence_length: T.
         seed: of the order; with `name` (of the source) it makes sources independent of each other.
 
     Attributes:
@@ -89,14 +89,14 @@ class Packing:
         UserError: no documents, or one that is longer than a row.
     """
 
-    def __init__(self, lengths: np.ndarray, row_length: int, *, seed: int, name: str = ""):
+    def __init__(self, lengths: np.ndarray, sequence_length: int, *, seed: int, name: str = ""):
         if not len(lengths):
             raise UserError(f"source {name!r}: no documents to pack")
         longest = int(lengths.max())
-        if longest > row_length or lengths.min() < 1:
+        if longest > sequence_length or lengths.min() < 1:
             raise UserError(
-                f"source {name!r}: expected documents of 1 to {row_length} tokens, found {int(lengths.min())} to "
-                f"{longest}: prepare with max_tokens <= the row length, or make rows longer"
+                f"source {name!r}: expected documents of 1 to {sequence_length} tokens, found {int(lengths.min())} to "
+                f"{longest}: prepare with max_tokens <= the sequence length, or make rows longer"
             )
         self.seed, self.name = seed, name
         self._order = np.argsort(-lengths.astype(np.int64), kind="stable")  # documents by falling length
@@ -104,9 +104,9 @@ class Packing:
         first = np.flatnonzero(np.diff(ordered, prepend=-1))
         sizes = np.diff(np.append(first, len(ordered)))
         self._first, self._size = np.repeat(first, sizes), np.repeat(sizes, sizes)  # of each slot's length class
-        row = best_fit(ordered, row_length)
+        row = best_fit(ordered, sequence_length)
         self.rows = int(row.max()) + 1
-        self.fill = float(lengths.sum() / (self.rows * row_length))
+        self.fill = float(lengths.sum() / (self.rows * sequence_length))
         self._slots = np.argsort(row, kind="stable")  # slots row by row, each row's longest first
         self._ends = np.cumsum(np.bincount(row, minlength=self.rows))
 

@@ -1,10 +1,10 @@
-"""Sources -> token shards: pictures through the image tokenizer in full batches, documents through the grammar.
+"""Sources -> token shards: images through the image tokenizer in full batches, documents through the grammar.
 
 A shard is a fixed range of a source's items, so what is in it depends on nothing else: an interrupted run continues
 with the first shard that is not there, and ends with the same bytes. Memory is bounded by a shard's tokens and a few
-batches of pictures.
+batches of images.
 
-Axes: `B` pictures of a batch, `H` `W` their size in pixels, `h` `w` in codes, `n` tokens of a document.
+Axes: `B` images of a batch, `H` `W` their size in pixels, `h` `w` in codes, `n` tokens of a document.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class SourceReport:
     documents: int = 0
     tokens: int = 0
     text_bytes: int = 0
-    pictures: int = 0
+    images: int = 0
     longest: int = 0
     split_items: int = 0  # items longer than max_tokens that became several documents
     shards: int = 0
@@ -75,7 +75,7 @@ class Report:
             tasks = ", ".join(f"{count} {task}" for task, count in s.tasks.items())
             lines.append(
                 f"{name}: {s.items} items -> {s.documents} documents ({tasks}), {s.tokens} tokens "
-                f"(longest {s.longest}), {s.pictures} pictures, {s.text_bytes} bytes of text"
+                f"(longest {s.longest}), {s.images} images, {s.text_bytes} bytes of text"
             )
             if s.split_items:
                 lines.append(f"  {s.split_items} items were too long and are split into several documents")
@@ -104,15 +104,15 @@ def prepare(
 
     Bad items are left out, counted by kind, and listed with origin and reason in <folder>/skipped.jsonl. A document of
     more than max_tokens is left out too ("too_long") if it is one question, since half an answer is none; others are
-    split (see `cutting.split`), and only a picture, a character or a question that is too long by itself is left out
+    split (see `cutting.split`), and only an image, a character or a question that is too long by itself is left out
     ("too_long_part"). What a lossy text tokenizer does not give back is left out ("text_lost").
 
     Args:
         sources: with different names.
         grammar: of the vocabulary the two tokenizers made.
         image_tokenizer: called with uint8 [batch_size, H, W, 3], always full, one (H, W) a call; each compiles once.
-        max_tokens: of a document, BOS and EOS included: the row length of the training to come.
-        resize: what is done to pictures first; None: `default_resize`.
+        max_tokens: of a document, BOS and EOS included: the sequence length of the training to come.
+        resize: what is done to images first; None: `default_resize`.
         shard_items: items of a source in a shard, the unit of restarting.
         workers: threads that read and decode.
         may_be_lost: whether a source may end without a document, as one that is held out may.
@@ -173,7 +173,9 @@ def prepare(
 def _nothing_left(name: str, source: SourceReport) -> str:
     if not source.items:
         return f"source {name!r} has no items: fill it, or take it out of the config"
-    cure = "raise config.data.max_tokens (and training.row_length)" if "too_long" in source.skipped else "mend them"
+    cure = (
+        "raise config.data.max_tokens (and training.sequence_length)" if "too_long" in source.skipped else "mend them"
+    )
     return (
         f"no documents are left of source {name!r}: {source.lost}. "
         f"{cure[0].upper()}{cure[1:]}, or take the source out of the config"
@@ -243,7 +245,7 @@ def _count(folder: Path, count: int, items: int) -> SourceReport:
         documents=len(index),
         tokens=int(index["length"].sum()),
         text_bytes=int(index["text_bytes"].sum()),
-        pictures=int(index["pictures"].sum()),
+        images=int(index["images"].sum()),
         longest=int(index["length"].max(initial=0)),
         split_items=int((index["part"] == 1).sum()),
         shards=count,
@@ -268,18 +270,18 @@ def _finish(folder: Path, plan: Mapping[str, Any], report: Report) -> None:
 
 @dataclass
 class _Item:
-    """An item on its way: a document whose pictures are on theirs, or why there is none."""
+    """An item on its way: a document whose images are on theirs, or why there is none."""
 
     number: int
     document: Document | None
     bad: BadItem | None = None
-    pictures: list[bytes] = field(default_factory=list)  # digests, in order
+    images: list[bytes] = field(default_factory=list)  # digests, in order
 
 
 class _Encoder:
-    """Documents with pixels in, documents with codes out, in the same order, a batch of pictures at a time.
+    """Documents with pixels in, documents with codes out, in the same order, a batch of images at a time.
 
-    Equal pictures of a shard are encoded once: a picture often comes with many questions.
+    Equal images of a shard are encoded once: an image often comes with many questions.
     """
 
     def __init__(self, grammar: Grammar, tokenizer: ImageCodec, resize: Resize, batch_size: int):
@@ -303,8 +305,8 @@ class _Encoder:
             self._items.append(_Item(number, None, item))
         else:
             digests = [self._take(part.pixels) for part in item.parts if isinstance(part, ImagePart)]
-            # Only where the picture was is kept: pixels live until their batch is encoded.
-            without = item.changed(lambda part: _PICTURE if isinstance(part, ImagePart) else part)
+            # Only where the image was is kept: pixels live until their batch is encoded.
+            without = item.changed(lambda part: _IMAGE if isinstance(part, ImagePart) else part)
             self._items.append(_Item(number, without, None, digests))
         if sum(map(len, self._waiting.values())) > 8 * self._batch_size:  # many sizes: the first in line goes
             self._encode(next(iter(self._waiting)))
@@ -321,22 +323,22 @@ class _Encoder:
         return digest
 
     def _encode(self, shape: tuple[int, ...]) -> None:
-        pictures = self._waiting.pop(shape)
+        images = self._waiting.pop(shape)
         batch = np.zeros((self._batch_size, *shape), np.uint8)
-        batch[: len(pictures)] = np.stack(list(pictures.values()))
+        batch[: len(images)] = np.stack(list(images.values()))
         codes = np.asarray(self._tokenizer.encode(batch), np.int32)
-        self._codes.update({digest: CodesPart(codes[i]) for i, digest in enumerate(pictures)})
+        self._codes.update({digest: CodesPart(codes[i]) for i, digest in enumerate(images)})
 
     def _ready(self) -> Iterator[_Item]:
-        while self._items and all(digest in self._codes for digest in self._items[0].pictures):
+        while self._items and all(digest in self._codes for digest in self._items[0].images):
             item = self._items.popleft()
             if item.document is not None:
-                codes = iter([self._codes[digest] for digest in item.pictures])
-                item.document = item.document.changed(lambda part: next(codes) if part is _PICTURE else part)  # noqa: B023
+                codes = iter([self._codes[digest] for digest in item.images])
+                item.document = item.document.changed(lambda part: next(codes) if part is _IMAGE else part)  # noqa: B023
             yield item
 
 
-_PICTURE = ImagePart(np.zeros((1, 1, 3), np.uint8))  # stands where a picture was
+_IMAGE = ImagePart(np.zeros((1, 1, 3), np.uint8))  # stands where an image was
 
 
 def _write(shard: shards.ShardWriter, item: _Item, grammar: Grammar, max_tokens: int, reversible: bool) -> None:
@@ -372,10 +374,10 @@ def _write(shard: shards.ShardWriter, item: _Item, grammar: Grammar, max_tokens:
             part=part,
             text_bytes=sum(len(text.encode()) for text in texts),
             task=TASKS.index(document.task),
-            pictures=len(document.parts) - len(texts),
+            images=len(document.parts) - len(texts),
             pair=reversible and document.is_pair and grammar.can_swap,
         )
 
 
 def _unit(document: Document) -> str:
-    return "question with its answer" if document.asks else "picture or character"
+    return "question with its answer" if document.asks else "image or character"

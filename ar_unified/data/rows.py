@@ -1,4 +1,4 @@
-"""Documents from JSONL files whose rows refer to pictures in the same folder, or carry them."""
+"""Documents from JSONL files whose rows refer to images in the same folder, or carry them."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from ar_unified.language.rows import document_from_json
 
 
 class Rows:
-    """Rows of JSONL files (`language.rows`), with pictures under `root` or in the row as data: URLs.
+    """Rows of JSONL files (`language.rows`), with images under `root` or in the row as data: URLs.
 
     The files are read once at opening, twice for a part, for the place of every line; memory is 24 bytes a row. They
     are UTF-8: a file that is not (`encoding`) is one bad item. What names mean, and `links`: `files.Folder`.
 
     `split`, as in TFDS, is a name, a part in percent, or both: rows without the key "split" are all "train", and a part
-    takes pictures with all their rows, rows without one by their id, else by their line (`splits` says which): the same
-    picture is never on both sides of a border. A row that cannot be read is in every split, so that it is reported.
+    takes images with all their rows, rows without one by their id, else by their line (`splits` says which): the same
+    image is never on both sides of a border. A row that cannot be read is in every split, so that it is reported.
 
     Args:
-        beside: files of other sources over the same pictures, which are to have their borders where this one has.
+        beside: files of other sources over the same images, which are to have their borders where this one has.
 
     Raises:
-        UserError: a file is missing, or no row is in `split` (EmptySplit: for want of more pictures).
+        UserError: a file is missing, or no row is in `split` (EmptySplit: for want of more images).
     """
 
     def __init__(
@@ -82,8 +82,8 @@ class Rows:
             **(chosen.fingerprint() if chosen else {}),
             **({"links": True} if links else {}),
         }
-        # Questions about one picture stand together, so the last few pictures are kept.
-        self._picture = functools.lru_cache(maxsize=4)(self._load)
+        # Questions about one image stand together, so the last few images are kept.
+        self._image = functools.lru_cache(maxsize=4)(self._load)
         self._open = [os.open(file, os.O_RDONLY) for file in self.files]
 
     def __del__(self) -> None:
@@ -97,7 +97,7 @@ class Rows:
         return f"{self.files[self._file[i]]}:{self._line[i]}"
 
     def __getitem__(self, i: int) -> Document:
-        return self._document(i, self._picture)
+        return self._document(i, self._image)
 
     def texts(self, i: int) -> list[str]:
         blank = np.zeros((1, 1, 3), np.uint8)

@@ -1,7 +1,7 @@
 """Procedural scenes: what the embedded dataset `shapes` shows, how it is drawn, and how English speaks of it.
 
 A scene is one to three objects, each with a shape, a colour and a size, each in its own corner of the
-picture, and no two with the same colour and shape: so a corner names an object, and so does "the red circle".
+image, and no two with the same colour and shape: so a corner names an object, and so does "the red circle".
 Everything here is a function of its arguments and of the numpy generator it is given.
 
 Which split a scene belongs to follows from the scene alone (`split_of`), so no split can leak into another.
@@ -34,7 +34,7 @@ BACKGROUND = (250, 248, 243)
 UNSEEN = frozenset({("circle", "purple"), ("square", "yellow"), ("triangle", "blue"), ("star", "green")})
 SPLITS = ("train", "validation", "unseen_combinations")
 
-_RADIUS = {"large": 0.195, "small": 0.132}  # of the picture's side
+_RADIUS = {"large": 0.195, "small": 0.132}  # of the image's side
 _KINDS = [(shape, colour) for shape in SHAPES for colour in COLOURS]
 
 
@@ -156,7 +156,7 @@ def _disappearances(scene: Scene) -> list[tuple[Scene, Object, Object | None]]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -188,16 +188,16 @@ def sprite(shape: str, size: str, cell: int) -> np.ndarray:
 def render(scene: Scene, side: int = 64) -> np.ndarray:
     """Draws a scene: uint8 [side, side, 3]. Every object stands in the middle of its corner."""
     if side % 2 or side < 32:
-        raise ValueError(f"a shapes picture needs an even side of at least 32 pixels, found {side}")
+        raise ValueError(f"a shapes image needs an even side of at least 32 pixels, found {side}")
     cell = side // 2
-    picture = np.empty((side, side, 3), np.float32)
-    picture[:] = BACKGROUND
+    image = np.empty((side, side, 3), np.float32)
+    image[:] = BACKGROUND
     for o in scene:
         cover = sprite(o.shape, o.size, cell)[..., None]
         row, column = divmod(PLACES.index(o.place), 2)
-        corner = picture[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
+        corner = image[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
         corner += cover * (np.array(COLOURS[o.colour], np.float32) - corner)
-    return np.rint(picture).astype(np.uint8)
+    return np.rint(image).astype(np.uint8)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def caption(rng: np.random.Generator, scene: Scene) -> str:
     """Says every object's shape, colour, size and place, in one of several ways and in any order."""
     objects = [scene[i] for i in rng.permutation(len(scene))]
     # The place comes before what stands there: a causal reader then knows, at each attribute, whose it is. With
-    # some captions the other way round, a small model mixed up the objects of three in half of its pictures.
+    # some captions the other way round, a small model mixed up the objects of three in half of its images.
     nouns = [_noun(rng, o) for o in objects]
     way = int(rng.integers(4))
     if way == 0:

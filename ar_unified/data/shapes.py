@@ -1,12 +1,12 @@
 """The embedded dataset `shapes`: procedural scenes through TFDS, built in seconds, without TensorFlow.
 
-    shapes/captions    {image, text, scene}               a picture and one caption that determines it
+    shapes/captions    {image, text, scene}               an image and one caption that determines it
     shapes/questions   {image, question, answer, scene}   a question with one right short answer
-    shapes/stories     {texts, images, scenes}            two to four pictures, each after its text
+    shapes/stories     {texts, images, scenes}            two to four images, each after its text
 
-each also as `<name>_32` (pictures of 32 x 32 instead of 64 x 64 pixels), with the splits `train`,
+each also as `<name>_32` (images of 32 x 32 instead of 64 x 64 pixels), with the splits `train`,
 `validation` (scenes that are not in train) and `unseen_combinations` (scenes with a (shape, colour) that no
-training picture or text contains). `scene` is JSON (`scenes.scene_from_json`). Importing this module makes
+training image or text contains). `scene` is JSON (`scenes.scene_from_json`). Importing this module makes
 the names known to `tfds.data_source`; nothing is downloaded.
 """
 
@@ -25,7 +25,7 @@ from ar_unified.data import scenes
 
 _TRAIN = {"captions": 40_000, "questions": 60_000, "stories": 10_000}
 _HELD_OUT = {"captions": 1_000, "questions": 1_000, "stories": 500}
-_QUESTIONS_PER_PICTURE = 6
+_QUESTIONS_PER_IMAGE = 6
 
 
 @dataclass(eq=False, kw_only=True)
@@ -42,7 +42,7 @@ def _configs() -> list[ShapesConfig]:
     return [
         ShapesConfig(
             name=kind if side == 64 else f"{kind}_{side}",
-            description=f"{kind}, pictures of {side} x {side} pixels",
+            description=f"{kind}, images of {side} x {side} pixels",
             kind=kind,
             side=side,
             train=_TRAIN[kind],
@@ -84,7 +84,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
             builder=self,
             description=self.__doc__,
             features=tfds.features.FeaturesDict(features),
-            disable_shuffling=True,  # the questions about a picture stay together, and `prepare` encodes it once
+            disable_shuffling=True,  # the questions about an image stay together, and `prepare` encodes it once
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
@@ -104,7 +104,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
         return {split: config.train if split == "train" else config.held_out for split in scenes.SPLITS}
 
 
-def _picture(scene: scenes.Scene, side: int) -> io.BytesIO:
+def _image(scene: scenes.Scene, side: int) -> io.BytesIO:
     file = io.BytesIO()
     Image.fromarray(scenes.render(scene, side)).save(file, "PNG", compress_level=1)
     file.seek(0)
@@ -115,7 +115,7 @@ def _captions(rng: np.random.Generator, split: str, side: int) -> Iterator[dict[
     while True:
         scene = scenes.sample_scene(rng, split)
         yield {
-            "image": _picture(scene, side),
+            "image": _image(scene, side),
             "text": scenes.caption(rng, scene),
             "scene": scenes.scene_to_json(scene),
         }
@@ -124,9 +124,9 @@ def _captions(rng: np.random.Generator, split: str, side: int) -> Iterator[dict[
 def _questions(rng: np.random.Generator, split: str, side: int) -> Iterator[dict[str, Any]]:
     while True:
         scene = scenes.sample_scene(rng, split)
-        image = _picture(scene, side)
+        image = _image(scene, side)
         asked: set[str] = set()
-        while len(asked) < _QUESTIONS_PER_PICTURE:
+        while len(asked) < _QUESTIONS_PER_IMAGE:
             question, answer = scenes.question(rng, scene, split)
             if question not in asked:
                 asked.add(question)
@@ -151,6 +151,6 @@ def _stories(rng: np.random.Generator, split: str, side: int) -> Iterator[dict[s
             continue
         yield {
             "texts": texts,
-            "images": [_picture(scene, side) for scene in shown],
+            "images": [_image(scene, side) for scene in shown],
             "scenes": [scenes.scene_to_json(scene) for scene in shown],
         }

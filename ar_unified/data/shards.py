@@ -30,9 +30,9 @@ INDEX = np.dtype(
         ("length", "<i4"),  # tokens
         ("text_bytes", "<i4"),  # UTF-8 bytes of all its text
         ("task", "i1"),  # index into TASKS
-        ("pictures", "<i2"),
+        ("images", "<i2"),
         ("part", "<i2"),  # of its item: long documents are split
-        ("pair", "?"),  # one text and one picture that may be read either way
+        ("pair", "?"),  # one text and one image that may be read either way
     ]
 )
 _HEADER = struct.Struct("<Q")  # item of the source that the document was made of
@@ -53,12 +53,12 @@ class ShardWriter:
         self._skipped: list[Mapping[str, str]] = []
 
     def write(
-        self, document: Encoded, *, item: int, part: int, text_bytes: int, task: int, pictures: int, pair: bool
+        self, document: Encoded, *, item: int, part: int, text_bytes: int, task: int, images: int, pair: bool
     ) -> None:
         """Adds a document; the rest as in INDEX."""
         tokens, marks = document.tokens.astype("<i4"), document.marks.astype(np.uint8)
         self._records.write(_HEADER.pack(item) + tokens.tobytes() + marks.tobytes())
-        self._index.append((len(document), text_bytes, task, pictures, part, pair))
+        self._index.append((len(document), text_bytes, task, images, part, pair))
 
     def skip(self, origin: str, kind: str, reason: str) -> None:
         self._skipped.append({"origin": origin, "kind": kind, "reason": reason})

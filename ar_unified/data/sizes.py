@@ -1,4 +1,4 @@
-"""The size that pictures get so that a layout can write them."""
+"""The size that images get so that a layout can write them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Where documents come from: named TFDS datasets, folders of JSONL and pictures, single JSONL files, plain files.
+"""Where documents come from: named TFDS datasets, folders of JSONL and images, single JSONL files, plain files.
 
-A source is random access: opening it reads no picture, reading item i touches nothing but item i. An item that cannot
+A source is random access: opening it reads no image, reading item i touches nothing but item i. An item that cannot
 be used raises BadItem with what is wrong and where it stands; what to do about it is the reader's policy.
 """
 
@@ -17,21 +17,21 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ar_unified.data.augmentation import Augmented
 from ar_unified.data.balance import indices
 from ar_unified.data.files import FileError, Folder
+from ar_unified.data.image_files import ImageFiles
 from ar_unified.data.items import BadItem, Source
-from ar_unified.data.pictures import Pictures
 from ar_unified.data.rows import Rows
 from ar_unified.data.splits import EmptySplit
 from ar_unified.data.text_files import TextFiles
-from ar_unified.data.views import Views
 from ar_unified.errors import UserError, about
 from ar_unified.language.document import Document
 from ar_unified.paths import home
 
 __all__ = ["BadItem", "EmptySplit", "Source", "open_source", "read", "texts"]
 
-_OF_OTHERS = ("kind", "weight", "picture_weight", "views", "made_by")  # keys of a spec that are not the source's
+_OF_OTHERS = ("kind", "weight", "image_weight", "augmentation", "made_by")  # keys of a spec that are not the source's
 _PATHS = ("path", "root", "data_dir")
 FOLDER_FILES = ("captions", "docs", "vqa")
 
@@ -45,26 +45,26 @@ def open_source(spec: Mapping[str, Any]) -> Source:
                 not in data_dir (None: TFDS's own default).
             dict(kind="folder", path=..., files=None, split=None): the rows of <path>/<file>.jsonl for `files`; None:
                 those of captions, docs and vqa that are there.
-            dict(kind="jsonl", path=..., root=None, split=None): one file; pictures are in it or under `root` (None:
+            dict(kind="jsonl", path=..., root=None, split=None): one file; images are in it or under `root` (None:
                 the file's folder).
-            dict(kind="pictures", path=...): every picture file under a folder, without text; for image tokenizers.
+            dict(kind="images", path=...): every image file under a folder, without text; for image tokenizers.
             dict(kind="text", path=..., files=("*.txt", "*.md", "*.jsonl"), by="file", field="text",
                 language="language", split=None): text alone, a document a file, a line (by="line") or a row of a .jsonl
                 file: see `TextFiles`.
             All but tfds take links=False: whether links that lead out of the folder are followed (`files`: what belongs
                 to a folder, and what a name in a row means).
             `split` of folder, jsonl and text is "train", "train[:95%]", "[95%:]": see `splits`. Any source may have
-            `label` (its name), `reversible` (True), `views` (dict(count=..., shift=..., mirror=..., whole=...): see
-            `Views`), and what is not the source's: `weight` in the mixture of documents, `picture_weight` in that of
-            the image tokenizer's pictures (default: by its number of documents); `made_by`, the command that makes
+            `label` (its name), `reversible` (True), `augmentation` (dict(count=..., shift=..., mirror=..., whole=...):
+            see `Augmented`), and what is not the source's: `weight` in the mixture of documents, `image_weight` in that
+            of the image tokenizer's images (default: by its number of documents); `made_by`, the command that makes
             what `path` names, for the message where it is missing.
 
     Raises:
-        UserError: an unknown kind or key, a missing file (`made_by` says how to make it), views out of range, or a
-            split no row is in (EmptySplit: for want of a second picture or text).
+        UserError: an unknown kind or key, a missing file (`made_by` says how to make it), an augmentation out of range,
+            or a split no row is in (EmptySplit: for want of a second image or text).
     """
     kinds: dict[str, Callable[..., Source]] = {
-        "tfds": _tfds, "folder": _folder, "jsonl": _jsonl, "pictures": Pictures, "text": TextFiles,
+        "tfds": _tfds, "folder": _folder, "jsonl": _jsonl, "images": ImageFiles, "text": TextFiles,
     }  # fmt: skip
     kind = spec.get("kind")
     if kind not in kinds:
@@ -75,7 +75,7 @@ def open_source(spec: Mapping[str, Any]) -> Source:
         options = {key: value for key, value in spec.items() if key not in _OF_OTHERS}
         options |= {key: home(options[key]) for key in _PATHS if options.get(key)}
         source = kinds[kind](**options)
-        return Views(source, **spec["views"]) if spec.get("views") else source
+        return Augmented(source, **spec["augmentation"]) if spec.get("augmentation") else source
     except TypeError as error:
         raise UserError(f"source of kind {kind!r}: {error}; in {dict(spec)}") from error
 
@@ -104,7 +104,7 @@ def _folder(path: str | Path, files: Sequence[str] | None = None, *, links: bool
         what = "no file of these names" if root.is_dir() else "no such folder"
         expected = " or ".join(f"{file}.jsonl" for file in files or FOLDER_FILES)
         raise UserError(
-            f"{root}: expected a folder with {expected} and the pictures they name, found {what} at {root.absolute()}. "
+            f"{root}: expected a folder with {expected} and the images they name, found {what} at {root.absolute()}. "
             "Bring the data there, or give its path (of the experiments here: --config FILE:path=DIR)"
         )
 
@@ -126,7 +126,7 @@ def _jsonl(path: str | Path, root: str | Path | None = None, **options: Any) -> 
 def read(source: Source, indices: Iterable[int], workers: int = 2) -> Iterator[tuple[int, Document | BadItem]]:
     """Items in the order of `indices`, decoded by `workers` threads a few items ahead. Bad items come as values.
 
-    Where an item takes less than a millisecond no thread is used: on two cores, handing over small pictures cost
+    Where an item takes less than a millisecond no thread is used: on two cores, handing over small images cost
     `prepare` a third of its speed.
     """
 
@@ -162,7 +162,7 @@ def read(source: Source, indices: Iterable[int], workers: int = 2) -> Iterator[t
 def texts(
     sources: Sequence[Source], passes: Sequence[float] | None = None, left_out: Callable[[BadItem], Any] | None = None
 ) -> Iterator[str]:
-    """The text of all sources, no picture opened: what a text tokenizer is trained on.
+    """The text of all sources, no image opened: what a text tokenizer is trained on.
 
     Args:
         passes: how often each source is read (`balance.passes`); None: once.

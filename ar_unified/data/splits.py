@@ -1,6 +1,6 @@
 """Parts of a data set by name and by percent: "train", "train[:95%]", "[95%:]".
 
-What must stay together is a group: all that is said of one picture (see `group`). A part takes groups in the order of
+What must stay together is a group: all that is said of one image (see `group`). A part takes groups in the order of
 their hashes, by count: of n groups, "[:95%]" has the first 0.95 n, rounded, and "[95%:]" the others. So parts that meet
 at one border are disjoint and together whole, do not depend on the order of the rows, and are empty on neither side of
 the border where there are two groups or more. One group alone is on the larger side. A part between two borders, as
@@ -80,7 +80,7 @@ class Split:
         """The error for a split in which nothing was found. what: "row", "text"."""
         if self.by_part and len(self._own.settled()) == 1:
             return EmptySplit(
-                f"{where}: nothing is in split {self.split!r}, as all {what}s belong to one picture or text, which is "
+                f"{where}: nothing is in split {self.split!r}, as all {what}s belong to one image or text, which is "
                 "never divided: add more, or leave this split out"
             )
         names = ", ".join(sorted(self.names)) or "none"
@@ -114,7 +114,7 @@ class _Groups:
 def _border(share: float, own: np.ndarray, all_: np.ndarray) -> int:
     """The hash at which a part ends that has `share` of all groups, with own groups on both sides where there are two.
 
-    Sources of one folder, each with its own file, so have one border, and no picture is on both sides of it.
+    Sources of one folder, each with its own file, so have one border, and no image is on both sides of it.
     """
     if share <= 0 or share >= 1:
         return _END if share >= 1 else 0
@@ -144,7 +144,7 @@ def parse_split(split: str) -> tuple[str, float, float]:
 
 
 def group(row: Mapping[str, Any], data: bytes) -> int:
-    """The hash, 0..2**64-1, of what a row must stay together with: its (first) picture, else its id, else itself."""
+    """The hash, 0..2**64-1, of what a row must stay together with: its (first) image, else its id, else itself."""
     segments = row.get("segments")
     inner = [s["image"] for s in segments if isinstance(s, dict) and "image" in s] if isinstance(segments, list) else []
     key = row.get("image") or next(iter(inner), None) or row.get("id")

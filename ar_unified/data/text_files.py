@@ -49,7 +49,7 @@ class TextFiles:
         UserError: no such path, no file of these names, no text in `split`, or an argument out of range.
     """
 
-    has_pictures = False
+    has_images = False
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from ar_unified import progress
 from ar_unified.data.cutting import can_be_split
 from ar_unified.data.files import Folder
 from ar_unified.data.images import SUFFIXES, ImageCodec, Resize
-from ar_unified.data.items import Source, has_pictures
+from ar_unified.data.items import Source, has_images
 from ar_unified.data.sizes import default_resize
 from ar_unified.data.sources import FOLDER_FILES, BadItem, open_source, read, row_files
 from ar_unified.data.text_files import FILES as TEXT_FILES
@@ -32,7 +32,7 @@ class Found:
 
     Attributes:
         tasks: task -> good documents. bad: what is wrong with which item, in order.
-        text_bytes, pictures, sides, tokens: one number a document, but `sides` one (height, width) in pixels a picture;
+        text_bytes, images, sides, tokens: one number a document, but `sides` one (height, width) in pixels an image;
             `tokens` only where a grammar is given.
         first: the first good documents as the model will see them.
     """
@@ -42,7 +42,7 @@ class Found:
     tasks: Counter[str] = field(default_factory=Counter)
     bad: list[BadItem] = field(default_factory=list)
     text_bytes: list[int] = field(default_factory=list)
-    pictures: list[int] = field(default_factory=list)
+    images: list[int] = field(default_factory=list)
     sides: list[tuple[int, int]] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     first: list[str] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Found:
         texts = [part.text for part in document.parts if isinstance(part, TextPart)]
         self.tasks[document.task] += 1
         self.text_bytes.append(sum(len(text.encode()) for text in texts))
-        self.pictures.append(len(sides))
+        self.images.append(len(sides))
         self.sides += [(int(h), int(w)) for h, w in sides]
         self.tokens += [] if tokens is None else [tokens]
 
@@ -68,7 +68,7 @@ class Found:
         heights, widths = ([side[i] for side in self.sides] for i in (0, 1))
         rows = {
             "text bytes": self.text_bytes,
-            "pictures": self.pictures,
+            "images": self.images,
             "height": heights,
             "width": widths,
             "tokens": self.tokens,
@@ -113,7 +113,7 @@ def validate(
     workers: int = 2,
     show_progress: bool = True,
 ) -> Validation:
-    """Reads every item, pictures included.
+    """Reads every item, images included.
 
     Args:
         data: a folder (`captions.jsonl`, `docs.jsonl`, `vqa.jsonl`, each reported by itself; without them, its text
@@ -155,14 +155,14 @@ def validate(
 
 
 def _unnamed(data: str | Path | Sequence[Mapping[str, Any]], sources: Sequence[Source], links: bool) -> str:
-    """A word on the pictures of a folder that was read as text alone, as no rows name them; "" for none."""
-    if not isinstance(data, str | Path) or not Path(data).is_dir() or any(map(has_pictures, sources)):
+    """A word on the images of a folder that was read as text alone, as no rows name them; "" for none."""
+    if not isinstance(data, str | Path) or not Path(data).is_dir() or any(map(has_images, sources)):
         return ""
     count = len(Folder(data, links).search(lambda name: name.lower().endswith(SUFFIXES)))
     return (
         count
         and (
-            f"{data}: these are the texts alone. It has {count} pictures that nothing names: a model learns them from "
+            f"{data}: these are the texts alone. It has {count} images that nothing names: a model learns them from "
             'captions.jsonl, one line {"image": "name.png", "text": "what it shows"} each'
         )
         or ""
@@ -199,7 +199,7 @@ class _Model:
         self.grammar, self.tokenizer, self.resize = grammar, tokenizer, resize
 
     def length(self, document: Document) -> int | None:
-        """Tokens, for which the sizes of the pictures are enough; None without a grammar or a size."""
+        """Tokens, for which the sizes of the images are enough; None without a grammar or a size."""
         resize = self.resize
         if self.grammar is None or (resize is None and any(isinstance(part, ImagePart) for part in document.parts)):
             return None
@@ -215,7 +215,7 @@ class _Model:
         return len(self.grammar.encode(_coded(document, blank)))
 
     def show(self, document: Document) -> str:
-        """In words, with <picture H x W>; then as tokens, piece by piece, if there are a grammar and a tokenizer."""
+        """In words, with <image H x W>; then as tokens, piece by piece, if there are a grammar and a tokenizer."""
         lines = [f"({document.origin}, {document.task})"]
         for turn in document.turns:
             if document.asks:

@@ -21,7 +21,7 @@ model = ar_unified.load("FOLDER")
 {calls}
 ```
 """
-_DRAWS = 'model.draw("a text", seed=3, n=4)  # pictures of Pillow\nmodel.ask(picture, "a question")  # a text'
+_DRAWS = 'model.draw("a text", seed=3, n=4)  # images of Pillow\nmodel.ask(image, "a question")  # a text'
 _WRITES = 'model.ask("a text")  # its answer'
 
 
@@ -49,7 +49,7 @@ def card(
         "parameters": f"{parameter_count(model):,} ({model.n_layers} layers of {model.d_model})",
         "vocabulary": f"{vocabulary.used:,} ids: {vocabulary.text_size:,} text pieces{codes}",
         **({"image tokenizer": f"{image.backbone}, {image.quantizer}, {image.factor} pixels a code"} if image else {}),
-        **{name: words for name, words in summary(config).items() if name != "text" and (image or name != "pictures")},
+        **{name: words for name, words in summary(config).items() if name != "text" and (image or name != "images")},
         **training,
         "license": license or "unknown. Say here, and in the first lines of this file, which it is before you share it",
     }

@@ -1,13 +1,13 @@
-"""What an easy-VQA picture shows, read from its pixels: the colour and the shape of its one figure.
+"""What an easy-VQA image shows, read from its pixels: the colour and the shape of its one figure.
 
 easy-VQA (github.com/vzhou842/easy-VQA, MIT) draws one circle, upright rectangle or upright triangle, in one
-of eight flat colours, on a flat pale background. A picture that went through an image tokenizer or came out
+of eight flat colours, on a flat pale background. An image that went through an image tokenizer or came out
 of a model is blurred and noisy, so nothing here counts edges or corners. Instead: every pixel is `background
 + a * (colour - background)`, with a coverage `a` in [0, 1]; the moments of `a` give each of the three figures
 its best place and size; each is drawn there; the drawing that overlaps most with `a` names the shape. Overlap
-is a soft intersection over union, and a picture that no drawing fits shows no shape at all.
+is a soft intersection over union, and an image that no drawing fits shows no shape at all.
 
-Measured on the 4,980 captioned pictures of the set: all are read right; behind a blur of 1 pixel and noise of
+Measured on the 4,980 captioned images of the set: all are read right; behind a blur of 1 pixel and noise of
 8 levels 99.6 %, behind 1.5 pixels and 12 levels 95.4 % (99.5 % of the figures of 100 pixels or more).
 
 Axes: H height, W width, both in pixels; y points down.
@@ -47,7 +47,7 @@ class Reading:
     fit: float
 
 
-def read_picture(pixels: np.ndarray) -> Reading | None:
+def read_image(pixels: np.ndarray) -> Reading | None:
     """The figure that uint8 [H, W, 3] pixels show; None for none, for several and for anything else."""
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         raise ValueError(f"expected uint8 pixels [H, W, 3], found {pixels.dtype} {list(pixels.shape)}")

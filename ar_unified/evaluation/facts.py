@@ -37,12 +37,12 @@ def summary(config: Mapping[str, Any]) -> dict[str, str]:
         h, w = shape.grid(height, width)
         grid = f"{h} x {w} codes of {shape.codebook_size}"
         about = "of any shape, the size of " if data.get("resize") == "aspect" else ""
-        lines["pictures"] = f"{about}{height} x {width} pixels as {grid} ({shape.quantizer.upper()})"
+        lines["images"] = f"{about}{height} x {width} pixels as {grid} ({shape.quantizer.upper()})"
     if "vocab_size" in text:
         lines["text"] = f"at most {text['vocab_size']} pieces ({text.get('model_type', '')})"
-    if {"steps", "batch_size", "row_length"} <= train.keys():
-        tokens = train["steps"] * train["batch_size"] * train["row_length"]
-        rows = f"{train['batch_size']} rows of {train['row_length']} tokens"
+    if {"steps", "batch_size", "sequence_length"} <= train.keys():
+        tokens = train["steps"] * train["batch_size"] * train["sequence_length"]
+        rows = f"{train['batch_size']} rows of {train['sequence_length']} tokens"
         lines["training"] = f"{train['steps']} steps of {rows}: {number(tokens)} in all"
     if "guidance" in sampling:
         lines["sampling"] = f"guidance {sampling['guidance']:g}, batches of {sampling.get('batch_size', '?')}"

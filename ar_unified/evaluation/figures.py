@@ -1,4 +1,4 @@
-"""Pictures and samples as HTML: each kind of example as the card that the report shows it on."""
+"""Images and samples as HTML: each kind of example as the card that the report shows it on."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from ar_unified.evaluation.generation import Example
 from ar_unified.evaluation.protocol import text_of
 from ar_unified.language.document import ImagePart, TextPart
 
-NO_PICTURE = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="
+NO_IMAGE = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="
 
 
 def sample_sections(galleries: Mapping[str, Sequence[Example]]) -> list[tuple[str, str]]:
-    """(heading, HTML) for drawn pictures, stories and answers, each held-out set under its own name."""
+    """(heading, HTML) for drawn images, stories and answers, each held-out set under its own name."""
     shown: tuple[tuple[str, tuple[str, ...], Callable[[Example], str], str, str], ...] = (
-        ("Pictures from text", ("text_to_image",), _drawn, "gallery", "Left the model's, right a real one."),
+        ("Images from text", ("text_to_image",), _drawn, "gallery", "Left the model's, right a real one."),
         ("Stories", ("story",), _story, "stories", "Told a change, the model draws what follows (framed)."),
         (
-            "Next pictures",
-            ("next_picture",),
+            "Next images",
+            ("next_image",),
             _story,
             "stories",
             "After what is given, the model's (framed) and the real.",
         ),
         ("Next texts", ("next_text",), _answered, "gallery asks", ""),
-        ("Answers about pictures", ("image_to_text", "caption"), _answered, "gallery asks", ""),
+        ("Answers about images", ("image_to_text", "caption"), _answered, "gallery asks", ""),
     )
     sections = []
     for heading, kinds, draw, layout, lead in shown:
@@ -56,18 +56,18 @@ def _drawn(example: Example) -> str:
 
 
 def _answered(example: Example) -> str:
-    picture = next((part.pixels for part in example.prompt if isinstance(part, ImagePart)), None)
+    image = next((part.pixels for part in example.prompt if isinstance(part, ImagePart)), None)
     question = " ".join(part.text for part in example.prompt if isinstance(part, TextPart)) or "(a caption)"
     got = example.got if isinstance(example.got, str) else "(did not parse)"
     expected = "" if example.correct else f'<div class="soft">expected: {escape(str(example.expected))}</div>'
     return (
-        f'<div class="card sample ask">{figure(picture)}<div><div class="q">{escape(question)}</div>'
+        f'<div class="card sample ask">{figure(image)}<div><div class="q">{escape(question)}</div>'
         f"<div>{_mark(example.correct)} {escape(got)}</div>{expected}</div></div>"
     )
 
 
 def _story(example: Example) -> str:
-    """Texts above the pictures they lead to, left to right; the last two are the model's and the real one."""
+    """Texts above the images they lead to, left to right; the last two are the model's and the real one."""
     panels, says = [], ""
     for part in example.prompt:
         if isinstance(part, TextPart):
@@ -80,8 +80,8 @@ def _story(example: Example) -> str:
     return f'<div class="card story">{"".join(panels)}</div>'
 
 
-def _panel(says: str, picture: str, style: str = "") -> str:
-    return f'<div class="{style}"><div class="says">{escape(says)}</div>{picture}</div>'
+def _panel(says: str, image: str, style: str = "") -> str:
+    return f'<div class="{style}"><div class="says">{escape(says)}</div>{image}</div>'
 
 
 def _mark(correct: bool | None) -> str:
@@ -91,15 +91,15 @@ def _mark(correct: bool | None) -> str:
 
 
 def figure(pixels: Any, label: str = "", correct: bool | None = None) -> str:
-    """A picture, and below it a word and the checker's verdict."""
+    """An image, and below it a word and the checker's verdict."""
     below = f'<span class="label">{label}{_mark(correct)}</span>' if label else ""
-    return f'<div><div class="picture">{_picture(pixels)}</div>{below}</div>'
+    return f'<div><div class="image">{_image(pixels)}</div>{below}</div>'
 
 
-def _picture(pixels: Any) -> str:
-    """A picture uint8 [H, W, 3] inline, its pixels sharp where they are few; an empty frame for None."""
+def _image(pixels: Any) -> str:
+    """An image uint8 [H, W, 3] inline, its pixels sharp where they are few; an empty frame for None."""
     if not isinstance(pixels, np.ndarray):
-        return f'<img alt="no picture" src="{NO_PICTURE}" style="aspect-ratio:1">'
+        return f'<img alt="no image" src="{NO_IMAGE}" style="aspect-ratio:1">'
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", optimize=True)
     data = base64.b64encode(file.getvalue()).decode()

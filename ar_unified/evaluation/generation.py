@@ -1,13 +1,13 @@
 """Asks a trained model about held-out documents and counts what it got right.
 
-Kinds of questions, each sampled with one call of the engine: draw the picture of a text; answer a question
-about a picture; caption a picture (the pairs of the first kind, turned round); and, in a story, draw the next
-picture, which the protocol checks. Of other interleaved documents, where no checker knows what is right, the
-next picture and the next text are asked for, and compared with the document's own. Beside the model's scores
-stand the tokenizer's: a checker that fails on the reconstruction of a real picture cannot pass a sampled one,
+Kinds of questions, each sampled with one call of the engine: draw the image of a text; answer a question
+about an image; caption an image (the pairs of the first kind, turned round); and, in a story, draw the next
+image, which the protocol checks. Of other interleaved documents, where no checker knows what is right, the
+next image and the next text are asked for, and compared with the document's own. Beside the model's scores
+stand the tokenizer's: a checker that fails on the reconstruction of a real image cannot pass a sampled one,
 so `reconstruction_exact` is the ceiling of `text_to_image_exact`.
 
-Axes: H, W height and width of a picture in pixels, h, w in codes.
+Axes: H, W height and width of an image in pixels, h, w in codes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.plan import Plan, prompt_tokens
 from ar_unified.sampling.request import Request, RequestError, Sample
 
-KINDS = ("text_to_image", "image_to_text", "caption", "story", "next_picture", "next_text")
+KINDS = ("text_to_image", "image_to_text", "caption", "story", "next_image", "next_text")
 _SCAN = 16  # items of a source that are looked at for each document wanted
 
 
@@ -43,10 +43,10 @@ class Example:
 
     Attributes:
         kind: one of KINDS. document: the held-out document. prompt: the parts shown to the model (real
-        pictures).
-        expected: the real picture, uint8 [H, W, 3], or the text. got: the same of the model; None if it did
+        images).
+        expected: the real image, uint8 [H, W, 3], or the text. got: the same of the model; None if it did
         not parse.
-        reconstruction: for an expected picture, what the image tokenizer makes of it.
+        reconstruction: for an expected image, what the image tokenizer makes of it.
         correct: what the checker says; None where there is no checker.
     """
 
@@ -65,7 +65,7 @@ class Scores:
 
     right: Counter[str] = field(default_factory=Counter)
     asked: Counter[str] = field(default_factory=Counter)
-    psnr: list[float] = field(default_factory=list)  # dB, of pictures that were compared with the real one
+    psnr: list[float] = field(default_factory=list)  # dB, of images that were compared with the real one
 
     def add(self, name: str, ok: bool) -> None:
         self.asked[name] += 1
@@ -101,10 +101,10 @@ def evaluate(
         sources: of documents the model has not seen; bad items are skipped and counted.
         limit: documents of each kind, drawn from all sources by `seed`.
         seed: of the draw and of the sampling.
-        guidance: scale of classifier-free guidance on pictures; 1 is none.
+        guidance: scale of classifier-free guidance on images; 1 is none.
         image, text: temperature and cuts of the two modalities; None is the model's own distribution for
-            pictures and its likeliest token for texts.
-        fit: what the data preparation does to a picture, uint8 [H, W, 3] to uint8 [H', W', 3].
+            images and its likeliest token for texts.
+        fit: what the data preparation does to an image, uint8 [H, W, 3] to uint8 [H', W', 3].
         keep: examples of each kind to return: the first, and half as many of the later failures.
         progress: called with (kind, done, of).
 
@@ -112,8 +112,8 @@ def evaluate(
         Metrics and examples. Metrics: shares in [0, 1] `text_to_image_exact`, `image_to_text_exact` (and
         `image_to_text_exact/KIND`), `caption_exact`, `story_change_exact`, `parse_rate` (of all sequences
         sampled here), `reconstruction_exact`, `story_reconstruction_exact`, `next_text_exact`; in dB, means of
-        PSNR: `tokenizer_psnr` of the real pictures' reconstructions and `next_picture_psnr` of the model's
-        pictures, both against the real ones; `counts` with the n of each; `skipped` with the documents left
+        PSNR: `tokenizer_psnr` of the real images' reconstructions and `next_image_psnr` of the model's
+        images, both against the real ones; `counts` with the n of each; `skipped` with the documents left
         out by reason. Absent where nothing was asked. `note` says in words what there was to ask, where it was
         not captions, questions or stories.
     """
@@ -150,7 +150,7 @@ def evaluate(
         kept += done[:keep] + [e for e in done[keep:] if e.correct is False][: keep // 2]
 
     metrics = scores.metrics()
-    for name, values in {"tokenizer_psnr": codec.psnr, "next_picture_psnr": scores.psnr}.items():
+    for name, values in {"tokenizer_psnr": codec.psnr, "next_image_psnr": scores.psnr}.items():
         if values:
             metrics[name], metrics["counts"][name] = float(np.mean(values)), len(values)
     metrics["skipped"] = dict(skipped)
@@ -211,10 +211,10 @@ def _examples(kind: str, documents: Mapping[str, list[Document]], protocol: Prot
         for d in _stories(documents):
             if (at := _story(d, protocol)) is not None:
                 yield Example(kind, d, d.parts[:at], d.parts[at].pixels)  # type: ignore[union-attr]
-    elif kind in ("next_picture", "next_text"):
+    elif kind in ("next_image", "next_text"):
         for d in _stories(documents):
             if _story(d, protocol) is None:
-                wanted = ImagePart if kind == "next_picture" else TextPart
+                wanted = ImagePart if kind == "next_image" else TextPart
                 for at, part in enumerate(d.parts):  # the first that has something before it
                     if at and isinstance(part, wanted):
                         yield Example(kind, d, d.parts[:at], part.pixels if _is_image(part) else part.text)  # type: ignore[union-attr]
@@ -227,15 +227,15 @@ def _stories(documents: Mapping[str, list[Document]]) -> list[Document]:
 
 
 def _story(document: Document, protocol: Protocol) -> int | None:
-    """Which part of an interleaved document is a picture that the protocol can check; None: none is.
+    """Which part of an interleaved document is an image that the protocol can check; None: none is.
 
-    It is the second picture, where a text before it says what it shows.
+    It is the second image, where a text before it says what it shows.
     """
     at = [i for i, part in enumerate(document.parts) if _is_image(part)]
     return at[1] if protocol.story_matches and len(at) > 1 and at[1] > at[0] + 1 else None
 
 
-_LOOKED_FOR = "captions (a prompt that asks for a picture), questions about a picture, and stories"
+_LOOKED_FOR = "captions (a prompt that asks for an image), questions about an image, and stories"
 
 
 def _note(
@@ -248,8 +248,8 @@ def _note(
     left_out = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in skipped.items())
     note = f"looked for {_LOOKED_FOR} that the protocol {protocol.name!r} can judge; found "
     note += (f"documents: {found}" if found else "no documents") + (f" (left out: {left_out})" if left_out else "")
-    if asked["next_picture"] or asked["next_text"]:
-        parts = f"{asked['next_picture']} next pictures and {asked['next_text']} next texts"
+    if asked["next_image"] or asked["next_text"]:
+        parts = f"{asked['next_image']} next images and {asked['next_text']} next texts"
         return f"{note}. Asked for the next part of interleaved documents instead: {parts}"
     return f"{note}. Nothing was asked: text alone has no right answer, and an interleaved document needs two parts"
 
@@ -266,7 +266,7 @@ def _plan(
     budget: int,
     settings: Mapping[str, Any],
 ) -> Plan | None:
-    """The question as the engine serves it; None where a picture is too large for the grammar, or all for the
+    """The question as the engine serves it; None where an image is too large for the grammar, or all for the
     engine.
 
     `budget`: tokens for a text answer. It is more than any right answer has: none may be right because it was
@@ -283,9 +283,9 @@ def _plan(
                 return None
             request = replace(request, mode="text", max_tokens=min(budget, room))
             if (behind := example.document.parts[len(parts) :][1:]) and example.kind == "next_text":
-                # A text ends where the model begins the picture behind it: that must be allowed, and have its room.
-                (picture,) = codec.encoded(behind[:1])
-                budget += grammar.image_tokens(*picture.codes.shape)  # type: ignore[union-attr]
+                # A text ends where the model begins the image behind it: that must be allowed, and have its room.
+                (image,) = codec.encoded(behind[:1])
+                budget += grammar.image_tokens(*image.codes.shape)  # type: ignore[union-attr]
                 request = replace(request, mode="free", max_images=1, max_tokens=min(budget, room))
         else:
             height, width = codec.encode(example.expected).shape
@@ -299,13 +299,13 @@ def _plan(
 
 
 def _answer(sample: Sample, kind: str) -> str | np.ndarray | None:
-    """The text, or the codes int32 [h, w] of the first picture; None where the sequence did not parse."""
+    """The text, or the codes int32 [h, w] of the first image; None where the sequence did not parse."""
     if sample.document is None:
         return None
     parts = sample.document.parts
     if sample.request.mode == "image":
         return next((part.codes for part in parts if isinstance(part, CodesPart)), None)
-    if kind == "next_text":  # one that begins with a picture has no next text
+    if kind == "next_text":  # one that begins with an image has no next text
         parts = parts[:1]
     return " ".join(part.text for part in parts if isinstance(part, TextPart))
 
@@ -331,8 +331,8 @@ def _judged(
                 scores.add(f"image_to_text_exact/{group}", correct)
         return replace(example, got=got, correct=correct)
 
-    picture = codec.decode(answer) if isinstance(answer, np.ndarray) else None
-    example = replace(example, got=picture, reconstruction=codec.decode(codec.encode(expected)))
+    image = codec.decode(answer) if isinstance(answer, np.ndarray) else None
+    example = replace(example, got=image, reconstruction=codec.decode(codec.encode(expected)))
     check: Callable[[np.ndarray], bool] | None = None
     if kind == "story" and (story := protocol.story_matches) is not None:
         index = sum(_is_image(part) for part in example.prompt)
@@ -341,33 +341,33 @@ def _judged(
             partial(story, document, index, before),
             ("story_change_exact", "story_reconstruction_exact"),
         )
-    elif kind == "text_to_image" and (shows := protocol.picture_matches) is not None:
+    elif kind == "text_to_image" and (shows := protocol.image_matches) is not None:
         check, names = partial(shows, document), ("text_to_image_exact", "reconstruction_exact")
-    if kind == "next_picture" and picture is not None:
-        scores.psnr.append(float(psnr(expected, picture)))
+    if kind == "next_image" and image is not None:
+        scores.psnr.append(float(psnr(expected, image)))
     if check is None:
         return example
-    correct = picture is not None and check(picture)
+    correct = image is not None and check(image)
     scores.add(names[0], correct)
     scores.add(names[1], check(example.reconstruction))  # type: ignore[arg-type]
     return replace(example, correct=correct)
 
 
 class _Codec:
-    """Pixels <-> codes, computed in batches of pictures of one size, and remembered."""
+    """Pixels <-> codes, computed in batches of images of one size, and remembered."""
 
     def __init__(self, tokenizer: ImageCodec):
         self.tokenizer = tokenizer
         self.codes: dict[str, np.ndarray] = {}  # by pixels
         self.pixels: dict[str, np.ndarray] = {}  # by codes
-        self.psnr: list[float] = []  # dB, of each picture learnt
+        self.psnr: list[float] = []  # dB, of each image learnt
 
-    def learn_pixels(self, pictures: Iterable[np.ndarray]) -> None:
-        """Encodes uint8 [H, W, 3] pictures, and decodes their codes again."""
-        new = {_key(picture): picture for picture in pictures}
+    def learn_pixels(self, images: Iterable[np.ndarray]) -> None:
+        """Encodes uint8 [H, W, 3] images, and decodes their codes again."""
+        new = {_key(image): image for image in images}
         self.codes.update(zip(new, by_size(self.tokenizer.encode, list(new.values())), strict=True))
         self.learn_codes(self.codes[key] for key in new)
-        self.psnr += [float(psnr(picture, self.decode(self.codes[key]))) for key, picture in new.items()]
+        self.psnr += [float(psnr(image, self.decode(self.codes[key]))) for key, image in new.items()]
 
     def learn_codes(self, codes: Iterable[np.ndarray]) -> None:
         """Decodes int32 [h, w] codes."""

@@ -1,7 +1,7 @@
 """What counts as right, per dataset: plain functions over a held-out document and what the model gave for it.
 
 A protocol answers up to five questions; one that a dataset has no checker for is None, and its metric is left
-out. Pictures are uint8 [H, W, 3].
+out. Images are uint8 [H, W, 3].
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ class Protocol:
     """The checks of one dataset.
 
     Attributes:
-        picture_matches(document, pixels): the pixels show what the document's text says.
-        story_matches(document, i, before, after): `after`, made by the model, is right as the i-th picture
-            (from 0) of the document; `before` is the real picture that precedes it.
+        image_matches(document, pixels): the pixels show what the document's text says.
+        story_matches(document, i, before, after): `after`, made by the model, is right as the i-th image
+            (from 0) of the document; `before` is the real image that precedes it.
         answer_matches(expected, got): a text answer is right.
-        caption_matches(document, got): `got` is a right caption of the picture in the document.
+        caption_matches(document, got): `got` is a right caption of the image in the document.
         question_kind(document): the group under which the answer is counted as well; "" for none.
     """
 
     name: str
-    picture_matches: Callable[[Document, np.ndarray], bool] | None = None
+    image_matches: Callable[[Document, np.ndarray], bool] | None = None
     story_matches: Callable[[Document, int, np.ndarray, np.ndarray], bool] | None = None
     answer_matches: Callable[[str, str], bool] = same_text
     caption_matches: Callable[[Document, str], bool] | None = None
@@ -52,7 +52,7 @@ class Protocol:
 # ---- shapes: the embedded dataset --------------------------------------------------------------------------
 
 
-def _shapes_picture(document: Document, pixels: np.ndarray) -> bool:
+def _shapes_image(document: Document, pixels: np.ndarray) -> bool:
     return shapes.scene_matches(shapes.read_scene(pixels), scene_from_json(document.meta["scene"]))
 
 
@@ -90,8 +90,8 @@ def _easy_vqa_facts(document: Document) -> tuple[str, str] | None:
     return easy_vqa.facts(text_of(document))
 
 
-def _easy_vqa_picture(document: Document, pixels: np.ndarray) -> bool:
-    found = easy_vqa.read_picture(pixels)
+def _easy_vqa_image(document: Document, pixels: np.ndarray) -> bool:
+    found = easy_vqa.read_image(pixels)
     return found is not None and (found.color, found.shape) == _easy_vqa_facts(document)
 
 
@@ -117,14 +117,14 @@ PROTOCOLS = {
     for protocol in (
         Protocol(
             "shapes",
-            picture_matches=_shapes_picture,
+            image_matches=_shapes_image,
             story_matches=_shapes_story,
             caption_matches=_shapes_caption,
             question_kind=_shapes_question,
         ),
         Protocol(
             "easy_vqa",
-            picture_matches=_easy_vqa_picture,
+            image_matches=_easy_vqa_image,
             caption_matches=_easy_vqa_caption,
             question_kind=_easy_vqa_question,
         ),

@@ -1,6 +1,6 @@
 """One self-contained page that shows what a run made and what it is worth: report.html.
 
-Numbers beside their bars, samples beside their prompts with the checker's verdict, reconstructions, training
+Numbers beside their thresholds, samples beside their prompts with the checker's verdict, reconstructions, training
 curves, the whole evaluation as a table, the machine it ran on. No file, font or script from elsewhere;
 readable on a phone, in light and dark, and without its script.
 """
@@ -35,7 +35,7 @@ from ar_unified.metrics import (
 from ar_unified.workdir import write_text
 
 LEAD = "One transformer over text and image tokens: what it makes and what that is worth."
-TOKENIZER_LEAD = "An image tokenizer: what it keeps of pictures, and how its codes are used."
+TOKENIZER_LEAD = "An image tokenizer: what it keeps of images, and how its codes are used."
 HELD_OUT = "held out"  # what the numbers at the top level of an evaluation are called
 NAMES = {
     "text_to_image_exact": "Text to image",
@@ -44,21 +44,21 @@ NAMES = {
     "caption_exact": "Captions",
     "story_change_exact": "Stories",
     "next_text_exact": "Next texts",
-    "next_picture_psnr": "Next pictures, PSNR",
+    "next_image_psnr": "Next images, PSNR",
     "parse_rate": "Sequences that parse",
     "reconstruction_exact": "Reconstructions",
     "story_reconstruction_exact": "Reconstructions in stories",
     "tokenizer_psnr": "Tokenizer PSNR",
 }
 MEANINGS = {
-    "text_to_image_exact": "drawn pictures that show all their text says",
-    "image_to_text_exact": "questions about a picture answered exactly",
-    "vqa_accuracy": "questions about a picture answered exactly",
-    "caption_exact": "captions that describe their picture",
-    "story_change_exact": "next pictures that show the change told",
+    "text_to_image_exact": "drawn images that show all their text says",
+    "image_to_text_exact": "questions about an image answered exactly",
+    "vqa_accuracy": "questions about an image answered exactly",
+    "caption_exact": "captions that describe their image",
+    "story_change_exact": "next images that show the change told",
     "next_text_exact": "next texts of interleaved documents that are the document's own",
     "parse_rate": "sampled sequences that are documents",
-    "reconstruction_exact": "real pictures still right behind the tokenizer: the ceiling of text to image",
+    "reconstruction_exact": "real images still right behind the tokenizer: the ceiling of text to image",
 }
 
 
@@ -70,7 +70,7 @@ def write_report(
     examples: Mapping[str, Sequence[Example]] | None = None,
     sheets: Mapping[str, np.ndarray] | None = None,
     telemetry: Mapping[str, str | Path | Sequence[Mapping[str, Any]]] | None = None,
-    bars: Mapping[str, float] | None = None,
+    thresholds: Mapping[str, float] | None = None,
     config: Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
     seconds: Mapping[str, float] | None = None,
@@ -84,10 +84,10 @@ def write_report(
             name, numbers of other kinds (validation losses) flat or nested; under "tokenizer" those of
             tokenizer.evaluate_tokenizer by set.
         examples: by set, "" or "held out" for the first.
-        sheets: by set, the pictures of evaluate_tokenizer.
+        sheets: by set, the images of evaluate_tokenizer.
         telemetry: by model, "image_tokenizer" and "transformer": a metrics.jsonl (which may be missing), or
             its rows.
-        bars: by metric, what it should reach.
+        thresholds: by metric, what it should reach.
         config: the whole experiment, JSON values.
         facts: short things worth saying in the head beside the config's summary, by name.
         seconds: wall time of each stage, by name in order.
@@ -98,11 +98,11 @@ def write_report(
     galleries = {name or HELD_OUT: list(group) for name, group in (examples or {}).items()}
     tokenizer = section(scores, sheets or {})
     sections = [
-        ("Numbers", _headline(sets, bars or {})),
+        ("Numbers", _headline(sets, thresholds or {})),
         *sample_sections(galleries),
         ("Image tokenizer", _tokenizer(galleries, curves.get("image_tokenizer", []), sets, tokenizer)),
         ("Transformer", _transformer(curves.get("transformer", []))),
-        ("Evaluation", _table(sets, bars or {})),
+        ("Evaluation", _table(sets, thresholds or {})),
         ("The run", _run(config or {}, seconds or {})),
     ]
     sections = [(name, body) for name, body in sections if body]
@@ -143,21 +143,23 @@ def _sets(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {HELD_OUT: top, **others}
 
 
-def _headline(sets: Mapping[str, Mapping[str, Any]], bars: Mapping[str, float]) -> str:
-    """A card for every metric with a bar, and for the others of NAMES that are shares of model answers."""
+def _headline(sets: Mapping[str, Mapping[str, Any]], thresholds: Mapping[str, float]) -> str:
+    """A card for every metric with a threshold, and for the others of NAMES that are shares of model answers."""
     first, others = next(iter(sets.values())), list(sets.items())[1:]
-    doubled = "vqa_accuracy" in first and "image_to_text_exact" not in bars  # the same number twice
-    shown = [key for key in NAMES if isinstance(first.get(key), (int, float)) and (key in bars or key in MEANINGS)]
+    doubled = "vqa_accuracy" in first and "image_to_text_exact" not in thresholds  # the same number twice
+    shown = [
+        key for key in NAMES if isinstance(first.get(key), (int, float)) and (key in thresholds or key in MEANINGS)
+    ]
     cards = []
-    for key in sorted(shown, key=lambda key: key not in bars):
+    for key in sorted(shown, key=lambda key: key not in thresholds):
         if doubled and key == "image_to_text_exact":
             continue
-        value, bar = first[key], bars.get(key)
+        value, threshold = first[key], thresholds.get(key)
         state = verdict = tick = ""
-        if bar is not None:
-            state, sign, color = ("met", "✓", "good") if value >= bar else ("missed", "✗", "bad")
-            verdict = f'<span class="mark {color}">{sign} bar {_share(bar)}</span>'
-            tick = f'<i style="left:{min(100 * bar, 99.6):.1f}%" title="bar: {_share(bar)}"></i>'
+        if threshold is not None:
+            state, sign, color = ("met", "✓", "good") if value >= threshold else ("missed", "✗", "bad")
+            verdict = f'<span class="mark {color}">{sign} threshold {_share(threshold)}</span>'
+            tick = f'<i style="left:{min(100 * threshold, 99.6):.1f}%" title="threshold: {_share(threshold)}"></i>'
         more = [MEANINGS.get(key, ""), _sample_size(first, key)]
         more += [f"{escape(name)}: {_share(metrics[key])}" for name, metrics in others if key in metrics]
         cards.append(
@@ -169,7 +171,7 @@ def _headline(sets: Mapping[str, Mapping[str, Any]], bars: Mapping[str, float]) 
     return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
 
 
-def _table(sets: Mapping[str, Mapping[str, Any]], bars: Mapping[str, float]) -> str:
+def _table(sets: Mapping[str, Mapping[str, Any]], thresholds: Mapping[str, float]) -> str:
     """Every number of every set: the named ones in their order, groups under what they are groups of."""
     keys = list(dict.fromkeys(k for metrics in sets.values() for k in metrics if isinstance(metrics[k], (int, float))))
     if not keys:
@@ -182,7 +184,7 @@ def _table(sets: Mapping[str, Mapping[str, Any]], bars: Mapping[str, float]) -> 
         grouped = group and parent in keys
         name = f'<td class="sub">{escape(group)}</td>' if grouped else f"<td>{escape(NAMES.get(key, key))}</td>"
         cells = "".join(f"<td>{_cell(metrics, key)}</td>" for metrics in sets.values())
-        rows.append(f"<tr>{name}<td>{_share(bars.get(key))}</td>{cells}</tr>")
+        rows.append(f"<tr>{name}<td>{_share(thresholds.get(key))}</td>{cells}</tr>")
     skipped = [
         f"{n} {reason.replace('_', ' ')} ({name})"
         for name, metrics in sets.items()
@@ -193,7 +195,7 @@ def _table(sets: Mapping[str, Mapping[str, Any]], bars: Mapping[str, float]) -> 
     note += _notes(sets)
     return (
         '<p class="lead">Shares with their 95 % Wilson interval and the number asked.</p>'
-        f'<div class="card scroll"><table><thead><tr><th>metric</th><th>bar</th>{head}</tr></thead>'
+        f'<div class="card scroll"><table><thead><tr><th>metric</th><th>threshold</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>{note}"
     )
 
@@ -242,7 +244,7 @@ def _sample_size(metrics: Mapping[str, Any], key: str) -> str:
 # ---- curves ------------------------------------------------------------------------------------------------
 
 _ATTENTION = VALIDATION + ATTENTION
-_PAIRS = {"text_to_image": "text at pictures", "image_to_text": "pictures at text"}
+_PAIRS = {"text_to_image": "text at images", "image_to_text": "images at text"}
 
 # Title, unit, {metric: name in the legend}, y axis at first: "" (linear), "log" or "zero" (linear from 0).
 Chart = tuple[str, str, Mapping[str, str], str]
@@ -258,18 +260,18 @@ def _tokenizer(
     first = next(iter(sets.values()))
     told = []
     if "tokenizer_psnr" in first:
-        told.append(f"PSNR {first['tokenizer_psnr']:.1f} dB on held-out pictures")
+        told.append(f"PSNR {first['tokenizer_psnr']:.1f} dB on held-out images")
     if "reconstruction_exact" in first:
         told.append(f"{_share(first['reconstruction_exact'])} of its reconstructions pass the checker")
     examples = [e for group in galleries.values() for e in group if e.reconstruction is not None]
-    pictures = "".join(
+    images = "".join(
         f'<div class="card sample"><div class="pair">{figure(example.expected, "real")}'
         f"{figure(example.reconstruction, 'reconstruction')}</div></div>"
         for example in examples[:8]
     )
     charts = _draw(rows, tokenizer_charts())
     lead = f'<p class="lead">{"; ".join(told)}.</p>' if told else ""
-    gallery = scores or (f'<div class="gallery">{pictures}</div>' if pictures else "")
+    gallery = scores or (f'<div class="gallery">{images}</div>' if images else "")
     between = "<h3>training</h3>" if charts and gallery else ""
     return lead + gallery + between + charts if gallery or charts else ""
 
@@ -331,7 +333,7 @@ def _draw(rows: Sequence[Mapping[str, Any]], charts: Iterable[Chart]) -> str:
 
 
 def _attention_charts(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The shares of attention between text and pictures (training/attention_share.py): by layer, and over time."""
+    """The shares of attention between text and images (training/attention_share.py): by layer, and over time."""
     found = [row for row in rows if any(key.startswith(_ATTENTION) for key in row)]
     if not found:
         return ""
@@ -350,8 +352,8 @@ def _attention_charts(rows: Sequence[Mapping[str, Any]]) -> str:
                 even = row[f"{_ATTENTION}{pair}/uniform"]
                 latest[f"{name}, were it even"] = [(layer, even) for layer in sorted(of_layers)]
     steps = f"share of attention by layer, from 0, at step {found[-1]['step']}"
-    drawn = line_chart("Text and pictures, by layer", latest, unit=steps, zero=True)
-    drawn += line_chart("Text and pictures, over time", means, unit="share of attention, mean of layers", zero=True)
+    drawn = line_chart("Text and images, by layer", latest, unit=steps, zero=True)
+    drawn += line_chart("Text and images, over time", means, unit="share of attention, mean of layers", zero=True)
     return (
         '<p class="soft">How much of their attention the positions of one modality give to the other, on held-out '
         "documents; even: if they looked at all they see alike.</p>"

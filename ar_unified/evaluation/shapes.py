@@ -1,4 +1,4 @@
-"""Reads the objects of a shapes picture from its pixels alone, and says whether they are the ones asked for.
+"""Reads the objects of a shapes image from its pixels alone, and says whether they are the ones asked for.
 
 Each corner is read on its own: which pixels differ from the background, which colour of the palette they
 have, and which shape, at which size and place, covers them best. A corner whose pixels look like no shape or
@@ -38,17 +38,17 @@ def _templates(cell: int) -> tuple[np.ndarray, list[tuple[str, str]]]:
 
 
 def read_scene(pixels: np.ndarray) -> tuple[Object, ...]:
-    """The objects a picture shows, in the order of their places. `pixels`: uint8 [side, side, 3]."""
+    """The objects an image shows, in the order of their places. `pixels`: uint8 [side, side, 3]."""
     side = len(pixels)
     if pixels.dtype != np.uint8 or pixels.shape != (side, side, 3):
-        raise ValueError(f"expected a square picture, uint8 [H, H, 3], found {pixels.dtype} {pixels.shape}")
-    picture = pixels.astype(np.float32)
-    background = np.median(picture.reshape(-1, 3), 0)
+        raise ValueError(f"expected a square image, uint8 [H, H, 3], found {pixels.dtype} {pixels.shape}")
+    image = pixels.astype(np.float32)
+    background = np.median(image.reshape(-1, 3), 0)
     cell = side // 2
     found = []
     for i, place in enumerate(PLACES):
         row, column = divmod(i, 2)
-        corner = picture[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
+        corner = image[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
         seen = _read_corner(corner - background, background)
         if seen:
             found.append(Object(*seen, place))
@@ -98,7 +98,7 @@ def story_change_matches(
     scene_after: Scene,
     attributes: Sequence[str] = ("shape", "colour", "place"),
 ) -> bool:
-    """Whether the second picture shows the scene the text led to, and so another scene than the first."""
+    """Whether the second image shows the scene the text led to, and so another scene than the first."""
     after = read_scene(after_pixels)
     return scene_matches(after, scene_after, attributes) and not scene_matches(
         read_scene(before_pixels), after, attributes

@@ -17,7 +17,7 @@ SHOWN = 256  # pixels of a side on the page; the PNG has them all
 
 
 def sheet(real: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """uint8 [n, H, W, 3] twice -> uint8 [n * H, 3 * W, 3]: a row for each picture.
+    """uint8 [n, H, W, 3] twice -> uint8 [n * H, 3 * W, 3]: a row for each image.
 
     Original | reconstruction | their absolute difference, AMPLIFIED times.
     """
@@ -30,16 +30,16 @@ def section(results: Mapping[str, Mapping[str, Any]], sheets: Mapping[str, np.nd
     """Numbers of `evaluation.tokenizer` by set, what they were measured on, and the sheets of the same sets."""
     if not results:
         return ""
-    pictures = ""
+    images = ""
     for name, numbers in results.items():
         cards = "".join(_cards(sheets[name], numbers)) if name in sheets else ""
         if cards:
-            pictures += f'<h3>{escape(name.replace("_", " "))}</h3><div class="stories">{cards}</div>'
+            images += f'<h3>{escape(name.replace("_", " "))}</h3><div class="stories">{cards}</div>'
     note = (
-        f"The first pictures drawn, not chosen; behind them the worst of the others. Differences {AMPLIFIED} times as "
+        f"The first images drawn, not chosen; behind them the worst of the others. Differences {AMPLIFIED} times as "
         f"large as they are."
     )
-    return _table(results) + (f'<p class="lead">{note}</p>{pictures}' if pictures else "") + _sources(results)
+    return _table(results) + (f'<p class="lead">{note}</p>{images}' if images else "") + _sources(results)
 
 
 def _cards(sheet: np.ndarray, numbers: Mapping[str, Any]) -> list[str]:
@@ -82,8 +82,8 @@ def _count(value: float) -> str:
 
 # (path in the result, name, how it is written); what networks measure comes behind them.
 _ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("pictures", "Pictures", _count),
-    ("psnr", "PSNR, mean over pictures", _decibels),
+    ("images", "Images", _count),
+    ("psnr", "PSNR, mean over images", _decibels),
     ("psnr_of_mean_mse", "PSNR of the mean error", _decibels),
     ("ssim", "SSIM", _fine),
     ("ms_ssim", "MS-SSIM", _fine),
@@ -129,20 +129,20 @@ def _table(results: Mapping[str, Mapping[str, Any]]) -> str:
 def _protocol(name: str, numbers: Mapping[str, Any]) -> str:
     H, W = numbers["crop"]
     said = [
-        f"{name.replace('_', ' ')}: {numbers['pictures']} pictures of {', '.join(numbers['sources'])}, crops of "
-        f"{H} x {W} pixels as {numbers['ids_per_picture']} ids of {numbers['codebook_size']} codes",
+        f"{name.replace('_', ' ')}: {numbers['images']} images of {', '.join(numbers['sources'])}, crops of "
+        f"{H} x {W} pixels as {numbers['ids_per_image']} ids of {numbers['codebook_size']} codes",
         *(f"{key}: {value}" for key, value in numbers["protocol"].items()),
         f"tokenizer {numbers['tokenizer'][:12]}",
     ]
     if numbers["enlarged"]:
-        said.append(f"{numbers['enlarged']} pictures were smaller than the crop and were enlarged")
+        said.append(f"{numbers['enlarged']} images were smaller than the crop and were enlarged")
     said += [f"left out: {n} {reason.replace('_', ' ')}" for reason, n in numbers["skipped"].items()]
     return escape("; ".join(said) + ".")
 
 
 def _sources(results: Mapping[str, Mapping[str, Any]]) -> str:
     """A row for each source of the sets that have several."""
-    columns = ("pictures", "psnr", "ssim", "usage", "perplexity", "entropy_bits")
+    columns = ("images", "psnr", "ssim", "usage", "perplexity", "entropy_bits")
     formats = {path: (label, write) for path, label, write in _ROWS}
     rows = ""
     for name, numbers in results.items():

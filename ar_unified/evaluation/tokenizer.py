@@ -1,10 +1,10 @@
-"""What an image tokenizer is worth on pictures it was not trained on, under one pinned protocol.
+"""What an image tokenizer is worth on images it was not trained on, under one pinned protocol.
 
-Every number depends on the pictures' number, size and resizing, on rounding, and on whether means are taken of errors
+Every number depends on the images' number, size and resizing, on rounding, and on whether means are taken of errors
 or of decibels, so all of that is fixed here and stands in the result beside the numbers (`PROTOCOL`). A number from a
 network is given only with the sha256 of its weight file.
 
-Axes: B batch, N pictures of a set, H W pixels, h w ids, K codebook size, F features.
+Axes: B batch, N images of a set, H W pixels, h w ids, K codebook size, F features.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ PROTOCOL = {
     "resize": "largest centred window of the crop's proportions, scaled to the crop",
     "filter": "Lanczos (Pillow, reducing_gap 3)",
     "range": "uint8 RGB in and out: reconstructions are clipped and rounded, as in a PNG file",
-    "means": "per picture, then over pictures; psnr_of_mean_mse: of the mean error of the set; at most 100 dB",
+    "means": "per image, then over images; psnr_of_mean_mse: of the mean error of the set; at most 100 dB",
     "ssim": "Gaussian window 11 x 11, sigma 1.5, mean of R, G and B",
 }
 CORRUPTION = (0.01, 0.05, 0.10)  # shares of the ids that are replaced
-FIRST, WORST = 6, 2  # pictures that are shown: the first drawn, and the worst of the others
-_SCAN = 16  # items of a source that are looked at for each picture wanted
+FIRST, WORST = 6, 2  # images that are shown: the first drawn, and the worst of the others
+_SCAN = 16  # items of a source that are looked at for each image wanted
 
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]  # uint8 [B, H, W, 3] twice -> float64 [B]
 Extractor = Callable[[np.ndarray], np.ndarray]  # uint8 [B, H, W, 3] -> features [B, F]
 Probe = Callable[[np.ndarray], Mapping[str, Any]]  # int32 [N, h, w] -> "bits_per_id", and what it took
 
 
-class NoPictures(ValueError):
-    """The sources have no readable picture."""
+class NoReadableImage(ValueError):
+    """The sources have no readable image."""
 
 
 @dataclass(frozen=True)
-class Picture:
+class DrawnImage:
     """`pixels` uint8 [H, W, 3] at the size asked for; `enlarged`: the original was smaller."""
 
     source: str
@@ -56,26 +56,26 @@ class Picture:
     enlarged: bool
 
 
-def draw_pictures(
+def draw_images(
     sources: Sequence[Source], size: tuple[int, int], limit: int, seed: int = 0, left_out: Counter[str] | None = None
-) -> Iterator[Picture]:
-    """Up to `limit` different pictures at `size` (H, W), from every source alike, in an order drawn by `seed`.
+) -> Iterator[DrawnImage]:
+    """Up to `limit` different images at `size` (H, W), from every source alike, in an order drawn by `seed`.
 
-    `left_out` counts bad items by kind, and pictures that came before as "repeated".
+    `left_out` counts bad items by kind, and images that came before as "repeated".
     """
     left_out = Counter() if left_out is None else left_out
     rng = np.random.default_rng(seed)
     walks = [_walk(source, rng.permutation(len(source))[: _SCAN * limit], size, left_out) for source in sources]
     seen = set[bytes]()
-    for picture in itertools.chain.from_iterable(itertools.zip_longest(*walks)):
-        if picture is None:  # that source has no more
+    for image in itertools.chain.from_iterable(itertools.zip_longest(*walks)):
+        if image is None:  # that source has no more
             continue
-        digest = hashlib.sha256(picture.pixels.tobytes()).digest()
+        digest = hashlib.sha256(image.pixels.tobytes()).digest()
         if digest in seen:
             left_out["repeated"] += 1
             continue
         seen.add(digest)
-        yield picture
+        yield image
         if len(seen) == limit:
             return
 
@@ -94,36 +94,36 @@ def evaluate_tokenizer(
     probe: Probe | None = None,
     progress: Callable[[int], Any] = lambda count: None,
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Scores a tokenizer on the pictures of held-out documents.
+    """Scores a tokenizer on the images of held-out documents.
 
     Args:
         size: (H, W) of the crops in pixels, which the tokenizer must divide into ids.
-        limit: pictures at most, from every source alike. seed: of the draw and of the corruption of ids.
-        batch_size: pictures in memory at one time; no number depends on it but by the tokenizer.
+        limit: images at most, from every source alike. seed: of the draw and of the corruption of ids.
+        batch_size: images in memory at one time; no number depends on it but by the tokenizer.
         distances: further distances by name, such as "LPIPS"; their means go under their names.
-        extractors: by name, networks whose features' Frechet distance between the real and the reconstructed pictures
+        extractors: by name, networks whose features' Frechet distance between the real and the reconstructed images
             is taken: "inception" is called rFID, any other FD-<name>.
         weights: sha256 of the weight file of every distance and extractor.
         probe: a model of ids, trained on others (`training.probe`).
-        progress: called with the number of pictures that were done.
+        progress: called with the number of images that were done.
 
     Returns:
-        (numbers, sheet). The sheet, uint8 [n * H, 3 * W, 3], is `sheets.sheet` of the pictures under "shown". Numbers,
+        (numbers, sheet). The sheet, uint8 [n * H, 3 * W, 3], is `sheets.sheet` of the images under "shown". Numbers,
         each a float unless said otherwise:
-          protocol (PROTOCOL, the filter too), crop [H, W], sources, pictures (int), seed, tokenizer (its sha256),
-          skipped {reason: n}, enlarged (int: pictures smaller than the crop): what the others depend on;
+          protocol (PROTOCOL, the filter too), crop [H, W], sources, images (int), seed, tokenizer (its sha256),
+          skipped {reason: n}, enlarged (int: images smaller than the crop): what the others depend on;
           psnr, psnr_of_mean_mse in dB; ssim; ms_ssim (crops below 161 pixels: ms_ssim_<n>_scales, or none); l1;
-          codebook_size, ids_per_picture, ids (int); usage, dead, perplexity, entropy_bits, normalised_entropy and
+          codebook_size, ids_per_image, ids (int); usage, dead, perplexity, entropy_bits, normalised_entropy and
           top_percent of metrics.usage, over all ids of the set;
           bits_per_pixel, entropy_bits_per_pixel: of ids of log2(K) bits each, and of entropy_bits each;
           id_stability: the share of ids that encoding the reconstruction gives again;
           psnr_corrupted {"1%": ...}: in dB against the original, after that share of the ids became others at random;
-          by_source {name: {pictures, psnr, ssim, l1, and those of metrics.usage}};
+          by_source {name: {images, psnr, ssim, l1, and those of metrics.usage}};
           probe {bits_per_id, bits_per_pixel, ...}, the names of `distances`, rFID and FD-<name>, weights: where given;
           shown [{origin, psnr, ssim, worst}].
 
     Raises:
-        NoPictures: there was nothing to score.
+        NoReadableImage: there was nothing to score.
         ValueError: a distance or extractor without its sha256, or a size that the tokenizer does not take.
     """
     distances, extractors, weights = dict(distances or {}), dict(extractors or {}), dict(weights or {})
@@ -131,19 +131,19 @@ def evaluate_tokenizer(
         raise ValueError(f"weights: expected the sha256 of the weight file of every network, found none of {unnamed}")
     skipped = Counter[str]()
     tally = _Tally(tokenizer, _measures(size) | distances, extractors, seed)
-    drawn = draw_pictures(sources, size, limit, seed, skipped)
+    drawn = draw_images(sources, size, limit, seed, skipped)
     while batch := list(itertools.islice(drawn, batch_size)):
         tally.add(batch)
         progress(len(batch))
     if not tally.done:
         names = ", ".join(source.name for source in sources)
-        raise NoPictures(f"no readable picture in {names or 'no source'}; left out: {dict(skipped)}")
+        raise NoReadableImage(f"no readable image in {names or 'no source'}; left out: {dict(skipped)}")
     numbers: dict[str, Any] = {
         "protocol": PROTOCOL,
         "crop": list(size),
         "sources": [source.name for source in sources],
-        "pictures": len(tally.done),
-        "enlarged": sum(picture.enlarged for picture in tally.done),
+        "images": len(tally.done),
+        "enlarged": sum(image.enlarged for image in tally.done),
         "skipped": dict(skipped),
         "seed": seed,
         "tokenizer": tokenizer.hash,
@@ -156,23 +156,23 @@ def evaluate_tokenizer(
 
 
 class _Tally:
-    """What the pictures of a set come to under a tokenizer, a batch at a time."""
+    """What the images of a set come to under a tokenizer, a batch at a time."""
 
     def __init__(
         self, tokenizer: ImageCodec, measures: Mapping[str, Distance], extractors: Mapping[str, Extractor], seed: int
     ) -> None:
         self.tokenizer, self.measures, self.extractors, self.seed = tokenizer, measures, extractors, seed
-        self.done: list[Picture] = []  # without their pixels
+        self.done: list[DrawnImage] = []  # without their pixels
         self.shown: list[_Shown] = []
         self._ids: list[np.ndarray] = []
         self._stable = 0
         self._values: dict[str, list[float]] = {name: [] for name in (*measures, *map(_corrupted_name, CORRUPTION))}
         self._moments = {name: (_Moments(), _Moments()) for name in extractors}
 
-    def add(self, batch: Sequence[Picture]) -> None:
+    def add(self, batch: Sequence[DrawnImage]) -> None:
         first, K = len(self.done), self.tokenizer.codebook_size
-        self.done += [replace(picture, pixels=np.empty(0, np.uint8)) for picture in batch]
-        real = np.stack([picture.pixels for picture in batch])
+        self.done += [replace(image, pixels=np.empty(0, np.uint8)) for image in batch]
+        real = np.stack([image.pixels for image in batch])
         ids = self.tokenizer.encode(real)
         seen = self.tokenizer.decode(ids)
         self._ids.append(ids)
@@ -190,16 +190,16 @@ class _Tally:
         self.shown = _kept(self.shown)
 
     def numbers(self, pixels: int, probe: Probe | None) -> dict[str, Any]:
-        """Those of `evaluate_tokenizer` that the pictures decide, of `pixels` pixels each."""
+        """Those of `evaluate_tokenizer` that the images decide, of `pixels` pixels each."""
         ids, K = np.concatenate(self._ids), self.tokenizer.codebook_size
         measured = {name: np.array(found) for name, found in self._values.items()}
-        of = np.array([picture.source for picture in self.done])
+        of = np.array([image.source for image in self.done])
         codes, bits = _usage(ids, K), ids[0].size / pixels  # bits of a pixel for each bit of an id
         numbers: dict[str, Any] = {
             **{name: float(measured[name].mean()) for name in self.measures if name != "mse"},
             "psnr_of_mean_mse": float(metrics.decibels(measured["mse"].mean())),
             "codebook_size": K,
-            "ids_per_picture": ids[0].size,
+            "ids_per_image": ids[0].size,
             "ids": ids.size,
             **codes,
             "bits_per_pixel": math.log2(K) * bits,
@@ -208,7 +208,7 @@ class _Tally:
             "psnr_corrupted": {f"{share:.0%}": float(measured[_corrupted_name(share)].mean()) for share in CORRUPTION},
             "by_source": {
                 str(name): {
-                    "pictures": int((of == name).sum()),
+                    "images": int((of == name).sum()),
                     **{k: float(measured[k][of == name].mean()) for k in ("psnr", "ssim", "l1") if k in measured},
                     **_usage(ids[of == name], K),
                 }
@@ -223,7 +223,7 @@ class _Tally:
         return numbers
 
     def told(self) -> list[dict[str, Any]]:
-        """Of each picture that is shown: its origin, how far off it is, and whether it is one of the worst."""
+        """Of each image that is shown: its origin, how far off it is, and whether it is one of the worst."""
         return [
             {
                 "origin": self.done[s.index].origin,
@@ -234,7 +234,7 @@ class _Tally:
         ]
 
 
-def _walk(source: Source, order: np.ndarray, size: tuple[int, int], left_out: Counter[str]) -> Iterator[Picture]:
+def _walk(source: Source, order: np.ndarray, size: tuple[int, int], left_out: Counter[str]) -> Iterator[DrawnImage]:
     for index in order:
         try:
             document = source[int(index)]
@@ -244,14 +244,14 @@ def _walk(source: Source, order: np.ndarray, size: tuple[int, int], left_out: Co
         for part in document.parts:
             if isinstance(part, ImagePart):
                 enlarged = min(have / want for have, want in zip(part.pixels.shape, size, strict=False)) < 1
-                yield Picture(source.name, document.origin, resize(part.pixels, *size), enlarged)
+                yield DrawnImage(source.name, document.origin, resize(part.pixels, *size), enlarged)
 
 
 # ---- distances -------------------------------------------------------------------------------------------------
 
 
 def _measures(size: tuple[int, int]) -> dict[str, Distance]:
-    """The distances that need no weights, as far as pictures of that size have them."""
+    """The distances that need no weights, as far as images of that size have them."""
     found: dict[str, Distance] = {"psnr": metrics.psnr, "mse": metrics.mse, "l1": metrics.l1}
     most = len(metrics.SCALE_WEIGHTS)
     scales = [n for n in range(1, most + 1) if min(size) >= metrics.ms_ssim_side(n)]

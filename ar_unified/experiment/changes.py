@@ -61,7 +61,7 @@ def changeable(*, whole_batch: bool = False, anew: Sequence[str] = ()) -> Change
     """What may change of a stage.
 
     Args:
-        whole_batch: a loss of the image tokenizer looks at all pictures of a microbatch together, so that the number of
+        whole_batch: a loss of the image tokenizer looks at all images of a microbatch together, so that the number of
             microbatches decides its result.
         anew: fields of the fingerprint that say what the stage is made from, where nothing is made from the stage.
     """

@@ -26,7 +26,7 @@ from ar_tokenizers.text import Lossy, ModelType
 from ml_collections import ConfigDict
 
 from ar_unified.data.images import RESIZES
-from ar_unified.data.items import has_pictures
+from ar_unified.data.items import has_images
 from ar_unified.data.packing import Mixture
 from ar_unified.data.prepare import folder_name
 from ar_unified.errors import UserError, about, nearest, outside, several
@@ -39,7 +39,7 @@ from ar_unified.language.grammar import Grammar
 from ar_unified.language.layouts import LAYOUTS
 from ar_unified.manifests import require_same
 from ar_unified.model import config as model_config
-from ar_unified.model.code_vectors import CODE_ROWS
+from ar_unified.model.code_vectors import CODE_EMBEDDING_INITS
 from ar_unified.model.transformer import init, logical_axes
 from ar_unified.parallel import rules, zigzag
 from ar_unified.sampling.engine import KV_DTYPES, ways_of
@@ -62,7 +62,7 @@ CHOICES: dict[str, Collection[str]] = {
     **{f"model.{name}": known for name, known in model_config.CHOICES.items()},
     "training.optimizer": optimizer.CHOICES["optimizer"],
     "training.schedule": optimizer.CHOICES["schedule"],
-    "training.code_rows": CODE_ROWS,
+    "training.code_embedding_init": CODE_EMBEDDING_INITS,
     "sampling.kv_dtype": [name or "" for name in KV_DTYPES],
     "sampling.context": CONTEXTS,
     "sampling.checkpoint": settings.CHECKPOINTS,
@@ -81,7 +81,7 @@ RANGES: dict[str, dict[str, str]] = {  # of the keys that no dataclass asks abou
         ),
     },
     "loss": {"prompt": _NOT_NEGATIVE, "z_loss": _NOT_NEGATIVE, "chunk": _COUNT},
-    "training": {"batch_size": _COUNT, "row_length": _COUNT, "flip_pairs": _SHARE, "drop_condition": _SHARE},
+    "training": {"batch_size": _COUNT, "sequence_length": _COUNT, "flip_pairs": _SHARE, "condition_dropout": _SHARE},
     "sampling": {"batch_size": _COUNT, "max_length": "[2, inf)"},
     "evaluation": {"limit": _COUNT, "tokenizer_probe_steps": _NOT_NEGATIVE},
 }
@@ -131,7 +131,7 @@ def check(config: ConfigDict, stages: Collection[str] = STAGES) -> None:
     """Raises UserError with whatever the config alone says about itself; no file but weights is opened.
 
     Args:
-        stages: of STAGES, those that are to run; further "requests" and "pictures", a person's own. What a setting is
+        stages: of STAGES, those that are to run; further "requests" and "images", a person's own. What a setting is
             by itself is always asked; how those of two stages go together, and which files there are, where both run.
     """
     problems = _Problems()
@@ -143,7 +143,7 @@ def check(config: ConfigDict, stages: Collection[str] = STAGES) -> None:
     for section, intervals in RANGES.items():
         for line in outside(_at(config, section), **intervals):
             problems.add(section, line, intervals)
-    _check_pictures(config, problems, stages)
+    _check_images(config, problems, stages)
     _check_model(config, problems)
     _check_training(config, problems, stages)
     _check_sampling(config, problems, stages)
@@ -157,7 +157,7 @@ def _at(config: ConfigDict, key: str) -> Any:
     return functools.reduce(lambda part, name: part[name], filter(None, key.split(".")), config)
 
 
-def _check_pictures(config: ConfigDict, problems: _Problems, stages: Collection[str]) -> None:
+def _check_images(config: ConfigDict, problems: _Problems, stages: Collection[str]) -> None:
     tokenizer, image = config.image_tokenizer, None
     names = [*tokenizer.keys()]
     if not problems.found_in("image_tokenizer"):
@@ -239,11 +239,11 @@ def _check_training(config: ConfigDict, problems: _Problems, stages: Collection[
             settings.phases(part, {})
         if not problems.found_in("training.accumulation"):
             _check_accumulation("training", config, problems)
-    if "model" in stages and part.row_length < config.data.max_tokens:
+    if "model" in stages and part.sequence_length < config.data.max_tokens:
         problems.say(
-            "training.row_length",
+            "training.sequence_length",
             f"expected at least config.data.max_tokens, {config.data.max_tokens}, for the longest document; "
-            f"found {part.row_length}",
+            f"found {part.sequence_length}",
         )
 
 
@@ -268,7 +268,7 @@ def _check_files(config: ConfigDict, problems: _Problems, stages: Collection[str
     model = config.text_tokenizer.model
     if "text_tokenizer" in stages and model and not Path(model).is_file():
         problems.say("text_tokenizer.model", f"{model}: no such file")
-    if "tokenizer_evaluation" in stages or "pictures" in stages:
+    if "tokenizer_evaluation" in stages or "images" in stages:
         for key, shapes in (("lpips_file", lpips.SHAPES), ("inception_file", inception.SHAPES)):
             if config.evaluation[key]:
                 with problems.of(f"evaluation.{key}"):
@@ -340,8 +340,8 @@ def _check_mesh(experiment: Experiment, mesh: jax.sharding.Mesh, problems: _Prob
     rows = part.batch_size // part.accumulation
     with problems.of("training.batch_size"):
         rules.batch_spec(mesh, (rows, 1, 1), "a microbatch")
-    with problems.of("training.row_length"):
-        zigzag.require_pieces(part.row_length, mesh.shape["context"])
+    with problems.of("training.sequence_length"):
+        zigzag.require_pieces(part.sequence_length, mesh.shape["context"])
     with problems.of("mesh"):
         one = dataclasses.replace(model, n_layers=1)
         shapes = jax.eval_shape(functools.partial(init, one), jax.random.key(0))
@@ -352,7 +352,7 @@ def _check_mesh(experiment: Experiment, mesh: jax.sharding.Mesh, problems: _Prob
         problems.say("model.attention", f"expected 'auto' or 'xla' on this {here.kind}, found {model.attention!r}")
     elif model.attention != "auto":
         with problems.of("model.attention"):
-            shape = (rows, part.row_length, model.n_heads, model.head_dim)
+            shape = (rows, part.sequence_length, model.n_heads, model.head_dim)
             query = jax.ShapeDtypeStruct(shape, model.dtype)
             key = jax.ShapeDtypeStruct((*shape[:2], model.n_kv_heads, model.head_dim), model.dtype)
             backend.choose("ar_unified.kernels.attention", model.attention, query, key)
@@ -377,14 +377,14 @@ def check_sources(experiment: Experiment, stages: Collection[str] = STAGES) -> N
     else:
         _check_mixture(experiment, problems)
     images = config.image_tokenizer.steps > 0 or (experiment.bundle is not None and experiment.bundle.has_images)
-    if "model" in stages and images and any(map(has_pictures, experiment.train)):
+    if "model" in stages and images and any(map(has_images, experiment.train)):
         _check_room(experiment, problems, stages)
     problems.end()
 
 
 def _check_mixture(experiment: Experiment, problems: _Problems) -> None:
     specs = experiment.specs(experiment.config.data.train)
-    for key in ("weight", "picture_weight"):
+    for key in ("weight", "image_weight"):
         for i, spec in enumerate(specs):
             value = spec.get(key, 0.0)
             if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
@@ -403,7 +403,7 @@ def _check_mixture(experiment: Experiment, problems: _Problems) -> None:
 
 
 def _check_room(experiment: Experiment, problems: _Problems, stages: Collection[str]) -> None:
-    """Whether one picture fits into what a document, and a sample, may have."""
+    """Whether one image fits into what a document, and a sample, may have."""
     config = experiment.config
     image = experiment.autoencoder
     height, width = image.grid(*config.data.image_size)
@@ -416,6 +416,6 @@ def _check_room(experiment: Experiment, problems: _Problems, stages: Collection[
             if _at(config, key) < least:
                 problems.say(
                     key,
-                    f"expected at least {least}, for a picture of {height} x {width} codes and {what}; "
+                    f"expected at least {least}, for an image of {height} x {width} codes and {what}; "
                     f"found {_at(config, key)}",
                 )

@@ -65,9 +65,9 @@ def _add_data_and_tokenizers(config: ConfigDict) -> None:
     config.data.train = ()
     config.data.validation = ()  # held out: for the validation loss, and for `evaluate`
     config.data.tests = ConfigDict()  # more held-out sets by name, reported under that name
-    config.data.image_size = (64, 64)  # height and width of pictures; resize="aspect" keeps their area only
+    config.data.image_size = (64, 64)  # height and width of images; resize="aspect" keeps their area only
     config.data.resize = "crop"  # crop: to exactly image_size | aspect: sides are multiples of the factor
-    config.data.layout = "grid"  # grid: one size for all pictures | rows: each says its size (needed by aspect)
+    config.data.layout = "grid"  # grid: one size for all images | rows: each says its size (needed by aspect)
     config.data.max_tokens = 256  # a longer document is cut, one with a question or caption left out (data.cutting)
 
     config.text_tokenizer = ConfigDict()
@@ -89,9 +89,9 @@ def _add_data_and_tokenizers(config: ConfigDict) -> None:
     config.image_tokenizer.batch_size = 64
     config.image_tokenizer.warmup_steps = 50  # at most a tenth of the steps
     config.image_tokenizer.final_fraction = 0.02  # of the peak, at the last step
-    config.image_tokenizer.checkpoint_every = 0  # and validate and show pictures; 0: at each quarter
-    config.image_tokenizer.crop = 0  # train on random crops of this side; 0: on whole pictures of image_size
-    config.image_tokenizer.short_side = 0  # of the pictures that are cropped; 0: 5/4 of the crop
+    config.image_tokenizer.checkpoint_every = 0  # and validate and show images; 0: at each quarter
+    config.image_tokenizer.crop = 0  # train on random crops of this side; 0: on whole images of image_size
+    config.image_tokenizer.short_side = 0  # of the images that are cropped; 0: 5/4 of the crop
     config.image_tokenizer.mirror = False  # half of them left to right
 
 
@@ -110,12 +110,12 @@ def _add_training(config: ConfigDict) -> None:
         | _fields(TransformerTask, ("attention_share",))
     )
     config.training.batch_size = 16  # packed rows per step, over all devices
-    config.training.row_length = 256
-    config.training.code_rows = "random"  # rows of image codes begin random | alike: near for codes that are near
-    config.training.flip_pairs = Phase.flip  # how often a pair is read the other way round
-    config.training.drop_condition = Phase.condition_dropout  # how often a prompt becomes the empty one
+    config.training.sequence_length = 256
+    config.training.code_embedding_init = "random"  # of image codes: random | codebook, near for codes that are near
+    config.training.flip_pairs = Phase.flip_pairs  # how often a pair is read the other way round
+    config.training.condition_dropout = Phase.condition_dropout  # how often a prompt becomes the empty one
     # Later parts of the training that mix otherwise: dicts of `begin` (a share of the steps), and what changes there of
-    # `weights` ({source: share of the rows}), `flip_pairs` and `drop_condition`.
+    # `weights` ({source: share of the rows}), `flip_pairs` and `condition_dropout`.
     config.training.phases = ()
 
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, context=1))  # -1: the devices left over
@@ -134,11 +134,11 @@ def _add_sampling_and_evaluation(config: ConfigDict) -> None:
 
     config.evaluation = ConfigDict()
     config.evaluation.protocol = "exact"  # exact | shapes | easy_vqa: who says what is right
-    config.evaluation.limit = 256  # documents of each kind in each set; pictures of each set, for the tokenizer
+    config.evaluation.limit = 256  # documents of each kind in each set; images of each set, for the tokenizer
     config.evaluation.tokenizer_probe_steps = 0  # of a small transformer on image ids alone (bits per id); 0: none
     config.evaluation.lpips_file = ""  # weights for the tokenizer's LPIPS; "": no such number
     config.evaluation.inception_file = ""  # and for its rFID
-    config.evaluation.bars = ConfigDict()  # by metric, what it should reach: shown in the report
+    config.evaluation.thresholds = ConfigDict()  # by metric, what it should reach: shown in the report
 
 
 def _fields(kind: type, only: Collection[str] = (), without: Collection[str] = (), **changes: Any) -> dict[str, Any]:
@@ -263,7 +263,7 @@ def _of_file(path: str, error: BaseException) -> str:
 
 # ---- keys and types --------------------------------------------------------------------------------------------
 
-_OPEN = ("data.tests", "evaluation.bars")  # whose keys are names that the experiment gives
+_OPEN = ("data.tests", "evaluation.thresholds")  # whose keys are names that the experiment gives
 _PARTIAL = ("loss.roles", "loss.tasks", "mesh", "sampling.text", "sampling.image")  # whose absent keys have defaults
 _ELEMENTS: dict[str, type] = {  # of tuples that are empty by default
     "data.train": ConfigDict,
@@ -392,7 +392,7 @@ def begin_with(config: ConfigDict, folder: str) -> None:
             config[name].update(section)
         except (TypeError, ValueError) as error:  # no bundle of ours has such values
             raise UserError(f"config.{name}: {error}") from error
-    config.training.row_length = max(config.training.row_length, config.data.max_tokens)
+    config.training.sequence_length = max(config.training.sequence_length, config.data.max_tokens)
 
 
 def whole(name: str, value: str | None) -> int:

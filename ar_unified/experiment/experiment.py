@@ -24,7 +24,7 @@ from ar_unified import history, manifests
 from ar_unified.bundle import Bundle
 from ar_unified.checkpoint import restore_params
 from ar_unified.data.images import NoImages, Resize
-from ar_unified.data.items import has_pictures
+from ar_unified.data.items import has_images
 from ar_unified.data.sources import EmptySplit, Source, open_source
 from ar_unified.errors import UserError, about
 from ar_unified.experiment import config as configs
@@ -232,9 +232,9 @@ class Experiment:
 
     @cached_property
     def text_only(self) -> bool:
-        """Whether there are no pictures: no image tokenizer is trained or there, and no source has need of one.
+        """Whether there are no images: no image tokenizer is trained or there, and no source has need of one.
 
-        Raises UserError where a source may have pictures, and none to code them.
+        Raises UserError where a source may have images, and none to code them.
         """
         if self.config.image_tokenizer.steps or (self.workdir.image_tokenizer / "config.json").exists():
             return False
@@ -244,9 +244,9 @@ class Experiment:
         if self.bundle is not None and self.bundle.has_images:
             return False
         sources = [*self.train, *(source for those in self.held_out.values() for source in those)]
-        if pictured := [source.name for source in sources if has_pictures(source)]:
+        if found := [source.name for source in sources if has_images(source)]:
             raise UserError(
-                f"config.image_tokenizer.steps is 0 and none was brought, but {', '.join(pictured)} may have pictures: "
+                f"config.image_tokenizer.steps is 0 and none was brought, but {', '.join(found)} may have images: "
                 "raise the steps, or bring text alone as sources of kind='text'"
             )
         return True
@@ -359,7 +359,7 @@ class Experiment:
     def facts(self) -> dict[str, str]:
         """Short things worth saying at the head of a report."""
         vocabulary, step = self.grammar.vocabulary, self.checkpoint
-        codes = f" + {vocabulary.codebook_size} image codes" if vocabulary.codebook_size else ", no pictures"
+        codes = f" + {vocabulary.codebook_size} image codes" if vocabulary.codebook_size else ", no images"
         best = self.config.sampling.checkpoint == "best"
         facts = {
             "checkpoint": f"step {step}, the {'best on held-out documents' if best else 'last'}",

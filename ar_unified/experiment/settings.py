@@ -26,7 +26,7 @@ from ar_unified.sampling.request import Request
 from ar_unified.training.loop import TrainingConfig
 from ar_unified.training.optimizer import OptimizerConfig
 
-# ---- pictures ---------------------------------------------------------------------------------------------------
+# ---- images ---------------------------------------------------------------------------------------------------
 
 
 def autoencoder(config: ConfigDict) -> AutoencoderConfig:
@@ -49,7 +49,7 @@ def resize(config: ConfigDict) -> Resize:
 
 
 def layout(config: ConfigDict, image: AutoencoderConfig) -> ImageLayout:
-    """How pictures are written. Raises ValueError, naming the key, for settings that do not go together."""
+    """How images are written. Raises ValueError, naming the key, for settings that do not go together."""
     height, width = image.grid(*config.data.image_size)
     kind, aspect = config.data.layout, config.data.resize == "aspect"
     if LAYOUTS[kind].size is None:
@@ -76,7 +76,7 @@ def language(
 
 
 def short_side(config: ConfigDict) -> int:
-    """Of the pictures that the image tokenizer's training crops, in pixels."""
+    """Of the images that the image tokenizer's training crops, in pixels."""
     return config.image_tokenizer.short_side or config.image_tokenizer.crop * 5 // 4
 
 
@@ -126,20 +126,19 @@ def phases(settings: ConfigDict, mixture: Mapping[str, float]) -> list[Phase]:
     Raises UserError, naming the phase, for one that is not between the first and the last step, or changes what there
     is not.
     """
-    found = [Phase(0, mixture, settings.flip_pairs, settings.drop_condition)]
-    names = dict(weights="weights", flip_pairs="flip", drop_condition="condition_dropout")
+    found = [Phase(0, mixture, settings.flip_pairs, settings.condition_dropout)]
+    names = ("weights", "flip_pairs", "condition_dropout")
     for i, change in enumerate(configs.plain(settings.phases)):
         begin = change.pop("begin", None)
-        unknown = sorted(change.keys() - names.keys())
+        unknown = sorted(change.keys() - set(names))
         if unknown or isinstance(begin, bool) or not isinstance(begin, float | int) or not 0 < begin < 1:
             near = nearest(unknown[0], names) if unknown else ""
             raise UserError(
                 f"config.training.phases[{i}]: expected a `begin` between 0 and 1 (of the steps) and "
                 f"any of {', '.join(names)}; found {dict(begin=begin) | change}{near}"
             )
-        changes = {names[key]: value for key, value in change.items()}
         try:
-            found.append(dataclasses.replace(found[-1], from_step=math.ceil(begin * settings.steps), **changes))
+            found.append(dataclasses.replace(found[-1], from_step=math.ceil(begin * settings.steps), **change))
         except (TypeError, ValueError) as error:
             raise UserError(f"config.training.phases[{i}]: {error}") from error
     require_order(found)

@@ -26,7 +26,7 @@ def open_experiment(
 ) -> Experiment:
     """The experiment of a command line, with the other processes of its job, checked for what is to be done.
 
-    stages: of STAGES, those that follow; "requests", "pictures" and "export" for those which need no sources.
+    stages: of STAGES, those that follow; "requests", "images" and "export" for those which need no sources.
     """
     if arguments.config is None:  # of the verbs that can do without
         config = configs.recorded(Path(arguments.workdir) / "config.json", overrides)
@@ -53,7 +53,7 @@ def open_experiment(
             experiment.workdir.await_file(logs / "asked.json", asked)
     check_bundle(experiment, stages)
     check_devices(experiment, stages)
-    if first and not {"requests", "pictures", "export"} & set(stages):
+    if first and not {"requests", "images", "export"} & set(stages):
         check_sources(experiment, stages)
     runtime.barrier("checked", timeout=_ALONE)  # process 0 may have built a dataset
     return experiment

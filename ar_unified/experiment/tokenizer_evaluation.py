@@ -1,8 +1,8 @@
 """The part of `evaluate` that needs no model: what an experiment's image tokenizer is worth.
 
-Scores the pictures of every held-out set, or those of a folder, and leaves beside each other
+Scores the images of every held-out set, or those of a folder, and leaves beside each other
   evaluation.json   {"tokenizer": {set: numbers}} (ar_unified.evaluation.tokenizer)
-  <set>.png         original | reconstruction | difference of a few pictures, a row each
+  <set>.png         original | reconstruction | difference of a few images, a row each
   report.html       the same and the tokenizer's curves on one self-contained page
 """
 
@@ -22,12 +22,12 @@ from ar_unified.data.images import NoImages, decode, to_png
 from ar_unified.data.sources import Source, open_source
 from ar_unified.errors import UserError, about
 from ar_unified.evaluation.report import write_report
-from ar_unified.evaluation.tokenizer import PROTOCOL, NoPictures, Probe, draw_pictures, evaluate_tokenizer
+from ar_unified.evaluation.tokenizer import PROTOCOL, NoReadableImage, Probe, draw_images, evaluate_tokenizer
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.changes import changeable
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.start import by_first_process
-from ar_unified.training.probe import pictures_wanted, train_probe
+from ar_unified.training.probe import images_wanted, train_probe
 from ar_unified.workdir import read_json, write_bytes, write_json
 
 
@@ -57,13 +57,13 @@ def evaluate_held_out(experiment: Experiment) -> None:
 
 
 @by_first_process
-def evaluate_folder(experiment: Experiment, pictures: str, crop: int | None = None, links: bool = False) -> None:
-    """The picture files of a folder in place of the held-out sets, into a folder of their own; every time anew.
+def evaluate_folder(experiment: Experiment, images: str, crop: int | None = None, links: bool = False) -> None:
+    """The image files of a folder in place of the held-out sets, into a folder of their own; every time anew.
 
     crop: side of the square crops in pixels; None: config.data.image_size. links: as of a source.
     """
-    with about("--pictures"):
-        source = open_source(dict(kind="pictures", path=pictures, links=links))
+    with about("--images"):
+        source = open_source(dict(kind="images", path=images, links=links))
     size = (crop, crop) if crop else experiment.config.data.image_size
     with about("--crop"):
         _tokenizer(experiment).config.grid(*size)
@@ -93,7 +93,7 @@ def _score(
     for name, sources in sets.items():
         try:
             most = min(config.evaluation.limit, sum(map(len, sources)))
-            with progress.bar(most, "pictures", f"tokenizer on {name}") as bar:
+            with progress.bar(most, "images", f"tokenizer on {name}") as bar:
                 results[name], sheets[name] = evaluate_tokenizer(
                     tokenizer,
                     sources,
@@ -104,7 +104,7 @@ def _score(
                     progress=bar.update,
                     **networks,
                 )
-        except NoPictures as error:
+        except NoReadableImage as error:
             experiment.say(f"{name}: {error}")
             continue
         write_bytes(folder / f"{name}.png", to_png(sheets[name]))
@@ -145,20 +145,20 @@ def _networks(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _probe(experiment: Experiment, size: tuple[int, int]) -> Probe | None:
-    """Trained on the ids of the experiment's training pictures; None where the config asks for none."""
+    """Trained on the ids of the experiment's training images; None where the config asks for none."""
     config, tokenizer = experiment.config, _tokenizer(experiment)
     steps = config.evaluation.tokenizer_probe_steps
     if not steps:
         return None
     height, width = tokenizer.config.grid(*size)
-    wanted = pictures_wanted(steps, height * width)
-    drawn = draw_pictures(experiment.train, size, wanted, config.seed)
+    wanted = images_wanted(steps, height * width)
+    drawn = draw_images(experiment.train, size, wanted, config.seed)
     ids = []
-    with progress.bar(wanted, "pictures", "ids for the probe") as bar:
+    with progress.bar(wanted, "images", "ids for the probe") as bar:
         while batch := list(itertools.islice(drawn, tokenizer.batch_size)):
-            ids.append(tokenizer.encode(np.stack([picture.pixels for picture in batch])))
+            ids.append(tokenizer.encode(np.stack([image.pixels for image in batch])))
             bar.update(len(batch))
-    experiment.say(f"probe: {steps} steps on the ids of {sum(map(len, ids))} training pictures")
+    experiment.say(f"probe: {steps} steps on the ids of {sum(map(len, ids))} training images")
     return train_probe(np.concatenate(ids), tokenizer.codebook_size, steps=steps, seed=config.seed)
 
 
@@ -169,7 +169,7 @@ def _line(name: str, numbers: Mapping[str, Any]) -> str:
         f"{numbers['usage']:.1%} of {numbers['codebook_size']} codes used, entropy {numbers['entropy_bits']:.2f} bits"
     ]
     said += [f"{numbers['probe']['bits_per_id']:.2f} bits per id under the probe"] if "probe" in numbers else []
-    return f"{name}, {numbers['pictures']} pictures: {', '.join(said)}"
+    return f"{name}, {numbers['images']} images: {', '.join(said)}"
 
 
 def _facts(experiment: Experiment) -> dict[str, str]:

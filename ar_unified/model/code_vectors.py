@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 Params = dict[str, Any]
-CODE_ROWS = ("random", "alike")  # where they may begin
+CODE_EMBEDDING_INITS = ("random", "codebook")  # how they may begin
 
 
-def begin_alike(params: Params, vectors: jax.Array, offset: int, key: jax.Array) -> Params:
+def init_from_codebook(params: Params, vectors: jax.Array, offset: int, key: jax.Array) -> Params:
     """`transformer.init`'s parameters with other rows offset ... offset + K - 1 in "embedding" and, untied, in "head".
 
     Both get the same features, as large as init would have made them. Jittable.

@@ -39,7 +39,7 @@ def require_pieces(length: int, ways: int) -> None:
     if ways > 1 and length % (2 * ways):
         raise ValueError(
             f"rows of {length} tokens do not split into the 2 x context = {2 * ways} equal pieces that "
-            f"context={ways} devices hold: choose a row length that is a multiple of {2 * ways}"
+            f"context={ways} devices hold: choose a sequence length that is a multiple of {2 * ways}"
         )
 
 

@@ -6,7 +6,7 @@ collectives.py  what the compiled module sends: kind, bytes, group, how often
 memory.py       where a device's memory goes
 roofline.py     how long a step takes at least, and how far it scales
 advice.py       what would make a program fit that does not
-report.py       all of it as text, JSON and a page with a picture
+report.py       all of it as text, JSON and a page with an image
 
 It stands on training, sampling, model and parallel; cli alone imports it.
 """

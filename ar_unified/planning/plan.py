@@ -107,10 +107,10 @@ def _batch(run: Run, job: str) -> dict[str, Any]:
     if job == "train":
         return {
             "rows": run.batch_size,
-            "row_length": run.row_length,
+            "sequence_length": run.sequence_length,
             "accumulation": run.accumulation,
             "loss_chunk": run.loss_chunk,
-            "document": min(run.document, run.row_length),
+            "document": min(run.document, run.sequence_length),
         }
     return {
         "requests": run.requests,

@@ -39,7 +39,7 @@ class Run:
     Attributes:
       model, vocabulary, layout: what is trained and sampled.
       mesh: sizes by axis, one of which may be -1.
-      batch_size, row_length, accumulation: packed rows of a step, over all devices; tokens of each; microbatches.
+      batch_size, sequence_length, accumulation: packed rows of a step, over all devices; tokens of each; microbatches.
       loss_chunk: positions whose logits a device holds at one time.
       document: tokens of the longest document, for the FLOPs of attention.
       optimizer, steps: of the training.
@@ -52,7 +52,7 @@ class Run:
     layout: ImageLayout
     mesh: Mapping[str, int]
     batch_size: int
-    row_length: int
+    sequence_length: int
     accumulation: int = 1
     loss_chunk: int = 1024
     document: int = 1024
@@ -178,7 +178,7 @@ def train_program(run: Run, mesh: Mesh) -> Program:
     step = make_train_step(
         task, tx, mesh, seed=0, clip_norm=run.optimizer.clip_norm, accumulation=run.accumulation
     )  # fmt: skip
-    shapes = PackedBatch.shapes(run.batch_size, run.row_length)
+    shapes = PackedBatch.shapes(run.batch_size, run.sequence_length)
     batch = on_mesh(shapes, batch_shardings(mesh, shapes))
     arguments = {"parameters": state.params, "optimizer": (state.step, state.optimizer), "batch": batch}
     return Program("train", mesh, arguments, lambda: step.trace(state, batch))
@@ -192,7 +192,7 @@ def saved_for_backward(run: Run, mesh: Mesh) -> int:
     """
     task = make_task(run)
     rows = run.batch_size // run.accumulation
-    batch = PackedBatch.shapes(rows, run.row_length)
+    batch = PackedBatch.shapes(rows, run.sequence_length)
     params = jax.eval_shape(task.init, jax.random.key(0))
 
     def residuals(params: Any, batch: Any) -> Any:
@@ -204,7 +204,9 @@ def saved_for_backward(run: Run, mesh: Mesh) -> int:
     # A residual without the rows' axis is a parameter, cast or not, which lies elsewhere.
     per_row = [x for x in kept if (x.shape, x.dtype) not in known and x.size % rows == 0 and rows in x.shape]
     c = run.model
-    there = c.n_layers * rows * run.row_length * c.d_model * jnp.dtype(c.dtype).itemsize if c.remat == "offload" else 0
+    there = (
+        c.n_layers * rows * run.sequence_length * c.d_model * jnp.dtype(c.dtype).itemsize if c.remat == "offload" else 0
+    )
     return (sum(x.size * x.dtype.itemsize for x in per_row) - there) // ways
 
 

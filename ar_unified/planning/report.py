@@ -100,11 +100,11 @@ def _program(program: dict[str, Any], plan: PlanReport) -> list[str]:
 
 def _scaling(scaling: dict[str, Any]) -> str:
     if scaling["largest"] == 0:
-        return f"not bound by products here: {scaling['breaks']}"
+        return f"not bound by matmuls here: {scaling['breaks']}"
     reach = (
         "any number of slices" if scaling["largest"] is None else f"{scaling['largest']:,} chips"
     ) + f" (a slice has at most {scaling['per_slice']:,})"
-    return f"bound by products up to {reach}; first to break: {scaling['breaks']}"
+    return f"bound by matmuls up to {reach}; first to break: {scaling['breaks']}"
 
 
 def _refused(refused: dict[str, Any]) -> list[str]:

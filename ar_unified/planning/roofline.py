@@ -1,12 +1,12 @@
 """How long a step takes at least: four resources, what a step asks of each, and data-sheet rates. An estimate.
 
-  products   matrix FLOPs that run (recomputation included) / bf16 peak
-  memory     weights, operands of products, optimizer state / HBM bandwidth
+  matmuls   matrix FLOPs that run (recomputation included) / bf16 peak
+  memory     weights, operands of matmuls, optimizer state / HBM bandwidth
   ICI        bytes sent inside a slice / the links that the group of each collective can use
   DCN        bytes sent between slices / a device's share of its host's network
 
 If everything overlapped, the step would take as long as the slowest of the four; if nothing did, as long as all of
-them, with products at ATTAINABLE of their peak. The truth lies between, and nothing here was timed: latency, small
+them, with matmuls at ATTAINABLE of their peak. The truth lies between, and nothing here was timed: latency, small
 kernels, the host and stragglers are left out, and count more the smaller the step.
 
 B batch, T position, D model, N query heads, K KV heads, H head dim, F MLP, L layers, V vocabulary.
@@ -26,15 +26,15 @@ from ar_unified.parallel.hardware import Hardware
 from ar_unified.planning.collectives import Collective
 from ar_unified.planning.programs import Program, Run, local_bytes, make_task
 
-ATTAINABLE = 0.7  # of peak, in large products: the best training runs published for v5p reach 65 to 69% MFU
+ATTAINABLE = 0.7  # of peak, in large matmuls: the best training runs published for v5p reach 65 to 69% MFU
 _NEWTON_SCHULZ = 5  # optax's muon, ns_steps
 ASSUMPTIONS = (
     "rates are the data sheet's, one direction; nothing was timed",
-    f"fastest: products at peak, all overlapped; slowest: products at {ATTAINABLE:.0%} of peak, nothing overlapped",
+    f"fastest: matmuls at peak, all overlapped; slowest: matmuls at {ATTAINABLE:.0%} of peak, nothing overlapped",
     "documents are as long as data.max_tokens or the row, whichever is less; rows are full",
-    "products include what is computed again: layers by remat, logits by the chunked loss, scores by attention's "
+    "matmuls include what is computed again: layers by remat, logits by the chunked loss, scores by attention's "
     "backward; and Muon's iterations, spread over all devices",
-    "memory traffic: every product reads and writes its operands once, gathered weights are written and read once a "
+    "memory traffic: every matmul reads and writes its operands once, gathered weights are written and read once a "
     "pass, the optimizer reads and writes its state once; what remat=offload sends to the host and back is not timed",
     "a collective sends by the ring algorithm over every link its group can use: both directions of an axis that is a "
     "closed ring, one of an axis that is not; collectives do not share links with each other",
@@ -46,7 +46,7 @@ class Roofline(NamedTuple):
     """Seconds of one step (of one token of each row, for decode), by resource, and what they come from.
 
     Attributes:
-      seconds: by resource: "products", "memory", "ICI", "DCN".
+      seconds: by resource: "matmuls", "memory", "ICI", "DCN".
       model_flops: of all devices, as MFU counts them; `executed` with recomputation.
       open_ici: seconds on ICI if no axis of the network were closed to a ring.
       sent: bytes a device sends, by network.
@@ -67,8 +67,8 @@ class Roofline(NamedTuple):
 
     @property
     def slowest(self) -> float:
-        products = self.seconds["products"] / ATTAINABLE
-        return products + sum(s for name, s in self.seconds.items() if name != "products")
+        matmuls = self.seconds["matmuls"] / ATTAINABLE
+        return matmuls + sum(s for name, s in self.seconds.items() if name != "matmuls")
 
     @property
     def bound(self) -> str:
@@ -130,7 +130,7 @@ def roofline(program: Program, run: Run, hardware: Hardware, found: Sequence[Col
     work = {"train": _train, "prefill": _prefill, "decode": _decode}[program.name](run, program)
     peak = hardware.flops * mesh.size
     seconds = {
-        "products": work.executed / peak,
+        "matmuls": work.executed / peak,
         "memory": work.moved / hardware.hbm_bandwidth,
         "ICI": sum(move.seconds_ici for move in moves),
         "DCN": sum(move.seconds_dcn for move in moves),
@@ -150,25 +150,25 @@ class _Work(NamedTuple):
 
 
 def _operands(run: Run, tensor: int) -> float:
-    """Bytes that the products of all layers read and write for a token, in the compute dtype, on a device."""
+    """Bytes that the matmuls of all layers read and write for a token, in the compute dtype, on a device."""
     c = run.model
     split = 2 * (c.n_heads * 2 + 2 * c.n_kv_heads) * c.head_dim + 4 * c.d_mlp
     return float(jnp.dtype(c.dtype).itemsize * c.n_layers * (7 * c.d_model + split / tensor))
 
 
 def _train(run: Run, program: Program) -> _Work:
-    c, mesh, tokens = run.model, program.mesh, float(run.batch_size * run.row_length)
-    document = min(run.document, run.row_length)
+    c, mesh, tokens = run.model, program.mesh, float(run.batch_size * run.sequence_length)
+    document = min(run.document, run.sequence_length)
     attended = tokens * (document + 1) / 2
     layers, head = matmul_parameters(run.model)
     model = make_task(run).flops({"tokens": tokens, "attended": attended})
-    attention = 2.0 * c.n_layers * c.n_heads * c.head_dim * attended  # one product of scores or of values
+    attention = 2.0 * c.n_layers * c.n_heads * c.head_dim * attended  # one matmul of scores or of values
     forward_again = c.remat in ("full", "offload")
     again = 2.0 * layers * tokens if forward_again else 0.0
     scores = 3.0 + (0.0 if c.remat == "none" else 2.0)  # the backward kernels make scores twice and dP twice
     executed = model + again + 2.0 * head * tokens + scores * attention + _orthogonal(run)
     # Per device from here on.
-    passes = 4 if forward_again else 3  # forward, perhaps again, and two products of backward
+    passes = 4 if forward_again else 3  # forward, perhaps again, and two matmuls of backward
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
     tensor = mesh.shape["tensor"]
     width = jnp.dtype(c.dtype).itemsize  # of the weights that travel: written by the gather, and read

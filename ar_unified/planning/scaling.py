@@ -1,4 +1,4 @@
-"""Weak scaling on paper: the batch of a device stays, the slice grows. How far is a step bound by products?
+"""Weak scaling on paper: the batch of a device stays, the slice grows. How far is a step bound by matmuls?
 
 What a device computes and reads stays the same, and so does what it sends over fsdp, tensor and context; over data it
 sends (n - 1) / n of its gradients, twice, which hardly grows. In a larger slice a group may lie on axes that it does
@@ -20,10 +20,10 @@ CRITICAL_TOKENS = 16e6  # tokens a step; the largest batch of a published dense 
 class Scaling(NamedTuple):
     """
     Attributes:
-      largest: chips up to which products bound the step; 0: not even here; None: any number of slices.
+      largest: chips up to which matmuls bound the step; 0: not even here; None: any number of slices.
       per_slice: chips of the largest slice there is.
       breaks: what comes first beyond it, or on the way there, in words.
-      tokens_needed: tokens a chip at which products would take as long as the slowest other resource does now.
+      tokens_needed: tokens a chip at which matmuls would take as long as the slowest other resource does now.
     """
 
     largest: int | None
@@ -36,23 +36,23 @@ def scaling(program: Program, run: Run, target: Target, estimate: Roofline) -> S
     """For the train step. Growth is by `data`; fsdp, tensor and context stay as they are."""
     hardware, mesh = target.hardware, program.mesh
     seconds, per_slice = estimate.seconds, target.hardware.largest
-    products, per_chip = seconds["products"], estimate.tokens / mesh.size
-    needed = per_chip * max(seconds["ICI"], seconds["DCN"], seconds["memory"]) / products
-    if (worst := estimate.bound) != "products":
+    matmuls, per_chip = seconds["matmuls"], estimate.tokens / mesh.size
+    needed = per_chip * max(seconds["ICI"], seconds["DCN"], seconds["memory"]) / matmuls
+    if (worst := estimate.bound) != "matmuls":
         breaks = (
-            f"{worst} takes {seconds[worst] / products:.2f} x the products: {needed:,.0f} tokens a chip would balance"
+            f"{worst} takes {seconds[worst] / matmuls:.2f} x the matmuls: {needed:,.0f} tokens a chip would balance"
         )
         return Scaling(0, per_slice, breaks, needed)
 
-    if estimate.open_ici > products:
-        breaks = f"ICI: where groups close no rings it takes {estimate.open_ici / products:.2f} x the products"
+    if estimate.open_ici > matmuls:
+        breaks = f"ICI: where groups close no rings it takes {estimate.open_ici / matmuls:.2f} x the matmuls"
         return Scaling(mesh.size, per_slice, breaks, needed)
 
     # A device's shard of gradients (float32) crosses between slices: 2 (s - 1) / s of it, sent in parts by all the
     # devices of a slice that hold it.
     inner = mesh.shape["fsdp"] * mesh.shape["tensor"] * mesh.shape["context"]
     shard = local_bytes(program.arguments["parameters"]) / max(per_slice // inner, 1)
-    share = products * hardware.dcn / (2 * shard)  # what (s - 1) / s may be at most
+    share = matmuls * hardware.dcn / (2 * shard)  # what (s - 1) / s may be at most
     slices = None if share >= 1 else max(int(1 / (1 - share)), 1)
     largest = None if slices is None else slices * per_slice
     batch_chips = int(CRITICAL_TOKENS / per_chip)
@@ -65,6 +65,6 @@ def scaling(program: Program, run: Run, target: Target, estimate: Roofline) -> S
         beyond = slices + 1 if slices else 2
         breaks = (
             f"DCN: {beyond} slices of {per_slice:,} chips would send {2 * shard * (beyond - 1) / beyond / 1e6:,.0f} MB "
-            f"of gradients a device, {(beyond - 1) / beyond / share:.2f} x the time of the products"
+            f"of gradients a device, {(beyond - 1) / beyond / share:.2f} x the time of the matmuls"
         )
     return Scaling(largest, per_slice, breaks, needed)

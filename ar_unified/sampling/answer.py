@@ -29,8 +29,8 @@ def finished(grammar: Grammar, plan: Plan, index: int, tokens: np.ndarray, broke
     # Ended by the budget: something more was allowed, but nothing of that kind would have fitted.
     left = plan.budget - len(tokens)
     if request.mode == "image":
-        pictures = sum(not isinstance(part, TextPart) for part in document.parts)
-        cut = pictures < request.images[1] and left < plan.smallest
+        images = sum(not isinstance(part, TextPart) for part in document.parts)
+        cut = images < request.images[1] and left < plan.smallest
     else:
         cut = left == 0
     return Sample(request, index, tokens, document, "length" if cut else "eos")
@@ -76,7 +76,7 @@ def _document(grammar: Grammar, plan: Plan, tokens: np.ndarray) -> Document:
 
 
 def _first_stop(grammar: Grammar, plan: Plan, tokens: np.ndarray) -> tuple[int, Stop] | None:
-    """(n, stop) of the stop that is said first: the first n tokens say it, and no fewer do. A picture interrupts."""
+    """(n, stop) of the stop that is said first: the first n tokens say it, and no fewer do. An image interrupts."""
     stops = plan.request.stop
     before = np.append(plan.prompt[:1], plan.prompt[grammar.breaks_off(plan.prompt).begin :])
     for run in grammar.texts(np.concatenate([before, tokens])):

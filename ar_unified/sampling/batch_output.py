@@ -5,8 +5,8 @@
                          says why: {"error": {"message", "type", "param", "code"}}
 
 Every line of the batch is in one of them, in the batch's order. The body is a chat completion, or an answer of
-/v1/images/generations. A chat answer with pictures has as content a list of parts in reading order, {"type": "text"}
-and {"type": "image_url"}, its pictures PNG in data: URLs; so it can stand in a later conversation as it is. Both files
+/v1/images/generations. A chat answer with images has as content a list of parts in reading order, {"type": "text"}
+and {"type": "image_url"}, its images PNG in data: URLs; so it can stand in a later conversation as it is. Both files
 follow from the requests and samples.jsonl alone: ids are hashes, and "created" is always 0.
 """
 
@@ -109,7 +109,7 @@ def _body(folder: Path, line: Line, rows: Iterable[dict[str, Any]], weights: str
 
 
 def _content(folder: Path, segments: Sequence[Mapping[str, Any]]) -> str | list[dict[str, Any]]:
-    """A text, or parts where there are pictures."""
+    """A text, or parts where there are images."""
     if all(part["type"] == "text" for part in segments):
         return "".join(part["text"] for part in segments)
     parts: list[dict[str, Any]] = []
@@ -123,19 +123,19 @@ def _content(folder: Path, segments: Sequence[Mapping[str, Any]]) -> str | list[
 
 
 def _images(folder: Path, rows: Sequence[Mapping[str, Any]], prompt: int, drawn: int) -> dict[str, Any]:
-    pictures = [part for row in rows for part in row["segments"] if part["type"] == "image"]
-    if not pictures:
-        raise _Failed(500, "none of its samples has a picture")
-    sizes = {f"{part['width']}x{part['height']}" for part in pictures}
+    images = [part for row in rows for part in row["segments"] if part["type"] == "image"]
+    if not images:
+        raise _Failed(500, "none of its samples has an image")
+    sizes = {f"{part['width']}x{part['height']}" for part in images}
     usage = {"input_tokens": prompt, "output_tokens": drawn, "total_tokens": prompt + drawn}
     return {
         "created": 0,
-        "data": [{"b64_json": _base64(folder / part["image"])} for part in pictures],
+        "data": [{"b64_json": _base64(folder / part["image"])} for part in images],
         "output_format": "png",
         **({"size": sizes.pop()} if len(sizes) == 1 else {}),
         "usage": usage | {"input_tokens_details": {"text_tokens": prompt, "image_tokens": 0}},
     }
 
 
-def _base64(picture: Path) -> str:
-    return base64.b64encode(picture.read_bytes()).decode()
+def _base64(image: Path) -> str:
+    return base64.b64encode(image.read_bytes()).decode()

@@ -1,13 +1,13 @@
 """A job's samples as the files that benchmarks of text-to-image models read.
 
     geneval         00000/metadata.jsonl, 00000/samples/0000.png        djghosh13/geneval, evaluate_images.py
-    dpg             ID.png, a request's pictures as one 2 x 2 grid      TencentQQGYLab/ELLA, compute_dpg_bench.py
+    dpg             ID.png, a request's images as one 2 x 2 grid        TencentQQGYLab/ELLA, compute_dpg_bench.py
     t2i_compbench   samples/PROMPT_000000.png                           Karine-Huang/T2I-CompBench, BLIP_vqa.py
     mjhq            CATEGORY/ID.png                                     MJHQ-30K, whose FID compares folders
     folder          ID_00_00.png and metadata.jsonl                     Hugging Face's `imagefolder`; FID on any set
 
-A sample's picture is its first; `folder` has all. Files that are links to the job's own take no room. A running job may
-be exported, too, and again when there is more: a picture has the same name each time.
+A sample's image is its first; `folder` has all. Files that are links to the job's own take no room. A running job may
+be exported, too, and again when there is more: an image has the same name each time.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ExportError(UserError):
 
 @dataclass(frozen=True)
 class _Asked:
-    """A request of a job: its name, which is its id where that can be a file's name, its line, and the first picture
+    """A request of a job: its name, which is its id where that can be a file's name, its line, and the first image
     of each of its samples that is there, by sample."""
 
     id: str
@@ -43,7 +43,7 @@ class _Asked:
     n: int
     prompt: str
     meta: Mapping[str, Any]
-    pictures: dict[int, Path] = field(default_factory=dict)
+    images: dict[int, Path] = field(default_factory=dict)
 
 
 @dataclass
@@ -51,11 +51,11 @@ class ExportReport:
     """What was written where, and why requests were left out, by id."""
 
     folder: Path
-    pictures: int = 0
+    images: int = 0
     left_out: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"{self.folder}: {self.pictures} pictures, {len(self.left_out)} requests left out"]
+        lines = [f"{self.folder}: {self.images} images, {len(self.left_out)} requests left out"]
         lines += [f"  {id}: {why}" for id, why in list(self.left_out.items())[:5]]
         return "\n".join(lines + ["  ..."] * (len(self.left_out) > 5))
 
@@ -76,7 +76,7 @@ def export(job: str | Path, benchmark: str, folder: str | Path) -> ExportReport:
 
 
 def _asked(job: Path, report: ExportReport) -> Iterator[_Asked]:
-    """The requests with a picture, in order."""
+    """The requests with an image, in order."""
     requests: dict[int, _Asked] = {}
     for row in read(job):
         prompt = " ".join(part["text"] for part in row["prompt"] if part["type"] == "text")
@@ -87,18 +87,18 @@ def _asked(job: Path, report: ExportReport) -> Iterator[_Asked]:
             continue
         images = [part["image"] for part in row["segments"] if part["type"] == "image"]
         if images:
-            asked.pictures[row["sample"]] = job / images[0]
+            asked.images[row["sample"]] = job / images[0]
     for _, asked in sorted(requests.items()):
-        if asked.pictures:
+        if asked.images:
             yield asked
         else:
-            report.left_out.setdefault(asked.id, "none of its samples has a picture")
+            report.left_out.setdefault(asked.id, "none of its samples has an image")
 
 
 def _put(source: Path, target: Path, report: ExportReport) -> None:
     """The file under another name: a link where the file system has them, else a copy."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    report.pictures += 1
+    report.images += 1
     if target.exists() and os.path.samefile(source, target):
         return
     target.unlink(missing_ok=True)
@@ -122,41 +122,41 @@ def _geneval(job: Path, report: ExportReport) -> None:
             )
         folder = report.folder / f"{asked.line - 1:05d}"
         write_text(folder / "metadata.jsonl", json.dumps(asked.meta) + "\n")
-        for sample, picture in asked.pictures.items():
-            _put(picture, folder / "samples" / f"{sample:04d}.png", report)
+        for sample, image in asked.images.items():
+            _put(image, folder / "samples" / f"{sample:04d}.png", report)
 
 
 def _dpg(job: Path, report: ExportReport) -> None:
     """A grid for each request that is complete: rows of two, all of one size (the evaluator's --resolution)."""
     for asked in _asked(job, report):
-        if len(asked.pictures) < asked.n:
-            report.left_out[asked.id] = f"{len(asked.pictures)} of {asked.n} samples have a picture so far"
+        if len(asked.images) < asked.n:
+            report.left_out[asked.id] = f"{len(asked.images)} of {asked.n} samples have an image so far"
             continue
         if asked.n > 4 or "." in asked.id:
             raise ExportError(f"request {asked.id}: dpg takes at most 4 samples (n), and ids without a dot")
-        pictures = [Image.open(asked.pictures[i]) for i in range(asked.n)]
-        if len({picture.size for picture in pictures}) > 1 or pictures[0].width != pictures[0].height:
-            raise ExportError(f"request {asked.id}: dpg takes square pictures of one size: set image_size")
-        side = pictures[0].width
+        images = [Image.open(asked.images[i]) for i in range(asked.n)]
+        if len({image.size for image in images}) > 1 or images[0].width != images[0].height:
+            raise ExportError(f"request {asked.id}: dpg takes square images of one size: set image_size")
+        side = images[0].width
         grid = Image.new("RGB", (side * min(asked.n, 2), side * (1 + (asked.n > 2))))
-        for i, picture in enumerate(pictures):
-            grid.paste(picture, (i % 2 * side, i // 2 * side))
-        unfinished = report.folder.with_name(f".{report.folder.name}.{asked.id}.png")  # the folder holds pictures only
+        for i, image in enumerate(images):
+            grid.paste(image, (i % 2 * side, i // 2 * side))
+        unfinished = report.folder.with_name(f".{report.folder.name}.{asked.id}.png")  # the folder holds images only
         grid.save(unfinished)
         os.replace(unfinished, report.folder / f"{asked.id}.png")
-        report.pictures += asked.n
+        report.images += asked.n
 
 
 def _t2i_compbench(job: Path, report: ExportReport) -> None:
-    """The prompt ends at the first "_" of the name; the number behind the last orders the pictures."""
+    """The prompt ends at the first "_" of the name; the number behind the last orders the images."""
     for asked in _asked(job, report):
         name = f"{asked.prompt}_000000.png"
         if re.search(r"[_/\0]", asked.prompt) or len(name.encode()) > _NAME_BYTES:
             report.left_out[asked.id] = "its prompt cannot be a file's name: it has a _ or /, or is too long"
             continue
-        for sample, picture in asked.pictures.items():
+        for sample, image in asked.images.items():
             number = (asked.line - 1) * asked.n + sample
-            _put(picture, report.folder / "samples" / f"{asked.prompt}_{number:06d}.png", report)
+            _put(image, report.folder / "samples" / f"{asked.prompt}_{number:06d}.png", report)
 
 
 def _mjhq(job: Path, report: ExportReport) -> None:
@@ -167,7 +167,7 @@ def _mjhq(job: Path, report: ExportReport) -> None:
                 f"request {asked.id}: mjhq needs its category in meta, found {category!r:.40}: "
                 "give meta_data.json as the requests"
             )
-        _put(asked.pictures[min(asked.pictures)], report.folder / category / f"{asked.id}.png", report)
+        _put(asked.images[min(asked.images)], report.folder / category / f"{asked.id}.png", report)
 
 
 def _folder(job: Path, report: ExportReport) -> None:
@@ -179,12 +179,12 @@ def _folder(job: Path, report: ExportReport) -> None:
         text = " ".join(part["text"] for part in row["prompt"] if part["type"] == "text")
         images = [job / part["image"] for part in row["segments"] if part["type"] == "image"]
         if not images:
-            report.left_out[row["id"]] = f"sample {row['sample']} has no picture"
+            report.left_out[row["id"]] = f"sample {row['sample']} has no image"
         facts = {"text": text, "id": row["id"], "sample": row["sample"], "seed": row["seed"]}
-        names = [f"{row.get('name', row['id'])}_{picture.name}" for picture in images]
+        names = [f"{row.get('name', row['id'])}_{image.name}" for image in images]
         lines[row["line"], row["sample"]] = [{"file_name": name} | facts for name in names]
-        for name, picture in zip(names, images, strict=True):
-            _put(picture, report.folder / name, report)
+        for name, image in zip(names, images, strict=True):
+            _put(image, report.folder / name, report)
     ordered = [line for _, lines in sorted(lines.items()) for line in lines]
     write_text(
         report.folder / "metadata.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in ordered)

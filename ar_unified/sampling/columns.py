@@ -133,7 +133,7 @@ def _swapped(a: str, b: str) -> bool:
 
 
 class Names:
-    """The name that each id gives a folder of pictures: the id itself wherever it can be one on every file system.
+    """The name that each id gives a folder of images: the id itself wherever it can be one on every file system.
 
     Otherwise its letters and digits and a hash of it. The same requests in the same order have the same names.
     """

@@ -6,7 +6,7 @@ its slot, or when it came to it. For each pool three programs are compiled, and 
 temperature, guidance, size, seed and budget are arrays.
 
 The host is one chunk behind: it sends chunk k + 1 on its way before it reads chunk k. Where it knows how many tokens a
-sample takes, as of pictures of a given size, it needs not read to know when a slot is free: the chunk ends there and
+sample takes, as of images of a given size, it needs not read to know when a slot is free: the chunk ends there and
 the next sample starts at once.
 """
 

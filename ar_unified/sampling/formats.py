@@ -3,13 +3,13 @@
     *.jsonl   a line is a request of ours, a plain {"prompt"}, a line of an OpenAI batch, or one of GenEval's metadata
     *.txt     a line is a prompt; so are T2I-CompBench's files
     *.tsv, *.csv, *.parquet   a row is a request (`sampling.tables`): PartiPrompts.tsv, DiffusionDB's metadata
-    *.tar     WebDataset: key.txt is a prompt, key.json a request, key.png, key.jpg, ... pictures in front of the prompt
+    *.tar     WebDataset: key.txt is a prompt, key.json a request, key.png, key.jpg, ... images in front of the prompt
     *.json    an object of requests by id (MJHQ-30K's meta_data.json), or a list of them; a text alone is a prompt
     a folder  of ID.txt, a prompt each (DPG-Bench's prompts)
 
 What cannot be read becomes a row with an error, and the rows behind it are read all the same. What is no prompt never
 becomes one: the header of a table, other members of a tar, README and LICENSE files, hidden files and what macOS puts
-into archives (__MACOSX, ._*). Text is UTF-8 (`data.encoding`). Pictures are named by the rows and read later: files
+into archives (__MACOSX, ._*). Text is UTF-8 (`data.encoding`). Images are named by the rows and read later: files
 under the folder of the requests (`data.files`), members of the tar, or data: URLs. Nothing is fetched.
 """
 
@@ -33,7 +33,7 @@ from ar_unified.sampling import tables
 from ar_unified.sampling.request import RequestError
 
 _MOST_TEXT = 1 << 24  # bytes of a prompt's file
-_PICTURES = tuple(suffix[1:] for suffix in SUFFIXES)
+_IMAGES = tuple(suffix[1:] for suffix in SUFFIXES)
 _PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 _TEXTS = (".txt", ".jsonl", ".csv", ".tsv")  # in these a zero byte is an error of its line
 _GENEVAL = {"tag", "include", "prompt"}
@@ -48,7 +48,7 @@ class Row:
     Attributes:
         number: from 1; the line, where the file has lines.
         data: what the request says, with the keys of our JSONL. error: why there is no data, or "".
-        load: the bytes of a picture by the name that the row gives it; raises RequestError, FileError or OSError.
+        load: the bytes of an image by the name that the row gives it; raises RequestError, FileError or OSError.
         foreign: it was written for others (a table, a shard's metadata), not as a request.
     """
 
@@ -67,7 +67,7 @@ def read_rows(path: str | Path, leave: Left = lambda kind: None, links: bool = F
 
     The format is that of the name's suffix; without one that is known, lines beginning with "{" are JSONL. `leave` is
     told what is there and is no prompt: "README.txt", "members .cls". `links`: whether links that lead out of the
-    requests' folder are followed, to pictures and to prompts in a folder.
+    requests' folder are followed, to images and to prompts in a folder.
     """
     path = Path(path)
     suffix, folder = path.suffix.lower(), Folder(path if path.is_dir() else path.parent, links)
@@ -293,20 +293,20 @@ def _key(name: str) -> tuple[str, str]:
 
 
 def _useful(name: str) -> bool:
-    """Whether a member of a tar is a prompt, a request or a picture."""
+    """Whether a member of a tar is a prompt, a request or an image."""
     extension = _key(name)[1]
-    picture = extension.rpartition(".")[2] in _PICTURES
-    return (extension in ("txt", "json") or picture) and not _ABOUT.fullmatch(name.rpartition("/")[2])
+    image = extension.rpartition(".")[2] in _IMAGES
+    return (extension in ("txt", "json") or image) and not _ABOUT.fullmatch(name.rpartition("/")[2])
 
 
 def _sample(tar: tarfile.TarFile, key: str, members: Sequence[tarfile.TarInfo]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     texts: list[str] = []
-    pictures: list[dict[str, str]] = []
+    images: list[dict[str, str]] = []
     for member in members:
         extension = _key(member.name)[1]
-        if extension.rpartition(".")[2] in _PICTURES:
-            pictures.append({"type": "image", "image": member.name})
+        if extension.rpartition(".")[2] in _IMAGES:
+            images.append({"type": "image", "image": member.name})
         elif member.size <= _MOST_TEXT:
             stream = tar.extractfile(member)
             assert stream is not None  # a regular file
@@ -318,9 +318,9 @@ def _sample(tar: tarfile.TarFile, key: str, members: Sequence[tarfile.TarInfo]) 
             raise RequestError(f"{member.name}: expected at most {_MOST_TEXT} bytes of text, found {member.size}")
     if texts and row.keys() & {"prompt", "content"}:
         raise RequestError(f"{key}: expected the prompt in {key}.txt or in {key}.json, found both")
-    texts += [row.pop("prompt")] if "prompt" in row and pictures else []
-    if pictures and "content" not in row:
-        row["content"] = [*pictures, *({"type": "text", "text": text} for text in texts)]
+    texts += [row.pop("prompt")] if "prompt" in row and images else []
+    if images and "content" not in row:
+        row["content"] = [*images, *({"type": "text", "text": text} for text in texts)]
     elif texts:
         row["prompt"] = texts[0]
     return {"id": key.replace("/", "-"), **row}

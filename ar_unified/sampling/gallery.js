@@ -14,7 +14,7 @@ function make(tag, kind, text) {
   if (text) node.textContent = text;
   return node;
 }
-function picture(part) {
+function image(part) {
   const longer = Math.max(part.height, part.width), small = longer <= 160;
   const node = make("img", small ? "small" : "");
   // Whole factors keep the pixels of a small one square.
@@ -28,7 +28,7 @@ function picture(part) {
 }
 const fill = (node, parts) => {
   for (const part of parts)
-    node.append(part.image ? picture(part) : make("p", part.ids && "ids", part.text || part.ids.join(" ")));
+    node.append(part.image ? image(part) : make("p", part.ids && "ids", part.text || part.ids.join(" ")));
   return node;
 };
 function show(card) {

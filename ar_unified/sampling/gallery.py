@@ -1,7 +1,7 @@
-"""The page to look at a job's samples with: one file that needs no server and no network, beside its pictures.
+"""The page to look at a job's samples with: one file that needs no server and no network, beside its images.
 
 The rows travel inside the page; cards are built as they come into view, and load thumbnails, so ten thousand samples
-scroll like ten. A click shows the picture itself.
+scroll like ten. A click shows the image itself.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _page(title: str, data: str) -> str:
 
 
 def _shown(folder: Path, part: dict[str, Any]) -> dict[str, Any]:
-    """A part of a line, with the thumbnail of a large picture: jobs of an older version have none."""
+    """A part of a line, with the thumbnail of a large image: jobs of an older version have none."""
     if max(part.get("height", 0), part.get("width", 0)) <= THUMBNAIL:
         return part
     small = thumbnail(Path(part["image"]))

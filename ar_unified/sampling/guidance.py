@@ -1,15 +1,15 @@
-"""Classifier-free guidance: a picture's logits as a weighted sum over the C contexts of its request.
+"""Classifier-free guidance: an image's logits as a weighted sum over the C contexts of its request.
 
-Context 0 is the request itself. The others are companions, what the picture is compared with: a prefix, then pictures
-alone. A companion "resets" if each new picture starts again from the prefix; otherwise (the context "image_only") it
-keeps the pictures before. Only image codes are guided: text, sizes and control tokens come from the request's own
-logits, and companions never see text.
+Context 0 is the request itself. The others are unconditional, what the image is compared with: a prefix, then images
+alone. One of them "resets" if each new image starts again from the prefix; otherwise (the context "image_only") it
+keeps the images before. Only image codes are guided: text, sizes and control tokens come from the request's own
+logits, and unconditional contexts never see text.
 
 All contexts of a request run in one forward, as rows side by side: [R * C]. So mixing is a reshape, and however rows
 are split over devices, a request's contexts are on one.
 
     C = 2   own | unconditional                   weights [s, 1 - s]
-    C = 3   own | unconditional | pictures only   weights [s, 1 - s_i, s_i - s]
+    C = 3   own | unconditional | images only     weights [s, 1 - s_i, s_i - s]
 
 Axes: R requests, C contexts, V vocabulary.
 """
@@ -38,7 +38,7 @@ def weights(scale: float, image_scale: float | None, contexts: int) -> list[floa
 def mix(logits: Array, weights: Array) -> Array:
     """f32 [R, V] from logits f32 [R, C, V] and weights f32 [R, C].
 
-    Rows whose companions weigh nothing keep their own logits bit for bit.
+    Rows whose unconditional contexts weigh nothing keep their own logits bit for bit.
     """
     if weights.shape[1] == 1:
         return logits[:, 0]
@@ -54,11 +54,11 @@ def advance(event: Event, position: Array, start: Array, resets: Array) -> tuple
         position: int32 [R, C], behind what each context has read so far.
         start: int32 [R, C], behind its prefix. resets: bool [R, C]; False for context 0.
 
-    A companion's place for what is not of a picture is the one behind its last picture, or its prefix if it resets:
-    the next <boi> overwrites it.
+    The place of an unconditional context for what is not of an image is the one behind its last image, or its prefix if
+    it resets: the next <boi> overwrites it.
     """
-    begins, picture, ends = (x[:, None] for x in event)
+    begins, image, ends = (x[:, None] for x in event)
     writes = jnp.where(begins & resets, start, position)
-    reads = picture | (jnp.arange(position.shape[1]) == 0)
+    reads = image | (jnp.arange(position.shape[1]) == 0)
     behind = jnp.where(reads, writes + 1, writes)
-    return writes, jnp.where(resets & (ends | ~picture), start, behind)
+    return writes, jnp.where(resets & (ends | ~image), start, behind)

@@ -1,15 +1,15 @@
 """Requests in, a folder of samples out; killed at any moment, it goes on where it was.
 
     manifest.json   what decides the samples: vocabulary, weights, requests, defaults, engine shape
-    samples*.jsonl  one line per sample, appended when its pictures are in their place; bad requests are lines, too
-    images/NAME/00_00.png   picture 00 of sample 00; prompt_00.png, a picture of the prompt as the model saw it; beside
+    samples*.jsonl  one line per sample, appended when its images are in their place; bad requests are lines, too
+    images/NAME/00_00.png   image 00 of sample 00; prompt_00.png, an image of the prompt as the model saw it; beside
                             one of more than 256 pixels a side its thumbnail, 00_00.jpg. NAME is the request's id, or,
                             where that cannot name a folder, what its lines have as "name"
     index.html      the gallery, when all is done
     batch_output.jsonl, batch_errors.jsonl   when all is done: what an OpenAI batch answers, if the requests are one
 
 A sample depends on its request alone, so an interrupted job, and one split over any number of processes, ends with the
-same lines and the same pictures as one that was neither; only the order of the lines may differ.
+same lines and the same images as one that was neither; only the order of the lines may differ.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.formats import fingerprint
 from ar_unified.sampling.plan import Plan
 from ar_unified.sampling.request import Request, RequestError, Sample
-from ar_unified.sampling.requests import Canvas, Line, Picture, PictureError, read_requests
-from ar_unified.sampling.results import Done, Entry, Writer, open_shard, shards, write_picture
+from ar_unified.sampling.requests import Canvas, Line, PromptImage, PromptImageError, read_requests
+from ar_unified.sampling.results import Done, Entry, Writer, open_shard, shards, write_image
 from ar_unified.workdir import clean, read_json, write_json
 
 _WINDOW = 4  # batches of requests that are made ready at once, while the engine works on those before
@@ -94,7 +94,7 @@ def run_job(
         requests: the file, or several. output: the folder, made if it is missing.
         defaults: settings of requests that do not say, with the keys of a request.
         weights: names the weights (a hash, or checkpoint and step): samples of others are not mixed in.
-        resize: what data preparation did to a picture, uint8 [H, W, 3] to uint8; None: what the layout implies.
+        resize: what data preparation did to an image, uint8 [H, W, 3] to uint8; None: what the layout implies.
         links: whether links that lead out of the requests' folder are followed (`data.files`).
         process: (k, n): this is process k of n that share the job; it serves every n-th request. Each has an engine of
             its own. The number may change when the job is run again.
@@ -250,31 +250,31 @@ class _Ready(NamedTuple):
 
 
 class _Preparation:
-    """Gives requests their parts, or an error. Pictures are read, encoded, and put in the folder."""
+    """Gives requests their parts, or an error. Images are read, encoded, and put in the folder."""
 
     def __init__(self, engine: Engine, tokenizer: ImageCodec, resize: Callable[[np.ndarray], np.ndarray], output: Path):
         self._engine, self._tokenizer, self._resize, self._output = engine, tokenizer, resize, output
 
     def __call__(self, lines: Sequence[Line]) -> list[_Ready]:
         opened = [self._open(line) for line in lines]
-        codes = iter(by_size(self._tokenizer.encode, [pixels for _, pictures, _ in opened for pixels in pictures]))
-        return [self._ready(line, pictures, [next(codes) for _ in pictures], mask) for line, pictures, mask in opened]
+        codes = iter(by_size(self._tokenizer.encode, [pixels for _, images, _ in opened for pixels in images]))
+        return [self._ready(line, images, [next(codes) for _ in images], mask) for line, images, mask in opened]
 
     def _open(self, line: Line) -> tuple[Line, list[np.ndarray], np.ndarray | None]:
-        """The pictures of a line, the canvas last, and which of the canvas's codes are to be drawn, bool [h, w]."""
+        """The images of a line, the canvas last, and which of the canvas's codes are to be drawn, bool [h, w]."""
         try:
             if not self._engine.grammar.vocabulary.codebook_size:
-                if line.canvas or _pictures(line):
+                if line.canvas or _images(line):
                     raise RequestError(
-                        "content: expected texts, as this model was trained on text alone; found a picture"
+                        "content: expected texts, as this model was trained on text alone; found an image"
                     )
-            pictures = [self._resize(picture.load()) for picture in _pictures(line)]
+            images = [self._resize(image.load()) for image in _images(line)]
             if line.canvas is None:
-                return line, pictures, None
+                return line, images, None
             canvas, mask = self._canvas(line.canvas)
-            return line, [*pictures, canvas], mask
+            return line, [*images, canvas], mask
         except RequestError as error:
-            return replace(line, error=str(error), retry=isinstance(error, PictureError)), [], None
+            return replace(line, error=str(error), retry=isinstance(error, PromptImageError)), [], None
 
     def _canvas(self, canvas: Canvas) -> tuple[np.ndarray, np.ndarray]:
         whole = canvas.image.load()
@@ -299,14 +299,14 @@ class _Preparation:
         return pixels, np.repeat(drawn, self._tokenizer.codes_per_position, axis=1)
 
     def _ready(
-        self, line: Line, pictures: Sequence[np.ndarray], codes: Sequence[np.ndarray], mask: np.ndarray | None
+        self, line: Line, images: Sequence[np.ndarray], codes: Sequence[np.ndarray], mask: np.ndarray | None
     ) -> _Ready:
         if line.request is None or line.error:
             return _Ready(line, [], None)
         left = iter(codes)
 
         def coded(parts: Iterable[Any]) -> tuple[Any, ...]:
-            return tuple(CodesPart(next(left)) if isinstance(part, Picture) else part for part in parts)
+            return tuple(CodesPart(next(left)) if isinstance(part, PromptImage) else part for part in parts)
 
         history = tuple(replace(turn, parts=coded(turn.parts)) for turn in line.history)
         parts = coded(line.content)
@@ -317,12 +317,12 @@ class _Preparation:
         except (RequestError, GrammarError) as error:
             return _Ready(replace(line, error=str(error)), [], None)
         line = replace(line, request=request, prompt_tokens=len(plan.prompt))
-        return _Ready(line, self._prompt(request, line.name, pictures), plan)
+        return _Ready(line, self._prompt(request, line.name, images), plan)
 
-    def _prompt(self, request: Request, name: str, pictures: Sequence[np.ndarray]) -> list[dict[str, Any]]:
-        """The parts as JSON; their pictures are written to files that are not there yet."""
+    def _prompt(self, request: Request, name: str, images: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+        """The parts as JSON; their images are written to files that are not there yet."""
         segments: list[dict[str, Any]] = []
-        given = iter(enumerate(pictures))
+        given = iter(enumerate(images))
         for turn in request.turns:
             who = {"role": turn.speaker} if request.history else {}
             for part in turn.parts:
@@ -332,22 +332,22 @@ class _Preparation:
                     segments.append({"type": "tokens", "ids": list(part.ids)} | who)
                 else:
                     number, pixels = next(given)
-                    segments.append(self._picture(f"images/{name}/prompt_{number:02d}.png", pixels) | who)
+                    segments.append(self._save(f"images/{name}/prompt_{number:02d}.png", pixels) | who)
         for _, pixels in given:
-            segments.append(self._picture(f"images/{name}/canvas.png", pixels) | {"type": "canvas"})
+            segments.append(self._save(f"images/{name}/canvas.png", pixels) | {"type": "canvas"})
         return segments
 
-    def _picture(self, name: str, pixels: np.ndarray) -> dict[str, Any]:
+    def _save(self, name: str, pixels: np.ndarray) -> dict[str, Any]:
         path = self._output / name
         if not path.exists():
             clean(path.parent)  # what a killed process left of it
-            write_picture(path, pixels)
+            write_image(path, pixels)
         return _image(name, *pixels.shape[:2])
 
 
-def _pictures(line: Line) -> list[Picture]:
+def _images(line: Line) -> list[PromptImage]:
     parts = (part for turn in (*line.history, Turn("user", line.content)) for part in turn.parts)
-    return [part for part in parts if isinstance(part, Picture)]
+    return [part for part in parts if isinstance(part, PromptImage)]
 
 
 def _ahead(prepare: _Preparation, windows: Iterable[list[Line]]) -> Iterator[list[_Ready]]:
@@ -376,12 +376,12 @@ def _refused(line: Line) -> dict[str, Any]:
 
 
 def _entry(line: Line, prompt: list[dict[str, Any]], sample: Sample, cells: Cells) -> Entry:
-    """The line of a sample, and its pictures."""
+    """The line of a sample, and its images."""
     request = sample.request
     row: dict[str, Any] = {"id": request.id, "sample": sample.index, "n": request.n, "line": line.number}
     row |= {"name": line.name} if line.name != request.id else {}
     row["prompt"] = prompt
-    pictures: list[tuple[str, np.ndarray]] = []
+    images: list[tuple[str, np.ndarray]] = []
     if sample.document is None:
         row["error"] = sample.error
     else:
@@ -390,8 +390,8 @@ def _entry(line: Line, prompt: list[dict[str, Any]], sample: Sample, cells: Cell
             if isinstance(part, TextPart):
                 row["segments"].append({"type": "text", "text": part.text})
             elif isinstance(part, CodesPart):
-                name = f"images/{line.name}/{sample.index:02d}_{len(pictures):02d}.png"
-                pictures.append((name, part.codes))
+                name = f"images/{line.name}/{sample.index:02d}_{len(images):02d}.png"
+                images.append((name, part.codes))
                 height, width = (side * cells.factor for side in part.codes.shape)
                 row["segments"].append(_image(name, height, width // cells.codes_per_position))
     row |= {"finish_reason": sample.finish_reason, "seed": request.seed, "guidance": request.guidance}
@@ -401,7 +401,7 @@ def _entry(line: Line, prompt: list[dict[str, Any]], sample: Sample, cells: Cell
         row["image_guidance"] = request.image_guidance
     row |= {"prompt_tokens": line.prompt_tokens, "tokens": sample.tokens.tolist()}
     row |= {"meta": dict(request.meta)} if request.meta else {}
-    return Entry(row, tuple(pictures))
+    return Entry(row, tuple(images))
 
 
 def _image(name: str, height: int, width: int) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""A model as a person has it in a notebook: texts and pictures in, texts and pictures out.
+"""A model as a person has it in a notebook: texts and images in, texts and images out.
 
     model = ar_unified.load("bundle")
-    model.draw("a red circle", seed=3, n=4)          # four pictures of Pillow
-    model.ask(picture, "How many circles are there?")
+    model.draw("a red circle", seed=3, n=4)          # four images of Pillow
+    model.ask(image, "How many circles are there?")
 
-Axes: B rows, T position, V vocabulary; H, W pixels of a picture, h, w its codes.
+Axes: B rows, T position, V vocabulary; H, W pixels of an image, h, w its codes.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _none_needed(defaults: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _resize(bundle: Bundle, tokenizer: ImageCodec | None) -> Resize | None:
-    """What data preparation did to a picture."""
+    """What data preparation did to an image."""
     if tokenizer is None:
         return None
     data = bundle.sections["data"]
@@ -154,12 +154,12 @@ class Model:
         size: int | tuple[int, int] | None = None,
         **settings: Any,
     ) -> list[Image.Image]:
-        """Pictures for a prompt: texts, and pictures where the model was taught to change them.
+        """Images for a prompt: texts, and images where the model was taught to change them.
 
         Args:
-            seed, n: n pictures; picture i of a seed is the same however many are drawn.
+            seed, n: n images; image i of a seed is the same however many are drawn.
             guidance: scale of classifier-free guidance; default: the bundle's.
-            size: in pixels, a side or (height, width), where pictures may have any size.
+            size: in pixels, a side or (height, width), where images may have any size.
             settings: more of those of a request (`sampling.request`), as context="bos_boi".
 
         Raises RequestError, saying what to change, if it cannot be served.
@@ -173,7 +173,7 @@ class Model:
         return [Image.fromarray(pixels) for pixels in by_size(self.image_tokenizer.decode, codes)]
 
     def ask(self, *content: Content, **settings: Any) -> str:
-        """The text of the answer to a prompt of pictures and texts, as ask(picture, "How many?").
+        """The text of the answer to a prompt of images and texts, as ask(image, "How many?").
 
         settings: of a request, as seed=1, max_tokens=50, text={"temperature": 0.7}. Raises RequestError like `draw`.
         """
@@ -186,7 +186,7 @@ class Model:
 
         Args:
             messages: turns, {"role": "system" | "user" | "assistant", "content": a text, or a list of {"type": "text",
-                "text"} and {"type": "image", "image": a picture}}, the user's the last.
+                "text"} and {"type": "image", "image": an image}}, the user's the last.
             settings: of a request; mode "text" keeps the answer to words.
 
         Returns {"role": "assistant", "content": ...} in the same form: a text, or a list where it drew something.
@@ -208,7 +208,7 @@ class Model:
         return {"role": "assistant", "content": parts}
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Sample]:
-        """All samples of all requests as they finish (`Engine.generate`); pictures in prompts may be pixels."""
+        """All samples of all requests as they finish (`Engine.generate`); images in prompts may be pixels."""
         return self.engine.generate(map(self._request, requests))
 
     def _request(self, request: Request) -> Request:
@@ -237,7 +237,7 @@ class Model:
     # ---- what it makes of what is there -----------------------------------------------------------------------------
 
     def score(self, items: Iterable[Scored]) -> list[Score]:
-        """How likely the model finds documents, or answers to requests (`Engine.score`); pictures may be pixels."""
+        """How likely the model finds documents, or answers to requests (`Engine.score`); images may be pixels."""
         return self.engine.score(map(self._scored, items))
 
     def _scored(self, item: Scored) -> Scored:
@@ -259,15 +259,15 @@ class Model:
         return np.asarray(engine.call(_logits, engine.config, self.vocabulary.used, engine.params, tokens))[:rows]
 
     def encode(self, document: Document) -> np.ndarray:
-        """The document as int32 [n]; pictures may be pixels, of any size. Raises GrammarError."""
+        """The document as int32 [n]; images may be pixels, of any size. Raises GrammarError."""
         return self.grammar.encode(document.changed(self._coded_part)).tokens
 
     def parse(self, ids: np.ndarray | Sequence[int]) -> Document:
-        """The document that ids [n] say, pictures as codes. Raises GrammarError with the position that is wrong."""
+        """The document that ids [n] say, images as codes. Raises GrammarError with the position that is wrong."""
         return self.grammar.parse(ids)
 
     def tokenize_image(self, pixels: np.ndarray | Image.Image) -> np.ndarray:
-        """uint8 [H, W, 3], or a picture of Pillow, of any size -> int32 [h, w], resized as in training."""
+        """uint8 [H, W, 3], or an image of Pillow, of any size -> int32 [h, w], resized as in training."""
         pixels = to_rgb(pixels) if isinstance(pixels, Image.Image) else np.asarray(pixels)
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
             raise ValueError(f"image: expected uint8 [H, W, 3], found {pixels.dtype} {list(pixels.shape)}")
@@ -308,7 +308,7 @@ class Model:
         return turns
 
     def parts(self, content: Iterable[Content]) -> tuple[Part | TokensPart, ...]:
-        """A prompt as parts of a Request: texts side by side joined by a line end, pictures as codes."""
+        """A prompt as parts of a Request: texts side by side joined by a line end, images as codes."""
         parts: list[Part | TokensPart] = []
         for item in content:
             part = self._part(item)

@@ -3,11 +3,11 @@
     {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "m", "messages": [...]}}
     {"custom_id": "b", "method": "POST", "url": "/v1/images/generations", "body": {"prompt": "a cat", "size": "64x64"}}
 
-Messages are turns (`language.rows`), the user's the last; developer is another word for system. Pictures are data: URLs
+Messages are turns (`language.rows`), the user's the last; developer is another word for system. Images are data: URLs
 or files (`data.files`).
 
     n, seed (modulo 2**32), stop, max_tokens = max_completion_tokens   as ours
-    temperature, top_p, top_k       how text is drawn; "image": {"temperature": ...}, a key of ours, how pictures are
+    temperature, top_p, top_k       how text is drawn; "image": {"temperature": ...}, a key of ours, how images are
     modalities                      ["text"]: mode "text"; with "image": what the model likes. Without it, too
     size                            image_size; "auto": what the model does
     metadata                        meta
@@ -59,11 +59,11 @@ _NEUTRAL: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
         "verbosity": (("medium",), 'leave it out, or set "max_tokens"'),
     },
     "images": {
-        "response_format": (("b64_json",), 'pictures come in the answer: "b64_json"'),
+        "response_format": (("b64_json",), 'images come in the answer: "b64_json"'),
         "quality": (("auto", "standard"), "there is one quality: leave it out"),
         "style": (("vivid",), "say it in the prompt"),
-        "background": (("auto", "opaque"), "pictures are opaque: leave it out"),
-        "output_format": (("png",), "pictures are PNG: leave it out"),
+        "background": (("auto", "opaque"), "images are opaque: leave it out"),
+        "output_format": (("png",), "images are PNG: leave it out"),
         "output_compression": ((100,), "PNG loses nothing: leave it out"),
         "moderation": (("auto", "low"), "leave it out"),
         "stream": ((False,), "a batch is not streamed: leave it out"),

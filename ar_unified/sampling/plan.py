@@ -34,8 +34,8 @@ class Plan:
         request: what was asked for. prompt: int32 [n], its tokens.
         given: int32 [m], the first tokens of every sample, as far as they are known.
         prefixes: what each context reads, tokens int32 [...]; the first is prompt and given.
-        starts: where the pictures of each context begin again. resets: whether they do, at each <boi>.
-        budget: tokens of a sample at most, `given` among them. smallest: of the smallest picture it may make.
+        starts: where the images of each context begin again. resets: whether they do, at each <boi>.
+        budget: tokens of a sample at most, `given` among them. smallest: of the smallest image it may make.
         steps: how many are drawn, if that is known; else None.
         start: what the automaton resumes from.
         shape: of the pool that serves it.
@@ -197,7 +197,7 @@ def _check(grammar: Grammar, request: Request, size: Any, at: Break) -> None:
         if request.mode in ("image", "interleaved") or request.images[0] or request.canvas is not None:
             raise RequestError(
                 f'mode: expected "text" or "free", as this model was trained on text alone, found {request.mode!r} '
-                "with a picture asked for"
+                "with an image asked for"
             )
         return
     if size is not None:
@@ -209,7 +209,7 @@ def _check(grammar: Grammar, request: Request, size: Any, at: Break) -> None:
     canvas = request.canvas
     if canvas is not None:
         if at.opened.phase != PARTS:
-            raise RequestError("canvas: the prompt breaks off in a picture, which says itself what it begins with")
+            raise RequestError("canvas: the prompt breaks off in an image, which says itself what it begins with")
         if canvas.min() < -1 or canvas.max() >= v.codebook_size:
             found = f"{canvas.min()}..{canvas.max()}"
             raise RequestError(f"canvas: expected codes 0..{v.codebook_size - 1}, or -1 to draw, found {found}")
@@ -230,10 +230,10 @@ def _check_begun(grammar: Grammar, opened: Opened, size: tuple[int, int]) -> Non
 def _budget(request: Request, needed: int, most: int, prompt: int, max_length: int) -> int:
     """Tokens of a sample at most."""
     room = max_length - prompt
-    pictures = f"{max(request.images[0], int(request.mode == 'image'))} pictures with <eos>"
+    images = f"{max(request.images[0], int(request.mode == 'image'))} images with <eos>"
     if room < needed:
         raise RequestError(
-            f"the prompt has {prompt} tokens and {pictures} need {needed} more, "
+            f"the prompt has {prompt} tokens and {images} need {needed} more, "
             f"but the engine's max_length is {max_length}: shorten the prompt or raise max_length"
         )
     budget = request.max_tokens or min(room, most if request.mode == "image" else room)
@@ -243,7 +243,7 @@ def _budget(request: Request, needed: int, most: int, prompt: int, max_length: i
             f"so at most {room} fit, found {budget}"
         )
     if budget < needed:
-        raise RequestError(f"max_tokens: {pictures} need {needed}, found {budget}")
+        raise RequestError(f"max_tokens: {images} need {needed}, found {budget}")
     return budget
 
 
@@ -257,7 +257,7 @@ def _length_class(n: int, max_length: int) -> int:
     fitting = [length for length in classes if length >= n]
     if not fitting:
         raise RequestError(
-            f"negative_prompt: with a picture behind it it takes {n} tokens, but the engine's max_length is "
+            f"negative_prompt: with an image behind it it takes {n} tokens, but the engine's max_length is "
             f"{max_length}: shorten it or raise max_length"
         )
     return fitting[0]

@@ -21,7 +21,7 @@ MODES = {
     "free": automaton.FREE,
 }
 CONTEXTS = ("empty_prompt", "bos_boi", "from_boi", "image_only", "negative_prompt")
-_MANY = 1 << 20  # more pictures than any budget holds
+_MANY = 1 << 20  # more images than any budget holds
 
 
 class RequestError(UserError):
@@ -34,25 +34,25 @@ class Request:
 
     Attributes:
         id: names the request in samples and messages.
-        parts: the prompt: text, pictures as codes of the image tokenizer, and token ids, in reading order.
+        parts: the prompt: text, images as codes of the image tokenizer, and token ids, in reading order.
         turn: True: answer the prompt; False: go on writing the document it begins.
         history: the turns before it: a system's, and questions with their answers.
-        mode: "text": no pictures; "image": only pictures; "interleaved": text and at least one picture; "free": both,
+        mode: "text": no images; "image": only images; "interleaved": text and at least one image; "free": both,
             as the model likes. Whatever the mode, the answer is one the grammar can parse.
         n: how many samples. seed: 0 <= seed < 2**32; sample i of a request is the same however many are drawn.
-        max_tokens: budget of a sample, <eos> included; None: what its pictures need ("image"), else what fits.
+        max_tokens: budget of a sample, <eos> included; None: what its images need ("image"), else what fits.
         stop: where to stop: a text, which the answer is then cut before, or ids of text pieces in a row.
-        min_images, max_images: pictures in a sample; None: exactly one in mode "image", at least one in "interleaved",
+        min_images, max_images: images in a sample; None: exactly one in mode "image", at least one in "interleaved",
             any number in "free".
-        image_size: (height, width) of every picture in codes; None: the canvas's, the fixed grid's, or as the model
+        image_size: (height, width) of every image in codes; None: the canvas's, the fixed grid's, or as the model
             likes.
-        canvas: int32 [h, w], codes the first picture is to have, -1 where they are to be drawn: a picture is
+        canvas: int32 [h, w], codes the first image is to have, -1 where they are to be drawn: an image is
             completed (its first rows given) or repaired (all but a hole given).
         guidance: scale of classifier-free guidance on image codes; 1: none, and then it costs nothing.
-        image_guidance: a second scale, for what the prompt's pictures add beside its text (InstructPix2Pix, arXiv
-            2211.09800; Chameleon's 3.0 and 1.2): u + image_guidance (i - u) + guidance (c - i), with i the pictures
+        image_guidance: a second scale, for what the prompt's images add beside its text (InstructPix2Pix, arXiv
+            2211.09800; Chameleon's 3.0 and 1.2): u + image_guidance (i - u) + guidance (c - i), with i the images
             alone. None: one scale.
-        context: u, what guidance compares with; one of CONTEXTS, each followed by the picture at hand:
+        context: u, what guidance compares with; one of CONTEXTS, each followed by the image at hand:
             "empty_prompt": <bos> <eot>, what condition dropout trains. "bos_boi": <bos> (Chameleon, LWM).
             "from_boi": nothing (Lumina-mGPT). "image_only": the document without its text (Emu3.5).
             "negative_prompt": that text as the prompt (Emu3).
@@ -143,21 +143,21 @@ class Request:
         if not 0 <= least <= most or (self.mode == "image" and most < 1):
             raise RequestError(f"min_images, max_images: expected 0 <= min <= max, found {least} and {most}")
         if self.mode == "text" and least:
-            raise RequestError(f'min_images: mode "text" makes no pictures, found {least}')
+            raise RequestError(f'min_images: mode "text" makes no images, found {least}')
         if self.mode == "interleaved" and most < 1:
-            raise RequestError('max_images: mode "interleaved" makes at least one picture, found 0')
+            raise RequestError('max_images: mode "interleaved" makes at least one image, found 0')
         if self.canvas is not None:
             found = f"{self.canvas.dtype} {list(self.canvas.shape)}"
             if self.canvas.dtype != np.int32 or self.canvas.ndim != 2:
                 raise RequestError(f"canvas: expected codes int32 [h, w], found {found}")
             if self.mode == "text":
-                raise RequestError('canvas: mode "text" makes no pictures')
+                raise RequestError('canvas: mode "text" makes no images')
             if self.image_size not in (None, self.canvas.shape):
                 raise RequestError(f"canvas: expected codes of image_size {self.image_size}, found {found}")
 
     @property
     def images(self) -> tuple[int, int]:
-        """Fewest and most pictures of a sample."""
+        """Fewest and most images of a sample."""
         if self.mode == "text":
             return self.min_images or 0, self.max_images or 0
         least = self.min_images if self.min_images is not None else int(self.mode in ("image", "interleaved"))
@@ -179,7 +179,7 @@ class Sample:
     Attributes:
         request, index: sample `index` of `request`.
         tokens: int32 [n], generated, <eos> included unless it was stopped.
-        document: what they say: the parts behind the prompt, pictures as codes. None if there was an error.
+        document: what they say: the parts behind the prompt, images as codes. None if there was an error.
         finish_reason: "eos": the model ended it; "length": the budget did; "stop": one of `request.stop` did; "error".
         error: what went wrong, in words; "" if nothing.
     """

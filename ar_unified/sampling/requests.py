@@ -1,17 +1,17 @@
 """A row of a requests file -> a request, or what is wrong with it in one line.
 
-    {"id": "cat", "prompt": "a cat"}                                             a picture of that text
+    {"id": "cat", "prompt": "a cat"}                                             an image of that text
     {"content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What is it?"}], "mode": "text"}
     {"messages": [{"role": "user", "content": "Draw a cat."}, {"role": "assistant", "content": [...]}, ...]}
     {"prompt": "a cat", "n": 4, "seed": 7, "guidance": 3, "image_size": [32, 48], "image": {"temperature": 0.9}}
-    {"prompt": "a cat", "canvas": {"image": "a.png", "mask": "hole.png"}}        that picture, drawn anew where white
-    {"prompt": "a cat", "canvas": {"image": "a.png", "top": 64}}                 that picture, below its first 64 pixels
+    {"prompt": "a cat", "canvas": {"image": "a.png", "mask": "hole.png"}}        that image, drawn anew where white
+    {"prompt": "a cat", "canvas": {"image": "a.png", "top": 64}}                 that image, below its first 64 pixels
 
-Parts of "content", and of the content of messages, are texts, pictures and {"type": "tokens", "ids": [...]}. Pictures
+Parts of "content", and of the content of messages, are texts, images and {"type": "tokens", "ids": [...]}. Images
 are files under the requests' folder, or data: URLs. Sizes are in pixels. Everything but "prompt", "content" or
 "messages" is optional; `sampling.request` says what the settings mean, and `defaults` of a job has the same keys.
 Columns of a row's own travel in "meta", with one warning a file (`sampling.columns` says which keys they are); an id
-may be any text, and names its folder of pictures.
+may be any text, and names its folder of images.
 """
 
 from __future__ import annotations
@@ -42,37 +42,37 @@ _MOST = {"n": 100_000, "seed": 2**32}  # of whole numbers; others fit an int32
 _NAMES = {"Mapping": "object", "tuple": "list", "dict": "object"}  # what JSON calls them
 
 
-class PictureError(RequestError):
-    """A picture cannot be read now. The request may be right: its file may be put in order."""
+class PromptImageError(RequestError):
+    """An image cannot be read now. The request may be right: its file may be put in order."""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture of a prompt that was not opened yet: its `name`, and how to get the bytes."""
+class PromptImage:
+    """An image of a prompt that was not opened yet: its `name`, and how to get the bytes."""
 
     name: str
     read: Callable[[str], bytes]
 
     def load(self) -> np.ndarray:
-        """uint8 [H, W, 3]. Raises PictureError or RequestError naming it and what is wrong."""
+        """uint8 [H, W, 3]. Raises PromptImageError or RequestError naming it and what is wrong."""
         where = f"image {self.name!r:.80}"
         try:
             return images.decode(self.read(self.name))
         except RequestError as error:
             raise RequestError(f"{where}: {error}") from None
         except (images.ImageError, FileError) as error:
-            raise PictureError(f"{where}: {error.reason}") from None
+            raise PromptImageError(f"{where}: {error.reason}") from None
         except (OSError, RuntimeError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise PictureError(f"{where}: cannot be read: {reason}") from None
+            raise PromptImageError(f"{where}: cannot be read: {reason}") from None
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """A picture to be completed: below its first `top` pixels, or where `mask` is white."""
+    """An image to be completed: below its first `top` pixels, or where `mask` is white."""
 
-    image: Picture
-    mask: Picture | None = None
+    image: PromptImage
+    mask: PromptImage | None = None
     top: int = 0
 
 
@@ -81,10 +81,10 @@ class Line:
     """One entry of a requests file.
 
     Attributes:
-        number: of its row, from 1. id: its own, else its number. name: of its folder of pictures: the id, where that
+        number: of its row, from 1. id: its own, else its number. name: of its folder of images: the id, where that
             can be a folder's name.
-        content: text, ids, and pictures. history: the turns before it, with pictures, too.
-        canvas: what the answer's first picture starts from.
+        content: text, ids, and images. history: the turns before it, with images, too.
+        canvas: what the answer's first image starts from.
         request: without parts and canvas yet; None if there is an `error`.
         retry: whether the error may be gone when the job is run again.
         batch: what an answer in OpenAI's format repeats, if the row is one of theirs.
@@ -192,23 +192,23 @@ def _typed(row: Mapping[str, Any], types: Mapping[str, tuple[type, ...]], where:
 
 
 def _turns(row: Mapping[str, Any], read: Callable[[str], bytes]) -> tuple[Turn, ...]:
-    """The turns that the answer comes after; their images are Picture."""
+    """The turns that the answer comes after; their images are Image."""
     said = [key for key in ("prompt", "content", "messages") if key in row]
     if len(said) != 1:
         raise RequestError('expected either "prompt" (a text), "content" (a list of parts) or "messages" (turns)')
     if "prompt" in row:
         return (Turn("user", (_text(row["prompt"], "prompt"),)),)
 
-    def picture(name: str, where: str) -> Any:
-        return Picture(name, read)
+    def image(name: str, where: str) -> Any:
+        return PromptImage(name, read)
 
     try:
         if "messages" in row:
-            found = read_messages(row["messages"], picture, tokens=True)
+            found = read_messages(row["messages"], image, tokens=True)
             turns = tuple(Turn(who, tuple(parts)) for who, parts, _ in found)
             check_speakers([*(turn.speaker for turn in turns), "assistant"])
             return turns
-        parts = read_parts(row["content"], picture, "content", tokens=True)
+        parts = read_parts(row["content"], image, "content", tokens=True)
     except DocumentError as error:
         raise RequestError(str(error)) from None
     if not parts:
@@ -225,8 +225,8 @@ def _canvas(row: Mapping[str, Any], read: Callable[[str], bytes]) -> Canvas | No
     if not isinstance(canvas, dict) or "image" not in canvas or ("mask" in canvas) == ("top" in canvas):
         raise RequestError(f'canvas: expected an object with "image" and either "mask" or "top", found {canvas!r:.80}')
     _typed(canvas, CANVAS, "canvas.")
-    mask = Picture(canvas["mask"], read) if "mask" in canvas else None
-    return Canvas(Picture(canvas["image"], read), mask, canvas.get("top", 0))
+    mask = PromptImage(canvas["mask"], read) if "mask" in canvas else None
+    return Canvas(PromptImage(canvas["image"], read), mask, canvas.get("top", 0))
 
 
 def _text(text: Any, where: str) -> TextPart:

@@ -4,7 +4,7 @@
     samples-00003-of-00016.jsonl     of process 3 of 16
 
 A job may go on with another number of processes: what is done is read from all the files. A line is appended when the
-pictures it names are in their place, so a line that is there and whole is a sample that is done.
+images it names are in their place, so a line that is there and whole is a sample that is done.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ar_unified.errors import UserError
 from ar_unified.workdir import clean, write_bytes
 
 _NAME = re.compile(r"samples(-\d{5}-of-\d{5})?\.jsonl")
-THUMBNAIL = 256  # pixels of the longer side; a picture that has no more is its own
+THUMBNAIL = 256  # pixels of the longer side; an image that has no more is its own
 _PATIENCE = 5.0  # seconds that a finished sample may wait for others to be decoded with
 
 
@@ -153,18 +153,18 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Entry:
-    """A line to be written, and the pictures it names: file names under the folder, and codes int32 [h, w]."""
+    """A line to be written, and the images it names: file names under the folder, and codes int32 [h, w]."""
 
     row: Mapping[str, Any]
-    pictures: tuple[tuple[str, np.ndarray], ...] = ()
+    images: tuple[tuple[str, np.ndarray], ...] = ()
 
 
 class Writer:
-    """Decodes pictures and appends lines on a thread of its own, while the engine goes on.
+    """Decodes images and appends lines on a thread of its own, while the engine goes on.
 
     Args:
         folder: of the job. file: from `open_shard`.
-        decode: codes int32 [B, h, w] -> pictures uint8 [B, H, W, 3].
+        decode: codes int32 [B, h, w] -> images uint8 [B, H, W, 3].
         batch: entries that are decoded and written together; they wait at most five seconds for each other.
         written: called on the thread with the rows that are safely there.
 
@@ -223,14 +223,14 @@ class Writer:
                 waiting = []
 
     def _write(self, entries: Sequence[Entry]) -> None:
-        named = [picture for entry in entries for picture in entry.pictures]
+        named = [image for entry in entries for image in entry.images]
         decoded = by_size(self._decode, [codes for _, codes in named])
         for (name, _), pixels in zip(named, decoded, strict=True):
             path = self._folder / name
             if path.parent not in self._touched:
                 self._touched.add(path.parent)
                 clean(path.parent)  # what a killed process left of the same request
-            write_picture(path, pixels)
+            write_image(path, pixels)
         for entry in entries:
             # A lone surrogate of a bad request becomes its JSON escape.
             line = json.dumps(entry.row, ensure_ascii=False).encode("utf-8", "backslashreplace")
@@ -241,13 +241,13 @@ class Writer:
         self._written([entry.row for entry in entries])
 
 
-def write_picture(path: Path, pixels: np.ndarray) -> None:
+def write_image(path: Path, pixels: np.ndarray) -> None:
     """Writes a PNG and, before it, the thumbnail of a large one: where the PNG is, both are whole. Raises OSError."""
     if max(pixels.shape[:2]) > THUMBNAIL:
         write_bytes(thumbnail(path), to_thumbnail(pixels, THUMBNAIL))
     write_bytes(path, to_png(pixels))
 
 
-def thumbnail(picture: Path) -> Path:
-    """Where the thumbnail of a picture is, if it has one: beside it."""
-    return picture.with_suffix(".jpg")
+def thumbnail(image: Path) -> Path:
+    """Where the thumbnail of an image is, if it has one: beside it."""
+    return image.with_suffix(".jpg")

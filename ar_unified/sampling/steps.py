@@ -74,7 +74,7 @@ class Rows(NamedTuple):
     resets: Array  # bool [R, C]
     filters: Filters  # [R, 2] each
     penalty: Array  # f32 [R]
-    canvas: Array  # i32 [R, codes of the largest picture], of the first picture; -1: to be drawn
+    canvas: Array  # i32 [R, codes of the largest image], of the first image; -1: to be drawn
 
 
 class State(NamedTuple):

@@ -154,7 +154,7 @@ def _json(value: Any) -> Any:
 
 
 def _binary(pa: Any, kind: Any) -> bool:
-    """Whether a column holds bytes, such as pictures, at any depth."""
+    """Whether a column holds bytes, such as images, at any depth."""
     if pa.types.is_nested(kind):
         return any(_binary(pa, kind.field(i).type) for i in range(kind.num_fields))
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)

@@ -1,6 +1,6 @@
 """How much of their attention the positions of one modality give to the other, layer by layer.
 
-A model that mixes text and pictures may come to look past one of them. For each layer, and each pair of a query's and a
+A model that mixes text and images may come to look past one of them. For each layer, and each pair of a query's and a
 key's modality among text and image,
 
     share(a -> b) = mean over queries q of modality a, and over heads, of  sum over keys k of modality b of  w(q, k)

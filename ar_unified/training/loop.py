@@ -113,7 +113,7 @@ def fit(
 
     Args:
       manifest: of the vocabulary; goes into every checkpoint, and a checkpoint of another is refused.
-      preview: called with (steps taken, params); the pictures it returns, uint8 [H, W, 3], go to TensorBoard. Of many
+      preview: called with (steps taken, params); the images it returns, uint8 [H, W, 3], go to TensorBoard. Of many
         processes, process 0 calls it, with the parameters as numpy arrays.
       checkpoint_folder: where checkpoints lie, also a URL as gs://bucket/run; default: `folder`/checkpoints.
       begin: called before the first step with the shapes, dtypes and shardings of the parameters, gives those to begin
@@ -139,13 +139,13 @@ def fit(
     runtime.barrier(f"{task.name} from step {start}")  # who sees another checkpoint waits elsewhere: named, not hung
     clock = goodput.Goodput(folder / "goodput.json", start, active=runtime.first())
     finished = start >= config.steps
-    if finished and not abstract.kept:  # without the optimizer: a reader may have another, or no room for it
+    if finished and not abstract.model_state:  # without the optimizer: a reader may have another, or no room for it
         params = checkpoints.restore(start, manifest=manifest, params=abstract.params)["params"]
         state = TrainState(abstract.step, params, abstract.optimizer, {})
     elif start:
         found = checkpoints.restore(start, manifest=manifest, params=abstract.params, optimizer=_rest(abstract))
-        kept = found["optimizer"].get("kept", {})
-        state = TrainState(found["optimizer"]["step"], found["params"], found["optimizer"]["state"], kept)
+        model_state = found["optimizer"].get("model_state", {})
+        state = TrainState(found["optimizer"]["step"], found["params"], found["optimizer"]["state"], model_state)
     else:
         placement = jax.tree.map(lambda x: x.sharding, abstract)
         given = begin(abstract.params) if begin else None
@@ -155,7 +155,7 @@ def fit(
     if finished:
         checkpoints.close()
         logger(f"{task.name}: finished already, {start} of {config.steps} steps")
-        return task.inference_params(state.params, state.kept)
+        return task.inference_params(state.params, state.model_state)
     train_step = make_train_step(
         task, tx, mesh, seed=config.seed, clip_norm=config.optimizer.clip_norm, accumulation=config.accumulation
     )
@@ -257,9 +257,9 @@ def fit(
                 with clock.during("validation"), jax.set_mesh(mesh):
                     for i, batch in enumerate(task.validation):
                         batch = place_batch(mesh, batch)
-                        held_out.add(jax.device_get(eval_step(state.params, state.kept, batch)))
+                        held_out.add(jax.device_get(eval_step(state.params, state.model_state, batch)))
                         if i == 0:  # one batch is enough for what costs a pass of its own
-                            inspected = jax.device_get(inspection(state.params, state.kept, batch))
+                            inspected = jax.device_get(inspection(state.params, state.model_state, batch))
                 scores = task.summary(held_out.totals | inspected)
                 telemetry.log(taken, {VALIDATION + name: value for name, value in scores.items()})
                 telemetry.say(f"step {taken}/{config.steps}  validation loss {scores['loss']:.4f}")
@@ -275,7 +275,7 @@ def fit(
                     turning.update({"turned": f"{task.name}: {words}"} if words else {})
             if show and preview is not None:
                 with clock.during("preview"):
-                    params = task.inference_params(state.params, state.kept)
+                    params = task.inference_params(state.params, state.model_state)
                     params = params if alone else runtime.to_host(params)
                     if runtime.first():
                         telemetry.images(taken, preview(taken, params) or {})
@@ -302,13 +302,13 @@ def fit(
         with clock.during("checkpoint"):
             checkpoints.close()  # waits for the disk, and raises if the last save failed
     logger(f"{task.name}: {goodput.describe(clock.write(config.steps, finished=True))}")
-    return task.inference_params(state.params, state.kept)
+    return task.inference_params(state.params, state.model_state)
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
     """What a checkpoint holds beside the parameters."""
-    kept = {"kept": state.kept} if state.kept else {}
-    return {"step": state.step, "state": state.optimizer, **kept}
+    model_state = {"model_state": state.model_state} if state.model_state else {}
+    return {"step": state.step, "state": state.optimizer, **model_state}
 
 
 def _agreed(loss: float) -> float:

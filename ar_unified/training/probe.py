@@ -1,11 +1,11 @@
 """How well a small transformer predicts image ids: what their entropy and rFID leave out of a tokenizer's worth.
 
-A tokenizer whose pictures look the same may have ids that are far harder to model. So a transformer of a fixed small
-size is trained for a fixed small budget on ids of training pictures, in reading order, and its bits per id are measured
+A tokenizer whose images look the same may have ids that are far harder to model. So a transformer of a fixed small
+size is trained for a fixed small budget on ids of training images, in reading order, and its bits per id are measured
 on others. It is this repository's transformer, task and training step, on one device, without a checkpoint: what is
 interrupted begins again.
 
-Axes: N pictures, h w ids of a picture, B rows, T = h * w.
+Axes: N images, h w ids of an image, B rows, T = h * w.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
 from ar_unified.training.step import TrainState, abstract_state, make_eval_step, make_state, make_train_step
 from ar_unified.training.tasks import TransformerTask
 
-TOKENS = 2048  # of a step, in whole pictures
+TOKENS = 2048  # of a step, in whole images
 SHAPE: dict[str, Any] = dict(
     d_model=128, n_layers=4, n_heads=4, n_kv_heads=4, head_dim=32, d_mlp=384, qk_norm="rmsnorm"
 )
@@ -52,15 +52,15 @@ class Probe:
         for start in range(0, len(ids), self.rows):
             batch = _rows(self.task.vocabulary, ids[start : start + self.rows], self.rows)
             with jax.set_mesh(self.mesh):
-                found = self._step(self.state.params, self.state.kept, batch)
+                found = self._step(self.state.params, self.state.model_state, batch)
             bits, counted = jax.device_get(found["bits_per_image_token"])
             total, count = total + float(bits), count + float(counted)
         return {"bits_per_id": total / count, "budget": self.budget}
 
 
-def pictures_wanted(steps: int, ids_per_picture: int) -> int:
-    """How many training pictures a probe of so many steps sees once."""
-    return steps * _rows_of(ids_per_picture)
+def images_wanted(steps: int, ids_per_image: int) -> int:
+    """How many training images a probe of so many steps sees once."""
+    return steps * _rows_of(ids_per_image)
 
 
 def train_probe(ids: np.ndarray, codebook_size: int, *, steps: int, seed: int = 0) -> Probe:
@@ -70,9 +70,7 @@ def train_probe(ids: np.ndarray, codebook_size: int, *, steps: int, seed: int = 
         ValueError: no ids, or fewer than 1 step. RuntimeError: the loss became infinite or NaN.
     """
     if not ids.size or steps < 1:
-        raise ValueError(
-            f"probe: expected at least 1 step on the ids of at least 1 picture, got {steps} and {ids.shape}"
-        )
+        raise ValueError(f"probe: expected at least 1 step on the ids of at least 1 image, got {steps} and {ids.shape}")
     rows = _rows_of(ids[0].size)
     vocabulary = Vocabulary(text_size=1, codebook_size=codebook_size)
 
@@ -98,7 +96,7 @@ def train_probe(ids: np.ndarray, codebook_size: int, *, steps: int, seed: int = 
         "shape": f"{config.n_layers} layers of width {config.d_model}",
         "steps": steps,
         "ids_per_step": rows * ids[0].size,
-        "pictures": len(ids),
+        "images": len(ids),
         "epochs": round(steps * rows / len(ids), 2),
         "learning_rate": optimizer.learning_rate,
         "seed": seed,
@@ -106,12 +104,12 @@ def train_probe(ids: np.ndarray, codebook_size: int, *, steps: int, seed: int = 
     return Probe(task, state, mesh, rows, budget)
 
 
-def _rows_of(ids_per_picture: int) -> int:
-    return max(1, TOKENS // ids_per_picture)
+def _rows_of(ids_per_image: int) -> int:
+    return max(1, TOKENS // ids_per_image)
 
 
 def _rows(vocabulary: Vocabulary, ids: np.ndarray, count: int) -> PackedBatch:
-    """A batch of `count` rows of one picture each, the last ones empty: <boi> and all ids but the last -> the ids."""
+    """A batch of `count` rows of one image each, the last ones empty: <boi> and all ids but the last -> the ids."""
     T = ids[0].size
     targets = np.full((count, T), vocabulary.pad, np.int32)
     targets[: len(ids)] = ids.reshape(-1, T) + vocabulary.image_offset

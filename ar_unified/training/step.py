@@ -41,9 +41,9 @@ class TrainingTask(Protocol):
 
     Metrics are sums, never means: a (sum, count) pair is divided after it was added over microbatches, devices and
     steps; a bare array is a plain sum (a count of tokens, a histogram of codes). Those under STATISTICS, a dict, are
-    for `settle` alone and are not reported.
+    for `update_state` alone and are not reported.
 
-    What a task keeps (`kept`) is state that no gradient moves: averaged weights, statistics of a codebook.
+    `model_state` is what no gradient moves: averaged weights, statistics of a codebook.
     """
 
     @property
@@ -66,24 +66,25 @@ class TrainingTask(Protocol):
     def logical_axes(self, params: Params) -> Any:
         """A tree like params, of tuples of logical axis names (parallel/rules.py)."""
 
-    def start(self, params: Params) -> Params:
-        """What is kept beside the parameters, before the first step."""
+    def init_state(self, params: Params) -> Params:
+        """The model state before the first step."""
 
     def loss(
-        self, params: Params, kept: Params, batch: Batch, keys: jax.Array | None
+        self, params: Params, model_state: Params, batch: Batch, keys: jax.Array | None
     ) -> tuple[jax.Array | dict[str, jax.Array], jax.Array, Metrics]:
         """(sum of weight * loss, sum of weight, metric sums); keys [B], one for each row; None: held out, no dropout.
 
         Several losses come as a dict, by the top-level key of the parameters that each of them moves.
         """
 
-    def settle(self, params: Params, kept: Params, sums: Metrics) -> tuple[Params, Params]:
-        """(params, kept) after the optimizer moved `params`; sums: what the step's batch left under STATISTICS."""
+    def update_state(self, params: Params, model_state: Params, sums: Metrics) -> tuple[Params, Params]:
+        """(params, model_state) after the optimizer moved `params`; sums: what the step's batch left under
+        STATISTICS."""
 
-    def inference_params(self, params: Params, kept: Params) -> Params:
+    def inference_params(self, params: Params, model_state: Params) -> Params:
         """The model to validate, show and use: the parameters, or their averages."""
 
-    def inspect(self, params: Params, kept: Params, batch: Batch) -> Metrics:
+    def inspect(self, params: Params, model_state: Params, batch: Batch) -> Metrics:
         """Metric sums of a held-out batch that the loss does not compute: a pass of its own. {}: none."""
 
     def warning(self, line: Mapping[str, float]) -> str:
@@ -99,19 +100,19 @@ class TrainingTask(Protocol):
         """JSON for the checkpoint: enough to build the model again."""
 
 
-class NothingKept:
-    """For a task that trains all it holds."""
+class Stateless:
+    """For a task without a model state: it trains all it holds."""
 
-    def start(self, params: Params) -> Params:
+    def init_state(self, params: Params) -> Params:
         return {}
 
-    def settle(self, params: Params, kept: Params, sums: Metrics) -> tuple[Params, Params]:
-        return params, kept
+    def update_state(self, params: Params, model_state: Params, sums: Metrics) -> tuple[Params, Params]:
+        return params, model_state
 
-    def inference_params(self, params: Params, kept: Params) -> Params:
+    def inference_params(self, params: Params, model_state: Params) -> Params:
         return params
 
-    def inspect(self, params: Params, kept: Params, batch: Batch) -> Metrics:
+    def inspect(self, params: Params, model_state: Params, batch: Batch) -> Metrics:
         return {}
 
     def warning(self, line: Mapping[str, float]) -> str:
@@ -124,7 +125,7 @@ class TrainState(NamedTuple):
     step: jax.Array  # i32 [], steps taken
     params: Params
     optimizer: optax.OptState
-    kept: Params  # the task's, beside what gradients move
+    model_state: Params  # the task's: what no gradient moves
 
 
 class StepReport(NamedTuple):
@@ -142,8 +143,8 @@ def make_state(
 ) -> TrainState:
     """The state before the first step, with fresh parameters or those given. Jittable, and the same on every mesh."""
     params = task.init(jax.random.key(seed)) if params is None else params
-    kept = jax.tree.map(jnp.copy, task.start(params))  # no buffer twice: the state is donated
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), kept)
+    model_state = jax.tree.map(jnp.copy, task.init_state(params))  # no buffer twice: the state is donated
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), model_state)
 
 
 def abstract_state(task: TrainingTask, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -151,8 +152,10 @@ def abstract_state(task: TrainingTask, tx: optax.GradientTransformation, mesh: M
     shapes = jax.eval_shape(lambda: make_state(task, tx, 0))
     whole = NamedSharding(mesh, P())
     params = shardings(mesh, task.logical_axes(shapes.params), shapes.params)
-    kept = shardings(mesh, task.logical_axes(shapes.kept), shapes.kept) if shapes.kept else {}
-    placement = TrainState._make((whole, params, state_shardings(tx, shapes.params, params, whole), kept))
+    model_state = (
+        shardings(mesh, task.logical_axes(shapes.model_state), shapes.model_state) if shapes.model_state else {}
+    )
+    placement = TrainState._make((whole, params, state_shardings(tx, shapes.params, params, whole), model_state))
     return on_mesh(shapes, placement)
 
 
@@ -175,7 +178,14 @@ def split_microbatches(batch: Batch, count: int, mesh: Mesh) -> Batch:
 
 
 def gradients(
-    task: TrainingTask, params: Params, kept: Params, batch: Batch, key: jax.Array, *, accumulation: int, mesh: Mesh
+    task: TrainingTask,
+    params: Params,
+    model_state: Params,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    accumulation: int,
+    mesh: Mesh,
 ) -> tuple[jax.Array | dict[str, jax.Array], Params, Metrics]:
     """(loss or losses, gradients, metric sums) of one global batch, in `accumulation` sequential parts of it.
 
@@ -188,7 +198,7 @@ def gradients(
 
     def summed(batch: Batch, keys: jax.Array) -> Any:
         def objective(params: Params) -> tuple[Any, tuple[jax.Array, Metrics]]:
-            loss, weight, metrics = task.loss(params, kept, batch, keys)
+            loss, weight, metrics = task.loss(params, model_state, batch, keys)
             return loss, (weight, metrics)
 
         loss, pull_back, (weight, metrics) = jax.vjp(objective, params, has_aux=True)
@@ -248,7 +258,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         loss, grads, values = gradients(
-            task, state.params, state.kept, batch, key, accumulation=accumulation, mesh=mesh
+            task, state.params, state.model_state, batch, key, accumulation=accumulation, mesh=mesh
         )
         statistics = values.pop(STATISTICS, {})
         squares = squared_norms(grads)
@@ -261,8 +271,10 @@ def make_train_step(
         total = jnp.sum(jnp.stack(jax.tree.leaves(loss)))
         finite = jnp.isfinite(norm) & jnp.isfinite(total)
         updates, optimizer = tx.update(grads, state.optimizer, state.params)
-        params, kept = task.settle(optax.apply_updates(state.params, updates), state.kept, statistics)
-        moved = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, optimizer, kept), state[1:])
+        params, model_state = task.update_state(
+            optax.apply_updates(state.params, updates), state.model_state, statistics
+        )
+        moved = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, optimizer, model_state), state[1:])
         return TrainState(state.step + 1, *moved), StepReport(values, total, norm, finite, leaves)
 
     placement = jax.tree.map(lambda x: x.sharding, abstract_state(task, tx, mesh))
@@ -270,19 +282,19 @@ def make_train_step(
 
 
 def make_eval_step(task: TrainingTask, mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted (params, kept, batch) -> metric sums of a held-out batch: no dropout, no gradient."""
+    """The jitted (params, model_state, batch) -> metric sums of a held-out batch: no dropout, no gradient."""
 
-    def eval_step(params: Params, kept: Params, batch: Batch) -> Metrics:
-        values = task.loss(task.inference_params(params, kept), kept, batch, None)[2]
+    def eval_step(params: Params, model_state: Params, batch: Batch) -> Metrics:
+        values = task.loss(task.inference_params(params, model_state), model_state, batch, None)[2]
         return {name: value for name, value in values.items() if name != STATISTICS}
 
     return jax.jit(eval_step, out_shardings=NamedSharding(mesh, P()))
 
 
 def make_inspection(task: TrainingTask, mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted (params, kept, batch) -> metric sums of `task.inspect`."""
+    """The jitted (params, model_state, batch) -> metric sums of `task.inspect`."""
 
-    def inspection(params: Params, kept: Params, batch: Batch) -> Metrics:
-        return task.inspect(task.inference_params(params, kept), kept, batch)
+    def inspection(params: Params, model_state: Params, batch: Batch) -> Metrics:
+        return task.inspect(task.inference_params(params, model_state), model_state, batch)
 
     return jax.jit(inspection, out_shardings=NamedSharding(mesh, P()))

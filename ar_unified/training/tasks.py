@@ -1,4 +1,4 @@
-"""The two tasks of the loop: the transformer on packed token rows, the image autoencoder on pictures.
+"""The two tasks of the loop: the transformer on packed token rows, the image autoencoder on images.
 
 A task (`step.TrainingTask`) is a model, its loss, its data and what is worth saying about a step.
 
@@ -23,11 +23,11 @@ from ar_unified.language.document import TASKS
 from ar_unified.language.vocabulary import Role, Vocabulary
 from ar_unified.metrics import LOG_Z_BY_ROLE, LOSS_BY_ROLE, LOSS_BY_TASK
 from ar_unified.model import transformer
-from ar_unified.model.code_vectors import begin_alike
+from ar_unified.model.code_vectors import init_from_codebook
 from ar_unified.model.config import TransformerConfig, matmul_parameters
 from ar_unified.model.loss import token_losses
 from ar_unified.training.attention_share import attention_shares
-from ar_unified.training.step import STATISTICS, Batch, BatchOfStep, Metrics, NothingKept, Params
+from ar_unified.training.step import STATISTICS, Batch, BatchOfStep, Metrics, Params, Stateless
 
 
 def ratios(totals: Metrics) -> dict[str, float]:
@@ -50,7 +50,7 @@ def wrong_weights(roles: Mapping[str, float], tasks: Mapping[str, float]) -> lis
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TransformerTask(NothingKept):
+class TransformerTask(Stateless):
     """Next-token prediction on packed rows of every task at once.
 
     The weight of a target is role_weights[its role] * task_weights[its document's task], times `prompt_weight` where
@@ -64,7 +64,7 @@ class TransformerTask(NothingKept):
       text_bytes: i32 [text_size], UTF-8 bytes each text piece stands for; None: no bits per byte.
       z_loss: weight of log(Z)^2, which keeps logits from drifting (PaLM, arXiv:2204.02311, uses 1e-4).
       chunk: positions whose logits exist at one time.
-      attention_share: measure at each validation how much text and pictures look at each other, by layer
+      attention_share: measure at each validation how much text and images look at each other, by layer
         (training/attention_share.py): about the time of two forward passes over one held-out batch.
       code_vectors: f32 [K, C] of the image tokenizer, for rows of image codes that begin alike where codes are; None:
         they begin at random, as those of text do.
@@ -98,7 +98,7 @@ class TransformerTask(NothingKept):
         params = transformer.init(self.config, key)
         if self.code_vectors is None:
             return params
-        return begin_alike(
+        return init_from_codebook(
             params, jnp.asarray(self.code_vectors), self.vocabulary.image_offset, jax.random.fold_in(key, 1)
         )
 
@@ -116,7 +116,7 @@ class TransformerTask(NothingKept):
         return role_weight[batch.roles] * task_weight[batch.tasks] * prompt
 
     def loss(
-        self, params: Params, kept: Params, batch: Batch, keys: jax.Array | None
+        self, params: Params, model_state: Params, batch: Batch, keys: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, Metrics]:
         model = transformer.Transformer.bind(self.config, params)
         dropout_keys = keys if self.config.dropout else None
@@ -126,7 +126,7 @@ class TransformerTask(NothingKept):
         loss = jnp.sum(weight * (nll + self.z_loss * jnp.square(lse))), jnp.sum(weight)
         return *loss, self._metrics(batch, weight, nll, lse)
 
-    def inspect(self, params: Params, kept: Params, batch: Batch) -> Metrics:
+    def inspect(self, params: Params, model_state: Params, batch: Batch) -> Metrics:
         if not self.attention_share:
             return {}
         return attention_shares(transformer.Transformer.bind(self.config, params), self.vocabulary, batch)
@@ -203,11 +203,11 @@ class TokenizerTask:
     def init(self, key: jax.Array) -> Params:
         return self.objective.init(key)
 
-    def start(self, params: Params) -> Params:
-        return self.objective.start(params)
+    def init_state(self, params: Params) -> Params:
+        return self.objective.init_state(params)
 
-    def inference_params(self, params: Params, kept: Params) -> Params:
-        return self.objective.inference_params(params, kept)
+    def inference_params(self, params: Params, model_state: Params) -> Params:
+        return self.objective.inference_params(params, model_state)
 
     def logical_axes(self, params: Params) -> Any:
         """Output channels of every kernel; vectors and numbers stay whole."""
@@ -225,17 +225,17 @@ class TokenizerTask:
         }
 
     def loss(
-        self, params: Params, kept: Params, batch: Batch, keys: jax.Array | None
+        self, params: Params, model_state: Params, batch: Batch, keys: jax.Array | None
     ) -> tuple[dict[str, jax.Array], jax.Array, Metrics]:
         images = jnp.float32(batch["pixels"].shape[0])
-        losses, metrics, sums = self.objective.losses(params, kept, batch["pixels"], keys)
+        losses, metrics, sums = self.objective.losses(params, model_state, batch["pixels"], keys)
         return losses, images, {"images": images, STATISTICS: sums, **metrics}
 
-    def inspect(self, params: Params, kept: Params, batch: Batch) -> Metrics:
+    def inspect(self, params: Params, model_state: Params, batch: Batch) -> Metrics:
         return {}
 
-    def settle(self, params: Params, kept: Params, sums: Metrics) -> tuple[Params, Params]:
-        return self.objective.settle(params, kept, sums)
+    def update_state(self, params: Params, model_state: Params, sums: Metrics) -> tuple[Params, Params]:
+        return self.objective.update_state(params, model_state, sums)
 
     def summary(self, totals: Metrics) -> dict[str, float]:
         codes = usage(totals["code_counts"]) if "code_counts" in totals else {}

@@ -163,10 +163,10 @@ class Telemetry:
         for key, value in values.items():
             self._board.add_scalar(key, value, step)
 
-    def images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Pictures uint8 [H, W, 3] by name, to TensorBoard."""
+    def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Images uint8 [H, W, 3] by name, to TensorBoard."""
         if self.active:
-            for name, pixels in pictures.items():
+            for name, pixels in images.items():
                 self._board.add_image(name, np.asarray(pixels), step, dataformats="HWC")
 
     def say(self, line: str) -> None:

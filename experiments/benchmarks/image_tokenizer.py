@@ -1,7 +1,7 @@
-"""The vqgan backbone beside Hugging Face's `ChameleonVQVAE` on torch: pictures of 256 pixels to codes, and back.
+"""The vqgan backbone beside Hugging Face's `ChameleonVQVAE` on torch: images of 256 pixels to codes, and back.
 
 The same random weights on both sides, float32: base 64, two blocks a level, attention in the middle, multipliers
-1 2 2 4 (f8) or 1 1 2 2 4 (f16), 4,096 codes of 64 dimensions. `encode` includes the quantiser; ours finds the same
+1 2 2 4 (f8) or 1 1 2 2 4 (f16), 4,096 codes of 64 dimensions. `encode` includes the quantizer; ours finds the same
 Euclidean neighbour as theirs. transformers has no decoder of this network, so that of taming-transformers is written
 out in torch below. Each side has a process of its own; runs alternate after a warm-up, and what they made is compared.
 
@@ -24,7 +24,7 @@ What was found, in CPU time on that core:
   * Half of the products along the rows (convolution.py): 42 -> 29 ms at 128 x 128 x 128 features, 9.5 -> 6 at 64 x 64 x
     128, 10 -> 8 at 32 x 32 x 256, nothing at 256 x 256 x 64, where moving the data takes as long as was saved. A
     quarter of them, in both directions: 36 ms, 13 and 30 at these three, because of the sums.
-  * Doubling without repeating the picture: 195 -> 80 ms at 128 -> 256 pixels and 128 features.
+  * Doubling without repeating the image: 195 -> 80 ms at 128 -> 256 pixels and 128 features.
   * GroupNorm with silu, 256 x 256 x 64, forward and with the way back: 16 to 22 and 64 to 70 ms before, 9.5 and 51 ms
     now that features and groups meet in products, which XLA does not repeat for every position (layers.py). Reading
     for one mean takes 1.4 ms, the last pass 3.5. Before it, f16 at b=1 was a draw: 1.01 and 0.96.
@@ -50,7 +50,7 @@ SHAPES = {"f8": "vqgan_f8_16m", "f16": "vqgan_f16_16m"}
 
 
 def inputs(shape: str, task: str, batch: int) -> np.ndarray:
-    """Pictures float32 [B, 256, 256, 3] in [-1, 1], or codes int32 [B, h, w]."""
+    """Images float32 [B, 256, 256, 3] in [-1, 1], or codes int32 [B, h, w]."""
     draw = np.random.default_rng(1)
     if task == "encode":
         return draw.uniform(-1, 1, (batch, SIDE, SIDE, 3)).astype(np.float32)

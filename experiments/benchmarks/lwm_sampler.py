@@ -6,7 +6,7 @@ the repositories LargeWorldModel/LWM f45d2b7, haoliuhl/tux 61c11e1 and haoliuhl/
 answered by a line [wall, CPU seconds].
 
 The model has random weights and the sizes of the benchmark's, as far as LWM has them: as many KV heads as heads, a
-vocabulary of codes and a head of its own for them; 257 tokens a picture, the last one forced, no line ends. Guidance
+vocabulary of codes and a head of its own for them; 257 tokens an image, the last one forced, no line ends. Guidance
 and top-k are the benchmark's. Jitted whole, as in its vision_generation.py; that script hands it one prompt at a time,
 here they are a batch.
 """
@@ -25,7 +25,7 @@ NEW, WIDTH, TEXT, CODES = 257, 32, 2000, 4096
 
 
 def sampler(batch: int, scale: float, top_k: int):
-    """A function of a seed: draws `batch` pictures, ids [batch, 257]."""
+    """A function of a seed: draws `batch` images, ids [batch, 257]."""
     from lwm.vision_llama import FlaxVideoLLaMAForCausalLM, VideoLLaMAConfig
     from transformers import GenerationConfig
 

@@ -56,7 +56,7 @@ def table(plans: dict[str, dict[str, Any]]) -> str:
     """Markdown: a row for each plan, then what refused and how far each scales."""
     head = (
         "| model | target | mesh | tokens a step | peak of HBM | parameters + optimizer | gradients + activations | "
-        "ICI sent | DCN sent | products | ICI | DCN | memory | step | MFU | compiled in |"
+        "ICI sent | DCN sent | matmuls | ICI | DCN | memory | step | MFU | compiled in |"
     )
     lines, scaling = [head, "|" + " --- |" * (head.count("|") - 1)], []
     for case, plan in plans.items():
@@ -84,7 +84,7 @@ def table(plans: dict[str, dict[str, Any]]) -> str:
             size(parts["gradients"] + parts["activations"]),
             size(program["sent"]["ICI"]),
             size(program["sent"]["DCN"]) if program["sent"]["DCN"] else "",
-            duration(seconds["products"]),
+            duration(seconds["matmuls"]),
             duration(seconds["ICI"]),
             duration(seconds["DCN"]) if seconds["DCN"] else "",
             duration(seconds["memory"]),
@@ -97,7 +97,7 @@ def table(plans: dict[str, dict[str, Any]]) -> str:
         far = {0: "not here", None: "any number of slices"}.get(reach["largest"], f"{reach['largest'] or 0:,} chips")
         scaling.append(f"| {model} | {plan['target']} | {far} | {reach['breaks']} |")
     second = [
-        "| model | target | products bound a step up to | first to break |",
+        "| model | target | matmuls bound a step up to | first to break |",
         "| --- | --- | --- | --- |",
         *scaling,
     ]

@@ -1,18 +1,18 @@
-"""Every quantiser at equal budget: photographs and emoji, 1,024 codes (fsq: 1,000 or 4,096; rq: two of 32), f8.
+"""Every quantizer at equal budget: photographs and emoji, 1,024 codes (fsq: 1,000 or 4,096; rq: two of 32), f8.
 
     python experiments/benchmarks/quantizers.py --path DIR --workdir DIR2 --output FILE.json [--only NAME ...]
 
 DIR (datasets) holds clothing and noto-emoji with their captions.jsonl, as ../data/make_photos.py and make_emoji.py make
-them; one picture in twenty of each is held out and scored, 135 at 128 x 128 pixels. Each quantiser trains the network
+them; one image in twenty of each is held out and scored, 135 at 128 x 128 pixels. Each quantizer trains the network
 of experiments/photos.py on the same crops from the same seed, for STEPS steps of 16, on the pixels' squared error
 alone, with the settings its name has by default; then a transformer of 1M parameters learns the ids of 1,200 training
-pictures for PROBE steps, and its bits per id are of the held-out ones.
+images for PROBE steps, and its bits per id are of the held-out ones.
 
 26 Nov 2026, seed 0, jax 0.10.2, one core of a Xeon (Sapphire Rapids) for each; raw numbers in results/quantizers.json.
-Codes used by the held-out pictures; bits of an id and of a picture under the transformer; ids that survive encoding the
+Codes used by the held-out images; bits of an id and of an image under the transformer; ids that survive encoding the
 reconstruction again; CPU seconds of all of it:
 
-                  PSNR   SSIM   used entropy bits/id bits/picture survive CPU s
+                  PSNR   SSIM   used entropy bits/id bits/image survive CPU s
     fsq          22.37  0.656  41.6%   7.10   4.74     1214     91.6%    424
     fsq, ifsq    22.26  0.653  41.4%   7.20   4.83     1236     93.3%    437
     fsq, 4096    22.60  0.665  22.8%   7.93   5.64     1445     90.9%    446
@@ -70,14 +70,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = defaults()
     config.name = f"bake-off: {args['name']}"
 
-    def pictures(split: str) -> tuple[ConfigDict, ...]:
+    def images(split: str) -> tuple[ConfigDict, ...]:
         return tuple(
             ConfigDict(dict(kind="folder", path=f"{args['path']}/{name}", files=("captions",), split=split))
             for name in ("clothing", "noto-emoji")
         )
 
-    config.data.train = pictures("[:95%]")
-    config.data.validation = pictures("[95%:]")
+    config.data.train = images("[:95%]")
+    config.data.validation = images("[95%:]")
     config.data.image_size = (128, 128)
     config.evaluation.tokenizer_probe_steps = PROBE
 
@@ -100,10 +100,10 @@ def measured(name: str, path: str, folder: Path) -> dict[str, Any]:
         subprocess.run([sys.executable, "-m", "ar_unified.cli.main", *verb, *config], check=True)
     after = os.times()
     (numbers,) = json.loads((folder / label / "tokenizer_evaluation/evaluation.json").read_text())["tokenizer"].values()
-    keys = ("psnr", "ssim", "codebook_size", "usage", "dead", "entropy_bits", "perplexity", "id_stability", "pictures")
+    keys = ("psnr", "ssim", "codebook_size", "usage", "dead", "entropy_bits", "perplexity", "id_stability", "images")
     return {key: numbers[key] for key in keys} | {
         "bits_per_id": numbers["probe"]["bits_per_id"],
-        "ids_per_picture": numbers["ids_per_picture"],
+        "ids_per_image": numbers["ids_per_image"],
         "psnr_corrupted_5%": numbers["psnr_corrupted"]["5%"],
         "seconds": time.perf_counter() - began,
         "cpu_seconds": after.children_user + after.children_system - before.children_user - before.children_system,
@@ -129,11 +129,11 @@ def main() -> None:
 
 
 def row(name: str, found: dict[str, Any]) -> str:
-    """PSNR, SSIM, usage, entropy, bits of an id and of a picture under the probe, stability, CPU seconds."""
-    picture = found["bits_per_id"] * found["ids_per_picture"]
+    """PSNR, SSIM, usage, entropy, bits of an id and of an image under the probe, stability, CPU seconds."""
+    image = found["bits_per_id"] * found["ids_per_image"]
     return (
         f"    {name:14s}{found['psnr']:6.2f} {found['ssim']:6.3f} {found['usage']:6.1%} {found['entropy_bits']:6.2f} "
-        f"{found['bits_per_id']:6.2f} {picture:6.0f} {found['id_stability']:6.1%} {found['cpu_seconds']:6.0f}"
+        f"{found['bits_per_id']:6.2f} {image:6.0f} {found['id_stability']:6.1%} {found['cpu_seconds']:6.0f}"
     )
 
 

@@ -1,9 +1,9 @@
-"""Batch sampling on the CPU beside Hugging Face transformers on torch, and LWM's sampler: pictures and text.
+"""Batch sampling on the CPU beside Hugging Face transformers on torch, and LWM's sampler: images and text.
 
 One model of random weights, the same for us and transformers, float32: a small Emu3 (d=256, 4 layers, 8 heads over 2 KV
 heads, FFN 704, 2,009 text and control ids, 4,096 image codes, untied), there as Emu3ForConditionalGeneration. All runs
-in turns, each side in a process of its own, after a warm-up that also compiles; medians. Pictures have 16 x 16 codes,
-274 tokens with line ends, end of picture and end of document, guidance 3, top-k 2048, temperature 1; every output is
+in turns, each side in a process of its own, after a warm-up that also compiles; medians. Images have 16 x 16 codes,
+274 tokens with line ends, end of image and end of document, guidance 3, top-k 2048, temperature 1; every output is
 checked against the grammar. Only tokens are made, no pixels.
 
     hf        `generate` as the documentation of Emu3 in transformers has it: `prefix_allowed_tokens_fn` that returns
@@ -25,8 +25,8 @@ three times as much: jaxlib 0.10.2, torch 2.14.1, transformers 5.24.0, LWM f45d2
 results/sampling_vs_transformers.json. Their wall time over ours, CPU time in brackets, and our rate by the clock:
 
                      hf            tuned         loop          lwm            ours
-    pictures b=1     9.03 (8.30)   8.44 (7.40)   3.47 (3.06)   4.07 (3.62)    82 images/min
-    pictures b=16    4.12 (4.13)   2.06 (2.41)   1.55 (1.57)   8.28 (9.35)    173 images/min
+    images b=1       9.03 (8.30)   8.44 (7.40)   3.47 (3.06)   4.07 (3.62)    82 images/min
+    images b=16      4.12 (4.13)   2.06 (2.41)   1.55 (1.57)   8.28 (9.35)    173 images/min
 
                      generate      loop          compiled
     text b=1         4.54 (4.68)   4.04 (3.72)   2.89 (2.33)                  882 tokens/s
@@ -34,10 +34,10 @@ results/sampling_vs_transformers.json. Their wall time over ours, CPU time in br
     text b=64        1.53 (1.64)   1.27 (1.36)   3.27 (3.43)                  3,035 tokens/s
 
 A run half an hour before, with fewer neighbours: hf 5.36 (5.68) and 4.04 (3.94), loop 2.37 (2.44) and 1.82 (1.66) of
-pictures; of text the nearest were compiled 2.44 (2.23), loop 2.42 (2.66) and loop 1.64 (1.50); ours drew 149 and 223
+images; of text the nearest were compiled 2.44 (2.23), loop 2.42 (2.66) and loop 1.64 (1.50); ours drew 149 and 223
 images/min. Since both, a row's softmax weights are added up by a product (kernels/decode_attention/xla.py): our CPU
-time of 16 pictures fell from 3.2 to 3.4 s to 2.4 to 2.8 s, old and new code in turns. Against the peers that was run
-but once, of 16 pictures: hf 5.03 (4.92), tuned 3.29 (3.21), loop 2.05 (2.02), lwm 10.49 (10.41).
+time of 16 images fell from 3.2 to 3.4 s to 2.4 to 2.8 s, old and new code in turns. Against the peers that was run
+but once, of 16 images: hf 5.03 (4.92), tuned 3.29 (3.21), loop 2.05 (2.02), lwm 10.49 (10.41).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ TEXT, CODES, SIDE = 2000, 4096, 16
 NEW = (SIDE + 1) * SIDE + 2  # codes and line ends, <eoi>, <eos>
 SCALE, TOP_K = 3.0, 2048
 PROMPT, NEW_TEXT = 64, 128
-PICTURES, TEXTS = ("hf", "tuned", "loop"), ("generate", "loop", "compiled")
+IMAGES, TEXTS = ("hf", "tuned", "loop"), ("generate", "loop", "compiled")
 
 
 class Ids:
@@ -103,8 +103,8 @@ def prompts(batch: int) -> np.ndarray:
 # ---- ours --------------------------------------------------------------------------------------------------------
 
 
-def our_pictures(batch: int, prompt: np.ndarray) -> Callable[[], np.ndarray]:
-    """Draws one picture for each prompt: ids [batch, NEW]."""
+def our_images(batch: int, prompt: np.ndarray) -> Callable[[], np.ndarray]:
+    """Draws one image for each prompt: ids [batch, NEW]."""
     from ar_unified.language.document import TextPart
     from ar_unified.sampling.decoding import Filter
     from ar_unified.sampling.engine import Engine
@@ -178,7 +178,7 @@ def make_peer(state: dict[str, np.ndarray], vocab: int, v: dict[str, int]) -> An
 
 
 def special_tokens(v: dict[str, int]) -> Any:
-    """A tokenizer of transformers that knows the tokens of a picture's frame, under our ids."""
+    """A tokenizer of transformers that knows the tokens of an image's frame, under our ids."""
     import transformers
 
     import tokenizers
@@ -189,7 +189,7 @@ def special_tokens(v: dict[str, int]) -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=fast)
 
 
-def peer_pictures(peer: Any, prompt: np.ndarray, v: dict[str, int]) -> dict[str, Callable[[], np.ndarray]]:
+def peer_images(peer: Any, prompt: np.ndarray, v: dict[str, int]) -> dict[str, Callable[[], np.ndarray]]:
     import torch
 
     batch = len(prompt)
@@ -206,11 +206,11 @@ def peer_pictures(peer: Any, prompt: np.ndarray, v: dict[str, int]) -> dict[str,
 
     def documented(_: int, tokens: Any) -> Any:
         """What the documentation's function does, call by call: it makes its tensors, asks the tokenizer for the line
-        end, looks for the picture's beginning, and returns the codes as a list."""
+        end, looks for the image's beginning, and returns the codes as a list."""
         boi, eoi, eos, pad = (torch.tensor([v[name]]) for name in ("boi", "eoi", "eos", "pad"))
         eol = tokenizer.encode("<|extra_200|>", return_tensors="pt")[0]
         begin = torch.nonzero(tokens == boi, as_tuple=True)[0][0]
-        drawn = tokens.shape[0] - begin - len(header)  # of the picture, so far
+        drawn = tokens.shape[0] - begin - len(header)  # of the image, so far
         if drawn == (SIDE + 1) * SIDE:
             return (eoi,)
         if drawn == (SIDE + 1) * SIDE + 1:
@@ -313,10 +313,10 @@ def serve(pipe: Any, side: str, task: str, prompt: np.ndarray, state: Any, vocab
         from ar_tokenizers.host import keep_memory
 
         keep_memory()
-        runs = {"ours": (our_pictures if task == "pictures" else our_texts)(len(prompt), prompt)}
+        runs = {"ours": (our_images if task == "images" else our_texts)(len(prompt), prompt)}
     else:
         peer = make_peer(state, vocab, v)
-        runs = peer_pictures(peer, prompt, v) if task == "pictures" else peer_texts(peer, prompt)
+        runs = peer_images(peer, prompt, v) if task == "images" else peer_texts(peer, prompt)
     while (name := pipe.recv()) is not None:
         wall, cpu = time.perf_counter(), time.process_time()
         out = runs[name]()
@@ -350,8 +350,8 @@ def compare(
 ) -> tuple[dict[str, list], float | None]:
     """(wall, CPU) seconds of every run of every mode, in turns; and, of texts, the share of tokens that are those of
     `generate`."""
-    prompt = prompts(batch) if task == "pictures" else np.random.default_rng(1).integers(0, TEXT, (batch, PROMPT))
-    names = ["ours", *(PICTURES if task == "pictures" else TEXTS)]
+    prompt = prompts(batch) if task == "images" else np.random.default_rng(1).integers(0, TEXT, (batch, PROMPT))
+    names = ["ours", *(IMAGES if task == "images" else TEXTS)]
     if task == "texts":
         prompt[:, 0] = v["bos"]
         # Pieces alone may be drawn, by us because the request says so, by them because the others are never the best.
@@ -364,7 +364,7 @@ def compare(
         args = (end, side, task, prompt, state if side == "theirs" else None, vocab, v)
         processes.append(context.Process(target=serve, args=args, daemon=True))
         processes[-1].start()
-    if lwm and task == "pictures":
+    if lwm and task == "images":
         names.append("lwm")
         pipes["lwm"] = Lwm(lwm, batch)
         processes.append(pipes["lwm"])
@@ -376,7 +376,7 @@ def compare(
             pipe.send(name)
             wall, cpu, out = pipe.recv()
             outs[name] = out
-            if task == "pictures" and name != "lwm":
+            if task == "images" and name != "lwm":
                 check(out, v)
             if repeat:
                 times[name].append((wall, cpu))
@@ -389,7 +389,7 @@ def compare(
 
 
 def check(out: np.ndarray, v: dict[str, int]) -> None:
-    """Raises AssertionError unless every row is a picture."""
+    """Raises AssertionError unless every row is an image."""
     body = out[:, : SIDE * (SIDE + 1)].reshape(len(out), SIDE, SIDE + 1)
     codes = body[:, :, :SIDE]
     assert out.shape[1] == NEW and (body[:, :, SIDE] == v["eol"]).all()
@@ -399,7 +399,7 @@ def check(out: np.ndarray, v: dict[str, int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", nargs="*", type=int, default=(1, 16), help="batches")
+    parser.add_argument("--images", nargs="*", type=int, default=(1, 16), help="batches")
     parser.add_argument("--texts", nargs="*", type=int, default=(1, 16, 64), help="batches")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--lwm", metavar="PYTHON", help="an interpreter that imports LWM; see lwm_sampler.py")
@@ -418,7 +418,7 @@ def main() -> None:
     versions = {name: importlib.metadata.version(name) for name in ("jaxlib", "torch", "transformers")}
     results: dict[str, Any] = {"model": dataclasses.asdict(config), "versions": versions, "runs": {}, "same_tokens": {}}
     print(versions, jax.devices()[0].platform, flush=True)
-    for task, batches in (("pictures", args.pictures), ("texts", args.texts)):
+    for task, batches in (("images", args.images), ("texts", args.texts)):
         for batch in batches:
             times, same = compare(task, batch, args.repeats, state, vocabulary.size, v, args.lwm)
             results["runs"][f"{task} b={batch}"] = times
@@ -426,8 +426,8 @@ def main() -> None:
                 name: [statistics.median(run[i] for run in runs) for i in (0, 1)] for name, runs in times.items()
             }
             ours = medians["ours"]
-            per = batch * 60 if task == "pictures" else batch * NEW_TEXT
-            unit = "images/min" if task == "pictures" else "tok/s"
+            per = batch * 60 if task == "images" else batch * NEW_TEXT
+            unit = "images/min" if task == "images" else "tok/s"
             cells = [
                 f"{name} {per / wall:,.1f} {unit} {wall / ours[0]:.2f} ({cpu / ours[1]:.2f})"
                 for name, (wall, cpu) in medians.items()

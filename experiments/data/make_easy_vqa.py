@@ -8,7 +8,7 @@ clone of github.com/vzhou842/easy-VQA, which has the same files.
 
 Leaves images/SPLIT/N.png as they come (4,000 of train, 1,000 of test, 64 x 64 pixels), vqa.jsonl (48,248 questions) and
 captions.jsonl (4,980: "a blue rectangle"). The set has no captions: they follow from its questions and answers, and for
-the 534 pictures whose questions leave colour or shape open from the pixels, but for 20 figures whose filled share of
+the 534 images whose questions leave colour or shape open from the pixels, but for 20 figures whose filled share of
 their bounding box is that of no shape for sure. These are the rows of the run that easy_vqa.py tells of.
 """
 
@@ -66,10 +66,10 @@ def find(source: str | None) -> Any:
 
 
 def make(data: Any, output: Path) -> str:
-    """Writes pictures and rows; returns what was made in words. Raises OSError."""
+    """Writes images and rows; returns what was made in words. Raises OSError."""
     captions: list[dict[str, Any]] = []
     questions: list[dict[str, Any]] = []
-    pictures = 0
+    images = 0
     for split in ("train", "test"):
         asked = [tuple(entry) for entry in json.loads((data / split / "questions.json").read_text(encoding="utf-8"))]
         questions += [
@@ -81,19 +81,19 @@ def make(data: Any, output: Path) -> str:
         for name in names:
             png = (data / split / "images" / name).read_bytes()
             write_bytes(output / "images" / split / name, png)
-            pictures += 1
-            with Image.open(io.BytesIO(png)) as picture:
-                known = seen(np.asarray(picture.convert("RGB"))) | said.get(_number(name), {})
+            images += 1
+            with Image.open(io.BytesIO(png)) as image:
+                known = seen(np.asarray(image.convert("RGB"))) | said.get(_number(name), {})
             if known.keys() == KINDS.keys():
                 text = f"a {known['color']} {known['shape']}"
                 captions.append({"image": f"images/{split}/{name}", "text": text, "split": split} | known)
     for file, rows in {"captions": captions, "vqa": questions}.items():
         write_text(output / f"{file}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    return f"{output}: {pictures} pictures, {len(captions)} captions, {len(questions)} questions"
+    return f"{output}: {images} images, {len(captions)} captions, {len(questions)} questions"
 
 
 def facts(asked: Sequence[tuple[str, str, int]]) -> dict[int, dict[str, str]]:
-    """What questions and answers say of each picture: its colour, its shape, both or none."""
+    """What questions and answers say of each image: its colour, its shape, both or none."""
     possible: dict[int, dict[str, set[str]]] = {}
     for question, answer, i in asked:
         left = possible.setdefault(i, {kind: set(names) for kind, names in KINDS.items()})

@@ -1,6 +1,6 @@
 """Builds the folder that experiments/emoji.py reads: emoji of 128 x 128 pixels and their English names.
 
-Pictures: Google's Noto emoji (Apache-2.0; its font SIL OFL 1.1), from either
+Images: Google's Noto emoji (Apache-2.0; its font SIL OFL 1.1), from either
     the font NotoColorEmoji.ttf as Linux distributions have it (Debian, Ubuntu: apt install fonts-noto-color-emoji)
     a clone of github.com/googlefonts/noto-emoji, whose folder png/128 has them as files
 Names: data-by-emoji.json of unicode-emoji-json (MIT; the names of Unicode's CLDR), from npm or a clone of
@@ -11,9 +11,9 @@ github.com/muan/unicode-emoji-json:
         --names package/data-by-emoji.json --output datasets/noto-emoji
 
 Leaves images/emoji_uCODE.png and captions.jsonl ({"image", "text", "group", "codepoints"}). Flags of countries and
-regions are left out, as png/128 does, and so is what the pictures do not have. The run that emoji.py tells of had the
+regions are left out, as png/128 does, and so is what the images do not have. The run that emoji.py tells of had the
 1,644 of png/128 (noto-emoji at b3e3051). From Debian 12's font (2.042) and unicode-emoji-json 0.9.0 come 1,637 of them,
-without the seven of Unicode 16, with the same names; in the font a picture has fewer colours and a few were drawn anew:
+without the seven of Unicode 16, with the same names; in the font an image has fewer colours and a few were drawn anew:
 mean difference 0.7 of 255 levels in the median, and 1.4 for nine in ten. The run's rows had keywords, too, that nothing
 reads.
 """
@@ -32,30 +32,30 @@ from ar_unified.errors import UserError
 from ar_unified.workdir import write_bytes, write_text
 
 SIZE = 128  # pixels
-_STRIKE = 109  # the only size, in Pillow's units, of the font's pictures, which have 136 x 128 pixels
+_STRIKE = 109  # the only size, in Pillow's units, of the font's images, which have 136 x 128 pixels
 _WIDTH = 136
-_PRESENTATION = "\ufe0f"  # says "as a picture"; no part of the files' names
+_PRESENTATION = "\ufe0f"  # says "as an image"; no part of the files' names
 
-Draw = Callable[[str], bytes | None]  # an emoji -> PNG, if there is a picture of it
+Draw = Callable[[str], bytes | None]  # an emoji -> PNG, if there is an image of it
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    pictures = parser.add_mutually_exclusive_group(required=True)
-    pictures.add_argument("--font", metavar="FILE", help="NotoColorEmoji.ttf with embedded pictures")
-    pictures.add_argument("--pictures", metavar="DIR", help="png/128 of a clone of noto-emoji")
+    images = parser.add_mutually_exclusive_group(required=True)
+    images.add_argument("--font", metavar="FILE", help="NotoColorEmoji.ttf with embedded images")
+    images.add_argument("--images", metavar="DIR", help="png/128 of a clone of noto-emoji")
     parser.add_argument("--names", required=True, metavar="FILE", help="data-by-emoji.json of unicode-emoji-json")
     parser.add_argument("--output", required=True, metavar="DIR")
     args = parser.parse_args(arguments)
     try:
-        draw = from_font(args.font) if args.font else from_files(Path(args.pictures))
+        draw = from_font(args.font) if args.font else from_files(Path(args.images))
         print(make(draw, Path(args.names), Path(args.output)))
     except UserError as error:
         parser.exit(error.exit_status, f"{parser.prog}: {error}\n")
 
 
 def make(draw: Draw, names: Path, output: Path) -> str:
-    """Writes pictures and captions; returns what was made in words. Raises UserError, OSError."""
+    """Writes images and captions; returns what was made in words. Raises UserError, OSError."""
     try:
         known = json.loads(names.read_text(encoding="utf-8"))
         entries = [(emoji, entry["name"], entry["group"]) for emoji, entry in known.items()]
@@ -74,10 +74,10 @@ def make(draw: Draw, names: Path, output: Path) -> str:
         codes = "-".join(f"{ord(letter):x}" for letter in emoji if letter != _PRESENTATION)
         rows.append({"image": image, "text": name, "group": group, "codepoints": codes})
     if not rows:
-        raise UserError("no emoji of the names has a picture: is that the folder png/128, or a font of emoji?")
+        raise UserError("no emoji of the names has an image: is that the folder png/128, or a font of emoji?")
     rows.sort(key=lambda row: row["image"])
     write_text(output / "captions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return f"{output}: {len(rows)} emoji; {absent} names without a picture"
+    return f"{output}: {len(rows)} emoji; {absent} names without an image"
 
 
 def file_name(emoji: str) -> str:
@@ -94,7 +94,7 @@ def _region(emoji: str) -> bool:
 def from_files(folder: Path) -> Draw:
     """Raises UserError if there is no such folder."""
     if not folder.is_dir():
-        raise UserError(f"--pictures: {folder}: no such folder")
+        raise UserError(f"--images: {folder}: no such folder")
 
     def draw(emoji: str) -> bytes | None:
         path = folder / file_name(emoji)
@@ -104,10 +104,10 @@ def from_files(folder: Path) -> Draw:
 
 
 def from_font(path: str) -> Draw:
-    """Raises UserError if the font has no embedded pictures."""
-    expected = "expected NotoColorEmoji.ttf with embedded pictures, as in Debian's fonts-noto-color-emoji"
+    """Raises UserError if the font has no embedded images."""
+    expected = "expected NotoColorEmoji.ttf with embedded images, as in Debian's fonts-noto-color-emoji"
     if not features.check("raqm"):
-        raise UserError("this Pillow has no raqm, without which emoji of several signs fall apart: take --pictures")
+        raise UserError("this Pillow has no raqm, without which emoji of several signs fall apart: take --images")
     try:
         font = ImageFont.truetype(path, _STRIKE, layout_engine=ImageFont.Layout.RAQM)
     except OSError as error:
@@ -117,11 +117,11 @@ def from_font(path: str) -> Draw:
         left, top, right, bottom = font.getbbox(emoji)
         if (right - left, bottom - top) != (_WIDTH, SIZE):
             return None  # none, or one beside the other: the font does not know the sequence
-        picture = Image.new("RGBA", (_WIDTH, SIZE))
-        ImageDraw.Draw(picture).text((-left, -top), emoji, font=font, embedded_color=True)
+        image = Image.new("RGBA", (_WIDTH, SIZE))
+        ImageDraw.Draw(image).text((-left, -top), emoji, font=font, embedded_color=True)
         margin = (_WIDTH - SIZE) // 2
         file = io.BytesIO()
-        picture.crop((margin, 0, margin + SIZE, SIZE)).save(file, "PNG")
+        image.crop((margin, 0, margin + SIZE, SIZE)).save(file, "PNG")
         return file.getvalue()
 
     return draw

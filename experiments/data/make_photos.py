@@ -13,7 +13,7 @@ unrestricted usage". Leaves in the output folder, of those that are named:
     based-cooking/images/*.jpg          those that a recipe shows, long side at most 384, JPEG quality 90
     kodak/images/kodimNN.png            8 of the 24 as they come: 01, 04, 07, 13, 15, 19, 20, 23
 
-Any folder of photographs does as well: `photos.py` wants pictures, and knows nothing of what they show. The run that it
+Any folder of photographs does as well: `photos.py` wants images, and knows nothing of what they show. The run that it
 tells of had the same eight of kodak, 133 of these 134 of based-cooking (at 2d8642e; all but pasta-arrabbiata.jpg, byte
 for byte but for grands-peres.jpg, which is turned here as its camera says), and photographs of clothing converted in
 the same way, but another 100 of each class than the first by the hash of their names.
@@ -43,7 +43,7 @@ CLOTHES = {
     "shoes": "a pair of shoes",
     "shorts": "a pair of shorts",
 }
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         for name, (source, make) in made.items():
             if source:
-                print(f"{args.output / name}: {make(source, args.output / name)} pictures")
+                print(f"{args.output / name}: {make(source, args.output / name)} images")
     except UserError as error:
         parser.exit(error.exit_status, f"{parser.prog}: {error}\n")
 
@@ -76,7 +76,7 @@ def clothing(source: Path, folder: Path, per_class: int = 100) -> int:
     rows = []
     for kind in classes:
         said = CLOTHES.get(kind.name, f"a {kind.name}")
-        files = sorted(_pictures(kind), key=lambda file: hashlib.sha256(file.name.encode()).digest())
+        files = sorted(_images(kind), key=lambda file: hashlib.sha256(file.name.encode()).digest())
         for file in files[:per_class]:
             name = f"images/train/{kind.name}/{file.stem}.jpg"
             write_bytes(folder / name, _jpeg(file, lambda size: 128 / min(size), quality=85))
@@ -86,11 +86,11 @@ def clothing(source: Path, folder: Path, per_class: int = 100) -> int:
 
 
 def cooking(source: Path, folder: Path) -> int:
-    """The pictures that recipes show, long side at most 384. Raises UserError, OSError."""
+    """The images that recipes show, long side at most 384. Raises UserError, OSError."""
     shown: set[str] = set()
     for recipe in _inside(source, "content").glob("*.md"):
         shown.update(re.findall(r"/pix/([\w.-]+)", recipe.read_text(encoding="utf-8")))
-    files = [file for file in _pictures(_inside(source, "static/pix")) if file.name in shown]
+    files = [file for file in _images(_inside(source, "static/pix")) if file.name in shown]
     for file in files:
         write_bytes(
             folder / "images" / f"{file.stem}.jpg", _jpeg(file, lambda size: min(1, 384 / max(size)), quality=90)
@@ -115,28 +115,28 @@ def _inside(source: Path, name: str) -> Path:
     return source / name
 
 
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in _PICTURES and path.name[0] != ".")
+def _images(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in _IMAGES and path.name[0] != ".")
 
 
 def _some(count: int, folder: Path) -> int:
     if not count:
-        raise UserError(f"{folder}: expected pictures in it, found none")
+        raise UserError(f"{folder}: expected images in it, found none")
     return count
 
 
 def _jpeg(path: Path, scale: Callable[[tuple[int, int]], float], quality: int) -> bytes:
-    """The picture scaled by `scale` of its (width, height)."""
+    """The image scaled by `scale` of its (width, height)."""
     try:
-        picture = Image.fromarray(images.decode(path.read_bytes()))
+        image = Image.fromarray(images.decode(path.read_bytes()))
     except images.ImageError as error:
         raise UserError(f"{path}: {error.reason}") from None
-    factor = scale(picture.size)
+    factor = scale(image.size)
     if factor != 1:
-        width, height = (max(1, round(side * factor)) for side in picture.size)
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+        width, height = (max(1, round(side * factor)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=quality)
+    image.save(file, "JPEG", quality=quality)
     return file.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer that Emu3's grew from: f8, 32 x 32 codes of a 256-pixel picture, 270M parameters.
+"""The tokenizer that Emu3's grew from: f8, 32 x 32 codes of a 256-pixel image, 270M parameters.
 
     C=experiments/image_tokenizers/emu3.py:path=DIR,validation=DIR2,lpips=FILE
     ar-unified tokenizer --only image --config $C --workdir workdirs/emu3
@@ -6,14 +6,14 @@
 
 SBER-MoVQGAN (ai-forever/MoVQGAN, configs/movqgan_270M.yaml), which Emu3 (arXiv:2409.18869) widened to 32,768 codes and
 gave two temporal convolutions. Published, ImageNet validation at 256 pixels with 16,384 codes, not by us: rFID 0.686,
-27.04 dB, SSIM 0.741. Of Emu3's 32,768 codes pictures use only the first half, says one of its users (Emu3#59).
+27.04 dB, SSIM 0.741. Of Emu3's 32,768 codes images use only the first half, says one of its users (Emu3#59).
 
 Theirs: L1 and LPIPS at weight 1, patch discriminator of 2 layers at 0.8 times the adaptive weight from the first step,
 Adam at 1e-4, batch 8 a GPU, gradients clipped, averaged weights, 2M steps. Different here: group norm where its decoder
 has SpatialNorm (a norm that reads the codes again), codes on the unit sphere, group norm in the discriminator, and no
 temporal layers.
 
-Arguments: path=DIR and validation=DIR of pictures; lpips=FILE that convert_perceptual wrote (none: 1 - MS-SSIM in
+Arguments: path=DIR and validation=DIR of images; lpips=FILE that convert_perceptual wrote (none: 1 - MS-SSIM in
 its place); codes=N (32768).
 """
 
@@ -24,11 +24,11 @@ from ar_unified.experiment.config import defaults, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    args = parse_arg(arg, path="pictures", validation=None, lpips=None, codes="32768")
+    args = parse_arg(arg, path="images", validation=None, lpips=None, codes="32768")
     config = defaults()
     config.name = "emu3"
-    config.data.train = (ConfigDict(dict(kind="pictures", path=args["path"])),)
-    config.data.validation = (ConfigDict(dict(kind="pictures", path=args["validation"])),) if args["validation"] else ()
+    config.data.train = (ConfigDict(dict(kind="images", path=args["path"])),)
+    config.data.validation = (ConfigDict(dict(kind="images", path=args["validation"])),) if args["validation"] else ()
     config.data.image_size = (256, 256)
     config.evaluation.limit = 50_000
 

@@ -14,7 +14,7 @@ step with LeCAM 0.05, Adam at 1e-4 with drops after epochs 250 and 300 of 330, b
 weights. Different here: one loss for both sides, non-saturating (theirs is hinge for the discriminator alone); the rate
 falls along a cosine; bfloat16.
 
-Arguments: path=DIR and validation=DIR of pictures; lpips=FILE that convert_perceptual wrote (none: 1 - MS-SSIM in
+Arguments: path=DIR and validation=DIR of images; lpips=FILE that convert_perceptual wrote (none: 1 - MS-SSIM in
 its place); codes=N (16384).
 """
 
@@ -25,11 +25,11 @@ from ar_unified.experiment.config import defaults, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    args = parse_arg(arg, path="pictures", validation=None, lpips=None, codes="16384")
+    args = parse_arg(arg, path="images", validation=None, lpips=None, codes="16384")
     config = defaults()
     config.name = "ibq"
-    config.data.train = (ConfigDict(dict(kind="pictures", path=args["path"])),)
-    config.data.validation = (ConfigDict(dict(kind="pictures", path=args["validation"])),) if args["validation"] else ()
+    config.data.train = (ConfigDict(dict(kind="images", path=args["path"])),)
+    config.data.validation = (ConfigDict(dict(kind="images", path=args["validation"])),) if args["validation"] else ()
     config.data.image_size = (256, 256)
     config.evaluation.limit = 50_000
 

@@ -13,7 +13,7 @@ at a constant 1e-4, clipped at 1, bfloat16, averaged weights. Different here: th
 before, and is felt over the next 2,000; group norm in it; codes that are not used are restarted. VQ-8 is
 `--config.image_tokenizer.factor=8` with taming_f8's multipliers and blocks.
 
-Arguments: path=DIR and validation=DIR of pictures; lpips=FILE that convert_perceptual wrote (none: 1 - MS-SSIM in
+Arguments: path=DIR and validation=DIR of images; lpips=FILE that convert_perceptual wrote (none: 1 - MS-SSIM in
 its place).
 """
 
@@ -24,11 +24,11 @@ from ar_unified.experiment.config import defaults, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    args = parse_arg(arg, path="pictures", validation=None, lpips=None)
+    args = parse_arg(arg, path="images", validation=None, lpips=None)
     config = defaults()
     config.name = "llamagen"
-    config.data.train = (ConfigDict(dict(kind="pictures", path=args["path"])),)
-    config.data.validation = (ConfigDict(dict(kind="pictures", path=args["validation"])),) if args["validation"] else ()
+    config.data.train = (ConfigDict(dict(kind="images", path=args["path"])),)
+    config.data.validation = (ConfigDict(dict(kind="images", path=args["validation"])),) if args["validation"] else ()
     config.data.image_size = (256, 256)
     config.evaluation.limit = 50_000
 

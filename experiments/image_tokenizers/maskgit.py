@@ -13,7 +13,7 @@ the first step, R1 of cost 10 (gamma 20 here, which is halved), entropy 0.1, Ada
 million steps, averaged weights. Different here: halving by convolutions instead of averages; R1 in every 16th step,
 counting for all; codes on the unit sphere.
 
-Arguments: path=DIR and validation=DIR of pictures; resnet=FILE that convert_perceptual wrote (none: the
+Arguments: path=DIR and validation=DIR of images; resnet=FILE that convert_perceptual wrote (none: the
 discriminator's own features in their place); lecam=WEIGHT, which MAGVIT can add (0).
 """
 
@@ -24,11 +24,11 @@ from ar_unified.experiment.config import defaults, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    args = parse_arg(arg, path="pictures", validation=None, resnet=None, lecam="0")
+    args = parse_arg(arg, path="images", validation=None, resnet=None, lecam="0")
     config = defaults()
     config.name = "maskgit"
-    config.data.train = (ConfigDict(dict(kind="pictures", path=args["path"])),)
-    config.data.validation = (ConfigDict(dict(kind="pictures", path=args["validation"])),) if args["validation"] else ()
+    config.data.train = (ConfigDict(dict(kind="images", path=args["path"])),)
+    config.data.validation = (ConfigDict(dict(kind="images", path=args["validation"])),) if args["validation"] else ()
     config.data.image_size = (256, 256)
     config.evaluation.limit = 50_000
 

@@ -1,4 +1,4 @@
-"""VQGAN f16, the first of the line: 16 x 16 codes of a 256-pixel picture, learned with an adversary.
+"""VQGAN f16, the first of the line: 16 x 16 codes of a 256-pixel image, learned with an adversary.
 
     C=experiments/image_tokenizers/vqgan.py:path=DIR,validation=DIR2,lpips=FILE
     ar-unified tokenizer --only image --config $C --workdir workdirs/vqgan
@@ -13,7 +13,7 @@ Theirs: L1 and LPIPS at weight 1, patch discriminator with hinge loss at 0.8 tim
 learns for 5,000 steps before the autoencoder feels it, over the next 5,000 (theirs meets trained reconstructions cold);
 group norm in it instead of batch norm; codes on the unit sphere; beta on the commitment.
 
-Arguments: path=DIR and validation=DIR of pictures; lpips=FILE that convert_perceptual wrote (none: 1 - MS-SSIM in
+Arguments: path=DIR and validation=DIR of images; lpips=FILE that convert_perceptual wrote (none: 1 - MS-SSIM in
 its place, which needs no pretrained network); codes=N (1024).
 """
 
@@ -24,11 +24,11 @@ from ar_unified.experiment.config import defaults, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    args = parse_arg(arg, path="pictures", validation=None, lpips=None, codes="1024")
+    args = parse_arg(arg, path="images", validation=None, lpips=None, codes="1024")
     config = defaults()
     config.name = "vqgan"
-    config.data.train = (ConfigDict(dict(kind="pictures", path=args["path"])),)
-    config.data.validation = (ConfigDict(dict(kind="pictures", path=args["validation"])),) if args["validation"] else ()
+    config.data.train = (ConfigDict(dict(kind="images", path=args["path"])),)
+    config.data.validation = (ConfigDict(dict(kind="images", path=args["validation"])),) if args["validation"] else ()
     config.data.image_size = (256, 256)
     config.evaluation.limit = 50_000
 

@@ -33,8 +33,8 @@ SMALL = {
     "training.steps": 24,
     "training.warmup_steps": 4,
     "training.batch_size": 8,
-    "training.row_length": 160,
-    "training.code_rows": "alike",
+    "training.sequence_length": 160,
+    "training.code_embedding_init": "codebook",
     "training.log_every": 4,
     "training.validate_every": 12,
     "training.checkpoint_every": 5,
@@ -61,7 +61,7 @@ def refused(argv: list[str], words: str, status: int = 2) -> None:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """captions.jsonl, vqa.jsonl and docs.jsonl over 40 pictures of 32 x 32 to 48 x 32 pixels."""
+    """captions.jsonl, vqa.jsonl and docs.jsonl over 40 images of 32 x 32 to 48 x 32 pixels."""
     root = tmp_path_factory.mktemp("folder")
     rng = np.random.default_rng(0)
     rows: dict[str, list[dict]] = {"captions": [], "vqa": [], "docs": []}

@@ -39,7 +39,7 @@ def test_only_the_tokenizer_is_scored_and_once(workdir, folder, capsys, monkeypa
     assert evaluate(folder, workdir, **changes) == 0
     left = workdir / "tokenizer_evaluation"
     numbers = json.loads((left / "evaluation.json").read_text())["tokenizer"]["validation"]
-    assert numbers["crop"] == [32, 32] and numbers["pictures"] == 2 and numbers["sources"] == [folder.name]
+    assert numbers["crop"] == [32, 32] and numbers["images"] == 2 and numbers["sources"] == [folder.name]
     assert numbers["probe"]["bits_per_id"] > 0 and numbers["probe"]["budget"]["steps"] == 2
     assert Image.open(left / "validation.png").size == (3 * 32, 2 * 32)
     assert f"{numbers['psnr']:.2f} dB" in (left / "report.html").read_text()
@@ -51,25 +51,25 @@ def test_only_the_tokenizer_is_scored_and_once(workdir, folder, capsys, monkeypa
     refused([*other, "--only", "tokenizer"], "limit")
 
 
-def test_a_folder_of_plain_pictures(workdir, folder, tmp_path_factory, capsys):
-    pictures = tmp_path_factory.mktemp("pictures")
+def test_a_folder_of_plain_images(workdir, folder, tmp_path_factory, capsys):
+    images = tmp_path_factory.mktemp("images")
     disk = tmp_path_factory.mktemp("disk")
-    for i, place in enumerate([pictures, pictures, pictures, disk]):
+    for i, place in enumerate([images, images, images, disk]):
         noise = np.random.default_rng(i).integers(0, 256, (70, 90, 3), np.uint8)
         Image.fromarray(noise).save(place / f"{i}.png")
-    (pictures / "broken.png").write_bytes(b"no")
-    (pictures / "linked").symlink_to(disk)
-    assert evaluate(folder, workdir, "--pictures", str(pictures), "--crop", "64", "--links", evaluation__limit=9) == 0
-    left = workdir / "tokenizer_evaluation" / f"{pictures.name}-64x64"
-    numbers = json.loads((left / "evaluation.json").read_text())["tokenizer"][pictures.name]
-    assert numbers["pictures"] == 4 and numbers["skipped"] == {"unreadable_image": 1} and numbers["crop"] == [64, 64]
-    assert (left / f"{pictures.name}.png").exists() and (left / "report.html").exists()
+    (images / "broken.png").write_bytes(b"no")
+    (images / "linked").symlink_to(disk)
+    assert evaluate(folder, workdir, "--images", str(images), "--crop", "64", "--links", evaluation__limit=9) == 0
+    left = workdir / "tokenizer_evaluation" / f"{images.name}-64x64"
+    numbers = json.loads((left / "evaluation.json").read_text())["tokenizer"][images.name]
+    assert numbers["images"] == 4 and numbers["skipped"] == {"unreadable_image": 1} and numbers["crop"] == [64, 64]
+    assert (left / f"{images.name}.png").exists() and (left / "report.html").exists()
     assert not (workdir / "tokenizer_evaluation" / "started.json").exists()  # the held-out sets are another matter
     only = [*command("evaluate", folder, workdir), "--only", "tokenizer"]
-    refused([*only, "--pictures", str(pictures), "--crop", "40"], "--crop: .*multiples of 16")
-    refused([*only, "--pictures", str(pictures / "nothing")], "--pictures: .*nothing: no such file or folder")
+    refused([*only, "--images", str(images), "--crop", "40"], "--crop: .*multiples of 16")
+    refused([*only, "--images", str(images / "nothing")], "--images: .*nothing: no such file or folder")
 
 
 def test_flags_that_need_another_are_refused(workdir, folder):
-    refused([*command("evaluate", folder, workdir), "--pictures", "x"], "--only tokenizer")
+    refused([*command("evaluate", folder, workdir), "--images", "x"], "--only tokenizer")
     refused([*command("evaluate", folder, workdir / "empty"), "--only", "tokenizer"], "run `ar-unified tokenizer`")

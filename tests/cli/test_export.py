@@ -50,7 +50,7 @@ def config_of(layout: str) -> ConfigDict:
         config.image_tokenizer.steps = 0
         config.data.train = (ConfigDict(dict(kind="text", path="/gone/corpus")),)
     else:
-        config.data.train = (ConfigDict(dict(kind="folder", path="/gone/pictures")),)
+        config.data.train = (ConfigDict(dict(kind="folder", path="/gone/images")),)
     config.data.image_size, config.data.max_tokens = (16, 16), 48
     config.sampling.update(dict(max_length=64, batch_size=8, guidance=1.5))
     config.sampling.image.top_k = 5
@@ -228,7 +228,7 @@ def start(folder: Path, bundle: Bundle, workdir: Path, *changes: str) -> list[st
         (["data.layout=rows"], "'max_side': config.init=.* has 0, this config has 4"),
         ([f"text_tokenizer.model={ROOT}/README.md"], "text_tokenizer.model: expected none beside config.init"),
         (["init=/nowhere"], "config.init: /nowhere: expected the folder of a bundle"),
-        (["training.row_length=32"], "training.row_length: expected at least config.data.max_tokens, 48"),
+        (["training.sequence_length=32"], "training.sequence_length: expected at least config.data.max_tokens, 48"),
     ],
 )
 def test_a_config_of_another_model_is_refused_before_anything_is_made(bundle, folder, tmp_path, changes, words):
@@ -249,7 +249,7 @@ def test_a_config_takes_from_a_bundle_what_it_decides(bundle):
     assert configs.plain(config.data.image_size) == [16, 16] and config.data.layout == "grid"
     assert config.model.rope_theta == 500.0 and config.image_tokenizer.levels == (6, 4)
     assert config.model.dropout == 0.1, "how much dropout to train with stays the experiment's choice"
-    assert config.training.row_length >= config.data.max_tokens == 48 and config.sampling.max_length == 64
+    assert config.training.sequence_length >= config.data.max_tokens == 48 and config.sampling.max_length == 64
 
 
 def test_other_weights_are_another_training(bundle, folder, tmp_path):

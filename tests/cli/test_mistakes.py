@@ -87,7 +87,7 @@ def unreadable(p: Place) -> list[str]:
     return p.verb("run", folder=p.tmp / "gone")
 
 
-def pictures_missing(p: Place) -> list[str]:
+def images_missing(p: Place) -> list[str]:
     root = p.rows(*[{"image": f"{i}.png", "text": "a circle"} for i in range(8)])
     return p.verb("run", folder=root)
 
@@ -146,7 +146,7 @@ FRESH: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "an unknown context": (lambda p: p.verb("run", sampling__context="none"), "sampling.context"),
     "a layout in capitals": (lambda p: p.verb("run", data__layout="Rows"), "data.layout.*grid.*rows"),
     "warm-up longer than the training": (lambda p: p.verb("run", training__warmup_steps=99), "warmup_steps"),
-    "rows shorter than documents": (lambda p: p.verb("run", training__row_length=32), "row_length"),
+    "rows shorter than documents": (lambda p: p.verb("run", training__sequence_length=32), "sequence_length"),
     "rows that devices cannot share": (lambda p: p.verb("run", training__batch_size=6), "batch_size"),
     "a size no multiple of the factor": (lambda p: p.verb("run", data__image_size="(33,33)"), "image_size"),
     "no such data": (lambda p: p.verb("run", folder=p.tmp / "none"), "none.*(no such|expected a folder)"),
@@ -154,7 +154,7 @@ FRESH: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "an empty folder": (lambda p: p.verb("run", folder=p.tmp), "captions.jsonl"),
     "a file for a folder": (lambda p: p.verb("run", folder=Path(p.file("data", b"x"))), "data"),
     "rows that are no JSON": (lambda p: p.verb("run", folder=p.rows(b"image,text", b"0.png,circle")), "bad_json"),
-    "pictures that are not there": (pictures_missing, "missing_image"),
+    "images that are not there": (images_missing, "missing_image"),
     "texts that are too long": (text_too_long, "too_long"),
     "an unknown kind of source": (lambda p: own(p, spec("dict(kind='floppy', path='x')")), "floppy.*"),
     "an unknown key of a source": (lambda p: own(p, spec("dict(kind='text', path='.', lines=3)")), "lines"),
@@ -173,7 +173,7 @@ FRESH: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "train before prepare": (lambda p: p.verb("train"), "run `ar-unified"),
     "sample before train": (lambda p: p.verb("sample", "--requests", p.file("a.txt", b"a\n")), "run `ar-unified"),
     "evaluate before train": (lambda p: p.verb("evaluate"), "run `ar-unified"),
-    "flags that need another": (lambda p: p.verb("evaluate", "--crop", "32"), "--pictures"),
+    "flags that need another": (lambda p: p.verb("evaluate", "--crop", "32"), "--images"),
     "a process without the others": (two_processes_without_a_coordinator, "--coordinator"),
     "validate nothing": (lambda p: ["validate"], "a folder or --config"),
     "validate what is not there": (lambda p: ["validate", str(p.tmp / "none")], "none: no such"),
@@ -329,10 +329,10 @@ TRAINED: dict[str, tuple[Callable[[Place], None], Callable[[Place], list[str]], 
         "none",
         2,
     ),
-    "pictures that are not there": (
+    "images that are not there": (
         lambda p: None,
-        lambda p: p.verb("evaluate", "--only", "tokenizer", "--pictures", str(p.tmp / "none")),
-        "--pictures",
+        lambda p: p.verb("evaluate", "--only", "tokenizer", "--images", str(p.tmp / "none")),
+        "--images",
         2,
     ),
 }

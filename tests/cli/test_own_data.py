@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def linked(tmp_path: Path) -> Path:
-    """A folder whose pictures are a link to elsewhere, and whose captions begin with a byte order mark."""
+    """A folder whose images are a link to elsewhere, and whose captions begin with a byte order mark."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "set").mkdir()
     for i in range(4):

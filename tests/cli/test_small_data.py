@@ -24,7 +24,7 @@ from tests.cli.conftest import ROOT, command
 TINY = {"image_tokenizer__steps": 2, "training__steps": 4, "training__warmup_steps": 1, "evaluation__limit": 1}
 
 
-def pictures(root: Path, count: int, text: str = "picture {}", *, files: bool = True) -> Path:
+def images(root: Path, count: int, text: str = "picture {}", *, files: bool = True) -> Path:
     root.mkdir(exist_ok=True)
     rows = [{"image": f"{i}.png", "text": text.format(i)} for i in range(count)]
     (root / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -52,22 +52,20 @@ def prepared(root: Path, workdir: Path, **changes: object) -> int:
     return main(command("prepare", root, workdir, image_tokenizer__steps=0, **changes))
 
 
-def test_of_two_pictures_one_is_held_out_and_one_alone_is_trained_on(tmp_path, capsys):
+def test_of_two_images_one_is_held_out_and_one_alone_is_trained_on(tmp_path, capsys):
     for count, held_out in ((2, 1), (1, 0)):
-        root, workdir = pictures(tmp_path / f"set{count}", count), tmp_path / f"w{count}"
+        root, workdir = images(tmp_path / f"set{count}", count), tmp_path / f"w{count}"
         bring_tokenizers(root, workdir)
         assert prepared(root, workdir) == 0
         assert documents(workdir, "train") == 1
         assert (documents(workdir, "validation") if held_out else 0) == held_out
         assert (workdir / "data" / "validation").exists() == bool(held_out)
-    said = (
-        r"validation: .*set1: nothing is in split '\[95%:\]', as all rows belong to one picture .* goes on without it"
-    )
+    said = r"validation: .*set1: nothing is in split '\[95%:\]', as all rows belong to one image .* goes on without it"
     assert re.search(said, capsys.readouterr().out)
 
 
 def test_a_source_of_which_nothing_is_left_ends_prepare_and_says_why(tmp_path, capsys):
-    root, workdir = pictures(tmp_path / "long", 6, "word " * 200 + "{}"), tmp_path / "w"
+    root, workdir = images(tmp_path / "long", 6, "word " * 200 + "{}"), tmp_path / "w"
     bring_tokenizers(root, workdir)
     assert prepared(root, workdir) == UNUSABLE
     said = capsys.readouterr().err
@@ -79,11 +77,11 @@ def test_a_source_of_which_nothing_is_left_ends_prepare_and_says_why(tmp_path, c
     assert documents(workdir, "train") == 5
 
 
-def test_pictures_that_are_missing_are_said_where_the_image_tokenizer_needs_them(tmp_path, capsys):
-    root, workdir = pictures(tmp_path / "bad", 6, files=False), tmp_path / "w"
+def test_images_that_are_missing_are_said_where_the_image_tokenizer_needs_them(tmp_path, capsys):
+    root, workdir = images(tmp_path / "bad", 6, files=False), tmp_path / "w"
     assert main(command("tokenizer", root, workdir, **TINY)) == UNUSABLE
     said = capsys.readouterr().err
-    expected = r"source 'bad': no readable picture in its 5 documents: 5 missing_image, first .*captions.jsonl:\d: "
+    expected = r"source 'bad': no readable image in its 5 documents: 5 missing_image, first .*captions.jsonl:\d: "
     assert re.search(expected + "missing_image: .*png'?: no such file", said)
     assert not (workdir / "image_tokenizer").exists()
 
@@ -96,12 +94,12 @@ def test_data_that_is_not_there_is_one_sentence(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_held_out_picture_that_cannot_be_read_does_not_stop_the_run(tmp_path, capsys):
-    root, workdir = pictures(tmp_path / "set", 2), tmp_path / "w"
+def test_a_held_out_image_that_cannot_be_read_does_not_stop_the_run(tmp_path, capsys):
+    root, workdir = images(tmp_path / "set", 2), tmp_path / "w"
     held_out = open_source(dict(kind="folder", path=root, split="[95%:]")).texts(0)[0]
-    (root / f"{held_out.split()[1]}.png").write_bytes(b"no picture")
+    (root / f"{held_out.split()[1]}.png").write_bytes(b"no image")
     assert main(command("run", root, workdir, **TINY)) == 0
     out = capsys.readouterr().out
-    assert "validation: source 'set': no readable picture in its 1 documents: 1 unreadable_image, first" in out
+    assert "validation: source 'set': no readable image in its 1 documents: 1 unreadable_image, first" in out
     assert re.search(r"left out: 1 unreadable_image, first .*\n  WARNING: most of set is left out", out)
     assert "training goes on without a validation loss" in out and (workdir / "report.html").exists()

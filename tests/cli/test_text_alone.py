@@ -1,4 +1,4 @@
-"""An experiment without pictures: every stage that has something to do does it, the others say so."""
+"""An experiment without images: every stage that has something to do does it, the others say so."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def get_config(path):
     config.image_tokenizer.steps = 0
     config.model = model("debug", n_layers=1)
     config.training.steps, config.training.warmup_steps, config.training.batch_size = 6, 1, 8
-    config.training.row_length = config.data.max_tokens = config.sampling.max_length = 64
+    config.training.sequence_length = config.data.max_tokens = config.sampling.max_length = 64
     config.sampling.batch_size = 8
     return config
 """
@@ -72,20 +72,20 @@ def test_text_alone_runs_through_every_stage(arguments, tmp_path, capsys):
     rows = [json.loads(line) for line in (workdir / "samples" / "r" / "samples.jsonl").read_text().splitlines()]
     found = {row["id"]: row.get("error", "") for row in rows}
     assert not found["words"] and 'expected "text" or "free"' in found["drawn"]
-    assert "trained on text alone; found a picture" in found["shown"]
+    assert "trained on text alone; found an image" in found["shown"]
     capsys.readouterr()
     assert main(["run", *arguments]) == 0
     assert capsys.readouterr().out.count("done already") == 5
 
 
-def test_pictures_without_an_image_tokenizer_are_refused_before_the_first_stage(arguments, tmp_path, capsys):
-    source = f"(dict(kind='pictures', path='{tmp_path}', label='album'),)"
+def test_images_without_an_image_tokenizer_are_refused_before_the_first_stage(arguments, tmp_path, capsys):
+    source = f"(dict(kind='images', path='{tmp_path}', label='album'),)"
     (tmp_path / "0.png").write_bytes(b"")
     config = tmp_path / "config.py"
     config.write_text(CONFIG.replace("    return config", f"    config.data.tests.more = {source}\n    return config"))
     assert main(["run", *arguments]) == UNUSABLE
     said = capsys.readouterr()
-    assert "config.image_tokenizer.steps is 0 and none was brought, but album may have pictures" in said.err
+    assert "config.image_tokenizer.steps is 0 and none was brought, but album may have images" in said.err
     assert "====" not in said.out and not (tmp_path / "w" / "text_tokenizer").exists()
 
 
@@ -103,7 +103,7 @@ def test_a_plan_of_text_alone_has_no_image_codes(arguments):
         dict(mode="free", canvas=np.zeros((1, 1), np.int32)),
     ],
 )
-def test_a_request_for_a_picture_is_refused_with_a_sentence(wrong):
+def test_a_request_for_a_image_is_refused_with_a_sentence(wrong):
     grammar = Grammar(Vocabulary(16, 0), TEXT_ALONE, Letters())
     request = Request("a", (TextPart("abc"),), **wrong)
     with pytest.raises(RequestError, match="this model was trained on text alone"):

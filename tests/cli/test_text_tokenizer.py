@@ -59,7 +59,7 @@ def test_what_is_not_text_beside_the_texts_is_passed_over_and_two_of_one_name_ar
         (tmp_path / name).write_text(f"{name} a red circle\n" * 9)
     (tmp_path / "deep" / "er").mkdir(parents=True)
     (tmp_path / "deep" / "er" / "de.txt").write_text("ein roter Kreis\n" * 9)
-    for name in (".git/a.txt", "pictures/a.png", "notes/.cache/a.txt", ".hidden.txt", "empty/x.csv"):
+    for name in (".git/a.txt", "images/a.png", "notes/.cache/a.txt", ".hidden.txt", "empty/x.csv"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"\x89PNG")
     assert main(["tokenizer", "--workdir", str(tmp_path / "w"), *arguments(tmp_path)]) == 0

@@ -54,7 +54,7 @@ class Kit:
         return Grammar(vocabulary, layout, ByteCodec())
 
     @staticmethod
-    def picture(seed: int, height: int = 16, width: int = 16) -> np.ndarray:
+    def image(seed: int, height: int = 16, width: int = 16) -> np.ndarray:
         return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
     @staticmethod
@@ -65,11 +65,11 @@ class Kit:
 
     @classmethod
     def folder(cls, root: Path, captions: int = 20, questions: int = 10, docs: int = 5) -> Path:
-        """A data folder as users bring it, with pictures of 16 x 16."""
+        """A data folder as users bring it, with images of 16 x 16."""
         (root / "images").mkdir(parents=True)
         names = [f"images/{i}.png" for i in range(captions)]
         for i, name in enumerate(names):
-            (root / name).write_bytes(to_png(cls.picture(i)))
+            (root / name).write_bytes(to_png(cls.image(i)))
         cls.write(root / "captions.jsonl", [dict(image=name, text=f"picture {i}") for i, name in enumerate(names)])
         asked = [dict(image=names[i % captions], question=f"which is {i}?", answer="it") for i in range(questions)]
         cls.write(root / "vqa.jsonl", asked)
@@ -82,11 +82,11 @@ class Kit:
     @classmethod
     def spoil(cls, root: Path) -> dict[str, str]:
         """Puts bad rows between the good captions of `folder`; what is wrong, by file:line. One new row is good."""
-        png = to_png(cls.picture(0, 64, 64))
+        png = to_png(cls.image(0, 64, 64))
         (root / "images/truncated.png").write_bytes(png[: len(png) // 2])
         (root / "images/empty.png").write_bytes(b"")
         (root / "images/absurd.png").write_bytes(to_png(np.zeros((1, 20000, 3), np.uint8)))
-        (root.parent / "outside.png").write_bytes(to_png(cls.picture(0)))
+        (root.parent / "outside.png").write_bytes(to_png(cls.image(0)))
         (root / "images/link.png").symlink_to(root.parent / "outside.png")
         fine = "images/0.png"
         bad: dict[str, dict[str, Any] | bytes] = {
@@ -99,7 +99,7 @@ class Kit:
             "path_escapes ": dict(image="images/link.png", text="x"),
             "bad_json": b'{"image": "images/0.png", "text": "cut he',
             "missing_image": dict(image="images/nowhere.png", text="x"),
-            "bad_row": dict(picture=fine, text="x"),
+            "bad_row": dict(photo=fine, text="x"),
         }
         good: list[dict[str, Any] | bytes] = list((root / "captions.jsonl").read_bytes().splitlines())
         rows = good[:5] + [dict(image=fine, text="a <boi> b")]

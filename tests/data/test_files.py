@@ -1,4 +1,4 @@
-"""Which files belong to a dataset, and which file a name means: one rule for rows, pictures, texts and prompts."""
+"""Which files belong to a dataset, and which file a name means: one rule for rows, images, texts and prompts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ar_unified.data.images import to_png
 from ar_unified.data.sources import BadItem, Source, open_source, read, texts
 from ar_unified.data.validate import validate
 from ar_unified.errors import UserError
-from ar_unified.sampling.requests import Picture, read_requests
+from ar_unified.sampling.requests import PromptImage, read_requests
 
 
 def kinds(source: Source) -> list[str]:
@@ -26,16 +26,16 @@ def kinds(source: Source) -> list[str]:
 
 
 def prompt_errors(folder: Path, names: list[str], links: bool = False) -> list[str]:
-    """What reading each picture of a prompt says, "" if it is read."""
+    """What reading each image of a prompt says, "" if it is read."""
     content = [[{"type": "image", "image": name}] for name in names]
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"content": c, "mode": "text"}) + "\n" for c in content))
     lines = read_requests(folder / "prompts.jsonl", cells=SimpleNamespace(factor=4, codes_per_position=1), links=links)
     errors = []
     for line in lines:
-        (picture,) = line.content
-        assert isinstance(picture, Picture)
+        (image,) = line.content
+        assert isinstance(image, PromptImage)
         try:
-            picture.load()
+            image.load()
             errors.append("")
         except ValueError as error:
             errors.append(str(error))
@@ -60,8 +60,8 @@ def hub(tmp_path: Path, folder: Path) -> Path:
 def test_a_dataset_is_read_where_the_hugging_face_cache_has_it(hub: Path, tmp_path: Path) -> None:
     assert kinds(open_source(dict(kind="folder", path=hub))) == [""] * 35
     assert kinds(open_source(dict(kind="jsonl", path=hub / "captions.jsonl"))) == [""] * 20
-    assert kinds(open_source(dict(kind="pictures", path=hub))) == [""] * 20
-    assert kinds(open_source(dict(kind="pictures", path=hub / "images"))) == [""] * 20
+    assert kinds(open_source(dict(kind="images", path=hub))) == [""] * 20
+    assert kinds(open_source(dict(kind="images", path=hub / "images"))) == [""] * 20
     assert kinds(open_source(dict(kind="text", path=hub, files=("*.txt",)))) == [""]
     assert prompt_errors(hub, ["images/3.png"]) == [""]
     (tmp_path / "secret.png").write_bytes((hub / "images/0.png").read_bytes())
@@ -73,7 +73,7 @@ def test_a_dataset_is_read_where_the_hugging_face_cache_has_it(hub: Path, tmp_pa
 
 @pytest.fixture
 def linked(tmp_path: Path, folder: Path) -> Path:
-    """A folder whose pictures, texts and rows of questions stand on another disk."""
+    """A folder whose images, texts and rows of questions stand on another disk."""
     disk = tmp_path / "disk"
     shutil.move(folder / "images", disk / "images")
     shutil.move(folder / "vqa.jsonl", disk / "vqa.jsonl")
@@ -89,11 +89,11 @@ def test_links_that_lead_out_are_refused_by_all_and_followed_when_told(linked: P
     specs = {
         "rows": dict(kind="folder", path=linked, files=("captions",)),
         "jsonl": dict(kind="jsonl", path=linked / "captions.jsonl"),
-        "pictures": dict(kind="pictures", path=linked),
+        "images": dict(kind="images", path=linked),
         "text": dict(kind="text", path=linked, files=("*.txt",)),
     }
     # Searched folders: each link is one item, be it to a folder (of which nobody knows what it holds) or to a file.
-    counts = {"rows": (20, 20), "jsonl": (20, 20), "pictures": (2, 20), "text": (3, 2)}
+    counts = {"rows": (20, 20), "jsonl": (20, 20), "images": (2, 20), "text": (3, 2)}
     for name, spec in specs.items():
         (refused, followed), source = counts[name], open_source(spec)
         links = open_source({**spec, "links": True})
@@ -108,7 +108,7 @@ def test_links_that_lead_out_are_refused_by_all_and_followed_when_told(linked: P
     assert prompt_errors(linked, ["images/0.png"], links=True) == [""]
     assert not validate(linked, links=True, show_progress=False).bad
     with pytest.raises(UserError, match="links: expected True or False, found 'yes'"):
-        open_source(dict(kind="pictures", path=linked, links="yes"))
+        open_source(dict(kind="images", path=linked, links="yes"))
 
 
 def test_what_a_person_names_may_be_a_link(linked: Path, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_loops_end_and_a_folder_is_read_once(tmp_path: Path, kit: Any) -> None:
     (root / "real" / "deep").mkdir(parents=True)
     (tmp_path / "far").mkdir()
     for place in (root / "real", root / "real" / "deep", tmp_path / "far"):
-        (place / "a.png").write_bytes(to_png(kit.picture(0)))
+        (place / "a.png").write_bytes(to_png(kit.image(0)))
         (place / "a.txt").write_text("text")
     for name, target in {
         "loop": root, "real/up": root / "real", "again": root / "real", "self.png": root / "self.png",
@@ -140,7 +140,7 @@ def test_loops_end_and_a_folder_is_read_once(tmp_path: Path, kit: Any) -> None:
 
     assert found(False) == ["real/a.png", "real/deep/a.png", "same.png"]
     assert found(True) == ["above/far/a.png", "real/a.png", "real/deep/a.png", "same.png"]
-    assert kinds(open_source(dict(kind="pictures", path=root))).count("unreadable_file") == 1, "self.png"
+    assert kinds(open_source(dict(kind="images", path=root))).count("unreadable_file") == 1, "self.png"
     assert len(list(texts([open_source(dict(kind="text", path=root, links=True))]))) == 3
 
 
@@ -155,9 +155,9 @@ def test_hidden_files_are_no_part_of_a_dataset(tmp_path: Path, kit: Any) -> None
     for name in [*LITTER, "b.JPG", "deep/a.png", "c.jfif", "d.Tiff", "e.pgm"]:
         for path in (root / name, (root / name).with_suffix(".txt")):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(to_png(kit.picture(0)) if path == root / name else b"text")
-    pictures = open_source(dict(kind="pictures", path=root))
-    assert [os.path.relpath(pictures.origin(i), root) for i in range(len(pictures))] == [
+            path.write_bytes(to_png(kit.image(0)) if path == root / name else b"text")
+    images = open_source(dict(kind="images", path=root))
+    assert [os.path.relpath(images.origin(i), root) for i in range(len(images))] == [
         "b.JPG", "c.jfif", "d.Tiff", "deep/a.png", "e.pgm",
     ]  # fmt: skip
     assert len(open_source(dict(kind="text", path=root))) == 5
@@ -170,7 +170,7 @@ def test_a_name_is_found_in_either_unicode_form_and_never_guessed(tmp_path: Path
     for name in names:
         path = tmp_path / unicodedata.normalize("NFD", name)
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(to_png(kit.picture(0)))
+        path.write_bytes(to_png(kit.image(0)))
     asked = [unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD")]
     (tmp_path / "captions.jsonl").write_text("".join(json.dumps(dict(image=n, text="x")) + "\n" for n in asked))
     assert kinds(open_source(dict(kind="folder", path=tmp_path))) == [""] * 10
@@ -180,7 +180,7 @@ def test_a_name_is_found_in_either_unicode_form_and_never_guessed(tmp_path: Path
         "CAFÉ/É.png": "no such file; did you mean 'cafe\u0301/e\u0301.png'?",
         "A b#?%20.PNG": "no such file; did you mean 'a b#?%20.png'?",
         "café\\é.png": "write names with '/'",
-        "C:\\pictures\\a.png": "no such file; write names with '/'",
+        "C:\\images\\a.png": "no such file; write names with '/'",
         "nothing.png": "no such file",
     }.items():
         with pytest.raises(FileError) as error:
@@ -222,13 +222,13 @@ def test_what_cannot_be_read_is_named_and_nothing_waits_for_a_pipe(
         "locked": "the folder cannot be read: Permission denied",
         "pipe.txt": "expected a file, found a pipe",
     }
-    assert kinds(open_source(dict(kind="pictures", path=tmp_path))) == ["unreadable_file"] * 2
+    assert kinds(open_source(dict(kind="images", path=tmp_path))) == ["unreadable_file"] * 2
     with pytest.raises(UserError, match="captions.jsonl: .*expected a file, found a pipe"):
         open_source(dict(kind="folder", path=tmp_path))
     kit.write(tmp_path / "vqa.jsonl", [dict(image=f"{i}.png", question="?", answer="x") for i in range(4)])
     assert len(open_source(dict(kind="folder", path=tmp_path, files=("vqa",), split="[:50%]"))) == 2
     with pytest.raises(UserError, match="captions.jsonl: expected a folder"):
-        open_source(dict(kind="pictures", path=tmp_path / "captions.jsonl"))
+        open_source(dict(kind="images", path=tmp_path / "captions.jsonl"))
 
 
 def test_an_empty_file_of_captions_is_no_traceback(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from PIL import Image
 from ar_unified.data.images import ImageError, Limits, Resize, decode, resize, to_png, to_rgb
 
 
-def encoded(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -22,8 +22,8 @@ def test_transparency_lies_on_white_in_every_mode() -> None:
     pixels[0, 0] = (255, 0, 0, 255)
     rgba = Image.fromarray(pixels)
     palette = rgba.quantize(4)
-    for picture in (rgba, rgba.convert("LA"), palette):
-        out = decode(encoded(picture))
+    for image in (rgba, rgba.convert("LA"), palette):
+        out = decode(encoded(image))
         assert out.shape == (2, 2, 3) and (out[1, 1] == 255).all() and not (out[0, 0] == 255).all()
 
 
@@ -87,7 +87,7 @@ def test_twelve_bits_end_at_4095() -> None:
     assert decode(data)[0, :, 0].tolist() == [64, 192]
 
 
-def test_floats_may_overshoot_and_a_dark_picture_stays_dark() -> None:
+def test_floats_may_overshoot_and_a_dark_image_stays_dark() -> None:
     assert decode(tiff([-0.003, 1.003], "<f4"))[0, :, 0].tolist() == [0, 255]
     assert decode(tiff([0.0, 0.02], "<f4"))[0, :, 0].tolist() == [0, 5]
     for dtype in ("<f4", "<i4"):
@@ -139,8 +139,8 @@ def test_a_transparent_colour_is_white_in_every_depth(data: bytes, expected: lis
 def test_the_other_modes_keep_their_colours() -> None:
     red = Image.new("RGB", (16, 16), (200, 40, 40))
     inks = red.convert("CMYK")
-    for picture, kind in [(inks, "JPEG"), (inks, "TIFF"), (red.convert("YCbCr"), "TIFF"), (red.quantize(4), "GIF")]:
-        assert np.abs(decode(encoded(picture, kind))[8, 8].astype(int) - (200, 40, 40)).max() <= 6, (picture.mode, kind)
+    for image, kind in [(inks, "JPEG"), (inks, "TIFF"), (red.convert("YCbCr"), "TIFF"), (red.quantize(4), "GIF")]:
+        assert np.abs(decode(encoded(image, kind))[8, 8].astype(int) - (200, 40, 40)).max() <= 6, (image.mode, kind)
     assert (decode(encoded(Image.new("CMYK", (8, 8)), "JPEG")) == 255).all(), "no ink is white"
     lab = Image.new("LAB", (2, 2), (255, 128, 128))
     assert decode(encoded(lab, "TIFF")).min() > 240
@@ -149,17 +149,17 @@ def test_the_other_modes_keep_their_colours() -> None:
     assert decode(png(16, 2, sixteen, b"\0\1" * 3))[0, 0].tolist() == [64, 192, 32]
 
 
-def test_of_several_pictures_the_first_is_taken() -> None:
+def test_of_several_images_the_first_is_taken() -> None:
     frames = [Image.new("L", (4, 4), grey) for grey in (64, 192)]
     for kind in ("GIF", "TIFF", "WEBP", "PNG"):
         options = {"lossless": True} if kind == "WEBP" else {}
         assert (decode(encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)) == 64).all(), kind
 
 
-def test_pictures_that_others_opened_are_read_alike() -> None:
+def test_images_that_others_opened_are_read_alike() -> None:
     for data in (png(4, 0, b"\x4c", b"\0\4"), tiff([64, 192], "<i4"), encoded(Image.new("LA", (3, 2)))):
-        with Image.open(io.BytesIO(data)) as picture:
-            assert np.array_equal(to_rgb(picture), decode(data)) and np.array_equal(to_rgb(picture), decode(data))
+        with Image.open(io.BytesIO(data)) as image:
+            assert np.array_equal(to_rgb(image), decode(data)) and np.array_equal(to_rgb(image), decode(data))
     assert to_rgb(Image.fromarray(np.array([[0.25, 1.0]], np.float32)))[0, :, 0].tolist() == [64, 255]
 
 

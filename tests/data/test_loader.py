@@ -35,7 +35,9 @@ def prepared(folder: Path, grammar: Grammar, tokenizer: Any, tmp_path: Path) -> 
 def batches(prepared: Path, grammar: Grammar, *later: Phase, **options: Any) -> PackedBatches:
     """One phase, made of the options that are its fields, and the later ones."""
     first = Phase(**{name: options.pop(name) for name in Phase.__dataclass_fields__ if name in options})
-    return PackedBatches(prepared, grammar, phases=[first, *later], **(dict(batch_size=4, seq_len=T, seed=3) | options))
+    return PackedBatches(
+        prepared, grammar, phases=[first, *later], **(dict(batch_size=4, sequence_length=T, seed=3) | options)
+    )
 
 
 def rows(batch: PackedBatch) -> list[dict[str, np.ndarray]]:
@@ -70,7 +72,9 @@ def test_a_batch_depends_on_step_and_seed_only(prepared: Path, grammar: Grammar)
 
 
 def test_every_document_once_an_epoch(prepared: Path, grammar: Grammar) -> None:
-    loader = batches(prepared, grammar, batch_size=1, flip=0.0, condition_dropout=0.0, weights=dict(vqa=1, captions=3))
+    loader = batches(
+        prepared, grammar, batch_size=1, flip_pairs=0.0, condition_dropout=0.0, weights=dict(vqa=1, captions=3)
+    )
     stored = {name: Shards(prepared / name, n) for name, n in (("vqa", 2), ("captions", 3))}
     whole = {
         name: Counter(d.tokens.tobytes() for d in shards.read(range(len(shards)))) for name, shards in stored.items()
@@ -124,7 +128,7 @@ def test_flipping_is_drawn_anew_every_epoch_and_only_for_pairs(prepared: Path, g
         assert len(read) == 20
         flipped.append(frozenset(d.parts[1].text for d in read if d.task == "image_to_text"))
     assert 0.4 < sum(map(len, flipped)) / 400 < 0.6 and len(set(flipped)) == 20
-    asked = batches(prepared, grammar, weights=dict(vqa=1), flip=1.0).batch(0)
+    asked = batches(prepared, grammar, weights=dict(vqa=1), flip_pairs=1.0).batch(0)
     assert {TASKS[d["tasks"][0]] for d in rows(asked)} == {"image_to_text"}
 
 
@@ -132,12 +136,12 @@ def test_condition_dropout_leaves_exactly_the_unconditional_prefix(prepared: Pat
     boi = grammar.vocabulary.control("boi")
 
     def prefixes(**options: Any) -> Counter[bool]:
-        loader = batches(prepared, grammar, flip=0.0, **options)
+        loader = batches(prepared, grammar, flip_pairs=0.0, **options)
         found = Counter[bool]()
         for step in range(20):
             for d in rows(loader.batch(step)):
-                picture = int(np.argmax(d["tokens"] == boi))
-                found[np.array_equal(d["tokens"][:picture], grammar.unconditional.tokens)] += 1
+                image = int(np.argmax(d["tokens"] == boi))
+                found[np.array_equal(d["tokens"][:image], grammar.unconditional.tokens)] += 1
         return found
 
     for source in ("captions", "docs"):
@@ -154,7 +158,7 @@ def test_one_definition_of_unconditional(prepared: Path, grammar: Grammar, monke
     other = np.array([v.bos, v.control("eol"), v.control("eot")], np.int32)
     monkeypatch.setattr(Grammar, "unconditional", property(lambda self: Encoded(other, np.full(3, 2, np.uint8))))
     for document in rows(
-        batches(prepared, grammar, weights=dict(captions=1), flip=0.0, condition_dropout=1.0).batch(0)
+        batches(prepared, grammar, weights=dict(captions=1), flip_pairs=0.0, condition_dropout=1.0).batch(0)
     ):
         assert document["tokens"][:4].tolist() == [*other, grammar.vocabulary.control("boi")]
         with pytest.raises(GrammarError):
@@ -172,15 +176,17 @@ def test_shares_follow_the_weights(prepared: Path, grammar: Grammar) -> None:
 
 def test_a_phase_mixes_otherwise_from_its_step_on_and_each_source_goes_on(prepared: Path, grammar: Grammar) -> None:
     first, second = dict(captions=1, vqa=3), dict(captions=3, vqa=1)
-    loader = batches(prepared, grammar, Phase(7, second, flip=1.0), weights=first, flip=0.0, condition_dropout=0.0)
+    loader = batches(
+        prepared, grammar, Phase(7, second, flip_pairs=1.0), weights=first, flip_pairs=0.0, condition_dropout=0.0
+    )
     tasks = [[TASKS[row[0]] for row in loader.batch(step).tasks] for step in range(16)]
     assert [row.count("text_to_image") for row in tasks] == [1] * 7 + [0] * 9, "captions: drawn first, then all read"
     assert loader.shares == [dict(captions=0.25, vqa=0.75), dict(captions=0.75, vqa=0.25)]
 
-    whole = batches(prepared, grammar, Phase(7, second, 0.0, 0.0), weights=first, flip=0.0, condition_dropout=0.0)
+    whole = batches(prepared, grammar, Phase(7, second, 0.0, 0.0), weights=first, flip_pairs=0.0, condition_dropout=0.0)
     read = [row.tobytes() for step in range(64) for row in whole.batch(step).tokens]
     for name in first:
-        alone = batches(prepared, grammar, batch_size=1, weights={name: 1}, flip=0.0, condition_dropout=0.0)
+        alone = batches(prepared, grammar, batch_size=1, weights={name: 1}, flip_pairs=0.0, condition_dropout=0.0)
         stream = [alone.batch(step).tokens.tobytes() for step in range(len(read))]
         found = [row for row in read if row in set(stream)]
         assert 64 < len(found) < len(read) and found == stream[: len(found)], "from where it was"
@@ -192,8 +198,8 @@ def test_phases_out_of_order_are_refused(prepared: Path, grammar: Grammar) -> No
             batches(prepared, grammar, *later)
     with pytest.raises(ValueError, match="the first from step 0"):
         batches(prepared, grammar, from_step=2)
-    with pytest.raises(ValueError, match="flip: expected a probability, found 1.5"):
-        batches(prepared, grammar, Phase(3, flip=1.5))
+    with pytest.raises(ValueError, match="flip_pairs: expected a probability, found 1.5"):
+        batches(prepared, grammar, Phase(3, flip_pairs=1.5))
     with pytest.raises(ValueError, match="found 'book'"):
         batches(prepared, grammar, Phase(3, dict(book=1)))
 
@@ -202,7 +208,7 @@ def test_other_vocabulary_and_short_rows_are_refused(prepared: Path, grammar: Gr
     with pytest.raises(ManifestMismatch, match="layout.width"):
         batches(prepared, kit.grammar(type(grammar.layout)("grid", 4, 5)))
     with pytest.raises(ValueError, match="make rows longer"):
-        batches(prepared, grammar, seq_len=24)
+        batches(prepared, grammar, sequence_length=24)
     with pytest.raises(ValueError, match="divides the batch size 4"):
         batches(prepared, grammar).batch(0, 0, 3)
 
@@ -226,14 +232,14 @@ def test_image_batches_are_pure_and_visit_everything(folder: Path, kit: Any) -> 
     with ThreadPoolExecutor(3) as pool:
         ahead = pool.map(made().batch, range(8, 12))
         assert all(np.array_equal(a["pixels"], b) for a, b in zip(ahead, expected[8:12], strict=True))
-    seen = Counter(picture.tobytes() for batch in expected for picture in batch)
-    assert set(seen) == {kit.picture(i).tobytes() for i in range(20) if i != 3}
+    seen = Counter(image.tobytes() for batch in expected for image in batch)
+    assert set(seen) == {kit.image(i).tobytes() for i in range(20) if i != 3}
     varied = made(mirror=True, short_side=20, batch_size=8)
     assert varied.batch(0)["pixels"].shape == (8, 16, 16, 3)
     assert np.array_equal(varied.batch(9)["pixels"], made(mirror=True, short_side=20, batch_size=8).batch(9)["pixels"])
 
 
-def test_a_full_row_whose_document_begins_with_a_picture_has_no_room_for_dropout(
+def test_a_full_row_whose_document_begins_with_a_image_has_no_room_for_dropout(
     kit: Any, grammar: Grammar, tokenizer: Any, tmp_path: Path
 ) -> None:
     root = kit.folder(tmp_path / "folder")
@@ -242,6 +248,6 @@ def test_a_full_row_whose_document_begins_with_a_picture_has_no_room_for_dropout
     source = open_source(dict(kind="folder", path=root, files=("docs",), label="docs"))
     prepare([source], grammar, tokenizer, tmp_path / "data", max_tokens=T, show_progress=False)
     (length,) = Shards(tmp_path / "data" / "docs", 1).index["length"].tolist()
-    full = batches(tmp_path / "data", grammar, batch_size=1, seq_len=length, condition_dropout=1.0).batch(0)
+    full = batches(tmp_path / "data", grammar, batch_size=1, sequence_length=length, condition_dropout=1.0).batch(0)
     assert (full.segment_ids == 1).all()
     assert full.tokens[0, 1] == grammar.vocabulary.control("boi")

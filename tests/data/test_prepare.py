@@ -54,7 +54,7 @@ def test_what_is_on_disk_is_what_the_source_says(
             else:
                 assert part == original
     index = Shards(tmp_path / "out/set", 5).index
-    assert index["pair"].tolist() == [True] * 20 + [False] * 15 and index["pictures"].sum() == 20 + 10 + 10
+    assert index["pair"].tolist() == [True] * 20 + [False] * 15 and index["images"].sum() == 20 + 10 + 10
     one_way = opened(folder, reversible=False, files=("captions",), label="one way")
     run([one_way], grammar, tokenizer, tmp_path / "one way")
     assert not Shards(tmp_path / "one way/one-way", 3).index["pair"].any()
@@ -127,7 +127,7 @@ def test_bad_items_are_left_out_counted_and_change_nothing_else(
     )
     tokens = [[t.tokens.tobytes() for t in shards.read(range(len(shards)))] for shards in (clean, spoilt)]
     marked = grammar.encode(
-        Document.of((TextPart("a <boi> b"), CodesPart(tokenizer.encode(kit.picture(0)[None])[0])), 1)
+        Document.of((TextPart("a <boi> b"), CodesPart(tokenizer.encode(kit.image(0)[None])[0])), 1)
     ).tokens
     assert marked.tobytes() in tokens[1] and marked.tobytes() not in tokens[0]
     tokens[1].remove(marked.tobytes())
@@ -157,12 +157,12 @@ def test_a_source_of_which_nothing_is_left_is_refused_with_kinds_and_first_examp
     assert run(sources(), grammar, tokenizer, tmp_path / "out").sources["vqa"].documents == 1
 
 
-def test_pictures_go_in_full_batches_of_one_size_and_equal_ones_once(tmp_path: Path, kit: Any, tokenizer: Any) -> None:
+def test_images_go_in_full_batches_of_one_size_and_equal_ones_once(tmp_path: Path, kit: Any, tokenizer: Any) -> None:
     root = tmp_path / "set"
     (root / "images").mkdir(parents=True)
     sizes = [(16, 16), (16, 24), (24, 16), (40, 8)]
     for i in range(24):
-        (root / f"images/{i}.png").write_bytes(to_png(kit.picture(i, *sizes[i % 4])))
+        (root / f"images/{i}.png").write_bytes(to_png(kit.image(i, *sizes[i % 4])))
     rows = [dict(image=f"images/{i % 24}.png", question=f"{i}?", answer="no") for i in range(240)]
     kit.write(root / "vqa.jsonl", rows)
     grammar = kit.grammar(sized_rows(12, 12))
@@ -172,7 +172,7 @@ def test_pictures_go_in_full_batches_of_one_size_and_equal_ones_once(tmp_path: P
     found = documents(tmp_path / "out", "set", grammar)
     assert [document.parts[1] for document in found] == [TextPart(f"{i}?") for i in range(240)]
     for i in (0, 1, 2, 3, 23):
-        pixels = resize(kit.picture(i, *sizes[i % 4]))
+        pixels = resize(kit.image(i, *sizes[i % 4]))
         assert found[i].parts[0] == found[i + 24].parts[0] == CodesPart(tokenizer.encode(pixels[None])[0])
 
 
@@ -191,7 +191,7 @@ def test_long_documents_are_split_at_paragraphs_or_left_out(tmp_path: Path, kit:
     assert sum(words, []) == ["one", *["two"] * 20, "three"] and len(lines) == 4
     root = tmp_path / "set"
     root.mkdir()
-    (root / "0.png").write_bytes(to_png(kit.picture(0)))
+    (root / "0.png").write_bytes(to_png(kit.image(0)))
     segments = [dict(type="text", text=text) for text in paragraphs] + [dict(type="image", image="0.png")]
     kit.write(root / "docs.jsonl", [dict(segments=segments), dict(segments=segments[:1])])
     kit.write(root / "captions.jsonl", [dict(image="0.png", text="e" * 70), dict(image="0.png", text="f")])
@@ -199,9 +199,9 @@ def test_long_documents_are_split_at_paragraphs_or_left_out(tmp_path: Path, kit:
     assert report.skipped == {"too_long": 1} and report.split_items == 1
     assert report.documents == 1 + 3 + 1 and report.longest <= 66
     report = run([opened(root, files=("docs",))], grammar, kit.Tokenizer(), tmp_path / "small", max_tokens=19)
-    assert report.sources["set"].skipped == {"too_long_part": 1}, "a picture takes 20 tokens with <bos> and <eos>"
+    assert report.sources["set"].skipped == {"too_long_part": 1}, "an image takes 20 tokens with <bos> and <eos>"
     (skipped,) = read_skipped(tmp_path / "small/set/00000.array_record")
-    assert skipped["kind"] == "too_long_part" and "in one picture or character" in skipped["reason"]
+    assert skipped["kind"] == "too_long_part" and "in one image or character" in skipped["reason"]
 
 
 LONG = {

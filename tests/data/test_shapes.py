@@ -133,7 +133,7 @@ def test_tfds_builds_the_same_thing_twice(kind: str, tmp_path) -> None:
             np.testing.assert_array_equal(np.asarray(a[key]), np.asarray(b[key]))
 
 
-def test_tfds_serves_pictures_of_the_scenes(tmp_path) -> None:
+def test_tfds_serves_images_of_the_scenes(tmp_path) -> None:
     for example in tiny("stories", tmp_path).as_data_source(split="unseen_combinations"):
         assert 2 <= len(example["texts"]) == len(example["images"]) == len(example["scenes"]) <= 4
         for image, scene in zip(example["images"], example["scenes"], strict=True):

@@ -21,7 +21,7 @@ def test_a_folder_is_its_three_files_in_order(folder: Path, kit: Any) -> None:
     source = open_source(dict(kind="folder", path=folder, weight=2.0))
     assert len(source) == 20 + 5 + 10 and source.name == "set" and source.reversible
     pair, story, question = source[3], source[20], source[27]
-    assert pair == Document.of((TextPart("picture 3"), ImagePart(kit.picture(3))), prompt=1)
+    assert pair == Document.of((TextPart("picture 3"), ImagePart(kit.image(3))), prompt=1)
     assert not story.asks and story.meta["title"] == "story 0" and len(story.parts) == 4
     assert question.parts[1:] == (TextPart("which is 2?"), TextPart("it")) and len(question.asked[0].parts) == 2
     assert [source.origin(i).rsplit("/")[-1] for i in (3, 20, 27)] == [
@@ -32,7 +32,7 @@ def test_a_folder_is_its_three_files_in_order(folder: Path, kit: Any) -> None:
     assert pair.origin == source.origin(3)
 
 
-def test_opening_and_texts_read_no_picture(folder: Path) -> None:
+def test_opening_and_texts_read_no_image(folder: Path) -> None:
     for file in (folder / "images").iterdir():
         file.unlink()
     source = open_source(dict(kind="folder", path=folder, files=("captions", "vqa")))
@@ -41,8 +41,8 @@ def test_opening_and_texts_read_no_picture(folder: Path) -> None:
         source[0]
 
 
-def test_jsonl_with_pictures_inside_it(tmp_path: Path, kit: Any) -> None:
-    png = base64.b64encode(to_png(kit.picture(7))).decode()
+def test_jsonl_with_images_inside_it(tmp_path: Path, kit: Any) -> None:
+    png = base64.b64encode(to_png(kit.image(7))).decode()
     kit.write(
         tmp_path / "own.jsonl",
         [
@@ -51,7 +51,7 @@ def test_jsonl_with_pictures_inside_it(tmp_path: Path, kit: Any) -> None:
         ],
     )
     source = open_source(dict(kind="jsonl", path=tmp_path / "own.jsonl"))
-    assert source.name == "own" and np.array_equal(source[0].parts[1].pixels, kit.picture(7))
+    assert source.name == "own" and np.array_equal(source[0].parts[1].pixels, kit.image(7))
     with pytest.raises(BadItem, match="own.jsonl:2: unreadable_image"):
         source[1]
 
@@ -59,8 +59,8 @@ def test_jsonl_with_pictures_inside_it(tmp_path: Path, kit: Any) -> None:
 def test_paths_stay_inside_the_folder(tmp_path: Path, kit: Any) -> None:
     root = tmp_path / "set"
     (root / "sub").mkdir(parents=True)
-    (tmp_path / "secret.png").write_bytes(to_png(kit.picture(0)))
-    (root / "fine.png").write_bytes(to_png(kit.picture(0)))
+    (tmp_path / "secret.png").write_bytes(to_png(kit.image(0)))
+    (root / "fine.png").write_bytes(to_png(kit.image(0)))
     (root / "sub" / "out.png").symlink_to(tmp_path / "secret.png")
     (root / "sub" / "in.png").symlink_to(root / "fine.png")
     (root / "loop.png").symlink_to(root / "loop.png")
@@ -110,7 +110,7 @@ def test_splits_by_name_and_by_part(folder: Path, kit: Any) -> None:
     assert got("test") == {str(i) for i in range(20)} and len(got(None)) == 400
     first, last = got("train[:60%]"), got("train[60%:]")
     assert first | last == got("train") and not first & last and 0.3 < len(first) / 380 < 0.9
-    assert not {int(i) % 20 for i in first} & {int(i) % 20 for i in last}, "one picture on both sides"
+    assert not {int(i) % 20 for i in first} & {int(i) % 20 for i in last}, "one image on both sides"
     assert len(_captions(folder, split="test")) == 21, "a broken row must not vanish"
     kit.write(folder / "captions.jsonl", rows)
     with pytest.raises(ValueError, match="no row is in split 'dev'; the rows' splits are: test, train"):
@@ -191,22 +191,22 @@ def test_tfds_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked.origin(5) == "shapes/questions_32/1.1.0/validation:5"
 
 
-def test_plain_pictures_are_documents_of_one_picture(tmp_path: Path, kit: Any) -> None:
+def test_plain_images_are_documents_of_one_image(tmp_path: Path, kit: Any) -> None:
     (tmp_path / "b").mkdir()
     for name, number in (("b/2.PNG", 2), ("a.png", 1)):
-        (tmp_path / name).write_bytes(to_png(kit.picture(number)))
-    (tmp_path / "c.jpg").write_bytes(b"no picture")
+        (tmp_path / name).write_bytes(to_png(kit.image(number)))
+    (tmp_path / "c.jpg").write_bytes(b"no image")
     (tmp_path / "readme.md").write_text("neither")
-    source = open_source(dict(kind="pictures", path=tmp_path))
+    source = open_source(dict(kind="images", path=tmp_path))
     assert len(source) == 3 and source.name == tmp_path.name and list(texts([source])) == []
-    assert [source[i] for i in (0, 1)] == [Document.of((ImagePart(kit.picture(i)),)) for i in (1, 2)]
+    assert [source[i] for i in (0, 1)] == [Document.of((ImagePart(kit.image(i)),)) for i in (1, 2)]
     with pytest.raises(BadItem, match="c.jpg: unreadable_image"):
         source[2]
     before = source.fingerprint
     (tmp_path / "c.jpg").unlink()
-    assert open_source(dict(kind="pictures", path=tmp_path)).fingerprint != before
-    with pytest.raises(UserError, match="picture files .* found none"):
+    assert open_source(dict(kind="images", path=tmp_path)).fingerprint != before
+    with pytest.raises(UserError, match="image files .* found none"):
         (tmp_path / "b" / "2.PNG").unlink()
-        open_source(dict(kind="pictures", path=tmp_path / "b"))
+        open_source(dict(kind="images", path=tmp_path / "b"))
     with pytest.raises(UserError, match="nowhere: no such file or folder"):
-        open_source(dict(kind="pictures", path=tmp_path / "nowhere"))
+        open_source(dict(kind="images", path=tmp_path / "nowhere"))

@@ -57,7 +57,7 @@ def test_one_group_stays_whole_on_the_larger_side(tmp_path: Path) -> None:
     spec = dict(kind="folder", path=tmp_path)
     assert len(texts(spec, "[:95%]")) == len(texts(spec, "[5%:]")) == 2
     for split in ("[95%:]", "[:5%]", "train[95%:]"):
-        with pytest.raises(EmptySplit, match="all rows belong to one picture or text"):
+        with pytest.raises(EmptySplit, match="all rows belong to one image or text"):
             texts(spec, split)
     lines(tmp_path, 1)
     with pytest.raises(EmptySplit, match="all texts belong to one"):
@@ -68,19 +68,19 @@ def test_one_group_stays_whole_on_the_larger_side(tmp_path: Path) -> None:
 
 
 def test_sources_of_one_folder_have_one_border(tmp_path: Path) -> None:
-    """Else a picture of the one's training part is in the other's held-out part."""
+    """Else an image of the one's training part is in the other's held-out part."""
     captions(tmp_path, 200)
     captions(tmp_path, 200, "vqa", first=120)
 
-    def pictures(file: str, split: str) -> set[str]:
+    def images(file: str, split: str) -> set[str]:
         found = texts(dict(kind="folder", path=tmp_path, files=(file,)), split)
         return {text.split()[1] for text in found}
 
-    assert not pictures("captions", "[:80%]") & pictures("vqa", "[80%:]")
-    assert not pictures("vqa", "[:80%]") & pictures("captions", "[80%:]")
-    assert pictures("vqa", "[:80%]") | pictures("vqa", "[80%:]") == {str(i) for i in range(120, 200)}
+    assert not images("captions", "[:80%]") & images("vqa", "[80%:]")
+    assert not images("vqa", "[:80%]") & images("captions", "[80%:]")
+    assert images("vqa", "[:80%]") | images("vqa", "[80%:]") == {str(i) for i in range(120, 200)}
     captions(tmp_path, 122, "vqa", first=120)
-    both = pictures("vqa", "[:99%]"), pictures("vqa", "[99%:]")
+    both = images("vqa", "[:99%]"), images("vqa", "[99%:]")
     assert [len(side) for side in both] == [1, 1], "its own groups decide where the common border leaves it nothing"
 
 
@@ -90,7 +90,7 @@ def test_the_fingerprint_follows_the_border(tmp_path: Path) -> None:
 
     captions(tmp_path, 40)
     parts, whole = [dict(source(split).fingerprint) for split in ("[:90%]", "[90%:]")], source(None).fingerprint
-    captions(tmp_path, 400, "vqa")  # more pictures beside it: the border moves
+    captions(tmp_path, 400, "vqa")  # more images beside it: the border moves
     assert all(a != dict(source(b).fingerprint) for a, b in zip(parts, ("[:90%]", "[90%:]"), strict=True))
     assert source(None).fingerprint == whole and source("train").fingerprint.keys() == whole.keys()
 

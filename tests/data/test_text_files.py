@@ -15,7 +15,7 @@ import pytest
 
 from ar_unified.data import text_files
 from ar_unified.data.balance import indices, passes, text_bytes
-from ar_unified.data.items import has_pictures, language
+from ar_unified.data.items import has_images, language
 from ar_unified.data.loader import ImageBatches, NothingReadable
 from ar_unified.data.prepare import prepare
 from ar_unified.data.sources import BadItem, open_source, read, texts
@@ -38,7 +38,7 @@ def corpus(tmp_path: Path, kit: Any) -> Path:
     (root / "a.md").write_text("# A\n\ntext\n")
     (root / "c.jsonl").write_bytes(b'{"text": "row \\n 1", "language": "nl", "id": 7}\n\n{"text": "row 2"}\n')
     (root / ".hidden.txt").write_text("not this")
-    (root / "picture.png").write_bytes(b"\xff\xd8")
+    (root / "image.png").write_bytes(b"\xff\xd8")
     return root
 
 
@@ -196,20 +196,18 @@ def test_text_alone_becomes_tokens_and_what_a_tokenizer_loses_is_left_out(tmp_pa
     assert [bad.kind for bad in found.bad] == ["text_lost"]
 
 
-def test_an_image_tokenizer_is_trained_on_sources_with_pictures_only(corpus: Path, folder: Path) -> None:
-    pictures = open_source(dict(kind="folder", path=folder))
-    batches = ImageBatches([source(corpus), pictures], size=(16, 16), batch_size=4, weights=[5.0, 1.0])
-    assert batches.sources == [pictures] and batches.batch(0)["pixels"].shape == (4, 16, 16, 3)
-    with pytest.raises(ValueError, match="expected a source with pictures, found corpus"):
+def test_an_image_tokenizer_is_trained_on_sources_with_images_only(corpus: Path, folder: Path) -> None:
+    images = open_source(dict(kind="folder", path=folder))
+    batches = ImageBatches([source(corpus), images], size=(16, 16), batch_size=4, weights=[5.0, 1.0])
+    assert batches.sources == [images] and batches.batch(0)["pixels"].shape == (4, 16, 16, 3)
+    with pytest.raises(ValueError, match="expected a source with images, found corpus"):
         ImageBatches([source(corpus)], size=(16, 16), batch_size=4)
     batches.check()
     (folder / "docs.jsonl").write_text(json.dumps(dict(segments=[dict(type="text", text="words")])) + "\n{\n" * 2)
     wordy = open_source(dict(kind="folder", path=folder, files=("docs",), label="wordy"))
-    for ask in (ImageBatches([pictures, wordy], size=(16, 16), batch_size=4).check,
+    for ask in (ImageBatches([images, wordy], size=(16, 16), batch_size=4).check,
                 lambda: ImageBatches([wordy], size=(16, 16), batch_size=4).batch(0)):  # fmt: skip
-        with pytest.raises(
-            NothingReadable, match="'wordy': no readable picture in its 3 documents: 1 no_picture, first"
-        ):
+        with pytest.raises(NothingReadable, match="'wordy': no readable image in its 3 documents: 1 no_image, first"):
             ask()
 
 
@@ -239,6 +237,6 @@ def test_text_of_a_tfds_dataset_knows_its_language(tmp_path: Path, capsys: pytes
 
     found = open_source(dict(kind="tfds", name="sentences", data_dir=str(tmp_path)))
     assert {language(found, i): found.texts(i) for i in range(2)} == {"nld": ["een cirkel"], "eng": ["a circle"]}
-    assert found[0].task == "text" and not has_pictures(found)
+    assert found[0].task == "text" and not has_images(found)
     said = capsys.readouterr().out
     assert "sentences/1.0.0: prepared by TFDS, which downloads what it needs, into" in said and "Unknown" not in said

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from ar_unified.evaluation.easy_vqa import COLORS, SHAPES, facts, read_picture
+from ar_unified.evaluation.easy_vqa import COLORS, SHAPES, facts, read_image
 from ar_unified.evaluation.protocol import PROTOCOLS
 from ar_unified.language.document import Document, ImagePart, TextPart
 
@@ -17,7 +17,7 @@ DATA = Path(__file__).parents[3] / "shared" / "data" / "easy-vqa"
 
 
 def draw(shape: str, color: object, size: float = 20, at: tuple[float, float] = (31, 34)) -> Image.Image:
-    """A picture like those of the set, anti-aliased: the figure's box is `size` wide around `at`."""
+    """An image like those of the set, anti-aliased: the figure's box is `size` wide around `at`."""
     side, scale = 64, 4
     x, y, r = (v * scale for v in (*at, size / 2))
     image = Image.new("RGB", (side * scale, side * scale), (244, 236, 250))
@@ -32,13 +32,13 @@ def draw(shape: str, color: object, size: float = 20, at: tuple[float, float] = 
 
 
 def spoil(image: Image.Image, blur: float = 1.0, noise: float = 8.0) -> np.ndarray:
-    """What a weak image tokenizer makes of a picture; `blur` in pixels, `noise` in levels."""
+    """What a weak image tokenizer makes of an image; `blur` in pixels, `noise` in levels."""
     pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(blur)), np.float32)
     return np.clip(pixels + np.random.default_rng(0).normal(0, noise, pixels.shape), 0, 255).astype(np.uint8)
 
 
 def seen(pixels: np.ndarray) -> tuple[str, str] | None:
-    reading = read_picture(pixels)
+    reading = read_image(pixels)
     return reading and (reading.color, reading.shape)
 
 
@@ -48,10 +48,10 @@ def test_reads_every_figure_through_blur_and_noise(shape, color):
     for size, at in ((14, (20, 40)), (20, (31, 34)), (30, (40, 24))):
         image = draw(shape, COLORS[color], size, at)
         assert seen(np.asarray(image)) == seen(spoil(image)) == (color, shape)
-        assert read_picture(np.asarray(image)).fit > 0.9
+        assert read_image(np.asarray(image)).fit > 0.9
 
 
-def test_reads_other_sizes_of_picture():
+def test_reads_other_sizes_of_image():
     image = draw("triangle", "blue", 24)
     for side in (32, 48, 96):
         assert seen(np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))) == ("blue", "triangle")
@@ -77,7 +77,7 @@ def test_refuses_what_is_not_one_figure_of_the_set():
 
 def test_protocol_takes_the_facts_from_meta_or_from_the_caption():
     pixels = np.asarray(draw("circle", COLORS["teal"]))
-    check = PROTOCOLS["easy_vqa"].picture_matches
+    check = PROTOCOLS["easy_vqa"].image_matches
     parts = (TextPart("a teal circle"), ImagePart(pixels))
     assert check(Document.of(parts, 1), pixels)
     assert not check(Document.of((TextPart("a teal triangle"), parts[1]), 1), pixels)
@@ -86,7 +86,7 @@ def test_protocol_takes_the_facts_from_meta_or_from_the_caption():
 
 
 def like_the_real_set(folder: Path) -> Path:
-    """A folder in the format of the real one, with a figure of random size and place in each of 120 pictures."""
+    """A folder in the format of the real one, with a figure of random size and place in each of 120 images."""
     rng, rows = np.random.default_rng(0), []
     (folder / "images").mkdir()
     for i in range(120):

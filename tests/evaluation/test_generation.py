@@ -29,22 +29,22 @@ class Bytes:
 
 
 class Album:
-    """An image tokenizer that gives every new picture the next code; `lossy` decodes them all to nothing."""
+    """An image tokenizer that gives every new image the next code; `lossy` decodes them all to nothing."""
 
     def __init__(self, lossy=False):
-        self.pictures, self.lossy = [NOTHING], lossy
+        self.images, self.lossy = [NOTHING], lossy
 
     def encode(self, pixels):
-        return np.array([[[self.code(picture)]] for picture in pixels], np.int32)
+        return np.array([[[self.code(image)]] for image in pixels], np.int32)
 
     def decode(self, codes):
-        return np.stack([NOTHING if self.lossy else self.pictures[code] for code in codes.ravel()])
+        return np.stack([NOTHING if self.lossy else self.images[code] for code in codes.ravel()])
 
-    def code(self, picture):
-        known = [i for i, other in enumerate(self.pictures) if np.array_equal(picture, other)]
+    def code(self, image):
+        known = [i for i, other in enumerate(self.images) if np.array_equal(image, other)]
         if not known:
-            self.pictures.append(picture)
-        return (known or [len(self.pictures) - 1])[0]
+            self.images.append(image)
+        return (known or [len(self.images) - 1])[0]
 
 
 class Oracle:
@@ -90,7 +90,7 @@ def make(n=6):
         while change is None:
             before = scenes.sample_scene(rng, "train")
             change = scenes.sample_change(rng, before, "train")
-        picture, first, second = (scenes.render(s, 32) for s in (scene, before, change.after))
+        image, first, second = (scenes.render(s, 32) for s in (scene, before, change.after))
         meta = {"scene": scenes.scene_to_json(scene)}
         question, answer = scenes.question(rng, scene, "train")
         story = (
@@ -100,8 +100,8 @@ def make(n=6):
             ImagePart(second),
         )
         documents += [
-            Document.of((TextPart(scenes.caption(rng, scene)), ImagePart(picture)), 1, meta=meta),
-            Document.of((ImagePart(picture), TextPart(question), TextPart(answer)), 2, meta=meta),
+            Document.of((TextPart(scenes.caption(rng, scene)), ImagePart(image)), 1, meta=meta),
+            Document.of((ImagePart(image), TextPart(question), TextPart(answer)), 2, meta=meta),
             Document.of(story, meta={"scenes": [scenes.scene_to_json(s) for s in (before, change.after)]}),
         ]
     return documents
@@ -142,7 +142,7 @@ def test_mistakes_and_broken_sequences_count_as_wrong():
     assert [e.got is None for e in kept if e.kind == "text_to_image"].count(True) == 1
 
 
-def test_an_unchanged_picture_is_not_the_next_one_of_a_story():
+def test_an_unchanged_image_is_not_the_next_one_of_a_story():
     repeat = lambda request, truth: request.parts[1] if request.id.startswith("story") else truth  # noqa: E731
     assert run(make(), answer=repeat)[0]["story_change_exact"] == 0
 
@@ -173,7 +173,7 @@ def test_limit_seed_and_bad_items():
     assert first["skipped"]["unreadable_image"] > 0 and "story_change_exact" not in first
 
 
-def test_without_a_checker_pictures_are_drawn_but_not_scored():
+def test_without_a_checker_images_are_drawn_but_not_scored():
     metrics, kept, _ = run(make(), protocol="exact")
     assert "text_to_image_exact" not in metrics and metrics["image_to_text_exact"] == 1
     assert {e.correct for e in kept if e.kind == "text_to_image"} == {None}
@@ -183,20 +183,20 @@ def test_without_a_checker_pictures_are_drawn_but_not_scored():
 
 
 def pages(n=4):
-    """Text, picture, text: as a folder of recipes has them."""
+    """Text, image, text: as a folder of recipes has them."""
     documents = make(n)[2::3]
     return [Document.of((*d.parts[:2], TextPart(f"then {i}"))) for i, d in enumerate(documents)]
 
 
 def test_of_interleaved_documents_alone_the_next_parts_are_asked():
     metrics, kept, oracle = run(pages(), protocol="exact")
-    assert metrics["counts"] == {"parse_rate": 8, "next_text_exact": 4, "tokenizer_psnr": 4, "next_picture_psnr": 4}
-    assert metrics["next_text_exact"] == metrics["parse_rate"] == 1 and metrics["next_picture_psnr"] == 100
-    assert [(e.kind, len(e.prompt)) for e in kept] == [("next_picture", 1)] * 4 + [("next_text", 2)] * 4
+    assert metrics["counts"] == {"parse_rate": 8, "next_text_exact": 4, "tokenizer_psnr": 4, "next_image_psnr": 4}
+    assert metrics["next_text_exact"] == metrics["parse_rate"] == 1 and metrics["next_image_psnr"] == 100
+    assert [(e.kind, len(e.prompt)) for e in kept] == [("next_image", 1)] * 4 + [("next_text", 2)] * 4
     assert oracle.calls == [4, 4]
     note = metrics["note"]
     assert "looked for captions" in note and "'exact'" in note and "4 of kind interleaved" in note
-    assert "4 next pictures and 4 next texts" in note
+    assert "4 next images and 4 next texts" in note
 
 
 def test_a_wrong_next_part_is_counted_as_wrong():
@@ -206,11 +206,11 @@ def test_a_wrong_next_part_is_counted_as_wrong():
         ) else truth  # fmt: skip
 
     metrics, _, _ = run(pages(), protocol="exact", answer=answer)
-    assert metrics["next_text_exact"] == 3 / 4 and metrics["next_picture_psnr"] < 30
+    assert metrics["next_text_exact"] == 3 / 4 and metrics["next_image_psnr"] < 30
 
 
-def test_a_next_text_may_end_where_a_picture_begins():
-    """The document goes on behind the text: the model is free to begin that picture, and has room for it."""
+def test_a_next_text_may_end_where_a_image_begins():
+    """The document goes on behind the text: the model is free to begin that image, and has room for it."""
     asked = []
 
     def answer(request, truth):
@@ -222,8 +222,8 @@ def test_a_next_text_may_end_where_a_picture_begins():
     texts = [request for request in asked if request.id.startswith("next_text")]
     assert metrics["next_text_exact"] == 1 and {request.mode for request in texts} == {"free"}
     assert all(request.max_images == 1 and request.max_tokens >= 3 + len("then 0") for request in texts)
-    begins_with_a_picture = lambda request, truth: CodesPart(np.zeros((1, 1), np.int32))  # noqa: E731
-    assert run(documents, protocol="exact", answer=begins_with_a_picture)[0]["next_text_exact"] == 0
+    begins_with_a_image = lambda request, truth: CodesPart(np.zeros((1, 1), np.int32))  # noqa: E731
+    assert run(documents, protocol="exact", answer=begins_with_a_image)[0]["next_text_exact"] == 0
 
 
 def test_stories_that_a_protocol_checks_are_not_asked_twice():

@@ -71,18 +71,18 @@ def page(tmp_path, **options):
 
 
 def example(kind="text_to_image", text="a red circle", **options):
-    picture = np.zeros((8, 8, 3), np.uint8)
-    document = Document.of((TextPart(text), ImagePart(picture)), 1)
-    options = {"got": picture, "reconstruction": picture} | options
-    return Example(kind, document, document.parts[:1], picture, **options)
+    image = np.zeros((8, 8, 3), np.uint8)
+    document = Document.of((TextPart(text), ImagePart(image)), 1)
+    options = {"got": image, "reconstruction": image} | options
+    return Example(kind, document, document.parts[:1], image, **options)
 
 
-def test_numbers_stand_beside_their_bars(tmp_path):
-    html, _, words = page(tmp_path, bars={"text_to_image_exact": 0.9, "story_change_exact": 0.8})
+def test_numbers_stand_beside_their_thresholds(tmp_path):
+    html, _, words = page(tmp_path, thresholds={"text_to_image_exact": 0.9, "story_change_exact": 0.8})
     assert 'class="meter met"' in html and 'class="meter missed"' in html
     for said in (
-        "✓ bar 90 %",
-        "✗ bar 80 %",
+        "✓ threshold 90 %",
+        "✗ threshold 80 %",
         "43.2 %",
         "unseen combinations",
         "31.4",
@@ -105,7 +105,7 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path):
         },
         telemetry={"transformer": log, "image_tokenizer": rows, "other": tmp_path / "missing.jsonl"},
         seconds={"train": 61.0, "sample": 5.0},
-        config={"name": "test", "training": {"steps": 10, "batch_size": 4, "row_length": 8}},
+        config={"name": "test", "training": {"steps": 10, "batch_size": 4, "sequence_length": 8}},
         facts={"parameters": "2.2 M"},
     )
     assert all(re.match(r"#|data:image/", address) for address in found.loaded)
@@ -130,10 +130,10 @@ def test_a_bare_evaluation_makes_a_report(tmp_path):
     assert summary({}) == {}
 
 
-def test_the_head_says_how_a_picture_becomes_codes():
+def test_the_head_says_how_a_image_becomes_codes():
     tokenizer = {"quantizer": "rq", "depth": 3, "codes": 512, "factor": 16, "steps": 100}
     found = summary({"data": {"image_size": [64, 32]}, "image_tokenizer": tokenizer})
-    assert found == {"pictures": "64 x 32 pixels as 4 x 6 codes of 512 (RQ)"}
+    assert found == {"images": "64 x 32 pixels as 4 x 6 codes of 512 (RQ)"}
 
 
 def test_charts_keep_their_ends_and_survive_odd_series():
@@ -191,18 +191,18 @@ def test_a_tokenizer_alone_has_a_report(tmp_path):
         "2.1250",
         "steps: 77",
         "Lanczos",
-        "pictures of <b>emoji</b>, crops of 48 x 64",  # as text
+        "images of <b>emoji</b>, crops of 48 x 64",  # as text
         "unseen things: a",
         "difference x 4",
         "An image tokenizer",
     ):
         assert said in " ".join(words.split()), said
     assert "<b>emoji" not in html and "Transformer" not in words
-    pictures = [address for address in found.loaded if address.startswith("data:image/png")]
-    assert len(pictures) == 3 * len(numbers["shown"]) == 24
+    images = [address for address in found.loaded if address.startswith("data:image/png")]
+    assert len(images) == 3 * len(numbers["shown"]) == 24
 
 
-def test_pictures_on_the_page_are_no_larger_than_needed(tmp_path):
+def test_images_on_the_page_are_no_larger_than_needed(tmp_path):
     big = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
     numbers = {"crop": [512, 512], "shown": [{"origin": "x", "psnr": 20.0, "worst": False}]}
     html = section({"a": whole(numbers)}, {"a": np.concatenate([big] * 3, 1)})
@@ -222,16 +222,16 @@ def test_charts_of_modalities_read_what_a_training_writes(tmp_path):
     html, _, words = page(tmp_path, telemetry={"transformer": rows})
     for title, _, metrics, _ in transformer_charts(rows):
         assert metrics and set(metrics) <= {key for row in rows for key in row}, title
-    for said in ("log Z by role", "Text and pictures, by layer", "Text and pictures, over time", "step 4"):
+    for said in ("log Z by role", "Text and images, by layer", "Text and images, over time", "step 4"):
         assert said in words, said
     charts = {title: json.loads(unescape(data)) for data, title in _charts(html)}
     assert {name for name, _ in charts["log Z by role"]} == {"text", "image"}
     assert {name for name, _ in charts["Speed"]} == {"all", "text", "image"}
-    layers = dict(charts["Text and pictures, by layer"])
+    layers = dict(charts["Text and images, by layer"])
     at = "validation/attention/text_to_image"
     last = [row for row in rows if f"{at}/uniform" in row][-1]
-    assert layers["text at pictures"] == [[i, float(f"{last[f'{at}/layer_{i}']:.5g}")] for i in range(2)]
-    assert [step for step, _ in dict(charts["Text and pictures, over time"])["pictures at text"]] == [2, 4]
+    assert layers["text at images"] == [[i, float(f"{last[f'{at}/layer_{i}']:.5g}")] for i in range(2)]
+    assert [step for step, _ in dict(charts["Text and images, over time"])["images at text"]] == [2, 4]
     assert "by heart" not in words
 
 

@@ -17,9 +17,9 @@ from ar_unified.evaluation.sheets import AMPLIFIED
 from ar_unified.evaluation.tokenizer import (
     FIRST,
     WORST,
-    NoPictures,
+    NoReadableImage,
     _corrupted,
-    draw_pictures,
+    draw_images,
     evaluate_tokenizer,
 )
 from ar_unified.language.document import Document, ImagePart, TextPart
@@ -49,8 +49,8 @@ class Greys:
 class Album(list):
     """A source of documents; None is a bad item."""
 
-    def __init__(self, name: str, pictures: Any) -> None:
-        super().__init__(pictures)
+    def __init__(self, name: str, images: Any) -> None:
+        super().__init__(images)
         self.name = name
 
     def __getitem__(self, i: Any) -> Document:
@@ -61,13 +61,13 @@ class Album(list):
 
 
 def exact(count: int, codes: int = K, seed: int = 0) -> list[np.ndarray]:
-    """Pictures that Greys keeps to the bit, of the first `codes` codes."""
+    """Images that Greys keeps to the bit, of the first `codes` codes."""
     drawn = np.random.default_rng(seed).integers(0, codes, (count, SIZE[0] // 4, SIZE[1] // 4))
     return list(Greys().decode(drawn))
 
 
 def noisy(count: int, seed: int = 0) -> list[np.ndarray]:
-    """Pictures with more and more noise, twice as large."""
+    """Images with more and more noise, twice as large."""
     rng = np.random.default_rng(seed)
     clean = np.stack(exact(count, seed=seed)).repeat(2, 1).repeat(2, 2).astype(np.float64)
     return list(
@@ -80,11 +80,11 @@ def noisy(count: int, seed: int = 0) -> list[np.ndarray]:
 def test_a_perfect_tokenizer_and_every_number_of_its_ids():
     sources = [Album("all", exact(4)), Album("two codes", exact(4, codes=2, seed=1))]
     found, _ = evaluate_tokenizer(Greys(), sources, size=SIZE)
-    assert (found["pictures"], found["crop"], found["sources"]) == (8, [48, 64], ["all", "two codes"])
+    assert (found["images"], found["crop"], found["sources"]) == (8, [48, 64], ["all", "two codes"])
     assert (found["psnr"], found["psnr_of_mean_mse"], found["l1"], found["id_stability"]) == (100, 100, 0, 1)
     assert found["ssim"] == found["ms_ssim_3_scales"] == 1 and "ms_ssim" not in found
-    assert (found["ids_per_picture"], found["ids"], found["usage"], found["dead"]) == (12 * 16, 8 * 12 * 16, 1, 0)
-    assert found["bits_per_pixel"] == 3 / 16 and found["by_source"]["all"]["pictures"] == 4
+    assert (found["ids_per_image"], found["ids"], found["usage"], found["dead"]) == (12 * 16, 8 * 12 * 16, 1, 0)
+    assert found["bits_per_pixel"] == 3 / 16 and found["by_source"]["all"]["images"] == 4
     assert found["entropy_bits_per_pixel"] == pytest.approx(found["entropy_bits"] / 16)
     assert found["by_source"]["two codes"]["dead"] == 6 and found["by_source"]["two codes"]["entropy_bits"] < 1.01
     assert 2 < found["entropy_bits"] < 3  # half of it all, half of it the first two
@@ -93,10 +93,10 @@ def test_a_perfect_tokenizer_and_every_number_of_its_ids():
     assert 100 > noise[0][1] > noise[1][1] > noise[2][1] > 10
 
 
-def test_means_are_over_pictures_of_what_a_png_file_holds():
-    pictures = noisy(6)
-    found, _ = evaluate_tokenizer(Greys(), [Album("noise", pictures)], size=SIZE)
-    real = np.stack([resize(picture, *SIZE) for picture in pictures])
+def test_means_are_over_images_of_what_a_png_file_holds():
+    images = noisy(6)
+    found, _ = evaluate_tokenizer(Greys(), [Album("noise", images)], size=SIZE)
+    real = np.stack([resize(image, *SIZE) for image in images])
     seen = Greys().decode(Greys().encode(real))
     assert found["psnr"] == pytest.approx(metrics.psnr(real, seen).mean())
     assert found["psnr_of_mean_mse"] == pytest.approx(float(metrics.decibels(metrics.mse(real, seen).mean())))
@@ -112,7 +112,7 @@ def test_batches_change_nothing_and_the_seed_draws():
     again, same = evaluate_tokenizer(Greys(drift=5), sources, size=SIZE, limit=9, batch_size=2)
     np.testing.assert_array_equal(sheet, same)
     assert str(found) == str(again)
-    assert {name: part["pictures"] for name, part in found["by_source"].items()} == {"a": 4, "b": 5} or {"a": 5, "b": 4}
+    assert {name: part["images"] for name, part in found["by_source"].items()} == {"a": 4, "b": 5} or {"a": 5, "b": 4}
     other, _ = evaluate_tokenizer(Greys(drift=5), sources, size=SIZE, limit=9, seed=1)
     assert other["shown"] != found["shown"]
 
@@ -129,10 +129,10 @@ def test_what_is_left_out_is_said():
     source = Album("mixed", [*exact(3), None, exact(1)[0], small])
     found, _ = evaluate_tokenizer(Greys(), [source], size=SIZE)
     assert found["skipped"] == {"unreadable_image": 1, "repeated": 1}
-    assert found["pictures"] == 4 and found["enlarged"] == 1
-    with pytest.raises(NoPictures, match="no readable picture in mixed.*unreadable_image"):
+    assert found["images"] == 4 and found["enlarged"] == 1
+    with pytest.raises(NoReadableImage, match="no readable image in mixed.*unreadable_image"):
         evaluate_tokenizer(Greys(), [Album("mixed", [None])], size=SIZE)
-    assert sum(1 for _ in draw_pictures([source], SIZE, 2)) == 2
+    assert sum(1 for _ in draw_images([source], SIZE, 2)) == 2
 
 
 def test_corruption_replaces_its_share_by_other_ids():
@@ -144,17 +144,17 @@ def test_corruption_replaces_its_share_by_other_ids():
     assert _corrupted(ids, 1.0, K, (0, 7)).dtype == np.int32 and _corrupted(ids, 1.0, K, (0, 7)).max() < K
 
 
-def test_the_first_pictures_and_the_worst_of_the_others_are_shown():
-    pictures = noisy(FIRST + WORST + 5)
-    found, sheet = evaluate_tokenizer(Greys(), [Album("a", pictures)], size=SIZE, batch_size=3)
+def test_the_first_images_and_the_worst_of_the_others_are_shown():
+    images = noisy(FIRST + WORST + 5)
+    found, sheet = evaluate_tokenizer(Greys(), [Album("a", images)], size=SIZE, batch_size=3)
     assert [row["worst"] for row in found["shown"]] == [False] * FIRST + [True] * WORST
     H, W = SIZE
     rows = sheet.reshape(-1, H, 3, W, 3).swapaxes(1, 2)  # [n, 3, H, W, 3]
     for (real, seen, difference), told in zip(rows, found["shown"], strict=True):
-        np.testing.assert_array_equal(real, resize(pictures[int(told["origin"].partition(":")[2])], *SIZE))
+        np.testing.assert_array_equal(real, resize(images[int(told["origin"].partition(":")[2])], *SIZE))
         assert told["psnr"] == pytest.approx(float(metrics.psnr(real, seen)))
         np.testing.assert_array_equal(difference, np.minimum(AMPLIFIED * np.abs(real.astype(int) - seen), 255))
-    drawn = [picture.origin for picture in draw_pictures([Album("a", pictures)], SIZE, 99)]
+    drawn = [image.origin for image in draw_images([Album("a", images)], SIZE, 99)]
     numbers = {origin: int(origin.partition(":")[2]) for origin in drawn}  # the more, the noisier
     assert [row["origin"] for row in found["shown"][:FIRST]] == drawn[:FIRST]
     worst = sorted(drawn[FIRST:], key=lambda origin: -numbers[origin])[:WORST]
@@ -181,7 +181,7 @@ def test_networks_need_their_hash_and_only_inception_makes_an_fid(monkeypatch):
     found, _ = evaluate_tokenizer(Greys(drift=3), [source], size=SIZE, weights=digests, batch_size=4, **networks)
     assert found["LPIPS"] == pytest.approx(3) and found["weights"] == digests
     assert found["rFID"] == found["FD-mine"] == pytest.approx(27) and "FD-inception" not in found
-    real = features(np.stack([p.pixels for p in draw_pictures([source], SIZE, 6)])).astype(np.float64)
+    real = features(np.stack([p.pixels for p in draw_images([source], SIZE, 6)])).astype(np.float64)
     np.testing.assert_allclose(given[0][0], real.mean(0))
     np.testing.assert_allclose(given[0][1], np.cov(real, rowvar=False))
     with pytest.raises(ValueError, match=r"sha256 .* none of \['mine'\]"):
@@ -195,7 +195,7 @@ def test_a_probe_is_asked_about_the_held_out_ids():
         asked.append(ids)
         return {"bits_per_id": 1.5, "budget": {"steps": 3}}
 
-    pictures = exact(3)
-    found, _ = evaluate_tokenizer(Greys(), [Album("a", pictures)], size=SIZE, probe=probe)
+    images = exact(3)
+    found, _ = evaluate_tokenizer(Greys(), [Album("a", images)], size=SIZE, probe=probe)
     assert found["probe"] == {"bits_per_id": 1.5, "bits_per_pixel": 1.5 / 16, "budget": {"steps": 3}}
     assert asked[0].shape == (3, 12, 16) and math.prod(SIZE) / asked[0][0].size == 16

@@ -91,7 +91,7 @@ def test_an_unknown_choice_is_told_what_there_is(key):
         ("training.restarts", "(0.9,0.5)", "rising shares"),
         ("training.batch_size", 0, "at least 1"),
         ("training.accumulation", 3, "a divisor of batch_size, 8; found 3"),
-        ("training.row_length", 100, "at least config.data.max_tokens, 256, .*found 100"),
+        ("training.sequence_length", 100, "at least config.data.max_tokens, 256, .*found 100"),
         ("training.learning_rate", -1, "at least 0"),
         ("training.weight_decay", -1, "at least 0"),
         ("training.clip_norm", "nan", "at least 0, found nan"),
@@ -140,7 +140,7 @@ def test_all_problems_are_told_at_once():
 
 
 def test_stages_that_do_not_run_are_not_asked_how_they_go_together():
-    check(load(training__row_length=10), ["text_tokenizer", "image_tokenizer"])
+    check(load(training__sequence_length=10), ["text_tokenizer", "image_tokenizer"])
     check(load(sampling__context="negative_prompt"), ["requests"])
     check(load(text_tokenizer__model="gone.model"), ["model"])
     says("optimizer", {"training.optimizer": "adam"}, ["text_tokenizer"])  # by itself: always
@@ -157,7 +157,7 @@ def phases(*changes: dict[str, Any]) -> ConfigDict:
     [
         ([dict(begin=1.0)], r"phases\[0\]: expected a `begin` between 0 and 1"),
         ([dict(begin=0.5, flips=1.0)], r"phases\[0\].*did you mean 'flip_pairs'"),
-        ([dict(begin=0.5, flip_pairs=2.0)], r"phases\[0\]: flip: expected a probability, found 2.0"),
+        ([dict(begin=0.5, flip_pairs=2.0)], r"phases\[0\]: flip_pairs: expected a probability, found 2.0"),
         ([dict(begin=0.5), dict(begin=0.2)], "phases: expected .* each later than the one before"),
     ],
 )
@@ -280,8 +280,8 @@ def experiment(tmp_path: Path, **changes: Any) -> Experiment:
     [
         (dict(mesh__fsdp=3), "config.mesh: .*there are 8 devices"),
         (
-            dict(mesh__context=2, training__row_length=258, data__max_tokens=256),
-            "config.training.row_length: .*multiple of 4",
+            dict(mesh__context=2, training__sequence_length=258, data__max_tokens=256),
+            "config.training.sequence_length: .*multiple of 4",
         ),
         (dict(mesh__tensor=8), "config.mesh: .*'heads' has size 4, which mesh tensor = 8"),
         (dict(training__batch_size=12), "config.training.batch_size: .*size 12.* = 8 does not divide"),
@@ -343,10 +343,10 @@ def test_the_sources_of_a_phase_are_those_of_the_training(tmp_path):
         check_sources(made)
 
 
-def test_a_picture_has_room_in_a_document_and_in_a_sample(tmp_path):
+def test_a_image_has_room_in_a_document_and_in_a_sample(tmp_path):
     made = with_sources(tmp_path, dict(path="a"), data__max_tokens=17, sampling__max_length=18)
     check_sources(made)  # text alone
-    vars(made)["train"] = [SimpleNamespace(name="pictures", fingerprint={})]
+    vars(made)["train"] = [SimpleNamespace(name="images", fingerprint={})]
     with pytest.raises(
         UserError, match="2 problems:\n.*data.max_tokens: .*at least 20.*\n.*sampling.max_length: .*at least 21"
     ):

@@ -28,8 +28,8 @@ def test_every_experiment_describes_a_model(name):
     file, _, arg = name.partition(":")
     config = configs.load(f"{ROOT}/experiments/{file}.py" + (f":{arg}" if arg else ""))
     assert config_from(configs.plain(config.model), vocab_size=1024).n_layers > 0
-    assert config.training.row_length >= config.data.max_tokens
-    assert set(config.evaluation.bars) <= NAMES.keys()  # a bar of another name would be shown nowhere
+    assert config.training.sequence_length >= config.data.max_tokens
+    assert set(config.evaluation.thresholds) <= NAMES.keys()  # a bar of another name would be shown nowhere
 
 
 def test_an_override_changes_one_key_and_a_wrong_one_is_refused():
@@ -72,7 +72,7 @@ def test_an_unknown_source_kind_says_what_there_is():
 
 def test_phases_change_what_they_name_and_keep_the_rest() -> None:
     settings = configs.defaults().training
-    settings.update(steps=1000, flip_pairs=1.0, drop_condition=0.05)
+    settings.update(steps=1000, flip_pairs=1.0, condition_dropout=0.05)
     settings.phases = (ConfigDict(dict(begin=0.25, weights=dict(a=1.0))), ConfigDict(dict(begin=0.9, flip_pairs=0.0)))
     assert phases(settings, dict(a=0.5, b=0.5)) == [
         Phase(0, dict(a=0.5, b=0.5), 1.0, 0.05),

@@ -43,23 +43,23 @@ def document(rng: np.random.Generator, layout: dict[str, Any], kind: int) -> dic
     def words(most: int = 8) -> str:
         return text(rng, most)
 
-    def picture() -> list[str]:
+    def image() -> list[str]:
         return codes(rng, layout)
 
     def story(n: int) -> list[Any]:
         first = int(rng.integers(2))
-        return [picture() if (i + first) % 2 else words() for i in range(n)]
+        return [image() if (i + first) % 2 else words() for i in range(n)]
 
     parts, prompt = {
         0: lambda: ([words(12)], None),
         1: lambda: ([words(90)], None),  # often more than a row: split
-        2: lambda: ([words(), picture()], 1),
-        3: lambda: ([picture(), words()], 1),
-        4: lambda: ([picture(), words(), words()], 2),
+        2: lambda: ([words(), image()], 1),
+        3: lambda: ([image(), words()], 1),
+        4: lambda: ([image(), words(), words()], 2),
         5: lambda: (story(int(rng.integers(2, 7))), None),
-        6: lambda: ([picture()], 0),
-        7: lambda: ([words(), picture(), words()], 3),
-        8: lambda: ([words(5), picture(), words(5), picture()], int(rng.integers(1, 4))),
+        6: lambda: ([image()], 0),
+        7: lambda: ([words(), image(), words()], 3),
+        8: lambda: ([words(5), image(), words(5), image()], int(rng.integers(1, 4))),
         9: lambda: ([words(), words()], 1),
     }[kind]()
     return {"parts": parts, "prompt": prompt}

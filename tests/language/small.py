@@ -73,7 +73,7 @@ def marked(kind):
 every = pytest.mark.parametrize("kind", LAYOUTS)
 
 
-def picture(h, w, first=0):
+def image(h, w, first=0):
     return CodesPart(((np.arange(h * w) + first) % CODEBOOK).astype(np.int32).reshape(h, w))
 
 
@@ -98,7 +98,7 @@ def documents(draw, grammar, text=UNICODE, exchanges=3):
         for kind in draw(st.lists(st.sampled_from("ti"), max_size=3)):
             if kind == "i":
                 h, w = (unit * draw(st.integers(-(-a // unit), b // unit)) for a, b, unit in sides(grammar.layout))
-                out.append(picture(h, w, draw(st.integers(0, CODEBOOK - 1))))
+                out.append(image(h, w, draw(st.integers(0, CODEBOOK - 1))))
             elif not out or not isinstance(out[-1], TextPart):
                 out.append(TextPart(draw(text)))
         return tuple(out)

@@ -16,7 +16,7 @@ from ar_unified.language.grammar import Grammar
 from ar_unified.language.layouts import LAYOUTS
 from ar_unified.language.syntax import TEXT_ALONE, fixed_grid, sized_rows
 from ar_unified.language.vocabulary import Role, Vocabulary
-from tests.language.small import Pieces, every, grammar_of, picture, sides
+from tests.language.small import Pieces, every, grammar_of, image, sides
 
 LETTERS = Pieces(*"abcde")
 GRID = Grammar(Vocabulary(5, 3), fixed_grid(1, 2), LETTERS)
@@ -160,8 +160,8 @@ def prompts(grammar, rng, rows):
     out = []
     for _ in range(rows):
         size = [unit * rng.integers(-(-a // unit), b // unit + 1) for a, b, unit in sides(grammar.layout)]
-        image = picture(*size, rng.integers(5))
-        parts = [TextPart("abc"), image, image, TextPart("ba")][rng.integers(3) :]
+        codes = image(*size, rng.integers(5))
+        parts = [TextPart("abc"), codes, codes, TextPart("ba")][rng.integers(3) :]
         tokens = grammar.encode(Document.of(tuple(parts), prompt=[None, 0, 1][rng.integers(3)])).tokens
         out.append(tokens[: rng.integers(1, len(tokens))])
     return out
@@ -265,7 +265,7 @@ def test_a_hundred_thousand_random_sequences_parse(kind):
     automaton, rng = grammar.automaton, np.random.default_rng(0)
     N, B, T = 100_000, 10_000, 64
     draw = jax.jit(lambda taste, state, key: sampler(automaton, taste, T)(state, key))
-    begin, pictures = np.array([grammar.vocabulary.bos]), 0
+    begin, images = np.array([grammar.vocabulary.bos]), 0
     for chunk in range(N // B):
         start = automaton.resume(Opened(), asked(grammar, rng, B, T))
         end, (out, right, within, _) = draw(tasted(grammar, rng, B), start, jax.random.key(chunk))
@@ -273,8 +273,8 @@ def test_a_hundred_thousand_random_sequences_parse(kind):
         for row in np.asarray(out).T:
             tokens = row[: np.argmax(row == grammar.vocabulary.eos) + 1]
             document = grammar.parse(np.concatenate([begin, tokens]))
-            pictures += any(isinstance(part, CodesPart) for part in document.parts)
-    assert 0.1 * N < pictures < 0.95 * N
+            images += any(isinstance(part, CodesPart) for part in document.parts)
+    assert 0.1 * N < images < 0.95 * N
 
 
 @every
@@ -289,7 +289,7 @@ def test_a_prompt_cut_anywhere_leads_where_token_by_token_does(kind):
         size = [side // unit * unit for side, unit in zip((h, w), grammar.layout.units, strict=True)]
         if not grammar.layout.sized:
             size = grammar.layout.height, grammar.layout.width
-        documents.append(grammar.encode(Document.of((TextPart("a<b<vi"), picture(*size), picture(*size)))).tokens)
+        documents.append(grammar.encode(Document.of((TextPart("a<b<vi"), image(*size), image(*size)))).tokens)
     tokens = padded(documents, grammar.vocabulary.pad)
 
     @jax.jit
@@ -344,7 +344,7 @@ def test_what_does_not_fit_is_told_before_it_starts():
     assert not fits(emu, half, min_images=1, remaining=7)
 
 
-def test_without_image_codes_no_picture_is_begun_and_one_that_is_asked_for_does_not_fit():
+def test_without_image_codes_no_image_is_begun_and_one_that_is_asked_for_does_not_fit():
     for kind in ("grid", "emu3", "lwm"):
         layout = grammar_of(kind).layout if kind != "grid" else TEXT_ALONE
         controls = layout.record.controls

@@ -8,7 +8,7 @@ from ar_unified.language.document import SPEAKERS, Document, TextPart, Turn
 from ar_unified.language.encoded import Encoded
 from ar_unified.language.reading import GrammarError
 from ar_unified.language.vocabulary import Role
-from tests.language.small import Pieces, grammar_of, picture
+from tests.language.small import Pieces, grammar_of, image
 
 LETTER = {"t": Role.TEXT, "c": Role.CONTROL, "s": Role.SIZE, "i": Role.IMAGE}
 
@@ -32,8 +32,8 @@ def expect(found, grammar, tokens, roles, speakers, trained, turns, images):
     assert (found.turns.tolist(), found.images.tolist()) == (turns, images)
 
 
-ASK = Turn("user", (TextPart("1"), picture(2, 2)))
-DRAW = Turn("assistant", (picture(2, 2, 2), TextPart("b")))
+ASK = Turn("user", (TextPart("1"), image(2, 2)))
+DRAW = Turn("assistant", (image(2, 2, 2), TextPart("b")))
 
 
 def test_turns_told_apart_by_ids():
@@ -59,7 +59,7 @@ def test_turns_told_apart_by_ids():
 
 def test_a_document_of_nobody_s_is_learned_from_its_begin_on():
     grammar = grammar_of("grid", 2, 2)
-    found = grammar.encode(Document.of((TextPart("a"), picture(2, 2))))
+    found = grammar.encode(Document.of((TextPart("a"), image(2, 2))))
     expect(found, grammar, "<bos> a <boi> #0 #1 #2 #3 <eoi> <eos>",
            "ctciiiicc", "d" * 9, "1" * 9, [0], [2])  # fmt: skip
 
@@ -68,7 +68,7 @@ def test_turns_told_apart_by_text_and_decimal_sizes():
     codec = Pieces(*"0123456789*ab", "You are a helpful assistant.", " USER: ", " ASSISTANT:")
     grammar = grammar_of("emu3", 2, 12, codec=codec)
     expect(
-        grammar.encode(Document.of((Turn("user", (TextPart("1*2"), picture(1, 12))), DRAW))),
+        grammar.encode(Document.of((Turn("user", (TextPart("1*2"), image(1, 12))), DRAW))),
         grammar,
         "<bos> You_are_a_helpful_assistant. _USER:_ 1 * 2 <boi> 1 * 1 2 <img> "
         "#0 #1 #2 #3 #4 #5 #0 #1 #2 #3 #4 #5 <eol> <eof> <eoi> _ASSISTANT: "
@@ -87,7 +87,7 @@ SPELLED = grammar_of("lwm", 1, 2, codec=Pieces("a", "<vi", "sion>", "</vision>")
 def test_images_that_begin_and_end_with_text():
     expect(
         SPELLED.encode(
-            Document.of((Turn("user", (TextPart("a<vi"), picture(1, 2))), Turn("assistant", (TextPart("sion>"),))))
+            Document.of((Turn("user", (TextPart("a<vi"), image(1, 2))), Turn("assistant", (TextPart("sion>"),))))
         ),
         SPELLED,
         "<bos> a <vi <vi sion> #0 #1 <eov> </vision> sion> <eos>",
@@ -111,13 +111,13 @@ def test_no_text_says_the_beginning_of_an_image():
         with pytest.raises(GrammarError, match="together"):
             grammar.history(turns)
     for text in ("a</vision>", "a<vi"):
-        document = Document.of((TextPart(text), picture(1, 2), TextPart(text)))
+        document = Document.of((TextPart(text), image(1, 2), TextPart(text)))
         assert SPELLED.parse(SPELLED.encode(document).tokens) == document
 
 
 def test_a_question_and_its_answer_exchanged():
     grammar = grammar_of("grid", 1, 2)
-    turns = Turn("system", (TextPart("a"),)), Turn("user", (TextPart("1"),)), Turn("assistant", (picture(1, 2),))
+    turns = Turn("system", (TextPart("a"),)), Turn("user", (TextPart("1"),)), Turn("assistant", (image(1, 2),))
     found = encoded.swapped(grammar.encode(Document(turns)))
     expect(found, grammar, "<bos> a <eot> <boi> #0 #1 <eoi> <eot> 1 <eos>",
            "ctc" + "ciicc" + "tc", "sss" + "uuuuu" + "aa", "000" + "00000" + "11", [0, 3, 8], [3])  # fmt: skip

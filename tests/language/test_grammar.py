@@ -27,8 +27,8 @@ from tests.language.small import (
     documents,
     every,
     grammar_of,
+    image,
     marked,
-    picture,
 )
 
 GRID = Grammar(Vocabulary(256, CODEBOOK), fixed_grid(2, 3), Utf8())
@@ -79,18 +79,18 @@ def test_parse_is_the_inverse_of_encode(kind, depth, data):
         )
 
     # Roles, speakers and what is learned, of each turn and each image.
-    pictures = [part.codes.shape for part in document.parts if isinstance(part, CodesPart)]
+    shapes = [part.codes.shape for part in document.parts if isinstance(part, CodesPart)]
     texts = [part.text for part in said.parts if isinstance(part, TextPart)]
     roles = np.bincount(found.roles, minlength=len(Role))
     assert roles[Role.PAD] == 0
     assert roles[Role.TEXT] == sum(len(text.encode()) for text in texts)
-    assert roles[Role.IMAGE] == sum(h * w for h, w in pictures)
-    assert roles[Role.SIZE] == sum(layout.header(*shape) for shape in pictures)
+    assert roles[Role.IMAGE] == sum(h * w for h, w in shapes)
+    assert roles[Role.SIZE] == sum(layout.header(*shape) for shape in shapes)
     asks = sum(turn.speaker in ("system", "user") for turn in document.turns) * marked(kind)
     ends = sum(turn.speaker in ("document", "assistant") for turn in document.turns)
-    images = sum(grammar.image_tokens(*shape) for shape in pictures)
+    images = sum(grammar.image_tokens(*shape) for shape in shapes)
     assert len(found) == 1 + asks + ends + roles[Role.TEXT] + images
-    assert found.tokens[found.images].tolist() == [grammar.syntax.open[0]] * len(pictures)
+    assert found.tokens[found.images].tolist() == [grammar.syntax.open[0]] * len(shapes)
     np.testing.assert_array_equal((v.role(found.tokens) == Role.IMAGE), found.roles == Role.IMAGE)
     if marked(kind):
         starts = [*found.turns.tolist(), len(found)]
@@ -155,17 +155,17 @@ def test_ids_of_any_kind_are_read_or_refused(kind, data):
 def test_how_documents_look_on_the_wire():
     v = ROWS.vocabulary
     side = v.size_offset - 1
-    tokens = ROWS.encode(Document.of((TextPart("a"), picture(1, 2, 4)), 1)).tokens
+    tokens = ROWS.encode(Document.of((TextPart("a"), image(1, 2, 4)), 1)).tokens
     code = v.image_offset
     expected = [v.bos, 97, EOT, BOI, side + 1, side + 2, code + 4, code + 5, EOL, EOI, v.eos]
     assert tokens.tolist() == expected
     v = GRID.vocabulary
-    tokens = GRID.encode(Document.of((picture(2, 3),))).tokens
+    tokens = GRID.encode(Document.of((image(2, 3),))).tokens
     assert tokens.tolist() == [v.bos, BOI, *range(v.image_offset, v.image_offset + 6), EOI, v.eos]
     assert GRID.prompt([Turn("user", (TextPart("a"),))]).tolist() == [v.bos, 97, EOT]
     assert GRID.prompt([Turn("document", (TextPart("a"),))]).tolist() == [v.bos, 97]
     assert GRID.prompt([Turn("user")]).tolist() == GRID.unconditional.tokens.tolist()
-    assert GRID.parts([TextPart("a"), picture(2, 3)]).tolist() == [97, *tokens[1:-1]]
+    assert GRID.parts([TextPart("a"), image(2, 3)]).tolist() == [97, *tokens[1:-1]]
     asked = [Turn("system", (TextPart("a"),)), Turn("user", (TextPart("b"),))]
     assert GRID.prompt(asked).tolist() == [v.bos, 97, EOT, 98, EOT]
     over = [*asked, Turn("assistant", (TextPart("c"),))]
@@ -186,11 +186,11 @@ LOSSY = Grammar(GRID.vocabulary, GRID.layout, Lossy())
 @pytest.mark.parametrize(
     "grammar, parts, says",
     [
-        (GRID, (TextPart("a"), picture(3, 2)), r"part 1: expected .* exactly 2 x 3 codes .*, found 3 x 2"),
-        (ROWS, (picture(4, 4),), r"part 0: expected .* at most 3 x 4 codes .*, found 4 x 4"),
-        (GRID, (CodesPart(picture(2, 3).codes + 1),), r"codes 0\.\.5 .*, found 1\.\.6"),
-        (GRID, (CodesPart(picture(2, 3).codes - 1),), r"codes 0\.\.5 .*, found -1\.\.4"),
-        (GRID, (picture(2, 3), TextPart("")), r"part 1: .*found the text is empty"),
+        (GRID, (TextPart("a"), image(3, 2)), r"part 1: expected .* exactly 2 x 3 codes .*, found 3 x 2"),
+        (ROWS, (image(4, 4),), r"part 0: expected .* at most 3 x 4 codes .*, found 4 x 4"),
+        (GRID, (CodesPart(image(2, 3).codes + 1),), r"codes 0\.\.5 .*, found 1\.\.6"),
+        (GRID, (CodesPart(image(2, 3).codes - 1),), r"codes 0\.\.5 .*, found -1\.\.4"),
+        (GRID, (image(2, 3), TextPart("")), r"part 1: .*found the text is empty"),
         (GRID, (TextPart("a"), TextPart("b")), r"part 1: .*found text right after text"),
         (GRID, (ImagePart(np.zeros((4, 4, 3), np.uint8)),), r"expected codes .*, found pixels"),
         (SMALL, (TextPart("aé"),), r"ids 0\.\.99 from the text"),
@@ -337,14 +337,14 @@ def test_a_grammar_refuses_another_text_tokenizer_and_sides_it_cannot_say():
             grammar_of("emu3", codec=codec)  # each digit has one, and sizes are written with those
 
 
-def test_a_vocabulary_of_text_alone_refuses_pictures():
+def test_a_vocabulary_of_text_alone_refuses_images():
     alone = Grammar(Vocabulary(256, 0), TEXT_ALONE, Utf8())
     document = Document.of((TextPart("a"), TextPart("b")), prompt=1)
     assert alone.parse(alone.encode(document).tokens) == document
     with pytest.raises(
         GrammarError, match="part 1: expected a text .this vocabulary is of text alone., found an image"
     ):
-        alone.encode(Document.of((TextPart("a"), picture(1, 1))))
+        alone.encode(Document.of((TextPart("a"), image(1, 1))))
     v = alone.vocabulary
     with pytest.raises(GrammarError):
         alone.parse([v.bos, BOI, v.image_offset, EOI, v.eos])

@@ -17,17 +17,17 @@ R, S = ImagePart(RED), ImagePart(BLUE)
 
 
 class Album:
-    """Pictures by name, as a folder would keep them."""
+    """Images by name, as a folder would keep them."""
 
     def __init__(self):
-        self.pictures = {}
+        self.images = {}
 
     def save(self, pixels):
-        self.pictures[name := f"{len(self.pictures)}.png"] = pixels
+        self.images[name := f"{len(self.images)}.png"] = pixels
         return name
 
     def load(self, name):
-        return self.pictures[name]
+        return self.images[name]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_text_blocks_side_by_side_become_one_text_but_not_across_the_border():
 @pytest.mark.parametrize(
     "row, kind",
     [
-        ({"text": "no picture"}, "bad_row"),
+        ({"text": "no image"}, "bad_row"),
         ({"image": "x", "text": "a", "segments": []}, "bad_row"),
         ({"image": "x", "question": "a"}, "bad_row"),
         ({"image": "x", "text": 3}, "bad_text"),

@@ -155,7 +155,7 @@ def filled(ids: Sequence[int], place: int, images: Iterable[Sequence[int]]) -> l
     return found
 
 
-def picture(h: int, w: int, factor: int) -> Any:
+def image(h: int, w: int, factor: int) -> Any:
     from PIL import Image
 
     return Image.new("RGB", (w * factor, h * factor))
@@ -208,7 +208,7 @@ def emu3() -> Any:
 @pytest.mark.parametrize(("text", "sizes"), DOCUMENTS)
 def test_emu3_is_what_its_processor_writes(emu3: Any, text: str, sizes: list[tuple[int, int]]) -> None:
     images = [codes(*size) for size in sizes]
-    given = emu3.processor(images=[picture(*size, factor=8) for size in sizes], text=text)
+    given = emu3.processor(images=[image(*size, factor=8) for size in sizes], text=text)
     assert [tuple(side // 8 for side in size) for size in given["image_sizes"]] == sizes
     ids = filled(given["input_ids"][0], 151646, map(emu3.image, images))
     assert published.emu3(emu3.text, [parts(text, images)], eos=False) == ids
@@ -246,9 +246,9 @@ def test_chameleon_is_what_its_processor_writes(text: str, sizes: list[tuple[int
     digits = str.maketrans("0123456789", "ABCDEFGHIJ")
     names = {f"IMGIMG{str(code).translate(digits)}Z": 4 + code for code in range(h * h)} | specials
     images = [(codes(h, h) + i) % (h * h) for i in range(len(sizes))]
-    image = ChameleonImageVocabularyMapping(names).convert_img2bpe
-    tokens = [image(torch.tensor(each).flatten()).tolist() for each in images]
-    pixels = [picture(*size, factor=8) for size in sizes]
+    convert = ChameleonImageVocabularyMapping(names).convert_img2bpe
+    tokens = [convert(torch.tensor(each).flatten()).tolist() for each in images]
+    pixels = [image(*size, factor=8) for size in sizes]
 
     def text_ids(run: str) -> list[int]:
         return made.encode(run, add_special_tokens=False)

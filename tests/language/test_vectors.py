@@ -68,7 +68,7 @@ class PatchMeans:
 
 @dataclass(frozen=True)
 class AsItIs(Resize):
-    """Leaves every picture as it is: all of them have sizes that the layout takes."""
+    """Leaves every image as it is: all of them have sizes that the layout takes."""
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         return pixels
@@ -143,8 +143,8 @@ def drop_prompt(grammar: Grammar, encoded: Any) -> Any:
     return grammar.drop_prompt(encoded)
 
 
-def drop_context(grammar: Grammar, encoded: Any, picture: int) -> Any:
-    return grammar.drop_context(encoded, picture)
+def drop_context(grammar: Grammar, encoded: Any, image: int) -> Any:
+    return grammar.drop_context(encoded, image)
 
 
 def prepared(grammar: Grammar, sources: Mapping[str, Sequence[Any]], folder: Path) -> dict[str, dict[str, Any]]:
@@ -166,10 +166,10 @@ def prepared(grammar: Grammar, sources: Mapping[str, Sequence[Any]], folder: Pat
 def batches(grammar: Grammar, folder: Path) -> list[dict[str, np.ndarray]]:
     """Packed batches of two phases, from what `prepared` left. They may have more fields than the vectors have."""
     phases = [
-        Phase(weights={"pairs": 2, "questions": 1}, flip=0.5, condition_dropout=0.4),
-        Phase(from_step=2, weights={"pairs": 1, "stories": 3, "texts": 1}, flip=0.3, condition_dropout=0.6),
+        Phase(weights={"pairs": 2, "questions": 1}, flip_pairs=0.5, condition_dropout=0.4),
+        Phase(from_step=2, weights={"pairs": 1, "stories": 3, "texts": 1}, flip_pairs=0.3, condition_dropout=0.6),
     ]
-    loader = PackedBatches(folder, grammar, batch_size=BATCH, seq_len=MAX_TOKENS, seed=7, phases=phases)
+    loader = PackedBatches(folder, grammar, batch_size=BATCH, sequence_length=MAX_TOKENS, seed=7, phases=phases)
     return [vars(loader.batch(step)) for step in range(STEPS)]
 
 
@@ -269,10 +269,10 @@ def of_documents(name: str, language: Any, specs: Sequence[Mapping[str, Any]]) -
     encoded = [encode(language, spec) for spec in specs]
     turned = [e for e, spec in zip(encoded, specs, strict=True) if spec["prompt"] is not None]
     stories = [
-        drop_context(language, e, picture)
+        drop_context(language, e, image)
         for e, spec in zip(encoded, specs, strict=True)
         if spec["prompt"] is None
-        for picture in range(sum(not isinstance(part, str) for part in spec["parts"]))
+        for image in range(sum(not isinstance(part, str) for part in spec["parts"]))
     ]
     return {
         **dict(ragged(f"{name} ids", [ids(e) for e in encoded])),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ar_unified.model import transformer
-from ar_unified.model.code_vectors import begin_alike, random_features
+from ar_unified.model.code_vectors import init_from_codebook, random_features
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.training.optimizer import make_optimizer
 from ar_unified.training.step import abstract_state, make_state
@@ -35,7 +35,7 @@ def test_only_the_rows_of_codes_change_and_keep_their_size(tied):
     config = dataclasses.replace(tiny.MODEL, d_model=512, tie_embeddings=tied)
     before = transformer.init(config, jax.random.key(0))
     offset, codes = tiny.VOCABULARY.image_offset, tiny.VOCABULARY.codebook_size
-    after = begin_alike(before, jnp.asarray(VECTORS), offset, jax.random.key(1))
+    after = init_from_codebook(before, jnp.asarray(VECTORS), offset, jax.random.key(1))
     changed = {name for name in before if jax.tree.leaves(before[name])[0] is not jax.tree.leaves(after[name])[0]}
     assert changed == ({"embedding"} if tied else {"embedding", "head"})
     before, after = jax.device_get((before, after))

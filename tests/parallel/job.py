@@ -23,7 +23,7 @@ import optax
 
 from ar_unified.parallel import runtime
 from ar_unified.parallel.mesh import make_mesh
-from ar_unified.training.step import NothingKept
+from ar_unified.training.step import Stateless
 from ar_unified.training.tasks import ratios
 from tests.training import tiny
 
@@ -115,7 +115,7 @@ class Job:
 
 
 @dataclass(frozen=True, eq=False)
-class Bigram(NothingKept):
+class Bigram(Stateless):
     """The smallest model that learns: the next token from the embedding of this one. It compiles in no time."""
 
     batch: Any
@@ -130,7 +130,7 @@ class Bigram(NothingKept):
     def logical_axes(self, params: Any) -> dict[str, tuple[str, str]]:
         return {"embed": ("vocab", "embed"), "head": ("embed", "vocab")}
 
-    def loss(self, params: Any, kept: Any, batch: Any, key: Any) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+    def loss(self, params: Any, model_state: Any, batch: Any, key: Any) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
         logits = params["embed"][batch.tokens] @ params["head"]
         nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
         trained = (batch.targets != tiny.VOCABULARY.pad).astype(jnp.float32)
@@ -161,7 +161,7 @@ def train(folder: Path | str, mesh: Any, pause: float = 0.0, **settings: Any) ->
 def main() -> None:
     job = json.loads(sys.argv[1])
     with runtime.ending():
-        runtime.start(
+        runtime.init_state(
             job["coordinator"],
             job["processes"],
             job["process"],

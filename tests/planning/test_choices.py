@@ -69,7 +69,7 @@ def small(**changes):
     config = configs.defaults()
     config.model = configs.model("debug")
     config.mesh.update(dict(data=2, fsdp=2, tensor=2))
-    config.training.update(dict(batch_size=8, row_length=32))
+    config.training.update(dict(batch_size=8, sequence_length=32))
     config.sampling.update(dict(batch_size=8, max_length=32))
     config.update_from_flattened_dict(changes)
     return config
@@ -84,7 +84,7 @@ def tried(config, job, target="h200:8"):
         lowered = program.lower().as_text()
         assert at_least(program, run)["parameters"] > 0
         estimate = roofline(program, run, target.hardware, [])
-        assert estimate.seconds["products"] > 0 and estimate.seconds["memory"] > 0
+        assert estimate.seconds["matmuls"] > 0 and estimate.seconds["memory"] > 0
         yield program.name, lowered
 
 
@@ -118,7 +118,7 @@ def test_every_attention_is_planned_for_its_own_hardware_and_refused_in_a_senten
 @needs_libtpu
 @pytest.mark.parametrize("backend", ["auto", "tpu", "xla", "reference", "hopper"])
 def test_attention_on_a_tpu(backend):
-    shape = {"model.head_dim": 128, "training.row_length": 128, "mesh.tensor": 1, "mesh.data": 2, "mesh.fsdp": 2}
+    shape = {"model.head_dim": 128, "training.sequence_length": 128, "mesh.tensor": 1, "mesh.data": 2, "mesh.fsdp": 2}
     changed = small(**{"model.attention": backend, **shape})
     if backend == "hopper":
         with pytest.raises(TargetError, match="expected auto, xla, reference or tpu"):

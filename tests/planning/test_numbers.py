@@ -58,18 +58,18 @@ def planned(run: Run, name: str, devices: int = 4):
     return program, roofline(program, run, V5E, [])
 
 
-# ---- products ------------------------------------------------------------------------------------------------------
+# ---- matmuls ------------------------------------------------------------------------------------------------------
 
 
-def test_products_of_a_training_step():
+def test_matmuls_of_a_training_step():
     _, estimate = planned(RUN, "train")
-    # Forward 1 and backward 2 products with each weight, 2 FLOPs each; of each pair scores and values, as often.
-    attention = 2 * 2 * 4 * 16 * PAIRS  # 2 layers, 4 heads of 16: one product
+    # Forward 1 and backward 2 matmuls with each weight, 2 FLOPs each; of each pair scores and values, as often.
+    attention = 2 * 2 * 4 * 16 * PAIRS  # 2 layers, 4 heads of 16: one matmul
     model = 6 * (LAYERS + HEAD) * TOKENS + 6 * attention
     assert estimate.model_flops == model == 144_900_096
     # The loss makes its logits twice; the backward kernels scores and dP, one of them for dQ and for dK, dV again.
     assert estimate.executed == model + 2 * HEAD * TOKENS + 3 * attention == 156_532_736
-    assert estimate.seconds["products"] == pytest.approx(156_532_736 / (4 * FLOPS), rel=1e-9)
+    assert estimate.seconds["matmuls"] == pytest.approx(156_532_736 / (4 * FLOPS), rel=1e-9)
     assert estimate.tokens == TOKENS
 
 
@@ -91,8 +91,8 @@ def test_muon_runs_five_iterations_over_the_matrices():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_xla_counts_the_same_products(optimizer):
-    """An independent count: of XLA, of the step itself. Wide layers, so that products are nearly all there is."""
+def test_xla_counts_the_same_matmuls(optimizer):
+    """An independent count: of XLA, of the step itself. Wide layers, so that matmuls are nearly all there is."""
     wide = replace(MODEL, d_model=256, n_heads=8, n_kv_heads=8, head_dim=32, d_mlp=1024)
     run = replace(RUN, model=wide, mesh={}, loss_chunk=512, optimizer=OptimizerConfig(optimizer=optimizer))
     program, estimate = planned(run, "train", devices=1)
@@ -100,14 +100,14 @@ def test_xla_counts_the_same_products(optimizer):
     assert estimate.executed == pytest.approx(counted, rel=0.1)
 
 
-def test_products_of_prefill_and_decode():
+def test_matmuls_of_prefill_and_decode():
     _, prefill = planned(RUN, "prefill")
     assert prefill.tokens == 8 * 32  # the engine reads twice its 4 slots at once, here prompts of 32
     assert prefill.executed == 2 * LAYERS * 256 + 2 * 2 * 2 * 4 * 16 * (256 * 33 / 2)
     _, decode = planned(RUN, "decode")
     assert decode.tokens == 4
     assert decode.executed == 2 * (LAYERS + HEAD) * 8 + 2 * 2 * 2 * 4 * 16 * 8 * 64 == 1_703_936
-    assert decode.seconds["products"] == pytest.approx(1_703_936 / (4 * FLOPS), rel=1e-9)
+    assert decode.seconds["matmuls"] == pytest.approx(1_703_936 / (4 * FLOPS), rel=1e-9)
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
@@ -234,9 +234,9 @@ def test_a_step_takes_as_long_as_its_slowest_resource_or_all_of_them():
     estimate = roofline(program, RUN, gpu, [Collective("collective-permute", 10**6, pairs, 3, True, False, "")])
     seconds = estimate.seconds
     assert seconds["ICI"] == pytest.approx(3e6 / 450e9, rel=1e-9)
-    assert seconds["products"] == pytest.approx(156_532_736 / (4 * 989e12), rel=1e-9)
+    assert seconds["matmuls"] == pytest.approx(156_532_736 / (4 * 989e12), rel=1e-9)
     assert estimate.fastest == seconds["ICI"] == max(seconds.values()) and estimate.bound == "ICI"
-    assert estimate.slowest == pytest.approx(seconds["ICI"] + seconds["memory"] + seconds["products"] / 0.7, rel=1e-9)
+    assert estimate.slowest == pytest.approx(seconds["ICI"] + seconds["memory"] + seconds["matmuls"] / 0.7, rel=1e-9)
     assert estimate.mfu(1e-3) == pytest.approx(144_900_096 / 1e-3 / (4 * 989e12), rel=1e-9)
     assert alone.seconds["ICI"] == alone.seconds["DCN"] == 0
     said = text(_plan_of(program.name, estimate))

@@ -24,7 +24,7 @@ MODEL = replace(
     d_model=256, n_heads=2, n_kv_heads=2, head_dim=128, d_mlp=512,
 )  # fmt: skip
 RUN = Run(MODEL, tiny.VOCABULARY, fixed_grid(4, 4), dict(data=-1, fsdp=2), 8, 128, requests=8, max_length=64)
-SMALL = replace(RUN, model=tiny.MODEL, row_length=16)
+SMALL = replace(RUN, model=tiny.MODEL, sequence_length=16)
 
 
 def quiet(line: str) -> None:

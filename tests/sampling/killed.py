@@ -12,7 +12,7 @@ from tests.sampling.tiny import CONFIG, GRAMMARS, random_params
 
 
 class Slow(Tiles):
-    """Gives a kill the time to fall between pictures and lines."""
+    """Gives a kill the time to fall between images and lines."""
 
     def decode(self, codes):
         time.sleep(0.05)

@@ -91,10 +91,10 @@ def test_lmms_eval(engine):
     from ar_unified.sampling.adapters.lmms_eval import EngineLMM
 
     model, plain = EngineLMM(Model(engine, Tiles())), Harness(Model(engine, Tiles()))
-    model.task_dict = {"t": {"test": [{"picture": GREY, "answer": "ab"}]}}
+    model.task_dict = {"t": {"test": [{"image": GREY, "answer": "ab"}]}}
 
     def visual(doc):
-        return [doc["picture"]]
+        return [doc["image"]]
 
     settings = {"max_new_tokens": 4}
     found = model.generate_until([instance(text, settings, visual, 0, "t", "test") for text in ("h", "b<image>h")])
@@ -109,7 +109,7 @@ def test_lmms_eval(engine):
         assert previous_round_info == (None if round_idx == 1 else round_idx - 1)
         return [GREY], previous_output[-1], False, previous_output, round_idx
 
-    model.task_dict["t"]["test"].append({"picture": GREY, "answer": ""})
+    model.task_dict["t"]["test"].append({"image": GREY, "answer": ""})
     two = [instance("h", settings, visual, rounds, id, "t", "test") for id in (0, 1)]
     three_answers, one_answer = model.generate_until_multi_round(two)
     first = plain.answers([([GREY, "h"], settings)])[0]

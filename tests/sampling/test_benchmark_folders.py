@@ -29,12 +29,12 @@ def job(tmp_path):
     for line in range(1, 4):
         prompt = f"a photo of {line} benches"
         for sample in range(4 if line < 3 else 3):
-            picture = f"images/r{line}/{sample:02d}_00.png"
-            write_bytes(folder / picture, to_png(np.full((8, 8, 3), shade(line, sample), np.uint8)))
+            image = f"images/r{line}/{sample:02d}_00.png"
+            write_bytes(folder / image, to_png(np.full((8, 8, 3), shade(line, sample), np.uint8)))
             rows.append({"id": f"r{line}", "sample": sample, "n": 4, "line": line, "seed": 1,
                          "meta": GENEVAL | {"prompt": prompt, "category": "art"},
                          "prompt": [{"type": "text", "text": prompt}],
-                         "segments": [{"type": "image", "image": picture, "height": 8, "width": 8}]})  # fmt: skip
+                         "segments": [{"type": "image", "image": image, "height": 8, "width": 8}]})  # fmt: skip
     said = [{"type": "text", "text": "no"}]
     rows.append({"id": "r4", "sample": 0, "n": 1, "line": 4, "seed": 1, "prompt": said, "segments": said})
     rows.append({"id": "r5", "sample": None, "n": 1, "line": 5, "prompt": [], "error": "unknown key 'x'"})
@@ -51,18 +51,18 @@ def value(path):
 def test_geneval_reads_what_is_written(job, tmp_path):
     for _ in range(2):  # twice is once
         report = export(job, "geneval", tmp_path / "out")
-        assert report.pictures == 11 and set(report.left_out) == {"r4", "r5"}
+        assert report.images == 11 and set(report.left_out) == {"r4", "r5"}
         # Its evaluator takes folders named by digits, one JSON value in metadata.jsonl, and numbered PNGs of samples/.
         found = {}
         for name in os.listdir(tmp_path / "out"):
             assert name.isdigit() and len(name) == 5
             metadata = json.load(open(tmp_path / "out" / name / "metadata.jsonl"))
-            for picture in os.listdir(tmp_path / "out" / name / "samples"):
-                assert re.match(r"\d+\.png", picture)
+            for image in os.listdir(tmp_path / "out" / name / "samples"):
+                assert re.match(r"\d+\.png", image)
                 assert metadata["tag"] == "single_object" and metadata["include"][0]["count"] == 1
                 line = int(name) + 1
                 assert metadata["prompt"] == f"a photo of {line} benches"
-                found[line, int(picture[:4])] = value(tmp_path / "out" / name / "samples" / picture)
+                found[line, int(image[:4])] = value(tmp_path / "out" / name / "samples" / image)
         assert found == {(n, i): shade(n, i) for n in (1, 2, 3) for i in range(4) if (n, i) != (3, 3)}
 
 
@@ -101,14 +101,14 @@ def test_mjhq_and_folder(job, tmp_path):
 
 def test_files_are_named_by_the_name_that_an_id_has(tmp_path):
     """An id with a slash in it: its folder's name names the files, and the facts keep the id."""
-    picture = {"type": "image", "image": "images/a-b-12/00_00.png", "height": 8, "width": 8}
+    image = {"type": "image", "image": "images/a-b-12/00_00.png", "height": 8, "width": 8}
     row = {"id": "a/b", "name": "a-b-12", "sample": 0, "n": 1, "line": 1, "seed": 0, "meta": {"category": "art"}}
-    row |= {"prompt": [{"type": "text", "text": "a"}], "segments": [picture]}
+    row |= {"prompt": [{"type": "text", "text": "a"}], "segments": [image]}
     (tmp_path / "job/images/a-b-12").mkdir(parents=True)
-    (tmp_path / "job" / picture["image"]).write_bytes(to_png(np.zeros((8, 8, 3), np.uint8)))
+    (tmp_path / "job" / image["image"]).write_bytes(to_png(np.zeros((8, 8, 3), np.uint8)))
     (tmp_path / "job/samples.jsonl").write_text(json.dumps(row) + "\n")
     for layout in ("dpg", "mjhq", "folder"):
-        assert export(tmp_path / "job", layout, tmp_path / layout).pictures == 1
+        assert export(tmp_path / "job", layout, tmp_path / layout).images == 1
     assert (tmp_path / "dpg/a-b-12.png").exists() and (tmp_path / "mjhq/art/a-b-12.png").exists()
     (facts,) = [json.loads(line) for line in open(tmp_path / "folder/metadata.jsonl")]
     assert (facts["file_name"], facts["id"]) == ("a-b-12_00_00.png", "a/b")

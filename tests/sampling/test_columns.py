@@ -114,7 +114,7 @@ def test_tables_of_prompts(tmp_path):
 
 
 def test_settings_of_a_table_and_what_other_systems_called_so(tmp_path):
-    """DiffusionDB's metadata: seeds are used, its width and cfg are those of other pictures. Bytes are not read."""
+    """DiffusionDB's metadata: seeds are used, its width and cfg are those of other images. Bytes are not read."""
     path = tmp_path / "a.csv"
     path.write_text('prompt,seed,guidance,image_size,turn,image,cfg\na cat,7,2.5,"[8, 12]",True,x.png,7.0\nb,,,,,,\n')
     warnings = []

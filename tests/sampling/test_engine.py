@@ -20,7 +20,7 @@ from tests.sampling.tiny import CONFIG, GRAMMARS, random_params
 GREEDY = dict(text=Filter(0.0), image=Filter(0.0))
 
 
-def picture(grammar, seed=0, size=None):
+def image(grammar, seed=0, size=None):
     h, w = size or (grammar.layout.height, grammar.layout.width)
     return CodesPart(np.random.default_rng(seed).integers(0, 24, (h, w)).astype(np.int32))
 
@@ -33,15 +33,15 @@ def requests(grammar, **changes):
         Request("t2i", (TextPart("abc"),), mode="image", guidance=3.0, n=2, seed=5),
         Request("t2i plain", (TextPart("abc"),), mode="image", seed=5),
         Request("long", (TextPart("ponmlkjihgfedcba" * 2),), mode="image", guidance=1.5, image=Filter(0.7, 5)),
-        Request("i2t", (picture(grammar), TextPart("a")), mode="text", max_tokens=9, text=Filter(1.0, 0, 0.8), n=3),
+        Request("i2t", (image(grammar), TextPart("a")), mode="text", max_tokens=9, text=Filter(1.0, 0, 0.8), n=3),
         Request("story", (), turn=False, min_images=2, max_images=3, guidance=2.0, max_tokens=60, context="bos_boi"),
-        Request("go on", (TextPart("abc"), picture(grammar, 1), TextPart("de")), turn=False, max_tokens=35, seed=9),
+        Request("go on", (TextPart("abc"), image(grammar, 1), TextPart("de")), turn=False, max_tokens=35, seed=9),
         Request("two", (TextPart("h"),), mode="image", min_images=2, max_images=2, image_size=size, guidance=2.0),
         Request("short", (TextPart("b"),), mode="free", max_tokens=1),
         Request("both", (TextPart("ca"),), mode="interleaved", max_tokens=50, guidance=2.0, context="from_boi"),
-        Request("edit", (picture(grammar, 2), TextPart("p")), mode="image", guidance=3.0, image_guidance=1.2, n=2),
+        Request("edit", (image(grammar, 2), TextPart("p")), mode="image", guidance=3.0, image_guidance=1.2, n=2),
         Request("not", (TextPart("ab"),), mode="image", guidance=4.0, context="negative_prompt", negative_prompt="dd"),
-        Request("alike", (picture(grammar, 3), TextPart("o")), mode="image", guidance=2.0, context="image_only"),
+        Request("alike", (image(grammar, 3), TextPart("o")), mode="image", guidance=2.0, context="image_only"),
         Request("hole", (TextPart("ab"),), mode="image", canvas=hole, image_size=size, guidance=2.0, min_images=2),
         Request("anew", (TextPart("abcd"),), mode="text", max_tokens=12, repetition_penalty=1.5, seed=4),
     ]
@@ -107,9 +107,9 @@ def contexts_of(grammar, plan, tokens):
         "from_boi": [],
         "negative_prompt": [v.bos, *grammar.text_codec.encode(request.negative_prompt), v.control("eot")],
     }
-    pictures = own[own >= v.text_size]
+    images = own[own >= v.text_size]
     wanted = [request.context, "image_only"][: len(plan.prefixes) - 1]
-    return [own, *(pictures if name == "image_only" else np.array([*bases[name], *at_hand]) for name in wanted)]
+    return [own, *(images if name == "image_only" else np.array([*bases[name], *at_hand]) for name in wanted)]
 
 
 def test_every_sample_parses_and_keeps_its_request(grammar, params):
@@ -120,16 +120,16 @@ def test_every_sample_parses_and_keeps_its_request(grammar, params):
         request = sample.request
         assert not sample.error and sample.tokens[-1] == grammar.vocabulary.eos
         assert len(sample.tokens) <= (request.max_tokens or 96)
-        pictures = [part for part in sample.document.parts if isinstance(part, CodesPart)]
+        images = [part for part in sample.document.parts if isinstance(part, CodesPart)]
         least, most = request.images
-        assert least <= len(pictures) <= most
+        assert least <= len(images) <= most
         if request.mode == "image":
-            assert len(pictures) == len(sample.document.parts)
+            assert len(images) == len(sample.document.parts)
         if request.image_size:
-            assert {part.codes.shape for part in pictures} == {request.image_size}
+            assert {part.codes.shape for part in images} == {request.image_size}
     codes, canvas = found["hole", 0].document.parts[0].codes, found["hole", 0].request.canvas
     np.testing.assert_array_equal(codes[canvas >= 0], canvas[canvas >= 0])
-    second = found["hole", 0].document.parts[1].codes  # the canvas is the first picture's alone
+    second = found["hole", 0].document.parts[1].codes  # the canvas is the first image's alone
     assert (second[canvas >= 0] != canvas[canvas >= 0]).any()
     assert found["short", 0].finish_reason == "length" and found["t2i", 0].finish_reason == "eos"
     assert not np.array_equal(found["i2t", 0].tokens, found["i2t", 1].tokens)
@@ -175,7 +175,8 @@ def test_a_mesh_gives_the_same_tokens(params):
 @pytest.mark.parametrize("contexts", [1, 2, 3])
 def test_logits_equal_the_forward_in_every_context(grammar, contexts):
     """DESIGN §3.6, along the engine's own path: at prefill, after insertion in the middle of other rows, across borders
-    of chunks, in rows that change between text and pictures, and in companions; and what is drawn is the mixture's."""
+    of chunks, in rows that change between text and images, and in unconditional contexts; and what is drawn is the
+    mixture's."""
     asked = [r for r in requests(grammar, **GREEDY, n=1) if r.contexts == contexts and r.repetition_penalty == 1]
     params = init(CONFIG, jax.random.key(0))
     first = engine(grammar, params, batch_size=3)
@@ -213,8 +214,8 @@ def test_logits_equal_the_forward_in_every_context(grammar, contexts):
                     if contexts == 2:
                         mixed = expected[1] + s * (expected[0] - expected[1])
                     elif contexts == 3:
-                        own, other, pictures = expected
-                        mixed = other + s_i * (pictures - other) + s * (own - pictures)
+                        own, other, images = expected
+                        mixed = other + s_i * (images - other) + s * (own - images)
                     else:
                         mixed = expected[0]
                     mixed = mixed[grammar.vocabulary.image_offset :][:24]
@@ -226,8 +227,8 @@ def test_logits_equal_the_forward_in_every_context(grammar, contexts):
 
 def test_scores_are_those_of_the_forward(params):
     grammar = GRAMMARS["rows"]
-    pair = Document.of((TextPart("abc"), picture(grammar), TextPart("de")), prompt=1)
-    plain = Document.of((TextPart("h"), picture(grammar, 1)))
+    pair = Document.of((TextPart("abc"), image(grammar), TextPart("de")), prompt=1)
+    plain = Document.of((TextPart("h"), image(grammar, 1)))
     ask = Request("ask", (TextPart("ab"),), turn=False), (TextPart("cd"),)
     answered = Request("ask", (TextPart("ab"),)), (TokensPart((3, 4, 5)),)
     found = engine(grammar, params).score([pair, plain, ask, answered])
@@ -300,7 +301,7 @@ def test_a_stop_ends_the_text_before_it(params):
 
 BAD = [
     (dict(parts=(TextPart("a" * 200),)), "max_length is 96"),
-    (dict(min_images=40, max_images=40), "40 pictures"),
+    (dict(min_images=40, max_images=40), "40 images"),
     (dict(max_tokens=500), "at most"),
     (dict(max_tokens=3), "found 3"),
     (dict(image_size=(9, 9)), "9 x 9"),

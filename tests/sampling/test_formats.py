@@ -13,7 +13,7 @@ from PIL import Image
 
 from ar_unified.language.document import TextPart, TokensPart
 from ar_unified.sampling.request import RequestError
-from ar_unified.sampling.requests import Picture, read_requests
+from ar_unified.sampling.requests import PromptImage, read_requests
 
 DEFAULTS = {"context": "empty_prompt"}
 
@@ -30,8 +30,8 @@ def lines(paths, codes_per_position=1):
 
 
 def said(line):
-    """Id, settings and content of a line, pictures by their grey."""
-    content = [int(part.load()[0, 0, 0]) if isinstance(part, Picture) else part for part in line.content]
+    """Id, settings and content of a line, images by their grey."""
+    content = [int(part.load()[0, 0, 0]) if isinstance(part, PromptImage) else part for part in line.content]
     return line.id, line.request, content
 
 

@@ -101,11 +101,11 @@ def test_everything_asked_for_is_there(engine, tmp_path):
     for row in rows:
         for segment in row["prompt"] + row["segments"]:
             if segment["type"] == "image":
-                with Image.open(tmp_path / "out" / segment["image"]) as picture:
-                    assert picture.size == (segment["width"], segment["height"]) == (12, 8)
+                with Image.open(tmp_path / "out" / segment["image"]) as image:
+                    assert image.size == (segment["width"], segment["height"]) == (12, 8)
     by_id = {row["id"]: row for row in rows}
     assert by_id["ask"]["meta"] == {"of": "grey"} and by_id["ask"]["prompt"][0]["type"] == "image"
-    # the pictures are those of the tokens
+    # the images are those of the tokens
     tokens = np.array([*GRAMMARS["grid"].prompt([Turn("user", (TextPart("de"),))]), *by_id["dog"]["tokens"]])
     (codes,) = [p.codes for p in GRAMMARS["grid"].parse(tokens).parts if isinstance(p, CodesPart)]
     np.testing.assert_array_equal(
@@ -117,7 +117,7 @@ def test_everything_asked_for_is_there(engine, tmp_path):
 
 
 class Large(Tiles):
-    """Tiles of 128 x 128 pixels: pictures of 256 x 384."""
+    """Tiles of 128 x 128 pixels: images of 256 x 384."""
 
     factor = 128
 
@@ -128,7 +128,7 @@ class Large(Tiles):
         return super().decode(codes).repeat(32, 1).repeat(32, 2)
 
 
-def test_the_gallery_loads_thumbnails_of_large_pictures(engine, tmp_path):
+def test_the_gallery_loads_thumbnails_of_large_images(engine, tmp_path):
     requests = write_requests(tmp_path / "in", [{"id": "dog", "prompt": "de"}, GOOD[3]])
 
     def run_large(output):
@@ -136,7 +136,7 @@ def test_the_gallery_loads_thumbnails_of_large_pictures(engine, tmp_path):
         return tree(output)
 
     def shown(output):
-        """(picture, thumbnail) of each picture on the page."""
+        """(image, thumbnail) of each image on the page."""
         page = (output / "index.html").read_text()
         data = json.loads(page.split('id="data">')[1].split("</script>")[0])
         parts = [part for card in data for s in card["samples"] for part in (*card["prompt"], *s["parts"])]
@@ -152,7 +152,7 @@ def test_the_gallery_loads_thumbnails_of_large_pictures(engine, tmp_path):
             near = np.asarray(small, float) - np.asarray(large.resize(small.size), float)
             assert np.abs(near).mean() < 3
 
-    # Killed between a thumbnail and its picture, and in a thumbnail.
+    # Killed between a thumbnail and its image, and in a thumbnail.
     (output / "images/dog/00_00.png").unlink()
     (output / "images/ask/prompt_00.png").unlink()
     (output / "images/ask/prompt_00.jpg").rename(output / "images/ask/.prompt_00.jpg.host.1.unfinished~")
@@ -168,7 +168,7 @@ def test_the_gallery_loads_thumbnails_of_large_pictures(engine, tmp_path):
 
 @pytest.mark.exact
 def test_killed_anywhere_and_split_over_processes_the_job_ends_the_same(engine, tmp_path, monkeypatch):
-    """DESIGN §3.8: a cut at any byte of samples.jsonl, pictures half done, and another number of processes."""
+    """DESIGN §3.8: a cut at any byte of samples.jsonl, images half done, and another number of processes."""
     monkeypatch.setattr("ar_unified.sampling.job._WINDOW", 1)
     requests = write_requests(tmp_path / "in", [*GOOD, b'{"prompt": ', {"id": "no", "prompt": "abc", "guidance": "x"}])
     run(engine, requests, tmp_path / "whole")
@@ -187,7 +187,7 @@ def test_killed_anywhere_and_split_over_processes_the_job_ends_the_same(engine, 
                 (output / name).parent.mkdir(parents=True, exist_ok=True)
                 (output / name).write_bytes(content)
         (output / "samples.jsonl").write_bytes(data[:cut])
-        if cut < len(data):  # killed in the last picture
+        if cut < len(data):  # killed in the last image
             (output / last).rename((output / last).with_name(".00_00.png.host.1.unfinished~"))
         for k in reversed(range(processes)):
             run(engine, requests, output, process=(k, processes))
@@ -291,16 +291,16 @@ def test_a_scale_needs_the_context_it_compares_with(engine, tmp_path):
     assert "a scale needs the context" in error
 
 
-def test_a_picture_put_in_order_is_tried_again(engine, tmp_path):
+def test_a_image_put_in_order_is_tried_again(engine, tmp_path):
     requests = write_requests(tmp_path / "in", [GOOD[1], GOOD[3]])
-    picture = (tmp_path / "in/grey.png").read_bytes()
-    (tmp_path / "in/grey.png").write_bytes(picture[:60])
+    image = (tmp_path / "in/grey.png").read_bytes()
+    (tmp_path / "in/grey.png").write_bytes(image[:60])
     for samples in (1, 0):  # the same error is said once
         report = run(engine, requests, tmp_path / "out")
         assert report.samples == samples
         rows = list(read(tmp_path / "out"))
         assert [row["id"] for row in rows if "error" in row] == ["ask"]
-    (tmp_path / "in/grey.png").write_bytes(picture)
+    (tmp_path / "in/grey.png").write_bytes(image)
     assert run(engine, requests, tmp_path / "out").samples == 2
     assert sorted((row["id"], row["sample"]) for row in read(tmp_path / "out")) == [("ask", 0), ("ask", 1), ("dog", 0)]
 

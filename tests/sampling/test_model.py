@@ -39,7 +39,7 @@ def own(model):
     return Engine(of["config"], of["params"], model.grammar, batch_size=4, max_length=64)
 
 
-def test_pictures_are_those_of_the_parts_it_was_made_of(model, own):
+def test_images_are_those_of_the_parts_it_was_made_of(model, own):
     request = Request("", (TextPart(PROMPT),), mode="image", seed=3, n=3)
     samples = sorted(own.generate([request]), key=lambda sample: sample.index)
     decode = parts("grid")["image_tokenizer"].decode
@@ -125,7 +125,7 @@ def test_images_become_codes_and_come_back(model):
 
 def test_sizes_are_in_pixels(folders):
     model = ar_unified.load(folders["rows"], batch_size=2)
-    assert model.tokenize_image(grey(40, 20)).shape == (3, 1), "about 16 x 16 pixels, of the picture's own aspect"
+    assert model.tokenize_image(grey(40, 20)).shape == (3, 1), "about 16 x 16 pixels, of the image's own aspect"
     assert model.request(PROMPT, image_size=(32, 16)).image_size == (4, 2)
     with pytest.raises(RequestError, match="image_size: expected .* multiples of 8, found 20"):
         model.draw(PROMPT, size=20)
@@ -137,7 +137,7 @@ def test_text_alone(folders):
     assert score.log_likelihood < 0
     with pytest.raises(RequestError, match="this model was trained on text alone"):
         model.draw("a star")
-    with pytest.raises(UserError, match="expected text alone, found a picture"):
+    with pytest.raises(UserError, match="expected text alone, found an image"):
         model.ask(grey(), "red")
 
 

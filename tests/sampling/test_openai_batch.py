@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from ar_unified.language.document import TextPart
-from ar_unified.sampling.requests import Picture, read_requests
+from ar_unified.sampling.requests import PromptImage, read_requests
 from tests.sampling.test_formats import png
 from tests.sampling.test_job import engine, run, write_requests  # noqa: F401
 
@@ -37,10 +37,10 @@ def read(folder, rows):
 
 
 def said(line):
-    """Id, settings and content of a line, pictures by their grey."""
+    """Id, settings and content of a line, images by their grey."""
 
     def shown(parts):
-        return [int(part.load()[0, 0, 0]) if isinstance(part, Picture) else part for part in parts]
+        return [int(part.load()[0, 0, 0]) if isinstance(part, PromptImage) else part for part in parts]
 
     history = [(turn.speaker, shown(turn.parts)) for turn in line.history]
     return line.id, line.request, shown(line.content), history
@@ -123,7 +123,7 @@ def test_what_asks_for_nothing_is_taken_and_settings_are_used(tmp_path):
         (line("a", {"prompt": "x", "size": "big"}, IMAGES), "body.size"),
         (line("a", {"prompt": "x", "size": "13x8"}, IMAGES), "multiples of 4"),
         (line("a", {"prompt": "x", "response_format": "url"}, IMAGES), "'b64_json'"),
-        (line("a", {"prompt": "x", "background": "transparent"}, IMAGES), "pictures are opaque"),
+        (line("a", {"prompt": "x", "background": "transparent"}, IMAGES), "images are opaque"),
         (line("a", {}, IMAGES), "body.prompt: expected a text"),
         ({"custom_id": "a", "body": 3}, "body: expected an object"),
     ],
@@ -185,16 +185,16 @@ def test_the_answers_are_in_openai_s_format(engine, tmp_path):  # noqa: F811
         if "text" in part:
             assert part["text"] == segment["text"]
         else:
-            picture = np.asarray(Image.open(out / segment["image"]))
-            np.testing.assert_array_equal(pixels(part["image_url"]["url"]), picture)
-    pictures = [segment["image"] for segment in said["segments"] if "image" in segment]
-    assert pictures and all(re.fullmatch(r"images/both-two-\w{16}/00_\d\d\.png", name) for name in pictures)
-    assert said["name"] == pictures[0].split("/")[1]
+            image = np.asarray(Image.open(out / segment["image"]))
+            np.testing.assert_array_equal(pixels(part["image_url"]["url"]), image)
+    images = [segment["image"] for segment in said["segments"] if "image" in segment]
+    assert images and all(re.fullmatch(r"images/both-two-\w{16}/00_\d\d\.png", name) for name in images)
+    assert said["name"] == images[0].split("/")[1]
 
     assert draw["size"] == "12x8" and draw["output_format"] == "png" and len(draw["data"]) == 2
-    for i, picture in enumerate(draw["data"]):
+    for i, image in enumerate(draw["data"]):
         shown = np.asarray(Image.open(out / by["draw", i]["segments"][0]["image"]))
-        np.testing.assert_array_equal(pixels(picture["b64_json"]), shown)
+        np.testing.assert_array_equal(pixels(image["b64_json"]), shown)
 
     assert [(row["custom_id"], row["response"]["status_code"]) for row in errors] == [
         ("no", 400),
@@ -208,9 +208,9 @@ def test_the_answers_are_in_openai_s_format(engine, tmp_path):  # noqa: F811
     # An answer may stand in a later conversation as it is.
     later = [{"role": "assistant", "content": parts}, {"role": "user", "content": "h"}]
     (again,) = read(tmp_path, [line("later", {"messages": later})])
-    assert not again.error and sum(isinstance(part, Picture) for turn in again.history for part in turn.parts) == len(
-        pictures
-    )
+    assert not again.error and sum(
+        isinstance(part, PromptImage) for turn in again.history for part in turn.parts
+    ) == len(images)
 
 
 def test_the_answers_are_the_same_after_a_kill_and_on_more_processes(engine, tmp_path):  # noqa: F811

@@ -1,4 +1,4 @@
-"""Prompts are UTF-8, with or without a byte order mark, and their pictures and files stay in their folder."""
+"""Prompts are UTF-8, with or without a byte order mark, and their images and files stay in their folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ar_unified.errors import UserError
 from ar_unified.language.document import TextPart
 from ar_unified.sampling.formats import fingerprint
 from ar_unified.sampling.request import RequestError
-from ar_unified.sampling.requests import PictureError, read_requests
+from ar_unified.sampling.requests import PromptImageError, read_requests
 
 PROMPTS = ["ein Hünd", "a cat"]
 MARK = codecs.BOM_UTF8
@@ -87,17 +87,17 @@ def test_single_bytes_are_an_error_of_their_line(tmp_path):
         lines(tmp_path / "a.csv")
 
 
-def test_links_of_prompts_and_their_pictures(tmp_path):
+def test_links_of_prompts_and_their_images(tmp_path):
     far = tmp_path / "far"
     (tmp_path / "in").mkdir()
     far.mkdir()
     Image.fromarray(np.full((4, 4, 3), 7, np.uint8)).save(far / "a.png")
     (far / "p.txt").write_text("a far prompt")
-    (tmp_path / "in" / "pictures").symlink_to(far)
+    (tmp_path / "in" / "images").symlink_to(far)
     (tmp_path / "in" / "1.txt").symlink_to(far / "p.txt")
     (tmp_path / "in" / "0.TXT").write_text("a near prompt")
     os.mkfifo(tmp_path / "in" / "2.txt")
-    content = [{"type": "image", "image": "pictures/a.png"}]
+    content = [{"type": "image", "image": "images/a.png"}]
     (tmp_path / "in" / "asked.jsonl").write_text(json.dumps({"content": content, "mode": "text"}))
     assert fingerprint([tmp_path / "in"]) == fingerprint([tmp_path / "in"]), "and does not wait for a pipe"
     with pytest.raises(UserError, match="2.txt: expected a file, found a pipe"):
@@ -111,12 +111,12 @@ def test_links_of_prompts_and_their_pictures(tmp_path):
             assert (line.content[0].load() == 7).all()
         else:
             assert f"1.txt is a link to {far}/p.txt, outside" in linked.error
-            with pytest.raises(PictureError, match=f"pictures is a link to {far}, outside .* --links"):
+            with pytest.raises(PromptImageError, match=f"images is a link to {far}, outside .* --links"):
                 line.content[0].load()
 
 
 @pytest.mark.parametrize("suffix", ["png", "jfif", "JPE", "pgm"])
-def test_a_shard_knows_the_pictures_that_a_folder_knows(tmp_path, suffix):
+def test_a_shard_knows_the_images_that_a_folder_knows(tmp_path, suffix):
     file = io.BytesIO()
     Image.fromarray(np.full((4, 4), 9, np.uint8)).save(file, "PNG")
     with tarfile.open(tmp_path / "a.tar", "w") as shard:

@@ -1,7 +1,7 @@
 """What VLMEvalKit's `vlmeval.vlm.base.BaseModel` does with a message before a model sees it, written anew.
 
 A stand-in, after what the kit's source says: a message is a text, an object {"type", "value"}, or a list of either; a
-text of a list that names a picture's file is that picture; types outside `allowed_types` are refused; then
+text of a list that names an image's file is that image; types outside `allowed_types` are refused; then
 `generate_inner` gets a list of objects.
 """
 

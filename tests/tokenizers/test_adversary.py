@@ -17,7 +17,7 @@ STYLE = AdversaryConfig(kind="style", width=4, layers=2, r1=10.0)
 KINDS = pytest.mark.parametrize("config", [PATCH, STYLE], ids=["patch", "style"])
 
 
-def pictures(*shape: int, seed: int = 0) -> jax.Array:
+def random_images(*shape: int, seed: int = 0) -> jax.Array:
     return jax.random.uniform(jax.random.key(seed), (*shape, 3), minval=-1, maxval=1)
 
 
@@ -41,7 +41,7 @@ def close(a, b, tolerance=1e-5):
 @KINDS
 def test_two_pull_backs_of_one_pass_are_the_two_textbook_gradients(config, loss):
     config = dataclasses.replace(config, loss=loss, layers=1)
-    real = pictures(2, 8, 8)
+    real = random_images(2, 8, 8)
     judge = weights(config)
     painter = {"kernel": 0.5 * jax.random.normal(jax.random.key(2), (3, 3)), "bias": jnp.array([0.1, -0.2, 0.3])}
 
@@ -74,16 +74,16 @@ def test_two_pull_backs_of_one_pass_are_the_two_textbook_gradients(config, loss)
 
 
 @KINDS
-def test_a_picture_is_judged_by_itself_at_any_size(config):
+def test_a_image_is_judged_by_itself_at_any_size(config):
     params = weights(config)
     judge = jax.jit(lambda pixels: adversary.logits(config, params, pixels))
     least = {"patch": 12, "style": 4}[config.kind]
-    batch = pictures(3, least, 2 * least + 1)
+    batch = random_images(3, least, 2 * least + 1)
     together, features = judge(batch)
     assert together.dtype == jnp.float32 and np.isfinite(together).all() and len(features) >= config.layers
     close(together[1:2], judge(batch[1:2])[0])  # nothing crosses rows: batch 1, microbatches and meshes are safe
     with pytest.raises(ValueError, match=f"at least {least} pixels a side, got {least - 1} x 32"):
-        judge(pictures(1, least - 1, 32))
+        judge(random_images(1, least - 1, 32))
 
 
 def test_sizes_are_those_of_the_papers():
@@ -109,7 +109,7 @@ def test_bfloat16_is_for_arithmetic_only(config):
     half = dataclasses.replace(config, dtype="bfloat16")
     params = weights(half)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    logits, features = jax.eval_shape(lambda x: adversary.logits(half, params, x), pictures(1, 16, 16))
+    logits, features = jax.eval_shape(lambda x: adversary.logits(half, params, x), random_images(1, 16, 16))
     assert logits.dtype == jnp.float32 and {feature.dtype for feature in features} == {jnp.dtype("bfloat16")}
 
 
@@ -121,7 +121,7 @@ def test_blur_passes_the_constant_and_stops_the_checkerboard():
     np.testing.assert_allclose(blurred(checkered)[:, 1:-1, 1:-1], 0, atol=1e-6)  # subsampling would see +1
 
 
-def test_averages_cover_the_picture():
+def test_averages_cover_the_image():
     x = jnp.arange(6.0)[None, :, None, None] * jnp.ones((1, 6, 2, 1))
     average = jax.jit(average_into, static_argnums=1)
     np.testing.assert_allclose(average(x, 3)[0, :, 0, 0], [0.5, 2.5, 4.5], rtol=1e-6)
@@ -152,17 +152,17 @@ def test_hinge_asks_for_a_margin():
 
 
 def test_r1_of_a_linear_discriminator_and_against_finite_differences(monkeypatch):
-    w = pictures(5, 4, seed=3)
+    w = random_images(5, 4, seed=3)
     config = AdversaryConfig(kind="style", r1=3.0)
     with monkeypatch.context() as patched:
         patched.setattr(adversary, "logits", lambda c, params, x: (jnp.einsum("bhwc,hwc->b", x, params["w"]), []))
-        penalty = adversary.r1_penalty(config, {"w": w}, pictures(2, 5, 4))
-        gradient = jax.grad(lambda p: adversary.r1_penalty(config, p, pictures(2, 5, 4)).sum())({"w": w})["w"]
+        penalty = adversary.r1_penalty(config, {"w": w}, random_images(2, 5, 4))
+        gradient = jax.grad(lambda p: adversary.r1_penalty(config, p, random_images(2, 5, 4)).sum())({"w": w})["w"]
     np.testing.assert_allclose(penalty, 1.5 * np.square(w).sum() * np.ones(2), rtol=1e-5)
-    np.testing.assert_allclose(gradient, 2 * 3.0 * w, rtol=1e-5)  # two pictures, each gamma x w
+    np.testing.assert_allclose(gradient, 2 * 3.0 * w, rtol=1e-5)  # two images, each gamma x w
 
     config = dataclasses.replace(PATCH, r1=2.0, layers=1)
-    params, x = weights(config), pictures(2, 16, 16)
+    params, x = weights(config), random_images(2, 16, 16)
     mean = jax.jit(lambda x: adversary.logits(config, params, x)[0].mean((1, 2)))
     slope = jax.jit(jax.grad(lambda x: mean(x).sum()))(x)
     along = slope / jnp.sqrt(jnp.square(slope).sum((1, 2, 3), keepdims=True))
@@ -202,7 +202,7 @@ def test_lazy_r1_counts_for_the_steps_between():
 
 
 def test_adaptive_weight_is_that_of_two_whole_gradients():
-    real, features = pictures(2, 12, 12), jax.random.normal(jax.random.key(5), (2, 12, 12, 6))
+    real, features = random_images(2, 12, 12), jax.random.normal(jax.random.key(5), (2, 12, 12, 6))
     last = {"kernel": 0.3 * jax.random.normal(jax.random.key(6), (6, 3)), "bias": jnp.zeros(3)}
     config = dataclasses.replace(PATCH, layers=1)
     judge = weights(config)
@@ -248,4 +248,4 @@ def test_impossible_adversaries_are_refused(values, message):
 def test_there_is_no_discriminator_where_there_is_no_adversary():
     assert adversary.init(AdversaryConfig(), jax.random.key(0)) == {}
     with pytest.raises(ValueError, match='kind "none"'):
-        adversary.logits(AdversaryConfig(), {}, pictures(1, 32, 32))
+        adversary.logits(AdversaryConfig(), {}, random_images(1, 32, 32))

@@ -17,8 +17,8 @@ from flax import nnx
 SMALL = AutoencoderConfig(backbone="vqgan", factor=4, patch=1, width=32, multipliers=(1, 1, 2), blocks=(1, 2, 1),
                           attention="lowest", z_channels=12)  # fmt: skip
 PARAMETERS = {  # as published: VQGAN f16 and LlamaGen VQ-16 72M, SBER-MoVQGAN 270M (with a norm of its own)
-    "folded_f8": 1_452_340,
-    "folded_f16": 2_026_932,
+    "space_to_depth_f8": 1_452_340,
+    "space_to_depth_f16": 2_026_932,
     "vqgan_f8_1m": 1_062_759,
     "vqgan_f16_1m": 1_137_127,
     "vqgan_f8_16m": 15_900_871,
@@ -45,12 +45,12 @@ def random_params(config: AutoencoderConfig, seed: int = 0) -> dict:
     return jax.tree.map(draw, shapes)
 
 
-def pictures(*shape: int) -> np.ndarray:
+def random_images(*shape: int) -> np.ndarray:
     return np.random.default_rng(1).uniform(-1, 1, (*shape, 3)).astype(np.float32)
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_have_their_sizes_and_any_shape_of_picture(name):
+def test_presets_have_their_sizes_and_any_shape_of_image(name):
     config = config_from(name, dtype="bfloat16")
 
     def made_and_used(
@@ -67,7 +67,7 @@ def test_presets_have_their_sizes_and_any_shape_of_picture(name):
 
 
 def test_an_unknown_preset_names_those_there_are():
-    with pytest.raises(ValueError, match="folded_f8, .*found 'vqgan'"):
+    with pytest.raises(ValueError, match="space_to_depth_f8, .*found 'vqgan'"):
         config_from("vqgan")
 
 
@@ -116,7 +116,7 @@ def test_encoder_equals_that_of_chameleon_in_transformers(factor, attention):
     config = AutoencoderConfig(backbone="vqgan", factor=factor, patch=1, width=32, multipliers=multipliers,
                                blocks=(2,) * len(multipliers), attention=attention, z_channels=16)  # fmt: skip
     params = random_params(config)
-    pixels = pictures(2, 32, 32)
+    pixels = random_images(2, 32, 32)
     peer = chameleon.modeling_chameleon.ChameleonVQVAE(
         chameleon.ChameleonVQVAEConfig(
             embed_dim=4, num_embeddings=16, latent_channels=16, base_channels=32, channel_multiplier=list(multipliers),
@@ -133,7 +133,7 @@ def test_encoder_equals_that_of_chameleon_in_transformers(factor, attention):
 
 
 def plain(x, kernel):
-    """The sum over nine shifted pictures."""
+    """The sum over nine shifted images."""
     h, w = x.shape[1:3]
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     shifted = [padded[:, i : i + h, j : j + w] for i in range(3) for j in range(3)]

@@ -26,7 +26,7 @@ SMALL_VQGAN = AutoencoderConfig(
 SMALL_RQ = dataclasses.replace(SMALL_VQ, quantizer="rq", depth=3)
 
 
-def pictures(count: int, height: int = 16, width: int = 24, seed: int = 0) -> np.ndarray:
+def random_images(count: int, height: int = 16, width: int = 24, seed: int = 0) -> np.ndarray:
     blocks = np.random.default_rng(seed).integers(0, 256, (count, height // 4, width // 4, 3), np.uint8)
     return blocks.repeat(4, axis=1).repeat(4, axis=2)
 
@@ -50,7 +50,7 @@ def test_what_is_trained_is_what_codes_decode_to(config):
         module = Autoencoder.bind(config, params)
         return module(pixels), module.encode(pixels), module.decode(module.encode(pixels))
 
-    trained_on, codes, decoded = both(trained(config), to_float(jnp.asarray(pictures(3))))
+    trained_on, codes, decoded = both(trained(config), to_float(jnp.asarray(random_images(3))))
     assert trained_on.pixels.shape == (3, 16, 24, 3) and codes.shape == (3, *config.grid(16, 24))
     np.testing.assert_array_equal(trained_on.codes, codes)
     np.testing.assert_array_equal(trained_on.pixels, decoded)
@@ -66,14 +66,14 @@ def test_a_few_steps_learn_and_reach_every_parameter(config):
     flat = np.random.default_rng(0).integers(0, 256, (8, 1, 1, 3), np.uint8).repeat(16, axis=1).repeat(16, axis=2)
     params = jax.jit(lambda key: init(config, key))(jax.random.key(0))
     objective, keys = Objective(config), jax.random.split(jax.random.key(1), len(flat))
-    kept = objective.start({"autoencoder": params})
+    model_state = objective.init_state({"autoencoder": params})
     optimizer = optax.adam(1e-2)
     state, start = optimizer.init(params), params
 
     @jax.jit
     def step(params, state):
         def total(params):
-            losses, found, _ = objective.losses({"autoencoder": params}, kept, flat, keys)
+            losses, found, _ = objective.losses({"autoencoder": params}, model_state, flat, keys)
             return losses["autoencoder"], found
 
         (_, found), gradient = jax.value_and_grad(total, has_aux=True)(params)
@@ -90,12 +90,12 @@ def test_a_few_steps_learn_and_reach_every_parameter(config):
     assert not any(jax.tree.leaves(unmoved)), unmoved
 
 
-def test_loss_metrics_are_those_of_the_pictures():
-    images, params = pictures(4), trained(SMALL)
+def test_loss_metrics_are_those_of_the_images():
+    images, params = random_images(4), trained(SMALL)
     tokenizer = ImageTokenizer(SMALL, params, batch_size=4)
     objective = Objective(SMALL)
     losses, found, _ = jax.jit(
-        lambda p, images: objective.losses({"autoencoder": p}, objective.start({"autoencoder": p}), images, None)
+        lambda p, images: objective.losses({"autoencoder": p}, objective.init_state({"autoencoder": p}), images, None)
     )(params, images)
     np.testing.assert_allclose(
         found["psnr"][0] / 4, metrics.psnr(images, tokenizer.decode(tokenizer.encode(images))).mean(), atol=0.02
@@ -107,20 +107,20 @@ def test_loss_metrics_are_those_of_the_pictures():
 
 
 def test_errors_within_the_tolerance_cost_nothing_and_are_still_reported():
-    images, params = pictures(4), trained(SMALL)
+    images, params = random_images(4), trained(SMALL)
     target = np.asarray(to_float(jnp.asarray(images)))
     error = np.abs(np.asarray(Autoencoder.bind(SMALL, params)(target).pixels) - target)
     excess = np.maximum(error - 0.3, 0)
     objective = Objective(SMALL, ObjectiveConfig(tolerance=0.3, l1_weight=0.5))
     params = {"autoencoder": params}
-    losses, found, _ = objective.losses(params, objective.start(params), images, None)
-    per_picture = 0.5 * excess.mean() + np.square(excess).mean()
-    np.testing.assert_allclose(losses["autoencoder"] / 4, per_picture, rtol=1e-5)
+    losses, found, _ = objective.losses(params, objective.init_state(params), images, None)
+    per_image = 0.5 * excess.mean() + np.square(excess).mean()
+    np.testing.assert_allclose(losses["autoencoder"] / 4, per_image, rtol=1e-5)
     np.testing.assert_allclose(found["l1"][0] / 4, error.mean(), rtol=1e-5)
-    assert per_picture < 0.5 * error.mean() + np.square(error).mean()
+    assert per_image < 0.5 * error.mean() + np.square(error).mean()
 
 
-@pytest.mark.parametrize("config", [SMALL, SMALL_VQGAN], ids=["folded", "vqgan"])
+@pytest.mark.parametrize("config", [SMALL, SMALL_VQGAN], ids=["space_to_depth", "vqgan"])
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters_and_codes(config):
     config = dataclasses.replace(config, dtype="bfloat16")
     params = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
@@ -151,7 +151,7 @@ def test_space_to_depth_keeps_neighbours_together_and_inverts():
         ({"blocks": [1]}, "make 3 levels, .* blocks has 1"),
         ({"quantizer": "fqs"}, "one of"),
         ({"backbone": "resnet"}, "one of"),
-        ({"attention": "middle"}, "'folded' has no attention"),
+        ({"attention": "middle"}, "'space_to_depth' has no attention"),
         ({"backbone": "vqgan"}, "at least 1 blocks"),
         ({"witdh": 3}, "no \\['witdh'\\]"),
     ],
@@ -166,7 +166,7 @@ def test_impossible_configs_are_refused(changes, message):
 
 def test_codes_do_not_depend_on_the_batch_they_came_in():
     tokenizer = ImageTokenizer(SMALL, trained(SMALL), batch_size=4)
-    images = pictures(7)
+    images = random_images(7)
     codes = tokenizer.encode(images)
     assert (codes.dtype, codes.shape) == (np.int32, (7, 2, 3))
     np.testing.assert_array_equal(np.concatenate([tokenizer.encode(images[i : i + 1]) for i in range(7)]), codes)
@@ -179,9 +179,9 @@ def test_codes_do_not_depend_on_the_batch_they_came_in():
 def test_wrong_input_is_named():
     tokenizer = ImageTokenizer(SMALL, trained(SMALL), batch_size=2)
     with pytest.raises(ValueError, match="20 x 24 pixels .* multiples of 8"):
-        tokenizer.encode(pictures(1, 20, 24))
+        tokenizer.encode(random_images(1, 20, 24))
     with pytest.raises(ValueError, match=r"uint8 \[B, H, W, 3\], got float32"):
-        tokenizer.encode(pictures(1).astype(np.float32))
+        tokenizer.encode(random_images(1).astype(np.float32))
     with pytest.raises(ValueError, match=r"in \[0, 60\), found 0 to 60"):
         tokenizer.decode(np.array([[[0, 60]]]))
     params = trained(SMALL)
@@ -196,12 +196,13 @@ def test_save_and_load(tmp_path):
     tokenizer.save(tmp_path)
     loaded = ImageTokenizer.load(tmp_path, batch_size=2)
     assert loaded.hash == tokenizer.hash != other.hash and loaded.config == SMALL
-    np.testing.assert_array_equal(loaded.encode(pictures(2)), tokenizer.encode(pictures(2)))
+    np.testing.assert_array_equal(loaded.encode(random_images(2)), tokenizer.encode(random_images(2)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "weights.safetensors"]
 
     mixed = (tmp_path / "config.json").read_bytes()
     record = json.loads(mixed)
     record["config"]["update"] = record["config"].pop("codebook_update")  # as the key was named first
+    record["config"]["backbone"] = "folded"  # and this value
     (tmp_path / "config.json").write_text(json.dumps(record))
     assert ImageTokenizer.load(tmp_path).config == SMALL
     other.save(tmp_path)  # over an existing one

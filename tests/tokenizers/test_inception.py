@@ -111,8 +111,8 @@ def test_the_network_has_the_size_of_the_published_one():
 # ---- the distance -----------------------------------------------------------------------------------------------
 
 
-def gaussian(seed: int, features: int, pictures: int) -> tuple[np.ndarray, np.ndarray]:
-    x = np.random.default_rng(seed).normal(size=(pictures, features)) @ np.diag(np.linspace(0.1, 2, features)) + seed
+def gaussian(seed: int, features: int, images: int) -> tuple[np.ndarray, np.ndarray]:
+    x = np.random.default_rng(seed).normal(size=(images, features)) @ np.diag(np.linspace(0.1, 2, features)) + seed
     return x.mean(0), np.cov(x, rowvar=False)
 
 
@@ -124,7 +124,7 @@ def test_distance_of_gaussians_with_a_common_basis_is_that_of_their_deviations()
     np.testing.assert_allclose(found, 16 * 0.25 + np.square(a - b).sum(), rtol=1e-7)
 
 
-def test_distance_is_symmetric_and_zero_for_equals_also_with_few_pictures():
+def test_distance_is_symmetric_and_zero_for_equals_also_with_few_images():
     few, many = gaussian(0, 32, 8), gaussian(1, 32, 500)  # the first covariance has rank 7
     there, back = inception.frechet_distance(*few, *many), inception.frechet_distance(*many, *few)
     np.testing.assert_allclose(there, back, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Distances of pictures against other libraries' numbers, and what a histogram of codes says."""
+"""Distances of images against other libraries' numbers, and what a histogram of codes says."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def photograph(height: int, width: int, count: int = 2) -> np.ndarray:
     return np.moveaxis(np.clip(255 * (shades + grain), 0, 255).astype(np.uint8), -1, 0)
 
 
-def worse(pictures: np.ndarray) -> np.ndarray:
-    """The second picture is hurt more than the first: blurred along x, paler, noisy."""
-    x = pictures.astype(np.float64)
+def worse(images: np.ndarray) -> np.ndarray:
+    """The second image is hurt more than the first: blurred along x, paler, noisy."""
+    x = images.astype(np.float64)
     for _ in range(3):
         x = (np.roll(x, 1, 2) + x + np.roll(x, -1, 2)) / 3
     noise = np.random.default_rng(1).normal(0, 1, x.shape) * np.array([4.0, 25.0])[:, None, None, None]
@@ -29,7 +29,7 @@ def worse(pictures: np.ndarray) -> np.ndarray:
 
 
 def test_ssim_psnr_and_l1_are_those_of_scikit_image_and_dm_pix():
-    """scikit-image 0.26.0, of each picture as float64:
+    """scikit-image 0.26.0, of each image as float64:
 
         structural_similarity(a, b, channel_axis=-1, gaussian_weights=True, sigma=1.5,
                               use_sample_covariance=False, data_range=255)
@@ -56,7 +56,7 @@ def test_ms_ssim_is_that_of_pytorch_msssim():
     np.testing.assert_allclose(metrics.ms_ssim(a, worse(a), 3), [0.9407763709262312, 0.8235397851220538], rtol=1e-10)
 
 
-def test_small_and_odd_pictures():
+def test_small_and_odd_images():
     a = photograph(41, 45)
     assert metrics.ms_ssim_side(3) == 41 and metrics.ms_ssim_side() == 161
     assert np.all(metrics.ms_ssim(a, worse(a), 3) < 1)
@@ -70,14 +70,14 @@ def test_small_and_odd_pictures():
         metrics.ms_ssim_side(6)
 
 
-def test_opposite_pictures_have_no_ms_ssim_and_it_is_a_number():
+def test_opposite_images_have_no_ms_ssim_and_it_is_a_number():
     a = photograph(48, 48)
     assert np.all(metrics.ssim(a, 255 - a) < 0)
     np.testing.assert_array_equal(metrics.ms_ssim(a, 255 - a, 3), 0)
 
 
 @pytest.mark.parametrize("distance", [metrics.psnr, metrics.l1, metrics.ssim, metrics.ms_ssim])
-def test_a_batch_is_its_pictures_and_wrong_ones_are_refused(distance):
+def test_a_batch_is_its_images_and_wrong_ones_are_refused(distance):
     a = photograph(168, 161)
     b = worse(a)
     np.testing.assert_allclose(distance(a, b), [distance(x, y) for x, y in zip(a, b, strict=True)], rtol=1e-12)
@@ -86,7 +86,7 @@ def test_a_batch_is_its_pictures_and_wrong_ones_are_refused(distance):
             distance(a, wrong)
 
 
-def test_psnr_is_per_picture_and_finite():
+def test_psnr_is_per_image_and_finite():
     a = np.zeros((2, 4, 4, 3), np.uint8)
     b = a.copy()
     b[1] = 255

@@ -13,7 +13,7 @@ from ar_tokenizers.image.perceptual import Perceptual, ms_ssim
 from safetensors.numpy import save_file
 
 
-def pictures(*shape: int, seed: int = 0) -> np.ndarray:
+def random_images(*shape: int, seed: int = 0) -> np.ndarray:
     smooth = np.random.default_rng(seed).uniform(-1, 1, (*shape, 3)).astype(np.float32)
     for axis in (1, 2):
         smooth = sum(np.roll(smooth, k, axis) for k in range(3)) / 2
@@ -49,8 +49,8 @@ def lpips_file(lpips_arrays, tmp_path_factory):
 # ---- MS-SSIM ----------------------------------------------------------------------------------------------------
 
 
-def test_ms_ssim_is_one_for_equal_pictures_and_falls_with_the_error():
-    x = pictures(2, 48, 64)
+def test_ms_ssim_is_one_for_equal_images_and_falls_with_the_error():
+    x = random_images(2, 48, 64)
     noise = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
     similarity = jax.jit(ms_ssim)
     np.testing.assert_allclose(similarity(x, x), 1, atol=1e-5)
@@ -60,7 +60,7 @@ def test_ms_ssim_is_one_for_equal_pictures_and_falls_with_the_error():
 
 
 def similarity(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means over the windows of one picture, by colour: contrast and structure alone, and SSIM."""
+    """Means over the windows of one image, by colour: contrast and structure alone, and SSIM."""
     window = np.exp(-0.5 * ((np.arange(11) - 5) / 1.5) ** 2)
     window = np.outer(window, window)[..., None] / window.sum() ** 2
     mean = lambda x: (window * x).sum((0, 1))  # noqa: E731
@@ -76,7 +76,7 @@ def similarity(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_ms_ssim_is_by_its_definition():
-    a = pictures(1, 24, 22)
+    a = random_images(1, 24, 22)
     b = a + np.random.default_rng(1).normal(0, 0.3, a.shape).astype(np.float32)
     x, y = ((p[0].astype(np.float64) + 1) / 2 for p in (a, b))
     np.testing.assert_allclose(ms_ssim(a[:, :21], b[:, :21])[0], similarity(x[:21], y[:21])[1].mean(), rtol=1e-4)
@@ -88,11 +88,11 @@ def test_ms_ssim_is_by_its_definition():
 
 def test_ms_ssim_teaches_from_the_first_step_and_refuses_what_is_too_small():
     perceptual = Perceptual.load("ms_ssim")
-    x = pictures(2, 24, 32)
+    x = random_images(2, 24, 32)
     for start in (np.zeros_like(x), -x):  # a flat reconstruction, and one with everything the wrong way round
         slope = jax.jit(jax.grad(lambda y: perceptual.distance(jnp.asarray(x), y).sum()))(jnp.asarray(start))
         assert np.isfinite(slope).all()
-        assert start.any() or float(jnp.vdot(slope, x)) < 0  # towards the picture
+        assert start.any() or float(jnp.vdot(slope, x)) < 0  # towards the image
     with pytest.raises(ValueError, match="at least 11 x 11 pixels, got 10 x 32"):
         ms_ssim(x[:, :10], x[:, :10])
 
@@ -100,7 +100,7 @@ def test_ms_ssim_teaches_from_the_first_step_and_refuses_what_is_too_small():
 # ---- without weights --------------------------------------------------------------------------------------------
 
 
-def test_feature_matching_weighs_layers_alike_and_pictures_apart():
+def test_feature_matching_weighs_layers_alike_and_images_apart():
     match = Perceptual.load("match")
     a = [jnp.zeros((2, 4, 4, 8)), jnp.zeros((2, 2, 2, 16), jnp.bfloat16)]
     b = [a[0].at[0].set(1.0), a[1].at[1].set(-3.0)]
@@ -141,7 +141,7 @@ def torch_lpips(arrays, a, b):
 
 @pytest.mark.interop
 def test_lpips_is_the_packages(lpips_arrays, lpips_file):
-    perceptual, a, b = Perceptual.load("lpips", lpips_file), pictures(2, 16, 33), pictures(2, 16, 33, seed=1)
+    perceptual, a, b = Perceptual.load("lpips", lpips_file), random_images(2, 16, 33), random_images(2, 16, 33, seed=1)
     found = jax.jit(lambda p, a, b: p.distance(a, b))(perceptual, a, b)
     np.testing.assert_allclose(found, torch_lpips(lpips_arrays, a, b), rtol=1e-5)
 
@@ -195,11 +195,11 @@ def test_resnet_logits_are_torchvisions(tmp_path):
             arrays[name] *= 0.3
     path = tmp_path / "resnet50.npz"
     np.savez(path, **arrays)
-    perceptual, a, b = Perceptual.load("features", path), pictures(1, 40, 64), pictures(1, 300, 300)
+    perceptual, a, b = Perceptual.load("features", path), random_images(1, 40, 64), random_images(1, 300, 300)
     for x in (a, b):  # enlarged and reduced
         found, expected = jax.jit(resnet.logits)(perceptual.params, x), torch_resnet(arrays, x)
         np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
-    other = pictures(1, 40, 64, seed=1)
+    other = random_images(1, 40, 64, seed=1)
     expected = np.square(torch_resnet(arrays, a) - torch_resnet(arrays, other)).mean(1)
     np.testing.assert_allclose(perceptual.distance(a, other), expected, rtol=1e-3)
 

@@ -1,4 +1,4 @@
-"""What holds for every quantiser: codes in range and of one meaning, gradients, sums that add up, codes in use."""
+"""What holds for every quantizer: codes in range and of one meaning, gradients, sums that add up, codes in use."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def params_of(quantizer: quantizers.Quantizer) -> dict:
 
 @functools.cache
 def passes(name: str):
-    """The quantiser, and one compiled function: the training pass, encode, and what codes decode to."""
+    """The quantizer, and one compiled function: the training pass, encode, and what codes decode to."""
     quantizer = make(name)
     both = lambda z: (quantizer(z), quantizer.encode(z), quantizer.vectors(quantizer.encode(z)))  # noqa: E731
     return quantizer, jax.jit(both)
@@ -238,7 +238,7 @@ def test_vq_finds_the_nearest_code_and_puts_beta_on_the_commitment():
     np.testing.assert_allclose(latent, 0.25 * full, rtol=1e-4, atol=1e-8)
 
 
-# ---- what is kept beside the parameters -------------------------------------------------------------------------
+# ---- the state beside the parameters ----------------------------------------------------------------------------
 
 KEEPING = pytest.mark.parametrize("name", ["vq", "vq-ema", "rq", "rq-ema"])
 
@@ -262,20 +262,20 @@ def test_sums_add_up_over_parts_of_a_batch_and_over_devices(name):
 def test_a_restarted_code_is_nearly_one_latent():
     vq = make("vq", codes=2, restart=0.5)
     z, keys = latents(vq, 4, 500), jax.random.split(jax.random.key(3), 4)
-    params, kept = params_of(vq), vq.start(params_of(vq))
+    params, state = params_of(vq), vq.init_state(params_of(vq))
     sums = dict(jax.jit(lambda z: vq(z, keys).sums)(z), count=jnp.array([2000.0, 0.0]))
-    settled, kept = vq.settle(params, kept, sums)
-    nearest = np.linalg.norm(np.asarray(vq.bound(z)) - np.asarray(settled["codebook"][1]), axis=-1).min()
-    mean = np.linalg.norm(np.asarray(vq.bound(z)).mean((0, 1)) - np.asarray(settled["codebook"][1]))
+    updated, state = vq.update_state(params, state, sums)
+    nearest = np.linalg.norm(np.asarray(vq.bound(z)) - np.asarray(updated["codebook"][1]), axis=-1).min()
+    mean = np.linalg.norm(np.asarray(vq.bound(z)).mean((0, 1)) - np.asarray(updated["codebook"][1]))
     assert nearest < 0.35 < 0.8 < mean
-    np.testing.assert_array_equal(settled["codebook"][0], params["codebook"][0])
-    np.testing.assert_allclose(kept["count"], [20.0, 10.0], rtol=1e-5)  # a hundredth of 2000, and the mean of 20 and 0
+    np.testing.assert_array_equal(updated["codebook"][0], params["codebook"][0])
+    np.testing.assert_allclose(state["count"], [20.0, 10.0], rtol=1e-5)  # a hundredth of 2000, and the mean of 20 and 0
 
 
 def test_settle_is_the_moving_average_of_the_latents_of_a_code():
     vq = make("vq-ema", codes=8, restart=0.0, entropy=0.0)
     params, noise = params_of(vq), np.random.default_rng(0)
-    kept, count, total = vq.start(params), np.zeros(8), np.zeros((8, vq.dim))
+    statistics, count, total = vq.init_state(params), np.zeros(8), np.zeros((8, vq.dim))
     expected = np.array(params["codebook"])
     graph, state = nnx.split(vq)
 
@@ -295,7 +295,7 @@ def test_settle_is_the_moving_average_of_the_latents_of_a_code():
         total = 0.99 * total
         np.add.at(total, codes, 0.01 * unit)
         expected = np.where(count[:, None] > 0, total / np.maximum(count, 1e-9)[:, None], expected)
-        params, kept = vq.settle(params, kept, found.sums)
+        params, statistics = vq.update_state(params, statistics, found.sums)
         np.testing.assert_allclose(params["codebook"], expected, rtol=1e-4, atol=1e-6)
     assert (count > 0).sum() > 2
 
@@ -306,8 +306,8 @@ def test_the_others_keep_nothing(name):
     params = params_of(quantizer)
     keys = jax.random.split(jax.random.key(0), 2)
     sums = jax.eval_shape(lambda z: quantizer(z, keys).sums, latents(quantizer, 2, 3))
-    assert sums == {} and quantizer.start(params) == {}
-    assert quantizer.settle(params, {}, {}) == (params, {})
+    assert sums == {} and quantizer.init_state(params) == {}
+    assert quantizer.update_state(params, {}, {}) == (params, {})
 
 
 # ---- codes in use -----------------------------------------------------------------------------------------------
@@ -338,17 +338,17 @@ def usage(quantizer, batch, *, steps: int, learning_rate: float = 1e-2, features
         return jnp.mean(jnp.square(module.decoder(found.vectors) - x)) + found.loss, found.sums
 
     def step(carry, key):
-        params, moments, kept = carry
+        params, moments, statistics = carry
         x = batch(key, 256).reshape(16, 16, features)
         gradient, sums = jax.grad(loss, has_aux=True)(params, x, jax.random.split(key, 16))
         updates, moments = optimizer.update(gradient, moments)
         params = optax.apply_updates(params, updates)
-        own, kept = quantizer.settle(params.get("quantizer", {}), kept, sums)
-        return (params | ({"quantizer": own} if own else {}), moments, kept), None
+        own, statistics = quantizer.update_state(params.get("quantizer", {}), statistics, sums)
+        return (params | ({"quantizer": own} if own else {}), moments, statistics), None
 
     @jax.jit
     def codes(params):
-        carry = (params, optimizer.init(params), quantizer.start(params.get("quantizer", {})))
+        carry = (params, optimizer.init(params), quantizer.init_state(params.get("quantizer", {})))
         params = jax.lax.scan(step, carry, jax.random.split(jax.random.key(2), steps))[0][0]
         module = bound(params)
         return module.quantizer.encode(module.latents(batch(jax.random.key(3), 16384)))
@@ -387,15 +387,15 @@ def test_restart_revives_codes_that_nothing_chooses(name):
             return found.loss, found.sums
 
         def step(carry, key):
-            params, moments, kept = carry
+            params, moments, statistics = carry
             gradient, sums = jax.grad(loss, has_aux=True)(params, corner(key, 16), jax.random.split(key, 16))
             updates, moments = optimizer.update(gradient, moments)
-            params, kept = vq.settle(optax.apply_updates(params, updates), kept, sums)
-            return (params, moments, kept), None
+            params, statistics = vq.update_state(optax.apply_updates(params, updates), statistics, sums)
+            return (params, moments, statistics), None
 
         @jax.jit
         def codes(params):
-            carry = (params, optimizer.init(params), vq.start(params))
+            carry = (params, optimizer.init(params), vq.init_state(params))
             params = jax.lax.scan(step, carry, jax.random.split(jax.random.key(1), 100))[0][0]
             return bound(params).encode(corner(jax.random.key(2), 2048))
 

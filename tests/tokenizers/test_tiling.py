@@ -7,13 +7,13 @@ import functools
 import jax
 import numpy as np
 import pytest
-from ar_tokenizers.image import folded
+from ar_tokenizers.image import space_to_depth
 from ar_tokenizers.image.autoencoder import init
 from ar_tokenizers.image.config import AutoencoderConfig
 from ar_tokenizers.image.tiling import map_windows
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 
-FOLDED = AutoencoderConfig(factor=4, patch=2, width=8, multipliers=(1, 1), blocks=(1, 1), levels=(5, 4, 3))
+SMALL = AutoencoderConfig(factor=4, patch=2, width=8, multipliers=(1, 1), blocks=(1, 1), levels=(5, 4, 3))
 VQGAN = AutoencoderConfig(
     backbone="vqgan", factor=4, patch=2, width=32, multipliers=(1, 1), blocks=(1, 1), attention="middle", z_channels=8,
     levels=(5, 4, 3),
@@ -29,15 +29,15 @@ def tokenizer(config: AutoencoderConfig) -> ImageTokenizer:
     return ImageTokenizer(config, params, batch_size=4)
 
 
-def pictures(count: int, height: int, width: int) -> np.ndarray:
+def random_images(count: int, height: int, width: int) -> np.ndarray:
     coarse = np.random.default_rng(1).integers(0, 256, (count, height // 4, width // 4, 3), np.uint8)
     return coarse.repeat(4, axis=1).repeat(4, axis=2)
 
 
 def test_windows_change_nothing_where_they_overlap_as_far_as_the_network_reaches():
     """34 codes are three windows of 16 that overlap by exactly 7, and 42 are two of 28 that overlap by exactly 14."""
-    codec, images = tokenizer(FOLDED), pictures(2, 64, 34 * 4)
-    assert folded.reach(FOLDED) == 14
+    codec, images = tokenizer(SMALL), random_images(2, 64, 34 * 4)
+    assert space_to_depth.receptive_radius(SMALL) == 14
     np.testing.assert_array_equal(codec.encode(images, tile=64, overlap=28), codec.encode(images))
     codes = np.random.default_rng(2).integers(0, codec.codebook_size, (2, 16, 42))
     whole, tiled = codec.decode(codes), codec.decode(codes, tile=112, overlap=56)
@@ -45,14 +45,14 @@ def test_windows_change_nothing_where_they_overlap_as_far_as_the_network_reaches
 
 
 def test_windows_change_something_where_they_overlap_less():
-    codec, images = tokenizer(FOLDED), pictures(2, 64, 31 * 4)
+    codec, images = tokenizer(SMALL), random_images(2, 64, 31 * 4)
     assert (codec.encode(images, tile=64, overlap=4) != codec.encode(images)).any()
     codes = np.random.default_rng(2).integers(0, codec.codebook_size, (2, 16, 54))
     assert np.abs(codec.decode(codes).astype(int) - codec.decode(codes, tile=112, overlap=8)).max() > 1
 
 
 def test_blending_leaves_no_seam_where_norms_differ_between_windows():
-    """The difference to the whole picture has a step in the middle of an overlap of six codes, beside the others."""
+    """The difference to the whole image has a step in the middle of an overlap of six codes, beside the others."""
     codec = tokenizer(VQGAN)
     codes = np.random.default_rng(2).integers(0, codec.codebook_size, (4, 8, 18))
     whole = codec.decode(codes).astype(int)
@@ -77,11 +77,11 @@ def test_any_size_is_covered(size):
 
 
 def test_a_window_has_one_shape_and_a_bounded_batch(monkeypatch):
-    codec = tokenizer(FOLDED)
+    codec = tokenizer(SMALL)
     seen = set()
     run = codec._encode
     monkeypatch.setattr(codec, "_encode", lambda params, rows: seen.add(rows.shape) or run(params, rows))
-    codec.encode(pictures(3, 84, 148), tile=64, overlap=16)
+    codec.encode(random_images(3, 84, 148), tile=64, overlap=16)
     assert seen == {(4, 64, 64, 3)}
 
 
@@ -91,12 +91,12 @@ def test_a_window_has_one_shape_and_a_bounded_batch(monkeypatch):
      ({"tile": 32, "overlap": 20}, "0 to 4 codes, got 5")],
 )  # fmt: skip
 def test_impossible_windows_are_refused(window, message):
-    codec = tokenizer(FOLDED)
+    codec = tokenizer(SMALL)
     with pytest.raises(ValueError, match=message):
-        codec.encode(pictures(1, 64, 64), **window)
+        codec.encode(random_images(1, 64, 64), **window)
 
 
-def test_windows_do_not_hide_a_picture_that_does_not_divide():
-    codec = tokenizer(FOLDED)
+def test_windows_do_not_hide_a_image_that_does_not_divide():
+    codec = tokenizer(SMALL)
     with pytest.raises(ValueError, match="78 x 64 pixels"):
         codec.encode(np.zeros((1, 78, 64, 3), np.uint8), tile=32)

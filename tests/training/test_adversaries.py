@@ -14,12 +14,12 @@ from ar_unified.checkpoint import Checkpoints
 from ar_unified.metrics import read_metrics
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.training.divergence import Diverged, Watch
-from ar_unified.training.step import STATISTICS, NothingKept, gradients
+from ar_unified.training.step import STATISTICS, Stateless, gradients
 from tests.training import tiny
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Duel(NothingKept):
+class Duel(Stateless):
     """`maker` wants judge * (maker - x) small, `judge` wants it large; the running mean of x is kept."""
 
     name: str = "duel"
@@ -29,7 +29,7 @@ class Duel(NothingKept):
     def init(self, key: jax.Array) -> Any:
         return {"maker": {"a": jnp.ones(4)}, "judge": {"b": jnp.arange(4.0)}}
 
-    def start(self, params: Any) -> Any:
+    def init_state(self, params: Any) -> Any:
         return {"mean": jnp.zeros(4), "steps": jnp.zeros((), jnp.int32)}
 
     def logical_axes(self, params: Any) -> Any:
@@ -39,19 +39,19 @@ class Duel(NothingKept):
         x = np.random.default_rng(step).normal(size=(8, 4)).astype(np.float32)
         return {"x": x[index * 8 // count : (index + 1) * 8 // count]}
 
-    def loss(self, params: Any, kept: Any, batch: Any, keys: Any) -> Any:
+    def loss(self, params: Any, model_state: Any, batch: Any, keys: Any) -> Any:
         a, b, x = params["maker"]["a"], params["judge"]["b"], batch["x"]
         won = jnp.sum(b * jnp.square(a - x), axis=1)
         rows = jnp.float32(len(x))
         metrics = {"loss": (won.sum(), rows), "images": rows, STATISTICS: {"x": x.sum(0), "rows": rows}}
         return {"maker": won.sum(), "judge": -won.sum() + jnp.sum(jnp.square(b)) * rows}, rows, metrics
 
-    def settle(self, params: Any, kept: Any, sums: Any) -> Any:
-        mean = 0.5 * kept["mean"] + 0.5 * sums["x"] / sums["rows"]
-        return params, {"mean": mean, "steps": kept["steps"] + 1}
+    def update_state(self, params: Any, model_state: Any, sums: Any) -> Any:
+        mean = 0.5 * model_state["mean"] + 0.5 * sums["x"] / sums["rows"]
+        return params, {"mean": mean, "steps": model_state["steps"] + 1}
 
-    def inference_params(self, params: Any, kept: Any) -> Any:
-        return {**params, "mean": kept["mean"]}
+    def inference_params(self, params: Any, model_state: Any) -> Any:
+        return {**params, "mean": model_state["mean"]}
 
     def summary(self, totals: Any) -> dict[str, float]:
         return {k: float(v[0] / v[1]) for k, v in totals.items() if isinstance(v, tuple)}
@@ -69,7 +69,9 @@ def test_each_loss_moves_its_own_parameters(shape, accumulation):
     params, batch = task.init(None), task.batch(0)
     with jax.set_mesh(mesh):
         losses, grads, metrics = jax.jit(
-            lambda p, b: gradients(task, p, task.start(p), b, jax.random.key(0), accumulation=accumulation, mesh=mesh)
+            lambda p, b: gradients(
+                task, p, task.init_state(p), b, jax.random.key(0), accumulation=accumulation, mesh=mesh
+            )
         )(params, batch)
     a, b, x = np.ones(4), np.arange(4.0), batch["x"]
     np.testing.assert_allclose(grads["maker"]["a"], np.mean(2 * b * (a - x), 0), rtol=1e-5)
@@ -107,9 +109,9 @@ def test_what_a_task_keeps_is_updated_saved_resumed_and_used(tmp_path):
 def test_a_loss_far_above_its_beginning_stops_the_run_before_it_is_saved(tmp_path):
     @dataclasses.dataclass(frozen=True, eq=False)
     class Rising(Duel):
-        def loss(self, params: Any, kept: Any, batch: Any, keys: Any) -> Any:
-            losses, rows, metrics = super().loss(params, kept, batch, keys)
-            high = jnp.where(kept["steps"] < 20, 1.0, 50.0)
+        def loss(self, params: Any, model_state: Any, batch: Any, keys: Any) -> Any:
+            losses, rows, metrics = super().loss(params, model_state, batch, keys)
+            high = jnp.where(model_state["steps"] < 20, 1.0, 50.0)
             return losses, rows, metrics | {"loss": (high * rows, rows)}
 
     options = dict(task=Rising(), steps=40, log_every=5, validate_every=0, checkpoint_every=10)

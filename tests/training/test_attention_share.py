@@ -22,7 +22,7 @@ TEXT, IMAGE, CONTROL = (True, False), (False, True), (False, False)
 
 
 def test_four_tokens_by_hand():
-    """Controls, text and pictures: c i t t. Scores of a query to its keys are log(1), log(2), ..., by column."""
+    """Controls, text and images: c i t t. Scores of a query to its keys are log(1), log(2), ..., by column."""
     modality = jnp.array([[CONTROL, IMAGE, TEXT, TEXT]])
     query = jnp.full((1, 4, 2, 4), 0.5)  # 0.5 * key * 4 numbers / sqrt(4) = key
     key = jnp.broadcast_to(jnp.log(jnp.arange(1.0, 5.0))[None, :, None, None], (1, 4, 1, 4))
@@ -30,7 +30,7 @@ def test_four_tokens_by_hand():
     # Of text, the query of column 2 sees weights 1 2 3, that of column 3 sees 1 2 3 4: image is 2/6 and 2/10.
     np.testing.assert_allclose(sums[0], [3 / 6 + 7 / 10, 2 / 6 + 2 / 10], rtol=1e-6)
     np.testing.assert_allclose(uniform[0], [1 / 3 + 2 / 4, 1 / 3 + 1 / 4], rtol=1e-6)
-    np.testing.assert_array_equal(counts, [2, 0])  # the picture sees no text: it is not asked
+    np.testing.assert_array_equal(counts, [2, 0])  # the image sees no text: it is not asked
     assert not np.asarray(sums[1]).any()
 
 
@@ -101,7 +101,7 @@ def test_the_shares_are_those_of_weights_written_out(params, columns, monkeypatc
 
 
 def test_packed_documents_do_not_leak(params):
-    """A text behind a picture in a row of its own has nothing to look at but itself, whatever the picture is."""
+    """A text behind an image in a row of its own has nothing to look at but itself, whatever the image is."""
     task, length = tiny.task(), 8
     batch = dataclasses.replace(
         PackedBatch.padding(1, length, tiny.VOCABULARY.pad),

@@ -163,8 +163,8 @@ class PoisonedBatch(PackedBatch):
 class Poisoned(TransformerTask):
     """Where a batch is poisoned, the gradient of one matrix of layer 0 is not finite, though the loss is."""
 
-    def loss(self, params, kept, batch, key):
-        loss, weight, metrics = super().loss(params, kept, batch, key)
+    def loss(self, params, model_state, batch, key):
+        loss, weight, metrics = super().loss(params, model_state, batch, key)
         gate = params["layers"]["mlp"]["gate"]
         zero = jnp.abs(gate[0] - jax.lax.stop_gradient(gate[0]))
         hurt = jnp.sqrt(jnp.where(batch.poison[0, 0], zero, 1.0))  # the slope of a root at zero
@@ -207,10 +207,10 @@ def test_the_bad_step_is_not_taken(params):
     broken = params | {"head": head}
     with jax.set_mesh(mesh):
         state = TrainState(jnp.int32(0), jax.tree.map(jnp.array, broken), tx.init(broken), {})
-        kept = jax.device_get(state)
+        before = jax.device_get(state)
         step = make_train_step(task, tx, mesh, seed=0, clip_norm=1.0)
         after, report = step(state, place_batch(mesh, tiny.packed(0)))
-    same_bits((after.params, after.optimizer), (kept.params, kept.optimizer))
+    same_bits((after.params, after.optimizer), (before.params, before.optimizer))
     assert not report.finite and after.step == 1 and not report.finite_leaves["layers.mlp.gate"].any()
 
 

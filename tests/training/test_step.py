@@ -170,7 +170,7 @@ def test_dropout_is_keyed_by_step_and_repeats(params):
 
 def test_every_row_of_a_global_batch_has_a_key_of_its_own(params):
     class Telling(TransformerTask):
-        def loss(self, params, kept, batch, keys):
+        def loss(self, params, model_state, batch, keys):
             told = {"keys": jax.random.key_data(keys)}
             return jnp.float32(0) * params["norm"][0], jnp.float32(1), told
 
@@ -221,8 +221,8 @@ def test_metrics_are_what_they_are_called(params):
 
 
 def test_unknown_weights_are_refused():
-    with pytest.raises(ValueError, match="unknown .*pictures.*known: text, control, size, image"):
-        tiny.task(role_weights={"pictures": 1.0})
+    with pytest.raises(ValueError, match="unknown .*images.*known: text, control, size, image"):
+        tiny.task(role_weights={"images": 1.0})
 
 
 def test_flops_of_one_document_are_the_textbook_formula():

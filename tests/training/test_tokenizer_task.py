@@ -1,4 +1,4 @@
-"""The image tokenizer in the one loop: any quantiser, with an adversary or without, on any mesh, killed and resumed."""
+"""The image tokenizer in the one loop: any quantizer, with an adversary or without, on any mesh, killed and resumed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ QUANTIZERS: dict[str, dict[str, Any]] = {
 SOME = {("fsq", False), ("vq_ema", True), ("ibq", False), ("rq", True), ("lfq", False)}
 
 
-def pictures(step: int, index: int = 0, count: int = 1) -> dict[str, np.ndarray]:
+def images(step: int, index: int = 0, count: int = 1) -> dict[str, np.ndarray]:
     """32 x 32 pixels, blocks of colour: more positions in a batch than codes, so that no code hangs on one of them."""
     blocks = np.random.default_rng(step % 16).integers(0, 256, (8, 8, 8, 3), np.uint8)
     pixels = blocks.repeat(4, axis=1).repeat(4, axis=2)
@@ -53,14 +53,14 @@ def pictures(step: int, index: int = 0, count: int = 1) -> dict[str, np.ndarray]
 
 
 def flat(step: int, index: int = 0, count: int = 1, side: int = 16) -> dict[str, np.ndarray]:
-    """side x side pixels, each picture of one of eight colours: few latents, and few on the border between two codes,
+    """side x side pixels, each image of one of eight colours: few latents, and few on the border between two codes,
     where rounding decides and the losses of two meshes part for good."""
     colours = np.random.default_rng(0).integers(0, 256, (8, 1, 1, 3), np.uint8)
     pixels = colours[np.random.default_rng(step).integers(0, 8, 8)].repeat(side, axis=1).repeat(side, axis=2)
     return {"pixels": pixels[index * 8 // count : (index + 1) * 8 // count]}
 
 
-def task(adversary: AdversaryConfig | None = None, batch: Any = pictures, **changes: Any) -> TokenizerTask:
+def task(adversary: AdversaryConfig | None = None, batch: Any = images, **changes: Any) -> TokenizerTask:
     settings: dict[str, Any] = dict(ema=0.9, l1_weight=0.5)
     if adversary is not None:
         settings |= dict(adversary=adversary, perceptual="match", perceptual_weight=0.5)
@@ -135,7 +135,7 @@ def test_one_device_and_eight_have_the_same_losses(tmp_path, name, judged):
     """200 steps, twice from the start, and then the same parameters.
 
     ibq drives latents to the borders between codes, where the gradient of its entropy penalty is steep. It has one
-    latent for each picture here, and codes of four numbers: with 32 its two runs part after some 130 steps.
+    latent for each image here, and codes of four numbers: with 32 its two runs part after some 130 steps.
     """
     adversary, batch, changes = ADVERSARY, flat, QUANTIZERS[name]
     if name == "ibq":
@@ -161,7 +161,7 @@ def test_killed_and_resumed_bit_for_bit(tmp_path, name):
     def mortal(step: int, *part: int) -> dict[str, np.ndarray]:
         if step == 7:
             raise Killed
-        return pictures(step, *part)
+        return images(step, *part)
 
     made = task(ADVERSARY, **QUANTIZERS[name])
     options = dict(steps=9, log_every=1, validate_every=0, checkpoint_every=3)
@@ -174,7 +174,7 @@ def test_killed_and_resumed_bit_for_bit(tmp_path, name):
         Checkpoints(tmp_path / run / "checkpoints", readonly=True).restore(9, params=None, optimizer=None)
         for run in ("whole", "torn")
     )
-    assert {"average", "lecam", "steps"} <= set(whole["optimizer"]["kept"])
+    assert {"average", "lecam", "steps"} <= set(whole["optimizer"]["model_state"])
     jax.tree.map(np.testing.assert_array_equal, torn, whole)
     rows = [
         [{k: v for k, v in row.items() if "second" not in k and "goodput" not in k} for row in read_metrics(path)]
@@ -196,11 +196,11 @@ def test_a_huge_learning_rate_ends_in_a_message_and_a_good_checkpoint(tmp_path):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(stored))
 
 
-def test_pictures_of_one_colour_are_called_a_collapse(tmp_path):
+def test_images_of_one_colour_are_called_a_collapse(tmp_path):
     lines: list[str] = []
 
     def grey(step: int, *part: int) -> dict[str, np.ndarray]:
-        return {"pixels": np.full_like(pictures(step, *part)["pixels"], 77)}
+        return {"pixels": np.full_like(images(step, *part)["pixels"], 77)}
 
     tiny.run(tmp_path, task=task(batch=grey, levels=(8, 5, 5, 5)), steps=4, log_every=1, logger=lines.append)
     (told,) = (line for line in lines if "collapsed" in line)  # once, not at each of the four log lines
@@ -216,11 +216,11 @@ def test_healthy_codebooks_are_not_called_collapsed():
     assert "quantizer=fsq" not in collapse(usage(np.r_[np.full(2, 500), np.zeros(998)]), 1000, "fsq")
 
 
-def test_one_picture_of_the_smallest_size_trains(tmp_path):
+def test_one_image_of_the_smallest_size_trains(tmp_path):
     """Batch 1, one code: statistics of one have no spread to divide by."""
 
     def smallest(step: int, index: int = 0, count: int = 1) -> dict[str, np.ndarray]:
-        return {"pixels": pictures(step)["pixels"][:1, :8, :8]}
+        return {"pixels": images(step)["pixels"][:1, :8, :8]}
 
     adversary = AdversaryConfig(kind="patch", width=4, layers=1, start=0, warmup=0, ramp=1)
     losses, _ = train(tmp_path / "vq", task(adversary, smallest, **QUANTIZERS["vq"]), dict(data=1), 4)

@@ -1,4 +1,4 @@
-"""EvolvingLMMs' lmms-eval (package lmms-eval 0.7): tasks with pictures in the prompt.
+"""EvolvingLMMs' lmms-eval (package lmms-eval 0.7): tasks with images in the prompt.
 
 from ar_unified.sampling.adapters.lmms_eval import EngineLMM
 lmms_eval.evaluator.simple_evaluate(model=EngineLMM(ar_unified.load("bundle")), tasks=["mme"])
@@ -14,7 +14,7 @@ from PIL import Image
 from ar_unified.sampling.adapters.harness import Harness, Prompt
 from ar_unified.sampling.model import Model
 
-_PLACE = "<image>"  # where a task wants a picture in its text
+_PLACE = "<image>"  # where a task wants an image in its text
 
 
 class EngineLMM(lmms):
@@ -74,14 +74,14 @@ class EngineLMM(lmms):
 
 
 def _content(context: str, visuals: list[Any] | None) -> Prompt:
-    """The pictures where the text has places for them, else before it."""
-    pictures = list(visuals or ())
-    if any(not isinstance(picture, Image.Image) for picture in pictures):
-        raise ValueError(f"expected pictures, found {type(pictures[0]).__name__}: video and sound cannot be read")
+    """The images where the text has places for them, else before it."""
+    images = list(visuals or ())
+    if any(not isinstance(image, Image.Image) for image in images):
+        raise ValueError(f"expected images, found {type(images[0]).__name__}: video and sound cannot be read")
     texts = context.split(_PLACE)
-    if len(texts) - 1 != len(pictures):
-        return [*pictures, context]
+    if len(texts) - 1 != len(images):
+        return [*images, context]
     mixed: list[str | Image.Image] = [texts[0]]
-    for picture, text in zip(pictures, texts[1:], strict=True):
-        mixed += [picture, text]
+    for image, text in zip(images, texts[1:], strict=True):
+        mixed += [image, text]
     return mixed

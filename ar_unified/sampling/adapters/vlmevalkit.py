@@ -29,10 +29,10 @@ class EngineVLM(BaseModel):
 
     def generate_inner(self, message: Sequence[dict[str, str]], dataset: str | None = None) -> str:
         """The answer to [{"type": "text" | "image", "value": a text or a file}]; `dataset` changes nothing."""
-        content = [part["value"] if part["type"] == "text" else _picture(part["value"]) for part in message]
+        content = [part["value"] if part["type"] == "text" else _image(part["value"]) for part in message]
         return self._model.answers([(content, self._settings)])[0]
 
 
-def _picture(path: str) -> Image.Image:
+def _image(path: str) -> Image.Image:
     with open(path, "rb") as file:
         return Image.fromarray(images.decode(file.read()))

@@ -11,7 +11,7 @@ parameters that returns both losses, and pull each back to its own parameters,
 
 without a stop_gradient anywhere: what the discriminator's loss says about the autoencoder is thrown away with the `_`.
 
-Every loss and penalty here is float32 [B], one number for each picture, so that sums over microbatches and devices are
+Every loss and penalty here is float32 [B], one number for each image, so that sums over microbatches and devices are
 those of the whole batch.
 """
 
@@ -44,7 +44,7 @@ class AdversaryConfig:
 
     kind: Literal["none", "patch", "style"] = "none"
     width: int = 64  # features of the finest layer; they double with every halving, up to eight times as many
-    layers: int = 3  # how often the discriminator halves the picture
+    layers: int = 3  # how often the discriminator halves the image
     loss: Literal["hinge", "non_saturating"] = "hinge"
     weight: float = 0.1  # of the generator's loss beside those of reconstruction
     adaptive: bool = False  # scale that by `adaptive_weight`, as VQGAN does, with weight 0.8
@@ -83,17 +83,17 @@ def init(config: AdversaryConfig, key: jax.Array) -> Params:
 
 
 def logits(config: AdversaryConfig, params: Params, pixels: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-    """How real each picture looks, and what the discriminator saw in it.
+    """How real each image looks, and what the discriminator saw in it.
 
     Args:
       pixels: float32 [B, H, W, 3] in [-1, 1], of any H x W that is large enough.
 
     Returns:
-      logits, float32 [B, h, w] of patches or [B] of pictures, larger for real ones; and the activations of its layers,
+      logits, float32 [B, h, w] of patches or [B] of images, larger for real ones; and the activations of its layers,
       [B, h, w, F] in the dtype of the config, which feature matching compares.
 
     Raises:
-      ValueError: the pictures are too small for as many layers, or the kind is "none".
+      ValueError: the images are too small for as many layers, or the kind is "none".
     """
     graph, state = nnx.split(nnx.eval_shape(lambda: config._discriminator(nnx.Rngs(0))))
     nnx.replace_by_pure_dict(state, params)
@@ -103,11 +103,11 @@ def logits(config: AdversaryConfig, params: Params, pixels: jax.Array) -> tuple[
 
 
 def require_size(config: AdversaryConfig, height: int, width: int) -> None:
-    """Raises ValueError for pictures, in pixels, that leave the discriminator nothing to judge."""
+    """Raises ValueError for images, in pixels, that leave the discriminator nothing to judge."""
     least = nnx.eval_shape(lambda: config._discriminator(nnx.Rngs(0))).least
     if min(height, width) < least:
         raise ValueError(
-            f"a {config.kind} discriminator of {config.layers} layers needs pictures of at least {least} "
+            f"a {config.kind} discriminator of {config.layers} layers needs images of at least {least} "
             f"pixels a side, got {height} x {width}: ask for fewer layers"
         )
 
@@ -116,14 +116,14 @@ def require_size(config: AdversaryConfig, height: int, width: int) -> None:
 
 
 def discriminator_loss(config: AdversaryConfig, real_logits: jax.Array, fake_logits: jax.Array) -> jax.Array:
-    """What the discriminator minimises: logits [B, ...] of pictures and of their reconstructions -> float32 [B].
+    """What the discriminator minimises: logits [B, ...] of images and of their reconstructions -> float32 [B].
 
     hinge: half of relu(1 - real) + relu(1 + fake), as in VQGAN and LlamaGen. non_saturating: cross entropy without
     the half (Goodfellow et al. 2014, arXiv:1406.2661), as in MaskGIT.
     """
     if config.loss == "hinge":
-        return 0.5 * by_picture(jax.nn.relu(1 - real_logits)) + 0.5 * by_picture(jax.nn.relu(1 + fake_logits))
-    return by_picture(jax.nn.softplus(-real_logits)) + by_picture(jax.nn.softplus(fake_logits))
+        return 0.5 * by_image(jax.nn.relu(1 - real_logits)) + 0.5 * by_image(jax.nn.relu(1 + fake_logits))
+    return by_image(jax.nn.softplus(-real_logits)) + by_image(jax.nn.softplus(fake_logits))
 
 
 def generator_loss(config: AdversaryConfig, fake_logits: jax.Array) -> jax.Array:
@@ -131,18 +131,18 @@ def generator_loss(config: AdversaryConfig, fake_logits: jax.Array) -> jax.Array
 
     hinge: -fake. non_saturating: -log sigmoid(fake), whose gradient is largest where the discriminator is sure.
     """
-    return by_picture(-fake_logits) if config.loss == "hinge" else by_picture(jax.nn.softplus(-fake_logits))
+    return by_image(-fake_logits) if config.loss == "hinge" else by_image(jax.nn.softplus(-fake_logits))
 
 
 def r1_penalty(config: AdversaryConfig, params: Params, pixels: jax.Array) -> jax.Array:
-    """gamma / 2 |d logit / d pixels|^2 of real pictures [B, H, W, 3] -> float32 [B], for the discriminator's loss.
+    """gamma / 2 |d logit / d pixels|^2 of real images [B, H, W, 3] -> float32 [B], for the discriminator's loss.
 
-    Mescheder et al. 2018, arXiv:1801.04406. A picture's logit is the mean over its patches. Penalties are dear: ask
+    Mescheder et al. 2018, arXiv:1801.04406. An image's logit is the mean over its patches. Penalties are dear: ask
     for them in few steps, and multiply them by what `r1_weight` says.
     """
 
-    def total(pixels: jax.Array) -> jax.Array:  # of pictures that do not see each other: one gradient for all
-        return jnp.sum(by_picture(logits(config, params, pixels)[0]))
+    def total(pixels: jax.Array) -> jax.Array:  # of images that do not see each other: one gradient for all
+        return jnp.sum(by_image(logits(config, params, pixels)[0]))
 
     return 0.5 * config.r1 * jnp.sum(jnp.square(jax.grad(total)(pixels)), axis=(1, 2, 3))
 
@@ -158,18 +158,18 @@ def lecam_penalty(
     """lecam x (relu(real - average fake)^2 + relu(average real - fake)^2) -> float32 [B].
 
     Tseng et al. 2021, arXiv:2104.03310, with the relu of the authors' code: it holds back a discriminator that grows
-    sure, and asks nothing of one that errs. Of each picture's mean logit; MAGVIT has the batch's, which would depend
+    sure, and asks nothing of one that errs. Of each image's mean logit; MAGVIT has the batch's, which would depend
     on the microbatch.
     """
-    real = jax.nn.relu(by_picture(real_logits) - averages["fake"])
-    fake = jax.nn.relu(averages["real"] - by_picture(fake_logits))
+    real = jax.nn.relu(by_image(real_logits) - averages["fake"])
+    fake = jax.nn.relu(averages["real"] - by_image(fake_logits))
     return config.lecam * (jnp.square(real) + jnp.square(fake))
 
 
 def lecam_update(
     averages: Mapping[str, jax.Array], real_sum: jax.Array, fake_sum: jax.Array, count: jax.Array | float
 ) -> dict[str, jax.Array]:
-    """The averages after a step, from the sums over the whole global batch of each picture's mean logit."""
+    """The averages after a step, from the sums over the whole global batch of each image's mean logit."""
     means = {"real": real_sum / count, "fake": fake_sum / count}
     return {name: LECAM_DECAY * averages[name] + (1 - LECAM_DECAY) * mean for name, mean in means.items()}
 
@@ -206,7 +206,7 @@ def last_layer_gradients(
       reconstruction, adversarial: d loss / d pixels [B, H, W, 3] of each.
 
     Returns:
-      Both gradients, trees like params. They are sums over pictures: add them over microbatches.
+      Both gradients, trees like params. They are sums over images: add them over microbatches.
     """
     _, pull_back = jax.vjp(layer, params)
     return pull_back(reconstruction)[0], pull_back(adversarial)[0]
@@ -217,13 +217,13 @@ def adaptive_weight(reconstruction: Params, adversarial: Params, limit: float = 
 
     |gradient of the reconstruction's losses| / (|gradient of the generator's loss| + 1e-4), both for the last layer:
     VQGAN, Esser et al. 2020, arXiv:2012.09841. It multiplies the weight of `gates`. The 1e-4 is meant for gradients
-    of a mean over pictures, not of a sum.
+    of a mean over images, not of a sum.
     """
     ratio = _norm(reconstruction) / (_norm(adversarial) + 1e-4)
     return jax.lax.stop_gradient(jnp.clip(ratio, 0, limit))
 
 
-def by_picture(values: jax.Array) -> jax.Array:
+def by_image(values: jax.Array) -> jax.Array:
     """[B, ...] -> [B]: over the patches, if there are any."""
     return jnp.mean(values, axis=tuple(range(1, values.ndim)))
 

@@ -1,8 +1,8 @@
-"""A convolutional VQ-VAE for pictures of any H x W divisible by its factor.
+"""A convolutional VQ-VAE for images of any H x W divisible by its factor.
 
 Axes: B batch, H W pixels, h w codes (H/factor, W/factor x depth), K codebook size.
 
-An encoder, a quantiser and a decoder; which ones is the config's choice. A quantiser with D codes a position makes the
+An encoder, a quantizer and a decoder; which ones is the config's choice. A quantizer with D codes a position makes the
 grid of codes D times as wide, depth innermost: whoever reads codes sees one wider grid of single codes.
 """
 
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ar_tokenizers.image import folded, vqgan
+from ar_tokenizers.image import space_to_depth, vqgan
 from ar_tokenizers.image.config import AutoencoderConfig
 
 Params = dict[str, Any]
@@ -24,7 +24,7 @@ class Reconstruction(NamedTuple):
     pixels: jax.Array  # float32 [B, H, W, 3], about [-1, 1]: not clipped
     codes: jax.Array  # int32 [B, h, w]
     quantizer_loss: jax.Array  # float32 []
-    quantizer_sums: dict[str, jax.Array]  # for the quantiser's `settle`; {} without keys
+    quantizer_sums: dict[str, jax.Array]  # for the quantizer's `update_state`; {} without keys
 
 
 class Autoencoder(nnx.Module):
@@ -33,7 +33,7 @@ class Autoencoder(nnx.Module):
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.quantizer = config.make_quantizer(rngs)
-        backbone: Any = folded if config.backbone == "folded" else vqgan
+        backbone: Any = space_to_depth if config.backbone == "space_to_depth" else vqgan
         self.encoder = backbone.Encoder(config, self.quantizer.dim, rngs=rngs)
         self.decoder = backbone.Decoder(config, self.quantizer.dim, rngs=rngs)
 
@@ -45,7 +45,7 @@ class Autoencoder(nnx.Module):
         return nnx.merge(graph, state)
 
     def __call__(self, pixels: jax.Array, keys: jax.Array | None = None) -> Reconstruction:
-        """keys: PRNG keys [B], one for each picture; None: not training."""
+        """keys: PRNG keys [B], one for each image; None: not training."""
         quantized = self.quantizer(self._latents(pixels), keys)
         codes = self._in_grid(quantized.codes)
         return Reconstruction(self.decoder(quantized.vectors), codes, quantized.loss, quantized.sums)

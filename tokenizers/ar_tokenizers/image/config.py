@@ -17,9 +17,9 @@ from ar_tokenizers.image import quantizers
 class AutoencoderConfig:
     """What an image tokenizer is. Raises ValueError where the numbers do not fit together."""
 
-    backbone: Literal["folded", "vqgan"] = "folded"  # folded: small and cheap on a CPU | vqgan: the field's
+    backbone: Literal["space_to_depth", "vqgan"] = "space_to_depth"  # small and cheap on a CPU | the field's
     factor: int = 16  # pixels along the side of one code
-    patch: int = 4  # of which this many are folded into features at once; 1 in published vqgans
+    patch: int = 4  # of which this many by one space-to-depth; 1 in published vqgans
     width: int = 64  # features at the finest level
     multipliers: tuple[int, ...] = (1, 2, 2)  # x width, one per level: fine to coarse, log2(factor / patch) + 1 levels
     blocks: tuple[int, ...] = (
@@ -29,17 +29,17 @@ class AutoencoderConfig:
     )  # residual blocks per level of the encoder; vqgan's decoder has one more in each
     attention: Literal["none", "middle", "lowest"] = "none"  # vqgan: only between encoder and codes | in all of the
     # lowest resolution. It costs (HW / factor^2)^2, and a code then looks at every pixel
-    z_channels: int = 256  # vqgan: features between its last 3 x 3 convolution and the quantiser
+    z_channels: int = 256  # vqgan: features between its last 3 x 3 convolution and the quantizer
     quantizer: str = "fsq"  # fsq | vq | simvq | lfq | bsq | ibq | rq; the next ten are settings of quantizers.make
     levels: tuple[int, ...] = (8, 5, 5, 5)  # fsq: the codebook size is their product
     activation: str = "tanh"  # fsq: or "ifsq"
     codes: int = 1024  # all others: the codebook size
-    code_dim: int = 0  # numbers in a code; 0: the quantiser's usual
+    code_dim: int = 0  # numbers in a code; 0: the quantizer's usual
     depth: int = 4  # rq: codes a position
     codebook_update: str = "gradient"  # vq, rq: what moves the codes; or "ema"
     gradient: str = "straight_through"  # vq, simvq, rq: or "rotation"
     beta: float = 0.25  # weight of the commitment
-    entropy: float = -1.0  # weight of the entropy penalty; negative: the quantiser's usual
+    entropy: float = -1.0  # weight of the entropy penalty; negative: the quantizer's usual
     restart: float = 0.1  # vq, rq: codes used less than this share of the mean become latents; 0: never
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the networks' arithmetic; parameters and codes: float32
 
@@ -62,31 +62,34 @@ class AutoencoderConfig:
             raise ValueError(f"width, multipliers and z_channels must be at least 1: {self}")
         if min(self.blocks) < (fewest := int(self.backbone == "vqgan")):
             raise ValueError(f"a level of backbone {self.backbone!r} has at least {fewest} blocks, got {self.blocks}")
-        if self.backbone == "folded" and self.attention != "none":
-            raise ValueError(f"backbone 'folded' has no attention, got {self.attention!r}: choose 'vqgan' or 'none'")
-        self.abstract_quantizer  # noqa: B018 (the quantiser checks its own numbers)
+        if self.backbone == "space_to_depth" and self.attention != "none":
+            raise ValueError(
+                f"backbone 'space_to_depth' has no attention, got {self.attention!r}: choose 'vqgan' or 'none'"
+            )
+        self.abstract_quantizer  # noqa: B018 (the quantizer checks its own numbers)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AutoencoderConfig:
         """Raises ValueError naming the keys that are no field."""
-        values = {_NAMED_BEFORE.get(name, name): value for name, value in values.items()}
+        values = {_NAMED_BEFORE.get(name, name): _renamed(value, _NAMED_BEFORE) for name, value in values.items()}
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(values) - set(known)):
             raise ValueError(f"an AutoencoderConfig has no {unknown}; it has {known}")
         return cls(**values)
 
     def identity(self) -> str:
-        """All settings as one line of JSON, each by its first name: what belongs to the hash of a tokenizer."""
+        """All settings as one line of JSON, by their first names: what belongs to the hash of a tokenizer."""
         first = {now: before for before, now in _NAMED_BEFORE.items()}
         settings = dataclasses.asdict(self)
-        return json.dumps({first.get(name, name): value for name, value in settings.items()}, sort_keys=True)
+        named = {first.get(name, name): _renamed(value, first) for name, value in settings.items()}
+        return json.dumps(named, sort_keys=True)
 
     def make_quantizer(self, rngs: nnx.Rngs) -> quantizers.Quantizer:
         return quantizers.make(**{name: getattr(self, name) for name in quantizers.SETTINGS}, rngs=rngs)
 
     @functools.cached_property
     def abstract_quantizer(self) -> quantizers.Quantizer:
-        """The quantiser without its arrays."""
+        """The quantizer without its arrays."""
         return nnx.eval_shape(lambda: self.make_quantizer(nnx.Rngs(0)))
 
     @property
@@ -106,24 +109,30 @@ class AutoencoderConfig:
         """Pixels -> the grid of codes (h, w). Raises ValueError unless both sides are multiples of the factor."""
         if height <= 0 or width <= 0 or height % self.factor or width % self.factor:
             raise ValueError(
-                f"a picture of {height} x {width} pixels does not divide into codes of {self.factor} x {self.factor}: "
+                f"an image of {height} x {width} pixels does not divide into codes of {self.factor} x {self.factor}: "
                 f"resize, crop or pad both sides to multiples of {self.factor}"
             )
         return height // self.factor, width // self.factor * self.codes_per_position
 
 
-_NAMED_BEFORE = {"update": "codebook_update"}  # in tokenizers that were saved; their hashes stay
+# Keys and values in tokenizers that were saved; their hashes stay.
+_NAMED_BEFORE = {"update": "codebook_update", "folded": "space_to_depth"}
+
+
+def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+    return names.get(value, value) if isinstance(value, str) else value
+
 
 CHOICES = {
-    "backbone": ("folded", "vqgan"),
+    "backbone": ("space_to_depth", "vqgan"),
     "attention": ("none", "middle", "lowest"),
     "dtype": ("float32", "bfloat16"),
 }
 
 
-def _folded(width: int, multipliers: tuple[int, ...], blocks: tuple[int, ...]) -> dict[str, Any]:
+def _space_to_depth(width: int, multipliers: tuple[int, ...], blocks: tuple[int, ...]) -> dict[str, Any]:
     factor = 4 << (len(multipliers) - 1)
-    return dict(backbone="folded", factor=factor, patch=4, width=width, multipliers=multipliers, blocks=blocks)
+    return dict(backbone="space_to_depth", factor=factor, patch=4, width=width, multipliers=multipliers, blocks=blocks)
 
 
 def _vqgan(width: int, multipliers: tuple[int, ...], blocks: int, **more: Any) -> dict[str, Any]:
@@ -132,12 +141,12 @@ def _vqgan(width: int, multipliers: tuple[int, ...], blocks: int, **more: Any) -
     return dict(backbone="vqgan", **shape, blocks=(blocks,) * len(multipliers)) | more
 
 
-# Backbones only: the quantiser and the losses are the experiment's choice. In an experiment file:
+# Backbones only: the quantizer and the losses are the experiment's choice. In an experiment file:
 # config.image_tokenizer.update(PRESETS["taming_f16"])
 PRESETS: dict[str, dict[str, Any]] = {
     # Ours, from 1M parameters. vqgan_*_16m are the sizes of the benchmark against transformers.
-    "folded_f8": _folded(64, (1, 2), (1, 2)),
-    "folded_f16": _folded(64, (1, 2, 2), (0, 1, 2)),
+    "space_to_depth_f8": _space_to_depth(64, (1, 2), (1, 2)),
+    "space_to_depth_f16": _space_to_depth(64, (1, 2, 2), (0, 1, 2)),
     "vqgan_f8_1m": _vqgan(32, (1, 1, 2, 2), 1, z_channels=64),
     "vqgan_f16_1m": _vqgan(32, (1, 1, 1, 2, 2), 1, z_channels=64),
     "vqgan_f8_16m": _vqgan(64, (1, 2, 2, 4), 2, attention="middle", z_channels=64),

@@ -1,9 +1,9 @@
-"""What tells pictures from reconstructions: PatchGAN's judge of patches and StyleGAN's judge of the whole.
+"""What tells images from reconstructions: PatchGAN's judge of patches and StyleGAN's judge of the whole.
 
 Axes: B batch, H W pixels, h w positions, F features.
 
-No layer looks beyond its own picture: no batch statistics and no minibatch standard deviation. So a batch of one
-trains, real and reconstructed pictures may be judged in one call or in two, and neither microbatches nor the mesh
+No layer looks beyond its own image: no batch statistics and no minibatch standard deviation. So a batch of one
+trains, real and reconstructed images may be judged in one call or in two, and neither microbatches nor the mesh
 change a logit. All layers are smooth enough to be differentiated twice, which R1 asks for.
 """
 
@@ -21,7 +21,7 @@ from ar_tokenizers.image.layers import GroupNorm
 
 
 class Discriminator(nnx.Module):
-    """The interface. `least` is the shortest side of a picture, in pixels, that leaves something to judge."""
+    """The interface. `least` is the shortest side of an image, in pixels, that leaves something to judge."""
 
     least: int
 
@@ -58,10 +58,10 @@ class PatchDiscriminator(Discriminator):
 
 
 class StyleDiscriminator(Discriminator):
-    """Judges the whole picture: one logit, [B].
+    """Judges the whole image: one logit, [B].
 
     StyleGAN2's residual discriminator (Karras et al. 2019, arXiv:1912.04958) as MaskGIT and MAGVIT train tokenizers
-    with it: `layers` residual blocks that each blur and halve, and dense layers. These see the picture averaged into
+    with it: `layers` residual blocks that each blur and halve, and dense layers. These see the image averaged into
     4 x 4 cells, so that one set of parameters judges any H x W; log2(side / 4) layers end at exactly that size.
     """
 

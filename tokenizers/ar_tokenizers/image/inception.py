@@ -1,4 +1,4 @@
-"""InceptionV3 as FID means it, and the Frechet distance: how far two sets of pictures are apart.
+"""InceptionV3 as FID means it, and the Frechet distance: how far two sets of images are apart.
 
 Axes: B batch, H W pixels, h w positions, F features.
 
@@ -177,10 +177,10 @@ def pool3(params: Params, pixels: jax.Array) -> jax.Array:
     Resized to 299 x 299 pixels as pytorch-fid does: bilinear, half-pixel centres, not antialiased, not rounded.
 
     Raises:
-      ValueError: the pictures are not uint8. What was never rounded to a file has no FID that others could repeat.
+      ValueError: the images are not uint8. What was never rounded to a file has no FID that others could repeat.
     """
     if pixels.dtype != jnp.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
-        raise ValueError(f"FID's pictures are uint8 [B, H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
+        raise ValueError(f"FID's images are uint8 [B, H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
     x = pixels.astype(jnp.float32) / 255
     size = (len(x), SIDE, SIDE, 3)
     x = jax.image.resize(x, size, "bilinear", antialias=False, precision=jax.lax.Precision.HIGHEST)
@@ -204,7 +204,7 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
     """|mean1 - mean2|^2 + trace(cov1 + cov2 - 2 (cov1 cov2)^(1/2)) of two Gaussians, in float64.
 
     The trace of the root is that of (r cov2 r)^(1/2) with r the root of cov1: both are symmetric and their
-    eigenvalues real, also where there are fewer pictures than features. No small number is added to the diagonals.
+    eigenvalues real, also where there are fewer images than features. No small number is added to the diagonals.
 
     Args:
       mean1, mean2: [F]; cov1, cov2: [F, F], symmetric.
@@ -218,7 +218,7 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
         shapes = [list(x.shape) for x in (mean1, cov1, mean2, cov2)]
         raise ValueError(f"two means [F] and covariances [F, F] of one F are needed, got {shapes}")
     if not all(np.isfinite(x).all() for x in (mean1, cov1, mean2, cov2)):
-        raise ValueError("a mean or a covariance is not finite: features overflowed, or there was a single picture")
+        raise ValueError("a mean or a covariance is not finite: features overflowed, or there was a single image")
     values, vectors = np.linalg.eigh(cov1)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     both = np.linalg.eigvalsh(root @ cov2 @ root)

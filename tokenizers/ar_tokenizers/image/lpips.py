@@ -13,7 +13,7 @@ import numpy as np
 
 from ar_tokenizers.image.weights import Params, Shapes, conv, conv_params, conv_shapes, max_pool
 
-# Features of the convolutions of each stage; between stages, the picture is halved by maxima.
+# Features of the convolutions of each stage; between stages, the image is halved by maxima.
 _VGG: tuple[tuple[int, ...], ...] = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
@@ -52,10 +52,10 @@ def distance(params: Params, a: jax.Array, b: jax.Array, dtype: jnp.dtype = jnp.
     difference weighted by learned heads, averaged over positions and added over stages.
 
     Raises:
-      ValueError: pictures shorter than 16 pixels, which four halvings leave nothing of.
+      ValueError: images shorter than 16 pixels, which four halvings leave nothing of.
     """
     if min(a.shape[1:3]) < 16:
-        raise ValueError(f"LPIPS needs pictures of at least 16 x 16 pixels, got {a.shape[1]} x {a.shape[2]}")
+        raise ValueError(f"LPIPS needs images of at least 16 x 16 pixels, got {a.shape[1]} x {a.shape[2]}")
     shift, scale = jnp.array([-0.030, -0.088, -0.188]), jnp.array([0.458, 0.448, 0.450])
     x = ((jnp.concatenate([a, b]).astype(jnp.float32) - shift) / scale).astype(dtype)
     total = jnp.zeros(len(a), jnp.float32)

@@ -1,8 +1,8 @@
-"""What an image tokenizer is worth, without any pretrained network: distances of pictures, and how codes are used.
+"""What an image tokenizer is worth, without any pretrained network: distances of images, and how codes are used.
 
-Everything is float64 numpy, per picture: a mean over a data set does not depend on how pictures were batched.
+Everything is float64 numpy, per image: a mean over a data set does not depend on how images were batched.
 
-Axes: H W pixels, K codebook size. Pictures are uint8 RGB, [..., H, W, 3].
+Axes: H W pixels, K codebook size. Images are uint8 RGB, [..., H, W, 3].
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2  # SSIM's constants for 8 bit
 
 
 def mse(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Mean squared error of each picture, of values in [0, 1]: uint8 [..., H, W, 3] twice -> float64 [...].
+    """Mean squared error of each image, of values in [0, 1]: uint8 [..., H, W, 3] twice -> float64 [...].
 
-    Raises ValueError, like all distances here, where the pictures differ in shape or are not uint8.
+    Raises ValueError, like all distances here, where the images differ in shape or are not uint8.
     """
     a, b = _pair("mse", a, b)
     return np.mean(np.square(a - b), axis=(-3, -2, -1)) / 255.0**2
 
 
 def l1(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Mean absolute error of each picture, of values in [0, 1]: uint8 [..., H, W, 3] twice -> float64 [...]."""
+    """Mean absolute error of each image, of values in [0, 1]: uint8 [..., H, W, 3] twice -> float64 [...]."""
     a, b = _pair("l1", a, b)
     return np.mean(np.abs(a - b), axis=(-3, -2, -1)) / 255.0
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio of each picture, in dB: uint8 [..., H, W, 3] twice -> float64 [...].
+    """Peak signal-to-noise ratio of each image, in dB: uint8 [..., H, W, 3] twice -> float64 [...].
 
-    Its mean over pictures is what tokenizer papers report; `decibels` of the mean error over a data set is lower.
-    Identical pictures have 100 dB, so that a mean over pictures stays finite.
+    Its mean over images is what tokenizer papers report; `decibels` of the mean error over a data set is lower.
+    Identical images have 100 dB, so that a mean over images stays finite.
     """
     return decibels(mse(a, b))
 
@@ -47,25 +47,25 @@ def decibels(mse: np.ndarray | float) -> np.ndarray:
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Structural similarity of each picture, at most 1: uint8 [..., H, W, 3] twice -> float64 [...].
+    """Structural similarity of each image, at most 1: uint8 [..., H, W, 3] twice -> float64 [...].
 
     Wang et al. 2004: a Gaussian window of 11 x 11 pixels with sigma 1.5, K1 = 0.01, K2 = 0.03, only where the window
-    lies inside the picture. Of R, G and B each, then averaged, as scikit-image and dm_pix do; MAGVIT and others take
-    it of the grey picture, which gives another number. A side of at least 11 pixels is needed.
+    lies inside the image. Of R, G and B each, then averaged, as scikit-image and dm_pix do; MAGVIT and others take
+    it of the grey image, which gives another number. A side of at least 11 pixels is needed.
     """
     similarity, _ = _structure(*_pair("ssim", a, b, side=WINDOW))
     return similarity.mean(-1)
 
 
 def ms_ssim(a: np.ndarray, b: np.ndarray, scales: int = len(SCALE_WEIGHTS)) -> np.ndarray:
-    """Multi-scale SSIM of each picture, in [0, 1]: uint8 [..., H, W, 3] twice -> float64 [...].
+    """Multi-scale SSIM of each image, in [0, 1]: uint8 [..., H, W, 3] twice -> float64 [...].
 
     Wang, Simoncelli and Bovik 2003: contrast and structure at every scale, luminance at the coarsest, each scale being
     the one before averaged over 2 x 2 pixels. Of R, G and B each, then averaged. A negative mean of a scale counts as
     0, as in pytorch_msssim and TensorFlow.
 
     Args:
-      scales: 5 is MS-SSIM. Fewer, for pictures below 161 pixels, make another number: the first weights, scaled to
+      scales: 5 is MS-SSIM. Fewer, for images below 161 pixels, make another number: the first weights, scaled to
         the sum of all.
 
     Raises:
@@ -136,7 +136,7 @@ def collapse(found: Mapping[str, float], codebook_size: int, quantizer: str = ""
     other = "" if quantizer == "fsq" else "quantizer=fsq, "
     return (
         f"the codebook has collapsed: {used} of {codebook_size} codes are used, with a perplexity of {perplexity:.1f}. "
-        f"Are all pictures of one colour? Else try {other}a smaller codebook, a smaller code_dim, restart, or a lower "
+        f"Are all images of one colour? Else try {other}a smaller codebook, a smaller code_dim, restart, or a lower "
         "learning rate"
     )
 
@@ -146,16 +146,16 @@ def _pair(name: str, a: np.ndarray, b: np.ndarray, side: int = 1) -> tuple[np.nd
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape or a.dtype != np.uint8 or b.dtype != np.uint8 or a.ndim < 3 or a.shape[-1] != 3:
         raise ValueError(
-            f"{name} compares uint8 pictures [..., H, W, 3] of one shape, "
+            f"{name} compares uint8 images [..., H, W, 3] of one shape, "
             f"got {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}"
         )
     if min(a.shape[-3:-1]) < side:
-        raise ValueError(f"{name} needs sides of at least {side} pixels, got pictures {list(a.shape)}")
+        raise ValueError(f"{name} needs sides of at least {side} pixels, got images {list(a.shape)}")
     return a.astype(np.float64), b.astype(np.float64)
 
 
 def _structure(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The means over a picture of SSIM and of its contrast-structure factor, of each channel: float64 [..., 3]."""
+    """The means over an image of SSIM and of its contrast-structure factor, of each channel: float64 [..., 3]."""
     mean_x, mean_y = _smooth(x), _smooth(y)
     var_x, var_y = _smooth(x * x) - mean_x**2, _smooth(y * y) - mean_y**2
     covariance = _smooth(x * y) - mean_x * mean_y

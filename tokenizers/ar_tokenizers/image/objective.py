@@ -1,11 +1,11 @@
-"""What an image tokenizer is trained for: reconstruction, its quantiser, how pictures look, and an adversary.
+"""What an image tokenizer is trained for: reconstruction, its quantizer, how images look, and an adversary.
 
 Axes: B batch, H W pixels, K codebook size.
 
 The parameters are {"autoencoder": ..., "discriminator": ...}, the second only with an adversary, and so are the losses:
-each moves the parameters of its name, and both come from one forward pass. What is kept beside the parameters is what
-no gradient moves: the number of steps, averaged weights, statistics of the codebook, averages of the discriminator, the
-weights of a pretrained network that pictures are compared with.
+each moves the parameters of its name, and both come from one forward pass. The model state is what no gradient moves:
+the number of steps, averaged weights, statistics of the codebook, averages of the discriminator, the
+weights of a pretrained network that images are compared with.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ObjectiveConfig:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Objective:
-    """An autoencoder, its losses, and the network that pictures are compared with.
+    """An autoencoder, its losses, and the network that images are compared with.
 
     Raises ValueError where `perceptual` is not the distance that the config asks for.
     """
@@ -77,36 +77,36 @@ class Objective:
             params["discriminator"] = adversaries.init(self.config.adversary, jax.random.fold_in(key, 1))
         return params
 
-    def start(self, params: Params) -> Params:
-        """What is kept, before the first step."""
+    def init_state(self, params: Params) -> Params:
+        """The model state before the first step."""
         quantizer = self.autoencoder.abstract_quantizer
-        kept: Params = {"steps": jnp.zeros((), jnp.int32)}
-        if statistics := quantizer.start(params["autoencoder"].get("quantizer", {})):
-            kept["quantizer"] = statistics
+        model_state: Params = {"steps": jnp.zeros((), jnp.int32)}
+        if statistics := quantizer.init_state(params["autoencoder"].get("quantizer", {})):
+            model_state["quantizer"] = statistics
         if self.config.ema:
-            kept["average"] = params["autoencoder"]
+            model_state["average"] = params["autoencoder"]
         if self.config.adversary.lecam:
-            kept["lecam"] = adversaries.lecam_init()
+            model_state["lecam"] = adversaries.lecam_init()
         if self.perceptual.params:  # pretrained: here they are arguments of the step and not constants in it
-            kept["perceptual"] = self.perceptual.params
-        return kept
+            model_state["perceptual"] = self.perceptual.params
+        return model_state
 
-    def inference_params(self, params: Params, kept: Params) -> Params:
+    def inference_params(self, params: Params, model_state: Params) -> Params:
         """The same tree, with the averaged weights in place where there are any."""
-        return {**params, "autoencoder": kept.get("average", params["autoencoder"])}
+        return {**params, "autoencoder": model_state.get("average", params["autoencoder"])}
 
     def losses(
-        self, params: Params, kept: Params, pixels: jax.Array, keys: jax.Array | None
+        self, params: Params, model_state: Params, pixels: jax.Array, keys: jax.Array | None
     ) -> tuple[dict[str, jax.Array], Metrics, dict[str, Any]]:
         """What to minimise for a batch.
 
         Args:
           pixels: [B, H, W, 3], uint8, or float32 in [-1, 1].
-          keys: PRNG keys [B], one for each picture; None: held-out pictures, whose losses are without the adversary.
+          keys: PRNG keys [B], one for each image; None: held-out images, whose losses are without the adversary.
 
         Returns:
-          losses, float32 [] by the parameters that each moves, summed over the pictures; metrics, (sum, count) over the
-          pictures, and `code_counts`, how often each code was used, int32 [K]; and sums for `settle`.
+          losses, float32 [] by the parameters that each moves, summed over the images; metrics, (sum, count) over the
+          images, and `code_counts`, how often each code was used, int32 [K]; and sums for `update_state`.
         """
         config, target = self.config, to_float(pixels)
         made = Autoencoder.bind(self.autoencoder, params["autoencoder"])(target, keys)
@@ -122,7 +122,7 @@ class Objective:
             )
             loss = config.l1_weight * counted["l1"] + config.l2_weight * counted["mse"]
             if self.perceptual.kind not in ("none", "match"):
-                perceptual = dataclasses.replace(self.perceptual, params=kept.get("perceptual", {}))
+                perceptual = dataclasses.replace(self.perceptual, params=model_state.get("perceptual", {}))
                 parts["perceptual"] = perceptual.distance(target, fake)
                 loss += config.perceptual_weight * parts["perceptual"]
             return loss, parts
@@ -137,7 +137,7 @@ class Objective:
         if "discriminator" in params:
             losses["discriminator"] = jnp.zeros(())
         if "discriminator" in params and keys is not None:
-            judged = self._judged(params, kept, target, made, lambda fake: similar(fake)[0])
+            judged = self._judged(params, model_state, target, made, lambda fake: similar(fake)[0])
             losses["autoencoder"] += jnp.sum(judged.generator)
             losses["discriminator"] += jnp.sum(judged.discriminator)
             parts |= judged.parts
@@ -151,14 +151,14 @@ class Objective:
     def _judged(
         self,
         params: Params,
-        kept: Params,
+        model_state: Params,
         target: jax.Array,
         made: Reconstruction,
         similar: Callable[[jax.Array], jax.Array],
     ) -> Judged:
         """What the adversary makes of a batch; nothing is computed before its time has come."""
         config, matching = self.config.adversary, self.config.perceptual_weight * (self.config.perceptual == "match")
-        weight, learning = adversaries.gates(config, kept["steps"])
+        weight, learning = adversaries.gates(config, model_state["steps"])
 
         def generator(discriminator: Params, fake: jax.Array) -> tuple[jax.Array, Any]:
             logits, features = adversaries.logits(config, discriminator, fake)
@@ -178,13 +178,13 @@ class Objective:
                 "generator_loss": fooled,
                 "discriminator_loss": loss,
                 "generator_weight": jnp.broadcast_to(share, fooled.shape),
-                "logits/real": adversaries.by_picture(real_logits),
-                "logits/fake": adversaries.by_picture(fake_logits),
+                "logits/real": adversaries.by_image(real_logits),
+                "logits/fake": adversaries.by_image(fake_logits),
             }
             if config.lecam:
-                loss += adversaries.lecam_penalty(config, kept["lecam"], real_logits, fake_logits)
+                loss += adversaries.lecam_penalty(config, model_state["lecam"], real_logits, fake_logits)
             if config.r1:
-                due = adversaries.r1_weight(config, kept["steps"])
+                due = adversaries.r1_weight(config, model_state["steps"])
                 parts["r1"] = jax.lax.cond(
                     due > 0,
                     lambda discriminator: due * adversaries.r1_penalty(config, discriminator, target),
@@ -213,37 +213,37 @@ class Objective:
         head = params["decoder"]["head"]
         return adversaries.adaptive_weight(*adversaries.last_layer_gradients(last_layer, head, by_pixels, by_adversary))
 
-    def settle(self, params: Params, kept: Params, sums: Mapping[str, Any]) -> tuple[Params, Params]:
-        """(params, kept) after an optimizer step, given what `losses` summed over the step's whole batch."""
-        kept = {**kept, "steps": kept["steps"] + 1}
+    def update_state(self, params: Params, model_state: Params, sums: Mapping[str, Any]) -> tuple[Params, Params]:
+        """(params, model_state) after an optimizer step, given what `losses` summed over the step's whole batch."""
+        model_state = {**model_state, "steps": model_state["steps"] + 1}
         model = dict(params["autoencoder"])
-        if "quantizer" in kept:
+        if "quantizer" in model_state:
             quantizer = self.autoencoder.abstract_quantizer
-            model["quantizer"], kept["quantizer"] = quantizer.settle(
-                model["quantizer"], kept["quantizer"], sums["quantizer"]
+            model["quantizer"], model_state["quantizer"] = quantizer.update_state(
+                model["quantizer"], model_state["quantizer"], sums["quantizer"]
             )
-        if "average" in kept:
+        if "average" in model_state:
             # TensorFlow's ramp: the average of a young training is of its last tenth, not of its first weights.
-            steps = kept["steps"].astype(jnp.float32)
+            steps = model_state["steps"].astype(jnp.float32)
             decay = jnp.minimum(self.config.ema, steps / (steps + 9))
-            average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, kept["average"], model)
-            if "quantizer" in kept:  # codes that were restarted are not on their way from where they were
+            average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, model_state["average"], model)
+            if "quantizer" in model_state:  # codes that were restarted are not on their way from where they were
                 average["quantizer"] = model["quantizer"]
-            kept["average"] = average
-        if "lecam" in kept:
+            model_state["average"] = average
+        if "lecam" in model_state:
             found = sums["adversary"]
-            kept["lecam"] = jax.tree.map(
+            model_state["lecam"] = jax.tree.map(
                 lambda new, old: jnp.where(
-                    adversaries.gates(self.config.adversary, kept["steps"] - 1)[1] > 0, new, old
+                    adversaries.gates(self.config.adversary, model_state["steps"] - 1)[1] > 0, new, old
                 ),
-                adversaries.lecam_update(kept["lecam"], found["real"], found["fake"], found["count"]),
-                kept["lecam"],
+                adversaries.lecam_update(model_state["lecam"], found["real"], found["fake"], found["count"]),
+                model_state["lecam"],
             )
-        return {**params, "autoencoder": model}, kept
+        return {**params, "autoencoder": model}, model_state
 
 
 def mean_errors(error: jax.Array) -> Metrics:
-    """Mean absolute and mean squared error of each picture: [B, H, W, 3] -> float32 [B] by name."""
+    """Mean absolute and mean squared error of each image: [B, H, W, 3] -> float32 [B] by name."""
     return {"l1": jnp.mean(jnp.abs(error), axis=(1, 2, 3)), "mse": jnp.mean(jnp.square(error), axis=(1, 2, 3))}
 
 

@@ -1,9 +1,9 @@
-"""How far a reconstruction is from its picture to the eye: what to minimise beside the pixels.
+"""How far a reconstruction is from its image to the eye: what to minimise beside the pixels.
 
 Axes: B batch, H W pixels, h w positions, F features.
 
 `ms_ssim` and `match` need no pretrained weights; `lpips` and `features` need a file that the user names, whose sha256
-belongs beside every number that came from it. All are zero for equal pictures and float32 [B], one for each picture.
+belongs beside every number that came from it. All are zero for equal images and float32 [B], one for each image.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Perceptual:
         """float32 [B, H, W, 3] in [-1, 1] twice -> float32 [B].
 
         `match` compares what the discriminator saw in them, the activations that adversary.logits returns; the
-        others have no use for it. Raises ValueError where pictures are too small, or `match` is given no activations.
+        others have no use for it. Raises ValueError where images are too small, or `match` is given no activations.
         """
         dtype = jnp.dtype(self.dtype)
         match self.kind:
@@ -85,12 +85,12 @@ class Perceptual:
 
 
 def require_fitting(kind: str, path: str | os.PathLike[str] = "", side: int = 1 << 30) -> None:
-    """Raises ValueError unless a kind that needs a weight file has one, and pictures of `side` pixels suffice."""
+    """Raises ValueError unless a kind that needs a weight file has one, and images of `side` pixels suffice."""
     if bool(path) != (kind in NETWORKS):
         wants = "needs a weight file: name one" if kind in NETWORKS else f"has no weights: it cannot use {path}"
         raise ValueError(f"the perceptual distance {kind!r} {wants}")
     if kind == "ms_ssim" and side < len(_WINDOW):
-        raise ValueError(f"MS-SSIM needs pictures of at least 11 x 11 pixels, got a side of {side}")
+        raise ValueError(f"MS-SSIM needs images of at least 11 x 11 pixels, got a side of {side}")
     if path:
         check_file(path, NETWORKS[kind].SHAPES)
 
@@ -102,18 +102,18 @@ _WINDOW = np.exp(-0.5 * np.square(np.arange(-5, 6) / 1.5))
 
 
 def ms_ssim(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Multi-scale structural similarity: float32 [B, H, W, 3] in [-1, 1] twice -> float32 [B], 1 for equal pictures.
+    """Multi-scale structural similarity: float32 [B, H, W, 3] in [-1, 1] twice -> float32 [B], 1 for equal images.
 
     Wang, Simoncelli and Bovik 2003, as a loss: Zhao et al. 2015, arXiv:1511.08861. A Gaussian window of 11 x 11 pixels
     and sigma 1.5, without padding; the mean over the colours. Five scales fit sides of 176 pixels and more; smaller
-    pictures have as many as fit, of the same relative weights.
+    images have as many as fit, of the same relative weights.
 
     Raises:
       ValueError: a side is shorter than the window.
     """
     side = min(a.shape[1:3])
     if side < len(_WINDOW):
-        raise ValueError(f"MS-SSIM needs pictures of at least 11 x 11 pixels, got {a.shape[1]} x {a.shape[2]}")
+        raise ValueError(f"MS-SSIM needs images of at least 11 x 11 pixels, got {a.shape[1]} x {a.shape[2]}")
     count = min(len(_SCALES), (side // len(_WINDOW)).bit_length())
     weights = np.array(_SCALES[:count]) / sum(_SCALES[:count])
     x, y = (pixels.astype(jnp.float32) * 0.5 + 0.5 for pixels in (a, b))  # SSIM's luminance is of [0, 1]
@@ -135,7 +135,7 @@ def feature_matching(a: Features, b: Features) -> jax.Array:
     """
     if not a or len(a) != len(b):
         raise ValueError(
-            "feature matching compares what the discriminator saw in both pictures, the second result of "
+            "feature matching compares what the discriminator saw in both images, the second result of "
             f"adversary.logits, but got {len(a)} and {len(b)} layers of it"
         )
     layers = [jnp.abs(x.astype(jnp.float32) - y.astype(jnp.float32)).mean((1, 2, 3)) for x, y in zip(a, b, strict=True)]
@@ -143,7 +143,7 @@ def feature_matching(a: Features, b: Features) -> jax.Array:
 
 
 def _similarity(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """SSIM's luminance and contrast-structure maps, [B, H - 10, W - 10, 3], of pictures in [0, 1]."""
+    """SSIM's luminance and contrast-structure maps, [B, H - 10, W - 10, 3], of images in [0, 1]."""
 
     def band(size: int) -> np.ndarray:  # the window as a matrix: two products are faster than a convolution of one
         rows = [np.pad(_WINDOW / _WINDOW.sum(), (i, size - len(_WINDOW) - i)) for i in range(size - len(_WINDOW) + 1)]

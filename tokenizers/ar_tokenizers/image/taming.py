@@ -1,6 +1,6 @@
 """The vqgan backbone under the names of taming-transformers, which `ChameleonVQVAE` of transformers has too.
 
-Only the networks: a codebook and its 1 x 1 convolutions' width are the quantiser's matter, but the convolutions
+Only the networks: a codebook and its 1 x 1 convolutions' width are the quantizer's matter, but the convolutions
 (`quant_conv`, `post_quant_conv`) come along as `to_code` and `from_code`.
 """
 

@@ -1,8 +1,8 @@
-"""Pictures larger than memory allows, encoded and decoded in overlapping windows of one size.
+"""Images larger than memory allows, encoded and decoded in overlapping windows of one size.
 
 Axes: B batch, H W pixels, h w codes. Lengths here are in codes, unless said otherwise.
 
-A window sees nothing of what is beyond its edge, so its results near an edge inside the picture are wrong as far as the
+A window sees nothing of what is beyond its edge, so its results near an edge inside the image are wrong as far as the
 network reaches. Codes are taken from the window in whose middle they are: half of each overlap is given up on either
 side. Pixels are blended over the middle half of each overlap; a quarter is given up on either side.
 """
@@ -30,7 +30,7 @@ def map_windows(
       function: [n, th * scales[0], tw * scales[0], ...] -> [n, th * scales[1], tw * scales[1], ...].
       x: [B, h * scales[0], w * scales[0], ...].
       scales: entries of x and of the result along the side of one code: (factor, 1) to encode, (1, factor) to decode.
-      tile: side of a window; a picture that is smaller is its own window. overlap: of neighbours, at least.
+      tile: side of a window; an image that is smaller is its own window. overlap: of neighbours, at least.
       blend: mix the overlaps (pixels), or cut them in their middle (codes).
 
     Returns:

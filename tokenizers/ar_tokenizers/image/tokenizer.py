@@ -1,4 +1,4 @@
-"""The trained image tokenizer: pictures to codes and back, and the folder it is kept in."""
+"""The trained image tokenizer: images to codes and back, and the folder it is kept in."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ WEIGHTS, CONFIG, FORMAT = "weights.safetensors", "config.json", 2
 
 
 class ImageTokenizer:
-    """Pictures uint8 [B, H, W, 3] <-> codes int32 [B, h, w] in [0, codebook_size).
+    """Images uint8 [B, H, W, 3] <-> codes int32 [B, h, w] in [0, codebook_size).
 
     h is H/factor and w is W/factor x codes_per_position: see AutoencoderConfig.grid.
 
     Args:
-      batch_size: pictures in one call of the compiled network; the last batch is padded. One size means one compiled
-        program per picture size, and codes that do not depend on how many pictures came together.
+      batch_size: images in one call of the compiled network; the last batch is padded. One size means one compiled
+        program per image size, and codes that do not depend on how many images came together.
 
     Raises:
       ValueError: the parameters are not those of the config, by name.
@@ -73,20 +73,20 @@ class ImageTokenizer:
         return digest.hexdigest()
 
     def vectors(self) -> np.ndarray:
-        """What the quantiser has for each code, float32 [K, C]: near each other where codes are (Quantizer.alone)."""
+        """What the quantizer has for each code, float32 [K, C]: near each other where codes are (Quantizer.alone)."""
         return np.asarray(jax.jit(lambda params: Autoencoder.bind(self.config, params).quantizer.alone())(self.params))
 
     def encode(self, images: np.ndarray, *, tile: int = 0, overlap: int | None = None) -> np.ndarray:
-        """Pictures to codes.
+        """Images to codes.
 
         Args:
           images: uint8 [B, H, W, 3].
-          tile: 0: the network sees whole pictures. Else it sees windows of tile x tile pixels, and `batch_size` of them
+          tile: 0: the network sees whole images. Else it sees windows of tile x tile pixels, and `batch_size` of them
             at once, whatever H and W are.
           overlap: of neighbouring windows, in pixels, at least; by default a quarter of a tile. Both are multiples of
-            the factor. With backbone "folded" the windows change nothing if the overlap is 2 x `folded.reach(config)`,
-            4 x in `decode`. With "vqgan" each window has its own norms and attention, and its codes are not those of
-            the whole picture.
+            the factor. With backbone "space_to_depth" the windows change nothing if the overlap is 2 x
+            `space_to_depth.receptive_radius(config)`, 4 x in `decode`. With "vqgan" each window has its own norms and
+            attention, and its codes are not those of the whole image.
 
         Returns:
           int32 [B, h, w].
@@ -96,13 +96,13 @@ class ImageTokenizer:
         """
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise ValueError(f"pictures must be uint8 [B, H, W, 3], got {images.dtype} {list(images.shape)}")
+            raise ValueError(f"images must be uint8 [B, H, W, 3], got {images.dtype} {list(images.shape)}")
         self.config.grid(*images.shape[1:3])
         run = functools.partial(self._in_batches, self._encode, scales=(self.factor, 1), dtype=np.int32)
         return _in_grid(self._in_windows(run, images, (self.factor, 1), tile, overlap, blend=False))
 
     def decode(self, codes: np.ndarray, *, tile: int = 0, overlap: int | None = None) -> np.ndarray:
-        """Codes to pictures: int32 [B, h, w] -> uint8 [B, H, W, 3].
+        """Codes to images: int32 [B, h, w] -> uint8 [B, H, W, 3].
 
         `tile` and `overlap` as in `encode`, in pixels; overlaps are blended, so that no seam shows.
 

@@ -5,13 +5,13 @@ Axes: B batch, H W pixels, h w codes (H/factor, W/factor), h' w' positions of a 
 Esser et al. 2020, arXiv:2012.09841 (taming-transformers' model.py): LlamaGen, Chameleon, IBQ, MaskGIT, Open-MAGVIT2 and
 the parent of Emu3's tokenizer are this network with other widths, blocks and attention. The order of layers is that of
 taming-transformers, so that its weights and those of `ChameleonVQVAE` in transformers load after renaming and
-transposing. What is ours: residual branches start at zero, the 1 x 1 convolutions around the quantiser are `to_code`
+transposing. What is ours: residual branches start at zero, the 1 x 1 convolutions around the quantizer are `to_code`
 and `from_code` in float32, and `patch` may fold pixels first (1 in the published systems).
 
-GroupNorm looks at the whole picture and attention at every position: a code depends on all pixels, if weakly.
+GroupNorm looks at the whole image and attention at every position: a code depends on all pixels, if weakly.
 
 Clips are not here. The network itself would need little: frames in the batch, and after each block a temporal
-convolution over past frames only, added and zero at first, so that a single frame is exactly a picture. What is missing
+convolution over past frames only, added and zero at first, so that a single frame is exactly an image. What is missing
 is the rest: halving in time (1 + 2n frames to 1 + n), a clip in documents, data, grammar and sampling.
 """
 

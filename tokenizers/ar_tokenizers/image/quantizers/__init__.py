@@ -1,4 +1,4 @@
-"""The quantisers, made by name from one flat set of settings.
+"""The quantizers, made by name from one flat set of settings.
 
 fsq     a grid, no codebook: nothing to collapse, any size                      arXiv:2309.15505, 2601.17124
 vq      a learned codebook on the unit sphere                                   arXiv:1711.00937, 2110.04627
@@ -46,20 +46,20 @@ def make(
     restart: float = 0.1,
     rngs: nnx.Rngs,
 ) -> Quantizer:
-    """The quantiser of that name. Under nnx.eval_shape it costs nothing and still says its sizes.
+    """The quantizer of that name. Under nnx.eval_shape it costs nothing and still says its sizes.
 
     Args:
       levels, activation: of fsq.
       codes: the codebook size of all others.
-      code_dim: numbers in a code of vq, simvq, ibq and rq; 0: the quantiser's usual.
+      code_dim: numbers in a code of vq, simvq, ibq and rq; 0: the quantizer's usual.
       depth: codes a position of rq.
       codebook_update, restart: of vq and rq (codebook.py).
       gradient: of vq, simvq and rq.
       beta: weight of the commitment.
-      entropy: weight of the entropy penalty of vq, lfq, bsq and ibq; negative: the quantiser's usual.
+      entropy: weight of the entropy penalty of vq, lfq, bsq and ibq; negative: the quantizer's usual.
 
     Raises:
-      ValueError: an unknown name, a size that the quantiser cannot have, or a choice that it would not heed.
+      ValueError: an unknown name, a size that the quantizer cannot have, or a choice that it would not heed.
     """
     if quantizer not in NAMES:
         raise ValueError(f"quantizer must be one of {', '.join(NAMES)}, got {quantizer!r}")

@@ -1,15 +1,15 @@
-"""What an autoencoder asks of a quantiser: latents to codes, codes to vectors, and what it learns by.
+"""What an autoencoder asks of a quantizer: latents to codes, codes to vectors, and what it learns by.
 
 Axes: B batch, C code dim, K codebook size.
 
-A quantiser says three things: `bound` brings a latent into the space of the codes, `nearest` finds the code, `vectors`
+A quantizer says three things: `bound` brings a latent into the space of the codes, `nearest` finds the code, `vectors`
 looks it up. The training pass is built from the same three, so that what the decoder learns from is bit for bit what
 it gets from codes later. All arithmetic is float32 and int32 whatever the networks compute in: with bfloat16 indices
 FSQ loses half its codebook (lucidrains/vector-quantize-pytorch#114).
 
-What some quantisers keep beside their parameters (how often a code was used, say) goes through three doors, so that it
-is the same on any mesh, checkpointed and resumed with the rest of the training state: `start` makes it, every pass
-returns `sums` over the positions it saw, and `settle` brings it up to date once a step.
+Some quantizers have a state beside their parameters (how often a code was used, say). It goes through three doors, so
+that it is the same on any mesh, checkpointed and resumed with the rest of the training: `init_state` makes it, every
+pass returns `sums` over the positions it saw, and `update_state` brings it up to date once a step.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 Params = dict[str, Any]
-Kept = dict[str, jax.Array]
+State = dict[str, jax.Array]
 
 
 class Quantized(NamedTuple):
     vectors: jax.Array  # float32 [B, ..., C]: exactly `vectors(codes)`, with the gradient of the latent
     codes: jax.Array  # int32 [B, ...] in [0, K); of depth D > 1: [B, ..., D]
-    loss: jax.Array  # float32 []: what the quantiser itself asks for, a mean over positions
-    sums: dict[str, jax.Array]  # over all positions, for `settle`: add them over the parts of a batch; {}: none
+    loss: jax.Array  # float32 []: what the quantizer itself asks for, a mean over positions
+    sums: dict[str, jax.Array]  # over all positions, for `update_state`: add them over the parts of a batch; {}: none
 
 
 class Quantizer(nnx.Module):
@@ -65,7 +65,7 @@ class Quantizer(nnx.Module):
         return jnp.zeros((), jnp.float32)
 
     def sums(self, bounded: jax.Array, codes: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
-        """What `settle` wants to know of a training batch."""
+        """What `update_state` wants to know of a training batch."""
         return {}
 
     def encode(self, z: jax.Array) -> jax.Array:
@@ -85,17 +85,17 @@ class Quantizer(nnx.Module):
         sums = {} if keys is None else self.sums(*jax.lax.stop_gradient((bounded, codes)), keys)
         return Quantized(self.through(bounded, vectors), codes, self.loss(bounded, vectors), sums)
 
-    def start(self, params: Params) -> Kept:
-        """What is kept beside the parameters, before the first step.
+    def init_state(self, params: Params) -> State:
+        """The state before the first step.
 
         Args:
-          params: the quantiser's own, a dict of arrays.
+          params: the quantizer's own, a dict of arrays.
         """
         return {}
 
-    def settle(self, params: Params, kept: Kept, sums: dict[str, jax.Array]) -> tuple[Params, Kept]:
-        """After an optimiser step: the parameters and what is kept, given the sums over the step's whole batch."""
-        return params, kept
+    def update_state(self, params: Params, state: State, sums: dict[str, jax.Array]) -> tuple[Params, State]:
+        """After an optimiser step: the parameters and the state, given the sums over the step's whole batch."""
+        return params, state
 
 
 # ---- gradients --------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ar_tokenizers.image.quantizers.base import GRADIENTS, Kept, Params, Quantizer
+from ar_tokenizers.image.quantizers.base import GRADIENTS, Params, Quantizer, State
 
 SCORES = 2**24  # scores held at one time, over all devices: 64 MB of float32
 DECAY = 0.99  # of the moving averages, per step (VQ-VAE, arXiv:1711.00937, appendix A)
@@ -124,12 +124,12 @@ def _scores(x: jax.Array, block: _Block) -> jax.Array:
 
 
 class CodebookQuantizer(Quantizer):
-    """A quantiser with a learned table, its moving averages, and the restart of codes that fell out of use.
+    """A quantizer with a learned table, its moving averages, and the restart of codes that fell out of use.
 
     Args:
       codebook_update: "gradient": the optimiser moves the codes. "ema": a code is the moving average of the latents
-        that chose it (van den Oord et al. 2017, arXiv:1711.00937, appendix A); `settle` writes it, and no gradient
-        reaches it.
+        that chose it (van den Oord et al. 2017, arXiv:1711.00937, appendix A); `update_state` writes it, and no
+        gradient reaches it.
       gradient: how it reaches the latents, "straight_through" or "rotation".
       restart: a code used less than this share of the mean use, by moving averages, becomes one of the batch's latents
         (Lee et al. 2022, arXiv:2203.01941, whose threshold is a count and so depends on the batch). 0: never. A step
@@ -184,31 +184,31 @@ class CodebookQuantizer(Quantizer):
             sums["drawn_latent"] = zeros.at[code].add(weight[..., None] * bounded)
         return sums
 
-    def start(self, params: Params) -> Kept:
-        kept = {}
+    def init_state(self, params: Params) -> State:
+        state = {}
         if self.restart or self.codebook_update == "ema":
-            kept["count"] = jnp.zeros(self.codebook_size)
+            state["count"] = jnp.zeros(self.codebook_size)
         if self.codebook_update == "ema":
-            kept["latent"] = jnp.zeros((self.codebook_size, self.dim))
-        return kept
+            state["latent"] = jnp.zeros((self.codebook_size, self.dim))
+        return state
 
-    def settle(self, params: Params, kept: Kept, sums: dict[str, jax.Array]) -> tuple[Params, Kept]:
-        kept = {name: DECAY * old + (1 - DECAY) * sums[name] for name, old in kept.items()}
+    def update_state(self, params: Params, state: State, sums: dict[str, jax.Array]) -> tuple[Params, State]:
+        state = {name: DECAY * old + (1 - DECAY) * sums[name] for name, old in state.items()}
         codebook = params["codebook"]
         if self.codebook_update == "ema":  # both averages start at zero and fade alike: their ratio is right
-            used = kept["count"] > 1e-12
-            mean = kept["latent"] / jnp.where(used, kept["count"], 1.0)[:, None]
+            used = state["count"] > 1e-12
+            mean = state["latent"] / jnp.where(used, state["count"], 1.0)[:, None]
             codebook = jnp.where(used[:, None], mean, codebook)
         if self.restart:
-            usual = jnp.mean(kept["count"])
+            usual = jnp.mean(state["count"])
             weight = sums["drawn_weight"]
-            again = (kept["count"] < self.restart * usual) & (weight > 0)
+            again = (state["count"] < self.restart * usual) & (weight > 0)
             latent = sums["drawn_latent"] / jnp.where(weight > 0, weight, 1.0)[:, None]
             codebook = jnp.where(again[:, None], latent, codebook)
-            kept["count"] = jnp.where(again, usual, kept["count"])  # time to be found
+            state["count"] = jnp.where(again, usual, state["count"])  # time to be found
             if self.codebook_update == "ema":
-                kept["latent"] = jnp.where(again[:, None], usual * latent, kept["latent"])
-        return params | {"codebook": codebook}, kept
+                state["latent"] = jnp.where(again[:, None], usual * latent, state["latent"])
+        return params | {"codebook": codebook}, state
 
 
 def check_sizes(name: str, codes: int, dim: int) -> None:

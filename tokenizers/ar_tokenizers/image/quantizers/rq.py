@@ -14,7 +14,7 @@ class RQ(CodebookQuantizer):
     """Residual quantisation: the nearest code, then the nearest to the rest, D times from one shared codebook.
 
     Lee et al. 2022, arXiv:2203.01941: the commitment is asked of every partial sum, so that each depth is a coarser
-    picture by itself.
+    image by itself.
     """
 
     def __init__(

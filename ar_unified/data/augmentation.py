@@ -1,4 +1,4 @@
-"""A source several times over, its pictures a little different each time: more to learn from than there is.
+"""A source several times over, its images a little different each time: more to learn from than there is.
 
 Axes: `H` `W` height and width in pixels.
 """
@@ -16,16 +16,16 @@ from ar_unified.errors import UserError
 from ar_unified.language.document import Document, ImagePart
 
 
-class Views:
-    """`count` views of every item of a source; item i * count + k is view k of item i.
+class Augmented:
+    """`count` versions of every item of a source; item i * count + k is version k of item i.
 
-    View 0 is the item as it stands. The others move it by up to `shift` of its sides, down or up and right or left,
-    and with `mirror` every other one is mirrored left to right. All pictures of a document are moved alike. What is
-    drawn depends on the source's name, the item and k only, so all that reads a source can read its views: an image
-    tokenizer sees them in training, and `prepare` codes each (LlamaGen, arXiv:2406.06525, stores ten crops).
+    Version 0 is the item as it stands. The others move it by up to `shift` of its sides, down or up and right or left,
+    and with `mirror` every other one is mirrored left to right. All images of a document are moved alike. What is
+    drawn depends on the source's name, the item and k only, so all that reads a source can read its versions: an
+    image tokenizer sees them in training, and `prepare` codes each (LlamaGen, arXiv:2406.06525, stores ten crops).
 
     Only for texts that stay true: no mirror where they say left or right, no shift where they say where. A shift cuts
-    off what is nearer to an edge, unless `whole`: then a picture moves only as far as nothing but its ground, one flat
+    off what is nearer to an edge, unless `whole`: then an image moves only as far as nothing but its ground, one flat
     colour all round, is pushed out, and a shift near 1 puts what stands on it anywhere.
 
     Raises:
@@ -35,16 +35,18 @@ class Views:
 
     def __init__(self, source: Source, *, count: int, shift: float = 0.0, mirror: bool = False, whole: bool = False):
         if count < 1 or not 0 <= shift < 1:
-            raise UserError(f"views: expected count >= 1 and 0 <= shift < 1, found {count} and {shift}")
+            raise UserError(f"augmentation: expected count >= 1 and 0 <= shift < 1, found {count} and {shift}")
         if count == 1 and (shift or mirror):
-            raise UserError("views: view 0 is the item as it stands, so shift and mirror need count >= 2, found 1")
+            raise UserError(
+                "augmentation: version 0 is the item as it stands, so shift and mirror need count >= 2, found 1"
+            )
         self.source, self.count, self.shift, self.mirror, self.whole = source, count, shift, mirror, whole
         self.name, self.reversible = source.name, source.reversible
-        self._stream = key("views", source.name)
+        self._stream = key("views", source.name)  # the word is part of what is drawn
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
-        return dict(self.source.fingerprint) | {"views": [self.count, self.shift, self.mirror, self.whole]}
+        return dict(self.source.fingerprint) | {"augmentation": [self.count, self.shift, self.mirror, self.whole]}
 
     def __len__(self) -> int:
         return len(self.source) * self.count
@@ -64,7 +66,7 @@ class Views:
         )
 
     def texts(self, i: int) -> list[str]:
-        """The text of view 0; the others bring none of their own."""
+        """The text of version 0; the others bring none of their own."""
         return [] if i % self.count else self.source.texts(i // self.count)
 
     def origin(self, i: int) -> str:
@@ -72,7 +74,7 @@ class Views:
 
 
 def moved(pixels: np.ndarray, down: float, right: float, mirror: bool = False, *, whole: bool = False) -> np.ndarray:
-    """A picture moved by shares of its height and width, to whole pixels, and then mirrored left to right.
+    """An image moved by shares of its height and width, to whole pixels, and then mirrored left to right.
 
     Where it has ended, its edge pixels go on; `whole`: what leaves at one side comes in at the other, which is right
     for a move within `room`. uint8 [H, W, 3] -> the same shape.

@@ -1,4 +1,4 @@
-"""Documents that are one picture each and no text: the picture files of a folder, for an image tokenizer."""
+"""Documents that are one image each and no text: the image files of a folder, for an image tokenizer."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ar_unified.errors import UserError
 from ar_unified.language.document import Document, ImagePart
 
 
-class Pictures:
-    """Every picture file under `path`, however deep, in the order of their paths; which: `files.Folder`.
+class ImageFiles:
+    """Every image file under `path`, however deep, in the order of their paths; which: `files.Folder`.
 
     Links that lead out, and what cannot be read, are bad items.
 
     Raises:
-        UserError: there is no such folder, or no picture in it.
+        UserError: there is no such folder, or no image in it.
     """
 
     def __init__(
@@ -36,10 +36,10 @@ class Pictures:
         self._found = Folder(self.root, links).search(lambda name: name.lower().endswith(images.SUFFIXES))
         if not self._found:
             endings = ", ".join(images.SUFFIXES)
-            raise UserError(f"{self.root}: expected a folder with picture files ({endings}), found none")
+            raise UserError(f"{self.root}: expected a folder with image files ({endings}), found none")
         names = "".join(f"{found.name} {found.size}\n" for found in self._found)
         digest = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
-        self.fingerprint: dict[str, Any] = {"kind": "pictures", "items": len(self), "sha256": digest}
+        self.fingerprint: dict[str, Any] = {"kind": "images", "items": len(self), "sha256": digest}
 
     def __len__(self) -> int:
         return len(self._found)

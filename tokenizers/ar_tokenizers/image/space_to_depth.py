@@ -1,11 +1,11 @@
-"""The small backbone: pictures folded into features first, so that nothing is computed at the resolution of pixels.
+"""The small backbone: space-to-depth first, so that nothing is computed at the resolution of pixels.
 
 Axes: B batch, H W pixels, h w codes (H/factor, W/factor), h' w' positions of a level, C code dim, F features.
 
 The first `patch` of the factor is a space-to-depth (Cosmos, arXiv:2501.03575, has a Haar transform there), the rest
-halvings, which is what makes small pictures cheap on a CPU. Levels, residual blocks and mirrored decoder after VQGAN
+halvings, which is what makes small images cheap on a CPU. Levels, residual blocks and mirrored decoder after VQGAN
 (Esser et al. 2020, arXiv:2012.09841), with RMSNorm over the features of each position instead of GroupNorm, so that a
-code depends on its surroundings and not on statistics of the whole picture.
+code depends on its surroundings and not on statistics of the whole image.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Decoder(nnx.Module):
         return depth_to_space(self.head(jax.nn.silu(self.norm(x))).astype(jnp.float32), self.patch)
 
 
-def reach(config: AutoencoderConfig) -> int:
-    """Pixels from the edge of a code to the farthest pixel that it depends on, or that depends on it."""
+def receptive_radius(config: AutoencoderConfig) -> int:
+    """Pixels that the receptive field of a code reaches beyond its edge: those it depends on, or that depend on it."""
     blocks = sum(2 * count << level for level, count in enumerate(config.blocks))  # of two convolutions each
     return config.patch * (1 + blocks)
 
