@@ -240,7 +240,8 @@ class Grammar:
         reader = Reader(self.syntax, ids)
         asks = v.control(record.turns.ask) if isinstance(record.turns, TurnMarks) else None
         unsaid = [v.control(name) for name in getattr(record.turns, "answer", ())]
-        if not len(ids) or ids[0] != (begin := v.control(record.begin)):
+        begin = v.control(record.begin)
+        if not len(ids) or ids[0] != begin:
             raise GrammarError(0, v.name(begin), reader.found(0))
         asked: list[tuple[Part, ...]] = []  # turns that wait for their answer
         turns: list[Turn] = []
