@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
 
 from ar_unified.language.document import Document, TextPart, Turn
+from ar_unified.language.layouts import LAYOUTS
 from ar_unified.model.transformer import init
 from ar_unified.sampling import conversation as conversations
 from ar_unified.sampling.conversation import Conversation, say_all
 from ar_unified.sampling.plan import without_text
 from ar_unified.sampling.request import Request, RequestError
+from tests.language.small import grammar_of
 from tests.sampling.test_engine import _forward, contexts_of, engine, image, watch
 from tests.sampling.tiny import CONFIG, GRAMMARS
 
@@ -128,6 +132,17 @@ def test_alone_is_in_a_batch(params, kv_dtype):
             n = len(kept.tokens)
             np.testing.assert_array_equal(np.asarray(one)[:, :, :n], np.asarray(two)[:, :, :n])
     assert len({talk.tokens.tobytes() for talk in alone.values()}) == 5
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_turn_goes_on_as_a_prompt_of_all_turns_is_written(kind):
+    grammar = grammar_of(kind)
+    talk = Conversation(SimpleNamespace(grammar=grammar), [Turn("system", (TextPart("ab"),))])
+    said = *talk.turns, Turn("user", (TextPart("b"),)), Turn("assistant", (TextPart("c"),))
+    asked = Turn("user", (TextPart("ab"),))
+    np.testing.assert_array_equal(talk._prompt(Request("a", said[1].parts)), grammar.prompt(said[:2]))
+    talk.tokens = grammar.history(said)
+    np.testing.assert_array_equal(talk._prompt(Request("a", asked.parts)), grammar.prompt([*said, asked]))
 
 
 def test_a_stop_is_not_said(params):
