@@ -51,7 +51,7 @@ test-interop: $(INTEROP)/.installed  ## beside torch, transformers, lm-evaluatio
 	$(INTEROP)/bin/python $(PYTEST) --junitxml=$(RESULTS)/interop.xml -m interop
 
 # The GPU kernels emulated, and of every room what meets JAX most.
-COVERING = tests/test_automaton.py tests/test_checkpoint.py tests/data/test_loader.py tests/training/test_loop.py \
+COVERING = tests/language/test_automaton.py tests/test_checkpoint.py tests/data/test_loader.py tests/training/test_loop.py \
            tests/training/test_step.py tests/sampling/test_decoding.py tests/sampling/test_job.py \
            tests/experiment/test_config.py
 test-py312: $(PY312)/.installed  ## Python 3.12 with the newest JAX

@@ -3,8 +3,9 @@
     ar-unified run --config experiments/folder.py:path=DIR --workdir workdirs/mine
 
 Rows: {"image", "text"}; {"segments": [{"type": "text", "text"} | {"type": "image", "image"}, ...]};
-{"image", "question", "answer"}. `ar-unified validate DIR` checks them first. Images keep their aspect ratio: each is
-written with its size, row by row. One image in twenty is held out with all its rows, and at least one of two.
+{"image", "question", "answer"}; {"messages": [{"role", "content"}, ...]}. `ar-unified validate DIR` checks them first.
+Images keep their aspect ratio: each is written with its size, row by row. One image in twenty is held out with all its
+rows, and at least one of two.
 
 Arguments: path=DIR; side=PIXELS, an image has about side x side pixels (96); links=yes|no, whether links that lead out
 of DIR are followed (no); init=BUNDLE, begin with that model's weights, tokenizers and way with images (none).

@@ -1,11 +1,11 @@
 """Write interleaved documents for files of requests.
 
-A line of the requests is a JSON object: {"prompt": "a red circle"} asks for an image of a text; {"content": [...],
-"mode": "text" | "image" | "interleaved" | "free", ...} for anything else (ar_unified.sampling.requests says what a
-line may hold). Text files of prompts, tables with a column of them (CSV, TSV, Parquet), OpenAI batch files of
-/v1/chat/completions and /v1/images/generations, WebDataset shards and the prompt files of benchmarks are read as they
-are; columns of their own travel along. Without --requests, prompts are taken from the held-out documents. Leaves in the
-output folder:
+A line of the requests is a JSON object: {"prompt": "a red circle"} asks for an image of a text; {"messages": [...]} for
+the next turn of a conversation; {"content": [...], "mode": "text" | "image" | "interleaved" | "free", ...} for anything
+else (ar_unified.sampling.requests says what a line may hold). Text files of prompts, tables with a column of them (CSV,
+TSV, Parquet), OpenAI batch files of /v1/chat/completions and /v1/images/generations, WebDataset shards and the prompt
+files of benchmarks are read as they are; columns of their own travel along. Without --requests, prompts are taken from
+the held-out documents. Leaves in the output folder:
   samples.jsonl   one line per sample: text, and the names of its images; a bad request is a line that says why
   images/         PNG files
   index.html      a gallery

@@ -24,7 +24,7 @@ class PackedBatch:
     doc_start: Any = _of(np.int32)  # where in the row its document begins; T on padding
     segment_ids: Any = _of(np.int32)  # number of its document in the row, from 1; 0 on padding
     tasks: Any = _of(np.int8)  # of its document, as an index into TASKS
-    roles: Any = _of(np.int8)  # of the target, by its place (language.encoded); Role.PAD where there is none
+    roles: Any = _of(np.int8)  # of the target, by its place (language.encoded); PAD: none, or none to learn
     prompt: Any = _of(np.bool_)  # whether the target is read and not to be learned: a user's or the system's turn
 
     @classmethod

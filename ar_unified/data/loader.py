@@ -25,8 +25,9 @@ from ar_unified.data.prepare import folder_name, load_manifest
 from ar_unified.data.sources import BadItem, Source
 from ar_unified.errors import UserError
 from ar_unified.language.document import TASKS, ImagePart
-from ar_unified.language.encoded import Encoded, joined
+from ar_unified.language.encoded import TRAINED, Encoded, joined
 from ar_unified.language.grammar import Grammar
+from ar_unified.language.vocabulary import Role
 from ar_unified.manifests import require_same
 
 _TEXT_TO_IMAGE, _IMAGE_TO_TEXT = TASKS.index("text_to_image"), TASKS.index("image_to_text")
@@ -213,19 +214,21 @@ def pack(
 
     def next_one(values: np.ndarray, padding: int) -> np.ndarray:
         """Of each position, the value at the next of the same document."""
-        out = np.append(values[1:], padding)
+        out = np.empty_like(values)
+        out[:-1] = values[1:]
         out[ends - 1] = padding
         return out
 
+    after = Encoded(next_one(together.tokens, pad), next_one(together.marks, TRAINED))
     values = {
         "tokens": together.tokens,
-        "targets": next_one(together.tokens, pad),
-        "roles": next_one(together.roles, 0),
+        "targets": after.tokens,
+        "roles": np.where(after.unlearned, Role.PAD, after.roles),
         "positions": positions,
         "doc_start": np.repeat(start, lengths),
         "segment_ids": np.repeat(np.arange(len(documents)) - first + 1, lengths),
         "tasks": np.repeat(tasks, lengths),
-        "prompt": ~next_one(together.trained, True),
+        "prompt": ~after.trained,
     }
     batch = PackedBatch.padding(B, T, pad)
     for name, each in values.items():

@@ -332,7 +332,7 @@ class _Encoder:
     def _ready(self) -> Iterator[_Item]:
         while self._items and all(digest in self._codes for digest in self._items[0].images):
             item = self._items.popleft()
-            if item.document is not None:
+            if item.document is not None and item.images:
                 codes = iter([self._codes[digest] for digest in item.images])
                 item.document = item.document.changed(lambda part: next(codes) if part is _IMAGE else part)  # noqa: B023
             yield item

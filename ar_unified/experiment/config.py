@@ -67,7 +67,7 @@ def _add_data_and_tokenizers(config: ConfigDict) -> None:
     config.data.tests = ConfigDict()  # more held-out sets by name, reported under that name
     config.data.image_size = (64, 64)  # height and width of images; resize="aspect" keeps their area only
     config.data.resize = "crop"  # crop: to exactly image_size | aspect: sides are multiples of the factor
-    config.data.layout = "grid"  # grid: one size for all images | rows: each says its size (needed by aspect)
+    config.data.layout = "grid"  # a name of language.layouts; grid: all images of one size | rows: each says its own
     config.data.max_tokens = 256  # a longer document is cut, one with a question or caption left out (data.cutting)
 
     config.text_tokenizer = ConfigDict()

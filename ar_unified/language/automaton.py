@@ -195,7 +195,9 @@ class Automaton:
         choices = self._choices(state)
         ids = jnp.arange(self.syntax.vocabulary.size if first is None else first, dtype=jnp.int32)
         low, high, never, also, has_also, end = (field[:, None] for field in choices[:6])
-        allowed = (ids >= low) & (ids < high) & (ids != never)
+        allowed = (ids >= low) & (ids < high)
+        if len(self.syntax.open) > 1 or self.syntax.spelled:
+            allowed &= ids != never
         allowed |= (has_also & (ids == also)) | (end & (ids == self.syntax.end))
         if choices.digits is not None:
             for digit, id in enumerate(self.syntax.digits):

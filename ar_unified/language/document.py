@@ -6,7 +6,7 @@ Axes: `H` `W` height and width of an image in pixels; `h` `w` the same in codes 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -124,7 +124,8 @@ class Document:
 
     def changed(self, change: Callable[[Part], Part]) -> Document:
         """The same with each part as `change` makes it."""
-        return replace(self, turns=tuple(replace(t, parts=tuple(map(change, t.parts))) for t in self.turns))
+        turns = tuple(Turn(turn.speaker, tuple(map(change, turn.parts)), turn.trained) for turn in self.turns)
+        return Document(turns, self.id, self.origin, self.meta)
 
     @property
     def asks(self) -> bool:

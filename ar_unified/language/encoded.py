@@ -8,6 +8,7 @@ Axes: `n` positions of a document.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from ar_unified.language.document import SPEAKERS
 
 _ROLE, _SPEAKER = 0b111, 0b11  # Role in bits 0-2, place in SPEAKERS in bits 3-4
 TRAINED, TURN, IMAGE = 1 << 5, 1 << 6, 1 << 7  # is trained; first of a turn; first of an image
+_ANSWERS = [SPEAKERS.index("document"), SPEAKERS.index("assistant")]
 _OWN = _ROLE | IMAGE  # what a token has wherever it stands
 
 
@@ -70,9 +72,57 @@ class Encoded:
         return self.images[says & self.trained[self.images]]
 
     @property
+    def unlearned(self) -> np.ndarray:
+        """bool [n]: whether it is an answer, or nobody's, that is not to be learned all the same ("weight": 0)."""
+        speakers = self.speakers
+        return ~self.trained & ((speakers == _ANSWERS[0]) | (speakers == _ANSWERS[1]))
+
+    @property
     def trained(self) -> np.ndarray:
         """bool [n]: whether it is to be learned, or only read."""
         return (self.marks & TRAINED) > 0
+
+
+class Writer:
+    """Writes ids and marks, turn by turn."""
+
+    def __init__(self) -> None:
+        self._ids: list[Sequence[int] | np.ndarray] = []
+        self._marks = bytearray()
+        self._says = 0
+        self._begins = 0  # TURN, until the turn has its first id
+
+    def turn(self, speaker: str, learned: bool) -> None:
+        """Who says what is added from here on, and whether it is to be learned."""
+        self._says, self._begins = mark(0, speaker, learned), TURN
+
+    def add(self, ids: Sequence[int] | np.ndarray, role: int) -> None:
+        """Ids of one role."""
+        self._write(ids, bytes([self._says | role]) * len(ids))
+
+    def image(self, ids: np.ndarray, roles: bytes) -> None:
+        """An image with the role of each id."""
+        at = len(self._marks)
+        self._write(ids, roles.translate(_says(self._says)))
+        self._marks[at] |= IMAGE
+
+    def written(self) -> Encoded:
+        tokens = np.concatenate([np.zeros(0, np.int32), *self._ids], dtype=np.int32, casting="unsafe")
+        return Encoded(tokens, np.frombuffer(self._marks, np.uint8))
+
+    def _write(self, ids: Sequence[int] | np.ndarray, marks: bytes) -> None:
+        if len(ids):
+            self._ids.append(ids)
+            at = len(self._marks)
+            self._marks += marks
+            self._marks[at] |= self._begins
+            self._begins = 0
+
+
+@functools.cache
+def _says(says: int) -> bytes:
+    """bytes.translate's table from roles to marks."""
+    return bytes(min(role | says, 255) for role in range(256))
 
 
 def joined(pieces: Sequence[Encoded]) -> Encoded:

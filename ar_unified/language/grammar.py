@@ -109,15 +109,14 @@ class Grammar:
     @cached_property
     def unconditional(self) -> Encoded:
         """What an image without a prompt comes after. Condition dropout trains on it; guidance compares with it."""
-        turn, pieces = Turn("user"), [Encoded(np.zeros(0, np.int32), np.zeros(0, np.uint8))]
+        out = encoded.Writer()
+        out.turn("user", learned=False)
         for part in self.layout.record.unconditional:
             if isinstance(part, Text):
-                pieces.append(self._marked(self.text_codec.encode(part.text), Role.TEXT, turn))
+                out.add(self.text_codec.encode(part.text), Role.TEXT)
             else:
-                pieces.append(self._marked([self.vocabulary.control(part)], Role.CONTROL, turn))
-        context = encoded.joined(pieces)
-        context.marks[:1] |= encoded.TURN
-        return context
+                out.add([self.vocabulary.control(part)], Role.CONTROL)
+        return out.written()
 
     def image(self, codes: np.ndarray) -> np.ndarray:
         """An image of codes int32 [h, w] as ids, int32 [n]. Raises GrammarError like `encode`."""
@@ -145,7 +144,8 @@ class Grammar:
 
     def _joined(self, turns: Sequence[Turn]) -> Encoded:
         """Turns side by side. Texts of two that meet must not begin an image together (`_text`: each alone)."""
-        found, opening = encoded.joined(self._turns(turns)), self.syntax.open
+        writer = self._writer(turns)
+        found, opening = writer.written(), self.syntax.open
         if self.syntax.spelled:
             text = np.where(found.roles == Role.TEXT, found.tokens, -1)
             if (at := find(text, opening)) >= 0:
@@ -153,46 +153,34 @@ class Grammar:
                 raise GrammarError(at, f"texts of turns that do not say {mark!r} together", "the beginning of an image")
         return found
 
-    def _turns(self, turns: Sequence[Turn]) -> list[Encoded]:
+    def _writer(self, turns: Sequence[Turn]) -> encoded.Writer:
         v, marks = self.vocabulary, self.layout.record.turns
         if isinstance(marks, TurnTemplate) and turns[0].speaker != "document":
             turns = _spelled(turns, marks)
-        pieces = [self._marked([v.control(self.layout.record.begin)], Role.CONTROL, turns[0])]
-        pieces[0].marks[:1] |= encoded.TURN
+        asks = [v.control(marks.ask)] if isinstance(marks, TurnMarks) else [v.control(name) for name in marks.answer]
+        out = encoded.Writer()
         at = 0
         for i, turn in enumerate(turns):
-            said = [self._part(at + j, part, turn) for j, part in enumerate(turn.parts)]
-            at += len(turn.parts)
-            answer = turn.speaker in ("document", "assistant")
-            if answer:
-                said.append(self._marked([self.syntax.end], Role.CONTROL, turn))
-            elif isinstance(marks, TurnMarks):
-                said.append(self._marked([v.control(marks.ask)], Role.CONTROL, turn))
-            elif turn.speaker == "user":
-                said.append(self._marked([v.control(name) for name in marks.answer], Role.CONTROL, turn))
-            if i and said:
-                said[0].marks[:1] |= encoded.TURN
-            pieces += said
-        return [*pieces, self._marked(self.tail, Role.CONTROL, turns[-1])]
+            out.turn(turn.speaker, turn.learned)
+            if not i:
+                out.add([v.control(self.layout.record.begin)], Role.CONTROL)
+            for part in turn.parts:
+                if isinstance(part, TextPart):
+                    out.add(self._text(at, part.text), Role.TEXT)
+                elif isinstance(part, CodesPart):
+                    self._check_codes(part.codes, at)
+                    out.image(*self.syntax.write(part.codes))
+                else:
+                    raise GrammarError(at, "codes (the image tokenizer makes them)", "pixels", unit="part")
+                at += 1
+            if turn.speaker in ("document", "assistant"):
+                out.add([self.syntax.end], Role.CONTROL)
+            elif turn.speaker == "user" or isinstance(marks, TurnMarks):
+                out.add(asks, Role.CONTROL)
+        out.add(self.tail, Role.CONTROL)
+        return out
 
-    def _marked(self, ids: Sequence[int] | np.ndarray, role: Role, turn: Turn) -> Encoded:
-        return Encoded(np.asarray(ids, np.int32), np.full(len(ids), _mark(role, turn), np.uint8))
-
-    def _part(self, i: int, part: Part, turn: Turn) -> Encoded:
-        if isinstance(part, TextPart):
-            return self._marked(self._text(i, part.text), Role.TEXT, turn)
-        if not isinstance(part, CodesPart):
-            raise GrammarError(i, "codes (the image tokenizer makes them)", "pixels", unit="part")
-        self._check_codes(part.codes, i)
-        ids, begin, end = self.syntax.write(part.codes)
-        roles = self.vocabulary.role(ids)
-        roles = np.where(roles == Role.TEXT, Role.CONTROL, roles)  # marks that are spelled
-        roles[begin:end] = Role.SIZE
-        marks = (roles | _mark(0, turn)).astype(np.uint8)
-        marks[0] |= encoded.IMAGE
-        return Encoded(ids, marks)
-
-    def _text(self, i: int, text: str) -> np.ndarray:
+    def _text(self, i: int, text: str) -> list[int]:
         try:
             ids = self.text_codec.encode(text)
         except ValueError as error:
@@ -205,12 +193,11 @@ class Grammar:
             at = len(os.path.commonprefix([text, back]))
             expected = f"a text the tokenizer gives back, {text[at : at + 20]!r} at character {at}"
             raise TextLost(i, expected, repr(back[at : at + 20]), unit="part")
-        found = np.asarray(ids, np.int32)
         opening = self.syntax.open
-        if self.syntax.spelled and find(np.append(found, opening[:-1]), opening) >= 0:
+        if self.syntax.spelled and find(np.append(ids, opening[:-1]), opening) >= 0:
             mark = self.text_codec.decode(opening)
             raise GrammarError(i, f"a text without {mark!r}, which begins an image", repr(text)[:80], unit="part")
-        return found
+        return ids
 
     def _check_codes(self, codes: np.ndarray, i: int) -> None:
         v = self.vocabulary
@@ -253,7 +240,8 @@ class Grammar:
         reader = Reader(self.syntax, ids)
         asks = v.control(record.turns.ask) if isinstance(record.turns, TurnMarks) else None
         unsaid = [v.control(name) for name in getattr(record.turns, "answer", ())]
-        if not len(ids) or ids[0] != (begin := v.control(record.begin)):
+        begin = v.control(record.begin)
+        if not len(ids) or ids[0] != begin:
             raise GrammarError(0, v.name(begin), reader.found(0))
         asked: list[tuple[Part, ...]] = []  # turns that wait for their answer
         turns: list[Turn] = []
@@ -380,10 +368,6 @@ class Grammar:
 
 
 _END = "the end of the sequence"
-
-
-def _mark(role: int, turn: Turn) -> int:
-    return encoded.mark(role, turn.speaker, turn.learned)
 
 
 def _turns(asked: Sequence[tuple[Part, ...]], answer: tuple[Part, ...]) -> list[Turn]:

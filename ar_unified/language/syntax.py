@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from ar_unified.language.layouts import LAYOUTS, Decimal, Layout, Mark, SizeTokens, Text
-from ar_unified.language.vocabulary import Vocabulary
+from ar_unified.language.vocabulary import Role, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -213,15 +214,29 @@ class Syntax:
         first, second = ([self.digits[int(digit)] for digit in str(count)] for count in counts)
         return [*first, self.separator, *second]
 
-    def write(self, codes: np.ndarray) -> tuple[np.ndarray, int, int]:
-        """An image of codes int32 [h, w]: its ids int32 [n], and where its size begins and ends in them."""
-        h, w = codes.shape
-        body = codes + self.vocabulary.image_offset
+    def write(self, codes: np.ndarray) -> tuple[np.ndarray, bytes]:
+        """An image of codes int32 [h, w]: its ids int32 [n], and the Role of each by its place, n bytes."""
+        ids, where, roles = self._frame(*codes.shape)
+        ids = ids.copy()
+        ids[where] = codes.reshape(-1) + self.vocabulary.image_offset
+        return ids, roles
+
+    @cached_property
+    def _frames(self) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray, bytes]]:
+        """What `_frame` has made."""
+        return {}
+
+    def _frame(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray, bytes]:
+        """An image without its codes: ids, where the codes stand in them, and roles."""
+        if (height, width) in self._frames:
+            return self._frames[height, width]
         end, fewer = self.layout.row_ends
-        if end:
-            body = np.concatenate([body, np.full((h, 1), self.row_end)], axis=1)
-        flat = body.ravel()[: body.size - fewer]
-        size = self.size(h, w)
-        begin = len(self.open)
-        ids = np.concatenate([self.open, size, self.start, flat, self.close]).astype(np.int32)
-        return ids, begin, begin + len(size)
+        size = self.size(height, width)
+        row = [-1] * width + [self.row_end] * end
+        body = (row * height)[: (width + end) * height - fewer]
+        ids = np.array([*self.open, *size, *self.start, *body, *self.close], np.int32)
+        roles = np.full(len(ids), Role.CONTROL, np.uint8)
+        roles[len(self.open) : len(self.open) + len(size)] = Role.SIZE
+        roles[ids == -1] = Role.IMAGE
+        self._frames[height, width] = found = ids, np.flatnonzero(ids == -1), roles.tobytes()
+        return found

@@ -12,7 +12,7 @@ from ar_unified.language.layouts import LAYOUTS, TurnMarks
 from ar_unified.language.syntax import ImageLayout, vocabulary_for
 
 CODEBOOK = 6
-TEXTS = "0123456789*", "abc<vision>/", " .:YUSERIANTouarehlpfst"
+TEXTS = "0123456789*", "abc<vision>/", " .:YUSERIANTGouarehlpfstkbcdgimn"
 
 
 class Pieces:
@@ -70,6 +70,11 @@ def marked(kind):
     return isinstance(LAYOUTS[kind].turns, TurnMarks)
 
 
+def counted(kind):
+    """Whether all its turns end alike, so that nobody knows of an end whether a question or an answer ended."""
+    return marked(kind) and LAYOUTS[kind].turns.ask == LAYOUTS[kind].end
+
+
 every = pytest.mark.parametrize("kind", LAYOUTS)
 
 
@@ -106,4 +111,4 @@ def documents(draw, grammar, text=UNICODE, exchanges=3):
     count = draw(st.integers(0, exchanges))
     speakers = ["system"] * draw(st.booleans()) + ["user", "assistant"] * count if count else ["document"]
     trained = st.sampled_from([None, None, True, False])
-    return Document.of(tuple(Turn(who, parts(), draw(trained)) for who in speakers))
+    return Document(tuple(Turn(who, parts(), draw(trained)) for who in speakers))

@@ -16,7 +16,7 @@ from ar_unified.language.grammar import Grammar
 from ar_unified.language.layouts import LAYOUTS
 from ar_unified.language.syntax import TEXT_ALONE, fixed_grid, sized_rows
 from ar_unified.language.vocabulary import Role, Vocabulary
-from tests.language.small import Pieces, every, grammar_of, image, sides
+from tests.language.small import Pieces, counted, every, grammar_of, image, sides
 
 LETTERS = Pieces(*"abcde")
 GRID = Grammar(Vocabulary(5, 3), fixed_grid(1, 2), LETTERS)
@@ -72,7 +72,7 @@ def language(grammar, words, budget, mode, least, most, height, width):
 
     def extend(tokens, images):
         if images >= least and len(tokens) < budget:
-            found.append((*tokens, grammar.vocabulary.eos))
+            found.append((*tokens, grammar.syntax.end))
         for word in words:
             said = [*tokens, word]
             if len(said) < budget and tuple(said[-len(syntax.open) :]) != syntax.open:
@@ -87,9 +87,10 @@ def language(grammar, words, budget, mode, least, most, height, width):
 
 later = [pytest.mark.slow, pytest.mark.exhaustive]
 LONG = ("chameleon", "rows of two codes a place", "units of two", "decimals of two digits", "tall decimals")
+MORE = {"decimals": pytest.mark.slow}
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=later if c in LONG else ()) for c in WRITTEN])
+@pytest.mark.parametrize("case", [pytest.param(c, marks=later if c in LONG else MORE.get(c, ())) for c in WRITTEN])
 def test_allowed_is_exactly_what_can_still_be_finished(case):
     kind, height, width, depth, codec, words = WRITTEN[case]
     grammar = grammar_of(kind, height, width // depth, depth, codec, codebook=3)
@@ -163,7 +164,7 @@ def prompts(grammar, rng, rows):
         codes = image(*size, rng.integers(5))
         parts = [TextPart("abc"), codes, codes, TextPart("ba")][rng.integers(3) :]
         tokens = grammar.encode(Document.of(tuple(parts), prompt=[None, 0, 1][rng.integers(3)])).tokens
-        out.append(tokens[: rng.integers(1, len(tokens))])
+        out.append(tokens[: rng.integers(1, len(tokens) - len(grammar.tail))])
     return out
 
 
@@ -182,7 +183,7 @@ def tasted(grammar, rng, rows):
     taste = np.zeros((rows, grammar.vocabulary.size), np.float32)
     for id in dict.fromkeys(grammar.syntax.open):
         taste[:, id] = rng.normal(len(grammar.syntax.open) > 1, 4, rows)
-    taste[:, grammar.vocabulary.eos] = rng.normal(0, 4, rows)
+    taste[:, grammar.syntax.end] = rng.normal(0, 4, rows)
     return taste
 
 
@@ -202,9 +203,10 @@ def sampler(automaton, taste, steps):
     return lambda state, key: jax.lax.scan(step, state, jax.random.split(key, steps))
 
 
-# A layout takes half a minute of compiling and parsing; those whose parts others have are for later.
+QUICK = ("rows", "emu3_5", "lwm")
+# A layout takes seconds of compiling and parsing; those whose parts others have are for later.
 quick = [
-    pytest.param(kind, depth, marks=() if kind in ("grid", "rows", "emu3_5", "lwm") else later)
+    pytest.param(kind, depth, marks={"grid": pytest.mark.slow}.get(kind, () if kind in QUICK else later))
     for kind, depth in zip(LAYOUTS, itertools.cycle([1, 2]), strict=False)
 ]
 
@@ -212,8 +214,8 @@ quick = [
 @pytest.mark.parametrize("kind, depth", quick)
 def test_random_logits_parse_and_end_within_the_budget(kind, depth):
     grammar = grammar_of(kind, depth=depth)
-    v, automaton, rng = grammar.vocabulary, grammar.automaton, np.random.default_rng(0)
-    B, T = 2000, 96
+    automaton, rng = grammar.automaton, np.random.default_rng(0)
+    B, T = 500, 96
     given = prompts(grammar, rng, B)
     wanted, begun = asked(grammar, rng, B, T), opened(grammar, given)
     start = automaton.resume(begun, wanted)
@@ -231,8 +233,8 @@ def test_random_logits_parse_and_end_within_the_budget(kind, depth):
     rows, columns = grammar.layout.units
     for b in np.flatnonzero(possible):
         new = out[: done[:, b].argmax() + 1, b]
-        assert len(new) <= wanted.remaining[b] and new[-1] == v.eos
-        document = grammar.parse(np.concatenate([given[b], new]))
+        assert len(new) <= wanted.remaining[b] and new[-1] == grammar.syntax.end
+        document = grammar.parse(np.concatenate([given[b], new, grammar.tail]))
         shapes = [part.codes.shape for part in document.parts if isinstance(part, CodesPart)]
         begins = int(images[b] - inside[b])
         assert images[b] <= max(wanted.max_images[b], inside[b])
@@ -244,15 +246,16 @@ def test_random_logits_parse_and_end_within_the_budget(kind, depth):
         if grammar.layout.sized and not free[b]:
             for h, w in shapes[len(shapes) - begins :]:
                 assert wanted.height[b] * rows in (0, h) and wanted.width[b] * columns in (0, w)
-    assert images[possible].sum() > 300
+    assert images[possible].sum() > 0.15 * B
 
     # A prompt that is what was sampled so far leads to the same place.
     cut = rng.integers(0, T, B)
-    for b in np.flatnonzero(possible)[:600]:
+    for b in np.flatnonzero(possible)[:150]:
         so_far = out[: min(cut[b], done[:, b].argmax() + 1), b]
         at = type(end)(*(field[min(cut[b], len(field) - 1), b] for field in states))
         again = grammar.breaks_off(np.concatenate([given[b], so_far])).opened
-        assert again.phase == at.phase
+        asked_next = at.phase == DONE and counted(kind)  # an answer may stand behind its end
+        assert again.phase == (PARTS if asked_next else at.phase)
         if again.phase in (HEIGHT, WIDTH, BODY):
             assert again == at[:4]
 
@@ -271,8 +274,8 @@ def test_a_hundred_thousand_random_sequences_parse(kind):
         end, (out, right, within, _) = draw(tasted(grammar, rng, B), start, jax.random.key(chunk))
         assert np.all(right) and np.all(within) and np.all(automaton.done(end))
         for row in np.asarray(out).T:
-            tokens = row[: np.argmax(row == grammar.vocabulary.eos) + 1]
-            document = grammar.parse(np.concatenate([begin, tokens]))
+            tokens = row[: np.argmax(row == grammar.syntax.end) + 1]
+            document = grammar.parse(np.concatenate([begin, tokens, grammar.tail]))
             images += any(isinstance(part, CodesPart) for part in document.parts)
     assert 0.1 * N < images < 0.95 * N
 
@@ -307,7 +310,7 @@ def test_a_prompt_cut_anywhere_leads_where_token_by_token_does(kind):
             if 1 <= n < len(document):
                 found = grammar.breaks_off(document[:n]).opened
                 assert found.phase == at[n - 1][0] and found.written == at[n - 1][1], (document[:n], found, at[n - 1])
-                assert found.phase == PARTS or found == at[n - 1]
+                assert found.phase in (PARTS, DONE) or found == at[n - 1]
 
 
 # ---- requests that cannot be met ---------------------------------------------------------------

@@ -78,22 +78,22 @@ def talk(speakers):
 
 @pytest.mark.parametrize("speakers", ["d", "ua", "sua", "uaua", "suauaua"])
 def test_who_may_follow_whom(speakers):
-    Document.of(tuple(Turn(who) for who in talk(speakers))).check()
+    Document(tuple(Turn(who) for who in talk(speakers))).check()
     check_speakers(tuple(talk(speakers)))
 
 
 @pytest.mark.parametrize("speakers", ["", "u", "a", "s", "sa", "su", "au", "uau", "usua", "ssua", "dd", "dua", "uad"])
 def test_turns_in_another_order_are_refused(speakers):
     with pytest.raises(DocumentError, match="user and assistant by turns") as caught:
-        Document.of(tuple(Turn(who) for who in talk(speakers))).check()
+        Document(tuple(Turn(who) for who in talk(speakers))).check()
     assert caught.value.kind == "bad_turns"
     assert str(caught.value).endswith(", ".join(talk(speakers)) or "none")
 
 
 def test_parts_are_counted_through_all_turns_and_texts_of_two_turns_may_meet():
-    Document.of((Turn("user", (A,)), Turn("assistant", (B,)))).check()
+    Document((Turn("user", (A,)), Turn("assistant", (B,)))).check()
     with pytest.raises(DocumentError, match="part 3: the text is empty") as caught:
-        Document.of((Turn("system", (A,)), Turn("user", (R, A)), Turn("assistant", (TextPart(""),)))).check()
+        Document((Turn("system", (A,)), Turn("user", (R, A)), Turn("assistant", (TextPart(""),)))).check()
     assert caught.value.part == 3
 
 
@@ -106,7 +106,7 @@ def test_what_is_learned_is_what_is_said_and_not_what_is_told_unless_a_turn_says
 
 def test_what_is_asked_and_what_is_answered():
     turns = Turn("system", (B,)), Turn("user", (R,)), Turn("assistant", (A, S))
-    document = Document.of(turns)
+    document = Document(turns)
     assert document.asks and document.asked == turns[:2] and document.answer == (A, S)
     assert document.parts == (B, R, A, S) and not document.is_pair
     plain = Document.of((A, R))
@@ -131,4 +131,4 @@ def test_task_of_a_conversation():
         ((ask, paint, said, say), "interleaved"),
         ((said, say, said, say), "text"),
     ):
-        assert Document.of(turns).task == task
+        assert Document(turns).task == task

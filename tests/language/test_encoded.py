@@ -38,7 +38,7 @@ DRAW = Turn("assistant", (image(2, 2, 2), TextPart("b")))
 
 def test_turns_told_apart_by_ids():
     grammar = grammar_of("rows", 2, 2)
-    conversation = Document.of(
+    conversation = Document(
         (Turn("system", (TextPart("a"),)), ASK, DRAW, Turn("user", (), True), Turn("assistant", (), False))
     )
     image = "<boi> =2 =2 #{} #{} <eol> #{} #{} <eol> <eoi>"
@@ -54,7 +54,7 @@ def test_turns_told_apart_by_ids():
     )
     found = grammar.encode(conversation)
     assert found.own_images.tolist() == [15]
-    assert grammar.encode(Document.of((ASK, Turn("assistant", DRAW.parts, False)))).own_images.tolist() == []
+    assert grammar.encode(Document((ASK, Turn("assistant", DRAW.parts, False)))).own_images.tolist() == []
 
 
 def test_a_document_of_nobody_s_is_learned_from_its_begin_on():
@@ -65,13 +65,13 @@ def test_a_document_of_nobody_s_is_learned_from_its_begin_on():
 
 
 def test_turns_told_apart_by_text_and_decimal_sizes():
-    codec = Pieces(*"0123456789*ab", "You are a helpful assistant.", " USER: ", " ASSISTANT:")
+    codec = Pieces(*"0123456789*ab", "You are a helpful assistant.", " USER: ", ". ASSISTANT:")
     grammar = grammar_of("emu3", 2, 12, codec=codec)
     expect(
-        grammar.encode(Document.of((Turn("user", (TextPart("1*2"), image(1, 12))), DRAW))),
+        grammar.encode(Document((Turn("user", (TextPart("1*2"), image(1, 12))), DRAW))),
         grammar,
         "<bos> You_are_a_helpful_assistant. _USER:_ 1 * 2 <boi> 1 * 1 2 <img> "
-        "#0 #1 #2 #3 #4 #5 #0 #1 #2 #3 #4 #5 <eol> <eof> <eoi> _ASSISTANT: "
+        "#0 #1 #2 #3 #4 #5 #0 #1 #2 #3 #4 #5 <eol> <eof> <eoi> ._ASSISTANT: "
         "<boi> 2 * 2 <img> #2 #3 <eol> #4 #5 <eol> <eof> <eoi> b <eos>",
         "ct" + "tttt" + "cssssciiiiiiiiiiiiccc" + "t" + "csssciiciiccctc",
         "s" * 2 + "u" * 26 + "a" * 15,
@@ -81,13 +81,30 @@ def test_turns_told_apart_by_text_and_decimal_sizes():
     )
 
 
+def test_an_answer_that_a_control_begins_and_an_end_with_more_behind_it():
+    codec = Pieces(*"0123456789*ab", "You are a helpful assistant for t2i task.", " USER: ", " ASSISTANT: ")
+    grammar = grammar_of("emu3_5", 2, 2, codec=codec)
+    ask = Turn("user", (TextPart("a"),))
+    expect(
+        grammar.encode(Document((Turn("system", (TextPart("b"),)), ask, DRAW, ask, DRAW))),
+        grammar,
+        "<bos> b _USER:_ a _ASSISTANT:_ <bss> <boi> 2 * 2 <img> #2 #3 <eol> #4 #5 <eoi> b <ess> "
+        "_USER:_ a _ASSISTANT:_ <bss> <boi> 2 * 2 <img> #2 #3 <eol> #4 #5 <eoi> b <ess> <eos>",
+        "ct" + ("tttc" + "csssciiciic" + "tc") * 2 + "c",
+        "ss" + ("uuuu" + "a" * 13) * 2 + "a",
+        "00" + ("0000" + "1" * 13) * 2 + "1",
+        [0, 2, 6, 19, 23],
+        [6, 23],
+    )
+
+
 SPELLED = grammar_of("lwm", 1, 2, codec=Pieces("a", "<vi", "sion>", "</vision>"))
 
 
 def test_images_that_begin_and_end_with_text():
     expect(
         SPELLED.encode(
-            Document.of((Turn("user", (TextPart("a<vi"), image(1, 2))), Turn("assistant", (TextPart("sion>"),))))
+            Document((Turn("user", (TextPart("a<vi"), image(1, 2))), Turn("assistant", (TextPart("sion>"),))))
         ),
         SPELLED,
         "<bos> a <vi <vi sion> #0 #1 <eov> </vision> sion> <eos>",
@@ -107,7 +124,7 @@ def test_no_text_says_the_beginning_of_an_image():
     for grammar in (SPELLED, grammar_of("lwm")):
         turns = Turn("user", (TextPart("a<vi"),)), Turn("assistant", (TextPart("sion>"),))
         with pytest.raises(GrammarError, match="texts of turns that do not say '<vision>' together"):
-            grammar.encode(Document.of(turns))
+            grammar.encode(Document(turns))
         with pytest.raises(GrammarError, match="together"):
             grammar.history(turns)
     for text in ("a</vision>", "a<vi"):
@@ -124,7 +141,7 @@ def test_a_question_and_its_answer_exchanged():
 
 
 def test_pieces_side_by_side():
-    found = grammar_of("grid", 2, 2).encode(Document.of((ASK, DRAW)))
+    found = grammar_of("grid", 2, 2).encode(Document((ASK, DRAW)))
     again = encoded.joined([found[:5], found[5:5], found[5:]])
     np.testing.assert_array_equal(again.tokens, found.tokens)
     np.testing.assert_array_equal(again.marks, found.marks)

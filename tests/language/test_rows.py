@@ -93,14 +93,14 @@ def test_rows_that_would_not_come_back_are_not_written():
     with pytest.raises(DocumentError, match="'text' is a field"):
         document_to_json(Document.of((A, R), 1, meta={"text": "other"}), lambda pixels: "x")
     with pytest.raises(DocumentError, match="what nobody says but is or is not"):
-        document_to_json(Document.of((Turn("document", (A,), False),)), lambda pixels: "x")
+        document_to_json(Document((Turn("document", (A,), False),)), lambda pixels: "x")
 
 
 # ---- messages ------------------------------------------------------------------------------------
 
 
 def conversation(*turns):
-    return Document.of(tuple(Turn(*turn) for turn in turns))
+    return Document(tuple(Turn(*turn) for turn in turns))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_every_document_comes_back_from_its_row(data):
     count = data.draw(st.integers(0, 3))
     speakers = ["system"] * data.draw(st.booleans()) + ["user", "assistant"] * count if count else ["document"]
     trained = st.sampled_from([None, True, False]) if len(speakers) > 1 else st.none()
-    document = Document.of(tuple(Turn(who, parts(), data.draw(trained)) for who in speakers), id="7", meta={"n": [1]})
+    document = Document(tuple(Turn(who, parts(), data.draw(trained)) for who in speakers), id="7", meta={"n": [1]})
     if not document.parts and not count:
         with pytest.raises(DocumentError, match="no row says nothing"):
             document_to_json(document, Album().save)
