@@ -153,7 +153,7 @@ MUTATIONS = (
     Mutation(
         "the-answer-begins-in-the-prompt",
         "ar_unified/data/loader.py",
-        '"prompt": ~next_one(together.trained, True)',
+        '"prompt": ~after.trained',
         '"prompt": ~together.trained',
         "the first token of an answer weighs as a prompt's",
         ("tests/data/test_loader.py",),
@@ -161,8 +161,8 @@ MUTATIONS = (
     Mutation(
         "roles-are-of-what-is-read",
         "ar_unified/data/loader.py",
-        '"roles": next_one(together.roles, 0)',
-        '"roles": together.roles',
+        "np.where(after.unlearned, Role.PAD, after.roles)",
+        "np.where(after.unlearned, Role.PAD, together.roles)",
         "loss weights and metrics by role are those of the token before",
         ("tests/data/test_loader.py",),
     ),
