@@ -74,10 +74,8 @@ def attend_to_cache(
             out = decode_attention(query[:, 0], keys, values, lengths=start + 1, backend=backend, **named)
             return out[:, None]
         if scales:
-            keys, values = (
-                (x * scale[..., None]).astype(query.dtype) for x, scale in zip((keys, values), scales, strict=True)
-            )
-        key, value = (jnp.swapaxes(x, 1, 2) for x in (keys, values))
+            keys, values = (x * scale[..., None] for x, scale in zip((keys, values), scales, strict=True))
+        key, value = (jnp.swapaxes(x.astype(query.dtype), 1, 2) for x in (keys, values))
         doc_start = jnp.zeros(query.shape[:2], jnp.int32)
         return attention(query, key, value, doc_start=doc_start, q_offset=start, backend=backend)
 

@@ -70,7 +70,7 @@ def programs(config: TransformerConfig, grammar: Grammar, mesh: Mesh | None) -> 
 
 
 @dataclass(eq=False)
-class _Job:
+class Job:
     """One sample that is drawn. `left`: steps until its end, where known; `tokens`: what it has, `given` included."""
 
     plan: Plan
@@ -164,8 +164,8 @@ class Engine:
         """
         found: dict[int, Score] = {}
         width = self._prefill_rows
-        for bucket, group in scoring.batches(enumerate(map(self._pieces, items)), width, _bucket):
-            tokens = np.full((width, bucket), self.grammar.vocabulary.pad, np.int32)
+        for size, group in scoring.batches(enumerate(map(self._pieces, items)), width, bucket):
+            tokens = np.full((width, size), self.grammar.vocabulary.pad, np.int32)
             for row, (_, parts) in zip(tokens, group, strict=False):
                 row[: sum(map(len, parts))] = np.concatenate(parts)
             arrays = self.call(self._programs.score, self.params, tokens)
@@ -193,8 +193,8 @@ class Engine:
     def _serve(self, shape: Shape, waiting: _Waiting, prompts: _Prompts) -> Iterator[Sample]:
         """Samples of one shape until none of them waits any more."""
         state = self.call(self._programs.empty, shape, self.batch_size, self.kv_dtype)
-        slots: list[_Job | None] = [None] * self.batch_size
-        behind: tuple[Any, list[_Job | None]] | None = None  # the chunk before: what came of it, and for whom
+        slots: list[Job | None] = [None] * self.batch_size
+        behind: tuple[Any, list[Job | None]] | None = None  # the chunk before: what came of it, and for whom
         begun = ended = 0
         while True:
             fresh = {i: job for i, slot in enumerate(slots) if slot is None and (job := waiting.next(shape))}
@@ -218,7 +218,7 @@ class Engine:
                         if slot.left <= 0:
                             slots[i] = None
             if behind is not None:
-                for sample, job in self._read(*behind):
+                for sample, job in self.read(*behind):
                     slots = [None if slot is job else slot for slot in slots]
                     ended += 1
                     yield sample
@@ -228,12 +228,12 @@ class Engine:
                     raise RuntimeError(f"{begun - ended} of {begun} samples did not end where they were to: a bug")
                 return
 
-    def _insert(self, state: State, shape: Shape, fresh: dict[int, _Job], prompts: _Prompts) -> State:
+    def _insert(self, state: State, shape: Shape, fresh: dict[int, Job], prompts: _Prompts) -> State:
         """The state with new samples in its slots."""
         R, C = self.batch_size, shape.contexts
         where = [(i * C + c, prefix) for i, job in fresh.items() for c, prefix in enumerate(job.plan.prefixes)]
         batches = prompts.read([prefix for _, prefix in where])
-        arrays = _arrays(self.grammar.layout, shape, R, fresh)
+        arrays = row_arrays(self.grammar.layout, shape, R, fresh)
         new = np.isin(np.arange(R), list(fresh))
         for batch, rows in batches:  # rows of `batch`, for each prefix in order; -1: it is in another
             there = [(slot, row) for (slot, _), row in zip(where, rows, strict=True) if row >= 0]
@@ -242,7 +242,7 @@ class Engine:
             state = self.call(self._programs.insert, state, batch, source, slots, new, *arrays)
         return state
 
-    def _read(self, packed: Any, owners: Sequence[_Job | None]) -> Iterator[tuple[Sample, _Job]]:
+    def read(self, packed: Any, owners: Sequence[Job | None]) -> Iterator[tuple[Sample, Job]]:
         """Takes what a chunk brought to its samples, and gives those that are finished."""
         rows = np.asarray(packed)
         for row, job in zip(rows, owners, strict=True):
@@ -278,7 +278,7 @@ class _Waiting:
 
     def __init__(self, engine: Engine, samples: Iterable[tuple[Request | Plan, int]]):
         self._engine, self._samples = engine, iter(samples)
-        self._queues: dict[Shape, deque[_Job]] = {}
+        self._queues: dict[Shape, deque[Job]] = {}
         self._plan: tuple[Request | None, Plan | None] = (None, None)  # the last one: samples of a request share it
         self.refused: list[Sample] = []
 
@@ -290,7 +290,7 @@ class _Waiting:
     def any(self, shape: Shape) -> bool:
         return shape in self._queues
 
-    def next(self, shape: Shape) -> _Job | None:
+    def next(self, shape: Shape) -> Job | None:
         """The first that waits for this pool."""
         self._fill()
         if (queue := self._queues.get(shape)) is None:
@@ -318,7 +318,7 @@ class _Waiting:
                     self._plan = request, None
                     self.refused.append(Sample(request, index, np.zeros(0, np.int32), None, "error", str(error)))
             if (found := self._plan[1]) is not None:
-                self._queues.setdefault(found.shape, deque()).append(_Job(found, index, found.steps))
+                self._queues.setdefault(found.shape, deque()).append(Job(found, index, found.steps))
 
 
 class _Prompts:
@@ -336,11 +336,11 @@ class _Prompts:
         missing: dict[int, list[np.ndarray]] = {}
         for key, prompt in wanted.items():
             if key not in known:
-                missing.setdefault(_bucket(len(prompt)), []).append(prompt)
+                missing.setdefault(bucket(len(prompt)), []).append(prompt)
         width = self._engine._prefill_rows
-        for bucket, group in missing.items():
+        for size, group in missing.items():
             for i in range(0, len(group), width):
-                batch = self._read(group[i : i + width], bucket)
+                batch = self._read(group[i : i + width], size)
                 kept[id(batch[0])] = batch
         for name, batch in kept.items():
             self._batches[name] = batch
@@ -354,9 +354,9 @@ class _Prompts:
             left = {key: None for key in left if key not in mine}
         return [(prefix, rows) for prefix, rows in found if max(rows) >= 0]
 
-    def _read(self, prompts: Sequence[np.ndarray], bucket: int) -> tuple[Prefix, dict[bytes, int]]:
+    def _read(self, prompts: Sequence[np.ndarray], size: int) -> tuple[Prefix, dict[bytes, int]]:
         engine = self._engine
-        tokens = np.full((engine._prefill_rows, bucket), engine.grammar.vocabulary.pad, np.int32)
+        tokens = np.full((engine._prefill_rows, size), engine.grammar.vocabulary.pad, np.int32)
         lengths = np.zeros(engine._prefill_rows, np.int32)
         for i, prompt in enumerate(prompts):
             tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
@@ -369,7 +369,7 @@ def prefill_rows(batch_size: int, ways: int) -> int:
     return -(-min(2 * batch_size, _PREFILL) // ways) * ways
 
 
-def _chunk(slots: Sequence[_Job | None], waiting: bool) -> int:
+def _chunk(slots: Sequence[Job | None], waiting: bool) -> int:
     """How many steps to take: to the next end that is known, if somebody waits for it."""
     if not waiting:
         return CHUNK
@@ -378,12 +378,12 @@ def _chunk(slots: Sequence[_Job | None], waiting: bool) -> int:
     return max(min(ends), min(_SHORTEST, max(ends)))
 
 
-def _bucket(n: int) -> int:
+def bucket(n: int) -> int:
     """The smallest of 16, 32, 64, ... that holds n tokens."""
     return max(_SMALLEST, 1 << (n - 1).bit_length()) if n else _SMALLEST
 
 
-def _arrays(layout: ImageLayout, shape: Shape, slots: int, fresh: dict[int, _Job]) -> tuple[Any, ...]:
+def row_arrays(layout: ImageLayout, shape: Shape, slots: int, fresh: dict[int, Job]) -> tuple[Any, ...]:
     """What `steps.insert` takes of the samples: rows, start, position."""
     jobs = [fresh.get(i) for i in range(slots)]
     C = shape.contexts
@@ -392,7 +392,7 @@ def _arrays(layout: ImageLayout, shape: Shape, slots: int, fresh: dict[int, _Job
         return np.array([default if job is None else value(job) for job in jobs], dtype)
 
     def pair(name: str, default: Any, dtype: Any) -> Any:
-        def of(job: _Job) -> list[Any]:
+        def of(job: Job) -> list[Any]:
             return [getattr(f, name) for f in (job.plan.request.text, job.plan.request.image)]
 
         return column([default] * 2, of, dtype)

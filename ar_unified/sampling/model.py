@@ -40,6 +40,7 @@ from ar_unified.language.rows import read_messages
 from ar_unified.model.config import TransformerConfig
 from ar_unified.model.transformer import Transformer, abstract_params
 from ar_unified.parallel.mesh import make_mesh
+from ar_unified.sampling.conversation import Conversation, say_all
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine, ways_of
 from ar_unified.sampling.request import Request, RequestError, Sample
@@ -192,11 +193,23 @@ class Model:
         Returns {"role": "assistant", "content": ...} in the same form: a text, or a list where it drew something.
         Raises RequestError like `draw`.
         """
-        mode = "free" if self.vocabulary.codebook_size else "text"
-        settings = {"mode": mode, "seed": 0} | settings | {"n": 1}
+        settings = self._chatting | settings | {"n": 1}
         *history, asked = self._turns(messages)
         request = dataclasses.replace(self.request(**settings), history=tuple(history), parts=asked.parts)
         (document,) = self._answers(request)
+        return self.message(document)
+
+    def conversation(self, system: str = "") -> Chat:
+        """A conversation to go on with, `.say(*content)` by `.say(*content)`, each of which reads only what is new."""
+        return Chat(self, system)
+
+    @property
+    def _chatting(self) -> dict[str, Any]:
+        """Settings of a request that is a turn."""
+        return {"mode": "free" if self.vocabulary.codebook_size else "text", "seed": 0}
+
+    def message(self, document: Document) -> dict[str, Any]:
+        """An answer as `chat` gives it."""
         if not _images(document):
             return {"role": "assistant", "content": _text(document)}
         parts: list[dict[str, Any]] = []
@@ -327,6 +340,24 @@ class Model:
         if isinstance(item, TextPart | CodesPart | TokensPart):
             return item
         return CodesPart(self.tokenize_image(item.pixels if isinstance(item, ImagePart) else item))
+
+
+class Chat:
+    """A conversation with a model whose cache is kept from turn to turn (`sampling.conversation`)."""
+
+    def __init__(self, model: Model, system: str = ""):
+        self.model = model
+        self.conversation = Conversation(model.engine, [Turn("system", (TextPart(system),))] if system else [])
+
+    def say(self, *content: Content, **settings: Any) -> dict[str, Any]:
+        """The assistant's answer to texts and images, and settings of a request, as `Model.chat` gives it.
+
+        Raises RequestError like `Model.draw`; the conversation is then as it was.
+        """
+        (sample,) = say_all([(self.conversation, self.model.request(*content, **self.model._chatting | settings))])
+        if sample.document is None:
+            raise RequestError(sample.error)
+        return self.model.message(sample.document)
 
 
 def _images(document: Document) -> list[CodesPart]:

@@ -19,7 +19,7 @@ from ar_unified.language.grammar import Break, Grammar
 from ar_unified.language.layouts import TurnMarks
 from ar_unified.language.syntax import ImageLayout
 from ar_unified.sampling import guidance
-from ar_unified.sampling.request import MODES, Request, RequestError
+from ar_unified.sampling.request import MODES, Request, RequestError, TooLong
 from ar_unified.sampling.steps import Shape, Start
 
 _SHARES = (4, 2, 1)  # of max_length, that a cache is long
@@ -185,10 +185,15 @@ def _base(grammar: Grammar, request: Request, context: str, own: np.ndarray) -> 
     if context == "negative_prompt":
         negative = Turn("user" if request.turn else "document", (TextPart(request.negative_prompt),))
         return grammar.prompt([negative])
-    kept = np.ones(len(own), bool)
-    for begin, end in grammar.texts(own):
+    return without_text(grammar, own)
+
+
+def without_text(grammar: Grammar, tokens: np.ndarray) -> np.ndarray:
+    """Ids [n] that begin a document without its text: what the context "image_only" reads of them."""
+    kept = np.ones(len(tokens), bool)
+    for begin, end in grammar.texts(tokens):
         kept[begin:end] = False
-    return own[kept]
+    return tokens[kept]
 
 
 def _check(grammar: Grammar, request: Request, size: Any, at: Break) -> None:
@@ -232,13 +237,13 @@ def _budget(request: Request, needed: int, most: int, prompt: int, max_length: i
     room = max_length - prompt
     images = f"{max(request.images[0], int(request.mode == 'image'))} images with <eos>"
     if room < needed:
-        raise RequestError(
+        raise TooLong(
             f"the prompt has {prompt} tokens and {images} need {needed} more, "
             f"but the engine's max_length is {max_length}: shorten the prompt or raise max_length"
         )
     budget = request.max_tokens or min(room, most if request.mode == "image" else room)
     if budget > room:
-        raise RequestError(
+        raise TooLong(
             f"max_tokens: the prompt has {prompt} tokens and the engine's max_length is {max_length}, "
             f"so at most {room} fit, found {budget}"
         )
@@ -247,13 +252,18 @@ def _budget(request: Request, needed: int, most: int, prompt: int, max_length: i
     return budget
 
 
+def cache_length(max_length: int, part: int = 1) -> int:
+    """Slots of a cache that holds max_length / part tokens."""
+    return -(-max_length // (_SLOTS * part)) * _SLOTS
+
+
 def _length_class(n: int, max_length: int) -> int:
     """The length of the cache that n tokens go to: max_length, a half or a quarter of it, in multiples of 64.
 
     Of 64, because XLA on a CPU adds up a row in vectors: behind an incomplete one, a row's bits would depend on how
     much of the cache its batch makes it read (kernels/decode_attention/xla.py).
     """
-    classes = [-(-max_length // (_SLOTS * part)) * _SLOTS for part in _SHARES]
+    classes = [cache_length(max_length, part) for part in _SHARES]
     fitting = [length for length in classes if length >= n]
     if not fitting:
         raise RequestError(

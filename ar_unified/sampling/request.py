@@ -28,6 +28,10 @@ class RequestError(UserError):
     """What is wrong with one request; the rest of the job goes on."""
 
 
+class TooLong(RequestError):
+    """The engine's max_length does not hold the prompt with what is asked for."""
+
+
 @dataclass(frozen=True)
 class Request:
     """What to continue, and how.

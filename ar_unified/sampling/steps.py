@@ -220,6 +220,52 @@ def insert(
     )
 
 
+def put(state: State, kept: Cache, row: Array) -> State:
+    """The state with one row of its cache as `kept` has it: a cache of one row, of the same length and dtype."""
+    cache = jax.tree.map(lambda x, one: jax.lax.dynamic_update_slice_in_dim(x, one, row, 0), state.cache, kept)
+    return placed(state._replace(cache=cache))
+
+
+def begin(grammar: Grammar, state: State, rows: Rows, start: Start, position: Array, seen: Array) -> State:
+    """The state with a new sample in each slot, whose prompt is read by `read_on`. Arguments as of `insert`.
+
+    seen: bool [R, W].
+    """
+    machine = grammar.automaton.resume(*start)
+    return placed(state._replace(rows=rows, automaton=machine, position=position, seen=seen))
+
+
+def read_on(
+    config: TransformerConfig, weights: Weights, state: State, tokens: Array, start: Array, lengths: Array
+) -> State:
+    """Reads prompts behind what the rows of the cache hold already.
+
+    Args:
+        tokens: int32 [R * C, P], padded on the right. start: int32 [R * C], where they go.
+        lengths: int32 [R * C]; a row of 0 stays as it is.
+    """
+    model = Transformer.bind(config, weights.layers)
+    reads, beyond = lengths > 0, state.cache[0][0].shape[2]
+    hidden, cache = model.extend(tokens, state.cache, jnp.where(reads, start, beyond))  # there nothing is written
+    last = hidden[jnp.arange(len(lengths)), jnp.maximum(lengths - 1, 0)]
+    return placed(state._replace(hidden=jnp.where(reads[:, None], last, state.hidden), cache=cache))
+
+
+def first_slots(state: State) -> Cache:
+    """Slot 0 of each row of the cache, which `step` writes over once the row has ended."""
+    return jax.tree.map(lambda x: x[:, :, :1], state.cache)
+
+
+def take(state: State, first: Cache, row: Array) -> Cache:
+    """One row of the cache for `put`, its slot 0 as `first` has it."""
+
+    def one(x: Array, slot: Array) -> Array:
+        x, slot = (jax.lax.dynamic_slice_in_dim(each, row, 1) for each in (x, slot))
+        return x.at[:, :, :1].set(slot)
+
+    return jax.tree.map(one, state.cache, first)
+
+
 def decode_chunk(
     config: TransformerConfig, grammar: Grammar, weights: Weights, state: State, halted: Array, steps: Array
 ) -> tuple[State, Array]:

@@ -77,7 +77,7 @@ def _few_programs(monkeypatch):
     monkeypatch.setattr("ar_unified.sampling.plan._SHARES", (1,))
 
 
-def watch(first, contexts):
+def watch(first):
     """A list that takes the logits [R, C, V] of all rows before each step, which the engine then takes one by one."""
     head, call, seen = np.asarray(first.params["head"]), first.call, []
 
@@ -87,7 +87,7 @@ def watch(first, contexts):
         weights, state, halted, count = args
         pieces = []
         for i in range(int(count)):
-            seen.append(np.asarray(state.hidden).reshape(first.batch_size, contexts, -1) @ head.T)
+            seen.append(np.asarray(state.hidden).reshape(*state.position.shape, -1) @ head.T)
             state, packed = call(function, weights, state, halted & (i == 0), np.int32(1))
             pieces.append(packed)
         rest = packed[:, len(pieces) :]
@@ -182,7 +182,7 @@ def test_logits_equal_the_forward_in_every_context(grammar, contexts):
     asked = [r for r in requests(grammar, **GREEDY, n=1) if r.contexts == contexts and r.repetition_penalty == 1]
     params = init(CONFIG, jax.random.key(0))
     first = engine(grammar, params, batch_size=3)
-    seen, insert = watch(first, contexts), first._insert
+    seen, insert = watch(first), first._insert
     placed: list[tuple[int, dict]] = []  # which samples began at which step, by slot
 
     def inserted(state, shape, fresh, prompts):
@@ -280,7 +280,7 @@ def test_a_rounded_cache_moves_the_logits_a_little():
     asked = Request("a", (TextPart("abcdefghijkl"),), mode="image", guidance=2.0, canvas=canvas, **GREEDY)
     for name in (None, "int8", "float8_e4m3fn"):
         first = engine(GRAMMARS["rows"], params, batch_size=1, kv_dtype=name)
-        seen = watch(first, contexts=2)
+        seen = watch(first)
         (sample,) = first.generate([asked])
         found[name] = sample.tokens, np.stack(seen[: len(sample.tokens) - 3])
     tokens, whole = found.pop(None)

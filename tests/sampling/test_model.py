@@ -84,6 +84,18 @@ def test_answers_are_text_and_a_chat_has_one_turn(model, own):
         model.chat([{"role": "user", "content": [{"type": "audio"}]}])
 
 
+def test_a_conversation_reads_what_is_new(model):
+    first = dict(mode="text", max_tokens=5)
+    talk = model.conversation()
+    assert talk.say("red", **first) == model.chat([{"role": "user", "content": "red"}], **first)
+    before = len(talk.conversation.tokens)
+    (drawn,) = talk.say(grey(), mode="image", seed=3)["content"]
+    assert drawn["image"].size == (16, 16) and len(talk.conversation.turns) == 4
+    assert talk.conversation.prefilled[0] <= len(talk.conversation.tokens) - before
+    with pytest.raises(RequestError, match="begin another conversation"):
+        talk.say("a" * 60)
+
+
 def test_requests_and_scores_take_pixels(model, own):
     document = Document.of((ImagePart(grey()), TextPart("red star")), prompt=1)
     coded = Document.of((CodesPart(model.tokenize_image(grey())), TextPart("red star")), prompt=1)

@@ -1,0 +1,246 @@
+"""A conversation whose cache is kept from turn to turn, so that each turn reads only what is new.
+
+    talk = Conversation(engine)
+    talk.say((TextPart("Draw a circle."),), mode="image", guidance=3.0)
+    talk.say((TextPart("What colour is it?"),), mode="text")
+
+`Engine.generate` reads the whole prompt of each request, so that a sample is a function of weights, request, seed and
+index, bit for bit. Here the keys and values of an answer are those of the steps that drew it, which a prefill would
+round otherwise: the answers are a function of all turns with their requests. They do not depend on the other
+conversations of a batch (`say_all`).
+
+What a context has read is known by its tokens. A turn's plan says what each context is to read; what stands in its
+cache already, from the first token on, is not read again.
+
+Axes: R slots, C contexts, rows side by side [R * C]; W text pieces and more (`steps`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ar_unified.language.document import Part, TokensPart, Turn
+from ar_unified.language.grammar import Grammar
+from ar_unified.language.reading import GrammarError
+from ar_unified.model.config import TransformerConfig
+from ar_unified.model.transformer import Cache
+from ar_unified.sampling import steps
+from ar_unified.sampling.engine import Engine, Job, bucket, programs, row_arrays
+from ar_unified.sampling.plan import Plan, cache_length, without_text
+from ar_unified.sampling.request import Request, RequestError, Sample, TooLong
+from ar_unified.sampling.steps import CHUNK, Shape, State
+
+_BEFORE = (Turn("user"), Turn("assistant"))  # stands for all turns before one
+
+
+class _Kept(NamedTuple):
+    """What a context has read, int32 [n], and its row of the cache, of which the first n slots count."""
+
+    tokens: np.ndarray
+    cache: Cache
+
+
+class Conversation:
+    """Turns with one model. Several are served at once by `say_all`.
+
+    Args:
+        engine: its max_length holds the whole conversation, its kv_dtype is the kept cache's.
+        history: turns to begin with, as a system's.
+
+    Attributes:
+        turns: all that was said.
+        tokens: int32 [n], the same, the answers as they were drawn.
+        prefilled: how many tokens each context of the last turn read before its answer, its own context first.
+    """
+
+    def __init__(self, engine: Engine, history: Sequence[Turn] = ()):
+        self.engine = engine
+        self.turns: tuple[Turn, ...] = tuple(history)
+        self.tokens = np.zeros(0, np.int32)
+        self.prefilled: tuple[int, ...] = ()
+        self._kept: dict[str, _Kept] = {}  # by context; those that begin anew at each image are not kept
+        self._params: Any = None  # that computed it
+
+    def say(self, parts: Sequence[Part], **settings: Any) -> Sample:
+        """The answer to the user's next turn.
+
+        settings: of a Request. Its seed may be the same in all turns: what is drawn depends on its place, too.
+
+        Raises RequestError, saying what to change, if it cannot be served; the conversation is then as it was.
+        """
+        request = Request(**{"id": f"turn {len(self.turns)}", "parts": tuple(parts)} | settings)  # type: ignore[arg-type]
+        (sample,) = say_all([(self, request)])
+        if sample.error:
+            raise RequestError(sample.error)
+        return sample
+
+    def plan(self, request: Request) -> Plan:
+        """How the next turn is served. Raises RequestError or GrammarError if it cannot be."""
+        if request.history or not request.turn or request.n != 1:
+            raise RequestError(
+                "history, turn, n: a conversation has its own history, and goes on from one answer to a turn; "
+                f"found {len(request.history)} turns, {request.turn} and {request.n}"
+            )
+        said = replace(request, history=self.turns)
+        said.check()
+        served = replace(said, history=(), parts=(TokensPart(tuple(self._prompt(request).tolist())),))
+        try:
+            return replace(self.engine.plan(served), request=said)
+        except TooLong as error:
+            raise RequestError(f"{error}, or begin another conversation: the prompt is the whole of this one") from None
+
+    def _prompt(self, request: Request) -> np.ndarray:
+        """All that the answer comes after, int32 [n]."""
+        grammar, asked = self.engine.grammar, Turn("user", request.parts)  # type: ignore[arg-type]
+        if not len(self.tokens):
+            return grammar.prompt([*self.turns, asked])
+        new = grammar.prompt([*_BEFORE, asked])[len(grammar.history(_BEFORE)) :]
+        return np.concatenate([self.tokens, new])
+
+    def kept(self, context: str, prefix: np.ndarray) -> tuple[int, Cache | None]:
+        """How many of the tokens that a context is to read stand in its cache, and that; the last is always read."""
+        found = self._kept.get(context)
+        if found is None or self._params is not self.engine.params:
+            return 0, None
+        most = min(len(found.tokens), len(prefix) - 1)
+        other = np.flatnonzero(found.tokens[:most] != prefix[:most])
+        return int(other[0]) if len(other) else most, found.cache
+
+    def answered(self, plan: Plan, sample: Sample, caches: Sequence[Cache]) -> None:
+        """Takes an answer, and the rows of the cache that drew it, one for each context."""
+        assert sample.document is not None
+        grammar = self.engine.grammar
+        # The last token of an answer is drawn, and not read by any context.
+        read = np.concatenate([plan.prompt, sample.tokens[:-1]])
+        if self._params is not self.engine.params:
+            self._kept, self._params = {}, self.engine.params
+        for c, (context, cache) in enumerate(zip(_contexts(plan), caches, strict=True)):
+            if not plan.resets[c]:
+                self._kept[context] = _Kept(without_text(grammar, read) if c else read, cache)
+        self.tokens = np.concatenate([plan.prompt, _ended(grammar, sample)])
+        asked = plan.request.turns[-1]
+        self.turns = (*self.turns, asked, Turn("assistant", sample.document.parts))
+
+
+def say_all(asked: Sequence[tuple[Conversation, Request]]) -> list[Sample]:
+    """The answers to the next turns of several conversations of one engine, in their order.
+
+    A request is of the user's turn alone, one sample. Its answer has all turns before in `request.history`. One that
+    cannot be served has an `error`, and leaves its conversation as it was.
+
+    Raises ValueError for a conversation that is there twice, or engines that differ.
+    """
+    if len({id(each) for each, _ in asked}) < len(asked) or len({id(each.engine) for each, _ in asked}) > 1:
+        raise ValueError("say_all: expected conversations of one engine, each once")
+    samples: dict[int, Sample] = {}
+    pools: dict[int, list[tuple[int, Conversation, Plan]]] = {}  # by how many contexts they are guided with
+    for i, (conversation, request) in enumerate(asked):
+        try:
+            plan = conversation.plan(request)
+        except (RequestError, GrammarError) as error:
+            samples[i] = Sample(request, 0, np.zeros(0, np.int32), None, "error", str(error))
+            continue
+        pools.setdefault(len(plan.prefixes), []).append((i, conversation, plan))
+    for pool in pools.values():
+        slots = asked[0][0].engine.batch_size
+        for at in range(0, len(pool), slots):
+            group = pool[at : at + slots]
+            found = _serve(group[0][1].engine, [(conversation, plan) for _, conversation, plan in group])
+            samples |= {i: sample for (i, _, _), sample in zip(group, found, strict=True)}
+    return [samples[i] for i in range(len(asked))]
+
+
+class _Programs(NamedTuple):
+    """The compiled functions that only conversations need; see `steps`."""
+
+    put: Any
+    begin: Any
+    read_on: Any
+    first_slots: Any
+    take: Any
+
+
+@functools.lru_cache(maxsize=16)
+def _programs(config: TransformerConfig, grammar: Grammar, mesh: Mesh | None) -> _Programs:
+    return _Programs(
+        put=jax.jit(steps.put, donate_argnums=(0,)),
+        begin=jax.jit(functools.partial(steps.begin, grammar), donate_argnums=(0,)),
+        read_on=jax.jit(functools.partial(steps.read_on, config), donate_argnums=(1,)),
+        first_slots=jax.jit(steps.first_slots),
+        take=jax.jit(steps.take),
+    )
+
+
+def _serve(engine: Engine, group: Sequence[tuple[Conversation, Plan]]) -> list[Sample]:
+    """A turn of at most R conversations, guided with equally many contexts."""
+    R, C = engine.batch_size, len(group[0][1].prefixes)
+    common = programs(engine.config, engine.grammar, engine.mesh)
+    own = _programs(engine.config, engine.grammar, engine.mesh)
+    jobs = {i: Job(plan, 0, None) for i, (_, plan) in enumerate(group)}
+    shape = Shape(C, cache_length(engine.max_length))
+
+    state = engine.call(common.empty, shape, R, engine.kv_dtype)
+    seen = np.zeros((R, state.seen.shape[1]), bool)
+    new: dict[int, tuple[int, np.ndarray]] = {}  # by row: from where on what is read
+    for i, (conversation, plan) in enumerate(group):
+        pieces = plan.prefixes[0]
+        seen[i, pieces[pieces < engine.grammar.vocabulary.text_size]] = True
+        for c, (context, prefix) in enumerate(zip(_contexts(plan), plan.prefixes, strict=True)):
+            start, cache = conversation.kept(context, prefix)
+            if cache is not None:
+                state = engine.call(own.put, state, cache, np.int32(i * C + c))
+            new[i * C + c] = start, prefix[start:]
+        conversation.prefilled = tuple(len(new[i * C + c][1]) for c in range(C))
+    rows, start, position = row_arrays(engine.grammar.layout, shape, R, jobs)
+    state = engine.call(own.begin, state, rows, start, position, seen)
+    state = _read(engine, own, state, new)
+
+    first = engine.call(own.first_slots, state)
+    samples: dict[int, Sample] = {}
+    while len(samples) < len(group):
+        owners = [None if i in samples else jobs.get(i) for i in range(R)]
+        free = np.array([owner is None for owner in owners])
+        state, packed = engine.call(common.decode, engine.weights, state, free, np.int32(CHUNK))
+        for sample, job in engine.read(packed, owners):
+            samples[owners.index(job)] = sample
+    for i, (conversation, plan) in enumerate(group):
+        if not samples[i].error:
+            caches = [engine.call(own.take, state, first, np.int32(i * C + c)) for c in range(C)]
+            conversation.answered(plan, samples[i], caches)
+    return [samples[i] for i in range(len(group))]
+
+
+def _read(engine: Engine, own: _Programs, state: State, new: dict[int, tuple[int, np.ndarray]]) -> State:
+    """The state with what is new in each row read. What a row gets depends on its own length alone, not its mates'."""
+    count = len(state.hidden)
+    for size in sorted({bucket(len(tokens)) for _, tokens in new.values()}):
+        tokens = np.full((count, size), engine.grammar.vocabulary.pad, np.int32)
+        starts, lengths = np.zeros(count, np.int32), np.zeros(count, np.int32)
+        for row, (begin, ids) in new.items():
+            if bucket(len(ids)) == size:
+                tokens[row, : len(ids)], starts[row], lengths[row] = ids, begin, len(ids)
+        state = engine.call(own.read_on, engine.weights, state, tokens, starts, lengths)
+    return state
+
+
+def _contexts(plan: Plan) -> list[str]:
+    """Names of a plan's contexts; "" is the conversation itself."""
+    return ["", plan.request.context, "image_only"][: len(plan.prefixes)]
+
+
+def _ended(grammar: Grammar, sample: Sample) -> np.ndarray:
+    """An answer as it stands before the next turn, int32 [n]: without what it was stopped at."""
+    if sample.finish_reason != "stop" or sample.document is None:
+        return sample.tokens
+    try:
+        said = grammar.parts(sample.document.parts)
+    except GrammarError:  # the text tokenizer does not spell the text that was cut: as it was drawn
+        said = sample.tokens
+    return np.append(said, grammar.syntax.end).astype(np.int32)
