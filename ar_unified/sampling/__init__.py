@@ -1,6 +1,6 @@
 """A trained model in use: requests in; texts, images and log-likelihoods out.
 
-model.py     `load`: what a notebook and the adapters hold
+model.py     `load`: what a notebook and the adapters hold (conversation.py: one that goes on)
 request.py   what is asked, and what comes back (requests, formats, tables, openai_batch, columns: read from files)
 plan.py      a request -> arrays; answer.py: tokens -> what they say
 engine.py    continuous batching over steps.py, the compiled part (decoding.py, guidance.py)
