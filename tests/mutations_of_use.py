@@ -196,6 +196,14 @@ MUTATIONS = (
         ("tests/test_bundle.py", "-k", "edited"),
     ),
     Mutation(
+        "a-bundle-takes-any-image-tokenizer",
+        "ar_unified/bundle.py",
+        'if tokenizer.hash != (found := self.language.get("image_hash")):',
+        'if not (found := self.language.get("image_hash")):',
+        "a model draws codes that another tokenizer decodes",
+        ("tests/test_bundle.py", "-k", "other and images"),
+    ),
+    Mutation(
         "a-bundle-names-any-file",
         "ar_unified/bundle.py",
         "if name not in (*_NEEDED, *_IMAGE) and not _SHARD.fullmatch(name):",
@@ -210,6 +218,14 @@ MUTATIONS = (
         "",
         "a training begins with weights whose ids mean something else",
         ("tests/cli/test_export.py", "-k", "another_model"),
+    ),
+    Mutation(
+        "a-run-goes-on-from-another-bundle",
+        "ar_unified/cli/train.py",
+        'init = {} if experiment.bundle is None else {"init": experiment.bundle.hash}',
+        "init: dict[str, Any] = {}",
+        "config.init is changed in a workdir that holds a run, and nothing says so",
+        ("tests/cli/test_export.py::test_other_weights_are_another_training",),
     ),
     Mutation(
         "a-training-forgets-its-bundle",

@@ -1,0 +1,7 @@
+"""Fused operations, each with one meaning and an implementation for each kind of device.
+
+attention/         causal attention over packed documents, forward and backward
+decode_attention/  one query per row against its KV cache
+qk_norm_rope.py, row_max.py, merge.py   smaller ones
+backend.py         which implementation runs (device.py: what a program is traced for)
+"""

@@ -20,7 +20,7 @@ from ar_unified.parallel.rules import spec
 
 
 def token_losses(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk: int = 1024
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk: int = 1024, used: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Negative log-likelihood and log-partition of each position; the caller weighs, masks and sums.
 
@@ -31,28 +31,37 @@ def token_losses(
     Args:
       hidden: [B, T, D].
       head: [V, D]; taken to the dtype of `hidden`, products accumulate in float32.
-      targets: int32 [B, T], in 0 .. V - 1. Padding needs any such id, and a weight of 0 from the caller.
+      targets: int32 [B, T], in 0 .. used - 1. Padding needs any such id, and a weight of 0 from the caller.
       chunk: tokens of one device whose logits exist at once; a chunk takes the same columns of each of its rows.
+      used: rows of the head from this one on have no probability and no gradient; None: all V are used.
 
     Returns:
       nll and lse, float32 [B, T]; nll = lse - logit of the target.
+
+    Raises:
+      ValueError: `used` is not in 1 .. V.
     """
-    return _losses(chunk, hidden, head, targets)
+    if used is not None and not 0 < used <= head.shape[0]:
+        raise ValueError(f"used: expected 1..{head.shape[0]}, the rows of the head, found {used}")
+    return _losses(chunk, None if used == head.shape[0] else used, hidden, head, targets)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _losses(chunk: int, hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    placement = _Placement(hidden, head)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _losses(
+    chunk: int, used: int | None, hidden: jax.Array, head: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    placement = _Placement(hidden, head, used)
     return placement.run(_forward_part, chunk, (hidden, head, targets), (placement.tokens, placement.tokens))
 
 
-def _forward(chunk, hidden, head, targets):
-    nll, lse = _losses(chunk, hidden, head, targets)
+def _forward(chunk, used, hidden, head, targets):
+    nll, lse = _losses(chunk, used, hidden, head, targets)
     return (nll, lse), (hidden, head, targets, lse)
 
 
-def _backward(chunk, residuals, cotangents):
-    placement = _Placement(*residuals[:2])
+def _backward(chunk, used, residuals, cotangents):
+    hidden, head, *_ = residuals
+    placement = _Placement(hidden, head, used)
     return *placement.run(_backward_part, chunk, (*residuals, *cotangents), (placement.hidden, placement.head)), None
 
 
@@ -62,7 +71,8 @@ _losses.defvjp(_forward, _backward)
 class _Placement:
     """Where the arrays lie on the mesh in scope, and what its axes add up; without one, nothing is split."""
 
-    def __init__(self, hidden: jax.Array, head: jax.Array):
+    def __init__(self, hidden: jax.Array, head: jax.Array, used: int | None):
+        self.used = used  # rows of the whole head; None: all
         mesh = jax.sharding.get_abstract_mesh()
         self.split = not mesh.empty and mesh.size > 1
         self.hidden = self.tokens = self.head = jax.P()
@@ -91,9 +101,16 @@ class _Placement:
     def over_vocabulary(self, collective: Callable, x: Any) -> Any:
         return collective(x, "tensor") if self.split else x
 
-    def local_targets(self, targets: jax.Array, size: int) -> jax.Array:
-        """Targets counted from the first id of this device; outside 0 .. size - 1 if another device has them."""
-        return targets - jax.lax.axis_index("tensor") * size if self.split else targets
+    def local(self, ids: Any, size: int) -> Any:
+        """Ids counted from the first of this device's `size`; outside 0 .. size - 1 if another device has them."""
+        return ids - jax.lax.axis_index("tensor") * size if self.split else ids
+
+    def logits(self, hidden: jax.Array, head: jax.Array) -> jax.Array:
+        logits = jnp.einsum("BTD,VD->BTV", hidden, head, preferred_element_type=jnp.float32)
+        if self.used is None:
+            return logits
+        size = head.shape[0]
+        return jnp.where(jnp.arange(size) < self.local(self.used, size), logits, -jnp.inf)
 
 
 def _forward_part(placement, chunk, hidden, head, targets):
@@ -101,10 +118,10 @@ def _forward_part(placement, chunk, hidden, head, targets):
 
     def one(piece):
         hidden, targets = piece
-        logits = _logits(hidden, head)
+        logits = placement.logits(hidden, head)
         highest = placement.over_vocabulary(jax.lax.pmax, logits.max(-1))
         total = jnp.exp(logits - highest[..., None]).sum(-1)
-        local = placement.local_targets(targets, head.shape[0])
+        local = placement.local(targets, head.shape[0])
         there = (local >= 0) & (local < head.shape[0])
         found = jnp.take_along_axis(logits, jnp.where(there, local, 0)[..., None], -1)[..., 0]
         total, found = placement.over_vocabulary(jax.lax.psum, (total, jnp.where(there, found, 0.0)))
@@ -122,8 +139,8 @@ def _backward_part(placement, chunk, hidden, head, targets, lse, nll_bar, lse_ba
 
     def one(head_bar, piece):
         hidden, targets, lse, nll_bar, lse_bar = piece
-        probabilities = jnp.exp(_logits(hidden, whole) - lse[..., None])
-        hit = placement.local_targets(targets, ids.size)[..., None] == ids
+        probabilities = jnp.exp(placement.logits(hidden, whole) - lse[..., None])
+        hit = placement.local(targets, ids.size)[..., None] == ids
         logits_bar = probabilities * (nll_bar + lse_bar)[..., None] - jnp.where(hit, nll_bar[..., None], 0.0)
         logits_bar = logits_bar.astype(hidden.dtype)
         hidden_bar = jnp.einsum("BTV,VD->BTD", logits_bar, whole)
@@ -135,10 +152,6 @@ def _backward_part(placement, chunk, hidden, head, targets, lse, nll_bar, lse_ba
     head_bar, hidden_bar = jax.lax.scan(one, jnp.zeros(whole.shape, jnp.float32), pieces)
     hidden_bar = placement.over_vocabulary(jax.lax.psum, join(hidden_bar))
     return hidden_bar, placement.scattered(head_bar).astype(head.dtype)
-
-
-def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    return jnp.einsum("BTD,VD->BTV", hidden, head, preferred_element_type=jnp.float32)
 
 
 def _chunks(chunk: int, shape: tuple[int, ...]) -> tuple[Callable, Callable]:

@@ -65,7 +65,7 @@ def programs(config: TransformerConfig, grammar: Grammar, mesh: Mesh | None) -> 
         prefill=jax.jit(functools.partial(steps.prefill, config)),
         insert=jax.jit(functools.partial(steps.insert, grammar), donate_argnums=(0,)),
         decode=jax.jit(functools.partial(steps.decode_chunk, config, grammar), donate_argnums=(1,)),
-        score=jax.jit(functools.partial(scoring.forward, config)),
+        score=jax.jit(functools.partial(scoring.forward, config, grammar.vocabulary.used)),
     )
 
 

@@ -70,9 +70,9 @@ def pieces(grammar: Grammar, item: Scored) -> list[np.ndarray]:
     return [prompt_tokens(grammar, request), *alone, np.array([grammar.syntax.end], np.int32)]
 
 
-def forward(config: TransformerConfig, params: Any, tokens: Array) -> tuple[Array, Array]:
+def forward(config: TransformerConfig, used: int, params: Any, tokens: Array) -> tuple[Array, Array]:
     """Of every token of int32 [b, P] but the first: f32 [b, P - 1] its log-probability given those before it, over the
-    whole vocabulary, and bool [b, P - 1], whether none was likelier."""
+    whole vocabulary (`Vocabulary.used` ids), and bool [b, P - 1], whether none was likelier."""
     model = Transformer.bind(config, params)
     b, P = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (b, P))
@@ -81,7 +81,7 @@ def forward(config: TransformerConfig, params: Any, tokens: Array) -> tuple[Arra
 
     def one(piece: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden, target = piece
-        logits = model.logits(hidden)
+        logits = model.logits(hidden, used)
         own = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
         return own - jax.nn.logsumexp(logits, axis=-1), own >= jnp.max(logits, axis=-1)
 

@@ -58,7 +58,7 @@ class TransformerTask(Stateless):
 
     Args:
       config: the model.
-      vocabulary: gives each target its role.
+      vocabulary: gives each target its role, and says how many rows of the head have a probability.
       batch: batch(step), a `data.batch.PackedBatch`.
       validation: held-out batches, the same every time.
       text_bytes: i32 [text_size], UTF-8 bytes each text piece stands for; None: no bits per byte.
@@ -121,7 +121,7 @@ class TransformerTask(Stateless):
         model = transformer.Transformer.bind(self.config, params)
         dropout_keys = keys if self.config.dropout else None
         hidden = model(batch.tokens, batch.positions, batch.doc_start, dropout_keys=dropout_keys)
-        nll, lse = token_losses(hidden, model.head(), batch.targets, self.chunk)  # f32 [B, T] both
+        nll, lse = token_losses(hidden, model.head(), batch.targets, self.chunk, self.vocabulary.used)  # f32 [B, T]
         weight = self.weights(batch)
         loss = jnp.sum(weight * (nll + self.z_loss * jnp.square(lse))), jnp.sum(weight)
         return *loss, self._metrics(batch, weight, nll, lse)

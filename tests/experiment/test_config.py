@@ -96,4 +96,4 @@ def test_the_layout_and_the_resize_of_an_experiment_imply_each_other(layout, res
     assert implied.kind == ("aspect" if layout == "rows" else "crop")
     if layout == "rows":
         assert implied.largest == ours.largest == (written.height * 16, written.width * 16) == (128, 192)
-        assert vocabulary.max_side == 12
+        assert vocabulary.size_tokens == 12

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import re
+from contextlib import nullcontext
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ar_unified.model.loss import token_losses
+from ar_unified.parallel.mesh import make_mesh
 
 B, T, D, V = 3, 11, 8, 50
 
@@ -45,6 +50,45 @@ def test_values_and_gradients_equal_the_naive_ones(chunk, z_loss):
     found = objective(lambda *args: token_losses(*args, chunk))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), expected, found)
     assert not np.asarray(found[1][0])[:, -3:].any()
+
+
+USED, PADDED = 1006, 1024  # 18 rows of no probability, all of them on the last device
+
+
+@pytest.mark.parametrize("shape", [None, dict(tensor=2), dict(fsdp=2, tensor=2, context=2)], ids=str)
+def test_rows_behind_the_used_ones_have_no_probability_and_no_gradient(shape):
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden, targets = jax.random.normal(keys[0], (4, 12, D)), jax.random.randint(keys[2], (4, 12), 0, USED)
+    targets = targets.at[0, :3].set([USED - 1, 0, PADDED // 2])  # at the borders of devices and of what is used
+    head = jax.random.normal(keys[1], (PADDED, D)).at[USED:].multiply(9)  # they would win
+    weights = jax.random.uniform(keys[3], (4, 12))
+
+    def objective(losses, head):
+        def loss(hidden, head):
+            nll, lse = losses(hidden, head, targets)
+            return (weights * (nll + 0.1 * lse**2)).mean(), (nll, lse)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(hidden, head)
+
+    expected = objective(naive, head[:USED])
+    with jax.set_mesh(make_mesh(shape, jax.devices()[: math.prod(shape.values())])) if shape else nullcontext():
+        (loss, parts), grads = jax.device_get(objective(lambda *args: token_losses(*args, 16, USED), head))
+    assert not grads[1][USED:].any() and grads[1][:USED].any(axis=1).all()
+    found = (loss, parts), (grads[0], grads[1][:USED])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), found, expected)
+
+
+def test_a_head_that_is_used_whole_costs_nothing_more():
+    hidden, head, targets, _ = make_inputs()
+
+    def traced(*used):
+        grad = jax.grad(lambda h, w: sum(x.sum() for x in token_losses(h, w, targets, 12, *used)), argnums=(0, 1))
+        return re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(grad)(hidden, head)))
+
+    assert traced() == traced(None) == traced(V) and "inf" not in traced(V) and "-inf" in traced(V - 1)
+    for wrong in (0, V + 1):
+        with pytest.raises(ValueError, match=f"used: expected 1..{V}, the rows of the head, found {wrong}"):
+            traced(wrong)
 
 
 def test_no_array_of_all_logits_forward_or_backward():

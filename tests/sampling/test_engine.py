@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from ar_unified.language.document import CodesPart, Document, TextPart, TokensPart
+from ar_unified.language.grammar import Grammar
 from ar_unified.model.transformer import Transformer, init
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.request import Request
+from ar_unified.sampling.steps import text_ids
 from tests.sampling.tiny import CONFIG, GRAMMARS, random_params
 
 GREEDY = dict(text=Filter(0.0), image=Filter(0.0))
@@ -246,6 +248,28 @@ def test_scores_are_those_of_the_forward(params):
     best = int(forward_logits(params, whole[2][:3])[-1].argmax())
     (greedy,) = engine(grammar, params).score([(ask[0], (TokensPart((best,)),))]) if best < 16 else (None,)
     assert greedy is None or greedy.parts[0].greedy
+
+
+def test_ids_behind_the_used_ones_are_neither_drawn_nor_counted(params):
+    """A head whose rows behind the used ones would win everywhere says what it says without them, to the bit."""
+    grid = GRAMMARS["grid"]
+    grammar = Grammar(dataclasses.replace(grid.vocabulary, rest=2), grid.layout, grid.text_codec)
+    used, head = grammar.vocabulary.used, params["head"]
+    assert used == grid.vocabulary.rest_offset + 2 < text_ids(grammar)
+    asked = [r for r in requests(grammar, text=Filter(1.0, 9, 0.8)) if r.contexts == 1]
+    pair = Document.of((TextPart("abc"), image(grammar), TextPart("de")), prompt=1)
+    found = {}
+    for name, rows in (("none", jnp.zeros_like(head[used:])), ("loud", 100 * params["embedding"][used:])):
+        model = engine(grammar, params | {"head": jnp.concatenate([head[:used], rows])})
+        samples = collect(model.generate(asked))
+        found[name] = {key: sample.tokens for key, sample in samples.items()}, model.score([pair])
+    tokens, (score,) = found["none"]
+    assert max(map(np.max, tokens.values())) < used
+    jax.tree.map(np.testing.assert_array_equal, tokens, found["loud"][0])
+    assert found["loud"][1] == [score]
+    ids = grammar.encode(pair).tokens
+    log_p = np.asarray(jax.nn.log_softmax(forward_logits(params, ids)[:, :used]))  # the rest has its part
+    np.testing.assert_allclose(score.eos.log_likelihood, log_p[-2, ids[-1]], rtol=1e-5, atol=1e-5)
 
 
 def test_a_rounded_cache_moves_the_logits_a_little():

@@ -26,6 +26,9 @@ MODEL = replace(
 )  # fmt: skip
 
 
+VOCABULARY = replace(tiny.VOCABULARY, text_size=V - 100)  # padded: V
+
+
 def batch_on(mesh, rows=B, length=T):
     shapes = PackedBatch.shapes(rows, length)
     return on_mesh(shapes, batch_shardings(mesh, shapes))
@@ -35,7 +38,7 @@ def batch_on(mesh, rows=B, length=T):
     "shape", [dict(fsdp=2, tensor=2, context=2), pytest.param(dict(fsdp=8), marks=pytest.mark.slow)], ids=str
 )
 def test_no_table_and_no_logits_travel_whole(shape):
-    mesh, task = make_mesh(shape), tiny.task(config=MODEL, chunk=CHUNK)
+    mesh, task = make_mesh(shape), tiny.task(config=MODEL, vocabulary=VOCABULARY, chunk=CHUNK)
     step, state = make_train_step(task, TX, mesh, seed=0, clip_norm=1.0), abstract_state(task, TX, mesh)
     with jax.set_mesh(mesh):
         compiled = step.lower(state, batch_on(mesh)).compile(compiler_options={"xla_backend_optimization_level": 0})
@@ -44,7 +47,8 @@ def test_no_table_and_no_logits_travel_whole(shape):
 
 @pytest.mark.slow
 def test_memory_of_parameters_gradients_and_optimizer_falls_with_fsdp():
-    task, sizes = tiny.task(config=replace(MODEL, dropout=0.0, n_layers=1, remat="none"), chunk=CHUNK), []
+    config = replace(MODEL, dropout=0.0, n_layers=1, remat="none")
+    task, sizes = tiny.task(config=config, vocabulary=VOCABULARY, chunk=CHUNK), []
     for ways in (1, 2, 4, 8):
         mesh = make_mesh(dict(fsdp=ways), jax.devices()[:ways])
         state = abstract_state(task, TX, mesh)
