@@ -30,3 +30,7 @@ os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 from ar_tokenizers.host import keep_memory  # noqa: E402
 
 keep_memory()
+
+import jax  # noqa: E402
+
+jax.devices()  # now: a verb that is asked to plan for more devices would be given them, and all tests behind it

@@ -118,10 +118,9 @@ def prepare(
         may_be_lost: whether a source may end without a document, as one that is held out may.
 
     Raises:
-        NothingLeft: no document is left of a source; what was written is removed, so that data or settings that are
-            mended need no other folder.
-        ManifestMismatch: the tokenizer is not the vocabulary's, or `folder` was begun with another vocabulary.
-        StageMismatch: `folder` was begun with other sources or settings.
+        NothingLeft: no document is left of a source; what was written is removed.
+        ManifestMismatch, StageMismatch: the tokenizer is not the vocabulary's, or `folder` was begun with another
+            vocabulary, other sources or settings.
     """
     folder = Path(folder)
     resize = resize or default_resize(grammar.layout, image_tokenizer)

@@ -62,7 +62,7 @@ def test_the_verb_takes_a_workdir(config, tmp_path, capsys):
         (["--target", "v5e:2x2x2"], "expected 2 sizes of at least 1"),
         (["--target", "h200:"], "expected 1 sizes of at least 1"),
         (["--target", "h200:4096"], "JAX_NUM_CPU_DEVICES=4096"),
-        (["--config.data.layout=Rows"], "data.layout: expected one of grid, rows, .*; found 'Rows'"),
+        (["--config.data.layout=Rows"], "data.layout: expected one of grid, rows, "),
         (["--config.sampling.kv_dtype=int4"], 'sampling.kv_dtype: expected one of "", int8,'),
         (["--config.model.remat=some"], "model.remat: expected one of none, dots, full, offload; found 'some'"),
         (["--config.model.attention=tpu"], "expected auto, xla, reference or hopper for h200:8"),
