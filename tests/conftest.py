@@ -33,4 +33,4 @@ keep_memory()
 
 import jax  # noqa: E402
 
-jax.devices()  # now: a verb that is asked to plan for more devices would be given them, and all tests behind it
+jax.devices()  # else a verb that plans for more devices would be given them, and so would all tests behind it

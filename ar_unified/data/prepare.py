@@ -115,7 +115,7 @@ def prepare(
         resize: what is done to images first; None: `default_resize`.
         shard_items: items of a source in a shard, the unit of restarting.
         workers: threads that read and decode.
-        may_be_lost: whether a source may end without a document, as one that is held out may.
+        may_be_lost: whether a source may end without a document.
 
     Raises:
         NothingLeft: no document is left of a source; what was written is removed.
@@ -125,8 +125,7 @@ def prepare(
     folder = Path(folder)
     resize = resize or default_resize(grammar.layout, image_tokenizer)
     _check_tokenizer(grammar, image_tokenizer)
-    names = [folder_name(source.name) for source in sources]
-    if len(set(names)) < len(names):
+    if len(names := [folder_name(source.name) for source in sources]) > len(set(names)):
         raise UserError(f"sources need different names (labels), found {names}")
     settings = dict(max_tokens=max_tokens, resize=asdict(resize), batch_size=batch_size, shard_items=shard_items)
     fingerprints = [dict(source.fingerprint) | {"reversible": source.reversible} for source in sources]
