@@ -23,8 +23,8 @@ from ar_unified import progress
 from ar_unified.errors import UserError
 from ar_unified.evaluation.generation import Example
 from ar_unified.evaluation.generation import evaluate as score
-from ar_unified.evaluation.protocol import PROTOCOLS
 from ar_unified.evaluation.report import write_report
+from ar_unified.evaluation.right_answers import PROTOCOLS
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.changes import MODEL, changeable
 from ar_unified.experiment.experiment import Experiment

@@ -20,7 +20,7 @@ from typing import Any
 from ar_unified.data.augmentation import Augmented
 from ar_unified.data.balance import indices
 from ar_unified.data.files import FileError, Folder
-from ar_unified.data.image_files import ImageFiles
+from ar_unified.data.image_folder import ImageFiles
 from ar_unified.data.items import BadItem, Source
 from ar_unified.data.rows import Rows
 from ar_unified.data.splits import EmptySplit

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ar_unified.evaluation.generation import Example
-from ar_unified.evaluation.protocol import text_of
+from ar_unified.evaluation.right_answers import text_of
 from ar_unified.language.document import ImagePart, TextPart
 
 NO_IMAGE = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="

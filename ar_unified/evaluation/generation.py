@@ -24,7 +24,7 @@ from ar_tokenizers.image.metrics import psnr
 
 from ar_unified.data.images import ImageCodec, by_size
 from ar_unified.data.sources import BadItem, Source
-from ar_unified.evaluation.protocol import Protocol, same_text, text_of
+from ar_unified.evaluation.right_answers import Protocol, same_text, text_of
 from ar_unified.language.document import CodesPart, Document, ImagePart, Part, TextPart
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.reading import GrammarError

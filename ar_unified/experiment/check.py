@@ -30,7 +30,7 @@ from ar_unified.data.items import has_images
 from ar_unified.data.packing import Mixture
 from ar_unified.data.prepare import folder_name
 from ar_unified.errors import UserError, about, nearest, outside, several
-from ar_unified.evaluation.protocol import PROTOCOLS
+from ar_unified.evaluation.right_answers import PROTOCOLS
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
 from ar_unified.experiment.experiment import STAGES, Experiment

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from ar_unified.evaluation.easy_vqa import COLORS, SHAPES, facts, read_image
-from ar_unified.evaluation.protocol import PROTOCOLS
+from ar_unified.evaluation.right_answers import PROTOCOLS
 from ar_unified.language.document import Document, ImagePart, TextPart
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "easy-vqa"

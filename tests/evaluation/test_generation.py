@@ -10,7 +10,7 @@ import pytest
 from ar_unified.data import scenes
 from ar_unified.data.sources import BadItem
 from ar_unified.evaluation.generation import evaluate
-from ar_unified.evaluation.protocol import PROTOCOLS
+from ar_unified.evaluation.right_answers import PROTOCOLS
 from ar_unified.language.document import CodesPart, Document, ImagePart, TextPart
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.syntax import fixed_grid
