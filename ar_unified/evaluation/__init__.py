@@ -1,10 +1,10 @@
 """What a model is worth on what it was not trained on, and the pages that say so.
 
-tokenizer.py    an image tokenizer's reconstructions under one pinned protocol
-generation.py   a trained model is asked about held-out documents
+tokenizer.py      an image tokenizer's reconstructions under one pinned protocol
+generation.py     a trained model is asked about held-out documents
 right_answers.py  what counts as right, per data set (shapes.py, easy_vqa.py read images from their pixels)
-report.py       one page of all that a run made (charts, figures, sheets, facts)
-card.py         a bundle's card, for people
+report.py         one page of all that a run made (charts, figures, sheets, facts)
+card.py           a bundle's card, for people
 
 It asks models through sampling; experiment and cli call it.
 """
