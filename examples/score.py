@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = ar_unified.load(given.bundle)
     with Image.open(given.image) as opened:
         image = ar_unified.ImagePart(to_rgb(opened))
-    answers = [ar_unified.Document((image, ar_unified.TextPart(text)), prompt=1) for text in given.texts]
+    answers = [ar_unified.Document.of((image, ar_unified.TextPart(text)), prompt=1) for text in given.texts]
     scores = [score.log_likelihood / score.tokens for score in model.score(answers)]
     for score, text in sorted(zip(scores, given.texts, strict=True), reverse=True):
         print(f"{score:8.3f}  {text}")
