@@ -161,7 +161,7 @@ def train(folder: Path | str, mesh: Any, pause: float = 0.0, **settings: Any) ->
 def main() -> None:
     job = json.loads(sys.argv[1])
     with runtime.ending():
-        runtime.init_state(
+        runtime.start(
             job["coordinator"],
             job["processes"],
             job["process"],
