@@ -45,6 +45,10 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("bundle",),
     ),
     (
+        "other people's checkpoints into such a folder, and back",
+        ("interop",),
+    ),
+    (
         "how a model comes to be and how it is used: neither needs the other, and a server needs one alone",
         ("training", "sampling"),
     ),
