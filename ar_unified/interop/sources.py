@@ -105,7 +105,9 @@ class Safetensors:
                 raise UserError(f"{path}: {error}: the file was cut short, or is no safetensors file") from error
             wanted = {name for name, where in told.items() if where == file} if told is not None else names
             if wrong := sorted(names ^ wanted):
-                what = "is not in it, though the index says so" if wrong[0] in wanted else "is in it, but not in the index"
+                what = (
+                    "is not in it, though the index says so" if wrong[0] in wanted else "is in it, but not in the index"
+                )
                 raise UserError(f"{path}: {wrong[0]!r:.120} {what}")
             for name in sorted(names):
                 if name in self._tensors:
@@ -125,8 +127,8 @@ class Safetensors:
         found = self._tensors[name][1]
         if found not in DTYPES:
             raise UserError(
-                f"{name}: expected numbers of type {', '.join(DTYPES)}; found {found}: convert the file to bfloat16 with "
-                "what made it"
+                f"{name}: expected numbers of type {', '.join(DTYPES)}; found {found}: convert the file to "
+                "bfloat16 with what made it"
             )
         return found
 
