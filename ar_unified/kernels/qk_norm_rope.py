@@ -27,8 +27,8 @@ def qk_norm_rope(
       x: [B, T, N, H].
       rope: cos and sin of each position's angles; the pairs that turn are (i, i + H/2), as in GPT-NeoX and Llama of
         Hugging Face. Not differentiated.
-      scale, bias: float32 [H], shared by all heads, or [N, H]. Both: LayerNorm over H before the rotation (Chameleon, arXiv
-        2405.09818). Scale alone: RMSNorm. Neither: no norm.
+      scale, bias: float32 [H], shared by all heads, or [N, H]. Both: LayerNorm over H before the rotation (Chameleon,
+        arXiv 2405.09818). Scale alone: RMSNorm. Neither: no norm.
 
     Returns:
       [B, T, N, H] in the dtype of x; computed in float32.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
-import tokenizers
 from ar_tokenizers.text import ModelType, TextTokenizer
 from ar_tokenizers.tokenizer_json import to_tokenizer_json
+
+import tokenizers
 
 CORPUS = [
     f"{who} {does} {count} {colour} stars,\n\tthen {count * 7} more; naïve café №{count} 星{count}星"
