@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import keyword
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,15 @@ from ar_unified.paths import home
 from ar_unified.planning import JOBS
 
 
+def module_of(verb: str) -> str:
+    """The module in this folder that does a verb: of its name, or as near to it as Python allows."""
+    name = verb.replace("-", "_")
+    return f"{name}_" if keyword.iskeyword(name) else name
+
+
 def parser_of(verb: str) -> argparse.ArgumentParser:
     """The parser of a verb; its description is the docstring of the verb's module, read without importing it."""
-    source = Path(__file__).with_name(f"{verb}.py").read_text(encoding="utf-8")
+    source = Path(__file__).with_name(f"{module_of(verb)}.py").read_text(encoding="utf-8")
     parser = argparse.ArgumentParser(
         prog=f"ar-unified {verb}",
         description=ast.get_docstring(ast.parse(source)),
@@ -131,6 +138,34 @@ def _export(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _import(parser: argparse.ArgumentParser) -> None:
+    from ar_unified.interop import SYSTEMS
+
+    parser.add_argument(
+        "--from",
+        required=True,
+        dest="source",
+        type=_path,
+        metavar="PATH",
+        help="the folder of the weights, or their file",
+    )
+    parser.add_argument("--as", required=True, dest="system", choices=SYSTEMS, help="which system they are of")
+    parser.add_argument(
+        "--output", required=True, type=_path, metavar="FOLDER", help="the bundle; nothing is written over"
+    )
+    parser.add_argument("--text", type=_path, metavar="PATH", help="the text tokenizer, where it lies elsewhere")
+    parser.add_argument("--image", type=_path, metavar="PATH", help="the image tokenizer's weights, likewise")
+    parser.add_argument("--theta", type=float, help="RoPE's base, of systems whose files do not say it (LWM)")
+    parser.add_argument(
+        "--size", type=_size, metavar="HxW", help="largest image in codes, of systems whose images have many sizes"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="", help="default: as published")
+    parser.add_argument("--license", default="", metavar="WORDS", help="for the model card (unknown)")
+    parser.add_argument(
+        "--shard-mib", type=int, default=2048, metavar="MIB", help="of a file of weights, at most (%(default)s)"
+    )
+
+
 def _validate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder", nargs="?", metavar="DIR", type=_path, help="a dataset folder, one JSONL file or one of text"
@@ -184,6 +219,13 @@ def _branch(text: str) -> tuple[Path, int | None]:
     return Path(_path(text)), None
 
 
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH in codes, as in 90x90, found {text!r}")
+    return int(match[1]), int(match[2])
+
+
 def _part(text: str) -> tuple[int, int]:
     k, _, n = text.partition("/")
     if not (k.isdecimal() and n.isdecimal() and int(k) < int(n)):
@@ -198,6 +240,7 @@ _VERBS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "train": _train,
     "sample": _sample,
     "evaluate": _evaluate,
+    "import": _import,
     "export": _export,
     "plan": _plan,
     "validate": _validate,

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 
 from ar_unified import interrupts
-from ar_unified.cli.arguments import parser_of
+from ar_unified.cli.arguments import module_of, parser_of
 from ar_unified.errors import FAULT, UNUSABLE, explain, nearest
 
 VERBS = {
@@ -21,6 +21,7 @@ VERBS = {
     "train": "train the transformer on the shards",
     "sample": "write interleaved documents for the prompts of a JSONL file",
     "evaluate": "score the tokenizer and the model on held-out documents; write evaluation.json and report.html",
+    "import": "make a bundle of a published model's files: Chameleon, Emu3, LWM, Llama, Qwen, Gemma and others",
     "export": "write the trained model as one folder that ar_unified.load opens, and a training can begin with",
     "plan": "compile the training or sampling for a TPU slice or GPUs that are not here: memory, traffic, time",
     "validate": "check a dataset folder or a config and print what is in it, bad items by file and line",
@@ -98,7 +99,7 @@ def _run(verb: str, arguments: argparse.Namespace, overrides: Sequence[str]) -> 
     _quiet_libraries()
     from ar_unified.parallel import runtime  # JAX: not for --help
 
-    module = importlib.import_module(f"ar_unified.cli.{verb}")
+    module = importlib.import_module(f"ar_unified.cli.{module_of(verb)}")
     with runtime.ending():
         status = int(module.main(arguments, overrides) or 0)
         sys.stdout.flush()  # a closed pipe is noticed here, not at Python's end

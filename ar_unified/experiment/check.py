@@ -36,7 +36,7 @@ from ar_unified.experiment import settings
 from ar_unified.experiment.experiment import STAGES, Experiment
 from ar_unified.kernels import backend, device
 from ar_unified.language.grammar import Grammar
-from ar_unified.language.layouts import LAYOUTS
+from ar_unified.language.layouts import WITH_IMAGES
 from ar_unified.manifests import require_same
 from ar_unified.model import config as model_config
 from ar_unified.model.code_vectors import CODE_EMBEDDING_INITS
@@ -49,7 +49,7 @@ from ar_unified.training.tasks import wrong_weights
 
 CHOICES: dict[str, Collection[str]] = {
     "data.resize": RESIZES,
-    "data.layout": LAYOUTS,
+    "data.layout": WITH_IMAGES,
     "text_tokenizer.model_type": get_args(ModelType),
     "text_tokenizer.lossy": get_args(Lossy),
     **{f"image_tokenizer.{name}": known for name, known in image_config.CHOICES.items()},

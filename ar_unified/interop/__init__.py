@@ -1,9 +1,25 @@
 """Other people's checkpoints: from their published files into a bundle, and from a bundle into their files.
 
-    sources, sink      tensors in files, read and written one at a time
-    keys               their names and their way to lay a matrix out, against our leaves
+    files, sources     what a person downloaded; tensors in files, one at a time
+    hf_config          the shape of a transformer in config.json
+    keys               names of tensors, and how they lie, against our leaves
     ids                their id space against ours
-    chameleon, ...     one module a system: its config, its language, its tokenizers, its defaults
+    text, chameleon, emu3, lwm, liquid     the systems
     importing          files -> bundle
     exporting          bundle -> files
 """
+
+# What `ar-unified import --as` takes; `systems` has how each is opened.
+SYSTEMS = (
+    "chameleon",
+    "anole",
+    "lumina_mgpt",
+    "lumina_mgpt_2",
+    "emu3",
+    "emu3_5",
+    "lwm",
+    "liquid",
+    "llama",
+    "qwen",
+    "gemma",
+)

@@ -1,21 +1,17 @@
-"""Published files -> a bundle, tensor by tensor: what is in memory is one tensor, and a table of ids while it is sorted.
-"""
+"""Published files -> a bundle. In memory is one tensor, and a table of ids while it is sorted."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
 from ar_unified import bundle
 from ar_unified.errors import UserError
 from ar_unified.interop.published import Published
-from ar_unified.language.vocabulary import Vocabulary
+from ar_unified.interop.sources import DTYPES
 from ar_unified.model.config import parameter_count
-
-DTYPES = {"BF16": "bfloat16", "F32": "float32", "F16": "float16"}
-_ALIKE = 0.9  # of the text rows' mean norm, or more: a trained row
 
 
 def import_model(
@@ -57,3 +53,26 @@ def import_model(
         published=published.record,
         shard_bytes=shard_bytes,
     )
+
+
+def card(published: Published, license: str = "") -> str:
+    """The README.md of an imported bundle."""
+    config, vocabulary = published.keys.config, published.grammar.vocabulary
+    images = f" and {vocabulary.codebook_size:,} image codes" if vocabulary.codebook_size else ""
+    lines = [
+        "---",
+        f"license: {json.dumps(license or 'unknown')}",
+        "library_name: ar_unified",
+        "---",
+        "",
+        f"# {published.system}",
+        "",
+        f"Published weights of {published.system}, imported: {parameter_count(config):,} parameters in {config.n_layers} "
+        f"layers of {config.d_model}, {vocabulary.text_size:,} text pieces{images}.",
+        "",
+        *(f"- {note}" for note in published.notes),
+        *([""] if published.notes else []),
+        "`ar_unified.load(FOLDER)` opens it, `--config.init=FOLDER` begins a training with it, and",
+        "`ar-unified export --from FOLDER --to FORMAT` gives the published form back.",
+    ]
+    return "\n".join(lines) + "\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ar_tokenizers.image.tokenizer import ImageTokenizer
@@ -43,66 +43,62 @@ class Published:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Tensors:
-    """The names of a file, sorted into those of the transformer and the others; checked by `keys`."""
+def check_tensors(
+    source: Source,
+    where: str,
+    dialects: Sequence[Dialect],
+    config: TransformerConfig,
+    border: Border,
+    tables: tuple[int, ...] = (),
+    aside: Sequence[str] = (),
+) -> Keys:
+    """The transformer's tensors in the first of `dialects` that a file is written in.
 
-    source: Source
-    where: str
-    others: tuple[str, ...] = field(default=())
-
-    def keys(
-        self,
-        dialects: Sequence[Dialect],
-        config: TransformerConfig,
-        border: Border,
-        tables: tuple[int, ...] = (),
-        aside: Sequence[str] = (),
-    ) -> Keys:
-        """The transformer's tensors in the first of `dialects` that the file is written in.
-
+    Args:
+        where: the file, for messages.
         aside: beginnings of names that are not the transformer's, as "vqmodel.".
 
-        Raises UserError, naming what is missing, left over or of another shape.
-        """
-        names = self.source.names()
-        dialect = next((each for each in dialects if each.names["norm"] in names), None)
-        if dialect is None:
-            wanted = " or ".join(dict.fromkeys(str(each.names["norm"]) for each in dialects))
-            raise UserError(f"{self.where}: expected a tensor {wanted}, found {_listed(sorted(names))}")
-        keys = Keys(dialect, config, border, tables, self._groups(dialect, config))
-        wanted = {name: shape for slot in keys.slots() for name, shape in zip(slot.names, slot.shapes, strict=True)}
-        tied = dialect.names["head"] if config.tie_embeddings else None
-        left = {
-            name
-            for name in names - wanted.keys()
-            if not name.startswith(tuple(aside)) and not name.endswith(dialect.ignored) and name != tied
-        }
-        if missing := sorted(wanted.keys() - names):
-            raise UserError(f"{self.where}: missing {_listed(missing)}; found but not expected: {_listed(sorted(left))}")
-        if left:
-            raise UserError(
-                f"{self.where}: this model has no place for {_listed(sorted(left))}: is --as the right system, and is "
-                "the config.json of these files?"
-            )
-        for name, shape in wanted.items():
-            if (found := self.source.shape(name)) != shape:
-                raise UserError(f"{self.where}: {name}: expected shape {list(shape)}, as the config says; found "
-                                f"{list(found)}")  # fmt: skip
-        return keys
+    Raises UserError, naming what is missing, left over or of another shape.
+    """
+    names = source.names()
+    dialect = next((each for each in dialects if each.names["norm"] in names), None)
+    if dialect is None:
+        expected = " or ".join(dict.fromkeys(str(each.names["norm"]) for each in dialects))
+        raise UserError(f"{where}: expected a tensor {expected}, found {_listed(sorted(names))}")
+    keys = Keys(dialect, config, border, tables, _groups(source, where, dialect, config))
+    wanted = {name: shape for slot in keys.slots() for name, shape in zip(slot.names, slot.shapes, strict=True)}
+    tied = dialect.names["head"] if config.tie_embeddings else None
+    left = sorted(
+        name
+        for name in names - wanted.keys()
+        if not name.startswith(tuple(aside)) and not name.endswith(dialect.ignored) and name != tied
+    )
+    if missing := sorted(wanted.keys() - names):
+        more = f"; found but not expected: {_listed(left)}" if left else ""
+        raise UserError(f"{where}: missing {_listed(missing)}{more}")
+    if left:
+        raise UserError(
+            f"{where}: this model has no place for {_listed(left)}: is --as the right system, and is the config of "
+            "these files?"
+        )
+    for name, shape in wanted.items():
+        if (found := source.shape(name)) != shape:
+            raise UserError(f"{where}: {name}: expected shape {list(shape)}, as the config says; found {list(found)}")
+        source.dtype(name)
+    return keys
 
-    def _groups(self, dialect: Dialect, config: TransformerConfig) -> tuple[int, int]:
-        """Of queries and keys, how many vectors of QK-norm weights the file has; 0: one, without an axis for them."""
-        found = []
-        for side, heads in (("query", config.n_heads), ("key", config.n_kv_heads)):
-            name = dialect.names.get(f"layers.attention.{side}_norm.scale", "")
-            name = str(name).format(0)
-            shape = self.source.shape(name) if config.qk_norm != "none" and name in self.source.names() else (0,)
-            groups = shape[0] if len(shape) == 2 else 0
-            if groups and heads % groups:
-                raise UserError(f"{self.where}: {name}: expected as many vectors as divide {heads} heads, found {groups}")
-            found.append(groups)
-        return found[0], found[1]
+
+def _groups(source: Source, where: str, dialect: Dialect, config: TransformerConfig) -> tuple[int, int]:
+    """Of queries and keys, how many vectors of QK-norm weights the file has; 0: one, without an axis for them."""
+    found = []
+    for side, heads in (("query", config.n_heads), ("key", config.n_kv_heads)):
+        name = str(dialect.names.get(f"layers.attention.{side}_norm.scale", "")).format(0)
+        shape = source.shape(name) if config.qk_norm != "none" and name in source.names() else (0,)
+        groups = shape[0] if len(shape) == 2 else 0
+        if groups and heads % groups:
+            raise UserError(f"{where}: {name}: expected as many vectors as divide {heads} heads, found {groups}")
+        found.append(groups)
+    return found[0], found[1]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -111,6 +111,8 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType({
     # with digits matters.
     "grid": Layout(),
     "rows": Layout(size=SizeTokens(), rows="after"),
+    # A published language model: no images, and turns are whatever the text says.
+    "plain": Layout(controls=("pad", "bos", "eos"), turns=TurnTemplate(), unconditional=("bos",)),
     # Chameleon and Anole: 32 x 32 codes.
     "chameleon": Layout(
         controls=("pad", "bos", "eos", "eot", "boi", "eoi"),
@@ -157,3 +159,5 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType({
         unconditional=("bos", "unconditional"),
     ),
 })  # fmt: skip
+
+WITH_IMAGES = tuple(name for name in LAYOUTS if name != "plain")

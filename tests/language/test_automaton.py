@@ -13,7 +13,7 @@ import pytest
 from ar_unified.language.automaton import BODY, DONE, FREE, HEIGHT, IMAGE, PARTS, TEXT, WIDTH, Automaton, Opened, Wanted
 from ar_unified.language.document import CodesPart, Document, TextPart
 from ar_unified.language.grammar import Grammar
-from ar_unified.language.layouts import LAYOUTS
+from ar_unified.language.layouts import LAYOUTS, WITH_IMAGES
 from ar_unified.language.syntax import TEXT_ALONE, fixed_grid, sized_rows
 from ar_unified.language.vocabulary import Role, Vocabulary
 from tests.language.small import Pieces, counted, every, grammar_of, image, sides
@@ -207,7 +207,7 @@ QUICK = ("rows", "emu3_5", "lwm")
 # A layout takes seconds of compiling and parsing; those whose parts others have are for later.
 quick = [
     pytest.param(kind, depth, marks={"grid": pytest.mark.slow}.get(kind, () if kind in QUICK else later))
-    for kind, depth in zip(LAYOUTS, itertools.cycle([1, 2]), strict=False)
+    for kind, depth in zip(WITH_IMAGES, itertools.cycle([1, 2]), strict=False)
 ]
 
 
@@ -262,7 +262,8 @@ def test_random_logits_parse_and_end_within_the_budget(kind, depth):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind, N", [("emu3_5", 10_000), *(pytest.param(kind, 100_000, marks=pytest.mark.exhaustive) for kind in LAYOUTS)]
+    "kind, N",
+    [("emu3_5", 10_000), *(pytest.param(kind, 100_000, marks=pytest.mark.exhaustive) for kind in WITH_IMAGES)],
 )
 def test_a_hundred_thousand_random_sequences_parse(kind, N):
     """From the empty prompt, in all modes, with sizes asked for and not."""

@@ -17,7 +17,7 @@ import pytest
 from ar_unified.language.border import Border, MappedCodec
 from ar_unified.language.document import CodesPart, Document, TextPart, Turn
 from ar_unified.language.grammar import Grammar
-from ar_unified.language.layouts import LAYOUTS
+from ar_unified.language.layouts import WITH_IMAGES
 from ar_unified.language.syntax import ImageLayout
 from ar_unified.language.vocabulary import Vocabulary
 from tests.language import transcriptions as published
@@ -247,4 +247,4 @@ def test_liquid_describes_in_a_document_and_does_not_talk() -> None:
 
 
 def test_every_published_layout_is_compared() -> None:
-    assert set(SYSTEMS) == set(LAYOUTS) - {"grid", "rows"}
+    assert set(SYSTEMS) == set(WITH_IMAGES) - {"grid", "rows"}

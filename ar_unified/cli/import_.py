@@ -1,0 +1,47 @@
+"""Make a bundle of a published model's files, which `train`, `sample`, `evaluate`, `plan` and `ar_unified.load` take.
+
+Reads a folder of .safetensors files with the config.json and the tokenizers that were published with them; nothing is
+downloaded. Names, shapes and dtypes are checked before anything is written: a tensor that is missing or left over is
+refused. Files that are pickled (.pth, .ckpt) go through `ar-unified convert-pickle` first. Tensors keep their dtype,
+and come back bit for bit with `ar-unified export --from BUNDLE --to FORMAT`. In memory is one tensor at a time.
+
+  ar-unified import --from DOWNLOAD --as emu3 --output BUNDLE
+  ar-unified import --from models/7b --as chameleon --text tokenizer --image tokenizer/vqgan --output BUNDLE
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ar_unified.errors import UserError
+from ar_unified.interop.files import Files
+from ar_unified.interop.importing import card, import_model
+from ar_unified.interop.systems import SYSTEMS
+from ar_unified.model.config import parameter_count
+
+
+def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    if overrides:
+        raise UserError(f"import has no config: {overrides[0]} does nothing")
+    files = Files(
+        Path(arguments.source),
+        text=Path(arguments.text) if arguments.text else None,
+        image=Path(arguments.image) if arguments.image else None,
+        theta=arguments.theta,
+        size=arguments.size,
+    )
+    published = SYSTEMS[arguments.system](files)
+    made = import_model(
+        published,
+        arguments.output,
+        card=card(published, arguments.license),
+        dtype=arguments.dtype,
+        shard_bytes=arguments.shard_mib << 20,
+    )
+    count = parameter_count(published.keys.config)
+    print(f"{made.folder}: {published.system}, {count / 1e6:.1f}M parameters, {made.size / 1e6:.1f} MB")
+    for note in published.notes:
+        print(note)
+    return 0

@@ -1,0 +1,102 @@
+"""A person's download: which of its files is the config, the text tokenizer, the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+from ar_tokenizers.codec import Codec
+from ar_tokenizers.reading import load_codec
+
+from ar_unified.errors import UserError, about
+from ar_unified.interop.ids import Language
+from ar_unified.interop.sources import Source, inside, open_source, read_json
+from ar_unified.language.border import MappedCodec
+from ar_unified.language.grammar import Grammar
+
+_TOKENIZERS = ("tokenizer.json", "text_tokenizer.json", "emu3.tiktoken", "tokenizer.model", "text.tiktoken")
+
+
+@dataclass(frozen=True)
+class Files:
+    """What `ar-unified import` was given.
+
+    Attributes:
+        folder: of the weights. text, image: a file or folder of the tokenizers, where they lie elsewhere.
+        theta: RoPE's base, where the files do not say it. size: height and width of the largest image, in codes.
+    """
+
+    folder: Path
+    text: Path | None = None
+    image: Path | None = None
+    theta: float | None = None
+    size: tuple[int, int] | None = None
+
+    @cached_property
+    def source(self) -> Source:
+        return open_source(self.folder)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json. Raises UserError."""
+        return read_json(self.find("config.json"))
+
+    def find(self, *names: str, folder: Path | None = None) -> Path:
+        """The first of these files that is there. Raises UserError."""
+        folder = folder or (self.folder if self.folder.is_dir() else self.folder.parent)
+        for name in names:
+            if (folder / name).exists():
+                return inside(folder, name)
+        raise UserError(f"{folder}: expected {' or '.join(names)}, found none")
+
+    @cached_property
+    def text_file(self) -> Path:
+        """The text tokenizer. Raises UserError."""
+        if self.text is not None and self.text.is_file():
+            return self.text
+        try:
+            return self.find(*_TOKENIZERS, folder=self.text)
+        except UserError as error:
+            raise UserError(f"{error}; --text names the text tokenizer where it lies elsewhere") from error
+
+    @cached_property
+    def codec(self) -> Codec:
+        """It, with the published ids."""
+        with about("text tokenizer"):
+            return load_codec(self.text_file, lossy="warn")
+
+    @cached_property
+    def text_ids(self) -> list[int]:
+        """Published ids that stand for text, ascending."""
+        return np.flatnonzero(self.codec.piece_bytes).tolist()
+
+    @cached_property
+    def names(self) -> Mapping[str, int]:
+        """The published id of each token by its name."""
+        if self.text_file.suffix == ".json":
+            spec = read_json(self.text_file)
+            model, added = spec.get("model"), spec.get("added_tokens")
+            vocab = model.get("vocab") if isinstance(model, dict) else None
+            if not isinstance(vocab, dict) or not isinstance(added, list):
+                raise UserError(f"{self.text_file}: expected model.vocab and added_tokens, as tokenizer.json has")
+            return vocab | {token["content"]: token["id"] for token in added if isinstance(token, dict)}
+        if self.text_file.suffix == ".model":
+            processor = sentencepiece.SentencePieceProcessor(model_proto=self.codec.data)
+            return {processor.id_to_piece(id): id for id in range(processor.get_piece_size())}
+        return {}
+
+    def grammar(self, language: Language, image_hash: str = "") -> Grammar:
+        """Of the text tokenizer across the border."""
+        vocabulary = language.vocabulary
+        with about(str(self.text_file)):
+            text = MappedCodec.of(
+                self.text_file.name, self.codec.data, language.border, vocabulary.text_size, lossy="warn"
+            )
+        hashes = dict(text_hash=text.hash, image_hash=image_hash)
+        return Grammar(dataclasses.replace(vocabulary, **hashes), language.layout, text)

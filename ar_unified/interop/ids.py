@@ -1,0 +1,86 @@
+"""A published id space in our order: `[text | controls | size tokens | image codes | rest]`, by its tokens' names.
+
+Axes: `V` ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ar_unified.errors import UserError
+from ar_unified.language.border import Border
+from ar_unified.language.syntax import ImageLayout
+from ar_unified.language.vocabulary import Vocabulary
+
+PLAIN = ImageLayout("plain", 1, 1)  # text alone
+
+
+@dataclass(frozen=True)
+class Language:
+    """What a system's ids mean. The vocabulary has no tokenizers' hashes yet."""
+
+    border: Border
+    vocabulary: Vocabulary
+    layout: ImageLayout
+
+
+def language(
+    size: int,
+    text: Iterable[int],
+    controls: Mapping[str, int],
+    layout: ImageLayout = PLAIN,
+    *,
+    codes: range = range(0),
+    sizes: Sequence[int] = (),
+) -> Language:
+    """The language of a table of `size` ids.
+
+    Args:
+        text: published ids that the text tokenizer spells with; what is named otherwise too is left out.
+        controls: published id of each control that the layout needs. One that the table has no token for is left out,
+            and takes the last id that nothing else is.
+        codes: published ids of the image codes. sizes: of the size tokens, in order.
+
+    Raises UserError for an id beyond the table, or with two meanings.
+    """
+    wanted = layout.record.controls
+    others = {**{id: f"<{name}>" for name, id in controls.items()}}
+    for what, ids in (("size token", sizes), ("image code", codes)):
+        for number, id in enumerate(ids):
+            if id in others:
+                raise UserError(f"ids: {what} {number} and {others[id]} are both id {id} of the published table")
+            others[id] = f"{what} {number}"
+    pieces = sorted(set(text) - others.keys())
+    taken = others.keys() | set(pieces)
+    if taken and not 0 <= min(taken) <= max(taken) < size:
+        raise UserError(f"ids: expected a table of at least {max(taken) + 1} ids, as its tokens have; found {size}")
+    free = sorted(set(range(size)) - taken)
+    missing = [name for name in wanted if name not in controls]
+    if len(missing) > len(free):
+        raise UserError(f"ids: the table has no token for {', '.join(missing)}, and no id that is free")
+    spare = {name: free.pop() for name in missing}
+    ids = [{**controls, **spare}[name] for name in wanted]
+    theirs = [*pieces, *ids, *sizes, *codes]
+    left = sorted(set(range(size)) - set(theirs))
+    vocabulary = Vocabulary(len(pieces), len(codes), len(sizes), controls=wanted, rest=len(left))
+    return Language(Border.from_ids([*theirs, *left]), vocabulary, layout)
+
+
+def named(names: Mapping[str, Any], name: str, where: str) -> int:
+    """The id of a token by its name. Raises UserError."""
+    found = names.get(name)
+    if type(found) is not int or found < 0:
+        raise UserError(f"{where}: expected a token {name!r}, found none: is it the tokenizer of these weights?")
+    return found
+
+
+def run(ids: Sequence[int], what: str, where: str) -> range:
+    """Ids that must be one ascending run, as image codes are. Raises UserError, naming the first that is not."""
+    for number, id in enumerate(ids):
+        if id != ids[0] + number:
+            raise UserError(
+                f"{where}: {what} {number}: expected id {ids[0] + number}, as they are in order; found {id}"
+            )
+    return range(ids[0], ids[0] + len(ids)) if ids else range(0)

@@ -1,0 +1,78 @@
+"""Plain language models, as transformers has them: Llama, Qwen2, Qwen3 and Gemma."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from ar_unified.errors import UserError
+from ar_unified.interop import hf_config
+from ar_unified.interop.files import Files
+from ar_unified.interop.hf_config import GEMMA, LLAMA, QWEN2, QWEN3, Family
+from ar_unified.interop.ids import language
+from ar_unified.interop.keys import HF
+from ar_unified.interop.published import Published, check_tensors
+
+# What a document begins and ends with, and what fills rows: the first of these names that the tokenizer has. Qwen has
+# no beginning of its own: texts are told apart by <|endoftext|>.
+_MARKS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "llama": {
+        "bos": ("<|begin_of_text|>", "<s>"),
+        "eos": ("<|end_of_text|>", "</s>"),
+        "pad": ("<|finetune_right_pad_id|>", "<unk>"),
+    },
+    "qwen": {"bos": ("<|endoftext|>",), "eos": ("<|im_end|>",)},
+    "gemma": {"bos": ("<bos>",), "eos": ("<eos>",), "pad": ("<pad>",)},
+}
+PLAIN_FILTER = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+_LENGTH = 4096  # of prompt and answer, unless told
+
+
+def open_llama(files: Files) -> Published:
+    return _open(files, "llama", {"llama": LLAMA})
+
+
+def open_qwen(files: Files) -> Published:
+    return _open(files, "qwen", {"qwen2": QWEN2, "qwen3": QWEN3})
+
+
+def open_gemma(files: Files) -> Published:
+    return _open(files, "gemma", {"gemma": GEMMA})
+
+
+def _open(files: Files, system: str, families: Mapping[str, Family]) -> Published:
+    where = str(files.folder)
+    kind = files.config.get("model_type")
+    if kind not in families:
+        raise UserError(f"{where}: model_type: expected {' or '.join(families)}, found {kind!r:.40}")
+    family = families[kind]
+    config = hf_config.read(files.config, family, where)
+    marks = {
+        control: next((files.names[name] for name in names if name in files.names), None)
+        for control, names in _MARKS[system].items()
+    }
+    found = {control: id for control, id in marks.items() if id is not None}
+    if absent := [control for control in ("bos", "eos") if control not in found]:
+        expected = " or ".join(_MARKS[system][absent[0]])
+        raise UserError(f"{files.text_file}: expected a token {expected}, found none: is --as the right system?")
+    ids = language(config.vocab_size, files.text_ids, found)
+    grammar = files.grammar(ids)
+    config = dataclasses.replace(config, vocab_size=grammar.vocabulary.size)
+    return Published(
+        system=system,
+        keys=check_tensors(files.source, where, [HF], config, ids.border),
+        source=files.source,
+        grammar=grammar,
+        text=grammar.text_codec,
+        image=None,
+        data={"max_tokens": _LENGTH},
+        sampling={
+            "max_length": min(_LENGTH, files.config.get("max_position_embeddings") or _LENGTH),
+            "kv_dtype": "",
+            "guidance": 1.0,
+            "context": "bos_boi",
+            "text": PLAIN_FILTER,
+            "image": PLAIN_FILTER,
+        },
+        record={"system": system, "config": files.config},
+    )
