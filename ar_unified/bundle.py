@@ -3,11 +3,14 @@
     bundle.json                          version, and of every other file its bytes and its sha256
     config.json                          the transformer ("model"), and with the keys of an experiment what its data
                                          were ("data") and what a request that says nothing is drawn with ("sampling")
-    language.json                        the grammar's manifest: what a sequence of ids may say
-    text_tokenizer/text.model            SentencePiece
+    language.json                        the grammar's manifest: what a sequence of ids may say; and the border, where
+                                         the text tokenizer has the ids of a published table
+    text_tokenizer/                      one of text.model (SentencePiece), tokenizer.json, text.tiktoken: as published
     image_tokenizer/                     weights.safetensors, config.json; not there for text alone
     model-00001-of-0000N.safetensors     the transformer's parameters by their paths, in the dtype they had
     model.safetensors.index.json         which of those files has which
+    published.json                       of published weights: what their own form had that nothing here needs, for an
+    published.safetensors                export that gives it back; settings, and tensors
     README.md                            the card, for people. Nothing reads it, so it is not among the files above
 
 What is in a folder that somebody sent is not trusted: names that are read are those above and no others, links lead
@@ -31,16 +34,20 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from ar_tokenizers.files import whole_folder
+from ar_tokenizers.codec import FILES, Codec
+from ar_tokenizers.files import whole_folder, write_bytes
 from ar_tokenizers.image.tokenizer import CONFIG as IMAGE_CONFIG
 from ar_tokenizers.image.tokenizer import WEIGHTS as IMAGE_WEIGHTS
 from ar_tokenizers.image.tokenizer import ImageTokenizer
-from ar_tokenizers.text import TextTokenizer
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load, save
 
 from ar_unified.data.files import FileError, Folder
 from ar_unified.errors import UserError, in_words, nearest
+from ar_unified.language.border import Border
 from ar_unified.language.grammar import Grammar
+from ar_unified.language.record import FILE as LANGUAGE
+from ar_unified.language.record import manifest_of, record_of, text_codec
 from ar_unified.manifests import manifest_hash
 from ar_unified.model.config import TransformerConfig, decisive
 from ar_unified.model.transformer import Params, abstract_params
@@ -48,10 +55,12 @@ from ar_unified.tensors import INDEX, Kind, TensorWriter
 from ar_unified.workdir import write_json, write_text
 
 VERSION = 1
-BUNDLE, CONFIG, LANGUAGE, CARD = "bundle.json", "config.json", "language.json", "README.md"
-TEXT, IMAGE = "text_tokenizer/text.model", "image_tokenizer"
+BUNDLE, CONFIG, CARD = "bundle.json", "config.json", "README.md"
+TEXT, IMAGE = "text_tokenizer", "image_tokenizer"
+PUBLISHED, KEPT = "published.json", "published.safetensors"
+_TEXT = tuple(f"{TEXT}/{name}" for name in FILES)
 _IMAGE = (f"{IMAGE}/{IMAGE_WEIGHTS}", f"{IMAGE}/{IMAGE_CONFIG}")
-_NEEDED = (CONFIG, LANGUAGE, TEXT, INDEX)
+_NEEDED = (CONFIG, LANGUAGE, INDEX)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # by their names in a file
 _LARGEST = 1 << 26  # bytes of a JSON file
@@ -73,11 +82,13 @@ def write(
     config: TransformerConfig,
     params: Params | Streamed,
     grammar: Grammar,
-    text_tokenizer: TextTokenizer,
+    text_tokenizer: Codec,
     image_tokenizer: ImageTokenizer | None,
     data: Mapping[str, Any],
     sampling: Mapping[str, Any],
     card: str,
+    published: Mapping[str, Any] | None = None,
+    kept: Mapping[str, np.ndarray] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Bundle:
     """Writes a bundle whole or not at all, and opens it.
@@ -88,6 +99,7 @@ def write(
         grammar: of the two tokenizers; image_tokenizer: None for text alone.
         data: image_size, resize, layout and max_tokens of the experiment; of text alone the last.
         sampling: max_length, kv_dtype, guidance, context, text and image of the experiment.
+        published, kept: of published weights: JSON values and tensors by name that an export to their form needs.
         shard_bytes: of a file of parameters at most; a larger parameter has a file of its own.
 
     Raises UserError where `folder` exists, OSError (a full disk).
@@ -100,10 +112,14 @@ def write(
                 "sampling": dict(sampling),
             }
             write_json(here / CONFIG, sections)
-            write_json(here / LANGUAGE, grammar.manifest())
-            text_tokenizer.save(here / TEXT)
+            write_json(here / LANGUAGE, record_of(grammar))
+            write_bytes(here / TEXT / text_tokenizer.file, text_tokenizer.data)
             if image_tokenizer is not None:
                 image_tokenizer.save(here / IMAGE)
+            if published is not None:
+                write_json(here / PUBLISHED, dict(published))
+            if kept:
+                write_bytes(here / KEPT, save({name: np.ascontiguousarray(kept[name]) for name in sorted(kept)}))
             streamed = params if isinstance(params, Streamed) else Streamed.of(params)
             _write_params(here, config, streamed, shard_bytes)
             names = sorted(str(path.relative_to(here)) for path in here.rglob("*") if path.is_file())
@@ -209,15 +225,39 @@ class Bundle:
             return typed(TransformerConfig, self.sections["model"], "model")
 
     @cached_property
-    def language(self) -> dict[str, Any]:
-        """The grammar's manifest."""
+    def record(self) -> dict[str, Any]:
+        """language.json (`language.record.record_of`)."""
         return self._json(LANGUAGE)
 
+    @property
+    def language(self) -> dict[str, Any]:
+        """The grammar's manifest."""
+        return manifest_of(self.record)
+
     @cached_property
-    def text_tokenizer(self) -> TextTokenizer:
+    def text_tokenizer(self) -> Codec:
         """One that loses text was allowed to by those who trained with it."""
-        with self._reading(TEXT):
-            return TextTokenizer(self._read(TEXT), lossy="warn")
+        (name,) = (name for name in _TEXT if name in self._files)
+        data = self._read(name)
+        with self._reading(name):
+            return text_codec(self.record, name.rpartition("/")[2], data, lossy="warn")
+
+    @property
+    def border(self) -> Border | None:
+        """To the ids of a published table; None: there is none."""
+        return getattr(self.text_tokenizer, "border", None)
+
+    @cached_property
+    def published(self) -> dict[str, Any] | None:
+        """What `write` was given; None: nothing."""
+        return self._json(PUBLISHED) if PUBLISHED in self._files else None
+
+    def kept(self) -> dict[str, np.ndarray]:
+        """Tensors that `write` was given."""
+        if KEPT not in self._files:
+            return {}
+        with self._reading(KEPT):
+            return load(self._read(KEPT))
 
     def image_tokenizer(self, batch_size: int = 64) -> ImageTokenizer | None:
         """None: there is text alone. batch_size: images in one call of it."""
@@ -311,6 +351,12 @@ class Bundle:
                 self._require(file, digest)
         return found
 
+    def copy(self, folder: Path, *names: str) -> None:
+        """Those of its files by these names that it has, into a folder."""
+        for name in names:
+            if name in self._files:
+                write_bytes(folder / name, self._read(name))
+
     # ---- files ------------------------------------------------------------------------------------------------------
 
     def _checked(self, files: Any) -> dict[str, tuple[int, str]]:
@@ -318,7 +364,7 @@ class Bundle:
         if not isinstance(files, dict):
             raise self._error(BUNDLE, f"files: expected keys and values, found {files!r:.80}")
         for name, facts in files.items():
-            if name not in (*_NEEDED, *_IMAGE) and not _SHARD.fullmatch(name):
+            if name not in (*_NEEDED, *_TEXT, *_IMAGE, PUBLISHED, KEPT) and not _SHARD.fullmatch(name):
                 raise self._error(BUNDLE, f"files: a bundle has no file {name!r:.80}")
             size, digest = (facts.get(key) if isinstance(facts, dict) else None for key in ("bytes", "sha256"))
             if type(size) is not int or not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
@@ -326,6 +372,9 @@ class Bundle:
         needed = (*_NEEDED, *(_IMAGE if any(name in files for name in _IMAGE) else ()))
         if missing := [name for name in needed if name not in files]:
             raise self._error(BUNDLE, f"files: {missing[0]} is missing")
+        if len(found := [name for name in _TEXT if name in files]) != 1:
+            expected = f"one text tokenizer in {TEXT}: {', '.join(FILES)}"
+            raise self._error(BUNDLE, f"files: expected {expected}; found {' and '.join(found) or 'none'}")
         return {name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
 
     def _path(self, name: str) -> Path:

@@ -16,7 +16,6 @@ CALLED = {
     "ar_unified.kernels.*: unsupported": "likewise",
     "ar_unified.sampling.adapters.*: Engine*": "an evaluation harness is given the class",
     "ar_unified.language.rows: document_to_json": "who writes documents as rows for the readers of data/",
-    "ar_unified.language.border: MappedCodec": "who brings the text tokenizer of another system",
     "ar_tokenizers.image.space_to_depth: receptive_radius": "who decodes in windows asks what overlap to take",
     "ar_tokenizers.image.taming: from_taming": "who brings weights of taming-transformers' VQGAN",
 }

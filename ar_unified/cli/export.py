@@ -16,6 +16,8 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from safetensors.numpy import load_file
+
 from ar_unified import bundle
 from ar_unified.checkpoint import Checkpoints
 from ar_unified.data.images import NoImages
@@ -45,7 +47,7 @@ def export(experiment: Experiment, output: str, *, license: str = "", shard_byte
     _require_own(experiment)
     config, tokenizer = configs.plain(experiment.config), experiment.image_tokenizer
     image = None if isinstance(tokenizer, NoImages) else tokenizer
-    evaluation = _evaluation(experiment)
+    evaluation, brought = _evaluation(experiment), experiment.workdir.text_tokenizer
     words = card(
         license=license,
         model=experiment.model,
@@ -65,6 +67,8 @@ def export(experiment: Experiment, output: str, *, license: str = "", shard_byte
         data={name: config["data"][name] for name in (_DATA if image else ("max_tokens",))},
         sampling={name: config["sampling"][name] for name in _SAMPLING},
         card=words,
+        published=read_json(published) if (published := brought / bundle.PUBLISHED).exists() else None,
+        kept=load_file(kept) if (kept := brought / bundle.KEPT).exists() else None,
         shard_bytes=shard_bytes,
     )
     experiment.say(

@@ -19,14 +19,17 @@ from pathlib import Path
 
 import jax
 from ar_tokenizers.image.config import AutoencoderConfig
-from ar_tokenizers.text import TextTokenizer
 from ml_collections import ConfigDict
 
+from ar_unified.bundle import Bundle
 from ar_unified.errors import NO, UserError, about
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
 from ar_unified.experiment.check import check
 from ar_unified.experiment.text_tokenizer import load
+from ar_unified.language.record import grammar_in, text_in
+from ar_unified.language.syntax import ImageLayout
+from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model.config import config_from
 from ar_unified.planning.page import write_page
 from ar_unified.planning.plan import PlanReport, make_plan
@@ -81,7 +84,7 @@ def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
     training, sampling = config.training, config.sampling
     text_alone = not config.image_tokenizer.steps and all(spec.get("kind") == "text" for spec in config.data.train)
     image = None if text_alone else _image_tokenizer(config, workdir)
-    vocabulary, layout = settings.language(config, image, _text_size(config, workdir))
+    vocabulary, layout = _language(config, workdir, image)
     return Run(
         model=config_from(configs.plain(config.model), vocab_size=vocabulary.size),
         vocabulary=vocabulary,
@@ -101,12 +104,24 @@ def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
     )
 
 
-def _text_size(config: ConfigDict, workdir: str | Path | None) -> int:
-    """Pieces of the text tokenizer: trained, brought, or at most."""
-    if workdir and (path := Path(workdir) / "text_tokenizer" / "text.model").exists():
-        with about(str(path)):
-            return TextTokenizer.load(path, lossy="warn").size
-    return load(config.text_tokenizer).size if config.text_tokenizer.model else config.text_tokenizer.vocab_size
+def _language(
+    config: ConfigDict, workdir: str | Path | None, image: AutoencoderConfig | None
+) -> tuple[Vocabulary, ImageLayout]:
+    """That of the tokenizers in the workdir, or of the bundle it begins with, or as large as it may become."""
+    grammar, size = None, 0
+    if workdir:
+        folder = Path(workdir) / "text_tokenizer"
+        with about(str(folder)):
+            if text := text_in(folder, "warn"):
+                grammar, size = grammar_in(folder, text), text.size
+    if config.init and not size:
+        with about("config.init"):
+            grammar = Bundle(config.init).grammar
+    if grammar is not None:
+        return grammar.vocabulary, grammar.layout
+    text_tokenizer = config.text_tokenizer
+    size = size or (load(text_tokenizer).size if text_tokenizer.model else text_tokenizer.vocab_size)
+    return settings.language(config, image, size)
 
 
 def _image_tokenizer(config: ConfigDict, workdir: str | Path | None) -> AutoencoderConfig:

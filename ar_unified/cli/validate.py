@@ -1,8 +1,8 @@
 """Check a dataset folder, or an experiment's sources, and print what is in it; nothing is changed.
 
 Prints counts, lengths, every bad item by file, line and kind, and the first documents as the model will see them: with
-placeholders for images, or as real tokens where the workdir already has both tokenizers. The exit status is 1 if an
-item is bad.
+placeholders for images, or as real tokens where the workdir already has both tokenizers, or config.init names a bundle.
+How the text tokenizer loses text is told first. The exit status is 1 if an item is bad.
 
   ar-unified validate DIR [--links]                           a folder with captions.jsonl, docs.jsonl and/or vqa.jsonl,
                                                               or of text files
@@ -15,11 +15,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ar_unified.data.images import NoImages
 from ar_unified.data.validate import validate
 from ar_unified.errors import NO, UserError
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.check import check
 from ar_unified.experiment.experiment import Experiment
+from ar_unified.experiment.text_tokenizer import load, told
+from ar_unified.language.record import text_in
 from ar_unified.workdir import Workdir
 
 
@@ -33,11 +36,20 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         check(config, [])
         experiment = Experiment(config, Workdir(arguments.workdir or Path(".cache") / "validate" / config.name))
         brought = (experiment.workdir.image_tokenizer / "config.json").exists()
-        ready = brought or ((experiment.workdir.text_tokenizer / "text.model").exists() and experiment.text_only)
+        text = text_in(experiment.workdir.text_tokenizer, "warn")
+        ready = brought or (text is not None and experiment.text_only)
+        grammar, images = (experiment.grammar, experiment.image_tokenizer) if ready else (None, None)
+        if experiment.bundle is not None and not ready:
+            text, grammar = experiment.bundle.text_tokenizer, experiment.bundle.grammar
+            images = experiment.bundle.image_tokenizer() or NoImages()
+        elif config.text_tokenizer.model and text is None:
+            text = load(config.text_tokenizer)
+        for line in told(text.losses if text else ()):
+            print(line)
         found = validate(
             experiment.specs(config.data.train),
-            experiment.grammar if ready else None,
-            experiment.image_tokenizer if ready else None,
+            grammar,
+            images,
             resize=experiment.resize,
             max_tokens=config.data.max_tokens,
             show=arguments.show,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jax
+from ar_tokenizers.codec import Lossy
 from ar_tokenizers.image import adversary, inception, lpips, perceptual
 from ar_tokenizers.image import config as image_config
 from ar_tokenizers.image.quantizers import NAMES
@@ -22,7 +23,7 @@ from ar_tokenizers.image.quantizers.base import GRADIENTS
 from ar_tokenizers.image.quantizers.codebook import UPDATES
 from ar_tokenizers.image.quantizers.fsq import ACTIVATIONS
 from ar_tokenizers.image.weights import check_file
-from ar_tokenizers.text import Lossy, ModelType
+from ar_tokenizers.text import ModelType
 from ml_collections import ConfigDict
 
 from ar_unified.data.images import RESIZES
@@ -305,6 +306,8 @@ def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> No
     shape, image_hash = (None, "") if image is None else (image.config, image.hash)
     with about("config.data"):
         vocabulary, layout = settings.language(config, shape, text.size, text.hash, image_hash)
+    if settings.fits(layout, bundle.grammar.layout):
+        return
     ours = Grammar(vocabulary, layout, text).manifest()
     where = dict(expected_from=f"config.init={bundle.folder}", found_from="this config")
     require_same(bundle.language, ours, **where)

@@ -75,7 +75,7 @@ def _add_data_and_tokenizers(config: ConfigDict) -> None:
     config.text_tokenizer.model_type = "bpe"  # bpe | unigram
     config.text_tokenizer.max_bytes = 100_000_000  # of text, an even part of more; memory is 20 to 90 times that
     config.text_tokenizer.temperature = 1.0  # above 1: small sources are read several times (see data.balance)
-    config.text_tokenizer.model = ""  # a SentencePiece model from elsewhere, instead of training one
+    config.text_tokenizer.model = ""  # one from elsewhere instead: SentencePiece, a tokenizer.json, *.tiktoken
     config.text_tokenizer.lossy = "refuse"  # such a model that loses text: refuse | warn
 
     config.image_tokenizer = ConfigDict(
@@ -375,7 +375,8 @@ def parse_arg(arg: str | None, **known: str | None) -> dict[str, str | None]:
 
 def begin_with(config: ConfigDict, folder: str) -> None:
     """Sets `init`, and all that a bundle decides of a training that begins with it: the model's shape, the image
-    tokenizer, how its data were made, and what requests are drawn with. Raises BundleError.
+    tokenizer, that its text tokenizer may lose text, how its data were made, and what requests are drawn with. Raises
+    BundleError.
     """
     from ar_unified.bundle import Bundle  # JAX, which a config without a bundle need not wait for
 
@@ -384,6 +385,8 @@ def begin_with(config: ConfigDict, folder: str) -> None:
     tokenizer = bundle.image_tokenizer()
     sections = {name: _tuples(section) for name, section in bundle.sections.items()}
     del sections["model"]["vocab_size"]
+    if bundle.text_tokenizer.losses:
+        config.text_tokenizer.lossy = "warn"
     config.image_tokenizer.steps = 0
     if tokenizer is not None:
         config.image_tokenizer.update(dataclasses.asdict(tokenizer.config))

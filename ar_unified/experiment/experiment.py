@@ -15,9 +15,9 @@ from functools import cached_property
 from typing import Any
 
 import jax
+from ar_tokenizers.codec import Codec
 from ar_tokenizers.image.config import AutoencoderConfig
 from ar_tokenizers.image.tokenizer import ImageTokenizer
-from ar_tokenizers.text import TextTokenizer
 from ml_collections import ConfigDict
 
 from ar_unified import history, manifests
@@ -32,6 +32,7 @@ from ar_unified.experiment import settings
 from ar_unified.experiment.changes import Training, changeable, require_extensible, said
 from ar_unified.history import Changeable
 from ar_unified.language.grammar import Grammar
+from ar_unified.language.record import grammar_in, text_in
 from ar_unified.model.config import TransformerConfig, config_from, parameter_count
 from ar_unified.model.transformer import abstract_params
 from ar_unified.parallel import runtime
@@ -224,11 +225,13 @@ class Experiment:
         return settings.autoencoder(self.config)
 
     @cached_property
-    def text_tokenizer(self) -> TextTokenizer:
-        path = self.workdir.text_tokenizer / "text.model"
-        self._require(path.exists(), path, "tokenizer")
+    def text_tokenizer(self) -> Codec:
+        folder = self.workdir.text_tokenizer
         with about("the workdir's text tokenizer"):
-            return TextTokenizer.load(path, lossy=self.config.text_tokenizer.lossy)
+            found = text_in(folder, self.config.text_tokenizer.lossy)
+        self._require(found is not None, folder, "tokenizer")
+        assert found is not None
+        return found
 
     @cached_property
     def text_only(self) -> bool:
@@ -262,8 +265,10 @@ class Experiment:
 
     @cached_property
     def grammar(self) -> Grammar:
-        """Of both tokenizers."""
+        """Of both tokenizers, or that of the bundle which the training began with."""
         text, image = self.text_tokenizer, self.image_tokenizer
+        if (brought := grammar_in(self.workdir.text_tokenizer, text)) is not None:
+            return brought
         shape = None if isinstance(image, NoImages) else image.config
         with about("config.data"):
             vocabulary, layout = settings.language(self.config, shape, text.size, text.hash, image.hash)

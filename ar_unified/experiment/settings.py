@@ -62,6 +62,14 @@ def layout(config: ConfigDict, image: AutoencoderConfig) -> ImageLayout:
     return ImageLayout(kind, *image.grid(*resize(config).largest), image.codes_per_position)
 
 
+def fits(ours: ImageLayout, theirs: ImageLayout) -> bool:
+    """Whether images written in one layout can be written in another: of one size the same, else no larger."""
+    if not theirs.sized:
+        return ours == theirs
+    same = (ours.kind, ours.depth) == (theirs.kind, theirs.depth)
+    return same and ours.height <= theirs.height and ours.width <= theirs.width
+
+
 def language(
     config: ConfigDict, image: AutoencoderConfig | None, text_size: int, text_hash: str = "", image_hash: str = ""
 ) -> tuple[Vocabulary, ImageLayout]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ar_tokenizers.codec import Codec
 from ar_tokenizers.fertility import Fertility, table
-from ar_tokenizers.lossless import RESERVED, reachable_symbols
+from ar_tokenizers.files import write_bytes
+from ar_tokenizers.lossless import RESERVED
+from ar_tokenizers.reading import load_codec
 from ar_tokenizers.text import TextTokenizer
 
+from ar_unified.bundle import KEPT, LANGUAGE, PUBLISHED
 from ar_unified.data.balance import indices, passes, text_bytes
 from ar_unified.data.items import BadItem, LeftOut, Source, language
 from ar_unified.data.sources import texts
@@ -24,9 +28,10 @@ _MEASURED = 1_000_000  # bytes of a source that the report looks at, an even par
 def train_text(experiment: Experiment) -> None:
     """Stage text_tokenizer."""
     settings = experiment.config.text_tokenizer
-    tokenizer = load(settings) if settings.model else None
-    if experiment.bundle is not None:
-        tokenizer = experiment.bundle.text_tokenizer
+    bundle = experiment.bundle
+    tokenizer: Codec | None = load(settings) if settings.model else None
+    if bundle is not None:
+        tokenizer = bundle.text_tokenizer
     brought = tokenizer is not None
     stage = experiment.stage(
         "text_tokenizer",
@@ -39,7 +44,9 @@ def train_text(experiment: Experiment) -> None:
     left_out, often, reserved = LeftOut(), dict[str, float](), dict.fromkeys(RESERVED, 0)
     if tokenizer is None:
         tokenizer, often = _train(experiment, left_out, reserved)
-    tokenizer.save(stage.folder / "text.model")
+    write_bytes(stage.folder / tokenizer.file, tokenizer.data)
+    if bundle is not None:
+        bundle.copy(stage.folder, LANGUAGE, PUBLISHED, KEPT)
     measured = measure(
         tokenizer,
         [(source.name, source) for source in experiment.train]
@@ -49,7 +56,7 @@ def train_text(experiment: Experiment) -> None:
         "pieces": tokenizer.size,
         "hash": tokenizer.hash,
         "losses": [str(loss) for loss in tokenizer.losses],
-        "symbols_that_text_can_spell": reachable_symbols(tokenizer.model_bytes),
+        "symbols_that_text_can_spell": tokenizer.symbols,
         "passes": often,
         "left_out": left_out.kinds,
         "cut_at": {f"U+{ord(sign):04X}": count for sign, count in reserved.items() if count},
@@ -96,13 +103,13 @@ def _counted(texts: Iterable[str], reserved: dict[str, int]) -> Iterator[str]:
         yield text
 
 
-def load(settings: Mapping[str, Any]) -> TextTokenizer:
+def load(settings: Mapping[str, Any]) -> Codec:
     """The model a config brings. Raises UserError if it is not there or loses text and may not."""
     with about("config.text_tokenizer.model"):
-        return TextTokenizer.load(settings["model"], lossy=settings["lossy"])
+        return load_codec(settings["model"], lossy=settings["lossy"])
 
 
-def measure(tokenizer: TextTokenizer, sources: Sequence[tuple[str, Source]]) -> dict[str, Fertility]:
+def measure(tokenizer: Codec, sources: Sequence[tuple[str, Source]]) -> dict[str, Fertility]:
     """Fertility and round trip by source, and by language where items say theirs ("name/nld"); bad items left out."""
     rows: dict[str, Fertility] = {}
     for name, source in sources:
@@ -117,8 +124,13 @@ def measure(tokenizer: TextTokenizer, sources: Sequence[tuple[str, Source]]) -> 
     return dict(sorted(rows.items()))
 
 
+def told(losses: Iterable[Any]) -> list[str]:
+    """How a text tokenizer loses text, a line each."""
+    return [f"this text model loses text: {loss}" for loss in losses]
+
+
 def _remarks(report: Mapping[str, Any], wanted: int) -> list[str]:
-    lines = [f"this text model loses text: {loss}" for loss in report["losses"]]
+    lines = told(report["losses"])
     if symbols := report["symbols_that_text_can_spell"]:
         shown = ", ".join(map(repr, symbols[:8]))
         lines.append(f"text can spell {len(symbols)} user-defined symbols of this model ({shown}): they stay text")

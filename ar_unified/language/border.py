@@ -9,14 +9,19 @@ Axes: `V` ids.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from ar_tokenizers.codec import Codec, Lossy
+from ar_tokenizers.lossless import Loss
+from ar_tokenizers.reading import codec
 
-from ar_unified.language.grammar import TextCodec
+_LARGEST = 1 << 24  # ids: more than any table has, and less than memory holds
 
 Run = tuple[int, int, int]  # first id of theirs, first of ours, how many
 
@@ -40,6 +45,8 @@ class Border:
                 end += count
         if not self.runs:
             raise ValueError("border: expected at least one run of ids, found none")
+        if self.size > _LARGEST:
+            raise ValueError(f"border: expected at most {_LARGEST} ids, found {self.size}")
 
     @classmethod
     def from_ids(cls, theirs: Sequence[int] | np.ndarray) -> Border:
@@ -86,31 +93,121 @@ class Border:
         return [list(run) for run in self.runs]
 
     @classmethod
-    def from_manifest(cls, runs: Sequence[Sequence[int]]) -> Border:
-        return cls(tuple((int(a), int(b), int(n)) for a, b, n in runs))
+    def from_manifest(cls, runs: Any) -> Border:
+        """Raises ValueError for what `manifest` did not write."""
+        if not isinstance(runs, list) or not all(
+            isinstance(run, list) and len(run) == 3 and all(type(x) is int for x in run) for run in runs
+        ):
+            raise ValueError(f"border: expected runs of three whole numbers, found {runs!r:.80}")
+        return cls(tuple((a, b, n) for a, b, n in runs))
+
+
+class Ids:
+    """Ids across the border, for those who compare with the published model: ours(theirs) and theirs(ours).
+
+    Args:
+        border: None: both are the same.
+        size: V, the ids that have a probability.
+    """
+
+    def __init__(self, border: Border | None, size: int):
+        self.border, self.size = border, size
+
+    def ours(self, theirs: Any) -> np.ndarray:
+        """Ours of published ids, int [...] (an array, a list, a range) -> int32 [...]. Raises ValueError beyond V."""
+        return self._across(theirs, None if self.border is None else self.border.ours, "published ids")
+
+    def theirs(self, ours: Any) -> np.ndarray:
+        """Published ids of ours, int [...] -> int32 [...]: the inverse of `ours`. Raises ValueError beyond V."""
+        return self._across(ours, None if self.border is None else self.border.theirs, "our ids")
+
+    def _across(self, ids: Any, table: np.ndarray | None, what: str) -> np.ndarray:
+        found = np.asarray(ids)
+        if found.size and not np.issubdtype(found.dtype, np.integer):
+            raise ValueError(f"{what}: expected whole numbers, found {found.dtype}")
+        if found.size and (found.min() < 0 or found.max() >= self.size):
+            raise ValueError(f"{what}: expected 0..{self.size - 1}, found {found.min()}..{found.max()}")
+        return found.astype(np.int32) if table is None else table[found.astype(np.int32)]
 
 
 @dataclass(frozen=True)
 class MappedCodec:
-    """A published text tokenizer that speaks our ids 0..size-1.
+    """A published text tokenizer that speaks our ids 0..size-1, a `Codec` like any.
 
     Args:
         codec: of theirs: ids in the published space.
-        border: size: the number of text pieces, ours 0..size-1.
-        hash: of the tokenizer's file and of the border.
+        border: its first `size` ids of ours are the text pieces, in the order of the published ids.
+        size: their number.
+
+    Raises ValueError where the tokenizer has no such piece.
     """
 
-    codec: TextCodec
+    codec: Codec
     border: Border
     size: int
-    hash: str
+
+    @classmethod
+    def of(cls, file: str, data: bytes, border: Border, size: int, lossy: Lossy = "refuse") -> MappedCodec:
+        """Of a tokenizer's file by its name (`reading.codec`); no text is spelled with an id that is no text piece."""
+        return cls(codec(file, data, lossy=lossy, text_ids={*border.theirs[:size].tolist()}), border, size)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.size <= self.border.size:
+            raise ValueError(f"border: expected 1 to {self.border.size} text pieces, found {self.size}")
+        if np.any(np.diff(self._text) < 0):
+            raise ValueError("border: expected text pieces in the order of the published ids")
+        if self._text[-1] >= self.codec.size:
+            found = f"id {self._text[-1]} for one"
+            raise ValueError(f"border: expected text pieces below {self.codec.size}, of {self.file}; found {found}")
+        self.codec.decode(self._text.tolist())  # raises for an id between that is none
+
+    @property
+    def _text(self) -> np.ndarray:
+        return self.border.theirs[: self.size]
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of the tokenizer and of the border."""
+        record = json.dumps([self.codec.hash, self.size, self.border.manifest()])
+        return hashlib.sha256(record.encode()).hexdigest()
+
+    @property
+    def file(self) -> str:
+        return self.codec.file
+
+    @property
+    def data(self) -> bytes:
+        return self.codec.data
+
+    @property
+    def losses(self) -> tuple[Loss, ...]:
+        return self.codec.losses
+
+    @property
+    def symbols(self) -> list[str]:
+        return self.codec.symbols
+
+    @cached_property
+    def piece_bytes(self) -> np.ndarray:
+        """int32 [size]."""
+        return self.codec.piece_bytes[self._text]
+
+    def is_byte(self, id: int, /) -> bool:
+        return self.codec.is_byte(int(self.border.theirs[id]))
 
     def encode(self, text: str, /) -> list[int]:
         """Raises ValueError where the text would be spelled with an id that is no text piece."""
-        ids = self.border.ours[np.asarray(self.codec.encode(text), np.int64)].tolist()
+        theirs = np.asarray(self.codec.encode(text), np.int64)
+        beyond = len(theirs) and theirs.max() >= self.border.size
+        ids = [self.size] if beyond else self.border.ours[theirs].tolist()
         if ids and max(ids) >= self.size:
             raise ValueError(f"the text {text!r:.60} is spelled with an id that is no text piece")
         return ids
 
     def decode(self, ids: Sequence[int], /) -> str:
-        return self.codec.decode(self.border.theirs[np.asarray(ids, np.int64)].tolist())
+        """Raises ValueError for an id that is no text piece."""
+        pieces = np.asarray(ids, np.int64)
+        if len(pieces) and (pieces.min() < 0 or pieces.max() >= self.size):
+            bad = pieces[(pieces < 0) | (pieces >= self.size)]
+            raise ValueError(f"text ids must be in [0, {self.size}); found {bad[:8].tolist()}")
+        return self.codec.decode(self._text[pieces].tolist())

@@ -25,6 +25,7 @@ from ar_unified.bundle import Bundle, BundleError
 from ar_unified.data.images import ImageCodec, NoImages, Resize, to_rgb
 from ar_unified.data.sizes import default_resize
 from ar_unified.errors import about
+from ar_unified.language.border import Ids
 from ar_unified.language.document import (
     CodesPart,
     Document,
@@ -270,6 +271,14 @@ class Model:
         engine, rows = self.engine, len(tokens)
         tokens = np.pad(tokens.astype(np.int32), [(0, -rows % ways_of(0, engine.mesh)), (0, 0)])  # a mesh splits rows
         return np.asarray(engine.call(_logits, engine.config, self.vocabulary.used, engine.params, tokens))[:rows]
+
+    @functools.cached_property
+    def ids(self) -> Ids:
+        """Ids across the border to the published model that this one came from; the same on both sides without one.
+
+        model.logits(model.ids.ours(tokens))[..., model.ids.ours(range(V))] are the published model's logits.
+        """
+        return Ids(getattr(self.grammar.text_codec, "border", None), self.vocabulary.used)
 
     def encode(self, document: Document) -> np.ndarray:
         """The document as int32 [n]; images may be pixels, of any size. Raises GrammarError."""

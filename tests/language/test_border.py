@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ar_unified.language.border import Border, MappedCodec
+from ar_unified.language.border import Border, Ids, MappedCodec
 from ar_unified.language.syntax import ImageLayout
 from ar_unified.language.vocabulary import Role, Vocabulary
 
@@ -82,24 +82,75 @@ def test_tables_of_another_length_are_refused_and_padded_ones_are_cut():
 
 
 class Theirs:
-    """Letters a..c are ids 6..8; "<" is the bos."""
+    """Letters a..c are ids 6..8; "<" is the bos, ">" an id beyond the table."""
+
+    size, hash, file, data, losses, symbols = 12, "theirs", "text.model", b"", (), []
+    piece_bytes = np.array([0] * 6 + [1, 2, 3] + [0] * 3, np.int32)
 
     def encode(self, text):
-        return [0 if letter == "<" else 6 + "abc".index(letter) for letter in text]
+        ids = {"a": 6, "b": 7, "c": 8, "<": 0, ">": 11}
+        return [ids[letter] for letter in text]
+
+    def is_byte(self, id):
+        return id == 7
 
     def decode(self, ids):
         return "".join("<" if id == 0 else "abc"[id - 6] for id in ids)
 
 
 def test_a_text_tokenizer_speaks_our_ids():
-    codec = MappedCodec(Theirs(), BORDER, 3, "hash")
+    codec = MappedCodec(Theirs(), BORDER, 3)
     assert codec.encode("cab") == [2, 0, 1] and codec.decode([2, 0, 1]) == "cab"
     assert all(type(id) is int for id in codec.encode("cab"))
     assert codec.encode("") == [] and codec.decode([]) == ""
-    with pytest.raises(ValueError, match="'a<b' is spelled with an id that is no text piece"):
-        codec.encode("a<b")
+    for text in ("a<b", "a>b"):
+        with pytest.raises(ValueError, match=f"'{text}' is spelled with an id that is no text piece"):
+            codec.encode(text)
+    for ids in ([3], [0, -1]):
+        with pytest.raises(ValueError, match=r"text ids must be in \[0, 3\)"):
+            codec.decode(ids)
+    assert codec.piece_bytes.tolist() == [1, 2, 3] and [codec.is_byte(id) for id in range(3)] == [False, True, False]
     vocabulary = Vocabulary(3, 3, text_hash="hash", controls=("pad", "bos", "eos"), rest=1)
     assert (vocabulary.pad, vocabulary.image_offset, vocabulary.rest_offset, vocabulary.used) == (3, 6, 9, BORDER.size)
+
+
+def test_the_pieces_of_a_border_are_those_of_its_tokenizer():
+    hashes = {MappedCodec(Theirs(), border, size).hash for border, size in ((BORDER, 3), (BORDER, 2))}
+    assert len(hashes) == 2 and "theirs" not in hashes
+    for theirs, size, says in (
+        ([6, 7, 8, 1, 0, 2, 3, 4, 5, 9], 11, "expected 1 to 10 text pieces, found 11"),
+        ([6, 7, 8, 1, 0, 2, 3, 4, 5, 9], 0, "expected 1 to 10 text pieces, found 0"),
+        ([7, 6, 8, 1, 0, 2, 3, 4, 5, 9], 3, "in the order of the published ids"),
+        ([6, 7, 12, *range(6), 8, 9, 10, 11], 3, "expected text pieces below 12, of text.model; found id 12 for one"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            MappedCodec(Theirs(), Border.from_ids(theirs), size)
+
+
+def test_ids_go_across_for_those_who_compare():
+    ids = Ids(BORDER, 10)
+    tokens = np.array([[0, 6, 9], [3, 2, 8]])
+    assert ids.ours(tokens).tolist() == [[4, 0, 9], [6, 5, 2]] and ids.ours(tokens).dtype == np.int32
+    np.testing.assert_array_equal(ids.theirs(ids.ours(tokens)), tokens)
+    assert ids.ours(range(10)).tolist() == BORDER.ours.tolist() and ids.ours([]).tolist() == []
+    same = Ids(None, 10)
+    np.testing.assert_array_equal(same.ours(tokens), same.theirs(tokens))
+    np.testing.assert_array_equal(same.ours(tokens), tokens)
+    for each in (ids, same):
+        for across in (each.ours, each.theirs):
+            for wrong, says in (
+                ([0, 10], r"expected 0\.\.9, found 0\.\.10"),
+                ([-1], r"found -1\.\.-1"),
+                ([0.5], "whole numbers"),
+            ):
+                with pytest.raises(ValueError, match=says):
+                    across(wrong)
+
+
+@pytest.mark.parametrize("runs", [[[0, 0]], [[0, 0, 1.0]], {"a": 1}, [[0, 0, 1 << 40]], [[0, 0, True]], None, [1]])
+def test_runs_that_somebody_sent_are_refused(runs):
+    with pytest.raises(ValueError, match="border: expected"):
+        Border.from_manifest(runs)
 
 
 # ---- real tables, of full size: ids of the published tokenizers -----------------------------------

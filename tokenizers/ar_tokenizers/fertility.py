@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ar_tokenizers.text import TextTokenizer
+from ar_tokenizers.codec import Codec
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Fertility:
         """The part of the tokens that stand for one byte."""
         return self.byte_tokens / max(self.tokens, 1)
 
-    def add(self, tokenizer: TextTokenizer, text: str, origin: str = "") -> None:
+    def add(self, tokenizer: Codec, text: str, origin: str = "") -> None:
         """Counts one text. Raises ValueError for a text with a surrogate."""
         ids = tokenizer.encode(text)
         self.texts += 1

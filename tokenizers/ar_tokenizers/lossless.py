@@ -6,7 +6,7 @@ are read here as they are stored, since the reader that SentencePiece brings wor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,18 +18,18 @@ RESERVED = SPACE + "\u2585"
 # Field numbers, of NormalizerSpec and of TrainerSpec; a type of piece and one of model.
 _NAME, _CHARSMAP, _ADD_DUMMY_PREFIX, _REMOVE_EXTRA_WHITESPACES = 1, 2, 3, 4
 _MODEL_TYPE, _BYTE_FALLBACK = 3, 35
-_USER_DEFINED, _BPE = 4, 2
+_CONTROL, _USER_DEFINED, _BPE = 3, 4, 2
 
 # Texts that a model may lose. The parts of one are encoded apart and decoded together.
-_CHARACTERS = ("\uff46\uff55\uff4c\uff4c \ufb01 e\u0301 \u00e9 \u2126",)
-_LINES = ("line\n\n\tindented\r\n",)
-_SPACES = ("  two  spaces ",)
-_JOINED = ("a red", "dish star")
-_RARE = ("\U0001f9ee\U000e0001 \ufeff",)
-_CONTROLS = ("nul \0 and \x01",)
-_SPACE_SIGNS = (f"{SPACE}a{SPACE}b ",)
-_NAMES = ("<unk> <s> <0x0A>",)
-_PROBES = (_CHARACTERS, _LINES, _SPACES, _JOINED, _RARE, _CONTROLS, _SPACE_SIGNS, _NAMES)
+CHARACTERS = ("\uff46\uff55\uff4c\uff4c \ufb01 e\u0301 \u00e9 \u2126",)
+LINES = ("line\n\n\tindented\r\n",)
+SPACES = ("  two  spaces ",)
+JOINED = ("a red", "dish star")
+RARE = ("\U0001f9ee\U000e0001 \ufeff",)
+CONTROLS = ("nul \0 and \x01",)
+SPACE_SIGNS = (f"{SPACE}a{SPACE}b ",)
+NAMES = ("<unk> <s> <0x0A>",)
+_PROBES = (CHARACTERS, LINES, SPACES, JOINED, RARE, CONTROLS, SPACE_SIGNS, NAMES)
 
 
 @dataclass(frozen=True)
@@ -61,29 +61,42 @@ def find_losses(
         (
             normalizer.get(_CHARSMAP),
             f"normalizer_spec.name = {normalizer.get(_NAME, b'').decode()!r} rewrites characters",
-            (_CHARACTERS, _LINES, _CONTROLS),
+            (CHARACTERS, LINES, CONTROLS),
         ),
         (
             normalizer.get(_REMOVE_EXTRA_WHITESPACES, True),
             "normalizer_spec.remove_extra_whitespaces drops spaces at both ends and all but one of several",
-            (_SPACES,),
+            (SPACES,),
         ),
         (
             normalizer.get(_ADD_DUMMY_PREFIX, True),
             "normalizer_spec.add_dummy_prefix adds a space to every text, so that texts encoded apart do not join",
-            (_JOINED, _SPACE_SIGNS),
+            (JOINED, SPACE_SIGNS),
         ),
         (
             not trainer.get(_BYTE_FALLBACK, False),
             "trainer_spec.byte_fallback is off: a character without a piece becomes <unk>",
-            (_RARE, _CONTROLS),
+            (RARE, CONTROLS),
         ),
         (
             denormalizer.get(_CHARSMAP),
             f"denormalizer_spec.name = {denormalizer.get(_NAME, b'').decode()!r} rewrites what is decoded",
-            (_CHARACTERS,),
+            (CHARACTERS,),
         ),
     ]
+
+    return shown([(cause, probes) for does, cause, probes in rules if does], encode, decode)
+
+
+def shown(
+    rules: Sequence[tuple[str, Sequence[Sequence[str]]]],
+    encode: Callable[[str], Sequence[int]],
+    decode: Callable[[Sequence[int]], str],
+) -> tuple[Loss, ...]:
+    """A loss for each (cause, probes), with the first of its probes that does not come back as the example.
+
+    Where there is no cause, and a probe of all does not come back, that is the one loss.
+    """
 
     def example(probes: Sequence[Sequence[str]]) -> tuple[str, str] | None:
         for parts in probes:
@@ -92,10 +105,20 @@ def find_losses(
                 return text, back
         return None
 
-    found = tuple(Loss(cause, *(example(probes) or ())) for does, cause, probes in rules if does)
+    found = tuple(Loss(cause, *(example(probes) or ())) for cause, probes in rules)
     if not found and (lost := example(_PROBES)):
         found = (Loss("no setting of the model says why", *lost),)
     return found
+
+
+def refusal(losses: Sequence[Loss]) -> str:
+    """Why a tokenizer that loses text is not taken, and what to do."""
+    return (
+        "this text model loses text.\n"
+        + "".join(f"  {loss}\n" for loss in losses)
+        + 'Train one with TextTokenizer.train, or take it as it is with lossy="warn" (in a config: '
+        "text_tokenizer.lossy): documents that do not come back are then left out, and counted"
+    )
 
 
 def reachable_symbols(model_bytes: bytes) -> list[str]:
@@ -107,6 +130,30 @@ def reachable_symbols(model_bytes: bytes) -> list[str]:
     pieces = (dict(_fields(piece)) for field, piece in _fields(model_bytes) if field == 1)
     symbols = [piece[1].decode() for piece in pieces if piece.get(3) == _USER_DEFINED]
     return [symbol for symbol in symbols if symbol.replace(SPACE, " ").strip()]
+
+
+def only_spelling(model_bytes: bytes, text_ids: Collection[int]) -> bytes:
+    """The model with every user-defined symbol that is not among `text_ids` made a control piece, as <s> is one.
+
+    Text that reads like a control piece is spelled with other pieces.
+    """
+    out, id = [], 0
+    for field, value in _fields(model_bytes):
+        if field == 1:
+            if dict(_fields(value)).get(3) == _USER_DEFINED and id not in text_ids:
+                value += bytes((3 << 3, _CONTROL))  # of a field that is there twice the last counts
+            id += 1
+        out.append(_number(field << 3 | 2) + _number(len(value)) + value)
+    return b"".join(out)
+
+
+def _number(value: int) -> bytes:
+    """A whole number as protocol buffers write it."""
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes((*out, value))
 
 
 def is_bpe(model_bytes: bytes) -> bool:

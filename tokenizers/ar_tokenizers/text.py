@@ -21,17 +21,26 @@ import io
 import os
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import sentencepiece
 
+from ar_tokenizers.codec import SENTENCEPIECE, Lossy, refuse_surrogates
 from ar_tokenizers.files import write_bytes
-from ar_tokenizers.lossless import RESERVED, SPACE, Loss, find_losses, is_bpe
+from ar_tokenizers.lossless import (
+    RESERVED,
+    SPACE,
+    Loss,
+    find_losses,
+    is_bpe,
+    only_spelling,
+    reachable_symbols,
+    refusal,
+)
 
-Lossy = Literal["refuse", "warn"]
 ModelType = Literal["bpe", "unigram"]
 _LONGEST = 1 << 16  # characters SentencePiece is shown at once in training; it drops longer lines, so they are cut here
 # At least 500 characters, up to the end of a line or word.
@@ -47,6 +56,7 @@ class TextTokenizer:
       model_bytes: a serialised SentencePiece model.
       lossy: what becomes of a model that loses text (a normaliser such as nmt_nfkc, a dummy prefix, no byte fallback):
         it is refused, or taken as it is, with `losses` to be looked at.
+      text_ids: the ids that text may be spelled with; other user-defined symbols cannot be. None: all.
 
     Attributes:
       losses: how the model loses text, empty for those that `train` makes.
@@ -56,11 +66,16 @@ class TextTokenizer:
       ValueError: the bytes are no SentencePiece model, or the model loses text and `lossy` does not allow it.
     """
 
-    def __init__(self, model_bytes: bytes, *, lossy: Lossy = "refuse") -> None:
+    file = SENTENCEPIECE
+
+    def __init__(self, model_bytes: bytes, *, lossy: Lossy = "refuse", text_ids: Collection[int] | None = None) -> None:
         if lossy not in ("refuse", "warn"):
             raise ValueError(f"lossy: expected refuse or warn, got {lossy!r}")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
+            self._model = model_bytes if text_ids is None else only_spelling(model_bytes, text_ids)
+            if self._model != model_bytes:
+                self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
         except RuntimeError as error:
             raise ValueError(f"these {len(model_bytes)} bytes are no SentencePiece model: {error}") from error
         self.model_bytes = model_bytes
@@ -72,12 +87,7 @@ class TextTokenizer:
         self._in_blocks = False
         self.losses: tuple[Loss, ...] = find_losses(model_bytes, self.encode, self.decode)
         if self.losses and lossy == "refuse":
-            raise ValueError(
-                "this text model loses text.\n"
-                + "".join(f"  {loss}\n" for loss in self.losses)
-                + 'Train one with TextTokenizer.train, or take it as it is with lossy="warn" (in a config: '
-                "text_tokenizer.lossy): documents that do not come back are then left out, and counted"
-            )
+            raise ValueError(refusal(self.losses))
         # Where no piece goes on over the end of a word or line, what stands before a border decides nothing behind it.
         self._in_blocks = is_bpe(model_bytes) and not self.losses and not any(map(_ACROSS.search, pieces))
 
@@ -101,6 +111,16 @@ class TextTokenizer:
         """Whether an id stands for one byte of a character that has no piece."""
         return bool(self._processor.is_byte(id))
 
+    @property
+    def data(self) -> bytes:
+        """What its file holds: the model."""
+        return self.model_bytes
+
+    @property
+    def symbols(self) -> list[str]:
+        """User-defined symbols that text can spell (`lossless.reachable_symbols`)."""
+        return reachable_symbols(self._model)
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text, in [0, size) and never <unk> (but for a model that loses text).
 
@@ -116,7 +136,7 @@ class TextTokenizer:
             first, *rest = map(self._encode, text.split(SPACE))
             return first + [id for part in rest for id in (*self._space_as_bytes, *part)]
         except (RuntimeError, UnicodeEncodeError) as error:
-            _refuse_surrogates(text)
+            refuse_surrogates(text)
             raise ValueError(f"SentencePiece refused {text[:80]!r}: {error}") from error
 
     def _encode(self, text: str) -> list[int]:
@@ -238,16 +258,6 @@ def _draw(texts: Iterable[str], max_bytes: int) -> list[str]:
 
 def _parts(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
-        _refuse_surrogates(text)
+        refuse_surrogates(text)
         text = text.translate(_AS_LINE_ENDS) if any(character in text for character in RESERVED) else text
         yield from (text[start : start + _LONGEST] for start in range(0, len(text), _LONGEST))
-
-
-def _refuse_surrogates(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"position {error.start} of {text[:80]!r} is the surrogate U+{ord(text[error.start]):04X}, "
-            "which is no character; decode the text's source with errors='replace' or leave it out"
-        ) from error

@@ -1,0 +1,65 @@
+"""language.json: a grammar's manifest and, where ids are published ones, the border to them; in bundles and workdirs.
+
+Beside it lies the file of the text tokenizer, as it was made or published.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ar_tokenizers.codec import Codec, Lossy, find
+from ar_tokenizers.reading import codec
+
+from ar_unified.language.border import Border, MappedCodec
+from ar_unified.language.grammar import Grammar
+
+FILE = "language.json"
+_BORDER, _LOSSES = "border", "text_losses"
+
+
+def record_of(grammar: Grammar) -> dict[str, Any]:
+    """What language.json says, as JSON values; how the tokenizer loses text is for people."""
+    out, text = grammar.manifest(), grammar.text_codec
+    if isinstance(text, MappedCodec):
+        out[_BORDER] = text.border.manifest()
+    if losses := getattr(text, "losses", ()):
+        out[_LOSSES] = [str(loss) for loss in losses]
+    return out
+
+
+def manifest_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The grammar's manifest of what language.json says."""
+    return {name: value for name, value in record.items() if name not in (_BORDER, _LOSSES)}
+
+
+def text_codec(record: Mapping[str, Any], file: str, data: bytes, lossy: Lossy = "refuse") -> Codec:
+    """The text tokenizer of language.json and of the file beside it. Raises ValueError for what does not fit."""
+    if _BORDER not in record:
+        return codec(file, data, lossy=lossy)
+    border, size = Border.from_manifest(record[_BORDER]), record.get("text_size")
+    if border.size != (used := record.get("used")):
+        raise ValueError(f"border: expected {used!r} ids, as many as are used; found {border.size}")
+    if type(size) is not int:
+        raise ValueError(f"text_size: expected a whole number, found {size!r:.40}")
+    return MappedCodec.of(file, data, border, size, lossy)
+
+
+def text_in(folder: Path, lossy: Lossy = "refuse") -> Codec | None:
+    """The text tokenizer of a folder that has one, and maybe a language.json. Raises ValueError like `text_codec`."""
+    path, record = find(folder), folder / FILE
+    if path is None:
+        return None
+    return text_codec(_read(record) if record.exists() else {}, path.name, path.read_bytes(), lossy)
+
+
+def grammar_in(folder: Path, text: Codec) -> Grammar | None:
+    """The grammar of a folder's language.json and its text tokenizer; None: it has none."""
+    return Grammar.from_manifest(manifest_of(_read(path)), text) if (path := folder / FILE).exists() else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_bytes())
+    return found

@@ -1,0 +1,74 @@
+"""What every text tokenizer has, ours and the published ones, and which file of a folder is one.
+
+A folder has at most one of them, as it was made or published, byte for byte: `FILES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from ar_tokenizers.lossless import Loss
+
+Lossy = Literal["refuse", "warn"]
+
+SENTENCEPIECE, JSON, TIKTOKEN = FILES = ("text.model", "tokenizer.json", "text.tiktoken")
+
+
+class Codec(Protocol):
+    """Text to ids in [0, size) and back.
+
+    Attributes:
+      size: how many ids there are, those that no text is spelled with included.
+      hash: sha256 of all that decides which ids a text gets.
+      losses: how it loses text; none: decode(encode(text)) == text for every text without surrogates.
+      file, data: its file's name, one of FILES, and what is in it.
+      symbols: names among its pieces that text can spell, and that weights may have learned to take for a command.
+      piece_bytes: int32 [size], UTF-8 bytes of text that each id stands for; 0 for those of no text.
+    """
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def hash(self) -> str: ...
+    @property
+    def losses(self) -> tuple[Loss, ...]: ...
+    @property
+    def file(self) -> str: ...
+    @property
+    def data(self) -> bytes: ...
+    @property
+    def symbols(self) -> list[str]: ...
+    @property
+    def piece_bytes(self) -> np.ndarray: ...
+
+    def encode(self, text: str, /) -> list[int]:
+        """Raises ValueError for a text with a surrogate."""
+
+    def decode(self, ids: Sequence[int], /) -> str:
+        """Bytes that are no UTF-8 come back as U+FFFD. Raises ValueError for an id that is none."""
+
+    def is_byte(self, id: int, /) -> bool:
+        """Whether an id stands for one byte of a character that has no piece."""
+
+
+def find(folder: Path) -> Path | None:
+    """The file of a folder's text tokenizer; None: it has none. Raises ValueError for more than one."""
+    found = [folder / name for name in FILES if (folder / name).is_file()]
+    if len(found) > 1:
+        raise ValueError(f"{folder}: expected one text tokenizer, found {' and '.join(path.name for path in found)}")
+    return found[0] if found else None
+
+
+def refuse_surrogates(text: str) -> None:
+    """Raises ValueError, with its position, for a character that has no UTF-8 form."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"position {error.start} of {text[:80]!r} is the surrogate U+{ord(text[error.start]):04X}, "
+            "which is no character; decode the text's source with errors='replace' or leave it out"
+        ) from error

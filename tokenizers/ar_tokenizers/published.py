@@ -1,0 +1,292 @@
+"""Text tokenizers in the files that others publish: tokenizer.json of the `tokenizers` package, and tiktoken's ranks.
+
+A text never becomes a special token, whatever it spells: "<s>" is three characters and no beginning. Nothing is added
+in front of it or behind, nothing is cut or filled up, and no merge is left out by chance, whatever the file says of it.
+
+tiktoken joins, of all neighbours whose bytes together are a piece, the two whose piece has the lowest rank, and takes a
+whole word that is a piece as it is. That is a BPE of `tokenizers` with every way to make each piece as a merge, in the
+order of the ranks. The pattern that cuts a text into words is not in the file: it is Qwen's, as Emu3 has it
+(baaivision/Emu3, tokenization_emu3.py). Its normalisation (NFC), which loses text, is not done.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ar_tokenizers.codec import JSON, TIKTOKEN, Lossy, refuse_surrogates
+from ar_tokenizers.lossless import (
+    CHARACTERS,
+    CONTROLS,
+    JOINED,
+    LINES,
+    RARE,
+    SPACE,
+    SPACE_SIGNS,
+    SPACES,
+    Loss,
+    refusal,
+    shown,
+)
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+_LARGEST = 1 << 24  # ids of a file: more than any has, and less than memory holds
+_QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class PublishedTokenizer:
+    """Text to ids in [0, size) and back, as `codec.Codec` says. Made by `from_json` or `from_tiktoken`.
+
+    Args:
+      spec: the content of a tokenizer.json; tokenizer: the same, read.
+      file, data: what was published.
+      lossy: of one that loses text: refuse, or warn (`losses` is to be looked at).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, spec: Mapping[str, Any], file: str, data: bytes, lossy: Lossy) -> None:
+        if lossy not in ("refuse", "warn"):
+            raise ValueError(f"lossy: expected refuse or warn, got {lossy!r}")
+        self._tokenizer, self.file, self.data = tokenizer, file, data
+        self.hash = hashlib.sha256(data).hexdigest()
+        self._names = {id: name for name, id in tokenizer.get_vocab().items()}
+        added = tokenizer.get_added_tokens_decoder()
+        self._special = {id for id, token in added.items() if token.special}
+        unknown = tokenizer.token_to_id(str(spec["model"].get("unk_token")))  # what a character without a piece becomes
+        self._unspelled = self._special - {unknown}
+        self.symbols = [token.content for id, token in sorted(added.items()) if id not in self._special]
+        self.size = max(self._names) + 1
+        self._byte_level = "ByteLevel" in _kinds(spec, "decoder")
+        spelled = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        self._space_as_bytes = [] if self._byte_level or None in spelled else [id for id in spelled if id is not None]
+        self.losses: tuple[Loss, ...] = shown(list(_rules(spec)), self.encode, self.decode)
+        if self.losses and lossy == "refuse":
+            raise ValueError(refusal(self.losses))
+
+    @classmethod
+    def from_json(
+        cls, data: bytes, *, lossy: Lossy = "refuse", text_ids: Collection[int] | None = None
+    ) -> PublishedTokenizer:
+        """Of a tokenizer.json.
+
+        Args:
+          text_ids: the ids that text may be spelled with; added tokens that are not among them cannot be. None: those
+            that the file does not call special.
+
+        Raises:
+          ValueError: it is none, or of another kind than BPE and Unigram, or its ids are no ids; or it loses text.
+        """
+        spec = _checked(data)
+        for token in spec["added_tokens"]:
+            token["special"] = bool(token.get("special")) if text_ids is None else token["id"] not in text_ids
+        spec |= {"truncation": None, "padding": None, "post_processor": None}
+        spec["model"] |= {"dropout": None} if "dropout" in spec["model"] else {}
+        tokenizer = _made(lambda: Tokenizer.from_str(json.dumps(spec)))
+        for token in spec["added_tokens"]:
+            if (found := tokenizer.token_to_id(token["content"])) != token["id"]:
+                raise ValueError(f"added_tokens: {token['content']!r}: expected id {token['id']}, its place is {found}")
+        tokenizer.encode_special_tokens = True
+        return cls(tokenizer, spec, JSON, data, lossy)
+
+    @classmethod
+    def from_tiktoken(
+        cls, data: bytes, *, lossy: Lossy = "refuse", text_ids: Collection[int] | None = None
+    ) -> PublishedTokenizer:
+        """Of ranks as tiktoken writes them, lines of a piece in base64 and its rank, cut into words as Qwen does.
+
+        text_ids: any; there are no special tokens in such a file. Raises ValueError for anything else.
+        """
+        ranks = _ranks(data)
+        signs = _signs()
+        names = {piece: "".join(signs[byte] for byte in piece) for piece in ranks}
+        merges = []
+        for piece, rank in ranks.items():
+            halves = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
+            merges += [(rank, ranks[a], ranks[b], names[a], names[b]) for a, b in halves if a in ranks and b in ranks]
+        vocab = {names[piece]: rank for piece, rank in ranks.items()}
+        tokenizer = Tokenizer(models.BPE(vocab, [(a, b) for *_, a, b in sorted(merges)], ignore_merges=True))
+        words = pre_tokenizers.Split(Regex(_QWEN_WORDS), "isolated")
+        as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])  # type: ignore[assignment]
+        tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+        return cls(tokenizer, json.loads(tokenizer.to_str()), TIKTOKEN, data, lossy)
+
+    # ---- there and back -----------------------------------------------------------------------------------------
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, none of a special token. Raises ValueError for a text with a surrogate."""
+        refuse_surrogates(text)
+        if SPACE not in text or not self._space_as_bytes:
+            return self._encode(text)
+        first, *rest = map(self._encode, text.split(SPACE))
+        return first + [id for part in rest for id in (*self._space_as_bytes, *part)]
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if not self._unspelled.isdisjoint(ids):  # a merge of the file's own makes one
+            name = next(self._names[id] for id in ids if id in self._unspelled)
+            raise ValueError(f"{text!r:.80}: the file spells the special token {name!r} with text")
+        return ids
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of any ids that there are, special tokens by their names. Bytes that are no UTF-8 come back as
+        U+FFFD.
+
+        Raises:
+          ValueError: an id is none.
+        """
+        pieces = np.asarray(ids, np.int64).tolist()
+        if bad := [id for id in pieces if id not in self._names]:
+            raise ValueError(f"text ids must be those of {self.file}, in [0, {self.size}); found {bad[:8]}")
+        return self._tokenizer.decode(pieces, skip_special_tokens=False)
+
+    # ---- what a piece is ----------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def piece_bytes(self) -> np.ndarray:
+        """int32 [size]: UTF-8 bytes of text that each id stands for; 0 for special tokens and ids of nothing."""
+        out = np.zeros(self.size, np.int32)
+        for id, name in self._names.items():
+            if id not in self._special:
+                out[id] = len(self._bytes(name))
+        return out
+
+    def is_byte(self, id: int) -> bool:
+        """Whether an id stands for one byte of a character that has no piece."""
+        name = self._names.get(id, "")
+        if not self._byte_level:
+            return bool(_BYTE.fullmatch(name))
+        return len(name) == 1 and self._bytes(name)[0] > 127
+
+    def _bytes(self, name: str) -> bytes:
+        if self._byte_level:
+            known = _bytes_of_signs()
+            return bytes(known[sign] for sign in name) if all(sign in known for sign in name) else name.encode()
+        return b"?" if _BYTE.fullmatch(name) else name.replace(SPACE, " ").encode()
+
+
+# ---- how a file loses text ----------------------------------------------------------------------------------------
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+_HARMLESS = ("Sequence", "Prepend", "Replace")  # which have a rule of their own
+_PREFIX = "adds a space to every text, so that texts encoded apart do not join"
+
+
+def _rules(spec: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[Sequence[str]]]]:
+    """Every setting that loses text, and probes that may show it."""
+    for step in _steps(spec.get("normalizer")):
+        kind = step.get("type")
+        if kind == "Prepend":
+            yield f"normalizer Prepend {_PREFIX}", (JOINED,)
+        elif kind == "Replace" and step.get("pattern") != {"String": " "}:
+            yield f"normalizer Replace rewrites {step.get('pattern')}", (SPACES, CHARACTERS)
+        elif kind not in _HARMLESS:
+            yield f"normalizer {kind} rewrites characters", (CHARACTERS, LINES, CONTROLS, SPACES)
+    for step in _steps(spec.get("pre_tokenizer")):
+        by_default = step.get("type") == "Metaspace" and step.get("prepend_scheme", "always") != "never"
+        if step.get("add_prefix_space", by_default):
+            yield f"pre_tokenizer {step.get('type')} {_PREFIX}", (JOINED, SPACE_SIGNS)
+    if not spec["model"].get("byte_fallback") and "ByteLevel" not in _kinds(spec, "pre_tokenizer"):
+        yield "model.byte_fallback is off: a character without a piece is lost", (RARE, CONTROLS)
+    for token in spec["added_tokens"]:
+        if not token.get("special") and (token.get("lstrip") or token.get("rstrip")):
+            name = token["content"]
+            yield f"added token {name!r} takes the spaces beside it", ((f"a {name} b",),)
+
+
+def _steps(part: Any) -> Iterator[Mapping[str, Any]]:
+    """The steps of a part, of sequences each."""
+    if isinstance(part, Mapping):
+        yield part
+        for name in ("normalizers", "pretokenizers", "decoders"):
+            for inner in part.get(name) or ():
+                yield from _steps(inner)
+
+
+def _kinds(spec: Mapping[str, Any], part: str) -> set[Any]:
+    return {step.get("type") for step in _steps(spec.get(part))}
+
+
+# ---- files that somebody sent -------------------------------------------------------------------------------------
+
+
+def _checked(data: bytes) -> dict[str, Any]:
+    """The content of a tokenizer.json whose parts are of the right kinds, its ids each once. Raises ValueError."""
+    try:
+        spec = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected a tokenizer.json, found no JSON: {error}") from error
+    if not isinstance(spec, dict) or not isinstance(spec.get("model"), dict):
+        raise ValueError("expected a tokenizer.json, which has a model; found none")
+    kind, vocab = spec["model"].get("type", "BPE"), spec["model"].get("vocab")
+    if kind not in ("BPE", "Unigram"):
+        raise ValueError(f"model.type: expected BPE or Unigram, found {kind!r:.40}")
+    if kind == "Unigram":
+        if not isinstance(vocab, list):
+            raise ValueError(f"model.vocab: expected a list of pieces, found {vocab!r:.40}")
+        vocab = {id: id for id in range(len(vocab))}
+    if not isinstance(vocab, dict) or not vocab:
+        raise ValueError(f"model.vocab: expected pieces and their ids, found {vocab!r:.40}")
+    spec["added_tokens"] = added = spec.get("added_tokens") or []
+    if not isinstance(added, list) or not all(
+        isinstance(token, dict) and isinstance(token.get("content"), str) and token["content"] for token in added
+    ):
+        raise ValueError(f"added_tokens: expected tokens with their content, found {added!r:.80}")
+    ids = [*vocab.items(), *((token["content"], token.get("id")) for token in added if token["content"] not in vocab)]
+    seen: dict[int, Any] = {}
+    for name, id in ids:
+        if type(id) is not int or not 0 <= id < _LARGEST:
+            raise ValueError(f"{name!r:.40}: expected an id, a whole number below {_LARGEST}; found {id!r:.40}")
+        if seen.setdefault(id, name) is not name:
+            raise ValueError(f"{name!r:.40} and {seen[id]!r:.40} have the same id, {id}")
+    return spec
+
+
+def _made(make: Any) -> Any:
+    try:
+        return make()
+    except BaseException as error:  # also what Rust calls a panic, which is no Exception
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ValueError(f"expected a tokenizer.json, found what `tokenizers` cannot read: {error}") from error
+        raise
+
+
+def _ranks(data: bytes) -> dict[bytes, int]:
+    """Piece -> rank, ranks 0..n-1, every byte a piece. Raises ValueError naming the line."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(data.splitlines(), 1):
+        if not line:
+            continue
+        try:
+            piece, rank = line.split()
+            ranks[base64.b64decode(piece, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise ValueError(f"line {number}: expected a piece in base64 and its rank, found {line!r:.60}") from error
+    if missing := [byte for byte in range(256) if bytes((byte,)) not in ranks]:
+        raise ValueError(f"expected a rank for every byte, found none for byte {missing[0]}")
+    if sorted(ranks.values()) != list(range(len(ranks))) or b"" in ranks:
+        raise ValueError(f"expected ranks 0 to {len(ranks) - 1} of {len(ranks)} pieces, each once; found others")
+    return ranks
+
+
+@functools.cache
+def _signs() -> tuple[str, ...]:
+    """The character that stands for each byte in a byte-level vocabulary: itself where it can be seen, else one of
+    those from U+0100 on, in order. After GPT-2 (openai/gpt-2, encoder.py)."""
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return tuple(chr(byte if byte in seen else next(others)) for byte in range(256))
+
+
+@functools.cache
+def _bytes_of_signs() -> dict[str, int]:
+    return {sign: byte for byte, sign in enumerate(_signs())}

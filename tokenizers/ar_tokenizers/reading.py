@@ -1,0 +1,32 @@
+"""Any text tokenizer from its file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from ar_tokenizers.codec import Codec, Lossy
+from ar_tokenizers.published import PublishedTokenizer
+from ar_tokenizers.text import TextTokenizer
+
+
+def codec(file: str, data: bytes, *, lossy: Lossy = "refuse", text_ids: Collection[int] | None = None) -> Codec:
+    """The tokenizer that `data` is by its file's name: *.json and *.tiktoken as published, others SentencePiece.
+
+    text_ids: the ids that text may be spelled with; None: those that the file has for it. Raises ValueError for a file
+    that is none, and for one that loses text where `lossy` does not allow it.
+    """
+    if file.endswith(".json"):
+        return PublishedTokenizer.from_json(data, lossy=lossy, text_ids=text_ids)
+    if file.endswith(".tiktoken"):
+        return PublishedTokenizer.from_tiktoken(data, lossy=lossy, text_ids=text_ids)
+    return TextTokenizer(data, lossy=lossy, text_ids=text_ids)
+
+
+def load_codec(path: str | os.PathLike[str], *, lossy: Lossy = "refuse") -> Codec:
+    """`codec` of a file. Raises ValueError naming it, and OSError."""
+    try:
+        return codec(os.path.basename(path), Path(path).read_bytes(), lossy=lossy)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: {error}") from error
