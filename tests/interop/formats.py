@@ -1,7 +1,7 @@
-"""Tiny random models in published formats that transformers does not write: Meta's, LWM's, Lumina-mGPT's, Emu3.5's, Liquid's.
+"""Tiny random models in formats that transformers does not write: Meta's, LWM's, Lumina-mGPT's, Emu3.5's, Liquid's.
 
-No torch here. Where transformers' classes can compute them, a maker writes a `twin` too: the same weights under the names
-and shapes that a class of transformers reads, the oracle of the parity tests. LWM's oracle is `interleaved`.
+No torch here. Where transformers' classes can compute them, a maker writes a `twin` too: the same weights under the
+names and shapes that a class of transformers reads, the oracle of the parity tests. LWM's oracle is `interleaved`.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ def liquid(folder: Path, *, dtype: str = "float32", seed: int = 0) -> Path:
 
 
 def lwm_params(*, vision: bool = True, seed: int = 0) -> Tensors:
-    """LWM's tensors in float32 by their path, unrolled: kernels [in, out], RoPE of neighbours, as many KV heads as heads."""
+    """LWM's tensors in float32 by path, unrolled: kernels [in, out], RoPE of neighbours, as many KV heads as heads."""
     sizes = Sizes(320, K=4)
     tensors = drawn(transformer_shapes(sizes), seed)
     parts = {

@@ -1,7 +1,7 @@
 """The forward of LWM and of Meta's Chameleon in numpy, written from their descriptions: no package has either.
 
-Independent of transformers and of ours: RoPE multiplies neighbours of a head as one complex number, two tables of ids are
-looked up and answered apart, matrices lie as each file has them. Float64 throughout.
+Independent of transformers and of ours: RoPE multiplies neighbours of a head as one complex number, two tables of ids
+are looked up and answered apart, matrices lie as each file has them. Float64 throughout.
 
 Axes: B rows, T positions, D width, N query heads, K KV heads, H head width.
 """
@@ -83,7 +83,7 @@ class Lwm:
 
 
 def meta_logits(shards: Sequence[Tensors], params: dict[str, Any], ids: np.ndarray) -> np.ndarray:
-    """Meta's Chameleon as its ranks compute it, each with its own heads and QK-norm vectors: int [B, T] -> [B, T, V]."""
+    """Meta's Chameleon as its ranks compute it, each its own heads and QK-norm vectors: int [B, T] -> [B, T, V]."""
     model, ranks = params["model"], len(shards)
     parts = [{name: tensor.astype(np.float64) for name, tensor in shard.items()} for shard in shards]
     N, K, eps, swin = model["n_heads"] // ranks, model["n_kv_heads"] // ranks, model["norm_eps"], model["swin_norm"]

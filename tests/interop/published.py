@@ -6,7 +6,7 @@ Each maker fills a folder as the hub's is filled (weights, config, tokenizer, pr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,15 +152,13 @@ def _fill_emu3_vision(vq: Any, seed: int) -> None:
     """vq is filled; the codebook is set to what its encoder makes of pictures."""
     side = 8 * vq.spatial_scale_factor
     with torch.no_grad():
-        frames = (
-            torch.from_numpy(pictures(side, 4)).unsqueeze(1).repeat(1, vq.config.temporal_downsample_factor, 1, 1, 1)
-        )
+        frames = torch.from_numpy(pictures(side, 4))[:, None].repeat(1, vq.config.temporal_downsample_factor, 1, 1, 1)
         latents = vq.quant_conv(vq.encoder(frames).permute(0, 2, 1, 3, 4))
         _scale_codes(vq.quantize.embedding, latents.permute(0, 2, 3, 4, 1), seed)
 
 
 def emu3(folder: Path, *, levels: int = 4, dtype: str = "float32", sharded: bool = False, seed: int = 0) -> Path:
-    """Emu3ForConditionalGeneration: transformers' port, with its vision tokenizer, `2 ** (levels - 1)` pixels a code."""
+    """Emu3ForConditionalGeneration: transformers' port, vision tokenizer and all, 2 ** (levels - 1) pixels a code."""
     table = tables.emu3(placeholder="<image>")
     config = transformers.Emu3Config(
         text_config=_emu3_text(table), vq_config=_emu3_vision(levels), vocabulary_map=table.vocabulary
@@ -339,3 +337,14 @@ def causal(folder: Path, kind: str, *, dtype: str = "float32", sharded: bool = F
         write_json(folder, tokenizer=table.split())
     write_json(folder, tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast"} | marks)
     return folder
+
+
+def meta_pickles(folder: Path, parts: Sequence[dict[str, np.ndarray]], dtype: str = "float32") -> list[Path]:
+    """consolidated.NN.pth, torch's own zip with a pickle in it, of each shard; consolidated.pth of one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [
+        folder / ("consolidated.pth" if len(parts) == 1 else f"consolidated.{i:02}.pth") for i in range(len(parts))
+    ]
+    for path, part in zip(paths, parts, strict=True):
+        torch.save({name: torch.from_numpy(tensor).to(DTYPES[dtype]) for name, tensor in part.items()}, path)
+    return paths

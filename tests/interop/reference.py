@@ -25,7 +25,7 @@ WEIGHT_DECAY, CLIP, STEPS = 0.1, 1.0, 20
 
 
 def load(folder: Path, kind: str | None = None) -> Reference:
-    """The model of a folder, by its class of config.json or another's name. Raises AssertionError if a tensor is left."""
+    """The model of a folder, by the class that config.json or `kind` names. AssertionError if a tensor is left."""
     kind = kind or json.loads((folder / "config.json").read_text())["architectures"][0]
     model, info = getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     wrong = {what: sorted(names) for what, names in info.items() if names}

@@ -1,7 +1,7 @@
 """Published id tables, scaled down: the real names of special tokens in the real order, fewer codes and text pieces.
 
-Each table gives the name of every id and writes the tokenizer's files. Sources: `reference/published_weights.md` §2.2 and
-§3; the order of Chameleon's is its text_tokenizer.json, Emu3's its tokenizer and emu3_vision_tokens.txt, Qwen's and
+Each table gives the name of every id and writes the tokenizer's files. Sources: `reference/published_weights.md` §2.2
+and §3; the order of Chameleon's is its text_tokenizer.json, Emu3's its tokenizer and emu3_vision_tokens.txt, Qwen's and
 Gemma's their tokenizer.json.
 """
 
@@ -20,7 +20,7 @@ SENTENCES = ["the red circle and the blue square", "a small thing on the ceiling
 
 
 def byte_letters() -> dict[int, str]:
-    """The letter of each byte in byte-level BPE, in the order of the published tables: "!" is 0, "*" 9, "0" 15."""
+    """The letter of each byte in byte-level BPE, in the order of published tables: "!" is 0, "*" 9, "0" 15."""
     shown = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in shown]
     return {byte: chr(byte) for byte in shown} | {byte: chr(256 + n) for n, byte in enumerate(rest)}
@@ -33,7 +33,7 @@ def text_pieces() -> list[str]:
 
 @dataclass(frozen=True)
 class Table:
-    """Names of the ids 0..V-1; `special` are those no text is spelled with. `size` may be larger: ids without a name."""
+    """Names of the ids 0..V-1; `special` are those no text is spelled with. `size` may be more: ids without a name."""
 
     names: tuple[str, ...]
     special: frozenset[str]
@@ -89,10 +89,11 @@ class Table:
         return file
 
     def _file(self, before: Any, decoder: Any, merges: list[str], normalizer: Any = None) -> dict[str, Any]:
+        special = [name for name in self.names if name in self.special]
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         return {
             "version": "1.0", "truncation": None, "padding": None,
-            "added_tokens": [{"id": self.id(name), "content": name} | flags for name in self.names if name in self.special],
+            "added_tokens": [{"id": self.id(name), "content": name} | flags for name in special],
             "normalizer": normalizer, "pre_tokenizer": before, "post_processor": None, "decoder": decoder,
             "model": {
                 "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,

@@ -18,8 +18,8 @@ Tensors = dict[str, np.ndarray]
 def draw(name: str, shape: tuple[int, ...], seed: int = 0, *, centre: float = 1.0, spread: float = 3.0) -> np.ndarray:
     """float32 of a tensor by its published name, torch's [out, in, ...] order.
 
-    centre: of norm weights; 0 for Gemma's, which multiply by 1 + w. spread: of embedding and head; less than what layers
-    add where both are one table, else a model says its last id again for ever.
+    centre: of norm weights; 0 for Gemma's, which multiply by 1 + w. spread: of embedding and head; less than what
+    layers add where both are one table, else a model says its last id again for ever.
     """
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     last, normed = name.split(".")[-1], "norm" in name.split(".")[-2] if "." in name else False
@@ -141,7 +141,7 @@ def taming_shapes(
 
 
 def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
-    """[heads H, ...] (or [heads, H]) as RoPE turns its numbers in transformers, 0 with H/2 -> as Meta and LWM, 0 with 1."""
+    """[heads H, ...] or [heads, H] for RoPE that turns number 0 with H/2 (transformers) -> 0 with 1 (Meta, LWM)."""
     shape = rows.shape
     halves = rows.reshape(heads, 2, -1, *(() if shape[0] == heads else shape[1:]))
     return halves.swapaxes(1, 2).reshape(shape)
