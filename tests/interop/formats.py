@@ -173,11 +173,22 @@ def meta(
 # ---- Lumina-mGPT, Emu3.5, Liquid -------------------------------------------------------------------------------------
 
 
-def lumina_1(folder: Path, twin: Path | None = None, *, groups: int = 2, dtype: str = "float32", seed: int = 0) -> Path:
+def lumina_1(
+    folder: Path,
+    twin: Path | None = None,
+    *,
+    groups: int = 2,
+    tokenizer: bool = False,
+    dtype: str = "float32",
+    seed: int = 0,
+) -> Path:
     """Lumina-mGPT 1: Chameleon's names, QK-norm [model_parallel_size, H], neither tokenizer nor VQGAN inside.
 
-    twin: Chameleon's class with the rows repeated for the heads.
+    tokenizer: Meta's `tokenizer` folder is put beside the weights. twin: Chameleon's class with the rows repeated for
+    the heads.
     """
+    if tokenizer:
+        chameleon_tokenizer(folder / "tokenizer", seed)
     table = tables.chameleon()
     return _lumina(folder, twin, table, groups, dtype, seed, "ChameleonXLLMXForConditionalGeneration")
 
