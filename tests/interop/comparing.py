@@ -75,7 +75,7 @@ def tensors(folder: Path) -> Tensors:
 
 
 def joined(folder: Path) -> Tensors:
-    """The tensors of Meta's shards below a folder: cut ones whole again, QK-norm vectors [shards, H], frequencies left out."""
+    """The tensors of Meta's shards below a folder: cut ones whole, QK-norm vectors [shards, H], no frequencies."""
     paths = sorted(folder.glob("models/*/consolidated*.safetensors"))
     parts = [load_file(path) for path in paths]
     out: Tensors = {}

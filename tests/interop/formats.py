@@ -120,8 +120,7 @@ def meta_shards(
     fused: wq, wk, wv lie in one matrix wqkv, w1 and w3 in w13, each shard's rows by itself.
     """
     table = tables.chameleon(placeholder="<reserved08707>")
-    size = table.size - table.size % count  # rows of the head are split
-    sizes = Sizes(size, N=8, K=4, H=8, F=176)
+    sizes = Sizes(table.size, N=8, K=4, H=8, F=176)
     tensors = drawn(transformer_shapes(sizes, qk_norm="layer", groups=(count, count)), seed)
     parts = shards(_as_meta(tensors, sizes).items(), META_CUTS, count)
     for part in parts:
@@ -137,7 +136,7 @@ def meta_shards(
     params = {
         "model": {
             "dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 16, "ffn_dim_multiplier": 1.0,
-            "norm_eps": 1e-5, "rope_theta": 10000.0, "qk_normalization": True, "swin_norm": swin, "vocab_size": size,
+            "norm_eps": 1e-5, "rope_theta": 10000.0, "qk_normalization": True, "swin_norm": swin, "vocab_size": table.size,
         }
     }  # fmt: skip
     return parts, params, tensors, sizes
@@ -164,9 +163,7 @@ def meta(
         save(models, part, dtype, "consolidated.safetensors" if count == 1 else f"consolidated.{i:02}.safetensors")
     write_json(models, params=params, consolidate_params=params)
     if twin is not None:
-        table = tables.chameleon()
-        table = Table(table.names[: sizes.V], table.special, sizes.V)
-        _chameleon_twin(twin, tensors, table, sizes, swin_norm=swin)
+        _chameleon_twin(twin, tensors, tables.chameleon(), sizes, swin_norm=swin)
     return folder
 
 

@@ -124,7 +124,7 @@ def chameleon(codes: int = 64, placeholder: str = "<image>") -> Table:
 
     Reserved names are a few of the real ones, sizes up to 8 (256 pixels) among them.
     """
-    numbers = [*range(8194, 8200), 8705, 8706]
+    numbers = [*range(8194, 8203), 8705, 8706]  # V is then a multiple of Meta's four shards
     reserved = [f"<reserved{n:05}>" for n in numbers] + [placeholder, "<reserved08798>", "<reserved08799>"]
     reserved += [f"<reserved{n:05}>" for n in range(8800, 8809)]
     special = ["<s>", "<pad>", "</s>", "<unk>", *map(code_name, range(codes)), "<eoss>", "<racm3:break>", *reserved]

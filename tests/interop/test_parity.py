@@ -150,7 +150,7 @@ def models(bundles):
 
 @pytest.fixture(scope="session")
 def oracles(published):
-    """oracles(case): what transformers computes; meta's table is cut to what its shards divide."""
+    """oracles(case): what transformers computes."""
     made: dict[Any, reference.Reference] = {}
 
     def get(case: Case) -> reference.Reference:
@@ -166,11 +166,12 @@ def width(oracle: reference.Reference) -> int:
     return oracle.model.lm_head.weight.shape[0]
 
 
-def prompts_of(case: Case, count: int = 12) -> list[list[int]]:
+def prompts_of(case: Case, model: Any, count: int = 12) -> list[list[int]]:
     """Texts of six random pieces behind what begins a document, in their ids."""
-    table = case.table()
-    begin = [table.id(case.begin)] if case.begin else [table.id(case.end)]
-    return [[*begin, *ids] for ids in np.random.default_rng(0).choice(table.text[:256], (count, 6)).tolist()]
+    table, record = case.table(), model.grammar.layout.record
+    begin = int(model.ids.theirs(np.array([model.vocabulary.control(record.begin)]))[0])
+    assert not case.begin or table.id(case.begin) == begin
+    return [[begin, *ids] for ids in np.random.default_rng(0).choice(table.text[:256], (count, 6)).tolist()]
 
 
 def sampled(model: Any, ours: np.ndarray, prompt: Sequence[int], n: int, **settings: Any) -> np.ndarray:
@@ -221,7 +222,7 @@ def test_sixty_four_greedy_words_are_the_references(name, models, oracles):
     (model, ours), oracle, table = models(case), oracles(case), case.table()
     end = table.id(case.end)
     allowed = [id_ for id_ in (*table.text, end) if id_ < width(oracle)]
-    prompt, drawn = reference.settled(lambda p: oracle.greedy(p, lambda _: allowed), prompts_of(case), [end])
+    prompt, drawn = reference.settled(lambda p: oracle.greedy(p, lambda _: allowed), prompts_of(case, model), [end])
     found = sampled(model, ours, prompt, 64, mode="text", max_tokens=80)
     assert np.array_equal(found, drawn.ids)
 
@@ -250,7 +251,7 @@ def test_a_greedy_picture_is_the_references(name, guidance, models, oracles):
             return oracle.greedy(prompt, allowed, steps)
         return oracle.guided([prompt, apart], [guidance, 1 - guidance], allowed, steps)
 
-    prompt, drawn = reference.settled(draw, [[*prompt, *begun] for prompt in prompts_of(case)])
+    prompt, drawn = reference.settled(draw, [[*prompt, *begun] for prompt in prompts_of(case, model)])
     found = sampled(model, ours, prompt, steps, mode="image", guidance=guidance, context=case.context)
     assert np.array_equal(found, drawn.ids)
 
@@ -266,7 +267,7 @@ def test_a_picture_changed_with_two_scales_is_the_references(models, oracles):
         contexts = [prompt, [0, *shown, boi], [0, boi]]
         return oracle.guided(contexts, [3.0, -1.8, -0.2], lambda _: codes)
 
-    prompts = [[0, *shown, *text[1:], boi] for text in prompts_of(case)]
+    prompts = [[0, *shown, *text[1:], boi] for text in prompts_of(case, model)]
     prompt, drawn = reference.settled(draw, prompts)
     settings = {"mode": "image", "guidance": 3.0, "image_guidance": 1.2, "context": "bos_boi"}
     assert np.array_equal(sampled(model, ours, prompt, 64, **settings), drawn.ids)
