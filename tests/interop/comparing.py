@@ -1,0 +1,125 @@
+"""What parity tests need of our side: hidden states, a fine-tuning, files as arrays. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from ar_unified.data.batch import PackedBatch
+from ar_unified.model.transformer import Transformer
+from ar_unified.parallel.mesh import make_mesh
+from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
+from ar_unified.training.step import make_state, make_train_step
+from ar_unified.training.tasks import TransformerTask
+from tests.interop.formats import META_CUTS
+from tests.interop.weights import Tensors
+
+# `reference.ADAMW` in our words, at a constant rate.
+ADAMW = OptimizerConfig(
+    learning_rate=1e-3, warmup_steps=0, schedule="wsd", decay_fraction=0.0, final_fraction=1.0, b1=0.9, b2=0.95,
+    eps=1e-8, weight_decay=0.1, clip_norm=1.0,
+)  # fmt: skip
+
+
+def hidden(model: Any, tokens: np.ndarray) -> np.ndarray:
+    """A loaded model's states behind the last norm: int [B, T] of our ids -> float32 [B, T, D]."""
+    config, tokens = model.engine.config, jnp.asarray(tokens, jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+
+    def run(params: Any) -> jax.Array:
+        return Transformer.bind(config, params)(tokens, positions, jnp.zeros_like(tokens))
+
+    return np.asarray(jax.jit(run)(model.engine.params))
+
+
+def batch_of(model: Any, tokens: np.ndarray) -> PackedBatch:
+    """Each row int [B, T] one document, all of it learned but its first id."""
+    rows, length = tokens.shape
+    batch = PackedBatch.padding(rows, length, model.vocabulary.pad)
+    batch.tokens[:] = tokens
+    batch.targets[:, :-1] = tokens[:, 1:]
+    batch.roles[:, :-1] = model.vocabulary.role(tokens[:, 1:])
+    batch.positions[:] = np.arange(length)
+    batch.doc_start[:] = 0
+    batch.segment_ids[:] = 1
+    return batch
+
+
+def fine_tune(model: Any, batches: Sequence[np.ndarray]) -> list[float]:
+    """The loss before each step of AdamW on batches int [B, T] of our ids, from a loaded model's weights."""
+    packed = [batch_of(model, tokens) for tokens in batches]
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    task = TransformerTask(model.engine.config, model.vocabulary, batch=lambda step, index=0, count=1: packed[step])
+    optimizer = make_optimizer(ADAMW, len(packed))
+    params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), model.engine.params)
+    step = make_train_step(task, optimizer, mesh, seed=0, clip_norm=ADAMW.clip_norm)
+    state, losses = make_state(task, optimizer, 0, params), []
+    for batch in packed:
+        state, report = step(state, batch)
+        losses.append(float(report.loss))
+    return losses
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def tensors(folder: Path) -> Tensors:
+    """All of a folder's safetensors, one table."""
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def joined(folder: Path) -> Tensors:
+    """The tensors of Meta's shards below a folder: cut ones whole, QK-norm vectors [shards, H], no frequencies."""
+    paths = sorted(folder.glob("models/*/consolidated*.safetensors"))
+    parts = [load_file(path) for path in paths]
+    out: Tensors = {}
+    for name in parts[0].keys() - {"rope.freqs"}:
+        pieces = [part[name] for part in parts]
+        if "_normalization" in name:
+            out[name] = np.stack(pieces)
+        elif cut := [axis for end, axis in META_CUTS.items() if name.endswith(end)]:
+            out[name] = np.concatenate(pieces, cut[0])
+        else:
+            assert all(np.array_equal(piece, pieces[0]) for piece in pieces), name
+            out[name] = pieces[0]
+    return out
+
+
+def stream(folder: Path) -> Tensors:
+    """LWM's `params` by path, as its keys have it, "/" between the parts."""
+    import msgpack
+    from flax.serialization import msgpack_restore
+
+    with (folder / "params").open("rb") as file:
+        return {"/".join(key): msgpack_restore(value) for key, value in msgpack.Unpacker(file)}
+
+
+def edit(folder: Path, change: Callable[[str, np.ndarray], np.ndarray], within: str) -> None:
+    """Changes tensors of a folder of one file, those with `within` in their name."""
+    path = folder / "model.safetensors"
+    changed = {name: change(name, tensor) if within in name else tensor for name, tensor in load_file(path).items()}
+    assert any(not np.array_equal(tensor, changed[name]) for name, tensor in load_file(path).items())
+    save_file({name: np.ascontiguousarray(tensor) for name, tensor in changed.items()}, path, metadata={"format": "pt"})
+
+
+def assert_same(found: Tensors, expected: Tensors) -> None:
+    """The same names, dtypes, shapes and bits."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
+        assert found[name].tobytes() == tensor.tobytes(), name
+
+
+def assert_codes(found: np.ndarray, expected: np.ndarray, latents: np.ndarray, codebook: np.ndarray) -> None:
+    """int [B, h, w] twice, equal but where latents [B, h, w, C] are as near to two codes, to 1e-4 of their distance."""
+    distances = np.square(latents[..., None, :] - codebook).sum(-1)
+    nearest = np.sort(distances, -1)
+    margin = (nearest[..., 1] - nearest[..., 0]) / nearest[..., 1]
+    assert found.shape == expected.shape
+    assert not ((found != expected) & (margin >= 1e-4)).any()

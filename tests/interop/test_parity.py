@@ -1,0 +1,391 @@
+"""Imported models against the reference implementations on the same published files, and back.
+
+Tolerances are those of `reference/published_weights.md` §7, at least four times what the references differ by among
+themselves. All of it goes through the verbs and `ar_unified.load`, as a person goes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ar_unified.cli.main import VERBS, main
+
+pytestmark = [
+    pytest.mark.interop,
+    pytest.mark.skipif("import" not in VERBS, reason="ar-unified has no verb `import` yet"),
+]
+torch = pytest.importorskip("torch", reason="parity with the reference implementations needs torch (make test-interop)")
+pytest.importorskip("transformers", reason="the reference implementations are transformers'")
+
+import ar_unified  # noqa: E402
+from ar_unified.language.document import TokensPart  # noqa: E402
+from ar_unified.sampling.decoding import Filter  # noqa: E402
+from ar_unified.sampling.request import Request  # noqa: E402
+from tests.interop import comparing, formats, interleaved, reference, tables  # noqa: E402
+from tests.interop import published as make  # noqa: E402
+from tests.interop.tables import Table  # noqa: E402
+from tests.interop.weights import interleaved as neighbours  # noqa: E402
+
+LOGITS, RELATIVE, HIDDEN, TUNED = 5e-5, 1e-5, 2e-5, 5e-5
+WRONG = 1000 * LOGITS  # what a mistake of layout costs at least
+GREEDY = Filter(temperature=0.0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One published folder.
+
+    Attributes:
+        system: `--as`. make, args, settings: the maker's call. table: the ids.
+        begin: name of what a text begins with ("": nothing). end: of what ends it.
+        oracle: "": the class of config.json; "twin": the folder of transformers' names; else a class.
+        to: `--to`. more: further arguments of the import.
+        picture: names between the prompt and the first code. row_end: name behind each row of 8 codes, "" for none.
+        context: what guidance compares with, and `apart` the names that stand there before the picture's.
+    """
+
+    system: str
+    make: Callable[..., Path]
+    table: Callable[[], Table]
+    args: tuple[Any, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    begin: str = ""
+    end: str = ""
+    oracle: str = ""
+    to: str = "hf"
+    more: tuple[str, ...] = ()
+    picture: tuple[str, ...] = ()
+    codes: str = ""
+    row_end: str = ""
+    context: str = "bos_boi"
+    apart: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self.system, self.make.__name__, self.args, tuple(sorted(self.settings.items()))
+
+
+_CHAMELEON: dict[str, Any] = {
+    "table": tables.chameleon, "begin": "<s>", "end": "</s>", "picture": ("<racm3:break>",), "codes": "IMGIMG",
+    "apart": ("<s>",),
+}  # fmt: skip
+_EMU3: dict[str, Any] = {
+    "begin": "<|extra_203|>", "end": "<|extra_204|>", "picture": ("<|image start|>", "8", "*", "8", "<|image token|>"),
+    "codes": "<|visual token", "row_end": "<|extra_200|>", "apart": ("<|extra_203|>",),
+}  # fmt: skip
+_LUMINA: dict[str, Any] = _CHAMELEON | {
+    "end": "<reserved08706>", "picture": ("<racm3:break>", "<reserved08804>", "<reserved08804>"),
+    "row_end": "<reserved08799>", "context": "from_boi", "apart": (), "oracle": "twin",
+}  # fmt: skip
+CASES = {
+    "chameleon": Case("chameleon", make.chameleon, **_CHAMELEON),
+    "chameleon-swin": Case("chameleon", make.chameleon, settings={"swin": True}, **_CHAMELEON),
+    "chameleon-equal-heads": Case("chameleon", make.chameleon, settings={"equal_heads": True}, **_CHAMELEON),
+    "meta": Case("chameleon", formats.meta, oracle="twin", to="meta", **_CHAMELEON),
+    "meta-fused-swin": Case(
+        "chameleon", formats.meta, settings={"fused": True, "swin": True}, oracle="twin", to="meta", **_CHAMELEON
+    ),
+    "anole": Case("anole", make.chameleon, **_CHAMELEON),
+    "lumina_mgpt": Case("lumina_mgpt", formats.lumina_1, settings={"tokenizer": True}, **_LUMINA),
+    "emu3": Case("emu3", make.emu3, lambda: tables.emu3(placeholder="<image>"), **_EMU3),
+    "emu3-original": Case("emu3", make.emu3_original, tables.emu3, oracle="Emu3ForCausalLM", **_EMU3),
+    "emu3_5": Case("emu3_5", formats.emu3_5, tables.emu3, oracle="twin", **_EMU3 | {"row_end": ""}),
+    "liquid": Case("liquid", formats.liquid, lambda: tables.gemma(codes=64), begin="<bos>", end="<eos>"),
+    "gemma": Case("gemma", make.causal, tables.gemma, ("gemma",), begin="<bos>", end="<eos>"),
+    **{
+        kind: Case("llama", make.causal, tables.llama, (kind,), begin="<|begin_of_text|>", end="<|end_of_text|>")
+        for kind in ("llama", "llama_tied", "llama3")
+    },
+    **{kind: Case("qwen", make.causal, tables.qwen, (kind,), end="<|endoftext|>") for kind in ("qwen2", "qwen3")},
+}
+DRAWING = ["chameleon", "chameleon-swin", "meta", "lumina_mgpt", "emu3", "emu3-original"]
+EXPORTED = [name for name, case in CASES.items() if case.to == "hf"]
+
+
+def run(*argv: str | Path) -> None:
+    assert main([str(argument) for argument in argv]) == 0
+
+
+@pytest.fixture(scope="session")
+def bundles(published, tmp_path_factory):
+    """bundles(case): the folder that the import of its published one wrote; `edit` changes the files before."""
+    made: dict[Any, Path] = {}
+
+    def get(case: Case, edit: Callable[[Path], None] | None = None) -> Path:
+        key = (*case.key, getattr(edit, "__name__", ""))
+        if key not in made:
+            folder, out = published(case.make, *case.args, **case.settings), tmp_path_factory.mktemp("bundle")
+            if edit is not None:
+                shutil.copytree(folder, out / "edited")
+                folder = out / "edited"
+                edit(folder)
+            run("import", "--from", folder, "--as", case.system, "--output", out / "bundle", *case.more)
+            made[key] = out / "bundle"
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def models(bundles):
+    """models(case): the imported model and our ids of all of theirs, by their id."""
+    made: dict[Any, tuple[Any, np.ndarray]] = {}
+
+    def get(case: Case) -> tuple[Any, np.ndarray]:
+        if case.key not in made:
+            model = ar_unified.load(bundles(case), dtype="float32", max_length=256)
+            made[case.key] = model, np.asarray(model.ids.ours(np.arange(case.table().size)))
+        return made[case.key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def oracles(published):
+    """oracles(case): what transformers computes."""
+    made: dict[Any, reference.Reference] = {}
+
+    def get(case: Case) -> reference.Reference:
+        if case.key not in made:
+            folder = published(case.make, *case.args, twin=case.oracle == "twin", **case.settings)
+            made[case.key] = reference.load(folder, None if case.oracle in ("", "twin") else case.oracle)
+        return made[case.key]
+
+    return get
+
+
+def width(oracle: reference.Reference) -> int:
+    return oracle.model.lm_head.weight.shape[0]
+
+
+def prompts_of(case: Case, model: Any, count: int = 12) -> list[list[int]]:
+    """Texts of six random pieces behind what begins a document, in their ids."""
+    table, record = case.table(), model.grammar.layout.record
+    begin = int(model.ids.theirs(np.array([model.vocabulary.control(record.begin)]))[0])
+    assert not case.begin or table.id(case.begin) == begin
+    return [[begin, *ids] for ids in np.random.default_rng(0).choice(table.text[:256], (count, 6)).tolist()]
+
+
+def sampled(model: Any, ours: np.ndarray, prompt: Sequence[int], n: int, **settings: Any) -> np.ndarray:
+    """Their ids of what our sampler draws behind a prompt of theirs, through the cache: the first n."""
+    request = Request(
+        "r", (TokensPart(tuple(ours[list(prompt)].tolist())),), turn=False, text=GREEDY, image=GREEDY, **settings
+    )
+    (sample,) = model.generate([request])
+    assert not sample.error
+    return np.asarray(model.ids.theirs(sample.tokens))[:n]
+
+
+# ---- logits ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_hidden_states_are_the_references(name, models, oracles):
+    case = CASES[name]
+    (model, ours), oracle = models(case), oracles(case)
+    ids = np.random.default_rng(1).integers(0, width(oracle), (2, 48))
+    expected = oracle.logits(ids)
+    found = model.logits(ours[ids])[..., ours[: width(oracle)]]
+    np.testing.assert_allclose(found, expected, atol=LOGITS, rtol=0)
+    assert np.abs(found - expected).max() <= max(RELATIVE * np.abs(expected).max(), LOGITS)
+    np.testing.assert_allclose(comparing.hidden(model, ours[ids]), oracle.hidden(ids), atol=HIDDEN)
+    assert sorted(ours) == list(range(len(ours))) and np.array_equal(model.ids.theirs(ours), np.arange(len(ours)))
+
+
+def test_lwms_two_tables_answer_side_by_side(published, tmp_path):
+    folder = published(formats.lwm)
+    run("import", "--from", folder, "--as", "lwm", "--output", tmp_path / "b", "--rope-theta", str(formats.LWM_THETA))
+    model = ar_unified.load(tmp_path / "b", dtype="float32")
+    rng = np.random.default_rng(2)
+    is_vision = rng.random((2, 48)) < 0.5
+    ids = np.where(is_vision, rng.integers(0, formats.LWM_VISION, (2, 48)), rng.integers(0, 320, (2, 48)))
+    text, vision = interleaved.Lwm(formats.lwm_params(), formats.LWM_THETA).logits(ids, is_vision)
+    ours = np.asarray(model.ids.ours(np.arange(320 + formats.LWM_VISION)))  # the second table behind the first
+    found = model.logits(ours[ids + 320 * is_vision])[..., ours]
+    np.testing.assert_allclose(found, np.concatenate([text, vision], -1), atol=LOGITS)
+
+
+# ---- what is drawn ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sixty_four_greedy_words_are_the_references(name, models, oracles):
+    case = CASES[name]
+    (model, ours), oracle, table = models(case), oracles(case), case.table()
+    end = table.id(case.end)
+    allowed = [id_ for id_ in (*table.text, end) if id_ < width(oracle)]
+    prompt, drawn = reference.settled(lambda p: oracle.greedy(p, lambda _: allowed), prompts_of(case, model), [end])
+    found = sampled(model, ours, prompt, 64, mode="text", max_tokens=80)
+    assert np.array_equal(found, drawn.ids)
+
+
+def picture(case: Case) -> tuple[list[int], Callable[[int], Sequence[int]], int]:
+    """Ids that begin a picture of 8 x 8 codes, what may come at each step, and how many steps there are."""
+    table = case.table()
+    codes = table.ids(case.codes)
+    if not case.row_end:
+        return [table.id(name) for name in case.picture], lambda _: codes, 64
+    end = [table.id(case.row_end)]
+    return [table.id(name) for name in case.picture], lambda step: end if step % 9 == 8 else codes, 72
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("name", DRAWING)
+def test_a_greedy_picture_is_the_references(name, guidance, models, oracles):
+    """Sixty-four codes and the ends of their rows; with guidance as a loop over both contexts."""
+    case = CASES[name]
+    (model, ours), oracle, table = models(case), oracles(case), case.table()
+    begun, allowed, steps = picture(case)
+    apart = [*(table.id(name) for name in case.apart), *begun]
+
+    def draw(prompt: Sequence[int]) -> reference.Drawn:
+        if guidance == 1.0:
+            return oracle.greedy(prompt, allowed, steps)
+        return oracle.guided([prompt, apart], [guidance, 1 - guidance], allowed, steps)
+
+    prompt, drawn = reference.settled(draw, [[*prompt, *begun] for prompt in prompts_of(case, model)])
+    found = sampled(model, ours, prompt, steps, mode="image", guidance=guidance, context=case.context)
+    assert np.array_equal(found, drawn.ids)
+
+
+def test_a_picture_changed_with_two_scales_is_the_references(models, oracles):
+    """Chameleon's: text 3.0 and images 1.2 over nothing, which are weights 3, -1.8 and -0.2 of the three contexts."""
+    case = CASES["chameleon"]
+    (model, ours), oracle, table = models(case), oracles(case), case.table()
+    codes, boi, eoi = table.ids("IMGIMG"), table.id("<racm3:break>"), table.id("<eoss>")
+    shown = [boi, *np.random.default_rng(4).choice(codes, 64).tolist(), eoi]
+
+    def draw(prompt: Sequence[int]) -> reference.Drawn:
+        contexts = [prompt, [0, *shown, boi], [0, boi]]
+        return oracle.guided(contexts, [3.0, -1.8, -0.2], lambda _: codes)
+
+    prompts = [[0, *shown, *text[1:], boi] for text in prompts_of(case, model)]
+    prompt, drawn = reference.settled(draw, prompts)
+    settings = {"mode": "image", "guidance": 3.0, "image_guidance": 1.2, "context": "bos_boi"}
+    assert np.array_equal(sampled(model, ours, prompt, 64, **settings), drawn.ids)
+
+
+# ---- and back --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", EXPORTED)
+def test_what_comes_back_is_bit_for_bit_what_came(name, dtype, published, bundles, tmp_path):
+    case = CASES[name]
+    case = Case(**{**vars(case), "settings": case.settings | {"dtype": dtype}})
+    run("export", "--from", bundles(case), "--to", "hf", "--output", tmp_path / "out")
+    expected = comparing.tensors(published(case.make, *case.args, **case.settings))
+    comparing.assert_same(comparing.tensors(tmp_path / "out"), expected)
+
+
+@pytest.mark.parametrize("name", ["chameleon", "chameleon-swin", "emu3", "llama", "llama3", "llama_tied", "gemma"])
+def test_what_comes_back_is_read_by_transformers(name, bundles, oracles, tmp_path):
+    """`load` asserts that nothing is missing, unexpected or of another shape."""
+    case = CASES[name]
+    run("export", "--from", bundles(case), "--to", "hf", "--output", tmp_path / "out")
+    ids = np.random.default_rng(1).integers(0, width(oracles(case)), (2, 24))
+    assert np.array_equal(reference.load(tmp_path / "out").logits(ids), oracles(case).logits(ids))
+
+
+@pytest.mark.parametrize("settings", [{}, {"count": 1}, {"swin": True, "dtype": "bfloat16"}])
+def test_metas_shards_come_back(settings, published, bundles, tmp_path):
+    case = Case("chameleon", formats.meta, settings=settings, oracle="twin", to="meta", **_CHAMELEON)
+    run("export", "--from", bundles(case), "--to", "meta", "--output", tmp_path / "out")
+    expected = comparing.joined(published(formats.meta, **settings))
+    comparing.assert_same(comparing.joined(tmp_path / "out"), expected)
+
+
+@pytest.mark.parametrize("settings", [{}, {"scanned": False, "prefix": False, "dtype": "bfloat16"}])
+def test_lwms_stream_comes_back(settings, published, tmp_path):
+    folder = published(formats.lwm, **settings)
+    run("import", "--from", folder, "--as", "lwm", "--output", tmp_path / "b", "--rope-theta", str(formats.LWM_THETA))
+    run("export", "--from", tmp_path / "b", "--to", "lwm", "--output", tmp_path / "out")
+    comparing.assert_same(comparing.stream(tmp_path / "out"), comparing.stream(folder))
+
+
+# ---- fine-tuning, images, mistakes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["chameleon", "emu3-original", "llama_tied", "qwen2", "qwen3", "gemma"])
+def test_twenty_steps_of_fine_tuning_are_torchs(name, models, published):
+    case = CASES[name]
+    model, ours = models(case)
+    folder = published(case.make, *case.args, **case.settings)
+    oracle = reference.load(folder, case.oracle or None)  # one of its own: it is changed
+    table = case.table()
+    learned = [*table.text, *(table.ids(case.codes) if case.codes else ())]
+    batches = np.random.default_rng(6).choice(learned, (reference.STEPS, 4, 32))
+    expected = oracle.fine_tune(batches)
+    found = comparing.fine_tune(model, ours[batches])
+    np.testing.assert_allclose(found, expected, atol=TUNED, rtol=0)
+
+
+def test_images_become_the_references_codes(models, oracles):
+    """Chameleon's encoder alone: the published file has no decoder. Codes may differ only where two were as near."""
+    (model, _), oracle = models(CASES["chameleon"]), oracles(CASES["chameleon"])
+    pixels = np.round((make.pictures(count=4) + 1) * 127.5).astype(np.uint8)
+    with torch.inference_mode():
+        vq = oracle.model.model.vqmodel
+        inputs = torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1)
+        latents = vq.quant_conv(vq.encoder(inputs)).permute(0, 2, 3, 1).numpy()
+        expected = vq.encode(inputs).image_tokens.reshape(4, 8, 8).numpy()
+    found = model.image_tokenizer.encode(pixels.transpose(0, 2, 3, 1))
+    comparing.assert_codes(found, expected, latents, vq.quantize.embedding.weight.detach().numpy())
+
+
+def test_emu3s_images_go_there_and_back_as_the_references(models, oracles):
+    (model, _), oracle = models(CASES["emu3"]), oracles(CASES["emu3"])
+    pixels = np.round((make.pictures(64, 2) + 1) * 127.5).astype(np.uint8)
+    vq = oracle.model.model.vqmodel
+    with torch.inference_mode():
+        inputs = torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1)
+        expected = torch.stack(list(vq.encode(inputs, torch.tensor([[64, 64]] * 2)).image_tokens))
+        back = vq.decode(expected).numpy()
+    assert np.array_equal(model.image_tokenizer.encode(pixels.transpose(0, 2, 3, 1)), expected.numpy())
+    shown = np.clip(np.round((back.transpose(0, 2, 3, 1) + 1) * 127.5), 0, 255).astype(np.int32)
+    off = np.abs(model.image_tokenizer.decode(expected.numpy().astype(np.int32)).astype(np.int32) - shown)
+    assert off.max() <= 1 and (off > 0).mean() <= 1e-3
+
+
+def swin_flipped(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"swin_norm": not config["swin_norm"]}))
+
+
+def first_rows(folder: Path) -> None:
+    comparing.edit(
+        folder, lambda name, x: np.repeat(x[:1], len(x), axis=0) if "_norm.weight" in name else x, "self_attn"
+    )
+
+
+def norms_as_neighbours(folder: Path) -> None:
+    comparing.edit(folder, lambda name, x: neighbours(x, len(x)) if "_norm." in name else x, "self_attn")
+
+
+def heads_as_neighbours(folder: Path) -> None:
+    heads = {"q_proj": 4, "k_proj": 2}
+
+    def turned(name: str, x: np.ndarray) -> np.ndarray:
+        count = next((n for part, n in heads.items() if part in name), 0)
+        return neighbours(x, count) if count else x
+
+    comparing.edit(folder, turned, "self_attn")
+
+
+@pytest.mark.parametrize("edit", [swin_flipped, first_rows, norms_as_neighbours, heads_as_neighbours])
+def test_a_wrong_layout_is_a_thousand_tolerances_off(edit, bundles, models, oracles):
+    """The mistakes that shapes do not show: were one of them ours, the tests above could not pass."""
+    case = CASES["chameleon"]
+    _, ours = models(case)
+    wrong = ar_unified.load(bundles(case, edit), dtype="float32")
+    ids = np.random.default_rng(1).integers(0, len(ours), (2, 24))
+    found = wrong.logits(ours[ids])[..., ours]
+    assert np.abs(found - oracles(case).logits(ids)).max() > WRONG
