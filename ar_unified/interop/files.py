@@ -98,5 +98,5 @@ class Files:
             text = MappedCodec.of(
                 self.text_file.name, self.codec.data, language.border, vocabulary.text_size, lossy="warn"
             )
-        hashes = dict(text_hash=text.hash, image_hash=image_hash)
-        return Grammar(dataclasses.replace(vocabulary, **hashes), language.layout, text)
+        vocabulary = dataclasses.replace(vocabulary, text_hash=text.hash, image_hash=image_hash)
+        return Grammar(vocabulary, language.layout, text)

@@ -67,8 +67,8 @@ def card(published: Published, license: str = "") -> str:
         "",
         f"# {published.system}",
         "",
-        f"Published weights of {published.system}, imported: {parameter_count(config):,} parameters in {config.n_layers} "
-        f"layers of {config.d_model}, {vocabulary.text_size:,} text pieces{images}.",
+        f"Published weights of {published.system}, imported: {parameter_count(config):,} parameters in "
+        f"{config.n_layers} layers of {config.d_model}, {vocabulary.text_size:,} text pieces{images}.",
         "",
         *(f"- {note}" for note in published.notes),
         *([""] if published.notes else []),

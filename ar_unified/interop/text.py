@@ -42,7 +42,7 @@ def open_gemma(files: Files) -> Published:
 
 def _open(files: Files, system: str, families: Mapping[str, Family]) -> Published:
     where = str(files.folder)
-    kind = files.config.get("model_type")
+    kind = str(files.config.get("model_type"))
     if kind not in families:
         raise UserError(f"{where}: model_type: expected {' or '.join(families)}, found {kind!r:.40}")
     family = families[kind]
