@@ -25,7 +25,7 @@ import hashlib
 import json
 import re
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from importlib import metadata
@@ -306,6 +306,18 @@ class Bundle:
 
             # Read before the files are closed.
             return jax.block_until_ready(jax.tree_util.tree_map_with_path(make, shapes))
+
+    @contextmanager
+    def reading(self) -> Iterator[Callable[[str, int | None], np.ndarray]]:
+        """Gives read(path, layer): a parameter by its path, or what stands at that index of its first axis."""
+        with contextlib.ExitStack() as stack:
+            found = self._tensors(self._shapes(), stack)
+            yield lambda name, layer: found[name][... if layer is None else layer]
+
+    def dtypes(self) -> dict[str, str]:
+        """Of every parameter by its path."""
+        with contextlib.ExitStack() as stack:
+            return {name: _DTYPES[x.get_dtype()] for name, x in self._tensors(self._shapes(), stack).items()}
 
     def _shapes(self) -> Params:
         with self._reading(CONFIG):

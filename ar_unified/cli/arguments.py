@@ -34,8 +34,11 @@ def parser_of(verb: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _experiment(parser: argparse.ArgumentParser, recorded: bool = False) -> None:
-    """--config, --workdir, and how several processes find each other; `recorded`: the workdir's own config will do."""
+def _experiment(parser: argparse.ArgumentParser, recorded: bool = False, needed: bool = True) -> None:
+    """--config, --workdir, and how several processes find each other.
+
+    recorded: the workdir's own config will do. needed: there is no other way to say what is meant.
+    """
     parser.add_argument(
         "--config",
         required=not recorded,
@@ -44,7 +47,9 @@ def _experiment(parser: argparse.ArgumentParser, recorded: bool = False) -> None
         help="the experiment file; `:arg` is handed to it, as in experiments/folder.py:path=DIR"
         + ("; default: as the workdir's last start had it" if recorded else ""),
     )
-    parser.add_argument("--workdir", required=True, type=_path, metavar="DIR", help="where stages leave their results")
+    parser.add_argument(
+        "--workdir", required=needed, type=_path, metavar="DIR", help="where stages leave their results"
+    )
     many = parser.add_argument_group(
         "many processes",
         "The same command on every host. SLURM, Open MPI, GKE and TPU VMs say themselves who is who; elsewhere:",
@@ -124,7 +129,13 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
-    _experiment(parser, recorded=True)
+    _experiment(parser, recorded=True, needed=False)
+    parser.add_argument(
+        "--from", dest="source", type=_path, metavar="BUNDLE", help="export a bundle instead, as --to says"
+    )
+    parser.add_argument(
+        "--to", choices=("hf", "meta", "lwm"), default="hf", help="transformers', Meta's or LWM's form (%(default)s)"
+    )
     parser.add_argument(
         "--output",
         required=True,
@@ -155,7 +166,7 @@ def _import(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--text", type=_path, metavar="PATH", help="the text tokenizer, where it lies elsewhere")
     parser.add_argument("--image", type=_path, metavar="PATH", help="the image tokenizer's weights, likewise")
-    parser.add_argument("--theta", type=float, help="RoPE's base, of systems whose files do not say it (LWM)")
+    parser.add_argument("--rope-theta", type=float, help="RoPE's base, of systems whose files do not say it (LWM)")
     parser.add_argument(
         "--size", type=_size, metavar="HxW", help="largest image in codes, of systems whose images have many sizes"
     )

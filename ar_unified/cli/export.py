@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from safetensors.numpy import load_file
 
 from ar_unified import bundle
+from ar_unified.bundle import Bundle
 from ar_unified.checkpoint import Checkpoints
 from ar_unified.data.images import NoImages
 from ar_unified.errors import UserError
@@ -26,6 +28,7 @@ from ar_unified.evaluation.card import card
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.start import by_first_process, open_experiment
+from ar_unified.interop.exporting import export_hf
 from ar_unified.model.config import decisive, parameter_count
 from ar_unified.workdir import read_json
 
@@ -34,6 +37,13 @@ _SAMPLING = ("max_length", "kv_dtype", "guidance", "context", "text", "image")
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    if arguments.source:
+        if overrides or arguments.config or arguments.workdir:
+            raise UserError("--from BUNDLE is exported by itself: leave out --workdir, --config and config keys")
+        export_hf(Bundle(arguments.source), Path(arguments.output), arguments.shard_mib << 20)
+        return 0
+    if not arguments.workdir:
+        raise UserError("expected --workdir DIR, of a training, or --from BUNDLE --to FORMAT; found neither")
     if arguments.shard_mib < 1:
         raise UserError(f"--shard-mib: expected at least 1, found {arguments.shard_mib}")
     experiment = open_experiment(arguments, overrides, ["export"])

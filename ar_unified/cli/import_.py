@@ -29,7 +29,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         Path(arguments.source),
         text=Path(arguments.text) if arguments.text else None,
         image=Path(arguments.image) if arguments.image else None,
-        theta=arguments.theta,
+        theta=arguments.rope_theta,
         size=arguments.size,
     )
     published = SYSTEMS[arguments.system](files)

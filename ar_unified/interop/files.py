@@ -20,6 +20,14 @@ from ar_unified.interop.sources import Source, inside, open_source, read_json
 from ar_unified.language.border import MappedCodec
 from ar_unified.language.grammar import Grammar
 
+_KEPT = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
 _TOKENIZERS = ("tokenizer.json", "text_tokenizer.json", "emu3.tiktoken", "tokenizer.model", "text.tiktoken")
 
 
@@ -90,6 +98,15 @@ class Files:
             processor = sentencepiece.SentencePieceProcessor(model_proto=self.codec.data)
             return {processor.id_to_piece(id): id for id in range(processor.get_piece_size())}
         return {}
+
+    def record(self) -> dict[str, Any]:
+        """Of these files, what an export gives back: those of JSON, and the text tokenizer's name."""
+        folder = self.folder if self.folder.is_dir() else self.folder.parent
+        there = [name for name in _KEPT if (folder / name).exists()]
+        return {
+            "files": {name: read_json(inside(folder, name)) for name in there},
+            "text_file": self.text_file.name,
+        }
 
     def grammar(self, language: Language, image_hash: str = "") -> Grammar:
         """Of the text tokenizer across the border."""
