@@ -136,7 +136,8 @@ def meta_shards(
     params = {
         "model": {
             "dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 16, "ffn_dim_multiplier": 1.0,
-            "norm_eps": 1e-5, "rope_theta": 10000.0, "qk_normalization": True, "swin_norm": swin, "vocab_size": table.size,
+            "norm_eps": 1e-5, "rope_theta": 10000.0, "qk_normalization": True, "swin_norm": swin,
+            "vocab_size": table.size,
         }
     }  # fmt: skip
     return parts, params, tensors, sizes
