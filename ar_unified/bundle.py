@@ -40,7 +40,7 @@ from ar_tokenizers.image.tokenizer import CONFIG as IMAGE_CONFIG
 from ar_tokenizers.image.tokenizer import WEIGHTS as IMAGE_WEIGHTS
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from ar_unified.data.files import FileError, Folder
 from ar_unified.errors import UserError, in_words, nearest
@@ -157,6 +157,12 @@ def named(params: Params) -> dict[str, Any]:
     return dict(sorted((jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves))
 
 
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """All of a safetensors file."""
+    with safe_open(path, framework="numpy") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}
+
+
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -248,8 +254,9 @@ class Bundle:
         """Tensors that `write` was given."""
         if KEPT not in self._files:
             return {}
+        self._read(KEPT)
         with self._reading(KEPT):
-            return load(self._read(KEPT))
+            return read_tensors(self._path(KEPT))
 
     def image_tokenizer(self, batch_size: int = 64) -> ImageTokenizer | None:
         """None: there is text alone. batch_size: images in one call of it."""

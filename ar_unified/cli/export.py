@@ -16,8 +16,6 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safetensors.numpy import load_file
-
 from ar_unified import bundle
 from ar_unified.checkpoint import Checkpoints
 from ar_unified.data.images import NoImages
@@ -68,7 +66,7 @@ def export(experiment: Experiment, output: str, *, license: str = "", shard_byte
         sampling={name: config["sampling"][name] for name in _SAMPLING},
         card=words,
         published=read_json(published) if (published := brought / bundle.PUBLISHED).exists() else None,
-        kept=load_file(kept) if (kept := brought / bundle.KEPT).exists() else None,
+        kept=bundle.read_tensors(kept) if (kept := brought / bundle.KEPT).exists() else None,
         shard_bytes=shard_bytes,
     )
     experiment.say(
