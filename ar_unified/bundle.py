@@ -25,12 +25,12 @@ import hashlib
 import json
 import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -40,7 +40,6 @@ from ar_tokenizers.image.tokenizer import CONFIG as IMAGE_CONFIG
 from ar_tokenizers.image.tokenizer import WEIGHTS as IMAGE_WEIGHTS
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from ar_unified.data.files import FileError, Folder
 from ar_unified.errors import UserError, in_words, nearest
@@ -51,11 +50,11 @@ from ar_unified.language.record import manifest_of, record_of, text_codec
 from ar_unified.manifests import manifest_hash
 from ar_unified.model.config import TransformerConfig, decisive
 from ar_unified.model.transformer import Params, abstract_params
+from ar_unified.tensors import INDEX, Kind, TensorWriter, read_tensors, write_tensors
 from ar_unified.workdir import write_json, write_text
 
 VERSION = 1
 BUNDLE, CONFIG, CARD = "bundle.json", "config.json", "README.md"
-INDEX = "model.safetensors.index.json"
 TEXT, IMAGE = "text_tokenizer", "image_tokenizer"
 PUBLISHED, KEPT = "published.json", "published.safetensors"
 _TEXT = tuple(f"{TEXT}/{name}" for name in FILES)
@@ -80,7 +79,7 @@ def write(
     folder: str | Path,
     *,
     config: TransformerConfig,
-    params: Params,
+    params: Params | Streamed,
     grammar: Grammar,
     text_tokenizer: Codec,
     image_tokenizer: ImageTokenizer | None,
@@ -119,8 +118,9 @@ def write(
             if published is not None:
                 write_json(here / PUBLISHED, dict(published))
             if kept:
-                write_bytes(here / KEPT, save({name: np.ascontiguousarray(kept[name]) for name in sorted(kept)}))
-            _write_params(here, params, shard_bytes)
+                write_tensors(here / KEPT, kept)
+            streamed = params if isinstance(params, Streamed) else Streamed.of(params)
+            _write_params(here, config, streamed, shard_bytes)
             names = sorted(str(path.relative_to(here)) for path in here.rglob("*") if path.is_file())
             files = {name: {"bytes": (here / name).stat().st_size, "sha256": _sha256(here / name)} for name in names}
             write_text(here / CARD, card)
@@ -131,36 +131,37 @@ def write(
     return Bundle(folder)
 
 
-def _write_params(folder: Path, params: Params, shard_bytes: int) -> None:
-    leaves = named(params)
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, leaf in leaves.items():
-        if shards[-1] and size + leaf.nbytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += leaf.nbytes
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        arrays = {name: np.ascontiguousarray(jax.device_get(leaves[name])) for name in names}
-        write_bytes(folder / file, save(arrays, {"format": "np"}))  # save_file's can be read by their owner alone
-        weight_map |= dict.fromkeys(names, file)
-    total = {"total_size": sum(leaf.nbytes for leaf in leaves.values())}
-    write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
+class Streamed(NamedTuple):
+    """Parameters that come one after another, as they are read: what is in memory is one of them.
+
+    Attributes:
+        dtypes: of each leaf by its path.
+        pieces: (path, None, the leaf), or (path, i, what stands at i of its first axis), each once.
+    """
+
+    dtypes: Mapping[str, str]
+    pieces: Iterable[tuple[str, int | None, np.ndarray]]
+
+    @classmethod
+    def of(cls, params: Params) -> Streamed:
+        """From parameters that lie on devices, gathered leaf by leaf."""
+        leaves = named(params)
+        pieces = ((name, None, np.asarray(jax.device_get(leaf))) for name, leaf in leaves.items())
+        return cls({name: str(leaf.dtype) for name, leaf in leaves.items()}, pieces)
+
+
+def _write_params(folder: Path, config: TransformerConfig, params: Streamed, shard_bytes: int) -> None:
+    leaves = named(abstract_params(config))
+    kinds = {name: Kind(leaf.shape, params.dtypes[name]) for name, leaf in leaves.items()}
+    with TensorWriter(folder, kinds, shard_bytes) as writer:
+        for name, layer, array in params.pieces:
+            writer.put(name, array, layer)
 
 
 def named(params: Params) -> dict[str, Any]:
     """Every leaf by its path, as "layers.mlp.up", in the order of the paths."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return dict(sorted((jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves))
-
-
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """All of a safetensors file."""
-    with safe_open(path, framework="numpy") as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}
 
 
 def _sha256(path: Path) -> str:

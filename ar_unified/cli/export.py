@@ -25,6 +25,7 @@ from ar_unified.experiment import config as configs
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.model.config import decisive, parameter_count
+from ar_unified.tensors import read_tensors
 from ar_unified.workdir import read_json
 
 _DATA = ("image_size", "resize", "layout", "max_tokens")
@@ -66,7 +67,7 @@ def export(experiment: Experiment, output: str, *, license: str = "", shard_byte
         sampling={name: config["sampling"][name] for name in _SAMPLING},
         card=words,
         published=read_json(published) if (published := brought / bundle.PUBLISHED).exists() else None,
-        kept=bundle.read_tensors(kept) if (kept := brought / bundle.KEPT).exists() else None,
+        kept=read_tensors(kept) if (kept := brought / bundle.KEPT).exists() else None,
         shard_bytes=shard_bytes,
     )
     experiment.say(
