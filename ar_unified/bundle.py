@@ -40,7 +40,6 @@ from ar_tokenizers.image.tokenizer import CONFIG as IMAGE_CONFIG
 from ar_tokenizers.image.tokenizer import WEIGHTS as IMAGE_WEIGHTS
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load, save
 
 from ar_unified.data.files import FileError, Folder
 from ar_unified.errors import UserError, in_words, nearest
@@ -51,7 +50,7 @@ from ar_unified.language.record import manifest_of, record_of, text_codec
 from ar_unified.manifests import manifest_hash
 from ar_unified.model.config import TransformerConfig, decisive
 from ar_unified.model.transformer import Params, abstract_params
-from ar_unified.tensors import INDEX, Kind, TensorWriter
+from ar_unified.tensors import INDEX, Kind, TensorWriter, read_tensors, write_tensors
 from ar_unified.workdir import write_json, write_text
 
 VERSION = 1
@@ -119,7 +118,7 @@ def write(
             if published is not None:
                 write_json(here / PUBLISHED, dict(published))
             if kept:
-                write_bytes(here / KEPT, save({name: np.ascontiguousarray(kept[name]) for name in sorted(kept)}))
+                write_tensors(here / KEPT, kept)
             streamed = params if isinstance(params, Streamed) else Streamed.of(params)
             _write_params(here, config, streamed, shard_bytes)
             names = sorted(str(path.relative_to(here)) for path in here.rglob("*") if path.is_file())
@@ -256,8 +255,9 @@ class Bundle:
         """Tensors that `write` was given."""
         if KEPT not in self._files:
             return {}
+        self._read(KEPT)
         with self._reading(KEPT):
-            return load(self._read(KEPT))
+            return read_tensors(self._path(KEPT))
 
     def image_tokenizer(self, batch_size: int = 64) -> ImageTokenizer | None:
         """None: there is text alone. batch_size: images in one call of it."""

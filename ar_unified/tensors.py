@@ -15,6 +15,9 @@ from typing import NamedTuple
 
 import ml_dtypes  # noqa: F401 (numpy knows bfloat16 by it)
 import numpy as np
+from ar_tokenizers.files import write_bytes
+from safetensors import safe_open
+from safetensors.numpy import save
 
 INDEX = "model.safetensors.index.json"
 _NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64"}
@@ -122,3 +125,14 @@ def _write(handle: int, data: bytes | memoryview, at: int) -> None:
     while view:
         written = os.pwrite(handle, view[: 1 << 30], at)
         view, at = view[written:], at + written
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """A few tensors into one file, whole or not at all. Raises OSError."""
+    write_bytes(path, save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}))
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """All of a file. Raises SafetensorError, OSError."""
+    with safe_open(path, framework="numpy") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}

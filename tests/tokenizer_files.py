@@ -28,8 +28,9 @@ TEXTS = [
     "\u2581a\u2581b ",
     "it'S\u017f",
 ]
-# What a published table puts between its pieces of text; the last is none of its special tokens by the file's word.
-SPECIAL = ("<s>", "<pad>", "</s>", "IMGIMGAZ", "IMGIMGBZ", "<racm3:break>", "<eoss>", "<reserved08706>")
+IMAGES = tuple("IMGIMG" + "".join(chr(ord("A") + int(digit)) for digit in str(code)) + "Z" for code in range(24))
+# What a published table has before its pieces of text, and one more that its file does not call special.
+SPECIAL = ("<s>", "<pad>", "</s>", *IMAGES, "<eoss>", "<racm3:break>", "<reserved08706>")
 PLAIN = "<tool_call>"
 
 

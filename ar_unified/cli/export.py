@@ -17,8 +17,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import load_file
-
 from ar_unified import bundle
 from ar_unified.bundle import Bundle
 from ar_unified.checkpoint import Checkpoints
@@ -30,6 +28,7 @@ from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.interop.exporting import export_hf
 from ar_unified.model.config import decisive, parameter_count
+from ar_unified.tensors import read_tensors
 from ar_unified.workdir import read_json
 
 _DATA = ("image_size", "resize", "layout", "max_tokens")
@@ -78,7 +77,7 @@ def export(experiment: Experiment, output: str, *, license: str = "", shard_byte
         sampling={name: config["sampling"][name] for name in _SAMPLING},
         card=words,
         published=read_json(published) if (published := brought / bundle.PUBLISHED).exists() else None,
-        kept=load_file(kept) if (kept := brought / bundle.KEPT).exists() else None,
+        kept=read_tensors(kept) if (kept := brought / bundle.KEPT).exists() else None,
         shard_bytes=shard_bytes,
     )
     experiment.say(

@@ -308,6 +308,7 @@ def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> No
         vocabulary, layout = settings.language(config, shape, text.size, text.hash, image_hash)
     if settings.fits(layout, bundle.grammar.layout):
         return
+    vocabulary = dataclasses.replace(vocabulary, rest=bundle.grammar.vocabulary.rest)  # which no config says
     ours = Grammar(vocabulary, layout, text).manifest()
     where = dict(expected_from=f"config.init={bundle.folder}", found_from="this config")
     require_same(bundle.language, ours, **where)

@@ -88,7 +88,7 @@ class PublishedTokenizer:
         spec = _checked(data)
         for token in spec["added_tokens"]:
             token["special"] = bool(token.get("special")) if text_ids is None else token["id"] not in text_ids
-        spec |= {"truncation": None, "padding": None, "post_processor": None}
+        spec |= {"truncation": None, "padding": None}
         spec["model"] |= {"dropout": None} if "dropout" in spec["model"] else {}
         tokenizer = _made(lambda: Tokenizer.from_str(json.dumps(spec)))
         for token in spec["added_tokens"]:
