@@ -6,10 +6,11 @@ so each part of a tensor has its place before the first is known (github.com/hug
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,10 @@ import ml_dtypes  # noqa: F401 (numpy knows bfloat16 by it)
 import numpy as np
 
 INDEX = "model.safetensors.index.json"
-_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64"}
+_NAMES = {
+    "float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64", "int32": "I32",
+    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
 
 
 class Kind(NamedTuple):
@@ -39,6 +43,7 @@ class TensorWriter:
         kinds: of every tensor, in the order in which they are put into files.
         shard_bytes: of a file at most; a larger tensor has a file of its own.
         alone: one file that holds all is called model.safetensors, and has no index, as transformers has it.
+        stem: what files are called in place of "model".
         metadata: of each file's header.
     """
 
@@ -49,6 +54,7 @@ class TensorWriter:
         shard_bytes: int,
         *,
         alone: bool = False,
+        stem: str = "model",
         metadata: Mapping[str, str] | None = None,
     ):
         shards: list[dict[str, Kind]] = [{}]
@@ -66,13 +72,13 @@ class TensorWriter:
         self.files: dict[str, str] = {}
         only = alone and len(shards) == 1
         for number, shard in enumerate(shards, 1):
-            file = "model.safetensors" if only else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            file = f"{stem}.safetensors" if only else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
             self._begin(file, shard, dict(metadata or {"format": "np"}))
             self.files |= dict.fromkeys(shard, file)
         if not only:
             total = sum(kind.nbytes for kind in kinds.values())
             index = {"metadata": {"total_size": total}, "weight_map": self.files}
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            (folder / INDEX.replace("model", stem, 1)).write_text(json.dumps(index, indent=2) + "\n")
 
     def _begin(self, file: str, shard: Mapping[str, Kind], metadata: dict[str, str]) -> None:
         header: dict[str, object] = {"__metadata__": metadata}
@@ -115,6 +121,27 @@ class TensorWriter:
             os.close(handle)
         if kind is None and (wrong := [name for name, left in self._left.items() if left]):
             raise AssertionError(f"{wrong[0]}: {self._left[wrong[0]]} bytes of it were not written")
+
+
+def read_bytes(path: Path, pieces: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Bytes of a file, uint8, of (begin, length) one after another.
+
+    They are read, not mapped: pages of a mapped file count as memory of this process for as long as it is mapped.
+    Raises OSError, also where the file has come to end before.
+    """
+    out = np.empty(sum(length for _, length in pieces), np.uint8)
+    view = memoryview(out)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        for begin, length in pieces:
+            part, view = view[:length], view[length:]
+            while part:
+                if not (count := os.preadv(handle, [part[: 1 << 30]], begin)):
+                    raise OSError(errno.EIO, "the file ends before its tensors do", str(path))
+                part, begin = part[count:], begin + count
+    finally:
+        os.close(handle)
+    return out
 
 
 def _write(handle: int, data: bytes | memoryview, at: int) -> None:

@@ -14,7 +14,7 @@ from ar_unified.planning import JOBS
 
 def parser_of(verb: str) -> argparse.ArgumentParser:
     """The parser of a verb; its description is the docstring of the verb's module, read without importing it."""
-    source = Path(__file__).with_name(f"{verb}.py").read_text(encoding="utf-8")
+    source = Path(__file__).with_name(f"{verb.replace('-', '_')}.py").read_text(encoding="utf-8")
     parser = argparse.ArgumentParser(
         prog=f"ar-unified {verb}",
         description=ast.get_docstring(ast.parse(source)),
@@ -131,6 +131,15 @@ def _export(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _convert_pickle(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--from", dest="source", required=True, metavar="PATH", type=_path, help="a pickled file, or a folder of some"
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", type=_path, help="nothing that is there is written over"
+    )
+
+
 def _validate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder", nargs="?", metavar="DIR", type=_path, help="a dataset folder, one JSONL file or one of text"
@@ -199,6 +208,7 @@ _VERBS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "sample": _sample,
     "evaluate": _evaluate,
     "export": _export,
+    "convert-pickle": _convert_pickle,
     "plan": _plan,
     "validate": _validate,
 }

@@ -22,6 +22,7 @@ VERBS = {
     "sample": "write interleaved documents for the prompts of a JSONL file",
     "evaluate": "score the tokenizer and the model on held-out documents; write evaluation.json and report.html",
     "export": "write the trained model as one folder that ar_unified.load opens, and a training can begin with",
+    "convert-pickle": "make .safetensors files of pickled checkpoints (.pth, .pt, .ckpt), running nothing in them",
     "plan": "compile the training or sampling for a TPU slice or GPUs that are not here: memory, traffic, time",
     "validate": "check a dataset folder or a config and print what is in it, bad items by file and line",
 }
@@ -29,7 +30,7 @@ _BROKEN_PIPE = 141  # 128 + SIGPIPE, as of any command whose reader has gone
 
 
 def _overview() -> str:
-    lines = [f"  {verb:<10} {what}" for verb, what in VERBS.items()]
+    lines = [f"  {verb:<14} {what}" for verb, what in VERBS.items()]
     return "\n".join(
         [
             "usage: ar-unified VERB --config FILE[:arg] --workdir DIR [--config.key=value ...]",
@@ -98,7 +99,7 @@ def _run(verb: str, arguments: argparse.Namespace, overrides: Sequence[str]) -> 
     _quiet_libraries()
     from ar_unified.parallel import runtime  # JAX: not for --help
 
-    module = importlib.import_module(f"ar_unified.cli.{verb}")
+    module = importlib.import_module(f"ar_unified.cli.{verb.replace('-', '_')}")
     with runtime.ending():
         status = int(module.main(arguments, overrides) or 0)
         sys.stdout.flush()  # a closed pipe is noticed here, not at Python's end
