@@ -97,7 +97,7 @@ class TensorWriter:
         head += b" " * (-len(head) % 8)
         handle = os.open(self._folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._handles.append(handle)
-        _write(handle, len(head).to_bytes(8, "little") + head, 0)
+        write_bytes_at(handle, len(head).to_bytes(8, "little") + head, 0)
         os.truncate(handle, 8 + len(head) + end)
         self._places |= {name: (handle, 8 + len(head) + begin) for name, begin in begins.items()}
 
@@ -108,7 +108,9 @@ class TensorWriter:
         if array.shape != shape or array.dtype != np.dtype(kind.dtype):
             raise ValueError(f"{name}: expected {kind.dtype} {list(shape)}, found {array.dtype} {list(array.shape)}")
         handle, begin = self._places[name]
-        _write(handle, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, begin + (at or 0) * array.nbytes)
+        write_bytes_at(
+            handle, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, begin + (at or 0) * array.nbytes
+        )
         self._left[name] -= array.nbytes
 
     def __enter__(self) -> TensorWriter:
@@ -130,7 +132,7 @@ def read_bytes(path: Path, pieces: Sequence[tuple[int, int]]) -> np.ndarray:
     Raises OSError, also where the file has come to end before.
     """
     out = np.empty(sum(length for _, length in pieces), np.uint8)
-    view = memoryview(out)
+    view = memoryview(out.data)
     handle = os.open(path, os.O_RDONLY)
     try:
         for begin, length in pieces:
@@ -144,7 +146,8 @@ def read_bytes(path: Path, pieces: Sequence[tuple[int, int]]) -> np.ndarray:
     return out
 
 
-def _write(handle: int, data: bytes | memoryview, at: int) -> None:
+def write_bytes_at(handle: int, data: bytes | memoryview, at: int) -> None:
+    """All of the bytes at a place of an open file. Raises OSError."""
     view = memoryview(data)
     while view:
         written = os.pwrite(handle, view[: 1 << 30], at)

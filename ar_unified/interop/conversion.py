@@ -97,7 +97,7 @@ def open_pickled(path: str | Path) -> Pickled:
         raise UserError(f"{path}: expected a pickle of tensors, found none, or a damaged one: {error}") from error
 
 
-class _Bounded(io.RawIOBase):
+class _Bounded:
     """A file of which no more is asked than it has, whatever length stands in it."""
 
     def __init__(self, file: IO[bytes], size: int):
@@ -108,7 +108,7 @@ class _Bounded(io.RawIOBase):
             raise ValueError("it was cut short")
         return self._file.read(n)
 
-    def readline(self, n: int | None = -1) -> bytes:
+    def readline(self) -> bytes:
         return self._file.readline(1 << 16)
 
     def tell(self) -> int:

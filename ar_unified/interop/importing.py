@@ -1,4 +1,5 @@
-"""Published files -> a bundle, tensor by tensor: what is in memory is one tensor, and a table of ids while it is sorted."""
+"""Published files -> a bundle, tensor by tensor: what is in memory is one tensor, and a table of ids while it is sorted.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import pickletools
 from collections.abc import Callable, Mapping
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -31,6 +31,16 @@ _PUSHED = {
 }  # fmt: skip
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+class File(Protocol):
+    """What is read of a file that is followed opcode by opcode."""
+
+    def read(self, n: int, /) -> bytes: ...
+
+    def readline(self) -> bytes: ...
+
+    def tell(self) -> int: ...
 
 
 class Forbidden(ValueError):
@@ -89,7 +99,7 @@ class _Dict(dict[Any, Any]):
     """What a pickle makes by a call; attributes that are set on it carry no tensors."""
 
 
-def read_pickle(file: IO[bytes], storage: Callable[[Any], Storage] | None = None) -> Any:
+def read_pickle(file: File, storage: Callable[[Any], Storage] | None = None) -> Any:
     """What a pickle has: dictionaries, lists, tuples, numbers and texts as they are, and tensors as `Strided` or arrays.
 
     Args:

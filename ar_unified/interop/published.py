@@ -79,9 +79,7 @@ class Tensors:
             if not name.startswith(tuple(aside)) and not name.endswith(dialect.ignored) and name != tied
         }
         if missing := sorted(wanted.keys() - names):
-            raise UserError(
-                f"{self.where}: missing {_listed(missing)}; found but not expected: {_listed(sorted(left))}"
-            )
+            raise UserError(f"{self.where}: missing {_listed(missing)}; found but not expected: {_listed(sorted(left))}")
         if left:
             raise UserError(
                 f"{self.where}: this model has no place for {_listed(sorted(left))}: is --as the right system, and is "
@@ -102,9 +100,7 @@ class Tensors:
             shape = self.source.shape(name) if config.qk_norm != "none" and name in self.source.names() else (0,)
             groups = shape[0] if len(shape) == 2 else 0
             if groups and heads % groups:
-                raise UserError(
-                    f"{self.where}: {name}: expected as many vectors as divide {heads} heads, found {groups}"
-                )
+                raise UserError(f"{self.where}: {name}: expected as many vectors as divide {heads} heads, found {groups}")
             found.append(groups)
         return found[0], found[1]
 
