@@ -75,8 +75,11 @@ def open_pickled(path: str | Path) -> Pickled:
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            zipped = file.read(4) == b"PK\3\4"
+            begin = file.read(4)
             file.seek(0)
+            zipped = begin == b"PK\3\4"
+            if not zipped and begin[:1] != b"\x80":
+                raise ValueError("it begins neither as a torch file nor as a pickle of protocol 2 or later")
             found = _torch(path) if zipped else read_pickle(_Bounded(file, path.stat().st_size))
         if isinstance(found, int):
             more = ": it is of a torch before 1.6" if found == _OLD_TORCH else ""
@@ -136,8 +139,10 @@ def _torch(path: Path) -> Any:
         data = archive.read(pickle)
 
     def storage(found: Any) -> Storage:
-        word, kind, key, _, size = found
-        if word != "storage" or not isinstance(kind, Global) or kind.name not in STORAGES or not isinstance(key, str):
+        if not isinstance(found, tuple) or len(found) != 5 or found[0] != "storage":
+            raise Forbidden(f"a persistent id {found!r:.80}")
+        _, kind, key, _, size = found
+        if not isinstance(kind, Global) or kind.name not in STORAGES or not isinstance(key, str):
             raise Forbidden(f"a persistent id {found!r:.80}")
         name = f"{top}/data/{key}"
         if name not in begins:

@@ -100,7 +100,7 @@ class _Dict(dict[Any, Any]):
 
 
 def read_pickle(file: File, storage: Callable[[Any], Storage] | None = None) -> Any:
-    """What a pickle has: dictionaries, lists, tuples, numbers and texts as they are, and tensors as `Strided` or arrays.
+    """What a pickle has: dictionaries, lists, tuples, numbers and texts as they are, tensors as `Strided` or arrays.
 
     Args:
         storage: what a persistent id means; None: there are none.

@@ -6,6 +6,9 @@ import io
 import json
 import os
 import pickle
+import signal
+import subprocess
+import sys
 import zipfile
 from collections import OrderedDict
 
@@ -13,6 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from ar_tokenizers.files import UNFINISHED
 
 from ar_unified.cli.main import main
 from ar_unified.errors import UserError
@@ -94,7 +98,9 @@ def test_a_torch_file_with_views_settings_and_half_numbers(tmp_path):
                 "turned": tensor("0", (6, 4), (1, 6)),
                 "part": tensor("0", (2, 3), (6, 2), 7),
                 "empty": tensor("0", (0, 3), (3, 1)),
-                "b": Call("torch._utils", "_rebuild_parameter", tensor("1", (5,), (1,), 0, 5, "BFloat16Storage"), True, None),
+                "b": Call(
+                    "torch._utils", "_rebuild_parameter", tensor("1", (5,), (1,), 0, 5, "BFloat16Storage"), True, None
+                ),
                 "n": tensor("2", (), (), 0, 1, "LongStorage"),
             }
         ),
@@ -161,7 +167,9 @@ class Runs:
 
 def dotted(canary):
     """pickle's STACK_GLOBAL of a name with dots, which getattr would follow."""
-    name = pickle.SHORT_BINUNICODE + b"\x05numpy" + pickle.SHORT_BINUNICODE + b"\x10ndarray.__base__" + pickle.STACK_GLOBAL
+    name = (
+        pickle.SHORT_BINUNICODE + b"\x05numpy" + pickle.SHORT_BINUNICODE + b"\x10ndarray.__base__" + pickle.STACK_GLOBAL
+    )
     return b"\x80\x04" + name + b")R."
 
 
@@ -179,7 +187,7 @@ RAW = {
     "a call of what is no name": (lambda c: b"\x80\x02K\x01)R.", "a call of 1"),
     "objects as numbers": (lambda c: pickle.dumps({"w": np.array([Runs(os.system, f"touch {c}")], object)}), "an array of 'O8'"),
     "an instance": (lambda c: b"\x80\x02(cos\nsystem\noq\0.", "os.system"),
-    "an instance by protocol 0": (lambda c: b"(S'x'\nios\nsystem\n.", "the opcode STRING"),
+    "an instance by an old opcode": (lambda c: b"\x80\x02(X\x01\0\0\0xios\nsystem\n.", "the opcode INST"),
     "an extension's number": (lambda c: b"\x80\x02\x82\x01.", "the opcode EXT1"),
     "another's storage": (lambda c: pickled({"w": Id("storage")}), "a persistent id"),
     "attributes of a list": (lambda c: b"\x80\x02]}b.", "attributes of a list"),
@@ -242,6 +250,7 @@ TORCH = {
     "no tensors": (of({"w": 1}), "found none"),
     "a list": (of([1, 2]), "by name"),
     "an old torch file": (raw(pickle.dumps(0x1950A86A20F9469CFC6C, 2)), "torch before 1.6"),
+    "a pickle of protocol 0": (raw(pickle.dumps({"w": W}, 0)), "of protocol 2 or later"),
     "a picture": (raw(b"\x89PNG\r\n\x1a\n"), "damaged"),
     "empty": (raw(b""), "damaged"),
     "without end": (raw(endless()), "without an end"),
@@ -268,6 +277,27 @@ def test_a_conversion_that_is_stopped_leaves_no_folder(tmp_path, monkeypatch):
             converted(path, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     assert converted(path, tmp_path / "new")[0].read("w").tobytes() == W.tobytes()
+
+
+KILLED = """
+import os, signal, sys
+from ar_unified.interop import conversion
+read = conversion.Pickled.read
+def kill(self, name):
+    os.kill(os.getpid(), signal.SIGKILL) if name == "b" else None
+    return read(self, name)
+conversion.Pickled.read = kill
+conversion.convert(sys.argv[1], sys.argv[2], print)
+"""
+
+
+def test_a_conversion_that_is_killed_leaves_nothing_that_looks_finished(tmp_path):
+    tree = {name: tensor("0", (4, 6), (6, 1)) for name in "abc"}
+    path, new = torch_file(tmp_path / "a.pth", tree, {"0": W}), tmp_path / "new"
+    run = subprocess.run([sys.executable, "-c", KILLED, str(path), str(new)], timeout=100)
+    assert run.returncode == -signal.SIGKILL and not new.exists()
+    assert [each.name for each in tmp_path.iterdir() if each.name.endswith(UNFINISHED)]
+    assert converted(path, new)[0].names() == {"a", "b", "c"}
 
 
 @pytest.mark.interop

@@ -70,7 +70,10 @@ def test_one_file_alone_files_side_by_side_and_a_cache_that_links(tmp_path):
 
 
 def test_a_tensor_that_is_not_written_whole_is_no_end(tmp_path):
-    with pytest.raises(AssertionError, match="a: 8 bytes"), TensorWriter(tmp_path, {"a": Kind((2, 2), "float32")}, 99) as writer:
+    with (
+        pytest.raises(AssertionError, match="a: 8 bytes"),
+        TensorWriter(tmp_path, {"a": Kind((2, 2), "float32")}, 99) as writer,
+    ):
         writer.put("a", np.ones(2, np.float32), 1)
     with pytest.raises(ValueError, match=r"expected float32 \[2\], found float64"):
         with TensorWriter(tmp_path, {"b": Kind((2,), "float32")}, 99, stem="b") as writer:

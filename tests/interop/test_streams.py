@@ -65,7 +65,9 @@ def test_what_is_written_is_byte_for_byte_what_flax_writes(chunk, tmp_path):
 
 def test_a_trainings_state_gives_its_parameters_alone(tmp_path):
     state = reference({"step": np.int32(3).reshape(()), "opt_state/0/mu/lm_head/kernel": TREE["lm_head/kernel"]}, ())
-    (tmp_path / "state").write_bytes(msgpack.packb((("opt_state", "1"), serialization.to_bytes({}))) + state + reference(TREE))
+    (tmp_path / "state").write_bytes(
+        msgpack.packb((("opt_state", "1"), serialization.to_bytes({}))) + state + reference(TREE)
+    )
     assert len(Stream(tmp_path / "state").names()) == 9
 
 
