@@ -1,8 +1,8 @@
 """LWM's `params`: a msgpack stream of pairs, (parts of a name, flax's bytes of one array), read and written in place.
 
 Layers that were scanned are one array [L, ...] with "scan_decoder" in its name; as a source they are L tensors, with
-the number of the layer there. msgpack: github.com/msgpack/msgpack, spec.md. Flax writes an array as an extension of type 1
-around [shape, dtype, bytes], and one of more than 2^30 bytes as a map of such pieces.
+the number of the layer there. msgpack: github.com/msgpack/msgpack, spec.md. Flax writes an array as an extension of type
+1 around [shape, dtype, bytes], and one of more than 2^30 bytes as a map of such pieces.
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ class StreamWriter:
             size = sum(len(part) if isinstance(part, bytes) else part for part in parts)
             if size >= 1 << 32:
                 raise UserError(
-                    f"{name}: expected less than 4 GiB, the most that one array has in this format, found {size} bytes: "
+                    f"{name}: expected less than 4 GiB, the most of one array in this format, found {size} bytes: "
                     "write a tensor for each layer"
                 )
             key = [*prefix, *name.split("/")]

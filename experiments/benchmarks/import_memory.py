@@ -2,8 +2,8 @@
 
 The files are a preset's in transformers' names, shard by shard, in bfloat16: one block of random numbers again and
 again, scaled to 1/sqrt(width), which costs no more than writing. Settings, tokenizers and tensors that are not the
-transformer's come from --beside, a small model in the same format whose vocabulary is the preset's; its config.json gets
-the preset's sizes. Then `ar-unified import` runs in a process of its own. It prints that process's peak of resident
+transformer's come from --beside, a small model in the same format whose vocabulary is the preset's, and whose
+config.json gets the preset's sizes. Then `ar-unified import` runs in a process of its own. It prints that process's peak of resident
 memory, less what one has that has only imported the same modules, against two shards + 2 GiB (exit status 1 where it is
 more), and seconds per GB that was read.
 
@@ -57,7 +57,7 @@ def main() -> int:
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={arguments.devices}",
     }
-    verb = ["import", "--from", str(folder / "published"), "--as", arguments.system, "--output", str(folder / "bundle")]
+    verb = ["import", "--as", arguments.system, "--from", str(folder / "published"), "--output", str(folder / "bundle")]
     _, idle, _ = measure(
         [sys.executable, "-c", "import ar_unified.interop.importing, ar_unified.cli.main"], environment
     )
@@ -110,7 +110,7 @@ def resized(found: dict[str, Any], config: TransformerConfig) -> dict[str, Any]:
         return found | {"text_config": resized(found["text_config"], config)}
     sizes = {
         "hidden_size": config.d_model,
-        "intermediate_size": config.d_ff,
+        "intermediate_size": config.d_mlp,
         "num_hidden_layers": config.n_layers,
         "num_attention_heads": config.n_heads,
         "num_key_value_heads": config.n_kv_heads,

@@ -183,15 +183,23 @@ RAW = {
     "numpy's own loader": (lambda c: pickled({"w": Call("numpy", "load", str(c))}), "numpy.load"),
     "a name with dots": (dotted, "numpy.ndarray.__base__"),
     "a name made by a call": (lambda c: b"\x80\x04(cos\nsystem\nX\x01\0\0\0atR.", "os.system"),
-    "a class that is no array": (lambda c: pickled({"w": Call("numpy._core.multiarray", "_reconstruct", Named("ml_dtypes", "bfloat16"), (0,), b"b")}), "an array of class"),
+    "a class that is no array": (
+        lambda c: pickled(
+            {"w": Call("numpy._core.multiarray", "_reconstruct", Named("ml_dtypes", "bfloat16"), (0,), b"b")}
+        ),
+        "an array of class",
+    ),
     "a call of what is no name": (lambda c: b"\x80\x02K\x01)R.", "a call of 1"),
-    "objects as numbers": (lambda c: pickle.dumps({"w": np.array([Runs(os.system, f"touch {c}")], object)}), "an array of 'O8'"),
+    "objects as numbers": (
+        lambda c: pickle.dumps({"w": np.array([Runs(os.system, f"touch {c}")], object)}),
+        "an array of 'O8'",
+    ),
     "an instance": (lambda c: b"\x80\x02(cos\nsystem\noq\0.", "os.system"),
     "an instance by an old opcode": (lambda c: b"\x80\x02(X\x01\0\0\0xios\nsystem\n.", "the opcode INST"),
     "an extension's number": (lambda c: b"\x80\x02\x82\x01.", "the opcode EXT1"),
     "another's storage": (lambda c: pickled({"w": Id("storage")}), "a persistent id"),
     "attributes of a list": (lambda c: b"\x80\x02]}b.", "attributes of a list"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", RAW)
@@ -236,10 +244,16 @@ TORCH = {
     "packed, as a bomb is": (deflated, "is packed"),
     "cut short": (cut, "damaged"),
     "leads out": (of({"w": tensor("0", (4, 6), (6, 1))}, **{"archive/../../x": b""}), "leads out"),
-    "a storage of more than there is": (of({"w": tensor("0", (5, 6), (6, 1), size=30)}), "has 96 bytes, expected 30 numbers"),
+    "a storage of more than there is": (
+        of({"w": tensor("0", (5, 6), (6, 1), size=30)}),
+        "has 96 bytes, expected 30 numbers",
+    ),
     "a storage that is not there": (of({"w": tensor("7", (4, 6), (6, 1))}), "data/7' is not in it"),
     "a storage by a path": (of({"w": tensor("../data/0", (4, 6), (6, 1))}), "is not in it"),
-    "a storage of another kind": (of({"w": tensor("0", (4, 6), (6, 1), kind="Float8_e4m3fnStorage")}), "torch.Float8_e4m3fnStorage"),
+    "a storage of another kind": (
+        of({"w": tensor("0", (4, 6), (6, 1), kind="Float8_e4m3fnStorage")}),
+        "torch.Float8_e4m3fnStorage",
+    ),
     "no storage": (of({"w": Call("torch._utils", "_rebuild_tensor_v2", 1, 0, (1,), (1,))}), "without a storage"),
     "another persistent id": (of({"w": Id("module", 1, 2, 3, 4)}), "a persistent id"),
     "beyond its storage": (of({"w": tensor("0", (4, 6), (6, 1), 1)}), "in a storage of 24"),
@@ -257,7 +271,7 @@ TORCH = {
     "a length of more": (raw(b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\0\0."), "cut short"),
     "an array of other bytes": (raw(pickle.dumps({"w": np.ones(3, ">f4")})), "in the order"),
     "two names in one": (raw(pickle.dumps({"a": {"b": W}, "a/b": W})), "a name of its own"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", TORCH)

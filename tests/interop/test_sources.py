@@ -1,4 +1,4 @@
-"""Published files as sources: one tensor at a time, and what is broken or sent with ill intent is refused by its name."""
+"""Published files as sources: one tensor at a time, and what is broken or hostile is refused by its name."""
 
 from __future__ import annotations
 
@@ -103,17 +103,32 @@ def link_out(folder):
 
 
 BROKEN = {
-    "a name with ..": (lambda f: (outside(f), changed(f, lambda m: m.update({"a.weight": "../secret.safetensors"}))), "inside"),
-    "a whole path": (lambda f: (outside(f), changed(f, lambda m: m.update({"a.weight": str(f.parent / "secret.safetensors")}))), "inside"),
+    "a name with ..": (
+        lambda f: (outside(f), changed(f, lambda m: m.update({"a.weight": "../secret.safetensors"}))),
+        "inside",
+    ),
+    "a whole path": (
+        lambda f: (outside(f), changed(f, lambda m: m.update({"a.weight": str(f.parent / "secret.safetensors")}))),
+        "inside",
+    ),
     "a link out": (link_out, "is a link to"),
-    "a file that is missing": (lambda f: changed(f, lambda m: m.update({"a.weight": "more.safetensors"})), "no such file"),
+    "a file that is missing": (
+        lambda f: changed(f, lambda m: m.update({"a.weight": "more.safetensors"})),
+        "no such file",
+    ),
     "a file cut short": (truncate, "cut short"),
-    "a tensor too many in the index": (lambda f: changed(f, lambda m: m.update({"z": m["a.weight"]})), "'z' is not in it"),
-    "a tensor not in the index": (lambda f: changed(f, lambda m: m.pop("c.bias")), "'c.bias' is in it, but not in the index"),
+    "a tensor too many in the index": (
+        lambda f: changed(f, lambda m: m.update({"z": m["a.weight"]})),
+        "'z' is not in it",
+    ),
+    "a tensor not in the index": (
+        lambda f: changed(f, lambda m: m.pop("c.bias")),
+        "'c.bias' is in it, but not in the index",
+    ),
     "an index that is none": (lambda f: (f / INDEX).write_text("[1]"), "keys and values"),
     "an index without files": (lambda f: (f / INDEX).write_text('{"weight_map": {"a": 3}}'), "weight_map"),
     "nested without end": (lambda f: (f / INDEX).write_text("[" * 100000), "JSON"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BROKEN)

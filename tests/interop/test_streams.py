@@ -81,7 +81,7 @@ BROKEN = {
     "a shape of more": (GOOD.replace(b"\x91\x04", b"\x91\x05"), "16 bytes in an array of float32"),
     "a length of more": (b"\x92\x91\xa1w\xc6\xff\xff\xff\xff", "cut short"),
     "nested without end": (b"\x91" * 100000, "damaged"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BROKEN)
