@@ -133,7 +133,12 @@ def _export(parser: argparse.ArgumentParser) -> None:
 
 def _convert_pickle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--from", dest="source", required=True, metavar="PATH", type=_path, help="a pickled file, or a folder of some"
+        "--from",
+        dest="source",
+        required=True,
+        metavar="FILE_OR_FOLDER",
+        type=_path,
+        help="a pickled file, or a folder of some",
     )
     parser.add_argument(
         "--output", required=True, metavar="FOLDER", type=_path, help="nothing that is there is written over"

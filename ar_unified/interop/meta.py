@@ -48,8 +48,8 @@ class Joined:
             for name in first.names():
                 if file.shape(name) != first.shape(name) or file.dtype(name) != first.dtype(name):
                     raise UserError(
-                        f"{name}: file {number} of {S}: expected {first.dtype(name)} {list(first.shape(name))} as in the "
-                        f"first, found {file.dtype(name)} {list(file.shape(name))}"
+                        f"{name}: file {number} of {S}: expected {first.dtype(name)} {list(first.shape(name))} as in "
+                        f"the first, found {file.dtype(name)} {list(file.shape(name))}"
                     )
         for name in sorted(first.names()):
             for new, begin, end in self._parts(name):

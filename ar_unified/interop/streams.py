@@ -1,8 +1,8 @@
 """LWM's `params`: a msgpack stream of pairs, (parts of a name, flax's bytes of one array), read and written in place.
 
 Layers that were scanned are one array [L, ...] with "scan_decoder" in its name; as a source they are L tensors, with
-the number of the layer there. msgpack: github.com/msgpack/msgpack, spec.md. Flax writes an array as an extension of type
-1 around [shape, dtype, bytes], and one of more than 2^30 bytes as a map of such pieces.
+the number of the layer there. msgpack: github.com/msgpack/msgpack, spec.md. Flax writes an array as an extension of
+type 1 around [shape, dtype, bytes], and one of more than 2^30 bytes as a map of such pieces.
 """
 
 from __future__ import annotations

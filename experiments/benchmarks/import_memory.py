@@ -3,9 +3,9 @@
 The files are a preset's in transformers' names, shard by shard, in bfloat16: one block of random numbers again and
 again, scaled to 1/sqrt(width), which costs no more than writing. Settings, tokenizers and tensors that are not the
 transformer's come from --beside, a small model in the same format whose vocabulary is the preset's, and whose
-config.json gets the preset's sizes. Then `ar-unified import` runs in a process of its own. It prints that process's peak of resident
-memory, less what one has that has only imported the same modules, against two shards + 2 GiB (exit status 1 where it is
-more), and seconds per GB that was read.
+config.json gets the preset's sizes. Then `ar-unified import` runs in a process of its own. It prints that process's
+peak of resident memory, less what one has that has only imported the same modules, against two shards + 2 GiB (exit
+status 1 where it is more), and seconds per GB that was read.
 
     python experiments/benchmarks/import_memory.py --model chameleon_34b --as chameleon --beside TINY --folder DIR
 
@@ -21,6 +21,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,12 @@ from ar_unified.model.config import TransformerConfig, config_from
 from ar_unified.tensors import INDEX, Kind, TensorWriter
 
 _BLOCK = 1 << 22  # random numbers that are made
+# Linux counts the memory of who starts a process as that process's, so one starts it that has little.
+_PARENT = """
+import json, resource, subprocess, sys
+status = subprocess.call(sys.argv[2:])
+json.dump([status, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss], open(sys.argv[1], "w"))
+"""
 _PREFIX = {"emu3": {"model.": "text_model.model.", "lm_head.": "text_model.lm_head."}}
 
 
@@ -121,11 +128,12 @@ def resized(found: dict[str, Any], config: TransformerConfig) -> dict[str, Any]:
 
 def measure(command: list[str], environment: dict[str, str]) -> tuple[int, int, float]:
     """(exit status, peak of resident memory in bytes, seconds) of a process."""
-    started = time.perf_counter()
-    process = subprocess.Popen(command, env=environment)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, usage.ru_maxrss * 1024, time.perf_counter() - started
+    with tempfile.NamedTemporaryFile("r") as file:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-S", "-c", _PARENT, file.name, *command], env=environment, check=True)
+        seconds = time.perf_counter() - started
+        status, kib = json.load(file)
+    return status, kib * 1024, seconds
 
 
 if __name__ == "__main__":
