@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import pickletools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
@@ -108,7 +108,7 @@ def read_pickle(file: File, storage: Callable[[Any], Storage] | None = None) -> 
     Raises Forbidden where something is named that tensors do not need, one of DAMAGED for what is no pickle.
     """
     machine = _Machine(storage)
-    for opcode, argument, _ in pickletools.genops(file):
+    for opcode, argument, _ in pickletools.genops(cast(Any, file)):
         if opcode.name == "STOP":
             return _finished(machine.stack.pop())
         machine.step(opcode.name, argument)
