@@ -68,6 +68,7 @@ class TensorWriter:
         self._folder, self._kinds = folder, kinds
         self._places: dict[str, tuple[int, int]] = {}  # file handle, and where in it
         self._left = {name: kind.nbytes for name, kind in kinds.items()}
+        self._put: set[tuple[str, int | None]] = set()
         self._handles: list[int] = []
         self.files: dict[str, str] = {}
         only = alone and len(shards) == 1
@@ -102,11 +103,14 @@ class TensorWriter:
         self._places |= {name: (handle, 8 + len(head) + begin) for name, begin in begins.items()}
 
     def put(self, name: str, array: np.ndarray, at: int | None = None) -> None:
-        """A tensor, or what stands at index `at` of its first axis. Raises ValueError for another shape or dtype."""
+        """A tensor, or what stands at index `at` of its first axis. Raises ValueError for another shape or dtype, and twice."""
         kind = self._kinds[name]
         shape = kind.shape if at is None else kind.shape[1:]
         if array.shape != shape or array.dtype != np.dtype(kind.dtype):
             raise ValueError(f"{name}: expected {kind.dtype} {list(shape)}, found {array.dtype} {list(array.shape)}")
+        if (name, at) in self._put or (at is not None and not 0 <= at < kind.shape[0]):
+            raise ValueError(f"{name}: expected each of {list(kind.shape)} once, found {at} again or outside")
+        self._put.add((name, at))
         handle, begin = self._places[name]
         write_bytes_at(
             handle, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, begin + (at or 0) * array.nbytes

@@ -253,6 +253,7 @@ class StreamWriter:
         self._kinds = kinds
         self._places: dict[str, list[_Span]] = {}
         self._left = {name: kind.nbytes for name, kind in kinds.items()}
+        self._put: set[tuple[str, int | None]] = set()
         at = 0
         heads: list[tuple[int, bytes]] = []
         for name, kind in kinds.items():
@@ -279,11 +280,14 @@ class StreamWriter:
             write_bytes_at(self._handle, head, where)
 
     def put(self, name: str, array: np.ndarray, at: int | None = None) -> None:
-        """An array, or what stands at index `at` of its first axis. Raises ValueError for another shape or dtype."""
+        """An array, or what stands at index `at` of its first axis. Raises ValueError for another shape or dtype, and twice."""
         kind = self._kinds[name]
         shape = kind.shape if at is None else kind.shape[1:]
         if array.shape != shape or array.dtype != np.dtype(kind.dtype):
             raise ValueError(f"{name}: expected {kind.dtype} {list(shape)}, found {array.dtype} {list(array.shape)}")
+        if (name, at) in self._put or (at is not None and not 0 <= at < kind.shape[0]):
+            raise ValueError(f"{name}: expected each of {list(kind.shape)} once, found {at} again or outside")
+        self._put.add((name, at))
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         begin = (at or 0) * array.nbytes
         for span in _cut(tuple(self._places[name]), begin, begin + array.nbytes):

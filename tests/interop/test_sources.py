@@ -78,6 +78,11 @@ def test_a_tensor_that_is_not_written_whole_is_no_end(tmp_path):
     with pytest.raises(ValueError, match=r"expected float32 \[2\], found float64"):
         with TensorWriter(tmp_path, {"b": Kind((2,), "float32")}, 99, stem="b") as writer:
             writer.put("b", np.ones(2))
+    for at in (0, 2, -1):
+        with pytest.raises(ValueError, match=f"once, found {at}"):
+            with TensorWriter(tmp_path, {f"c{at}": Kind((2, 2), "float32")}, 99, stem=f"c{at}") as writer:
+                writer.put(f"c{at}", np.ones(2, np.float32), 0)
+                writer.put(f"c{at}", np.ones(2, np.float32), at)
 
 
 def changed(folder, change):
