@@ -103,7 +103,7 @@ class TensorWriter:
         self._places |= {name: (handle, 8 + len(head) + begin) for name, begin in begins.items()}
 
     def put(self, name: str, array: np.ndarray, at: int | None = None) -> None:
-        """A tensor, or what stands at index `at` of its first axis. Raises ValueError for another shape, dtype or index."""
+        """A tensor, or what stands at index `at` of its first axis. Raises ValueError for another kind or index."""
         kind = self._kinds[name]
         shape = kind.shape if at is None else kind.shape[1:]
         if array.shape != shape or array.dtype != np.dtype(kind.dtype):

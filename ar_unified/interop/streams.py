@@ -280,7 +280,7 @@ class StreamWriter:
             write_bytes_at(self._handle, head, where)
 
     def put(self, name: str, array: np.ndarray, at: int | None = None) -> None:
-        """An array, or what stands at index `at` of its first axis. Raises ValueError for another shape, dtype or index."""
+        """An array, or what stands at index `at` of its first axis. Raises ValueError for another kind or index."""
         kind = self._kinds[name]
         shape = kind.shape if at is None else kind.shape[1:]
         if array.shape != shape or array.dtype != np.dtype(kind.dtype):
