@@ -6,10 +6,11 @@ so each part of a tensor has its place before the first is known (github.com/hug
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,10 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 INDEX = "model.safetensors.index.json"
-_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64"}
+_NAMES = {
+    "float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64", "int32": "I32",
+    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
 
 
 class Kind(NamedTuple):
@@ -42,6 +46,7 @@ class TensorWriter:
         kinds: of every tensor, in the order in which they are put into files.
         shard_bytes: of a file at most; a larger tensor has a file of its own.
         alone: one file that holds all is called model.safetensors, and has no index, as transformers has it.
+        stem: what files are called in place of "model".
         metadata: of each file's header.
     """
 
@@ -52,6 +57,7 @@ class TensorWriter:
         shard_bytes: int,
         *,
         alone: bool = False,
+        stem: str = "model",
         metadata: Mapping[str, str] | None = None,
     ):
         shards: list[dict[str, Kind]] = [{}]
@@ -65,17 +71,18 @@ class TensorWriter:
         self._folder, self._kinds = folder, kinds
         self._places: dict[str, tuple[int, int]] = {}  # file handle, and where in it
         self._left = {name: kind.nbytes for name, kind in kinds.items()}
+        self._put: set[tuple[str, int | None]] = set()
         self._handles: list[int] = []
         self.files: dict[str, str] = {}
         only = alone and len(shards) == 1
         for number, shard in enumerate(shards, 1):
-            file = "model.safetensors" if only else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            file = f"{stem}.safetensors" if only else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
             self._begin(file, shard, dict(metadata or {"format": "np"}))
             self.files |= dict.fromkeys(shard, file)
         if not only:
             total = sum(kind.nbytes for kind in kinds.values())
             index = {"metadata": {"total_size": total}, "weight_map": self.files}
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            (folder / INDEX.replace("model", stem, 1)).write_text(json.dumps(index, indent=2) + "\n")
 
     def _begin(self, file: str, shard: Mapping[str, Kind], metadata: dict[str, str]) -> None:
         header: dict[str, object] = {"__metadata__": metadata}
@@ -94,18 +101,23 @@ class TensorWriter:
         head += b" " * (-len(head) % 8)
         handle = os.open(self._folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._handles.append(handle)
-        _write(handle, len(head).to_bytes(8, "little") + head, 0)
+        write_bytes_at(handle, len(head).to_bytes(8, "little") + head, 0)
         os.truncate(handle, 8 + len(head) + end)
         self._places |= {name: (handle, 8 + len(head) + begin) for name, begin in begins.items()}
 
     def put(self, name: str, array: np.ndarray, at: int | None = None) -> None:
-        """A tensor, or what stands at index `at` of its first axis. Raises ValueError for another shape or dtype."""
+        """A tensor, or what stands at index `at` of its first axis. Raises ValueError for another kind or index."""
         kind = self._kinds[name]
         shape = kind.shape if at is None else kind.shape[1:]
         if array.shape != shape or array.dtype != np.dtype(kind.dtype):
             raise ValueError(f"{name}: expected {kind.dtype} {list(shape)}, found {array.dtype} {list(array.shape)}")
+        if (name, at) in self._put or (at is not None and not 0 <= at < kind.shape[0]):
+            raise ValueError(f"{name}: expected each of {list(kind.shape)} once, found {at} again or outside")
+        self._put.add((name, at))
         handle, begin = self._places[name]
-        _write(handle, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, begin + (at or 0) * array.nbytes)
+        write_bytes_at(
+            handle, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, begin + (at or 0) * array.nbytes
+        )
         self._left[name] -= array.nbytes
 
     def __enter__(self) -> TensorWriter:
@@ -120,7 +132,29 @@ class TensorWriter:
             raise AssertionError(f"{wrong[0]}: {self._left[wrong[0]]} bytes of it were not written")
 
 
-def _write(handle: int, data: bytes | memoryview, at: int) -> None:
+def read_bytes(path: Path, pieces: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Bytes of a file, uint8, of (begin, length) one after another.
+
+    They are read, not mapped: pages of a mapped file count as memory of this process for as long as it is mapped.
+    Raises OSError, also where the file has come to end before.
+    """
+    out = np.empty(sum(length for _, length in pieces), np.uint8)
+    view = memoryview(out.data)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        for begin, length in pieces:
+            part, view = view[:length], view[length:]
+            while part:
+                if not (count := os.preadv(handle, [part[: 1 << 30]], begin)):
+                    raise OSError(errno.EIO, "the file ends before its tensors do", str(path))
+                part, begin = part[count:], begin + count
+    finally:
+        os.close(handle)
+    return out
+
+
+def write_bytes_at(handle: int, data: bytes | memoryview, at: int) -> None:
+    """All of the bytes at a place of an open file. Raises OSError."""
     view = memoryview(data)
     while view:
         written = os.pwrite(handle, view[: 1 << 30], at)

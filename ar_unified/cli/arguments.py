@@ -177,6 +177,20 @@ def _import(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _convert_pickle(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        metavar="FILE_OR_FOLDER",
+        type=_path,
+        help="a pickled file, or a folder of some",
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", type=_path, help="nothing that is there is written over"
+    )
+
+
 def _validate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder", nargs="?", metavar="DIR", type=_path, help="a dataset folder, one JSONL file or one of text"
@@ -253,6 +267,7 @@ _VERBS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "evaluate": _evaluate,
     "import": _import,
     "export": _export,
+    "convert-pickle": _convert_pickle,
     "plan": _plan,
     "validate": _validate,
 }

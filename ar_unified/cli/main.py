@@ -23,6 +23,7 @@ VERBS = {
     "evaluate": "score the tokenizer and the model on held-out documents; write evaluation.json and report.html",
     "import": "make a bundle of a published model's files: Chameleon, Emu3, LWM, Llama, Qwen, Gemma and others",
     "export": "write the trained model as one folder that ar_unified.load opens, and a training can begin with",
+    "convert-pickle": "make .safetensors files of pickled checkpoints (.pth, .pt, .ckpt), running nothing in them",
     "plan": "compile the training or sampling for a TPU slice or GPUs that are not here: memory, traffic, time",
     "validate": "check a dataset folder or a config and print what is in it, bad items by file and line",
 }
@@ -30,7 +31,7 @@ _BROKEN_PIPE = 141  # 128 + SIGPIPE, as of any command whose reader has gone
 
 
 def _overview() -> str:
-    lines = [f"  {verb:<10} {what}" for verb, what in VERBS.items()]
+    lines = [f"  {verb:<14} {what}" for verb, what in VERBS.items()]
     return "\n".join(
         [
             "usage: ar-unified VERB --config FILE[:arg] --workdir DIR [--config.key=value ...]",

@@ -1,4 +1,4 @@
-"""Tensors in published files, read one at a time: a file is mapped, never held.
+"""Tensors in published files, read one at a time: a file is neither held nor mapped.
 
 What is in a folder that somebody sent is not trusted: an index leads to files beside it and nowhere else, a file is as
 long as its header says, and nothing in it is ever run.
@@ -7,16 +7,17 @@ long as its header says, and nothing in it is ever run.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ar_unified.data.files import FileError, Folder
 from ar_unified.errors import UserError, in_words
-from ar_unified.tensors import INDEX
+from ar_unified.tensors import INDEX, read_bytes
 
 ALONE = "model.safetensors"
 DTYPES = {"BF16": "bfloat16", "F32": "float32", "F16": "float16"}  # by their names in a file
@@ -35,6 +36,10 @@ class Source(Protocol):
         ...
 
     def read(self, name: str, /) -> np.ndarray: ...
+
+    def read_rows(self, name: str, begin: int, end: int, /) -> np.ndarray:
+        """Of its first axis."""
+        ...
 
 
 def open_source(path: str | Path) -> Source:
@@ -84,54 +89,109 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _indexed(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
-    path = folder / INDEX
+    path = inside(folder, INDEX)
     found = read_json(path).get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
         raise UserError(f"{path}: weight_map: expected the file of each tensor, found {found!r:.80}")
     return {file: inside(folder, file) for file in sorted(set(found.values()))}, found
 
 
+class _Place(NamedTuple):
+    """Where a tensor is; `kind`: its dtype by its name in a file."""
+
+    path: Path
+    kind: str
+    shape: tuple[int, ...]
+    begin: int
+
+
 class Safetensors:
     """Tensors of several files; `told`: the file of each, as an index says."""
 
     def __init__(self, files: Mapping[str, Path], told: Mapping[str, str] | None = None):
-        self._tensors: dict[str, tuple[Any, str]] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._places: dict[str, _Place] = {}
         for file, path in files.items():
-            try:
-                opened = safe_open(path, framework="numpy")
-                names = set(opened.keys())
-            except (SafetensorError, OSError, ValueError) as error:
-                raise UserError(f"{path}: {error}: the file was cut short, or is no safetensors file") from error
-            wanted = {name for name, where in told.items() if where == file} if told is not None else names
-            if wrong := sorted(names ^ wanted):
+            found = _places(path)
+            wanted = {name for name, where in told.items() if where == file} if told is not None else set(found)
+            if wrong := sorted(found.keys() ^ wanted):
                 what = (
                     "is not in it, though the index says so" if wrong[0] in wanted else "is in it, but not in the index"
                 )
                 raise UserError(f"{path}: {wrong[0]!r:.120} {what}")
-            for name in sorted(names):
-                if name in self._tensors:
-                    raise UserError(f"{path}: {name!r:.120}: expected each tensor once, another file has it too")
-                view = opened.get_slice(name)
-                self._tensors[name] = (opened, view.get_dtype())
-                self._shapes[name] = tuple(view.get_shape())
+            if twice := sorted(found.keys() & self._places.keys()):
+                raise UserError(f"{path}: {twice[0]!r:.120}: expected each tensor once, another file has it too")
+            self._places |= found
 
     def names(self) -> set[str]:
-        return set(self._tensors)
+        return set(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
+        return self._places[name].shape
 
     def dtype(self, name: str) -> str:
         """Raises UserError for numbers that are not read, as fp8."""
-        found = self._tensors[name][1]
-        if found not in DTYPES:
+        place = self._places[name]
+        if place.kind not in DTYPES:
             raise UserError(
-                f"{name}: expected numbers of type {', '.join(DTYPES)}; found {found}: convert the file to "
-                "bfloat16 with what made it"
+                f"{place.path}: {name}: expected numbers of type {', '.join(DTYPES)}; found {place.kind}: convert the "
+                "file to bfloat16 with what made it"
             )
-        return found
+        return place.kind
 
     def read(self, name: str) -> np.ndarray:
-        self.dtype(name)
-        return self._tensors[name][0].get_tensor(name)
+        shape = self.shape(name)
+        return self._read(name, 0, math.prod(shape)).reshape(shape)
+
+    def read_rows(self, name: str, begin: int, end: int) -> np.ndarray:
+        shape = self.shape(name)[1:]
+        row = math.prod(shape)
+        return self._read(name, begin * row, end * row).reshape(end - begin, *shape)
+
+    def _read(self, name: str, begin: int, end: int) -> np.ndarray:
+        kind = np.dtype(DTYPES[self.dtype(name)])
+        place = self._places[name]
+        at = place.begin + begin * kind.itemsize
+        return read_bytes(place.path, [(at, (end - begin) * kind.itemsize)]).view(kind)
+
+
+def _places(path: Path) -> dict[str, _Place]:
+    try:
+        with safe_open(path, framework="numpy") as opened:  # which finds whether its header fits the file
+            names = set(opened.keys())
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {error}: the file was cut short, or is no safetensors file") from error
+    return {
+        name: _Place(
+            path, header[name]["dtype"], tuple(header[name]["shape"]), 8 + length + header[name]["data_offsets"][0]
+        )
+        for name in names
+    }
+
+
+class Together:
+    """Several sources as one. Raises UserError for a tensor that two of them have."""
+
+    def __init__(self, *sources: Source):
+        self._of: dict[str, Source] = {}
+        for source in sources:
+            if twice := sorted(source.names() & self._of.keys()):
+                raise UserError(f"{twice[0]!r:.120}: expected each tensor once, found it in two of the files given")
+            self._of |= dict.fromkeys(source.names(), source)
+
+    def names(self) -> set[str]:
+        return set(self._of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._of[name].shape(name)
+
+    def dtype(self, name: str) -> str:
+        return self._of[name].dtype(name)
+
+    def read(self, name: str) -> np.ndarray:
+        return self._of[name].read(name)
+
+    def read_rows(self, name: str, begin: int, end: int) -> np.ndarray:
+        return self._of[name].read_rows(name, begin, end)

@@ -1,0 +1,140 @@
+"""How much memory and time an import needs at real size, with files that are made here of random numbers and not kept.
+
+The files are a preset's in transformers' names, shard by shard, in bfloat16: one block of random numbers again and
+again, scaled to 1/sqrt(width), which costs no more than writing. Settings, tokenizers and tensors that are not the
+transformer's come from --beside, a small model in the same format whose vocabulary is the preset's, and whose
+config.json gets the preset's sizes. Then `ar-unified import` runs in a process of its own. It prints that process's
+peak of resident memory, less what one has that has only imported the same modules, against two shards + 2 GiB (exit
+status 1 where it is more), and seconds per GB that was read.
+
+    python experiments/benchmarks/import_memory.py --model chameleon_34b --as chameleon --beside TINY --folder DIR
+
+Needs room for the files and for the bundle: 2 x 68 GB for chameleon_34b. Measures on Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from ar_unified.interop.keys import HF, Keys
+from ar_unified.interop.sources import open_source
+from ar_unified.language.border import Border
+from ar_unified.model.config import TransformerConfig, config_from
+from ar_unified.tensors import INDEX, Kind, TensorWriter
+
+_BLOCK = 1 << 22  # random numbers that are made
+# Linux counts the memory of who starts a process as that process's, so one starts it that has little.
+_PARENT = """
+import json, resource, subprocess, sys
+status = subprocess.call(sys.argv[2:])
+json.dump([status, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss], open(sys.argv[1], "w"))
+"""
+_PREFIX = {"emu3": {"model.": "text_model.model.", "lm_head.": "text_model.lm_head."}}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a preset")
+    parser.add_argument("--as", dest="system", required=True, help="as `ar-unified import` has it")
+    parser.add_argument("--beside", required=True, help="a small model in the same format")
+    parser.add_argument("--folder", required=True, help="is made, and removed at the end")
+    parser.add_argument("--shard-gb", type=float, default=5.0)
+    parser.add_argument("--devices", type=int, default=8, help="of the CPU that the import sees")
+    parser.add_argument("--keep", action="store_true", help="leave the files and the bundle")
+    arguments = parser.parse_args()
+    folder = Path(arguments.folder)
+    config = config_from({"preset": arguments.model})
+    started = time.perf_counter()
+    size = generate(folder / "published", config, arguments.system, arguments.beside, int(arguments.shard_gb * 1e9))
+    print(f"made {size / 1e9:.2f} GB in {time.perf_counter() - started:.0f} s", flush=True)
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={arguments.devices}",
+    }
+    verb = ["import", "--as", arguments.system, "--from", str(folder / "published"), "--output", str(folder / "bundle")]
+    _, idle, _ = measure(
+        [sys.executable, "-c", "import ar_unified.interop.importing, ar_unified.cli.main"], environment
+    )
+    status, peak, seconds = measure([sys.executable, "-m", "ar_unified.cli.main", *verb], environment)
+    if not arguments.keep:
+        shutil.rmtree(folder)
+    if status:
+        raise SystemExit(f"the import ended with {status}")
+    most = 2 * arguments.shard_gb * 1e9 + (2 << 30)
+    print(f"peak {(peak - idle) / 1e9:.2f} GB over {idle / 1e9:.2f} GB, expected at most {most / 1e9:.2f} GB")
+    print(f"{seconds:.1f} s, {seconds / (size / 1e9):.2f} s/GB")
+    return int(peak - idle > most)
+
+
+def generate(folder: Path, config: TransformerConfig, system: str, beside: str | Path, shard_bytes: int) -> int:
+    """Writes a model in transformers' format. Returns its bytes."""
+    extra = open_source(beside)
+    folder.mkdir(parents=True)
+    for path in Path(beside).iterdir():
+        if path.is_file() and path.suffix != ".safetensors" and path.name not in (INDEX, "config.json"):
+            shutil.copyfile(path, folder / path.name)
+    found = json.loads((Path(beside) / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(resized(found, config)))
+    groups = (config.n_heads, config.n_kv_heads) if config.qk_norm == "layernorm" else (0, 0)
+    dialect = HF.prefixed(_PREFIX.get(system, {}))
+    keys = Keys(dialect, config, Border.from_ids(range(config.vocab_size)), qk_groups=groups)
+    shapes = {name: shape for slot in keys.slots() for name, shape in zip(slot.names, slot.shapes, strict=True)}
+    ours = tuple({name.split(".")[0] + "." for name in shapes} - {"model."}) + ("model.layers.",)
+    others = sorted(name for name in extra.names() - shapes.keys() if not name.startswith(ours))
+    kinds = {name: Kind(shape, "bfloat16") for name, shape in shapes.items()}
+    kinds |= {name: Kind(extra.shape(name), str(extra.read(name).dtype)) for name in others}
+    block = np.random.default_rng(0).standard_normal(_BLOCK, np.float32)
+    with TensorWriter(folder, kinds, shard_bytes, alone=True, metadata={"format": "pt"}) as writer:
+        for name in shapes:
+            writer.put(name, numbers(kinds[name].shape, block))
+        for name in others:
+            writer.put(name, extra.read(name))
+    return sum(kind.nbytes for kind in kinds.values())
+
+
+def numbers(shape: tuple[int, ...], block: np.ndarray) -> np.ndarray:
+    """bfloat16: of a matrix at variance 1/width, of a vector around 1."""
+    scaled = block / math.sqrt(shape[-1]) if len(shape) > 1 else 1 + 0.3 * block
+    return np.resize(scaled.astype(ml_dtypes.bfloat16), shape)
+
+
+def resized(found: dict[str, Any], config: TransformerConfig) -> dict[str, Any]:
+    """A config.json with the sizes of another model; of a model of two parts, its text's."""
+    if isinstance(found.get("text_config"), dict):
+        return found | {"text_config": resized(found["text_config"], config)}
+    sizes = {
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_mlp,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "vocab_size": config.vocab_size,
+    }
+    return found | sizes | ({"head_dim": config.head_dim} if "head_dim" in found else {})
+
+
+def measure(command: list[str], environment: dict[str, str]) -> tuple[int, int, float]:
+    """(exit status, peak of resident memory in bytes, seconds) of a process."""
+    with tempfile.NamedTemporaryFile("r") as file:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-S", "-c", _PARENT, file.name, *command], env=environment, check=True)
+        seconds = time.perf_counter() - started
+        status, kib = json.load(file)
+    return status, kib * 1024, seconds
+
+
+if __name__ == "__main__":
+    sys.exit(main())
