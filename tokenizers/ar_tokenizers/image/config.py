@@ -30,10 +30,11 @@ class AutoencoderConfig:
     attention: Literal["none", "middle", "lowest"] = "none"  # vqgan: only between encoder and codes | in all of the
     # lowest resolution. It costs (HW / factor^2)^2, and a code then looks at every pixel
     z_channels: int = 256  # vqgan: features between its last 3 x 3 convolution and the quantizer
-    quantizer: str = "fsq"  # fsq | vq | simvq | lfq | bsq | ibq | rq; the next ten are settings of quantizers.make
+    quantizer: str = "fsq"  # fsq | vq | simvq | lfq | bsq | ibq | rq; the next eleven are settings of quantizers.make
     levels: tuple[int, ...] = (8, 5, 5, 5)  # fsq: the codebook size is their product
     activation: str = "tanh"  # fsq: or "ifsq"
     codes: int = 1024  # all others: the codebook size
+    space: str = "sphere"  # vq: or "euclidean"
     code_dim: int = 0  # numbers in a code; 0: the quantizer's usual
     depth: int = 4  # rq: codes a position
     codebook_update: str = "gradient"  # vq, rq: what moves the codes; or "ema"
@@ -81,7 +82,11 @@ class AutoencoderConfig:
         """All settings as one line of JSON, by their first names: what belongs to the hash of a tokenizer."""
         first = {now: before for before, now in _NAMED_BEFORE.items()}
         settings = dataclasses.asdict(self)
-        named = {first.get(name, name): _renamed(value, first) for name, value in settings.items()}
+        named = {
+            first.get(name, name): _renamed(value, first)
+            for name, value in settings.items()
+            if (name, value) not in _ADDED.items()
+        }
         return json.dumps(named, sort_keys=True)
 
     def make_quantizer(self, rngs: nnx.Rngs) -> quantizers.Quantizer:
@@ -117,6 +122,10 @@ class AutoencoderConfig:
 
 # Keys and values in tokenizers that were saved; their hashes stay.
 _NAMED_BEFORE = {"update": "codebook_update", "folded": "space_to_depth"}
+
+
+# Settings that came later, and the value that tokenizers from before have: it is no part of their hash.
+_ADDED = {"space": "sphere"}
 
 
 def _renamed(value: Any, names: Mapping[str, str]) -> Any:
