@@ -18,6 +18,7 @@ CALLED = {
     "ar_unified.language.rows: document_to_json": "who writes documents as rows for the readers of data/",
     "ar_unified.language.border: MappedCodec": "who brings the text tokenizer of another system",
     "ar_tokenizers.image.space_to_depth: receptive_radius": "who decodes in windows asks what overlap to take",
+    "ar_tokenizers.image.movq_weights: *": "who brings weights of MoVQGAN or of Emu3's vision tokenizer",
     "ar_tokenizers.image.taming: from_taming": "who brings weights of taming-transformers' VQGAN",
 }
 

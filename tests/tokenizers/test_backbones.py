@@ -16,7 +16,7 @@ from flax import nnx
 
 SMALL = AutoencoderConfig(backbone="vqgan", factor=4, patch=1, width=32, multipliers=(1, 1, 2), blocks=(1, 2, 1),
                           attention="lowest", z_channels=12)  # fmt: skip
-PARAMETERS = {  # as published: VQGAN f16 and LlamaGen VQ-16 72M, SBER-MoVQGAN 270M (with a norm of its own)
+PARAMETERS = {  # as published: VQGAN f16 and LlamaGen VQ-16 72M, SBER-MoVQGAN 270M
     "space_to_depth_f8": 1_452_340,
     "space_to_depth_f16": 2_026_932,
     "vqgan_f8_1m": 1_062_759,
@@ -30,6 +30,8 @@ PARAMETERS = {  # as published: VQGAN f16 and LlamaGen VQ-16 72M, SBER-MoVQGAN 2
     "open_magvit2_f16": 92_894_523,
     "ibq_f16": 106_658_439,
     "emu3_f8": 270_373_167,
+    "movqgan_f8": 270_603_567,
+    "emu3_vision_f8": 270_605_699,
 }
 
 

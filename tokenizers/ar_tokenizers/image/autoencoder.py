@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ar_tokenizers.image import space_to_depth, vqgan
+from ar_tokenizers.image import movq, space_to_depth, vqgan
 from ar_tokenizers.image.config import AutoencoderConfig
 
 Params = dict[str, Any]
@@ -33,7 +33,7 @@ class Autoencoder(nnx.Module):
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.quantizer = config.make_quantizer(rngs)
-        backbone: Any = space_to_depth if config.backbone == "space_to_depth" else vqgan
+        backbone: Any = {"space_to_depth": space_to_depth, "vqgan": vqgan, "movq": movq}[config.backbone]
         self.encoder = backbone.Encoder(config, self.quantizer.dim, rngs=rngs)
         self.decoder = backbone.Decoder(config, self.quantizer.dim, rngs=rngs)
 

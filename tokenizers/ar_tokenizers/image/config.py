@@ -17,7 +17,8 @@ from ar_tokenizers.image import quantizers
 class AutoencoderConfig:
     """What an image tokenizer is. Raises ValueError where the numbers do not fit together."""
 
-    backbone: Literal["space_to_depth", "vqgan"] = "space_to_depth"  # small and cheap on a CPU | the field's
+    # small and cheap on a CPU | the field's | vqgan whose decoder reads the codes in every norm
+    backbone: Literal["space_to_depth", "vqgan", "movq"] = "space_to_depth"
     factor: int = 16  # pixels along the side of one code
     patch: int = 4  # of which this many by one space-to-depth; 1 in published vqgans
     width: int = 64  # features at the finest level
@@ -29,7 +30,9 @@ class AutoencoderConfig:
     )  # residual blocks per level of the encoder; vqgan's decoder has one more in each
     attention: Literal["none", "middle", "lowest"] = "none"  # vqgan: only between encoder and codes | in all of the
     # lowest resolution. It costs (HW / factor^2)^2, and a code then looks at every pixel
-    z_channels: int = 256  # vqgan: features between its last 3 x 3 convolution and the quantizer
+    z_channels: int = 256  # vqgan, movq: features between its last 3 x 3 convolution and the quantizer
+    temporal_blocks: int = 0  # movq: residual blocks of Emu3's layers in time, as they are to a picture, on either
+    # side of the codes; 0: no such layers, MoVQGAN's network
     quantizer: str = "fsq"  # fsq | vq | simvq | lfq | bsq | ibq | rq; the next eleven are settings of quantizers.make
     levels: tuple[int, ...] = (8, 5, 5, 5)  # fsq: the codebook size is their product
     activation: str = "tanh"  # fsq: or "ifsq"
@@ -61,13 +64,20 @@ class AutoencoderConfig:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         if min(self.width, self.z_channels, *self.multipliers) < 1:
             raise ValueError(f"width, multipliers and z_channels must be at least 1: {self}")
-        if min(self.blocks) < (fewest := int(self.backbone == "vqgan")):
+        if min(self.blocks) < (fewest := int(self.backbone != "space_to_depth")):
             raise ValueError(f"a level of backbone {self.backbone!r} has at least {fewest} blocks, got {self.blocks}")
         if self.backbone == "space_to_depth" and self.attention != "none":
             raise ValueError(
                 f"backbone 'space_to_depth' has no attention, got {self.attention!r}: choose 'vqgan' or 'none'"
             )
-        self.abstract_quantizer  # noqa: B018 (the quantizer checks its own numbers)
+        if self.temporal_blocks < 0 or (self.temporal_blocks and self.backbone != "movq"):
+            raise ValueError(f"temporal_blocks={self.temporal_blocks} is for 'movq'; {self.backbone!r} has 0")
+        dim = self.abstract_quantizer.dim  # which checks its own numbers
+        if self.temporal_blocks and dim != self.z_channels:
+            raise ValueError(
+                f"with temporal_blocks the codes go through the same layers as the latents: expected as many numbers "
+                f"in a code as z_channels, found {dim} and {self.z_channels}"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AutoencoderConfig:
@@ -125,7 +135,7 @@ _NAMED_BEFORE = {"update": "codebook_update", "folded": "space_to_depth"}
 
 
 # Settings that came later, and the value that tokenizers from before have: it is no part of their hash.
-_ADDED = {"space": "sphere"}
+_ADDED = {"temporal_blocks": 0, "space": "sphere"}
 
 
 def _renamed(value: Any, names: Mapping[str, str]) -> Any:
@@ -133,7 +143,7 @@ def _renamed(value: Any, names: Mapping[str, str]) -> Any:
 
 
 CHOICES = {
-    "backbone": ("space_to_depth", "vqgan"),
+    "backbone": ("space_to_depth", "vqgan", "movq"),
     "attention": ("none", "middle", "lowest"),
     "dtype": ("float32", "bfloat16"),
 }
@@ -170,6 +180,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     # TencentARC/SEED-Voken: Open-MAGVIT2 (arXiv:2409.04410) and IBQ (arXiv:2412.02692), which Emu3.5 scaled up.
     "open_magvit2_f16": _vqgan(128, (1, 1, 2, 2, 4), 4, z_channels=18),
     "ibq_f16": _vqgan(128, (1, 1, 2, 2, 4), 4, attention="lowest"),
+    # ai-forever/MoVQGAN (configs/movqgan_270M.yaml), the tokenizer of Lumina-mGPT 2.0; and Emu3's, which grew from it.
+    "movqgan_f8": _vqgan(256, (1, 2, 2, 4), 2, backbone="movq", attention="lowest", z_channels=4),
+    "emu3_vision_f8": _vqgan(
+        256, (1, 2, 2, 4), 2, backbone="movq", attention="lowest", z_channels=4, temporal_blocks=2
+    ),
     # SBER-MoVQGAN 270M, what Emu3's tokenizer grew from, with GroupNorm where its decoder has SpatialNorm.
     "emu3_f8": _vqgan(256, (1, 2, 2, 4), 2, attention="lowest", z_channels=4),
 }

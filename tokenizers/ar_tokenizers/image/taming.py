@@ -43,7 +43,7 @@ _RENAMED = {
 def to_taming(params: Params) -> dict[str, np.ndarray]:
     """Parameters as `init` makes them -> arrays for `load_state_dict`, convolutions [F', F, 3, 3] or [F', F, 1, 1]."""
     ours = traverse_util.flatten_dict({name: params[name] for name in ("encoder", "decoder")}, sep=".")
-    return {_name(name): _out_first(np.asarray(leaf)) for name, leaf in ours.items()}
+    return {published_name(name): out_first(np.asarray(leaf)) for name, leaf in ours.items()}
 
 
 def from_taming(config: AutoencoderConfig, state: Mapping[str, Any]) -> Params:
@@ -56,18 +56,19 @@ def from_taming(config: AutoencoderConfig, state: Mapping[str, Any]) -> Params:
     wanted = traverse_util.flatten_dict({name: shapes[name] for name in ("encoder", "decoder")}, sep=".")
     found = {}
     for name, want in wanted.items():
-        theirs = _name(name)
+        theirs = published_name(name)
         if theirs not in state:
             raise ValueError(f"{theirs} is missing: the config has it as {name} {want.shape}")
         leaf = np.asarray(state[theirs], np.float32)
-        found[name] = _in_first(leaf, len(want.shape))
+        found[name] = in_first(leaf, len(want.shape))
         if found[name].shape != want.shape:
             raise ValueError(f"{theirs} has shape {leaf.shape}, which makes {name} {found[name].shape}; "
                              f"the config asks for {want.shape}")  # fmt: skip
     return traverse_util.unflatten_dict(found, sep=".")
 
 
-def _name(name: str) -> str:
+def published_name(name: str) -> str:
+    """Ours, as "encoder.level0.block0.norm1.scale" -> theirs."""
     # Theirs counts a halving to the level before it, ours to the level after it.
     name = re.sub(r"\.down(\d)", lambda match: f".down.{int(match[1]) - 1}.downsample.conv", name)
     for pattern, new in _RENAMED.items():
@@ -75,12 +76,12 @@ def _name(name: str) -> str:
     return name
 
 
-def _out_first(leaf: np.ndarray) -> np.ndarray:
+def out_first(leaf: np.ndarray) -> np.ndarray:
     """[3, 3, F, F'] or [F, F'] (a 1 x 1 convolution there) -> [F', F, 3, 3] or [F', F, 1, 1]."""
     return leaf if leaf.ndim == 1 else leaf.reshape((1, 1) * (leaf.ndim == 2) + leaf.shape).transpose(3, 2, 0, 1)
 
 
-def _in_first(leaf: np.ndarray, ndim: int) -> np.ndarray:
+def in_first(leaf: np.ndarray, ndim: int) -> np.ndarray:
     """The inverse."""
     if leaf.ndim != 4:
         return leaf
