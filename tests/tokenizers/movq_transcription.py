@@ -25,7 +25,7 @@ class Weights(dict):
             if name.endswith("num_batches_tracked"):
                 self[name] = np.array(self.draw.integers(2**25, 2**40))
             elif name.endswith("running_var"):
-                self[name] = self.draw.uniform(0.5, 2, shape).astype(np.float32)
+                self[name] = self.draw.uniform(0.02, 2, shape).astype(np.float32)
             elif len(shape) == 1:
                 mean = 1 if "norm" in name and name.endswith("weight") else 0
                 self[name] = self.draw.normal(mean, 0.3, shape).astype(np.float32)
