@@ -22,22 +22,21 @@ import hashlib
 import json
 import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from ar_tokenizers.files import whole_folder, write_bytes
+from ar_tokenizers.files import whole_folder
 from ar_tokenizers.image.tokenizer import CONFIG as IMAGE_CONFIG
 from ar_tokenizers.image.tokenizer import WEIGHTS as IMAGE_WEIGHTS
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 from ar_tokenizers.text import TextTokenizer
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from ar_unified.data.files import FileError, Folder
 from ar_unified.errors import UserError, in_words, nearest
@@ -45,11 +44,11 @@ from ar_unified.language.grammar import Grammar
 from ar_unified.manifests import manifest_hash
 from ar_unified.model.config import TransformerConfig, decisive
 from ar_unified.model.transformer import Params, abstract_params
+from ar_unified.tensors import INDEX, Kind, TensorWriter
 from ar_unified.workdir import write_json, write_text
 
 VERSION = 1
 BUNDLE, CONFIG, LANGUAGE, CARD = "bundle.json", "config.json", "language.json", "README.md"
-INDEX = "model.safetensors.index.json"
 TEXT, IMAGE = "text_tokenizer/text.model", "image_tokenizer"
 _IMAGE = (f"{IMAGE}/{IMAGE_WEIGHTS}", f"{IMAGE}/{IMAGE_CONFIG}")
 _NEEDED = (CONFIG, LANGUAGE, TEXT, INDEX)
@@ -72,7 +71,7 @@ def write(
     folder: str | Path,
     *,
     config: TransformerConfig,
-    params: Params,
+    params: Params | Streamed,
     grammar: Grammar,
     text_tokenizer: TextTokenizer,
     image_tokenizer: ImageTokenizer | None,
@@ -105,7 +104,8 @@ def write(
             text_tokenizer.save(here / TEXT)
             if image_tokenizer is not None:
                 image_tokenizer.save(here / IMAGE)
-            _write_params(here, params, shard_bytes)
+            streamed = params if isinstance(params, Streamed) else Streamed.of(params)
+            _write_params(here, config, streamed, shard_bytes)
             names = sorted(str(path.relative_to(here)) for path in here.rglob("*") if path.is_file())
             files = {name: {"bytes": (here / name).stat().st_size, "sha256": _sha256(here / name)} for name in names}
             write_text(here / CARD, card)
@@ -116,24 +116,31 @@ def write(
     return Bundle(folder)
 
 
-def _write_params(folder: Path, params: Params, shard_bytes: int) -> None:
-    leaves = named(params)
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, leaf in leaves.items():
-        if shards[-1] and size + leaf.nbytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += leaf.nbytes
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        arrays = {name: np.ascontiguousarray(jax.device_get(leaves[name])) for name in names}
-        write_bytes(folder / file, save(arrays, {"format": "np"}))  # save_file's can be read by their owner alone
-        weight_map |= dict.fromkeys(names, file)
-    total = {"total_size": sum(leaf.nbytes for leaf in leaves.values())}
-    write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
+class Streamed(NamedTuple):
+    """Parameters that come one after another, as they are read: what is in memory is one of them.
+
+    Attributes:
+        dtypes: of each leaf by its path.
+        pieces: (path, None, the leaf), or (path, i, what stands at i of its first axis), each once.
+    """
+
+    dtypes: Mapping[str, str]
+    pieces: Iterable[tuple[str, int | None, np.ndarray]]
+
+    @classmethod
+    def of(cls, params: Params) -> Streamed:
+        """From parameters that lie on devices, gathered leaf by leaf."""
+        leaves = named(params)
+        pieces = ((name, None, np.asarray(jax.device_get(leaf))) for name, leaf in leaves.items())
+        return cls({name: str(leaf.dtype) for name, leaf in leaves.items()}, pieces)
+
+
+def _write_params(folder: Path, config: TransformerConfig, params: Streamed, shard_bytes: int) -> None:
+    leaves = named(abstract_params(config))
+    kinds = {name: Kind(leaf.shape, params.dtypes[name]) for name, leaf in leaves.items()}
+    with TensorWriter(folder, kinds, shard_bytes) as writer:
+        for name, layer, array in params.pieces:
+            writer.put(name, array, layer)
 
 
 def named(params: Params) -> dict[str, Any]:

@@ -21,8 +21,8 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("errors", "paths", "progress", "interrupts", "data.encoding"),
     ),
     (
-        "records that say what an artefact is, compared",
-        ("manifests",),
+        "records that say what an artefact is, compared; tensors into files",
+        ("manifests", "tensors"),
     ),
     (
         "what a sequence may say, what has changed, what was measured, how devices compute: each on its own",
@@ -43,6 +43,10 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "a model as one folder",
         ("bundle",),
+    ),
+    (
+        "other people's checkpoints into such a folder, and back",
+        ("interop",),
     ),
     (
         "how a model comes to be and how it is used: neither needs the other, and a server needs one alone",

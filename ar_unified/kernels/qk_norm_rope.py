@@ -27,7 +27,7 @@ def qk_norm_rope(
       x: [B, T, N, H].
       rope: cos and sin of each position's angles; the pairs that turn are (i, i + H/2), as in GPT-NeoX and Llama of
         Hugging Face. Not differentiated.
-      scale, bias: float32 [H], shared by all heads. Both: LayerNorm over H before the rotation (Chameleon, arXiv
+      scale, bias: float32 [H], shared by all heads, or [N, H]. Both: LayerNorm over H before the rotation (Chameleon, arXiv
         2405.09818). Scale alone: RMSNorm. Neither: no norm.
 
     Returns:
@@ -61,8 +61,9 @@ def _backward(eps, residuals, out_bar):
     x_bar = unit_bar - unit * jnp.mean(unit_bar * unit, -1, keepdims=True)
     if bias is not None:
         x_bar -= jnp.mean(unit_bar, -1, keepdims=True)
-    scale_bar = jnp.sum(normed_bar * unit, (0, 1, 2)).astype(scale.dtype)
-    bias_bar = None if bias is None else jnp.sum(normed_bar, (0, 1, 2)).astype(bias.dtype)
+    summed = tuple(range(4 - scale.ndim))  # over heads too, where they share the weights
+    scale_bar = jnp.sum(normed_bar * unit, summed).astype(scale.dtype)
+    bias_bar = None if bias is None else jnp.sum(normed_bar, summed).astype(bias.dtype)
     return (x_bar * rnorm).astype(x.dtype), None, scale_bar, bias_bar
 
 

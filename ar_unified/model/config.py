@@ -25,7 +25,14 @@ class TransformerConfig:
       rope_theta: base of the RoPE wavelengths.
       norm_eps: added under every root of the norms, QK-norm included.
       norm_placement: "pre": x + f(norm(x));  "swin": x + norm(f(x)) (Chameleon-34B). A last norm in both.
-      qk_norm: over head_dim, one set of weights for all heads, before RoPE. "layernorm" has a bias.
+      rope_scaling: "linear" or "llama3", how the wavelengths grow by rope_factor for longer texts (model/rope.py, which
+        says what rope_low, rope_high and rope_original_length are); "none": they do not.
+      norm_offset: added to the weights of the norms of the residual stream: 1 in Gemma.
+      qk_norm: over head_dim, before RoPE. "layernorm" has a bias.
+      qk_norm_per_head: its weights are each head's own; else one set for all.
+      qkv_bias: of the projections to queries, keys and values.
+      activation: of the MLP's gate; gelu_tanh is GELU by its tanh approximation.
+      embedding_scale: what token vectors are multiplied with; the root of D in Gemma.
       tie_embeddings: the output head is the embedding table.
       dropout: rate on the embeddings and on the output of each residual branch; drawn only with a dropout key.
       dtype: of the matrix products and activations. Parameters, norms, softmax and RoPE angles are float32.
@@ -48,6 +55,16 @@ class TransformerConfig:
     norm_eps: float = 1e-5
     norm_placement: str = "pre"
     qk_norm: str = "none"
+    qk_norm_per_head: bool = False
+    qkv_bias: bool = False
+    activation: str = "silu"
+    norm_offset: float = 0.0
+    embedding_scale: float = 1.0
+    rope_scaling: str = "none"
+    rope_factor: float = 1.0
+    rope_low: float = 1.0
+    rope_high: float = 4.0
+    rope_original_length: int = 0
     tie_embeddings: bool = False
     dropout: float = 0.0
     dtype: str = "float32"
@@ -72,7 +89,12 @@ class TransformerConfig:
             raise ValueError(f"model.head_dim: expected an even number (RoPE); found {self.head_dim}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"model.dropout: expected a rate in [0, 1); found {self.dropout}")
-        for field in ("rope_theta", "norm_eps"):
+        if self.rope_scaling == "llama3" and not (0 < self.rope_low < self.rope_high and self.rope_original_length > 0):
+            raise ValueError(
+                "model.rope_scaling: llama3 expects 0 < rope_low < rope_high and a rope_original_length, found "
+                f"{self.rope_low}, {self.rope_high} and {self.rope_original_length}"
+            )
+        for field in ("rope_theta", "norm_eps", "embedding_scale", "rope_factor"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"model.{field}: expected more than 0; found {getattr(self, field)}")
 
@@ -80,6 +102,8 @@ class TransformerConfig:
 CHOICES = {
     "norm_placement": ("pre", "swin"),
     "qk_norm": ("none", "layernorm", "rmsnorm"),
+    "activation": ("silu", "gelu_tanh"),
+    "rope_scaling": ("none", "linear", "llama3"),
     "dtype": ("float32", "bfloat16"),
     "remat": ("none", "dots", "full", "offload"),
     "attention": BACKENDS,
@@ -179,7 +203,9 @@ def parameter_count(config: TransformerConfig, *, embedding: bool = True) -> int
     The second is what 6 * parameters * tokens estimates the matrix FLOPs of a training step with.
     """
     c = config
-    norms = {"none": 0, "rmsnorm": 2 * c.head_dim, "layernorm": 4 * c.head_dim}[c.qk_norm] + 2 * c.d_model
+    heads = (c.n_heads + c.n_kv_heads) if c.qk_norm_per_head else 2
+    norms = {"none": 0, "rmsnorm": 1, "layernorm": 2}[c.qk_norm] * heads * c.head_dim + 2 * c.d_model
+    norms += (c.n_heads + 2 * c.n_kv_heads) * c.head_dim * c.qkv_bias
     tables = 1 if c.tie_embeddings or not embedding else 2
     layers, head = matmul_parameters(c)
     return layers + tables * head + c.n_layers * norms + c.d_model

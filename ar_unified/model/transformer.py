@@ -27,10 +27,16 @@ from ar_unified.kernels.decode_attention import quantize
 from ar_unified.kernels.qk_norm_rope import Rope, qk_norm_rope
 from ar_unified.model.attention import attend_to_cache, attend_to_documents
 from ar_unified.model.config import TransformerConfig
+from ar_unified.model.dropout import dropout, fold
 from ar_unified.model.embedding import look_up
+from ar_unified.model.rope import rope_angles, rope_table
 from ar_unified.parallel import rules
 from ar_unified.parallel.zigzag import unzigzag, zigzag
 
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 _INPUT = "layer_input"  # what remat="offload" sends to the host
 Params = dict[str, Any]
 # Of each layer: keys and values [B, K, S, H]; of an int8 cache also what each is scaled with, float32 [B, K, S].
@@ -46,10 +52,13 @@ AXES: dict[str, tuple[str, ...]] = {
     "layers/attention/key": ("layers", "embed", "kv_heads", "head_dim"),
     "layers/attention/value": ("layers", "embed", "kv_heads", "head_dim"),
     "layers/attention/output": ("layers", "heads", "head_dim", "embed"),
-    "layers/attention/query_norm/scale": ("layers", "head_dim"),
-    "layers/attention/query_norm/bias": ("layers", "head_dim"),
-    "layers/attention/key_norm/scale": ("layers", "head_dim"),
-    "layers/attention/key_norm/bias": ("layers", "head_dim"),
+    "layers/attention/query_bias": ("layers", "heads", "head_dim"),
+    "layers/attention/key_bias": ("layers", "kv_heads", "head_dim"),
+    "layers/attention/value_bias": ("layers", "kv_heads", "head_dim"),
+    "layers/attention/query_norm/scale": ("layers", "heads", "head_dim"),  # of all heads alike: no axis of heads
+    "layers/attention/query_norm/bias": ("layers", "heads", "head_dim"),
+    "layers/attention/key_norm/scale": ("layers", "kv_heads", "head_dim"),
+    "layers/attention/key_norm/bias": ("layers", "kv_heads", "head_dim"),
     "layers/mlp/norm": ("layers", "embed"),
     "layers/mlp/gate": ("layers", "embed", "mlp"),
     "layers/mlp/up": ("layers", "embed", "mlp"),
@@ -60,10 +69,11 @@ AXES: dict[str, tuple[str, ...]] = {
 def logical_axes(params: Params) -> Params:
     """A tree like `params`, stacked or `unstacked`, with the logical names of each leaf's axes (tuples of str)."""
 
-    def axes(path: Any, _: Any) -> tuple[str, ...]:
+    def axes(path: Any, leaf: Any) -> tuple[str, ...]:
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
         stacked = len(names) == len(path)
-        return AXES["/".join(names)][0 if stacked else 1 :]
+        found = AXES["/".join(names)][0 if stacked else 1 :]
+        return found if len(found) == leaf.ndim else (*found[:-2], found[-1])
 
     return jax.tree_util.tree_map_with_path(axes, params)
 
@@ -73,7 +83,8 @@ def unstacked(config: TransformerConfig, params: Params) -> Params:
 
     Every step of decoding reads every weight once. Of stacked ones it would first copy each layer out of the stack.
     """
-    return _cast(params, config.dtype) | {
+    outside = {name: leaf for name, leaf in params.items() if name != "layers"}
+    return _cast(outside, config.dtype) | {
         "layers": [_cast(layer, config.dtype) for layer in _unstack(params["layers"], config.n_layers)]
     }
 
@@ -93,20 +104,25 @@ def init(config: TransformerConfig, key: jax.Array) -> Params:
     def normal(*shape: int, fan_in: float) -> jax.Array:
         return fan_in**-0.5 * jax.random.normal(next(keys), shape, jnp.float32)
 
+    identity = 1.0 - config.norm_offset
     layer_attention: Params = {
-        "norm": jnp.ones((L, D)),
+        "norm": jnp.full((L, D), identity),
         "query": normal(L, D, N, H, fan_in=D),
         "key": normal(L, D, K, H, fan_in=D),
         "value": normal(L, D, K, H, fan_in=D),
         "output": normal(L, N, H, D, fan_in=N * H * 2 * L),
     }
     if config.qk_norm != "none":
-        for name in ("query_norm", "key_norm"):
-            layer_attention[name] = {"scale": jnp.ones((L, H))}
+        for name, heads in (("query_norm", N), ("key_norm", K)):
+            shape = (L, heads, H) if config.qk_norm_per_head else (L, H)
+            layer_attention[name] = {"scale": jnp.ones(shape)}
             if config.qk_norm == "layernorm":
-                layer_attention[name]["bias"] = jnp.zeros((L, H))
+                layer_attention[name]["bias"] = jnp.zeros(shape)
+    if config.qkv_bias:
+        biases = {"query_bias": N, "key_bias": K, "value_bias": K}
+        layer_attention |= {name: jnp.zeros((L, heads, H)) for name, heads in biases.items()}
     layer_mlp = {
-        "norm": jnp.ones((L, D)),
+        "norm": jnp.full((L, D), identity),
         "gate": normal(L, D, F, fan_in=D),
         "up": normal(L, D, F, fan_in=D),
         "down": normal(L, F, D, fan_in=F * 2 * L),
@@ -114,7 +130,7 @@ def init(config: TransformerConfig, key: jax.Array) -> Params:
     params: Params = {
         "embedding": normal(V, D, fan_in=D if config.tie_embeddings else 1),
         "layers": {"attention": layer_attention, "mlp": layer_mlp},
-        "norm": jnp.ones((D,)),
+        "norm": jnp.full((D,), identity),
     }
     if not config.tie_embeddings:
         params["head"] = normal(V, D, fan_in=D)
@@ -160,47 +176,6 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (x32 * (jax.lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + eps) * scale)).astype(x.dtype)
 
 
-def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> Rope:
-    """cos and sin of position * theta^(-2i/H): float32 [B, T, 1, H/2] of positions [B, T]."""
-    wavelengths = theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions.astype(jnp.float32)[..., None, None] / wavelengths
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rope_table(positions: jax.Array, length: int, head_dim: int, theta: float) -> Rope:
-    """`rope_angles` looked up in a table of `length` positions; NaN for a position beyond it.
-
-    For XLA CPU, which otherwise computes cos and sin anew for each head of each layer.
-    """
-
-    def look_up(x: jax.Array) -> jax.Array:
-        table = jnp.pad(x[0], [(0, 1), (0, 0), (0, 0)], constant_values=jnp.nan)
-        return table.at[positions].get(mode="clip")
-
-    cos, sin = rope_angles(jnp.arange(length)[None], head_dim, theta)
-    return look_up(cos), look_up(sin)
-
-
-def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
-    """Zeroes a fraction `rate` (to 1/65536) of x and scales the rest up; the identity without keys.
-
-    Args:
-      x: [..., D].
-      keys: [...], one for each vector: what a token loses then depends on neither its batch nor its device.
-    """
-    if keys is None or rate == 0.0:
-        return x
-    threshold = round(rate * 65536)
-
-    def draw(key: jax.Array) -> jax.Array:
-        return jax.random.bits(key, x.shape[-1:], jnp.uint16)
-
-    for _ in range(keys.ndim):
-        draw = jax.vmap(draw)
-    keep = draw(keys) >= threshold
-    return jnp.where(keep, x * jnp.asarray(65536 / (65536 - threshold), x.dtype), 0)
-
-
 @jax.custom_vjp
 def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x [B, T, I] @ weight [I, O]. The gradient of the weight is JAX's own, turned round: 2.5x faster on XLA CPU."""
@@ -230,9 +205,11 @@ class Attention(nnx.Module):
         self.output = nnx.Param(params["output"])
         self.query_norm = nnx.data(params.get("query_norm", {}))
         self.key_norm = nnx.data(params.get("key_norm", {}))
+        self.biases = nnx.data([params.get(f"{name}_bias") for name in ("query", "key", "value")])
 
     def __call__(self, x: jax.Array, rope: Rope, attend: Callable) -> tuple[jax.Array, Any]:
-        query, key, value = (self._heads(x, w[...]) for w in (self.query, self.key, self.value))
+        weights = (self.query, self.key, self.value)
+        query, key, value = (self._heads(x, w[...], b) for w, b in zip(weights, self.biases, strict=True))
         query = qk_norm_rope(query, rope, **self.query_norm, eps=self.eps)
         key = qk_norm_rope(key, rope, **self.key_norm, eps=self.eps)
         out, state = attend(query, key, value)
@@ -240,20 +217,22 @@ class Attention(nnx.Module):
         return linear(out.reshape(*x.shape[:2], -1), output.reshape(-1, output.shape[-1])), state
 
     @staticmethod
-    def _heads(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return linear(x, weight.reshape(weight.shape[0], -1)).reshape(*x.shape[:2], *weight.shape[1:])
+    def _heads(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+        heads = linear(x, weight.reshape(weight.shape[0], -1)).reshape(*x.shape[:2], *weight.shape[1:])
+        return heads if bias is None else heads + bias.astype(heads.dtype)
 
 
 class MLP(nnx.Module):
-    """SwiGLU."""
+    """SwiGLU, or with another activation."""
 
-    def __init__(self, params: Params):
+    def __init__(self, config: TransformerConfig, params: Params):
+        self.activation = _ACTIVATIONS[config.activation]
         self.gate = nnx.Param(params["gate"])
         self.up = nnx.Param(params["up"])
         self.down = nnx.Param(params["down"])
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return linear(jax.nn.silu(linear(x, self.gate[...])) * linear(x, self.up[...]), self.down[...])
+        return linear(self.activation(linear(x, self.gate[...])) * linear(x, self.up[...]), self.down[...])
 
 
 class Block(nnx.Module):
@@ -264,18 +243,18 @@ class Block(nnx.Module):
         self.attention_norm = nnx.Param(params["attention"]["norm"])
         self.attention = Attention(config, params["attention"])
         self.mlp_norm = nnx.Param(params["mlp"]["norm"])
-        self.mlp = MLP(params["mlp"])
+        self.mlp = MLP(config, params["mlp"])
 
     def __call__(
         self, x: jax.Array, rope: Rope, attend: Callable, dropout_keys: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
         pre, eps, rate = self.config.norm_placement == "pre", self.config.norm_eps, self.config.dropout
-        attention_norm, mlp_norm = self.attention_norm[...], self.mlp_norm[...]
+        attention_norm, mlp_norm = (_norm(self.config, x[...]) for x in (self.attention_norm, self.mlp_norm))
 
         y, state = self.attention(rms_norm(x, attention_norm, eps) if pre else x, rope, attend)
-        x = x + dropout(y if pre else rms_norm(y, attention_norm, eps), rate, _fold(dropout_keys, 0))
+        x = x + dropout(y if pre else rms_norm(y, attention_norm, eps), rate, fold(dropout_keys, 0))
         y = self.mlp(rms_norm(x, mlp_norm, eps) if pre else x)
-        x = x + dropout(y if pre else rms_norm(y, mlp_norm, eps), rate, _fold(dropout_keys, 1))
+        x = x + dropout(y if pre else rms_norm(y, mlp_norm, eps), rate, fold(dropout_keys, 1))
         return x, state
 
 
@@ -316,16 +295,16 @@ class Transformer(nnx.Module):
         if dropout_keys is not None:  # of each token
             dropout_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(dropout_keys, columns)
         x = dropout(
-            look_up(self.embedding[...], tokens, config.dtype, "sequence"),
+            self._look_up(tokens, "sequence"),
             config.dropout,
-            _fold(dropout_keys, config.n_layers),
+            fold(dropout_keys, config.n_layers),
         )
 
         def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, None]:
             return attend_to_documents(query, key, value, doc_start, config.attention, config.context), None
 
         def layer(x: jax.Array, params: Params, index: jax.Array | int) -> jax.Array:
-            return Block(config, _cast(params, config.dtype))(x, rope, attend, _fold(dropout_keys, index))[0]
+            return Block(config, _cast(params, config.dtype))(x, rope, attend, fold(dropout_keys, index))[0]
 
         layer = _remat(layer, config.remat, config.scan_layers)
         if config.scan_layers:
@@ -334,7 +313,7 @@ class Transformer(nnx.Module):
         else:
             for index, params in enumerate(_unstack(self.layers, config.n_layers)):
                 x = layer(x, params, index)
-        return unzigzag(rms_norm(x, self.norm[...], config.norm_eps))
+        return unzigzag(rms_norm(x, _norm(config, self.norm[...]), config.norm_eps))
 
     def observe(self, tokens: jax.Array, positions: jax.Array, doc_start: jax.Array, look: Callable[..., Any]) -> Any:
         """The same forward, without dropout, for what `look` sees of attention on the way.
@@ -356,13 +335,13 @@ class Transformer(nnx.Module):
         def layer(x: jax.Array, params: Params) -> tuple[jax.Array, Any]:
             return Block(config, _cast(params, config.dtype))(x, rope, attend)
 
-        return jax.lax.scan(layer, look_up(self.embedding[...], tokens, config.dtype, "sequence"), self.layers)[1]
+        return jax.lax.scan(layer, self._look_up(tokens, "sequence"), self.layers)[1]
 
     def _begin(self, tokens: jax.Array, positions: jax.Array, doc_start: jax.Array) -> tuple[Any, ...]:
         """Tokens, positions, doc_start and columns, int32 [B, T] in the mesh's order of rows, and RoPE's angles."""
         columns = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         tokens, positions, doc_start, columns = (zigzag(x) for x in (tokens, positions, doc_start, columns))
-        rope = rope_table(positions, tokens.shape[1], self.config.head_dim, self.config.rope_theta)
+        rope = rope_table(self.config, positions, tokens.shape[1])
         return tokens, positions, doc_start, columns, rope
 
     def extend(self, tokens: jax.Array, cache: Cache, start: jax.Array) -> tuple[jax.Array, Cache]:
@@ -382,9 +361,9 @@ class Transformer(nnx.Module):
         config = self.config
         positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         # Behind a barrier: XLA CPU would otherwise compute cos and sin anew for each head of each layer.
-        rope = jax.lax.optimization_barrier(rope_angles(positions, config.head_dim, config.rope_theta))
+        rope = jax.lax.optimization_barrier(rope_angles(config, positions))
         slots = jnp.arange(tokens.shape[0])[:, None], slice(None), positions
-        x, states = look_up(self.embedding[...], tokens, config.dtype), []
+        x, states = self._look_up(tokens), []
         for params, cached in zip(_unstack(self.layers, config.n_layers), cache, strict=True):
 
             def attend(query, key, value, cached=cached):
@@ -393,7 +372,12 @@ class Transformer(nnx.Module):
 
             x, state = Block(config, _cast(params, config.dtype))(x, rope, attend)
             states.append(state)
-        return rms_norm(x, self.norm[...], config.norm_eps), tuple(states)
+        return rms_norm(x, _norm(config, self.norm[...]), config.norm_eps), tuple(states)
+
+    def _look_up(self, tokens: jax.Array, sequence: str | None = None) -> jax.Array:
+        x = look_up(self.embedding[...], tokens, self.config.dtype, sequence)
+        scale = self.config.embedding_scale  # rounded to the compute dtype, as Gemma's is
+        return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
 
     def head(self) -> jax.Array:
         """The output weight [V, D], float32: the embedding table itself where the two are tied."""
@@ -412,20 +396,24 @@ class Transformer(nnx.Module):
 
 
 def _cast(params: Params, dtype: str) -> Params:
-    """The matrices in the compute dtype; norm weights (vectors) stay float32."""
-    return jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 1 else p, params)
+    """The matrices in the compute dtype; weights of norms, and biases, stay float32."""
+
+    def cast(path: Any, p: jax.Array) -> jax.Array:
+        vector = any("norm" in entry.key or entry.key.endswith("bias") for entry in path)
+        return p if vector else p.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def _norm(config: TransformerConfig, weight: jax.Array) -> jax.Array:
+    """What a norm multiplies with: its weight, in Gemma one more than that."""
+    return weight + config.norm_offset if config.norm_offset else weight
 
 
 def _unstack(layers: Params | list[Params], n_layers: int) -> list[Params]:
     if isinstance(layers, list):
         return layers
     return [jax.tree.map(lambda p, index=index: p[index], layers) for index in range(n_layers)]
-
-
-def _fold(keys: jax.Array | None, index: jax.Array | int) -> jax.Array | None:
-    """Another key from each of keys [B, T]."""
-    fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
-    return None if keys is None else fold(keys, index)
 
 
 def _remat(layer: Callable, policy: str, scanned: bool) -> Callable:

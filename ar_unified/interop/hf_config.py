@@ -1,0 +1,214 @@
+"""A transformer's shape in config.json as transformers writes it, in old and new spellings, and back.
+
+One reader for all systems: what differs is a `Family`. Whatever our transformer does not compute is refused by its key.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ar_unified.errors import UserError
+from ar_unified.model.config import TransformerConfig
+
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_COMPUTE = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}  # what is computed in, of weights in
+# Keys that change what is computed when they have any other value than these.
+_ONLY = {
+    "mlp_bias": (False, None),
+    "sliding_window": (None,),
+    "use_sliding_window": (False, None),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "num_local_experts": (None, 0, 1),
+    "num_experts": (None, 0),
+    "pretraining_tp": (None, 1),
+    "parallel_residual": (None, False),
+    "partial_rotary_factor": (None, 1, 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a class of transformers fixes, and its configs do not say.
+
+    Attributes:
+        model_type, architecture: of config.json, for export.
+        fields: of TransformerConfig.
+        act: the key of the activation. defaults: keys that files may leave out.
+        qkv_bias: "never", or "always" (Qwen2; its attention_bias key does not exist).
+        scaled: whether the embedding is multiplied by the root of D.
+    """
+
+    model_type: str
+    architecture: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    act: str = "hidden_act"
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    qkv_bias: bool = False
+    scaled: bool = False
+
+
+LLAMA = Family("llama", "LlamaForCausalLM", defaults={"rms_norm_eps": 1e-6, "rope_theta": 1e4})
+QWEN2 = Family(
+    "qwen2",
+    "Qwen2ForCausalLM",
+    {"qkv_bias": True},
+    defaults={"rms_norm_eps": 1e-6, "rope_theta": 1e4},
+    qkv_bias=True,
+)
+QWEN3 = Family(
+    "qwen3",
+    "Qwen3ForCausalLM",
+    {"qk_norm": "rmsnorm"},
+    defaults={"rms_norm_eps": 1e-6, "rope_theta": 1e4, "head_dim": 128},
+)
+GEMMA = Family(
+    "gemma",
+    "GemmaForCausalLM",
+    {"norm_offset": 1.0, "activation": "gelu_tanh"},
+    act="hidden_activation",
+    defaults={"rms_norm_eps": 1e-6, "rope_theta": 1e4, "head_dim": 256, "tie_word_embeddings": True},
+    scaled=True,
+)
+
+
+def read(config: Mapping[str, Any], family: Family, where: str, **fields: Any) -> TransformerConfig:
+    """The transformer that a config.json describes.
+
+    Args:
+        config: the keys of the language model, as they stand in the file.
+        where: the file, for messages.
+        fields: of TransformerConfig, which the caller knows better.
+
+    Raises UserError for a missing key, and for what ours does not compute, by its key and value.
+    """
+
+    def wrong(key: str, expected: str) -> UserError:
+        return UserError(f"{where}: {key}: expected {expected}, found {config.get(key)!r:.80}")
+
+    def number(key: str, kind: type = int) -> Any:
+        value = config.get(key, family.defaults.get(key))
+        if type(value) not in (kind, int) or value <= 0:
+            raise wrong(key, "a number above 0")
+        return kind(value)
+
+    sizes = {key: number(key) for key in _SIZES}
+    heads, width = sizes["num_attention_heads"], sizes["hidden_size"]
+    kv_heads = number("num_key_value_heads") if config.get("num_key_value_heads") is not None else heads
+    given = config.get("head_dim", family.defaults.get("head_dim"))
+    head_dim = number("head_dim") if given is not None else width // heads
+    if given is None and width % heads:
+        raise wrong("hidden_size", f"a multiple of num_attention_heads = {heads}")
+    if head_dim % 2:
+        raise UserError(f"{where}: head_dim: expected an even number, as RoPE turns pairs; found {head_dim}")
+    for key, allowed in _ONLY.items():
+        if key == "sliding_window" and config.get("use_sliding_window") is False:
+            continue
+        if config.get(key) not in allowed:
+            raise wrong(key, f"{' or '.join(map(repr, allowed))}, which is all that this transformer computes")
+    if config.get("attention_bias") and not family.qkv_bias:
+        raise wrong("attention_bias", "False: biases of the output projection are not computed")
+    act = config.get(family.act) or config.get("hidden_act")
+    if family.act == "hidden_activation" and act == "gelu":
+        act = "gelu_pytorch_tanh"  # what Gemma's class makes of it
+    if act is not None and act not in _ACTIVATIONS:
+        raise wrong(family.act, f"one of {', '.join(_ACTIVATIONS)}")
+    found: dict[str, Any] = dict(
+        vocab_size=sizes["vocab_size"],
+        d_model=width,
+        n_layers=sizes["num_hidden_layers"],
+        n_heads=heads,
+        n_kv_heads=kv_heads,
+        head_dim=head_dim,
+        d_mlp=sizes["intermediate_size"],
+        norm_eps=number("rms_norm_eps", float),
+        tie_embeddings=bool(config.get("tie_word_embeddings", family.defaults.get("tie_word_embeddings", False))),
+        dtype=_COMPUTE.get(str(config.get("dtype") or config.get("torch_dtype") or "float32"), "float32"),
+        **_rope(config, family, where),
+    )
+    if act is not None:
+        found["activation"] = _ACTIVATIONS[act]
+    if family.scaled:
+        found["embedding_scale"] = math.sqrt(width)
+    try:
+        return TransformerConfig(**found | dict(family.fields) | fields)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _rope(config: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
+    """theta and scaling: `rope_theta` and `rope_scaling` of older files, `rope_parameters` of newer ones."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise UserError(f"{where}: rope_parameters: expected keys and values, found {rope!r:.80}")
+    theta = rope.get("rope_theta", config.get("rope_theta", family.defaults.get("rope_theta")))
+    if type(theta) not in (int, float) or theta <= 0:
+        raise UserError(f"{where}: rope_theta: expected a number above 0, found {theta!r:.80}")
+    fields: dict[str, Any] = {"rope_theta": float(theta)}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind in ("default", None):
+        return fields
+    if kind not in ("linear", "llama3"):
+        raise UserError(f"{where}: rope_type: expected default, linear or llama3; found {kind!r:.40}")
+    fields |= {"rope_scaling": kind, "rope_factor": float(rope["factor"])}
+    if kind == "llama3":
+        fields |= {
+            "rope_low": float(rope["low_freq_factor"]),
+            "rope_high": float(rope["high_freq_factor"]),
+            "rope_original_length": int(rope["original_max_position_embeddings"]),
+        }
+    return fields
+
+
+def write(config: TransformerConfig, family: Family, vocab_size: int, dtype: str, **more: Any) -> dict[str, Any]:
+    """config.json of a transformer, in spellings that old and new versions of transformers read.
+
+    Raises UserError naming the first field that the family cannot express.
+    """
+    expected = {
+        "norm_placement": "pre",
+        "qk_norm": "none",
+        "qkv_bias": False,
+        "activation": "silu",
+        "norm_offset": 0.0,
+        "embedding_scale": math.sqrt(config.d_model) if family.scaled else 1.0,
+    } | dict(family.fields)
+    for name, value in expected.items():
+        if (found := getattr(config, name)) != value and name not in more.get("expressed", ()):
+            raise UserError(
+                f"model.{name}: {family.architecture} of transformers has {value!r}, this model has {found!r}"
+            )
+    activation = {ours: theirs for theirs, ours in _ACTIVATIONS.items() if theirs != "swish"}[config.activation]
+    made: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "vocab_size": vocab_size,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.d_mlp,
+        "hidden_act": activation,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": False,
+        "torch_dtype": dtype,
+    }
+    if family.act != "hidden_act":
+        made[family.act] = activation
+    if config.rope_scaling != "none":
+        scaling: dict[str, Any] = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
+        if config.rope_scaling == "llama3":
+            scaling |= {
+                "low_freq_factor": config.rope_low,
+                "high_freq_factor": config.rope_high,
+                "original_max_position_embeddings": config.rope_original_length,
+            }
+        made["rope_scaling"] = scaling
+    return made | {key: value for key, value in more.items() if key != "expressed"}

@@ -1,0 +1,59 @@
+"""Published files -> a bundle, tensor by tensor: what is in memory is one tensor, and a table of ids while it is sorted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ar_unified import bundle
+from ar_unified.errors import UserError
+from ar_unified.interop.published import Published
+from ar_unified.language.vocabulary import Vocabulary
+from ar_unified.model.config import parameter_count
+
+DTYPES = {"BF16": "bfloat16", "F32": "float32", "F16": "float16"}
+_ALIKE = 0.9  # of the text rows' mean norm, or more: a trained row
+
+
+def import_model(
+    published: Published, output: str, *, card: str, dtype: str = "", shard_bytes: int = bundle.SHARD_BYTES
+) -> bundle.Bundle:
+    """Writes the bundle, whole or not at all.
+
+    Args:
+        dtype: "float32" or "bfloat16" to convert to; "": every tensor keeps its own, so that it can be given back.
+
+    Raises UserError where `output` exists, or a leaf's layers are of several dtypes; OSError.
+    """
+    keys, source = published.keys, published.source
+    dtypes: dict[str, str] = {}
+    for slot in keys.slots():
+        for name in slot.names:
+            found = dtype or DTYPES[source.dtype(name)]
+            if dtypes.setdefault(slot.leaf, found) != found:
+                raise UserError(
+                    f"{name}: expected {dtypes[slot.leaf]}, as the other parts of {slot.leaf} are; found {found}. "
+                    "--dtype makes all of them one"
+                )
+
+    def pieces() -> Iterator[tuple[str, int | None, np.ndarray]]:
+        for slot in keys.slots():
+            array = keys.to_ours(slot, [source.read(name) for name in slot.names])
+            yield slot.leaf, slot.layer, array.astype(dtypes[slot.leaf])
+
+    return bundle.write(
+        output,
+        config=keys.config,
+        params=bundle.Streamed(dtypes, pieces()),
+        grammar=published.grammar,
+        text_tokenizer=published.text,
+        image_tokenizer=published.image,
+        data=published.data,
+        sampling=published.sampling,
+        card=card,
+        published=published.record,
+        shard_bytes=shard_bytes,
+    )

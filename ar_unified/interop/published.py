@@ -1,0 +1,110 @@
+"""A published model that is opened: everything of it but the values of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ar_tokenizers.image.tokenizer import ImageTokenizer
+
+from ar_unified.errors import UserError
+from ar_unified.interop.keys import Dialect, Keys
+from ar_unified.interop.sources import Source
+from ar_unified.language.border import Border
+from ar_unified.language.grammar import Grammar
+from ar_unified.model.config import TransformerConfig
+
+_SHOWN = 5  # names in a message
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a system's module makes of a person's files.
+
+    Attributes:
+        system: its name in `systems.SYSTEMS`.
+        keys: the transformer's tensors, all of which `source` has.
+        text: the text tokenizer as the bundle keeps it. image: None for text alone.
+        data, sampling: sections of the bundle's config.json.
+        record: what an export needs and a bundle otherwise does not hold; JSON values.
+        notes: what a person should know, one sentence each.
+    """
+
+    system: str
+    keys: Keys
+    source: Source
+    grammar: Grammar
+    text: Any
+    image: ImageTokenizer | None
+    data: Mapping[str, Any]
+    sampling: Mapping[str, Any]
+    record: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The names of a file, sorted into those of the transformer and the others; checked by `keys`."""
+
+    source: Source
+    where: str
+    others: tuple[str, ...] = field(default=())
+
+    def keys(
+        self,
+        dialects: Sequence[Dialect],
+        config: TransformerConfig,
+        border: Border,
+        tables: tuple[int, ...] = (),
+        aside: Sequence[str] = (),
+    ) -> Keys:
+        """The transformer's tensors in the first of `dialects` that the file is written in.
+
+        aside: beginnings of names that are not the transformer's, as "vqmodel.".
+
+        Raises UserError, naming what is missing, left over or of another shape.
+        """
+        names = self.source.names()
+        dialect = next((each for each in dialects if each.names["norm"] in names), None)
+        if dialect is None:
+            wanted = " or ".join(dict.fromkeys(str(each.names["norm"]) for each in dialects))
+            raise UserError(f"{self.where}: expected a tensor {wanted}, found {_listed(sorted(names))}")
+        keys = Keys(dialect, config, border, tables, self._groups(dialect, config))
+        wanted = {name: shape for slot in keys.slots() for name, shape in zip(slot.names, slot.shapes, strict=True)}
+        tied = dialect.names["head"] if config.tie_embeddings else None
+        left = {
+            name
+            for name in names - wanted.keys()
+            if not name.startswith(tuple(aside)) and not name.endswith(dialect.ignored) and name != tied
+        }
+        if missing := sorted(wanted.keys() - names):
+            raise UserError(f"{self.where}: missing {_listed(missing)}; found but not expected: {_listed(sorted(left))}")
+        if left:
+            raise UserError(
+                f"{self.where}: this model has no place for {_listed(sorted(left))}: is --as the right system, and is "
+                "the config.json of these files?"
+            )
+        for name, shape in wanted.items():
+            if (found := self.source.shape(name)) != shape:
+                raise UserError(f"{self.where}: {name}: expected shape {list(shape)}, as the config says; found "
+                                f"{list(found)}")  # fmt: skip
+        return keys
+
+    def _groups(self, dialect: Dialect, config: TransformerConfig) -> tuple[int, int]:
+        """Of queries and keys, how many vectors of QK-norm weights the file has; 0: one, without an axis for them."""
+        found = []
+        for side, heads in (("query", config.n_heads), ("key", config.n_kv_heads)):
+            name = dialect.names.get(f"layers.attention.{side}_norm.scale", "")
+            name = str(name).format(0)
+            shape = self.source.shape(name) if config.qk_norm != "none" and name in self.source.names() else (0,)
+            groups = shape[0] if len(shape) == 2 else 0
+            if groups and heads % groups:
+                raise UserError(f"{self.where}: {name}: expected as many vectors as divide {heads} heads, found {groups}")
+            found.append(groups)
+        return found[0], found[1]
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN]) or "nothing"
+    return f"{len(names)} tensors, {shown}, ..." if len(names) > _SHOWN else shown

@@ -1,0 +1,137 @@
+"""Tensors in published files, read one at a time: a file is mapped, never held.
+
+What is in a folder that somebody sent is not trusted: an index leads to files beside it and nowhere else, a file is as
+long as its header says, and nothing in it is ever run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from ar_unified.data.files import FileError, Folder
+from ar_unified.errors import UserError, in_words
+from ar_unified.tensors import INDEX
+
+ALONE = "model.safetensors"
+DTYPES = {"BF16": "bfloat16", "F32": "float32", "F16": "float16"}  # by their names in a file
+_LARGEST = 1 << 26  # bytes of a JSON file
+
+
+class Source(Protocol):
+    """Named tensors."""
+
+    def names(self) -> set[str]: ...
+
+    def shape(self, name: str, /) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str, /) -> str:
+        """A key of DTYPES."""
+        ...
+
+    def read(self, name: str, /) -> np.ndarray: ...
+
+
+def open_source(path: str | Path) -> Source:
+    """The tensors of a .safetensors file, or of a folder that has one or several of them.
+
+    Raises UserError, naming the file: there is none, an index that does not fit it, a damaged file, a tensor twice.
+    """
+    path = Path(path)
+    if path.is_file():
+        return Safetensors({path.name: path})
+    if not path.is_dir():
+        raise UserError(f"{path}: expected a folder with .safetensors files, or one of them; found nothing")
+    if (path / INDEX).exists():
+        return Safetensors(*_indexed(path))
+    files = [path / ALONE] if (path / ALONE).exists() else sorted(path.glob("*.safetensors"))
+    if not files:
+        pickled = sorted(each.name for each in path.iterdir() if each.suffix in (".pth", ".pt", ".ckpt", ".bin"))
+        more = f": {pickled[0]} is pickled, `ar-unified convert-pickle` makes one of it" if pickled else ""
+        raise UserError(f"{path}: expected .safetensors files, found none{more}")
+    return Safetensors({file.name: inside(path, file.name) for file in files})
+
+
+def inside(folder: Path, name: str) -> Path:
+    """A file of a folder by a name that somebody wrote, or where the Hugging Face cache has it. Raises UserError."""
+    try:
+        found = Folder(folder).path(name)
+    except FileError as error:
+        raise UserError(f"{folder}: {name!r:.80}: {error.reason}") from error
+    if not found.is_file():
+        raise UserError(f"{folder}: expected a file {name!r:.80}, found none")
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Keys and values of a file that somebody sent. Raises UserError, naming it."""
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise UserError(f"{path}: expected at most {_LARGEST} bytes of JSON, found {path.stat().st_size}")
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(in_words(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: expected JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: expected keys and values, found {found!r:.80}")
+    return found
+
+
+def _indexed(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
+    path = folder / INDEX
+    found = read_json(path).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise UserError(f"{path}: weight_map: expected the file of each tensor, found {found!r:.80}")
+    return {file: inside(folder, file) for file in sorted(set(found.values()))}, found
+
+
+class Safetensors:
+    """Tensors of several files; `told`: the file of each, as an index says."""
+
+    def __init__(self, files: Mapping[str, Path], told: Mapping[str, str] | None = None):
+        self._tensors: dict[str, tuple[Any, str]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for file, path in files.items():
+            try:
+                opened = safe_open(path, framework="numpy")
+                names = set(opened.keys())
+            except (SafetensorError, OSError, ValueError) as error:
+                raise UserError(f"{path}: {error}: the file was cut short, or is no safetensors file") from error
+            wanted = {name for name, where in told.items() if where == file} if told is not None else names
+            if wrong := sorted(names ^ wanted):
+                what = (
+                    "is not in it, though the index says so" if wrong[0] in wanted else "is in it, but not in the index"
+                )
+                raise UserError(f"{path}: {wrong[0]!r:.120} {what}")
+            for name in sorted(names):
+                if name in self._tensors:
+                    raise UserError(f"{path}: {name!r:.120}: expected each tensor once, another file has it too")
+                view = opened.get_slice(name)
+                self._tensors[name] = (opened, view.get_dtype())
+                self._shapes[name] = tuple(view.get_shape())
+
+    def names(self) -> set[str]:
+        return set(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> str:
+        """Raises UserError for numbers that are not read, as fp8."""
+        found = self._tensors[name][1]
+        if found not in DTYPES:
+            raise UserError(
+                f"{name}: expected numbers of type {', '.join(DTYPES)}; found {found}: convert the file to "
+                "bfloat16 with what made it"
+            )
+        return found
+
+    def read(self, name: str) -> np.ndarray:
+        self.dtype(name)
+        return self._tensors[name][0].get_tensor(name)

@@ -1,0 +1,124 @@
+"""Named tensors into a folder of .safetensors files, written where they belong as they come: none is held.
+
+A file is [8 bytes: length of the header][header: name -> dtype, shape, begin and end][the tensors, one after another],
+so each part of a tensor has its place before the first is known (github.com/huggingface/safetensors, "Format").
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes  # noqa: F401 (numpy knows bfloat16 by it)
+import numpy as np
+
+INDEX = "model.safetensors.index.json"
+_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64"}
+
+
+class Kind(NamedTuple):
+    """shape, and dtype by numpy's name."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+class TensorWriter:
+    """Writes tensors by name; a context, at whose end all of every tensor is written or an error raised.
+
+    Args:
+        folder: is there, and has none of the files.
+        kinds: of every tensor, in the order in which they are put into files.
+        shard_bytes: of a file at most; a larger tensor has a file of its own.
+        alone: one file that holds all is called model.safetensors, and has no index, as transformers has it.
+        metadata: of each file's header.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        kinds: Mapping[str, Kind],
+        shard_bytes: int,
+        *,
+        alone: bool = False,
+        metadata: Mapping[str, str] | None = None,
+    ):
+        shards: list[dict[str, Kind]] = [{}]
+        size = 0
+        for name, kind in kinds.items():
+            if shards[-1] and size + kind.nbytes > shard_bytes:
+                shards.append({})
+                size = 0
+            shards[-1][name] = kind
+            size += kind.nbytes
+        self._folder, self._kinds = folder, kinds
+        self._places: dict[str, tuple[int, int]] = {}  # file handle, and where in it
+        self._left = {name: kind.nbytes for name, kind in kinds.items()}
+        self._handles: list[int] = []
+        self.files: dict[str, str] = {}
+        only = alone and len(shards) == 1
+        for number, shard in enumerate(shards, 1):
+            file = "model.safetensors" if only else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            self._begin(file, shard, dict(metadata or {"format": "np"}))
+            self.files |= dict.fromkeys(shard, file)
+        if not only:
+            total = sum(kind.nbytes for kind in kinds.values())
+            index = {"metadata": {"total_size": total}, "weight_map": self.files}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _begin(self, file: str, shard: Mapping[str, Kind], metadata: dict[str, str]) -> None:
+        header: dict[str, object] = {"__metadata__": metadata}
+        # The widest numbers first, as its readers want every tensor aligned.
+        order = sorted(shard, key=lambda name: (-np.dtype(shard[name].dtype).itemsize, name))
+        end = 0
+        begins = {}
+        for name in order:
+            begins[name], end = end, end + shard[name].nbytes
+            header[name] = {
+                "dtype": _NAMES[shard[name].dtype],
+                "shape": list(shard[name].shape),
+                "data_offsets": [begins[name], end],
+            }
+        head = json.dumps(header, separators=(",", ":")).encode()
+        head += b" " * (-len(head) % 8)
+        handle = os.open(self._folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._handles.append(handle)
+        _write(handle, len(head).to_bytes(8, "little") + head, 0)
+        os.truncate(handle, 8 + len(head) + end)
+        self._places |= {name: (handle, 8 + len(head) + begin) for name, begin in begins.items()}
+
+    def put(self, name: str, array: np.ndarray, at: int | None = None) -> None:
+        """A tensor, or what stands at index `at` of its first axis. Raises ValueError for another shape or dtype."""
+        kind = self._kinds[name]
+        shape = kind.shape if at is None else kind.shape[1:]
+        if array.shape != shape or array.dtype != np.dtype(kind.dtype):
+            raise ValueError(f"{name}: expected {kind.dtype} {list(shape)}, found {array.dtype} {list(array.shape)}")
+        handle, begin = self._places[name]
+        _write(handle, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, begin + (at or 0) * array.nbytes)
+        self._left[name] -= array.nbytes
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        for handle in self._handles:
+            if kind is None:
+                os.fsync(handle)
+            os.close(handle)
+        if kind is None and (wrong := [name for name, left in self._left.items() if left]):
+            raise AssertionError(f"{wrong[0]}: {self._left[wrong[0]]} bytes of it were not written")
+
+
+def _write(handle: int, data: bytes | memoryview, at: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(handle, view[: 1 << 30], at)
+        view, at = view[written:], at + written

@@ -1,0 +1,90 @@
+"""A SentencePiece model as the tokenizer.json that the `tokenizers` package, and so transformers, reads.
+
+The ids are the same, and the ids of every text but two kinds: a U+2581 in it is read as a space there (here it is
+spelled in bytes), and text that spells one of `added` becomes that token, unless special tokens are split there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import sentencepiece
+
+from ar_tokenizers.lossless import SPACE, is_bpe
+from ar_tokenizers.text import TextTokenizer
+
+
+def to_tokenizer_json(tokenizer: TextTokenizer, added: Sequence[str] = ()) -> str:
+    """The file's content.
+
+    Args:
+      tokenizer: lossless, as `TextTokenizer.train` makes them.
+      added: names of tokens that no text is spelled with, ids from `size` on.
+
+    Raises:
+      ValueError: the tokenizer loses text (such a one has its own published file), or a name is also a piece.
+    """
+    if tokenizer.losses:
+        raise ValueError(f"expected a text tokenizer that loses nothing, found {tokenizer.losses[0]}")
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
+    pieces = [processor.id_to_piece(id) for id in range(tokenizer.size)]
+    if both := sorted(set(pieces) & set(added)):
+        raise ValueError(f"expected names of tokens that are no pieces of text, found {both[0]!r}")
+    scores = [processor.get_score(id) for id in range(tokenizer.size)]
+    plain = [id for id in range(tokenizer.size) if not (processor.is_byte(id) or processor.is_unknown(id))]
+    unknown = next((pieces[id] for id in range(tokenizer.size) if processor.is_unknown(id)), None)
+    model: dict[str, Any]
+    if is_bpe(tokenizer.model_bytes):
+        model = {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": unknown,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": {piece: id for id, piece in enumerate(pieces)},
+            "merges": _merges(pieces, scores, plain),
+        }
+    else:
+        unknown_id = next(id for id in range(tokenizer.size) if processor.is_unknown(id))
+        entries = [[piece, score] for piece, score in zip(pieces, scores, strict=True)]
+        model = {"type": "Unigram", "unk_id": unknown_id, "vocab": entries, "byte_fallback": True}
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": tokenizer.size + i, "content": name, "special": True}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            for i, name in enumerate(added)
+        ],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
+        "model": model,
+    }
+    return json.dumps(content, ensure_ascii=False) + "\n"
+
+
+def _merges(pieces: Sequence[str], scores: Sequence[float], plain: Sequence[int]) -> list[list[str]]:
+    """Every pair that makes a piece, the pairs of the best piece first: what SentencePiece would join next."""
+    known = {pieces[id]: id for id in plain}
+    pairs = []
+    for id in plain:
+        piece = pieces[id]
+        halves = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
+        found = sorted((known[left], known[right]) for left, right in halves if left in known and right in known)
+        pairs += [(-scores[id], id, left, right) for left, right in found]
+    return [[pieces[left], pieces[right]] for _, _, left, right in sorted(pairs)]
