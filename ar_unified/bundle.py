@@ -6,6 +6,7 @@
     language.json                        the grammar's manifest: what a sequence of ids may say
     text_tokenizer/text.model            SentencePiece
     image_tokenizer/                     weights.safetensors, config.json; not there for text alone
+                                         published.safetensors: what an imported one keeps for its export
     model-00001-of-0000N.safetensors     the transformer's parameters by their paths, in the dtype they had
     model.safetensors.index.json         which of those files has which
     README.md                            the card, for people. Nothing reads it, so it is not among the files above
@@ -20,6 +21,7 @@ import concurrent.futures
 import contextlib
 import hashlib
 import json
+import os
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,6 +35,7 @@ import jax
 import numpy as np
 from ar_tokenizers.files import whole_folder
 from ar_tokenizers.image.tokenizer import CONFIG as IMAGE_CONFIG
+from ar_tokenizers.image.tokenizer import PUBLISHED as IMAGE_PUBLISHED
 from ar_tokenizers.image.tokenizer import WEIGHTS as IMAGE_WEIGHTS
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 from ar_tokenizers.text import TextTokenizer
@@ -51,6 +54,7 @@ VERSION = 1
 BUNDLE, CONFIG, LANGUAGE, CARD = "bundle.json", "config.json", "language.json", "README.md"
 TEXT, IMAGE = "text_tokenizer/text.model", "image_tokenizer"
 _IMAGE = (f"{IMAGE}/{IMAGE_WEIGHTS}", f"{IMAGE}/{IMAGE_CONFIG}")
+_KEPT = f"{IMAGE}/{IMAGE_PUBLISHED}"
 _NEEDED = (CONFIG, LANGUAGE, TEXT, INDEX)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # by their names in a file
@@ -223,8 +227,11 @@ class Bundle:
         """None: there is text alone. batch_size: images in one call of it."""
         if not self.has_images:
             return None
-        for name in _IMAGE:
+        kept = _KEPT in self._files
+        for name in (*_IMAGE, _KEPT) if kept else _IMAGE:
             self._read(name)
+        if not kept and os.path.lexists(self.folder / _KEPT):
+            raise self._error(BUNDLE, f"files: {_KEPT} is missing")
         with self._reading(IMAGE):
             tokenizer = ImageTokenizer.load(self.folder / IMAGE, batch_size=batch_size)
         if tokenizer.hash != (found := self.language.get("image_hash")):
@@ -318,7 +325,7 @@ class Bundle:
         if not isinstance(files, dict):
             raise self._error(BUNDLE, f"files: expected keys and values, found {files!r:.80}")
         for name, facts in files.items():
-            if name not in (*_NEEDED, *_IMAGE) and not _SHARD.fullmatch(name):
+            if name not in (*_NEEDED, *_IMAGE, _KEPT) and not _SHARD.fullmatch(name):
                 raise self._error(BUNDLE, f"files: a bundle has no file {name!r:.80}")
             size, digest = (facts.get(key) if isinstance(facts, dict) else None for key in ("bytes", "sha256"))
             if type(size) is not int or not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):

@@ -211,7 +211,9 @@ class ImageTokenizer:
 
 
 def _published(folder: Path, digest: str) -> dict[str, np.ndarray]:
-    """What was saved as it was published. Raises FileNotFoundError, ValueError: it is not what was saved."""
+    """What was kept as it was published. Raises ValueError: it is not there, or not what was saved."""
+    if not (folder / PUBLISHED).is_file():
+        raise ValueError(f"{folder}: expected {PUBLISHED}, of which {CONFIG} tells; there is none")
     kept = (folder / PUBLISHED).read_bytes()
     if hashlib.sha256(kept).hexdigest() != digest:
         raise ValueError(f"{folder / PUBLISHED}: the file was changed, or comes from another tokenizer")
