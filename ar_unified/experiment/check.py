@@ -21,6 +21,7 @@ from ar_tokenizers.image.quantizers import NAMES
 from ar_tokenizers.image.quantizers.base import GRADIENTS
 from ar_tokenizers.image.quantizers.codebook import UPDATES
 from ar_tokenizers.image.quantizers.fsq import ACTIVATIONS
+from ar_tokenizers.image.quantizers.vq import SPACES
 from ar_tokenizers.image.weights import check_file
 from ar_tokenizers.text import Lossy, ModelType
 from ml_collections import ConfigDict
@@ -57,6 +58,7 @@ CHOICES: dict[str, Collection[str]] = {
     "image_tokenizer.activation": ACTIVATIONS,
     "image_tokenizer.codebook_update": UPDATES,
     "image_tokenizer.gradient": GRADIENTS,
+    "image_tokenizer.space": SPACES,
     "image_tokenizer.perceptual": get_args(perceptual.Kind),
     **{f"image_tokenizer.adversary.{name}": known for name, known in adversary.CHOICES.items()},
     **{f"model.{name}": known for name, known in model_config.CHOICES.items()},
@@ -77,7 +79,8 @@ RANGES: dict[str, dict[str, str]] = {  # of the keys that no dataclass asks abou
     "image_tokenizer": {
         **dict.fromkeys(("batch_size", "accumulation", "depth"), _COUNT),
         **dict.fromkeys(
-            ("steps", "warmup_steps", "checkpoint_every", "crop", "short_side", "code_dim", "beta"), _NOT_NEGATIVE
+            ("steps", "warmup_steps", "checkpoint_every", "crop", "short_side", "code_dim", "beta", "temporal_blocks"),
+            _NOT_NEGATIVE,
         ),
     },
     "loss": {"prompt": _NOT_NEGATIVE, "z_loss": _NOT_NEGATIVE, "chunk": _COUNT},
