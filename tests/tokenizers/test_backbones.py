@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,41 @@ def test_presets_have_their_sizes_and_any_shape_of_image(name):
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PARAMETERS[name]
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     assert (out.pixels.shape, out.codes.shape) == (pixels.shape, (2, 3, 5))
+
+
+def test_a_decoder_may_have_widths_and_blocks_of_its_own():
+    config = dataclasses.replace(SMALL, decoder_multipliers=(1, 2, 2), decoder_blocks=(1, 3, 2))
+    assert config.decoder_levels == ((32, 1), (64, 3), (64, 2)) and SMALL.decoder_levels == ((32, 2), (32, 3), (64, 2))
+    shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))["decoder"]
+    assert [sum(name.startswith("block") for name in shapes[f"level{index}"]) for index in range(3)] == [1, 3, 2]
+    assert shapes["level1"]["block0"]["conv1"]["kernel"].shape == (3, 3, 64, 64)
+    assert shapes["head"]["kernel"].shape == (3, 3, 32, 3)
+    out = jax.eval_shape(lambda params, codes: Autoencoder.bind(config, params).decode(codes),
+                         jax.eval_shape(functools.partial(init, config), jax.random.key(0)),
+                         jax.ShapeDtypeStruct((1, 2, 3), jnp.int32))  # fmt: skip
+    assert out.shape == (1, 8, 12, 3)
+
+
+def test_settings_that_came_later_do_not_move_the_hash_of_tokenizers_from_before():
+    later = {"decoder_multipliers", "decoder_blocks", "space"}
+    assert not later & json.loads(SMALL.identity()).keys()
+    for name, value in dict(decoder_multipliers=(1, 1, 4), decoder_blocks=(2, 3, 2)).items():
+        changed = dataclasses.replace(SMALL, **{name: value})
+        assert json.loads(changed.identity())[name] == list(value)
+        assert AutoencoderConfig.from_dict(dataclasses.asdict(changed)) == changed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(decoder_blocks=(1, 2)), "3 levels, fine to coarse, but decoder_blocks has 2"),
+        (dict(decoder_multipliers=(1, 0, 2)), "must be at least 1"),
+        (dict(backbone="space_to_depth", attention="none", decoder_blocks=(1, 2, 1)), "'space_to_depth' has \\(\\)"),
+    ],
+)
+def test_decoders_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **changes)
 
 
 def test_an_unknown_preset_names_those_there_are():

@@ -28,6 +28,8 @@ class AutoencoderConfig:
         1,
         2,
     )  # residual blocks per level of the encoder; vqgan's decoder has one more in each
+    decoder_multipliers: tuple[int, ...] = ()  # vqgan, movq: of the decoder, fine to coarse too; (): the encoder's
+    decoder_blocks: tuple[int, ...] = ()  # likewise; (): one more than the encoder has
     attention: Literal["none", "middle", "lowest"] = "none"  # vqgan: only between encoder and codes | in all of the
     # lowest resolution. It costs (HW / factor^2)^2, and a code then looks at every pixel
     z_channels: int = 256  # vqgan, movq: features between its last 3 x 3 convolution and the quantizer
@@ -48,13 +50,13 @@ class AutoencoderConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the networks' arithmetic; parameters and codes: float32
 
     def __post_init__(self) -> None:
-        for name in ("multipliers", "blocks", "levels"):  # JSON and ml_collections bring lists
+        for name in (*PER_LEVEL, "levels"):  # JSON and ml_collections bring lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
         depth = (self.factor // max(self.patch, 1)).bit_length()
         if self.patch < 1 or depth < 1 or self.factor != self.patch << (depth - 1):
             raise ValueError(f"factor must be patch x a power of two, got factor {self.factor} and patch {self.patch}")
-        for name in ("multipliers", "blocks"):
-            if len(getattr(self, name)) != depth:
+        for name in PER_LEVEL:
+            if len(getattr(self, name)) != depth and (getattr(self, name) or not name.startswith("decoder_")):
                 raise ValueError(
                     f"factor {self.factor} and patch {self.patch} make {depth} levels, fine to coarse, "
                     f"but {name} has {len(getattr(self, name))}: {getattr(self, name)}"
@@ -62,13 +64,17 @@ class AutoencoderConfig:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
-        if min(self.width, self.z_channels, *self.multipliers) < 1:
-            raise ValueError(f"width, multipliers and z_channels must be at least 1: {self}")
+        if min(self.width, self.z_channels, *self.multipliers, *self.decoder_multipliers, *self.decoder_blocks) < 1:
+            raise ValueError(f"width, multipliers, z_channels and decoder_blocks must be at least 1: {self}")
         if min(self.blocks) < (fewest := int(self.backbone != "space_to_depth")):
             raise ValueError(f"a level of backbone {self.backbone!r} has at least {fewest} blocks, got {self.blocks}")
         if self.backbone == "space_to_depth" and self.attention != "none":
             raise ValueError(
                 f"backbone 'space_to_depth' has no attention, got {self.attention!r}: choose 'vqgan' or 'none'"
+            )
+        if self.backbone == "space_to_depth" and (self.decoder_multipliers or self.decoder_blocks):
+            raise ValueError(
+                "decoder_multipliers and decoder_blocks are for 'vqgan' and 'movq'; 'space_to_depth' has ()"
             )
         if self.temporal_blocks < 0 or (self.temporal_blocks and self.backbone != "movq"):
             raise ValueError(f"temporal_blocks={self.temporal_blocks} is for 'movq'; {self.backbone!r} has 0")
@@ -120,6 +126,13 @@ class AutoencoderConfig:
         """Features per level, fine to coarse."""
         return tuple(self.width * multiplier for multiplier in self.multipliers)
 
+    @property
+    def decoder_levels(self) -> tuple[tuple[int, int], ...]:
+        """(features, residual blocks) per level of the vqgan and movq decoders, fine to coarse."""
+        blocks = self.decoder_blocks or tuple(blocks + 1 for blocks in self.blocks)
+        multipliers = self.decoder_multipliers or self.multipliers
+        return tuple((self.width * multiplier, count) for multiplier, count in zip(multipliers, blocks, strict=True))
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Pixels -> the grid of codes (h, w). Raises ValueError unless both sides are multiples of the factor."""
         if height <= 0 or width <= 0 or height % self.factor or width % self.factor:
@@ -135,12 +148,14 @@ _NAMED_BEFORE = {"update": "codebook_update", "folded": "space_to_depth"}
 
 
 # Settings that came later, and the value that tokenizers from before have: it is no part of their hash.
-_ADDED = {"temporal_blocks": 0, "space": "sphere"}
+_ADDED = {"temporal_blocks": 0, "space": "sphere", "decoder_multipliers": (), "decoder_blocks": ()}
 
 
 def _renamed(value: Any, names: Mapping[str, str]) -> Any:
     return names.get(value, value) if isinstance(value, str) else value
 
+
+PER_LEVEL = ("multipliers", "blocks", "decoder_multipliers", "decoder_blocks")  # settings with a number for each
 
 CHOICES = {
     "backbone": ("space_to_depth", "vqgan", "movq"),

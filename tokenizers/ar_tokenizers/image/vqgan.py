@@ -64,21 +64,21 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """float32 [B, h, w, C] -> float32 [B, H, W, 3]: the encoder backwards, with one more block in each level.
+    """float32 [B, h, w, C] -> float32 [B, H, W, 3]: the encoder backwards, by default with one more block in each level.
 
     Args:
       norm: makes what stands before every convolution, called as norm(width, dtype=dtype).
     """
 
     def __init__(self, config: AutoencoderConfig, dim: int, *, rngs: nnx.Rngs, norm: Norm = GroupNorm) -> None:
-        dtype, widths = jnp.dtype(config.dtype), config.widths
-        self.patch, self.dtype, self.depth = config.patch, dtype, len(widths)
-        previous = widths[-1]
+        dtype, levels = jnp.dtype(config.dtype), config.decoder_levels
+        self.patch, self.dtype, self.depth = config.patch, dtype, len(levels)
+        previous = levels[-1][0]
         self.from_code = linear(dim, config.z_channels, dtype=jnp.float32, rngs=rngs)
         self.stem = Conv3x3(config.z_channels, previous, dtype=dtype, rngs=rngs)
         self.middle = Middle(previous, config.attention != "none", dtype=dtype, rngs=rngs, norm=norm)
         for index in reversed(range(self.depth)):
-            width, blocks = widths[index], config.blocks[index] + 1
+            width, blocks = levels[index]
             attention = config.attention == "lowest" and index == self.depth - 1
             level = Level(previous, width, blocks, attention, dtype=dtype, rngs=rngs, norm=norm)
             setattr(self, f"level{index}", level)
