@@ -30,6 +30,8 @@ PARAMETERS = {  # as published: VQGAN f16 and LlamaGen VQ-16 72M, SBER-MoVQGAN 2
     "chameleon_f16": 66_492_039,
     "open_magvit2_f16": 92_894_523,
     "ibq_f16": 106_658_439,
+    "lwm_f16": 0,
+    "showo_f16": 0,
     "emu3_f8": 270_373_167,
     "movqgan_f8": 270_603_567,
     "emu3_vision_f8": 270_605_699,
@@ -133,13 +135,14 @@ def test_group_norm_is_that_of_its_paper_in_float32():
 def test_weights_travel_by_taming_names(attention):
     config = dataclasses.replace(SMALL, attention=attention)
     params = random_params(config)
-    state = taming.to_taming(params)
+    state = taming.to_taming(config, params)
     assert "encoder.down.0.downsample.conv.weight" in state and "decoder.up.2.upsample.conv.weight" in state
     assert any("attn" in name for name in state) == (attention != "none")
-    back = taming.from_taming(config, state)
+    back, kept = taming.from_taming(config, state)
+    assert back.keys() == {"encoder", "decoder"} and not kept  # fsq, by default, has no arrays
     jax.tree.map(np.testing.assert_array_equal, back, {name: params[name] for name in back})
     del state["quant_conv.bias"]
-    with pytest.raises(ValueError, match="quant_conv.bias is missing"):
+    with pytest.raises(ValueError, match="1 are missing: quant_conv.bias"):
         taming.from_taming(config, state)
 
 
@@ -161,7 +164,7 @@ def test_encoder_equals_that_of_chameleon_in_transformers(factor, attention):
             num_res_blocks=2, resolution=32, attn_resolutions=[32 // factor] if attention == "lowest" else None,
         )
     )  # fmt: skip
-    state = {name: torch.from_numpy(leaf.copy()) for name, leaf in taming.to_taming(params).items()}
+    state = {name: torch.from_numpy(leaf.copy()) for name, leaf in taming.to_taming(config, params).items()}
     missing, unknown = peer.load_state_dict(state, strict=False)
     assert missing == ["quantize.embedding.weight"] and all(name.startswith("decoder.") for name in unknown)
     with torch.inference_mode():
@@ -214,7 +217,9 @@ def test_decoder_equals_that_of_taming_transformers_written_in_torch():
                                attention="middle", z_channels=DIM)  # fmt: skip
     params = random_params(config)
     names = {
-        name.partition("decoder.")[2]: leaf for name, leaf in taming.to_taming(params).items() if "decoder" in name
+        name.partition("decoder.")[2]: leaf
+        for name, leaf in taming.to_taming(config, params).items()
+        if "decoder" in name
     }
     peer = make_decoder(config.multipliers)
     peer.load_state_dict({name: torch.from_numpy(leaf.copy()) for name, leaf in names.items()})

@@ -192,6 +192,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "maskgit_f16": _vqgan(128, (1, 1, 2, 2, 4), 2),
     # transformers' configuration_chameleon.py (arXiv:2405.09818).
     "chameleon_f16": _vqgan(128, (1, 1, 2, 2, 4), 2, attention="middle"),
+    # LargeWorldModel/LWM (lwm/vqgan.py), and showlab/magvitv2, whose decoder is not its encoder's mirror (Show-o,
+    # models/modeling_magvitv2.py).
+    "lwm_f16": _vqgan(128, (1, 2, 2, 4, 6), 2, z_channels=64),
+    "showo_f16": _vqgan(128, (1, 2, 2, 4, 4), 4, attention="middle", z_channels=13)
+    | dict(blocks=(4, 3, 4, 3, 4), decoder_multipliers=(1, 1, 2, 2, 4), decoder_blocks=(4, 4, 3, 4, 3)),
     # TencentARC/SEED-Voken: Open-MAGVIT2 (arXiv:2409.04410) and IBQ (arXiv:2412.02692), which Emu3.5 scaled up.
     "open_magvit2_f16": _vqgan(128, (1, 1, 2, 2, 4), 4, z_channels=18),
     "ibq_f16": _vqgan(128, (1, 1, 2, 2, 4), 4, attention="lowest"),

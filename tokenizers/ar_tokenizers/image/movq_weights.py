@@ -20,7 +20,7 @@ from flax import traverse_util
 from ar_tokenizers.image import temporal
 from ar_tokenizers.image.autoencoder import Params, init
 from ar_tokenizers.image.config import PRESETS, AutoencoderConfig
-from ar_tokenizers.image.taming import in_first, out_first, published_name
+from ar_tokenizers.image.taming import check_names, in_first, out_first, published_name, some
 
 DIALECTS = ("movqgan", "emu3", "emu3_hf")
 # Settings of Emu3's vision tokenizer: ours -> in the original, in transformers, what both have where it is not said.
@@ -128,7 +128,7 @@ def dialect_of(names: Iterable[str]) -> str:
         return "emu3" if starts("encoder.time_conv.") else "movqgan"
     raise ValueError(
         "weights of MoVQGAN or of Emu3's vision tokenizer: expected names like encoder.down.0.block.0.conv1.weight or "
-        f"encoder.down_block.down.0.block.0.conv1.weight, found {_some(names)}"
+        f"encoder.down_block.down.0.block.0.conv1.weight, found {some(names)}"
     )
 
 
@@ -151,13 +151,7 @@ def from_published(
     network, kept = _expected(config, dialect)
     state = {name: leaf for name, leaf in state.items() if not name.startswith(_NOT_READ)}
     wanted = {place.name: place.shape for place in network.values()} | kept
-    if missing := wanted.keys() - state.keys():
-        raise ValueError(f"weights named as in {dialect}: {len(missing)} are missing: {_some(missing)}")
-    if extra := state.keys() - wanted.keys():
-        raise ValueError(f"weights named as in {dialect}: the config has no place for {len(extra)}: {_some(extra)}")
-    for name, shape in wanted.items():
-        if (found := np.shape(state[name])) != shape:
-            raise ValueError(f"{name}: the config asks for {list(shape)}, found {list(found)}")
+    check_names(dialect, wanted, state)
     ours = {name: _to_ours(place, np.asarray(state[place.name], np.float32)) for name, place in network.items()}
     published = {
         name: np.array(state[name], np.float32 if shape else np.int64, order="C") for name, shape in kept.items()
@@ -183,13 +177,13 @@ def to_published(
     if differ := kept.keys() ^ published.keys():
         raise ValueError(
             f"layers in time, which the network has as they are to one picture: expected them beside it as they were "
-            f"published, which {_some(differ)} is not: only a tokenizer that was imported can be exported as {dialect}"
+            f"published, which {some(differ)} is not: only a tokenizer that was imported can be exported as {dialect}"
         )
     if kept:
         folded = _flat(temporal.fold(published, config.temporal_blocks))
         if moved := {name for name, leaf in folded.items() if not np.array_equal(np.asarray(ours[name]), leaf)}:
             raise ValueError(
-                f"layers in time: those that were published do not make the network's {_some(moved)}: it was trained "
+                f"layers in time: those that were published do not make the network's {some(moved)}: it was trained "
                 "since, and what a video would need is not known. Export the tokenizer as it was imported"
             )
     found = {
@@ -249,9 +243,3 @@ def _to_ours(place: _Place, leaf: np.ndarray) -> np.ndarray:
 
 def _flat(tree: Params) -> dict[str, Any]:
     return traverse_util.flatten_dict(tree, sep=".")
-
-
-def _some(names: Iterable[str], most: int = 4) -> str:
-    """The first few of many names."""
-    names = sorted(names)
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

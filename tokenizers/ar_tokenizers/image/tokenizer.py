@@ -19,7 +19,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from ar_tokenizers.files import write_bytes
-from ar_tokenizers.image.autoencoder import Autoencoder, Params, init, to_float, to_uint8
+from ar_tokenizers.image.autoencoder import NO_DECODER, Autoencoder, Params, init, to_float, to_uint8
 from ar_tokenizers.image.config import AutoencoderConfig
 from ar_tokenizers.image.tiling import map_windows
 
@@ -33,6 +33,7 @@ class ImageTokenizer:
     h is H/factor and w is W/factor x codes_per_position: see AutoencoderConfig.grid.
 
     Args:
+      params: as `init` makes them; without "decoder" for a tokenizer that reads images and draws none (`no_decoder`).
       batch_size: images in one call of the compiled network; the last batch is padded. One size means one compiled
         program per image size, and codes that do not depend on how many images came together.
       published: of a tokenizer that was imported: arrays of the published file that the network does not compute with,
@@ -52,6 +53,8 @@ class ImageTokenizer:
     ) -> None:
         expected = _flatten(jax.eval_shape(functools.partial(init, config), jax.random.key(0)))
         found = _flatten(params)
+        if "decoder" not in params:
+            expected = {name: leaf for name, leaf in expected.items() if not name.startswith("decoder.")}
         for name in sorted(expected.keys() | found.keys()):
             want, have = (getattr(leaves.get(name), "shape", "missing") for leaves in (expected, found))
             if want != have:
@@ -64,6 +67,11 @@ class ImageTokenizer:
     @property
     def codebook_size(self) -> int:
         return self.config.codebook_size
+
+    @property
+    def no_decoder(self) -> str:
+        """Why this tokenizer draws no images, and what to do, as one sentence; "": it does."""
+        return "" if "decoder" in self.params else NO_DECODER
 
     @property
     def factor(self) -> int:
@@ -117,8 +125,10 @@ class ImageTokenizer:
         `tile` and `overlap` as in `encode`, in pixels; overlaps are blended, so that no seam shows.
 
         Raises:
-          ValueError: codes outside [0, codebook_size), or windows as in `encode`.
+          ValueError: codes outside [0, codebook_size), windows as in `encode`, or there is no decoder.
         """
+        if self.no_decoder:
+            raise ValueError(self.no_decoder)
         codes, depth = np.asarray(codes), self.codes_per_position
         if not np.issubdtype(codes.dtype, np.integer) or codes.ndim != 3:
             raise ValueError(f"codes must be integers [B, h, w], got {codes.dtype} {list(codes.shape)}")

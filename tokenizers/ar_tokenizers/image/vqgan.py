@@ -64,7 +64,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """float32 [B, h, w, C] -> float32 [B, H, W, 3]: the encoder backwards, by default with one more block in each level.
+    """float32 [B, h, w, C] -> float32 [B, H, W, 3]: the encoder backwards, one more block in each level unless told.
 
     Args:
       norm: makes what stands before every convolution, called as norm(width, dtype=dtype).
