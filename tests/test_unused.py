@@ -19,7 +19,8 @@ CALLED = {
     "ar_unified.language.border: MappedCodec": "who brings the text tokenizer of another system",
     "ar_tokenizers.image.space_to_depth: receptive_radius": "who decodes in windows asks what overlap to take",
     "ar_tokenizers.image.movq_weights: *": "who brings weights of MoVQGAN or of Emu3's vision tokenizer",
-    "ar_tokenizers.image.taming: from_taming": "who brings weights of taming-transformers' VQGAN",
+    "ar_tokenizers.image.published: *": "who brings image tokenizers of others, or takes ours to them",
+    "ar_tokenizers.image.taming: dialect_of": "likewise",
 }
 
 

@@ -26,7 +26,7 @@ from ar_tokenizers.image.weights import check_file
 from ar_tokenizers.text import Lossy, ModelType
 from ml_collections import ConfigDict
 
-from ar_unified.data.images import RESIZES
+from ar_unified.data.images import RESIZES, draws_none
 from ar_unified.data.items import has_images
 from ar_unified.data.packing import Mixture
 from ar_unified.data.prepare import folder_name
@@ -290,6 +290,8 @@ def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> No
     theirs = {"model": model_config.decisive(bundle.config)}
     if image is not None:
         theirs["image_tokenizer"] = configs.plain(dataclasses.asdict(image.config))
+        if (why := draws_none(image)) and {"samples", "tokenizer_evaluation", "evaluation"} & set(stages):
+            problems.say("init", f"{why}. `ar-unified prepare` and `ar-unified train` need none")
     elif config.image_tokenizer.steps:
         problems.say("image_tokenizer.steps", "expected 0, as the bundle in config.init is of text alone")
     for section, fields in theirs.items():
