@@ -7,6 +7,7 @@
                                          the text tokenizer has the ids of a published table
     text_tokenizer/                      one of text.model (SentencePiece), tokenizer.json, text.tiktoken: as published
     image_tokenizer/                     weights.safetensors, config.json; not there for text alone
+                                         published.safetensors: what an imported one keeps for its export
     model-00001-of-0000N.safetensors     the transformer's parameters by their paths, in the dtype they had
     model.safetensors.index.json         which of those files has which
     published.json                       of published weights: what their own form had that nothing here needs, for an
@@ -23,6 +24,7 @@ import concurrent.futures
 import contextlib
 import hashlib
 import json
+import os
 import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -37,6 +39,7 @@ import numpy as np
 from ar_tokenizers.codec import FILES, Codec
 from ar_tokenizers.files import whole_folder, write_bytes
 from ar_tokenizers.image.tokenizer import CONFIG as IMAGE_CONFIG
+from ar_tokenizers.image.tokenizer import PUBLISHED as IMAGE_PUBLISHED
 from ar_tokenizers.image.tokenizer import WEIGHTS as IMAGE_WEIGHTS
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 from safetensors import SafetensorError, safe_open
@@ -59,6 +62,7 @@ TEXT, IMAGE = "text_tokenizer", "image_tokenizer"
 PUBLISHED, KEPT = "published.json", "published.safetensors"
 _TEXT = tuple(f"{TEXT}/{name}" for name in FILES)
 _IMAGE = (f"{IMAGE}/{IMAGE_WEIGHTS}", f"{IMAGE}/{IMAGE_CONFIG}")
+_IMAGE_KEPT = f"{IMAGE}/{IMAGE_PUBLISHED}"
 _NEEDED = (CONFIG, LANGUAGE, INDEX)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # by their names in a file
@@ -263,8 +267,11 @@ class Bundle:
         """None: there is text alone. batch_size: images in one call of it."""
         if not self.has_images:
             return None
-        for name in _IMAGE:
+        kept = _IMAGE_KEPT in self._files
+        for name in (*_IMAGE, _IMAGE_KEPT) if kept else _IMAGE:
             self._read(name)
+        if not kept and os.path.lexists(self.folder / _IMAGE_KEPT):
+            raise self._error(BUNDLE, f"files: {_IMAGE_KEPT} is missing")
         with self._reading(IMAGE):
             tokenizer = ImageTokenizer.load(self.folder / IMAGE, batch_size=batch_size)
         if tokenizer.hash != (found := self.language.get("image_hash")):
@@ -376,7 +383,7 @@ class Bundle:
         if not isinstance(files, dict):
             raise self._error(BUNDLE, f"files: expected keys and values, found {files!r:.80}")
         for name, facts in files.items():
-            if name not in (*_NEEDED, *_TEXT, *_IMAGE, PUBLISHED, KEPT) and not _SHARD.fullmatch(name):
+            if name not in (*_NEEDED, *_TEXT, *_IMAGE, _IMAGE_KEPT, PUBLISHED, KEPT) and not _SHARD.fullmatch(name):
                 raise self._error(BUNDLE, f"files: a bundle has no file {name!r:.80}")
             size, digest = (facts.get(key) if isinstance(facts, dict) else None for key in ("bytes", "sha256"))
             if type(size) is not int or not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):

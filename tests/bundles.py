@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,16 @@ def parts(layout: str = "grid") -> dict[str, Any]:
 
 def write(folder: Path, layout: str = "grid", **changes: Any) -> bundle.Bundle:
     return bundle.write(folder, **parts(layout) | changes)
+
+
+def write_without_decoder(folder: Path) -> bundle.Bundle:
+    """Of "grid", with an image tokenizer that reads images and draws none."""
+    of = parts("grid")
+    kept = {name: part for name, part in of["image_tokenizer"].params.items() if name != "decoder"}
+    tokenizer = ImageTokenizer(IMAGE, kept, batch_size=8)
+    vocabulary = dataclasses.replace(of["grammar"].vocabulary, image_hash=tokenizer.hash)
+    grammar = Grammar(vocabulary, of["grammar"].layout, of["text_tokenizer"])
+    return write(folder, image_tokenizer=tokenizer, grammar=grammar)
 
 
 def grey(height: int = 30, width: int = 20) -> np.ndarray:

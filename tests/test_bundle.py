@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ar_tokenizers.image.tokenizer import ImageTokenizer
 from safetensors.numpy import load_file, save_file
 
 from ar_unified import bundle as bundles
@@ -49,6 +50,21 @@ def test_what_is_written_comes_back(tmp_path, layout):
     assert (image is None) == (layout == "none") and (image is None or image.hash == written["image_tokenizer"].hash)
     again = write(tmp_path / "again", layout, card="# other words\n")
     assert again.hash == found.hash, "the same but for the card, which is for people"
+
+
+def test_what_an_imported_image_tokenizer_keeps_is_there_again_and_checked(tmp_path):
+    image, kept = parts()["image_tokenizer"], {"time_conv.weight": np.arange(6, dtype=np.float32), "n": np.array(2**40)}
+    found = write(tmp_path / "b", image_tokenizer=ImageTokenizer(image.config, image.params, published=kept))
+    again = found.image_tokenizer()
+    assert again is not None and again.hash == image.hash
+    same(again.published, kept)
+    file = "image_tokenizer/published.safetensors"
+    flipped(file)(tmp_path / "b")
+    with pytest.raises(BundleError, match=f"{file}: expected sha256"):
+        Bundle(tmp_path / "b").image_tokenizer()
+    reseal(tmp_path / "b", **{file: None})
+    with pytest.raises(BundleError, match=f"files: {file} is missing"):
+        Bundle(tmp_path / "b").image_tokenizer()
 
 
 def test_weights_are_sharded_by_size_and_keep_their_dtype(tmp_path):

@@ -27,7 +27,7 @@ import jax
 import numpy as np
 
 from ar_unified.checkpoint import Checkpoints, steps_in
-from ar_unified.data.images import NoImages
+from ar_unified.data.images import NoImages, draws_none
 from ar_unified.data.loader import PackedBatches, Phase
 from ar_unified.data.prepare import load_report
 from ar_unified.experiment import config as configs
@@ -159,7 +159,9 @@ def _code_vectors(experiment: Experiment) -> np.ndarray | None:
 
 
 def _preview(experiment: Experiment) -> Any:
-    """A function that draws images for the first held-out prompts that ask for one."""
+    """A function that draws images for the first held-out prompts that ask for one; None: there is no decoder."""
+    if draws_none(experiment.image_tokenizer):
+        return None
     prompts = []
     for source in experiment.held_out["validation"]:
         for i in range(min(len(source), _PREVIEWS)):

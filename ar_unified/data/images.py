@@ -232,6 +232,14 @@ class NoImages:
     decode = encode
 
 
+def draws_none(tokenizer: ImageCodec) -> str:
+    """Why a tokenizer draws no images and what to do, in a sentence; "": it does. One from a file may have no decoder.
+
+    To be asked before a model samples codes that nobody could look at.
+    """
+    return getattr(tokenizer, "no_decoder", "")
+
+
 def by_size(function: Callable[[np.ndarray], np.ndarray], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
     """`function` over the arrays, those of one shape in one call; results in the order of the arrays."""
     rows: dict[tuple[int, ...], list[int]] = defaultdict(list)

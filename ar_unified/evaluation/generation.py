@@ -22,8 +22,9 @@ from typing import Any, TypeGuard
 import numpy as np
 from ar_tokenizers.image.metrics import psnr
 
-from ar_unified.data.images import ImageCodec, by_size
+from ar_unified.data.images import ImageCodec, by_size, draws_none
 from ar_unified.data.sources import BadItem, Source
+from ar_unified.errors import UserError
 from ar_unified.evaluation.right_answers import Protocol, same_text, text_of
 from ar_unified.language.document import CodesPart, Document, ImagePart, Part, TextPart
 from ar_unified.language.grammar import Grammar
@@ -354,9 +355,11 @@ def _judged(
 
 
 class _Codec:
-    """Pixels <-> codes, computed in batches of images of one size, and remembered."""
+    """Pixels <-> codes, computed in batches of images of one size, and remembered. Raises UserError: no decoder."""
 
     def __init__(self, tokenizer: ImageCodec):
+        if why := draws_none(tokenizer):
+            raise UserError(why)
         self.tokenizer = tokenizer
         self.codes: dict[str, np.ndarray] = {}  # by pixels
         self.pixels: dict[str, np.ndarray] = {}  # by codes

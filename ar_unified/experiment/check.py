@@ -22,11 +22,12 @@ from ar_tokenizers.image.quantizers import NAMES
 from ar_tokenizers.image.quantizers.base import GRADIENTS
 from ar_tokenizers.image.quantizers.codebook import UPDATES
 from ar_tokenizers.image.quantizers.fsq import ACTIVATIONS
+from ar_tokenizers.image.quantizers.vq import SPACES
 from ar_tokenizers.image.weights import check_file
 from ar_tokenizers.text import ModelType
 from ml_collections import ConfigDict
 
-from ar_unified.data.images import RESIZES
+from ar_unified.data.images import RESIZES, draws_none
 from ar_unified.data.items import has_images
 from ar_unified.data.packing import Mixture
 from ar_unified.data.prepare import folder_name
@@ -58,6 +59,7 @@ CHOICES: dict[str, Collection[str]] = {
     "image_tokenizer.activation": ACTIVATIONS,
     "image_tokenizer.codebook_update": UPDATES,
     "image_tokenizer.gradient": GRADIENTS,
+    "image_tokenizer.space": SPACES,
     "image_tokenizer.perceptual": get_args(perceptual.Kind),
     **{f"image_tokenizer.adversary.{name}": known for name, known in adversary.CHOICES.items()},
     **{f"model.{name}": known for name, known in model_config.CHOICES.items()},
@@ -78,7 +80,8 @@ RANGES: dict[str, dict[str, str]] = {  # of the keys that no dataclass asks abou
     "image_tokenizer": {
         **dict.fromkeys(("batch_size", "accumulation", "depth"), _COUNT),
         **dict.fromkeys(
-            ("steps", "warmup_steps", "checkpoint_every", "crop", "short_side", "code_dim", "beta"), _NOT_NEGATIVE
+            ("steps", "warmup_steps", "checkpoint_every", "crop", "short_side", "code_dim", "beta", "temporal_blocks"),
+            _NOT_NEGATIVE,
         ),
     },
     "loss": {"prompt": _NOT_NEGATIVE, "z_loss": _NOT_NEGATIVE, "chunk": _COUNT},
@@ -288,6 +291,8 @@ def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> No
     theirs = {"model": model_config.decisive(bundle.config)}
     if image is not None:
         theirs["image_tokenizer"] = configs.plain(dataclasses.asdict(image.config))
+        if (why := draws_none(image)) and {"samples", "tokenizer_evaluation", "evaluation"} & set(stages):
+            problems.say("init", f"{why}. `ar-unified prepare` and `ar-unified train` need none")
     elif config.image_tokenizer.steps:
         problems.say("image_tokenizer.steps", "expected 0, as the bundle in config.init is of text alone")
     for section, fields in theirs.items():

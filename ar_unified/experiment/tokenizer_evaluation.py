@@ -18,7 +18,7 @@ import numpy as np
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 
 from ar_unified import progress
-from ar_unified.data.images import NoImages, decode, to_png
+from ar_unified.data.images import NoImages, decode, draws_none, to_png
 from ar_unified.data.sources import Source, open_source
 from ar_unified.errors import UserError, about
 from ar_unified.evaluation.report import write_report
@@ -127,6 +127,8 @@ def _tokenizer(experiment: Experiment) -> ImageTokenizer:
     tokenizer = experiment.image_tokenizer
     if isinstance(tokenizer, NoImages):
         raise UserError("this experiment is of text alone (config.image_tokenizer.steps=0): there is nothing to score")
+    if why := draws_none(tokenizer):
+        raise UserError(why)
     return tokenizer
 
 

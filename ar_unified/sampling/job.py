@@ -28,7 +28,7 @@ import jax
 import numpy as np
 
 from ar_unified import progress
-from ar_unified.data.images import Cells, ImageCodec, by_size
+from ar_unified.data.images import Cells, ImageCodec, by_size, draws_none
 from ar_unified.data.sizes import default_resize
 from ar_unified.language.document import CodesPart, TextPart, TokensPart, Turn
 from ar_unified.language.reading import GrammarError
@@ -268,6 +268,8 @@ class _Preparation:
                     raise RequestError(
                         "content: expected texts, as this model was trained on text alone; found an image"
                     )
+            if line.request is not None and line.request.mode != "text" and (why := draws_none(self._tokenizer)):
+                raise RequestError(f'mode: expected "text", found {line.request.mode!r}: {why}')
             images = [self._resize(image.load()) for image in _images(line)]
             if line.canvas is None:
                 return line, images, None

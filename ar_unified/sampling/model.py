@@ -22,9 +22,9 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from ar_unified.bundle import Bundle, BundleError
-from ar_unified.data.images import ImageCodec, NoImages, Resize, to_rgb
+from ar_unified.data.images import ImageCodec, NoImages, Resize, draws_none, to_rgb
 from ar_unified.data.sizes import default_resize
-from ar_unified.errors import about
+from ar_unified.errors import UserError, about
 from ar_unified.language.border import Ids
 from ar_unified.language.document import (
     CodesPart,
@@ -166,6 +166,8 @@ class Model:
 
         Raises RequestError, saying what to change, if it cannot be served.
         """
+        if why := draws_none(self.image_tokenizer):
+            raise RequestError(why)
         if size is not None:
             settings["image_size"] = size if isinstance(size, int) else list(size)
         if guidance is not None:
@@ -207,7 +209,8 @@ class Model:
     @property
     def _chatting(self) -> dict[str, Any]:
         """Settings of a request that is a turn."""
-        return {"mode": "free" if self.vocabulary.codebook_size else "text", "seed": 0}
+        draws = self.vocabulary.codebook_size and not draws_none(self.image_tokenizer)
+        return {"mode": "free" if draws else "text", "seed": 0}
 
     def message(self, document: Document) -> dict[str, Any]:
         """An answer as `chat` gives it."""
@@ -296,7 +299,9 @@ class Model:
         return self.image_tokenizer.encode(self.resize(pixels)[None])[0]
 
     def detokenize_image(self, codes: np.ndarray) -> np.ndarray:
-        """int32 [h, w] -> uint8 [H, W, 3]."""
+        """int32 [h, w] -> uint8 [H, W, 3]. Raises UserError where there is no decoder."""
+        if why := draws_none(self.image_tokenizer):
+            raise UserError(why)
         return self.image_tokenizer.decode(np.asarray(codes)[None])[0]
 
     def _coded(self, parts: Sequence[Any]) -> tuple[Any, ...]:

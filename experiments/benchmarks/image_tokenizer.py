@@ -167,8 +167,8 @@ def theirs(shape: str, task: str, batch: int) -> Callable[[], np.ndarray]:
         )
     )  # fmt: skip
     peer.decoder = make_decoder(config.multipliers)
-    state = {name: torch.from_numpy(leaf.copy()) for name, leaf in to_taming(params).items()}
-    peer.load_state_dict(state | {"quantize.embedding.weight": torch.from_numpy(codebook)})
+    named = to_taming(config, params | {"quantizer": {"codebook": codebook}})
+    peer.load_state_dict({name: torch.from_numpy(leaf.copy()) for name, leaf in named.items()})
     peer.eval()
     x = torch.from_numpy(inputs(shape, task, batch))
     x = x.permute(0, 3, 1, 2).contiguous() if task == "encode" else x.long()

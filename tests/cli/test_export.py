@@ -244,6 +244,12 @@ def test_a_bundle_of_text_alone_takes_no_images(folder, tmp_path):
     refused(raised, "image_tokenizer.steps: expected 0, as the bundle in config.init is of text alone")
 
 
+def test_a_bundle_that_draws_no_images_is_not_begun_with_what_draws_them(folder, tmp_path):
+    mute = bundles.write_without_decoder(tmp_path / "b")
+    run = ["run", *start(folder, mute, tmp_path / "w")[1:]]
+    refused(run, "config.init: this image tokenizer reads images and draws none.*vqgan.ckpt.*`ar-unified train` need")
+
+
 def test_a_config_takes_from_a_bundle_what_it_decides(bundle):
     config = configs.load(f"{ROOT}/experiments/folder.py:path=x,init={bundle.folder}")
     assert configs.plain(config.data.image_size) == [16, 16] and config.data.layout == "grid"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from flax import nnx
 
 SMALL = AutoencoderConfig(backbone="vqgan", factor=4, patch=1, width=32, multipliers=(1, 1, 2), blocks=(1, 2, 1),
                           attention="lowest", z_channels=12)  # fmt: skip
-PARAMETERS = {  # as published: VQGAN f16 and LlamaGen VQ-16 72M, SBER-MoVQGAN 270M (with a norm of its own)
+PARAMETERS = {  # as published: VQGAN f16 and LlamaGen VQ-16 72M, SBER-MoVQGAN 270M
     "space_to_depth_f8": 1_452_340,
     "space_to_depth_f16": 2_026_932,
     "vqgan_f8_1m": 1_062_759,
@@ -29,7 +30,11 @@ PARAMETERS = {  # as published: VQGAN f16 and LlamaGen VQ-16 72M, SBER-MoVQGAN 2
     "chameleon_f16": 66_492_039,
     "open_magvit2_f16": 92_894_523,
     "ibq_f16": 106_658_439,
+    "lwm_f16": 145_712_647,
+    "showo_f16": 95_386_761,
     "emu3_f8": 270_373_167,
+    "movqgan_f8": 270_603_567,
+    "emu3_vision_f8": 270_605_699,
 }
 
 
@@ -66,6 +71,41 @@ def test_presets_have_their_sizes_and_any_shape_of_image(name):
     assert (out.pixels.shape, out.codes.shape) == (pixels.shape, (2, 3, 5))
 
 
+def test_a_decoder_may_have_widths_and_blocks_of_its_own():
+    config = dataclasses.replace(SMALL, decoder_multipliers=(1, 2, 2), decoder_blocks=(1, 3, 2))
+    assert config.decoder_levels == ((32, 1), (64, 3), (64, 2)) and SMALL.decoder_levels == ((32, 2), (32, 3), (64, 2))
+    shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))["decoder"]
+    assert [sum(name.startswith("block") for name in shapes[f"level{index}"]) for index in range(3)] == [1, 3, 2]
+    assert shapes["level1"]["block0"]["conv1"]["kernel"].shape == (3, 3, 64, 64)
+    assert shapes["head"]["kernel"].shape == (3, 3, 32, 3)
+    out = jax.eval_shape(lambda params, codes: Autoencoder.bind(config, params).decode(codes),
+                         jax.eval_shape(functools.partial(init, config), jax.random.key(0)),
+                         jax.ShapeDtypeStruct((1, 2, 3), jnp.int32))  # fmt: skip
+    assert out.shape == (1, 8, 12, 3)
+
+
+def test_settings_that_came_later_do_not_move_the_hash_of_tokenizers_from_before():
+    later = {"decoder_multipliers", "decoder_blocks", "space"}
+    assert not later & json.loads(SMALL.identity()).keys()
+    for name, value in dict(decoder_multipliers=(1, 1, 4), decoder_blocks=(2, 3, 2)).items():
+        changed = dataclasses.replace(SMALL, **{name: value})
+        assert json.loads(changed.identity())[name] == list(value)
+        assert AutoencoderConfig.from_dict(dataclasses.asdict(changed)) == changed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(decoder_blocks=(1, 2)), "3 levels, fine to coarse, but decoder_blocks has 2"),
+        (dict(decoder_multipliers=(1, 0, 2)), "must be at least 1"),
+        (dict(backbone="space_to_depth", attention="none", decoder_blocks=(1, 2, 1)), "'space_to_depth' has \\(\\)"),
+    ],
+)
+def test_decoders_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **changes)
+
+
 def test_an_unknown_preset_names_those_there_are():
     with pytest.raises(ValueError, match="space_to_depth_f8, .*found 'vqgan'"):
         config_from("vqgan")
@@ -95,13 +135,14 @@ def test_group_norm_is_that_of_its_paper_in_float32():
 def test_weights_travel_by_taming_names(attention):
     config = dataclasses.replace(SMALL, attention=attention)
     params = random_params(config)
-    state = taming.to_taming(params)
+    state = taming.to_taming(config, params)
     assert "encoder.down.0.downsample.conv.weight" in state and "decoder.up.2.upsample.conv.weight" in state
     assert any("attn" in name for name in state) == (attention != "none")
-    back = taming.from_taming(config, state)
+    back, kept = taming.from_taming(config, state)
+    assert back.keys() == {"encoder", "decoder"} and not kept  # fsq, by default, has no arrays
     jax.tree.map(np.testing.assert_array_equal, back, {name: params[name] for name in back})
     del state["quant_conv.bias"]
-    with pytest.raises(ValueError, match="quant_conv.bias is missing"):
+    with pytest.raises(ValueError, match="1 are missing: quant_conv.bias"):
         taming.from_taming(config, state)
 
 
@@ -123,7 +164,7 @@ def test_encoder_equals_that_of_chameleon_in_transformers(factor, attention):
             num_res_blocks=2, resolution=32, attn_resolutions=[32 // factor] if attention == "lowest" else None,
         )
     )  # fmt: skip
-    state = {name: torch.from_numpy(leaf.copy()) for name, leaf in taming.to_taming(params).items()}
+    state = {name: torch.from_numpy(leaf.copy()) for name, leaf in taming.to_taming(config, params).items()}
     missing, unknown = peer.load_state_dict(state, strict=False)
     assert missing == ["quantize.embedding.weight"] and all(name.startswith("decoder.") for name in unknown)
     with torch.inference_mode():
@@ -176,7 +217,9 @@ def test_decoder_equals_that_of_taming_transformers_written_in_torch():
                                attention="middle", z_channels=DIM)  # fmt: skip
     params = random_params(config)
     names = {
-        name.partition("decoder.")[2]: leaf for name, leaf in taming.to_taming(params).items() if "decoder" in name
+        name.partition("decoder.")[2]: leaf
+        for name, leaf in taming.to_taming(config, params).items()
+        if "decoder" in name
     }
     peer = make_decoder(config.multipliers)
     peer.load_state_dict({name: torch.from_numpy(leaf.copy()) for name, leaf in names.items()})

@@ -58,6 +58,34 @@ def test_what_is_trained_is_what_codes_decode_to(config):
 
 
 @pytest.mark.parametrize(
+    "smallest",
+    [
+        dict(quantizer="fsq", levels=(3,)),
+        dict(quantizer="vq", codes=2, code_dim=2),
+        dict(quantizer="vq", codes=2, code_dim=2, space="euclidean"),
+        dict(quantizer="simvq", codes=2, code_dim=2),
+        dict(quantizer="lfq", codes=4),
+        dict(quantizer="bsq", codes=4),
+        dict(quantizer="ibq", codes=2, code_dim=2),
+        dict(quantizer="rq", codes=2, code_dim=2, depth=1),
+    ],
+    ids=lambda smallest: "-".join(str(value) for value in smallest.values()),
+)
+def test_every_quantizer_decodes_at_its_smallest(smallest):
+    config = dataclasses.replace(SMALL, **smallest)
+
+    @jax.jit
+    def both(params, pixels):
+        module = Autoencoder.bind(config, params)
+        return module(pixels), module.encode(pixels), module.decode(module.encode(pixels))
+
+    made, codes, decoded = both(trained(config), to_float(jnp.asarray(random_images(2))))
+    assert codes.shape == (2, 2, 3) and 0 <= codes.min() and codes.max() < config.codebook_size
+    np.testing.assert_array_equal(made.codes, codes)
+    np.testing.assert_array_equal(made.pixels, decoded)
+
+
+@pytest.mark.parametrize(
     "config",
     [SMALL, SMALL_VQ, pytest.param(SMALL_VQGAN, marks=pytest.mark.slow)],
     ids=["fsq", "vq", "vqgan"],

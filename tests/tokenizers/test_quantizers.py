@@ -226,11 +226,12 @@ def test_rotation_turns_the_gradient_as_the_latent_would_turn():
     np.testing.assert_allclose(gradient([0.0, 0.0, 1.0]), [0.0, 0.0, 3.0], atol=1e-5)
 
 
-def test_vq_finds_the_nearest_code_and_puts_beta_on_the_commitment():
-    vq = make("vq", entropy=0.0)
+@pytest.mark.parametrize("space", ["sphere", "euclidean"])
+def test_vq_finds_the_nearest_code_and_puts_beta_on_the_commitment(space):
+    vq = make("vq", entropy=0.0, space=space)
     z = latents(vq, 50)
-    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
-    distances = np.linalg.norm(unit(np.asarray(z))[:, None] - unit(np.asarray(vq.codebook[...])), axis=-1)
+    placed = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True) if space == "sphere" else x  # noqa: E731
+    distances = np.linalg.norm(placed(np.asarray(z))[:, None] - placed(np.asarray(vq.codebook[...])), axis=-1)
     np.testing.assert_array_equal(vq.encode(z), distances.argmin(1))
     latent = jax.jit(jax.grad(lambda z: vq(z).loss))(z)
     fixed = vq.vectors(vq.encode(z))
@@ -417,6 +418,8 @@ def test_restart_revives_codes_that_nothing_chooses(name):
         (dict(quantizer="vq", codes=1), "at least 2 codes"),
         (dict(quantizer="vq", gradient="gumbel"), "straight_through, rotation, got 'gumbel'"),
         (dict(quantizer="vq", codebook_update="sgd"), "gradient, ema, got 'sgd'"),
+        (dict(quantizer="vq", space="torus"), "sphere, euclidean, got 'torus'"),
+        (dict(quantizer="rq", space="euclidean"), "space='euclidean' is for vq; rq has 'sphere'"),
         (dict(quantizer="vq", restart=1.0), r"in \[0, 1\), got 1.0"),
         (dict(quantizer="lfq", codes=1000), "power of two of codes, at least 4, got 1000"),
         (dict(quantizer="rq", depth=0), "depth of at least 1, got 0"),

@@ -14,10 +14,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ar_tokenizers.image import space_to_depth, vqgan
+from ar_tokenizers.image import movq, space_to_depth, vqgan
 from ar_tokenizers.image.config import AutoencoderConfig
 
 Params = dict[str, Any]
+NO_DECODER = (
+    "this image tokenizer reads images and draws none, as the file that it comes from has no decoder. transformers "
+    "leaves Chameleon's out: it is in the original's tokenizer/vqgan.ckpt, so import that file too"
+)
 
 
 class Reconstruction(NamedTuple):
@@ -28,19 +32,27 @@ class Reconstruction(NamedTuple):
 
 
 class Autoencoder(nnx.Module):
-    """pixels float32 [B, H, W, 3] in [-1, 1] -> Reconstruction."""
+    """pixels float32 [B, H, W, 3] in [-1, 1] -> Reconstruction.
 
-    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs) -> None:
+    Args:
+      decoder: False: there is none, and `encode` is all that it does.
+    """
+
+    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs, decoder: bool = True) -> None:
         self.config = config
         self.quantizer = config.make_quantizer(rngs)
-        backbone: Any = space_to_depth if config.backbone == "space_to_depth" else vqgan
+        backbone: Any = {"space_to_depth": space_to_depth, "vqgan": vqgan, "movq": movq}[config.backbone]
         self.encoder = backbone.Encoder(config, self.quantizer.dim, rngs=rngs)
-        self.decoder = backbone.Decoder(config, self.quantizer.dim, rngs=rngs)
+        self.decoder: Any = backbone.Decoder(config, self.quantizer.dim, rngs=rngs) if decoder else None
 
     @staticmethod
     def bind(config: AutoencoderConfig, params: Params) -> Autoencoder:
-        """The module that computes with `params`, as `init` made them; to be called inside the traced function."""
-        graph, state = nnx.split(nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0))))
+        """The module that computes with `params`, as `init` made them; to be called inside the traced function.
+
+        Params without "decoder" make a module without one.
+        """
+        made = nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0), decoder="decoder" in params))
+        graph, state = nnx.split(made)
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(graph, state)
 
@@ -56,6 +68,8 @@ class Autoencoder(nnx.Module):
 
     def decode(self, codes: jax.Array) -> jax.Array:
         """int32 [B, h, w] in [0, K) -> float32 [B, H, W, 3]: exactly what the training pass makes of these codes."""
+        if self.decoder is None:
+            raise ValueError(NO_DECODER)
         depth = self.quantizer.depth
         if depth > 1:
             codes = codes.reshape(*codes.shape[:2], -1, depth)

@@ -17,7 +17,8 @@ from ar_tokenizers.image import quantizers
 class AutoencoderConfig:
     """What an image tokenizer is. Raises ValueError where the numbers do not fit together."""
 
-    backbone: Literal["space_to_depth", "vqgan"] = "space_to_depth"  # small and cheap on a CPU | the field's
+    # small and cheap on a CPU | the field's | vqgan whose decoder reads the codes in every norm
+    backbone: Literal["space_to_depth", "vqgan", "movq"] = "space_to_depth"
     factor: int = 16  # pixels along the side of one code
     patch: int = 4  # of which this many by one space-to-depth; 1 in published vqgans
     width: int = 64  # features at the finest level
@@ -27,13 +28,18 @@ class AutoencoderConfig:
         1,
         2,
     )  # residual blocks per level of the encoder; vqgan's decoder has one more in each
+    decoder_multipliers: tuple[int, ...] = ()  # vqgan, movq: of the decoder, fine to coarse too; (): the encoder's
+    decoder_blocks: tuple[int, ...] = ()  # likewise; (): one more than the encoder has
     attention: Literal["none", "middle", "lowest"] = "none"  # vqgan: only between encoder and codes | in all of the
     # lowest resolution. It costs (HW / factor^2)^2, and a code then looks at every pixel
-    z_channels: int = 256  # vqgan: features between its last 3 x 3 convolution and the quantizer
-    quantizer: str = "fsq"  # fsq | vq | simvq | lfq | bsq | ibq | rq; the next ten are settings of quantizers.make
+    z_channels: int = 256  # vqgan, movq: features between its last 3 x 3 convolution and the quantizer
+    temporal_blocks: int = 0  # movq: residual blocks of Emu3's layers in time, as they are to a picture, on either
+    # side of the codes; 0: no such layers, MoVQGAN's network
+    quantizer: str = "fsq"  # fsq | vq | simvq | lfq | bsq | ibq | rq; the next eleven are settings of quantizers.make
     levels: tuple[int, ...] = (8, 5, 5, 5)  # fsq: the codebook size is their product
     activation: str = "tanh"  # fsq: or "ifsq"
     codes: int = 1024  # all others: the codebook size
+    space: str = "sphere"  # vq: or "euclidean"
     code_dim: int = 0  # numbers in a code; 0: the quantizer's usual
     depth: int = 4  # rq: codes a position
     codebook_update: str = "gradient"  # vq, rq: what moves the codes; or "ema"
@@ -44,13 +50,13 @@ class AutoencoderConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the networks' arithmetic; parameters and codes: float32
 
     def __post_init__(self) -> None:
-        for name in ("multipliers", "blocks", "levels"):  # JSON and ml_collections bring lists
+        for name in (*PER_LEVEL, "levels"):  # JSON and ml_collections bring lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
         depth = (self.factor // max(self.patch, 1)).bit_length()
         if self.patch < 1 or depth < 1 or self.factor != self.patch << (depth - 1):
             raise ValueError(f"factor must be patch x a power of two, got factor {self.factor} and patch {self.patch}")
-        for name in ("multipliers", "blocks"):
-            if len(getattr(self, name)) != depth:
+        for name in PER_LEVEL:
+            if len(getattr(self, name)) != depth and (getattr(self, name) or not name.startswith("decoder_")):
                 raise ValueError(
                     f"factor {self.factor} and patch {self.patch} make {depth} levels, fine to coarse, "
                     f"but {name} has {len(getattr(self, name))}: {getattr(self, name)}"
@@ -58,15 +64,26 @@ class AutoencoderConfig:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
-        if min(self.width, self.z_channels, *self.multipliers) < 1:
-            raise ValueError(f"width, multipliers and z_channels must be at least 1: {self}")
-        if min(self.blocks) < (fewest := int(self.backbone == "vqgan")):
+        if min(self.width, self.z_channels, *self.multipliers, *self.decoder_multipliers, *self.decoder_blocks) < 1:
+            raise ValueError(f"width, multipliers, z_channels and decoder_blocks must be at least 1: {self}")
+        if min(self.blocks) < (fewest := int(self.backbone != "space_to_depth")):
             raise ValueError(f"a level of backbone {self.backbone!r} has at least {fewest} blocks, got {self.blocks}")
         if self.backbone == "space_to_depth" and self.attention != "none":
             raise ValueError(
                 f"backbone 'space_to_depth' has no attention, got {self.attention!r}: choose 'vqgan' or 'none'"
             )
-        self.abstract_quantizer  # noqa: B018 (the quantizer checks its own numbers)
+        if self.backbone == "space_to_depth" and (self.decoder_multipliers or self.decoder_blocks):
+            raise ValueError(
+                "decoder_multipliers and decoder_blocks are for 'vqgan' and 'movq'; 'space_to_depth' has ()"
+            )
+        if self.temporal_blocks < 0 or (self.temporal_blocks and self.backbone != "movq"):
+            raise ValueError(f"temporal_blocks={self.temporal_blocks} is for 'movq'; {self.backbone!r} has 0")
+        dim = self.abstract_quantizer.dim  # which checks its own numbers
+        if self.temporal_blocks and dim != self.z_channels:
+            raise ValueError(
+                f"with temporal_blocks the codes go through the same layers as the latents: expected as many numbers "
+                f"in a code as z_channels, found {dim} and {self.z_channels}"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AutoencoderConfig:
@@ -81,7 +98,11 @@ class AutoencoderConfig:
         """All settings as one line of JSON, by their first names: what belongs to the hash of a tokenizer."""
         first = {now: before for before, now in _NAMED_BEFORE.items()}
         settings = dataclasses.asdict(self)
-        named = {first.get(name, name): _renamed(value, first) for name, value in settings.items()}
+        named = {
+            first.get(name, name): _renamed(value, first)
+            for name, value in settings.items()
+            if (name, value) not in _ADDED.items()
+        }
         return json.dumps(named, sort_keys=True)
 
     def make_quantizer(self, rngs: nnx.Rngs) -> quantizers.Quantizer:
@@ -105,6 +126,13 @@ class AutoencoderConfig:
         """Features per level, fine to coarse."""
         return tuple(self.width * multiplier for multiplier in self.multipliers)
 
+    @property
+    def decoder_levels(self) -> tuple[tuple[int, int], ...]:
+        """(features, residual blocks) per level of the vqgan and movq decoders, fine to coarse."""
+        blocks = self.decoder_blocks or tuple(blocks + 1 for blocks in self.blocks)
+        multipliers = self.decoder_multipliers or self.multipliers
+        return tuple((self.width * multiplier, count) for multiplier, count in zip(multipliers, blocks, strict=True))
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Pixels -> the grid of codes (h, w). Raises ValueError unless both sides are multiples of the factor."""
         if height <= 0 or width <= 0 or height % self.factor or width % self.factor:
@@ -119,12 +147,18 @@ class AutoencoderConfig:
 _NAMED_BEFORE = {"update": "codebook_update", "folded": "space_to_depth"}
 
 
+# Settings that came later, and the value that tokenizers from before have: it is no part of their hash.
+_ADDED = {"temporal_blocks": 0, "space": "sphere", "decoder_multipliers": (), "decoder_blocks": ()}
+
+
 def _renamed(value: Any, names: Mapping[str, str]) -> Any:
     return names.get(value, value) if isinstance(value, str) else value
 
 
+PER_LEVEL = ("multipliers", "blocks", "decoder_multipliers", "decoder_blocks")  # settings with a number for each
+
 CHOICES = {
-    "backbone": ("space_to_depth", "vqgan"),
+    "backbone": ("space_to_depth", "vqgan", "movq"),
     "attention": ("none", "middle", "lowest"),
     "dtype": ("float32", "bfloat16"),
 }
@@ -158,9 +192,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     "maskgit_f16": _vqgan(128, (1, 1, 2, 2, 4), 2),
     # transformers' configuration_chameleon.py (arXiv:2405.09818).
     "chameleon_f16": _vqgan(128, (1, 1, 2, 2, 4), 2, attention="middle"),
+    # LargeWorldModel/LWM (lwm/vqgan.py), and showlab/magvitv2, whose decoder is not its encoder's mirror (Show-o,
+    # models/modeling_magvitv2.py).
+    "lwm_f16": _vqgan(128, (1, 2, 2, 4, 6), 2, z_channels=64),
+    "showo_f16": _vqgan(128, (1, 2, 2, 4, 4), 4, attention="middle", z_channels=13)
+    | dict(blocks=(4, 3, 4, 3, 4), decoder_multipliers=(1, 1, 2, 2, 4), decoder_blocks=(4, 4, 3, 4, 3)),
     # TencentARC/SEED-Voken: Open-MAGVIT2 (arXiv:2409.04410) and IBQ (arXiv:2412.02692), which Emu3.5 scaled up.
     "open_magvit2_f16": _vqgan(128, (1, 1, 2, 2, 4), 4, z_channels=18),
     "ibq_f16": _vqgan(128, (1, 1, 2, 2, 4), 4, attention="lowest"),
+    # ai-forever/MoVQGAN (configs/movqgan_270M.yaml), the tokenizer of Lumina-mGPT 2.0; and Emu3's, which grew from it.
+    "movqgan_f8": _vqgan(256, (1, 2, 2, 4), 2, backbone="movq", attention="lowest", z_channels=4),
+    "emu3_vision_f8": _vqgan(
+        256, (1, 2, 2, 4), 2, backbone="movq", attention="lowest", z_channels=4, temporal_blocks=2
+    ),
     # SBER-MoVQGAN 270M, what Emu3's tokenizer grew from, with GroupNorm where its decoder has SpatialNorm.
     "emu3_f8": _vqgan(256, (1, 2, 2, 4), 2, attention="lowest", z_channels=4),
 }

@@ -1,24 +1,33 @@
-"""The vqgan backbone under the names of taming-transformers, which `ChameleonVQVAE` of transformers has too.
+"""The vqgan backbone's weights under the names of those who published them: taming-transformers and its descendants.
 
-Only the networks: a codebook and its 1 x 1 convolutions' width are the quantizer's matter, but the convolutions
-(`quant_conv`, `post_quant_conv`) come along as `to_code` and `from_code`.
+taming        taming-transformers (model.py): Meta's vqgan.ckpt of Chameleon, and model.ckpt of Emu3.5's IBQ.
+chameleon_hf  transformers' ChameleonVQVAE: the same, and no decoder.
+janus_hf      transformers' JanusVQVAE: the same, and the decoder's levels are counted from the coarsest.
+llamagen      LlamaGen's VQ-8 and VQ-16: levels are conv_blocks, the decoder's from the coarsest, the middle is a list.
+janus         deepseek-ai/Janus, gen_vision_model of its file: LlamaGen's VQ-16.
+showo         showlab/magvitv2: taming's, the convolutions around the codes inside encoder and decoder, and the first
+              digit of a code is its highest; here it is the lowest.
+lwm           LWM's VQGAN, a tree of flax with its names joined by "/": kernels are [3, 3, F, F'], as ours are.
+
+A name is a table's business, and the same table is read in both directions. movq_weights.py has MoVQ's descendants.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import traverse_util
 
-from ar_tokenizers.image.autoencoder import Params, init
+from ar_tokenizers.image.autoencoder import NO_DECODER, Params, init
 from ar_tokenizers.image.config import AutoencoderConfig
 
-_RENAMED = {
+_TAMING = {
     r"encoder\.to_code": "quant_conv",
     r"decoder\.from_code": "post_quant_conv",
     r"\.stem": ".conv_in",
@@ -37,50 +46,304 @@ _RENAMED = {
     r"\.value\.": ".v.",
     r"\.out\.": ".proj_out.",
     r"\.(kernel|scale)$": ".weight",
+    r"quantizer\.codebook": "quantize.embedding.weight",
+}
+_LLAMAGEN = {  # over taming's
+    r"coder\.(down|up)\.": "coder.conv_blocks.",
+    r"(conv_blocks\.\d+)\.block\.": r"\1.res.",
+    r"\.mid\.block_1": ".mid.0",
+    r"\.mid\.attn_1": ".mid.1",
+    r"\.mid\.block_2": ".mid.2",
+}
+_SHOWO = {"^quant_conv": "encoder.quant_conv", "^post_quant_conv": "decoder.post_quant_conv"}  # over taming's
+_LWM = {  # over ours
+    r"encoder\.to_code": "quant_conv",
+    r"decoder\.from_code": "post_quant_conv",
+    r"quantizer\.codebook": "quantize.embeddings",
+    r"\.stem": ".Conv_0",
+    r"coder\.norm": "coder.GroupNorm_0",
+    r"\.head": ".Conv_1",
+    r"\.middle\.block1": ".MidBlock_0.ResnetBlock_0",
+    r"\.middle\.block2": ".MidBlock_0.ResnetBlock_1",
+    r"\.norm1": ".GroupNorm_0",
+    r"\.conv1": ".Conv_0",
+    r"\.norm2": ".GroupNorm_1",
+    r"\.conv2": ".Conv_1",
+    r"\.shortcut": ".Conv_2",
+    r"encoder\.level(\d)": r"encoder.DownsamplingBlock_\1",
+    r"decoder\.level(\d)": r"decoder.UpsamplingBlock_\1",
+    r"\.block(\d)": r".ResnetBlock_\1",
+    r"\.down(\d)": r".DownsamplingBlock_\1.Downsample_0.Conv_0",
+    r"\.up(\d)": r".UpsamplingBlock_\1.Upsample_0.Conv_0",
+    r"\.": "/",
+}
+_SPHERE: dict[str, Any] = dict(quantizer="vq", space="sphere")
+_EUCLIDEAN: dict[str, Any] = dict(quantizer="vq", space="euclidean")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialect:
+    """How one of them writes a tokenizer down.
+
+    Attributes:
+        name: in DIALECTS.
+        names: patterns over taming's names, in turn; of flax over ours.
+        demands: settings of the config without which the names would be of another network.
+        prefix: before every name where the file holds a language model too.
+        coarse_first: whether the decoder's levels are counted from the coarsest.
+        highest_first: whether the first number of a latent is the highest digit of its code.
+        decoder: whether a file has one.
+        flax: whether kernels are as ours, joined by "/".
+        not_read: beginnings of names that say nothing of the network: losses, moving averages.
+    """
+
+    name: str
+    names: Mapping[str, str]
+    demands: Mapping[str, Any]
+    prefix: str = ""
+    coarse_first: bool = False
+    highest_first: bool = False
+    decoder: bool = True
+    flax: bool = False
+    not_read: tuple[str, ...] = ()
+
+
+DIALECTS = {
+    each.name: each
+    for each in (
+        Dialect("taming", {}, {}, not_read=("loss.", "model_ema.")),
+        Dialect("chameleon_hf", {}, _EUCLIDEAN, "model.vqmodel.", decoder=False),
+        Dialect("janus_hf", {}, _SPHERE | dict(attention="lowest"), "model.vqmodel.", coarse_first=True),
+        Dialect("llamagen", _LLAMAGEN, _SPHERE | dict(attention="lowest"), coarse_first=True),
+        Dialect("janus", _LLAMAGEN, _SPHERE | dict(attention="lowest"), "gen_vision_model.", coarse_first=True),
+        Dialect("showo", _SHOWO, dict(quantizer="lfq", attention="middle"), highest_first=True),
+        Dialect("lwm", _LWM, _EUCLIDEAN | dict(attention="none"), coarse_first=True, flax=True),
+    )
 }
 
 
-def to_taming(params: Params) -> dict[str, np.ndarray]:
-    """Parameters as `init` makes them -> arrays for `load_state_dict`, convolutions [F', F, 3, 3] or [F', F, 1, 1]."""
-    ours = traverse_util.flatten_dict({name: params[name] for name in ("encoder", "decoder")}, sep=".")
-    return {_name(name): _out_first(np.asarray(leaf)) for name, leaf in ours.items()}
+# ---- weights ----------------------------------------------------------------------------------------------------
 
 
-def from_taming(config: AutoencoderConfig, state: Mapping[str, Any]) -> Params:
-    """Arrays by taming's names -> {"encoder": ..., "decoder": ...} of float32 arrays. Names it does not need are left.
+class Read(NamedTuple):
+    params: Params  # float32, as `init` makes them; without "decoder" where the file has none
+    kept: dict[str, np.ndarray]  # what the file has and the network does not need, for its export; float32 or int64
+
+
+def from_taming(config: AutoencoderConfig, state: Mapping[str, Any], dialect: str = "taming") -> Read:
+    """Arrays by their published names, without a prefix, -> parameters.
+
+    Args:
+      state: of any float dtype; a file that holds the tokenizer alone.
+      dialect: of DIALECTS; `dialect_of` tells it.
 
     Raises:
-      ValueError: a weight is missing or has another shape than the config asks for.
+      ValueError: weights that are missing, left over, or of another shape than the config asks for, by name; a config
+        that the dialect's networks never have; buffers that tell of another order of digits.
     """
+    spoken, places = DIALECTS[known(dialect)], _places(config, dialect)
+    state = {name: leaf for name, leaf in state.items() if not name.startswith(spoken.not_read or ("\0",))}
+    extra = buffers(config, dialect)
+    check_names(dialect, {place.name: place.shape for place in places.values()}, state, extra)
+    kept = {}
+    for name in extra.keys() & state.keys():
+        kept[name] = _plain(state[name])
+        if kept[name].shape != extra[name].shape:
+            raise ValueError(f"{name}: expected {list(extra[name].shape)}, found {list(kept[name].shape)}")
+        if extra[name].any() and not np.array_equal(kept[name], extra[name]):
+            raise ValueError(f"{name}: expected the digits of a code, the highest first; found others")
+    ours = {}
+    for name, place in places.items():
+        if name.startswith("decoder.") and not spoken.decoder:
+            kept[place.name] = _plain(state[place.name])  # from_code alone decodes nothing
+        else:
+            ours[name] = _to_ours(spoken, name, place, np.asarray(state[place.name], np.float32))
+    return Read(traverse_util.unflatten_dict(ours, sep="."), kept)
+
+
+def to_taming(
+    config: AutoencoderConfig,
+    params: Params,
+    kept: Mapping[str, np.ndarray] | None = None,
+    dialect: str = "taming",
+) -> dict[str, np.ndarray]:
+    """The inverse: every array of a published file, weights float32, convolutions [F', F, 3, 3] or [F', F, 1, 1].
+
+    Args:
+      kept: what `from_taming` had beside the parameters (ImageTokenizer.published).
+
+    Raises:
+      ValueError: there is no decoder, and a file of that dialect has one; or a config that its networks never have.
+    """
+    spoken, kept, theirs = DIALECTS[known(dialect)], kept or {}, {}
+    if spoken.decoder and "decoder" not in params:
+        raise ValueError(f"weights named as in {dialect}: {NO_DECODER}")
+    ours = traverse_util.flatten_dict(params, sep=".")
+    for name, place in _places(config, dialect).items():
+        if name in ours:
+            theirs[place.name] = _to_theirs(spoken, name, np.asarray(ours[name], np.float32))
+        elif place.name in kept:
+            theirs[place.name] = kept[place.name]
+        else:
+            raise ValueError(f"weights named as in {dialect}: expected {place.name}, which was not kept")
+    return theirs | {name: kept.get(name, leaf) for name, leaf in buffers(config, dialect).items()}
+
+
+def dialect_of(names: Iterable[str]) -> str:
+    """Whose names these are, of DIALECTS. Raises ValueError: nobody's.
+
+    LlamaGen's and Janus' are the same ("llamagen"), and so are all that are taming's ("taming").
+    """
+    names = set(names)
+    starts = lambda prefix: any(name.startswith(prefix) for name in names)  # noqa: E731
+    if "encoder/Conv_0/kernel" in names:
+        return "lwm"
+    if starts("encoder.conv_blocks."):
+        return "llamagen"
+    if "encoder.quant_conv.weight" in names:
+        return "showo"
+    if starts("encoder.down.") and not starts("decoder."):
+        return "chameleon_hf"
+    if starts("encoder.down."):  # the finest level of a decoder is the one that is not doubled
+        return "janus_hf" if starts("decoder.up.0.upsample.") else "taming"
+    raise ValueError(
+        "weights of an image tokenizer of taming's family: expected names like encoder.down.0.block.0.conv1.weight, "
+        f"encoder.conv_blocks.0.res.0.conv1.weight or encoder/Conv_0/kernel, found {some(names)}"
+    )
+
+
+def buffers(config: AutoencoderConfig, dialect: str) -> dict[str, np.ndarray]:
+    """What the dialect's class saves beside weights: a log of codes, or the table that digits imply."""
+    if dialect in ("llamagen", "janus"):
+        return {"quantize.codebook_used": np.zeros(65536, np.float32)}
+    if dialect == "showo":
+        digits = np.arange(config.codes.bit_length() - 1)[::-1]
+        table = (np.arange(config.codes)[:, None] >> digits & 1) * 2 - 1
+        return {
+            "quantize.embedding": table.astype(np.float32),
+            "quantize.power_vals": np.int64(1) << digits.astype(np.int64),
+        }
+    return {}
+
+
+# ---- names ------------------------------------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    name: str  # theirs
+    shape: tuple[int, ...]  # theirs
+    axes: int  # ours
+
+
+def known(dialect: str) -> str:
+    if dialect not in DIALECTS:
+        raise ValueError(f"names of weights: expected one of {', '.join(DIALECTS)}; found {dialect!r}")
+    return dialect
+
+
+@functools.cache
+def _places(config: AutoencoderConfig, dialect: str) -> dict[str, Place]:
+    """Where each parameter is in a file, by our name."""
+    spoken = DIALECTS[dialect]
+    for name, value in {**spoken.demands, "backbone": "vqgan", "patch": 1}.items():
+        if (found := getattr(config, name)) != value:
+            raise ValueError(f"weights named as in {dialect}: expected {name} {value!r}, found {found!r}")
     shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
-    wanted = traverse_util.flatten_dict({name: shapes[name] for name in ("encoder", "decoder")}, sep=".")
-    found = {}
-    for name, want in wanted.items():
-        theirs = _name(name)
-        if theirs not in state:
-            raise ValueError(f"{theirs} is missing: the config has it as {name} {want.shape}")
-        leaf = np.asarray(state[theirs], np.float32)
-        found[name] = _in_first(leaf, len(want.shape))
-        if found[name].shape != want.shape:
-            raise ValueError(f"{theirs} has shape {leaf.shape}, which makes {name} {found[name].shape}; "
-                             f"the config asks for {want.shape}")  # fmt: skip
-    return traverse_util.unflatten_dict(found, sep=".")
+    places = {}
+    for name, leaf in traverse_util.flatten_dict(shapes, sep=".").items():
+        if name.startswith("quantizer.") and name != "quantizer.codebook":
+            raise ValueError(f"weights named as in {dialect}: there is no name for {name} of {config.quantizer!r}")
+        if not spoken.decoder and name.startswith("decoder.") and not name.startswith("decoder.from_code."):
+            continue
+        shape = _to_theirs(spoken, name, np.broadcast_to(np.float32(), leaf.shape)).shape
+        places[name] = Place(_theirs(spoken, name, len(config.multipliers)), shape, leaf.ndim)
+    return places
 
 
-def _name(name: str) -> str:
-    # Theirs counts a halving to the level before it, ours to the level after it.
+def _theirs(spoken: Dialect, name: str, levels: int) -> str:
+    if spoken.coarse_first:
+        name = re.sub(r"^decoder\.(level|up)(\d)", lambda m: f"decoder.{m[1]}{levels - 1 - int(m[2])}", name)
+    if spoken.flax:
+        # Theirs counts a halving to the level before it, ours to the level after it.
+        name = re.sub(r"\.down(\d)", lambda match: f".down{int(match[1]) - 1}", name)
+    else:
+        name = published_name(name)
+    return _renamed(name, spoken.names)
+
+
+def published_name(name: str) -> str:
+    """Ours, as "encoder.level0.block0.norm1.scale" -> taming's."""
     name = re.sub(r"\.down(\d)", lambda match: f".down.{int(match[1]) - 1}.downsample.conv", name)
-    for pattern, new in _RENAMED.items():
+    return _renamed(name, _TAMING)
+
+
+def _renamed(name: str, patterns: Mapping[str, str]) -> str:
+    for pattern, new in patterns.items():
         name = re.sub(pattern, new, name)
     return name
 
 
-def _out_first(leaf: np.ndarray) -> np.ndarray:
+def check_names(
+    dialect: str,
+    wanted: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, Any],
+    optional: Iterable[str] = (),
+) -> None:
+    """Raises ValueError naming what is missing, left over, or of another shape."""
+    if missing := wanted.keys() - found.keys():
+        encode_only = dialect == "taming" and not any(name.startswith("decoder.") for name in found)
+        hint = f"; {NO_DECODER}" if encode_only and any(name.startswith("decoder.") for name in missing) else ""
+        raise ValueError(f"weights named as in {dialect}: {len(missing)} are missing: {some(missing)}{hint}")
+    if extra := found.keys() - wanted.keys() - set(optional):
+        raise ValueError(f"weights named as in {dialect}: the config has no place for {len(extra)}: {some(extra)}")
+    for name, shape in wanted.items():
+        if (size := np.shape(found[name])) != shape:
+            raise ValueError(f"{name}: the config asks for {list(shape)}, found {list(size)}")
+
+
+def some(names: Iterable[str], most: int = 4) -> str:
+    """The first few of many names."""
+    names = sorted(names)
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+# ---- layouts ----------------------------------------------------------------------------------------------------
+
+
+def _to_theirs(spoken: Dialect, name: str, leaf: np.ndarray) -> np.ndarray:
+    if name == "quantizer.codebook":
+        return leaf
+    leaf = _digits(spoken, name, leaf)
+    if spoken.flax:
+        return np.ascontiguousarray(leaf.reshape((1, 1) * (leaf.ndim == 2) + leaf.shape))
+    return np.ascontiguousarray(out_first(leaf))
+
+
+def _to_ours(spoken: Dialect, name: str, place: Place, leaf: np.ndarray) -> np.ndarray:
+    if name == "quantizer.codebook":
+        return leaf
+    if spoken.flax:
+        return leaf[0, 0] if place.axes == 2 else leaf
+    return _digits(spoken, name, in_first(leaf, place.axes))
+
+
+def _digits(spoken: Dialect, name: str, leaf: np.ndarray) -> np.ndarray:
+    """A layer that makes or reads the digits of codes, in the other order of them."""
+    axes = {"encoder.to_code.kernel": 1, "encoder.to_code.bias": 0, "decoder.from_code.kernel": 0}
+    return np.flip(leaf, axes[name]) if spoken.highest_first and name in axes else leaf
+
+
+def _plain(leaf: Any) -> np.ndarray:
+    leaf = np.asarray(leaf)
+    return np.array(leaf, np.int64 if np.issubdtype(leaf.dtype, np.integer) else np.float32, order="C")
+
+
+def out_first(leaf: np.ndarray) -> np.ndarray:
     """[3, 3, F, F'] or [F, F'] (a 1 x 1 convolution there) -> [F', F, 3, 3] or [F', F, 1, 1]."""
     return leaf if leaf.ndim == 1 else leaf.reshape((1, 1) * (leaf.ndim == 2) + leaf.shape).transpose(3, 2, 0, 1)
 
 
-def _in_first(leaf: np.ndarray, ndim: int) -> np.ndarray:
+def in_first(leaf: np.ndarray, ndim: int) -> np.ndarray:
     """The inverse."""
     if leaf.ndim != 4:
         return leaf

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from ar_tokenizers.files import write_bytes
-from ar_tokenizers.image.autoencoder import Autoencoder, Params, init, to_float, to_uint8
+from ar_tokenizers.image.autoencoder import NO_DECODER, Autoencoder, Params, init, to_float, to_uint8
 from ar_tokenizers.image.config import AutoencoderConfig
 from ar_tokenizers.image.tiling import map_windows
 
 WEIGHTS, CONFIG, FORMAT = "weights.safetensors", "config.json", 2
+PUBLISHED = "published.safetensors"
 
 
 class ImageTokenizer:
@@ -32,21 +33,33 @@ class ImageTokenizer:
     h is H/factor and w is W/factor x codes_per_position: see AutoencoderConfig.grid.
 
     Args:
+      params: as `init` makes them; without "decoder" for a tokenizer that reads images and draws none (`no_decoder`).
       batch_size: images in one call of the compiled network; the last batch is padded. One size means one compiled
         program per image size, and codes that do not depend on how many images came together.
+      published: of a tokenizer that was imported: arrays of the published file that the network does not compute with,
+        by their names there and in their dtypes. They are kept for who exports it, and are no part of the hash.
 
     Raises:
       ValueError: the parameters are not those of the config, by name.
     """
 
-    def __init__(self, config: AutoencoderConfig, params: Params, *, batch_size: int = 64) -> None:
+    def __init__(
+        self,
+        config: AutoencoderConfig,
+        params: Params,
+        *,
+        batch_size: int = 64,
+        published: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
         expected = _flatten(jax.eval_shape(functools.partial(init, config), jax.random.key(0)))
         found = _flatten(params)
+        if "decoder" not in params:
+            expected = {name: leaf for name, leaf in expected.items() if not name.startswith("decoder.")}
         for name in sorted(expected.keys() | found.keys()):
             want, have = (getattr(leaves.get(name), "shape", "missing") for leaves in (expected, found))
             if want != have:
                 raise ValueError(f"image tokenizer weight {name}: the config asks for {want}, found {have}")
-        self.config, self.batch_size = config, batch_size
+        self.config, self.batch_size, self.published = config, batch_size, dict(published or {})
         self.params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
         self._encode = jax.jit(lambda params, rows: Autoencoder.bind(config, params).encode(to_float(rows)))
         self._decode = jax.jit(lambda params, rows: to_uint8(Autoencoder.bind(config, params).decode(_in_grid(rows))))
@@ -54,6 +67,11 @@ class ImageTokenizer:
     @property
     def codebook_size(self) -> int:
         return self.config.codebook_size
+
+    @property
+    def no_decoder(self) -> str:
+        """Why this tokenizer draws no images, and what to do, as one sentence; "": it does."""
+        return "" if "decoder" in self.params else NO_DECODER
 
     @property
     def factor(self) -> int:
@@ -107,8 +125,10 @@ class ImageTokenizer:
         `tile` and `overlap` as in `encode`, in pixels; overlaps are blended, so that no seam shows.
 
         Raises:
-          ValueError: codes outside [0, codebook_size), or windows as in `encode`.
+          ValueError: codes outside [0, codebook_size), windows as in `encode`, or there is no decoder.
         """
+        if self.no_decoder:
+            raise ValueError(self.no_decoder)
         codes, depth = np.asarray(codes), self.codes_per_position
         if not np.issubdtype(codes.dtype, np.integer) or codes.ndim != 3:
             raise ValueError(f"codes must be integers [B, h, w], got {codes.dtype} {list(codes.shape)}")
@@ -121,11 +141,19 @@ class ImageTokenizer:
         return self._in_windows(run, by_position, (1, self.factor), tile, overlap, blend=True)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write weights.safetensors and, last, config.json: without the second there is no tokenizer in the folder."""
+        """Write weights.safetensors and, last, config.json: without the second there is no tokenizer in the folder.
+
+        Where something is kept as it was published, there is a published.safetensors beside them.
+        """
         folder = Path(folder)
-        (folder / CONFIG).unlink(missing_ok=True)
+        for name in (CONFIG, PUBLISHED):
+            (folder / name).unlink(missing_ok=True)
         write_bytes(folder / WEIGHTS, save_tensors({n: np.asarray(leaf) for n, leaf in _flatten(self.params).items()}))
         record = {"format": FORMAT, "hash": self.hash, "config": dataclasses.asdict(self.config)}
+        if self.published:
+            kept = save_tensors(self.published)
+            write_bytes(folder / PUBLISHED, kept)
+            record["published"] = hashlib.sha256(kept).hexdigest()
         write_bytes(folder / CONFIG, (json.dumps(record, indent=2) + "\n").encode())
 
     @classmethod
@@ -149,7 +177,9 @@ class ImageTokenizer:
             params = _unflatten(load_tensors((folder / WEIGHTS).read_bytes()))
         except SafetensorError as error:
             raise ValueError(f"{folder / WEIGHTS}: {error}: the file was changed, or cut short") from error
-        tokenizer = cls(AutoencoderConfig.from_dict(record["config"]), params, batch_size=batch_size)
+        published = _published(folder, record["published"]) if "published" in record else {}
+        config = AutoencoderConfig.from_dict(record["config"])
+        tokenizer = cls(config, params, batch_size=batch_size, published=published)
         if tokenizer.hash != record["hash"]:
             raise ValueError(
                 f"{folder}: {CONFIG} was written with weights and settings of hash {record['hash'][:12]}, but those "
@@ -188,6 +218,16 @@ class ImageTokenizer:
             made = np.asarray(function(self.params, np.pad(batch, padding))).reshape(-1, *shape)
             out[start : start + len(batch)] = made[: len(batch)]
         return out
+
+
+def _published(folder: Path, digest: str) -> dict[str, np.ndarray]:
+    """What was kept as it was published. Raises ValueError: it is not there, or not what was saved."""
+    if not (folder / PUBLISHED).is_file():
+        raise ValueError(f"{folder}: expected {PUBLISHED}, of which {CONFIG} tells; there is none")
+    kept = (folder / PUBLISHED).read_bytes()
+    if hashlib.sha256(kept).hexdigest() != digest:
+        raise ValueError(f"{folder / PUBLISHED}: the file was changed, or comes from another tokenizer")
+    return load_tensors(kept)
 
 
 def _in_grid(codes: Any) -> Any:

@@ -1,7 +1,7 @@
 """The quantizers, made by name from one flat set of settings.
 
 fsq     a grid, no codebook: nothing to collapse, any size                      arXiv:2309.15505, 2601.17124
-vq      a learned codebook on the unit sphere                                   arXiv:1711.00937, 2110.04627
+vq      a learned codebook, by default on the unit sphere                       arXiv:1711.00937, 2110.04627
 simvq   a frozen codebook and one linear layer                                  arXiv:2411.02038
 lfq     signs                                                                   arXiv:2310.05737
 bsq     signs on the unit sphere                                                arXiv:2406.07548
@@ -37,6 +37,7 @@ def make(
     levels: tuple[int, ...] = (8, 5, 5, 5),
     activation: str = "tanh",
     codes: int = 1024,
+    space: str = "sphere",
     code_dim: int = 0,
     depth: int = 4,
     codebook_update: str = "gradient",
@@ -51,6 +52,7 @@ def make(
     Args:
       levels, activation: of fsq.
       codes: the codebook size of all others.
+      space: of vq: where its codes are, "sphere" or "euclidean".
       code_dim: numbers in a code of vq, simvq, ibq and rq; 0: the quantizer's usual.
       depth: codes a position of rq.
       codebook_update, restart: of vq and rq (codebook.py).
@@ -68,6 +70,7 @@ def make(
         ("codebook_update", codebook_update, "gradient", ("vq", "rq")),
         ("gradient", gradient, "straight_through", ("vq", "simvq", "rq")),
         ("entropy", max(entropy, 0.0), 0.0, ("vq", "lfq", "bsq", "ibq")),
+        ("space", space, "sphere", ("vq",)),
         ("code_dim", code_dim, 0, tuple(USUAL_DIM)),
     ):
         if value != plain and quantizer not in heeded_by:
@@ -85,7 +88,7 @@ def make(
     table: dict[str, Any] = dict(codebook_update=codebook_update, gradient=gradient, restart=restart, rngs=rngs)
     if quantizer == "rq":
         return RQ(codes, dim, depth=depth, beta=beta, **table)
-    return VQ(codes, dim, beta=beta, entropy=entropy, **table)
+    return VQ(codes, dim, space=space, beta=beta, entropy=entropy, **table)
 
 
 SETTINGS = tuple(name for name in inspect.signature(make).parameters if name != "rngs")

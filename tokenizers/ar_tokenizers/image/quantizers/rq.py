@@ -40,11 +40,12 @@ class RQ(CodebookQuantizer):
         return z.astype(jnp.float32)
 
     def nearest(self, bounded: jax.Array) -> jax.Array:
-        """[..., C] -> int32 [..., D]."""
-        return self._descend(bounded)[0]
+        """[..., C] -> int32 [..., D], or [...] at depth 1."""
+        return self._without_depth(self._descend(bounded)[0])
 
     def vectors(self, codes: jax.Array) -> jax.Array:
-        """int32 [..., D] -> [..., C]: the sum over depth, in order."""
+        """int32 [..., D], or [...] at depth 1, -> [..., C]: the sum over depth, in order."""
+        codes = codes[..., None] if self.depth == 1 else codes
         table, total = self.table(), jnp.zeros((*codes.shape[:-1], self.dim))
         for depth in range(self.depth):
             total = total + table[codes[..., depth]]
@@ -61,7 +62,12 @@ class RQ(CodebookQuantizer):
         loss = self.beta * commitment(bounded[..., None, :], jnp.cumsum(chosen, axis=-2))
         if self.codebook_update == "gradient":
             loss += jnp.mean(jnp.square(rests - chosen))
+        codes = self._without_depth(codes)
         return Quantized(self.through(bounded, self.vectors(codes)), codes, loss, sums)
+
+    def _without_depth(self, codes: jax.Array) -> jax.Array:
+        """At depth 1 a code is a position's, as every quantizer's of that depth."""
+        return codes[..., 0] if self.depth == 1 else codes
 
     def _descend(self, bounded: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[..., C] -> codes int32 [..., D], and the rest [..., D, C] that each of them is for."""

@@ -1,4 +1,4 @@
-"""VQ on the unit sphere. Axes: C code dim, K codebook size."""
+"""VQ on the unit sphere or in all of space. Axes: C code dim, K codebook size."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from ar_tokenizers.image.quantizers.codebook import (
     commitment,
     entropy_penalty,
     nearest,
+    nearness,
     pull_together,
 )
 
 TEMPERATURE = 0.01  # of the entropy penalty's softmax over minus the squared distance (LlamaGen, arXiv:2406.06525)
+
+SPACES = ("sphere", "euclidean")
 
 
 class VQ(CodebookQuantizer):
@@ -24,6 +27,8 @@ class VQ(CodebookQuantizer):
     (arXiv:2406.06525); codebook and commitment loss as in VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937).
 
     Args:
+      space: "sphere"; or "euclidean": the code at the smallest distance, nothing normalised, as in VQGAN
+        (arXiv:2012.09841) and the systems that kept its quantizer: Chameleon, LWM, MoVQGAN, Emu3.
       entropy: weight of the entropy penalty; 0: none, and none computed.
     """
 
@@ -32,6 +37,7 @@ class VQ(CodebookQuantizer):
         codes: int,
         dim: int,
         *,
+        space: str = "sphere",
         codebook_update: str = "gradient",
         gradient: str = "straight_through",
         beta: float = 0.25,
@@ -42,22 +48,30 @@ class VQ(CodebookQuantizer):
         super().__init__(
             codes, dim, codebook_update=codebook_update, gradient=gradient, beta=beta, restart=restart, rngs=rngs
         )
-        self.entropy = entropy
+        if space not in SPACES:
+            raise ValueError(f"space must be one of {', '.join(SPACES)}, got {space!r}")
+        self.entropy, self.space = entropy, space
 
     def bound(self, z: jax.Array) -> jax.Array:
-        return unit(z.astype("float32"))
+        return self._placed(z.astype("float32"))
 
     def nearest(self, bounded: jax.Array) -> jax.Array:
-        return nearest(bounded, unit(self.table()))
+        table = self._placed(self.table())
+        return nearest(bounded, table, nearness(table) if self.space == "euclidean" else 0.0)
 
     def vectors(self, codes: jax.Array) -> jax.Array:
-        return unit(self.table())[codes]
+        return self._placed(self.table())[codes]
 
     def loss(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
         if self.codebook_update == "ema":
             loss = self.beta * commitment(bounded, vectors)
         else:
             loss = pull_together(bounded, vectors, self.beta)
-        if self.entropy:  # on the sphere -|x - t|^2 is 2 x . t - 2
-            loss += self.entropy * entropy_penalty(bounded * (2 / TEMPERATURE), unit(self.table()))
+        if self.entropy:  # -|x - t|^2 is 2 x . t - |t|^2, and a number that all codes share
+            table = self._placed(self.table())
+            bias = 2 / TEMPERATURE * nearness(table) if self.space == "euclidean" else 0.0
+            loss += self.entropy * entropy_penalty(bounded * (2 / TEMPERATURE), table, bias)
         return loss
+
+    def _placed(self, vectors: jax.Array) -> jax.Array:
+        return unit(vectors) if self.space == "sphere" else vectors

@@ -1,0 +1,245 @@
+"""The movq backbone under the names of those who published it: MoVQGAN, Emu3, and Emu3 in transformers.
+
+movqgan  ai-forever/MoVQGAN, movqgan_270M.ckpt: taming's names. Copies by moving averages (ema_*) and the losses are
+         not read: who loads that file gets what is not averaged.
+emu3     BAAI/Emu3-VisionTokenizer (modeling_emu3visionvq.py): the same, and the layers in time (temporal.py).
+emu3_hf  transformers' Emu3VQVAE: the norm of an attention is beside it, and its products are linear layers.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from ar_tokenizers.image import temporal
+from ar_tokenizers.image.autoencoder import Params, init
+from ar_tokenizers.image.config import PRESETS, AutoencoderConfig
+from ar_tokenizers.image.taming import check_names, in_first, out_first, published_name, some
+
+DIALECTS = ("movqgan", "emu3", "emu3_hf")
+# Settings of Emu3's vision tokenizer: ours -> in the original, in transformers, what both have where it is not said.
+_SETTINGS: dict[str, tuple[str, str, Any]] = {
+    "codes": ("codebook_size", "codebook_size", 32768),
+    "code_dim": ("embed_dim", "embed_dim", 4),
+    "z_channels": ("z_channels", "latent_channels", 4),
+    "width": ("ch", "base_channels", 256),
+    "multipliers": ("ch_mult", "channel_multiplier", (1, 2, 2, 4)),
+    "blocks": ("num_res_blocks", "num_res_blocks", 2),
+    "attention": ("attn_resolutions", "attn_resolutions", (3,)),
+}
+# Those with one value: in the original ("": not there), in transformers.
+_FIXED: tuple[tuple[str, str, Any], ...] = (
+    ("in_channels", "in_channels", 3),
+    ("out_channels", "out_channels", 3),
+    ("double_z", "double_latent", False),
+    ("temporal_downsample_factor", "temporal_downsample_factor", temporal.FACTOR),
+    ("", "num_attention_heads", 1),
+)
+_NOT_READ = ("ema_", "loss.")
+_CODEBOOK = "quantize.embedding.weight"
+_SPATIAL_NORM = {r"\.group\.": ".norm_layer.", r"\.gain\.": ".conv_y.", r"\.shift\.": ".conv_b."}
+_TRANSFORMERS = {
+    r"encoder\.down\.": "encoder.down_block.down.",
+    r"decoder\.up\.": "decoder.up_block.up.",
+    r"\.mid\.attn_1\.norm\.": ".middle_block.attn_norm.",
+    r"\.mid\.": ".middle_block.",
+    r"\.attn\.(\d+)\.norm\.": r".attn_norms.\1.",
+    r"\.([qkv])\.": r".\1_proj.",
+    r"\.proj_out\.": ".out_proj.",
+}
+
+
+# ---- settings ---------------------------------------------------------------------------------------------------
+
+
+def movqgan_270m() -> AutoencoderConfig:
+    """What movqgan_270M.ckpt is made for: no file beside it says so (configs/movqgan_270M.yaml of its repository)."""
+    return AutoencoderConfig.from_dict(PRESETS["movqgan_f8"] | _quantizer(16384, 4))
+
+
+def config_from_emu3(values: Mapping[str, Any]) -> AutoencoderConfig:
+    """Emu3's vision tokenizer by its config.json, or by `vq_config` of transformers' Emu3Config.
+
+    Raises:
+      ValueError: a setting that no published tokenizer has, by name.
+    """
+    for *names, only in _FIXED:
+        for name in names:
+            if values.get(name, only) != only:
+                raise ValueError(f"Emu3's vision tokenizer: expected {name} {only}, found {values[name]!r}")
+    said = {
+        ours: next((values[name] for name in names if name in values), usual)
+        for ours, (*names, usual) in _SETTINGS.items()
+    }
+    multipliers, levels = tuple(said["multipliers"]), list(said["attention"] or ())
+    lowest, blocks = len(multipliers) - 1, said["blocks"]
+    if levels not in ([], [lowest]):
+        raise ValueError(
+            f"Emu3's vision tokenizer: expected attn_resolutions [{lowest}], the lowest of {lowest + 1} levels, or "
+            f"[], found {levels}"
+        )
+    if (hidden := values.get("hidden_size", widest := said["width"] * multipliers[-1])) != widest:
+        raise ValueError(f"Emu3's vision tokenizer: expected hidden_size {widest}, as its lowest level, found {hidden}")
+    return AutoencoderConfig(
+        backbone="movq",
+        factor=1 << lowest,
+        patch=1,
+        width=said["width"],
+        multipliers=multipliers,
+        blocks=(blocks,) * len(multipliers),
+        attention="lowest" if levels else "middle",
+        z_channels=said["z_channels"],
+        temporal_blocks=blocks,
+        **_quantizer(said["codes"], said["code_dim"]),
+    )
+
+
+def emu3_settings(config: AutoencoderConfig, dialect: str) -> dict[str, Any]:
+    """What `config_from_emu3` reads, as "emu3" or "emu3_hf" spells it."""
+    port = dialect == "emu3_hf"
+    values = {ours: getattr(config, ours) for ours in _SETTINGS}
+    values["multipliers"], values["blocks"] = list(config.multipliers), config.temporal_blocks
+    values["attention"] = [len(config.multipliers) - 1] if config.attention == "lowest" else []
+    settings = {names[port]: values[ours] for ours, names in _SETTINGS.items()}
+    settings |= {names[port]: only for *names, only in _FIXED if names[port]}
+    return settings | ({"hidden_size": config.widths[-1]} if port else {})
+
+
+def _quantizer(codes: int, dim: int) -> dict[str, Any]:
+    return dict(quantizer="vq", codes=codes, code_dim=dim, space="euclidean")
+
+
+# ---- weights ----------------------------------------------------------------------------------------------------
+
+
+def dialect_of(names: Iterable[str]) -> str:
+    """Whose names these are, of DIALECTS. Raises ValueError: nobody's."""
+    names = set(names)
+    starts = lambda prefix: any(name.startswith(prefix) for name in names)  # noqa: E731
+    if starts("encoder.down_block."):
+        return "emu3_hf"
+    if starts("encoder.down."):
+        return "emu3" if starts("encoder.time_conv.") else "movqgan"
+    raise ValueError(
+        "weights of MoVQGAN or of Emu3's vision tokenizer: expected names like encoder.down.0.block.0.conv1.weight or "
+        f"encoder.down_block.down.0.block.0.conv1.weight, found {some(names)}"
+    )
+
+
+def from_published(
+    config: AutoencoderConfig, state: Mapping[str, Any], dialect: str
+) -> tuple[Params, dict[str, np.ndarray]]:
+    """Arrays by their published names -> (parameters, what the network has no place for).
+
+    Args:
+      state: of any float dtype, with the names of a file that holds the tokenizer alone.
+      dialect: of DIALECTS; `dialect_of` tells it.
+
+    Returns:
+      The parameters as `init` makes them, float32. And the layers in time as they were, by their names, float32 and
+      int64: for ImageTokenizer, and for `to_published`. Of "movqgan" there are none.
+
+    Raises:
+      ValueError: arrays that are missing, left over, or of another shape than the config asks for, by name.
+    """
+    network, kept = _expected(config, dialect)
+    state = {name: leaf for name, leaf in state.items() if not name.startswith(_NOT_READ)}
+    wanted = {place.name: place.shape for place in network.values()} | kept
+    check_names(dialect, wanted, state)
+    ours = {name: _to_ours(place, np.asarray(state[place.name], np.float32)) for name, place in network.items()}
+    published = {
+        name: np.array(state[name], np.float32 if shape else np.int64, order="C") for name, shape in kept.items()
+    }
+    if kept:
+        ours |= _flat(temporal.fold(published, config.temporal_blocks))
+    return traverse_util.unflatten_dict(ours, sep="."), published
+
+
+def to_published(
+    config: AutoencoderConfig, params: Params, published: Mapping[str, np.ndarray], dialect: str
+) -> dict[str, np.ndarray]:
+    """The inverse: every array of a published file, float32, and int64 the counts of batches.
+
+    Args:
+      published: what `from_published` had beside the parameters (ImageTokenizer.published).
+
+    Raises:
+      ValueError: the layers in time are not there, or are not those that the network has by now.
+    """
+    network, kept = _expected(config, dialect)
+    ours = _flat(params)
+    if differ := kept.keys() ^ published.keys():
+        raise ValueError(
+            f"layers in time, which the network has as they are to one picture: expected them beside it as they were "
+            f"published, which {some(differ)} is not: only a tokenizer that was imported can be exported as {dialect}"
+        )
+    if kept:
+        folded = _flat(temporal.fold(published, config.temporal_blocks))
+        if moved := {name for name, leaf in folded.items() if not np.array_equal(np.asarray(ours[name]), leaf)}:
+            raise ValueError(
+                f"layers in time: those that were published do not make the network's {some(moved)}: it was trained "
+                "since, and what a video would need is not known. Export the tokenizer as it was imported"
+            )
+    found = {
+        place.name: np.ascontiguousarray(_to_theirs(place.name, np.asarray(ours[name], np.float32)))
+        for name, place in network.items()
+    }
+    return found | {name: published[name] for name in kept}
+
+
+class _Place(NamedTuple):
+    name: str  # theirs
+    shape: tuple[int, ...]  # theirs
+    axes: int  # ours
+
+
+@functools.cache
+def _expected(config: AutoencoderConfig, dialect: str) -> tuple[dict[str, _Place], dict[str, tuple[int, ...]]]:
+    """Where each parameter comes from, by our name; the layers in time, their names and shapes."""
+    if dialect not in DIALECTS:
+        raise ValueError(f"names of weights: expected one of {', '.join(DIALECTS)}; found {dialect!r}")
+    blocks = config.temporal_blocks
+    if config.backbone != "movq" or bool(blocks) != (dialect != "movqgan"):
+        raise ValueError(
+            f"weights named as in {dialect}: expected backbone 'movq' {'without' if dialect == 'movqgan' else 'with'} "
+            f"temporal_blocks, found {config.backbone!r} with {blocks}"
+        )
+    folded = (".temporal.", ".to_code.", ".from_code.") if blocks else ()
+    network = {}
+    for name, leaf in _flat(jax.eval_shape(functools.partial(init, config), jax.random.key(0))).items():
+        if not any(part in name for part in folded):
+            theirs = _theirs(name, dialect)
+            shape = _to_theirs(theirs, np.broadcast_to(np.float32(), leaf.shape)).shape
+            network[name] = _Place(theirs, shape, leaf.ndim)
+    return network, temporal.published_shapes(config.z_channels, blocks) if blocks else {}
+
+
+def _theirs(name: str, dialect: str) -> str:
+    if name == "quantizer.codebook":
+        return _CODEBOOK
+    name = published_name(name)
+    for pattern, new in (_SPATIAL_NORM | (_TRANSFORMERS if dialect == "emu3_hf" else {})).items():
+        name = re.sub(pattern, new, name)
+    return name
+
+
+def _to_theirs(name: str, leaf: np.ndarray) -> np.ndarray:
+    if name == _CODEBOOK:
+        return leaf
+    return leaf.T if name.endswith("_proj.weight") else out_first(leaf)
+
+
+def _to_ours(place: _Place, leaf: np.ndarray) -> np.ndarray:
+    if place.name == _CODEBOOK:
+        return leaf
+    return leaf.T if place.name.endswith("_proj.weight") else in_first(leaf, place.axes)
+
+
+def _flat(tree: Params) -> dict[str, Any]:
+    return traverse_util.flatten_dict(tree, sep=".")

@@ -1,0 +1,249 @@
+"""Image tokenizers as others published them: their files in, the same files out.
+
+    config = config_of("llamagen_vq", {}, names=tensors)
+    tokenizer = from_published(config, tensors, "llamagen")
+    tensors = to_published(tokenizer, "llamagen")
+
+A system says what its settings are called, and what no file of it says; a dialect says what its weights are called
+(taming.DIALECTS, movq_weights.DIALECTS). Both directions are exact: every array comes back with its name and bits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ar_tokenizers.image import movq_weights, taming
+from ar_tokenizers.image.config import PRESETS, AutoencoderConfig
+from ar_tokenizers.image.tokenizer import ImageTokenizer
+
+SYSTEMS = {  # -> dialects that its files are written in
+    "chameleon_vq": ("taming", "chameleon_hf"),
+    "ibq": ("taming",),
+    "llamagen_vq": ("llamagen",),
+    "janus_vq": ("janus", "janus_hf"),
+    "showo_vq": ("showo",),
+    "lwm_vq": ("lwm",),
+}
+
+# ---- weights ----------------------------------------------------------------------------------------------------
+
+
+def prefix_of(names: Iterable[str], dialect: str) -> str:
+    """What stands before the tokenizer's names in a file that holds a language model too; "" in a file of its own."""
+    prefix = taming.DIALECTS[dialect].prefix if dialect in taming.DIALECTS else ""
+    return prefix if prefix and any(name.startswith(prefix) for name in names) else ""
+
+
+def from_published(
+    config: AutoencoderConfig, tensors: Mapping[str, Any], dialect: str, *, batch_size: int = 64
+) -> ImageTokenizer:
+    """The tokenizer of a file's tensors.
+
+    Args:
+      tensors: by their names; of a file that holds a language model too, names with the dialect's prefix are taken.
+      dialect: of taming.DIALECTS or movq_weights.DIALECTS. "chameleon_hf" makes a tokenizer without a decoder.
+
+    Raises:
+      ValueError: tensors that are missing, left over, or of another shape than the config asks for, by name.
+    """
+    prefix = prefix_of(tensors, dialect)
+    state = {name.removeprefix(prefix): leaf for name, leaf in tensors.items() if name.startswith(prefix)}
+    read: Any = movq_weights.from_published if dialect in movq_weights.DIALECTS else taming.from_taming
+    params, kept = read(config, state, dialect)
+    return ImageTokenizer(config, params, batch_size=batch_size, published=kept)
+
+
+def to_published(
+    tokenizer: ImageTokenizer, dialect: str, *, prefix: str = "", dtype: Any = np.float32
+) -> dict[str, np.ndarray]:
+    """The inverse: every tensor of a published file.
+
+    Args:
+      prefix: before every name, as `prefix_of` a file with a language model has it.
+      dtype: of all that are no whole numbers.
+
+    Raises:
+      ValueError: a tokenizer whose network, or what was kept of its file, is not the dialect's.
+    """
+    write: Any = movq_weights.to_published if dialect in movq_weights.DIALECTS else taming.to_taming
+    found = write(tokenizer.config, tokenizer.params, tokenizer.published, dialect)
+    return {
+        prefix + name: leaf if np.issubdtype(leaf.dtype, np.integer) else leaf.astype(dtype, copy=False)
+        for name, leaf in found.items()
+    }
+
+
+# ---- settings ---------------------------------------------------------------------------------------------------
+
+# Ours -> in taming's ddconfig or beside it, in transformers' vq_config.
+_SPELLINGS = {
+    "width": ("ch", "base_channels"),
+    "multipliers": ("ch_mult", "channel_multiplier"),
+    "blocks": ("num_res_blocks", "num_res_blocks"),
+    "z_channels": ("z_channels", "latent_channels"),
+    "codes": ("n_embed", "num_embeddings"),
+    "code_dim": ("embed_dim", "embed_dim"),
+}
+_CHAMELEON: dict[str, Any] = dict(
+    width=128, multipliers=(1, 1, 2, 2, 4), blocks=2, z_channels=256, codes=8192, code_dim=256
+)
+_JANUS = _CHAMELEON | dict(codes=16384, code_dim=8)  # LlamaGen's VQ-16
+_LEVELS: dict[int, dict[str, Any]] = {5: PRESETS["taming_f16"], 4: PRESETS["taming_f8"]}  # LlamaGen's, by their number
+# What these networks are not, wherever a record says so.
+_ONLY: dict[str, Any] = {
+    **dict.fromkeys(("double_z", "double_latent", "tanh_out", "cosine_similarity", "use_linear_attn"), False),
+    **dict.fromkeys(("in_channels", "out_channels", "out_ch", "in_ch"), 3),
+    **dict.fromkeys(("resamp_with_conv", "codebook_l2_norm"), True),
+    "remap": None,
+}
+
+
+def config_of(system: str, record: Mapping[str, Any], names: Iterable[str] = ()) -> AutoencoderConfig:
+    """What a system's tokenizer is, by the settings that were published with it.
+
+    Args:
+      system: of SYSTEMS.
+      record: of chameleon_vq vqgan.yaml, or a config.json with vq_config, or that part of it; of ibq config.yaml; of
+        janus_vq config.json; of llamagen_vq the arguments of its class, if any. Of showo_vq and lwm_vq nothing was
+        published, and there is one of each.
+      names: of the tensors, by which LlamaGen's VQ-8 and VQ-16 are told apart where the record does not.
+
+    Raises:
+      ValueError: a setting that is missing, or that no published tokenizer has, by name.
+    """
+    if system not in SYSTEMS:
+        raise ValueError(f"image tokenizer: expected one of {', '.join(SYSTEMS)}; found {system!r}")
+    if system == "lwm_vq":
+        return AutoencoderConfig.from_dict(PRESETS["lwm_f16"] | _vq(8192, 64, "euclidean"))
+    if system == "showo_vq":
+        return AutoencoderConfig.from_dict(PRESETS["showo_f16"] | dict(quantizer="lfq", codes=8192))
+    if system == "llamagen_vq":
+        return _llamagen(record, names)
+    if system == "janus_vq":
+        return _janus(record)
+    record = _part(record, system)
+    if "ddconfig" in record:
+        said = _said(dict(record) | dict(record["ddconfig"]), 0, system)
+        said["attention"] = _attention(record["ddconfig"], len(said["multipliers"]), 256, system)
+    elif system == "ibq":
+        raise ValueError("ibq: expected its config.yaml, with ddconfig; found none")
+    else:
+        said = _CHAMELEON | _said(record, 1, system, needed=False)
+        said["attention"] = _attention(record, len(said["multipliers"]), 512, system)
+    quantizer = dict(quantizer="ibq") if system == "ibq" else dict(quantizer="vq", space="euclidean")
+    return _config(said | quantizer)
+
+
+def settings_of(config: AutoencoderConfig, dialect: str, *, resolution: int = 512) -> dict[str, Any]:
+    """What `config_of` reads, as files of that dialect have it; {}: nothing is published beside them.
+
+    Args:
+      resolution: of the images that it was trained on, in pixels; attention is said by the sides of levels.
+    """
+    spelt = 0 if dialect == "taming" else 1
+    lowest = [resolution >> (len(config.multipliers) - 1)] if config.attention == "lowest" else []
+    values = {ours: getattr(config, ours) for ours in _SPELLINGS}
+    values |= {"multipliers": list(config.multipliers), "blocks": config.blocks[0], "code_dim": _dim(config)}
+    found = {names[spelt]: values[ours] for ours, names in _SPELLINGS.items()}
+    if dialect == "taming":
+        outside = {name: found.pop(name) for name in ("n_embed", "embed_dim")}
+        inside = found | dict(double_z=False, resolution=resolution, in_channels=3, out_ch=3, attn_resolutions=lowest)
+        inside |= {"dropout": 0.0} | ({"attn_type": "none"} if config.attention == "none" else {})
+        return outside | {"ddconfig": inside}
+    if dialect == "chameleon_hf":
+        kind = "none" if config.attention == "none" else "vanilla"
+        return found | dict(double_latent=False, resolution=resolution, in_channels=3, attn_resolutions=lowest or None,
+                            attn_type=kind)  # fmt: skip
+    if dialect == "janus_hf":
+        patches = resolution // config.factor
+        return found | dict(double_latent=False, in_channels=3, out_channels=3, num_patches=patches)
+    if dialect in ("llamagen", "janus"):
+        arguments = dict(codebook_size=config.codes, codebook_embed_dim=_dim(config), codebook_l2_norm=True)
+        multipliers = list(config.multipliers)
+        return arguments | dict(encoder_ch_mult=multipliers, decoder_ch_mult=multipliers, z_channels=config.z_channels)
+    return {}
+
+
+def _dim(config: AutoencoderConfig) -> int:
+    return config.abstract_quantizer.dim
+
+
+def _llamagen(record: Mapping[str, Any], names: Iterable[str]) -> AutoencoderConfig:
+    _check(record, "llamagen_vq")
+    found = [int(match[1]) for name in names if (match := re.search(r"encoder\.conv_blocks\.(\d+)\.", name))]
+    levels = len(record["encoder_ch_mult"]) if "encoder_ch_mult" in record else max(found, default=4) + 1
+    if levels not in _LEVELS:
+        raise ValueError(f"llamagen_vq: expected 5 levels (VQ-16) or 4 (VQ-8), found {levels}")
+    preset = _LEVELS[levels]
+    for name in ("encoder_ch_mult", "decoder_ch_mult"):
+        if tuple(record.get(name, preset["multipliers"])) != preset["multipliers"]:
+            raise ValueError(f"llamagen_vq: expected {name} {list(preset['multipliers'])}, found {record[name]}")
+    quantizer = _vq(record.get("codebook_size", 16384), record.get("codebook_embed_dim", 8), "sphere")
+    return AutoencoderConfig.from_dict(preset | quantizer | dict(z_channels=record.get("z_channels", 256)))
+
+
+def _janus(record: Mapping[str, Any]) -> AutoencoderConfig:
+    """By the original's config.json, or transformers' (whose rule for the nearest code is not taken: it leaves out the
+    normalisation that its decoding has, and the original in both)."""
+    if "gen_vision_config" in record:
+        part = record["gen_vision_config"]
+        if (kind := part.get("cls", "VQ-16")) != "VQ-16":
+            raise ValueError(f"janus_vq: expected gen_vision_config.cls 'VQ-16', found {kind!r}")
+        names, given = {"codes": "image_token_size", "code_dim": "n_embed"}, part.get("params", {})
+        said = _JANUS | {ours: given[name] for ours, name in names.items() if name in given}
+    else:
+        said = _JANUS | _said(_part(record, "janus_vq"), 1, "janus_vq", needed=False)
+    return _config(said | dict(quantizer="vq", space="sphere", attention="lowest"))
+
+
+def _config(said: Mapping[str, Any]) -> AutoencoderConfig:
+    multipliers, blocks = tuple(said["multipliers"]), said["blocks"]
+    shape = dict(factor=1 << (len(multipliers) - 1), patch=1, blocks=(blocks,) * len(multipliers))
+    return AutoencoderConfig.from_dict(dict(said) | shape | {"backbone": "vqgan", "multipliers": multipliers})
+
+
+def _vq(codes: int, dim: int, space: str) -> dict[str, Any]:
+    return dict(quantizer="vq", codes=codes, code_dim=dim, space=space)
+
+
+def _part(record: Mapping[str, Any], system: str) -> Mapping[str, Any]:
+    """The tokenizer's part of a file's settings: model.params of taming's yaml, vq_config of a config.json."""
+    for path in (("model", "params"), ("vq_config",), ("params",)):
+        inner: Any = record
+        for name in path:
+            inner = inner.get(name) if isinstance(inner, Mapping) else None
+        if isinstance(inner, Mapping):
+            return inner
+    return record
+
+
+def _said(values: Mapping[str, Any], spelt: int, system: str, *, needed: bool = True) -> dict[str, Any]:
+    _check(values, system)
+    names = {ours: both[spelt] for ours, both in _SPELLINGS.items()}
+    if needed and (missing := [name for name in names.values() if name not in values]):
+        raise ValueError(f"{system}: settings: expected {', '.join(missing)}, found {', '.join(sorted(values))}")
+    return {ours: values[name] for ours, name in names.items() if name in values}
+
+
+def _check(values: Mapping[str, Any], system: str) -> None:
+    for name, only in _ONLY.items():
+        if values.get(name, only) != only:
+            raise ValueError(f"{system}: expected {name} {only}, found {values[name]!r}")
+
+
+def _attention(values: Mapping[str, Any], levels: int, usual: int, system: str) -> str:
+    """By the sides of levels that have it, of images of `resolution` pixels."""
+    if values.get("attn_type", "vanilla") in (None, "none"):
+        return "none"
+    resolution, asked = values.get("resolution", usual), list(values.get("attn_resolutions") or ())
+    sides = [resolution >> level for level in range(levels)]
+    having = [side for side in sides if side in asked]
+    if having not in ([], [sides[-1]]):
+        raise ValueError(
+            f"{system}: expected attn_resolutions [{sides[-1]}], the lowest of {sides}, or none of them; found {asked}"
+        )
+    return "lowest" if having else "middle"

@@ -1,0 +1,178 @@
+"""The layers in time of Emu3's vision tokenizer as what they are to a single picture: two-dimensional.
+
+Axes: B batch, h w codes, Z features at the codes; in published kernels F' features out, F features in, T taps.
+
+Emu3 (arXiv:2409.18869; baaivision/Emu3, modeling_emu3visionvq.py) encodes a picture as four equal frames, two
+convolutions in time make one of them, and its decoder makes four, of which the first is the picture. Every convolution
+pads two frames of zeros before the first, so what a tap meets is known beforehand:
+
+- the first halving (four taps, every second frame) sees on its first step two of the padding and two equal frames, on
+  its second four equal frames: a convolution by the sum of the last two taps and one by the sum of all;
+- the second sees the padding and those two: its third tap on the one, its fourth on the other;
+- all other convolutions see one frame behind the padding: their last tap.
+
+Batch norms use the statistics they were trained with: a scale and a shift.
+
+`fold` is that sum. It cannot be undone, so whoever wants to give the layers back keeps them as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ar_tokenizers.image.layers import Conv3x3
+
+FACTOR = 4  # frames that become one: two halvings
+_EPSILON = 1e-5  # of the batch norms
+_FLOAT32 = jnp.dtype("float32")
+_STATISTICS = ("weight", "bias", "running_mean", "running_var")
+_COUNT = "num_batches_tracked"
+
+
+class BeforeCodes(nnx.Module):
+    """What the encoder has behind its last convolution: float32 [B, h, w, Z] -> the same shape."""
+
+    def __init__(self, width: int, blocks: int, *, rngs: nnx.Rngs) -> None:
+        self.halve0 = Conv3x3(width, 2 * width, dtype=_FLOAT32, rngs=rngs)  # both steps side by side
+        self.halve1 = Conv3x3(2 * width, width, dtype=_FLOAT32, rngs=rngs)
+        self.stack = Stack(width, blocks, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.stack(jax.nn.silu(self.halve1(jax.nn.silu(self.halve0(x)))))
+
+
+class AfterCodes(nnx.Module):
+    """What the decoder has before its first convolution: float32 [B, h, w, Z] -> the same shape."""
+
+    def __init__(self, width: int, blocks: int, *, rngs: nnx.Rngs) -> None:
+        self.stack = Stack(width, blocks, rngs=rngs)
+        self.double0 = Conv3x3(width, width, dtype=_FLOAT32, rngs=rngs)
+        self.double1 = Conv3x3(width, width, dtype=_FLOAT32, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jax.nn.silu(self.double1(jax.nn.silu(self.double0(self.stack(x)))))
+
+
+class Stack(nnx.Module):
+    """Residual blocks with an Affine where batch norms were: [B, h, w, Z] -> the same shape."""
+
+    def __init__(self, width: int, blocks: int, *, rngs: nnx.Rngs) -> None:
+        self.blocks = blocks
+        for index in range(blocks):
+            setattr(self, f"block{index}", Block(width, rngs=rngs))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for index in range(self.blocks):
+            x = getattr(self, f"block{index}")(x)
+        return x
+
+
+class Block(nnx.Module):
+    """[B, h, w, Z] -> the same shape; the identity at the start of training."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs) -> None:
+        self.norm1, self.norm2 = Affine(width), Affine(width)
+        self.conv1 = Conv3x3(width, width, dtype=_FLOAT32, rngs=rngs)
+        self.conv2 = Conv3x3(width, width, dtype=_FLOAT32, rngs=rngs, kernel_init=nnx.initializers.zeros)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.conv1(jax.nn.silu(self.norm1(x)))
+        return x + self.conv2(jax.nn.silu(self.norm2(y)))
+
+
+class Affine(nnx.Module):
+    """A scale and a shift of every feature."""
+
+    def __init__(self, width: int) -> None:
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(width, jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x * self.scale[...] + self.bias[...]
+
+
+# ---- as published -----------------------------------------------------------------------------------------------
+
+
+def published_shapes(width: int, blocks: int) -> dict[str, tuple[int, ...]]:
+    """Every array that `fold` takes, by its published name, which the original and transformers share.
+
+    Kernels are [F', F, T, 3, 3], those of the two convolutions next to the codes [F', F, T, 1, 1].
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def conv(name: str, *window: int) -> None:
+        shapes[f"{name}.conv.weight"], shapes[f"{name}.conv.bias"] = (width, width, *window), (width,)
+
+    for side, taps in (("encoder", 4), ("decoder", 3)):
+        for index in range(2):
+            conv(f"{side}.time_conv.{index}.conv", taps, 3, 3)
+        for index in range(blocks):
+            block = f"{side}.time_res_stack.{index}"
+            for half in (1, 2):
+                conv(f"{block}.conv{half}", 3, 3, 3)
+                shapes |= {f"{block}.norm{half}.{name}": (width,) for name in _STATISTICS}
+                shapes[f"{block}.norm{half}.{_COUNT}"] = ()
+    for name in ("quant_conv", "post_quant_conv"):
+        conv(name, 3, 1, 1)
+    return shapes
+
+
+def fold(published: Mapping[str, np.ndarray], blocks: int) -> dict[str, dict[str, Any]]:
+    """The arrays of `published_shapes` -> those of our encoder and decoder that come of them, float32.
+
+    Returns:
+      {"encoder": {"temporal": BeforeCodes, "to_code": ...}, "decoder": {"temporal": AfterCodes, "from_code": ...}}
+    """
+
+    def stack(side: str) -> dict[str, Any]:
+        return {f"block{index}": block(f"{side}.time_res_stack.{index}") for index in range(blocks)}
+
+    def block(at: str) -> dict[str, Any]:
+        convs = {name: last_tap(f"{at}.{name}.conv") for name in ("conv1", "conv2")}
+        return convs | {name: affine(f"{at}.{name}") for name in ("norm1", "norm2")}
+
+    def affine(at: str) -> dict[str, np.ndarray]:
+        weight, shift, mean, variance = (np.asarray(published[f"{at}.{name}"], np.float64) for name in _STATISTICS)
+        scale = weight / np.sqrt(variance + _EPSILON)
+        return {"scale": scale.astype(np.float32), "bias": (shift - mean * scale).astype(np.float32)}
+
+    def last_tap(at: str) -> dict[str, np.ndarray]:
+        return {"kernel": _kernel(taps(at)[-1]), "bias": bias(at)}
+
+    def bias(at: str) -> np.ndarray:
+        return np.asarray(published[f"{at}.bias"], np.float32)
+
+    def taps(at: str) -> np.ndarray:  # [T, F', F, 3, 3] of float64: a sum of taps is rounded once
+        return np.moveaxis(np.asarray(published[f"{at}.weight"], np.float64), 2, 0)
+
+    def product(at: str) -> dict[str, np.ndarray]:
+        tap = last_tap(at)
+        return tap | {"kernel": tap["kernel"][0, 0]}
+
+    first, second = (f"encoder.time_conv.{index}.conv.conv" for index in range(2))
+    steps = [_kernel(taps(first)[2:].sum(0)), _kernel(taps(first).sum(0))]
+    before = {
+        "halve0": {"kernel": np.concatenate(steps, 3), "bias": np.tile(bias(first), 2)},
+        "halve1": {
+            "kernel": np.concatenate([_kernel(tap) for tap in taps(second)[2:]], 2),
+            "bias": bias(second),
+        },
+        "stack": stack("encoder"),
+    }
+    doubles = {f"double{index}": last_tap(f"decoder.time_conv.{index}.conv.conv") for index in range(2)}
+    return {
+        "encoder": {"temporal": before, "to_code": product("quant_conv.conv")},
+        "decoder": {"temporal": {"stack": stack("decoder")} | doubles, "from_code": product("post_quant_conv.conv")},
+    }
+
+
+def _kernel(tap: np.ndarray) -> np.ndarray:
+    """One tap [F', F, 3, 3] -> float32 [3, 3, F, F']."""
+    return np.ascontiguousarray(tap.transpose(2, 3, 1, 0), np.float32)
