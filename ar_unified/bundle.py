@@ -27,12 +27,12 @@ import json
 import os
 import re
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -52,8 +52,9 @@ from ar_unified.language.record import FILE as LANGUAGE
 from ar_unified.language.record import manifest_of, record_of, text_codec
 from ar_unified.manifests import manifest_hash
 from ar_unified.model.config import TransformerConfig, decisive
+from ar_unified.model.leaves import Streamed, named, write_leaves
 from ar_unified.model.transformer import Params, abstract_params
-from ar_unified.tensors import INDEX, Kind, TensorWriter, read_tensors, write_tensors
+from ar_unified.tensors import INDEX, read_tensors, write_tensors
 from ar_unified.workdir import write_json, write_text
 
 VERSION = 1
@@ -124,7 +125,7 @@ def write(
             if kept:
                 write_tensors(here / KEPT, kept)
             streamed = params if isinstance(params, Streamed) else Streamed.of(params)
-            _write_params(here, config, streamed, shard_bytes)
+            write_leaves(here, config, streamed, shard_bytes)
             names = sorted(str(path.relative_to(here)) for path in here.rglob("*") if path.is_file())
             files = {name: {"bytes": (here / name).stat().st_size, "sha256": _sha256(here / name)} for name in names}
             write_text(here / CARD, card)
@@ -133,39 +134,6 @@ def write(
     except FileExistsError as error:
         raise UserError(f"{in_words(error)}: name another folder, or remove this one") from error
     return Bundle(folder)
-
-
-class Streamed(NamedTuple):
-    """Parameters that come one after another, as they are read: what is in memory is one of them.
-
-    Attributes:
-        dtypes: of each leaf by its path.
-        pieces: (path, None, the leaf), or (path, i, what stands at i of its first axis), each once.
-    """
-
-    dtypes: Mapping[str, str]
-    pieces: Iterable[tuple[str, int | None, np.ndarray]]
-
-    @classmethod
-    def of(cls, params: Params) -> Streamed:
-        """From parameters that lie on devices, gathered leaf by leaf."""
-        leaves = named(params)
-        pieces = ((name, None, np.asarray(jax.device_get(leaf))) for name, leaf in leaves.items())
-        return cls({name: str(leaf.dtype) for name, leaf in leaves.items()}, pieces)
-
-
-def _write_params(folder: Path, config: TransformerConfig, params: Streamed, shard_bytes: int) -> None:
-    leaves = named(abstract_params(config))
-    kinds = {name: Kind(leaf.shape, params.dtypes[name]) for name, leaf in leaves.items()}
-    with TensorWriter(folder, kinds, shard_bytes) as writer:
-        for name, layer, array in params.pieces:
-            writer.put(name, array, layer)
-
-
-def named(params: Params) -> dict[str, Any]:
-    """Every leaf by its path, as "layers.mlp.up", in the order of the paths."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return dict(sorted((jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves))
 
 
 def _sha256(path: Path) -> str:

@@ -26,7 +26,7 @@ from ar_unified.evaluation.card import card
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.start import by_first_process, open_experiment
-from ar_unified.interop.exporting import export_hf
+from ar_unified.interop.exporting import export_published
 from ar_unified.model.config import decisive, parameter_count
 from ar_unified.tensors import read_tensors
 from ar_unified.workdir import read_json
@@ -39,7 +39,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     if arguments.source:
         if overrides or arguments.config or arguments.workdir:
             raise UserError("--from BUNDLE is exported by itself: leave out --workdir, --config and config keys")
-        export_hf(Bundle(arguments.source), Path(arguments.output), arguments.shard_mib << 20)
+        export_published(Bundle(arguments.source), arguments.to, Path(arguments.output), arguments.shard_mib << 20)
         return 0
     if not arguments.workdir:
         raise UserError("expected --workdir DIR, of a training, or --from BUNDLE --to FORMAT; found neither")

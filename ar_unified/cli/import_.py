@@ -18,7 +18,7 @@ from pathlib import Path
 from ar_unified.errors import UserError
 from ar_unified.interop.files import Files
 from ar_unified.interop.importing import card, import_model
-from ar_unified.interop.systems import SYSTEMS
+from ar_unified.interop.systems import OPEN
 from ar_unified.model.config import parameter_count
 
 
@@ -32,7 +32,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         theta=arguments.rope_theta,
         size=arguments.size,
     )
-    published = SYSTEMS[arguments.system](files)
+    published = OPEN[arguments.system](files)
     made = import_model(
         published,
         arguments.output,

@@ -10,16 +10,4 @@ exporting          bundle -> files
 """
 
 # What `ar-unified import --as` takes; `systems` has how each is opened.
-SYSTEMS = (
-    "chameleon",
-    "anole",
-    "lumina_mgpt",
-    "lumina_mgpt_2",
-    "emu3",
-    "emu3_5",
-    "lwm",
-    "liquid",
-    "llama",
-    "qwen",
-    "gemma",
-)
+SYSTEMS = ("chameleon", "anole", "lumina_mgpt", "emu3", "llama", "qwen", "gemma")

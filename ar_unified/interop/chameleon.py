@@ -1,22 +1,30 @@
-"""Chameleon and what grew from it: Anole, and Lumina-mGPT 1 and 2.0.
+"""Chameleon and what grew from it: Anole, and Lumina-mGPT 1.
 
 One table of ids, by the names of its tokens: image codes are IMGIMG, the code's decimal digits as letters (A for 0)
-and Z; the others are <racm3:break> in front of an image, <eoss> behind it, <reserved08706> behind a turn. Lumina adds an
-end of rows, <reserved08799>, and sizes from <reserved08800> on, <reserved(8800+n)> for n units.
+and Z; the others are <racm3:break> in front of an image, <eoss> behind it, <reserved08706> behind a turn. Lumina adds
+an end of rows, <reserved08799>, and sizes from <reserved08800> on, <reserved(8800+n)> for n units.
 
-Sources: facebookresearch/chameleon, GAIR-NLP/anole, Alpha-VLLM/Lumina-mGPT and Lumina-mGPT-2.0.
+Sources: facebookresearch/chameleon, GAIR-NLP/anole, Alpha-VLLM/Lumina-mGPT.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from ar_unified.errors import UserError
 from ar_unified.interop import hf_config
+from ar_unified.interop.files import Files
 from ar_unified.interop.hf_config import Family
 from ar_unified.interop.ids import Language, language, named, run
+from ar_unified.interop.images import Images, read_images, read_settings
+from ar_unified.interop.keys import HF, META, Dialect
+from ar_unified.interop.meta import Joined
+from ar_unified.interop.published import Published, check_tensors
+from ar_unified.interop.sources import Source, inside, open_source, read_json
 from ar_unified.language.syntax import ImageLayout
 from ar_unified.model.config import TransformerConfig
 
@@ -32,6 +40,29 @@ _FIRST_SIZE = 8800  # of the reserved names: 0 units
 _MARKS = {"boi": "<racm3:break>", "eoi": "<eoss>", "eot": "<reserved08706>"}
 _LUMINA = _MARKS | {"eol": "<reserved08799>"}
 SIDE = 32  # codes along Chameleon's images, 512 pixels
+_WIDEST = {"lumina_mgpt": 128}  # codes: 2048 pixels of 16 a code
+_VQ = "model.vqmodel."
+_LENGTH = 4096
+# As published: chameleon.py of Chameleon (text 3.0 and image 1.2 over nothing); Lumina-mGPT's README and inference.
+_CHAMELEONS = {"temperature": 0.7, "top_k": 0, "top_p": 0.9}
+_SAMPLING: Mapping[str, Mapping[str, Any]] = {
+    "chameleon": {
+        "max_length": _LENGTH,
+        "kv_dtype": "",
+        "guidance": 3.0,
+        "context": "bos_boi",
+        "text": _CHAMELEONS,
+        "image": _CHAMELEONS,
+    },
+    "lumina_mgpt": {
+        "max_length": 2 * _LENGTH,
+        "kv_dtype": "",
+        "guidance": 4.0,
+        "context": "from_boi",
+        "text": {"temperature": 1.0, "top_k": 10, "top_p": 1.0},
+        "image": {"temperature": 1.0, "top_k": 2000, "top_p": 1.0},
+    },
+}
 
 
 def codes_of(names: Mapping[str, int], where: str) -> range:
@@ -50,7 +81,7 @@ def language_of(
 
     Args:
         names: published id of every token. text: those that text is spelled with. size: V.
-        system: chameleon, lumina_mgpt or lumina_mgpt_2.
+        system: chameleon or lumina_mgpt.
         largest: height and width of an image in codes; None: as published.
 
     Raises UserError for names that are missing or stand for other ids than they should.
@@ -62,14 +93,13 @@ def language_of(
     sizes: list[int] = []
     layout = ImageLayout(system, *(largest or (SIDE, SIDE)))
     if lumina:
-        layout = ImageLayout(system, *(largest or (_WIDEST[system], _WIDEST[system])))
+        there = next(n for n in itertools.count() if f"<reserved{_FIRST_SIZE + n + 1:05}>" not in names)
+        side = min(_WIDEST[system], there * layout.units[0])
+        layout = ImageLayout(system, *(min(given, side) for given in largest or (side, side)))
         names_of_sizes = [f"<reserved{_FIRST_SIZE + n:05}>" for n in range(1, layout.size_tokens + 1)]
         sizes = list(run([named(names, name, where) for name in names_of_sizes], "size", where))
     wanted = {name: marks[name] for name in layout.record.controls if name in marks}
     return language(size, text, wanted, layout, codes=codes, sizes=sizes)
-
-
-_WIDEST = {"lumina_mgpt": 128, "lumina_mgpt_2": 192}  # codes: 2048 pixels of 16 a code, 1536 of 8
 
 
 def _ends(names: Mapping[str, int], where: str) -> dict[str, str]:
@@ -81,9 +111,122 @@ def _ends(names: Mapping[str, int], where: str) -> dict[str, str]:
     return {"bos": "<|endoftext|>", "eos": "<|im_end|>"}  # Qwen has no beginning
 
 
-def model_of(config: Mapping, where: str) -> TransformerConfig:
-    """The transformer of config.json. Raises UserError."""
+# ---- files ------------------------------------------------------------------------------------------------------
+
+
+def open_chameleon(files: Files) -> Published:
+    """Chameleon, or Anole, which differs in rows of the head alone: as transformers has it, or Meta."""
+    folder = files.folder
+    if (folder / "params.json").exists():
+        return _open_meta(files)
+    where = str(folder)
+    config = _model(files.config, where)
+    vq = _vq_of(files, files.config, [("chameleon_hf", files.source)])
+    return _published(files, "chameleon", config, vq, [HF], files.source, files.record() | {"form": "hf"})
+
+
+def _open_meta(files: Files) -> Published:
+    where, folder = str(files.folder), files.folder
+    params = read_json(files.find("params.json")).get("model")
+    if not isinstance(params, dict):
+        raise UserError(f"{where}/params.json: expected model, with keys and values; found {params!r:.80}")
+    parts = sorted(folder.glob("consolidated*.safetensors"))
+    if not parts:
+        raise UserError(
+            f"{where}: expected consolidated*.safetensors, found none: `ar-unified convert-pickle` makes them"
+        )
+    heads: tuple[Any, Any] = params.get("n_heads"), params.get("n_kv_heads") or params.get("n_heads")
+    if any(type(count) is not int or count < 1 for count in heads):
+        raise UserError(f"{where}/params.json: expected n_heads and n_kv_heads above 0, found {heads}")
+    source = Joined([open_source(inside(folder, part.name)) for part in parts], *heads)
+    told = {
+        "vocab_size": params.get("vocab_size") or source.shape("output.weight")[0],
+        "hidden_size": params.get("dim"),
+        "num_hidden_layers": params.get("n_layers"),
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "intermediate_size": source.shape("layers.0.feed_forward.w1.weight")[0],
+        "rms_norm_eps": params.get("norm_eps", 1e-5),
+        "rope_theta": params.get("rope_theta", 1e4),
+        "swin_norm": bool(params.get("swin_norm")),
+    }
+    if params.get("qk_normalization") is False:
+        raise UserError(f"{where}/params.json: qk_normalization: expected True, found False")
+    names = {each.rsplit(".", 1)[0] for each in source.names()}
+    fused = sorted(name for name in names if name.endswith(("wqkv", "w13")))
+    record = {"form": "meta", "params": read_json(files.find("params.json")), "files": {}, "parts": len(parts)}
+    record |= {"text_file": files.text_file.name, "fused": bool(fused)}
+    return _published(files, "chameleon", _model(told, where), _vq_of(files, {}, []), [META], source, record)
+
+
+def open_lumina(files: Files) -> Published:
+    """Lumina-mGPT 1: a transformer alone; text tokenizer and VQGAN are Chameleon's (`--text`, `--image`)."""
+    config = _model(files.config, str(files.folder))
+    vq = _vq_of(files, files.config, [])
+    return _published(files, "lumina_mgpt", config, vq, [HF], files.source, files.record() | {"form": "hf"})
+
+
+def _model(config: Mapping[str, Any], where: str) -> TransformerConfig:
     found = hf_config.read(config, CHAMELEON, where)
     if found.norm_eps != 1e-5:
         raise UserError(f"{where}: rms_norm_eps: expected 1e-05, as its QK-norm has; found {found.norm_eps}")
     return dataclasses.replace(found, norm_placement="swin" if config.get("swin_norm") else "pre")
+
+
+def _vq_of(files: Files, config: Mapping[str, Any], inside_of: list[tuple[str, Source]]) -> Images:
+    """The image tokenizer of a file of its own, else that inside the model's, which has no decoder."""
+    if files.image is not None:
+        beside = files.image.parent if files.image.is_file() else files.image
+        source = open_source(files.image)
+        record = read_settings(beside, "vqgan.json", "vqgan.yaml", "config.json")
+        return read_images("chameleon_vq", record or config, source, "taming", str(files.image))
+    for dialect, source in inside_of:
+        if any(name.startswith(_VQ) for name in source.names()):
+            return read_images("chameleon_vq", config, source, dialect, str(files.folder), _VQ)
+    raise UserError(
+        f"{files.folder}: it has no image tokenizer: --image names Chameleon's vqgan.ckpt, made .safetensors by "
+        "`ar-unified convert-pickle`"
+    )
+
+
+def _published(
+    files: Files,
+    system: str,
+    config: TransformerConfig,
+    images: Images,
+    dialects: list[Dialect],
+    source: Source,
+    record: dict[str, Any],
+) -> Published:
+    where, tokenizer = str(files.folder), images.tokenizer
+    ids = language_of(
+        files.names, files.text_ids, config.vocab_size, system, str(files.text_file), files.size or images.grid
+    )
+    if ids.vocabulary.codebook_size != tokenizer.codebook_size:
+        raise UserError(
+            f"{files.text_file}: expected {tokenizer.codebook_size} image codes, as the image tokenizer has; found "
+            f"{ids.vocabulary.codebook_size}"
+        )
+    grammar = files.grammar(ids, tokenizer.hash)
+    config = dataclasses.replace(config, vocab_size=grammar.vocabulary.size)
+    aside = (_VQ,) if images.prefix else ()
+    keys = check_tensors(source, where, dialects, config, ids.border, aside=aside)
+    sized, side = grammar.layout.sized, grammar.layout.height * tokenizer.factor
+    notes = [tokenizer.no_decoder] if tokenizer.no_decoder else []
+    return Published(
+        system=system,
+        keys=keys,
+        source=source,
+        grammar=grammar,
+        text=grammar.text_codec,
+        image=tokenizer,
+        data={
+            "image_size": [side, grammar.layout.width * tokenizer.factor] if not sized else [images.usual] * 2,
+            "resize": "aspect" if sized else "crop",
+            "layout": system,
+            "max_tokens": _LENGTH,
+        },
+        sampling=_SAMPLING[system],
+        record={"system": system, "qk_groups": list(keys.qk_groups), **images.record, **record},
+        notes=tuple(notes),
+    )

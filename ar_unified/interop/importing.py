@@ -12,6 +12,7 @@ from ar_unified.errors import UserError
 from ar_unified.interop.published import Published
 from ar_unified.interop.sources import DTYPES
 from ar_unified.model.config import parameter_count
+from ar_unified.model.leaves import Streamed
 
 
 def import_model(
@@ -43,7 +44,7 @@ def import_model(
     return bundle.write(
         output,
         config=keys.config,
-        params=bundle.Streamed(dtypes, pieces()),
+        params=Streamed(dtypes, pieces()),
         grammar=published.grammar,
         text_tokenizer=published.text,
         image_tokenizer=published.image,

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from ar_unified.bundle import named
 from ar_unified.language.border import Border
 from ar_unified.model.config import TransformerConfig
+from ar_unified.model.leaves import named
 from ar_unified.model.transformer import abstract_params
 
 _ROWS = ("embedding", "head")
@@ -30,7 +30,7 @@ class Dialect:
 
     Attributes:
         name: for messages.
-        names: of each of our leaves (`bundle.named`) their tensor, {} for the number of the layer. Of "embedding" and
+        names: of each of our leaves (`leaves.named`) their tensor, {} for the number of the layer. Of "embedding" and
             "head" there may be several, which are the parts of one table in order.
         out_first: matrices lie [out, in], as torch has them; else [in, out], and tables of the head [D, V].
         interleaved: RoPE turns neighbours of a head together (0 and 1); ours and transformers': 0 and H/2.

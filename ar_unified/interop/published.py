@@ -16,6 +16,7 @@ from ar_unified.language.grammar import Grammar
 from ar_unified.model.config import TransformerConfig
 
 _SHOWN = 5  # names in a message
+_FLOATS = ("BF16", "F32", "F16")
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def check_tensors(
     for name, shape in wanted.items():
         if (found := source.shape(name)) != shape:
             raise UserError(f"{where}: {name}: expected shape {list(shape)}, as the config says; found {list(found)}")
-        source.dtype(name)
+        if (kind := source.dtype(name)) not in _FLOATS:
+            raise UserError(f"{where}: {name}: expected {', '.join(_FLOATS)}; found {kind}")
     return keys
 
 

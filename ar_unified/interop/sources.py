@@ -20,7 +20,7 @@ from ar_unified.errors import UserError, in_words
 from ar_unified.tensors import INDEX, read_bytes
 
 ALONE = "model.safetensors"
-DTYPES = {"BF16": "bfloat16", "F32": "float32", "F16": "float16"}  # by their names in a file
+DTYPES = {"BF16": "bfloat16", "F32": "float32", "F16": "float16", "I64": "int64"}  # by their names in a file
 _LARGEST = 1 << 26  # bytes of a JSON file
 
 

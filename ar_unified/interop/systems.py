@@ -1,16 +1,20 @@
-"""The published systems by the name that `ar-unified import --as` takes."""
+"""The published systems by the name that `ar-unified import --as` takes (`interop.SYSTEMS`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from ar_unified.interop import text
+from ar_unified.interop import chameleon, emu3, text
 from ar_unified.interop.files import Files
 from ar_unified.interop.published import Published
 
-SYSTEMS: Mapping[str, Callable[[Files], Published]] = MappingProxyType(
+OPEN: Mapping[str, Callable[[Files], Published]] = MappingProxyType(
     {
+        "chameleon": chameleon.open_chameleon,
+        "anole": chameleon.open_chameleon,
+        "lumina_mgpt": chameleon.open_lumina,
+        "emu3": emu3.open_emu3,
         "llama": text.open_llama,
         "qwen": text.open_qwen,
         "gemma": text.open_gemma,

@@ -74,5 +74,5 @@ def _open(files: Files, system: str, families: Mapping[str, Family]) -> Publishe
             "text": PLAIN_FILTER,
             "image": PLAIN_FILTER,
         },
-        record={"system": system, **files.record()},
+        record={"system": system, "form": "hf", **files.record()},
     )

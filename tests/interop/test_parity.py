@@ -6,7 +6,6 @@ themselves. All of it goes through the verbs and `ar_unified.load`, as a person 
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -17,11 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ar_unified.cli.main import VERBS, main
+from ar_unified.cli.main import main
 
 pytestmark = [
     pytest.mark.interop,
-    pytest.mark.skipif("import" not in VERBS, reason="ar-unified has no verb `import` yet"),
 ]
 torch = pytest.importorskip("torch", reason="parity with the reference implementations needs torch (make test-interop)")
 pytest.importorskip("transformers", reason="the reference implementations are transformers'")
@@ -30,7 +28,7 @@ import ar_unified  # noqa: E402
 from ar_unified.language.document import TokensPart  # noqa: E402
 from ar_unified.sampling.decoding import Filter  # noqa: E402
 from ar_unified.sampling.request import Request  # noqa: E402
-from tests.interop import comparing, formats, interleaved, reference, tables  # noqa: E402
+from tests.interop import comparing, formats, reference, tables  # noqa: E402
 from tests.interop import published as make  # noqa: E402
 from tests.interop.tables import Table  # noqa: E402
 from tests.interop.weights import interleaved as neighbours  # noqa: E402
@@ -82,6 +80,7 @@ _EMU3: dict[str, Any] = {
     "begin": "<|extra_203|>", "picture": ("<|image start|>", "8", "*", "8", "<|image token|>"),
     "codes": "<|visual token", "row_end": "<|extra_200|>", "apart": ("<|extra_203|>",),
 }  # fmt: skip
+_VISION = ("--image", "{vision}")
 _BESIDE = ("--text", "{}/tokenizer", "--image", "{}/tokenizer/vqgan.safetensors")
 _META: dict[str, Any] = _CHAMELEON | {"oracle": "twin", "to": "meta", "at": "models/30b", "more": _BESIDE}
 _LUMINA: dict[str, Any] = _CHAMELEON | {
@@ -97,9 +96,9 @@ CASES = {
     "anole": Case("anole", make.chameleon, **_CHAMELEON),
     "lumina_mgpt": Case("lumina_mgpt", formats.lumina_1, settings={"tokenizer": True}, more=_BESIDE, **_LUMINA),
     "emu3": Case("emu3", make.emu3, lambda: tables.emu3(placeholder="<image>"), **_EMU3),
-    "emu3-original": Case("emu3", make.emu3_original, tables.emu3, oracle="Emu3ForCausalLM", **_EMU3),
-    "emu3_5": Case("emu3_5", formats.emu3_5, tables.emu3, oracle="twin", **_EMU3 | {"row_end": ""}),
-    "liquid": Case("liquid", formats.liquid, lambda: tables.gemma(codes=64), begin="<bos>"),
+    "emu3-original": Case(
+        "emu3", make.emu3_original, tables.emu3, oracle="Emu3ForCausalLM", more=("--image", "{vision}"), **_EMU3
+    ),
     "gemma": Case("gemma", make.causal, tables.gemma, ("gemma",), begin="<bos>"),
     **{
         kind: Case("llama", make.causal, tables.llama, (kind,), begin="<|begin_of_text|>")
@@ -108,7 +107,6 @@ CASES = {
     **{kind: Case("qwen", make.causal, tables.qwen, (kind,)) for kind in ("qwen2", "qwen3")},
 }
 DRAWING = ["chameleon", "chameleon-swin", "meta", "lumina_mgpt", "emu3", "emu3-original"]
-SYSTEMS = importlib.import_module("ar_unified.interop.systems").SYSTEMS if "import" in VERBS else {}
 EXPORTED = [name for name, case in CASES.items() if case.to == "hf"]
 
 
@@ -117,8 +115,6 @@ def run(*argv: str | Path) -> None:
 
 
 def import_as(system: str, folder: Path, bundle: Path, *more: str) -> None:
-    if system not in SYSTEMS:
-        pytest.skip(f"ar-unified import knows no --as {system} yet")
     run("import", "--from", folder, "--as", system, "--output", bundle, *more)
 
 
@@ -135,7 +131,8 @@ def bundles(published, tmp_path_factory):
                 shutil.copytree(folder, out / "edited")
                 folder = out / "edited"
                 edit(folder)
-            more = [argument.format(folder) for argument in case.more]
+            vision = published(make.emu3_vision, original=True) if case.more == _VISION else ""
+            more = [argument.format(folder, vision=vision) for argument in case.more]
             import_as(case.system, folder / case.at, out / "bundle", *more)
             made[key] = out / "bundle"
         return made[key]
@@ -212,19 +209,6 @@ def test_logits_and_hidden_states_are_the_references(name, models, oracles):
     assert np.abs(found - expected).max() <= max(RELATIVE * np.abs(expected).max(), LOGITS)
     np.testing.assert_allclose(comparing.hidden(model, ours[ids]), oracle.hidden(ids), atol=HIDDEN)
     assert sorted(ours) == list(range(len(ours))) and np.array_equal(model.ids.theirs(ours), np.arange(len(ours)))
-
-
-def test_lwms_two_tables_answer_side_by_side(published, tmp_path):
-    folder = published(formats.lwm)
-    import_as("lwm", folder, tmp_path / "b", "--rope-theta", str(formats.LWM_THETA))
-    model = ar_unified.load(tmp_path / "b", dtype="float32")
-    rng = np.random.default_rng(2)
-    is_vision = rng.random((2, 48)) < 0.5
-    ids = np.where(is_vision, rng.integers(0, formats.LWM_VISION, (2, 48)), rng.integers(0, 320, (2, 48)))
-    text, vision = interleaved.Lwm(formats.lwm_params(), formats.LWM_THETA).logits(ids, is_vision)
-    ours = np.asarray(model.ids.ours(np.arange(320 + formats.LWM_VISION)))  # the second table behind the first
-    found = model.logits(ours[ids + 320 * is_vision])[..., ours]
-    np.testing.assert_allclose(found, np.concatenate([text, vision], -1), atol=LOGITS)
 
 
 # ---- what is drawn ---------------------------------------------------------------------------------------------------
@@ -316,14 +300,6 @@ def test_metas_shards_come_back(settings, published, bundles, tmp_path):
     run("export", "--from", bundles(case), "--to", "meta", "--output", tmp_path / "out")
     expected = comparing.joined(published(formats.meta, **settings))
     comparing.assert_same(comparing.joined(tmp_path / "out"), expected)
-
-
-@pytest.mark.parametrize("settings", [{}, {"scanned": False, "prefix": False, "dtype": "bfloat16"}])
-def test_lwms_stream_comes_back(settings, published, tmp_path):
-    folder = published(formats.lwm, **settings)
-    import_as("lwm", folder, tmp_path / "b", "--rope-theta", str(formats.LWM_THETA))
-    run("export", "--from", tmp_path / "b", "--to", "lwm", "--output", tmp_path / "out")
-    comparing.assert_same(comparing.stream(tmp_path / "out"), comparing.stream(folder))
 
 
 # ---- fine-tuning, images, mistakes -----------------------------------------------------------------------------------

@@ -1,0 +1,142 @@
+"""Emu3 (Stage1, Gen, Chat), under the names of its own repository and of transformers' port.
+
+A table of Qwen's text, then 208 special tokens and the codes. Sizes are decimal digits of the text; <|extra_200|> ends
+a row, <|extra_201|> the image, <|extra_203|> and <|extra_204|> begin and end a document.
+
+Sources: baaivision/Emu3, tokenization_emu3.py and processing_emu3.py; transformers' Emu3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ar_unified.data.images import Resize
+from ar_unified.errors import UserError
+from ar_unified.interop import hf_config
+from ar_unified.interop.files import Files
+from ar_unified.interop.hf_config import Family
+from ar_unified.interop.ids import Language, language, named, run
+from ar_unified.interop.images import Images, read_images, read_settings
+from ar_unified.interop.keys import HF
+from ar_unified.interop.published import Published, check_tensors
+from ar_unified.interop.sources import open_source
+from ar_unified.language.syntax import ImageLayout
+
+EMU3 = Family("Emu3", "Emu3ForCausalLM", defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6})
+_MARKS = {
+    "pad": "<|endoftext|>",
+    "bos": "<|extra_203|>",
+    "eos": "<|extra_204|>",
+    "boi": "<|image start|>",
+    "eoi": "<|image end|>",
+    "img": "<|image token|>",
+    "eol": "<|extra_200|>",
+    "eof": "<|extra_201|>",
+    "frame": "<|extra_202|>",
+}
+_EXTRAS = 205
+_CODE = re.compile(r"<\|visual token (\d+)\|>")
+_VQ = ("vqmodel.", "model.vqmodel.")
+# Beginnings of the port's names, in files and in memory, of the original's.
+_PORTS: tuple[dict[str, str], ...] = (
+    {},
+    {"model.": "text_model.model.", "lm_head.": "text_model.lm_head."},
+    {"model.": "model.text_model."},
+)
+_SIDE = 720  # of a square of the area that Emu3-Gen was trained on
+_SAMPLING = {
+    "max_length": 10240,
+    "kv_dtype": "",
+    "guidance": 3.0,
+    "context": "bos_boi",
+    "text": {"temperature": 1.0, "top_k": 1024, "top_p": 0.9},
+    "image": {"temperature": 1.0, "top_k": 2048, "top_p": 1.0},
+}
+
+
+def names_of(files: Files) -> Mapping[str, int]:
+    """The published id of each special token by its name; a tiktoken file has only text, and the others follow it."""
+    if files.names:
+        return files.names
+    size = files.codec.size
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(_EXTRAS))]
+    path = files.find("emu3_vision_tokens.txt", folder=files.text_file.parent)
+    names += path.read_text(encoding="utf-8").split("\n")[:-1]
+    return {name: size + number for number, name in enumerate(names)}
+
+
+def language_of(names: Mapping[str, int], text: list[int], size: int, where: str, largest: tuple[int, int]) -> Language:
+    """Emu3's ids.
+
+    Args:
+        names: published id of every special token. text: those that text is spelled with. size: V.
+        largest: height and width of an image in codes.
+
+    Raises UserError for names that are missing or stand for other ids than they should.
+    """
+    found = {int(match[1]): id for name, id in names.items() if (match := _CODE.fullmatch(name))}
+    if not found or sorted(found) != list(range(len(found))):
+        missing = next(code for code in range(len(found) + 1) if code not in found)
+        raise UserError(f"{where}: expected a token for each image code, found none for code {missing}")
+    codes = run([found[code] for code in sorted(found)], "image code", where)
+    marks = {control: named(names, name, where) for control, name in _MARKS.items()}
+    return language(size, text, marks, ImageLayout("emu3", *largest), codes=codes)
+
+
+def open_emu3(files: Files) -> Published:
+    where = str(files.folder)
+    config = files.config.get("text_config", files.config)
+    if not isinstance(config, Mapping):
+        raise UserError(f"{where}/config.json: text_config: expected keys and values, found {config!r:.80}")
+    if "head_dim" in files.config and "text_config" not in files.config:
+        raise UserError(f"{where}/config.json: head_dim: expected none, as Emu3 has; this is Emu3.5")
+    model = hf_config.read(config, EMU3, where)
+    images = _images(files)
+    tokenizer = images.tokenizer
+    largest = Resize("aspect", _SIDE, _SIDE, tokenizer.factor).largest
+    grid = (largest[0] // tokenizer.factor, largest[1] // tokenizer.factor)
+    ids = language_of(names_of(files), files.text_ids, model.vocab_size, str(files.text_file), files.size or grid)
+    if ids.vocabulary.codebook_size != tokenizer.codebook_size:
+        raise UserError(
+            f"{files.text_file}: expected {tokenizer.codebook_size} image codes, as the image tokenizer has; found "
+            f"{ids.vocabulary.codebook_size}"
+        )
+    grammar = files.grammar(ids, tokenizer.hash)
+    model = dataclasses.replace(model, vocab_size=grammar.vocabulary.size)
+    dialects = [HF.prefixed(port) for port in _PORTS]
+    keys = check_tensors(files.source, where, dialects, model, ids.border, aside=_VQ if images.prefix else ())
+    dropout = config.get("attention_dropout")
+    return Published(
+        system="emu3",
+        keys=keys,
+        source=files.source,
+        grammar=grammar,
+        text=grammar.text_codec,
+        image=tokenizer,
+        data={"image_size": [_SIDE, _SIDE], "resize": "aspect", "layout": "emu3", "max_tokens": 10240},
+        sampling=_SAMPLING,
+        record={
+            "system": "emu3",
+            "form": "hf",
+            "prefixes": _PORTS[[each.names for each in dialects].index(keys.dialect.names)],
+            **images.record,
+            **files.record(),
+        },
+        notes=(f"Its config asks for attention dropout {dropout}, which training here does not have.",) * bool(dropout),
+    )
+
+
+def _images(files: Files) -> Images:
+    """The vision tokenizer beside the model, or inside the port's file."""
+    if files.image is not None:
+        folder = files.image.parent if files.image.is_file() else files.image
+        settings: dict[str, Any] = read_settings(folder, "config.json")
+        return read_images("emu3", settings, open_source(files.image), "", str(files.image))
+    names = files.source.names()
+    prefix = next((each for each in _VQ if any(name.startswith(each) for name in names)), "")
+    if not prefix:
+        raise UserError(f"{files.folder}: it has no image tokenizer: --image names the folder of Emu3-VisionTokenizer")
+    return read_images("emu3", files.config.get("vq_config", {}), files.source, "", str(files.folder), prefix)
