@@ -153,7 +153,7 @@ def test_a_tensor_twice_fp8_and_nothing(tmp_path):
     header = json.dumps({"w": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}).encode()
     (tmp_path / "fp8.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     source = open_source(tmp_path / "fp8.safetensors")
-    with pytest.raises(UserError, match="w: expected numbers of type BF16, F32, F16; found F8_E4M3: convert"):
+    with pytest.raises(UserError, match="w: expected numbers of type BF16, F32, F16, I64; found F8_E4M3: convert"):
         source.read("w")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "consolidated.pth").write_bytes(b"")

@@ -32,6 +32,15 @@ class StandIn:
     """A text tokenizer with an id a letter, pairs of letters as far as they fit, from the id `first` on."""
 
     first: int
+    file = "stand-in"
+
+    @property
+    def size(self) -> int:
+        return self.first + TEXT_SIZE
+
+    @property
+    def hash(self) -> str:
+        return f"stand-in from {self.first}"
 
     def encode(self, text: str, /) -> list[int]:
         ids, at = [], 0
@@ -42,7 +51,7 @@ class StandIn:
         return ids
 
     def decode(self, ids: Sequence[int], /) -> str:
-        return "".join(SPELLING[id - self.first] for id in ids)
+        return "".join(SPELLING.get(id - self.first, "?") for id in ids)
 
 
 @dataclass(frozen=True)
@@ -88,8 +97,8 @@ def opened(kind: str) -> tuple[Grammar, Border]:
     theirs = [*text, *named, *sizes, *codes]
     rest = sorted(set(range(max(said) + 1)) - set(theirs))
     border = Border.from_ids([*theirs, *rest])
-    vocabulary = Vocabulary(TEXT_SIZE, system.codebook, layout.size_tokens, "stand-in", "", controls, len(rest))
-    codec = MappedCodec(system.text, border, TEXT_SIZE, "stand-in")
+    codec = MappedCodec(system.text, border, TEXT_SIZE)
+    vocabulary = Vocabulary(TEXT_SIZE, system.codebook, layout.size_tokens, codec.hash, "", controls, len(rest))
     assert vocabulary.used == border.size
     return Grammar(vocabulary, layout, codec), border
 
