@@ -13,6 +13,7 @@ from ar_tokenizers.image.published import to_published
 
 from ar_unified.bundle import Bundle
 from ar_unified.errors import UserError, about
+from ar_unified.interop import own
 from ar_unified.interop.keys import HF, META, Keys
 from ar_unified.interop.meta import split
 from ar_unified.interop.sources import DTYPES
@@ -23,18 +24,16 @@ SHARD_BYTES = 5 << 30
 
 
 def export_published(bundle: Bundle, form: str, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes the published form of an imported model, whole or not at all.
+    """Writes the published form of an imported model, or of our own what transformers reads, whole or not at all.
 
     Args:
-        form: "hf" or "meta"; the one that was imported.
+        form: "hf" or "meta"; of an imported model the one that it came in.
 
     Raises UserError: `folder` exists, the bundle was made of no such form, or what was trained has no place in it.
     """
     record = bundle.published
     if record is None:
-        raise UserError(
-            f"{bundle.folder}: expected a bundle that was imported, which keeps what its published form had"
-        )
+        return _export_own(bundle, form, folder, shard_bytes)
     if form != record["form"]:
         raise UserError(f"{bundle.folder}: --to: expected {record['form']}, the form that was imported; found {form}")
     dialect = {"hf": HF.prefixed(record.get("prefixes", {})), "meta": META}[form]
@@ -51,6 +50,18 @@ def export_published(bundle: Bundle, form: str, folder: Path, shard_bytes: int =
         raise UserError(f"{folder}: expected a new folder: name another, or remove this one") from error
 
 
+def _export_own(bundle: Bundle, form: str, folder: Path, shard_bytes: int) -> None:
+    if form != "hf":
+        raise UserError(f"{bundle.folder}: --to: expected hf, of a model that was trained here; found {form}")
+    keys, dtypes = own.keys_of(bundle), bundle.dtypes()
+    try:
+        with whole_folder(folder) as here:
+            own.write_own(bundle, here, max(dtypes.values(), key=list(dtypes.values()).count))
+            _write_tensors(bundle, keys, here, {}, shard_bytes)
+    except FileExistsError as error:
+        raise UserError(f"{folder}: expected a new folder: name another, or remove this one") from error
+
+
 def _write_hf(bundle: Bundle, keys: Keys, folder: Path, record: Mapping[str, Any], shard_bytes: int) -> None:
     images: Mapping[str, np.ndarray] = {}
     if prefix := record.get("image_prefix"):
@@ -59,6 +70,16 @@ def _write_hf(bundle: Bundle, keys: Keys, folder: Path, record: Mapping[str, Any
         images = to_published(
             tokenizer, record["image_dialect"], prefix=prefix, dtype=np.dtype(DTYPES[record["image_dtype"]])
         )
+    _write_tensors(bundle, keys, folder, images, shard_bytes)
+    for name, content in record["files"].items():
+        write_json(folder / name, content)
+    write_bytes(folder / record["text_file"], bundle.text_tokenizer.data)
+
+
+def _write_tensors(
+    bundle: Bundle, keys: Keys, folder: Path, images: Mapping[str, np.ndarray], shard_bytes: int
+) -> None:
+    """The transformer's, and those of `images` behind them."""
     dtypes = bundle.dtypes()
     kinds = {name: Kind(array.shape, str(array.dtype)) for name, array in images.items()}
     for slot in keys.slots():
@@ -68,9 +89,6 @@ def _write_hf(bundle: Bundle, keys: Keys, folder: Path, record: Mapping[str, Any
             writer.put(name, array)
         for name, array in images.items():
             writer.put(name, array)
-    for name, content in record["files"].items():
-        write_json(folder / name, content)
-    write_bytes(folder / record["text_file"], bundle.text_tokenizer.data)
 
 
 def _write_meta(bundle: Bundle, keys: Keys, folder: Path, record: Mapping[str, Any]) -> None:

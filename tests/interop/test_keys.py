@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ar_unified.interop.keys import HF, LWM, LWM_TEXT, META, Dialect, Keys, Slot
+from ar_unified.interop.keys import HF, LWM, META, Dialect, Keys, Slot
 from ar_unified.language.border import Border
 from ar_unified.model.config import TransformerConfig
 
@@ -34,9 +34,8 @@ def drawn(keys: Keys) -> Iterator[tuple[Slot, tuple[np.ndarray, ...]]]:
         Keys(HF, dataclasses.replace(CONFIG, qk_norm="rmsnorm", tie_embeddings=True), BORDER),
         Keys(META, CONFIG, BORDER),
         Keys(LWM, PLAIN, BORDER, tables=SIDES),
-        Keys(LWM_TEXT, PLAIN, BORDER),
     ],
-    ids=["transformers", "tied", "meta", "lwm", "lwm text"],
+    ids=["transformers", "tied", "meta", "lwm"],
 )
 def test_there_and_back_is_the_same_bit_for_bit(keys: Keys) -> None:
     names = [name for slot in keys.slots() for name in slot.names]

@@ -84,7 +84,7 @@ def pairs(logits, ids):
 def test_the_files_have_the_published_keys(published, name, maker, args, settings):
     path = KEYS / f"{name}.keys.json"
     if not path.exists():
-        pytest.skip("the key lists of the reference models are not beside this checkout")
+        pytest.skip("the key lists of the reference models are not beside this repository")
     tensors = tensors_of(published(maker, *args, **settings))
     expected = json.loads(path.read_text())
     saved = {key: shape for key, (shape, dtype) in expected.items() if "num_batches_tracked" not in key}

@@ -20,7 +20,7 @@ from ar_unified.model.transformer import Params, Transformer, init_cache, unstac
 from tests.sources import ROOT
 
 VECTORS = ROOT.parent / "shared" / "vectors"
-pytestmark = pytest.mark.skipif(not VECTORS.exists(), reason="needs the reference vectors, which lie outside")
+pytestmark = pytest.mark.skipif(not VECTORS.exists(), reason="the reference vectors are not beside this repository")
 SIZES = dict(
     vocab_size=256,
     hidden_size=64,

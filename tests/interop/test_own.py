@@ -1,0 +1,64 @@
+"""A model of our own as others read it: the same logits in transformers, the same ids of its tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ar_tokenizers.image.tokenizer import ImageTokenizer
+
+import ar_unified
+import tokenizers
+from ar_unified.cli.main import main
+from tests import bundles
+
+
+def exported(tmp_path: Path, layout: str = "grid") -> tuple[Path, Path]:
+    params = bundles.parts(layout)["params"]  # whose matrices are six times as large as most
+    bundles.write(tmp_path / "bundle", layout, params=jax.tree.map(lambda p: p / 6 if p.ndim > 1 else p, params))
+    assert main(["export", "--from", str(tmp_path / "bundle"), "--to", "hf", "--output", str(tmp_path / "out")]) == 0
+    return tmp_path / "bundle", tmp_path / "out"
+
+
+@pytest.mark.parametrize("layout", ["grid", "rows", "none"])
+def test_the_tokenizer_and_the_card_say_what_the_ids_are(layout: str, tmp_path: Path) -> None:
+    bundle, out = exported(tmp_path, layout)
+    model = ar_unified.load(bundle)
+    vocabulary, theirs = model.vocabulary, tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))
+    for text in bundles.SENTENCES:
+        assert theirs.encode(text, add_special_tokens=False).ids == model.grammar.text_codec.encode(text)
+    assert theirs.token_to_id("<bos>") == vocabulary.bos
+    card = (out / "README.md").read_text()
+    if layout != "none":
+        assert theirs.token_to_id("<image_7>") == vocabulary.image_offset + 7
+        assert f"Code c is id {vocabulary.image_offset} + c" in card
+        assert ImageTokenizer.load(out / "image_tokenizer").hash == model.image_tokenizer.hash
+    assert ("<size_h>" in card) == (layout == "rows") and ("## Images" in card) == (layout != "none")
+
+
+def test_what_the_form_cannot_say_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundles.write(tmp_path / "b", config=dataclasses.replace(bundles.parts()["config"], norm_placement="swin"))
+    command = ["export", "--from", str(tmp_path / "b"), "--output", str(tmp_path / "out"), "--to"]
+    assert main([*command, "hf"]) == 2 and "Llama's shape" in capsys.readouterr().err
+    assert main([*command, "meta"]) == 2 and "expected hf" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.interop
+def test_transformers_computes_the_same(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    bundle, out = exported(tmp_path)
+    theirs, told = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    model = ar_unified.load(bundle, dtype="float32")
+    ids = np.random.default_rng(0).integers(0, model.vocabulary.used, (2, 24))
+    with torch.inference_mode():
+        want = theirs(torch.from_numpy(ids)).logits.numpy()[..., : model.vocabulary.used]
+    np.testing.assert_allclose(model.logits(ids), want, atol=5e-5)
+    read = transformers.AutoTokenizer.from_pretrained(out)
+    text = bundles.SENTENCES[0]
+    assert read(text, add_special_tokens=False)["input_ids"] == model.grammar.text_codec.encode(text)
