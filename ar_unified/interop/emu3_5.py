@@ -3,8 +3,8 @@
 Sizes are decimal digits of the text; <|extra_200|> stands between rows, behind the last there is none, and no
 <|extra_201|>. An answer stands between <|extra_100|> and <|extra_101|>.
 
-Sources: baaivision/Emu3.5, src/tokenizer_emu3_ibq, configs/example_config_t2i.py, src/utils/input_utils.py. Its own class
-leaves out the QK-norm under attn_implementation="sdpa"; the weights are meant with it.
+Sources: baaivision/Emu3.5, src/tokenizer_emu3_ibq, configs/example_config_t2i.py, src/utils/input_utils.py. Its own
+class leaves out the QK-norm under attn_implementation="sdpa"; the weights are meant with it.
 """
 
 from __future__ import annotations

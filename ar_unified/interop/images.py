@@ -43,7 +43,8 @@ def read_images(
     """The tokenizer of a file's tensors.
 
     Args:
-        system: emu3, movqgan (no settings), or one of `ar_tokenizers.image.published`. settings: as published with it. prefix: of its names, in a model's file.
+        system: emu3, movqgan, or one of `ar_tokenizers.image.published`. settings: as published with it, {} where
+            nothing was.
 
     Raises UserError for settings or tensors that are not such a tokenizer's.
     """
