@@ -1,10 +1,11 @@
-"""Chameleon and what grew from it: Anole, and Lumina-mGPT 1.
+"""Chameleon and what grew from it: Anole, Lumina-mGPT 1 and 2.0.
 
 One table of ids, by the names of its tokens: image codes are IMGIMG, the code's decimal digits as letters (A for 0)
 and Z; the others are <racm3:break> in front of an image, <eoss> behind it, <reserved08706> behind a turn. Lumina adds
-an end of rows, <reserved08799>, and sizes from <reserved08800> on, <reserved(8800+n)> for n units.
+an end of rows, <reserved08799>, and sizes from <reserved08800> on, <reserved(8800+n)> for n units. Lumina-mGPT 2.0 has
+Qwen's text tokenizer with the same names behind its own, and MoVQGAN's images.
 
-Sources: facebookresearch/chameleon, GAIR-NLP/anole, Alpha-VLLM/Lumina-mGPT.
+Sources: facebookresearch/chameleon, GAIR-NLP/anole, Alpha-VLLM/Lumina-mGPT and Lumina-mGPT-2.0.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ar_unified.errors import UserError
-from ar_unified.interop import hf_config
+from ar_unified.interop import hf_config, ids
 from ar_unified.interop.files import Files
 from ar_unified.interop.hf_config import Family
-from ar_unified.interop.ids import Language, language, named, run
+from ar_unified.interop.ids import Language, language, named, run, same_codes
 from ar_unified.interop.images import Images, read_images, read_settings
 from ar_unified.interop.keys import HF, META, Dialect
 from ar_unified.interop.meta import Joined
@@ -40,7 +42,8 @@ _FIRST_SIZE = 8800  # of the reserved names: 0 units
 _MARKS = {"boi": "<racm3:break>", "eoi": "<eoss>", "eot": "<reserved08706>"}
 _LUMINA = _MARKS | {"eol": "<reserved08799>"}
 SIDE = 32  # codes along Chameleon's images, 512 pixels
-_WIDEST = {"lumina_mgpt": 128}  # codes: 2048 pixels of 16 a code
+_WIDEST = {"lumina_mgpt": 128, "lumina_mgpt_2": 192}  # codes: 2048 pixels of 16 a code, 1536 of 8
+_FIRST_CODE = 155000  # of Lumina-mGPT 2.0, where its text tokenizer has no names for codes
 _VQ = "model.vqmodel."
 _LENGTH = 4096
 # As published: chameleon.py of Chameleon (text 3.0 and image 1.2 over nothing); Lumina-mGPT's README and inference.
@@ -62,34 +65,52 @@ _SAMPLING: Mapping[str, Mapping[str, Any]] = {
         "text": {"temperature": 1.0, "top_k": 10, "top_p": 1.0},
         "image": {"temperature": 1.0, "top_k": 2000, "top_p": 1.0},
     },
+    "lumina_mgpt_2": {
+        "max_length": 4 * _LENGTH,
+        "kv_dtype": "",
+        "guidance": 4.0,
+        "context": "from_boi",
+        "text": {"temperature": 1.0, "top_k": 10, "top_p": 1.0},
+        "image": {"temperature": 1.0, "top_k": 4096, "top_p": 1.0},
+    },
 }
+_SIDE_2 = 768  # of a square of the area of Lumina-mGPT 2.0's images, in pixels
 
 
 def codes_of(names: Mapping[str, int], where: str) -> range:
     """Published ids of the image codes, by their names. Raises UserError: none, one is missing, they are no run."""
     found = {int(match[1].translate(_LETTERS)): id for name, id in names.items() if (match := _CODE.fullmatch(name))}
-    if not found or sorted(found) != list(range(len(found))):
-        missing = next(code for code in range(len(found) + 1) if code not in found)
-        raise UserError(f"{where}: expected a token for each image code, found none for code {missing}")
-    return run([found[code] for code in sorted(found)], "image code", where)
+    return ids.codes_of(found, where)
 
 
 def language_of(
-    names: Mapping[str, int], text: list[int], size: int, system: str, where: str, largest: tuple[int, int] | None
+    names: Mapping[str, int],
+    text: list[int],
+    size: int,
+    system: str,
+    where: str,
+    largest: tuple[int, int] | None,
+    told: Mapping[str, Any] = MappingProxyType({}),
+    count: int = 0,
 ) -> Language:
     """The ids of one of these systems.
 
     Args:
         names: published id of every token. text: those that text is spelled with. size: V.
-        system: chameleon or lumina_mgpt.
+        system: chameleon, lumina_mgpt or lumina_mgpt_2.
         largest: height and width of an image in codes; None: as published.
+        told: keys of a tokenizer_config.json: what Qwen's tokenizer begins and ends a text with.
+        count: image codes, of a Lumina-mGPT 2.0 whose names do not say them.
 
     Raises UserError for names that are missing or stand for other ids than they should.
     """
-    codes = codes_of(names, where)
+    if system == "lumina_mgpt_2" and count and not any(map(_CODE.fullmatch, names)):
+        codes = range(_FIRST_CODE, _FIRST_CODE + count)
+    else:
+        codes = codes_of(names, where)
     lumina = system != "chameleon"
     marks = {control: named(names, name, where) for control, name in (_LUMINA if lumina else _MARKS).items()}
-    marks |= {control: names[name] for control, name in _ends(names, where).items()}
+    marks |= {control: names[name] for control, name in _ends(names, told, where).items()}
     sizes: list[int] = []
     layout = ImageLayout(system, *(largest or (SIDE, SIDE)))
     if lumina:
@@ -102,13 +123,21 @@ def language_of(
     return language(size, text, wanted, layout, codes=codes, sizes=sizes)
 
 
-def _ends(names: Mapping[str, int], where: str) -> dict[str, str]:
+def _ends(names: Mapping[str, int], told: Mapping[str, Any], where: str) -> dict[str, str]:
     """Of a text tokenizer of Chameleon's own or of Qwen's: what begins, ends and pads."""
     if "<s>" in names:
         return {"bos": "<s>", "pad": "<pad>", "eos": "</s>"}
     if "<|endoftext|>" not in names:
         raise UserError(f"{where}: expected a token '<s>' or '<|endoftext|>', found neither")
-    return {"bos": "<|endoftext|>", "eos": "<|im_end|>"}  # Qwen has no beginning
+    # Qwen has no beginning, and a text begins with its end; ours then ends with the other of the two, which nothing
+    # here writes.
+    both, found = ("<|endoftext|>", "<|im_end|>"), told.get("bos_token") or told.get("eos_token") or "<|endoftext|>"
+    begin = found["content"] if isinstance(found, dict) and "content" in found else found
+    if begin not in both:
+        raise UserError(
+            f"{where}: expected eos_token {' or '.join(both)} in tokenizer_config.json, found {begin!r:.40}"
+        )
+    return {"bos": begin, "eos": both[begin == both[0]]}
 
 
 # ---- files ------------------------------------------------------------------------------------------------------
@@ -121,7 +150,7 @@ def open_chameleon(files: Files) -> Published:
         return _open_meta(files)
     where = str(folder)
     config = _model(files.config, where)
-    vq = _vq_of(files, files.config, [("chameleon_hf", files.source)])
+    vq = vqgan_of(files, files.config, [("chameleon_hf", files.source)])
     return _published(files, "chameleon", config, vq, [HF], files.source, files.record() | {"form": "hf"})
 
 
@@ -156,14 +185,17 @@ def _open_meta(files: Files) -> Published:
     fused = sorted(name for name in names if name.endswith(("wqkv", "w13")))
     record = {"form": "meta", "params": read_json(files.find("params.json")), "files": {}, "parts": len(parts)}
     record |= {"text_file": files.text_file.name, "fused": bool(fused)}
-    return _published(files, "chameleon", _model(told, where), _vq_of(files, {}, []), [META], source, record)
+    return _published(files, "chameleon", _model(told, where), vqgan_of(files, {}, []), [META], source, record)
 
 
 def open_lumina(files: Files) -> Published:
-    """Lumina-mGPT 1: a transformer alone; text tokenizer and VQGAN are Chameleon's (`--text`, `--image`)."""
+    """Lumina-mGPT: a transformer alone. Text tokenizer and VQGAN of 1 are Chameleon's (`--text`, `--image`); 2.0 has
+    Qwen's text tokenizer, by which it is known, and is given movqgan_270M (`--image`)."""
     config = _model(files.config, str(files.folder))
-    vq = _vq_of(files, files.config, [])
-    return _published(files, "lumina_mgpt", config, vq, [HF], files.source, files.record() | {"form": "hf"})
+    second = "<s>" not in files.names
+    images = _movqgan_of(files) if second else vqgan_of(files, files.config, [])
+    system = "lumina_mgpt_2" if second else "lumina_mgpt"
+    return _published(files, system, config, images, [HF], files.source, files.record() | {"form": "hf"})
 
 
 def _model(config: Mapping[str, Any], where: str) -> TransformerConfig:
@@ -173,7 +205,17 @@ def _model(config: Mapping[str, Any], where: str) -> TransformerConfig:
     return dataclasses.replace(found, norm_placement="swin" if config.get("swin_norm") else "pre")
 
 
-def _vq_of(files: Files, config: Mapping[str, Any], inside_of: list[tuple[str, Source]]) -> Images:
+def _movqgan_of(files: Files) -> Images:
+    if files.image is None:
+        raise UserError(
+            f"{files.folder}: it has no image tokenizer: --image names movqgan_270M.ckpt, made .safetensors by "
+            "`ar-unified convert-pickle`"
+        )
+    images = read_images("movqgan", {}, open_source(files.image), "movqgan", str(files.image))
+    return dataclasses.replace(images, usual=_SIDE_2)
+
+
+def vqgan_of(files: Files, config: Mapping[str, Any], inside_of: list[tuple[str, Source]]) -> Images:
     """The image tokenizer of a file of its own, else that inside the model's, which has no decoder."""
     if files.image is not None:
         beside = files.image.parent if files.image.is_file() else files.image
@@ -199,22 +241,26 @@ def _published(
     record: dict[str, Any],
 ) -> Published:
     where, tokenizer = str(files.folder), images.tokenizer
-    ids = language_of(
-        files.names, files.text_ids, config.vocab_size, system, str(files.text_file), files.size or images.grid
+    beside = files.text_file.with_name("tokenizer_config.json")
+    found = language_of(
+        files.names,
+        files.text_ids,
+        config.vocab_size,
+        system,
+        str(files.text_file),
+        files.size or (None if system == "lumina_mgpt_2" else images.grid),
+        read_json(beside) if beside.exists() else {},
+        tokenizer.codebook_size,
     )
-    if ids.vocabulary.codebook_size != tokenizer.codebook_size:
-        raise UserError(
-            f"{files.text_file}: expected {tokenizer.codebook_size} image codes, as the image tokenizer has; found "
-            f"{ids.vocabulary.codebook_size}"
-        )
-    grammar = files.grammar(ids, tokenizer.hash)
+    same_codes(found, tokenizer.codebook_size, str(files.text_file))
+    grammar = files.grammar(found, tokenizer.hash)
     config = dataclasses.replace(config, vocab_size=grammar.vocabulary.size)
     aside = (_VQ,) if images.prefix else ()
-    keys = check_tensors(source, where, dialects, config, ids.border, aside=aside)
+    keys = check_tensors(source, where, dialects, config, found.border, aside=aside)
     sized, side = grammar.layout.sized, grammar.layout.height * tokenizer.factor
     notes = [tokenizer.no_decoder] if tokenizer.no_decoder else []
     return Published(
-        system=system,
+        system="lumina_mgpt" if system == "lumina_mgpt_2" else system,
         keys=keys,
         source=source,
         grammar=grammar,

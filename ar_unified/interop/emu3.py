@@ -18,7 +18,7 @@ from ar_unified.errors import UserError
 from ar_unified.interop import hf_config
 from ar_unified.interop.files import Files
 from ar_unified.interop.hf_config import Family
-from ar_unified.interop.ids import Language, language, named, run
+from ar_unified.interop.ids import Language, codes_of, language, named, same_codes
 from ar_unified.interop.images import Images, read_images, read_settings
 from ar_unified.interop.keys import HF
 from ar_unified.interop.published import Published, check_tensors
@@ -26,7 +26,7 @@ from ar_unified.interop.sources import open_source
 from ar_unified.language.syntax import ImageLayout
 
 EMU3 = Family("Emu3", "Emu3ForCausalLM", defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6})
-_MARKS = {
+MARKS = {
     "pad": "<|endoftext|>",
     "bos": "<|extra_203|>",
     "eos": "<|extra_204|>",
@@ -68,22 +68,27 @@ def names_of(files: Files) -> Mapping[str, int]:
     return {name: size + number for number, name in enumerate(names)}
 
 
-def language_of(names: Mapping[str, int], text: list[int], size: int, where: str, largest: tuple[int, int]) -> Language:
+def language_of(
+    names: Mapping[str, int],
+    text: list[int],
+    size: int,
+    where: str,
+    largest: tuple[int, int],
+    kind: str = "emu3",
+    controls: Mapping[str, str] = MARKS,
+) -> Language:
     """Emu3's ids.
 
     Args:
         names: published id of every special token. text: those that text is spelled with. size: V.
         largest: height and width of an image in codes.
+        kind: of the layout. controls: the names of its control tokens.
 
     Raises UserError for names that are missing or stand for other ids than they should.
     """
-    found = {int(match[1]): id for name, id in names.items() if (match := _CODE.fullmatch(name))}
-    if not found or sorted(found) != list(range(len(found))):
-        missing = next(code for code in range(len(found) + 1) if code not in found)
-        raise UserError(f"{where}: expected a token for each image code, found none for code {missing}")
-    codes = run([found[code] for code in sorted(found)], "image code", where)
-    marks = {control: named(names, name, where) for control, name in _MARKS.items()}
-    return language(size, text, marks, ImageLayout("emu3", *largest), codes=codes)
+    codes = codes_of({int(match[1]): id for name, id in names.items() if (match := _CODE.fullmatch(name))}, where)
+    marks = {control: named(names, name, where) for control, name in controls.items()}
+    return language(size, text, marks, ImageLayout(kind, *largest), codes=codes)
 
 
 def open_emu3(files: Files) -> Published:
@@ -99,11 +104,7 @@ def open_emu3(files: Files) -> Published:
     largest = Resize("aspect", _SIDE, _SIDE, tokenizer.factor).largest
     grid = (largest[0] // tokenizer.factor, largest[1] // tokenizer.factor)
     ids = language_of(names_of(files), files.text_ids, model.vocab_size, str(files.text_file), files.size or grid)
-    if ids.vocabulary.codebook_size != tokenizer.codebook_size:
-        raise UserError(
-            f"{files.text_file}: expected {tokenizer.codebook_size} image codes, as the image tokenizer has; found "
-            f"{ids.vocabulary.codebook_size}"
-        )
+    same_codes(ids, tokenizer.codebook_size, str(files.text_file))
     grammar = files.grammar(ids, tokenizer.hash)
     model = dataclasses.replace(model, vocab_size=grammar.vocabulary.size)
     dialects = [HF.prefixed(port) for port in _PORTS]

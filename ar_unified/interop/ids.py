@@ -76,6 +76,14 @@ def named(names: Mapping[str, Any], name: str, where: str) -> int:
     return found
 
 
+def codes_of(found: Mapping[int, int], where: str) -> range:
+    """Published ids of the image codes, by code. Raises UserError: there are none, one is missing, they are no run."""
+    if not found or sorted(found) != list(range(len(found))):
+        missing = next(code for code in range(len(found) + 1) if code not in found)
+        raise UserError(f"{where}: expected a token for each image code, found none for code {missing}")
+    return run([found[code] for code in sorted(found)], "image code", where)
+
+
 def run(ids: Sequence[int], what: str, where: str) -> range:
     """Ids that must be one ascending run, as image codes are. Raises UserError, naming the first that is not."""
     for number, id in enumerate(ids):
@@ -84,3 +92,9 @@ def run(ids: Sequence[int], what: str, where: str) -> range:
                 f"{where}: {what} {number}: expected id {ids[0] + number}, as they are in order; found {id}"
             )
     return range(ids[0], ids[0] + len(ids)) if ids else range(0)
+
+
+def same_codes(ids: Language, codes: int, where: str) -> None:
+    """Raises UserError unless there are as many image codes as the image tokenizer has."""
+    if (found := ids.vocabulary.codebook_size) != codes:
+        raise UserError(f"{where}: expected {codes} image codes, as the image tokenizer has; found {found}")

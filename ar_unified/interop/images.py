@@ -43,7 +43,8 @@ def read_images(
     """The tokenizer of a file's tensors.
 
     Args:
-        system: chameleon_vq or emu3. settings: as published with it. prefix: of its names, in a model's file.
+        system: emu3, movqgan, or one of `ar_tokenizers.image.published`. settings: as published with it, {} where
+            nothing was.
 
     Raises UserError for settings or tensors that are not such a tokenizer's.
     """
@@ -54,6 +55,8 @@ def read_images(
         if system == "emu3":
             dialect = movq_weights.dialect_of(tensors)
             config = movq_weights.config_from_emu3(settings)
+        elif system == "movqgan":
+            config = movq_weights.movqgan_270m()
         else:
             config = config_of(system, settings)
         tokenizer = from_published(config, tensors, dialect)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from ar_unified.interop import chameleon, emu3, text
+from ar_unified.interop import chameleon, emu3, emu3_5, liquid, lwm, text
 from ar_unified.interop.files import Files
 from ar_unified.interop.published import Published
 
@@ -15,6 +15,9 @@ OPEN: Mapping[str, Callable[[Files], Published]] = MappingProxyType(
         "anole": chameleon.open_chameleon,
         "lumina_mgpt": chameleon.open_lumina,
         "emu3": emu3.open_emu3,
+        "emu3_5": emu3_5.open_emu3_5,
+        "lwm": lwm.open_lwm,
+        "liquid": liquid.open_liquid,
         "llama": text.open_llama,
         "qwen": text.open_qwen,
         "gemma": text.open_gemma,

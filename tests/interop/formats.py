@@ -112,6 +112,17 @@ def chameleon_tokenizer(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def ibq(folder: Path, seed: int = 0) -> Path:
+    """Emu3.5's vision tokenizer: `vqgan` by another rule, with its config.yaml, the .ckpt already converted."""
+    save(folder, vqgan(seed))
+    (folder / "config.yaml").write_text(
+        "embed_dim: 16\nn_embed: 64\nbeta: 0.25\nddconfig:\n  double_z: false\n  z_channels: 16\n  resolution: 16\n"
+        "  in_channels: 3\n  out_ch: 3\n  ch: 32\n  ch_mult: [1, 2]\n  num_res_blocks: 1\n  attn_resolutions: []\n"
+        "  dropout: 0.0\n"
+    )
+    return folder
+
+
 def meta_shards(
     *, swin: bool = False, count: int = 4, fused: bool = False, seed: int = 0
 ) -> tuple[list[Tensors], dict[str, Any], Tensors, Sizes]:

@@ -47,7 +47,9 @@ class Case:
         begin: name of what a text begins with, where a published table has one.
         oracle: "": the class of config.json; "twin": the folder of transformers' names; else a class.
         to: `--to`. at: where the weights lie in the folder. more: further arguments of the import, {} the folder.
-        picture: names between the prompt and the first code. row_end: name behind each row of 8 codes, "" for none.
+        picture: names between the prompt and the first code. codes: beginning of their names, "": they have none.
+        row_end: name behind each row of 8 codes, "" for none; between: but the last.
+        vision: the maker of the image tokenizer's folder, {vision} in `more`, and its settings.
         context: what guidance compares with, and `apart` the names that stand there before the picture's.
     """
 
@@ -64,6 +66,8 @@ class Case:
     picture: tuple[str, ...] = ()
     codes: str = ""
     row_end: str = ""
+    between: bool = False
+    vision: tuple[Callable[..., Path], dict[str, Any]] | None = None
     context: str = "bos_boi"
     apart: tuple[str, ...] = ()
 
@@ -80,7 +84,14 @@ _EMU3: dict[str, Any] = {
     "begin": "<|extra_203|>", "picture": ("<|image start|>", "8", "*", "8", "<|image token|>"),
     "codes": "<|visual token", "row_end": "<|extra_200|>", "apart": ("<|extra_203|>",),
 }  # fmt: skip
-_VISION = ("--image", "{vision}")
+_VISION: dict[str, Any] = {"more": ("--image", "{vision}"), "vision": (make.emu3_vision, {"original": True})}
+_EMU3_5: dict[str, Any] = _EMU3 | {
+    "more": ("--image", "{vision}", "--size", "16x16"), "vision": (formats.ibq, {}), "between": True, "oracle": "twin",
+}  # fmt: skip
+_LIQUID: dict[str, Any] = {
+    "begin": "<bos>", "picture": ("<unused0>",), "apart": ("<bos>",),
+    "more": ("--image", "{vision}/vqgan.safetensors"), "vision": (formats.chameleon_tokenizer, {}),
+}  # fmt: skip
 _BESIDE = ("--text", "{}/tokenizer", "--image", "{}/tokenizer/vqgan.safetensors")
 _META: dict[str, Any] = _CHAMELEON | {"oracle": "twin", "to": "meta", "at": "models/30b", "more": _BESIDE}
 _LUMINA: dict[str, Any] = _CHAMELEON | {
@@ -96,9 +107,9 @@ CASES = {
     "anole": Case("anole", make.chameleon, **_CHAMELEON),
     "lumina_mgpt": Case("lumina_mgpt", formats.lumina_1, settings={"tokenizer": True}, more=_BESIDE, **_LUMINA),
     "emu3": Case("emu3", make.emu3, lambda: tables.emu3(placeholder="<image>"), **_EMU3),
-    "emu3-original": Case(
-        "emu3", make.emu3_original, tables.emu3, oracle="Emu3ForCausalLM", more=("--image", "{vision}"), **_EMU3
-    ),
+    "emu3-original": Case("emu3", make.emu3_original, tables.emu3, oracle="Emu3ForCausalLM", **_VISION, **_EMU3),
+    "emu3_5": Case("emu3_5", formats.emu3_5, tables.emu3, **_EMU3_5),
+    "liquid": Case("liquid", formats.liquid, lambda: tables.gemma(codes=64), **_LIQUID),
     "gemma": Case("gemma", make.causal, tables.gemma, ("gemma",), begin="<bos>"),
     **{
         kind: Case("llama", make.causal, tables.llama, (kind,), begin="<|begin_of_text|>")
@@ -106,7 +117,7 @@ CASES = {
     },
     **{kind: Case("qwen", make.causal, tables.qwen, (kind,)) for kind in ("qwen2", "qwen3")},
 }
-DRAWING = ["chameleon", "chameleon-swin", "meta", "lumina_mgpt", "emu3", "emu3-original"]
+DRAWING = ["chameleon", "chameleon-swin", "meta", "lumina_mgpt", "emu3", "emu3-original", "emu3_5", "liquid"]
 EXPORTED = [name for name, case in CASES.items() if case.to == "hf"]
 
 
@@ -131,7 +142,7 @@ def bundles(published, tmp_path_factory):
                 shutil.copytree(folder, out / "edited")
                 folder = out / "edited"
                 edit(folder)
-            vision = published(make.emu3_vision, original=True) if case.more == _VISION else ""
+            vision = published(case.vision[0], **case.vision[1]) if case.vision else ""
             more = [argument.format(folder, vision=vision) for argument in case.more]
             import_as(case.system, folder / case.at, out / "bundle", *more)
             made[key] = out / "bundle"
@@ -228,11 +239,11 @@ def test_sixty_four_greedy_words_are_the_references(name, models, oracles):
 def picture(case: Case) -> tuple[list[int], Callable[[int], Sequence[int]], int]:
     """Ids that begin a picture of 8 x 8 codes, what may come at each step, and how many steps there are."""
     table = case.table()
-    codes = table.ids(case.codes)
+    codes = table.ids(case.codes) if case.codes else range(len(table.names), table.size)
     if not case.row_end:
         return [table.id(name) for name in case.picture], lambda _: codes, 64
     end = [table.id(case.row_end)]
-    return [table.id(name) for name in case.picture], lambda step: end if step % 9 == 8 else codes, 72
+    return [table.id(name) for name in case.picture], lambda step: end if step % 9 == 8 else codes, 72 - case.between
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])

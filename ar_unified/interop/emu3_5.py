@@ -1,0 +1,96 @@
+"""Emu3.5: the table of Emu3 with more codes and other controls, Qwen3's transformer, IBQ's images.
+
+Sizes are decimal digits of the text; <|extra_200|> stands between rows, behind the last there is none, and no
+<|extra_201|>. An answer stands between <|extra_100|> and <|extra_101|>.
+
+Sources: baaivision/Emu3.5, src/tokenizer_emu3_ibq, configs/example_config_t2i.py, src/utils/input_utils.py. Its own
+class leaves out the QK-norm under attn_implementation="sdpa"; the weights are meant with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from ar_unified.data.images import Resize
+from ar_unified.errors import UserError
+from ar_unified.interop import emu3, hf_config
+from ar_unified.interop.files import Files
+from ar_unified.interop.hf_config import Family
+from ar_unified.interop.ids import Language, same_codes
+from ar_unified.interop.images import Images, read_images, read_settings
+from ar_unified.interop.keys import HF
+from ar_unified.interop.published import Published, check_tensors
+from ar_unified.interop.sources import open_source
+
+EMU3_5 = Family(
+    "Emu3",
+    "Emu3ForCausalLM",
+    {"qk_norm": "rmsnorm"},
+    defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6, "head_dim": 128},
+)
+_MARKS = {
+    "bss": "<|extra_100|>",
+    "ess": "<|extra_101|>",
+    "boc": "<|extra_50|>",
+    "eoc": "<|extra_51|>",
+    "bog": "<|extra_60|>",
+    "eog": "<|extra_61|>",
+}
+_SIDE = 1024  # of a square of the area of its configs for one image
+_LENGTH = 10240  # two images of that area, and their words
+# As published for one image of a text; guidance 5 is Emu3.5-Image's, 2 Emu3.5's.
+_SAMPLING = {
+    "max_length": _LENGTH,
+    "kv_dtype": "",
+    "guidance": 2.0,
+    "context": "empty_prompt",
+    "text": {"temperature": 1.0, "top_k": 1024, "top_p": 0.9},
+    "image": {"temperature": 1.0, "top_k": 5120, "top_p": 1.0},
+}
+_OF_IMAGES = 5.0
+
+
+def language_of(names: Mapping[str, int], text: list[int], size: int, where: str, largest: tuple[int, int]) -> Language:
+    """Emu3.5's ids; arguments and errors as `emu3.language_of`."""
+    return emu3.language_of(names, text, size, where, largest, "emu3_5", emu3.MARKS | _MARKS)
+
+
+def open_emu3_5(files: Files) -> Published:
+    where = str(files.folder)
+    if not any(name.endswith("self_attn.q_norm.weight") for name in files.source.names()):
+        raise UserError(f"{where}: expected a tensor model.layers.0.self_attn.q_norm.weight, found none: is it Emu3?")
+    model = hf_config.read(files.config, EMU3_5, where)
+    images = _images(files)
+    tokenizer = images.tokenizer
+    largest = Resize("aspect", _SIDE, _SIDE, tokenizer.factor).largest
+    grid = (largest[0] // tokenizer.factor, largest[1] // tokenizer.factor)
+    ids = language_of(emu3.names_of(files), files.text_ids, model.vocab_size, str(files.text_file), files.size or grid)
+    same_codes(ids, tokenizer.codebook_size, str(files.text_file))
+    grammar = files.grammar(ids, tokenizer.hash)
+    model = dataclasses.replace(model, vocab_size=grammar.vocabulary.size)
+    guidance = _OF_IMAGES if "image" in files.folder.name.lower() else _SAMPLING["guidance"]
+    return Published(
+        system="emu3_5",
+        keys=check_tensors(files.source, where, [HF], model, ids.border),
+        source=files.source,
+        grammar=grammar,
+        text=grammar.text_codec,
+        image=tokenizer,
+        data={"image_size": [_SIDE, _SIDE], "resize": "aspect", "layout": "emu3_5", "max_tokens": _LENGTH},
+        sampling=_SAMPLING | {"guidance": guidance},
+        record={"system": "emu3_5", "form": "hf", **images.record, **files.record()},
+        notes=(*([tokenizer.no_decoder] if tokenizer.no_decoder else ()),),
+    )
+
+
+def _images(files: Files) -> Images:
+    """IBQ's tokenizer beside the model."""
+    if files.image is None:
+        raise UserError(
+            f"{files.folder}: it has no image tokenizer: --image names the folder of Emu3.5-VisionTokenizer, its "
+            "model.ckpt made .safetensors by `ar-unified convert-pickle`"
+        )
+    folder = files.image.parent if files.image.is_file() else files.image
+    settings = read_settings(folder, "config.yaml", "config.json")
+    return read_images("ibq", settings, open_source(files.image), "taming", str(files.image))

@@ -1,0 +1,173 @@
+"""LWM: a transformer over two tables, of text and of images, which are one here: the ids of images follow the text's.
+
+Of the 8,448 ids of images the first 8,192 are codes; 8192 ends a frame, 8193 a clip, the others nobody writes. What
+says that an image comes is text, "<vision>" and "</vision>". Each table had a softmax of its own in training, 0 to
+V - 1 of the text and the ids of images from there: `Published.record["tables"]` says how many ids each has.
+
+Nothing beside the weights says what they are: heads follow from the size, as one was published, or from a config.json;
+RoPE's base from the name of the folder, from a config.json or from --rope-theta.
+
+Sources: LargeWorldModel/LWM, lwm/llama.py (LLAMA_STANDARD_CONFIGS), vision_llama.py, data.py and vision_generation.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ar_unified.errors import UserError
+from ar_unified.interop import hf_config
+from ar_unified.interop.files import Files
+from ar_unified.interop.hf_config import LLAMA
+from ar_unified.interop.ids import PLAIN, Language, language, named
+from ar_unified.interop.images import Images, read_images
+from ar_unified.interop.keys import LWM
+from ar_unified.interop.published import Published, check_tensors
+from ar_unified.interop.sources import Source, open_source, read_json
+from ar_unified.interop.streams import Stream
+from ar_unified.language.syntax import ImageLayout
+from ar_unified.model.config import TransformerConfig
+
+LWM_TEXT = dataclasses.replace(
+    LWM,
+    names=MappingProxyType({**LWM.names, "embedding": "transformer/wte/embedding", "head": "lm_head/kernel"}),
+)
+THETAS = {"128K": 1e7, "256K": 1e7, "512K": 2.5e7, "1M": 5e7}
+_NAMED = re.compile(r"lwm.*?(128k|256k|512k|1m)\b", re.IGNORECASE)
+_HEADS = {(4096, 32): 32}  # of a width and a number of layers; the 7B is all that was published
+SIDE, PIXELS = 16, 256
+_MARKS = {"pad": "<unk>", "bos": "<s>", "eos": "</s>"}
+_LENGTH = 4096
+_SAMPLING = {
+    "max_length": _LENGTH,
+    "kv_dtype": "",
+    "guidance": 5.0,
+    "context": "bos_boi",
+    "text": {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
+    "image": {"temperature": 1.0, "top_k": 8192, "top_p": 1.0},
+}
+
+
+def language_of(
+    names: Mapping[str, int], text: list[int], tables: tuple[int, ...], codebook: int, where: str
+) -> Language:
+    """LWM's ids.
+
+    Args:
+        names: published id of every piece of the text tokenizer. text: those that text is spelled with.
+        tables: ids of text, and of images; of a model of text alone the first. codebook: image codes.
+
+    Raises UserError for names that are missing, or a table of images that is too small.
+    """
+    marks = {control: named(names, name, where) for control, name in _MARKS.items()}
+    if len(tables) == 1:
+        return language(tables[0], text, marks, PLAIN)
+    first, images = tables
+    if images < codebook + 2:
+        raise UserError(f"{where}: expected {codebook} codes and two marks in the table of images, found {images} ids")
+    marks |= {"eof": first + codebook, "eov": first + codebook + 1}
+    return language(sum(tables), text, marks, ImageLayout("lwm", SIDE, SIDE), codes=range(first, first + codebook))
+
+
+def theta_of(folder: Path, told: Mapping[str, Any], given: float | None) -> float:
+    """RoPE's base: what a person gave, else what a config.json says, else what the name of a published model means.
+
+    Raises UserError: nothing says it, and a wrong one gives wrong numbers that look right.
+    """
+    if given is not None:
+        return given
+    for key in ("rope_theta", "theta"):
+        if type(told.get(key)) in (int, float):
+            return float(told[key])
+    for part in reversed(folder.resolve().parts):
+        if match := _NAMED.search(part):
+            return THETAS[match[1].upper()]
+    known = ", ".join(f"{theta:g} for {name}" for name, theta in THETAS.items())
+    raise UserError(
+        f"{folder}: expected a folder named as it was published (LWM-Chat-1M-Jax), as no file says RoPE's base; "
+        f"--rope-theta gives it: {known}, and 5e+07 for every model with images"
+    )
+
+
+def model_of(source: Source, told: Mapping[str, Any], theta: float, where: str) -> TransformerConfig:
+    """The transformer's shape, of its tensors' shapes.
+
+    Args:
+        told: a config.json's keys, {}: there is none; its num_attention_heads and rms_norm_eps are read.
+
+    Raises UserError for tensors that are missing, and a shape whose heads nobody says.
+    """
+    names = source.names()
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in names:
+            raise UserError(f"{where}: missing {name}: is it LWM's `params`?")
+        return source.shape(name)
+
+    (width,) = shape("transformer/ln_f/kernel")
+    layers = len({name for name in names if name.endswith("/attention_norm/kernel")})
+    heads = told.get("num_attention_heads", _HEADS.get((width, layers)))
+    if heads is None:
+        raise UserError(
+            f"{where}: expected 32 layers of 4096, as LWM's 7B has; found {layers} of {width}: a config.json beside it "
+            "says num_attention_heads"
+        )
+    sizes = {
+        "vocab_size": shape("transformer/wte/embedding")[0],
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": shape("transformer/h/0/feed_forward/w1/kernel")[-1],
+        "rms_norm_eps": told.get("rms_norm_eps", 1e-6),
+        "rope_theta": theta,
+    }
+    return hf_config.read(sizes, LLAMA, where)
+
+
+def open_lwm(files: Files) -> Published:
+    """LWM's own `params`; its models of text alone are also published as Llama, which `--as llama` reads."""
+    folder = files.folder if files.folder.is_dir() else files.folder.parent
+    path = folder / "params" if files.folder.is_dir() else files.folder
+    if not path.is_file():
+        raise UserError(f"{folder}: expected LWM's file `params`, found none (as transformers has it: --as llama)")
+    source, where = Stream(path), str(path)
+    config = folder / "config.json"
+    told = read_json(config) if config.exists() else {}
+    model = model_of(source, told, theta_of(folder, told, files.theta), where)
+    sees = "transformer/vte/embedding" in source.names()
+    tables: tuple[int, ...] = (model.vocab_size,)
+    images: Images | None = None
+    if sees:
+        tables = (model.vocab_size, source.shape("transformer/vte/embedding")[0])
+        images = _images(files)
+    tokenizer = images.tokenizer if images else None
+    ids = language_of(
+        files.names, files.text_ids, tables, tokenizer.codebook_size if tokenizer else 0, str(files.text_file)
+    )
+    grammar = files.grammar(ids, tokenizer.hash if tokenizer else "")
+    model = dataclasses.replace(model, vocab_size=grammar.vocabulary.size)
+    seen = {"image_size": [PIXELS, PIXELS], "resize": "crop", "layout": "lwm"} if sees else {}
+    return Published(
+        system="lwm",
+        keys=check_tensors(source, where, [LWM if sees else LWM_TEXT], model, ids.border, tables),
+        source=source,
+        grammar=grammar,
+        text=grammar.text_codec,
+        image=tokenizer,
+        data={**seen, "max_tokens": _LENGTH},
+        sampling=_SAMPLING if sees else _SAMPLING | {"guidance": 1.0},
+        record={"system": "lwm", "form": "lwm", "tables": list(tables), **files.record()},
+    )
+
+
+def _images(files: Files) -> Images:
+    if files.image is None:
+        raise UserError(
+            f"{files.folder}: it has no image tokenizer: --image names LWM's `vqgan`, made .safetensors by "
+            "`ar-unified convert-pickle`"
+        )
+    return read_images("lwm_vq", {}, open_source(files.image), "lwm", str(files.image))
