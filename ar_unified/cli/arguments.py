@@ -133,7 +133,9 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from", dest="source", type=_path, metavar="BUNDLE", help="export a bundle instead, as --to says"
     )
-    parser.add_argument("--to", choices=("hf", "meta"), default="hf", help="transformers' or Meta's form (%(default)s)")
+    parser.add_argument(
+        "--to", choices=("hf", "meta", "lwm"), default="hf", help="transformers', Meta's or LWM's form (%(default)s)"
+    )
     parser.add_argument(
         "--output",
         required=True,

@@ -14,9 +14,10 @@ from ar_tokenizers.image.published import to_published
 from ar_unified.bundle import Bundle
 from ar_unified.errors import UserError, about
 from ar_unified.interop import own
-from ar_unified.interop.keys import HF, META, Keys
+from ar_unified.interop.keys import HF, LWM, LWM_TEXT, META, Keys
 from ar_unified.interop.meta import split
 from ar_unified.interop.sources import DTYPES
+from ar_unified.interop.streams import SCANNED, StreamWriter
 from ar_unified.tensors import Kind, TensorWriter
 from ar_unified.workdir import write_json
 
@@ -27,7 +28,7 @@ def export_published(bundle: Bundle, form: str, folder: Path, shard_bytes: int =
     """Writes the published form of an imported model, or of our own what transformers reads, whole or not at all.
 
     Args:
-        form: "hf" or "meta"; of an imported model the one that it came in.
+        form: "hf", "meta" or "lwm"; of an imported model the one that it came in.
 
     Raises UserError: `folder` exists, the bundle was made of no such form, or what was trained has no place in it.
     """
@@ -36,14 +37,21 @@ def export_published(bundle: Bundle, form: str, folder: Path, shard_bytes: int =
         return _export_own(bundle, form, folder, shard_bytes)
     if form != record["form"]:
         raise UserError(f"{bundle.folder}: --to: expected {record['form']}, the form that was imported; found {form}")
-    dialect = {"hf": HF.prefixed(record.get("prefixes", {})), "meta": META}[form]
+    tables = tuple(record.get("tables", ()))
+    dialect = {
+        "hf": HF.prefixed(record.get("prefixes", {})),
+        "meta": META,
+        "lwm": LWM if len(tables) > 1 else LWM_TEXT,
+    }[form]
     if bundle.border is None:
         raise UserError(f"{bundle.folder}: language.json: expected a border to the published ids, found none")
-    keys = Keys(dialect, bundle.config, bundle.border, qk_groups=tuple(record.get("qk_groups", (0, 0))))
+    keys = Keys(dialect, bundle.config, bundle.border, tables, tuple(record.get("qk_groups", (0, 0))))
     try:
         with whole_folder(folder) as here:
             if form == "meta":
                 _write_meta(bundle, keys, here, record)
+            elif form == "lwm":
+                _write_lwm(bundle, keys, here, record)
             else:
                 _write_hf(bundle, keys, here, record, shard_bytes)
     except FileExistsError as error:
@@ -114,6 +122,25 @@ def _write_meta(bundle: Bundle, keys: Keys, folder: Path, record: Mapping[str, A
                 writer.put(name, np.ascontiguousarray(piece))
     write_json(models / "params.json", record["params"])
     write_bytes(folder / "tokenizer" / record["text_file"], bundle.text_tokenizer.data)
+
+
+def _write_lwm(bundle: Bundle, keys: Keys, folder: Path, record: Mapping[str, Any]) -> None:
+    """`params`, with layers in one array or apart, as it came; and what lay beside it."""
+    dtypes, kinds, places = bundle.dtypes(), dict[str, Kind](), dict[str, tuple[str, int | None]]()
+    for slot in keys.slots():
+        for name, shape in zip(slot.names, slot.shapes, strict=True):
+            scanned = record["scanned"] and slot.layer is not None
+            whole = name.replace(f"/h/{slot.layer}/", f"/h/{SCANNED}/") if scanned else name
+            places[name] = whole, slot.layer if scanned else None
+            layers = (keys.config.n_layers,) if scanned else ()
+            kinds[whole] = Kind((*layers, *shape), dtypes[slot.leaf])
+    with StreamWriter(folder / "params", kinds, tuple(record["prefix"])) as writer:
+        for name, array in _tensors(bundle, keys):
+            whole, layer = places[name]
+            writer.put(whole, array, layer)
+    for name, content in record["files"].items():
+        write_json(folder / name, content)
+    write_bytes(folder / record["text_file"], bundle.text_tokenizer.data)
 
 
 def _tensors(bundle: Bundle, keys: Keys) -> Iterator[tuple[str, np.ndarray]]:

@@ -131,6 +131,10 @@ LWM = Dialect(
     out_first=False,
     interleaved=True,
 )
+LWM_TEXT = replace(
+    LWM,
+    names=MappingProxyType({**LWM.names, "embedding": "transformer/wte/embedding", "head": "lm_head/kernel"}),
+)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from ar_unified.errors import UserError
@@ -25,17 +24,13 @@ from ar_unified.interop.files import Files
 from ar_unified.interop.hf_config import LLAMA
 from ar_unified.interop.ids import PLAIN, Language, language, named
 from ar_unified.interop.images import Images, read_images
-from ar_unified.interop.keys import LWM
+from ar_unified.interop.keys import LWM, LWM_TEXT
 from ar_unified.interop.published import Published, check_tensors
 from ar_unified.interop.sources import Source, open_source, read_json
 from ar_unified.interop.streams import Stream
 from ar_unified.language.syntax import ImageLayout
 from ar_unified.model.config import TransformerConfig
 
-LWM_TEXT = dataclasses.replace(
-    LWM,
-    names=MappingProxyType({**LWM.names, "embedding": "transformer/wte/embedding", "head": "lm_head/kernel"}),
-)
 THETAS = {"128K": 1e7, "256K": 1e7, "512K": 2.5e7, "1M": 5e7}
 _NAMED = re.compile(r"lwm.*?(128k|256k|512k|1m)\b", re.IGNORECASE)
 _HEADS = {(4096, 32): 32}  # of a width and a number of layers; the 7B is all that was published
@@ -160,7 +155,14 @@ def open_lwm(files: Files) -> Published:
         image=tokenizer,
         data={**seen, "max_tokens": _LENGTH},
         sampling=_SAMPLING if sees else _SAMPLING | {"guidance": 1.0},
-        record={"system": "lwm", "form": "lwm", "tables": list(tables), **files.record()},
+        record={
+            "system": "lwm",
+            "form": "lwm",
+            "tables": list(tables),
+            "scanned": source.scanned,
+            "prefix": list(source.prefix),
+            **files.record(),
+        },
     )
 
 

@@ -46,8 +46,12 @@ class _Stored(NamedTuple):
 class Stream:
     """A source of the tensors of a stream; the file is passed through once, over its numbers.
 
-    Names are parts joined by "/", without "params/" in front. Raises UserError, naming the file: it is damaged, or
-    has a tensor twice; OSError.
+    Names are parts joined by "/", without "params/" in front.
+
+    Attributes:
+        prefix: those parts that stood in front. scanned: whether layers lie in one array.
+
+    Raises UserError, naming the file: it is damaged, or has a tensor twice; OSError.
     """
 
     def __init__(self, path: str | Path):
@@ -62,8 +66,10 @@ class Stream:
             raise UserError(
                 f"{self.path}: expected a stream of names and arrays, found a damaged one: {error}"
             ) from error
+        self.prefix = next((parts[: _wrapped(parts)] for parts, _ in found if parts[0] == "params"), ())
+        self.scanned = any(SCANNED in parts for parts, _ in found)
         if any(parts[0] == "params" for parts, _ in found):  # beside which a training's state has its optimizer's
-            found = [(_bare(parts), stored) for parts, stored in found if parts[0] == "params"]
+            found = [(parts[_wrapped(parts) :], stored) for parts, stored in found if parts[0] == "params"]
         for parts, stored in found:
             layers = range(stored.shape[0]) if SCANNED in parts and stored.shape else [None]
             for layer in layers:
@@ -115,10 +121,9 @@ def _cut(pieces: tuple[_Span, ...], begin: int, end: int) -> list[_Span]:
     return found
 
 
-def _bare(parts: tuple[str, ...]) -> tuple[str, ...]:
-    for _ in range(2):
-        parts = parts[1:] if parts[0] == "params" and len(parts) > 1 else parts
-    return parts
+def _wrapped(parts: tuple[str, ...]) -> int:
+    """How many "params" stand in front of a name, at most 2."""
+    return next((i for i, part in enumerate(parts[:-1][:2]) if part != "params"), min(2, len(parts) - 1))
 
 
 # ---- msgpack ------------------------------------------------------------------------------------------------------

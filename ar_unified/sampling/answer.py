@@ -58,15 +58,16 @@ def stopped(grammar: Grammar, plan: Plan, index: int, tokens: np.ndarray) -> Sam
 
 def _document(grammar: Grammar, plan: Plan, tokens: np.ndarray) -> Document:
     """What stands behind the prompt. Text that goes on where the prompt's text ends is a part of its own."""
-    v, prompt = grammar.vocabulary, plan.prompt
+    prompt = plan.prompt
     at = grammar.breaks_off(prompt)
     opened = prompt[at.begin :]
     parts: tuple[Part, ...] = grammar.parse(np.concatenate([prompt[:1], opened, tokens, grammar.tail])).parts
     *_, (begin, end) = (0, 0), *grammar.texts(prompt)
     before = prompt[begin:end] if end == len(prompt) and not len(opened) else prompt[:0]
-    if len(before) and len(tokens) and tokens[0] < v.text_size:
+    runs = grammar.texts(np.append(prompt[:1], tokens)) if len(before) else []
+    if runs and runs[0][0] == 1:  # else the first to come is a control, or an image that text opens
         # Said again with the text before: what ids stand for may depend on it.
-        first = tokens[: grammar.texts(np.append(prompt[:1], tokens))[0][1] - 1]
+        first = tokens[: runs[0][1] - 1]
         whole, known = (grammar.text_codec.decode([int(i) for i in ids])
                         for ids in (np.concatenate([before, first]), before))  # fmt: skip
         rest = parts[1:] if parts and isinstance(parts[0], TextPart) else parts

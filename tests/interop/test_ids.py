@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from ar_unified.errors import UserError
-from ar_unified.interop import chameleon, emu3
-from ar_unified.interop.ids import Language, language
+from ar_unified.interop import chameleon, emu3, emu3_5, liquid, lwm
+from ar_unified.interop.ids import Language, language, same_codes
 from tests.interop.tables import code_name
 
 
@@ -61,6 +61,74 @@ def test_emu3s_table() -> None:
     marks |= {"img": 151851, "boi": 151852, "eoi": 151853}
     assert {name: published(found, name) for name in marks} == marks and codes(found) == (151854, 184621)
     assert found.vocabulary.used == 184622 and found.vocabulary.text_size == 151643
+
+
+def emu3_5_names() -> dict[str, int]:
+    special = {name: id for name, id in emu3_names().items() if "visual" not in name}
+    return special | {f"<|visual token {code:06}|>": 151854 + code for code in range(131072)}
+
+
+def test_emu3_5s_table() -> None:
+    found = emu3_5.language_of(emu3_5_names(), [*range(151643)], 282926, "here", (128, 128))
+    marks = {"pad": 151643, "eol": 151846, "frame": 151848, "bos": 151849, "eos": 151850, "img": 151851, "boi": 151852}
+    marks |= {"eoi": 151853, "boc": 151696, "eoc": 151697, "bog": 151706, "eog": 151707, "bss": 151746, "ess": 151747}
+    assert {name: published(found, name) for name in marks} == marks and codes(found) == (151854, 282925)
+    assert found.vocabulary.used == 282926 and found.layout.row_ends == (1, 1)
+    with pytest.raises(UserError, match="expected a token '<.extra_100.>', found none"):
+        few = {name: id for name, id in emu3_names().items() if name != "<|extra_100|>"}
+        emu3_5.language_of(few, [*range(151643)], 184622, "here", (128, 128))
+
+
+def lumina_2_names() -> dict[str, int]:
+    """Qwen's, and Lumina-mGPT 2.0's from 151665 on; where <reserved08706> stands among them is a guess."""
+    qwen = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645}
+    marks = {"<racm3:break>": 151665, "<eoss>": 151666, "<reserved08706>": 151668, "<reserved08799>": 151670}
+    return qwen | marks | {f"<reserved{8800 + n:05}>": 151671 + n for n in range(1, 97)}
+
+
+def test_lumina_mgpt_2s_table() -> None:
+    def made(names: dict[str, int], told: dict[str, object]) -> Language:
+        return chameleon.language_of(
+            names, [*range(151643)], 171392, "lumina_mgpt_2", "here", None, told=told, count=16384
+        )
+
+    found = made(lumina_2_names(), {"eos_token": "<|endoftext|>", "bos_token": None})
+    marks = {"boi": 151665, "eoi": 151666, "eol": 151670, "bos": 151643, "eos": 151645}
+    assert {name: published(found, name) for name in marks} == marks and codes(found) == (155000, 171383)
+    sizes = found.border.theirs[found.vocabulary.size_offset : found.vocabulary.image_offset]
+    assert sizes.tolist() == [151671 + n for n in range(1, 49)], "192 codes in units of 4"
+    other = made(lumina_2_names(), {"eos_token": {"content": "<|im_end|>"}})
+    assert published(other, "bos") == 151645 and published(other, "eos") == 151643
+    named = lumina_2_names() | {code_name(code): 150000 + code for code in range(3)}
+    with pytest.raises(UserError, match="here: expected 16384 image codes, as the image tokenizer has; found 3"):
+        same_codes(made(named, {}), 16384, "here")
+    with pytest.raises(UserError, match="expected eos_token"):
+        made(lumina_2_names(), {"eos_token": "</s>"})
+
+
+def test_lwms_tables_are_one() -> None:
+    names = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    found = lwm.language_of(names, [*range(3, 32000)], (32000, 8448), 8192, "here")
+    assert found.vocabulary.used == found.border.size == 40448 and found.vocabulary.rest == 254
+    marks = {"pad": 0, "bos": 1, "eos": 2, "eof": 32000 + 8192, "eov": 32000 + 8193}
+    assert {name: published(found, name) for name in marks} == marks and codes(found) == (32000, 32000 + 8191)
+    text = found.vocabulary.control("eof")  # ids of text come first here too, so that each side is a run
+    assert (found.border.theirs[:text] < 32000).all() and (found.border.theirs[text:] >= 32000).all()
+    with pytest.raises(UserError, match="expected 8192 codes and two marks"):
+        lwm.language_of(names, [*range(3, 32000)], (32000, 8193), 8192, "here")
+    alone = lwm.language_of(names, [*range(3, 32000)], (32000,), 0, "here")
+    assert alone.vocabulary.used == 32000 and alone.vocabulary.codebook_size == 0
+
+
+def test_liquids_table() -> None:
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<2mass>", "[@BOS@]", *(f"<unused{i}>" for i in range(99))]
+    names = {name: id for id, name in enumerate(special)} | {"last": 255999}
+    found = liquid.language_of(names, [*range(len(special), 256000)], 264192, "here", (32, 32))
+    marks = {"pad": 0, "eos": 1, "bos": 2, "boi": 7, "eoi": 8, "unconditional": 9}
+    assert {name: published(found, name) for name in marks} == marks and codes(found) == (256000, 264191)
+    assert found.vocabulary.used == 264192
+    with pytest.raises(UserError, match="expected image codes behind id 255999"):
+        liquid.language_of(names, [*range(len(special), 256000)], 256000, "here", (32, 32))
 
 
 def test_names_that_are_wrong_are_refused_by_the_first() -> None:

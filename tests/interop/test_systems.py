@@ -1,0 +1,203 @@
+"""Systems of which no class is installed: LWM against its transcription, Lumina-mGPT 2.0 against its twin's names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ar_tokenizers.image import config as image_config
+from ar_tokenizers.image.autoencoder import init
+from ar_tokenizers.image.config import AutoencoderConfig
+from ar_tokenizers.image.published import config_of, to_published
+from ar_tokenizers.image.tokenizer import ImageTokenizer
+from safetensors.numpy import save_file
+
+import ar_unified
+from ar_unified.bundle import Bundle
+from ar_unified.cli.main import main
+from ar_unified.errors import UserError
+from ar_unified.interop import lwm
+from ar_unified.language.document import CodesPart, Document, TextPart, Turn
+from tests.interop import comparing, formats, interleaved, tables
+from tests.language import transcriptions
+
+LOGITS = 5e-5
+_TINY = dict(width=32, multipliers=(1, 1, 1, 1, 1), blocks=(1, 1, 1, 1, 1))
+
+
+def run(*argv: object) -> int:
+    return main([str(argument) for argument in argv])
+
+
+def write_tokenizer(config: AutoencoderConfig, dialect: str, path: Path) -> Path:
+    tokenizer = ImageTokenizer(config, init(config, jax.random.key(0)), batch_size=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(to_published(tokenizer, dialect), path)
+    return path
+
+
+# ---- LWM -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lwm_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+    """A download with tables of 320 and 8,448 ids, and a vqgan of LWM's codes in a tiny network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "LWM_VISION", 8448)
+        patch.setitem(image_config.PRESETS, "lwm_f16", image_config.PRESETS["lwm_f16"] | _TINY)
+        folder = tmp_path_factory.mktemp("lwm")
+        formats.lwm(folder / "LWM-1M-Jax", dtype="float32")
+        (folder / "LWM-1M-Jax" / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
+        yield folder / "LWM-1M-Jax", write_tokenizer(config_of("lwm_vq", {}), "lwm", folder / "vqgan.safetensors")
+
+
+@pytest.fixture(scope="module")
+def lwm_bundle(lwm_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    bundle = tmp_path_factory.mktemp("bundle") / "lwm"
+    files = ["--from", lwm_files[0], "--image", lwm_files[1]]
+    assert run("import", *files, "--as", "lwm", "--rope-theta", formats.LWM_THETA, "--output", bundle) == 0
+    return bundle
+
+
+@pytest.fixture(scope="module")
+def lwm_model(lwm_bundle: Path) -> ar_unified.Model:
+    return ar_unified.load(lwm_bundle, dtype="float32", max_length=512)
+
+
+def test_lwm_answers_with_both_tables_as_its_transcription(lwm_model: ar_unified.Model) -> None:
+    """Text and images in one row, which the original's sampler cannot have and its training had."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "LWM_VISION", 8448)
+        original = interleaved.Lwm(formats.lwm_params(), formats.LWM_THETA)
+    rng = np.random.default_rng(0)
+    sees = rng.random((2, 40)) < 0.5
+    ids = np.where(sees, rng.integers(0, 8448, sees.shape), rng.integers(0, 320, sees.shape))
+    ours = lwm_model.ids.ours(np.where(sees, ids + 320, ids))
+    logits = lwm_model.logits(ours)[..., lwm_model.ids.ours(range(320 + 8448))]
+    text, images = original.logits(ids, sees)
+    np.testing.assert_allclose(logits, np.concatenate([text, images], -1), atol=LOGITS, rtol=0)
+    np.testing.assert_allclose(comparing.hidden(lwm_model, ours), original.hidden(ids, sees), atol=2e-5)
+    other = interleaved.Lwm(original.params, 10 * formats.LWM_THETA).logits(ids, sees)[0]
+    assert np.abs(other - text).max() > 1000 * LOGITS, "which theta it is would not be seen"
+
+
+def test_lwms_ids_are_its_own(lwm_model: ar_unified.Model) -> None:
+    grammar, codes = lwm_model.grammar, np.arange(256, dtype=np.int32).reshape(16, 16) * 31
+    document = Document((Turn("document", (TextPart("the red"), CodesPart(codes), TextPart("circle"))),))
+    found = lwm_model.ids.theirs(grammar.encode(document).tokens)
+
+    def text(run: str) -> list[int]:
+        return lwm_model.ids.theirs(grammar.text_codec.encode(run)).tolist()
+
+    own = transcriptions.LWM | {"vision": 320}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transcriptions, "LWM", own)
+        expected = transcriptions.lwm(text, [["the red", codes, "circle"]], adds_bos=False)
+    assert found.tolist() == expected
+
+
+@pytest.mark.slow
+def test_a_picture_of_lwm_has_as_many_codes_as_its_decoder_reads(lwm_model: ar_unified.Model) -> None:
+    (image,) = lwm_model.draw("a red circle", seed=0, n=1)
+    assert image.size == (256, 256)
+
+
+def test_both_tables_of_lwm_come_back(lwm_bundle: Path, lwm_files: tuple[Path, Path], tmp_path: Path) -> None:
+    assert run("export", "--from", lwm_bundle, "--to", "lwm", "--output", tmp_path / "out") == 0
+    comparing.assert_same(comparing.stream(tmp_path / "out"), comparing.stream(lwm_files[0]))
+    assert run("export", "--from", lwm_bundle, "--to", "hf", "--output", tmp_path / "hf") == 2
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lwms_stream_comes_back(scanned: bool, dtype: str, tmp_path: Path) -> None:
+    folder = formats.lwm(tmp_path / "LWM-Text-256K-Jax", vision=False, scanned=scanned, dtype=dtype)
+    (folder / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
+    assert run("import", "--from", folder, "--as", "lwm", "--output", tmp_path / "bundle") == 0
+    assert Bundle(tmp_path / "bundle").config.rope_theta == 1e7
+    assert run("export", "--from", tmp_path / "bundle", "--to", "lwm", "--output", tmp_path / "out") == 0
+    comparing.assert_same(comparing.stream(tmp_path / "out"), comparing.stream(folder))
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name, theta",
+    [("LWM-Text-Chat-128K-Jax", 1e7), ("models--LargeWorldModel--LWM-512k/snapshots/3f", 2.5e7), ("lwm-1m-jax", 5e7)],
+)
+def test_theta_is_that_of_the_published_name(name: str, theta: float, tmp_path: Path) -> None:
+    assert lwm.theta_of(tmp_path / name, {}, None) == theta
+    assert lwm.theta_of(tmp_path / name, {"rope_theta": 3.0}, None) == 3.0
+    assert lwm.theta_of(tmp_path / name, {"rope_theta": 3.0}, 4.0) == 4.0
+
+
+def test_what_no_file_of_lwm_says_is_not_guessed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(UserError, match="--rope-theta gives it: 1e.07 for 128K"):
+        lwm.theta_of(tmp_path / "mine", {}, None)
+    folder = formats.lwm(tmp_path / "mine", vision=False)
+    assert run("import", "--from", folder, "--as", "lwm", "--rope-theta", "1e7", "--output", tmp_path / "b") == 2
+    assert "found 2 of 64: a config.json beside it says num_attention_heads" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+# ---- Lumina-mGPT 2.0 -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lumina_2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path, ar_unified.Model]]:
+    """Its download, the twin that transformers reads, and what is imported of it, with a tiny MoVQGAN of 64 codes."""
+    folder = tmp_path_factory.mktemp("lumina_2")
+    formats.lumina_2(folder / "download", folder / "twin")
+    with pytest.MonkeyPatch.context() as patch:
+        small = AutoencoderConfig.from_dict(
+            image_config.PRESETS["movqgan_f8"]
+            | dict(width=32, multipliers=(1, 1, 1, 1), blocks=(1, 1, 1, 1))
+            | dict(quantizer="vq", codes=64, code_dim=4, space="euclidean")
+        )
+        patch.setattr("ar_tokenizers.image.movq_weights.movqgan_270m", lambda: small)
+        image = write_tokenizer(small, "movqgan", folder / "movqgan" / "model.safetensors")
+        files = ["--from", folder / "download", "--image", image]
+        assert run("import", *files, "--as", "lumina_mgpt", "--output", folder / "bundle") == 0
+        yield folder / "download", folder / "twin", ar_unified.load(folder / "bundle", dtype="float32")
+
+
+def test_lumina_2s_ids_are_its_own(lumina_2: tuple[Path, Path, ar_unified.Model]) -> None:
+    *_, model = lumina_2
+    table, codes = tables.lumina_2(), np.arange(32, dtype=np.int32).reshape(8, 4)
+    turns = (Turn("user", (TextPart("draw the circle"),)), Turn("assistant", (CodesPart(codes),)))
+    found = model.ids.theirs(model.grammar.encode(Document(turns)).tokens)
+    marks = {"boi": "<racm3:break>", "eoi": "<eoss>", "eol": "<reserved08799>", "code": "IMGIMGAZ"}
+    named = {key: table.id(name) for key, name in marks.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transcriptions, "LUMINA_2", named)
+        expected = transcriptions.lumina_mgpt_2(
+            lambda run: model.ids.theirs(model.grammar.text_codec.encode(run)).tolist(),
+            [["draw the circle"], [codes]],
+            bos=table.id("<|endoftext|>"),
+            eot=table.id("<reserved08706>"),
+            size=table.id("<reserved08800>"),
+        )
+    assert found.tolist() == expected
+
+
+def test_lumina_2_comes_back(lumina_2: tuple[Path, Path, ar_unified.Model], tmp_path: Path) -> None:
+    download, *_ = lumina_2
+    bundle = download.parent / "bundle"
+    assert run("export", "--from", bundle, "--to", "hf", "--output", tmp_path / "out") == 0
+    comparing.assert_same(comparing.tensors(tmp_path / "out"), comparing.tensors(download))
+
+
+@pytest.mark.interop
+def test_lumina_2s_logits_are_its_twins(lumina_2: tuple[Path, Path, ar_unified.Model]) -> None:
+    pytest.importorskip("torch", reason="parity with the reference implementations needs torch (make test-interop)")
+    from tests.interop import reference
+
+    _, twin, model = lumina_2
+    oracle = reference.load(twin)
+    V = tables.lumina_2().size
+    ids = np.random.default_rng(1).integers(0, V, (2, 48))
+    ours = model.ids.ours(range(V))
+    np.testing.assert_allclose(model.logits(ours[ids])[..., ours], oracle.logits(ids), atol=LOGITS, rtol=0)
