@@ -181,10 +181,8 @@ def _open_meta(files: Files) -> Published:
     }
     if params.get("qk_normalization") is False:
         raise UserError(f"{where}/params.json: qk_normalization: expected True, found False")
-    names = {each.rsplit(".", 1)[0] for each in source.names()}
-    fused = sorted(name for name in names if name.endswith(("wqkv", "w13")))
     record = {"form": "meta", "params": read_json(files.find("params.json")), "files": {}, "parts": len(parts)}
-    record |= {"text_file": files.text_file.name, "fused": bool(fused)}
+    record |= {"text_file": files.text_file.name}
     return _published(files, "chameleon", _model(told, where), vqgan_of(files, {}, []), [META], source, record)
 
 

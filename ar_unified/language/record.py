@@ -52,7 +52,10 @@ def text_in(folder: Path, lossy: Lossy = "refuse") -> Codec | None:
     path, record = find(folder), folder / FILE
     if path is None:
         return None
-    return text_codec(_read(record) if record.exists() else {}, path.name, path.read_bytes(), lossy)
+    try:
+        return text_codec(_read(record) if record.exists() else {}, path.name, path.read_bytes(), lossy)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def grammar_in(folder: Path, text: Codec) -> Grammar | None:

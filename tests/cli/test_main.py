@@ -197,6 +197,7 @@ def test_an_unknown_verb_or_argument_is_refused(capsys):
 def test_every_path_of_a_verb_may_begin_with_the_home_folder(verb, monkeypatch):
     monkeypatch.setenv("HOME", "/home/of/a/person")
     parser = parser_of(verb)
-    paths = [action for action in parser._actions if re.match("DIR|FILE|WORKDIR", str(action.metavar))]
+    named = re.compile("DIR|FILE|WORKDIR|PATH|FOLDER|BUNDLE")
+    paths = [action for action in parser._actions if named.match(str(action.metavar))]
     assert paths and all("~" not in str(action.type("~/x")) for action in paths if action.type is not None)
     assert not [action.dest for action in paths if action.type is None]

@@ -39,9 +39,14 @@ def agreeing(changes):
     """With what a choice needs beside it, as `check` says for each."""
     changes = {"image_tokenizer.blocks": (1, 1, 1)} | changes
     learned = (changes.get("image_tokenizer.codebook_update"), changes.get("image_tokenizer.gradient"))
-    quantizer = changes.setdefault("image_tokenizer.quantizer", "vq" if learned != (None, None) else "fsq")
+    far = changes.get("image_tokenizer.space") == "euclidean"
+    quantizer = changes.setdefault("image_tokenizer.quantizer", "vq" if learned != (None, None) or far else "fsq")
     if quantizer != "fsq":
         changes["image_tokenizer.activation"] = "tanh"
+    if quantizer != "vq":
+        changes["image_tokenizer.space"] = "sphere"
+    if changes.get("model.rope_scaling") == "llama3":
+        changes["model.rope_original_length"] = 16
     if quantizer not in ("vq", "rq"):
         changes["image_tokenizer.codebook_update"] = "gradient"
     if quantizer not in ("vq", "rq", "simvq"):
