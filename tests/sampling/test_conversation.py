@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ar_unified.language.document import Document, TextPart, Turn
-from ar_unified.language.layouts import LAYOUTS
+from ar_unified.language.layouts import WITH_IMAGES
 from ar_unified.model.transformer import init
 from ar_unified.sampling import conversation as conversations
 from ar_unified.sampling.conversation import Conversation, say_all
@@ -134,7 +134,7 @@ def test_alone_is_in_a_batch(params, kv_dtype):
     assert len({talk.tokens.tobytes() for talk in alone.values()}) == 5
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("kind", WITH_IMAGES)
 def test_a_turn_goes_on_as_a_prompt_of_all_turns_is_written(kind):
     grammar = grammar_of(kind)
     talk = Conversation(SimpleNamespace(grammar=grammar), [Turn("system", (TextPart("ab"),))])
