@@ -193,9 +193,9 @@ MUTATIONS = (
     # ---- model and loss
     Mutation(
         "rope-turns-too-fast",
-        "ar_unified/model/transformer.py",
-        "wavelengths = theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)",
-        "wavelengths = theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / (head_dim // 2))",
+        "ar_unified/model/rope.py",
+        "config.rope_theta ** (jnp.arange(0, H, 2, dtype=jnp.float32) / H)",
+        "config.rope_theta ** (jnp.arange(0, H, 2, dtype=jnp.float32) / (H // 2))",
         "published weights see other positions",
         ("tests/model/test_transformer.py::test_a_layer_equals_its_plain_reference",),
     ),

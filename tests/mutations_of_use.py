@@ -206,7 +206,7 @@ MUTATIONS = (
     Mutation(
         "a-bundle-names-any-file",
         "ar_unified/bundle.py",
-        "if name not in (*_NEEDED, *_IMAGE) and not _SHARD.fullmatch(name):",
+        "if name not in (*_NEEDED, *_TEXT, *_IMAGE, _IMAGE_KEPT, PUBLISHED, KEPT) and not _SHARD.fullmatch(name):",
         "if False:",
         "a bundle that somebody sent reads files of this machine",
         ("tests/test_bundle.py", "-k", "outside or absolute or foreign"),
