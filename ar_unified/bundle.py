@@ -283,16 +283,13 @@ class Bundle:
             return jax.block_until_ready(jax.tree_util.tree_map_with_path(make, shapes))
 
     @contextmanager
-    def reading(self) -> Iterator[Callable[[str, int | None], np.ndarray]]:
-        """Gives read(path, layer): a parameter by its path, or what stands at that index of its first axis."""
+    def reading(self) -> Iterator[tuple[dict[str, str], Callable[[str, int | None], np.ndarray]]]:
+        """Gives the dtype of every parameter by its path, and read(path, layer): a parameter, or what stands at that
+        index of its first axis. The files are checked once, so all that is wanted is read in one of these."""
         with contextlib.ExitStack() as stack:
             found = self._tensors(self._shapes(), stack)
-            yield lambda name, layer: found[name][... if layer is None else layer]
-
-    def dtypes(self) -> dict[str, str]:
-        """Of every parameter by its path."""
-        with contextlib.ExitStack() as stack:
-            return {name: _DTYPES[x.get_dtype()] for name, x in self._tensors(self._shapes(), stack).items()}
+            dtypes = {name: _DTYPES[tensor.get_dtype()] for name, tensor in found.items()}
+            yield dtypes, lambda name, layer: found[name][... if layer is None else layer]
 
     def _shapes(self) -> Params:
         with self._reading(CONFIG):

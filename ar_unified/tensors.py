@@ -38,6 +38,34 @@ class Kind(NamedTuple):
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
+class Pieces:
+    """Which parts of named tensors were written: each once, and in the end all of them."""
+
+    def __init__(self, kinds: Mapping[str, Kind]):
+        self._kinds = kinds
+        self._left = {name: kind.nbytes for name, kind in kinds.items()}
+        self._put: set[tuple[str, int | None]] = set()
+
+    def take(self, name: str, array: np.ndarray, at: int | None) -> tuple[memoryview, int]:
+        """The bytes of a tensor, or of what stands at index `at` of its first axis, and where in it they begin.
+
+        Raises ValueError for another kind, and for an index that there is not, or twice.
+        """
+        kind = self._kinds[name]
+        shape = kind.shape if at is None else kind.shape[1:]
+        if array.shape != shape or array.dtype != np.dtype(kind.dtype):
+            raise ValueError(f"{name}: expected {kind.dtype} {list(shape)}, found {array.dtype} {list(array.shape)}")
+        if (name, at) in self._put or (at is not None and not 0 <= at < kind.shape[0]):
+            raise ValueError(f"{name}: expected each of {list(kind.shape)} once, found {at} again or outside")
+        self._put.add((name, at))
+        self._left[name] -= array.nbytes
+        return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, (at or 0) * array.nbytes
+
+    def require_all(self) -> None:
+        if wrong := [name for name, left in self._left.items() if left]:
+            raise AssertionError(f"{wrong[0]}: {self._left[wrong[0]]} bytes of it were not written")
+
+
 class TensorWriter:
     """Writes tensors by name; a context, at whose end all of every tensor is written or an error raised.
 
@@ -68,10 +96,8 @@ class TensorWriter:
                 size = 0
             shards[-1][name] = kind
             size += kind.nbytes
-        self._folder, self._kinds = folder, kinds
+        self._folder, self._pieces = folder, Pieces(kinds)
         self._places: dict[str, tuple[int, int]] = {}  # file handle, and where in it
-        self._left = {name: kind.nbytes for name, kind in kinds.items()}
-        self._put: set[tuple[str, int | None]] = set()
         self._handles: list[int] = []
         self.files: dict[str, str] = {}
         only = alone and len(shards) == 1
@@ -107,18 +133,9 @@ class TensorWriter:
 
     def put(self, name: str, array: np.ndarray, at: int | None = None) -> None:
         """A tensor, or what stands at index `at` of its first axis. Raises ValueError for another kind or index."""
-        kind = self._kinds[name]
-        shape = kind.shape if at is None else kind.shape[1:]
-        if array.shape != shape or array.dtype != np.dtype(kind.dtype):
-            raise ValueError(f"{name}: expected {kind.dtype} {list(shape)}, found {array.dtype} {list(array.shape)}")
-        if (name, at) in self._put or (at is not None and not 0 <= at < kind.shape[0]):
-            raise ValueError(f"{name}: expected each of {list(kind.shape)} once, found {at} again or outside")
-        self._put.add((name, at))
-        handle, begin = self._places[name]
-        write_bytes_at(
-            handle, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, begin + (at or 0) * array.nbytes
-        )
-        self._left[name] -= array.nbytes
+        data, begin = self._pieces.take(name, array, at)
+        handle, first = self._places[name]
+        write_bytes_at(handle, data, first + begin)
 
     def __enter__(self) -> TensorWriter:
         return self
@@ -128,8 +145,8 @@ class TensorWriter:
             if kind is None:
                 os.fsync(handle)
             os.close(handle)
-        if kind is None and (wrong := [name for name, left in self._left.items() if left]):
-            raise AssertionError(f"{wrong[0]}: {self._left[wrong[0]]} bytes of it were not written")
+        if kind is None:
+            self._pieces.require_all()
 
 
 def read_bytes(path: Path, pieces: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -4,8 +4,8 @@ python tests/summary.py [--only-hardware] [--record FILE] RUN.xml ...     from p
 python tests/summary.py --last FILE                                       what --record has written
 
 A test that is skipped in one run and passes in another was run. Skips for want of hardware say "hardware" in their
-reason; those for want of its compiler name it, since not every package index carries what a hardware's maker gives out;
-and those for want of what reference implementations computed say that it is not beside this repository.
+reason; those for want of its compiler name it, since not every package index carries what a hardware's maker gives out.
+What reference implementations computed lies outside: "not beside this repository" is a reason where that is so.
 With --only-hardware any other skip is exit status 1, as a failure always is.
 """
 
@@ -20,9 +20,9 @@ import xml.etree.ElementTree as tree
 from collections import Counter
 from pathlib import Path
 
-# Words of the reasons that are nobody's fault.
-FAULTLESS = ("hardware", "libtpu", "not beside this repository")
 ROOT = Path(__file__).resolve().parents[1]
+# Words of the reasons that are nobody's fault; the last is one where the folder that they speak of is there.
+FAULTLESS = ("hardware", "libtpu") + (() if (ROOT.parent / "shared").exists() else ("not beside this repository",))
 
 
 def main() -> int:

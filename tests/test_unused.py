@@ -16,7 +16,6 @@ CALLED = {
     "ar_unified.kernels.*: unsupported": "likewise",
     "ar_unified.sampling.adapters.*: Engine*": "an evaluation harness is given the class",
     "ar_unified.language.rows: document_to_json": "who writes documents as rows for the readers of data/",
-    "ar_unified.interop.sources: Together": "who reads several files side by side, as no system of `import` has them",
     "ar_tokenizers.image.space_to_depth: receptive_radius": "who decodes in windows asks what overlap to take",
     "ar_tokenizers.image.movq_weights: *": "who brings weights of MoVQGAN or of Emu3's vision tokenizer",
     "ar_tokenizers.image.published: *": "who brings image tokenizers of others, or takes ours to them",

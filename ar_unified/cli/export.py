@@ -36,6 +36,8 @@ _SAMPLING = ("max_length", "kv_dtype", "guidance", "context", "text", "image")
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    if arguments.shard_mib < 1:
+        raise UserError(f"--shard-mib: expected at least 1, found {arguments.shard_mib}")
     if arguments.source:
         if overrides or arguments.config or arguments.workdir:
             raise UserError("--from BUNDLE is exported by itself: leave out --workdir, --config and config keys")
@@ -43,8 +45,6 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         return 0
     if not arguments.workdir:
         raise UserError("expected --workdir DIR, of a training, or --from BUNDLE --to FORMAT; found neither")
-    if arguments.shard_mib < 1:
-        raise UserError(f"--shard-mib: expected at least 1, found {arguments.shard_mib}")
     experiment = open_experiment(arguments, overrides, ["export"])
     export(experiment, arguments.output, license=arguments.license, shard_bytes=arguments.shard_mib << 20)
     return 0

@@ -25,6 +25,8 @@ from ar_unified.model.config import parameter_count
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     if overrides:
         raise UserError(f"import has no config: {overrides[0]} does nothing")
+    if arguments.shard_mib < 1:
+        raise UserError(f"--shard-mib: expected at least 1, found {arguments.shard_mib}")
     files = Files(
         Path(arguments.source),
         text=Path(arguments.text) if arguments.text else None,

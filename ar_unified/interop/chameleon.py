@@ -168,13 +168,16 @@ def _open_meta(files: Files) -> Published:
     if any(type(count) is not int or count < 1 for count in heads):
         raise UserError(f"{where}/params.json: expected n_heads and n_kv_heads above 0, found {heads}")
     source = Joined([open_source(inside(folder, part.name)) for part in parts], *heads)
+    first = "output.weight", "layers.0.feed_forward.w1.weight"
+    if missing := [name for name in first if name not in source.names()]:
+        raise UserError(f"{where}: missing {missing[0]}: are they Chameleon's consolidated files?")
     told = {
-        "vocab_size": params.get("vocab_size") or source.shape("output.weight")[0],
+        "vocab_size": params.get("vocab_size") or source.shape(first[0])[0],
         "hidden_size": params.get("dim"),
         "num_hidden_layers": params.get("n_layers"),
         "num_attention_heads": heads[0],
         "num_key_value_heads": heads[1],
-        "intermediate_size": source.shape("layers.0.feed_forward.w1.weight")[0],
+        "intermediate_size": source.shape(first[1])[0],
         "rms_norm_eps": params.get("norm_eps", 1e-5),
         "rope_theta": params.get("rope_theta", 1e4),
         "swin_norm": bool(params.get("swin_norm")),

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ar_unified.data.images import Resize
-from ar_unified.errors import UserError
+from ar_unified.errors import UserError, about
 from ar_unified.interop import hf_config
 from ar_unified.interop.files import Files
 from ar_unified.interop.hf_config import Family
@@ -64,7 +64,8 @@ def names_of(files: Files) -> Mapping[str, int]:
     size = files.codec.size
     names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(_EXTRAS))]
     path = files.find("emu3_vision_tokens.txt", folder=files.text_file.parent)
-    names += path.read_text(encoding="utf-8").split("\n")[:-1]
+    with about(str(path)):
+        names += path.read_text(encoding="utf-8").split("\n")[:-1]
     return {name: size + number for number, name in enumerate(names)}
 
 

@@ -86,7 +86,8 @@ class Files:
 
     @cached_property
     def names(self) -> Mapping[str, int]:
-        """The published id of each token by its name."""
+        """The published id of each token by its name. Raises UserError for a file that is no text tokenizer."""
+        data = self.codec.data  # which finds what is wrong with it
         if self.text_file.suffix == ".json":
             spec = read_json(self.text_file)
             model, added = spec.get("model"), spec.get("added_tokens")
@@ -95,7 +96,7 @@ class Files:
                 raise UserError(f"{self.text_file}: expected model.vocab and added_tokens, as tokenizer.json has")
             return vocab | {token["content"]: token["id"] for token in added if isinstance(token, dict)}
         if self.text_file.suffix == ".model":
-            processor = sentencepiece.SentencePieceProcessor(model_proto=self.codec.data)
+            processor = sentencepiece.SentencePieceProcessor(model_proto=data)
             return {processor.id_to_piece(id): id for id in range(processor.get_piece_size())}
         return {}
 

@@ -178,7 +178,7 @@ def write(config: TransformerConfig, family: Family, vocab_size: int, dtype: str
         "embedding_scale": math.sqrt(config.d_model) if family.scaled else 1.0,
     } | dict(family.fields)
     for name, value in expected.items():
-        if (found := getattr(config, name)) != value and name not in more.get("expressed", ()):
+        if (found := getattr(config, name)) != value:
             raise UserError(
                 f"model.{name}: {family.architecture} of transformers has {value!r}, this model has {found!r}"
             )
@@ -211,4 +211,4 @@ def write(config: TransformerConfig, family: Family, vocab_size: int, dtype: str
                 "original_max_position_embeddings": config.rope_original_length,
             }
         made["rope_scaling"] = scaling
-    return made | {key: value for key, value in more.items() if key != "expressed"}
+    return made | more

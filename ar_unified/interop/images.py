@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def read_images(
     names = [name for name in source.names() if name.startswith(prefix)]
     tensors = {name.removeprefix(prefix): source.read(name) for name in sorted(names)}
     dtypes = sorted({source.dtype(name) for name in names if source.dtype(name) != "I64"})
-    with about(f"{where}: image tokenizer"):
+    with about(f"{where}: image tokenizer"), _settings():
         if system == "emu3":
             dialect = movq_weights.dialect_of(tensors)
             config = movq_weights.config_from_emu3(settings)
@@ -63,6 +64,17 @@ def read_images(
     usual = _resolution(settings) or 512
     record = {"image_dialect": dialect, "image_prefix": prefix, "image_dtype": dtypes[0] if dtypes else "F32"}
     return Images(tokenizer, usual, prefix, record if prefix else {})
+
+
+@contextlib.contextmanager
+def _settings() -> Iterator[None]:
+    """Around what is made of settings that somebody sent, whose values may be anything."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"expected the settings that were published with it: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _resolution(settings: Mapping[str, Any]) -> int:

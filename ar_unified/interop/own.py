@@ -22,13 +22,7 @@ from ar_unified.workdir import write_json, write_text
 
 def keys_of(bundle: Bundle) -> Keys:
     """Its tensors as transformers has them; the ids are our own."""
-    config = bundle.config
-    if config.qk_norm == "layernorm" or config.norm_placement != "pre":
-        raise UserError(
-            f"{bundle.folder}: --to hf: expected a model of Llama's shape (norm_placement pre, qk_norm none or "
-            f"rmsnorm); found {config.norm_placement} and {config.qk_norm}"
-        )
-    return Keys(HF, config, Border(((0, 0, config.vocab_size),)))
+    return Keys(HF, bundle.config, Border(((0, 0, bundle.config.vocab_size),)))
 
 
 def write_own(bundle: Bundle, folder: Path, dtype: str) -> None:

@@ -24,7 +24,7 @@ class Published:
     """What a system's module makes of a person's files.
 
     Attributes:
-        system: its name in `systems.SYSTEMS`.
+        system: its name in `interop.SYSTEMS`.
         keys: the transformer's tensors, all of which `source` has.
         text: the text tokenizer as the bundle keeps it. image: None for text alone.
         data, sampling: sections of the bundle's config.json.
@@ -69,6 +69,8 @@ def check_tensors(
     keys = Keys(dialect, config, border, tables, _groups(source, where, dialect, config))
     wanted = {name: shape for slot in keys.slots() for name, shape in zip(slot.names, slot.shapes, strict=True)}
     tied = dialect.names["head"] if config.tie_embeddings else None
+    if tied in names:
+        _require_tied(source, where, str(tied), str(dialect.names["embedding"]))
     left = sorted(
         name
         for name in names - wanted.keys()
@@ -88,6 +90,14 @@ def check_tensors(
         if (kind := source.dtype(name)) not in _FLOATS:
             raise UserError(f"{where}: {name}: expected {', '.join(_FLOATS)}; found {kind}")
     return keys
+
+
+def _require_tied(source: Source, where: str, head: str, embedding: str) -> None:
+    """A head beside a table that it is tied to says nothing of its own."""
+    if embedding in source.names() and source.read(head).tobytes() != source.read(embedding).tobytes():
+        raise UserError(
+            f"{where}: {head}: expected {embedding} again, as tie_word_embeddings says; found other numbers"
+        )
 
 
 def _groups(source: Source, where: str, dialect: Dialect, config: TransformerConfig) -> tuple[int, int]:

@@ -105,7 +105,27 @@ class _Place(NamedTuple):
     begin: int
 
 
-class Safetensors:
+class InFile:
+    """What a source reads where its numbers lie one after another."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def _read(self, name: str, begin: int, end: int) -> np.ndarray:
+        """Numbers begin .. end - 1 of a tensor, [end - begin]."""
+        raise NotImplementedError
+
+    def read(self, name: str) -> np.ndarray:
+        shape = self.shape(name)
+        return self._read(name, 0, math.prod(shape)).reshape(shape)
+
+    def read_rows(self, name: str, begin: int, end: int) -> np.ndarray:
+        shape = self.shape(name)[1:]
+        row = math.prod(shape)
+        return self._read(name, begin * row, end * row).reshape(end - begin, *shape)
+
+
+class Safetensors(InFile):
     """Tensors of several files; `told`: the file of each, as an index says."""
 
     def __init__(self, files: Mapping[str, Path], told: Mapping[str, str] | None = None):
@@ -138,15 +158,6 @@ class Safetensors:
             )
         return place.kind
 
-    def read(self, name: str) -> np.ndarray:
-        shape = self.shape(name)
-        return self._read(name, 0, math.prod(shape)).reshape(shape)
-
-    def read_rows(self, name: str, begin: int, end: int) -> np.ndarray:
-        shape = self.shape(name)[1:]
-        row = math.prod(shape)
-        return self._read(name, begin * row, end * row).reshape(end - begin, *shape)
-
     def _read(self, name: str, begin: int, end: int) -> np.ndarray:
         kind = np.dtype(DTYPES[self.dtype(name)])
         place = self._places[name]
@@ -169,29 +180,3 @@ def _places(path: Path) -> dict[str, _Place]:
         )
         for name in names
     }
-
-
-class Together:
-    """Several sources as one. Raises UserError for a tensor that two of them have."""
-
-    def __init__(self, *sources: Source):
-        self._of: dict[str, Source] = {}
-        for source in sources:
-            if twice := sorted(source.names() & self._of.keys()):
-                raise UserError(f"{twice[0]!r:.120}: expected each tensor once, found it in two of the files given")
-            self._of |= dict.fromkeys(source.names(), source)
-
-    def names(self) -> set[str]:
-        return set(self._of)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._of[name].shape(name)
-
-    def dtype(self, name: str) -> str:
-        return self._of[name].dtype(name)
-
-    def read(self, name: str) -> np.ndarray:
-        return self._of[name].read(name)
-
-    def read_rows(self, name: str, begin: int, end: int) -> np.ndarray:
-        return self._of[name].read_rows(name, begin, end)

@@ -17,8 +17,8 @@ import ml_dtypes  # noqa: F401 (numpy knows bfloat16 by it)
 import numpy as np
 
 from ar_unified.errors import UserError, in_words
-from ar_unified.interop.sources import DTYPES
-from ar_unified.tensors import Kind, read_bytes, write_bytes_at
+from ar_unified.interop.sources import DTYPES, InFile
+from ar_unified.tensors import Kind, Pieces, read_bytes, write_bytes_at
 
 SCANNED = "scan_decoder"
 _NAMES = {name: kind for kind, name in DTYPES.items()}
@@ -43,7 +43,7 @@ class _Stored(NamedTuple):
     pieces: tuple[_Span, ...]
 
 
-class Stream:
+class Stream(InFile):
     """A source of the tensors of a stream; the file is passed through once, over its numbers.
 
     Names are parts joined by "/", without "params/" in front.
@@ -91,15 +91,6 @@ class Stream:
         if found not in _NAMES:
             raise UserError(f"{self.path}: {name}: expected numbers of type {', '.join(_NAMES)}; found {found!r:.40}")
         return _NAMES[found]
-
-    def read(self, name: str) -> np.ndarray:
-        shape = self.shape(name)
-        return self._read(name, 0, math.prod(shape)).reshape(shape)
-
-    def read_rows(self, name: str, begin: int, end: int) -> np.ndarray:
-        shape = self.shape(name)[1:]
-        row = math.prod(shape)
-        return self._read(name, begin * row, end * row).reshape(end - begin, *shape)
 
     def _read(self, name: str, begin: int, end: int) -> np.ndarray:
         kind = np.dtype(DTYPES[self.dtype(name)])
@@ -255,10 +246,8 @@ class StreamWriter:
     """
 
     def __init__(self, path: Path, kinds: Mapping[str, Kind], prefix: tuple[str, ...] = ("params", "params")):
-        self._kinds = kinds
+        self._pieces = Pieces(kinds)
         self._places: dict[str, list[_Span]] = {}
-        self._left = {name: kind.nbytes for name, kind in kinds.items()}
-        self._put: set[tuple[str, int | None]] = set()
         at = 0
         heads: list[tuple[int, bytes]] = []
         for name, kind in kinds.items():
@@ -286,19 +275,10 @@ class StreamWriter:
 
     def put(self, name: str, array: np.ndarray, at: int | None = None) -> None:
         """An array, or what stands at index `at` of its first axis. Raises ValueError for another kind or index."""
-        kind = self._kinds[name]
-        shape = kind.shape if at is None else kind.shape[1:]
-        if array.shape != shape or array.dtype != np.dtype(kind.dtype):
-            raise ValueError(f"{name}: expected {kind.dtype} {list(shape)}, found {array.dtype} {list(array.shape)}")
-        if (name, at) in self._put or (at is not None and not 0 <= at < kind.shape[0]):
-            raise ValueError(f"{name}: expected each of {list(kind.shape)} once, found {at} again or outside")
-        self._put.add((name, at))
-        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-        begin = (at or 0) * array.nbytes
+        data, begin = self._pieces.take(name, array, at)
         for span in _cut(tuple(self._places[name]), begin, begin + array.nbytes):
             part, data = data[: span.size], data[span.size :]
             write_bytes_at(self._handle, part, span.begin)
-        self._left[name] -= array.nbytes
 
     def __enter__(self) -> StreamWriter:
         return self
@@ -307,8 +287,8 @@ class StreamWriter:
         if kind is None:
             os.fsync(self._handle)
         os.close(self._handle)
-        if kind is None and (wrong := [name for name, left in self._left.items() if left]):
-            raise AssertionError(f"{wrong[0]}: {self._left[wrong[0]]} bytes of it were not written")
+        if kind is None:
+            self._pieces.require_all()
 
 
 def _array_parts(kind: Kind) -> list[bytes | int]:

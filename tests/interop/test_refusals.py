@@ -14,6 +14,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ar_unified.cli.main import main
+from ar_unified.errors import UserError
+from ar_unified.interop import emu3
+from ar_unified.interop.files import Files
+from ar_unified.interop.keys import HF, Keys
+from ar_unified.interop.published import check_tensors
+from ar_unified.language.border import Border
+from ar_unified.model.config import config_from
 from tests.interop import formats
 
 Change = Callable[[Path], None]
@@ -128,6 +135,53 @@ def test_another_systems_files_are_refused(tmp_path: Path, capsys: pytest.Captur
     assert "model_type: expected llama, found 'chameleon'" in capsys.readouterr().err
     assert main(["import", "--from", str(folder), "--as", "lumina_mgpt", "--output", str(tmp_path / "b")]) == 2
     assert not (tmp_path / "bundle").exists() and not (tmp_path / "b").exists()
+
+
+def test_settings_of_an_image_tokenizer_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = formats.lumina_1(tmp_path / "download", tokenizer=True)
+    (folder / "tokenizer" / "vqgan.yaml").write_text("model:\n  params:\n    ddconfig: [1, 2]\n")
+    assert run(folder, tmp_path / "bundle") == 2
+    assert "image tokenizer: expected the settings that were published" in capsys.readouterr().err
+
+
+def test_a_shard_of_meta_without_its_head(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = formats.meta(tmp_path / "download")
+    for path in (folder / "models" / "30b").glob("*.safetensors"):
+        save_file({name: x for name, x in load_file(path).items() if name != "output.weight"}, path)
+    beside = ["--text", str(folder / "tokenizer"), "--image", str(folder / "tokenizer" / "vqgan.safetensors")]
+    weights = ["import", "--from", str(folder / "models" / "30b"), "--as", "chameleon"]
+    assert main([*weights, "--output", str(tmp_path / "b"), *beside]) == 2
+    assert "missing output.weight" in capsys.readouterr().err
+    assert main([*weights, "--output", str(tmp_path / "b"), *beside, "--shard-mib", "0"]) == 2
+    assert "--shard-mib: expected at least 1" in capsys.readouterr().err
+
+
+def test_names_of_image_codes_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = formats.emu3_5(tmp_path / "download")
+    with pytest.raises(UserError, match="emu3_vision_tokens.txt"):
+        (folder / "emu3_vision_tokens.txt").write_bytes(b"\xff\xfe")
+        emu3.names_of(Files(folder))
+
+
+class InMemory:
+    """A source of arrays."""
+
+    def __init__(self, tensors: dict[str, np.ndarray]):
+        self.read = tensors.__getitem__
+        self.names = lambda: set(tensors)
+        self.shape = lambda name: tensors[name].shape
+        self.dtype = lambda name: "F32"
+
+
+def test_a_head_beside_the_table_it_is_tied_to_must_be_that_table() -> None:
+    config = config_from("debug", vocab_size=128, tie_embeddings=True)
+    border = Border(((0, 0, 128),))
+    slots = Keys(HF, config, border).slots()
+    tensors = {slot.names[0]: np.ones(slot.shapes[0], np.float32) for slot in slots}
+    table = tensors["model.embed_tokens.weight"]
+    check_tensors(InMemory(tensors | {"lm_head.weight": table.copy()}), "here", [HF], config, border)
+    with pytest.raises(UserError, match="lm_head.weight: expected model.embed_tokens.weight again"):
+        check_tensors(InMemory(tensors | {"lm_head.weight": table * 2}), "here", [HF], config, border)
 
 
 def test_the_same_download_unchanged_is_taken(tmp_path: Path) -> None:

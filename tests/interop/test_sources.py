@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from ar_unified.errors import UserError
-from ar_unified.interop.sources import Together, open_source
+from ar_unified.interop.sources import open_source
 from ar_unified.tensors import INDEX, Kind, TensorWriter
 
 RNG = np.random.default_rng(0)
@@ -52,15 +52,10 @@ def test_what_is_written_piece_by_piece_is_read_by_us_and_by_safetensors(tmp_pat
     assert source.read_rows("b.weight", 1, 3).tobytes() == TENSORS["b.weight"][1:].tobytes()
 
 
-def test_one_file_alone_files_side_by_side_and_a_cache_that_links(tmp_path):
+def test_one_file_alone_and_a_cache_that_links(tmp_path):
     one = written(tmp_path / "one", 1 << 20, alone=True)
     assert sorted(path.name for path in one.iterdir()) == ["model.safetensors"]
     assert open_source(one / "model.safetensors").names() == open_source(one).names() == set(TENSORS)
-    save_file({"vq": np.ones(2, np.float32)}, tmp_path / "vq.safetensors")
-    both = Together(open_source(one), open_source(tmp_path / "vq.safetensors"))
-    assert both.names() == {*TENSORS, "vq"} and both.read("vq").tolist() == [1, 1]
-    with pytest.raises(UserError, match="each tensor once"):
-        Together(open_source(one), open_source(one))
     snapshot, blobs = tmp_path / "models--x" / "snapshots" / "abc", tmp_path / "models--x" / "blobs"
     snapshot.mkdir(parents=True)
     (one / "model.safetensors").rename(blobs.with_name("model")), blobs.mkdir()
