@@ -92,7 +92,7 @@ def read(config: Mapping[str, Any], family: Family, where: str, **fields: Any) -
 
     def number(key: str, kind: type = int) -> Any:
         value = config.get(key, family.defaults.get(key))
-        if type(value) not in (kind, int) or value <= 0:
+        if type(value) not in (kind, int) or not 0 < value < math.inf:
             raise wrong(key, "a number above 0")
         return kind(value)
 
@@ -110,6 +110,8 @@ def read(config: Mapping[str, Any], family: Family, where: str, **fields: Any) -
             continue
         if config.get(key) not in allowed:
             raise wrong(key, f"{' or '.join(map(repr, allowed))}, which is all that this transformer computes")
+    if set(config.get("layer_types") or ()) - {"full_attention"}:
+        raise wrong("layer_types", "full_attention alone, which is all that this transformer computes")
     if config.get("attention_bias") and not family.qkv_bias:
         raise wrong("attention_bias", "False: biases of the output projection are not computed")
     act = config.get(family.act) or config.get("hidden_act")
@@ -142,25 +144,34 @@ def read(config: Mapping[str, Any], family: Family, where: str, **fields: Any) -
 
 def _rope(config: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
     """theta and scaling: `rope_theta` and `rope_scaling` of older files, `rope_parameters` of newer ones."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise UserError(f"{where}: rope_parameters: expected keys and values, found {rope!r:.80}")
+    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    rope = config.get(key) or {}
+    if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
+        raise UserError(f"{where}: {key}: expected numbers by their keys, for all layers alike; found {rope!r:.80}")
+    if rope.get("partial_rotary_factor") not in _ONLY["partial_rotary_factor"]:
+        raise UserError(
+            f"{where}: {key}.partial_rotary_factor: expected 1, found {rope['partial_rotary_factor']!r:.40}"
+        )
+
+    def number(name: str, found: Any) -> float:
+        if type(found) not in (int, float) or not 0 < found < math.inf:
+            raise UserError(f"{where}: {name}: expected a number above 0, found {found!r:.80}")
+        return float(found)
+
     theta = rope.get("rope_theta", config.get("rope_theta", family.defaults.get("rope_theta")))
-    if type(theta) not in (int, float) or theta <= 0:
-        raise UserError(f"{where}: rope_theta: expected a number above 0, found {theta!r:.80}")
-    fields: dict[str, Any] = {"rope_theta": float(theta)}
+    fields: dict[str, Any] = {"rope_theta": number("rope_theta", theta)}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind in ("default", None):
         return fields
     if kind not in ("linear", "llama3"):
         raise UserError(f"{where}: rope_type: expected default, linear or llama3; found {kind!r:.40}")
-    fields |= {"rope_scaling": kind, "rope_factor": float(rope["factor"])}
+    names = {"factor": "rope_factor"}
     if kind == "llama3":
-        fields |= {
-            "rope_low": float(rope["low_freq_factor"]),
-            "rope_high": float(rope["high_freq_factor"]),
-            "rope_original_length": int(rope["original_max_position_embeddings"]),
-        }
+        names |= {"low_freq_factor": "rope_low", "high_freq_factor": "rope_high"}
+    fields |= {"rope_scaling": kind} | {ours: number(f"{key}.{name}", rope.get(name)) for name, ours in names.items()}
+    if kind == "llama3":
+        name = "original_max_position_embeddings"
+        fields["rope_original_length"] = int(number(f"{key}.{name}", rope.get(name)))
     return fields
 
 
