@@ -129,6 +129,7 @@ def test_a_broken_torch_breaks_no_training(tmp_path):
 
 
 def test_no_verb_loads_tensorboard_or_torch_before_it_writes(tmp_path):
+    from ar_unified.cli.arguments import module_of
     from ar_unified.cli.main import VERBS
 
-    python(READ, *VERBS, torch=tmp_path / "torch")
+    python(READ, *map(module_of, VERBS), torch=tmp_path / "torch")
