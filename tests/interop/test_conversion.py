@@ -310,8 +310,10 @@ def test_a_conversion_that_is_killed_leaves_nothing_that_looks_finished(tmp_path
     path, new = torch_file(tmp_path / "a.pth", tree, {"0": W}), tmp_path / "new"
     run = subprocess.run([sys.executable, "-c", KILLED, str(path), str(new)], timeout=100)
     assert run.returncode == -signal.SIGKILL and not new.exists()
-    assert [each.name for each in tmp_path.iterdir() if each.name.endswith(UNFINISHED)]
+    left = [each for each in tmp_path.iterdir() if each.name.endswith(UNFINISHED)]
+    assert left
     assert converted(path, new)[0].names() == {"a", "b", "c"}
+    assert not left[0].exists()
 
 
 @pytest.mark.interop

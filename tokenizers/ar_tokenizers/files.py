@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
+import glob
 import os
 import shutil
 import socket
@@ -44,19 +47,45 @@ def whole(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder to fill that appears when the block ends without an error, or not at all.
 
+    What a killed process left of it is removed first: it may be as large as a model.
+
     Raises FileExistsError where something is there already, be it put there meanwhile; OSError.
     """
     path = Path(os.path.abspath(path))
     if os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
         raise FileExistsError(errno.EEXIST, "something is there already, which is never written over", str(path))
+    for left in path.parent.glob(f"{glob.escape(f'.{path.name}.')}*{UNFINISHED}"):
+        _remove_unless_held(left)
     written = unfinished(path)
     written.mkdir(parents=True)
+    handle = os.open(written, os.O_RDONLY)
     try:
+        _hold(handle)
         yield written
         os.rename(written, path)  # which fails where there is more than an empty folder
     finally:
         shutil.rmtree(written, ignore_errors=True)
+        os.close(handle)
     _sync(path.parent)
+
+
+def _hold(handle: int) -> bool:
+    """Locks an open folder until its handle is closed, as the end of a process does. False: another has it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # also of a file system without locks, where nothing is removed then
+        return False
+    return True
+
+
+def _remove_unless_held(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            if _hold(handle):
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(handle)
 
 
 def _sync(folder: Path) -> None:
