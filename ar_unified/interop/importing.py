@@ -39,7 +39,7 @@ def import_model(
     def pieces() -> Iterator[tuple[str, int | None, np.ndarray]]:
         for slot in keys.slots():
             array = keys.to_ours(slot, [source.read(name) for name in slot.names])
-            yield slot.leaf, slot.layer, array.astype(dtypes[slot.leaf])
+            yield slot.leaf, slot.layer, array.astype(dtypes[slot.leaf], copy=False)
 
     return bundle.write(
         output,

@@ -9,7 +9,8 @@ Axes: `n` positions of a document.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,7 +88,7 @@ class Writer:
     """Writes ids and marks, turn by turn."""
 
     def __init__(self) -> None:
-        self._ids: list[Sequence[int] | np.ndarray] = []
+        self._ids = array("i")
         self._marks = bytearray()
         self._says = 0
         self._begins = 0  # TURN, until the turn has its first id
@@ -96,24 +97,24 @@ class Writer:
         """Who says what is added from here on, and whether it is to be learned."""
         self._says, self._begins = mark(0, speaker, learned), TURN
 
-    def add(self, ids: Sequence[int] | np.ndarray, role: int) -> None:
+    def add(self, ids: Iterable[int], role: int) -> None:
         """Ids of one role."""
-        self._write(ids, bytes([self._says | role]) * len(ids))
+        at = len(self._ids)
+        self._ids.extend(ids)
+        self._mark(at, bytes([self._says | role]) * (len(self._ids) - at))
 
     def image(self, ids: np.ndarray, roles: bytes) -> None:
-        """An image with the role of each id."""
-        at = len(self._marks)
-        self._write(ids, roles.translate(_says(self._says)))
+        """An image, int32 [n], with the role of each id."""
+        at = len(self._ids)
+        self._ids.frombytes(ids.tobytes())
+        self._mark(at, roles.translate(_says(self._says)))
         self._marks[at] |= IMAGE
 
     def written(self) -> Encoded:
-        tokens = np.concatenate([np.zeros(0, np.int32), *self._ids], dtype=np.int32, casting="unsafe")
-        return Encoded(tokens, np.frombuffer(self._marks, np.uint8))
+        return Encoded(np.array(self._ids, np.int32), np.frombuffer(self._marks, np.uint8))
 
-    def _write(self, ids: Sequence[int] | np.ndarray, marks: bytes) -> None:
-        if len(ids):
-            self._ids.append(ids)
-            at = len(self._marks)
+    def _mark(self, at: int, marks: bytes) -> None:
+        if marks:
             self._marks += marks
             self._marks[at] |= self._begins
             self._begins = 0

@@ -9,12 +9,17 @@ status 1 where it is more), and seconds per GB that was read.
 
     python experiments/benchmarks/import_memory.py --model chameleon_34b --as chameleon --beside TINY --folder DIR
 
-Needs room for the files and for the bundle: 2 x 68 GB for chameleon_34b. Measures on Linux.
+Needs room for the files and for the bundle: 2 x 68 GB for chameleon_34b. --layers has fewer of them than the preset,
+and --holes makes files of zeros that need no room, and whose seconds say less. Measures on Linux.
+
+The import is also killed at --kill-after seconds, and started again: what was left must be gone.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -53,12 +58,19 @@ def main() -> int:
     parser.add_argument("--folder", required=True, help="is made, and removed at the end")
     parser.add_argument("--shard-gb", type=float, default=5.0)
     parser.add_argument("--devices", type=int, default=8, help="of the CPU that the import sees")
+    parser.add_argument("--layers", type=int, default=0, help="fewer than the preset's")
+    parser.add_argument("--holes", action="store_true", help="zeros that need no room")
+    parser.add_argument("--kill-after", type=float, default=10.0, help="seconds of a first import")
     parser.add_argument("--keep", action="store_true", help="leave the files and the bundle")
     arguments = parser.parse_args()
     folder = Path(arguments.folder)
     config = config_from({"preset": arguments.model})
+    config = dataclasses.replace(config, n_layers=arguments.layers or config.n_layers)
     started = time.perf_counter()
-    size = generate(folder / "published", config, arguments.system, arguments.beside, int(arguments.shard_gb * 1e9))
+    shard_bytes = int(arguments.shard_gb * 1e9)
+    size = generate(
+        folder / "published", config, arguments.system, arguments.beside, shard_bytes, holes=arguments.holes
+    )
     print(f"made {size / 1e9:.2f} GB in {time.perf_counter() - started:.0f} s", flush=True)
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -68,9 +80,18 @@ def main() -> int:
     _, idle, _ = measure(
         [sys.executable, "-c", "import ar_unified.interop.importing, ar_unified.cli.main"], environment
     )
+    killed = subprocess.Popen([sys.executable, "-m", "ar_unified.cli.main", *verb], env=environment)
+    time.sleep(arguments.kill_after)
+    killed.kill()
+    killed.wait()
+    left = [path.name for path in folder.iterdir() if path.name != "published"]
+    print(f"killed after {arguments.kill_after:.0f} s, left {', '.join(left) or 'nothing'}", flush=True)
     status, peak, seconds = measure([sys.executable, "-m", "ar_unified.cli.main", *verb], environment)
+    found = sorted(path.name for path in folder.iterdir())
     if not arguments.keep:
         shutil.rmtree(folder)
+    if found != ["bundle", "published"]:
+        raise SystemExit(f"expected the bundle alone beside the files, found {', '.join(found)}")
     if status:
         raise SystemExit(f"the import ended with {status}")
     most = 2 * arguments.shard_gb * 1e9 + (2 << 30)
@@ -79,8 +100,10 @@ def main() -> int:
     return int(peak - idle > most)
 
 
-def generate(folder: Path, config: TransformerConfig, system: str, beside: str | Path, shard_bytes: int) -> int:
-    """Writes a model in transformers' format. Returns its bytes."""
+def generate(
+    folder: Path, config: TransformerConfig, system: str, beside: str | Path, shard_bytes: int, *, holes: bool = False
+) -> int:
+    """Writes a model in transformers' format, of zeros if `holes`. Returns its bytes."""
     extra = open_source(beside)
     folder.mkdir(parents=True)
     for path in Path(beside).iterdir():
@@ -97,8 +120,10 @@ def generate(folder: Path, config: TransformerConfig, system: str, beside: str |
     kinds = {name: Kind(shape, "bfloat16") for name, shape in shapes.items()}
     kinds |= {name: Kind(extra.shape(name), str(extra.read(name).dtype)) for name in others}
     block = np.random.default_rng(0).standard_normal(_BLOCK, np.float32)
-    with TensorWriter(folder, kinds, shard_bytes, alone=True, metadata={"format": "pt"}) as writer:
-        for name in shapes:
+    # What is not written is a hole, of which the writer complains at the end, when all else is done.
+    unwritten = contextlib.suppress(AssertionError) if holes else contextlib.nullcontext()
+    with unwritten, TensorWriter(folder, kinds, shard_bytes, alone=True, metadata={"format": "pt"}) as writer:
+        for name in () if holes else shapes:
             writer.put(name, numbers(kinds[name].shape, block))
         for name in others:
             writer.put(name, extra.read(name))
