@@ -2,7 +2,8 @@
 
     bundle.json                          version, and of every other file its bytes and its sha256
     config.json                          the transformer ("model"), and with the keys of an experiment what its data
-                                         were ("data") and what a request that says nothing is drawn with ("sampling")
+                                         were ("data"), what its loss was ("loss") and what a request that says nothing
+                                         is drawn with ("sampling")
     language.json                        the grammar's manifest: what a sequence of ids may say; and the border, where
                                          the text tokenizer has the ids of a published table
     text_tokenizer/                      one of text.model (SentencePiece), tokenizer.json, text.tiktoken: as published
@@ -91,6 +92,7 @@ def write(
     data: Mapping[str, Any],
     sampling: Mapping[str, Any],
     card: str,
+    loss: Mapping[str, Any] | None = None,
     published: Mapping[str, Any] | None = None,
     kept: Mapping[str, np.ndarray] | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -102,6 +104,7 @@ def write(
         params: of any dtype, which is kept; one that lies on several devices is gathered leaf by leaf.
         grammar: of the two tokenizers; image_tokenizer: None for text alone.
         data: image_size, resize, layout and max_tokens of the experiment; of text alone the last.
+        loss: softmax of the experiment; None: its default.
         sampling: max_length, kv_dtype, guidance, context, text and image of the experiment.
         published, kept: of published weights: JSON values and tensors by name that an export to their form needs.
         shard_bytes: of a file of parameters at most; a larger parameter has a file of its own.
@@ -113,6 +116,7 @@ def write(
             sections = {
                 "model": decisive(config) | {"dtype": config.dtype},
                 "data": dict(data),
+                "loss": dict(loss or {}),
                 "sampling": dict(sampling),
             }
             write_json(here / CONFIG, sections)
@@ -183,9 +187,9 @@ class Bundle:
 
     @cached_property
     def sections(self) -> dict[str, dict[str, Any]]:
-        """config.json: "model", "data" and "sampling"."""
-        found = self._json(CONFIG)
-        for name in ("model", "data", "sampling"):
+        """config.json: "model", "data", "loss" ({} in those of earlier versions) and "sampling"."""
+        found = {"loss": {}} | self._json(CONFIG)
+        for name in ("model", "data", "loss", "sampling"):
             if not isinstance(found.get(name), dict):
                 raise self._error(CONFIG, f"{name}: expected keys and values, found {found.get(name)!r:.80}")
         return found

@@ -288,6 +288,11 @@ HOSTILE = {
         json_of("config.json", lambda x: x["sampling"].update(text={"temperature": "hot"})),
         "text.temperature: expected",
     ),
+    "a softmax that is none": (
+        json_of("config.json", lambda x: x["loss"].update(softmax="both")),
+        "softmax: expected one of joint, by_side; found 'both'",
+    ),
+    "a loss that is none": (json_of("config.json", lambda x: x.update(loss=[])), "loss: expected keys and values"),
     "no length": (json_of("config.json", lambda x: x["sampling"].update(max_length=1e3)), "sampling.max_length: exp"),
 }
 
@@ -305,6 +310,13 @@ def test_what_is_no_bundle_is_refused_by_name(name, made, tmp_path, monkeypatch)
         load(folder)
     assert str(folder) in str(caught.value), "the message says which bundle"
     assert not (tmp_path / "sprung").exists()
+
+
+def test_one_of_before_there_was_a_loss_says_nothing_of_it(made, tmp_path):
+    shutil.copytree(made, tmp_path / "bundle")
+    before = json_of("config.json", lambda x: {name: section for name, section in x.items() if name != "loss"})
+    before(tmp_path / "bundle")
+    assert Bundle(tmp_path / "bundle").sections["loss"] == {}
 
 
 def test_a_folder_that_is_not_there_is_said(tmp_path):

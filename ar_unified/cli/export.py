@@ -32,6 +32,7 @@ from ar_unified.tensors import read_tensors
 from ar_unified.workdir import read_json
 
 _DATA = ("image_size", "resize", "layout", "max_tokens")
+_LOSS = ("softmax",)
 _SAMPLING = ("max_length", "kv_dtype", "guidance", "context", "text", "image")
 
 
@@ -74,6 +75,7 @@ def export(experiment: Experiment, output: str, *, license: str = "", shard_byte
         text_tokenizer=experiment.text_tokenizer,
         image_tokenizer=image,
         data={name: config["data"][name] for name in (_DATA if image else ("max_tokens",))},
+        loss={name: config["loss"][name] for name in _LOSS},
         sampling={name: config["sampling"][name] for name in _SAMPLING},
         card=words,
         published=read_json(published) if (published := brought / bundle.PUBLISHED).exists() else None,
@@ -93,8 +95,9 @@ def export(experiment: Experiment, output: str, *, license: str = "", shard_byte
 def _require_own(experiment: Experiment) -> None:
     """Raises UserError where the config is of another model than was trained: weights alone do not say all of it."""
     config = configs.plain(experiment.config)
-    ours = {"model": decisive(experiment.model), "data": {name: config["data"][name] for name in _DATA}}
-    trained = {"model": experiment.trained(), "data": _done(experiment, "data")}
+    ours = {"model": decisive(experiment.model), "loss": {name: config["loss"][name] for name in _LOSS}}
+    ours["data"] = {name: config["data"][name] for name in _DATA}
+    trained = dict.fromkeys(("model", "loss"), experiment.trained()) | {"data": _done(experiment, "data")}
     for section, fields in ours.items():
         theirs = trained[section].get(section, {})  # what a later version added, or a removed stage, is not there
         for field, new in fields.items():

@@ -94,6 +94,7 @@ def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
         sequence_length=training.sequence_length,
         accumulation=training.accumulation,
         loss_chunk=config.loss.chunk,
+        softmax=config.loss.softmax,
         document=config.data.max_tokens,
         optimizer=configs.pick(OptimizerConfig, training),
         steps=training.steps,

@@ -98,6 +98,7 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
         role_weights=configs.plain(config.loss.roles),
         task_weights=configs.plain(config.loss.tasks),
         prompt_weight=config.loss.prompt,
+        split=grammar.layout.split(grammar.vocabulary, config.loss.softmax),
         z_loss=config.loss.z_loss,
         text_bytes=experiment.text_tokenizer.piece_bytes,
         chunk=config.loss.chunk,

@@ -39,6 +39,7 @@ from ar_unified.experiment.experiment import STAGES, Experiment
 from ar_unified.kernels import backend, device
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.layouts import WITH_IMAGES
+from ar_unified.language.syntax import SOFTMAXES
 from ar_unified.manifests import require_same
 from ar_unified.model import config as model_config
 from ar_unified.model.code_vectors import CODE_EMBEDDING_INITS
@@ -63,6 +64,7 @@ CHOICES: dict[str, Collection[str]] = {
     "image_tokenizer.perceptual": get_args(perceptual.Kind),
     **{f"image_tokenizer.adversary.{name}": known for name, known in adversary.CHOICES.items()},
     **{f"model.{name}": known for name, known in model_config.CHOICES.items()},
+    "loss.softmax": SOFTMAXES,
     "training.optimizer": optimizer.CHOICES["optimizer"],
     "training.schedule": optimizer.CHOICES["schedule"],
     "training.code_embedding_init": CODE_EMBEDDING_INITS,

@@ -324,6 +324,7 @@ class Experiment:
                 max_length=sampling.max_length,
                 kv_dtype=sampling.kv_dtype or None,
                 mesh=self.decoding_mesh,
+                softmax=self.config.loss.softmax,
             )
 
     def _trained(self) -> dict[str, Any]:

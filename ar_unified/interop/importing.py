@@ -49,6 +49,7 @@ def import_model(
         text_tokenizer=published.text,
         image_tokenizer=published.image,
         data=published.data,
+        loss=published.loss,
         sampling=published.sampling,
         card=card,
         published=published.record,

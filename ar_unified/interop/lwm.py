@@ -1,13 +1,15 @@
 """LWM: a transformer over two tables, of text and of images, which are one here: the ids of images follow the text's.
 
 Of the 8,448 ids of images the first 8,192 are codes; 8192 ends a frame, 8193 a clip, the others nobody writes. What
-says that an image comes is text, "<vision>" and "</vision>". Each table had a softmax of its own in training, 0 to
-V - 1 of the text and the ids of images from there: `Published.record["tables"]` says how many ids each has.
+says that an image comes is text, "<vision>" and "</vision>". Each table had a softmax of its own in training, all its
+ids in it: the text's with <unk>, <s> and </s>, that of images with both marks and what nobody writes. So has a bundle
+(`loss.softmax`, `Layout.image_side`), in whose order each table is a run; `Published.record["tables"]` says how long.
 
 Nothing beside the weights says what they are: heads follow from the size, as one was published, or from a config.json;
 RoPE's base from the name of the folder, from a config.json or from --rope-theta.
 
-Sources: LargeWorldModel/LWM, lwm/llama.py (LLAMA_STANDARD_CONFIGS), vision_llama.py, data.py and vision_generation.py.
+Sources: LargeWorldModel/LWM, lwm/llama.py (LLAMA_STANDARD_CONFIGS), vision_llama.py, data.py, train.py (its loss) and
+vision_generation.py.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ def language_of(
         names: published id of every piece of the text tokenizer. text: those that text is spelled with.
         tables: ids of text, and of images; of a model of text alone the first. codebook: image codes.
 
-    Raises UserError for names that are missing, or a table of images that is too small.
+    Raises UserError for names that are missing, an id of the text that is no piece, or a table of images too small.
     """
     marks = {control: named(names, name, where) for control, name in _MARKS.items()}
     if len(tables) == 1:
@@ -64,6 +66,8 @@ def language_of(
     first, images = tables
     if images < codebook + 2:
         raise UserError(f"{where}: expected {codebook} codes and two marks in the table of images, found {images} ids")
+    if missing := sorted(set(range(first)) - {*text, *marks.values()}):
+        raise UserError(f"{where}: expected a piece for each of {first} ids of text, found none for id {missing[0]}")
     marks |= {"eof": first + codebook, "eov": first + codebook + 1}
     return language(sum(tables), text, marks, ImageLayout("lwm", SIDE, SIDE), codes=range(first, first + codebook))
 
@@ -154,6 +158,7 @@ def open_lwm(files: Files) -> Published:
         text=grammar.text_codec,
         image=tokenizer,
         data={**seen, "max_tokens": _LENGTH},
+        loss={"softmax": "by_side"} if sees else {},
         sampling=_SAMPLING if sees else _SAMPLING | {"guidance": 1.0},
         record={
             "system": "lwm",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ar_tokenizers.image.tokenizer import ImageTokenizer
@@ -27,7 +27,7 @@ class Published:
         system: its name in `interop.SYSTEMS`.
         keys: the transformer's tensors, all of which `source` has.
         text: the text tokenizer as the bundle keeps it. image: None for text alone.
-        data, sampling: sections of the bundle's config.json.
+        data, sampling, loss: sections of the bundle's config.json.
         record: what an export needs and a bundle otherwise does not hold; JSON values.
         notes: what a person should know, one sentence each.
     """
@@ -41,6 +41,7 @@ class Published:
     data: Mapping[str, Any]
     sampling: Mapping[str, Any]
     record: Mapping[str, Any]
+    loss: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 

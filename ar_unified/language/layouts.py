@@ -76,6 +76,7 @@ class Layout:
 
     Attributes:
         controls: the control tokens it needs, in the order of our id space.
+        image_side: the first of them that is an id of images, where text and images have a softmax each; "": none is.
         open: what begins an image.
         size: how an image says its size; None: all have one.
         start: behind the size.
@@ -90,6 +91,7 @@ class Layout:
     """
 
     controls: tuple[str, ...] = CONTROLS
+    image_side: str = ""
     open: Mark = "boi"
     size: SizeTokens | Decimal | None = None
     start: tuple[str, ...] = ()
@@ -147,6 +149,7 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType({
     # LWM: the text "<vision>" opens an image of 16 x 16 codes, an id of the vision table and "</vision>" close it.
     "lwm": Layout(
         controls=("pad", "bos", "eos", "eof", "eov"),
+        image_side="eof",
         open=Text("<vision>"),
         close=("eov", Text("</vision>")),
         turns=TurnTemplate(),

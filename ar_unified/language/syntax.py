@@ -17,6 +17,8 @@ import numpy as np
 from ar_unified.language.layouts import LAYOUTS, Decimal, Layout, Mark, SizeTokens, Text
 from ar_unified.language.vocabulary import Role, Vocabulary
 
+SOFTMAXES = ("joint", "by_side")  # one over all ids | one over those of text and one over those of images
+
 
 @dataclass(frozen=True)
 class ImageLayout:
@@ -73,6 +75,19 @@ class ImageLayout:
     def row_ends(self) -> tuple[int, int]:
         """Ids behind each row, 0 or 1, and how many of them an image has fewer than rows, 0 or 1."""
         return int(self.record.rows != "none"), int(self.record.rows == "between")
+
+    def split(self, vocabulary: Vocabulary, softmax: str) -> int | None:
+        """The first id of the side of images, where each side has a softmax of its own; None: there is one for all.
+
+        On that side are the image codes, ids behind them, and controls from the record's `image_side` on; text, all
+        other controls and size tokens are on the side of text. Raises ValueError for an unknown softmax.
+        """
+        if softmax not in SOFTMAXES:
+            raise ValueError(f"softmax: expected one of {', '.join(SOFTMAXES)}; found {softmax!r:.40}")
+        if softmax == "joint" or not vocabulary.codebook_size:
+            return None
+        first = self.record.image_side
+        return vocabulary.control(first) if first else vocabulary.image_offset
 
     def body(self, height: Any, width: Any) -> Any:
         """Codes and row ends of an image."""

@@ -94,16 +94,32 @@ class TransformerConfig:
                 "model.rope_scaling: llama3 expects 0 < rope_low < rope_high and a rope_original_length, found "
                 f"{self.rope_low}, {self.rope_high} and {self.rope_original_length}"
             )
+        self._require_used()
         for field in ("rope_theta", "norm_eps", "embedding_scale", "rope_factor"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"model.{field}: expected more than 0; found {getattr(self, field)}")
 
+    def _require_used(self) -> None:
+        """Raises ValueError for a field that is set and of which, without another, nothing comes."""
+        read = _ROPE[self.rope_scaling]
+        idle = {name: f"rope_scaling {self.rope_scaling!r}" for name in _ROPE["llama3"] if name not in read}
+        if self.qk_norm == "none":
+            idle["qk_norm_per_head"] = "qk_norm 'none'"
+        for name, why in idle.items():
+            if (found := getattr(self, name)) != (default := getattr(type(self), name)):
+                raise ValueError(f"model.{name}: expected {default} with {why}, which does not read it; found {found}")
 
+
+_ROPE: dict[str, tuple[str, ...]] = {  # what each rope_scaling reads
+    "none": (),
+    "linear": ("rope_factor",),
+    "llama3": ("rope_factor", "rope_low", "rope_high", "rope_original_length"),
+}
 CHOICES = {
     "norm_placement": ("pre", "swin"),
     "qk_norm": ("none", "layernorm", "rmsnorm"),
     "activation": ("silu", "gelu_tanh"),
-    "rope_scaling": ("none", "linear", "llama3"),
+    "rope_scaling": tuple(_ROPE),
     "dtype": ("float32", "bfloat16"),
     "remat": ("none", "dots", "full", "offload"),
     "attention": BACKENDS,
@@ -126,6 +142,13 @@ def _sizes(d_model: int, n_layers: int, n_heads: int, n_kv_heads: int, head_dim:
 
 
 _BIG: dict[str, Any] = dict(dtype="bfloat16", scan_layers=True, remat="full")
+_CHAMELEON: dict[str, Any] = dict(vocab_size=65536, qk_norm="layernorm", qk_norm_per_head=True, **_BIG)
+_7B, _34B = (4096, 32, 32, 32, 128, 11008), (8192, 48, 64, 8, 128, 22016)  # of Chameleon; the first is Llama's
+_QWEN: dict[str, Any] = dict(rope_theta=1e6, norm_eps=1e-6, **_BIG)
+_QWEN2_5_1_5B = _sizes(1536, 28, 12, 2, 128, 8960, qkv_bias=True, tie_embeddings=True, **_QWEN)
+_QWEN2_5_7B = _sizes(3584, 28, 28, 4, 128, 18944, qkv_bias=True, **_QWEN)
+_GEMMA: dict[str, Any] = dict(activation="gelu_tanh", norm_offset=1.0, norm_eps=1e-6, tie_embeddings=True, **_BIG)
+_GEMMA_7B = _sizes(3072, 28, 16, 16, 256, 24576, embedding_scale=3072**0.5, **_GEMMA)
 
 # Presets of published systems carry the size of their own vocabulary, which `config_from` replaces by yours.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -137,28 +160,31 @@ PRESETS: dict[str, dict[str, Any]] = {
     "125m": _sizes(768, 12, 12, 12, 64, 2048, qk_norm="rmsnorm", dtype="bfloat16"),
     "350m": _sizes(1024, 24, 16, 16, 64, 2816, qk_norm="rmsnorm", **_BIG),
     "1b": _sizes(2048, 20, 16, 8, 128, 5632, qk_norm="rmsnorm", **_BIG),
-    # Chameleon (arXiv 2405.09818; facebookresearch/chameleon). QK-norm weights are shared by all heads here.
-    "chameleon_7b": _sizes(4096, 32, 32, 32, 128, 11008, vocab_size=65536, qk_norm="layernorm", **_BIG),
-    "chameleon_34b": _sizes(
-        8192, 48, 64, 8, 128, 22016, vocab_size=65536, qk_norm="layernorm", norm_placement="swin", **_BIG
-    ),
+    # Chameleon (arXiv 2405.09818; facebookresearch/chameleon), which Anole is too: QK-norm has a vector for each head,
+    # as transformers' files have it. Lumina-mGPT's (Alpha-VLLM/Lumina-mGPT) have one for each of the shards that
+    # Chameleon was trained in: one in the 7B; four in the 34B, for 16 heads each.
+    "chameleon_7b": _sizes(*_7B, **_CHAMELEON),
+    "chameleon_34b": _sizes(*_34B, norm_placement="swin", **_CHAMELEON),
+    "lumina_mgpt_7b": _sizes(*_7B, **_CHAMELEON | dict(qk_norm_per_head=False)),
+    "lumina_mgpt_34b": _sizes(*_34B, norm_placement="swin", **_CHAMELEON),
     # Emu3 (baaivision/Emu3, configuration_emu3.py). Emu3.5 has the shape of Qwen3-32B, and here its theta and eps.
     "emu3_8b": _sizes(4096, 32, 32, 8, 128, 14336, vocab_size=184622, rope_theta=1e6, **_BIG),
-    "emu3_5_34b": _sizes(
-        5120,
-        64,
-        64,
-        8,
-        128,
-        25600,
-        vocab_size=282926,
-        rope_theta=1e6,
-        norm_eps=1e-6,
-        qk_norm="rmsnorm",
-        **_BIG,
-    ),
+    "emu3_5_34b": _sizes(5120, 64, 64, 8, 128, 25600, vocab_size=282926, qk_norm="rmsnorm", **_QWEN),
     # LWM-7B (LargeWorldModel/LWM): its text and vision tables (32,000 + 8,448) as the one vocabulary they become.
-    "lwm_7b": _sizes(4096, 32, 32, 32, 128, 11008, vocab_size=40448, rope_theta=5e7, norm_eps=1e-6, **_BIG),
+    "lwm_7b": _sizes(*_7B, vocab_size=40448, rope_theta=5e7, norm_eps=1e-6, **_BIG),
+    # Text alone, as transformers' config.json of each and pytorch/torchtune's model builders say it.
+    "llama3_8b": _sizes(4096, 32, 32, 8, 128, 14336, vocab_size=128256, rope_theta=5e5, **_BIG),
+    "qwen2_5_1_5b": _QWEN2_5_1_5B | dict(vocab_size=151936),
+    "qwen2_5_7b": _QWEN2_5_7B | dict(vocab_size=152064),
+    "qwen3_8b": _sizes(4096, 36, 32, 8, 128, 12288, vocab_size=151936, qk_norm="rmsnorm", **_QWEN),
+    "gemma_7b": _GEMMA_7B | dict(vocab_size=256000),
+    # Gemma and 8,192 image codes (FoundationVision/Liquid). Qwen2.5, its table cut to the 151,665 tokens that there
+    # are, and 7 marks and 64,000 codes (wdrink/SimpleAR, simpar/train/train.py), or 5 and 65,536 (csuhan/Tar,
+    # llava/model/llava_arch.py).
+    "liquid_7b": _GEMMA_7B | dict(vocab_size=264192),
+    "simplear_1_5b": _QWEN2_5_1_5B | dict(vocab_size=215672),
+    "tar_1_5b": _QWEN2_5_1_5B | dict(vocab_size=217206),
+    "tar_7b": _QWEN2_5_7B | dict(vocab_size=217206),
 }
 
 

@@ -20,7 +20,12 @@ from ar_unified.parallel.rules import spec
 
 
 def token_losses(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk: int = 1024, used: int | None = None
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    chunk: int = 1024,
+    used: int | None = None,
+    split: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Negative log-likelihood and log-partition of each position; the caller weighs, masks and sums.
 
@@ -34,34 +39,53 @@ def token_losses(
       targets: int32 [B, T], in 0 .. used - 1. Padding needs any such id, and a weight of 0 from the caller.
       chunk: tokens of one device whose logits exist at once; a chunk takes the same columns of each of its rows.
       used: rows of the head from this one on have no probability and no gradient; None: all V are used.
+      split: ids below it and ids from it on have a softmax each, and a target's is that of its own side; None: one
+        softmax for all.
 
     Returns:
       nll and lse, float32 [B, T]; nll = lse - logit of the target.
 
     Raises:
-      ValueError: `used` is not in 1 .. V.
+      ValueError: `used` is not in 1 .. V, or `split` not in 1 .. used - 1.
     """
     if used is not None and not 0 < used <= head.shape[0]:
         raise ValueError(f"used: expected 1..{head.shape[0]}, the rows of the head, found {used}")
-    return _losses(chunk, None if used == head.shape[0] else used, hidden, head, targets)
+    ids = used or head.shape[0]
+    if split is not None and not 0 < split < ids:
+        raise ValueError(f"split: expected 1..{ids - 1}, so that each side has an id, found {split}")
+    return _losses(chunk, None if used == head.shape[0] else used, split, hidden, head, targets)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def in_softmax(
+    logits: jax.Array, ids: jax.Array, targets: jax.Array, used: int | None = None, split: int | None = None
+) -> jax.Array:
+    """The logits [..., V] of ids [V], -inf where an id has no part in the softmax of its position's target [...].
+
+    `used` and `split` as of `token_losses`.
+    """
+    if used is not None:
+        logits = jnp.where(ids < used, logits, -jnp.inf)
+    if split is not None:
+        logits = jnp.where((ids >= split) == (targets >= split)[..., None], logits, -jnp.inf)
+    return logits
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _losses(
-    chunk: int, used: int | None, hidden: jax.Array, head: jax.Array, targets: jax.Array
+    chunk: int, used: int | None, split: int | None, hidden: jax.Array, head: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    placement = _Placement(hidden, head, used)
+    placement = _Placement(hidden, head, used, split)
     return placement.run(_forward_part, chunk, (hidden, head, targets), (placement.tokens, placement.tokens))
 
 
-def _forward(chunk, used, hidden, head, targets):
-    nll, lse = _losses(chunk, used, hidden, head, targets)
+def _forward(chunk, used, split, hidden, head, targets):
+    nll, lse = _losses(chunk, used, split, hidden, head, targets)
     return (nll, lse), (hidden, head, targets, lse)
 
 
-def _backward(chunk, used, residuals, cotangents):
+def _backward(chunk, used, split, residuals, cotangents):
     hidden, head, *_ = residuals
-    placement = _Placement(hidden, head, used)
+    placement = _Placement(hidden, head, used, split)
     return *placement.run(_backward_part, chunk, (*residuals, *cotangents), (placement.hidden, placement.head)), None
 
 
@@ -69,48 +93,49 @@ _losses.defvjp(_forward, _backward)
 
 
 class _Placement:
-    """Where the arrays lie on the mesh in scope, and what its axes add up; without one, nothing is split."""
+    """Where the arrays lie on the mesh in scope, and what its axes add up; without one, nothing is sharded."""
 
-    def __init__(self, hidden: jax.Array, head: jax.Array, used: int | None):
-        self.used = used  # rows of the whole head; None: all
+    def __init__(self, hidden: jax.Array, head: jax.Array, used: int | None, split: int | None):
+        self.used, self.split = used, split
         mesh = jax.sharding.get_abstract_mesh()
-        self.split = not mesh.empty and mesh.size > 1
+        self.sharded = not mesh.empty and mesh.size > 1
         self.hidden = self.tokens = self.head = jax.P()
-        if self.split:
+        if self.sharded:
             self.hidden = spec(mesh, ("batch", "sequence", None), hidden.shape, "hidden")
             self.tokens = spec(mesh, ("batch", "sequence"), hidden.shape[:2], "targets")
             self.head = spec(mesh, ("vocab", "embed"), head.shape, "head")
 
     def run(self, part: Callable, chunk: int, args: tuple, outs: tuple) -> Any:
         part = functools.partial(part, self, chunk)
-        if not self.split:
+        if not self.sharded:
             return part(*args)
         ins = (self.hidden, self.head, *(self.tokens,) * (len(args) - 2))
         return jax.shard_map(part, in_specs=ins, out_specs=outs, check_vma=False)(*args)
 
     def whole_head(self, head: jax.Array, dtype: Any) -> jax.Array:
         head = head.astype(dtype)
-        return jax.lax.all_gather(head, "fsdp", axis=1, tiled=True) if self.split else head
+        return jax.lax.all_gather(head, "fsdp", axis=1, tiled=True) if self.sharded else head
 
     def scattered(self, head_bar: jax.Array) -> jax.Array:
-        if not self.split:
+        if not self.sharded:
             return head_bar
         head_bar = jax.lax.psum_scatter(head_bar, "fsdp", scatter_dimension=1, tiled=True)
         return jax.lax.psum(head_bar, ("data", "context"))
 
     def over_vocabulary(self, collective: Callable, x: Any) -> Any:
-        return collective(x, "tensor") if self.split else x
+        return collective(x, "tensor") if self.sharded else x
 
     def local(self, ids: Any, size: int) -> Any:
         """Ids counted from the first of this device's `size`; outside 0 .. size - 1 if another device has them."""
-        return ids - jax.lax.axis_index("tensor") * size if self.split else ids
+        return ids - jax.lax.axis_index("tensor") * size if self.sharded else ids
 
-    def logits(self, hidden: jax.Array, head: jax.Array) -> jax.Array:
+    def ids(self, head: jax.Array) -> jax.Array:
+        """Of the rows that this device has."""
+        return jnp.arange(head.shape[0]) - self.local(0, head.shape[0])
+
+    def logits(self, hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
         logits = jnp.einsum("BTD,VD->BTV", hidden, head, preferred_element_type=jnp.float32)
-        if self.used is None:
-            return logits
-        size = head.shape[0]
-        return jnp.where(jnp.arange(size) < self.local(self.used, size), logits, -jnp.inf)
+        return in_softmax(logits, self.ids(head), targets, self.used, self.split)
 
 
 def _forward_part(placement, chunk, hidden, head, targets):
@@ -118,7 +143,7 @@ def _forward_part(placement, chunk, hidden, head, targets):
 
     def one(piece):
         hidden, targets = piece
-        logits = placement.logits(hidden, head)
+        logits = placement.logits(hidden, head, targets)
         highest = placement.over_vocabulary(jax.lax.pmax, logits.max(-1))
         total = jnp.exp(logits - highest[..., None]).sum(-1)
         local = placement.local(targets, head.shape[0])
@@ -135,12 +160,12 @@ def _forward_part(placement, chunk, hidden, head, targets):
 
 def _backward_part(placement, chunk, hidden, head, targets, lse, nll_bar, lse_bar):
     whole = placement.whole_head(head, hidden.dtype)
-    ids = jnp.arange(whole.shape[0], dtype=targets.dtype)
+    ids = placement.ids(whole)
 
     def one(head_bar, piece):
         hidden, targets, lse, nll_bar, lse_bar = piece
-        probabilities = jnp.exp(placement.logits(hidden, whole) - lse[..., None])
-        hit = placement.local(targets, ids.size)[..., None] == ids
+        probabilities = jnp.exp(placement.logits(hidden, whole, targets) - lse[..., None])
+        hit = targets[..., None] == ids
         logits_bar = probabilities * (nll_bar + lse_bar)[..., None] - jnp.where(hit, nll_bar[..., None], 0.0)
         logits_bar = logits_bar.astype(hidden.dtype)
         hidden_bar = jnp.einsum("BTV,VD->BTD", logits_bar, whole)

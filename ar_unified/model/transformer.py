@@ -383,16 +383,10 @@ class Transformer(nnx.Module):
         """The output weight [V, D], float32: the embedding table itself where the two are tied."""
         return (self.embedding if self.output is None else self.output)[...]
 
-    def logits(self, hidden: jax.Array, used: int | None = None) -> jax.Array:
-        """float32 [..., V] of hidden states [..., D]. For sampling; a loss takes `head` and never holds these.
-
-        used: ids from this one on have no probability, so a logit of -inf; None: all V are used.
-        """
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32 [..., V] of hidden states [..., D]. For sampling; a loss takes `head` and never holds these."""
         head = self.head().astype(hidden.dtype)
-        logits = jnp.einsum("...D,VD->...V", hidden, head, preferred_element_type=jnp.float32)
-        if used is None or used == head.shape[0]:
-            return logits
-        return jnp.where(jnp.arange(head.shape[0]) < used, logits, -jnp.inf)
+        return jnp.einsum("...D,VD->...V", hidden, head, preferred_element_type=jnp.float32)
 
 
 def _cast(params: Params, dtype: str) -> Params:

@@ -41,6 +41,7 @@ class Run:
       mesh: sizes by axis, one of which may be -1.
       batch_size, sequence_length, accumulation: packed rows of a step, over all devices; tokens of each; microbatches.
       loss_chunk: positions whose logits a device holds at one time.
+      softmax: of language.syntax.SOFTMAXES.
       document: tokens of the longest document, for the FLOPs of attention.
       optimizer, steps: of the training.
       requests, max_length, contexts: samples decoded at once by a process; length of the KV cache; 2 with guidance.
@@ -55,6 +56,7 @@ class Run:
     sequence_length: int
     accumulation: int = 1
     loss_chunk: int = 1024
+    softmax: str = "joint"
     document: int = 1024
     optimizer: OptimizerConfig = OptimizerConfig()
     steps: int = 100_000
@@ -168,7 +170,8 @@ def make_task(run: Run) -> TransformerTask:
     def no_batch(step: int, index: int = 0, count: int = 1) -> Any:
         raise RuntimeError("a plan has no data")
 
-    return TransformerTask(run.model, run.vocabulary, no_batch, chunk=run.loss_chunk)
+    split = run.layout.split(run.vocabulary, run.softmax)
+    return TransformerTask(run.model, run.vocabulary, no_batch, split=split, chunk=run.loss_chunk)
 
 
 def train_program(run: Run, mesh: Mesh) -> Program:

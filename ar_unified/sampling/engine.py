@@ -65,7 +65,7 @@ def programs(config: TransformerConfig, grammar: Grammar, mesh: Mesh | None) -> 
         prefill=jax.jit(functools.partial(steps.prefill, config)),
         insert=jax.jit(functools.partial(steps.insert, grammar), donate_argnums=(0,)),
         decode=jax.jit(functools.partial(steps.decode_chunk, config, grammar), donate_argnums=(1,)),
-        score=jax.jit(functools.partial(scoring.forward, config, grammar.vocabulary.used)),
+        score=jax.jit(functools.partial(scoring.forward, config, grammar.vocabulary.used), static_argnums=0),
     )
 
 
@@ -101,10 +101,11 @@ class Engine:
         max_length: tokens of prompt and answer together; the longest KV cache.
         kv_dtype: of the KV cache, one of KV_DTYPES; None: the compute dtype. int8 has a scale for each vector.
         mesh: devices to decode on, samples split by its data axes and heads by its tensor axis (`parallel`).
+        softmax: of `language.syntax.SOFTMAXES`, what the model was trained with: its likelihoods are those.
 
     Raises:
         ValueError: the model's vocabulary is not the grammar's, a size is not positive or not one the mesh divides, or
-            kv_dtype is not one of KV_DTYPES.
+            kv_dtype or softmax is none there is.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Engine:
         max_length: int,
         kv_dtype: str | None = None,
         mesh: Mesh | None = None,
+        softmax: str = "joint",
     ):
         if config.vocab_size != grammar.vocabulary.size:
             raise ValueError(
@@ -132,6 +134,7 @@ class Engine:
         self.config, self.params, self.grammar = config, params, grammar
         self.batch_size, self.max_length, self.kv_dtype, self.mesh = batch_size, max_length, kv_dtype, mesh
         self._prefill_rows = prefill_rows(batch_size, ways)
+        self._split = grammar.layout.split(grammar.vocabulary, softmax)
         self._programs = programs(config, grammar, mesh)
         self._prepared: tuple[Any, Any] = (None, None)
         self._slot_steps = np.zeros(2, np.int64)  # at work, and all
@@ -158,7 +161,7 @@ class Engine:
         """How likely the model finds what is given: one Score an item, in their order.
 
         Items are documents, of which the answer is scored (without a turn: all of it), or pairs of a request and the
-        parts that might answer it. Log-probabilities are the model's own, over the whole vocabulary.
+        parts that might answer it. Log-probabilities are the model's own, over all ids of the softmax.
 
         Raises GrammarError or RequestError for the first item that has no tokens, or more than max_length.
         """
@@ -168,7 +171,7 @@ class Engine:
             tokens = np.full((width, size), self.grammar.vocabulary.pad, np.int32)
             for row, (_, parts) in zip(tokens, group, strict=False):
                 row[: sum(map(len, parts))] = np.concatenate(parts)
-            arrays = self.call(self._programs.score, self.params, tokens)
+            arrays = self.call(self._programs.score, self._split, self.params, tokens)
             rows = scoring.scores([parts for _, parts in group], *map(np.asarray, arrays))
             found |= {index: score for (index, _), score in zip(group, rows, strict=True)}
         return [found[i] for i in range(len(found))]

@@ -95,6 +95,7 @@ def load(
             max_length=max_length or _length(sampling),
             kv_dtype=kv_dtype or sampling.get("kv_dtype") or None,
             mesh=mesh,
+            softmax=bundle.sections["loss"].get("softmax", "joint"),
         )
     return Model(engine, tokenizer, resize, defaults, weights=bundle.hash)
 

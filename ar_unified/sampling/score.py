@@ -17,6 +17,7 @@ from jax import Array
 from ar_unified.language.document import Document, Part, TokensPart
 from ar_unified.language.grammar import Grammar
 from ar_unified.model.config import TransformerConfig
+from ar_unified.model.loss import in_softmax
 from ar_unified.model.transformer import Transformer
 from ar_unified.sampling.plan import part_tokens, prompt_tokens
 from ar_unified.sampling.request import Request
@@ -70,9 +71,9 @@ def pieces(grammar: Grammar, item: Scored) -> list[np.ndarray]:
     return [prompt_tokens(grammar, request), *alone, np.array([grammar.syntax.end], np.int32)]
 
 
-def forward(config: TransformerConfig, used: int, params: Any, tokens: Array) -> tuple[Array, Array]:
-    """Of every token of int32 [b, P] but the first: f32 [b, P - 1] its log-probability given those before it, over the
-    whole vocabulary (`Vocabulary.used` ids), and bool [b, P - 1], whether none was likelier."""
+def forward(config: TransformerConfig, used: int, split: int | None, params: Any, tokens: Array) -> tuple[Array, Array]:
+    """Of every token of int32 [b, P] but the first: f32 [b, P - 1] its log-probability given those before it, and bool
+    [b, P - 1], whether none of its softmax was likelier; `used` and `split` as of `token_losses`."""
     model = Transformer.bind(config, params)
     b, P = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (b, P))
@@ -81,14 +82,14 @@ def forward(config: TransformerConfig, used: int, params: Any, tokens: Array) ->
 
     def one(piece: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden, target = piece
-        logits = model.logits(hidden, used)
+        logits = in_softmax(model.logits(hidden), jnp.arange(config.vocab_size), target, used, split)
         own = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
         return own - jax.nn.logsumexp(logits, axis=-1), own >= jnp.max(logits, axis=-1)
 
-    def split(x: Array) -> Array:
+    def cut(x: Array) -> Array:
         return jnp.moveaxis(x.reshape(b, P // chunk, chunk, *x.shape[2:]), 1, 0)
 
-    found = jax.lax.map(one, (split(hidden), split(jnp.roll(tokens, -1, axis=1))))
+    found = jax.lax.map(one, (cut(hidden), cut(jnp.roll(tokens, -1, axis=1))))
     log_likelihood, greedy = (jnp.moveaxis(x, 0, 1).reshape(b, P)[:, :-1] for x in found)
     return log_likelihood, greedy
 

@@ -62,6 +62,7 @@ class TransformerTask(Stateless):
       batch: batch(step), a `data.batch.PackedBatch`.
       validation: held-out batches, the same every time.
       text_bytes: i32 [text_size], UTF-8 bytes each text piece stands for; None: no bits per byte.
+      split: the first id of those that have a softmax of their own (`ImageLayout.split`); None: one softmax for all.
       z_loss: weight of log(Z)^2, which keeps logits from drifting (PaLM, arXiv:2204.02311, uses 1e-4).
       chunk: positions whose logits exist at one time.
       attention_share: measure at each validation how much text and images look at each other, by layer
@@ -77,6 +78,7 @@ class TransformerTask(Stateless):
     role_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     task_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     prompt_weight: float = 1.0
+    split: int | None = None
     z_loss: float = 0.0
     text_bytes: np.ndarray | None = None
     chunk: int = 1024
@@ -121,7 +123,8 @@ class TransformerTask(Stateless):
         model = transformer.Transformer.bind(self.config, params)
         dropout_keys = keys if self.config.dropout else None
         hidden = model(batch.tokens, batch.positions, batch.doc_start, dropout_keys=dropout_keys)
-        nll, lse = token_losses(hidden, model.head(), batch.targets, self.chunk, self.vocabulary.used)  # f32 [B, T]
+        # f32 [B, T]
+        nll, lse = token_losses(hidden, model.head(), batch.targets, self.chunk, self.vocabulary.used, self.split)
         weight = self.weights(batch)
         loss = jnp.sum(weight * (nll + self.z_loss * jnp.square(lse))), jnp.sum(weight)
         return *loss, self._metrics(batch, weight, nll, lse)
@@ -135,7 +138,7 @@ class TransformerTask(Stateless):
         """Sums over a batch, of what the loss has computed anyway.
 
         `loss/role/ROLE` and `log_z/role/ROLE` are means, in nats, over the trained positions whose target has the role:
-        of -log p(target), and of log Z = log sum_v exp(logit_v), the log-partition of the whole softmax. Where the
+        of -log p(target), and of log Z = log sum_v exp(logit_v), the log-partition of the target's softmax. Where the
         logits of one modality drift, its log Z shows it first. `tokens/ROLE` counts the tokens that are read: the parts
         of `tokens`.
         """

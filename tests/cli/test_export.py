@@ -26,9 +26,10 @@ from ar_unified.errors import UserError
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
 from ar_unified.experiment.experiment import Experiment
-from ar_unified.language.document import TextPart
+from ar_unified.language.document import CodesPart, Document, TextPart
 from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model.config import config_from, decisive, parameter_count
+from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.request import Request
 from ar_unified.workdir import Workdir, read_json, write_json
 from tests import bundles
@@ -52,6 +53,7 @@ def config_of(layout: str) -> ConfigDict:
     else:
         config.data.train = (ConfigDict(dict(kind="folder", path="/gone/images")),)
     config.data.image_size, config.data.max_tokens = (16, 16), 48
+    config.loss.softmax = "by_side"
     config.sampling.update(dict(max_length=64, batch_size=8, guidance=1.5))
     config.sampling.image.top_k = 5
     return config
@@ -70,7 +72,8 @@ def trained(folder: Path, layout: str = "grid", **fingerprint: Any) -> Workdir:
         more = dict(optimizer={"count": np.zeros(1)}, metadata={"manifest": own["grammar"].manifest()})
         checkpoints.save(step, params=params, validation_loss=loss, **more)
     checkpoints.close()
-    made = {"model": configs.plain(config.model), "manifest": own["grammar"].manifest()} | fingerprint
+    made = {key: configs.plain(config[key]) for key in ("model", "loss")} | {"manifest": own["grammar"].manifest()}
+    made |= fingerprint
     write_json(workdir.model / "done.json", {"fingerprint": made, "summary": SUMMARY})
     data = {name: configs.plain(config.data[name]) for name in ("image_size", "resize", "layout", "max_tokens")}
     write_json(workdir.data / "done.json", {"fingerprint": {"data": data}, "summary": {}})
@@ -91,6 +94,7 @@ def test_a_workdir_becomes_a_bundle_that_draws_the_same(tmp_path, capsys):
     for name, leaf in named(found.params()).items():
         np.testing.assert_array_equal(leaf, 2 * named(parts()["params"])[name], err_msg=name)
     assert found.sections["data"] == {"image_size": [16, 16], "resize": "crop", "layout": "grid", "max_tokens": 48}
+    assert found.sections["loss"] == {"softmax": "by_side"}
     opened = Experiment(configs.recorded(workdir.config), workdir)
     model = ar_unified.load(found.folder, opened.decoding_mesh, batch_size=8)
     request = Request(
@@ -108,6 +112,10 @@ def test_a_workdir_becomes_a_bundle_that_draws_the_same(tmp_path, capsys):
     engine = opened.engine
     ours, theirs = ({s.index: s.tokens.tolist() for s in each.generate([request])} for each in (model, engine))
     assert ours == theirs and len(ours) == 2
+    document = Document.of((TextPart(SENTENCES[0]), CodesPart(np.zeros((2, 2), np.int32))), prompt=1)
+    likely, by_side = (each.score([document])[0].log_likelihood for each in (model, engine))
+    (joint,) = Engine(engine.config, engine.params, engine.grammar, batch_size=8, max_length=64).score([document])
+    assert likely == by_side > joint.log_likelihood + 0.01, "each side has a softmax of its own here and there"
     refused(export(workdir, tmp_path / "b"), "b: something is there already.*name another folder")
 
 
@@ -166,6 +174,7 @@ def test_what_cannot_be_exported_is_said(tmp_path):
             "config.model.rope_theta: expected 500.0, as it was trained with; found 100.0",
         ),
         (["--config.data.max_tokens=50"], "config.data.max_tokens: expected 48"),
+        (["--config.loss.softmax=joint"], "config.loss.softmax: expected 'by_side'"),
         (["--shard-mib=0"], "--shard-mib: expected at least 1, found 0"),
         (["--config.modle.d_model=1"], "config.modle.d_model: there is no such key"),
     ):

@@ -51,11 +51,15 @@ def batch_of(model: Any, tokens: np.ndarray) -> PackedBatch:
     return batch
 
 
-def fine_tune(model: Any, batches: Sequence[np.ndarray]) -> list[float]:
-    """The loss before each step of AdamW on batches int [B, T] of our ids, from a loaded model's weights."""
+def fine_tune(model: Any, batches: Sequence[np.ndarray], **settings: Any) -> list[float]:
+    """The loss before each step of AdamW on batches int [B, T] of our ids, from a loaded model's weights.
+
+    settings: of the task.
+    """
     packed = [batch_of(model, tokens) for tokens in batches]
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
-    task = TransformerTask(model.engine.config, model.vocabulary, batch=lambda step, index=0, count=1: packed[step])
+    config, vocabulary = model.engine.config, model.vocabulary
+    task = TransformerTask(config, vocabulary, batch=lambda step, index=0, count=1: packed[step], **settings)
     optimizer = make_optimizer(ADAMW, len(packed))
     params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), model.engine.params)
     step = make_train_step(task, optimizer, mesh, seed=0, clip_norm=ADAMW.clip_norm)

@@ -61,6 +61,7 @@ def test_emu3s_table() -> None:
     marks |= {"img": 151851, "boi": 151852, "eoi": 151853}
     assert {name: published(found, name) for name in marks} == marks and codes(found) == (151854, 184621)
     assert found.vocabulary.used == 184622 and found.vocabulary.text_size == 151643
+    assert found.layout.split(found.vocabulary, "by_side") == found.vocabulary.image_offset, "its marks are text's"
 
 
 def emu3_5_names() -> dict[str, int]:
@@ -114,10 +115,19 @@ def test_lwms_tables_are_one() -> None:
     assert {name: published(found, name) for name in marks} == marks and codes(found) == (32000, 32000 + 8191)
     text = found.vocabulary.control("eof")  # ids of text come first here too, so that each side is a run
     assert (found.border.theirs[:text] < 32000).all() and (found.border.theirs[text:] >= 32000).all()
+    assert (
+        found.layout.split(found.vocabulary, "by_side") == text
+        and found.layout.split(found.vocabulary, "joint") is None
+    )
     with pytest.raises(UserError, match="expected 8192 codes and two marks"):
         lwm.language_of(names, [*range(3, 32000)], (32000, 8193), 8192, "here")
+    with pytest.raises(
+        UserError, match="here: expected a piece for each of 32000 ids of text, found none for id 31990"
+    ):
+        lwm.language_of(names, [*range(3, 31990)], (32000, 8448), 8192, "here")
     alone = lwm.language_of(names, [*range(3, 32000)], (32000,), 0, "here")
     assert alone.vocabulary.used == 32000 and alone.vocabulary.codebook_size == 0
+    assert alone.layout.split(alone.vocabulary, "by_side") is None
 
 
 def test_liquids_table() -> None:

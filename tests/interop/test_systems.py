@@ -20,10 +20,12 @@ import ar_unified
 from ar_unified.bundle import Bundle
 from ar_unified.cli.main import main
 from ar_unified.errors import UserError
+from ar_unified.experiment import config as configs
 from ar_unified.interop import lwm
 from ar_unified.language.document import CodesPart, Document, TextPart, Turn
 from tests.interop import comparing, formats, interleaved, tables
 from tests.language import transcriptions
+from tests.sources import ROOT
 
 LOGITS = 5e-5
 _TINY = dict(width=32, multipliers=(1, 1, 1, 1, 1), blocks=(1, 1, 1, 1, 1))
@@ -100,6 +102,34 @@ def test_lwms_ids_are_its_own(lwm_model: ar_unified.Model) -> None:
     assert found.tolist() == expected
 
 
+def test_lwms_likelihoods_are_of_two_softmaxes_when_scored_and_when_trained(
+    lwm_bundle: Path, lwm_model: ar_unified.Model
+) -> None:
+    """Against the tables of its transcription: what ends a frame or a clip is of images, "</vision>" of text."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "LWM_VISION", 8448)
+        original = interleaved.Lwm(formats.lwm_params(), formats.LWM_THETA)
+    codes = np.random.default_rng(2).integers(0, 8192, (16, 16)).astype(np.int32)
+    document = Document((Turn("document", (TextPart("the red"), CodesPart(codes), TextPart("circle"))),))
+    ours = lwm_model.grammar.encode(document).tokens
+    theirs = lwm_model.ids.theirs(ours)
+    sees = theirs >= 320
+    logits = original.logits(np.where(sees, theirs - 320, theirs)[None], sees[None])
+    shifted = [table[0, :-1] - np.log(np.exp(table[0, :-1]).sum(-1, keepdims=True)) for table in logits]
+    targets, of_image = theirs[1:], sees[1:]
+    assert of_image.sum() == 257 and not of_image[-1]
+    rows = np.arange(len(targets))
+    own = np.where(of_image, shifted[1][rows, targets - 320], shifted[0][rows, np.where(of_image, 0, targets)])
+    (score,) = lwm_model.score([document])
+    np.testing.assert_allclose([score.log_likelihood, score.eos.log_likelihood], [own[:-1].sum(), own[-1]], rtol=1e-5)
+
+    config = configs.load(f"{ROOT}/experiments/folder.py:path=x,init={lwm_bundle}")
+    assert config.loss.softmax == "by_side"
+    split = lwm_model.grammar.layout.split(lwm_model.vocabulary, config.loss.softmax)
+    (loss,) = comparing.fine_tune(lwm_model, [ours[None]], split=split)
+    np.testing.assert_allclose(loss, -own.mean(), rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_a_picture_of_lwm_has_as_many_codes_as_its_decoder_reads(lwm_model: ar_unified.Model) -> None:
     (image,) = lwm_model.draw("a red circle", seed=0, n=1)
@@ -119,6 +149,7 @@ def test_lwms_stream_comes_back(scanned: bool, dtype: str, tmp_path: Path) -> No
     (folder / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
     assert run("import", "--from", folder, "--as", "lwm", "--output", tmp_path / "bundle") == 0
     assert Bundle(tmp_path / "bundle").config.rope_theta == 1e7
+    assert Bundle(tmp_path / "bundle").sections["loss"] == {}, "one table has one softmax"
     assert run("export", "--from", tmp_path / "bundle", "--to", "lwm", "--output", tmp_path / "out") == 0
     comparing.assert_same(comparing.stream(tmp_path / "out"), comparing.stream(folder))
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()

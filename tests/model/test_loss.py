@@ -17,8 +17,11 @@ from ar_unified.parallel.mesh import make_mesh
 B, T, D, V = 3, 11, 8, 50
 
 
-def naive(hidden, head, targets):
+def naive(hidden, head, targets, split=None):
     logits = jnp.einsum("BTD,VD->BTV", hidden, head)
+    if split is not None:
+        text, images = logits.at[..., split:].set(-jnp.inf), logits.at[..., :split].set(-jnp.inf)
+        logits = jnp.where((targets < split)[..., None], text, images)
     lse = jax.nn.logsumexp(logits, axis=-1)
     return lse - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0], lse
 
@@ -55,11 +58,14 @@ def test_values_and_gradients_equal_the_naive_ones(chunk, z_loss):
 USED, PADDED = 1006, 1024  # 18 rows of no probability, all of them on the last device
 
 
+@pytest.mark.parametrize("split", [None, 1, 333, PADDED // 2, USED - 1])
 @pytest.mark.parametrize("shape", [None, dict(tensor=2), dict(fsdp=2, tensor=2, context=2)], ids=str)
-def test_rows_behind_the_used_ones_have_no_probability_and_no_gradient(shape):
+def test_rows_behind_the_used_ones_have_no_probability_and_no_gradient(shape, split):
+    """With one softmax for all others, or one for each side of `split`, of which a device may have no id."""
     keys = jax.random.split(jax.random.key(0), 4)
     hidden, targets = jax.random.normal(keys[0], (4, 12, D)), jax.random.randint(keys[2], (4, 12), 0, USED)
-    targets = targets.at[0, :3].set([USED - 1, 0, PADDED // 2])  # at the borders of devices and of what is used
+    edges = [USED - 1, 0, PADDED // 2, (split or 1) - 1, split or 1]  # of devices, of what is used, and of sides
+    targets = targets.at[0, : len(edges)].set(jnp.array(edges))
     head = jax.random.normal(keys[1], (PADDED, D)).at[USED:].multiply(9)  # they would win
     weights = jax.random.uniform(keys[3], (4, 12))
 
@@ -70,9 +76,9 @@ def test_rows_behind_the_used_ones_have_no_probability_and_no_gradient(shape):
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(hidden, head)
 
-    expected = objective(naive, head[:USED])
+    expected = objective(lambda *args: naive(*args, split), head[:USED])
     with jax.set_mesh(make_mesh(shape, jax.devices()[: math.prod(shape.values())])) if shape else nullcontext():
-        (loss, parts), grads = jax.device_get(objective(lambda *args: token_losses(*args, 16, USED), head))
+        (loss, parts), grads = jax.device_get(objective(lambda *args: token_losses(*args, 16, USED, split), head))
     assert not grads[1][USED:].any() and grads[1][:USED].any(axis=1).all()
     found = (loss, parts), (grads[0], grads[1][:USED])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), found, expected)
@@ -89,6 +95,9 @@ def test_a_head_that_is_used_whole_costs_nothing_more():
     for wrong in (0, V + 1):
         with pytest.raises(ValueError, match=f"used: expected 1..{V}, the rows of the head, found {wrong}"):
             traced(wrong)
+    for wrong in (0, V - 1):
+        with pytest.raises(ValueError, match=f"split: expected 1..{V - 2}, so that each side has an id, found {wrong}"):
+            traced(V - 1, wrong)
 
 
 def test_no_array_of_all_logits_forward_or_backward():

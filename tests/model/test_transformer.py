@@ -289,13 +289,28 @@ def test_a_layer_equals_its_plain_reference(norm_placement, qk_norm):
 COUNTS = {
     "2m": 4 * (4 * 192 * 192 + 3 * 192 * 512 + 2 * 192 + 2 * 32) + 192 + 1700 * 192,
     "25m": 8 * (4 * 512 * 512 + 3 * 512 * 1408 + 2 * 512) + 512 + 1700 * 512,
-    "chameleon_7b": 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096 + 4 * 128) + 4096 + 2 * 65536 * 4096,
-    "chameleon_34b": 48 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 22016 + 2 * 8192 + 4 * 128)
-    + (8192 + 2 * 65536 * 8192),
+    "chameleon_7b": 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096 + 4 * 32 * 128) + 4096 + 2 * 65536 * 4096,
+    "lumina_mgpt_7b": 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096 + 4 * 128) + 4096 + 2 * 65536 * 4096,
+    **dict.fromkeys(
+        ("chameleon_34b", "lumina_mgpt_34b"),
+        48 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 22016 + 2 * 8192 + 2 * (64 + 8) * 128)
+        + (8192 + 2 * 65536 * 8192),
+    ),
     "emu3_8b": 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096) + 4096 + 2 * 184622 * 4096,
     "emu3_5_34b": 64 * (2 * 5120 * 8192 + 2 * 5120 * 1024 + 3 * 5120 * 25600 + 2 * 5120 + 2 * 128)
     + (5120 + 2 * 282926 * 5120),
     "lwm_7b": 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 4096 + 2 * 40448 * 4096,
+    # What the published files have, as their index says.
+    "llama3_8b": 8_030_261_248,
+    "qwen2_5_1_5b": 1_543_714_304,
+    "qwen2_5_7b": 7_615_616_512,
+    "qwen3_8b": 8_190_735_360,
+    "gemma_7b": 8_537_680_896,
+    # The same with tables of another length.
+    "liquid_7b": 8_537_680_896 + (264192 - 256000) * 3072,
+    "simplear_1_5b": 1_543_714_304 + (151665 + 7 + 64000 - 151936) * 1536,
+    "tar_1_5b": 1_543_714_304 + (151665 + 2 + 3 + 65536 - 151936) * 1536,
+    "tar_7b": 7_615_616_512 + 2 * (151665 + 2 + 3 + 65536 - 152064) * 3584,
 }
 
 
@@ -305,6 +320,7 @@ def test_every_preset_traces_at_full_size_with_the_parameters_its_source_has(pre
     params = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert count == parameter_count(config) == COUNTS.get(preset, count)
+    assert preset in COUNTS or "vocab_size" not in PRESETS[preset], "a published one has a count from elsewhere"
     names = logical_axes(params)
     jax.tree.map(lambda leaf, axes: len(axes) == leaf.ndim or pytest.fail(f"{axes} of {leaf}"), params, names)
 
@@ -320,6 +336,13 @@ def test_every_preset_traces_at_full_size_with_the_parameters_its_source_has(pre
         (dict(qk_norm="batch"), "none, layernorm, rmsnorm; found 'batch'"),
         (dict(d_modle=3), "unknown d_modle"),
         (dict(preset="7t"), "chameleon_34b.*found '7t'"),
+        (dict(rope_factor=8.0), "rope_factor: expected 1.0 with rope_scaling 'none', which does not read it; found 8"),
+        (dict(rope_original_length=8192), "rope_original_length: expected 0 with rope_scaling 'none'"),
+        (
+            dict(rope_scaling="linear", rope_factor=2.0, rope_low=2.0),
+            "rope_low: expected 1.0 with rope_scaling 'linear'",
+        ),
+        (dict(qk_norm_per_head=True), "qk_norm_per_head: expected False with qk_norm 'none'"),
     ],
 )
 def test_a_wrong_config_says_what_was_expected(wrong, message):

@@ -5,6 +5,8 @@ The choices are read where the code defines them, so that a new one is tried wit
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ar_unified.cli.plan import run_of
@@ -12,6 +14,7 @@ from ar_unified.experiment import check
 from ar_unified.experiment import config as configs
 from ar_unified.language.layouts import LAYOUTS
 from ar_unified.model.config import CHOICES as MODEL_CHOICES
+from ar_unified.model.config import PRESETS, config_from
 from ar_unified.planning import JOBS
 from ar_unified.planning.memory import at_least
 from ar_unified.planning.plan import decoding_axes, with_a_kernel
@@ -24,6 +27,11 @@ from tests.kernels.topologies import needs_libtpu
 CHOICES = {key: tuple(known) for key, known in check.CHOICES.items() if key not in ("model.attention", "model.context")}
 CHOICES |= {
     "model.tie_embeddings": (True, False),
+    "model.qk_norm_per_head": (True, False),
+    "model.qkv_bias": (True, False),
+    "model.norm_offset": (0.0, 1.0),
+    "model.embedding_scale": (1.0, 5.5),
+    "model.rope_factor": (1.0, 8.0),
     "model.scan_layers": (True, False),
     "model.dropout": (0.0, 0.1),
     "loss.chunk": (16, 1024),
@@ -45,8 +53,16 @@ def agreeing(changes):
         changes["image_tokenizer.activation"] = "tanh"
     if quantizer != "vq":
         changes["image_tokenizer.space"] = "sphere"
+    if changes.get("model.qk_norm_per_head"):
+        changes.setdefault("model.qk_norm", "rmsnorm")
+    if changes.get("model.qk_norm", "none") == "none":
+        changes["model.qk_norm_per_head"] = False
+    if changes.get("model.rope_factor", 1.0) != 1.0:
+        changes.setdefault("model.rope_scaling", "linear")
+    if changes.get("model.rope_scaling", "none") == "none":
+        changes["model.rope_factor"] = 1.0
     if changes.get("model.rope_scaling") == "llama3":
-        changes["model.rope_original_length"] = 16
+        changes |= {"model.rope_low": 2.0, "model.rope_high": 8.0, "model.rope_original_length": 16}
     if quantizer not in ("vq", "rq"):
         changes["image_tokenizer.codebook_update"] = "gradient"
     if quantizer not in ("vq", "rq", "simvq"):
@@ -103,6 +119,18 @@ def test_every_choice_makes_a_plan(job, changes):
     config = small(**changes)
     check.check(config, [])
     assert [name for name, _ in tried(config, job)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["train", pytest.param("sample", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("preset", [name for name, preset in PRESETS.items() if "vocab_size" in preset])
+def test_every_published_shape_makes_a_plan_at_its_true_size(preset, job):
+    config = small()
+    config.model = configs.model(preset)
+    config.text_tokenizer.vocab_size = PRESETS[preset]["vocab_size"]  # and some ids more, of images
+    run = run_of(config)
+    assert run.model == replace(config_from(preset), vocab_size=run.vocabulary.size)
+    assert all(lowered for _, lowered in tried(config, job))
 
 
 @pytest.mark.parametrize("way", MODEL_CHOICES["context"])

@@ -272,6 +272,29 @@ def test_ids_behind_the_used_ones_are_neither_drawn_nor_counted(params):
     np.testing.assert_allclose(score.eos.log_likelihood, log_p[-2, ids[-1]], rtol=1e-5, atol=1e-5)
 
 
+def test_a_score_by_side_is_of_the_softmax_of_each_tokens_own_side(params):
+    """Of image codes, and of everything else; the likeliest of a side need not be the likeliest of all."""
+    grammar = GRAMMARS["grid"]
+    first = grammar.vocabulary.image_offset
+    pair = Document.of((TextPart("abc"), image(grammar)), prompt=1)
+    ids = grammar.encode(pair).tokens
+    logits, where = forward_logits(params, ids)[:-1], np.arange(len(ids) - 1)
+    sides = [jax.nn.logsumexp(side, axis=-1) for side in (logits[:, :first], logits[:, first:])]
+    log_z = {"joint": jax.nn.logsumexp(logits, axis=-1), "by_side": np.where(ids[1:] < first, *sides)}
+    ask = Request("a", (TextPart("ab"),))
+    after = forward_logits(params, grammar.prompt(ask.turns))[-1]
+    likeliest = ask, (TokensPart((int(after[:first].argmax()),)),)
+    assert after.argmax() >= first
+    for softmax, greedy in (("by_side", True), ("joint", False)):
+        score, of_text = engine(grammar, params, softmax=softmax).score([pair, likeliest])
+        expected = logits[where, ids[1:]] - np.asarray(log_z[softmax])
+        np.testing.assert_allclose(score.log_likelihood, expected[-1 - score.tokens : -1].sum(), rtol=1e-4)
+        np.testing.assert_allclose(score.eos.log_likelihood, expected[-1], rtol=1e-4, atol=1e-4)
+        assert of_text.parts[0].greedy == greedy
+    with pytest.raises(ValueError, match="softmax: expected one of joint, by_side; found 'both'"):
+        engine(grammar, params, softmax="both")
+
+
 def test_a_rounded_cache_moves_the_logits_a_little():
     """All caches read the same tokens, a prompt and the codes of a canvas. Bounded is the distance of a step's logits
     to those of the whole cache, over their length; at most 0.27% and 1.4% were found."""
