@@ -30,11 +30,12 @@ from ar_unified.checkpoint import Checkpoints, steps_in
 from ar_unified.data.images import NoImages, draws_none
 from ar_unified.data.loader import PackedBatches, Phase
 from ar_unified.data.prepare import load_report
+from ar_unified.errors import about
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.branch import branch
 from ar_unified.experiment.changes import Training
 from ar_unified.experiment.experiment import Experiment
-from ar_unified.experiment.settings import phases, training
+from ar_unified.experiment.settings import phases, selected, training
 from ar_unified.experiment.start import open_experiment
 from ar_unified.history import DECIDING
 from ar_unified.language.document import CodesPart
@@ -67,6 +68,8 @@ def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> Non
 
 def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
     config, settings, grammar = experiment.config, experiment.config.training, experiment.grammar
+    with about("config.training"):
+        selected(config, grammar.vocabulary)
     mixture = experiment.mixture()
     checkpoints = experiment.checkpoint_folder
     progress = Training("training.steps", settings.steps, partial(steps_in, checkpoints), checkpoints)
@@ -103,6 +106,7 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
         chunk=config.loss.chunk,
         attention_share=settings.attention_share,
         code_vectors=_code_vectors(experiment),
+        only=tuple(settings.only),
     )
     fit(
         task,

@@ -243,6 +243,9 @@ def _check_training(config: ConfigDict, problems: _Problems, stages: Collection[
             settings.phases(part, {})
         if not problems.found_in("training.accumulation"):
             _check_accumulation("training", config, problems)
+        if not problems.found_in("model"):
+            with problems.of("training", names):
+                settings.selected(config)
     if "model" in stages and part.sequence_length < config.data.max_tokens:
         problems.say(
             "training.sequence_length",

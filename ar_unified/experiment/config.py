@@ -107,7 +107,7 @@ def _add_training(config: ConfigDict) -> None:
     config.training = ConfigDict(
         _fields(TrainingConfig, without=("seed", "optimizer"), steps=1000)
         | _fields(OptimizerConfig, without=settled, learning_rate=2e-3, warmup_steps=50, final_fraction=0.0)
-        | _fields(TransformerTask, ("attention_share",))
+        | _fields(TransformerTask, ("attention_share", "only"))
     )
     config.training.batch_size = 16  # packed rows per step, over all devices
     config.training.sequence_length = 256
@@ -271,6 +271,7 @@ _ELEMENTS: dict[str, type] = {  # of tuples that are empty by default
     "data.tests": ConfigDict,
     "training.phases": ConfigDict,
     "training.restarts": float,
+    "training.only": str,
     **dict.fromkeys(("image_tokenizer.decoder_multipliers", "image_tokenizer.decoder_blocks"), int),
 }
 _WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", ConfigDict: "a dict"}

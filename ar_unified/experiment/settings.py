@@ -21,10 +21,13 @@ from ar_unified.experiment import config as configs
 from ar_unified.language.layouts import LAYOUTS, SizeTokens
 from ar_unified.language.syntax import TEXT_ALONE, ImageLayout, vocabulary_for
 from ar_unified.language.vocabulary import Vocabulary
+from ar_unified.model.config import config_from
+from ar_unified.model.transformer import abstract_params, logical_axes
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.request import Request
 from ar_unified.training.loop import TrainingConfig
 from ar_unified.training.optimizer import OptimizerConfig
+from ar_unified.training.selection import Selection, select
 
 # ---- images ---------------------------------------------------------------------------------------------------
 
@@ -126,6 +129,16 @@ def training(config: ConfigDict) -> TrainingConfig:
     """Of the transformer."""
     settings = config.training
     return configs.pick(TrainingConfig, settings, seed=config.seed, optimizer=configs.pick(OptimizerConfig, settings))
+
+
+def selected(config: ConfigDict, vocabulary: Vocabulary | None = None) -> Selection:
+    """What of the transformer is trained; vocabulary None: one that has every kind of ids, as none is there yet.
+
+    Raises ValueError for a place that names nothing.
+    """
+    known = vocabulary or Vocabulary(1, 1, 1)
+    shapes = abstract_params(config_from(configs.plain(config.model), vocab_size=known.size))
+    return select(config.training.only, logical_axes(shapes), known)
 
 
 def phases(settings: ConfigDict, mixture: Mapping[str, float]) -> list[Phase]:
