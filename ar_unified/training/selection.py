@@ -87,21 +87,21 @@ class Selection:
 EVERYTHING = Selection()
 
 
-def select(only: Sequence[str], axes: dict[str, Any], vocabulary: Vocabulary) -> Selection:
-    """What the places `only` name; none: everything.
+def select(places: Sequence[str], axes: dict[str, Any], vocabulary: Vocabulary) -> Selection:
+    """What places name; none: everything.
 
     Args:
-        only: paths of leaves, or of what is above them, in which * stands for anything; behind one that names a table
+        places: paths of leaves, or of what is above them, in which * stands for anything; behind one that names a table
             of ids, [text], [control], [size] or [image]: those rows of it.
         axes: logical axes of every parameter, which say what a table of ids is.
 
-    Raises ValueError, beginning with "only", for a place that names nothing.
+    Raises ValueError, beginning with the place, for one that names nothing.
     """
-    if not only:
+    if not places:
         return EVERYTHING
     paths = dict(_leaves(axes))
     parts: dict[str, set[int] | None] = {}
-    for place in only:
+    for place in places:
         match = _PLACE.fullmatch(place)
         found = [path for path in paths if match and _under(path, match[1])]
         if not match or not found:
@@ -109,7 +109,7 @@ def select(only: Sequence[str], axes: dict[str, Any], vocabulary: Vocabulary) ->
             known = ", ".join(dict.fromkeys(path.partition(".")[0] for path in paths))
             near = nearest(match[1] if match else place, sorted({*paths, *above}))
             near = "; its head is its embedding" if match and match[1] == "head" else near
-            raise ValueError(f"only: {place!r} names none of this model's parameters ({known}){near}")
+            raise ValueError(f"{place!r} names none of this model's parameters ({known}){near}")
         ids = _ids(place, match[2], [path for path in found if paths[path][0] != "vocab"], vocabulary)
         for path in found:
             before = parts.get(path, set())
@@ -123,11 +123,11 @@ def _ids(place: str, kind: str | None, others: Sequence[str], vocabulary: Vocabu
         return None
     known = [role.name.lower() for role in Role if role != Role.PAD]
     if kind not in known:
-        raise ValueError(f"only: {place!r}: expected one of {', '.join(known)}; found {kind!r}{nearest(kind, known)}")
+        raise ValueError(f"{place!r}: expected one of {', '.join(known)}; found {kind!r}{nearest(kind, known)}")
     if others:
-        raise ValueError(f"only: {place!r}: {others[0]} has no rows of ids, as embedding and head have")
+        raise ValueError(f"{place!r}: {others[0]} has no rows of ids, as embedding and head have")
     if not (ids := vocabulary.ids(Role[kind.upper()])):
-        raise ValueError(f"only: {place!r}: this vocabulary has no {kind} tokens")
+        raise ValueError(f"{place!r}: this vocabulary has no {kind} tokens")
     return ids
 
 

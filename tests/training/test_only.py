@@ -95,9 +95,12 @@ def test_it_is_the_same_on_a_mesh_and_in_microbatches(axes):
     for name, leaf in alone.items():
         np.testing.assert_allclose(spread[name], leaf, atol=2e-5, err_msg=name)
     assert moved(before, spread) == {"head", "layers.attention.output"}
-    assert state.params["head"].sharding == abstract_state(
-        tiny.task(only=only), make_optimizer(OptimizerConfig(), 200), make_mesh(axes)
-    ).params["head"].sharding
+    assert (
+        state.params["head"].sharding
+        == abstract_state(tiny.task(only=only), make_optimizer(OptimizerConfig(), 200), make_mesh(axes))
+        .params["head"]
+        .sharding
+    )
 
 
 def test_a_run_that_is_stopped_goes_on_to_the_same_bits_and_says_what_it_trains(tmp_path):
@@ -130,12 +133,12 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits_and_says_what_it_trains(
     ],
 )
 def test_a_place_that_names_nothing_is_refused_by_its_name(place, said):
-    with pytest.raises(ValueError, match=f"^only: .*{said}"):
+    with pytest.raises(ValueError, match=said):
         tiny.task(only=("norm", place))
 
 
 def test_rows_that_a_vocabulary_or_a_tied_model_has_not_are_refused():
-    with pytest.raises(ValueError, match=r"only: 'head\[size\]': this vocabulary has no size tokens"):
+    with pytest.raises(ValueError, match=r"'head\[size\]': this vocabulary has no size tokens"):
         select(("head[size]",), AXES, Vocabulary(40, 60))
     tied = dataclasses.replace(tiny.MODEL, tie_embeddings=True)
     with pytest.raises(ValueError, match="its head is its embedding"):
@@ -145,7 +148,9 @@ def test_rows_that_a_vocabulary_or_a_tied_model_has_not_are_refused():
 def test_rows_side_by_side_are_one_run_and_a_whole_leaf_outweighs_its_rows():
     v = tiny.VOCABULARY
     assert select(("head[image]", "head[size]"), AXES, v).parts == {"head": ((v.size_offset, v.rest_offset),)}
-    assert select(("head[image]", "head"), AXES, v).parts == select(("head", "head[text]"), AXES, v).parts == {"head": ()}
+    assert (
+        select(("head[image]", "head"), AXES, v).parts == select(("head", "head[text]"), AXES, v).parts == {"head": ()}
+    )
 
 
 def test_flops_count_what_backward_needs():
