@@ -138,6 +138,17 @@ def test_chameleons_two_scales_compare_what_its_own_sampler_compares(bundle: Cal
     assert len(model.engine.plan(other).weights) == 2
 
 
+def test_emu3_compares_with_its_negative_prompt_in_the_place_of_the_prompt(bundle: Callable[[str], Path]) -> None:
+    model = model_of(bundle("emu3"))
+    v, size = model.vocabulary, 8 * model.image_tokenizer.factor
+    asked = model.request("a red circle", mode="image", seed=0, turn=False, image_size=size)
+    own, other = model.engine.plan(asked).prefixes
+    texts = [model.grammar.text_codec.encode(text) for text in ("a red circle", asked.negative_prompt)]
+    opening = model.grammar.image(np.zeros((8, 8), np.int32))[: -8 * 9 - 2]
+    assert [list(prefix) for prefix in (own, other)] == [[v.bos, *text, *opening] for text in texts]
+    assert [v.name(id) for id in (opening[0], opening[-1])] == ["<boi>", "<img>"]
+
+
 @pytest.mark.parametrize(
     "system, by_hand, without",
     [
