@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from ar_unified.errors import nearest
@@ -54,7 +55,7 @@ class Selection:
             folder, name = _folder(whole, path)
             leaf, new, at = folder[name], _folder(taken, path)[0][name], 0
             for begin, end in rows:
-                leaf = leaf.at[begin:end].set(new[at : at + end - begin])
+                leaf = jax.lax.dynamic_update_slice_in_dim(leaf, new[at : at + end - begin], begin, axis=0)
                 at += end - begin
             folder[name] = leaf if rows else new
         return whole
@@ -105,7 +106,7 @@ def select(places: Sequence[str], axes: dict[str, Any], vocabulary: Vocabulary) 
         match = _PLACE.fullmatch(place)
         found = [path for path in paths if match and _under(path, match[1])]
         if not match or not found:
-            above = {path.rpartition(".")[0] for path in paths} - {""}
+            above = {path[: dot.start()] for path in paths for dot in re.finditer(r"\.", path)}
             known = ", ".join(dict.fromkeys(path.partition(".")[0] for path in paths))
             near = nearest(match[1] if match else place, sorted({*paths, *above}))
             near = "; its head is its embedding" if match and match[1] == "head" else near
