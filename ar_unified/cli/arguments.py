@@ -9,8 +9,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from ar_unified.errors import UserError
 from ar_unified.paths import home
 from ar_unified.planning import JOBS
+
+PROCESSES = ("coordinator", "processes", "process")
 
 
 def module_of(verb: str) -> str:
@@ -32,6 +35,13 @@ def parser_of(verb: str) -> argparse.ArgumentParser:
     _VERBS[verb](parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error (or AR_UNIFIED_DEBUG=1)")
     return parser
+
+
+def refuse_unread(arguments: argparse.Namespace, when: str, *names: str) -> None:
+    """Raises UserError for the first of these arguments that was given: nothing reads it `when`."""
+    for name in names:
+        if getattr(arguments, name) not in (None, False, ""):
+            raise UserError(f"--{name.replace('_', '-')} does nothing {when}: leave it out")
 
 
 def _experiment(parser: argparse.ArgumentParser, recorded: bool = False, needed: bool = True) -> None:
@@ -134,7 +144,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
         "--from", dest="source", type=_path, metavar="BUNDLE", help="export a bundle instead, as --to says"
     )
     parser.add_argument(
-        "--to", choices=("hf", "meta", "lwm"), default="hf", help="transformers', Meta's or LWM's form (%(default)s)"
+        "--to", choices=("hf", "meta", "lwm"), help="with --from: transformers', Meta's or LWM's form (hf)"
     )
     parser.add_argument(
         "--output",
@@ -144,9 +154,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
         help="the bundle; nothing that is there is written over",
     )
     parser.add_argument("--license", default="", metavar="WORDS", help="for the model card, as apache-2.0 (unknown)")
-    parser.add_argument(
-        "--shard-mib", type=int, default=2048, metavar="MIB", help="of a file of weights, at most (%(default)s)"
-    )
+    parser.add_argument("--shard-mib", type=int, metavar="MIB", help="of a file of weights, at most (2048)")
 
 
 def _import(parser: argparse.ArgumentParser) -> None:

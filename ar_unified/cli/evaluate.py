@@ -20,12 +20,14 @@ from typing import Any
 from tqdm import tqdm
 
 from ar_unified import progress
+from ar_unified.cli.arguments import refuse_unread
 from ar_unified.errors import UserError
 from ar_unified.evaluation.generation import Example
 from ar_unified.evaluation.generation import evaluate as score
 from ar_unified.evaluation.report import write_report
 from ar_unified.evaluation.right_answers import PROTOCOLS
 from ar_unified.experiment import config as configs
+from ar_unified.experiment import settings
 from ar_unified.experiment.changes import MODEL, changeable
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.start import by_first_process, open_experiment
@@ -37,6 +39,8 @@ from ar_unified.workdir import write_json
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     if (arguments.images and not arguments.only) or (arguments.crop and not arguments.images):
         raise UserError("expected --images together with --only tokenizer, and --crop together with --images")
+    if not arguments.images:
+        refuse_unread(arguments, "without --images", "links")
     stages = ["images"] if arguments.images else ["tokenizer_evaluation", *([] if arguments.only else ["evaluation"])]
     experiment = open_experiment(arguments, overrides, stages)
     if arguments.images:
@@ -81,9 +85,7 @@ def evaluate(experiment: Experiment) -> None:
                 sources,
                 limit=config.evaluation.limit,
                 seed=config.seed,
-                guidance=config.sampling.guidance,
-                image=experiment.filter("image"),
-                text=experiment.filter("text"),
+                drawn=settings.request(config),
                 fit=experiment.resize,
                 progress=partial(_show, bar),
             )

@@ -20,35 +20,50 @@ from typing import Any
 from ar_unified import bundle
 from ar_unified.bundle import Bundle
 from ar_unified.checkpoint import Checkpoints
+from ar_unified.cli.arguments import PROCESSES, refuse_unread
 from ar_unified.data.images import NoImages
 from ar_unified.errors import UserError
 from ar_unified.evaluation.card import card
 from ar_unified.experiment import config as configs
+from ar_unified.experiment import settings
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.interop.exporting import export_published
 from ar_unified.model.config import decisive, parameter_count
+from ar_unified.sampling.request import DEFAULTS
 from ar_unified.tensors import read_tensors
 from ar_unified.workdir import read_json
 
 _DATA = ("image_size", "resize", "layout", "max_tokens")
 _LOSS = ("softmax",)
-_SAMPLING = ("max_length", "kv_dtype", "guidance", "context", "text", "image")
+_SAMPLING = ("max_length", "kv_dtype", *DEFAULTS)
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    if arguments.shard_mib < 1:
+    if arguments.shard_mib is not None and arguments.shard_mib < 1:
         raise UserError(f"--shard-mib: expected at least 1, found {arguments.shard_mib}")
+    shard_bytes = (arguments.shard_mib or bundle.SHARD_BYTES >> 20) << 20
     if arguments.source:
         if overrides or arguments.config or arguments.workdir:
             raise UserError("--from BUNDLE is exported by itself: leave out --workdir, --config and config keys")
-        export_published(Bundle(arguments.source), arguments.to, Path(arguments.output), arguments.shard_mib << 20)
+        refuse_unread(arguments, "with --from", *PROCESSES)
+        _export_bundle(arguments, shard_bytes)
         return 0
     if not arguments.workdir:
         raise UserError("expected --workdir DIR, of a training, or --from BUNDLE --to FORMAT; found neither")
+    refuse_unread(arguments, "without --from, where a bundle is written", "to")
     experiment = open_experiment(arguments, overrides, ["export"])
-    export(experiment, arguments.output, license=arguments.license, shard_bytes=arguments.shard_mib << 20)
+    export(experiment, arguments.output, license=arguments.license, shard_bytes=shard_bytes)
     return 0
+
+
+def _export_bundle(arguments: argparse.Namespace, shard_bytes: int) -> None:
+    found, form = Bundle(arguments.source), arguments.to or "hf"
+    if found.published is not None:
+        refuse_unread(arguments, "where published weights go back to their form, which has no card", "license")
+    if form != "hf":
+        refuse_unread(arguments, f"with --to {form}, whose files are as many as they were", "shard_mib")
+    export_published(found, form, Path(arguments.output), shard_bytes, arguments.license)
 
 
 @by_first_process
@@ -78,7 +93,7 @@ def export(experiment: Experiment, output: str, *, license: str = "", shard_byte
         loss={name: config["loss"][name] for name in _LOSS},
         sampling={name: config["sampling"][name] for name in _SAMPLING},
         card=words,
-        published=read_json(published) if (published := brought / bundle.PUBLISHED).exists() else None,
+        published=_published(experiment, brought / bundle.PUBLISHED),
         kept=read_tensors(kept) if (kept := brought / bundle.KEPT).exists() else None,
         shard_bytes=shard_bytes,
     )
@@ -90,6 +105,17 @@ def export(experiment: Experiment, output: str, *, license: str = "", shard_byte
         experiment.say("its card has no numbers: `ar-unified evaluate` has not scored these weights")
     if not license:
         experiment.say("its card says that its licence is unknown: --license says which it is")
+
+
+def _published(experiment: Experiment, path: Path) -> dict[str, Any] | None:
+    """What the published form needs, if there is one; the head is no longer untrained where this training had it."""
+    if not path.exists():
+        return None
+    record = read_json(path)
+    parts = settings.selected(experiment.config, "only", experiment.grammar.vocabulary).parts
+    if parts is None or "head" in parts:
+        record.pop("untrained", None)
+    return record
 
 
 def _require_own(experiment: Experiment) -> None:

@@ -35,6 +35,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         size=arguments.size,
     )
     published = OPEN[arguments.system](files)
+    files.require_read()
     made = import_model(
         published,
         arguments.output,

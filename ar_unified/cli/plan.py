@@ -98,9 +98,10 @@ def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
         document=config.data.max_tokens,
         optimizer=configs.pick(OptimizerConfig, training),
         steps=training.steps,
+        only=tuple(training.only),
         requests=sampling.batch_size,
         max_length=sampling.max_length,
-        contexts=1 if sampling.guidance == 1 else 2,
+        contexts=settings.request(config).contexts,
         kv_dtype=sampling.kv_dtype or None,
     )
 

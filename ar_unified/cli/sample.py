@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ar_unified.cli.arguments import refuse_unread
 from ar_unified.data.images import to_png
 from ar_unified.data.sources import BadItem, Source
 from ar_unified.errors import UserError
@@ -40,12 +41,15 @@ from ar_unified.language.rows import write_parts
 from ar_unified.sampling import batch_output, results
 from ar_unified.sampling.benchmark_folders import BENCHMARKS, export
 from ar_unified.sampling.job import JobReport, run_job
+from ar_unified.sampling.request import DEFAULTS
 from ar_unified.workdir import write_bytes, write_text
 
 _HELD_OUT = 12  # documents of each source whose beginnings become prompts
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    if not arguments.requests:
+        refuse_unread(arguments, "without --requests", "part", "links", *(() if arguments.layout else ("output",)))
     stages = ["requests"] if arguments.requests or arguments.layout else ["samples"]
     experiment = open_experiment(arguments, overrides, stages)
     requests = [Path(path) for path in arguments.requests or ()]
@@ -102,7 +106,7 @@ def _run(
         experiment.image_tokenizer,
         requests,
         output,
-        defaults={key: configs.plain(sampling[key]) for key in ("guidance", "context", "text", "image")} | defaults,
+        defaults={key: configs.plain(sampling[key]) for key in DEFAULTS} | defaults,
         weights=experiment.weights,
         resize=experiment.resize,
         links=links,

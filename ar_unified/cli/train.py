@@ -30,11 +30,12 @@ from ar_unified.checkpoint import Checkpoints, steps_in
 from ar_unified.data.images import NoImages, draws_none
 from ar_unified.data.loader import PackedBatches, Phase
 from ar_unified.data.prepare import load_report
+from ar_unified.errors import about
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.branch import branch
 from ar_unified.experiment.changes import Training
 from ar_unified.experiment.experiment import Experiment
-from ar_unified.experiment.settings import phases, training
+from ar_unified.experiment.settings import phases, selected, training
 from ar_unified.experiment.start import open_experiment
 from ar_unified.history import DECIDING
 from ar_unified.language.document import CodesPart
@@ -43,6 +44,7 @@ from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.request import Request
 from ar_unified.training.loop import fit
 from ar_unified.training.optimizer import OptimizerConfig, learning_rate
+from ar_unified.training.selection import Selection
 from ar_unified.training.tasks import TransformerTask
 from ar_unified.workdir import Stage
 
@@ -67,6 +69,9 @@ def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> Non
 
 def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
     config, settings, grammar = experiment.config, experiment.config.training, experiment.grammar
+    with about("config.training"):
+        selected(config, "only", grammar.vocabulary)
+        fresh = selected(config, "fresh", grammar.vocabulary) if settings.fresh else None
     mixture = experiment.mixture()
     checkpoints = experiment.checkpoint_folder
     progress = Training("training.steps", settings.steps, partial(steps_in, checkpoints), checkpoints)
@@ -104,6 +109,7 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
         chunk=config.loss.chunk,
         attention_share=settings.attention_share,
         code_vectors=_code_vectors(experiment),
+        only=tuple(settings.only),
     )
     fit(
         task,
@@ -113,7 +119,7 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
         manifest=grammar.manifest(),
         preview=_preview(experiment) if settings.preview_every else None,
         checkpoint_folder=checkpoints,
-        begin=_begin(experiment),
+        begin=_begin(experiment, task, fresh),
         profile=profile,
         logger=experiment.say,
     )
@@ -128,15 +134,24 @@ def _facts(experiment: Experiment) -> dict[str, Any]:
     return dict(manifest=experiment.grammar.manifest(), mixture=experiment.mixture(), **init)
 
 
-def _begin(experiment: Experiment) -> Callable[[Params], Params] | None:
-    """Gives the bundle's parameters, if config.init names one."""
+def _begin(experiment: Experiment, task: TransformerTask, fresh: Selection | None) -> Callable[[Params], Params] | None:
+    """Gives the bundle's parameters, if config.init names one, with what is to begin at random in its place."""
     bundle = experiment.bundle
     if bundle is None:
         return None
 
     def begin(abstract: Params) -> Params:
         experiment.say(f"model: begins with the weights of {bundle.folder}")
-        return bundle.params(jax.tree.map(lambda leaf: leaf.sharding, abstract), "float32")
+        places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        params = bundle.params(places, "float32")
+        if fresh is None:
+            return params
+        experiment.say(f"model: at random begin {', '.join(experiment.config.training.fresh)}")
+        key = jax.random.key(experiment.config.seed)
+        renewed = jax.jit(
+            lambda params: fresh.put(params, fresh.take(task.init(key))), donate_argnums=0, out_shardings=places
+        )
+        return renewed(params)
 
     return begin
 

@@ -15,6 +15,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ar_unified.cli.arguments import refuse_unread
 from ar_unified.data.images import NoImages
 from ar_unified.data.validate import validate
 from ar_unified.errors import NO, UserError
@@ -30,8 +31,12 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     if (arguments.folder is None) == (arguments.config is None):
         raise UserError("expected a folder or --config, one of the two; --help says more")
     if arguments.folder is not None:
+        refuse_unread(arguments, "with a folder", "workdir")
+        if overrides:
+            raise UserError(f"a folder has no config: {overrides[0]} does nothing")
         found = validate(arguments.folder, links=arguments.links, show=arguments.show)
     else:
+        refuse_unread(arguments, "with --config, whose sources say it themselves (links=yes)", "links")
         config = configs.load(arguments.config, overrides)
         check(config, [])
         experiment = Experiment(config, Workdir(arguments.workdir or Path(".cache") / "validate" / config.name))

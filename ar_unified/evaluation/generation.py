@@ -35,6 +35,7 @@ from ar_unified.sampling.plan import Plan, prompt_tokens
 from ar_unified.sampling.request import Request, RequestError, Sample
 
 KINDS = ("text_to_image", "image_to_text", "caption", "story", "next_image", "next_text")
+LIKELIEST_TEXT = Request("", (), text=Filter(temperature=0.0))
 _SCAN = 16  # items of a source that are looked at for each document wanted
 
 
@@ -87,9 +88,7 @@ def evaluate(
     *,
     limit: int = 256,
     seed: int = 0,
-    guidance: float = 1.0,
-    image: Filter | None = None,
-    text: Filter | None = None,
+    drawn: Request = LIKELIEST_TEXT,
     fit: Callable[[np.ndarray], np.ndarray] = lambda pixels: pixels,
     keep: int = 12,
     progress: Callable[[str, int, int], None] | None = None,
@@ -102,9 +101,8 @@ def evaluate(
         sources: of documents the model has not seen; bad items are skipped and counted.
         limit: documents of each kind, drawn from all sources by `seed`.
         seed: of the draw and of the sampling.
-        guidance: scale of classifier-free guidance on images; 1 is none.
-        image, text: temperature and cuts of the two modalities; None is the model's own distribution for
-            images and its likeliest token for texts.
+        drawn: how every answer is: its guidance and what that compares with, temperature and cuts of both modalities;
+            default: the model's own distribution for images and its likeliest token for texts.
         fit: what the data preparation does to an image, uint8 [H, W, 3] to uint8 [H', W', 3].
         keep: examples of each kind to return: the first, and half as many of the later failures.
         progress: called with (kind, done, of).
@@ -122,7 +120,6 @@ def evaluate(
     documents = _collect(sources, limit, seed, fit, skipped)
     codec = _Codec(image_tokenizer)
     codec.learn_pixels(p.pixels for group in documents.values() for d in group for p in d.parts if _is_image(p))
-    image, text = image or Filter(), text or Filter(temperature=0.0)
 
     kept: list[Example] = []
     asked_of = Counter[str]()  # questions that were put, by kind
@@ -132,8 +129,8 @@ def evaluate(
         examples = list(_examples(kind, documents, protocol))
         budget = 8 + 2 * max((_length(grammar, e.expected) for e in examples if isinstance(e.expected, str)), default=0)
         for i, example in enumerate(examples):
-            settings = dict(id=f"{kind}-{i}", seed=seed + i, guidance=guidance, image=image, text=text)
-            plan = _plan(example, codec, grammar, engine, budget, settings)
+            asking = replace(drawn, id=f"{kind}-{i}", seed=seed + i)
+            plan = _plan(example, codec, grammar, engine, budget, asking)
             if plan is None:
                 skipped["does_not_fit"] += 1
                 continue
@@ -265,7 +262,7 @@ def _plan(
     grammar: Grammar,
     engine: Engine,
     budget: int,
-    settings: Mapping[str, Any],
+    asking: Request,
 ) -> Plan | None:
     """The question as the engine serves it; None where an image is too large for the grammar, or all for the
     engine.
@@ -276,7 +273,7 @@ def _plan(
     parts = codec.encoded(example.prompt)
     document = example.document
     system = document.asked[:-1] if document.asks else ()
-    request = Request(parts=parts, history=system, turn=document.asks, **settings)
+    request = replace(asking, parts=parts, history=system, turn=document.asks)
     try:
         if isinstance(example.expected, str):
             room = engine.max_length - len(prompt_tokens(grammar, request))

@@ -47,6 +47,7 @@ EXTENDS = (
     "training.learning_rate",
     "training.schedule",
     "training.warmup_steps",
+    "training.decay",
     "training.decay_fraction",
     "training.final_fraction",
     "training.restarts",

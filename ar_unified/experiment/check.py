@@ -67,6 +67,7 @@ CHOICES: dict[str, Collection[str]] = {
     "loss.softmax": SOFTMAXES,
     "training.optimizer": optimizer.CHOICES["optimizer"],
     "training.schedule": optimizer.CHOICES["schedule"],
+    "training.decay": optimizer.CHOICES["decay"],
     "training.code_embedding_init": CODE_EMBEDDING_INITS,
     "sampling.kv_dtype": [name or "" for name in KV_DTYPES],
     "sampling.context": CONTEXTS,
@@ -245,6 +246,11 @@ def _check_training(config: ConfigDict, problems: _Problems, stages: Collection[
             settings.phases(part, {})
         if not problems.found_in("training.accumulation"):
             _check_accumulation("training", config, problems)
+        for key in ("only", "fresh") if not problems.found_in("model") else ():
+            with problems.of("training", names):
+                settings.selected(config, key)
+        if part.fresh and not config.init:
+            problems.say("training.fresh", "expected none without config.init: all of it begins at random")
     if "model" in stages and part.sequence_length < config.data.max_tokens:
         problems.say(
             "training.sequence_length",
@@ -257,11 +263,13 @@ def _check_sampling(config: ConfigDict, problems: _Problems, stages: Collection[
     if problems.found_in("sampling"):
         return
     more = {}
-    if config.sampling.context == "negative_prompt":  # which a person's own requests have with them
+    named = config.sampling.negative_prompt
+    if config.sampling.context == "negative_prompt" and not named:  # a person's own requests may have one with them
         if {"samples", "evaluation"} & set(stages) and "requests" not in stages:
             problems.say(
                 "sampling.context",
-                "'negative_prompt' is for requests that each have one; prompts of held-out documents have none",
+                "'negative_prompt' is for requests that each have one, as prompts of held-out documents have none; "
+                "config.sampling.negative_prompt gives one to all",
             )
         more = {"negative_prompt": "-"}
     if config.sampling.checkpoint == "best" and "model" in stages and not config.training.keep_best:

@@ -32,7 +32,7 @@ from ar_unified.language.vocabulary import Role
 from ar_unified.model.config import PRESETS, TransformerConfig
 from ar_unified.paths import home
 from ar_unified.sampling.decoding import Filter
-from ar_unified.sampling.request import Request
+from ar_unified.sampling.request import DEFAULTS, Request
 from ar_unified.training.loop import TrainingConfig
 from ar_unified.training.optimizer import OptimizerConfig
 from ar_unified.training.tasks import TransformerTask
@@ -104,15 +104,16 @@ def _add_training(config: ConfigDict) -> None:
     config.loss.tasks = ConfigDict(dict.fromkeys(TASKS, 1.0))
     config.loss.prompt = TransformerTask.prompt_weight  # further weight of what stands inside a prompt
 
-    settled = ("decay", "b1", "eps", "factors")  # no keys: nobody tunes them
+    settled = ("b1", "factors")  # no keys: nobody tunes them
     config.training = ConfigDict(
         _fields(TrainingConfig, without=("seed", "optimizer"), steps=1000)
         | _fields(OptimizerConfig, without=settled, learning_rate=2e-3, warmup_steps=50, final_fraction=0.0)
-        | _fields(TransformerTask, ("attention_share",))
+        | _fields(TransformerTask, ("attention_share", "only"))
     )
     config.training.batch_size = 16  # packed rows per step, over all devices
     config.training.sequence_length = 256
     config.training.code_embedding_init = "random"  # of image codes: random | codebook, near for codes that are near
+    config.training.fresh = ()  # places as in `only` that begin at random although `init` has weights of them
     config.training.flip_pairs = Phase.flip_pairs  # how often a pair is read the other way round
     config.training.condition_dropout = Phase.condition_dropout  # how often a prompt becomes the empty one
     # Later parts of the training that mix otherwise: dicts of `begin` (a share of the steps), and what changes there of
@@ -128,8 +129,8 @@ def _add_sampling_and_evaluation(config: ConfigDict) -> None:
     config.sampling.batch_size = 64  # in each process; a multiple of the devices that split rows
     config.sampling.max_length = 256  # prompt and answer
     config.sampling.kv_dtype = ""  # of the KV cache: int8 | float8_e4m3fn | bfloat16 | float32; "": the model's dtype
-    config.sampling.guidance = Request.guidance
-    config.sampling.context = Request.context  # what guidance compares with: ar_unified.sampling.request has the others
+    # What a request that says nothing is drawn with: ar_unified.sampling.request has what each means.
+    config.sampling.update(_fields(Request, [name for name in DEFAULTS if name not in ("text", "image")]))
     config.sampling.text = ConfigDict(_fields(Filter, temperature=0.0))
     config.sampling.image = ConfigDict(_fields(Filter))
 
@@ -272,6 +273,7 @@ _ELEMENTS: dict[str, type] = {  # of tuples that are empty by default
     "data.tests": ConfigDict,
     "training.phases": ConfigDict,
     "training.restarts": float,
+    **dict.fromkeys(("training.only", "training.fresh"), str),
     **dict.fromkeys(("image_tokenizer.decoder_multipliers", "image_tokenizer.decoder_blocks"), int),
 }
 _WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", ConfigDict: "a dict"}

@@ -21,10 +21,13 @@ from ar_unified.experiment import config as configs
 from ar_unified.language.layouts import LAYOUTS, SizeTokens
 from ar_unified.language.syntax import TEXT_ALONE, ImageLayout, vocabulary_for
 from ar_unified.language.vocabulary import Vocabulary
+from ar_unified.model.config import config_from
+from ar_unified.model.transformer import abstract_params, logical_axes
 from ar_unified.sampling.decoding import Filter
-from ar_unified.sampling.request import Request
+from ar_unified.sampling.request import DEFAULTS, Request
 from ar_unified.training.loop import TrainingConfig
 from ar_unified.training.optimizer import OptimizerConfig
+from ar_unified.training.selection import Selection, select
 
 # ---- images ---------------------------------------------------------------------------------------------------
 
@@ -128,6 +131,22 @@ def training(config: ConfigDict) -> TrainingConfig:
     return configs.pick(TrainingConfig, settings, seed=config.seed, optimizer=configs.pick(OptimizerConfig, settings))
 
 
+def selected(config: ConfigDict, key: str, vocabulary: Vocabulary | None = None) -> Selection:
+    """What `training.only` or `training.fresh` names of the transformer.
+
+    Args:
+        vocabulary: None: one that has every kind of ids, as none is there yet.
+
+    Raises ValueError, beginning with the key, for a place that names nothing.
+    """
+    known = vocabulary or Vocabulary(1, 1, 1)
+    shapes = abstract_params(config_from(configs.plain(config.model), vocab_size=known.size))
+    try:
+        return select(config.training[key], logical_axes(shapes), known)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
 def phases(settings: ConfigDict, mixture: Mapping[str, float]) -> list[Phase]:
     """The training as its settings begin it, then what `training.phases` changes of it, each from its step on.
 
@@ -163,13 +182,6 @@ def token_filter(config: ConfigDict, modality: str) -> Filter:
 
 def request(config: ConfigDict, **more: str) -> Request:
     """What every request takes from the config unless it says otherwise."""
-    sampling = config.sampling
-    return Request(
-        id="config.sampling",
-        parts=(),
-        guidance=sampling.guidance,
-        context=sampling.context,
-        text=token_filter(config, "text"),
-        image=token_filter(config, "image"),
-        **more,  # type: ignore[arg-type]
-    )
+    said = {name: config.sampling[name] for name in DEFAULTS}
+    filters = {name: token_filter(config, name) for name in ("text", "image")}
+    return Request(**{"id": "config.sampling", "parts": ()} | said | filters | more)

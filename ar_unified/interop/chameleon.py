@@ -27,6 +27,7 @@ from ar_unified.interop.keys import HF, META, Dialect
 from ar_unified.interop.meta import Joined
 from ar_unified.interop.published import Published, check_tensors
 from ar_unified.interop.sources import Source, inside, open_source, read_json
+from ar_unified.interop.untrained import untrained
 from ar_unified.language.syntax import ImageLayout
 from ar_unified.model.config import TransformerConfig
 
@@ -46,17 +47,22 @@ _WIDEST = {"lumina_mgpt": 128, "lumina_mgpt_2": 192}  # codes: 2048 pixels of 16
 _FIRST_CODE = 155000  # of Lumina-mGPT 2.0, where its text tokenizer has no names for codes
 _VQ = "model.vqmodel."
 _LENGTH = 4096
-# As published: chameleon.py of Chameleon (text 3.0 and image 1.2 over nothing); Lumina-mGPT's README and inference.
+# As published: chameleon.py of Chameleon (text 3.0 and image 1.2 over nothing), Anole's interleaved_generation.py;
+# Lumina-mGPT's README and inference.
 _CHAMELEONS = {"temperature": 0.7, "top_k": 0, "top_p": 0.9}
+_CHAMELEON = {
+    "max_length": _LENGTH,
+    "kv_dtype": "",
+    "guidance": 3.0,
+    "image_guidance": 1.2,
+    "context": "bos_boi",
+    "repetition_penalty": 1.2,
+    "text": _CHAMELEONS,
+    "image": _CHAMELEONS,
+}
 _SAMPLING: Mapping[str, Mapping[str, Any]] = {
-    "chameleon": {
-        "max_length": _LENGTH,
-        "kv_dtype": "",
-        "guidance": 3.0,
-        "context": "bos_boi",
-        "text": _CHAMELEONS,
-        "image": _CHAMELEONS,
-    },
+    "chameleon": _CHAMELEON,
+    "anole": _CHAMELEON | {"text": _CHAMELEONS | {"temperature": 1.0}},
     "lumina_mgpt": {
         "max_length": 2 * _LENGTH,
         "kv_dtype": "",
@@ -74,6 +80,10 @@ _SAMPLING: Mapping[str, Mapping[str, Any]] = {
         "image": {"temperature": 1.0, "top_k": 4096, "top_p": 1.0},
     },
 }
+_UNTRAINED = (
+    "Nobody has trained this model to draw: of its head's rows for image codes, {}, so that images are noise. Anole's "
+    "recipe trains them, experiments/published/fine_tune.py:recipe=anole."
+)
 _SIDE_2 = 768  # of a square of the area of Lumina-mGPT 2.0's images, in pixels
 
 
@@ -143,8 +153,16 @@ def _ends(names: Mapping[str, int], told: Mapping[str, Any], where: str) -> dict
 # ---- files ------------------------------------------------------------------------------------------------------
 
 
+def open_anole(files: Files) -> Published:
+    """Anole: Chameleon with the head's rows of image codes trained."""
+    found = open_chameleon(files)
+    return dataclasses.replace(
+        found, system="anole", sampling=_SAMPLING["anole"], record={**found.record, "system": "anole"}
+    )
+
+
 def open_chameleon(files: Files) -> Published:
-    """Chameleon, or Anole, which differs in rows of the head alone: as transformers has it, or Meta."""
+    """Chameleon, as transformers has it, or Meta."""
     folder = files.folder
     if (folder / "params.json").exists():
         return _open_meta(files)
@@ -260,6 +278,9 @@ def _published(
     keys = check_tensors(source, where, dialects, config, found.border, aside=aside)
     sized, side = grammar.layout.sized, grammar.layout.height * tokenizer.factor
     notes = [tokenizer.no_decoder] if tokenizer.no_decoder else []
+    how = untrained(source.read(str(keys.dialect.names["head"])), found.border, grammar.vocabulary)
+    if how:
+        notes.append(_UNTRAINED.format(how))
     return Published(
         system="lumina_mgpt" if system == "lumina_mgpt_2" else system,
         keys=keys,
@@ -274,6 +295,12 @@ def _published(
             "max_tokens": _LENGTH,
         },
         sampling=_SAMPLING[system],
-        record={"system": system, "qk_groups": list(keys.qk_groups), **images.record, **record},
+        record={
+            "system": system,
+            "qk_groups": list(keys.qk_groups),
+            **({"untrained": notes[-1]} if how else {}),
+            **images.record,
+            **record,
+        },
         notes=tuple(notes),
     )

@@ -47,11 +47,14 @@ _PORTS: tuple[dict[str, str], ...] = (
     {"model.": "model.text_model."},
 )
 _SIDE = 720  # of a square of the area that Emu3-Gen was trained on
+# For images as published (image_generation.py).
 _SAMPLING = {
     "max_length": 10240,
     "kv_dtype": "",
     "guidance": 3.0,
-    "context": "bos_boi",
+    "context": "negative_prompt",
+    "negative_prompt": "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, "
+    "cropped, worst quality, low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry.",
     "text": {"temperature": 1.0, "top_k": 1024, "top_p": 0.9},
     "image": {"temperature": 1.0, "top_k": 2048, "top_p": 1.0},
 }

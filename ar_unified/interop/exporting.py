@@ -46,11 +46,14 @@ class _Exported(NamedTuple):
             yield from zip(slot.names, arrays, strict=True)
 
 
-def export_published(bundle: Bundle, form: str, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+def export_published(
+    bundle: Bundle, form: str, folder: Path, shard_bytes: int = SHARD_BYTES, license: str = ""
+) -> None:
     """Writes the published form of an imported model, or of our own what transformers reads, whole or not at all.
 
     Args:
         form: "hf", "meta" or "lwm"; of an imported model the one that it came in.
+        license: for the card, which our own have.
 
     Raises UserError: `folder` exists, the bundle was made of no such form, or what was trained has no place in it.
     """
@@ -60,7 +63,7 @@ def export_published(bundle: Bundle, form: str, folder: Path, shard_bytes: int =
         with whole_folder(folder) as here, bundle.reading() as (dtypes, read):
             exported = _Exported(bundle, keys, dtypes, read)
             if record is None:
-                own.write_own(bundle, here, max(dtypes.values(), key=list(dtypes.values()).count))
+                own.write_own(bundle, here, max(dtypes.values(), key=list(dtypes.values()).count), license)
                 _write_tensors(exported, here, {}, shard_bytes)
             elif form == "meta":
                 _write_meta(exported, here, record)

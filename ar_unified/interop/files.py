@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,20 +30,43 @@ _KEPT = (
 _TOKENIZERS = ("tokenizer.json", "text_tokenizer.json", "emu3.tiktoken", "tokenizer.model", "text.tiktoken")
 
 
-@dataclass(frozen=True)
 class Files:
-    """What `ar-unified import` was given.
+    """What `ar-unified import` was given, and what of it was read.
 
-    Attributes:
+    Args:
         folder: of the weights. text, image: a file or folder of the tokenizers, where they lie elsewhere.
         theta: RoPE's base, where the files do not say it. size: height and width of the largest image, in codes.
     """
 
-    folder: Path
-    text: Path | None = None
-    image: Path | None = None
-    theta: float | None = None
-    size: tuple[int, int] | None = None
+    def __init__(
+        self,
+        folder: Path,
+        text: Path | None = None,
+        image: Path | None = None,
+        theta: float | None = None,
+        size: tuple[int, int] | None = None,
+    ):
+        self.folder = folder
+        self._given = {"text": text, "image": image, "theta": theta, "size": size}
+        self._read: set[str] = set()
+
+    def _take(self, name: str) -> Any:
+        self._read.add(name)
+        return self._given[name]
+
+    text: Path | None = property(lambda self: self._take("text"))  # type: ignore[assignment]
+    image: Path | None = property(lambda self: self._take("image"))  # type: ignore[assignment]
+    theta: float | None = property(lambda self: self._take("theta"))  # type: ignore[assignment]
+    size: tuple[int, int] | None = property(lambda self: self._take("size"))  # type: ignore[assignment]
+
+    def require_read(self) -> None:
+        """Raises UserError for what was given and nothing has read, once the model is opened."""
+        flags = {"theta": "--rope-theta"}
+        if unread := [name for name, value in self._given.items() if value is not None and name not in self._read]:
+            raise UserError(
+                f"{flags.get(unread[0], f'--{unread[0]}')} does nothing for {self.folder}, which leaves nothing of it "
+                "open: leave it out"
+            )
 
     @cached_property
     def source(self) -> Source:

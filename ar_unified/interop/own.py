@@ -5,6 +5,7 @@ To them it is a language model whose last ids are images. The card says how to r
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from ar_tokenizers.text import TextTokenizer
@@ -25,7 +26,7 @@ def keys_of(bundle: Bundle) -> Keys:
     return Keys(HF, bundle.config, Border(((0, 0, bundle.config.vocab_size),)))
 
 
-def write_own(bundle: Bundle, folder: Path, dtype: str) -> None:
+def write_own(bundle: Bundle, folder: Path, dtype: str, license: str = "") -> None:
     """Everything but the tensors: config.json, tokenizer.json, the image tokenizer and the card.
 
     Raises UserError for what the form cannot say.
@@ -51,7 +52,7 @@ def write_own(bundle: Bundle, folder: Path, dtype: str) -> None:
     )
     if (image := bundle.image_tokenizer()) is not None:
         image.save(folder / IMAGE)
-    write_text(folder / "README.md", _card(bundle, family.architecture))
+    write_text(folder / "README.md", _card(bundle, family.architecture, license))
 
 
 def _name(vocabulary: Vocabulary, id: int) -> str:
@@ -63,10 +64,11 @@ def _name(vocabulary: Vocabulary, id: int) -> str:
     return f"<image_{id - vocabulary.image_offset}>"
 
 
-def _card(bundle: Bundle, architecture: str) -> str:
+def _card(bundle: Bundle, architecture: str, license: str) -> str:
     vocabulary, layout = bundle.grammar.vocabulary, bundle.grammar.layout
     lines = [
         "---",
+        f"license: {json.dumps(license or 'unknown')}",
         "library_name: transformers",
         "---",
         "",

@@ -12,7 +12,7 @@ from ar_unified.interop.published import Published
 OPEN: Mapping[str, Callable[[Files], Published]] = MappingProxyType(
     {
         "chameleon": chameleon.open_chameleon,
-        "anole": chameleon.open_chameleon,
+        "anole": chameleon.open_anole,
         "lumina_mgpt": chameleon.open_lumina,
         "emu3": emu3.open_emu3,
         "emu3_5": emu3_5.open_emu3_5,

@@ -110,13 +110,18 @@ class Vocabulary:
         By the id alone: the digits of a size that is spelled as text are TEXT here (`Encoded.roles` knows better). Ids
         that nothing writes (negative, rest, beyond the end) have role PAD.
         """
-        text = (ids >= 0) & (ids < self.text_size)
-        control = (ids >= self.control_offset) & (ids < self.size_offset) & (ids != self.pad)
-        size = (ids >= self.size_offset) & (ids < self.image_offset)
-        image = (ids >= self.image_offset) & (ids < self.rest_offset)
-        roles = ((text, Role.TEXT), (control, Role.CONTROL), (size, Role.SIZE), (image, Role.IMAGE))
+
+        def inside(role: Role) -> Any:
+            there = self.ids(role)
+            return (ids >= there.start) & (ids < there.stop) & (ids != self.pad)
+
         # The ranges are disjoint, so a sum picks the one that holds.
-        return sum(inside.astype(np.int32) * np.int32(role) for inside, role in roles)
+        return sum(inside(role).astype(np.int32) * np.int32(role) for role in Role if role != Role.PAD)
+
+    def ids(self, role: Role) -> range:
+        """Those of a role. PAD has one, which stands among the control tokens."""
+        offsets = (0, self.control_offset, self.size_offset, self.image_offset, self.rest_offset)
+        return range(self.pad, self.pad + 1) if role == Role.PAD else range(offsets[role - 1], offsets[role])
 
     def name(self, token: int) -> str:
         """An id in words, for messages: "<boi>", "text piece 17", "size 4", "image code 3"."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ar_unified.planning.programs import Compiled, Program, Run, local_bytes, saved_for_backward
+from ar_unified.planning.programs import Compiled, Program, Run, gradient_bytes, local_bytes, saved_for_backward
 
 # Every part that a program may have, in the order they are shown, and where the number is from.
 PARTS = {
@@ -18,7 +18,7 @@ PARTS = {
     "cache": "exact: shapes and shardings",
     "held": "exact: what lies there besides: float32 parameters, prompts that were read, the pool while they are read",
     "inputs": "exact: shapes and shardings; and what layouts pad",
-    "gradients": "arithmetic: as large as the parameters, float32",
+    "gradients": "arithmetic: as large as what is trained, float32",
     "activations": "arithmetic: what JAX keeps of the forward pass for the backward one",
     "temporaries": "the compiler's temporaries less those two: gathered weights, logits, workspace",
     "outputs": "the compiler's, where they do not take an argument's place",
@@ -61,8 +61,7 @@ def memory(program: Program, compiled: Compiled, run: Run, capacity: float) -> M
 
 def state_of_backward(program: Program, run: Run) -> dict[str, int]:
     """Gradients and kept activations, bytes a device, by arithmetic."""
-    parameters = local_bytes(program.arguments["parameters"])
-    return {"gradients": parameters, "activations": saved_for_backward(run, program.mesh)}
+    return {"gradients": gradient_bytes(run, program.mesh), "activations": saved_for_backward(run, program.mesh)}
 
 
 def at_least(program: Program, run: Run) -> dict[str, float]:

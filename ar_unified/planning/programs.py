@@ -28,7 +28,7 @@ from ar_unified.parallel.rules import batch_shardings, on_mesh, specs
 from ar_unified.sampling import steps
 from ar_unified.sampling.engine import KEPT, prefill_rows
 from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
-from ar_unified.training.step import abstract_state, make_train_step
+from ar_unified.training.step import abstract_state, abstract_trained, make_train_step
 from ar_unified.training.tasks import TransformerTask
 
 
@@ -43,7 +43,7 @@ class Run:
       loss_chunk: positions whose logits a device holds at one time.
       softmax: of language.syntax.SOFTMAXES.
       document: tokens of the longest document, for the FLOPs of attention.
-      optimizer, steps: of the training.
+      optimizer, steps: of the training. only: what it trains, places of training.selection.select; (): everything.
       requests, max_length, contexts: samples decoded at once by a process; length of the KV cache; 2 with guidance.
       kv_dtype: of the KV cache, of sampling.engine.KV_DTYPES.
     """
@@ -60,6 +60,7 @@ class Run:
     document: int = 1024
     optimizer: OptimizerConfig = OptimizerConfig()
     steps: int = 100_000
+    only: tuple[str, ...] = ()
     requests: int = 64
     max_length: int = 4096
     contexts: int = 1
@@ -171,7 +172,7 @@ def make_task(run: Run) -> TransformerTask:
         raise RuntimeError("a plan has no data")
 
     split = run.layout.split(run.vocabulary, run.softmax)
-    return TransformerTask(run.model, run.vocabulary, no_batch, split=split, chunk=run.loss_chunk)
+    return TransformerTask(run.model, run.vocabulary, no_batch, split=split, chunk=run.loss_chunk, only=run.only)
 
 
 def train_program(run: Run, mesh: Mesh) -> Program:
@@ -187,6 +188,11 @@ def train_program(run: Run, mesh: Mesh) -> Program:
     return Program("train", mesh, arguments, lambda: step.trace(state, batch))
 
 
+def gradient_bytes(run: Run, mesh: Mesh) -> int:
+    """Of the gradients of what is trained, on a device."""
+    return local_bytes(abstract_trained(make_task(run), transformer.abstract_params(run.model), mesh))
+
+
 def saved_for_backward(run: Run, mesh: Mesh) -> int:
     """Bytes a device keeps of the forward pass for the backward one, parameters apart. Of JAX's trace, by arithmetic.
 
@@ -197,9 +203,13 @@ def saved_for_backward(run: Run, mesh: Mesh) -> int:
     rows = run.batch_size // run.accumulation
     batch = PackedBatch.shapes(rows, run.sequence_length)
     params = jax.eval_shape(task.init, jax.random.key(0))
+    selection = task.selection(params)
 
     def residuals(params: Any, batch: Any) -> Any:
-        return jax.vjp(lambda params: task.loss(params, {}, batch, None)[0], params)[1]
+        def loss(trained: Any) -> jax.Array:
+            return task.loss(selection.put(params, trained), {}, batch, None)[0]
+
+        return jax.vjp(loss, selection.take(params))[1]
 
     kept = jax.tree.leaves(jax.eval_shape(residuals, params, batch))
     known = {(x.shape, x.dtype) for x in jax.tree.leaves(params)}
@@ -207,9 +217,9 @@ def saved_for_backward(run: Run, mesh: Mesh) -> int:
     # A residual without the rows' axis is a parameter, cast or not, which lies elsewhere.
     per_row = [x for x in kept if (x.shape, x.dtype) not in known and x.size % rows == 0 and rows in x.shape]
     c = run.model
-    there = (
-        c.n_layers * rows * run.sequence_length * c.d_model * jnp.dtype(c.dtype).itemsize if c.remat == "offload" else 0
-    )
+    there = 0
+    if c.remat == "offload" and task.through_layers:
+        there = c.n_layers * rows * run.sequence_length * c.d_model * jnp.dtype(c.dtype).itemsize
     return (sum(x.size * x.dtype.itemsize for x in per_row) - there) // ways
 
 

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from ar_unified.model.config import layer_matrices, matmul_parameters
 from ar_unified.parallel.hardware import Hardware
 from ar_unified.planning.collectives import Collective
-from ar_unified.planning.programs import Program, Run, local_bytes, make_task
+from ar_unified.planning.programs import Program, Run, gradient_bytes, local_bytes, make_task
 
 ATTAINABLE = 0.7  # of peak, in large matmuls: the best training runs published for v5p reach 65 to 69% MFU
 _NEWTON_SCHULZ = 5  # optax's muon, ns_steps
@@ -161,26 +161,32 @@ def _train(run: Run, program: Program) -> _Work:
     document = min(run.document, run.sequence_length)
     attended = tokens * (document + 1) / 2
     layers, head = matmul_parameters(run.model)
-    model = make_task(run).flops({"tokens": tokens, "attended": attended})
+    task = make_task(run)
+    model = task.flops({"tokens": tokens, "attended": attended})
     attention = 2.0 * c.n_layers * c.n_heads * c.head_dim * attended  # one matmul of scores or of values
-    forward_again = c.remat in ("full", "offload")
+    deep = task.through_layers
+    forward_again = deep and c.remat in ("full", "offload")
     again = 2.0 * layers * tokens if forward_again else 0.0
     scores = 3.0 + (0.0 if c.remat == "none" else 2.0)  # the backward kernels make scores twice and dP twice
-    executed = model + again + 2.0 * head * tokens + scores * attention + _orthogonal(run)
+    executed = model + again + 2.0 * head * tokens + scores * attention * deep + _orthogonal(run)
     # Per device from here on.
-    passes = 4 if forward_again else 3  # forward, perhaps again, and two matmuls of backward
+    passes = 1 + 2 * deep + forward_again  # forward, two matmuls of backward, perhaps forward again
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
     tensor = mesh.shape["tensor"]
     width = jnp.dtype(c.dtype).itemsize  # of the weights that travel: written by the gather, and read
     weights = 2.0 * width * passes * (layers + head) / tensor * run.accumulation
     held = program.local_bytes()
-    state = 4.0 * held["parameters"] + 2.0 * held["optimizer"]  # in and out; gradients, as large, out and in
+    # In and out: what is trained, its gradients, which are as large, and its moments.
+    state = 4.0 * gradient_bytes(run, mesh) + 2.0 * held["optimizer"]
     return _Work(model, executed, weights + passes * _operands(run, tensor) * tokens / ways + state, tokens)
 
 
 def _orthogonal(run: Run) -> float:
-    """FLOPs of Muon's Newton-Schulz iterations over the layers' matrices, [m, n], m <= n: 4 m m n + 2 m m m each."""
-    if run.optimizer.optimizer != "muon":
+    """FLOPs of Muon's Newton-Schulz iterations over the layers' matrices, [m, n], m <= n: 4 m m n + 2 m m m each.
+
+    All of the layers' matrices, be some of them not trained.
+    """
+    if run.optimizer.optimizer != "muon" or not make_task(run).through_layers:
         return 0.0
     matrices = map(sorted, layer_matrices(run.model))
     return float(_NEWTON_SCHULZ * run.model.n_layers * sum(4 * m * m * n + 2 * m * m * m for m, n in matrices))

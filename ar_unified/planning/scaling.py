@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ar_unified.planning.programs import Program, Run, local_bytes
+from ar_unified.planning.programs import Program, Run, gradient_bytes
 from ar_unified.planning.roofline import Roofline
 from ar_unified.planning.targets import Target
 
@@ -51,7 +51,7 @@ def scaling(program: Program, run: Run, target: Target, estimate: Roofline) -> S
     # A device's shard of gradients (float32) crosses between slices: 2 (s - 1) / s of it, sent in parts by all the
     # devices of a slice that hold it.
     inner = mesh.shape["fsdp"] * mesh.shape["tensor"] * mesh.shape["context"]
-    shard = local_bytes(program.arguments["parameters"]) / max(per_slice // inner, 1)
+    shard = gradient_bytes(run, mesh) / max(per_slice // inner, 1)
     share = matmuls * hardware.dcn / (2 * shard)  # what (s - 1) / s may be at most
     slices = None if share >= 1 else max(int(1 / (1 - share)), 1)
     largest = None if slices is None else slices * per_slice

@@ -22,15 +22,15 @@ from jax import Array
 from ar_unified.language.automaton import Event
 
 
-def weights(scale: float, image_scale: float | None, contexts: int) -> list[float]:
-    """What each context counts for; they add up to 1.
+def weights(scale: float, image_scale: float, contexts: int) -> list[float]:
+    """What each of the contexts counts for; they add up to 1. image_scale is of the third.
 
     C = 2 is Ho & Salimans' u + s (c - u), C = 3 InstructPix2Pix's u + s_i (i - u) + s (c - i). On logits or on
     log-probabilities: the two differ by a constant per row.
     """
     if contexts == 1:
         return [1.0]
-    if image_scale is None:
+    if contexts == 2:
         return [scale, 1 - scale]
     return [scale, 1 - image_scale, image_scale - scale]
 

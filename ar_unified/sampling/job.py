@@ -399,7 +399,7 @@ def _entry(line: Line, prompt: list[dict[str, Any]], sample: Sample, cells: Cell
     row |= {"finish_reason": sample.finish_reason, "seed": request.seed, "guidance": request.guidance}
     if request.contexts > 1:
         row["context"] = request.context
-    if request.image_guidance is not None:
+    if request.image_guidance:
         row["image_guidance"] = request.image_guidance
     row |= {"prompt_tokens": line.prompt_tokens, "tokens": sample.tokens.tolist()}
     row |= {"meta": dict(request.meta)} if request.meta else {}

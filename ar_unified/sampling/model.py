@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,13 @@ from ar_unified.parallel.mesh import make_mesh
 from ar_unified.sampling.conversation import Conversation, say_all
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine, ways_of
-from ar_unified.sampling.request import Request, RequestError, Sample
+from ar_unified.sampling.request import DEFAULTS, Request, RequestError, Sample
 from ar_unified.sampling.requests import request_of
 from ar_unified.sampling.results import by_size
 from ar_unified.sampling.score import Score, Scored
 
 Content = str | Image.Image | np.ndarray | Part | TokensPart  # pixels are uint8 [H, W, 3]
 _ROWS = 8  # samples at once, unless told: a notebook asks for few
-_DEFAULTS = ("guidance", "context", "text", "image")  # of a bundle's sampling, what a request may say itself
 
 
 def load(
@@ -84,7 +84,7 @@ def load(
         config = dataclasses.replace(bundle.config, dtype=dtype or bundle.config.dtype)
         grammar, tokenizer = bundle.grammar, bundle.image_tokenizer(batch_size)
         resize, sampling = _resize(bundle, tokenizer), bundle.sections["sampling"]
-        defaults = {name: sampling[name] for name in _DEFAULTS if name in sampling}
+        defaults = {name: sampling[name] for name in DEFAULTS if name in sampling}
         request_of({"mode": "text"} | _none_needed(defaults), "bundle", tokenizer or NoImages(), defaults)
         places = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh)) if mesh is not None else None
         engine = Engine(
@@ -97,7 +97,8 @@ def load(
             mesh=mesh,
             softmax=bundle.sections["loss"].get("softmax", "joint"),
         )
-    return Model(engine, tokenizer, resize, defaults, weights=bundle.hash)
+    warning = (bundle.published or {}).get("untrained", "")
+    return Model(engine, tokenizer, resize, defaults, weights=bundle.hash, warning=str(warning))
 
 
 def _length(sampling: Mapping[str, Any]) -> int:
@@ -108,7 +109,8 @@ def _length(sampling: Mapping[str, Any]) -> int:
 
 def _none_needed(defaults: Mapping[str, Any]) -> dict[str, Any]:
     """What makes a request right whose default context needs a text of its own."""
-    return {"negative_prompt": "-"} if defaults.get("context") == "negative_prompt" else {}
+    needs_one = defaults.get("context") == "negative_prompt" and not defaults.get("negative_prompt")
+    return {"negative_prompt": "-"} if needs_one else {}
 
 
 def _resize(bundle: Bundle, tokenizer: ImageCodec | None) -> Resize | None:
@@ -129,7 +131,7 @@ class Model:
         engine: the transformer, and the grammar of both tokenizers.
         image_tokenizer: None: there is text alone. resize: as in `run_job`.
         defaults: settings of requests that do not say, with the keys of a request.
-        weights: names the weights, for `run_job`.
+        weights: names the weights, for `run_job`. warning: what whoever draws images with it should know.
     """
 
     def __init__(
@@ -140,11 +142,12 @@ class Model:
         defaults: Mapping[str, Any] | None = None,
         *,
         weights: str = "",
+        warning: str = "",
     ):
         self.engine, self.grammar, self.vocabulary = engine, engine.grammar, engine.grammar.vocabulary
         self.image_tokenizer: ImageCodec = image_tokenizer or NoImages()
         self.resize = resize or default_resize(self.grammar.layout, self.image_tokenizer)
-        self.defaults, self.weights = dict(defaults or {}), weights
+        self.defaults, self.weights, self.warning = dict(defaults or {}), weights, warning
 
     # ---- what it says and draws -------------------------------------------------------------------------------------
 
@@ -174,6 +177,8 @@ class Model:
         if guidance is not None:
             settings["guidance"] = guidance
         request = self.request(*content, mode="image", seed=seed, n=n, **settings)
+        if self.warning:
+            warnings.warn(self.warning, stacklevel=2)
         codes = [part.codes for document in self._answers(request) for part in _images(document)]
         return [Image.fromarray(pixels) for pixels in by_size(self.image_tokenizer.decode, codes)]
 

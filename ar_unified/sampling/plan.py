@@ -93,6 +93,8 @@ def plan(grammar: Grammar, request: Request, max_length: int) -> Plan:
         prefixes.append(base if context == "image_only" else np.concatenate([base, own[at.begin + len(opening) :]]))
         starts.append(len(base))
         resets.append(context != "image_only")
+    if len(prefixes) == 3 and most == 1 and np.array_equal(prefixes[1], prefixes[2]):
+        prefixes, starts, resets = prefixes[:2], starts[:2], resets[:2]  # no image to look at: both are the same
     longest = max(len(prompt) + budget, max(starts) + min(largest, budget) + 1 if len(starts) > 1 else 0)
     exact = request.mode == "image" and least == most and size is not None and not request.stop
     wanted = (request.image_size or (0, 0)) if request.canvas is None else request.canvas.shape
@@ -189,8 +191,14 @@ def _base(grammar: Grammar, request: Request, context: str, own: np.ndarray) -> 
 
 
 def without_text(grammar: Grammar, tokens: np.ndarray) -> np.ndarray:
-    """Ids [n] that begin a document without its text: what the context "image_only" reads of them."""
+    """Ids [n] that begin a document without its text: what the context "image_only" reads of them.
+
+    The mark behind a question goes with it where the layout's `unconditional` has none, as Chameleon's.
+    """
+    record = grammar.layout.record
     kept = np.ones(len(tokens), bool)
+    if isinstance(record.turns, TurnMarks) and record.turns.ask not in record.unconditional:
+        kept = tokens != grammar.vocabulary.control(record.turns.ask)
     for begin, end in grammar.texts(tokens):
         kept[begin:end] = False
     return tokens[kept]

@@ -21,6 +21,8 @@ MODES = {
     "free": automaton.FREE,
 }
 CONTEXTS = ("empty_prompt", "bos_boi", "from_boi", "image_only", "negative_prompt")
+# Of a request's settings, those that a config and a bundle have defaults of.
+DEFAULTS = ("guidance", "image_guidance", "context", "negative_prompt", "repetition_penalty", "text", "image")
 _MANY = 1 << 20  # more images than any budget holds
 
 
@@ -55,7 +57,7 @@ class Request:
         guidance: scale of classifier-free guidance on image codes; 1: none, and then it costs nothing.
         image_guidance: a second scale, for what the prompt's images add beside its text (InstructPix2Pix, arXiv
             2211.09800; Chameleon's 3.0 and 1.2): u + image_guidance (i - u) + guidance (c - i), with i the images
-            alone. None: one scale.
+            alone. 0: one scale.
         context: u, what guidance compares with; one of CONTEXTS, each followed by the image at hand:
             "empty_prompt": <bos> <eot>, what condition dropout trains. "bos_boi": <bos> (Chameleon, LWM).
             "from_boi": nothing (Lumina-mGPT). "image_only": the document without its text (Emu3.5).
@@ -81,7 +83,7 @@ class Request:
     image_size: tuple[int, int] | None = None
     canvas: np.ndarray | None = field(default=None, compare=False)
     guidance: float = 1.0
-    image_guidance: float | None = None
+    image_guidance: float = 0.0
     context: Literal["empty_prompt", "bos_boi", "from_boi", "image_only", "negative_prompt"] = "empty_prompt"
     negative_prompt: str = ""
     repetition_penalty: float = 1.0
@@ -120,7 +122,7 @@ class Request:
             raise RequestError(f"max_tokens: expected at least 1, found {self.max_tokens}")
         for scale in ("guidance", "image_guidance"):
             value = getattr(self, scale)
-            if value is not None and not math.isfinite(value):
+            if not math.isfinite(value):
                 raise RequestError(f"{scale}: expected a finite number, found {value}")
         if self.context not in CONTEXTS:
             raise RequestError(f"context: expected one of {', '.join(CONTEXTS)}, found {self.context!r}")
@@ -129,7 +131,7 @@ class Request:
                 'negative_prompt: expected a text with context "negative_prompt", and none with another; '
                 f"found {self.negative_prompt!r:.80} with {self.context!r}"
             )
-        if self.image_guidance is not None and self.context == "image_only":
+        if self.image_guidance and self.context == "image_only":
             raise RequestError('image_guidance: compares "image_only" with another context: name one in `context`')
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
             raise RequestError(f"repetition_penalty: expected a number > 0 (1: off), found {self.repetition_penalty}")
@@ -171,9 +173,9 @@ class Request:
     @property
     def contexts(self) -> int:
         """How many contexts are decoded for it: 1 without guidance, 2, or 3 with `image_guidance`."""
-        if self.mode == "text" or (self.guidance == 1 and self.image_guidance in (None, 1)):
+        if self.mode == "text" or (self.guidance == 1 and self.image_guidance in (0, 1)):
             return 1
-        return 2 if self.image_guidance is None else 3
+        return 3 if self.image_guidance else 2
 
 
 @dataclass(frozen=True)

@@ -252,8 +252,11 @@ def request_of(
     for modality in ("text", "image"):
         if modality in own:
             merged[modality] = {**defaults.get(modality, {}), **own[modality]}
+    # What of the defaults belongs to another of them does not stay without it.
     if merged.get("context") != "negative_prompt" and "negative_prompt" not in own:
-        merged.pop("negative_prompt", None)  # the default's, which belongs to the default's context
+        merged.pop("negative_prompt", None)
+    if (own.get("guidance") == 1 or own.get("context") == "image_only") and "image_guidance" not in own:
+        merged.pop("image_guidance", None)
     settings = _settings(merged, cells, "")
     settings.setdefault("mode", "image" if "prompt" in row else "free")
     # Requests that name no seed still draw differently from each other, and alike in every run.
@@ -278,7 +281,7 @@ def _settings(row: Mapping[str, Any], cells: Cells, where: str) -> dict[str, Any
         raise RequestError(f"{where}mode: expected one of {', '.join(MODES)}, found {row['mode']!r}")
     if "stop" in row:
         settings["stop"] = _stop(row["stop"], where)
-    if row.get("guidance", 1) != 1 or "image_guidance" in row:
+    if row.get("guidance", 1) != 1 or row.get("image_guidance", 0):
         if "context" not in row:
             raise RequestError(
                 f"{where}guidance: a scale needs the context it compares with: one of {', '.join(CONTEXTS)}"

@@ -171,6 +171,8 @@ def fit(
         f"{task.name}: {size / 1e6:.2f}M parameters on {axes}; step {start} of {config.steps}; "
         f"peak {peak / 1e12:.3g} TFLOP/s ({peak_source})"
     )
+    if selected := task.selection(abstract.params).told(abstract.params):
+        telemetry.say(f"{task.name}: {selected}")
     meter, warnings = Meter(), Warnings(telemetry.say)
     metrics_file = folder / "metrics.jsonl"
     rows = losses_of(read_metrics(metrics_file, until=start) if start and metrics_file.exists() else ())

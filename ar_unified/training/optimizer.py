@@ -104,7 +104,7 @@ def _schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return schedule
 
 
-def is_decayed(path: tuple[Any, ...], leaf: Any) -> bool:
+def is_decayed(path: Sequence[Any], leaf: Any) -> bool:
     """Matrices shrink; norms, biases and codebooks, whose size has a meaning of its own, do not."""
     names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
     axes = leaf.ndim - (names[0] == "layers")

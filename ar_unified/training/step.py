@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from ar_unified.parallel.rules import batch_spec, on_mesh, shardings
 from ar_unified.training.optimizer import state_shardings
+from ar_unified.training.selection import EVERYTHING, Selection
 
 Params = dict[str, Any]
 Batch = Any  # a pytree of arrays [B, ...]: data.batch.PackedBatch, or {"pixels"}
@@ -66,6 +67,9 @@ class TrainingTask(Protocol):
     def logical_axes(self, params: Params) -> Any:
         """A tree like params, of tuples of logical axis names (parallel/rules.py)."""
 
+    def selection(self, params: Params) -> Selection:
+        """What of the parameters, or of their shapes, is trained."""
+
     def init_state(self, params: Params) -> Params:
         """The model state before the first step."""
 
@@ -101,7 +105,10 @@ class TrainingTask(Protocol):
 
 
 class Stateless:
-    """For a task without a model state: it trains all it holds."""
+    """For a task without a model state."""
+
+    def selection(self, params: Params) -> Selection:
+        return EVERYTHING
 
     def init_state(self, params: Params) -> Params:
         return {}
@@ -124,7 +131,7 @@ class TrainState(NamedTuple):
 
     step: jax.Array  # i32 [], steps taken
     params: Params
-    optimizer: optax.OptState
+    optimizer: optax.OptState  # of what is trained
     model_state: Params  # the task's: what no gradient moves
 
 
@@ -144,7 +151,14 @@ def make_state(
     """The state before the first step, with fresh parameters or those given. Jittable, and the same on every mesh."""
     params = task.init(jax.random.key(seed)) if params is None else params
     model_state = jax.tree.map(jnp.copy, task.init_state(params))  # no buffer twice: the state is donated
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), model_state)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(task.selection(params).take(params)), model_state)
+
+
+def abstract_trained(task: TrainingTask, params: Params, mesh: Mesh) -> Params:
+    """What is trained of parameters, or of their shapes, as shapes, dtypes and shardings on `mesh`."""
+    selection = task.selection(params)
+    shapes = jax.eval_shape(selection.take, params)
+    return on_mesh(shapes, shardings(mesh, selection.axes(task.logical_axes(params)), shapes))
 
 
 def abstract_state(task: TrainingTask, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -155,7 +169,9 @@ def abstract_state(task: TrainingTask, tx: optax.GradientTransformation, mesh: M
     model_state = (
         shardings(mesh, task.logical_axes(shapes.model_state), shapes.model_state) if shapes.model_state else {}
     )
-    placement = TrainState._make((whole, params, state_shardings(tx, shapes.params, params, whole), model_state))
+    trained = abstract_trained(task, shapes.params, mesh)
+    moments = state_shardings(tx, trained, jax.tree.map(lambda x: x.sharding, trained), whole)
+    placement = TrainState._make((whole, params, moments, model_state))
     return on_mesh(shapes, placement)
 
 
@@ -187,25 +203,28 @@ def gradients(
     accumulation: int,
     mesh: Mesh,
 ) -> tuple[jax.Array | dict[str, jax.Array], Params, Metrics]:
-    """(loss or losses, gradients, metric sums) of one global batch, in `accumulation` sequential parts of it.
+    """(loss or losses, gradients of what is trained, metric sums) of one global batch, in `accumulation` sequential
+    parts of it.
 
     What is random is keyed by row, fold_in(key, row of the global batch), and so the same in any number of parts.
     """
     rows = jax.tree.leaves(batch)[0].shape[0]
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
-    placement = shardings(mesh, task.logical_axes(params), params)
+    selection = task.selection(params)
+    trained = selection.take(params)
+    placement = jax.tree.map(lambda x: x.sharding, abstract_trained(task, params, mesh))
 
     def summed(batch: Batch, keys: jax.Array) -> Any:
-        def objective(params: Params) -> tuple[Any, tuple[jax.Array, Metrics]]:
-            loss, weight, metrics = task.loss(params, model_state, batch, keys)
+        def objective(trained: Params) -> tuple[Any, tuple[jax.Array, Metrics]]:
+            loss, weight, metrics = task.loss(selection.put(params, trained), model_state, batch, keys)
             return loss, (weight, metrics)
 
-        loss, pull_back, (weight, metrics) = jax.vjp(objective, params, has_aux=True)
+        loss, pull_back, (weight, metrics) = jax.vjp(objective, trained, has_aux=True)
         if isinstance(loss, dict):
             one = {name: jnp.ones_like(value) for name, value in loss.items()}
             none = jax.tree.map(jnp.zeros_like, one)
-            grads = {name: pull_back(none | {name: one[name]})[0][name] for name in params}
+            grads = {name: pull_back(none | {name: one[name]})[0][name] for name in trained}
         else:
             (grads,) = pull_back(jnp.ones_like(loss))
         # Without this the compiler may keep gradients whole, and the memory that fsdp saves is lost.
@@ -270,10 +289,11 @@ def make_train_step(
             grads = clipped(grads, norm, clip_norm)
         total = jnp.sum(jnp.stack(jax.tree.leaves(loss)))
         finite = jnp.isfinite(norm) & jnp.isfinite(total)
-        updates, optimizer = tx.update(grads, state.optimizer, state.params)
-        params, model_state = task.update_state(
-            optax.apply_updates(state.params, updates), state.model_state, statistics
-        )
+        selection = task.selection(state.params)
+        trained = selection.take(state.params)
+        updates, optimizer = tx.update(grads, state.optimizer, trained)
+        params = selection.put(state.params, optax.apply_updates(trained, updates))
+        params, model_state = task.update_state(params, state.model_state, statistics)
         moved = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, optimizer, model_state), state[1:])
         return TrainState(state.step + 1, *moved), StepReport(values, total, norm, finite, leaves)
 

@@ -8,6 +8,7 @@ Axes: B batch, T position, D model, N query heads, H head dim, L layers, V vocab
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,8 +26,11 @@ from ar_unified.metrics import LOG_Z_BY_ROLE, LOSS_BY_ROLE, LOSS_BY_TASK
 from ar_unified.model import transformer
 from ar_unified.model.code_vectors import init_from_codebook
 from ar_unified.model.config import TransformerConfig, matmul_parameters
+from ar_unified.model.leaves import named
 from ar_unified.model.loss import token_losses
 from ar_unified.training.attention_share import attention_shares
+from ar_unified.training.optimizer import is_decayed
+from ar_unified.training.selection import EVERYTHING, Selection, select
 from ar_unified.training.step import STATISTICS, Batch, BatchOfStep, Metrics, Params, Stateless
 
 
@@ -69,6 +73,7 @@ class TransformerTask(Stateless):
         (training/attention_share.py): about the time of two forward passes over one held-out batch.
       code_vectors: f32 [K, C] of the image tokenizer, for rows of image codes that begin alike where codes are; None:
         they begin at random, as those of text do.
+      only: what is trained, places of `selection.select`; (): all of it.
     """
 
     config: TransformerConfig
@@ -84,6 +89,7 @@ class TransformerTask(Stateless):
     chunk: int = 1024
     attention_share: bool = True
     code_vectors: np.ndarray | None = None
+    only: Sequence[str] = ()
     name: str = "transformer"
     unit: str = "tokens"
 
@@ -95,6 +101,7 @@ class TransformerTask(Stateless):
                 f"code_vectors: expected one for each of {self.vocabulary.codebook_size} image codes, "
                 f"found {len(self.code_vectors)}"
             )
+        self.selection(transformer.abstract_params(self.config))
 
     def init(self, key: jax.Array) -> Params:
         params = transformer.init(self.config, key)
@@ -106,6 +113,9 @@ class TransformerTask(Stateless):
 
     def logical_axes(self, params: Params) -> Any:
         return transformer.logical_axes(params)
+
+    def selection(self, params: Params) -> Selection:
+        return select(self.only, transformer.logical_axes(params), self.vocabulary)
 
     def describe(self) -> dict[str, Any]:
         return {"kind": self.name, **dataclasses.asdict(self.config)}
@@ -177,17 +187,36 @@ class TransformerTask(Stateless):
     def summary(self, totals: Metrics) -> dict[str, float]:
         return ratios(totals)
 
+    @functools.cached_property
+    def _trained(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of what is trained, by path."""
+        shapes = transformer.abstract_params(self.config)
+        return named(jax.eval_shape(self.selection(shapes).take, shapes))
+
+    @property
+    def through_layers(self) -> bool:
+        """Whether the backward pass goes through the layers: something is trained in them or below."""
+        return any(path.startswith(("layers.", "embedding")) for path in self._trained)
+
     def flops(self, totals: Metrics) -> float:
         """6 * N_matmul * tokens + 12 * L * N * H * attended keys (forward 1 part, backward 2; remat not counted).
 
         N_matmul: `model.config.matmul_parameters`. A token attends to position + 1 keys, so a document of T tokens
         counts 12 * L * N * H * T / 2 per token: the usual attention term, halved for causality. Padding is not work.
+        Where a part is trained, backward counts what it needs: of weights 2 for each that is trained and is multiplied
+        with, of what they read 2 for each above the first that is.
         """
-        c = self.config
-        return (
-            6.0 * sum(matmul_parameters(c)) * totals["tokens"]
-            + 12.0 * c.n_layers * c.n_heads * c.head_dim * totals["attended"]
+        c, (layers, head) = self.config, matmul_parameters(self.config)
+        looked_up, below_head = not c.tie_embeddings, self._trained.keys() - {"head"}
+        trained = sum(
+            math.prod(x.shape)
+            for path, x in self._trained.items()
+            if is_decayed(path.split("."), x) and not (looked_up and path == "embedding")
         )
+        deep = self.through_layers
+        passes = layers + head + trained + layers * deep + head * bool(below_head)
+        attention = (12.0 if deep else 4.0) * c.n_layers * c.n_heads * c.head_dim
+        return 2.0 * passes * totals["tokens"] + attention * totals["attended"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -205,6 +234,9 @@ class TokenizerTask:
 
     def init(self, key: jax.Array) -> Params:
         return self.objective.init(key)
+
+    def selection(self, params: Params) -> Selection:
+        return EVERYTHING
 
     def init_state(self, params: Params) -> Params:
         return self.objective.init_state(params)

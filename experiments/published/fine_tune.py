@@ -4,13 +4,13 @@
     ar-unified run --config experiments/published/fine_tune.py:init=emu3,path=DIR --workdir workdirs/mine
 
 The folder is as experiments/folder.py reads it. Tokenizers, language, the model's shape and what requests are drawn
-with are the bundle's; of the recipe there are the learning rate, its schedule, decay, clipping, the weights of the loss
-and how often a prompt is dropped. Batch size and steps are yours: the published ones are of large data and machines.
+with are the bundle's; what is trained, how fast, with which loss and on how many rows a step is the recipe's, and every
+key of it can be changed. A batch is made of parts of 8 rows.
 
-Arguments: init=BUNDLE; path=DIR; steps=N (1000); links=yes|no, whether links that lead out of DIR are followed (no).
+Arguments: init=BUNDLE; path=DIR; recipe=NAME, one of RECIPES (that of the bundle's system); steps=N (1000); batch=ROWS
+(the recipe's, else 8); links=yes|no, whether links that lead out of DIR are followed (no).
 
-Sources: Lumina-mGPT (lumina_mgpt/exps), Emu3 (scripts/t2i_sft.sh, emu3/train), Chameleon (arXiv 2405.09818, its
-supervised fine-tuning). Where nobody published one, Chameleon's stands.
+Sources, and what nobody published: docs/published_weights.md, Recipes.
 """
 
 from typing import Any
@@ -18,20 +18,45 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ar_unified.bundle import Bundle
+from ar_unified.errors import nearest
 from ar_unified.experiment.config import begin_with, defaults, parse_arg, whole
 
-_CHAMELEON: dict[str, Any] = {
+ROWS = 8  # of a part of a batch
+# Keys of a config by section. Where a system's authors say nothing, PLAIN stands.
+PLAIN: dict[str, dict[str, Any]] = {
     "training": dict(learning_rate=1e-5, final_fraction=0.0, weight_decay=0.1, clip_norm=1.0),
-    "model": dict(dropout=0.05),
 }
-RECIPES: dict[str, dict[str, Any]] = {
-    "chameleon": _CHAMELEON,
+RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    "plain": PLAIN,
+    "chameleon": {
+        "training": PLAIN["training"] | dict(batch_size=128),
+        "model": dict(dropout=0.05),
+        "loss": dict(prompt=0.0),
+    },
+    # Chameleon's weights, taught to draw: of the head, the rows of image codes alone, begun anew.
+    "anole": {
+        "training": dict(
+            only=("head[image]",),
+            fresh=("head[image]",),
+            learning_rate=1e-3,
+            schedule="wsd",
+            decay="linear",
+            decay_fraction=1.0,
+            final_fraction=0.0,
+            warmup_steps=0,
+            weight_decay=0.0,
+            clip_norm=1.0,
+            b2=0.999,
+            condition_dropout=0.0,
+        ),
+    },
+    # 1 and 2.0; how often a prompt is dropped is 2.0's.
     "lumina_mgpt": {
         "training": dict(
             learning_rate=2e-5, final_fraction=1.0, weight_decay=0.1, clip_norm=4.0, condition_dropout=0.1
         ),
         "model": dict(dropout=0.05),
-        "loss": dict(z_loss=1e-5),
+        "loss": dict(z_loss=1e-5, prompt=0.0),
     },
     "emu3": {
         "training": dict(
@@ -41,15 +66,17 @@ RECIPES: dict[str, dict[str, Any]] = {
             weight_decay=0.1,
             clip_norm=5.0,
             b2=0.95,
+            eps=1e-6,
             condition_dropout=0.05,
         ),
-        "roles": dict(text=0.0, control=0.0, size=0.0),  # the loss of image codes alone
+        "loss.roles": dict(text=0.0, control=0.0, size=0.0),  # the loss of image codes alone
     },
+    "liquid": {"training": PLAIN["training"] | dict(learning_rate=2e-5)},
 }
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    args = parse_arg(arg, init=None, path=None, steps="1000", links="no")
+    args = parse_arg(arg, init=None, path=None, recipe="", steps="1000", batch="", links="no")
     if not args["init"] or not args["path"]:
         raise ValueError(
             "experiments/published/fine_tune.py needs a bundle and a folder: fine_tune.py:init=BUNDLE,path=DIR"
@@ -66,12 +93,23 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.validation = source("[95%:]")
     begin_with(config, args["init"])
     steps = whole("steps", args["steps"])
-    config.training.update(steps=steps, batch_size=8, warmup_steps=min(10, steps // 10), flip_pairs=0.0)
-    published = Bundle(config.init).published or {}
-    recipe = RECIPES.get(published.get("system", ""), _CHAMELEON)
-    config.training.update(recipe["training"])
-    config.model.update(recipe.get("model", {}))
-    config.loss.update(recipe.get("loss", {}))
-    config.loss.roles.update(recipe.get("roles", {}))
+    config.training.update(steps=steps, batch_size=ROWS, warmup_steps=10, flip_pairs=0.0)
+    for section, keys in recipe_of(args["recipe"], config).items():
+        part: Any = config
+        for name in section.split("."):
+            part = part[name]
+        part.update(keys)
+    if args["batch"]:
+        config.training.batch_size = whole("batch", args["batch"])
+    rows = config.training.batch_size
+    config.training.accumulation = rows // ROWS if rows % ROWS == 0 else 1
+    config.training.warmup_steps = min(config.training.warmup_steps, steps // 10)
     config.model.update(scan_layers=True, remat="full")
     return config
+
+
+def recipe_of(name: str | None, config: ConfigDict) -> dict[str, dict[str, Any]]:
+    """That of a name, else of the system that the bundle came from."""
+    if name and name not in RECIPES:
+        raise ValueError(f"config argument recipe: expected {', '.join(RECIPES)}; found {name}{nearest(name, RECIPES)}")
+    return RECIPES.get(name or (Bundle(config.init).published or {}).get("system", ""), PLAIN)

@@ -15,7 +15,7 @@ from ar_unified.language.document import CodesPart, Document, ImagePart, TextPar
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.syntax import fixed_grid
 from ar_unified.language.vocabulary import Vocabulary
-from ar_unified.sampling.request import RequestError, Sample
+from ar_unified.sampling.request import Request, RequestError, Sample
 
 NOTHING = np.full((32, 32, 3), scenes.BACKGROUND, np.uint8)
 
@@ -107,11 +107,29 @@ def make(n=6):
     return documents
 
 
-def run(documents, album=None, protocol="shapes", limit=100, **options):
+def run(documents, album=None, protocol="shapes", limit=100, asked=None, **options):
+    """asked: settings of all requests, for `evaluate`."""
     album = album or Album()
     oracle = Oracle(documents, album, **options)
-    metrics, kept = evaluate(oracle, album, oracle.grammar, PROTOCOLS[protocol], [documents], limit=limit)
+    given = {"drawn": asked} if asked else {}
+    metrics, kept = evaluate(oracle, album, oracle.grammar, PROTOCOLS[protocol], [documents], limit=limit, **given)
     return metrics, kept, oracle
+
+
+def test_every_request_is_drawn_as_told():
+    asked = Request("", (), guidance=3.0, image_guidance=1.2, context="bos_boi", repetition_penalty=1.3)
+    requests = []
+
+    def answer(request, truth):
+        requests.append(request)
+        return truth
+
+    run(make(2), asked=asked, answer=answer)
+    settings = ("guidance", "image_guidance", "context", "repetition_penalty", "text", "image")
+    assert {tuple(getattr(request, name) for name in settings) for request in requests} == {
+        tuple(getattr(asked, name) for name in settings)
+    }
+    assert len({request.id for request in requests}) == len(requests) > 5
 
 
 def test_an_oracle_is_right_everywhere_and_every_number_has_its_count():

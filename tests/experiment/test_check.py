@@ -102,6 +102,11 @@ def test_an_unknown_choice_is_told_what_there_is(key):
         ("sampling.max_length", 1, "at least 2"),
         ("sampling.guidance", "inf", "a finite number"),
         ("sampling.context", "negative_prompt", "prompts of held-out documents have none"),
+        ("sampling.negative_prompt", "blurry", "a text with context .negative_prompt., and none with another"),
+        ("sampling.image_guidance", "inf", "a finite number"),
+        ("sampling.repetition_penalty", 0, "a number > 0"),
+        ("training.eps", 0, "more than 0"),
+        ("training.only", "('layer',)", "'layer' names none of this model's parameters .*did you mean 'layers'"),
         ("sampling.text.temperature", -1, "a finite number >= 0"),
         ("sampling.image.top_k", -1, "a whole number >= 0"),
         ("sampling.image.top_p", 0, "0 < top_p <= 1"),
@@ -142,6 +147,7 @@ def test_all_problems_are_told_at_once():
 def test_stages_that_do_not_run_are_not_asked_how_they_go_together():
     check(load(training__sequence_length=10), ["text_tokenizer", "image_tokenizer"])
     check(load(sampling__context="negative_prompt"), ["requests"])
+    check(load(sampling__context="negative_prompt", sampling__negative_prompt="blurry"))
     check(load(text_tokenizer__model="gone.model"), ["model"])
     says("optimizer", {"training.optimizer": "adam"}, ["text_tokenizer"])  # by itself: always
 

@@ -23,6 +23,7 @@ from ar_unified.errors import UserError
 from ar_unified.experiment import config as configs
 from ar_unified.interop import lwm
 from ar_unified.language.document import CodesPart, Document, TextPart, Turn
+from ar_unified.sampling.decoding import Filter
 from tests.interop import comparing, formats, interleaved, tables
 from tests.language import transcriptions
 from tests.sources import ROOT
@@ -130,6 +131,11 @@ def test_lwms_likelihoods_are_of_two_softmaxes_when_scored_and_when_trained(
     np.testing.assert_allclose(loss, -own.mean(), rtol=1e-5)
 
 
+def test_lwm_is_asked_as_published(lwm_model: ar_unified.Model) -> None:
+    asked = lwm_model.request("a red circle", mode="image", seed=0)
+    assert (asked.guidance, asked.context, asked.image) == (5.0, "bos_boi", Filter(1.0, 8192))
+
+
 @pytest.mark.slow
 def test_a_picture_of_lwm_has_as_many_codes_as_its_decoder_reads(lwm_model: ar_unified.Model) -> None:
     (image,) = lwm_model.draw("a red circle", seed=0, n=1)
@@ -212,6 +218,12 @@ def test_lumina_2s_ids_are_its_own(lumina_2: tuple[Path, Path, ar_unified.Model]
             size=table.id("<reserved08800>"),
         )
     assert found.tolist() == expected
+
+
+def test_lumina_2_is_asked_as_published(lumina_2: tuple[Path, Path, ar_unified.Model]) -> None:
+    asked = lumina_2[2].request("a red circle", mode="image", seed=0)
+    assert (asked.guidance, asked.context) == (4.0, "from_boi")
+    assert (asked.text, asked.image) == (Filter(1.0, 10), Filter(1.0, 4096))
 
 
 def test_lumina_2_comes_back(lumina_2: tuple[Path, Path, ar_unified.Model], tmp_path: Path) -> None:

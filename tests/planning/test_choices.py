@@ -37,6 +37,7 @@ CHOICES |= {
     "loss.chunk": (16, 1024),
     "loss.z_loss": (0.0, 1e-4),
     "training.restarts": ((), (0.5,)),
+    "training.only": ((), ("embedding[image]", "layers.mlp"), ("norm", "layers.*.norm")),
     "training.accumulation": (2, 1),
     "training.clip_norm": (1.0, 0.0),
     "sampling.guidance": (1.0, 3.0),

@@ -68,6 +68,20 @@ def test_gpus_are_planned_with_cpus_in_their_place(tmp_path):
     assert page.count("<rect") > len(where) and "http" not in page
 
 
+def test_a_part_that_is_trained_is_planned_without_what_the_rest_would_need():
+    codes = tiny.VOCABULARY.codebook_size * tiny.MODEL.d_model * 4 // 2  # bytes on a device: fsdp cuts their width
+    run = replace(SMALL, model=replace(tiny.MODEL, remat="full"))
+    (whole,), (part,) = (
+        make_plan(replace(run, only=only), parse_target("h200:8"), say=quiet)["programs"]
+        for only in ((), ("head[image]",))
+    )
+    assert part["memory"]["parts"]["gradients"] == codes
+    assert 2 * codes <= part["memory"]["parts"]["optimizer"] < 2 * codes + 64
+    assert part["memory"]["parts"]["parameters"] == whole["memory"]["parts"]["parameters"]
+    assert part["memory"]["parts"]["activations"] < whole["memory"]["parts"]["activations"] / 2
+    assert part["flops"]["executed"] < part["flops"]["model"] * 1.5 < whole["flops"]["model"]
+
+
 def test_sampling_is_planned_by_its_two_programs():
     plan = make_plan(SMALL, parse_target("h200:8"), "sample", say=quiet)
     prefill, decode = plan["programs"]

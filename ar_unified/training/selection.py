@@ -1,0 +1,166 @@
+"""What of the parameters is trained: leaves by their paths, and rows of a table by what their ids are.
+
+    ("layers.attention", "*.norm")    every leaf below a path, and every leaf whose path looks so
+    ("head[image]",)                  of the head, the rows of image codes: all that Anole trains
+
+What is not selected is a constant of the step. No gradient goes to it, so none passes through layers below which
+nothing is trained; no optimizer state belongs to it, no decay shrinks it, and its bits stay what they were.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ar_unified.errors import nearest
+from ar_unified.language.vocabulary import Role, Vocabulary
+
+Rows = tuple[tuple[int, int], ...]  # begin and end of each run of rows, ascending
+_PLACE = re.compile(r"([\w.*?]+)(?:\[(\w+)\])?")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """
+    Attributes:
+        parts: by the path of a leaf, which of its rows are trained, () for all of them; None: all there is.
+    """
+
+    parts: Mapping[str, Rows] | None = None
+
+    def take(self, params: dict[str, Any]) -> dict[str, Any]:
+        """What is trained: a tree like `params` with those leaves alone, of a table the selected rows alone."""
+        if self.parts is None:
+            return params
+        taken: dict[str, Any] = {}
+        for path, rows in self.parts.items():
+            folder, name = _folder(taken, path)
+            leaf = _folder(params, path)[0][name]
+            folder[name] = jnp.concatenate([leaf[begin:end] for begin, end in rows]) if rows else leaf
+        return taken
+
+    def put(self, params: dict[str, Any], taken: dict[str, Any]) -> dict[str, Any]:
+        """`params` with what is trained in its place."""
+        if self.parts is None:
+            return taken
+        whole = _copied(params)
+        for path, rows in self.parts.items():
+            folder, name = _folder(whole, path)
+            leaf, new, at = folder[name], _folder(taken, path)[0][name], 0
+            for begin, end in rows:
+                leaf = jax.lax.dynamic_update_slice_in_dim(leaf, new[at : at + end - begin], begin, axis=0)
+                at += end - begin
+            folder[name] = leaf if rows else new
+        return whole
+
+    def axes(self, axes: dict[str, Any]) -> dict[str, Any]:
+        """The logical axes of what is trained, from those of all parameters. Selected rows are never split."""
+        if self.parts is None:
+            return axes
+        taken: dict[str, Any] = {}
+        for path, rows in self.parts.items():
+            folder, name = _folder(taken, path)
+            found = _folder(axes, path)[0][name]
+            folder[name] = (None, *found[1:]) if rows else found
+        return taken
+
+    def told(self, shapes: dict[str, Any]) -> str:
+        """What is trained, in words; "" where that is all. shapes: of all parameters."""
+        if self.parts is None:
+            return ""
+        words, count = [], 0
+        for path, rows in self.parts.items():
+            leaf = _folder(shapes, path)[0][path.rpartition(".")[2]]
+            selected = _count(rows) if rows else leaf.shape[0]
+            count += selected * math.prod(leaf.shape[1:])
+            words.append(f"{selected:,} of {leaf.shape[0]:,} rows of {path}" if rows else path)
+        total = sum(math.prod(leaf.shape) for _, leaf in _leaves(shapes))
+        return f"trains {', '.join(words)}: {count:,} of {total:,} parameters"
+
+
+EVERYTHING = Selection()
+
+
+def select(places: Sequence[str], axes: dict[str, Any], vocabulary: Vocabulary) -> Selection:
+    """What places name; none: everything.
+
+    Args:
+        places: paths of leaves, or of what is above them, in which * stands for anything; behind one that names a table
+            of ids, [text], [control], [size] or [image]: those rows of it.
+        axes: logical axes of every parameter, which say what a table of ids is.
+
+    Raises ValueError, beginning with the place, for one that names nothing.
+    """
+    if not places:
+        return EVERYTHING
+    paths = dict(_leaves(axes))
+    parts: dict[str, set[int] | None] = {}
+    for place in places:
+        match = _PLACE.fullmatch(place)
+        found = [path for path in paths if match and _under(path, match[1])]
+        if not match or not found:
+            above = {path[: dot.start()] for path in paths for dot in re.finditer(r"\.", path)}
+            known = ", ".join(dict.fromkeys(path.partition(".")[0] for path in paths))
+            near = nearest(match[1] if match else place, sorted({*paths, *above}))
+            near = "; its head is its embedding" if match and match[1] == "head" else near
+            raise ValueError(f"{place!r} names none of this model's parameters ({known}){near}")
+        ids = _ids(place, match[2], [path for path in found if paths[path][0] != "vocab"], vocabulary)
+        for path in found:
+            before = parts.get(path, set())
+            parts[path] = None if ids is None or before is None else before | set(ids)
+    return Selection({path: () if ids is None else _runs(ids) for path, ids in sorted(parts.items())})
+
+
+def _ids(place: str, kind: str | None, others: Sequence[str], vocabulary: Vocabulary) -> range | None:
+    """The ids that a place names; None: it names whole leaves. others: leaves of it that are no tables of ids."""
+    if kind is None:
+        return None
+    known = [role.name.lower() for role in Role if role != Role.PAD]
+    if kind not in known:
+        raise ValueError(f"{place!r}: expected one of {', '.join(known)}; found {kind!r}{nearest(kind, known)}")
+    if others:
+        raise ValueError(f"{place!r}: {others[0]} has no rows of ids, as embedding and head have")
+    if not (ids := vocabulary.ids(Role[kind.upper()])):
+        raise ValueError(f"{place!r}: this vocabulary has no {kind} tokens")
+    return ids
+
+
+def _under(path: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern}.*")
+
+
+def _runs(ids: set[int]) -> Rows:
+    begins = sorted(id for id in ids if id - 1 not in ids)
+    ends = sorted(id + 1 for id in ids if id + 1 not in ids)
+    return tuple(zip(begins, ends, strict=True))
+
+
+def _count(rows: Rows) -> int:
+    return sum(end - begin for begin, end in rows)
+
+
+def _folder(tree: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+    """The dict that has a leaf, which is made where it is not there, and the leaf's name in it."""
+    *above, name = path.split(".")
+    for key in above:
+        tree = tree.setdefault(key, {})
+    return tree, name
+
+
+def _copied(tree: dict[str, Any]) -> dict[str, Any]:
+    return {key: _copied(inner) if isinstance(inner, dict) else inner for key, inner in tree.items()}
+
+
+def _leaves(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, inner in tree.items():
+        if isinstance(inner, dict):
+            yield from _leaves(inner, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", inner

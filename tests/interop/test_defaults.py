@@ -1,0 +1,178 @@
+"""What a system was published to be drawn with is its bundle's default, and acts as if a person had said it.
+
+LWM and Lumina-mGPT 2.0 are asked in test_systems, which has their files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ar_unified
+from ar_unified.bundle import Bundle
+from ar_unified.cli.main import main
+from ar_unified.experiment import config as configs
+from ar_unified.language.document import CodesPart
+from ar_unified.sampling.decoding import Filter
+from ar_unified.sampling.requests import read_requests
+from tests.interop import formats
+
+QUALITY = "lowres, bad anatomy, "  # how Emu3's negative prompt begins
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "chameleon": {
+        "guidance": 3.0, "image_guidance": 1.2, "context": "bos_boi", "repetition_penalty": 1.2,
+        "text": Filter(0.7, 0, 0.9), "image": Filter(0.7, 0, 0.9),
+    },
+    "anole": {
+        "guidance": 3.0, "image_guidance": 1.2, "context": "bos_boi", "repetition_penalty": 1.2,
+        "text": Filter(1.0, 0, 0.9), "image": Filter(0.7, 0, 0.9),
+    },
+    "lumina_mgpt": {
+        "guidance": 4.0, "context": "from_boi", "text": Filter(1.0, 10), "image": Filter(1.0, 2000),
+    },
+    "emu3": {"guidance": 3.0, "context": "negative_prompt", "image": Filter(1.0, 2048)},
+    "emu3_5": {
+        "guidance": 2.0, "context": "empty_prompt", "text": Filter(1.0, 1024, 0.9), "image": Filter(1.0, 5120),
+    },
+    "liquid": {"guidance": 7.0, "context": "empty_prompt", "image": Filter(0.99, 4096, 0.96)},
+}  # fmt: skip
+
+
+def files_of(system: str, folder: Path) -> list[Path | str]:
+    """A tiny download, and what `import` is told of it."""
+    if system in ("chameleon", "anole"):
+        formats.meta(folder, count=1)
+        beside = ["--text", folder / "tokenizer", "--image", folder / "tokenizer" / "vqgan.safetensors"]
+        return ["--from", folder / "models" / "7b", *beside]
+    if system == "lumina_mgpt":
+        formats.lumina_1(folder, tokenizer=True)
+        beside = ["--text", folder / "tokenizer", "--image", folder / "tokenizer" / "vqgan.safetensors"]
+        return ["--from", folder, *beside]
+    if system == "emu3":
+        pytest.importorskip("torch", reason="transformers writes Emu3's files: needs torch (make test-interop)")
+        from tests.interop import published
+
+        published.emu3(folder, levels=2)
+        return ["--from", folder, "--size", "8x8"]
+    if system == "emu3_5":
+        formats.emu3_5(folder)
+        return ["--from", folder, "--size", "8x8", "--image", formats.ibq(folder.parent / "ibq")]
+    formats.liquid(folder)
+    tokenizer = formats.chameleon_tokenizer(folder.parent / "tokenizer")
+    return ["--from", folder, "--image", tokenizer / "vqgan.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def get(system: str) -> Path:
+        if system not in made:
+            folder = tmp_path_factory.mktemp(system)
+            files = list(map(str, files_of(system, folder / "download")))
+            assert main(["import", *files, "--as", system, "--output", str(folder / "bundle")]) == 0
+            made[system] = folder / "bundle"
+        return made[system]
+
+    return get
+
+
+def model_of(bundle: Path) -> ar_unified.Model:
+    return ar_unified.load(bundle, dtype="float32", max_length=512)
+
+
+@pytest.mark.parametrize("system", DEFAULTS)
+def test_a_request_that_says_nothing_has_the_published_settings(system: str, bundle: Callable[[str], Path]) -> None:
+    model = model_of(bundle(system))
+    asked = model.request("a red circle", mode="image", seed=0)
+    for name, expected in DEFAULTS[system].items():
+        assert getattr(asked, name) == expected, name
+    assert asked.image_guidance == DEFAULTS[system].get("image_guidance", 0)
+    assert asked.repetition_penalty == DEFAULTS[system].get("repetition_penalty", 1)
+    assert asked.negative_prompt.startswith(QUALITY) if system == "emu3" else not asked.negative_prompt
+    config = configs.defaults()
+    configs.begin_with(config, str(bundle(system)))
+    assert config.sampling.guidance == asked.guidance and config.sampling.context == asked.context
+    assert config.sampling.image_guidance == asked.image_guidance
+    assert config.sampling.negative_prompt == asked.negative_prompt
+
+
+def test_a_batch_of_openais_has_them_too(bundle: Callable[[str], Path], tmp_path: Path) -> None:
+    model = model_of(bundle("chameleon"))
+    body = {"model": "m", "prompt": "a circle"}
+    own = body | {"guidance": 5.0, "image_guidance": 2.0, "repetition_penalty": 1.0, "image": {"top_p": 0.5}}
+    lines = [
+        {"custom_id": str(i), "method": "POST", "url": "/v1/images/generations", "body": each}
+        for i, each in enumerate((body, own))
+    ]
+    (tmp_path / "batch.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    one, two = read_requests(tmp_path / "batch.jsonl", cells=model.image_tokenizer, defaults=model.defaults)
+    asked = one.request
+    assert (asked.guidance, asked.image_guidance, asked.repetition_penalty) == (3.0, 1.2, 1.2)
+    assert (two.request.guidance, two.request.image_guidance, two.request.repetition_penalty) == (5.0, 2.0, 1.0)
+    assert two.request.image == Filter(0.7, 0, 0.5) and asked.image == Filter(0.7, 0, 0.9)
+
+
+def test_chameleons_two_scales_compare_what_its_own_sampler_compares(bundle: Callable[[str], Path]) -> None:
+    """chameleon.py: the prompt; its image codes with <s> and both ends of images, no end of turn; <s> and an image."""
+    model = model_of(bundle("chameleon"))
+    v, codes = model.vocabulary, np.arange(64, dtype=np.int32).reshape(8, 8)
+    shown = model.grammar.image(codes)
+    part = model.detokenize_image(codes)
+    asked = model.request("a red circle", part, mode="image", seed=0)
+    plan = model.engine.plan(asked)
+    again = [v.bos, *model.grammar.image(model.tokenize_image(part)), v.control("boi")]
+    assert [list(prefix) for prefix in plan.prefixes[1:]] == [[v.bos, v.control("boi")], again]
+    assert len(again) == len(shown) + 2 and v.control("eot") in plan.prefixes[0]
+    np.testing.assert_allclose(plan.weights, [3.0, -0.2, -1.8])
+    alone = model.engine.plan(model.request("a red circle", mode="image", seed=0))
+    assert alone.weights == [3.0, -2.0], "nothing to look at: one comparison, which is the same"
+    none = model.engine.plan(model.request("a red circle", part, mode="image", seed=0, guidance=1))
+    assert none.weights == [1.0]
+    other = model.request("a red circle", part, mode="image", seed=0, context="image_only")
+    assert len(model.engine.plan(other).weights) == 2
+
+
+def test_emu3_compares_with_its_negative_prompt_in_the_place_of_the_prompt(bundle: Callable[[str], Path]) -> None:
+    model = model_of(bundle("emu3"))
+    v, size = model.vocabulary, 8 * model.image_tokenizer.factor
+    asked = model.request("a red circle", mode="image", seed=0, turn=False, image_size=size)
+    own, other = model.engine.plan(asked).prefixes
+    texts = [model.grammar.text_codec.encode(text) for text in ("a red circle", asked.negative_prompt)]
+    opening = model.grammar.image(np.zeros((8, 8), np.int32))[: -8 * 9 - 2]
+    assert [list(prefix) for prefix in (own, other)] == [[v.bos, *text, *opening] for text in texts]
+    assert [v.name(id) for id in (opening[0], opening[-1])] == ["<boi>", "<img>"]
+
+
+@pytest.mark.parametrize(
+    "system, by_hand, without",
+    [
+        ("chameleon", dict(guidance=3.0, image_guidance=1.2, context="bos_boi"), dict(image_guidance=0)),
+        ("emu3", dict(guidance=3.0, context="negative_prompt"), dict(context="bos_boi")),
+        ("lumina_mgpt", dict(guidance=4.0, context="from_boi"), dict(guidance=1.0)),
+    ],
+)
+def test_they_draw_what_the_same_said_by_hand_draws(
+    system: str, by_hand: dict[str, Any], without: dict[str, Any], bundle: Callable[[str], Path]
+) -> None:
+    """Likeliest codes, so that what differs is the logits alone."""
+    model = model_of(bundle(system))
+    if system == "emu3":
+        by_hand = by_hand | {"negative_prompt": Bundle(bundle(system)).sections["sampling"]["negative_prompt"]}
+    shown = CodesPart(np.random.default_rng(0).integers(0, 64, (8, 8)).astype(np.int32))
+    size = {"image_size": 8 * model.image_tokenizer.factor} if model.grammar.layout.sized else {}
+    greedy = {"image": {"temperature": 0.0}, **size}
+
+    def drawn(**settings: Any) -> np.ndarray:
+        (answer,) = model.generate([model.request("a red circle", shown, mode="image", seed=0, **greedy | settings)])
+        assert answer.document is not None, answer.error
+        return answer.document.parts[0].codes  # type: ignore[union-attr]
+
+    expected = drawn(**by_hand)
+    assert np.array_equal(drawn(), expected)
+    assert not np.array_equal(drawn(**without), expected)
