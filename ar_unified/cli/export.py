@@ -8,6 +8,11 @@ start had. config.sampling.checkpoint says which step: last, or best. Leaves in 
   README.md                             the model card: numbers of evaluation.json where they are of these weights
   bundle.json                           the sha256 and the size of each file but the card
 `ar_unified.load("FOLDER")` opens it, with no experiment and no workdir; --config.init=FOLDER begins a training with it.
+
+With --from and --to, a bundle in the form that others read, or an image tokenizer (an imported one, image_tokenizer/ of
+a workdir or of a bundle) under the names of those who published its kind:
+  ar-unified export --from BUNDLE --to hf --output FOLDER
+  ar-unified export --from workdirs/photos/image_tokenizer --to taming --output FOLDER
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from ar_unified.evaluation.card import card
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.start import by_first_process, open_experiment
+from ar_unified.interop import FORMS, image_tokenizer
 from ar_unified.interop.exporting import export_published
 from ar_unified.model.config import decisive, parameter_count
 from ar_unified.tensors import read_tensors
@@ -41,7 +47,12 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     if arguments.source:
         if overrides or arguments.config or arguments.workdir:
             raise UserError("--from BUNDLE is exported by itself: leave out --workdir, --config and config keys")
-        export_published(Bundle(arguments.source), arguments.to, Path(arguments.output), arguments.shard_mib << 20)
+        source = Path(arguments.source)
+        if image_tokenizer.is_one(source):
+            image_tokenizer.export_tokenizer(source, arguments.to, arguments.output)
+        else:
+            form = arguments.to or FORMS[0]
+            export_published(Bundle(source), form, Path(arguments.output), arguments.shard_mib << 20)
         return 0
     if not arguments.workdir:
         raise UserError("expected --workdir DIR, of a training, or --from BUNDLE --to FORMAT; found neither")
