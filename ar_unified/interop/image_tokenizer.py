@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ar_tokenizers.files import whole_folder, write_bytes
 from ar_tokenizers.image.published import not_read, settings_of, to_published
 from ar_tokenizers.image.tokenizer import WEIGHTS, ImageTokenizer
@@ -102,7 +101,7 @@ def export_tokenizer(folder: Path, dialect: str, output: str) -> None:
     with _new(output) as here:
         with TensorWriter(here, kinds, size, alone=True, stem=Path(file).stem, metadata={"format": "pt"}) as writer:
             for name, array in tensors.items():
-                writer.put(name, np.ascontiguousarray(array))
+                writer.put(name, array)
         for name, content in settings.items():
             write_bytes(here / name, content.encode())
 

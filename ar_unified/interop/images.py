@@ -98,10 +98,13 @@ def read_images(
 
 def tensors_of(tokenizer: ImageTokenizer, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The tensors of the file that a tokenizer came from, by `Images.record`. Raises like `to_published`."""
-    prefix, dtypes = record["image_prefix"], record["image_dtypes"]
-    found = to_published(tokenizer, record["image_dialect"], prefix=prefix, dtype=np.dtype(DTYPES[dtypes[""]]))
-    others = {prefix + name: DTYPES[kind] for name, kind in dtypes.items() if name}
-    return {name: array.astype(others.get(name, array.dtype), copy=False) for name, array in found.items()}
+    dtypes = record["image_dtypes"]
+    return {
+        record["image_prefix"] + name: array
+        if np.issubdtype(array.dtype, np.integer)
+        else array.astype(DTYPES[dtypes.get(name, dtypes[""])], copy=False)
+        for name, array in to_published(tokenizer, record["image_dialect"]).items()
+    }
 
 
 @contextlib.contextmanager
