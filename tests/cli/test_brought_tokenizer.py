@@ -40,10 +40,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(verb: str, folder: Path, workdir: Path, made: Path, *changes: str) -> list[str]:
     """As of `conftest`, with what it says of an image tokenizer left to the folder `made`."""
-    small = [f"{key}={value}" for key, value in SMALL.items() if not key.startswith("image_tokenizer.")]
-    brought = [f"image_tokenizer.model={made}", "training.steps=4", "training.warmup_steps=1", *changes]
+    settings = {key: value for key, value in SMALL.items() if not key.startswith("image_tokenizer.")}
+    settings |= {"image_tokenizer.model": made, "training.steps": 4, "training.warmup_steps": 1}
+    settings |= dict(change.split("=", 1) for change in changes)
     config = f"{ROOT / 'experiments' / 'folder.py'}:path={folder}"
-    overrides = [f"--config.{change}" for change in (*small, *brought)]
+    overrides = [f"--config.{key}={value}" for key, value in settings.items()]
     return [verb, "--config", config, "--workdir", str(workdir), *overrides]
 
 

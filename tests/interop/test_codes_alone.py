@@ -123,7 +123,7 @@ def test_it_goes_on_being_trained_on_text_and_comes_back(simplear: Path, tmp_pat
         f"    config.data.train = (ConfigDict(dict(kind='text', path={str(tmp_path / 'texts')!r})),)\n"
         f"    begin_with(config, {str(simplear / 'bundle')!r})\n"
         "    config.data.max_tokens = config.training.sequence_length = 64\n"
-        "    config.training.update(dict(steps=2, warmup_steps=0, batch_size=2, preview_every=0))\n"
+        "    config.training.update(dict(steps=2, warmup_steps=0, batch_size=8, preview_every=0))\n"
         "    return config\n"
     )
     for verb in ("tokenizer", "prepare", "train"):
