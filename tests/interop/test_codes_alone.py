@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from ar_unified.sampling.decoding import Filter
 from tests.interop import comparing, formats, tables
 from tests.interop.tables import Table, write_json
 from tests.interop.weights import Sizes, drawn, transformer_shapes
+from tests.test_bundle import reseal
 
 SENTENCES = ["the red circle", "a small thing on the ceiling"]
 
@@ -134,3 +137,16 @@ def test_it_goes_on_being_trained_on_text_and_comes_back(simplear: Path, tmp_pat
     found, came = comparing.tensors(tmp_path / "out"), comparing.tensors(simplear)
     assert found.keys() == came.keys() and any(np.any(found[name] != came[name]) for name in came)
     assert json.loads((tmp_path / "out" / "added_tokens.json").read_text())["<|soi|>"]
+
+
+@pytest.mark.parametrize("change", [{"files": {"../evil.json": {}}}, {"text_file": "../tokenizer.json"}])
+def test_a_bundle_that_somebody_sent_is_exported_into_its_folder_alone(
+    change: dict[str, Any], simplear: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    bundle = Path(shutil.copytree(simplear / "bundle", tmp_path / "bundle"))
+    record = json.loads((bundle / "published.json").read_text())
+    (bundle / "published.json").write_text(json.dumps(record | change))
+    reseal(bundle)
+    assert run("export", "--from", bundle, "--to", "hf", "--output", tmp_path / "o" / "out") == 2
+    assert "published.json: expected the name of a file, found '../" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("evil.json")) and not (tmp_path / "o" / "out").exists()

@@ -235,7 +235,7 @@ def test_sixteen_ragged_requests_together_are_the_references_one_by_one(name: st
         prompt, answer = reference.settled(drawn, prompts, [end])
         content = [*([shown] if shown is not None else []), texts[prompts.index(prompt)]]
         kind = {"mode": "image", "image_size": 8 * model.image_tokenizer.factor} if draws else {"mode": "text"}
-        kind |= {} if draws else {"max_tokens": count}
+        kind |= {} if draws else {"max_tokens": count + 1}
         if model.grammar.layout.record.size is None:
             kind.pop("image_size", None)
         made = model.request(*content, seed=i, guidance=1.0, text=GREEDY, image=GREEDY, **side.settings, **kind)
