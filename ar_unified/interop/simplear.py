@@ -30,13 +30,25 @@ _NOTE = (
 )
 
 
+def _names(files: Files) -> dict[str, int]:
+    """The published id of each token by its name. Raises UserError where two files say different ones."""
+    names = dict(files.names)
+    for folder in (files.folder, files.text_file.parent):
+        if not (folder / _ADDED).exists():
+            continue
+        path = inside(folder, _ADDED)
+        added = read_json(path)
+        for name in added:
+            id = named(added, name, str(path))
+            if names.setdefault(name, id) != id:
+                raise UserError(f"{path}: {name!r}: expected id {names[name]}, as {files.text_file} has; found {id}")
+    return names
+
+
 def open_simplear(files: Files) -> Published:
     where = str(files.text_file)
     config = hf_config.read(files.config, QWEN2, str(files.folder))
-    names = dict(files.names)
-    if (files.text_file.parent / _ADDED).exists():
-        added = read_json(inside(files.text_file.parent, _ADDED))
-        names |= {name: named(added, name, where) for name in added}
+    names = _names(files)
     marks = {control: named(names, name, where) for control, name in _MARKS.items()}
     first = max(names.values()) + 1
     if first >= config.vocab_size:

@@ -82,6 +82,29 @@ def test_codes_are_the_ids_behind_the_last_name(simplear: Path) -> None:
     assert "codes alone, of which there are 64" in (simplear / "bundle" / "README.md").read_text()
 
 
+def test_two_files_that_say_different_ids_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Else codes would begin elsewhere, which no shape shows."""
+    folder = qwen2(tmp_path / "download", tables.simplear(), named=False)
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer.json").rename(folder / "tokenizer" / "tokenizer.json")
+    added = json.loads((folder / "added_tokens.json").read_text())
+    write_json(folder, added_tokens=added | {"<|im_end|>": added["<|sov|>"] + 1})
+    command = [
+        "import",
+        "--from",
+        folder,
+        "--as",
+        "simplear",
+        "--text",
+        folder / "tokenizer",
+        "--output",
+        tmp_path / "b",
+    ]
+    assert run(*command) == 2 and "'<|im_end|>': expected id" in capsys.readouterr().err
+    write_json(folder, added_tokens=added)
+    assert run(*command, "--size", "4x4") == 0 and Bundle(tmp_path / "b").grammar.vocabulary.codebook_size == 64
+
+
 def test_a_scale_is_the_size_that_was_asked_for(tar: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model, table = ar_unified.load(tar / "bundle"), tables.tar()
     ids = model.ids.theirs(model.grammar.image(np.full((9, 9), 5, np.int32))).tolist()
