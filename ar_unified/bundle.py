@@ -259,8 +259,8 @@ class Bundle:
             raise self._error(
                 LANGUAGE, f"expected {self.config.vocab_size} ids, as {CONFIG} has, found {vocabulary.size}"
             )
-        if bool(vocabulary.codebook_size) != self.has_images:
-            raise self._error(LANGUAGE, f"expected image codes where there is an {IMAGE}, and none without")
+        if self.has_images > bool(vocabulary.codebook_size) or bool(vocabulary.image_hash) > self.has_images:
+            raise self._error(LANGUAGE, f"expected image codes where there is an {IMAGE}, and its hash nowhere else")
         return grammar
 
     def params(self, places: Any = None, dtype: str | None = None) -> Params:

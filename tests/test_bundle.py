@@ -235,6 +235,12 @@ HOSTILE = {
         lambda folder: reseal(folder, **{"image_tokenizer/config.json": None}),
         "files: image_tokenizer/config.json is missing",
     ),
+    "no image tokenizer": (
+        lambda folder: reseal(
+            folder, **dict.fromkeys(map("image_tokenizer/{}".format, ("config.json", "weights.safetensors")))
+        ),
+        "language.json: expected image codes where there is an image_tokenizer, and its hash nowhere else",
+    ),
     "a link out": (linked("language.json"), "language.json is a link to .*outside"),
     "weights linked out": (linked(WEIGHTS), f"{WEIGHTS} is a link to .*outside"),
     "a folder linked out": (linked("text_tokenizer"), "text_tokenizer is a link to .*outside"),

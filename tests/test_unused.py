@@ -17,9 +17,6 @@ CALLED = {
     "ar_unified.sampling.adapters.*: Engine*": "an evaluation harness is given the class",
     "ar_unified.language.rows: document_to_json": "who writes documents as rows for the readers of data/",
     "ar_tokenizers.image.space_to_depth: receptive_radius": "who decodes in windows asks what overlap to take",
-    "ar_tokenizers.image.movq_weights: *": "who brings weights of MoVQGAN or of Emu3's vision tokenizer",
-    "ar_tokenizers.image.published: *": "who brings image tokenizers of others, or takes ours to them",
-    "ar_tokenizers.image.taming: dialect_of": "likewise",
 }
 
 

@@ -139,26 +139,35 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
+    from ar_unified.interop import DIALECTS, FORMS
+
     _experiment(parser, recorded=True, needed=False)
     parser.add_argument(
-        "--from", dest="source", type=_path, metavar="BUNDLE", help="export a bundle instead, as --to says"
+        "--from",
+        dest="source",
+        type=_path,
+        metavar="FOLDER",
+        help="export a bundle instead, or an image tokenizer, as --to says",
     )
     parser.add_argument(
-        "--to", choices=("hf", "meta", "lwm"), help="with --from: transformers', Meta's or LWM's form (hf)"
+        "--to",
+        choices=tuple(dict.fromkeys((*FORMS, *DIALECTS))),
+        help=f"of a bundle the form, {', '.join(FORMS)} (hf); of an image tokenizer whose names its weights get, "
+        f"{', '.join(DIALECTS)} (as it came)",
     )
     parser.add_argument(
         "--output",
         required=True,
         metavar="FOLDER",
         type=_path,
-        help="the bundle; nothing that is there is written over",
+        help="the bundle, or what --to says; nothing that is there is written over",
     )
     parser.add_argument("--license", default="", metavar="WORDS", help="for the model card, as apache-2.0 (unknown)")
     parser.add_argument("--shard-mib", type=int, metavar="MIB", help="of a file of weights, at most (2048)")
 
 
 def _import(parser: argparse.ArgumentParser) -> None:
-    from ar_unified.interop import SYSTEMS
+    from ar_unified.interop import IMAGE_SYSTEMS, SYSTEMS
 
     parser.add_argument(
         "--from",
@@ -168,9 +177,20 @@ def _import(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="the folder of the weights, or their file",
     )
-    parser.add_argument("--as", required=True, dest="system", choices=SYSTEMS, help="which system they are of")
     parser.add_argument(
-        "--output", required=True, type=_path, metavar="FOLDER", help="the bundle; nothing is written over"
+        "--as",
+        required=True,
+        dest="system",
+        choices=(*SYSTEMS, *IMAGE_SYSTEMS),
+        metavar="SYSTEM",
+        help=f"which system they are of: {', '.join(SYSTEMS)}; of image tokenizers alone {', '.join(IMAGE_SYSTEMS)}",
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=_path,
+        metavar="FOLDER",
+        help="the bundle, or the image tokenizer; nothing is written over",
     )
     parser.add_argument("--text", type=_path, metavar="PATH", help="the text tokenizer, where it lies elsewhere")
     parser.add_argument("--image", type=_path, metavar="PATH", help="the image tokenizer's weights, likewise")

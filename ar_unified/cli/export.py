@@ -8,6 +8,11 @@ start had. config.sampling.checkpoint says which step: last, or best. Leaves in 
   README.md                             the model card: numbers of evaluation.json where they are of these weights
   bundle.json                           the sha256 and the size of each file but the card
 `ar_unified.load("FOLDER")` opens it, with no experiment and no workdir; --config.init=FOLDER begins a training with it.
+
+With --from and --to, a bundle in the form that others read, or an image tokenizer (an imported one, image_tokenizer/ of
+a workdir or of a bundle) under the names of those who published its kind:
+  ar-unified export --from BUNDLE --to hf --output FOLDER
+  ar-unified export --from workdirs/photos/image_tokenizer --to taming --output FOLDER
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.start import by_first_process, open_experiment
+from ar_unified.interop import FORMS, image_tokenizer
 from ar_unified.interop.exporting import export_published
 from ar_unified.model.config import decisive, parameter_count
 from ar_unified.sampling.request import DEFAULTS
@@ -47,7 +53,11 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         if overrides or arguments.config or arguments.workdir:
             raise UserError("--from BUNDLE is exported by itself: leave out --workdir, --config and config keys")
         refuse_unread(arguments, "with --from", *PROCESSES)
-        _export_bundle(arguments, shard_bytes)
+        if image_tokenizer.is_one(Path(arguments.source)):
+            refuse_unread(arguments, "of an image tokenizer", "license", "shard_mib")
+            image_tokenizer.export_tokenizer(Path(arguments.source), arguments.to or "", arguments.output)
+        else:
+            _export_bundle(arguments, shard_bytes)
         return 0
     if not arguments.workdir:
         raise UserError("expected --workdir DIR, of a training, or --from BUNDLE --to FORMAT; found neither")
@@ -58,10 +68,10 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _export_bundle(arguments: argparse.Namespace, shard_bytes: int) -> None:
-    found, form = Bundle(arguments.source), arguments.to or "hf"
+    found, form = Bundle(arguments.source), arguments.to or FORMS[0]
     if found.published is not None:
         refuse_unread(arguments, "where published weights go back to their form, which has no card", "license")
-    if form != "hf":
+    if form != FORMS[0]:
         refuse_unread(arguments, f"with --to {form}, whose files are as many as they were", "shard_mib")
     export_published(found, form, Path(arguments.output), shard_bytes, arguments.license)
 

@@ -1,5 +1,8 @@
 """Make a bundle of a published model's files, which `train`, `sample`, `evaluate`, `plan` and `ar_unified.load` take.
 
+Of an image tokenizer alone (--as llamagen_vq, emu3_vq, ...) it makes the folder of a trained one in its place, which
+--config.image_tokenizer.model=FOLDER and `ImageTokenizer.load` take.
+
 Reads a folder of .safetensors files with the config.json and the tokenizers that were published with them; nothing is
 downloaded. Names, shapes and dtypes are checked before anything is written: a tensor that is missing or left over is
 refused. Files that are pickled (.pth, .ckpt) go through `ar-unified convert-pickle` first. Tensors keep their dtype,
@@ -7,6 +10,7 @@ and come back bit for bit with `ar-unified export --from BUNDLE --to FORMAT`. In
 
   ar-unified import --from DOWNLOAD --as emu3 --output BUNDLE
   ar-unified import --from models/7b --as chameleon --text tokenizer --image tokenizer/vqgan --output BUNDLE
+  ar-unified import --from vq_ds16_t2i.safetensors --as llamagen_vq --output FOLDER
 """
 
 from __future__ import annotations
@@ -16,7 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ar_unified.errors import UserError
+from ar_unified.interop import IMAGE_SYSTEMS
 from ar_unified.interop.files import Files
+from ar_unified.interop.image_tokenizer import import_tokenizer
 from ar_unified.interop.importing import card, import_model
 from ar_unified.interop.systems import OPEN
 from ar_unified.model.config import parameter_count
@@ -27,6 +33,8 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise UserError(f"import has no config: {overrides[0]} does nothing")
     if arguments.shard_mib < 1:
         raise UserError(f"--shard-mib: expected at least 1, found {arguments.shard_mib}")
+    if arguments.system in IMAGE_SYSTEMS:
+        return _image_tokenizer(arguments)
     files = Files(
         Path(arguments.source),
         text=Path(arguments.text) if arguments.text else None,
@@ -46,5 +54,16 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     count = parameter_count(published.keys.config)
     print(f"{made.folder}: {published.system}, {count / 1e6:.1f}M parameters, {made.size / 1e6:.1f} MB")
     for note in published.notes:
+        print(note)
+    return 0
+
+
+def _image_tokenizer(arguments: argparse.Namespace) -> int:
+    for flag in ("text", "image", "rope_theta", "size", "dtype", "license"):
+        if getattr(arguments, flag):
+            raise UserError(f"--{flag.replace('_', '-')} does nothing for an image tokenizer alone: leave it out")
+    made, notes = import_tokenizer(arguments.system, Path(arguments.source), arguments.output)
+    print(f"{arguments.output}: {arguments.system}, {made.codebook_size} codes of {made.factor} x {made.factor} pixels")
+    for note in notes:
         print(note)
     return 0

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import jax
 from ar_tokenizers.image.config import AutoencoderConfig
+from ar_tokenizers.image.tokenizer import saved_config
 from ml_collections import ConfigDict
 
 from ar_unified.bundle import Bundle
@@ -37,7 +38,7 @@ from ar_unified.planning.programs import Run
 from ar_unified.planning.report import text
 from ar_unified.planning.targets import Target, parse_target
 from ar_unified.training.optimizer import OptimizerConfig
-from ar_unified.workdir import read_json, write_json
+from ar_unified.workdir import write_json
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -82,7 +83,8 @@ def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
     none. Raises ValueError for settings that make no program.
     """
     training, sampling = config.training, config.sampling
-    text_alone = not config.image_tokenizer.steps and all(spec.get("kind") == "text" for spec in config.data.train)
+    brought = config.image_tokenizer.steps or config.image_tokenizer.model
+    text_alone = not brought and all(spec.get("kind") == "text" for spec in config.data.train)
     image = None if text_alone else _image_tokenizer(config, workdir)
     vocabulary, layout = _language(config, workdir, image)
     return Run(
@@ -130,5 +132,5 @@ def _image_tokenizer(config: ConfigDict, workdir: str | Path | None) -> Autoenco
     """Of the trained image tokenizer, or of the one to be trained."""
     if workdir and (path := Path(workdir) / "image_tokenizer" / "config.json").exists():
         with about(str(path)):
-            return AutoencoderConfig.from_dict(read_json(path)["config"])
+            return saved_config(path.parent)
     return settings.autoencoder(config)

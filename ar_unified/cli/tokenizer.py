@@ -4,6 +4,7 @@ Reads the experiment's training sources. Leaves in the workdir:
   text_tokenizer/text.model                            SentencePiece, lossless (or text_tokenizer.model of the config)
   text_tokenizer/report.json                           bytes per token and round trip, by source and language
   image_tokenizer/weights.safetensors and config.json  the VQ-VAE; its checkpoints, curves and images beside them
+                                                       (or image_tokenizer.model of the config, as it is)
                                                        (with config.image_tokenizer.steps=0, for text alone: none)
 With config.init=FOLDER both are those of a bundle, and nothing is trained.
 """
@@ -51,7 +52,7 @@ def train_tokenizers(experiment: Experiment, only: str | None = None) -> None:
         train_text(experiment)
     if only == "text":
         return
-    if experiment.bundle is not None and experiment.bundle.has_images:
+    if experiment.config.image_tokenizer.model or (experiment.bundle is not None and experiment.bundle.has_images):
         return bring_image(experiment)
     if not experiment.config.image_tokenizer.steps:
         experiment.say("==== image_tokenizer: none is trained, as config.image_tokenizer.steps is 0")
@@ -62,8 +63,8 @@ def train_tokenizers(experiment: Experiment, only: str | None = None) -> None:
 
 @by_first_process
 def bring_image(experiment: Experiment) -> None:
-    """Stage image_tokenizer, where the training begins with a bundle: its tokenizer, as it is."""
-    tokenizer = experiment.bundle.image_tokenizer() if experiment.bundle is not None else None
+    """Stage image_tokenizer, where one comes from a bundle or from elsewhere: as it is."""
+    tokenizer = experiment.brought
     assert tokenizer is not None
     stage = experiment.stage("image_tokenizer", brought=tokenizer.hash)
     if stage.done:

@@ -232,6 +232,26 @@ class NoImages:
     decode = encode
 
 
+class CodesAlone(NoImages):
+    """In place of the image tokenizer of a model whose own cannot be had: its images are codes, in and out.
+
+    A code counts as one pixel where sizes are asked for.
+    """
+
+    no_decoder = (
+        "this model's images are codes alone, as its own image tokenizer is none that is imported: CodesPart shows it "
+        "one, and `Model.generate` draws one"
+    )
+
+    def __init__(self, codebook_size: int):
+        self.codebook_size = codebook_size
+
+    def encode(self, images: np.ndarray, /) -> np.ndarray:
+        raise UserError(self.no_decoder)
+
+    decode = encode
+
+
 def draws_none(tokenizer: ImageCodec) -> str:
     """Why a tokenizer draws no images and what to do, in a sentence; "": it does. One from a file may have no decoder.
 

@@ -20,6 +20,7 @@ COST = (
     "mesh",
     "text_tokenizer.model",  # where the file lies: what is in it decides, by its hash
     "text_tokenizer.lossy",
+    "image_tokenizer.model",  # likewise
     "image_tokenizer.checkpoint_every",
     "model.scan_layers",
     "model.remat",

@@ -289,20 +289,26 @@ def _check_files(config: ConfigDict, problems: _Problems, stages: Collection[str
                     check_file(config.evaluation[key], shapes)
 
 
-# ---- the bundle that a training begins with ---------------------------------------------------------------------
+# ---- what a training begins with ---------------------------------------------------------------------
 
 
 def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> None:
-    """Raises UserError with every key of the config that says something else than `config.init` has."""
-    if not {"text_tokenizer", "image_tokenizer", "data", "model"} & set(stages) or experiment.bundle is None:
+    """Raises UserError with every key of the config that says something else than `config.init` has, and for an image
+    tokenizer from elsewhere that cannot do what is to be done."""
+    if not {"text_tokenizer", "image_tokenizer", "data", "model"} & set(stages):
         return
     config, bundle, problems = experiment.config, experiment.bundle, _Problems()
-    text, image = bundle.text_tokenizer, bundle.image_tokenizer()
+    image = experiment.brought if bundle is not None or "image_tokenizer" in stages else None
+    drawing = {"samples", "tokenizer_evaluation", "evaluation"} & set(stages)
+    if image is not None and drawing and (why := draws_none(image)):
+        key = "init" if bundle is not None else "image_tokenizer.model"
+        problems.say(key, f"{why}. `ar-unified prepare` and `ar-unified train` need none")
+    if bundle is None:
+        return problems.end()
+    text = bundle.text_tokenizer
     theirs = {"model": model_config.decisive(bundle.config)}
     if image is not None:
         theirs["image_tokenizer"] = configs.plain(dataclasses.asdict(image.config))
-        if (why := draws_none(image)) and {"samples", "tokenizer_evaluation", "evaluation"} & set(stages):
-            problems.say("init", f"{why}. `ar-unified prepare` and `ar-unified train` need none")
     elif config.image_tokenizer.steps:
         problems.say("image_tokenizer.steps", "expected 0, as the bundle in config.init is of text alone")
     for section, fields in theirs.items():
@@ -311,16 +317,18 @@ def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> No
                 problems.say(
                     f"{section}.{name}", f"expected {value!r}, as the bundle in config.init has; found {found!r}"
                 )
-    if config.text_tokenizer.model:
-        problems.say("text_tokenizer.model", "expected none beside config.init, whose bundle has one")
+    for section, bundled in (("text_tokenizer", True), ("image_tokenizer", image is not None)):
+        if config[section].model and bundled:
+            problems.say(f"{section}.model", "expected none beside config.init, whose bundle has one")
     if text.losses and config.text_tokenizer.lossy == "refuse":
         problems.say(
             "text_tokenizer.lossy", f"expected 'warn', as the bundle's text tokenizer loses text: {text.losses[0]}"
         )
     problems.end()
-    shape, image_hash = (None, "") if image is None else (image.config, image.hash)
+    if image is None:
+        return  # no key of config.data says how text is written
     with about("config.data"):
-        vocabulary, layout = settings.language(config, shape, text.size, text.hash, image_hash)
+        vocabulary, layout = settings.language(config, image.config, text.size, text.hash, image.hash)
     if settings.fits(layout, bundle.grammar.layout):
         return
     vocabulary = dataclasses.replace(vocabulary, rest=bundle.grammar.vocabulary.rest)  # which no config says
@@ -395,7 +403,8 @@ def check_sources(experiment: Experiment, stages: Collection[str] = STAGES) -> N
         problems.say("data.train", "expected a source, found none")
     else:
         _check_mixture(experiment, problems)
-    images = config.image_tokenizer.steps > 0 or (experiment.bundle is not None and experiment.bundle.has_images)
+    images = config.image_tokenizer.steps or config.image_tokenizer.model
+    images = images or (experiment.bundle is not None and experiment.bundle.has_images)
     if "model" in stages and images and any(map(has_images, experiment.train)):
         _check_room(experiment, problems, stages)
     problems.end()

@@ -27,6 +27,7 @@ from ml_collections import ConfigDict, config_flags
 
 from ar_unified.data.loader import Phase
 from ar_unified.errors import UserError, about, in_words, nearest, several
+from ar_unified.experiment.brought import describe
 from ar_unified.language.document import TASKS
 from ar_unified.language.vocabulary import Role
 from ar_unified.model.config import PRESETS, TransformerConfig
@@ -86,6 +87,7 @@ def _add_data_and_tokenizers(config: ConfigDict) -> None:
     )
     config.image_tokenizer.perceptual_file = ""  # lpips, features: the network's weights
     config.image_tokenizer.steps = 1000  # 0: none is trained
+    config.image_tokenizer.model = ""  # a folder with one from elsewhere instead, which says what this section is
     config.image_tokenizer.batch_size = 64
     config.image_tokenizer.warmup_steps = 50  # at most a tenth of the steps
     config.image_tokenizer.final_fraction = 0.02  # of the peak, at the last step
@@ -160,6 +162,7 @@ FILES = (  # keys that name a file or folder, "" for none
     "init",
     "checkpoint_folder",
     "text_tokenizer.model",
+    "image_tokenizer.model",
     "image_tokenizer.perceptual_file",
     "evaluation.lpips_file",
     "evaluation.inception_file",
@@ -177,7 +180,11 @@ def load(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
     path, _, arg = home(file).partition(":")
     config = _from_file(path, arg or None)
     _require_form(config)
-    return _overridden(config, overrides)
+    config = _overridden(config, overrides)
+    if config.image_tokenizer.model:
+        keys = [override.removeprefix("--config.").partition("=")[0] for override in overrides]
+        describe(config.image_tokenizer, [key.removeprefix("image_tokenizer.") for key in keys])
+    return config
 
 
 def recorded(path: Path, overrides: Sequence[str] = ()) -> ConfigDict:

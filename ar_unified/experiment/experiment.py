@@ -21,9 +21,9 @@ from ar_tokenizers.image.tokenizer import ImageTokenizer
 from ml_collections import ConfigDict
 
 from ar_unified import history, manifests
-from ar_unified.bundle import Bundle
+from ar_unified.bundle import LANGUAGE, Bundle
 from ar_unified.checkpoint import restore_params
-from ar_unified.data.images import NoImages, Resize
+from ar_unified.data.images import CodesAlone, NoImages, Resize
 from ar_unified.data.items import has_images
 from ar_unified.data.sources import EmptySplit, Source, open_source
 from ar_unified.errors import UserError, about
@@ -221,6 +221,16 @@ class Experiment:
             return Bundle(self.config.init) if self.config.init else None
 
     @cached_property
+    def brought(self) -> ImageTokenizer | None:
+        """The image tokenizer that is not trained here: that of config.init or config.image_tokenizer.model."""
+        if self.bundle is not None:
+            return self.bundle.image_tokenizer()
+        if folder := self.config.image_tokenizer.model:
+            with about("config.image_tokenizer.model"):
+                return ImageTokenizer.load(folder)
+        return None
+
+    @cached_property
     def autoencoder(self) -> AutoencoderConfig:
         return settings.autoencoder(self.config)
 
@@ -239,11 +249,12 @@ class Experiment:
 
         Raises UserError where a source may have images, and none to code them.
         """
-        if self.config.image_tokenizer.steps or (self.workdir.image_tokenizer / "config.json").exists():
+        settings = self.config.image_tokenizer
+        if settings.steps or settings.model or (self.workdir.image_tokenizer / "config.json").exists():
             return False
         done = self.workdir.model / "done.json"
         if done.exists() and (manifest := read_json(done)["fingerprint"].get("manifest")):
-            return not manifest["codebook_size"]  # it was decided, wherever the sources are now
+            return not manifest["image_hash"]  # it was decided, wherever the sources are now
         if self.bundle is not None and self.bundle.has_images:
             return False
         sources = [*self.train, *(source for those in self.held_out.values() for source in those)]
@@ -257,7 +268,9 @@ class Experiment:
     @cached_property
     def image_tokenizer(self) -> ImageTokenizer | NoImages:
         if self.text_only:
-            return NoImages()
+            record = self.workdir.text_tokenizer / LANGUAGE  # of a model whose images are codes alone
+            codes = read_json(record)["codebook_size"] if record.exists() else 0
+            return CodesAlone(codes) if codes else NoImages()
         path = self.workdir.image_tokenizer / "config.json"
         self._require(path.exists(), path, "tokenizer")
         with about("the workdir's image tokenizer"):

@@ -17,16 +17,19 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import jax
+import numpy as np
+
 from ar_unified.errors import UserError
 from ar_unified.interop import hf_config, ids
 from ar_unified.interop.files import Files
 from ar_unified.interop.hf_config import Family
 from ar_unified.interop.ids import Language, language, named, run, same_codes
-from ar_unified.interop.images import Images, read_images, read_settings
+from ar_unified.interop.images import Images, open_images, read_images
 from ar_unified.interop.keys import HF, META, Dialect
 from ar_unified.interop.meta import Joined
 from ar_unified.interop.published import Published, check_tensors
-from ar_unified.interop.sources import Source, inside, open_source, read_json
+from ar_unified.interop.sources import DTYPES, Source, inside, open_source, read_json
 from ar_unified.interop.untrained import untrained
 from ar_unified.language.syntax import ImageLayout
 from ar_unified.model.config import TransformerConfig
@@ -168,7 +171,7 @@ def open_chameleon(files: Files) -> Published:
         return _open_meta(files)
     where = str(folder)
     config = _model(files.config, where)
-    vq = vqgan_of(files, files.config, [("chameleon_hf", files.source)])
+    vq = vqgan_of(files, files.config, files.source)
     return _published(files, "chameleon", config, vq, [HF], files.source, files.record() | {"form": "hf"})
 
 
@@ -204,7 +207,7 @@ def _open_meta(files: Files) -> Published:
         raise UserError(f"{where}/params.json: qk_normalization: expected True, found False")
     record = {"form": "meta", "params": read_json(files.find("params.json")), "files": {}, "parts": len(parts)}
     record |= {"text_file": files.text_file.name}
-    return _published(files, "chameleon", _model(told, where), vqgan_of(files, {}, []), [META], source, record)
+    return _published(files, "chameleon", _model(told, where), vqgan_of(files, {}), [META], source, record)
 
 
 def open_lumina(files: Files) -> Published:
@@ -212,7 +215,7 @@ def open_lumina(files: Files) -> Published:
     Qwen's text tokenizer, by which it is known, and is given movqgan_270M (`--image`)."""
     config = _model(files.config, str(files.folder))
     second = "<s>" not in files.names
-    images = _movqgan_of(files) if second else vqgan_of(files, files.config, [])
+    images = _movqgan_of(files) if second else vqgan_of(files, files.config)
     system = "lumina_mgpt_2" if second else "lumina_mgpt"
     return _published(files, system, config, images, [HF], files.source, files.record() | {"form": "hf"})
 
@@ -230,24 +233,43 @@ def _movqgan_of(files: Files) -> Images:
             f"{files.folder}: it has no image tokenizer: --image names movqgan_270M.ckpt, made .safetensors by "
             "`ar-unified convert-pickle`"
         )
-    images = read_images("movqgan", {}, open_source(files.image), "movqgan", str(files.image))
-    return dataclasses.replace(images, usual=_SIDE_2)
+    return dataclasses.replace(open_images("movqgan", files.image), usual=_SIDE_2)
 
 
-def vqgan_of(files: Files, config: Mapping[str, Any], inside_of: list[tuple[str, Source]]) -> Images:
-    """The image tokenizer of a file of its own, else that inside the model's, which has no decoder."""
-    if files.image is not None:
-        beside = files.image.parent if files.image.is_file() else files.image
-        source = open_source(files.image)
-        record = read_settings(beside, "vqgan.json", "vqgan.yaml", "config.json")
-        return read_images("chameleon_vq", record or config, source, "taming", str(files.image))
-    for dialect, source in inside_of:
-        if any(name.startswith(_VQ) for name in source.names()):
-            return read_images("chameleon_vq", config, source, dialect, str(files.folder), _VQ)
-    raise UserError(
-        f"{files.folder}: it has no image tokenizer: --image names Chameleon's vqgan.ckpt, made .safetensors by "
-        "`ar-unified convert-pickle`"
+def vqgan_of(files: Files, config: Mapping[str, Any], source: Source | None = None) -> Images:
+    """The image tokenizer of a file of its own, else that inside the model's, which has no decoder.
+
+    Args:
+        source: of the model's tensors, where an image tokenizer may be among them.
+    """
+    inner = None
+    if source is not None and any(name.startswith(_VQ) for name in source.names()):
+        inner = read_images("chameleon_vq", config, source, "chameleon_hf", str(files.folder), _VQ)
+    if files.image is None:
+        if inner is not None:
+            return inner
+        raise UserError(
+            f"{files.folder}: it has no image tokenizer: --image names Chameleon's vqgan.ckpt, made .safetensors by "
+            "`ar-unified convert-pickle`"
+        )
+    images = open_images("chameleon_vq", files.image, config)
+    if inner is None:
+        return images
+    _require_same_codes(inner, images, str(files.image))
+    return dataclasses.replace(inner, tokenizer=images.tokenizer)
+
+
+def _require_same_codes(inner: Images, images: Images, where: str) -> None:
+    """Raises UserError unless a tokenizer with a decoder reads images as that of the model does, to its precision."""
+    kind = np.dtype(DTYPES[inner.dtypes[""]])
+    ours, theirs = inner.tokenizer.params, images.tokenizer.params
+    same = inner.tokenizer.config == images.tokenizer.config and all(
+        np.array_equal(np.asarray(a).astype(kind), np.asarray(b).astype(kind))
+        for part in ("encoder", "quantizer")
+        for a, b in zip(jax.tree.leaves(ours[part]), jax.tree.leaves(theirs[part]), strict=True)
     )
+    if not same:
+        raise UserError(f"{where}: expected the encoder of the model's own file, which has one; found another")
 
 
 def _published(
@@ -274,7 +296,7 @@ def _published(
     same_codes(found, tokenizer.codebook_size, str(files.text_file))
     grammar = files.grammar(found, tokenizer.hash)
     config = dataclasses.replace(config, vocab_size=grammar.vocabulary.size)
-    aside = (_VQ,) if images.prefix else ()
+    aside = (_VQ,) if any(name.startswith(_VQ) for name in source.names()) else ()
     keys = check_tensors(source, where, dialects, config, found.border, aside=aside)
     sized, side = grammar.layout.sized, grammar.layout.height * tokenizer.factor
     notes = [tokenizer.no_decoder] if tokenizer.no_decoder else []
@@ -299,7 +321,7 @@ def _published(
             "system": system,
             "qk_groups": list(keys.qk_groups),
             **({"untrained": notes[-1]} if how else {}),
-            **images.record,
+            **(images.record if aside else {}),
             **record,
         },
         notes=tuple(notes),

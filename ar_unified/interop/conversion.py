@@ -23,10 +23,10 @@ from ar_tokenizers.files import whole_folder
 from ar_unified.data.files import Folder
 from ar_unified.errors import UserError, in_words
 from ar_unified.interop.pickles import DAMAGED, STORAGES, Forbidden, Global, Storage, Strided, read_pickle
+from ar_unified.interop.sources import PICKLED
 from ar_unified.tensors import Kind, TensorWriter, read_bytes
 from ar_unified.workdir import write_json
 
-PICKLED = (".pth", ".pt", ".ckpt", ".bin", ".pkl")
 _BESIDE = (".json", ".yaml", ".yml", ".txt", ".model", ".tiktoken", ".chk")
 _LARGEST = 1 << 28  # bytes of a torch file's pickle, and of a file that is copied
 _MOST = 1 << 20  # parts of what is in a pickle

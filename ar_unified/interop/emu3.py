@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+
+from ar_tokenizers.image.published import dialect_in
 
 from ar_unified.data.images import Resize
 from ar_unified.errors import UserError, about
@@ -19,10 +20,9 @@ from ar_unified.interop import hf_config
 from ar_unified.interop.files import Files
 from ar_unified.interop.hf_config import Family
 from ar_unified.interop.ids import Language, codes_of, language, named, same_codes
-from ar_unified.interop.images import Images, read_images, read_settings
+from ar_unified.interop.images import Images, open_images, read_images
 from ar_unified.interop.keys import HF
 from ar_unified.interop.published import Published, check_tensors
-from ar_unified.interop.sources import open_source
 from ar_unified.language.syntax import ImageLayout
 
 EMU3 = Family("Emu3", "Emu3ForCausalLM", defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6})
@@ -103,7 +103,7 @@ def open_emu3(files: Files) -> Published:
     if "head_dim" in files.config and "text_config" not in files.config:
         raise UserError(f"{where}/config.json: head_dim: expected none, as Emu3 has; this is Emu3.5")
     model = hf_config.read(config, EMU3, where)
-    images = _images(files)
+    images, inside = _images(files), files.image is None
     tokenizer = images.tokenizer
     largest = Resize("aspect", _SIDE, _SIDE, tokenizer.factor).largest
     grid = (largest[0] // tokenizer.factor, largest[1] // tokenizer.factor)
@@ -112,7 +112,7 @@ def open_emu3(files: Files) -> Published:
     grammar = files.grammar(ids, tokenizer.hash)
     model = dataclasses.replace(model, vocab_size=grammar.vocabulary.size)
     dialects = [HF.prefixed(port) for port in _PORTS]
-    keys = check_tensors(files.source, where, dialects, model, ids.border, aside=_VQ if images.prefix else ())
+    keys = check_tensors(files.source, where, dialects, model, ids.border, aside=_VQ if inside else ())
     dropout = config.get("attention_dropout")
     return Published(
         system="emu3",
@@ -127,7 +127,7 @@ def open_emu3(files: Files) -> Published:
             "system": "emu3",
             "form": "hf",
             "prefixes": _PORTS[[each.names for each in dialects].index(keys.dialect.names)],
-            **images.record,
+            **(images.record if inside else {}),
             **files.record(),
         },
         notes=(f"Its config asks for attention dropout {dropout}, which training here does not have.",) * bool(dropout),
@@ -137,11 +137,10 @@ def open_emu3(files: Files) -> Published:
 def _images(files: Files) -> Images:
     """The vision tokenizer beside the model, or inside the port's file."""
     if files.image is not None:
-        folder = files.image.parent if files.image.is_file() else files.image
-        settings: dict[str, Any] = read_settings(folder, "config.json")
-        return read_images("emu3", settings, open_source(files.image), "", str(files.image))
-    names = files.source.names()
-    prefix = next((each for each in _VQ if any(name.startswith(each) for name in names)), "")
-    if not prefix:
+        return open_images("emu3_vq", files.image)
+    if not any(name.startswith(_VQ) for name in files.source.names()):
         raise UserError(f"{files.folder}: it has no image tokenizer: --image names the folder of Emu3-VisionTokenizer")
-    return read_images("emu3", files.config.get("vq_config", {}), files.source, "", str(files.folder), prefix)
+    settings = files.config.get("vq_config", {})
+    with about(str(files.folder)):
+        dialect, prefix = dialect_in("emu3_vq", files.source.names())
+    return read_images("emu3_vq", settings, files.source, dialect, str(files.folder), prefix)

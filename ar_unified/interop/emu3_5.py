@@ -18,10 +18,9 @@ from ar_unified.interop import emu3, hf_config
 from ar_unified.interop.files import Files
 from ar_unified.interop.hf_config import Family
 from ar_unified.interop.ids import Language, same_codes
-from ar_unified.interop.images import Images, read_images, read_settings
+from ar_unified.interop.images import Images, open_images
 from ar_unified.interop.keys import HF
 from ar_unified.interop.published import Published, check_tensors
-from ar_unified.interop.sources import open_source
 
 EMU3_5 = Family(
     "Emu3",
@@ -79,7 +78,7 @@ def open_emu3_5(files: Files) -> Published:
         image=tokenizer,
         data={"image_size": [_SIDE, _SIDE], "resize": "aspect", "layout": "emu3_5", "max_tokens": _LENGTH},
         sampling=_SAMPLING | {"guidance": guidance},
-        record={"system": "emu3_5", "form": "hf", **images.record, **files.record()},
+        record={"system": "emu3_5", "form": "hf", **files.record()},
         notes=(*([tokenizer.no_decoder] if tokenizer.no_decoder else ()),),
     )
 
@@ -91,6 +90,4 @@ def _images(files: Files) -> Images:
             f"{files.folder}: it has no image tokenizer: --image names the folder of Emu3.5-VisionTokenizer, its "
             "model.ckpt made .safetensors by `ar-unified convert-pickle`"
         )
-    folder = files.image.parent if files.image.is_file() else files.image
-    settings = read_settings(folder, "config.yaml", "config.json")
-    return read_images("ibq", settings, open_source(files.image), "taming", str(files.image))
+    return open_images("ibq", files.image)

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from ar_tokenizers.files import whole_folder, write_bytes
-from ar_tokenizers.image.published import to_published
 
-from ar_unified.bundle import Bundle
+from ar_unified.bundle import PUBLISHED, Bundle
 from ar_unified.errors import UserError, about
 from ar_unified.interop import own
+from ar_unified.interop.images import tensors_of
 from ar_unified.interop.keys import HF, LWM, LWM_TEXT, META, Keys, Slot
 from ar_unified.interop.meta import split
-from ar_unified.interop.sources import DTYPES
 from ar_unified.interop.streams import SCANNED, StreamWriter
 from ar_unified.tensors import Kind, TensorWriter
 from ar_unified.workdir import write_json
@@ -100,15 +99,20 @@ def _images(bundle: Bundle, record: Mapping[str, Any]) -> Mapping[str, np.ndarra
     prefix, tokenizer = record.get("image_prefix"), bundle.image_tokenizer()
     if not prefix or tokenizer is None:
         return {}
-    return to_published(
-        tokenizer, record["image_dialect"], prefix=prefix, dtype=np.dtype(DTYPES[record["image_dtype"]])
-    )
+    return tensors_of(tokenizer, record)
 
 
 def _write_beside(bundle: Bundle, folder: Path, record: Mapping[str, Any]) -> None:
     for name, content in record["files"].items():
-        write_json(folder / name, content)
-    write_bytes(folder / record["text_file"], bundle.text_tokenizer.data)
+        write_json(folder / _plain(bundle, name), content)
+    write_bytes(folder / _plain(bundle, record["text_file"]), bundle.text_tokenizer.data)
+
+
+def _plain(bundle: Bundle, name: str) -> str:
+    """A name of published.json, which may come from anybody: of a file beside the weights. Raises UserError."""
+    if name != Path(name).name or name in ("", ".", ".."):
+        raise UserError(f"{bundle.folder}: {PUBLISHED}: expected the name of a file, found {name!r:.80}")
+    return name
 
 
 def _write_tensors(exported: _Exported, folder: Path, images: Mapping[str, np.ndarray], shard_bytes: int) -> None:
@@ -143,7 +147,7 @@ def _write_meta(exported: _Exported, folder: Path, record: Mapping[str, Any]) ->
             for writer, piece in zip(writers, pieces, strict=True):
                 writer.put(name, piece)
     write_json(models / "params.json", record["params"])
-    write_bytes(folder / "tokenizer" / record["text_file"], bundle.text_tokenizer.data)
+    write_bytes(folder / "tokenizer" / _plain(bundle, record["text_file"]), bundle.text_tokenizer.data)
 
 
 def _write_lwm(exported: _Exported, folder: Path, record: Mapping[str, Any]) -> None:

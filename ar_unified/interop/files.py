@@ -24,6 +24,7 @@ _KEPT = (
     "generation_config.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "preprocessor_config.json",
     "processor_config.json",
 )

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import yaml  # type: ignore[import-untyped]
-from ar_tokenizers.image import movq_weights
-from ar_tokenizers.image.published import config_of, from_published
+from ar_tokenizers.image.published import config_of, dialect_in, from_published, to_published
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 
 from ar_unified.errors import UserError, about, in_words
-from ar_unified.interop.sources import Source, inside, read_json
+from ar_unified.interop.sources import DTYPES, Source, inside, open_source, read_json
+
+# Files that an image tokenizer's settings may stand in; of the systems without one nothing was published.
+SETTINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "chameleon_vq": ("vqgan.json", "vqgan.yaml", "config.json"),
+        "ibq": ("config.yaml", "config.json"),
+        "llamagen_vq": ("config.json",),
+        "janus_vq": ("config.json",),
+        "emu3_vq": ("config.json",),
+        "showo_vq": (),
+        "lwm_vq": (),
+        "movqgan": (),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -22,20 +38,42 @@ class Images:
     """An image tokenizer that was read.
 
     Attributes:
-        usual: side of the images it was published for, in pixels. prefix: of its tensors' names in the model's file;
-            "": it has a file of its own.
-        record: what an export to that file needs.
+        usual: side of the images it was published for, in pixels.
+        dialect: what its file is written in. prefix: of its tensors' names there, "" in a file of its own.
+        dtypes: of the file's floats, by their names there, the most common first: of all but those that are named.
     """
 
     tokenizer: ImageTokenizer
     usual: int
+    dialect: str
     prefix: str
-    record: Mapping[str, Any]
+    dtypes: Mapping[str, str]
 
     @property
     def grid(self) -> tuple[int, int]:
         """Codes of such an image."""
         return (self.usual // self.tokenizer.factor,) * 2
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What `tensors_of` needs to give the file's tensors back, as JSON values."""
+        return {"image_dialect": self.dialect, "image_prefix": self.prefix, "image_dtypes": dict(self.dtypes)}
+
+
+def open_images(system: str, path: Path, otherwise: Mapping[str, Any] = MappingProxyType({})) -> Images:
+    """An image tokenizer in a file of its own, or in that of a model which is not read.
+
+    Args:
+        system: of SETTINGS. path: of the file, or of its folder. otherwise: settings, where there is no file of them.
+
+    Raises UserError for settings or tensors that are not such a tokenizer's.
+    """
+    found = settings_file(system, path)
+    settings = read_settings(found) if found is not None else otherwise
+    source = open_source(path)
+    with about(str(path)):
+        dialect, prefix = dialect_in(system, source.names())
+    return read_images(system, settings, source, dialect, str(path), prefix)
 
 
 def read_images(
@@ -44,26 +82,29 @@ def read_images(
     """The tokenizer of a file's tensors.
 
     Args:
-        system: emu3, movqgan, or one of `ar_tokenizers.image.published`. settings: as published with it, {} where
-            nothing was.
+        system: of SETTINGS. settings: as published with it, {} where nothing was.
 
     Raises UserError for settings or tensors that are not such a tokenizer's.
     """
-    names = [name for name in source.names() if name.startswith(prefix)]
-    tensors = {name.removeprefix(prefix): source.read(name) for name in sorted(names)}
-    dtypes = sorted({source.dtype(name) for name in names if source.dtype(name) != "I64"})
+    names = {name.removeprefix(prefix): name for name in sorted(source.names()) if name.startswith(prefix)}
+    kinds = {short: source.dtype(name) for short, name in names.items()}
+    tensors = {short: source.read(name) for short, name in names.items()}
     with about(f"{where}: image tokenizer"), _settings():
-        if system == "emu3":
-            dialect = movq_weights.dialect_of(tensors)
-            config = movq_weights.config_from_emu3(settings)
-        elif system == "movqgan":
-            config = movq_weights.movqgan_270m()
-        else:
-            config = config_of(system, settings)
-        tokenizer = from_published(config, tensors, dialect)
-    usual = _resolution(settings) or 512
-    record = {"image_dialect": dialect, "image_prefix": prefix, "image_dtype": dtypes[0] if dtypes else "F32"}
-    return Images(tokenizer, usual, prefix, record if prefix else {})
+        tokenizer = from_published(config_of(system, settings, names), tensors, dialect)
+    (most, _), *_ = collections.Counter(kind for kind in kinds.values() if kind != "I64").most_common(1) or [("F32", 0)]
+    others = {short: kind for short, kind in kinds.items() if kind not in (most, "I64")}
+    return Images(tokenizer, _resolution(settings) or 512, dialect, prefix, {"": most} | others)
+
+
+def tensors_of(tokenizer: ImageTokenizer, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The tensors of the file that a tokenizer came from, by `Images.record`. Raises like `to_published`."""
+    dtypes = record["image_dtypes"]
+    return {
+        record["image_prefix"] + name: array
+        if np.issubdtype(array.dtype, np.integer)
+        else array.astype(DTYPES[dtypes.get(name, dtypes[""])], copy=False)
+        for name, array in to_published(tokenizer, record["image_dialect"]).items()
+    }
 
 
 @contextlib.contextmanager
@@ -85,20 +126,21 @@ def _resolution(settings: Mapping[str, Any]) -> int:
     return next((side for part in settings.values() if isinstance(part, Mapping) and (side := _resolution(part))), 0)
 
 
-def read_settings(folder: Path, *names: str) -> dict[str, Any]:
-    """The first of these .json and .yaml files that is there; {}: none. Raises UserError."""
-    for name in names:
-        if not (folder / name).exists():
-            continue
-        path = inside(folder, name)
-        if path.suffix == ".json":
-            return read_json(path)
-        try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            said = in_words(error) if isinstance(error, OSError) else str(error)
-            raise UserError(f"{path}: expected YAML: {said}") from error
-        if not isinstance(found, dict):
-            raise UserError(f"{path}: expected keys and values, found {found!r:.80}")
-        return found
-    return {}
+def settings_file(system: str, path: Path) -> Path | None:
+    """The first of a system's files of settings that lies beside an image tokenizer. Raises UserError."""
+    folder = path if path.is_dir() else path.parent
+    return next((inside(folder, name) for name in SETTINGS[system] if (folder / name).exists()), None)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Of a .json or .yaml file. Raises UserError."""
+    if path.suffix == ".json":
+        return read_json(path)
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        said = in_words(error) if isinstance(error, OSError) else str(error)
+        raise UserError(f"{path}: expected YAML: {said}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: expected keys and values, found {found!r:.80}")
+    return found

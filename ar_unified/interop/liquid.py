@@ -59,7 +59,7 @@ def language_of(names: Mapping[str, int], text: list[int], size: int, where: str
 def open_liquid(files: Files) -> Published:
     where = str(files.folder)
     model = hf_config.read(files.config, GEMMA, where)
-    images = vqgan_of(files, {}, [])
+    images = vqgan_of(files, {})
     tokenizer = images.tokenizer
     grid = files.size or images.grid
     ids = language_of(files.names, files.text_ids, model.vocab_size, str(files.text_file), grid)
@@ -84,6 +84,6 @@ def open_liquid(files: Files) -> Published:
             "max_tokens": _LENGTH,
         },
         sampling=_SAMPLING,
-        record={"system": "liquid", "form": "hf", **images.record, **files.record()},
+        record={"system": "liquid", "form": "hf", **files.record()},
         notes=(scale, *([tokenizer.no_decoder] if tokenizer.no_decoder else ())),
     )

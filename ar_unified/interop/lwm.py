@@ -25,10 +25,10 @@ from ar_unified.interop import hf_config
 from ar_unified.interop.files import Files
 from ar_unified.interop.hf_config import LLAMA
 from ar_unified.interop.ids import PLAIN, Language, language, named
-from ar_unified.interop.images import Images, read_images
+from ar_unified.interop.images import Images, open_images
 from ar_unified.interop.keys import LWM, LWM_TEXT
 from ar_unified.interop.published import Published, check_tensors
-from ar_unified.interop.sources import Source, open_source, read_json
+from ar_unified.interop.sources import Source, read_json
 from ar_unified.interop.streams import Stream
 from ar_unified.language.syntax import ImageLayout
 from ar_unified.model.config import TransformerConfig
@@ -177,4 +177,4 @@ def _images(files: Files) -> Images:
             f"{files.folder}: it has no image tokenizer: --image names LWM's `vqgan`, made .safetensors by "
             "`ar-unified convert-pickle`"
         )
-    return read_images("lwm_vq", {}, open_source(files.image), "lwm", str(files.image))
+    return open_images("lwm_vq", files.image)

@@ -21,6 +21,8 @@ from ar_unified.tensors import INDEX, read_bytes
 
 ALONE = "model.safetensors"
 DTYPES = {"BF16": "bfloat16", "F32": "float32", "F16": "float16", "I64": "int64"}  # by their names in a file
+PICKLED = (".pth", ".pt", ".ckpt", ".bin", ".pkl")
+_CONVERT = "is pickled, `ar-unified convert-pickle` makes a .safetensors file of it"
 _LARGEST = 1 << 26  # bytes of a JSON file
 
 
@@ -56,8 +58,8 @@ def open_source(path: str | Path) -> Source:
         return Safetensors(*_indexed(path))
     files = [path / ALONE] if (path / ALONE).exists() else sorted(path.glob("*.safetensors"))
     if not files:
-        pickled = sorted(each.name for each in path.iterdir() if each.suffix in (".pth", ".pt", ".ckpt", ".bin"))
-        more = f": {pickled[0]} is pickled, `ar-unified convert-pickle` makes one of it" if pickled else ""
+        pickled = sorted(each.name for each in path.iterdir() if each.suffix in PICKLED)
+        more = f": {pickled[0]} {_CONVERT}" if pickled else ""
         raise UserError(f"{path}: expected .safetensors files, found none{more}")
     return Safetensors({file.name: inside(path, file.name) for file in files})
 
@@ -173,6 +175,10 @@ def _places(path: Path) -> dict[str, _Place]:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        with open(path, "rb") as file:
+            begin = file.read(4)
+        if path.suffix in PICKLED or begin == b"PK\3\4" or (begin[:1] == b"\x80" and path.suffix != ".safetensors"):
+            raise UserError(f"{path}: it {_CONVERT}") from error
         raise UserError(f"{path}: {error}: the file was cut short, or is no safetensors file") from error
     return {
         name: _Place(

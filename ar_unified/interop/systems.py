@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from ar_unified.interop import chameleon, emu3, emu3_5, liquid, lwm, text
+from ar_unified.interop import chameleon, emu3, emu3_5, liquid, lwm, simplear, tar, text
 from ar_unified.interop.files import Files
 from ar_unified.interop.published import Published
 
@@ -18,6 +18,8 @@ OPEN: Mapping[str, Callable[[Files], Published]] = MappingProxyType(
         "emu3_5": emu3_5.open_emu3_5,
         "lwm": lwm.open_lwm,
         "liquid": liquid.open_liquid,
+        "simplear": simplear.open_simplear,
+        "tar": tar.open_tar,
         "llama": text.open_llama,
         "qwen": text.open_qwen,
         "gemma": text.open_gemma,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from ar_unified.errors import UserError
 from ar_unified.interop import hf_config
 from ar_unified.interop.files import Files
 from ar_unified.interop.hf_config import GEMMA, LLAMA, QWEN2, QWEN3, Family
-from ar_unified.interop.ids import language
+from ar_unified.interop.ids import Language, language
 from ar_unified.interop.keys import HF
 from ar_unified.interop.published import Published, check_tensors
+from ar_unified.model.config import TransformerConfig
 
 # What a document begins and ends with, and what fills rows: the first of these names that the tokenizer has. Qwen has
 # no beginning of its own: texts are told apart by <|endoftext|>.
@@ -56,23 +58,36 @@ def _open(files: Files, system: str, families: Mapping[str, Family]) -> Publishe
         expected = " or ".join(_MARKS[system][absent[0]])
         raise UserError(f"{files.text_file}: expected a token {expected}, found none: is --as the right system?")
     ids = language(config.vocab_size, files.text_ids, found)
+    return without_images(files, system, config, ids)
+
+
+def without_images(
+    files: Files, system: str, config: TransformerConfig, ids: Language, *notes: str, **sampling: Any
+) -> Published:
+    """A model with no image tokenizer: of text alone, or one whose images are codes.
+
+    Args:
+        sampling: what requests are drawn with, where it is other than plain.
+    """
     grammar = files.grammar(ids)
     config = dataclasses.replace(config, vocab_size=grammar.vocabulary.size)
+    plain = {
+        "max_length": min(_LENGTH, files.config.get("max_position_embeddings") or _LENGTH),
+        "kv_dtype": "",
+        "guidance": 1.0,
+        "context": "bos_boi",
+        "text": PLAIN_FILTER,
+        "image": PLAIN_FILTER,
+    }
     return Published(
         system=system,
-        keys=check_tensors(files.source, where, [HF], config, ids.border),
+        keys=check_tensors(files.source, str(files.folder), [HF], config, ids.border),
         source=files.source,
         grammar=grammar,
         text=grammar.text_codec,
         image=None,
         data={"max_tokens": _LENGTH},
-        sampling={
-            "max_length": min(_LENGTH, files.config.get("max_position_embeddings") or _LENGTH),
-            "kv_dtype": "",
-            "guidance": 1.0,
-            "context": "bos_boi",
-            "text": PLAIN_FILTER,
-            "image": PLAIN_FILTER,
-        },
+        sampling=plain | sampling,
         record={"system": system, "form": "hf", **files.record()},
+        notes=notes,
     )

@@ -394,7 +394,7 @@ class Automaton:
         size = v.size_offset - 1
         written = state.written
         at_start = _pick(syntax.start or (v.pad,), written + len(syntax.start))
-        at_close = _pick(syntax.close, written - (self._block_end(state) - len(syntax.close)))
+        at_close = _pick(syntax.close or (v.pad,), written - (self._block_end(state) - len(syntax.close)))
         cases = (
             (words, 0, v.text_size),
             (parts | (header & bool(syntax.digits)), 0, 0),

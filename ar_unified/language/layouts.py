@@ -8,7 +8,8 @@ Marks are names of control tokens, or `Text`, which the text tokenizer spells. E
 `syntax` its lengths, `grammar` its ids, `automaton` what may come next.
 
 Sources: Chameleon facebookresearch/chameleon, Anole GAIR-NLP/anole, Lumina-mGPT Alpha-VLLM/Lumina-mGPT and
-Lumina-mGPT-2.0, Emu3 and Emu3.5 baaivision/Emu3 and Emu3.5, LWM LargeWorldModel/LWM, Liquid FoundationVision/Liquid.
+Lumina-mGPT-2.0, Emu3 and Emu3.5 baaivision/Emu3 and Emu3.5, LWM LargeWorldModel/LWM, Liquid FoundationVision/Liquid,
+SimpleAR wdrink/SimpleAR, Tar csuhan/Tar.
 """
 
 from __future__ import annotations
@@ -160,6 +161,20 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType({
         controls=("pad", "bos", "eos", "boi", "eoi", "unconditional"),
         turns=TurnTemplate("{} Generate an image based on this description."),
         unconditional=("bos", "unconditional"),
+    ),
+    # SimpleAR: a prompt, then an image that nothing closes. A prompt is dropped whole.
+    "simplear": Layout(
+        controls=("pad", "bos", "eos", "boi"),
+        close=(),
+        turns=TurnTemplate(),
+        unconditional=("bos",),
+    ),
+    # Tar, drawing: the scale says how many codes an image has, and all of one model have the same here.
+    "tar": Layout(
+        controls=("pad", "bos", "eos", "boi", "eoi", "scale"),
+        start=("scale",),
+        turns=TurnTemplate(),
+        unconditional=("bos",),
     ),
 })  # fmt: skip
 

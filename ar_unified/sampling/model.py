@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from ar_unified.bundle import Bundle, BundleError
-from ar_unified.data.images import ImageCodec, NoImages, Resize, draws_none, to_rgb
+from ar_unified.data.images import CodesAlone, ImageCodec, NoImages, Resize, draws_none, to_rgb
 from ar_unified.data.sizes import default_resize
 from ar_unified.errors import UserError, about
 from ar_unified.language.border import Ids
@@ -82,8 +82,10 @@ def load(
         ways = ways_of(0, mesh)
         batch_size = batch_size or -(-_ROWS // ways) * ways
         config = dataclasses.replace(bundle.config, dtype=dtype or bundle.config.dtype)
-        grammar, tokenizer = bundle.grammar, bundle.image_tokenizer(batch_size)
-        resize, sampling = _resize(bundle, tokenizer), bundle.sections["sampling"]
+        grammar, found = bundle.grammar, bundle.image_tokenizer(batch_size)
+        resize, sampling = _resize(bundle, found), bundle.sections["sampling"]
+        codes = grammar.vocabulary.codebook_size
+        tokenizer: ImageCodec | None = CodesAlone(codes) if found is None and codes else found
         defaults = {name: sampling[name] for name in DEFAULTS if name in sampling}
         request_of({"mode": "text"} | _none_needed(defaults), "bundle", tokenizer or NoImages(), defaults)
         places = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh)) if mesh is not None else None

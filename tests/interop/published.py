@@ -294,6 +294,32 @@ def _qwen2(table: Table, tied: bool = False) -> Any:
     return transformers.Qwen2ForCausalLM(config)
 
 
+def simplear(folder: Path, *, dtype: str = "float32", seed: int = 0, named: bool = True) -> Path:
+    """SimpARForCausalLM, which is Qwen2's class. named: tokenizer.json has SimpleAR's names; else they are beside it,
+    as its own loader, of Python alone, leaves them."""
+    table = tables.simplear()
+    _save(fill(_qwen2(table, tied=True), seed, spread=1.0), folder, dtype, False)
+    file = table.split({"type": "NFC"})
+    if not named:
+        own = [token for token in file["added_tokens"] if token["id"] >= table.id("<|t2i|>")]
+        file["added_tokens"] = [token for token in file["added_tokens"] if token not in own]
+        file["model"]["vocab"] = {name: id for name, id in table.vocabulary.items() if id < table.id("<|t2i|>")}
+        write_json(folder, added_tokens={token["content"]: token["id"] for token in own})
+    write_json(folder, tokenizer=file, tokenizer_config={"tokenizer_class": "Qwen2Tokenizer"})
+    return folder
+
+
+def tar(folder: Path, *, dtype: str = "float32", seed: int = 0) -> Path:
+    """Tar, of Qwen2's class; its codes are tokens of the text tokenizer, and none is called special there."""
+    table = tables.tar()
+    _save(fill(_qwen2(table), seed), folder, dtype, False)
+    file = table.split({"type": "NFC"})
+    for token in file["added_tokens"]:
+        token["special"] = token["content"].startswith(("<|", "<im"))
+    write_json(folder, tokenizer=file, tokenizer_config={"tokenizer_class": "Qwen2Tokenizer"})
+    return folder
+
+
 def _qwen3(table: Table) -> Any:
     config = transformers.Qwen3Config(
         **_SIZES, vocab_size=table.size, head_dim=24, rms_norm_eps=1e-6, rope_parameters=_rope(1e6),

@@ -145,6 +145,22 @@ def qwen(gap: int = 5) -> Table:
     return _table(names, text_pieces(), len(names) + gap)
 
 
+_QWEN_2_5 = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_pad|>", "<|file_sep|>"]
+
+
+def simplear(codes: int = 64) -> Table:
+    """SimpleAR's: Qwen2.5's, seven names of its own, and codes without names."""
+    own = [f"<|{name}|>" for name in ("t2i", "i2t", "soi", "vtokens", "t2v", "v2t", "sov")]
+    names = [*text_pieces(), *_QWEN_2_5, *own]
+    return _table(names, text_pieces(), len(names) + codes)
+
+
+def tar(codes: int = 96) -> Table:
+    """Tar's: Qwen2.5's, marks, scales and codes, all with names."""
+    own = ["<im_start>", "<im_end>", *(f"<S{n}>" for n in range(3)), *(f"<I{code}>" for code in range(codes))]
+    return _table([*text_pieces(), *_QWEN_2_5, *own], text_pieces())
+
+
 def lumina_2(codes: int = 64) -> Table:
     """Lumina-mGPT 2.0's: Qwen's text, then Chameleon's names of controls and sizes, a gap, and the codes last."""
     reserved = ["<reserved08706>", "<reserved08707>", "<reserved08798>", "<reserved08799>"]

@@ -79,6 +79,8 @@ SYSTEMS = {
     "lwm": System(LWM | {"code": LWM["vision"]} | {name: LWM["vision"] + LWM[name] for name in ("eof", "eov")},
                   StandIn(16384), 4, 4, 8192),
     "liquid": System(published.LIQUID, StandIn(1000), 4, 4, 8192),
+    "simplear": System(published.SIMPLEAR, StandIn(0), 4, 4, 64000),
+    "tar": System(published.TAR, StandIn(0), 4, 4, 65536),
 }  # fmt: skip
 
 
@@ -253,6 +255,20 @@ def test_liquid_describes_in_a_document_and_does_not_talk() -> None:
     assert marks <= set(published.liquid_chat(text, [[ASKED], [WORDS]]))
     grammar, border = opened("liquid")
     assert not marks & set(border.theirs[: grammar.vocabulary.rest_offset].tolist())
+
+
+def test_simplear_draws_and_says_no_end() -> None:
+    """Ours ends a document; theirs is so many codes long."""
+    text, end = SYSTEMS["simplear"].text.encode, published.SIMPLEAR["eos"]
+    assert ours("simplear", conversation([WORDS], [SQUARE])) == [*published.simplear(text, WORDS, SQUARE), end]
+    dropped = published.simplear(text, "", SQUARE)
+    assert [*unconditional("simplear"), *dropped[1:]] == dropped
+
+
+def test_an_image_of_tars_answer() -> None:
+    """Of its turns the record has not the marks."""
+    found, ids = ours("tar", document([WORDS, SQUARE])), published.TAR
+    assert found == [ids["bos"], *SYSTEMS["tar"].text.encode(WORDS), *published.tar(SQUARE), ids["eos"]]
 
 
 def test_every_published_layout_is_compared() -> None:

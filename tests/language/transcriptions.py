@@ -319,3 +319,29 @@ def liquid_chat(text: Text, turns: Sequence[Turn]) -> list[int]:
     if len(turns) % 2:
         pieces += [c["start"], "model\n"]
     return [c["bos"], *joined(text, pieces)]
+
+
+# ---- SimpleAR, Tar: names behind the last of Qwen2.5's ---------------------------------------------------------------
+
+# Read: the new names and their order; code 0 of SimpleAR is the length of the text tokenizer. Recalled: Qwen2.5's own
+# ids, of which 151664 is the last.
+QWEN_2_5 = {"pad": 151643, "eos": 151645}
+SIMPLEAR = QWEN_2_5 | {"bos": 151665, "boi": 151667, "code": 151672}
+TAR = QWEN_2_5 | {"bos": 151643, "pad": 151662, "boi": 151665, "eoi": 151666, "scale": 151667, "code": 151670}
+
+
+def simplear(text: Text, caption: str, codes: np.ndarray) -> list[int]:
+    """SimpleAR draws: simpar/train/preprocess.py, preprocess_t2i, and t2token_data.py. Read.
+
+    <|t2i|>, the prompt, <|soi|>, the codes, each its number + the length of the text tokenizer; nothing behind them. A
+    prompt that is dropped is the empty one.
+    """
+    c = SIMPLEAR
+    return [c["bos"], *text(caption), c["boi"], *(codes.ravel() + c["code"]).tolist()]
+
+
+def tar(codes: np.ndarray) -> list[int]:
+    """The image that Tar draws, in an answer: llava/data/dataset.py, preprocess_multimodal; llava_arch.py,
+    prepare_inputs_labels_for_multimodal. Read: <im_start>, the scale, the codes, <im_end>."""
+    c = TAR
+    return [c["boi"], c["scale"], *(codes.ravel() + c["code"]).tolist(), c["eoi"]]

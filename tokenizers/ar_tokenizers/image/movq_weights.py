@@ -41,7 +41,7 @@ _FIXED: tuple[tuple[str, str, Any], ...] = (
     ("temporal_downsample_factor", "temporal_downsample_factor", temporal.FACTOR),
     ("", "num_attention_heads", 1),
 )
-_NOT_READ = ("ema_", "loss.")
+NOT_READ = ("ema_", "loss.")
 _CODEBOOK = "quantize.embedding.weight"
 _SPATIAL_NORM = {r"\.group\.": ".norm_layer.", r"\.gain\.": ".conv_y.", r"\.shift\.": ".conv_b."}
 _TRANSFORMERS = {
@@ -149,7 +149,7 @@ def from_published(
       ValueError: arrays that are missing, left over, or of another shape than the config asks for, by name.
     """
     network, kept = _expected(config, dialect)
-    state = {name: leaf for name, leaf in state.items() if not name.startswith(_NOT_READ)}
+    state = {name: leaf for name, leaf in state.items() if not name.startswith(NOT_READ)}
     wanted = {place.name: place.shape for place in network.values()} | kept
     check_names(dialect, wanted, state)
     ours = {name: _to_ours(place, np.asarray(state[place.name], np.float32)) for name, place in network.items()}

@@ -27,7 +27,10 @@ SYSTEMS = {  # -> dialects that its files are written in
     "janus_vq": ("janus", "janus_hf"),
     "showo_vq": ("showo",),
     "lwm_vq": ("lwm",),
+    "emu3_vq": ("emu3", "emu3_hf"),
+    "movqgan": ("movqgan",),
 }
+_PREFIXES = ("gen_vision_model.", "model.vqmodel.", "vqmodel.")
 
 # ---- weights ----------------------------------------------------------------------------------------------------
 
@@ -36,6 +39,30 @@ def prefix_of(names: Iterable[str], dialect: str) -> str:
     """What stands before the tokenizer's names in a file that holds a language model too; "" in a file of its own."""
     prefix = taming.DIALECTS[dialect].prefix if dialect in taming.DIALECTS else ""
     return prefix if prefix and any(name.startswith(prefix) for name in names) else ""
+
+
+def dialect_in(system: str, names: Iterable[str]) -> tuple[str, str]:
+    """What a system's file is written in, and what stands before the tokenizer's names: "" in a file of its own.
+
+    Raises:
+      ValueError: names of another system.
+    """
+    names = set(names)
+    prefix = next((each for each in _PREFIXES if any(name.startswith(each) for name in names)), "")
+    dialects = SYSTEMS[system]
+    family: Any = movq_weights if dialects[0] in movq_weights.DIALECTS else taming
+    found = family.dialect_of(name.removeprefix(prefix) for name in names if name.startswith(prefix))
+    found = "janus" if (found, system) == ("llamagen", "janus_vq") else found  # whose names are the same
+    if found not in dialects:
+        raise ValueError(f"{system}: expected names of weights as in {' or '.join(dialects)}, found those of {found}")
+    return found, prefix
+
+
+def not_read(names: Iterable[str], dialect: str) -> list[str]:
+    """Those of a file that say nothing of the network, as losses: they are left out, and no export has them."""
+    movq = dialect in movq_weights.DIALECTS
+    begins = movq_weights.NOT_READ if movq else taming.DIALECTS[dialect].not_read
+    return sorted(name for name in names if name.startswith(begins or ("\0",)))
 
 
 def from_published(
@@ -108,8 +135,8 @@ def config_of(system: str, record: Mapping[str, Any], names: Iterable[str] = ())
     Args:
       system: of SYSTEMS.
       record: of chameleon_vq vqgan.yaml, or a config.json with vq_config, or that part of it; of ibq config.yaml; of
-        janus_vq config.json; of llamagen_vq the arguments of its class, if any. Of showo_vq and lwm_vq nothing was
-        published, and there is one of each.
+        janus_vq config.json; of emu3_vq config.json or vq_config of one; of llamagen_vq the arguments of its class, if
+        any. Of showo_vq, lwm_vq and movqgan nothing was published, and there is one of each.
       names: of the tensors, by which LlamaGen's VQ-8 and VQ-16 are told apart where the record does not.
 
     Raises:
@@ -117,6 +144,10 @@ def config_of(system: str, record: Mapping[str, Any], names: Iterable[str] = ())
     """
     if system not in SYSTEMS:
         raise ValueError(f"image tokenizer: expected one of {', '.join(SYSTEMS)}; found {system!r}")
+    if system == "emu3_vq":
+        return movq_weights.config_from_emu3(record)
+    if system == "movqgan":
+        return movq_weights.movqgan_270m()
     if system == "lwm_vq":
         return AutoencoderConfig.from_dict(PRESETS["lwm_f16"] | _vq(8192, 64, "euclidean"))
     if system == "showo_vq":
@@ -144,6 +175,8 @@ def settings_of(config: AutoencoderConfig, dialect: str, *, resolution: int = 51
     Args:
       resolution: of the images that it was trained on, in pixels; attention is said by the sides of levels.
     """
+    if dialect in ("emu3", "emu3_hf"):
+        return movq_weights.emu3_settings(config, dialect)
     spelt = 0 if dialect == "taming" else 1
     lowest = [resolution >> (len(config.multipliers) - 1)] if config.attention == "lowest" else []
     values = {ours: getattr(config, ours) for ours in _SPELLINGS}

@@ -165,25 +165,17 @@ class ImageTokenizer:
           ValueError: the weights are not the ones the config was written with.
         """
         folder = Path(folder)
-        if not (folder / CONFIG).is_file():
-            raise FileNotFoundError(f"{folder} holds no image tokenizer: there is no {CONFIG}, which is written last")
-        try:
-            record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{folder / CONFIG}: expected JSON, as it was written: {error}") from error
-        if record.get("format") != FORMAT:
-            raise ValueError(f"{folder / CONFIG}: expected format {FORMAT}, found {record.get('format')!r}")
+        config, record = _saved(folder)
         try:
             params = _unflatten(load_tensors((folder / WEIGHTS).read_bytes()))
         except SafetensorError as error:
             raise ValueError(f"{folder / WEIGHTS}: {error}: the file was changed, or cut short") from error
         published = _published(folder, record["published"]) if "published" in record else {}
-        config = AutoencoderConfig.from_dict(record["config"])
         tokenizer = cls(config, params, batch_size=batch_size, published=published)
-        if tokenizer.hash != record["hash"]:
+        if tokenizer.hash != record.get("hash"):
             raise ValueError(
-                f"{folder}: {CONFIG} was written with weights and settings of hash {record['hash'][:12]}, but those "
-                f"found have {tokenizer.hash[:12]}: a file was changed or comes from another tokenizer"
+                f"{folder}: {CONFIG} was written with weights and settings of hash {record.get('hash')!s:.12}, but "
+                f"those found have {tokenizer.hash[:12]}: a file was changed or comes from another tokenizer"
             )
         return tokenizer
 
@@ -218,6 +210,29 @@ class ImageTokenizer:
             made = np.asarray(function(self.params, np.pad(batch, padding))).reshape(-1, *shape)
             out[start : start + len(batch)] = made[: len(batch)]
         return out
+
+
+def saved_config(folder: str | os.PathLike[str]) -> AutoencoderConfig:
+    """Of what `ImageTokenizer.save` wrote; no weight is read. Raises like `ImageTokenizer.load`."""
+    return _saved(Path(folder))[0]
+
+
+def _saved(folder: Path) -> tuple[AutoencoderConfig, dict[str, Any]]:
+    """What config.json says, and all of it."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no image tokenizer: there is no {CONFIG}, which is written last")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, as it was written: {error}") from error
+    found = record.get("format") if isinstance(record, dict) else record
+    if found != FORMAT:
+        raise ValueError(f"{path}: expected format {FORMAT}, found {found!r:.40}")
+    try:
+        return AutoencoderConfig.from_dict(record["config"]), record
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: config: expected the settings of an image tokenizer: {error}") from error
 
 
 def _published(folder: Path, digest: str) -> dict[str, np.ndarray]:

@@ -1,0 +1,34 @@
+"""An image tokenizer from elsewhere, in a config: `image_tokenizer.model` says what the rest of its section is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+
+from ar_tokenizers.image.tokenizer import saved_config
+from ml_collections import ConfigDict
+
+from ar_unified.errors import UserError, about
+
+KEY = "config.image_tokenizer"
+
+
+def describe(section: ConfigDict, asked: Collection[str]) -> None:
+    """Sets the network of config.image_tokenizer to that of the folder in its `model`, which is not trained.
+
+    Args:
+        asked: keys of the section that a person has set beside `model`.
+
+    Raises UserError: there is no image tokenizer, or another network was asked for.
+    """
+    with about(f"{KEY}.model"):
+        theirs = dataclasses.asdict(saved_config(section.model)) | {"steps": 0}
+    for name in theirs.keys() & set(asked):
+        if section[name] != theirs[name]:
+            raise UserError(
+                f"{KEY}.{name}: expected {theirs[name]!r}, as the tokenizer in {KEY}.model has; found {section[name]!r}"
+            )
+    try:
+        section.update(theirs)
+    except (TypeError, ValueError) as error:  # no tokenizer of ours has such values
+        raise UserError(f"{KEY}.model: {section.model}: {error}") from error

@@ -1,0 +1,63 @@
+"""SimpleAR: Qwen2.5 with the codes of a Cosmos tokenizer behind the last id of its text tokenizer.
+
+A prompt begins with <|t2i|>, an image with <|soi|>; nothing ends an image, which is square: 1024 pixels, 64 x 64 codes,
+of which --size gives others. That tokenizer is of clips (Cosmos-1.0-Tokenizer-DV8x16x16) and not imported, so images
+are codes alone.
+
+Sources: wdrink/SimpleAR, generate.py (an id is code + len(tokenizer), guidance 6, top-k 64000) and simpar/train
+(train.py's special tokens, preprocess.py's prompts).
+"""
+
+from __future__ import annotations
+
+from ar_unified.errors import UserError
+from ar_unified.interop import hf_config
+from ar_unified.interop.files import Files
+from ar_unified.interop.hf_config import QWEN2
+from ar_unified.interop.ids import language, named
+from ar_unified.interop.published import Published
+from ar_unified.interop.sources import inside, read_json
+from ar_unified.interop.text import without_images
+from ar_unified.language.syntax import ImageLayout
+
+_MARKS = {"pad": "<|endoftext|>", "bos": "<|t2i|>", "eos": "<|im_end|>", "boi": "<|soi|>"}
+_ADDED = "added_tokens.json"  # where a tokenizer.json of Qwen's own has not the names of SimpleAR
+_SIDE = 64
+_LENGTH = 6144  # an image of 64 x 64 codes, and its prompt
+_NOTE = (
+    "Its images are codes alone, of which there are {codes}: Cosmos-1.0-Tokenizer-DV8x16x16, which makes pixels of "
+    "them, is not imported."
+)
+
+
+def _names(files: Files) -> dict[str, int]:
+    """The published id of each token by its name. Raises UserError where two files say different ones."""
+    names = dict(files.names)
+    for folder in (files.folder, files.text_file.parent):
+        if not (folder / _ADDED).exists():
+            continue
+        path = inside(folder, _ADDED)
+        added = read_json(path)
+        for name in added:
+            id = named(added, name, str(path))
+            if names.setdefault(name, id) != id:
+                raise UserError(f"{path}: {name!r}: expected id {names[name]}, as {files.text_file} has; found {id}")
+    return names
+
+
+def open_simplear(files: Files) -> Published:
+    where = str(files.text_file)
+    config = hf_config.read(files.config, QWEN2, str(files.folder))
+    names = _names(files)
+    marks = {control: named(names, name, where) for control, name in _MARKS.items()}
+    first = max(names.values()) + 1
+    if first >= config.vocab_size:
+        raise UserError(
+            f"{where}: expected image codes behind id {first - 1}, the last with a name; V is {config.vocab_size}"
+        )
+    codes = range(first, config.vocab_size)
+    layout = ImageLayout("simplear", *(files.size or (_SIDE, _SIDE)))
+    ids = language(config.vocab_size, files.text_ids, marks, layout, codes=codes)
+    image = {"temperature": 1.0, "top_k": 64000, "top_p": 1.0}
+    note = _NOTE.format(codes=len(codes))
+    return without_images(files, "simplear", config, ids, note, guidance=6.0, image=image, max_length=_LENGTH)

@@ -1,0 +1,47 @@
+"""Tar: Qwen2.5 with the codes of TA-Tok, each a token with a name, <I0> to <I65535>.
+
+An image that it draws stands between <im_start>, with a scale behind it, and <im_end>: <S0> is 27 x 27 codes, <S1> 13 x
+13, <S2> 9 x 9; --size chooses, and all images have that size. An image in a question has none of these marks there, and
+has them here. Its chats have Qwen's marks <|im_start|> and <|im_end|>, which here no text is spelled with. TA-Tok
+(SigLIP2) and what makes pixels of its codes, a second model, are not imported: images are codes alone.
+
+Sources: csuhan/Tar, llava/model/llava_arch.py (names and their order), llava/data/dataset.py, t2i_inference.py (lengths
+by scale, filter) and i2t_inference.py.
+"""
+
+from __future__ import annotations
+
+import re
+
+from ar_unified.errors import UserError
+from ar_unified.interop import hf_config
+from ar_unified.interop.files import Files
+from ar_unified.interop.hf_config import QWEN2
+from ar_unified.interop.ids import codes_of, language, named
+from ar_unified.interop.published import Published
+from ar_unified.interop.text import without_images
+from ar_unified.language.syntax import ImageLayout
+
+_CODE = re.compile(r"<I(\d+)>")
+_SCALES = {27: "<S0>", 13: "<S1>", 9: "<S2>"}  # codes along an image
+_MARKS = {"bos": "<|endoftext|>", "eos": "<|im_end|>", "boi": "<im_start>", "eoi": "<im_end>"}
+_PAD = "<|fim_pad|>"  # of Qwen2.5, whose text never has it
+_NOTES = (
+    "Its images are codes alone: TA-Tok, which reads images, and the models that make pixels of its codes are not "
+    "imported.",
+    "Documents and turns are written without Qwen's <|im_start|> and <|im_end|>.",
+)
+
+
+def open_tar(files: Files) -> Published:
+    where = str(files.text_file)
+    config = hf_config.read(files.config, QWEN2, str(files.folder))
+    side = 27 if files.size is None else files.size[0]
+    if side not in _SCALES or files.size not in (None, (side, side)):
+        raise UserError(f"--size: expected {', '.join(f'{n}x{n}' for n in _SCALES)}; found {files.size}")
+    codes = codes_of({int(match[1]): id for name, id in files.names.items() if (match := _CODE.fullmatch(name))}, where)
+    marks = {name: named(files.names, token, where) for name, token in (_MARKS | {"scale": _SCALES[side]}).items()}
+    marks |= {"pad": files.names[_PAD]} if _PAD in files.names else {}
+    ids = language(config.vocab_size, files.text_ids, marks, ImageLayout("tar", side, side), codes=codes)
+    image = {"temperature": 1.0, "top_k": 1200, "top_p": 0.95}
+    return without_images(files, "tar", config, ids, *_NOTES, image=image)
