@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from ar_unified.bundle import Bundle
+from ar_unified.cli import train
 from tests.bundles import SENTENCES, grey, parts, write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,7 +28,7 @@ def example(name: str) -> Any:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write(tmp_path_factory.mktemp("bundle") / "tiny").folder)
+    return str(write(tmp_path_factory.mktemp("bundle") / "tiny", loss={"softmax": "by_side"}).folder)
 
 
 def test_load_and_sample(bundle, tmp_path, capsys):
@@ -46,7 +47,9 @@ def test_score(bundle, tmp_path, capsys):
     assert scores == sorted(scores, reverse=True) and len(set(scores)) == 3 and max(scores) < 0
 
 
-def test_train_on_your_folder(bundle, tmp_path, capsys):
+def test_train_on_your_folder(bundle, tmp_path, capsys, monkeypatch):
+    tasks, fit = [], train.fit
+    monkeypatch.setattr(train, "fit", lambda task, *args, **more: tasks.append(task) or fit(task, *args, **more))
     folder = tmp_path / "mine"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -62,6 +65,8 @@ def test_train_on_your_folder(bundle, tmp_path, capsys):
     assert f"{new}: a model of 300 text pieces and 24 image codes" in capsys.readouterr().out
     begun, ended = Bundle(bundle), Bundle(new)
     assert ended.language == begun.language and ended.hash != begun.hash
+    (task,) = tasks
+    assert task.split == ended.grammar.vocabulary.image_offset and ended.sections["loss"] == {"softmax": "by_side"}
     before, after = parts()["params"], ended.params()
     moved = np.abs(np.asarray(after["norm"]) - before["norm"])
     assert 0 < moved.max() < 0.01, "two steps away from the bundle's weights, and not from fresh ones"

@@ -13,6 +13,7 @@ from ar_unified.cli.plan import run_of
 from ar_unified.experiment import check
 from ar_unified.experiment import config as configs
 from ar_unified.language.layouts import LAYOUTS
+from ar_unified.language.syntax import SOFTMAXES
 from ar_unified.model.config import CHOICES as MODEL_CHOICES
 from ar_unified.model.config import PRESETS, config_from
 from ar_unified.planning import JOBS
@@ -120,6 +121,11 @@ def test_every_choice_makes_a_plan(job, changes):
     config = small(**changes)
     check.check(config, [])
     assert [name for name, _ in tried(config, job)]
+
+
+def test_a_softmax_for_each_side_is_another_program():
+    joint, by_side = (list(tried(small(**{"loss.softmax": softmax}), "train")) for softmax in SOFTMAXES)
+    assert joint != by_side
 
 
 @pytest.mark.slow
