@@ -24,9 +24,9 @@ demo: setup  ## train both tokenizers and the transformer on the embedded shapes
 
 # TPU's compiler, for the tests that compile for TPUs on this machine's CPU. It lies beside the packages and not among
 # them: JAX would look for a TPU in every process that finds it there.
-libtpu: setup $(VENV)/libtpu
+libtpu: $(VENV)/libtpu
 
-$(VENV)/libtpu: $(wildcard requirements/*.txt)
+$(VENV)/libtpu: $(VENV)/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ \
 	    $$(test -f $(PINS) && echo "-c $(PINS)") libtpu || { mkdir -p $@; echo "no libtpu here: what compiles for TPUs is skipped"; }
 	@touch $@

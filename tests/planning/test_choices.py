@@ -55,6 +55,9 @@ def agreeing(changes):
         changes["image_tokenizer.activation"] = "tanh"
     if quantizer != "vq":
         changes["image_tokenizer.space"] = "sphere"
+    if changes.get("image_tokenizer.perceptual") == "match":
+        if changes.setdefault("image_tokenizer.adversary.kind", "patch") == "none":
+            changes["image_tokenizer.perceptual"] = "none"
     if changes.get("model.qk_norm_per_head"):
         changes.setdefault("model.qk_norm", "rmsnorm")
     if changes.get("model.qk_norm", "none") == "none":
