@@ -149,6 +149,7 @@ def test_emu3_compares_with_its_negative_prompt_in_the_place_of_the_prompt(bundl
     assert [v.name(id) for id in (opening[0], opening[-1])] == ["<boi>", "<img>"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "system, by_hand, without",
     [
