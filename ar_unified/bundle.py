@@ -105,7 +105,7 @@ def write(
         grammar: of the two tokenizers; image_tokenizer: None for text alone.
         data: image_size, resize, layout and max_tokens of the experiment; of text alone the last.
         loss: softmax of the experiment; None: its default.
-        sampling: max_length, kv_dtype, guidance, context, text and image of the experiment.
+        sampling: max_length, kv_dtype and the defaults of requests (`sampling.request.DEFAULTS`) of the experiment.
         published, kept: of published weights: JSON values and tensors by name that an export to their form needs.
         shard_bytes: of a file of parameters at most; a larger parameter has a file of its own.
 

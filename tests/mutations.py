@@ -48,9 +48,9 @@ MUTATIONS = (
     Mutation(
         "one-code-too-many",
         "ar_unified/language/vocabulary.py",
-        "image = (ids >= self.image_offset) & (ids < self.rest_offset)",
-        "image = (ids >= self.image_offset) & (ids <= self.rest_offset)",
-        "the first id of the rest counts as an image code",
+        "return (ids >= there.start) & (ids < there.stop) & (ids != self.pad)",
+        "return (ids >= there.start) & (ids <= there.stop) & (ids != self.pad)",
+        "the first id behind each range counts to it, as one of the rest to image codes",
         ("tests/language/test_vocabulary.py",),
     ),
     Mutation(
@@ -274,8 +274,8 @@ MUTATIONS = (
     Mutation(
         "half-of-attention-counts",
         "ar_unified/training/tasks.py",
-        "+ 12.0 * c.n_layers * c.n_heads * c.head_dim * totals",
-        "+ 6.0 * c.n_layers * c.n_heads * c.head_dim * totals",
+        "attention = (12.0 if deep else 4.0)",
+        "attention = (6.0 if deep else 4.0)",
         "MFU is too low",
         ("tests/training/test_step.py::test_flops_of_one_document_are_the_textbook_formula",),
     ),
@@ -329,6 +329,22 @@ MUTATIONS = (
         ("tests/training/test_step.py", "-k", "neither and ring"),
     ),
     # ---- training
+    Mutation(
+        "frozen-rows-are-replaced",
+        "ar_unified/training/selection.py",
+        "folder[name] = leaf if rows else new",
+        "folder[name] = new",
+        "of a table of which rows are trained, the others are gone",
+        ("tests/training/test_only.py",),
+    ),
+    Mutation(
+        "a-part-has-the-moments-of-all",
+        "ar_unified/training/step.py",
+        "params, tx.init(task.selection(params).take(params)), model_state)",
+        "params, tx.init(params), model_state)",
+        "a training of a few rows needs the memory of a whole one",
+        ("tests/training/test_only.py",),
+    ),
     Mutation(
         "dropout-repeats-every-step",
         "ar_unified/training/step.py",

@@ -7,6 +7,22 @@ from tests.mutations import Mutation
 MUTATIONS = (
     # ---- sampling
     Mutation(
+        "images-alone-see-the-end-of-a-question",
+        "ar_unified/sampling/plan.py",
+        "kept = tokens != grammar.vocabulary.control(record.turns.ask)",
+        "pass",
+        "Chameleon's two scales compare with what its own sampler does not",
+        ("tests/interop/test_defaults.py",),
+    ),
+    Mutation(
+        "a-bundle-forgets-its-second-scale",
+        "ar_unified/sampling/request.py",
+        'DEFAULTS = ("guidance", "image_guidance", "context",',
+        'DEFAULTS = ("guidance", "context",',
+        "the second of two published scales does nothing unless each request says it",
+        ("tests/interop/test_defaults.py",),
+    ),
+    Mutation(
         "top-k-disconnected",
         "ar_unified/sampling/decoding.py",
         "nucleus(scaled, jnp.where(drawn, filters.top_k, 0),",
@@ -230,7 +246,7 @@ MUTATIONS = (
     Mutation(
         "a-training-forgets-its-bundle",
         "ar_unified/cli/train.py",
-        "begin=_begin(experiment),",
+        "begin=_begin(experiment, task, fresh),",
         "begin=None,",
         "config.init changes nothing but the tokenizers",
         ("tests/test_examples.py", "-k", "train"),

@@ -101,7 +101,8 @@ class TransformerTask(Stateless):
                 f"code_vectors: expected one for each of {self.vocabulary.codebook_size} image codes, "
                 f"found {len(self.code_vectors)}"
             )
-        self.selection(transformer.abstract_params(self.config))
+        if self.only:
+            self.selection(transformer.abstract_params(self.config))
 
     def init(self, key: jax.Array) -> Params:
         params = transformer.init(self.config, key)

@@ -41,6 +41,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "liquid": {"guidance": 7.0, "context": "empty_prompt", "image": Filter(0.99, 4096, 0.96)},
 }  # fmt: skip
+_EMU3 = pytest.param("emu3", marks=pytest.mark.interop)  # whose files transformers writes
 
 
 def files_of(system: str, folder: Path) -> list[Path | str]:
@@ -86,7 +87,7 @@ def model_of(bundle: Path) -> ar_unified.Model:
     return ar_unified.load(bundle, dtype="float32", max_length=512)
 
 
-@pytest.mark.parametrize("system", DEFAULTS)
+@pytest.mark.parametrize("system", [_EMU3 if name == "emu3" else name for name in DEFAULTS])
 def test_a_request_that_says_nothing_has_the_published_settings(system: str, bundle: Callable[[str], Path]) -> None:
     model = model_of(bundle(system))
     asked = model.request("a red circle", mode="image", seed=0)
@@ -138,6 +139,7 @@ def test_chameleons_two_scales_compare_what_its_own_sampler_compares(bundle: Cal
     assert len(model.engine.plan(other).weights) == 2
 
 
+@pytest.mark.interop
 def test_emu3_compares_with_its_negative_prompt_in_the_place_of_the_prompt(bundle: Callable[[str], Path]) -> None:
     model = model_of(bundle("emu3"))
     v, size = model.vocabulary, 8 * model.image_tokenizer.factor
@@ -149,11 +151,17 @@ def test_emu3_compares_with_its_negative_prompt_in_the_place_of_the_prompt(bundl
     assert [v.name(id) for id in (opening[0], opening[-1])] == ["<boi>", "<img>"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "system, by_hand, without",
     [
         ("chameleon", dict(guidance=3.0, image_guidance=1.2, context="bos_boi"), dict(image_guidance=0)),
-        ("emu3", dict(guidance=3.0, context="negative_prompt"), dict(context="bos_boi")),
+        pytest.param(
+            "emu3",
+            dict(guidance=3.0, context="negative_prompt"),
+            dict(context="bos_boi"),
+            marks=pytest.mark.interop,
+        ),
         ("lumina_mgpt", dict(guidance=4.0, context="from_boi"), dict(guidance=1.0)),
     ],
 )
