@@ -195,20 +195,24 @@ def _times(computations: dict[str, list[_Instruction]], entry: str) -> tuple[dic
 
 
 def _trips(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> int | None:
-    """Turns of a loop: as XLA states it, or the constant that its counter, from 0 by 1, is compared with."""
+    """Turns of a loop: as XLA states it, or the constant that its counter, from 0 by 1, is compared with.
+
+    A condition that compares anything else may end the loop earlier: its turns are not known.
+    """
     if stated := re.search(r'"?known_trip_count"?:\{"n":"(\d+)"\}', loop.rest):
         return int(stated.group(1))
     condition = re.search(r"condition=%?([^\s,}]+)", loop.rest)
     if condition is None:
         return None
-    names, bounds, less = [condition.group(1)], [], 0
+    names, bounds, compared = [condition.group(1)], [], []
     while names:
         for each in computations.get(names.pop(), ()):
             names += _CALLED.findall(each.rest)
             if each.opcode == "constant" and each.type.startswith("s32[]"):
                 bounds.append(int(each.rest.partition(")")[0]))
-            less += each.opcode == "compare" and "direction=LT" in each.rest
-    return bounds[0] if len(bounds) == 1 and less == 1 else None
+            if each.opcode == "compare":
+                compared.append("direction=LT" in each.rest)
+    return bounds[0] if len(bounds) == 1 and compared == [True] else None
 
 
 def _groups(rest: str, devices: int, kind: str) -> np.ndarray:
