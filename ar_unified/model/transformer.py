@@ -23,9 +23,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from ar_unified.kernels.decode_attention import quantize
 from ar_unified.kernels.qk_norm_rope import Rope, qk_norm_rope
 from ar_unified.model.attention import attend_to_cache, attend_to_documents
+from ar_unified.model.cache import Cache, extended
 from ar_unified.model.config import TransformerConfig
 from ar_unified.model.dropout import dropout, fold
 from ar_unified.model.embedding import look_up
@@ -39,8 +39,6 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 _INPUT = "layer_input"  # what remat="offload" sends to the host
 Params = dict[str, Any]
-# Of each layer: keys and values [B, K, S, H]; of an int8 cache also what each is scaled with, float32 [B, K, S].
-Cache = tuple[tuple[jax.Array, ...], ...]
 
 # The logical axes of every parameter, by its path; what they mean on a mesh is parallel/rules.py's.
 AXES: dict[str, tuple[str, ...]] = {
@@ -144,30 +142,6 @@ def abstract_params(config: TransformerConfig, mesh: jax.sharding.Mesh | None = 
         return shapes
     places = rules.shardings(mesh, logical_axes(shapes), shapes)
     return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, places)
-
-
-def init_cache(config: TransformerConfig, batch: int, length: int, dtype: Any = None) -> Cache:
-    """An empty cache of `length` positions for `batch` rows, in the compute dtype unless told otherwise.
-
-    dtype "int8": half the bytes of bfloat16; each vector is rounded by its own scale (kernels/decode_attention).
-    """
-    shape = (batch, config.n_kv_heads, length, config.head_dim)
-    dtype = jnp.dtype(dtype or config.dtype)
-    scales = (jnp.zeros(shape[:3]),) * 2 if dtype == jnp.int8 else ()
-    # Arrays of their own: a buffer that two share cannot be donated.
-    return tuple(
-        tuple(jnp.array(x) for x in (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *scales))
-        for _ in range(config.n_layers)
-    )
-
-
-def write_cache(layer: tuple[jax.Array, ...], slots: Any, key: jax.Array, value: jax.Array) -> tuple[jax.Array, ...]:
-    """A layer's cache with key and value written at `slots` (an index of its axes B, K, S); outside it: dropped."""
-    new: tuple[jax.Array, ...] = (key, value)
-    if layer[0].dtype == jnp.int8:
-        (key, key_scale), (value, value_scale) = quantize(key), quantize(value)
-        new = key, value, key_scale, value_scale
-    return tuple(old.at[slots].set(x.astype(old.dtype), mode="drop") for old, x in zip(layer, new, strict=True))
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -362,12 +336,11 @@ class Transformer(nnx.Module):
         positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         # Behind a barrier: XLA CPU would otherwise compute cos and sin anew for each head of each layer.
         rope = jax.lax.optimization_barrier(rope_angles(config, positions))
-        slots = jnp.arange(tokens.shape[0])[:, None], slice(None), positions
         x, states = self._look_up(tokens), []
         for params, cached in zip(_unstack(self.layers, config.n_layers), cache, strict=True):
 
             def attend(query, key, value, cached=cached):
-                cached = write_cache(cached, slots, key, value)
+                cached = extended(cached, start, key, value, config.attention)
                 return attend_to_cache(query, cached, start, config.attention), cached
 
             x, state = Block(config, _cast(params, config.dtype))(x, rope, attend)

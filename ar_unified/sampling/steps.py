@@ -25,16 +25,10 @@ from jax.sharding import AbstractMesh, Mesh
 from ar_unified.language import automaton
 from ar_unified.language.automaton import Opened, Wanted
 from ar_unified.language.grammar import Grammar
+from ar_unified.model.cache import AXES as CACHE_AXES
+from ar_unified.model.cache import Cache, init_cache, slots_of, with_rows, with_slots
 from ar_unified.model.config import TransformerConfig
-from ar_unified.model.transformer import (
-    Cache,
-    Params,
-    Transformer,
-    init_cache,
-    logical_axes,
-    unstacked,
-    write_cache,
-)
+from ar_unified.model.transformer import Params, Transformer, logical_axes, unstacked
 from ar_unified.parallel import rules
 from ar_unified.sampling import decoding, guidance
 from ar_unified.sampling.decoding import Filters
@@ -123,7 +117,7 @@ def weight_specs(mesh: Mesh | AbstractMesh, weights: Weights) -> Any:
 def row_specs(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     """Where a state, or what is made of rows, lies: rows by batch, a cache's heads by tensor."""
     axes: dict[int, tuple[str | None, ...]] = {1: ("batch",), 2: ("batch", None)}
-    axes |= {3: ("batch", "kv_heads", None), 4: ("batch", "kv_heads", None, "head_dim")}  # of a cache
+    axes[4] = CACHE_AXES
     return jax.tree.map(lambda x: rules.spec(mesh, axes[x.ndim], x.shape, "sampler state"), tree)
 
 
@@ -192,9 +186,8 @@ def insert(
     """
     C, v = position.shape[1], grammar.vocabulary
     length = min(state.cache[0][0].shape[2], prefix.cache[0][0].shape[2])
-    where = slots, slice(None), slice(0, length)
     cache = tuple(
-        write_cache(layer, where, keys[source, :, :length], values[source, :, :length])
+        with_rows(layer, slots, keys[source, :, :length], values[source, :, :length])
         for layer, (keys, values) in zip(state.cache, prefix.cache, strict=True)
     )
 
@@ -253,17 +246,13 @@ def read_on(
 
 def first_slots(state: State) -> Cache:
     """Slot 0 of each row of the cache, which `step` writes over once the row has ended."""
-    return jax.tree.map(lambda x: x[:, :, :1], state.cache)
+    return tuple(slots_of(layer, slice(1)) for layer in state.cache)
 
 
 def take(state: State, first: Cache, row: Array) -> Cache:
     """One row of the cache for `put`, its slot 0 as `first` has it."""
-
-    def one(x: Array, slot: Array) -> Array:
-        x, slot = (jax.lax.dynamic_slice_in_dim(each, row, 1) for each in (x, slot))
-        return x.at[:, :, :1].set(slot)
-
-    return jax.tree.map(one, state.cache, first)
+    kept, first = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), (state.cache, first))
+    return tuple(with_slots(layer, slice(1), slot) for layer, slot in zip(kept, first, strict=True))
 
 
 def decode_chunk(

@@ -1,0 +1,81 @@
+"""Decoding as it is compiled for TPUs that are not here: the cache is written where it lies, and nothing copies it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.topologies import get_topology_desc
+
+from ar_unified.language.syntax import fixed_grid, vocabulary_for
+from ar_unified.model.cache import init_cache
+from ar_unified.model.config import config_from
+from ar_unified.model.transformer import Transformer, abstract_params, logical_axes, unstacked
+from ar_unified.parallel.mesh import decoding_axes, make_mesh
+from ar_unified.parallel.rules import on_mesh, shardings
+from ar_unified.planning.loops import turn
+from ar_unified.planning.programs import Run, sample_programs
+from ar_unified.planning.targets import parse_target
+from ar_unified.sampling.steps import row_specs
+from tests.kernels.topologies import TPUS, needs_libtpu
+
+pytestmark = needs_libtpu
+LAYOUT = fixed_grid(32, 32)
+VOCABULARY = vocabulary_for(LAYOUT, 57088, 8192)
+# Every width is Chameleon's; of layers as many as show what one does, and a cache as long as 8 of them would fill.
+MODEL = replace(config_from("chameleon_7b", VOCABULARY.size), n_layers=2)
+RUN = Run(MODEL, VOCABULARY, LAYOUT, dict(tensor=4), 8, 4096, requests=64, max_length=8192, contexts=2)
+
+
+def kept(tree, mesh) -> int:
+    """Bytes on a device of a tree that a mesh splits."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) // mesh.size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_a_step_copies_no_cache_and_needs_little_beside_it(target, kv_dtype):
+    mesh = parse_target(target).mesh(decoding_axes(RUN.mesh))
+    (program,) = [p for p in sample_programs(replace(RUN, kv_dtype=kv_dtype), mesh) if p.name == "decode"]
+    compiled = program.compile()
+    step = turn(compiled.hlo)
+    assert step.kernels == {"cache_write": MODEL.n_layers, "decode_attention": MODEL.n_layers}
+    cache = program.local_bytes()["cache"]
+    scales = 128 * 8 * 8192 * 4  # the smallest array of the cache; logits of one modality are smaller
+    assert not [copy for copy in step.copies if copy.bytes >= scales]
+    assert compiled.temporaries < cache / 10 and compiled.aliased >= cache
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8", "float8_e4m3fn"])
+def test_a_loop_that_extends_a_cache_does_so_in_place(kv_dtype):
+    """One layer, narrow where the cache is not, on two rows of devices of which each splits the heads."""
+    mesh = make_mesh(dict(data=2, tensor=2), get_topology_desc(platform="tpu", topology_name=TPUS["v5e"]).devices)
+    config = replace(MODEL, n_layers=1, d_model=512, d_mlp=512, n_heads=8, n_kv_heads=8, vocab_size=256)
+    params = jax.eval_shape(lambda p: unstacked(config, p), abstract_params(config))
+    cache = jax.eval_shape(lambda: init_cache(config, 32, 4096, kv_dtype))
+
+    def decode(params, cache, tokens, start):
+        def step(state):
+            i, cache, hidden = state
+            hidden, cache = Transformer.bind(config, params).extend(tokens, cache, start + i)
+            return i + 1, cache, hidden
+
+        hidden = jnp.zeros((32, 1, config.d_model), config.dtype)
+        return jax.lax.while_loop(lambda state: state[0] < start[0], step, (jnp.int32(0), cache, hidden))
+
+    rows = (jax.ShapeDtypeStruct((32, 1), jnp.int32), jax.ShapeDtypeStruct((32,), jnp.int32))
+    params = on_mesh(params, shardings(mesh, logical_axes(params), params))
+    cache, rows = (
+        on_mesh(x, jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), row_specs(mesh, x))) for x in (cache, rows)
+    )
+    with jax.set_mesh(mesh):
+        traced = jax.jit(decode, donate_argnums=1).trace(params, cache, *rows)
+        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    step = turn(compiled.as_text())
+    assert step.kernels["cache_write"] == 1 and step.cycles > 0
+    largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // mesh.size
+    assert not [copy for copy in step.copies if copy.bytes >= largest / 40]  # no scales either
+    assert compiled.memory_analysis().temp_size_in_bytes < largest / 10
