@@ -101,6 +101,7 @@ def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
         max_length=sampling.max_length,
         contexts=1 if sampling.guidance == 1 else 2,
         kv_dtype=sampling.kv_dtype or None,
+        weights_dtype=sampling.weights_dtype or None,
     )
 
 

@@ -127,6 +127,7 @@ def _add_sampling_and_evaluation(config: ConfigDict) -> None:
     config.sampling.batch_size = 64  # in each process; a multiple of the devices that split rows
     config.sampling.max_length = 256  # prompt and answer
     config.sampling.kv_dtype = ""  # of the KV cache: int8 | float8_e4m3fn | bfloat16 | float32; "": the model's dtype
+    config.sampling.weights_dtype = ""  # of the layers' matrices: int8 | float8_e4m3fn; "": the model's dtype
     config.sampling.guidance = Request.guidance
     config.sampling.context = Request.context  # what guidance compares with: ar_unified.sampling.request has the others
     config.sampling.text = ConfigDict(_fields(Filter, temperature=0.0))

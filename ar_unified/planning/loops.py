@@ -13,6 +13,7 @@ from typing import NamedTuple
 from ar_unified.planning.hlo import Instruction, bytes_of, called_by, parse, source_of, times_of
 
 _COPIES = ("copy", "transpose", "reshape", "copy-start")
+_MOVES = (*_COPIES, "parameter", "bitcast", "fusion")  # what a fusion is made of that computes nothing
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
@@ -47,9 +48,10 @@ def turn(hlo: str) -> Turn:
         for each in computations[name]:
             if said := _CYCLES.search(each.rest):
                 cycles += int(said.group(1)) * times[name]
-            if each.opcode in _COPIES and "S(" not in (made := each.type.lstrip("(").partition("}")[0]):
-                # Into another memory (a space S) it is a fetch, not a copy.
-                copies.append(Copy(bytes_of(made.partition("{")[0]), times[name], source_of(each)))
+            if each.opcode in _COPIES or (each.opcode == "fusion" and _moves(computations, each)):
+                made = each.type.lstrip("(").partition("}")[0]
+                if "S(" not in made:  # into another memory (a space S) it is a fetch, not a copy
+                    copies.append(Copy(bytes_of(made.partition("{")[0]), times[name], source_of(each)))
             if 'custom_call_target="tpu_custom_call"' in each.rest:
                 kernel = source_of(each).split("/")[-2]
                 kernels[kernel] = kernels.get(kernel, 0) + times[name]
@@ -57,10 +59,18 @@ def turn(hlo: str) -> Turn:
 
 
 def _reached(computations: dict[str, list[Instruction]], names: list[str]) -> Iterator[str]:
-    """The computations by these names, and all that those run, each once."""
+    """The computations by these names and all that those run, each once; not what is inside of a fusion."""
     seen, names = set[str](), list(names)
     while names:
         if (name := names.pop()) not in seen and name in computations:
             seen.add(name)
             yield name
-            names += [callee for each in computations[name] for callee in called_by(each)]
+            names += [called for each in computations[name] if each.opcode != "fusion" for called in called_by(each)]
+
+
+def _moves(computations: dict[str, list[Instruction]], fusion: Instruction) -> bool:
+    """Whether a fusion does nothing but copy."""
+    inside = [each for name in called_by(fusion) for each in computations[name]]
+    nested = [each for each in inside if each.opcode == "fusion"]
+    alike = all(each.opcode in _MOVES for each in inside) and any(each.opcode in _COPIES for each in inside)
+    return alike and all(_moves(computations, each) for each in nested)

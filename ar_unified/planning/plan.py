@@ -117,6 +117,7 @@ def _batch(run: Run, job: str) -> dict[str, Any]:
         "contexts": run.contexts,
         "cache": run.max_length,
         "kv_dtype": run.kv_dtype or run.model.dtype,
+        "weights_dtype": run.weights_dtype or run.model.dtype,
         "prompt": run.max_length // 2,
     }
 

@@ -91,15 +91,29 @@ class Prefix(NamedTuple):
     cache: Cache
 
 
-def prepare(config: TransformerConfig, grammar: Grammar, params: Params) -> Weights:
-    """The parameters as `decode_chunk` wants them, in the compute dtype."""
-    v = grammar.vocabulary
-    head = Transformer.bind(config, params).head().astype(config.dtype)
-    layers = {name: value for name, value in unstacked(config, params).items() if name != "head"}
-    image = head[v.image_offset : v.image_offset + v.codebook_size]
-    weights = Weights(layers, head[: text_ids(grammar)], image)
+def prepare(config: TransformerConfig, grammar: Grammar, weights_dtype: str | None, params: Params) -> Weights:
+    """Parameters of a training as `decode_chunk` wants them: matrices in the compute dtype, or in `weights_dtype`."""
+    layers = unstacked(config, params, weights_dtype)
+    weights = with_head(layers, *head_parts(config, grammar, params))
     mesh = jax.sharding.get_abstract_mesh()
     return weights if mesh.empty else jax.lax.with_sharding_constraint(weights, weight_specs(mesh, weights))
+
+
+def head_parts(config: TransformerConfig, grammar: Grammar, params: Params) -> tuple[Array, Array]:
+    """Of the head what makes text, and what makes image codes, in the compute dtype: never in fewer bits."""
+    v = grammar.vocabulary
+    head = Transformer.bind(config, params).head().astype(config.dtype)
+    parts = head[: text_ids(grammar)], head[v.image_offset : v.image_offset + v.codebook_size]
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return parts
+    text, image = (jax.lax.with_sharding_constraint(x, rules.spec(mesh, ("vocab", "embed"), x.shape)) for x in parts)
+    return text, image
+
+
+def with_head(layers: Params, text: Array, image: Array) -> Weights:
+    """Weights of `transformer.unstacked` parameters, which stay where they are, and the head's parts."""
+    return Weights({name: leaf for name, leaf in layers.items() if name != "head"}, text, image)
 
 
 def placed(tree: Any) -> Any:

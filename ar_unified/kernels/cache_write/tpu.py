@@ -40,10 +40,10 @@ class _Lying(NamedTuple):
 
 def _lying(cache: jax.Array, new: jax.Array) -> _Lying:
     if new.ndim == 2:
-        return _Lying(cache, new[:, :, None, None], 3)
+        return _Lying(cache, jnp.broadcast_to(new[:, :, None], (*new.shape, LANES)), 3)
     if cache.shape[3] % LANES:  # kernels/decode_attention/tpu.py says why
         return _Lying(jnp.swapaxes(cache, 2, 3), new[..., None], 3, turned=True)
-    return _Lying(cache, new[:, :, None], 2)
+    return _Lying(cache, new, 2)
 
 
 def supported(layer: tuple[jax.Array, ...]) -> bool:
@@ -63,18 +63,18 @@ def forward(
     windows = [(heads, *(x.window if at == x.axis else x.cache.shape[at] for at in (2, 3))) for x in arrays]
     row = sum(math.prod(window) * x.cache.dtype.itemsize for window, x in zip(windows, arrays, strict=True))
     rows = max(n for n in range(1, B + 1) if B % n == 0 and (n == 1 or 2 * n * row <= WINDOW_BYTES))
-    groups, anywhere = B // rows, [pl.BlockSpec(memory_space=pl.ANY)] * len(arrays)
+    groups, in_place = B // rows, [pl.BlockSpec(memory_space=pltpu.HBM)] * len(arrays)
     out = pl.pallas_call(
         functools.partial(_kernel, rows, groups, [(x.axis, x.window) for x in arrays]),
-        out_shape=[jax.ShapeDtypeStruct(x.cache.shape, x.cache.dtype) for x in arrays],
+        out_shape=[pltpu.HBM(x.cache.shape, x.cache.dtype) for x in arrays],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(K // heads, groups),
             in_specs=[
-                *(pl.BlockSpec((rows, heads, *x.new.shape[2:]), lambda h, g, slots: (g, h, 0, 0)) for x in arrays),
-                *anywhere,
+                *(_of_rows(rows, heads, x.new) for x in arrays),
+                *in_place,
             ],
-            out_specs=anywhere,
+            out_specs=in_place,
             scratch_shapes=[
                 *(pltpu.VMEM((2, rows, *w), x.cache.dtype) for w, x in zip(windows, arrays, strict=True)),
                 pltpu.SemaphoreType.DMA((2, 2)),
@@ -86,6 +86,13 @@ def forward(
         name="cache_write",
     )(slots, *(x.new for x in arrays), *(x.cache for x in arrays))
     return tuple(jnp.swapaxes(x, 2, 3) if each.turned else x for x, each in zip(out, arrays, strict=True))
+
+
+def _of_rows(rows: int, heads: int, new: jax.Array) -> pl.BlockSpec:
+    """Of a group of rows a core's heads; all heads where they lie in one tile, which XLA would have to take apart."""
+    if new.ndim == 3:
+        return pl.BlockSpec((rows, *new.shape[1:]), lambda h, g, slots: (g, 0, 0))
+    return pl.BlockSpec((rows, heads, *new.shape[2:]), lambda h, g, slots: (g, h, 0, 0))
 
 
 def _kernel(rows, groups, shapes, slots, *refs):
@@ -107,21 +114,28 @@ def _kernel(rows, groups, shapes, slots, *refs):
             here = held.at[half, r]
             yield pltpu.make_async_copy(*((here, there) if write else (there, here)), arrived.at[int(write), half])
 
-    def of_rows(function: Callable[[jax.Array], None]) -> None:
-        jax.lax.fori_loop(0, rows, lambda r, _: function(r), None)
+    def of_rows(function: Callable[[jax.Array], Any]) -> None:
+        jax.lax.fori_loop(0, rows, lambda r, _: function(r) and None, None)
 
     def start(group: jax.Array, write: bool) -> None:
-        of_rows(lambda r: [copy.start() for copy in copies(group, r, write)] and None)
+        of_rows(lambda r: [copy.start() for copy in copies(group, r, write)])
 
     def wait(group: jax.Array, write: bool) -> None:
-        of_rows(lambda r: [copy.wait() for copy in copies(group, r, write)] and None)
+        of_rows(lambda r: [copy.wait() for copy in copies(group, r, write)])
 
     def change(r: jax.Array) -> None:
         row = g * rows + r
         for (axis, window), x, cache, held in zip(shapes, new, caches, windows, strict=True):
             old = held[g & 1, r]
             slot = begin(cache.shape[axis], row, window) + jax.lax.broadcasted_iota(jnp.int32, old.shape, axis - 1)
-            held[g & 1, r] = jnp.where(slot == slots[row], jnp.broadcast_to(x[r], old.shape), old)
+            added = x[r]
+            if added.ndim == 2:  # all heads: rows of a tile become tiles of their own, as 32 bits
+                added = added.astype(jnp.int32 if x.dtype == jnp.int8 else jnp.float32)
+                heads = len(old)
+                added = added if heads == len(added) else jnp.where(h == 0, added[:heads], added[heads:])
+                added = added[:, None]
+            added = jnp.broadcast_to(added, old.shape).astype(x.dtype)
+            held[g & 1, r] = jnp.where(slot == slots[row], added, old)
 
     @pl.when(g == 0)
     def _():
