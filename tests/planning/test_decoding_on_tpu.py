@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from dataclasses import replace
 
 import jax
@@ -15,6 +17,7 @@ from ar_unified.model.config import config_from
 from ar_unified.model.transformer import Transformer, abstract_params, logical_axes, unstacked
 from ar_unified.parallel.mesh import decoding_axes, make_mesh
 from ar_unified.parallel.rules import on_mesh, shardings
+from ar_unified.planning.hlo import called_by, parse
 from ar_unified.planning.loops import turn
 from ar_unified.planning.programs import Run, sample_programs
 from ar_unified.planning.targets import parse_target
@@ -51,12 +54,13 @@ def test_a_step_copies_no_cache_and_needs_little_beside_it(target, kv_dtype):
     assert compiled.temporaries < whole / 10 and compiled.aliased >= cache
 
 
-@pytest.mark.parametrize("kv_dtype", [None, "int8", "float8_e4m3fn"])
-def test_a_loop_that_extends_a_cache_does_so_in_place(kv_dtype):
-    """One layer, narrow where the cache is not, on two rows of devices of which each splits the heads."""
+@functools.cache
+def loop(kv_dtype=None, weights_dtype=None):
+    """Steps of one layer, narrow where the cache is not, on two rows of devices of which each splits the heads, as
+    compiled for v5e; and the bytes of a device's keys."""
     mesh = make_mesh(dict(data=2, tensor=2), get_topology_desc(platform="tpu", topology_name=TPUS["v5e"]).devices)
-    config = replace(MODEL, n_layers=1, d_model=512, d_mlp=512, n_heads=8, n_kv_heads=8, vocab_size=256)
-    params = jax.eval_shape(lambda p: unstacked(config, p), abstract_params(config))
+    config = replace(MODEL, n_layers=1, d_model=512, d_mlp=1536, n_heads=8, n_kv_heads=8, vocab_size=256)
+    params = jax.eval_shape(lambda p: unstacked(config, p, weights_dtype), abstract_params(config))
     cache = jax.eval_shape(lambda: init_cache(config, 32, 4096, kv_dtype))
 
     def decode(params, cache, tokens, start):
@@ -76,8 +80,24 @@ def test_a_loop_that_extends_a_cache_does_so_in_place(kv_dtype):
     with jax.set_mesh(mesh):
         traced = jax.jit(decode, donate_argnums=1).trace(params, cache, *rows)
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    return compiled, kept(cache[0][0], mesh)
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8", "float8_e4m3fn"])
+def test_a_loop_that_extends_a_cache_does_so_in_place(kv_dtype):
+    compiled, keys = loop(kv_dtype)
     step = turn(compiled.as_text())
-    assert step.kernels["cache_write"] == 1 and step.cycles > 0
-    largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // mesh.size
-    assert not [copy for copy in step.copies if copy.bytes >= largest / 40]  # no scales either
-    assert compiled.memory_analysis().temp_size_in_bytes < largest / 10
+    assert step.kernels == {"cache_write": 1, "decode_attention": 1} and step.cycles > 0
+    assert not [copy for copy in step.copies if copy.bytes >= keys / 40]  # no scales either
+    assert compiled.memory_analysis().temp_size_in_bytes < keys / 10
+
+
+@pytest.mark.parametrize("weights_dtype", [None, "int8"])
+def test_rounded_weights_are_read_as_they_are(weights_dtype):
+    """No matrix is widened in front of the loop, or anywhere but inside of the product that reads it."""
+    computations, _ = parse(loop(weights_dtype=weights_dtype)[0].as_text())
+    fused = {name for part in computations.values() for x in part if x.opcode == "fusion" for name in called_by(x)}
+    made = [x.type for name, part in computations.items() if name not in fused for x in part]
+    for letters, there in (("bf16", not weights_dtype), ("s8", bool(weights_dtype))):
+        matrices = re.compile(rf"{letters}\[(512,768|768,512|512,512)\]")  # MLP's and attention's, split in two
+        assert any(map(matrices.match, made)) == there, letters

@@ -10,11 +10,10 @@ tpu.py  Pallas for TPU
 
 from __future__ import annotations
 
-import importlib
-
 import jax
 import jax.numpy as jnp
 
+from ar_unified.kernels import backend as backends
 from ar_unified.kernels import device
 from ar_unified.kernels.cache_write import xla
 
@@ -43,7 +42,7 @@ def cache_write(layer: Layer, new: Layer, slots: jax.Array, *, backend: str = "a
     if slots.shape != layer[0].shape[:1] or slots.dtype != jnp.int32:
         raise ValueError(f"cache_write: expected slots int32 {layer[0].shape[:1]}; found {slots.dtype} {slots.shape}")
     if backend in ("tpu", "tpu_interpret") or (backend == "auto" and device.current().platform == "tpu"):
-        tpu = importlib.import_module(f"{__name__}.tpu")  # when it is used: it pulls in much of Pallas
-        if tpu.supported(layer):
+        tpu = backends.module(__name__, "tpu")
+        if tpu.unsupported(layer) is None:
             return tpu.forward(layer, new, slots, interpret=backend == "tpu_interpret")
     return xla.forward(layer, new, slots)

@@ -10,7 +10,6 @@ B batch, K KV heads, S cache slot, H head dim, W slots of a window.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -24,8 +23,12 @@ WINDOW_BYTES = 4 * 1024 * 1024  # of VMEM, for the windows of two groups of rows
 
 
 class _Lying(NamedTuple):
-    """An array as it lies in memory, [B, K, *, *], and what is new, with as many axes; which one is that of the slots;
-    whether it is turned: memory has the axes 2 and 3 of the cache the other way round."""
+    """An array as it lies in memory, [B, K, *, *], and what is new; which axis is that of the slots; whether it is
+    turned: memory has the axes 2 and 3 of the cache the other way round.
+
+    What is new comes as [K, B, *], 32 bits: so a projection to heads leaves it, and one row of it can be read alone;
+    for a turned cache as [B, K, H, 1].
+    """
 
     cache: jax.Array
     new: jax.Array
@@ -40,17 +43,36 @@ class _Lying(NamedTuple):
 
 def _lying(cache: jax.Array, new: jax.Array) -> _Lying:
     if new.ndim == 2:
-        return _Lying(cache, jnp.broadcast_to(new[:, :, None], (*new.shape, LANES)), 3)
+        return _Lying(cache, jnp.broadcast_to(new.T[..., None], (*new.T.shape, LANES)), 3)
     if cache.shape[3] % LANES:  # kernels/decode_attention/tpu.py says why
         return _Lying(jnp.swapaxes(cache, 2, 3), new[..., None], 3, turned=True)
-    return _Lying(cache, new, 2)
+    wide = jnp.int32 if new.dtype == jnp.int8 else jnp.float32
+    return _Lying(cache, jnp.swapaxes(new.astype(wide), 0, 1), 2)
 
 
-def supported(layer: tuple[jax.Array, ...]) -> bool:
-    """Whether the kernel can write into these: heads in half rows of lanes, and windows that are whole."""
+def unsupported(layer: tuple[jax.Array, ...]) -> str | None:
+    """Why the kernel cannot write into these; None: it can."""
     H, S = layer[0].shape[3], layer[0].shape[2]
     lanes = H % LANES or len(layer) > 2  # some array has its slots along the lanes
-    return H % 64 == 0 and S % (LANES if lanes else 32 // layer[0].dtype.itemsize) == 0
+    window = LANES if lanes else 32 // layer[0].dtype.itemsize
+    if H % 64 or S % window or _rows(layer) is None:
+        return f"expected heads in multiples of 64, slots of {window}, rows of 8; found {layer[0].shape}"
+    return None
+
+
+def _heads(layer: tuple[jax.Array, ...]) -> int:
+    """KV heads of a core: where a chip has two, they share them."""
+    K = layer[0].shape[1]
+    return K // 2 if K % 2 == 0 else K
+
+
+def _rows(layer: tuple[jax.Array, ...]) -> int | None:
+    """Rows of a group: whole tiles of what is new, or all; None: not even the fewest fit."""
+    B, _, _, H = layer[0].shape
+    window = (LANES if H % LANES else 32 // layer[0].dtype.itemsize) * H * layer[0].dtype.itemsize
+    row = _heads(layer) * (2 * window + (len(layer) - 2) * LANES * 4)
+    fit = [n for n in range(1, B + 1) if B % n == 0 and (n % 8 == 0 or n == B)]
+    return max((n for n in fit if 2 * n * row <= WINDOW_BYTES), default=None)
 
 
 def forward(
@@ -58,11 +80,9 @@ def forward(
 ) -> tuple[jax.Array, ...]:
     """As `cache_write`."""
     arrays = [_lying(*each) for each in zip(layer, new, strict=True)]
-    B, K = slots.shape[0], layer[0].shape[1]
-    heads = K // 2 if K % 2 == 0 else K  # where a chip has two cores, they share the heads
+    B, K, heads, rows = *layer[0].shape[:2], _heads(layer), _rows(layer)
+    assert rows is not None
     windows = [(heads, *(x.window if at == x.axis else x.cache.shape[at] for at in (2, 3))) for x in arrays]
-    row = sum(math.prod(window) * x.cache.dtype.itemsize for window, x in zip(windows, arrays, strict=True))
-    rows = max(n for n in range(1, B + 1) if B % n == 0 and (n == 1 or 2 * n * row <= WINDOW_BYTES))
     groups, in_place = B // rows, [pl.BlockSpec(memory_space=pltpu.HBM)] * len(arrays)
     out = pl.pallas_call(
         functools.partial(_kernel, rows, groups, [(x.axis, x.window) for x in arrays]),
@@ -89,9 +109,9 @@ def forward(
 
 
 def _of_rows(rows: int, heads: int, new: jax.Array) -> pl.BlockSpec:
-    """Of a group of rows a core's heads; all heads where they lie in one tile, which XLA would have to take apart."""
+    """Of a group of rows a core's heads."""
     if new.ndim == 3:
-        return pl.BlockSpec((rows, *new.shape[1:]), lambda h, g, slots: (g, 0, 0))
+        return pl.BlockSpec((heads, rows, new.shape[2]), lambda h, g, slots: (h, g, 0))
     return pl.BlockSpec((rows, heads, *new.shape[2:]), lambda h, g, slots: (g, h, 0, 0))
 
 
@@ -128,13 +148,8 @@ def _kernel(rows, groups, shapes, slots, *refs):
         for (axis, window), x, cache, held in zip(shapes, new, caches, windows, strict=True):
             old = held[g & 1, r]
             slot = begin(cache.shape[axis], row, window) + jax.lax.broadcasted_iota(jnp.int32, old.shape, axis - 1)
-            added = x[r]
-            if added.ndim == 2:  # all heads: rows of a tile become tiles of their own, as 32 bits
-                added = added.astype(jnp.int32 if x.dtype == jnp.int8 else jnp.float32)
-                heads = len(old)
-                added = added if heads == len(added) else jnp.where(h == 0, added[:heads], added[heads:])
-                added = added[:, None]
-            added = jnp.broadcast_to(added, old.shape).astype(x.dtype)
+            added = x[:, pl.ds(r, 1), :] if len(x.shape) == 3 else x[r]
+            added = jnp.broadcast_to(added, old.shape).astype(old.dtype)
             held[g & 1, r] = jnp.where(slot == slots[row], added, old)
 
     @pl.when(g == 0)
