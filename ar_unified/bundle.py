@@ -263,24 +263,25 @@ class Bundle:
             raise self._error(LANGUAGE, f"expected image codes where there is an {IMAGE}, and its hash nowhere else")
         return grammar
 
-    def params(self, places: Any = None, dtype: str | None = None) -> Params:
+    def params(self, places: Any = None, dtype: Any = None) -> Params:
         """The transformer's parameters, read straight to where they belong: a device reads what it holds.
 
         Args:
             places: a tree like them of shardings, on any mesh; None: this process's first device.
-            dtype: default: as they were written.
+            dtype: of all, or a tree like them of dtypes; default: as they were written.
         """
         shapes = self._shapes()
         if places is None:
             places = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), shapes)
         where = named(places)
+        kinds = named(jax.tree.map(lambda _: dtype, shapes) if dtype is None or isinstance(dtype, str) else dtype)
         with contextlib.ExitStack() as stack:
             found = self._tensors(shapes, stack)
 
             def make(path: Any, leaf: Any) -> jax.Array:
                 name = jax.tree_util.keystr(path, simple=True, separator=".")
                 tensor = found[name]
-                kind = jax.numpy.dtype(dtype or _DTYPES[tensor.get_dtype()])
+                kind = jax.numpy.dtype(kinds.get(name) or _DTYPES[tensor.get_dtype()])
                 return jax.make_array_from_callback(leaf.shape, where[name], lambda at: tensor[at].astype(kind))
 
             # Read before the files are closed.

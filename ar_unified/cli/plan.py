@@ -105,6 +105,7 @@ def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
         max_length=sampling.max_length,
         contexts=settings.request(config).contexts,
         kv_dtype=sampling.kv_dtype or None,
+        weights_dtype=sampling.weights_dtype or None,
     )
 
 

@@ -47,6 +47,7 @@ from ar_unified.model.transformer import init, logical_axes
 from ar_unified.parallel import rules, zigzag
 from ar_unified.sampling.engine import KV_DTYPES, ways_of
 from ar_unified.sampling.request import CONTEXTS
+from ar_unified.sampling.weights import WEIGHT_DTYPES
 from ar_unified.training import optimizer
 from ar_unified.training.tasks import wrong_weights
 
@@ -70,6 +71,7 @@ CHOICES: dict[str, Collection[str]] = {
     "training.decay": optimizer.CHOICES["decay"],
     "training.code_embedding_init": CODE_EMBEDDING_INITS,
     "sampling.kv_dtype": [name or "" for name in KV_DTYPES],
+    "sampling.weights_dtype": [name or "" for name in WEIGHT_DTYPES],
     "sampling.context": CONTEXTS,
     "sampling.checkpoint": settings.CHECKPOINTS,
     "evaluation.protocol": PROTOCOLS,

@@ -39,6 +39,7 @@ from ar_unified.parallel import runtime
 from ar_unified.parallel.mesh import decoding_axes, make_mesh
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
+from ar_unified.sampling.weights import read_as, settled
 from ar_unified.training import goodput
 from ar_unified.workdir import Stage, StageMismatch, Workdir, read_history, read_json, write_json
 
@@ -317,18 +318,23 @@ class Experiment:
 
     @cached_property
     def params(self) -> Any:
-        """The trained transformer's parameters, where decoding wants them, without the optimizer's state."""
-        folder, mesh = self.workdir.model, self.decoding_mesh
+        """The trained transformer's parameters as they were trained, without the optimizer's state."""
+        mesh = self.decoding_mesh
+        return self._restored(None if mesh is None else abstract_params(self.model, mesh))  # None: one device
+
+    def _restored(self, target: Any) -> Any:
+        folder = self.workdir.model
         self._require((folder / "done.json").exists(), folder / "done.json", "train")
-        target = None if mesh is None else abstract_params(self.model, mesh)  # None: one device
         step = None if self.config.sampling.checkpoint == "last" else self.checkpoint
         return restore_params(self.checkpoint_folder, target, step=step, manifest=self.grammar.manifest())
 
     @cached_property
     def engine(self) -> Engine:
-        sampling = self.config.sampling
-        params = self.params
+        sampling, weights_dtype = self.config.sampling, self.config.sampling.weights_dtype or None
+        # Not `params`: no float32 copy stays beside what the sampler reads.
+        restored = self._restored(read_as(self.model, self.decoding_mesh))
         with about("config.sampling"):
+            params = settled(self.model, restored, self.decoding_mesh, weights_dtype)
             return Engine(
                 self.model,
                 params,
@@ -336,6 +342,7 @@ class Experiment:
                 batch_size=sampling.batch_size,
                 max_length=sampling.max_length,
                 kv_dtype=sampling.kv_dtype or None,
+                weights_dtype=weights_dtype,
                 mesh=self.decoding_mesh,
                 softmax=self.config.loss.softmax,
             )

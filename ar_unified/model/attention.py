@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from ar_unified.kernels.attention import attention
 from ar_unified.kernels.decode_attention import decode_attention
 from ar_unified.model import context as contexts
+from ar_unified.model.cache import AXES, Layer
 from ar_unified.parallel.rules import spec
 
 
@@ -55,15 +56,12 @@ def attend_to_documents(
     )
 
 
-def attend_to_cache(
-    query: jax.Array, cache: tuple[jax.Array, ...], start: jax.Array, backend: str = "auto"
-) -> jax.Array:
+def attend_to_cache(query: jax.Array, cache: Layer, start: jax.Array, backend: str = "auto") -> jax.Array:
     """Attention over a cache in which slot s holds the key of position s: [B, T, N, H].
 
     Args:
       query: [B, T, N, H], rotated, of the positions start[b] .. start[b] + T - 1; each sees the slots up to its own.
-      cache: keys and values [B, K, S, H], with those of the queries already in it, and of int8 ones the scales
-        float32 [B, K, S].
+      cache: of model/cache.py, with the keys and values of the queries already in it.
       start: int32 [B].
       backend: as above.
     """
@@ -74,7 +72,7 @@ def attend_to_cache(
             out = decode_attention(query[:, 0], keys, values, lengths=start + 1, backend=backend, **named)
             return out[:, None]
         if scales:
-            keys, values = (x * scale[..., None] for x, scale in zip((keys, values), scales, strict=True))
+            keys, values = (x * jnp.swapaxes(scale, 2, 3) for x, scale in zip((keys, values), scales, strict=True))
         key, value = (jnp.swapaxes(x.astype(query.dtype), 1, 2) for x in (keys, values))
         doc_start = jnp.zeros(query.shape[:2], jnp.int32)
         return attention(query, key, value, doc_start=doc_start, q_offset=start, backend=backend)
@@ -85,7 +83,7 @@ def attend_to_cache(
     cache = tuple(_repeated(x, 1, query.shape[2], mesh.shape["tensor"]) for x in cache)
     heads = spec(mesh, ("batch", None, "heads", "head_dim"), query.shape, "attention")
     rows = spec(mesh, ("batch",), start.shape, "start")
-    specs = [spec(mesh, ("batch", "kv_heads", None, "head_dim")[: x.ndim], x.shape, "cache") for x in cache]
+    specs = [spec(mesh, AXES, x.shape, "cache") for x in cache]
     return jax.shard_map(part, in_specs=(heads, rows, *specs), out_specs=heads, check_vma=False)(query, start, *cache)
 
 

@@ -23,12 +23,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from ar_unified.kernels.decode_attention import quantize
 from ar_unified.kernels.qk_norm_rope import Rope, qk_norm_rope
 from ar_unified.model.attention import attend_to_cache, attend_to_documents
+from ar_unified.model.cache import Cache, extended
 from ar_unified.model.config import TransformerConfig
 from ar_unified.model.dropout import dropout, fold
 from ar_unified.model.embedding import look_up
+from ar_unified.model.quantized import Quantized, product, quantized
 from ar_unified.model.rope import rope_angles, rope_table
 from ar_unified.parallel import rules
 from ar_unified.parallel.zigzag import unzigzag, zigzag
@@ -37,10 +38,9 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
+MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
 _INPUT = "layer_input"  # what remat="offload" sends to the host
 Params = dict[str, Any]
-# Of each layer: keys and values [B, K, S, H]; of an int8 cache also what each is scaled with, float32 [B, K, S].
-Cache = tuple[tuple[jax.Array, ...], ...]
 
 # The logical axes of every parameter, by its path; what they mean on a mesh is parallel/rules.py's.
 AXES: dict[str, tuple[str, ...]] = {
@@ -73,20 +73,36 @@ def logical_axes(params: Params) -> Params:
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
         stacked = len(names) == len(path)
         found = AXES["/".join(names)][0 if stacked else 1 :]
-        return found if len(found) == leaf.ndim else (*found[:-2], found[-1])
+        if stacked or names[-1] not in MATRICES:
+            return found if len(found) == leaf.ndim else (*found[:-2], found[-1])
+        flat = tuple(axis for axis in found if axis != "head_dim")
+        return flat[-leaf.ndim :]  # of a quantized matrix also a scale for each output
 
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
-def unstacked(config: TransformerConfig, params: Params) -> Params:
-    """The parameters as decoding reads them: a list of layers, matrices in the compute dtype.
+def unstacked(config: TransformerConfig, params: Params, weights_dtype: str | None = None) -> Params:
+    """The parameters as decoding reads them: a list of layers, matrices [inputs, outputs] in the compute dtype.
 
-    Every step of decoding reads every weight once. Of stacked ones it would first copy each layer out of the stack.
+    Every step of decoding reads every weight once. Of stacked ones it would first copy each layer out of the stack,
+    and of heads [N, H] side by side TPU first lays the matrix out anew.
+
+    weights_dtype: of the layers' matrices, of model.quantized.LARGEST; None: the compute dtype.
     """
     outside = {name: leaf for name, leaf in params.items() if name != "layers"}
-    return _cast(outside, config.dtype) | {
-        "layers": [_cast(layer, config.dtype) for layer in _unstack(params["layers"], config.n_layers)]
-    }
+    layers = [
+        jax.tree_util.tree_map_with_path(lambda path, p: as_decoded(path[-1].key, p, weights_dtype), layer)
+        for layer in _unstack(params["layers"], config.n_layers)
+    ]
+    return _cast(outside, config.dtype) | {"layers": [_cast(layer, config.dtype) for layer in layers]}
+
+
+def as_decoded(name: str, leaf: jax.Array, weights_dtype: str | None) -> Any:
+    """A leaf of one layer, by its last name, as `unstacked` has it, but for the compute dtype."""
+    if name not in MATRICES:
+        return leaf
+    matrix = leaf.reshape(-1, leaf.shape[-1]) if name in ("output", "down") else leaf.reshape(leaf.shape[0], -1)
+    return quantized(matrix, weights_dtype) if weights_dtype else matrix
 
 
 def init(config: TransformerConfig, key: jax.Array) -> Params:
@@ -146,39 +162,20 @@ def abstract_params(config: TransformerConfig, mesh: jax.sharding.Mesh | None = 
     return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, places)
 
 
-def init_cache(config: TransformerConfig, batch: int, length: int, dtype: Any = None) -> Cache:
-    """An empty cache of `length` positions for `batch` rows, in the compute dtype unless told otherwise.
-
-    dtype "int8": half the bytes of bfloat16; each vector is rounded by its own scale (kernels/decode_attention).
-    """
-    shape = (batch, config.n_kv_heads, length, config.head_dim)
-    dtype = jnp.dtype(dtype or config.dtype)
-    scales = (jnp.zeros(shape[:3]),) * 2 if dtype == jnp.int8 else ()
-    # Arrays of their own: a buffer that two share cannot be donated.
-    return tuple(
-        tuple(jnp.array(x) for x in (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *scales))
-        for _ in range(config.n_layers)
-    )
-
-
-def write_cache(layer: tuple[jax.Array, ...], slots: Any, key: jax.Array, value: jax.Array) -> tuple[jax.Array, ...]:
-    """A layer's cache with key and value written at `slots` (an index of its axes B, K, S); outside it: dropped."""
-    new: tuple[jax.Array, ...] = (key, value)
-    if layer[0].dtype == jnp.int8:
-        (key, key_scale), (value, value_scale) = quantize(key), quantize(value)
-        new = key, value, key_scale, value_scale
-    return tuple(old.at[slots].set(x.astype(old.dtype), mode="drop") for old, x in zip(layer, new, strict=True))
-
-
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) * scale over the last axis, in float32; the dtype of x out."""
     x32 = x.astype(jnp.float32)
     return (x32 * (jax.lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + eps) * scale)).astype(x.dtype)
 
 
+def linear(x: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
+    """x [B, T, I] @ weight [I, O]."""
+    return product(x, weight) if isinstance(weight, Quantized) else _linear(x, weight)
+
+
 @jax.custom_vjp
-def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [B, T, I] @ weight [I, O]. The gradient of the weight is JAX's own, turned round: 2.5x faster on XLA CPU."""
+def _linear(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """The gradient of the weight is JAX's own, turned round: 2.5x faster on XLA CPU."""
     return x @ weight
 
 
@@ -191,7 +188,7 @@ def _linear_backward(residuals, out_bar):
     return jnp.einsum("BTO,IO->BTI", out_bar, weight), jnp.einsum("BTI,BTO->IO", x, out_bar)
 
 
-linear.defvjp(_linear_forward, _linear_backward)
+_linear.defvjp(_linear_forward, _linear_backward)
 
 
 class Attention(nnx.Module):
@@ -199,26 +196,26 @@ class Attention(nnx.Module):
 
     def __init__(self, config: TransformerConfig, params: Params):
         self.eps = config.norm_eps
-        self.query = nnx.Param(params["query"])
-        self.key = nnx.Param(params["key"])
-        self.value = nnx.Param(params["value"])
-        self.output = nnx.Param(params["output"])
+        self.head_dim = config.head_dim
+        self.query, self.key, self.value, self.output = (
+            nnx.data(params[name]) for name in ("query", "key", "value", "output")
+        )
         self.query_norm = nnx.data(params.get("query_norm", {}))
         self.key_norm = nnx.data(params.get("key_norm", {}))
         self.biases = nnx.data([params.get(f"{name}_bias") for name in ("query", "key", "value")])
 
     def __call__(self, x: jax.Array, rope: Rope, attend: Callable) -> tuple[jax.Array, Any]:
         weights = (self.query, self.key, self.value)
-        query, key, value = (self._heads(x, w[...], b) for w, b in zip(weights, self.biases, strict=True))
+        query, key, value = (self._heads(x, w, b) for w, b in zip(weights, self.biases, strict=True))
         query = qk_norm_rope(query, rope, **self.query_norm, eps=self.eps)
         key = qk_norm_rope(key, rope, **self.key_norm, eps=self.eps)
         out, state = attend(query, key, value)
-        output = self.output[...]
-        return linear(out.reshape(*x.shape[:2], -1), output.reshape(-1, output.shape[-1])), state
+        output = self.output if isinstance(self.output, Quantized) else self.output.reshape(-1, self.output.shape[-1])
+        return linear(out.reshape(*x.shape[:2], -1), output), state
 
-    @staticmethod
-    def _heads(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
-        heads = linear(x, weight.reshape(weight.shape[0], -1)).reshape(*x.shape[:2], *weight.shape[1:])
+    def _heads(self, x: jax.Array, weight: jax.Array | Quantized, bias: jax.Array | None) -> jax.Array:
+        flat = weight if isinstance(weight, Quantized) else weight.reshape(weight.shape[0], -1)
+        heads = linear(x, flat).reshape(*x.shape[:2], -1, self.head_dim)
         return heads if bias is None else heads + bias.astype(heads.dtype)
 
 
@@ -227,12 +224,10 @@ class MLP(nnx.Module):
 
     def __init__(self, config: TransformerConfig, params: Params):
         self.activation = _ACTIVATIONS[config.activation]
-        self.gate = nnx.Param(params["gate"])
-        self.up = nnx.Param(params["up"])
-        self.down = nnx.Param(params["down"])
+        self.gate, self.up, self.down = (nnx.data(params[name]) for name in ("gate", "up", "down"))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return linear(self.activation(linear(x, self.gate[...])) * linear(x, self.up[...]), self.down[...])
+        return linear(self.activation(linear(x, self.gate)) * linear(x, self.up), self.down)
 
 
 class Block(nnx.Module):
@@ -307,7 +302,7 @@ class Transformer(nnx.Module):
             return Block(config, _cast(params, config.dtype))(x, rope, attend, fold(dropout_keys, index))[0]
 
         layer = _remat(layer, config.remat, config.scan_layers)
-        if config.scan_layers:
+        if config.scan_layers and not isinstance(self.layers, list):
             indices = jnp.arange(config.n_layers)
             x, _ = jax.lax.scan(lambda x, xs: (layer(x, *xs), None), x, (self.layers, indices))
         else:
@@ -362,12 +357,11 @@ class Transformer(nnx.Module):
         positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         # Behind a barrier: XLA CPU would otherwise compute cos and sin anew for each head of each layer.
         rope = jax.lax.optimization_barrier(rope_angles(config, positions))
-        slots = jnp.arange(tokens.shape[0])[:, None], slice(None), positions
         x, states = self._look_up(tokens), []
         for params, cached in zip(_unstack(self.layers, config.n_layers), cache, strict=True):
 
             def attend(query, key, value, cached=cached):
-                cached = write_cache(cached, slots, key, value)
+                cached = extended(cached, start, key, value, config.attention)
                 return attend_to_cache(query, cached, start, config.attention), cached
 
             x, state = Block(config, _cast(params, config.dtype))(x, rope, attend)
@@ -390,13 +384,17 @@ class Transformer(nnx.Module):
 
 
 def _cast(params: Params, dtype: str) -> Params:
-    """The matrices in the compute dtype; weights of norms, and biases, stay float32."""
+    """The matrices in the compute dtype; weights of norms, and biases, stay float32, and quantized ones as they are."""
 
-    def cast(path: Any, p: jax.Array) -> jax.Array:
-        vector = any("norm" in entry.key or entry.key.endswith("bias") for entry in path)
-        return p if vector else p.astype(dtype)
+    def cast(path: Any, p: Any) -> Any:
+        return p if isinstance(p, Quantized) or is_vector(path) else p.astype(dtype)
 
-    return jax.tree_util.tree_map_with_path(cast, params)
+    return jax.tree_util.tree_map_with_path(cast, params, is_leaf=lambda p: isinstance(p, Quantized))
+
+
+def is_vector(path: Any) -> bool:
+    """Whether the leaf at that path is of a norm or a bias, which are float32 in every computation."""
+    return any("norm" in entry.key or entry.key.endswith("bias") for entry in path)
 
 
 def _norm(config: TransformerConfig, weight: jax.Array) -> jax.Array:

@@ -61,6 +61,8 @@ def _changes(run: Run, mesh: Mesh, job: str) -> Iterator[tuple[str, Run, dict[st
         yield f"config.sampling.max_length={run.max_length // 2}", _with(run, max_length=run.max_length // 2), shape
         if run.kv_dtype != "int8":
             yield "config.sampling.kv_dtype=int8", _with(run, kv_dtype="int8"), shape
+        if run.weights_dtype is None:
+            yield "config.sampling.weights_dtype=int8", _with(run, weights_dtype="int8"), shape
         if factor := next((f for f in (4, 2) if shape["data"] % f == 0), 0):
             tensor = shape["tensor"] * factor
             yield f"config.mesh.tensor={tensor}", run, shape | {"data": shape["data"] // factor, "tensor": tensor}

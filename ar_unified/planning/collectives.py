@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from ar_unified.planning.hlo import CALLED, bytes_of, parse, source_of, times_of, trips_of
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
@@ -50,21 +51,15 @@ class Collective(NamedTuple):
         return self.bytes * self.times * (n - 1) / n * (2 if self.kind == "all-reduce" else 1)
 
 
-class _Instruction(NamedTuple):
-    type: str
-    opcode: str
-    rest: str  # operands and attributes
-
-
 def collectives(hlo: str, devices: int) -> list[Collective]:
     """All collectives of a module over `devices` devices that join at least two of them.
 
     What TPU's compiler overlaps it writes down in several fusions with one channel: it counts once. A channel alone
     tells nothing: those of shard_map all have the same.
     """
-    computations, entry = _parse(hlo)
-    times, known = _times(computations, entry)
-    callers = {callee: each for part in computations.values() for each in part for callee in _CALLED.findall(each.rest)}
+    computations, entry = parse(hlo)
+    times, known = times_of(computations, entry)
+    callers = {callee: each for part in computations.values() for each in part for callee in CALLED.findall(each.rest)}
     found: dict[Any, Collective] = {}
     for name, instructions in computations.items():
         if not times[name]:
@@ -76,23 +71,23 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
                 continue
             if between:  # slices are the outermost part of the mesh
                 groups = np.arange(devices).reshape(between.group(1).count(",") + 1, -1).T
-                size = _bytes(each.type.partition("]")[0] + "]")  # of (what is sent, context, token)
+                size = bytes_of(each.type.partition("]")[0] + "]")  # of (what is sent, context, token)
             else:
                 groups = _groups(each.rest, devices, kind)
-                size = _bytes(each.type, last=each.opcode.endswith("-start") and kind != "all-reduce")
+                size = bytes_of(each.type, last=each.opcode.endswith("-start") and kind != "all-reduce")
             if kind == "reduce-scatter":
                 size *= groups.shape[1]
             # TPU's fused reduce-scatter: an all-reduce of which the same fusion keeps this device's part.
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
             if groups.shape[1] > 1:
-                source = _source(each) or (_source(callers[name]) if name in callers else "")
+                source = source_of(each) or (source_of(callers[name]) if name in callers else "")
                 overlapped = each.opcode.endswith("-start") or name.startswith("async_collective_fusion")
                 channel = re.search(r"channel_id=(\d+)", each.rest)
                 fused = name in callers and callers[name].opcode == "fusion"
                 key: Any = (name, len(found))
                 if channel and (between or fused):
-                    key = (bool(between), channel.group(1), kind, size, groups.tobytes(), _source(each))
+                    key = (bool(between), channel.group(1), kind, size, groups.tobytes(), source_of(each))
                 if (before := found.get(key)) is not None:
                     overlapped |= before.overlapped
                     source = source or before.source
@@ -105,110 +100,17 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
 
 def unknown_loops(hlo: str) -> int:
     """Loops that are reached and whose number of turns the module does not say."""
-    computations, entry = _parse(hlo)
-    times, _ = _times(computations, entry)
+    computations, entry = parse(hlo)
+    times, _ = times_of(computations, entry)
     return sum(
-        each.opcode == "while" and _trips(each, computations) is None
+        each.opcode == "while" and trips_of(each, computations) is None
         for name, instructions in computations.items()
         if times[name]
         for each in instructions
     )
 
 
-def _source(each: _Instruction) -> str:
-    named = re.search(r'op_name="([^"]*)"', each.rest)
-    return named.group(1) if named else ""
-
-
-# ---- the text ----------------------------------------------------------------------------------------------------
-
-_HEADER = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{$")
-_NAMED = re.compile(r"^\s+(?:ROOT )?%?([^\s=]+) = ")
-_ARRAY = re.compile(r"\b([a-z]+)(\d*)[a-z0-9]*\[([\d,]*)\]")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([^\s,}]+)")
-_MANY_CALLED = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
-
-
-def _parse(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:
-    """Instructions by computation, and the name of the entry."""
-    computations: dict[str, list[_Instruction]] = {}
-    entry, current = "", []
-    for line in hlo.splitlines():
-        if header := _HEADER.match(line):
-            current = computations.setdefault(header.group(2), [])
-            entry = header.group(2) if header.group(1) else entry
-        elif named := _NAMED.match(line):
-            kind, rest = _split_type(line[named.end() :])
-            opcode, _, rest = rest.partition("(")
-            current.append(_Instruction(kind, opcode, rest))
-    if not entry:
-        raise ValueError("this is not the text of an HLO module: it has no ENTRY computation")
-    return computations, entry
-
-
-def _split_type(text: str) -> tuple[str, str]:
-    """The type an instruction begins with, and what follows: a tuple ends with its own parenthesis."""
-    if not text.startswith("("):
-        kind, _, rest = text.partition(" ")
-        return kind, rest
-    depth = 0
-    for at, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if depth == 0:
-            return text[: at + 1], text[at + 2 :]
-    raise ValueError(f"unfinished tuple type: {text[:80]}")
-
-
-def _bytes(kind: str, last: bool = False) -> int:
-    """Bytes of a type: of all arrays of a tuple, or of the result alone where a start's type holds the operand too."""
-    arrays = []
-    for letters, bits, shape in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", kind)):
-        width = 8 if letters == "pred" else int(bits or 0)
-        if width:
-            arrays.append(math.prod(int(n) for n in shape.split(",") if n) * width // 8)
-    if last and len(arrays) > 1:  # (operands..., results...), and for a permute two u32 [] of context
-        arrays = [a for a in arrays if a > 4] or arrays
-        arrays = arrays[len(arrays) // 2 :]
-    return sum(arrays)
-
-
-def _times(computations: dict[str, list[_Instruction]], entry: str) -> tuple[dict[str, int], dict[str, bool]]:
-    """How often one run of the module runs each computation, and whether that is known."""
-    times: dict[str, int] = defaultdict(int)
-    known: dict[str, bool] = defaultdict(lambda: True)
-
-    def visit(name: str, count: int, certain: bool) -> None:
-        times[name] += count
-        known[name] &= certain
-        for each in computations.get(name, ()):
-            if each.opcode in ("async-update", "async-done"):  # their start has called it
-                continue
-            turns = _trips(each, computations) if each.opcode == "while" else 1
-            called = _CALLED.findall(each.rest)
-            for names in _MANY_CALLED.findall(each.rest):
-                called += [word.strip().lstrip("%") for word in names.split(",")]
-            for callee in called:
-                visit(callee, count * (turns or 1), certain and turns is not None)
-
-    visit(entry, 1, True)
-    return times, known
-
-
-def _trips(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> int | None:
-    """Turns of a loop: as XLA states it, or the constant that its counter, from 0 by 1, is compared with."""
-    if stated := re.search(r'"?known_trip_count"?:\{"n":"(\d+)"\}', loop.rest):
-        return int(stated.group(1))
-    condition = re.search(r"condition=%?([^\s,}]+)", loop.rest)
-    if condition is None:
-        return None
-    names, bounds, less = [condition.group(1)], [], 0
-    while names:
-        for each in computations.get(names.pop(), ()):
-            names += _CALLED.findall(each.rest)
-            if each.opcode == "constant" and each.type.startswith("s32[]"):
-                bounds.append(int(each.rest.partition(")")[0]))
-            less += each.opcode == "compare" and "direction=LT" in each.rest
-    return bounds[0] if len(bounds) == 1 and less == 1 else None
+# ---- who exchanges ------------------------------------------------------------------------------------------------
 
 
 def _groups(rest: str, devices: int, kind: str) -> np.ndarray:

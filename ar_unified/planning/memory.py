@@ -16,7 +16,7 @@ PARTS = {
     "parameters": "exact: shapes and shardings",
     "optimizer": "exact: shapes and shardings",
     "cache": "exact: shapes and shardings",
-    "held": "exact: what lies there besides: float32 parameters, prompts that were read, the pool while they are read",
+    "held": "exact: what lies there besides: the head for scores, prompts that were read, the pool while they are read",
     "inputs": "exact: shapes and shardings; and what layouts pad",
     "gradients": "arithmetic: as large as what is trained, float32",
     "activations": "arithmetic: what JAX keeps of the forward pass for the backward one",

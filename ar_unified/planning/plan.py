@@ -38,6 +38,8 @@ def make_plan(
        "refused": where a program does not fit: {"program", "message", "used", "capacity", "at_least", "trials"}}.
       Bytes and seconds are per device and step (prefill: per batch; decode: per token of each row). Training is one
       program over all chips; of sampling, one process is planned, and "processes" says how many like it there are.
+      Of decode also "memory_share", how near it comes to the time of reading weights and cache alone, and "images" a
+      second of a process, both [low, high], prompts apart and every row as long as the cache.
 
     Raises ValueError where mesh, batch and model do not divide each other, TargetError where there is no such target
     or the run asks for the attention kernel of another.
@@ -117,6 +119,7 @@ def _batch(run: Run, job: str) -> dict[str, Any]:
         "contexts": run.contexts,
         "cache": run.max_length,
         "kv_dtype": run.kv_dtype or run.model.dtype,
+        "weights_dtype": run.weights_dtype or run.model.dtype,
         "prompt": run.max_length // 2,
     }
 
@@ -158,6 +161,12 @@ def _report(program: Program, run: Run, target: Target) -> dict[str, Any]:
     }
     if program.name == "train":
         report["scaling"] = scaling(program, run, target, estimate)._asdict()
+    if program.name == "decode":
+        times = estimate.slowest, estimate.fastest
+        report["memory_share"] = [estimate.seconds["memory"] / seconds for seconds in times]
+        if run.vocabulary.codebook_size:
+            block = int(run.layout.block(run.layout.height, run.layout.width))
+            report["image_tokens"], report["images"] = block, [estimate.tokens / block / seconds for seconds in times]
     return report
 
 

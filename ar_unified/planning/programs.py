@@ -24,9 +24,10 @@ from ar_unified.language.syntax import ImageLayout
 from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model import transformer
 from ar_unified.model.config import TransformerConfig
-from ar_unified.parallel.rules import batch_shardings, on_mesh, specs
+from ar_unified.parallel.rules import batch_shardings, on_mesh
 from ar_unified.sampling import steps
 from ar_unified.sampling.engine import KEPT, prefill_rows
+from ar_unified.sampling.weights import read_as
 from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
 from ar_unified.training.step import abstract_state, abstract_trained, make_train_step
 from ar_unified.training.tasks import TransformerTask
@@ -46,6 +47,7 @@ class Run:
       optimizer, steps: of the training. only: what it trains, places of training.selection.select; (): everything.
       requests, max_length, contexts: samples decoded at once by a process; length of the KV cache; 2 with guidance.
       kv_dtype: of the KV cache, of sampling.engine.KV_DTYPES.
+      weights_dtype: of the layers' matrices in sampling, of sampling.weights.WEIGHT_DTYPES.
     """
 
     model: TransformerConfig
@@ -65,6 +67,7 @@ class Run:
     max_length: int = 4096
     contexts: int = 1
     kv_dtype: str | None = None
+    weights_dtype: str | None = None
 
 
 class OutOfMemory(Exception):
@@ -242,8 +245,8 @@ class _Spelling:
 def sample_programs(run: Run, mesh: Mesh) -> list[Program]:
     """Prefill of prompts of half the cache, as many as the engine reads at once, and decoding in a pool that is full.
 
-    The engine keeps the float32 parameters beside what it makes of them, and the prompts it has read; the pool waits
-    while it reads (sampling/engine.py).
+    The engine keeps, beside the weights that it reads, the whole head, for scores, and the prompts it has read; the
+    pool waits while it reads (sampling/engine.py).
     """
     config, R, S = run.model, run.requests, run.max_length
     if R < 1 or S < 2:
@@ -257,9 +260,9 @@ def sample_programs(run: Run, mesh: Mesh) -> list[Program]:
         return placed(tree, steps.row_specs(mesh, tree))
 
     params = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
-    weights = jax.eval_shape(partial(steps.prepare, config, grammar), params)
+    weights = jax.eval_shape(partial(steps.prepare, config, grammar, run.weights_dtype), params)
     weights = placed(weights, steps.weight_specs(mesh, weights))
-    checkpoint = placed(params, specs(mesh, transformer.logical_axes(params), params))
+    head = {name: read_as(config, mesh)[name] for name in ("head",) if name in params}
     shape = steps.Shape(run.contexts, S)
     state = by_row(jax.eval_shape(lambda: steps.empty(config, grammar, shape, R, run.kv_dtype)))
     b = prefill_rows(R, mesh.shape["data"] * mesh.shape["fsdp"])
@@ -277,13 +280,13 @@ def sample_programs(run: Run, mesh: Mesh) -> list[Program]:
             mesh,
             {"parameters": weights.layers, "requests": prompts},
             lambda: prefill.trace(layers, *prompts),
-            (checkpoint, weights.text, weights.image, state, [prefix] * (KEPT - 1)),
+            (head, weights.text, weights.image, state, [prefix] * (KEPT - 1)),
         ),
         Program(
             "decode",
             mesh,
             {"parameters": weights, "cache": state.cache, "requests": (rows, chunk)},
             lambda: decode.trace(weights, state, *chunk),
-            (checkpoint, [prefix] * KEPT),
+            (head, [prefix] * KEPT),
         ),
     ]

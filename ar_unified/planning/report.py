@@ -93,6 +93,15 @@ def _program(program: dict[str, Any], plan: PlanReport) -> list[str]:
         + (f", MFU {low:.0%} to {high:.0%}" if program["name"] == "train" else "")
         + f"; bound by {program['bound']}"
     )
+    if "memory_share" in program:
+        least, most = program["memory_share"]
+        lines.append(f"  of the memory roofline: {least:.0%} to {most:.0%} (weights and cache read once, rows full)")
+    if "images" in program:
+        low, high = (each * plan["processes"] for each in program["images"])
+        lines.append(
+            f"  images of {program['image_tokens']:,} tokens: {low:.3g} to {high:.3g} a second, of all processes, "
+            "without reading prompts"
+        )
     if "scaling" in program:
         lines.append(f"  weak scaling: {_scaling(program['scaling'])}")
     return lines

@@ -21,9 +21,10 @@ class MemoryTime:
         config = engine.config
         element = 1 if engine.kv_dtype == "int8" else jnp.dtype(engine.kv_dtype or config.dtype).itemsize
         self._position = 2 * config.n_layers * config.n_kv_heads * config.head_dim * element
-        weights = jax.tree.leaves(engine.params)
-        # A step reads the weights in the compute dtype, for all the samples that are decoded at once.
-        self._token = sum(leaf.size for leaf in weights) * jnp.dtype(config.dtype).itemsize / engine.batch_size
+        # A step reads the weights in the compute dtype, or in fewer bits, for all the samples that are decoded at once.
+        width = jnp.dtype(config.dtype).itemsize
+        weights = sum(leaf.size * min(leaf.dtype.itemsize, width) for leaf in jax.tree.leaves(engine.params))
+        self._token = weights / engine.batch_size
         self._rate = rate
         self.seconds = 0.0
 

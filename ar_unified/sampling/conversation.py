@@ -29,8 +29,8 @@ from jax.sharding import Mesh
 from ar_unified.language.document import Part, TokensPart, Turn
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.reading import GrammarError
+from ar_unified.model.cache import Cache
 from ar_unified.model.config import TransformerConfig
-from ar_unified.model.transformer import Cache
 from ar_unified.sampling import steps
 from ar_unified.sampling.engine import Engine, Job, bucket, programs, row_arrays
 from ar_unified.sampling.plan import Plan, cache_length, without_text

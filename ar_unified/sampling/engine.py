@@ -35,6 +35,7 @@ from ar_unified.sampling.plan import Plan, plan
 from ar_unified.sampling.request import Request, RequestError, Sample
 from ar_unified.sampling.score import Score, Scored
 from ar_unified.sampling.steps import CHUNK, Prefix, Shape, State
+from ar_unified.sampling.weights import check_weights_dtype
 
 KV_DTYPES = (None, "int8", "float8_e4m3fn", "bfloat16", "float32")
 _SMALLEST = 16  # tokens of the smallest bucket of prompts
@@ -49,6 +50,7 @@ class Programs(NamedTuple):
     """The compiled functions; see `steps`."""
 
     prepare: Any
+    head_parts: Any
     empty: Any
     prefill: Any
     insert: Any
@@ -60,7 +62,8 @@ class Programs(NamedTuple):
 def programs(config: TransformerConfig, grammar: Grammar, mesh: Mesh | None) -> Programs:
     """One set for all engines of a model: `mesh` only tells apart what is compiled for one from what is for another."""
     return Programs(
-        prepare=jax.jit(functools.partial(steps.prepare, config, grammar)),
+        prepare=jax.jit(functools.partial(steps.prepare, config, grammar), static_argnums=0),
+        head_parts=jax.jit(functools.partial(steps.head_parts, config, grammar)),
         empty=jax.jit(functools.partial(steps.empty, config, grammar), static_argnums=(0, 1, 2)),
         prefill=jax.jit(functools.partial(steps.prefill, config)),
         insert=jax.jit(functools.partial(steps.insert, grammar), donate_argnums=(0,)),
@@ -95,17 +98,19 @@ class Engine:
     """Draws samples from one model.
 
     Args:
-        config, params: the transformer; `params` may be replaced between calls by others of the same shapes.
+        config, params: the transformer, its parameters those of a training or `sampling.weights.settled`. They may be
+            replaced between calls by others of the same shapes. A training's stay beside what is made of them.
         grammar: what may be written, and the vocabulary it is written in.
         batch_size: R, samples decoded at once (with guidance two or three rows each).
         max_length: tokens of prompt and answer together; the longest KV cache.
         kv_dtype: of the KV cache, one of KV_DTYPES; None: the compute dtype. int8 has a scale for each vector.
+        weights_dtype: of the layers' matrices, one of sampling.weights.WEIGHT_DTYPES; None: the compute dtype.
         mesh: devices to decode on, samples split by its data axes and heads by its tensor axis (`parallel`).
         softmax: of `language.syntax.SOFTMAXES`, what the model was trained with: its likelihoods are those.
 
     Raises:
         ValueError: the model's vocabulary is not the grammar's, a size is not positive or not one the mesh divides, or
-            kv_dtype or softmax is none there is.
+            kv_dtype, weights_dtype or softmax is none there is.
     """
 
     def __init__(
@@ -117,6 +122,7 @@ class Engine:
         batch_size: int,
         max_length: int,
         kv_dtype: str | None = None,
+        weights_dtype: str | None = None,
         mesh: Mesh | None = None,
         softmax: str = "joint",
     ):
@@ -130,7 +136,9 @@ class Engine:
         if kv_dtype not in KV_DTYPES:
             expected = ", ".join(str(name) for name in KV_DTYPES)
             raise ValueError(f"kv_dtype: expected one of {expected}; found {kv_dtype!r}")
+        check_weights_dtype(weights_dtype)
         ways = ways_of(batch_size, mesh)
+        self.weights_dtype = weights_dtype
         self.config, self.params, self.grammar = config, params, grammar
         self.batch_size, self.max_length, self.kv_dtype, self.mesh = batch_size, max_length, kv_dtype, mesh
         self._prefill_rows = prefill_rows(batch_size, ways)
@@ -267,7 +275,11 @@ class Engine:
     def weights(self) -> steps.Weights:
         """`params` as the steps read them, made when they are first needed."""
         if self._prepared[0] is not self.params:
-            self._prepared = self.params, self.call(self._programs.prepare, self.params)
+            if isinstance(self.params["layers"], list):
+                made = steps.with_head(self.params, *self.call(self._programs.head_parts, self.params))
+            else:
+                made = self.call(self._programs.prepare, self.weights_dtype, self.params)
+            self._prepared = self.params, made
         return self._prepared[1]
 
     def call(self, function: Any, *args: Any) -> Any:

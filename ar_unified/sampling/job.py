@@ -212,7 +212,9 @@ def _manifest(engine: Engine, requests: Sequence[Path], defaults: Mapping[str, A
             "max_length": engine.max_length,
             "dtype": str(engine.config.dtype),
             "kv_dtype": engine.kv_dtype,
-        },
+        }
+        # Not said before there was a choice: jobs of then go on.
+        | ({"weights_dtype": engine.weights_dtype} if engine.weights_dtype else {}),
     }
     return json.loads(json.dumps(manifest))
 

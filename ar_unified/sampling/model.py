@@ -40,7 +40,7 @@ from ar_unified.language.document import (
 )
 from ar_unified.language.rows import read_messages
 from ar_unified.model.config import TransformerConfig
-from ar_unified.model.transformer import Transformer, abstract_params
+from ar_unified.model.transformer import Transformer
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.sampling.conversation import Conversation, say_all
 from ar_unified.sampling.decoding import Filter
@@ -49,6 +49,7 @@ from ar_unified.sampling.request import DEFAULTS, Request, RequestError, Sample
 from ar_unified.sampling.requests import request_of
 from ar_unified.sampling.results import by_size
 from ar_unified.sampling.score import Score, Scored
+from ar_unified.sampling.weights import check_weights_dtype, read_as, settled
 
 Content = str | Image.Image | np.ndarray | Part | TokensPart  # pixels are uint8 [H, W, 3]
 _ROWS = 8  # samples at once, unless told: a notebook asks for few
@@ -62,6 +63,7 @@ def load(
     max_length: int | None = None,
     dtype: str | None = None,
     kv_dtype: str | None = None,
+    weights_dtype: str | None = None,
 ) -> Model:
     """The model of a bundle, as `ar-unified export` wrote it.
 
@@ -72,6 +74,7 @@ def load(
         max_length: tokens of prompt and answer together; default: the bundle's.
         dtype: of the matrix products, "float32" or "bfloat16"; default: the bundle's.
         kv_dtype: of the KV cache, one of engine.KV_DTYPES; default: the bundle's.
+        weights_dtype: of the layers' matrices, one of weights.WEIGHT_DTYPES; default: `dtype`.
 
     Raises bundle.BundleError for a folder that is no bundle or a damaged one, UserError where a setting does not fit.
     """
@@ -88,19 +91,29 @@ def load(
         tokenizer: ImageCodec | None = CodesAlone(codes) if found is None and codes else found
         defaults = {name: sampling[name] for name in DEFAULTS if name in sampling}
         request_of({"mode": "text"} | _none_needed(defaults), "bundle", tokenizer or NoImages(), defaults)
-        places = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh)) if mesh is not None else None
+        check_weights_dtype(weights_dtype)
+        read = bundle.params(*(jax.tree.map(of, read_as(config, mesh)) for of in (_sharding, _dtype)))
         engine = Engine(
             config,
-            bundle.params(places),
+            settled(config, read, mesh, weights_dtype),
             grammar,
             batch_size=batch_size,
             max_length=max_length or _length(sampling),
             kv_dtype=kv_dtype or sampling.get("kv_dtype") or None,
+            weights_dtype=weights_dtype,
             mesh=mesh,
             softmax=bundle.sections["loss"].get("softmax", "joint"),
         )
     warning = (bundle.published or {}).get("untrained", "")
     return Model(engine, tokenizer, resize, defaults, weights=bundle.hash, warning=str(warning))
+
+
+def _sharding(leaf: jax.ShapeDtypeStruct) -> Any:
+    return leaf.sharding
+
+
+def _dtype(leaf: jax.ShapeDtypeStruct) -> Any:
+    return leaf.dtype
 
 
 def _length(sampling: Mapping[str, Any]) -> int:

@@ -25,16 +25,10 @@ from jax.sharding import AbstractMesh, Mesh
 from ar_unified.language import automaton
 from ar_unified.language.automaton import Opened, Wanted
 from ar_unified.language.grammar import Grammar
+from ar_unified.model.cache import AXES as CACHE_AXES
+from ar_unified.model.cache import Cache, init_cache, slots_of, with_rows, with_slots
 from ar_unified.model.config import TransformerConfig
-from ar_unified.model.transformer import (
-    Cache,
-    Params,
-    Transformer,
-    init_cache,
-    logical_axes,
-    unstacked,
-    write_cache,
-)
+from ar_unified.model.transformer import Params, Transformer, logical_axes, unstacked
 from ar_unified.parallel import rules
 from ar_unified.sampling import decoding, guidance
 from ar_unified.sampling.decoding import Filters
@@ -97,15 +91,29 @@ class Prefix(NamedTuple):
     cache: Cache
 
 
-def prepare(config: TransformerConfig, grammar: Grammar, params: Params) -> Weights:
-    """The parameters as `decode_chunk` wants them, in the compute dtype."""
-    v = grammar.vocabulary
-    head = Transformer.bind(config, params).head().astype(config.dtype)
-    layers = {name: value for name, value in unstacked(config, params).items() if name != "head"}
-    image = head[v.image_offset : v.image_offset + v.codebook_size]
-    weights = Weights(layers, head[: text_ids(grammar)], image)
+def prepare(config: TransformerConfig, grammar: Grammar, weights_dtype: str | None, params: Params) -> Weights:
+    """Parameters of a training as `decode_chunk` wants them: matrices in the compute dtype, or in `weights_dtype`."""
+    layers = unstacked(config, params, weights_dtype)
+    weights = with_head(layers, *head_parts(config, grammar, params))
     mesh = jax.sharding.get_abstract_mesh()
     return weights if mesh.empty else jax.lax.with_sharding_constraint(weights, weight_specs(mesh, weights))
+
+
+def head_parts(config: TransformerConfig, grammar: Grammar, params: Params) -> tuple[Array, Array]:
+    """Of the head what makes text, and what makes image codes, in the compute dtype: never in fewer bits."""
+    v = grammar.vocabulary
+    head = Transformer.bind(config, params).head().astype(config.dtype)
+    parts = head[: text_ids(grammar)], head[v.image_offset : v.image_offset + v.codebook_size]
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return parts
+    text, image = (jax.lax.with_sharding_constraint(x, rules.spec(mesh, ("vocab", "embed"), x.shape)) for x in parts)
+    return text, image
+
+
+def with_head(layers: Params, text: Array, image: Array) -> Weights:
+    """Weights of `transformer.unstacked` parameters, which stay where they are, and the head's parts."""
+    return Weights({name: leaf for name, leaf in layers.items() if name != "head"}, text, image)
 
 
 def placed(tree: Any) -> Any:
@@ -123,7 +131,7 @@ def weight_specs(mesh: Mesh | AbstractMesh, weights: Weights) -> Any:
 def row_specs(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     """Where a state, or what is made of rows, lies: rows by batch, a cache's heads by tensor."""
     axes: dict[int, tuple[str | None, ...]] = {1: ("batch",), 2: ("batch", None)}
-    axes |= {3: ("batch", "kv_heads", None), 4: ("batch", "kv_heads", None, "head_dim")}  # of a cache
+    axes[4] = CACHE_AXES
     return jax.tree.map(lambda x: rules.spec(mesh, axes[x.ndim], x.shape, "sampler state"), tree)
 
 
@@ -192,9 +200,8 @@ def insert(
     """
     C, v = position.shape[1], grammar.vocabulary
     length = min(state.cache[0][0].shape[2], prefix.cache[0][0].shape[2])
-    where = slots, slice(None), slice(0, length)
     cache = tuple(
-        write_cache(layer, where, keys[source, :, :length], values[source, :, :length])
+        with_rows(layer, slots, keys[source, :, :length], values[source, :, :length])
         for layer, (keys, values) in zip(state.cache, prefix.cache, strict=True)
     )
 
@@ -253,17 +260,13 @@ def read_on(
 
 def first_slots(state: State) -> Cache:
     """Slot 0 of each row of the cache, which `step` writes over once the row has ended."""
-    return jax.tree.map(lambda x: x[:, :, :1], state.cache)
+    return tuple(slots_of(layer, slice(1)) for layer in state.cache)
 
 
 def take(state: State, first: Cache, row: Array) -> Cache:
     """One row of the cache for `put`, its slot 0 as `first` has it."""
-
-    def one(x: Array, slot: Array) -> Array:
-        x, slot = (jax.lax.dynamic_slice_in_dim(each, row, 1) for each in (x, slot))
-        return x.at[:, :, :1].set(slot)
-
-    return jax.tree.map(one, state.cache, first)
+    kept, first = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), (state.cache, first))
+    return tuple(with_slots(layer, slice(1), slot) for layer, slot in zip(kept, first, strict=True))
 
 
 def decode_chunk(

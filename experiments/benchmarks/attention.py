@@ -148,8 +148,9 @@ def decode_rows() -> Iterator[Row]:
                 strict=True,
             )
         )
-        (k, k_scale), (v, v_scale) = (quantize(k), quantize(v)) if int8 else ((k, None), (v, None))
-        return q, k, v, jnp.full(B, live, jnp.int32), k_scale, v_scale
+        (k, *k_scale), (v, *v_scale) = (quantize(k), quantize(v)) if int8 else ((k,), (v,))
+        scales = (x[0][:, :, None] if x else None for x in (k_scale, v_scale))
+        return q, k, v, jnp.full(B, live, jnp.int32), *scales
 
     def by(backend: str) -> Callable:
         def run(q, k, v, lengths, k_scale, v_scale):

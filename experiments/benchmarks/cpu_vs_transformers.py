@@ -55,9 +55,10 @@ import numpy as np
 import optax
 from ar_tokenizers.host import keep_memory
 
+from ar_unified.model.cache import init_cache
 from ar_unified.model.config import TransformerConfig, config_from
 from ar_unified.model.loss import token_losses
-from ar_unified.model.transformer import Transformer, init, init_cache
+from ar_unified.model.transformer import Transformer, init
 
 SIZES = {  # preset, vocabulary, (batch, length) of training
     "25m": ("25m", 16384, (8, 512)),

@@ -45,8 +45,8 @@ def test_rows_are_split_over_a_process_own_devices_and_heads_as_the_mesh_says(tr
     """Eight devices: 4 groups of rows x tensor 2. The weights never lie whole on one, the tokens are those of one."""
     engine = experiment(trained, fsdp=4, tensor=2).engine
     assert dict(engine.mesh.shape) == {"data": 4, "fsdp": 1, "tensor": 2, "context": 1}
-    query = engine.params["layers"]["attention"]["query"]  # [L, D, N, H]
-    assert query.addressable_shards[0].data.shape == (2, 32, 4 // 2, 8)
+    query = engine.params["layers"][0]["attention"]["query"]  # [D, N * H]
+    assert query.addressable_shards[0].data.shape == (32, 4 // 2 * 8)
     cache = engine.call(engine._programs.empty, Shape(1, 64), 4, None).cache
     assert cache[0][0].addressable_shards[0].data.shape == (4 // 4, 2 // 2, 64, 8)  # [rows, K, S, H]
 

@@ -12,7 +12,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from ar_unified.data.batch import PackedBatch
-from ar_unified.model.transformer import Transformer
+from ar_unified.model.config import TransformerConfig
+from ar_unified.model.transformer import Transformer, abstract_params
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
 from ar_unified.training.step import make_state, make_train_step
@@ -38,6 +39,19 @@ def hidden(model: Any, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(jax.jit(run)(model.engine.params))
 
 
+def stacked(config: TransformerConfig, params: Any) -> Any:
+    """Parameters as a training has them, float32, of those of an engine: a list of layers, matrices flat."""
+
+    def stack(path: Any, like: Any) -> jax.Array:
+        name, *more = (entry.key for entry in path)
+        layers = params[name] if name == "layers" else [params[name]]
+        for key in more:
+            layers = [layer[key] for layer in layers]
+        return jnp.array(jnp.stack(layers) if name == "layers" else layers[0], jnp.float32).reshape(like.shape)
+
+    return jax.tree_util.tree_map_with_path(stack, abstract_params(config))
+
+
 def batch_of(model: Any, tokens: np.ndarray) -> PackedBatch:
     """Each row int [B, T] one document, all of it learned but its first id."""
     rows, length = tokens.shape
@@ -61,7 +75,7 @@ def fine_tune(model: Any, batches: Sequence[np.ndarray], **settings: Any) -> lis
     config, vocabulary = model.engine.config, model.vocabulary
     task = TransformerTask(config, vocabulary, batch=lambda step, index=0, count=1: packed[step], **settings)
     optimizer = make_optimizer(ADAMW, len(packed))
-    params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), model.engine.params)
+    params = stacked(model.engine.config, model.engine.params)
     step = make_train_step(task, optimizer, mesh, seed=0, clip_norm=ADAMW.clip_norm)
     state, losses = make_state(task, optimizer, 0, params), []
     for batch in packed:

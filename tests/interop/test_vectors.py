@@ -15,8 +15,9 @@ from ar_unified.interop import hf_config
 from ar_unified.interop.hf_config import GEMMA, LLAMA, QWEN2, QWEN3, Family
 from ar_unified.interop.keys import HF, Keys
 from ar_unified.language.border import Border
+from ar_unified.model.cache import init_cache
 from ar_unified.model.config import TransformerConfig
-from ar_unified.model.transformer import Params, Transformer, init_cache, unstacked
+from ar_unified.model.transformer import Params, Transformer, unstacked
 from tests.sources import ROOT
 
 VECTORS = ROOT.parent / "shared" / "vectors"

@@ -33,7 +33,7 @@ class DecodeCase:
         if not self.int8:
             return arrays | dict(k=k.astype(dtype), v=v.astype(dtype))
         (k, k_scale), (v, v_scale) = (map(np.asarray, jax.jit(quantize)(x)) for x in (k, v))
-        return arrays | dict(k=k, v=v, k_scale=k_scale, v_scale=v_scale)
+        return arrays | dict(k=k, v=v, k_scale=k_scale[:, :, None], v_scale=v_scale[:, :, None])
 
     @property
     def options(self) -> dict:

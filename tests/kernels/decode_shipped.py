@@ -35,5 +35,5 @@ def decode_kernels(backend: str, sharding: Any = None) -> Iterator[tuple[str, Ca
         arrays = dict(q=shape((B, N, H), dtype), lengths=shape((B,), jnp.int32))
         arrays |= {x: shape((B, K, S, H), jnp.int8 if int8 else dtype) for x in ("k", "v")}
         if int8:
-            arrays |= {x: shape((B, K, S), jnp.float32) for x in ("k_scale", "v_scale")}
+            arrays |= {x: shape((B, K, 1, S), jnp.float32) for x in ("k_scale", "v_scale")}
         yield name, functools.partial(decode_attention, backend=backend, return_lse=True, **options), arrays

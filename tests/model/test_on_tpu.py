@@ -12,8 +12,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ar_unified.data.batch import PackedBatch
+from ar_unified.model.cache import init_cache
 from ar_unified.model.config import config_from
-from ar_unified.model.transformer import Transformer, init, init_cache, logical_axes
+from ar_unified.model.transformer import Transformer, init, logical_axes
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.parallel.rules import batch_shardings, on_mesh, shardings
 from ar_unified.training.optimizer import OptimizerConfig, make_optimizer

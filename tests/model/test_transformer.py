@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from ar_unified.kernels.attention import xla
+from ar_unified.model.cache import init_cache
 from ar_unified.model.config import PRESETS, TransformerConfig, config_from, parameter_count
 from ar_unified.model.dropout import dropout
-from ar_unified.model.transformer import Transformer, init, init_cache, logical_axes, rms_norm
+from ar_unified.model.transformer import Transformer, init, logical_axes, rms_norm
 from ar_unified.parallel.mesh import make_mesh
 
 CONFIG = config_from("debug", 40, qk_norm="layernorm")

@@ -53,7 +53,14 @@ MODULE = """HloModule jit_step, is_scheduled=true
 
 %until (state: (pred[], f32[4])) -> pred[] {
   %state = (pred[], f32[4]{0}) parameter(0)
-  ROOT %go = pred[] get-tuple-element(%state), index=0
+  %phase = s32[] get-tuple-element(%state), index=0
+  %step = s32[] get-tuple-element(%state), index=1
+  %steps = s32[] get-tuple-element(%state), index=2
+  %last = s32[] constant(4)
+  %less = pred[] compare(%step, %steps), direction=LT
+  %ended = pred[] compare(%phase, %last), direction=EQ
+  %not = pred[] not(%ended)
+  ROOT %go = pred[] and(%less, %not)
 }
 
 %turn (state: (pred[], f32[4])) -> (pred[], f32[4]) {

@@ -31,6 +31,7 @@ from ar_unified.planning.report import text
 from ar_unified.planning.roofline import roofline, traffic
 from ar_unified.planning.targets import parse_target
 from ar_unified.sampling.engine import Engine
+from ar_unified.sampling.weights import read_as, settled
 from ar_unified.training.optimizer import OptimizerConfig
 from tests.kernels.topologies import needs_libtpu
 
@@ -143,27 +144,32 @@ def test_decoding_reads_the_weights_and_the_cache_as_the_sampler_keeps_them(dtyp
 
 def test_the_parts_of_memory_have_what_the_engine_keeps():
     program, _ = planned(replace(RUN, mesh=dict(tensor=2)), "decode")
-    checkpoint = 4 * (LAYERS + 2 * HEAD) / 2 + 4 * NORMS  # float32, heads and vocabulary in two
+    head = 2 * HEAD / 2  # the vocabulary in two
     prefix = 8 * 32 * (4 + 2 * 2 * 2 * 16 * 2 / 2) / 2 + 8 * 64 * 2 / 2  # tokens and cache; last hidden states; 2 ways
     where = memory(program, Compiled("", 1 << 20, 0, 0, 5, 7, 0, 0.0), RUN, 1e9)
-    assert where.parts["held"] == checkpoint + 4 * prefix
+    assert where.parts["held"] == head + 4 * prefix
     assert where.peak == (1 << 20) + 5 + 7 + where.parts["held"] == sum(where.parts.values())
     assert set(where.parts) < set(PARTS)
 
 
-def test_the_engine_holds_what_the_plan_says():
-    """The arrays themselves, of a model in bfloat16: the checkpoint's, and those made of them."""
-    run = replace(RUN, mesh={}, requests=2, max_length=64)
+@pytest.mark.parametrize("weights_dtype", [None, "int8"])
+def test_the_engine_holds_what_the_plan_says(weights_dtype):
+    """The arrays themselves, of a model in bfloat16 and of one in int8: once, and the head for scores besides."""
+    run = replace(RUN, mesh={}, requests=2, max_length=64, weights_dtype=weights_dtype)
     (program,) = [each for each in programs(run, make_mesh({}, jax.devices()[:1]), "sample") if each.name == "decode"]
     grammar = Grammar(VOCABULARY, run.layout, None)  # nothing here is text
-    engine = Engine(MODEL, transformer.init(MODEL, jax.random.key(0)), grammar, batch_size=2, max_length=64)
+    trained = transformer.init(MODEL, jax.random.key(0))
+    read = jax.tree.map(lambda x, like: x.astype(like.dtype), trained, read_as(MODEL, None))
+    engine = Engine(MODEL, settled(MODEL, read, None, weights_dtype), grammar, batch_size=2, max_length=64)
 
     def size(tree: Any) -> int:
         return sum(x.nbytes for x in jax.tree.leaves(tree))
 
-    checkpoint, prefixes = program.held
-    assert size(engine.params) == local_bytes(checkpoint)
-    assert size(engine.weights) == local_bytes(program.arguments["parameters"]) < size(engine.params)
+    head, prefixes = program.held
+    assert size(engine.weights) == local_bytes(program.arguments["parameters"])
+    assert all(stack.is_deleted() for stack in jax.tree.leaves(read["layers"]))
+    held = {id(x): x for x in jax.tree.leaves((engine.params, engine.weights))}  # what both have counts once
+    assert size(list(held.values())) == local_bytes((program.arguments["parameters"], head)) < size(trained)
     tokens, lengths = np.zeros((engine._prefill_rows, 32), np.int32), np.ones(engine._prefill_rows, np.int32)
     assert size(engine.call(engine._programs.prefill, engine.weights, tokens, lengths)) == local_bytes(prefixes[0])
 

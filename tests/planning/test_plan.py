@@ -88,6 +88,12 @@ def test_sampling_is_planned_by_its_two_programs():
     assert (prefill["name"], decode["name"]) == ("prefill", "decode")
     # Keys and values of 2 layers, 2 heads, 64 slots, 8 dimensions in float32; 8 rows on 8 devices.
     assert decode["memory"]["parts"]["cache"] == 2 * 2 * 2 * 64 * 8 * 4
+    # 8 tokens a step; an image of 4 x 4 codes is 16, and what the layout writes around them.
+    low, high = decode["images"]
+    assert decode["image_tokens"] == RUN.layout.block(4, 4) > 16
+    assert high == pytest.approx(8 / decode["image_tokens"] / decode["fastest"]) and low < high
+    assert decode["memory_share"][1] == pytest.approx(decode["seconds"]["memory"] / decode["fastest"])
+    assert re.search(r"of the memory roofline: \d+% to \d+%.*\n +images of 1[89] tokens: [\d.e+]+ to", text(plan))
     # Of tokens, and of a search for top-k and top-p.
     assert decode["loops_of_unknown_length"] >= 1 and prefill["loops_of_unknown_length"] == 0
 

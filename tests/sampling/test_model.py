@@ -175,8 +175,8 @@ def test_images_of_any_size_and_text_alone(folders):
 def test_a_mesh_draws_what_one_device_draws(folders, model):
     wide = ar_unified.load(folders["grid"], {"data": -1, "tensor": 2})
     assert dict(wide.engine.mesh.shape) == {"data": 4, "fsdp": 1, "tensor": 2, "context": 1}
-    query = wide.engine.params["layers"]["attention"]["query"]
-    assert query.addressable_shards[0].data.shape == (1, 32, 2, 8), "restored straight to its shards"
+    query = wide.engine.params["layers"][0]["attention"]["query"]
+    assert query.addressable_shards[0].data.shape == (32, 2 * 8), "restored straight to its shards"
     assert [x.tobytes() for x in wide.draw(PROMPT, seed=3, n=2)] == [
         x.tobytes() for x in model.draw(PROMPT, seed=3, n=2)
     ]

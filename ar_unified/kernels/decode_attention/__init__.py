@@ -49,8 +49,8 @@ def decode_attention(
       q: [B, N, H], rotated, not scaled.
       k, v: [B, K, S, H]; K divides N, and query head n reads KV head n // (N / K). Floating point, or int8 with scales.
       lengths: int32 [B], live slots of each row, 0 .. S.
-      k_scale, v_scale: float32 [B, K, S], of an int8 cache: key and value s stand for k[..., s, :] * k_scale[..., s]
-        and v[..., s, :] * v_scale[..., s], as `quantize` makes them.
+      k_scale, v_scale: float32 [B, K, 1, S], of an int8 cache: key and value s stand for k[..., s, :] * k_scale[..., s]
+        and v[..., s, :] * v_scale[..., s], as `quantize` makes them. The axis of one is how TPU reads them uncopied.
       scale: of the scores; None: H ** -0.5.
       window: slots a query sees at most, its own included; None: all live ones.
       soft_cap: c * tanh(score / c) in place of each score (Gemma 2, arXiv 2408.00118); None: not.
@@ -96,5 +96,6 @@ def _check(q, k, v, lengths, k_scale, v_scale, window) -> None:
             raise ValueError(
                 f"decode_attention: an int8 cache, and no other, has scales; found {k.dtype} and {name} {x}"
             )
-        if x is not None and (x.shape != k.shape[:3] or x.dtype != jnp.float32):
-            raise ValueError(f"decode_attention: expected {name} float32 {k.shape[:3]}; found {x.dtype} {x.shape}")
+        shape = (B, k.shape[1], 1, k.shape[2])
+        if x is not None and (x.shape != shape or x.dtype != jnp.float32):
+            raise ValueError(f"decode_attention: expected {name} float32 {shape}; found {x.dtype} {x.shape}")

@@ -64,7 +64,7 @@ def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arra
     query = jnp.pad(q.reshape(B, K, G, H), [(0, 0), (0, 0), (0, -G % 8), (0, 0)])  # whole rows of tiles
     quantized = cache.scales is not None
     # TMA copies whole blocks from a stride of 16 bytes only; the cache itself is never padded.
-    scales = [jnp.pad(x, [(0, 0), (0, 0), (0, -S % BLOCK)]) for x in cache.scales or ()]
+    scales = [jnp.pad(x[:, :, 0], [(0, 0), (0, 0), (0, -S % BLOCK)]) for x in cache.scales or ()]
     out, lse = plgpu.kernel(
         functools.partial(_kernel, spec, quantized),
         out_type=[

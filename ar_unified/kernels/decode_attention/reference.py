@@ -23,7 +23,7 @@ def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arra
     wide = jnp.promote_types(q.dtype, jnp.float32)
     k, v = cache.k.astype(wide), cache.v.astype(wide)
     if cache.scales is not None:
-        k, v = (x * scale[..., None] for x, scale in zip((k, v), cache.scales, strict=True))
+        k, v = (x * jnp.swapaxes(scale, 2, 3) for x, scale in zip((k, v), cache.scales, strict=True))
     query = q.astype(wide).reshape(B, K, N // K, H)
     scores = jnp.einsum("BKGH,BKSH->BKGS", query, k, precision="highest") * spec.scale
     if spec.soft_cap is not None:

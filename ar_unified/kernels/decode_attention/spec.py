@@ -12,7 +12,7 @@ import jax.numpy as jnp
 class Cache(NamedTuple):
     """What the queries look at: row b at the slots begin[b] <= s < end[b], none where that is empty.
 
-    k, v: [B, K, S, H].  scales: float32 [B, K, S] twice, what each key and each value is to be multiplied with; None:
+    k, v: [B, K, S, H].  scales: float32 [B, K, 1, S] twice, what each key and value is to be multiplied with; None:
     they are whole.  begin, end: int32 [B], 0 <= begin < end <= S or both 0.
     """
 

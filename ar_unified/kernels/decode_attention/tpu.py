@@ -8,7 +8,7 @@ split and merge here; where a chip has two cores (v4, v5p), they share the KV he
 XLA keeps an array whose last axis does not fill rows of 128 lanes with the axis before it along the lanes. So a cache
 of head dim 64 is handed over as [B, K, H, S], which is how it lies in memory: no copy is made.
 
-B batch, S cache slot, N query heads, K KV heads, G = N / K padded to whole tiles, H head dim.
+B batch, S cache slot, N query heads, K KV heads, G = N / K, H head dim.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from ar_unified.kernels.decode_attention.spec import Cache, Spec
 BLOCK_BYTES = 512 * 1024  # of keys a step: long enough a copy to hide the step's fixed cost of about 0.3 us
 HEADS = 8  # KV heads a step at most; each is a product of its own
 DTYPES = (jnp.float32, jnp.bfloat16)
+SMALL_DTYPES = (jnp.int8, jnp.float8_e4m3fn)  # of a cache alone
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:
     """Why these cannot be computed here; None: they can."""
-    if q.dtype not in DTYPES or k.dtype not in (*DTYPES, jnp.int8):
-        return f"expected q in float32 or bfloat16 and a cache in one of these or int8; found {q.dtype} and {k.dtype}"
+    if q.dtype not in DTYPES or k.dtype not in (*DTYPES, *SMALL_DTYPES):
+        expected = "q in float32 or bfloat16 and a cache in one of these, int8 or float8_e4m3fn"
+        return f"expected {expected}; found {q.dtype} and {k.dtype}"
     if q.shape[-1] % 64:
         return f"expected a head dim in multiples of 64; found {q.shape[-1]}"
     return None
@@ -43,12 +45,10 @@ def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arra
     G = N // K
     heads, block = _tiles(K, S, H, cache.k.dtype.itemsize)
     query = (q * jnp.asarray(spec.scale, q.dtype)).reshape(B, K, G, H)
-    query = jnp.pad(query, [(0, 0), (0, 0), (0, -G % (32 // q.dtype.itemsize)), (0, 0)])
-    rows = query.shape[2]
     row_of, block_of, count = _live_blocks(cache, block)
 
     def by_row(width: int) -> pl.BlockSpec:
-        return pl.BlockSpec((1, heads, rows, width), lambda h, i, row_of, *_: (row_of[i], h, 0, 0))
+        return pl.BlockSpec((1, heads, G, width), lambda h, i, row_of, *_: (row_of[i], h, 0, 0))
 
     if turned := H % 128 != 0:
         slots = pl.BlockSpec((1, heads, H, block), lambda h, i, row_of, block_of, *_: (row_of[i], h, 0, block_of[i]))
@@ -56,9 +56,9 @@ def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arra
     else:
         slots = pl.BlockSpec((1, heads, block, H), lambda h, i, row_of, block_of, *_: (row_of[i], h, block_of[i], 0))
         k, v = cache.k, cache.v
-    # Of [B, K, S] a block of some of the heads is no whole tile; with an axis of one between, it is.
+    # Of [B, K, S] a block of some of the heads would be no whole tile; with an axis of one between, it is.
     scales = pl.BlockSpec((1, heads, 1, block), lambda h, i, row_of, block_of, *_: (row_of[i], h, 0, block_of[i]))
-    quantized = [] if cache.scales is None else [x[:, :, None] for x in cache.scales]
+    quantized = [] if cache.scales is None else list(cache.scales)
     out, lse = pl.pallas_call(
         functools.partial(_kernel, spec, block, turned),
         out_shape=(
@@ -70,13 +70,13 @@ def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arra
             grid=(K // heads, count),
             in_specs=[by_row(H), slots, slots, *[scales] * len(quantized)],
             out_specs=(by_row(H), by_row(1)),
-            scratch_shapes=[pltpu.VMEM((heads, rows, width), jnp.float32) for width in (1, 1, H)],
+            scratch_shapes=[pltpu.VMEM((heads, G, width), jnp.float32) for width in (1, 1, H)],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=spec.interpret,
         name="decode_attention",
     )(row_of, block_of, cache.begin, cache.end, query, k, v, *quantized)
-    return out[:, :, :G].reshape(B, N, H), lse[:, :, :G].reshape(B, N)
+    return out.reshape(B, N, H), lse.reshape(B, N)
 
 
 def _tiles(K: int, S: int, H: int, itemsize: int) -> tuple[int, int]:

@@ -41,7 +41,7 @@ def prefixes(length: int) -> list[int]:
 
 
 def _first(cache: Cache, slots: int) -> Cache:
-    scales = None if cache.scales is None else (cache.scales[0][:, :, :slots], cache.scales[1][:, :, :slots])
+    scales = None if cache.scales is None else (cache.scales[0][..., :slots], cache.scales[1][..., :slots])
     return cache._replace(k=cache.k[:, :, :slots], v=cache.v[:, :, :slots], scales=scales)
 
 
@@ -54,7 +54,7 @@ def _forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arr
     k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
     scores = jnp.einsum("BKGH,BKSH->BKGS", query, k, preferred_element_type=jnp.float32)
     if cache.scales is not None:
-        scores *= cache.scales[0][:, :, None]
+        scores *= cache.scales[0]
     if spec.soft_cap is not None:
         scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
     # Added, not selected: layers and heads share the bias, which costs less than masking the scores of each.
@@ -65,7 +65,7 @@ def _forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arr
     ones = jax.lax.optimization_barrier(jnp.ones(weights.shape[-1], weights.dtype))
     total = jnp.einsum("BKGS,S->BKG", weights, ones)[..., None]
     if cache.scales is not None:
-        weights *= cache.scales[1][:, :, None]
+        weights *= cache.scales[1]
     out = jnp.einsum("BKGS,BKSH->BKGH", weights.astype(q.dtype), v, preferred_element_type=jnp.float32)
     out = out / jnp.where(total > 0, total, 1.0)
     lse = jnp.where(total > 0, highest + jnp.log(total), -jnp.inf)

@@ -1,0 +1,48 @@
+"""One new key and value of each row written into the KV cache, in place: one public function, two ways.
+
+A step of decoding adds one vector a row and head to a cache of gigabytes. XLA would write it by a scatter, for which
+TPU's compiler chooses a layout of its own: the attention kernel reads another, and the whole cache would be copied
+twice a step. The kernel leaves the cache where it is, in the layout in which `decode_attention` reads it.
+
+xla.py  by XLA: any platform and shape
+tpu.py  Pallas for TPU
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ar_unified.kernels import backend as backends
+from ar_unified.kernels import device
+from ar_unified.kernels.cache_write import xla
+
+Layer = tuple[jax.Array, ...]
+
+
+def cache_write(layer: Layer, new: Layer, slots: jax.Array, *, backend: str = "auto") -> Layer:
+    """The cache of a layer with one more slot of each row.
+
+    Args:
+      layer: keys and values [B, K, S, H]; of an int8 cache also their scales, float32 [B, K, 1, S].
+      new: for each of them what is written, [B, K, H] or [B, K], of the same dtype.
+      slots: int32 [B], where; a row whose slot is not in 0 .. S - 1 stays as it is.
+      backend: of kernels.backend.BACKENDS, as the attention that reads the cache has it. The kernel runs for "tpu" and
+        "tpu_interpret", and on a TPU for "auto", where it can write such a cache; XLA does the rest.
+
+    Returns:
+      Arrays like `layer`, in its memory where that is given away (donated, or carried by a loop).
+    """
+    for old, x in zip(layer, new, strict=True):
+        expected = (*old.shape[:2], old.shape[3]) if x.ndim == 3 else old.shape[:2]
+        if x.shape != expected or x.dtype != old.dtype:
+            raise ValueError(
+                f"cache_write: expected {old.dtype} {expected} for a cache {old.shape}; found {x.dtype} {x.shape}"
+            )
+    if slots.shape != layer[0].shape[:1] or slots.dtype != jnp.int32:
+        raise ValueError(f"cache_write: expected slots int32 {layer[0].shape[:1]}; found {slots.dtype} {slots.shape}")
+    if backend in ("tpu", "tpu_interpret") or (backend == "auto" and device.current().platform == "tpu"):
+        tpu = backends.module(__name__, "tpu")
+        if tpu.unsupported(layer) is None:
+            return tpu.forward(layer, new, slots, interpret=backend == "tpu_interpret")
+    return xla.forward(layer, new, slots)

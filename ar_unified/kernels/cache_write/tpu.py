@@ -1,0 +1,173 @@
+"""A slot of each row on TPU: the tiles that hold it are read, changed and written back.
+
+Memory is read and written in tiles, of which a slot is one row (or, of the caches that lie as [B, K, H, S], one lane).
+The tiles of all heads of a row are one window. The windows of a group of rows are on their way at once, those of the
+next group behind them, so that the time is that of the bytes: 2 x 16 slots of a bfloat16 cache for each that is new.
+
+B batch, K KV heads, S cache slot, H head dim, W slots of a window.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+WINDOW_BYTES = 4 * 1024 * 1024  # of VMEM, for the windows of two groups of rows
+
+
+class _Lying(NamedTuple):
+    """An array as it lies in memory, [B, K, *, *], and what is new; which axis is that of the slots; whether it is
+    turned: memory has the axes 2 and 3 of the cache the other way round.
+
+    What is new comes as [K, B, *], 32 bits: so a projection to heads leaves it, and one row of it can be read alone;
+    for a turned cache as [B, K, H, 1].
+    """
+
+    cache: jax.Array
+    new: jax.Array
+    axis: int
+    turned: bool = False
+
+    @property
+    def window(self) -> int:
+        """Slots that are read and written together."""
+        return LANES if self.axis == 3 else 32 // self.cache.dtype.itemsize
+
+
+def _lying(cache: jax.Array, new: jax.Array) -> _Lying:
+    if new.ndim == 2:
+        return _Lying(cache, jnp.broadcast_to(new.T[..., None], (*new.T.shape, LANES)), 3)
+    if cache.shape[3] % LANES:  # kernels/decode_attention/tpu.py says why
+        return _Lying(jnp.swapaxes(cache, 2, 3), new[..., None], 3, turned=True)
+    wide = jnp.int32 if new.dtype == jnp.int8 else jnp.float32
+    return _Lying(cache, jnp.swapaxes(new.astype(wide), 0, 1), 2)
+
+
+def unsupported(layer: tuple[jax.Array, ...]) -> str | None:
+    """Why the kernel cannot write into these; None: it can."""
+    H, S = layer[0].shape[3], layer[0].shape[2]
+    lanes = H % LANES or len(layer) > 2  # some array has its slots along the lanes
+    window = LANES if lanes else 32 // layer[0].dtype.itemsize
+    if H % 64 or S % window or _rows(layer) is None:
+        return f"expected heads in multiples of 64, slots of {window}, rows of 8; found {layer[0].shape}"
+    return None
+
+
+def _heads(layer: tuple[jax.Array, ...]) -> int:
+    """KV heads of a core: where a chip has two, they share them."""
+    K = layer[0].shape[1]
+    return K // 2 if K % 2 == 0 else K
+
+
+def _rows(layer: tuple[jax.Array, ...]) -> int | None:
+    """Rows of a group: whole tiles of what is new, or all; None: not even the fewest fit."""
+    B, _, _, H = layer[0].shape
+    window = (LANES if H % LANES else 32 // layer[0].dtype.itemsize) * H * layer[0].dtype.itemsize
+    row = _heads(layer) * (2 * window + (len(layer) - 2) * LANES * 4)
+    fit = [n for n in range(1, B + 1) if B % n == 0 and (n % 8 == 0 or n == B)]
+    return max((n for n in fit if 2 * n * row <= WINDOW_BYTES), default=None)
+
+
+def forward(
+    layer: tuple[jax.Array, ...], new: tuple[jax.Array, ...], slots: jax.Array, *, interpret: bool
+) -> tuple[jax.Array, ...]:
+    """As `cache_write`."""
+    arrays = [_lying(*each) for each in zip(layer, new, strict=True)]
+    B, K, heads, rows = *layer[0].shape[:2], _heads(layer), _rows(layer)
+    assert rows is not None
+    windows = [(heads, *(x.window if at == x.axis else x.cache.shape[at] for at in (2, 3))) for x in arrays]
+    groups, in_place = B // rows, [pl.BlockSpec(memory_space=pltpu.HBM)] * len(arrays)
+    out = pl.pallas_call(
+        functools.partial(_kernel, rows, groups, [(x.axis, x.window) for x in arrays]),
+        out_shape=[pltpu.HBM(x.cache.shape, x.cache.dtype) for x in arrays],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(K // heads, groups),
+            in_specs=[
+                *(_of_rows(rows, heads, x.new) for x in arrays),
+                *in_place,
+            ],
+            out_specs=in_place,
+            scratch_shapes=[
+                *(pltpu.VMEM((2, rows, *w), x.cache.dtype) for w, x in zip(windows, arrays, strict=True)),
+                pltpu.SemaphoreType.DMA((2, 2)),
+            ],
+        ),
+        input_output_aliases={1 + len(arrays) + i: i for i in range(len(arrays))},
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        interpret=interpret,
+        name="cache_write",
+    )(slots, *(x.new for x in arrays), *(x.cache for x in arrays))
+    return tuple(jnp.swapaxes(x, 2, 3) if each.turned else x for x, each in zip(out, arrays, strict=True))
+
+
+def _of_rows(rows: int, heads: int, new: jax.Array) -> pl.BlockSpec:
+    """Of a group of rows a core's heads."""
+    if new.ndim == 3:
+        return pl.BlockSpec((heads, rows, new.shape[2]), lambda h, g, slots: (h, g, 0))
+    return pl.BlockSpec((rows, heads, *new.shape[2:]), lambda h, g, slots: (g, h, 0, 0))
+
+
+def _kernel(rows, groups, shapes, slots, *refs):
+    n = len(shapes)
+    new, caches, windows, arrived = refs[:n], refs[2 * n : 3 * n], refs[3 * n : 4 * n], refs[-1]
+    h, g = pl.program_id(0), pl.program_id(1)
+
+    def begin(length: int, row: jax.Array, window: int) -> jax.Array:
+        """Of the window of a row; of a row that is not written, any."""
+        slot = jnp.clip(slots[row], 0, length - 1)
+        return pl.multiple_of(slot & -window, window)
+
+    def copies(group: jax.Array, r: jax.Array, write: bool) -> Iterator[Any]:
+        """Of the windows of a row of a group, from memory to VMEM or back."""
+        row, half = group * rows + r, group & 1
+        for (axis, window), cache, held in zip(shapes, caches, windows, strict=True):
+            heads, slot = held.shape[2], pl.ds(begin(cache.shape[axis], row, window), window)
+            there = cache.at[(row, pl.ds(h * heads, heads), *((slot,) if axis == 2 else (slice(None), slot)))]
+            here = held.at[half, r]
+            yield pltpu.make_async_copy(*((here, there) if write else (there, here)), arrived.at[int(write), half])
+
+    def of_rows(function: Callable[[jax.Array], Any]) -> None:
+        jax.lax.fori_loop(0, rows, lambda r, _: function(r) and None, None)
+
+    def start(group: jax.Array, write: bool) -> None:
+        of_rows(lambda r: [copy.start() for copy in copies(group, r, write)])
+
+    def wait(group: jax.Array, write: bool) -> None:
+        of_rows(lambda r: [copy.wait() for copy in copies(group, r, write)])
+
+    def change(r: jax.Array) -> None:
+        row = g * rows + r
+        for (axis, window), x, cache, held in zip(shapes, new, caches, windows, strict=True):
+            old = held[g & 1, r]
+            slot = begin(cache.shape[axis], row, window) + jax.lax.broadcasted_iota(jnp.int32, old.shape, axis - 1)
+            added = x[:, pl.ds(r, 1), :] if len(x.shape) == 3 else x[r]
+            added = jnp.broadcast_to(added, old.shape).astype(old.dtype)
+            held[g & 1, r] = jnp.where(slot == slots[row], added, old)
+
+    @pl.when(g == 0)
+    def _():
+        start(g, False)
+
+    @pl.when(g > 0)
+    def _():
+        wait(g - 1, True)
+
+    @pl.when(g + 1 < groups)
+    def _():
+        start(g + 1, False)
+
+    wait(g, False)
+    of_rows(change)
+    start(g, True)
+
+    @pl.when(g + 1 == groups)
+    def _():
+        wait(g, True)

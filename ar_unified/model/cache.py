@@ -1,0 +1,102 @@
+"""The KV cache: made, and written in place, each device of the mesh its rows and heads.
+
+B batch, T position, S cache slot, N query heads, K KV heads, H head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ar_unified.kernels.cache_write import cache_write
+from ar_unified.kernels.decode_attention import quantize
+from ar_unified.model.config import TransformerConfig
+from ar_unified.parallel.rules import spec
+
+# Keys and values [B, K, S, H]; of an int8 cache also what each is scaled with, float32 [B, K, 1, S].
+Layer = tuple[jax.Array, ...]
+Cache = tuple[Layer, ...]  # of each layer
+AXES = ("batch", "kv_heads", None, None)  # logical, of every array
+
+
+def init_cache(config: TransformerConfig, batch: int, length: int, dtype: Any = None) -> Cache:
+    """An empty cache of `length` positions for `batch` rows, in the compute dtype unless told otherwise.
+
+    dtype "int8": half the bytes of bfloat16; each vector is rounded by its own scale (kernels/decode_attention).
+    """
+    shape = (batch, config.n_kv_heads, length, config.head_dim)
+    dtype = jnp.dtype(dtype or config.dtype)
+    scales = (jnp.zeros((*shape[:2], 1, length)),) * 2 if dtype == jnp.int8 else ()
+    # Arrays of their own: a buffer that two share cannot be donated.
+    return tuple(
+        tuple(jnp.array(x) for x in (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *scales))
+        for _ in range(config.n_layers)
+    )
+
+
+def extended(layer: Layer, start: jax.Array, key: jax.Array, value: jax.Array, backend: str = "auto") -> Layer:
+    """A layer's cache with T more positions of each row, from start[b] on; those beyond its end are not written.
+
+    Args:
+      key, value: [B, T, K, H].  start: int32 [B].
+      backend: of kernels.backend.BACKENDS.
+    """
+
+    def part(start: jax.Array, key: jax.Array, value: jax.Array, *layer: jax.Array) -> Layer:
+        new = _as_kept(layer, key, value)
+        if key.shape[1] == 1:
+            return cache_write(layer, tuple(x[:, 0] for x in new), start, backend=backend)
+        rows = jnp.arange(len(start))[:, None]
+        slots = start[:, None] + jnp.arange(key.shape[1], dtype=jnp.int32)
+        return tuple(
+            (old.at[rows, :, slots] if x.ndim == 4 else old.at[rows, :, 0, slots]).set(x, mode="drop")
+            for old, x in zip(layer, new, strict=True)
+        )
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return part(start, key, value, *layer)
+    new = spec(mesh, ("batch", None, "kv_heads", None), key.shape, "key")
+    specs = tuple(spec(mesh, AXES, x.shape, "cache") for x in layer)
+    return jax.shard_map(
+        part,
+        in_specs=(spec(mesh, ("batch",), start.shape, "start"), new, new, *specs),
+        out_specs=specs,
+        check_vma=False,
+    )(start, key, value, *layer)
+
+
+def with_rows(layer: Layer, rows: jax.Array, key: jax.Array, value: jax.Array) -> Layer:
+    """A layer's cache in which rows int32 [M] begin with the slots of key and value [M, K, S', H], S' <= S.
+
+    Rows beyond the last are dropped.
+    """
+    length = key.shape[2]
+    new = tuple(x if x.ndim == 4 else x[:, :, None] for x in _as_kept(layer, key, value))
+    return tuple(
+        (old.at[rows, :, :length] if i < 2 else old.at[rows, :, :, :length]).set(x, mode="drop")
+        for i, (old, x) in enumerate(zip(layer, new, strict=True))
+    )
+
+
+def slots_of(layer: Layer, slots: slice) -> Layer:
+    """Some slots of all rows."""
+    return tuple(x[:, :, slots] if i < 2 else x[..., slots] for i, x in enumerate(layer))
+
+
+def with_slots(layer: Layer, slots: slice, kept: Layer) -> Layer:
+    """A layer's cache with those slots as `slots_of` has given them."""
+    return tuple(
+        (old.at[:, :, slots] if i < 2 else old.at[..., slots]).set(x)
+        for i, (old, x) in enumerate(zip(layer, kept, strict=True))
+    )
+
+
+def _as_kept(layer: Layer, key: jax.Array, value: jax.Array) -> Layer:
+    """Keys and values [..., H] in the cache's dtype, and the scales [...] of int8 ones."""
+    if layer[0].dtype == jnp.int8:
+        (key, key_scale), (value, value_scale) = quantize(key), quantize(value)
+        return key, value, key_scale, value_scale
+    return key.astype(layer[0].dtype), value.astype(layer[1].dtype)

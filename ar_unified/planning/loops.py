@@ -1,0 +1,76 @@
+"""What one turn of a module's outermost loops does: a step of decoding, as it was compiled.
+
+TPU's compiler writes beside each instruction how many cycles it takes it to last. It does not for a Pallas kernel: to
+XLA that is a black box, so the bytes of its arrays are counted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ar_unified.planning.hlo import Instruction, bytes_of, called_by, parse, source_of, times_of
+
+_COPIES = ("copy", "transpose", "reshape", "copy-start")
+_MOVES = (*_COPIES, "parameter", "bitcast", "fusion")  # what a fusion is made of that computes nothing
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+
+
+class Copy(NamedTuple):
+    """An array that is copied, bytes on a device; how often in a turn; the operation it was made for."""
+
+    bytes: int
+    times: int
+    source: str
+
+
+class Turn(NamedTuple):
+    """
+    Attributes:
+      copies: of arrays from one place of the device's memory to another, largest first.
+      cycles: the compiler's estimate for all but the kernels, every branch taken. 0: it makes none (not a TPU's).
+      kernels: calls of Pallas kernels, by name.
+    """
+
+    copies: tuple[Copy, ...]
+    cycles: int
+    kernels: dict[str, int]
+
+
+def turn(hlo: str) -> Turn:
+    """One turn of the loops that the entry of a module runs."""
+    computations, entry = parse(hlo)
+    times, _ = times_of(computations, entry)
+    bodies = [name for each in computations[entry] if each.opcode == "while" for name in called_by(each)]
+    copies, cycles, kernels = [], 0, dict[str, int]()
+    for name in _reached(computations, bodies):
+        for each in computations[name]:
+            if said := _CYCLES.search(each.rest):
+                cycles += int(said.group(1)) * times[name]
+            if each.opcode in _COPIES or (each.opcode == "fusion" and _moves(computations, each)):
+                made = each.type.lstrip("(").partition("}")[0]
+                if "S(" not in made:  # into another memory (a space S) it is a fetch, not a copy
+                    copies.append(Copy(bytes_of(made.partition("{")[0]), times[name], source_of(each)))
+            if 'custom_call_target="tpu_custom_call"' in each.rest:
+                kernel = source_of(each).split("/")[-2]
+                kernels[kernel] = kernels.get(kernel, 0) + times[name]
+    return Turn(tuple(sorted(copies, reverse=True)), cycles, kernels)
+
+
+def _reached(computations: dict[str, list[Instruction]], names: list[str]) -> Iterator[str]:
+    """The computations by these names and all that those run, each once; not what is inside of a fusion."""
+    seen, names = set[str](), list(names)
+    while names:
+        if (name := names.pop()) not in seen and name in computations:
+            seen.add(name)
+            yield name
+            names += [called for each in computations[name] if each.opcode != "fusion" for called in called_by(each)]
+
+
+def _moves(computations: dict[str, list[Instruction]], fusion: Instruction) -> bool:
+    """Whether a fusion does nothing but copy."""
+    inside = [each for name in called_by(fusion) for each in computations[name]]
+    nested = [each for each in inside if each.opcode == "fusion"]
+    alike = all(each.opcode in _MOVES for each in inside) and any(each.opcode in _COPIES for each in inside)
+    return alike and all(_moves(computations, each) for each in nested)

@@ -1,0 +1,90 @@
+"""Weights on their way from a checkpoint to the sampler: in the form that it reads, once in memory.
+
+A training keeps float32 parameters, stacked by layers. The sampler reads a list of layers in the compute dtype, or in 8
+bits. They are read from disk in the compute dtype at once, and taken apart one after another: what has been taken is
+freed, so that nothing is there twice but one stack of matrices at a time.
+
+L layers.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+
+from ar_unified.model.config import TransformerConfig
+from ar_unified.model.quantized import LARGEST
+from ar_unified.model.transformer import Params, abstract_params, as_decoded, is_vector, logical_axes
+from ar_unified.parallel import rules
+
+WEIGHT_DTYPES = (None, *LARGEST)
+
+
+def read_as(config: TransformerConfig, mesh: Mesh | None) -> Params:
+    """What to read a checkpoint as: stacked parameters, matrices in the compute dtype, where decoding wants them.
+
+    Returns ShapeDtypeStructs with shardings; without a mesh they lie on this process's first device.
+    """
+    here = SingleDeviceSharding(jax.local_devices()[0])
+
+    def leaf(path: Any, x: Any) -> jax.ShapeDtypeStruct:
+        dtype = x.dtype if is_vector(path) else jnp.dtype(config.dtype)
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding if mesh is not None else here)
+
+    return jax.tree_util.tree_map_with_path(leaf, abstract_params(config, mesh))
+
+
+def settled(config: TransformerConfig, params: Params, mesh: Mesh | None, weights_dtype: str | None = None) -> Params:
+    """Parameters from `read_as` as `transformer.unstacked` has them. The given arrays are freed on the way.
+
+    weights_dtype: one of WEIGHT_DTYPES. Raises ValueError for another.
+    """
+    check_weights_dtype(weights_dtype)
+    layers: list[Params] = [{} for _ in range(config.n_layers)]
+    for path, stack in jax.tree_util.tree_leaves_with_path(params["layers"]):
+        *parents, name = (entry.key for entry in path)
+        parts = _apart(name, weights_dtype, _place(path, stack, name, weights_dtype, mesh), stack)
+        jax.block_until_ready(parts)
+        stack.delete()
+        for layer, part in zip(layers, parts, strict=True):
+            for parent in parents:
+                layer = layer.setdefault(parent, {})
+            layer[name] = part
+    return {name: leaf for name, leaf in params.items() if name != "layers"} | {"layers": layers}
+
+
+def check_weights_dtype(weights_dtype: str | None) -> None:
+    if weights_dtype not in WEIGHT_DTYPES:
+        expected = ", ".join(map(str, WEIGHT_DTYPES))
+        raise ValueError(f"weights_dtype: expected one of {expected}; found {weights_dtype!r}")
+
+
+def _place(path: Any, stack: Any, name: str, weights_dtype: str | None, mesh: Mesh | None) -> Any:
+    """The sharding of each layer's part, hashable; None: as it comes."""
+    if mesh is None:
+        return None
+    part = jax.eval_shape(
+        lambda x: as_decoded(name, x, weights_dtype), jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype)
+    )
+    tree: Any = part
+    for entry in reversed(path):
+        tree = {entry.key: tree}
+    places = jax.tree.leaves(rules.specs(mesh, logical_axes({"layers": [tree]})["layers"][0], tree))
+    return tuple(NamedSharding(mesh, spec) for spec in places)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _apart(name: str, weights_dtype: str | None, places: Any, stack: jax.Array) -> list[Any]:
+    """Of each layer, from [L, ...]."""
+
+    def placed(part: Any) -> Any:
+        if places is None:
+            return part
+        leaves, form = jax.tree.flatten(part)
+        return jax.tree.unflatten(form, map(jax.lax.with_sharding_constraint, leaves, places))
+
+    return [placed(as_decoded(name, layer, weights_dtype)) for layer in stack]

@@ -1,0 +1,103 @@
+"""Decoding as it is compiled for TPUs that are not here: the cache is written where it lies, and nothing copies it."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.topologies import get_topology_desc
+
+from ar_unified.language.syntax import fixed_grid, vocabulary_for
+from ar_unified.model.cache import init_cache
+from ar_unified.model.config import config_from
+from ar_unified.model.transformer import Transformer, abstract_params, logical_axes, unstacked
+from ar_unified.parallel.mesh import decoding_axes, make_mesh
+from ar_unified.parallel.rules import on_mesh, shardings
+from ar_unified.planning.hlo import called_by, parse
+from ar_unified.planning.loops import turn
+from ar_unified.planning.programs import Run, sample_programs
+from ar_unified.planning.targets import parse_target
+from ar_unified.sampling.steps import row_specs
+from tests.kernels.topologies import TPUS, needs_libtpu
+
+pytestmark = needs_libtpu
+LAYOUT = fixed_grid(32, 32)
+VOCABULARY = vocabulary_for(LAYOUT, 57088, 8192)
+# Every width is Chameleon's; of layers as many as show what one does, and a cache as long as 8 of them would fill.
+MODEL = replace(config_from("chameleon_7b", VOCABULARY.size), n_layers=2)
+RUN = Run(MODEL, VOCABULARY, LAYOUT, dict(tensor=4), 8, 4096, requests=64, max_length=8192, contexts=2)
+
+
+def kept(tree, mesh) -> int:
+    """Bytes on a device of a tree that a mesh splits."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) // mesh.size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_a_step_copies_no_cache_and_needs_little_beside_it(target, kv_dtype):
+    mesh = parse_target(target).mesh(decoding_axes(RUN.mesh))
+    (program,) = [p for p in sample_programs(replace(RUN, kv_dtype=kv_dtype), mesh) if p.name == "decode"]
+    compiled = program.compile()
+    step = turn(compiled.hlo)
+    assert step.kernels == {"cache_write": MODEL.n_layers, "decode_attention": MODEL.n_layers}
+    cache = program.local_bytes()["cache"]
+    scales = 128 * 8 * 8192 * 4  # the smallest array of the cache; logits of one modality are smaller
+    assert not [copy for copy in step.copies if copy.bytes >= scales]
+    # Of a cache in the compute dtype: the smaller one is not the reason for smaller logits.
+    whole = cache * (2 if kv_dtype == "int8" else 1)
+    assert compiled.temporaries < whole / 10 and compiled.aliased >= cache
+
+
+@functools.cache
+def loop(kv_dtype=None, weights_dtype=None):
+    """Steps of one layer, narrow where the cache is not, on two rows of devices of which each splits the heads, as
+    compiled for v5e; and the bytes of a device's keys."""
+    mesh = make_mesh(dict(data=2, tensor=2), get_topology_desc(platform="tpu", topology_name=TPUS["v5e"]).devices)
+    config = replace(MODEL, n_layers=1, d_model=512, d_mlp=1536, n_heads=8, n_kv_heads=8, vocab_size=256)
+    params = jax.eval_shape(lambda p: unstacked(config, p, weights_dtype), abstract_params(config))
+    cache = jax.eval_shape(lambda: init_cache(config, 32, 4096, kv_dtype))
+
+    def decode(params, cache, tokens, start):
+        def step(state):
+            i, cache, hidden = state
+            hidden, cache = Transformer.bind(config, params).extend(tokens, cache, start + i)
+            return i + 1, cache, hidden
+
+        hidden = jnp.zeros((32, 1, config.d_model), config.dtype)
+        return jax.lax.while_loop(lambda state: state[0] < start[0], step, (jnp.int32(0), cache, hidden))
+
+    rows = (jax.ShapeDtypeStruct((32, 1), jnp.int32), jax.ShapeDtypeStruct((32,), jnp.int32))
+    params = on_mesh(params, shardings(mesh, logical_axes(params), params))
+    cache, rows = (
+        on_mesh(x, jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), row_specs(mesh, x))) for x in (cache, rows)
+    )
+    with jax.set_mesh(mesh):
+        traced = jax.jit(decode, donate_argnums=1).trace(params, cache, *rows)
+        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    return compiled, kept(cache[0][0], mesh)
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8", "float8_e4m3fn"])
+def test_a_loop_that_extends_a_cache_does_so_in_place(kv_dtype):
+    compiled, keys = loop(kv_dtype)
+    step = turn(compiled.as_text())
+    assert step.kernels == {"cache_write": 1, "decode_attention": 1} and step.cycles > 0
+    assert not [copy for copy in step.copies if copy.bytes >= keys / 40]  # no scales either
+    assert compiled.memory_analysis().temp_size_in_bytes < keys / 10
+
+
+@pytest.mark.parametrize("weights_dtype", [None, "int8"])
+def test_rounded_weights_are_read_as_they_are(weights_dtype):
+    """No matrix is widened in front of the loop, or anywhere but inside of the product that reads it."""
+    computations, _ = parse(loop(weights_dtype=weights_dtype)[0].as_text())
+    fused = {name for part in computations.values() for x in part if x.opcode == "fusion" for name in called_by(x)}
+    made = [x.type for name, part in computations.items() if name not in fused for x in part]
+    for letters, there in (("bf16", not weights_dtype), ("s8", bool(weights_dtype))):
+        matrices = re.compile(rf"{letters}\[(512,768|768,512|512,512)\]")  # MLP's and attention's, split in two
+        assert any(map(matrices.match, made)) == there, letters
