@@ -97,6 +97,7 @@ def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
         document=config.data.max_tokens,
         optimizer=configs.pick(OptimizerConfig, training),
         steps=training.steps,
+        compiler_options=tuple(training.compiler_options),
         requests=sampling.batch_size,
         max_length=sampling.max_length,
         contexts=1 if sampling.guidance == 1 else 2,

@@ -29,6 +29,7 @@ from ar_unified.model.attention import attend_to_cache, attend_to_documents
 from ar_unified.model.config import TransformerConfig
 from ar_unified.model.dropout import dropout, fold
 from ar_unified.model.embedding import look_up
+from ar_unified.model.remat import rematerialised
 from ar_unified.model.rope import rope_angles, rope_table
 from ar_unified.parallel import rules
 from ar_unified.parallel.zigzag import unzigzag, zigzag
@@ -37,7 +38,6 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
-_INPUT = "layer_input"  # what remat="offload" sends to the host
 Params = dict[str, Any]
 # Of each layer: keys and values [B, K, S, H]; of an int8 cache also what each is scaled with, float32 [B, K, S].
 Cache = tuple[tuple[jax.Array, ...], ...]
@@ -208,17 +208,21 @@ class Attention(nnx.Module):
         self.biases = nnx.data([params.get(f"{name}_bias") for name in ("query", "key", "value")])
 
     def __call__(self, x: jax.Array, rope: Rope, attend: Callable) -> tuple[jax.Array, Any]:
-        weights = (self.query, self.key, self.value)
-        query, key, value = (self._heads(x, w[...], b) for w, b in zip(weights, self.biases, strict=True))
+        weights = {"query": self.query, "key": self.key, "value": self.value}
+        query, key, value = (
+            self._heads(x, name, w[...], b) for (name, w), b in zip(weights.items(), self.biases, strict=True)
+        )
         query = qk_norm_rope(query, rope, **self.query_norm, eps=self.eps)
         key = qk_norm_rope(key, rope, **self.key_norm, eps=self.eps)
         out, state = attend(query, key, value)
-        output = self.output[...]
-        return linear(out.reshape(*x.shape[:2], -1), output.reshape(-1, output.shape[-1])), state
+        weight = self.output[...]
+        output = linear(out.reshape(*x.shape[:2], -1), weight.reshape(-1, weight.shape[-1]))
+        return checkpoint_name(output, "output"), state
 
     @staticmethod
-    def _heads(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+    def _heads(x: jax.Array, name: str, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
         heads = linear(x, weight.reshape(weight.shape[0], -1)).reshape(*x.shape[:2], *weight.shape[1:])
+        heads = checkpoint_name(heads, name)
         return heads if bias is None else heads + bias.astype(heads.dtype)
 
 
@@ -232,7 +236,9 @@ class MLP(nnx.Module):
         self.down = nnx.Param(params["down"])
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return linear(self.activation(linear(x, self.gate[...])) * linear(x, self.up[...]), self.down[...])
+        gate = checkpoint_name(linear(x, self.gate[...]), "gate")
+        up = checkpoint_name(linear(x, self.up[...]), "up")
+        return checkpoint_name(linear(self.activation(gate) * up, self.down[...]), "down")
 
 
 class Block(nnx.Module):
@@ -306,7 +312,7 @@ class Transformer(nnx.Module):
         def layer(x: jax.Array, params: Params, index: jax.Array | int) -> jax.Array:
             return Block(config, _cast(params, config.dtype))(x, rope, attend, fold(dropout_keys, index))[0]
 
-        layer = _remat(layer, config.remat, config.scan_layers)
+        layer = rematerialised(layer, config.remat, config.scan_layers)
         if config.scan_layers:
             indices = jnp.arange(config.n_layers)
             x, _ = jax.lax.scan(lambda x, xs: (layer(x, *xs), None), x, (self.layers, indices))
@@ -414,21 +420,3 @@ def _unstack(layers: Params | list[Params], n_layers: int) -> list[Params]:
     if isinstance(layers, list):
         return layers
     return [jax.tree.map(lambda p, index=index: p[index], layers) for index in range(n_layers)]
-
-
-def _remat(layer: Callable, policy: str, scanned: bool) -> Callable:
-    """`layer` (x, ...) -> x, of which backward has what `policy` (TransformerConfig.remat) keeps."""
-    if policy == "none":
-        return layer
-    policies = jax.checkpoint_policies
-    saved: Any = {"dots": policies.dots_with_no_batch_dims_saveable, "full": None}.get(policy)
-    if policy == "offload":
-        saved = policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[], names_which_can_be_offloaded=[_INPUT],
-            offload_src="device", offload_dst="pinned_host",
-        )  # fmt: skip
-
-    def named(x: jax.Array, *args: Any) -> jax.Array:
-        return layer(checkpoint_name(x, _INPUT), *args)
-
-    return jax.checkpoint(named, policy=saved, prevent_cse=not scanned)

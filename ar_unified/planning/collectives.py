@@ -29,7 +29,7 @@ class Collective(NamedTuple):
       groups: int [groups, size], positions in the mesh of the devices that exchange; of a permute the pairs.
       times: how often a step runs it.
       known: False: it is in a loop whose length depends on data, which counts once.
-      overlapped: the compiler runs it beside computation.
+      overlapped: the compiler runs it beside computation: in one fusion with it, or between its start and its done.
       source: the operation of the program it was made for, as XLA names it.
     """
 
@@ -54,6 +54,7 @@ class _Instruction(NamedTuple):
     type: str
     opcode: str
     rest: str  # operands and attributes
+    name: str
 
 
 def collectives(hlo: str, devices: int) -> list[Collective]:
@@ -87,7 +88,7 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
                 kind = "reduce-scatter"
             if groups.shape[1] > 1:
                 source = _source(each) or (_source(callers[name]) if name in callers else "")
-                overlapped = each.opcode.endswith("-start") or name.startswith("async_collective_fusion")
+                overlapped = name.startswith("async_collective_fusion") or _beside(each, instructions)
                 channel = re.search(r"channel_id=(\d+)", each.rest)
                 fused = name in callers and callers[name].opcode == "fusion"
                 key: Any = (name, len(found))
@@ -115,6 +116,23 @@ def unknown_loops(hlo: str) -> int:
     )
 
 
+_WORK = ("fusion", "convolution", "dot", "custom-call", "while", "call", "conditional")
+
+
+def _beside(start: _Instruction, instructions: Sequence[_Instruction]) -> bool:
+    """Whether computation lies between a start and its done, in the order in which they run."""
+    if not start.opcode.endswith("-start"):
+        return False
+    behind = instructions[instructions.index(start) + 1 :]
+    done = re.compile(rf"%?{re.escape(start.name)}\b")
+    for each in behind:
+        if each.opcode.endswith("-done") and done.match(each.rest):
+            return False
+        if each.opcode in _WORK:
+            return True
+    return False
+
+
 def _source(each: _Instruction) -> str:
     named = re.search(r'op_name="([^"]*)"', each.rest)
     return named.group(1) if named else ""
@@ -140,7 +158,7 @@ def _parse(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:
         elif named := _NAMED.match(line):
             kind, rest = _split_type(line[named.end() :])
             opcode, _, rest = rest.partition("(")
-            current.append(_Instruction(kind, opcode, rest))
+            current.append(_Instruction(kind, opcode, rest, named.group(1)))
     if not entry:
         raise ValueError("this is not the text of an HLO module: it has no ENTRY computation")
     return computations, entry

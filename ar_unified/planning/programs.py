@@ -23,7 +23,8 @@ from ar_unified.language.grammar import Grammar
 from ar_unified.language.syntax import ImageLayout
 from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model import transformer
-from ar_unified.model.config import TransformerConfig
+from ar_unified.model.config import TransformerConfig, offloaded_bytes
+from ar_unified.parallel.compiler import compiler_options
 from ar_unified.parallel.rules import batch_shardings, on_mesh, specs
 from ar_unified.sampling import steps
 from ar_unified.sampling.engine import KEPT, prefill_rows
@@ -42,7 +43,7 @@ class Run:
       batch_size, sequence_length, accumulation: packed rows of a step, over all devices; tokens of each; microbatches.
       loss_chunk: positions whose logits a device holds at one time.
       document: tokens of the longest document, for the FLOPs of attention.
-      optimizer, steps: of the training.
+      optimizer, steps, compiler_options: of the training.
       requests, max_length, contexts: samples decoded at once by a process; length of the KV cache; 2 with guidance.
       kv_dtype: of the KV cache, of sampling.engine.KV_DTYPES.
     """
@@ -58,6 +59,7 @@ class Run:
     document: int = 1024
     optimizer: OptimizerConfig = OptimizerConfig()
     steps: int = 100_000
+    compiler_options: tuple[str, ...] = ()
     requests: int = 64
     max_length: int = 4096
     contexts: int = 1
@@ -108,6 +110,7 @@ class Program:
       name: "train", "prefill" or "decode".
       arguments: trees of ShapeDtypeStructs with shardings, by what they hold ("parameters", "optimizer", ...).
       held: a tree of what lies on the devices besides while it runs.
+      options: of the compiler (parallel/compiler.py).
     """
 
     name: str
@@ -115,6 +118,7 @@ class Program:
     arguments: Mapping[str, Any]
     _trace: Callable[[], Any]
     held: Any = ()
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def local_bytes(self) -> dict[str, int]:
         """Bytes of each argument on one device, without the padding that layouts add. Exact, by arithmetic."""
@@ -175,20 +179,27 @@ def train_program(run: Run, mesh: Mesh) -> Program:
     task, tx = make_task(run), make_optimizer(run.optimizer, run.steps)
     # Both run small programs of their own, which must not meet the mesh: nothing can run on it.
     state = abstract_state(task, tx, mesh)
+    options = compiler_options(mesh, run.compiler_options)
     step = make_train_step(
-        task, tx, mesh, seed=0, clip_norm=run.optimizer.clip_norm, accumulation=run.accumulation
-    )  # fmt: skip
+        task,
+        tx,
+        mesh,
+        seed=0,
+        clip_norm=run.optimizer.clip_norm,
+        accumulation=run.accumulation,
+        compiler_options=options,
+    )
     shapes = PackedBatch.shapes(run.batch_size, run.sequence_length)
     batch = on_mesh(shapes, batch_shardings(mesh, shapes))
     arguments = {"parameters": state.params, "optimizer": (state.step, state.optimizer), "batch": batch}
-    return Program("train", mesh, arguments, lambda: step.trace(state, batch))
+    return Program("train", mesh, arguments, lambda: step.trace(state, batch), options=options)
 
 
 def saved_for_backward(run: Run, mesh: Mesh) -> int:
     """Bytes a device keeps of the forward pass for the backward one, parameters apart. Of JAX's trace, by arithmetic.
 
     They are what `jax.vjp` of the loss closes over, spread over the devices that split rows and sequence. XLA may drop
-    or share some; with remat "full" there is little to drop. With "offload" the layers' inputs are the host's.
+    or share some; with remat "full" there is little to drop. What a policy sends to the host is not counted.
     """
     task = make_task(run)
     rows = run.batch_size // run.accumulation
@@ -203,10 +214,7 @@ def saved_for_backward(run: Run, mesh: Mesh) -> int:
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
     # A residual without the rows' axis is a parameter, cast or not, which lies elsewhere.
     per_row = [x for x in kept if (x.shape, x.dtype) not in known and x.size % rows == 0 and rows in x.shape]
-    c = run.model
-    there = (
-        c.n_layers * rows * run.sequence_length * c.d_model * jnp.dtype(c.dtype).itemsize if c.remat == "offload" else 0
-    )
+    there = rows * run.sequence_length * offloaded_bytes(run.model)
     return (sum(x.size * x.dtype.itemsize for x in per_row) - there) // ways
 
 

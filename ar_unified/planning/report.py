@@ -55,6 +55,8 @@ def text(plan: PlanReport) -> str:
 def _program(program: dict[str, Any], plan: PlanReport) -> list[str]:
     where = program["memory"]
     lines = [f"{program['name']} (compiled in {program['compile_seconds']:.0f} s), per device"]
+    if program["compiler_options"]:
+        lines.append(f"  compiler options: {', '.join(f'{k}={v}' for k, v in program['compiler_options'].items())}")
     for name, n in where["parts"].items():
         lines.append(f"  {name:<14}{size(n):>12}   {PARTS[name]}")
     share = where["peak"] / where["capacity"]
@@ -84,7 +86,8 @@ def _program(program: dict[str, Any], plan: PlanReport) -> list[str]:
         "again"
     )
     seconds = ", ".join(f"{name} {duration(s)}" for name, s in program["seconds"].items())
-    lines.append(f"  time by resource: {seconds}")
+    alone = program["exposed"]
+    lines.append(f"  time by resource: {seconds}; of the network {duration(alone)} beside no computation")
     low, high = program["mfu"]
     rate = program["tokens"]
     lines.append(

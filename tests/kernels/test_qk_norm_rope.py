@@ -18,8 +18,9 @@ def plain(x, rope, scale=None, bias=None):
     if scale is not None:
         x = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + EPS) * scale
     x = x if bias is None else x + bias
-    cos, sin = (jnp.concatenate([r, r], -1) for r in rope)
-    return x * cos + jnp.concatenate([-x[..., H // 2 :], x[..., : H // 2]], -1) * sin
+    cos, sin = (r[..., H // 2 :] for r in rope)
+    a, b = x[..., : H // 2], x[..., H // 2 :]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 @pytest.fixture(params=["none", "rmsnorm", "layernorm"])
@@ -28,7 +29,9 @@ def arguments(request):
     angles = jax.random.uniform(keys[0], (B, T, 1, H // 2)) * 6
     weights = [1 + jax.random.normal(keys[1], (H,)), jax.random.normal(keys[2], (H,))]
     used = weights[: ["none", "rmsnorm", "layernorm"].index(request.param)]
-    return jax.random.normal(keys[3], (B, T, N, H)), (jnp.cos(angles), jnp.sin(angles)), used
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    rope = jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
+    return jax.random.normal(keys[3], (B, T, N, H)), rope, used
 
 
 def test_values_and_gradients_are_those_of_the_plain_formula(arguments):
