@@ -11,7 +11,7 @@ import re
 import string
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -169,10 +169,14 @@ def programs(run: Run, mesh: Mesh, job: str) -> list[Program]:
 
 
 def make_task(run: Run) -> TransformerTask:
+    return _task(run.model, run.vocabulary, run.loss_chunk)
+
+
+def _task(model: TransformerConfig, vocabulary: Vocabulary, chunk: int) -> TransformerTask:
     def no_batch(step: int, index: int = 0, count: int = 1) -> Any:
         raise RuntimeError("a plan has no data")
 
-    return TransformerTask(run.model, run.vocabulary, no_batch, chunk=run.loss_chunk)
+    return TransformerTask(model, vocabulary, no_batch, chunk=chunk)
 
 
 def train_program(run: Run, mesh: Mesh) -> Program:
@@ -201,9 +205,16 @@ def saved_for_backward(run: Run, mesh: Mesh) -> int:
     They are what `jax.vjp` of the loss closes over, spread over the devices that split rows and sequence. XLA may drop
     or share some; with remat "full" there is little to drop. What a policy sends to the host is not counted.
     """
-    task = make_task(run)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
     rows = run.batch_size // run.accumulation
-    batch = PackedBatch.shapes(rows, run.sequence_length)
+    return _saved(run.model, run.vocabulary, run.loss_chunk, rows, run.sequence_length) // ways
+
+
+@lru_cache(maxsize=256)  # a search asks again for every mesh
+def _saved(model: TransformerConfig, vocabulary: Vocabulary, chunk: int, rows: int, length: int) -> int:
+    """Of all devices together."""
+    task = _task(model, vocabulary, chunk)
+    batch = PackedBatch.shapes(rows, length)
     params = jax.eval_shape(task.init, jax.random.key(0))
 
     def residuals(params: Any, batch: Any) -> Any:
@@ -211,11 +222,9 @@ def saved_for_backward(run: Run, mesh: Mesh) -> int:
 
     kept = jax.tree.leaves(jax.eval_shape(residuals, params, batch))
     known = {(x.shape, x.dtype) for x in jax.tree.leaves(params)}
-    ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
     # A residual without the rows' axis is a parameter, cast or not, which lies elsewhere.
     per_row = [x for x in kept if (x.shape, x.dtype) not in known and x.size % rows == 0 and rows in x.shape]
-    there = rows * run.sequence_length * offloaded_bytes(run.model)
-    return (sum(x.size * x.dtype.itemsize for x in per_row) - there) // ways
+    return sum(x.size * x.dtype.itemsize for x in per_row) - rows * length * offloaded_bytes(model)
 
 
 # ---- sampling ----------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@
   DCN        bytes sent between slices / a device's share of its host's network
 
 At best a step takes as long as the slowest of the four, and besides as long as the collectives that the compiled
-program does not run beside computation; if nothing overlapped, as long as all, with matmuls at ATTAINABLE of their peak.
+program does not run beside computation; if nothing overlapped, as long as all, with matmuls at ATTAINABLE of the peak.
 The truth lies between, and nothing here was timed: latency, small kernels, the host and stragglers are left out, and
 count more the smaller the step.
 

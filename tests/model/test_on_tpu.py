@@ -37,7 +37,7 @@ def kernels(compiled) -> int:
     "shape, options, calls",
     [
         (dict(fsdp=2, tensor=2), dict(remat="dots"), 1),
-        (dict(fsdp=2, tensor=2), dict(remat="offload_attention"), 1),
+        (dict(fsdp=4), dict(remat="offload_attention"), 1),
         (dict(fsdp=2, context=2), {}, 2),
         (dict(fsdp=2, context=2), dict(context="ring", remat="offload"), 3),
     ],
