@@ -135,6 +135,6 @@ def _why(best: PlanReport, tried: list[dict[str, Any]], all: int, fitting: int) 
     others = [each for each in fits if each["changes"] != best["search"]["changes"]]
     beside = f"; the next reaches {max(each['mfu'][0] for each in others):.0%} at least" if others else ""
     return (
-        f"of {all} combinations {fitting} may fit by arithmetic, the {len(tried)} that take the least time a token were "
-        f"compiled and {len(fits)} fit; this one has the highest MFU, {low:.0%} to {high:.0%}{beside}"
+        f"of {all} combinations {fitting} may fit by arithmetic, the {len(tried)} that take the least time a token "
+        f"were compiled and {len(fits)} fit; this one has the highest MFU, {low:.0%} to {high:.0%}{beside}"
     )

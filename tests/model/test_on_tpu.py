@@ -52,8 +52,8 @@ def test_the_train_step_runs_the_kernels(shape, options, calls):
     step, state = make_train_step(task, tx, mesh, seed=0, clip_norm=1.0), abstract_state(task, tx, mesh)
     with jax.set_mesh(mesh):
         compiled = step.trace(state, batch).lower(lowering_platforms=("tpu",)).compile()
-    # In the one scanned layer, for each pair of pieces: forward, once; dQ; dK and dV. A loop that exchanges with the host
-    # libtpu writes out twice, to hide the one turn's transfer behind the other's work.
+    # In the one scanned layer, for each pair of pieces: forward, once; dQ; dK and dV. A loop that exchanges with the
+    # host libtpu writes out twice, to hide the one turn's transfer behind the other's work.
     offloaded = config.remat.startswith("offload")
     assert kernels(compiled) == 3 * calls * (2 if offloaded else 1)
     assert_nothing_travels_whole(compiled.as_text(), config, mesh, 4, 1024, 1024)
