@@ -5,8 +5,7 @@ reciprocal norm a head, and makes the rest again: between two matrix products ev
 over H, which XLA fuses into reads and writes of the input alone on every platform. Inside the attention kernel the keys
 would be normalised once per block of queries.
 
-The rotation of pairs (i, i + H/2) is x * cos + (its halves exchanged) * sin. Halves are exchanged in what came in, not
-in what was normalised: there it is exact in the input's own dtype.
+The rotation of pairs (i, i + H/2) is x * cos + (its halves exchanged) * sin.
 
 B batch, T position, N heads, H head dim.
 """
@@ -14,6 +13,7 @@ B batch, T position, N heads, H head dim.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -46,24 +46,22 @@ def _op(eps, x, rope, scale, bias):
 
 
 def _forward(eps, x, rope, scale, bias):
-    cos, sin = rope
     if scale is None:
-        return (x * cos + _exchanged(x) * sin).astype(x.dtype), (None, rope, None, None, None)
+        return _rotated(x, rope, _wide).astype(x.dtype), (None, rope, None, None, None)
     mean = _mean(x, bias)
     rnorm = jax.lax.rsqrt(jnp.mean(jnp.square(_centred(x, mean)), -1, keepdims=True) + eps)
 
-    def normed(x, scale, bias):
+    def normed(x, scale, bias=None):
         y = _centred(x, mean) * (rnorm * scale)
         return y if bias is None else y + bias
 
-    others = (None if w is None else jnp.roll(w, w.shape[-1] // 2, -1) for w in (scale, bias))
-    out = normed(x, scale, bias) * cos + normed(_exchanged(x), *others) * sin
-    return out.astype(x.dtype), (x, rope, scale, bias, rnorm)
+    weights = (scale,) if bias is None else (scale, bias)
+    return _rotated(x, rope, normed, *weights).astype(x.dtype), (x, rope, scale, bias, rnorm)
 
 
 def _backward(eps, residuals, out_bar):
     x, (cos, sin), scale, bias, rnorm = residuals
-    normed_bar = out_bar * cos - _exchanged(out_bar) * sin  # a rotation's transpose turns back
+    normed_bar = _rotated(out_bar, (cos, -sin), _wide)  # a rotation's transpose turns back
     if x is None:
         return normed_bar.astype(out_bar.dtype), None, None, None
     unit = _centred(x, _mean(x, bias)) * rnorm
@@ -90,16 +88,28 @@ def _centred(x: jax.Array, mean: jax.Array | None) -> jax.Array:
     return x if mean is None else x - mean
 
 
-def _exchanged(x: jax.Array) -> jax.Array:
-    """The two halves of the last axis in the other order.
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)
 
-    A TPU's vector has 128 lanes: to cut at lane 64 it makes padded copies. Its matrix unit does it on the way, exactly.
+
+def _rotated(x: jax.Array, rope: Rope, seen: Callable[..., jax.Array], *weights: jax.Array) -> jax.Array:
+    """seen(x, *weights), elementwise and float32, rotated.
+
+    A TPU's vector has 128 lanes: cut at lane 64 it becomes padded copies. Its matrix unit exchanges the halves of x on
+    the way, exactly. Elsewhere a cut costs nothing, and to see x in both orders would take twice the work.
     """
+    cos, sin = rope
     half = x.shape[-1] // 2
 
-    def product(x):
+    def cut(x):
+        a, b = jnp.split(seen(x, *weights), 2, -1)
+        c, s = cos[..., half:], sin[..., half:]
+        return jnp.concatenate([a * c - b * s, b * c + a * s], -1)
+
+    def exchanged(x):
         order = jnp.asarray(np.roll(np.eye(2 * half), half, -1), x.dtype)
         exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-        return jnp.einsum("BTNH,HI->BTNI", x, order, precision=exact)
+        other = seen(jnp.einsum("BTNH,HI->BTNI", x, order, precision=exact), *(jnp.roll(w, half, -1) for w in weights))
+        return seen(x, *weights) * cos + other * sin
 
-    return jax.lax.platform_dependent(x, tpu=product, default=lambda x: jnp.roll(x, half, -1))
+    return jax.lax.platform_dependent(x, tpu=exchanged, default=cut)

@@ -38,8 +38,10 @@ def arguments(request):
     return jax.random.normal(keys[3], (B, T, N, H)), rope, used
 
 
-def test_values_and_gradients_are_those_of_the_plain_formula(arguments):
+@pytest.mark.parametrize("way", ["default", "tpu"])
+def test_values_and_gradients_are_those_of_the_plain_formula(arguments, way, monkeypatch):
     x, rope, weights = arguments
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda x, **ways: ways[way](x))  # both, computed on this CPU
     bar = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
 
     def run(function):

@@ -1,4 +1,4 @@
-"""The training step of a TPU slice, compiled by libtpu with the options of its kind: what waits for what, and how often."""
+"""The training step of a TPU slice as libtpu compiles it with the options of its kind: what waits, and how often."""
 
 from __future__ import annotations
 
