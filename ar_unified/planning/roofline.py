@@ -39,7 +39,8 @@ ASSUMPTIONS = (
     "matmuls include what is computed again: layers by remat, logits by the chunked loss, scores by attention's "
     "backward; and Muon's iterations, spread over all devices",
     "memory traffic: every matmul reads and writes its operands once, gathered weights are written and read once a "
-    "pass, the optimizer reads and writes its state once; what remat=offload sends to the host and back is not timed",
+    "pass, the head's float32 gradient once a chunk of the loss, the optimizer reads and writes its state once; what a "
+    "remat policy sends to the host and back is not timed",
     "a collective sends by the ring algorithm over every link its group can use: both directions of an axis that is a "
     "closed ring, one of an axis that is not; collectives do not share links with each other",
     "what crosses slices is sent in parts by all devices of a slice, each after summing inside it",
@@ -182,6 +183,8 @@ def _train(run: Run, program: Program) -> _Work:
     tensor = mesh.shape["tensor"]
     width = jnp.dtype(c.dtype).itemsize  # of the weights that travel: written by the gather, and read
     weights = 2.0 * width * passes * (layers + head) / tensor * run.accumulation
+    chunks = run.accumulation * math.ceil(tokens / ways / run.accumulation / run.loss_chunk)
+    weights += 8.0 * head / tensor * chunks  # the head's float32 gradient: each chunk of the loss reads and writes it
     held = program.local_bytes()
     state = 4.0 * held["parameters"] + 2.0 * held["optimizer"]  # in and out; gradients, as large, out and in
     return _Work(model, executed, weights + passes * _operands(run, tensor) * tokens / ways + state, tokens)

@@ -128,6 +128,7 @@ def test_matmuls_of_prefill_and_decode():
 def test_memory_traffic_of_a_training_step():
     _, estimate = planned(RUN, "train")
     gathered = 3 * 2 * 2 * (LAYERS + HEAD)  # three passes write and read every weight in bfloat16
+    gathered += 8 * HEAD  # and the head's gradient in float32, once a chunk: a device's 64 tokens are one
     # A token's operands of a layer: 7 x 64 in and out of projections and MLP, heads, 4 x 128; in three passes.
     operands = 3 * 2 * 2 * (7 * 64 + 2 * (2 * 4 + 2 * 2) * 16 + 4 * 128) * TOKENS / 4
     # A quarter of all parameters in float32: in and out with two moments, and gradients once each way.
@@ -135,6 +136,8 @@ def test_memory_traffic_of_a_training_step():
     assert estimate.seconds["memory"] == pytest.approx((gathered + operands + state) / BANDWIDTH, rel=1e-4)
     _, twice = planned(replace(RUN, accumulation=2), "train")
     assert (twice.seconds["memory"] - estimate.seconds["memory"]) * BANDWIDTH == pytest.approx(gathered, rel=1e-6)
+    _, short = planned(replace(RUN, loss_chunk=16), "train")
+    assert (short.seconds["memory"] - estimate.seconds["memory"]) * BANDWIDTH == pytest.approx(3 * 8 * HEAD, rel=1e-6)
 
 
 @pytest.mark.parametrize(
