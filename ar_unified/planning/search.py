@@ -81,7 +81,7 @@ def candidates(run: Run, target: Target) -> Iterator[Candidate]:
     """Every combination that divides, in no order."""
     for remat, rows, wider in itertools.product(POLICIES, _ROWS, _FSDP):
         fsdp = int(run.mesh.get("fsdp", 1) * wider)
-        changes = {
+        changes: dict[str, Any] = {
             "model.remat": remat,
             "training.batch_size": run.batch_size * rows,
             "mesh.fsdp": fsdp,
