@@ -31,6 +31,7 @@ class Recipe:
     side, factor, codes: pixels of an image, pixels a code, size of the codebook. layout: a name of language.layouts.
     sequence_length: tokens of a packed row. rows: of them a chip (of all chips that share one under context
         parallelism).
+    remat: what a chip of the slices in BUILD.md's table has room for.
     """
 
     side: int
@@ -40,6 +41,7 @@ class Recipe:
     sequence_length: int
     rows: int
     fsdp: int
+    remat: str
     context: int = 1
     document: int = 4096
     learning_rate: float = 1e-4
@@ -47,10 +49,12 @@ class Recipe:
 
 
 RECIPES = {
-    "chameleon_7b": Recipe(512, 16, 8192, "grid", sequence_length=4096, rows=2, fsdp=32, dropout=0.1),
-    "chameleon_34b": Recipe(512, 16, 8192, "grid", sequence_length=4096, rows=2, fsdp=64),
-    "emu3_8b": Recipe(512, 8, 32768, "rows", sequence_length=8192, rows=1, fsdp=32, document=8192),
-    "lwm_7b": Recipe(256, 16, 8192, "grid", sequence_length=131072, rows=1, fsdp=32, context=16, document=131072),
+    "chameleon_7b": Recipe(512, 16, 8192, "grid", sequence_length=4096, rows=4, fsdp=32, remat="dots", dropout=0.1),
+    "chameleon_34b": Recipe(512, 16, 8192, "grid", sequence_length=4096, rows=2, fsdp=64, remat="attention"),
+    "emu3_8b": Recipe(512, 8, 32768, "rows", sequence_length=8192, rows=1, fsdp=32, remat="attention", document=8192),
+    "lwm_7b": Recipe(
+        256, 16, 8192, "grid", sequence_length=131072, rows=1, fsdp=32, remat="dots", context=16, document=131072
+    ),
 }
 
 
@@ -92,9 +96,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     others = vocabulary.image_offset + vocabulary.codebook_size - vocabulary.text_size
     config.text_tokenizer.vocab_size = PRESETS[name]["vocab_size"] - others
 
-    config.model = model(name, dropout=recipe.dropout)
+    config.model = model(name, dropout=recipe.dropout, remat=recipe.remat)
     config.mesh = ConfigDict(dict(data=-1, fsdp=fsdp, tensor=1, context=recipe.context))
     config.loss.z_loss = 1e-5
+    config.loss.chunk = 4096  # of a large head, whose float32 gradient is read and written once a chunk
     config.training.steps = 200_000
     config.training.batch_size = recipe.rows * chips // recipe.context
     config.training.sequence_length = recipe.sequence_length

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ar_unified.errors import UserError
 from ar_unified.paths import home
-from ar_unified.planning import JOBS
+from ar_unified.planning import CANDIDATES, JOBS
 
 PROCESSES = ("coordinator", "processes", "process")
 
@@ -244,6 +244,10 @@ def _plan(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--job", choices=JOBS, default="train", help="sample: prefill and decode; default: %(default)s")
     parser.add_argument("--output", metavar="DIR", type=_path, help="also write plan.json and index.html there")
+    parser.add_argument(
+        "--search", metavar="N", type=int, nargs="?", const=CANDIDATES,
+        help="plan the best of N (default: %(const)s) that are compiled, of remat policies, rows a chip and fsdp",
+    )  # fmt: skip
     parser.add_argument("--no-advice", action="store_true", help="refuse at once; do not try what would fit")
 
 

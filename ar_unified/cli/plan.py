@@ -4,7 +4,8 @@ Needs a CPU, and libtpu for TPUs (`pip install ar_unified[tpu]` or `make libtpu`
 --workdir, tokenizers that are there say how large the vocabulary is; else it is as large as the config lets it become.
 Prints per device: memory by what holds it against what there is, collectives by kind with the bytes they send, FLOPs,
 and an estimate of the time of a step with what it assumes. A program that does not fit is refused (exit status 1) with
-the compiler's number and with what would make it fit. With --output:
+the compiler's number and with what would make it fit. With --search it looks for what trains fastest: remat policies,
+rows a chip and fsdp, of which it compiles some and plans the best that fits. With --output:
   plan.json    all numbers
   index.html   the same with an image of where memory goes
 
@@ -36,6 +37,7 @@ from ar_unified.planning.page import write_page
 from ar_unified.planning.plan import PlanReport, make_plan
 from ar_unified.planning.programs import Run
 from ar_unified.planning.report import text
+from ar_unified.planning.search import search
 from ar_unified.planning.targets import Target, parse_target
 from ar_unified.training.optimizer import OptimizerConfig
 from ar_unified.workdir import write_json
@@ -48,9 +50,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     try:
         check(config, [])
         run = run_of(config, arguments.workdir)
-        plan = make_plan(
-            run, target, arguments.job, advise=not arguments.no_advice, say=lambda line: print(line, flush=True)
-        )
+        plan = _plan(run, target, arguments)
     except UserError:
         raise
     except ValueError as error:
@@ -59,6 +59,19 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     if arguments.output:
         save(plan, arguments.output)
     return 0 if plan["fits"] else NO
+
+
+def _plan(run: Run, target: Target, arguments: argparse.Namespace) -> PlanReport:
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    if arguments.search is None:
+        return make_plan(run, target, arguments.job, advise=not arguments.no_advice, say=say)
+    if arguments.job != "train" or arguments.search < 1:
+        raise UserError(
+            f"--search: expected at least 1 candidate of --job train; found {arguments.search} of {arguments.job}"
+        )
+    return search(run, target, arguments.search, say=say)
 
 
 def save(plan: PlanReport, folder: str | Path) -> None:
@@ -101,6 +114,7 @@ def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
         optimizer=configs.pick(OptimizerConfig, training),
         steps=training.steps,
         only=tuple(training.only),
+        compiler_options=tuple(training.compiler_options),
         requests=sampling.batch_size,
         max_length=sampling.max_length,
         contexts=settings.request(config).contexts,

@@ -36,6 +36,7 @@ COST = (
     "training.keep_every",
     "training.keep_best",
     "training.attention_share",
+    "training.compiler_options",
     "sampling.batch_size",
 )
 # All that the learning rate and the phases of a step are made from: the steps that are taken stay as they are.

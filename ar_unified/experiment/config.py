@@ -281,7 +281,7 @@ _ELEMENTS: dict[str, type] = {  # of tuples that are empty by default
     "data.tests": ConfigDict,
     "training.phases": ConfigDict,
     "training.restarts": float,
-    **dict.fromkeys(("training.only", "training.fresh"), str),
+    **dict.fromkeys(("training.only", "training.fresh", "training.compiler_options"), str),
     **dict.fromkeys(("image_tokenizer.decoder_multipliers", "image_tokenizer.decoder_blocks"), int),
 }
 _WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", ConfigDict: "a dict"}

@@ -9,8 +9,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
 from ar_unified.errors import nearest
+from ar_unified.kernels.attention import OUT
 from ar_unified.kernels.backend import BACKENDS
+from ar_unified.model.remat import INPUT, POLICIES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +41,8 @@ class TransformerConfig:
       dropout: rate on the embeddings and on the output of each residual branch; drawn only with a dropout key.
       dtype: of the matrix products and activations. Parameters, norms, softmax and RoPE angles are float32.
       scan_layers: one compiled layer for all (short compiles, TPU); False unrolls them (faster on CPU).
-      remat: what backward recomputes. "none" saves all; "dots" saves products with weights only; "full" saves
-        the input of each layer only; "offload" saves the same in the host's memory.
+      remat: what backward has of a layer, and what it makes again; a name of model/remat.py's POLICIES, from "none",
+        which saves all, to "offload", which leaves the least on the device.
       attention: the backend of kernels/backend.py; "auto": the device's own kernel, or XLA where there is none.
       context: on a mesh whose context axis cuts rows, "gather" collects a layer's keys and values on each device, which
         waits least; "ring" passes them round, for rows whose keys would fill the memory. No other mesh asks.
@@ -121,7 +125,7 @@ CHOICES = {
     "activation": ("silu", "gelu_tanh"),
     "rope_scaling": tuple(_ROPE),
     "dtype": ("float32", "bfloat16"),
-    "remat": ("none", "dots", "full", "offload"),
+    "remat": tuple(POLICIES),
     "attention": BACKENDS,
     "context": ("gather", "ring"),
 }
@@ -210,16 +214,27 @@ def config_from(preset: str | Mapping[str, Any], vocab_size: int | None = None, 
     return TransformerConfig(**fields)
 
 
-def layer_matrices(config: TransformerConfig) -> list[tuple[int, int]]:
-    """(D, other side) of the matrices of one layer: query, output, key, value; gate, up, down."""
-    c = config
-    sides = [c.n_heads * c.head_dim] * 2 + [c.n_kv_heads * c.head_dim] * 2 + [c.d_mlp] * 3
-    return [(c.d_model, side) for side in sides]
+def layer_matrices(config: TransformerConfig) -> dict[str, tuple[int, int]]:
+    """(rows, columns) of the matrices that a token's vector goes through in a layer, by the name of the product."""
+    D, N, K, F = (config.d_model, *(n * config.head_dim for n in (config.n_heads, config.n_kv_heads)), config.d_mlp)
+    return {
+        "query": (D, N), "key": (D, K), "value": (D, K), "output": (N, D), "gate": (D, F), "up": (D, F), "down": (F, D),
+    }  # fmt: skip
+
+
+def offloaded_bytes(config: TransformerConfig) -> int:
+    """Bytes that `remat` sends to the host's memory for each token, of all layers."""
+    policy = POLICIES[config.remat]
+    if policy is None:
+        return 0
+    widths = {name: columns for name, (_, columns) in layer_matrices(config).items()}
+    widths |= {INPUT: config.d_model, OUT: config.n_heads * config.head_dim}
+    return config.n_layers * sum(widths[name] for name in policy.offloaded) * jnp.dtype(config.dtype).itemsize
 
 
 def matmul_parameters(config: TransformerConfig) -> tuple[int, int]:
     """Weights that a token is multiplied with: of all layers, and of the head. No embedding table, no norms."""
-    layer = sum(d_model * side for d_model, side in layer_matrices(config))
+    layer = sum(rows * columns for rows, columns in layer_matrices(config).values())
     return config.n_layers * layer, config.vocab_size * config.d_model
 
 

@@ -18,8 +18,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from ar_unified.kernels.attention import attention, attention_gradients
+from ar_unified.kernels.attention import LSE, OUT, attention, attention_gradients
 from ar_unified.kernels.merge import merge
 from ar_unified.parallel.zigzag import pieces
 
@@ -67,7 +68,7 @@ def _ring_forward(backend, query, key, value, doc_start):
     nothing = tuple((jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)) for q in queries)
     (_, _, sums), _ = _turns(turn, (_halves(key), _halves(value), nothing))
     out, lse = (jnp.concatenate(halves, axis=1) for halves in zip(*sums, strict=True))
-    out = out.astype(value.dtype)
+    out, lse = checkpoint_name(out.astype(value.dtype), OUT), checkpoint_name(lse, LSE)
     return out, (query, key, value, doc_start, out, lse)
 
 

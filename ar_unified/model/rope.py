@@ -15,9 +15,10 @@ from ar_unified.model.config import TransformerConfig
 
 
 def rope_angles(config: TransformerConfig, positions: jax.Array) -> Rope:
-    """cos and sin of position * frequency: float32 [B, T, 1, H/2] of positions [B, T]."""
+    """cos and sin of position * frequency, as `qk_norm_rope` takes them: float32 [B, T, 1, H] of positions [B, T]."""
     angles = positions.astype(jnp.float32)[..., None, None] / _wavelengths(config)
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
 
 
 def rope_table(config: TransformerConfig, positions: jax.Array, length: int) -> Rope:

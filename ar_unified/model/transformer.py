@@ -30,6 +30,7 @@ from ar_unified.model.config import TransformerConfig
 from ar_unified.model.dropout import dropout, fold
 from ar_unified.model.embedding import look_up
 from ar_unified.model.quantized import Quantized, product, quantized
+from ar_unified.model.remat import rematerialised
 from ar_unified.model.rope import rope_angles, rope_table
 from ar_unified.parallel import rules
 from ar_unified.parallel.zigzag import unzigzag, zigzag
@@ -39,7 +40,6 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
 MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
-_INPUT = "layer_input"  # what remat="offload" sends to the host
 Params = dict[str, Any]
 
 # The logical axes of every parameter, by its path; what they mean on a mesh is parallel/rules.py's.
@@ -205,17 +205,19 @@ class Attention(nnx.Module):
         self.biases = nnx.data([params.get(f"{name}_bias") for name in ("query", "key", "value")])
 
     def __call__(self, x: jax.Array, rope: Rope, attend: Callable) -> tuple[jax.Array, Any]:
-        weights = (self.query, self.key, self.value)
-        query, key, value = (self._heads(x, w, b) for w, b in zip(weights, self.biases, strict=True))
+        weights = {"query": self.query, "key": self.key, "value": self.value}
+        query, key, value = (
+            self._heads(x, name, w, b) for (name, w), b in zip(weights.items(), self.biases, strict=True)
+        )
         query = qk_norm_rope(query, rope, **self.query_norm, eps=self.eps)
         key = qk_norm_rope(key, rope, **self.key_norm, eps=self.eps)
         out, state = attend(query, key, value)
         output = self.output if isinstance(self.output, Quantized) else self.output.reshape(-1, self.output.shape[-1])
-        return linear(out.reshape(*x.shape[:2], -1), output), state
+        return checkpoint_name(linear(out.reshape(*x.shape[:2], -1), output), "output"), state
 
-    def _heads(self, x: jax.Array, weight: jax.Array | Quantized, bias: jax.Array | None) -> jax.Array:
+    def _heads(self, x: jax.Array, name: str, weight: jax.Array | Quantized, bias: jax.Array | None) -> jax.Array:
         flat = weight if isinstance(weight, Quantized) else weight.reshape(weight.shape[0], -1)
-        heads = linear(x, flat).reshape(*x.shape[:2], -1, self.head_dim)
+        heads = checkpoint_name(linear(x, flat).reshape(*x.shape[:2], -1, self.head_dim), name)
         return heads if bias is None else heads + bias.astype(heads.dtype)
 
 
@@ -227,7 +229,9 @@ class MLP(nnx.Module):
         self.gate, self.up, self.down = (nnx.data(params[name]) for name in ("gate", "up", "down"))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return linear(self.activation(linear(x, self.gate)) * linear(x, self.up), self.down)
+        gate = checkpoint_name(linear(x, self.gate), "gate")
+        up = checkpoint_name(linear(x, self.up), "up")
+        return checkpoint_name(linear(self.activation(gate) * up, self.down), "down")
 
 
 class Block(nnx.Module):
@@ -301,7 +305,7 @@ class Transformer(nnx.Module):
         def layer(x: jax.Array, params: Params, index: jax.Array | int) -> jax.Array:
             return Block(config, _cast(params, config.dtype))(x, rope, attend, fold(dropout_keys, index))[0]
 
-        layer = _remat(layer, config.remat, config.scan_layers)
+        layer = rematerialised(layer, config.remat, config.scan_layers)
         if config.scan_layers and not isinstance(self.layers, list):
             indices = jnp.arange(config.n_layers)
             x, _ = jax.lax.scan(lambda x, xs: (layer(x, *xs), None), x, (self.layers, indices))
@@ -406,21 +410,3 @@ def _unstack(layers: Params | list[Params], n_layers: int) -> list[Params]:
     if isinstance(layers, list):
         return layers
     return [jax.tree.map(lambda p, index=index: p[index], layers) for index in range(n_layers)]
-
-
-def _remat(layer: Callable, policy: str, scanned: bool) -> Callable:
-    """`layer` (x, ...) -> x, of which backward has what `policy` (TransformerConfig.remat) keeps."""
-    if policy == "none":
-        return layer
-    policies = jax.checkpoint_policies
-    saved: Any = {"dots": policies.dots_with_no_batch_dims_saveable, "full": None}.get(policy)
-    if policy == "offload":
-        saved = policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[], names_which_can_be_offloaded=[_INPUT],
-            offload_src="device", offload_dst="pinned_host",
-        )  # fmt: skip
-
-    def named(x: jax.Array, *args: Any) -> jax.Array:
-        return layer(checkpoint_name(x, _INPUT), *args)
-
-    return jax.checkpoint(named, policy=saved, prevent_cse=not scanned)

@@ -6,9 +6,11 @@ collectives.py  what the compiled module sends: kind, bytes, group, how often
 memory.py       where a device's memory goes
 roofline.py     how long a step takes at least, and how far it scales
 advice.py       what would make a program fit that does not
+search.py       which remat, rows a chip and mesh train fastest
 report.py       all of it as text, JSON and a page with an image
 
 It stands on training, sampling, model and parallel; cli alone imports it.
 """
 
+CANDIDATES = 4  # that a search compiles, unless told otherwise
 JOBS = ("train", "sample")  # what can be planned; sample: prefill and decode

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ar_unified.planning.hlo import CALLED, bytes_of, parse, source_of, times_of, trips_of
+from ar_unified.planning.hlo import CALLED, Instruction, bytes_of, parse, source_of, times_of, trips_of
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
@@ -30,7 +30,7 @@ class Collective(NamedTuple):
       groups: int [groups, size], positions in the mesh of the devices that exchange; of a permute the pairs.
       times: how often a step runs it.
       known: False: it is in a loop whose length depends on data, which counts once.
-      overlapped: the compiler runs it beside computation.
+      overlapped: the compiler runs it beside computation: in one fusion with it, or between its start and its done.
       source: the operation of the program it was made for, as XLA names it.
     """
 
@@ -82,7 +82,7 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
                 kind = "reduce-scatter"
             if groups.shape[1] > 1:
                 source = source_of(each) or (source_of(callers[name]) if name in callers else "")
-                overlapped = each.opcode.endswith("-start") or name.startswith("async_collective_fusion")
+                overlapped = name.startswith("async_collective_fusion") or _beside(each, instructions)
                 channel = re.search(r"channel_id=(\d+)", each.rest)
                 fused = name in callers and callers[name].opcode == "fusion"
                 key: Any = (name, len(found))
@@ -108,6 +108,23 @@ def unknown_loops(hlo: str) -> int:
         if times[name]
         for each in instructions
     )
+
+
+_WORK = ("fusion", "convolution", "dot", "custom-call", "while", "call", "conditional")
+
+
+def _beside(start: Instruction, instructions: Sequence[Instruction]) -> bool:
+    """Whether computation lies between a start and its done, in the order in which they run."""
+    if not start.opcode.endswith("-start"):
+        return False
+    behind = instructions[instructions.index(start) + 1 :]
+    done = re.compile(rf"%?{re.escape(start.name)}\b")
+    for each in behind:
+        if each.opcode.endswith("-done") and done.match(each.rest):
+            return False
+        if each.opcode in _WORK:
+            return True
+    return False
 
 
 # ---- who exchanges ------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ class Instruction(NamedTuple):
     type: str
     opcode: str
     rest: str  # operands and attributes
+    name: str
 
 
 _HEADER = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{$")
@@ -36,7 +37,7 @@ def parse(hlo: str) -> tuple[dict[str, list[Instruction]], str]:
         elif named := _NAMED.match(line):
             kind, rest = _split_type(line[named.end() :])
             opcode, _, rest = rest.partition("(")
-            current.append(Instruction(kind, opcode, rest))
+            current.append(Instruction(kind, opcode, rest, named.group(1)))
     if not entry:
         raise ValueError("this is not the text of an HLO module: it has no ENTRY computation")
     return computations, entry

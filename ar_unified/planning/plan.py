@@ -146,6 +146,7 @@ def _report(program: Program, run: Run, target: Target) -> dict[str, Any]:
     report: dict[str, Any] = {
         "name": program.name,
         "compile_seconds": round(compiled.seconds, 1),
+        "compiler_options": dict(program.options),
         "memory": where._asdict(),
         "host": compiled.host,
         "collectives": _grouped(found, mesh, target),
@@ -154,6 +155,7 @@ def _report(program: Program, run: Run, target: Target) -> dict[str, Any]:
         "tokens": estimate.tokens,
         "sent": estimate.sent,
         "seconds": estimate.seconds,
+        "exposed": estimate.exposed,
         "fastest": estimate.fastest,
         "slowest": estimate.slowest,
         "bound": estimate.bound,

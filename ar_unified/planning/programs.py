@@ -11,7 +11,7 @@ import re
 import string
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -23,7 +23,8 @@ from ar_unified.language.grammar import Grammar
 from ar_unified.language.syntax import ImageLayout
 from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model import transformer
-from ar_unified.model.config import TransformerConfig
+from ar_unified.model.config import TransformerConfig, offloaded_bytes
+from ar_unified.parallel.compiler import compiler_options
 from ar_unified.parallel.rules import batch_shardings, on_mesh
 from ar_unified.sampling import steps
 from ar_unified.sampling.engine import KEPT, prefill_rows
@@ -44,7 +45,8 @@ class Run:
       loss_chunk: positions whose logits a device holds at one time.
       softmax: of language.syntax.SOFTMAXES.
       document: tokens of the longest document, for the FLOPs of attention.
-      optimizer, steps: of the training. only: what it trains, places of training.selection.select; (): everything.
+      optimizer, steps, compiler_options: of the training. only: what it trains, places of training.selection.select;
+        (): everything.
       requests, max_length, contexts: samples decoded at once by a process; length of the KV cache; 2 with guidance.
       kv_dtype: of the KV cache, of sampling.engine.KV_DTYPES.
       weights_dtype: of the layers' matrices in sampling, of sampling.weights.WEIGHT_DTYPES.
@@ -63,6 +65,7 @@ class Run:
     optimizer: OptimizerConfig = OptimizerConfig()
     steps: int = 100_000
     only: tuple[str, ...] = ()
+    compiler_options: tuple[str, ...] = ()
     requests: int = 64
     max_length: int = 4096
     contexts: int = 1
@@ -114,6 +117,7 @@ class Program:
       name: "train", "prefill" or "decode".
       arguments: trees of ShapeDtypeStructs with shardings, by what they hold ("parameters", "optimizer", ...).
       held: a tree of what lies on the devices besides while it runs.
+      options: of the compiler (parallel/compiler.py).
     """
 
     name: str
@@ -121,6 +125,7 @@ class Program:
     arguments: Mapping[str, Any]
     _trace: Callable[[], Any]
     held: Any = ()
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def local_bytes(self) -> dict[str, int]:
         """Bytes of each argument on one device, without the padding that layouts add. Exact, by arithmetic."""
@@ -171,24 +176,41 @@ def programs(run: Run, mesh: Mesh, job: str) -> list[Program]:
 
 
 def make_task(run: Run) -> TransformerTask:
+    return _task(run.model, run.vocabulary, run.loss_chunk, *_trained(run))
+
+
+def _trained(run: Run) -> tuple[int | None, tuple[str, ...]]:
+    """Where the softmax is split, and what is trained."""
+    return run.layout.split(run.vocabulary, run.softmax), run.only
+
+
+def _task(
+    model: TransformerConfig, vocabulary: Vocabulary, chunk: int, split: int | None, only: tuple[str, ...]
+) -> TransformerTask:
     def no_batch(step: int, index: int = 0, count: int = 1) -> Any:
         raise RuntimeError("a plan has no data")
 
-    split = run.layout.split(run.vocabulary, run.softmax)
-    return TransformerTask(run.model, run.vocabulary, no_batch, split=split, chunk=run.loss_chunk, only=run.only)
+    return TransformerTask(model, vocabulary, no_batch, split=split, chunk=chunk, only=only)
 
 
 def train_program(run: Run, mesh: Mesh) -> Program:
     task, tx = make_task(run), make_optimizer(run.optimizer, run.steps)
     # Both run small programs of their own, which must not meet the mesh: nothing can run on it.
     state = abstract_state(task, tx, mesh)
+    options = compiler_options(mesh, run.compiler_options)
     step = make_train_step(
-        task, tx, mesh, seed=0, clip_norm=run.optimizer.clip_norm, accumulation=run.accumulation
-    )  # fmt: skip
+        task,
+        tx,
+        mesh,
+        seed=0,
+        clip_norm=run.optimizer.clip_norm,
+        accumulation=run.accumulation,
+        compiler_options=options,
+    )
     shapes = PackedBatch.shapes(run.batch_size, run.sequence_length)
     batch = on_mesh(shapes, batch_shardings(mesh, shapes))
     arguments = {"parameters": state.params, "optimizer": (state.step, state.optimizer), "batch": batch}
-    return Program("train", mesh, arguments, lambda: step.trace(state, batch))
+    return Program("train", mesh, arguments, lambda: step.trace(state, batch), options=options)
 
 
 def gradient_bytes(run: Run, mesh: Mesh) -> int:
@@ -200,11 +222,18 @@ def saved_for_backward(run: Run, mesh: Mesh) -> int:
     """Bytes a device keeps of the forward pass for the backward one, parameters apart. Of JAX's trace, by arithmetic.
 
     They are what `jax.vjp` of the loss closes over, spread over the devices that split rows and sequence. XLA may drop
-    or share some; with remat "full" there is little to drop. With "offload" the layers' inputs are the host's.
+    or share some; with remat "full" there is little to drop. What a policy sends to the host is not counted.
     """
-    task = make_task(run)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
     rows = run.batch_size // run.accumulation
-    batch = PackedBatch.shapes(rows, run.sequence_length)
+    return _saved(rows, run.sequence_length, run.model, run.vocabulary, run.loss_chunk, *_trained(run)) // ways
+
+
+@lru_cache(maxsize=256)  # a search asks again for every mesh
+def _saved(rows: int, length: int, model: TransformerConfig, *of_task: Any) -> int:
+    """Of all devices together. of_task: what `_task` takes beside the model."""
+    task = _task(model, *of_task)
+    batch = PackedBatch.shapes(rows, length)
     params = jax.eval_shape(task.init, jax.random.key(0))
     selection = task.selection(params)
 
@@ -216,14 +245,10 @@ def saved_for_backward(run: Run, mesh: Mesh) -> int:
 
     kept = jax.tree.leaves(jax.eval_shape(residuals, params, batch))
     known = {(x.shape, x.dtype) for x in jax.tree.leaves(params)}
-    ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
     # A residual without the rows' axis is a parameter, cast or not, which lies elsewhere.
     per_row = [x for x in kept if (x.shape, x.dtype) not in known and x.size % rows == 0 and rows in x.shape]
-    c = run.model
-    there = 0
-    if c.remat == "offload" and task.through_layers:
-        there = c.n_layers * rows * run.sequence_length * c.d_model * jnp.dtype(c.dtype).itemsize
-    return (sum(x.size * x.dtype.itemsize for x in per_row) - there) // ways
+    offloaded = rows * length * offloaded_bytes(model) if task.through_layers else 0
+    return sum(x.size * x.dtype.itemsize for x in per_row) - offloaded
 
 
 # ---- sampling ----------------------------------------------------------------------------------------------------

@@ -47,6 +47,8 @@ def text(plan: PlanReport) -> str:
         lines += ["", *_program(program, plan)]
     if "refused" in plan:
         lines += ["", *_refused(plan["refused"])]
+    if "search" in plan:
+        lines += ["", *_search(plan["search"])]
     if plan["programs"]:
         lines += ["", "Assumed:", *(f"  - {each}" for each in ASSUMPTIONS), f"  - {plan['hardware']['source']}"]
     return "\n".join(lines)
@@ -55,6 +57,8 @@ def text(plan: PlanReport) -> str:
 def _program(program: dict[str, Any], plan: PlanReport) -> list[str]:
     where = program["memory"]
     lines = [f"{program['name']} (compiled in {program['compile_seconds']:.0f} s), per device"]
+    if program["compiler_options"]:
+        lines.append(f"  compiler options: {', '.join(f'{k}={v}' for k, v in program['compiler_options'].items())}")
     for name, n in where["parts"].items():
         lines.append(f"  {name:<14}{size(n):>12}   {PARTS[name]}")
     share = where["peak"] / where["capacity"]
@@ -84,7 +88,8 @@ def _program(program: dict[str, Any], plan: PlanReport) -> list[str]:
         "again"
     )
     seconds = ", ".join(f"{name} {duration(s)}" for name, s in program["seconds"].items())
-    lines.append(f"  time by resource: {seconds}")
+    alone = program["exposed"]
+    lines.append(f"  time by resource: {seconds}; of the network {duration(alone)} beside no computation")
     low, high = program["mfu"]
     rate = program["tokens"]
     lines.append(
@@ -114,6 +119,22 @@ def _scaling(scaling: dict[str, Any]) -> str:
         "any number of slices" if scaling["largest"] is None else f"{scaling['largest']:,} chips"
     ) + f" (a slice has at most {scaling['per_slice']:,})"
     return f"bound by matmuls up to {reach}; first to break: {scaling['breaks']}"
+
+
+def _search(search: dict[str, Any]) -> list[str]:
+    lines = [f"search: {_settings(search['changes'])}", f"  {search['why']}"]
+    for each in search["tried"]:
+        if each["fits"]:
+            low, high = each["mfu"]
+            verdict = f"MFU {low:.0%} to {high:.0%} with {size(each['peak'])}"
+        else:
+            verdict = f"does not fit: {size(each['peak'])}"
+        lines.append(f"    {_settings(each['changes'])}: {verdict}")
+    return lines
+
+
+def _settings(changes: dict[str, Any]) -> str:
+    return " ".join(f"--config.{key}={value}" for key, value in changes.items())
 
 
 def _refused(refused: dict[str, Any]) -> list[str]:

@@ -30,6 +30,7 @@ from ar_unified.errors import RunError, outside
 from ar_unified.interrupts import Interrupted, Preempted
 from ar_unified.metrics import VALIDATION, VALIDATION_LOSS, losses_of, read_metrics, turned
 from ar_unified.parallel import runtime
+from ar_unified.parallel.compiler import compiler_options
 from ar_unified.parallel.rules import batch_part, place_batch
 from ar_unified.training import goodput
 from ar_unified.training.divergence import Watch
@@ -73,6 +74,7 @@ class TrainingConfig:
     seed: int = 0
     accumulation: int = 1  # microbatches per step
     optimizer: OptimizerConfig = OptimizerConfig()
+    compiler_options: tuple[str, ...] = ()  # NAME=VALUE of the training step, over those of parallel/compiler.py
     log_every: int = 20
     validate_every: int = 200
     preview_every: int = 0
@@ -85,6 +87,9 @@ class TrainingConfig:
         whole = dict.fromkeys(("steps", "accumulation", "keep"), "[1, inf)")
         if problems := outside(self, **whole, **dict.fromkeys(_INTERVALS, "[0, inf)")):
             raise ValueError(problems[0])
+        for option in self.compiler_options:
+            if not all(option.partition("=")):
+                raise ValueError(f"compiler_options: expected NAME=VALUE, as in xla_foo=true; found {option!r}")
         if self.keep_every and (self.checkpoint_every < 1 or self.keep_every % self.checkpoint_every):
             raise ValueError(
                 f"keep_every: expected a multiple of checkpoint_every, which is {self.checkpoint_every}, "
@@ -156,8 +161,15 @@ def fit(
         checkpoints.close()
         logger(f"{task.name}: finished already, {start} of {config.steps} steps")
         return task.inference_params(state.params, state.model_state)
+    options = compiler_options(mesh, config.compiler_options)
     train_step = make_train_step(
-        task, tx, mesh, seed=config.seed, clip_norm=config.optimizer.clip_norm, accumulation=config.accumulation
+        task,
+        tx,
+        mesh,
+        seed=config.seed,
+        clip_norm=config.optimizer.clip_norm,
+        accumulation=config.accumulation,
+        compiler_options=options,
     )
     eval_step, inspection = make_eval_step(task, mesh), make_inspection(task, mesh)
 
@@ -173,6 +185,8 @@ def fit(
     )
     if selected := task.selection(abstract.params).told(abstract.params):
         telemetry.say(f"{task.name}: {selected}")
+    if options:
+        telemetry.say(f"{task.name}: compiler options {', '.join(f'{k}={v}' for k, v in options.items())}")
     meter, warnings = Meter(), Warnings(telemetry.say)
     metrics_file = folder / "metrics.jsonl"
     rows = losses_of(read_metrics(metrics_file, until=start) if start and metrics_file.exists() else ())
@@ -283,7 +297,7 @@ def fit(
                         telemetry.images(taken, preview(taken, params) or {})
                     runtime.barrier("preview", timeout=3600)
             if save:  # after what was said of this step: a run killed here says it once
-                story = {"model": task.describe(), "training": dataclasses.asdict(config)}
+                story = {"model": task.describe(), "training": dataclasses.asdict(config), "compiler_options": options}
                 with clock.during("checkpoint"):
                     checkpoints.save(
                         taken,

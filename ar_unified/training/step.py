@@ -271,8 +271,12 @@ def make_train_step(
     seed: int,
     clip_norm: float = 0.0,
     accumulation: int = 1,
+    compiler_options: Mapping[str, str] | None = None,
 ) -> jax.stages.Wrapped:
-    """The jitted (state, batch) -> (state, report). State is donated; the key of step s is fold_in(key(seed), s)."""
+    """The jitted (state, batch) -> (state, report). State is donated; the key of step s is fold_in(key(seed), s).
+
+    compiler_options: of parallel/compiler.py, for the devices of the mesh.
+    """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -298,7 +302,12 @@ def make_train_step(
         return TrainState(state.step + 1, *moved), StepReport(values, total, norm, finite, leaves)
 
     placement = jax.tree.map(lambda x: x.sharding, abstract_state(task, tx, mesh))
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(placement, NamedSharding(mesh, P())))
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        out_shardings=(placement, NamedSharding(mesh, P())),
+        compiler_options=dict(compiler_options or {}),
+    )
 
 
 def make_eval_step(task: TrainingTask, mesh: Mesh) -> jax.stages.Wrapped:

@@ -99,7 +99,7 @@ def test_steps_are_the_pairs_of_blocks_that_meet_in_both_directions(monkeypatch,
     tiles = seen.reshape(len(seen), T // block_q, block_q, S // block_k, block_k)
     some, whole = tiles.any((2, 4)), tiles.all((2, 4))
     for steps, turn in zip(listed(case, block_q, block_k), (lambda x: x, lambda x: x.swapaxes(1, 2)), strict=True):
-        steps = {name: np.asarray(x)[: steps["steps"]] if np.ndim(x) else int(x) for name, x in steps.items()}
+        steps = {name: np.asarray(x)[: steps["cuts"][-1]] for name, x in steps.items()}
         at, flags = (steps["row"], steps["own"], steps["other"]), steps["inner"]
         computed = flags & (visits.MASKED | visits.CLEAN) != 0
         for chosen, expected in ((computed, some), (flags & visits.CLEAN != 0, whole)):
@@ -123,10 +123,11 @@ def test_copies_race_with_nothing(name):
     bounds = make_bounds(jnp.asarray(case.doc_start), case.T)
     spec = Spec(case.head_dim**-0.5, shift=0, interpret=pltpu.InterpretParams(detect_races=True))
     expected = run(case, "reference")
-    out, lse = tpu.forward(spec, q, k, v, bounds)
+    work = tpu.prepare(spec, q, k, bounds)
+    out, lse = tpu.forward(spec, q, k, v, work)
     assert relative(np.asarray(out), expected["out"]) < 1e-5
     delta = jnp.einsum("BTNH,BTNH->BNT", out, bar)
-    assert all(np.isfinite(x).all() for x in tpu.backward(spec, q, k, v, bounds, lse, delta, bar))
+    assert all(np.isfinite(x).all() for x in tpu.backward(spec, q, k, v, work, lse, delta, bar))
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter  # no public name for the finding
 
     assert not interpreter.races.races_found

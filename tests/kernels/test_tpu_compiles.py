@@ -42,6 +42,32 @@ def gradients(topology: str, batch, length, heads, kv_heads, head_dim, dtype, sh
 
 
 @needs_libtpu
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (8, 1), (8, 8)])
+def test_both_cores_of_v5p_have_a_part_of_every_grid(heads, kv_heads):
+    """4 heads of 4 and 8 of 1 are those of a device of chameleon_7b and 34b over tensor=8."""
+    devices = get_topology_desc(platform="tpu", topology_name=TPUS["v5p"]).devices
+    mesh = jax.make_mesh((1,), ("data",), devices=devices[:1], axis_types=(AxisType.Auto,))
+    q, kv = (jax.ShapeDtypeStruct((2, 4096, n, 128), BF16) for n in (heads, kv_heads))
+
+    def loss(q, k, v, doc_start):
+        return attention(q, k, v, doc_start=doc_start, backend="tpu").sum()
+
+    with jax.set_mesh(mesh):
+        jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(q, kv, kv, jax.ShapeDtypeStruct((2, 4096), jnp.int32))
+    grids = [each.params["grid_mapping"].grid for each in _calls(jaxpr.jaxpr)]
+    assert len(grids) == 3 and all(grid[0] % 2 == 0 for grid in grids)
+
+
+def _calls(jaxpr):
+    for each in jaxpr.eqns:
+        if each.primitive.name == "pallas_call":
+            yield each
+        else:
+            for inner in jax.core.jaxprs_in_params(each.params):
+                yield from _calls(inner)
+
+
+@needs_libtpu
 @pytest.mark.parametrize(
     "topology, batch, length, heads, kv_heads, head_dim, dtype, options",
     [

@@ -186,8 +186,11 @@ def test_the_cache_is_read_alike_on_any_mesh(shape):
     [
         dict(scan_layers=True),
         dict(remat="full"),
-        pytest.param(dict(remat="dots"), marks=pytest.mark.slow),
-        pytest.param(dict(scan_layers=True, remat="offload"), marks=pytest.mark.slow),
+        *(pytest.param(dict(remat=name), marks=pytest.mark.slow) for name in ("dots", "attention")),
+        *(
+            pytest.param(dict(scan_layers=True, remat=name), marks=pytest.mark.slow)
+            for name in ("offload", "offload_attention")
+        ),
     ],
     ids=str,
 )

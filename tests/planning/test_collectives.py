@@ -100,6 +100,21 @@ def test_what_runs_beside_computation_counts_once():
     assert (gather.kind, gather.overlapped, gather.times) == ("all-gather", True, 1)
 
 
+def test_a_start_whose_done_follows_at_once_overlaps_with_nothing():
+    text = """ENTRY %main (x: f32[8]) -> f32[16] {
+  %x = f32[8]{0} parameter(0)
+  %start.1 = (f32[8]{0}, f32[16]{0}) all-gather-start(%x), replica_groups={{0,1}}, dimensions={0}
+  %done.1 = f32[16]{0} all-gather-done(%start.1)
+  %start.12 = (f32[8]{0}, f32[32]{0}) all-gather-start(%x), replica_groups={{0,1,2,3}}, dimensions={0}
+  %moved = f32[16]{0} copy(%done.1)
+  %worked = f32[16]{0} fusion(%moved), kind=kLoop, calls=%nothing
+  %done.12 = f32[32]{0} all-gather-done(%start.12)
+  ROOT %out = f32[16]{0} slice(%done.12), slice={[0:16]}
+}
+"""
+    assert [(each.bytes, each.overlapped) for each in collectives(text, 4)] == [(64, False), (128, True)]
+
+
 def test_what_slices_exchange_is_a_send_to_the_host():
     send = """ENTRY %main (x: f32[8,128]) -> token[] {
   %x = f32[8,128]{1,0} parameter(0)

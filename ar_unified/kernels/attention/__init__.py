@@ -15,11 +15,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from ar_unified.kernels import backend as backends
 from ar_unified.kernels.attention import reference
-from ar_unified.kernels.attention.bounds import Bounds, make_bounds
+from ar_unified.kernels.attention.bounds import make_bounds
 from ar_unified.kernels.attention.spec import Spec
+
+# Names of what backward needs of forward, for policies of `jax.checkpoint`: where all are saved, nothing of it runs
+# again. WORK is what kernels make of the bounds of documents.
+OUT, LSE, WORK = "attention_out", "attention_lse", "attention_work"
 
 
 def attention(
@@ -58,13 +63,13 @@ def attention(
     Returns:
       [B, T, N, H] in the dtype of v; with return_lse, that and the log-sum-exp. Scores and softmax are float32.
     """
-    backend, spec, bounds = _prepare(
+    backend, spec, work = _prepare(
         q, k, v, doc_start, scale, window, soft_cap, q_offset=q_offset, kv_offset=kv_offset, backend=backend
     )
     if backend == "reference":  # JAX differentiates it
-        out, lse = reference.forward(spec, q, k, v, bounds)
+        out, lse = reference.forward(spec, q, k, v, work)
     else:
-        out, lse = _attention(backend, spec, q, k, v, bounds)
+        out, lse = _attention(backend, spec, q, k, v, work)
     return (out, jnp.swapaxes(lse, 1, 2)) if return_lse else out
 
 
@@ -94,11 +99,11 @@ def attention_gradients(
       delta: float32 [B, T, N], sum(dout * out) over H with the merged output, less the gradient of `lse`.
       dout: [B, T, N, H], of the merged output.
     """
-    backend, spec, bounds = _prepare(
+    backend, spec, work = _prepare(
         q, k, v, doc_start, scale, window, soft_cap, q_offset=q_offset, kv_offset=kv_offset, backend=backend
     )
     lse, delta = jnp.swapaxes(lse, 1, 2), jnp.swapaxes(delta, 1, 2)
-    return backends.module(__name__, backend).backward(spec, q, k, v, bounds, lse, delta, dout)
+    return backends.module(__name__, backend).backward(spec, q, k, v, work, lse, delta, dout)
 
 
 def _prepare(
@@ -113,32 +118,35 @@ def _prepare(
     q_offset: jax.Array | int,
     kv_offset: jax.Array | int,
     backend: str,
-) -> tuple[str, Spec, Bounds]:
+) -> tuple[str, Spec, Any]:
     _check(q, k, v, doc_start, window)
     bounds = make_bounds(doc_start, k.shape[1], window=window, q_offset=q_offset, kv_offset=kv_offset)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     backend = backends.choose(__name__, backend, q, k)
     shift = q_offset - kv_offset if isinstance(q_offset, int) and isinstance(kv_offset, int) else None
-    return backend, Spec(scale, soft_cap, shift, interpret=backend.endswith("_interpret")), bounds
+    spec = Spec(scale, soft_cap, shift, interpret=backend.endswith("_interpret"))
+    work = backends.module(__name__, backend).prepare(spec, q, k, bounds)
+    return backend, spec, jax.tree.map(lambda x: checkpoint_name(x, WORK), work)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(
-    backend: str, spec: Spec, q: jax.Array, k: jax.Array, v: jax.Array, bounds: Bounds
+    backend: str, spec: Spec, q: jax.Array, k: jax.Array, v: jax.Array, work: Any
 ) -> tuple[jax.Array, jax.Array]:
-    return backends.module(__name__, backend).forward(spec, q, k, v, bounds)
+    return backends.module(__name__, backend).forward(spec, q, k, v, work)
 
 
-def _forward(backend, spec, q, k, v, bounds):
-    out, lse = backends.module(__name__, backend).forward(spec, q, k, v, bounds)
-    return (out, lse), (q, k, v, bounds, out, lse)
+def _forward(backend, spec, q, k, v, work):
+    out, lse = backends.module(__name__, backend).forward(spec, q, k, v, work)
+    out, lse = checkpoint_name(out, OUT), checkpoint_name(lse, LSE)
+    return (out, lse), (q, k, v, work, out, lse)
 
 
 def _backward(backend, spec, residuals, cotangents):
-    q, k, v, bounds, out, lse = residuals
+    q, k, v, work, out, lse = residuals
     dout, dlse = cotangents
     delta = jnp.einsum("BTNH,BTNH->BNT", out.astype(jnp.float32), dout.astype(jnp.float32)) - dlse
-    return *backends.module(__name__, backend).backward(spec, q, k, v, bounds, lse, delta, dout), None
+    return *backends.module(__name__, backend).backward(spec, q, k, v, work, lse, delta, dout), None
 
 
 _attention.defvjp(_forward, _backward)

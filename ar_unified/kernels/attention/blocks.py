@@ -91,6 +91,11 @@ _HOPPER = [
 TABLE = [*_TPU, *_HOPPER]
 
 
+def cores(device: str) -> int:
+    """TensorCores of a device, which share the first axis of a grid. Two on v4 and v5p; and on a CPU, for tests."""
+    return 2 if device.startswith(("TPU v4", "TPU v5", "cpu")) and not device.startswith("TPU v5 lite") else 1
+
+
 def blocks(device: str, kernel: str, head_dim: int, length: int, group: int, dtype_bytes: int = 2) -> Tile:
     """The tile of the first row of TABLE that fits; KeyError where none does."""
     for row in TABLE:

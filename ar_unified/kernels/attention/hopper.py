@@ -60,6 +60,11 @@ def unsupported(q: jax.Array, k: jax.Array) -> str | None:
     return None
 
 
+def prepare(spec: Spec, q: jax.Array, k: jax.Array, bounds: Bounds) -> Bounds:
+    """What `forward` and `backward` take of the bounds: here themselves."""
+    return bounds
+
+
 def forward(spec: Spec, q: jax.Array, k: jax.Array, v: jax.Array, bounds: Bounds) -> tuple[jax.Array, jax.Array]:
     """Outputs [B, T, N, H] in the dtype of v, and log-sum-exp float32 [B, N, T]."""
     if spec.scale <= 0:

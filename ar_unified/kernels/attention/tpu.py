@@ -11,7 +11,11 @@ A step takes several query heads, those of one KV head where there are enough: k
 all of them, and steps are long enough to hide their fixed cost with blocks as short as documents ask for.
 
 Scores stand as [S, T]: what belongs to a query (its bounds, maximum, log-sum-exp) then lies along lanes, and meets all
-its keys without copies of itself over 128 lanes. Exponents are of base 2, with log2(e) in the scale.
+its keys without copies of itself over 128 lanes. Exponents are of base 2; the scale and log2(e) are multiplied into
+the queries, H of them, and not into the scores, S.
+
+v4 and v5p have two cores, which share the first axis of a grid. Where the heads of a device are one step's, that axis
+has the two halves of the list.
 
 B batch, T query position, S key position, N query heads, K KV heads, G = N / K, H head dim; in one step, r is one of
 the query heads and p one of the KV heads.
@@ -30,8 +34,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ar_unified.kernels import device
-from ar_unified.kernels.attention import visits as work
-from ar_unified.kernels.attention.blocks import blocks
+from ar_unified.kernels.attention import visits as lists
+from ar_unified.kernels.attention.blocks import blocks, cores
 from ar_unified.kernels.attention.bounds import Bounds, key_ranges, pad_queries, query_ranges
 from ar_unified.kernels.attention.spec import Spec
 
@@ -52,20 +56,40 @@ def unsupported(q: jax.Array, k: jax.Array) -> str | None:
     return None
 
 
-def forward(spec: Spec, q: jax.Array, k: jax.Array, v: jax.Array, bounds: Bounds) -> tuple[jax.Array, jax.Array]:
+class Work(NamedTuple):
+    """What kernels make of bounds: the same for all layers of a step, and for backward what forward made.
+
+    Attributes:
+      bounds: int32 [B, 2, T], up to whole blocks.
+      by_query, by_key: visits of blocks of queries and of keys, for each group of rows that one call takes.
+    """
+
+    bounds: jax.Array
+    by_query: lists.Visits
+    by_key: lists.Visits
+
+
+def prepare(spec: Spec, q: jax.Array, k: jax.Array, bounds: Bounds) -> Work:
+    """The work of attention with these bounds, of queries and keys of these shapes."""
+    tile = _tile(q, k)
+    bounds = pad_queries(bounds, tile.padded[0], tile.S)
+    groups = jax.tree.map(lambda x: x.reshape(-1, tile.rows(spec, len(x)), x.shape[1]), bounds)
+    return Work(jnp.stack(bounds, 1), *jax.vmap(functools.partial(_visits, spec, tile))(groups))
+
+
+def forward(spec: Spec, q: jax.Array, k: jax.Array, v: jax.Array, work: Work) -> tuple[jax.Array, jax.Array]:
     """Outputs [B, T, N, H] in the dtype of v, and log-sum-exp float32 [B, N, T]."""
     tile = _tile(q, k)
     state = (tile.heads, tile.queries)
 
-    def rows(bounds, query, key, value):
-        visits, _ = _work(spec, tile, bounds)
-        ins = dict(bounds=jnp.stack(bounds, 1), query=query, key=key, value=value)
+    def rows(visits, bounds, query, key, value):
+        ins = dict(bounds=bounds, query=query, key=key, value=value)
         outs = dict(query=_like(query, v.dtype), lse=tile.per_query(query.shape[0]))
         return _call(_forward, spec, tile, visits, ins, outs, [(tile.heads, tile.H, tile.queries), state, state])
 
     T, S = tile.padded
-    ins = pad_queries(bounds, T, tile.S), _lay(q, T), _lay(k, S), _lay(v, S)
-    out, lse = _by_rows(rows, VISITS // tile.visits(spec.shift), ins)
+    ins = work.bounds, _lay(_scaled(spec, q), T), _lay(k, S), _lay(v, S)
+    out, lse = _by_rows(rows, work.by_query, ins)
     return _unlay(out, tile.T), lse.reshape(*out.shape[:3])[..., : tile.T]
 
 
@@ -74,7 +98,7 @@ def backward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    bounds: Bounds,
+    work: Work,
     lse: jax.Array,
     delta: jax.Array,
     dout: jax.Array,
@@ -83,9 +107,9 @@ def backward(
     tile = _tile(q, k)
     lse = jnp.where(lse == -jnp.inf, 0.0, lse * _LOG2E)  # of a query that sees nothing: hidden scores then weigh zero
 
-    def rows(bounds, query, key, value, lse, delta, dout):
-        by_query, by_key = _work(spec, tile, bounds)
-        ins = dict(bounds=jnp.stack(bounds, 1), query=query, key=key, value=value, lse=lse, delta=delta, dout=dout)
+    def rows(visits, bounds, query, key, value, lse, delta, dout):
+        by_query, by_key = visits
+        ins = dict(bounds=bounds, query=query, key=key, value=value, lse=lse, delta=delta, dout=dout)
         sums = (tile.kv_heads, tile.keys, tile.H)
         outs = dict(key=_like(key, k.dtype), value=_like(value, v.dtype))
         dk, dv = _call(_dkey, spec, tile, by_key, ins, outs, [sums, sums])
@@ -97,18 +121,19 @@ def backward(
     per_query = (
         jnp.pad(x, [(0, 0), (0, 0), (0, T - tile.T)]).reshape(tile.per_query(x.shape[0]).shape) for x in (lse, delta)
     )
-    ins = pad_queries(bounds, T, tile.S), _lay(q, T), _lay(k, S), _lay(v, S), *per_query, _lay(dout, T)
-    dq, dk, dv = _by_rows(rows, VISITS // tile.visits(spec.shift), ins)
+    ins = work.bounds, _lay(_scaled(spec, q), T), _lay(k, S), _lay(v, S), *per_query, _lay(dout, T)
+    dq, dk, dv = _by_rows(rows, (work.by_query, work.by_key), ins)
     return _unlay(dq, tile.T), _unlay(dk, tile.S), _unlay(dv, tile.S)
 
 
-# ---- the kernels: query, dout, out, dq [r, T, H]; key, value, dk, dv [p, S, H]; lse, delta [r, T]; bounds [2, T] -----
+# ---- the kernels: query (scaled), dout, out, dq [r, T, H]; key, value, dk, dv [p, S, H]; lse, delta [r, T];
+# bounds [2, T]; outer, inner, cuts of Visits -------------------------------------------------------------------------
 
 
-def _forward(spec, tile, outer, inner, bounds, query, key, value, out, lse, sums, highest, total):
-    word = inner[pl.program_id(1)]
+def _forward(spec, tile, outer, inner, cuts, bounds, query, key, value, out, lse, sums, highest, total):
+    word = _visit(outer, inner, cuts)[1]
 
-    @pl.when(word & work.FIRST != 0)
+    @pl.when(word & lists.FIRST != 0)
     def _():
         sums[...] = jnp.zeros_like(sums)
         highest[...] = jnp.full_like(highest, _HIDDEN / 2)  # no lower, so that hidden scores weigh exactly zero
@@ -125,9 +150,9 @@ def _forward(spec, tile, outer, inner, bounds, query, key, value, out, lse, sums
             sums[r] = sums[r] * shrink + _dot(value[p].T, weights.astype(value.dtype))
             highest[pl.ds(r, 1)] = now
 
-    _masked_or_clean(add, word, tile, bounds, work.inner_block(word))
+    _masked_or_clean(add, word, tile, bounds, lists.inner_block(word))
 
-    @pl.when(word & work.LAST != 0)
+    @pl.when(word & lists.LAST != 0)
     def _():
         some = total[...] > 0
         divisor = jnp.where(some, total[...], 1.0)
@@ -136,10 +161,10 @@ def _forward(spec, tile, outer, inner, bounds, query, key, value, out, lse, sums
             out[r] = (sums[r] / divisor[r : r + 1]).T.astype(out.dtype)
 
 
-def _dquery(spec, tile, outer, inner, bounds, query, key, value, lse, delta, dout, dq, sums):
-    word = inner[pl.program_id(1)]
+def _dquery(spec, tile, outer, inner, cuts, bounds, query, key, value, lse, delta, dout, dq, sums):
+    word = _visit(outer, inner, cuts)[1]
 
-    @pl.when(word & work.FIRST != 0)
+    @pl.when(word & lists.FIRST != 0)
     def _():
         sums[...] = jnp.zeros_like(sums)
 
@@ -149,19 +174,19 @@ def _dquery(spec, tile, outer, inner, bounds, query, key, value, lse, delta, dou
             _, dscores = _weights(spec, key[p], value[p], query[r], dout[r], lse[pl.ds(r, 1)], delta[pl.ds(r, 1)], seen)
             sums[r] += _dot(key[p].T, dscores.astype(key.dtype))
 
-    _masked_or_clean(add, word, tile, bounds, work.inner_block(word))
+    _masked_or_clean(add, word, tile, bounds, lists.inner_block(word))
 
-    @pl.when(word & work.LAST != 0)
+    @pl.when(word & lists.LAST != 0)
     def _():
         for r in range(tile.heads):
             dq[r] = (sums[r] * spec.scale).T.astype(dq.dtype)
 
 
-def _dkey(spec, tile, outer, inner, bounds, query, key, value, lse, delta, dout, dk, dv, key_sums, value_sums):
-    visit, part = pl.program_id(1), pl.program_id(2)
-    word = inner[visit]
+def _dkey(spec, tile, outer, inner, cuts, bounds, query, key, value, lse, delta, dout, dk, dv, key_sums, value_sums):
+    block, word = _visit(outer, inner, cuts)
+    part = pl.program_id(2)
 
-    @pl.when((word & work.FIRST != 0) & (part == 0))
+    @pl.when((word & lists.FIRST != 0) & (part == 0))
     def _():
         key_sums[...] = jnp.zeros_like(key_sums)
         value_sums[...] = jnp.zeros_like(value_sums)
@@ -175,12 +200,24 @@ def _dkey(spec, tile, outer, inner, bounds, query, key, value, lse, delta, dout,
             value_sums[p] += _dot(weights.astype(dout.dtype), dout[r])
             key_sums[p] += _dot(dscores.astype(query.dtype), query[r])
 
-    _masked_or_clean(add, word, tile, bounds, work.outer_block(outer[visit]))
+    _masked_or_clean(add, word, tile, bounds, block)
 
-    @pl.when((word & work.LAST != 0) & (part == tile.parts - 1))
+    @pl.when((word & lists.LAST != 0) & (part == tile.parts - 1))
     def _():
-        dk[...] = (key_sums[...] * spec.scale).astype(dk.dtype)
+        dk[...] = (key_sums[...] * (spec.scale / _factor(spec))).astype(dk.dtype)
         dv[...] = value_sums[...].astype(dv.dtype)
+
+
+def _visit(outer, inner, cuts):
+    """The outer block of this step, and its inner word; a step behind its core's last visit has nothing to do."""
+    at, live = _entry(pl.program_id(0) // (pl.num_programs(0) // (cuts.shape[0] - 1)), pl.program_id(1), cuts)
+    return lists.outer_block(outer[at]), jnp.where(live, inner[at], 0)
+
+
+def _entry(core, step, cuts):
+    """Which visit is a core's at this step, the last one from then on, and whether it still is to be made."""
+    at, end = cuts[core] + step, cuts[core + 1]
+    return jnp.minimum(at, end - 1), at < end
 
 
 def _each_head(tile: _Tile) -> Callable[[Callable], None]:
@@ -196,23 +233,30 @@ def _each_head(tile: _Tile) -> Callable[[Callable], None]:
 def _masked_or_clean(add: Callable, word, tile: _Tile, bounds, key_block) -> None:
     """Runs `add` with what is seen, bool [S, T]: at the left edge and the diagonal; with None where all is."""
 
-    @pl.when(word & work.MASKED != 0)
+    @pl.when(word & lists.MASKED != 0)
     def _():
         s = key_block * tile.keys + jax.lax.broadcasted_iota(jnp.int32, (tile.keys, tile.queries), 0)
         add((bounds[0:1] <= s) & (s <= bounds[1:2]))
 
-    @pl.when(word & work.CLEAN != 0)
+    @pl.when(word & lists.CLEAN != 0)
     def _():
         add(None)
 
 
+def _factor(spec: Spec) -> float:
+    """What queries are multiplied with: their products are scores to base 2, or what a soft cap takes the tanh of."""
+    return spec.scale * _LOG2E if spec.soft_cap is None else spec.scale / spec.soft_cap
+
+
+def _scaled(spec: Spec, q: jax.Array) -> jax.Array:
+    return (q.astype(jnp.float32) * _factor(spec)).astype(q.dtype)
+
+
 def _scores(spec, key, query, seen):
-    """Scores times log2(e), [S, T], and their slope by the soft cap (None: 1)."""
+    """Scores times log2(e), [S, T], of scaled queries, and their slope by the soft cap (None: 1)."""
     scores, slope = _dot(key, query, transposed=True), None
-    if spec.soft_cap is None:
-        scores *= spec.scale * _LOG2E
-    else:
-        bent = jnp.tanh(scores * (spec.scale / spec.soft_cap))
+    if spec.soft_cap is not None:
+        bent = jnp.tanh(scores)
         scores, slope = bent * (spec.soft_cap * _LOG2E), 1 - bent * bent
     return scores if seen is None else jnp.where(seen, scores, _HIDDEN), slope
 
@@ -251,6 +295,7 @@ class _Tile(NamedTuple):
     keys: int
     heads: int  # query heads in a step
     kv_heads: int
+    cores: int  # of a device
 
     @property
     def parts(self) -> int:
@@ -268,7 +313,12 @@ class _Tile(NamedTuple):
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     def visits(self, shift: int | None) -> int:
-        return work.most(self.T, self.S, self.queries, self.keys, shift)
+        return lists.most(self.T, self.S, self.queries, self.keys, shift)
+
+    def rows(self, spec: Spec, rows: int) -> int:
+        """As many as scalar memory has room for, of those that divide `rows`."""
+        most = VISITS // self.visits(spec.shift)
+        return max(b for b in range(1, min(rows, most) + 1) if rows % b == 0)
 
 
 def _tile(q: jax.Array, k: jax.Array) -> _Tile:
@@ -283,29 +333,42 @@ def _tile(q: jax.Array, k: jax.Array) -> _Tile:
     else:
         kv_heads = max(p for p in range(1, want.heads // G + 1) if K % p == 0)
         heads = kv_heads * G
-    return _Tile(T, S, N, K, H, queries, keys, heads, kv_heads)
+    return _Tile(T, S, N, K, H, queries, keys, heads, kv_heads, cores(kind))
 
 
-def _work(spec: Spec, tile: _Tile, bounds: Bounds) -> tuple[work.Visits, work.Visits]:
+def _visits(spec: Spec, tile: _Tile, bounds: Bounds) -> tuple[lists.Visits, lists.Visits]:
     """What is to be visited for blocks of queries, and for blocks of keys."""
     by_query = key_ranges(bounds, tile.S, tile.queries, tile.keys)
     by_key = query_ranges(by_query, -(-tile.S // tile.keys))
-    limit = tile.visits(spec.shift) * bounds.first.shape[0]
-    return (
-        work.visits(by_query, by_query, limit, outer_is_keys=False),
-        work.visits(by_key, by_query, limit, outer_is_keys=True),
-    )
+    rows = bounds.first.shape[0]
+
+    def listed(outer, heads, outer_is_keys):
+        idle = heads % tile.cores and outer.begin.size >= tile.cores  # if cores could share heads alone
+        return lists.visits(
+            outer,
+            by_query,
+            tile.visits(spec.shift) * rows,
+            outer_is_keys=outer_is_keys,
+            cores=tile.cores if idle else 1,
+        )
+
+    return listed(by_query, tile.N // tile.heads, False), listed(by_key, tile.K // tile.kv_heads, True)
 
 
 def _call(kernel, spec, tile, visits, ins: dict[str, jax.Array], outs: dict[str, jax.ShapeDtypeStruct], scratch):
     """Runs a kernel over its visits. An array's name says how it is cut."""
     outer_is_keys = kernel is _dkey
 
-    def place(h, t, part, outer, inner):  # -> row, block of query heads, of queries, of KV heads, of keys
-        own, other = work.outer_block(outer[t]), work.inner_block(inner[t])
+    heads, parts = (tile.K // tile.kv_heads, tile.parts) if outer_is_keys else (tile.N // tile.heads, 1)
+    cores = visits.cuts.size - 1
+
+    def place(h, t, part, outer, inner, cuts):  # -> row, block of query heads, of queries, of KV heads, of keys
+        at, _ = _entry(h // heads, t, cuts)
+        h = h % heads
+        own, other = lists.outer_block(outer[at]), lists.inner_block(inner[at])
         i, j = (other, own) if outer_is_keys else (own, other)
         n, kv = (h * tile.parts + part, h) if outer_is_keys else (h, h // tile.parts)
-        return work.row(outer[t]), n, i, kv, j
+        return lists.row(outer[at]), n, i, kv, j
 
     def block(shape, index):
         return pl.BlockSpec(shape, lambda *at: index(*place(*at)))
@@ -317,12 +380,11 @@ def _call(kernel, spec, tile, visits, ins: dict[str, jax.Array], outs: dict[str,
         bounds=block((None, 2, tile.queries), lambda b, n, i, kv, j: (b, 0, i)),
         query=query, dout=query, key=key, value=key, lse=per_query, delta=per_query,
     )  # fmt: skip
-    heads, parts = (tile.K // tile.kv_heads, tile.parts) if outer_is_keys else (tile.N // tile.heads, 1)
     return pl.pallas_call(
         functools.partial(kernel, spec, tile),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(heads, visits.steps, parts),
+            num_scalar_prefetch=3,
+            grid=(cores * heads, visits.steps, parts),
             in_specs=[specs[name] for name in ins],
             out_specs=[specs[name] for name in outs],
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
@@ -331,7 +393,7 @@ def _call(kernel, spec, tile, visits, ins: dict[str, jax.Array], outs: dict[str,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
         interpret=spec.interpret,
         name=f"attention{kernel.__name__}",
-    )(visits.outer, visits.inner, *ins.values())
+    )(*visits, *ins.values())
 
 
 def _like(x: jax.Array, dtype) -> jax.ShapeDtypeStruct:
@@ -348,12 +410,11 @@ def _unlay(x: jax.Array, length: int) -> jax.Array:
     return jnp.moveaxis(x[:, :, :length], 2, 1)
 
 
-def _by_rows(function: Callable, most: int, arrays: Any) -> Any:
-    """function of the arrays [B, ...], or of as many rows at once as divide B and are not more than `most`."""
-    B = jax.tree.leaves(arrays)[0].shape[0]
-    size = max(b for b in range(1, min(B, most) + 1) if B % b == 0)
-    if size == B:
-        return function(*arrays)
-    split = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), arrays)
-    outs = jax.lax.map(lambda rows: function(*rows), split)
+def _by_rows(function: Callable, visits: Any, arrays: Any) -> Any:
+    """function(visits, *arrays), a group of rows at once: arrays [B, ...], visits [groups, ...]."""
+    groups = len(jax.tree.leaves(visits)[0])
+    if groups == 1:
+        return function(jax.tree.map(lambda x: x[0], visits), *arrays)
+    split = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), arrays)
+    outs = jax.lax.map(lambda each: function(each[0], *each[1]), (visits, split))
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outs)

@@ -5,6 +5,8 @@ kind. Visits of one outer block lie together, so a kernel adds up in fast memory
 long as the work: a grid of that length has no empty steps. Only an outer block that meets nothing (padding) gets one
 visit that computes nothing, because its zeros must be written.
 
+Where two cores work, each takes a part of the list that begins with an outer block and is about as long as the other's.
+
 B batch, I blocks of queries, J blocks of keys.
 """
 
@@ -24,11 +26,16 @@ _OTHER, _ROW = 4, 16  # how far the block numbers are shifted to make room
 
 
 class Visits(NamedTuple):
-    """The first `steps` entries hold; int32 each. Two words an entry, because a TPU's scalar memory is small."""
+    """int32 each. Two words an entry, because a TPU's scalar memory is small."""
 
     outer: jax.Array  # row of the batch << 16 | outer block
     inner: jax.Array  # other block << 4 | FIRST | LAST | MASKED | CLEAN
-    steps: jax.Array  # []
+    cuts: jax.Array  # [cores + 1], core c has the entries from cuts[c] to before cuts[c + 1]; those behind hold nothing
+
+    @property
+    def steps(self) -> jax.Array:
+        """Of the core that has most, []."""
+        return jnp.diff(self.cuts).max()
 
 
 def row(outer):
@@ -51,13 +58,14 @@ def most(queries: int, keys: int, block_q: int, block_k: int, shift: int | None)
     return int(met.sum()) + query_blocks + key_blocks  # each block may be one that meets nothing
 
 
-def visits(outer: BlockRanges, by_query: BlockRanges, limit: int, *, outer_is_keys: bool) -> Visits:
+def visits(outer: BlockRanges, by_query: BlockRanges, limit: int, *, outer_is_keys: bool, cores: int = 1) -> Visits:
     """The visits of all rows, at most `limit`.
 
     Args:
       outer: what each outer block meets: `by_query` itself or its `query_ranges`. It may be wider than the work (where
         padding lies between documents): whether a visit computes, and with a mask or not, is asked of `by_query`.
       by_query: what each block of queries meets, from `key_ranges`.
+      cores: that share them; no more than there are outer blocks.
     """
     blocks = outer.begin.shape[1]
     begin = outer.begin.reshape(-1)
@@ -74,4 +82,8 @@ def visits(outer: BlockRanges, by_query: BlockRanges, limit: int, *, outer_is_ke
         for lower, upper in ((by_query.begin, by_query.end), (by_query.clean_begin, by_query.clean_end))
     )
     flags = FIRST * (since == 0) + LAST * (step + 1 == stop[block]) + MASKED * (met & ~meets_all) + CLEAN * meets_all
-    return Visits(b << _ROW | own, other << _OTHER | flags.astype(jnp.int32), stop[-1].astype(jnp.int32))
+    # No core without a block: it would write one that it never computed.
+    whole = jnp.arange(1, cores)
+    last = jnp.clip(jnp.searchsorted(stop, stop[-1] * whole // cores), whole - 1, count.size - 1 - whole[::-1])
+    cuts = jnp.concatenate([jnp.zeros(1, jnp.int32), stop[last], stop[-1:]]).astype(jnp.int32)
+    return Visits(b << _ROW | own, other << _OTHER | flags.astype(jnp.int32), cuts)

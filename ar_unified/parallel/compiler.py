@@ -1,0 +1,84 @@
+"""Options of the compiler, by kind of device: part of a program, like its mesh.
+
+They are compile options and not environment variables: so a plan compiles with those of the hardware it is for, and
+what a checkpoint says of them is what was used. What each is for:
+
+  async_collective_fusion, overlap_compute_collective_tc, enable_async_all_gather
+      a gather of weights becomes steps of the fusion that computes meanwhile
+  minor_sharding_for_major_trivial_input, relayout_group_size_threshold, assign_all_reduce_scatter_layout
+      a gradient's layout suits the scatter: reduce-scatter, where it was an all-reduce of all of it and a cut
+
+Names and values: MaxText's benchmarks/xla_flags_library.py. What they do to our programs: docs/tpu_training.md.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from ar_unified.errors import UserError
+from ar_unified.parallel.hardware import of_kind
+
+_OVERLAP = {
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+}
+_SCATTER = {
+    "xla_tpu_assign_all_reduce_scatter_layout": "true",
+    "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": "1",
+    "xla_tpu_use_minor_sharding_for_major_trivial_input": "true",
+}
+# By the name of parallel/hardware.py. Of kinds that are not here the compiler's own choice stands.
+OPTIONS: dict[str, dict[str, str]] = dict.fromkeys(("v4", "v5e", "v5p", "v6e", "tpu7x"), _OVERLAP | _SCATTER)
+
+_UNKNOWN = re.compile(r"No such compile option: '([^']*)'")
+
+
+def compiler_options(mesh: Mesh, own: Sequence[str] = ()) -> dict[str, str]:
+    """Options to compile a program for the devices of `mesh` with.
+
+    Args:
+      own: "name=value" each, beside OPTIONS or instead of one of them.
+
+    What LIBTPU_INIT_ARGS sets stays as it says. One of OPTIONS that this compiler does not know is left out with a
+    warning: the next libtpu may rename it. Raises UserError for one of `own` that it does not know or cannot read.
+    """
+    device = mesh.devices.flat[0]
+    hardware = of_kind(device.device_kind)
+    chosen = dict(each.removeprefix("--").split("=", 1) for each in own)
+    set_already = re.findall(r"--([^\s=]+)", os.environ.get("LIBTPU_INIT_ARGS", ""))
+    ours = dict(OPTIONS.get(hardware.name, {}) if hardware else {})
+    ours = {name: value for name, value in ours.items() if name not in {*set_already, *chosen}}
+    while unknown := _refused(mesh, ours | chosen):
+        name, message = unknown
+        if name not in ours:
+            raise UserError(f"config.training.compiler_options: {message}")
+        warnings.warn(f"{name}={ours.pop(name)}: this compiler has no such option; it goes without", stacklevel=2)
+    return ours | chosen
+
+
+def _refused(mesh: Mesh, options: Mapping[str, str]) -> tuple[str, str] | None:
+    """The first option that the compiler refuses, "" where it does not name it, and what it says; None: it takes all.
+
+    Asked with a program of no work, because the real one takes minutes.
+    """
+    if not options:
+        return None
+    here = [d for d in mesh.devices.flat if d.process_index == jax.process_index()] or list(mesh.devices.flat)
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=SingleDeviceSharding(here[0]))
+    lowered = jax.jit(lambda x: x + 1).trace(number).lower(lowering_platforms=(here[0].platform,))
+    try:
+        lowered.compile(compiler_options=dict(options))
+    except jax.errors.JaxRuntimeError as error:
+        name = _UNKNOWN.search(str(error))
+        return name[1] if name else "", str(error)
+    return None

@@ -1,0 +1,140 @@
+"""Which remat, rows a chip and mesh train fastest on a target: a few are compiled, and the best that fits is kept.
+
+Arithmetic orders the candidates: those that cannot fit are left out, and the others stand by the time that a token
+takes at least. Compiling tells what arithmetic cannot: what the compiler holds besides, and which of the collectives it
+runs beside computation. Where one does not fit, those that need more are not tried.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from ar_unified.model.remat import POLICIES
+from ar_unified.planning import CANDIDATES
+from ar_unified.planning.memory import at_least
+from ar_unified.planning.plan import PlanReport, make_plan, with_a_kernel
+from ar_unified.planning.programs import Run, train_program
+from ar_unified.planning.roofline import roofline
+from ar_unified.planning.scaling import CRITICAL_TOKENS
+from ar_unified.planning.targets import Target
+
+_ROWS, _FSDP = (1, 2, 4), (0.5, 1, 2)  # times those of the config
+
+
+class Candidate(NamedTuple):
+    """
+    Attributes:
+      changes: keys of the config and their values.
+      least: bytes a device by arithmetic.
+      seconds: of a token at best, without collectives.
+    """
+
+    changes: dict[str, Any]
+    run: Run
+    least: float
+    seconds: float
+
+
+def search(run: Run, target: Target, compiled: int = CANDIDATES, *, say: Callable[[str], Any] = print) -> PlanReport:
+    """The plan of the best candidate as `make_plan` gives it, with {"search": {"changes", "why", "tried"}} besides.
+
+    Args:
+      compiled: candidates to compile, each of which takes as long as a plan; more, while none of them fits.
+
+    Raises ValueError where no candidate fits the mesh or, by arithmetic, the memory.
+    """
+    run = with_a_kernel(run, target)
+    found = sorted(candidates(run, target), key=lambda each: each.seconds)
+    fitting = [each for each in found if each.least <= target.hardware.hbm]
+    if not fitting:
+        least = min((each.least for each in found), default=0.0)
+        raise ValueError(
+            f"search: none of {len(found)} combinations of remat, rows and mesh fits {target.name}; the least needs "
+            f"{least / 2**30:.1f} GiB of a device's {target.hardware.hbm / 2**30:.1f} by arithmetic"
+        )
+    tried: list[dict[str, Any]] = []
+    best: PlanReport | None = None
+    too_large: list[Candidate] = []
+    for each in fitting:
+        if len(tried) >= compiled and best is not None:
+            break
+        if any(_needs_more(each, other) for other in too_large):
+            continue
+        say(f"{said(each.changes)}: at least {each.least / 2**30:.1f} GiB")
+        plan = make_plan(each.run, target, advise=False, say=say)
+        if not plan["fits"]:
+            too_large.append(each)
+        plan["search"] = {"changes": each.changes}
+        tried.append({"changes": each.changes, "fits": plan["fits"], "least": each.least, **_numbers(plan)})
+        if plan["fits"] and (best is None or _seconds(plan) < _seconds(best)):
+            best = plan
+    if best is None:
+        raise ValueError(f"search: none of the {len(tried)} candidates that were compiled fits {target.name}")
+    best["search"] |= {"why": _why(best, tried, len(found), len(fitting)), "tried": tried}
+    return best
+
+
+def candidates(run: Run, target: Target) -> Iterator[Candidate]:
+    """Every combination that divides, in no order."""
+    for remat, rows, wider in itertools.product(POLICIES, _ROWS, _FSDP):
+        fsdp = int(run.mesh.get("fsdp", 1) * wider)
+        changes: dict[str, Any] = {
+            "model.remat": remat,
+            "training.batch_size": run.batch_size * rows,
+            "mesh.fsdp": fsdp,
+        }
+        tokens = changes["training.batch_size"] * run.sequence_length
+        if fsdp < 1 or (rows > 1 and tokens > CRITICAL_TOKENS):
+            continue
+        other = dataclasses.replace(
+            run,
+            model=dataclasses.replace(run.model, remat=remat),
+            batch_size=changes["training.batch_size"],
+            mesh={**run.mesh, "data": -1, "fsdp": fsdp},
+        )
+        try:
+            program = train_program(other, target.mesh(other.mesh))
+        except ValueError:  # sizes that do not divide
+            continue
+        seconds = roofline(program, other, target.hardware, []).slowest / tokens
+        yield Candidate(changes, other, sum(at_least(program, other).values()), seconds)
+
+
+def said(changes: dict[str, Any]) -> str:
+    return " ".join(f"--config.{key}={value}" for key, value in changes.items())
+
+
+def _needs_more(each: Candidate, other: Candidate) -> bool:
+    """Whether arithmetic gives it at least what was too much, with as many rows and no wider split."""
+    return (
+        each.least >= other.least
+        and each.run.batch_size >= other.run.batch_size
+        and each.changes["mesh.fsdp"] <= other.changes["mesh.fsdp"]
+    )
+
+
+def _seconds(plan: PlanReport) -> float:
+    """Of a token, between the fastest and the slowest estimate."""
+    (program,) = plan["programs"]
+    return (program["fastest"] + program["slowest"]) / 2 / program["tokens"]
+
+
+def _numbers(plan: PlanReport) -> dict[str, Any]:
+    if not plan["fits"]:
+        return {"peak": plan["refused"]["used"], "mfu": None}
+    (program,) = plan["programs"]
+    return {"peak": program["memory"]["peak"], "mfu": program["mfu"], "exposed": program["exposed"]}
+
+
+def _why(best: PlanReport, tried: list[dict[str, Any]], all: int, fitting: int) -> str:
+    fits = [each for each in tried if each["fits"]]
+    low, high = best["programs"][0]["mfu"]
+    others = [each for each in fits if each["changes"] != best["search"]["changes"]]
+    beside = f"; the next reaches {max(each['mfu'][0] for each in others):.0%} at least" if others else ""
+    return (
+        f"of {all} combinations {fitting} may fit by arithmetic, the {len(tried)} that take the least time a token "
+        f"were compiled and {len(fits)} fit; this one has the highest MFU, {low:.0%} to {high:.0%}{beside}"
+    )

@@ -1,0 +1,60 @@
+"""Compiler options: ours by kind, the user's above them, and a start that survives a compiler that knows less."""
+
+from __future__ import annotations
+
+import warnings
+
+import jax
+import pytest
+
+from ar_unified.errors import UserError
+from ar_unified.parallel import compiler
+from ar_unified.parallel.hardware import HARDWARE
+from ar_unified.parallel.mesh import make_mesh
+from ar_unified.planning.targets import parse_target
+from tests.kernels.topologies import TPUS, needs_libtpu
+
+LEVEL = "xla_backend_optimization_level"  # what XLA's CPU compiler knows, too
+
+
+@pytest.fixture
+def mesh():
+    return make_mesh({}, jax.devices()[:1])
+
+
+@pytest.fixture
+def as_v5p(monkeypatch):
+    """This CPU taken for a kind that has options."""
+    monkeypatch.setattr(compiler, "of_kind", lambda kind: next(each for each in HARDWARE if each.name == "v5p"))
+    return lambda **options: monkeypatch.setitem(compiler.OPTIONS, "v5p", options)
+
+
+def test_a_device_without_options_gets_the_users_alone(mesh):
+    assert compiler.compiler_options(mesh) == {}
+    assert compiler.compiler_options(mesh, [f"--{LEVEL}=1"]) == {LEVEL: "1"}
+
+
+def test_the_users_option_stands_above_ours_and_so_does_the_environment(mesh, as_v5p, monkeypatch):
+    as_v5p(**{LEVEL: "0"})
+    assert compiler.compiler_options(mesh) == {LEVEL: "0"}
+    assert compiler.compiler_options(mesh, [f"{LEVEL}=2"]) == {LEVEL: "2"}
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{LEVEL}=1 --xla_other=true")
+    assert compiler.compiler_options(mesh) == {}
+
+
+def test_an_option_of_ours_that_a_compiler_does_not_know_is_left_out_and_one_of_the_users_is_named(mesh, as_v5p):
+    as_v5p(xla_tpu_renamed="true", **{LEVEL: "0"})
+    with pytest.warns(UserWarning, match="xla_tpu_renamed=true: this compiler has no such option"):
+        assert compiler.compiler_options(mesh) == {LEVEL: "0"}
+    as_v5p(**{LEVEL: "0"})
+    with pytest.raises(UserError, match="config.training.compiler_options: .*xla_tpu_mistyped"):
+        compiler.compiler_options(mesh, ["xla_tpu_mistyped=true"])
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", TPUS)
+def test_libtpu_knows_all_that_we_set(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = compiler.compiler_options(parse_target(TPUS[name]).mesh(dict(data=-1)))
+    assert found == compiler.OPTIONS[name]
