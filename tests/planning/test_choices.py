@@ -43,6 +43,7 @@ CHOICES |= {
     "training.clip_norm": (1.0, 0.0),
     "sampling.guidance": (1.0, 3.0),
 }
+ADVERSARY = "image_tokenizer.adversary.kind"
 
 
 def agreeing(changes):
@@ -74,6 +75,8 @@ def agreeing(changes):
         changes["image_tokenizer.gradient"] = "straight_through"
     if changes.get("data.resize") == "aspect" and LAYOUTS[changes.get("data.layout", "grid")].size is None:
         changes["data.layout"] = "rows"
+    if changes.get("image_tokenizer.perceptual") == "match" and changes.get(ADVERSARY, "none") == "none":
+        changes[ADVERSARY] = next(kind for kind in CHOICES[ADVERSARY] if kind != "none")
     if changes.get("image_tokenizer.attention", "none") != "none":
         changes["image_tokenizer.backbone"] = "vqgan"
     return changes
