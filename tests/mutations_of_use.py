@@ -91,8 +91,8 @@ MUTATIONS = (
     Mutation(
         "a-conversation-loses-its-beginning",
         "ar_unified/sampling/steps.py",
-        "return x.at[:, :, :1].set(slot)",
-        "return x",
+        "with_slots(layer, slice(1), slot) for layer",
+        "layer for layer",
         "the first key of a kept row is the one of its last padding",
         ("tests/sampling/test_conversation.py",),
     ),

@@ -29,7 +29,8 @@ class Turn(NamedTuple):
     """
     Attributes:
       copies: of arrays from one place of the device's memory to another, largest first.
-      cycles: the compiler's estimate for all but the kernels, every branch taken. 0: it makes none (not a TPU's).
+      cycles: the compiler's estimate for all but the kernels, every branch taken that is not left out. 0: it makes none
+        (not a TPU's).
       kernels: calls of Pallas kernels, by name.
     """
 
@@ -38,13 +39,16 @@ class Turn(NamedTuple):
     kernels: dict[str, int]
 
 
-def turn(hlo: str) -> Turn:
-    """One turn of the loops that the entry of a module runs."""
+def turn(hlo: str, without: str = "") -> Turn:
+    """One turn of the loops that the entry of a module runs.
+
+    without: a name (jax.named_scope) whose conditionals are not taken, as "words" where images alone are drawn.
+    """
     computations, entry = parse(hlo)
     times, _ = times_of(computations, entry)
     bodies = [name for each in computations[entry] if each.opcode == "while" for name in called_by(each)]
     copies, cycles, kernels = [], 0, dict[str, int]()
-    for name in _reached(computations, bodies):
+    for name in _reached(computations, bodies, without):
         for each in computations[name]:
             if said := _CYCLES.search(each.rest):
                 cycles += int(said.group(1)) * times[name]
@@ -58,14 +62,19 @@ def turn(hlo: str) -> Turn:
     return Turn(tuple(sorted(copies, reverse=True)), cycles, kernels)
 
 
-def _reached(computations: dict[str, list[Instruction]], names: list[str]) -> Iterator[str]:
+def _reached(computations: dict[str, list[Instruction]], names: list[str], without: str) -> Iterator[str]:
     """The computations by these names and all that those run, each once; not what is inside of a fusion."""
+
+    def runs(each: Instruction) -> bool:
+        left_out = without and each.opcode == "conditional" and f"/{without}/" in source_of(each)
+        return each.opcode != "fusion" and not left_out
+
     seen, names = set[str](), list(names)
     while names:
         if (name := names.pop()) not in seen and name in computations:
             seen.add(name)
             yield name
-            names += [called for each in computations[name] if each.opcode != "fusion" for called in called_by(each)]
+            names += [called for each in computations[name] if runs(each) for called in called_by(each)]
 
 
 def _moves(computations: dict[str, list[Instruction]], fusion: Instruction) -> bool:

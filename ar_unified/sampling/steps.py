@@ -347,10 +347,12 @@ def draw(grammar: Grammar, weights: Weights, state: State, keys: Array) -> tuple
         nothing = jnp.zeros(R, jnp.int32), jnp.zeros(R, bool)
         return jax.lax.cond(jnp.any(needed), function, lambda: nothing)
 
-    word, bad_word = where_any(drawn & ~image, words)
+    with jax.named_scope("words"):  # names that `planning` finds in what is compiled
+        word, bad_word = where_any(drawn & ~image, words)
     if not vocabulary.codebook_size:
         return jnp.where(drawn, word, forced), bad_word
-    code, bad_code = where_any(drawn & image, codes)
+    with jax.named_scope("codes"):
+        code, bad_code = where_any(drawn & image, codes)
     token = jnp.where(drawn, jnp.where(image, code, word), forced)
     return token, bad_code | bad_word
 

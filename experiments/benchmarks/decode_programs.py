@@ -6,7 +6,8 @@ Compiles the sampler's decoding program with libtpu on this machine's CPU and pr
 
     copied       bytes of arrays of 4 MiB and more that one step copies from memory to memory
     temporaries  beside weights and cache, and how many percent of the cache
-    XLA          the compiler's cycles for all but the Pallas kernels, words and images both drawn, at CLOCK
+    XLA          the compiler's cycles for all but the Pallas kernels, at CLOCK: where a batch draws words and images,
+                 and where it draws images alone
     kernels      bytes that attention and the writing of the cache move / memory bandwidth (arithmetic: XLA has no
                  estimate of a kernel); every row as long as the cache
     roofline     weights and cache, read once, / memory bandwidth
@@ -57,22 +58,22 @@ def measure(name: str, layers: int | None) -> str:
     mesh, hardware = wanted.mesh(decoding_axes(run.mesh)), wanted.hardware
     (program,) = [each for each in sample_programs(run, mesh) if each.name == "decode"]
     compiled = program.compile()
-    step, cache = turn(compiled.hlo), program.local_bytes()["cache"]
+    step, images, cache = turn(compiled.hlo), turn(compiled.hlo, "words"), program.local_bytes()["cache"]
     copied = sum(copy.bytes * copy.times for copy in step.copies if copy.bytes >= LARGE)
     said = (
         f"{name}, {model.n_layers} layers (compiled in {compiled.seconds:.0f} s): cache {size(cache)}; copied "
         f"{size(copied)}; temporaries {size(compiled.temporaries)}, {compiled.temporaries / cache:.0%}; "
-        f"{step.cycles / 1e6:.2f}M cycles of XLA"
+        f"{step.cycles / 1e6:.2f}M cycles of XLA, {images.cycles / 1e6:.2f}M for images alone"
     )
     if hardware.name != "v5p":
         return said
     written = 2 * 32 // jnp.dtype(kv_dtype or model.dtype).itemsize / run.max_length  # of the cache: tiles, in and out
     kernels = cache * (1 + written) / hardware.hbm_bandwidth
     least = roofline(program, run, hardware, []).seconds["memory"]
-    step_seconds = step.cycles / CLOCK + kernels
+    both, alone = (each.cycles / CLOCK + kernels for each in (step, images))
     return (
-        f"{said}, {duration(step.cycles / CLOCK)}; kernels {duration(kernels)}; a step {duration(step_seconds)}; "
-        f"roofline {duration(least)}: {step_seconds / least:.2f} x"
+        f"{said}; kernels {duration(kernels)}; a step {duration(both)} and {duration(alone)}; roofline "
+        f"{duration(least)}: {both / least:.2f} x and {alone / least:.2f} x"
     )
 
 
