@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,11 +29,12 @@ from ar_unified.data.images import RESIZES, draws_none
 from ar_unified.data.items import has_images
 from ar_unified.data.packing import Mixture
 from ar_unified.data.prepare import folder_name
-from ar_unified.errors import UserError, about, nearest, outside, several
+from ar_unified.errors import about, nearest, outside
 from ar_unified.evaluation.right_answers import PROTOCOLS
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
 from ar_unified.experiment.experiment import STAGES, Experiment
+from ar_unified.experiment.problems import Problems
 from ar_unified.kernels import backend, device
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.layouts import WITH_IMAGES
@@ -96,46 +95,6 @@ RANGES: dict[str, dict[str, str]] = {  # of the keys that no dataclass asks abou
 }
 
 
-class _Problems:
-    """What was found wrong, a line each."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    @contextmanager
-    def of(self, section: str, names: Collection[str] = ()) -> Iterator[None]:
-        """Takes down the ValueError, TypeError or OSError of a part of the config.
-
-        names: its keys; a message that begins with one is about that key.
-        """
-        try:
-            yield
-        except (ValueError, TypeError, OSError) as error:
-            self.add(section, str(error), names)
-
-    def add(self, section: str, message: str, names: Collection[str] = ()) -> None:
-        if not message.startswith("config."):
-            begins = (
-                message,
-                re.sub(r"^\w+[:.] ?", "", message),
-            )  # "b2: ...", "objective: ema ...", "model.remat: ..."
-            about = [words for words in begins if re.split(r"\W", words)[0] in names]
-            key = ".".join(filter(None, ["config", section]))
-            message = f"{key}.{about[0]}" if about else f"{key}: {message}"
-        if message not in self.lines:
-            self.lines.append(message)
-
-    def say(self, key: str, message: str) -> None:
-        self.lines.append(f"config.{key}: {message}")
-
-    def found_in(self, *sections: str) -> bool:
-        return any(line.startswith(f"config.{section}") for line in self.lines for section in sections)
-
-    def end(self) -> None:
-        if self.lines:
-            raise UserError(several(self.lines))
-
-
 def check(config: ConfigDict, stages: Collection[str] = STAGES) -> None:
     """Raises UserError with whatever the config alone says about itself; no file but weights is opened.
 
@@ -143,7 +102,7 @@ def check(config: ConfigDict, stages: Collection[str] = STAGES) -> None:
         stages: of STAGES, those that are to run; further "requests" and "images", a person's own. What a setting is
             by itself is always asked; how those of two stages go together, and which files there are, where both run.
     """
-    problems = _Problems()
+    problems = Problems()
     for key, known in CHOICES.items():
         found = _at(config, key)
         if found not in known:
@@ -166,7 +125,7 @@ def _at(config: ConfigDict, key: str) -> Any:
     return functools.reduce(lambda part, name: part[name], filter(None, key.split(".")), config)
 
 
-def _check_images(config: ConfigDict, problems: _Problems, stages: Collection[str]) -> None:
+def _check_images(config: ConfigDict, problems: Problems, stages: Collection[str]) -> None:
     tokenizer, image = config.image_tokenizer, None
     names = [*tokenizer.keys()]
     if not problems.found_in("image_tokenizer"):
@@ -198,7 +157,7 @@ def _check_images(config: ConfigDict, problems: _Problems, stages: Collection[st
         _check_crops(config, problems, stages)
 
 
-def _check_crops(config: ConfigDict, problems: _Problems, stages: Collection[str]) -> None:
+def _check_crops(config: ConfigDict, problems: Problems, stages: Collection[str]) -> None:
     """What the image tokenizer is trained on."""
     tokenizer = config.image_tokenizer
     image = settings.autoencoder(config)
@@ -219,7 +178,7 @@ def _check_crops(config: ConfigDict, problems: _Problems, stages: Collection[str
             perceptual.require_fitting(tokenizer.perceptual, file, min(sides))
 
 
-def _check_accumulation(section: str, config: ConfigDict, problems: _Problems) -> None:
+def _check_accumulation(section: str, config: ConfigDict, problems: Problems) -> None:
     part = config[section]
     if part.batch_size % part.accumulation:
         problems.say(
@@ -227,13 +186,13 @@ def _check_accumulation(section: str, config: ConfigDict, problems: _Problems) -
         )
 
 
-def _check_model(config: ConfigDict, problems: _Problems) -> None:
+def _check_model(config: ConfigDict, problems: Problems) -> None:
     if not problems.found_in("model"):
         with problems.of("model", [*config.model.keys()]):
             model_config.config_from(configs.plain(config.model), vocab_size=128)
 
 
-def _check_training(config: ConfigDict, problems: _Problems, stages: Collection[str]) -> None:
+def _check_training(config: ConfigDict, problems: Problems, stages: Collection[str]) -> None:
     part = config.training
     names = [*part.keys()]
     for line in wrong_weights(config.loss.roles, config.loss.tasks):
@@ -261,7 +220,7 @@ def _check_training(config: ConfigDict, problems: _Problems, stages: Collection[
         )
 
 
-def _check_sampling(config: ConfigDict, problems: _Problems, stages: Collection[str]) -> None:
+def _check_sampling(config: ConfigDict, problems: Problems, stages: Collection[str]) -> None:
     if problems.found_in("sampling"):
         return
     more = {}
@@ -280,7 +239,7 @@ def _check_sampling(config: ConfigDict, problems: _Problems, stages: Collection[
         settings.request(config, **more).check()
 
 
-def _check_files(config: ConfigDict, problems: _Problems, stages: Collection[str]) -> None:
+def _check_files(config: ConfigDict, problems: Problems, stages: Collection[str]) -> None:
     model = config.text_tokenizer.model
     if "text_tokenizer" in stages and model and not Path(model).is_file():
         problems.say("text_tokenizer.model", f"{model}: no such file")
@@ -299,7 +258,7 @@ def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> No
     tokenizer from elsewhere that cannot do what is to be done."""
     if not {"text_tokenizer", "image_tokenizer", "data", "model"} & set(stages):
         return
-    config, bundle, problems = experiment.config, experiment.bundle, _Problems()
+    config, bundle, problems = experiment.config, experiment.bundle, Problems()
     image = experiment.brought if bundle is not None or "image_tokenizer" in stages else None
     drawing = {"samples", "tokenizer_evaluation", "evaluation"} & set(stages)
     if image is not None and drawing and (why := draws_none(image)):
@@ -344,7 +303,7 @@ def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> No
 
 def check_devices(experiment: Experiment, stages: Collection[str] = STAGES) -> None:
     """Raises UserError with what does not go onto the mesh; to be asked when all processes are there."""
-    config, problems = experiment.config, _Problems()
+    config, problems = experiment.config, Problems()
     if {"image_tokenizer", "model"} & set(stages):
         with problems.of("mesh"):
             mesh = experiment.mesh
@@ -363,7 +322,7 @@ def check_devices(experiment: Experiment, stages: Collection[str] = STAGES) -> N
     problems.end()
 
 
-def _check_mesh(experiment: Experiment, mesh: jax.sharding.Mesh, problems: _Problems) -> None:
+def _check_mesh(experiment: Experiment, mesh: jax.sharding.Mesh, problems: Problems) -> None:
     config, part = experiment.config, experiment.config.training
     model = model_config.config_from(configs.plain(config.model), vocab_size=128)
     rows = part.batch_size // part.accumulation
@@ -392,7 +351,7 @@ def _check_mesh(experiment: Experiment, mesh: jax.sharding.Mesh, problems: _Prob
 
 def check_sources(experiment: Experiment, stages: Collection[str] = STAGES) -> None:
     """Opens every source, which the stages use then. Raises UserError for what is wrong with them and among them."""
-    config, problems = experiment.config, _Problems()
+    config, problems = experiment.config, Problems()
     for key, sources in {"train": experiment.train, **experiment.held_out}.items():
         seen: dict[str, int] = {}
         where = f"data.{key}" if key in ("train", "validation") else f"data.tests.{key}"
@@ -412,7 +371,7 @@ def check_sources(experiment: Experiment, stages: Collection[str] = STAGES) -> N
     problems.end()
 
 
-def _check_mixture(experiment: Experiment, problems: _Problems) -> None:
+def _check_mixture(experiment: Experiment, problems: Problems) -> None:
     specs = experiment.specs(experiment.config.data.train)
     for key in ("weight", "image_weight"):
         for i, spec in enumerate(specs):
@@ -432,7 +391,7 @@ def _check_mixture(experiment: Experiment, problems: _Problems) -> None:
                 Mixture([1] * len(names), [weights.get(name, 0.0) for name in names])
 
 
-def _check_room(experiment: Experiment, problems: _Problems, stages: Collection[str]) -> None:
+def _check_room(experiment: Experiment, problems: Problems, stages: Collection[str]) -> None:
     """Whether one image fits into what a document, and a sample, may have."""
     config = experiment.config
     image = experiment.autoencoder

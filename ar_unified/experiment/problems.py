@@ -1,0 +1,50 @@
+"""What is found wrong with a config, gathered until all of it can be said at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+from ar_unified.errors import UserError, several
+
+
+class Problems:
+    """What was found wrong, a line each."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    @contextmanager
+    def of(self, section: str, names: Collection[str] = ()) -> Iterator[None]:
+        """Takes down the ValueError, TypeError or OSError of a part of the config.
+
+        names: its keys; a message that begins with one is about that key.
+        """
+        try:
+            yield
+        except (ValueError, TypeError, OSError) as error:
+            self.add(section, str(error), names)
+
+    def add(self, section: str, message: str, names: Collection[str] = ()) -> None:
+        """Takes down a message about a section, or about that of its keys which the message begins with."""
+        if not message.startswith("config."):
+            # "b2: ...", "objective: ema ...", "model.remat: ..."
+            begins = (message, re.sub(r"^\w+[:.] ?", "", message))
+            about = [words for words in begins if re.split(r"\W", words)[0] in names]
+            key = ".".join(filter(None, ["config", section]))
+            message = f"{key}.{about[0]}" if about else f"{key}: {message}"
+        if message not in self.lines:
+            self.lines.append(message)
+
+    def say(self, key: str, message: str) -> None:
+        """Takes down a message about a key."""
+        self.lines.append(f"config.{key}: {message}")
+
+    def found_in(self, *sections: str) -> bool:
+        return any(line.startswith(f"config.{section}") for line in self.lines for section in sections)
+
+    def end(self) -> None:
+        """Raises UserError with all that was taken down, if anything was."""
+        if self.lines:
+            raise UserError(several(self.lines))
