@@ -34,6 +34,7 @@ from ar_unified.sampling import decoding, guidance
 from ar_unified.sampling.decoding import Filters
 
 CHUNK = 64  # steps of a chunk at most
+PIECE = 1024  # tokens of a long prompt that are read at once
 
 
 class Weights(NamedTuple):
@@ -172,11 +173,29 @@ def empty(config: TransformerConfig, grammar: Grammar, shape: Shape, slots: int,
 
 
 def prefill(config: TransformerConfig, weights: Weights, tokens: Array, lengths: Array) -> Prefix:
-    """Reads prompts: tokens int32 [b, P], padded on the right, lengths int32 [b] (0: an empty one)."""
-    model = Transformer.bind(config, weights.layers)
+    """Reads prompts: tokens int32 [b, P], padded on the right, lengths int32 [b] (0: an empty one).
+
+    Long ones are read in pieces, each behind the ones before, so that what a piece needs besides the cache does not
+    grow with P.
+    """
     b, P = tokens.shape
-    hidden, cache = model.extend(tokens, init_cache(config, b, P), jnp.zeros(b, jnp.int32))
-    return placed(Prefix(tokens, hidden[jnp.arange(b), jnp.maximum(lengths - 1, 0)], cache))
+    width = PIECE if P % PIECE == 0 else P
+    last = jnp.maximum(lengths - 1, 0)
+
+    def read(carry: tuple[Cache, Array], begin: Array) -> tuple[tuple[Cache, Array], None]:
+        cache, hidden = carry
+        piece = jax.lax.dynamic_slice_in_dim(tokens, begin, width, 1)
+        states, cache = Transformer.bind(config, weights.layers).extend(piece, cache, jnp.full(b, begin, jnp.int32))
+        at = last - begin
+        here = states[jnp.arange(b), jnp.clip(at, 0, width - 1)]
+        return (cache, jnp.where(((0 <= at) & (at < width))[:, None], here, hidden)), None
+
+    carry = init_cache(config, b, P), jnp.zeros((b, config.d_model), config.dtype)
+    if width == P:
+        (cache, hidden), _ = read(carry, jnp.int32(0))
+    else:
+        (cache, hidden), _ = jax.lax.scan(read, carry, jnp.arange(0, P, width, dtype=jnp.int32))
+    return placed(Prefix(tokens, hidden, cache))
 
 
 def insert(

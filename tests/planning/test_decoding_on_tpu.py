@@ -21,6 +21,7 @@ from ar_unified.planning.hlo import called_by, parse
 from ar_unified.planning.loops import turn
 from ar_unified.planning.programs import Run, sample_programs
 from ar_unified.planning.targets import parse_target
+from ar_unified.sampling import steps
 from ar_unified.sampling.steps import row_specs
 from tests.kernels.topologies import TPUS, needs_libtpu
 
@@ -54,13 +55,22 @@ def test_a_step_copies_no_cache_and_needs_little_beside_it(target, kv_dtype):
     assert compiled.temporaries < whole / 10 and compiled.aliased >= cache
 
 
-@functools.cache
-def loop(kv_dtype=None, weights_dtype=None):
-    """Steps of one layer, narrow where the cache is not, on two rows of devices of which each splits the heads, as
-    compiled for v5e; and the bytes of a device's keys."""
+def narrow(weights_dtype=None):
+    """One layer, narrow where the cache is not, on two rows of v5e devices of which each splits the heads."""
     mesh = make_mesh(dict(data=2, tensor=2), get_topology_desc(platform="tpu", topology_name=TPUS["v5e"]).devices)
     config = replace(MODEL, n_layers=1, d_model=512, d_mlp=1536, n_heads=8, n_kv_heads=8, vocab_size=256)
     params = jax.eval_shape(lambda p: unstacked(config, p, weights_dtype), abstract_params(config))
+    return mesh, config, on_mesh(params, shardings(mesh, logical_axes(params), params))
+
+
+def by_row(mesh, *trees):
+    return (on_mesh(x, jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), row_specs(mesh, x))) for x in trees)
+
+
+@functools.cache
+def loop(kv_dtype=None, weights_dtype=None):
+    """Steps of decoding as they are compiled, and the bytes of a device's keys."""
+    mesh, config, params = narrow(weights_dtype)
     cache = jax.eval_shape(lambda: init_cache(config, 32, 4096, kv_dtype))
 
     def decode(params, cache, tokens, start):
@@ -73,10 +83,7 @@ def loop(kv_dtype=None, weights_dtype=None):
         return jax.lax.while_loop(lambda state: state[0] < start[0], step, (jnp.int32(0), cache, hidden))
 
     rows = (jax.ShapeDtypeStruct((32, 1), jnp.int32), jax.ShapeDtypeStruct((32,), jnp.int32))
-    params = on_mesh(params, shardings(mesh, logical_axes(params), params))
-    cache, rows = (
-        on_mesh(x, jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), row_specs(mesh, x))) for x in (cache, rows)
-    )
+    cache, rows = by_row(mesh, cache, rows)
     with jax.set_mesh(mesh):
         traced = jax.jit(decode, donate_argnums=1).trace(params, cache, *rows)
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
@@ -101,3 +108,17 @@ def test_rounded_weights_are_read_as_they_are(weights_dtype):
     for letters, there in (("bf16", not weights_dtype), ("s8", bool(weights_dtype))):
         matrices = re.compile(rf"{letters}\[(512,768|768,512|512,512)\]")  # MLP's and attention's, split in two
         assert any(map(matrices.match, made)) == there, letters
+
+
+def test_what_a_long_prompt_needs_does_not_grow_with_it():
+    """Read in pieces of 1,024: two of them or eight need the same beside weights, prompts and the cache."""
+    mesh, config, params = narrow()
+
+    def beside(length):
+        (rows,) = by_row(mesh, (jax.ShapeDtypeStruct((4, length), jnp.int32), jax.ShapeDtypeStruct((4,), jnp.int32)))
+        with jax.set_mesh(mesh):
+            traced = jax.jit(functools.partial(steps.prefill, config)).trace(steps.Weights(params, None, None), *rows)
+            compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert beside(8 * steps.PIECE) < 1.1 * beside(2 * steps.PIECE)
