@@ -22,7 +22,6 @@ nowhere else, each file is what bundle.json says of it before anything is made o
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import hashlib
 import json
 import os
@@ -30,6 +29,7 @@ import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -146,6 +146,20 @@ def _sha256(path: Path) -> str:
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A parameter in its file, which is opened anew for each piece of it: pages of a mapped file count as memory of
+    this process for as long as it is mapped."""
+
+    path: Path
+    name: str
+    dtype: str
+
+    def read(self, at: Any) -> np.ndarray:
+        with safe_open(self.path, framework="numpy") as opened:
+            return opened.get_slice(self.name)[at]
 
 
 class Bundle:
@@ -275,49 +289,45 @@ class Bundle:
             places = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), shapes)
         where = named(places)
         kinds = named(jax.tree.map(lambda _: dtype, shapes) if dtype is None or isinstance(dtype, str) else dtype)
-        with contextlib.ExitStack() as stack:
-            found = self._tensors(shapes, stack)
+        found = self._tensors(shapes)
 
-            def make(path: Any, leaf: Any) -> jax.Array:
-                name = jax.tree_util.keystr(path, simple=True, separator=".")
-                tensor = found[name]
-                kind = jax.numpy.dtype(kinds.get(name) or _DTYPES[tensor.get_dtype()])
-                return jax.make_array_from_callback(leaf.shape, where[name], lambda at: tensor[at].astype(kind))
+        def make(path: Any, leaf: Any) -> jax.Array:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            kind = jax.numpy.dtype(kinds.get(name) or found[name].dtype)
+            return jax.make_array_from_callback(leaf.shape, where[name], lambda at: found[name].read(at).astype(kind))
 
-            # Read before the files are closed.
-            return jax.block_until_ready(jax.tree_util.tree_map_with_path(make, shapes))
+        return jax.tree_util.tree_map_with_path(make, shapes)
 
-    @contextmanager
-    def reading(self) -> Iterator[tuple[dict[str, str], Callable[[str, int | None], np.ndarray]]]:
-        """Gives the dtype of every parameter by its path, and read(path, layer): a parameter, or what stands at that
-        index of its first axis. The files are checked once, so all that is wanted is read in one of these."""
-        with contextlib.ExitStack() as stack:
-            found = self._tensors(self._shapes(), stack)
-            dtypes = {name: _DTYPES[tensor.get_dtype()] for name, tensor in found.items()}
-            yield dtypes, lambda name, layer: found[name][... if layer is None else layer]
+    def reader(self) -> tuple[dict[str, str], Callable[[str, int | None], np.ndarray]]:
+        """The dtype of every parameter by its path, and read(path, layer): a parameter, or what stands at that index
+        of its first axis. The files are checked here, once for all that is read."""
+        found = self._tensors(self._shapes())
+        dtypes = {name: tensor.dtype for name, tensor in found.items()}
+        return dtypes, lambda name, layer: found[name].read(... if layer is None else layer)
 
     def _shapes(self) -> Params:
         with self._reading(CONFIG):
             return abstract_params(self.config)
 
-    def _tensors(self, shapes: Params, stack: contextlib.ExitStack) -> dict[str, Any]:
-        """A view of each tensor, by name. Names, shapes and dtypes are found to be what they should be."""
+    def _tensors(self, shapes: Params) -> dict[str, _Tensor]:
+        """Each tensor, by name. Names, shapes and dtypes are found to be what they should be."""
         leaves, index = named(shapes), self._index(named(shapes))
         found = {}
         for file in sorted(set(index.values())):
-            with self._reading(file):
-                opened = stack.enter_context(safe_open(self._path(file), framework="numpy"))
-                names = set(opened.keys())
-            if names != (told := {name for name, where in index.items() if where == file}):
-                name = min(names ^ told)
+            path = self._path(file)
+            with self._reading(file), safe_open(path, framework="numpy") as opened:
+                slices = {name: opened.get_slice(name) for name in opened.keys()}
+                kinds = {name: (tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
+            if kinds.keys() != (told := {name for name, where in index.items() if where == file}):
+                name = min(kinds.keys() ^ told)
                 wrong = "is missing" if name in told else f"{INDEX} has no such tensor in it"
                 raise self._error(file, f"{name!r:.80}: {wrong}")
-            for name in names:
-                found[name] = tensor = opened.get_slice(name)
-                if (shape := tuple(tensor.get_shape())) != leaves[name].shape:
+            for name, (shape, dtype) in kinds.items():
+                if shape != leaves[name].shape:
                     raise self._error(file, f"{name}: expected shape {leaves[name].shape}, found {shape}")
-                if tensor.get_dtype() not in _DTYPES:
-                    raise self._error(file, f"{name}: expected {', '.join(_DTYPES)}; found {tensor.get_dtype()}")
+                if dtype not in _DTYPES:
+                    raise self._error(file, f"{name}: expected {', '.join(_DTYPES)}; found {dtype}")
+                found[name] = _Tensor(path, name, _DTYPES[dtype])
         return found
 
     def _index(self, leaves: Mapping[str, Any]) -> dict[str, str]:

@@ -59,7 +59,8 @@ def export_published(
     record = bundle.published
     keys = _keys(bundle, form, record)
     try:
-        with whole_folder(folder) as here, bundle.reading() as (dtypes, read):
+        with whole_folder(folder) as here:
+            dtypes, read = bundle.reader()
             exported = _Exported(bundle, keys, dtypes, read)
             if record is None:
                 own.write_own(bundle, here, max(dtypes.values(), key=list(dtypes.values()).count), license)

@@ -47,6 +47,18 @@ import json, resource, subprocess, sys
 status = subprocess.call(sys.argv[2:])
 json.dump([status, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss], open(sys.argv[1], "w"))
 """
+# What a training or a sampler that begins with the bundle does on a host of as many devices.
+_LOAD = """
+import sys
+import jax
+from ar_unified.bundle import Bundle
+from ar_unified.model.transformer import abstract_params
+from ar_unified.parallel.mesh import make_mesh
+bundle = Bundle(sys.argv[1])
+mesh = make_mesh({"data": 1, "fsdp": -1}, jax.devices())
+places = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(bundle.config, mesh))
+jax.block_until_ready(bundle.params(places))
+"""
 _PREFIX = {"emu3": {"model.": "text_model.model.", "lm_head.": "text_model.lm_head."}}
 
 
@@ -61,6 +73,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=0, help="fewer than the preset's")
     parser.add_argument("--holes", action="store_true", help="zeros that need no room")
     parser.add_argument("--kill-after", type=float, default=10.0, help="seconds of a first import")
+    parser.add_argument("--load", action="store_true", help="read the bundle onto the devices, which hold all of it")
     parser.add_argument("--keep", action="store_true", help="leave the files and the bundle")
     arguments = parser.parse_args()
     folder = Path(arguments.folder)
@@ -88,6 +101,13 @@ def main() -> int:
     print(f"killed after {arguments.kill_after:.0f} s, left {', '.join(left) or 'nothing'}", flush=True)
     status, peak, seconds = measure([sys.executable, "-m", "ar_unified.cli.main", *verb], environment)
     found = sorted(path.name for path in folder.iterdir())
+    if arguments.load:
+        shutil.rmtree(folder / "published")
+        _, held, took = measure([sys.executable, "-c", _LOAD, str(folder / "bundle")], environment)
+        print(
+            f"onto {arguments.devices} devices: peak {(held - idle) / 1e9:.2f} GB of which they hold {size / 1e9:.2f}"
+        )
+        print(f"{took:.1f} s, {took / (size / 1e9):.2f} s/GB")
     if not arguments.keep:
         shutil.rmtree(folder)
     if found != ["bundle", "published"]:
