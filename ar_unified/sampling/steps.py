@@ -227,12 +227,12 @@ def insert(
     def take(new: Array, old: Array) -> Array:
         return jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
-    # A prompt is read by the first context of each request; its text pieces are not to be said again.
-    mine = jnp.where(slots % C == 0, slots // C, len(fresh))[:, None]
+    # A prompt is read by the first context of each request; its text pieces are not to be said again. Prompts of other
+    # fresh slots may come by another call.
+    mine = jnp.where(slots % C == 0, slots // C, len(fresh))
     tokens = prefix.tokens[source]
-    seen = (state.seen & ~fresh[:, None]).at[mine, jnp.where(tokens < v.text_size, tokens, state.seen.shape[1])].set(
-        True, mode="drop"
-    )  # fmt: skip
+    pieces = jnp.where(tokens < v.text_size, tokens, state.seen.shape[1])
+    seen = state.seen.at[mine].set(False, mode="drop").at[mine[:, None], pieces].set(True, mode="drop")
     return placed(
         State(
             rows=jax.tree.map(take, rows, state.rows),

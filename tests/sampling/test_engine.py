@@ -58,6 +58,21 @@ def collect(samples):
     return {(sample.request.id, sample.index): sample for sample in samples}
 
 
+def test_what_a_prompt_has_said_counts_also_where_others_of_other_lengths_begin_with_it():
+    """Prompts of several lengths are read by several calls, and each slot remembers the pieces of its own."""
+    asked = [
+        Request(str(i), (TextPart(text),), mode="text", max_tokens=24, repetition_penalty=5.0, **GREEDY)
+        for i, text in enumerate(("abcd", "ponmlkjihgfedcba" * 2, "efgh", "bcde" * 12))
+    ]
+    grammar, params = GRAMMARS["grid"], random_params()
+    together = collect(engine(grammar, params).generate(asked))
+    for request in asked:
+        (alone,) = engine(grammar, params, batch_size=1).generate([request])
+        assert together[request.id, 0].tokens.tolist() == alone.tokens.tolist(), request.id
+        plain = dataclasses.replace(request, repetition_penalty=1.0)
+        assert next(engine(grammar, params, batch_size=1).generate([plain])).tokens.tolist() != alone.tokens.tolist()
+
+
 @jax.jit
 def _forward(params, tokens):
     model = Transformer.bind(CONFIG, params)
