@@ -15,7 +15,6 @@ from ar_unified.model.config import TransformerConfig
 
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-_COMPUTE = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}  # what is computed in, of weights in
 # Keys that change what is computed when they have any other value than these.
 _ONLY = {
     "mlp_bias": (False, None),
@@ -129,7 +128,6 @@ def read(config: Mapping[str, Any], family: Family, where: str, **fields: Any) -
         d_mlp=sizes["intermediate_size"],
         norm_eps=number("rms_norm_eps", float),
         tie_embeddings=bool(config.get("tie_word_embeddings", family.defaults.get("tie_word_embeddings", False))),
-        dtype=_COMPUTE.get(str(config.get("dtype") or config.get("torch_dtype") or "float32"), "float32"),
         **_rope(config, family, where),
     )
     if act is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 
@@ -18,7 +19,7 @@ from ar_unified.model.leaves import Streamed
 def import_model(
     published: Published, output: str, *, card: str, dtype: str = "", shard_bytes: int = bundle.SHARD_BYTES
 ) -> bundle.Bundle:
-    """Writes the bundle, whole or not at all.
+    """Writes the bundle, whole or not at all. It computes in what its matrices are in, bfloat16 for those in float16.
 
     Args:
         dtype: "float32" or "bfloat16" to convert to; "": every tensor keeps its own, so that it can be given back.
@@ -36,6 +37,10 @@ def import_model(
                     "--dtype makes all of them one"
                 )
 
+    # Settings say what weights are in at several places, or nowhere; the weights are what they are.
+    stored = dtypes["layers.attention.query"]
+    config = dataclasses.replace(keys.config, dtype="float32" if stored == "float32" else "bfloat16")
+
     def pieces() -> Iterator[tuple[str, int | None, np.ndarray]]:
         for slot in keys.slots():
             array = keys.to_ours(slot, [source.read(name) for name in slot.names])
@@ -43,7 +48,7 @@ def import_model(
 
     return bundle.write(
         output,
-        config=keys.config,
+        config=config,
         params=Streamed(dtypes, pieces()),
         grammar=published.grammar,
         text_tokenizer=published.text,

@@ -154,7 +154,8 @@ def test_lwms_stream_comes_back(scanned: bool, dtype: str, tmp_path: Path) -> No
     folder = formats.lwm(tmp_path / "LWM-Text-256K-Jax", vision=False, scanned=scanned, dtype=dtype)
     (folder / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
     assert run("import", "--from", folder, "--as", "lwm", "--output", tmp_path / "bundle") == 0
-    assert Bundle(tmp_path / "bundle").config.rope_theta == 1e7
+    config = Bundle(tmp_path / "bundle").config
+    assert (config.rope_theta, config.dtype) == (1e7, dtype), "it computes in what its weights are in"
     assert Bundle(tmp_path / "bundle").sections["loss"] == {}, "one table has one softmax"
     assert run("export", "--from", tmp_path / "bundle", "--to", "lwm", "--output", tmp_path / "out") == 0
     comparing.assert_same(comparing.stream(tmp_path / "out"), comparing.stream(folder))

@@ -58,20 +58,6 @@ def collect(samples):
     return {(sample.request.id, sample.index): sample for sample in samples}
 
 
-def test_what_a_prompt_has_said_counts_also_where_others_of_other_lengths_begin_with_it():
-    """Prompts of several lengths are read by several calls, and each slot remembers the pieces of its own."""
-    texts = ("aaaa", "ponmlkjihgfedcba" * 2, "hhhh", "bcde" * 12)
-    asked = [
-        Request(text + str(seed), (TextPart(text),), mode="text", max_tokens=4, repetition_penalty=5.0, seed=seed)
-        for seed in range(6)
-        for text in texts
-    ]
-    grammar, params = GRAMMARS["grid"], random_params()
-    together = collect(engine(grammar, params).generate(asked))
-    alone = engine(grammar, params, batch_size=1).generate(asked)
-    assert all(together[one.request.id, 0].tokens.tolist() == one.tokens.tolist() for one in alone)
-
-
 @jax.jit
 def _forward(params, tokens):
     model = Transformer.bind(CONFIG, params)
@@ -89,6 +75,21 @@ def _few_programs(monkeypatch):
     """Compiling is what these tests wait for: one bucket of prompts and one length of cache."""
     monkeypatch.setattr("ar_unified.sampling.engine._SMALLEST", 64)
     monkeypatch.setattr("ar_unified.sampling.plan._SHARES", (1,))
+
+
+def test_what_a_prompt_has_said_counts_also_where_others_of_other_lengths_begin_with_it(monkeypatch):
+    """Prompts of several lengths are read by several calls, and each slot remembers the pieces of its own."""
+    monkeypatch.setattr("ar_unified.sampling.engine._SMALLEST", 16)
+    texts = ("abcdefgh", "ponmlkjihgfedcba" * 2, "hijklmnop", "bcde" * 12)
+    asked = [
+        Request(text + str(seed), (TextPart(text),), mode="text", max_tokens=4, repetition_penalty=5.0, seed=seed)
+        for seed in range(6)
+        for text in texts
+    ]
+    grammar, params = GRAMMARS["grid"], random_params()
+    together = collect(engine(grammar, params).generate(asked))
+    alone = engine(grammar, params, batch_size=1).generate(asked)
+    assert all(together[one.request.id, 0].tokens.tolist() == one.tokens.tolist() for one in alone)
 
 
 def watch(first):
