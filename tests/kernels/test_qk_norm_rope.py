@@ -63,6 +63,7 @@ def test_backward_keeps_the_input_as_it_came_and_one_number_a_head(arguments):
     assert qk_norm_rope(x, rope, *weights).dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize("name", ["v5p", "v6e"])
 def test_on_a_tpu_no_padded_or_widened_copies_are_made(name):

@@ -39,8 +39,15 @@ def kept(tree, mesh) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["v5p:2x2x1", "v6e:2x2"])
-@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+@pytest.mark.parametrize(
+    "target, kv_dtype",
+    [
+        ("v5p:2x2x1", None),
+        ("v6e:2x2", "int8"),
+        pytest.param("v5p:2x2x1", "int8", marks=pytest.mark.exhaustive),
+        pytest.param("v6e:2x2", None, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_step_copies_no_cache_and_needs_little_beside_it(target, kv_dtype):
     mesh = parse_target(target).mesh(decoding_axes(RUN.mesh))
     (program,) = [p for p in sample_programs(replace(RUN, kv_dtype=kv_dtype), mesh) if p.name == "decode"]
@@ -110,6 +117,7 @@ def test_rounded_weights_are_read_as_they_are(weights_dtype):
         assert any(map(matrices.match, made)) == there, letters
 
 
+@pytest.mark.slow
 def test_what_a_long_prompt_needs_does_not_grow_with_it():
     """Read in pieces of 1,024: two of them or eight need the same beside weights, prompts and the cache."""
     mesh, config, params = narrow()

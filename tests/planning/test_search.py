@@ -26,6 +26,7 @@ def test_candidates_that_compute_less_again_stand_first():
     assert found["none", 8, 4].least < found["none", 8, 2].least
 
 
+@pytest.mark.slow
 def test_the_best_that_fits_is_planned_and_says_why(monkeypatch):
     """What does not fit is not asked for again with more; the numbers are those of a plan of the same settings."""
     asked = []

@@ -176,6 +176,7 @@ def test_a_sample_depends_on_weights_request_seed_and_index_only(grammar, params
     assert any(not np.array_equal(other[key].tokens, reference[key].tokens) for key in reference)
 
 
+@pytest.mark.slow
 @pytest.mark.exact
 def test_a_mesh_gives_the_same_tokens(params):
     """Rows over two devices and heads over two: data 2 x tensor 2."""

@@ -96,7 +96,8 @@ def test_the_loop_trains_an_image_tokenizer(tmp_path):
     ImageTokenizer(made.objective.autoencoder, jax.device_get(params["autoencoder"]))
 
 
-@pytest.mark.parametrize("kind", ["patch", pytest.param("style", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["patch", "style"])
 def test_the_adversary_waits_learns_and_is_felt_in_that_order(tmp_path, kind):
     adversary = dataclasses.replace(ADVERSARY, kind=kind, start=4, warmup=2, ramp=2, adaptive=True)
     train(tmp_path, task(adversary), dict(data=1), 8)
@@ -150,8 +151,9 @@ def test_one_device_and_eight_have_the_same_losses(tmp_path, name, judged):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=0.2 * GENTLE.learning_rate), found, params)
 
 
+@pytest.mark.slow
 @pytest.mark.exact
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in ("fsq", "rq_ema")] + ["vq"])
+@pytest.mark.parametrize("name", ["fsq", "rq_ema", "vq"])
 def test_killed_and_resumed_bit_for_bit(tmp_path, name):
     """The discriminator, its optimizer, the averages and the statistics of the codebook included."""
 

@@ -23,7 +23,7 @@ VOCABULARY = replace(tiny.VOCABULARY, rest=0)
 SPLIT = fixed_grid(4, 4).split(VOCABULARY, "by_side")
 
 
-@pytest.mark.parametrize("split", [None, SPLIT], ids=["joint", "by_side"])
+@pytest.mark.parametrize("split", [None, pytest.param(SPLIT, marks=pytest.mark.slow)], ids=["joint", "by_side"])
 def test_it_trains_on_a_mesh_as_alone_and_its_probabilities_add_up(params, split):
     used, config, tx = VOCABULARY.used, replace(tiny.MODEL, n_layers=1), optax.sgd(0.1)
     assert (used, VOCABULARY.size) == (111, 128)
