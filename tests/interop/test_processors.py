@@ -238,7 +238,8 @@ def test_sixteen_ragged_requests_together_are_the_references_one_by_one(name: st
         kind |= {} if draws else {"max_tokens": count + 1}
         if model.grammar.layout.record.size is None:
             kind.pop("image_size", None)
-        made = model.request(*content, seed=i, guidance=1.0, text=GREEDY, image=GREEDY, **side.settings, **kind)
+        plain = {"guidance": 1.0, "repetition_penalty": 1.0, "text": GREEDY, "image": GREEDY}
+        made = model.request(*content, seed=i, **plain, **side.settings, **kind)
         requests.append(dataclasses.replace(made, id=f"{i:02}"))
         expected.append(answer.ids)
     found = sorted(model.generate(requests), key=lambda sample: sample.request.id)
