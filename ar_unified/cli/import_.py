@@ -19,6 +19,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ar_unified.cli.arguments import refuse_unread
 from ar_unified.errors import UserError
 from ar_unified.interop import IMAGE_SYSTEMS
 from ar_unified.interop.files import Files
@@ -59,9 +60,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _image_tokenizer(arguments: argparse.Namespace) -> int:
-    for flag in ("text", "image", "rope_theta", "size", "dtype", "license"):
-        if getattr(arguments, flag):
-            raise UserError(f"--{flag.replace('_', '-')} does nothing for an image tokenizer alone: leave it out")
+    refuse_unread(arguments, "for an image tokenizer alone", "text", "image", "rope_theta", "size", "dtype", "license")
     made, notes = import_tokenizer(arguments.system, Path(arguments.source), arguments.output)
     print(f"{arguments.output}: {arguments.system}, {made.codebook_size} codes of {made.factor} x {made.factor} pixels")
     for note in notes:

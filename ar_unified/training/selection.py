@@ -12,7 +12,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,14 +37,7 @@ class Selection:
 
     def take(self, params: dict[str, Any]) -> dict[str, Any]:
         """What is trained: a tree like `params` with those leaves alone, of a table the selected rows alone."""
-        if self.parts is None:
-            return params
-        taken: dict[str, Any] = {}
-        for path, rows in self.parts.items():
-            folder, name = _folder(taken, path)
-            leaf = _folder(params, path)[0][name]
-            folder[name] = jnp.concatenate([leaf[begin:end] for begin, end in rows]) if rows else leaf
-        return taken
+        return self._taken(params, lambda leaf, rows: jnp.concatenate([leaf[begin:end] for begin, end in rows]))
 
     def put(self, params: dict[str, Any], taken: dict[str, Any]) -> dict[str, Any]:
         """`params` with what is trained in its place."""
@@ -62,13 +55,17 @@ class Selection:
 
     def axes(self, axes: dict[str, Any]) -> dict[str, Any]:
         """The logical axes of what is trained, from those of all parameters. Selected rows are never split."""
+        return self._taken(axes, lambda found, rows: (None, *found[1:]))
+
+    def _taken(self, tree: dict[str, Any], of_rows: Callable[[Any, Rows], Any]) -> dict[str, Any]:
+        """Of a tree like the parameters the selected leaves, of some rows what `of_rows` makes of a leaf."""
         if self.parts is None:
-            return axes
+            return tree
         taken: dict[str, Any] = {}
         for path, rows in self.parts.items():
             folder, name = _folder(taken, path)
-            found = _folder(axes, path)[0][name]
-            folder[name] = (None, *found[1:]) if rows else found
+            leaf = _folder(tree, path)[0][name]
+            folder[name] = of_rows(leaf, rows) if rows else leaf
         return taken
 
     def told(self, shapes: dict[str, Any]) -> str:

@@ -58,8 +58,12 @@ def test_the_train_step_runs_the_kernels(shape, rows, options, calls):
     offloaded = config.remat.startswith("offload")
     assert kernels(compiled) == 3 * calls * (2 if offloaded else 1)
     assert_nothing_travels_whole(compiled.as_text(), config, mesh, rows, 1024, 1024)
-    there = rows * 1024 * offloaded_bytes(config) // 4  # on one of four devices; two KV heads are padded to eight
-    assert there <= compiled.memory_analysis().host_temp_size_in_bytes <= 1.5 * there and (there > 0) == offloaded
+    there, found = rows * 1024 * offloaded_bytes(config) // 4, compiled.memory_analysis().host_temp_size_in_bytes
+    assert (there > 0) == offloaded  # on one of four devices
+    if config.remat == "offload_attention":  # keys and values go, too, of two heads that lie as eight
+        assert there <= found <= 1.5 * there
+    else:
+        assert found == there
 
 
 def test_prefill_and_decode_run_the_kernels():

@@ -12,7 +12,7 @@ all of them, and steps are long enough to hide their fixed cost with blocks as s
 
 Scores stand as [S, T]: what belongs to a query (its bounds, maximum, log-sum-exp) then lies along lanes, and meets all
 its keys without copies of itself over 128 lanes. Exponents are of base 2; the scale and log2(e) are multiplied into
-the queries, H of them, and not into the scores, S.
+the queries, H of them, and not into the scores, S, but of float32.
 
 v4 and v5p have two cores, which share the first axis of a grid. Where the heads of a device are one step's, that axis
 has the two halves of the list.
@@ -204,7 +204,7 @@ def _dkey(spec, tile, outer, inner, cuts, bounds, query, key, value, lse, delta,
 
     @pl.when((word & lists.LAST != 0) & (part == tile.parts - 1))
     def _():
-        dk[...] = (key_sums[...] * (spec.scale / _factor(spec))).astype(dk.dtype)
+        dk[...] = (key_sums[...] * (spec.scale / _factors(spec, query.dtype)[0])).astype(dk.dtype)
         dv[...] = value_sums[...].astype(dv.dtype)
 
 
@@ -243,18 +243,25 @@ def _masked_or_clean(add: Callable, word, tile: _Tile, bounds, key_block) -> Non
         add(None)
 
 
-def _factor(spec: Spec) -> float:
-    """What queries are multiplied with: their products are scores to base 2, or what a soft cap takes the tanh of."""
-    return spec.scale * _LOG2E if spec.soft_cap is None else spec.scale / spec.soft_cap
+def _factors(spec: Spec, dtype: Any) -> tuple[float, float]:
+    """What queries and what scores are multiplied with, to be scores to base 2, or what a soft cap takes the tanh of.
+
+    float32 ones, which are asked for when digits matter, are not rounded once more before their products.
+    """
+    factor = spec.scale * _LOG2E if spec.soft_cap is None else spec.scale / spec.soft_cap
+    return (1.0, factor) if dtype == jnp.float32 else (factor, 1.0)
 
 
 def _scaled(spec: Spec, q: jax.Array) -> jax.Array:
-    return (q.astype(jnp.float32) * _factor(spec)).astype(q.dtype)
+    on_queries, _ = _factors(spec, q.dtype)
+    return q if on_queries == 1.0 else (q.astype(jnp.float32) * on_queries).astype(q.dtype)
 
 
 def _scores(spec, key, query, seen):
     """Scores times log2(e), [S, T], of scaled queries, and their slope by the soft cap (None: 1)."""
     scores, slope = _dot(key, query, transposed=True), None
+    if (on_scores := _factors(spec, query.dtype)[1]) != 1.0:
+        scores *= on_scores
     if spec.soft_cap is not None:
         bent = jnp.tanh(scores)
         scores, slope = bent * (spec.soft_cap * _LOG2E), 1 - bent * bent
