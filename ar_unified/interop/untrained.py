@@ -43,6 +43,8 @@ class _Rows:
     @property
     def drawn(self) -> bool:
         """Whether they are as numbers drawn at random are."""
+        if not self.size:
+            return False  # nobody draws zeros
         n, D = len(self.lengths), len(self.total)
         common = n * (1 - self.left)
         spread = float(self.lengths.var()) / self.size**2 * D / 2
@@ -54,7 +56,7 @@ def untrained(head: np.ndarray, border: Border, vocabulary: Vocabulary) -> str:
     """What the rows of image codes in a published head [V, D] look like where they look untrained; "" else."""
     kind = vocabulary.role(border.ours)
     image, text = (_sums(head, kind == role) for role in (Role.IMAGE, Role.TEXT))
-    if image.size < _SMALL**2 * text.size:
+    if image.size <= _SMALL**2 * text.size:
         return "they are nearly zero"
     if image.left < _ALIKE:
         return "all are alike"

@@ -14,6 +14,9 @@ from safetensors.numpy import load_file, save_file
 import ar_unified
 from ar_unified.bundle import Bundle
 from ar_unified.cli.main import main
+from ar_unified.interop.untrained import untrained
+from ar_unified.language.border import Border
+from ar_unified.language.vocabulary import Role, Vocabulary
 from tests.interop import formats, tables
 
 RNG = np.random.default_rng(0)
@@ -64,6 +67,18 @@ def test_it_is_told_by_its_head(how: str, tmp_path: Path, capsys: pytest.Capture
         return
     assert f"Nobody has trained this model to draw: of its head's rows for image codes, {how}" in said
     assert record["untrained"] in said and record["untrained"] in (bundle / "README.md").read_text()
+
+
+def test_rows_of_zeros_are_told_whatever_is_beside_them() -> None:
+    """So begins a head that somebody made larger, and a file that was made and never filled."""
+    vocabulary = Vocabulary(64, CODES, 1)
+    border = Border.from_ids(range(vocabulary.size))
+    head, zeros = RNG.normal(size=(vocabulary.size, 8)), np.zeros((vocabulary.size, 8))
+    image = vocabulary.ids(Role.IMAGE)
+    assert untrained(zeros, border, vocabulary) == "they are nearly zero"
+    half = zeros.copy()
+    half[image] = head[image]
+    assert untrained(half, border, vocabulary) == "they are as random numbers are, and those of text are not"
 
 
 def test_whoever_draws_with_it_is_warned(tmp_path: Path) -> None:
