@@ -7,8 +7,8 @@ PYTHON  ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 PINS     = requirements/py$(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])' 2>/dev/null).txt
 BIN      = $(VENV)/bin
 
-.PHONY: setup libtpu demo test test-slow test-exact test-interop test-py312 test-all mutate lint check-hopper plan wheel \
-        clean environments
+.PHONY: setup libtpu demo test test-slow test-exact test-interop test-py312 test-all mutate lint check-hopper check-gpu \
+        plan wheel clean environments
 
 setup: $(VENV)/.installed
 
@@ -107,6 +107,12 @@ $(HOPPER)/.installed: $(wildcard requirements/*.txt)
 	  $(HOPPER)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	    jax-cuda13-pjrt==$$jax jax-cuda13-plugin==$$jax nvidia-cuda-nvcc nvidia-nvvm
 	@touch $@
+
+# On a GPU machine JAX is often there already, and nothing can be fetched: then with that Python.
+GPU_PYTHON ?= $(shell $(PYTHON) -c 'import jax, flax, optax' 2>/dev/null && echo $(PYTHON) || echo $(BIN)/python)
+check-gpu:  ## all that is worth knowing about an H100 or H200, in eight minutes; without one, tiny shapes on the CPU
+	@command -v $(GPU_PYTHON) >/dev/null || $(MAKE) setup
+	PYTHONPATH=.:tokenizers $(GPU_PYTHON) -m experiments.benchmarks.gpu
 
 plan: setup libtpu  ## compile published shapes for TPU slices and write the table in BUILD.md; an hour on two cores
 	PYTHONPATH=.:tokenizers $(BIN)/python experiments/benchmarks/plan_table.py

@@ -6,7 +6,7 @@ installs the CUDA plugin of JAX and NVIDIA's compiler from PyPI into .venv-hoppe
 this. It prints registers, spills and shared memory of each kernel and fails where registers spill, where ptxas takes
 the products apart (it serialises wgmma whose operands it cannot prove untouched), or where shared memory is over what a
 thread block may have, which Mosaic itself refuses. What it proves is that the kernels compile and fit; that they are
-right is for test_hopper.py and, on a GPU, for experiments/benchmarks/attention.py.
+right is for test_hopper.py and, on a GPU, for `make check-gpu`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,156 @@
+"""Everything worth knowing about one H100 or H200, in eight minutes, most valuable first: `make check-gpu`.
+
+    parity      every case of the attention and decode kernels in bfloat16 against the reference, with gradients
+    attention   dense causal rows of 4k, 8k and 32k, packed rows of 8 documents of 1k: ours, cuDNN, stock Pallas
+    decode      bytes a second of one step of attention over a cache in bfloat16 and int8: ours, cuDNN, XLA
+    training    steps of a 1B model and of layers of a 7B's shape: tokens a second, MFU, peak memory
+    sampling    images a second of a 7B shape with guidance
+
+Each stage runs in a process of its own, and again from the next check where a check ends the process: a kernel that
+fails takes all that follows in its process with it. Every result is written as it comes, one JSON object a line, into
+results/gpu_<device>_<time>.jsonl, with the clocks and the power before it. A stage has a share of the time, and what
+it leaves is the next one's; --seconds changes all shares alike.
+
+Where there is no H100 or H200, everything runs on the CPU in tiny shapes and with XLA in our kernels' place, into
+.cache/check_gpu: that shows that the check works, and nothing else. Exit status 1: a case was wrong or a check failed.
+
+No run on a GPU has been recorded yet. What to hold attention against, H100 SXM, TFLOP/s causal forward at 4k / 8k /
+16k (tokamax's recorded autotuning data): cuDNN 595 / 629 / 645, tokamax Mosaic GPU 568 / 620 / 636; backward, tokamax
+408 / 438 / 452.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from experiments.benchmarks.gpu.measure import clocks, gpu, line
+from experiments.benchmarks.gpu.sizes import SIZES
+
+ROOT = Path(__file__).resolve().parents[3]
+# Seconds of each stage, in the order in which they run.
+STAGES = {"parity": 150.0, "attention": 120.0, "decode": 40.0, "training": 90.0, "sampling": 70.0}
+_GRACE = 20.0  # seconds for a check that is at work when its stage's time is up
+_BEGIN, _RESULT = "begin ", "result "
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument(
+        "--seconds", type=float, default=sum(STAGES.values()), help="of all stages (default: %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, help="the file of results")
+    parser.add_argument("--worker", nargs=4, metavar=("STAGE", "FIRST", "SIZE", "UNTIL"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        stage, first, size, until = arguments.worker
+        return work(stage, int(first), size, float(until))
+
+    device = gpu()
+    size = "hopper" if device and any(name in device for name in ("H100", "H200")) else "tiny"
+    if size == "tiny":
+        print(f"no H100 or H200 here ({device or 'no GPU'}): tiny shapes on the CPU, and no number means anything")
+    folder = ROOT / (".cache/check_gpu" if size == "tiny" else "experiments/benchmarks/results")
+    name = f"gpu_{(device or 'cpu').replace(' ', '_')}_{time.strftime('%Y%m%d_%H%M%S')}.jsonl"
+    path = arguments.output or folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    share = arguments.seconds / sum(STAGES[stage] for stage in arguments.stages)
+    until, bad = time.time(), 0
+    with open(path, "w", encoding="utf-8") as file:
+        write(file, dict(device=device, when=time.strftime("%Y-%m-%dT%H:%M:%S"), commit=commit(), size=size))
+        for stage in arguments.stages:
+            until += STAGES[stage] * share
+            bad += run(stage, size, until, file)
+    print(f"{bad} of them wrong or failed; written to {path}")
+    return min(bad, 1)
+
+
+def run(stage: str, size: str, until: float, file: TextIO) -> int:
+    """All checks of a stage, in as many processes as it takes. How many were wrong, or failed where they should not."""
+    bad, first = 0, 0
+    print(f"---- {stage}", flush=True)
+    while time.time() < until:
+        command = [sys.executable, "-m", "experiments.benchmarks.gpu", "--worker", stage, str(first), size, str(until)]
+        worker = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        timer = threading.Timer(max(until - time.time(), 0) + _GRACE, worker.kill)
+        timer.start()
+        begun: dict[str, Any] | None = None
+        assert worker.stdout is not None
+        for text in worker.stdout:
+            if text.startswith(_BEGIN):
+                begun = json.loads(text.removeprefix(_BEGIN))
+                first = begun["number"] + 1
+            elif text.startswith(_RESULT):
+                result, begun = json.loads(text.removeprefix(_RESULT)), None
+                bad += said(result, file)
+            else:
+                print(text, end="", flush=True)
+        status = worker.wait()
+        timer.cancel()
+        if begun is not None:  # it went down with its process
+            why = "no time was left" if time.time() >= until else f"its process ended with status {status}"
+            bad += said(dict(stage=stage, name=begun["name"], failed={"process": why}, clocks=clocks()), file)
+        elif status != AGAIN:
+            if status:  # before its first check, or between two
+                bad += said(
+                    dict(stage=stage, name="the stage", failed={"process": f"ended with status {status}"}), file
+                )
+            break
+    return bad
+
+
+AGAIN = 75  # a worker's exit status: the device is of no use to this process any more
+
+
+def work(stage: str, first: int, size: str, until: float) -> int:
+    """The checks of a stage from one on, in this process."""
+    checks = importlib.import_module(f"experiments.benchmarks.gpu.{stage}").checks(SIZES[size])
+    for number, (name, check) in enumerate(checks):
+        if number < first:
+            continue
+        if time.time() >= until:
+            print(f"no time for {len(checks) - number} of {len(checks)}", flush=True)
+            break
+        print(_BEGIN + json.dumps(dict(number=number, name=name)), flush=True)
+        began, before = time.time(), clocks()
+        try:
+            found = check()
+        except Exception as error:  # the other checks are still worth having
+            found = dict(failed={"ours": f"{type(error).__name__}: {error}"[:500]})
+        result = dict(stage=stage, name=name) | found | dict(clocks=before, seconds=round(time.time() - began, 1))
+        print(_RESULT + json.dumps(result), flush=True)
+        if "CUDA_ERROR" in json.dumps(found.get("failed", {})):
+            return AGAIN
+    return 0
+
+
+def said(result: dict[str, Any], file: TextIO) -> bool:
+    """Writes a result, prints it, and says whether it is a fault of ours: a peer may fail."""
+    write(file, result)
+    print(line(result), flush=True)
+    return bool(result.get("wrong")) or bool({"ours", "process"} & result.get("failed", {}).keys())
+
+
+def write(file: TextIO, row: dict[str, Any]) -> None:
+    file.write(json.dumps(row) + "\n")
+    file.flush()
+
+
+def commit() -> str | None:
+    try:
+        asked = ["git", "rev-parse", "--short", "HEAD"]
+        return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

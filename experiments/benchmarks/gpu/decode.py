@@ -1,0 +1,51 @@
+"""One step of attention over a KV cache, which is a matter of bytes: those of the live slots count, once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from ar_unified.kernels.decode_attention import decode_attention, quantize
+from experiments.benchmarks.gpu.measure import Check, Row
+from experiments.benchmarks.gpu.sizes import Size
+
+
+def checks(size: Size) -> list[Check]:
+    B, N, K, S, live = size.decode
+    slots, name = 2 * B * K * live, f"decode B={B} live={live} of {S} N={N} K={K}"
+    ours, xla = _by(size.backend), _by("xla")
+    wide = Row(
+        slots * size.head_dim * 2.0, "GB/s", functools.partial(_arrays, size, False),
+        {"ours": ours, "cudnn": jax.jit(_cudnn), "xla": xla},
+    )  # fmt: skip
+    narrow = Row(
+        slots * (size.head_dim + 4.0), "GB/s", functools.partial(_arrays, size, True), {"ours": ours, "xla": xla}
+    )
+    rows = {f"{name} bfloat16": wide, f"{name} int8": narrow}
+    return [(name, functools.partial(row.measure, size.repeats)) for name, row in rows.items()]
+
+
+def _arrays(size: Size, int8: bool) -> tuple:
+    B, N, K, S, live = size.decode
+    H = size.head_dim
+    keys, shapes = jax.random.split(jax.random.key(0), 3), ((B, N, H), (B, K, S, H), (B, K, S, H))
+    q, k, v = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
+    (k, *k_scale), (v, *v_scale) = (quantize(k), quantize(v)) if int8 else ((k,), (v,))
+    scales = (x[0][:, :, None] if x else None for x in (k_scale, v_scale))
+    return q, k, v, jnp.full(B, live, jnp.int32), *scales
+
+
+def _by(backend: str) -> Callable:
+    def run(q, k, v, lengths, k_scale, v_scale):
+        return decode_attention(q, k, v, lengths=lengths, k_scale=k_scale, v_scale=v_scale, backend=backend)
+
+    return jax.jit(run)
+
+
+def _cudnn(q, k, v, lengths, k_scale, v_scale):
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    ends = dict(query_seq_lengths=jnp.ones_like(lengths), key_value_seq_lengths=lengths)
+    return jax.nn.dot_product_attention(q[:, None], k, v, implementation="cudnn", **ends)

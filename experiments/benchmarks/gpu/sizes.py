@@ -1,0 +1,76 @@
+"""What is measured, on a GPU and, to see that the check works, on a CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Size:
+    """
+    Attributes:
+      backend: of our kernels.
+      repeats: how often each contender is timed, in turns.
+      head_dim, tokens, lengths, document: of attention: of a head; of a batch; of dense rows; of a packed document,
+        eight of which make a row.
+      heads: query heads and KV heads, pairs.
+      decode: rows, query heads, KV heads, slots, live slots.
+      training: by name: preset, layers (None: the preset's), rows, tokens of a row, remat.
+      preset, layers, vocabulary, grid, batches: of sampling: model, layers, ids of text and codes, codes a side,
+        images drawn at once.
+    """
+
+    backend: str
+    repeats: int
+    head_dim: int
+    tokens: int
+    lengths: tuple[int, ...]
+    document: int
+    heads: tuple[tuple[int, int], ...]
+    decode: tuple[int, int, int, int, int]
+    training: dict[str, tuple[str, int | None, int, int, str]]
+    preset: str
+    layers: int | None
+    vocabulary: tuple[int, int]
+    grid: int
+    batches: tuple[int, ...]
+
+
+SIZES = {
+    "hopper": Size(
+        backend="hopper",
+        repeats=10,
+        head_dim=128,
+        tokens=32768,
+        lengths=(4096, 8192, 32768),
+        document=1024,
+        heads=((16, 16), (32, 8)),
+        decode=(32, 32, 8, 8192, 4096),
+        training={
+            "7B's shape, 8 of 32 layers, packed": ("chameleon_7b", 8, 8, 4096, "attention"),
+            "1B, packed": ("1b", None, 8, 4096, "attention"),
+            "8B's shape with grouped heads, 8 of 32 layers": ("emu3_8b", 8, 4, 8192, "full"),
+        },
+        preset="chameleon_7b",
+        layers=None,
+        vocabulary=(57088, 8192),
+        grid=32,
+        batches=(32, 8),
+    ),
+    "tiny": Size(
+        backend="xla",
+        repeats=2,
+        head_dim=64,
+        tokens=512,
+        lengths=(256, 512),
+        document=32,
+        heads=((4, 4), (4, 2)),
+        decode=(4, 8, 2, 256, 128),
+        training={"debug": ("debug", None, 2, 256, "attention"), "debug, full": ("debug", 1, 2, 128, "full")},
+        preset="debug",
+        layers=None,
+        vocabulary=(256, 64),
+        grid=4,
+        batches=(4, 2),
+    ),
+}
