@@ -195,6 +195,7 @@ class Workdir:
         self.text_tokenizer = self.path / "text_tokenizer"
         self.image_tokenizer = self.path / "image_tokenizer"
         self.data = self.path / "data"
+        self.image_codes = self.path / "image_codes"
         self.model = self.path / "model"
         self.samples = self.path / "samples"
         self.tokenizer_evaluation = self.path / "tokenizer_evaluation"
