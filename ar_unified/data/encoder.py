@@ -77,6 +77,7 @@ class Encoder:
 
     def __init__(self, tokenizers: Tokenizers, resize: Resize, batch_size: int):
         self._tokenizers, self._resize, self._batch_size = tokenizers, resize, batch_size
+        self._last: tuple[np.ndarray | None, bytes] = None, b""  # sources hand out an image once for all its questions
         self._codes: dict[bytes, CodesPart | None] = {}  # None: on its way
         self._new: list[bytes] = []
         self._waiting: dict[tuple[int, ...], dict[bytes, np.ndarray]] = {}  # by size
@@ -119,8 +120,12 @@ class Encoder:
             self._send(next(iter(self._waiting)))
 
     def _take(self, pixels: np.ndarray) -> bytes:
-        pixels = self._resize(pixels)
+        last, digest = self._last
+        if pixels is last:
+            return digest
+        whole, pixels = pixels, self._resize(pixels)
         digest = digest_of(pixels)
+        self._last = whole, digest
         if digest in self._codes:
             return digest
         codes = None if self._tokenizers.codes is None else self._tokenizers.codes.get(digest)

@@ -28,7 +28,9 @@ Found = tuple[np.ndarray, np.ndarray]
 
 def digest_of(pixels: np.ndarray) -> bytes:
     """16 bytes that stand for an image, uint8 [H, W, 3]."""
-    return hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).digest()
+    digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(pixels))
+    return digest.digest()
 
 
 class ImageCodes:

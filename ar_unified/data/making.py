@@ -132,14 +132,15 @@ def _write(shard: shards.ShardWriter, item: Item, grammar: Grammar, max_tokens: 
             shard.skip(whole.origin, "too_long_part", reason)
     pieces = [(piece, found) for piece, found in pieces if len(found) <= max_tokens]
     for part, (document, found) in enumerate(pieces):
-        texts = [p.text for p in document.parts if isinstance(p, TextPart)]
+        parts = document.parts
+        texts = [part.text for part in parts if isinstance(part, TextPart)]
         shard.write(
             found,
             item=item.number,
             part=part,
             text_bytes=sum(len(text.encode()) for text in texts),
             task=TASKS.index(document.task),
-            images=len(document.parts) - len(texts),
+            images=len(parts) - len(texts),
             pair=reversible and document.is_pair and grammar.can_swap,
         )
 
