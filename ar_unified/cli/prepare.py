@@ -14,11 +14,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 import jax
+from ar_tokenizers.image.tokenizer import ImageTokenizer
 
 from ar_unified.data import prepare as preparing
 from ar_unified.data.claims import Team
 from ar_unified.data.encoder import Tokenizers
 from ar_unified.data.image_codes import ImageCodes
+from ar_unified.data.images import NoImages
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.start import open_experiment
@@ -57,7 +59,7 @@ def _prepare(experiment: Experiment, stage: Stage, codes: ImageCodes) -> None:
         for split in splits:  # of a job that is gone: nobody works here yet
             shutil.rmtree(stage.folder / split / preparing.CLAIMS, ignore_errors=True)
     tokenizer, summary = experiment.image_tokenizer, dict[str, object]()
-    tokenizers = Tokenizers([tokenizer], codes)
+    tokenizers = Tokenizers(_replicas(tokenizer), codes)
     with runtime.apart() as alive:
         team = Team(jax.process_index(), jax.process_count(), alive=alive)
         for split, sources in splits.items():
@@ -79,6 +81,14 @@ def _prepare(experiment: Experiment, stage: Stage, codes: ImageCodes) -> None:
         if tokenizers.encoded or tokenizers.known:
             experiment.say(f"images: {tokenizers.encoded} encoded here, {tokenizers.known} known ({tokenizers})")
     experiment.finish(stage, summary)
+
+
+def _replicas(tokenizer: ImageTokenizer | NoImages) -> list[ImageTokenizer | NoImages]:
+    """One a device of this process; the faked devices of a CPU have its cores in common."""
+    devices = jax.local_devices()
+    if isinstance(tokenizer, NoImages) or len(devices) == 1 or devices[0].platform == "cpu":
+        return [tokenizer]
+    return [tokenizer.on(device) for device in devices]
 
 
 def _codes(experiment: Experiment, refresh: bool) -> ImageCodes:
