@@ -261,7 +261,7 @@ def apart() -> Iterator[Callable[[], None]]:
 
     `preempted` wants equally many calls; time is what all have in common here, so it is called once a tick of it.
     """
-    barrier("apart")
+    barrier("apart", timeout=_APART)
     asked, began, stop = _asked, time.monotonic(), None
 
     def until(calls: int) -> None:
