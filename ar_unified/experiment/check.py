@@ -42,7 +42,7 @@ from ar_unified.language.syntax import SOFTMAXES
 from ar_unified.manifests import require_same
 from ar_unified.model import config as model_config
 from ar_unified.model.code_vectors import CODE_EMBEDDING_INITS
-from ar_unified.model.transformer import init, logical_axes
+from ar_unified.model.transformer import abstract_params, logical_axes
 from ar_unified.parallel import rules, zigzag
 from ar_unified.sampling.engine import KV_DTYPES, ways_of
 from ar_unified.sampling.request import CONTEXTS
@@ -331,8 +331,7 @@ def _check_mesh(experiment: Experiment, mesh: jax.sharding.Mesh, problems: Probl
     with problems.of("training.sequence_length"):
         zigzag.require_pieces(part.sequence_length, mesh.shape["context"])
     with problems.of("mesh"):
-        one = dataclasses.replace(model, n_layers=1)
-        shapes = jax.eval_shape(functools.partial(init, one), jax.random.key(0))
+        shapes = abstract_params(dataclasses.replace(model, n_layers=1))
         rules.specs(mesh, logical_axes(shapes), shapes)
     here = device.current()
     platforms = {"tpu": here.platform == "tpu", "hopper": here.is_hopper}

@@ -154,8 +154,12 @@ def init(config: TransformerConfig, key: jax.Array) -> Params:
 
 
 def abstract_params(config: TransformerConfig, mesh: jax.sharding.Mesh | None = None) -> Params:
-    """Shapes and dtypes of the parameters, and their shardings on a mesh; nothing is allocated."""
-    shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    """Shapes and dtypes of the parameters, and their shardings on a mesh; nothing is allocated or computed.
+
+    The key is made inside: a config is checked with this before the processes of a job have met, and whoever computes
+    before that cannot meet them any more.
+    """
+    shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
     if mesh is None:
         return shapes
     places = rules.shardings(mesh, logical_axes(shapes), shapes)

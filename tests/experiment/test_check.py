@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -357,3 +360,21 @@ def test_a_image_has_room_in_a_document_and_in_a_sample(tmp_path):
         UserError, match="2 problems:\n.*data.max_tokens: .*at least 20.*\n.*sampling.max_length: .*at least 21"
     ):
         check_sources(made)
+
+
+def test_nothing_is_computed_before_the_processes_of_a_job_have_met():
+    """A platform that is not there: whatever computed would end with an error."""
+    changes = ['--config.training.only=["head"]', "--config.model.tie_embeddings=False"]
+    program = (
+        "from ar_unified.experiment import config as configs\n"
+        "from ar_unified.experiment.check import check\n"
+        f"check(configs.load({SHAPES!r}, {changes!r}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"JAX_PLATFORMS": "not_here"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
