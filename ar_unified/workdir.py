@@ -1,6 +1,6 @@
 """What each stage leaves where, whole or not at all. What is done is skipped; what is other is refused.
 
-    config.json  text_tokenizer/  image_tokenizer/  data/  model/  samples/  tokenizer_evaluation/
+    config.json  text_tokenizer/  image_tokenizer/  image_codes/  data/  model/  samples/  tokenizer_evaluation/
     evaluation.json  report.html
 
 A stage owns one folder. `started.json` in it says with which fingerprint (whatever decides its result) it was
@@ -195,6 +195,7 @@ class Workdir:
         self.text_tokenizer = self.path / "text_tokenizer"
         self.image_tokenizer = self.path / "image_tokenizer"
         self.data = self.path / "data"
+        self.image_codes = self.path / "image_codes"
         self.model = self.path / "model"
         self.samples = self.path / "samples"
         self.tokenizer_evaluation = self.path / "tokenizer_evaluation"

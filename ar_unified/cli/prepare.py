@@ -1,20 +1,31 @@
-"""Turn an experiment's documents into token shards.
+"""Turn an experiment's documents into token shards, on all processes of a job.
 
 Reads the sources and both tokenizers. Leaves in the workdir:
   data/train, data/validation   ArrayRecord shards, an index of lengths, manifest.json with the vocabulary
   data/*/skipped.jsonl          every item that was left out: where it stands, its kind, what was wrong
+  image_codes                   the codes of all images so far, which no other text tokenizer or source changes
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 
+import jax
+from ar_tokenizers.image.tokenizer import ImageTokenizer
+
 from ar_unified.data import prepare as preparing
+from ar_unified.data.claims import Team
+from ar_unified.data.encoder import Tokenizers
+from ar_unified.data.image_codes import ImageCodes
+from ar_unified.data.images import NoImages
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.experiment import Experiment
-from ar_unified.experiment.start import by_first_process, open_experiment
+from ar_unified.experiment.start import open_experiment
+from ar_unified.parallel import runtime
+from ar_unified.workdir import Stage
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -22,33 +33,64 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-@by_first_process
 def prepare(experiment: Experiment) -> None:
-    """Stage data: train and validation, each of which continues where it was interrupted."""
-    stage = experiment.stage(
-        "data",
-        data={
-            key: configs.plain(experiment.config.data[key]) for key in ("image_size", "resize", "layout", "max_tokens")
-        },
-        sources=experiment.fingerprints(held_out=True),
-        text_hash=experiment.text_tokenizer.hash,
-        image_hash=experiment.image_tokenizer.hash,
-    )
-    if stage.done:
-        return experiment.skip(stage)
-    summary = {}
-    for split, sources in (("train", experiment.train), ("validation", experiment.held_out["validation"])):
-        if not sources:
-            continue
-        report = preparing.prepare(
-            sources,
-            experiment.grammar,
-            experiment.image_tokenizer,
-            stage.folder / split,
-            max_tokens=experiment.config.data.max_tokens,
-            resize=experiment.resize,
-            may_be_lost=split == "validation",
+    """Stage data, by all processes: train and validation, each of which continues where it was interrupted."""
+    with experiment.leaving_nothing():
+        codes = _codes(experiment, refresh=True) if runtime.first() else None
+        stage = experiment.stage(
+            "data",
+            data={
+                key: configs.plain(experiment.config.data[key])
+                for key in ("image_size", "resize", "layout", "max_tokens")
+            },
+            sources=experiment.fingerprints(held_out=True),
+            text_hash=experiment.text_tokenizer.hash,
+            image_hash=experiment.image_tokenizer.hash,
+            together=True,
         )
-        experiment.say(f"{split}:\n{report}")
-        summary[split] = {name: asdict(counts) for name, counts in report.sources.items()}
+        if stage.done:
+            return experiment.skip(stage)
+        _prepare(experiment, stage, codes or _codes(experiment, refresh=False))
+
+
+def _prepare(experiment: Experiment, stage: Stage, codes: ImageCodes) -> None:
+    splits = {"train": experiment.train, "validation": experiment.held_out["validation"]}
+    if runtime.first():
+        for split in splits:  # of a job that is gone: nobody works here yet
+            shutil.rmtree(stage.folder / split / preparing.CLAIMS, ignore_errors=True)
+    tokenizer, summary = experiment.image_tokenizer, dict[str, object]()
+    tokenizers = Tokenizers(_replicas(tokenizer), codes)
+    with runtime.apart() as alive:
+        team = Team(jax.process_index(), jax.process_count(), alive=alive)
+        for split, sources in splits.items():
+            if not sources:
+                continue
+            report = preparing.prepare(
+                sources,
+                experiment.grammar,
+                tokenizer,
+                stage.folder / split,
+                max_tokens=experiment.config.data.max_tokens,
+                resize=experiment.resize,
+                may_be_lost=split == "validation",
+                tokenizers=tokenizers,
+                team=team,
+            )
+            experiment.say(f"{split}:\n{report}")
+            summary[split] = {name: asdict(counts) for name, counts in report.sources.items()}
+        if tokenizers.encoded or tokenizers.known:
+            experiment.say(f"images: {tokenizers.encoded} encoded here, {tokenizers.known} known ({tokenizers})")
     experiment.finish(stage, summary)
+
+
+def _replicas(tokenizer: ImageTokenizer | NoImages) -> list[ImageTokenizer | NoImages]:
+    """One a device of this process; the faked devices of a CPU have its cores in common."""
+    devices = jax.local_devices()
+    if isinstance(tokenizer, NoImages) or len(devices) == 1 or devices[0].platform == "cpu":
+        return [tokenizer]
+    return [tokenizer.on(device) for device in devices]
+
+
+def _codes(experiment: Experiment, refresh: bool) -> ImageCodes:
+    tokenizer = experiment.image_tokenizer
+    return ImageCodes(experiment.workdir.image_codes, tokenizer.hash, tokenizer.codebook_size, refresh=refresh)

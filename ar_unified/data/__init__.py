@@ -2,7 +2,8 @@
 
 sources.py     what a config names -> a source (items.py): named, rows, image_folder, text_files, shapes
 images.py      bytes -> uint8 RGB -> the size a model wants (files.py, encoding.py: which, and written how)
-prepare.py     sources -> token shards, through the image tokenizer and the grammar (cutting.py, shards.py)
+prepare.py     sources -> token shards, through the image tokenizer and the grammar, by all processes (claims.py,
+               making.py, encoder.py, image_codes.py, cutting.py, shards.py)
 validate.py    looks at every item as prepare would
 packing.py     which documents share a row, and which row comes when
 loader.py      shards -> batches (batch.py), and images for an image tokenizer

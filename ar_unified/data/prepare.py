@@ -1,38 +1,37 @@
 """Sources -> token shards: images through the image tokenizer in full batches, documents through the grammar.
 
 A shard is a fixed range of a source's items, so what is in it depends on nothing else: an interrupted run continues
-with the first shard that is not there, and ends with the same bytes. Memory is bounded by a shard's tokens and a few
-batches of images.
-
-Axes: `B` images of a batch, `H` `W` their size in pixels, `h` `w` in codes, `n` tokens of a document.
+with the shards that are not there, any number of processes share them (`claims`), and all end with the same bytes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ar_tokenizers.files import whole
 
-from ar_unified import progress, workdir
+from ar_unified import workdir
 from ar_unified.data import shards
-from ar_unified.data.cutting import can_be_split, split
+from ar_unified.data.claims import Claims, Team
+from ar_unified.data.encoder import Tokenizers
 from ar_unified.data.images import ImageCodec, Resize
 from ar_unified.data.items import LeftOut
+from ar_unified.data.making import Piece, Progress, ShardMaker
 from ar_unified.data.sizes import default_resize
-from ar_unified.data.sources import BadItem, Source, read
+from ar_unified.data.sources import BadItem, Source
 from ar_unified.errors import UserError
-from ar_unified.language.document import TASKS, CodesPart, Document, ImagePart, TextPart
-from ar_unified.language.grammar import Grammar, TextLost
+from ar_unified.language.document import TASKS
+from ar_unified.language.grammar import Grammar
 from ar_unified.manifests import ManifestMismatch, differences, require_same
 
 VERSION = 3
+CLAIMS = ".claims"  # in the folder, while many processes work in it
 
 
 @dataclass
@@ -99,8 +98,13 @@ def prepare(
     workers: int = 2,
     may_be_lost: bool = False,
     show_progress: bool = True,
+    tokenizers: Tokenizers | None = None,
+    team: Team | None = None,
 ) -> Report:
     """Writes every source's documents as tokens under `folder` (see `shards`), or continues, or finds it done.
+
+    Many processes call it with the same arguments and a `team`: each does shards that no other does, and returns when
+    all are there. The shards are the same bytes whoever made them.
 
     Bad items are left out, counted by kind, and listed with origin and reason in <folder>/skipped.jsonl. A document of
     more than max_tokens is left out too ("too_long") if it is one question, since half an answer is none; others are
@@ -111,18 +115,21 @@ def prepare(
         sources: with different names.
         grammar: of the vocabulary the two tokenizers made.
         image_tokenizer: called with uint8 [batch_size, H, W, 3], always full, one (H, W) a call; each compiles once.
+            What it makes of an image may not depend on the images beside it.
         max_tokens: of a document, BOS and EOS included: the sequence length of the training to come.
         resize: what is done to images first; None: `default_resize`.
         shard_items: items of a source in a shard, the unit of restarting.
         workers: threads that read and decode.
         may_be_lost: whether a source may end without a document.
+        tokenizers: replicas of the image tokenizer, one a device, and what earlier runs know of images; None: it alone.
+        team: the processes that share the work; None: this one alone.
 
     Raises:
         NothingLeft: no document is left of a source; what was written is removed.
         ManifestMismatch, StageMismatch: the tokenizer is not the vocabulary's, or `folder` was begun with another
             vocabulary, other sources or settings.
     """
-    folder = Path(folder)
+    folder, team = Path(folder), team or Team()
     resize = resize or default_resize(grammar.layout, image_tokenizer)
     _check_tokenizer(grammar, image_tokenizer)
     if len(names := [folder_name(source.name) for source in sources]) > len(set(names)):
@@ -138,34 +145,33 @@ def prepare(
     _same_plan(folder, plan)
     if (folder / "manifest.json").exists():
         return load_report(folder)
-    workdir.clean(folder)
+    if team.processes == 1:
+        workdir.clean(folder)
     workdir.write_json(folder / "plan.json", plan)
 
-    ranges = [
-        (name, source, [range(i, min(i + shard_items, len(source))) for i in range(0, len(source), shard_items)])
+    pieces = {
+        f"{name}/{number:05d}": Piece(
+            source, folder / name, number, range(begin, min(begin + shard_items, len(source)))
+        )
         for name, source in zip(names, sources, strict=True)
-    ]
-    missing = [
-        (source, items, folder / name, number)
-        for name, source, parts in ranges
-        for number, items in enumerate(parts)
-        if not shards.shard_path(folder / name, number).exists()
-    ]
-    total, left = sum(map(len, sources)), sum(len(items) for _, items, _, _ in missing)
-    with progress.bar(total, "items", "prepare", done=total - left, shown=show_progress) as bar:
-        for source, items, place, number in missing:
-            with shards.ShardWriter(place, number) as shard:
-                encoder = _Encoder(grammar, image_tokenizer, resize, batch_size)
-                for ready in encoder.run(read(source, items, workers), bar.update):
-                    _write(shard, ready, grammar, max_tokens, source.reversible)
-    report = Report({name: _count(folder / name, len(parts), len(source)) for name, source, parts in ranges})
-    if lost := [name for name, source in report.sources.items() if not source.documents and not may_be_lost]:
-        for name in names:
-            shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / "plan.json").unlink()
-        raise NothingLeft(". ".join(_nothing_left(name, report.sources[name]) for name in lost))
-    _finish(folder, plan, report)
-    return report
+        for number, begin in enumerate(range(0, len(source), shard_items))
+    }
+    claims = Claims(folder / CLAIMS, team)
+    tokenizers = tokenizers or Tokenizers([image_tokenizer])
+    maker = ShardMaker(grammar, tokenizers, resize, batch_size, max_tokens, workers)
+    with Progress(pieces.values(), tokenizers, show_progress) as shown:
+        claims.work(
+            list(pieces),
+            done=lambda name: pieces[name].path.exists(),
+            do=lambda name: maker.make(pieces[name], claims, shown),
+        )
+    claims.work(
+        ["manifest"],
+        done=lambda _: _ended(folder),
+        do=lambda _: _end(folder, plan, pieces.values(), may_be_lost),
+    )
+    claims.clear()
+    return load_report(folder)
 
 
 def _nothing_left(name: str, source: SourceReport) -> str:
@@ -230,152 +236,47 @@ def _same_plan(folder: Path, plan: Mapping[str, Any]) -> None:
         )
 
 
-def _count(folder: Path, count: int, items: int) -> SourceReport:
-    paths = [shards.shard_path(folder, number) for number in range(count)]
-    index = np.concatenate([np.zeros(0, shards.INDEX), *map(shards.read_index, paths)])
-    left_out = LeftOut()
-    for row in (row for path in paths for row in shards.read_skipped(path)):
-        left_out(BadItem(row["kind"], row["origin"], row["reason"]))
-    kinds = dict(sorted(left_out.kinds.items()))
-    tasks = {task: int((index["task"] == i).sum()) for i, task in enumerate(TASKS)}
-    return SourceReport(
-        items=items,
-        documents=len(index),
-        tokens=int(index["length"].sum()),
-        text_bytes=int(index["text_bytes"].sum()),
-        images=int(index["images"].sum()),
-        longest=int(index["length"].max(initial=0)),
-        split_items=int((index["part"] == 1).sum()),
-        shards=count,
-        tasks={task: number for task, number in tasks.items() if number},
-        skipped={kind: found["count"] for kind, found in kinds.items()},
-        first={kind: found["first"] for kind, found in kinds.items()},
-    )
+def _ended(folder: Path) -> bool:
+    """Whether the manifest is there. Raises NothingLeft where another process has found that there is none to be."""
+    if (folder / "manifest.json").exists():
+        return True
+    if not (folder / "plan.json").exists():
+        raise NothingLeft(f"{folder}: no document is left of a source; the process that found it says of which")
+    return False
 
 
-def _finish(folder: Path, plan: Mapping[str, Any], report: Report) -> None:
-    rows = []
-    for name, source in report.sources.items():
-        for number in range(source.shards):
-            path = shards.skipped_path(shards.shard_path(folder / name, number))
-            rows.append(path.read_text(encoding="utf-8"))
-    workdir.write_text(folder / "skipped.jsonl", "".join(rows))
+def _end(folder: Path, plan: Mapping[str, Any], pieces: Collection[Piece], may_be_lost: bool) -> None:
+    """Counts the shards and writes the manifest; or removes them, and raises NothingLeft."""
+    places = {name: [piece for piece in pieces if piece.folder == folder / name] for name in plan["sources"]}
+    report = Report({name: _count(mine) for name, mine in places.items()})
+    if lost := [name for name, source in report.sources.items() if not source.documents and not may_be_lost]:
+        for name in [*places, CLAIMS]:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / "plan.json").unlink()
+        raise NothingLeft(". ".join(_nothing_left(name, report.sources[name]) for name in lost))
+    with whole(folder / "skipped.jsonl") as rows:
+        for piece in pieces:
+            rows.write(shards.skipped_path(piece.path).read_bytes())
     workdir.write_json(folder / "manifest.json", dict(plan) | {"report": asdict(report)["sources"]})
 
 
-# ---- one shard ---------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Item:
-    """An item on its way: a document whose images are on theirs, or why there is none."""
-
-    number: int
-    document: Document | None
-    bad: BadItem | None = None
-    images: list[bytes] = field(default_factory=list)  # digests, in order
-
-
-class _Encoder:
-    """Documents with pixels in, documents with codes out, in the same order, a batch of images at a time.
-
-    Equal images of a shard are encoded once: an image often comes with many questions.
-    """
-
-    def __init__(self, grammar: Grammar, tokenizer: ImageCodec, resize: Resize, batch_size: int):
-        self._grammar, self._tokenizer, self._resize, self._batch_size = grammar, tokenizer, resize, batch_size
-        self._codes: dict[bytes, CodesPart] = {}
-        self._waiting: dict[tuple[int, ...], dict[bytes, np.ndarray]] = {}  # by size
-        self._items: deque[_Item] = deque()
-
-    def run(self, items: Iterable[tuple[int, Document | BadItem]], taken: Callable[[], Any]) -> Iterator[_Item]:
-        """All items as they become ready; `taken` is called after each that was read."""
-        for number, item in items:
-            yield from self._add(number, item)
-            taken()
-        while self._waiting:
-            self._encode(next(iter(self._waiting)))
-        yield from self._ready()
-
-    def _add(self, number: int, item: Document | BadItem) -> Iterator[_Item]:
-        """Takes an item; yields those that are ready."""
-        if isinstance(item, BadItem):
-            self._items.append(_Item(number, None, item))
-        else:
-            digests = [self._take(part.pixels) for part in item.parts if isinstance(part, ImagePart)]
-            # Only where the image was is kept: pixels live until their batch is encoded.
-            without = item.changed(lambda part: _IMAGE if isinstance(part, ImagePart) else part)
-            self._items.append(_Item(number, without, None, digests))
-        if sum(map(len, self._waiting.values())) > 8 * self._batch_size:  # many sizes: the first in line goes
-            self._encode(next(iter(self._waiting)))
-        yield from self._ready()
-
-    def _take(self, pixels: np.ndarray) -> bytes:
-        pixels = self._resize(pixels)
-        digest = hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).digest()
-        if digest not in self._codes:
-            same_size = self._waiting.setdefault(pixels.shape, {})
-            same_size[digest] = pixels
-            if len(same_size) == self._batch_size:
-                self._encode(pixels.shape)
-        return digest
-
-    def _encode(self, shape: tuple[int, ...]) -> None:
-        images = self._waiting.pop(shape)
-        batch = np.zeros((self._batch_size, *shape), np.uint8)
-        batch[: len(images)] = np.stack(list(images.values()))
-        codes = np.asarray(self._tokenizer.encode(batch), np.int32)
-        self._codes.update({digest: CodesPart(codes[i]) for i, digest in enumerate(images)})
-
-    def _ready(self) -> Iterator[_Item]:
-        while self._items and all(digest in self._codes for digest in self._items[0].images):
-            item = self._items.popleft()
-            if item.document is not None and item.images:
-                codes = iter([self._codes[digest] for digest in item.images])
-                item.document = item.document.changed(lambda part: next(codes) if part is _IMAGE else part)  # noqa: B023
-            yield item
-
-
-_IMAGE = ImagePart(np.zeros((1, 1, 3), np.uint8))  # stands where an image was
-
-
-def _write(shard: shards.ShardWriter, item: _Item, grammar: Grammar, max_tokens: int, reversible: bool) -> None:
-    """One item, as documents that fit or as a reason why not."""
-    if item.document is None:
-        assert item.bad is not None
-        shard.skip(item.bad.origin, item.bad.kind, item.bad.reason)
-        return
-    whole = item.document
-    try:
-        found = grammar.encode(whole)
-        if len(found) > max_tokens and not can_be_split(whole):
-            shard.skip(
-                whole.origin,
-                "too_long",
-                f"expected at most {max_tokens} tokens (config.data.max_tokens), found {len(found)}",
-            )
-            return
-        pieces = split(whole, grammar, max_tokens) if len(found) > max_tokens else [(whole, found)]
-    except TextLost as error:
-        shard.skip(whole.origin, "text_lost", str(error))
-        return
-    for _, found in pieces:
-        if len(found) > max_tokens:
-            reason = f"expected at most {max_tokens} tokens, found {len(found)} in one {_unit(whole)}"
-            shard.skip(whole.origin, "too_long_part", reason)
-    pieces = [(piece, found) for piece, found in pieces if len(found) <= max_tokens]
-    for part, (document, found) in enumerate(pieces):
-        texts = [p.text for p in document.parts if isinstance(p, TextPart)]
-        shard.write(
-            found,
-            item=item.number,
-            part=part,
-            text_bytes=sum(len(text.encode()) for text in texts),
-            task=TASKS.index(document.task),
-            images=len(document.parts) - len(texts),
-            pair=reversible and document.is_pair and grammar.can_swap,
-        )
-
-
-def _unit(document: Document) -> str:
-    return "question with its answer" if document.asks else "image or character"
+def _count(pieces: Collection[Piece]) -> SourceReport:
+    """Of one source, a shard at a time."""
+    found, left_out, tasks = SourceReport(shards=len(pieces)), LeftOut(), np.zeros(len(TASKS), np.int64)
+    for piece in pieces:
+        index = shards.read_index(piece.path)
+        found.items += len(piece.items)
+        found.documents += len(index)
+        found.tokens += int(index["length"].sum())
+        found.text_bytes += int(index["text_bytes"].sum())
+        found.images += int(index["images"].sum())
+        found.longest = max(found.longest, int(index["length"].max(initial=0)))
+        found.split_items += int((index["part"] == 1).sum())
+        tasks += np.bincount(index["task"], minlength=len(TASKS))
+        for row in shards.read_skipped(piece.path):
+            left_out(BadItem(row["kind"], row["origin"], row["reason"]))
+    kinds = dict(sorted(left_out.kinds.items()))
+    found.tasks = {task: int(number) for task, number in zip(TASKS, tasks, strict=True) if number}
+    found.skipped = {kind: told["count"] for kind, told in kinds.items()}
+    found.first = {kind: told["first"] for kind, told in kinds.items()}
+    return found

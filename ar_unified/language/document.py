@@ -5,6 +5,7 @@ Axes: `H` `W` height and width of an image in pixels; `h` `w` the same in codes 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -124,8 +125,12 @@ class Document:
 
     def changed(self, change: Callable[[Part], Part]) -> Document:
         """The same with each part as `change` makes it."""
-        turns = tuple(Turn(turn.speaker, tuple(map(change, turn.parts)), turn.trained) for turn in self.turns)
-        return Document(turns, self.id, self.origin, self.meta)
+        turns = []
+        for turn in self.turns:
+            parts = tuple(map(change, turn.parts))
+            same = all(map(operator.is_, parts, turn.parts))
+            turns.append(turn if same else Turn(turn.speaker, parts, turn.trained))
+        return Document(tuple(turns), self.id, self.origin, self.meta)
 
     @property
     def asks(self) -> bool:
@@ -145,8 +150,10 @@ class Document:
     @property
     def is_pair(self) -> bool:
         """Whether it is one question of one part and an answer of one part, of text the one and an image the other."""
+        if [turn.speaker for turn in self.turns] != ["user", "assistant"]:
+            return False
         kinds = [[isinstance(part, TextPart) for part in turn.parts] for turn in self.turns]
-        return [turn.speaker for turn in self.turns] == ["user", "assistant"] and sorted(kinds) == [[False], [True]]
+        return kinds in ([[False], [True]], [[True], [False]])
 
     def check(self) -> None:
         """Raises DocumentError naming the first part that no grammar could carry there and back."""
@@ -162,17 +169,23 @@ class Document:
     @property
     def task(self) -> str:
         """Which of TASKS this document trains: read off the turns and what the answer begins with."""
-        images = [[not isinstance(part, TextPart) for part in turn.parts] for turn in self.turns]
-        if not self.asks or sum(turn.speaker == "assistant" for turn in self.turns) > 1:
-            return "interleaved" if any(map(any, images)) else "text"
-        if any(images[-1][:1]):
+        turns = self.turns
+        if not self.asks or sum(turn.speaker == "assistant" for turn in turns) > 1:
+            return "interleaved" if _shows(turns) else "text"
+        answer = turns[-1].parts
+        if answer and not isinstance(answer[0], TextPart):
             return "text_to_image"
-        return "image_to_text" if any(map(any, images[:-1])) else "text"
+        return "image_to_text" if _shows(turns[:-1]) else "text"
+
+
+def _shows(turns: Sequence[Turn]) -> bool:
+    """Whether there are images."""
+    return any(not isinstance(part, TextPart) for turn in turns for part in turn.parts)
 
 
 def check_speakers(speakers: Sequence[str]) -> None:
     """Raises DocumentError("bad_turns") unless these may follow each other in a document."""
-    if list(speakers) == ["document"]:
+    if list(speakers) in (["document"], ["user", "assistant"]):  # nearly all
         return
     talk = list(speakers[1:] if speakers[:1] == ["system"] or speakers[:1] == ("system",) else speakers)
     if not talk or len(talk) % 2 or any(who != ("user", "assistant")[i % 2] for i, who in enumerate(talk)):

@@ -21,11 +21,13 @@ _ROLE, _SPEAKER = 0b111, 0b11  # Role in bits 0-2, place in SPEAKERS in bits 3-4
 TRAINED, TURN, IMAGE = 1 << 5, 1 << 6, 1 << 7  # is trained; first of a turn; first of an image
 _ANSWERS = [SPEAKERS.index("document"), SPEAKERS.index("assistant")]
 _OWN = _ROLE | IMAGE  # what a token has wherever it stands
+_SPEAKERS = {speaker: place << 3 for place, speaker in enumerate(SPEAKERS)}
+_ONE = [bytes([each]) for each in range(256)]
 
 
 def mark(role: int, speaker: str, trained: bool) -> int:
     """The mark of a position that begins nothing. speaker: one of SPEAKERS."""
-    return role | SPEAKERS.index(speaker) << 3 | TRAINED * trained  # type: ignore[arg-type]
+    return role | _SPEAKERS[speaker] | TRAINED * trained
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,25 +101,23 @@ class Writer:
 
     def add(self, ids: Iterable[int], role: int) -> None:
         """Ids of one role."""
-        at = len(self._ids)
+        marks, at = self._marks, len(self._marks)
         self._ids.extend(ids)
-        self._mark(at, bytes([self._says | role]) * (len(self._ids) - at))
+        marks += _ONE[self._says | role] * (len(self._ids) - at)
+        if len(marks) > at:
+            marks[at] |= self._begins
+            self._begins = 0
 
     def image(self, ids: np.ndarray, roles: bytes) -> None:
         """An image, int32 [n], with the role of each id."""
-        at = len(self._ids)
+        marks, at = self._marks, len(self._marks)
         self._ids.frombytes(ids.tobytes())
-        self._mark(at, roles.translate(_says(self._says)))
-        self._marks[at] |= IMAGE
+        marks += roles.translate(_says(self._says))
+        marks[at] |= IMAGE | self._begins
+        self._begins = 0
 
     def written(self) -> Encoded:
         return Encoded(np.array(self._ids, np.int32), np.frombuffer(self._marks, np.uint8))
-
-    def _mark(self, at: int, marks: bytes) -> None:
-        if marks:
-            self._marks += marks
-            self._marks[at] |= self._begins
-            self._begins = 0
 
 
 @functools.cache

@@ -46,6 +46,17 @@ class Break(NamedTuple):
     opened: Opened
 
 
+class _Frame(NamedTuple):
+    """The ids around parts: before the first turn, behind a question, behind an answer, behind all; and the template
+    of turns that are told apart by text."""
+
+    begin: list[int]
+    asks: list[int]
+    end: list[int]
+    tail: list[int]
+    template: TurnTemplate | None
+
+
 class Grammar:
     """One vocabulary, one way to write images and turns, one text tokenizer.
 
@@ -67,6 +78,7 @@ class Grammar:
                 )
         self.vocabulary, self.layout, self.text_codec = vocabulary, layout, text_codec
         self.syntax = Syntax.of(vocabulary, layout, lambda text: self.text_codec.encode(text))
+        self._fitting: set[tuple[int, ...]] = set()  # sizes that were checked
 
     # ---- documents to ids ----------------------------------------------------------------------------------------
 
@@ -154,16 +166,15 @@ class Grammar:
         return found
 
     def _writer(self, turns: Sequence[Turn]) -> encoded.Writer:
-        v, marks = self.vocabulary, self.layout.record.turns
-        if isinstance(marks, TurnTemplate) and turns[0].speaker != "document":
-            turns = _spelled(turns, marks)
-        asks = [v.control(marks.ask)] if isinstance(marks, TurnMarks) else [v.control(name) for name in marks.answer]
+        begin, asks, end, tail, template = self._frame
+        if template is not None and turns[0].speaker != "document":
+            turns = _spelled(turns, template)
         out = encoded.Writer()
         at = 0
         for i, turn in enumerate(turns):
             out.turn(turn.speaker, turn.learned)
             if not i:
-                out.add([v.control(self.layout.record.begin)], Role.CONTROL)
+                out.add(begin, Role.CONTROL)
             for part in turn.parts:
                 if isinstance(part, TextPart):
                     out.add(self._text(at, part.text), Role.TEXT)
@@ -174,11 +185,19 @@ class Grammar:
                     raise GrammarError(at, "codes (the image tokenizer makes them)", "pixels", unit="part")
                 at += 1
             if turn.speaker in ("document", "assistant"):
-                out.add([self.syntax.end], Role.CONTROL)
-            elif turn.speaker == "user" or isinstance(marks, TurnMarks):
+                out.add(end, Role.CONTROL)
+            elif turn.speaker == "user" or template is None:
                 out.add(asks, Role.CONTROL)
-        out.add(self.tail, Role.CONTROL)
+        out.add(tail, Role.CONTROL)
         return out
+
+    @cached_property
+    def _frame(self) -> _Frame:
+        v, record = self.vocabulary, self.layout.record
+        template = None if isinstance(record.turns, TurnMarks) else record.turns
+        asks = [record.turns.ask] if isinstance(record.turns, TurnMarks) else record.turns.answer
+        names = [v.control(name) for name in asks]
+        return _Frame([v.control(record.begin)], names, [self.syntax.end], self.tail.tolist(), template)
 
     def _text(self, i: int, text: str) -> list[int]:
         try:
@@ -203,7 +222,9 @@ class Grammar:
         v = self.vocabulary
         if not v.codebook_size:
             raise GrammarError(i, "a text (this vocabulary is of text alone)", "an image", unit="part")
-        self.check_size(codes.shape[0], codes.shape[1], i)
+        if codes.shape not in self._fitting:
+            self.check_size(codes.shape[0], codes.shape[1], i)
+            self._fitting.add(codes.shape)
         if codes.min() < 0 or codes.max() >= v.codebook_size:
             expected = f"codes 0..{v.codebook_size - 1} (the image tokenizer's codebook)"
             raise GrammarError(i, expected, f"{codes.min()}..{codes.max()}", unit="part")

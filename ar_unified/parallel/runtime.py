@@ -13,11 +13,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ import numpy as np
 from absl import flags
 
 # Private, for want of a public way: what cluster this is before anything is started (jax.distributed.initialize tells
-# only by starting), and a service that names who did not come (initialize does not pass its own time-out on to it).
-from jax._src import clusters
+# only by starting), a service that names who did not come (initialize does not pass its own time-out on to it), and a
+# word to all processes that needs no device.
+from jax._src import clusters, distributed
 from jax._src.lib import _jax
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
@@ -39,6 +41,9 @@ from ar_unified import errors, interrupts
 from ar_unified.errors import RunError, UserError
 from ar_unified.parallel import last_words
 
+_TICK = 0.5  # seconds, of `apart`
+_LATE = 20  # ticks by which one process may be behind another when both have passed a barrier
+_APART = 14 * 86400.0  # seconds that some may wait for others
 _GRACE = 3.0  # seconds that process 0, whose end ends the others, leaves them to say what they have to say
 # Errors of collectives that lost a peer: gloo's, NCCL's, the coordination service's.
 _PEER_LOST = re.compile(r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|[Cc]onnection (reset|closed|refused)|heartbeat")
@@ -247,6 +252,44 @@ def preempted() -> bool:
         return False
     _asked += 1  # not the step: a second training starts from 0 again, behind what was agreed
     return multihost_utils.reached_preemption_sync_point(_asked)
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[Callable[[], None]]:
+    """Around work that processes do each at their own pace: yields what each calls all the time, which raises Preempted
+    in all of them within a second or so of a SIGTERM to one. All leave the block together.
+
+    `preempted` wants equally many calls; time is what all have in common here, so it is called once a tick of it.
+    """
+    barrier("apart", timeout=_APART)
+    asked, began, stop = _asked, time.monotonic(), None
+
+    def until(calls: int) -> None:
+        while _log is not None and _asked < calls:
+            if preempted():
+                say("SIGTERM: stopped; what is done stays, and the same command goes on from there")
+                raise interrupts.Preempted(signal.SIGTERM)
+
+    try:
+        yield lambda: until(asked + int((time.monotonic() - began) / _TICK))
+    except interrupts.Preempted as raised:
+        stop = raised
+    barrier("together", timeout=_APART)
+    if stop is None:  # one that has finished may not have seen yet that the others were stopped
+        until(_told(f"ticks {asked}", _asked + _LATE))
+    else:
+        _told(f"ticks {asked}", _asked + _LATE)
+        raise stop
+
+
+def _told(name: str, number: int) -> int:
+    """The number that process 0 has."""
+    client = distributed.global_state.client
+    if client is None:
+        return number
+    if first():
+        client.key_value_set(f"ar_unified/{name}", str(number))
+    return int(client.blocking_key_value_get(f"ar_unified/{name}", 600_000))
 
 
 def to_host(tree: Any) -> Any:

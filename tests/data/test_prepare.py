@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 
 from ar_unified import workdir
 from ar_unified.data.cutting import characters, split
+from ar_unified.data.encoder import Tokenizers
+from ar_unified.data.image_codes import ImageCodes, digest_of
 from ar_unified.data.images import Resize, to_png
 from ar_unified.data.prepare import NothingLeft, load_manifest, load_report, prepare
 from ar_unified.data.shards import Shards, read_skipped
@@ -92,6 +95,45 @@ def test_interrupted_and_continued_equals_uninterrupted(
         assert len(again.shapes) < len(tokenizer.shapes), "finished shards were made again"
     run(sources(), grammar, never := kit.Tokenizer(), broken)
     assert not never.shapes, "a finished prepare was done again"
+
+
+def test_images_that_are_known_are_not_encoded_again(
+    folder: Path, grammar: Grammar, tokenizer: Any, kit: Any, tmp_path: Path
+) -> None:
+    def known(tokenizer: Any) -> Tokenizers:
+        return Tokenizers([tokenizer], ImageCodes(tmp_path / "codes", tokenizer.hash, tokenizer.codebook_size))
+
+    first = known(tokenizer)
+    run([opened(folder, files=("captions",))], grammar, tokenizer, tmp_path / "out", tokenizers=first)
+    assert (first.encoded, first.known) == (20, 0)
+    (folder / "images/new.png").write_bytes(to_png(kit.image(77)))
+    kit.write(folder / "vqa.jsonl", [dict(image=f"images/{i}.png", question="new?", answer="no") for i in (3, "new")])
+    sources = [opened(folder, files=("captions",)), opened(folder, files=("vqa",), label="added")]
+    run(sources, grammar, kit.Tokenizer(), tmp_path / "plain", max_tokens=256)
+    second = known(again := kit.Tokenizer())
+    run(sources, grammar, again, tmp_path / "again", max_tokens=256, tokenizers=second)
+    assert (second.encoded, second.known) == (1, 20 + 1) and len(again.shapes) == 1
+    assert files(tmp_path / "again") == files(tmp_path / "plain")
+    other = kit.Tokenizer()
+    other.hash = "another"
+    assert known(other).codes.get(digest_of(kit.image(0))) is None
+
+
+def test_replicas_share_the_batches_and_change_nothing(
+    folder: Path, grammar: Grammar, tokenizer: Any, kit: Any, tmp_path: Path
+) -> None:
+    together = threading.Barrier(2)
+
+    class Replica(kit.Tokenizer):
+        def encode(self, pixels: np.ndarray) -> np.ndarray:
+            if not self.shapes:
+                together.wait(60)  # the first batch of each is on its way at the same time
+            return super().encode(pixels)
+
+    run([opened(folder)], grammar, tokenizer, tmp_path / "one", batch_size=2)
+    replicas = [Replica(), Replica()]
+    run([opened(folder)], grammar, tokenizer, tmp_path / "two", batch_size=2, tokenizers=Tokenizers(replicas))
+    assert files(tmp_path / "two") == files(tmp_path / "one")
 
 
 def test_another_vocabulary_or_setting_is_refused(

@@ -204,6 +204,15 @@ def test_codes_do_not_depend_on_the_batch_they_came_in():
     assert tokenizer.encode(images[:0]).shape == (0, 2, 3) and tokenizer.decode(codes[:0]).shape == (0, 16, 24, 3)
 
 
+def test_a_replica_computes_the_same_on_its_device():
+    tokenizer = ImageTokenizer(SMALL, trained(SMALL), batch_size=2)
+    device = jax.devices()[3]
+    replica = tokenizer.on(device)
+    assert {leaf.device for leaf in jax.tree.leaves(replica.params)} == {device} and replica.hash == tokenizer.hash
+    images = random_images(3)
+    np.testing.assert_array_equal(replica.encode(images), tokenizer.encode(images))
+
+
 def test_wrong_input_is_named():
     tokenizer = ImageTokenizer(SMALL, trained(SMALL), batch_size=2)
     with pytest.raises(ValueError, match="20 x 24 pixels .* multiples of 8"):

@@ -90,6 +90,11 @@ class ImageTokenizer:
             digest.update(np.asarray(leaf).astype("<f4").tobytes())
         return digest.hexdigest()
 
+    def on(self, device: jax.Device) -> ImageTokenizer:
+        """The same tokenizer, which computes on this device: same programs, same codes, compiled once more."""
+        params = jax.device_put(self.params, device)
+        return ImageTokenizer(self.config, params, batch_size=self.batch_size, published=self.published)
+
     def vectors(self) -> np.ndarray:
         """What the quantizer has for each code, float32 [K, C]: near each other where codes are (Quantizer.alone)."""
         return np.asarray(jax.jit(lambda params: Autoencoder.bind(self.config, params).quantizer.alone())(self.params))

@@ -1,0 +1,119 @@
+"""Who does which piece of work, among processes that share a folder and need not know whether the others live.
+
+A claim is a small file that names its owner. It is written again while the work goes on; one that has not changed for
+`lease` seconds belongs to nobody, and whoever is free takes the piece over. Two that do the same piece must write the
+same bytes: then a claim saves work and guards nothing, so neither locks nor the clocks of other hosts have to be right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ar_unified import workdir
+
+
+@dataclass(frozen=True)
+class Team:
+    """Which of how many processes this is. One alone claims nothing.
+
+    Attributes:
+        lease: seconds after which a claim that was not renewed is anyone's: longer than the longest time between two
+            calls of `Claims.renew`, a compilation included.
+        alive: called all the time, also while this process waits for others; may raise, which ends the work.
+    """
+
+    process: int = 0
+    processes: int = 1
+    lease: float = 120.0  # network file systems show a change up to 60 s late
+    alive: Callable[[], object] = lambda: None
+
+
+class Claims:
+    """The pieces of one job. `folder` is shared by the team, and made with the first claim."""
+
+    def __init__(self, folder: Path, team: Team):
+        self._folder, self._team = folder, team
+        self._me = f"process {team.process} of {team.processes}: {os.getpid()} on {socket.gethostname()}"
+        self._held: Path | None = None
+        self._renewed = 0.0
+        self._seen: dict[Path, tuple[bytes, float]] = {}  # claims of others: what they say, and since when
+
+    def work(self, pieces: Sequence[str], done: Callable[[str], bool], do: Callable[[str], object]) -> None:
+        """Does pieces until all are done, by whomever.
+
+        First those whose turn it is by number (piece i is process i mod P's), then, from the end, whatever others have
+        not begun or have given up.
+
+        Args:
+            pieces: names, the same for all processes, in the same order.
+            done: whether what a piece leaves is there. do: leaves it, and calls `renew` on the way.
+        """
+        process, processes = self._team.process, self._team.processes
+        mine = pieces[process::processes]
+        others = [name for i, name in enumerate(pieces) if i % processes != process]
+        left = [name for name in (*mine, *reversed(others)) if not done(name)]
+        while left:
+            took = False
+            for name in left:
+                self._team.alive()
+                if not done(name) and self._take(name):
+                    took = True
+                    if not done(name):  # it may have been finished between the two questions
+                        do(name)
+                    self._release()
+            left = [name for name in left if not done(name)]
+            if left and not took:
+                time.sleep(min(1.0, self._team.lease / 8))
+
+    def renew(self) -> bool:
+        """Says that the piece goes on. To be called often: it costs nothing until a part of the lease is over.
+
+        Returns whether a look at what others have done is due, as it is a few times a lease.
+        """
+        self._team.alive()
+        now = time.monotonic()
+        if self._held is None or now - self._renewed < self._team.lease / 8:
+            return False
+        self._renewed = now
+        workdir.write_text(self._held, f"{self._me}, at {now:.3f}\n")
+        return True
+
+    def clear(self) -> None:
+        """Removes all claims. Only when nobody works, or nothing is left to do."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _take(self, name: str) -> bool:
+        if self._team.processes == 1:
+            return True
+        path = self._folder / name.replace("/", "+")
+        now = time.monotonic()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(path, "xb") as file:
+                file.write(f"{self._me}\n".encode())
+        except FileExistsError:
+            try:
+                says = path.read_bytes()
+            except FileNotFoundError:  # released just now
+                return False
+            if self._seen.get(path, (b"", 0.0))[0] != says:
+                self._seen[path] = says, now
+            if now - self._seen[path][1] < self._team.lease:
+                return False
+            workdir.write_text(path, f"{self._me}, taken over at {now:.3f}\n")
+        self._seen.pop(path, None)
+        self._held, self._renewed = path, now
+        return True
+
+    def _release(self) -> None:
+        if self._held is not None:
+            with contextlib.suppress(FileNotFoundError):
+                self._held.unlink()
+            self._held = None

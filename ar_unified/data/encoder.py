@@ -1,0 +1,168 @@
+"""Documents with pixels in, documents with codes out, in the same order, a batch of images of one size at a time.
+
+Axes: `B` images of a batch, `H` `W` their size in pixels, `h` `w` in codes.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ar_unified.data.image_codes import ImageCodes, digest_of
+from ar_unified.data.images import ImageCodec, Resize
+from ar_unified.data.sources import BadItem
+from ar_unified.language.document import CodesPart, Document, ImagePart
+
+
+@dataclass
+class Item:
+    """An item on its way: a document whose images are on theirs, or why there is none."""
+
+    number: int
+    document: Document | None
+    bad: BadItem | None = None
+    images: list[bytes] = field(default_factory=list)  # digests, in order
+
+
+class Tokenizers:
+    """Replicas of one image tokenizer, one a device, each with a thread: batches are encoded while others are read.
+
+    Attributes:
+        encoded, known: images that went through a tokenizer, and images that earlier runs have left codes of.
+    """
+
+    def __init__(self, replicas: Sequence[ImageCodec], codes: ImageCodes | None = None):
+        self.codes = codes
+        self.encoded = self.known = 0
+        self.devices = len(replicas)
+        self._pool = ThreadPoolExecutor(self.devices)
+        self._free: queue.SimpleQueue[ImageCodec] = queue.SimpleQueue()
+        for replica in replicas:
+            self._free.put(replica)
+        self._began, self._busy, self._lock = time.perf_counter(), 0.0, threading.Lock()
+
+    def encode(self, batch: np.ndarray) -> Future[np.ndarray]:
+        """uint8 [B, H, W, 3] -> int32 [B, h, w]."""
+        return self._pool.submit(self._encode, batch)
+
+    def _encode(self, batch: np.ndarray) -> np.ndarray:
+        replica, began = self._free.get(), time.perf_counter()
+        try:
+            return np.asarray(replica.encode(batch), np.int32)
+        finally:
+            self._free.put(replica)
+            with self._lock:
+                self._busy += time.perf_counter() - began
+
+    def __str__(self) -> str:
+        """What a progress line says."""
+        seconds = time.perf_counter() - self._began
+        busy = self._busy / self.devices / seconds
+        return f"{(self.encoded + self.known) / seconds:.0f} images/s, tokenizer {busy:.0%} busy"
+
+
+class Encoder:
+    """The images of one shard. Equal ones are encoded once: an image often comes with many questions.
+
+    What goes into which batch follows from the items alone, and batches are full, so each size compiles once.
+    """
+
+    def __init__(self, tokenizers: Tokenizers, resize: Resize, batch_size: int):
+        self._tokenizers, self._resize, self._batch_size = tokenizers, resize, batch_size
+        self._last: tuple[np.ndarray | None, bytes] = None, b""  # sources hand out an image once for all its questions
+        self._codes: dict[bytes, CodesPart | None] = {}  # None: on its way
+        self._new: list[bytes] = []
+        self._waiting: dict[tuple[int, ...], dict[bytes, np.ndarray]] = {}  # by size
+        self._going: deque[tuple[list[bytes], Future[np.ndarray]]] = deque()
+        self._items: deque[Item] = deque()
+
+    def run(self, items: Iterable[tuple[int, Document | BadItem]], taken: Callable[[], Any]) -> Iterator[Item]:
+        """All items as they become ready; `taken` is called after each that was read."""
+        try:
+            for number, item in items:
+                self._add(number, item)
+                yield from self._ready()
+                taken()
+            while self._waiting:
+                self._send(next(iter(self._waiting)))
+            self._settle(0)
+        finally:
+            for _, future in self._going:
+                future.cancel()
+        yield from self._ready()
+        if self._tokenizers.codes is not None:
+            new = {digest: codes.codes for digest in self._new if (codes := self._codes[digest]) is not None}
+            self._tokenizers.codes.put(new)
+
+    def _add(self, number: int, item: Document | BadItem) -> None:
+        if isinstance(item, BadItem):
+            self._items.append(Item(number, None, item))
+            return
+        digests: list[bytes] = []
+
+        def without(part: Any) -> Any:  # only where an image was is kept: pixels live until their batch is encoded
+            if not isinstance(part, ImagePart):
+                return part
+            digests.append(self._take(part.pixels))
+            return _IMAGE
+
+        document = item.changed(without)
+        self._items.append(Item(number, document if digests else item, None, digests))
+        if sum(map(len, self._waiting.values())) > 8 * self._batch_size:  # many sizes: the first in line goes
+            self._send(next(iter(self._waiting)))
+
+    def _take(self, pixels: np.ndarray) -> bytes:
+        last, digest = self._last
+        if pixels is last:
+            return digest
+        whole, pixels = pixels, self._resize(pixels)
+        digest = digest_of(pixels)
+        self._last = whole, digest
+        if digest in self._codes:
+            return digest
+        codes = None if self._tokenizers.codes is None else self._tokenizers.codes.get(digest)
+        if codes is not None:
+            self._codes[digest] = CodesPart(codes)
+            self._tokenizers.known += 1
+            return digest
+        self._codes[digest] = None
+        same_size = self._waiting.setdefault(pixels.shape, {})
+        same_size[digest] = pixels
+        if len(same_size) == self._batch_size:
+            self._send(pixels.shape)
+        return digest
+
+    def _send(self, shape: tuple[int, ...]) -> None:
+        images = self._waiting.pop(shape)
+        batch = np.zeros((self._batch_size, *shape), np.uint8)
+        np.stack(list(images.values()), out=batch[: len(images)])
+        self._going.append((list(images), self._tokenizers.encode(batch)))
+        self._settle(2 * self._tokenizers.devices)
+
+    def _settle(self, most: int) -> None:
+        """Takes what is encoded, and waits where more than `most` batches are on their way."""
+        while self._going and (len(self._going) > most or self._going[0][1].done()):
+            digests, future = self._going.popleft()
+            self._codes.update(zip(digests, map(CodesPart, future.result()), strict=False))  # a batch is padded
+            self._new += digests
+            self._tokenizers.encoded += len(digests)
+
+    def _ready(self) -> Iterator[Item]:
+        self._settle(len(self._going))
+        while self._items and all(self._codes[digest] is not None for digest in self._items[0].images):
+            item = self._items.popleft()
+            if item.document is not None and item.images:
+                codes = iter([self._codes[digest] for digest in item.images])
+                item.document = item.document.changed(lambda part: next(codes) if part is _IMAGE else part)  # noqa: B023
+            yield item
+
+
+_IMAGE = ImagePart(np.zeros((1, 1, 3), np.uint8))  # stands where an image was

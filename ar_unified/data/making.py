@@ -1,0 +1,149 @@
+"""One shard: a range of a source's items, through the image tokenizer and the grammar, as tokens on disk.
+
+Whoever makes a shard makes the same bytes: nothing else is read, and nothing random is in it. Memory is bounded by a
+shard's tokens and a few batches of images.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from ar_unified import progress
+from ar_unified.data import shards
+from ar_unified.data.claims import Claims
+from ar_unified.data.cutting import can_be_split, split
+from ar_unified.data.encoder import Encoder, Item, Tokenizers
+from ar_unified.data.images import Resize
+from ar_unified.data.sources import Source, read
+from ar_unified.language.document import TASKS, Document, TextPart
+from ar_unified.language.grammar import Grammar, TextLost
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A shard to be made: `items` of `source`, as number `number` in `folder`."""
+
+    source: Source
+    folder: Path
+    number: int
+    items: range
+
+    @property
+    def path(self) -> Path:
+        return shards.shard_path(self.folder, self.number)
+
+
+class Progress:
+    """A bar over the items of all pieces, whoever does them, with what the tokenizers of this process do."""
+
+    def __init__(self, pieces: Collection[Piece], tokenizers: Tokenizers, shown: bool):
+        self._pieces, self._tokenizers = list(pieces), tokenizers
+        total = sum(len(piece.items) for piece in self._pieces)
+        self._bar = progress.bar(total, "items", "prepare", done=self._finished(), shown=shown)
+        self.taken = self._bar.update  # after each item
+
+    def look(self, begun: int = 0) -> None:
+        """Counts what others have finished; `begun`: items of the piece that this process is at."""
+        self._bar.set_postfix_str(str(self._tokenizers), refresh=False)
+        self._bar.update(max(self._finished() + begun - self._bar.n, 0))
+
+    def _finished(self) -> int:
+        there = {folder: _names(folder) for folder in {piece.folder for piece in self._pieces}}
+        return sum(len(piece.items) for piece in self._pieces if piece.path.name in there[piece.folder])
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+
+def _names(folder: Path) -> set[str]:
+    return set(os.listdir(folder)) if folder.is_dir() else set()
+
+
+class _Made(Exception):
+    """Somebody else has finished the shard meanwhile."""
+
+
+@dataclass(frozen=True)
+class ShardMaker:
+    """How items become a shard; as for `prepare.prepare`."""
+
+    grammar: Grammar
+    tokenizers: Tokenizers
+    resize: Resize
+    batch_size: int
+    max_tokens: int
+    workers: int
+
+    def make(self, piece: Piece, claims: Claims, shown: Progress) -> None:
+        """Writes a shard, or gives up where another process was faster."""
+        begun = 0
+
+        def taken() -> None:
+            nonlocal begun
+            begun += 1
+            shown.taken()
+            if claims.renew():
+                if piece.path.exists():
+                    raise _Made
+                shown.look(begun)
+
+        try:
+            with shards.ShardWriter(piece.folder, piece.number) as shard:
+                encoder = Encoder(self.tokenizers, self.resize, self.batch_size)
+                for item in encoder.run(read(piece.source, piece.items, self.workers), taken):
+                    _write(shard, item, self.grammar, self.max_tokens, piece.source.reversible)
+        except _Made:
+            pass
+        shown.look()
+
+
+def _write(shard: shards.ShardWriter, item: Item, grammar: Grammar, max_tokens: int, reversible: bool) -> None:
+    """One item, as documents that fit or as a reason why not."""
+    if item.document is None:
+        assert item.bad is not None
+        shard.skip(item.bad.origin, item.bad.kind, item.bad.reason)
+        return
+    whole = item.document
+    try:
+        found = grammar.encode(whole)
+        if len(found) > max_tokens and not can_be_split(whole):
+            shard.skip(
+                whole.origin,
+                "too_long",
+                f"expected at most {max_tokens} tokens (config.data.max_tokens), found {len(found)}",
+            )
+            return
+        pieces = split(whole, grammar, max_tokens) if len(found) > max_tokens else [(whole, found)]
+    except TextLost as error:
+        shard.skip(whole.origin, "text_lost", str(error))
+        return
+    for _, found in pieces:
+        if len(found) > max_tokens:
+            reason = f"expected at most {max_tokens} tokens, found {len(found)} in one {_unit(whole)}"
+            shard.skip(whole.origin, "too_long_part", reason)
+    pieces = [(piece, found) for piece, found in pieces if len(found) <= max_tokens]
+    for part, (document, found) in enumerate(pieces):
+        parts = document.parts
+        texts = [part.text for part in parts if isinstance(part, TextPart)]
+        shard.write(
+            found,
+            item=item.number,
+            part=part,
+            text_bytes=sum(len(text.encode()) for text in texts),
+            task=TASKS.index(document.task),
+            images=len(parts) - len(texts),
+            pair=reversible and document.is_pair and grammar.can_swap,
+        )
+
+
+def _unit(document: Document) -> str:
+    return "question with its answer" if document.asks else "image or character"

@@ -1,0 +1,70 @@
+"""`ar-unified prepare` on two real processes, stopped in the middle; then both train on what they prepared."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ar_unified.cli.main import main
+from tests.cli.test_text_alone import CONFIG
+from tests.parallel.job import environment, free_port
+
+pytestmark = pytest.mark.slow
+LINES = 60_000  # eight shards, some seconds
+
+
+def start(verb: str, arguments: list[str]) -> list[subprocess.Popen[str]]:
+    job = ["--coordinator", f"localhost:{free_port()}", "--processes", "2", "--process"]
+    command = [sys.executable, "-m", "ar_unified.cli.main", verb, *arguments, *job]
+    return [
+        subprocess.Popen(
+            [*command, str(i)], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for i in range(2)
+    ]
+
+
+def end(processes: list[subprocess.Popen[str]]) -> tuple[list[int], list[str]]:
+    said = [process.communicate(timeout=400)[0] for process in processes]
+    return [process.returncode for process in processes], said
+
+
+def shards(workdir: Path) -> dict[str, bytes]:
+    paths = [path for path in sorted((workdir / "data").rglob("*")) if path.is_file()]
+    named = {str(path.relative_to(workdir)): path.read_bytes() for path in paths}
+    return {name: data for name, data in named.items() if not name.startswith(("data/done", "data/started"))}
+
+
+def test_sigterm_to_one_stops_both_and_the_next_start_goes_on_and_trains(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    lines = (f"the red circle {i} stands left of the blue square {i * i} and smiles" for i in range(LINES))
+    (tmp_path / "corpus" / "a.txt").write_text("\n".join(lines))
+    (tmp_path / "config.py").write_text(CONFIG)
+    two, one = tmp_path / "two", tmp_path / "one"
+    config = ["--config", f"{tmp_path / 'config.py'}:{tmp_path / 'corpus'}", "--config.training.steps=2", "--workdir"]
+    assert main(["tokenizer", *config, str(two)]) == 0
+    shutil.copytree(two, one)
+
+    job = start("prepare", [*config, str(two)])
+    deadline = time.monotonic() + 200
+    while not list((two / "data").rglob("*.array_record")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    job[1].send_signal(signal.SIGTERM)
+    codes, said = end(job)
+    assert codes == [143, 143], said
+    assert "SIGTERM: stopped; what is done stays" in said[0] and "Traceback" not in said[0]
+    assert 0 < len(list((two / "data").rglob("*.array_record"))) < 8
+    assert not list((two / "data").rglob("*~")) and not (two / "data" / "done.json").exists()
+
+    codes, said = end(start("prepare", [*config, str(two)]))
+    assert codes == [0, 0], said
+    assert main(["prepare", *config, str(one)]) == 0
+    assert shards(two) == shards(one)
+    codes, said = end(start("train", [*config, str(two)]))
+    assert codes == [0, 0] and "step 2/2" in said[0], said
