@@ -4,6 +4,7 @@ sources.py     what a config names -> a source (items.py): named, rows, image_fo
 images.py      bytes -> uint8 RGB -> the size a model wants (files.py, encoding.py: which, and written how)
 prepare.py     sources -> token shards, through the image tokenizer and the grammar (cutting.py, shards.py)
 validate.py    looks at every item as prepare would
-packing.py     which documents share a row, and which row comes when
+blocks.py      which documents are planned together, and the lengths that share a row
+packing.py     which row comes when, and the documents in it
 loader.py      shards -> batches (batch.py), and images for an image tokenizer
 """
