@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ar_unified import progress, workdir
-from ar_unified.data import shards
+from ar_unified.data import blocks, shards
 from ar_unified.data.cutting import can_be_split, split
 from ar_unified.data.images import ImageCodec, Resize
 from ar_unified.data.items import LeftOut
@@ -198,6 +198,19 @@ def load_report(folder: str | Path) -> Report:
     return Report({name: SourceReport(**count) for name, count in counts.items()})
 
 
+def plan_rows(folder: str | Path, report: Report, sequence_length: int) -> None:
+    """Plans beside every source's shards which documents share a row of this length (`blocks`), unless that is done.
+
+    A loader of such rows begins at once then; 10^6 documents take a second or two.
+
+    Raises:
+        UserError: a document is longer. OSError: nothing can be written there.
+    """
+    for name, source in report.sources.items():
+        place = Path(folder) / name
+        blocks.store(shards.join_indexes(place, source.shards)["length"], sequence_length, place, name=name)
+
+
 def folder_name(source: str) -> str:
     """The folder of a source's shards."""
     return re.sub(r"[^\w.-]+", "-", source).strip(".-") or "source"
@@ -254,6 +267,7 @@ def _count(folder: Path, count: int, items: int) -> SourceReport:
 
 
 def _finish(folder: Path, plan: Mapping[str, Any], report: Report) -> None:
+    plan_rows(folder, report, plan["settings"]["max_tokens"])
     rows = []
     for name, source in report.sources.items():
         for number in range(source.shards):
