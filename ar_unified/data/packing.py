@@ -12,14 +12,14 @@ Sources are mixed row by row: `weights` are shares of rows, which for full rows 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ar_unified.data.blocks import Plans
+from ar_unified.data.blocks import BLOCK, Plans
 from ar_unified.data.counter_rng import key, permute
 from ar_unified.errors import UserError
 
@@ -83,6 +83,14 @@ class Packing:
         windows = np.array_split(order, self.windows)
         rows = np.array([self._plans.rows[window].sum() for window in windows])
         return windows, np.cumsum(rows) - rows
+
+
+def order_of(documents: Iterable[int]) -> dict[str, int]:
+    """What the record of a training says of the order in which it reads sources of so many documents.
+
+    Nothing, where that is what it always was. Larger sources were shuffled as a whole until blocks came (2).
+    """
+    return {"order": 2} if max(documents, default=0) > BLOCK else {}
 
 
 # ---- several sources ---------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ar_unified.data import blocks, packing
 from ar_unified.data.blocks import Blocks, best_fit, store
-from ar_unified.data.packing import PERIOD, Mixture, Packing
+from ar_unified.data.packing import PERIOD, Mixture, Packing, order_of
 from ar_unified.errors import UserError
 
 T = 64
@@ -77,6 +77,10 @@ def test_the_order_of_large_data_never_changes() -> None:
         made = Packing(np.arange(50) * 7 % 60 + 1, T, seed=3, name="photos")
         found = [row.tolist() for row in made.documents(2, np.arange(made.rows))]
     assert found[:4] + found[-2:] == [[25, 18], [24, 19], [33, 35], [16, 27], [38, 46, 36, 0], [6]]
+
+
+def test_a_training_says_that_it_reads_in_the_order_of_blocks_where_that_is_another() -> None:
+    assert order_of([1, blocks.BLOCK]) == order_of([]) == {} and order_of([blocks.BLOCK + 1, 1]) == {"order": 2}
 
 
 def test_rows_that_are_planned_beforehand_are_read_a_block_at_a_time(
