@@ -27,8 +27,10 @@ import jax
 import numpy as np
 
 from ar_unified.checkpoint import Checkpoints, steps_in
+from ar_unified.data import prepare as preparing
 from ar_unified.data.images import NoImages, draws_none
 from ar_unified.data.loader import PackedBatches, Phase
+from ar_unified.data.packing import order_of
 from ar_unified.data.prepare import load_report
 from ar_unified.errors import about
 from ar_unified.experiment import config as configs
@@ -36,7 +38,7 @@ from ar_unified.experiment.branch import branch
 from ar_unified.experiment.changes import Training
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.settings import phases, selected, training
-from ar_unified.experiment.start import open_experiment
+from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.history import DECIDING
 from ar_unified.language.document import CodesPart
 from ar_unified.model.transformer import Params
@@ -63,8 +65,22 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> None:
     """Stage model; `profile`: of training.loop.fit."""
+    plan_rows(experiment)
     with experiment.leaving_nothing():
         _train(experiment, profile)
+
+
+@by_first_process
+def plan_rows(experiment: Experiment) -> None:
+    """Where `prepare` has not planned rows of this length, or an earlier one has planned none, it is done once here."""
+    for split in ("train", "validation"):
+        folder = experiment.workdir.data / split
+        if not (folder / "manifest.json").exists():
+            continue
+        try:
+            preparing.plan_rows(folder, load_report(folder), experiment.config.training.sequence_length)
+        except OSError as error:  # what is finished may lie where nothing can be written
+            experiment.say(f"{folder}: {error.strerror}: every start of a process plans its rows anew, in memory")
 
 
 def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
@@ -131,7 +147,9 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
 def _facts(experiment: Experiment) -> dict[str, Any]:
     """What decides the trained model beside the config."""
     init = {} if experiment.bundle is None else {"init": experiment.bundle.hash}
-    return dict(manifest=experiment.grammar.manifest(), mixture=experiment.mixture(), **init)
+    sources = load_report(experiment.workdir.data / "train").sources.values()
+    order = order_of(source.documents for source in sources)
+    return dict(manifest=experiment.grammar.manifest(), mixture=experiment.mixture(), **order, **init)
 
 
 def _begin(experiment: Experiment, task: TransformerTask, fresh: Selection | None) -> Callable[[Params], Params] | None:

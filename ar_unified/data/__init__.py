@@ -5,6 +5,7 @@ images.py      bytes -> uint8 RGB -> the size a model wants (files.py, encoding.
 prepare.py     sources -> token shards, through the image tokenizer and the grammar, by all processes (claims.py,
                making.py, encoder.py, image_codes.py, cutting.py, shards.py)
 validate.py    looks at every item as prepare would
-packing.py     which documents share a row, and which row comes when
+blocks.py      which documents are planned together, and the lengths that share a row
+packing.py     which row comes when, and the documents in it
 loader.py      shards -> batches (batch.py), and images for an image tokenizer
 """

@@ -40,13 +40,15 @@ def permute(index: Any, size: Any, stream: np.uint64) -> np.ndarray:
     """
     index, size = np.broadcast_arrays(np.asarray(index, np.int64), np.asarray(size, np.int64))
     half = np.maximum(1, (np.frexp(np.maximum(size - 1, 1).astype(np.float64))[1] + 1) // 2).astype(np.uint64)
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    out, outside = index.astype(np.uint64), np.ones(index.shape, bool)
-    while outside.any():
-        left, right = out >> half, out & mask
+    out, facts = index.astype(np.uint64).reshape(-1), [each.reshape(-1) for each in (half, size.astype(np.uint64))]
+    outside = np.arange(out.size)
+    while outside.size:
+        half, size = (each[outside] for each in facts)
+        mask = (np.uint64(1) << half) - np.uint64(1)
+        left, right = out[outside] >> half, out[outside] & mask
         for turn in range(4):
-            mixed = hash64(stream ^ np.uint64(turn << 60), right ^ (size.astype(np.uint64) << np.uint64(20)))
+            mixed = hash64(stream ^ np.uint64(turn << 60), right ^ (size << np.uint64(20)))
             left, right = right, left ^ (mixed & mask)
-        out = np.where(outside, (left << half) | right, out)
-        outside = out >= size.astype(np.uint64)
-    return out.astype(np.int64)
+        out[outside] = (left << half) | right
+        outside = outside[out[outside] >= size]
+    return out.reshape(index.shape).astype(np.int64)

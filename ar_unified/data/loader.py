@@ -32,6 +32,9 @@ from ar_unified.manifests import require_same
 
 _TEXT_TO_IMAGE, _IMAGE_TO_TEXT = TASKS.index("text_to_image"), TASKS.index("image_to_text")
 _INTERLEAVED = TASKS.index("interleaved")
+_MARKS = Encoded(np.zeros(256, np.int32), np.arange(256, dtype=np.uint8))  # all there are, as tables for translate
+_ROLES = np.where(_MARKS.unlearned, Role.PAD, _MARKS.roles).astype(np.uint8).tobytes()
+_PROMPT = (~_MARKS.trained).tobytes()
 _LOOKED_AT = 1000  # documents of a source, for one with an image
 
 
@@ -120,10 +123,13 @@ class PackedBatches:
         self.grammar, self.batch_size, self.sequence_length, self.seed = grammar, batch_size, sequence_length, seed
         self.phases = tuple(phases)
         self._names = [name for name in wanted if counts[name]["documents"]]
-        self._shards = [shards.Shards(Path(folder) / name, counts[name]["shards"]) for name in self._names]
+        folders = [Path(folder) / name for name in self._names]
+        self._shards = [
+            shards.Shards(place, counts[name]["shards"]) for name, place in zip(self._names, folders, strict=True)
+        ]
         self._packings = [
-            Packing(source.index["length"], sequence_length, seed=seed, name=name)
-            for name, source in zip(self._names, self._shards, strict=True)
+            Packing(source.index["length"], sequence_length, seed=seed, name=place.name, folder=place)
+            for source, place in zip(self._shards, folders, strict=True)
         ]
         self.rows_per_epoch = {name: p.rows for name, p in zip(self._names, self._packings, strict=True)}
         self._mixtures: list[Mixture] = []
@@ -205,12 +211,13 @@ def pack(
     """
     B, T = shape
     lengths = np.array([len(document) for document in documents])
-    ends = np.cumsum(lengths)
-    first = np.searchsorted(rows, rows)  # the first document of the same row
-    start = ends - lengths - (ends - lengths)[first]  # where in its row each begins
-    positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
-    at = np.repeat(rows * T + start, lengths) + positions
-    together = joined(documents)
+    room = T - np.bincount(rows, lengths, B).astype(np.int64)
+    nothing = Encoded(np.full(T, pad, np.int32), np.full(T, TRAINED, np.uint8))
+    order = np.argsort(np.append(rows, np.arange(B)), kind="stable")  # each row's documents, then its padding
+
+    def of_each(values: np.ndarray, padding: int) -> np.ndarray:
+        """A value of each document, at all its positions."""
+        return np.repeat(np.append(values, np.full(B, padding, values.dtype))[order], counts)
 
     def next_one(values: np.ndarray, padding: int) -> np.ndarray:
         """Of each position, the value at the next of the same document."""
@@ -219,21 +226,27 @@ def pack(
         out[ends - 1] = padding
         return out
 
+    pieces = [*documents, *(nothing[:count] for count in room.tolist())]
+    together = joined([pieces[i] for i in order.tolist()])
+    counts = np.append(lengths, room)[order]
+    ends = np.cumsum(counts)[counts > 0]
+    start = np.cumsum(lengths) - lengths  # where in its row each begins
+    start = (start - start[np.searchsorted(rows, rows)]).astype(np.int32)
+    numbers = (np.arange(len(documents)) - np.searchsorted(rows, rows) + 1).astype(np.int32)
+    doc_start = of_each(start, T)
+    positions = np.arange(T, dtype=np.int32) - doc_start.reshape(B, T)
     after = Encoded(next_one(together.tokens, pad), next_one(together.marks, TRAINED))
     values = {
         "tokens": together.tokens,
         "targets": after.tokens,
-        "roles": np.where(after.unlearned, Role.PAD, after.roles),
-        "positions": positions,
-        "doc_start": np.repeat(start, lengths),
-        "segment_ids": np.repeat(np.arange(len(documents)) - first + 1, lengths),
-        "tasks": np.repeat(tasks, lengths),
-        "prompt": ~after.trained,
+        "roles": np.frombuffer(bytearray(after.marks).translate(_ROLES), np.int8),
+        "positions": np.maximum(positions, 0, out=positions),
+        "doc_start": doc_start,
+        "segment_ids": of_each(numbers, 0),
+        "tasks": of_each(tasks, 0),
+        "prompt": np.frombuffer(bytearray(after.marks).translate(_PROMPT), np.bool_),
     }
-    batch = PackedBatch.padding(B, T, pad)
-    for name, each in values.items():
-        getattr(batch, name).reshape(-1)[at] = each
-    return batch
+    return PackedBatch(**{name: each.reshape(B, T) for name, each in values.items()})
 
 
 class ImageBatches:

@@ -1,123 +1,96 @@
-"""Which documents share a row, and which row comes when: pure functions of the documents' lengths and a seed.
+"""Which row comes when, and which documents are in it: pure functions of the documents' lengths and a seed.
 
-Best-fit-decreasing only looks at lengths. So the rows of an epoch are planned once, as slots of given lengths, and
-every epoch draws anew which document of that length fills which slot and in which order the rows come. Each epoch of
-a source holds each of its documents exactly once, and any row can be asked for without making those before it.
+A source is planned in blocks (`blocks`): which of its documents are in a block, and the lengths of those that share a
+row, are always the same. Every epoch draws anew which document of a length fills which slot of its block, in which
+order the blocks come, WINDOW of them at a time, and in which order the rows of a window. A source of one block, or of
+one window, is so shuffled as a whole; of a larger one only the files of one window are read at a time. Each epoch
+of a source holds each of its documents exactly once, and any row can be asked for without making those before it.
 
 Sources are mixed row by row: `weights` are shares of rows, which for full rows are shares of tokens.
 """
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ar_unified.data.blocks import BLOCK, Plans
 from ar_unified.data.counter_rng import key, permute
 from ar_unified.errors import UserError
 
+WINDOW = 4  # blocks whose rows are shuffled together
 PERIOD = 1024  # rows after which the order of the sources repeats: shares are exact to 1/1024
 
 # ---- one source --------------------------------------------------------------------------------------------------
 
 
-def best_fit(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
-    """Best-fit-decreasing: the row of every document, for lengths in descending order.
-
-    Documents of one length are placed together, so the work grows with the number of lengths, not of documents.
-
-    Args:
-        lengths: int [n], descending, each in 1..sequence_length.
-
-    Returns:
-        int64 [n], rows numbered from 0 without gaps.
-    """
-    rows = np.empty(len(lengths), np.int64)
-    space: dict[int, list[np.ndarray]] = {}  # free tokens -> rows that have so many
-    spaces: list[int] = []  # the keys of `space`, ascending
-    borders = np.flatnonzero(np.diff(lengths, prepend=-1, append=-1)) if len(lengths) else np.zeros(1, int)
-    opened = 0
-    for start, end in zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True):
-        length, at = int(lengths[start]), start
-        while at < end:
-            i = bisect.bisect_left(spaces, length)
-            if i < len(spaces):
-                free = spaces.pop(i)
-                candidates = np.concatenate(space.pop(free))
-            else:
-                free = sequence_length
-                needed = -(-(end - at) // (free // length))
-                candidates = np.arange(opened, opened + needed)
-                opened += needed
-            # The tightest row stays the tightest: it takes as many of this length as it can before the next one.
-            each = free // length
-            used = -(-min(end - at, each * len(candidates)) // each)
-            counts = np.full(used, each)
-            counts[-1] = min(end - at, each * used) - each * (used - 1)
-            taken = int(counts.sum())
-            rows[at : at + taken] = np.repeat(candidates[:used], counts)
-            at += taken
-            left = (
-                (free - each * length, candidates[: used - 1]),
-                (free - int(counts[-1]) * length, candidates[used - 1 : used]),
-                (free, candidates[used:]),
-            )
-            for rest, those in left:
-                if rest and len(those):
-                    if rest not in space:
-                        space[rest] = []
-                        bisect.insort(spaces, rest)
-                    space[rest].append(those)
-    return rows
-
-
 class Packing:
-    """The rows of one source, epoch after epoch.
+    """The rows of one source, epoch after epoch. Memory is that of a few blocks, however many documents there are.
 
     Args:
         lengths: int [n], tokens of every document, 1..sequence_length.
         sequence_length: T.
         seed: of the order; with `name` (of the source) it makes sources independent of each other.
+        folder: of the source's shards, where its rows may be planned already (`blocks.store`).
 
     Attributes:
-        rows: rows an epoch. fill: share of their positions that hold a token.
+        rows: rows an epoch. fill: share of their positions that hold a token. windows: they are shuffled one by one.
 
     Raises:
         UserError: no documents, or one that is longer than a row.
     """
 
-    def __init__(self, lengths: np.ndarray, sequence_length: int, *, seed: int, name: str = ""):
-        if not len(lengths):
-            raise UserError(f"source {name!r}: no documents to pack")
-        longest = int(lengths.max())
-        if longest > sequence_length or lengths.min() < 1:
-            raise UserError(
-                f"source {name!r}: expected documents of 1 to {sequence_length} tokens, found {int(lengths.min())} to "
-                f"{longest}: prepare with max_tokens <= the sequence length, or make rows longer"
-            )
+    def __init__(
+        self, lengths: np.ndarray, sequence_length: int, *, seed: int, name: str = "", folder: Path | None = None
+    ):
+        self._plans = Plans(lengths, sequence_length, folder=folder, name=name)
         self.seed, self.name = seed, name
-        self._order = np.argsort(-lengths.astype(np.int64), kind="stable")  # documents by falling length
-        ordered = lengths[self._order]
-        first = np.flatnonzero(np.diff(ordered, prepend=-1))
-        sizes = np.diff(np.append(first, len(ordered)))
-        self._first, self._size = np.repeat(first, sizes), np.repeat(sizes, sizes)  # of each slot's length class
-        row = best_fit(ordered, sequence_length)
-        self.rows = int(row.max()) + 1
-        self.fill = float(lengths.sum() / (self.rows * sequence_length))
-        self._slots = np.argsort(row, kind="stable")  # slots row by row, each row's longest first
-        self._ends = np.cumsum(np.bincount(row, minlength=self.rows))
+        self.rows = int(self._plans.rows.sum())
+        self.fill = float(self._plans.tokens.sum() / (self.rows * sequence_length))
+        self.windows = -(-len(self._plans.rows) // WINDOW)
+        self._slots = functools.lru_cache(maxsize=2 * WINDOW)(self._plans.slots)  # a batch may end one, begin the next
+        self._blocks = functools.lru_cache(maxsize=2)(self._shuffled)
 
     def documents(self, epoch: int, rows: np.ndarray) -> list[np.ndarray]:
         """The documents, int64 [k], of each of `rows` of an epoch; the longest of a row first."""
-        rows = permute(rows, self.rows, key(self.seed, self.name, epoch, "rows"))
-        starts, ends = np.where(rows > 0, self._ends[rows - 1], 0), self._ends[rows]
-        slots = np.concatenate([self._slots[start:end] for start, end in zip(starts, ends, strict=True)])
-        first, size = self._first[slots], self._size[slots]
-        chosen = first + permute(slots - first, size, key(self.seed, self.name, epoch, "documents"))
-        return np.split(self._order[chosen], np.cumsum(ends - starts)[:-1])
+        blocks, within = np.empty_like(rows), np.empty_like(rows)
+        windows, starts = self._blocks(epoch)
+        window = np.searchsorted(starts, rows, "right") - 1
+        for each in np.unique(window).tolist():
+            here, its = window == each, windows[each]
+            ends = np.cumsum(self._plans.rows[its])
+            stream = key(self.seed, self.name, epoch, "rows") ^ np.uint64(each)
+            row = permute(rows[here] - starts[each], ends[-1], stream)
+            which = np.searchsorted(ends, row, "right")
+            blocks[here], within[here] = its[which], row - (ends - self._plans.rows[its])[which]
+        found = np.empty(len(rows), object)
+        for block in np.unique(blocks).tolist():
+            here = np.flatnonzero(blocks == block)
+            stream = key(self.seed, self.name, epoch, "documents") ^ np.uint64(block)
+            for at, documents in zip(here, self._slots(block).documents(within[here], stream), strict=True):
+                found[at] = documents
+        return found.tolist()
+
+    def _shuffled(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
+        """The blocks of every window of an epoch; and its first row, int64 [windows]."""
+        count = len(self._plans.rows)
+        order = permute(np.arange(count), count, key(self.seed, self.name, epoch, "blocks"))
+        windows = np.array_split(order, self.windows)
+        rows = np.array([self._plans.rows[window].sum() for window in windows])
+        return windows, np.cumsum(rows) - rows
+
+
+def order_of(documents: Iterable[int]) -> dict[str, int]:
+    """What the record of a training says of the order in which it reads sources of so many documents.
+
+    Nothing, where that is what it always was. Larger sources were shuffled as a whole until blocks came (2).
+    """
+    return {"order": 2} if max(documents, default=0) > BLOCK else {}
 
 
 # ---- several sources ---------------------------------------------------------------------------------------------

@@ -4,22 +4,26 @@
          <source>/00000.array_record       one record a document: its item's number, int32 tokens, uint8 marks
                   00000.index.npy          INDEX, one row a document
                   00000.skipped.jsonl      {"origin", "kind", "reason"}, one row an item that was left out
+                  index.npy                the shards' indexes one after the other, for all processes of a host to map
+                  starts.npy               int64 [shards + 1], documents before each shard; the last: of all
+                  rows-*.npy               which of them share a row (`blocks`)
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-from ar_tokenizers.files import unfinished
-from array_record.python.array_record_data_source import ArrayRecordDataSource
-from array_record.python.array_record_module import ArrayRecordWriter
+from ar_tokenizers.files import unfinished, whole
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from ar_unified import workdir
 from ar_unified.errors import UserError, about
@@ -35,6 +39,8 @@ INDEX = np.dtype(
         ("pair", "?"),  # one text and one image that may be read either way
     ]
 )
+_INDEX, _STARTS = "index.npy", "starts.npy"
+_OPEN, _THREADS = 128, 16  # shards of a source that are held open, and read at the same time
 _HEADER = struct.Struct("<Q")  # item of the source that the document was made of
 
 
@@ -106,39 +112,90 @@ def read_skipped(shard: Path) -> list[dict[str, str]]:
         return [json.loads(row) for row in rows]
 
 
+def join_indexes(folder: Path, count: int) -> np.ndarray:
+    """Puts the indexes of a source's shards into one file, unless that is done; INDEX [n], mapped from there."""
+    if not (folder / _STARTS).exists():
+        starts = np.cumsum([0, *(len(read_index(path)) for path in _paths(folder, count))])
+        with whole(folder / _INDEX) as file:
+            facts = {"descr": np.lib.format.dtype_to_descr(INDEX), "fortran_order": False, "shape": (int(starts[-1]),)}
+            np.lib.format.write_array_header_1_0(file, facts)
+            for path in _paths(folder, count):
+                file.write(read_index(path).tobytes())
+        with whole(folder / _STARTS) as file:
+            np.save(file, starts)
+    return _mapped(folder / _INDEX)
+
+
+def _paths(folder: Path, count: int) -> Iterator[Path]:
+    return (shard_path(folder, number) for number in range(count))
+
+
+def _mapped(path: Path) -> np.ndarray:
+    with about(f"{path}: delete it and starts.npy, and start again"):
+        return np.asarray(np.load(path, mmap_mode="r"))
+
+
 class Shards:
     """The documents of one prepared source, by index. Safe to read from many threads.
+
+    Little memory is its own: the index is mapped from its file, and a shard is open while it is read from.
 
     Attributes:
         index: INDEX [n].
     """
 
     def __init__(self, folder: Path, count: int):
-        paths = [shard_path(folder, number) for number in range(count)]
-        missing = [str(path) for path in paths if not path.is_file()]
-        if missing:
-            raise UserError(f"{missing[0]}: no such file, but the manifest names it; delete {folder} and prepare again")
-        self.index = np.concatenate([np.zeros(0, INDEX), *map(read_index, paths)])
-        # A reader of a shard without records cannot be asked for any; ArrayRecordDataSource skips over it.
-        self._records = ArrayRecordDataSource([str(path) for path in paths])
-        if len(self._records) != len(self.index):
-            raise UserError(
-                f"{folder}: the shards hold {len(self._records)} documents, their index {len(self.index)}: "
-                "a file was changed; delete the folder and prepare the data again"
-            )
+        self._folder = folder
+        there = set(os.listdir(folder)) if folder.exists() else set()
+        for path in _paths(folder, count):
+            if path.name not in there:
+                raise UserError(f"{path}: no such file, but the manifest names it; delete {folder} and prepare again")
+        if _STARTS in there:
+            self.index, self._starts = _mapped(folder / _INDEX), np.load(folder / _STARTS)
+        else:  # prepared before there was one file for all, and perhaps where nothing can be written
+            parts = [read_index(path) for path in _paths(folder, count)]
+            self.index = np.concatenate([np.zeros(0, INDEX), *parts])
+            self._starts = np.cumsum([0, *map(len, parts)])
+        if len(self._starts) != count + 1 or self._starts[-1] != len(self.index):
+            raise UserError(f"{folder}: index.npy is not of these {count} shards: delete it and prepare the data again")
+        self._reader = functools.lru_cache(maxsize=_OPEN)(self._opened)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def read(self, documents: Sequence[int] | np.ndarray) -> list[Encoded]:
         """Each of `documents`."""
-        records = self._records.__getitems__([int(i) for i in documents]) if len(documents) else []
-        lengths = self.index["length"][np.asarray(documents, np.int64)]
+        wanted = np.asarray(documents, np.int64)
+        records = [b""] * len(wanted)
+        shard = np.searchsorted(self._starts, wanted, "right") - 1
+        parts = [np.flatnonzero(shard == number) for number in np.unique(shard)]
+
+        def fetch(part: np.ndarray) -> None:
+            number = int(shard[part[0]])
+            found = self._reader(number).read((wanted[part] - self._starts[number]).tolist())
+            for at, record in zip(part.tolist(), found, strict=True):
+                records[at] = record
+
+        with ThreadPoolExecutor(max(1, min(len(parts), _THREADS))) as pool:
+            list(pool.map(fetch, parts))
+        lengths = self.index["length"][wanted]
         return [_encoded(record, length) for record, length in zip(records, lengths, strict=True)]
 
     def item(self, document: int) -> int:
         """Item of the source that a document was made of."""
-        return _HEADER.unpack_from(self._records[document])[0]
+        number = int(np.searchsorted(self._starts, document, "right")) - 1
+        (record,) = self._reader(number).read([document - int(self._starts[number])])
+        return _HEADER.unpack_from(record)[0]
+
+    def _opened(self, number: int) -> ArrayRecordReader:
+        path = shard_path(self._folder, number)
+        reader = ArrayRecordReader(str(path), "readahead_buffer_size:0", file_reader_buffer_size=2**15)
+        if (found := reader.num_records()) != (known := self._starts[number + 1] - self._starts[number]):
+            raise UserError(
+                f"{path}: holds {found} documents, its index {known}: a file was changed; delete {self._folder} "
+                "and prepare the data again"
+            )
+        return reader
 
 
 def _encoded(record: bytes, length: int) -> Encoded:

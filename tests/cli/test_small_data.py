@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from pathlib import Path
@@ -14,6 +15,8 @@ from ar_tokenizers.image.tokenizer import ImageTokenizer
 from PIL import Image
 
 from ar_unified.cli.main import main
+from ar_unified.cli.train import plan_rows
+from ar_unified.data import blocks
 from ar_unified.data.sources import open_source
 from ar_unified.errors import UNUSABLE
 from ar_unified.experiment import config as configs
@@ -75,6 +78,23 @@ def test_a_source_of_which_nothing_is_left_ends_prepare_and_says_why(tmp_path, c
     assert "Raise config.data.max_tokens" in said and not (workdir / "data").exists()
     assert prepared(root, workdir, data__max_tokens=2000) == 0, "nothing is to be deleted first"
     assert documents(workdir, "train") == 5
+
+
+def test_rows_of_another_length_are_planned_once_where_that_can_be_written(tmp_path, capsys, monkeypatch):
+    root, workdir = images(tmp_path / "set", 12), tmp_path / "w"
+    bring_tokenizers(root, workdir)
+    assert prepared(root, workdir) == 0
+    argv = command("train", root, workdir, training__sequence_length=320)
+    experiment = Experiment(configs.load(argv[2], argv[5:]), Workdir(workdir))
+    plans = workdir / "data" / "train" / "set" / "rows-320.blocks.npy"
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks, "whole", lambda path: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only", path)))
+        plan_rows(experiment)
+    assert not plans.exists() and "train: read-only: every start" in capsys.readouterr().out
+    plan_rows(experiment)
+    made = plans.stat().st_mtime_ns
+    plan_rows(experiment)
+    assert plans.stat().st_mtime_ns == made and (workdir / "data/validation/set/rows-320.npy").exists()
 
 
 def test_images_that_are_missing_are_said_where_the_image_tokenizer_needs_them(tmp_path, capsys):

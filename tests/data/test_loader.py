@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from ar_unified.data import blocks, packing
 from ar_unified.data.batch import PackedBatch
 from ar_unified.data.loader import ImageBatches, PackedBatches, Phase
 from ar_unified.data.prepare import prepare
@@ -55,23 +56,32 @@ def same(a: PackedBatch, b: PackedBatch) -> bool:
     return all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in pairs)
 
 
-def test_a_batch_depends_on_step_and_seed_only(prepared: Path, grammar: Grammar) -> None:
-    reference = batches(prepared, grammar)
+@pytest.fixture(params=("one block", "many blocks"))
+def blocked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As small data are, and as large."""
+    if request.param == "many blocks":
+        monkeypatch.setattr(blocks, "RUN", 2)
+        monkeypatch.setattr(blocks, "BLOCK", 4)
+        monkeypatch.setattr(packing, "WINDOW", 2)
+
+
+def test_a_batch_depends_on_step_and_seed_only(blocked: None, prepared: Path, grammar: Grammar) -> None:
+    reference = batches(prepared, grammar, batch_size=8)
     expected = [reference.batch(step) for step in range(30)]
-    for processes in (1, 2, 4):
+    for processes in (1, 2, 4, 8):
         for step in (17, 3, 29):  # any order, by another reader
-            fresh = batches(prepared, grammar)
+            fresh = batches(prepared, grammar, batch_size=8)
             parts = [fresh.batch(step, i, processes) for i in range(processes)]
             whole = jax.tree.map(lambda *parts: np.concatenate(parts), *parts)
             assert same(whole, expected[step])
     with ThreadPoolExecutor(4) as pool:  # several at once, by one reader
-        restarted = pool.map(batches(prepared, grammar).batch, range(11, 30))
+        restarted = pool.map(batches(prepared, grammar, batch_size=8).batch, range(11, 30))
         assert all(same(a, b) for a, b in zip(restarted, expected[11:], strict=True))
-    assert not any(same(batches(prepared, grammar, seed=4).batch(s), expected[s]) for s in range(5))
+    assert not any(same(batches(prepared, grammar, batch_size=8, seed=4).batch(s), expected[s]) for s in range(5))
     assert len({batch.tokens.tobytes() for batch in expected}) == 30
 
 
-def test_every_document_once_an_epoch(prepared: Path, grammar: Grammar) -> None:
+def test_every_document_once_an_epoch(blocked: None, prepared: Path, grammar: Grammar) -> None:
     loader = batches(
         prepared, grammar, batch_size=1, flip_pairs=0.0, condition_dropout=0.0, weights=dict(vqa=1, captions=3)
     )

@@ -1,33 +1,117 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ar_unified.data.packing import PERIOD, Mixture, Packing
+from ar_unified.data import blocks, packing
+from ar_unified.data.blocks import Blocks, best_fit, store
+from ar_unified.data.packing import PERIOD, Mixture, Packing, order_of
+from ar_unified.errors import UserError
+
+T = 64
 
 
-@given(lengths=st.lists(st.integers(1, 64), min_size=1, max_size=400), seed=st.integers(0, 9))
-@settings(max_examples=40, deadline=None)
-def test_every_epoch_has_every_document_once_in_rows_that_fit(lengths: list[int], seed: int) -> None:
+@contextmanager
+def small_blocks() -> Iterator[None]:
+    """Runs of 4 documents, 4 runs to a block, 2 blocks to a window."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "RUN", 4)
+        patch.setattr(blocks, "BLOCK", 16)
+        patch.setattr(packing, "WINDOW", 2)
+        yield
+
+
+def lengths_of(documents: int) -> np.ndarray:
+    return np.random.default_rng(documents).integers(1, T, documents)
+
+
+def test_the_tightest_row_that_has_room_is_taken() -> None:
+    assert best_fit(np.array([6, 5, 4, 3, 2]), 10).tolist() == [0, 1, 0, 1, 1]
+    assert best_fit(np.array([7, 5, 5, 2, 2, 2]), 10).tolist() == [0, 1, 1, 0, 2, 2]
+
+
+@given(lengths=st.lists(st.integers(1, T), min_size=1, max_size=400), seed=st.integers(0, 9), blocked=st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_every_epoch_has_every_document_once_in_rows_that_fit(lengths: list[int], seed: int, blocked: bool) -> None:
     sizes = np.array(lengths)
-    packing = Packing(sizes, 64, seed=seed)
-    for epoch in (0, 5):
-        rows = packing.documents(epoch, np.arange(packing.rows))
-        assert sorted(np.concatenate(rows).tolist()) == list(range(len(sizes)))
-        assert max(sizes[row].sum() for row in rows) <= 64
-        alone = [packing.documents(epoch, np.array([r]))[0] for r in range(packing.rows)]
-        assert all(np.array_equal(a, b) for a, b in zip(rows, alone, strict=True))
+    with small_blocks() if blocked else nullcontext():
+        made = Packing(sizes, T, seed=seed)
+        for epoch in (0, 5):
+            rows = made.documents(epoch, np.arange(made.rows))
+            assert sorted(np.concatenate(rows).tolist()) == list(range(len(sizes)))
+            assert max(sizes[row].sum() for row in rows) <= T
+            alone = [Packing(sizes, T, seed=seed).documents(epoch, np.array([r]))[0] for r in range(made.rows)[::9]]
+            assert all(np.array_equal(a, b) for a, b in zip(rows[::9], alone, strict=True))
+    assert made.fill == sizes.sum() / (made.rows * T)
+
+
+def test_a_block_has_a_bit_of_everything_and_a_window_is_shuffled_as_one() -> None:
+    documents = 400
+    with small_blocks():
+        made = Packing(lengths_of(documents), T, seed=0)
+        assert made.windows == 13
+        together = [made.documents(epoch, np.arange(made.rows)) for epoch in (0, 1)]
+    dealt = Blocks(documents)
+    assert dealt.count == 1 and dealt.documents(0).tolist() == list(range(documents)), "as small data always were"
+    parts: list[dict[int, set[int]]] = []
+    for rows in together:
+        where = {document: at for at, row in enumerate(rows) for document in row.tolist()}
+        parts.append({run: {where[4 * run + i] for i in range(4)} for run in range(documents // 4)})
+        spans = [max(found) - min(found) for found in parts[-1].values()]
+        assert max(spans) <= 2 * made.rows / 13 + 2, "the documents of a run are read within one window"
+        neighbours = [abs(a // 4 - b // 4) for row in rows for a in row.tolist() for b in row.tolist() if a != b]
+        assert np.mean(np.array(neighbours) > 10) > 0.6, "rows are of documents that stand far from each other"
+    moved = [abs(min(parts[0][run]) - min(parts[1][run])) for run in parts[0]]
+    assert np.mean(np.array(moved) > made.rows / 13) > 0.7, "blocks come in another order"
+
+
+def test_the_order_of_large_data_never_changes() -> None:
+    """Data that was read in another order after an update would be read twice, or never."""
+    with small_blocks():
+        made = Packing(np.arange(50) * 7 % 60 + 1, T, seed=3, name="photos")
+        found = [row.tolist() for row in made.documents(2, np.arange(made.rows))]
+    assert found[:4] + found[-2:] == [[25, 18], [24, 19], [33, 35], [16, 27], [38, 46, 36, 0], [6]]
+
+
+def test_a_training_says_that_it_reads_in_the_order_of_blocks_where_that_is_another() -> None:
+    assert order_of([1, blocks.BLOCK]) == order_of([]) == {} and order_of([blocks.BLOCK + 1, 1]) == {"order": 2}
+
+
+def test_rows_that_are_planned_beforehand_are_read_a_block_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = lengths_of(200)
+    with small_blocks():
+        made = Packing(lengths, T, seed=0)
+        expected = made.documents(1, np.arange(made.rows))
+        store(lengths, T, tmp_path)
+        times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+        store(lengths, T, tmp_path)
+        assert times == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} and len(times) == 2
+        monkeypatch.delattr(blocks, "best_fit")  # nothing is planned again
+        stored = Packing(lengths, T, seed=0, folder=tmp_path)
+        assert (stored.rows, stored.fill) == (made.rows, made.fill)
+        found = stored.documents(1, np.arange(made.rows))
+        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+        for other in (lengths[:-1], lengths[::-1]):
+            with pytest.raises(UserError, match="rows of 64 tokens were planned for other documents .*delete rows-64"):
+                other = Packing(other, T, seed=0, folder=tmp_path)
+                other.documents(0, np.arange(other.rows))
 
 
 def test_rows_are_well_filled_and_differ_between_epochs() -> None:
     lengths = np.random.default_rng(0).integers(20, 200, 2000)
-    packing = Packing(lengths, 512, seed=0)
-    assert packing.fill > 0.99
-    rows = np.arange(packing.rows)
-    companions = [{frozenset(row.tolist()) for row in packing.documents(epoch, rows)} for epoch in (0, 1)]
-    assert len(companions[0] & companions[1]) < 0.05 * packing.rows
+    made = Packing(lengths, 512, seed=0)
+    assert made.fill > 0.99
+    rows = np.arange(made.rows)
+    companions = [{frozenset(row.tolist()) for row in made.documents(epoch, rows)} for epoch in (0, 1)]
+    assert len(companions[0] & companions[1]) < 0.05 * made.rows
 
 
 def test_a_document_longer_than_a_row_is_refused() -> None:

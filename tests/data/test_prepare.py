@@ -64,6 +64,7 @@ def test_what_is_on_disk_is_what_the_source_says(
     assert report.sources["set"].tasks == {"text_to_image": 20, "image_to_text": 10, "interleaved": 5}
     assert Shards(tmp_path / "out/set", 5).item(33) == 33
     assert str(report) == str(load_report(tmp_path / "out"))
+    assert {path.name for path in (tmp_path / "out/set").glob("*.npy")} > {"index.npy", "rows-512.npy"}
 
 
 def test_interrupted_and_continued_equals_uninterrupted(

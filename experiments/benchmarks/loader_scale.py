@@ -1,0 +1,218 @@
+"""How the loader grows with the data: start-up, memory and work of a random batch, from 10^5 to 10^9 documents.
+
+    python experiments/benchmarks/loader_scale.py --folder DIR [--documents 100000 1000000 ...]
+
+DIR gets what `prepare` leaves of one source, but for the tokens: manifest, index, an empty file for every shard of
+8,192 items, and the planned rows: 16 bytes a document, so 16 GB for 10^9. It is removed again.
+
+Documents are simulated: a third captions with an image of 256 codes, a third texts, a third interleaved (log-normal).
+From 10^8 on all runs of 4,096 documents have the lengths of the first, so that the plan of one block is that of all and
+need not be made 15,259 times; what planning costs is measured on the first 10^6 (`plan`).
+
+A fresh process then opens the loader and makes batches of steps drawn at random. Files are dropped from the page cache
+first, as after a restart. Columns, of a process of its own for each size:
+    start    seconds to open the loader, imports not counted
+    own      MB of memory that this process alone has (RssAnon), more than it had before; after the random batches
+    shared   MB that are mapped from files, and are one copy for all processes of a host (RssFile), likewise
+    choose   ms of processor time for which documents are in the 1,024 rows of a random step; median and most
+    next     the same for the step after it, whose blocks are known
+    lay      ms of processor time to lay them side by side: 1,024 rows of 4,096 tokens, as arrays of a PackedBatch
+What reading the tokens costs is no matter of how many there are, and is not in the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ar_tokenizers.files import whole
+
+from ar_unified.data import blocks, shards
+from ar_unified.data.loader import PackedBatches
+from ar_unified.data.packing import Packing
+from ar_unified.language.encoded import Encoded
+from ar_unified.language.grammar import Grammar
+from ar_unified.language.syntax import fixed_grid
+from ar_unified.language.vocabulary import Vocabulary
+from ar_unified.workdir import write_json
+
+ROWS, LENGTH, SHARD = 1024, 4096, 8192
+PLANNED = 10**7  # up to here every run has lengths of its own
+STEPS = 12
+
+
+class Bytes:
+    """A text tokenizer with one piece a byte."""
+
+    size, hash = 256, "bytes"
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode("utf-8", "replace")
+
+
+GRAMMAR = Grammar(Vocabulary(256, 1024, text_hash="bytes", image_hash="none"), fixed_grid(16, 16), Bytes())
+
+
+def lengths(documents: int, seed: int) -> np.ndarray:
+    """Tokens of documents, int32, as in a mixture of captions, texts and interleaved documents."""
+    draw = np.random.default_rng(seed)
+    kinds = np.stack(
+        [
+            262 + draw.lognormal(3.2, 0.6, documents),
+            draw.lognormal(5.5, 1.0, documents),
+            draw.lognormal(6.8, 0.9, documents),
+        ]
+    )
+    return np.take_along_axis(kinds, draw.integers(0, 3, (1, documents)), 0)[0].clip(8, LENGTH).astype(np.int32)
+
+
+def generate(folder: Path, documents: int) -> None:
+    """What `prepare` leaves, but for the tokens."""
+    place = folder / "simulated"
+    place.mkdir(parents=True)
+    count = -(-documents // SHARD)
+    for number in range(count):
+        shards.shard_path(place, number).touch()
+    np.save(place / "starts.npy", np.minimum(np.arange(count + 1) * SHARD, documents))
+    chunk = blocks.RUN * 256
+    with whole(place / "index.npy") as file:
+        facts = {"descr": np.lib.format.dtype_to_descr(shards.INDEX), "fortran_order": False, "shape": (documents,)}
+        np.lib.format.write_array_header_1_0(file, facts)
+        for start in range(0, documents, chunk):
+            rows = np.zeros(min(chunk, documents - start), shards.INDEX)
+            repeated = documents > PLANNED
+            rows["length"] = np.resize(lengths(blocks.RUN, 0), len(rows)) if repeated else lengths(len(rows), start)
+            file.write(rows.tobytes())
+    index = np.load(place / "index.npy", mmap_mode="r")["length"]
+    if documents <= PLANNED:
+        blocks.store(index, LENGTH, place)
+    else:
+        repeat_plan(index, place)
+    report = {"simulated": {"documents": documents, "shards": count}}
+    write_json(folder / "manifest.json", {"vocabulary": GRAMMAR.manifest(), "report": report})
+
+
+def repeat_plan(index: np.ndarray, place: Path) -> None:
+    """The plan of data whose runs are all alike: one block of each size is planned."""
+    dealt = blocks.Blocks(len(index))
+    known: dict[tuple[int, int], tuple[np.ndarray, tuple[int, int]]] = {}
+    counts = []
+    with whole(place / f"rows-{LENGTH}.npy") as file:
+        facts = {"descr": "<u2", "fortran_order": False, "shape": index.shape}
+        np.lib.format.write_array_header_1_0(file, facts)
+        for block in range(dealt.count):
+            size = int(dealt.starts[block + 1] - dealt.starts[block])
+            if (size, 0) not in known:
+                found = np.sort(index[dealt.documents(block)])[::-1]
+                rows = blocks.best_fit(found, LENGTH)
+                known[size, 0] = rows.astype("<u2"), (int(rows.max()) + 1, int(found.sum()))
+            file.write(known[size, 0][0].tobytes())
+            counts.append(known[size, 0][1])
+    np.save(place / f"rows-{LENGTH}.blocks.npy", np.array(counts, np.int64))
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """Of a process that has done nothing else."""
+    drop_from_cache(folder)
+    before = memory()
+    began = time.perf_counter()
+    loader = PackedBatches(folder, GRAMMAR, batch_size=ROWS, sequence_length=LENGTH, seed=1)
+    start = time.perf_counter() - began
+    spent: dict[str, list[float]] = {"choose": [], "lay": [], "read": []}
+    chosen = Packing.documents
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            began = time.process_time()
+            found = function(*arguments)
+            spent[name].append(1e3 * (time.process_time() - began))
+            return found
+
+        return call
+
+    Packing.documents = timed("choose", chosen)  # type: ignore[method-assign]
+    shards.Shards.read = timed("read", simulated)  # type: ignore[method-assign]
+    facts = loader.describe()["simulated"]
+    whole_batch = timed("lay", loader.batch)
+    steps = np.random.default_rng(0).integers(0, max(1, facts["rows"] // ROWS - 1), STEPS)
+    for step in steps.tolist():
+        whole_batch(step)
+        whole_batch(step + 1)
+    after = memory()
+    choose, lay, read = (np.array(spent[name]) for name in ("choose", "lay", "read"))
+    return {
+        "rows": facts["rows"],
+        "fill": facts["fill"],
+        "start": start,
+        "own": after[0] - before[0],
+        "shared": after[1] - before[1],
+        "choose": statistics.median(choose[::2]),
+        "most": choose.max(),
+        "next": statistics.median(choose[1::2]),
+        "lay": statistics.median(lay - choose - read),
+    }
+
+
+def simulated(self: shards.Shards, documents: np.ndarray) -> list[Encoded]:
+    """In place of reading: tokens of the right lengths."""
+    found = self.index["length"][documents].tolist()
+    tokens, marks = np.zeros(LENGTH, np.int32), np.zeros(LENGTH, np.uint8)
+    return [Encoded(tokens[:length], marks[:length]) for length in found]
+
+
+def memory() -> tuple[float, float]:
+    """MB of this process: its own, and mapped from files."""
+    facts = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    own, mapped = (int(facts[name].split()[0]) / 1e3 for name in ("RssAnon", "RssFile"))
+    return own, mapped
+
+
+def drop_from_cache(folder: Path) -> None:
+    for path in folder.rglob("*.npy"):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def planning(documents: int = 10**6) -> float:
+    """Microseconds of processor time a document."""
+    found = lengths(documents, 0)
+    began = time.process_time()
+    blocks.Plans(found, LENGTH)
+    return (time.process_time() - began) / documents * 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--documents", type=int, nargs="+", default=[10**5, 10**6, 10**7, 10**8])
+    parser.add_argument("--measure", action="store_true", help="of the folder that is there")
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(measure(arguments.folder)))
+        return
+    print(f"plan: {planning():.2f} us a document")
+    for documents in arguments.documents:
+        try:
+            generate(arguments.folder, documents)
+            command = [sys.executable, __file__, "--folder", str(arguments.folder), "--measure"]
+            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        finally:
+            shutil.rmtree(arguments.folder, ignore_errors=True)
+        print(documents, json.dumps({name: round(value, 3) for name, value in found.items()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
