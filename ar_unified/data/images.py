@@ -132,7 +132,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(ground, image)
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _white(values: np.ndarray, mode: str, tags: Mapping[int, Any]) -> int:

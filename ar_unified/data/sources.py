@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from itertools import islice
+from itertools import islice, starmap
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +21,7 @@ from ar_unified.data.augmentation import Augmented
 from ar_unified.data.balance import indices
 from ar_unified.data.files import FileError, Folder
 from ar_unified.data.image_folder import ImageFiles
-from ar_unified.data.items import BadItem, Source
+from ar_unified.data.items import BadItem, Source, fetched, texts_of
 from ar_unified.data.rows import Rows
 from ar_unified.data.splits import EmptySplit
 from ar_unified.data.text_files import TextFiles
@@ -130,26 +130,26 @@ def read(source: Source, indices: Iterable[int], workers: int = 2) -> Iterator[t
     `prepare` a third of its speed.
     """
 
-    def get(i: int) -> tuple[int, Document | BadItem]:
+    def get(i: int, decode: Callable[[], Document]) -> tuple[int, Document | BadItem]:
         try:
-            return i, source[i]
+            return i, decode()
         except BadItem as bad:
             return i, bad
 
-    left, seconds = iter(indices), []
-    for i in islice(left, 4):
+    left, seconds = fetched(source, indices), []
+    for i, decode in islice(left, 4):
         began = time.perf_counter()
-        item = get(i)
+        item = get(i, decode)
         seconds.append(time.perf_counter() - began)
         yield item
     if not seconds or median(seconds) < 1e-3:  # the first may have opened something, a bad one takes no time
-        yield from map(get, left)
+        yield from starmap(get, left)
         return
     waiting: deque[Future[tuple[int, Document | BadItem]]] = deque()
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         try:
-            for i in left:
-                waiting.append(pool.submit(get, i))
+            for i, decode in left:
+                waiting.append(pool.submit(get, i, decode))
                 if len(waiting) > 4 * workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -169,9 +169,8 @@ def texts(
         left_out: called with each bad item.
     """
     for source, times in zip(sources, passes or [1.0] * len(sources), strict=True):
-        for i in indices(len(source), times, source.name):
-            try:
-                yield from source.texts(i)
-            except BadItem as bad:
-                if left_out:
-                    left_out(bad)
+        for _, found in texts_of(source, indices(len(source), times, source.name)):
+            if not isinstance(found, BadItem):
+                yield from found
+            elif left_out:
+                left_out(found)

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core import registered
+
+from ar_unified.data.images import to_png
+from ar_unified.data.items import BadItem, texts_of
+from ar_unified.data.sources import open_source, read, texts
+from ar_unified.errors import UserError
+from ar_unified.language.document import Document, ImagePart, TextPart
+
+f = tfds.features
+PICTURE = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+
+
+def written(folder: Path, dataset: str, features: dict[str, Any], examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """A prepared dataset in TFDS's own format, whose code is gone, and the spec of a source that reads it."""
+    with registered.skip_registration():
+
+        class Fixture(tfds.core.GeneratorBasedBuilder):
+            name = dataset
+            VERSION = tfds.core.Version("1.0.0")
+            url_infos = None
+
+            def _info(self) -> Any:
+                return tfds.core.DatasetInfo(
+                    builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+                )
+
+            def _split_generators(self, manager: Any) -> Any:
+                return {"train": self._generate_examples()}
+
+            def _generate_examples(self) -> Any:
+                for i, example in enumerate(examples):
+                    yield i, {name: _as_file(value) for name, value in example.items()}
+
+    Fixture(data_dir=folder, file_format="array_record").download_and_prepare()
+    return dict(kind="tfds", name=dataset, data_dir=str(folder))
+
+
+def _as_file(value: Any) -> Any:
+    """An image as TFDS takes it without TensorFlow."""
+    return io.BytesIO(to_png(value)) if isinstance(value, np.ndarray) else value
+
+
+def test_many_items_are_read_at_once_and_texts_read_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = dict(image=f.Image(shape=(8, 8, 3)), text=f.Text(), scene=f.Text())
+    source = open_source(
+        written(tmp_path, "pairs", features, [dict(image=PICTURE, text=f"t{i}", scene="s") for i in range(100)])
+    )
+    calls, records = [], type(source._examples).__getitems__
+
+    def counted(self: Any, keys: Any) -> Any:
+        calls.append(len(keys))
+        return records(self, keys)
+
+    monkeypatch.setattr(type(source._examples), "__getitems__", counted)
+    order = [*range(99, -1, -1)]
+    assert [found for _, found in texts_of(source, order)] == [[f"t{i}"] for i in order] and calls == [100]
+    assert list(texts([source])) == [f"t{i}" for i in range(100)] and calls == [100, 100]
+    pair = Document.of((TextPart("t7"), ImagePart(PICTURE)), prompt=1)
+    found = dict(read(source, range(100)))
+    assert calls == [100] * 3 and found[7] == pair == source[7] and found[7].meta == {"scene": "s"}
+    assert source.read([3], pictures=False) == [{"text": "t3"}], "what texts do not need is not even parsed"
+
+
+def test_shipped_mappings(tmp_path: Path) -> None:
+    coco = dict(image=f.Image(), captions=f.Sequence(dict(id=np.int64, text=f.Text())), **{"image/id": np.int64})
+    ai2d = dict(image=f.Image(), question=f.Text(), options=f.Sequence(f.Text()), answer=np.int64)
+    made = {
+        "mnist": (
+            dict(image=f.Image(shape=(8, 8, 3)), label=f.ClassLabel(num_classes=10)),
+            dict(image=PICTURE[..., [0, 0, 0]], label=7),
+            (TextPart("7"), ImagePart(PICTURE[..., [0, 0, 0]])),
+        ),
+        "cifar10": (
+            dict(id=f.Text(), image=f.Image(shape=(8, 8, 3)), label=f.ClassLabel(names=["airplane", "cat"])),
+            dict(id="x_1", image=PICTURE, label=1),
+            (TextPart("cat"), ImagePart(PICTURE)),
+        ),
+        "coco_captions": (
+            coco,
+            {"image": PICTURE, "image/id": 3, "captions": [dict(id=1, text="a cat"), dict(id=2, text="cats")]},
+            (TextPart("a cat"), ImagePart(PICTURE)),
+        ),
+        "wikipedia": (
+            dict(title=f.Text(), text=f.Text()),
+            dict(title="Cat", text="Cats are."),
+            (TextPart("Cat\n\nCats are."),),
+        ),
+        "ai2d": (
+            ai2d,
+            dict(image=PICTURE, question="Which eats?", options=["the leaf", "the fox"], answer=1),
+            (ImagePart(PICTURE), TextPart("Which eats?\nthe leaf\nthe fox"), TextPart("the fox")),
+        ),
+    }
+    for name, (features, example, parts) in made.items():
+        source = open_source(written(tmp_path, name, features, [example]))
+        assert source[0].parts == parts, name
+        assert source.texts(0) == [part.text for part in parts if isinstance(part, TextPart)]
+        assert source.has_images == (name != "wikipedia")
+
+
+def test_a_mapping_in_the_config(tmp_path: Path) -> None:
+    features = dict(photo=f.Image(), title=f.Text(), kind=f.ClassLabel(names=["cat", "dog"]), lang=f.Text())
+    spec = written(tmp_path, "own", features, [dict(photo=PICTURE, title="Rex", kind=1, lang="eng")])
+    with pytest.raises(UserError, match="own: expected image, text, .* found photo, title, kind, lang. Say which"):
+        open_source(spec)
+    source = open_source(spec | dict(columns=dict(image="photo", text="{title}, a {kind}", language="lang")))
+    assert source[0].parts == (TextPart("Rex, a dog"), ImagePart(PICTURE)) and source.language(0) == "eng"
+    with pytest.raises(UserError, match="there is no column 'titel'; did you mean 'title'"):
+        open_source(spec | dict(columns=dict(image="photo", text="titel")))
+    with pytest.raises(UserError, match="expected parts of .*; found 'txt'"):
+        open_source(spec | dict(columns=dict(txt="title")))
+
+
+def test_a_bad_example_is_one_bad_item(tmp_path: Path) -> None:
+    features = dict(image=f.Image(), text=f.Text())
+    source = open_source(
+        written(tmp_path, "odd", features, [dict(image=PICTURE, text=text) for text in ("a", b"caf\xe9", "", "b")])
+    )
+    found = [item for _, item in read(source, range(4))]
+    assert [item.kind if isinstance(item, BadItem) else "" for item in found] == ["", "bad_utf8", "empty_text", ""]
+    assert found[1].origin == "odd/1.0.0/train:1" and [x.kind for _, x in texts_of(source, [1])] == ["bad_utf8"]
