@@ -34,7 +34,7 @@ _COMMON = {
     "answer": ("answer",),
     "options": ("options", "choices"),
     "texts": ("texts",),
-    "text": ("text", "caption", "txt"),
+    "text": ("txt", "text", "caption"),
     "images": ("images",),
     "image": ("image", *_IMAGE_FILES),
     "id": ("id", "__key__"),
@@ -62,7 +62,7 @@ class Columns:
     """
 
     def __init__(self, columns: Mapping[str, str] | None = None):
-        for part, place in (columns or {}).items():
+        for part, place in dict(columns or {}).items():
             if part not in PARTS:
                 raise UserError(f"columns: expected parts of {', '.join(PARTS)}; found {part!r}{nearest(part, PARTS)}")
             if not isinstance(place, str) or not place:
@@ -135,6 +135,15 @@ class Columns:
             return [("texts", text) for text in found if text is not None] if isinstance(found, list) else []
         parts = {"text": ["text"], "question": [] if "options" in places else ["question", "answer"]}.get(whole, [])
         return [(part, _look_up(record, places[part], part)) for part in parts]
+
+    def language(self, record: Mapping[str, Any]) -> str:
+        """What a record says of its language, "" for nothing."""
+        place = self.places(record).get("language")
+        try:
+            known = _look_up(record, place, "language") if place else None
+        except DocumentError:
+            return ""
+        return known if isinstance(known, str) else ""
 
     def _planned(self, names: tuple[str, ...]) -> tuple[Mapping[str, str], str, set[str]]:
         """Part -> place, which part makes it a document ("": none), and the names that are used."""

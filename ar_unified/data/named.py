@@ -20,7 +20,7 @@ from ar_unified.data.records import Record, RecordSource, together
 from ar_unified.errors import UserError
 
 # What stands where in datasets whose features have names of their own.
-COLUMNS = {
+_COLUMNS = {
     "mnist": {"image": "image", "text": "label"},
     "cifar10": {"image": "image", "text": "label"},
     "coco_captions": {"image": "image", "text": "captions/text/0"},
@@ -32,8 +32,8 @@ COLUMNS = {
 class TfdsSource(RecordSource):
     """A TFDS dataset by name, built or downloaded first where it is not there; never needs TensorFlow.
 
-    The features' names say what an example is, or `columns` does (`Columns`); datasets in COLUMNS need neither. A class
-    label is the name of its class. A dataset whose own code needs TensorFlow is read where it lies prepared.
+    The features' names say what an example is, or `columns` does (`Columns`); those of a few datasets are known. A
+    class label is the name of its class. A dataset whose own code needs TensorFlow is read where it lies prepared.
 
     Raises:
         UserError: no such dataset, configuration or split, it cannot be downloaded, or its features are no document's.
@@ -53,7 +53,7 @@ class TfdsSource(RecordSource):
         with _about(name):
             builder = _builder(name, data_dir)
         features = builder.info.features
-        chosen = Columns(columns or COLUMNS.get(builder.name))
+        chosen = Columns(columns or _COLUMNS.get(builder.name))
         if not hasattr(features, "items"):
             raise UserError(f"{name}: expected features with names, found {features}")
         used = chosen.names(list(features), name)

@@ -82,9 +82,7 @@ class RecordSource:
     def language(self, i: int) -> str:
         """What the record says of its language, "" for nothing."""
         (record,) = self.read([i], pictures=False)
-        place = "" if isinstance(record, BadItem) else self.columns.places(record).get("language", "")
-        known = record.get(place) if place and not isinstance(record, BadItem) else None
-        return known if isinstance(known, str) else ""
+        return "" if isinstance(record, BadItem) else self.columns.language(record)
 
     # ---- one record -----------------------------------------------------------------------------------------------
 
@@ -104,8 +102,8 @@ class RecordSource:
             if isinstance(record, BadItem) or not (texts := self.columns.texts(record)):
                 return [part.text for part in self._document(i, record, False).parts if isinstance(part, TextPart)]
             for part, text in texts:
-                check_text(text, part)
                 require_words({part: text})
+                check_text(text, part)
             return [text for _, text in texts]
         except DocumentError as error:
             return BadItem(error.kind, self.origin(i), str(error))
@@ -137,7 +135,9 @@ def together(size: float) -> int:
 
 
 def require_words(row: Mapping[str, Any]) -> None:
-    """Raises DocumentError "empty_text" where a text of a row is blanks alone."""
+    """Raises DocumentError where a text of a row is blanks alone ("empty_text") or bytes ("bad_utf8")."""
     for key in ("text", "question", "answer"):
+        if isinstance(row.get(key), bytes):
+            raise DocumentError("bad_utf8", f"{key}: expected UTF-8, found {row[key][:40]!r}")
         if isinstance(row.get(key), str) and not row[key].strip():
             raise DocumentError("empty_text", f"{key}: the text is empty")

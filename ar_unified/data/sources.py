@@ -1,4 +1,4 @@
-"""Where documents come from: named TFDS datasets, folders of JSONL and images, single JSONL files, plain files.
+"""Where documents come from: TFDS datasets by name, JSONL with images, Parquet, Arrow, tars, pages, clips, plain files.
 
 A source is random access: opening it reads no image, reading item i touches nothing but item i. An item that cannot
 be used raises BadItem with what is wrong and where it stands; what to do about it is the reader's policy.
@@ -24,6 +24,7 @@ from ar_unified.data.image_folder import ImageFiles
 from ar_unified.data.items import BadItem, Source, fetched, texts_of
 from ar_unified.data.rows import Rows
 from ar_unified.data.splits import EmptySplit
+from ar_unified.data.tars import Tars
 from ar_unified.data.text_files import TextFiles
 from ar_unified.errors import UserError, about
 from ar_unified.language.document import Document
@@ -41,18 +42,22 @@ def open_source(spec: Mapping[str, Any]) -> Source:
 
     Args:
         spec: one of
-            dict(kind="tfds", name="shapes/captions", split="train", data_dir=None): built or downloaded first if it is
-                not in data_dir (None: TFDS's own default).
+            dict(kind="tfds", name="shapes/captions", split="train", data_dir=None, columns=None): built or downloaded
+                first if it is not in data_dir (None: TFDS's own default).
             dict(kind="folder", path=..., files=None, split=None): the rows of <path>/<file>.jsonl for `files`; None:
                 those of captions, docs and vqa that are there.
             dict(kind="jsonl", path=..., root=None, split=None): one file; images are in it or under `root` (None:
                 the file's folder).
+            dict(kind="parquet", path=..., columns=None, split=None): Parquet and Arrow files: `Tables`.
+            dict(kind="webdataset", path="shards/{000..063}.tar", keys=None, split=None): tars: `Tars`.
             dict(kind="images", path=...): every image file under a folder, without text; for image tokenizers.
             dict(kind="text", path=..., files=("*.txt", "*.md", "*.jsonl"), by="file", field="text",
                 language="language", split=None): text alone, a document a file, a line (by="line") or a row of a .jsonl
                 file: see `TextFiles`.
             All but tfds take links=False: whether links that lead out of the folder are followed (`files`: what belongs
                 to a folder, and what a name in a row means).
+            `columns` (`keys`) say which column, feature or member is which part of a document where their names do not:
+                dict(image="photo", text="{title}. {body}"), see `columns.Columns`.
             `split` of folder, jsonl and text is "train", "train[:95%]", "[95%:]": see `splits`. Any source may have
             `label` (its name), `reversible` (True), `augmentation` (dict(count=..., shift=..., mirror=..., whole=...):
             see `Augmented`), and what is not the source's: `weight` in the mixture of documents, `image_weight` in that
@@ -65,6 +70,7 @@ def open_source(spec: Mapping[str, Any]) -> Source:
     """
     kinds: dict[str, Callable[..., Source]] = {
         "tfds": _tfds, "folder": _folder, "jsonl": _jsonl, "images": ImageFiles, "text": TextFiles,
+        "parquet": _tables, "webdataset": Tars,
     }  # fmt: skip
     kind = spec.get("kind")
     if kind not in kinds:
@@ -73,6 +79,7 @@ def open_source(spec: Mapping[str, Any]) -> Source:
         raise UserError(f"{spec['path']}: no such file or folder. This makes it: {spec['made_by']}")
     try:
         options = {key: value for key, value in spec.items() if key not in _OF_OTHERS}
+        options |= {key: options[key].to_dict() for key in ("columns", "keys") if hasattr(options.get(key), "to_dict")}
         options |= {key: home(options[key]) for key in _PATHS if options.get(key)}
         source = kinds[kind](**options)
         return Augmented(source, **spec["augmentation"]) if spec.get("augmentation") else source
@@ -84,6 +91,12 @@ def _tfds(name: str, split: str = "train", **options: Any) -> Source:
     from ar_unified.data.named import TfdsSource  # TFDS takes a second to import, and only this needs it
 
     return TfdsSource(name, split, **options)
+
+
+def _tables(path: str | Path, **options: Any) -> Source:
+    from ar_unified.data.tables import Tables  # likewise PyArrow
+
+    return Tables(path, **options)
 
 
 def row_files(root: str | Path) -> list[str]:

@@ -1,58 +1,28 @@
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core import registered
 
 from ar_unified.data.images import to_png
 from ar_unified.data.items import BadItem, texts_of
 from ar_unified.data.sources import open_source, read, texts
 from ar_unified.errors import UserError
 from ar_unified.language.document import Document, ImagePart, TextPart
+from tests.data import copies
 
 f = tfds.features
 PICTURE = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
-
-
-def written(folder: Path, dataset: str, features: dict[str, Any], examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A prepared dataset in TFDS's own format, whose code is gone, and the spec of a source that reads it."""
-    with registered.skip_registration():
-
-        class Fixture(tfds.core.GeneratorBasedBuilder):
-            name = dataset
-            VERSION = tfds.core.Version("1.0.0")
-            url_infos = None
-
-            def _info(self) -> Any:
-                return tfds.core.DatasetInfo(
-                    builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
-                )
-
-            def _split_generators(self, manager: Any) -> Any:
-                return {"train": self._generate_examples()}
-
-            def _generate_examples(self) -> Any:
-                for i, example in enumerate(examples):
-                    yield i, {name: _as_file(value) for name, value in example.items()}
-
-    Fixture(data_dir=folder, file_format="array_record").download_and_prepare()
-    return dict(kind="tfds", name=dataset, data_dir=str(folder))
-
-
-def _as_file(value: Any) -> Any:
-    """An image as TFDS takes it without TensorFlow."""
-    return io.BytesIO(to_png(value)) if isinstance(value, np.ndarray) else value
+PNG = to_png(PICTURE)
 
 
 def test_many_items_are_read_at_once_and_texts_read_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     features = dict(image=f.Image(shape=(8, 8, 3)), text=f.Text(), scene=f.Text())
     source = open_source(
-        written(tmp_path, "pairs", features, [dict(image=PICTURE, text=f"t{i}", scene="s") for i in range(100)])
+        copies.dataset(tmp_path, "pairs", features, [dict(image=PNG, text=f"t{i}", scene="s") for i in range(100)])
     )
     calls, records = [], type(source._examples).__getitems__
 
@@ -76,17 +46,17 @@ def test_shipped_mappings(tmp_path: Path) -> None:
     made = {
         "mnist": (
             dict(image=f.Image(shape=(8, 8, 3)), label=f.ClassLabel(num_classes=10)),
-            dict(image=PICTURE[..., [0, 0, 0]], label=7),
+            dict(image=to_png(PICTURE[..., [0, 0, 0]]), label=7),
             (TextPart("7"), ImagePart(PICTURE[..., [0, 0, 0]])),
         ),
         "cifar10": (
             dict(id=f.Text(), image=f.Image(shape=(8, 8, 3)), label=f.ClassLabel(names=["airplane", "cat"])),
-            dict(id="x_1", image=PICTURE, label=1),
+            dict(id="x_1", image=PNG, label=1),
             (TextPart("cat"), ImagePart(PICTURE)),
         ),
         "coco_captions": (
             coco,
-            {"image": PICTURE, "image/id": 3, "captions": [dict(id=1, text="a cat"), dict(id=2, text="cats")]},
+            {"image": PNG, "image/id": 3, "captions": [dict(id=1, text="a cat"), dict(id=2, text="cats")]},
             (TextPart("a cat"), ImagePart(PICTURE)),
         ),
         "wikipedia": (
@@ -96,12 +66,12 @@ def test_shipped_mappings(tmp_path: Path) -> None:
         ),
         "ai2d": (
             ai2d,
-            dict(image=PICTURE, question="Which eats?", options=["the leaf", "the fox"], answer=1),
+            dict(image=PNG, question="Which eats?", options=["the leaf", "the fox"], answer=1),
             (ImagePart(PICTURE), TextPart("Which eats?\nthe leaf\nthe fox"), TextPart("the fox")),
         ),
     }
     for name, (features, example, parts) in made.items():
-        source = open_source(written(tmp_path, name, features, [example]))
+        source = open_source(copies.dataset(tmp_path, name, features, [example]))
         assert source[0].parts == parts, name
         assert source.texts(0) == [part.text for part in parts if isinstance(part, TextPart)]
         assert source.has_images == (name != "wikipedia")
@@ -109,8 +79,8 @@ def test_shipped_mappings(tmp_path: Path) -> None:
 
 def test_a_mapping_in_the_config(tmp_path: Path) -> None:
     features = dict(photo=f.Image(), title=f.Text(), kind=f.ClassLabel(names=["cat", "dog"]), lang=f.Text())
-    spec = written(tmp_path, "own", features, [dict(photo=PICTURE, title="Rex", kind=1, lang="eng")])
-    with pytest.raises(UserError, match="own: expected image, text, .* found photo, title, kind, lang. Say which"):
+    spec = copies.dataset(tmp_path, "own", features, [dict(photo=PNG, title="Rex", kind=1, lang="eng")])
+    with pytest.raises(UserError, match="own:1.0.0: expected image, text, .*; found .*photo.* Say which"):
         open_source(spec)
     source = open_source(spec | dict(columns=dict(image="photo", text="{title}, a {kind}", language="lang")))
     assert source[0].parts == (TextPart("Rex, a dog"), ImagePart(PICTURE)) and source.language(0) == "eng"
@@ -123,7 +93,7 @@ def test_a_mapping_in_the_config(tmp_path: Path) -> None:
 def test_a_bad_example_is_one_bad_item(tmp_path: Path) -> None:
     features = dict(image=f.Image(), text=f.Text())
     source = open_source(
-        written(tmp_path, "odd", features, [dict(image=PICTURE, text=text) for text in ("a", b"caf\xe9", "", "b")])
+        copies.dataset(tmp_path, "odd", features, [dict(image=PNG, text=text) for text in ("a", b"caf\xe9", "", "b")])
     )
     found = [item for _, item in read(source, range(4))]
     assert [item.kind if isinstance(item, BadItem) else "" for item in found] == ["", "bad_utf8", "empty_text", ""]
