@@ -22,6 +22,7 @@ from ar_unified.data.balance import indices
 from ar_unified.data.files import FileError, Folder
 from ar_unified.data.image_folder import ImageFiles
 from ar_unified.data.items import BadItem, Source, fetched, texts_of
+from ar_unified.data.packed import unpacked
 from ar_unified.data.rows import Rows
 from ar_unified.data.splits import EmptySplit
 from ar_unified.data.tars import Tars
@@ -46,8 +47,8 @@ def open_source(spec: Mapping[str, Any]) -> Source:
                 first if it is not in data_dir (None: TFDS's own default).
             dict(kind="folder", path=..., files=None, split=None): the rows of <path>/<file>.jsonl for `files`; None:
                 those of captions, docs and vqa that are there.
-            dict(kind="jsonl", path=..., root=None, split=None): one file; images are in it or under `root` (None:
-                the file's folder).
+            dict(kind="jsonl", path=..., root=None, split=None): one file, packed (.gz, .zst) or not; images are in
+                it or under `root` (None: the file's folder).
             dict(kind="parquet", path=..., columns=None, split=None): Parquet and Arrow files: `Tables`.
             dict(kind="webdataset", path="shards/{000..063}.tar", keys=None, split=None): tars: `Tars`.
             dict(kind="images", path=...): every image file under a folder, without text; for image tokenizers.
@@ -133,7 +134,7 @@ def _folder(path: str | Path, files: Sequence[str] | None = None, *, links: bool
 
 def _jsonl(path: str | Path, root: str | Path | None = None, **options: Any) -> Source:
     file = Path(path)
-    return Rows([file], Path(root or file.parent), **{"label": file.stem} | options)
+    return Rows([file], Path(root or file.parent), **{"label": unpacked(file).stem} | options)
 
 
 def read(source: Source, indices: Iterable[int], workers: int = 2) -> Iterator[tuple[int, Document | BadItem]]:
