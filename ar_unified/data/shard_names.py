@@ -11,6 +11,7 @@ from pathlib import Path
 from ar_unified.data.files import Folder, Found, require_file
 from ar_unified.errors import UserError
 
+TABLES, TARS = (".parquet", ".arrow"), (".tar",)  # how such files end
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _MOST = 1_000_000  # names that braces may stand for
 

@@ -24,6 +24,8 @@ from ar_unified.data.image_folder import ImageFiles
 from ar_unified.data.items import BadItem, Source, fetched, texts_of
 from ar_unified.data.packed import unpacked
 from ar_unified.data.rows import Rows
+from ar_unified.data.shard_names import TABLES as TABLE_FILES
+from ar_unified.data.shard_names import TARS as TAR_FILES
 from ar_unified.data.splits import EmptySplit
 from ar_unified.data.tars import Tars
 from ar_unified.data.text_files import TextFiles
@@ -86,6 +88,21 @@ def open_source(spec: Mapping[str, Any]) -> Source:
         return Augmented(source, **spec["augmentation"]) if spec.get("augmentation") else source
     except TypeError as error:
         raise UserError(f"source of kind {kind!r}: {error}; in {dict(spec)}") from error
+
+
+def kind_of(path: str | Path, links: bool = False) -> str:
+    """The kind of source that reads what a person names: by its ending, or by what a folder has in it."""
+    path = str(path)
+    name = path.lower()
+    if not os.path.isdir(path):
+        kinds = {"parquet": TABLE_FILES, "webdataset": TAR_FILES, "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst")}
+        return next((kind for kind, endings in kinds.items() if name.endswith(endings)), "text")
+    if row_files(path):
+        return "folder"
+    found = Folder(path, links).search(lambda name: name.lower().endswith((*TABLE_FILES, *TAR_FILES)))
+    if not found:
+        return "text"
+    return "webdataset" if all(file.name.lower().endswith(TAR_FILES) for file in found) else "parquet"
 
 
 def _tfds(name: str, split: str = "train", **options: Any) -> Source:

@@ -20,11 +20,10 @@ from ar_unified.data.columns import Columns
 from ar_unified.data.files import Folder
 from ar_unified.data.items import BadItem
 from ar_unified.data.records import Record, RecordSource, together
-from ar_unified.data.shard_names import shards
+from ar_unified.data.shard_names import TABLES, shards
 from ar_unified.data.splits import EmptySplit, parse_split
 from ar_unified.errors import UserError
 
-ENDINGS = (".parquet", ".arrow")
 _BAD = (pa.ArrowException, OSError, ValueError, NotImplementedError)
 
 
@@ -57,7 +56,7 @@ class Tables(RecordSource):
         reversible: bool = True,
         limits: images.Limits = images.LIMITS,
     ):
-        root, found = shards(path, ENDINGS, links=links)
+        root, found = shards(path, TABLES, links=links)
         name, low, high = parse_split(split or "")
         named = [file for file in found if _is_of(file.name, name)] if name else found
         if name and not named and any(_is_of(file.name, each) for file in found for each in _SPLITS):

@@ -19,11 +19,10 @@ from ar_unified.data.columns import Columns
 from ar_unified.data.files import LARGEST, FileError, hidden
 from ar_unified.data.items import BadItem
 from ar_unified.data.records import Record, RecordSource, together
-from ar_unified.data.shard_names import shards
+from ar_unified.data.shard_names import TARS, shards
 from ar_unified.data.splits import EmptySplit, parse_split
 from ar_unified.errors import UserError
 
-ENDINGS = (".tar",)
 _TEXTS = ("txt", "text", "caption", "cls", "id", "question", "answer")
 _KINDS = 1 << 15
 _LONGEST_HEADER = 1 << 20  # bytes; the names of a member are not longer
@@ -64,7 +63,7 @@ class Tars(RecordSource):
         name, low, high = parse_split(split or "")
         if name not in ("", "train"):
             raise UserError(f"{path}: expected a split by part, as tars have no others: [:95%], found {split!r}")
-        root, found = shards(path, ENDINGS, links=links)
+        root, found = shards(path, TARS, links=links)
         label = label or (Path(path).stem if Path(path).is_file() else root.resolve().name)
         super().__init__(Columns(keys), None, label, reversible=reversible, limits=limits)
         self._paths = [root / entry.name for entry in found]
