@@ -12,7 +12,7 @@ from typing import BinaryIO
 import pyarrow as pa
 
 ENDINGS = (".gz", ".zst")
-_STEP = 1 << 14  # packed bytes at once: at most 16 MiB unpacked
+_STEP = 1 << 12  # packed bytes at once: at most 4 MiB unpacked
 _SNAPSHOTS = 256  # of gzip's state, 40 KB each
 
 
@@ -56,7 +56,7 @@ class _Forward(io.RawIOBase):
     """A stream that can be read on, and begun anew; made seekable by both."""
 
     def __init__(self) -> None:
-        self._at, self._ready = 0, b""  # where reading stands, and what is unpacked behind it
+        self._at, self._ready = 0, memoryview(b"")  # where reading stands, and what is unpacked behind it
 
     def _more(self) -> bytes:
         """What comes next, b"" at the end."""
@@ -81,14 +81,14 @@ class _Forward(io.RawIOBase):
         elif whence != io.SEEK_SET:
             raise OSError("the end of a packed file is not known")
         if at < self._at:
-            self._at, self._ready = self._back(at), b""
+            self._at, self._ready = self._back(at), memoryview(b"")
         while self._at < at and (data := self._next()):
             taken = min(len(data), at - self._at)
             self._at, self._ready = self._at + taken, data[taken:]
         return self._at
 
-    def _next(self) -> bytes:
-        self._ready = self._ready or self._more()
+    def _next(self) -> memoryview:
+        self._ready = self._ready or memoryview(self._more())
         return self._ready
 
     def readinto(self, buffer: memoryview, /) -> int:  # type: ignore[override]

@@ -114,7 +114,8 @@ class RecordSource:
         """An image that a record has: bytes of a file, {"bytes", "path"} as Hugging Face writes it, or a name."""
         where = ""
         if isinstance(value, Mapping) and ("bytes" in value or "path" in value):
-            where, value = value.get("path") or "", value.get("bytes") or value.get("path")
+            where, data = value.get("path") or "", value.get("bytes")
+            value = where or None if data is None else data
         if value is None:
             raise BadRecord("missing_image", "expected an image, found null")
         if isinstance(value, str):
