@@ -43,6 +43,7 @@ SUFFIXES = (
 
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 _SIGNED = 2  # a sample format
+_MOST_FRAMES = 10_000
 _WHITES = (1, 255, 65535)  # what the values of an image may end at
 
 
@@ -89,6 +90,27 @@ def decode(data: bytes, limits: Limits = LIMITS) -> np.ndarray:
         pixels = to_rgb(image)
     pixels.flags.writeable = False  # sources hand the same image out more than once
     return pixels
+
+
+def frames(data: bytes, most: int, limits: Limits = LIMITS) -> list[np.ndarray]:
+    """At most `most` images of an animation, `evenly` apart, each as `decode` gives the first. Raises ImageError."""
+    with _opened(data, limits) as image:
+        count = getattr(image, "n_frames", 1)
+        if count > _MOST_FRAMES:
+            raise ImageError("image_shape", f"expected at most {_MOST_FRAMES} frames, found {count}")
+        if image.format == "GIF" and not data.rstrip(b"\0\r\n").endswith(b";"):  # Pillow shows what is there
+            raise ImageError("unreadable_image", "the animation is cut short: a GIF ends with ';'")
+        shown = []
+        for number in evenly(count, most):
+            image.seek(number)
+            shown.append(to_rgb(image.copy()))
+    return shown
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """At most `most` numbers below `count`, evenly apart, with the first and the last."""
+    chosen = min(count, most)
+    return [round(i * (count - 1) / max(chosen - 1, 1)) for i in range(chosen)]
 
 
 @contextmanager

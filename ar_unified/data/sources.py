@@ -19,10 +19,12 @@ from typing import Any
 
 from ar_unified.data.augmentation import Augmented
 from ar_unified.data.balance import indices
+from ar_unified.data.clips import Clips
 from ar_unified.data.files import FileError, Folder
 from ar_unified.data.image_folder import ImageFiles
 from ar_unified.data.items import BadItem, Source, fetched, texts_of
 from ar_unified.data.packed import unpacked
+from ar_unified.data.pages import Pages
 from ar_unified.data.rows import Rows
 from ar_unified.data.shard_names import TABLES as TABLE_FILES
 from ar_unified.data.shard_names import TARS as TAR_FILES
@@ -53,6 +55,8 @@ def open_source(spec: Mapping[str, Any]) -> Source:
                 it or under `root` (None: the file's folder).
             dict(kind="parquet", path=..., columns=None, split=None): Parquet and Arrow files: `Tables`.
             dict(kind="webdataset", path="shards/{000..063}.tar", keys=None, split=None): tars: `Tars`.
+            dict(kind="pages", path=..., split=None): Markdown and HTML with the images they show, in order: `Pages`.
+            dict(kind="clips", path=..., frames=8): GIF, WebP and folders of frames: `Clips`.
             dict(kind="images", path=...): every image file under a folder, without text; for image tokenizers.
             dict(kind="text", path=..., files=("*.txt", "*.md", "*.jsonl"), by="file", field="text",
                 language="language", split=None): text alone, a document a file, a line (by="line") or a row of a .jsonl
@@ -73,7 +77,7 @@ def open_source(spec: Mapping[str, Any]) -> Source:
     """
     kinds: dict[str, Callable[..., Source]] = {
         "tfds": _tfds, "folder": _folder, "jsonl": _jsonl, "images": ImageFiles, "text": TextFiles,
-        "parquet": _tables, "webdataset": Tars,
+        "parquet": _tables, "webdataset": Tars, "pages": Pages, "clips": Clips,
     }  # fmt: skip
     kind = spec.get("kind")
     if kind not in kinds:
