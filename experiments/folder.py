@@ -1,14 +1,16 @@
-"""Bring your own folder: captions.jsonl, docs.jsonl and/or vqa.jsonl beside their images.
+"""Bring your own data: a folder of captions.jsonl, docs.jsonl and/or vqa.jsonl beside their images, or tables or tars.
 
-    ar-unified run --config experiments/folder.py:path=DIR --workdir workdirs/mine
+    ar-unified run --config experiments/folder.py:path=PATH --workdir workdirs/mine
 
 Rows: {"image", "text"}; {"segments": [{"type": "text", "text"} | {"type": "image", "image"}, ...]};
-{"image", "question", "answer"}; {"messages": [{"role", "content"}, ...]}. `ar-unified validate DIR` checks them first.
+{"image", "question", "answer"}; {"messages": [{"role", "content"}, ...]}. `ar-unified validate PATH` checks them first.
+PATH may also be a Parquet, Arrow or tar file (WebDataset), a folder of these, or "shards/{000..063}.tar", whose columns
+or members are named so (docs/data.md); of these the last twentieth of the rows is held out.
 Images keep their aspect ratio: each is written with its size, row by row. One image in twenty is held out with all its
 rows, and at least one of two.
 
-Arguments: path=DIR; side=PIXELS, an image has about side x side pixels (96); links=yes|no, whether links that lead out
-of DIR are followed (no); init=BUNDLE, begin with that model's weights, tokenizers and way with images (none).
+Arguments: path=PATH; side=PIXELS, an image has about side x side pixels (96); links=yes|no, whether links that lead out
+of PATH are followed (no); init=BUNDLE, begin with that model's weights, tokenizers and way with images (none).
 
 Runs to the end on based-cooking (348 recipes, 133 photographs of any size): 22 Nov 2026, 2 shared CPU cores, about 9
 minutes over two starts, 3.3 GB; parse_rate 1.0, tokenizer PSNR 17.7 dB on 6 held-out photographs. 600 steps are a
@@ -17,6 +19,7 @@ check of the path, not a model of cooking.
 
 from ml_collections import ConfigDict
 
+from ar_unified.data.sources import kind_of
 from ar_unified.experiment.config import begin_with, defaults, model, parse_arg, whole
 
 
@@ -27,11 +30,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if args["links"] not in ("yes", "no"):
         raise ValueError(f"experiments/folder.py: expected links=yes or links=no, found {args['links']!r}")
     side, links = whole("side", args["side"]), args["links"] == "yes"
+    kind = kind_of(args["path"], links)
+    if kind not in ("jsonl", "parquet", "webdataset"):
+        kind = "folder"  # which says what it misses
     config = defaults()
     config.name = "folder"
 
     def source(split: str) -> tuple[ConfigDict, ...]:
-        return (ConfigDict(dict(kind="folder", path=args["path"], links=links, split=split)),)
+        return (ConfigDict(dict(kind=kind, path=args["path"], links=links, split=split)),)
 
     config.data.train = source("[:95%]")
     config.data.validation = source("[95%:]")

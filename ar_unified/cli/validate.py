@@ -5,7 +5,8 @@ placeholders for images, or as real tokens where both tokenizers are in the work
 How the text tokenizer loses text is told first. The exit status is 1 if an item is bad.
 
   ar-unified validate DIR [--links]                           a folder with captions.jsonl, docs.jsonl and/or vqa.jsonl,
-                                                              or of text files
+                                                              or of Parquet, Arrow, tar or text files
+  ar-unified validate FILE                                    one such file: .jsonl (.gz, .zst), .parquet, .arrow, .tar
   ar-unified validate --config FILE[:arg] [--workdir DIR]     the sources of an experiment
 """
 

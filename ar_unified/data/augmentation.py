@@ -5,13 +5,14 @@ Axes: `H` `W` height and width in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ar_unified.data.counter_rng import key, uniform
-from ar_unified.data.items import Source
+from ar_unified.data.items import BadItem, Source, fetched, texts_of
 from ar_unified.errors import UserError
 from ar_unified.language.document import Document, ImagePart
 
@@ -52,7 +53,15 @@ class Augmented:
         return len(self.source) * self.count
 
     def __getitem__(self, i: int) -> Document:
-        document = self.source[i // self.count]
+        return self._version(i, functools.partial(self.source.__getitem__, i // self.count))
+
+    def fetch(self, indices: Sequence[int]) -> list[Callable[[], Document]]:
+        """See `items.fetched`."""
+        read = fetched(self.source, [i // self.count for i in indices])
+        return [functools.partial(self._version, i, decode) for i, (_, decode) in zip(indices, read, strict=True)]
+
+    def _version(self, i: int, decode: Callable[[], Document]) -> Document:
+        document = decode()
         if i % self.count == 0:
             return document
         down, right, side = uniform(self._stream, i * 3 + np.arange(3)).tolist()
@@ -68,6 +77,11 @@ class Augmented:
     def texts(self, i: int) -> list[str]:
         """The text of version 0; the others bring none of their own."""
         return [] if i % self.count else self.source.texts(i // self.count)
+
+    def fetch_texts(self, indices: Sequence[int]) -> list[list[str] | BadItem]:
+        """See `items.texts_of`."""
+        read = texts_of(self.source, [i // self.count for i in indices if i % self.count == 0])
+        return [[] if i % self.count else next(read)[1] for i in indices]
 
     def origin(self, i: int) -> str:
         return self.source.origin(i // self.count)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ar_unified.data.counter_rng import key, uniform
-from ar_unified.data.items import BadItem, Source
+from ar_unified.data.items import BadItem, Source, texts_of
 from ar_unified.errors import UserError
 
 _LOOKED_AT = 256  # items of a source, for the size of its text
@@ -36,12 +36,11 @@ def passes(sources: Sequence[Source], *, temperature: float = 1.0, max_bytes: fl
 def text_bytes(source: Source) -> float:
     """About how many bytes of UTF-8 text a source has, from 256 of its items."""
     looked = found = 0
-    for i in indices(len(source), min(1.0, _LOOKED_AT / max(len(source), 1)), source.name):
+    part = indices(len(source), min(1.0, _LOOKED_AT / max(len(source), 1)), source.name)
+    for _, texts in texts_of(source, part):
         looked += 1
-        try:
-            found += sum(len(text.encode(errors="replace")) for text in source.texts(i))
-        except BadItem:
-            continue
+        if not isinstance(texts, BadItem):
+            found += sum(len(text.encode(errors="replace")) for text in texts)
     return found / looked * len(source) if looked else 0.0
 
 

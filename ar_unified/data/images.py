@@ -12,12 +12,14 @@
     NaN, infinite or negative values, a range that cannot be told, signed 8 bit   unreadable_image
     animations, files of several pages    the first image
     EXIF orientation                      upright
+    an ICC profile (Display P3, Adobe RGB, inks, grey)     in sRGB; one that is broken or of other pixels is passed over
 
 Axes: `H` `W` height and width in pixels.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 from collections import defaultdict
@@ -27,7 +29,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from ar_unified.data.encoding import no_content
 from ar_unified.errors import UserError
@@ -41,6 +43,7 @@ SUFFIXES = (
 
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 _SIGNED = 2  # a sample format
+_MOST_FRAMES = 10_000
 _WHITES = (1, 255, 65535)  # what the values of an image may end at
 
 
@@ -89,6 +92,27 @@ def decode(data: bytes, limits: Limits = LIMITS) -> np.ndarray:
     return pixels
 
 
+def frames(data: bytes, most: int, limits: Limits = LIMITS) -> list[np.ndarray]:
+    """At most `most` images of an animation, `evenly` apart, each as `decode` gives the first. Raises ImageError."""
+    with _opened(data, limits) as image:
+        count = getattr(image, "n_frames", 1)
+        if count > _MOST_FRAMES:
+            raise ImageError("image_shape", f"expected at most {_MOST_FRAMES} frames, found {count}")
+        if image.format == "GIF" and not data.rstrip(b"\0\r\n").endswith(b";"):  # Pillow shows what is there
+            raise ImageError("unreadable_image", "the animation is cut short: a GIF ends with ';'")
+        shown = []
+        for number in evenly(count, most):
+            image.seek(number)
+            shown.append(to_rgb(image.copy()))
+    return shown
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """At most `most` numbers below `count`, evenly apart, with the first and the last."""
+    chosen = min(count, most)
+    return [round(i * (count - 1) / max(chosen - 1, 1)) for i in range(chosen)]
+
+
 @contextmanager
 def _opened(data: bytes, limits: Limits) -> Iterator[Image.Image]:
     if not data:
@@ -111,7 +135,7 @@ def _opened(data: bytes, limits: Limits) -> Iterator[Image.Image]:
 
 def to_rgb(image: Image.Image) -> np.ndarray:
     """An image that Pillow has opened or made, as uint8 [H, W, 3]: see the table above. Raises ImageError."""
-    tags, clear = dict(getattr(image, "tag_v2", {})), _clear(image)
+    tags, clear, profile = dict(getattr(image, "tag_v2", {})), _clear(image), image.info.get("icc_profile")
     declared = 65535 if image.format in ("PNG", "PPM") and image.mode == "I" else 0
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
@@ -129,10 +153,40 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     if clear is not None:
         image.info["transparency"] = clear
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
+        image = _in_srgb(image.convert("RGBA"), profile)
         ground = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(ground, image)
-    return np.array(image.convert("RGB"))
+    else:
+        image = _in_srgb(image.convert("RGB") if image.mode == "P" else image, profile)
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _in_srgb(image: Image.Image, profile: object) -> Image.Image:
+    """RGB, RGBA, CMYK or L with a profile of the same pixels as sRGB; everything else as it is."""
+    transform = _to_srgb(profile, image.mode) if isinstance(profile, bytes) and profile else None
+    found = transform and ImageCms.applyTransform(image, transform)
+    return found or image
+
+
+@functools.lru_cache(maxsize=32)
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From a profile to sRGB; None: it is sRGB, or cannot be used."""
+    if mode not in ("RGB", "RGBA", "CMYK", "L"):
+        return None
+    try:
+        opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if ImageCms.getProfileDescription(opened).startswith("sRGB"):
+            return None
+        return ImageCms.buildTransform(
+            opened,
+            ImageCms.createProfile("sRGB"),
+            mode,
+            "RGBA" if mode == "RGBA" else "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None
 
 
 def _white(values: np.ndarray, mode: str, tags: Mapping[int, Any]) -> int:

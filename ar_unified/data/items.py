@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any, Protocol
 
 from ar_unified.language.document import Document
@@ -40,6 +42,40 @@ class LeftOut:
         return "; ".join(f"{found['count']} {kind}, first {found['first']}" for kind, found in self.kinds.items())
 
 
+_TOGETHER = 64  # items that are read at once, if a source says nothing: their bytes are in memory, not their pixels
+
+
+def fetched(source: Source, indices: Iterable[int]) -> Iterator[tuple[int, Callable[[], Document]]]:
+    """Items in the order of `indices`, read many at a time where the source can; decoded by the call, maybe elsewhere.
+
+    The call raises BadItem, as `source[i]` does.
+    """
+    many = getattr(source, "fetch", None)
+    for chunk in _chunks(indices, getattr(source, "together", _TOGETHER)):
+        decode = many(chunk) if many else [functools.partial(source.__getitem__, i) for i in chunk]
+        yield from zip(chunk, decode, strict=True)
+
+
+def texts_of(source: Source, indices: Iterable[int]) -> Iterator[tuple[int, list[str] | BadItem]]:
+    """The texts of items in the order of `indices`, read many at a time where the source can; bad items as values."""
+    many = getattr(source, "fetch_texts", None)
+    for chunk in _chunks(indices, getattr(source, "together", _TOGETHER)):
+        yield from zip(chunk, many(chunk) if many else (_texts(source, i) for i in chunk), strict=True)
+
+
+def _texts(source: Source, i: int) -> list[str] | BadItem:
+    try:
+        return source.texts(i)
+    except BadItem as bad:
+        return bad
+
+
+def _chunks(indices: Iterable[int], size: int) -> Iterator[list[int]]:
+    left = iter(indices)
+    while chunk := list(islice(left, size)):
+        yield chunk
+
+
 def language(source: Source, i: int) -> str:
     """The language that item i says it is in, "" where the source does not know of languages or this item's."""
     known = getattr(source, "language", None)
@@ -53,6 +89,10 @@ def has_images(source: Source) -> bool:
 
 class Source(Protocol):
     """Documents by index. Safe to read from many threads.
+
+    A source that reads many items faster than one by one has two more methods: `fetch(indices)`, a list of calls that
+    give the documents (see `fetched`), and `fetch_texts(indices)`, what `texts` gives or the BadItem that it raises;
+    and `together`, how many of them are best read at once.
 
     Attributes:
         name: unique among the sources of a run; also names its folder of shards.

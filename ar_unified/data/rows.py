@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -14,19 +13,22 @@ from typing import Any
 
 import numpy as np
 
-from ar_unified.data import encoding, images
+from ar_unified.data import encoding, images, packed
 from ar_unified.data.files import FileError, Folder, require_file
 from ar_unified.data.items import BadItem
 from ar_unified.data.splits import Split
 from ar_unified.language.document import Document, DocumentError, TextPart
 from ar_unified.language.rows import document_from_json
 
+_LONGEST = 1 << 27  # bytes of a line
+
 
 class Rows:
     """Rows of JSONL files (`language.rows`), with images under `root` or in the row as data: URLs.
 
     The files are read once at opening, twice for a part, for the place of every line; memory is 24 bytes a row. They
-    are UTF-8: a file that is not (`encoding`) is one bad item. What names mean, and `links`: `files.Folder`.
+    may be packed (.gz, .zst: `packed`). They are UTF-8: a file that is not (`encoding`) is one bad item, and so is the
+    rest of one that is cut short. What names mean, and `links`: `files.Folder`.
 
     `split`, as in TFDS, is a name, a part in percent, or both: rows without the key "split" are all "train", and a part
     takes images with all their rows, rows without one by their id, else by their line (`splits` says which): the same
@@ -67,7 +69,7 @@ class Rows:
         for number, file in enumerate(self.files):
             for line, start, data in _lines(file):
                 digest.update(data)
-                if data.strip() and (chosen is None or _has(chosen, data)):
+                if not data or (data.strip() and (chosen is None or _has(chosen, data))):
                     self._file.append(number)
                     self._line.append(line)
                     self._start.append(start)
@@ -84,11 +86,7 @@ class Rows:
         }
         # Questions about one image stand together, so the last few images are kept.
         self._image = functools.lru_cache(maxsize=4)(self._load)
-        self._open = [os.open(file, os.O_RDONLY) for file in self.files]
-
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_open", ()):
-            os.close(descriptor)
+        self._open = [packed.Reader(file) for file in self.files]
 
     def __len__(self) -> int:
         return len(self._line)
@@ -121,8 +119,13 @@ class Rows:
         return replace(document, origin=origin)
 
     def _row(self, i: int) -> dict[str, Any]:
-        start = self._start[i]
-        data = os.pread(self._open[self._file[i]], self._length[i], start)
+        start, length = self._start[i], self._length[i]
+        if length > _LONGEST:
+            raise _Bad("too_large", f"expected a line of at most {_LONGEST >> 20} MiB")
+        try:
+            data = self._open[self._file[i]].read(start, length or _LONGEST)
+        except OSError as error:
+            raise _Bad("unreadable_file", f"the rest of the file cannot be read: {error}") from error
         try:
             row = json.loads(encoding.text(data if start else encoding.unmarked(data)))
         except encoding.EncodingError as error:
@@ -153,17 +156,28 @@ class _Bad(Exception):
 
 
 def _lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Number (from 1), offset and bytes of every line, no byte order mark; of a file that is no UTF-8, its head."""
-    with open(file, "rb") as stream:
+    """Number (from 1), offset and bytes of every line, no byte order mark; of a file that is no UTF-8, its head.
+
+    Of a line that is too long there is the beginning and one byte too many. A rest that cannot be
+    unpacked is one line of no bytes.
+    """
+    with packed.open_binary(file) as stream:
+        start, number = 0, 1
         try:
-            start = encoding.begin(stream)
-        except encoding.EncodingError:
-            stream.seek(0)
-            yield 1, 0, stream.read(encoding.HEAD)
-            return
-        for number, data in enumerate(stream, 1):
-            yield number, start, data
-            start += len(data)
+            try:
+                start = encoding.begin(stream)
+            except encoding.EncodingError:
+                stream.seek(0)
+                yield 1, 0, stream.read(encoding.HEAD)
+                return
+            while data := stream.readline(_LONGEST + 1):
+                yield number, start, data
+                start += len(data)
+                while len(data) > _LONGEST and not data.endswith(b"\n"):
+                    start += len(data := stream.readline(_LONGEST + 1))
+                number += 1
+        except OSError:
+            yield number, start, b""
 
 
 def _has(split: Split, data: bytes, *, own: bool = True) -> bool:

@@ -1,4 +1,4 @@
-"""Where documents come from: named TFDS datasets, folders of JSONL and images, single JSONL files, plain files.
+"""Where documents come from: TFDS datasets by name, JSONL with images, Parquet, Arrow, tars, pages, clips, plain files.
 
 A source is random access: opening it reads no image, reading item i touches nothing but item i. An item that cannot
 be used raises BadItem with what is wrong and where it stands; what to do about it is the reader's policy.
@@ -12,18 +12,24 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from itertools import islice
+from itertools import islice, starmap
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from ar_unified.data.augmentation import Augmented
 from ar_unified.data.balance import indices
+from ar_unified.data.clips import Clips
 from ar_unified.data.files import FileError, Folder
 from ar_unified.data.image_folder import ImageFiles
-from ar_unified.data.items import BadItem, Source
+from ar_unified.data.items import BadItem, Source, fetched, texts_of
+from ar_unified.data.packed import unpacked
+from ar_unified.data.pages import Pages
 from ar_unified.data.rows import Rows
+from ar_unified.data.shard_names import TABLES as TABLE_FILES
+from ar_unified.data.shard_names import TARS as TAR_FILES
 from ar_unified.data.splits import EmptySplit
+from ar_unified.data.tars import Tars
 from ar_unified.data.text_files import TextFiles
 from ar_unified.errors import UserError, about
 from ar_unified.language.document import Document
@@ -41,18 +47,24 @@ def open_source(spec: Mapping[str, Any]) -> Source:
 
     Args:
         spec: one of
-            dict(kind="tfds", name="shapes/captions", split="train", data_dir=None): built or downloaded first if it is
-                not in data_dir (None: TFDS's own default).
+            dict(kind="tfds", name="shapes/captions", split="train", data_dir=None, columns=None): built or downloaded
+                first if it is not in data_dir (None: TFDS's own default).
             dict(kind="folder", path=..., files=None, split=None): the rows of <path>/<file>.jsonl for `files`; None:
                 those of captions, docs and vqa that are there.
-            dict(kind="jsonl", path=..., root=None, split=None): one file; images are in it or under `root` (None:
-                the file's folder).
+            dict(kind="jsonl", path=..., root=None, split=None): one file, packed (.gz, .zst) or not; images are in
+                it or under `root` (None: the file's folder).
+            dict(kind="parquet", path=..., columns=None, split=None): Parquet and Arrow files: `Tables`.
+            dict(kind="webdataset", path="shards/{000..063}.tar", keys=None, split=None): tars: `Tars`.
+            dict(kind="pages", path=..., split=None): Markdown and HTML with the images they show, in order: `Pages`.
+            dict(kind="clips", path=..., frames=8): GIF, WebP and folders of frames: `Clips`.
             dict(kind="images", path=...): every image file under a folder, without text; for image tokenizers.
             dict(kind="text", path=..., files=("*.txt", "*.md", "*.jsonl"), by="file", field="text",
                 language="language", split=None): text alone, a document a file, a line (by="line") or a row of a .jsonl
                 file: see `TextFiles`.
             All but tfds take links=False: whether links that lead out of the folder are followed (`files`: what belongs
                 to a folder, and what a name in a row means).
+            `columns` (`keys`) say which column, feature or member is which part of a document where their names do not:
+                dict(image="photo", text="{title}. {body}"), see `columns.Columns`.
             `split` of folder, jsonl and text is "train", "train[:95%]", "[95%:]": see `splits`. Any source may have
             `label` (its name), `reversible` (True), `augmentation` (dict(count=..., shift=..., mirror=..., whole=...):
             see `Augmented`), and what is not the source's: `weight` in the mixture of documents, `image_weight` in that
@@ -65,6 +77,7 @@ def open_source(spec: Mapping[str, Any]) -> Source:
     """
     kinds: dict[str, Callable[..., Source]] = {
         "tfds": _tfds, "folder": _folder, "jsonl": _jsonl, "images": ImageFiles, "text": TextFiles,
+        "parquet": _tables, "webdataset": Tars, "pages": Pages, "clips": Clips,
     }  # fmt: skip
     kind = spec.get("kind")
     if kind not in kinds:
@@ -73,6 +86,7 @@ def open_source(spec: Mapping[str, Any]) -> Source:
         raise UserError(f"{spec['path']}: no such file or folder. This makes it: {spec['made_by']}")
     try:
         options = {key: value for key, value in spec.items() if key not in _OF_OTHERS}
+        options |= {key: options[key].to_dict() for key in ("columns", "keys") if hasattr(options.get(key), "to_dict")}
         options |= {key: home(options[key]) for key in _PATHS if options.get(key)}
         source = kinds[kind](**options)
         return Augmented(source, **spec["augmentation"]) if spec.get("augmentation") else source
@@ -80,10 +94,31 @@ def open_source(spec: Mapping[str, Any]) -> Source:
         raise UserError(f"source of kind {kind!r}: {error}; in {dict(spec)}") from error
 
 
+def kind_of(path: str | Path, links: bool = False) -> str:
+    """The kind of source that reads what a person names: by its ending, or by what a folder has in it."""
+    path = str(path)
+    name = path.lower()
+    if not os.path.isdir(path):
+        kinds = {"parquet": TABLE_FILES, "webdataset": TAR_FILES, "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst")}
+        return next((kind for kind, endings in kinds.items() if name.endswith(endings)), "text")
+    if row_files(path):
+        return "folder"
+    found = Folder(path, links).search(lambda name: name.lower().endswith((*TABLE_FILES, *TAR_FILES)))
+    if not found:
+        return "text"
+    return "webdataset" if all(file.name.lower().endswith(TAR_FILES) for file in found) else "parquet"
+
+
 def _tfds(name: str, split: str = "train", **options: Any) -> Source:
     from ar_unified.data.named import TfdsSource  # TFDS takes a second to import, and only this needs it
 
     return TfdsSource(name, split, **options)
+
+
+def _tables(path: str | Path, **options: Any) -> Source:
+    from ar_unified.data.tables import Tables  # likewise PyArrow
+
+    return Tables(path, **options)
 
 
 def row_files(root: str | Path) -> list[str]:
@@ -120,7 +155,7 @@ def _folder(path: str | Path, files: Sequence[str] | None = None, *, links: bool
 
 def _jsonl(path: str | Path, root: str | Path | None = None, **options: Any) -> Source:
     file = Path(path)
-    return Rows([file], Path(root or file.parent), **{"label": file.stem} | options)
+    return Rows([file], Path(root or file.parent), **{"label": unpacked(file).stem} | options)
 
 
 def read(source: Source, indices: Iterable[int], workers: int = 2) -> Iterator[tuple[int, Document | BadItem]]:
@@ -130,26 +165,26 @@ def read(source: Source, indices: Iterable[int], workers: int = 2) -> Iterator[t
     `prepare` a third of its speed.
     """
 
-    def get(i: int) -> tuple[int, Document | BadItem]:
+    def get(i: int, decode: Callable[[], Document]) -> tuple[int, Document | BadItem]:
         try:
-            return i, source[i]
+            return i, decode()
         except BadItem as bad:
             return i, bad
 
-    left, seconds = iter(indices), []
-    for i in islice(left, 4):
+    left, seconds = fetched(source, indices), []
+    for i, decode in islice(left, 4):
         began = time.perf_counter()
-        item = get(i)
+        item = get(i, decode)
         seconds.append(time.perf_counter() - began)
         yield item
     if not seconds or median(seconds) < 1e-3:  # the first may have opened something, a bad one takes no time
-        yield from map(get, left)
+        yield from starmap(get, left)
         return
     waiting: deque[Future[tuple[int, Document | BadItem]]] = deque()
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         try:
-            for i in left:
-                waiting.append(pool.submit(get, i))
+            for i, decode in left:
+                waiting.append(pool.submit(get, i, decode))
                 if len(waiting) > 4 * workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -169,9 +204,8 @@ def texts(
         left_out: called with each bad item.
     """
     for source, times in zip(sources, passes or [1.0] * len(sources), strict=True):
-        for i in indices(len(source), times, source.name):
-            try:
-                yield from source.texts(i)
-            except BadItem as bad:
-                if left_out:
-                    left_out(bad)
+        for _, found in texts_of(source, indices(len(source), times, source.name)):
+            if not isinstance(found, BadItem):
+                yield from found
+            elif left_out:
+                left_out(found)

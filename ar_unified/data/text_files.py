@@ -13,14 +13,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from ar_unified.data import encoding
+from ar_unified.data import encoding, packed
 from ar_unified.data.files import Folder, Found
 from ar_unified.data.items import BadItem
 from ar_unified.data.splits import Split
 from ar_unified.errors import UserError
 from ar_unified.language.document import Document, TextPart
 
-FILES = ("*.txt", "*.md", "*.jsonl")
+FILES = ("*.txt", "*.md", "*.jsonl", "*.jsonl.gz", "*.jsonl.zst")
 _BLOCK = 1 << 14  # bytes that share an entry of the index, and are read at once
 _LARGEST = 1 << 26  # bytes of a document
 
@@ -31,7 +31,7 @@ class TextFiles:
     The files are read once at opening, twice for a part. What is kept of them is their names and 40 bytes for every
     16 KiB, or for every file if files are smaller. Line ends are not part of a line, nor is a byte order mark of a
     text; blank lines are no items; nothing else is changed. A file that is no UTF-8 (`encoding`), or cannot be read, is
-    one bad item.
+    one bad item; so is the rest of a packed one (.jsonl.gz, .jsonl.zst) that is cut short, from 16 KiB before the cut.
 
     `split` is as for `Rows`: lines and files have no name but "train", and a part takes files by their name and lines
     by their text.
@@ -91,6 +91,7 @@ class TextFiles:
             "sha256": sha256,
             **(self._split.fingerprint() if self._split else {}),
         }
+        self._reader = functools.lru_cache(maxsize=16)(packed.Reader)
         self._block = functools.lru_cache(maxsize=4)(self._read_block)
 
     def __len__(self) -> int:
@@ -175,9 +176,7 @@ class TextFiles:
     def _read_block(self, block: int) -> list[tuple[int, int, bytes]]:
         """Number of the line, offset in the file and bytes of every item of a block."""
         file, start = self._files[self._file[block]], self._start[block]
-        with open(file, "rb") as stream:
-            stream.seek(start)
-            data = stream.read(self._stop[block] - start)
+        data = self._reader(file).read(start, self._stop[block] - start)
         if not self._in_lines(file):
             return [(1, start, data)]
         items = []
@@ -202,7 +201,7 @@ class TextFiles:
                 self._add(number, problem=(entry.error.kind, entry.error.reason))
                 continue
             try:
-                with open(file, "rb") as stream:
+                with packed.open_binary(file) as stream:
                     index = self._index_lines if self._in_lines(file) else self._index_file
                     index(number, encoding.begin(stream), _Digested(stream, digest))
             except encoding.EncodingError as error:
@@ -302,7 +301,7 @@ def _too_large(size: int, what: str) -> tuple[str, str] | None:
 
 
 def _is_jsonl(file: Path) -> bool:
-    return file.suffix.lower() == ".jsonl"
+    return packed.unpacked(file).suffix.lower() == ".jsonl"
 
 
 def languages(files: Sequence[Path]) -> list[str]:

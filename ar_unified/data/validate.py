@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from ar_unified.data.files import Folder
 from ar_unified.data.images import SUFFIXES, ImageCodec, Resize
 from ar_unified.data.items import Source, has_images
 from ar_unified.data.sizes import default_resize
-from ar_unified.data.sources import FOLDER_FILES, BadItem, open_source, read, row_files
+from ar_unified.data.sources import FOLDER_FILES, BadItem, kind_of, open_source, read, row_files
 from ar_unified.data.text_files import FILES as TEXT_FILES
 from ar_unified.data.text_files import find
 from ar_unified.errors import UserError
@@ -116,8 +117,9 @@ def validate(
     """Reads every item, images included.
 
     Args:
-        data: a folder (`captions.jsonl`, `docs.jsonl`, `vqa.jsonl`, each reported by itself; without them, its text
-            files), one JSONL or text file, or a list of source specs (`open_source`).
+        data: a folder (`captions.jsonl`, `docs.jsonl`, `vqa.jsonl`, each reported by itself; without them, its Parquet,
+            Arrow or tar files, else its text files), one such file or name with braces, or a list of source specs
+            (`open_source`).
         grammar: with it, and with the tokenizer or `resize`, lengths in tokens are reported.
         image_tokenizer: with it and a grammar the first documents are shown as their real tokens.
         resize: as for `prepare`.
@@ -170,24 +172,22 @@ def _unnamed(data: str | Path | Sequence[Mapping[str, Any]], sources: Sequence[S
 
 
 def _specs(path: str | Path, links: bool) -> list[dict[str, Any]]:
-    path = Path(path)
-    if path.is_dir():
+    kind = kind_of(path, links)
+    if kind == "folder":
+        label = Path(path).name
         names = row_files(path)
-        if not names:
-            try:
-                find(path, TEXT_FILES, links)
-            except UserError as error:
-                expected = ", ".join(f"{name}.jsonl" for name in FOLDER_FILES)
-                raise UserError(
-                    f"{path}: expected at least one of {expected} in it, or text files; found none"
-                ) from error
-            return [dict(kind="text", path=path, links=links)]
-        return [
-            dict(kind="folder", path=path, files=(name,), links=links, label=f"{path.name}/{name}") for name in names
-        ]
-    if not path.is_file():
+        return [dict(kind=kind, path=path, files=(name,), links=links, label=f"{label}/{name}") for name in names]
+    if kind == "text" and os.path.isdir(path):
+        try:
+            find(Path(path), TEXT_FILES, links)
+        except UserError as error:
+            expected = ", ".join(f"{name}.jsonl" for name in FOLDER_FILES)
+            raise UserError(
+                f"{path}: expected at least one of {expected} in it, Parquet, Arrow, tar or text files; found none"
+            ) from error
+    elif kind in ("text", "jsonl") and not os.path.isfile(path):
         raise UserError(f"{path}: no such folder or file")
-    return [dict(kind="jsonl" if path.suffix.lower() == ".jsonl" else "text", path=path, links=links)]
+    return [dict(kind=kind, path=path, links=links)]
 
 
 class _Model:

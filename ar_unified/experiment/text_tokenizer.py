@@ -14,7 +14,7 @@ from ar_tokenizers.text import TextTokenizer
 
 from ar_unified.bundle import KEPT, LANGUAGE, PUBLISHED
 from ar_unified.data.balance import indices, passes, text_bytes
-from ar_unified.data.items import BadItem, LeftOut, Source, language
+from ar_unified.data.items import BadItem, LeftOut, Source, language, texts_of
 from ar_unified.data.sources import texts
 from ar_unified.errors import UserError, about
 from ar_unified.experiment.experiment import Experiment
@@ -113,10 +113,9 @@ def measure(tokenizer: Codec, sources: Sequence[tuple[str, Source]]) -> dict[str
     """Fertility and round trip by source, and by language where items say theirs ("name/nld"); bad items left out."""
     rows: dict[str, Fertility] = {}
     for name, source in sources:
-        for i in indices(len(source), min(1.0, _MEASURED / max(text_bytes(source), 1.0)), source.name):
-            try:
-                found = source.texts(i)
-            except BadItem:
+        part = indices(len(source), min(1.0, _MEASURED / max(text_bytes(source), 1.0)), source.name)
+        for i, found in texts_of(source, part):
+            if isinstance(found, BadItem):
                 continue
             group = "/".join(filter(None, (name, language(source, i))))
             for text in filter(None, found):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from ar_unified.cli.main import main
 from ar_unified.data.images import to_png
 from ar_unified.data.sources import BadItem, open_source
 from ar_unified.experiment import config
+from tests.data import copies
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -73,3 +75,20 @@ def test_files_that_differ_in_their_ending_are_rows_of_their_own(tmp_path):
     texts = json.loads((tmp_path / "w" / "text_tokenizer" / "report.json").read_text())["texts"]
     assert {name: row["texts"] for name, row in texts.items()} == {"NL": 30, "en.md": 30, "en.txt": 40}
     assert texts["en.txt"]["bytes"] == 40 * len("a red circle"), "the mark is no text"
+
+
+def test_tables_and_tars_are_taken_as_a_folder_is(tmp_path, capsys):
+    examples = [dict(image=to_png(np.full((16, 16, 3), i, np.uint8)), text=f"grey {i}") for i in range(40)]
+    copies.parquet(tmp_path / "tables", examples)
+    tars = copies.webdataset(tmp_path / "tars", examples)["path"]
+    copies.jsonl(tmp_path / "own.jsonl", examples)
+    (tmp_path / "own.jsonl.gz").write_bytes(gzip.compress((tmp_path / "own.jsonl").read_bytes()))
+    one = sorted((tmp_path / "tables" / "data").iterdir())[0]
+    for path, items in ((tmp_path / "tables", 40), (one, 14), (tars, 40), (tmp_path / "own.jsonl.gz", 40)):
+        assert main(["validate", str(path)]) == 0
+        assert f"{items} items, {items} good ({items} text_to_image)" in capsys.readouterr().out, path
+        loaded = config.load(f"{ROOT}/experiments/folder.py:path={path}").data
+        train, held_out = (open_source(config.plain(spec)) for spec in (*loaded.train, *loaded.validation))
+        assert len(train) + len(held_out) == items and len(held_out) <= 2
+    assert main(["validate", str(tmp_path / "{0..1}.tar")]) == 2
+    assert "0.tar: no such file" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from ar_unified.data.images import ImageError, Limits, Resize, decode, resize, to_png, to_rgb
 
@@ -167,6 +167,82 @@ def test_exif_rotation_is_applied() -> None:
     exif = Image.Exif()
     exif[274] = 6  # to be turned by 90 degrees for display
     assert decode(encoded(Image.new("RGB", (8, 4)), "JPEG", exif=exif)).shape == (8, 4, 3)
+
+
+# Of Display P3 and sRGB, adapted to D50: the XYZ of red, green, blue (columns).
+P3 = np.array([[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]])
+SRGB = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]])
+
+
+def profile(space: bytes, tags: dict[bytes, bytes]) -> bytes:
+    """An ICC profile, version 2."""
+    at, table, body = 132 + 12 * len(tags), b"", b""
+    for name, data in tags.items():
+        table += name + struct.pack(">II", at + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    header = struct.pack(">I4sI4s4s4s", at + len(body), b"lcms", 0x02100000, b"mntr", space, b"XYZ ")
+    header += struct.pack(">6H4s", 2026, 1, 1, 0, 0, 0, b"acsp") + bytes(28) + struct.pack(">3I", *D50)
+    return header.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + body
+
+
+D50 = (63190, 65536, 54061)
+GAMMA = b"curv" + bytes(4) + struct.pack(">IH", 1, round(2.2 * 256))
+NAMED = {
+    b"desc": b"desc" + bytes(4) + struct.pack(">I", 5) + b"Wide\0" + bytes(78),
+    b"cprt": b"text" + bytes(4) + b"-\0",
+}
+
+
+def xyz(values: np.ndarray) -> bytes:
+    return b"XYZ " + bytes(4) + struct.pack(">3i", *(round(value * 65536) for value in values))
+
+
+def wide() -> bytes:
+    points = {name: xyz(P3[:, i]) for i, name in enumerate((b"rXYZ", b"gXYZ", b"bXYZ"))}
+    white = {b"wtpt": xyz(np.array(D50) / 65536)}
+    return profile(b"RGB ", NAMED | white | points | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), GAMMA))
+
+
+def test_wide_gamut_becomes_srgb() -> None:
+    shown = np.array([180, 90, 60])
+    linear = np.linalg.inv(SRGB) @ P3 @ (shown / 255) ** 2.2
+    expected = 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * np.maximum(linear, 0) ** (1 / 2.4) - 0.055)
+    assert expected[0] > 188 and expected[2] < 55, "the same numbers mean a stronger colour"
+    image = Image.new("RGB", (8, 8), tuple(shown.tolist()))
+    clear = Image.merge("RGBA", (*image.split(), Image.new("L", (8, 8), 255)))
+    for each, kind in [(image, "PNG"), (image, "TIFF"), (clear, "PNG"), (clear, "WEBP"), (image.quantize(4), "PNG")]:
+        options = {"lossless": True} if kind == "WEBP" else {}
+        found = decode(encoded(each, kind, icc_profile=wide(), **options))[4, 4]
+        assert np.abs(found - expected).max() <= 1.5, (each.mode, kind)
+    assert np.abs(decode(encoded(image, "JPEG", icc_profile=wide(), quality=98))[4, 4] - expected).max() <= 4
+    exif = Image.Exif()
+    exif[274] = 6
+    turned = decode(encoded(image.resize((8, 4)), "PNG", icc_profile=wide(), exif=exif))
+    assert turned.shape == (8, 4, 3) and np.abs(turned[4, 2] - expected).max() <= 1.5
+
+
+def test_inks_follow_their_profile() -> None:
+    even, identity = bytes(range(256)), struct.pack(">9i", *(65536 * np.eye(3, dtype=int)).flatten())
+    corners = bytes([255, 128, 128]) + bytes([0, 128, 128]) * 15  # in Lab: paper is white, full ink of any kind black
+    lut = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + identity + even * 4 + corners + even * 3
+    made = bytearray(profile(b"CMYK", NAMED | {b"wtpt": xyz(np.array(D50) / 65536), b"A2B0": lut}))
+    made[12:16], made[20:24] = b"prtr", b"Lab "
+    image = Image.new("CMYK", (8, 8), (128, 0, 0, 0))
+    image.paste((0, 0, 0, 0), (4, 0, 8, 8))
+    for kind, options in (("JPEG", {"quality": 98}), ("TIFF", {})):
+        found = decode(encoded(image, kind, icc_profile=bytes(made), **options)).astype(int)
+        assert np.ptp(found[4, 1]) <= 3 and 100 < found[4, 1, 0] < 140 and found[4, 6].min() > 250, kind
+
+
+def test_a_grey_profile_and_one_that_fits_nothing() -> None:
+    dark = b"curv" + bytes(4) + struct.pack(">IH", 1, 3 * 256)  # a gamma of 3
+    grey = profile(b"GRAY", NAMED | {b"wtpt": xyz(np.array(D50) / 65536), b"kTRC": dark})
+    value = decode(encoded(Image.new("L", (4, 4), 128), "PNG", icc_profile=grey))[0, 0]
+    assert abs(int(value[0]) - 255 * (1.055 * ((128 / 255) ** 3) ** (1 / 2.4) - 0.055)) <= 2 and len(set(value)) == 1
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image = Image.new("RGB", (4, 4), (180, 90, 60))
+    for odd in (grey, srgb, b"no profile", wide()[:200]):
+        assert decode(encoded(image, "PNG", icc_profile=odd))[0, 0].tolist() == [180, 90, 60]
 
 
 def test_bombs_are_refused_by_their_header() -> None:

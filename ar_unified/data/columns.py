@@ -1,0 +1,353 @@
+"""Records of any format -> rows of `language.rows`: which column, feature or key is which part of a document.
+
+A record is a mapping from names to values: a row of a table, an example of TFDS, a sample of a WebDataset. `Columns`
+says by `columns` which of them is what; without, these names are known, whatever the letters' case:
+
+    image, images, jpg, png, ...          an image, or a list of them
+    text, caption, txt                    what an image shows, or text alone
+    texts and images                      two lists, read by turns; where one has null, the other goes on
+    question and answer                   with an image, or several, or none; answer may be the number of one of options
+    messages, conversations               turns; <image> in a turn, or a part of type "image", is the next image
+    segments                              parts in reading order
+    id, language                          the document's name and its language
+
+Of a record with several, the first of messages, segments, question, texts, text, image counts. All other values that
+are short (texts, numbers, lists of them) become `meta`.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ar_unified.errors import UserError, nearest
+from ar_unified.language.document import DocumentError
+
+_IMAGE_FILES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+_COMMON = {
+    "messages": ("messages", "conversations"),
+    "segments": ("segments",),
+    "question": ("question",),
+    "answer": ("answer",),
+    "options": ("options", "choices"),
+    "texts": ("texts",),
+    "text": ("txt", "text", "caption"),
+    "images": ("images",),
+    "image": ("image", *_IMAGE_FILES),
+    "id": ("id", "__key__"),
+    "language": ("language",),
+}
+PARTS = tuple(_COMMON)
+_WHOLES = (("messages",), ("segments",), ("question", "answer"), ("texts",), ("text",), ("images",), ("image",))
+_SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}  # of ShareGPT and LLaVA
+_PLACE = re.compile(r"\s*<image>\s*")
+_FIELD = re.compile(r"\{([^{}]+)\}")
+_CHOICE = re.compile(r"([^{}\[\]]+)\[([^{}\[\]]+)\]")
+_LONGEST = 1 << 16  # characters of a value that is kept as meta
+
+
+class Columns:
+    """Which value of a record is which part of a document.
+
+    Args:
+        columns: part -> where it stands: the name of a column; a way into it ("captions/0/text", "json/caption"); the
+            value of a list that another column numbers ("options[answer]"); or a text with these in braces
+            ("{title}\\n\\n{text}"). None: the names above.
+
+    Raises:
+        UserError: an unknown part, or a place that is no text.
+    """
+
+    def __init__(self, columns: Mapping[str, str] | None = None):
+        for part, place in dict(columns or {}).items():
+            if part not in PARTS:
+                raise UserError(f"columns: expected parts of {', '.join(PARTS)}; found {part!r}{nearest(part, PARTS)}")
+            if not isinstance(place, str) or not place:
+                raise UserError(f"columns: expected the name of a column for {part!r}, found {place!r}")
+        self._columns = dict(columns) if columns else None
+        self._plan = functools.lru_cache(maxsize=64)(self._planned)
+
+    @property
+    def given(self) -> Mapping[str, str] | None:
+        """What a config says."""
+        return self._columns
+
+    def places(self, names: Iterable[str]) -> Mapping[str, str]:
+        """Part -> where it stands in records that have these names."""
+        if self._columns is not None:
+            return self._columns
+        lower = {name.lower(): name for name in reversed(list(names))}
+        known = {part: [lower[name] for name in common if name in lower] for part, common in _COMMON.items()}
+        return {part: found[0] for part, found in known.items() if found}
+
+    def names(self, names: Sequence[str], where: str) -> dict[str, list[str]]:
+        """Part -> the names it is made of. Raises UserError: records of these names are no documents."""
+        places, whole, _ = self._plan(tuple(names))
+        if not whole:
+            found = f"columns={dict(self._columns)}" if self._columns else ", ".join(names)
+            raise UserError(
+                f"{where}: expected image, text, caption, question and answer, texts and images, or messages; found "
+                f'{found}. Say which column is what: columns={{"image": "NAME", "text": "NAME"}}'
+            )
+        used: dict[str, list[str]] = {}
+        for part, place in places.items():
+            used[part] = []
+            for way in _ways(place, names):
+                name = way if way in names else way.split("/")[0]
+                if name not in names:
+                    raise UserError(
+                        f"{where}: {part}: there is no column {name!r}{nearest(name, names)}; there are: "
+                        + ", ".join(names)
+                    )
+                used[part].append(name)
+        return used
+
+    def row(self, record: Mapping[str, Any], pictures: bool = True) -> tuple[dict[str, Any], list[Any]]:
+        """A record as a row for `document_from_json`, and its images: reference "0" is the first.
+
+        pictures: False where images were not read, and the row is for its texts alone: it has as many as it needs.
+
+        Raises:
+            DocumentError: "bad_row", "missing_image" (null): a value is not what its part needs.
+        """
+        places, whole, used = self._plan(tuple(record))
+        if not whole:
+            expected = "image, text, caption, question and answer, texts and images, or messages"
+            raise DocumentError("bad_row", f"expected {expected}; found {', '.join(map(str, record)) or 'nothing'}")
+        read = {part: place for part, place in places.items() if pictures or part not in ("image", "images")}
+        found = {part: _look_up(record, place, part) for part, place in read.items()}
+        images = _Images(found, pictures, required=whole in ("question", "text", "images", "image"))
+        row = _WRITERS[whole](found, images)
+        images.done()
+        row |= _meta({name: value for name, value in record.items() if name not in used})
+        if found.get("id") not in (None, ""):
+            row["id"] = str(found["id"])
+        return row, images.values
+
+    def texts(self, record: Mapping[str, Any]) -> list[tuple[str, Any]]:
+        """The texts of a record by their parts, where they stand by themselves; [] where only a row tells."""
+        places, whole, _ = self._plan(tuple(record))
+        if whole == "texts":
+            found = _look_up(record, places["texts"], "texts")
+            return [("texts", text) for text in found if text is not None] if isinstance(found, list) else []
+        parts = {"text": ["text"], "question": [] if "options" in places else ["question", "answer"]}.get(whole, [])
+        return [(part, _look_up(record, places[part], part)) for part in parts]
+
+    def language(self, record: Mapping[str, Any]) -> str:
+        """What a record says of its language, "" for nothing."""
+        place = self.places(record).get("language")
+        try:
+            known = _look_up(record, place, "language") if place else None
+        except DocumentError:
+            return ""
+        return known if isinstance(known, str) else ""
+
+    def _planned(self, names: tuple[str, ...]) -> tuple[Mapping[str, str], str, set[str]]:
+        """Part -> place, which part makes it a document ("": none), and the names that are used."""
+        places = self.places(names)
+        whole = next((whole[0] for whole in _WHOLES if all(part in places for part in whole)), "")
+        return places, whole, {way.split("/")[0] for place in places.values() for way in (place, *_ways(place, names))}
+
+
+class _Images:
+    """The images of one record, handed out in order."""
+
+    def __init__(self, found: Mapping[str, Any], pictures: bool, required: bool):
+        self.values: list[Any] = []
+        self.endless = not pictures
+        for part in ("image", "images") if pictures else ():
+            value = found.get(part)
+            if part in found and value is None and required:
+                raise DocumentError("missing_image", f"{part}: expected an image, found null")
+            self.values += value if isinstance(value, list) else [] if value is None else [value]
+        self.left = len(self.values)
+
+    def next(self, where: str) -> str:
+        if self.endless:
+            return "0"
+        if not self.left:
+            raise DocumentError("bad_row", f"{where}: expected an image, found no more of {len(self.values)}")
+        self.left -= 1
+        return str(len(self.values) - self.left - 1)
+
+    def rest(self) -> list[str]:
+        return [self.next("images") for _ in range(self.left)]
+
+    def add(self, value: Any) -> str:
+        if self.endless:
+            return "0"
+        self.values.append(value)
+        return str(len(self.values) - 1)
+
+    def done(self) -> None:
+        if self.left:
+            raise DocumentError("bad_row", f"{len(self.values)} images, found {len(self.values) - self.left} places")
+
+
+def _look_up(record: Mapping[str, Any], place: str, part: str) -> Any:
+    if place in record:
+        return record[place]
+    if fields := _FIELD.findall(place):
+        values = {field: _words(_look_up(record, field, part), part) for field in fields}
+        return _FIELD.sub(lambda field: values[field[1]], place)
+    if choice := _CHOICE.fullmatch(place):
+        return _chosen(_look_up(record, choice[1], part), _look_up(record, choice[2], part), part)
+    value: Any = record
+    for name in place.split("/"):
+        try:
+            if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+                value = value[int(name)] if name.isdigit() else [each[name] for each in value]
+            else:
+                value = value[name]
+        except (KeyError, IndexError, TypeError) as error:
+            raise DocumentError("bad_row", f"{part}: expected {place!r}, found no {name!r} there") from error
+    return value
+
+
+def _words(value: Any, part: str) -> str:
+    if isinstance(value, list):
+        return "\n".join(_words(each, part) for each in value)
+    if value is None or isinstance(value, bytes | Mapping):
+        raise DocumentError("bad_row", f"{part}: expected a text or a number, found {type(value).__name__}")
+    return str(value)
+
+
+def _chosen(options: Any, number: Any, part: str) -> Any:
+    try:
+        return options[int(number)]
+    except (TypeError, ValueError, IndexError, KeyError) as error:
+        raise DocumentError("bad_row", f"{part}: expected the number of an option, found {number!r:.40}") from error
+
+
+def _ways(place: str, names: Iterable[str]) -> list[str]:
+    """The plain ways into columns that a place is made of."""
+    if place in names:
+        return [place]
+    if fields := _FIELD.findall(place):
+        return [way for field in fields for way in _ways(field, names)]
+    choice = _CHOICE.fullmatch(place)
+    return [choice[1], choice[2]] if choice else [place]
+
+
+# ---- rows of each kind -------------------------------------------------------------------------------------------
+
+
+def _messages(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
+    turns = found["messages"]
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise DocumentError("bad_row", f"messages: expected a list of objects, found {turns!r:.80}")
+    messages = []
+    for i, turn in enumerate(turns):
+        role = turn.get("role") or turn.get("from")
+        content = turn.get("content") if turn.get("content") is not None else turn.get("value")
+        if isinstance(content, str):
+            content = _places(content, images, f"messages {i}")
+        elif isinstance(content, list):
+            content = _parts(content, images, f"messages {i}")
+        rest = {key: turn[key] for key in ("weight", "tool_calls", "audio", "refusal") if turn.get(key) is not None}
+        messages.append({"role": _SPEAKERS.get(role, role), "content": content} | rest)
+    first = next((message for message in messages if message["role"] == "user"), None)
+    if images.left and first is not None:  # no turn says where
+        shown = [{"type": "image", "image": reference} for reference in images.rest()]
+        content = first["content"]
+        first["content"] = shown + ([{"type": "text", "text": content}] if isinstance(content, str) else content or [])
+    return {"messages": messages}
+
+
+def _places(text: str, images: _Images, where: str) -> Any:
+    """A text in which <image> stands for the next image, as parts; without, or without images, as it is."""
+    if "<image>" not in text or not (images.left or images.values or images.endless):
+        return text
+    parts: list[dict[str, str]] = []
+    for i, piece in enumerate(_PLACE.split(text)):
+        parts += [{"type": "image", "image": images.next(where)}] if i else []
+        parts += [{"type": "text", "text": piece}] if piece.strip() else []
+    return parts
+
+
+def _parts(parts: Any, images: _Images, where: str) -> Any:
+    """Parts whose images are references: what stands there is kept aside, and where nothing does it is the next."""
+    if not isinstance(parts, list):
+        raise DocumentError("bad_row", f"{where}: expected a list of parts, found {parts!r:.80}")
+    out: list[Any] = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind in ("image", "image_url"):
+            value = part.get(kind)
+            value = value.get("url") if kind == "image_url" and isinstance(value, Mapping) else value
+            empty = value is None or isinstance(value, int) or value == {}
+            out.append({"type": "image", "image": images.next(where) if empty else images.add(value)})
+        else:
+            out.append(part)
+    return out
+
+
+def _segments(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
+    return {"segments": _parts(found["segments"], images, "segments")}
+
+
+def _question(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
+    question, answer = found["question"], found["answer"]
+    if found.get("options") is not None and not (isinstance(answer, str) and not answer.isdigit()):
+        answer = _chosen(found["options"], answer, "answer")
+    shown = images.rest() if not images.endless else ["0"]
+    if len(shown) == 1:
+        return {"image": shown[0], "question": question, "answer": answer}
+    parts = [{"type": "image", "image": reference} for reference in shown]
+    asked = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
+    return {"messages": [asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]}
+
+
+def _texts(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
+    texts = found["texts"]
+    if not isinstance(texts, list):
+        raise DocumentError("bad_row", f"texts: expected a list, found {texts!r:.80}")
+    shown, images.left = images.values, 0
+    pictures = range(len(texts) if images.endless else len(shown))
+    segments = []
+    for text, number in itertools.zip_longest(texts, pictures):
+        if text is not None:
+            segments.append({"type": "text", "text": text})
+        if number is not None and (images.endless or shown[number] is not None):
+            segments.append({"type": "image", "image": str(number)})
+    return {"segments": segments}
+
+
+def _text(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
+    text = found["text"]
+    text = text[0] if isinstance(text, list) and len(text) == 1 else text
+    shown = images.rest()
+    if len(shown) == 1:
+        return {"image": shown[0], "text": text}
+    parts = [{"type": "text", "text": text}, *({"type": "image", "image": reference} for reference in shown)]
+    return {"segments": parts} | ({"prompt": 1} if shown else {})
+
+
+def _alone(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
+    return {"segments": [{"type": "image", "image": reference} for reference in images.rest()]}
+
+
+_WRITERS = {
+    "messages": _messages,
+    "segments": _segments,
+    "question": _question,
+    "texts": _texts,
+    "text": _text,
+    "images": _alone,
+    "image": _alone,
+}
+
+
+def _meta(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What is short, and has a name that no row needs."""
+    taken = {"image", "text", "question", "answer", "segments", "prompt", "messages", "id"}
+    return {name: value for name, value in values.items() if name not in taken and _short(value)}
+
+
+def _short(value: Any) -> bool:
+    if isinstance(value, list):
+        return len(value) <= 256 and all(map(_short, value))
+    return isinstance(value, str | int | float | bool) and not (isinstance(value, str) and len(value) > _LONGEST)

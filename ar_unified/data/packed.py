@@ -1,0 +1,172 @@
+"""Files that are packed with gzip or Zstandard, read at any place as if they were not."""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+import zlib
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+
+ENDINGS = (".gz", ".zst")
+_STEP = 1 << 12  # packed bytes at once: at most 4 MiB unpacked
+_SNAPSHOTS = 256  # of gzip's state, 40 KB each
+
+
+def unpacked(path: Path) -> Path:
+    """The name of a file without the ending that says how it is packed."""
+    return path.with_suffix("") if path.suffix.lower() in ENDINGS else path
+
+
+def open_binary(path: Path) -> BinaryIO:
+    """A file for reading, unpacked where its ending says that it is packed.
+
+    Going back in gzip begins at one of 256 places, evenly apart, which are found as it is read first; in Zstandard at
+    its beginning. Reading in order costs nothing more.
+
+    Raises:
+        OSError: it is not there; while reading: it is cut short, broken, or not packed in this way.
+    """
+    ending = path.suffix.lower()
+    if ending not in ENDINGS:
+        return open(path, "rb")
+    return io.BufferedReader(_Gzip(path) if ending == ".gz" else _Zstandard(path), 1 << 16)  # type: ignore[return-value]
+
+
+class Reader:
+    """Bytes at any place of a file, packed or not, for many threads."""
+
+    def __init__(self, path: Path):
+        self._file, self._lock = open_binary(path), threading.Lock()
+        self._descriptor = None if path.suffix.lower() in ENDINGS else self._file.fileno()
+
+    def read(self, at: int, size: int) -> bytes:
+        """Raises OSError as `open_binary` says."""
+        if self._descriptor is not None:
+            return os.pread(self._descriptor, size, at)
+        with self._lock:
+            self._file.seek(at)
+            return self._file.read(size)
+
+
+class _Forward(io.RawIOBase):
+    """A stream that can be read on, and begun anew; made seekable by both."""
+
+    def __init__(self) -> None:
+        self._at, self._ready = 0, memoryview(b"")  # where reading stands, and what is unpacked behind it
+
+    def _more(self) -> bytes:
+        """What comes next, b"" at the end."""
+        raise NotImplementedError
+
+    def _back(self, at: int) -> int:
+        """Goes to a place at or before `at`, and returns it."""
+        raise NotImplementedError
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, at: int, whence: int = io.SEEK_SET, /) -> int:
+        if whence == io.SEEK_CUR:
+            at += self._at
+        elif whence != io.SEEK_SET:
+            raise OSError("the end of a packed file is not known")
+        if at < self._at:
+            self._at, self._ready = self._back(at), memoryview(b"")
+        while self._at < at and (data := self._next()):
+            taken = min(len(data), at - self._at)
+            self._at, self._ready = self._at + taken, data[taken:]
+        return self._at
+
+    def _next(self) -> memoryview:
+        self._ready = self._ready or memoryview(self._more())
+        return self._ready
+
+    def readinto(self, buffer: memoryview, /) -> int:  # type: ignore[override]
+        data = self._next()[: len(buffer)]
+        buffer[: len(data)] = data
+        self._at, self._ready = self._at + len(data), self._ready[len(data) :]
+        return len(data)
+
+
+class _Gzip(_Forward):
+    def __init__(self, path: Path):
+        super().__init__()
+        self._file = open(path, "rb")
+        self._state = zlib.decompressobj(31)
+        # Of places in order: how many bytes are unpacked until there, of how many packed ones, and the state.
+        self._places = [(0, 0, self._state.copy())]
+        self._apart = 1 << 22
+        self._unpacked = 0  # bytes, until the end of what is ready
+
+    def _back(self, at: int) -> int:
+        self._unpacked, packed, state = next(place for place in reversed(self._places) if place[0] <= at)
+        self._state = state.copy()
+        self._file.seek(packed)
+        return self._unpacked
+
+    def _more(self) -> bytes:
+        out = b""
+        while not out:
+            data = self._file.read(_STEP)
+            if not data:
+                if not self._state.eof:
+                    raise OSError("the gzip data is cut short")
+                return b""
+            try:
+                while data:
+                    if self._state.eof:  # one archive behind another
+                        self._state = zlib.decompressobj(31)
+                    out += self._state.decompress(data)
+                    data = self._state.unused_data.lstrip(b"\0") if self._state.eof else b""
+            except zlib.error as error:
+                raise OSError(f"the gzip data is broken: {error}") from error
+        self._unpacked += len(out)
+        if self._unpacked >= self._places[-1][0] + self._apart:
+            self._places.append((self._unpacked, self._file.tell(), self._state.copy()))
+            if len(self._places) > _SNAPSHOTS:
+                self._places, self._apart = self._places[::2], 2 * self._apart
+        return out
+
+    def close(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
+        super().close()
+
+
+class _Zstandard(_Forward):
+    def __init__(self, path: Path):
+        super().__init__()
+        self._path = path
+        self._back(0)
+
+    def _back(self, at: int) -> int:
+        self._stream = pa.input_stream(str(self._path), compression="zstd")
+        self._step, self._unpacked = 1 << 16, 0
+        return 0
+
+    def _more(self) -> bytes:
+        try:
+            data = self._stream.read(self._step)
+        except (pa.ArrowException, OSError) as error:
+            if self._step == 1:
+                reason = str(error).splitlines()[0]
+                raise OSError(f"the Zstandard data is broken or cut short: {reason}") from error
+            # What is before the break is lost with it: all that can be had comes byte by byte.
+            stop = self._unpacked
+            self._back(0)
+            while self._unpacked < stop:
+                self._unpacked += len(self._stream.read(min(1 << 16, stop - self._unpacked)))
+            self._step = 1
+            return self._more()
+        self._unpacked += len(data)
+        return data

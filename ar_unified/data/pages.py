@@ -1,0 +1,113 @@
+"""Interleaved documents from pages of Markdown and HTML beside their images."""
+
+from __future__ import annotations
+
+import hashlib
+import posixpath
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from ar_unified.data import encoding, images, markup
+from ar_unified.data.columns import Columns
+from ar_unified.data.files import FileError, Folder
+from ar_unified.data.items import BadItem
+from ar_unified.data.records import Record, RecordSource
+from ar_unified.data.splits import Split
+from ar_unified.data.text_files import find
+
+FILES = ("*.md", "*.markdown", "*.html", "*.htm")
+_LARGEST = 1 << 26  # bytes of a page
+
+
+class Pages(RecordSource):
+    """Every page under `path`, in the order of their names: text and images as they come (`markup`).
+
+    An image's name counts from the page's folder, or from `path` where it begins with "/"; nothing is fetched. A page
+    with an image that is not there, or with one elsewhere, is a bad item; so is one that is no UTF-8, or empty.
+
+    Args:
+        path: a folder; pages below are read, what is hidden is not (`files.Folder`).
+        files: patterns of names.
+        split: as for `TextFiles`: a part takes pages by their names.
+
+    Raises:
+        UserError: no such folder, no page in it, or none in `split`.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        files: Sequence[str] = FILES,
+        links: bool = False,
+        split: str | None = None,
+        label: str | None = None,
+        reversible: bool = True,
+        limits: images.Limits = images.LIMITS,
+    ):
+        self._root = Path(path)
+        folder = Folder(self._root, links)
+        super().__init__(Columns(), folder, label or self._root.resolve().name, reversible=reversible, limits=limits)
+        found = find(self._root, files, links)
+        if split is not None:
+            chosen = Split(split)
+            if chosen.by_part:
+                for page in found:
+                    chosen.has({"id": page.name}, b"")
+                chosen.settle()
+            found = [page for page in found if chosen.has({"id": page.name}, b"")]
+            if not found:
+                raise chosen.empty(path, "text")
+        self._pages, self._folder = found, folder
+        digest = hashlib.sha256()
+        for page in found:
+            digest.update(f"{page.name} {page.size}\n".encode(errors="surrogateescape"))
+        self.fingerprint: Mapping[str, Any] = {
+            "kind": "pages",
+            "items": len(self),
+            "split": split,
+            "sha256": digest.hexdigest(),
+        }
+
+    def __len__(self) -> int:
+        return len(self._pages)
+
+    def origin(self, i: int) -> str:
+        return str(self._root / self._pages[i].name)
+
+    def read(self, indices: Sequence[int], pictures: bool = True) -> list[Record | BadItem]:
+        return [self._page(i) for i in indices]
+
+    def _page(self, i: int) -> Record | BadItem:
+        page = self._pages[i]
+        try:
+            if page.error:
+                raise page.error
+            if page.size > _LARGEST:
+                raise FileError("too_large", f"expected at most {_LARGEST >> 20} MiB, found {page.size >> 20} MiB")
+            text = encoding.text(encoding.unmarked((self._root / page.name).read_bytes()))
+        except encoding.EncodingError as error:
+            return BadItem("bad_utf8", self.origin(i), str(error))
+        except FileError as error:
+            return BadItem(error.kind, self.origin(i), error.reason)
+        except OSError as error:
+            return BadItem("unreadable_file", self.origin(i), str(error.strerror))
+        parts = markup.from_html(text) if page.name.lower().endswith((".html", ".htm")) else markup.from_markdown(text)
+        if not parts:
+            return BadItem("empty_text", self.origin(i), "the page has neither text nor images")
+        here = posixpath.dirname(page.name)
+        for part in parts:
+            if part["type"] == "image":
+                part["image"] = _name(part["image"], here)
+        return {"segments": parts, "id": page.name}
+
+
+def _name(target: str, here: str) -> str:
+    """A path below the root, or a URL as it is."""
+    parts = urlsplit(target)
+    if parts.scheme or parts.netloc:
+        return f"https:{target}" if target.startswith("//") else target
+    path = unquote(parts.path)
+    return path.lstrip("/") if path.startswith("/") else posixpath.join(here, path)

@@ -1,0 +1,284 @@
+"""Documents from the rows of Parquet and Arrow files, as Hugging Face `datasets` writes them and others do."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import os
+import threading
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ar_unified.data import images
+from ar_unified.data.columns import Columns
+from ar_unified.data.files import Folder
+from ar_unified.data.items import BadItem
+from ar_unified.data.records import Record, RecordSource, together
+from ar_unified.data.shard_names import TABLES, shards
+from ar_unified.data.splits import EmptySplit, parse_split
+from ar_unified.errors import UserError
+
+_BAD = (pa.ArrowException, OSError, ValueError, NotImplementedError)
+
+
+class Tables(RecordSource):
+    """The rows of Parquet files and of Arrow files (streams, as `save_to_disk` writes them, or files), in order.
+
+    Opened by their footers alone; 24 bytes are kept of every group of rows. A row is read with those beside it, so
+    reading in order is fast and reading at random costs a part of a group each time. Of a table without `columns` the
+    names are known (`Columns`); numbers that Hugging Face's header gives names are these names. A file that cannot be
+    read is one bad item.
+
+    Args:
+        path: a file, a folder, or a name with braces or wildcards (`shards`).
+        columns: part -> column: `Columns`.
+        split: "train" takes the files whose name or folder begins so, where some do; "train[:95%]" and "[95%:]" are
+            parts by rows in their order, as in TFDS: what must not be on both sides has to stand together.
+
+    Raises:
+        UserError: no such file, none that can be read, its columns are no document's, or no row in `split`.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        columns: Mapping[str, str] | None = None,
+        links: bool = False,
+        split: str | None = None,
+        label: str | None = None,
+        reversible: bool = True,
+        limits: images.Limits = images.LIMITS,
+    ):
+        root, found = shards(path, TABLES, links=links)
+        name, low, high = parse_split(split or "")
+        named = [file for file in found if _is_of(file.name, name)] if name else found
+        if name and not named and any(_is_of(file.name, each) for file in found for each in _SPLITS):
+            raise UserError(f"{path}: no file of split {name!r}: {', '.join(file.name for file in found[:8])}")
+        folder = Folder(root, links)
+        label = label or (Path(path).stem if Path(path).is_file() else root.resolve().name)
+        super().__init__(Columns(columns), folder, label, reversible=reversible, limits=limits)
+        self._files: list[_File | BadItem] = []
+        # Of every group of rows: the number of its first row, its file, and which group of the file it is.
+        self._first, self._file, self._group = array("q"), array("i"), array("q")
+        rows, digest, size = 0, hashlib.sha256(), 0
+        for entry in named or found:
+            file = self._open(root, entry)
+            digest.update(f"{entry.name} {entry.size}\n".encode(errors="surrogateescape"))
+            for group, count in enumerate([1] if isinstance(file, BadItem) else file.rows):
+                self._first.append(rows)
+                self._file.append(len(self._files))
+                self._group.append(group)
+                rows += count
+            if not isinstance(file, BadItem):
+                digest.update(file.head)
+                size += entry.size
+            self._files.append(file)
+        whole = next((file for file in self._files if not isinstance(file, BadItem)), None)
+        if whole is None:
+            raise UserError(f"{path}: no file can be read: {next(iter(self._files))}")
+        self._used = self.columns.names(whole.names, str(path))
+        self.has_images = bool({"image", "images", "messages", "segments"} & self._used.keys())
+        self.together = together(size / max(rows, 1))
+        self._low, self._high = round(low * rows), round(high * rows)
+        if self._low >= self._high:
+            raise (EmptySplit if rows else UserError)(f"{path}: no row is in split {split!r} of {rows} rows")
+        self.fingerprint: dict[str, Any] = {
+            "kind": "tables",
+            "items": len(self),
+            "split": split,
+            "sha256": digest.hexdigest(),
+            **({"columns": dict(columns)} if columns else {}),
+        }
+        self._lock, self._cursors = threading.Lock(), dict[bool, _Cursor]()
+
+    def _open(self, root: Path, entry: Any) -> _File | BadItem:
+        path = root / entry.name
+        if entry.error:
+            return BadItem(entry.error.kind, str(path), entry.error.reason)
+        try:
+            return _Parquet(path) if entry.name.lower().endswith(".parquet") else _Arrow(path)
+        except _BAD as error:
+            return BadItem(
+                "unreadable_file", str(path), f"expected a whole {path.suffix[1:]} file: {_first_line(error)}"
+            )
+
+    def __len__(self) -> int:
+        return self._high - self._low
+
+    def _place(self, i: int) -> tuple[int, int]:
+        """The group that item i is in, and its row there."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"item {i}: {self.name} has {len(self)}")
+        group = bisect.bisect_right(self._first, i + self._low) - 1
+        return group, i + self._low - self._first[group]
+
+    def origin(self, i: int) -> str:
+        """The file and the number of the row in it, from 1."""
+        group, row = self._place(i)
+        file = self._files[self._file[group]]
+        if isinstance(file, BadItem):
+            return file.origin
+        begin = self._first[bisect.bisect_left(self._file, self._file[group])]
+        return f"{file.path}:{self._first[group] - begin + row + 1}"
+
+    def language(self, i: int) -> str:
+        return super().language(i) if "language" in self._used else ""
+
+    def read(self, indices: Sequence[int], pictures: bool = True) -> list[Record | BadItem]:
+        with self._lock:  # groups are read forward, by one
+            return [self._row(i, pictures) for i in indices]
+
+    def _row(self, i: int, pictures: bool) -> Record | BadItem:
+        group, row = self._place(i)
+        file = self._files[self._file[group]]
+        if isinstance(file, BadItem):
+            return BadItem(file.kind, file.origin, file.reason)
+        cursor = self._cursors.get(pictures)
+        if cursor is None or cursor.group != group or row < cursor.start:
+            unread = () if pictures else (*self._used.get("image", ()), *self._used.get("images", ()))
+            names = [name for name in file.names if name not in unread and (pictures or self._is_used(name))]
+            cursor = self._cursors[pictures] = _Cursor(group, file, self._group[group], names, self.together)
+        try:
+            return cursor.row(row)
+        except UnicodeDecodeError as error:
+            return BadItem("bad_utf8", self.origin(i), f"expected UTF-8: {error}")
+        except _BAD as error:
+            return BadItem("unreadable_file", self.origin(i), f"the rows cannot be read: {_first_line(error)}")
+
+    def _is_used(self, name: str) -> bool:
+        return any(name in names for names in self._used.values())
+
+
+_SPLITS = ("train", "validation", "valid", "val", "test")
+
+
+def _is_of(name: str, split: str) -> bool:
+    """Whether a file is of a split: data/train-00000-of-00002.parquet, train.parquet, train/0000.parquet."""
+    return any(part == split or part.startswith((f"{split}-", f"{split}.", f"{split}_")) for part in name.split("/"))
+
+
+class _File:
+    """One file of a table.
+
+    Attributes:
+        rows: of each group. names: of the columns. head: bytes that change when the rows do.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema, rows: list[int], head: bytes):
+        self.path, self.rows, self.names, self.head = path, rows, list(schema.names), head
+        self.classes = _classes(schema)
+
+    def batches(self, group: int, names: list[str], size: int) -> Iterator[pa.RecordBatch]:
+        """The rows of a group, in order."""
+        raise NotImplementedError
+
+
+class _Parquet(_File):
+    def __init__(self, path: Path):
+        with pq.ParquetFile(path) as file:
+            groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+            super().__init__(path, file.schema_arrow, groups, _tail(path))
+
+    def batches(self, group: int, names: list[str], size: int) -> Iterator[pa.RecordBatch]:
+        with pq.ParquetFile(self.path) as file:
+            yield from file.iter_batches(size, [group], names, use_threads=False)
+
+
+class _Arrow(_File):
+    """An IPC stream, whose batches are found by reading it once (mapped, so images are not touched), or an IPC file."""
+
+    def __init__(self, path: Path):
+        self._places = array("q")
+        rows = []
+        with pa.memory_map(str(path)) as source:
+            if source.read(6) == b"ARROW1":
+                file = pa.ipc.open_file(source)
+                schema = file.schema
+                rows = [file.get_batch(i).num_rows for i in range(file.num_record_batches)]
+            else:
+                source.seek(0)
+                schema = pa.ipc.read_schema(source)
+                self._at = source.tell()
+                while source.tell() < source.size():
+                    place = source.tell()
+                    try:
+                        message = pa.ipc.read_message(source)
+                        count = pa.ipc.read_record_batch(message, schema).num_rows
+                    except EOFError:  # the mark of the end
+                        break
+                    except _BAD:  # cut short: what is before is read, and this is one bad item
+                        count = 1
+                    self._places.append(place)
+                    rows.append(count)
+                    if count == 1 and source.tell() <= place:
+                        break
+        self._schema = schema
+        super().__init__(path, schema, rows, _tail(path))
+
+    def batches(self, group: int, names: list[str], size: int) -> Iterator[pa.RecordBatch]:
+        with pa.memory_map(str(self.path)) as source:
+            if self._places:
+                source.seek(self._places[group])
+                batch = pa.ipc.read_record_batch(pa.ipc.read_message(source), self._schema)
+            else:
+                batch = pa.ipc.open_file(source).get_batch(group)
+            batch = batch.select(names)
+            for start in range(0, len(batch), size):
+                yield batch.slice(start, size)
+
+
+class _Cursor:
+    """Reads the rows of one group forward, a batch at a time."""
+
+    def __init__(self, group: int, file: _File, number: int, names: list[str], size: int):
+        self.group, self.start = group, 0
+        self._file, self._batches = file, file.batches(number, names, size)
+        self._batch: pa.RecordBatch | None = None
+        self._error: Exception | None = None
+
+    def row(self, row: int) -> dict[str, Any]:
+        """Row `row` of the group, not before `start`. Raises what reading raised, for all rows from there on."""
+        while self._batch is None or row >= self.start + len(self._batch):
+            if self._error:
+                raise self._error
+            try:
+                batch = next(self._batches)
+            except StopIteration:
+                self._error = ValueError("the group ends before its last row")
+            except _BAD as error:
+                self._error = error
+            else:
+                self.start += len(self._batch) if self._batch is not None else 0
+                self._batch = batch
+        (found,) = self._batch.slice(row - self.start, 1).to_pylist()
+        for name, classes in self._file.classes.items():
+            if isinstance(found.get(name), int) and 0 <= found[name] < len(classes):
+                found[name] = classes[found[name]]
+        return found
+
+
+def _classes(schema: pa.Schema) -> dict[str, list[str]]:
+    """The names of the numbers in columns that Hugging Face calls ClassLabel."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        return {name: feature["names"] for name, feature in features.items() if feature.get("_type") == "ClassLabel"}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _tail(path: Path) -> bytes:
+    """The last bytes of a file, where its footer is or its last rows are."""
+    with open(path, "rb") as file:
+        file.seek(max(os.path.getsize(path) - (1 << 16), 0))
+        return file.read()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,292 @@
+"""Documents from tar files whose members stand together by name: the WebDataset convention."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import hashlib
+import io
+import json
+import os
+import tarfile
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ar_unified.data import encoding, images
+from ar_unified.data.columns import Columns
+from ar_unified.data.files import LARGEST, FileError, hidden
+from ar_unified.data.items import BadItem
+from ar_unified.data.records import Record, RecordSource, together
+from ar_unified.data.shard_names import TARS, shards
+from ar_unified.data.splits import EmptySplit, parse_split
+from ar_unified.errors import UserError
+
+_TEXTS = ("txt", "text", "caption", "cls", "id", "question", "answer")
+_KINDS = 1 << 15
+_LONGEST_HEADER = 1 << 20  # bytes; the names of a member are not longer
+
+
+class Tars(RecordSource):
+    """Samples of tar files: members side by side whose paths are alike up to the first dot of their names.
+
+    000.jpg and 000.txt are a captioned image; of 001.0.jpg, 001.1.jpg, 001.txt the images come in the order of the
+    members. A .json is an object whose keys count as if they were members' (caption, question, messages, ...), or stand
+    below `json` ("json/caption"). Members are named by what follows that dot, in small letters; of several with one
+    name after the last dot (0.jpg, 1.jpg), `jpg` is the list.
+
+    Opened by reading all headers once; nothing is unpacked, so no name leads anywhere. 18 bytes a member and 12 a
+    sample are kept, and any sample is read at once. A member that is a link or a device, a name that leads out, a
+    sample with a member twice, and the end of a tar that is cut short are bad items.
+
+    Args:
+        path: a tar, a folder of tars, or a name with braces or wildcards (`shards`): "shards/{000..063}.tar".
+        keys: part -> member: as `columns` of `Columns`.
+        split: None, or a part by samples in their order: "[:95%]", "[95%:]".
+
+    Raises:
+        UserError: no such file, none that is a tar, or no sample in `split`.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        keys: Mapping[str, str] | None = None,
+        links: bool = False,
+        split: str | None = None,
+        label: str | None = None,
+        reversible: bool = True,
+        limits: images.Limits = images.LIMITS,
+    ):
+        name, low, high = parse_split(split or "")
+        if name not in ("", "train"):
+            raise UserError(f"{path}: expected a split by part, as tars have no others: [:95%], found {split!r}")
+        root, found = shards(path, TARS, links=links)
+        label = label or (Path(path).stem if Path(path).is_file() else root.resolve().name)
+        super().__init__(Columns(keys), None, label, reversible=reversible, limits=limits)
+        self._paths = [root / entry.name for entry in found]
+        # Of every sample its tar and its first member; of every member where its data begins, its size, its kind.
+        self._shard, self._member = array("i"), array("q")
+        self._at, self._size, self._kind = array("q"), array("q"), array("H")
+        self._kinds: dict[str, int] = {}  # what follows the dot -> its number
+        self._problems: dict[int, tuple[str, str]] = {}  # samples that are bad items: kind and reason
+        self._digest = hashlib.sha256()
+        for number, entry in enumerate(found):
+            if entry.error:
+                self._begin(number, (entry.error.kind, entry.error.reason))
+            else:
+                self._index(number)
+        self._member.append(len(self._at))
+        samples = len(self._shard)
+        if len(self._problems) == samples == len(found):
+            raise UserError(f"{path}: no tar can be read: {'; '.join(reason for _, reason in self._problems.values())}")
+        self._low, self._high = round(low * samples), round(high * samples)
+        if self._low >= self._high:
+            raise (EmptySplit if samples else UserError)(f"{path}: nothing is in split {split!r} of {samples} samples")
+        self.together = together(sum(self._size) / max(samples, 1))
+        self._open = functools.lru_cache(maxsize=64)(_Opened)
+        self.fingerprint: dict[str, Any] = {
+            "kind": "webdataset",
+            "items": len(self),
+            "split": split,
+            "sha256": self._digest.hexdigest(),
+            **({"keys": dict(keys)} if keys else {}),
+        }
+
+    def __len__(self) -> int:
+        return self._high - self._low
+
+    def _sample(self, i: int) -> int:
+        if not 0 <= i < len(self):
+            raise IndexError(f"item {i}: {self.name} has {len(self)}")
+        return i + self._low
+
+    def origin(self, i: int) -> str:
+        """The tar and the name of the sample in it; without a name, its number, from 1."""
+        sample = self._sample(i)
+        path = self._paths[self._shard[sample]]
+        return f"{path}:{self._name(sample) or sample - bisect.bisect_left(self._shard, self._shard[sample]) + 1}"
+
+    def _name(self, sample: int) -> str:
+        """What its members are called up to the dot, off the header of the first; "" where there is none."""
+        if self._member[sample] == self._member[sample + 1]:
+            return ""
+        header = self._open(self._paths[self._shard[sample]]).read(self._at[self._member[sample]] - 512, 512)
+        try:
+            return _parted(tarfile.TarInfo.frombuf(header, "utf-8", "replace").name)[0]
+        except tarfile.HeaderError:
+            return ""
+
+    def read(self, indices: Sequence[int], pictures: bool = True) -> list[Record | BadItem]:
+        found: list[Record | BadItem] = []
+        for i in indices:
+            try:
+                found.append(self._record(self._sample(i), pictures))
+            except BadItem as bad:
+                found.append(bad)
+            except (encoding.EncodingError, FileError, ValueError, RecursionError, OSError) as error:
+                found.append(BadItem(_kind_of(error), self.origin(i), str(error)))
+        return found
+
+    def _record(self, sample: int, pictures: bool) -> Record:
+        if sample in self._problems:
+            kind, reason = self._problems[sample]
+            raise BadItem(kind, self.origin(sample - self._low), reason)
+        kinds = list(self._kinds)
+        file = self._open(self._paths[self._shard[sample]])
+        record: dict[str, Any] = {"__key__": self._name(sample)}
+        shown: list[Any] = []
+        for member in range(self._member[sample], self._member[sample + 1]):
+            kind, size = kinds[self._kind[member]], self._size[member]
+            last = kind.rpartition(".")[2]
+            if f".{last}" in images.SUFFIXES:
+                shown.append(file.read(self._at[member], size) if pictures else b"")
+                record[kind] = shown[-1]
+                if kind != last:
+                    record[last] = [*record.get(last, []), shown[-1]]
+            elif last in (*_TEXTS, "json"):
+                if size > LARGEST:
+                    raise FileError("too_large", f"expected at most {LARGEST} bytes in .{kind}, found {size}")
+                text = encoding.text(encoding.unmarked(file.read(self._at[member], size)))
+                record[kind] = json.loads(text) if last == "json" else text
+        merged = {key: value for key, value in _mapping(record.get("json")).items() if key not in record}
+        pictured = {"images": shown} if shown and self.columns.given is None else {}
+        if pictured:
+            merged = {key: value for key, value in merged.items() if key.lower() not in ("image", "images", *_SUFFIXES)}
+            record = {key: value for key, value in record.items() if key.rpartition(".")[2] not in _SUFFIXES}
+        return record | merged | pictured
+
+    # ---- the index ------------------------------------------------------------------------------------------------
+
+    def _begin(self, shard: int, problem: tuple[str, str] | None = None) -> None:
+        if problem:
+            self._problems[len(self._shard)] = problem
+        self._shard.append(shard)
+        self._member.append(len(self._at))
+
+    def _index(self, shard: int) -> None:
+        """Reads the headers of one tar."""
+        path, before, seen = self._paths[shard], None, set[str]()
+        try:
+            for info in _members(path):
+                name, kind = _parted(info.name)
+                parts = [part for part in info.name.split("/") if part not in (".", "..")]
+                if info.isdir() or any(map(hidden, parts)):
+                    continue
+                self._digest.update(f"{info.name} {info.size} {info.chksum}\n".encode(errors="surrogateescape"))
+                if name != before:
+                    self._begin(shard)
+                    before, seen = name, set()
+                if reason := _refused(info):
+                    self._problems.setdefault(len(self._shard) - 1, reason)
+                elif kind in seen:
+                    reason = ("bad_row", f"expected one member {kind!r}, found two: are two samples called {name!r}?")
+                    self._problems.setdefault(len(self._shard) - 1, reason)
+                elif len(self._kinds) >= _KINDS and kind not in self._kinds:
+                    reason = ("bad_row", f"expected at most {_KINDS} names of members after their first dot, as .jpg")
+                    self._problems.setdefault(len(self._shard) - 1, reason)
+                    continue
+                seen.add(kind)
+                self._at.append(info.offset_data)
+                self._size.append(info.size)
+                self._kind.append(self._kinds.setdefault(kind, len(self._kinds)))
+        except _Cut as error:
+            if error.sample and before is not None:  # the last one is not whole
+                self._problems[len(self._shard) - 1] = ("unreadable_file", str(error))
+            else:
+                self._begin(shard, ("unreadable_file", str(error)))
+        except OSError as error:
+            self._begin(shard, ("unreadable_file", str(error.strerror)))
+
+
+_SUFFIXES = tuple(suffix[1:] for suffix in images.SUFFIXES)
+
+
+class _Cut(Exception):
+    """A tar that does not go on as its headers say. `sample`: whether in the middle of a member."""
+
+    def __init__(self, reason: str, sample: bool = False):
+        super().__init__(reason)
+        self.sample = sample
+
+
+class _Opened:
+    """An open file that is read at any place by any thread."""
+
+    def __init__(self, path: Path):
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def read(self, at: int, size: int) -> bytes:
+        if size > LARGEST:
+            raise FileError("too_large", f"expected at most {LARGEST} bytes, found {size}")
+        return os.pread(self._descriptor, size, at)
+
+
+class _Headers(io.FileIO):
+    """A tar file of which headers alone are read: one that would fill the memory is refused."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0 or size > _LONGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
+
+
+def _members(path: Path) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar. Raises _Cut: it is none, or does not end as it should."""
+    whole = os.path.getsize(path)
+    with open(path, "rb") as file:
+        if packed := encoding.no_content(file.read(encoding.HEAD)):
+            raise _Cut(f"expected a tar, found {packed}")
+    with _Headers(path) as stream:
+        try:
+            with tarfile.open(fileobj=stream, mode="r:", errors="surrogateescape") as tar:
+                while (info := tar.next()) is not None:
+                    tar.members = []  # type: ignore[attr-defined]  # or all of them stay in memory
+                    yield info
+                    if info.offset_data + info.size > whole and info.isreg():
+                        raise _Cut(f"the tar ends in the middle of {info.name!r}: it is cut short", sample=True)
+                end = tar.offset
+        except (tarfile.TarError, ValueError, OverflowError) as error:
+            raise _Cut(f"expected a tar, found {error}") from error
+        stream.seek(end)
+        if stream.read(512) != bytes(512):
+            raise _Cut(
+                f"expected a member or the end of the tar at byte {end}, found neither: it is cut short or broken"
+            )
+
+
+def _parted(name: str) -> tuple[str, str]:
+    """The name of a sample, and of its member: "a/001.0.JPG" -> "a/001", "0.jpg"."""
+    folder, _, file = name.rpartition("/")
+    stem, _, kind = file.partition(".")
+    return (f"{folder}/{stem}" if folder else stem), kind.lower()
+
+
+def _refused(info: tarfile.TarInfo) -> tuple[str, str] | None:
+    if info.name.startswith("/") or ".." in info.name.split("/"):
+        return "path_escapes", f"expected a name inside the tar, found {info.name!r}"
+    if not info.isreg() or info.issparse():
+        return "unreadable_file", f"expected a whole file, found a link, a device or a sparse file: {info.name!r}"
+    try:
+        info.name.encode()
+    except UnicodeEncodeError:
+        return "bad_utf8", f"expected a name in UTF-8, found {info.name!r}"
+    return None
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _kind_of(error: Exception) -> str:
+    if isinstance(error, FileError):
+        return error.kind
+    if isinstance(error, encoding.EncodingError):
+        return "bad_utf8"
+    return "unreadable_file" if isinstance(error, OSError) else "bad_json"
