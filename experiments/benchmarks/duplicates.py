@@ -4,7 +4,7 @@
 
 DIR (datasets) holds clothing, noto-emoji, based-cooking, kodak and easy-vqa, each with a folder images. Each image is
 planted anew: scaled (to 0.5 to 1.5 times its sides), recompressed (JPEG of quality 30 to 90), cut (up to 5 % at each
-of its four sides, each another amount), all three at once, and as it is. All are shown to one `Search`, originals first.
+of its four sides), all three at once, and as it is. All are shown to one `Search`, the originals first.
 
 Recall: copies that were found to be of their own original's group. Precision: of all that were found to be copies,
 those that were planted; an original that is found to be a copy of another counts as wrong, unless it has the same

@@ -18,7 +18,7 @@ from tests.data.pictures import picture
 
 @pytest.fixture
 def root(tmp_path: Path, kit: Any) -> Path:
-    """Captions of images: 3 also scaled, 4 cut, 5 said again, 6 often; 7 is held out, 8 has a long text, 9 a German one."""
+    """Captions of images: 3 also scaled, 4 cut, 5 said again, 6 often; 7 is held out, 8 has much text, 9 is German."""
     images, rows = {f"{i}.png": picture(i) for i in range(12)}, []
     images |= {"3 small.png": resize(images["3.png"], 48, 48), "4 cut.png": images["4.png"][2:-2, 1:-2]}
     images |= {"wide.png": picture(20, 24, 96), "tiny.png": picture(21, 16, 16)}
