@@ -6,6 +6,7 @@ Readable on a phone and on a desk, in light and dark. Images are in it as they a
 from __future__ import annotations
 
 import base64
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -44,8 +45,8 @@ def write(path: str | Path, validation: Validation, title: str) -> None:
     )
     here = files("ar_unified.data")
     page, style = (here.joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css"))
-    head, tail = page.replace("@TITLE@", escape(title)).replace("@STYLE@", style).split("@BODY@")
-    write_text(path, head + body + tail)
+    filled = {"TITLE": escape(title), "STYLE": style, "BODY": body}  # in one go: data may hold such a name
+    write_text(path, re.sub(r"@(TITLE|STYLE|BODY)@", lambda name: filled[name[1]], page))
 
 
 def _name(found: Found) -> str:
