@@ -221,12 +221,17 @@ def _convert_pickle(parser: argparse.ArgumentParser) -> None:
 
 def _validate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "folder", nargs="?", metavar="DIR", type=_path, help="a dataset folder, one JSONL file or one of text"
-    )
+        "data", nargs="?", metavar="DATA", type=_path,
+        help="a dataset folder, one JSONL file or one of text, a prepared folder, or sources as JSON",
+    )  # fmt: skip
     parser.add_argument("--config", metavar="FILE[:arg]", type=_path, help="an experiment instead")
     parser.add_argument("--workdir", metavar="DIR", type=_path, help="where the experiment's tokenizers are")
-    parser.add_argument("--links", action="store_true", help="follow links that lead out of DIR")
-    parser.add_argument("--show", type=int, default=3, metavar="N", help="documents of each source to print (3)")
+    parser.add_argument("--links", action="store_true", help="follow links that lead out of a folder")
+    parser.add_argument("--first", type=int, metavar="N", help="look at so many items of each source (all)")
+    parser.add_argument("--show", type=int, default=3, metavar="N", help="documents of each source to show (3)")
+    parser.add_argument(
+        "--output", metavar="FILE", type=_path, help="where the page is written (.cache/validate/NAME.html)"
+    )
 
 
 def _plan(parser: argparse.ArgumentParser) -> None:

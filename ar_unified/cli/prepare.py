@@ -3,6 +3,7 @@
 Reads the sources and both tokenizers. Leaves in the workdir:
   data/train, data/validation   ArrayRecord shards, an index of lengths, manifest.json with the vocabulary
   data/*/skipped.jsonl          every item that was left out: where it stands, its kind, what was wrong
+  data/filters.json             with config.data.filters that compare items: which are left out for others
   image_codes                   the codes of all images so far, which no other text tokenizer or source changes
 """
 
@@ -19,9 +20,12 @@ from ar_tokenizers.image.tokenizer import ImageTokenizer
 from ar_unified.data import prepare as preparing
 from ar_unified.data.claims import Team
 from ar_unified.data.encoder import Tokenizers
+from ar_unified.data.filters import filtered
 from ar_unified.data.image_codes import ImageCodes
 from ar_unified.data.images import NoImages
+from ar_unified.data.items import Source
 from ar_unified.experiment import config as configs
+from ar_unified.experiment import settings
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.start import open_experiment
 from ar_unified.parallel import runtime
@@ -35,14 +39,13 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def prepare(experiment: Experiment) -> None:
     """Stage data, by all processes: train and validation, each of which continues where it was interrupted."""
+    filters = settings.filters(experiment.config)
+    keys = ("image_size", "resize", "layout", "max_tokens", *(("filters",) if filters.used else ()))
     with experiment.leaving_nothing():
         codes = _codes(experiment, refresh=True) if runtime.first() else None
         stage = experiment.stage(
             "data",
-            data={
-                key: configs.plain(experiment.config.data[key])
-                for key in ("image_size", "resize", "layout", "max_tokens")
-            },
+            data={key: configs.plain(experiment.config.data[key]) for key in keys},
             sources=experiment.fingerprints(held_out=True),
             text_hash=experiment.text_tokenizer.hash,
             image_hash=experiment.image_tokenizer.hash,
@@ -54,7 +57,7 @@ def prepare(experiment: Experiment) -> None:
 
 
 def _prepare(experiment: Experiment, stage: Stage, codes: ImageCodes) -> None:
-    splits = {"train": experiment.train, "validation": experiment.held_out["validation"]}
+    splits = {"train": _filtered(experiment, stage), "validation": experiment.held_out["validation"]}
     if runtime.first():
         for split in splits:  # of a job that is gone: nobody works here yet
             shutil.rmtree(stage.folder / split / preparing.CLAIMS, ignore_errors=True)
@@ -81,6 +84,18 @@ def _prepare(experiment: Experiment, stage: Stage, codes: ImageCodes) -> None:
         if tokenizers.encoded or tokenizers.known:
             experiment.say(f"images: {tokenizers.encoded} encoded here, {tokenizers.known} known ({tokenizers})")
     experiment.finish(stage, summary)
+
+
+def _filtered(experiment: Experiment, stage: Stage) -> list[Source]:
+    """The sources of the training without what the filters leave out: process 0 compares items, the others read how."""
+    held_out = [source for those in experiment.held_out.values() for source in those]
+
+    def decided() -> list[Source]:
+        return filtered(experiment.train, held_out, settings.filters(experiment.config), stage.folder / "filters.json")
+
+    found = decided() if runtime.first() else []
+    runtime.barrier("filters", timeout=runtime.ALONE)
+    return found if runtime.first() else decided()
 
 
 def _replicas(tokenizer: ImageTokenizer | NoImages) -> list[ImageTokenizer | NoImages]:

@@ -1,25 +1,31 @@
-"""Check a dataset folder, or an experiment's sources, and print what is in it; nothing is changed.
+"""Check a dataset, or all data of an experiment, and show what is in it on a page; no data is changed.
 
-Prints counts, lengths, every bad item by file, line and kind, and the first documents as the model will see them: with
-placeholders for images, or as real tokens where both tokenizers are in the workdir already, or come from elsewhere.
-How the text tokenizer loses text is told first. The exit status is 1 if an item is bad.
+Prints counts, lengths, every bad item by file, line and kind, what is there twice or held out too, and the first
+documents as the model will see them: with placeholders for images, or as real tokens where both tokenizers are in the
+workdir already, or come from elsewhere. How the text tokenizer loses text is told first. The same is written as one
+HTML page, with images. The exit status is 1 if an item is bad.
 
   ar-unified validate DIR [--links]                           a folder with captions.jsonl, docs.jsonl and/or vqa.jsonl,
                                                               or of Parquet, Arrow, tar or text files
   ar-unified validate FILE                                    one such file: .jsonl (.gz, .zst), .parquet, .arrow, .tar
-  ar-unified validate --config FILE[:arg] [--workdir DIR]     the sources of an experiment
+  ar-unified validate '{"kind": "tfds", "name": "mnist"}'     a source, as config.data has them; in [ ] several
+  ar-unified validate WORKDIR/data [--workdir WORKDIR]        what `prepare` left, seen by the tokenizers of its workdir
+  ar-unified validate --config FILE[:arg] [--workdir DIR]     training, validation and tests of an experiment
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ar_unified.cli.arguments import refuse_unread
+from ar_unified.data import page, prepared
 from ar_unified.data.images import NoImages
-from ar_unified.data.validate import validate
-from ar_unified.errors import NO, UserError
+from ar_unified.data.validate import Validation, validate
+from ar_unified.errors import NO, UserError, about
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.check import check
 from ar_unified.experiment.experiment import Experiment
@@ -31,39 +37,93 @@ from ar_unified.workdir import Workdir
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    if (arguments.folder is None) == (arguments.config is None):
+    if (arguments.data is None) == (arguments.config is None):
         raise UserError("expected a folder or --config, one of the two; --help says more")
-    if arguments.folder is not None:
-        refuse_unread(arguments, "with a folder", "workdir")
-        if overrides:
-            raise UserError(f"a folder has no config: {overrides[0]} does nothing")
-        found = validate(arguments.folder, links=arguments.links, show=arguments.show)
+    if arguments.first is not None and arguments.first < 1:
+        raise UserError(f"--first: expected at least 1, found {arguments.first}")
+    if arguments.data is None:
+        name, found = _of_config(arguments, overrides)
     else:
-        refuse_unread(arguments, "with --config, whose sources say it themselves (links=yes)", "links")
-        config = configs.load(arguments.config, overrides)
-        check(config, [])
-        experiment = Experiment(config, Workdir(arguments.workdir or Path(".cache") / "validate" / config.name))
-        trained = (experiment.workdir.image_tokenizer / "config.json").exists()
-        text = text_in(experiment.workdir.text_tokenizer, "warn")
-        ready = trained or (text is not None and experiment.text_only)
-        grammar, images = (experiment.grammar, experiment.image_tokenizer) if ready else (None, None)
-        if experiment.bundle is not None and not ready:
-            text, grammar = experiment.bundle.text_tokenizer, experiment.bundle.grammar
-            images = experiment.bundle.image_tokenizer() or NoImages()
-        elif not ready:
-            if config.text_tokenizer.model and text is None:
-                text = load(config.text_tokenizer)
-            if text is not None and (images := experiment.brought) is not None:
-                grammar = Grammar(*language(config, images.config, text.size, text.hash, images.hash), text)
-        for line in told(text.losses if text else ()):
-            print(line)
-        found = validate(
-            experiment.specs(config.data.train),
-            grammar,
-            images,
-            resize=experiment.resize,
-            max_tokens=config.data.max_tokens,
-            show=arguments.show,
-        )
+        name, found = _of_data(arguments, overrides)
     print(found)
-    return NO if found.bad else 0
+    output = Path(arguments.output or Path(".cache") / "validate" / f"{name}.html")
+    with about(f"--output {output}"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        page.write(output, found, name)
+    print(f"page: {output}")
+    return NO if any(bad.kind.partition("_")[0] != "filtered" for bad in found.bad) else 0
+
+
+def _of_data(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[str, Validation]:
+    """What a folder, a file, or sources as JSON hold, and a name for it."""
+    if overrides:
+        raise UserError(f"a folder has no config: {overrides[0]} does nothing")
+    options = dict(show=arguments.show, first=arguments.first)
+    if arguments.data.lstrip()[:1] in ("{", "["):
+        refuse_unread(arguments, "with sources, which say it themselves", "links", "workdir")
+        return "sources", validate(_specs(arguments.data), **options)
+    folder = Path(arguments.data)
+    name = folder.resolve().name or "data"
+    if parts := prepared.parts(folder):
+        refuse_unread(arguments, "with a prepared folder", "links")
+        # WORKDIR/data, or WORKDIR/data/train
+        around = [path for path in (folder.resolve().parent, folder.resolve().parent.parent) if _has_tokenizers(path)]
+        workdir = Path(arguments.workdir) if arguments.workdir else around[0] if around else None
+        if workdir is None:
+            return name, prepared.look(parts, **options)
+        experiment = Experiment(configs.recorded(workdir / "config.json"), Workdir(workdir, reader=True))
+        rows = experiment.config.training.sequence_length
+        with about(f"the tokenizers of {workdir}"):
+            seen = experiment.grammar, experiment.image_tokenizer
+        return name, prepared.look(parts, *seen, sequence_length=rows, **options)
+    refuse_unread(arguments, "with a folder", "workdir")
+    return name, validate(folder, links=arguments.links, **options)
+
+
+def _has_tokenizers(workdir: Path) -> bool:
+    return (workdir / "config.json").exists() and (workdir / "text_tokenizer").exists()
+
+
+def _specs(text: str) -> list[dict[str, Any]]:
+    """One source or several, as JSON. Raises UserError."""
+    try:
+        specs = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"expected a source as JSON, found {text[:60]!r}: {error}") from error
+    specs = specs if isinstance(specs, list) else [specs]
+    if not specs or not all(isinstance(spec, dict) for spec in specs):
+        raise UserError(f"expected a source or a list of sources as JSON, found {text[:60]!r}")
+    return specs
+
+
+def _of_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[str, Validation]:
+    """What the sources of an experiment hold, and its name."""
+    refuse_unread(arguments, "with --config, whose sources say it themselves (links=yes)", "links")
+    config = configs.load(arguments.config, overrides)
+    check(config, [])
+    experiment = Experiment(config, Workdir(arguments.workdir or Path(".cache") / "validate" / config.name))
+    trained = (experiment.workdir.image_tokenizer / "config.json").exists()
+    text = text_in(experiment.workdir.text_tokenizer, "warn")
+    ready = trained or (text is not None and experiment.text_only)
+    grammar, images = (experiment.grammar, experiment.image_tokenizer) if ready else (None, None)
+    if experiment.bundle is not None and not ready:
+        text, grammar = experiment.bundle.text_tokenizer, experiment.bundle.grammar
+        images = experiment.bundle.image_tokenizer() or NoImages()
+    elif not ready:
+        if config.text_tokenizer.model and text is None:
+            text = load(config.text_tokenizer)
+        if text is not None and (images := experiment.brought) is not None:
+            grammar = Grammar(*language(config, images.config, text.size, text.hash, images.hash), text)
+    for line in told(text.losses if text else ()):
+        print(line)
+    found = validate(
+        experiment.all_specs(),
+        grammar,
+        images,
+        resize=experiment.resize,
+        max_tokens=config.data.max_tokens,
+        sequence_length=config.training.sequence_length,
+        show=arguments.show,
+        first=arguments.first,
+    )
+    return config.name, found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,24 @@ from typing import Any
 import numpy as np
 
 from ar_unified import progress
+from ar_unified.data.augmentation import Augmented
+from ar_unified.data.comparison import Alike, Comparison
 from ar_unified.data.cutting import can_be_split
 from ar_unified.data.files import Folder
 from ar_unified.data.images import SUFFIXES, ImageCodec, Resize
-from ar_unified.data.items import Source, has_images
-from ar_unified.data.sizes import default_resize
-from ar_unified.data.sources import FOLDER_FILES, BadItem, kind_of, open_source, read, row_files
+from ar_unified.data.items import Source, has_images, language
+from ar_unified.data.packing import Packing
+from ar_unified.data.sources import FOLDER_FILES, BadItem, EmptySplit, kind_of, open_source, read, row_files
 from ar_unified.data.text_files import FILES as TEXT_FILES
 from ar_unified.data.text_files import find
+from ar_unified.data.view import Shown, View
 from ar_unified.errors import UserError
-from ar_unified.language.document import CodesPart, Document, ImagePart, TextPart
+from ar_unified.language.document import Document, ImagePart, TextPart
+from ar_unified.language.encoded import Encoded
 from ar_unified.language.grammar import Grammar, TextLost
+from ar_unified.language.vocabulary import Role
 
-_PERCENTILES = (0, 50, 90, 99, 100)
+NAMES = {"least": 0, "50%": 50, "90%": 90, "99%": 99, "most": 100}  # of percentiles
 
 
 @dataclass
@@ -32,49 +37,78 @@ class Found:
     """What one source holds.
 
     Attributes:
+        part: of an experiment, which set it belongs to: "train", "validation", the name of a test; "" otherwise.
+        items: how many it has. looked: how many of them were looked at.
         tasks: task -> good documents. bad: what is wrong with which item, in order.
         text_bytes, images, sides, tokens: one number a document, but `sides` one (height, width) in pixels an image;
-            `tokens` only where a grammar is given.
-        first: the first good documents as the model will see them.
+            `tokens` only where a grammar is given, and of each document that `prepare` would make of an item.
+        roles: Role -> tokens. languages: language -> documents, of texts that say theirs.
+        first: the first good documents as the model will see them. shown: the same for a page.
     """
 
     name: str
     items: int
+    part: str = ""
+    looked: int = 0
     tasks: Counter[str] = field(default_factory=Counter)
     bad: list[BadItem] = field(default_factory=list)
     text_bytes: list[int] = field(default_factory=list)
     images: list[int] = field(default_factory=list)
     sides: list[tuple[int, int]] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    roles: Counter[str] = field(default_factory=Counter)
+    languages: Counter[str] = field(default_factory=Counter)
     first: list[str] = field(default_factory=list)
+    shown: list[Shown] = field(default_factory=list)
 
     @property
     def kinds(self) -> Counter[str]:
         """Bad items by kind."""
         return Counter(bad.kind for bad in self.bad)
 
-    def add(self, document: Document, tokens: int | None) -> None:
+    @property
+    def numbers(self) -> dict[str, Sequence[int]]:
+        """What is told by percentiles."""
+        heights, widths = ([side[i] for side in self.sides] for i in (0, 1))
+        named = {"text bytes": self.text_bytes, "images": self.images, "height": heights, "width": widths}
+        return {name: values for name, values in {**named, "tokens": self.tokens}.items() if values}
+
+    def add(self, document: Document, found: Encoded | None, lengths: Sequence[int]) -> None:
         sides = [part.pixels.shape[:2] for part in document.parts if isinstance(part, ImagePart)]
         texts = [part.text for part in document.parts if isinstance(part, TextPart)]
         self.tasks[document.task] += 1
         self.text_bytes.append(sum(len(text.encode()) for text in texts))
         self.images.append(len(sides))
         self.sides += [(int(h), int(w)) for h, w in sides]
-        self.tokens += [] if tokens is None else [tokens]
+        self.tokens += lengths
+        if found is not None:
+            self.count(found.roles)
 
-    def lines(self, most_bad: int) -> list[str]:
+    def count(self, roles: np.ndarray) -> None:
+        """Adds tokens by role, uint8 [n]."""
+        for role, count in enumerate(np.bincount(roles).tolist()):
+            if count:
+                self.roles[Role(role).name.lower()] += count
+
+    def fill(self, sequence_length: int) -> float | None:
+        """Share of the positions of packed rows that hold a token; None: not known, or a document is longer."""
+        if not self.tokens or max(self.tokens) > sequence_length:
+            return None
+        return Packing(np.array(self.tokens), sequence_length, seed=0, name=self.name).fill
+
+    def lines(self, most_bad: int, sequence_length: int | None) -> list[str]:
         good = sum(self.tasks.values())
         tasks = ", ".join(f"{count} {task}" for task, count in self.tasks.items()) or "none"
-        lines = [f"{self.name}: {self.items} items, {good} good ({tasks}), {len(self.bad)} bad"]
-        heights, widths = ([side[i] for side in self.sides] for i in (0, 1))
-        rows = {
-            "text bytes": self.text_bytes,
-            "images": self.images,
-            "height": heights,
-            "width": widths,
-            "tokens": self.tokens,
-        }
-        lines += [f"  {name:<12}{_percentiles(values)}" for name, values in rows.items() if values]
+        whole = f"{self.part}: {self.name}" if self.part else self.name
+        items = f"{self.items} items" if self.looked == self.items else f"the first {self.looked} of {self.items} items"
+        lines = [f"{whole}: {items}, {good} good ({tasks}), {len(self.bad)} bad"]
+        for kind, values in self.numbers.items():
+            told = zip(NAMES, percentiles(values), strict=True)
+            lines.append(f"  {kind:<12}" + "  ".join(f"{name} {number}" for name, number in told))
+        if self.roles:
+            lines.append("  tokens by role: " + ", ".join(f"{count} {role}" for role, count in self.roles.items()))
+        if sequence_length and (fill := self.fill(sequence_length)) is not None:
+            lines.append(f"  packed into rows of {sequence_length}: {100 * fill:.1f} % of the positions hold a token")
         if self.bad:
             lines.append("  bad items: " + ", ".join(f"{count} {kind}" for kind, count in self.kinds.items()))
             lines += [f"    {bad}" for bad in self.bad[:most_bad]]
@@ -88,29 +122,40 @@ class Found:
 
 @dataclass
 class Validation:
-    """What all sources hold; `print` it."""
+    """What all sources hold; `print` it.
+
+    Attributes:
+        alike: what they have in common; None: nothing was compared.
+        sequence_length: of the rows that documents are to be packed into, in tokens; None: not known.
+    """
 
     sources: list[Found]
     note: str = ""
+    alike: Alike | None = None
+    sequence_length: int | None = None
 
     @property
     def bad(self) -> list[BadItem]:
         return [bad for found in self.sources for bad in found.bad]
 
     def __str__(self, most_bad: int = 100) -> str:
-        lines = [line for found in self.sources for line in found.lines(most_bad)]
+        lines = [line for found in self.sources for line in found.lines(most_bad, self.sequence_length)]
+        lines += self.alike.lines() if self.alike else []
         return "\n".join([*lines, *([self.note] if self.note else [])])
 
 
 def validate(
-    data: str | Path | Sequence[Mapping[str, Any]],
+    data: str | Path | Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Mapping[str, Any]]],
     grammar: Grammar | None = None,
     image_tokenizer: ImageCodec | None = None,
     *,
     resize: Resize | None = None,
     max_tokens: int | None = None,
+    sequence_length: int | None = None,
     links: bool = False,
     show: int = 3,
+    first: int | None = None,
+    compare: bool = True,
     workers: int = 2,
     show_progress: bool = True,
 ) -> Validation:
@@ -118,45 +163,93 @@ def validate(
 
     Args:
         data: a folder (`captions.jsonl`, `docs.jsonl`, `vqa.jsonl`, each reported by itself; without them, its Parquet,
-            Arrow or tar files, else its text files), one such file or name with braces, or a list of source specs
-            (`open_source`).
+            Arrow or tar files, else its text files), one such file or name with braces, a list of source specs
+            (`open_source`), or such lists by the name of their set: "train", and others, which are held out.
         grammar: with it, and with the tokenizer or `resize`, lengths in tokens are reported.
         image_tokenizer: with it and a grammar the first documents are shown as their real tokens.
         resize: as for `prepare`.
         max_tokens: with a grammar, longer documents are reported as bad ("too_long").
+        sequence_length: of the rows that documents are to be packed into.
         links: of a folder or file: whether links that lead out of it are followed.
         show: documents of each source to show.
+        first: items of each source to look at; None: all.
+        compare: whether to look for copies (`duplicates`).
 
     Raises:
         UserError: nothing to read at `data`.
     """
-    model = _Model(grammar, image_tokenizer, resize)
-    sources = [open_source(spec) for spec in (_specs(data, links) if isinstance(data, str | Path) else data)]
-    validation = Validation([Found(source.name, len(source)) for source in sources], _unnamed(data, sources, links))
-    total = sum(map(len, sources))
-    with progress.bar(total, "items", "validate", shown=show_progress) as bar:
-        for source, found in zip(sources, validation.sources, strict=True):
-            for i, item in read(source, range(len(source)), workers):
+    view = View(grammar, image_tokenizer, resize)
+    by_part = (
+        {"": _specs(data, links)} if isinstance(data, str | Path) else data if isinstance(data, Mapping) else {"": data}
+    )
+    opened, notes = _opened(by_part)
+    sources = [source for _, source in opened]
+    validation = Validation([Found(source.name, len(source), part) for part, source in opened])
+    validation.note = "\n".join(filter(None, [*notes, _unnamed(data, sources, links)]))
+    validation.sequence_length = sequence_length
+    comparison = Comparison() if compare else None
+    counts = [min(len(source), first) if first else len(source) for source in sources]
+    with progress.bar(sum(counts), "items", "validate", shown=show_progress) as bar:
+        for source, found, count in zip(sources, validation.sources, counts, strict=True):
+            for i, item in read(source, range(count), workers):
                 bar.update()
-                if isinstance(item, BadItem):
-                    found.bad.append(item)
+                if (good := _looked_at(found, source, i, item, view, max_tokens)) is None:
                     continue
-                try:
-                    length = model.length(item)
-                except TextLost as error:
-                    found.bad.append(BadItem("text_lost", source.origin(i), str(error)))
-                    continue
-                if max_tokens and length and length > max_tokens and not can_be_split(item):
-                    reason = f"expected at most {max_tokens} tokens (config.data.max_tokens), found {length}"
-                    found.bad.append(BadItem("too_long", source.origin(i), reason))
-                    continue
-                found.add(item, length)
+                if comparison is not None and not (isinstance(source, Augmented) and i % source.count):
+                    comparison.add(good, source, i, held_out=_held_out(found.part))
                 if len(found.first) < show:
-                    found.first.append(model.show(item))
+                    found.first.append(view.words(good))
+                    found.shown.append(view.shown(good))
+    validation.alike = comparison.found() if comparison is not None else None
     return validation
 
 
-def _unnamed(data: str | Path | Sequence[Mapping[str, Any]], sources: Sequence[Source], links: bool) -> str:
+def _opened(by_part: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list[tuple[str, Source]], list[str]]:
+    """Sources with the name of their set, and what is to be said of held-out ones that have nothing."""
+    opened, notes = [], []
+    for part, specs in by_part.items():
+        for spec in specs:
+            try:
+                opened.append((part, open_source(spec)))
+            except EmptySplit as error:
+                if not _held_out(part):
+                    raise
+                notes.append(f"{part}: {error}")
+    return opened, notes
+
+
+def _held_out(part: str) -> bool:
+    return part not in ("", "train")
+
+
+def _looked_at(
+    found: Found, source: Source, i: int, item: Document | BadItem, view: View, max_tokens: int | None
+) -> Document | None:
+    """Takes down an item; the document, if it is good."""
+    found.looked += 1
+    if isinstance(item, BadItem):
+        found.bad.append(item)
+        return None
+    try:
+        encoded = view.encoded(item)
+        length = 0 if encoded is None else len(encoded)
+        if max_tokens and length > max_tokens and not can_be_split(item):
+            reason = f"expected at most {max_tokens} tokens (config.data.max_tokens), found {length}"
+            raise BadItem("too_long", source.origin(i), reason)
+        lengths = [] if encoded is None else view.lengths(item, encoded, max_tokens)
+    except TextLost as error:
+        found.bad.append(BadItem("text_lost", source.origin(i), str(error)))
+        return None
+    except BadItem as bad:
+        found.bad.append(bad)
+        return None
+    found.add(item, encoded, lengths)
+    if not has_images(source) and (known := language(source, i)):
+        found.languages[known] += 1
+    return item
+
+
+def _unnamed(data: Any, sources: Sequence[Source], links: bool) -> str:
     """A word on the images of a folder that was read as text alone, as no rows name them; "" for none."""
     if not isinstance(data, str | Path) or not Path(data).is_dir() or any(map(has_images, sources)):
         return ""
@@ -190,62 +283,6 @@ def _specs(path: str | Path, links: bool) -> list[dict[str, Any]]:
     return [dict(kind=kind, path=path, links=links)]
 
 
-class _Model:
-    """Documents as a model would see them, as far as its parts are there."""
-
-    def __init__(self, grammar: Grammar | None, tokenizer: ImageCodec | None, resize: Resize | None):
-        if resize is None and grammar is not None and tokenizer is not None:
-            resize = default_resize(grammar.layout, tokenizer)
-        self.grammar, self.tokenizer, self.resize = grammar, tokenizer, resize
-
-    def length(self, document: Document) -> int | None:
-        """Tokens, for which the sizes of the images are enough; None without a grammar or a size."""
-        resize = self.resize
-        if self.grammar is None or (resize is None and any(isinstance(part, ImagePart) for part in document.parts)):
-            return None
-
-        def blank(pixels: np.ndarray) -> np.ndarray:
-            assert resize is not None
-            h, w = resize.target(*pixels.shape[:2])
-            factor, depth = (
-                (self.tokenizer.factor, self.tokenizer.codes_per_position) if self.tokenizer else (resize.factor, 1)
-            )
-            return np.zeros((h // factor, w // factor * depth), np.int32)
-
-        return len(self.grammar.encode(_coded(document, blank)))
-
-    def show(self, document: Document) -> str:
-        """In words, with <image H x W>; then as tokens, piece by piece, if there are a grammar and a tokenizer."""
-        lines = [f"({document.origin}, {document.task})"]
-        for turn in document.turns:
-            if document.asks:
-                lines.append(f"<{turn.speaker}>")
-            for part in turn.parts:
-                if isinstance(part, TextPart):
-                    rest = f" ... ({len(part.text)} characters)" if len(part.text) > 400 else ""
-                    lines.append(part.text[:400] + rest)
-                elif isinstance(part, ImagePart):
-                    lines.append("<image {} x {}>".format(*part.pixels.shape))
-        grammar, tokenizer, resize = self.grammar, self.tokenizer, self.resize
-        if grammar is not None and tokenizer is not None and resize is not None:
-            real = _coded(document, lambda pixels: np.asarray(tokenizer.encode(resize(pixels)[None]), np.int32)[0])
-            words = [_word(int(token), grammar) for token in grammar.encode(real).tokens]
-            short = words if len(words) <= 96 else [*words[:64], f"... ({len(words) - 80} tokens) ...", *words[-16:]]
-            lines.append(f"{len(words)} tokens: " + "|".join(short))
-        return "\n".join(lines)
-
-
-def _coded(document: Document, codes: Callable[[np.ndarray], np.ndarray]) -> Document:
-    return document.changed(lambda part: CodesPart(codes(part.pixels)) if isinstance(part, ImagePart) else part)
-
-
-def _word(token: int, grammar: Grammar) -> str:
-    if token < grammar.vocabulary.text_size:
-        return repr(grammar.text_codec.decode([token]))[1:-1]
-    return f"<{grammar.vocabulary.name(token).strip('<>')}>"
-
-
-def _percentiles(values: Sequence[int]) -> str:
-    numbers = np.percentile(values, _PERCENTILES, method="nearest").astype(int).tolist()
-    names = ["least" if p == 0 else "most" if p == 100 else f"{p}%" for p in _PERCENTILES]
-    return "  ".join(f"{name} {number}" for name, number in zip(names, numbers, strict=True))
+def percentiles(values: Sequence[int]) -> list[int]:
+    """Those that NAMES names."""
+    return np.percentile(values, list(NAMES.values()), method="nearest").astype(int).tolist()

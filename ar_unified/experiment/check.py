@@ -25,6 +25,7 @@ from ar_tokenizers.image.weights import check_file
 from ar_tokenizers.text import ModelType
 from ml_collections import ConfigDict
 
+from ar_unified.data.filters import DUPLICATES
 from ar_unified.data.images import RESIZES, draws_none
 from ar_unified.data.items import has_images
 from ar_unified.data.packing import Mixture
@@ -53,6 +54,7 @@ from ar_unified.training.tasks import wrong_weights
 CHOICES: dict[str, Collection[str]] = {
     "data.resize": RESIZES,
     "data.layout": WITH_IMAGES,
+    "data.filters.duplicates": DUPLICATES,
     "text_tokenizer.model_type": get_args(ModelType),
     "text_tokenizer.lossy": get_args(Lossy),
     **{f"image_tokenizer.{name}": known for name, known in image_config.CHOICES.items()},
@@ -111,6 +113,8 @@ def check(config: ConfigDict, stages: Collection[str] = STAGES) -> None:
     for section, intervals in RANGES.items():
         for line in outside(_at(config, section), **intervals):
             problems.add(section, line, intervals)
+    with problems.of("data.filters", [*config.data.filters.keys()]):
+        settings.filters(config)
     _check_images(config, problems, stages)
     _check_model(config, problems)
     _check_training(config, problems, stages)

@@ -25,6 +25,7 @@ from ar_tokenizers.image.config import AutoencoderConfig
 from ar_tokenizers.image.objective import ObjectiveConfig
 from ml_collections import ConfigDict, config_flags
 
+from ar_unified.data.filters import Filters
 from ar_unified.data.loader import Phase
 from ar_unified.errors import UserError, about, in_words, nearest, several
 from ar_unified.experiment.brought import describe
@@ -69,6 +70,7 @@ def _add_data_and_tokenizers(config: ConfigDict) -> None:
     config.data.image_size = (64, 64)  # height and width of images; resize="aspect" keeps their area only
     config.data.resize = "crop"  # crop: to exactly image_size | aspect: sides are multiples of the factor
     config.data.layout = "grid"  # a name of language.layouts; grid: all images of one size | rows: each says its own
+    config.data.filters = ConfigDict(_fields(Filters))  # what `prepare` leaves out of `train`
     config.data.max_tokens = 256  # a longer document is cut, one with a question or caption left out (data.cutting)
 
     config.text_tokenizer = ConfigDict()
@@ -281,7 +283,7 @@ _ELEMENTS: dict[str, type] = {  # of tuples that are empty by default
     "data.tests": ConfigDict,
     "training.phases": ConfigDict,
     "training.restarts": float,
-    **dict.fromkeys(("training.only", "training.fresh", "training.compiler_options"), str),
+    **dict.fromkeys(("training.only", "training.fresh", "training.compiler_options", "data.filters.languages"), str),
     **dict.fromkeys(("image_tokenizer.decoder_multipliers", "image_tokenizer.decoder_blocks"), int),
 }
 _WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", ConfigDict: "a dict"}

@@ -172,6 +172,15 @@ class Experiment:
         there = {"data_dir": str(self.workdir.path / "tfds")}
         return [(there if spec.get("kind") == "tfds" else {}) | configs.plain(spec) for spec in specs]
 
+    def all_specs(self) -> dict[str, list[dict[str, Any]]]:
+        """By set: "train", "validation", and the tests by their names."""
+        sets = {"train": self.config.data.train, **self._held_out_specs()}
+        return {name.removeprefix("tests."): self.specs(specs) for name, specs in sets.items()}
+
+    def _held_out_specs(self) -> dict[str, Any]:
+        data = self.config.data
+        return {"validation": data.validation, **{f"tests.{name}": specs for name, specs in data.tests.items()}}
+
     def sources(self, key: str, specs: Sequence[Mapping[str, Any]], *, held_out: bool = False) -> list[Source]:
         """Those of a key of config.data. Raises UserError, naming the key, for one that cannot be opened.
 
@@ -200,8 +209,7 @@ class Experiment:
     @cached_property
     def held_out(self) -> dict[str, list[Source]]:
         """Held-out sets by name; "validation" first. A part that has nothing, for want of groups, is left out."""
-        tests = {f"tests.{name}": specs for name, specs in self.config.data.tests.items()}
-        sets = {"validation": self.config.data.validation, **tests}
+        sets = self._held_out_specs()
         return {key.removeprefix("tests."): self.sources(key, specs, held_out=True) for key, specs in sets.items()}
 
     def fingerprints(self, *, held_out: bool = False) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from ar_tokenizers.image.config import AutoencoderConfig
 from ar_tokenizers.image.objective import ObjectiveConfig
 from ml_collections import ConfigDict
 
+from ar_unified.data.filters import Filters
 from ar_unified.data.images import Resize
 from ar_unified.data.loader import Phase, require_order
 from ar_unified.errors import UserError, nearest
@@ -84,6 +85,11 @@ def language(
         return Vocabulary(text_size, 0, text_hash=text_hash), TEXT_ALONE
     how = layout(config, image)
     return vocabulary_for(how, text_size, image.codebook_size, text_hash, image_hash), how
+
+
+def filters(config: ConfigDict) -> Filters:
+    """What `prepare` leaves out of the training sources. Raises UserError, naming the key."""
+    return configs.pick(Filters, config.data.filters)
 
 
 def short_side(config: ConfigDict) -> int:

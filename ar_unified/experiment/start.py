@@ -18,8 +18,6 @@ from ar_unified.interrupts import Preempted
 from ar_unified.parallel import runtime
 from ar_unified.workdir import Workdir, write_json
 
-_ALONE = 14 * 86400.0  # seconds that others wait for a stage of process 0: as long as it lives
-
 
 def open_experiment(
     arguments: argparse.Namespace, overrides: Sequence[str], stages: Collection[str] = STAGES
@@ -55,7 +53,7 @@ def open_experiment(
     check_devices(experiment, stages)
     if first and not {"requests", "images", "export"} & set(stages):
         check_sources(experiment, stages)
-    runtime.barrier("checked", timeout=_ALONE)  # process 0 may have built a dataset
+    runtime.barrier("checked", timeout=runtime.ALONE)  # process 0 may have built a dataset
     return experiment
 
 
@@ -67,7 +65,7 @@ def by_first_process(stage: Callable[..., None]) -> Callable[..., None]:
         if runtime.first():
             with experiment.leaving_nothing():
                 stage(experiment, *more, **options)
-        runtime.barrier(stage.__name__, timeout=_ALONE)
+        runtime.barrier(stage.__name__, timeout=runtime.ALONE)
         if runtime.preempted():
             experiment.say("SIGTERM: stopped between two stages")
             raise Preempted(signal.SIGTERM)

@@ -43,7 +43,7 @@ from ar_unified.parallel import last_words
 
 _TICK = 0.5  # seconds, of `apart`
 _LATE = 20  # ticks by which one process may be behind another when both have passed a barrier
-_APART = 14 * 86400.0  # seconds that some may wait for others
+ALONE = 14 * 86400.0  # seconds that some wait for others: as long as these live
 _GRACE = 3.0  # seconds that process 0, whose end ends the others, leaves them to say what they have to say
 # Errors of collectives that lost a peer: gloo's, NCCL's, the coordination service's.
 _PEER_LOST = re.compile(r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|[Cc]onnection (reset|closed|refused)|heartbeat")
@@ -261,7 +261,7 @@ def apart() -> Iterator[Callable[[], None]]:
 
     `preempted` wants equally many calls; time is what all have in common here, so it is called once a tick of it.
     """
-    barrier("apart", timeout=_APART)
+    barrier("apart", timeout=ALONE)
     asked, began, stop = _asked, time.monotonic(), None
 
     def until(calls: int) -> None:
@@ -274,7 +274,7 @@ def apart() -> Iterator[Callable[[], None]]:
         yield lambda: until(asked + int((time.monotonic() - began) / _TICK))
     except interrupts.Preempted as raised:
         stop = raised
-    barrier("together", timeout=_APART)
+    barrier("together", timeout=ALONE)
     if stop is None:  # one that has finished may not have seen yet that the others were stopped
         until(_told(f"ticks {asked}", _asked + _LATE))
     else:

@@ -1,0 +1,100 @@
+"""What a look at the data tells of copies: how many there are, and a few of them side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ar_unified.data.duplicates import Search
+from ar_unified.data.items import BadItem, Source
+from ar_unified.language.document import Document, ImagePart, TextPart
+
+_EXAMPLES = 12
+_OFTEN = 8  # documents with one image, from which on it is told
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two documents that are alike: where they stand, and what stands there: a text, or uint8 [H, W, 3]."""
+
+    origins: tuple[str, str]
+    contents: tuple[str | np.ndarray, str | np.ndarray]
+
+
+@dataclass
+class Kind:
+    """One way to be alike: what it is called, how many documents are, of how many, and the first of them."""
+
+    says: str
+    count: int = 0
+    of: int = 0
+    pairs: list[Pair] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Alike:
+    """All ways to be alike."""
+
+    kinds: list[Kind]
+
+    def lines(self) -> list[str]:
+        lines = []
+        for kind in self.kinds:
+            if kind.count:
+                first = " and ".join(kind.pairs[0].origins) if kind.pairs else ""
+                lines.append(f"{kind.count} of {kind.of} {kind.says}" + (f", first {first}" if first else ""))
+        return lines
+
+
+class Comparison:
+    """Takes documents as they are read, and tells in the end which are alike."""
+
+    def __init__(self) -> None:
+        self._search = Search()
+        self._where: list[tuple[Source, int, bool]] = []
+
+    def add(self, document: Document, source: Source, i: int, *, held_out: bool) -> None:
+        self._search.add(document, held_out=held_out)
+        self._where.append((source, i, held_out))
+
+    def found(self) -> Alike:
+        if not self._where:
+            return Alike([])
+        found = self._search.found()
+        held_out = np.array([out for *_, out in self._where])
+        of, apart = len(held_out), int((~held_out).sum())
+        often = np.where((found.repeats >= _OFTEN) & ~held_out, found.shown, -1)
+        return Alike([
+            self._kind("documents say what an earlier one says, image for image and word for word", found.same, of),
+            self._kind(
+                "documents have images that earlier ones have, with other words",
+                np.where(found.same < 0, found.shown, -1), of,
+            ),
+            self._kind(f"documents share an image with {_OFTEN - 1} others or more", often, apart),
+            self._kind("training documents have what a held-out one has", found.overlap, apart),
+        ])  # fmt: skip
+
+    def _kind(self, says: str, others: np.ndarray, of: int) -> Kind:
+        those = np.flatnonzero(others >= 0)
+        spread = those[np.linspace(0, len(those) - 1, min(len(those), _EXAMPLES)).astype(int)] if len(those) else those
+        pairs = [self._pair(i, int(others[i])) for i in spread.tolist()]
+        return Kind(says, len(those), of, [pair for pair in pairs if pair is not None])
+
+    def _pair(self, i: int, j: int) -> Pair | None:
+        """Reads both again; the images that are shown are the first of each."""
+        documents = []
+        for source, item, _ in (self._where[i], self._where[j]):
+            try:
+                documents.append(source[item])
+            except BadItem:  # it was good: somebody changes the data
+                return None
+        one, other = ((document.origin, _content(document)) for document in documents)
+        return Pair((one[0], other[0]), (one[1], other[1]))
+
+
+def _content(document: Document) -> str | np.ndarray:
+    for part in document.parts:
+        if isinstance(part, ImagePart):
+            return part.pixels
+    return " ".join(part.text for part in document.parts if isinstance(part, TextPart))

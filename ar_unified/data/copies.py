@@ -1,0 +1,116 @@
+"""Copies among many images, without looking at all pairs: hashes by which copies meet, and `alike` for those that do.
+
+An image is 33 numbers: its lowest frequencies, of light and of two colours, which scaling and recompression leave as
+they are and small cuts change a little. A table hashes them to one bit for each of some random directions (Charikar,
+2002); copies share the hash of a table often, others hardly. The few bits that are nearest to turning are also tried
+the other way (multi-probe, Lv et al., 2007), so that few tables do. Work grows with the number of images.
+
+In memory an image takes 33 x 2 bytes and 16 for the table at hand; its small picture is only read where hashes meet.
+
+Axes: `n` images, `m` pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ar_unified.data.alike import SIDE, alike
+
+_TABLES = 8
+_TURNED = 4  # bits of a hash that are tried both ways
+_SPARE = 6  # bits of a hash beyond log2(n): places in a table for each image
+_BITS = 63
+_NEIGHBOURS = 12  # places to each side that are looked at where many images share a hash
+_FAR = 4.2  # between the numbers of two images, in deviations: 33 that have nothing in common are 8 apart
+_CHUNK = 1 << 16
+
+_LOW = [(i, j) for i in range(6) for j in range(6 - i)]
+_LOW_COLOUR = [(i, j) for i in range(3) for j in range(3 - i)]
+
+
+def frequencies(small: np.ndarray) -> np.ndarray:
+    """The numbers that an image is found by: uint8 [n, SIDE, SIDE, 3] -> float16 [n, 33]."""
+    pixels = small.astype(np.float32).transpose(3, 0, 1, 2) / 255
+    light = 0.299 * pixels[0] + 0.587 * pixels[1] + 0.114 * pixels[2]
+    waves = np.cos(np.pi * np.outer(np.arange(6), np.arange(SIDE) + 0.5) / SIDE).astype(np.float32) / SIDE
+    numbers = []
+    for plane, kept in ((light, _LOW), (pixels[2] - light, _LOW_COLOUR), (pixels[0] - light, _LOW_COLOUR)):
+        found = waves @ plane @ waves.T
+        numbers += [found[:, i, j] for i, j in kept]
+    return np.stack(numbers, -1).astype(np.float16)
+
+
+def copies(small: np.ndarray, numbers: np.ndarray, which: np.ndarray) -> np.ndarray:
+    """All pairs that are copies of each other, or nearly all: int64 [m, 2], places in `which`, i < j, sorted.
+
+    Args:
+        small: uint8 [N, SIDE, SIDE, 3], of all images; may be a file (`np.memmap`).
+        numbers: their `frequencies`, [N, 33].
+        which: int64 [n], the images that are compared.
+    """
+    pairs = candidates(numbers[which])
+    found = [np.zeros((0, 2), np.int64)]
+    for at in range(0, len(pairs), _CHUNK):
+        those = pairs[at : at + _CHUNK]
+        found.append(those[alike(*(np.asarray(small[which[side]]) for side in those.T))])
+    return np.concatenate(found)
+
+
+def candidates(numbers: np.ndarray) -> np.ndarray:
+    """Pairs that share a hash and are near each other: int64 [m, 2], i < j, sorted, each once."""
+    n = len(numbers)
+    mean = numbers.mean(0, dtype=np.float64).astype(np.float32)
+    deviation = np.maximum(numbers.std(0, dtype=np.float64), 1e-4).astype(np.float32)
+    random = np.random.default_rng(0)  # another seed finds the same copies
+    met = np.zeros(0, np.int64)
+    for _ in range(_TABLES if n > 1 else 0):
+        directions = random.standard_normal((numbers.shape[1], _BITS)).astype(np.float32)
+        new = [met]
+        for i, j in _met(numbers, mean, deviation, directions):
+            difference = (numbers[i].astype(np.float32) - numbers[j]) / deviation
+            near = (difference * difference).sum(1) < _FAR**2
+            new.append(np.minimum(i, j)[near] * n + np.maximum(i, j)[near])
+        met = np.unique(np.concatenate(new))
+    return np.stack(np.divmod(met, n), -1) if n else np.zeros((0, 2), np.int64)
+
+
+def _met(
+    numbers: np.ndarray, mean: np.ndarray, deviation: np.ndarray, directions: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Images i and j, int64 [m] each, that share the hash of one table, but for bits of i that are turned.
+
+    The hash is the upper bits of a code of 63, by whose lower bits images with the same hash are in order: where they
+    are many, those which are next to each other are next of kin.
+    """
+    n = len(numbers)
+    lower = _BITS - min(_BITS, max(6, int(n).bit_length() + _SPARE))
+    codes, unsure = np.empty(n, np.int64), np.empty((n, _TURNED), np.int8)
+    place = np.int64(1) << np.arange(_BITS - 1, -1, -1, dtype=np.int64)
+    for at in range(0, n, _CHUNK):
+        those = slice(at, at + _CHUNK)
+        along = ((numbers[those] - mean) / deviation) @ directions
+        codes[those] = (along > 0) @ place
+        unsure[those] = np.argpartition(np.abs(along[:, : _BITS - lower]), _TURNED, axis=1)[:, :_TURNED]
+    order = np.argsort(codes, kind="stable")
+    ordered = codes[order]
+    for turned in range(1 << _TURNED):
+        wanted = codes.copy()
+        for bit in range(_TURNED):
+            if turned >> bit & 1:
+                wanted ^= place[unsure[:, bit]]
+        start = np.searchsorted(ordered, wanted)
+        for step in (1, -1):
+            images, places = np.arange(n), start - (step < 0)
+            for _ in range(_NEIGHBOURS):
+                inside = (places >= 0) & (places < n)
+                images, places = images[inside], places[inside]
+                same = ordered[places] >> lower == wanted[images] >> lower
+                images, places = images[same], places[same]
+                if not len(images):
+                    break
+                other = order[places]
+                apart = other != images
+                yield images[apart], other[apart]
+                places = places + step

@@ -1,0 +1,150 @@
+"""Which documents say again what an earlier one said, and which are in a held-out set too.
+
+Documents are shown one after the other and not kept: of an image there remain 8 bytes of its pixels' hash, 66 of what
+`copies` needs and 3 KiB in a file that goes with the process; of a text 8 bytes of its words' hash, and 256 more where
+a document is one text and nothing else.
+
+Axes: `n` documents, `u` images that differ in a pixel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ar_unified.data import similar_texts as texts
+from ar_unified.data.alike import SIDE, small
+from ar_unified.data.copies import copies, frequencies
+from ar_unified.language.document import Document, ImagePart, TextPart
+
+_FLUSH = 256
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """What was found, of each document in the order in which they were shown; -1 where there is none.
+
+    Attributes:
+        same: int64 [n], the first document that has the same images in the same order and the same words. Images are
+            the same if they are copies, scaled, recompressed, or cut a little. Of a document without images it is
+            enough that the words are nearly the same.
+        shown: int64 [n], the first document with a copy of this one's first image, where earlier documents have copies
+            of all its images.
+        repeats: int64 [n], how many documents, held-out ones aside, have a copy of that one of its images which most of
+            them have.
+        overlap: int64 [n], the first held-out document with a copy of one of its images, or of a document without
+            images, with nearly the same words.
+    """
+
+    same: np.ndarray
+    shown: np.ndarray
+    repeats: np.ndarray
+    overlap: np.ndarray
+
+
+class Search:
+    """Shown documents by `add`; `found` says which are duplicates. Held-out ones are compared with each other, and
+    the others with them and with each other."""
+
+    def __init__(self) -> None:
+        self._held_out: list[bool] = []
+        self._words, self._images = array("Q"), array("q", [0])  # images: those of documents 0 to i - 1
+        self._alone: list[int] = []  # documents of one text that is long enough to be compared
+        self._signatures: list[np.ndarray] = []
+        self._pixels = array("Q")
+        self._numbers: list[np.ndarray] = []
+        self._waiting: list[np.ndarray] = []
+        self._file = tempfile.TemporaryFile()
+
+    def add(self, document: Document, *, held_out: bool = False) -> None:
+        pixels = [part.pixels for part in document.parts if isinstance(part, ImagePart)]
+        words = texts.words(" ".join(part.text for part in document.parts if isinstance(part, TextPart)))
+        if not pixels and (signature := texts.signature(words)) is not None:
+            self._alone.append(len(self._held_out))
+            self._signatures.append(signature)
+        self._held_out.append(held_out)
+        self._words.append(texts.digest(words))
+        self._images.append(self._images[-1] + len(pixels))
+        for image in pixels:
+            digest = hashlib.blake2b(repr(image.shape).encode() + image.tobytes(), digest_size=8).digest()
+            self._pixels.append(int.from_bytes(digest, "little"))
+            self._waiting.append(small(image))
+        if len(self._waiting) >= _FLUSH:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            pictures = np.stack(self._waiting)
+            self._file.write(pictures.tobytes())
+            self._numbers.append(frequencies(pictures))
+            self._waiting = []
+
+    def found(self) -> Duplicates:
+        groups = self._groups()
+        words = self._texts()
+        count = len(self._held_out)
+        none = np.full(count, -1, np.int64)
+        same, shown, overlap, repeats = none, none.copy(), none.copy(), np.zeros(count, np.int64)
+        owner = np.repeat(np.arange(count), np.diff(self._images))  # the document of each image
+        trained = ~np.array(self._held_out, bool)[owner]
+        in_documents = np.unique(np.stack([groups[trained], owner[trained]]), axis=1)[0]
+        often = dict(zip(*(column.tolist() for column in np.unique(in_documents, return_counts=True)), strict=True))
+        # Of training and of held-out documents: contents -> the first that has them; image -> the first that has it.
+        firsts: tuple[dict[tuple[int, ...], int], ...] = ({}, {})
+        seen: tuple[dict[int, int], ...] = ({}, {})
+        for i, held_out in enumerate(self._held_out):
+            images = groups[self._images[i] : self._images[i + 1]].tolist()
+            first = firsts[held_out].setdefault((words[i], *images), i)
+            same[i] = first if first != i else -1
+            before = [seen[held_out].setdefault(image, i) for image in images]
+            if images:
+                shown[i] = before[0] if i not in before else -1
+                repeats[i] = max(often.get(image, 0) for image in images)
+        for i, held_out in enumerate(self._held_out):
+            if held_out:
+                continue
+            images = groups[self._images[i] : self._images[i + 1]].tolist()
+            there = [seen[True][image] for image in images if image in seen[True]]
+            overlap[i] = min(there) if images and there else -1 if images else firsts[True].get((words[i],), -1)
+        return Duplicates(same, shown, repeats, overlap)
+
+    def _groups(self) -> np.ndarray:
+        """Of every image, the first that it is a copy of: int64, numbers of images."""
+        self._flush()
+        if not self._pixels:
+            return np.zeros(0, np.int64)
+        _, first, inverse = np.unique(np.array(self._pixels, np.uint64), return_index=True, return_inverse=True)
+        order = np.argsort(first)  # in the order in which they were shown
+        rank = np.argsort(order)
+        kept = first[order]
+        self._file.flush()
+        pictures = np.memmap(self._file, np.uint8, "r", shape=(len(self._pixels), SIDE, SIDE, 3))
+        pairs = copies(pictures, np.concatenate(self._numbers), kept)
+        return kept[_leaders(pairs, len(kept))[rank[inverse]]]
+
+    def _texts(self) -> list[int]:
+        """Of every document, a number that those with the same words share."""
+        numbers = list(self._words)
+        if self._alone:
+            leaders = _leaders(texts.similar(np.stack(self._signatures)), len(self._alone))
+            for i, leader in enumerate(leaders.tolist()):
+                numbers[self._alone[i]] = self._words[self._alone[leader]]
+        return numbers
+
+
+def _leaders(pairs: np.ndarray | Sequence[Sequence[int]], count: int) -> np.ndarray:
+    """Of each of `count` things the first that it is paired with, and that is itself paired with none before it.
+
+    Not chains: the first and the last of many, each a little other than the one before, are no copies.
+    """
+    leader = np.arange(count)
+    pairs = np.asarray(pairs)
+    for i, j in pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))].tolist():
+        if leader[i] == i and leader[j] == j:
+            leader[j] = i
+    return leader

@@ -1,0 +1,233 @@
+"""What `prepare` leaves out of the training sources because it was told to. Nothing, by default.
+
+What an item alone shows (sizes, length, language) is told as it is read. What only all items show (copies, images that
+are everywhere, what is held out too) is told before, by a pass over all of them that leaves its verdicts in one file.
+So what is left out depends on the sources and the settings, and not on who reads which item when.
+
+Each item that is left out is a BadItem, counted and listed with the others: kind "filtered_size", "filtered_aspect",
+"filtered_length", "filtered_language", "filtered_duplicate", "filtered_repeated" or "filtered_held_out".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ar_unified import progress, workdir
+from ar_unified.data.augmentation import Augmented
+from ar_unified.data.duplicates import Duplicates, Search
+from ar_unified.data.items import BadItem, Source, language
+from ar_unified.data.sources import read
+from ar_unified.errors import UserError
+from ar_unified.language.document import Document, ImagePart, TextPart
+
+DUPLICATES = ("keep", "documents", "images")
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Which items are left out; 0, () and so on: for this reason none.
+
+    Attributes:
+        min_side: least shorter side of each image, in pixels. max_side: largest longer side.
+        max_aspect: most times that one side of an image may be as long as the other.
+        min_characters, max_characters: of all text of an item (tokens: config.data.max_tokens).
+        languages: those that are kept; so is what does not say its language.
+        duplicates: "keep"; "documents": of items with the same images and words the first is kept; "images": of items
+            whose images are all in earlier ones too, whatever they say of them, none is kept. Images are the same if
+            they are copies: scaled, recompressed, cut a little (`duplicates`).
+        max_repeats: most items that an image may be in: one that is in more is a watermark, or a placeholder.
+        held_out: leaves out what has an image, or without one the words, of the validation or the tests.
+    """
+
+    min_side: int = 0
+    max_side: int = 0
+    max_aspect: float = 0.0
+    min_characters: int = 0
+    max_characters: int = 0
+    languages: tuple[str, ...] = ()
+    duplicates: str = "keep"
+    max_repeats: int = 0
+    held_out: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "languages", tuple(self.languages))
+        for name in ("min_side", "max_side", "min_characters", "max_characters", "max_repeats"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}: expected 0 (any) or more, found {getattr(self, name)}")
+        if self.max_aspect != 0 and not self.max_aspect >= 1:
+            raise UserError(f"max_aspect: expected 0 (any) or at least 1, found {self.max_aspect}")
+        for low, high in (("min_side", "max_side"), ("min_characters", "max_characters")):
+            if 0 < getattr(self, high) < getattr(self, low):
+                raise UserError(f"{high}: expected at least {low}, {getattr(self, low)}; found {getattr(self, high)}")
+        if self.duplicates not in DUPLICATES:
+            raise UserError(f"duplicates: expected one of {', '.join(DUPLICATES)}; found {self.duplicates!r}")
+
+    @property
+    def used(self) -> bool:
+        return self != Filters()
+
+    @property
+    def compares(self) -> bool:
+        """Whether items are compared with each other, which takes a pass over all of them."""
+        return self.duplicates != "keep" or self.max_repeats > 0 or self.held_out
+
+    def check(self, document: Document, of: str) -> None:
+        """Raises BadItem for what the document itself shows. of: its language, "" where it says none."""
+        for part in document.parts:
+            if isinstance(part, ImagePart):
+                height, width = part.pixels.shape[:2]
+                self._check_image(height, width, document.origin)
+        length = sum(len(part.text) for part in document.parts if isinstance(part, TextPart))
+        if length < self.min_characters or 0 < self.max_characters < length:
+            most = f" to {self.max_characters}" if self.max_characters else " or more"
+            reason = f"expected {self.min_characters}{most} characters of text, found {length}"
+            raise BadItem("filtered_length", document.origin, reason)
+        if self.languages and of and of not in self.languages:
+            reason = f"expected one of the languages {', '.join(self.languages)}, found {of!r}"
+            raise BadItem("filtered_language", document.origin, reason)
+
+    def _check_image(self, height: int, width: int, origin: str) -> None:
+        short, long = sorted((height, width))
+        found = f"found an image of {height} x {width} pixels (height x width)"
+        if short < self.min_side or 0 < self.max_side < long:
+            most = f" to {self.max_side}" if self.max_side else " pixels or more"
+            raise BadItem("filtered_size", origin, f"expected sides of {self.min_side}{most}, {found}")
+        if self.max_aspect and long > self.max_aspect * short:
+            raise BadItem("filtered_aspect", origin, f"expected sides within a factor {self.max_aspect:g}, {found}")
+
+
+class Filtered:
+    """A source without what the filters leave out; its items keep their numbers.
+
+    verdicts: item -> kind and reason, of those that other items speak against.
+    """
+
+    def __init__(self, source: Source, filters: Filters, verdicts: Mapping[int, tuple[str, str]], decided_by: Any):
+        self.source, self.filters, self._verdicts, self._decided_by = source, filters, verdicts, decided_by
+        self.name, self.reversible = source.name, source.reversible
+
+    @property
+    def has_images(self) -> bool:
+        return getattr(self.source, "has_images", True)
+
+    @property
+    def fingerprint(self) -> Mapping[str, Any]:
+        decided = {"decided_by": self._decided_by} if self._decided_by else {}
+        return dict(self.source.fingerprint) | {"filters": asdict(self.filters)} | decided
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> Document:
+        if i in self._verdicts:
+            kind, reason = self._verdicts[i]
+            raise BadItem(kind, self.source.origin(i), reason)
+        document = self.source[i]
+        self.filters.check(document, language(self.source, i) if self.filters.languages else "")
+        return document
+
+    def texts(self, i: int) -> list[str]:
+        """Of what is left out too: a text tokenizer is trained on all text."""
+        return self.source.texts(i)
+
+    def origin(self, i: int) -> str:
+        return self.source.origin(i)
+
+    def language(self, i: int) -> str:
+        return language(self.source, i)
+
+
+def filtered(
+    sources: Sequence[Source],
+    held_out: Sequence[Source],
+    filters: Filters,
+    file: str | Path,
+    *,
+    workers: int = 2,
+    show_progress: bool = True,
+) -> list[Source]:
+    """The sources without what the filters leave out.
+
+    Args:
+        sources: those of the training. held_out: those of the validation and of all tests.
+        file: where the verdicts that take a pass over all items are written, whole or not at all; it is not made again
+            for the same sources and filters.
+    """
+    if not filters.used:
+        return list(sources)
+    plain = [source.source if isinstance(source, Augmented) else source for source in sources]
+    those = list(held_out) if filters.held_out else []
+    decided_by: dict[str, Any] = {}
+    verdicts: list[dict[int, tuple[str, str]]] = [{} for _ in plain]
+    if filters.compares:
+        decided_by = {
+            "sources": {source.name: dict(source.fingerprint) for source in plain},
+            "held_out": [dict(source.fingerprint) for source in those],
+        }
+        plan = {"filters": asdict(filters), **decided_by}
+        verdicts = _read(Path(file), plan, plain)
+        if not verdicts:
+            verdicts = _decide(plain, those, filters, workers, show_progress)
+            kept = {source.name: verdict for source, verdict in zip(plain, verdicts, strict=True)}
+            workdir.write_json(file, {"plan": plan, "filtered": kept})
+    left: list[Source] = []
+    for source, inner, verdict in zip(sources, plain, verdicts, strict=True):
+        without = Filtered(inner, filters, verdict, decided_by)
+        left.append(
+            Augmented(without, count=source.count, shift=source.shift, mirror=source.mirror, whole=source.whole)
+            if isinstance(source, Augmented)
+            else without
+        )
+    return left
+
+
+def _read(file: Path, plan: Mapping[str, Any], sources: Sequence[Source]) -> list[dict[int, tuple[str, str]]]:
+    """The verdicts of each source as they were written for the same plan; []: they were not."""
+    if not file.exists() or (found := workdir.read_json(file))["plan"] != json.loads(json.dumps(plan)):
+        return []
+    return [
+        {int(item): (kind, reason) for item, (kind, reason) in found["filtered"][source.name].items()}
+        for source in sources
+    ]
+
+
+def _decide(
+    sources: Sequence[Source], held_out: Sequence[Source], filters: Filters, workers: int, show_progress: bool
+) -> list[dict[int, tuple[str, str]]]:
+    """Looks at all items. What an item alone speaks against is no reason to leave out another."""
+    search, where = Search(), list[tuple[Source, int]]()
+    alone = replace(filters, duplicates="keep", max_repeats=0, held_out=False)
+    total = sum(map(len, (*sources, *held_out)))
+    with progress.bar(total, "items", "compare", shown=show_progress) as bar:
+        for source, out in [*((each, True) for each in held_out), *((each, False) for each in sources)]:
+            seen = source if out else Filtered(source, alone, {}, None)
+            for i, item in read(seen, range(len(source)), workers):
+                bar.update()
+                if not isinstance(item, BadItem):
+                    search.add(item, held_out=out)
+                    where.append((source, i))
+    found, verdicts = search.found(), {id(source): dict[int, tuple[str, str]]() for source in sources}
+    for at, kind, reason in _reasons(found, filters, lambda other: where[other][0].origin(where[other][1])):
+        source, i = where[at]
+        if id(source) in verdicts:
+            verdicts[id(source)].setdefault(i, (kind, reason))
+    return [verdicts[id(source)] for source in sources]
+
+
+def _reasons(found: Duplicates, filters: Filters, origin: Callable[[int], str]) -> Iterator[tuple[int, str, str]]:
+    """Documents that are to be left out, with kind and reason, the first of several first."""
+    for at, (overlap, same, shown, repeats) in enumerate(
+        zip(*(column.tolist() for column in (found.overlap, found.same, found.shown, found.repeats)), strict=True)
+    ):
+        first = same if filters.duplicates == "documents" else max(same, shown)
+        if filters.held_out and overlap >= 0:
+            yield at, "filtered_held_out", f"expected what is not held out, found what {origin(overlap)} has"
+        if filters.duplicates != "keep" and first >= 0:
+            yield at, "filtered_duplicate", f"expected {filters.duplicates} once each, found what {origin(first)} has"
+        if filters.max_repeats and repeats > filters.max_repeats:
+            reason = f"expected an image in at most {filters.max_repeats} documents, found one in {repeats}"
+            yield at, "filtered_repeated", reason

@@ -1,0 +1,79 @@
+"""Looks at token shards as `prepare` left them, and says what it found. Changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ar_unified.data.images import ImageCodec
+from ar_unified.data.items import BadItem
+from ar_unified.data.prepare import load_manifest
+from ar_unified.data.shards import Shards, read_skipped, shard_path
+from ar_unified.data.validate import Found, Validation
+from ar_unified.data.view import View
+from ar_unified.language.document import TASKS
+from ar_unified.language.grammar import Grammar
+from ar_unified.manifests import require_same
+
+_AT_ONCE = 1000
+
+
+def parts(folder: Path) -> dict[str, Path]:
+    """Prepared folders by name: `folder` itself, or those in it ("train", "validation"); {}: it is none."""
+    if (folder / "manifest.json").exists() and (folder / "plan.json").exists():
+        return {folder.name: folder}
+    inner = sorted(path.parent for path in folder.glob("*/plan.json") if (path.parent / "manifest.json").exists())
+    return {path.name: path for path in inner}
+
+
+def look(
+    folders: dict[str, Path],
+    grammar: Grammar | None = None,
+    image_tokenizer: ImageCodec | None = None,
+    *,
+    sequence_length: int | None = None,
+    show: int = 3,
+    first: int | None = None,
+) -> Validation:
+    """Counts, lengths and what was left out of each source of prepared folders, by name.
+
+    Args:
+        grammar: with it documents are shown as their pieces and not as numbers; with a tokenizer, images too.
+        sequence_length: of rows, in tokens; None: the longest document that was allowed.
+        show: documents of each source to show.
+        first: documents of each source whose tokens are read, to count them by role; None: all.
+
+    Raises:
+        ManifestMismatch: the data was prepared with another vocabulary than the grammar's.
+    """
+    view, sources, longest = View(grammar, image_tokenizer), [], 1
+    for part, folder in folders.items():
+        manifest = load_manifest(folder)
+        longest = max(longest, int(manifest["settings"]["max_tokens"]))
+        if grammar is not None:
+            where = dict(expected_from="the tokenizers", found_from=str(folder))
+            require_same(grammar.manifest(), manifest["vocabulary"], **where)
+        for name, report in manifest["report"].items():
+            found = Found(name, report["items"], part, looked=report["items"])
+            shards = Shards(folder / name, report["shards"])
+            _count(found, shards, folder / name, report["shards"])
+            for at in range(0, min(len(shards), first or len(shards)), _AT_ONCE):
+                for document in shards.read(range(at, min(at + _AT_ONCE, len(shards), first or len(shards)))):
+                    found.count(document.roles)
+            for i, document in enumerate(shards.read(range(min(show, len(shards))))):
+                origin = f"item {shards.item(i)} of {name}, document {i}"
+                found.shown.append(view.read(document, origin, TASKS[int(shards.index["task"][i])]))
+            sources.append(found)
+    return Validation(sources, sequence_length=sequence_length or longest)
+
+
+def _count(found: Found, shards: Shards, folder: Path, count: int) -> None:
+    """What the index and the list of what was left out say."""
+    index = shards.index
+    for i, task in enumerate(TASKS):
+        if documents := int((index["task"] == i).sum()):
+            found.tasks[task] = documents
+    found.text_bytes, found.images = index["text_bytes"].tolist(), index["images"].tolist()
+    found.tokens = index["length"].tolist()
+    for number in range(count):
+        rows = read_skipped(shard_path(folder, number))
+        found.bad += [BadItem(row["kind"], row["origin"], row["reason"]) for row in rows]

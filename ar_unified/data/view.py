@@ -1,0 +1,186 @@
+"""Documents as a model would see them, as far as its parts are there: in words for a terminal, in pieces for a page.
+
+Axes: `H` `W` height and width in pixels, `h` `w` in codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ar_unified.data.cutting import can_be_split, split
+from ar_unified.data.images import ImageCodec, Resize, draws_none
+from ar_unified.data.sizes import default_resize
+from ar_unified.language.document import CodesPart, Document, ImagePart, TextPart
+from ar_unified.language.encoded import Encoded
+from ar_unified.language.grammar import Grammar
+from ar_unified.language.vocabulary import Role
+
+
+@dataclass(frozen=True)
+class Token:
+    """An id, or all codes of an image, which are one: what it stands for, its Role, and whether it is learned.
+
+    original, image: uint8 [H, W, 3], an image as it was encoded, and its codes decoded; None where it is not known,
+        or nothing decodes them, and for other tokens.
+    """
+
+    text: str
+    role: Role
+    learned: bool
+    original: np.ndarray | None = None
+    image: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A document to be looked at.
+
+    Attributes:
+        turns: who speaks, "document" for nobody, and texts and images, uint8 [H, W, 3], in order.
+        count: its tokens, of which `tokens` may be the first; 0 where there is no grammar.
+    """
+
+    origin: str
+    task: str
+    turns: list[tuple[str, list[str | np.ndarray]]]
+    count: int = 0
+    tokens: list[Token] = field(default_factory=list)
+
+
+MOST = 400  # tokens of a document on a page
+
+
+class View:
+    """What a grammar, an image tokenizer and a size, each of which may be missing, show of documents."""
+
+    def __init__(
+        self, grammar: Grammar | None = None, tokenizer: ImageCodec | None = None, resize: Resize | None = None
+    ):
+        if resize is None and grammar is not None and tokenizer is not None:
+            resize = default_resize(grammar.layout, tokenizer)
+        self.grammar, self.tokenizer, self.resize = grammar, tokenizer, resize
+
+    def encoded(self, document: Document) -> Encoded | None:
+        """Ids and marks with blank images, for which the sizes are enough; None without a grammar or a size."""
+        blank = self._blank(document)
+        return None if blank is None or self.grammar is None else self.grammar.encode(blank)
+
+    def lengths(self, document: Document, found: Encoded, max_tokens: int | None) -> list[int]:
+        """Tokens of each document that `prepare` makes of it (it is `encoded` as `found`)."""
+        blank = self._blank(document)
+        if not max_tokens or len(found) <= max_tokens or blank is None or not can_be_split(document):
+            return [len(found)]
+        assert self.grammar is not None
+        pieces = (len(piece) for _, piece in split(blank, self.grammar, max_tokens))
+        return [length for length in pieces if length <= max_tokens]
+
+    def _blank(self, document: Document) -> Document | None:
+        resize, tokenizer = self.resize, self.tokenizer
+        if resize is None and any(isinstance(part, ImagePart) for part in document.parts):
+            return None
+
+        def blank(pixels: np.ndarray) -> np.ndarray:
+            assert resize is not None
+            h, w = resize.target(*pixels.shape[:2])
+            factor, depth = (tokenizer.factor, tokenizer.codes_per_position) if tokenizer else (resize.factor, 1)
+            return np.zeros((h // factor, w // factor * depth), np.int32)
+
+        return _coded(document, blank)
+
+    def words(self, document: Document) -> str:
+        """In words, with <image H x W>; then as tokens, piece by piece, if there are a grammar and a tokenizer."""
+        lines = [f"({document.origin}, {document.task})"]
+        for turn in document.turns:
+            if document.asks:
+                lines.append(f"<{turn.speaker}>")
+            for part in turn.parts:
+                if isinstance(part, TextPart):
+                    rest = f" ... ({len(part.text)} characters)" if len(part.text) > 400 else ""
+                    lines.append(part.text[:400] + rest)
+                elif isinstance(part, ImagePart):
+                    lines.append("<image {} x {}>".format(*part.pixels.shape))
+        if (real := self._real(document)) is not None and self.grammar is not None:
+            words = [_word(int(token), self.grammar) for token in self.grammar.encode(real).tokens]
+            short = words if len(words) <= 96 else [*words[:64], f"... ({len(words) - 80} tokens) ...", *words[-16:]]
+            lines.append(f"{len(words)} tokens: " + "|".join(short))
+        return "\n".join(lines)
+
+    def shown(self, document: Document) -> Shown:
+        """As it is, and as its tokens where there are a grammar and a tokenizer."""
+        turns: list[tuple[str, list[str | np.ndarray]]] = []
+        for turn in document.turns:
+            parts = [part for part in turn.parts if not isinstance(part, CodesPart)]
+            turns.append((turn.speaker, [p.text if isinstance(p, TextPart) else p.pixels for p in parts]))
+        real = self._real(document)
+        if real is None or self.grammar is None:
+            return Shown(document.origin, document.task, turns)
+        found = self.grammar.encode(real)
+        codes = [part.codes for part in real.parts if isinstance(part, CodesPart)]
+        assert self.resize is not None
+        originals = [self.resize(part.pixels) for part in document.parts if isinstance(part, ImagePart)]
+        return Shown(document.origin, document.task, turns, len(found), list(self._tokens(found, codes, originals)))
+
+    def read(self, found: Encoded, origin: str, task: str) -> Shown:
+        """A document of prepared shards, read back; without a grammar as its numbers."""
+        turns: list[tuple[str, list[str | np.ndarray]]] = []
+        codes: list[np.ndarray] = []
+        if self.grammar is not None:
+            document = self.grammar.parse(found.tokens)
+            codes = [part.codes for part in document.parts if isinstance(part, CodesPart)]
+            for turn in document.turns:
+                parts = [part.text if isinstance(part, TextPart) else "" for part in turn.parts]
+                turns.append((turn.speaker, [part for part in parts if part]))
+        return Shown(origin, task, turns, len(found), list(self._tokens(found, codes)))
+
+    def _tokens(
+        self, found: Encoded, codes: Sequence[np.ndarray], originals: Sequence[np.ndarray] = ()
+    ) -> Iterator[Token]:
+        """The first ids of a document; all codes of an image are one Token. codes: [h, w] of each image, if known."""
+        roles, learned, image = found.roles, found.trained, -1
+        begins, until, given = set(found.images.tolist()), -1, 0
+        for at in range(len(found)):
+            if at in begins:
+                image += 1
+            if roles[at] == Role.IMAGE:
+                if at < until:
+                    continue
+                until = min((start for start in begins if start > at), default=len(found))
+                last = np.flatnonzero(roles[at:until] == Role.IMAGE)[-1]
+                until = at + int(last) + 1
+                known = 0 <= image < len(codes)
+                shape = "{} x {} codes".format(*codes[image].shape) if known else "codes"
+                original = originals[image] if image < len(originals) else None
+                decoded = self._decoded(codes[image]) if known else None
+                yield Token(shape, Role.IMAGE, bool(learned[at]), original, decoded)
+            elif at >= until:
+                token = int(found.tokens[at])
+                text = str(token) if self.grammar is None else _word(token, self.grammar)
+                yield Token(text, Role(int(roles[at])), bool(learned[at]))
+            given += 1
+            if given >= MOST:
+                return
+
+    def _decoded(self, codes: np.ndarray) -> np.ndarray | None:
+        if self.tokenizer is None or draws_none(self.tokenizer):
+            return None
+        return np.asarray(self.tokenizer.decode(codes[None]))[0]
+
+    def _real(self, document: Document) -> Document | None:
+        """With the codes of its images; None where there is nothing that could make them."""
+        tokenizer, resize = self.tokenizer, self.resize
+        if self.grammar is None or tokenizer is None or resize is None:
+            return None
+        return _coded(document, lambda pixels: np.asarray(tokenizer.encode(resize(pixels)[None]), np.int32)[0])
+
+
+def _coded(document: Document, codes: Callable[[np.ndarray], np.ndarray]) -> Document:
+    return document.changed(lambda part: CodesPart(codes(part.pixels)) if isinstance(part, ImagePart) else part)
+
+
+def _word(token: int, grammar: Grammar) -> str:
+    if token < grammar.vocabulary.text_size:
+        return repr(grammar.text_codec.decode([token]))[1:-1]
+    return f"<{grammar.vocabulary.name(token).strip('<>')}>"

@@ -1,0 +1,79 @@
+"""`ar-unified validate`: what may be named, where the page goes, and what the exit status says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ar_unified.cli.main import main
+
+CONFIG = """
+from ml_collections import ConfigDict
+from ar_unified.experiment.config import defaults
+def get_config():
+    config = defaults()
+    config.name = "three sets"
+    spec = lambda name: (ConfigDict(dict(kind="jsonl", path={root!r} + "/" + name)),)
+    config.data.train, config.data.validation = spec("train.jsonl"), spec("validation.jsonl")
+    config.data.tests.other = spec("test.jsonl")
+    return config
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for i in range(3):
+        pixels = np.random.default_rng(i).integers(0, 256, (3, 3, 3), np.uint8)
+        Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC).save(tmp_path / f"{i}.png")
+    for name, images in {"train": (0, 1), "validation": (1,), "test": (2, 9)}.items():
+        rows = [json.dumps(dict(image=f"{i}.png", text=f"{name} {i}")) for i in images]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    (tmp_path / "config.py").write_text(CONFIG.format(root=str(tmp_path)))
+    return tmp_path
+
+
+def test_all_sets_of_a_config_are_looked_at(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "--config", "config.py", "--output", "out/page.html"]) == 1
+    said = capsys.readouterr().out
+    for line in ("train: train: 2 items", "validation: validation: 1 items", "other: test: 2 items", "missing_image"):
+        assert line in said
+    assert "1 of 2 training documents have what a held-out one has" in said and "page: out/page.html" in said
+    html = (root / "out/page.html").read_text()
+    assert "<h1>three sets</h1>" in html and "other: test" in html and html.count("data:image/png") >= 5
+
+
+def test_a_page_is_written_where_it_says(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "train.jsonl"]) == 0
+    assert "page: .cache/validate/train.jsonl.html" in capsys.readouterr().out
+    assert (root / ".cache/validate/train.jsonl.html").exists()
+
+
+def test_sources_as_json(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    specs = [dict(kind="jsonl", path="train.jsonl", weight=2.0), dict(kind="jsonl", path="test.jsonl")]
+    assert main(["validate", json.dumps(specs[0])]) == 0
+    assert main(["validate", json.dumps(specs), "--first", "1"]) == 0, "the bad item is the second"
+    said = capsys.readouterr().out
+    assert "test: the first 1 of 2 items" in said and "page: .cache/validate/sources.html" in said
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["[]"], "expected a source or a list of sources as JSON"),
+        (['{"kind": '], "expected a source as JSON"),
+        (['{"kind": "jsonl"}', "--links"], "--links does nothing with sources"),
+        (["train.jsonl", "--first", "0"], "--first: expected at least 1"),
+        (["train.jsonl", "--output", "config.py/page.html"], "--output config.py/page.html"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ",
+)
+def test_what_cannot_be_done_is_said(
+    root: Path, argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["validate", *argv]) == 2
+    assert said in capsys.readouterr().err
