@@ -63,7 +63,9 @@ class Tokenizers:
                 self._busy += time.perf_counter() - began
 
     def __str__(self) -> str:
-        """What a progress line says."""
+        """What a progress line says; "" without images."""
+        if not self.encoded + self.known:
+            return ""
         seconds = time.perf_counter() - self._began
         busy = self._busy / self.devices / seconds
         return f"{(self.encoded + self.known) / seconds:.0f} images/s, tokenizer {busy:.0%} busy"

@@ -16,7 +16,7 @@ from tests.cli.test_text_alone import CONFIG
 from tests.parallel.job import environment, free_port
 
 pytestmark = pytest.mark.slow
-LINES = 60_000  # eight shards, some seconds
+LINES = 30_000  # four shards, and one of what is held out
 
 
 def start(verb: str, arguments: list[str]) -> list[subprocess.Popen[str]]:
@@ -59,7 +59,7 @@ def test_sigterm_to_one_stops_both_and_the_next_start_goes_on_and_trains(tmp_pat
     codes, said = end(job)
     assert codes == [143, 143], said
     assert "SIGTERM: stopped; what is done stays" in said[0] and "Traceback" not in said[0]
-    assert 0 < len(list((two / "data").rglob("*.array_record"))) < 8
+    assert 0 < len(list((two / "data").rglob("*.array_record"))) < 5
     assert not list((two / "data").rglob("*~")) and not (two / "data" / "done.json").exists()
 
     codes, said = end(start("prepare", [*config, str(two)]))
