@@ -30,7 +30,6 @@ from ar_unified.checkpoint import Checkpoints, steps_in
 from ar_unified.data import prepare as preparing
 from ar_unified.data.images import NoImages, draws_none
 from ar_unified.data.loader import PackedBatches, Phase
-from ar_unified.data.packing import order_of
 from ar_unified.data.prepare import load_report
 from ar_unified.errors import about
 from ar_unified.experiment import config as configs
@@ -58,7 +57,11 @@ _KEYS = ("model", "loss", "training", "mesh")
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     experiment = open_experiment(arguments, overrides, ["model"])
     if arguments.branch:
-        branch(experiment, *arguments.branch, lambda: experiment.fingerprint(*_KEYS, **_facts(experiment)))
+        branch(
+            experiment,
+            *arguments.branch,
+            lambda: experiment.fingerprint(*_KEYS, **_facts(experiment, _batches(experiment))),
+        )
     train(experiment, profile=arguments.profile)
     return 0
 
@@ -88,26 +91,24 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
     with about("config.training"):
         selected(config, "only", grammar.vocabulary)
         fresh = selected(config, "fresh", grammar.vocabulary) if settings.fresh else None
-    mixture = experiment.mixture()
+    batches = _batches(experiment)
     checkpoints = experiment.checkpoint_folder
     progress = Training("training.steps", settings.steps, partial(steps_in, checkpoints), checkpoints)
-    stage = experiment.stage("model", *_KEYS, together=True, training=progress, **_facts(experiment))
+    stage = experiment.stage("model", *_KEYS, together=True, training=progress, **_facts(experiment, batches))
     if stage.done:
         return experiment.skip(stage)
     _say_rate(experiment, stage, max(progress.checkpoints(), default=0))
-    folder = experiment.workdir.data
-    rows = dict(batch_size=settings.batch_size, sequence_length=settings.sequence_length)
-    planned = phases(settings, mixture)
-    batches = PackedBatches(folder / "train", grammar, seed=config.seed, phases=planned, **rows)
     for name, facts in batches.describe().items():
         shares = ", then ".join(f"{share:.1%}" for share in facts["shares"])
         experiment.say(f"{name}: {facts['rows']} rows an epoch, {facts['fill']:.1%} full, {shares} of the rows")
     validation = []
-    held_out = load_report(folder / "validation").sources if (folder / "validation").exists() else {}
+    folder = experiment.workdir.data / "validation"
+    held_out = load_report(folder).sources if folder.exists() else {}
     if any(source.documents for source in held_out.values()):
-        both = any(phase.flip_pairs for phase in planned)  # then both ways weigh alike
+        both = any(phase.flip_pairs for phase in batches.phases)  # then both ways weigh alike
         as_it_stands = Phase(flip_pairs=0.5 if both else 0.0, condition_dropout=0.0)
-        stream = PackedBatches(folder / "validation", grammar, phases=[as_it_stands], **rows)
+        rows = dict(batch_size=settings.batch_size, sequence_length=settings.sequence_length)
+        stream = PackedBatches(folder, grammar, phases=[as_it_stands], **rows)
         validation = [stream.batch(step) for step in range(_VALIDATION_BATCHES)]
     else:
         experiment.say("no document is held out: training goes on without a validation loss")
@@ -144,12 +145,26 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
     experiment.finish(stage, {"steps": settings.steps, **kept})
 
 
-def _facts(experiment: Experiment) -> dict[str, Any]:
+def _facts(experiment: Experiment, batches: PackedBatches) -> dict[str, Any]:
     """What decides the trained model beside the config."""
     init = {} if experiment.bundle is None else {"init": experiment.bundle.hash}
-    sources = load_report(experiment.workdir.data / "train").sources.values()
-    order = order_of(source.documents for source in sources)
-    return dict(manifest=experiment.grammar.manifest(), mixture=experiment.mixture(), **order, **init)
+    facts = dict(manifest=experiment.grammar.manifest(), mixture=experiment.mixture())
+    return facts | batches.order | init
+
+
+def _batches(experiment: Experiment) -> PackedBatches:
+    config, settings = experiment.config, experiment.config.training
+    folder = experiment.workdir.data / "train"
+    if experiment.workdir.reader:
+        experiment.workdir.await_file(folder / "manifest.json")
+    return PackedBatches(
+        folder,
+        experiment.grammar,
+        batch_size=settings.batch_size,
+        sequence_length=settings.sequence_length,
+        seed=config.seed,
+        phases=phases(settings, experiment.mixture()),
+    )
 
 
 def _begin(experiment: Experiment, task: TransformerTask, fresh: Selection | None) -> Callable[[Params], Params] | None:

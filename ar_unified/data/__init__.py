@@ -5,7 +5,8 @@ images.py      bytes -> uint8 RGB -> the size a model wants (files.py, encoding.
 prepare.py     sources -> token shards, through the image tokenizer and the grammar, by all processes (claims.py,
                making.py, encoder.py, image_codes.py, cutting.py, shards.py)
 validate.py    looks at every item as prepare would
-blocks.py      which documents are planned together, and the lengths that share a row
+fitting.py     which lengths share a row
+blocks.py      which documents are planned together, and the plan as a file
 packing.py     which row comes when, and the documents in it
 loader.py      shards -> batches (batch.py), and images for an image tokenizer
 """

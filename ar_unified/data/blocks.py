@@ -1,18 +1,17 @@
 """Which documents are planned together and which of them share a row: decided by their lengths alone, by no seed.
 
 A source is taken in runs of RUN documents. A fixed permutation deals the runs out into blocks of at most BLOCK
-documents, so that a block has a bit of everything; a source no larger is one block. Best-fit-decreasing only looks at
-lengths: the rows of a block are planned once, as slots of given lengths, and every epoch draws anew which document of
-that length fills which slot (`packing`).
+documents, so that a block has a bit of everything; a source no larger is one block. What fits together (`fitting`) is a
+matter of lengths alone: the rows of a block are planned once, as slots of given lengths, and every epoch draws anew
+which document of that length fills which slot (`packing`).
 
 The plan is kept beside the shards, and whoever reads them maps it into memory:
 <source>/rows-4096.npy          uint16 [documents], the row of every slot of its block, block after block
-         rows-4096.blocks.npy   int64 [blocks, 2], rows and tokens of every block; written last
+         rows-4096.blocks.npy   int64 [blocks, 3]: rows, tokens, whether best-fit-decreasing; written last
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,39 +19,11 @@ import numpy as np
 from ar_tokenizers.files import whole
 
 from ar_unified.data.counter_rng import key, permute
+from ar_unified.data.fitting import rows_of
 from ar_unified.errors import UserError, about
 
 RUN = 2**12  # documents that stand together in the shards, so that a block is read from few of them
 BLOCK = 2**16  # what a uint16 can number
-
-
-def best_fit(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
-    """Best-fit-decreasing: the row of every document, for lengths in descending order.
-
-    Args:
-        lengths: int [n], descending, each in 1..sequence_length.
-
-    Returns:
-        int64 [n], rows numbered from 0 without gaps.
-    """
-    rows = []
-    space: list[deque[int]] = [deque() for _ in range(sequence_length + 1)]  # free tokens -> rows that have so many
-    some = opened = 0  # bits: the free tokens that some row has
-    for length in lengths.tolist():
-        if fitting := some >> length:
-            free = length + (fitting & -fitting).bit_length() - 1  # the tightest
-            row = space[free].popleft()
-            if not space[free]:
-                some ^= 1 << free
-        else:
-            free, row = sequence_length, opened
-            opened += 1
-        if rest := free - length:
-            if not space[rest]:
-                some |= 1 << rest
-            space[rest].append(row)
-        rows.append(row)
-    return np.array(rows, np.int64)
 
 
 class Blocks:
@@ -82,14 +53,13 @@ class Slots:
     """The rows of one block: places for documents of given lengths.
 
     Args:
-        documents: int64 [n]. lengths: int [n], of each. row: int [n], of each slot, the longest slot first.
+        documents: int64 [n], by falling length. lengths: int [n], of each. row: int [n], of each one's slot.
     """
 
     def __init__(self, documents: np.ndarray, lengths: np.ndarray, row: np.ndarray):
-        order = _falling(lengths)
-        first = np.flatnonzero(np.diff(lengths[order], prepend=-1))
-        sizes = np.diff(np.append(first, len(order)))
-        self._documents = documents[order]
+        first = np.flatnonzero(np.diff(lengths, prepend=-1))
+        sizes = np.diff(np.append(first, len(documents)))
+        self._documents = documents
         self._first = np.repeat(first, sizes).astype(np.uint16)  # of each slot's length class
         self._last = np.repeat(first + sizes - 1, sizes).astype(np.uint16)
         self._slots = np.argsort(row, kind="stable").astype(np.uint16)  # row by row, each row's longest first
@@ -114,6 +84,7 @@ class Plans:
 
     Attributes:
         rows, tokens: int64 [blocks].
+        decreasing: whether best-fit-decreasing has planned all of them (`fitting`).
 
     Raises:
         UserError: no documents, or one that is longer than a row. `slots` too: the plan is of other lengths.
@@ -128,19 +99,23 @@ class Plans:
         if plan and table and table.exists():
             with about(f"{plan}: delete rows-{sequence_length}*.npy there, and start again"):
                 self._rows = np.asarray(np.load(plan, mmap_mode="r"))
-                self.rows, self.tokens = np.load(table).T
+                self.rows, self.tokens, decreasing = np.load(table).T
             if self._rows.shape != lengths.shape or len(self.rows) != self._blocks.count:
                 raise self._other()
         else:
             planned = list(_planned(lengths, self._blocks, sequence_length, name))
             self._rows = np.concatenate([rows for rows, _ in planned])
-            self.rows, self.tokens = np.array([count for _, count in planned]).T
+            self.rows, self.tokens, decreasing = np.array([count for _, count in planned]).T
+        self.decreasing = bool(decreasing.all())
 
     def slots(self, block: int) -> Slots:
+        """The rows of a block, of which the lengths are read anew."""
         documents = self._blocks.documents(block)
         lengths = self._lengths[documents]
+        order = _falling(lengths)
+        documents, lengths = documents[order], lengths[order]
         row = self._rows[self._blocks.starts[block] : self._blocks.starts[block + 1]]
-        taken = np.bincount(row, lengths[_falling(lengths)])
+        taken = np.bincount(row, lengths)
         if len(taken) != self.rows[block] or taken.max() > self._length:
             raise self._other()
         return Slots(documents, lengths, row)
@@ -170,8 +145,8 @@ def store(lengths: np.ndarray, sequence_length: int, folder: Path, *, name: str 
 
 def _planned(
     lengths: np.ndarray, blocks: Blocks, sequence_length: int, name: str
-) -> Iterator[tuple[np.ndarray, tuple[int, int]]]:
-    """Of every block: the row of each slot, uint16; and how many rows and tokens it has."""
+) -> Iterator[tuple[np.ndarray, tuple[int, int, int]]]:
+    """Of every block: the row of each slot, uint16; and its line of the table."""
     for block in range(blocks.count):
         found = lengths[blocks.documents(block)]
         if found.max() > sequence_length or found.min() < 1:
@@ -179,8 +154,8 @@ def _planned(
                 f"source {name!r}: expected documents of 1 to {sequence_length} tokens, found {int(found.min())} to "
                 f"{int(found.max())}: prepare with max_tokens <= the sequence length, or make rows longer"
             )
-        rows = best_fit(found[_falling(found)], sequence_length)
-        yield rows.astype("<u2"), (int(rows.max()) + 1, int(found.sum()))
+        rows, decreasing = rows_of(found[_falling(found)], sequence_length)
+        yield rows.astype("<u2"), (int(rows.max()) + 1, int(found.sum()), decreasing)
 
 
 def _falling(lengths: np.ndarray) -> np.ndarray:

@@ -91,6 +91,7 @@ class PackedBatches:
     Attributes:
         rows_per_epoch: rows of one epoch of every source that is used.
         shares: for every phase, their shares of the stream.
+        order: {} where a training that was begun with an early version goes on in the same order; else {"order": 2}.
 
     Raises:
         ManifestMismatch: the data was prepared with another vocabulary or grammar.
@@ -131,6 +132,7 @@ class PackedBatches:
             Packing(source.index["length"], sequence_length, seed=seed, name=place.name, folder=place)
             for source, place in zip(self._shards, folders, strict=True)
         ]
+        self.order = {"order": 2} if any(packing.order > 1 for packing in self._packings) else {}
         self.rows_per_epoch = {name: p.rows for name, p in zip(self._names, self._packings, strict=True)}
         self._mixtures: list[Mixture] = []
         for i, phase in enumerate(phases):

@@ -12,14 +12,14 @@ Sources are mixed row by row: `weights` are shares of rows, which for full rows 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ar_unified.data.blocks import BLOCK, Plans
+from ar_unified.data.blocks import Plans
 from ar_unified.data.counter_rng import key, permute
 from ar_unified.errors import UserError
 
@@ -40,6 +40,7 @@ class Packing:
 
     Attributes:
         rows: rows an epoch. fill: share of their positions that hold a token. windows: they are shuffled one by one.
+        order: in which the rows come: 1: as always, 2: as since there are blocks and `fitting.paired_fit`.
 
     Raises:
         UserError: no documents, or one that is longer than a row.
@@ -53,6 +54,7 @@ class Packing:
         self.rows = int(self._plans.rows.sum())
         self.fill = float(self._plans.tokens.sum() / (self.rows * sequence_length))
         self.windows = -(-len(self._plans.rows) // WINDOW)
+        self.order = 1 if len(self._plans.rows) == 1 and self._plans.decreasing else 2
         self._slots = functools.lru_cache(maxsize=2 * WINDOW)(self._plans.slots)  # a batch may end one, begin the next
         self._blocks = functools.lru_cache(maxsize=2)(self._shuffled)
 
@@ -81,16 +83,9 @@ class Packing:
         count = len(self._plans.rows)
         order = permute(np.arange(count), count, key(self.seed, self.name, epoch, "blocks"))
         windows = np.array_split(order, self.windows)
-        rows = np.array([self._plans.rows[window].sum() for window in windows])
+        first = np.cumsum([0, *map(len, windows)])[:-1]
+        rows = np.add.reduceat(self._plans.rows[order], first)
         return windows, np.cumsum(rows) - rows
-
-
-def order_of(documents: Iterable[int]) -> dict[str, int]:
-    """What the record of a training says of the order in which it reads sources of so many documents.
-
-    Nothing, where that is what it always was. Larger sources were shuffled as a whole until blocks came (2).
-    """
-    return {"order": 2} if max(documents, default=0) > BLOCK else {}
 
 
 # ---- several sources ---------------------------------------------------------------------------------------------

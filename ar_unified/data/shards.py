@@ -90,7 +90,11 @@ class ShardWriter:
 
 
 def shard_path(folder: Path, number: int) -> Path:
-    return folder / f"{number:05d}.array_record"
+    return folder / _name(number)
+
+
+def _name(number: int) -> str:
+    return f"{number:05d}.array_record"
 
 
 def index_path(shard: Path) -> Path:
@@ -147,9 +151,10 @@ class Shards:
     def __init__(self, folder: Path, count: int):
         self._folder = folder
         there = set(os.listdir(folder)) if folder.exists() else set()
-        for path in _paths(folder, count):
-            if path.name not in there:
-                raise UserError(f"{path}: no such file, but the manifest names it; delete {folder} and prepare again")
+        if missing := next((name for name in map(_name, range(count)) if name not in there), ""):
+            raise UserError(
+                f"{folder / missing}: no such file, but the manifest names it; delete {folder} and prepare again"
+            )
         if _STARTS in there:
             self.index, self._starts = _mapped(folder / _INDEX), np.load(folder / _STARTS)
         else:  # prepared before there was one file for all, and perhaps where nothing can be written

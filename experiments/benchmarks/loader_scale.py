@@ -11,7 +11,7 @@ need not be made 15,259 times; what planning costs is measured on the first 10^6
 
 A fresh process then opens the loader and makes batches of steps drawn at random. Files are dropped from the page cache
 first, as after a restart. Columns, of a process of its own for each size:
-    start    seconds to open the loader, imports not counted
+    start    seconds to open the loader, imports not counted; work: of them of processor time
     own      MB of memory that this process alone has (RssAnon), more than it had before; after the random batches
     shared   MB that are mapped from files, and are one copy for all processes of a host (RssFile), likewise
     choose   ms of processor time for which documents are in the 1,024 rows of a random step; median and most
@@ -91,11 +91,10 @@ def generate(folder: Path, documents: int) -> None:
     with whole(place / "index.npy") as file:
         facts = {"descr": np.lib.format.dtype_to_descr(shards.INDEX), "fortran_order": False, "shape": (documents,)}
         np.lib.format.write_array_header_1_0(file, facts)
+        repeated = simulated_index(np.resize(lengths(blocks.RUN, 0), chunk))
         for start in range(0, documents, chunk):
-            rows = np.zeros(min(chunk, documents - start), shards.INDEX)
-            repeated = documents > PLANNED
-            rows["length"] = np.resize(lengths(blocks.RUN, 0), len(rows)) if repeated else lengths(len(rows), start)
-            file.write(rows.tobytes())
+            size = min(chunk, documents - start)
+            file.write((repeated[:size] if documents > PLANNED else simulated_index(lengths(size, start))).tobytes())
     index = np.load(place / "index.npy", mmap_mode="r")["length"]
     if documents <= PLANNED:
         blocks.store(index, LENGTH, place)
@@ -105,22 +104,27 @@ def generate(folder: Path, documents: int) -> None:
     write_json(folder / "manifest.json", {"vocabulary": GRAMMAR.manifest(), "report": report})
 
 
+def simulated_index(found: np.ndarray) -> np.ndarray:
+    rows = np.zeros(len(found), shards.INDEX)
+    rows["length"] = found
+    return rows
+
+
 def repeat_plan(index: np.ndarray, place: Path) -> None:
     """The plan of data whose runs are all alike: one block of each size is planned."""
     dealt = blocks.Blocks(len(index))
-    known: dict[tuple[int, int], tuple[np.ndarray, tuple[int, int]]] = {}
+    known: dict[int, tuple[bytes, tuple[int, int]]] = {}  # by the size of a block
     counts = []
     with whole(place / f"rows-{LENGTH}.npy") as file:
         facts = {"descr": "<u2", "fortran_order": False, "shape": index.shape}
         np.lib.format.write_array_header_1_0(file, facts)
-        for block in range(dealt.count):
-            size = int(dealt.starts[block + 1] - dealt.starts[block])
-            if (size, 0) not in known:
+        for block, size in enumerate(np.diff(dealt.starts).tolist()):
+            if size not in known:
                 found = np.sort(index[dealt.documents(block)])[::-1]
                 rows = blocks.best_fit(found, LENGTH)
-                known[size, 0] = rows.astype("<u2"), (int(rows.max()) + 1, int(found.sum()))
-            file.write(known[size, 0][0].tobytes())
-            counts.append(known[size, 0][1])
+                known[size] = rows.astype("<u2").tobytes(), (int(rows.max()) + 1, int(found.sum()))
+            file.write(known[size][0])
+            counts.append(known[size][1])
     np.save(place / f"rows-{LENGTH}.blocks.npy", np.array(counts, np.int64))
 
 
@@ -128,9 +132,9 @@ def measure(folder: Path) -> dict[str, Any]:
     """Of a process that has done nothing else."""
     drop_from_cache(folder)
     before = memory()
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     loader = PackedBatches(folder, GRAMMAR, batch_size=ROWS, sequence_length=LENGTH, seed=1)
-    start = time.perf_counter() - began
+    start, work = time.perf_counter() - began, time.process_time() - worked
     spent: dict[str, list[float]] = {"choose": [], "lay": [], "read": []}
     chosen = Packing.documents
 
@@ -157,6 +161,7 @@ def measure(folder: Path) -> dict[str, Any]:
         "rows": facts["rows"],
         "fill": facts["fill"],
         "start": start,
+        "work": work,
         "own": after[0] - before[0],
         "shared": after[1] - before[1],
         "choose": statistics.median(choose[::2]),
@@ -208,7 +213,7 @@ def main() -> None:
         try:
             generate(arguments.folder, documents)
             command = [sys.executable, __file__, "--folder", str(arguments.folder), "--measure"]
-            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
         finally:
             shutil.rmtree(arguments.folder, ignore_errors=True)
         print(documents, json.dumps({name: round(value, 3) for name, value in found.items()}), flush=True)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ar_unified.data import blocks, packing
-from ar_unified.data.blocks import Blocks, best_fit, store
-from ar_unified.data.packing import PERIOD, Mixture, Packing, order_of
+from ar_unified.data.blocks import Blocks, store
+from ar_unified.data.packing import PERIOD, Mixture, Packing
 from ar_unified.errors import UserError
 
 T = 64
@@ -29,11 +29,6 @@ def small_blocks() -> Iterator[None]:
 
 def lengths_of(documents: int) -> np.ndarray:
     return np.random.default_rng(documents).integers(1, T, documents)
-
-
-def test_the_tightest_row_that_has_room_is_taken() -> None:
-    assert best_fit(np.array([6, 5, 4, 3, 2]), 10).tolist() == [0, 1, 0, 1, 1]
-    assert best_fit(np.array([7, 5, 5, 2, 2, 2]), 10).tolist() == [0, 1, 1, 0, 2, 2]
 
 
 @given(lengths=st.lists(st.integers(1, T), min_size=1, max_size=400), seed=st.integers(0, 9), blocked=st.booleans())
@@ -79,8 +74,11 @@ def test_the_order_of_large_data_never_changes() -> None:
     assert found[:4] + found[-2:] == [[25, 18], [24, 19], [33, 35], [16, 27], [38, 46, 36, 0], [6]]
 
 
-def test_a_training_says_that_it_reads_in_the_order_of_blocks_where_that_is_another() -> None:
-    assert order_of([1, blocks.BLOCK]) == order_of([]) == {} and order_of([blocks.BLOCK + 1, 1]) == {"order": 2}
+def test_small_data_come_in_the_order_they_always_came_in_and_others_say_so() -> None:
+    assert Packing(np.array([30, 30, 4]), T, seed=0).order == 1
+    assert Packing(np.repeat([30, 29, 25, 24], 8), 108, seed=0).order == 2, "best-fit-decreasing has a row more"
+    with small_blocks():
+        assert Packing(np.full(17, 3), T, seed=0).order == 2
 
 
 def test_rows_that_are_planned_beforehand_are_read_a_block_at_a_time(
@@ -94,7 +92,7 @@ def test_rows_that_are_planned_beforehand_are_read_a_block_at_a_time(
         times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
         store(lengths, T, tmp_path)
         assert times == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} and len(times) == 2
-        monkeypatch.delattr(blocks, "best_fit")  # nothing is planned again
+        monkeypatch.delattr(blocks, "rows_of")  # nothing is planned again
         stored = Packing(lengths, T, seed=0, folder=tmp_path)
         assert (stored.rows, stored.fill) == (made.rows, made.fill)
         found = stored.documents(1, np.arange(made.rows))

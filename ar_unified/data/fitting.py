@@ -1,0 +1,126 @@
+"""Lengths into rows: which documents share a row, so that few positions are left over.
+
+Two ways, of which the one with fewer rows is taken. Best-fit-decreasing is nearly perfect where lengths differ much,
+and what is left over is then less than a hundredth. Captions of images of one size are nearly of one length: the
+longest together leave a gap that the shortest would not have left. So rows are made of documents at random, whose
+lengths are the average, and ended by the two that fit best.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+
+from ar_unified.data.counter_rng import key, permute
+
+_FULL = 0.99  # share of tokens that needs no second try
+_TRIES = 64  # tokens that a pair may leave over
+
+
+def rows_of(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, bool]:
+    """The row of every document, and whether best-fit-decreasing made them.
+
+    Args:
+        lengths: int [n], descending, each in 1..sequence_length.
+
+    Returns:
+        int64 [n], rows numbered from 0 without gaps; bool.
+    """
+    rows = best_fit(lengths, sequence_length)
+    if lengths.sum() < _FULL * (rows.max() + 1) * sequence_length:
+        others = paired_fit(lengths, sequence_length)
+        if others.max() < rows.max():
+            return others, False
+    return rows, True
+
+
+def best_fit(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
+    """Best-fit-decreasing: each document into the row that has the least room for it. As `rows_of` has them."""
+    rows = []
+    space: list[deque[int]] = [deque() for _ in range(sequence_length + 1)]  # free tokens -> rows that have so many
+    some = opened = 0  # some: bit i for each i of free tokens that some row has
+    for length in lengths.tolist():
+        if fitting := some >> length:
+            free = length + _lowest(fitting)
+            row = space[free].popleft()
+            if not space[free]:
+                some ^= 1 << free
+        else:
+            free, row = sequence_length, opened
+            opened += 1
+        if rest := free - length:
+            if not space[rest]:
+                some |= 1 << rest
+            space[rest].append(row)
+        rows.append(row)
+    return np.array(rows, np.int64)
+
+
+def paired_fit(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
+    """The longest document opens a row, others follow at random, the two that leave least end it. Likewise."""
+    pool = _Pool(lengths, sequence_length)
+    packed: list[int] = []
+    rows: list[int] = []
+    row = -1
+    while pool.count:
+        row, room = row + 1, sequence_length
+        chosen: tuple[int, ...] = (pool.longest(room),)
+        while chosen[0]:
+            for length in chosen:
+                pool.take(length)
+                room -= length
+            packed += chosen
+            rows += [row] * len(chosen)
+            single = pool.longest(room)
+            chosen = (single,)
+            if single and room * pool.count >= 2.5 * pool.tokens and (next_one := pool.next()) <= room:
+                chosen = (next_one,)  # there is room for two more behind it
+            elif single:
+                chosen = pool.pair(room, single) or chosen
+    order = np.argsort(-np.array(packed), kind="stable")  # documents of one length are alike
+    return np.array(rows, np.int64)[order]
+
+
+class _Pool:
+    """Documents that are in no row yet, by length. Sets of lengths are bits of one number."""
+
+    def __init__(self, lengths: np.ndarray, sequence_length: int):
+        self.count, self.tokens, self._most = len(lengths), int(lengths.sum()), sequence_length
+        self._left = np.bincount(lengths, minlength=sequence_length + 1).tolist()
+        self._there = sum(1 << length for length, left in enumerate(self._left) if left)
+        self._turned = sum(1 << sequence_length - length for length, left in enumerate(self._left) if left)
+        self._line = lengths[permute(np.arange(len(lengths)), len(lengths), key("line"))].tolist()
+        self._gone = [0] * (sequence_length + 1)  # how many of a length stand in line still, and are taken
+
+    def longest(self, room: int) -> int:
+        """The greatest length that fits; 0: none."""
+        return max(0, (self._there & ((2 << room) - 1)).bit_length() - 1)
+
+    def next(self) -> int:
+        """The length of one at random; until it is taken always the same."""
+        while self._gone[self._line[-1]]:
+            self._gone[self._line.pop()] -= 1
+        return self._line[-1]
+
+    def pair(self, room: int, more: int) -> tuple[int, int] | None:
+        """The lengths of two that fill most of `room`, and more of it than `more`."""
+        for both in range(room, max(more, room - _TRIES, 2 * _lowest(self._there) - 1), -1):
+            found = self._there & self._turned >> self._most - both  # bit i: there are i and both - i
+            if both % 2 == 0 and self._left[both // 2] == 1:
+                found &= ~(1 << both // 2)
+            if found:
+                return (longer := found.bit_length() - 1), both - longer
+        return None
+
+    def take(self, length: int) -> None:
+        self.count, self.tokens = self.count - 1, self.tokens - length
+        self._gone[length] += 1
+        self._left[length] -= 1
+        if not self._left[length]:
+            self._there ^= 1 << length
+            self._turned ^= 1 << self._most - length
+
+
+def _lowest(bits: int) -> int:
+    return (bits & -bits).bit_length() - 1
