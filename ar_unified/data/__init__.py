@@ -1,6 +1,7 @@
 """From data sets to batches: documents are read once into token shards, and the loader packs them into rows.
 
-sources.py     what a config names -> a source (items.py): named, rows, image_folder, text_files, shapes
+sources.py     what a config names -> a source (items.py): rows, text_files, image_folder, clips, and those of
+               records (records.py, columns.py): named, tables, tars, pages
 images.py      bytes -> uint8 RGB -> the size a model wants (files.py, encoding.py: which, and written how)
 prepare.py     sources -> token shards, through the image tokenizer and the grammar, by all processes (claims.py,
                making.py, encoder.py, image_codes.py, cutting.py, shards.py)

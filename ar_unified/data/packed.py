@@ -9,8 +9,6 @@ import zlib
 from pathlib import Path
 from typing import BinaryIO
 
-import pyarrow as pa
-
 ENDINGS = (".gz", ".zst")
 _STEP = 1 << 12  # packed bytes at once: at most 4 MiB unpacked
 _SNAPSHOTS = 256  # of gzip's state, 40 KB each
@@ -150,6 +148,9 @@ class _Zstandard(_Forward):
         self._back(0)
 
     def _back(self, at: int) -> int:
+        import pyarrow as pa  # which this alone needs
+
+        self._errors = (pa.ArrowException, OSError)
         self._stream = pa.input_stream(str(self._path), compression="zstd")
         self._step, self._unpacked = 1 << 16, 0
         return 0
@@ -157,7 +158,7 @@ class _Zstandard(_Forward):
     def _more(self) -> bytes:
         try:
             data = self._stream.read(self._step)
-        except (pa.ArrowException, OSError) as error:
+        except self._errors as error:
             if self._step == 1:
                 reason = str(error).splitlines()[0]
                 raise OSError(f"the Zstandard data is broken or cut short: {reason}") from error
