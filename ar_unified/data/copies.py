@@ -23,11 +23,13 @@ _TURNED = 4  # bits of a hash that are tried both ways
 _SPARE = 6  # bits of a hash beyond log2(n): places in a table for each image
 _BITS = 63
 _NEIGHBOURS = 12  # places to each side that are looked at where many images share a hash
-_FAR = 4.2  # between the numbers of two images, in deviations: 33 that have nothing in common are 8 apart
+_FAR = 4.6  # between the numbers of two images, in deviations: 33 that have nothing in common are 8 apart
 _CHUNK = 1 << 16
 
 _LOW = [(i, j) for i in range(6) for j in range(6 - i)]
 _LOW_COLOUR = [(i, j) for i in range(3) for j in range(3 - i)]
+# Where images are all alike, the deviation that is counted with: a third to a tenth of that among photos.
+_LEAST = np.array([0.02 / (1 + i + j) for i, j in (*_LOW, *_LOW_COLOUR, *_LOW_COLOUR)])
 
 
 def frequencies(small: np.ndarray) -> np.ndarray:
@@ -62,7 +64,7 @@ def candidates(numbers: np.ndarray) -> np.ndarray:
     """Pairs that share a hash and are near each other: int64 [m, 2], i < j, sorted, each once."""
     n = len(numbers)
     mean = numbers.mean(0, dtype=np.float64).astype(np.float32)
-    deviation = np.maximum(numbers.std(0, dtype=np.float64), 1e-4).astype(np.float32)
+    deviation = np.maximum(numbers.std(0, dtype=np.float64), _LEAST).astype(np.float32)
     random = np.random.default_rng(0)  # another seed finds the same copies
     met = np.zeros(0, np.int64)
     for _ in range(_TABLES if n > 1 else 0):

@@ -1,6 +1,6 @@
 """Planted copies among real images: how many are found, how many that are none, and what a million images would cost.
 
-    python experiments/benchmarks/duplicates.py --path DIR [--output FILE.json]
+    python experiments/benchmarks/duplicates.py --path DIR [--every N] [--output FILE.json]
 
 DIR (datasets) holds clothing, noto-emoji, based-cooking, kodak and easy-vqa, each with a folder images. Each image is
 planted anew: scaled (to 0.5 to 1.5 times its sides), recompressed (JPEG of quality 30 to 90), cut (up to 5 % at each
@@ -61,9 +61,9 @@ def edited(pixels: np.ndarray, edit: str, random: np.random.Generator) -> np.nda
     return recompressed(pixels, quality) if edit in ("recompressed", "all three") else pixels
 
 
-def measured(root: Path, names: tuple[str, ...]) -> dict[str, Any]:
+def measured(root: Path, names: tuple[str, ...], every: int) -> dict[str, Any]:
     files = [path for name in names for path in sorted((root / name / "images").rglob("*"))]
-    files = [path for path in files if path.suffix.lower() in SUFFIXES]
+    files = [path for path in files if path.suffix.lower() in SUFFIXES][::every]
     search, random, seconds = Search(), np.random.default_rng(0), 0.0
     contents: dict[tuple[tuple[int, ...], bytes], int] = {}  # pixels -> the first that has them
     exact = [0] * len(files)
@@ -101,15 +101,18 @@ def measured(root: Path, names: tuple[str, ...]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", type=Path, required=True, help="the folder with the five sets")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="take one image in N (%(default)s)")
     parser.add_argument("--output", type=Path, help="also write the numbers as JSON")
     arguments = parser.parse_args()
-    results = {name: measured(arguments.path, sets) for name, sets in SETS.items()}
-    for name, result in results.items():
+    results = {}
+    for name, sets in SETS.items():
+        results[name] = measured(arguments.path, sets, arguments.every)
         print(name)
-        for key, value in result.items():
+        for key, value in results[name].items():
             shown = value.items() if isinstance(value, dict) else [("", value)]
             for inner, number in shown:
-                print(f"  {key + ' ' + inner:<32}" + (f"{number:.4g}" if isinstance(number, float) else f"{number}"))
+                told = f"{number:.4g}" if isinstance(number, float) else f"{number}"
+                print(f"  {key + ' ' + inner:<32}{told}", flush=True)
     if arguments.output:
         arguments.output.write_text(json.dumps(results, indent=1) + "\n")
 
