@@ -33,6 +33,8 @@ $(VENV)/libtpu: $(VENV)/.installed
 
 # ---- tests. RESULTS: where each target leaves its outcomes, for tests/summary.py.
 PYTEST   = -m pytest -q -n 2
+# A file's tests in one process, where what they share takes longer to make than the tests: compiled steps, torch's models.
+BY_FILE  = $(PYTEST) --dist loadscope
 RESULTS ?= .cache/tests
 HERE     = not interop and not newest_jax
 INTEROP  = .venv-interop
@@ -42,20 +44,20 @@ test: setup libtpu
 	$(BIN)/python $(PYTEST) --junitxml=$(RESULTS)/quick.xml -m "not slow and $(HERE)"
 
 test-slow: setup libtpu  ## what takes long: races in kernels, TPUs by the dozen; kills and meshes are test-exact's
-	$(BIN)/python $(PYTEST) --junitxml=$(RESULTS)/slow.xml -m "slow and not exact and not exhaustive and $(HERE)"
+	$(BIN)/python $(BY_FILE) --junitxml=$(RESULTS)/slow.xml -m "slow and not exact and not exhaustive and $(HERE)"
 
 test-exact: setup libtpu  ## the same bits after a kill, the same numbers on any mesh, as users' programs are optimised
-	AR_UNIFIED_TEST_OPTIMIZED=1 $(BIN)/python $(PYTEST) --junitxml=$(RESULTS)/exact.xml -m "exact and not exhaustive and $(HERE)"
+	AR_UNIFIED_TEST_OPTIMIZED=1 $(BIN)/python $(BY_FILE) --junitxml=$(RESULTS)/exact.xml -m "exact and not exhaustive and $(HERE)"
 
 test-interop: $(INTEROP)/.installed  ## beside torch, transformers, lm-evaluation-harness and lmms-eval
-	$(INTEROP)/bin/python $(PYTEST) --junitxml=$(RESULTS)/interop.xml -m interop
+	$(INTEROP)/bin/python $(BY_FILE) --junitxml=$(RESULTS)/interop.xml -m interop
 
 # The GPU kernels emulated, and of every room what meets JAX most.
 COVERING = tests/language/test_automaton.py tests/test_checkpoint.py tests/data/test_loader.py tests/training/test_loop.py \
            tests/training/test_step.py tests/sampling/test_decoding.py tests/sampling/test_job.py \
            tests/experiment/test_config.py
 test-py312: $(PY312)/.installed  ## Python 3.12 with the newest JAX
-	$(PY312)/bin/python $(PYTEST) --junitxml=$(RESULTS)/py312-kernels.xml -m newest_jax
+	$(PY312)/bin/python $(PYTEST) --junitxml=$(RESULTS)/py312-kernels.xml -m newest_jax tests/kernels
 	$(PY312)/bin/python $(PYTEST) --junitxml=$(RESULTS)/py312.xml -m "not slow and not interop" $(COVERING)
 
 ALL = .cache/test-all

@@ -1,4 +1,4 @@
-"""Published folders, each written once a session; torch keeps to one thread."""
+"""Published folders, each written once a session."""
 
 from __future__ import annotations
 

@@ -37,14 +37,6 @@ MODELS = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def ids_for(size: int, rows: int = 2, length: int = 24, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, size, (rows, length))
 

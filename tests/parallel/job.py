@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,10 +75,14 @@ class Job:
             if i not in absent
         ]
 
-    def until(self, step: int, seconds: float = 400) -> None:
+    def until(self, step: int) -> None:
         """Waits until this job has said the loss of a step."""
+        self.wait(lambda: (self.folder / "logs").exists() and f" step {step}/" in self.log(0))
+
+    def wait(self, reached: Callable[[], object], seconds: float = 400) -> None:
+        """Until that is so, which it must be while all processes run."""
         deadline = time.monotonic() + seconds
-        while not ((self.folder / "logs").exists() and f" step {step}/" in self.log(0)):
+        while not reached():
             assert time.monotonic() < deadline and self.running(), self.end()
             time.sleep(0.01)
 

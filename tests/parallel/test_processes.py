@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
-import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -43,30 +44,29 @@ def finish(folder: Path, processes: int) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[float]]:
-    """Loss curves of trainings that nobody disturbs, by the number of processes."""
-    return {n: finish(tmp_path_factory.mktemp(f"whole{n}"), n) for n in (1, 2, 4)}
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[float]]:
+    """whole(processes): the loss curve of a training that nobody disturbs."""
+    return functools.cache(lambda processes: finish(tmp_path_factory.mktemp(f"whole{processes}"), processes))
 
 
 @pytest.mark.exact
 def test_the_losses_are_those_of_one_process(whole):
-    assert whole[1][-1] < whole[1][0]
+    assert whole(1)[-1] < whole(1)[0]
     for processes in (2, 4):
-        np.testing.assert_allclose(whole[processes], whole[1], rtol=1e-6)
+        np.testing.assert_allclose(whole(processes), whole(1), rtol=1e-6)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_one_stops_all_at_one_step_with_a_checkpoint(whole, tmp_path, number):
-    job = Job(tmp_path / "two", 2, pause=0.1, **SETTINGS)
+@pytest.mark.parametrize("number, others", [(signal.SIGTERM, 4), (signal.SIGINT, 1)])
+def test_a_signal_to_one_stops_all_at_one_step_with_a_checkpoint(whole, tmp_path, number, others):
+    """Another number of processes goes on from there."""
+    job = Job(tmp_path, 2, pause=0.1, **SETTINGS)
     job.until(step=2)
     job.send(1, number)
     assert [code for code, _ in job.end()] == [143, 143]
     stops = [re.findall(r"SIGTERM, stopped after step (\d+) with a checkpoint", job.log(i)) for i in range(2)]
-    latest = Checkpoints(tmp_path / "two" / "checkpoints", readonly=True).latest()
+    latest = Checkpoints(tmp_path / "checkpoints", readonly=True).latest()
     assert stops[0] == stops[1] == [str(latest)] and latest < STEPS
-    shutil.copytree(tmp_path / "two", tmp_path / "one")
-    np.testing.assert_allclose(finish(tmp_path / "one", 1), whole[1], rtol=1e-6)
-    np.testing.assert_allclose(finish(tmp_path / "two", 4), whole[1], rtol=1e-6)
+    np.testing.assert_allclose(finish(tmp_path, others), whole(1), rtol=1e-6)
 
 
 @pytest.mark.exact
@@ -79,7 +79,7 @@ def test_sigkill_to_one_stops_the_other_with_its_name_and_nothing_is_lost(whole,
     assert code not in (0, 143) and time.monotonic() - killed < 8 + 10
     assert "process 0 of 2 was stopped by JAX: process 1 is gone" in output and AGAIN in output
     assert AGAIN in job.log(0) and "process 1 of 2 was ended from outside" in job.log(1)
-    assert finish(tmp_path, 2) == whole[2]  # bit for bit
+    assert finish(tmp_path, 2) == whole(2)  # bit for bit
 
 
 def test_all_processes_save_where_the_validation_loss_is_lowest(tmp_path):

@@ -61,10 +61,10 @@ def reference(params):
         ({}, 4, "gather"),
         (dict(fsdp=2, tensor=2, context=2), 2, "gather"),
         (dict(fsdp=2, context=4), 1, "ring"),
+        pytest.param({}, 2, "gather", marks=[pytest.mark.slow, pytest.mark.exhaustive]),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
-                ({}, 2, "gather"),
                 (dict(data=8), 1, "gather"),
                 (dict(fsdp=8), 1, "gather"),
                 (dict(data=2, tensor=4), 4, "gather"),  # more devices than KV heads

@@ -23,7 +23,7 @@ MODEL = replace(
     config_from("debug", VOCABULARY.size, qk_norm="layernorm", dtype="bfloat16", scan_layers=True, remat="dots"),
     d_model=1024, n_heads=8, n_kv_heads=8, head_dim=128, d_mlp=2816, n_layers=4,
 )  # fmt: skip
-RUN = Run(MODEL, VOCABULARY, fixed_grid(4, 4), dict(data=2, fsdp=8), 16, 2048)
+RUN = Run(MODEL, VOCABULARY, fixed_grid(4, 4), dict(data=2, fsdp=8), 128, 256)
 
 
 @pytest.fixture(scope="module")
