@@ -32,7 +32,8 @@ $(VENV)/libtpu: $(VENV)/.installed
 	@touch $@
 
 # ---- tests. RESULTS: where each target leaves its outcomes, for tests/summary.py.
-PYTEST   = -m pytest -q -n 2
+# worksteal: a worker takes a run of files and not every other test, and so finds what a file has compiled and trained.
+PYTEST   = -m pytest -q -n 2 --dist worksteal
 RESULTS ?= .cache/tests
 HERE     = not interop and not newest_jax
 INTEROP  = .venv-interop
