@@ -32,9 +32,10 @@ $(VENV)/libtpu: $(VENV)/.installed
 	@touch $@
 
 # ---- tests. RESULTS: where each target leaves its outcomes, for tests/summary.py.
-PYTEST   = -m pytest -q -n 2
+# worksteal: a worker takes a run of files and not every other test, and so finds what a file has compiled and trained.
+PYTEST   = -m pytest -q -n 2 --dist worksteal
 # A file's tests in one process, where what they share takes longer to make than the tests: compiled steps, torch's models.
-BY_FILE  = $(PYTEST) --dist loadscope
+BY_FILE  = -m pytest -q -n 2 --dist loadscope
 RESULTS ?= .cache/tests
 HERE     = not interop and not newest_jax
 INTEROP  = .venv-interop

@@ -28,18 +28,23 @@ SAMPLING = {"max_length": 64, "kv_dtype": "", "guidance": 1.0, "context": "empty
 SAMPLING |= {"text": {"temperature": 0.0, "top_k": 0, "top_p": 1.0}, "image": {"temperature": 1.0}}
 
 
+def fresh(init: Any, config: Any, seed: int) -> Any:
+    """Fresh parameters by one program; op by op it is as many as there are shapes."""
+    return jax.jit(init, static_argnums=0)(config, jax.random.key(seed))
+
+
 @functools.cache
 def parts(layout: str = "grid") -> dict[str, Any]:
     """What `bundle.write` takes, but for the folder. layout: "grid", "rows", or "none" for text alone."""
     text = TextTokenizer.train(SENTENCES, 300)
-    image = None if layout == "none" else ImageTokenizer(IMAGE, init_image(IMAGE, jax.random.key(0)), batch_size=8)
+    image = None if layout == "none" else ImageTokenizer(IMAGE, fresh(init_image, IMAGE, 0), batch_size=8)
     if image is None:
         grammar = Grammar(Vocabulary(text.size, 0, text_hash=text.hash), TEXT_ALONE, text)
     else:
         side, how = (0, fixed_grid(2, 2)) if layout == "grid" else (4, sized_rows(4, 4))
         grammar = Grammar(Vocabulary(text.size, image.codebook_size, side, text.hash, image.hash), how, text)
     config = config_from("debug", n_layers=1, vocab_size=grammar.vocabulary.size, qk_norm="rmsnorm", rope_theta=500.0)
-    params = jax.tree.map(lambda p: p * 6 if p.ndim > 1 else p, jax.device_get(init(config, jax.random.key(1))))
+    params = jax.tree.map(lambda p: p * 6 if p.ndim > 1 else p, jax.device_get(fresh(init, config, 1)))
     data = {"max_tokens": 48} if image is None else DATA
     if layout == "rows":
         data = data | {"layout": "rows", "resize": "aspect"}

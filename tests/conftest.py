@@ -14,13 +14,16 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 _CACHE = Path(__file__).resolve().parents[1] / ".cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-# Tests compile much and compute little: without XLA's late optimisations the suite takes about half of the CPU time.
+# Every program is kept, however small: the other worker and the next module ask for most of them again.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Tests compile much and compute little. To compile a gradient takes 6.7 s of CPU as users have it, 2.7 s without XLA's
+# late optimisations, and 0.7 s without the emitters of fusions too and in one module: docs/tests_time.md.
 OPTIMIZED = os.environ.get("AR_UNIFIED_TEST_OPTIMIZED", "") not in ("", "0")
 if not OPTIMIZED:
     os.environ["XLA_FLAGS"] = " ".join([
         os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_llvm_disable_expensive_passes=true", "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
     ])  # fmt: skip
 
 # TPU's compiler, where `make libtpu` put it: used by name only, by several processes at once, asking no TPU's metadata.
@@ -36,3 +39,9 @@ keep_memory()
 import jax  # noqa: E402
 
 jax.devices()  # else a verb that plans for more devices would be given them, and so would all tests behind it
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Programs are shared within a folder; kept for longer they grow to gigabytes in each worker."""
+    if nextitem is None or nextitem.path.parent != item.path.parent:
+        jax.clear_caches()

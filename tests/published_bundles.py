@@ -17,7 +17,7 @@ from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model.config import config_from
 from ar_unified.model.transformer import init
 from tests import tokenizer_files as files
-from tests.bundles import DATA, IMAGE, SAMPLING
+from tests.bundles import DATA, IMAGE, SAMPLING, fresh
 
 TABLES: dict[str, Any] = {  # file, text ids, controls, image code 0, V
     "chameleon": (
@@ -53,7 +53,7 @@ def parts(kind: str) -> dict[str, Any]:
     file, data, text_ids, controls, _, V = TABLES[kind]
     text = MappedCodec.of(file, data(), border_of(kind), len(text_ids), "warn")
     alone = kind == "llama"
-    image = None if alone else ImageTokenizer(IMAGE, init_image(IMAGE, jax.random.key(0)), batch_size=8)
+    image = None if alone else ImageTokenizer(IMAGE, fresh(init_image, IMAGE, 0), batch_size=8)
     layout = TEXT_ALONE if alone else ImageLayout(kind, *((2, 2) if kind == "chameleon" else (12, 12)))
     vocabulary = Vocabulary(
         text.size,
@@ -64,7 +64,7 @@ def parts(kind: str) -> dict[str, Any]:
         rest=V - text.size - len(controls) - (0 if alone else 24),
     )
     config = config_from("debug", n_layers=1, vocab_size=vocabulary.size, qk_norm="layernorm", rope_theta=500.0)
-    params = jax.tree.map(lambda p: p * 6 if p.ndim > 1 else p, jax.device_get(init(config, jax.random.key(1))))
+    params = jax.tree.map(lambda p: p * 6 if p.ndim > 1 else p, jax.device_get(fresh(init, config, 1)))
     shape = {} if alone else DATA | {"layout": kind, "resize": "crop" if kind == "chameleon" else "aspect"}
     return dict(
         config=config,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -20,8 +21,9 @@ from ar_unified.parallel.hardware import of_kind
 from ar_unified.training.step import Metrics
 
 
+@functools.cache
 def peak_flops() -> tuple[float, str]:
-    """(FLOP/s of all devices together, where the number comes from). On a CPU, or unknown hardware: measured.
+    """(FLOP/s of all devices together, where the number comes from). On a CPU, or unknown hardware: measured, once.
 
     The measured peak is the best of a few fp32 products of 1024 x 1024 matrices on one device: faked CPU devices share
     one processor, so it is not multiplied by their number there.

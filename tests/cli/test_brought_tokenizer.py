@@ -6,7 +6,6 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
 import pytest
 from ar_tokenizers.image.autoencoder import init
 from ar_tokenizers.image.config import AutoencoderConfig
@@ -19,6 +18,7 @@ from ar_unified.cli.main import main
 from ar_unified.cli.plan import run_of
 from ar_unified.experiment import config as configs
 from tests import tokenizer_files as files
+from tests.bundles import fresh
 from tests.cli.conftest import ROOT, SMALL, refused
 
 TINY = AutoencoderConfig(
@@ -31,7 +31,7 @@ TINY = AutoencoderConfig(
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that an import wrote."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer = ImageTokenizer(TINY, init(TINY, jax.random.key(0)))
+    tokenizer = ImageTokenizer(TINY, fresh(init, TINY, 0))
     save_file(to_published(tokenizer, "taming"), folder / "vqgan.safetensors")
     (folder / "vqgan.json").write_text(json.dumps(settings_of(TINY, "taming")))
     assert main(["import", "--from", str(folder), "--as", "chameleon_vq", "--output", str(folder / "made")]) == 0
@@ -74,7 +74,7 @@ def test_an_experiment_takes_it_as_it_is_trains_and_samples(folder: Path, made: 
 
 def test_another_one_in_the_same_workdir_is_refused(folder: Path, made: Path, tmp_path: Path) -> None:
     assert main([*command("tokenizer", folder, tmp_path / "w", made), "--only", "image"]) == 0
-    other = ImageTokenizer(TINY, init(TINY, jax.random.key(1)))
+    other = ImageTokenizer(TINY, fresh(init, TINY, 1))
     other.save(tmp_path / "other")
     refused([*command("tokenizer", folder, tmp_path / "w", tmp_path / "other"), "--only", "image"], "brought")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from ar_tokenizers.image.autoencoder import init
@@ -17,6 +16,7 @@ from ar_unified.experiment import config as configs
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.training import probe
 from ar_unified.workdir import Workdir
+from tests.bundles import fresh
 from tests.cli.conftest import command, refused
 
 
@@ -25,7 +25,7 @@ def workdir(folder: Path, tmp_path: Path) -> Path:
     """With an image tokenizer that learnt nothing, and nothing else."""
     argv = command("evaluate", folder, tmp_path)
     config = Experiment(configs.load(argv[2], argv[5:]), Workdir(tmp_path)).autoencoder
-    ImageTokenizer(config, init(config, jax.random.key(0))).save(tmp_path / "image_tokenizer")
+    ImageTokenizer(config, fresh(init, config, 0)).save(tmp_path / "image_tokenizer")
     return tmp_path
 
 

@@ -217,7 +217,7 @@ def whole(numbers):
 
 def test_charts_of_modalities_read_what_a_training_writes(tmp_path):
     """The rows are those of a real training of a tiny model: a key that nobody emits would draw nothing."""
-    tiny.run(tmp_path / "run", steps=4, validate_every=2, log_every=1)
+    tiny.run(tmp_path / "run", task=tiny.task(attention_share=True), steps=4, validate_every=2, log_every=1)
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     html, _, words = page(tmp_path, telemetry={"transformer": rows})
     for title, _, metrics, _ in transformer_charts(rows):

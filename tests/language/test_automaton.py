@@ -36,6 +36,15 @@ def opened(grammar, prompts):
     return Opened(*np.array([grammar.breaks_off(np.asarray(prompt)).opened for prompt in prompts], np.int32).T)
 
 
+def resumed(automaton, opened, wanted):
+    """`automaton.resume` as one program; op by op it is thirty."""
+    return jax.jit(automaton.resume)(opened, wanted)
+
+
+def fit(automaton, state, min_images):
+    return jax.jit(automaton.fits)(state, min_images)
+
+
 # ---- exactness: against the language, written out ----------------------------------------------
 
 # (kind, height, width, depth, pieces, words that stand for all others): small enough to write every string down.
@@ -121,8 +130,8 @@ def test_allowed_is_exactly_what_can_still_be_finished(case):
     assert 100 < len(rows) < 40_000
 
     tokens = padded(rows, v.pad)
-    start = automaton.resume(Opened(), Wanted(*np.array(requests, np.int32).T))
-    assert np.all(automaton.fits(start, np.array(requests)[:, 2]))
+    start = resumed(automaton, Opened(), Wanted(*np.array(requests, np.int32).T))
+    assert np.all(fit(automaton, start, np.array(requests)[:, 2]))
 
     @jax.jit
     def walk(state, tokens):  # tokens [T, B]
@@ -218,13 +227,13 @@ def test_random_logits_parse_and_end_within_the_budget(kind, depth):
     B, T = 500, 96
     given = prompts(grammar, rng, B)
     wanted, begun = asked(grammar, rng, B, T), opened(grammar, given)
-    start = automaton.resume(begun, wanted)
+    start = resumed(automaton, begun, wanted)
     draw = jax.jit(sampler(automaton, tasted(grammar, rng, B), T))
     end, (out, right, within, states) = draw(start, jax.random.key(0))
     assert np.all(right) and np.all(automaton.done(end))
     out, states = np.asarray(out), jax.tree.map(np.asarray, states)
     done = np.concatenate([states.phase[1:], np.asarray(end.phase)[None]]) == DONE
-    possible, fits = np.asarray(within)[0], np.asarray(automaton.fits(start, wanted.min_images))
+    possible, fits = np.asarray(within)[0], np.asarray(fit(automaton, start, wanted.min_images))
     assert possible.mean() > 0.6 and 0.1 < fits.mean() < 0.95
     assert np.all(np.asarray(within)[:, possible])
 
@@ -273,7 +282,7 @@ def test_a_hundred_thousand_random_sequences_parse(kind, N):
     draw = jax.jit(lambda taste, state, key: sampler(automaton, taste, T)(state, key))
     begin, images = np.array([grammar.vocabulary.bos]), 0
     for chunk in range(N // B):
-        start = automaton.resume(Opened(), asked(grammar, rng, B, T))
+        start = resumed(automaton, Opened(), asked(grammar, rng, B, T))
         end, (out, right, within, _) = draw(tasted(grammar, rng, B), start, jax.random.key(chunk))
         assert np.all(right) and np.all(within) and np.all(automaton.done(end))
         for row in np.asarray(out).T:
@@ -302,7 +311,7 @@ def test_a_prompt_cut_anywhere_leads_where_token_by_token_does(kind):
     def walk(state, tokens):
         return jax.lax.scan(lambda s, t: (grammar.automaton.advance(s, t), s[:4]), state, tokens)
 
-    start = grammar.automaton.resume(Opened(np.zeros(len(documents))), Wanted(10**5, FREE, 0, 9))
+    start = resumed(grammar.automaton, Opened(np.zeros(len(documents))), Wanted(10**5, FREE, 0, 9))
     _, fields = walk(start, tokens[:, 1:].T)
     for row, document in enumerate(documents):
         at = [tuple(field[row]) for field in np.asarray(fields).transpose(0, 2, 1)]
@@ -321,13 +330,13 @@ def test_a_prompt_cut_anywhere_leads_where_token_by_token_does(kind):
 
 def begin(grammar, prompt, **request):
     request = dict(remaining=50, mode=FREE, min_images=0, max_images=9, height=0, width=0) | request
-    return grammar.automaton.resume(opened(grammar, [prompt]), Wanted(**request))
+    return resumed(grammar.automaton, opened(grammar, [prompt]), Wanted(**request))
 
 
 def test_what_does_not_fit_is_told_before_it_starts():
     def fits(grammar, prompt, **request):
         state = begin(grammar, prompt, **request)
-        return bool(grammar.automaton.fits(state, np.array([request["min_images"]]))[0])
+        return bool(fit(grammar.automaton, state, np.array([request["min_images"]]))[0])
 
     start, block = GRID.unconditional.tokens, GRID.image_tokens(1, 2)
     assert fits(GRID, start, min_images=2, remaining=2 * block + 1)
@@ -357,8 +366,8 @@ def test_without_image_codes_no_image_is_begun_and_one_that_is_asked_for_does_no
         grammar = Grammar(Vocabulary(5, 0, controls=controls), layout, LETTERS)
         v, automaton = grammar.vocabulary, grammar.automaton
         asks = np.array([0, 1, 1])
-        state = automaton.resume(Opened(), Wanted(9, np.array([FREE, FREE, IMAGE]), asks, asks + 5))
-        assert automaton.fits(state, asks).tolist() == [True, False, False]
+        state = resumed(automaton, Opened(), Wanted(9, np.array([FREE, FREE, IMAGE]), asks, asks + 5))
+        assert fit(automaton, state, asks).tolist() == [True, False, False]
         allowed = np.asarray(automaton.allowed(state))
         assert allowed[:, v.eos].all()
         assert np.flatnonzero(allowed[0]).tolist() == [0, 1, 2, 3, 4, v.eos]

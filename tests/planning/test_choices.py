@@ -97,6 +97,7 @@ def small(**changes):
     """The smallest config, on 2 x 2 x 2 devices, with some keys changed."""
     config = configs.defaults()
     config.model = configs.model("debug")
+    config.model.n_layers = 1  # a choice changes all layers alike
     config.mesh.update(dict(data=2, fsdp=2, tensor=2))
     config.training.update(dict(batch_size=8, sequence_length=32))
     config.sampling.update(dict(batch_size=8, max_length=32))

@@ -16,10 +16,8 @@ from ar_unified.sampling.conversation import Conversation, say_all
 from ar_unified.sampling.plan import without_text
 from ar_unified.sampling.request import Request, RequestError
 from tests.language.small import grammar_of
-from tests.sampling.test_engine import _forward, contexts_of, engine, image, watch
+from tests.sampling.test_engine import LENGTH, _forward, contexts_of, engine, image, watch
 from tests.sampling.tiny import CONFIG, GRAMMARS
-
-LENGTH = 192  # of the cache, and of the forwards that are compared
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +28,7 @@ def _few_programs(monkeypatch):
 
 
 def talking(grammar, params, **changes):
-    return engine(grammar, params, **(dict(batch_size=4, max_length=LENGTH) | changes))
+    return engine(grammar, params, **changes)
 
 
 def script(grammar, seed=0):

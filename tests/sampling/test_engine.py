@@ -19,6 +19,7 @@ from ar_unified.sampling.request import Request
 from ar_unified.sampling.steps import text_ids
 from tests.sampling.tiny import CONFIG, GRAMMARS, random_params
 
+LENGTH = 192  # of the caches, and of the forwards that are compared
 GREEDY = dict(text=Filter(0.0), image=Filter(0.0))
 
 
@@ -51,7 +52,8 @@ def requests(grammar, **changes):
 
 
 def engine(grammar, params, **changes):
-    return Engine(CONFIG, params, grammar, **(dict(batch_size=4, max_length=96) | changes))
+    """Of the shapes of all engines here and in test_conversation: what one compiles the others find."""
+    return Engine(CONFIG, params, grammar, **(dict(batch_size=4, max_length=LENGTH) | changes))
 
 
 def collect(samples):
@@ -67,7 +69,7 @@ def _forward(params, tokens):
 
 def forward_logits(params, tokens):
     """The teacher-forced forward of one sequence: f32 [n, V]. Padded behind its end, which causality keeps apart."""
-    return np.asarray(_forward(params, np.pad(tokens, (0, 96 - len(tokens)))[None]))[: len(tokens)]
+    return np.asarray(_forward(params, np.pad(tokens, (0, LENGTH - len(tokens)))[None]))[: len(tokens)]
 
 
 @pytest.fixture(autouse=True)
@@ -87,8 +89,9 @@ def test_what_a_prompt_has_said_counts_also_where_others_of_other_lengths_begin_
         for text in texts
     ]
     grammar, params = GRAMMARS["grid"], random_params()
-    together = collect(engine(grammar, params).generate(asked))
-    alone = engine(grammar, params, batch_size=1).generate(asked)
+    first = engine(grammar, params)
+    together = collect(first.generate(asked))
+    alone = (sample for each in asked for sample in first.generate([each]))
     assert all(together[one.request.id, 0].tokens.tolist() == one.tokens.tolist() for one in alone)
 
 
@@ -136,7 +139,7 @@ def test_every_sample_parses_and_keeps_its_request(grammar, params):
     for sample in found.values():
         request = sample.request
         assert not sample.error and sample.tokens[-1] == grammar.vocabulary.eos
-        assert len(sample.tokens) <= (request.max_tokens or 96)
+        assert len(sample.tokens) <= (request.max_tokens or LENGTH)
         images = [part for part in sample.document.parts if isinstance(part, CodesPart)]
         least, most = request.images
         assert least <= len(images) <= most
@@ -196,8 +199,9 @@ def test_logits_equal_the_forward_in_every_context(grammar, contexts):
     of chunks, in rows that change between text and images, and in unconditional contexts; and what is drawn is the
     mixture's."""
     asked = [r for r in requests(grammar, **GREEDY, n=1) if r.contexts == contexts and r.repetition_penalty == 1]
+    asked += [dataclasses.replace(r, id=f"{r.id} again") for r in asked]  # more than slots: some are inserted later
     params = init(CONFIG, jax.random.key(0))
-    first = engine(grammar, params, batch_size=3)
+    first = engine(grammar, params)
     seen, insert = watch(first), first._insert
     placed: list[tuple[int, dict]] = []  # which samples began at which step, by slot
 
@@ -318,10 +322,10 @@ def test_a_rounded_cache_moves_the_logits_a_little():
     canvas = np.array([[-1, 3, 5, 7], [9, 11, 13, 15], [17, 19, 21, 23]], np.int32)  # the hole: else all is prompt
     asked = Request("a", (TextPart("abcdefghijkl"),), mode="image", guidance=2.0, canvas=canvas, **GREEDY)
     for name in (None, "int8", "float8_e4m3fn"):
-        first = engine(GRAMMARS["rows"], params, batch_size=1, kv_dtype=name)
+        first = engine(GRAMMARS["rows"], params, kv_dtype=name)
         seen = watch(first)
         (sample,) = first.generate([asked])
-        found[name] = sample.tokens, np.stack(seen[: len(sample.tokens) - 3])
+        found[name] = sample.tokens, np.stack([each[0] for each in seen[: len(sample.tokens) - 3]])
     tokens, whole = found.pop(None)
     assert len(whole) > 14
     for name, (same, rounded) in found.items():
@@ -363,7 +367,7 @@ def test_a_stop_ends_the_text_before_it(params):
 
 
 BAD = [
-    (dict(parts=(TextPart("a" * 200),)), "max_length is 96"),
+    (dict(parts=(TextPart("a" * 200),)), "max_length is 192"),
     (dict(min_images=40, max_images=40), "40 images"),
     (dict(max_tokens=500), "at most"),
     (dict(max_tokens=3), "found 3"),

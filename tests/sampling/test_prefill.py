@@ -15,7 +15,7 @@ from tests.sampling.tiny import CONFIG, GRAMMARS, random_params
 
 
 def weights():
-    return steps.prepare(CONFIG, GRAMMARS["grid"], None, random_params())
+    return jax.jit(functools.partial(steps.prepare, CONFIG, GRAMMARS["grid"], None))(random_params())
 
 
 @pytest.mark.parametrize("shape", [None, dict(data=4, tensor=2)], ids=str)

@@ -34,4 +34,9 @@ CONFIG = TransformerConfig(
 
 def random_params(seed: int = 0):
     """Weights large enough that logits differ by several nats and contexts matter."""
+    return _random_params(seed)
+
+
+@jax.jit  # op by op it is as many programs as there are shapes
+def _random_params(seed):
     return jax.tree.map(lambda p: p * 6 if p.ndim > 1 else p, init(CONFIG, jax.random.key(seed)))

@@ -36,18 +36,24 @@ def test_four_tokens_by_hand():
 
 def naive(task, params, batch):
     """Shares from weights written out for one document at a time, in numpy: {name: (sum, count)}."""
-    model = Transformer.bind(task.config, params)
-    seen = []
-    with pytest.MonkeyPatch.context() as patch:
-        from ar_unified.model import transformer
+    from ar_unified.model import transformer
 
-        def attend(query, key, value, doc_start, *more):
-            seen.append((np.asarray(query, np.float64), np.asarray(key, np.float64)))
-            return inner(query, key, value, doc_start, *more)
+    inner = transformer.attend_to_documents
 
-        inner = transformer.attend_to_documents
-        patch.setattr(transformer, "attend_to_documents", attend)
-        model(batch.tokens, batch.positions, batch.doc_start)
+    def forward(params, batch):
+        """Of each layer, what attention is given."""
+        seen = []
+
+        def attend(query, key, *more):
+            seen.append((query, key))
+            return inner(query, key, *more)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(transformer, "attend_to_documents", attend)
+            Transformer.bind(task.config, params)(batch.tokens, batch.positions, batch.doc_start)
+        return seen
+
+    seen = jax.tree.map(np.float64, jax.device_get(jax.jit(forward)(params, batch)))
     role = task.vocabulary.role(batch.tokens)
     sums = {}
     for layer, (query, key) in enumerate(seen):
@@ -73,6 +79,17 @@ def naive(task, params, batch):
     return sums
 
 
+@pytest.fixture(scope="module")
+def written_out(params):
+    return naive(tiny.task(), sharp(params), tiny.packed(3))
+
+
+def computed(params, batch):
+    task = tiny.task()
+    shares_of = jax.jit(lambda p, b: attention_shares(Transformer.bind(task.config, p), task.vocabulary, b))
+    return jax.device_get(shares_of(params, batch))
+
+
 def shares(found):
     return {name: float(total / count) for name, (total, count) in found.items()}
 
@@ -86,14 +103,12 @@ def sharp(params):
 
 
 @pytest.mark.parametrize("columns", [1, 5, 24])
-def test_the_shares_are_those_of_weights_written_out(params, columns, monkeypatch):
+def test_the_shares_are_those_of_weights_written_out(params, written_out, columns, monkeypatch):
     """With packing and padding; in chunks of one column, of some (the last not full), and all at once."""
     monkeypatch.setattr(layer_shares, "__defaults__", (columns * tiny.ROWS * tiny.MODEL.n_heads * tiny.LENGTH,))
-    params, batch, task = sharp(params), tiny.packed(3), tiny.task()
-    found = jax.jit(lambda p, b: attention_shares(Transformer.bind(task.config, p), task.vocabulary, b))(params, batch)
-    expected = naive(task, params, batch)
-    assert set(found) == set(expected) and len(found) == 4 * 3
-    for name, (total, count) in expected.items():
+    found = computed(sharp(params), tiny.packed(3))
+    assert set(found) == set(written_out) and len(found) == 4 * 3
+    for name, (total, count) in written_out.items():
         assert float(found[name][1]) == count, name
         assert float(found[name][0]) == pytest.approx(total, rel=1e-4), name
     even = shares(found)
@@ -102,7 +117,7 @@ def test_the_shares_are_those_of_weights_written_out(params, columns, monkeypatc
 
 def test_packed_documents_do_not_leak(params):
     """A text behind an image in a row of its own has nothing to look at but itself, whatever the image is."""
-    task, length = tiny.task(), 8
+    length = 8
     batch = dataclasses.replace(
         PackedBatch.padding(1, length, tiny.VOCABULARY.pad),
         tokens=np.array([[*(tiny.VOCABULARY.image_offset + np.arange(4)), *range(4)]], np.int32),
@@ -110,11 +125,11 @@ def test_packed_documents_do_not_leak(params):
         doc_start=np.array([[0] * 4 + [4] * 4], np.int32),
         segment_ids=np.array([[1] * 4 + [2] * 4], np.int32),
     )
-    apart = attention_shares(Transformer.bind(task.config, params), task.vocabulary, batch)
+    apart = computed(params, batch)
     assert all(float(count) == 0 for _, count in apart.values())
     whole = dict(doc_start=np.zeros((1, length), np.int32), positions=np.arange(length, dtype=np.int32)[None])
     one = dataclasses.replace(batch, **whole)
-    together = attention_shares(Transformer.bind(task.config, params), task.vocabulary, one)
+    together = computed(params, one)
     assert float(together["attention/text_to_image/layer_0"][1]) == 4
     assert 0 < float(together["attention/text_to_image/layer_0"][0]) < 4
 
@@ -122,7 +137,7 @@ def test_packed_documents_do_not_leak(params):
 @pytest.mark.parametrize("mesh", [dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, context=2, tensor=2)])
 def test_meshes_agree(params, mesh):
     """Rows, heads and columns are cut; scanned layers in bfloat16 are another program for the same numbers."""
-    task, batch = tiny.task(), tiny.packed(3)
+    task, batch = tiny.task(attention_share=True), tiny.packed(3)
     alone = make_mesh({}, jax.devices()[:1])
     found = []
     for where, config in ((alone, tiny.MODEL), (make_mesh(mesh), dataclasses.replace(tiny.MODEL, scan_layers=True))):
@@ -138,10 +153,9 @@ def test_meshes_agree(params, mesh):
 def test_it_is_written_down_by_layer_and_can_be_left_out(tmp_path):
     from ar_unified.metrics import read_metrics
 
-    for name, on in (("on", True), ("off", False)):
-        tiny.run(tmp_path / name, task=tiny.task(attention_share=on), steps=3, validate_every=2)
-        rows = read_metrics(tmp_path / name / "metrics.jsonl")
-        keys = {key for row in rows for key in row if key.startswith("validation/attention/")}
-        assert len(keys) == (12 if on else 0)
-        assert all(0 <= row[key] <= 1 for row in rows for key in keys & row.keys())
-        assert not on or {"validation/attention/image_to_text/layer_1"} <= keys
+    tiny.run(tmp_path, task=tiny.task(attention_share=True), steps=3, validate_every=2)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    keys = {key for row in rows for key in row if key.startswith("validation/attention/")}
+    assert len(keys) == 12 and {"validation/attention/image_to_text/layer_1"} <= keys
+    assert all(0 <= row[key] <= 1 for row in rows for key in keys & row.keys())
+    assert tiny.task(attention_share=False).inspect({}, {}, tiny.packed(3)) == {}

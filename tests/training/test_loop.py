@@ -54,7 +54,8 @@ def whole(tmp_path_factory):
         seen[step] = jax.device_get(params)
         return {"square": np.zeros((8, 8, 3), np.uint8)}
 
-    params = tiny.run(folder, validate_every=4, preview_every=6, preview=preview, logger=lines.append)
+    task = tiny.task(attention_share=True)
+    params = tiny.run(folder, task=task, validate_every=4, preview_every=6, preview=preview, logger=lines.append)
     return folder, jax.device_get(params), lines, seen
 
 

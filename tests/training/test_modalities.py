@@ -15,9 +15,12 @@ from tests.training import tiny
 def test_log_z_by_role_is_the_log_partition_of_those_positions(params):
     task, batch = tiny.task(), tiny.packed(1)
     _, _, metrics = jax.jit(lambda p, b: task.loss(p, {}, b, None))(params, batch)
-    model = Transformer.bind(task.config, params)
-    hidden = model(batch.tokens, batch.positions, batch.doc_start)
-    log_z = np.asarray(jax.nn.logsumexp(jnp.einsum("btd,vd->btv", hidden, params["head"]), axis=-1))
+
+    def log_partition(params, batch):
+        hidden = Transformer.bind(task.config, params)(batch.tokens, batch.positions, batch.doc_start)
+        return jax.nn.logsumexp(jnp.einsum("btd,vd->btv", hidden, params["head"]), axis=-1)
+
+    log_z = np.asarray(jax.jit(log_partition)(params, batch))
     trained = np.asarray(task.weights(batch)) > 0
     roles = task.vocabulary.role(batch.targets)
     of = {role.name.lower(): trained & (roles == role) for role in Role if role != Role.PAD}
@@ -30,11 +33,10 @@ def test_log_z_by_role_is_the_log_partition_of_those_positions(params):
     assert found["log_z/role/image"] != found["log_z/role/text"] and "log_z/role/size" not in found
 
 
-def test_tokens_are_counted_by_what_is_read():
+def test_tokens_are_counted_by_what_is_read(params):
     task, batch = tiny.task(), tiny.packed(1)
-    metrics = jax.eval_shape(lambda p, b: task.loss(p, {}, b, None), task.init(jax.random.key(0)), batch)[2]
+    _, _, metrics = jax.jit(lambda p, b: task.loss(p, {}, b, None))(params, batch)
     assert {f"tokens/{role.name.lower()}" for role in Role if role != Role.PAD} < set(metrics)
-    _, _, metrics = jax.jit(lambda p, b: task.loss(p, {}, b, None))(task.init(jax.random.key(0)), batch)
     present = batch.segment_ids > 0
     text = present & (batch.tokens < tiny.VOCABULARY.text_size)
     image = present & (batch.tokens >= tiny.VOCABULARY.image_offset)
@@ -47,7 +49,7 @@ def test_both_are_in_the_log_line_and_the_metrics(tmp_path):
     from ar_unified.metrics import read_metrics
 
     lines = []
-    tiny.run(tmp_path, steps=4, logger=lines.append, task=tiny.task(attention_share=False))
+    tiny.run(tmp_path, steps=4, logger=lines.append, task=tiny.task())
     row = next(row for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" in row)
     whole = row["tokens_per_second"]
     assert row["tokens_per_second/text"] + row["tokens_per_second/image"] == pytest.approx(whole)

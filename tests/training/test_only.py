@@ -61,7 +61,7 @@ def test_what_is_not_selected_keeps_its_bits_and_has_no_state(optimizer):
 
 def test_its_gradient_is_the_part_of_the_whole_one_and_passes_through_nothing_below():
     mesh, batch, key = make_mesh({}, jax.devices()[:1]), tiny.packed(0), jax.random.key(0)
-    params = tiny.task().init(jax.random.key(1))
+    params = jax.jit(tiny.task().init)(jax.random.key(1))
 
     def of(only):
         task = tiny.task(only=only)

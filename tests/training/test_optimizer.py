@@ -12,7 +12,7 @@ from tests.training import tiny
 
 def curve(steps=100, **changes):
     rate = learning_rate(OptimizerConfig(learning_rate=1.0, warmup_steps=9, final_fraction=0.1, **changes), steps)
-    return np.asarray(jax.vmap(rate)(jnp.arange(steps)))
+    return np.asarray(jax.jit(jax.vmap(rate))(np.arange(steps)))
 
 
 def test_cosine_rises_then_falls_to_the_final_rate():
@@ -65,7 +65,7 @@ def test_only_matrices_decay():
     assert not (decayed["norm"] or decayed["codebook"] or decayed["layers"]["b"])
     assert not decayed["layers"]["query_norm"]["scale"]
     tx = make_optimizer(OptimizerConfig(learning_rate=1.0, warmup_steps=0, weight_decay=0.5, final_fraction=1.0), 10)
-    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(jax.tree.map(np.zeros_like, params), jax.jit(tx.init)(params), params)
     moved = optax.apply_updates(params, updates)
     assert moved["embedding"][0, 0] == 0.5 and moved["norm"][0] == 1.0
 
@@ -88,7 +88,7 @@ def test_muon_makes_the_steps_of_matrices_orthogonal_and_leaves_the_rest_to_adam
 
     def step(optimizer):
         tx = make_optimizer(OptimizerConfig(optimizer=optimizer, **settings), 10)
-        return tx.update(grads, tx.init(params), params)[0]
+        return jax.jit(tx.update)(grads, jax.jit(tx.init)(params), params)[0]
 
     muon, adamw = step("muon"), step("adamw")
     attention, mlp = muon["layers"]["attention"], muon["layers"]["mlp"]

@@ -32,7 +32,7 @@ def by_heart(dies=None):
         return tiny.packed(0, *part)
 
     small = dataclasses.replace(tiny.MODEL, n_layers=1)
-    return tiny.task(batch=batch, config=small, attention_share=False)
+    return tiny.task(batch=batch, config=small)
 
 
 def same_bits(a, b):

@@ -70,6 +70,7 @@ def task(**changes: Any) -> TransformerTask:
         z_loss=1e-3,
         text_bytes=np.arange(1, 41),
         chunk=32,
+        attention_share=False,
     )
     return TransformerTask(**settings | changes)
 
