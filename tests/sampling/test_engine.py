@@ -50,8 +50,8 @@ def requests(grammar, **changes):
     return [dataclasses.replace(row, **changes) for row in rows]
 
 
-def engine(grammar, params, **changes):
-    return Engine(CONFIG, params, grammar, **(dict(batch_size=4, max_length=96) | changes))
+def engine(grammar, params, config=CONFIG, **changes):
+    return Engine(config, params, grammar, **(dict(batch_size=4, max_length=96) | changes))
 
 
 def collect(samples):
@@ -207,7 +207,7 @@ def test_logits_equal_the_forward_in_every_context(grammar, contexts):
 
     first._insert = inserted
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ar_unified.sampling.engine._chunk", lambda slots, waiting: 3)
+        patch.setattr("ar_unified.sampling.engine._chunk", lambda *_: 3)
         samples = collect(first.generate(asked))
     assert len(samples) == len(asked)
     checked = codes = 0

@@ -32,6 +32,6 @@ CONFIG = TransformerConfig(
 )
 
 
-def random_params(seed: int = 0):
+def random_params(seed: int = 0, config: TransformerConfig = CONFIG):
     """Weights large enough that logits differ by several nats and contexts matter."""
-    return jax.tree.map(lambda p: p * 6 if p.ndim > 1 else p, init(CONFIG, jax.random.key(seed)))
+    return jax.tree.map(lambda p: p * 6 if p.ndim > 1 else p, init(config, jax.random.key(seed)))
