@@ -191,7 +191,7 @@ class Engine:
     @property
     def tokens_a_step(self) -> float:
         """How many tokens a sample had of a step, over all so far: 1 unless there is a window."""
-        return float(self._drawn[0] / max(self._drawn[1], 1))
+        return float(max(self._drawn[0], 1) / max(self._drawn[1], 1))
 
     def plan(self, request: Request) -> Plan:
         """How the request is served. Raises RequestError or GrammarError, saying what to change, if it cannot be."""

@@ -89,16 +89,17 @@ def test_what_is_certain_comes_in_whole_windows():
     flat = jax.tree.map(jnp.zeros_like, params) | {"embedding": jnp.ones_like(params["embedding"])}
     head = jnp.zeros_like(params["head"]).at[grammar.vocabulary.image_offset + 7].set(1.0)
     flat |= {"head": head, "norm": params["norm"]}
-    wide = engine(grammar, flat, window=8)
+    wide = engine(grammar, flat, window=4)
     found = collect(wide.generate(images(4, (3, 4))))
     assert all((part.codes == 7).all() for sample in found.values() for part in sample.document.parts[:1])
     # 16 tokens behind the size: codes, line ends, the end of the image; and the end, or another image with its size.
-    assert wide.tokens_a_step > 4
+    assert wide.tokens_a_step > 2
 
 
 def test_auto_draws_the_same_tokens(params, monkeypatch):
     monkeypatch.setattr(pace, "_AFTER", 8)
     monkeypatch.setattr(pace, "WIDTHS", (1, 4))
+    monkeypatch.setattr(pace, "FEW", 4)
     monkeypatch.setattr(pace, "_BETTER", 0.0)  # the wider one wins
     grammar = GRAMMARS["rows"]
     asked = images(40, (3, 4))
