@@ -120,6 +120,7 @@ def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
         contexts=settings.request(config).contexts,
         kv_dtype=sampling.kv_dtype or None,
         weights_dtype=sampling.weights_dtype or None,
+        window=sampling.window,
     )
 
 

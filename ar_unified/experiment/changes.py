@@ -38,6 +38,7 @@ COST = (
     "training.attention_share",
     "training.compiler_options",
     "sampling.batch_size",
+    "sampling.window",
 )
 # All that the learning rate and the phases of a step are made from: the steps that are taken stay as they are.
 EXTENDS = (

@@ -46,6 +46,7 @@ from ar_unified.model.code_vectors import CODE_EMBEDDING_INITS
 from ar_unified.model.transformer import abstract_params, logical_axes
 from ar_unified.parallel import rules, zigzag
 from ar_unified.sampling.engine import KV_DTYPES, ways_of
+from ar_unified.sampling.pace import WINDOWS
 from ar_unified.sampling.request import CONTEXTS
 from ar_unified.sampling.weights import WEIGHT_DTYPES
 from ar_unified.training import optimizer
@@ -73,6 +74,7 @@ CHOICES: dict[str, Collection[str]] = {
     "training.code_embedding_init": CODE_EMBEDDING_INITS,
     "sampling.kv_dtype": [name or "" for name in KV_DTYPES],
     "sampling.weights_dtype": [name or "" for name in WEIGHT_DTYPES],
+    "sampling.window": WINDOWS,
     "sampling.context": CONTEXTS,
     "sampling.checkpoint": settings.CHECKPOINTS,
     "evaluation.protocol": PROTOCOLS,

@@ -351,6 +351,7 @@ class Experiment:
                 max_length=sampling.max_length,
                 kv_dtype=sampling.kv_dtype or None,
                 weights_dtype=weights_dtype,
+                window=sampling.window,
                 mesh=self.decoding_mesh,
                 softmax=self.config.loss.softmax,
             )

@@ -272,6 +272,10 @@ class Automaton:
             return state.written
         return state.written - state.written // (self._codes(state.height, state.width)[1] + 1)
 
+    def columns(self, state: State) -> jax.Array:
+        """int32 [B]: codes in a row of the image at hand."""
+        return self._codes(state.height, state.width)[1]
+
     def in_image(self, state: State) -> jax.Array:
         """bool [B]: the next token is an image code."""
         start, row_end, close = self._borders(state)

@@ -20,6 +20,8 @@ from ar_unified.model import context as contexts
 from ar_unified.model.cache import AXES, Layer
 from ar_unified.parallel.rules import spec
 
+FEW = 8  # positions of a row that are decoded at once, at most; more are a prompt
+
 
 def attend_to_documents(
     query: jax.Array,
@@ -67,10 +69,11 @@ def attend_to_cache(query: jax.Array, cache: Layer, start: jax.Array, backend: s
     """
 
     def part(query, start, keys, values, *scales):
-        if query.shape[1] == 1:
+        T = query.shape[1]
+        if T <= FEW:
             named = dict(zip(("k_scale", "v_scale"), scales, strict=False))
-            out = decode_attention(query[:, 0], keys, values, lengths=start + 1, backend=backend, **named)
-            return out[:, None]
+            few = query[:, 0] if T == 1 else query
+            return decode_attention(few, keys, values, lengths=start + T, backend=backend, **named).reshape(query.shape)
         if scales:
             keys, values = (x * jnp.swapaxes(scale, 2, 3) for x, scale in zip((keys, values), scales, strict=True))
         key, value = (jnp.swapaxes(x.astype(query.dtype), 1, 2) for x in (keys, values))

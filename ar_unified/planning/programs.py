@@ -26,8 +26,9 @@ from ar_unified.model import transformer
 from ar_unified.model.config import TransformerConfig, offloaded_bytes
 from ar_unified.parallel.compiler import compiler_options
 from ar_unified.parallel.rules import batch_shardings, on_mesh
-from ar_unified.sampling import steps
+from ar_unified.sampling import steps, window
 from ar_unified.sampling.engine import KEPT, prefill_rows
+from ar_unified.sampling.pace import Pace
 from ar_unified.sampling.weights import read_as
 from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
 from ar_unified.training.step import abstract_state, abstract_trained, make_train_step
@@ -50,6 +51,7 @@ class Run:
       requests, max_length, contexts: samples decoded at once by a process; length of the KV cache; 2 with guidance.
       kv_dtype: of the KV cache, of sampling.engine.KV_DTYPES.
       weights_dtype: of the layers' matrices in sampling, of sampling.weights.WEIGHT_DTYPES.
+      window: of sampling.pace.WINDOWS; "auto" is planned as the widest.
     """
 
     model: TransformerConfig
@@ -71,6 +73,7 @@ class Run:
     contexts: int = 1
     kv_dtype: str | None = None
     weights_dtype: str | None = None
+    window: str = "1"
 
 
 class OutOfMemory(Exception):
@@ -289,13 +292,15 @@ def sample_programs(run: Run, mesh: Mesh) -> list[Program]:
     weights = placed(weights, steps.weight_specs(mesh, weights))
     head = {name: read_as(config, mesh)[name] for name in ("head",) if name in params}
     shape = steps.Shape(run.contexts, S)
-    state = by_row(jax.eval_shape(lambda: steps.empty(config, grammar, shape, R, run.kv_dtype)))
+    width = Pace(run.window).most
+    state = by_row(jax.eval_shape(lambda: steps.empty(config, grammar, shape, R, run.kv_dtype, width)))
     b = prefill_rows(R, mesh.shape["data"] * mesh.shape["fsdp"])
     prompts = by_row((jax.ShapeDtypeStruct((b, S // 2), jnp.int32), jax.ShapeDtypeStruct((b,), jnp.int32)))
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, jax.P()))
     chunk = by_row(jax.ShapeDtypeStruct((R,), jnp.bool_)), count
     prefill = jax.jit(partial(steps.prefill, config))
-    decode = jax.jit(partial(steps.decode_chunk, config, grammar), donate_argnums=1)
+    one, several = partial(steps.decode_chunk, config, grammar), partial(window.decode_chunk, config, grammar, width)
+    decode = jax.jit(one if width == 1 else several, donate_argnums=1)
     rows = state._replace(cache=None)
     layers = weights._replace(text=None, image=None)
     prefix = by_row(jax.eval_shape(partial(steps.prefill, config), layers, *prompts))

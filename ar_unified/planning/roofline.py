@@ -28,6 +28,7 @@ from ar_unified.model.remat import made_again
 from ar_unified.parallel.hardware import Hardware
 from ar_unified.planning.collectives import Collective
 from ar_unified.planning.programs import Program, Run, gradient_bytes, local_bytes, make_task
+from ar_unified.sampling.pace import Pace
 
 ATTAINABLE = 0.7  # of peak, in large matmuls: the best training runs published for v5p reach 65 to 69% MFU
 _NEWTON_SCHULZ = 5  # optax's muon, ns_steps
@@ -216,8 +217,8 @@ def _prefill(run: Run, program: Program) -> _Work:
 
 
 def _decode(run: Run, program: Program) -> _Work:
-    """Of one token for every row: all weights and the whole cache are read."""
-    c, rows = run.model, float(run.requests * run.contexts)
+    """Of one step: all weights and the whole cache are read, for one token of every row; a window has one or more."""
+    c, rows = run.model, float(run.requests * run.contexts * Pace(run.window).most)
     layers, head = matmul_parameters(run.model)
     flops = 2 * (layers + head) * rows + 4.0 * c.n_layers * c.n_heads * c.head_dim * rows * run.max_length
     return _Work(flops, flops, _read(program) + program.local_bytes()["cache"], float(run.requests))

@@ -32,9 +32,10 @@ from ar_unified.language.reading import GrammarError
 from ar_unified.model.cache import Cache
 from ar_unified.model.config import TransformerConfig
 from ar_unified.sampling import steps
-from ar_unified.sampling.engine import Engine, Job, bucket, programs, row_arrays
+from ar_unified.sampling.engine import Engine, bucket
 from ar_unified.sampling.plan import Plan, cache_length, without_text
 from ar_unified.sampling.request import Request, RequestError, Sample, TooLong
+from ar_unified.sampling.slots import Job, row_arrays
 from ar_unified.sampling.steps import CHUNK, Shape, State
 
 _BEFORE = (Turn("user"), Turn("assistant"))  # stands for all turns before one
@@ -181,12 +182,11 @@ def _programs(config: TransformerConfig, grammar: Grammar, mesh: Mesh | None) ->
 def _serve(engine: Engine, group: Sequence[tuple[Conversation, Plan]]) -> list[Sample]:
     """A turn of at most R conversations, guided with equally many contexts."""
     R, C = engine.batch_size, len(group[0][1].prefixes)
-    common = programs(engine.config, engine.grammar, engine.mesh)
     own = _programs(engine.config, engine.grammar, engine.mesh)
     jobs = {i: Job(plan, 0, None) for i, (_, plan) in enumerate(group)}
     shape = Shape(C, cache_length(engine.max_length))
 
-    state = engine.call(common.empty, shape, R, engine.kv_dtype)
+    state = engine.empty(shape)
     seen = np.zeros((R, state.seen.shape[1]), bool)
     new: dict[int, tuple[int, np.ndarray]] = {}  # by row: from where on what is read
     for i, (conversation, plan) in enumerate(group):
@@ -207,7 +207,7 @@ def _serve(engine: Engine, group: Sequence[tuple[Conversation, Plan]]) -> list[S
     while len(samples) < len(group):
         owners = [None if i in samples else jobs.get(i) for i in range(R)]
         free = np.array([owner is None for owner in owners])
-        state, packed = engine.call(common.decode, engine.weights, state, free, np.int32(CHUNK))
+        state, packed, _ = engine.decode(shape, state, free, CHUNK)
         for sample, job in engine.read(packed, owners):
             samples[owners.index(job)] = sample
     for i, (conversation, plan) in enumerate(group):

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
+import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -25,15 +26,15 @@ from jax.sharding import Mesh
 
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.reading import GrammarError
-from ar_unified.language.syntax import ImageLayout
 from ar_unified.model.config import TransformerConfig
 from ar_unified.sampling import score as scoring
-from ar_unified.sampling import steps
+from ar_unified.sampling import steps, window
 from ar_unified.sampling.answer import finished, stopped
-from ar_unified.sampling.decoding import Filters
+from ar_unified.sampling.pace import Pace
 from ar_unified.sampling.plan import Plan, plan
 from ar_unified.sampling.request import Request, RequestError, Sample
 from ar_unified.sampling.score import Score, Scored
+from ar_unified.sampling.slots import Job, row_arrays
 from ar_unified.sampling.steps import CHUNK, Prefix, Shape, State
 from ar_unified.sampling.weights import check_weights_dtype
 
@@ -55,6 +56,7 @@ class Programs(NamedTuple):
     prefill: Any
     insert: Any
     decode: Any
+    several: Any
     score: Any
 
 
@@ -64,26 +66,13 @@ def programs(config: TransformerConfig, grammar: Grammar, mesh: Mesh | None) -> 
     return Programs(
         prepare=jax.jit(functools.partial(steps.prepare, config, grammar), static_argnums=0),
         head_parts=jax.jit(functools.partial(steps.head_parts, config, grammar)),
-        empty=jax.jit(functools.partial(steps.empty, config, grammar), static_argnums=(0, 1, 2)),
+        empty=jax.jit(functools.partial(steps.empty, config, grammar), static_argnums=(0, 1, 2, 3)),
         prefill=jax.jit(functools.partial(steps.prefill, config)),
         insert=jax.jit(functools.partial(steps.insert, grammar), donate_argnums=(0,)),
         decode=jax.jit(functools.partial(steps.decode_chunk, config, grammar), donate_argnums=(1,)),
+        several=jax.jit(functools.partial(window.decode_chunk, config, grammar), static_argnums=0, donate_argnums=(2,)),
         score=jax.jit(functools.partial(scoring.forward, config, grammar.vocabulary.used), static_argnums=0),
     )
-
-
-@dataclass(eq=False)
-class Job:
-    """One sample that is drawn. `left`: steps until its end, where known; `tokens`: what it has, `given` included."""
-
-    plan: Plan
-    index: int
-    left: int | None
-    tokens: list[np.ndarray] = field(default_factory=list)
-    finished: bool = False
-
-    def drawn(self) -> np.ndarray:
-        return np.concatenate([self.plan.given, *self.tokens]).astype(np.int32)
 
 
 def ways_of(batch_size: int, mesh: Mesh | None) -> int:
@@ -105,12 +94,13 @@ class Engine:
         max_length: tokens of prompt and answer together; the longest KV cache.
         kv_dtype: of the KV cache, one of KV_DTYPES; None: the compute dtype. int8 has a scale for each vector.
         weights_dtype: of the layers' matrices, one of sampling.weights.WEIGHT_DTYPES; None: the compute dtype.
+        window: positions of an image that are drawn at once (`window.py`), one of sampling.pace.WINDOWS.
         mesh: devices to decode on, samples split by its data axes and heads by its tensor axis (`parallel`).
         softmax: of `language.syntax.SOFTMAXES`, what the model was trained with: its likelihoods are those.
 
     Raises:
         ValueError: the model's vocabulary is not the grammar's, a size is not positive or not one the mesh divides, or
-            kv_dtype, weights_dtype or softmax is none there is.
+            kv_dtype, weights_dtype, window or softmax is none there is.
     """
 
     def __init__(
@@ -123,6 +113,7 @@ class Engine:
         max_length: int,
         kv_dtype: str | None = None,
         weights_dtype: str | None = None,
+        window: int | str = 1,
         mesh: Mesh | None = None,
         softmax: str = "joint",
     ):
@@ -145,7 +136,9 @@ class Engine:
         self._split = grammar.layout.split(grammar.vocabulary, softmax)
         self._programs = programs(config, grammar, mesh)
         self._prepared: tuple[Any, Any] = (None, None)
+        self._pace = Pace(window)
         self._slot_steps = np.zeros(2, np.int64)  # at work, and all
+        self._drawn = np.zeros(2, np.int64)  # tokens, and steps that samples took for them
 
     def generate(self, requests: Iterable[Request | Plan]) -> Iterator[Sample]:
         """All samples of all requests as they finish, which is not the order of the requests.
@@ -195,6 +188,11 @@ class Engine:
         """Which part of the slots was at work, over all steps so far."""
         return float(self._slot_steps[0] / max(self._slot_steps[1], 1))
 
+    @property
+    def tokens_a_step(self) -> float:
+        """How many tokens a sample had of a step, over all so far: 1 unless there is a window."""
+        return float(max(self._drawn[0], 1) / max(self._drawn[1], 1))
+
     def plan(self, request: Request) -> Plan:
         """How the request is served. Raises RequestError or GrammarError, saying what to change, if it cannot be."""
         return plan(self.grammar, request, self.max_length)
@@ -203,7 +201,7 @@ class Engine:
 
     def _serve(self, shape: Shape, waiting: _Waiting, prompts: _Prompts) -> Iterator[Sample]:
         """Samples of one shape until none of them waits any more."""
-        state = self.call(self._programs.empty, shape, self.batch_size, self.kv_dtype)
+        state = self.empty(shape)
         slots: list[Job | None] = [None] * self.batch_size
         behind: tuple[Any, list[Job | None]] | None = None  # the chunk before: what came of it, and for whom
         begun = ended = 0
@@ -218,8 +216,8 @@ class Engine:
             now = None
             if any(slots):
                 free = np.array([slot is None for slot in slots])
-                count = _chunk(slots, waiting.any(shape))
-                state, packed = self.call(self._programs.decode, self.weights, state, free, np.int32(count))
+                count = _chunk(slots, waiting.any(shape), self.tokens_a_step)
+                state, packed, count = self.decode(shape, state, free, count)
                 packed.copy_to_host_async()
                 self._slot_steps += sum(not empty for empty in free) * count, len(slots) * count
                 now = packed, list(slots)
@@ -259,9 +257,12 @@ class Engine:
         for row, job in zip(rows, owners, strict=True):
             if job is None or job.finished:
                 continue
-            *tokens, done, broken = row
+            *tokens, taken, done, broken = row
             drawn = np.array(tokens, np.int32)
             job.tokens.append(drawn[drawn != self.grammar.vocabulary.pad])
+            self._drawn += len(job.tokens[-1]), taken
+            if job.left is not None:
+                job.left -= len(job.tokens[-1]) - taken
             sample = stopped(self.grammar, job.plan, job.index, job.drawn()) if job.plan.request.stop else None
             if sample is None and done:
                 sample = finished(self.grammar, job.plan, job.index, job.drawn(), bool(broken))
@@ -270,6 +271,25 @@ class Engine:
                 yield sample, job
 
     # ---- the device ----------------------------------------------------------------------------------------------
+
+    def empty(self, shape: Shape) -> State:
+        """A pool without samples."""
+        return self.call(self._programs.empty, shape, self.batch_size, self.kv_dtype, self._pace.most)
+
+    def decode(self, shape: Shape, state: State, halted: np.ndarray, count: int) -> tuple[State, Any, int]:
+        """`steps.decode_chunk`, or its like with a window, and how many steps were taken: `count` or fewer."""
+        width, count, timed = self._pace.next(shape, count)
+        program = self._programs.decode if width == 1 else functools.partial(self._programs.several, width)
+        arguments = self.weights, state, halted, np.int32(count)
+        if not timed:
+            return *self.call(program, *arguments), count
+        began = time.monotonic() if jax.block_until_ready(state) else 0
+        state, packed = jax.block_until_ready(self.call(program, *arguments))
+        seconds = time.monotonic() - began
+        rows, facts = np.asarray(packed), steps.FACTS
+        tokens, taken = np.sum(rows[:, :-facts] != self.grammar.vocabulary.pad), np.sum(rows[:, -facts])
+        self._pace.took(shape, seconds / max(rows[:, -facts].max(), 1), tokens / max(taken, 1))
+        return state, packed, count
 
     @property
     def weights(self) -> steps.Weights:
@@ -384,11 +404,11 @@ def prefill_rows(batch_size: int, ways: int) -> int:
     return -(-min(2 * batch_size, _PREFILL) // ways) * ways
 
 
-def _chunk(slots: Sequence[Job | None], waiting: bool) -> int:
+def _chunk(slots: Sequence[Job | None], waiting: bool, tokens_a_step: float) -> int:
     """How many steps to take: to the next end that is known, if somebody waits for it."""
     if not waiting:
         return CHUNK
-    left = [slot.left for slot in slots if slot is not None]
+    left = [None if slot.left is None else math.ceil(slot.left / tokens_a_step) for slot in slots if slot is not None]
     ends = [n for n in left if n is not None] + [CHUNK if None not in left else _SHORT]
     return max(min(ends), min(_SHORTEST, max(ends)))
 
@@ -396,37 +416,3 @@ def _chunk(slots: Sequence[Job | None], waiting: bool) -> int:
 def bucket(n: int) -> int:
     """The smallest of 16, 32, 64, ... that holds n tokens."""
     return max(_SMALLEST, 1 << (n - 1).bit_length()) if n else _SMALLEST
-
-
-def row_arrays(layout: ImageLayout, shape: Shape, slots: int, fresh: dict[int, Job]) -> tuple[Any, ...]:
-    """What `steps.insert` takes of the samples: rows, start, position."""
-    jobs = [fresh.get(i) for i in range(slots)]
-    C = shape.contexts
-
-    def column(default: Any, value: Any, dtype: Any) -> Any:
-        return np.array([default if job is None else value(job) for job in jobs], dtype)
-
-    def pair(name: str, default: Any, dtype: Any) -> Any:
-        def of(job: Job) -> list[Any]:
-            return [getattr(f, name) for f in (job.plan.request.text, job.plan.request.image)]
-
-        return column([default] * 2, of, dtype)
-
-    canvas: Any = np.full((slots, layout.height * layout.width), -1, np.int32)
-    for i, job in fresh.items():
-        if job.plan.request.canvas is not None:
-            canvas[i, : job.plan.request.canvas.size] = job.plan.request.canvas.ravel()
-    rows = steps.Rows(
-        seed=column(0, lambda job: job.plan.request.seed, np.uint32),
-        sample=column(0, lambda job: job.index, np.int32),
-        weights=column([0] * C, lambda job: job.plan.weights, np.float32),
-        start=column([0] * C, lambda job: job.plan.starts, np.int32),
-        resets=column([False] * C, lambda job: job.plan.resets, bool),
-        filters=Filters(pair("temperature", 0, np.float32), pair("top_k", 0, np.int32), pair("top_p", 1, np.float32)),
-        penalty=column(1, lambda job: job.plan.request.repetition_penalty, np.float32),
-        canvas=canvas,
-    )
-    starts = [steps.Start() if job is None else job.plan.start for job in jobs]
-    start = jax.tree.map(lambda *values: np.array(values, np.int32), *starts)
-    position = column([0] * C, lambda job: [len(prefix) for prefix in job.plan.prefixes], np.int32)
-    return rows, start, position

@@ -56,6 +56,7 @@ class JobReport:
     """What a process did: samples and errors of this run, lines found done, tokens drawn, seconds.
 
     `complete`: nothing is left to do, for no process. `first_error`: of this run, with its line; "": there was none.
+    `tokens_a_step`: that a sample had of a step of the engine, by its window.
     """
 
     samples: int
@@ -65,12 +66,14 @@ class JobReport:
     seconds: float
     complete: bool
     first_error: str = ""
+    tokens_a_step: float = 1.0
 
     def __str__(self) -> str:
         rate = f"{self.samples / self.seconds:.2f} samples/s, {self.tokens / self.seconds:.0f} tokens/s"
         found = f", {self.found} were done already" if self.found else ""
+        many = f", {self.tokens_a_step:.2f} tokens a step" if self.tokens_a_step > 1 else ""
         first = f"\nerrors are in samples.jsonl; the first, {self.first_error}" if self.first_error else ""
-        return f"{self.samples} samples, {self.errors} errors{found}; {rate}{first}"
+        return f"{self.samples} samples, {self.errors} errors{found}; {rate}{many}{first}"
 
 
 def run_job(
@@ -147,7 +150,14 @@ def run_job(
         gallery.write(output)
         batch_output.write(output, lines, weights)
     return JobReport(
-        tally.samples, tally.errors, len(done.samples), tally.tokens, tally.seconds, complete, tally.first_error
+        tally.samples,
+        tally.errors,
+        len(done.samples),
+        tally.tokens,
+        tally.seconds,
+        complete,
+        tally.first_error,
+        engine.tokens_a_step,
     )
 
 
@@ -193,7 +203,8 @@ class _Tally:
             for row in rows:
                 contexts = 1 if "context" not in row else 3 if "image_guidance" in row else 2
                 self._memory.add(len(row.get("tokens", ())), contexts)
-            said += f", {self._memory.seconds / self.seconds:.0%} of memory bandwidth"
+            read = self._memory.seconds / self._engine.tokens_a_step  # a window reads once for several tokens
+            said += f", {read / self.seconds:.0%} of memory bandwidth"
         self._say(said, refresh=False)
 
 

@@ -64,6 +64,7 @@ def load(
     dtype: str | None = None,
     kv_dtype: str | None = None,
     weights_dtype: str | None = None,
+    window: int | str = 1,
 ) -> Model:
     """The model of a bundle, as `ar-unified export` wrote it.
 
@@ -75,6 +76,7 @@ def load(
         dtype: of the matrix products, "float32" or "bfloat16"; default: the bundle's.
         kv_dtype: of the KV cache, one of engine.KV_DTYPES; default: the bundle's.
         weights_dtype: of the layers' matrices, one of weights.WEIGHT_DTYPES; default: `dtype`.
+        window: positions of an image that are drawn at once, one of pace.WINDOWS: fewer steps, the same samples.
 
     Raises bundle.BundleError for a folder that is no bundle or a damaged one, UserError where a setting does not fit.
     """
@@ -101,6 +103,7 @@ def load(
             max_length=max_length or _length(sampling),
             kv_dtype=kv_dtype or sampling.get("kv_dtype") or None,
             weights_dtype=weights_dtype,
+            window=window,
             mesh=mesh,
             softmax=bundle.sections["loss"].get("softmax", "joint"),
         )

@@ -34,6 +34,7 @@ from ar_unified.sampling import decoding, guidance
 from ar_unified.sampling.decoding import Filters
 
 CHUNK = 64  # steps of a chunk at most
+FACTS = 3  # that stand behind the tokens of a chunk
 PIECE = 1024  # tokens of a long prompt that are read at once
 
 
@@ -72,6 +73,16 @@ class Rows(NamedTuple):
     canvas: Array  # i32 [R, codes of the largest image], of the first image; -1: to be drawn
 
 
+class Drafts(NamedTuple):
+    """What each row may say after its next token: n guesses, which `sampling/window.py` makes, reads and checks."""
+
+    tokens: Array  # i32 [R, n]; -1: none, from there on
+    hidden: Array  # [R * C, n, D], behind each of them
+    automaton: automaton.State  # [R, n] each, behind each of them
+    position: Array  # i32 [R, n, C], the same
+    codes: Array  # i32 [R, codes of the largest image], of the image at hand
+
+
 class State(NamedTuple):
     """A pool. Each [R, ...] or [R * C, ...]."""
 
@@ -82,6 +93,7 @@ class State(NamedTuple):
     cache: Cache
     seen: Array  # bool [R, W], text pieces that are in the row's prompt or answer
     broken: Array  # bool [R], the model's logits were NaN
+    drafts: Drafts | None = None  # where a token a step is all that is drawn
 
 
 class Prefix(NamedTuple):
@@ -131,7 +143,7 @@ def weight_specs(mesh: Mesh | AbstractMesh, weights: Weights) -> Any:
 
 def row_specs(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     """Where a state, or what is made of rows, lies: rows by batch, a cache's heads by tensor."""
-    axes: dict[int, tuple[str | None, ...]] = {1: ("batch",), 2: ("batch", None)}
+    axes: dict[int, tuple[str | None, ...]] = {1: ("batch",), 2: ("batch", None), 3: ("batch", None, None)}
     axes[4] = CACHE_AXES
     return jax.tree.map(lambda x: rules.spec(mesh, axes[x.ndim], x.shape, "sampler state"), tree)
 
@@ -141,8 +153,10 @@ def text_ids(grammar: Grammar) -> int:
     return min(-(-grammar.vocabulary.image_offset // 128) * 128, grammar.vocabulary.size)
 
 
-def empty(config: TransformerConfig, grammar: Grammar, shape: Shape, slots: int, kv_dtype: str | None) -> State:
-    """A pool in which every slot is free."""
+def empty(
+    config: TransformerConfig, grammar: Grammar, shape: Shape, slots: int, kv_dtype: str | None, width: int = 1
+) -> State:
+    """A pool in which every slot is free. width: positions of a row that are drawn at once, at most."""
     R, C = slots, shape.contexts
 
     def full(value: Any, dtype: Any, *more: int) -> Array:
@@ -168,8 +182,25 @@ def empty(config: TransformerConfig, grammar: Grammar, shape: Shape, slots: int,
             cache=init_cache(config, R * C, shape.length, kv_dtype),
             seen=full(False, bool, text_ids(grammar)),
             broken=full(False, bool),
+            drafts=Drafts(
+                full(-1, jnp.int32, width - 1),
+                jnp.zeros((R * C, width - 1, config.d_model), config.dtype),
+                jax.tree.map(lambda x: jnp.zeros((R, width - 1), x.dtype), machine),
+                full(0, jnp.int32, width - 1, C),
+                full(0, jnp.int32, grammar.layout.height * grammar.layout.width),
+            )
+            if width > 1
+            else None,
         )
     )
+
+
+def forgotten(drafts: Drafts | None, rows: Array | bool = True) -> Drafts | None:
+    """No drafts in `rows`, bool [R]: what comes next there is not what they were made for."""
+    if drafts is None:
+        return None
+    gone = jnp.broadcast_to(rows, drafts.tokens.shape[:1])[:, None]
+    return drafts._replace(tokens=jnp.where(gone, -1, drafts.tokens))
 
 
 def prefill(config: TransformerConfig, weights: Weights, tokens: Array, lengths: Array) -> Prefix:
@@ -242,6 +273,7 @@ def insert(
             cache=cache,
             seen=seen,
             broken=state.broken & ~fresh,
+            drafts=forgotten(state.drafts, fresh),
         )
     )
 
@@ -258,7 +290,8 @@ def begin(grammar: Grammar, state: State, rows: Rows, start: Start, position: Ar
     seen: bool [R, W].
     """
     machine = grammar.automaton.resume(*start)
-    return placed(state._replace(rows=rows, automaton=machine, position=position, seen=seen))
+    drafts = forgotten(state.drafts)
+    return placed(state._replace(rows=rows, automaton=machine, position=position, seen=seen, drafts=drafts))
 
 
 def read_on(
@@ -278,14 +311,18 @@ def read_on(
 
 
 def first_slots(state: State) -> Cache:
-    """Slot 0 of each row of the cache, which `step` writes over once the row has ended."""
-    return tuple(slots_of(layer, slice(1)) for layer in state.cache)
+    """The slots of each row of the cache which decoding writes over once the row has ended."""
+    return tuple(slots_of(layer, _first(state)) for layer in state.cache)
 
 
 def take(state: State, first: Cache, row: Array) -> Cache:
-    """One row of the cache for `put`, its slot 0 as `first` has it."""
+    """One row of the cache for `put`, its first slots as `first` has them."""
     kept, first = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), (state.cache, first))
-    return tuple(with_slots(layer, slice(1), slot) for layer, slot in zip(kept, first, strict=True))
+    return tuple(with_slots(layer, _first(state), slots) for layer, slots in zip(kept, first, strict=True))
+
+
+def _first(state: State) -> slice:
+    return slice(1 if state.drafts is None else 1 + state.drafts.tokens.shape[1])
 
 
 def decode_chunk(
@@ -294,7 +331,8 @@ def decode_chunk(
     """Up to `steps` (at most CHUNK) more tokens of every row, fewer once all rows have ended.
 
     `halted`, bool [R], ends rows before. Returns the state, and what happened, packed for one copy to the host: int32
-    [R, CHUNK + 2], the tokens, PAD behind the end of a row, then whether it has ended and whether it is broken.
+    [R, CHUNK + 3], the tokens, PAD behind the end of a row, then how many steps it took for them, whether it has ended
+    and whether it is broken.
     """
     state = state._replace(automaton=grammar.automaton.halt(state.automaton, halted))
     keys = decoding.row_keys(state.rows.seed, state.rows.sample)
@@ -310,8 +348,13 @@ def decode_chunk(
         return i + 1, state, jax.lax.dynamic_update_slice(tokens, token[:, None], (0, i))
 
     _, state, tokens = jax.lax.while_loop(going, body, (jnp.int32(0), state, tokens))
-    facts = jnp.stack([grammar.automaton.done(state.automaton), state.broken], axis=1)
-    return placed(state), jnp.concatenate([tokens, facts.astype(jnp.int32)], axis=1)
+    return placed(state), packed(grammar, state, tokens, jnp.sum(tokens != grammar.vocabulary.pad, axis=1))
+
+
+def packed(grammar: Grammar, state: State, tokens: Array, taken: Array) -> Array:
+    """What a chunk tells the host: tokens int32 [R, any], and behind them the facts of `decode_chunk`."""
+    facts = jnp.stack([taken, grammar.automaton.done(state.automaton), state.broken], axis=1)
+    return jnp.concatenate([tokens, facts.astype(jnp.int32)], axis=1)
 
 
 def step(
@@ -337,7 +380,19 @@ def step(
         cache=cache,
         seen=state.seen.at[jnp.arange(len(token)), piece].set(True, mode="drop"),
         broken=state.broken | broken,
+        drafts=forgotten(state.drafts),
     )
+
+
+def known(grammar: Grammar, state: automaton.State, canvas: Array) -> Array:
+    """The next token of every row where it is not to be drawn, else -1: int32 [R].
+
+    The grammar leaves one choice, or the row's canvas, int32 [R, codes], has the code.
+    """
+    machine = grammar.automaton
+    given = jnp.take_along_axis(canvas, machine.code(state)[:, None], axis=1, mode="clip")[:, 0]
+    given = jnp.where(machine.in_image(state) & (state.images == 1), given, -1)
+    return jnp.where(given >= 0, grammar.vocabulary.image_offset + given, machine.forced(state))
 
 
 def draw(grammar: Grammar, weights: Weights, state: State, keys: Array) -> tuple[Array, Array]:
@@ -345,10 +400,7 @@ def draw(grammar: Grammar, weights: Weights, state: State, keys: Array) -> tuple
     machine, vocabulary, rows = grammar.automaton, grammar.vocabulary, state.rows
     R, C = state.position.shape
     hidden = state.hidden.reshape(R, C, -1)
-    image, forced = machine.in_image(state.automaton), machine.forced(state.automaton)
-    given = jnp.take_along_axis(rows.canvas, machine.code(state.automaton)[:, None], axis=1, mode="clip")[:, 0]
-    given = jnp.where(image & (state.automaton.images == 1), given, -1)
-    forced = jnp.where(given >= 0, vocabulary.image_offset + given, forced)
+    image, forced = machine.in_image(state.automaton), known(grammar, state.automaton, rows.canvas)
     drawn, own = forced < 0, state.position[:, 0]
 
     def codes() -> tuple[Array, Array]:

@@ -190,3 +190,25 @@ def test_a_derivative_is_refused_in_words():
     arrays = CASES["grouped by 4"].arrays()
     with pytest.raises(TypeError, match="no derivative; kernels.attention with q_offset"):
         jax.grad(lambda q: decode_attention.decode_attention(**(arrays | dict(q=q))).sum())(arrays["q"])
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla", "tpu_interpret"])
+@pytest.mark.parametrize("int8", [False, True])
+def test_several_queries_a_row_are_one_after_another(backend, int8):
+    """The last of them at lengths - 1, each a position further; of what lies beyond the cache nothing is asked."""
+    B, T, N, K, S, H = 3, 4, 4, 2, 128, 64
+    keys, values, q = (
+        jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(B, K, S, H)] * 2 + [(B, T, N, H)])
+    )
+    lengths, cache = jnp.array([T, 70, S + 2], jnp.int32), dict(k=keys, v=values)
+    if int8:
+        (k, k_scale), (v, v_scale) = (decode_attention.quantize(x) for x in (keys, values))
+        cache = dict(k=k, v=v, k_scale=k_scale[:, :, None], v_scale=v_scale[:, :, None])
+    options = dict(return_lse=True)
+    found = decode_attention.decode_attention(q, lengths=lengths, backend=backend, **cache, **options)
+    for t in range(T):
+        mine = lengths - (T - 1 - t)
+        one = decode_attention.decode_attention(q[:, t], lengths=mine, backend="reference", **cache, **options)
+        there = np.asarray(mine) <= S
+        for several, alone in zip(found, one, strict=True):
+            np.testing.assert_allclose(several[:, t][there], alone[there], rtol=0, atol=1e-5)

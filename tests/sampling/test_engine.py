@@ -51,9 +51,9 @@ def requests(grammar, **changes):
     return [dataclasses.replace(row, **changes) for row in rows]
 
 
-def engine(grammar, params, **changes):
+def engine(grammar, params, config=CONFIG, **changes):
     """Of the shapes of all engines here and in test_conversation: what one compiles the others find."""
-    return Engine(CONFIG, params, grammar, **(dict(batch_size=4, max_length=LENGTH) | changes))
+    return Engine(config, params, grammar, **(dict(batch_size=4, max_length=LENGTH) | changes))
 
 
 def collect(samples):
@@ -211,7 +211,7 @@ def test_logits_equal_the_forward_in_every_context(grammar, contexts):
 
     first._insert = inserted
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ar_unified.sampling.engine._chunk", lambda slots, waiting: 3)
+        patch.setattr("ar_unified.sampling.engine._chunk", lambda *_: 3)
         samples = collect(first.generate(asked))
     assert len(samples) == len(asked)
     checked = codes = 0

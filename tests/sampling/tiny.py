@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 
 from ar_unified.language.grammar import Grammar
@@ -32,11 +34,11 @@ CONFIG = TransformerConfig(
 )
 
 
-def random_params(seed: int = 0):
+def random_params(seed: int = 0, config: TransformerConfig = CONFIG):
     """Weights large enough that logits differ by several nats and contexts matter."""
-    return _random_params(seed)
+    return _random_params(config, seed)
 
 
-@jax.jit  # op by op it is as many programs as there are shapes
-def _random_params(seed):
-    return jax.tree.map(lambda p: p * 6 if p.ndim > 1 else p, init(CONFIG, jax.random.key(seed)))
+@partial(jax.jit, static_argnums=0)  # op by op it is as many programs as there are shapes
+def _random_params(config, seed):
+    return jax.tree.map(lambda p: p * 6 if p.ndim > 1 else p, init(config, jax.random.key(seed)))

@@ -1,4 +1,4 @@
-"""Fused attention of one query a row over its KV cache: one public function, one meaning, a kernel for each device.
+"""Fused attention of one query a row, or a few, over its KV cache: one public function, a kernel for each device.
 
 Decoding is bound by reading the cache. So the kernels read the live part of each row and nothing else, once, for all
 query heads of a KV head together; and a cache in int8 with a scale a vector (`quantize`) is read as int8.
@@ -42,13 +42,15 @@ def decode_attention(
 
     Row b's query is at position lengths[b] - 1 and sees the slots max(0, lengths[b] - window) <= s < lengths[b]. A row
     of length 0 gets exact zeros, and a log-sum-exp of -inf. What the other slots hold has no influence but must be
-    finite. It is what `attention` computes with q_offset = lengths - 1, which is also the differentiable form: this
-    one has no derivative, and asking for it raises TypeError.
+    finite. Of several queries a row the last is that one, and each sees a slot more than the one before it; what of
+    them lies beyond the cache gets something. XLA reads the cache once for all of them, the kernels once for each. It
+    is what `attention` computes with q_offset = lengths - 1, which is also the differentiable form: this one has no
+    derivative, and asking for it raises TypeError.
 
     Args:
-      q: [B, N, H], rotated, not scaled.
+      q: [B, N, H], or [B, T, N, H], rotated, not scaled.
       k, v: [B, K, S, H]; K divides N, and query head n reads KV head n // (N / K). Floating point, or int8 with scales.
-      lengths: int32 [B], live slots of each row, 0 .. S.
+      lengths: int32 [B], live slots of each row, 0 .. S; of T queries those of the last, 0 .. S + T - 1.
       k_scale, v_scale: float32 [B, K, 1, S], of an int8 cache: key and value s stand for k[..., s, :] * k_scale[..., s]
         and v[..., s, :] * v_scale[..., s], as `quantize` makes them. The axis of one is how TPU reads them uncopied.
       scale: of the scores; None: H ** -0.5.
@@ -58,15 +60,22 @@ def decode_attention(
       backend: one of kernels.backend.BACKENDS; "auto": the kernel of the current device, and xla on CPUs.
 
     Returns:
-      [B, N, H] in the dtype of q; with return_lse, that and the log-sum-exp. Scores and softmax are float32.
+      An array like q; with return_lse, that and the log-sum-exp, without the axis H. Scores and softmax are float32.
     """
     _check(q, k, v, lengths, k_scale, v_scale, window)
-    end = jnp.clip(lengths, 0, k.shape[2])
+    end = jnp.clip(lengths, 0, k.shape[2] + (q.shape[1] - 1 if q.ndim == 4 else 0))
     begin = jnp.zeros_like(end) if window is None else jnp.maximum(end - window, 0)
-    backend = backends.choose(__name__, backend, q, k)
+    one = q[:, -1] if q.ndim == 4 else q
+    backend = backends.choose(__name__, backend, one, k)
     spec = Spec(q.shape[-1] ** -0.5 if scale is None else scale, soft_cap, interpret=backend.endswith("_interpret"))
     scales = None if k_scale is None or v_scale is None else (k_scale, v_scale)
-    out, lse = _decode_attention(backend, spec, q, Cache(k, v, scales, begin, end))
+    cache = Cache(k, v, scales, begin, end)
+    if q.ndim == 3 or backend == "xla":
+        out, lse = _decode_attention(backend, spec, q, cache)
+    else:
+        T = q.shape[1]
+        each = [_decode_attention(backend, spec, q[:, t], cache.before(T - 1 - t)) for t in range(T)]
+        out, lse = (jnp.stack(x, axis=1) for x in zip(*each, strict=True))
     return (out, lse) if return_lse else out
 
 
@@ -81,10 +90,11 @@ def _no_derivative(backend, spec, primals, tangents):
 
 
 def _check(q, k, v, lengths, k_scale, v_scale, window) -> None:
-    B, N, H = q.shape
-    if k.shape != v.shape or k.dtype != v.dtype or k.shape[0] != B or k.shape[3] != H or N % k.shape[1]:
+    B, *_, N, H = q.shape
+    cache = (B, k.shape[1], k.shape[2], H)
+    if q.ndim not in (3, 4) or k.shape != cache or v.shape != cache or k.dtype != v.dtype or N % k.shape[1]:
         raise ValueError(
-            f"decode_attention: expected q [B, N, H], k and v [B, K, S, H] of one dtype with K dividing N; "
+            "decode_attention: expected q [B, N, H] or [B, T, N, H], k and v [B, K, S, H] of one dtype, K dividing N; "
             f"found q {q.shape}, k {k.dtype} {k.shape}, v {v.dtype} {v.shape}"
         )
     if lengths.shape != (B,) or lengths.dtype != jnp.int32:

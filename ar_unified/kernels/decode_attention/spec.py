@@ -28,6 +28,11 @@ class Cache(NamedTuple):
         s = jnp.arange(self.k.shape[2], dtype=jnp.int32)
         return (self.begin[:, None] <= s) & (s < self.end[:, None])
 
+    def before(self, n: int) -> Cache:
+        """What queries see that are n positions in front of these, whose own `end` may be beyond the cache."""
+        end = jnp.clip(self.end - n, 0, self.k.shape[2])
+        return self._replace(begin=jnp.maximum(self.begin - n, 0), end=end)
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:

@@ -26,7 +26,10 @@ def unsupported(q: jax.Array, k: jax.Array) -> str | None:
 
 
 def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Array]:
-    """Outputs [B, N, H] in the dtype of q, and log-sum-exp float32 [B, N]."""
+    """Outputs [B, N, H] in the dtype of q, and log-sum-exp float32 [B, N].
+
+    Or of several queries a row, [B, T, N, H] and [B, T, N], that are at its last positions: each sees up to its own.
+    """
     lengths = prefixes(cache.k.shape[2])
     if len(lengths) == 1:
         return _forward(spec, q, cache)
@@ -46,11 +49,11 @@ def _first(cache: Cache, slots: int) -> Cache:
 
 
 def _forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Array]:
-    B, N, H = q.shape
-    K = cache.k.shape[1]
-    # The heads of a group are the rows of one matrix, without an axis for the one query: XLA CPU's product of these is
-    # up to 3x faster at B = 1 than the same with that axis.
-    query = (q * jnp.asarray(spec.scale, q.dtype)).reshape(B, K, N // K, H)
+    B, *_, N, H = q.shape
+    K, T = cache.k.shape[1], q.shape[1] if q.ndim == 4 else 1
+    # The queries of a row and the heads of a group are the rows of one matrix, without an axis for one query: XLA CPU's
+    # product of these is up to 3x faster at B = 1 than the same with that axis.
+    query = _rows(q * jnp.asarray(spec.scale, q.dtype), T, K)
     k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
     scores = jnp.einsum("BKGH,BKSH->BKGS", query, k, preferred_element_type=jnp.float32)
     if cache.scales is not None:
@@ -58,7 +61,7 @@ def _forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arr
     if spec.soft_cap is not None:
         scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
     # Added, not selected: layers and heads share the bias, which costs less than masking the scores of each.
-    scores += jnp.where(cache.seen, 0.0, _HIDDEN)[:, None, None]
+    scores += _bias(cache, T, N // K)
     highest = jnp.maximum(row_max(scores), _HIDDEN / 2)  # of a row that sees nothing: then its weights are exact zeros
     weights = jnp.exp(scores - highest)
     # A product, not a sum: XLA CPU adds up a row of S numbers in an order that depends on S.
@@ -69,4 +72,25 @@ def _forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Arr
     out = jnp.einsum("BKGS,BKSH->BKGH", weights.astype(q.dtype), v, preferred_element_type=jnp.float32)
     out = out / jnp.where(total > 0, total, 1.0)
     lse = jnp.where(total > 0, highest + jnp.log(total), -jnp.inf)
-    return out.reshape(B, N, H).astype(q.dtype), lse.reshape(B, N)
+    return _queries(out, q.shape).astype(q.dtype), _queries(lse, (*q.shape[:-1], 1))[..., 0]
+
+
+def _rows(q: jax.Array, T: int, K: int) -> jax.Array:
+    """[B, K, T * G, H] of queries [B, N, H] or [B, T, N, H]."""
+    B, *_, N, H = q.shape
+    return jnp.swapaxes(q.reshape(B, T, K, N // K, H), 1, 2).reshape(B, K, -1, H)
+
+
+def _queries(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The other way round, of rows [B, K, T * G, n]: [B, N, n] or [B, T, N, n], as `shape` is."""
+    B, K, _, n = rows.shape
+    T = shape[1] if len(shape) == 4 else 1
+    return jnp.swapaxes(rows.reshape(B, K, T, -1, n), 1, 2).reshape(shape)
+
+
+def _bias(cache: Cache, T: int, G: int) -> jax.Array:
+    """What is added to scores [B, K, T * G, S]."""
+    if T == 1:
+        return jnp.where(cache.seen, 0.0, _HIDDEN)[:, None, None]
+    seen = jnp.stack([cache.before(T - 1 - t).seen for t in range(T)], axis=1)
+    return jnp.repeat(jnp.where(seen, 0.0, _HIDDEN), G, axis=1)[:, None]

@@ -1,0 +1,87 @@
+"""How many positions a pool draws at once: a number that was asked for, or the one that measures best.
+
+A wider window takes fewer steps and each costs more: how many tokens it has follows from the model and what it draws,
+what it costs from the device and the batch. Both are measured on the steps of the work at hand, so a trial loses no
+more than the time by which it is slower. One begins when a pool has worked for a while, and now and then again.
+
+A trial goes up through the widths, as long as the wider one is faster. Of each the steps are timed that follow the
+first ones, in which it may be compiled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ar_unified.model.attention import FEW
+from ar_unified.sampling.steps import CHUNK, Shape
+
+WIDTHS = (1, 2, 4, FEW)
+WINDOWS = (*map(str, WIDTHS), "auto")
+_PROBE = 8  # steps that are timed together
+_PROBES = 3  # of a width; the first is not counted, of the others the fastest is
+_AFTER = 8 * CHUNK  # steps of a pool before its first trial: so a short job has none
+_AGAIN = 64 * CHUNK  # before another
+_BETTER = 1.05  # times faster than a narrower one, or it is not worth it
+
+
+def check_window(window: int | str) -> None:
+    """Raises ValueError unless it is one of WINDOWS, or the number of one."""
+    if str(window) not in WINDOWS:
+        raise ValueError(f"window: expected one of {', '.join(WINDOWS)}; found {window!r}")
+
+
+@dataclass
+class _Pool:
+    """What was measured of one: by width the seconds of a step, and the tokens it had for a sample."""
+
+    width: int
+    left: int = _AFTER  # steps until a trial
+    trial: list[int] = field(default_factory=list)  # widths of the probes to come
+    seconds: dict[int, list[float]] = field(default_factory=dict)
+    tokens: dict[int, list[float]] = field(default_factory=dict)
+
+    def speed(self, width: int) -> float:
+        """Tokens a second of a sample."""
+        many = self.tokens[width]
+        return sum(many) / len(many) / min(self.seconds[width])
+
+
+class Pace:
+    """The window of each pool of an engine. window: one of WINDOWS, or its number."""
+
+    def __init__(self, window: int | str):
+        check_window(window)
+        self._measured = window == "auto"
+        self.most = FEW if self._measured else int(window)
+        self._pools: dict[Shape, _Pool] = {}
+
+    def next(self, shape: Shape, steps: int) -> tuple[int, int, bool]:
+        """How wide the next steps of a pool are to be, how many of `steps` to take, and whether they are a probe."""
+        if not self._measured:
+            return self.most, steps, False
+        pool = self._pools.setdefault(shape, _Pool(1))
+        if pool.left > 0:
+            pool.left -= steps
+            return pool.width, steps, False
+        if not pool.trial:
+            pool.seconds, pool.tokens = {}, {}
+            pool.trial = [width for width in WIDTHS[:2] for _ in range(_PROBES)]
+        return pool.trial[0], min(steps, _PROBE), True
+
+    def took(self, shape: Shape, seconds: float, tokens: float) -> None:
+        """A probe is done: seconds of a step, and tokens of a step and sample."""
+        pool = self._pools[shape]
+        width = pool.trial.pop(0)
+        if pool.trial[:1] == [width] and len(pool.trial) % _PROBES == _PROBES - 1:
+            return  # the first of its width
+        pool.seconds.setdefault(width, []).append(seconds)
+        pool.tokens.setdefault(width, []).append(tokens)
+        if pool.trial:
+            return
+        best = WIDTHS[0]
+        for each in WIDTHS[1 : len(pool.seconds)]:
+            best = each if pool.speed(each) > _BETTER * pool.speed(best) else best
+        if width == best and width < WIDTHS[-1]:
+            pool.trial = [WIDTHS[WIDTHS.index(width) + 1]] * _PROBES
+        else:
+            pool.width, pool.left = best, _AGAIN

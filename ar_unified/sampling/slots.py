@@ -1,0 +1,66 @@
+"""What the slots of a pool hold: a sample each, and what the device is told of it.
+
+R slots, C contexts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from ar_unified.language.syntax import ImageLayout
+from ar_unified.sampling import steps
+from ar_unified.sampling.decoding import Filters
+from ar_unified.sampling.plan import Plan
+from ar_unified.sampling.steps import Shape
+
+
+@dataclass(eq=False)
+class Job:
+    """One sample that is drawn. `left`: steps until its end, where known; `tokens`: what it has, `given` included."""
+
+    plan: Plan
+    index: int
+    left: int | None
+    tokens: list[np.ndarray] = field(default_factory=list)
+    finished: bool = False
+
+    def drawn(self) -> np.ndarray:
+        return np.concatenate([self.plan.given, *self.tokens]).astype(np.int32)
+
+
+def row_arrays(layout: ImageLayout, shape: Shape, slots: int, fresh: dict[int, Job]) -> tuple[Any, ...]:
+    """What `steps.insert` takes of the samples: rows, start, position."""
+    jobs = [fresh.get(i) for i in range(slots)]
+    C = shape.contexts
+
+    def column(default: Any, value: Any, dtype: Any) -> Any:
+        return np.array([default if job is None else value(job) for job in jobs], dtype)
+
+    def pair(name: str, default: Any, dtype: Any) -> Any:
+        def of(job: Job) -> list[Any]:
+            return [getattr(f, name) for f in (job.plan.request.text, job.plan.request.image)]
+
+        return column([default] * 2, of, dtype)
+
+    canvas: Any = np.full((slots, layout.height * layout.width), -1, np.int32)
+    for i, job in fresh.items():
+        if job.plan.request.canvas is not None:
+            canvas[i, : job.plan.request.canvas.size] = job.plan.request.canvas.ravel()
+    rows = steps.Rows(
+        seed=column(0, lambda job: job.plan.request.seed, np.uint32),
+        sample=column(0, lambda job: job.index, np.int32),
+        weights=column([0] * C, lambda job: job.plan.weights, np.float32),
+        start=column([0] * C, lambda job: job.plan.starts, np.int32),
+        resets=column([False] * C, lambda job: job.plan.resets, bool),
+        filters=Filters(pair("temperature", 0, np.float32), pair("top_k", 0, np.int32), pair("top_p", 1, np.float32)),
+        penalty=column(1, lambda job: job.plan.request.repetition_penalty, np.float32),
+        canvas=canvas,
+    )
+    starts = [steps.Start() if job is None else job.plan.start for job in jobs]
+    start = jax.tree.map(lambda *values: np.array(values, np.int32), *starts)
+    position = column([0] * C, lambda job: [len(prefix) for prefix in job.plan.prefixes], np.int32)
+    return rows, start, position

@@ -1,0 +1,255 @@
+"""Decoding of several positions of an image at once, to the tokens that are drawn one by one.
+
+Noise belongs to (seed, sample, position), so a token is a function of what stands before it. A step guesses the next
+w - 1 tokens of a row, reads them in one forward behind the token that is known, and draws at each of the w positions:
+the first draw is right, and each further one as long as the guesses before it were what was drawn (Jacobi's iteration
+as in "Accelerating Auto-regressive Text-to-Image Generation with Training-free Speculative Jacobi Decoding", arXiv
+2410.01699, with the two draws coupled by their noise, so that a guess is right or wrong and no distribution changes).
+So a step has between 1 and w tokens, and these are, in exact arithmetic, those of `steps.step`.
+
+A guess is what was drawn there before, behind guesses that were wrong; else the code above, in the first row the one
+before. What the grammar leaves no choice in, and what a canvas gives, is no guess. Text is not guessed: where all rows
+are in text, `steps.step` takes the step. A guess ends where the contexts of a row would not write side by side, as
+behind an image.
+
+What wrong guesses have left in the cache lies behind the row's end, and is written over before anything looks at it.
+
+Axes: R slots, C contexts, w positions (the window), n = w - 1 guesses, D model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ar_unified.language.grammar import Grammar
+from ar_unified.model.config import TransformerConfig
+from ar_unified.model.transformer import Transformer
+from ar_unified.sampling import decoding, guidance, steps
+from ar_unified.sampling.steps import CHUNK, Drafts, State, Weights
+
+
+def decode_chunk(
+    config: TransformerConfig,
+    grammar: Grammar,
+    width: int,
+    weights: Weights,
+    state: State,
+    halted: Array,
+    count: Array,
+) -> tuple[State, Array]:
+    """`count` (at most CHUNK) more steps of every row, of 1 to `width` tokens each, fewer once all rows have ended.
+
+    The state's drafts may be of a wider window. Arguments and results are those of `steps.decode_chunk`, the tokens
+    int32 [R, CHUNK * width].
+    """
+    machine, R = grammar.automaton, len(halted)
+    state = state._replace(automaton=machine.halt(state.automaton, halted))
+    keys = decoding.row_keys(state.rows.seed, state.rows.sample)
+    tokens = jnp.full((R, CHUNK * width), grammar.vocabulary.pad, jnp.int32)
+
+    def going(carry: Any) -> Array:
+        i, state, *_ = carry
+        return (i < count) & ~jnp.all(machine.done(state.automaton))
+
+    def guessing(carry: Any) -> Array:
+        state = carry[1]
+        image = machine.in_image(state.automaton) | (steps.known(grammar, state.automaton, state.rows.canvas) >= 0)
+        return jnp.any(image & ~machine.done(state.automaton))
+
+    def written(carry: Any, new: Array, state: State, many: Array) -> Any:
+        i, before, tokens, begin, taken = carry
+        k = jnp.arange(new.shape[1])
+        at = jnp.where(k < many[:, None], begin[:, None] + k, tokens.shape[1])
+        tokens = tokens.at[jnp.arange(R)[:, None], at].set(new, mode="drop")
+        return i + 1, state, tokens, begin + many, taken + ~machine.done(before.automaton)
+
+    def several(carry: Any) -> Any:
+        return written(carry, *step(config, grammar, width, weights, carry[1], keys))
+
+    def one(carry: Any) -> Any:
+        token, state = steps.step(config, grammar, weights, carry[1], keys)
+        return written(carry, token[:, None], state, jnp.ones(R, jnp.int32))
+
+    def both(carry: Any) -> Any:
+        carry = jax.lax.while_loop(lambda carry: going(carry) & guessing(carry), several, carry)
+        return jax.lax.while_loop(lambda carry: going(carry) & ~guessing(carry), one, carry)
+
+    zeros = jnp.zeros(R, jnp.int32)
+    _, state, tokens, _, taken = jax.lax.while_loop(going, both, (jnp.int32(0), state, tokens, zeros, zeros))
+    return steps.placed(state), steps.packed(grammar, state, tokens, taken)
+
+
+def step(
+    config: TransformerConfig, grammar: Grammar, width: int, weights: Weights, state: State, keys: Array
+) -> tuple[Array, State, Array]:
+    """A step of every row: tokens int32 [R, w], the state, and how many of the tokens count, int32 [R]."""
+    machine, rows = grammar.automaton, state.rows
+    assert state.drafts is not None
+    drafts, n = state.drafts, width - 1
+    R, C = state.position.shape
+    every = jnp.arange(R)
+
+    def behind(first: Array, more: Array) -> Array:
+        return jnp.concatenate([first[:, None], more[:, :n]], axis=1)
+
+    machines = jax.tree.map(behind, state.automaton, drafts.automaton)
+    positions, guesses = behind(state.position, drafts.position), drafts.tokens[:, :n]
+    hidden = behind(state.hidden, drafts.hidden).reshape(R, C, width, -1)
+    token, broken, image = draw(grammar, weights, state, machines, positions, guesses, hidden, keys)
+
+    # Right as far as what was drawn is what was guessed. What was drawn where the model broke ends the row.
+    right = (token[:, :n] == guesses) & ~broken[:, :n]
+    last = jnp.sum(jnp.cumprod(right.astype(jnp.int32), axis=1), axis=1)
+
+    def at_last(x: Array) -> Array:
+        return x[every, last]
+
+    before, final, bad = jax.tree.map(at_last, machines), at_last(token), at_last(broken)
+    after = machine.halt(machine.advance(before, final), bad)
+    event = machine.event(before, final)
+    writes, position = guidance.advance(event, at_last(positions), rows.start, rows.resets)
+    done = machine.done(after)
+
+    counts = jnp.arange(width) <= last[:, None]
+    where = jnp.where(counts & image, machine.code(machines), drafts.codes.shape[1])
+    codes = drafts.codes.at[every[:, None], where].set(token - grammar.vocabulary.image_offset, mode="drop")
+    # What was drawn behind what is now known, by its place behind it.
+    place = last[:, None] + 1 + jnp.arange(n)
+    inside = jnp.minimum(place, n)
+    again = jnp.where((place <= n) & jnp.take_along_axis(image, inside, 1), jnp.take_along_axis(token, inside, 1), -1)
+    drafts = guess(grammar, state, after, position, writes, again, codes)
+
+    model = Transformer.bind(config, weights.layers)
+    fed = jnp.concatenate([final[:, None], jnp.maximum(drafts.tokens, 0)], axis=1)
+    read, cache = model.extend(jnp.repeat(fed, C, axis=0), state.cache, jnp.where(done[:, None], 0, writes).reshape(-1))
+    piece = jnp.where(counts & (token < grammar.vocabulary.text_size), token, state.seen.shape[1])
+    return (
+        token,
+        State(
+            rows=rows,
+            automaton=after,
+            position=jnp.where(done[:, None], 0, position),
+            hidden=read[:, 0],
+            cache=cache,
+            seen=state.seen.at[every[:, None], piece].set(True, mode="drop"),
+            broken=state.broken | bad,
+            drafts=_as_wide(drafts._replace(hidden=read[:, 1:]), state.drafts),
+        ),
+        last + 1,
+    )
+
+
+def draw(
+    grammar: Grammar,
+    weights: Weights,
+    state: State,
+    machines: Any,
+    positions: Array,
+    guesses: Array,
+    hidden: Array,
+    keys: Array,
+) -> tuple[Array, Array, Array]:
+    """What `steps.draw` gives at each position of the window if the guesses before it are right.
+
+    Args:
+        machines: automata [R, w]. positions: int32 [R, w, C]. guesses: int32 [R, n], -1 from where there are none.
+        hidden: [R, C, w, D].
+
+    Returns:
+        Tokens int32 [R, w], whether their logits were NaN, and whether they were drawn as codes, bool [R, w] each.
+    """
+    machine, vocabulary, rows = grammar.automaton, grammar.vocabulary, state.rows
+    R, C, width, _ = hidden.shape
+    flat = jax.tree.map(lambda x: x.reshape(-1), machines)
+    there = jnp.concatenate([jnp.ones((R, 1), bool), guesses >= 0], axis=1)
+
+    def repeated(x: Array) -> Array:
+        return jnp.repeat(x, width, axis=0)
+
+    forced = steps.known(grammar, flat, repeated(rows.canvas)).reshape(R, width)
+    drawn = (forced < 0) & there
+    image = machine.in_image(flat).reshape(R, width)
+
+    def codes() -> tuple[Array, Array]:
+        logits = steps.project(jnp.swapaxes(hidden, 1, 2).reshape(R * width, C, -1), weights.image)
+        logits = guidance.mix(logits, repeated(rows.weights))
+        filters = jax.tree.map(repeated, rows.filters.at(jnp.ones(R, bool)))
+        active, at = (drawn & image).reshape(-1), positions[..., 0].reshape(-1)
+        token, broken = decoding.choose(logits, None, active, filters, repeated(keys), at)
+        return vocabulary.image_offset + token.reshape(R, width), broken.reshape(R, width)
+
+    # Text is not guessed, so of the window a row draws one word at most, behind guesses that may be pieces of text.
+    word_at = jnp.argmax(drawn & ~image, axis=1)
+    at_word = jnp.arange(R), word_at
+
+    def words() -> tuple[Array, Array]:
+        said = (jnp.arange(width - 1) < word_at[:, None]) & (guesses >= 0) & (guesses < vocabulary.text_size)
+        pieces = jnp.where(said, guesses, state.seen.shape[1])
+        seen = state.seen.at[jnp.arange(R)[:, None], pieces].set(True, mode="drop")
+        logits = steps.project(jnp.swapaxes(hidden, 1, 2)[at_word][:, 0], weights.text)
+        logits = decoding.penalize(logits, seen, rows.penalty)
+        allowed = machine.allowed(jax.tree.map(lambda x: x[at_word], machines), logits.shape[1])
+        filters = rows.filters.at(jnp.zeros(R, bool))
+        active = jnp.any(drawn & ~image, axis=1)
+        token, broken = decoding.choose(logits, allowed, active, filters, keys, positions[at_word][:, 0])
+        empty = jnp.zeros((R, width), jnp.int32)
+        return empty.at[at_word].set(token), empty.astype(bool).at[at_word].set(broken)
+
+    def where_any(needed: Array, function: Any) -> tuple[Array, Array]:
+        nothing = jnp.zeros((R, width), jnp.int32), jnp.zeros((R, width), bool)
+        return jax.lax.cond(jnp.any(needed), function, lambda: nothing)
+
+    with jax.named_scope("words"):
+        word, bad_word = where_any(drawn & ~image, words)
+    with jax.named_scope("codes"):
+        code, bad_code = where_any(drawn & image, codes)
+    token = jnp.where(drawn, jnp.where(image, code, word), forced)
+    return token, bad_code | bad_word, drawn & image
+
+
+def guess(
+    grammar: Grammar, state: State, after: Any, position: Array, writes: Array, again: Array, codes: Array
+) -> Drafts:
+    """Guesses of what comes next, without what is read of them.
+
+    Args:
+        after: the automaton behind what is known, [R] each. position, writes: int32 [R, C], of `guidance.advance`.
+        again: int32 [R, n], what was drawn there before; -1: nothing. codes: of the image at hand, as in `Drafts`.
+    """
+    machine, rows, offset = grammar.automaton, state.rows, grammar.vocabulary.image_offset
+    every = jnp.arange(len(writes))
+
+    def one(carry: Any, drawn: Array) -> Any:
+        at, position, codes, writes, going = carry
+        forced, image = steps.known(grammar, at, rows.canvas), machine.in_image(at)
+        place = machine.code(at)
+        above = place - jnp.where(place >= machine.columns(at), machine.columns(at), 1)
+        alike = jnp.take_along_axis(codes, above[:, None], axis=1, mode="clip")[:, 0]
+        token = jnp.where(forced >= 0, forced, jnp.where(drawn >= 0, drawn, offset + alike))
+        going &= ~machine.done(at) & ((forced >= 0) | image)
+        written, behind = guidance.advance(machine.event(at, token), position, rows.start, rows.resets)
+        going &= jnp.all(written == writes + 1, axis=1)
+        codes = codes.at[every, jnp.where(image, place, codes.shape[1])].set(token - offset, mode="drop")
+        at = machine.advance(at, token)
+        token = jnp.where(going, token, -1)
+        return (at, behind, codes, written, going), (token, at, behind)
+
+    begin = after, position, codes, writes, jnp.ones(len(writes), bool)
+    found = jax.lax.scan(one, begin, again.T)[1]
+    tokens, machines, positions = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), found)
+    nothing = jnp.zeros((0, 0, 0))  # `step` fills it in
+    return Drafts(tokens, nothing, machines, positions, codes)
+
+
+def _as_wide(drafts: Drafts, like: Drafts) -> Drafts:
+    """Drafts of a narrow window as those of a wide one, none behind its end."""
+
+    def wide(x: Array, old: Array) -> Array:
+        missing = old.shape[1] - x.shape[1]
+        return jnp.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)], constant_values=-1) if missing else x
+
+    return jax.tree.map(wide, drafts, like)
