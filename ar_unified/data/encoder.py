@@ -162,7 +162,7 @@ class Encoder:
         while self._items and all(self._codes[digest] is not None for digest in self._items[0].images):
             item = self._items.popleft()
             if item.document is not None and item.images:
-                codes = iter([self._codes[digest] for digest in item.images])
+                codes = iter([found for digest in item.images if (found := self._codes[digest]) is not None])
                 item.document = item.document.changed(lambda part: next(codes) if part is _IMAGE else part)  # noqa: B023
             yield item
 
