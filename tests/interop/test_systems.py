@@ -22,8 +22,10 @@ from ar_unified.cli.main import main
 from ar_unified.errors import UserError
 from ar_unified.experiment import config as configs
 from ar_unified.interop import lwm
-from ar_unified.language.document import CodesPart, Document, TextPart, Turn
+from ar_unified.language.document import CodesPart, Document, TextPart, TokensPart, Turn
+from ar_unified.language.vocabulary import Role
 from ar_unified.sampling.decoding import Filter
+from ar_unified.sampling.request import Request
 from tests.interop import comparing, formats, interleaved, tables
 from tests.language import transcriptions
 from tests.sources import ROOT
@@ -86,6 +88,54 @@ def test_lwm_answers_with_both_tables_as_its_transcription(lwm_model: ar_unified
     np.testing.assert_allclose(comparing.hidden(lwm_model, ours), original.hidden(ids, sees), atol=2e-5)
     other = interleaved.Lwm(original.params, 10 * formats.LWM_THETA).logits(ids, sees)[0]
     assert np.abs(other - text).max() > 1000 * LOGITS, "which theta it is would not be seen"
+
+
+def greedy(
+    original: interleaved.Lwm, contexts: list[list[int]], scales: list[float], allowed: np.ndarray, n: int
+) -> np.ndarray:
+    """n ids behind the first context, of the weighted sum of both tables' logits behind all; none is a near tie."""
+    drawn: list[int] = []
+    for _ in range(n):
+        mixed = np.zeros(320 + 8448)
+        for context, scale in zip(contexts, scales, strict=True):
+            ids = np.array([[*context, *drawn]])
+            sees = ids >= 320
+            mixed += scale * np.concatenate(original.logits(np.where(sees, ids - 320, ids), sees), -1)[0, -1]
+        second, best = allowed[np.argsort(mixed[allowed])[-2:]]
+        assert mixed[best] - mixed[second] > 1e-3
+        drawn.append(int(best))
+    return np.array(drawn)
+
+
+@pytest.mark.parametrize("mode, guidance", [("text", 1.0), ("image", 1.0), ("image", 3.0)])
+def test_sixty_four_greedy_ids_of_lwm_are_its_transcriptions(
+    mode: str, guidance: float, lwm_model: ar_unified.Model
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "LWM_VISION", 8448)
+        original = interleaved.Lwm(formats.lwm_params(), formats.LWM_THETA)
+    grammar, vocabulary, ids = lwm_model.grammar, lwm_model.vocabulary, lwm_model.ids
+    shown = CodesPart(np.zeros((16, 16), np.int32))
+    end = int(ids.theirs([vocabulary.control(grammar.layout.record.end)])[0])
+    of = ids.theirs(np.array(vocabulary.ids(Role.TEXT if mode == "text" else Role.IMAGE)))
+    for text in ("the red", "a circle", "blue", "square and green"):  # until one is that does not end the answer
+        ours = grammar.encode(Document((Turn("document", (TextPart(text), shown)),))).tokens
+        said, begun = 1 + len(grammar.text_codec.encode(text)), int(np.argmax(vocabulary.role(ours) == Role.IMAGE))
+        asked = ours[: said if mode == "text" else begun]
+        contexts = [ids.theirs(asked).tolist(), ids.theirs([ours[0], *ours[said:begun]]).tolist()]
+        allowed = np.append(of, end) if mode == "text" else of
+        expected = greedy(original, contexts, [guidance, 1 - guidance], allowed, 64)
+        if end not in expected:
+            break
+    assert end not in expected
+
+    request = Request(
+        "r", (TokensPart(tuple(asked.tolist())),), turn=False, mode=mode, max_tokens=80 if mode == "text" else None,
+        guidance=guidance, context="bos_boi", text=Filter(0.0), image=Filter(0.0),
+    )  # fmt: skip
+    (sample,) = lwm_model.generate([request])
+    assert not sample.error
+    assert ids.theirs(sample.tokens)[:64].tolist() == expected.tolist()
 
 
 def test_lwms_ids_are_its_own(lwm_model: ar_unified.Model) -> None:
