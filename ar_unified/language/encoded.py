@@ -21,7 +21,7 @@ _ROLE, _SPEAKER = 0b111, 0b11  # Role in bits 0-2, place in SPEAKERS in bits 3-4
 TRAINED, TURN, IMAGE = 1 << 5, 1 << 6, 1 << 7  # is trained; first of a turn; first of an image
 _ANSWERS = [SPEAKERS.index("document"), SPEAKERS.index("assistant")]
 _OWN = _ROLE | IMAGE  # what a token has wherever it stands
-_SPEAKERS = {speaker: place << 3 for place, speaker in enumerate(SPEAKERS)}
+_SPEAKERS: dict[str, int] = {speaker: place << 3 for place, speaker in enumerate(SPEAKERS)}
 _ONE = [bytes([each]) for each in range(256)]
 
 
