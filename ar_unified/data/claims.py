@@ -79,10 +79,11 @@ class Claims:
         """
         self._team.alive()
         now = time.monotonic()
-        if self._held is None or now - self._renewed < self._team.lease / 8:
+        if now - self._renewed < self._team.lease / 8:
             return False
         self._renewed = now
-        workdir.write_text(self._held, f"{self._me}, at {now:.3f}\n")
+        if self._held is not None:
+            workdir.write_text(self._held, f"{self._me}, at {now:.3f}\n")
         return True
 
     def clear(self) -> None:

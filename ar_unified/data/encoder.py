@@ -159,11 +159,14 @@ class Encoder:
 
     def _ready(self) -> Iterator[Item]:
         self._settle(len(self._going))
-        while self._items and all(self._codes[digest] is not None for digest in self._items[0].images):
+        while self._items:
+            codes = [known for digest in self._items[0].images if (known := self._codes[digest]) is not None]
+            if len(codes) < len(self._items[0].images):
+                return
             item = self._items.popleft()
-            if item.document is not None and item.images:
-                codes = iter([found for digest in item.images if (found := self._codes[digest]) is not None])
-                item.document = item.document.changed(lambda part: next(codes) if part is _IMAGE else part)  # noqa: B023
+            if item.document is not None and codes:
+                left = iter(codes)
+                item.document = item.document.changed(lambda part: next(left) if part is _IMAGE else part)  # noqa: B023
             yield item
 
 

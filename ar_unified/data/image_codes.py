@@ -49,12 +49,8 @@ class ImageCodes:
         if refresh:
             self._make_index()
         indices = sorted(self._folder.glob("index-*.keys.npy"))
-        self._keys: np.ndarray
-        self._places: np.ndarray
-        self._keys, self._places = _read_index(indices[-1]) if indices else (np.zeros(0, "<u8"), np.zeros(0, _PLACE))
-
-    def __len__(self) -> int:
-        return len(self._keys)
+        nothing: Found = np.zeros(0, "<u8"), np.zeros(0, _PLACE)
+        self._keys, self._places = _read_index(indices[-1]) if indices else nothing
 
     def get(self, digest: bytes) -> np.ndarray | None:
         """Codes int32 [h, w] of an image; None: not known."""

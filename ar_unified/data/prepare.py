@@ -132,16 +132,8 @@ def prepare(
     folder, team = Path(folder), team or Team()
     resize = resize or default_resize(grammar.layout, image_tokenizer)
     _check_tokenizer(grammar, image_tokenizer)
-    if len(names := [folder_name(source.name) for source in sources]) > len(set(names)):
-        raise UserError(f"sources need different names (labels), found {names}")
     settings = dict(max_tokens=max_tokens, resize=asdict(resize), batch_size=batch_size, shard_items=shard_items)
-    fingerprints = [dict(source.fingerprint) | {"reversible": source.reversible} for source in sources]
-    plan = {
-        "version": VERSION,
-        "vocabulary": grammar.manifest(),
-        "settings": settings,
-        "sources": dict(zip(names, fingerprints, strict=True)),
-    }
+    plan = _plan(sources, grammar, settings)
     _same_plan(folder, plan)
     if (folder / "manifest.json").exists():
         return load_report(folder)
@@ -149,13 +141,7 @@ def prepare(
         workdir.clean(folder)
     workdir.write_json(folder / "plan.json", plan)
 
-    pieces = {
-        f"{name}/{number:05d}": Piece(
-            source, folder / name, number, range(begin, min(begin + shard_items, len(source)))
-        )
-        for name, source in zip(names, sources, strict=True)
-        for number, begin in enumerate(range(0, len(source), shard_items))
-    }
+    pieces = _pieces(sources, plan["sources"], folder, shard_items)
     claims = Claims(folder / CLAIMS, team)
     tokenizers = tokenizers or Tokenizers([image_tokenizer])
     maker = ShardMaker(grammar, tokenizers, resize, batch_size, max_tokens, workers)
@@ -232,6 +218,30 @@ def _check_tokenizer(grammar: Grammar, tokenizer: ImageCodec) -> None:
                 f"the vocabulary was made for an image tokenizer with {name} {ours!r}, the one given has {theirs!r}: "
                 "use the tokenizer of the same run",
             )
+
+
+def _plan(sources: Sequence[Source], grammar: Grammar, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Whatever decides the shards; sources by the names of their folders. Raises UserError for equal names."""
+    if len(names := [folder_name(source.name) for source in sources]) > len(set(names)):
+        raise UserError(f"sources need different names (labels), found {names}")
+    fingerprints = [dict(source.fingerprint) | {"reversible": source.reversible} for source in sources]
+    return {
+        "version": VERSION,
+        "vocabulary": grammar.manifest(),
+        "settings": settings,
+        "sources": dict(zip(names, fingerprints, strict=True)),
+    }
+
+
+def _pieces(sources: Sequence[Source], names: Collection[str], folder: Path, shard_items: int) -> dict[str, Piece]:
+    """The shards of all sources, by name."""
+    return {
+        f"{name}/{number:05d}": Piece(
+            source, folder / name, number, range(begin, min(begin + shard_items, len(source)))
+        )
+        for name, source in zip(names, sources, strict=True)
+        for number, begin in enumerate(range(0, len(source), shard_items))
+    }
 
 
 def _same_plan(folder: Path, plan: Mapping[str, Any]) -> None:
