@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 from ar_tokenizers.files import whole
 
-from ar_unified.data import blocks, shards
+from ar_unified.data import blocks, fitting, shards
 from ar_unified.data.loader import PackedBatches
 from ar_unified.data.packing import Packing
 from ar_unified.language.encoded import Encoded
@@ -113,7 +113,7 @@ def simulated_index(found: np.ndarray) -> np.ndarray:
 def repeat_plan(index: np.ndarray, place: Path) -> None:
     """The plan of data whose runs are all alike: one block of each size is planned."""
     dealt = blocks.Blocks(len(index))
-    known: dict[int, tuple[bytes, tuple[int, int]]] = {}  # by the size of a block
+    known: dict[int, tuple[bytes, tuple[int, int, bool]]] = {}  # by the size of a block
     counts = []
     with whole(place / f"rows-{LENGTH}.npy") as file:
         facts = {"descr": "<u2", "fortran_order": False, "shape": index.shape}
@@ -121,8 +121,8 @@ def repeat_plan(index: np.ndarray, place: Path) -> None:
         for block, size in enumerate(np.diff(dealt.starts).tolist()):
             if size not in known:
                 found = np.sort(index[dealt.documents(block)])[::-1]
-                rows = blocks.best_fit(found, LENGTH)
-                known[size] = rows.astype("<u2").tobytes(), (int(rows.max()) + 1, int(found.sum()))
+                rows, decreasing = fitting.rows_of(found, LENGTH)
+                known[size] = rows.astype("<u2").tobytes(), (int(rows.max()) + 1, int(found.sum()), decreasing)
             file.write(known[size][0])
             counts.append(known[size][1])
     np.save(place / f"rows-{LENGTH}.blocks.npy", np.array(counts, np.int64))
@@ -185,13 +185,13 @@ def own() -> float:
 
 def mapped(folder: Path) -> float:
     """MB of pages of files below a folder that this process has mapped and touched."""
-    found, inside = 0, False
+    kilobytes, inside = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if line.startswith("Rss:"):
-            found += int(line.split()[1]) * inside
+            kilobytes += int(line.split()[1]) * inside
         elif not line.split()[0].endswith(":"):
             inside = str(folder.resolve()) in line
-    return found / 1e3
+    return kilobytes / 1e3
 
 
 def drop_from_cache(folder: Path) -> None:
