@@ -13,7 +13,7 @@ A fresh process then opens the loader and makes batches of steps drawn at random
 first, as after a restart. Columns, of a process of its own for each size:
     start    seconds to open the loader, imports not counted; work: of them of processor time
     own      MB of memory that this process alone has (RssAnon), more than it had before; after the random batches
-    shared   MB that are mapped from files, and are one copy for all processes of a host (RssFile), likewise
+    mapped   MB of the files that it has mapped and touched, one copy for all processes of a host
     choose   ms of processor time for which documents are in the 1,024 rows of a random step; median and most
     next     the same for the step after it, whose blocks are known
     lay      ms of processor time to lay them side by side: 1,024 rows of 4,096 tokens, as arrays of a PackedBatch
@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 from ar_tokenizers.files import whole
 
-from ar_unified.data import blocks, shards
+from ar_unified.data import blocks, fitting, shards
 from ar_unified.data.loader import PackedBatches
 from ar_unified.data.packing import Packing
 from ar_unified.language.encoded import Encoded
@@ -113,7 +113,7 @@ def simulated_index(found: np.ndarray) -> np.ndarray:
 def repeat_plan(index: np.ndarray, place: Path) -> None:
     """The plan of data whose runs are all alike: one block of each size is planned."""
     dealt = blocks.Blocks(len(index))
-    known: dict[int, tuple[bytes, tuple[int, int]]] = {}  # by the size of a block
+    known: dict[int, tuple[bytes, tuple[int, int, bool]]] = {}  # by the size of a block
     counts = []
     with whole(place / f"rows-{LENGTH}.npy") as file:
         facts = {"descr": "<u2", "fortran_order": False, "shape": index.shape}
@@ -121,8 +121,8 @@ def repeat_plan(index: np.ndarray, place: Path) -> None:
         for block, size in enumerate(np.diff(dealt.starts).tolist()):
             if size not in known:
                 found = np.sort(index[dealt.documents(block)])[::-1]
-                rows = blocks.best_fit(found, LENGTH)
-                known[size] = rows.astype("<u2").tobytes(), (int(rows.max()) + 1, int(found.sum()))
+                rows, decreasing = fitting.rows_of(found, LENGTH)
+                known[size] = rows.astype("<u2").tobytes(), (int(rows.max()) + 1, int(found.sum()), decreasing)
             file.write(known[size][0])
             counts.append(known[size][1])
     np.save(place / f"rows-{LENGTH}.blocks.npy", np.array(counts, np.int64))
@@ -131,7 +131,7 @@ def repeat_plan(index: np.ndarray, place: Path) -> None:
 def measure(folder: Path) -> dict[str, Any]:
     """Of a process that has done nothing else."""
     drop_from_cache(folder)
-    before = memory()
+    before = own()
     began, worked = time.perf_counter(), time.process_time()
     loader = PackedBatches(folder, GRAMMAR, batch_size=ROWS, sequence_length=LENGTH, seed=1)
     start, work = time.perf_counter() - began, time.process_time() - worked
@@ -155,15 +155,14 @@ def measure(folder: Path) -> dict[str, Any]:
     for step in steps.tolist():
         whole_batch(step)
         whole_batch(step + 1)
-    after = memory()
     choose, lay, read = (np.array(spent[name]) for name in ("choose", "lay", "read"))
     return {
         "rows": facts["rows"],
         "fill": facts["fill"],
         "start": start,
         "work": work,
-        "own": after[0] - before[0],
-        "shared": after[1] - before[1],
+        "own": own() - before,
+        "mapped": mapped(folder),
         "choose": statistics.median(choose[::2]),
         "most": choose.max(),
         "next": statistics.median(choose[1::2]),
@@ -178,11 +177,21 @@ def simulated(self: shards.Shards, documents: np.ndarray) -> list[Encoded]:
     return [Encoded(tokens[:length], marks[:length]) for length in found]
 
 
-def memory() -> tuple[float, float]:
-    """MB of this process: its own, and mapped from files."""
+def own() -> float:
+    """MB of memory that this process alone has."""
     facts = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    own, mapped = (int(facts[name].split()[0]) / 1e3 for name in ("RssAnon", "RssFile"))
-    return own, mapped
+    return int(facts["RssAnon"].split()[0]) / 1e3
+
+
+def mapped(folder: Path) -> float:
+    """MB of pages of files below a folder that this process has mapped and touched."""
+    kilobytes, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line.startswith("Rss:"):
+            kilobytes += int(line.split()[1]) * inside
+        elif not line.split()[0].endswith(":"):
+            inside = str(folder.resolve()) in line
+    return kilobytes / 1e3
 
 
 def drop_from_cache(folder: Path) -> None:

@@ -1,18 +1,18 @@
 """How full rows of 4,096 tokens are, and what packing them costs: ours beside Grain's first fit and best fit.
 
     pip install grain          # in an environment of its own
-    python experiments/benchmarks/packing.py --data DIR
+    python experiments/benchmarks/packing.py --data DIR [--folder DIR] [--documents N] [--open N ...]
 
 DIR holds based-cooking, clothing, noto-emoji, easy-vqa (folders of images and JSONL) and text/udhr. They are prepared
 as for a training, with images of 64 x 64 pixels as 16 x 16 codes and a token for each byte of text; only lengths
 matter. No image is ever cut: a document that is longer than a row is cut between its parts, or in its text. The last
 line is a simulated mixture, large enough that no source's end shows: captions, texts and interleaved documents.
 
-Everybody packs the same documents, whole. Ours plans a block of 65,536 at a time and keeps to one source a row; the
-mixture weighs its rows. Grain sees the documents in random order, mixed by weights that give the same shares of
-tokens, with as many rows open as named. Columns: the share of positions with a token, over one epoch of a source or
-some tens of thousands of documents of the mixture; and microseconds of processor time a document, from documents in
-memory to rows with positions and segments (ours makes targets, roles and five more fields of a PackedBatch as well).
+Everybody packs the same documents, whole, at most --documents of a source, drawn at random. Ours plans a block of
+65,536 at a time and keeps to one source a row; the mixture weighs its rows. Grain sees the documents in random order,
+mixed by weights that give the same shares of tokens, with as many rows open as named. Columns: the share of positions
+with a token, over one epoch of a source or --documents of the mixture; and microseconds of processor time a document,
+from documents in memory to rows with positions and segments (ours makes targets, roles and four more fields as well).
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ from ar_unified.language.syntax import fixed_grid
 from ar_unified.language.vocabulary import Vocabulary
 
 LENGTH, BATCH = 4096, 64
-OPEN = (64, 1024)  # Grain's rows that are filled at the same time
 WEIGHTS = {"based-cooking": 0.2, "clothing": 0.2, "noto-emoji": 0.1, "easy-vqa": 0.3, "udhr": 0.2}
 METHODS = {"first fit": FirstFitPackIterDataset, "best fit": BestFitPackIterDataset}
 
@@ -100,11 +99,15 @@ def shuffled(found: np.ndarray) -> Any:
     return grain.MapDataset.source(found.tolist()).seed(0).shuffle()
 
 
-def mixed(sources: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> Any:
-    """By weights of documents that give `weights` of tokens."""
-    each = np.array([weights[name] / found.mean() for name, found in sources.items()])
+def each_weight(sources: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Weights of documents that give WEIGHTS of tokens."""
+    each = np.array([WEIGHTS[name] / found.mean() for name, found in sources.items()])
+    return each / each.sum()
+
+
+def mixed(sources: Mapping[str, np.ndarray]) -> Any:
     streams = [shuffled(found).repeat() for found in sources.values()]
-    return grain.MapDataset.mix(streams, (each / each.sum()).tolist())
+    return grain.MapDataset.mix(streams, each_weight(sources).tolist())
 
 
 def line(name: str, documents: int, found: Mapping[str, tuple[float, float]]) -> None:
@@ -115,11 +118,17 @@ def line(name: str, documents: int, found: Mapping[str, tuple[float, float]]) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--documents", type=int, default=60_000, help="of the mixtures")
+    parser.add_argument("--folder", type=Path, help="where to prepare, and to find what was; else nowhere that stays")
+    parser.add_argument("--documents", type=int, default=60_000)
+    parser.add_argument("--open", type=int, nargs="+", default=[64, 1024], help="rows that Grain fills at a time")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        sources = prepared(arguments.data, Path(folder) / "data")
-        contenders = [(method, rows) for method in METHODS for rows in OPEN]
+        draw = np.random.default_rng(0)
+        sources = {
+            name: draw.permutation(found)[: arguments.documents]
+            for name, found in prepared(arguments.data, arguments.folder or Path(folder) / "data").items()
+        }
+        contenders = [(method, rows) for method in METHODS for rows in arguments.open]
         print("source, documents; fill and us a document: ours,", ", ".join(f"{m} {n}" for m, n in contenders))
         fills: dict[str, tuple[float, float]] = {}
         for name, found in sources.items():
@@ -127,10 +136,11 @@ def main() -> None:
             rivals = {f"{m}{n}": theirs(shuffled(found), len(found), m, n) for m, n in contenders}
             line(name, len(found), {"ours": fills[name], **rivals})
         weight = np.array([WEIGHTS[name] for name in sources])
-        mine = tuple(float(weight @ np.array([fills[name][i] for name in sources])) for i in (0, 1))
-        stream = mixed(sources, WEIGHTS)
+        spent = each_weight(sources) @ np.array([fills[name][1] for name in sources])
+        mine = (float(weight @ np.array([fills[name][0] for name in sources])), float(spent))
+        stream = mixed(sources)
         rivals = {f"{m}{n}": theirs(stream, arguments.documents, m, n) for m, n in contenders}
-        line("mixture", arguments.documents, {"ours": (mine[0], mine[1]), **rivals})
+        line("mixture", arguments.documents, {"ours": mine, **rivals})
         simulated = lengths(arguments.documents, 0)
         rivals = {f"{m}{n}": theirs(shuffled(simulated), len(simulated), m, n) for m, n in contenders}
         line("simulated", len(simulated), {"ours": ours(simulated), **rivals})
