@@ -56,8 +56,6 @@ def from_markdown(text: str) -> list[dict[str, Any]]:
 
 def _target(found: re.Match[str], defined: dict[str, str]) -> str | None:
     """What an image names; None: it is code, or nothing that is an image."""
-    if found["code"]:
-        return None
     if found["tag"]:
         source = _SOURCE.search(found["tag"])
         return next(filter(None, source.groups()), None) if source else None

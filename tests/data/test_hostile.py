@@ -150,15 +150,18 @@ def test_tars_that_are_not_whole(tmp_path: Path) -> None:
     (tmp_path / "4.tar").write_bytes(gzip.compress(whole))
     (tmp_path / "5.tar").write_bytes(b"")
     (tmp_path / "6.tar").symlink_to("/etc/passwd")
-    huge = member("0.png", pax_headers={"comment": "x" * 8}).tobuf(tarfile.PAX_FORMAT)
-    huge = member("x", type=b"L")
-    huge.size = 1 << 40
-    (tmp_path / "7.tar").write_bytes(huge.tobuf() + bytes(512))
+    name = member("././@LongLink", type=tarfile.GNUTYPE_LONGNAME, size=64 << 20)
+    with open(tmp_path / "7.tar", "wb") as file:  # a name of 64 MiB
+        file.write(name.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(65 << 20)
     good = ["", "", ""]
     cut = "unreadable_file"
+    tracemalloc.start()
     assert kinds(dict(kind="webdataset", path=tmp_path)) == [
         *good, "", cut, "", cut, "", cut, cut, cut, "path_escapes", cut
     ]  # fmt: skip
+    assert tracemalloc.get_traced_memory()[1] < 30 << 20
+    tracemalloc.stop()
     with pytest.raises(UserError, match="4.tar: no tar can be read: expected a tar, found gzip data; unpack it"):
         open_source(dict(kind="webdataset", path=tmp_path / "4.tar"))
 
