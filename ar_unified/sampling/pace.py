@@ -29,7 +29,7 @@ class _Pool:
     """What was measured of one: by width the seconds of a step, and the tokens it had for a sample."""
 
     width: int
-    left: int = _AFTER  # steps until a trial
+    left: int  # steps until a trial
     trial: list[int] = field(default_factory=list)  # widths of the probes to come
     seconds: dict[int, list[float]] = field(default_factory=dict)
     tokens: dict[int, list[float]] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class Pace:
         """How wide the next steps of a pool are to be, how many of `steps` to take, and whether they are a probe."""
         if not self._measured:
             return self.most, steps, False
-        pool = self._pools.setdefault(shape, _Pool(1))
+        pool = self._pools.setdefault(shape, _Pool(WIDTHS[0], _AFTER))
         if pool.left > 0:
             pool.left -= steps
             return pool.width, steps, False
