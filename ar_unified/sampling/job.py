@@ -149,16 +149,8 @@ def run_job(
     if complete:  # the last process to end finds it so
         gallery.write(output)
         batch_output.write(output, lines, weights)
-    return JobReport(
-        tally.samples,
-        tally.errors,
-        len(done.samples),
-        tally.tokens,
-        tally.seconds,
-        complete,
-        tally.first_error,
-        engine.tokens_a_step,
-    )
+    counted = tally.samples, tally.errors, len(done.samples), tally.tokens, tally.seconds
+    return JobReport(*counted, complete, tally.first_error, engine.tokens_a_step)
 
 
 def _count(line: Line) -> int:

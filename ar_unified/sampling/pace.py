@@ -24,18 +24,12 @@ _AGAIN = 64 * CHUNK  # before another
 _BETTER = 1.05  # times faster than a narrower one, or it is not worth it
 
 
-def check_window(window: int | str) -> None:
-    """Raises ValueError unless it is one of WINDOWS, or the number of one."""
-    if str(window) not in WINDOWS:
-        raise ValueError(f"window: expected one of {', '.join(WINDOWS)}; found {window!r}")
-
-
 @dataclass
 class _Pool:
     """What was measured of one: by width the seconds of a step, and the tokens it had for a sample."""
 
     width: int
-    left: int = _AFTER  # steps until a trial
+    left: int  # steps until a trial
     trial: list[int] = field(default_factory=list)  # widths of the probes to come
     seconds: dict[int, list[float]] = field(default_factory=dict)
     tokens: dict[int, list[float]] = field(default_factory=dict)
@@ -47,10 +41,14 @@ class _Pool:
 
 
 class Pace:
-    """The window of each pool of an engine. window: one of WINDOWS, or its number."""
+    """The window of each pool of an engine.
+
+    window: one of WINDOWS, or its number. most: how wide it is at most. Raises ValueError for another.
+    """
 
     def __init__(self, window: int | str):
-        check_window(window)
+        if str(window) not in WINDOWS:
+            raise ValueError(f"window: expected one of {', '.join(WINDOWS)}; found {window!r}")
         self._measured = window == "auto"
         self.most = FEW if self._measured else int(window)
         self._pools: dict[Shape, _Pool] = {}
@@ -59,7 +57,7 @@ class Pace:
         """How wide the next steps of a pool are to be, how many of `steps` to take, and whether they are a probe."""
         if not self._measured:
             return self.most, steps, False
-        pool = self._pools.setdefault(shape, _Pool(1))
+        pool = self._pools.setdefault(shape, _Pool(WIDTHS[0], _AFTER))
         if pool.left > 0:
             pool.left -= steps
             return pool.width, steps, False
@@ -69,7 +67,7 @@ class Pace:
         return pool.trial[0], min(steps, _PROBE), True
 
     def took(self, shape: Shape, seconds: float, tokens: float) -> None:
-        """A probe is done: seconds of a step, and tokens of a step and sample."""
+        """Takes what a probe measured: seconds of a step, and tokens of a step and sample."""
         pool = self._pools[shape]
         width = pool.trial.pop(0)
         if pool.trial[:1] == [width] and len(pool.trial) % _PROBES == _PROBES - 1:

@@ -20,6 +20,7 @@ import itertools
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def example(rng: np.random.Generator, split: str, noise: float) -> tuple[str, np
 
 
 def trained(grammar: Grammar, config: TransformerConfig, steps: int, noise: float, rows: int = 16) -> Any:
-    """Parameters, and the loss of the last steps in nats a token."""
+    """Parameters, and the loss of the last steps, in nats a token."""
     rng, optimizer = (
         np.random.default_rng(0),
         optax.adamw(optax.warmup_cosine_decay_schedule(0, 3e-3, 30, steps), b2=0.99),
@@ -116,26 +117,24 @@ def requests(count: int, setting: str) -> list[Request]:
     ]
 
 
-def measured(engines: dict[Any, Engine], setting: str, batch: int, repeats: int) -> list[dict[str, Any]]:
+def measured(made: Callable[..., Engine], setting: str, batch: int, repeats: int) -> list[dict[str, Any]]:
+    """A line for each window. made: an engine, of a `window`; those of one model share what is compiled."""
+    engines = {window: made(window=window) for window in WINDOWS}
     asked, times = requests(2 * batch, setting), {window: [] for window in engines}
-    expected: dict[str, list[int]] = {}
-    other, many = dict.fromkeys(engines, 0), {}
-    for engine in engines.values():
-        list(engine.generate(asked))
-    for window in ("auto",):  # what it has to learn
-        for _ in range(16):
-            list(engines[window].generate(asked))
+
+    def tokens(engine: Engine) -> dict[str, list[int]]:
+        return {sample.request.id: sample.tokens.tolist() for sample in engine.generate(asked)}
+
+    expected, other = tokens(engines[1]), dict.fromkeys(engines, 0)
+    for window, engine in engines.items():
+        for _ in range(16 if window == "auto" else 1):  # what it has to measure first
+            tokens(engine)
     for repeat in range(repeats):
         for window, engine in list(engines.items())[:: 1 if repeat % 2 else -1]:
-            engine._drawn[:] = 0
             began = time.process_time(), time.perf_counter()
-            found = {sample.request.id: sample.tokens.tolist() for sample in engine.generate(asked)}
+            found = tokens(engine)
             times[window].append((time.process_time() - began[0], time.perf_counter() - began[1]))
-            many[window] = engine.tokens_a_step
-            if window == 1:
-                expected = found
-            elif expected:
-                other[window] += sum(found[id] != expected[id] for id in found)
+            other[window] += sum(found[id] != expected[id] for id in found)
     lines = []
     for window in engines:
         ratios = [
@@ -144,7 +143,7 @@ def measured(engines: dict[Any, Engine], setting: str, batch: int, repeats: int)
         cpu, wall = (statistics.median(column) for column in zip(*ratios, strict=True))
         lines.append(
             dict(
-                batch=batch, setting=setting, window=window, tokens_a_step=round(many[window], 3),
+                batch=batch, setting=setting, window=window, tokens_a_step=round(engines[window].tokens_a_step, 3),
                 cpu=round(cpu, 3), wall=round(wall, 3), other=other[window], seconds=times[window],
             )
         )  # fmt: skip
@@ -169,12 +168,10 @@ def main() -> None:
         models[name], loss = trained(grammar, config, arguments.steps, noise)
         print(f"model={name} loss={loss:.3f}", flush=True)
     for batch in arguments.batches:
-        made = functools.partial(Engine, config, models["plain"], grammar, batch_size=batch, max_length=LENGTH)
-        engines = {window: made(window=window) for window in WINDOWS}
         for name, setting in itertools.product(models, SETTINGS):
-            for engine in engines.values():
-                engine.params = models[name]
-            lines += [{"model": name} | line for line in measured(engines, setting, batch, arguments.repeats)]
+            print(f"{name}:", flush=True)
+            made = functools.partial(Engine, config, models[name], grammar, batch_size=batch, max_length=LENGTH)
+            lines += [{"model": name} | line for line in measured(made, setting, batch, arguments.repeats)]
     if arguments.output:
         about = dict(jax=jax.__version__, steps=arguments.steps, lines=lines)
         arguments.output.write_text(json.dumps(about, indent=1) + "\n")

@@ -16,7 +16,7 @@ from ar_unified.parallel.mesh import make_mesh
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.request import Request
-from ar_unified.sampling.steps import text_ids
+from ar_unified.sampling.steps import FACTS, text_ids
 from tests.sampling.tiny import CONFIG, GRAMMARS, random_params
 
 LENGTH = 192  # of the caches, and of the forwards that are compared
@@ -108,7 +108,7 @@ def watch(first):
             seen.append(np.asarray(state.hidden).reshape(*state.position.shape, -1) @ head.T)
             state, packed = call(function, weights, state, halted & (i == 0), np.int32(1))
             pieces.append(packed)
-        rest = packed[:, len(pieces) :]
+        rest = packed[:, len(pieces) :].at[:, -FACTS].set(sum(piece[:, -FACTS] for piece in pieces))
         return state, jnp.concatenate([*(piece[:, :1] for piece in pieces), rest], axis=1)
 
     first.call = one_by_one
