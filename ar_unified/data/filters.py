@@ -10,6 +10,7 @@ Each item that is left out is a BadItem, counted and listed with the others: kin
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +20,7 @@ from typing import Any
 from ar_unified import progress, workdir
 from ar_unified.data.augmentation import Augmented
 from ar_unified.data.duplicates import Duplicates, Search
-from ar_unified.data.items import BadItem, Source, language
+from ar_unified.data.items import TOGETHER, BadItem, Source, fetched, language, texts_of
 from ar_unified.data.sources import read
 from ar_unified.errors import UserError
 from ar_unified.language.document import Document, ImagePart, TextPart
@@ -122,17 +123,32 @@ class Filtered:
     def __len__(self) -> int:
         return len(self.source)
 
+    @property
+    def together(self) -> int:
+        return getattr(self.source, "together", TOGETHER)
+
     def __getitem__(self, i: int) -> Document:
+        return self._checked(i, functools.partial(self.source.__getitem__, i))
+
+    def fetch(self, indices: Sequence[int]) -> list[Callable[[], Document]]:
+        """See `items.fetched`."""
+        return [functools.partial(self._checked, i, decode) for i, decode in fetched(self.source, indices)]
+
+    def _checked(self, i: int, decode: Callable[[], Document]) -> Document:
         if i in self._verdicts:
             kind, reason = self._verdicts[i]
             raise BadItem(kind, self.source.origin(i), reason)
-        document = self.source[i]
+        document = decode()
         self.filters.check(document, language(self.source, i) if self.filters.languages else "")
         return document
 
     def texts(self, i: int) -> list[str]:
         """Of what is left out too: a text tokenizer is trained on all text."""
         return self.source.texts(i)
+
+    def fetch_texts(self, indices: Sequence[int]) -> list[list[str] | BadItem]:
+        """See `items.texts_of`."""
+        return [texts for _, texts in texts_of(self.source, indices)]
 
     def origin(self, i: int) -> str:
         return self.source.origin(i)
