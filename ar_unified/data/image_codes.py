@@ -10,6 +10,7 @@ they lie (memory maps), and the index is made a part at a time: memory does not 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Mapping
@@ -48,9 +49,7 @@ class ImageCodes:
         self._map = functools.lru_cache(maxsize=_OPEN)(lambda name: _mapped(self._folder / f"{name}.codes"))
         if refresh:
             self._make_index()
-        indices = sorted(self._folder.glob("index-*.keys.npy"))
-        nothing: Found = np.zeros(0, "<u8"), np.zeros(0, _PLACE)
-        self._keys, self._places = _read_index(indices[-1]) if indices else nothing
+        self._keys, self._places = self._newest()
 
     def get(self, digest: bytes) -> np.ndarray | None:
         """Codes int32 [h, w] of an image; None: not known."""
@@ -81,6 +80,13 @@ class ImageCodes:
             np.save(file, table, allow_pickle=False)
             np.save(file, codes, allow_pickle=False)
 
+    def _newest(self) -> Found:
+        """The newest index that is whole: one may just be making another, and taking this away."""
+        for keys in sorted(self._folder.glob("index-*.keys.npy"), reverse=True):
+            with contextlib.suppress(FileNotFoundError):
+                return _read_index(keys)
+        return np.zeros(0, "<u8"), np.zeros(0, _PLACE)
+
     def _make_index(self) -> None:
         """Makes the index of all files, unless it is there: files come, and never go."""
         files = sorted(self._folder.glob("*.codes"))
@@ -89,7 +95,7 @@ class ImageCodes:
             return
         total = sum(len(_mapped(file)[0]) for file in files)
         borders = np.linspace(0, 2.0**64, -(-total // _PART) + 1)[1:-1].astype(np.uint64)
-        before = list(self._folder.glob("index-*"))
+        before = [path for path in self._folder.glob("index-*") if path.name < keys.name.split(".")[0]]
         with whole(keys) as keys_file, whole(_places_of(keys)) as places_file:  # the keys appear last
             _write_header(keys_file, np.dtype("<u8"), total)
             _write_header(places_file, _PLACE, total)

@@ -64,3 +64,12 @@ def test_digests_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
 def test_an_image_of_the_same_bytes_and_another_shape_is_another() -> None:
     pixels = np.zeros((8, 16, 3), np.uint8)
     assert digest_of(pixels) != digest_of(pixels.reshape(16, 8, 3))
+
+
+def test_an_index_of_which_a_half_is_gone_is_not_read(tmp_path: Path) -> None:
+    codes = ImageCodes(tmp_path, "a", 512)
+    codes.put({digest: codes % 512 for digest, codes in images(0, 5).items()})
+    ImageCodes(tmp_path, "a", 512)
+    (places,) = tmp_path.rglob("index-*.places.npy")
+    places.unlink()
+    assert ImageCodes(tmp_path, "a", 512, refresh=False).get(next(iter(images(0, 1)))) is None
