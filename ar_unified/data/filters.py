@@ -20,7 +20,7 @@ from typing import Any
 from ar_unified import progress, workdir
 from ar_unified.data.augmentation import Augmented
 from ar_unified.data.duplicates import Duplicates, Search
-from ar_unified.data.items import BadItem, Source, fetched, language, texts_of
+from ar_unified.data.items import TOGETHER, BadItem, Source, fetched, language, texts_of
 from ar_unified.data.sources import read
 from ar_unified.errors import UserError
 from ar_unified.language.document import Document, ImagePart, TextPart
@@ -122,6 +122,10 @@ class Filtered:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    @property
+    def together(self) -> int:
+        return getattr(self.source, "together", TOGETHER)
 
     def __getitem__(self, i: int) -> Document:
         return self._checked(i, functools.partial(self.source.__getitem__, i))

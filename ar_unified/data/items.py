@@ -42,7 +42,7 @@ class LeftOut:
         return "; ".join(f"{found['count']} {kind}, first {found['first']}" for kind, found in self.kinds.items())
 
 
-_TOGETHER = 64  # items that are read at once: their bytes are in memory, not their pixels
+TOGETHER = 64  # items that are read at once, if a source says nothing: their bytes are in memory, not their pixels
 
 
 def fetched(source: Source, indices: Iterable[int]) -> Iterator[tuple[int, Callable[[], Document]]]:
@@ -51,7 +51,7 @@ def fetched(source: Source, indices: Iterable[int]) -> Iterator[tuple[int, Calla
     The call raises BadItem, as `source[i]` does.
     """
     many = getattr(source, "fetch", None)
-    for chunk in _chunks(indices):
+    for chunk in _chunks(indices, getattr(source, "together", TOGETHER)):
         decode = many(chunk) if many else [functools.partial(source.__getitem__, i) for i in chunk]
         yield from zip(chunk, decode, strict=True)
 
@@ -59,7 +59,7 @@ def fetched(source: Source, indices: Iterable[int]) -> Iterator[tuple[int, Calla
 def texts_of(source: Source, indices: Iterable[int]) -> Iterator[tuple[int, list[str] | BadItem]]:
     """The texts of items in the order of `indices`, read many at a time where the source can; bad items as values."""
     many = getattr(source, "fetch_texts", None)
-    for chunk in _chunks(indices):
+    for chunk in _chunks(indices, getattr(source, "together", TOGETHER)):
         yield from zip(chunk, many(chunk) if many else (_texts(source, i) for i in chunk), strict=True)
 
 
@@ -70,9 +70,9 @@ def _texts(source: Source, i: int) -> list[str] | BadItem:
         return bad
 
 
-def _chunks(indices: Iterable[int]) -> Iterator[list[int]]:
+def _chunks(indices: Iterable[int], size: int) -> Iterator[list[int]]:
     left = iter(indices)
-    while chunk := list(islice(left, _TOGETHER)):
+    while chunk := list(islice(left, size)):
         yield chunk
 
 
@@ -91,7 +91,8 @@ class Source(Protocol):
     """Documents by index. Safe to read from many threads.
 
     A source that reads many items faster than one by one has two more methods: `fetch(indices)`, a list of calls that
-    give the documents (see `fetched`), and `fetch_texts(indices)`, what `texts` gives or the BadItem that it raises.
+    give the documents (see `fetched`), and `fetch_texts(indices)`, what `texts` gives or the BadItem that it raises;
+    and `together`, how many of them are best read at once.
 
     Attributes:
         name: unique among the sources of a run; also names its folder of shards.
