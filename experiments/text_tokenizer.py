@@ -34,7 +34,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from ar_unified.data.files import Folder, hidden
-from ar_unified.data.text_files import FILES, languages
+from ar_unified.data.sources.text_files import FILES, languages
 from ar_unified.errors import UserError
 from ar_unified.experiment.config import defaults, parse_arg
 

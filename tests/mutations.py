@@ -120,7 +120,7 @@ MUTATIONS = (
     # ---- data
     Mutation(
         "every-epoch-has-the-same-neighbours",
-        "ar_unified/data/packing.py",
+        "ar_unified/data/packing/__init__.py",
         'key(self.seed, self.name, epoch, "documents")',
         'key(self.seed, self.name, "documents")',
         "which documents share a row is not drawn anew",
@@ -128,7 +128,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a-source-repeats-its-rows",
-        "ar_unified/data/packing.py",
+        "ar_unified/data/packing/__init__.py",
         "row = self._taken[source] + cycle * self._counts[source] + self._rank[slot]",
         "row = self._taken[source] + cycle + self._rank[slot]",
         "after 1024 rows a source gives rows again that it gave before",
@@ -184,7 +184,7 @@ MUTATIONS = (
     ),
     Mutation(
         "every-pair-is-read-both-ways",
-        "ar_unified/data/prepare.py",
+        "ar_unified/data/prepare/__init__.py",
         "pair=reversible and document.is_pair",
         "pair=document.is_pair",
         "pairs of a source that must not be turned round are",

@@ -18,12 +18,12 @@ import jax
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 
 from ar_unified.data import prepare as preparing
-from ar_unified.data.claims import Team
-from ar_unified.data.encoder import Tokenizers
 from ar_unified.data.filters import filtered
-from ar_unified.data.image_codes import ImageCodes
 from ar_unified.data.images import NoImages
 from ar_unified.data.items import Source
+from ar_unified.data.prepare.claims import Team
+from ar_unified.data.prepare.encoder import Tokenizers
+from ar_unified.data.prepare.image_codes import ImageCodes
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
 from ar_unified.experiment.experiment import Experiment

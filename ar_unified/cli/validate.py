@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from ar_unified.cli.arguments import refuse_unread
-from ar_unified.data import page, prepared
+from ar_unified.data.checks import page, prepared
+from ar_unified.data.checks.validate import Validation, validate
 from ar_unified.data.images import NoImages
-from ar_unified.data.validate import Validation, validate
 from ar_unified.errors import NO, UserError, about
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.check import check

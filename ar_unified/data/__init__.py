@@ -1,14 +1,13 @@
 """From data sets to batches: documents are read once into token shards, and the loader packs them into rows.
 
-sources.py     what a config names -> a source (items.py): rows, text_files, image_folder, clips, and those of
-               records (records.py, columns.py): named, tables, tars, pages
-images.py      bytes -> uint8 RGB -> the size a model wants (files.py, encoding.py: which, and written how)
-prepare.py     sources -> token shards, through the image tokenizer and the grammar, by all processes (claims.py,
-               making.py, encoder.py, image_codes.py, cutting.py, shards.py)
-filters.py     what prepare leaves out on request (duplicates, copies, alike, similar_texts: what a copy is)
-validate.py    looks at every item as prepare would; prepared.py at shards; page.py shows both (view, comparison)
-fitting.py     which lengths share a row
-blocks.py      which documents are planned together, and the plan as a file
-packing.py     which row comes when, and the documents in it
+sources/       what a config names -> a source of documents (items.py): one file for each form that data has
+shapes.py      the embedded dataset (scenes.py: what it shows)
+images.py      bytes -> uint8 RGB -> the size a model wants (sizes.py; files.py, encoding.py: which, and written how)
+checks/        what is in the data, as a person and as a model would see it
+filters/       what is left out on request, and what a copy is
+prepare/       sources -> token shards (shards.py), through the image tokenizer and the grammar, by all processes
+packing/       which documents share a row, and which row comes when
 loader.py      shards -> batches (batch.py), and images for an image tokenizer
+
+balance.py has the share of each source, counter_rng.py random numbers as functions of a counter.
 """

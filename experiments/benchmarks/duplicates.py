@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ar_unified.data.duplicates import Search
+from ar_unified.data.filters.duplicates import Search
 from ar_unified.data.images import SUFFIXES, decode
 from ar_unified.language.document import Document, ImagePart
 

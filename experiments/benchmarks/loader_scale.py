@@ -37,9 +37,9 @@ from typing import Any
 import numpy as np
 from ar_tokenizers.files import whole
 
-from ar_unified.data import blocks, fitting, shards
+from ar_unified.data import shards
 from ar_unified.data.loader import PackedBatches
-from ar_unified.data.packing import Packing
+from ar_unified.data.packing import Packing, blocks, fitting
 from ar_unified.language.encoded import Encoded
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.syntax import fixed_grid

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ar_unified.cli.main import main
 from ar_unified.cli.train import plan_rows
-from ar_unified.data import blocks
+from ar_unified.data.packing import blocks
 from ar_unified.data.sources import open_source
 from ar_unified.errors import UNUSABLE
 from ar_unified.experiment import config as configs

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from ar_unified import workdir
-from ar_unified.data.claims import Team
-from ar_unified.data.encoder import Tokenizers
-from ar_unified.data.image_codes import ImageCodes
 from ar_unified.data.prepare import CLAIMS, Report, prepare
+from ar_unified.data.prepare.claims import Team
+from ar_unified.data.prepare.encoder import Tokenizers
+from ar_unified.data.prepare.image_codes import ImageCodes
 from ar_unified.data.sources import open_source
 from ar_unified.language.syntax import fixed_grid
 from tests.data.conftest import Kit

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ar_unified.data.augmentation import Augmented, moved, room
 from ar_unified.data.loader import ImageBatches
 from ar_unified.data.prepare import load_manifest, prepare
 from ar_unified.data.shards import Shards
 from ar_unified.data.sources import open_source, read, texts
+from ar_unified.data.sources.augmentation import Augmented, moved, room
 from ar_unified.language.document import CodesPart, ImagePart, TextPart
 from ar_unified.language.grammar import Grammar
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ar_unified.data.claims import Claims, Team
+from ar_unified.data.prepare.claims import Claims, Team
 
 PIECES = [f"set/{i:05d}" for i in range(12)]
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ar_unified.data.alike import alike, small
-from ar_unified.data.duplicates import Search
+from ar_unified.data.filters.alike import alike, small
+from ar_unified.data.filters.duplicates import Search
 from ar_unified.data.images import decode, resize
 from ar_unified.language.document import Document, ImagePart, TextPart
 from tests.data.pictures import picture

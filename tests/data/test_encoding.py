@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from ar_unified.data import encoding
+from ar_unified.data.checks.validate import validate
 from ar_unified.data.encoding import EncodingError, foreign, text
 from ar_unified.data.sources import BadItem, open_source, read, texts
-from ar_unified.data.validate import validate
 from ar_unified.language.document import TextPart
 
 MARK = codecs.BOM_UTF8

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from ar_unified.data.checks.validate import validate
 from ar_unified.data.files import FileError, Folder
 from ar_unified.data.images import to_png
 from ar_unified.data.sources import BadItem, Source, open_source, read, texts
-from ar_unified.data.validate import validate
 from ar_unified.errors import UserError
 from ar_unified.sampling.requests import PromptImage, read_requests
 

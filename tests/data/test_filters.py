@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ar_unified.data.augmentation import Augmented
 from ar_unified.data.filters import Filters, filtered
 from ar_unified.data.images import resize, to_png
 from ar_unified.data.prepare import prepare
 from ar_unified.data.sources import BadItem, Source, open_source, read
+from ar_unified.data.sources.augmentation import Augmented
 from tests.data.pictures import picture
 
 

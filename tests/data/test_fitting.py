@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ar_unified.data.fitting import best_fit, paired_fit, rows_of
+from ar_unified.data.packing.fitting import best_fit, paired_fit, rows_of
 
 Fit = Callable[[np.ndarray, int], np.ndarray]
 

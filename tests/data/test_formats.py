@@ -12,8 +12,8 @@ import tensorflow_datasets as tfds
 from ar_unified.data.images import to_png
 from ar_unified.data.items import texts_of
 from ar_unified.data.prepare import prepare
-from ar_unified.data.shard_names import braces
 from ar_unified.data.sources import EmptySplit, open_source, read
+from ar_unified.data.sources.shard_names import braces
 from ar_unified.errors import UserError
 from ar_unified.language.document import Document, ImagePart, TextPart
 from tests.data import copies

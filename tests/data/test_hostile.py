@@ -215,7 +215,7 @@ def test_tables_that_are_not_whole(tmp_path: Path) -> None:
 
 
 def test_packed_rows_that_would_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ar_unified.data.rows._LONGEST", 1 << 20)
+    monkeypatch.setattr("ar_unified.data.sources.rows._LONGEST", 1 << 20)
     row = json.dumps(dict(messages=[dict(role="user", content="a"), dict(role="assistant", content="b")])).encode()
     path = tmp_path / "bomb.jsonl.gz"
     path.write_bytes(gzip.compress(row + b"\n" + b"{" * (64 << 20) + b"\n" + row + b"\n"))

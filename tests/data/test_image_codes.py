@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ar_unified.data import image_codes
-from ar_unified.data.image_codes import ImageCodes, digest_of
+from ar_unified.data.prepare import image_codes
+from ar_unified.data.prepare.image_codes import ImageCodes, digest_of
 
 
 def images(first: int, count: int) -> dict[bytes, np.ndarray]:

@@ -8,9 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from ar_unified.data import packed
 from ar_unified.data.images import to_png
-from ar_unified.data.sources import BadItem, open_source, read
+from ar_unified.data.sources import BadItem, open_source, packed, read
 from tests.data import copies
 
 

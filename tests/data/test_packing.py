@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ar_unified.data import blocks, packing
-from ar_unified.data.blocks import Blocks, store
-from ar_unified.data.packing import PERIOD, Mixture, Packing
+from ar_unified.data import packing
+from ar_unified.data.packing import PERIOD, Mixture, Packing, blocks
+from ar_unified.data.packing.blocks import Blocks, store
 from ar_unified.errors import UserError
 
 T = 64

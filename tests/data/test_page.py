@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from ar_unified.data import page, prepared
+from ar_unified.data.checks import page, prepared
+from ar_unified.data.checks.validate import validate
 from ar_unified.data.filters import Filters, filtered
 from ar_unified.data.images import to_png
 from ar_unified.data.prepare import prepare
 from ar_unified.data.sources import open_source
-from ar_unified.data.validate import validate
 from ar_unified.language.grammar import Grammar
 from ar_unified.manifests import ManifestMismatch
 from tests.data.pictures import picture

@@ -8,8 +8,8 @@ import pytest
 
 from ar_unified.data.images import to_png
 from ar_unified.data.items import texts_of
-from ar_unified.data.markup import from_html, from_markdown
 from ar_unified.data.sources import BadItem, open_source, read
+from ar_unified.data.sources.markup import from_html, from_markdown
 from ar_unified.errors import UserError
 from ar_unified.language.document import ImagePart, TextPart
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from ar_unified import workdir
-from ar_unified.data.cutting import characters, split
-from ar_unified.data.encoder import Tokenizers
-from ar_unified.data.image_codes import ImageCodes, digest_of
 from ar_unified.data.images import Resize, to_png
 from ar_unified.data.prepare import NothingLeft, load_manifest, load_report, prepare
+from ar_unified.data.prepare.cutting import characters, split
+from ar_unified.data.prepare.encoder import Tokenizers
+from ar_unified.data.prepare.image_codes import ImageCodes, digest_of
 from ar_unified.data.shards import Shards, read_skipped
 from ar_unified.data.sources import Source, open_source
 from ar_unified.language.document import CodesPart, Document, ImagePart, TextPart

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from ar_unified.data import splits
-from ar_unified.data.sources import EmptySplit, Source, open_source
-from ar_unified.data.splits import Split
+from ar_unified.data.sources import EmptySplit, Source, open_source, splits
+from ar_unified.data.sources.splits import Split
 from ar_unified.errors import UserError
 
 

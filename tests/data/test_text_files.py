@@ -13,13 +13,12 @@ from typing import Any
 
 import pytest
 
-from ar_unified.data import text_files
 from ar_unified.data.balance import indices, passes, text_bytes
+from ar_unified.data.checks.validate import validate
 from ar_unified.data.items import has_images, language
 from ar_unified.data.loader import ImageBatches, NothingReadable
 from ar_unified.data.prepare import prepare
-from ar_unified.data.sources import BadItem, open_source, read, texts
-from ar_unified.data.validate import validate
+from ar_unified.data.sources import BadItem, open_source, read, text_files, texts
 from ar_unified.language.document import Document, TextPart
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.syntax import fixed_grid

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ar_unified.data.validate import validate
+from ar_unified.data.checks.validate import validate
 from ar_unified.language.grammar import Grammar
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ar_unified.data.checks.validate import Found, Validation
+from ar_unified.data.checks.view import View
 from ar_unified.data.images import ImageCodec
 from ar_unified.data.items import BadItem
 from ar_unified.data.prepare import load_manifest
 from ar_unified.data.shards import Shards, read_skipped, shard_path
-from ar_unified.data.validate import Found, Validation
-from ar_unified.data.view import View
 from ar_unified.language.document import TASKS
 from ar_unified.language.grammar import Grammar
 from ar_unified.manifests import require_same

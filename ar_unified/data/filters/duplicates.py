@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ar_unified.data import similar_texts as texts
-from ar_unified.data.alike import SIDE, small
-from ar_unified.data.copies import copies, frequencies
+from ar_unified.data.filters import similar_texts as texts
+from ar_unified.data.filters.alike import SIDE, small
+from ar_unified.data.filters.copies import copies, frequencies
 from ar_unified.language.document import Document, ImagePart, TextPart
 
 _FLUSH = 256

@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ar_unified.data import images
-from ar_unified.data.columns import Columns
 from ar_unified.data.files import Folder
 from ar_unified.data.items import BadItem
-from ar_unified.data.records import Record, RecordSource, together
-from ar_unified.data.shard_names import TABLES, shards
-from ar_unified.data.splits import EmptySplit, parse_split
+from ar_unified.data.sources.columns import Columns
+from ar_unified.data.sources.records import Record, RecordSource, together
+from ar_unified.data.sources.shard_names import TABLES, shards
+from ar_unified.data.sources.splits import EmptySplit, parse_split
 from ar_unified.errors import UserError
 
 _BAD = (pa.ArrowException, OSError, ValueError, NotImplementedError)

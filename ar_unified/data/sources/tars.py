@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ar_unified.data import encoding, images
-from ar_unified.data.columns import Columns
 from ar_unified.data.files import LARGEST, FileError, hidden
 from ar_unified.data.items import BadItem
-from ar_unified.data.records import Record, RecordSource, together
-from ar_unified.data.shard_names import TARS, shards
-from ar_unified.data.splits import EmptySplit, parse_split
+from ar_unified.data.sources.columns import Columns
+from ar_unified.data.sources.records import Record, RecordSource, together
+from ar_unified.data.sources.shard_names import TARS, shards
+from ar_unified.data.sources.splits import EmptySplit, parse_split
 from ar_unified.errors import UserError
 
 _TEXTS = ("txt", "text", "caption", "cls", "id", "question", "answer")

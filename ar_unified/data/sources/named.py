@@ -14,9 +14,9 @@ from tensorflow_datasets.core import read_only_builder
 from tensorflow_datasets.proto import tf_example_pb2
 
 from ar_unified.data import images, shapes  # the second makes the embedded dataset known to TFDS
-from ar_unified.data.columns import Columns
 from ar_unified.data.items import BadItem
-from ar_unified.data.records import Record, RecordSource, together
+from ar_unified.data.sources.columns import Columns
+from ar_unified.data.sources.records import Record, RecordSource, together
 from ar_unified.errors import UserError
 
 # What stands where in datasets whose features have names of their own.

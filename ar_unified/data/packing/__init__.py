@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from ar_unified.data.blocks import Plans
 from ar_unified.data.counter_rng import key, permute
+from ar_unified.data.packing.blocks import Plans
 from ar_unified.errors import UserError
 
 WINDOW = 4  # blocks whose rows are shuffled together

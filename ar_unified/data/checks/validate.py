@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 
 from ar_unified import progress
-from ar_unified.data.augmentation import Augmented
-from ar_unified.data.comparison import Alike, Comparison
-from ar_unified.data.cutting import can_be_split
+from ar_unified.data.checks.comparison import Alike, Comparison
+from ar_unified.data.checks.view import Shown, View
 from ar_unified.data.files import Folder
 from ar_unified.data.images import SUFFIXES, ImageCodec, Resize
 from ar_unified.data.items import Source, has_images, language
 from ar_unified.data.packing import Packing
+from ar_unified.data.prepare.cutting import can_be_split
 from ar_unified.data.sources import FOLDER_FILES, BadItem, EmptySplit, kind_of, open_source, read, row_files
-from ar_unified.data.text_files import FILES as TEXT_FILES
-from ar_unified.data.text_files import find
-from ar_unified.data.view import Shown, View
+from ar_unified.data.sources.augmentation import Augmented
+from ar_unified.data.sources.text_files import FILES as TEXT_FILES
+from ar_unified.data.sources.text_files import find
 from ar_unified.errors import UserError
 from ar_unified.language.document import Document, ImagePart, TextPart
 from ar_unified.language.encoded import Encoded

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ar_unified.data.duplicates import Search
+from ar_unified.data.filters.duplicates import Search
 from ar_unified.data.items import BadItem, Source
 from ar_unified.language.document import Document, ImagePart, TextPart
 

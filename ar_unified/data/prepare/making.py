@@ -14,10 +14,10 @@ from types import TracebackType
 
 from ar_unified import progress
 from ar_unified.data import shards
-from ar_unified.data.claims import Claims
-from ar_unified.data.cutting import can_be_split, split
-from ar_unified.data.encoder import Encoder, Item, Tokenizers
 from ar_unified.data.images import Resize
+from ar_unified.data.prepare.claims import Claims
+from ar_unified.data.prepare.cutting import can_be_split, split
+from ar_unified.data.prepare.encoder import Encoder, Item, Tokenizers
 from ar_unified.data.sources import Source, read
 from ar_unified.language.document import TASKS, Document, TextPart
 from ar_unified.language.grammar import Grammar, TextLost

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from ar_unified.data import images
-from ar_unified.data.columns import Columns
 from ar_unified.data.files import FileError, Folder
 from ar_unified.data.items import BadItem
+from ar_unified.data.sources.columns import Columns
 from ar_unified.language.document import Document, DocumentError, TextPart, check_text
 from ar_unified.language.rows import document_from_json
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ar_unified.data.image_codes import ImageCodes, digest_of
 from ar_unified.data.images import ImageCodec, Resize
+from ar_unified.data.prepare.image_codes import ImageCodes, digest_of
 from ar_unified.data.sources import BadItem
 from ar_unified.language.document import CodesPart, Document, ImagePart
 

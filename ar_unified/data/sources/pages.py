@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from ar_unified.data import encoding, images, markup
-from ar_unified.data.columns import Columns
+from ar_unified.data import encoding, images
 from ar_unified.data.files import FileError, Folder
 from ar_unified.data.items import BadItem
-from ar_unified.data.records import Record, RecordSource
-from ar_unified.data.splits import Split
-from ar_unified.data.text_files import find
+from ar_unified.data.sources import markup
+from ar_unified.data.sources.columns import Columns
+from ar_unified.data.sources.records import Record, RecordSource
+from ar_unified.data.sources.splits import Split
+from ar_unified.data.sources.text_files import find
 
 FILES = ("*.md", "*.markdown", "*.html", "*.htm")
 _LARGEST = 1 << 26  # bytes of a page

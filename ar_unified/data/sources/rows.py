@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from ar_unified.data import encoding, images, packed
+from ar_unified.data import encoding, images
 from ar_unified.data.files import FileError, Folder, require_file
 from ar_unified.data.items import BadItem
-from ar_unified.data.splits import Split
+from ar_unified.data.sources import packed
+from ar_unified.data.sources.splits import Split
 from ar_unified.language.document import Document, DocumentError, TextPart
 from ar_unified.language.rows import document_from_json
 

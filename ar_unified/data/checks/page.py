@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ar_unified.data.comparison import Alike, Pair
+from ar_unified.data.checks.comparison import Alike, Pair
+from ar_unified.data.checks.validate import NAMES, Found, Validation, percentiles
+from ar_unified.data.checks.view import MOST, Shown, Token
 from ar_unified.data.images import to_png, to_thumbnail
 from ar_unified.data.items import BadItem
-from ar_unified.data.validate import NAMES, Found, Validation, percentiles
-from ar_unified.data.view import MOST, Shown, Token
 from ar_unified.workdir import write_text
 
 _SIDE = 224  # pixels of an image's longer side on the page

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ar_unified.data.cutting import can_be_split, split
 from ar_unified.data.images import ImageCodec, Resize, draws_none
+from ar_unified.data.prepare.cutting import can_be_split, split
 from ar_unified.data.sizes import default_resize
 from ar_unified.language.document import CodesPart, Document, ImagePart, TextPart
 from ar_unified.language.encoded import Encoded

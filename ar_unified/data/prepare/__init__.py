@@ -17,12 +17,13 @@ import numpy as np
 from ar_tokenizers.files import whole
 
 from ar_unified import workdir
-from ar_unified.data import blocks, shards
-from ar_unified.data.claims import Claims, Team
-from ar_unified.data.encoder import Tokenizers
+from ar_unified.data import shards
 from ar_unified.data.images import ImageCodec, Resize
 from ar_unified.data.items import LeftOut
-from ar_unified.data.making import Piece, Progress, ShardMaker
+from ar_unified.data.packing import blocks
+from ar_unified.data.prepare.claims import Claims, Team
+from ar_unified.data.prepare.encoder import Tokenizers
+from ar_unified.data.prepare.making import Piece, Progress, ShardMaker
 from ar_unified.data.sizes import default_resize
 from ar_unified.data.sources import BadItem, Source
 from ar_unified.errors import UserError

@@ -17,20 +17,20 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ar_unified.data.augmentation import Augmented
 from ar_unified.data.balance import indices
-from ar_unified.data.clips import Clips
 from ar_unified.data.files import FileError, Folder
-from ar_unified.data.image_folder import ImageFiles
 from ar_unified.data.items import BadItem, Source, fetched, texts_of
-from ar_unified.data.packed import unpacked
-from ar_unified.data.pages import Pages
-from ar_unified.data.rows import Rows
-from ar_unified.data.shard_names import TABLES as TABLE_FILES
-from ar_unified.data.shard_names import TARS as TAR_FILES
-from ar_unified.data.splits import EmptySplit
-from ar_unified.data.tars import Tars
-from ar_unified.data.text_files import TextFiles
+from ar_unified.data.sources.augmentation import Augmented
+from ar_unified.data.sources.clips import Clips
+from ar_unified.data.sources.image_folder import ImageFiles
+from ar_unified.data.sources.packed import unpacked
+from ar_unified.data.sources.pages import Pages
+from ar_unified.data.sources.rows import Rows
+from ar_unified.data.sources.shard_names import TABLES as TABLE_FILES
+from ar_unified.data.sources.shard_names import TARS as TAR_FILES
+from ar_unified.data.sources.splits import EmptySplit
+from ar_unified.data.sources.tars import Tars
+from ar_unified.data.sources.text_files import TextFiles
 from ar_unified.errors import UserError, about
 from ar_unified.language.document import Document
 from ar_unified.paths import home
@@ -110,13 +110,13 @@ def kind_of(path: str | Path, links: bool = False) -> str:
 
 
 def _tfds(name: str, split: str = "train", **options: Any) -> Source:
-    from ar_unified.data.named import TfdsSource  # TFDS takes a second to import, and only this needs it
+    from ar_unified.data.sources.named import TfdsSource  # TFDS takes a second to import, and only this needs it
 
     return TfdsSource(name, split, **options)
 
 
 def _tables(path: str | Path, **options: Any) -> Source:
-    from ar_unified.data.tables import Tables  # likewise PyArrow
+    from ar_unified.data.sources.tables import Tables  # likewise PyArrow
 
     return Tables(path, **options)
 

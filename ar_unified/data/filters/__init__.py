@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from ar_unified import progress, workdir
-from ar_unified.data.augmentation import Augmented
-from ar_unified.data.duplicates import Duplicates, Search
+from ar_unified.data.filters.duplicates import Duplicates, Search
 from ar_unified.data.items import TOGETHER, BadItem, Source, fetched, language, texts_of
 from ar_unified.data.sources import read
+from ar_unified.data.sources.augmentation import Augmented
 from ar_unified.errors import UserError
 from ar_unified.language.document import Document, ImagePart, TextPart
 

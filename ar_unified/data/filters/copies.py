@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ar_unified.data.alike import SIDE, alike
+from ar_unified.data.filters.alike import SIDE, alike
 
 _TABLES = 8
 _TURNED = 4  # bits of a hash that are tried both ways

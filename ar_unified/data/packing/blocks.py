@@ -19,7 +19,7 @@ import numpy as np
 from ar_tokenizers.files import whole
 
 from ar_unified.data.counter_rng import key, permute
-from ar_unified.data.fitting import rows_of
+from ar_unified.data.packing.fitting import rows_of
 from ar_unified.errors import UserError, about
 
 RUN = 2**12  # documents that stand together in the shards, so that a block is read from few of them

@@ -13,10 +13,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from ar_unified.data import encoding, packed
+from ar_unified.data import encoding
 from ar_unified.data.files import Folder, Found
 from ar_unified.data.items import BadItem
-from ar_unified.data.splits import Split
+from ar_unified.data.sources import packed
+from ar_unified.data.sources.splits import Split
 from ar_unified.errors import UserError
 from ar_unified.language.document import Document, TextPart
 
