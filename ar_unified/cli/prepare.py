@@ -42,7 +42,6 @@ def prepare(experiment: Experiment) -> None:
     filters = settings.filters(experiment.config)
     keys = ("image_size", "resize", "layout", "max_tokens", *(("filters",) if filters.used else ()))
     with experiment.leaving_nothing():
-        codes = _codes(experiment, refresh=True) if runtime.first() else None
         stage = experiment.stage(
             "data",
             data={key: configs.plain(experiment.config.data[key]) for key in keys},
@@ -53,11 +52,13 @@ def prepare(experiment: Experiment) -> None:
         )
         if stage.done:
             return experiment.skip(stage)
-        _prepare(experiment, stage, codes or _codes(experiment, refresh=False))
+        _prepare(experiment, stage)
 
 
-def _prepare(experiment: Experiment, stage: Stage, codes: ImageCodes) -> None:
+def _prepare(experiment: Experiment, stage: Stage) -> None:
+    known = _codes(experiment, refresh=True) if runtime.first() else None  # before the others open it
     splits = {"train": _filtered(experiment, stage), "validation": experiment.held_out["validation"]}
+    codes = known if known is not None else _codes(experiment, refresh=False)
     if runtime.first():
         for split in splits:  # of a job that is gone: nobody works here yet
             shutil.rmtree(stage.folder / split / preparing.CLAIMS, ignore_errors=True)
@@ -87,7 +88,7 @@ def _prepare(experiment: Experiment, stage: Stage, codes: ImageCodes) -> None:
 
 
 def _filtered(experiment: Experiment, stage: Stage) -> list[Source]:
-    """The sources of the training without what the filters leave out: process 0 compares items, the others read how."""
+    """The sources of the training without what the filters leave out: process 0 compares items, then the others read how."""
     held_out = [source for those in experiment.held_out.values() for source in those]
 
     def decided() -> list[Source]:

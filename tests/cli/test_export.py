@@ -10,6 +10,7 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -275,7 +276,7 @@ def test_other_weights_are_another_training(bundle, folder, tmp_path):
         config = configs.load(f"{ROOT}/experiments/folder.py:path={folder},init={of.folder}")
         experiment = Experiment(config, Workdir(tmp_path))
         experiment.__dict__["grammar"] = parts()["grammar"]
-        return _facts(experiment)
+        return _facts(experiment, SimpleNamespace(order={}))
 
     moved = bundles.write(tmp_path / "moved")
     other = bundles.write(tmp_path / "other", params=jax.tree.map(lambda x: x + 1, parts()["params"]))

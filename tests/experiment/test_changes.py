@@ -235,7 +235,8 @@ def test_what_is_made_of_a_model_follows_it_and_nothing_is_lost(tmp_path: Path) 
     write_json(stage.folder / "samples.jsonl", "of step 1000")
     stage.finish({})
     assert samples(sampling__batch_size=3).done
-    with pytest.raises(StageMismatch, match="sampling.guidance.*What may change here: sampling.batch_size at any time"):
+    may = "What may change here: sampling.batch_size, sampling.window at any time"
+    with pytest.raises(StageMismatch, match=f"sampling.guidance.*{may}"):
         samples(sampling__guidance=3.0)
     open_stage(tmp_path, taken=1000, training__steps=1200).finish({})
     stage = samples()
