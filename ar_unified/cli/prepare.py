@@ -88,7 +88,7 @@ def _prepare(experiment: Experiment, stage: Stage) -> None:
 
 
 def _filtered(experiment: Experiment, stage: Stage) -> list[Source]:
-    """The sources of the training without what the filters leave out: process 0 compares items, then the others read how."""
+    """The sources of the training without what the filters leave out: process 0 compares, the others read."""
     held_out = [source for those in experiment.held_out.values() for source in those]
 
     def decided() -> list[Source]:

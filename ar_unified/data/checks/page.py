@@ -43,7 +43,7 @@ def write(path: str | Path, validation: Validation, title: str) -> None:
     body += "\n".join(
         f'<section id="s{i}"><h2>{escape(name)}</h2>\n{html}</section>' for i, (name, html) in enumerate(sections)
     )
-    here = files("ar_unified.data")
+    here = files("ar_unified.data.checks")
     page, style = (here.joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css"))
     filled = {"TITLE": escape(title), "STYLE": style, "BODY": body}  # in one go: data may hold such a name
     write_text(path, re.sub(r"@(TITLE|STYLE|BODY)@", lambda name: filled[name[1]], page))
