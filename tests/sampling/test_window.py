@@ -49,7 +49,8 @@ def same(one, other):
 
 
 @pytest.mark.exact
-@pytest.mark.parametrize("width", [4, pytest.param(2, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [2, 4, 8])
 def test_tokens_are_those_drawn_one_by_one(grammar, params, width):
     """Ragged prompts, texts beside images, canvases, one to three contexts, filters, a penalty of repetition."""
     asked, wide = requests(grammar), engine(grammar, params, window=width)
