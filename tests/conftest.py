@@ -6,6 +6,7 @@ cache under keys of their own: XLA_FLAGS is part of a key.
 
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -22,9 +23,11 @@ OPTIMIZED = os.environ.get("AR_UNIFIED_TEST_OPTIMIZED", "") not in ("", "0")
 if not OPTIMIZED:
     os.environ["XLA_FLAGS"] = " ".join([
         os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true", "--xla_cpu_use_fusion_emitters=false",
-        "--xla_cpu_parallel_codegen_split_count=1",
+        "--xla_llvm_disable_expensive_passes=true", "--xla_cpu_parallel_codegen_split_count=1",
     ])  # fmt: skip
+    # A flag that XLA does not know ends the process, and jaxlib 0.12 does not know this one any more.
+    if version("jaxlib").split(".")[:2] == ["0", "10"]:
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 # TPU's compiler, where `make libtpu` put it: used by name only, by several processes at once, asking no TPU's metadata.
 _LIBTPU = Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"
