@@ -148,8 +148,6 @@ DRAWING = [
     "simplear",
     "tar",
 ]
-# Theirs are Chameleon's programs on other files, whose logits are compared: words would be drawn by the same steps.
-SAME_STEPS = ("chameleon-equal-heads", "meta", "meta-fused-swin")
 EXPORTED = [name for name, case in CASES.items() if case.to == "hf"]
 
 
@@ -257,7 +255,7 @@ def test_logits_and_hidden_states_are_the_references(name, models, oracles):
 # ---- what is drawn ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in SAME_STEPS])
+@pytest.mark.parametrize("name", CASES)
 def test_sixty_four_greedy_words_are_the_references(name, models, oracles):
     case = CASES[name]
     (model, ours), oracle, table = models(case), oracles(case), case.table()

@@ -6,6 +6,7 @@ import io
 import os
 import threading
 import zlib
+from abc import abstractmethod
 from pathlib import Path
 from typing import BinaryIO
 
@@ -56,13 +57,13 @@ class _Forward(io.RawIOBase):
     def __init__(self) -> None:
         self._at, self._ready = 0, memoryview(b"")  # where reading stands, and what is unpacked behind it
 
+    @abstractmethod
     def _more(self) -> bytes:
         """What comes next, b"" at the end."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _back(self, at: int) -> int:
         """Goes to a place at or before `at`, and returns it."""
-        raise NotImplementedError
 
     def readable(self) -> bool:
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,7 +29,7 @@ class BadRecord(Exception):
         self.kind = kind
 
 
-class RecordSource:
+class RecordSource(ABC):
     """A source whose items are records (`columns`). A kind of it has `__len__`, `origin` and `read`.
 
     Args:
@@ -49,16 +50,16 @@ class RecordSource:
         # Questions about one image stand together, so the last few images are kept.
         self._decoded = functools.lru_cache(maxsize=4)(functools.partial(images.decode, limits=limits))
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def origin(self, i: int) -> str:
         """Where item i stands, for messages."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, indices: Sequence[int], pictures: bool = True) -> list[Record | BadItem]:
         """These records; without `pictures`, what their texts need. Safe to call from many threads."""
-        raise NotImplementedError
 
     def fetch(self, indices: Sequence[int]) -> list[Callable[[], Document]]:
         """See `items.fetched`."""

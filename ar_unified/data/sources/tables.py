@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import threading
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -164,7 +165,7 @@ def _is_of(name: str, split: str) -> bool:
     return any(part == split or part.startswith((f"{split}-", f"{split}.", f"{split}_")) for part in name.split("/"))
 
 
-class _File:
+class _File(ABC):
     """One file of a table.
 
     Attributes:
@@ -175,9 +176,9 @@ class _File:
         self.path, self.rows, self.names, self.head = path, rows, list(schema.names), head
         self.classes = _classes(schema)
 
+    @abstractmethod
     def batches(self, group: int, names: list[str], size: int) -> Iterator[pa.RecordBatch]:
         """The rows of a group, in order."""
-        raise NotImplementedError
 
 
 class _Parquet(_File):
