@@ -214,6 +214,8 @@ def check_text(text: object, where: str, part: int = 0) -> None:
         raise DocumentError("bad_text", f"{where}: expected a string, found {type(text).__name__}", part)
     if not text:
         raise DocumentError("empty_text", f"{where}: the text is empty", part)
+    if text.isascii():  # nearly all, and known without a look at the letters
+        return
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -146,9 +146,11 @@ def document_from_json(row: object, load_image: LoadImage) -> Document:
         return ImagePart(load_image(reference))
 
     def one(key: str) -> Part:
-        kind = "image" if key == "image" else "text"
-        (part,) = read_parts([{"type": kind, kind: row[key]}], image, key)
-        return part
+        if key == "image":
+            (part,) = read_parts([{"type": "image", "image": row[key]}], image, key)
+            return part
+        check_text(row[key], key)
+        return TextPart(row[key])
 
     if "messages" in row:
         turns = tuple(Turn(who, tuple(parts), learned) for who, parts, learned in read_messages(row["messages"], image))
