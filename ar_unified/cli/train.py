@@ -121,6 +121,7 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
         task_weights=configs.plain(config.loss.tasks),
         prompt_weight=config.loss.prompt,
         split=grammar.layout.split(grammar.vocabulary, config.loss.softmax),
+        mean_split=grammar.layout.split(grammar.vocabulary, config.loss.mean),
         z_loss=config.loss.z_loss,
         text_bytes=experiment.text_tokenizer.piece_bytes,
         chunk=config.loss.chunk,

@@ -68,6 +68,7 @@ CHOICES: dict[str, Collection[str]] = {
     **{f"image_tokenizer.adversary.{name}": known for name, known in adversary.CHOICES.items()},
     **{f"model.{name}": known for name, known in model_config.CHOICES.items()},
     "loss.softmax": SOFTMAXES,
+    "loss.mean": SOFTMAXES,
     "training.optimizer": optimizer.CHOICES["optimizer"],
     "training.schedule": optimizer.CHOICES["schedule"],
     "training.decay": optimizer.CHOICES["decay"],

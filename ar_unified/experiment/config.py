@@ -104,6 +104,7 @@ def _add_training(config: ConfigDict) -> None:
 
     config.loss = ConfigDict(_fields(TransformerTask, ("z_loss", "chunk")))
     config.loss.softmax = "joint"  # over all ids | by_side: one over those of text, one over those of images
+    config.loss.mean = "joint"  # of all targets | by_side: half that of text's, half that of images', as LWM
     config.loss.roles = ConfigDict({role.name.lower(): 1.0 for role in Role if role != Role.PAD})
     config.loss.tasks = ConfigDict(dict.fromkeys(TASKS, 1.0))
     config.loss.prompt = TransformerTask.prompt_weight  # further weight of what stands inside a prompt

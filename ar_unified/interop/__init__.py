@@ -17,6 +17,8 @@ SYSTEMS = (
     "anole",
     "lumina_mgpt",
     "emu3",
+    "emu3_gen",
+    "emu3_chat",
     "emu3_5",
     "lwm",
     "liquid",

@@ -3,7 +3,10 @@
 A table of Qwen's text, then 208 special tokens and the codes. Sizes are decimal digits of the text; <|extra_200|> ends
 a row, <|extra_201|> the image, <|extra_203|> and <|extra_204|> begin and end a document.
 
-Sources: baaivision/Emu3, tokenization_emu3.py and processing_emu3.py; transformers' Emu3.
+Chat is asked in turns; Gen, as Stage1, with the bare text of a prompt, and words of praise behind it. Their tensors and
+tables are alike, and what tells them apart are two keys of config.json; where those are gone, --as says which it is.
+
+Sources: baaivision/Emu3, tokenization_emu3.py, processing_emu3.py and image_generation.py; transformers' Emu3.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from ar_tokenizers.image.published import dialect_in
 
@@ -46,6 +50,12 @@ _PORTS: tuple[dict[str, str], ...] = (
     {"model.": "text_model.model.", "lm_head.": "text_model.lm_head."},
     {"model.": "model.text_model."},
 )
+# What config.json says of each, and the layout of what it was trained with.
+_TOLD = {
+    "image_area": {518400: "gen", 262144: "chat"},
+    "max_position_embeddings": {9216: "gen", 131072: "chat"},
+}
+_LAYOUTS = {"chat": "emu3", "gen": "emu3_gen"}
 _SIDE = 720  # of a square of the area that Emu3-Gen was trained on
 # For images as published (image_generation.py).
 _SAMPLING = {
@@ -58,6 +68,7 @@ _SAMPLING = {
     "text": {"temperature": 1.0, "top_k": 1024, "top_p": 0.9},
     "image": {"temperature": 1.0, "top_k": 2048, "top_p": 1.0},
 }
+_PRAISE = " masterpiece, film grained, best quality."
 
 
 def names_of(files: Files) -> Mapping[str, int]:
@@ -95,19 +106,46 @@ def language_of(
     return language(size, text, marks, ImageLayout(kind, *largest), codes=codes)
 
 
-def open_emu3(files: Files) -> Published:
+def kind_of(config: Mapping[str, Any], text_config: Mapping[str, Any], where: str) -> str:
+    """gen or chat, as a config.json says. Raises UserError where it says neither, or both."""
+    said = {key: value for key in _TOLD if (value := {**text_config, **config}.get(key)) is not None}
+    found = {_TOLD[key].get(value, "") if type(value) is int else "" for key, value in said.items()}
+    if len(found) != 1 or not all(found):
+        expected = "; ".join(
+            f"{key} {' or '.join(f'{value} ({kind})' for value, kind in told.items())}" for key, told in _TOLD.items()
+        )
+        raise UserError(
+            f"{where}/config.json: expected {expected}; found {said or 'neither'}: --as emu3_gen says that it is "
+            "Emu3-Gen or Stage1, --as emu3_chat that it is Emu3-Chat"
+        )
+    return found.pop()
+
+
+def open_chat(files: Files) -> Published:
+    return open_emu3(files, "chat")
+
+
+def open_gen(files: Files) -> Published:
+    return open_emu3(files, "gen")
+
+
+def open_emu3(files: Files, kind: str = "") -> Published:
+    """kind: gen or chat; "": as config.json says."""
     where = str(files.folder)
     config = files.config.get("text_config", files.config)
     if not isinstance(config, Mapping):
         raise UserError(f"{where}/config.json: text_config: expected keys and values, found {config!r:.80}")
     if "head_dim" in files.config and "text_config" not in files.config:
         raise UserError(f"{where}/config.json: head_dim: expected none, as Emu3 has; this is Emu3.5")
+    kind = kind or kind_of(files.config, config, where)
+    layout = _LAYOUTS[kind]
     model = hf_config.read(config, EMU3, where)
     images, inside = _images(files), files.image is None
     tokenizer = images.tokenizer
     largest = Resize("aspect", _SIDE, _SIDE, tokenizer.factor).largest
     grid = (largest[0] // tokenizer.factor, largest[1] // tokenizer.factor)
-    ids = language_of(names_of(files), files.text_ids, model.vocab_size, str(files.text_file), files.size or grid)
+    said = str(files.text_file)
+    ids = language_of(names_of(files), files.text_ids, model.vocab_size, said, files.size or grid, layout)
     same_codes(ids, tokenizer.codebook_size, str(files.text_file))
     grammar = files.grammar(ids, tokenizer.hash)
     model = dataclasses.replace(model, vocab_size=grammar.vocabulary.size)
@@ -121,8 +159,8 @@ def open_emu3(files: Files) -> Published:
         grammar=grammar,
         text=grammar.text_codec,
         image=tokenizer,
-        data={"image_size": [_SIDE, _SIDE], "resize": "aspect", "layout": "emu3", "max_tokens": 10240},
-        sampling=_SAMPLING,
+        data={"image_size": [_SIDE, _SIDE], "resize": "aspect", "layout": layout, "max_tokens": 10240},
+        sampling=_SAMPLING | {"prompt_suffix": _PRAISE if kind == "gen" else ""},
         record={
             "system": "emu3",
             "form": "hf",

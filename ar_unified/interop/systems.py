@@ -15,6 +15,8 @@ OPEN: Mapping[str, Callable[[Files], Published]] = MappingProxyType(
         "anole": chameleon.open_anole,
         "lumina_mgpt": chameleon.open_lumina,
         "emu3": emu3.open_emu3,
+        "emu3_gen": emu3.open_gen,
+        "emu3_chat": emu3.open_chat,
         "emu3_5": emu3_5.open_emu3_5,
         "lwm": lwm.open_lwm,
         "liquid": liquid.open_liquid,

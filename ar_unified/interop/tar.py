@@ -2,7 +2,7 @@
 
 An image that it draws stands between <im_start>, with a scale behind it, and <im_end>: <S0> is 27 x 27 codes, <S1> 13 x
 13, <S2> 9 x 9; --size chooses, and all images have that size. An image in a question has none of these marks there, and
-has them here. Its chats have Qwen's marks <|im_start|> and <|im_end|>, which here no text is spelled with. TA-Tok
+has them here. Its chats are Qwen's (layouts.TurnFrames): <|im_start|>, who speaks, the turn, <|im_end|>. TA-Tok
 (SigLIP2) and what makes pixels of its codes, a second model, are not imported: images are codes alone.
 
 Sources: csuhan/Tar, llava/model/llava_arch.py (names and their order), llava/data/dataset.py, t2i_inference.py (lengths
@@ -24,12 +24,17 @@ from ar_unified.language.syntax import ImageLayout
 
 _CODE = re.compile(r"<I(\d+)>")
 _SCALES = {27: "<S0>", 13: "<S1>", 9: "<S2>"}  # codes along an image
-_MARKS = {"bos": "<|endoftext|>", "eos": "<|im_end|>", "boi": "<im_start>", "eoi": "<im_end>"}
+_MARKS = {
+    "bos": "<|endoftext|>",
+    "eos": "<|im_end|>",
+    "boi": "<im_start>",
+    "eoi": "<im_end>",
+    "turn": "<|im_start|>",
+}
 _PAD = "<|fim_pad|>"  # of Qwen2.5, whose text never has it
 _NOTES = (
     "Its images are codes alone: TA-Tok, which reads images, and the models that make pixels of its codes are not "
     "imported.",
-    "Documents and turns are written without Qwen's <|im_start|> and <|im_end|>.",
 )
 
 

@@ -19,9 +19,10 @@ from ar_unified.language import encoded
 from ar_unified.language.automaton import DONE, PARTS, Automaton, Opened
 from ar_unified.language.document import CodesPart, Document, DocumentError, Part, TextPart, Turn
 from ar_unified.language.encoded import Encoded
-from ar_unified.language.layouts import Text, TurnMarks, TurnTemplate
+from ar_unified.language.layouts import Text, TurnFrames, TurnMarks
 from ar_unified.language.reading import GrammarError, Reader, find, half_open
 from ar_unified.language.syntax import ImageLayout, Syntax
+from ar_unified.language.turns import Around, answered, arranged, counted, joined_texts
 from ar_unified.language.vocabulary import Role, Vocabulary
 from ar_unified.manifests import ManifestMismatch, require_same
 
@@ -44,17 +45,6 @@ class Break(NamedTuple):
 
     begin: int
     opened: Opened
-
-
-class _Frame(NamedTuple):
-    """The ids around parts: before the first turn, behind a question, behind an answer, behind all; and the template
-    of turns that are told apart by text."""
-
-    begin: list[int]
-    asks: list[int]
-    end: list[int]
-    tail: list[int]
-    template: TurnTemplate | None
 
 
 class Grammar:
@@ -166,38 +156,37 @@ class Grammar:
         return found
 
     def _writer(self, turns: Sequence[Turn]) -> encoded.Writer:
-        begin, asks, end, tail, template = self._frame
-        if template is not None and turns[0].speaker != "document":
-            turns = _spelled(turns, template)
         out = encoded.Writer()
         at = 0
-        for i, turn in enumerate(turns):
+        for turn, pieces in arranged(turns, self.layout.record.turns, self._around):
             out.turn(turn.speaker, turn.learned)
-            if not i:
-                out.add(begin, Role.CONTROL)
-            for part in turn.parts:
-                if isinstance(part, TextPart):
-                    out.add(self._text(at, part.text), Role.TEXT)
-                elif isinstance(part, CodesPart):
-                    self._check_codes(part.codes, at)
-                    out.image(*self.syntax.write(part.codes))
+            for piece in pieces:
+                if isinstance(piece, list):
+                    out.add(piece, Role.CONTROL)
+                elif isinstance(piece, TextPart):
+                    out.add(self._text(at, piece.text), Role.TEXT)
+                elif isinstance(piece, CodesPart):
+                    self._check_codes(piece.codes, at)
+                    out.image(*self.syntax.write(piece.codes))
                 else:
                     raise GrammarError(at, "codes (the image tokenizer makes them)", "pixels", unit="part")
-                at += 1
-            if turn.speaker in ("document", "assistant"):
-                out.add(end, Role.CONTROL)
-            elif turn.speaker == "user" or template is None:
-                out.add(asks, Role.CONTROL)
-        out.add(tail, Role.CONTROL)
+                at += not isinstance(piece, list)
+        out.add(self._around.tail, Role.CONTROL)
         return out
 
+    @property
+    def begins(self) -> list[int]:
+        """The ids one of which a document begins with."""
+        return self._around.begin + self._around.open
+
     @cached_property
-    def _frame(self) -> _Frame:
+    def _around(self) -> Around:
         v, record = self.vocabulary, self.layout.record
-        template = None if isinstance(record.turns, TurnMarks) else record.turns
-        asks = [record.turns.ask] if isinstance(record.turns, TurnMarks) else record.turns.answer
-        names = [v.control(name) for name in asks]
-        return _Frame([v.control(record.begin)], names, [self.syntax.end], self.tail.tolist(), template)
+        turns = record.turns
+        asks = (turns.ask,) if isinstance(turns, TurnMarks) else getattr(turns, "answer", ())
+        opens = (turns.open,) if isinstance(turns, TurnFrames) else ()
+        begin, open_, names = ([v.control(name) for name in each] for each in ((record.begin,), opens, asks))
+        return Around(begin, open_, names, [self.syntax.end], self.tail.tolist())
 
     def _text(self, i: int, text: str) -> list[int]:
         try:
@@ -260,10 +249,9 @@ class Grammar:
         v, record, ends = self.vocabulary, self.layout.record, self.syntax.end
         reader = Reader(self.syntax, ids)
         asks = v.control(record.turns.ask) if isinstance(record.turns, TurnMarks) else None
-        unsaid = [v.control(name) for name in getattr(record.turns, "answer", ())]
-        begin = v.control(record.begin)
-        if not len(ids) or ids[0] != begin:
-            raise GrammarError(0, v.name(begin), reader.found(0))
+        unsaid = self._around.open + (self._around.asks if asks is None else [])
+        if not len(ids) or ids[0] not in self.begins:
+            raise GrammarError(0, " or ".join(map(v.name, self.begins)), reader.found(0))
         asked: list[tuple[Part, ...]] = []  # turns that wait for their answer
         turns: list[Turn] = []
         parts: list[Part] = []
@@ -293,7 +281,7 @@ class Grammar:
             elif id == ends and asks is None:  # of an answer, maybe, behind which another turn begins
                 closed = True
             elif id == ends and (asked or not turns):
-                turns += _turns(asked, tuple(parts))
+                turns += answered(asked, tuple(parts))
                 asked, parts, closed = [], [], True
             elif id not in unsaid:
                 turn = f", {v.name(asks)}" if asks is not None and len(asked) < (1 if turns else 2) else ""
@@ -304,8 +292,9 @@ class Grammar:
         if closed and asks is None:
             turns = [Turn("document", joined_texts(parts))]
         elif closed and asks == ends:
-            turns = _counted(asked)
-        opened = Opened(DONE) if closed and asks != ends else Opened(PARTS, half)
+            turns = counted(asked)
+        ended = closed and asks != ends and ids[0] not in self._around.open  # there an end may be that of a question
+        opened = Opened(DONE) if ended else Opened(PARTS, half)
         return tuple(turns) if closed else None, at, Break(len(ids) - half, opened)
 
     def _opening(self) -> str:
@@ -389,47 +378,6 @@ class Grammar:
 
 
 _END = "the end of the sequence"
-
-
-def _turns(asked: Sequence[tuple[Part, ...]], answer: tuple[Part, ...]) -> list[Turn]:
-    """A question and its answer, with a system's turn in front if there are two; or an answer to nobody."""
-    if not asked:
-        return [Turn("document", answer)]
-    system = [Turn("system", asked[0])] if len(asked) > 1 else []
-    return [*system, Turn("user", asked[-1]), Turn("assistant", answer)]
-
-
-def _counted(said: Sequence[tuple[Part, ...]]) -> list[Turn]:
-    """Turns that all end alike: one alone is nobody's; of an odd number the first is the system's."""
-    if len(said) == 1:
-        return [Turn("document", said[0])]
-    odd = len(said) % 2
-    system = [Turn("system", said[0])] if odd else []
-    pairs = zip(said[odd::2], said[odd + 1 :: 2], strict=True)
-    return system + [turn for asked, answer in pairs for turn in (Turn("user", asked), Turn("assistant", answer))]
-
-
-def _spelled(turns: Sequence[Turn], template: TurnTemplate) -> list[Turn]:
-    """Turns with the text of a template around their parts."""
-    if turns[0].speaker != "system" and template.system:
-        turns = [Turn("system", (TextPart(template.system),)), *turns]
-    out = []
-    for turn in turns:
-        before, _, behind = template.user.partition("{}") if turn.speaker == "user" else ("", "", "")
-        parts = [*([TextPart(before)] if before else []), *turn.parts, *([TextPart(behind)] if behind else [])]
-        out.append(Turn(turn.speaker, joined_texts(parts), turn.trained))
-    return out
-
-
-def joined_texts(parts: Sequence[Part], between: str = "") -> tuple[Part, ...]:
-    """Parts with texts side by side made one."""
-    out: list[Part] = []
-    for part in parts:
-        if isinstance(part, TextPart) and out and isinstance(out[-1], TextPart):
-            out[-1] = TextPart(f"{out[-1].text}{between}{part.text}")
-        else:
-            out.append(part)
-    return tuple(out)
 
 
 def _plain(value: Any) -> Any:

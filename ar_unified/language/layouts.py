@@ -3,6 +3,7 @@
     image      open [size] start (codes [row end])*h close
     document   begin parts end                                   no turn
                begin (system) user ask answer end (user ask answer end)*
+               (frame of the system's turn) (frame of the user's) frame of the answer (...)*
 
 Marks are names of control tokens, or `Text`, which the text tokenizer spells. Everything else follows from the record:
 `syntax` its lengths, `grammar` its ids, `automaton` what may come next.
@@ -15,7 +16,7 @@ SimpleAR wdrink/SimpleAR, Tar csuhan/Tar.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -72,6 +73,24 @@ class TurnTemplate:
 
 
 @dataclass(frozen=True)
+class TurnFrames:
+    """Turns each in a frame (Qwen's): a control, who speaks, the parts, the document's `end`. A conversation begins
+    with the first frame and not with `begin`; like `TurnTemplate`, ids -> document gives one turn with all of it.
+
+    Attributes:
+        open: the control in front.
+        name: the text behind it, with the speaker for {}.
+        between: the text between two frames.
+        system: the system's turn, where a document has none of its own; "": none.
+    """
+
+    open: str = "turn"
+    name: str = "{}\n"
+    between: str = "\n"
+    system: str = ""
+
+
+@dataclass(frozen=True)
 class Layout:
     """How one system writes.
 
@@ -102,11 +121,20 @@ class Layout:
     begin: str = "bos"
     end: str = "eos"
     tail: tuple[str, ...] = ()
-    turns: TurnMarks | TurnTemplate = field(default_factory=TurnMarks)
+    turns: TurnMarks | TurnTemplate | TurnFrames = field(default_factory=TurnMarks)
     unconditional: tuple[Mark, ...] = ("bos", "eot")
 
 
 _EMU3 = ("pad", "bos", "eos", "boi", "eoi", "img", "eol", "eof", "frame")
+_EMU3_CHAT = Layout(
+    controls=_EMU3,
+    size=Decimal(),
+    start=("img",),
+    rows="after",
+    close=("eof", "eoi"),
+    turns=TurnTemplate(" USER: {}. ASSISTANT:", "You are a helpful assistant."),
+    unconditional=("bos",),
+)
 _EMU3_5 = (*_EMU3, "bss", "ess", "boc", "eoc", "bog", "eog")
 
 LAYOUTS: Mapping[str, Layout] = MappingProxyType({
@@ -126,16 +154,9 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType({
     "lumina_mgpt": Layout(size=SizeTokens(2), rows="after", end="eot", unconditional=()),
     # Lumina-mGPT 2.0: the same with a tokenizer of 8 pixels a code.
     "lumina_mgpt_2": Layout(size=SizeTokens(4), rows="after", end="eot", unconditional=()),
-    # Emu3's chat; what its generation is asked with is a document without turns.
-    "emu3": Layout(
-        controls=_EMU3,
-        size=Decimal(),
-        start=("img",),
-        rows="after",
-        close=("eof", "eoi"),
-        turns=TurnTemplate(" USER: {}. ASSISTANT:", "You are a helpful assistant."),
-        unconditional=("bos",),
-    ),
+    # Emu3's chat, and its models that draw, which are asked with the bare text.
+    "emu3": _EMU3_CHAT,
+    "emu3_gen": replace(_EMU3_CHAT, turns=TurnTemplate()),
     # Emu3.5: the system's turn names the task, t2i, x2i, story or howto.
     "emu3_5": Layout(
         controls=_EMU3_5,
@@ -171,9 +192,9 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType({
     ),
     # Tar, drawing: the scale says how many codes an image has, and all of one model have the same here.
     "tar": Layout(
-        controls=("pad", "bos", "eos", "boi", "eoi", "scale"),
+        controls=("pad", "bos", "eos", "boi", "eoi", "scale", "turn"),
         start=("scale",),
-        turns=TurnTemplate(),
+        turns=TurnFrames(system="You are a helpful assistant."),
         unconditional=("bos",),
     ),
 })  # fmt: skip

@@ -77,7 +77,8 @@ class ImageLayout:
         return int(self.record.rows != "none"), int(self.record.rows == "between")
 
     def split(self, vocabulary: Vocabulary, softmax: str) -> int | None:
-        """The first id of the side of images, where each side has a softmax of its own; None: there is one for all.
+        """The first id of the side of images, where each side has a softmax of its own; None: there is one for all. A
+        mean of the loss by side (`TransformerTask.mean_split`) has the same sides.
 
         On that side are the image codes, ids behind them, and controls from the record's `image_side` on; text, all
         other controls and size tokens are on the side of text. Raises ValueError for an unknown softmax.

@@ -31,6 +31,7 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "image_guidance": (int, float),
     "context": (str,),
     "negative_prompt": (str,),
+    "prompt_suffix": (str,),
     "repetition_penalty": (int, float),
     "text": (Mapping,),
     "image": (Mapping,),

@@ -99,7 +99,7 @@ class Conversation:
 
     def _prompt(self, request: Request) -> np.ndarray:
         """All that the answer comes after, int32 [n]."""
-        grammar, asked = self.engine.grammar, Turn("user", request.parts)  # type: ignore[arg-type]
+        grammar, asked = self.engine.grammar, request.turns[-1]
         if not len(self.tokens):
             return grammar.prompt([*self.turns, asked])
         new = grammar.prompt([*_BEFORE, asked])[len(grammar.history(_BEFORE)) :]

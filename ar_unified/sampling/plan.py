@@ -127,7 +127,7 @@ def prompt_tokens(grammar: Grammar, request: Request) -> np.ndarray:
     pieces = [part_tokens(grammar, *group) for group in _groups(request.parts)]
     begin = v.control(record.begin)
     before = grammar.history(request.history) if request.history else np.array([begin], np.int32)
-    if not request.history and len(pieces[0]) and pieces[0][0] == begin:
+    if not request.history and len(pieces[0]) and pieces[0][0] in grammar.begins:
         before = before[:0]
     tokens = np.concatenate([before, *pieces]).astype(np.int32)
     if request.turn and isinstance(record.turns, TurnMarks) and (ask := v.control(record.turns.ask)) not in tokens:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ar_unified.errors import UserError
 from ar_unified.language import automaton
-from ar_unified.language.document import Document, DocumentError, Part, TokensPart, Turn, check_speakers
+from ar_unified.language.document import Document, DocumentError, Part, TextPart, TokensPart, Turn, check_speakers
 from ar_unified.sampling.decoding import Filter
 
 MODES = {
@@ -22,7 +22,9 @@ MODES = {
 }
 CONTEXTS = ("empty_prompt", "bos_boi", "from_boi", "image_only", "negative_prompt")
 # Of a request's settings, those that a config and a bundle have defaults of.
-DEFAULTS = ("guidance", "image_guidance", "context", "negative_prompt", "repetition_penalty", "text", "image")
+DEFAULTS = (
+    "guidance", "image_guidance", "context", "negative_prompt", "prompt_suffix", "repetition_penalty", "text", "image",
+)  # fmt: skip
 _MANY = 1 << 20  # more images than any budget holds
 
 
@@ -63,6 +65,8 @@ class Request:
             "from_boi": nothing (Lumina-mGPT). "image_only": the document without its text (Emu3.5).
             "negative_prompt": that text as the prompt (Emu3).
         negative_prompt: its text.
+        prompt_suffix: a text behind that of a prompt which an image answers (mode "image", turn True), as Emu3-Gen's
+            words of praise; what guidance compares with has none.
         repetition_penalty: of text pieces that prompt or answer hold already; 1: none. Logits above 0 are divided by
             it, others multiplied (CTRL, arXiv 1909.05858).
         text, image: how text (and control) tokens and image codes are drawn.
@@ -86,6 +90,7 @@ class Request:
     image_guidance: float = 0.0
     context: Literal["empty_prompt", "bos_boi", "from_boi", "image_only", "negative_prompt"] = "empty_prompt"
     negative_prompt: str = ""
+    prompt_suffix: str = ""
     repetition_penalty: float = 1.0
     text: Filter = Filter()
     image: Filter = Filter()
@@ -101,7 +106,15 @@ class Request:
     @property
     def turns(self) -> tuple[Turn, ...]:
         """All that the answer comes after."""
-        return *self.history, Turn("user" if self.turn else "document", self.parts)  # type: ignore[arg-type]
+        return *self.history, Turn("user" if self.turn else "document", self.asked)  # type: ignore[arg-type]
+
+    @property
+    def asked(self) -> tuple[Part | TokensPart, ...]:
+        """The prompt, `prompt_suffix` behind it if it ends with text."""
+        *before, last = self.parts or (None,)
+        if not (self.prompt_suffix and self.turn and self.mode == "image" and isinstance(last, TextPart)):
+            return self.parts
+        return *before, TextPart(last.text + self.prompt_suffix)  # type: ignore[return-value]
 
     def check(self) -> None:
         """Raises RequestError naming the first field that no engine could serve."""

@@ -73,6 +73,10 @@ class TrainingTask(Protocol):
     def init_state(self, params: Params) -> Params:
         """The model state before the first step."""
 
+    def of_whole(self, batch: Batch) -> TrainingTask:
+        """This task with what its loss of a part needs to know of the whole global batch. Of a batch that is whole,
+        `loss` finds it out itself."""
+
     def loss(
         self, params: Params, model_state: Params, batch: Batch, keys: jax.Array | None
     ) -> tuple[jax.Array | dict[str, jax.Array], jax.Array, Metrics]:
@@ -105,7 +109,10 @@ class TrainingTask(Protocol):
 
 
 class Stateless:
-    """For a task without a model state."""
+    """For a task without a model state, whose loss is a sum over rows."""
+
+    def of_whole(self, batch: Batch) -> Any:
+        return self
 
     def selection(self, params: Params) -> Selection:
         return EVERYTHING
@@ -211,6 +218,7 @@ def gradients(
     rows = jax.tree.leaves(batch)[0].shape[0]
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
+    task = task.of_whole(batch)
     selection = task.selection(params)
     trained = selection.take(params)
     placement = jax.tree.map(lambda x: x.sharding, abstract_trained(task, params, mesh))

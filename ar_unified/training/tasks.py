@@ -67,6 +67,9 @@ class TransformerTask(Stateless):
       validation: held-out batches, the same every time.
       text_bytes: i32 [text_size], UTF-8 bytes each text piece stands for; None: no bits per byte.
       split: the first id of those that have a softmax of their own (`ImageLayout.split`); None: one softmax for all.
+      mean_split: the first id of those whose mean loss is one half of the loss, that of all others being the other,
+        however many of either there are in a batch (LargeWorldModel/LWM, train.py); None: every target weighs its
+        weight alone.
       z_loss: weight of log(Z)^2, which keeps logits from drifting (PaLM, arXiv:2204.02311, uses 1e-4).
       chunk: positions whose logits exist at one time.
       attention_share: measure at each validation how much text and images look at each other, by layer
@@ -84,6 +87,7 @@ class TransformerTask(Stateless):
     task_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     prompt_weight: float = 1.0
     split: int | None = None
+    mean_split: int | None = None
     z_loss: float = 0.0
     text_bytes: np.ndarray | None = None
     chunk: int = 1024
@@ -92,6 +96,7 @@ class TransformerTask(Stateless):
     only: Sequence[str] = ()
     name: str = "transformer"
     unit: str = "tokens"
+    side_factors: jax.Array | None = None  # of a global batch: `of_whole`
 
     def __post_init__(self) -> None:
         if problems := wrong_weights(self.role_weights, self.task_weights):
@@ -128,6 +133,27 @@ class TransformerTask(Stateless):
         prompt = jnp.where(batch.prompt, self.prompt_weight, 1.0)
         return role_weight[batch.roles] * task_weight[batch.tasks] * prompt
 
+    def of_whole(self, batch: Batch) -> TransformerTask:
+        """With what the two means of `mean_split` need to know of a global batch: how much there is of either."""
+        return self if self.mean_split is None else dataclasses.replace(self, side_factors=self._side_factors(batch))
+
+    def _of_images(self, batch: Batch) -> jax.Array:
+        return batch.targets >= self.mean_split
+
+    def _side_factors(self, batch: Batch) -> jax.Array:
+        """f32 [2], of text and of images: what makes of a weight its share of half the whole. A side without targets
+        has no mean, and the other keeps its half, as in the original."""
+        weight, image = self.weights(batch), self._of_images(batch)
+        sides = jnp.stack([jnp.sum(jnp.where(side, weight, 0.0)) for side in (~image, image)])
+        return jnp.where(sides > 0, 0.5 * jnp.sum(sides) / jnp.where(sides > 0, sides, 1.0), 0.0)
+
+    def _shares(self, batch: Batch, weight: jax.Array) -> jax.Array:
+        """f32 [B, T], the weight of each target in the loss, which sum(weight) divides."""
+        if self.mean_split is None:
+            return weight
+        factors = self._side_factors(batch) if self.side_factors is None else self.side_factors
+        return weight * jnp.where(self._of_images(batch), factors[1], factors[0])
+
     def loss(
         self, params: Params, model_state: Params, batch: Batch, keys: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, Metrics]:
@@ -137,8 +163,10 @@ class TransformerTask(Stateless):
         # f32 [B, T]
         nll, lse = token_losses(hidden, model.head(), batch.targets, self.chunk, self.vocabulary.used, self.split)
         weight = self.weights(batch)
-        loss = jnp.sum(weight * (nll + self.z_loss * jnp.square(lse))), jnp.sum(weight)
-        return *loss, self._metrics(batch, weight, nll, lse)
+        share = self._shares(batch, weight)
+        loss = jnp.sum(share * (nll + self.z_loss * jnp.square(lse))), jnp.sum(weight)
+        metrics = self._metrics(batch, weight, nll, lse)
+        return *loss, metrics | {"loss": (jnp.sum(share * nll), loss[1])}
 
     def inspect(self, params: Params, model_state: Params, batch: Batch) -> Metrics:
         if not self.attention_share:
@@ -161,7 +189,6 @@ class TransformerTask(Stateless):
             return jnp.sum(jnp.where(where, values, 0.0)), jnp.sum(where.astype(jnp.float32))
 
         metrics: Metrics = {
-            "loss": (jnp.sum(weight * nll), jnp.sum(weight)),
             "log_z": pair(lse, trained),  # the logit norm: log-sum-exp of a position's logits
             "fill": (jnp.sum(present, dtype=jnp.float32), jnp.float32(present.size)),
             "tokens": jnp.sum(present, dtype=jnp.float32),
@@ -235,6 +262,9 @@ class TokenizerTask:
 
     def init(self, key: jax.Array) -> Params:
         return self.objective.init(key)
+
+    def of_whole(self, batch: Batch) -> TokenizerTask:
+        return self
 
     def selection(self, params: Params) -> Selection:
         return EVERYTHING

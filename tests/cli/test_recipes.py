@@ -42,7 +42,8 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "loss.roles.image": 1.0, "training.batch_size": 8,
     },
     "liquid": {"training.learning_rate": 2e-5},
-    "emu3_5": {"training.learning_rate": 1e-5, "training.clip_norm": 1.0},
+    "lwm": {"loss.mean": "by_side", "training.learning_rate": 1e-5},
+    "emu3_5": {"training.learning_rate": 1e-5, "training.clip_norm": 1.0, "loss.mean": "joint"},
 }  # fmt: skip
 
 

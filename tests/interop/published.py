@@ -139,12 +139,14 @@ def _emu3_vision(levels: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _emu3_text(table: Table) -> dict[str, Any]:
+def _emu3_text(table: Table, longest: int) -> dict[str, Any]:
+    """longest: positions, which are Chat's or Gen's."""
     ids = {"pad_token_id": "<|endoftext|>", "bos_token_id": "<|extra_203|>", "eos_token_id": "<|extra_204|>"}
     return (
         _SIZES
         | {key: table.id(name) for key, name in ids.items()}
         | {"vocab_size": table.size, "rms_norm_eps": 1e-5, "rope_parameters": _rope(1e6), "attention_dropout": 0.1}
+        | {"max_position_embeddings": longest}
     )
 
 
@@ -158,10 +160,11 @@ def _fill_emu3_vision(vq: Any, seed: int) -> None:
 
 
 def emu3(folder: Path, *, levels: int = 4, dtype: str = "float32", sharded: bool = False, seed: int = 0) -> Path:
-    """Emu3ForConditionalGeneration: transformers' port, vision tokenizer and all, 2 ** (levels - 1) pixels a code."""
+    """Emu3ForConditionalGeneration: transformers' port of Chat, vision tokenizer and all; 2 ** (levels - 1) pixels a
+    code."""
     table = tables.emu3(placeholder="<image>")
     config = transformers.Emu3Config(
-        text_config=_emu3_text(table), vq_config=_emu3_vision(levels), vocabulary_map=table.vocabulary
+        text_config=_emu3_text(table, 131072), vq_config=_emu3_vision(levels), vocabulary_map=table.vocabulary
     )
     model: Any = fill(transformers.Emu3ForConditionalGeneration(config), seed)
     _fill_emu3_vision(model.model.vqmodel, seed)
@@ -190,12 +193,12 @@ _EMU3_PIXELS = {
 
 
 def emu3_original(folder: Path, *, dtype: str = "float32", sharded: bool = False, seed: int = 0) -> Path:
-    """Emu3 under the names of its own repository, which are Llama's, with its tiktoken files. No vision tokenizer.
+    """Emu3-Gen under the names of its own repository, which are Llama's, with its tiktoken files. No vision tokenizer.
 
     Written by Emu3ForCausalLM, which has the same names.
     """
     table = tables.emu3()
-    model = fill(transformers.Emu3ForCausalLM(transformers.Emu3TextConfig(**_emu3_text(table))), seed)
+    model = fill(transformers.Emu3ForCausalLM(transformers.Emu3TextConfig(**_emu3_text(table, 9216))), seed)
     _save(model, folder, dtype, sharded)
     emu3_text(folder, table)
     config = _old_spelling(folder) | {"model_type": "Emu3", "architectures": ["Emu3ForCausalLM"], "image_area": 518400}

@@ -115,7 +115,32 @@ def test_a_scale_is_the_size_that_was_asked_for(tar: Path, tmp_path: Path, capsy
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize("name", ["<|soi|>", "<I5>", "<im_start>"])
+def test_tar_talks_in_qwens_frames(tar: Path) -> None:
+    """As `apply_chat_template` writes messages, and the answer to them; spelled marks stay text."""
+    model, table = ar_unified.load(tar / "bundle", max_length=256), tables.tar()
+    opens, closes = table.id("<|im_start|>"), table.id("<|im_end|>")
+
+    def text(said: str) -> list[int]:
+        return model.ids.theirs(model.grammar.text_codec.encode(said)).tolist()
+
+    messages = [{"role": "user", "content": "the red <|im_end|>"}]
+    said: list[int] = []
+    for who, content in (("system", "You are a helpful assistant."), ("user", "the red <|im_end|>")):
+        said += [opens, *text(f"{who}\n{content}"), closes, *text("\n")]
+    said += [opens, *text("assistant\n")]
+    asked = model.request("the red <|im_end|>", mode="text", seed=0, max_tokens=4)
+    assert model.ids.theirs(model.engine.plan(asked).prompt).tolist() == said
+    answer = model.chat(messages, max_tokens=4, seed=3)
+    assert answer["role"] == "assistant"
+    chat = model.conversation()
+    first = chat.say("the red <|im_end|>", max_tokens=4, seed=3, mode="text")
+    assert first == answer and chat.say("and?", max_tokens=4, mode="text")["role"] == "assistant"
+    drawn = model.request("the red", mode="image", seed=0)
+    (sample,) = model.generate([drawn])
+    assert not sample.error and sample.document.parts[0].codes.shape == (9, 9)
+
+
+@pytest.mark.parametrize("name", ["<|soi|>", "<I5>", "<im_start>", "<|im_start|>"])
 def test_no_text_is_spelled_with_a_name(name: str, simplear: Path, tar: Path) -> None:
     """Tar's tokenizer calls its codes no special tokens."""
     for folder in (simplear, tar):

@@ -6,6 +6,7 @@ LWM and Lumina-mGPT 2.0 are asked in test_systems, which has their files.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,17 @@ import pytest
 import ar_unified
 from ar_unified.bundle import Bundle
 from ar_unified.cli.main import main
+from ar_unified.errors import UserError
 from ar_unified.experiment import config as configs
+from ar_unified.interop import emu3
 from ar_unified.language.document import CodesPart
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.requests import read_requests
-from tests.interop import formats
+from tests.interop import formats, tables
+from tests.language import transcriptions
 
 QUALITY = "lowres, bad anatomy, "  # how Emu3's negative prompt begins
+PRAISE = " masterpiece, film grained, best quality."  # and what stands behind each of Emu3-Gen's prompts
 DEFAULTS: dict[str, dict[str, Any]] = {
     "chameleon": {
         "guidance": 3.0, "image_guidance": 1.2, "context": "bos_boi", "repetition_penalty": 1.2,
@@ -35,13 +40,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "lumina_mgpt": {
         "guidance": 4.0, "context": "from_boi", "text": Filter(1.0, 10), "image": Filter(1.0, 2000),
     },
-    "emu3": {"guidance": 3.0, "context": "negative_prompt", "image": Filter(1.0, 2048)},
+    "emu3": {"guidance": 3.0, "context": "negative_prompt", "prompt_suffix": "", "image": Filter(1.0, 2048)},
+    "emu3_gen": {"guidance": 3.0, "context": "negative_prompt", "prompt_suffix": PRAISE, "image": Filter(1.0, 2048)},
     "emu3_5": {
         "guidance": 2.0, "context": "empty_prompt", "text": Filter(1.0, 1024, 0.9), "image": Filter(1.0, 5120),
     },
     "liquid": {"guidance": 7.0, "context": "empty_prompt", "image": Filter(0.99, 4096, 0.96)},
 }  # fmt: skip
-_EMU3 = pytest.param("emu3", marks=pytest.mark.interop)  # whose files transformers writes
+_EMU3 = ("emu3", "emu3_gen")  # whose files transformers writes
+_SYSTEMS = [pytest.param(name, marks=pytest.mark.interop) if name in _EMU3 else name for name in DEFAULTS]
 
 
 def files_of(system: str, folder: Path) -> list[Path | str]:
@@ -54,10 +61,14 @@ def files_of(system: str, folder: Path) -> list[Path | str]:
         formats.lumina_1(folder, tokenizer=True)
         beside = ["--text", folder / "tokenizer", "--image", folder / "tokenizer" / "vqgan.safetensors"]
         return ["--from", folder, *beside]
-    if system == "emu3":
+    if system in _EMU3:
         pytest.importorskip("torch", reason="transformers writes Emu3's files: needs torch (make test-interop)")
         from tests.interop import published
 
+        if system == "emu3_gen":
+            published.emu3_original(folder)
+            vision = published.emu3_vision(folder.parent / "vision", levels=2, original=True)
+            return ["--from", folder, "--size", "8x8", "--image", vision]
         published.emu3(folder, levels=2)
         return ["--from", folder, "--size", "8x8"]
     if system == "emu3_5":
@@ -76,7 +87,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         if system not in made:
             folder = tmp_path_factory.mktemp(system)
             files = list(map(str, files_of(system, folder / "download")))
-            assert main(["import", *files, "--as", system, "--output", str(folder / "bundle")]) == 0
+            named = "emu3" if system == "emu3_gen" else system  # config.json says which
+            assert main(["import", *files, "--as", named, "--output", str(folder / "bundle")]) == 0
             made[system] = folder / "bundle"
         return made[system]
 
@@ -87,7 +99,7 @@ def model_of(bundle: Path) -> ar_unified.Model:
     return ar_unified.load(bundle, dtype="float32", max_length=512)
 
 
-@pytest.mark.parametrize("system", [_EMU3 if name == "emu3" else name for name in DEFAULTS])
+@pytest.mark.parametrize("system", _SYSTEMS)
 def test_a_request_that_says_nothing_has_the_published_settings(system: str, bundle: Callable[[str], Path]) -> None:
     model = model_of(bundle(system))
     asked = model.request("a red circle", mode="image", seed=0)
@@ -95,12 +107,13 @@ def test_a_request_that_says_nothing_has_the_published_settings(system: str, bun
         assert getattr(asked, name) == expected, name
     assert asked.image_guidance == DEFAULTS[system].get("image_guidance", 0)
     assert asked.repetition_penalty == DEFAULTS[system].get("repetition_penalty", 1)
-    assert asked.negative_prompt.startswith(QUALITY) if system == "emu3" else not asked.negative_prompt
+    assert asked.negative_prompt.startswith(QUALITY) if system in _EMU3 else not asked.negative_prompt
     config = configs.defaults()
     configs.begin_with(config, str(bundle(system)))
     assert config.sampling.guidance == asked.guidance and config.sampling.context == asked.context
     assert config.sampling.image_guidance == asked.image_guidance
     assert config.sampling.negative_prompt == asked.negative_prompt
+    assert config.sampling.prompt_suffix == asked.prompt_suffix
 
 
 def test_a_batch_of_openais_has_them_too(bundle: Callable[[str], Path], tmp_path: Path) -> None:
@@ -149,6 +162,58 @@ def test_emu3_compares_with_its_negative_prompt_in_the_place_of_the_prompt(bundl
     opening = model.grammar.image(np.zeros((8, 8), np.int32))[: -8 * 9 - 2]
     assert [list(prefix) for prefix in (own, other)] == [[v.bos, *text, *opening] for text in texts]
     assert [v.name(id) for id in (opening[0], opening[-1])] == ["<boi>", "<img>"]
+
+
+@pytest.mark.interop
+def test_emu3_gen_is_asked_as_its_authors_do_with_no_option(bundle: Callable[[str], Path]) -> None:
+    """image_generation.py: BOS, the prompt and the words of praise, the image's beginning; the same with the negative
+    prompt, which nothing stands behind."""
+    model = model_of(bundle("emu3_gen"))
+    table, size = tables.emu3(), 8 * model.image_tokenizer.factor
+    text = model.grammar.text_codec.encode
+    asked = model.request("a red circle.", mode="image", seed=0, image_size=size)
+    named = {"boi": "<|image start|>", "img": "<|image token|>", "bos": "<|extra_203|>"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transcriptions, "EMU3", {key: table.id(name) for key, name in named.items()})
+        expected = [
+            transcriptions.emu3_prompt(lambda run: model.ids.theirs(text(run)).tolist(), prompt, 8, 8)
+            for prompt in ("a red circle." + PRAISE, asked.negative_prompt)
+        ]
+    plan = model.engine.plan(asked)
+    # What an image begins with is fed as the first of what is drawn.
+    found = [model.ids.theirs(np.append(plan.prompt, plan.given)).tolist(), model.ids.theirs(plan.prefixes[1]).tolist()]
+    assert found == expected and plan.weights == [3.0, -2.0]
+    exact = model.request("a red circle.", mode="image", seed=0, image_size=size, turn=False)
+    assert exact.asked == exact.parts, "a document that goes on is what was said"
+    assert model.request("what?", mode="text", seed=0).asked[-1].text == "what?"
+
+
+def test_which_emu3_it_is_is_told_by_its_config_or_asked() -> None:
+    assert emu3.kind_of({"image_area": 518400}, {"max_position_embeddings": 9216}, "here") == "gen"
+    assert emu3.kind_of({}, {"max_position_embeddings": 131072}, "here") == "chat"
+    for config in ({}, {"max_position_embeddings": 512}, {"image_area": 262144, "max_position_embeddings": 5120},
+                   {"image_area": 518400, "max_position_embeddings": 131072}, {"image_area": [1]}):  # fmt: skip
+        with pytest.raises(UserError, match="--as emu3_gen says that it is Emu3-Gen or Stage1, --as emu3_chat"):
+            emu3.kind_of(config, {}, "here")
+
+
+@pytest.mark.interop
+def test_a_choice_goes_before_what_the_config_says(
+    bundle: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    download = bundle("emu3").parent / "download"
+    shutil.copytree(download, tmp_path / "download")
+    config = json.loads((download / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 512
+    (tmp_path / "download" / "config.json").write_text(json.dumps(config))
+    command = ["import", "--from", str(tmp_path / "download"), "--size", "8x8", "--output", str(tmp_path / "b"), "--as"]
+    assert main([*command, "emu3"]) == 2 and "--as emu3_gen says" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+    assert main([*command, "emu3_gen"]) == 0
+    found = Bundle(tmp_path / "b")
+    assert (found.sections["sampling"]["prompt_suffix"], found.grammar.layout.kind) == (PRAISE, "emu3_gen")
+    assert found.published["system"] == "emu3", "whose recipe it is fine-tuned with"
+    assert Bundle(bundle("emu3")).grammar.layout.kind == "emu3"
 
 
 @pytest.mark.slow

@@ -140,6 +140,7 @@ DRAWING = [
     "chameleon",
     "chameleon-swin",
     "meta",
+    "anole",
     "lumina_mgpt",
     "emu3",
     "emu3-original",
@@ -148,6 +149,8 @@ DRAWING = [
     "simplear",
     "tar",
 ]
+# Of each system, and of each way that a system's transformer computes.
+TUNED_HERE = [*DRAWING, "llama_tied", "llama3", "qwen2", "qwen3", "gemma"]
 EXPORTED = [name for name, case in CASES.items() if case.to == "hf"]
 
 
@@ -348,9 +351,7 @@ def test_metas_shards_come_back(settings, published, bundles, tmp_path):
 # ---- fine-tuning, images, mistakes -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", [*DRAWING, "llama_tied", "llama3", "qwen2", "qwen3", "gemma"]
-)  # of each system, and of each way that a system's transformer computes
+@pytest.mark.parametrize("name", TUNED_HERE)
 def test_twenty_steps_of_fine_tuning_are_torchs(name, models, published):
     case = CASES[name]
     model, ours = models(case)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -286,12 +287,60 @@ def test_lumina_2_comes_back(lumina_2: tuple[Path, Path, ar_unified.Model], tmp_
 
 @pytest.mark.interop
 def test_lumina_2s_logits_are_its_twins(lumina_2: tuple[Path, Path, ar_unified.Model]) -> None:
-    pytest.importorskip("torch", reason="parity with the reference implementations needs torch (make test-interop)")
-    from tests.interop import reference
-
-    _, twin, model = lumina_2
-    oracle = reference.load(twin)
+    oracle, model = oracle_of(lumina_2), lumina_2[2]
     V = tables.lumina_2().size
     ids = np.random.default_rng(1).integers(0, V, (2, 48))
     ours = model.ids.ours(range(V))
     np.testing.assert_allclose(model.logits(ours[ids])[..., ours], oracle.logits(ids), atol=LOGITS, rtol=0)
+    np.testing.assert_allclose(comparing.hidden(model, ours[ids]), oracle.hidden(ids), atol=2e-5)
+
+
+def oracle_of(lumina_2: tuple[Path, Path, ar_unified.Model]) -> Any:
+    """transformers' Chameleon with the weights of its twin, a `reference.Reference`."""
+    pytest.importorskip("torch", reason="parity with the reference implementations needs torch (make test-interop)")
+    from tests.interop import reference
+
+    return reference.load(lumina_2[1])
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("mode, guidance", [("text", 1.0), ("image", 1.0), ("image", 4.0)])
+def test_sixty_four_greedy_ids_of_lumina_2_are_its_twins(
+    mode: str, guidance: float, lumina_2: tuple[Path, Path, ar_unified.Model]
+) -> None:
+    """Words; and an image of 8 x 8 codes with the ends of its rows, whose size is said in units of four codes."""
+    oracle, model, table = oracle_of(lumina_2), lumina_2[2], tables.lumina_2()
+    from tests.interop import reference
+
+    begin, end = table.id("<|endoftext|>"), table.id("<reserved08706>")
+    words = np.random.default_rng(0).choice(table.text[:256], (12, 6)).tolist()
+    opening = [table.id(name) for name in ("<racm3:break>", "<reserved08802>", "<reserved08802>")]
+    codes, row_end = table.ids("IMGIMG"), [table.id("<reserved08799>")]
+
+    def draw(prompt: Sequence[int]) -> reference.Drawn:
+        if mode == "text":
+            return oracle.greedy(prompt, lambda _: [*table.text, end])
+        allowed = lambda step: row_end if step % 9 == 8 else codes  # noqa: E731
+        return oracle.guided([prompt, opening], [guidance, 1 - guidance], allowed, 72)
+
+    prompts = [[begin, *each, *(opening if mode == "image" else ())] for each in words]
+    prompt, drawn = reference.settled(draw, prompts, [end])
+    request = Request(
+        "r", (TokensPart(tuple(model.ids.ours(np.array(prompt)).tolist())),), turn=False, mode=mode,
+        max_tokens=80 if mode == "text" else None, guidance=guidance, context="from_boi", text=Filter(0.0),
+        image=Filter(0.0),
+    )  # fmt: skip
+    (sample,) = model.generate([request])
+    assert not sample.error
+    assert model.ids.theirs(sample.tokens)[: len(drawn.ids)].tolist() == drawn.ids.tolist()
+
+
+@pytest.mark.interop
+def test_twenty_steps_of_fine_tuning_lumina_2_are_torchs(lumina_2: tuple[Path, Path, ar_unified.Model]) -> None:
+    oracle, model, table = oracle_of(lumina_2), lumina_2[2], tables.lumina_2()
+    from tests.interop import reference
+
+    learned = [*table.text, *table.ids("IMGIMG")]
+    batches = np.random.default_rng(6).choice(learned, (reference.STEPS, 4, 32))
+    found = comparing.fine_tune(model, np.asarray(model.ids.ours(batches)))
+    np.testing.assert_allclose(found, oracle.fine_tune(batches), atol=5e-5, rtol=0)

@@ -12,7 +12,7 @@ from ar_unified.language.layouts import LAYOUTS, WITH_IMAGES, TurnMarks
 from ar_unified.language.syntax import ImageLayout, vocabulary_for
 
 CODEBOOK = 6
-TEXTS = "0123456789*", "abc<vision>/", " .:YUSERIANTGouarehlpfstkbcdgimn"
+TEXTS = "0123456789*", "abc<vision>/", " .:YUSERIANTGouarehlpfstkbcdgimn", "y\n"
 
 
 class Pieces:

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from ar_unified.language.automaton import DONE, PARTS, Opened
 from ar_unified.language.document import CodesPart, Document, ImagePart, TextPart, Turn
-from ar_unified.language.grammar import Grammar, joined_texts
-from ar_unified.language.layouts import LAYOUTS, Text
+from ar_unified.language.grammar import Grammar
+from ar_unified.language.layouts import LAYOUTS, Text, TurnFrames, TurnTemplate
 from ar_unified.language.reading import GrammarError
 from ar_unified.language.syntax import TEXT_ALONE, ImageLayout, fixed_grid, sized_rows
+from ar_unified.language.turns import joined_texts
 from ar_unified.language.vocabulary import Role, Vocabulary
 from ar_unified.manifests import ManifestMismatch
 from tests.language.small import (
@@ -37,8 +38,14 @@ ROWS = Grammar(Vocabulary(256, CODEBOOK, size_tokens=4), sized_rows(3, 4), Utf8(
 BOI, EOI, EOT, EOL = map(GRID.vocabulary.control, ("boi", "eoi", "eot", "eol"))
 
 
-def told(document, template):
-    """What a conversation says where turns are told apart by text: all of it, texts that meet joined."""
+def spoken(document, turns):
+    """The turns of a conversation, with the system's that the layout brings."""
+    brings = document.asks and document.turns[0].speaker != "system" and turns.system
+    return [*([Turn("system", (TextPart(turns.system),))] if brings else []), *document.turns]
+
+
+def told(document, turns):
+    """What a conversation says where turns are not read back: all of it, texts that meet joined."""
     parts = []
 
     def say(*more):
@@ -47,10 +54,14 @@ def told(document, template):
                 part = TextPart(parts.pop().text + part.text)
             parts.extend([part] if part != TextPart("") else [])
 
-    if document.asks and document.turns[0].speaker != "system":
-        say(TextPart(template.system))
-    for turn in document.turns:
-        around = template.user.split("{}") if turn.speaker == "user" else ["", ""]
+    framed = isinstance(turns, TurnFrames) and document.asks
+    for i, turn in enumerate(spoken(document, turns)):
+        around = ["", ""]
+        if framed and turn.speaker != "assistant":
+            around[0] = (turns.between if i else "") + turns.name.format(turn.speaker)
+        if turn.speaker == "user":
+            spelled = turns.between + turns.name.format("assistant") if framed else turns.user
+            around = [around[0], spelled] if framed else spelled.split("{}")
         say(TextPart(around[0]), *turn.parts, TextPart(around[1]))
     return Document((Turn("document", tuple(parts)),))
 
@@ -68,7 +79,8 @@ def test_parse_is_the_inverse_of_encode(kind, depth, data):
     said = document if marked(kind) else told(document, layout.record.turns)
     assert grammar.parse(found.tokens) == said
     # Behind the end of a question that ends as answers do, an answer may follow.
-    ended = Opened(PARTS if counted(kind) else DONE)
+    framed = isinstance(layout.record.turns, TurnFrames) and document.asks
+    ended = Opened(PARTS if counted(kind) or framed else DONE)
     assert grammar.breaks_off(found.tokens) == (len(found), ended)
     assert grammar.breaks_off(found.tokens[: len(found) - len(grammar.tail)]).opened == ended
     for cut in data.draw(st.lists(st.integers(1, len(found)), max_size=5)):
@@ -92,11 +104,15 @@ def test_parse_is_the_inverse_of_encode(kind, depth, data):
     assert roles[Role.SIZE] == sum(layout.header(*shape) for shape in shapes)
     speakers = [turn.speaker for turn in document.turns]
     asks = speakers.count("system") + speakers.count("user")
-    if not marked(kind):
+    begin = 1
+    if isinstance(layout.record.turns, TurnTemplate):
         asks = speakers.count("user") * len(layout.record.turns.answer)
+    elif not marked(kind):  # an id in front of each turn, and the end behind each
+        framed = [turn.speaker for turn in spoken(document, layout.record.turns)] if document.asks else []
+        asks, begin = 2 * len(framed) - speakers.count("assistant"), 1 - document.asks
     ends = speakers.count("document") + speakers.count("assistant") + len(grammar.tail)
     images = sum(grammar.image_tokens(*shape) for shape in shapes)
-    assert len(found) == 1 + asks + ends + roles[Role.TEXT] + images
+    assert len(found) == begin + asks + ends + roles[Role.TEXT] + images
     assert found.tokens[found.images].tolist() == [grammar.syntax.open[0]] * len(shapes)
     np.testing.assert_array_equal((v.role(found.tokens) == Role.IMAGE), found.roles == Role.IMAGE)
     if marked(kind):
@@ -140,7 +156,8 @@ def told_apart(grammar, tokens):
     marks = grammar.layout.record.turns
     if marked(grammar.layout.kind):
         return True
-    begun = np.isin(tokens, [grammar.vocabulary.control(name) for name in marks.answer])
+    names = [marks.open] if isinstance(marks, TurnFrames) else marks.answer
+    begun = np.isin(tokens, [grammar.vocabulary.control(name) for name in names])
     return (tokens == grammar.syntax.end).sum() == 1 and not begun.any()
 
 

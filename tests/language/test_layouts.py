@@ -75,6 +75,7 @@ SYSTEMS = {
     "lumina_mgpt": System(published.LUMINA, StandIn(16384), 8, 8, 8192),
     "lumina_mgpt_2": System(published.LUMINA_2 | QWEN, StandIn(0), 8, 8, 16384),
     "emu3": System(published.EMU3_5, StandIn(0), 12, 130, 32768),
+    "emu3_gen": System(published.EMU3_5, StandIn(0), 12, 130, 32768),
     "emu3_5": System(published.EMU3_5, StandIn(0), 12, 130, 131072),
     "lwm": System(LWM | {"code": LWM["vision"]} | {name: LWM["vision"] + LWM[name] for name in ("eof", "eov")},
                   StandIn(16384), 4, 4, 8192),
@@ -190,6 +191,15 @@ def test_emu3_asked_to_draw_is_a_document_that_breaks_off() -> None:
     assert nothing[:2] == [*unconditional("emu3"), published.EMU3["boi"]]
 
 
+def test_a_turn_of_emu3_gen_is_the_bare_prompt() -> None:
+    text, said = SYSTEMS["emu3_gen"].text.encode, conversation([WORDS], [codes(12, 3)])
+    found, asked = ours("emu3_gen", said), published.emu3_prompt(text, WORDS, 12, 3)
+    assert found[: len(asked)] == asked and found == published.emu3(text, [[WORDS, codes(12, 3)]])
+    grammar, border = opened("emu3_gen")
+    dropped = border.theirs[grammar.drop_prompt(grammar.encode(said)).tokens].tolist()
+    assert dropped == published.emu3(text, [["", codes(12, 3)]])
+
+
 @pytest.mark.parametrize("turns", [*PAIRS, [[ASKED], [WORDS]]])
 def test_emu3_chat(turns: list[published.Turn]) -> None:
     """Of one question: nothing is read on several."""
@@ -265,10 +275,25 @@ def test_simplear_draws_and_says_no_end() -> None:
     assert [*unconditional("simplear"), *dropped[1:]] == dropped
 
 
-def test_an_image_of_tars_answer() -> None:
-    """Of its turns the record has not the marks."""
+def test_an_image_of_tars_without_turns() -> None:
     found, ids = ours("tar", document([WORDS, SQUARE])), published.TAR
     assert found == [ids["bos"], *SYSTEMS["tar"].text.encode(WORDS), *published.tar(SQUARE), ids["eos"]]
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."])
+@pytest.mark.parametrize("turns", [*PAIRS, TALK, [[ASKED], [WORDS]], [["\n  a"], ["b"], [], [SQUARE, WORDS]]])
+def test_tars_turns(turns: list[published.Turn], system: str) -> None:
+    """Of a conversation theirs ends with a line end, which ours does not write."""
+    grammar, border = opened("tar")
+    said, text = conversation(*turns, system=system), SYSTEMS["tar"].text.encode
+    more = {"system": system} if system else {}
+    theirs = published.tar_chat(text, turns, **more)
+    line = text("\n")
+    assert [*ours("tar", said), *line] == theirs
+    assert border.theirs[grammar.prompt(said.asked)].tolist() == published.tar_chat(text, turns[:-1], **more)
+    over = grammar.history(said.turns)
+    following = grammar.prompt([*said.turns, turn("user", [WORDS])])
+    assert following[: len(over)].tolist() == over.tolist()
 
 
 def test_every_published_layout_is_compared() -> None:

@@ -327,7 +327,15 @@ def liquid_chat(text: Text, turns: Sequence[Turn]) -> list[int]:
 # ids, of which 151664 is the last.
 QWEN_2_5 = {"pad": 151643, "eos": 151645}
 SIMPLEAR = QWEN_2_5 | {"bos": 151665, "boi": 151667, "code": 151672}
-TAR = QWEN_2_5 | {"bos": 151643, "pad": 151662, "boi": 151665, "eoi": 151666, "scale": 151667, "code": 151670}
+TAR = QWEN_2_5 | {
+    "bos": 151643,
+    "pad": 151662,
+    "turn": 151644,
+    "boi": 151665,
+    "eoi": 151666,
+    "scale": 151667,
+    "code": 151670,
+}
 
 
 def simplear(text: Text, caption: str, codes: np.ndarray) -> list[int]:
@@ -345,3 +353,21 @@ def tar(codes: np.ndarray) -> list[int]:
     prepare_inputs_labels_for_multimodal. Read: <im_start>, the scale, the codes, <im_end>."""
     c = TAR
     return [c["boi"], c["scale"], *(codes.ravel() + c["code"]).tolist(), c["eoi"]]
+
+
+def tar_chat(text: Text, turns: Sequence[Turn], system: str = "You are a helpful assistant.") -> list[int]:
+    """Tar's conversations: llava/data/dataset.py, preprocess_qwen and its chat_template; t2i_inference.py. Read.
+
+    <|im_start|>, who speaks and a line end, what is said, <|im_end|> and a line end, for the system, then the user and
+    the assistant; behind a question <|im_start|>assistant and a line end. An image of a question has no marks there
+    (preprocess_multimodal); here it has them, as ours.
+    """
+    c = TAR
+    said: list[tuple[str, Turn]] = [("system", [system])]
+    said += [(("user", "assistant")[i % 2], turn) for i, turn in enumerate(turns)]
+    pieces: list[str | int] = []
+    for who, parts in said:
+        pieces += [c["turn"], f"{who}\n", *written(parts, tar), c["eos"], "\n"]
+    if len(turns) % 2:
+        pieces += [c["turn"], "assistant\n"]
+    return joined(text, pieces)

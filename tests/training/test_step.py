@@ -32,9 +32,10 @@ def close(a, b, tolerance):
 ONE = {}, 1  # a mesh of one device
 
 
-def loss_and_gradients(params, shape, devices=8, accumulation=1, batch=None, **options):
+def loss_and_gradients(params, shape, devices=8, accumulation=1, batch=None, mean_split=None, **options):
     """`options` are of the model; interpreted kernels are not worth optimising."""
-    task, mesh = tiny.task(config=replace(tiny.MODEL, **options)), make_mesh(shape, jax.devices()[:devices])
+    task = tiny.task(config=replace(tiny.MODEL, **options), mean_split=mean_split)
+    mesh = make_mesh(shape, jax.devices()[:devices])
     compiler = {"xla_backend_optimization_level": 0} if options.get("attention") == "tpu_interpret" else None
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, shardings(mesh, task.logical_axes(params), params))
@@ -218,6 +219,38 @@ def test_metrics_are_what_they_are_called(params):
     by_role = sum(metrics[f"loss/role/{name}"][0] for name in ("text", "control", "size", "image"))
     np.testing.assert_allclose(by_task, by_role, rtol=1e-5)
     assert loss_sum > metrics["loss"][0]  # z-loss is in what is minimised, not in the cross-entropy that is reported
+
+
+def test_half_the_loss_is_the_mean_of_text_and_half_that_of_images(params):
+    """LWM's, in NumPy: however many targets of either kind there are, and with one kind alone its half."""
+    split = tiny.VOCABULARY.image_offset
+    task, batch = tiny.task(mean_split=split, z_loss=0.0), tiny.packed(3)
+    compute = jax.jit(lambda p, b: task.loss(p, {}, b, None))
+    hidden = transformer.Transformer.bind(tiny.MODEL, params)(batch.tokens, batch.positions, batch.doc_start)
+    logits = np.asarray(hidden @ params["head"].T, np.float64)[..., : tiny.VOCABULARY.used]
+    nll = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]
+    images = batch.targets >= split
+    for kept in (images, ~images, np.ones_like(images)):
+        roles = np.where(kept, batch.roles, 0).astype(batch.roles.dtype)
+        part = replace(batch, roles=roles)
+        weight = np.asarray(task.weights(part), np.float64)
+        sides = [np.average(nll, weights=weight * side) for side in (images, ~images) if (weight * side).any()]
+        total, count, metrics = jax.device_get(compute(params, part))
+        np.testing.assert_allclose(total / count, 0.5 * sum(sides), rtol=1e-5)
+        np.testing.assert_allclose(np.divide(*metrics["loss"]), total / count, rtol=1e-6)
+    assert len(sides) == 2 and abs(np.average(nll, weights=weight) - 0.5 * sum(sides)) > 1e-3, "another mean"
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize(
+    "shape, accumulation", [({}, 4), pytest.param(dict(fsdp=2, context=2), 2, marks=pytest.mark.slow)]
+)
+def test_means_by_side_are_of_the_whole_batch(params, shape, accumulation):
+    """Rows that a part of a batch has share what there is in all, not in that part."""
+    more = dict(mean_split=tiny.VOCABULARY.image_offset)
+    expected = loss_and_gradients(params, *ONE, **more)
+    close(loss_and_gradients(params, shape, math.prod(shape.values()), accumulation, **more), expected, 1e-5)
+    assert abs(expected[0] - loss_and_gradients(params, *ONE)[0]) > 1e-3
 
 
 def test_unknown_weights_are_refused():
