@@ -7,11 +7,12 @@ says by `columns` which of them is what; without, these names are known, whateve
     text, caption, txt                    what an image shows, or text alone
     texts and images                      two lists, read by turns; where one has null, the other goes on
     question and answer                   with an image, or several, or none; answer may be the number of one of options
+    image, instruction and edited_image   a picture, what is to be done to it, and what comes of it
     messages, conversations               turns; <image> in a turn, or a part of type "image", is the next image
     segments                              parts in reading order
     id, language                          the document's name and its language
 
-Of a record with several, the first of messages, segments, question, texts, text, image counts. All other values that
+Of a record with several, the first of messages, segments, instruction, question, texts, text, image counts. All other values that
 are short (texts, numbers, lists of them) become `meta`.
 """
 
@@ -30,6 +31,8 @@ _IMAGE_FILES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 _COMMON = {
     "messages": ("messages", "conversations"),
     "segments": ("segments",),
+    "instruction": ("instruction", "edit_instruction", "edit_prompt"),
+    "edited": ("edited_image", "target_image", "output_image"),
     "question": ("question",),
     "answer": ("answer",),
     "options": ("options", "choices"),
@@ -41,9 +44,22 @@ _COMMON = {
     "language": ("language",),
 }
 PARTS = tuple(_COMMON)
-_WHOLES = (("messages",), ("segments",), ("question", "answer"), ("texts",), ("text",), ("images",), ("image",))
+PICTURES = ("image", "images", "edited")  # parts that are images
+_WHOLES = (
+    ("messages",),
+    ("segments",),
+    ("instruction", "image", "edited"),
+    ("question", "answer"),
+    ("texts",),
+    ("text",),
+    ("images",),
+    ("image",),
+)
 _SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}  # of ShareGPT and LLaVA
 _PLACE = re.compile(r"\s*<image>\s*")
+_EXPECTED = (
+    "image, text, caption, question and answer, instruction and edited_image, texts and images, or messages"
+)
 _FIELD = re.compile(r"\{([^{}]+)\}")
 _CHOICE = re.compile(r"([^{}\[\]]+)\[([^{}\[\]]+)\]")
 _LONGEST = 1 << 16  # characters of a value that is kept as meta
@@ -89,8 +105,8 @@ class Columns:
         if not whole:
             found = f"columns={dict(self._columns)}" if self._columns else ", ".join(names)
             raise UserError(
-                f"{where}: expected image, text, caption, question and answer, texts and images, or messages; found "
-                f'{found}. Say which column is what: columns={{"image": "NAME", "text": "NAME"}}'
+                f"{where}: expected {_EXPECTED}; found {found}. "
+                f'Say which column is what: columns={{"image": "NAME", "text": "NAME"}}'
             )
         used: dict[str, list[str]] = {}
         for part, place in places.items():
@@ -115,11 +131,10 @@ class Columns:
         """
         places, whole, used = self._plan(tuple(record))
         if not whole:
-            expected = "image, text, caption, question and answer, texts and images, or messages"
-            raise DocumentError("bad_row", f"expected {expected}; found {', '.join(map(str, record)) or 'nothing'}")
-        read = {part: place for part, place in places.items() if pictures or part not in ("image", "images")}
+            raise DocumentError("bad_row", f"expected {_EXPECTED}; found {', '.join(map(str, record)) or 'nothing'}")
+        read = {part: place for part, place in places.items() if pictures or part not in PICTURES}
         found = {part: _look_up(record, place, part) for part, place in read.items()}
-        images = _Images(found, pictures, required=whole in ("question", "text", "images", "image"))
+        images = _Images(found, pictures, required=whole in ("instruction", "question", "text", "images", "image"))
         row = _WRITERS[whole](found, images)
         images.done()
         row |= _meta({name: value for name, value in record.items() if name not in used})
@@ -133,7 +148,11 @@ class Columns:
         if whole == "texts":
             found = _look_up(record, places["texts"], "texts")
             return [("texts", text) for text in found if text is not None] if isinstance(found, list) else []
-        parts = {"text": ["text"], "question": [] if "options" in places else ["question", "answer"]}.get(whole, [])
+        parts = {
+            "text": ["text"],
+            "instruction": ["instruction"],
+            "question": [] if "options" in places else ["question", "answer"],
+        }.get(whole, [])
         return [(part, _look_up(record, places[part], part)) for part in parts]
 
     def language(self, record: Mapping[str, Any]) -> str:
@@ -301,6 +320,15 @@ def _question(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
     return {"messages": [asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]}
 
 
+def _instruction(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
+    if (edited := found.get("edited")) is None and not images.endless:
+        raise DocumentError("missing_image", "edited: expected an image, found null")
+    shown = images.rest() if not images.endless else ["0"]
+    asked = [{"type": "image", "image": reference} for reference in shown]
+    asked.append({"type": "text", "text": found["instruction"]})
+    return {"segments": [*asked, {"type": "image", "image": images.add(edited)}], "prompt": len(asked)}
+
+
 def _texts(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
     texts = found["texts"]
     if not isinstance(texts, list):
@@ -333,6 +361,7 @@ def _alone(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
 _WRITERS = {
     "messages": _messages,
     "segments": _segments,
+    "instruction": _instruction,
     "question": _question,
     "texts": _texts,
     "text": _text,
