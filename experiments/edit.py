@@ -1,7 +1,7 @@
 """Image editing: a picture and an instruction ("Make the red circle blue.") become the picture that it asks for.
 
-    ar-unified run --config experiments/edit.py --workdir workdirs/edit
-    ar-unified run --config experiments/edit.py:from=BUNDLE --workdir workdirs/edit     # on from a model of shapes
+ar-unified run --config experiments/edit.py --workdir workdirs/edit
+ar-unified run --config experiments/edit.py:from=BUNDLE --workdir workdirs/edit     # on from a model of shapes
 """
 
 from ml_collections import ConfigDict

@@ -148,10 +148,9 @@ def _instruction(rng: np.random.Generator, kind: str, before: Scene, old: Object
     if new is None:
         return pick(rng, (f"Remove the {name}.", f"Take away the {name}."))
     if kind == "move":
-        ways = [f"Move the {name} to the {new.place}.", f"Put the {name} in the {new.place}."]
-        if towards := _direction(old.place, new.place):
-            ways.append(f"Move the {name} {towards}.")
-        return pick(rng, ways)
+        towards = _direction(old.place, new.place)
+        there = (f"Move the {name} to the {new.place}.", f"Put the {name} in the {new.place}.")
+        return pick(rng, (*there, f"Move the {name} {towards}.") if towards else there)
     ways = {
         "recolour": (f"Make the {name} {new.colour}.", f"Paint the {name} {new.colour}."),
         "reshape": (f"Turn the {name} into a {new.shape}.", f"Replace the {name} by a {new.shape}."),

@@ -7,8 +7,8 @@
 
 each also as `<name>_32` (images of 32 x 32 instead of 64 x 64 pixels), with the splits `train`,
 `validation` (scenes that are not in train) and `unseen_combinations` (scenes with a (shape, colour) that no
-training image or text contains); of edits see there. `scene` is JSON (`scenes.scene_from_json`). Importing this module makes
-the names known to `tfds.data_source`; nothing is downloaded.
+training image or text contains); of edits see there. `scene` is JSON (`scenes.scene_from_json`). Importing
+this module makes the names known to `tfds.data_source`; nothing is downloaded.
 """
 
 from __future__ import annotations

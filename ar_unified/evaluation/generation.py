@@ -2,10 +2,10 @@
 
 Kinds of questions, each sampled with one call of the engine: draw the image of a text; edit an image as a text
 says; answer a question about an image; caption an image (the pairs of the first kind, turned round); and, in a
-story, draw the next image, which the protocol checks. Of other interleaved documents, where no checker knows what is right, the
-next image and the next text are asked for, and compared with the document's own. Beside the model's scores
-stand the tokenizer's: a checker that fails on the reconstruction of a real image cannot pass a sampled one,
-so `reconstruction_exact` is the ceiling of `text_to_image_exact`.
+story, draw the next image, which the protocol checks. Of other interleaved documents, where no checker knows
+what is right, the next image and the next text are asked for, and compared with the document's own. Beside the
+model's scores stand the tokenizer's: a checker that fails on the reconstruction of a real image cannot pass a
+sampled one, so `reconstruction_exact` is the ceiling of `text_to_image_exact`.
 
 Axes: H, W height and width of an image in pixels, h, w in codes.
 """
@@ -111,10 +111,10 @@ def evaluate(
         Metrics and examples. Metrics: shares in [0, 1] `text_to_image_exact`, `image_to_text_exact` (and
         `image_to_text_exact/KIND`), `caption_exact`, `edit_exact` (and `edit_exact/KIND`), `story_change_exact`,
         `parse_rate` (of all sequences sampled here), `reconstruction_exact`, `story_reconstruction_exact`,
-        `edit_reconstruction_exact`, `next_text_exact`; in dB, means of PSNR: `tokenizer_psnr` of the real images' reconstructions and `next_image_psnr` of the model's
-        images, both against the real ones; `counts` with the n of each; `skipped` with the documents left
-        out by reason. Absent where nothing was asked. `note` says in words what there was to ask, where it was
-        not captions, questions or stories.
+        `edit_reconstruction_exact`, `next_text_exact`; in dB, means of PSNR: `tokenizer_psnr` of the real images'
+        reconstructions and `next_image_psnr` of the model's images, both against the real ones; `counts` with
+        the n of each; `skipped` with the documents left out by reason. Absent where nothing was asked. `note`
+        says in words what there was to ask, where it was not captions, edits, questions or stories.
     """
     scores, skipped = Scores(), Counter[str]()
     documents = _collect(sources, limit, seed, fit, skipped)

@@ -12,8 +12,8 @@ says by `columns` which of them is what; without, these names are known, whateve
     segments                              parts in reading order
     id, language                          the document's name and its language
 
-Of a record with several, the first of messages, segments, instruction, question, texts, text, image counts. All other values that
-are short (texts, numbers, lists of them) become `meta`.
+Of a record with several, the first of messages, segments, instruction, question, texts, text, image counts. All other
+values that are short (texts, numbers, lists of them) become `meta`.
 """
 
 from __future__ import annotations
@@ -57,9 +57,7 @@ _WHOLES = (
 )
 _SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}  # of ShareGPT and LLaVA
 _PLACE = re.compile(r"\s*<image>\s*")
-_EXPECTED = (
-    "image, text, caption, question and answer, instruction and edited_image, texts and images, or messages"
-)
+_EXPECTED = "image, text, caption, question and answer, instruction and edited_image, texts and images, or messages"
 _FIELD = re.compile(r"\{([^{}]+)\}")
 _CHOICE = re.compile(r"([^{}\[\]]+)\[([^{}\[\]]+)\]")
 _LONGEST = 1 << 16  # characters of a value that is kept as meta
