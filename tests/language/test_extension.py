@@ -1,4 +1,4 @@
-"""A language model's ids with images in them: text keeps its ids, all that is old its row, published ids their place."""
+"""A language model's ids with images: text keeps its ids, what was there its row, published ids their place."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ class Columns:
         Raises:
             DocumentError: "bad_row", "missing_image" (null): a value is not what its part needs.
         """
-        places, whole, used = self._plan(tuple(record))
+        places, whole, used = self._plan(tuple(record), pictures)
         if not whole:
             raise DocumentError("bad_row", f"expected {_EXPECTED}; found {', '.join(map(str, record)) or 'nothing'}")
         read = {part: place for part, place in places.items() if pictures or part not in PICTURES}
@@ -142,7 +142,7 @@ class Columns:
 
     def texts(self, record: Mapping[str, Any]) -> list[tuple[str, Any]]:
         """The texts of a record by their parts, where they stand by themselves; [] where only a row tells."""
-        places, whole, _ = self._plan(tuple(record))
+        places, whole, _ = self._plan(tuple(record), False)
         if whole == "texts":
             found = _look_up(record, places["texts"], "texts")
             return [("texts", text) for text in found if text is not None] if isinstance(found, list) else []
@@ -162,10 +162,14 @@ class Columns:
             return ""
         return known if isinstance(known, str) else ""
 
-    def _planned(self, names: tuple[str, ...]) -> tuple[Mapping[str, str], str, set[str]]:
-        """Part -> place, which part makes it a document ("": none), and the names that are used."""
+    def _planned(self, names: tuple[str, ...], pictures: bool = True) -> tuple[Mapping[str, str], str, set[str]]:
+        """Part -> place, which part makes it a document ("": none), and the names that are used.
+
+        pictures: False where the names of images may be missing, as they were not read.
+        """
         places = self.places(names)
-        whole = next((whole[0] for whole in _WHOLES if all(part in places for part in whole)), "")
+        there = {*places, *(() if pictures else PICTURES)}
+        whole = next((whole[0] for whole in _WHOLES if whole[0] in places and there.issuperset(whole)), "")
         return places, whole, {way.split("/")[0] for place in places.values() for way in (place, *_ways(place, names))}
 
 
