@@ -18,6 +18,7 @@ from ar_unified.experiment.config import begin_with, defaults, model, parse_arg
 
 PARTS = ("text", "extend", "scratch")
 REHEARSED = 0.2  # share of the rows that is text as before
+PARTS_OF = {"train": "train[:25%]", "validation": "validation"}  # enough for a model as small as this
 
 
 def texts(split: str, weight: float) -> tuple[ConfigDict, ...]:
@@ -29,7 +30,7 @@ def texts(split: str, weight: float) -> tuple[ConfigDict, ...]:
                 kind="tfds",
                 name=f"shapes/{name}",
                 label=f"text of {name}",
-                split=split,
+                split=PARTS_OF[split],
                 weight=weight / 2,
                 columns=found,
             )
@@ -39,7 +40,7 @@ def texts(split: str, weight: float) -> tuple[ConfigDict, ...]:
 
 
 def pictures(split: str, weight: float) -> tuple[ConfigDict, ...]:
-    return (ConfigDict(dict(kind="tfds", name="shapes/captions", split=split, weight=weight)),)
+    return (ConfigDict(dict(kind="tfds", name="shapes/captions", split=PARTS_OF[split], weight=weight)),)
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -51,21 +52,22 @@ def get_config(arg: str | None = None) -> ConfigDict:
         )
     config = defaults()
     config.name = f"from_llm_{part}"
-    config.model = model("2m", d_model=128, n_heads=4, n_kv_heads=4, d_mlp=384, tie_embeddings=False, rope_theta=1e3)
+    small = dict(d_model=64, n_layers=3, n_heads=2, n_kv_heads=2, d_mlp=192)
+    config.model = model("2m", tie_embeddings=False, rope_theta=1e3, **small)
     if bundle is not None:
         begin_with(config, bundle)
 
     config.data.max_tokens = 128
-    config.training.batch_size = 8
+    config.training.batch_size = 4
     config.training.sequence_length = 256
     config.training.learning_rate = 2e-3
     config.training.optimizer = "muon"
     config.training.warmup_steps = 40
     config.training.b2 = 0.99
     config.training.weight_decay = 0.01
-    config.training.steps = 600
+    config.training.steps = 400
     config.training.log_every = 20
-    config.training.validate_every = 100
+    config.training.validate_every = 50
     config.training.checkpoint_every = 200
     config.sampling.max_length = 128
     config.evaluation.limit = 200

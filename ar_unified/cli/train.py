@@ -40,7 +40,7 @@ from ar_unified.experiment import config as configs
 from ar_unified.experiment.branch import branch
 from ar_unified.experiment.changes import Training
 from ar_unified.experiment.experiment import Experiment
-from ar_unified.experiment.settings import moving, phases, selected, training
+from ar_unified.experiment.settings import moving, phases, selected, state_of, training
 from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.history import DECIDING
 from ar_unified.language.document import CodesPart
@@ -159,7 +159,7 @@ def _facts(experiment: Experiment, batches: PackedBatches) -> dict[str, Any]:
     """What decides the trained model beside the config."""
     init = {} if experiment.bundle is None else {"init": experiment.bundle.hash}
     facts = dict(manifest=experiment.grammar.manifest(), mixture=experiment.mixture())
-    return facts | batches.order | init
+    return facts | state_of(experiment.config.training) | batches.order | init
 
 
 def _batches(experiment: Experiment) -> PackedBatches:

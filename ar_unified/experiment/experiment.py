@@ -29,7 +29,7 @@ from ar_unified.data.sources import EmptySplit, Source, open_source
 from ar_unified.errors import UserError, about
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
-from ar_unified.experiment.changes import LATER, Training, changeable, require_extensible, said
+from ar_unified.experiment.changes import Training, changeable, require_extensible, said
 from ar_unified.history import Changeable
 from ar_unified.language.extension import new_ids
 from ar_unified.language.grammar import Grammar
@@ -118,12 +118,7 @@ class Experiment:
 
     def fingerprint(self, *keys: str, **more: Any) -> dict[str, Any]:
         """Of a stage: `keys` of the config, and `more`."""
-        found = {key: configs.plain(self.config[key]) for key in keys}
-        for field, value in LATER.items():
-            section, _, name = field.partition(".")
-            if section in found and found[section].get(name) == value:
-                del found[section][name]
-        return found | {"seed": self.config.seed} | more
+        return {key: configs.plain(self.config[key]) for key in keys} | {"seed": self.config.seed} | more
 
     def _go_on(self, stage: Stage, training: Training | None) -> None:
         """Writes what changed into the stage's history and says it; raises UserError where it cannot go on with it."""

@@ -173,6 +173,15 @@ def trained(config: ConfigDict, vocabulary: Vocabulary, new: Collection[int]) ->
     return select(places, logical_axes(_shapes(config, vocabulary)), vocabulary, new)
 
 
+def state_of(settings: ConfigDict) -> dict[str, list[str]]:
+    """What the optimizer has state of, where phases make that another part than `training.only` says; {}: they do not.
+
+    A training cannot go on with another: there would be no moments of what is new.
+    """
+    places = trained_in(settings.only, moving(settings))
+    return {} if places == tuple(settings.only) else {"trains": list(places) or ["everything"]}
+
+
 def rates(config: ConfigDict) -> Rates:
     """How fast what moves when, by `training.rates` and the `only` of phases, where no vocabulary is there yet.
 

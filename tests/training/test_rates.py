@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ar_unified.experiment.config import defaults
-from ar_unified.experiment.settings import moving, phases
+from ar_unified.experiment.settings import moving, phases, state_of
 from ar_unified.model.leaves import named
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.parallel.rules import place_batch
@@ -133,3 +133,16 @@ def test_phases_of_a_config_say_what_moves_from_which_step():
     config.training.phases = (dict(begin=0.15, only="head"),)
     with pytest.raises(ValueError, match=r"phases\[0\]: only: expected a tuple of texts, found 'head'"):
         phases(config.training, {})
+
+
+def test_what_has_optimizer_state_is_said_where_phases_make_it_more():
+    """It is in the stage's fingerprint: a training goes on with other phases, but not with other state."""
+    config = defaults().training
+    assert state_of(config) == {}
+    config.only = ("head",)
+    config.phases = (dict(begin=0.5, only=("norm",)), dict(begin=0.8, only=("head",)))
+    assert state_of(config) == {"trains": ["head", "norm"]}
+    config.phases = (dict(begin=0.5, only=()),)
+    assert state_of(config) == {"trains": ["everything"]}
+    config.only = ()
+    assert state_of(config) == {}
