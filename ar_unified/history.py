@@ -11,6 +11,7 @@ these, "changed": {field: [old, new]}}:
 from __future__ import annotations
 
 import copy
+import dataclasses
 import datetime
 import functools
 import operator
@@ -18,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ar_unified.manifests import Changes, differences, flat
+from ar_unified.manifests import ABSENT, Changes, differences, flat
 
 DECIDING = ("extended", "branched")  # the kinds without which a result cannot be made again
 
@@ -33,11 +34,13 @@ class Changeable:
         cost: they decide how long or with how much memory the same result is made, and what is logged.
         extends: they decide the steps to come and no step before.
         anew: what the stage was made from. Nothing else is made from the stage, so it follows.
+        later: fields that came when there were stages without them, and the value that is as good as none.
     """
 
     cost: Sequence[str] = ()
     extends: Sequence[str] = ()
     anew: Sequence[str] = ()
+    later: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def among(self, fields: Sequence[str]) -> str:
         """A sentence that names those of `fields` that may change; "" for none."""
@@ -81,6 +84,9 @@ def compare(
     theirs, their_cost = divide(found["fingerprint"], may.cost)
     their_cost |= found.get("cost", {})
     changes = differences(theirs, fingerprint)
+    for name, value in may.later.items():
+        if changes.get(name) in ([ABSENT, value], [value, ABSENT]):
+            del changes[name]
     if any(_within(field, may.anew) for field in changes):
         return None, {"anew": changes}
     refused = next((field for field in changes if not _within(field, may.extends)), None)

@@ -35,6 +35,7 @@ from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.interop import FORMS, image_tokenizer
 from ar_unified.interop.exporting import export_published
+from ar_unified.interop.extended import KEY as EXTENDED
 from ar_unified.model.config import decisive, parameter_count
 from ar_unified.sampling.request import DEFAULTS
 from ar_unified.tensors import read_tensors
@@ -122,9 +123,11 @@ def _published(experiment: Experiment, path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     record = read_json(path)
-    parts = settings.selected(experiment.config, "only", experiment.grammar.vocabulary).parts
+    parts = settings.trained(experiment.config, experiment.grammar.vocabulary, experiment.new_ids).parts
     if parts is None or "head" in parts:
         record.pop("untrained", None)
+    if experiment.before is not None:
+        record[EXTENDED] = experiment.before.used
     return record
 
 

@@ -40,6 +40,8 @@ from ar_unified.planning.report import text
 from ar_unified.planning.search import search
 from ar_unified.planning.targets import Target, parse_target
 from ar_unified.training.optimizer import OptimizerConfig
+from ar_unified.training.rates import trained_in
+from ar_unified.training.selection import NEW
 from ar_unified.workdir import write_json
 
 
@@ -113,7 +115,10 @@ def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
         document=config.data.max_tokens,
         optimizer=configs.pick(OptimizerConfig, training),
         steps=training.steps,
-        only=tuple(training.only),
+        # New rows are those of image codes and a handful more.
+        only=tuple(
+            place.replace(f"[{NEW}]", "[image]") for place in trained_in(training.only, settings.moving(training))
+        ),
         compiler_options=tuple(training.compiler_options),
         requests=sampling.batch_size,
         max_length=sampling.max_length,
@@ -138,6 +143,10 @@ def _language(
         with about("config.init"):
             grammar = Bundle(config.init).grammar
     if grammar is not None:
+        images = config.image_tokenizer.steps or config.image_tokenizer.model
+        if images and image is not None and not grammar.vocabulary.codebook_size:
+            with about("config.data"):
+                grammar = settings.extension(config, grammar, image)
         return grammar.vocabulary, grammar.layout
     text_tokenizer = config.text_tokenizer
     size = size or (load(text_tokenizer).size if text_tokenizer.model else text_tokenizer.vocab_size)

@@ -6,7 +6,8 @@ Reads the experiment's training sources. Leaves in the workdir:
   image_tokenizer/weights.safetensors and config.json  the VQ-VAE; its checkpoints, curves and images beside them
                                                        (or image_tokenizer.model of the config, as it is)
                                                        (with config.image_tokenizer.steps=0, for text alone: none)
-With config.init=FOLDER both are those of a bundle, and nothing is trained.
+With config.init=FOLDER both are those of a bundle, and nothing is trained; where it is of text alone, and
+config.image_tokenizer has a model or steps, the text tokenizer is.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ar_unified.experiment import config as configs
 from ar_unified.experiment.changes import Training, changeable
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.settings import objective as objective_of
-from ar_unified.experiment.settings import short_side, tokenizer_training
+from ar_unified.experiment.settings import short_side, tokenizer_rates, tokenizer_training
 from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.experiment.text_tokenizer import train_text
 from ar_unified.metrics import last_validation, read_metrics
@@ -127,7 +128,7 @@ def train_image(experiment: Experiment) -> None:
         objective_of(experiment.config),
         Perceptual.load(settings.perceptual, settings.perceptual_file, settings.dtype),
     )
-    task = TokenizerTask(objective, batches.batch, validation)
+    task = TokenizerTask(objective, batches.batch, validation, tokenizer_rates(experiment.config))
 
     def preview(step: int, params: Any) -> Mapping[str, np.ndarray]:
         shown = validation[0]["pixels"][:_SHEET]

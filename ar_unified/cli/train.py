@@ -13,7 +13,9 @@ training is started again. So may training.steps and the schedule, also of a fin
 from a checkpoint in the middle and leave the training as it is, branch it into a workdir of its own:
     ar-unified train --branch WORKDIR:STEP --workdir NEW --config FILE --config.training.steps=N ...
 To begin a training of your own with the weights, tokenizers and language of a bundle: --config.init=FOLDER. The config
-must describe that model; experiments/folder.py:path=DIR,init=FOLDER takes it from there.
+must describe that model; experiments/folder.py:path=DIR,init=FOLDER takes it from there. A bundle of text alone beside
+an image tokenizer is extended by the ids that images need (docs/from_llm.md): training.code_embedding_init says how
+their rows begin, and the place [new] in training.only names them.
 """
 
 from __future__ import annotations
@@ -24,8 +26,10 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from ar_unified.bundle import Bundle
 from ar_unified.checkpoint import Checkpoints, steps_in
 from ar_unified.data import prepare as preparing
 from ar_unified.data.images import NoImages, draws_none
@@ -36,11 +40,14 @@ from ar_unified.experiment import config as configs
 from ar_unified.experiment.branch import branch
 from ar_unified.experiment.changes import Training
 from ar_unified.experiment.experiment import Experiment
-from ar_unified.experiment.settings import phases, selected, training
+from ar_unified.experiment.settings import moving, phases, selected, state_of, training
 from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.history import DECIDING
 from ar_unified.language.document import CodesPart
-from ar_unified.model.transformer import Params
+from ar_unified.language.extension import rows_of
+from ar_unified.language.vocabulary import Role
+from ar_unified.model.code_vectors import extended_tables
+from ar_unified.model.transformer import Params, abstract_params
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.request import Request
 from ar_unified.training.loop import fit
@@ -89,8 +96,8 @@ def plan_rows(experiment: Experiment) -> None:
 def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
     config, settings, grammar = experiment.config, experiment.config.training, experiment.grammar
     with about("config.training"):
-        selected(config, "only", grammar.vocabulary)
-        fresh = selected(config, "fresh", grammar.vocabulary) if settings.fresh else None
+        selected(config, "only", grammar.vocabulary, experiment.new_ids)
+        fresh = selected(config, "fresh", grammar.vocabulary, experiment.new_ids) if settings.fresh else None
     batches = _batches(experiment)
     checkpoints = experiment.checkpoint_folder
     progress = Training("training.steps", settings.steps, partial(steps_in, checkpoints), checkpoints)
@@ -128,6 +135,9 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
         attention_share=settings.attention_share,
         code_vectors=_code_vectors(experiment),
         only=tuple(settings.only),
+        rates=tuple(settings.rates),
+        phases=moving(settings),
+        new=experiment.new_ids,
     )
     fit(
         task,
@@ -150,7 +160,7 @@ def _facts(experiment: Experiment, batches: PackedBatches) -> dict[str, Any]:
     """What decides the trained model beside the config."""
     init = {} if experiment.bundle is None else {"init": experiment.bundle.hash}
     facts = dict(manifest=experiment.grammar.manifest(), mixture=experiment.mixture())
-    return facts | batches.order | init
+    return facts | state_of(experiment.config.training) | batches.order | init
 
 
 def _batches(experiment: Experiment) -> PackedBatches:
@@ -177,7 +187,10 @@ def _begin(experiment: Experiment, task: TransformerTask, fresh: Selection | Non
     def begin(abstract: Params) -> Params:
         experiment.say(f"model: begins with the weights of {bundle.folder}")
         places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        params = bundle.params(places, "float32")
+        if experiment.before is not None:
+            params = _extended(experiment, bundle, places)
+        else:
+            params = bundle.params(places, "float32")
         if fresh is None:
             return params
         experiment.say(f"model: at random begin {', '.join(experiment.config.training.fresh)}")
@@ -188,6 +201,29 @@ def _begin(experiment: Experiment, task: TransformerTask, fresh: Selection | Non
         return renewed(params)
 
     return begin
+
+
+def _extended(experiment: Experiment, bundle: Bundle, places: Any) -> Params:
+    """The parameters of a language model with rows for images."""
+    before, vocabulary = experiment.before, experiment.grammar.vocabulary
+    assert before is not None
+    how = experiment.config.training.code_embedding_init
+    experiment.say(
+        f"model: {len(experiment.new_ids)} ids are new; rows of image codes begin "
+        + {"mean": "as the mean of its text rows", "random": "at random", "codebook": "as the codebook's vectors lie"}[
+            how
+        ]
+    )
+    old = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(bundle.config, experiment.mesh))
+    codes = vocabulary.ids(Role.IMAGE)
+    key, vectors = jax.random.key(experiment.config.seed), None
+    if how == "codebook" and not isinstance(experiment.image_tokenizer, NoImages):
+        vectors = jnp.asarray(experiment.image_tokenizer.vectors())
+    rows = rows_of(before, vocabulary)
+    grow = jax.jit(
+        lambda params: extended_tables(params, rows, before.text_size, codes, how, vectors, key), out_shardings=places
+    )
+    return grow(bundle.params(old, "float32"))
 
 
 def _say_rate(experiment: Experiment, stage: Stage, taken: int) -> None:

@@ -29,7 +29,7 @@ from ar_unified.errors import NO, UserError, about
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.check import check
 from ar_unified.experiment.experiment import Experiment
-from ar_unified.experiment.settings import language
+from ar_unified.experiment.settings import extension, language
 from ar_unified.experiment.text_tokenizer import load, told
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.record import text_in
@@ -106,7 +106,11 @@ def _of_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple
     text = text_in(experiment.workdir.text_tokenizer, "warn")
     ready = trained or (text is not None and experiment.text_only)
     grammar, images = (experiment.grammar, experiment.image_tokenizer) if ready else (None, None)
-    if experiment.bundle is not None and not ready:
+    if experiment.bundle is not None and experiment.extends and not ready:
+        text, images = experiment.bundle.text_tokenizer, experiment.brought
+        if images is not None:
+            grammar = extension(config, experiment.bundle.grammar, images.config, images.hash)
+    elif experiment.bundle is not None and not ready:
         text, grammar = experiment.bundle.text_tokenizer, experiment.bundle.grammar
         images = experiment.bundle.image_tokenizer() or NoImages()
     elif not ready:

@@ -35,7 +35,7 @@ UNSEEN = frozenset({("circle", "purple"), ("square", "yellow"), ("triangle", "bl
 SPLITS = ("train", "validation", "unseen_combinations")
 
 _RADIUS = {"large": 0.195, "small": 0.132}  # of the image's side
-_KINDS = [(shape, colour) for shape in SHAPES for colour in COLOURS]
+KINDS = [(shape, colour) for shape in SHAPES for colour in COLOURS]
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ def sample_scene(rng: np.random.Generator, split: str) -> Scene:
     while True:
         count = int(rng.choice((1, 2, 3), p=(0.3, 0.35, 0.35)))
         places = sorted(rng.permutation(len(PLACES))[:count])
-        kinds = rng.permutation(len(_KINDS))[:count]
+        kinds = rng.permutation(len(KINDS))[:count]
         sizes = rng.integers(len(SIZES), size=count)
-        drawn = [(*_KINDS[k], SIZES[s], PLACES[p]) for k, s, p in zip(kinds, sizes, places, strict=True)]
+        drawn = [(*KINDS[k], SIZES[s], PLACES[p]) for k, s, p in zip(kinds, sizes, places, strict=True)]
         scene = tuple(Object(shape, colour, size, place) for shape, colour, size, place in drawn)
         if split_of(scene) == split:
             return scene
@@ -111,15 +111,18 @@ def sample_change(rng: np.random.Generator, scene: Scene, split: str) -> Change 
     return None
 
 
-def _scene(objects: Sequence[Object]) -> Scene:
+def in_order(objects: Sequence[Object]) -> Scene:
+    """The scene of these objects."""
     return tuple(sorted(objects, key=lambda o: PLACES.index(o.place)))
 
 
-def _without(scene: Scene, gone: Object) -> list[Object]:
+def without(scene: Scene, gone: Object) -> list[Object]:
+    """Its other objects."""
     return [o for o in scene if o != gone]
 
 
-def _free_places(scene: Scene) -> list[str]:
+def free_places(scene: Scene) -> list[str]:
+    """Where nothing stands."""
     return [p for p in PLACES if all(o.place != p for o in scene)]
 
 
@@ -127,14 +130,14 @@ def _free_places(scene: Scene) -> list[str]:
 
 
 def _moves(scene: Scene) -> list[tuple[Scene, Object, Object | None]]:
-    moved = [(o, replace(o, place=p)) for o in scene for p in _free_places(scene)]
-    return [(_scene([*_without(scene, o), n]), o, n) for o, n in moved]
+    moved = [(o, replace(o, place=p)) for o in scene for p in free_places(scene)]
+    return [(in_order([*without(scene, o), n]), o, n) for o, n in moved]
 
 
 def _recolourings(scene: Scene) -> list[tuple[Scene, Object, Object | None]]:
     taken = {o.kind for o in scene}
     painted = [(o, replace(o, colour=c)) for o in scene for c in COLOURS if (o.shape, c) not in taken]
-    return [(_scene([*_without(scene, o), n]), o, n) for o, n in painted]
+    return [(in_order([*without(scene, o), n]), o, n) for o, n in painted]
 
 
 def _appearances(scene: Scene) -> list[tuple[Scene, Object, Object | None]]:
@@ -143,16 +146,16 @@ def _appearances(scene: Scene) -> list[tuple[Scene, Object, Object | None]]:
     taken = {o.kind for o in scene}
     new = [
         Object(*kind, size, place)
-        for kind in _KINDS
+        for kind in KINDS
         if kind not in taken
         for size in SIZES
-        for place in _free_places(scene)
+        for place in free_places(scene)
     ]
-    return [(_scene([*scene, n]), n, None) for n in new]
+    return [(in_order([*scene, n]), n, None) for n in new]
 
 
 def _disappearances(scene: Scene) -> list[tuple[Scene, Object, Object | None]]:
-    return [(_scene(_without(scene, o)), o, None) for o in scene] if len(scene) > 1 else []
+    return [(in_order(without(scene, o)), o, None) for o in scene] if len(scene) > 1 else []
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -218,12 +221,14 @@ _ATTRIBUTE = re.compile(
 )
 
 
-def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
+def pick(rng: np.random.Generator, options: Sequence[str]) -> str:
+    """One of them, each as likely."""
     return options[int(rng.integers(len(options)))]
 
 
-def _noun(rng: np.random.Generator, o: Object) -> str:
-    return f"{_pick(rng, _SIZE_WORDS[o.size])} {o.colour} {o.shape}"
+def noun(rng: np.random.Generator, o: Object) -> str:
+    """Size, colour and shape in words: "big red circle"."""
+    return f"{pick(rng, _SIZE_WORDS[o.size])} {o.colour} {o.shape}"
 
 
 def _join(phrases: Sequence[str]) -> str:
@@ -239,7 +244,7 @@ def caption(rng: np.random.Generator, scene: Scene) -> str:
     objects = [scene[i] for i in rng.permutation(len(scene))]
     # The place comes before what stands there: a causal reader then knows, at each attribute, whose it is. With
     # some captions the other way round, a small model mixed up the objects of three in half of its images.
-    nouns = [_noun(rng, o) for o in objects]
+    nouns = [noun(rng, o) for o in objects]
     way = int(rng.integers(4))
     if way == 0:
         pairs = zip(objects, nouns, strict=True)
@@ -261,7 +266,7 @@ def read_caption(text: str) -> Scene | None:
         if any(len(v) != 1 for v in values):
             return None
         objects.append(Object(*(v.pop() for v in values)))
-    return _scene(objects) if objects and len({o.place for o in objects}) == len(objects) else None
+    return in_order(objects) if objects and len({o.place for o in objects}) == len(objects) else None
 
 
 def reference(rng: np.random.Generator, o: Object, scene: Scene, avoid: Sequence[str] = ()) -> str | None:
@@ -279,21 +284,21 @@ def reference(rng: np.random.Generator, o: Object, scene: Scene, avoid: Sequence
 
 def _change_text(rng: np.random.Generator, before: Scene, subject: Object, target: Object | None) -> str:
     if subject not in before:
-        noun = _noun(rng, subject)
-        return _pick(
+        what = noun(rng, subject)
+        return pick(
             rng,
             (
-                f"A {noun} appears in the {subject.place}.",
-                f"Now there is also a {noun} in the {subject.place}.",
+                f"A {what} appears in the {subject.place}.",
+                f"Now there is also a {what} in the {subject.place}.",
             ),
         )
     name = reference(rng, subject, before)
     if target is None:
-        return _pick(rng, (f"The {name} disappears.", f"The {name} is gone."))
+        return pick(rng, (f"The {name} disappears.", f"The {name} is gone."))
     if target.place != subject.place:
         there = target.place
-        return _pick(rng, (f"The {name} moves to the {there}.", f"Now the {name} is in the {there}."))
-    return _pick(rng, (f"The {name} turns {target.colour}.", f"The {name} becomes {target.colour}."))
+        return pick(rng, (f"The {name} moves to the {there}.", f"Now the {name} is in the {there}."))
+    return pick(rng, (f"The {name} turns {target.colour}.", f"The {name} becomes {target.colour}."))
 
 
 def question(rng: np.random.Generator, scene: Scene, split: str) -> tuple[str, str]:
@@ -346,7 +351,7 @@ def _ask_presence(rng: np.random.Generator, scene: Scene, split: str) -> tuple[s
     if rng.random() < 0.5:
         shape, colour = _any(rng, scene).kind
         return f"Is there a {colour} {shape}?", "yes"
-    absent = [k for k in _KINDS if k not in present and (k not in UNSEEN or split == "unseen_combinations")]
+    absent = [k for k in KINDS if k not in present and (k not in UNSEEN or split == "unseen_combinations")]
     # Half of them share a colour or a shape with what is there: a glance at one attribute does not do.
     close = [k for k in absent if any(k[0] == p[0] or k[1] == p[1] for p in present)]
     chosen = close if rng.random() < 0.5 else absent

@@ -3,11 +3,12 @@
     shapes/captions    {image, text, scene}               an image and one caption that determines it
     shapes/questions   {image, question, answer, scene}   a question with one right short answer
     shapes/stories     {texts, images, scenes}            two to four images, each after its text
+    shapes/edits       {image, instruction, edited_image, scene, edited_scene}   see edits.py
 
 each also as `<name>_32` (images of 32 x 32 instead of 64 x 64 pixels), with the splits `train`,
 `validation` (scenes that are not in train) and `unseen_combinations` (scenes with a (shape, colour) that no
-training image or text contains). `scene` is JSON (`scenes.scene_from_json`). Importing this module makes
-the names known to `tfds.data_source`; nothing is downloaded.
+training image or text contains); of edits see there. `scene` is JSON (`scenes.scene_from_json`). Importing
+this module makes the names known to `tfds.data_source`; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from ar_unified.data import scenes
+from ar_unified.data import edits, scenes
 
-_TRAIN = {"captions": 40_000, "questions": 60_000, "stories": 10_000}
-_HELD_OUT = {"captions": 1_000, "questions": 1_000, "stories": 500}
+_TRAIN = {"captions": 40_000, "questions": 60_000, "stories": 10_000, "edits": 40_000}
+_HELD_OUT = {"captions": 1_000, "questions": 1_000, "stories": 500, "edits": 1_000}
 _QUESTIONS_PER_IMAGE = 6
 
 
@@ -79,6 +80,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
                 "images": tfds.features.Sequence(image),
                 "scenes": tfds.features.Sequence(text),
             },
+            "edits": {"image": image, "instruction": text, "edited_image": image, "scene": text, "edited_scene": text},
         }[config.kind]
         return tfds.core.DatasetInfo(
             builder=self,
@@ -92,7 +94,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         config = self.builder_config
-        make = {"captions": _captions, "questions": _questions, "stories": _stories}[config.kind]
+        make = {"captions": _captions, "questions": _questions, "stories": _stories, "edits": _edits}[config.kind]
         rng = np.random.default_rng([list(_TRAIN).index(config.kind), scenes.SPLITS.index(split)])
         examples = make(rng, split, config.side)
         for i in range(self.counts()[split]):
@@ -153,4 +155,16 @@ def _stories(rng: np.random.Generator, split: str, side: int) -> Iterator[dict[s
             "texts": texts,
             "images": [_image(scene, side) for scene in shown],
             "scenes": [scenes.scene_to_json(scene) for scene in shown],
+        }
+
+
+def _edits(rng: np.random.Generator, split: str, side: int) -> Iterator[dict[str, Any]]:
+    while True:
+        edit = edits.sample_edit(rng, split)
+        yield {
+            "image": _image(edit.before, side),
+            "instruction": edit.instruction,
+            "edited_image": _image(edit.after, side),
+            "scene": scenes.scene_to_json(edit.before),
+            "edited_scene": scenes.scene_to_json(edit.after),
         }

@@ -1,11 +1,11 @@
 """Asks a trained model about held-out documents and counts what it got right.
 
-Kinds of questions, each sampled with one call of the engine: draw the image of a text; answer a question
-about an image; caption an image (the pairs of the first kind, turned round); and, in a story, draw the next
-image, which the protocol checks. Of other interleaved documents, where no checker knows what is right, the
-next image and the next text are asked for, and compared with the document's own. Beside the model's scores
-stand the tokenizer's: a checker that fails on the reconstruction of a real image cannot pass a sampled one,
-so `reconstruction_exact` is the ceiling of `text_to_image_exact`.
+Kinds of questions, each sampled with one call of the engine: draw the image of a text; edit an image as a text
+says; answer a question about an image; caption an image (the pairs of the first kind, turned round); and, in a
+story, draw the next image, which the protocol checks. Of other interleaved documents, where no checker knows
+what is right, the next image and the next text are asked for, and compared with the document's own. Beside the
+model's scores stand the tokenizer's: a checker that fails on the reconstruction of a real image cannot pass a
+sampled one, so `reconstruction_exact` is the ceiling of `text_to_image_exact`.
 
 Axes: H, W height and width of an image in pixels, h, w in codes.
 """
@@ -34,7 +34,7 @@ from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.plan import Plan, prompt_tokens
 from ar_unified.sampling.request import Request, RequestError, Sample
 
-KINDS = ("text_to_image", "image_to_text", "caption", "story", "next_image", "next_text")
+KINDS = ("text_to_image", "edit", "image_to_text", "caption", "story", "next_image", "next_text")
 LIKELIEST_TEXT = Request("", (), text=Filter(temperature=0.0))
 _SCAN = 16  # items of a source that are looked at for each document wanted
 
@@ -109,12 +109,12 @@ def evaluate(
 
     Returns:
         Metrics and examples. Metrics: shares in [0, 1] `text_to_image_exact`, `image_to_text_exact` (and
-        `image_to_text_exact/KIND`), `caption_exact`, `story_change_exact`, `parse_rate` (of all sequences
-        sampled here), `reconstruction_exact`, `story_reconstruction_exact`, `next_text_exact`; in dB, means of
-        PSNR: `tokenizer_psnr` of the real images' reconstructions and `next_image_psnr` of the model's
-        images, both against the real ones; `counts` with the n of each; `skipped` with the documents left
-        out by reason. Absent where nothing was asked. `note` says in words what there was to ask, where it was
-        not captions, questions or stories.
+        `image_to_text_exact/KIND`), `caption_exact`, `edit_exact` (and `edit_exact/KIND`), `story_change_exact`,
+        `parse_rate` (of all sequences sampled here), `reconstruction_exact`, `story_reconstruction_exact`,
+        `edit_reconstruction_exact`, `next_text_exact`; in dB, means of PSNR: `tokenizer_psnr` of the real images'
+        reconstructions and `next_image_psnr` of the model's images, both against the real ones; `counts` with
+        the n of each; `skipped` with the documents left out by reason. Absent where nothing was asked. `note`
+        says in words what there was to ask, where it was not captions, edits, questions or stories.
     """
     scores, skipped = Scores(), Counter[str]()
     documents = _collect(sources, limit, seed, fit, skipped)
@@ -171,7 +171,7 @@ def _collect(
     fit: Callable[[np.ndarray], np.ndarray],
     skipped: Counter[str],
 ) -> dict[str, list[Document]]:
-    """Up to `limit` documents of each task, from every source alike, in an order drawn by `seed`."""
+    """Up to `limit` documents of each task (and of edits), from every source alike, in an order drawn by `seed`."""
     found: dict[str, list[Document]] = defaultdict(list)
     rng = np.random.default_rng(seed)
     for source in sources:
@@ -184,11 +184,18 @@ def _collect(
             except BadItem as error:
                 skipped[error.kind] += 1
                 continue
-            mine[document.task] += 1
-            if mine[document.task] <= limit:
+            task = _asked_for(document)
+            mine[task] += 1
+            if mine[task] <= limit:
                 document = document.changed(lambda part: ImagePart(fit(part.pixels)) if _is_image(part) else part)  # type: ignore[union-attr]
-                found[document.task].append(document)
+                found[task].append(document)
     return {task: [group[i] for i in rng.permutation(len(group))[:limit]] for task, group in found.items()}
+
+
+def _asked_for(document: Document) -> str:
+    """The task of a document; "edit" for an image that is asked for with images, whose captions nobody knows."""
+    pictured = any(not isinstance(part, TextPart) for turn in document.asked for part in turn.parts)
+    return "edit" if document.task == "text_to_image" and pictured else document.task
 
 
 def _examples(kind: str, documents: Mapping[str, list[Document]], protocol: Protocol) -> Iterator[Example]:
@@ -198,6 +205,10 @@ def _examples(kind: str, documents: Mapping[str, list[Document]], protocol: Prot
             first = d.answer[0]
             if _is_image(first):
                 yield Example(kind, d, d.asked[-1].parts, first.pixels)
+    elif kind == "edit" and protocol.edit_matches:
+        for d in documents.get("edit", []):
+            if len(d.answer) == 1 and _is_image(d.answer[0]):
+                yield Example(kind, d, d.asked[-1].parts, d.answer[0].pixels)
     elif kind == "image_to_text":
         for d in documents.get("image_to_text", []):
             yield Example(kind, d, d.asked[-1].parts, text_of(d, answer=True))
@@ -240,7 +251,7 @@ def _note(
     documents: Mapping[str, list[Document]], asked: Counter[str], protocol: Protocol, skipped: Counter[str]
 ) -> str:
     """What was looked for, and what was asked instead; "" where it was found."""
-    if any(asked[kind] for kind in ("text_to_image", "image_to_text", "caption", "story")):
+    if any(asked[kind] for kind in ("text_to_image", "edit", "image_to_text", "caption", "story")):
         return ""
     found = ", ".join(f"{len(group)} of kind {task}" for task, group in sorted(documents.items()) if group)
     left_out = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in skipped.items())
@@ -339,6 +350,8 @@ def _judged(
             partial(story, document, index, before),
             ("story_change_exact", "story_reconstruction_exact"),
         )
+    elif kind == "edit" and (edited := protocol.edit_matches) is not None:
+        check, names = partial(edited, document), ("edit_exact", "edit_reconstruction_exact")
     elif kind == "text_to_image" and (shows := protocol.image_matches) is not None:
         check, names = partial(shows, document), ("text_to_image_exact", "reconstruction_exact")
     if kind == "next_image" and image is not None:
@@ -347,6 +360,8 @@ def _judged(
         return example
     correct = image is not None and check(image)
     scores.add(names[0], correct)
+    if kind == "edit" and (group := protocol.edit_kind(document)):
+        scores.add(f"{names[0]}/{group}", correct)
     scores.add(names[1], check(example.reconstruction))  # type: ignore[arg-type]
     return replace(example, correct=correct)
 

@@ -42,12 +42,14 @@ NAMES = {
     "image_to_text_exact": "Image to text",
     "vqa_accuracy": "Questions answered",
     "caption_exact": "Captions",
+    "edit_exact": "Edits",
     "story_change_exact": "Stories",
     "next_text_exact": "Next texts",
     "next_image_psnr": "Next images, PSNR",
     "parse_rate": "Sequences that parse",
     "reconstruction_exact": "Reconstructions",
     "story_reconstruction_exact": "Reconstructions in stories",
+    "edit_reconstruction_exact": "Reconstructions of edits",
     "tokenizer_psnr": "Tokenizer PSNR",
 }
 MEANINGS = {
@@ -55,6 +57,7 @@ MEANINGS = {
     "image_to_text_exact": "questions about an image answered exactly",
     "vqa_accuracy": "questions about an image answered exactly",
     "caption_exact": "captions that describe their image",
+    "edit_exact": "images that show the picture as the instruction changes it, and nothing else changed",
     "story_change_exact": "next images that show the change told",
     "next_text_exact": "next texts of interleaved documents that are the document's own",
     "parse_rate": "sampled sequences that are documents",

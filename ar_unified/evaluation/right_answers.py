@@ -1,6 +1,6 @@
 """What counts as right, per dataset: plain functions over a held-out document and what the model gave for it.
 
-A protocol answers up to five questions; one that a dataset has no checker for is None, and its metric is left
+A protocol answers up to six questions; one that a dataset has no checker for is None, and its metric is left
 out. Images are uint8 [H, W, 3].
 """
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ar_unified.data.edits import kind_of
 from ar_unified.data.scenes import read_caption, scene_from_json
 from ar_unified.evaluation import easy_vqa, shapes
 from ar_unified.language.document import Document, TextPart
@@ -36,17 +37,21 @@ class Protocol:
         image_matches(document, pixels): the pixels show what the document's text says.
         story_matches(document, i, before, after): `after`, made by the model, is right as the i-th image
             (from 0) of the document; `before` is the real image that precedes it.
+        edit_matches(document, after): `after`, made by the model, is the document's picture as the instruction asks.
         answer_matches(expected, got): a text answer is right.
         caption_matches(document, got): `got` is a right caption of the image in the document.
         question_kind(document): the group under which the answer is counted as well; "" for none.
+        edit_kind(document): the same of an edit.
     """
 
     name: str
     image_matches: Callable[[Document, np.ndarray], bool] | None = None
     story_matches: Callable[[Document, int, np.ndarray, np.ndarray], bool] | None = None
+    edit_matches: Callable[[Document, np.ndarray], bool] | None = None
     answer_matches: Callable[[str, str], bool] = same_text
     caption_matches: Callable[[Document, str], bool] | None = None
     question_kind: Callable[[Document], str] = lambda document: str(document.meta.get("kind", ""))
+    edit_kind: Callable[[Document], str] = lambda document: str(document.meta.get("kind", ""))
 
 
 # ---- shapes: the embedded dataset --------------------------------------------------------------------------
@@ -58,6 +63,16 @@ def _shapes_image(document: Document, pixels: np.ndarray) -> bool:
 
 def _shapes_story(document: Document, i: int, before: np.ndarray, after: np.ndarray) -> bool:
     return shapes.story_change_matches(before, after, scene_from_json(document.meta["scenes"][i]))
+
+
+def _shapes_edit(document: Document, after: np.ndarray) -> bool:
+    """Sizes count too: some instructions are about nothing else."""
+    return shapes.edit_matches(after, scene_from_json(document.meta["edited_scene"]))
+
+
+def _shapes_edit_kind(document: Document) -> str:
+    before, after = (scene_from_json(document.meta[name]) for name in ("scene", "edited_scene"))
+    return kind_of(before, after)
 
 
 def _shapes_caption(document: Document, got: str) -> bool:
@@ -119,6 +134,8 @@ PROTOCOLS = {
             "shapes",
             image_matches=_shapes_image,
             story_matches=_shapes_story,
+            edit_matches=_shapes_edit,
+            edit_kind=_shapes_edit_kind,
             caption_matches=_shapes_caption,
             question_kind=_shapes_question,
         ),

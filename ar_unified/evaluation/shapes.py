@@ -92,6 +92,11 @@ def scene_matches(
     return key(found) == key(wanted)
 
 
+def edit_matches(pixels: np.ndarray, scene: Scene) -> bool:
+    """Whether an edited image shows the scene that it should, sizes too: and so that nothing else was touched."""
+    return scene_matches(read_scene(pixels), scene, ("shape", "colour", "size", "place"))
+
+
 def story_change_matches(
     before_pixels: np.ndarray,
     after_pixels: np.ndarray,

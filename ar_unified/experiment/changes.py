@@ -55,7 +55,10 @@ EXTENDS = (
     "training.final_fraction",
     "training.restarts",
     "training.phases",
+    "training.rates",
 )
+# Keys that came when there were workdirs without them, which go on where they have this value.
+LATER: dict[str, Any] = {"training.rates": []}
 
 
 MODEL = ("model", "checkpoint_step")  # in the fingerprint of a stage that uses the trained model
@@ -70,7 +73,7 @@ def changeable(*, whole_batch: bool = False, anew: Sequence[str] = ()) -> Change
         anew: fields of the fingerprint that say what the stage is made from, where nothing is made from the stage.
     """
     parts = () if whole_batch else ("image_tokenizer.accumulation",)
-    return Changeable((*COST, *parts), EXTENDS, tuple(anew))
+    return Changeable((*COST, *parts), EXTENDS, tuple(anew), LATER)
 
 
 @dataclass(frozen=True)

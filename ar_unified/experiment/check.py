@@ -50,6 +50,7 @@ from ar_unified.sampling.pace import WINDOWS
 from ar_unified.sampling.request import CONTEXTS
 from ar_unified.sampling.weights import WEIGHT_DTYPES
 from ar_unified.training import optimizer
+from ar_unified.training.selection import NEW
 from ar_unified.training.tasks import wrong_weights
 
 CHOICES: dict[str, Collection[str]] = {
@@ -217,6 +218,11 @@ def _check_training(config: ConfigDict, problems: Problems, stages: Collection[s
         for key in ("only", "fresh") if not problems.found_in("model") else ():
             with problems.of("training", names):
                 settings.selected(config, key)
+        if not problems.found_in("model", "training"):
+            with problems.of("training", names):
+                settings.rates(config)
+        if part.code_embedding_init == "mean" and not config.init:
+            problems.say("training.code_embedding_init", f"{_MEAN}: there is no config.init")
         if part.fresh and not config.init:
             problems.say("training.fresh", "expected none without config.init: all of it begins at random")
     if "model" in stages and part.sequence_length < config.data.max_tokens:
@@ -225,6 +231,9 @@ def _check_training(config: ConfigDict, problems: Problems, stages: Collection[s
             f"expected at least config.data.max_tokens, {config.data.max_tokens}, for the longest document; "
             f"found {part.sequence_length}",
         )
+
+
+_MEAN = "expected random or codebook, as mean is for a language model of text alone that is extended"
 
 
 def _check_sampling(config: ConfigDict, problems: Problems, stages: Collection[str]) -> None:
@@ -277,15 +286,21 @@ def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> No
     theirs = {"model": model_config.decisive(bundle.config)}
     if image is not None:
         theirs["image_tokenizer"] = configs.plain(dataclasses.asdict(image.config))
-    elif config.image_tokenizer.steps:
-        problems.say("image_tokenizer.steps", "expected 0, as the bundle in config.init is of text alone")
+    elif config.image_tokenizer.steps and not experiment.extends:
+        problems.say("image_tokenizer.steps", "expected 0, as the images of the bundle in config.init are codes alone")
+    if not experiment.extends:
+        for place in (*config.training.only, *config.training.fresh, *config.training.rates):
+            if f"[{NEW}]" in place:
+                problems.say("training", f"{place!r}: no ids are new, as the bundle in config.init is not extended")
+        if config.training.code_embedding_init == "mean":
+            problems.say("training.code_embedding_init", f"{_MEAN}: the bundle in config.init is not")
     for section, fields in theirs.items():
         for name, value in fields.items():
             if name in config[section] and (found := configs.plain(config[section][name])) != value:
                 problems.say(
                     f"{section}.{name}", f"expected {value!r}, as the bundle in config.init has; found {found!r}"
                 )
-    for section, bundled in (("text_tokenizer", True), ("image_tokenizer", image is not None)):
+    for section, bundled in (("text_tokenizer", True), ("image_tokenizer", bundle.has_images)):
         if config[section].model and bundled:
             problems.say(f"{section}.model", "expected none beside config.init, whose bundle has one")
     if text.losses and config.text_tokenizer.lossy == "refuse":
@@ -293,6 +308,12 @@ def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> No
             "text_tokenizer.lossy", f"expected 'warn', as the bundle's text tokenizer loses text: {text.losses[0]}"
         )
     problems.end()
+    if experiment.extends:
+        with about("config.init"):
+            before = bundle.grammar
+        with about("config.data"):
+            settings.extension(config, before, experiment.autoencoder)
+        return
     if image is None:
         return  # no key of config.data says how text is written
     with about("config.data"):

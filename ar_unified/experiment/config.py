@@ -109,20 +109,22 @@ def _add_training(config: ConfigDict) -> None:
     config.loss.tasks = ConfigDict(dict.fromkeys(TASKS, 1.0))
     config.loss.prompt = TransformerTask.prompt_weight  # further weight of what stands inside a prompt
 
-    settled = ("b1", "factors")  # no keys: nobody tunes them
+    settled = ("b1",)  # no key: nobody tunes it
     config.training = ConfigDict(
         _fields(TrainingConfig, without=("seed", "optimizer"), steps=1000)
         | _fields(OptimizerConfig, without=settled, learning_rate=2e-3, warmup_steps=50, final_fraction=0.0)
-        | _fields(TransformerTask, ("attention_share", "only"))
+        | _fields(TransformerTask, ("attention_share", "only", "rates"))
     )
     config.training.batch_size = 16  # packed rows per step, over all devices
     config.training.sequence_length = 256
-    config.training.code_embedding_init = "random"  # of image codes: random | codebook, near for codes that are near
+    # Of image codes: random | codebook, near for codes that are near; where a language model of text alone is extended,
+    # all around the mean of its text rows, and | mean, which is that and no more.
+    config.training.code_embedding_init = "random"
     config.training.fresh = ()  # places as in `only` that begin at random although `init` has weights of them
     config.training.flip_pairs = Phase.flip_pairs  # how often a pair is read the other way round
     config.training.condition_dropout = Phase.condition_dropout  # how often a prompt becomes the empty one
-    # Later parts of the training that mix otherwise: dicts of `begin` (a share of the steps), and what changes there of
-    # `weights` ({source: share of the rows}), `flip_pairs` and `condition_dropout`.
+    # Later parts of the training: dicts of `begin` (a share of the steps), and what changes there of `weights`
+    # ({source: share of the rows}), `flip_pairs`, `condition_dropout` and `only` (what then moves alone; (): all).
     config.training.phases = ()
 
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, context=1))  # -1: the devices left over
@@ -285,7 +287,8 @@ _ELEMENTS: dict[str, type] = {  # of tuples that are empty by default
     "data.tests": ConfigDict,
     "training.phases": ConfigDict,
     "training.restarts": float,
-    **dict.fromkeys(("training.only", "training.fresh", "training.compiler_options", "data.filters.languages"), str),
+    **dict.fromkeys(("training.only", "training.fresh", "training.rates", "training.compiler_options"), str),
+    "data.filters.languages": str,
     **dict.fromkeys(("image_tokenizer.decoder_multipliers", "image_tokenizer.decoder_blocks"), int),
 }
 _WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", ConfigDict: "a dict"}

@@ -31,8 +31,10 @@ from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
 from ar_unified.experiment.changes import Training, changeable, require_extensible, said
 from ar_unified.history import Changeable
+from ar_unified.language.extension import new_ids
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.record import grammar_in, text_in
+from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model.config import TransformerConfig, config_from, parameter_count
 from ar_unified.model.transformer import abstract_params
 from ar_unified.parallel import runtime
@@ -229,10 +231,17 @@ class Experiment:
         with about("config.init"):
             return Bundle(self.config.init) if self.config.init else None
 
+    @property
+    def extends(self) -> bool:
+        """Whether config.init names a language model of text alone that is to learn images too."""
+        if self.bundle is None or self.bundle.language.get("codebook_size"):
+            return False
+        return bool(self.config.image_tokenizer.model or self.config.image_tokenizer.steps)
+
     @cached_property
     def brought(self) -> ImageTokenizer | None:
         """The image tokenizer that is not trained here: that of config.init or config.image_tokenizer.model."""
-        if self.bundle is not None:
+        if self.bundle is not None and not self.extends:
             return self.bundle.image_tokenizer()
         if folder := self.config.image_tokenizer.model:
             with about("config.image_tokenizer.model"):
@@ -287,14 +296,29 @@ class Experiment:
 
     @cached_property
     def grammar(self) -> Grammar:
-        """Of both tokenizers, or that of the bundle which the training began with."""
+        """Of both tokenizers, or that of the bundle which the training began with; of a language model, with images."""
         text, image = self.text_tokenizer, self.image_tokenizer
         if (brought := grammar_in(self.workdir.text_tokenizer, text)) is not None:
-            return brought
+            if brought.vocabulary.codebook_size or isinstance(image, NoImages):
+                return brought
+            with about("config.data"):
+                return settings.extension(self.config, brought, image.config, image.hash)
         shape = None if isinstance(image, NoImages) else image.config
         with about("config.data"):
             vocabulary, layout = settings.language(self.config, shape, text.size, text.hash, image.hash)
             return Grammar(vocabulary, layout, text)
+
+    @cached_property
+    def before(self) -> Vocabulary | None:
+        """That of the language model which `grammar` extends; None: it extends none."""
+        brought = grammar_in(self.workdir.text_tokenizer, self.text_tokenizer)
+        extends = brought is not None and self.grammar.vocabulary.codebook_size > brought.vocabulary.codebook_size
+        return brought.vocabulary if extends and brought is not None else None
+
+    @property
+    def new_ids(self) -> tuple[int, ...]:
+        """Ids that the language model before did not have."""
+        return () if self.before is None else new_ids(self.before, self.grammar.vocabulary)
 
     # ---- model ----------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from ar_tokenizers.image.adversary import AdversaryConfig
 from ar_tokenizers.image.config import AutoencoderConfig
@@ -19,15 +19,18 @@ from ar_unified.data.images import Resize
 from ar_unified.data.loader import Phase, require_order
 from ar_unified.errors import UserError, nearest
 from ar_unified.experiment import config as configs
+from ar_unified.language.extension import extended
+from ar_unified.language.grammar import Grammar
 from ar_unified.language.layouts import LAYOUTS, SizeTokens
 from ar_unified.language.syntax import TEXT_ALONE, ImageLayout, vocabulary_for
 from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model.config import config_from
-from ar_unified.model.transformer import abstract_params, logical_axes
+from ar_unified.model.transformer import Params, abstract_params, logical_axes
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.request import DEFAULTS, Request
 from ar_unified.training.loop import TrainingConfig
 from ar_unified.training.optimizer import OptimizerConfig
+from ar_unified.training.rates import Rates, make_rates, trained_in
 from ar_unified.training.selection import Selection, select
 
 # ---- images ---------------------------------------------------------------------------------------------------
@@ -87,6 +90,11 @@ def language(
     return vocabulary_for(how, text_size, image.codebook_size, text_hash, image_hash), how
 
 
+def extension(config: ConfigDict, before: Grammar, image: AutoencoderConfig, image_hash: str = "") -> Grammar:
+    """The grammar of a language model of text alone with the images of this config. Raises like `layout`."""
+    return extended(before, layout(config, image), image.codebook_size, image_hash)
+
+
 def filters(config: ConfigDict) -> Filters:
     """What `prepare` leaves out of the training sources. Raises UserError, naming the key."""
     return configs.pick(Filters, config.data.filters)
@@ -105,7 +113,6 @@ def tokenizer_training(config: ConfigDict) -> TrainingConfig:
     settings = config.image_tokenizer
     steps = settings.steps
     every = settings.checkpoint_every or max(1, steps // 4)
-    rate = settings.adversary.learning_rate
     if not settings.learning_rate > 0:
         raise ValueError(f"learning_rate: expected more than 0, found {settings.learning_rate}")
     return TrainingConfig(
@@ -120,7 +127,6 @@ def tokenizer_training(config: ConfigDict) -> TrainingConfig:
             b2=settings.b2,
             weight_decay=settings.weight_decay,
             clip_norm=settings.clip_norm,
-            factors=(("discriminator", rate / settings.learning_rate),) if rate else (),
         ),
         log_every=max(1, min(100, steps // 40)),
         validate_every=every,
@@ -131,26 +137,71 @@ def tokenizer_training(config: ConfigDict) -> TrainingConfig:
     )
 
 
+def tokenizer_rates(config: ConfigDict) -> tuple[str, ...]:
+    """Of the image tokenizer's training: its adversary may have a learning rate of its own."""
+    settings = config.image_tokenizer
+    rate = settings.adversary.learning_rate
+    return (f"discriminator={rate / settings.learning_rate!r}",) if rate else ()
+
+
 def training(config: ConfigDict) -> TrainingConfig:
     """Of the transformer."""
     settings = config.training
     return configs.pick(TrainingConfig, settings, seed=config.seed, optimizer=configs.pick(OptimizerConfig, settings))
 
 
-def selected(config: ConfigDict, key: str, vocabulary: Vocabulary | None = None) -> Selection:
+def selected(
+    config: ConfigDict, key: str, vocabulary: Vocabulary | None = None, new: Collection[int] = ()
+) -> Selection:
     """What `training.only` or `training.fresh` names of the transformer.
 
     Args:
-        vocabulary: None: one that has every kind of ids, as none is there yet.
+        vocabulary: None: one that has every kind of ids, as none is there yet. new: of `select`.
 
     Raises ValueError, beginning with the key, for a place that names nothing.
     """
-    known = vocabulary or Vocabulary(1, 1, 1)
-    shapes = abstract_params(config_from(configs.plain(config.model), vocab_size=known.size))
+    known = vocabulary or _ANY
     try:
-        return select(config.training[key], logical_axes(shapes), known)
+        return select(config.training[key], logical_axes(_shapes(config, known)), known, new if vocabulary else _SOME)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
+
+
+def trained(config: ConfigDict, vocabulary: Vocabulary, new: Collection[int]) -> Selection:
+    """What of the transformer is trained at all, in whichever phase."""
+    places = trained_in(config.training.only, moving(config.training))
+    return select(places, logical_axes(_shapes(config, vocabulary)), vocabulary, new)
+
+
+def state_of(settings: ConfigDict) -> dict[str, list[str]]:
+    """What the optimizer has state of, where phases make that another part than `training.only` says; {}: they do not.
+
+    A training cannot go on with another: there would be no moments of what is new.
+    """
+    places = trained_in(settings.only, moving(settings))
+    return {} if places == tuple(settings.only) else {"trains": list(places) or ["everything"]}
+
+
+def rates(config: ConfigDict) -> Rates:
+    """How fast what moves when, by `training.rates` and the `only` of phases, where no vocabulary is there yet.
+
+    Raises ValueError, beginning with the key, for a place that names nothing.
+    """
+    part, shapes = config.training, _shapes(config, _ANY)
+    axes, found = logical_axes(shapes), moving(config.training)
+    try:
+        selection = select(trained_in(part.only, found), axes, _ANY, _SOME)
+        make_rates((), found, axes, shapes, _ANY, selection, _SOME)
+    except ValueError as error:
+        raise ValueError(f"phases: {error}") from error
+    return make_rates(part.rates, found, axes, shapes, _ANY, selection, _SOME)
+
+
+_ANY, _SOME = Vocabulary(1, 1, 1), (0,)  # a vocabulary that has every kind of ids, new ones too
+
+
+def _shapes(config: ConfigDict, vocabulary: Vocabulary) -> Params:
+    return abstract_params(config_from(configs.plain(config.model), vocab_size=vocabulary.size))
 
 
 def phases(settings: ConfigDict, mixture: Mapping[str, float]) -> list[Phase]:
@@ -160,7 +211,7 @@ def phases(settings: ConfigDict, mixture: Mapping[str, float]) -> list[Phase]:
     is not.
     """
     found = [Phase(0, mixture, settings.flip_pairs, settings.condition_dropout)]
-    names = ("weights", "flip_pairs", "condition_dropout")
+    names = ("weights", "flip_pairs", "condition_dropout", "only")
     for i, change in enumerate(configs.plain(settings.phases)):
         begin = change.pop("begin", None)
         unknown = sorted(change.keys() - set(names))
@@ -170,12 +221,31 @@ def phases(settings: ConfigDict, mixture: Mapping[str, float]) -> list[Phase]:
                 f"config.training.phases[{i}]: expected a `begin` between 0 and 1 (of the steps) and "
                 f"any of {', '.join(names)}; found {dict(begin=begin) | change}{near}"
             )
+        only = change.pop("only", [])
+        if not isinstance(only, list) or not all(isinstance(place, str) for place in only):
+            raise UserError(f"config.training.phases[{i}]: only: expected a tuple of texts, found {only!r:.80}")
         try:
-            found.append(dataclasses.replace(found[-1], from_step=math.ceil(begin * settings.steps), **change))
+            found.append(dataclasses.replace(found[-1], from_step=_first_step(settings, begin), **change))
         except (TypeError, ValueError) as error:
             raise UserError(f"config.training.phases[{i}]: {error}") from error
     require_order(found)
     return found
+
+
+def _first_step(settings: ConfigDict, begin: float) -> int:
+    return math.ceil(begin * settings.steps)
+
+
+def moving(settings: ConfigDict) -> tuple[tuple[int, tuple[str, ...]], ...]:
+    """From which step what alone moves, as `training.only` and the `only` of phases say; (): no phase changes it.
+
+    `phases` has found the settings to be right.
+    """
+    changes = [change for change in settings.phases if "only" in change]
+    if not changes:
+        return ()
+    later = [(_first_step(settings, change["begin"]), tuple(change["only"])) for change in changes]
+    return ((0, tuple(settings.only)), *later)
 
 
 # ---- sampling ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from ar_tokenizers.files import whole_folder, write_bytes
 
 from ar_unified.bundle import PUBLISHED, Bundle
 from ar_unified.errors import UserError, about
-from ar_unified.interop import own
+from ar_unified.interop import extended, own
 from ar_unified.interop.images import tensors_of
 from ar_unified.interop.keys import HF, LWM, LWM_TEXT, META, Keys, Slot
 from ar_unified.interop.meta import split
@@ -104,9 +104,15 @@ def _images(bundle: Bundle, record: Mapping[str, Any]) -> Mapping[str, np.ndarra
 
 
 def _write_beside(bundle: Bundle, folder: Path, record: Mapping[str, Any]) -> None:
+    before = record.get(extended.KEY)
     for name, content in record["files"].items():
-        write_json(folder / _plain(bundle, name), content)
-    write_bytes(folder / _plain(bundle, record["text_file"]), bundle.text_tokenizer.data)
+        more = before and name == "config.json"
+        write_json(folder / _plain(bundle, name), extended.settings_of(bundle, content) if more else content)
+    file = _plain(bundle, record["text_file"])
+    if before:
+        extended.write_tokens(bundle, folder, file, before)
+    else:
+        write_bytes(folder / file, bundle.text_tokenizer.data)
 
 
 def _plain(bundle: Bundle, name: str) -> str:

@@ -42,7 +42,7 @@ def write_own(bundle: Bundle, folder: Path, dtype: str, license: str = "") -> No
     )
     if not isinstance(text, TextTokenizer):
         raise UserError(f"{bundle.folder}: --to hf: expected a SentencePiece model of our own, found {text.file}")
-    names = [_name(vocabulary, id) for id in range(text.size, vocabulary.rest_offset)]
+    names = [token_name(vocabulary, id) for id in range(text.size, vocabulary.rest_offset)]
     with about(f"{bundle.folder}: text tokenizer"):
         write_text(folder / "tokenizer.json", to_tokenizer_json(text, names))
     tokens = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad")}
@@ -55,7 +55,7 @@ def write_own(bundle: Bundle, folder: Path, dtype: str, license: str = "") -> No
     write_text(folder / "README.md", _card(bundle, family.architecture, license))
 
 
-def _name(vocabulary: Vocabulary, id: int) -> str:
+def token_name(vocabulary: Vocabulary, id: int) -> str:
     """Of a token that no text is spelled with."""
     if id < vocabulary.size_offset:
         return vocabulary.name(id)

@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Params = dict[str, Any]
-CODE_EMBEDDING_INITS = ("random", "codebook")  # how they may begin
+CODE_EMBEDDING_INITS = ("random", "codebook", "mean")  # how they may begin; the last in `extended_tables` alone
 
 
 def init_from_codebook(params: Params, vectors: jax.Array, offset: int, key: jax.Array) -> Params:
@@ -34,6 +35,41 @@ def init_from_codebook(params: Params, vectors: jax.Array, offset: int, key: jax
         "embedding": params["embedding"].at[rows].set(features),
         "head": params["head"].at[rows].set(small),
     }
+
+
+def extended_tables(
+    params: Params, rows: np.ndarray, text_size: int, codes: range, how: str, vectors: jax.Array | None, key: jax.Array
+) -> Params:
+    """Parameters of a language model whose tables have further rows, which begin around the mean of its text rows.
+
+    A new id is then as likely as a text piece on average, in place of as likely as what logits of 0 say (Hewitt,
+    "Initializing new word embeddings for pretrained language models", 2021). Rows that spread do so by as much as those
+    of text. Jittable.
+
+    Args:
+      params: f32, with "embedding" and, untied, "head" [V_old, D].
+      rows: int32 [V], for each row the old one that it is, or -1.
+      codes: the rows of image codes. text_size: of the old tables, the rows of text, which are the first.
+      how: of CODE_EMBEDDING_INITS, for image codes: "mean", "random" about it, or "codebook": features of `vectors`,
+        f32 [K, C], about it. Other new rows are the mean.
+    """
+    features_key, *keys = jax.random.split(key, 3)
+    known = jnp.asarray(rows >= 0)[:, None]
+
+    def one(table: jax.Array, key: jax.Array) -> jax.Array:
+        text = table[:text_size]
+        mean = text.mean(axis=0)
+        spread = jnp.sqrt(jnp.mean((text - mean) ** 2))
+        new = jnp.broadcast_to(mean, (len(rows), table.shape[1]))
+        if how == "random":
+            new = new.at[codes.start : codes.stop].add(spread * jax.random.normal(key, (len(codes), table.shape[1])))
+        elif how == "codebook" and vectors is not None:
+            features = random_features(vectors, table.shape[1], features_key)
+            new = new.at[codes.start : codes.stop].add(spread * features)
+        return jnp.where(known, table[jnp.asarray(np.maximum(rows, 0))], new)
+
+    tables = [name for name in ("embedding", "head") if name in params]
+    return params | {name: one(params[name], each) for name, each in zip(tables, keys, strict=False)}
 
 
 def random_features(vectors: jax.Array, width: int, key: jax.Array) -> jax.Array:

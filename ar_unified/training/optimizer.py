@@ -49,7 +49,6 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0  # of the whole gradient (of each loss's, where there are several); 0: no clipping
-    factors: tuple[tuple[str, float], ...] = ()  # on the learning rate, by the top-level key of the parameters
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
@@ -124,7 +123,8 @@ def _muon_axes(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The update over plain parameter trees. Clipping is the train step's, which knows the norm already.
+    """The update over plain parameter trees. Clipping is the train step's, which knows the norm already; so are the
+    rates of parts (`rates`).
 
     Raises ValueError for what `learning_rate` refuses.
     """
@@ -143,10 +143,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             rate, weight_decay=config.weight_decay, consistent_rms=0.2, muon_weight_dimension_numbers=axes
         )
         tx = optax.partition({True: orthogonal, False: tx}, _moved_by_muon)
-    if not config.factors:
-        return tx
-    only = [optax.masked(optax.scale(f), lambda p, name=name: {k: k == name for k in p}) for name, f in config.factors]
-    return optax.chain(tx, *only)
+    return tx
 
 
 def _moved_by_muon(params: Any) -> Any:

@@ -2,6 +2,7 @@
 
     ("layers.attention", "*.norm")    every leaf below a path, and every leaf whose path looks so
     ("head[image]",)                  of the head, the rows of image codes: all that Anole trains
+    ("embedding[new]", "head[new]")   rows of ids that the language model before did not have (`language.extension`)
 
 What is not selected is a constant of the step. No gradient goes to it, so none passes through layers below which
 nothing is trained; no optimizer state belongs to it, no decay shrinks it, and its bits stay what they were.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from ar_unified.errors import nearest
 from ar_unified.language.vocabulary import Role, Vocabulary
 
 Rows = tuple[tuple[int, int], ...]  # begin and end of each run of rows, ascending
+NEW = "new"
 _PLACE = re.compile(r"([\w.*?]+)(?:\[(\w+)\])?")
 
 
@@ -85,13 +87,14 @@ class Selection:
 EVERYTHING = Selection()
 
 
-def select(places: Sequence[str], axes: dict[str, Any], vocabulary: Vocabulary) -> Selection:
+def select(places: Sequence[str], axes: dict[str, Any], vocabulary: Vocabulary, new: Collection[int] = ()) -> Selection:
     """What places name; none: everything.
 
     Args:
         places: paths of leaves, or of what is above them, in which * stands for anything; behind one that names a table
-            of ids, [text], [control], [size] or [image]: those rows of it.
+            of ids, [text], [control], [size], [image] or [new]: those rows of it.
         axes: logical axes of every parameter, which say what a table of ids is.
+        new: ids that "new" names.
 
     Raises ValueError, beginning with the place, for one that names nothing.
     """
@@ -108,23 +111,27 @@ def select(places: Sequence[str], axes: dict[str, Any], vocabulary: Vocabulary) 
             near = nearest(match[1] if match else place, sorted({*paths, *above}))
             near = "; its head is its embedding" if match and match[1] == "head" else near
             raise ValueError(f"{place!r} names none of this model's parameters ({known}){near}")
-        ids = _ids(place, match[2], [path for path in found if paths[path][0] != "vocab"], vocabulary)
+        ids = _ids(place, match[2], [path for path in found if paths[path][0] != "vocab"], vocabulary, new)
         for path in found:
             before = parts.get(path, set())
             parts[path] = None if ids is None or before is None else before | set(ids)
     return Selection({path: () if ids is None else _runs(ids) for path, ids in sorted(parts.items())})
 
 
-def _ids(place: str, kind: str | None, others: Sequence[str], vocabulary: Vocabulary) -> range | None:
+def _ids(
+    place: str, kind: str | None, others: Sequence[str], vocabulary: Vocabulary, new: Collection[int]
+) -> Collection[int] | None:
     """The ids that a place names; None: it names whole leaves. others: leaves of it that are no tables of ids."""
     if kind is None:
         return None
-    known = [role.name.lower() for role in Role if role != Role.PAD]
+    known = [*(role.name.lower() for role in Role if role != Role.PAD), NEW]
     if kind not in known:
         raise ValueError(f"{place!r}: expected one of {', '.join(known)}; found {kind!r}{nearest(kind, known)}")
     if others:
         raise ValueError(f"{place!r}: {others[0]} has no rows of ids, as embedding and head have")
-    if not (ids := vocabulary.ids(Role[kind.upper()])):
+    if kind == NEW and not new:
+        raise ValueError(f"{place!r}: no ids are new, as this training extends no language model")
+    if not (ids := new if kind == NEW else vocabulary.ids(Role[kind.upper()])):
         raise ValueError(f"{place!r}: this vocabulary has no {kind} tokens")
     return ids
 

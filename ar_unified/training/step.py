@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from ar_unified.parallel.rules import batch_spec, on_mesh, shardings
 from ar_unified.training.optimizer import state_shardings
+from ar_unified.training.rates import UNIFORM, Rates
 from ar_unified.training.selection import EVERYTHING, Selection
 
 Params = dict[str, Any]
@@ -70,6 +71,9 @@ class TrainingTask(Protocol):
     def selection(self, params: Params) -> Selection:
         """What of the parameters, or of their shapes, is trained."""
 
+    def rates_of(self, params: Params) -> Rates:
+        """How fast each part of what is trained moves, and when."""
+
     def init_state(self, params: Params) -> Params:
         """The model state before the first step."""
 
@@ -116,6 +120,9 @@ class Stateless:
 
     def selection(self, params: Params) -> Selection:
         return EVERYTHING
+
+    def rates_of(self, params: Params) -> Rates:
+        return UNIFORM
 
     def init_state(self, params: Params) -> Params:
         return {}
@@ -292,6 +299,8 @@ def make_train_step(
             task, state.params, state.model_state, batch, key, accumulation=accumulation, mesh=mesh
         )
         statistics = values.pop(STATISTICS, {})
+        rates = task.rates_of(state.params)
+        grads = rates.moving(grads, state.step)
         squares = squared_norms(grads)
         norm = jnp.sqrt(sum(jnp.sum(s) for s in squares.values()))
         leaves = {name: jnp.isfinite(s) for name, s in squares.items()}
@@ -304,6 +313,7 @@ def make_train_step(
         selection = task.selection(state.params)
         trained = selection.take(state.params)
         updates, optimizer = tx.update(grads, state.optimizer, trained)
+        updates = rates.scaled(updates, state.step)
         params = selection.put(state.params, optax.apply_updates(trained, updates))
         params, model_state = task.update_state(params, state.model_state, statistics)
         moved = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, optimizer, model_state), state[1:])

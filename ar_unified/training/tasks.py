@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,7 @@ from ar_unified.model.leaves import named
 from ar_unified.model.loss import token_losses
 from ar_unified.training.attention_share import attention_shares
 from ar_unified.training.optimizer import is_decayed
+from ar_unified.training.rates import Rates, make_rates, trained_in
 from ar_unified.training.selection import EVERYTHING, Selection, select
 from ar_unified.training.step import STATISTICS, Batch, BatchOfStep, Metrics, Params, Stateless
 
@@ -77,6 +78,10 @@ class TransformerTask(Stateless):
       code_vectors: f32 [K, C] of the image tokenizer, for rows of image codes that begin alike where codes are; None:
         they begin at random, as those of text do.
       only: what is trained, places of `selection.select`; (): all of it.
+      rates: PLACE=FACTOR, factors on the learning rate (`rates.make_rates`).
+      phases: (first step, places): what alone moves from that step on, the first from step 0. `only` is then not read:
+        what any phase names is trained. (): no phases.
+      new: ids that the place [new] names.
     """
 
     config: TransformerConfig
@@ -94,6 +99,9 @@ class TransformerTask(Stateless):
     attention_share: bool = True
     code_vectors: np.ndarray | None = None
     only: Sequence[str] = ()
+    rates: Sequence[str] = ()
+    phases: Sequence[tuple[int, Sequence[str]]] = ()
+    new: Collection[int] = ()
     name: str = "transformer"
     unit: str = "tokens"
     side_factors: jax.Array | None = None  # of a global batch: `of_whole`
@@ -106,8 +114,8 @@ class TransformerTask(Stateless):
                 f"code_vectors: expected one for each of {self.vocabulary.codebook_size} image codes, "
                 f"found {len(self.code_vectors)}"
             )
-        if self.only:
-            self.selection(transformer.abstract_params(self.config))
+        if self.only or self.rates or self.phases:
+            self.rates_of(transformer.abstract_params(self.config))
 
     def init(self, key: jax.Array) -> Params:
         params = transformer.init(self.config, key)
@@ -121,7 +129,12 @@ class TransformerTask(Stateless):
         return transformer.logical_axes(params)
 
     def selection(self, params: Params) -> Selection:
-        return select(self.only, transformer.logical_axes(params), self.vocabulary)
+        places = trained_in(self.only, self.phases)
+        return select(places, transformer.logical_axes(params), self.vocabulary, self.new)
+
+    def rates_of(self, params: Params) -> Rates:
+        axes = transformer.logical_axes(params)
+        return make_rates(self.rates, self.phases, axes, params, self.vocabulary, self.selection(params), self.new)
 
     def describe(self) -> dict[str, Any]:
         return {"kind": self.name, **dataclasses.asdict(self.config)}
@@ -252,11 +265,13 @@ class TokenizerTask:
     """The image autoencoder, and its adversary if it has one, on batches {"pixels": uint8 [B, H, W, 3]}.
 
     Parameters and losses are by the names "autoencoder" and "discriminator" (ar_tokenizers.image.objective).
+    rates: PLACE=FACTOR, factors on the learning rate (`rates.make_rates`).
     """
 
     objective: Objective
     batch: BatchOfStep
     validation: Sequence[Batch] = ()
+    rates: Sequence[str] = ()
     name: str = "image_tokenizer"
     unit: str = "images"
 
@@ -268,6 +283,9 @@ class TokenizerTask:
 
     def selection(self, params: Params) -> Selection:
         return EVERYTHING
+
+    def rates_of(self, params: Params) -> Rates:
+        return make_rates(self.rates, (), self.logical_axes(params), params, Vocabulary(1, 0), EVERYTHING)
 
     def init_state(self, params: Params) -> Params:
         return self.objective.init_state(params)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ar_unified.data import scenes
+from ar_unified.data import edits, scenes
 from ar_unified.data.sources import BadItem
 from ar_unified.evaluation.generation import evaluate
 from ar_unified.evaluation.right_answers import PROTOCOLS
@@ -163,6 +163,35 @@ def test_mistakes_and_broken_sequences_count_as_wrong():
 def test_an_unchanged_image_is_not_the_next_one_of_a_story():
     repeat = lambda request, truth: request.parts[1] if request.id.startswith("story") else truth  # noqa: E731
     assert run(make(), answer=repeat)[0]["story_change_exact"] == 0
+
+
+def edited(n=6):
+    """A picture and an instruction, and the picture that it asks for."""
+    rng, documents = np.random.default_rng(1), []
+    for _ in range(n):
+        edit = edits.sample_edit(rng, "train")
+        before, after = (ImagePart(scenes.render(scene, 32)) for scene in (edit.before, edit.after))
+        meta = {"scene": scenes.scene_to_json(edit.before), "edited_scene": scenes.scene_to_json(edit.after)}
+        documents.append(Document.of((before, TextPart(edit.instruction), after), 2, meta=meta))
+    return documents
+
+
+def test_edits_are_asked_for_by_themselves_and_counted_by_kind():
+    metrics, kept, oracle = run(edited())
+    counts = metrics["counts"]
+    assert metrics["edit_exact"] == metrics["edit_reconstruction_exact"] == 1 and counts["edit_exact"] == 6
+    kinds = {name: n for name, n in counts.items() if name.startswith("edit_exact/")}
+    assert sum(kinds.values()) == 6 and len(kinds) >= 3
+    assert {"text_to_image_exact", "caption_exact"}.isdisjoint(metrics), "nobody knows the captions of edits"
+    assert oracle.calls == [6] and {e.kind for e in kept} == {"edit"} and "note" not in metrics
+
+
+def test_an_edit_that_changes_nothing_is_wrong():
+    assert run(edited(), answer=lambda request, truth: request.parts[0])[0]["edit_exact"] == 0
+
+
+def test_edits_are_no_questions_for_a_protocol_that_cannot_judge_them():
+    assert not run(edited(), protocol="exact")[0]["counts"].get("edit_exact")
 
 
 def test_the_tokenizer_is_told_from_the_model():

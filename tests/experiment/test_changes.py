@@ -64,6 +64,18 @@ def test_every_key_that_may_change_is_a_key() -> None:
     assert not set(COST) & set(EXTENDS)
 
 
+def test_a_key_that_came_later_is_not_missed_in_a_workdir_that_was_made_without_it(tmp_path: Path) -> None:
+    open_stage(tmp_path, taken=3)
+    started = tmp_path / "model" / "started.json"
+    record = read_json(started)
+    assert record["fingerprint"]["training"].pop("rates") == []
+    write_json(started, record)
+    open_stage(tmp_path, taken=3)
+    assert history(tmp_path) == []
+    open_stage(tmp_path, taken=3, training__rates=("layers=0.5",))
+    assert history(tmp_path) == [("extended", 3, {"training.rates": [ABSENT, ["layers=0.5"]]})]
+
+
 @pytest.mark.parametrize("name", ["model", "image_tokenizer"])
 def test_each_key_of_a_training_costs_extends_or_is_refused(tmp_path: Path, name: str) -> None:
     """Every key by itself: what is in neither list decides the result, whatever it is."""

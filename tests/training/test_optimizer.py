@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from ar_unified.training.optimizer import OptimizerConfig, is_decayed, learning_rate, make_optimizer, state_shardings
+from ar_unified.training.optimizer import OptimizerConfig, is_decayed, learning_rate, make_optimizer
 from tests.training import tiny
 
 
@@ -68,17 +68,6 @@ def test_only_matrices_decay():
     updates, _ = jax.jit(tx.update)(jax.tree.map(np.zeros_like, params), jax.jit(tx.init)(params), params)
     moved = optax.apply_updates(params, updates)
     assert moved["embedding"][0, 0] == 0.5 and moved["norm"][0] == 1.0
-
-
-def test_a_group_of_parameters_may_have_a_rate_of_its_own():
-    params = {"autoencoder": {"a": jnp.ones((2, 2))}, "discriminator": {"b": jnp.ones(3)}}
-    grads = jax.tree.map(jnp.ones_like, params)
-    config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.0, factors=(("discriminator", 0.25),))
-    tx = make_optimizer(config, 10)
-    updates, _ = tx.update(grads, tx.init(params), params)
-    np.testing.assert_allclose(updates["discriminator"]["b"], 0.25 * updates["autoencoder"]["a"][0, 0], rtol=1e-6)
-    placement = state_shardings(tx, params, jax.tree.map(lambda x: x.ndim, params), 0)
-    assert jax.tree.structure(placement) == jax.tree.structure(tx.init(params))
 
 
 def test_muon_makes_the_steps_of_matrices_orthogonal_and_leaves_the_rest_to_adamw():

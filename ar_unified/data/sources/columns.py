@@ -7,12 +7,13 @@ says by `columns` which of them is what; without, these names are known, whateve
     text, caption, txt                    what an image shows, or text alone
     texts and images                      two lists, read by turns; where one has null, the other goes on
     question and answer                   with an image, or several, or none; answer may be the number of one of options
+    image, instruction and edited_image   a picture, what is to be done to it, and what comes of it
     messages, conversations               turns; <image> in a turn, or a part of type "image", is the next image
     segments                              parts in reading order
     id, language                          the document's name and its language
 
-Of a record with several, the first of messages, segments, question, texts, text, image counts. All other values that
-are short (texts, numbers, lists of them) become `meta`.
+Of a record with several, the first of messages, segments, instruction, question, texts, text, image counts. All other
+values that are short (texts, numbers, lists of them) become `meta`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ _IMAGE_FILES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 _COMMON = {
     "messages": ("messages", "conversations"),
     "segments": ("segments",),
+    "instruction": ("instruction", "edit_instruction", "edit_prompt"),
+    "edited": ("edited_image", "target_image", "output_image"),
     "question": ("question",),
     "answer": ("answer",),
     "options": ("options", "choices"),
@@ -41,9 +44,20 @@ _COMMON = {
     "language": ("language",),
 }
 PARTS = tuple(_COMMON)
-_WHOLES = (("messages",), ("segments",), ("question", "answer"), ("texts",), ("text",), ("images",), ("image",))
+PICTURES = ("image", "images", "edited")  # parts that are images
+_WHOLES = (
+    ("messages",),
+    ("segments",),
+    ("instruction", "image", "edited"),
+    ("question", "answer"),
+    ("texts",),
+    ("text",),
+    ("images",),
+    ("image",),
+)
 _SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}  # of ShareGPT and LLaVA
 _PLACE = re.compile(r"\s*<image>\s*")
+_EXPECTED = "image, text, caption, question and answer, instruction and edited_image, texts and images, or messages"
 _FIELD = re.compile(r"\{([^{}]+)\}")
 _CHOICE = re.compile(r"([^{}\[\]]+)\[([^{}\[\]]+)\]")
 _LONGEST = 1 << 16  # characters of a value that is kept as meta
@@ -89,8 +103,8 @@ class Columns:
         if not whole:
             found = f"columns={dict(self._columns)}" if self._columns else ", ".join(names)
             raise UserError(
-                f"{where}: expected image, text, caption, question and answer, texts and images, or messages; found "
-                f'{found}. Say which column is what: columns={{"image": "NAME", "text": "NAME"}}'
+                f"{where}: expected {_EXPECTED}; found {found}. "
+                f'Say which column is what: columns={{"image": "NAME", "text": "NAME"}}'
             )
         used: dict[str, list[str]] = {}
         for part, place in places.items():
@@ -113,13 +127,12 @@ class Columns:
         Raises:
             DocumentError: "bad_row", "missing_image" (null): a value is not what its part needs.
         """
-        places, whole, used = self._plan(tuple(record))
+        places, whole, used = self._plan(tuple(record), pictures)
         if not whole:
-            expected = "image, text, caption, question and answer, texts and images, or messages"
-            raise DocumentError("bad_row", f"expected {expected}; found {', '.join(map(str, record)) or 'nothing'}")
-        read = {part: place for part, place in places.items() if pictures or part not in ("image", "images")}
+            raise DocumentError("bad_row", f"expected {_EXPECTED}; found {', '.join(map(str, record)) or 'nothing'}")
+        read = {part: place for part, place in places.items() if pictures or part not in PICTURES}
         found = {part: _look_up(record, place, part) for part, place in read.items()}
-        images = _Images(found, pictures, required=whole in ("question", "text", "images", "image"))
+        images = _Images(found, pictures, required=whole in ("instruction", "question", "text", "images", "image"))
         row = _WRITERS[whole](found, images)
         images.done()
         row |= _meta({name: value for name, value in record.items() if name not in used})
@@ -129,11 +142,15 @@ class Columns:
 
     def texts(self, record: Mapping[str, Any]) -> list[tuple[str, Any]]:
         """The texts of a record by their parts, where they stand by themselves; [] where only a row tells."""
-        places, whole, _ = self._plan(tuple(record))
+        places, whole, _ = self._plan(tuple(record), False)
         if whole == "texts":
             found = _look_up(record, places["texts"], "texts")
             return [("texts", text) for text in found if text is not None] if isinstance(found, list) else []
-        parts = {"text": ["text"], "question": [] if "options" in places else ["question", "answer"]}.get(whole, [])
+        parts = {
+            "text": ["text"],
+            "instruction": ["instruction"],
+            "question": [] if "options" in places else ["question", "answer"],
+        }.get(whole, [])
         return [(part, _look_up(record, places[part], part)) for part in parts]
 
     def language(self, record: Mapping[str, Any]) -> str:
@@ -145,10 +162,14 @@ class Columns:
             return ""
         return known if isinstance(known, str) else ""
 
-    def _planned(self, names: tuple[str, ...]) -> tuple[Mapping[str, str], str, set[str]]:
-        """Part -> place, which part makes it a document ("": none), and the names that are used."""
+    def _planned(self, names: tuple[str, ...], pictures: bool = True) -> tuple[Mapping[str, str], str, set[str]]:
+        """Part -> place, which part makes it a document ("": none), and the names that are used.
+
+        pictures: False where the names of images may be missing, as they were not read.
+        """
         places = self.places(names)
-        whole = next((whole[0] for whole in _WHOLES if all(part in places for part in whole)), "")
+        there = {*places, *(() if pictures else PICTURES)}
+        whole = next((whole[0] for whole in _WHOLES if whole[0] in places and there.issuperset(whole)), "")
         return places, whole, {way.split("/")[0] for place in places.values() for way in (place, *_ways(place, names))}
 
 
@@ -301,6 +322,15 @@ def _question(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
     return {"messages": [asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]}
 
 
+def _instruction(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
+    if (edited := found.get("edited")) is None and not images.endless:
+        raise DocumentError("missing_image", "edited: expected an image, found null")
+    shown = images.rest() if not images.endless else ["0"]
+    asked = [{"type": "image", "image": reference} for reference in shown]
+    asked.append({"type": "text", "text": found["instruction"]})
+    return {"segments": [*asked, {"type": "image", "image": images.add(edited)}], "prompt": len(asked)}
+
+
 def _texts(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
     texts = found["texts"]
     if not isinstance(texts, list):
@@ -333,6 +363,7 @@ def _alone(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
 _WRITERS = {
     "messages": _messages,
     "segments": _segments,
+    "instruction": _instruction,
     "question": _question,
     "texts": _texts,
     "text": _text,

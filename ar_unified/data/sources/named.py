@@ -15,7 +15,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from ar_unified.data import images, shapes  # the second makes the embedded dataset known to TFDS
 from ar_unified.data.items import BadItem
-from ar_unified.data.sources.columns import Columns
+from ar_unified.data.sources.columns import PICTURES, Columns
 from ar_unified.data.sources.records import Record, RecordSource, together
 from ar_unified.errors import UserError
 
@@ -59,7 +59,7 @@ class TfdsSource(RecordSource):
         used = chosen.names(list(features), name)
         super().__init__(chosen, None, label or name, reversible=reversible, limits=limits)
         # Without their images, features are not even copied out of the records.
-        unread = {feature for part in ("image", "images") for feature in used.get(part, ())}
+        unread = {feature for part in PICTURES for feature in used.get(part, ())}
         read = {feature: features[feature] for part in used.values() for feature in part if feature not in unread}
         with _about(name):
             self._examples = builder.as_data_source(split, deserialize_method=_RAW)

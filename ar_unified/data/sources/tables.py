@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from ar_unified.data import images
 from ar_unified.data.files import Folder
 from ar_unified.data.items import BadItem
-from ar_unified.data.sources.columns import Columns
+from ar_unified.data.sources.columns import PICTURES, Columns
 from ar_unified.data.sources.records import Record, RecordSource, together
 from ar_unified.data.sources.shard_names import TABLES, shards
 from ar_unified.data.sources.splits import EmptySplit, parse_split
@@ -85,7 +85,7 @@ class Tables(RecordSource):
         if whole is None:
             raise UserError(f"{path}: no file can be read: {next(iter(self._files))}")
         self._used = self.columns.names(whole.names, str(path))
-        self.has_images = bool({"image", "images", "messages", "segments"} & self._used.keys())
+        self.has_images = bool({*PICTURES, "messages", "segments"} & self._used.keys())
         self.together = together(size / max(rows, 1))
         self._low, self._high = round(low * rows), round(high * rows)
         if self._low >= self._high:
@@ -143,7 +143,7 @@ class Tables(RecordSource):
             return BadItem(file.kind, file.origin, file.reason)
         cursor = self._cursors.get(pictures)
         if cursor is None or cursor.group != group or row < cursor.start:
-            unread = () if pictures else (*self._used.get("image", ()), *self._used.get("images", ()))
+            unread = () if pictures else tuple(column for part in PICTURES for column in self._used.get(part, ()))
             names = [name for name in file.names if name not in unread and (pictures or self._is_used(name))]
             cursor = self._cursors[pictures] = _Cursor(group, file, self._group[group], names, self.together)
         try:

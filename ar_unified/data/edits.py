@@ -1,0 +1,169 @@
+"""Edits of a scene (`scenes`): a picture, an instruction in English, and the picture that it asks for.
+
+    recolour  Make the red circle blue.              resize   Make the star small.
+    reshape   Turn the red circle into a square.     add      Add a small green star in the top left.
+    move      Move the star to the bottom right.     remove   Remove the large square.
+              Move the star down.
+
+Which split an edit belongs to follows from it alone: both of its scenes are of that split, and what is done to which
+object (`action_of`) is held out too, so that no model has read, in training, that the red circle becomes blue.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ar_unified.data.scenes import (
+    COLOURS,
+    KINDS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    Object,
+    Scene,
+    free_places,
+    in_order,
+    noun,
+    pick,
+    reference,
+    sample_scene,
+    split_of,
+    without,
+)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """`before` becomes `after`, as `instruction` says; `kind` is one of KINDS_OF_EDITS."""
+
+    kind: str
+    before: Scene
+    after: Scene
+    instruction: str
+
+
+Option = tuple[Object | None, Object | None]  # the object as it is, and as it becomes; None: not there
+
+
+def _recolourings(scene: Scene) -> Iterator[Option]:
+    return ((o, replace(o, colour=colour)) for o in scene for colour in COLOURS if colour != o.colour)
+
+
+def _reshapings(scene: Scene) -> Iterator[Option]:
+    return ((o, replace(o, shape=shape)) for o in scene for shape in SHAPES if shape != o.shape)
+
+
+def _resizings(scene: Scene) -> Iterator[Option]:
+    return ((o, replace(o, size=size)) for o in scene for size in SIZES if size != o.size)
+
+
+def _moves(scene: Scene) -> Iterator[Option]:
+    return ((o, replace(o, place=place)) for o in scene for place in free_places(scene))
+
+
+def _additions(scene: Scene) -> Iterator[Option]:
+    if len(scene) < 3:
+        for place in free_places(scene):
+            yield from ((None, Object(*kind, size, place)) for kind in KINDS for size in SIZES)
+
+
+def _removals(scene: Scene) -> Iterator[Option]:
+    return ((o, None) for o in scene if len(scene) > 1)
+
+
+_WAYS: dict[str, Callable[[Scene], Iterator[Option]]] = {
+    "recolour": _recolourings,
+    "reshape": _reshapings,
+    "resize": _resizings,
+    "move": _moves,
+    "add": _additions,
+    "remove": _removals,
+}
+KINDS_OF_EDITS = tuple(_WAYS)
+_ATTRIBUTES = {"colour": "recolour", "shape": "reshape", "size": "resize", "place": "move"}
+
+
+def action_of(old: Object | None, new: Object | None) -> str:
+    """What is done to which object, in words that do not depend on how it is said, nor on where and how large it is."""
+    o = old or new
+    assert o is not None
+    if old is None or new is None:
+        return f"{'add' if old is None else 'remove'} {o.colour} {o.shape}"
+    changed = next(name for name in _ATTRIBUTES if getattr(old, name) != getattr(new, name))
+    return f"{o.colour} {o.shape}: {changed} {getattr(new, changed)}"
+
+
+def is_held_out(old: Object | None, new: Object | None) -> bool:
+    """Whether what is done to this object is left out of the training split: a tenth of all there is."""
+    return zlib.crc32(action_of(old, new).encode()) % 10 == 0
+
+
+def kind_of(before: Scene, after: Scene) -> str:
+    """Which of KINDS_OF_EDITS leads from one scene to another. Raises ValueError: none does, in one step."""
+    gone, new = set(before) - set(after), set(after) - set(before)
+    if len(gone) == len(new) == 1:
+        (old,), (become,) = gone, new
+        changed = [way for name, way in _ATTRIBUTES.items() if getattr(old, name) != getattr(become, name)]
+        if len(changed) == 1:
+            return changed[0]
+    elif len(gone) + len(new) == 1:
+        return "remove" if gone else "add"
+    raise ValueError(f"expected scenes that one edit is between, found {before} and {after}")
+
+
+def sample_edit(rng: np.random.Generator, split: str) -> Edit:
+    """A random edit of `split`, each kind as likely.
+
+    Of `validation` both scenes and the action are held out; of `unseen_combinations` both scenes have a (shape,
+    colour) that no training image has.
+    """
+    kind = pick(rng, KINDS_OF_EDITS)
+    while True:
+        before = sample_scene(rng, split)
+        options = list(_WAYS[kind](before))
+        for i in rng.permutation(len(options)):
+            old, new = options[i]
+            if split != "unseen_combinations" and is_held_out(old, new) != (split == "validation"):
+                continue
+            after = in_order([*(without(before, old) if old else before), *([new] if new else [])])
+            if _apart(after) and split_of(after) == split:
+                return Edit(kind, before, after, _instruction(rng, kind, before, old, new))
+
+
+def _apart(scene: Scene) -> bool:
+    """Whether no two objects have the same shape and colour."""
+    return len({o.kind for o in scene}) == len(scene)
+
+
+def _instruction(rng: np.random.Generator, kind: str, before: Scene, old: Object | None, new: Object | None) -> str:
+    if old is None:
+        assert new is not None
+        what = noun(rng, new)
+        return pick(rng, (f"Add a {what} in the {new.place}.", f"Put a {what} in the {new.place}."))
+    name = reference(rng, old, before)
+    if new is None:
+        return pick(rng, (f"Remove the {name}.", f"Take away the {name}."))
+    if kind == "move":
+        towards = _direction(old.place, new.place)
+        there = (f"Move the {name} to the {new.place}.", f"Put the {name} in the {new.place}.")
+        return pick(rng, (*there, f"Move the {name} {towards}.") if towards else there)
+    ways = {
+        "recolour": (f"Make the {name} {new.colour}.", f"Paint the {name} {new.colour}."),
+        "reshape": (f"Turn the {name} into a {new.shape}.", f"Replace the {name} by a {new.shape}."),
+        "resize": (f"Make the {name} {new.size}.", f"Change the {name}: it should be {new.size}."),
+    }[kind]
+    return pick(rng, ways)
+
+
+def _direction(old: str, new: str) -> str:
+    """The word for a step across or up and down; "" for one that is both."""
+    (row, column), (to_row, to_column) = (divmod(PLACES.index(place), 2) for place in (old, new))
+    if row != to_row and column != to_column:
+        return ""
+    if row != to_row:
+        return "down" if to_row > row else "up"
+    return "right" if to_column > column else "left"

@@ -1,0 +1,67 @@
+"""A published language model that has learned images here, in its published form: its table with rows behind it.
+
+Ids of before are what they were. The tokenizer's file gets a name for each further id, so that transformers reads and
+writes them as tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ar_tokenizers.files import write_bytes
+
+from ar_unified.bundle import IMAGE, Bundle
+from ar_unified.errors import UserError
+from ar_unified.interop.own import token_name
+from ar_unified.workdir import write_json
+
+KEY = "extended"  # in published.json: ids of the published table before
+
+
+def names_of(bundle: Bundle, first: int) -> dict[int, str]:
+    """The name of each published id from `first` on."""
+    border, vocabulary = bundle.border, bundle.grammar.vocabulary
+    if border is None or not 0 < first <= border.size:
+        raise UserError(f"{bundle.folder}: published.json: {KEY}: expected ids of the border, found {first!r:.40}")
+    return {id: token_name(vocabulary, int(border.ours[id])) for id in range(first, border.size)}
+
+
+def settings_of(bundle: Bundle, content: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with as many ids as there are now."""
+    assert bundle.border is not None
+    return {**content, "vocab_size": bundle.border.size}
+
+
+def write_tokens(bundle: Bundle, folder: Path, file: str, first: int) -> None:
+    """The text tokenizer's file with the further tokens; of a kind that cannot have them, added_tokens.json beside it,
+    where transformers looks for them. And the image tokenizer.
+    """
+    names, data = names_of(bundle, first), bundle.text_tokenizer.data
+    if Path(file).suffix == ".json":
+        data = json.dumps(_with(json.loads(data), names), ensure_ascii=False).encode()
+    else:
+        write_json(folder / "added_tokens.json", {name: id for id, name in names.items()})
+    write_bytes(folder / file, data)
+    if (image := bundle.image_tokenizer()) is not None:
+        image.save(folder / IMAGE)
+
+
+def _with(tokenizer: dict[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
+    """A tokenizer.json with special tokens of these ids; ids between, which no token has, get one of no use."""
+    added = tokenizer.get("added_tokens") or []
+    pieces = tokenizer["model"]["vocab"]
+    known = set(pieces) if isinstance(pieces, dict) else {piece[0] for piece in pieces}
+    ids = [*pieces.values()] if isinstance(pieces, dict) else [*range(len(pieces))]
+    known |= {token["content"] for token in added}
+    last = max([*ids, *(token["id"] for token in added)])
+    between = {id: f"<unused_{id}>" for id in range(last + 1, min(names))}
+    more = []
+    for id, name in {**between, **names}.items():
+        while name in known:
+            name = f"{name[:-1]}_>"
+        marks = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        more.append({"id": id, "content": name, **marks, "special": True})
+    return {**tokenizer, "added_tokens": [*added, *more]}

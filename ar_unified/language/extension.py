@@ -1,0 +1,63 @@
+"""A language model's id space with images in it: what it could say before keeps its text ids and its rows.
+
+    [ text | its controls | rest ]   becomes   [ text | controls of the layout | sizes | image codes | rest ]
+
+Controls of the same name are the same. What the model had and the layout does not need goes to the rest, with all that
+its tokenizer never wrote: those ids keep their rows, and their part in the softmax.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from ar_unified.language.border import Border, MappedCodec
+from ar_unified.language.grammar import Grammar
+from ar_unified.language.syntax import ImageLayout, vocabulary_for
+from ar_unified.language.vocabulary import Vocabulary
+
+
+def extended(grammar: Grammar, layout: ImageLayout, codebook_size: int, image_hash: str = "") -> Grammar:
+    """The grammar of a language model with the ids that images of `layout` need.
+
+    Where ids are published ones the border grows: the published table keeps its order, and new ids stand behind it.
+
+    Raises ValueError: it has image codes already, or its text tokenizer cannot spell what the layout spells.
+    """
+    old, codec = grammar.vocabulary, grammar.text_codec
+    if old.codebook_size:
+        raise ValueError(f"expected a vocabulary of text alone, found one with {old.codebook_size} image codes")
+    new = vocabulary_for(layout, old.text_size, codebook_size, old.text_hash, image_hash)
+    new = replace(new, rest=len(_left(old, new)) + old.used - old.rest_offset)
+    if isinstance(codec, MappedCodec):
+        rows = rows_of(old, new)[: new.used]
+        ids = np.where(rows >= 0, codec.border.theirs[np.maximum(rows, 0)], -1)
+        ids[rows < 0] = codec.border.size + np.arange(np.sum(rows < 0))
+        codec = replace(codec, border=Border.from_ids(ids))
+        new = replace(new, text_hash=codec.hash)
+    return Grammar(new, layout, codec)
+
+
+def rows_of(old: Vocabulary, new: Vocabulary) -> np.ndarray:
+    """Which row of a table [old.size, ...] each row of one [new.size, ...] is, int32 [new.size]; -1: none, it is new.
+
+    new: what `extended` made of `old`.
+    """
+    rows = np.full(new.size, -1, np.int32)
+    rows[: old.text_size] = np.arange(old.text_size)
+    for name in set(old.controls) & set(new.controls):
+        rows[new.control(name)] = old.control(name)
+    rest = [*_left(old, new), *range(old.rest_offset, old.used)]
+    rows[new.rest_offset : new.rest_offset + len(rest)] = rest
+    return rows
+
+
+def new_ids(old: Vocabulary, new: Vocabulary) -> tuple[int, ...]:
+    """Ids of `new` that are used and have no row in `old`, ascending."""
+    return tuple(np.flatnonzero(rows_of(old, new)[: new.used] < 0).tolist())
+
+
+def _left(old: Vocabulary, new: Vocabulary) -> list[int]:
+    """Ids of controls that the layout does not need."""
+    return [old.control(name) for name in old.controls if name not in new.controls]

@@ -1,0 +1,68 @@
+"""Image editing: a picture and an instruction ("Make the red circle blue.") become the picture that it asks for.
+
+ar-unified run --config experiments/edit.py --workdir workdirs/edit
+ar-unified run --config experiments/edit.py:from=BUNDLE --workdir workdirs/edit     # on from a model of shapes
+"""
+
+from ml_collections import ConfigDict
+
+from ar_unified.experiment.config import begin_with, defaults, model, parse_arg
+
+WEIGHTS = {"edits": 0.75, "captions": 0.25}  # shares of the packed rows
+
+
+def sources(split: str, *names: str) -> tuple[ConfigDict, ...]:
+    return tuple(
+        ConfigDict(dict(kind="tfds", name=f"shapes/{name}", split=split, weight=WEIGHTS[name])) for name in names
+    )
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    bundle = parse_arg(arg, **{"from": None})["from"]
+    config = defaults()
+    config.name = "edit"
+
+    config.data.train = sources("train", "edits", "captions")
+    config.data.validation = sources("validation", "edits", "captions")
+    config.data.tests.unseen_combinations = sources("unseen_combinations", "edits")
+    config.data.image_size = (64, 64)
+    config.data.max_tokens = 128
+
+    config.image_tokenizer.factor = 16  # 4 x 4 codes an image, as experiments/shapes.py has them
+    config.image_tokenizer.patch = 4
+    config.image_tokenizer.width = 32
+    config.image_tokenizer.multipliers = (1, 2, 4)
+    config.image_tokenizer.blocks = (0, 1, 2)
+    config.image_tokenizer.levels = (8, 6, 5)
+    config.image_tokenizer.l1_weight = 0.5
+    config.image_tokenizer.steps = 2000
+    config.image_tokenizer.batch_size = 16
+    config.image_tokenizer.learning_rate = 4e-3
+
+    config.model = model("2m", d_model=128, n_heads=4, n_kv_heads=4, d_mlp=384, tie_embeddings=False, rope_theta=1e3)
+    config.loss.prompt = 0.1
+    config.loss.roles.text = 0.5
+    config.loss.z_loss = 1e-4
+    config.training.steps = 2800
+    config.training.batch_size = 8
+    config.training.sequence_length = 256
+    config.training.optimizer = "muon"
+    config.training.code_embedding_init = "codebook"
+    config.training.learning_rate = 2e-3
+    config.training.warmup_steps = 60
+    config.training.b2 = 0.99
+    config.training.weight_decay = 0.01
+    config.training.flip_pairs = 0.35
+    config.training.condition_dropout = 0.05
+    config.training.log_every = 50
+    config.training.validate_every = 400
+    config.training.checkpoint_every = 400
+
+    config.sampling.max_length = 128
+    config.sampling.image.temperature = 0.25
+    config.evaluation.protocol = "shapes"
+    config.evaluation.limit = 400
+    config.evaluation.thresholds = ConfigDict(dict(edit_exact=0.85, parse_rate=1.0))
+    if bundle is not None:
+        begin_with(config, bundle)
+    return config

@@ -1,0 +1,108 @@
+"""A language model of text alone learns to draw, beside the same model that begins with nothing. Small, on shapes.
+
+    ar-unified run --config experiments/from_llm.py:part=text --workdir workdirs/llm
+    ar-unified export --workdir workdirs/llm --output workdirs/llm_bundle
+    ar-unified run --config experiments/from_llm.py:part=extend,from=workdirs/llm_bundle --workdir workdirs/extended
+    ar-unified run --config experiments/from_llm.py:part=scratch,from=workdirs/llm_bundle --workdir workdirs/scratch
+
+Arguments: part=text | extend | scratch (text: what the language model is trained on; scratch: the shape, the text
+tokenizer and the data of `extend`, random weights); from=BUNDLE, the language model: of part=text, or any that
+`ar-unified import --as llama | qwen | gemma` has made; images=FOLDER, an image tokenizer (none: one is trained here).
+docs/from_llm.md has what comes of it.
+"""
+
+from ml_collections import ConfigDict
+
+from ar_unified.experiment.brought import describe
+from ar_unified.experiment.config import begin_with, defaults, model, parse_arg
+
+PARTS = ("text", "extend", "scratch")
+REHEARSED = 0.2  # share of the rows that is text as before
+PARTS_OF = {"train": "train[:25%]", "validation": "validation"}  # enough for a model as small as this
+
+
+def texts(split: str, weight: float) -> tuple[ConfigDict, ...]:
+    """Captions, and questions with their answers, without their images."""
+    columns = {"captions": {"text": "text"}, "questions": {"text": "{question} {answer}"}}
+    return tuple(
+        ConfigDict(
+            dict(
+                kind="tfds",
+                name=f"shapes/{name}",
+                label=f"text of {name}",
+                split=PARTS_OF[split],
+                weight=weight / 2,
+                columns=found,
+            )
+        )
+        for name, found in columns.items()
+    )
+
+
+def pictures(split: str, weight: float) -> tuple[ConfigDict, ...]:
+    return (ConfigDict(dict(kind="tfds", name="shapes/captions", split=PARTS_OF[split], weight=weight)),)
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    args = parse_arg(arg, part="text", images=None, **{"from": None})
+    part, bundle = args["part"], args["from"]
+    if part not in PARTS or (part == "text") != (bundle is None):
+        raise ValueError(
+            f"experiments/from_llm.py: expected part=text, or part=extend or scratch and from=BUNDLE; found {arg!r}"
+        )
+    config = defaults()
+    config.name = f"from_llm_{part}"
+    small = dict(d_model=64, n_layers=3, n_heads=2, n_kv_heads=2, d_mlp=192)
+    config.model = model("2m", tie_embeddings=False, rope_theta=1e3, **small)
+    if bundle is not None:
+        begin_with(config, bundle)
+
+    config.data.max_tokens = 128
+    config.training.batch_size = 4
+    config.training.sequence_length = 256
+    config.training.learning_rate = 2e-3
+    config.training.optimizer = "muon"
+    config.training.warmup_steps = 40
+    config.training.b2 = 0.99
+    config.training.weight_decay = 0.01
+    config.training.steps = 400
+    config.training.log_every = 20
+    config.training.validate_every = 50
+    config.training.checkpoint_every = 200
+    config.sampling.max_length = 128
+    config.evaluation.limit = 200
+    if part == "text":
+        config.data.train, config.data.validation = texts("train", 1.0), texts("validation", 1.0)
+        config.image_tokenizer.steps = 0
+        return config
+
+    for split, key in (("train", "train"), ("validation", "validation")):
+        config.data[key] = (*pictures(split, 1 - REHEARSED), *texts(split, REHEARSED))
+    config.data.image_size = (64, 64)
+    config.data.layout = "grid"
+    images = config.image_tokenizer  # of 4 x 4 codes an image, as experiments/shapes.py has it
+    images.factor, images.patch, images.width, images.l1_weight = 16, 4, 32, 0.5
+    images.multipliers, images.blocks, images.levels = (1, 2, 4), (0, 1, 2), (8, 6, 5)
+    images.steps, images.batch_size, images.learning_rate = 2000, 16, 4e-3
+    if args["images"]:
+        images.model = args["images"]
+        describe(images, ())
+    config.loss.prompt = 0.1
+    config.training.code_embedding_init = "codebook"
+    config.training.flip_pairs = 0.35
+    config.sampling.image.temperature = 0.25
+    config.evaluation.protocol = "shapes"
+    if part == "scratch":
+        config.init = ""
+        config.text_tokenizer.model = text_file(str(bundle))
+    else:  # new rows find their place first
+        config.training.only = ("embedding[new]", "head[new]")
+        config.training.phases = (ConfigDict(dict(begin=0.1, only=())),)
+    return config
+
+
+def text_file(bundle: str) -> str:
+    """The text tokenizer of a bundle, for a model that begins without its weights."""
+    from ar_unified.bundle import TEXT, Bundle
+
+    return str(Bundle(bundle).folder / TEXT / Bundle(bundle).text_tokenizer.file)
