@@ -2,7 +2,8 @@
 
 Reads data/train and data/validation. Leaves in the workdir:
   model/checkpoints       Orbax: parameters and optimizer state, each with the vocabulary's manifest; the last few, and
-                          that of the lowest validation loss (training.keep_best)
+                          that of the lowest validation loss (training.keep_best). Of LoRA (config.lora.rank above 0)
+                          what is trained alone: the rest is in the bundle that config.init names
   model/metrics.jsonl     loss and log Z by role, loss by task, bits, norms, rates, attention between text and images;
                           model/tensorboard the same, with sample images
   model/goodput.json      where the wall time of every attempt went
@@ -36,10 +37,11 @@ from ar_unified.experiment import config as configs
 from ar_unified.experiment.branch import branch
 from ar_unified.experiment.changes import Training
 from ar_unified.experiment.experiment import Experiment
-from ar_unified.experiment.settings import phases, selected, training
+from ar_unified.experiment.settings import lora, phases, selected, training
 from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.history import DECIDING
 from ar_unified.language.document import CodesPart
+from ar_unified.model.lora import merged
 from ar_unified.model.transformer import Params
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.request import Request
@@ -90,6 +92,7 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
     config, settings, grammar = experiment.config, experiment.config.training, experiment.grammar
     with about("config.training"):
         selected(config, "only", grammar.vocabulary)
+        adapter = lora(config)
         fresh = selected(config, "fresh", grammar.vocabulary) if settings.fresh else None
     batches = _batches(experiment)
     checkpoints = experiment.checkpoint_folder
@@ -127,6 +130,7 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
         attention_share=settings.attention_share,
         code_vectors=_code_vectors(experiment),
         only=tuple(settings.only),
+        lora=adapter,
     )
     fit(
         task,
@@ -137,6 +141,7 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
         preview=_preview(experiment) if settings.preview_every else None,
         checkpoint_folder=checkpoints,
         begin=_begin(experiment, task, fresh),
+        kept_elsewhere=adapter is not None,
         profile=profile,
         logger=experiment.say,
     )
@@ -149,7 +154,8 @@ def _facts(experiment: Experiment, batches: PackedBatches) -> dict[str, Any]:
     """What decides the trained model beside the config."""
     init = {} if experiment.bundle is None else {"init": experiment.bundle.hash}
     facts = dict(manifest=experiment.grammar.manifest(), mixture=experiment.mixture())
-    return facts | batches.order | init
+    adapter = {"lora": configs.plain(experiment.config.lora)} if experiment.config.lora.rank else {}
+    return facts | batches.order | init | adapter  # a training without one is what it was before there were any
 
 
 def _batches(experiment: Experiment) -> PackedBatches:
@@ -176,17 +182,24 @@ def _begin(experiment: Experiment, task: TransformerTask, fresh: Selection | Non
     def begin(abstract: Params) -> Params:
         experiment.say(f"model: begins with the weights of {bundle.folder}")
         places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        params = bundle.params(places, "float32")
+        params = bundle.params(places, jax.tree.map(lambda leaf: leaf.dtype, abstract))
+        key = jax.random.key(experiment.config.seed)
+        if task.lora is not None:
+            params |= jax.jit(partial(_adapter, task), out_shardings={"lora": places["lora"]})(key)
         if fresh is None:
             return params
         experiment.say(f"model: at random begin {', '.join(experiment.config.training.fresh)}")
-        key = jax.random.key(experiment.config.seed)
         renewed = jax.jit(
             lambda params: fresh.put(params, fresh.take(task.init(key))), donate_argnums=0, out_shardings=places
         )
         return renewed(params)
 
     return begin
+
+
+def _adapter(task: TransformerTask, key: jax.Array) -> Params:
+    """The fresh one alone; the rest that `init` makes is not computed."""
+    return {"lora": task.init(key)["lora"]}
 
 
 def _say_rate(experiment: Experiment, stage: Stage, taken: int) -> None:
@@ -223,9 +236,12 @@ def _preview(experiment: Experiment) -> Any:
     ]
     sampling = experiment.config.sampling
 
+    adapter = lora(experiment.config)
+    whole = jax.jit(partial(merged, adapter)) if adapter is not None else lambda params: params
+
     def preview(step: int, params: Any) -> Mapping[str, np.ndarray]:
         engine = Engine(
-            experiment.model, params, experiment.grammar, batch_size=_PREVIEWS, max_length=sampling.max_length
+            experiment.model, whole(params), experiment.grammar, batch_size=_PREVIEWS, max_length=sampling.max_length
         )
         shown = {}
         for sample in engine.generate(requests):

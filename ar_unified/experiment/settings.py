@@ -23,6 +23,7 @@ from ar_unified.language.layouts import LAYOUTS, SizeTokens
 from ar_unified.language.syntax import TEXT_ALONE, ImageLayout, vocabulary_for
 from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model.config import config_from
+from ar_unified.model.lora import LoraConfig
 from ar_unified.model.transformer import abstract_params, logical_axes
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.request import DEFAULTS, Request
@@ -137,8 +138,14 @@ def training(config: ConfigDict) -> TrainingConfig:
     return configs.pick(TrainingConfig, settings, seed=config.seed, optimizer=configs.pick(OptimizerConfig, settings))
 
 
+def lora(config: ConfigDict) -> LoraConfig | None:
+    """The adapter that is trained; None: there is none. Raises ValueError, beginning with the key."""
+    found = configs.pick(LoraConfig, config.lora)
+    return found if found.rank else None
+
+
 def selected(config: ConfigDict, key: str, vocabulary: Vocabulary | None = None) -> Selection:
-    """What `training.only` or `training.fresh` names of the transformer.
+    """What `training.only` or `training.fresh` names of the transformer; an adapter is trained beside the first.
 
     Args:
         vocabulary: None: one that has every kind of ids, as none is there yet.
@@ -147,8 +154,11 @@ def selected(config: ConfigDict, key: str, vocabulary: Vocabulary | None = None)
     """
     known = vocabulary or Vocabulary(1, 1, 1)
     shapes = abstract_params(config_from(configs.plain(config.model), vocab_size=known.size))
+    axes, places = logical_axes(shapes), config.training[key]
+    if key == "only" and (adapter := lora(config)) is not None:
+        axes, places = axes | {"lora": dict.fromkeys(adapter.matrices, (None, None))}, ("lora", *places)
     try:
-        return select(config.training[key], logical_axes(shapes), known)
+        return select(places, axes, known)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
 

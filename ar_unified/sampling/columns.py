@@ -32,6 +32,7 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "context": (str,),
     "negative_prompt": (str,),
     "repetition_penalty": (int, float),
+    "adapter": (str,),
     "text": (Mapping,),
     "image": (Mapping,),
 }

@@ -218,7 +218,7 @@ def _manifest(engine: Engine, requests: Sequence[Path], defaults: Mapping[str, A
         }
         # Not said before there was a choice: jobs of then go on.
         | ({"weights_dtype": engine.weights_dtype} if engine.weights_dtype else {}),
-    }
+    } | ({"adapters": engine.adapter_hashes} if engine.adapter_hashes else {})
     return json.loads(json.dumps(manifest))
 
 

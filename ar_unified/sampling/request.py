@@ -65,6 +65,7 @@ class Request:
         negative_prompt: its text.
         repetition_penalty: of text pieces that prompt or answer hold already; 1: none. Logits above 0 are divided by
             it, others multiplied (CTRL, arXiv 1909.05858).
+        adapter: the name of the adapter it is drawn with, of those that the engine has; "": none.
         text, image: how text (and control) tokens and image codes are drawn.
         meta: travels along.
     """
@@ -87,6 +88,7 @@ class Request:
     context: Literal["empty_prompt", "bos_boi", "from_boi", "image_only", "negative_prompt"] = "empty_prompt"
     negative_prompt: str = ""
     repetition_penalty: float = 1.0
+    adapter: str = ""
     text: Filter = Filter()
     image: Filter = Filter()
     meta: Mapping[str, Any] = field(default_factory=dict, compare=False)
