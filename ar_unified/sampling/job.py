@@ -406,6 +406,8 @@ def _entry(line: Line, prompt: list[dict[str, Any]], sample: Sample, cells: Cell
         row["context"] = request.context
     if request.image_guidance:
         row["image_guidance"] = request.image_guidance
+    if request.adapter:
+        row["adapter"] = request.adapter
     row |= {"prompt_tokens": line.prompt_tokens, "tokens": sample.tokens.tolist()}
     row |= {"meta": dict(request.meta)} if request.meta else {}
     return Entry(row, tuple(images))

@@ -158,6 +158,7 @@ def test_a_job_takes_the_adapter_of_a_row_and_knows_which_it_had(tmp_path) -> No
     assert run(beside()).samples == 2
     lines = {row["id"]: row for row in map(json.loads, (tmp_path / "out" / "samples.jsonl").read_text().splitlines())}
     assert lines["a"]["tokens"] != lines["none"]["tokens"]
+    assert lines["a"]["adapter"] == "a" and "adapter" not in lines["none"]
     other = {name: each._replace(hash="another") for name, each in beside().items()}
     with pytest.raises(JobMismatch, match="adapters.a = 'hash of a', this one has 'another'"):
         run(other)
