@@ -37,7 +37,7 @@ def text(plan: PlanReport) -> str:
         f"remat {plan['model']['remat']}, {plan['model']['dtype']}",
         f"  batch: {', '.join(f'{k} {v:,}' if isinstance(v, int) else f'{k} {v}' for k, v in plan['batch'].items())}",
     ]
-    if lora := plan["lora"]:
+    if lora := plan.get("lora"):  # not said by earlier versions
         lines.append(
             f"  LoRA: rank {lora['rank']} on {', '.join(lora['targets'])}; what is not trained is {lora['base_dtype']}"
         )

@@ -22,13 +22,13 @@ QUICK = {
     "training.steps": 6,
     "training.warmup_steps": 1,
     "training.learning_rate": 0.02,
-    "training.batch_size": 4,
+    "training.batch_size": 8,
     "training.log_every": 2,
     "training.validate_every": 3,
     "training.checkpoint_every": 3,
     "training.attention_share": False,
     "model.dropout": 0.0,
-    "sampling.batch_size": 4,
+    "sampling.batch_size": 8,
 }
 
 
@@ -60,8 +60,9 @@ def test_an_adapter_is_trained_exported_served_and_merged(bundle, folder, tmp_pa
     assert main(["export", *out, str(tmp_path / "merged")]) == 0
     beside = ar_unified.load(bundle.folder, dtype="float32", adapters={"mine": tmp_path / "adapter"})
     inside, tokens = ar_unified.load(tmp_path / "merged", dtype="float32"), np.arange(30)[None]
-    np.testing.assert_allclose(beside.logits(tokens, adapter="mine"), inside.logits(tokens), rtol=1e-5, atol=1e-5)
-    assert np.abs(beside.logits(tokens) - inside.logits(tokens)).max() > 1e-3, "nothing was learnt"
+    logits = inside.logits(tokens)
+    assert np.abs(beside.logits(tokens, adapter="mine") - logits).max() < 1e-5 * np.abs(logits).max()
+    assert np.abs(beside.logits(tokens) - logits).max() > 1e-3, "nothing was learnt"
     base, new = named(bundle.params()), named(Bundle(tmp_path / "merged").params())
     np.testing.assert_array_equal(base["head"], new["head"])
 

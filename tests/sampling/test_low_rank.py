@@ -60,7 +60,7 @@ def alone(name: str):
 
 
 def asked(adapter: str):
-    rows = [each for each in requests(GRAMMAR, **GREEDY) if each.id in ("t2i", "i2t", "story", "edit")]
+    rows = [each for each in requests(GRAMMAR, **GREEDY) if each.id in ("t2i", "i2t", "story")]
     return [dataclasses.replace(row, id=f"{row.id} {adapter}", adapter=adapter) for row in rows]
 
 
@@ -172,8 +172,9 @@ def test_a_bundle_is_loaded_with_adapters_from_folders(tmp_path) -> None:
     params = merged(lora, jax.tree.map(np.asarray, bundle.params()) | {"lora": made})
     inside = bundles.write(tmp_path / "inside", params=jax.device_get(params))
     whole, tokens = ar_unified.load(inside.folder, dtype="float32"), np.arange(24)[None]
-    np.testing.assert_allclose(model.logits(tokens, adapter="sketch"), whole.logits(tokens), rtol=1e-5, atol=1e-5)
-    assert np.abs(model.logits(tokens) - whole.logits(tokens)).max() > 0.1
+    logits = whole.logits(tokens)
+    assert np.abs(model.logits(tokens, adapter="sketch") - logits).max() < 1e-5 * np.abs(logits).max()
+    assert np.abs(model.logits(tokens) - logits).max() > 0.1
     said = model.ask("A small", adapter="sketch", max_tokens=8)
     assert said == whole.ask("A small", max_tokens=8) and model.ask("A small", max_tokens=8) != said
     with pytest.raises(UserError, match="expected a name"):
