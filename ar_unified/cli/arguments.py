@@ -120,6 +120,13 @@ def _sample(parser: argparse.ArgumentParser) -> None:
         "--part", metavar="K/N", type=_part, help="serve part K, from 0, of N; default: of the processes, this one's"
     )
     parser.add_argument("--links", action="store_true", help="follow links that lead out of the requests' folder")
+    parser.add_argument(
+        "--adapter",
+        metavar="NAME=FOLDER",
+        nargs="+",
+        type=_named,
+        help='LoRA adapters in PEFT\'s form; a request says "adapter": NAME',
+    )
     parser.add_argument("--layout", choices=BENCHMARKS, help="write the images for a benchmark, too")
 
 
@@ -139,7 +146,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
-    from ar_unified.interop import DIALECTS, FORMS
+    from ar_unified.interop import ADAPTER, DIALECTS, FORMS
 
     _experiment(parser, recorded=True, needed=False)
     parser.add_argument(
@@ -151,8 +158,9 @@ def _export(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--to",
-        choices=tuple(dict.fromkeys((*FORMS, *DIALECTS))),
-        help=f"of a bundle the form, {', '.join(FORMS)} (hf); of an image tokenizer whose names its weights get, "
+        choices=tuple(dict.fromkeys((*FORMS, ADAPTER, *DIALECTS))),
+        help=f"{ADAPTER}: the adapter of a training of LoRA, alone; of a bundle the form, {', '.join(FORMS)} (hf); of "
+        "an image tokenizer whose names its weights get, "
         f"{', '.join(DIALECTS)} (as it came)",
     )
     parser.add_argument(
@@ -279,6 +287,14 @@ def _branch(text: str) -> tuple[Path, int | None]:
     if not text:
         raise argparse.ArgumentTypeError("expected WORKDIR or WORKDIR:STEP, found nothing")
     return Path(_path(text)), None
+
+
+def _named(text: str) -> tuple[str, str]:
+    """NAME=FOLDER."""
+    name, equals, folder = text.partition("=")
+    if not name or not equals or not folder:
+        raise argparse.ArgumentTypeError(f"expected NAME=FOLDER, found {text!r}")
+    return name, _path(folder)
 
 
 def _size(text: str) -> tuple[int, int]:

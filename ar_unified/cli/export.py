@@ -9,6 +9,8 @@ start had. config.sampling.checkpoint says which step: last, or best. Leaves in 
   bundle.json                           the sha256 and the size of each file but the card
 `ar_unified.load("FOLDER")` opens it, with no experiment and no workdir; --config.init=FOLDER begins a training with it.
 
+Of LoRA (config.lora) the bundle has the adapter in its weights; --to peft writes the adapter alone, as PEFT reads it.
+
 With --from and --to, a bundle in the form that others read, or an image tokenizer (an imported one, image_tokenizer/ of
 a workdir or of a bundle) under the names of those who published its kind:
   ar-unified export --from BUNDLE --to hf --output FOLDER
@@ -22,6 +24,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from ar_unified import bundle
 from ar_unified.bundle import Bundle
 from ar_unified.checkpoint import Checkpoints
@@ -33,7 +37,7 @@ from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.start import by_first_process, open_experiment
-from ar_unified.interop import FORMS, image_tokenizer
+from ar_unified.interop import ADAPTER, FORMS, image_tokenizer, peft
 from ar_unified.interop.exporting import export_published
 from ar_unified.interop.extended import KEY as EXTENDED
 from ar_unified.model.config import decisive, parameter_count
@@ -62,8 +66,13 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         return 0
     if not arguments.workdir:
         raise UserError("expected --workdir DIR, of a training, or --from BUNDLE --to FORMAT; found neither")
-    refuse_unread(arguments, "without --from, where a bundle is written", "to")
+    if arguments.to != ADAPTER:
+        refuse_unread(arguments, "without --from, where a bundle is written", "to")
     experiment = open_experiment(arguments, overrides, ["export"])
+    if arguments.to == ADAPTER:
+        refuse_unread(arguments, f"with --to {ADAPTER}, which is an adapter alone", "license", "shard_mib")
+        export_adapter(experiment, arguments.output)
+        return 0
     export(experiment, arguments.output, license=arguments.license, shard_bytes=shard_bytes)
     return 0
 
@@ -116,6 +125,21 @@ def export(experiment: Experiment, output: str, *, license: str = "", shard_byte
         experiment.say("its card has no numbers: `ar-unified evaluate` has not scored these weights")
     if not license:
         experiment.say("its card says that its licence is unknown: --license says which it is")
+
+
+@by_first_process
+def export_adapter(experiment: Experiment, output: str) -> None:
+    """The adapter of a finished training, as PEFT reads it. Raises UserError where none was trained, or more."""
+    _require_own(experiment)
+    lora, trained, base = experiment.adapter
+    if more := sorted(trained.keys() - {"lora"}):
+        raise UserError(
+            f"--to {ADAPTER}: expected an adapter alone, but config.training.only has trained {', '.join(more)} too: "
+            "leave out --to, and the bundle has both"
+        )
+    peft.write(output, base, lora, trained["lora"])
+    count = sum(leaf.size for leaf in jax.tree.leaves(trained))
+    experiment.say(f"{output}: step {experiment.checkpoint}, an adapter of rank {lora.rank}, {count:,} parameters")
 
 
 def _published(experiment: Experiment, path: Path) -> dict[str, Any] | None:

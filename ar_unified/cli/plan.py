@@ -119,6 +119,7 @@ def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
         only=tuple(
             place.replace(f"[{NEW}]", "[image]") for place in trained_in(training.only, settings.moving(training))
         ),
+        lora=settings.lora(config),
         compiler_options=tuple(training.compiler_options),
         requests=sampling.batch_size,
         max_length=sampling.max_length,

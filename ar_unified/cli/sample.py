@@ -13,7 +13,7 @@ the held-out documents. Leaves in the output folder:
 Run again after whatever stopped it, it goes on. Many processes share a job, each with a part of the requests: those
 that started together by their numbers, others by --part K/N; their number may change. --layout writes the images as a
 benchmark reads them, into OUTPUT/LAYOUT; without --requests it does so for what an output folder has, be its job
-finished or running.
+finished or running. --adapter loads LoRA adapters, of which each request may name one.
 """
 
 from __future__ import annotations
@@ -49,9 +49,12 @@ _HELD_OUT = 12  # documents of each source whose beginnings become prompts
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     if not arguments.requests:
-        refuse_unread(arguments, "without --requests", "part", "links", *(() if arguments.layout else ("output",)))
+        refuse_unread(
+            arguments, "without --requests", "part", "links", "adapter", *(() if arguments.layout else ("output",))
+        )
     stages = ["requests"] if arguments.requests or arguments.layout else ["samples"]
     experiment = open_experiment(arguments, overrides, stages)
+    experiment.use_adapters(_once(arguments.adapter or ()))
     requests = [Path(path) for path in arguments.requests or ()]
     if not requests and not arguments.layout:
         sample_held_out(experiment)
@@ -63,6 +66,15 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     if arguments.layout and (report is None or report.complete):
         experiment.say(str(export(output, arguments.layout, output / arguments.layout)))
     return 0
+
+
+def _once(adapters: Sequence[tuple[str, str]]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, folder in adapters:
+        if name in found:
+            raise UserError(f"--adapter {name}: expected each name once, found {found[name]} and {folder}")
+        found[name] = folder
+    return found
 
 
 @by_first_process

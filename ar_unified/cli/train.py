@@ -2,7 +2,8 @@
 
 Reads data/train and data/validation. Leaves in the workdir:
   model/checkpoints       Orbax: parameters and optimizer state, each with the vocabulary's manifest; the last few, and
-                          that of the lowest validation loss (training.keep_best)
+                          that of the lowest validation loss (training.keep_best). Of LoRA (config.lora.rank above 0)
+                          what is trained alone: the rest is in the bundle that config.init names
   model/metrics.jsonl     loss and log Z by role, loss by task, bits, norms, rates, attention between text and images;
                           model/tensorboard the same, with sample images
   model/goodput.json      where the wall time of every attempt went
@@ -35,18 +36,19 @@ from ar_unified.data import prepare as preparing
 from ar_unified.data.images import NoImages, draws_none
 from ar_unified.data.loader import PackedBatches, Phase
 from ar_unified.data.prepare import load_report
-from ar_unified.errors import about
+from ar_unified.errors import UserError, about
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.branch import branch
 from ar_unified.experiment.changes import Training
 from ar_unified.experiment.experiment import Experiment
-from ar_unified.experiment.settings import moving, phases, selected, state_of, training
+from ar_unified.experiment.settings import lora, moving, phases, selected, state_of, training
 from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.history import DECIDING
 from ar_unified.language.document import CodesPart
 from ar_unified.language.extension import rows_of
 from ar_unified.language.vocabulary import Role
 from ar_unified.model.code_vectors import extended_tables
+from ar_unified.model.lora import merged
 from ar_unified.model.transformer import Params, abstract_params
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.request import Request
@@ -97,7 +99,13 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
     config, settings, grammar = experiment.config, experiment.config.training, experiment.grammar
     with about("config.training"):
         selected(config, "only", grammar.vocabulary, experiment.new_ids)
+        adapter = lora(config)
         fresh = selected(config, "fresh", grammar.vocabulary, experiment.new_ids) if settings.fresh else None
+    if adapter is not None and experiment.before is not None:
+        raise UserError(
+            "config.lora.rank: expected 0 where a language model is extended by images, as its new rows are in no bundle "
+            f"yet; found {adapter.rank}. Train the new rows first, export, and begin the adapter with that bundle"
+        )
     batches = _batches(experiment)
     checkpoints = experiment.checkpoint_folder
     progress = Training("training.steps", settings.steps, partial(steps_in, checkpoints), checkpoints)
@@ -138,6 +146,7 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
         rates=tuple(settings.rates),
         phases=moving(settings),
         new=experiment.new_ids,
+        lora=adapter,
     )
     fit(
         task,
@@ -148,6 +157,7 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
         preview=_preview(experiment) if settings.preview_every else None,
         checkpoint_folder=checkpoints,
         begin=_begin(experiment, task, fresh),
+        kept_elsewhere=adapter is not None,
         profile=profile,
         logger=experiment.say,
     )
@@ -160,7 +170,9 @@ def _facts(experiment: Experiment, batches: PackedBatches) -> dict[str, Any]:
     """What decides the trained model beside the config."""
     init = {} if experiment.bundle is None else {"init": experiment.bundle.hash}
     facts = dict(manifest=experiment.grammar.manifest(), mixture=experiment.mixture())
-    return facts | state_of(experiment.config.training) | batches.order | init
+    adapter = {"lora": configs.plain(experiment.config.lora)} if experiment.config.lora.rank else {}
+    # A training without an adapter is what it was before there were any.
+    return facts | state_of(experiment.config.training) | batches.order | init | adapter
 
 
 def _batches(experiment: Experiment) -> PackedBatches:
@@ -190,11 +202,13 @@ def _begin(experiment: Experiment, task: TransformerTask, fresh: Selection | Non
         if experiment.before is not None:
             params = _extended(experiment, bundle, places)
         else:
-            params = bundle.params(places, "float32")
+            params = bundle.params(places, jax.tree.map(lambda leaf: leaf.dtype, abstract))
+        key = jax.random.key(experiment.config.seed)
+        if task.lora is not None:
+            params |= jax.jit(partial(_adapter, task), out_shardings={"lora": places["lora"]})(key)
         if fresh is None:
             return params
         experiment.say(f"model: at random begin {', '.join(experiment.config.training.fresh)}")
-        key = jax.random.key(experiment.config.seed)
         renewed = jax.jit(
             lambda params: fresh.put(params, fresh.take(task.init(key))), donate_argnums=0, out_shardings=places
         )
@@ -224,6 +238,11 @@ def _extended(experiment: Experiment, bundle: Bundle, places: Any) -> Params:
         lambda params: extended_tables(params, rows, before.text_size, codes, how, vectors, key), out_shardings=places
     )
     return grow(bundle.params(old, "float32"))
+
+
+def _adapter(task: TransformerTask, key: jax.Array) -> Params:
+    """The fresh one alone; the rest that `init` makes is not computed."""
+    return {"lora": task.init(key)["lora"]}
 
 
 def _say_rate(experiment: Experiment, stage: Stage, taken: int) -> None:
@@ -260,9 +279,12 @@ def _preview(experiment: Experiment) -> Any:
     ]
     sampling = experiment.config.sampling
 
+    adapter = lora(experiment.config)
+    whole = jax.jit(partial(merged, adapter)) if adapter is not None else lambda params: params
+
     def preview(step: int, params: Any) -> Mapping[str, np.ndarray]:
         engine = Engine(
-            experiment.model, params, experiment.grammar, batch_size=_PREVIEWS, max_length=sampling.max_length
+            experiment.model, whole(params), experiment.grammar, batch_size=_PREVIEWS, max_length=sampling.max_length
         )
         shown = {}
         for sample in engine.generate(requests):

@@ -43,6 +43,7 @@ from ar_unified.language.syntax import SOFTMAXES
 from ar_unified.manifests import require_same
 from ar_unified.model import config as model_config
 from ar_unified.model.code_vectors import CODE_EMBEDDING_INITS
+from ar_unified.model.lora import BASE_DTYPES
 from ar_unified.model.transformer import abstract_params, logical_axes
 from ar_unified.parallel import rules, zigzag
 from ar_unified.sampling.engine import KV_DTYPES, ways_of
@@ -74,6 +75,7 @@ CHOICES: dict[str, Collection[str]] = {
     "training.schedule": optimizer.CHOICES["schedule"],
     "training.decay": optimizer.CHOICES["decay"],
     "training.code_embedding_init": CODE_EMBEDDING_INITS,
+    "lora.base_dtype": BASE_DTYPES,
     "sampling.kv_dtype": [name or "" for name in KV_DTYPES],
     "sampling.weights_dtype": [name or "" for name in WEIGHT_DTYPES],
     "sampling.window": WINDOWS,
@@ -121,6 +123,7 @@ def check(config: ConfigDict, stages: Collection[str] = STAGES) -> None:
         settings.filters(config)
     _check_images(config, problems, stages)
     _check_model(config, problems)
+    _check_lora(config, problems, stages)
     _check_training(config, problems, stages)
     _check_sampling(config, problems, stages)
     _check_files(config, problems, stages)
@@ -200,6 +203,17 @@ def _check_model(config: ConfigDict, problems: Problems) -> None:
             model_config.config_from(configs.plain(config.model), vocab_size=128)
 
 
+def _check_lora(config: ConfigDict, problems: Problems, stages: Collection[str]) -> None:
+    if not problems.found_in("lora"):
+        with problems.of("lora", [*config.lora.keys()]):
+            settings.lora(config)
+    if config.lora.rank and "model" in stages and not config.init:
+        problems.say(
+            "lora.rank",
+            f"expected 0 without config.init, as an adapter needs weights to stand beside; found {config.lora.rank}",
+        )
+
+
 def _check_training(config: ConfigDict, problems: Problems, stages: Collection[str]) -> None:
     part = config.training
     names = [*part.keys()]
@@ -215,7 +229,7 @@ def _check_training(config: ConfigDict, problems: Problems, stages: Collection[s
             settings.phases(part, {})
         if not problems.found_in("training.accumulation"):
             _check_accumulation("training", config, problems)
-        for key in ("only", "fresh") if not problems.found_in("model") else ():
+        for key in ("only", "fresh") if not problems.found_in("model", "lora") else ():
             with problems.of("training", names):
                 settings.selected(config, key)
         if not problems.found_in("model", "training"):

@@ -32,6 +32,7 @@ from ar_unified.experiment.brought import describe
 from ar_unified.language.document import TASKS
 from ar_unified.language.vocabulary import Role
 from ar_unified.model.config import PRESETS, TransformerConfig
+from ar_unified.model.lora import LoraConfig
 from ar_unified.paths import home
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.request import DEFAULTS, Request
@@ -126,6 +127,8 @@ def _add_training(config: ConfigDict) -> None:
     # Later parts of the training: dicts of `begin` (a share of the steps), and what changes there of `weights`
     # ({source: share of the rows}), `flip_pairs`, `condition_dropout` and `only` (what then moves alone; (): all).
     config.training.phases = ()
+
+    config.lora = ConfigDict(_fields(LoraConfig))  # an adapter in place of full tuning, on what config.init names
 
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, context=1))  # -1: the devices left over
 

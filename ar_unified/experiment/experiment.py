@@ -29,6 +29,7 @@ from ar_unified.data.sources import EmptySplit, Source, open_source
 from ar_unified.errors import UserError, about
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
+from ar_unified.experiment.adapter import in_base, require_base
 from ar_unified.experiment.changes import Training, changeable, require_extensible, said
 from ar_unified.history import Changeable
 from ar_unified.language.extension import new_ids
@@ -36,11 +37,13 @@ from ar_unified.language.grammar import Grammar
 from ar_unified.language.record import grammar_in, text_in
 from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model.config import TransformerConfig, config_from, parameter_count
+from ar_unified.model.lora import LoraConfig
 from ar_unified.model.transformer import abstract_params
 from ar_unified.parallel import runtime
 from ar_unified.parallel.mesh import decoding_axes, make_mesh
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
+from ar_unified.sampling.low_rank import Adapter, read_adapters
 from ar_unified.sampling.weights import read_as, settled
 from ar_unified.training import goodput
 from ar_unified.workdir import Stage, StageMismatch, Workdir, read_history, read_json, write_json
@@ -55,6 +58,7 @@ class Experiment:
         self.config, self.workdir = config, workdir
         self._opened = time.perf_counter()
         self._stage: Stage | None = None
+        self._adapters: dict[str, Adapter] = {}
 
     def say(self, line: str) -> None:
         runtime.say(line)
@@ -358,7 +362,39 @@ class Experiment:
         folder = self.workdir.model
         self._require((folder / "done.json").exists(), folder / "done.json", "train")
         step = None if self.config.sampling.checkpoint == "last" else self.checkpoint
-        return restore_params(self.checkpoint_folder, target, step=step, manifest=self.grammar.manifest())
+        lora = settings.lora(self.config)
+        stored = None if lora is not None else target
+        found = restore_params(self.checkpoint_folder, stored, step=step, manifest=self.grammar.manifest())
+        if lora is None:
+            return found
+        bundle = self._base()
+        selection = settings.selected(self.config, "only", self.grammar.vocabulary)
+        return in_base(bundle, lora, selection, found, target)
+
+    def _base(self) -> Bundle:
+        """What an adapter was trained on."""
+        if self.bundle is None:
+            raise UserError("config.init: expected the bundle that the adapter was trained on, found none")
+        require_base(self.bundle, self.trained().get("init"))
+        return self.bundle
+
+    @property
+    def adapter(self) -> tuple[LoraConfig, Any, Bundle]:
+        """The trained adapter, what else was trained beside it, and what it was trained on.
+
+        Raises UserError where none was trained.
+        """
+        lora = settings.lora(self.config)
+        if lora is None:
+            raise UserError(
+                "config.lora.rank: expected a training of an adapter, found 0: all of the model was trained"
+            )
+        self._require((self.workdir.model / "done.json").exists(), self.workdir.model / "done.json", "train")
+        return lora, restore_params(self.checkpoint_folder, step=self.checkpoint), self._base()
+
+    def use_adapters(self, folders: Mapping[str, str]) -> None:
+        """Adapters, by name, that requests may be drawn with; before the engine is made. Raises UserError."""
+        self._adapters = read_adapters(folders, self.model)
 
     @cached_property
     def engine(self) -> Engine:
@@ -378,6 +414,7 @@ class Experiment:
                 window=sampling.window,
                 mesh=self.decoding_mesh,
                 softmax=self.config.loss.softmax,
+                adapters=self._adapters,
             )
 
     def _trained(self) -> dict[str, Any]:
@@ -422,7 +459,8 @@ class Experiment:
         best = self.config.sampling.checkpoint == "best"
         facts = {
             "checkpoint": f"step {step}, the {'best on held-out documents' if best else 'last'}",
-            "model": f"{parameter_count(self.model) / 1e6:.2f}M parameters in {self.model.n_layers} layers",
+            "model": f"{parameter_count(self.model) / 1e6:.2f}M parameters in {self.model.n_layers} layers"
+            + (f", tuned by an adapter of rank {lora.rank}" if (lora := settings.lora(self.config)) else ""),
             "vocabulary": f"{vocabulary.text_size} text pieces{codes}",
         }
         if changed := read_history(self.workdir.model):

@@ -25,6 +25,7 @@ from ar_unified.language.layouts import LAYOUTS, SizeTokens
 from ar_unified.language.syntax import TEXT_ALONE, ImageLayout, vocabulary_for
 from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model.config import config_from
+from ar_unified.model.lora import LoraConfig
 from ar_unified.model.transformer import Params, abstract_params, logical_axes
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.request import DEFAULTS, Request
@@ -150,10 +151,16 @@ def training(config: ConfigDict) -> TrainingConfig:
     return configs.pick(TrainingConfig, settings, seed=config.seed, optimizer=configs.pick(OptimizerConfig, settings))
 
 
+def lora(config: ConfigDict) -> LoraConfig | None:
+    """The adapter that is trained; None: there is none. Raises ValueError, beginning with the key."""
+    found = configs.pick(LoraConfig, config.lora)
+    return found if found.rank else None
+
+
 def selected(
     config: ConfigDict, key: str, vocabulary: Vocabulary | None = None, new: Collection[int] = ()
 ) -> Selection:
-    """What `training.only` or `training.fresh` names of the transformer.
+    """What `training.only` or `training.fresh` names of the transformer; an adapter is trained beside the first.
 
     Args:
         vocabulary: None: one that has every kind of ids, as none is there yet. new: of `select`.
@@ -161,8 +168,11 @@ def selected(
     Raises ValueError, beginning with the key, for a place that names nothing.
     """
     known = vocabulary or _ANY
+    axes, places = logical_axes(_shapes(config, known)), config.training[key]
+    if key == "only" and (adapter := lora(config)) is not None:
+        axes, places = axes | {"lora": dict.fromkeys(adapter.matrices, (None, None))}, ("lora", *places)
     try:
-        return select(config.training[key], logical_axes(_shapes(config, known)), known, new if vocabulary else _SOME)
+        return select(places, axes, known, new if vocabulary else _SOME)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
 

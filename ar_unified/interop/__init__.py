@@ -8,6 +8,7 @@ text, chameleon, emu3, emu3_5, lwm, liquid, simplear, tar     the systems
 importing          files -> bundle
 exporting          bundle -> files
 images             an image tokenizer in published files
+peft               LoRA adapters, both directions
 image_tokenizer    one alone, into the folder that this project keeps one in, and back
 """
 
@@ -31,6 +32,7 @@ SYSTEMS = (
 IMAGE_SYSTEMS = ("chameleon_vq", "ibq", "llamagen_vq", "janus_vq", "emu3_vq", "showo_vq", "lwm_vq", "movqgan")
 # What `ar-unified export --to` takes: of a model, and of an image tokenizer alone the names of its weights.
 FORMS = ("hf", "meta", "lwm")
+ADAPTER = "peft"  # of a training of LoRA: the adapter alone
 DIALECTS = (
     "taming", "chameleon_hf", "janus_hf", "llamagen", "janus", "showo", "lwm", "movqgan", "emu3", "emu3_hf",
 )  # fmt: skip

@@ -29,7 +29,10 @@ from ar_unified.model.cache import Cache, extended
 from ar_unified.model.config import TransformerConfig
 from ar_unified.model.dropout import dropout, fold
 from ar_unified.model.embedding import look_up
-from ar_unified.model.quantized import Quantized, product, quantized
+from ar_unified.model.linear import linear
+from ar_unified.model.lora import ADAPTING, Adapt, LoraConfig, adaptation, with_adapters
+from ar_unified.model.lora import logical_axes as lora_axes
+from ar_unified.model.quantized import Quantized, quantized
 from ar_unified.model.remat import rematerialised
 from ar_unified.model.rope import rope_angles, rope_table
 from ar_unified.parallel import rules
@@ -41,6 +44,7 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
 Params = dict[str, Any]
+Product = Callable[[jax.Array, str, Any], jax.Array]  # of x with a layer's matrix, by its path
 
 # The logical axes of every parameter, by its path; what they mean on a mesh is parallel/rules.py's.
 AXES: dict[str, tuple[str, ...]] = {
@@ -64,10 +68,17 @@ AXES: dict[str, tuple[str, ...]] = {
     "layers/mlp/up": ("layers", "embed", "mlp"),
     "layers/mlp/down": ("layers", "mlp", "embed"),
 }
+# Of each of a layer's matrices, inputs and outputs; heads and what is in them are one axis.
+_MATRIX_AXES = {
+    path.removeprefix("layers/").replace("/", "."): tuple(axis for axis in axes[1:] if axis != "head_dim")
+    for path, axes in AXES.items()
+    if path.rpartition("/")[2] in MATRICES
+}
 
 
 def logical_axes(params: Params) -> Params:
     """A tree like `params`, stacked or `unstacked`, with the logical names of each leaf's axes (tuples of str)."""
+    beside = {name: lora_axes(_MATRIX_AXES, params[name]) for name in ADAPTING if name in params}
 
     def axes(path: Any, leaf: Any) -> tuple[str, ...]:
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
@@ -78,7 +89,8 @@ def logical_axes(params: Params) -> Params:
         flat = tuple(axis for axis in found if axis != "head_dim")
         return flat[-leaf.ndim :]  # of a quantized matrix also a scale for each output
 
-    return jax.tree_util.tree_map_with_path(axes, params)
+    own = {name: leaf for name, leaf in params.items() if name not in ADAPTING}
+    return jax.tree_util.tree_map_with_path(axes, own) | beside
 
 
 def unstacked(config: TransformerConfig, params: Params, weights_dtype: str | None = None) -> Params:
@@ -89,7 +101,10 @@ def unstacked(config: TransformerConfig, params: Params, weights_dtype: str | No
 
     weights_dtype: of the layers' matrices, of model.quantized.LARGEST; None: the compute dtype.
     """
-    outside = {name: leaf for name, leaf in params.items() if name != "layers"}
+    outside = {name: leaf for name, leaf in params.items() if name not in ("layers", "adapters")}
+    if "adapters" in params:
+        adapters = [_cast(layer, config.dtype) for layer in _unstack(params["adapters"], config.n_layers)]
+        return unstacked(config, outside | {"layers": params["layers"]}, weights_dtype) | {"adapters": adapters}
     layers = [
         jax.tree_util.tree_map_with_path(lambda path, p: as_decoded(path[-1].key, p, weights_dtype), layer)
         for layer in _unstack(params["layers"], config.n_layers)
@@ -172,29 +187,6 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (x32 * (jax.lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + eps) * scale)).astype(x.dtype)
 
 
-def linear(x: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
-    """x [B, T, I] @ weight [I, O]."""
-    return product(x, weight) if isinstance(weight, Quantized) else _linear(x, weight)
-
-
-@jax.custom_vjp
-def _linear(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """The gradient of the weight is JAX's own, turned round: 2.5x faster on XLA CPU."""
-    return x @ weight
-
-
-def _linear_forward(x, weight):
-    return x @ weight, (x, weight)
-
-
-def _linear_backward(residuals, out_bar):
-    x, weight = residuals
-    return jnp.einsum("BTO,IO->BTI", out_bar, weight), jnp.einsum("BTI,BTO->IO", x, out_bar)
-
-
-_linear.defvjp(_linear_forward, _linear_backward)
-
-
 class Attention(nnx.Module):
     """Grouped-query attention with RoPE; how keys and values are stored and looked at is the caller's `attend`."""
 
@@ -208,21 +200,27 @@ class Attention(nnx.Module):
         self.key_norm = nnx.data(params.get("key_norm", {}))
         self.biases = nnx.data([params.get(f"{name}_bias") for name in ("query", "key", "value")])
 
-    def __call__(self, x: jax.Array, rope: Rope, attend: Callable) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, rope: Rope, attend: Callable, product: Product) -> tuple[jax.Array, Any]:
         weights = {"query": self.query, "key": self.key, "value": self.value}
         query, key, value = (
-            self._heads(x, name, w, b) for (name, w), b in zip(weights.items(), self.biases, strict=True)
+            self._heads(product(x, f"attention.{name}", _flat(w)), name, b)
+            for (name, w), b in zip(weights.items(), self.biases, strict=True)
         )
         query = qk_norm_rope(query, rope, **self.query_norm, eps=self.eps)
         key = qk_norm_rope(key, rope, **self.key_norm, eps=self.eps)
         out, state = attend(query, key, value)
         output = self.output if isinstance(self.output, Quantized) else self.output.reshape(-1, self.output.shape[-1])
-        return checkpoint_name(linear(out.reshape(*x.shape[:2], -1), output), "output"), state
+        out = product(out.reshape(*x.shape[:2], -1), "attention.output", output)
+        return checkpoint_name(out, "output"), state
 
-    def _heads(self, x: jax.Array, name: str, weight: jax.Array | Quantized, bias: jax.Array | None) -> jax.Array:
-        flat = weight if isinstance(weight, Quantized) else weight.reshape(weight.shape[0], -1)
-        heads = checkpoint_name(linear(x, flat).reshape(*x.shape[:2], -1, self.head_dim), name)
+    def _heads(self, flat: jax.Array, name: str, bias: jax.Array | None) -> jax.Array:
+        heads = checkpoint_name(flat.reshape(*flat.shape[:2], -1, self.head_dim), name)
         return heads if bias is None else heads + bias.astype(heads.dtype)
+
+
+def _flat(weight: jax.Array | Quantized) -> jax.Array | Quantized:
+    """[I, O] of [I, N, H]."""
+    return weight if isinstance(weight, Quantized) else weight.reshape(weight.shape[0], -1)
 
 
 class MLP(nnx.Module):
@@ -232,14 +230,17 @@ class MLP(nnx.Module):
         self.activation = _ACTIVATIONS[config.activation]
         self.gate, self.up, self.down = (nnx.data(params[name]) for name in ("gate", "up", "down"))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gate = checkpoint_name(linear(x, self.gate), "gate")
-        up = checkpoint_name(linear(x, self.up), "up")
-        return checkpoint_name(linear(self.activation(gate) * up, self.down), "down")
+    def __call__(self, x: jax.Array, product: Product) -> jax.Array:
+        gate = checkpoint_name(product(x, "mlp.gate", self.gate), "gate")
+        up = checkpoint_name(product(x, "mlp.up", self.up), "up")
+        return checkpoint_name(product(self.activation(gate) * up, "mlp.down", self.down), "down")
 
 
 class Block(nnx.Module):
-    """One layer: x + f(norm(x)) ("pre") or x + norm(f(x)) ("swin"), f the attention and then the MLP."""
+    """One layer: x + f(norm(x)) ("pre") or x + norm(f(x)) ("swin"), f the attention and then the MLP.
+
+    params: of one layer; "beside" holds the layer's adapters, if there are any.
+    """
 
     def __init__(self, config: TransformerConfig, params: Params):
         self.config = config
@@ -247,34 +248,54 @@ class Block(nnx.Module):
         self.attention = Attention(config, params["attention"])
         self.mlp_norm = nnx.Param(params["mlp"]["norm"])
         self.mlp = MLP(config, params["mlp"])
+        self.beside = nnx.data(params.get("beside", {}))
 
     def __call__(
-        self, x: jax.Array, rope: Rope, attend: Callable, dropout_keys: jax.Array | None = None
+        self,
+        x: jax.Array,
+        rope: Rope,
+        attend: Callable,
+        dropout_keys: jax.Array | None = None,
+        adapt: Adapt | None = None,
     ) -> tuple[jax.Array, Any]:
         pre, eps, rate = self.config.norm_placement == "pre", self.config.norm_eps, self.config.dropout
         attention_norm, mlp_norm = (_norm(self.config, x[...]) for x in (self.attention_norm, self.mlp_norm))
 
-        y, state = self.attention(rms_norm(x, attention_norm, eps) if pre else x, rope, attend)
+        def product(x: jax.Array, path: str, matrix: jax.Array | Quantized) -> jax.Array:
+            group, _, name = path.partition(".")
+            pair, made = self.beside.get(group, {}).get(name), linear(x, matrix)
+            return made if pair is None or adapt is None else made + adapt(x, pair, path, dropout_keys)
+
+        y, state = self.attention(rms_norm(x, attention_norm, eps) if pre else x, rope, attend, product)
         x = x + dropout(y if pre else rms_norm(y, attention_norm, eps), rate, fold(dropout_keys, 0))
-        y = self.mlp(rms_norm(x, mlp_norm, eps) if pre else x)
+        y = self.mlp(rms_norm(x, mlp_norm, eps) if pre else x, product)
         x = x + dropout(y if pre else rms_norm(y, mlp_norm, eps), rate, fold(dropout_keys, 1))
         return x, state
 
 
 class Transformer(nnx.Module):
-    """Tokens to hidden states, hidden states to logits. Made by `Transformer.bind(config, params)`."""
+    """Tokens to hidden states, hidden states to logits. Made by `Transformer.bind(config, params)`.
 
-    def __init__(self, config: TransformerConfig, params: Params):
-        self.config = config
+    With params["lora"] that adapter is part of the model; with params["adapters"] each row says which of them it has
+    (model/lora.py).
+    """
+
+    def __init__(self, config: TransformerConfig, params: Params, lora: LoraConfig | None = None):
+        if ("lora" in params) != (lora is not None):
+            raise ValueError("expected a LoraConfig with params['lora'], and none without; found one of the two")
+        self.config, self.adapting = config, lora
         self.embedding = nnx.Param(params["embedding"])
-        self.layers = nnx.data(params["layers"])
+        self.layers = nnx.data(with_adapters(params))
         self.norm = nnx.Param(params["norm"])
         self.output = nnx.Param(params["head"]) if "head" in params else None
 
     @classmethod
-    def bind(cls, config: TransformerConfig, params: Params) -> Transformer:
-        """A module over `params`, which stay the caller's; cheap, and meant to be done under the trace."""
-        return cls(config, params)
+    def bind(cls, config: TransformerConfig, params: Params, lora: LoraConfig | None = None) -> Transformer:
+        """A module over `params`, which stay the caller's; cheap, and meant to be done under the trace.
+
+        lora: of the adapter in params["lora"]. Raises ValueError where there is one without the other.
+        """
+        return cls(config, params, lora)
 
     def __call__(
         self,
@@ -282,6 +303,7 @@ class Transformer(nnx.Module):
         positions: jax.Array,
         doc_start: jax.Array,
         dropout_keys: jax.Array | None = None,
+        adapter: jax.Array | None = None,
     ) -> jax.Array:
         """The teacher-forced forward over packed rows.
 
@@ -289,6 +311,7 @@ class Transformer(nnx.Module):
           tokens, positions: int32 [B, T]; positions count from the beginning of each document.
           doc_start: int32 [B, T], where in the row the document of each position begins; T on padding.
           dropout_keys: keys [B], one for each row; None for no dropout.
+          adapter: int32 [B], which of params["adapters"] each row has; None: none.
 
         Returns:
           Hidden states after the last norm, [B, T, D] in the compute dtype. `token_losses` or `logits` take them.
@@ -307,7 +330,8 @@ class Transformer(nnx.Module):
             return attend_to_documents(query, key, value, doc_start, config.attention, config.context), None
 
         def layer(x: jax.Array, params: Params, index: jax.Array | int) -> jax.Array:
-            return Block(config, _cast(params, config.dtype))(x, rope, attend, fold(dropout_keys, index))[0]
+            block = Block(config, _cast(params, config.dtype))
+            return block(x, rope, attend, fold(dropout_keys, index), adaptation(self.adapting, adapter))[0]
 
         layer = rematerialised(layer, config.remat, config.scan_layers)
         if config.scan_layers and not isinstance(self.layers, list):
@@ -336,7 +360,7 @@ class Transformer(nnx.Module):
             return out, look(unzigzag(query), unzigzag(key))
 
         def layer(x: jax.Array, params: Params) -> tuple[jax.Array, Any]:
-            return Block(config, _cast(params, config.dtype))(x, rope, attend)
+            return Block(config, _cast(params, config.dtype))(x, rope, attend, None, adaptation(self.adapting))
 
         return jax.lax.scan(layer, self._look_up(tokens, "sequence"), self.layers)[1]
 
@@ -347,7 +371,9 @@ class Transformer(nnx.Module):
         rope = rope_table(self.config, positions, tokens.shape[1])
         return tokens, positions, doc_start, columns, rope
 
-    def extend(self, tokens: jax.Array, cache: Cache, start: jax.Array) -> tuple[jax.Array, Cache]:
+    def extend(
+        self, tokens: jax.Array, cache: Cache, start: jax.Array, adapter: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache]:
         """Reads T more tokens of each row behind what the cache holds: the one path of prefill and decode.
 
         Row b's tokens take the positions start[b] .. start[b] + T - 1, and each sees all positions up to its own.
@@ -356,7 +382,7 @@ class Transformer(nnx.Module):
 
         Args:
           tokens: int32 [B, T].  cache: from `init_cache` or an earlier call.  start: int32 [B].
-          Parameters may be stacked or `unstacked`.
+          adapter: as of `__call__`.  Parameters may be stacked or `unstacked`.
 
         Returns:
           Hidden states [B, T, D] as `__call__` gives them, and the cache with the new keys and values.
@@ -372,7 +398,9 @@ class Transformer(nnx.Module):
                 cached = extended(cached, start, key, value, config.attention)
                 return attend_to_cache(query, cached, start, config.attention), cached
 
-            x, state = Block(config, _cast(params, config.dtype))(x, rope, attend)
+            x, state = Block(config, _cast(params, config.dtype))(
+                x, rope, attend, None, adaptation(self.adapting, adapter)
+            )
             states.append(state)
         return rms_norm(x, _norm(config, self.norm[...]), config.norm_eps), tuple(states)
 

@@ -33,7 +33,7 @@ def make_plan(
       say: takes a line at the beginning of what takes minutes.
 
     Returns:
-      {"target", "chips", "mesh", "job", "model", "stand_in", "warnings", "fits",
+      {"target", "chips", "mesh", "job", "model", "lora", "stand_in", "warnings", "fits",
        "programs": [{"name", "compile_seconds", "memory", "collectives", "flops", "seconds", ...}],
        "refused": where a program does not fit: {"program", "message", "used", "capacity", "at_least", "trials"}}.
       Bytes and seconds are per device and step (prefill: per batch; decode: per token of each row). Training is one
@@ -61,6 +61,7 @@ def make_plan(
             "remat": run.model.remat,
             "dtype": run.model.dtype,
         },
+        "lora": dataclasses.asdict(run.lora) if run.lora is not None and job == "train" else None,
         "batch": _batch(run, job),
         "stand_in": None if target.is_tpu else f"{mesh.size} CPU devices",
         "versions": {"jax": jax.__version__},

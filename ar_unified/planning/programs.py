@@ -24,6 +24,7 @@ from ar_unified.language.syntax import ImageLayout
 from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model import transformer
 from ar_unified.model.config import TransformerConfig, offloaded_bytes
+from ar_unified.model.lora import LoraConfig
 from ar_unified.parallel.compiler import compiler_options
 from ar_unified.parallel.rules import batch_shardings, on_mesh
 from ar_unified.sampling import steps, window
@@ -47,7 +48,7 @@ class Run:
       softmax: of language.syntax.SOFTMAXES.
       document: tokens of the longest document, for the FLOPs of attention.
       optimizer, steps, compiler_options: of the training. only: what it trains, places of training.selection.select;
-        (): everything.
+        (): everything. lora: the adapter that is trained in place of everything; None: there is none.
       requests, max_length, contexts: samples decoded at once by a process; length of the KV cache; 2 with guidance.
       kv_dtype: of the KV cache, of sampling.engine.KV_DTYPES.
       weights_dtype: of the layers' matrices in sampling, of sampling.weights.WEIGHT_DTYPES.
@@ -67,6 +68,7 @@ class Run:
     optimizer: OptimizerConfig = OptimizerConfig()
     steps: int = 100_000
     only: tuple[str, ...] = ()
+    lora: LoraConfig | None = None
     compiler_options: tuple[str, ...] = ()
     requests: int = 64
     max_length: int = 4096
@@ -182,18 +184,23 @@ def make_task(run: Run) -> TransformerTask:
     return _task(run.model, run.vocabulary, run.loss_chunk, *_trained(run))
 
 
-def _trained(run: Run) -> tuple[int | None, tuple[str, ...]]:
+def _trained(run: Run) -> tuple[int | None, tuple[str, ...], LoraConfig | None]:
     """Where the softmax is split, and what is trained."""
-    return run.layout.split(run.vocabulary, run.softmax), run.only
+    return run.layout.split(run.vocabulary, run.softmax), run.only, run.lora
 
 
 def _task(
-    model: TransformerConfig, vocabulary: Vocabulary, chunk: int, split: int | None, only: tuple[str, ...]
+    model: TransformerConfig,
+    vocabulary: Vocabulary,
+    chunk: int,
+    split: int | None,
+    only: tuple[str, ...],
+    lora: LoraConfig | None,
 ) -> TransformerTask:
     def no_batch(step: int, index: int = 0, count: int = 1) -> Any:
         raise RuntimeError("a plan has no data")
 
-    return TransformerTask(model, vocabulary, no_batch, split=split, chunk=chunk, only=only)
+    return TransformerTask(model, vocabulary, no_batch, split=split, chunk=chunk, only=only, lora=lora)
 
 
 def train_program(run: Run, mesh: Mesh) -> Program:
@@ -218,7 +225,8 @@ def train_program(run: Run, mesh: Mesh) -> Program:
 
 def gradient_bytes(run: Run, mesh: Mesh) -> int:
     """Of the gradients of what is trained, on a device."""
-    return local_bytes(abstract_trained(make_task(run), transformer.abstract_params(run.model), mesh))
+    task = make_task(run)
+    return local_bytes(abstract_trained(task, jax.eval_shape(lambda: task.init(jax.random.key(0))), mesh))
 
 
 def saved_for_backward(run: Run, mesh: Mesh) -> int:

@@ -37,6 +37,10 @@ def text(plan: PlanReport) -> str:
         f"remat {plan['model']['remat']}, {plan['model']['dtype']}",
         f"  batch: {', '.join(f'{k} {v:,}' if isinstance(v, int) else f'{k} {v}' for k, v in plan['batch'].items())}",
     ]
+    if lora := plan.get("lora"):  # not said by earlier versions
+        lines.append(
+            f"  LoRA: rank {lora['rank']} on {', '.join(lora['targets'])}; what is not trained is {lora['base_dtype']}"
+        )
     if plan["stand_in"]:
         lines.append(
             f"  {plan['stand_in']} stand in for the target: memory is XLA's for CPUs, with XLA's attention in place of "

@@ -181,13 +181,15 @@ def _train(run: Run, program: Program) -> _Work:
     scores = 3.0 * deep  # the backward kernels make scores twice and dP twice
     executed = model + 2.0 * (again + head) * tokens + scores * attention + _orthogonal(run)
     # Per device from here on.
-    passes = 1 + 2 * deep + again / layers  # forward, two matmuls of backward, perhaps forward again
+    back = deep + task.trains("layers.")  # matmuls of backward: with what is read, and with what is trained
+    passes = 1 + back + again / layers  # forward, backward, perhaps forward again
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
     tensor = mesh.shape["tensor"]
     width = jnp.dtype(c.dtype).itemsize  # of the weights that travel: written by the gather, and read
     weights = 2.0 * width * passes * (layers + head) / tensor * run.accumulation
     chunks = run.accumulation * math.ceil(tokens / ways / run.accumulation / run.loss_chunk)
-    weights += 8.0 * head / tensor * chunks  # the head's float32 gradient: each chunk of the loss reads and writes it
+    if task.trains("head", "embedding"):
+        weights += 8.0 * head / tensor * chunks  # its float32 gradient: each chunk of the loss reads and writes it
     held = program.local_bytes()
     # In and out: what is trained, its gradients, which are as large, and its moments.
     state = 4.0 * gradient_bytes(run, mesh) + 2.0 * held["optimizer"]
@@ -199,7 +201,7 @@ def _orthogonal(run: Run) -> float:
 
     All of the layers' matrices, be some of them not trained.
     """
-    if run.optimizer.optimizer != "muon" or not make_task(run).through_layers:
+    if run.optimizer.optimizer != "muon" or not make_task(run).trains("layers."):
         return 0.0
     matrices = map(sorted, layer_matrices(run.model).values())
     return float(_NEWTON_SCHULZ * run.model.n_layers * sum(4 * m * m * n + 2 * m * m * m for m, n in matrices))

@@ -33,6 +33,7 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "negative_prompt": (str,),
     "prompt_suffix": (str,),
     "repetition_penalty": (int, float),
+    "adapter": (str,),
     "text": (Mapping,),
     "image": (Mapping,),
 }

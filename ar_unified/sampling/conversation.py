@@ -66,7 +66,9 @@ class Conversation:
         self.turns: tuple[Turn, ...] = tuple(history)
         self.tokens = np.zeros(0, np.int32)
         self.prefilled: tuple[int, ...] = ()
-        self._kept: dict[str, _Kept] = {}  # by context; those that begin anew at each image are not kept
+        self._kept: dict[
+            tuple[str, str], _Kept
+        ] = {}  # by adapter and context; those that begin anew at each image are not kept
         self._params: Any = None  # that computed it
 
     def say(self, parts: Sequence[Part], **settings: Any) -> Sample:
@@ -105,7 +107,7 @@ class Conversation:
         new = grammar.prompt([*_BEFORE, asked])[len(grammar.history(_BEFORE)) :]
         return np.concatenate([self.tokens, new])
 
-    def kept(self, context: str, prefix: np.ndarray) -> tuple[int, Cache | None]:
+    def kept(self, context: tuple[str, str], prefix: np.ndarray) -> tuple[int, Cache | None]:
         """How many of the tokens that a context is to read stand in its cache, and that; the last is always read."""
         found = self._kept.get(context)
         if found is None or self._params is not self.engine.params:
@@ -198,7 +200,7 @@ def _serve(engine: Engine, group: Sequence[tuple[Conversation, Plan]]) -> list[S
                 state = engine.call(own.put, state, cache, np.int32(i * C + c))
             new[i * C + c] = start, prefix[start:]
         conversation.prefilled = tuple(len(new[i * C + c][1]) for c in range(C))
-    rows, start, position = row_arrays(engine.grammar.layout, shape, R, jobs)
+    rows, start, position = row_arrays(engine.grammar.layout, shape, R, jobs, engine.adapters)
     state = engine.call(own.begin, state, rows, start, position, seen)
     state = _read(engine, own, state, new)
 
@@ -230,9 +232,10 @@ def _read(engine: Engine, own: _Programs, state: State, new: dict[int, tuple[int
     return state
 
 
-def _contexts(plan: Plan) -> list[str]:
-    """Names of a plan's contexts; "" is the conversation itself."""
-    return ["", plan.request.context, "image_only"][: len(plan.prefixes)]
+def _contexts(plan: Plan) -> list[tuple[str, str]]:
+    """The adapter that reads, and names of a plan's contexts; "" is the conversation itself."""
+    names = ["", plan.request.context, "image_only"][: len(plan.prefixes)]
+    return [(plan.request.adapter, name) for name in names]
 
 
 def _ended(grammar: Grammar, sample: Sample) -> np.ndarray:

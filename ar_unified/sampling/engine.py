@@ -17,19 +17,21 @@ import functools
 import math
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from ar_unified.interop.peft import Adapter
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.reading import GrammarError
 from ar_unified.model.config import TransformerConfig
 from ar_unified.sampling import score as scoring
 from ar_unified.sampling import steps, window
 from ar_unified.sampling.answer import finished, stopped
+from ar_unified.sampling.low_rank import beside, number
 from ar_unified.sampling.pace import Pace
 from ar_unified.sampling.plan import Plan, plan
 from ar_unified.sampling.request import Request, RequestError, Sample
@@ -97,6 +99,7 @@ class Engine:
         window: positions of an image that are drawn at once (`window.py`), one of sampling.pace.WINDOWS.
         mesh: devices to decode on, samples split by its data axes and heads by its tensor axis (`parallel`).
         softmax: of `language.syntax.SOFTMAXES`, what the model was trained with: its likelihoods are those.
+        adapters: by the name that a request says, beside the model that it says none of (`low_rank`).
 
     Raises:
         ValueError: the model's vocabulary is not the grammar's, a size is not positive or not one the mesh divides, or
@@ -116,6 +119,7 @@ class Engine:
         window: int | str = 1,
         mesh: Mesh | None = None,
         softmax: str = "joint",
+        adapters: Mapping[str, Adapter] | None = None,
     ):
         if config.vocab_size != grammar.vocabulary.size:
             raise ValueError(
@@ -131,6 +135,10 @@ class Engine:
         ways = ways_of(batch_size, mesh)
         self.weights_dtype = weights_dtype
         self.config, self.params, self.grammar = config, params, grammar
+        self.adapters = {name: number for number, name in enumerate(["", *(adapters or {})])}  # their numbers
+        self.adapter_hashes = {name: adapter.hash for name, adapter in (adapters or {}).items()}
+        if adapters:
+            self.params = params | {"adapters": beside(config, params, list(adapters.values()), mesh)}
         self.batch_size, self.max_length, self.kv_dtype, self.mesh = batch_size, max_length, kv_dtype, mesh
         self._prefill_rows = prefill_rows(batch_size, ways)
         self._split = grammar.layout.split(grammar.vocabulary, softmax)
@@ -167,12 +175,13 @@ class Engine:
         Raises GrammarError or RequestError for the first item that has no tokens, or more than max_length.
         """
         found: dict[int, Score] = {}
-        width = self._prefill_rows
+        width, items = self._prefill_rows, list(items)
         for size, group in scoring.batches(enumerate(map(self._pieces, items)), width, bucket):
-            tokens = np.full((width, size), self.grammar.vocabulary.pad, np.int32)
+            tokens, adapter = np.full((width, size), self.grammar.vocabulary.pad, np.int32), np.zeros(width, np.int32)
+            adapter[: len(group)] = [self.number(scoring.adapter_of(items[index])) for index, _ in group]
             for row, (_, parts) in zip(tokens, group, strict=False):
                 row[: sum(map(len, parts))] = np.concatenate(parts)
-            arrays = self.call(self._programs.score, self._split, self.params, tokens)
+            arrays = self.call(self._programs.score, self._split, self.params, tokens, adapter)
             rows = scoring.scores([parts for _, parts in group], *map(np.asarray, arrays))
             found |= {index: score for (index, _), score in zip(group, rows, strict=True)}
         return [found[i] for i in range(len(found))]
@@ -195,7 +204,12 @@ class Engine:
 
     def plan(self, request: Request) -> Plan:
         """How the request is served. Raises RequestError or GrammarError, saying what to change, if it cannot be."""
+        self.number(request.adapter)
         return plan(self.grammar, request, self.max_length)
+
+    def number(self, adapter: str) -> int:
+        """Of an adapter by its name; "": 0, none. Raises RequestError for one that the engine does not have."""
+        return number(self.adapters, adapter)
 
     # ---- one pool ------------------------------------------------------------------------------------------------
 
@@ -240,9 +254,13 @@ class Engine:
     def _insert(self, state: State, shape: Shape, fresh: dict[int, Job], prompts: _Prompts) -> State:
         """The state with new samples in its slots."""
         R, C = self.batch_size, shape.contexts
-        where = [(i * C + c, prefix) for i, job in fresh.items() for c, prefix in enumerate(job.plan.prefixes)]
+        where = [
+            (i * C + c, (self.adapters[job.plan.request.adapter], prefix))
+            for i, job in fresh.items()
+            for c, prefix in enumerate(job.plan.prefixes)
+        ]
         batches = prompts.read([prefix for _, prefix in where])
-        arrays = row_arrays(self.grammar.layout, shape, R, fresh)
+        arrays = row_arrays(self.grammar.layout, shape, R, fresh, self.adapters)
         new = np.isin(np.arange(R), list(fresh))
         for batch, rows in batches:  # rows of `batch`, for each prefix in order; -1: it is in another
             there = [(slot, row) for (slot, _), row in zip(where, rows, strict=True) if row >= 0]
@@ -356,22 +374,26 @@ class _Waiting:
                 self._queues.setdefault(found.shape, deque()).append(Job(found, index, found.steps))
 
 
+_Prompt = tuple[int, np.ndarray]  # the number of its adapter, and its tokens
+_Key = tuple[int, bytes]
+
+
 class _Prompts:
     """Reads prompts, each once however many samples begin with it, and keeps the last ones."""
 
     def __init__(self, engine: Engine):
         self._engine = engine
-        self._batches: OrderedDict[int, tuple[Prefix, dict[bytes, int]]] = OrderedDict()  # the last used one last
+        self._batches: OrderedDict[int, tuple[Prefix, dict[_Key, int]]] = OrderedDict()  # the last used one last
 
-    def read(self, prompts: Sequence[np.ndarray]) -> list[tuple[Prefix, list[int]]]:
+    def read(self, prompts: Sequence[_Prompt]) -> list[tuple[Prefix, list[int]]]:
         """Batches that hold them, and where: the row of each prompt in the batch, or -1."""
-        wanted = {prompt.tobytes(): prompt for prompt in prompts}
+        wanted = {_key(prompt): prompt for prompt in prompts}
         kept = {id: batch for id, batch in self._batches.items() if wanted.keys() & batch[1].keys()}
         known = {key for _, rows in kept.values() for key in rows}
-        missing: dict[int, list[np.ndarray]] = {}
+        missing: dict[int, list[_Prompt]] = {}
         for key, prompt in wanted.items():
             if key not in known:
-                missing.setdefault(bucket(len(prompt)), []).append(prompt)
+                missing.setdefault(bucket(len(prompt[1])), []).append(prompt)
         width = self._engine._prefill_rows
         for size, group in missing.items():
             for i in range(0, len(group), width):
@@ -385,18 +407,22 @@ class _Prompts:
         found, left = [], dict.fromkeys(wanted)
         for prefix, rows in kept.values():
             mine = {key: row for key, row in rows.items() if key in left}
-            found.append((prefix, [mine.get(prompt.tobytes(), -1) for prompt in prompts]))
+            found.append((prefix, [mine.get(_key(prompt), -1) for prompt in prompts]))
             left = {key: None for key in left if key not in mine}
         return [(prefix, rows) for prefix, rows in found if max(rows) >= 0]
 
-    def _read(self, prompts: Sequence[np.ndarray], size: int) -> tuple[Prefix, dict[bytes, int]]:
+    def _read(self, prompts: Sequence[_Prompt], size: int) -> tuple[Prefix, dict[_Key, int]]:
         engine = self._engine
         tokens = np.full((engine._prefill_rows, size), engine.grammar.vocabulary.pad, np.int32)
-        lengths = np.zeros(engine._prefill_rows, np.int32)
-        for i, prompt in enumerate(prompts):
-            tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
-        prefix = engine.call(engine._programs.prefill, engine.weights, tokens, lengths)
-        return prefix, {prompt.tobytes(): i for i, prompt in enumerate(prompts)}
+        lengths, adapter = np.zeros((2, engine._prefill_rows), np.int32)
+        for i, (own, prompt) in enumerate(prompts):
+            tokens[i, : len(prompt)], lengths[i], adapter[i] = prompt, len(prompt), own
+        prefix = engine.call(engine._programs.prefill, engine.weights, tokens, lengths, adapter)
+        return prefix, {_key(prompt): i for i, prompt in enumerate(prompts)}
+
+
+def _key(prompt: _Prompt) -> _Key:
+    return prompt[0], prompt[1].tobytes()
 
 
 def prefill_rows(batch_size: int, ways: int) -> int:

@@ -218,7 +218,7 @@ def _manifest(engine: Engine, requests: Sequence[Path], defaults: Mapping[str, A
         }
         # Not said before there was a choice: jobs of then go on.
         | ({"weights_dtype": engine.weights_dtype} if engine.weights_dtype else {}),
-    }
+    } | ({"adapters": engine.adapter_hashes} if engine.adapter_hashes else {})
     return json.loads(json.dumps(manifest))
 
 
@@ -406,6 +406,8 @@ def _entry(line: Line, prompt: list[dict[str, Any]], sample: Sample, cells: Cell
         row["context"] = request.context
     if request.image_guidance:
         row["image_guidance"] = request.image_guidance
+    if request.adapter:
+        row["adapter"] = request.adapter
     row |= {"prompt_tokens": line.prompt_tokens, "tokens": sample.tokens.tolist()}
     row |= {"meta": dict(request.meta)} if request.meta else {}
     return Entry(row, tuple(images))

@@ -45,6 +45,7 @@ from ar_unified.parallel.mesh import make_mesh
 from ar_unified.sampling.conversation import Conversation, say_all
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine, ways_of
+from ar_unified.sampling.low_rank import read_adapters
 from ar_unified.sampling.request import DEFAULTS, Request, RequestError, Sample
 from ar_unified.sampling.requests import request_of
 from ar_unified.sampling.results import by_size
@@ -65,6 +66,7 @@ def load(
     kv_dtype: str | None = None,
     weights_dtype: str | None = None,
     window: int | str = 1,
+    adapters: Mapping[str, str | Path] | None = None,
 ) -> Model:
     """The model of a bundle, as `ar-unified export` wrote it.
 
@@ -77,8 +79,11 @@ def load(
         kv_dtype: of the KV cache, one of engine.KV_DTYPES; default: the bundle's.
         weights_dtype: of the layers' matrices, one of weights.WEIGHT_DTYPES; default: `dtype`.
         window: positions of an image that are drawn at once, one of pace.WINDOWS: fewer steps, the same samples.
+        adapters: folders of LoRA adapters in PEFT's form (`ar-unified export --to peft`), by names of your choice. A
+            request names the one it is drawn with, as draw("a circle", adapter="sketches"); without, the model alone.
 
-    Raises bundle.BundleError for a folder that is no bundle or a damaged one, UserError where a setting does not fit.
+    Raises bundle.BundleError for a folder that is no bundle or a damaged one, UserError where a setting does not fit or
+    an adapter is broken or another model's.
     """
     bundle = Bundle(folder)
     with about(f"bundle {bundle.folder}"):
@@ -94,6 +99,7 @@ def load(
         defaults = {name: sampling[name] for name in DEFAULTS if name in sampling}
         request_of({"mode": "text"} | _none_needed(defaults), "bundle", tokenizer or NoImages(), defaults)
         check_weights_dtype(weights_dtype)
+        beside = read_adapters(adapters or {}, config, bundle.hash)
         read = bundle.params(*(jax.tree.map(of, read_as(config, mesh)) for of in (_sharding, _dtype)))
         engine = Engine(
             config,
@@ -106,6 +112,7 @@ def load(
             window=window,
             mesh=mesh,
             softmax=bundle.sections["loss"].get("softmax", "joint"),
+            adapters=beside,
         )
     warning = (bundle.published or {}).get("untrained", "")
     return Model(engine, tokenizer, resize, defaults, weights=bundle.hash, warning=str(warning))
@@ -287,8 +294,11 @@ class Model:
         request, answer = item
         return self._request(request), self._coded(answer)
 
-    def logits(self, tokens: np.ndarray) -> np.ndarray:
-        """Of what comes next behind every token: int32 [B, T] -> float32 [B, T, used], each row one document's ids."""
+    def logits(self, tokens: np.ndarray, adapter: str = "") -> np.ndarray:
+        """Of what comes next behind every token: int32 [B, T] -> float32 [B, T, used], each row one document's ids.
+
+        Raises RequestError for an adapter that was not loaded.
+        """
         tokens = np.asarray(tokens)
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or not tokens.size:
             raise ValueError(f"tokens: expected int32 [B, T], found {tokens.dtype} {list(tokens.shape)}")
@@ -297,7 +307,9 @@ class Model:
             raise ValueError(f"tokens: expected ids 0..{self.vocabulary.used - 1} of the vocabulary, found {found}")
         engine, rows = self.engine, len(tokens)
         tokens = np.pad(tokens.astype(np.int32), [(0, -rows % ways_of(0, engine.mesh)), (0, 0)])  # a mesh splits rows
-        return np.asarray(engine.call(_logits, engine.config, self.vocabulary.used, engine.params, tokens))[:rows]
+        which = np.full(len(tokens), engine.number(adapter), np.int32)
+        found = engine.call(_logits, engine.config, self.vocabulary.used, engine.params, tokens, which)
+        return np.asarray(found)[:rows]
 
     @functools.cached_property
     def ids(self) -> Ids:
@@ -407,7 +419,7 @@ def _text(document: Document) -> str:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _logits(config: TransformerConfig, used: int, params: Any, tokens: jax.Array) -> jax.Array:
+def _logits(config: TransformerConfig, used: int, params: Any, tokens: jax.Array, adapter: jax.Array) -> jax.Array:
     model = Transformer.bind(config, params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    return model.logits(model(tokens, positions, jnp.zeros_like(tokens)))[..., :used]
+    return model.logits(model(tokens, positions, jnp.zeros_like(tokens), adapter=adapter))[..., :used]

@@ -69,6 +69,7 @@ class Request:
             words of praise; what guidance compares with has none.
         repetition_penalty: of text pieces that prompt or answer hold already; 1: none. Logits above 0 are divided by
             it, others multiplied (CTRL, arXiv 1909.05858).
+        adapter: the name of the adapter it is drawn with, of those that the engine has; "": none.
         text, image: how text (and control) tokens and image codes are drawn.
         meta: travels along.
     """
@@ -92,6 +93,7 @@ class Request:
     negative_prompt: str = ""
     prompt_suffix: str = ""
     repetition_penalty: float = 1.0
+    adapter: str = ""
     text: Filter = Filter()
     image: Filter = Filter()
     meta: Mapping[str, Any] = field(default_factory=dict, compare=False)

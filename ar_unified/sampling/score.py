@@ -71,13 +71,18 @@ def pieces(grammar: Grammar, item: Scored) -> list[np.ndarray]:
     return [prompt_tokens(grammar, request), *alone, np.array([grammar.syntax.end], np.int32)]
 
 
-def forward(config: TransformerConfig, used: int, split: int | None, params: Any, tokens: Array) -> tuple[Array, Array]:
+def forward(
+    config: TransformerConfig, used: int, split: int | None, params: Any, tokens: Array, adapter: Array
+) -> tuple[Array, Array]:
     """Of every token of int32 [b, P] but the first: f32 [b, P - 1] its log-probability given those before it, and bool
-    [b, P - 1], whether none of its softmax was likelier; `used` and `split` as of `token_losses`."""
+    [b, P - 1], whether none of its softmax was likelier; `used` and `split` as of `token_losses`.
+
+    adapter: of each row, int32 [b].
+    """
     model = Transformer.bind(config, params)
     b, P = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (b, P))
-    hidden = model(tokens, positions, jnp.zeros_like(tokens))
+    hidden = model(tokens, positions, jnp.zeros_like(tokens), adapter=adapter)
     chunk = min(_POSITIONS, P)
 
     def one(piece: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -104,6 +109,11 @@ def scores(items: Sequence[list[np.ndarray]], log_likelihood: np.ndarray, greedy
             found.append(PartScore(total, len(part), bool(greedy[row, span].all())))
             at += len(part)
         yield Score(tuple(found[:-1]), found[-1])
+
+
+def adapter_of(item: Scored) -> str:
+    """The name of the adapter that an item is scored with."""
+    return "" if isinstance(item, Document) else item[0].adapter
 
 
 def batches(items: Iterable[tuple[int, list[np.ndarray]]], width: int, bucket: Any) -> Iterator[tuple[int, list[Any]]]:

@@ -5,6 +5,7 @@ R slots, C contexts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,8 +33,10 @@ class Job:
         return np.concatenate([self.plan.given, *self.tokens]).astype(np.int32)
 
 
-def row_arrays(layout: ImageLayout, shape: Shape, slots: int, fresh: dict[int, Job]) -> tuple[Any, ...]:
-    """What `steps.insert` takes of the samples: rows, start, position."""
+def row_arrays(
+    layout: ImageLayout, shape: Shape, slots: int, fresh: dict[int, Job], adapters: Mapping[str, int]
+) -> tuple[Any, ...]:
+    """What `steps.insert` takes of the samples: rows, start, position. adapters: their numbers by name."""
     jobs = [fresh.get(i) for i in range(slots)]
     C = shape.contexts
 
@@ -59,6 +62,7 @@ def row_arrays(layout: ImageLayout, shape: Shape, slots: int, fresh: dict[int, J
         filters=Filters(pair("temperature", 0, np.float32), pair("top_k", 0, np.int32), pair("top_p", 1, np.float32)),
         penalty=column(1, lambda job: job.plan.request.repetition_penalty, np.float32),
         canvas=canvas,
+        adapter=column(0, lambda job: adapters[job.plan.request.adapter], np.int32),
     )
     starts = [steps.Start() if job is None else job.plan.start for job in jobs]
     start = jax.tree.map(lambda *values: np.array(values, np.int32), *starts)

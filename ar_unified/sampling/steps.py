@@ -71,6 +71,12 @@ class Rows(NamedTuple):
     filters: Filters  # [R, 2] each
     penalty: Array  # f32 [R]
     canvas: Array  # i32 [R, codes of the largest image], of the first image; -1: to be drawn
+    adapter: Array  # i32 [R], of the weights' adapters; 0: none
+
+    @property
+    def adapters(self) -> Array:
+        """Of each context, i32 [R * C]."""
+        return jnp.repeat(self.adapter, self.weights.shape[1])
 
 
 class Drafts(NamedTuple):
@@ -171,6 +177,7 @@ def empty(
         filters=Filters(full(0, jnp.float32, 2), full(0, jnp.int32, 2), full(1, jnp.float32, 2)),
         penalty=full(1, jnp.float32),
         canvas=full(-1, jnp.int32, grammar.layout.height * grammar.layout.width),
+        adapter=full(0, jnp.int32),
     )
     machine = grammar.automaton.resume(Opened(jnp.zeros(R, jnp.int32)), Wanted())
     return placed(
@@ -203,8 +210,11 @@ def forgotten(drafts: Drafts | None, rows: Array | bool = True) -> Drafts | None
     return drafts._replace(tokens=jnp.where(gone, -1, drafts.tokens))
 
 
-def prefill(config: TransformerConfig, weights: Weights, tokens: Array, lengths: Array) -> Prefix:
-    """Reads prompts: tokens int32 [b, P], padded on the right, lengths int32 [b] (0: an empty one).
+def prefill(
+    config: TransformerConfig, weights: Weights, tokens: Array, lengths: Array, adapter: Array | None = None
+) -> Prefix:
+    """Reads prompts: tokens int32 [b, P], padded on the right, lengths int32 [b] (0: an empty one), each with its
+    adapter, int32 [b].
 
     Long ones are read in pieces, each behind the ones before, so that what a piece needs besides the cache does not
     grow with P.
@@ -216,7 +226,8 @@ def prefill(config: TransformerConfig, weights: Weights, tokens: Array, lengths:
     def read(carry: tuple[Cache, Array], begin: Array) -> tuple[tuple[Cache, Array], None]:
         cache, hidden = carry
         piece = jax.lax.dynamic_slice_in_dim(tokens, begin, width, 1)
-        states, cache = Transformer.bind(config, weights.layers).extend(piece, cache, jnp.full(b, begin, jnp.int32))
+        start = jnp.full(b, begin, jnp.int32)
+        states, cache = Transformer.bind(config, weights.layers).extend(piece, cache, start, adapter)
         at = last - begin
         here = states[jnp.arange(b), jnp.clip(at, 0, width - 1)]
         return (cache, jnp.where(((0 <= at) & (at < width))[:, None], here, hidden)), None
@@ -305,7 +316,8 @@ def read_on(
     """
     model = Transformer.bind(config, weights.layers)
     reads, beyond = lengths > 0, state.cache[0][0].shape[2]
-    hidden, cache = model.extend(tokens, state.cache, jnp.where(reads, start, beyond))  # there nothing is written
+    start = jnp.where(reads, start, beyond)  # there nothing is written
+    hidden, cache = model.extend(tokens, state.cache, start, state.rows.adapters)
     last = hidden[jnp.arange(len(lengths)), jnp.maximum(lengths - 1, 0)]
     return placed(state._replace(hidden=jnp.where(reads[:, None], last, state.hidden), cache=cache))
 
@@ -370,7 +382,7 @@ def step(
     model = Transformer.bind(config, weights.layers)
     # A row that has ended reads as little as there is, its first slot: a free slot costs next to nothing.
     fed = jnp.repeat(token, position.shape[1])[:, None]
-    hidden, cache = model.extend(fed, state.cache, jnp.where(done, 0, writes).reshape(-1))
+    hidden, cache = model.extend(fed, state.cache, jnp.where(done, 0, writes).reshape(-1), rows.adapters)
     piece = jnp.where(token < grammar.vocabulary.text_size, token, state.seen.shape[1])  # others are dropped
     return token, State(
         rows=rows,

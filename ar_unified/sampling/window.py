@@ -125,7 +125,8 @@ def step(
 
     model = Transformer.bind(config, weights.layers)
     fed = jnp.concatenate([final[:, None], jnp.maximum(drafts.tokens, 0)], axis=1)
-    read, cache = model.extend(jnp.repeat(fed, C, axis=0), state.cache, jnp.where(done[:, None], 0, writes).reshape(-1))
+    start = jnp.where(done[:, None], 0, writes).reshape(-1)
+    read, cache = model.extend(jnp.repeat(fed, C, axis=0), state.cache, start, rows.adapters)
     piece = jnp.where(counts & (token < grammar.vocabulary.text_size), token, state.seen.shape[1])
     return (
         token,

@@ -34,9 +34,11 @@ from ar_unified.parallel.compiler import compiler_options
 from ar_unified.parallel.rules import batch_part, place_batch
 from ar_unified.training import goodput
 from ar_unified.training.divergence import Watch
+from ar_unified.training.kept import Kept
 from ar_unified.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from ar_unified.training.profiler import Profiler
 from ar_unified.training.step import (
+    STACKED,
     Params,
     StepReport,
     TrainingTask,
@@ -111,6 +113,7 @@ def fit(
     preview: Preview | None = None,
     checkpoint_folder: str | Path | None = None,
     begin: Callable[[Params], Params] | None = None,
+    kept_elsewhere: bool = False,
     profile: tuple[int, int] | None = None,
     logger: Callable[[str], Any] = runtime.say,
 ) -> Params:
@@ -123,6 +126,7 @@ def fit(
       checkpoint_folder: where checkpoints lie, also a URL as gs://bucket/run; default: `folder`/checkpoints.
       begin: called before the first step with the shapes, dtypes and shardings of the parameters, gives those to begin
         with; None: fresh ones.
+      kept_elsewhere: what is not trained comes from `begin` at every start, and checkpoints hold what is trained alone.
       profile: (first, last) steps taken between which a trace is written to `folder`/profile; None: no trace.
       logger: takes console lines.
 
@@ -144,13 +148,15 @@ def fit(
     runtime.barrier(f"{task.name} from step {start}")  # who sees another checkpoint waits elsewhere: named, not hung
     clock = goodput.Goodput(folder / "goodput.json", start, active=runtime.first())
     finished = start >= config.steps
+    kept = Kept(task, mesh, begin if kept_elsewhere else None)
     if finished and not abstract.model_state:  # without the optimizer: a reader may have another, or no room for it
-        params = checkpoints.restore(start, manifest=manifest, params=abstract.params)["params"]
-        state = TrainState(abstract.step, params, abstract.optimizer, {})
+        params = checkpoints.restore(start, manifest=manifest, params=kept.abstract(abstract.params))["params"]
+        state = TrainState(abstract.step, kept.whole(abstract.params, params), abstract.optimizer, {})
     elif start:
-        found = checkpoints.restore(start, manifest=manifest, params=abstract.params, optimizer=_rest(abstract))
-        model_state = found["optimizer"].get("model_state", {})
-        state = TrainState(found["optimizer"]["step"], found["params"], found["optimizer"]["state"], model_state)
+        rest, stored = _rest(abstract), kept.abstract(abstract.params)
+        found = checkpoints.restore(start, manifest=manifest, params=stored, optimizer=rest)
+        model_state, params = found["optimizer"].get("model_state", {}), kept.whole(abstract.params, found["params"])
+        state = TrainState(found["optimizer"]["step"], params, found["optimizer"]["state"], model_state)
     else:
         placement = jax.tree.map(lambda x: x.sharding, abstract)
         given = begin(abstract.params) if begin else None
@@ -301,7 +307,7 @@ def fit(
                 with clock.during("checkpoint"):
                     checkpoints.save(
                         taken,
-                        params=state.params,
+                        params=kept.stored(state.params),
                         optimizer=_rest(state),
                         metadata={"manifest": dict(manifest or {}), **story},
                         validation_loss=validation_loss if validate and math.isfinite(validation_loss) else None,
@@ -343,8 +349,9 @@ def _diagnosis(taken: int, report: StepReport, loss: float, norm: float, good: i
     bad = {name: np.flatnonzero(~flags) for name, flags in leaves.items() if not flags.all()}
     if bad:
         # Backward runs from the last layer to the first: the highest bad layer is nearest to the cause.
-        name = max(bad, key=lambda name: (name.startswith("layers."), bad[name][-1]))
-        where = f"gradient of {name}" + (f", layer {bad[name][-1]}" if name.startswith("layers.") else "")
+        stacked = tuple(f"{name}." for name in STACKED)
+        name = max(bad, key=lambda name: (name.startswith(stacked), bad[name][-1]))
+        where = f"gradient of {name}" + (f", layer {bad[name][-1]}" if name.startswith(stacked) else "")
         where += f" ({len(bad)} of {len(leaves)} leaves are not finite)"
     else:
         where = "the loss itself, or the norm of the gradients, which are finite one by one"

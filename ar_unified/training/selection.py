@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from ar_unified.errors import nearest
 from ar_unified.language.vocabulary import Role, Vocabulary
+from ar_unified.model.transformer import is_vector
 
 Rows = tuple[tuple[int, int], ...]  # begin and end of each run of rows, ascending
 NEW = "new"
@@ -55,6 +56,17 @@ class Selection:
             folder[name] = leaf if rows else new
         return whole
 
+    def fixed(self, params: dict[str, Any], dtype: str) -> dict[str, Any]:
+        """`params` with matrices and tables of which nothing is trained in another dtype; norms and biases stay."""
+        trained = params if self.parts is None else self.take(params)
+        kept = {path for path, _ in _leaves(trained)}
+
+        def cast(path: Any, leaf: Any) -> Any:
+            fixed = jax.tree_util.keystr(path, simple=True, separator=".") not in kept and not is_vector(path)
+            return leaf.astype(dtype) if fixed else leaf
+
+        return jax.tree_util.tree_map_with_path(cast, params)
+
     def axes(self, axes: dict[str, Any]) -> dict[str, Any]:
         """The logical axes of what is trained, from those of all parameters. Selected rows are never split."""
         return self._taken(axes, lambda found, rows: (None, *found[1:]))
@@ -74,12 +86,14 @@ class Selection:
         """What is trained, in words; "" where that is all. shapes: of all parameters."""
         if self.parts is None:
             return ""
-        words, count = [], 0
+        words, count = list[str](), 0
         for path, rows in self.parts.items():
             leaf = _folder(shapes, path)[0][path.rpartition(".")[2]]
             selected = _count(rows) if rows else leaf.shape[0]
             count += selected * math.prod(leaf.shape[1:])
-            words.append(f"{selected:,} of {leaf.shape[0]:,} rows of {path}" if rows else path)
+            shown = "lora" if path.startswith("lora.") else path  # of an adapter not each matrix
+            shown = f"{selected:,} of {leaf.shape[0]:,} rows of {path}" if rows else shown
+            words += [shown] if shown not in words else []
         total = sum(math.prod(leaf.shape) for _, leaf in _leaves(shapes))
         return f"trains {', '.join(words)}: {count:,} of {total:,} parameters"
 

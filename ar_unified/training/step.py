@@ -29,6 +29,7 @@ Batch = Any  # a pytree of arrays [B, ...]: data.batch.PackedBatch, or {"pixels"
 Metrics = dict[str, Any]
 
 STATISTICS = "statistics"
+STACKED = ("layers", "lora")  # top-level keys of parameters whose first axis counts layers
 
 
 class BatchOfStep(Protocol):
@@ -262,10 +263,10 @@ def gradients(
 
 
 def squared_norms(grads: Params) -> dict[str, jax.Array]:
-    """Sum of squares by leaf, f32 []; by leaf and layer, f32 [L], under `layers`."""
+    """Sum of squares by leaf, f32 []; by leaf and layer, f32 [L], under `layers` and `lora`."""
 
     def one(path: Any, g: jax.Array) -> jax.Array:
-        first = 1 if path[0].key == "layers" else 0
+        first = 1 if path[0].key in STACKED else 0
         return jnp.sum(jnp.square(g.astype(jnp.float32)), axis=tuple(range(first, g.ndim)))
 
     leaves = jax.tree_util.tree_leaves_with_path(grads)

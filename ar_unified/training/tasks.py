@@ -23,10 +23,11 @@ from ar_unified.errors import nearest
 from ar_unified.language.document import TASKS
 from ar_unified.language.vocabulary import Role, Vocabulary
 from ar_unified.metrics import LOG_Z_BY_ROLE, LOSS_BY_ROLE, LOSS_BY_TASK
-from ar_unified.model import transformer
+from ar_unified.model import lora, transformer
 from ar_unified.model.code_vectors import init_from_codebook
 from ar_unified.model.config import TransformerConfig, matmul_parameters
 from ar_unified.model.leaves import named
+from ar_unified.model.lora import LoraConfig
 from ar_unified.model.loss import token_losses
 from ar_unified.training.attention_share import attention_shares
 from ar_unified.training.optimizer import is_decayed
@@ -82,6 +83,8 @@ class TransformerTask(Stateless):
       phases: (first step, places): what alone moves from that step on, the first from step 0. `only` is then not read:
         what any phase names is trained. (): no phases.
       new: ids that the place [new] names.
+      lora: of an adapter that is trained in place of what it is beside; what `only` names is trained as well. None or
+        of rank 0: there is none.
     """
 
     config: TransformerConfig
@@ -102,6 +105,7 @@ class TransformerTask(Stateless):
     rates: Sequence[str] = ()
     phases: Sequence[tuple[int, Sequence[str]]] = ()
     new: Collection[int] = ()
+    lora: LoraConfig | None = None
     name: str = "transformer"
     unit: str = "tokens"
     side_factors: jax.Array | None = None  # of a global batch: `of_whole`
@@ -114,22 +118,37 @@ class TransformerTask(Stateless):
                 f"code_vectors: expected one for each of {self.vocabulary.codebook_size} image codes, "
                 f"found {len(self.code_vectors)}"
             )
+        if self.lora is not None and not self.lora.rank:
+            object.__setattr__(self, "lora", None)
         if self.only or self.rates or self.phases:
-            self.rates_of(transformer.abstract_params(self.config))
+            self.rates_of(self._shapes)
 
     def init(self, key: jax.Array) -> Params:
         params = transformer.init(self.config, key)
-        if self.code_vectors is None:
+        if self.code_vectors is not None:
+            params = init_from_codebook(
+                params, jnp.asarray(self.code_vectors), self.vocabulary.image_offset, jax.random.fold_in(key, 1)
+            )
+        if self.lora is None:
             return params
-        return init_from_codebook(
-            params, jnp.asarray(self.code_vectors), self.vocabulary.image_offset, jax.random.fold_in(key, 1)
-        )
+        params["lora"] = lora.init(self.config, self.lora, jax.random.fold_in(key, 2))
+        return self.selection(params).fixed(params, self.lora.base_dtype)
+
+    @functools.cached_property
+    def _shapes(self) -> Params:
+        """Of the parameters. The key is made inside, as `transformer.abstract_params` says why."""
+        return jax.eval_shape(lambda: self.init(jax.random.key(0)))
+
+    def bind(self, params: Params) -> transformer.Transformer:
+        """The model of these parameters, its adapter included."""
+        return transformer.Transformer.bind(self.config, params, self.lora)
 
     def logical_axes(self, params: Params) -> Any:
         return transformer.logical_axes(params)
 
     def selection(self, params: Params) -> Selection:
         places = trained_in(self.only, self.phases)
+        places = ("lora", *places) if self.lora is not None else places
         return select(places, transformer.logical_axes(params), self.vocabulary, self.new)
 
     def rates_of(self, params: Params) -> Rates:
@@ -137,7 +156,8 @@ class TransformerTask(Stateless):
         return make_rates(self.rates, self.phases, axes, params, self.vocabulary, self.selection(params), self.new)
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": self.name, **dataclasses.asdict(self.config)}
+        adapter = {} if self.lora is None else {"lora": dataclasses.asdict(self.lora)}
+        return {"kind": self.name, **dataclasses.asdict(self.config), **adapter}
 
     def weights(self, batch: Batch) -> jax.Array:
         """f32 [B, T], the weight of each target."""
@@ -170,8 +190,9 @@ class TransformerTask(Stateless):
     def loss(
         self, params: Params, model_state: Params, batch: Batch, keys: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, Metrics]:
-        model = transformer.Transformer.bind(self.config, params)
-        dropout_keys = keys if self.config.dropout else None
+        model = self.bind(params)
+        drops = self.config.dropout or (self.lora is not None and self.lora.dropout)
+        dropout_keys = keys if drops else None
         hidden = model(batch.tokens, batch.positions, batch.doc_start, dropout_keys=dropout_keys)
         # f32 [B, T]
         nll, lse = token_losses(hidden, model.head(), batch.targets, self.chunk, self.vocabulary.used, self.split)
@@ -184,7 +205,7 @@ class TransformerTask(Stateless):
     def inspect(self, params: Params, model_state: Params, batch: Batch) -> Metrics:
         if not self.attention_share:
             return {}
-        return attention_shares(transformer.Transformer.bind(self.config, params), self.vocabulary, batch)
+        return attention_shares(self.bind(params), self.vocabulary, batch)
 
     def _metrics(self, batch: Batch, weight: jax.Array, nll: jax.Array, lse: jax.Array) -> Metrics:
         """Sums over a batch, of what the loss has computed anyway.
@@ -231,13 +252,16 @@ class TransformerTask(Stateless):
     @functools.cached_property
     def _trained(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of what is trained, by path."""
-        shapes = transformer.abstract_params(self.config)
-        return named(jax.eval_shape(self.selection(shapes).take, shapes))
+        return named(jax.eval_shape(self.selection(self._shapes).take, self._shapes))
 
     @property
     def through_layers(self) -> bool:
         """Whether the backward pass goes through the layers: something is trained in them or below."""
-        return any(path.startswith(("layers.", "embedding")) for path in self._trained)
+        return self.trains("layers.", "lora.", "embedding")
+
+    def trains(self, *beginnings: str) -> bool:
+        """Whether something is trained whose path begins so."""
+        return any(path.startswith(beginnings) for path in self._trained)
 
     def flops(self, totals: Metrics) -> float:
         """6 * N_matmul * tokens + 12 * L * N * H * attended keys (forward 1 part, backward 2; remat not counted).
@@ -245,7 +269,7 @@ class TransformerTask(Stateless):
         N_matmul: `model.config.matmul_parameters`. A token attends to position + 1 keys, so a document of T tokens
         counts 12 * L * N * H * T / 2 per token: the usual attention term, halved for causality. Padding is not work.
         Where a part is trained, backward counts what it needs: of weights 2 for each that is trained and is multiplied
-        with, of what they read 2 for each above the first that is.
+        with, of what they read 2 for each above the first that is. An adapter's matrices are multiplied with as well.
         """
         c, (layers, head) = self.config, matmul_parameters(self.config)
         looked_up, below_head = not c.tie_embeddings, self._trained.keys() - {"head"}
@@ -255,7 +279,8 @@ class TransformerTask(Stateless):
             if is_decayed(path.split("."), x) and not (looked_up and path == "embedding")
         )
         deep = self.through_layers
-        passes = layers + head + trained + layers * deep + head * bool(below_head)
+        beside = sum(math.prod(x.shape) for path, x in self._trained.items() if path.startswith("lora."))
+        passes = layers + head + trained + layers * deep + head * bool(below_head) + 2 * beside
         attention = (12.0 if deep else 4.0) * c.n_layers * c.n_heads * c.head_dim
         return 2.0 * passes * totals["tokens"] + attention * totals["attended"]
 

@@ -20,6 +20,7 @@ from ar_unified.workdir import read_json, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results" / "plans"
+_LORA = ("--config.lora.rank=16", "--config.lora.base_dtype=bfloat16")
 # Name of the case: model, chips, target, further words of the command.
 CASES: dict[str, tuple[str, int, str, tuple[str, ...]]] = {
     "chameleon_7b-v5p-64": ("chameleon_7b", 64, "v5p:4x4x4", ()),
@@ -30,6 +31,13 @@ CASES: dict[str, tuple[str, int, str, tuple[str, ...]]] = {
     "emu3_8b-v6e-2x256": ("emu3_8b", 512, "v6e:16x16,slices=2", ()),
     "emu3_8b-v5e-256": ("emu3_8b", 256, "v5e:16x16", ()),
     "lwm_7b-v5p-512": ("lwm_7b", 512, "v5p:8x8x8", ()),
+    "emu3_8b-lora-v5e-16": ("emu3_8b", 16, "v5e:4x4", (*_LORA, "--config.model.remat=full")),
+    "emu3_8b-full-v5e-16": (
+        "emu3_8b",
+        16,
+        "v5e:4x4",
+        ("--config.mesh.fsdp=16", "--config.model.remat=full", "--no-advice"),
+    ),
     "chameleon_34b-v5e-16": ("chameleon_34b", 16, "v5e:4x4", ("--config.mesh.fsdp=16", "--no-advice")),
 }
 BEGIN, END = "<!-- plans: written by experiments/benchmarks/plan_table.py -->\n", "<!-- end of plans -->\n"
@@ -74,7 +82,7 @@ def table(plans: dict[str, dict[str, Any]]) -> str:
         parts = where["parts"]
         low, high = program["mfu"]
         row = [
-            model,
+            model + (f" LoRA, rank {plan['lora']['rank']}" if plan.get("lora") else ""),
             plan["target"],
             mesh,
             f"{program['tokens'] / 1e6:.2f}M",

@@ -22,6 +22,7 @@ from ar_unified.language.syntax import fixed_grid
 from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model import transformer
 from ar_unified.model.config import TransformerConfig
+from ar_unified.model.lora import LoraConfig
 from ar_unified.parallel.hardware import HARDWARE
 from ar_unified.parallel.mesh import decoding_axes, make_mesh
 from ar_unified.planning.collectives import Collective, collectives
@@ -72,6 +73,19 @@ def test_matmuls_of_a_training_step():
     assert estimate.executed == model + 2 * HEAD * TOKENS + 3 * attention == 156_532_736
     assert estimate.seconds["matmuls"] == pytest.approx(156_532_736 / (4 * FLOPS), rel=1e-9)
     assert estimate.tokens == TOKENS
+
+
+def test_an_adapter_has_the_state_and_the_base_no_gradient():
+    """fsdp 4 cuts the model's axis, D: of A where it reads it, of B where it makes it; the rest of both is whole."""
+    program, estimate = planned(replace(RUN, lora=LoraConfig(rank=4, base_dtype="bfloat16")), "train")
+    a = 2 * 4 * (5 * 64 // 4 + 64 + 128)  # query, key, value, gate, up; output, down
+    b = 2 * 4 * (64 + 2 * 32 + 2 * 128 + 2 * 64 // 4)  # query; key, value; gate, up; output, down
+    own = 2 * 4 * (5 * 64 + 64 + 128 + 64 + 2 * 32 + 2 * 128 + 2 * 64)
+    held = program.local_bytes()
+    assert held["parameters"] == 2 * (LAYERS + 2 * HEAD) // 4 + 4 * NORMS // 4 + 4 * (a + b)
+    assert held["optimizer"] == 2 * 4 * (a + b) + 3 * 4, "two moments of the adapter, and counters"
+    attention = 2 * 2 * 4 * 16 * PAIRS
+    assert estimate.model_flops == 2 * (2 * (LAYERS + HEAD) + 3 * own) * TOKENS + 6 * attention
 
 
 DOWN, MLP = 2 * 64 * 128, 2 * 3 * 64 * 128  # of two layers

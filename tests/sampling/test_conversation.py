@@ -124,7 +124,7 @@ def test_alone_is_in_a_batch(params, kv_dtype):
     for seed, talk in alone.items():
         np.testing.assert_array_equal(talk.tokens, batch[seed].tokens)
         assert talk.turns == batch[seed].turns and talk.prefilled == batch[seed].prefilled
-        kept, other = talk._kept[""], batch[seed]._kept[""]
+        kept, other = talk._kept["", ""], batch[seed]._kept["", ""]
         assert len(kept.tokens) == len(talk.tokens) - 1
         for one, two in zip(jax.tree.leaves(kept.cache), jax.tree.leaves(other.cache), strict=True):
             n = len(kept.tokens)

@@ -1,0 +1,227 @@
+"""LoRA adapters as PEFT writes and reads them: adapter_config.json and adapter_model.safetensors, both directions.
+
+A tensor is called base_model.model.MODULE.lora_A.weight, [r, in], or lora_B, [out, r], where MODULE is the module of
+transformers' model that has the matrix (huggingface/peft, src/peft/utils/save_and_load.py). Which names those are is
+the key map's (`keys.HF`). Ours lie [in, r] and [r, out], so both are turned.
+
+L layers, I inputs, O outputs, r rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ar_tokenizers.files import whole_folder
+from safetensors import SafetensorError, safe_open
+
+from ar_unified.bundle import Bundle
+from ar_unified.errors import UserError, in_words, nearest
+from ar_unified.interop.keys import HF, transposed
+from ar_unified.interop.sources import PICKLED, inside, open_source, read_json
+from ar_unified.model.config import TransformerConfig, layer_matrices
+from ar_unified.model.lora import MATRICES, LoraConfig
+from ar_unified.tensors import Kind, TensorWriter
+from ar_unified.workdir import write_json
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_BASE = "ar_unified.base"  # in the header of the weights: the hash of the bundle that the adapter was trained on
+_KEY = re.compile(
+    r"base_model\.model\.(?P<above>(?:\w+\.)*)layers\.(?P<layer>\d+)\.(?P<module>[\w.]+)"
+    r"\.lora_(?P<side>[AB])(?:\.\w+)?\.weight"
+)
+_MODULES = {  # of each of MATRICES the module of a layer, as the key map names its weight
+    path: str(HF.names[f"layers.{path}"]).partition("{}.")[2].removesuffix(".weight") for path in MATRICES
+}
+_PATHS = {module: path for path, module in _MODULES.items()}
+# What PEFT's LoRA may be besides, by the key of its config, and what that is where it is not.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False, None),
+    "bias": ("none", None),
+    "lora_bias": (False, None),
+    "fan_in_fan_out": (False, None),
+    "modules_to_save": (None, []),
+    "alpha_pattern": ({}, None),
+    "rank_pattern": ({}, None),
+    "layer_replication": (None, []),
+    "trainable_token_indices": (None, []),
+    "target_parameters": (None, []),
+    "use_qalora": (False, None),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None,),
+    "use_bdlora": (None, False),
+}
+# Where transformers has a module that files call otherwise (its conversion_mapping.py).
+_IN_MEMORY = {"text_model.model.": "model.text_model."}
+
+
+class Adapter(NamedTuple):
+    """An adapter from a folder.
+
+    Attributes:
+        matrices: by their names in MATRICES, float32 A [L, I, r] and B [L, r, O]; of a layer without one zeros.
+        scale: of their product.
+        hash: sha256 of the files.
+    """
+
+    folder: Path
+    matrices: dict[str, tuple[np.ndarray, np.ndarray]]
+    scale: float
+    hash: str
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def read(folder: str | Path, config: TransformerConfig, base: str = "") -> Adapter:
+    """The adapter of a folder, for a model of that shape.
+
+    Args:
+        base: the hash of the bundle that it is to stand beside; "": not known. An adapter that says which it was
+            trained on is refused beside another.
+
+    Raises UserError, naming the folder and what is wrong: a file is missing or broken, it is of another kind than LoRA,
+    it does something besides, or it is of another model.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: expected the folder of an adapter, found none")
+    scale, rank = _settings(folder, read_json(inside(folder, CONFIG)))
+    weights = _weights(folder)
+    if base and (found := _base(weights)) and found != base:
+        raise UserError(
+            f"{folder}: it was trained on bundle {found[:12]}, which is another model than this, {base[:12]}"
+        )
+    pairs = _pairs(folder, weights, config, rank)
+    digest = hashlib.sha256((folder / CONFIG).read_bytes() + weights.read_bytes()).hexdigest()
+    return Adapter(folder, pairs, scale, digest)
+
+
+def _settings(folder: Path, found: Mapping[str, Any]) -> tuple[float, int]:
+    """Scale and rank. Raises UserError for what is more than LoRA."""
+
+    def wrong(key: str, expected: str) -> UserError:
+        return UserError(f"{folder}: {CONFIG}: {key}: expected {expected}, found {found.get(key)!r:.80}")
+
+    if found.get("peft_type") != "LORA":
+        raise wrong("peft_type", "LORA")
+    for key, plain in _PLAIN.items():
+        if key in found and found[key] not in plain:
+            raise wrong(key, f"{plain[0]!r}, as only plain LoRA is read")
+    rank, alpha = found.get("r"), found.get("lora_alpha")
+    if type(rank) is not int or not 1 <= rank < 1 << 20:
+        raise wrong("r", "a rank of at least 1")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
+        raise wrong("lora_alpha", "a number above 0")
+    if not isinstance(rslora := found.get("use_rslora") or False, bool):
+        raise wrong("use_rslora", "true or false")
+    return LoraConfig(rank=rank, alpha=float(alpha), rslora=rslora).scale, rank
+
+
+def _weights(folder: Path) -> Path:
+    if not (folder / WEIGHTS).exists():
+        pickled = next((each.name for each in sorted(folder.iterdir()) if each.suffix in PICKLED), None)
+        more = f": `ar-unified convert-pickle` makes it of {pickled}" if pickled else ""
+        raise UserError(f"{folder}: expected a file {WEIGHTS}, found none{more}")
+    return inside(folder, WEIGHTS)
+
+
+def _base(weights: Path) -> str:
+    try:
+        with safe_open(weights, framework="numpy") as opened:
+            return (opened.metadata() or {}).get(_BASE, "")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{weights}: {error}: the file was cut short, or is no safetensors file") from error
+
+
+def _pairs(
+    folder: Path, weights: Path, config: TransformerConfig, rank: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    source, sizes, L = open_source(weights), layer_matrices(config), config.n_layers
+    pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    left: set[tuple[str, int]] = set()  # whose other half has not come
+    above: str | None = None
+    for name in sorted(source.names()):
+        match = _KEY.fullmatch(name)
+        if match is None or match["module"] not in _PATHS or (above is not None and match["above"] != above):
+            near = nearest(match["module"], list(_PATHS)) if match else ""
+            raise UserError(f"{folder}: {name!r:.120} is of no matrix of a layer ({', '.join(_PATHS)}){near}")
+        above, layer, path, side = match["above"], int(match["layer"]), _PATHS[match["module"]], match["side"]
+        inputs, outputs = sizes[path.rpartition(".")[2]]
+        expected = (rank, inputs) if side == "A" else (outputs, rank)
+        if layer >= L or source.shape(name) != expected:
+            found = f"layer {layer}" if layer >= L else f"{list(source.shape(name))}"
+            wanted = f"one of {L} layers" if layer >= L else f"{list(expected)}, as this model's {path} and r ask for"
+            raise UserError(f"{folder}: {name}: expected {wanted}; found {found}: it is an adapter of another model")
+        array = source.read(name).astype(np.float32)
+        if not np.isfinite(array).all():
+            raise UserError(f"{folder}: {name}: expected finite numbers, found some that are not")
+        if path not in pairs:
+            pairs[path] = np.zeros((L, inputs, rank), np.float32), np.zeros((L, rank, outputs), np.float32)
+        pairs[path][side == "B"][layer] = transposed(array)
+        left ^= {(path, layer)}
+    if left:
+        path, layer = min(left)
+        raise UserError(f"{folder}: layer {layer}: {_MODULES[path]}: expected lora_A and lora_B, found one of the two")
+    if not pairs:
+        raise UserError(f"{folder}: {WEIGHTS}: expected tensors of an adapter, found none")
+    return pairs
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def write(folder: str | Path, bundle: Bundle, lora: LoraConfig, adapter: Mapping[str, Any]) -> None:
+    """Writes an adapter for what PEFT loads over transformers' form of the bundle, whole or not at all.
+
+    Args:
+        bundle: that it was trained on. adapter: as params["lora"] of a training.
+
+    Raises UserError where `folder` exists.
+    """
+    prefixes = (bundle.published or {}).get("prefixes", {})
+    beginning = str(HF.prefixed(prefixes).names["layers.mlp.up"]).partition("layers.")[0]
+    beginning = _IN_MEMORY.get(beginning, beginning)
+    tensors: dict[str, np.ndarray] = {}
+    for path in lora.matrices:
+        group, _, name = path.partition(".")
+        for side in ("a", "b"):
+            stacked = np.asarray(adapter[group][name][side], np.float32)
+            for layer, matrix in enumerate(stacked):
+                key = f"base_model.model.{beginning}layers.{layer}.{_MODULES[path]}.lora_{side.upper()}.weight"
+                tensors[key] = transposed(matrix)
+    modules = [_MODULES[path].rpartition(".")[2] for path in lora.matrices]
+    within = "|".join(re.escape(_MODULES[path]) for path in lora.matrices)
+    # By their last name, unless an image tokenizer inside the model may have modules of that name.
+    target: Any = rf"{re.escape(beginning)}layers\.\d+\.({within})" if prefixes else modules
+    try:
+        with whole_folder(folder) as here:
+            kinds = {name: Kind(tensor.shape, "float32") for name, tensor in sorted(tensors.items())}
+            size = sum(kind.nbytes for kind in kinds.values())
+            metadata = {"format": "pt", _BASE: bundle.hash}
+            with TensorWriter(here, kinds, size + 1, alone=True, stem="adapter_model", metadata=metadata) as writer:
+                for name in kinds:
+                    writer.put(name, tensors[name])
+            write_json(
+                here / CONFIG,
+                {
+                    "peft_type": "LORA",
+                    "task_type": "CAUSAL_LM",
+                    "base_model_name_or_path": None,
+                    "inference_mode": True,
+                    "r": lora.rank,
+                    "lora_alpha": lora.alpha,
+                    "lora_dropout": lora.dropout,
+                    "use_rslora": lora.rslora,
+                    "target_modules": target,
+                    "bias": "none",
+                    "fan_in_fan_out": False,
+                    "modules_to_save": None,
+                },
+            )
+    except FileExistsError as error:
+        raise UserError(f"{in_words(error)}: name another folder, or remove this one") from error

@@ -1,0 +1,175 @@
+"""LoRA: beside a matrix W that stays as it is, two small ones that are trained (Hu et al., arXiv:2106.09685).
+
+    x W  becomes  x W + scale * (dropout(x) A) B,   A [I, r], B [r, O],  scale = alpha / r
+
+A begins as PEFT begins it (Kaiming-uniform with a = sqrt(5), which is uniform in +-1 / sqrt(I)), B with zeros, so that
+the first step starts from the base model. `rslora`: scale = alpha / sqrt(r), which keeps the size of what is learnt
+over ranks (Kalajdzievski, arXiv:2312.03732). The matrix W + scale A B is made for an export alone (`merged`).
+
+Two forms. A training has one adapter, params["lora"], with the layers stacked: {"attention": {"query": {"a": [L, I, r],
+"b": [L, r, O]}}, ...}. A sampler may have several, params["adapters"], each row of a batch with its own: a [L, A, I, r]
+(or a list of layers [A, I, r]) and b, which has the scale in it; adapter 0 is none, zeros.
+
+B batch, T position, L layers, A adapters, I inputs, O outputs, r rank. Heads [N, H] of a matrix are one axis here.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ar_unified.errors import nearest, outside
+from ar_unified.model.config import TransformerConfig, layer_matrices
+from ar_unified.model.dropout import dropout, fold
+from ar_unified.model.linear import linear
+
+_GROUPS = {"attention": ("query", "key", "value", "output"), "mlp": ("gate", "up", "down")}
+MATRICES = tuple(f"{group}.{name}" for group, names in _GROUPS.items() for name in names)  # that may have an adapter
+ADAPTING = ("lora", "adapters")  # top-level keys of adapters, one that is trained and several that are served
+BASE_DTYPES = ("float32", "bfloat16")
+_FIRST_KEY = 2  # of dropout in a layer; those before are the residual branches'
+Adapt = Callable[[jax.Array, Any, str, Any], jax.Array]  # x, an adapter's two matrices, whose path, dropout keys
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """An adapter; hashable.
+
+    Attributes:
+      rank: r; 0: no LoRA, all of the model is trained.
+      alpha: the numerator of the scale.
+      dropout: rate on what A reads, each matrix by itself.
+      targets: which of a layer's matrices have an adapter: names of MATRICES, in which * stands for anything, or of a
+        group of them, as "attention.query", "mlp", "*". All of them is what QLoRA found to be needed to match full
+        tuning (Dettmers et al., arXiv:2305.14314, section 4).
+      rslora: scale = alpha / sqrt(rank).
+      base_dtype: of the matrices that are not trained, in a training: one of BASE_DTYPES. bfloat16 halves their memory;
+        what is trained, and norms, are float32.
+
+    Raises ValueError, naming the field, for a number out of range and a target that names no matrix.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("attention", "mlp")
+    rslora: bool = False
+    base_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(self.targets))
+        if problems := outside(self, rank="[0, inf)", alpha="(0, inf)", dropout="[0, 1)"):
+            raise ValueError(problems[0])
+        if self.base_dtype not in BASE_DTYPES:
+            near = nearest(self.base_dtype, BASE_DTYPES)
+            raise ValueError(f"base_dtype: expected one of {', '.join(BASE_DTYPES)}; found {self.base_dtype!r}{near}")
+        if not self.targets:
+            raise ValueError(f"targets: expected at least one of {', '.join(MATRICES)}; found none")
+        for target in self.targets:
+            if not any(_under(name, target) for name in MATRICES):
+                near = nearest(target, MATRICES)
+                raise ValueError(f"targets: {target!r} names none of a layer's matrices ({', '.join(MATRICES)}){near}")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """Those of MATRICES that have an adapter, in their order."""
+        return tuple(name for name in MATRICES if any(_under(name, target) for target in self.targets))
+
+
+def _under(name: str, target: str) -> bool:
+    target = target.removeprefix("layers.")
+    return fnmatch.fnmatchcase(name, target) or fnmatch.fnmatchcase(name, f"{target}.*")
+
+
+def init(config: TransformerConfig, lora: LoraConfig, key: jax.Array) -> dict[str, Any]:
+    """A fresh adapter, float32, as params["lora"] holds it. Each matrix and layer draws from a key of its own."""
+    L, r, sizes = config.n_layers, lora.rank, layer_matrices(config)
+    made: dict[str, Any] = {}
+    for index, path in enumerate(MATRICES):
+        if path not in lora.matrices:
+            continue
+        group, _, name = path.partition(".")
+        inputs, outputs = sizes[name]
+        bound = inputs**-0.5
+        a = jax.random.uniform(jax.random.fold_in(key, index), (L, inputs, r), jnp.float32, -bound, bound)
+        made.setdefault(group, {})[name] = {"a": a, "b": jnp.zeros((L, r, outputs), jnp.float32)}
+    return made
+
+
+def logical_axes(matrices: Mapping[str, tuple[str, ...]], tree: Any) -> Any:
+    """A tree like params["lora"] or params["adapters"] of the logical names of each leaf's axes.
+
+    matrices: those of each matrix's inputs and outputs, by its name in MATRICES.
+    """
+
+    def axes(path: Any, leaf: Any) -> tuple[str | None, ...]:
+        *_, group, name, side = (entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
+        inputs, outputs = matrices[f"{group}.{name}"]
+        stacked = not isinstance(path[0], jax.tree_util.SequenceKey)
+        before = (("layers",) if stacked else ()) + (None,) * (leaf.ndim - 2 - stacked)
+        return (*before, inputs, None) if side == "a" else (*before, None, outputs)
+
+    return jax.tree_util.tree_map_with_path(axes, tree)
+
+
+def with_adapters(params: Mapping[str, Any]) -> Any:
+    """The layers of a transformer, stacked or a list, each with its adapters under "beside"."""
+    layers = params["layers"]
+    beside = next((params[name] for name in ADAPTING if name in params), None)
+    if beside is None:
+        return layers
+    if isinstance(layers, list):
+        return [layer | {"beside": own} for layer, own in zip(layers, beside, strict=True)]
+    return layers | {"beside": beside}
+
+
+def adaptation(lora: LoraConfig | None, adapter: jax.Array | None = None) -> Adapt | None:
+    """What a layer adds to its product with a matrix that has adapters; None: nothing.
+
+    lora: of the one that is trained. adapter: int32 [B], which each row has of those that are served.
+    """
+    if lora is not None:
+        return functools.partial(_trained, lora)
+    return None if adapter is None else functools.partial(_chosen, adapter)
+
+
+def _trained(
+    lora: LoraConfig, x: jax.Array, pair: Mapping[str, jax.Array], path: str, keys: jax.Array | None
+) -> jax.Array:
+    """scale * (dropout(x) A) B: x [B, T, I] -> [B, T, O]. keys: of each token, [B, T]; None: no dropout."""
+    if lora.dropout:
+        x = dropout(x, lora.dropout, fold(keys, _FIRST_KEY + MATRICES.index(path)))
+    return linear(linear(x, pair["a"]), pair["b"]) * lora.scale
+
+
+def _chosen(
+    adapter: jax.Array, x: jax.Array, pair: Mapping[str, jax.Array], path: str, keys: jax.Array | None
+) -> jax.Array:
+    """(x A) B, where row b has adapter[b] of a [A, I, r] and b [A, r, O]."""
+    low = jnp.einsum("BTI,BIR->BTR", x, pair["a"][adapter])
+    return jnp.einsum("BTR,BRO->BTO", low, pair["b"][adapter])
+
+
+def merged(lora: LoraConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters without "lora", which each matrix has in it: W + scale A B, summed in float32, in the dtype of W.
+
+    params: stacked by layers, as a training has them; the adapter in any dtype.
+    """
+    layers = {group: dict(leaves) for group, leaves in params["layers"].items()}
+    for path in lora.matrices:
+        group, _, name = path.partition(".")
+        pair, weight = params["lora"][group][name], layers[group][name]
+        a, b = pair["a"].astype(jnp.float32), pair["b"].astype(jnp.float32)
+        added = lora.scale * jnp.einsum("LIR,LRO->LIO", a, b, precision="highest")
+        layers[group][name] = (weight.astype(jnp.float32) + added.reshape(weight.shape)).astype(weight.dtype)
+    return {name: leaf for name, leaf in params.items() if name != "lora"} | {"layers": layers}

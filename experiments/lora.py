@@ -1,0 +1,45 @@
+"""LoRA on the shapes demo: an adapter that answers questions better, beside weights that stay as they are.
+
+    ar-unified export --workdir workdirs/shapes --output shapes
+    ar-unified run --config experiments/lora.py:from=shapes --workdir workdirs/lora
+    ar-unified export --workdir workdirs/lora --to peft --output questions     # the adapter alone
+    ar-unified export --workdir workdirs/lora --output shapes-questions        # a bundle with it in the weights
+
+Arguments: from=BUNDLE, of experiments/shapes.py or of a part of its training; rank=N (8); steps=N (400).
+"""
+
+from ml_collections import ConfigDict
+
+from ar_unified.experiment.config import begin_with, defaults, parse_arg, whole
+
+
+def questions(split: str) -> tuple[ConfigDict, ...]:
+    return (ConfigDict(dict(kind="tfds", name="shapes/questions", split=split)),)
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    args = parse_arg(arg, **{"from": None, "rank": "8", "steps": "400"})
+    if not args["from"]:
+        raise ValueError("experiments/lora.py needs a bundle: experiments/lora.py:from=BUNDLE")
+    config = defaults()
+    config.name = "lora"
+    config.data.train = questions("train")
+    config.data.validation = questions("validation")
+    begin_with(config, args["from"])
+
+    config.lora.rank = whole("rank", args["rank"])
+    config.lora.alpha = 2.0 * config.lora.rank
+    config.training.steps = whole("steps", args["steps"])
+    config.training.batch_size = 8
+    config.training.learning_rate = 2e-3
+    config.training.warmup_steps = 20
+    config.training.weight_decay = 0.0
+    config.training.b2 = 0.99
+    config.training.log_every = 50
+    config.training.validate_every = 200
+    config.training.checkpoint_every = 200
+    config.loss.prompt = 0.0  # of the answers alone
+
+    config.evaluation.protocol = "shapes"
+    config.evaluation.limit = 400
+    return config

@@ -1,0 +1,48 @@
+"""The model of a training of an adapter, from the bundle and what a checkpoint has."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from ar_unified.bundle import named
+from ar_unified.errors import UserError
+from ar_unified.experiment.adapter import in_base, require_base
+from ar_unified.model.lora import LoraConfig
+from ar_unified.model.transformer import logical_axes
+from ar_unified.sampling.weights import read_as
+from ar_unified.training.selection import select
+from tests import adapters, bundles
+
+LORA = LoraConfig(rank=2, alpha=4.0, targets=("mlp.up", "attention.output"))
+
+
+def test_the_adapter_is_in_its_matrices_and_what_was_trained_beside_it_in_its_rows(tmp_path) -> None:
+    bundle = bundles.write(tmp_path / "bundle")
+    drawn, vocabulary = adapters.drawn(bundle.config, LORA), bundle.grammar.vocabulary
+    axes = logical_axes(bundle.params() | {"lora": drawn})
+    selection = select(("lora", "head[image]"), axes, vocabulary)
+    rows = np.full((vocabulary.codebook_size, bundle.config.d_model), 7.0, np.float32)
+    stored = {"lora": jax.tree.map(jax.numpy.asarray, drawn), "head": jax.numpy.asarray(rows)}
+    base = named(jax.device_get(bundle.params()))
+    for target, dtype in ((None, "float32"), (read_as(bundle.config, None), bundle.config.dtype)):
+        found = named(jax.device_get(in_base(bundle, LORA, selection, stored, target)))
+        assert found.keys() == base.keys() and str(found["head"].dtype) == dtype
+        codes = slice(vocabulary.image_offset, vocabulary.rest_offset)
+        np.testing.assert_array_equal(found["head"][codes], rows)
+        np.testing.assert_array_equal(np.delete(found["head"], codes, 0), np.delete(base["head"], codes, 0))
+        up = drawn["mlp"]["up"]
+        np.testing.assert_allclose(found["layers.mlp.up"], base["layers.mlp.up"] + 2.0 * up["a"] @ up["b"], atol=1e-5)
+        for name in base.keys() - {"head", "layers.mlp.up", "layers.attention.output"}:
+            np.testing.assert_array_equal(found[name], base[name], err_msg=name)
+        assert np.abs(found["layers.attention.output"] - base["layers.attention.output"]).max() > 0.01
+
+
+def test_another_bundle_than_it_was_trained_on_is_refused(tmp_path) -> None:
+    bundle = bundles.write(tmp_path / "bundle")
+    require_base(bundle, bundle.hash)
+    with pytest.raises(
+        UserError, match=f"config.init: the adapter was trained on bundle abcdef012345, found {bundle.hash[:12]}"
+    ):
+        require_base(bundle, "abcdef0123456789")

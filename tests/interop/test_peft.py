@@ -1,0 +1,74 @@
+"""Adapters that PEFT wrote give transformers' logits here, and ours give them there; needs PEFT."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = [
+    pytest.mark.interop,
+]
+torch = pytest.importorskip("torch", reason="PEFT's adapters need torch (make test-interop)")
+peft_library = pytest.importorskip("peft", reason="the other side of these tests is PEFT (make test-interop)")
+
+import ar_unified  # noqa: E402
+from ar_unified.bundle import Bundle  # noqa: E402
+from ar_unified.model.lora import LoraConfig  # noqa: E402
+from tests import adapters  # noqa: E402
+from tests.interop import published as make  # noqa: E402
+from tests.interop import reference, tables  # noqa: E402
+from tests.interop.test_parity import import_as  # noqa: E402
+
+LOGITS = 5e-5
+CASES = {
+    "llama": ("llama", lambda folder: make.causal(folder, "llama"), tables.llama),
+    "qwen3": ("qwen", lambda folder: make.causal(folder, "qwen3"), tables.qwen),
+    "gemma": ("gemma", lambda folder: make.causal(folder, "gemma"), tables.gemma),
+    "chameleon": ("chameleon", make.chameleon, tables.chameleon),
+    "emu3": ("emu3", make.emu3, lambda: tables.emu3(placeholder="<image>")),
+}
+MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_adapter_is_the_same_there_and_here(name: str, tmp_path: Path) -> None:
+    system, maker, table = CASES[name]
+    published, size = maker(tmp_path / "published"), table().size
+    import_as(system, published, tmp_path / "bundle")
+    bundle = Bundle(tmp_path / "bundle")
+    ids = np.random.default_rng(1).choice(table().text[:200], (2, 12))
+
+    # ---- PEFT writes, we read
+    oracle = reference.load(published)
+    scope = {"emu3": r".*text_model.*\.(" + "|".join(MODULES) + ")"}.get(name, MODULES)
+    config = peft_library.LoraConfig(r=4, lora_alpha=6, target_modules=scope, use_rslora=name == "qwen3")
+    theirs = peft_library.get_peft_model(oracle.model, config)
+    torch.manual_seed(0)
+    for key, tensor in theirs.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(tensor, std=0.05)
+    theirs.save_pretrained(tmp_path / "theirs")
+
+    # ---- we write, PEFT reads
+    lora = LoraConfig(rank=3, alpha=5.0, targets=("attention.query", "attention.output", "mlp"), rslora=name == "gemma")
+    adapters.write(tmp_path / "ours", bundle, lora, seed=2, spread=0.05)
+    again = reference.load(published)
+    loaded = peft_library.PeftModel.from_pretrained(again.model, tmp_path / "ours")
+    changed = [key for key, _ in loaded.named_parameters() if "lora_" in key]
+    assert len(changed) == 2 * 5 * bundle.config.n_layers, changed
+
+    model = ar_unified.load(
+        bundle.folder, dtype="float32", adapters={"theirs": tmp_path / "theirs", "ours": tmp_path / "ours"}
+    )
+    columns = np.asarray(model.ids.ours(np.arange(size)))
+    base = reference.load(published).logits(ids)[..., :size]
+    for which, wrapped in (("theirs", theirs), ("ours", loaded)):
+        expected = reference.Reference(wrapped.base_model.model.eval()).logits(ids)[..., :size]
+        found = model.logits(model.ids.ours(ids), adapter=which)[..., columns]
+        assert np.abs(found - expected).max() < LOGITS * max(np.abs(expected).max(), 1.0), which
+        assert np.abs(expected - base).max() > 1000 * LOGITS, "the adapter changes nothing"
+    np.testing.assert_allclose(model.logits(model.ids.ours(ids))[..., columns], base, atol=LOGITS * np.abs(base).max())
+    shutil.rmtree(tmp_path / "published")
