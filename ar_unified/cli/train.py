@@ -28,15 +28,17 @@ import numpy as np
 
 from ar_unified.checkpoint import Checkpoints, steps_in
 from ar_unified.data import prepare as preparing
-from ar_unified.data.images import NoImages, draws_none
-from ar_unified.data.loader import PackedBatches, Phase
+from ar_unified.data.images import draws_none
 from ar_unified.data.prepare import load_report
 from ar_unified.errors import about
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.branch import branch
 from ar_unified.experiment.changes import Training
 from ar_unified.experiment.experiment import Experiment
-from ar_unified.experiment.settings import phases, selected, training
+from ar_unified.experiment.likelihood import likelihood
+from ar_unified.experiment.objective import Objective
+from ar_unified.experiment.preference import preference
+from ar_unified.experiment.settings import selected, training
 from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.history import DECIDING
 from ar_unified.language.document import CodesPart
@@ -49,7 +51,7 @@ from ar_unified.training.selection import Selection
 from ar_unified.training.tasks import TransformerTask
 from ar_unified.workdir import Stage
 
-_VALIDATION_BATCHES = 8
+_OBJECTIVES: dict[str, Callable[[Experiment], Objective]] = {"likelihood": likelihood, "preference": preference}
 _PREVIEWS = 8
 _KEYS = ("model", "loss", "training", "mesh")
 
@@ -57,13 +59,13 @@ _KEYS = ("model", "loss", "training", "mesh")
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     experiment = open_experiment(arguments, overrides, ["model"])
     if arguments.branch:
-        branch(
-            experiment,
-            *arguments.branch,
-            lambda: experiment.fingerprint(*_KEYS, **_facts(experiment, _batches(experiment))),
-        )
+        branch(experiment, *arguments.branch, lambda: _fingerprint(experiment, _objective(experiment)))
     train(experiment, profile=arguments.profile)
     return 0
+
+
+def _fingerprint(experiment: Experiment, made: Objective) -> dict[str, Any]:
+    return experiment.fingerprint(*_KEYS, *made.keys, **made.facts)
 
 
 def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> None:
@@ -91,43 +93,17 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
     with about("config.training"):
         selected(config, "only", grammar.vocabulary)
         fresh = selected(config, "fresh", grammar.vocabulary) if settings.fresh else None
-    batches = _batches(experiment)
+    made = _objective(experiment)
     checkpoints = experiment.checkpoint_folder
     progress = Training("training.steps", settings.steps, partial(steps_in, checkpoints), checkpoints)
-    stage = experiment.stage("model", *_KEYS, together=True, training=progress, **_facts(experiment, batches))
+    stage = experiment.stage("model", *_KEYS, *made.keys, together=True, training=progress, **made.facts)
     if stage.done:
         return experiment.skip(stage)
     _say_rate(experiment, stage, max(progress.checkpoints(), default=0))
-    for name, facts in batches.describe().items():
+    for name, facts in made.batches.describe().items():
         shares = ", then ".join(f"{share:.1%}" for share in facts["shares"])
         experiment.say(f"{name}: {facts['rows']} rows an epoch, {facts['fill']:.1%} full, {shares} of the rows")
-    validation = []
-    folder = experiment.workdir.data / "validation"
-    held_out = load_report(folder).sources if folder.exists() else {}
-    if any(source.documents for source in held_out.values()):
-        both = any(phase.flip_pairs for phase in batches.phases)  # then both ways weigh alike
-        as_it_stands = Phase(flip_pairs=0.5 if both else 0.0, condition_dropout=0.0)
-        rows = dict(batch_size=settings.batch_size, sequence_length=settings.sequence_length)
-        stream = PackedBatches(folder, grammar, phases=[as_it_stands], **rows)
-        validation = [stream.batch(step) for step in range(_VALIDATION_BATCHES)]
-    else:
-        experiment.say("no document is held out: training goes on without a validation loss")
-    task = TransformerTask(
-        experiment.model,
-        grammar.vocabulary,
-        batches.batch,
-        validation,
-        role_weights=configs.plain(config.loss.roles),
-        task_weights=configs.plain(config.loss.tasks),
-        prompt_weight=config.loss.prompt,
-        split=grammar.layout.split(grammar.vocabulary, config.loss.softmax),
-        z_loss=config.loss.z_loss,
-        text_bytes=experiment.text_tokenizer.piece_bytes,
-        chunk=config.loss.chunk,
-        attention_share=settings.attention_share,
-        code_vectors=_code_vectors(experiment),
-        only=tuple(settings.only),
-    )
+    task = made.task()
     fit(
         task,
         training(config),
@@ -145,26 +121,8 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
     experiment.finish(stage, {"steps": settings.steps, **kept})
 
 
-def _facts(experiment: Experiment, batches: PackedBatches) -> dict[str, Any]:
-    """What decides the trained model beside the config."""
-    init = {} if experiment.bundle is None else {"init": experiment.bundle.hash}
-    facts = dict(manifest=experiment.grammar.manifest(), mixture=experiment.mixture())
-    return facts | batches.order | init
-
-
-def _batches(experiment: Experiment) -> PackedBatches:
-    config, settings = experiment.config, experiment.config.training
-    folder = experiment.workdir.data / "train"
-    if experiment.workdir.reader:
-        experiment.workdir.await_file(folder / "manifest.json")
-    return PackedBatches(
-        folder,
-        experiment.grammar,
-        batch_size=settings.batch_size,
-        sequence_length=settings.sequence_length,
-        seed=config.seed,
-        phases=phases(settings, experiment.mixture()),
-    )
+def _objective(experiment: Experiment) -> Objective:
+    return _OBJECTIVES[experiment.config.training.objective](experiment)
 
 
 def _begin(experiment: Experiment, task: TransformerTask, fresh: Selection | None) -> Callable[[Params], Params] | None:
@@ -198,13 +156,6 @@ def _say_rate(experiment: Experiment, stage: Stage, taken: int) -> None:
     old = {field.removeprefix("training."): values[0] for field, values in changes[-1]["changed"].items()}
     rates = [learning_rate(configs.pick(OptimizerConfig, each), each["steps"]) for each in (now | old, now)]
     experiment.say(f"learning rate: {rates[0](taken - 1):.3g} in step {taken}, {rates[1](taken):.3g} in the next")
-
-
-def _code_vectors(experiment: Experiment) -> np.ndarray | None:
-    """For `training.code_embedding_init`; None: random rows."""
-    how, tokenizer = experiment.config.training.code_embedding_init, experiment.image_tokenizer
-    drawn = how == "random" or experiment.bundle is not None
-    return None if drawn or isinstance(tokenizer, NoImages) else tokenizer.vectors()
 
 
 def _preview(experiment: Experiment) -> Any:

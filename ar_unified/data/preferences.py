@@ -68,8 +68,10 @@ class PreferenceBatches(PackedBatches):
         return PreferenceBatch(self._laid(phase, count, chosen), reference)
 
     def every(self) -> Iterator[tuple[str, PackedBatch, np.ndarray]]:
-        """All pairs of all sources once, in full batches: the source, rows [B, T] and which pair of the source is where,
-        int64 [B, P], -1 for none. The last rows of a source may be padding."""
+        """All pairs of all sources once, in full batches: the source, rows [B, T], and which pair of it is where.
+
+        The latter is int64 [B, P], -1 for none. The last rows of a source may be padding.
+        """
         for source, (name, packing) in enumerate(zip(self._names, self._packings, strict=True)):
             for start in range(0, packing.rows, self.batch_size):
                 rows = np.arange(start, min(start + self.batch_size, packing.rows))

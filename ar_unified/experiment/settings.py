@@ -28,6 +28,7 @@ from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.request import DEFAULTS, Request
 from ar_unified.training.loop import TrainingConfig
 from ar_unified.training.optimizer import OptimizerConfig
+from ar_unified.training.preference import PreferenceConfig
 from ar_unified.training.selection import Selection, select
 
 # ---- images ---------------------------------------------------------------------------------------------------
@@ -97,6 +98,9 @@ def short_side(config: ConfigDict) -> int:
     return config.image_tokenizer.short_side or config.image_tokenizer.crop * 5 // 4
 
 
+OBJECTIVES = ("likelihood", "preference")  # what the transformer may learn from
+
+
 # ---- training ---------------------------------------------------------------------------------------------------
 
 
@@ -135,6 +139,11 @@ def training(config: ConfigDict) -> TrainingConfig:
     """Of the transformer."""
     settings = config.training
     return configs.pick(TrainingConfig, settings, seed=config.seed, optimizer=configs.pick(OptimizerConfig, settings))
+
+
+def preference(config: ConfigDict) -> PreferenceConfig:
+    """Of `training.objective` "preference". Raises ValueError, naming the key."""
+    return configs.pick(PreferenceConfig, config.preference)
 
 
 def selected(config: ConfigDict, key: str, vocabulary: Vocabulary | None = None) -> Selection:

@@ -147,7 +147,7 @@ def document_from_json(row: object, load_image: LoadImage) -> Document:
     if any(key in row for key in _PAIR):
         *turns, rejected = _preference(row, image)
     else:
-        turns = _turns(row, image)
+        turns = [*_turns(row, image)]
     meta = {key: value for key, value in row.items() if key not in _KEYS}
     document = Document(tuple(turns), id=str(row.get("id", "")), meta=meta, rejected=rejected)
     document.check()
@@ -180,14 +180,14 @@ def _turns(row: Mapping[str, Any], image: Callable[[str, str], ImagePart]) -> Se
 
 def _preference(row: Mapping[str, Any], image: Callable[[str, str], ImagePart]) -> list[Turn]:
     """What is asked, the chosen answer, and the rejected one."""
-    if found := _KEYS & row.keys() - {"id", "prompt", "messages", *_PAIR}:
-        raise DocumentError("bad_row", f"expected prompt or messages beside chosen and rejected; found {sorted(found)}")
+    if others := sorted(_KEYS & row.keys() - {"id", "prompt", "messages", *_PAIR}):
+        raise DocumentError("bad_row", f"expected prompt or messages, chosen and rejected; found {others[0]} beside")
     if missing := [key for key in _PAIR if key not in row]:
         raise DocumentError("bad_row", f"expected chosen and rejected, found no {missing[0]}")
     asked = [key for key in ("prompt", "messages") if row.get(key) not in (None, "", [])]
     if len(asked) != 1:
-        found = "both" if asked else "neither"
-        raise DocumentError("two_prompts" if asked else "no_prompt", f"expected prompt or messages, found {found}")
+        kind, which = ("two_prompts", "both") if asked else ("no_prompt", "neither")
+        raise DocumentError(kind, f"expected prompt or messages, found {which}")
     if row["chosen"] == row["rejected"]:
         raise DocumentError("same_answers", f"expected two answers, found {row['chosen']!r:.80} twice")
     return [*_asked(row[asked[0]], asked[0], image), *(_answer(row[key], key, image) for key in _PAIR)]

@@ -12,6 +12,7 @@ from ar_unified.language.vocabulary import Role
 from ar_unified.training.preference import PreferenceConfig, PreferenceTask
 from tests.training import tiny
 
+DPO = PreferenceConfig()
 ROWS, LENGTH, PAIRS = 8, 40, 3  # of the three pairs a row has room for, there are two at most
 
 
@@ -44,7 +45,7 @@ def packed(step: int, index: int = 0, count: int = 1) -> PreferenceBatch:
     return jax.tree.map(lambda values: values[part], batch)
 
 
-def task(preference: PreferenceConfig = PreferenceConfig(), kind: type = PreferenceTask, **changes: Any) -> Any:
+def task(preference: PreferenceConfig = DPO, kind: type = PreferenceTask, **changes: Any) -> Any:
     settings: dict[str, Any] = dict(
         config=tiny.MODEL,
         vocabulary=tiny.VOCABULARY,

@@ -13,7 +13,7 @@ import pytest
 from ar_unified.evaluation.report import transformer_charts
 from ar_unified.language.document import TASKS
 from ar_unified.language.vocabulary import Role
-from ar_unified.metrics import LOGPS, LOSS_OF_CHOSEN, LOSS_OF_PAIRS, REWARDS, read_metrics
+from ar_unified.metrics import LOGPS, LOSS_OF_PAIRS, REWARDS, read_metrics
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.parallel.rules import place_batch, shardings
 from ar_unified.training.preference import PreferenceConfig, PreferenceTask, pair_losses, scores
@@ -130,8 +130,8 @@ def test_losses_and_gradients_are_those_of_the_papers(said, name):
     assert np.all(grads["nll"][~trained] == 0) and np.count_nonzero(grads["nll"][trained]) > 30
 
 
-# What TRL 1.16 computes (DPOTrainer._compute_loss and CPOTrainer.cpo_loss, in float64) of three pairs with these sums of
-# log-probabilities and these numbers of tokens: its loss types sigmoid, sigmoid_norm, ipo and simpo.
+# What TRL 1.16 computes (DPOTrainer._compute_loss and CPOTrainer.cpo_loss, in float64) of three pairs with these sums
+# of log-probabilities and these numbers of tokens: its loss types sigmoid, sigmoid_norm, ipo and simpo.
 LOGPS_OF = [[-8.45, -9.16], [-7.6, -4.19], [-4.98, -9.0]]
 REFERENCE_OF = [[-6.59, -3.36], [-7.1, -1.67], [-4.1, -9.38]]
 TOKENS_OF = [[4, 5], [6, 2], [3, 6]]
@@ -177,7 +177,10 @@ def test_only_simpo_needs_no_reference():
     logps, reference, tokens = jnp.array([-4.0, -10.0]), jnp.array([-1.0, -2.0]), jnp.array([2.0, 5.0])
     assert scores(PreferenceConfig(loss="simpo"), logps, reference, tokens).tolist() == [-2.0, -2.0]
     assert scores(PreferenceConfig(), logps, reference, tokens).tolist() == [-3.0, -8.0]
-    assert scores(PreferenceConfig(length_normalised=True), logps, reference, tokens).tolist() == [-1.5, pytest.approx(-1.6)]
+    assert scores(PreferenceConfig(length_normalised=True), logps, reference, tokens).tolist() == [
+        -1.5,
+        pytest.approx(-1.6),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -111,10 +111,10 @@ def prepare(
     all are there. The shards are the same bytes whoever made them.
 
     Bad items are left out, counted by kind, and listed with origin and reason in <folder>/skipped.jsonl. A document of
-    more than max_tokens is left out too ("too_long") if it is one question, since half an answer is none (of a preference
-    pair both go, and two answers that are the same tokens are "same_answers"); others are
+    more than max_tokens is left out too ("too_long") if it is one question, since half an answer is none; others are
     split (see `cutting.split`), and only an image, a character or a question that is too long by itself is left out
-    ("too_long_part"). What a lossy text tokenizer does not give back is left out ("text_lost").
+    ("too_long_part"). Of a preference pair both answers are left out where one is too long, or where both are the same
+    tokens ("same_answers"). What a lossy text tokenizer does not give back is left out ("text_lost").
 
     Args:
         sources: with different names.

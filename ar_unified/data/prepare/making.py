@@ -152,7 +152,7 @@ def _write_preference(shard: shards.ShardWriter, item: Item, grammar: Grammar, m
     if (longest := max(map(len, found))) > max_tokens:
         reason = f"expected answers of at most {max_tokens} tokens with their prompt (config.data.max_tokens), found "
         shard.skip(whole.origin, "too_long", f"{reason}{longest}")
-    elif np.array_equal(*(each.tokens for each in found)):
+    elif np.array_equal(found[0].tokens, found[1].tokens):
         shard.skip(whole.origin, "same_answers", "expected two answers, found the same tokens twice")
     else:
         for document, each, part in zip(both, found, (shards.CHOSEN, shards.REJECTED), strict=True):
