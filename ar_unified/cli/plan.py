@@ -114,6 +114,7 @@ def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
         optimizer=configs.pick(OptimizerConfig, training),
         steps=training.steps,
         only=tuple(training.only),
+        preference=settings.preference(config) if training.objective == "preference" else None,
         compiler_options=tuple(training.compiler_options),
         requests=sampling.batch_size,
         max_length=sampling.max_length,

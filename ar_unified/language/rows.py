@@ -2,6 +2,7 @@
 
     {"image": "a.png", "text": "a cat"}                                          a captioned image
     {"image": "a.png", "question": "What is it?", "answer": "A cat."}            a question
+    {"prompt": "What is a cat?", "answer": "An animal."}                         a prompt and its answer, of any parts
     {"segments": [{"type": "text", "text": "..."}, {"type": "image", "image": "a.png"}], "prompt": 1}
     {"messages": [{"role": "user", "content": "Draw a cat."}, {"role": "assistant", "content": [...]}]}
     {"prompt": "Draw a cat.", "chosen": [{"type": "image", ...}], "rejected": "..."}   a preference pair
@@ -10,8 +11,9 @@
 assistant; content is a text or a list of parts, also in OpenAI's form ({"type": "image_url", "image_url": {"url"}}).
 A message with "weight": 0 is read and not learned. Keys that belong to no kind are the document's `meta`.
 
-The "prompt" of a preference pair is a text, a list of parts or of messages ("messages" is another name for these), and
-each answer a text, a list of parts, or the assistant's message. The answers alone are learned from.
+The "prompt" of an answer or of a preference pair is a text, a list of parts or of messages (of a pair, "messages" is
+another name for these), and an answer is a text, a list of parts, or the assistant's message. Of a pair the answers
+alone are learned from.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ Image = TypeVar("Image")
 LoadImage = Callable[[str], np.ndarray]
 _KEYS = {"id", "image", "text", "question", "answer", "segments", "prompt", "messages", "chosen", "rejected"}
 _PAIR = ("chosen", "rejected")
-_KINDS = ({"segments"}, {"messages"}, {"image", "question", "answer"}, {"image", "text"})
+_KINDS = ({"answer"}, {"segments"}, {"messages"}, {"image", "question", "answer"}, {"image", "text"})
 _ROLES: dict[str, Speaker] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _NO = ("tool_calls", "function_call", "audio")
 BLOCKS = "\n\n"  # between texts side by side, which are blocks of one
@@ -161,6 +163,10 @@ def _turns(row: Mapping[str, Any], image: Callable[[str, str], ImagePart]) -> Se
         kinds = ", ".join(f"{{{', '.join(sorted(kind))}}}" for kind in reversed(_KINDS))
         raise DocumentError("bad_row", f"expected the keys of one of {kinds}; found {{{', '.join(map(str, row))}}}")
     prompt = row.get("prompt")
+    if "answer" in row and "question" not in row:
+        if prompt in (None, "", []):
+            raise DocumentError("no_prompt", "answer: expected a prompt beside it, found none")
+        return [*_asked(prompt, "prompt", image), _answer(row["answer"], "answer", image)]
     if "prompt" in row and ("segments" not in row or type(prompt) is not int):
         raise DocumentError("bad_prompt", f"prompt={prompt!r}: expected a whole number, beside segments")
 
@@ -190,14 +196,15 @@ def _preference(row: Mapping[str, Any], image: Callable[[str, str], ImagePart]) 
         raise DocumentError(kind, f"expected prompt or messages, found {which}")
     if row["chosen"] == row["rejected"]:
         raise DocumentError("same_answers", f"expected two answers, found {row['chosen']!r:.80} twice")
-    return [*_asked(row[asked[0]], asked[0], image), *(_answer(row[key], key, image) for key in _PAIR)]
+    turns = [Turn(turn.speaker, turn.parts, False) for turn in _asked(row[asked[0]], asked[0], image)]
+    return [*turns, *(_answer(row[key], key, image) for key in _PAIR)]
 
 
 def _asked(content: object, where: str, image: Callable[[str, str], ImagePart]) -> list[Turn]:
-    """The turns before the answers, none of which is learned."""
+    """The turns before an answer."""
     if where == "messages" or (isinstance(content, list) and isinstance(content[0], Mapping) and "role" in content[0]):
-        return [Turn(who, tuple(parts), False) for who, parts, _ in read_messages(content, image, where)]
-    return [Turn("user", tuple(read_parts(content, image, where)), False)]
+        return [Turn(who, tuple(parts), learned) for who, parts, learned in read_messages(content, image, where)]
+    return [Turn("user", tuple(read_parts(content, image, where)))]
 
 
 def _answer(content: object, where: str, image: Callable[[str, str], ImagePart]) -> Turn:
