@@ -14,6 +14,8 @@ from typing import Any
 # What names of metrics begin with that stand once for each role, each task, each pair of modalities that look at each
 # other, and for what was held out.
 LOSS_BY_ROLE, LOSS_BY_TASK, LOG_Z_BY_ROLE = "loss/role/", "loss/task/", "log_z/role/"
+# Of preference pairs (training/preference.py), under the names that the field gives them.
+REWARDS, LOGPS, LOSS_OF_PAIRS, LOSS_OF_CHOSEN = "rewards/", "logps/", "loss/preference", "loss/chosen"
 TOKENS_PER_SECOND, ATTENTION, VALIDATION = "tokens_per_second/", "attention/", "validation/"
 VALIDATION_LOSS = VALIDATION + "loss"
 

@@ -130,6 +130,25 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layout", choices=BENCHMARKS, help="write the images for a benchmark, too")
 
 
+def _score(parser: argparse.ArgumentParser) -> None:
+    _experiment(parser, recorded=True, needed=False)
+    parser.add_argument(
+        "--from", dest="source", type=_path, metavar="BUNDLE", help="a bundle, instead of a workdir's model"
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        type=_path,
+        metavar="PATH",
+        help="a file or folder of documents, as `validate` takes it",
+    )
+    parser.add_argument(
+        "--output", required=True, type=_path, metavar="FILE", help="JSONL; nothing that is there is written over"
+    )
+    parser.add_argument("--links", action="store_true", help="follow links that lead out of the data's folder")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="with --from: documents that are read at once (8)")
+
+
 def _evaluate(parser: argparse.ArgumentParser) -> None:
     _experiment(parser)
     parser.add_argument("--only", choices=["tokenizer"], help="score the image tokenizer and stop; no model is needed")
@@ -317,6 +336,7 @@ _VERBS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "prepare": _experiment,
     "train": _train,
     "sample": _sample,
+    "score": _score,
     "evaluate": _evaluate,
     "import": _import,
     "export": _export,

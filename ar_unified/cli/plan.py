@@ -120,6 +120,7 @@ def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
             place.replace(f"[{NEW}]", "[image]") for place in trained_in(training.only, settings.moving(training))
         ),
         lora=settings.lora(config),
+        preference=settings.preference(config) if training.objective == "preference" else None,
         compiler_options=tuple(training.compiler_options),
         requests=sampling.batch_size,
         max_length=sampling.max_length,

@@ -27,38 +27,33 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ar_unified.bundle import Bundle
 from ar_unified.checkpoint import Checkpoints, steps_in
 from ar_unified.data import prepare as preparing
-from ar_unified.data.images import NoImages, draws_none
-from ar_unified.data.loader import PackedBatches, Phase
+from ar_unified.data.images import draws_none
 from ar_unified.data.prepare import load_report
 from ar_unified.errors import UserError, about
 from ar_unified.experiment import config as configs
+from ar_unified.experiment.beginning import beginning
 from ar_unified.experiment.branch import branch
 from ar_unified.experiment.changes import Training
 from ar_unified.experiment.experiment import Experiment
-from ar_unified.experiment.settings import lora, moving, phases, selected, state_of, training
+from ar_unified.experiment.likelihood import likelihood
+from ar_unified.experiment.objective import Objective
+from ar_unified.experiment.preference import preference
+from ar_unified.experiment.settings import lora, selected, training
 from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.history import DECIDING
 from ar_unified.language.document import CodesPart
-from ar_unified.language.extension import rows_of
-from ar_unified.language.vocabulary import Role
-from ar_unified.model.code_vectors import extended_tables
 from ar_unified.model.lora import merged
-from ar_unified.model.transformer import Params, abstract_params
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.request import Request
 from ar_unified.training.loop import fit
 from ar_unified.training.optimizer import OptimizerConfig, learning_rate
-from ar_unified.training.selection import Selection
-from ar_unified.training.tasks import TransformerTask
 from ar_unified.workdir import Stage
 
-_VALIDATION_BATCHES = 8
+_OBJECTIVES: dict[str, Callable[[Experiment], Objective]] = {"likelihood": likelihood, "preference": preference}
 _PREVIEWS = 8
 _KEYS = ("model", "loss", "training", "mesh")
 
@@ -66,13 +61,13 @@ _KEYS = ("model", "loss", "training", "mesh")
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     experiment = open_experiment(arguments, overrides, ["model"])
     if arguments.branch:
-        branch(
-            experiment,
-            *arguments.branch,
-            lambda: experiment.fingerprint(*_KEYS, **_facts(experiment, _batches(experiment))),
-        )
+        branch(experiment, *arguments.branch, lambda: _fingerprint(experiment, _objective(experiment)))
     train(experiment, profile=arguments.profile)
     return 0
+
+
+def _fingerprint(experiment: Experiment, made: Objective) -> dict[str, Any]:
+    return experiment.fingerprint(*_KEYS, *made.keys, **made.facts)
 
 
 def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> None:
@@ -101,53 +96,18 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
         selected(config, "only", grammar.vocabulary, experiment.new_ids)
         adapter = lora(config)
         fresh = selected(config, "fresh", grammar.vocabulary, experiment.new_ids) if settings.fresh else None
-    if adapter is not None and experiment.before is not None:
-        raise UserError(
-            "config.lora.rank: expected 0 where a language model is extended by images, as its new rows are in no bundle "
-            f"yet; found {adapter.rank}. Train the new rows first, export, and begin the adapter with that bundle"
-        )
-    batches = _batches(experiment)
+    _require_own_rows(experiment)
+    made = _objective(experiment)
     checkpoints = experiment.checkpoint_folder
     progress = Training("training.steps", settings.steps, partial(steps_in, checkpoints), checkpoints)
-    stage = experiment.stage("model", *_KEYS, together=True, training=progress, **_facts(experiment, batches))
+    stage = experiment.stage("model", *_KEYS, *made.keys, together=True, training=progress, **made.facts)
     if stage.done:
         return experiment.skip(stage)
     _say_rate(experiment, stage, max(progress.checkpoints(), default=0))
-    for name, facts in batches.describe().items():
+    for name, facts in made.batches.describe().items():
         shares = ", then ".join(f"{share:.1%}" for share in facts["shares"])
         experiment.say(f"{name}: {facts['rows']} rows an epoch, {facts['fill']:.1%} full, {shares} of the rows")
-    validation = []
-    folder = experiment.workdir.data / "validation"
-    held_out = load_report(folder).sources if folder.exists() else {}
-    if any(source.documents for source in held_out.values()):
-        both = any(phase.flip_pairs for phase in batches.phases)  # then both ways weigh alike
-        as_it_stands = Phase(flip_pairs=0.5 if both else 0.0, condition_dropout=0.0)
-        rows = dict(batch_size=settings.batch_size, sequence_length=settings.sequence_length)
-        stream = PackedBatches(folder, grammar, phases=[as_it_stands], **rows)
-        validation = [stream.batch(step) for step in range(_VALIDATION_BATCHES)]
-    else:
-        experiment.say("no document is held out: training goes on without a validation loss")
-    task = TransformerTask(
-        experiment.model,
-        grammar.vocabulary,
-        batches.batch,
-        validation,
-        role_weights=configs.plain(config.loss.roles),
-        task_weights=configs.plain(config.loss.tasks),
-        prompt_weight=config.loss.prompt,
-        split=grammar.layout.split(grammar.vocabulary, config.loss.softmax),
-        mean_split=grammar.layout.split(grammar.vocabulary, config.loss.mean),
-        z_loss=config.loss.z_loss,
-        text_bytes=experiment.text_tokenizer.piece_bytes,
-        chunk=config.loss.chunk,
-        attention_share=settings.attention_share,
-        code_vectors=_code_vectors(experiment),
-        only=tuple(settings.only),
-        rates=tuple(settings.rates),
-        phases=moving(settings),
-        new=experiment.new_ids,
-        lora=adapter,
-    )
+    task = made.task()
     fit(
         task,
         training(config),
@@ -156,7 +116,7 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
         manifest=grammar.manifest(),
         preview=_preview(experiment) if settings.preview_every else None,
         checkpoint_folder=checkpoints,
-        begin=_begin(experiment, task, fresh),
+        begin=beginning(experiment, task, fresh),
         kept_elsewhere=adapter is not None,
         profile=profile,
         logger=experiment.say,
@@ -166,83 +126,20 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
     experiment.finish(stage, {"steps": settings.steps, **kept})
 
 
-def _facts(experiment: Experiment, batches: PackedBatches) -> dict[str, Any]:
-    """What decides the trained model beside the config."""
-    init = {} if experiment.bundle is None else {"init": experiment.bundle.hash}
-    facts = dict(manifest=experiment.grammar.manifest(), mixture=experiment.mixture())
-    adapter = {"lora": configs.plain(experiment.config.lora)} if experiment.config.lora.rank else {}
-    # A training without an adapter is what it was before there were any.
-    return facts | state_of(experiment.config.training) | batches.order | init | adapter
+def _objective(experiment: Experiment) -> Objective:
+    return _OBJECTIVES[experiment.config.training.objective](experiment)
 
 
-def _batches(experiment: Experiment) -> PackedBatches:
-    config, settings = experiment.config, experiment.config.training
-    folder = experiment.workdir.data / "train"
-    if experiment.workdir.reader:
-        experiment.workdir.await_file(folder / "manifest.json")
-    return PackedBatches(
-        folder,
-        experiment.grammar,
-        batch_size=settings.batch_size,
-        sequence_length=settings.sequence_length,
-        seed=config.seed,
-        phases=phases(settings, experiment.mixture()),
+def _require_own_rows(experiment: Experiment) -> None:
+    """Refuses what compares with a bundle that has no rows for images yet."""
+    config = experiment.config
+    if experiment.before is None or not (config.lora.rank or config.training.objective != "likelihood"):
+        return
+    key = "lora.rank: expected 0" if config.lora.rank else "training.objective: expected likelihood"
+    raise UserError(
+        f"config.{key} where a language model is extended by images: {config.init} has no rows for them. Train the new "
+        "rows first (experiments/from_llm.py), export, and begin with that bundle"
     )
-
-
-def _begin(experiment: Experiment, task: TransformerTask, fresh: Selection | None) -> Callable[[Params], Params] | None:
-    """Gives the bundle's parameters, if config.init names one, with what is to begin at random in its place."""
-    bundle = experiment.bundle
-    if bundle is None:
-        return None
-
-    def begin(abstract: Params) -> Params:
-        experiment.say(f"model: begins with the weights of {bundle.folder}")
-        places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        if experiment.before is not None:
-            params = _extended(experiment, bundle, places)
-        else:
-            params = bundle.params(places, jax.tree.map(lambda leaf: leaf.dtype, abstract))
-        key = jax.random.key(experiment.config.seed)
-        if task.lora is not None:
-            params |= jax.jit(partial(_adapter, task), out_shardings={"lora": places["lora"]})(key)
-        if fresh is None:
-            return params
-        experiment.say(f"model: at random begin {', '.join(experiment.config.training.fresh)}")
-        renewed = jax.jit(
-            lambda params: fresh.put(params, fresh.take(task.init(key))), donate_argnums=0, out_shardings=places
-        )
-        return renewed(params)
-
-    return begin
-
-
-def _extended(experiment: Experiment, bundle: Bundle, places: Any) -> Params:
-    """The parameters of a language model with rows for images."""
-    before, vocabulary = experiment.before, experiment.grammar.vocabulary
-    assert before is not None
-    how = experiment.config.training.code_embedding_init
-    experiment.say(
-        f"model: {len(experiment.new_ids)} ids are new; rows of image codes begin "
-        + {"mean": "as the mean of its text rows", "random": "at random", "codebook": "as the codebook's vectors lie"}[
-            how
-        ]
-    )
-    old = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(bundle.config, experiment.mesh))
-    codes = vocabulary.ids(Role.IMAGE)
-    key, vectors = jax.random.key(experiment.config.seed), None
-    if how == "codebook" and not isinstance(experiment.image_tokenizer, NoImages):
-        vectors = jnp.asarray(experiment.image_tokenizer.vectors())
-    rows = rows_of(before, vocabulary)
-    grow = jax.jit(
-        lambda params: extended_tables(params, rows, before.text_size, codes, how, vectors, key), out_shardings=places
-    )
-    return grow(bundle.params(old, "float32"))
-
-
-def _adapter(task: TransformerTask, key: jax.Array) -> Params:
-    """The fresh one alone; the rest that `init` makes is not computed."""
-    return {"lora": task.init(key)["lora"]}
 
 
 def _say_rate(experiment: Experiment, stage: Stage, taken: int) -> None:
@@ -254,13 +151,6 @@ def _say_rate(experiment: Experiment, stage: Stage, taken: int) -> None:
     old = {field.removeprefix("training."): values[0] for field, values in changes[-1]["changed"].items()}
     rates = [learning_rate(configs.pick(OptimizerConfig, each), each["steps"]) for each in (now | old, now)]
     experiment.say(f"learning rate: {rates[0](taken - 1):.3g} in step {taken}, {rates[1](taken):.3g} in the next")
-
-
-def _code_vectors(experiment: Experiment) -> np.ndarray | None:
-    """For `training.code_embedding_init`; None: random rows."""
-    how, tokenizer = experiment.config.training.code_embedding_init, experiment.image_tokenizer
-    drawn = how == "random" or experiment.bundle is not None
-    return None if drawn or isinstance(tokenizer, NoImages) else tokenizer.vectors()
 
 
 def _preview(experiment: Experiment) -> Any:

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from ar_unified.language.vocabulary import Role
+
 
 def _of(dtype: Any) -> Any:
     return dataclasses.field(metadata={"dtype": np.dtype(dtype)})
@@ -42,3 +44,25 @@ class PackedBatch:
     def dtypes(cls) -> dict[str, np.dtype]:
         """By field."""
         return {field.name: field.metadata["dtype"] for field in dataclasses.fields(cls)}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PreferenceBatch:
+    """Rows of preference pairs: documents 2p + 1 and 2p + 2 of a row are the chosen and the rejected answer of its pair
+    p (`PackedBatch.segment_ids`). A pytree like `PackedBatch`.
+
+    Attributes:
+        documents: PackedBatch [B, T].
+        reference: f32 [B, P, 2, R], for up to P pairs a row: sums of the log-probabilities that the reference gives the
+            trained positions of both answers, by Role of the target; 0 where there is no pair, or no reference.
+    """
+
+    documents: PackedBatch
+    reference: Any
+
+    @classmethod
+    def shapes(cls, rows: int, length: int, pairs: int) -> PreferenceBatch:
+        """ShapeDtypeStructs."""
+        reference = jax.ShapeDtypeStruct((rows, pairs, 2, len(Role)), np.float32)
+        return cls(PackedBatch.shapes(rows, length), reference)

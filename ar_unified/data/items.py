@@ -16,7 +16,7 @@ class BadItem(Exception):
     Attributes:
         kind: one word for counting: "bad_utf8", "bad_json", "bad_row", "bad_text", "empty_text", "missing_image",
             "path_escapes", "empty_file", "unreadable_image", "image_shape", "unreadable_file", "too_large",
-            "text_lost", or another kind of DocumentError.
+            "text_lost", "same_answers" (as tokens), or another kind of DocumentError.
         origin: "file:line" or the dataset's name and index. reason: expected, found.
     """
 

@@ -12,7 +12,7 @@ import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -75,6 +75,26 @@ def require_order(phases: Sequence[Phase]) -> None:
         raise UserError(f"phases: expected the first from step 0, each later than the one before; found {steps}")
 
 
+class Chosen(NamedTuple):
+    """Of an epoch of a source, the items of each of the rows `at` of a batch: documents, or preference pairs."""
+
+    source: int
+    epoch: int
+    at: np.ndarray
+    items: list[np.ndarray]
+
+
+def _require_kind(name: str, counts: Mapping[str, Any], answers: int) -> None:
+    """Raises UserError for a source of pairs where documents are expected, and the other way round."""
+    found = 2 if counts.get("preferences") else 1
+    if counts["documents"] and found != answers:
+        kinds = {1: ("documents", "likelihood"), 2: ("preference pairs", "preference")}
+        raise UserError(
+            f"source {name!r}: expected {kinds[answers][0]}, found {kinds[found][0]}: "
+            f"config.training.objective = {kinds[found][1]!r} trains on these"
+        )
+
+
 class PackedBatches:
     """Rows of whole documents from the shards that `prepare` left in `folder`.
 
@@ -95,9 +115,11 @@ class PackedBatches:
 
     Raises:
         ManifestMismatch: the data was prepared with another vocabulary or grammar.
-        UserError: an unknown source, weights out of range, phases out of order, or a document longer than
-            sequence_length.
+        UserError: an unknown source, weights out of range, phases out of order, a document longer than
+            sequence_length, or a source of preference pairs (`preferences`).
     """
+
+    answers = 1  # documents of an item that share a row in any case
 
     def __init__(
         self,
@@ -121,6 +143,8 @@ class PackedBatches:
         if unknown:
             raise UserError(f"weights: expected sources {sorted(counts)}, found {unknown[0]!r}")
         require_order(phases)
+        for name in wanted:
+            _require_kind(name, counts[name], self.answers)
         self.grammar, self.batch_size, self.sequence_length, self.seed = grammar, batch_size, sequence_length, seed
         self.phases = tuple(phases)
         self._names = [name for name in wanted if counts[name]["documents"]]
@@ -129,7 +153,7 @@ class PackedBatches:
             shards.Shards(place, counts[name]["shards"]) for name, place in zip(self._names, folders, strict=True)
         ]
         self._packings = [
-            Packing(source.index["length"], sequence_length, seed=seed, name=place.name, folder=place)
+            Packing(shards.lengths_together(source.index), sequence_length, seed=seed, name=place.name, folder=place)
             for source, place in zip(self._shards, folders, strict=True)
         ]
         self.order = {"order": 2} if any(packing.order > 1 for packing in self._packings) else {}
@@ -153,25 +177,36 @@ class PackedBatches:
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> PackedBatch:
         """Rows process_index/process_count of the global batch of `step`, [B / process_count, T]."""
+        return self._laid(*self._picked(step, process_index, process_count))
+
+    def _picked(self, step: int, process_index: int, process_count: int) -> tuple[Phase, int, list[Chosen]]:
+        """The phase of a step, how many rows are asked for, and what is in them."""
         now = bisect.bisect_right([phase.from_step for phase in self.phases], step) - 1
         since = step - self.phases[now].from_step
         picks = _slice(self._mixtures[now], since, self.batch_size, process_index, process_count)
+        chosen = []
+        for at in _groups(picks):
+            source, epoch = int(picks.source[at[0]]), int(picks.epoch[at[0]])
+            chosen.append(Chosen(source, epoch, at, self._packings[source].documents(epoch, picks.item[at])))
+        return self.phases[now], len(picks.item), chosen
+
+    def _laid(self, phase: Phase, count: int, chosen: Sequence[Chosen]) -> PackedBatch:
+        """What is chosen, in `count` rows."""
         documents: list[Encoded] = []
         tasks: list[int] = []
         rows: list[int] = []
-        for at in _groups(picks):
-            source, epoch = int(picks.source[at[0]]), int(picks.epoch[at[0]])
-            chosen = self._packings[source].documents(epoch, picks.item[at])
-            found, found_tasks = self._read(self.phases[now], source, epoch, np.concatenate(chosen))
+        for source, epoch, at, items in chosen:
+            those = [(each[:, None] * self.answers + np.arange(self.answers)).reshape(-1) for each in items]
+            found, found_tasks = self._read(phase, source, epoch, np.concatenate(those))
             documents += found
             tasks += found_tasks
-            rows += np.repeat(at, [len(row) for row in chosen]).tolist()
+            rows += np.repeat(at, [len(row) for row in those]).tolist()
         order = np.argsort(rows, kind="stable")
         return pack(
             [documents[i] for i in order],
             np.array(tasks, np.int8)[order],
-            np.array(rows)[order],
-            shape=(len(picks.item), self.sequence_length),
+            np.array(rows, np.int64)[order],
+            shape=(count, self.sequence_length),
             pad=self.grammar.vocabulary.pad,
         )
 

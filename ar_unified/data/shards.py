@@ -35,10 +35,11 @@ INDEX = np.dtype(
         ("text_bytes", "<i4"),  # UTF-8 bytes of all its text
         ("task", "i1"),  # index into TASKS
         ("images", "<i2"),
-        ("part", "<i2"),  # of its item: long documents are split
+        ("part", "<i2"),  # of its item: long documents are split; of a preference pair CHOSEN, and REJECTED behind it
         ("pair", "?"),  # one text and one image that may be read either way
     ]
 )
+CHOSEN, REJECTED = -1, -2
 _INDEX, _STARTS = "index.npy", "starts.npy"
 _OPEN, _THREADS = 128, 16  # shards of a source that are held open, and read at the same time
 _HEADER = struct.Struct("<Q")  # item of the source that the document was made of
@@ -128,6 +129,15 @@ def join_indexes(folder: Path, count: int) -> np.ndarray:
         with whole(folder / _STARTS) as file:
             np.save(file, starts)
     return _mapped(folder / _INDEX)
+
+
+def lengths_together(index: np.ndarray) -> np.ndarray:
+    """int32 [n], tokens of what shares a row in any case: of each document, or of both answers of each preference pair.
+
+    index: INDEX of a source that has pairs alone, or none.
+    """
+    lengths = index["length"]
+    return lengths.reshape(-1, 2).sum(1, dtype=np.int32) if (index["part"] == CHOSEN).any() else lengths
 
 
 def _paths(folder: Path, count: int) -> Iterator[Path]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -25,8 +25,11 @@ from ar_unified.evaluation.sheets import section
 from ar_unified.metrics import (
     ATTENTION,
     LOG_Z_BY_ROLE,
+    LOGPS,
     LOSS_BY_ROLE,
     LOSS_BY_TASK,
+    LOSS_OF_CHOSEN,
+    REWARDS,
     TOKENS_PER_SECOND,
     VALIDATION,
     read_metrics,
@@ -294,8 +297,10 @@ def tokenizer_charts() -> tuple[Chart, ...]:
 def transformer_charts(rows: Sequence[Mapping[str, Any]]) -> tuple[Chart, ...]:
     """Of a transformer's training, with a curve for each role and task that its rows know."""
     keys = {key for row in rows for key in row}
+    pairs = REWARDS + "margins" in keys
     return (
-        ("Loss", "nats per token", _both("loss"), ""),
+        ("Loss", "a pair" if pairs else "nats per token", _both("loss"), ""),
+        *(_preference_charts(keys) if pairs else ()),
         ("Loss by role", "nats per token, train", _losses(keys, LOSS_BY_ROLE), ""),
         ("Loss by task", "nats per token, train", _losses(keys, LOSS_BY_TASK), ""),
         ("Image tokens", "bits per token", _both("bits_per_image_token"), ""),
@@ -305,6 +310,19 @@ def transformer_charts(rows: Sequence[Mapping[str, Any]]) -> tuple[Chart, ...]:
         ("log Z by role", "nats, train", _losses(keys, LOG_Z_BY_ROLE), ""),
         ("Speed", "tokens/s", {"tokens_per_second": "all"} | _losses(keys, TOKENS_PER_SECOND), "zero"),
         ("MFU", "share of the device's peak", {"mfu": "MFU"}, "zero"),
+    )
+
+
+def _preference_charts(keys: Collection[str]) -> tuple[Chart, ...]:
+    """Of a training on preference pairs (training/preference.py)."""
+    margins = REWARDS + "margins"
+    whole = {margins: "margins"} | _losses(keys, margins + "/")
+    return (
+        ("Rewards", "train", {REWARDS + which: which for which in ("chosen", "rejected")}, ""),
+        ("Margin of rewards", "train", whole, ""),
+        ("Pairs the right way round", "share", _both(REWARDS + "accuracies"), ""),
+        ("Log-probability of answers", "nats, train", {LOGPS + which: which for which in ("chosen", "rejected")}, ""),
+        ("Loss of chosen answers", "nats per token", _both(LOSS_OF_CHOSEN), ""),
     )
 
 

@@ -71,6 +71,7 @@ CHOICES: dict[str, Collection[str]] = {
     **{f"model.{name}": known for name, known in model_config.CHOICES.items()},
     "loss.softmax": SOFTMAXES,
     "loss.mean": SOFTMAXES,
+    "training.objective": settings.OBJECTIVES,
     "training.optimizer": optimizer.CHOICES["optimizer"],
     "training.schedule": optimizer.CHOICES["schedule"],
     "training.decay": optimizer.CHOICES["decay"],
@@ -125,6 +126,7 @@ def check(config: ConfigDict, stages: Collection[str] = STAGES) -> None:
     _check_model(config, problems)
     _check_lora(config, problems, stages)
     _check_training(config, problems, stages)
+    _check_preference(config, problems, stages)
     _check_sampling(config, problems, stages)
     _check_files(config, problems, stages)
     if "validation" in config.data.tests:
@@ -248,6 +250,29 @@ def _check_training(config: ConfigDict, problems: Problems, stages: Collection[s
 
 
 _MEAN = "expected random or codebook, as mean is for a language model of text alone that is extended"
+
+
+def _check_preference(config: ConfigDict, problems: Problems, stages: Collection[str]) -> None:
+    found = None
+    with problems.of("preference", [*config.preference.keys()]):
+        found = settings.preference(config)
+    if config.training.objective != "preference" or "model" not in stages:
+        return
+    if not config.init:
+        problems.say(
+            "init", "expected a bundle with training.objective 'preference', the model to be tuned; found none"
+        )
+    if config.loss.mean != "joint":
+        problems.say("loss.mean", f"expected joint, as the loss is a mean over pairs; found {config.loss.mean!r}")
+    if config.training.fresh and found is not None and found.uses_reference:
+        problems.say("training.fresh", "expected none with a reference, which would not have what begins at random")
+    most = 2 * config.data.max_tokens
+    if config.data.max_tokens <= config.training.sequence_length < most:
+        problems.say(
+            "training.sequence_length",
+            f"expected at least {most}, for both answers of a pair, each of at most config.data.max_tokens with its "
+            f"prompt; found {config.training.sequence_length}",
+        )
 
 
 def _check_sampling(config: ConfigDict, problems: Problems, stages: Collection[str]) -> None:

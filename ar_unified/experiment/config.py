@@ -38,6 +38,7 @@ from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.request import DEFAULTS, Request
 from ar_unified.training.loop import TrainingConfig
 from ar_unified.training.optimizer import OptimizerConfig
+from ar_unified.training.preference import PreferenceConfig
 from ar_unified.training.tasks import TransformerTask
 from ar_unified.workdir import read_json
 
@@ -110,12 +111,17 @@ def _add_training(config: ConfigDict) -> None:
     config.loss.tasks = ConfigDict(dict.fromkeys(TASKS, 1.0))
     config.loss.prompt = TransformerTask.prompt_weight  # further weight of what stands inside a prompt
 
+    config.preference = ConfigDict(_fields(PreferenceConfig))  # of training.objective "preference"
+
     settled = ("b1",)  # no key: nobody tunes it
     config.training = ConfigDict(
         _fields(TrainingConfig, without=("seed", "optimizer"), steps=1000)
         | _fields(OptimizerConfig, without=settled, learning_rate=2e-3, warmup_steps=50, final_fraction=0.0)
         | _fields(TransformerTask, ("attention_share", "only", "rates"))
     )
+    # What it learns from: likelihood, of documents | preference, pairs of a chosen and a rejected answer to one prompt,
+    # which are read as they stand (no flip_pairs, no condition_dropout, no loss.prompt).
+    config.training.objective = "likelihood"
     config.training.batch_size = 16  # packed rows per step, over all devices
     config.training.sequence_length = 256
     # Of image codes: random | codebook, near for codes that are near; where a language model of text alone is extended,

@@ -31,6 +31,7 @@ from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.request import DEFAULTS, Request
 from ar_unified.training.loop import TrainingConfig
 from ar_unified.training.optimizer import OptimizerConfig
+from ar_unified.training.preference import PreferenceConfig
 from ar_unified.training.rates import Rates, make_rates, trained_in
 from ar_unified.training.selection import Selection, select
 
@@ -106,6 +107,9 @@ def short_side(config: ConfigDict) -> int:
     return config.image_tokenizer.short_side or config.image_tokenizer.crop * 5 // 4
 
 
+OBJECTIVES = ("likelihood", "preference")  # what the transformer may learn from
+
+
 # ---- training ---------------------------------------------------------------------------------------------------
 
 
@@ -155,6 +159,11 @@ def lora(config: ConfigDict) -> LoraConfig | None:
     """The adapter that is trained; None: there is none. Raises ValueError, beginning with the key."""
     found = configs.pick(LoraConfig, config.lora)
     return found if found.rank else None
+
+
+def preference(config: ConfigDict) -> PreferenceConfig:
+    """Of `training.objective` "preference". Raises ValueError, naming the key."""
+    return configs.pick(PreferenceConfig, config.preference)
 
 
 def selected(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +22,8 @@ class DocumentError(ValueError):
 
     Attributes:
         kind: one word for counting: "empty_text", "bad_text", "image_shape", "image_codes", "adjacent_text",
-            "bad_turns", "bad_prompt" or "bad_row".
+            "bad_turns", "bad_prompt" or "bad_row"; of preference pairs "no_prompt", "two_prompts", "empty_answer" or
+            "same_answers".
         part: index of the part among all parts, where there is one.
     """
 
@@ -101,12 +102,14 @@ class Document:
         id: the name a source gave it.
         origin: "file:line", for messages.
         meta: facts that travel along, such as the scene an image shows. Like id and origin, not compared.
+        rejected: of a preference pair what the assistant should not have said in place of its last turn; else None.
     """
 
     turns: tuple[Turn, ...]
     id: str = field(default="", compare=False)
     origin: str = field(default="", compare=False)
     meta: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    rejected: Turn | None = None
 
     @classmethod
     def of(cls, parts: Iterable[Part], prompt: int | None = None, **more: Any) -> Document:
@@ -124,13 +127,23 @@ class Document:
         return tuple(part for turn in self.turns for part in turn.parts)
 
     def changed(self, change: Callable[[Part], Part]) -> Document:
-        """The same with each part as `change` makes it."""
-        turns = []
-        for turn in self.turns:
+        """The same with each part as `change` makes it, those of the rejected answer last."""
+
+        def made(turn: Turn) -> Turn:
             parts = tuple(map(change, turn.parts))
             same = all(map(operator.is_, parts, turn.parts))
-            turns.append(turn if same else Turn(turn.speaker, parts, turn.trained))
-        return Document(tuple(turns), self.id, self.origin, self.meta)
+            return turn if same else Turn(turn.speaker, parts, turn.trained)
+
+        turns = tuple(map(made, self.turns))
+        return Document(turns, self.id, self.origin, self.meta, self.rejected and made(self.rejected))
+
+    @property
+    def answered(self) -> tuple[Document, ...]:
+        """It alone; of a preference pair two: with the chosen answer, then with the rejected one."""
+        if self.rejected is None:
+            return (self,)
+        both = (self.turns[-1], self.rejected)
+        return tuple(replace(self, turns=(*self.asked, answer), rejected=None) for answer in both)
 
     @property
     def asks(self) -> bool:
@@ -158,8 +171,10 @@ class Document:
     def check(self) -> None:
         """Raises DocumentError naming the first part that no grammar could carry there and back."""
         check_speakers([turn.speaker for turn in self.turns])
+        if self.rejected is not None and (not self.asks or self.rejected.speaker != "assistant"):
+            raise DocumentError("bad_turns", "a rejected answer: expected the assistant's, to what somebody asks")
         i = 0
-        for turn in self.turns:
+        for turn in (*self.turns, *([] if self.rejected is None else [self.rejected])):
             before: Part | None = None
             for part in turn.parts:
                 _check_part(part, before, i)

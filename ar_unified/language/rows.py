@@ -2,12 +2,18 @@
 
     {"image": "a.png", "text": "a cat"}                                          a captioned image
     {"image": "a.png", "question": "What is it?", "answer": "A cat."}            a question
+    {"prompt": "What is a cat?", "answer": "An animal."}                         a prompt and its answer, of any parts
     {"segments": [{"type": "text", "text": "..."}, {"type": "image", "image": "a.png"}], "prompt": 1}
     {"messages": [{"role": "user", "content": "Draw a cat."}, {"role": "assistant", "content": [...]}]}
+    {"prompt": "Draw a cat.", "chosen": [{"type": "image", ...}], "rejected": "..."}   a preference pair
 
 "prompt" counts the segments that are asked with; without it nobody asks. Roles are system (or developer), user and
 assistant; content is a text or a list of parts, also in OpenAI's form ({"type": "image_url", "image_url": {"url"}}).
 A message with "weight": 0 is read and not learned. Keys that belong to no kind are the document's `meta`.
+
+The "prompt" of an answer or of a preference pair is a text, a list of parts or of messages (of a pair, "messages" is
+another name for these), and an answer is a text, a list of parts, or the assistant's message. Of a pair the answers
+alone are learned from.
 """
 
 from __future__ import annotations
@@ -32,8 +38,9 @@ from ar_unified.language.document import (
 
 Image = TypeVar("Image")
 LoadImage = Callable[[str], np.ndarray]
-_KEYS = {"id", "image", "text", "question", "answer", "segments", "prompt", "messages"}
-_KINDS = ({"segments"}, {"messages"}, {"image", "question", "answer"}, {"image", "text"})
+_KEYS = {"id", "image", "text", "question", "answer", "segments", "prompt", "messages", "chosen", "rejected"}
+_PAIR = ("chosen", "rejected")
+_KINDS = ({"answer"}, {"segments"}, {"messages"}, {"image", "question", "answer"}, {"image", "text"})
 _ROLES: dict[str, Speaker] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _NO = ("tool_calls", "function_call", "audio")
 BLOCKS = "\n\n"  # between texts side by side, which are blocks of one
@@ -134,16 +141,34 @@ def document_from_json(row: object, load_image: LoadImage) -> Document:
     """
     if not isinstance(row, Mapping):
         raise DocumentError("bad_row", f"expected an object, found {type(row).__name__}")
+
+    def image(reference: str, where: str) -> ImagePart:
+        return ImagePart(load_image(reference))
+
+    rejected = None
+    if any(key in row for key in _PAIR):
+        *turns, rejected = _preference(row, image)
+    else:
+        turns = [*_turns(row, image)]
+    meta = {key: value for key, value in row.items() if key not in _KEYS}
+    document = Document(tuple(turns), id=str(row.get("id", "")), meta=meta, rejected=rejected)
+    document.check()
+    return document
+
+
+def _turns(row: Mapping[str, Any], image: Callable[[str, str], ImagePart]) -> Sequence[Turn]:
+    """Of a row of one of _KINDS."""
     used = _KEYS & row.keys() - {"id", "prompt"}
     if used not in _KINDS:
         kinds = ", ".join(f"{{{', '.join(sorted(kind))}}}" for kind in reversed(_KINDS))
         raise DocumentError("bad_row", f"expected the keys of one of {kinds}; found {{{', '.join(map(str, row))}}}")
     prompt = row.get("prompt")
+    if "answer" in row and "question" not in row:
+        if prompt in (None, "", []):
+            raise DocumentError("no_prompt", "answer: expected a prompt beside it, found none")
+        return [*_asked(prompt, "prompt", image), _answer(row["answer"], "answer", image)]
     if "prompt" in row and ("segments" not in row or type(prompt) is not int):
         raise DocumentError("bad_prompt", f"prompt={prompt!r}: expected a whole number, beside segments")
-
-    def image(reference: str, where: str) -> ImagePart:
-        return ImagePart(load_image(reference))
 
     def one(key: str) -> Part:
         if key == "image":
@@ -153,17 +178,48 @@ def document_from_json(row: object, load_image: LoadImage) -> Document:
         return TextPart(row[key])
 
     if "messages" in row:
-        turns = tuple(Turn(who, tuple(parts), learned) for who, parts, learned in read_messages(row["messages"], image))
-    elif "segments" in row:
-        turns = _segments(row["segments"], prompt, image)
-    elif "question" in row:
-        turns = (Turn("user", (one("image"), one("question"))), Turn("assistant", (one("answer"),)))
-    else:
-        turns = (Turn("user", (one("text"),)), Turn("assistant", (one("image"),)))
-    meta = {key: value for key, value in row.items() if key not in _KEYS}
-    document = Document(turns, id=str(row.get("id", "")), meta=meta)
-    document.check()
-    return document
+        return [Turn(who, tuple(parts), learned) for who, parts, learned in read_messages(row["messages"], image)]
+    if "segments" in row:
+        return _segments(row["segments"], prompt, image)
+    if "question" in row:
+        return Turn("user", (one("image"), one("question"))), Turn("assistant", (one("answer"),))
+    return Turn("user", (one("text"),)), Turn("assistant", (one("image"),))
+
+
+def _preference(row: Mapping[str, Any], image: Callable[[str, str], ImagePart]) -> list[Turn]:
+    """What is asked, the chosen answer, and the rejected one."""
+    if others := sorted(_KEYS & row.keys() - {"id", "prompt", "messages", *_PAIR}):
+        raise DocumentError("bad_row", f"expected prompt or messages, chosen and rejected; found {others[0]} beside")
+    if missing := [key for key in _PAIR if key not in row]:
+        raise DocumentError("bad_row", f"expected chosen and rejected, found no {missing[0]}")
+    asked = [key for key in ("prompt", "messages") if row.get(key) not in (None, "", [])]
+    if len(asked) != 1:
+        kind, which = ("two_prompts", "both") if asked else ("no_prompt", "neither")
+        raise DocumentError(kind, f"expected prompt or messages, found {which}")
+    if row["chosen"] == row["rejected"]:
+        raise DocumentError("same_answers", f"expected two answers, found {row['chosen']!r:.80} twice")
+    turns = [Turn(turn.speaker, turn.parts, False) for turn in _asked(row[asked[0]], asked[0], image)]
+    return [*turns, *(_answer(row[key], key, image) for key in _PAIR)]
+
+
+def _asked(content: object, where: str, image: Callable[[str, str], ImagePart]) -> list[Turn]:
+    """The turns before an answer."""
+    if where == "messages" or (isinstance(content, list) and isinstance(content[0], Mapping) and "role" in content[0]):
+        return [Turn(who, tuple(parts), learned) for who, parts, learned in read_messages(content, image, where)]
+    return [Turn("user", tuple(read_parts(content, image, where)))]
+
+
+def _answer(content: object, where: str, image: Callable[[str, str], ImagePart]) -> Turn:
+    if isinstance(content, list) and len(content) == 1 and isinstance(content[0], Mapping) and "role" in content[0]:
+        content = content[0]
+    if isinstance(content, Mapping):
+        if content.get("role") != "assistant":
+            raise DocumentError("bad_row", f"{where}: expected the assistant's message, found {content!r:.80}")
+        content = content.get("content")
+    parts = () if content in (None, "", []) else tuple(read_parts(content, image, where))
+    if all(isinstance(part, TextPart) and not part.text.strip() for part in parts):
+        raise DocumentError("empty_answer", f"{where}: the answer is empty")
+    return Turn("assistant", parts)
 
 
 def _segments(segments: object, prompt: int | None, image: Callable[[str, str], ImagePart]) -> tuple[Turn, ...]:
@@ -189,6 +245,8 @@ def document_to_json(document: Document, save_image: Callable[[np.ndarray], str]
             `trained`; or a key of `meta` is one the row needs.
     """
     document.check()
+    if document.rejected is not None:
+        return _preference_row(document, save_image)
     turns = [write_parts(turn.parts, save_image) for turn in document.turns]
     speakers = [turn.speaker for turn in document.turns]
     shapes = ["".join(part["type"][0] for part in parts) for parts in turns]
@@ -206,12 +264,22 @@ def document_to_json(document: Document, save_image: Callable[[np.ndarray], str]
         row = {"image": turns[0][0]["image"], "question": turns[0][1]["text"], "answer": turns[1][0]["text"]}
     else:
         row = {"segments": [*turns[0], *turns[1]], "prompt": len(turns[0])}
-    if document.id:
-        row["id"] = document.id
+    return row | _named(document)
+
+
+def _preference_row(document: Document, save_image: Callable[[np.ndarray], str]) -> dict[str, Any]:
+    assert document.rejected is not None
+    asked = [_message(Turn(turn.speaker), write_parts(turn.parts, save_image)) for turn in document.asked]
+    chosen, rejected = (write_parts(turn.parts, save_image) for turn in (document.turns[-1], document.rejected))
+    return {"messages": asked, "chosen": chosen, "rejected": rejected} | _named(document)
+
+
+def _named(document: Document) -> dict[str, Any]:
+    """The name and what travels along."""
     taken = sorted(_KEYS & document.meta.keys())
     if taken:
         raise DocumentError("bad_row", f"meta key {taken[0]!r} is a field of the row itself: rename it")
-    return row | dict(document.meta)
+    return ({"id": document.id} if document.id else {}) | dict(document.meta)
 
 
 def write_parts(parts: Sequence[Part], save_image: Callable[[np.ndarray], str]) -> list[dict[str, str]]:

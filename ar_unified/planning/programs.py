@@ -12,13 +12,13 @@ import string
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from ar_unified.data.batch import PackedBatch
+from ar_unified.data.batch import PackedBatch, PreferenceBatch
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.syntax import ImageLayout
 from ar_unified.language.vocabulary import Vocabulary
@@ -32,6 +32,7 @@ from ar_unified.sampling.engine import KEPT, prefill_rows
 from ar_unified.sampling.pace import Pace
 from ar_unified.sampling.weights import read_as
 from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
+from ar_unified.training.preference import PreferenceConfig, PreferenceTask
 from ar_unified.training.step import abstract_state, abstract_trained, make_train_step
 from ar_unified.training.tasks import TransformerTask
 
@@ -48,7 +49,8 @@ class Run:
       softmax: of language.syntax.SOFTMAXES.
       document: tokens of the longest document, for the FLOPs of attention.
       optimizer, steps, compiler_options: of the training. only: what it trains, places of training.selection.select;
-        (): everything. lora: the adapter that is trained in place of everything; None: there is none.
+        (): everything. lora: the adapter that is trained in place of everything; None: there is none. preference: where
+        it learns from preference pairs, how; None: from documents.
       requests, max_length, contexts: samples decoded at once by a process; length of the KV cache; 2 with guidance.
       kv_dtype: of the KV cache, of sampling.engine.KV_DTYPES.
       weights_dtype: of the layers' matrices in sampling, of sampling.weights.WEIGHT_DTYPES.
@@ -69,6 +71,7 @@ class Run:
     steps: int = 100_000
     only: tuple[str, ...] = ()
     lora: LoraConfig | None = None
+    preference: PreferenceConfig | None = None
     compiler_options: tuple[str, ...] = ()
     requests: int = 64
     max_length: int = 4096
@@ -184,9 +187,17 @@ def make_task(run: Run) -> TransformerTask:
     return _task(run.model, run.vocabulary, run.loss_chunk, *_trained(run))
 
 
-def _trained(run: Run) -> tuple[int | None, tuple[str, ...], LoraConfig | None]:
-    """Where the softmax is split, and what is trained."""
-    return run.layout.split(run.vocabulary, run.softmax), run.only, run.lora
+class _OfTask(NamedTuple):
+    """Where the softmax is split, what is trained, and from which pairs."""
+
+    split: int | None
+    only: tuple[str, ...]
+    lora: LoraConfig | None
+    preference: PreferenceConfig | None
+
+
+def _trained(run: Run) -> _OfTask:
+    return _OfTask(run.layout.split(run.vocabulary, run.softmax), run.only, run.lora, run.preference)
 
 
 def _task(
@@ -196,11 +207,24 @@ def _task(
     split: int | None,
     only: tuple[str, ...],
     lora: LoraConfig | None,
+    preference: PreferenceConfig | None,
 ) -> TransformerTask:
     def no_batch(step: int, index: int = 0, count: int = 1) -> Any:
         raise RuntimeError("a plan has no data")
 
-    return TransformerTask(model, vocabulary, no_batch, split=split, chunk=chunk, only=only, lora=lora)
+    settings: dict[str, Any] = dict(split=split, chunk=chunk, only=only, lora=lora)
+    if preference is None:
+        return TransformerTask(model, vocabulary, no_batch, **settings)
+    return PreferenceTask(model, vocabulary, no_batch, preference=preference, **settings)
+
+
+def _pairs(run: Run) -> int:
+    """Preference pairs of a row, of the longest documents; 0: it learns from documents."""
+    return 0 if run.preference is None else max(1, run.sequence_length // (2 * run.document))
+
+
+def _batch(rows: int, length: int, pairs: int) -> PackedBatch | PreferenceBatch:
+    return PreferenceBatch.shapes(rows, length, pairs) if pairs else PackedBatch.shapes(rows, length)
 
 
 def train_program(run: Run, mesh: Mesh) -> Program:
@@ -217,7 +241,7 @@ def train_program(run: Run, mesh: Mesh) -> Program:
         accumulation=run.accumulation,
         compiler_options=options,
     )
-    shapes = PackedBatch.shapes(run.batch_size, run.sequence_length)
+    shapes = _batch(run.batch_size, run.sequence_length, _pairs(run))
     batch = on_mesh(shapes, batch_shardings(mesh, shapes))
     arguments = {"parameters": state.params, "optimizer": (state.step, state.optimizer), "batch": batch}
     return Program("train", mesh, arguments, lambda: step.trace(state, batch), options=options)
@@ -237,14 +261,15 @@ def saved_for_backward(run: Run, mesh: Mesh) -> int:
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
     rows = run.batch_size // run.accumulation
-    return _saved(rows, run.sequence_length, run.model, run.vocabulary, run.loss_chunk, *_trained(run)) // ways
+    shape = rows, run.sequence_length, _pairs(run)
+    return _saved(*shape, run.model, run.vocabulary, run.loss_chunk, *_trained(run)) // ways
 
 
 @lru_cache(maxsize=256)  # a search asks again for every mesh
-def _saved(rows: int, length: int, model: TransformerConfig, *of_task: Any) -> int:
+def _saved(rows: int, length: int, pairs: int, model: TransformerConfig, *of_task: Any) -> int:
     """Of all devices together. of_task: what `_task` takes beside the model."""
     task = _task(model, *of_task)
-    batch = PackedBatch.shapes(rows, length)
+    batch = _batch(rows, length, pairs)
     params = jax.eval_shape(task.init, jax.random.key(0))
     selection = task.selection(params)
 

@@ -159,12 +159,28 @@ class TransformerTask(Stateless):
         adapter = {} if self.lora is None else {"lora": dataclasses.asdict(self.lora)}
         return {"kind": self.name, **dataclasses.asdict(self.config), **adapter}
 
+    @property
+    def of_role(self) -> jax.Array:
+        """f32 [R], the weight of targets by their role, 0 of padding."""
+        return jnp.array([self.role_weights.get(role.name.lower(), 1.0) * (role != Role.PAD) for role in Role])
+
+    @property
+    def of_task(self) -> jax.Array:
+        """f32, the weight of documents by their task, as in TASKS."""
+        return jnp.array([self.task_weights.get(task, 1.0) for task in TASKS])
+
     def weights(self, batch: Batch) -> jax.Array:
         """f32 [B, T], the weight of each target."""
-        role_weight = jnp.array([self.role_weights.get(role.name.lower(), 1.0) * (role != Role.PAD) for role in Role])
-        task_weight = jnp.array([self.task_weights.get(task, 1.0) for task in TASKS])
         prompt = jnp.where(batch.prompt, self.prompt_weight, 1.0)
-        return role_weight[batch.roles] * task_weight[batch.tasks] * prompt
+        return self.of_role[batch.roles] * self.of_task[batch.tasks] * prompt
+
+    def of_targets(self, params: Params, batch: Batch, keys: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """f32 [B, T] each, of every target: -log p, and log Z of its softmax. keys: for dropout; None: without."""
+        model = self.bind(params)
+        drops = self.config.dropout or (self.lora is not None and self.lora.dropout)
+        dropout_keys = keys if drops else None
+        hidden = model(batch.tokens, batch.positions, batch.doc_start, dropout_keys=dropout_keys)
+        return token_losses(hidden, model.head(), batch.targets, self.chunk, self.vocabulary.used, self.split)
 
     def of_whole(self, batch: Batch) -> TransformerTask:
         """With what the two means of `mean_split` need to know of a global batch: how much there is of either."""
@@ -190,12 +206,7 @@ class TransformerTask(Stateless):
     def loss(
         self, params: Params, model_state: Params, batch: Batch, keys: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, Metrics]:
-        model = self.bind(params)
-        drops = self.config.dropout or (self.lora is not None and self.lora.dropout)
-        dropout_keys = keys if drops else None
-        hidden = model(batch.tokens, batch.positions, batch.doc_start, dropout_keys=dropout_keys)
-        # f32 [B, T]
-        nll, lse = token_losses(hidden, model.head(), batch.targets, self.chunk, self.vocabulary.used, self.split)
+        nll, lse = self.of_targets(params, batch, keys)
         weight = self.weights(batch)
         share = self._shares(batch, weight)
         loss = jnp.sum(share * (nll + self.z_loss * jnp.square(lse))), jnp.sum(weight)

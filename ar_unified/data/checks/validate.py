@@ -231,12 +231,15 @@ def _looked_at(
         found.bad.append(item)
         return None
     try:
-        encoded = view.encoded(item)
-        length = 0 if encoded is None else len(encoded)
-        if max_tokens and length > max_tokens and not can_be_split(item):
+        if item.rejected is not None and item.rejected.parts == item.answer:
+            raise BadItem("same_answers", source.origin(i), "expected two answers, found one twice")
+        encoded, *more = [view.encoded(answered) for answered in item.answered]  # two of a preference pair
+        length = max(0 if each is None else len(each) for each in (encoded, *more))
+        if max_tokens and length > max_tokens and (more or not can_be_split(item)):
             reason = f"expected at most {max_tokens} tokens (config.data.max_tokens), found {length}"
             raise BadItem("too_long", source.origin(i), reason)
-        lengths = [] if encoded is None else view.lengths(item, encoded, max_tokens)
+        lengths = [] if encoded is None else view.lengths(item.answered[0], encoded, max_tokens)
+        lengths += [len(each) for each in more if each is not None]
     except TextLost as error:
         found.bad.append(BadItem("text_lost", source.origin(i), str(error)))
         return None

@@ -13,7 +13,7 @@ import numpy as np
 from ar_unified.data.images import ImageCodec, Resize, draws_none
 from ar_unified.data.prepare.cutting import can_be_split, split
 from ar_unified.data.sizes import default_resize
-from ar_unified.language.document import CodesPart, Document, ImagePart, TextPart
+from ar_unified.language.document import CodesPart, Document, ImagePart, Part, TextPart
 from ar_unified.language.encoded import Encoded
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.vocabulary import Role
@@ -39,7 +39,8 @@ class Shown:
     """A document to be looked at.
 
     Attributes:
-        turns: who speaks, "document" for nobody, and texts and images, uint8 [H, W, 3], in order.
+        turns: who speaks, "document" for nobody, "rejected" for the answer that a pair's assistant should not give; and
+            texts and images, uint8 [H, W, 3], in order.
         count: its tokens, of which `tokens` may be the first; 0 where there is no grammar.
     """
 
@@ -79,7 +80,7 @@ class View:
 
     def _blank(self, document: Document) -> Document | None:
         resize, tokenizer = self.resize, self.tokenizer
-        if resize is None and any(isinstance(part, ImagePart) for part in document.parts):
+        if resize is None and any(isinstance(part, ImagePart) for each in document.answered for part in each.parts):
             return None
 
         def blank(pixels: np.ndarray) -> np.ndarray:
@@ -93,10 +94,10 @@ class View:
     def words(self, document: Document) -> str:
         """In words, with <image H x W>; then as tokens, piece by piece, if there are a grammar and a tokenizer."""
         lines = [f"({document.origin}, {document.task})"]
-        for turn in document.turns:
+        for speaker, said in _turns(document):
             if document.asks:
-                lines.append(f"<{turn.speaker}>")
-            for part in turn.parts:
+                lines.append(f"<{speaker}>")
+            for part in said:
                 if isinstance(part, TextPart):
                     rest = f" ... ({len(part.text)} characters)" if len(part.text) > 400 else ""
                     lines.append(part.text[:400] + rest)
@@ -111,9 +112,9 @@ class View:
     def shown(self, document: Document) -> Shown:
         """As it is, and as its tokens where there are a grammar and a tokenizer."""
         turns: list[tuple[str, list[str | np.ndarray]]] = []
-        for turn in document.turns:
-            parts = [part for part in turn.parts if not isinstance(part, CodesPart)]
-            turns.append((turn.speaker, [p.text if isinstance(p, TextPart) else p.pixels for p in parts]))
+        for speaker, said in _turns(document):
+            parts = [part for part in said if not isinstance(part, CodesPart)]
+            turns.append((speaker, [p.text if isinstance(p, TextPart) else p.pixels for p in parts]))
         real = self._real(document)
         if real is None or self.grammar is None:
             return Shown(document.origin, document.task, turns)
@@ -174,6 +175,12 @@ class View:
         if self.grammar is None or tokenizer is None or resize is None:
             return None
         return _coded(document, lambda pixels: np.asarray(tokenizer.encode(resize(pixels)[None]), np.int32)[0])
+
+
+def _turns(document: Document) -> list[tuple[str, tuple[Part, ...]]]:
+    """Who says what; of a preference pair also the answer that is rejected."""
+    said = [(str(turn.speaker), turn.parts) for turn in document.turns]
+    return [*said, *([] if document.rejected is None else [("rejected", document.rejected.parts)])]
 
 
 def _coded(document: Document, codes: Callable[[np.ndarray], np.ndarray]) -> Document:

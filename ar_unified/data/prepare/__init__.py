@@ -46,6 +46,7 @@ class SourceReport:
     images: int = 0
     longest: int = 0
     split_items: int = 0  # items longer than max_tokens that became several documents
+    preferences: int = 0  # items that are preference pairs, of two documents each
     shards: int = 0
     tasks: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)  # kind -> items (too_long_part: pieces of items)
@@ -77,6 +78,8 @@ class Report:
                 f"{name}: {s.items} items -> {s.documents} documents ({tasks}), {s.tokens} tokens "
                 f"(longest {s.longest}), {s.images} images, {s.text_bytes} bytes of text"
             )
+            if s.preferences:
+                lines.append(f"  {s.preferences} of the items are preference pairs, of two documents each")
             if s.split_items:
                 lines.append(f"  {s.split_items} items were too long and are split into several documents")
             if s.skipped:
@@ -110,7 +113,8 @@ def prepare(
     Bad items are left out, counted by kind, and listed with origin and reason in <folder>/skipped.jsonl. A document of
     more than max_tokens is left out too ("too_long") if it is one question, since half an answer is none; others are
     split (see `cutting.split`), and only an image, a character or a question that is too long by itself is left out
-    ("too_long_part"). What a lossy text tokenizer does not give back is left out ("text_lost").
+    ("too_long_part"). Of a preference pair both answers are left out where one is too long, or where both are the same
+    tokens ("same_answers"). What a lossy text tokenizer does not give back is left out ("text_lost").
 
     Args:
         sources: with different names.
@@ -173,6 +177,14 @@ def _nothing_left(name: str, source: SourceReport) -> str:
     )
 
 
+def _mixed(name: str, source: SourceReport) -> str:
+    others = source.documents - 2 * source.preferences
+    return (
+        f"source {name!r}: expected preference pairs alone or none, found {source.preferences} beside {others} other "
+        "documents: put them into a source of their own"
+    )
+
+
 def load_manifest(folder: str | Path) -> dict[str, Any]:
     """What `prepare` wrote last: "vocabulary", "settings", "sources", "report".
 
@@ -194,14 +206,16 @@ def load_report(folder: str | Path) -> Report:
 def plan_rows(folder: str | Path, report: Report, sequence_length: int) -> None:
     """Plans beside every source's shards which documents share a row of this length (`blocks`), unless that is done.
 
-    A loader of such rows begins at once then; 10^6 documents take a second or two.
+    A loader of such rows begins at once then; 10^6 documents take a second or two. Of preference pairs both answers
+    are in one row.
 
     Raises:
         UserError: a document is longer. OSError: nothing can be written there.
     """
     for name, source in report.sources.items():
         place = Path(folder) / name
-        blocks.store(shards.join_indexes(place, source.shards)["length"], sequence_length, place, name=name)
+        lengths = shards.lengths_together(shards.join_indexes(place, source.shards))
+        blocks.store(lengths, sequence_length, place, name=name)
 
 
 def folder_name(source: str) -> str:
@@ -273,12 +287,18 @@ def _end(folder: Path, plan: Mapping[str, Any], pieces: Collection[Piece], may_b
     """Counts the shards, plans the rows and writes the manifest; or removes them, and raises NothingLeft."""
     places = {name: [piece for piece in pieces if piece.folder == folder / name] for name in plan["sources"]}
     report = Report({name: _count(mine) for name, mine in places.items()})
-    if lost := [name for name, source in report.sources.items() if not source.documents and not may_be_lost]:
+    lost = [name for name, source in report.sources.items() if not source.documents and not may_be_lost]
+    mixed = [name for name, source in report.sources.items() if source.documents > 2 * source.preferences > 0]
+    if lost or mixed:
         for name in [*places, CLAIMS]:
             shutil.rmtree(folder / name, ignore_errors=True)
         (folder / "plan.json").unlink()
-        raise NothingLeft(". ".join(_nothing_left(name, report.sources[name]) for name in lost))
-    plan_rows(folder, report, plan["settings"]["max_tokens"])
+        if lost:
+            raise NothingLeft(". ".join(_nothing_left(name, report.sources[name]) for name in lost))
+        raise UserError(". ".join(_mixed(name, report.sources[name]) for name in mixed))
+    for name, source in report.sources.items():
+        answers = 2 if source.preferences else 1
+        plan_rows(folder, Report({name: source}), answers * plan["settings"]["max_tokens"])
     with whole(folder / "skipped.jsonl") as rows:
         for piece in pieces:
             rows.write(shards.skipped_path(piece.path).read_bytes())
@@ -297,6 +317,7 @@ def _count(pieces: Collection[Piece]) -> SourceReport:
         found.images += int(index["images"].sum())
         found.longest = max(found.longest, int(index["length"].max(initial=0)))
         found.split_items += int((index["part"] == 1).sum())
+        found.preferences += int((index["part"] == shards.REJECTED).sum())
         tasks += np.bincount(index["task"], minlength=len(TASKS))
         for row in shards.read_skipped(piece.path):
             left_out(BadItem(row["kind"], row["origin"], row["reason"]))

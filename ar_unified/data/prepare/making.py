@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
+
 from ar_unified import progress
 from ar_unified.data import shards
 from ar_unified.data.images import Resize
@@ -113,6 +115,8 @@ def _write(shard: shards.ShardWriter, item: Item, grammar: Grammar, max_tokens: 
         shard.skip(item.bad.origin, item.bad.kind, item.bad.reason)
         return
     whole = item.document
+    if whole.rejected is not None:
+        return _write_preference(shard, item, grammar, max_tokens)
     try:
         found = grammar.encode(whole)
         if len(found) > max_tokens and not can_be_split(whole):
@@ -132,17 +136,37 @@ def _write(shard: shards.ShardWriter, item: Item, grammar: Grammar, max_tokens: 
             shard.skip(whole.origin, "too_long_part", reason)
     pieces = [(piece, found) for piece, found in pieces if len(found) <= max_tokens]
     for part, (document, found) in enumerate(pieces):
-        parts = document.parts
-        texts = [part.text for part in parts if isinstance(part, TextPart)]
-        shard.write(
-            found,
-            item=item.number,
-            part=part,
-            text_bytes=sum(len(text.encode()) for text in texts),
-            task=TASKS.index(document.task),
-            images=len(parts) - len(texts),
-            pair=reversible and document.is_pair and grammar.can_swap,
-        )
+        pair = reversible and document.is_pair and grammar.can_swap
+        shard.write(found, item=item.number, part=part, pair=pair, **_counted(document))
+
+
+def _write_preference(shard: shards.ShardWriter, item: Item, grammar: Grammar, max_tokens: int) -> None:
+    """Both answers of a preference pair after the same prompt, the chosen first, or a reason why not."""
+    assert item.document is not None
+    whole, both = item.document, item.document.answered
+    try:
+        found = [grammar.encode(document) for document in both]
+    except TextLost as error:
+        shard.skip(whole.origin, "text_lost", str(error))
+        return
+    if (longest := max(map(len, found))) > max_tokens:
+        reason = f"expected answers of at most {max_tokens} tokens with their prompt (config.data.max_tokens), found "
+        shard.skip(whole.origin, "too_long", f"{reason}{longest}")
+    elif np.array_equal(found[0].tokens, found[1].tokens):
+        shard.skip(whole.origin, "same_answers", "expected two answers, found the same tokens twice")
+    else:
+        for document, each, part in zip(both, found, (shards.CHOSEN, shards.REJECTED), strict=True):
+            shard.write(each, item=item.number, part=part, pair=False, **_counted(document))
+
+
+def _counted(document: Document) -> dict[str, int]:
+    """What the index says of a document beside its tokens."""
+    texts = [part.text for part in document.parts if isinstance(part, TextPart)]
+    return {
+        "text_bytes": sum(len(text.encode()) for text in texts),
+        "task": TASKS.index(document.task),
+        "images": len(document.parts) - len(texts),
+    }
 
 
 def _unit(document: Document) -> str:

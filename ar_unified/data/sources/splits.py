@@ -10,6 +10,7 @@ the border where there are two groups or more. One group alone is on the larger 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from array import array
@@ -144,9 +145,12 @@ def parse_split(split: str) -> tuple[str, float, float]:
 
 
 def group(row: Mapping[str, Any], data: bytes) -> int:
-    """The hash, 0..2**64-1, of what a row must stay together with: its (first) image, else its id, else itself."""
+    """The hash, 0..2**64-1, of what a row must stay together with: its (first) image, else its id, else the prompt of
+    a preference pair, else itself."""
     segments = row.get("segments")
     inner = [s["image"] for s in segments if isinstance(s, dict) and "image" in s] if isinstance(segments, list) else []
     key = row.get("image") or next(iter(inner), None) or row.get("id")
+    if key is None and "chosen" in row:
+        key = json.dumps(row.get("prompt") or row.get("messages"))
     digest = hashlib.blake2b(str(key).encode(errors="replace") if key else data, digest_size=8).digest()
     return int.from_bytes(digest, "big")

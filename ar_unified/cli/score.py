@@ -1,0 +1,55 @@
+"""Write how likely the model finds what is given: documents, prompts with answers, preference pairs.
+
+PATH is a file or folder of documents as `ar-unified validate` takes it, of which JSONL is the plainest:
+  {"prompt": "a red circle", "answer": [{"type": "image", "image": "a.png"}]}
+  {"image": "a.png", "question": "What colour is it?", "answer": "red"}
+  {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+  {"prompt": "a red circle", "chosen": ..., "rejected": ...}
+Leaves FILE, whole or not at all, a line of JSON an item, in their order (ar_unified.evaluation.scoring): the
+log-likelihood of the answer in nats, its tokens, whether each was the likeliest, the same by part and by modality; of a
+pair both and their difference; of an item that cannot be used what is wrong with it. The model is that of a workdir
+(config.sampling says which step and how many at once), or a bundle:
+  ar-unified score --from BUNDLE --data pairs.jsonl --output scores.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from ar_unified.cli.arguments import PROCESSES, refuse_unread
+from ar_unified.data.sources import Source, kind_of, open_source
+from ar_unified.errors import UserError, about
+from ar_unified.evaluation.scoring import score_source
+from ar_unified.experiment.experiment import Experiment
+from ar_unified.experiment.start import by_first_process, open_experiment
+from ar_unified.sampling.model import Model, load
+
+
+def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    with about(f"--data {arguments.data}"):
+        source = open_source(
+            dict(kind=kind_of(arguments.data, arguments.links), path=arguments.data, links=arguments.links)
+        )
+    if arguments.source:
+        if overrides or arguments.config or arguments.workdir:
+            raise UserError("--from BUNDLE is scored by itself: leave out --workdir, --config and config keys")
+        refuse_unread(arguments, "with --from", *PROCESSES)
+        if arguments.batch_size is not None and arguments.batch_size < 1:
+            raise UserError(f"--batch-size: expected at least 1, found {arguments.batch_size}")
+        model = load(arguments.source, batch_size=arguments.batch_size)
+        print(f"{arguments.output}: {score_source(model, source, arguments.output)}")
+        return 0
+    if not arguments.workdir:
+        raise UserError("expected --workdir DIR, of a training, or --from BUNDLE; found neither")
+    refuse_unread(arguments, "with a workdir, whose config.sampling.batch_size says it", "batch_size")
+    experiment = open_experiment(arguments, overrides, ["requests"])
+    score(experiment, source, arguments.output)
+    return 0
+
+
+@by_first_process
+def score(experiment: Experiment, source: Source, output: str) -> None:
+    """Scores a source by the experiment's model; `output`: the file to write."""
+    model = Model(experiment.engine, experiment.image_tokenizer, experiment.resize)
+    experiment.say(f"{output}: {score_source(model, source, output)}")

@@ -1,0 +1,83 @@
+"""Preference pairs -> packed batches: both answers of a pair side by side in one row.
+
+So a pair lies in one microbatch and on the devices of one row, whatever the mesh, and what belongs to it is found by
+counting documents in the row. Everything else, and above all that batch(step) is a pure function, is `loader`'s.
+
+Axes: `B` rows, `T` tokens of a row, `P` pairs of a row at most, `R` roles of targets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ar_unified.data.batch import PackedBatch, PreferenceBatch
+from ar_unified.data.loader import Chosen, PackedBatches, Phase
+from ar_unified.data.shards import lengths_together
+from ar_unified.language.grammar import Grammar
+from ar_unified.language.vocabulary import Role
+
+Sums = Mapping[str, np.ndarray]  # by source: f32 [its pairs, 2, R], as of PreferenceBatch.reference
+
+
+class PreferenceBatches(PackedBatches):
+    """Rows of whole preference pairs from the shards that `prepare` left in `folder`.
+
+    A pair is read as it stands: nothing is flipped, and no prompt is dropped. sequence_length: at least the longest
+    pair, both answers with their prompt. Args and errors else as of `PackedBatches`.
+
+    Attributes:
+        reference: what the reference gives each pair, to be set before batches with it are asked for; {}: zeros.
+        pairs: P, as many as fit into a row if all are as short as the shortest.
+    """
+
+    answers = 2
+
+    def __init__(
+        self,
+        folder: str | Path,
+        grammar: Grammar,
+        *,
+        sequence_length: int,
+        phases: Sequence[Phase] = (Phase(),),
+        **more: Any,
+    ):
+        phases = [dataclasses.replace(phase, flip_pairs=0.0, condition_dropout=0.0) for phase in phases]
+        super().__init__(folder, grammar, sequence_length=sequence_length, phases=phases, **more)
+        self.reference: Sums = {}
+        shortest = min(int(lengths_together(source.index).min()) for source in self._shards)
+        self.pairs = sequence_length // shortest
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Pairs of each source."""
+        return {name: len(source) // 2 for name, source in zip(self._names, self._shards, strict=True)}
+
+    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> PreferenceBatch:  # type: ignore[override]
+        """Rows process_index/process_count of the global batch of `step`."""
+        phase, count, chosen = self._picked(step, process_index, process_count)
+        reference = np.zeros((count, self.pairs, 2, len(Role)), np.float32)
+        for source, _, at, items in chosen if self.reference else ():
+            known = self.reference[self._names[source]]
+            for row, pairs in zip(at, items, strict=True):
+                reference[row, : len(pairs)] = known[pairs]
+        return PreferenceBatch(self._laid(phase, count, chosen), reference)
+
+    def every(self) -> Iterator[tuple[str, PackedBatch, np.ndarray]]:
+        """All pairs of all sources once, in full batches: the source, rows [B, T], and which pair of it is where.
+
+        The latter is int64 [B, P], -1 for none. The last rows of a source may be padding.
+        """
+        for source, (name, packing) in enumerate(zip(self._names, self._packings, strict=True)):
+            for start in range(0, packing.rows, self.batch_size):
+                rows = np.arange(start, min(start + self.batch_size, packing.rows))
+                items = packing.documents(0, rows)
+                at = np.arange(len(rows))
+                which = np.full((self.batch_size, self.pairs), -1, np.int64)
+                for row, pairs in zip(at, items, strict=True):
+                    which[row, : len(pairs)] = pairs
+                yield name, self._laid(self.phases[0], self.batch_size, [Chosen(source, 0, at, items)]), which

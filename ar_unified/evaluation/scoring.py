@@ -1,0 +1,135 @@
+"""How likely a model finds documents that are given, as lines of JSON: in all, by part, by modality.
+
+    {"line": 3, "id": "3", "origin": "a.jsonl:3", "log_likelihood": -41.2, "tokens": 19, "greedy": false,
+     "text": {"log_likelihood": -9.1, "tokens": 3}, "image": {...}, "parts": [{"type": "image", ...}], "eos": {...}}
+    {"line": 4, ..., "chosen": {...}, "rejected": {...}, "margin": 2.5}           of a preference pair
+    {"line": 5, "origin": "a.jsonl:5", "error": "missing_image: ..."}
+
+Log-likelihoods are natural, teacher-forced, and given all that stands before (`sampling.score`); of a document without
+a turn all parts are scored, of others the last answer. The end of a sequence is told apart and in no sum.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ar_tokenizers.files import whole
+
+from ar_unified import progress
+from ar_unified.data.images import by_size
+from ar_unified.data.sources import BadItem, Source, read
+from ar_unified.errors import UserError
+from ar_unified.language.document import CodesPart, Document, ImagePart, TextPart
+from ar_unified.language.reading import GrammarError
+from ar_unified.sampling.model import Model
+from ar_unified.sampling.score import Score, pieces
+
+_AT_ONCE = 256  # items whose images are coded together, and whose answers are batched by length
+
+
+@dataclass
+class Scoring:
+    """What `score_source` did: documents scored (two of a preference pair), items left out and the first of them."""
+
+    documents: int = 0
+    tokens: int = 0
+    log_likelihood: float = 0.0
+    errors: int = 0
+    first_error: str = ""
+
+    def __str__(self) -> str:
+        mean = f"{self.log_likelihood / max(self.tokens, 1):.4f}"
+        said = f"{self.documents} documents, {self.tokens} tokens, {mean} nats a token"
+        return said + (f"; {self.errors} left out, the first: {self.first_error}" if self.errors else "")
+
+
+def score_source(model: Model, source: Source, output: str | Path, *, show_progress: bool = True) -> Scoring:
+    """Writes a line for every item of a source, in order, to `output`, which appears whole or not at all.
+
+    Raises UserError where `output` is there already. OSError: it cannot be written.
+    """
+    if Path(output).exists():
+        raise UserError(f"{output}: is there already; nothing is written over: name another --output, or delete it")
+    done = Scoring()
+    items = read(source, range(len(source)))
+    with whole(output) as file, progress.bar(len(source), "items", "score", shown=show_progress) as bar:
+        while chunk := list(islice(items, _AT_ONCE)):
+            for row in _rows(model, source, chunk, done):
+                file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+            bar.update(len(chunk))
+    return done
+
+
+def _rows(
+    model: Model, source: Source, chunk: Sequence[tuple[int, Document | BadItem]], done: Scoring
+) -> Iterator[dict[str, Any]]:
+    good = [(number, item) for number, item in chunk if isinstance(item, Document)]
+    bad = {number: item for number, item in chunk if isinstance(item, BadItem)}
+    wanted: dict[int, tuple[Document, ...]] = {}
+    for (number, _), document in zip(good, _coded(model, [document for _, document in good]), strict=True):
+        try:
+            for answered in document.answered:
+                _require_room(model, answered)
+            wanted[number] = document.answered
+        except (GrammarError, UserError) as error:
+            bad[number] = BadItem("not_scored", source.origin(number), str(error))
+    found = iter(model.score(answered for answers in wanted.values() for answered in answers))
+    for number, _ in chunk:
+        head: dict[str, Any] = {"line": number + 1, "origin": source.origin(number)}
+        if number in bad:
+            done.errors += 1
+            done.first_error = done.first_error or str(bad[number])
+            yield head | {"error": f"{bad[number].kind}: {bad[number].reason}"}
+            continue
+        scored = [(document, next(found)) for document in wanted[number]]
+        done.documents += len(scored)
+        done.tokens += sum(score.tokens for _, score in scored)
+        done.log_likelihood += sum(score.log_likelihood for _, score in scored)
+        head |= {"id": scored[0][0].id} if scored[0][0].id else {}
+        told = [_told(*each) for each in scored]
+        if len(told) == 1:
+            yield head | told[0]
+        else:
+            margin = told[0]["log_likelihood"] - told[1]["log_likelihood"]
+            yield head | {"chosen": told[0], "rejected": told[1], "margin": margin}
+
+
+def _require_room(model: Model, document: Document) -> None:
+    tokens, most = sum(map(len, pieces(model.grammar, document))), model.engine.max_length
+    if tokens > most:
+        raise UserError(f"expected at most {most} tokens (sampling.max_length), found {tokens}")
+
+
+def _coded(model: Model, documents: Sequence[Document]) -> list[Document]:
+    """Images as codes, those of one size in batches."""
+    images: list[np.ndarray] = []
+
+    def kept(part: Any) -> Any:
+        images.extend([part.pixels] if isinstance(part, ImagePart) else [])
+        return part
+
+    for document in documents:
+        document.changed(kept)
+    codes = iter(by_size(model.image_tokenizer.encode, [model.resize(pixels) for pixels in images]))
+    return [
+        document.changed(lambda part: CodesPart(next(codes)) if isinstance(part, ImagePart) else part)
+        for document in documents
+    ]
+
+
+def _told(document: Document, score: Score) -> dict[str, Any]:
+    """A Score as JSON values."""
+    kinds = ["text" if isinstance(part, TextPart) else "image" for part in document.answer]
+    parts = [{"type": kind, **asdict(part)} for kind, part in zip(kinds, score.parts, strict=True)]
+    whole: dict[str, Any] = {"log_likelihood": score.log_likelihood, "tokens": score.tokens}
+    whole["greedy"] = all(part.greedy for part in score.parts)
+    for kind in dict.fromkeys(kinds):
+        own = [part for part in parts if part["type"] == kind]
+        whole[kind] = {key: sum(part[key] for part in own) for key in ("log_likelihood", "tokens")}
+    return whole | {"parts": parts, "eos": asdict(score.eos)}

@@ -1,0 +1,78 @@
+"""The parameters that a training begins with: those of a bundle, with what is new in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ar_unified.bundle import Bundle
+from ar_unified.data.images import NoImages
+from ar_unified.experiment.experiment import Experiment
+from ar_unified.language.extension import rows_of
+from ar_unified.language.vocabulary import Role
+from ar_unified.model.code_vectors import extended_tables
+from ar_unified.model.transformer import Params, abstract_params
+from ar_unified.training.selection import Selection
+from ar_unified.training.tasks import TransformerTask
+
+_ROWS = {
+    "mean": "as the mean of its text rows",
+    "random": "at random",
+    "codebook": "as the codebook's vectors lie",
+}
+
+
+def beginning(
+    experiment: Experiment, task: TransformerTask, fresh: Selection | None
+) -> Callable[[Params], Params] | None:
+    """Gives the bundle's parameters, if config.init names one, with what is to begin at random in its place."""
+    bundle = experiment.bundle
+    if bundle is None:
+        return None
+
+    def begin(abstract: Params) -> Params:
+        experiment.say(f"model: begins with the weights of {bundle.folder}")
+        places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        if experiment.before is not None:
+            params = _extended(experiment, bundle, places)
+        else:
+            params = bundle.params(places, jax.tree.map(lambda leaf: leaf.dtype, abstract))
+        key = jax.random.key(experiment.config.seed)
+        if task.lora is not None:
+            params |= jax.jit(partial(_adapter, task), out_shardings={"lora": places["lora"]})(key)
+        if fresh is None:
+            return params
+        experiment.say(f"model: at random begin {', '.join(experiment.config.training.fresh)}")
+        renewed = jax.jit(
+            lambda params: fresh.put(params, fresh.take(task.init(key))), donate_argnums=0, out_shardings=places
+        )
+        return renewed(params)
+
+    return begin
+
+
+def _extended(experiment: Experiment, bundle: Bundle, places: Any) -> Params:
+    """The parameters of a language model with rows for images."""
+    before, vocabulary = experiment.before, experiment.grammar.vocabulary
+    assert before is not None
+    how = experiment.config.training.code_embedding_init
+    experiment.say(f"model: {len(experiment.new_ids)} ids are new; rows of image codes begin {_ROWS[how]}")
+    old = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(bundle.config, experiment.mesh))
+    codes = vocabulary.ids(Role.IMAGE)
+    key, vectors = jax.random.key(experiment.config.seed), None
+    if how == "codebook" and not isinstance(experiment.image_tokenizer, NoImages):
+        vectors = jnp.asarray(experiment.image_tokenizer.vectors())
+    rows = rows_of(before, vocabulary)
+    grow = jax.jit(
+        lambda params: extended_tables(params, rows, before.text_size, codes, how, vectors, key), out_shardings=places
+    )
+    return grow(bundle.params(old, "float32"))
+
+
+def _adapter(task: TransformerTask, key: jax.Array) -> Params:
+    """The fresh one alone; the rest that `init` makes is not computed."""
+    return {"lora": task.init(key)["lora"]}

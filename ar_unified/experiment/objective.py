@@ -1,0 +1,109 @@
+"""What a training of the transformer learns from: the parts that every objective has in common."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ar_unified.data.images import NoImages
+from ar_unified.data.loader import PackedBatches, Phase
+from ar_unified.data.prepare import load_report
+from ar_unified.experiment import config as configs
+from ar_unified.experiment import settings
+from ar_unified.experiment.experiment import Experiment
+from ar_unified.experiment.settings import state_of
+from ar_unified.training.tasks import TransformerTask
+
+Batches = TypeVar("Batches", bound=PackedBatches)
+_VALIDATION_BATCHES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """One value of config.training.objective, for one experiment.
+
+    Attributes:
+        batches: of the training, to be told of.
+        facts: what decides the trained model beside the config.
+        keys: sections of the config that decide it beside those of every training.
+        task: makes the task, once the stage has begun: what that takes may take long.
+    """
+
+    batches: PackedBatches
+    facts: dict[str, Any]
+    keys: tuple[str, ...]
+    task: Callable[[], TransformerTask]
+
+
+def training_batches(experiment: Experiment, kind: type[Batches]) -> Batches:
+    """Batches of data/train, which `prepare` left."""
+    config, training = experiment.config, experiment.config.training
+    folder = experiment.workdir.data / "train"
+    if experiment.workdir.reader:
+        experiment.workdir.await_file(folder / "manifest.json")
+    return kind(
+        folder,
+        experiment.grammar,
+        batch_size=training.batch_size,
+        sequence_length=training.sequence_length,
+        seed=config.seed,
+        phases=settings.phases(training, experiment.mixture()),
+    )
+
+
+def held_out_batches(experiment: Experiment, kind: type[Batches], phase: Phase) -> Batches | None:
+    """Batches of data/validation; None, which is said, where no document is held out."""
+    training, folder = experiment.config.training, experiment.workdir.data / "validation"
+    held_out = load_report(folder).sources if folder.exists() else {}
+    if not any(source.documents for source in held_out.values()):
+        experiment.say("no document is held out: training goes on without a validation loss")
+        return None
+    rows = dict(batch_size=training.batch_size, sequence_length=training.sequence_length)
+    return kind(folder, experiment.grammar, phases=[phase], **rows)
+
+
+def validation(held_out: PackedBatches | None) -> list[Any]:
+    """The batches of every validation, the same each time."""
+    return [held_out.batch(step) for step in range(_VALIDATION_BATCHES)] if held_out is not None else []
+
+
+def facts(experiment: Experiment, batches: PackedBatches) -> dict[str, Any]:
+    """What decides the trained model beside the config, whatever the objective."""
+    init = {} if experiment.bundle is None else {"init": experiment.bundle.hash}
+    known = dict(manifest=experiment.grammar.manifest(), mixture=experiment.mixture())
+    adapter = {"lora": configs.plain(experiment.config.lora)} if experiment.config.lora.rank else {}
+    # A training without an adapter is what it was before there were any.
+    return known | state_of(experiment.config.training) | batches.order | init | adapter
+
+
+def task_settings(experiment: Experiment) -> dict[str, Any]:
+    """Args of a `TransformerTask` that do not depend on the objective."""
+    config, grammar = experiment.config, experiment.grammar
+    return dict(
+        config=experiment.model,
+        vocabulary=grammar.vocabulary,
+        role_weights=configs.plain(config.loss.roles),
+        task_weights=configs.plain(config.loss.tasks),
+        split=grammar.layout.split(grammar.vocabulary, config.loss.softmax),
+        mean_split=grammar.layout.split(grammar.vocabulary, config.loss.mean),
+        z_loss=config.loss.z_loss,
+        text_bytes=experiment.text_tokenizer.piece_bytes,
+        chunk=config.loss.chunk,
+        attention_share=config.training.attention_share,
+        code_vectors=_code_vectors(experiment),
+        only=tuple(config.training.only),
+        rates=tuple(config.training.rates),
+        phases=settings.moving(config.training),
+        new=experiment.new_ids,
+        lora=settings.lora(config),
+    )
+
+
+def _code_vectors(experiment: Experiment) -> np.ndarray | None:
+    """For `training.code_embedding_init`; None: random rows."""
+    how, tokenizer = experiment.config.training.code_embedding_init, experiment.image_tokenizer
+    drawn = how == "random" or experiment.bundle is not None
+    return None if drawn or isinstance(tokenizer, NoImages) else tokenizer.vectors()

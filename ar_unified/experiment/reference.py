@@ -1,0 +1,122 @@
+"""What the model that a training begins with says of every preference pair: computed once, and kept in the workdir.
+
+reference/KEY/record.json       what it depends on (KEY is its hash), and the sha256 of the other files; written last
+              SOURCE.npy        f32 [pairs, 2, R], in the order of the shards, as `data.batch.PreferenceBatch` has them
+
+A folder of which something is missing or changed is made again. Of many processes all compute, and process 0 writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ar_unified import progress
+from ar_unified.data.preferences import PreferenceBatches, Sums
+from ar_unified.errors import RunError
+from ar_unified.experiment.experiment import Experiment
+from ar_unified.language.vocabulary import Role
+from ar_unified.manifests import manifest_hash
+from ar_unified.model.transformer import abstract_params
+from ar_unified.parallel import runtime
+from ar_unified.parallel.rules import place_batch
+from ar_unified.training.preference import PreferenceTask
+from ar_unified.workdir import read_json, write_bytes, write_json
+
+VERSION = 1
+
+
+def reference(experiment: Experiment, task: PreferenceTask, split: str, batches: PreferenceBatches) -> Sums:
+    """Of every pair of data/SPLIT, by source; computed by the weights of config.init where it is not known.
+
+    Raises errors.RunError where the model gives something that is no number.
+    """
+    depends = _depends(experiment, task, experiment.workdir.data / split)
+    folder = experiment.workdir.path / "reference" / manifest_hash(depends)[:16]
+    known = _read(folder, depends, batches.counts) if runtime.first() else None
+    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(known is not None)):
+        known = known or _read(folder, depends, batches.counts)
+    if known is not None:
+        experiment.say(f"reference: known of {split} ({folder})")
+        return known
+    count = sum(batches.counts.values())
+    experiment.say(f"reference: {experiment.config.init} on {count} pairs of {split}")
+    found = _computed(experiment, task, batches)
+    if runtime.first():
+        _write(folder, depends, found)
+    return found
+
+
+def _depends(experiment: Experiment, task: PreferenceTask, data: Path) -> dict[str, Any]:
+    """All that the numbers follow from, but for rounding."""
+    assert experiment.bundle is not None  # config.init, as `check` requires
+    return {
+        "version": VERSION,
+        "weights": experiment.bundle.hash,
+        "data": hashlib.sha256((data / "manifest.json").read_bytes()).hexdigest(),
+        "dtype": task.config.dtype,
+        "split": task.split,
+    }
+
+
+def _computed(experiment: Experiment, task: PreferenceTask, batches: PreferenceBatches) -> Sums:
+    assert experiment.bundle is not None
+    mesh = experiment.mesh
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(task.config, mesh))
+    params = experiment.bundle.params(places, "float32")
+    task = dataclasses.replace(task, lora=None, only=(), rates=(), phases=())  # before there was an adapter
+    answers = jax.jit(functools.partial(task.answers, pairs=batches.pairs), out_shardings=NamedSharding(mesh, P()))
+    found = {name: np.zeros((count, 2, len(Role)), np.float32) for name, count in batches.counts.items()}
+    total = sum(batches.rows_per_epoch.values())
+    with progress.bar(total, "rows", "reference", shown=runtime.first()) as bar, jax.set_mesh(mesh):
+        for name, rows, which in batches.every():
+            sums, there = np.asarray(answers(params, place_batch(mesh, rows))), which >= 0
+            found[name][which[there]] = sums[there]
+            bar.update(int(there.any(1).sum()))
+    for name, sums in found.items():
+        if not np.isfinite(sums).all():
+            pair = int(np.flatnonzero(~np.isfinite(sums).all((1, 2)))[0])
+            raise RunError(
+                f"reference: expected log-probabilities of all pairs of {name!r}, found {sums[pair].tolist()} of pair "
+                f"{pair}: {experiment.config.init} cannot read its own data in {task.config.dtype}; try "
+                "model.dtype=float32"
+            )
+    return found
+
+
+def _write(folder: Path, depends: Mapping[str, Any], found: Sums) -> None:
+    digests = {}
+    for name, sums in found.items():
+        data = io.BytesIO()
+        np.save(data, sums, allow_pickle=False)
+        write_bytes(folder / f"{name}.npy", data.getvalue())
+        digests[name] = hashlib.sha256(data.getvalue()).hexdigest()
+    write_json(folder / "record.json", dict(depends) | {"files": digests})
+
+
+def _read(folder: Path, depends: Mapping[str, Any], counts: Mapping[str, int]) -> Sums | None:
+    """What `_write` left, whole; None: it is not there, or not as it was left."""
+    try:
+        record = read_json(folder / "record.json")
+        if record != dict(depends) | {"files": record.get("files")} or record["files"].keys() != counts.keys():
+            return None
+        found = {}
+        for name, digest in record["files"].items():
+            data = (folder / f"{name}.npy").read_bytes()
+            if hashlib.sha256(data).hexdigest() != digest:
+                return None
+            found[name] = np.load(io.BytesIO(data), allow_pickle=False)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        return None
+    return found if all(len(found[name]) == count for name, count in counts.items()) else None

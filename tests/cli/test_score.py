@@ -1,0 +1,92 @@
+"""`ar-unified score`: what a bundle's model says of documents, pairs and what cannot be read, line by line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ar_unified
+from ar_unified.cli.main import main
+from ar_unified.language.document import Document, ImagePart, TextPart, Turn
+from tests import bundles
+from tests.cli.conftest import refused
+
+SAID = "A small red star in the top left."
+ROWS: list[dict[str, Any]] = [
+    {"prompt": "A small star.", "answer": "red", "id": "text"},
+    {"prompt": "A small star.", "answer": [{"type": "text", "text": "red"}, {"type": "image", "image": "a.png"}]},
+    {"image": "a.png", "text": SAID},
+    {"segments": [{"type": "text", "text": SAID}]},
+    {"prompt": "A small star.", "chosen": "red", "rejected": [{"type": "image", "image": "a.png"}]},
+    {"prompt": "A small star.", "answer": " "},
+    {"prompt": "x", "answer": [{"type": "image", "image": "none.png"}]},
+    {"prompt": SAID * 20, "answer": "red"},
+    {"answer": "red"},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("score")
+    bundles.write(root / "bundle")
+    Image.fromarray(bundles.grey()).save(root / "a.png")
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return root
+
+
+@pytest.fixture(scope="module")
+def lines(folder: Path) -> list[dict[str, Any]]:
+    arguments = ["--from", str(folder / "bundle"), "--data", str(folder / "rows.jsonl"), "--batch-size", "8"]
+    assert main(["score", *arguments, "--output", str(folder / "scores.jsonl")]) == 0
+    return [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+
+
+def test_every_item_has_a_line_in_order(lines: list[dict[str, Any]]) -> None:
+    assert [line["line"] for line in lines] == list(range(1, len(ROWS) + 1)) and lines[0]["id"] == "text"
+    assert lines[2]["origin"].endswith("rows.jsonl:3")
+    errors = [line.get("error", "").partition(":")[0] for line in lines]
+    assert errors == [""] * 5 + ["empty_text", "missing_image", "not_scored", "no_prompt"]
+
+
+def test_numbers_are_those_of_the_model(folder: Path, lines: list[dict[str, Any]]) -> None:
+    model = ar_unified.load(folder / "bundle", batch_size=8)
+    pixels = ImagePart(np.asarray(Image.open(folder / "a.png").convert("RGB")))
+    asked, red = Turn("user", (TextPart("A small star."),)), TextPart("red")
+    answers = [(red,), (red, pixels), (pixels,)]
+    documents = [Document((asked, Turn("assistant", answer))) for answer in answers]
+    text, both, image = model.score(documents)
+    assert (
+        lines[0]["log_likelihood"] == pytest.approx(text.log_likelihood, rel=1e-5) and lines[0]["tokens"] == text.tokens
+    )
+    assert lines[1]["text"]["log_likelihood"] == pytest.approx(both.parts[0].log_likelihood, rel=1e-5)
+    assert lines[1]["image"] == {
+        "log_likelihood": pytest.approx(both.parts[1].log_likelihood, rel=1e-5),
+        "tokens": both.parts[1].tokens,
+    }
+    assert lines[1]["log_likelihood"] == pytest.approx(both.log_likelihood, rel=1e-5)
+    assert [part["type"] for part in lines[1]["parts"]] == ["text", "image"]
+    assert lines[0]["eos"]["tokens"] == 1 and lines[0]["greedy"] == all(part.greedy for part in text.parts)
+    pair = lines[4]
+    assert pair["chosen"] == {key: lines[0][key] for key in pair["chosen"]}
+    assert pair["rejected"]["log_likelihood"] == pytest.approx(image.log_likelihood, rel=1e-5)
+    assert pair["margin"] == pytest.approx(text.log_likelihood - image.log_likelihood, rel=1e-4)
+    assert lines[3]["tokens"] == lines[3]["text"]["tokens"] > 5  # nobody's turn: all of it
+
+
+def test_nothing_is_written_over_and_nothing_half(folder: Path, lines: list[dict[str, Any]], tmp_path: Path) -> None:
+    of_bundle = ["score", "--from", str(folder / "bundle")]
+    refused(
+        [*of_bundle, "--data", str(folder / "rows.jsonl"), "--output", str(folder / "scores.jsonl")], "is there already"
+    )
+    refused(
+        [*of_bundle, "--data", str(tmp_path / "no.jsonl"), "--output", str(tmp_path / "s")], r"--data .*no such file"
+    )
+    refused(["score", "--data", str(folder / "rows.jsonl"), "--output", str(tmp_path / "s")], "expected --workdir DIR")
+    many = ["--batch-size", "0", "--data", str(folder / "rows.jsonl"), "--output", str(tmp_path / "s")]
+    refused([*of_bundle, *many], "--batch-size: expected at least 1, found 0")
+    assert not (tmp_path / "s").exists()
