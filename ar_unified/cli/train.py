@@ -26,12 +26,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from ar_unified import storage
 from ar_unified.checkpoint import Checkpoints, steps_in
 from ar_unified.data import prepare as preparing
 from ar_unified.data.images import NoImages, draws_none
 from ar_unified.data.loader import PackedBatches, Phase
 from ar_unified.data.prepare import load_report
-from ar_unified.errors import about
+from ar_unified.errors import UserError, about
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.branch import branch
 from ar_unified.experiment.changes import Training
@@ -57,6 +58,8 @@ _KEYS = ("model", "loss", "training", "mesh")
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     experiment = open_experiment(arguments, overrides, ["model"])
     if arguments.branch:
+        if storage.is_mirrored(experiment.workdir.path):
+            raise UserError("--branch: expected a --workdir on disk: in an object store no training is branched")
         branch(
             experiment,
             *arguments.branch,

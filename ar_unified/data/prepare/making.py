@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from ar_unified import progress
+from ar_unified import progress, storage
 from ar_unified.data import shards
 from ar_unified.data.images import Resize
 from ar_unified.data.prepare.claims import Claims
@@ -92,7 +92,7 @@ class ShardMaker:
             begun += 1
             shown.taken()
             if claims.renew():
-                if piece.path.exists():
+                if storage.exists(piece.path):
                     raise _Made
                 shown.look(begun)
 
