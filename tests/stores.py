@@ -16,6 +16,7 @@ from pathlib import Path
 from tests.parallel.job import free_port
 
 BUCKET = "bucket"
+_CODES = {403: "AccessDenied", 500: "InternalError", 503: "SlowDown"}
 _NOBODY = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
@@ -52,11 +53,8 @@ class Store:
 @contextmanager
 def using(variables: dict[str, str]) -> Iterator[None]:
     """This process asks another store for a while."""
-    from ar_unified.storage import stores
-
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
-    stores.forget()
     try:
         yield
     finally:
@@ -65,7 +63,6 @@ def using(variables: dict[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        stores.forget()
 
 
 class Disturbed:
@@ -95,13 +92,13 @@ class Disturbed:
                     what = fault(self.command, self.path, len(outer.asked))
                     outer.faults += what is not None
                 if isinstance(what, int):
-                    self._send(what, [], f"<Error><Code>S{what}</Code></Error>".encode())
+                    self._send(what, [], f"<Error><Code>{_CODES.get(what, what)}</Code></Error>".encode())
                     return
                 status, headers, data = outer.forward(store, self.command, self.path, dict(self.headers), body)
                 if what == "cut":
                     self.close_connection = True
                     return
-                self._send(status, headers, data, torn=what == "torn")
+                self._send(status, headers, data, torn=what == "torn" and self.command == "GET")
 
             def _body(self) -> bytes:
                 if "chunked" in self.headers.get("Transfer-Encoding", ""):

@@ -69,7 +69,9 @@ def _of_data(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[s
         refuse_unread(arguments, "with an object store, which has none", "links")
         if {"plan.json", "manifest.json"} <= set(storage.names_in(folder) if folder.is_dir() else ()):
             raise UserError(f"{folder}: a prepared folder is looked at on disk: copy it from the store first")
-    elif parts := prepared.parts(folder):
+        refuse_unread(arguments, "with sources", "workdir")
+        return name, validate(str(folder), **options)
+    if parts := prepared.parts(folder):
         refuse_unread(arguments, "with a prepared folder", "links")
         # WORKDIR/data, or WORKDIR/data/train
         around = [path for path in (folder.resolve().parent, folder.resolve().parent.parent) if _has_tokenizers(path)]

@@ -236,9 +236,9 @@ class Bucket:
         """The bytes of the object that a path means. Raises FileError."""
         path = self.path(name)
         try:
-            if storage.size_of(path) > LARGEST:
-                raise FileError("unreadable_image", f"expected a file of at most {LARGEST} bytes")
-            return path.read_bytes()
+            return path.read_bytes(LARGEST)
+        except ValueError as error:
+            raise FileError("unreadable_image", f"expected a file of at most {LARGEST} bytes") from error
         except OSError as error:
             raise FileError("missing_image", f"no such object: {path}") from error
 

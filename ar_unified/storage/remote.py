@@ -85,8 +85,9 @@ class Remote:
     def exists(self) -> bool:
         return self.is_file() or self.is_dir()
 
-    def read_bytes(self) -> bytes:
-        return stores.read(str(self))
+    def read_bytes(self, most: int | None = None) -> bytes:
+        """Raises OSError; ValueError for more than `most` bytes."""
+        return stores.read(str(self), most=most)
 
 
 AnyPath = Path | Remote

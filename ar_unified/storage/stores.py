@@ -114,19 +114,26 @@ def found_under(url: str) -> dict[str, Facts]:
             rows = list(_system(url).find(f"{url.rstrip('/')}/", detail=True).values())
         except FileNotFoundError:
             return {}
-        return {name: _facts(row) for name, row in _below(url, rows) if name and not name.endswith("/")}
+        rows = [row for row in rows if not row["name"].endswith("/")]  # what some tools put there for a folder
+        return {name: _facts(row) for name, row in _below(url, rows) if name}
 
     return _patiently("list", url, ask)
 
 
-def read(url: str, start: int = 0, stop: int | None = None) -> bytes:
-    """Bytes start..stop-1 of an object, all of it for None. Raises FileNotFoundError."""
+class TooLarge(ValueError):
+    """An object has more bytes than whoever reads it has room for."""
+
+
+def read(url: str, start: int = 0, stop: int | None = None, *, most: int | None = None) -> bytes:
+    """Bytes start..stop-1 of an object, all of it for None. Raises FileNotFoundError; TooLarge for more than `most`."""
 
     def ask() -> bytes:
         if stop is None:
-            known = _system(url).info(url)
+            known = _facts(_system(url).info(url))
+            if most is not None and known.size > most:
+                raise TooLarge(f"{url}: expected at most {most} bytes, found {known.size}")
             data = _system(url).cat_file(url)
-            _require_whole(_facts(known), len(data), functools.partial(hashlib.md5, data, usedforsecurity=False))
+            _require_whole(known, len(data), functools.partial(hashlib.md5, data, usedforsecurity=False))
             return data
         data = _system(url).cat_file(url, start=start, end=stop) if stop > start else b""
         if len(data) != stop - start:
@@ -229,7 +236,7 @@ def _patiently(verb: str, url: str, ask: Callable[[], Any]) -> Any:
     for tries, pause in enumerate(_pauses(), 1):
         try:
             return ask()
-        except (FileNotFoundError, FileExistsError, UserError, StoreRefused):
+        except (FileNotFoundError, FileExistsError, TooLarge, UserError, StoreRefused):
             raise
         except Exception as error:
             if isinstance(error, PermissionError) or _FORBIDDEN.search(str(error)):
@@ -259,7 +266,7 @@ def _said(error: Exception) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _open(scheme: str, process: int) -> Any:
+def _open(scheme: str, where: str | None, process: int) -> Any:
     package = SCHEMES[scheme]
     try:
         module = importlib.import_module(package)
@@ -277,13 +284,10 @@ def _open(scheme: str, process: int) -> Any:
     return module.GCSFileSystem(use_listings_cache=False, skip_instance_cache=True)
 
 
-def forget() -> None:
-    """Whoever asks next is connected anew, as the environment says then."""
-    _open.cache_clear()
-
-
 def _system(url: str) -> Any:
-    return _open(url.partition("://")[0], os.getpid())  # a forked process has no thread that would answer
+    scheme = url.partition("://")[0]
+    where = os.environ.get({"s3": "AWS_ENDPOINT_URL", "gs": "STORAGE_EMULATOR_HOST"}[scheme])
+    return _open(scheme, where, os.getpid())  # a forked process has no thread that would answer
 
 
 def _facts(row: dict[str, Any]) -> Facts:

@@ -6,6 +6,7 @@ import glob
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ar_unified import storage
@@ -69,12 +70,13 @@ def _in_store(path: Remote, endings: Sequence[str]) -> tuple[Remote, list[Found]
     tops = [name.removeprefix(f"{root}/") for name in names]
     if len(names) == 1 and glob.has_magic(str(path)):
         pattern = re.compile(_regex(tops[0]))
-        if not (matched := [item for name, item in there.items() if pattern.fullmatch(name)]):
+        tops = [name for name in there if pattern.fullmatch(name)]
+        if not tops:
             raise UserError(f"{path}: no file of this name")
-        return root, matched
     if missing := next((name for name in tops if name not in there), None):
         raise UserError(f"{root}/{missing}: no such file")
-    return root, [there[name] for name in tops]
+    inner = _above([f"{root}/{name}" for name in tops])
+    return Remote(inner), [replace(there[name], name=f"{root}/{name}".removeprefix(f"{inner}/")) for name in tops]
 
 
 def _above(names: Sequence[str]) -> str:
