@@ -7,6 +7,7 @@ arrays are copied to the host before `save` returns, the disk is written behind 
 
 Of many processes each writes its shards, and all must open, save, wait and close together. Reading is for each alone:
 a process restores what its devices hold, whatever the others do. Folders are local, or URLs as `gs://bucket/run`.
+Orbax writes arrays to file systems and to gs:// alone: those of one process for s3:// are made here and copied there.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from absl import logging as absl_logging
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from ar_unified import storage
 from ar_unified.errors import RunError, UserError
 from ar_unified.manifests import require_same
 
@@ -60,20 +62,29 @@ class Checkpoints:
         readonly: bool = False,
     ):
         path = os.fspath(folder)
-        self.folder = epath.Path(path if "://" in path else os.path.abspath(path))
+        self._copied = storage.Steps(path, _COMMITTED) if path.startswith("s3://") else None
+        self._where = epath.Path(path if "://" in path else os.path.abspath(path))  # as people know it
+        self.folder = epath.Path(self._copied.here) if self._copied else self._where
         self.readonly = readonly
         self._saving: tuple[int, ocp.AsyncResponse[bool]] | None = None
         self._failed = False
         self._losses: dict[int, float | None] = {}  # by step, as its metadata has it: read once
         if readonly:
-            if not self.folder.is_dir():
-                raise FileNotFoundError(f"no checkpoints: {self.folder} does not exist; has the training stage run?")
+            if not (self._copied.steps() if self._copied else self.folder.is_dir()):
+                raise FileNotFoundError(f"no checkpoints: {self._where} does not exist; has the training stage run?")
             return
+        if self._copied and jax.process_count() > 1:
+            raise UserError(
+                f"{path}: the checkpoints of {jax.process_count()} processes cannot be written to s3://, as Orbax writes "
+                "to gs:// and file systems: name a folder that all processes share, --config.checkpoint_folder=DIR"
+            )
         self.keep, self.keep_every, self.keep_best = keep, keep_every, keep_best
         self._orbax = ocp.training.Checkpointer(self.folder, cleanup_tmp_directories=True)  # what a killed writer left
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
+        if self._copied:
+            return self._copied.steps()
         return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(self.folder))
 
     def latest(self) -> int | None:
@@ -143,10 +154,12 @@ class Checkpoints:
                 return  # still writing
             self._saving, self._failed = None, True
             raise SaveFailed(
-                f"checkpoint {step} could not be written to {self.folder}: {str(error)[:300]} ... "
+                f"checkpoint {step} could not be written to {self._where}: {str(error)[:300]} ... "
                 f"Complete checkpoints: {self.steps()}. Is the disk full or gone? Starting again continues from them."
             ) from error
         self._saving = None
+        if self._copied:
+            self._copied.put(step)
         if jax.process_index() == 0:
             self._delete_old()
 
@@ -156,6 +169,9 @@ class Checkpoints:
         best = self.best() if self.keep_best else None
         for step in steps[: -self.keep]:
             if (self.keep_every and step % self.keep_every == 0) or (best and step == best[0]):
+                continue
+            if self._copied:
+                self._copied.delete(step)
                 continue
             old = self.folder / str(step)
             if "://" in str(self.folder):
@@ -177,7 +193,7 @@ class Checkpoints:
     def metadata(self, step: int | None = None) -> dict[str, Any]:
         """The JSON saved with a step (default: the latest)."""
         with _alone():
-            stored = ocp.checkpointables_metadata(self.folder / str(self._existing(step)))
+            stored = ocp.checkpointables_metadata(self._at(self._existing(step)))
         return dict(stored.custom_metadata or {})
 
     def restore(
@@ -194,9 +210,9 @@ class Checkpoints:
         Raises FileNotFoundError, manifests.ManifestMismatch, or CheckpointMismatch.
         """
         step = self._existing(step)
-        where = f"checkpoint {self.folder.name}/{step}"
+        where = f"checkpoint {self._where.name}/{step}"
         with _alone():
-            stored = ocp.checkpointables_metadata(self.folder / str(step))
+            stored = ocp.checkpointables_metadata(self._at(step))
             if manifest is not None:
                 found = (stored.custom_metadata or {}).get("manifest") or {}
                 require_same(manifest, found, expected_from="this run", found_from=where)
@@ -206,13 +222,17 @@ class Checkpoints:
                     targets[name] = _on_first_device(shapes[name])
                 else:
                     _check(shapes[name], target, f"{where}, {name}")
-            return ocp.load_checkpointables(self.folder / str(step), targets)
+            return ocp.load_checkpointables(self._at(step), targets)
+
+    def _at(self, step: int) -> epath.Path:
+        """Where Orbax reads a step."""
+        return epath.Path(self._copied.bring(step)) if self._copied else self.folder / str(step)
 
     def _existing(self, step: int | None) -> int:
         steps = self.steps()
         if not steps or (step is not None and step not in steps):
             wanted = "a complete checkpoint" if step is None else f"step {step}"
-            raise FileNotFoundError(f"no {wanted} in {self.folder}; it has steps {steps}")
+            raise FileNotFoundError(f"no {wanted} in {self._where}; it has steps {steps}")
         return steps[-1] if step is None else step
 
 

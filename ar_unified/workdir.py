@@ -8,6 +8,9 @@ begun, `done.json` is written last, `history.json` tells what changed meanwhile 
 stopped before it made anything holds nobody back: its folder is removed when it fails, or when it is opened again.
 While a process makes a stage it holds the lock `.locks/STAGE`, which ends with the process, however that ends. Of a
 job's many processes, process 0 writes and the others read, on storage that all share.
+
+A workdir may be a folder of an object store (`opened`): here is a mirror of it then, whose files go up as they become
+whole, and the lock is the store's (`storage`).
 """
 
 from __future__ import annotations
@@ -17,20 +20,39 @@ import fcntl
 import itertools
 import json
 import os
-import shutil
+import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from ar_tokenizers.files import UNFINISHED, write_bytes
 
-from ar_unified import history
+from ar_unified import history, storage
 from ar_unified.errors import UserError
 from ar_unified.history import Changeable
 from ar_unified.manifests import Changes, Mismatch, flat
+
+# Of a workdir in an object store: folders whose files come one by one as they are opened, and folders that are not
+# mirrored, since Orbax writes checkpoints into the store itself, and TFDS's data sets can be made again.
+_LAZY = re.compile(r"data/[^/]+/[^/]+|image_codes|samples(/.+)?/(images|prompts)")
+_KEPT = re.compile(r"tfds|.+/checkpoints")
+
+
+@contextmanager
+def opened(path: str) -> Iterator[Path]:
+    """A workdir that a person names, as a folder here: of an object store's URL its mirror, else the path itself.
+
+    Left, all that was written is in the store. Raises UserError, storage.StoreRefused, storage.StoreFailed.
+    """
+    if not storage.is_url(path):
+        yield Path(path)
+        return
+    with storage.mirrored(path, lazy=_LAZY, kept=_KEPT) as root:
+        yield root
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -114,7 +136,7 @@ class Stage:
         if entries:
             write_json(self.folder / "history.json", told)
         write_json(self.folder / "started.json", {"fingerprint": self.fingerprint, "cost": self.cost})
-        (self.folder / "done.json").unlink(missing_ok=True)
+        storage.remove(self.folder / "done.json")
         self.done, self.summary = False, None
         clean(self.folder)
 
@@ -123,12 +145,13 @@ class Stage:
         numbers = (self.folder.with_name(f"{self.name}.old-{n}") for n in itertools.count(1))
         own(self.folder)
         self.aside = next(path for path in numbers if not path.exists())
-        self.folder.rename(self.aside)
+        storage.move(self.folder, self.aside)
         self.begin(history.entry("anew", None, self.changed["anew"], aside=self.aside.name))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Marks the stage as done; to be called when everything it leaves is in its place."""
         self.summary = _as_json(summary)
+        storage.push(self.folder)
         record = {"fingerprint": self.fingerprint, "cost": self.cost, "summary": self.summary}
         write_json(self.folder / "done.json", record)
         self.done = True
@@ -141,7 +164,7 @@ class Stage:
     def abandon(self) -> None:
         """Removes the folder of a stage that failed before it made anything, so that the next try begins anew."""
         if not self.done and self.made_nothing():
-            shutil.rmtree(self.folder, ignore_errors=True)
+            storage.remove_tree(self.folder)
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
@@ -165,6 +188,12 @@ def own(folder: Path) -> None:
     """Takes the lock of a stage's folder for the rest of this process. Raises StageBusy."""
     path = (folder.parent / ".locks" / folder.name).resolve()
     if path in _held:
+        return
+    if storage.is_mirrored(folder):
+        try:
+            storage.lock(path)
+        except storage.Held as held:
+            raise StageBusy(f"{storage.address(folder)} is being made by {held}: wait for it, or end it") from None
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a+", encoding="utf-8")
@@ -220,11 +249,13 @@ class Workdir:
         """
         stage = self.undecided(name, fingerprint, may)
         started, done = stage.folder / "started.json", stage.folder / "done.json"
+        if not self.reader and storage.is_mirrored(stage.folder) and not done.exists():
+            own(stage.folder)  # which may bring what its last holder left
         if self.reader:
             self._await_record(stage, may)
         elif not done.exists() and started.exists() and stage.made_nothing():
             own(stage.folder)
-            started.unlink()  # killed at once: whatever it was begun with, nothing was made of it
+            storage.remove(started)  # killed at once: whatever it was begun with, nothing was made of it
         for record, state in ((done, "finished"), (started, "begun, not finished,")):
             if record.exists():
                 found = read_json(record)
@@ -247,7 +278,7 @@ class Workdir:
         started, done = stage.folder / "started.json", stage.folder / "done.json"
         deadline = time.monotonic() + patience
         while True:
-            if not done.exists():
+            if not _now(done).exists():
                 self.await_file(started, patience=patience)
             record, state = (done, "finished") if done.exists() else (started, "begun")
             if not _changes(stage, read_json(record), state, may):
@@ -262,7 +293,7 @@ class Workdir:
         Network file systems show new files late; after `patience` seconds NotShared is raised.
         """
         deadline = time.monotonic() + patience
-        while not (path.exists() and (content is None or read_json(path) == content)):
+        while not (_now(path).exists() and (content is None or read_json(path) == content)):
             if time.monotonic() > deadline:
                 found = "holds something else" if path.exists() else "is not there"
                 raise NotShared(
@@ -270,6 +301,12 @@ class Workdir:
                     f"it {found}: --workdir must be on storage that all processes share, and their configs the same"
                 )
             time.sleep(0.1)
+
+
+def _now(path: Path) -> Path:
+    """The path, and its file as it is at this moment where others write it."""
+    storage.refresh(path)
+    return path
 
 
 def _changes(stage: Stage, found: Mapping[str, Any], state: str, may: Changeable) -> dict[str, Changes]:

@@ -21,8 +21,8 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("errors", "paths", "progress", "interrupts", "data.encoding"),
     ),
     (
-        "records that say what an artefact is, compared; tensors into files",
-        ("manifests", "tensors"),
+        "records that say what an artefact is, compared; tensors into files; folders of an object store",
+        ("manifests", "tensors", "storage"),
     ),
     (
         "what a sequence may say, what has changed, what was measured, how devices compute: each on its own",

@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ar_unified import progress
+from ar_unified import progress, storage
 from ar_unified.cli.arguments import refuse_unread
 from ar_unified.errors import UserError
 from ar_unified.evaluation.generation import Example
@@ -67,7 +67,7 @@ def evaluate(experiment: Experiment) -> None:
     if stage.aside:  # with what belonged to it
         for path in (workdir.evaluation, workdir.report):
             if path.exists():
-                path.replace(stage.aside / path.name)
+                storage.move(path, stage.aside / path.name)
     if stage.done and workdir.evaluation.exists() and workdir.report.exists():
         return experiment.skip(stage)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ar_unified import interrupts
 from ar_unified.cli.arguments import module_of, parser_of
@@ -102,10 +103,27 @@ def _run(verb: str, arguments: argparse.Namespace, overrides: Sequence[str]) -> 
     from ar_unified.parallel import runtime  # JAX: not for --help
 
     module = importlib.import_module(f"ar_unified.cli.{module_of(verb)}")
-    with runtime.ending():
+    with runtime.ending(), _workdir(arguments):
         status = int(module.main(arguments, overrides) or 0)
         sys.stdout.flush()  # a closed pipe is noticed here, not at Python's end
         return status
+
+
+@contextlib.contextmanager
+def _workdir(arguments: argparse.Namespace) -> Iterator[None]:
+    """Around a verb: a workdir in an object store is a folder here, and no other path may be a URL."""
+    from ar_unified import storage, workdir
+
+    for name, value in vars(arguments).items():
+        if name not in ("workdir", "data", "config"):
+            for path in value if isinstance(value, list) else [value]:
+                storage.refuse(path if isinstance(path, str) else None, f"--{name.replace('_', '-')}")
+    if not storage.is_url(getattr(arguments, "workdir", None)):
+        yield
+        return
+    with workdir.opened(arguments.workdir) as here:
+        arguments.workdir = str(here)
+        yield
 
 
 def _tell(verb: str, message: str) -> None:

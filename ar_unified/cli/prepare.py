@@ -10,13 +10,13 @@ Reads the sources and both tokenizers. Leaves in the workdir:
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 
 import jax
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 
+from ar_unified import storage
 from ar_unified.data import prepare as preparing
 from ar_unified.data.filters import filtered
 from ar_unified.data.images import NoImages
@@ -61,7 +61,7 @@ def _prepare(experiment: Experiment, stage: Stage) -> None:
     codes = known if known is not None else _codes(experiment, refresh=False)
     if runtime.first():
         for split in splits:  # of a job that is gone: nobody works here yet
-            shutil.rmtree(stage.folder / split / preparing.CLAIMS, ignore_errors=True)
+            storage.remove_tree(stage.folder / split / preparing.CLAIMS)
     tokenizer, summary = experiment.image_tokenizer, dict[str, object]()
     tokenizers = Tokenizers(_replicas(tokenizer), codes)
     with runtime.apart() as alive:

@@ -23,6 +23,7 @@ from ar_tokenizers.image.objective import Objective
 from ar_tokenizers.image.perceptual import Perceptual
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 
+from ar_unified import storage
 from ar_unified.checkpoint import steps_in
 from ar_unified.data.items import has_images
 from ar_unified.data.loader import ImageBatches, NothingReadable
@@ -84,7 +85,7 @@ def _whole_batch(experiment: Experiment) -> bool:
 def train_image(experiment: Experiment) -> None:
     """Stage image_tokenizer."""
     settings = experiment.config.image_tokenizer
-    checkpoints = experiment.workdir.image_tokenizer / "checkpoints"
+    checkpoints = storage.address(experiment.workdir.image_tokenizer / "checkpoints")
     stage = experiment.stage(
         "image_tokenizer",
         "image_tokenizer",
@@ -92,9 +93,7 @@ def train_image(experiment: Experiment) -> None:
         image_size=configs.plain(experiment.config.data.image_size),
         sources=experiment.fingerprints(),
         together=True,
-        training=Training(
-            "image_tokenizer.steps", settings.steps, partial(steps_in, checkpoints), str(checkpoints), "data"
-        ),
+        training=Training("image_tokenizer.steps", settings.steps, partial(steps_in, checkpoints), checkpoints, "data"),
         may=changeable(whole_batch=_whole_batch(experiment)),
     )
     if stage.done:
@@ -143,6 +142,7 @@ def train_image(experiment: Experiment) -> None:
         stage.folder,
         mesh=experiment.mesh,
         preview=preview,
+        checkpoint_folder=checkpoints,
         logger=experiment.say,
     )
     params = runtime.to_host(params["autoencoder"])

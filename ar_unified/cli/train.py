@@ -29,6 +29,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ar_unified import storage
 from ar_unified.checkpoint import Checkpoints, steps_in
 from ar_unified.data import prepare as preparing
 from ar_unified.data.images import draws_none
@@ -61,6 +62,8 @@ _KEYS = ("model", "loss", "training", "mesh")
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     experiment = open_experiment(arguments, overrides, ["model"])
     if arguments.branch:
+        if storage.is_mirrored(experiment.workdir.path):
+            raise UserError("--branch: expected a --workdir on disk: in an object store no training is branched")
         branch(experiment, *arguments.branch, lambda: _fingerprint(experiment, _objective(experiment)))
     train(experiment, profile=arguments.profile)
     return 0

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ar_unified import storage
 from ar_unified.cli.arguments import refuse_unread
 from ar_unified.data.checks import page, prepared
 from ar_unified.data.checks.validate import Validation, validate
@@ -62,8 +63,14 @@ def _of_data(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[s
     if arguments.data.lstrip()[:1] in ("{", "["):
         refuse_unread(arguments, "with sources, which say it themselves", "links", "workdir")
         return "sources", validate(_specs(arguments.data), **options)
-    folder = Path(arguments.data)
+    folder = storage.path(arguments.data)
     name = folder.resolve().name or "data"
+    if isinstance(folder, storage.Remote):
+        refuse_unread(arguments, "with an object store, which has none", "links")
+        if {"plan.json", "manifest.json"} <= set(storage.names_in(folder) if folder.is_dir() else ()):
+            raise UserError(f"{folder}: a prepared folder is looked at on disk: copy it from the store first")
+        refuse_unread(arguments, "with sources", "workdir")
+        return name, validate(str(folder), **options)
     if parts := prepared.parts(folder):
         refuse_unread(arguments, "with a prepared folder", "links")
         # WORKDIR/data, or WORKDIR/data/train

@@ -8,6 +8,7 @@
   links lead to is read once, and what cannot be read (a pipe, a link to nothing, a locked folder) is named.
 - A path that a person gives (the folder itself, a file) may be a link to anywhere.
 - Nothing is fetched: a name is a path, a file: URL or a data: URL.
+- A folder may be an object store's (`storage`): there are no links then, and a name is the object's to the letter.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import base64
 import binascii
 import functools
 import os
+import posixpath
 import re
 import stat
 import unicodedata
@@ -24,7 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from ar_unified import storage
 from ar_unified.errors import UserError
+from ar_unified.storage import AnyPath, Remote
 
 LARGEST = 1 << 28  # bytes of an image's file
 # What file managers, desktops and storage boxes leave in folders, beside names that begin with a dot.
@@ -217,8 +221,69 @@ class Folder:
                 yield Found(name, status.st_size), is_link
 
 
-def require_file(path: str | Path) -> None:
+class Bucket:
+    """A dataset's folder in an object store, as `Folder` is one on disk."""
+
+    def __init__(self, root: Remote):
+        self.root, self.links = root, False
+
+    def read(self, name: str) -> bytes:
+        """As `Folder.read`."""
+        found = meant(name)
+        return found if isinstance(found, bytes) else self.read_file(found)
+
+    def read_file(self, name: str) -> bytes:
+        """The bytes of the object that a path means. Raises FileError."""
+        path = self.path(name)
+        try:
+            return path.read_bytes(LARGEST)
+        except ValueError as error:
+            raise FileError("unreadable_image", f"expected a file of at most {LARGEST} bytes") from error
+        except OSError as error:
+            raise FileError("missing_image", f"no such object: {path}") from error
+
+    def path(self, name: str) -> Remote:
+        """The object that a row means by `name`; whether it is there is seen as it is read. Raises FileError."""
+        if "\0" in name:
+            raise FileError("missing_image", "a name cannot have a zero byte")
+        below = posixpath.normpath(name)
+        if name.startswith("/") or below.partition("/")[0] == "..":
+            raise FileError("path_escapes", f"expected a path inside {self.root}")
+        return self.root if below == "." else self.root / below
+
+    def search(self, wanted: Callable[[str], bool]) -> list[Found]:
+        """As `Folder.search`. Raises UserError: nothing is there."""
+        objects = storage.found_under(str(self.root))
+        if not objects:
+            raise UserError(f"{self.root}: no such file or folder")
+        found = []
+        for name, facts in objects.items():
+            parts = name.split("/")
+            if any(part in ("", ".", "..") for part in parts):
+                if wanted(name):
+                    error = FileError("path_escapes", "expected a name with parts, none of them empty, . or ..")
+                    found.append(Found(name, error=error))
+            elif wanted(name) and not any(map(hidden, parts)):
+                found.append(Found(name, facts.size))
+        return sorted(found, key=lambda item: item.name)
+
+
+AnyFolder = Folder | Bucket
+
+
+def folder_at(root: str | AnyPath, links: bool = False) -> AnyFolder:
+    """A dataset's folder, on disk or in a store. Raises UserError: `links` is neither True nor False."""
+    root = storage.path(root)
+    return Folder(root, links) if isinstance(root, Path) else Bucket(root)
+
+
+def require_file(path: str | AnyPath) -> None:
     """Raises UserError where a person has named no file, or what is no file."""
+    path = storage.path(path)
+    if isinstance(path, Remote):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        return
     try:
         mode = os.stat(path).st_mode
     except OSError as error:

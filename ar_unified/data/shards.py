@@ -25,7 +25,7 @@ import numpy as np
 from ar_tokenizers.files import unfinished, whole
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from ar_unified import workdir
+from ar_unified import storage, workdir
 from ar_unified.errors import UserError, about
 from ar_unified.language.encoded import Encoded
 
@@ -88,6 +88,7 @@ class ShardWriter:
         with open(self._unfinished, "rb") as file:
             os.fsync(file.fileno())
         os.replace(self._unfinished, self._path)
+        storage.tell(self._path)
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -109,17 +110,17 @@ def skipped_path(shard: Path) -> Path:
 def read_index(shard: Path) -> np.ndarray:
     """INDEX [n] of a shard."""
     with about(f"{index_path(shard)}: delete the folder and prepare the data again"):
-        return np.load(index_path(shard), allow_pickle=False)
+        return np.load(storage.fetch(index_path(shard)), allow_pickle=False)
 
 
 def read_skipped(shard: Path) -> list[dict[str, str]]:
-    with open(skipped_path(shard), encoding="utf-8") as rows:
+    with open(storage.fetch(skipped_path(shard)), encoding="utf-8") as rows:
         return [json.loads(row) for row in rows]
 
 
 def join_indexes(folder: Path, count: int) -> np.ndarray:
     """Puts the indexes of a source's shards into one file, unless that is done; INDEX [n], mapped from there."""
-    if not (folder / _STARTS).exists():
+    if not storage.exists(folder / _STARTS):
         starts = np.cumsum([0, *(len(read_index(path)) for path in _paths(folder, count))])
         with whole(folder / _INDEX) as file:
             facts = {"descr": np.lib.format.dtype_to_descr(INDEX), "fortran_order": False, "shape": (int(starts[-1]),)}
@@ -146,7 +147,7 @@ def _paths(folder: Path, count: int) -> Iterator[Path]:
 
 def _mapped(path: Path) -> np.ndarray:
     with about(f"{path}: delete it and starts.npy, and start again"):
-        return np.asarray(np.load(path, mmap_mode="r"))
+        return np.asarray(np.load(storage.fetch(path), mmap_mode="r"))
 
 
 class Shards:
@@ -160,13 +161,13 @@ class Shards:
 
     def __init__(self, folder: Path, count: int):
         self._folder = folder
-        there = set(os.listdir(folder)) if folder.exists() else set()
+        there = storage.names(folder)
         if missing := next((name for name in map(_name, range(count)) if name not in there), ""):
             raise UserError(
                 f"{folder / missing}: no such file, but the manifest names it; delete {folder} and prepare again"
             )
         if _STARTS in there:
-            self.index, self._starts = _mapped(folder / _INDEX), np.load(folder / _STARTS)
+            self.index, self._starts = _mapped(folder / _INDEX), np.load(storage.fetch(folder / _STARTS))
         else:  # prepared before there was one file for all, and perhaps where nothing can be written
             parts = [read_index(path) for path in _paths(folder, count)]
             self.index = np.concatenate([np.zeros(0, INDEX), *parts])
@@ -203,7 +204,7 @@ class Shards:
         return _HEADER.unpack_from(record)[0]
 
     def _opened(self, number: int) -> ArrayRecordReader:
-        path = shard_path(self._folder, number)
+        path = storage.fetch(shard_path(self._folder, number))
         reader = ArrayRecordReader(str(path), "readahead_buffer_size:0", file_reader_buffer_size=2**15)
         if (found := reader.num_records()) != (known := self._starts[number + 1] - self._starts[number]):
             raise UserError(

@@ -20,7 +20,7 @@ from ar_tokenizers.image.config import AutoencoderConfig
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 from ml_collections import ConfigDict
 
-from ar_unified import history, manifests
+from ar_unified import history, manifests, storage
 from ar_unified.bundle import LANGUAGE, Bundle
 from ar_unified.checkpoint import restore_params
 from ar_unified.data.images import CodesAlone, NoImages, Resize
@@ -344,7 +344,7 @@ class Experiment:
     @property
     def checkpoint_folder(self) -> str:
         """Of the transformer."""
-        return self.config.checkpoint_folder or str(self.workdir.model / "checkpoints")
+        return self.config.checkpoint_folder or storage.address(self.workdir.model / "checkpoints")
 
     @cached_property
     def decoding_mesh(self) -> jax.sharding.Mesh | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from ar_unified import storage
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.check import check, check_bundle, check_devices, check_sources
 from ar_unified.experiment.experiment import STAGES, Experiment
@@ -31,6 +32,8 @@ def open_experiment(
     else:
         config = configs.load(arguments.config, overrides)
     check(config, stages)
+    for key in ("init", "image_tokenizer.model", "image_tokenizer.perceptual_file", "text_tokenizer.model"):
+        storage.refuse(functools.reduce(lambda section, name: section[name], key.split("."), config), f"config.{key}")
     logs = Path(arguments.workdir) / "logs"
     runtime.start(
         arguments.coordinator,

@@ -37,7 +37,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import multihost  # barriers of the coordination service; JAX's public ones are device collectives
 
-from ar_unified import errors, interrupts
+from ar_unified import errors, interrupts, storage
 from ar_unified.errors import RunError, UserError
 from ar_unified.parallel import last_words
 
@@ -228,6 +228,8 @@ def say(line: str) -> None:
 def barrier(name: str, timeout: float = 600.0) -> None:
     """Waits until every process is at the barrier of this name, through the coordination service: no device is asked.
 
+    What another wrote into the workdir before it is seen here behind it, in an object store too.
+
     Raises ProcessesMissing after `timeout` seconds, naming those that did not come.
     """
     if jax.process_count() == 1:
@@ -239,6 +241,7 @@ def barrier(name: str, timeout: float = 600.0) -> None:
         who = last_words.gone(lost) if lost else f"the coordination service says: {str(error)[:500]}"
         where = f"waited {timeout:g} s at the barrier {name!r}"
         raise ProcessesMissing(f"{where}: {who}. {last_words.AGAIN}", lost) from error
+    storage.refresh()
 
 
 def preempted() -> bool:

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ar_unified import progress
+from ar_unified import progress, storage
 from ar_unified.data.images import Cells, ImageCodec, by_size, draws_none
 from ar_unified.data.sizes import default_resize
 from ar_unified.language.document import CodesPart, TextPart, TokensPart, Turn
@@ -41,8 +41,8 @@ from ar_unified.sampling.formats import fingerprint
 from ar_unified.sampling.plan import Plan
 from ar_unified.sampling.request import Request, RequestError, Sample
 from ar_unified.sampling.requests import Canvas, Line, PromptImage, PromptImageError, read_requests
-from ar_unified.sampling.results import Done, Entry, Writer, open_shard, shards, write_image
-from ar_unified.workdir import clean, read_json, write_json
+from ar_unified.sampling.results import Done, Entry, Writer, open_shard, shard_name, shards, write_image
+from ar_unified.workdir import clean, own, read_json, write_json
 
 _WINDOW = 4  # batches of requests that are made ready at once, while the engine works on those before
 
@@ -121,6 +121,8 @@ def run_job(
     _begin(output, _manifest(engine, paths, defaults or {}, weights), mend=rank == 0)
     resize = resize or default_resize(engine.grammar.layout, image_tokenizer)
     prepare = _Preparation(engine, image_tokenizer, resize, output)
+    if storage.is_mirrored(output):  # where no other machine sees a lock of the file
+        own(output / shard_name(rank, count))
     with open_shard(output, rank, count) as file:
         done = Done.read(output)
         mine = [line for line in lines[rank::count] if _undone(line, done)]
@@ -144,6 +146,8 @@ def run_job(
                 for sample in engine.draw(pairs()):
                     line, prompt = prompts[sample.request.id]
                     writer.put(_entry(line, prompt, sample, image_tokenizer))
+        storage.push(output)
+        storage.refresh()
         found = Done.read(output)
     complete = not any(_undone(line, found) and line.number not in found.failed for line in lines)
     if complete:  # the last process to end finds it so

@@ -24,12 +24,14 @@ from typing import IO, Any
 
 import numpy as np
 
+from ar_unified import storage
 from ar_unified.data.images import by_size, to_png, to_thumbnail
 from ar_unified.errors import UserError
 from ar_unified.workdir import clean, write_bytes
 
 _NAME = re.compile(r"samples(-\d{5}-of-\d{5})?\.jsonl")
 THUMBNAIL = 256  # pixels of the longer side; an image that has no more is its own
+_TOLD_EVERY = 30.0  # seconds, in which the lines of a job in an object store are put there, all of them each time
 _PATIENCE = 5.0  # seconds that a finished sample may wait for others to be decoded with
 
 
@@ -185,6 +187,7 @@ class Writer:
         self._thread = threading.Thread(target=self._work, name="writer", daemon=True)
         self._error: Exception | None = None
         self._touched: set[Path] = set()
+        self._told = time.monotonic()
 
     def __enter__(self) -> Writer:
         self._thread.start()
@@ -238,6 +241,9 @@ class Writer:
             while rest:  # one write a line, unless the disk is full: then the next says so
                 rest = rest[self._file.write(rest) :]
         os.fsync(self._file.fileno())
+        if time.monotonic() > self._told + _TOLD_EVERY:
+            storage.tell(Path(self._file.name))
+            self._told = time.monotonic()
         self._written([entry.row for entry in entries])
 
 

@@ -305,6 +305,7 @@ def fit(
             if save:  # after what was said of this step: a run killed here says it once
                 story = {"model": task.describe(), "training": dataclasses.asdict(config), "compiler_options": options}
                 with clock.during("checkpoint"):
+                    telemetry.keep()  # before the checkpoint: who goes on from it finds what was said until then
                     checkpoints.save(
                         taken,
                         params=kept.stored(state.params),

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ar_unified import storage
 from ar_unified.metrics import read_metrics
 from ar_unified.parallel.hardware import of_kind
 from ar_unified.training.step import Metrics
@@ -147,7 +148,8 @@ class Telemetry:
         self.console = console
         if not self.active:
             return
-        path = Path(folder) / "metrics.jsonl"
+        self._folder = Path(folder)
+        path = self._folder / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             temporary = path.with_suffix(".jsonl.tmp")
@@ -170,6 +172,12 @@ class Telemetry:
         if self.active:
             for name, pixels in images.items():
                 self._board.add_image(name, np.asarray(pixels), step, dataformats="HWC")
+
+    def keep(self) -> None:
+        """Of a run in an object store, puts what was written until now there."""
+        if self.active:
+            self._board.flush()
+            storage.push(self._folder)
 
     def say(self, line: str) -> None:
         self.console(line)

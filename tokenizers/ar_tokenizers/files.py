@@ -9,12 +9,13 @@ import glob
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 UNFINISHED = ".unfinished~"  # ends the name of a file that is being written
+when_whole: list[Callable[[Path], object]] = []  # are told the path of each file that `whole` has put in its place
 
 
 def unfinished(path: Path) -> Path:
@@ -41,6 +42,8 @@ def whole(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     finally:
         written.unlink(missing_ok=True)
     _sync(path.parent)
+    for tell in when_whole:
+        tell(path)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ar_unified import progress
+from ar_unified import progress, storage
 from ar_unified.data.checks.comparison import Alike, Comparison
 from ar_unified.data.checks.view import Shown, View
-from ar_unified.data.files import Folder
+from ar_unified.data.files import folder_at
 from ar_unified.data.images import SUFFIXES, ImageCodec, Resize
 from ar_unified.data.items import Source, has_images, language
 from ar_unified.data.packing import Packing
@@ -28,6 +27,7 @@ from ar_unified.language.document import Document, ImagePart, TextPart
 from ar_unified.language.encoded import Encoded
 from ar_unified.language.grammar import Grammar, TextLost
 from ar_unified.language.vocabulary import Role
+from ar_unified.storage import AnyPath, Remote
 
 NAMES = {"least": 0, "50%": 50, "90%": 90, "99%": 99, "most": 100}  # of percentiles
 
@@ -145,7 +145,7 @@ class Validation:
 
 
 def validate(
-    data: str | Path | Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Mapping[str, Any]]],
+    data: str | AnyPath | Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Mapping[str, Any]]],
     grammar: Grammar | None = None,
     image_tokenizer: ImageCodec | None = None,
     *,
@@ -180,7 +180,11 @@ def validate(
     """
     view = View(grammar, image_tokenizer, resize)
     by_part = (
-        {"": _specs(data, links)} if isinstance(data, str | Path) else data if isinstance(data, Mapping) else {"": data}
+        {"": _specs(data, links)}
+        if isinstance(data, str | Path | Remote)
+        else data
+        if isinstance(data, Mapping)
+        else {"": data}
     )
     opened, notes = _opened(by_part)
     sources = [source for _, source in opened]
@@ -254,9 +258,9 @@ def _looked_at(
 
 def _unnamed(data: Any, sources: Sequence[Source], links: bool) -> str:
     """A word on the images of a folder that was read as text alone, as no rows name them; "" for none."""
-    if not isinstance(data, str | Path) or not Path(data).is_dir() or any(map(has_images, sources)):
+    if not isinstance(data, str | Path | Remote) or not storage.path(data).is_dir() or any(map(has_images, sources)):
         return ""
-    count = len(Folder(data, links).search(lambda name: name.lower().endswith(SUFFIXES)))
+    count = len(folder_at(data, links).search(lambda name: name.lower().endswith(SUFFIXES)))
     return (
         count
         and (
@@ -267,21 +271,21 @@ def _unnamed(data: Any, sources: Sequence[Source], links: bool) -> str:
     )
 
 
-def _specs(path: str | Path, links: bool) -> list[dict[str, Any]]:
+def _specs(path: str | AnyPath, links: bool) -> list[dict[str, Any]]:
     kind = kind_of(path, links)
     if kind == "folder":
-        label = Path(path).name
+        label = storage.path(path).name
         names = row_files(path)
         return [dict(kind=kind, path=path, files=(name,), links=links, label=f"{label}/{name}") for name in names]
-    if kind == "text" and os.path.isdir(path):
+    if kind == "text" and storage.path(path).is_dir():
         try:
-            find(Path(path), TEXT_FILES, links)
+            find(storage.path(path), TEXT_FILES, links)
         except UserError as error:
             expected = ", ".join(f"{name}.jsonl" for name in FOLDER_FILES)
             raise UserError(
                 f"{path}: expected at least one of {expected} in it, Parquet, Arrow, tar or text files; found none"
             ) from error
-    elif kind in ("text", "jsonl") and not os.path.isfile(path):
+    elif kind in ("text", "jsonl") and not storage.path(path).is_file():
         raise UserError(f"{path}: no such folder or file")
     return [dict(kind=kind, path=path, links=links)]
 

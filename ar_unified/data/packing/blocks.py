@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from ar_tokenizers.files import whole
 
+from ar_unified import storage
 from ar_unified.data.counter_rng import key, permute
 from ar_unified.data.packing.fitting import rows_of
 from ar_unified.errors import UserError, about
@@ -96,9 +97,9 @@ class Plans:
         self._lengths, self._length, self._name = lengths, sequence_length, name
         self._blocks = Blocks(len(lengths))
         plan, table = _paths(folder, sequence_length) if folder else (None, None)
-        if plan and table and table.exists():
+        if plan and table and storage.fetch(table).exists():
             with about(f"{plan}: delete rows-{sequence_length}*.npy there, and start again"):
-                self._rows = np.asarray(np.load(plan, mmap_mode="r"))
+                self._rows = np.asarray(np.load(storage.fetch(plan), mmap_mode="r"))
                 self.rows, self.tokens, decreasing = np.load(table).T
             if self._rows.shape != lengths.shape or len(self.rows) != self._blocks.count:
                 raise self._other()
@@ -130,7 +131,7 @@ class Plans:
 def store(lengths: np.ndarray, sequence_length: int, folder: Path, *, name: str = "") -> None:
     """Plans the rows of a source beside its shards, unless that is done. Args and errors: of `Plans`."""
     plan, table = _paths(folder, sequence_length)
-    if table.exists() or not len(lengths):
+    if storage.exists(table) or not len(lengths):
         return
     with whole(plan) as file:
         facts = {"descr": "<u2", "fortran_order": False, "shape": lengths.shape}

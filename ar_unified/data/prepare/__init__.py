@@ -7,7 +7,6 @@ with the shards that are not there, any number of processes share them (`claims`
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 from ar_tokenizers.files import whole
 
-from ar_unified import workdir
+from ar_unified import storage, workdir
 from ar_unified.data import shards
 from ar_unified.data.images import ImageCodec, Resize
 from ar_unified.data.items import LeftOut
@@ -140,7 +139,7 @@ def prepare(
     settings = dict(max_tokens=max_tokens, resize=asdict(resize), batch_size=batch_size, shard_items=shard_items)
     plan = _plan(sources, grammar, settings)
     _same_plan(folder, plan)
-    if (folder / "manifest.json").exists():
+    if storage.exists(folder / "manifest.json"):
         return load_report(folder)
     if team.processes == 1:
         workdir.clean(folder)
@@ -153,7 +152,7 @@ def prepare(
     with Progress(pieces.values(), tokenizers, show_progress) as shown:
         claims.work(
             list(pieces),
-            done=lambda name: pieces[name].path.exists(),
+            done=lambda name: storage.exists(pieces[name].path),
             do=lambda name: maker.make(pieces[name], claims, shown),
         )
     claims.work(
@@ -191,7 +190,7 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: nothing was prepared here, or not to the end.
     """
-    path = Path(folder) / "manifest.json"
+    path = storage.fetch(Path(folder) / "manifest.json")
     if not path.exists():
         raise FileNotFoundError(f"{path}: not there; run `prepare` to its end first")
     return workdir.read_json(path)
@@ -261,7 +260,7 @@ def _pieces(sources: Sequence[Source], names: Collection[str], folder: Path, sha
 
 def _same_plan(folder: Path, plan: Mapping[str, Any]) -> None:
     """Refuses a folder that was begun with another plan."""
-    if not (folder / "plan.json").exists():
+    if not storage.fetch(folder / "plan.json").exists():
         return
     found = workdir.read_json(folder / "plan.json")
     require_same(plan["vocabulary"], found["vocabulary"], expected_from="this run", found_from=str(folder))
@@ -276,8 +275,9 @@ def _same_plan(folder: Path, plan: Mapping[str, Any]) -> None:
 
 def _ended(folder: Path) -> bool:
     """Whether the manifest is there. Raises NothingLeft where another process has found that there is none to be."""
-    if (folder / "manifest.json").exists():
+    if storage.exists(folder / "manifest.json"):
         return True
+    storage.refresh(folder / "plan.json")
     if not (folder / "plan.json").exists():
         raise NothingLeft(f"{folder}: no document is left of a source; the process that found it says of which")
     return False
@@ -291,8 +291,8 @@ def _end(folder: Path, plan: Mapping[str, Any], pieces: Collection[Piece], may_b
     mixed = [name for name, source in report.sources.items() if source.documents > 2 * source.preferences > 0]
     if lost or mixed:
         for name in [*places, CLAIMS]:
-            shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / "plan.json").unlink()
+            storage.remove_tree(folder / name)
+        storage.remove(folder / "plan.json")
         if lost:
             raise NothingLeft(". ".join(_nothing_left(name, report.sources[name]) for name in lost))
         raise UserError(". ".join(_mixed(name, report.sources[name]) for name in mixed))
@@ -301,7 +301,7 @@ def _end(folder: Path, plan: Mapping[str, Any], pieces: Collection[Piece], may_b
         plan_rows(folder, Report({name: source}), answers * plan["settings"]["max_tokens"])
     with whole(folder / "skipped.jsonl") as rows:
         for piece in pieces:
-            rows.write(shards.skipped_path(piece.path).read_bytes())
+            rows.write(storage.fetch(shards.skipped_path(piece.path)).read_bytes())
     workdir.write_json(folder / "manifest.json", dict(plan) | {"report": asdict(report)["sources"]})
 
 

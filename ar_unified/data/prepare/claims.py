@@ -7,16 +7,14 @@ same bytes: then a claim saves work and guards nothing, so neither locks nor the
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
 import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ar_unified import workdir
+from ar_unified import storage
 
 
 @dataclass(frozen=True)
@@ -83,38 +81,33 @@ class Claims:
             return False
         self._renewed = now
         if self._held is not None:
-            workdir.write_text(self._held, f"{self._me}, at {now:.3f}\n")
+            storage.write(self._held, f"{self._me}, at {now:.3f}\n".encode())
         return True
 
     def clear(self) -> None:
         """Removes all claims. Only when nobody works, or nothing is left to do."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        storage.remove_tree(self._folder)
 
     def _take(self, name: str) -> bool:
         if self._team.processes == 1:
             return True
         path = self._folder / name.replace("/", "+")
         now = time.monotonic()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(path, "xb") as file:
-                file.write(f"{self._me}\n".encode())
-        except FileExistsError:
+        if not storage.create(path, f"{self._me}, since {now:.3f}\n".encode()):
             try:
-                says = path.read_bytes()
+                says = storage.read(path)
             except FileNotFoundError:  # released just now
                 return False
             if self._seen.get(path, (b"", 0.0))[0] != says:
                 self._seen[path] = says, now
             if now - self._seen[path][1] < self._team.lease:
                 return False
-            workdir.write_text(path, f"{self._me}, taken over at {now:.3f}\n")
+            storage.write(path, f"{self._me}, taken over at {now:.3f}\n".encode())
         self._seen.pop(path, None)
         self._held, self._renewed = path, now
         return True
 
     def _release(self) -> None:
         if self._held is not None:
-            with contextlib.suppress(FileNotFoundError):
-                self._held.unlink()
+            storage.remove(self._held)
             self._held = None

@@ -14,11 +14,14 @@ import contextlib
 import functools
 import hashlib
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ar_tokenizers.files import whole
+
+from ar_unified import storage
 
 _TABLE = np.dtype([("digest", "V16"), ("at", "<i8"), ("height", "<i4"), ("width", "<i4")])
 _PLACE = np.dtype([("file", "V16"), ("row", "<i4")])
@@ -46,7 +49,9 @@ class ImageCodes:
     def __init__(self, folder: Path, tokenizer: str, codebook_size: int, *, refresh: bool = True):
         self._folder = folder / hashlib.sha256(tokenizer.encode()).hexdigest()[:32]
         self._dtype = np.dtype("<u2" if codebook_size <= 2**16 else "<i4")
-        self._map = functools.lru_cache(maxsize=_OPEN)(lambda name: _mapped(self._folder / f"{name}.codes"))
+        self._map = functools.lru_cache(maxsize=_OPEN)(
+            lambda name: _mapped(storage.fetch(self._folder / f"{name}.codes"))
+        )
         if refresh:
             self._make_index()
         self._keys, self._places = self._newest()
@@ -82,20 +87,20 @@ class ImageCodes:
 
     def _newest(self) -> Found:
         """The newest index that is whole: one may just be making another, and taking this away."""
-        for keys in sorted(self._folder.glob("index-*.keys.npy"), reverse=True):
+        for keys in sorted(self._named("index-*.keys.npy"), reverse=True):
             with contextlib.suppress(FileNotFoundError):
                 return _read_index(keys)
         return np.zeros(0, "<u8"), np.zeros(0, _PLACE)
 
     def _make_index(self) -> None:
         """Makes the index of all files, unless it is there: files come, and never go."""
-        files = sorted(self._folder.glob("*.codes"))
+        files = sorted(self._named("*.codes"))
         keys = self._folder / f"index-{len(files):09d}.keys.npy"
-        if not files or keys.exists():
+        if not files or storage.exists(keys):
             return
-        total = sum(len(_mapped(file)[0]) for file in files)
+        total = sum(len(_mapped(storage.fetch(file))[0]) for file in files)
         borders = np.linspace(0, 2.0**64, -(-total // _PART) + 1)[1:-1].astype(np.uint64)
-        before = [path for path in self._folder.glob("index-*") if path.name < keys.name.split(".")[0]]
+        before = [path for path in self._named("index-*") if path.name < keys.name.split(".")[0]]
         with whole(keys) as keys_file, whole(_places_of(keys)) as places_file:  # the keys appear last
             _write_header(keys_file, np.dtype("<u8"), total)
             _write_header(places_file, _PLACE, total)
@@ -106,7 +111,10 @@ class ImageCodes:
                 keys_file.write(part_keys[order].tobytes())
                 places_file.write(places[order].tobytes())
         for path in before:
-            path.unlink(missing_ok=True)
+            storage.remove(path)
+
+    def _named(self, pattern: str) -> list[Path]:
+        return [self._folder / name for name in storage.names(self._folder) if fnmatchcase(name, pattern)]
 
 
 def _part(file: Path, low: np.uint64 | None, high: np.uint64 | None) -> Found:
@@ -122,7 +130,7 @@ def _part(file: Path, low: np.uint64 | None, high: np.uint64 | None) -> Found:
 
 
 def _read_index(keys: Path) -> Found:
-    found = (np.load(path, mmap_mode="r", allow_pickle=False) for path in (keys, _places_of(keys)))
+    found = (np.load(storage.fetch(path), mmap_mode="r", allow_pickle=False) for path in (keys, _places_of(keys)))
     first, second = map(np.asarray, found)  # plain arrays, which are looked up faster
     return first, second
 

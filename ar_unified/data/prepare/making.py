@@ -14,7 +14,7 @@ from types import TracebackType
 
 import numpy as np
 
-from ar_unified import progress
+from ar_unified import progress, storage
 from ar_unified.data import shards
 from ar_unified.data.images import Resize
 from ar_unified.data.prepare.claims import Claims
@@ -94,7 +94,7 @@ class ShardMaker:
             begun += 1
             shown.taken()
             if claims.renew():
-                if piece.path.exists():
+                if storage.exists(piece.path):
                     raise _Made
                 shown.look(begun)
 

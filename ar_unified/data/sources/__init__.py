@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice, starmap
-from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ar_unified import storage
 from ar_unified.data.balance import indices
-from ar_unified.data.files import FileError, Folder
+from ar_unified.data.files import FileError, folder_at
 from ar_unified.data.items import BadItem, Source, fetched, texts_of
 from ar_unified.data.sources.augmentation import Augmented
 from ar_unified.data.sources.clips import Clips
@@ -34,6 +34,7 @@ from ar_unified.data.sources.text_files import TextFiles
 from ar_unified.errors import UserError, about
 from ar_unified.language.document import Document
 from ar_unified.paths import home
+from ar_unified.storage import AnyPath, Remote
 
 __all__ = ["BadItem", "EmptySplit", "Source", "open_source", "read", "texts"]
 
@@ -61,6 +62,7 @@ def open_source(spec: Mapping[str, Any]) -> Source:
             dict(kind="text", path=..., files=("*.txt", "*.md", "*.jsonl"), by="file", field="text",
                 language="language", split=None): text alone, a document a file, a line (by="line") or a row of a .jsonl
                 file: see `TextFiles`.
+            `path` may be a URL of an object store, s3://bucket/... or gs://bucket/... (docs/object_stores.md).
             All but tfds take links=False: whether links that lead out of the folder are followed (`files`: what belongs
                 to a folder, and what a name in a row means).
             `columns` (`keys`) say which column, feature or member is which part of a document where their names do not:
@@ -82,7 +84,7 @@ def open_source(spec: Mapping[str, Any]) -> Source:
     kind = spec.get("kind")
     if kind not in kinds:
         raise UserError(f"source: expected kind one of {sorted(kinds)}, found {kind!r} in {dict(spec)}")
-    if spec.get("made_by") and not Path(home(spec.get("path", "."))).exists():
+    if spec.get("made_by") and not storage.path(home(spec.get("path", "."))).exists():
         raise UserError(f"{spec['path']}: no such file or folder. This makes it: {spec['made_by']}")
     try:
         options = {key: value for key, value in spec.items() if key not in _OF_OTHERS}
@@ -94,16 +96,16 @@ def open_source(spec: Mapping[str, Any]) -> Source:
         raise UserError(f"source of kind {kind!r}: {error}; in {dict(spec)}") from error
 
 
-def kind_of(path: str | Path, links: bool = False) -> str:
+def kind_of(path: str | AnyPath, links: bool = False) -> str:
     """The kind of source that reads what a person names: by its ending, or by what a folder has in it."""
     path = str(path)
     name = path.lower()
-    if not os.path.isdir(path):
+    if not storage.path(path).is_dir():
         kinds = {"parquet": TABLE_FILES, "webdataset": TAR_FILES, "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst")}
         return next((kind for kind, endings in kinds.items() if name.endswith(endings)), "text")
     if row_files(path):
         return "folder"
-    found = Folder(path, links).search(lambda name: name.lower().endswith((*TABLE_FILES, *TAR_FILES)))
+    found = folder_at(path, links).search(lambda name: name.lower().endswith((*TABLE_FILES, *TAR_FILES)))
     if not found:
         return "text"
     return "webdataset" if all(file.name.lower().endswith(TAR_FILES) for file in found) else "parquet"
@@ -115,25 +117,26 @@ def _tfds(name: str, split: str = "train", **options: Any) -> Source:
     return TfdsSource(name, split, **options)
 
 
-def _tables(path: str | Path, **options: Any) -> Source:
+def _tables(path: str | AnyPath, **options: Any) -> Source:
     from ar_unified.data.sources.tables import Tables  # likewise PyArrow
 
     return Tables(path, **options)
 
 
-def row_files(root: str | Path) -> list[str]:
+def row_files(root: str | AnyPath) -> list[str]:
     """Which of FOLDER_FILES a folder has. Raises UserError: one is there in other letters, or there is no folder."""
+    root = storage.path(root)
     with about(str(root)):
-        names = os.listdir(root)
+        names = storage.names_in(root) if isinstance(root, Remote) else os.listdir(root)
     for name in names:
         meant = name.lower()
         if name != meant and meant.removesuffix(".jsonl") in FOLDER_FILES and meant.endswith(".jsonl"):
-            raise UserError(f"{Path(root) / name}: this name is written in small letters: rename it to {meant}")
+            raise UserError(f"{root / name}: this name is written in small letters: rename it to {meant}")
     return [file for file in FOLDER_FILES if f"{file}.jsonl" in names]
 
 
-def _folder(path: str | Path, files: Sequence[str] | None = None, *, links: bool = False, **options: Any) -> Source:
-    root, folder = Path(path), Folder(path, links)
+def _folder(path: str | AnyPath, files: Sequence[str] | None = None, *, links: bool = False, **options: Any) -> Source:
+    root, folder = storage.path(path), folder_at(path, links)
     found = files or (row_files(root) if root.is_dir() else [])
     if not root.is_dir() or not found:
         what = "no file of these names" if root.is_dir() else "no such folder"
@@ -143,7 +146,7 @@ def _folder(path: str | Path, files: Sequence[str] | None = None, *, links: bool
             "Bring the data there, or give its path (of the experiments here: --config FILE:path=DIR)"
         )
 
-    paths, beside = [], []
+    paths, beside = list[AnyPath](), list[AnyPath]()
     for name in (f"{file}.jsonl" for file in found):
         with about(str(root / name)):
             paths.append(folder.path(name))
@@ -153,9 +156,9 @@ def _folder(path: str | Path, files: Sequence[str] | None = None, *, links: bool
     return Rows(paths, root, beside=beside, links=links, **options)
 
 
-def _jsonl(path: str | Path, root: str | Path | None = None, **options: Any) -> Source:
-    file = Path(path)
-    return Rows([file], Path(root or file.parent), **{"label": unpacked(file).stem} | options)
+def _jsonl(path: str | AnyPath, root: str | AnyPath | None = None, **options: Any) -> Source:
+    file = storage.path(path)
+    return Rows([file], storage.path(root or file.parent), **{"label": unpacked(file).stem} | options)
 
 
 def read(source: Source, indices: Iterable[int], workers: int = 2) -> Iterator[tuple[int, Document | BadItem]]:

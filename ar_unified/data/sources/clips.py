@@ -6,16 +6,17 @@ import hashlib
 import posixpath
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ar_unified import storage
 from ar_unified.data import encoding, images
-from ar_unified.data.files import FileError, Folder, Found
+from ar_unified.data.files import FileError, Found, folder_at
 from ar_unified.data.items import BadItem
 from ar_unified.errors import UserError
 from ar_unified.language.document import Document, DocumentError, ImagePart, Part, TextPart
+from ar_unified.storage import AnyPath
 
 _ANIMATED = (".gif", ".webp")
 _FRAMES = tuple(suffix for suffix in images.SUFFIXES if suffix not in _ANIMATED)
@@ -34,7 +35,7 @@ class Clips:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | AnyPath,
         *,
         frames: int = 8,
         links: bool = False,
@@ -44,9 +45,9 @@ class Clips:
     ):
         if frames < 1:
             raise UserError(f"frames: expected at least 1, found {frames}")
-        self._root, self._frames, self._limits = Path(path), frames, limits
+        self._root, self._frames, self._limits = storage.path(path), frames, limits
         self.name, self.reversible = label or self._root.resolve().name, reversible
-        self._folder = Folder(self._root, links)
+        self._folder = folder_at(self._root, links)
         found = self._folder.search(lambda name: name.lower().endswith((*images.SUFFIXES, ".txt")))
         self._texts = {item.name for item in found if item.name.lower().endswith(".txt")}
         clips: dict[str, list[Found]] = {}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
+from ar_unified import storage
 from ar_unified.data import images
-from ar_unified.data.files import FileError, Folder
+from ar_unified.data.files import FileError, folder_at
 from ar_unified.data.items import BadItem
 from ar_unified.errors import UserError
 from ar_unified.language.document import Document, ImagePart
+from ar_unified.storage import AnyPath
 
 
 class ImageFiles:
@@ -24,16 +25,16 @@ class ImageFiles:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | AnyPath,
         *,
         links: bool = False,
         label: str | None = None,
         reversible: bool = True,
         limits: images.Limits = images.LIMITS,
     ):
-        self.root, self.limits = Path(path), limits
+        self.root, self.limits = storage.path(path), limits
         self.name, self.reversible = label or self.root.resolve().name, reversible
-        self._found = Folder(self.root, links).search(lambda name: name.lower().endswith(images.SUFFIXES))
+        self._found = folder_at(self.root, links).search(lambda name: name.lower().endswith(images.SUFFIXES))
         if not self._found:
             endings = ", ".join(images.SUFFIXES)
             raise UserError(f"{self.root}: expected a folder with image files ({endings}), found none")

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import io
-import os
 import threading
 import zlib
 from abc import abstractmethod
 from pathlib import Path
 from typing import BinaryIO
 
+from ar_unified import storage
+from ar_unified.storage import AnyPath
+
 ENDINGS = (".gz", ".zst")
 _STEP = 1 << 12  # packed bytes at once: at most 4 MiB unpacked
 _SNAPSHOTS = 256  # of gzip's state, 40 KB each
 
 
-def unpacked(path: Path) -> Path:
+def unpacked(path: AnyPath) -> AnyPath:
     """The name of a file without the ending that says how it is packed."""
     return path.with_suffix("") if path.suffix.lower() in ENDINGS else path
 
 
-def open_binary(path: Path) -> BinaryIO:
+def open_binary(path: AnyPath) -> BinaryIO:
     """A file for reading, unpacked where its ending says that it is packed.
 
     Going back in gzip begins at one of 256 places, evenly apart, which are found as it is read first; in Zstandard at
@@ -31,21 +33,23 @@ def open_binary(path: Path) -> BinaryIO:
     """
     ending = path.suffix.lower()
     if ending not in ENDINGS:
-        return open(path, "rb")
+        return storage.open_binary(path)
     return io.BufferedReader(_Gzip(path) if ending == ".gz" else _Zstandard(path), 1 << 16)  # type: ignore[return-value]
 
 
 class Reader:
     """Bytes at any place of a file, packed or not, for many threads."""
 
-    def __init__(self, path: Path):
-        self._file, self._lock = open_binary(path), threading.Lock()
-        self._descriptor = None if path.suffix.lower() in ENDINGS else self._file.fileno()
+    def __init__(self, path: AnyPath):
+        self._lock = threading.Lock()
+        self._plain = None if path.suffix.lower() in ENDINGS else storage.Opened(path)
+        self._file = open_binary(path) if self._plain is None else None
 
     def read(self, at: int, size: int) -> bytes:
         """Raises OSError as `open_binary` says."""
-        if self._descriptor is not None:
-            return os.pread(self._descriptor, size, at)
+        if self._plain is not None:
+            return self._plain.read(at, size)
+        assert self._file is not None
         with self._lock:
             self._file.seek(at)
             return self._file.read(size)
@@ -98,9 +102,9 @@ class _Forward(io.RawIOBase):
 
 
 class _Gzip(_Forward):
-    def __init__(self, path: Path):
+    def __init__(self, path: AnyPath):
         super().__init__()
-        self._file = open(path, "rb")
+        self._file = storage.open_binary(path)
         self._state = zlib.decompressobj(31)
         # Of places in order: how many bytes are unpacked until there, of how many packed ones, and the state.
         self._places = [(0, 0, self._state.copy())]
@@ -143,7 +147,7 @@ class _Gzip(_Forward):
 
 
 class _Zstandard(_Forward):
-    def __init__(self, path: Path):
+    def __init__(self, path: AnyPath):
         super().__init__()
         self._path = path
         self._back(0)
@@ -152,7 +156,10 @@ class _Zstandard(_Forward):
         import pyarrow as pa  # which this alone needs
 
         self._errors = (pa.ArrowException, OSError)
-        self._stream = pa.input_stream(str(self._path), compression="zstd")
+        if isinstance(self._path, Path):
+            self._stream = pa.input_stream(str(self._path), compression="zstd")
+        else:
+            self._stream = pa.CompressedInputStream(pa.PythonFile(storage.open_binary(self._path), mode="r"), "zstd")
         self._step, self._unpacked = 1 << 16, 0
         return 0
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import posixpath
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from ar_unified import storage
 from ar_unified.data import encoding, images
-from ar_unified.data.files import FileError, Folder
+from ar_unified.data.files import FileError, folder_at
 from ar_unified.data.items import BadItem
 from ar_unified.data.sources import markup
 from ar_unified.data.sources.columns import Columns
 from ar_unified.data.sources.records import Record, RecordSource
 from ar_unified.data.sources.splits import Split
 from ar_unified.data.sources.text_files import find
+from ar_unified.storage import AnyPath
 
 FILES = ("*.md", "*.markdown", "*.html", "*.htm")
 _LARGEST = 1 << 26  # bytes of a page
@@ -39,7 +40,7 @@ class Pages(RecordSource):
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | AnyPath,
         *,
         files: Sequence[str] = FILES,
         links: bool = False,
@@ -48,8 +49,8 @@ class Pages(RecordSource):
         reversible: bool = True,
         limits: images.Limits = images.LIMITS,
     ):
-        self._root = Path(path)
-        folder = Folder(self._root, links)
+        self._root = storage.path(path)
+        folder = folder_at(self._root, links)
         super().__init__(Columns(), folder, label or self._root.resolve().name, reversible=reversible, limits=limits)
         found = find(self._root, files, links)
         if split is not None:

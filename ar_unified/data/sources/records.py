@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ar_unified.data import images
-from ar_unified.data.files import FileError, Folder
+from ar_unified.data.files import AnyFolder, FileError
 from ar_unified.data.items import BadItem
 from ar_unified.data.sources.columns import Columns
 from ar_unified.language.document import Document, DocumentError, TextPart, check_text
@@ -39,7 +39,7 @@ class RecordSource(ABC):
     def __init__(
         self,
         columns: Columns,
-        folder: Folder | None,
+        folder: AnyFolder | None,
         name: str,
         *,
         reversible: bool = True,

@@ -8,18 +8,18 @@ import json
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ar_unified.data import encoding, images
-from ar_unified.data.files import FileError, Folder, require_file
+from ar_unified.data.files import FileError, folder_at, require_file
 from ar_unified.data.items import BadItem
 from ar_unified.data.sources import packed
 from ar_unified.data.sources.splits import Split
 from ar_unified.language.document import Document, DocumentError, TextPart
 from ar_unified.language.rows import document_from_json
+from ar_unified.storage import AnyPath
 
 _LONGEST = 1 << 27  # bytes of a line
 
@@ -44,12 +44,12 @@ class Rows:
 
     def __init__(
         self,
-        files: Sequence[Path],
-        root: Path,
+        files: Sequence[AnyPath],
+        root: AnyPath,
         *,
         links: bool = False,
         split: str | None = None,
-        beside: Sequence[Path] = (),
+        beside: Sequence[AnyPath] = (),
         label: str | None = None,
         reversible: bool = True,
         limits: images.Limits = images.LIMITS,
@@ -58,7 +58,7 @@ class Rows:
             require_file(file)
         self.files, self.root, self.limits = list(files), root, limits
         self.name, self.reversible = label or root.resolve().name, reversible
-        self._folder = Folder(root, links)
+        self._folder = folder_at(root, links)
         chosen = Split(split) if split is not None else None
         if chosen and chosen.by_part:
             for file in (*self.files, *beside):
@@ -156,7 +156,7 @@ class _Bad(Exception):
         self.kind = kind
 
 
-def _lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
+def _lines(file: AnyPath) -> Iterator[tuple[int, int, bytes]]:
     """Number (from 1), offset and bytes of every line, no byte order mark; of a file that is no UTF-8, its head.
 
     Of a line that is too long there is the beginning and one byte too many. A rest that cannot be

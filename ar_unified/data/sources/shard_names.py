@@ -6,29 +6,34 @@ import glob
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from ar_unified.data.files import Folder, Found, require_file
+from ar_unified import storage
+from ar_unified.data.files import Bucket, Found, folder_at, require_file
 from ar_unified.errors import UserError
+from ar_unified.storage import AnyPath, Remote
 
 TABLES, TARS = (".parquet", ".arrow"), (".tar",)  # how such files end
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _MOST = 1_000_000  # names that braces may stand for
 
 
-def shards(path: str | Path, endings: Sequence[str], *, links: bool = False) -> tuple[Path, list[Found]]:
+def shards(path: str | AnyPath, endings: Sequence[str], *, links: bool = False) -> tuple[AnyPath, list[Found]]:
     """The folder that all are in, and the files below it, in the order of braces, else of their names.
 
     Args:
         path: one file; a folder, whose files with one of `endings` are meant, however deep (`files.Folder`); or a name
-            with {000..063} or {a,b}, each of which must be there, or with wildcards.
+            with {000..063} or {a,b}, each of which must be there, or with wildcards. On disk or in a store.
 
     Raises:
         UserError: there are none, or one that braces name is missing.
     """
+    if isinstance(place := storage.path(path), Remote):
+        return _in_store(place, endings)
     path = str(path)
     if os.path.isdir(path):
-        found = Folder(path, links).search(lambda name: name.lower().endswith(tuple(endings)))
+        found = folder_at(path, links).search(lambda name: name.lower().endswith(tuple(endings)))
         if not found:
             raise UserError(f"{path}: expected files named *{', *'.join(endings)} in it, found none")
         return Path(path), found
@@ -41,6 +46,63 @@ def shards(path: str | Path, endings: Sequence[str], *, links: bool = False) -> 
         require_file(name)
     root = Path(os.path.commonpath([os.path.dirname(os.path.abspath(name)) for name in names]))
     return root, [Found(os.path.relpath(os.path.abspath(name), root), os.path.getsize(name)) for name in names]
+
+
+def named(path: str | AnyPath, root: AnyPath) -> str:
+    """What a source is called after what a person gave, and the folder that `shards` found."""
+    given = storage.path(path)
+    return given.stem if given.is_file() else root.resolve().name
+
+
+def _in_store(path: Remote, endings: Sequence[str]) -> tuple[Remote, list[Found]]:
+    """`shards` of a store, where a listing of the folder above all names has what is asked of each."""
+    names = braces(str(path))
+    if len(names) == 1 and not glob.has_magic(str(path)):
+        if (found := storage.facts(str(path))) is not None:
+            return path.parent, [Found(path.name, found.size)]
+        listed = Bucket(path).search(lambda name: name.lower().endswith(tuple(endings)))
+        if not listed:
+            raise UserError(f"{path}: expected files named *{', *'.join(endings)} in it, found none")
+        return path, listed
+    fixed = [name[: match.start()] if (match := re.search(r"[*?[]", name)) else name for name in names]
+    root = Remote(_above(fixed))
+    there = {item.name: item for item in Bucket(root).search(lambda _: True)}
+    tops = [name.removeprefix(f"{root}/") for name in names]
+    if len(names) == 1 and glob.has_magic(str(path)):
+        pattern = re.compile(_regex(tops[0]))
+        tops = [name for name in there if pattern.fullmatch(name)]
+        if not tops:
+            raise UserError(f"{path}: no file of this name")
+    if missing := next((name for name in tops if name not in there), None):
+        raise UserError(f"{root}/{missing}: no such file")
+    inner = _above([f"{root}/{name}" for name in tops])
+    return Remote(inner), [replace(there[name], name=f"{root}/{name}".removeprefix(f"{inner}/")) for name in tops]
+
+
+def _above(names: Sequence[str]) -> str:
+    """The folder that is above all of some URLs."""
+    parts = [name.rpartition("/")[0].split("/") for name in names]
+    same = [each[0] for each in zip(*parts, strict=False) if len(set(each)) == 1]
+    first = next((i for i, each in enumerate(zip(*parts, strict=False)) if len(set(each)) > 1), len(same))
+    return "/".join(same[:first])
+
+
+def _regex(pattern: str) -> str:
+    """Wildcards as `glob` has them: * and ? stay in a folder, ** goes through any."""
+    out, i = "", 0
+    while i < len(pattern):
+        if pattern.startswith("**/", i):
+            out, i = out + "(?:.*/)?", i + 3
+        elif pattern[i] == "*":
+            out, i = out + "[^/]*", i + 1
+        elif pattern[i] == "?":
+            out, i = out + "[^/]", i + 1
+        elif pattern[i] == "[" and (end := pattern.find("]", i + 2)) > 0:
+            inner = pattern[i + 1 : end].replace("\\", "\\\\")
+            out, i = f"{out}[{'^' + inner[1:] if inner[0] == '!' else inner}]", end + 1
+        else:
+            out, i = out + re.escape(pattern[i]), i + 1
+    return out
 
 
 def braces(name: str) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
-import os
 import threading
 from abc import ABC, abstractmethod
 from array import array
@@ -16,14 +15,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ar_unified import storage
 from ar_unified.data import images
-from ar_unified.data.files import Folder
+from ar_unified.data.files import folder_at
 from ar_unified.data.items import BadItem
 from ar_unified.data.sources.columns import PICTURES, Columns
 from ar_unified.data.sources.records import Record, RecordSource, together
-from ar_unified.data.sources.shard_names import TABLES, shards
+from ar_unified.data.sources.shard_names import TABLES, named, shards
 from ar_unified.data.sources.splits import EmptySplit, parse_split
 from ar_unified.errors import UserError
+from ar_unified.storage import AnyPath
 
 _BAD = (pa.ArrowException, OSError, ValueError, NotImplementedError)
 
@@ -48,7 +49,7 @@ class Tables(RecordSource):
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | AnyPath,
         *,
         columns: Mapping[str, str] | None = None,
         links: bool = False,
@@ -59,17 +60,17 @@ class Tables(RecordSource):
     ):
         root, found = shards(path, TABLES, links=links)
         name, low, high = parse_split(split or "")
-        named = [file for file in found if _is_of(file.name, name)] if name else found
-        if name and not named and any(_is_of(file.name, each) for file in found for each in _SPLITS):
+        chosen = [file for file in found if _is_of(file.name, name)] if name else found
+        if name and not chosen and any(_is_of(file.name, each) for file in found for each in _SPLITS):
             raise UserError(f"{path}: no file of split {name!r}: {', '.join(file.name for file in found[:8])}")
-        folder = Folder(root, links)
-        label = label or (Path(path).stem if Path(path).is_file() else root.resolve().name)
+        folder = folder_at(root, links)
+        label = label or named(path, root)
         super().__init__(Columns(columns), folder, label, reversible=reversible, limits=limits)
         self._files: list[_File | BadItem] = []
         # Of every group of rows: the number of its first row, its file, and which group of the file it is.
         self._first, self._file, self._group = array("q"), array("i"), array("q")
         rows, digest, size = 0, hashlib.sha256(), 0
-        for entry in named or found:
+        for entry in chosen or found:
             file = self._open(root, entry)
             digest.update(f"{entry.name} {entry.size}\n".encode(errors="surrogateescape"))
             for group, count in enumerate([1] if isinstance(file, BadItem) else file.rows):
@@ -99,7 +100,7 @@ class Tables(RecordSource):
         }
         self._lock, self._cursors = threading.Lock(), dict[bool, _Cursor]()
 
-    def _open(self, root: Path, entry: Any) -> _File | BadItem:
+    def _open(self, root: AnyPath, entry: Any) -> _File | BadItem:
         path = root / entry.name
         if entry.error:
             return BadItem(entry.error.kind, str(path), entry.error.reason)
@@ -172,7 +173,7 @@ class _File(ABC):
         rows: of each group. names: of the columns. head: bytes that change when the rows do.
     """
 
-    def __init__(self, path: Path, schema: pa.Schema, rows: list[int], head: bytes):
+    def __init__(self, path: AnyPath, schema: pa.Schema, rows: list[int], head: bytes):
         self.path, self.rows, self.names, self.head = path, rows, list(schema.names), head
         self.classes = _classes(schema)
 
@@ -182,23 +183,23 @@ class _File(ABC):
 
 
 class _Parquet(_File):
-    def __init__(self, path: Path):
-        with pq.ParquetFile(path) as file:
+    def __init__(self, path: AnyPath):
+        with pq.ParquetFile(_source(path)) as file:
             groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
             super().__init__(path, file.schema_arrow, groups, _tail(path))
 
     def batches(self, group: int, names: list[str], size: int) -> Iterator[pa.RecordBatch]:
-        with pq.ParquetFile(self.path) as file:
+        with pq.ParquetFile(_source(self.path)) as file:
             yield from file.iter_batches(size, [group], names, use_threads=False)
 
 
 class _Arrow(_File):
     """An IPC stream, whose batches are found by reading it once (mapped, so images are not touched), or an IPC file."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: AnyPath):
         self._places = array("q")
         rows = []
-        with pa.memory_map(str(path)) as source:
+        with _mapped(path) as source:
             if source.read(6) == b"ARROW1":
                 file = pa.ipc.open_file(source)
                 schema = file.schema
@@ -224,7 +225,7 @@ class _Arrow(_File):
         super().__init__(path, schema, rows, _tail(path))
 
     def batches(self, group: int, names: list[str], size: int) -> Iterator[pa.RecordBatch]:
-        with pa.memory_map(str(self.path)) as source:
+        with _mapped(self.path) as source:
             if self._places:
                 source.seek(self._places[group])
                 batch = pa.ipc.read_record_batch(pa.ipc.read_message(source), self._schema)
@@ -274,11 +275,20 @@ def _classes(schema: pa.Schema) -> dict[str, list[str]]:
         return {}
 
 
-def _tail(path: Path) -> bytes:
+def _tail(path: AnyPath) -> bytes:
     """The last bytes of a file, where its footer is or its last rows are."""
-    with open(path, "rb") as file:
-        file.seek(max(os.path.getsize(path) - (1 << 16), 0))
+    with storage.open_binary(path) as file:
+        file.seek(max(storage.size_of(path) - (1 << 16), 0))
         return file.read()
+
+
+def _source(path: AnyPath) -> Any:
+    """What PyArrow opens: a path, or an object that is read by ranges."""
+    return path if isinstance(path, Path) else storage.open_binary(path)
+
+
+def _mapped(path: AnyPath) -> Any:
+    return pa.memory_map(str(path)) if isinstance(path, Path) else pa.PythonFile(storage.open_binary(path), mode="r")
 
 
 def _first_line(error: Exception) -> str:

@@ -5,23 +5,22 @@ from __future__ import annotations
 import bisect
 import functools
 import hashlib
-import io
 import json
-import os
 import tarfile
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from ar_unified import storage
 from ar_unified.data import encoding, images
 from ar_unified.data.files import LARGEST, FileError, hidden
 from ar_unified.data.items import BadItem
 from ar_unified.data.sources.columns import Columns
 from ar_unified.data.sources.records import Record, RecordSource, together
-from ar_unified.data.sources.shard_names import TARS, shards
+from ar_unified.data.sources.shard_names import TARS, named, shards
 from ar_unified.data.sources.splits import EmptySplit, parse_split
 from ar_unified.errors import UserError
+from ar_unified.storage import AnyPath
 
 _TEXTS = ("txt", "text", "caption", "cls", "id", "question", "answer")
 _KINDS = 1 << 15
@@ -51,7 +50,7 @@ class Tars(RecordSource):
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | AnyPath,
         *,
         keys: Mapping[str, str] | None = None,
         links: bool = False,
@@ -64,7 +63,7 @@ class Tars(RecordSource):
         if name not in ("", "train"):
             raise UserError(f"{path}: expected a split by part, as tars have no others: [:95%], found {split!r}")
         root, found = shards(path, TARS, links=links)
-        label = label or (Path(path).stem if Path(path).is_file() else root.resolve().name)
+        label = label or named(path, root)
         super().__init__(Columns(keys), None, label, reversible=reversible, limits=limits)
         self._paths = [root / entry.name for entry in found]
         # Of every sample its tar and its first member; of every member where its data begins, its size, its kind.
@@ -212,40 +211,37 @@ class _Cut(Exception):
         self.sample = sample
 
 
-class _Opened:
-    """An open file that is read at any place by any thread."""
-
-    def __init__(self, path: Path):
-        self._descriptor = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
+class _Opened(storage.Opened):
+    """An open tar. Raises FileError for what does not fit into memory."""
 
     def read(self, at: int, size: int) -> bytes:
         if size > LARGEST:
             raise FileError("too_large", f"expected at most {LARGEST} bytes, found {size}")
-        return os.pread(self._descriptor, size, at)
+        return super().read(at, size)
 
 
-class _Headers(io.FileIO):
+class _Headers:
     """A tar file of which headers alone are read: one that would fill the memory is refused."""
 
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or size < 0 or size > _LONGEST_HEADER:
+    def __init__(self, file: BinaryIO):
+        self._file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if size < 0 or size > _LONGEST_HEADER:
             raise tarfile.ReadError(f"a header of {size} bytes")
-        return super().read(size)
+        return self._file.read(size)
 
 
-def _members(path: Path) -> Iterator[tarfile.TarInfo]:
+def _members(path: AnyPath) -> Iterator[tarfile.TarInfo]:
     """The members of a tar. Raises _Cut: it is none, or does not end as it should."""
-    whole = os.path.getsize(path)
-    with open(path, "rb") as file:
+    whole = storage.size_of(path)
+    with storage.open_binary(path) as file:
         if packed := encoding.no_content(file.read(encoding.HEAD)):
             raise _Cut(f"expected a tar, found {packed}")
-    with _Headers(path) as stream:
+        file.seek(0)
+        stream = _Headers(file)
         try:
-            with tarfile.open(fileobj=stream, mode="r:", errors="surrogateescape") as tar:
+            with tarfile.open(fileobj=stream, mode="r:", errors="surrogateescape") as tar:  # type: ignore[call-overload]
                 while (info := tar.next()) is not None:
                     tar.members = []  # type: ignore[attr-defined]  # or all of them stay in memory
                     yield info

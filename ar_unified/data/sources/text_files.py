@@ -13,13 +13,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from ar_unified import storage
 from ar_unified.data import encoding
-from ar_unified.data.files import Folder, Found
+from ar_unified.data.files import Found, folder_at
 from ar_unified.data.items import BadItem
 from ar_unified.data.sources import packed
 from ar_unified.data.sources.splits import Split
 from ar_unified.errors import UserError
 from ar_unified.language.document import Document, TextPart
+from ar_unified.storage import AnyPath
 
 FILES = ("*.txt", "*.md", "*.jsonl", "*.jsonl.gz", "*.jsonl.zst")
 _BLOCK = 1 << 14  # bytes that share an entry of the index, and are read at once
@@ -54,7 +56,7 @@ class TextFiles:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | AnyPath,
         *,
         files: Sequence[str] = FILES,
         by: str = "file",
@@ -67,14 +69,15 @@ class TextFiles:
     ):
         if by not in ("file", "line"):
             raise UserError(f"by: expected file or line, found {by!r}")
-        path = Path(path)
+        path = storage.path(path)
         alone = path.is_file()
         self.name, self.reversible = label or (path.stem if alone else path.resolve().name), reversible
         self._by, self._field, self._language_from = by, field, language
         self._split = None if split is None else Split(split)
         self._root = path.parent if alone else path
         found = [Found(path.name)] if alone else find(path, files, links)
-        self._files = [self._root / file.name for file in found]
+        self._names = [file.name for file in found]
+        self._files = [self._root / name for name in self._names]
         self._languages = languages(self._files)
 
         if self._split and self._split.by_part:
@@ -211,10 +214,7 @@ class TextFiles:
                 self._add(number, problem=("unreadable_file", str(error)))
         return digest.hexdigest()
 
-    def _name(self, file: Path) -> str:
-        return file.relative_to(self._root).as_posix()
-
-    def _in_lines(self, file: Path) -> bool:
+    def _in_lines(self, file: AnyPath) -> bool:
         return self._by == "line" or _is_jsonl(file)
 
     def _add(
@@ -239,8 +239,7 @@ class TextFiles:
         size = 0
         while data := stream.read(1 << 20):
             size += len(data)
-        name = self._files[number].relative_to(self._root).as_posix()
-        if self._in_split({"id": name}, b""):
+        if self._in_split({"id": self._names[number]}, b""):
             problem = _too_large(size, "one file; by='line' makes every line a document")
             self._add(number, start, start + size, problem=problem)
 
@@ -262,7 +261,7 @@ class TextFiles:
                 line += 1
             start += size
 
-    def _is_item(self, file: Path, line: bytes) -> bool:
+    def _is_item(self, file: AnyPath, line: bytes) -> bool:
         line = line.strip()
         if not line or self._split is None:
             return bool(line)
@@ -301,23 +300,25 @@ def _too_large(size: int, what: str) -> tuple[str, str] | None:
     return "too_large", f"expected at most {_LARGEST >> 20} MiB, found {size / 2**20:.0f} MiB in {what}"
 
 
-def _is_jsonl(file: Path) -> bool:
+def _is_jsonl(file: AnyPath) -> bool:
     return packed.unpacked(file).suffix.lower() == ".jsonl"
 
 
-def languages(files: Sequence[Path]) -> list[str]:
+def languages(files: Sequence[AnyPath]) -> list[str]:
     """What each of several files is called by its name alone: without its ending, unless a neighbour is called so."""
     stems = Counter((file.parent, file.stem) for file in files)
     return [file.stem if stems[file.parent, file.stem] == 1 else file.name for file in files]
 
 
-def find(root: Path, patterns: Sequence[str], links: bool) -> list[Found]:
+def find(root: AnyPath, patterns: Sequence[str], links: bool) -> list[Found]:
     """The files under a folder that have one of these names, sorted. Raises UserError: there are none."""
     for pattern in patterns:
         if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
             raise UserError(f"files: expected patterns of names inside {root}, found {pattern!r}")
     wanted = [("**", *PurePosixPath(pattern.lower()).parts) for pattern in patterns]
-    found = Folder(root, links).search(lambda name: any(_matches(name.lower().split("/"), parts) for parts in wanted))
+    found = folder_at(root, links).search(
+        lambda name: any(_matches(name.lower().split("/"), parts) for parts in wanted)
+    )
     if not found:
         raise UserError(f"{root}: expected files named {', '.join(patterns)} in it, found none")
     return found

@@ -1,0 +1,148 @@
+"""One process at a time, by objects that are created only where there is none.
+
+A lock is a row of objects, NAME.000001, NAME.000002, ...: whoever creates the next one has it. Its holder writes into
+it again and again. One that says nothing new for as long as a lease (AR_UNIFIED_STORE_LEASE, 60 s) is given up, and the
+next number taken: the clocks of two machines are never compared. A holder that finds a higher number than its own has
+lost the lock, and stops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from ar_unified.errors import RunError
+from ar_unified.storage import stores
+
+_LEASE = 60.0  # seconds; four times in it a holder writes
+_BOOT = "/proc/sys/kernel/random/boot_id"
+
+
+class LockLost(RunError):
+    """Another process took the lock: this one had said nothing for too long."""
+
+
+class Held(Exception):
+    """Somebody has the lock; the message says who."""
+
+
+class Lock:
+    """A lock that this process has, until `release` or its end.
+
+    Args:
+        url: of the row of objects, without the number.
+
+    Raises Held.
+    """
+
+    def __init__(self, url: str):
+        self._url, self._folder, self._name = url, *url.rsplit("/", 1)
+        self._lease = float(os.environ.get("AR_UNIFIED_STORE_LEASE", _LEASE))
+        self._who = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        self._token = uuid.uuid4().hex
+        self.waited = False  # for a holder that had gone: what it left may have come after we looked
+        self._beats = 0
+        self.number = self._take()
+        self._lost = self._ended = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises LockLost."""
+        if self._lost:
+            raise LockLost(
+                f"{self._at(self.number)}: another process has taken this over, as nothing was heard from here for "
+                f"{self._lease:g} s. Nothing more is written; end the other, or wait for it"
+            )
+
+    def release(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        if not self._lost:
+            stores.write(self._at(self.number), self._says(released=True))
+
+    def _take(self) -> int:
+        while True:
+            numbers = self._numbers()
+            last = numbers[-1] if numbers else 0
+            if last:
+                self._await(last)
+            if stores.create(self._at(last + 1), self._says()):
+                for number in numbers:
+                    stores.delete(self._at(number))
+                return last + 1
+            # another was faster: who it is, and whether it lives, is the next question
+
+    def _await(self, number: int) -> None:
+        """Until the holder of a number has gone. Raises Held: it lives."""
+        first = self._read(number)
+        if _is_gone(first):
+            return
+        self.waited = True
+        until = time.monotonic() + self._lease
+        while time.monotonic() < until:
+            time.sleep(min(self._lease / 8, 2.0))
+            now = self._read(number)
+            if _is_gone(now):
+                return
+            if now != first:
+                raise Held(str(now.get("who", "another process")))
+
+    def _numbers(self) -> list[int]:
+        names = stores.listed(self._folder)[0]
+        ends = (name.removeprefix(f"{self._name}.") for name in names if name.startswith(f"{self._name}."))
+        return sorted(int(end) for end in ends if end.isdecimal())
+
+    def _read(self, number: int) -> dict[str, Any]:
+        try:
+            found = json.loads(stores.read(self._at(number)))
+        except (FileNotFoundError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _at(self, number: int) -> str:
+        return f"{self._url}.{number:06d}"
+
+    def _says(self, released: bool = False) -> bytes:
+        said = {"who": self._who, "host": _machine(), "pid": os.getpid(), "token": self._token}
+        return json.dumps(said | {"beat": self._beats, "released": released}).encode()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self._lease / 4):
+            self._beats += 1
+            with contextlib.suppress(RunError):  # a store that is away is told by those who wait for it
+                if max(self._numbers(), default=0) > self.number:
+                    self._lost = True
+                    return
+                stores.write(self._at(self.number), self._says())
+
+
+def _machine() -> str:
+    """Where process numbers mean the same processes: containers of one host may share its name."""
+    try:
+        return f"{socket.gethostname()} {Path(_BOOT).read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{socket.gethostname()} {uuid.uuid4().hex}"  # not known: nobody is told from there to be gone
+
+
+def _is_gone(said: dict[str, Any]) -> bool:
+    """Whether a holder has ended, as far as can be known without waiting: it said so, or ran here and runs no more."""
+    if not said or said.get("released"):
+        return True
+    if said.get("host") != _machine() or not isinstance(said.get("pid"), int):
+        return False
+    try:
+        os.kill(said["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False

@@ -1,0 +1,238 @@
+"""A folder of an object store as a folder here: files go up as they become whole, and come down as they are asked for.
+
+The store has the truth. What is here and not there, as of a process that was killed, is removed when the folder is
+opened. Every process has a mirror of its own, so nothing is shared but the store: `<cache>/<hash of the URL>-<number>`
+with the first number that no other process here has. <cache> is AR_UNIFIED_CACHE, else ~/.cache/ar_unified/mirrors.
+
+Folders that are `lazy` come a file at a time; those `kept` here are neither brought nor put there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO
+
+from ar_tokenizers.files import UNFINISHED
+
+from ar_unified.errors import UserError
+from ar_unified.storage import stores
+
+_THREADS = 8
+_OURS = "mirror.lock"
+
+
+class Mirror:
+    """One folder of a store.
+
+    Args:
+        url: of the folder. lazy, kept: patterns of folders below it, as paths with "/" between their parts.
+
+    Attributes:
+        root: the folder here.
+    """
+
+    def __init__(self, url: str, *, lazy: re.Pattern[str], kept: re.Pattern[str]):
+        self.url, self._lazy, self._kept = url.rstrip("/"), lazy, kept
+        if not re.fullmatch(r"\w+://[^/]+/.+", self.url):
+            raise UserError(f"{url}: expected a folder in a bucket, as {url.partition('://')[0]}://bucket/run")
+        self.root, self._lock = _place(self.url)
+        self._tags: dict[str, str] = {}  # of files that are here as they are there
+        self._sizes: dict[str, tuple[int, int]] = {}  # of files when they were last put there: bytes, time
+        self._guard = threading.Lock()
+        self._bring(self.root, removing=True)
+
+    # ---- down ---------------------------------------------------------------------------------------------------
+
+    def pull(self) -> None:
+        """Brings what others have put there since; what is lazy is brought when it is asked for."""
+        self._bring(self.root, removing=False)
+
+    def _bring(self, folder: Path, removing: bool) -> None:
+        """removing: what is not in the store; else what has gone from there since it was brought."""
+        wanted: dict[str, stores.Facts] = {}
+        left = [self.name(folder)]
+        while left:
+            here = left.pop()
+            if self._is(self._lazy, here) or self._is(self._kept, here):
+                continue
+            files, folders = stores.listed(self._url(here))
+            below = f"{here}/" if here else ""
+            wanted |= {below + name: facts for name, facts in files.items() if _safe(name)}
+            left += [below + name for name in folders if _safe(name)]
+        for path in list(self._files(folder)):
+            name = self.name(path)
+            if name not in wanted and (removing or name in self._tags):
+                path.unlink(missing_ok=True)
+                self._tags.pop(name, None)
+        changed = [name for name, facts in wanted.items() if not self._is_here(name, facts)]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            list(pool.map(self._download, changed))
+
+    def fetch(self, path: Path, *, fresh: bool = False) -> Path:
+        """A file as it is in the store, brought unless it is here; it is not there where the store has none.
+
+        fresh: also where it was brought, or put there, by this process.
+        """
+        name = self.name(path)
+        if (name in self._tags and not fresh) or self._is(self._kept, os.path.dirname(name)):
+            return path
+        facts = stores.facts(self._url(name))
+        if facts is None:
+            path.unlink(missing_ok=True)
+            self._tags.pop(name, None)
+        elif not self._is_here(name, facts):
+            self._download(name)
+        return path
+
+    def exists(self, path: Path) -> bool:
+        """Whether the store has a file; nothing is brought."""
+        name = self.name(path)
+        return name in self._tags or stores.facts(self._url(name)) is not None
+
+    def names(self, folder: Path) -> set[str]:
+        """Of the files in a folder of the store."""
+        return set(stores.listed(self._url(self.name(folder)))[0])
+
+    def _is_here(self, name: str, facts: stores.Facts) -> bool:
+        path = self.root / name
+        if self._tags.get(name) != facts.tag:
+            known = path.is_file() and path.stat().st_size == facts.size and stores.is_md5(facts.tag)
+            if not known or stores.file_md5(path).hexdigest() != facts.tag:
+                return False
+            self._note(name, facts)
+        return path.exists()
+
+    def _download(self, name: str) -> None:
+        try:
+            self._note(name, stores.download(self._url(name), self.root / name))
+        except FileNotFoundError:  # removed since it was listed
+            (self.root / name).unlink(missing_ok=True)
+
+    # ---- up -----------------------------------------------------------------------------------------------------
+
+    def push(self, path: Path) -> None:
+        """Puts a file into the store."""
+        name = self.name(path)
+        if _travels(name) and not self._is(self._kept, os.path.dirname(name)):
+            self._note(name, stores.upload(path, self._url(name)))
+
+    def push_changed(self, folder: Path) -> None:
+        """Puts those files of a folder into the store that are not there as they are here, as logs that have grown."""
+        for path in sorted(self._files(folder)):
+            if self._sizes.get(self.name(path)) != _look(path):
+                self.push(path)
+
+    def _note(self, name: str, facts: stores.Facts) -> None:
+        with self._guard:
+            self._tags[name], self._sizes[name] = facts.tag, _look(self.root / name)
+
+    # ---- of the store alone ---------------------------------------------------------------------------------------
+
+    def remove(self, path: Path) -> None:
+        stores.delete(self._url(self.name(path)))
+        path.unlink(missing_ok=True)
+        self._tags.pop(self.name(path), None)
+
+    def remove_tree(self, folder: Path) -> None:
+        """A folder with all that is in it; a stage's records go last, so that a killed removal is seen as one."""
+        top = self.name(folder)
+        names = [f"{top}/{name}" for name in stores.found_under(self._url(top))]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for last in (False, True):
+                list(pool.map(stores.delete, [self._url(name) for name in names if _is_record(name) is last]))
+        shutil.rmtree(folder, ignore_errors=True)
+        self._tags = {name: tag for name, tag in self._tags.items() if not name.startswith(f"{top}/")}
+
+    def move(self, old: Path, new: Path) -> None:
+        """A file, or a folder with all that is in it: copied inside the store, then removed under its old name."""
+        top = self.name(old)
+        for name in stores.found_under(self._url(top)):
+            stores.copy(self._url(f"{top}/{name}"), self._url(f"{self.name(new)}/{name}"))
+        if (alone := stores.facts(self._url(top))) is not None:
+            stores.copy(self._url(top), self._url(self.name(new)))
+        if old.exists():
+            new.parent.mkdir(parents=True, exist_ok=True)
+            old.rename(new)
+        self.remove(old) if alone else self.remove_tree(old)
+
+    def address(self, path: Path) -> str:
+        """The URL of what is here as `path`."""
+        return self._url(self.name(path))
+
+    def close(self) -> None:
+        """Puts all that is not there yet into the store, and lets another process have the mirror."""
+        try:
+            self.push_changed(self.root)
+        finally:
+            self._lock.close()
+
+    # ---- names --------------------------------------------------------------------------------------------------
+
+    def name(self, path: Path) -> str:
+        """The path below the folder, with "/" between its parts; "" is the folder."""
+        name = path.relative_to(self.root).as_posix()
+        return "" if name == "." else name
+
+    def _url(self, name: str) -> str:
+        return f"{self.url}/{name}" if name else self.url
+
+    def _is(self, pattern: re.Pattern[str], folder: str) -> bool:
+        parts = folder.split("/")
+        return any(pattern.fullmatch("/".join(parts[:i])) for i in range(1, len(parts) + 1))
+
+    def _files(self, folder: Path) -> Iterator[Path]:
+        """Files here that belong to the store's folder."""
+        for here, folders, files in os.walk(folder):
+            at = Path(here)
+            folders[:] = [name for name in folders if not self._is(self._kept, self.name(at / name))]
+            lazy = self._is(self._lazy, self.name(at))
+            for name in files:
+                if _travels(name) and not (lazy and self.name(at / name) not in self._sizes):
+                    yield at / name
+
+
+def _place(url: str) -> tuple[Path, IO[str]]:
+    """A folder for this process alone, and the lock that says so."""
+    cache = Path(os.environ.get("AR_UNIFIED_CACHE") or Path.home() / ".cache" / "ar_unified" / "mirrors")
+    name = hashlib.sha256(url.encode()).hexdigest()[:16]
+    for number in range(1 << 16):
+        place = cache / f"{name}-{number}"
+        (place / "files").mkdir(parents=True, exist_ok=True)
+        lock = open(place / _OURS, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            continue
+        lock.truncate(0)
+        lock.write(f"{url}\n")
+        lock.flush()
+        return (place / "files").resolve(), lock
+    raise UserError(f"{cache}: no mirror is free: name another folder by AR_UNIFIED_CACHE")
+
+
+def _look(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _travels(name: str) -> bool:
+    """Whether a file belongs to the store: what is being written, and what only this machine knows, does not."""
+    return not (name.endswith((UNFINISHED, ".tmp")) or any(part.startswith(".") for part in name.split("/")))
+
+
+def _safe(name: str) -> bool:
+    """Whether a name of the store may be a file's here."""
+    return bool(name) and name not in (".", "..") and "\0" not in name and _travels(name)
+
+
+def _is_record(name: str) -> bool:
+    return name.endswith(("/started.json", "/done.json", "/history.json"))

@@ -1,0 +1,312 @@
+"""Object stores behind one small door: whole objects by URL, with every retry and every check in this file.
+
+An object appears whole or not at all, so nothing is renamed here: what must come last is written last. A request that
+fails in passing (429, 5xx, a lost connection, fewer bytes than were asked for) is made again after a growing pause for
+AR_UNIFIED_STORE_PATIENCE seconds. Credentials, region and endpoint are found where s3fs and gcsfs look for them.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import functools
+import hashlib
+import importlib
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ar_tokenizers.files import whole
+
+from ar_unified.errors import UNUSABLE, RunError, UserError
+
+SCHEMES = {"s3": "s3fs", "gs": "gcsfs"}  # and the package that speaks it
+PIECE = 1 << 24  # bytes of a large object that one request reads
+_PATIENCE = 120.0  # seconds
+_LONGEST_PAUSE = 16.0
+_ENTRANCE = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a profile, or the machine's role), and AWS_ENDPOINT_URL for "
+    "a store that is not Amazon's",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS (or `gcloud auth application-default login`, or the machine's account)",
+}
+# Faults that another try does not mend, by the names of their classes: their packages are not always there.
+_NO_ENTRANCE = re.compile(r"NoCredentials|PartialCredentials|ProfileNotFound|DefaultCredentials|RefreshError|Token")
+_FORBIDDEN = re.compile(r"Forbidden|Access ?Denied|Unauthorized|InvalidAccessKey|SignatureDoesNotMatch", re.I)
+
+
+class StoreFailed(RunError):
+    """A store did not do what it was asked, however often."""
+
+
+class StoreRefused(RunError):
+    """A store wants other credentials, or its package is missing. Not a ValueError: no item of data is bad for it."""
+
+    exit_status = UNUSABLE
+
+
+class _Torn(Exception):
+    """Fewer or other bytes came than there are."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of an object: its size in bytes, and a text that changes with its content: the MD5 where the store has it."""
+
+    size: int
+    tag: str
+
+
+def is_url(path: str | os.PathLike[str] | object) -> bool:
+    """Whether a path is one of an object store: the one place that says which there are."""
+    return str(path).partition("://")[0] in SCHEMES and "://" in str(path)
+
+
+def patience() -> float:
+    """Seconds for which a request that fails in passing is repeated."""
+    try:
+        return float(os.environ.get("AR_UNIFIED_STORE_PATIENCE", _PATIENCE))
+    except ValueError as error:
+        raise UserError(f"AR_UNIFIED_STORE_PATIENCE: expected seconds, {error}") from error
+
+
+# ---- objects ----------------------------------------------------------------------------------------------------
+
+
+def facts(url: str) -> Facts | None:
+    """Of an object; None: there is none."""
+
+    def ask() -> Facts | None:
+        try:
+            found = _system(url).info(url)
+        except FileNotFoundError:
+            return None
+        return _facts(found) if found.get("type") == "file" else None
+
+    return _patiently("look at", url, ask)
+
+
+def listed(url: str) -> tuple[dict[str, Facts], list[str]]:
+    """The objects one level below a folder, by name, and the names of the folders there; nothing for no folder."""
+
+    def ask() -> tuple[dict[str, Facts], list[str]]:
+        try:
+            rows = _system(url).ls(f"{url.rstrip('/')}/", detail=True)
+        except FileNotFoundError:
+            return {}, []
+        below = _below(url, rows)
+        files = {name: _facts(row) for name, row in below if row["type"] == "file" and name}
+        return files, sorted(name for name, row in below if row["type"] != "file" and name)
+
+    return _patiently("list", url, ask)
+
+
+def found_under(url: str) -> dict[str, Facts]:
+    """All objects below a folder, by their path in it, "/" between its parts; pages are turned as they come."""
+
+    def ask() -> dict[str, Facts]:
+        try:
+            rows = list(_system(url).find(f"{url.rstrip('/')}/", detail=True).values())
+        except FileNotFoundError:
+            return {}
+        rows = [row for row in rows if not row["name"].endswith("/")]  # what some tools put there for a folder
+        return {name: _facts(row) for name, row in _below(url, rows) if name}
+
+    return _patiently("list", url, ask)
+
+
+class TooLarge(ValueError):
+    """An object has more bytes than whoever reads it has room for."""
+
+
+def read(url: str, start: int = 0, stop: int | None = None, *, most: int | None = None) -> bytes:
+    """Bytes start..stop-1 of an object, all of it for None. Raises FileNotFoundError; TooLarge for more than `most`."""
+
+    def ask() -> bytes:
+        if stop is None:
+            known = _facts(_system(url).info(url))
+            if most is not None and known.size > most:
+                raise TooLarge(f"{url}: expected at most {most} bytes, found {known.size}")
+            data = _system(url).cat_file(url)
+            _require_whole(known, len(data), functools.partial(hashlib.md5, data, usedforsecurity=False))
+            return data
+        data = _system(url).cat_file(url, start=start, end=stop) if stop > start else b""
+        if len(data) != stop - start:
+            raise _Torn(f"expected bytes {start} to {stop}, {len(data)} came")
+        return data
+
+    return _patiently("read", url, ask)
+
+
+def write(url: str, data: bytes) -> None:
+    """Puts an object there, in place of what there was."""
+    _patiently("write", url, lambda: _system(url).pipe_file(url, data))
+
+
+def create(url: str, data: bytes) -> bool:
+    """Puts an object there unless there is one; whether it did. Of many who try, one does.
+
+    `data` must be nobody else's: a request whose answer was lost is known by it when it is repeated.
+    """
+    tries = 0
+
+    def ask() -> bool:
+        nonlocal tries
+        tries += 1
+        try:
+            _system(url).pipe_file(url, data, mode="create")
+        except FileExistsError:
+            return tries > 1 and _system(url).cat_file(url) == data
+        return True
+
+    return _patiently("create", url, ask)
+
+
+def delete(url: str) -> None:
+    """Removes an object, if it is there."""
+
+    def ask() -> None:
+        with contextlib.suppress(FileNotFoundError):
+            _system(url).rm_file(url)
+
+    _patiently("delete", url, ask)
+
+
+def copy(old: str, new: str) -> None:
+    """An object under one more name, inside the store. Raises FileNotFoundError."""
+    _patiently("copy", old, lambda: _system(old).cp_file(old, new))
+
+
+def upload(path: Path, url: str) -> Facts:
+    """Puts a file there, in place of what there was; what the store says of it."""
+
+    def ask() -> Facts:
+        _system(url).put_file(str(path), url)
+        found = _facts(_system(url).info(url))
+        _require_whole(found, path.stat().st_size, functools.partial(file_md5, path))
+        return found
+
+    return _patiently("write", url, ask)
+
+
+def download(url: str, path: Path) -> Facts:
+    """Brings an object into a file that appears whole or not at all, and checks it. Raises FileNotFoundError."""
+
+    def ask() -> Facts:
+        known = _facts(_system(url).info(url))
+        digest = hashlib.md5(usedforsecurity=False)
+        with whole(path) as file:
+            for start in range(0, known.size, PIECE):
+                stop = min(start + PIECE, known.size)
+                data = _system(url).cat_file(url, start=start, end=stop)
+                if len(data) != stop - start:
+                    raise _Torn(f"expected bytes {start} to {stop}, {len(data)} came")
+                digest.update(data)
+                file.write(data)
+            _require_whole(known, known.size, lambda: digest)
+        return known
+
+    return _patiently("read", url, ask)
+
+
+def file_md5(path: Path) -> Any:
+    """The running MD5 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, functools.partial(hashlib.md5, usedforsecurity=False))
+
+
+def is_md5(tag: str) -> bool:
+    """Whether a tag is the MD5 of the content; of what was written in parts it is not."""
+    return re.fullmatch(r"[0-9a-f]{32}", tag) is not None
+
+
+# ---- one request ------------------------------------------------------------------------------------------------
+
+
+def _patiently(verb: str, url: str, ask: Callable[[], Any]) -> Any:
+    """What a request answers, asked again while it fails in passing.
+
+    Raises FileNotFoundError, StoreRefused, StoreFailed.
+    """
+    for tries, pause in enumerate(_pauses(), 1):
+        try:
+            return ask()
+        except (FileNotFoundError, FileExistsError, TooLarge, UserError, StoreRefused):
+            raise
+        except Exception as error:
+            if isinstance(error, PermissionError) or _FORBIDDEN.search(str(error)):
+                raise StoreRefused(f"{url}: the store does not let us {verb} this: {_said(error)}") from error
+            if _NO_ENTRANCE.search(type(error).__name__):
+                scheme = url.partition("://")[0]
+                raise StoreRefused(f"{url}: {_said(error)}: set {_ENTRANCE[scheme]}") from error
+            if pause is None or isinstance(error, TypeError | AttributeError):
+                raise StoreFailed(
+                    f"{url}: the store could not be made to {verb} this, tried {tries} times: {_said(error)}. "
+                    "What is done stays, and the same command goes on from there"
+                ) from error
+            time.sleep(pause)
+
+
+def _pauses() -> Iterator[float | None]:
+    """Seconds to wait before the next try, None behind the last. Not even: many processes are refused together."""
+    until, pause = time.monotonic() + patience(), 0.1
+    while time.monotonic() + pause < until:
+        yield pause * random.uniform(0.5, 1.0)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+    yield None
+
+
+def _said(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+@functools.lru_cache(maxsize=4)
+def _open(scheme: str, where: str | None, process: int) -> Any:
+    package = SCHEMES[scheme]
+    try:
+        module = importlib.import_module(package)
+    except ImportError as error:
+        raise StoreRefused(
+            f"{scheme}:// needs the package {package}, which is not here: pip install 'ar_unified[storage]'"
+        ) from error
+    # No listing is kept: what another process has just written must be seen. No retries but ours, where they can be
+    # turned off: else each of ours is six of theirs.
+    if scheme == "s3":
+        retries = {"retries": {"max_attempts": 1, "mode": "standard"}}
+        found = module.S3FileSystem(use_listings_cache=False, config_kwargs=retries, skip_instance_cache=True)
+        found.retries = 1
+        return found
+    return module.GCSFileSystem(use_listings_cache=False, skip_instance_cache=True)
+
+
+def _system(url: str) -> Any:
+    scheme = url.partition("://")[0]
+    where = os.environ.get({"s3": "AWS_ENDPOINT_URL", "gs": "STORAGE_EMULATOR_HOST"}[scheme])
+    return _open(scheme, where, os.getpid())  # a forked process has no thread that would answer
+
+
+def _facts(row: dict[str, Any]) -> Facts:
+    tag = str(row.get("ETag") or row.get("etag") or "").strip('"')
+    if md5 := row.get("md5Hash"):
+        with contextlib.suppress(binascii.Error):
+            tag = base64.b64decode(md5).hex()
+    return Facts(int(row.get("size") or 0), tag)
+
+
+def _require_whole(known: Facts, size: int, md5: Callable[[], Any]) -> None:
+    if size != known.size:
+        raise _Torn(f"expected {known.size} bytes, found {size}")
+    if is_md5(known.tag) and (found := md5().hexdigest()) != known.tag:
+        raise _Torn(f"expected the MD5 {known.tag}, found {found}")
+
+
+def _below(url: str, rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Rows of a listing by their path below a folder."""
+    top = url.partition("://")[2].rstrip("/") + "/"
+    named = ((row["name"], row) for row in rows)
+    return [(name.removeprefix(top).rstrip("/"), row) for name, row in named if name.startswith(top)]

@@ -1,0 +1,41 @@
+"""`prepare` in a store by real processes that share nothing but it: the same bytes, whoever is slow or killed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.data.preparing import files, make_set, prepare_set
+from tests.moments import random_moments
+from tests.storage.preparing import Job, prepared, shards_of, under_fire
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_set(tmp_path_factory.mktemp("data") / "set")
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path) -> dict[str, bytes]:
+    prepare_set(data, data.parent / "whole" / "data")
+    return files(data.parent / "whole" / "data")
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_killed_at_random_moments_it_leaves_the_same_bytes(
+    data: Path, whole: dict[str, bytes], url: str, processes: int
+) -> None:
+    assert under_fire(data, url, whole, processes, 2, random_moments()) >= 2
+
+
+def test_the_rest_finish_what_one_that_is_killed_for_good_had_begun(
+    data: Path, whole: dict[str, bytes], url: str
+) -> None:
+    job = Job(data, url, 3, pause=0.2, lease=2.0)
+    job.until(4)
+    job.processes[0].kill()
+    assert shards_of(url) < 17
+    assert job.end() == [-9, 0, 0] and prepared(url) == whole
