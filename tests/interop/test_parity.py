@@ -329,14 +329,16 @@ def test_what_comes_back_is_bit_for_bit_what_came(name, dtype, published, bundle
 
 
 @pytest.mark.parametrize(
-    "name", ["chameleon", "chameleon-swin", "emu3", "simplear", "tar", "llama", "llama3", "llama_tied", "gemma"]
+    "name",
+    ["chameleon", "chameleon-swin", "emu3", "emu3-original", "simplear", "tar", "llama", "llama3", "llama_tied", "gemma"],
 )
 def test_what_comes_back_is_read_by_transformers(name, bundles, oracles, tmp_path):
     """`load` asserts that nothing is missing, unexpected or of another shape."""
     case = CASES[name]
     run("export", "--from", bundles(case), "--to", "hf", "--output", tmp_path / "out")
     ids = np.random.default_rng(1).integers(0, width(oracles(case)), (2, 24))
-    assert np.array_equal(reference.load(tmp_path / "out").logits(ids), oracles(case).logits(ids))
+    read = reference.load(tmp_path / "out", None if case.oracle in ("", "twin") else case.oracle)
+    assert np.array_equal(read.logits(ids), oracles(case).logits(ids))
 
 
 @pytest.mark.parametrize("settings", [{}, {"count": 1}, {"swin": True, "dtype": "bfloat16"}])
