@@ -1,8 +1,8 @@
 """Folders that may be an object store's: docs/object_stores.md has how, what is promised and what it costs.
 
-`stores` has the requests, with every retry; `remote` has paths and files of sources, which are only read; `mirror` has a
-workdir's folder here, whose files go up as they become whole. Whoever works in a workdir uses the functions below: for a
-folder that is not in a store they do what they say on disk.
+`stores` has the requests, with every retry; `remote` has paths and files of sources, which are only read; `mirror` has
+a workdir's folder here, whose files go up as they become whole. Whoever works in a workdir uses the functions below:
+for a folder that is not in a store they do what they say on disk.
 """
 
 from __future__ import annotations
