@@ -1,8 +1,8 @@
 """Folders that may be an object store's: docs/object_stores.md has how, what is promised and what it costs.
 
-`stores` has the requests, with every retry; `remote` paths and files of sources that are only read; `mirror` a workdir's
-folder here, whose files go up as they become whole. Whoever works in a workdir uses the functions below: of a folder
-that is no store's they do what they say on disk.
+`stores` has the requests, with every retry; `remote` paths and files of sources that are only read; `mirror` a
+workdir's folder here, whose files go up as they become whole. Whoever works in a workdir uses the functions below: of a
+folder that is no store's they do what they say on disk.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def mirrored(url: str, *, lazy: re.Pattern[str], kept: re.Pattern[str]) -> Itera
     finally:
         files.when_whole.remove(tell)
         try:
-            mirror.close()
+            mirror.close(telling=not any(held.lost for held in _locks.values()))
             for held in _locks.values():
                 held.release()
         finally:

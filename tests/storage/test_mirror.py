@@ -108,6 +108,15 @@ def test_a_stage_has_one_maker_among_all_machines(url: str, monkeypatch: pytest.
     assert json.loads(objects(url)["data/done.json"])["summary"] == {"n": 1}
 
 
+def test_who_has_lost_the_lock_writes_nothing_more(url: str) -> None:
+    with pytest.raises(locks.LockLost), opened(url) as here:
+        stage = Workdir(here).stage("data", {"a": 1})
+        (here / "data" / "log").write_text("more")
+        next(iter(storage._locks.values())).lost = True
+        storage.push(stage.folder)
+    assert "data/log" not in objects(url) and "data/started.json" in objects(url)
+
+
 def test_who_was_killed_here_is_not_waited_for(url: str) -> None:
     gone = {"who": "process 1", "host": locks._machine(), "pid": 2**22 - 1, "released": False}
     stores.write(f"{url}/.locks/data.000007", json.dumps(gone).encode())
