@@ -102,9 +102,8 @@ def test_a_stage_has_one_maker_among_all_machines(url: str, monkeypatch: pytest.
         with pytest.raises(StageBusy, match=re.escape(f"{url}/data is being made by process")):
             Workdir(here).stage("data", {"a": 1})
         other.release()
-        began = time.monotonic()
         Workdir(here).stage("data", {"a": 1}).finish({"n": 1})
-        assert time.monotonic() - began < 0.8, "one that was given back is not waited for"
+        assert not next(iter(storage._locks.values())).waited, "one that was given back is not waited for"
     assert json.loads(objects(url)["data/done.json"])["summary"] == {"n": 1}
 
 
