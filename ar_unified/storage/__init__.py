@@ -50,7 +50,7 @@ def mirrored(url: str, *, lazy: re.Pattern[str], kept: re.Pattern[str]) -> Itera
     finally:
         files.when_whole.remove(tell)
         try:
-            mirror.close()
+            mirror.close(telling=not any(held.lost for held in _locks.values()))
             for held in _locks.values():
                 held.release()
         finally:

@@ -39,6 +39,10 @@ class Lock:
     Args:
         url: of the row of objects, without the number.
 
+    Attributes:
+        number: of the row, which is this process's. lost: another has a higher one.
+        waited: whether a holder that had gone was waited for: what it left may have come after one looked.
+
     Raises Held.
     """
 
@@ -47,17 +51,17 @@ class Lock:
         self._lease = float(os.environ.get("AR_UNIFIED_STORE_LEASE", _LEASE))
         self._who = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
         self._token = uuid.uuid4().hex
-        self.waited = False  # for a holder that had gone: what it left may have come after we looked
+        self.waited = False
         self._beats = 0
         self.number = self._take()
-        self._lost = self._ended = False
+        self.lost = self._ended = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
         """Raises LockLost."""
-        if self._lost:
+        if self.lost:
             raise LockLost(
                 f"{self._at(self.number)}: another process has taken this over, as nothing was heard from here for "
                 f"{self._lease:g} s. Nothing more is written; end the other, or wait for it"
@@ -66,7 +70,7 @@ class Lock:
     def release(self) -> None:
         self._stop.set()
         self._thread.join()
-        if not self._lost:
+        if not self.lost:
             stores.write(self._at(self.number), self._says(released=True))
 
     def _take(self) -> int:
@@ -120,7 +124,7 @@ class Lock:
             self._beats += 1
             with contextlib.suppress(RunError):  # a store that is away is told by those who wait for it
                 if max(self._numbers(), default=0) > self.number:
-                    self._lost = True
+                    self.lost = True
                     return
                 stores.write(self._at(self.number), self._says())
 

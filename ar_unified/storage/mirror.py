@@ -167,10 +167,11 @@ class Mirror:
         """The URL of what is here as `path`."""
         return self._url(self.name(path))
 
-    def close(self) -> None:
-        """Puts all that is not there yet into the store, and lets another process have the mirror."""
+    def close(self, *, telling: bool = True) -> None:
+        """Puts all that is not there yet into the store, unless not `telling`; lets another process have the mirror."""
         try:
-            self.push_changed(self.root)
+            if telling:
+                self.push_changed(self.root)
         finally:
             self._lock.close()
 

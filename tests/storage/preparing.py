@@ -13,6 +13,8 @@ import time
 import uuid
 from pathlib import Path
 
+import s3fs  # noqa: F401 - imported once for all processes
+
 from ar_unified.data.prepare import CLAIMS
 from ar_unified.data.prepare.claims import Team
 from ar_unified.storage import stores
@@ -86,7 +88,7 @@ def under_fire(folder: Path, url: str, whole: dict[str, bytes], processes: int, 
         run = f"{url}/{uuid.uuid4().hex[:8]}"
         while True:
             job = Job(folder, run, processes)
-            job.until(min(shards_of(run) + rng.randrange(4), 17))
+            job.until(min(shards_of(run) + rng.randrange(1, 8), 17))
             time.sleep(rng.uniform(0.0, 0.2))
             if not job.kill():
                 break
@@ -94,7 +96,7 @@ def under_fire(folder: Path, url: str, whole: dict[str, bytes], processes: int, 
         assert Job(folder, run, processes).end() == [0] * processes
         found = prepared(run)
         assert found == whole, sorted(name for name in found.keys() | whole if found.get(name) != whole.get(name))
-        print(f"{processes} processes: {killed} kills, the same bytes", flush=True)
+        print(f"{time.strftime('%X')} {processes} processes: {killed} kills, the same bytes", flush=True)
     return killed
 
 

@@ -24,7 +24,7 @@ def whole(data: Path) -> dict[str, bytes]:
     return files(data.parent / "whole" / "data")
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("processes", [1, 2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_killed_at_random_moments_it_leaves_the_same_bytes(
     data: Path, whole: dict[str, bytes], url: str, processes: int
 ) -> None:
