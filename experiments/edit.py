@@ -1,4 +1,4 @@
-"""Image editing: a picture and an instruction ("Make the red circle blue.") become the picture that it asks for.
+"""Image editing: an instruction ("Make the red circle blue.") and a picture become the picture that it asks for.
 
 ar-unified run --config experiments/edit.py --workdir workdirs/edit
 ar-unified run --config experiments/edit.py:from=BUNDLE --workdir workdirs/edit     # on from a model of shapes
@@ -65,4 +65,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.evaluation.thresholds = ConfigDict(dict(edit_exact=0.85, parse_rate=1.0))
     if bundle is not None:
         begin_with(config, bundle)
+        config.training.steps = 400
+        config.training.learning_rate = 1e-3
+        config.training.warmup_steps = 20
+        config.training.validate_every = config.training.checkpoint_every = 200
     return config

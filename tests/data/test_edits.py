@@ -101,7 +101,7 @@ def test_tfds_serves_edits_as_a_question_with_a_picture_for_an_answer(tmp_path, 
     for i in range(4):
         document = source[i]
         assert document.task == "text_to_image" and [turn.speaker for turn in document.turns] == ["user", "assistant"]
-        before, instruction, after = document.parts
+        instruction, before, after = document.parts
         assert isinstance(before, ImagePart) and isinstance(instruction, TextPart)
         scene, edited = (scenes.scene_from_json(document.meta[name]) for name in ("scene", "edited_scene"))
         np.testing.assert_array_equal(before.pixels, scenes.render(scene, 32))
@@ -114,7 +114,7 @@ def test_columns_of_other_peoples_edits() -> None:
     columns = Columns({"image": "source_img", "instruction": "prompt", "edited": "target_img"})
     row, images = columns.row({"source_img": b"a", "prompt": "Make it blue.", "target_img": b"b"})
     assert images == [b"a", b"b"] and row["prompt"] == 2
-    assert [part.get("image") or part["text"] for part in row["segments"]] == ["0", "Make it blue.", "1"]
+    assert [part.get("image") or part["text"] for part in row["segments"]] == ["Make it blue.", "0", "1"]
     known = Columns().row({"image": b"a", "edit_prompt": "Make it blue.", "edited_image": b"b"})
     assert known == (row, images)
     with pytest.raises(DocumentError, match="edited: expected an image, found null"):

@@ -172,7 +172,7 @@ def edited(n=6):
         edit = edits.sample_edit(rng, "train")
         before, after = (ImagePart(scenes.render(scene, 32)) for scene in (edit.before, edit.after))
         meta = {"scene": scenes.scene_to_json(edit.before), "edited_scene": scenes.scene_to_json(edit.after)}
-        documents.append(Document.of((before, TextPart(edit.instruction), after), 2, meta=meta))
+        documents.append(Document.of((TextPart(edit.instruction), before, after), 2, meta=meta))
     return documents
 
 
@@ -187,7 +187,7 @@ def test_edits_are_asked_for_by_themselves_and_counted_by_kind():
 
 
 def test_an_edit_that_changes_nothing_is_wrong():
-    assert run(edited(), answer=lambda request, truth: request.parts[0])[0]["edit_exact"] == 0
+    assert run(edited(), answer=lambda request, truth: request.parts[1])[0]["edit_exact"] == 0
 
 
 def test_edits_are_no_questions_for_a_protocol_that_cannot_judge_them():

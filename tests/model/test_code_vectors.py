@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ar_unified.model import transformer
-from ar_unified.model.code_vectors import init_from_codebook, random_features
+from ar_unified.model.code_vectors import CODE_EMBEDDING_INITS, extended_tables, init_from_codebook, random_features
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.training.optimizer import make_optimizer
 from ar_unified.training.step import abstract_state, make_state
@@ -64,3 +64,30 @@ def test_a_task_begins_so_on_any_mesh():
     assert not np.allclose(plain["embedding"], found[0]["embedding"])
     with pytest.raises(ValueError, match="one for each of 60 image codes, found 59"):
         tiny.task(code_vectors=VECTORS[1:])
+
+
+@pytest.mark.parametrize("how", CODE_EMBEDDING_INITS)
+@pytest.mark.parametrize("tables", [("embedding",), ("embedding", "head")])
+def test_new_rows_of_a_language_model_begin_around_the_mean_of_its_text(how, tables):
+    """Rows 0 ... 39 are text, 3 controls follow; the new table has 2 more of these, 60 codes and a rest of 1."""
+    rng = np.random.default_rng(0)
+    old = {name: rng.normal(i + 1, 0.5, (44, 16)).astype(np.float32) for i, name in enumerate(tables)}
+    rows = np.array([*range(43), -1, -1, *[-1] * 60, 43], np.int32)
+    codes = range(45, 105)
+    grow = jax.jit(
+        lambda params: extended_tables(params, rows, 40, codes, how, jnp.asarray(VECTORS), jax.random.key(1))
+    )
+    found = jax.device_get(grow(old | {"norm": np.ones(3)}))
+    assert set(found) == {*tables, "norm"}
+    for name in tables:
+        table, text = found[name], old[name][:40]
+        np.testing.assert_array_equal(table[rows >= 0], old[name][rows[rows >= 0]])
+        mean, new = text.mean(0), table[codes.start : codes.stop]
+        np.testing.assert_allclose(table[43:45], np.stack([mean, mean]), atol=1e-6)
+        spread = 0.0 if how == "mean" else np.sqrt(np.mean((text - mean) ** 2))
+        assert np.sqrt(np.mean((new - mean) ** 2)) == pytest.approx(spread, rel=0.25, abs=1e-6)
+    if how == "codebook":  # codes that are near have rows that are near
+        gaps = np.linalg.norm(VECTORS[:, None] - VECTORS, axis=-1)
+        apart = np.linalg.norm(new[:, None] - new, axis=-1)
+        near = (gaps > 0) & (gaps < np.quantile(gaps, 0.1))
+        assert apart[near].mean() < apart[gaps > np.median(gaps)].mean()

@@ -326,8 +326,9 @@ def _instruction(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
     if (edited := found.get("edited")) is None and not images.endless:
         raise DocumentError("missing_image", "edited: expected an image, found null")
     shown = images.rest() if not images.endless else ["0"]
-    asked = [{"type": "image", "image": reference} for reference in shown]
-    asked.append({"type": "text", "text": found["instruction"]})
+    # The picture last: its codes then stand equally far before those that are to be drawn, whatever the text's length.
+    asked = [{"type": "text", "text": found["instruction"]}]
+    asked += [{"type": "image", "image": reference} for reference in shown]
     return {"segments": [*asked, {"type": "image", "image": images.add(edited)}], "prompt": len(asked)}
 
 
