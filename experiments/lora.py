@@ -6,6 +6,12 @@
     ar-unified export --workdir workdirs/lora --output shapes-questions        # a bundle with it in the weights
 
 Arguments: from=BUNDLE, of experiments/shapes.py or of a part of its training; rank=N (8); steps=N (400).
+
+29 Nov 2026, jax 0.10.2, on a bundle of step 1,501 of 3,200 of the demo, which answers 0.848 of 400 held-out questions
+right: with the adapter 0.890, both drawn by one engine; `evaluate`, of the merged weights, says 0.890, too. 81,920
+numbers are trained beside 1.05M; 328 KB as a file, and 1.0 MB a checkpoint. 400 steps took 128 s of processor time on 2
+cores of a Xeon (and 20 minutes of wall time, as thirty other processes shared them); data 20 s, with images that were
+coded before.
 """
 
 from ml_collections import ConfigDict
