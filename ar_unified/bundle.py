@@ -31,7 +31,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +55,7 @@ from ar_unified.model.config import TransformerConfig, decisive
 from ar_unified.model.leaves import Streamed, named, write_leaves
 from ar_unified.model.transformer import Params, abstract_params
 from ar_unified.tensors import INDEX, read_tensors, write_tensors
+from ar_unified.version import version
 from ar_unified.workdir import write_json, write_text
 
 VERSION = 1
@@ -133,7 +133,7 @@ def write(
             names = sorted(str(path.relative_to(here)) for path in here.rglob("*") if path.is_file())
             files = {name: {"bytes": (here / name).stat().st_size, "sha256": _sha256(here / name)} for name in names}
             write_text(here / CARD, card)
-            made_by = f"ar_unified {metadata.version('ar_unified')}"
+            made_by = f"ar_unified {version()}"
             write_json(here / BUNDLE, {"version": VERSION, "made_by": made_by, "files": files})
     except FileExistsError as error:
         raise UserError(f"{in_words(error)}: name another folder, or remove this one") from error

@@ -11,13 +11,7 @@ those that were planted; an original that is found to be a copy of another count
 pixels. Cost: CPU seconds, and the same for 10**6 images if each takes as long as here: hashing does, searching takes
 longer the more images there are that look alike. Reading and decoding, which comes to it, is not counted.
 
-29 Nov 2026, NumPy on one core of a Xeon that others share, --every 3, photos and emoji (929 originals, 5,574 images):
-
-    recall     scaled 0.9989  recompressed 0.9989  cut 0.9946  all three 0.9935  the same 1.0  all of them 0.9972
-    precision  0.9991; no original was dropped
-    cost       10**6 images: 590 s to hash, 1,670 s to search; 473 MiB at most, with the interpreter and the images
-
-Of what is lost one was looked at: a target of red and white rings, whose colours JPEG mixes.
+What was measured: docs/benchmarks.md.
 """
 
 from __future__ import annotations

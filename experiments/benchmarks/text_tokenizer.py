@@ -6,19 +6,7 @@ Encoding: one model, one text of FILE as it stands and with spaces for its line 
 and SentencePiece on the whole in turns, best of 5 in CPU time. Training: peak memory of a process of its own over that
 of its start, for 8 MB of text made up of 200,000 words or of 3,000 Chinese characters without spaces.
 
-25 Nov 2026, sentencepiece 0.2.3, one core of an EPYC that seven other jobs shared:
-
-    encode bpe     lines       4.7 /   1.8 MB/s = 2.65  same ids
-    encode bpe     one line    4.7 /   1.8 MB/s = 2.62  same ids
-    encode unigram lines      10.7 /  10.5 MB/s = 1.03  same ids
-    encode unigram one line   10.7 /  11.8 MB/s = 0.91  same ids
-    train  bpe     words        177 MB = 22 times the text
-    train  bpe     characters   742 MB = 93 times the text
-    train  unigram words        248 MB = 31 times the text
-    train  unigram characters   148 MB = 19 times the text
-
-Unigram is encoded as a whole: in blocks it was as fast and had ids that differ by float32 rounding (+0.003 in the
-log-probability of all).
+What was measured: docs/benchmarks.md.
 """
 
 from __future__ import annotations
