@@ -1,7 +1,7 @@
 """Docstrings as Markdown: an extension of griffe, which reads them for the API's pages (mkdocs.yml).
 
-A docstring is prose for a terminal. What is indented in it is laid out by hand and stays as it is, in a block; brackets and
-`<` are what they are, not links and tags.
+A docstring is prose for a terminal. What is indented in it is laid out by hand and stays as it is, in a block.
+Brackets and `<` are what they are, not links and tags.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import re
 from typing import Any
 
 import griffe
+
+_COLUMNS = re.compile(r"[^\s.:;] {2,}\S")  # words that stand one below the other
 
 
 class AsMarkdown(griffe.Extension):
@@ -25,7 +27,7 @@ def markdown(text: str) -> str:
     """The Markdown that shows a docstring as it was meant."""
     lines, block = list[str](), list[str]()
     for line in [*text.split("\n"), "end"]:
-        if line.startswith("  ") or (block and not line):
+        if line.startswith("  ") or _COLUMNS.search(line) or (block and not line):
             block.append(line)
             continue
         if block:

@@ -23,7 +23,12 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = {"README.md": "index.md", "BUILD.md": "install.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+PAGES = {
+    "README.md": "index.md",
+    "BUILD.md": "install.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
 PACKAGES = {"ar_unified": ROOT, "ar_tokenizers": ROOT / "tokenizers"}
 LANGUAGES = {".py": "python", ".sh": "sh", ".yaml": "yaml", ".yml": "yaml", ".json": "json", ".toml": "toml"}
 # [text](target) and ![text](target), outside of code; an anchor stays behind the path.
@@ -51,7 +56,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for file in files.documentation_pages():
         text = "".join(part for part in _FENCED.split(file.content_string) if not part.startswith("```"))
         for match in _LINK.finditer(text):
-            if (target := _in_repository(match[2], file.src_uri)) is not None and _page_of(target).startswith("source/"):
+            if (target := _in_repository(match[2], file.src_uri)) is not None and _page_of(target).startswith(
+                "source/"
+            ):
                 linked.add(target)
     for target in sorted(linked):
         files.append(File.generated(config, _page_of(target), content=_shown(target)))
@@ -76,7 +83,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _in_repository(link: str, page: str) -> str | None:
-    """The path below the repository that a link of a page means, None for an address. Ends the build if it is not there."""
+    """The path below the repository that a link means, None for an address. Ends the build if it is not there."""
     if re.match(r"[a-z]+:", link):
         return None
     source = {made: file for file, made in PAGES.items()}.get(page, f"docs/{page}")
@@ -101,7 +108,9 @@ def _shown(path: str) -> str:
     """A file of the repository as a page, or what a folder holds."""
     found = ROOT / path
     if found.is_dir():
-        names = sorted(each.name + "/" * each.is_dir() for each in found.iterdir() if not each.name.startswith(("_", ".")))
+        names = sorted(
+            each.name + "/" * each.is_dir() for each in found.iterdir() if not each.name.startswith(("_", "."))
+        )
         return f"# {path}/\n\n" + "".join(f"- `{name}`\n" for name in names)
     text = found.read_text(encoding="utf-8").rstrip("\n")
     fence = "`" * (max((len(run) for run in re.findall(r"`{3,}", text)), default=2) + 1)

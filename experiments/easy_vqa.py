@@ -13,6 +13,7 @@ from ar_unified.experiment.config import defaults, model, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
+    """The config. arg: "path=DIR" of the dataset."""
     path = parse_arg(arg, path="datasets/easy-vqa")["path"]
     made_by = f"python experiments/data/make_easy_vqa.py --output {path}"
     config = defaults()

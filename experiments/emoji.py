@@ -16,6 +16,7 @@ from ar_unified.experiment.config import defaults, model, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
+    """The config. arg: "path=DIR" of the dataset."""
     path = parse_arg(arg, path="datasets/noto-emoji")["path"]
     config = defaults()
     config.name = "emoji"

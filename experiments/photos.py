@@ -28,6 +28,7 @@ MADE_BY = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
+    """The config. arg: "path=DIR" of the four folders."""
     path = parse_arg(arg, path="datasets")["path"]
     config = defaults()
     config.name = "photos"

@@ -59,6 +59,7 @@ RECIPES = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
+    """The config. arg: the arguments above. Raises ValueError, naming the one that is wrong."""
     args = parse_arg(arg, model="chameleon_7b", chips="64", path="DIR")
     name = str(args["model"])
     if name not in RECIPES:

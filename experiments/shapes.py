@@ -14,6 +14,7 @@ WEIGHTS = {"captions": 0.18, "questions": 0.44, "stories": 0.38}  # shares of th
 
 
 def sources(split: str) -> tuple[ConfigDict, ...]:
+    """The three kinds of documents of a split, with their weights."""
     return tuple(
         ConfigDict(dict(kind="tfds", name=f"shapes/{kind}", split=split, weight=weight))
         for kind, weight in WEIGHTS.items()
@@ -21,6 +22,7 @@ def sources(split: str) -> tuple[ConfigDict, ...]:
 
 
 def get_config() -> ConfigDict:
+    """The config; it takes no argument."""
     config = defaults()
     config.name = "shapes"
 

@@ -9,7 +9,8 @@ text_tokenizer/text.model in the workdir is the model, report.json the table bel
 
 Arguments: path=DIR; by=line|file, what one text is (line).
 
-Expected: every line comes back; 3 to 8 bytes a token for 30 languages and 8,192 pieces, in 2.3 s (docs/text_tokenizers.md).
+Expected: every line comes back; 3 to 8 bytes a token for 30 languages and 8,192 pieces, in 2.3 s
+(docs/text_tokenizers.md).
 """
 
 from pathlib import Path
@@ -30,6 +31,7 @@ def has_text(path: Path) -> bool:
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
+    """The config. arg: the arguments above. Raises UserError: there is no text."""
     args = parse_arg(arg, path=None, by="line")
     if not args["path"]:
         raise UserError("experiments/text_tokenizer.py needs texts: --config experiments/text_tokenizer.py:path=DIR")

@@ -1,4 +1,4 @@
-"""What a person has who installs the wheel and has no repository: the version, every verb, the experiments, the demo."""
+"""What the wheel gives without the repository: the version, every verb, the experiments, the demo."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ from ar_unified.paths import experiment_file
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 WHEEL = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
+KINDS = ("captions", "questions", "stories")  # of the demo's sources, in their order
 # The demo with as little of everything as makes every stage do something.
 FEW = (
+    *(f"data.train[{i}].split=train[:200]" for i, _ in enumerate(KINDS)),
+    *(f"data.validation[{i}].split=validation[:50]" for i, _ in enumerate(KINDS)),
+    *(f"data.tests.unseen_combinations[{i}].split=unseen_combinations[:20]" for i, _ in enumerate(KINDS)),
     "image_tokenizer.steps=2",
     "training.steps=2",
     "training.warmup_steps=0",
     "training.validate_every=2",
-    "evaluation.limit=4",
+    "evaluation.limit=2",
     "text_tokenizer.vocab_size=300",
 )
 

@@ -252,10 +252,12 @@ class Cells(Protocol):
     """What a code stands for: `codes_per_position` of them, side by side, are `factor` x `factor` pixels."""
 
     @property
-    def factor(self) -> int: ...
+    def factor(self) -> int:
+        """Pixels a side of one code."""
 
     @property
-    def codes_per_position(self) -> int: ...
+    def codes_per_position(self) -> int:
+        """Codes that stand side by side for one place of an image."""
 
 
 class ImageCodec(Cells, Protocol):
@@ -266,7 +268,8 @@ class ImageCodec(Cells, Protocol):
         """K."""
 
     @property
-    def hash(self) -> str: ...
+    def hash(self) -> str:
+        """sha256 of all that decides which codes an image gets."""
 
     def encode(self, images: np.ndarray, /) -> np.ndarray:
         """uint8 [B, H, W, 3] -> int32 [B, h, w] in [0, K)."""
@@ -281,6 +284,7 @@ class NoImages:
     codebook_size, factor, codes_per_position, hash = 0, 1, 1, ""
 
     def encode(self, images: np.ndarray, /) -> np.ndarray:
+        """Raises UserError: there is no image tokenizer."""
         raise UserError("expected text alone, found an image: this experiment has no image tokenizer")
 
     decode = encode
@@ -301,6 +305,7 @@ class CodesAlone(NoImages):
         self.codebook_size = codebook_size
 
     def encode(self, images: np.ndarray, /) -> np.ndarray:
+        """Raises UserError: pixels cannot become codes here."""
         raise UserError(self.no_decoder)
 
     decode = encode

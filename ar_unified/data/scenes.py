@@ -40,6 +40,8 @@ _KINDS = [(shape, colour) for shape in SHAPES for colour in COLOURS]
 
 @dataclass(frozen=True)
 class Object:
+    """One figure of a scene: what it is, and where on the grid it stands."""
+
     shape: str
     colour: str
     size: str
@@ -47,6 +49,7 @@ class Object:
 
     @property
     def kind(self) -> tuple[str, str]:
+        """What is held out in some combinations: (shape, colour)."""
         return self.shape, self.colour
 
 
@@ -54,10 +57,12 @@ Scene = tuple[Object, ...]  # in the order of PLACES
 
 
 def scene_to_json(scene: Scene) -> str:
+    """A scene as one line of JSON, as TFDS keeps it beside the image."""
     return json.dumps([asdict(o) for o in scene])
 
 
 def scene_from_json(text: str | bytes) -> Scene:
+    """The scene that `scene_to_json` wrote."""
     return tuple(Object(**o) for o in json.loads(text))
 
 

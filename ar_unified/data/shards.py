@@ -67,6 +67,7 @@ class ShardWriter:
         self._index.append((len(document), text_bytes, task, images, part, pair))
 
     def skip(self, origin: str, kind: str, reason: str) -> None:
+        """Notes an item that is left out: where it stands, its kind of fault, the reason."""
         self._skipped.append({"origin": origin, "kind": kind, "reason": reason})
 
     def __enter__(self) -> ShardWriter:
@@ -90,6 +91,7 @@ class ShardWriter:
 
 
 def shard_path(folder: Path, number: int) -> Path:
+    """The ArrayRecord file of shard `number` in a source's folder."""
     return folder / _name(number)
 
 
@@ -98,10 +100,12 @@ def _name(number: int) -> str:
 
 
 def index_path(shard: Path) -> Path:
+    """The index of a shard, which is written before it has its name."""
     return shard.with_suffix(".index.npy")
 
 
 def skipped_path(shard: Path) -> Path:
+    """The list of the items that a shard leaves out."""
     return shard.with_suffix(".skipped.jsonl")
 
 
@@ -112,6 +116,7 @@ def read_index(shard: Path) -> np.ndarray:
 
 
 def read_skipped(shard: Path) -> list[dict[str, str]]:
+    """The items that a shard leaves out, as `ShardWriter.skip` noted them."""
     with open(skipped_path(shard), encoding="utf-8") as rows:
         return [json.loads(row) for row in rows]
 

@@ -70,6 +70,7 @@ class Scores:
     psnr: list[float] = field(default_factory=list)  # dB, of images that were compared with the real one
 
     def add(self, name: str, ok: bool) -> None:
+        """Counts one question of the metric `name` and whether its answer is right."""
         self.asked[name] += 1
         self.right[name] += bool(ok)
 

@@ -96,6 +96,7 @@ def language_of(
 
 
 def open_emu3(files: Files) -> Published:
+    """Emu3 as BAAI publishes it, or in transformers' form. Raises UserError, naming the file."""
     where = str(files.folder)
     config = files.config.get("text_config", files.config)
     if not isinstance(config, Mapping):

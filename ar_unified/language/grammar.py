@@ -33,14 +33,17 @@ class TextLost(GrammarError):
 class TextCodec(Protocol):
     """Lossless text <-> ids 0..text_size-1. If it has a `hash`, it must be the vocabulary's `text_hash`."""
 
-    def encode(self, text: str, /) -> list[int]: ...
+    def encode(self, text: str, /) -> list[int]:
+        """The ids of a text."""
 
-    def decode(self, ids: Sequence[int], /) -> str: ...
+    def decode(self, ids: Sequence[int], /) -> str:
+        """The text of ids."""
 
 
 class Break(NamedTuple):
-    """Where a prompt breaks off: where the image begins that it is inside of (or a spelled `open` that is half there),
-    else its length; and the automaton's view."""
+    """Where a prompt breaks off. `begin`: if the prompt ends inside an image or inside a spelled `open`, the position
+    where that begins; else the prompt's length. `opened`: the same for the automaton.
+    """
 
     begin: int
     opened: Opened
@@ -96,7 +99,8 @@ class Grammar:
         return self._joined(document.turns)
 
     def prompt(self, turns: Sequence[Turn]) -> np.ndarray:
-        """What a sampler is given, int32 [n]: turns to be answered, or one of nobody's that is to go on.
+        """What a sampler is given, int32 [n]: turns that it is to answer, or a text without turns that it is to
+        continue.
 
         Raises GrammarError like `encode`.
         """
@@ -105,7 +109,7 @@ class Grammar:
         return self.encode(document).tokens[: -1 - len(self.tail)]
 
     def history(self, turns: Sequence[Turn]) -> np.ndarray:
-        """Turns that are over, int32 [n], as they stand before another. Raises GrammarError like `encode`."""
+        """Finished turns as ids, int32 [n], as they stand before a further turn. Raises GrammarError like `encode`."""
         found = self._joined(turns).tokens
         return found[: len(found) - len(self.tail)]
 
@@ -155,7 +159,9 @@ class Grammar:
             raise GrammarError(position, expected, f"{height} x {width}", unit="part")
 
     def _joined(self, turns: Sequence[Turn]) -> Encoded:
-        """Turns side by side. Texts of two that meet must not begin an image together (`_text`: each alone)."""
+        """Turns side by side. Where two of their texts meet, they must not spell the beginning of an image together
+        (`_text` checks each alone).
+        """
         writer = self._writer(turns)
         found, opening = writer.written(), self.syntax.open
         if self.syntax.spelled:
@@ -232,8 +238,8 @@ class Grammar:
     # ---- ids to documents ----------------------------------------------------------------------------------------
 
     def parse(self, tokens: np.ndarray | Sequence[int]) -> Document:
-        """The document that `encode`, or a sampler under the automaton, wrote. Exact inverse of `encode`, but where
-        turns are told apart by text: then all is one turn of nobody's.
+        """The document that `encode`, or a sampler under the automaton, wrote. It is the exact inverse of `encode`,
+        except for layouts that tell turns apart by text: those give one turn that nobody says.
 
         Args:
             tokens: [n] ids, without padding.
@@ -247,12 +253,14 @@ class Grammar:
         return Document(turns)
 
     def breaks_off(self, tokens: np.ndarray) -> Break:
-        """Where ids [n] that begin a document break off. Raises GrammarError where they begin none."""
+        """Where the ids [n] of a document's beginning break off. Raises GrammarError if no document can begin so."""
         _, _, found = self._read(np.asarray(tokens), whole=False)
         return found
 
     def texts(self, tokens: np.ndarray) -> list[tuple[int, int]]:
-        """Where runs of text begin and end in ids [n] that begin a document, the digits of images not among them."""
+        """The beginning and end of each run of text in the ids [n] of a document's beginning. Digits that say a size
+        are no text.
+        """
         return [(item.begin, item.end) for item in Reader(self.syntax, tokens).items(1) if item.kind == "text"]
 
     def _read(self, ids: np.ndarray, whole: bool) -> tuple[tuple[Turn, ...] | None, int, Break]:
@@ -315,7 +323,9 @@ class Grammar:
     # ---- ids to ids: what data does to a document it has already encoded; all O(n) --------------------------------
 
     def drop_prompt(self, document: Encoded) -> Encoded:
-        """The same last answer after the empty prompt. Raises GrammarError if there is no turn (see `drop_context`)."""
+        """The last answer alone, after the empty prompt. Raises GrammarError if there is no turn (see
+        `drop_context`).
+        """
         return encoded.joined([self.unconditional, document[int(self._borders(document)[-1]) :]])
 
     def drop_context(self, document: Encoded, image: int) -> Encoded:
@@ -392,7 +402,9 @@ _END = "the end of the sequence"
 
 
 def _turns(asked: Sequence[tuple[Part, ...]], answer: tuple[Part, ...]) -> list[Turn]:
-    """A question and its answer, with a system's turn in front if there are two; or an answer to nobody."""
+    """A question and its answer, with a system turn first if two turns precede the answer; or an answer without a
+    question.
+    """
     if not asked:
         return [Turn("document", answer)]
     system = [Turn("system", asked[0])] if len(asked) > 1 else []
@@ -400,7 +412,9 @@ def _turns(asked: Sequence[tuple[Part, ...]], answer: tuple[Part, ...]) -> list[
 
 
 def _counted(said: Sequence[tuple[Part, ...]]) -> list[Turn]:
-    """Turns that all end alike: one alone is nobody's; of an odd number the first is the system's."""
+    """Turns that all end with the same token. A single one is said by nobody; if their number is odd, the first is the
+    system's.
+    """
     if len(said) == 1:
         return [Turn("document", said[0])]
     odd = len(said) % 2

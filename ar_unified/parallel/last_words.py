@@ -58,6 +58,7 @@ def obituary(text: str, process: int, processes: int, coordinator: str) -> str:
 
 
 def main() -> None:
+    """The process that outlives the one it watches, and writes what became of it into its log."""
     log_path, process, processes, coordinator = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # they are for the process; its last lines are still to come

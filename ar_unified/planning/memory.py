@@ -41,10 +41,12 @@ class Memory(NamedTuple):
 
     @property
     def fits(self) -> bool:
+        """Whether the peak is within a device's memory."""
         return self.peak <= self.capacity
 
 
 def memory(program: Program, compiled: Compiled, run: Run, capacity: float) -> Memory:
+    """What a device's memory holds: exact parts, estimates, and the rest of what the compiler says."""
     arguments = dict(program.local_bytes())
     parts: dict[str, float] = {k: arguments.pop(k) for k in ("parameters", "optimizer", "cache") if k in arguments}
     parts["inputs"] = max(compiled.arguments - sum(parts.values()), 0)

@@ -179,6 +179,7 @@ def programs(run: Run, mesh: Mesh, job: str) -> list[Program]:
 
 
 def make_task(run: Run) -> TransformerTask:
+    """The task of the planned training, without data."""
     return _task(run.model, run.vocabulary, run.loss_chunk, *_trained(run))
 
 
@@ -197,6 +198,7 @@ def _task(
 
 
 def train_program(run: Run, mesh: Mesh) -> Program:
+    """The real training step for a mesh, with abstract arguments: ready to be compiled, nothing is run."""
     task, tx = make_task(run), make_optimizer(run.optimizer, run.steps)
     # Both run small programs of their own, which must not meet the mesh: nothing can run on it.
     state = abstract_state(task, tx, mesh)

@@ -71,19 +71,23 @@ class Roofline(NamedTuple):
 
     @property
     def fastest(self) -> float:
+        """Seconds of a step if everything overlaps that the compiled module lets overlap."""
         hidden = self.seconds["ICI"] + self.seconds["DCN"] - self.exposed
         return max(self.seconds["matmuls"], self.seconds["memory"], hidden) + self.exposed
 
     @property
     def slowest(self) -> float:
+        """Seconds of a step if nothing overlaps and products reach ATTAINABLE of the peak."""
         matmuls = self.seconds["matmuls"] / ATTAINABLE
         return matmuls + sum(s for name, s in self.seconds.items() if name != "matmuls")
 
     @property
     def bound(self) -> str:
+        """What takes longest by itself: "matmuls", "memory", "ICI" or "DCN"."""
         return max(self.seconds, key=lambda name: self.seconds[name])
 
     def mfu(self, seconds: float) -> float:
+        """Model FLOPs utilisation of a step that takes so long."""
         return self.model_flops / seconds / self.peak_flops
 
 

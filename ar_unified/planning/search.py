@@ -104,6 +104,7 @@ def candidates(run: Run, target: Target) -> Iterator[Candidate]:
 
 
 def said(changes: dict[str, Any]) -> str:
+    """Changes of a config as flags for a command line."""
     return " ".join(f"--config.{key}={value}" for key, value in changes.items())
 
 

@@ -57,15 +57,18 @@ class Target:
 
     @property
     def name(self) -> str:
+        """As a person writes it: "v6e:16x16,slices=2"."""
         name = f"{self.hardware.name}:{'x'.join(map(str, self.shape))}"
         return f"{name},slices={self.slices}" if self.slices > 1 else name
 
     @property
     def chips(self) -> int:
+        """Chips of all slices."""
         return math.prod(self.shape) * self.slices
 
     @property
     def is_tpu(self) -> bool:
+        """Whether libtpu compiles for it; else CPU devices stand in."""
         return self.hardware.torus > 0
 
     def devices(self) -> list[jax.Device]:

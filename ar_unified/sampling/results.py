@@ -78,6 +78,7 @@ class Done:
     failed: dict[int, str] = field(default_factory=dict)
 
     def has(self, line: int, sample: int | None) -> bool:
+        """Whether a sample is written already, or its whole line is an error."""
         return (line, sample) in self.samples or (line, None) in self.samples
 
     @classmethod

@@ -29,6 +29,7 @@ class Job:
     finished: bool = False
 
     def drawn(self) -> np.ndarray:
+        """int32 ids of the sample so far: those that were given, then those that were drawn."""
         return np.concatenate([self.plan.given, *self.tokens]).astype(np.int32)
 
 

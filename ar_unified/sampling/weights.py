@@ -58,6 +58,7 @@ def settled(config: TransformerConfig, params: Params, mesh: Mesh | None, weight
 
 
 def check_weights_dtype(weights_dtype: str | None) -> None:
+    """Raises ValueError unless it is one of WEIGHT_DTYPES."""
     if weights_dtype not in WEIGHT_DTYPES:
         expected = ", ".join(map(str, WEIGHT_DTYPES))
         raise ValueError(f"weights_dtype: expected one of {expected}; found {weights_dtype!r}")

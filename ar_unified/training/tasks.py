@@ -105,6 +105,7 @@ class TransformerTask(Stateless):
             self.selection(transformer.abstract_params(self.config))
 
     def init(self, key: jax.Array) -> Params:
+        """Fresh parameters; rows of image codes near each other where the codes are, if `code_vectors` are given."""
         params = transformer.init(self.config, key)
         if self.code_vectors is None:
             return params
@@ -113,12 +114,15 @@ class TransformerTask(Stateless):
         )
 
     def logical_axes(self, params: Params) -> Any:
+        """The axes' names of every parameter (parallel/rules.py)."""
         return transformer.logical_axes(params)
 
     def selection(self, params: Params) -> Selection:
+        """The parameters that `only` names, else all."""
         return select(self.only, transformer.logical_axes(params), self.vocabulary)
 
     def describe(self) -> dict[str, Any]:
+        """The model's shape."""
         return {"kind": self.name, **dataclasses.asdict(self.config)}
 
     def weights(self, batch: Batch) -> jax.Array:
@@ -131,6 +135,7 @@ class TransformerTask(Stateless):
     def loss(
         self, params: Params, model_state: Params, batch: Batch, keys: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, Metrics]:
+        """Weighted cross-entropy and z-loss of the batch, with counts by role and task."""
         model = transformer.Transformer.bind(self.config, params)
         dropout_keys = keys if self.config.dropout else None
         hidden = model(batch.tokens, batch.positions, batch.doc_start, dropout_keys=dropout_keys)
@@ -141,6 +146,7 @@ class TransformerTask(Stateless):
         return *loss, self._metrics(batch, weight, nll, lse)
 
     def inspect(self, params: Params, model_state: Params, batch: Batch) -> Metrics:
+        """The attention that text and images give to each other, if `attention_share` asks for it."""
         if not self.attention_share:
             return {}
         return attention_shares(transformer.Transformer.bind(self.config, params), self.vocabulary, batch)
@@ -186,6 +192,7 @@ class TransformerTask(Stateless):
         return metrics
 
     def summary(self, totals: Metrics) -> dict[str, float]:
+        """Means of all sums that have a count."""
         return ratios(totals)
 
     @functools.cached_property
@@ -234,15 +241,19 @@ class TokenizerTask:
     unit: str = "images"
 
     def init(self, key: jax.Array) -> Params:
+        """Fresh parameters of the autoencoder and of its discriminator."""
         return self.objective.init(key)
 
     def selection(self, params: Params) -> Selection:
+        """Everything is trained."""
         return EVERYTHING
 
     def init_state(self, params: Params) -> Params:
+        """Averaged weights and statistics of the codebook, before the first step."""
         return self.objective.init_state(params)
 
     def inference_params(self, params: Params, model_state: Params) -> Params:
+        """The autoencoder, by its averaged weights if there are any."""
         return self.objective.inference_params(params, model_state)
 
     def logical_axes(self, params: Params) -> Any:
@@ -252,6 +263,7 @@ class TokenizerTask:
         )
 
     def describe(self) -> dict[str, Any]:
+        """The autoencoder's shape, its losses, and the hash of the network that compares features."""
         objective = self.objective
         return {
             "kind": self.name,
@@ -263,24 +275,30 @@ class TokenizerTask:
     def loss(
         self, params: Params, model_state: Params, batch: Batch, keys: jax.Array | None
     ) -> tuple[dict[str, jax.Array], jax.Array, Metrics]:
+        """The losses of autoencoder and discriminator, each for its own parameters, from one forward pass."""
         images = jnp.float32(batch["pixels"].shape[0])
         losses, metrics, sums = self.objective.losses(params, model_state, batch["pixels"], keys)
         return losses, images, {"images": images, STATISTICS: sums, **metrics}
 
     def inspect(self, params: Params, model_state: Params, batch: Batch) -> Metrics:
+        """No further metrics: {}."""
         return {}
 
     def update_state(self, params: Params, model_state: Params, sums: Metrics) -> tuple[Params, Params]:
+        """Moves the averages and the codebook by the statistics of the batch."""
         return self.objective.update_state(params, model_state, sums)
 
     def summary(self, totals: Metrics) -> dict[str, float]:
+        """Means of all sums that have a count, and how the codebook is used."""
         codes = usage(totals["code_counts"]) if "code_counts" in totals else {}
         return ratios(totals) | {f"codes/{k}": float(v) for k, v in codes.items()}
 
     def warning(self, line: Mapping[str, float]) -> str:
+        """That the codebook has collapsed, if it has."""
         autoencoder = self.objective.autoencoder
         found = {k.removeprefix("codes/"): v for k, v in line.items() if k.startswith("codes/")}
         return collapse(found, autoencoder.codebook_size, autoencoder.quantizer)
 
     def flops(self, totals: Metrics) -> None:
+        """Not known: None."""
         return None

@@ -100,6 +100,7 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
+        """Begins to count anew, from now on."""
         self.totals: Metrics = {}
         self.steps = 0
         self.waited = 0.0  # seconds in which the devices had nothing to do until a batch came
@@ -172,9 +173,11 @@ class Telemetry:
                 self._board.add_image(name, np.asarray(pixels), step, dataformats="HWC")
 
     def say(self, line: str) -> None:
+        """Prints a line, if this process prints."""
         self.console(line)
 
     def close(self) -> None:
+        """Closes metrics.jsonl and TensorBoard's file."""
         if self.active:
             os.close(self._file)
             self._board.close()

@@ -132,6 +132,7 @@ def make_peer(config: TransformerConfig, params):
 
 
 def peer_train_step(peer, tokens: np.ndarray, dtype: str) -> Callable[[], float]:
+    """A call that does one step of theirs and returns the loss."""
     import torch
 
     optimizer = torch.optim.AdamW(
@@ -195,6 +196,7 @@ def serve_peer(pipe, config: TransformerConfig, params, what: str, tokens: np.nd
 
 
 def timed(run: Callable) -> tuple[float, float, Any]:
+    """(seconds of wall time, seconds of CPU time, the result) of a call."""
     wall, cpu = time.perf_counter(), time.process_time()
     result = run()
     return time.perf_counter() - wall, time.process_time() - cpu, result
@@ -238,6 +240,7 @@ def report(title: str, medians: dict[str, tuple[float, float]], tokens: int) -> 
 
 
 def main() -> None:
+    """Prints a table of ratios, for each size and dtype that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="25m")
     parser.add_argument("--what", nargs="+", choices=("train", "decode"), default=("train", "decode"))

@@ -38,23 +38,27 @@ EDITS = ("scaled", "recompressed", "cut", "all three", "same")
 
 
 def scaled(pixels: np.ndarray, factor: float) -> np.ndarray:
+    """uint8 [H, W, 3] with both sides times `factor`, at least 16 pixels."""
     height, width = (max(16, round(side * factor)) for side in pixels.shape[:2])
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
 
 
 def recompressed(pixels: np.ndarray, quality: int) -> np.ndarray:
+    """The pixels after JPEG of a quality."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=quality)
     return decode(file.getvalue())
 
 
 def cut(pixels: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """The pixels without these shares of its sides: top, bottom, left, right."""
     height, width = pixels.shape[:2]
     up, down, left, right = np.rint(shares * (height, height, width, width)).astype(int).tolist()
     return pixels[up : height - down, left : width - right]
 
 
 def edited(pixels: np.ndarray, edit: str, random: np.random.Generator) -> np.ndarray:
+    """The pixels after one of EDITS, with numbers that are drawn."""
     factor, quality, shares = random.uniform(0.5, 1.5), int(random.integers(30, 91)), random.uniform(0, 0.05, 4)
     if edit in ("cut", "all three"):
         pixels = cut(pixels, shares)
@@ -64,6 +68,7 @@ def edited(pixels: np.ndarray, edit: str, random: np.random.Generator) -> np.nda
 
 
 def measured(root: Path, names: tuple[str, ...], every: int) -> dict[str, Any]:
+    """Plants the copies of some sets and returns recall, precision and cost."""
     files = [path for name in names for path in sorted((root / name / "images").rglob("*"))]
     files = [path for path in files if path.suffix.lower() in SUFFIXES][::every]
     search, random, seconds = Search(), np.random.default_rng(0), 0.0
@@ -101,6 +106,7 @@ def measured(root: Path, names: tuple[str, ...], every: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Prints the numbers, and writes them as JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", type=Path, required=True, help="the folder with the five sets")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="take one image in N (%(default)s)")

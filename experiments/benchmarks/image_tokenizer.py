@@ -58,6 +58,7 @@ def weights(shape: str) -> tuple[Any, dict[str, Any], np.ndarray]:
 
 
 def ours(shape: str, task: str, batch: int) -> Callable[[], np.ndarray]:
+    """A call that does `task` with our network and returns codes or pixels."""
     import jax
     import jax.numpy as jnp
     from ar_tokenizers.image.autoencoder import Autoencoder
@@ -133,6 +134,7 @@ def make_decoder(multipliers: tuple[int, ...]) -> Any:
 
 
 def theirs(shape: str, task: str, batch: int) -> Callable[[], np.ndarray]:
+    """The same with torch."""
     import torch
     from ar_tokenizers.image.taming import to_taming
     from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig
@@ -211,6 +213,7 @@ def compare(case: tuple[str, str, int], repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Prints the ratios, and writes raw times if asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=tuple(SHAPES))
     parser.add_argument("--batches", nargs="*", type=int, default=(1, 8))

@@ -4,7 +4,7 @@
 
 Compiles the train step of experiments/pretrain.py for each case, one after the other, with libtpu on this machine's CPU
 (two to three minutes of processor a case, 3 GB), and leaves the raw numbers in results/plans/. Cases that are there
-already are not compiled again unless they are named. Then it writes the table into docs/planning.md, between its two marks.
+already are not compiled again unless they are named. Then it writes the table into docs/planning.md, between its marks.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ BEGIN, END = "<!-- plans: written by experiments/benchmarks/plan_table.py -->\n"
 
 
 def command(case: str) -> list[str]:
+    """The arguments of `ar-unified` for a case."""
     model, chips, target, more = CASES[case]
     return ["plan", "--config", f"experiments/pretrain.py:model={model},chips={chips}", "--target", target, *more]
 
@@ -105,6 +106,7 @@ def table(plans: dict[str, dict[str, Any]]) -> str:
 
 
 def main(chosen: list[str]) -> None:
+    """Plans the cases that were chosen or are missing, and writes the table."""
     if unknown := sorted(set(chosen) - set(CASES)):
         raise SystemExit(f"plan_table.py: expected cases of {', '.join(CASES)}; found {', '.join(unknown)}")
     for case in CASES:

@@ -43,6 +43,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
+    """The experiment of one quantizer: "path=DIR,name=NAME", a name of CANDIDATES."""
     args = parse_arg(arg, path="datasets", name="fsq")
     config = defaults()
     config.name = f"bake-off: {args['name']}"
@@ -88,6 +89,7 @@ def measured(name: str, path: str, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Trains, scores and probes each quantizer, and writes the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", default="datasets")
     parser.add_argument("--workdir", type=Path, default=Path("workdirs/bake_off"))

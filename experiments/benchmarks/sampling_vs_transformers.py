@@ -53,9 +53,11 @@ class Ids:
     size = TEXT
 
     def encode(self, text: str) -> list[int]:
+        """Words that are numbers, as these numbers."""
         return [int(word) for word in text.split()]
 
     def decode(self, ids: Any) -> str:
+        """Ids as words that are numbers."""
         return " ".join(str(int(id)) for id in ids)
 
 
@@ -173,6 +175,7 @@ def special_tokens(v: dict[str, int]) -> Any:
 
 
 def peer_images(peer: Any, prompt: np.ndarray, v: dict[str, int]) -> dict[str, Callable[[], np.ndarray]]:
+    """Calls that draw images with transformers, by their name in the table."""
     import torch
 
     batch = len(prompt)
@@ -251,6 +254,7 @@ def peer_images(peer: Any, prompt: np.ndarray, v: dict[str, int]) -> dict[str, C
 
 
 def peer_texts(peer: Any, prompt: np.ndarray) -> dict[str, Callable[[], np.ndarray]]:
+    """Calls that continue texts with transformers, by their name in the table."""
     import torch
     import transformers
 
@@ -315,16 +319,19 @@ class Lwm:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def send(self, name: str | None) -> None:
+        """Asks for a run; None ends the process."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{name or ''}\n")
         self._process.stdin.flush()
 
     def recv(self) -> tuple[float, float, None]:
+        """Waits for its answer: (wall, CPU seconds, nothing)."""
         assert self._process.stdout is not None
         wall, cpu = json.loads(self._process.stdout.readline())
         return wall, cpu, None
 
     def join(self) -> None:
+        """Waits until the process has ended."""
         self._process.wait()
 
 
@@ -381,6 +388,7 @@ def check(out: np.ndarray, v: dict[str, int]) -> None:
 
 
 def main() -> None:
+    """Prints the ratios, and writes raw times if asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", nargs="*", type=int, default=(1, 16), help="batches")
     parser.add_argument("--texts", nargs="*", type=int, default=(1, 16, 64), help="batches")

@@ -28,6 +28,7 @@ _MB = 8
 
 
 def main() -> None:
+    """Prints the speed of encoding and the memory of training."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="UTF-8 text of about 1 MB")
     text = parser.parse_args().file.read_text(encoding="utf-8-sig")
@@ -62,6 +63,7 @@ def encoding(tokenizer: TextTokenizer, text: str) -> str:
 
 
 def training(model_type: Any, kind: str) -> str:
+    """The line that says what training a model on such a corpus holds in memory."""
     before = peak()
     TextTokenizer.train(corpus(kind), 8192, model_type=model_type)
     return f"{peak() - before:5.0f} MB = {(peak() - before) / _MB:.0f} times the text"
@@ -74,6 +76,7 @@ def peak() -> float:
 
 
 def corpus(kind: str) -> Iterator[str]:
+    """Lines of made-up text, 8 MB: of "words" or of "characters"."""
     draw, size = random.Random(0), 0
     words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 10))) for _ in range(200_000)]
     characters = [chr(0x4E00 + i) for i in range(3000)]

@@ -17,6 +17,7 @@ from ar_unified.experiment.config import defaults, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
+    """The config. arg: the arguments above."""
     args = parse_arg(arg, path="images", validation=None, lpips=None)
     config = defaults()
     config.name = "llamagen"

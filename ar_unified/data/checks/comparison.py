@@ -39,6 +39,7 @@ class Alike:
     kinds: list[Kind]
 
     def lines(self) -> list[str]:
+        """A line for each kind of likeness that was found, with how many there are and where the first stands."""
         lines = []
         for kind in self.kinds:
             if kind.count:
@@ -55,10 +56,12 @@ class Comparison:
         self._where: list[tuple[Source, int, bool]] = []
 
     def add(self, document: Document, source: Source, i: int, *, held_out: bool) -> None:
+        """Takes in a document, item `i` of `source`; `held_out`: of the validation or a test."""
         self._search.add(document, held_out=held_out)
         self._where.append((source, i, held_out))
 
     def found(self) -> Alike:
+        """What is alike among all documents that were added."""
         if not self._where:
             return Alike([])
         found = self._search.found()

@@ -74,6 +74,9 @@ class Found:
         return {name: values for name, values in {**named, "tokens": self.tokens}.items() if values}
 
     def add(self, document: Document, found: Encoded | None, lengths: Sequence[int]) -> None:
+        """Counts a good document. found: it as ids, if there are tokenizers; lengths: tokens of the pieces it is cut
+        into.
+        """
         sides = [part.pixels.shape[:2] for part in document.parts if isinstance(part, ImagePart)]
         texts = [part.text for part in document.parts if isinstance(part, TextPart)]
         self.tasks[document.task] += 1
@@ -97,6 +100,7 @@ class Found:
         return Packing(np.array(self.tokens), sequence_length, seed=0, name=self.name).fill
 
     def lines(self, most_bad: int, sequence_length: int | None) -> list[str]:
+        """What to print of the source: counts, lengths, at most `most_bad` bad items, how full packed rows would be."""
         good = sum(self.tasks.values())
         tasks = ", ".join(f"{count} {task}" for task, count in self.tasks.items()) or "none"
         whole = f"{self.part}: {self.name}" if self.part else self.name
@@ -136,6 +140,7 @@ class Validation:
 
     @property
     def bad(self) -> list[BadItem]:
+        """The bad items of all sources, in their order."""
         return [bad for found in self.sources for bad in found.bad]
 
     def __str__(self, most_bad: int = 100) -> str:

@@ -69,6 +69,7 @@ class Filters:
 
     @property
     def used(self) -> bool:
+        """Whether anything is filtered at all."""
         return self != Filters()
 
     @property
@@ -113,10 +114,12 @@ class Filtered:
 
     @property
     def has_images(self) -> bool:
+        """As the source says, whatever is left out of it."""
         return getattr(self.source, "has_images", True)
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
+        """The source's, with the filters and with what decided their verdicts."""
         decided = {"decided_by": self._decided_by} if self._decided_by else {}
         return dict(self.source.fingerprint) | {"filters": asdict(self.filters)} | decided
 
@@ -125,6 +128,7 @@ class Filtered:
 
     @property
     def together(self) -> int:
+        """How many items of the source are best read at once."""
         return getattr(self.source, "together", TOGETHER)
 
     def __getitem__(self, i: int) -> Document:
@@ -151,9 +155,11 @@ class Filtered:
         return [texts for _, texts in texts_of(self.source, indices)]
 
     def origin(self, i: int) -> str:
+        """Where item i of the source stands."""
         return self.source.origin(i)
 
     def language(self, i: int) -> str:
+        """The language that item i of the source says it is in."""
         return language(self.source, i)
 
 

@@ -62,6 +62,7 @@ class Search:
         self._file = tempfile.TemporaryFile()
 
     def add(self, document: Document, *, held_out: bool = False) -> None:
+        """Takes in a document; its images and words are hashed now and compared by `found`."""
         pixels = [part.pixels for part in document.parts if isinstance(part, ImagePart)]
         words = texts.words(" ".join(part.text for part in document.parts if isinstance(part, TextPart)))
         if not pixels and (signature := texts.signature(words)) is not None:
@@ -85,6 +86,7 @@ class Search:
             self._waiting = []
 
     def found(self) -> Duplicates:
+        """Which of the documents so far are copies of which, in the order in which they were added."""
         groups = self._groups()
         words = self._texts()
         count = len(self._held_out)

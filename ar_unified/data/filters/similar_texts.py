@@ -25,6 +25,7 @@ _NEIGHBOURS = 12  # texts of a band that one is compared with
 
 
 def words(text: str) -> list[str]:
+    """The words of a text in their order, NFKC and without case: all that two copies must have in common."""
     return re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
 
 

@@ -34,6 +34,7 @@ class Piece:
 
     @property
     def path(self) -> Path:
+        """Where the shard is, or is to be."""
         return shards.shard_path(self.folder, self.number)
 
 

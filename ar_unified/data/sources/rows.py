@@ -93,12 +93,14 @@ class Rows:
         return len(self._line)
 
     def origin(self, i: int) -> str:
+        """The row's file and line."""
         return f"{self.files[self._file[i]]}:{self._line[i]}"
 
     def __getitem__(self, i: int) -> Document:
         return self._document(i, self._image)
 
     def texts(self, i: int) -> list[str]:
+        """The texts of row i, in reading order; no image is opened. Raises BadItem."""
         blank = np.zeros((1, 1, 3), np.uint8)
         return [part.text for part in self._document(i, lambda _: blank).parts if isinstance(part, TextPart)]
 

@@ -130,9 +130,11 @@ class Tables(RecordSource):
         return f"{file.path}:{self._first[group] - begin + row + 1}"
 
     def language(self, i: int) -> str:
+        """What the column "language" says of row i, if there is one."""
         return super().language(i) if "language" in self._used else ""
 
     def read(self, indices: Sequence[int], pictures: bool = True) -> list[Record | BadItem]:
+        """Rows as records, in the order of `indices`; what cannot be read is a BadItem in its place."""
         with self._lock:  # groups are read forward, by one
             return [self._row(i, pictures) for i in indices]
 

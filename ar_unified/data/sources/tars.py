@@ -120,6 +120,7 @@ class Tars(RecordSource):
             return ""
 
     def read(self, indices: Sequence[int], pictures: bool = True) -> list[Record | BadItem]:
+        """Samples as records, in the order of `indices`; what cannot be read is a BadItem in its place."""
         found: list[Record | BadItem] = []
         for i in indices:
             try:

@@ -99,6 +99,7 @@ class TextFiles:
         return self._items
 
     def origin(self, i: int) -> str:
+        """The text's file, and its line where a file has many texts."""
         block = self._block_of(i)
         file = self._files[self._file[block]]
         if not self._in_lines(file) or not self._stop[block]:
@@ -113,6 +114,7 @@ class TextFiles:
         return Document.of((TextPart(text),), id=str(row.get("id", "")), origin=self.origin(i), meta=meta)
 
     def texts(self, i: int) -> list[str]:
+        """The one text of item i. Raises BadItem."""
         return [self._read(i)[0]]
 
     def language(self, i: int) -> str:

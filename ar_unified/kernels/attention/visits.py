@@ -39,14 +39,17 @@ class Visits(NamedTuple):
 
 
 def row(outer):
+    """The row of the batch that a visit is of."""
     return outer >> _ROW
 
 
 def outer_block(outer):
+    """The block that a visit computes for."""
     return outer & ((1 << _ROW) - 1)
 
 
 def inner_block(inner):
+    """The block that a visit reads."""
     return inner >> _OTHER
 
 

@@ -62,6 +62,7 @@ class Walk(NamedTuple):
 
 
 def read_walk(ranges_ref, repeat: int = 1) -> Walk:
+    """The walk of a block: which blocks it meets, and at which of them a mask is needed."""
     begin, end, clean_begin, clean_end = (ranges_ref[i] for i in range(4))
     left = clean_begin - begin
     return Walk(begin, left, clean_begin, clean_end, left + end - clean_end, clean_end - clean_begin, repeat)
@@ -141,15 +142,18 @@ def free_all(*rings) -> None:
 
 
 def load(ref, layout=BY_ROW) -> jax.Array:
+    """An array from memory into registers, laid out by `layout`."""
     return plgpu.layout_cast(ref[...], layout)
 
 
 def full(shape, value: float) -> jax.Array:
+    """An array of one value in registers: float32, a matrix if `shape` is a tuple, else a number for each row."""
     layout = plgpu.Layout.WGMMA if isinstance(shape, tuple) else BY_ROW
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
 def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
+    """Positions along `axis` as int32 in registers, laid out as a product of matrices is."""
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
 
