@@ -270,9 +270,7 @@ class Bundle:
 
     @cached_property
     def grammar(self) -> Grammar:
-        """The grammar of language.json over the bundle's text tokenizer. Raises BundleError: the two do not fit the
-        model.
-        """
+        """The grammar of language.json over the text tokenizer. Raises BundleError: they do not fit the model."""
         with self._reading(LANGUAGE):
             grammar = Grammar.from_manifest(self.language, self.text_tokenizer)
         vocabulary = grammar.vocabulary

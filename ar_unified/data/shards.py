@@ -47,7 +47,7 @@ _HEADER = struct.Struct("<Q")  # item of the source that the document was made o
 class ShardWriter:
     """One shard; use as a context manager. Nothing of it can be seen before the block has ended without an error.
 
-    The array_record file appears last: where it is, the other two are.
+    The array_record file is written last, so if it exists, the other two do.
     """
 
     def __init__(self, folder: Path, number: int):
@@ -147,7 +147,7 @@ def _mapped(path: Path) -> np.ndarray:
 class Shards:
     """The documents of one prepared source, by index. Safe to read from many threads.
 
-    Little memory is its own: the index is mapped from its file, and a shard is open while it is read from.
+    It takes little memory: the index is mapped from its file, and a shard is open only while it is read.
 
     Attributes:
         index: INDEX [n].

@@ -70,8 +70,7 @@ class State(NamedTuple):
         remaining: tokens that may still be generated, the end included.
         images: images begun by the sampler, or by a prompt that breaks off inside one.
         mode: TEXT, IMAGE or FREE.
-        min_images, max_images: bounds of `images` at the end. `min_images` never asks for more images than the budget
-        holds.
+        min_images, max_images: bounds of `images` at the end; `min_images` is never more than the budget holds.
         want_height, want_width: sides every new image must have; 0: the sampler chooses.
     """
 
@@ -192,9 +191,7 @@ class Automaton:
         return jnp.where(state.phase == DONE, 0, rest + self._later(state))
 
     def allowed(self, state: State, first: int | None = None) -> jax.Array:
-        """bool [B, V]: the ids that may come next; at least one in every row. `first`: look at the first so many ids
-        only.
-        """
+        """bool [B, V]: the ids that may come next; at least one in every row. first: V, if not all ids are asked for."""
         choices = self._choices(state)
         ids = jnp.arange(self.syntax.vocabulary.size if first is None else first, dtype=jnp.int32)
         low, high, never, also, has_also, end = (field[:, None] for field in choices[:6])
@@ -270,9 +267,7 @@ class Automaton:
         return state.phase == DONE
 
     def code(self, state: State) -> jax.Array:
-        """int32 [B]: the index of the next token among the codes of its image, row by row from 0; meaningful where it
-        is a code.
-        """
+        """int32 [B]: if the next token is a code, its index among the codes of the image, row by row from 0."""
         if not self.syntax.layout.row_ends[0]:
             return state.written
         return state.written - state.written // (self._codes(state.height, state.width)[1] + 1)

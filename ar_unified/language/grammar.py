@@ -323,9 +323,7 @@ class Grammar:
     # ---- ids to ids: what data does to a document it has already encoded; all O(n) --------------------------------
 
     def drop_prompt(self, document: Encoded) -> Encoded:
-        """The last answer alone, after the empty prompt. Raises GrammarError if there is no turn (see
-        `drop_context`).
-        """
+        """The last answer after the empty prompt. Raises GrammarError if there is no turn (see `drop_context`)."""
         return encoded.joined([self.unconditional, document[int(self._borders(document)[-1]) :]])
 
     def drop_context(self, document: Encoded, image: int) -> Encoded:
@@ -402,9 +400,7 @@ _END = "the end of the sequence"
 
 
 def _turns(asked: Sequence[tuple[Part, ...]], answer: tuple[Part, ...]) -> list[Turn]:
-    """A question and its answer, with a system turn first if two turns precede the answer; or an answer without a
-    question.
-    """
+    """A question and its answer, after a system turn if there are two before the answer; or an answer alone."""
     if not asked:
         return [Turn("document", answer)]
     system = [Turn("system", asked[0])] if len(asked) > 1 else []

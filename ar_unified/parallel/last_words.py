@@ -1,6 +1,6 @@
-"""The log of one process of many, and what is said of it when it cannot say it itself.
+"""The log of one process of many, and the last message in it if the process itself cannot write one.
 
-JAX ends a process with abort() when another is gone, and a killed process says nothing: neither can run Python of
+If another process is gone, JAX ends this one with abort(); a killed process ends at once. Neither can run any Python of
 ours. So each process writes its stderr to a small reader, this file run as a script, which outlives it:
 
     python last_words.py LOG PROCESS PROCESSES COORDINATOR < the stderr of the process

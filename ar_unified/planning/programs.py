@@ -37,7 +37,7 @@ from ar_unified.training.tasks import TransformerTask
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """All of a config that decides its programs and their cost.
+    """The part of a config that decides its programs and their cost.
 
     Attributes:
       model, vocabulary, layout: what is trained and sampled.
@@ -184,7 +184,7 @@ def make_task(run: Run) -> TransformerTask:
 
 
 def _trained(run: Run) -> tuple[int | None, tuple[str, ...]]:
-    """Where the softmax is split, and what is trained."""
+    """(split, selection): where the softmax is split, and which parameters are trained."""
     return run.layout.split(run.vocabulary, run.softmax), run.only
 
 
@@ -219,12 +219,12 @@ def train_program(run: Run, mesh: Mesh) -> Program:
 
 
 def gradient_bytes(run: Run, mesh: Mesh) -> int:
-    """Of the gradients of what is trained, on a device."""
+    """Bytes of the gradients of all trained parameters, on one device."""
     return local_bytes(abstract_trained(make_task(run), transformer.abstract_params(run.model), mesh))
 
 
 def saved_for_backward(run: Run, mesh: Mesh) -> int:
-    """Bytes a device keeps of the forward pass for the backward one, parameters apart. Of JAX's trace, by arithmetic.
+    """Bytes that a device keeps from the forward pass for backward, without parameters; computed from JAX's trace.
 
     They are what `jax.vjp` of the loss closes over, spread over the devices that split rows and sequence. XLA may drop
     or share some; with remat "full" there is little to drop. What a policy sends to the host is not counted.
@@ -236,7 +236,7 @@ def saved_for_backward(run: Run, mesh: Mesh) -> int:
 
 @lru_cache(maxsize=256)  # a search asks again for every mesh
 def _saved(rows: int, length: int, model: TransformerConfig, *of_task: Any) -> int:
-    """Of all devices together. of_task: what `_task` takes beside the model."""
+    """The same for all devices together. of_task: the further arguments of `_task`."""
     task = _task(model, *of_task)
     batch = PackedBatch.shapes(rows, length)
     params = jax.eval_shape(task.init, jax.random.key(0))
@@ -275,8 +275,8 @@ class _Spelling:
 def sample_programs(run: Run, mesh: Mesh) -> list[Program]:
     """Prefill of prompts of half the cache, as many as the engine reads at once, and decoding in a pool that is full.
 
-    The engine keeps, beside the weights that it reads, the whole head, for scores, and the prompts it has read; the
-    pool waits while it reads (sampling/engine.py).
+    Beside the weights that it reads, the engine holds the whole head (for scores) and the prompts it has read. The pool
+    waits while prompts are read (sampling/engine.py).
     """
     config, R, S = run.model, run.requests, run.max_length
     if R < 1 or S < 2:

@@ -40,7 +40,7 @@ class _Failed(Exception):
 def write(folder: Path, lines: Sequence[Line], weights: str) -> None:
     """Writes both files into the folder of a job that is complete; does nothing for a job without a batch's lines.
 
-    weights: named as what answered. Raises OSError.
+    weights: the name of the model that answered. Raises OSError.
     """
     if not any(line.batch for line in lines):
         return

@@ -23,7 +23,7 @@ from ar_unified.language.automaton import Event
 
 
 def weights(scale: float, image_scale: float, contexts: int) -> list[float]:
-    """What each of the contexts counts for; they add up to 1. image_scale is of the third.
+    """The weight of each context; they add up to 1. image_scale is the scale of the third.
 
     C = 2 is Ho & Salimans' u + s (c - u), C = 3 InstructPix2Pix's u + s_i (i - u) + s (c - i). On logits or on
     log-probabilities: the two differ by a constant per row.

@@ -1,4 +1,4 @@
-"""What a look at the data tells of copies: how many there are, and a few of them side by side."""
+"""Copies that were found in the data: how many there are, and a few of them side by side."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OFTEN = 8  # documents with one image, from which on it is told
 
 @dataclass(frozen=True)
 class Pair:
-    """Two documents that are alike: where they stand, and what stands there: a text, or uint8 [H, W, 3]."""
+    """Two documents that are alike: their origins, and of each its text or its image, uint8 [H, W, 3]."""
 
     origins: tuple[str, str]
     contents: tuple[str | np.ndarray, str | np.ndarray]
@@ -24,7 +24,9 @@ class Pair:
 
 @dataclass
 class Kind:
-    """One way to be alike: what it is called, how many documents are, of how many, and the first of them."""
+    """One way in which documents are alike: its name, how many documents are so, out of how many, and the first of
+    them.
+    """
 
     says: str
     count: int = 0

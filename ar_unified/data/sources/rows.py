@@ -36,7 +36,8 @@ class Rows:
     image is never on both sides of a border. A row that cannot be read is in every split, so that it is reported.
 
     Args:
-        beside: files of other sources over the same images, which are to have their borders where this one has.
+        beside: files of other sources over the same images; they are counted so that all have the same borders between
+        splits.
 
     Raises:
         UserError: a file is missing, or no row is in `split` (EmptySplit: for want of more images).
@@ -161,8 +162,8 @@ class _Bad(Exception):
 def _lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
     """Number (from 1), offset and bytes of every line, no byte order mark; of a file that is no UTF-8, its head.
 
-    Of a line that is too long there is the beginning and one byte too many. A rest that cannot be
-    unpacked is one line of no bytes.
+    A line that is too long comes as its beginning, one byte longer than allowed. A rest that cannot be unpacked comes
+    as one empty line.
     """
     with packed.open_binary(file) as stream:
         start, number = 0, 1

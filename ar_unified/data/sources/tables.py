@@ -32,8 +32,9 @@ class Tables(RecordSource):
     """The rows of Parquet files and of Arrow files (streams, as `save_to_disk` writes them, or files), in order.
 
     Opened by their footers alone; 24 bytes are kept of every group of rows. A row is read with those beside it, so
-    reading in order is fast and reading at random costs a part of a group each time. Of a table without `columns` the
-    names are known (`Columns`); numbers that Hugging Face's header gives names are these names. A file that cannot be
+    reading in order is fast and reading at random costs a part of a group each time. Without `columns`, names are
+    recognised as `Columns` says. Numbers to which Hugging Face's header gives names become these names. A file that
+    cannot be
     read is one bad item.
 
     Args:
@@ -163,7 +164,9 @@ _SPLITS = ("train", "validation", "valid", "val", "test")
 
 
 def _is_of(name: str, split: str) -> bool:
-    """Whether a file is of a split: data/train-00000-of-00002.parquet, train.parquet, train/0000.parquet."""
+    """Whether a file's name belongs to a split: data/train-00000-of-00002.parquet, train.parquet,
+    train/0000.parquet.
+    """
     return any(part == split or part.startswith((f"{split}-", f"{split}.", f"{split}_")) for part in name.split("/"))
 
 

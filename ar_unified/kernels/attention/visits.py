@@ -34,7 +34,7 @@ class Visits(NamedTuple):
 
     @property
     def steps(self) -> jax.Array:
-        """Of the core that has most, []."""
+        """The number of visits of the core that has most, []."""
         return jnp.diff(self.cuts).max()
 
 

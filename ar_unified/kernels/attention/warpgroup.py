@@ -26,9 +26,9 @@ BY_ROW, BY_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
 class Walk(NamedTuple):
-    """The blocks that one block meets, in the order in which they are visited: `left` masked ones from `begin`, the
-    other masked ones from `clean_end`, then the clean ones. To repeat is to visit the masked ones so many times, then
-    the clean ones.
+    """The blocks that one block meets, in the order of visits: `left` masked ones from `begin`, the other masked ones
+    from `clean_end`, then the clean ones. With `repeat`, the masked ones are all visited that many times before the
+    clean ones are.
     """
 
     begin: jax.Array
@@ -168,6 +168,7 @@ def across(x: jax.Array, tile: jax.Array) -> jax.Array:
 
 
 def opaque(index: jax.Array | int) -> jax.Array:
-    """The index, as something that the compiler must take to change in a loop. It would otherwise compute the address
-    of every slice of an operand before the loop, and spill what is then too many registers."""
+    """The index in a form that the compiler cannot take for constant in a loop. Else it would compute the addresses of
+    all slices of an operand before the loop, need too many registers, and spill.
+    """
     return lax.optimization_barrier(jnp.asarray(index, jnp.int32))
