@@ -34,7 +34,7 @@ def experiment_file(given: str) -> str:
         ValueError: a single word that is neither a file nor the name of an experiment; the message has the names.
     """
     path, colon, arg = home(given).partition(":")
-    if Path(path).exists():
+    if Path(path).is_file():  # a folder `photos` is what the experiment `photos` may be about
         return path + colon + arg
     name = path.removeprefix("experiments/").removesuffix(".py")
     for folder in _SHIPPED:

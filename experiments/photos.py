@@ -11,7 +11,8 @@ in training.
 
 Expected: 24.6 dB on kodak at 256 x 256, after 34 minutes on two cores (docs/image_tokenizers.md).
 
-Argument: path=DIR. Other photographs do as well: put folders of them there under these names.
+Arguments: path=DIR, the folder above (datasets). With validation=DIR2 as well, path is any folder of photographs to
+train on, and DIR2 another one to be scored on.
 """
 
 from ml_collections import ConfigDict
@@ -28,8 +29,9 @@ MADE_BY = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config. arg: "path=DIR" of the four folders."""
-    path = parse_arg(arg, path="datasets")["path"]
+    """The config. arg: the arguments above."""
+    args = parse_arg(arg, path="datasets", validation=None)
+    path, held_out = args["path"], args["validation"]
     config = defaults()
     config.name = "photos"
 
@@ -37,8 +39,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
         made_by = f"python experiments/data/{MADE_BY[name].format(path=path)}"
         return ConfigDict(dict(kind="images", path=f"{path}/{name}", made_by=made_by, **more))
 
-    config.data.train = tuple(images(name, image_weight=share) for name, share in TRAIN.items())
-    config.data.validation = (images("kodak"),)
+    if held_out:
+        config.data.train = (ConfigDict(dict(kind="images", path=path)),)
+        config.data.validation = (ConfigDict(dict(kind="images", path=held_out)),)
+    else:
+        config.data.train = tuple(images(name, image_weight=share) for name, share in TRAIN.items())
+        config.data.validation = (images("kodak"),)
     config.data.image_size = (256, 256)
 
     tokenizer = config.image_tokenizer

@@ -79,6 +79,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"image": f"{i}.png", "text": "A square."} for i in range(2)]
     (here / "mine" / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (here / "mine" / "en.txt").write_text("A square.\n")
+    (here / "prompts.jsonl").write_text('{"prompt": "A square."}\n')
     bundles.write(here / "bundle")
     shutil.copytree(here / "bundle" / "image_tokenizer", here / "llamagen")
     return here

@@ -59,6 +59,8 @@ def test_an_experiment_goes_by_its_name(tmp_path, monkeypatch, capsys):
     assert experiment_file("shapes") == experiment_file("experiments/shapes.py") == shapes
     assert experiment_file("folder:path=a:b").endswith("experiments/folder.py:path=a:b")
     assert experiment_file("image_tokenizers/ibq:path=x").endswith("image_tokenizers/ibq.py:path=x")
+    (tmp_path / "photos").mkdir()
+    assert experiment_file("photos:path=photos").endswith("experiments/photos.py:path=photos")
     (tmp_path / "shapes").write_text("")
     assert experiment_file("shapes") == "shapes", "a file of one's own comes first"
     assert experiment_file("mine/other.py:x") == "mine/other.py:x", "the loader says that it is not there"

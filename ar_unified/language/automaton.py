@@ -191,7 +191,7 @@ class Automaton:
         return jnp.where(state.phase == DONE, 0, rest + self._later(state))
 
     def allowed(self, state: State, first: int | None = None) -> jax.Array:
-        """bool [B, V]: the ids that may come next; at least one in every row. first: V, if not all ids are asked for."""
+        """bool [B, V]: the ids that may come next; at least one in every row. first: V, if fewer are asked for."""
         choices = self._choices(state)
         ids = jnp.arange(self.syntax.vocabulary.size if first is None else first, dtype=jnp.int32)
         low, high, never, also, has_also, end = (field[:, None] for field in choices[:6])
