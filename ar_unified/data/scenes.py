@@ -72,7 +72,9 @@ def scene_from_json(text: str | bytes) -> Scene:
 
 
 def split_of(scene: Scene) -> str:
-    """The split of a scene: apart if a (shape, colour) is unseen; of the rest a hash holds out a tenth."""
+    """The split of a scene: "unseen_combinations" if it has a held-out (shape, colour); of all others, a hash puts a
+    tenth into "validation".
+    """
     if any(o.kind in UNSEEN for o in scene):
         return "unseen_combinations"
     words = " ".join(f"{o.shape} {o.colour} {o.size} {o.place}" for o in scene)

@@ -38,7 +38,7 @@ def card(
     """The README.md of a bundle.
 
     Args:
-        license: "": it says that nobody has said.
+        license: if it is "", the card says that the licence is unknown.
         image: of the image tokenizer; None: text alone.
         config: of the experiment, plain.
         training: what is worth saying of it, by name.

@@ -23,7 +23,7 @@ class Scaling(NamedTuple):
     Attributes:
       largest: chips up to which matmuls bound the step; 0: not even here; None: any number of slices.
       per_slice: chips of the largest slice there is.
-      breaks: what comes first beyond it, or on the way there, in words.
+      breaks: in words, the first thing that limits growth, at that size or before it.
       tokens_needed: tokens a chip at which matmuls would take as long as the slowest other resource does now.
     """
 

@@ -1,4 +1,4 @@
-"""What the slots of a pool hold: a sample each, and what the device is told of it.
+"""The slots of a pool: each holds a sample, and the arrays that the device gets for it.
 
 R slots, C contexts.
 """
@@ -34,7 +34,7 @@ class Job:
 
 
 def row_arrays(layout: ImageLayout, shape: Shape, slots: int, fresh: dict[int, Job]) -> tuple[Any, ...]:
-    """What `steps.insert` takes of the samples: rows, start, position."""
+    """The arguments of `steps.insert` for these samples: rows, start, position."""
     jobs = [fresh.get(i) for i in range(slots)]
     C = shape.contexts
 

@@ -123,7 +123,9 @@ def _slopes(a: np.ndarray) -> np.ndarray:
 
 
 def _curvature(slopes: np.ndarray) -> np.ndarray:
-    """[P, 4, 4]. With what is usual of moves and noise in it, an image without an edge is not moved."""
+    """[P, 4, 4]. It includes a prior from the usual size of moves and of noise, so an image without an edge is not
+    moved.
+    """
     hessian = slopes @ slopes.transpose(0, 2, 1)
     hessian[:, range(4), range(4)] += (_NOISE / _USUAL_CUT) ** 2 * slopes.shape[2] / 256
     return hessian

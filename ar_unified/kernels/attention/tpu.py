@@ -233,7 +233,9 @@ def _each_head(tile: _Tile) -> Callable[[Callable], None]:
 
 
 def _masked_or_clean(add: Callable, word, tile: _Tile, bounds, key_block) -> None:
-    """Runs `add` with what is seen, bool [S, T]: at the left edge and the diagonal; with None where all is."""
+    """Calls `add` with the mask of what is seen, bool [S, T], at the left edge and the diagonal; with None where all is
+    seen.
+    """
 
     @pl.when(word & lists.MASKED != 0)
     def _():
