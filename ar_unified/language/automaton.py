@@ -296,7 +296,7 @@ class Automaton:
         return self.syntax.block(*self._codes(*self._least(state)))
 
     def _later(self, state: State) -> jax.Array:
-        """Tokens to keep for after the image at hand: images still owed, and the end."""
+        """Tokens that must remain after the present image: for images that are still owed, and for the end."""
         return jnp.maximum(state.min_images - state.images, 0) * self._smallest(state) + 1
 
     def _begun(self, state: State) -> jax.Array:

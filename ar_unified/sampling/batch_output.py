@@ -76,7 +76,7 @@ def _mark(line: Line, kind: str) -> str:
 
 
 def _body(folder: Path, line: Line, rows: Iterable[dict[str, Any]], weights: str) -> dict[str, Any]:
-    """What answers a line. Raises _Failed."""
+    """The body of the answer to a line. Raises _Failed."""
     ordered = sorted(rows, key=lambda row: row["sample"] or 0)
     for row in ordered:
         if row["sample"] is None:

@@ -133,8 +133,8 @@ class Conversation:
 def say_all(asked: Sequence[tuple[Conversation, Request]]) -> list[Sample]:
     """The answers to the next turns of several conversations of one engine, in their order.
 
-    A request is of the user's turn alone, one sample. Its answer has all turns before in `request.history`. One that
-    cannot be served has an `error`, and leaves its conversation as it was.
+    A request holds the user's turn alone and asks for one sample. The answer's `request.history` has all earlier turns.
+    A request that cannot be served gives an `error` and leaves its conversation as it was.
 
     Raises ValueError for a conversation that is there twice, or engines that differ.
     """

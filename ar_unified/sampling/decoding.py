@@ -153,7 +153,7 @@ def _threshold(ranks: Array, weight: Array, least: Array, used: Array) -> Array:
     """For each row that is `used`, a t with {rank >= t} the smallest such set that weighs `least` or more: uint32 [B].
 
     Args:
-        ranks: uint32 [B, V]. weight: f32 [B, V], >= 0; of a whole row more than `least`, f32 [B].
+        ranks: uint32 [B, V]. weight: f32 [B, V], >= 0. least: f32 [B], less than the weight of the whole row.
 
     A search that brackets t, by interpolation and by halves in turn. A row is done as soon as its bracket holds one
     token alone, after 6 to 12 passes over the logits; no distribution takes more than 64.

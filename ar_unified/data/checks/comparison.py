@@ -87,7 +87,7 @@ class Comparison:
         return Kind(says, len(those), of, [pair for pair in pairs if pair is not None])
 
     def _pair(self, i: int, j: int) -> Pair | None:
-        """Reads both again; the images that are shown are the first of each."""
+        """Reads both documents again; of each, its first image is shown."""
         documents = []
         for source, item, _ in (self._where[i], self._where[j]):
             try:

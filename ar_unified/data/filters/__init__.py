@@ -210,7 +210,7 @@ def filtered(
 
 
 def _read(file: Path, plan: Mapping[str, Any], sources: Sequence[Source]) -> list[dict[int, tuple[str, str]]]:
-    """The verdicts of each source as they were written for the same plan; []: they were not."""
+    """The verdicts of each source, if they were written for the same plan; else []."""
     if not file.exists() or (found := workdir.read_json(file))["plan"] != json.loads(json.dumps(plan)):
         return []
     return [

@@ -87,7 +87,7 @@ def paired_fit(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
 
 
 class _Pool:
-    """Documents that are in no row yet, by length. Sets of lengths are bits of one number."""
+    """Documents that are in no row yet, by length. A set of lengths is kept as the bits of one integer."""
 
     def __init__(self, lengths: np.ndarray, sequence_length: int):
         self.count, self.tokens, self._most = len(lengths), int(lengths.sum()), sequence_length

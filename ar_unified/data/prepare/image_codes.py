@@ -36,7 +36,7 @@ def digest_of(pixels: np.ndarray) -> bytes:
 
 
 class ImageCodes:
-    """Of one image tokenizer. What is put in is found by whoever opens it later.
+    """The known codes of one image tokenizer. Codes that are put in are found by those who open it later.
 
     Args:
         folder: of all tokenizers. tokenizer: the hash of this one.

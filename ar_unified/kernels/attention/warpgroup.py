@@ -80,7 +80,9 @@ def stacked(ranges: BlockRanges) -> jax.Array:
 
 
 def _multiply(acc, a, b) -> None:
-    """acc += a @ b.T, issued and not waited for. In parts [parts, rows, columns], the sum over them."""
+    """Issues acc += a @ b.T and does not wait for it. If a and b are [parts, rows, columns], it adds the products of
+    all parts.
+    """
     for left, right in [(a, b)] if len(a.shape) == 2 else [(a.at[p], b.at[p]) for p in range(a.shape[0])]:
         plgpu.wgmma(acc, left, right.transpose((1, 0)))
 

@@ -67,7 +67,9 @@ def _heads(layer: tuple[jax.Array, ...]) -> int:
 
 
 def _rows(layer: tuple[jax.Array, ...]) -> int | None:
-    """Rows of a group: whole tiles of what is new, or all; None: not even the fewest fit."""
+    """The number of rows in a group: so many that their new entries fill whole tiles, or all rows. None: not even the
+    fewest fit into memory.
+    """
     B, _, _, H = layer[0].shape
     window = (LANES if H % LANES else 32 // layer[0].dtype.itemsize) * H * layer[0].dtype.itemsize
     row = _heads(layer) * (2 * window + (len(layer) - 2) * LANES * 4)
