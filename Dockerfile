@@ -16,6 +16,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY requirements requirements
 COPY ar_unified ar_unified
 COPY tokenizers tokenizers
+COPY experiments experiments
 # The versions that the tests ran with, where there are some for this Python: constraints pin them.
 # hadolint ignore=DL3013
 RUN case "$BACKEND" in \

@@ -7,8 +7,8 @@ PYTHON  ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 PINS     = requirements/py$(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])' 2>/dev/null).txt
 BIN      = $(VENV)/bin
 
-.PHONY: setup libtpu demo test test-slow test-exact test-interop test-py312 test-all mutate lint check-hopper check-gpu \
-        plan wheel clean environments
+.PHONY: setup libtpu demo test test-slow test-exact test-interop test-py312 test-all mutate lint docs check-hopper \
+        check-gpu plan wheel clean environments
 
 setup: $(VENV)/.installed
 
@@ -19,8 +19,7 @@ $(VENV)/.installed: pyproject.toml $(wildcard requirements/*.txt)
 	@touch $@
 
 demo: setup  ## train both tokenizers and the transformer on the embedded shapes data, sample, evaluate, write a report
-	$(BIN)/ar-unified run --config experiments/shapes.py --workdir $(WORKDIR)
-	@echo "Open $(WORKDIR)/report.html"
+	$(BIN)/ar-unified demo --workdir $(WORKDIR)
 
 # TPU's compiler, for the tests that compile for TPUs on this machine's CPU. It lies beside the packages and not among
 # them: JAX would look for a TPU in every process that finds it there.
@@ -40,6 +39,7 @@ RESULTS ?= .cache/tests
 HERE     = not interop and not newest_jax
 INTEROP  = .venv-interop
 PY312    = .venv-py312
+DOCS     = .venv-docs
 
 test: setup libtpu
 	$(BIN)/python $(PYTEST) --junitxml=$(RESULTS)/quick.xml -m "not slow and $(HERE)"
@@ -74,7 +74,7 @@ test-all: environments  ## every test there is, at both levels of optimisation a
 mutate: setup  ## makes mistakes one by one and asks the quick tests; writes docs/mutations.md; five minutes to an hour
 	$(BIN)/python tests/mutate.py $(MISTAKES)
 
-environments: setup libtpu $(INTEROP)/.installed $(PY312)/.installed
+environments: setup libtpu $(INTEROP)/.installed $(PY312)/.installed $(DOCS)/.installed
 
 # torch is not for the environment that users have; lmms_eval's requirements are 5 GB, of which its base class needs none.
 $(INTEROP)/.installed: pyproject.toml $(wildcard requirements/*.txt)
@@ -99,6 +99,16 @@ lint: setup
 	$(BIN)/shellcheck $$(git ls-files '*.sh') .ci/run
 	@if test -x $(BIN)/hadolint; then $(BIN)/hadolint Dockerfile; else echo "no hadolint for this machine: the Dockerfile is not checked"; fi
 
+# Docstrings are read and not imported, so this environment has no JAX.
+docs: $(DOCS)/.installed  ## the pages and the docstrings as a site, .cache/site/index.html; a warning ends it
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build
+
+$(DOCS)/.installed: requirements/docs.txt
+	@test -n "$(PYTHON)" || { echo "make docs needs Python 3.11, 3.12 or 3.13. Name one: make PYTHON=... docs"; exit 1; }
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/docs.txt
+	@touch $@
+
 HOPPER   = .venv-hopper
 check-hopper: $(HOPPER)/.installed  ## compile the GPU kernels for an H200 with NVIDIA's compiler; needs no GPU, 1.4 GB
 	PYTHONPATH=.:tokenizers $(HOPPER)/bin/python tests/kernels/check_hopper.py
@@ -117,11 +127,11 @@ check-gpu:  ## all that is worth knowing about an H100 or H200, in eight minutes
 	@command -v $(GPU_PYTHON) >/dev/null || $(MAKE) setup
 	PYTHONPATH=.:tokenizers $(GPU_PYTHON) -m experiments.benchmarks.gpu
 
-plan: setup libtpu  ## compile published shapes for TPU slices and write the table in BUILD.md; an hour on two cores
+plan: setup libtpu  ## compile published shapes for TPU slices and write the table in docs/planning.md; an hour on two cores
 	PYTHONPATH=.:tokenizers $(BIN)/python experiments/benchmarks/plan_table.py
 
 wheel: setup
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(HOPPER) $(INTEROP) $(PY312) .cache dist workdirs
+	rm -rf $(VENV) $(HOPPER) $(INTEROP) $(PY312) $(DOCS) .cache dist workdirs

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ar_unified.sampling.model import load as load
     from ar_unified.sampling.request import Request as Request
 
+    __version__: str
+
 _LAZY = {
     "Document": "language.document",
     "Filter": "sampling.decoding",
@@ -33,6 +35,8 @@ __all__ = list(_LAZY)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("ar_unified.version").version()
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

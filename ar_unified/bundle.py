@@ -1,4 +1,5 @@
-"""One folder that is a model: all that draws from it, or trains on from it, with no experiment file and no workdir.
+"""A bundle: one folder that is a whole model. It can be sampled, or trained further, without an experiment file or a
+workdir.
 
     bundle.json                          version, and of every other file its bytes and its sha256
     config.json                          the transformer ("model"), and with the keys of an experiment what its data
@@ -15,8 +16,8 @@
     published.safetensors                export that gives it back; settings, and tensors
     README.md                            the card, for people. Nothing reads it, so it is not among the files above
 
-What is in a folder that somebody sent is not trusted: names that are read are those above and no others, links lead
-nowhere else, each file is what bundle.json says of it before anything is made of it, and nothing in it is ever run.
+A folder from somebody else is not trusted. Only the files named above are read. Links must not lead out of it. Each
+file is compared with bundle.json before it is used. Nothing in it is ever run.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ from ar_unified.model.config import TransformerConfig, decisive
 from ar_unified.model.leaves import Streamed, named, write_leaves
 from ar_unified.model.transformer import Params, abstract_params
 from ar_unified.tensors import INDEX, read_tensors, write_tensors
+from ar_unified.version import version
 from ar_unified.workdir import write_json, write_text
 
 VERSION = 1
@@ -101,9 +102,9 @@ def write(
 
     Args:
         folder: is made; something that is there already is never written over.
-        params: of any dtype, which is kept; one that lies on several devices is gathered leaf by leaf.
+        params: of any dtypes, which are kept; parameters on several devices are gathered one by one.
         grammar: of the two tokenizers; image_tokenizer: None for text alone.
-        data: image_size, resize, layout and max_tokens of the experiment; of text alone the last.
+        data: image_size, resize, layout and max_tokens of the experiment; for text alone, max_tokens only.
         loss: softmax of the experiment; None: its default.
         sampling: max_length, kv_dtype and the defaults of requests (`sampling.request.DEFAULTS`) of the experiment.
         published, kept: of published weights: JSON values and tensors by name that an export to their form needs.
@@ -133,7 +134,7 @@ def write(
             names = sorted(str(path.relative_to(here)) for path in here.rglob("*") if path.is_file())
             files = {name: {"bytes": (here / name).stat().st_size, "sha256": _sha256(here / name)} for name in names}
             write_text(here / CARD, card)
-            made_by = f"ar_unified {metadata.version('ar_unified')}"
+            made_by = f"ar_unified {version()}"
             write_json(here / BUNDLE, {"version": VERSION, "made_by": made_by, "files": files})
     except FileExistsError as error:
         raise UserError(f"{in_words(error)}: name another folder, or remove this one") from error
@@ -163,9 +164,10 @@ class _Tensor:
 
 
 class Bundle:
-    """A bundle that is opened: which files there are and how long is known, each is checked when it is read.
+    """An opened bundle. Opening it checks which files there are and their sizes; the content of each is checked when it
+    is read.
 
-    Raises BundleError, as everything here does: it is not there, is none, of another version, cut short or changed.
+    It and its methods raise BundleError: the folder is missing or no bundle, of another version, cut short, or changed.
     """
 
     def __init__(self, folder: str | Path):
@@ -197,6 +199,7 @@ class Bundle:
 
     @property
     def has_images(self) -> bool:
+        """Whether the model has an image tokenizer; without one it is a model of text alone."""
         return _IMAGE[0] in self._files
 
     @cached_property
@@ -210,6 +213,7 @@ class Bundle:
 
     @cached_property
     def config(self) -> TransformerConfig:
+        """The transformer's shape. Raises BundleError: config.json holds none."""
         with self._reading(CONFIG):
             return typed(TransformerConfig, self.sections["model"], "model")
 
@@ -225,7 +229,7 @@ class Bundle:
 
     @cached_property
     def text_tokenizer(self) -> Codec:
-        """One that loses text was allowed to by those who trained with it."""
+        """The text tokenizer. If it loses text, those who trained with it have allowed that."""
         (name,) = (name for name in _TEXT if name in self._files)
         data = self._read(name)
         with self._reading(name):
@@ -266,6 +270,7 @@ class Bundle:
 
     @cached_property
     def grammar(self) -> Grammar:
+        """The grammar of language.json over the text tokenizer. Raises BundleError: they do not fit the model."""
         with self._reading(LANGUAGE):
             grammar = Grammar.from_manifest(self.language, self.text_tokenizer)
         vocabulary = grammar.vocabulary
@@ -299,8 +304,10 @@ class Bundle:
         return jax.tree_util.tree_map_with_path(make, shapes)
 
     def reader(self) -> tuple[dict[str, str], Callable[[str, int | None], np.ndarray]]:
-        """The dtype of every parameter by its path, and read(path, layer): a parameter, or what stands at that index
-        of its first axis. The files are checked here, once for all that is read."""
+        """(dtypes, read): the dtype of every parameter by its path, and a function read(path, layer) that gives a
+        parameter, or the part of it at that index of its first axis. The files are checked here, once for all that is
+        read.
+        """
         found = self._tensors(self._shapes())
         dtypes = {name: tensor.dtype for name, tensor in found.items()}
         return dtypes, lambda name, layer: found[name].read(... if layer is None else layer)
@@ -351,7 +358,7 @@ class Bundle:
         return found
 
     def copy(self, folder: Path, *names: str) -> None:
-        """Those of its files by these names that it has, into a folder."""
+        """Copies those of its files that have one of these names into a folder."""
         for name in names:
             if name in self._files:
                 write_bytes(folder / name, self._read(name))

@@ -5,8 +5,8 @@ A checkpoint of step s is the folder `<folder>/<s>` with two trees that are read
 folder and renames it when all of it is on disk, so a half-written checkpoint is never seen. Saving is asynchronous:
 arrays are copied to the host before `save` returns, the disk is written behind the next steps.
 
-Of many processes each writes its shards, and all must open, save, wait and close together. Reading is for each alone:
-a process restores what its devices hold, whatever the others do. Folders are local, or URLs as `gs://bucket/run`.
+In a job of many processes each writes its own shards, and all must open, save, wait and close together. Each process
+reads alone: it restores what its devices hold, whatever the others do. Folders are local, or URLs as `gs://bucket/run`.
 Orbax writes arrays to file systems and to gs:// alone: those of one process for s3:// are made here and copied there.
 """
 
@@ -94,7 +94,7 @@ class Checkpoints:
     def best(self) -> tuple[int, float] | None:
         """(step, validation loss) of the complete checkpoint with the lowest, or None; the first of equal ones.
 
-        It stands in the metadata of each, so that who starts again, or only reads, knows it too.
+        The loss is part of each checkpoint's metadata, so a later process knows it too.
         """
         steps = self.steps()
         for step in steps:
@@ -302,7 +302,7 @@ def _made(folder: str | Path) -> str | Path:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """By path: what was saved from a named tuple is described as a dict, so only the names can be compared."""
+    """Shapes by path. Orbax describes a saved named tuple as a dict, so only names can be compared."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
 

@@ -44,7 +44,7 @@ class RunError(RuntimeError):
 def about(where: str) -> Iterator[None]:
     """Turns a ValueError or OSError from inside into a UserError whose message begins with `where`.
 
-    For what a person gave (a config key, a file) and a module checks that knows neither people nor configs.
+    It is for values that a person gave (a config key, a file) and that are checked by a module which knows no configs.
     """
     try:
         yield
@@ -59,9 +59,10 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 
 def outside(settings: Any, **intervals: str) -> list[str]:
-    """What is wrong with those fields of a dataclass or config that are no number of their interval, as "[0, 1)".
+    """A message for each of these fields of a dataclass or config whose value lies outside its interval, such as "[0,
+    1)".
 
-    A line each, which begins with the field's name.
+    Each message is one line and begins with the field's name.
     """
     problems = []
     for name, interval in intervals.items():
@@ -76,7 +77,7 @@ def outside(settings: Any, **intervals: str) -> list[str]:
 
 
 def several(problems: Sequence[str]) -> str:
-    """One message of them all, a line each where there are more than one."""
+    """All problems as one message; if there are several, each has its own line."""
     return "\n  ".join([f"{len(problems)} problems:", *problems]) if len(problems) > 1 else problems[0]
 
 

@@ -1,11 +1,11 @@
-"""What changed while a stage was made: which fields of its fingerprint may, and the file that tells of it.
+"""What changed while a stage was made: which fields of its fingerprint may change, and the file that records it.
 
 `history.json` in a stage's folder is a list, oldest first, of {"when": UTC, "step": steps taken then, "kind": one of
 these, "changed": {field: [old, new]}}:
     cost       the result is the same as without the change
     extended   the steps behind `step` follow other settings than those before it
     branched   the stage began with checkpoint `step` of another workdir, `from`
-    anew       what the stage had been made from is no more: it was begun again, what there was lies in `aside`
+    anew what the stage was made from has changed: it was begun again, and the former result lies in `aside`
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Changeable:
     Attributes:
         cost: they decide how long or with how much memory the same result is made, and what is logged.
         extends: they decide the steps to come and no step before.
-        anew: what the stage was made from. Nothing else is made from the stage, so it follows.
+        anew: what the stage was made from. Since nothing is made from the stage itself, it may simply be made again.
         later: fields that came when there were stages without them, and the value that is as good as none.
     """
 
@@ -54,7 +54,9 @@ class Changeable:
 def divide(
     fingerprint: Mapping[str, Any], cost: Sequence[str], path: str = ""
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A fingerprint without the fields that decide only cost, and these, flat: {field: value}."""
+    """Splits a fingerprint: the part that decides the result, and the fields that decide only cost, flat: {field:
+    value}.
+    """
     kept: dict[str, Any] = {}
     only_cost: dict[str, Any] = {}
     for key, value in fingerprint.items():
@@ -77,8 +79,8 @@ def compare(
     """A record ({"fingerprint", "cost"}) against what a stage is to be made with now.
 
     Returns:
-        The first field that differs and may not; and what differs and may, by kind. Where anything differs that the
-        stage was made from, all belongs to that: it is begun anew.
+        The first field whose difference is not allowed; and the allowed differences, by kind. If anything differs that
+        the stage was made from, all differences are of the kind "anew".
     """
     # Records of earlier versions have what decides only cost in their fingerprint.
     theirs, their_cost = divide(found["fingerprint"], may.cost)
@@ -96,7 +98,7 @@ def compare(
 
 
 def as_of(found: Mapping[str, Any], told: Sequence[Mapping[str, Any]], step: int) -> dict[str, Any]:
-    """A record as it was for the steps up to `step`: what `told`, its history, says of later ones is undone."""
+    """A record as it was at `step`: changes that its history, `told`, lists for later steps are undone."""
     fingerprint, cost = copy.deepcopy(found["fingerprint"]), dict(found.get("cost", {}))
     for late in reversed([entry for entry in told if (entry["step"] or 0) >= step]):
         for field, (old, _) in late["changed"].items():
@@ -113,7 +115,7 @@ def entry(kind: str, step: int | None, changed: Changes, **more: Any) -> dict[st
 
 
 def same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two entries tell of one change, as when the first attempt to make it was killed."""
+    """Whether two entries record the same change, as when an attempt was killed and started again."""
     return {**a, "when": ""} == {**b, "when": ""}
 
 

@@ -1,7 +1,8 @@
 """Ctrl-C, SIGTERM and a closed terminal (SIGHUP): work stops where nothing is lost, and says so in one line.
 
-A signal that the process was told to ignore (`nohup`, a job in the background) stays ignored. Of many processes JAX
-agrees on the step at which all stop, and listens to SIGTERM alone: `forward_to_sigterm` makes the others that.
+A signal that the process was told to ignore (`nohup`, a job in the background) stays ignored. In a job of many
+processes JAX chooses the step at which all stop, and it listens to SIGTERM alone. `forward_to_sigterm` turns the other
+signals into that one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Preempted(Interrupted):
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """Around a whole program: a signal raises Interrupted where the main thread is."""
+    """A context for a whole program: a signal raises Interrupted in the main thread."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)
@@ -43,9 +44,10 @@ def raised() -> Iterator[None]:
 
 @contextmanager
 def noted() -> Iterator[Callable[[], int]]:
-    """Around work in steps: yields a function that says which signal has come, 0 for none; a second one raises.
+    """A context for work in steps. It yields a function that returns the signal that has come, or 0. A second signal
+    raises.
 
-    To be asked at the border of every step. Outside the main thread nothing is heard.
+    Call the function after every step. Outside the main thread no signal is noticed.
     """
     came: list[int] = []
 

@@ -37,7 +37,7 @@ def read_metrics(path: str | Path, until: float = math.inf) -> list[dict[str, An
 
 
 def losses_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl with what is looked at here, and no more: a long run has many."""
+    """Rows of metrics.jsonl with only those values that are used here, because a long run has many rows."""
     return [{key: row[key] for key in ("step", "loss", VALIDATION_LOSS) if key in row} for row in rows]
 
 
@@ -50,9 +50,9 @@ def last_validation(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def turned(rows: Sequence[Mapping[str, Any]], *, finished: bool = True, kept: int | None = None) -> str:
     """A sentence that says where the validation loss was lowest and what it came to; "" where it has not turned.
 
-    It has where the last validation loss is more than 1 % above the lowest, and the training loss has not risen
-    since: a training whose two losses rise together is unstable, and another matter. One validation may be a chance:
-    before the end it takes two in a row that lie above.
+    It has turned if the last validation loss is more than 1 % above the lowest while the training loss has not risen
+    since. If both losses rise, the training is unstable, which is another matter. A single validation may be chance:
+    before the end, two in a row must lie above.
 
     Args:
       rows: of metrics.jsonl, in order of steps: "loss" of training, "validation/loss", in nats per token.

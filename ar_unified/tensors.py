@@ -1,7 +1,8 @@
-"""Named tensors into a folder of .safetensors files, written where they belong as they come: none is held.
+"""Writes named tensors into a folder of .safetensors files. Each part is written to its place as it comes, so none is
+held in memory.
 
 A file is [8 bytes: length of the header][header: name -> dtype, shape, begin and end][the tensors, one after another],
-so each part of a tensor has its place before the first is known (github.com/huggingface/safetensors, "Format").
+so the place of each part is known before any number is (github.com/huggingface/safetensors, "Format").
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Kind(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the numbers."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
@@ -47,7 +49,7 @@ class Pieces:
         self._put: set[tuple[str, int | None]] = set()
 
     def take(self, name: str, array: np.ndarray, at: int | None) -> tuple[memoryview, int]:
-        """The bytes of a tensor, or of what stands at index `at` of its first axis, and where in it they begin.
+        """The bytes of a tensor, or of its part at index `at` of the first axis, and their offset in the tensor.
 
         Raises ValueError for another kind, and for an index that there is not, or twice.
         """
@@ -62,6 +64,7 @@ class Pieces:
         return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, (at or 0) * array.nbytes
 
     def require_all(self) -> None:
+        """Raises AssertionError, naming it, for a tensor of which bytes are missing."""
         if wrong := [name for name, left in self._left.items() if left]:
             raise AssertionError(f"{wrong[0]}: {self._left[wrong[0]]} bytes of it were not written")
 
@@ -132,7 +135,7 @@ class TensorWriter:
         self._places |= {name: (handle, 8 + len(head) + begin) for name, begin in begins.items()}
 
     def put(self, name: str, array: np.ndarray, at: int | None = None) -> None:
-        """A tensor, or what stands at index `at` of its first axis. Raises ValueError for another kind or index."""
+        """Writes a tensor, or its part at index `at` of the first axis. Raises ValueError for another kind or index."""
         data, begin = self._pieces.take(name, array, at)
         handle, first = self._places[name]
         write_bytes_at(handle, data, first + begin)

@@ -1,13 +1,14 @@
-"""What each stage leaves where, whole or not at all. What is done is skipped; what is other is refused.
+"""Where each stage leaves its result, whole or not at all. A finished stage is skipped. A stage that was made with
+other settings is refused.
 
     config.json  text_tokenizer/  image_tokenizer/  image_codes/  data/  model/  samples/  tokenizer_evaluation/
     evaluation.json  report.html
 
-A stage owns one folder. `started.json` in it says with which fingerprint (whatever decides its result) it was
-begun, `done.json` is written last, `history.json` tells what changed meanwhile (ar_unified.history). A stage that
-stopped before it made anything holds nobody back: its folder is removed when it fails, or when it is opened again.
-While a process makes a stage it holds the lock `.locks/STAGE`, which ends with the process, however that ends. Of a
-job's many processes, process 0 writes and the others read, on storage that all share.
+A stage owns one folder. `started.json` in it holds the fingerprint it was begun with (all that decides its result).
+`done.json` is written last. `history.json` lists what changed meanwhile (ar_unified.history). If a stage stops before
+it has made anything, its folder is removed, at once or when it is opened again. While a process makes a stage it holds
+the lock `.locks/STAGE`, which is released when the process ends, in whatever way. In a job of many processes, process 0
+writes and the others read, on storage that all share.
 
 A workdir may be a folder of an object store (`opened`): here is a mirror of it then, whose files go up as they become
 whole, and the lock is the store's (`storage`).
@@ -74,9 +75,8 @@ def read_json(path: str | Path) -> Any:
 
 
 def clean(folder: str | Path, *, deep: bool = True) -> list[Path]:
-    """Removes what killed writers left in `folder`, `deep`: and under it; returns the paths.
-
-    Not while others write there.
+    """Removes the unfinished files of killed writers in `folder`, and below it if `deep`. Returns their paths. It must
+    not be called while others write there.
     """
     pattern = f".*{UNFINISHED}"
     leftovers = sorted(Path(folder).rglob(pattern) if deep else Path(folder).glob(pattern))
@@ -98,10 +98,10 @@ class Stage:
     """One stage's folder.
 
     Attributes:
-        fingerprint: whatever decides its result. cost: the other settings it is made with, flat.
+        fingerprint: all that decides its result. cost: its other settings, as a flat dict.
         done: its result is there and may be used. summary: what `finish` was given.
-        changed: by kind (ar_unified.history), what differs from the folder's record and may; `begin` writes it down.
-        aside: where what was there before lies now, if the stage was begun anew.
+        changed: the allowed differences from the folder's record, by kind (ar_unified.history); `begin` records them.
+        aside: if the stage was begun anew, the folder that now holds the former result.
     """
 
     name: str
@@ -115,7 +115,7 @@ class Stage:
 
     @property
     def fields(self) -> list[str]:
-        """Dotted, of all that it is made with."""
+        """The dotted names of all settings that it is made with."""
         return [*self.cost, *dict(flat(self.fingerprint))]
 
     @property
@@ -238,8 +238,8 @@ class Workdir:
 
         Args:
             name: of its folder, e.g. "data".
-            fingerprint: all that decides the result, as JSON values (part of the config, input hashes), and of what
-                decides only cost what is worth telling.
+            fingerprint: all that decides the result, as JSON values (part of the config, hashes of inputs), and those
+            settings of cost alone that are worth recording.
             may: what may differ from the folder's record; the stage then has it as `changed`.
 
         Raises:
@@ -274,7 +274,7 @@ class Workdir:
         return Stage(name, self.path / name, *history.divide(_as_json(fingerprint), may.cost))
 
     def _await_record(self, stage: Stage, may: Changeable, patience: float = 60.0) -> None:
-        """For a reader: until the writer's record is seen here, and is of this config."""
+        """For a reader: waits until it sees the writer's record, which must be of this config."""
         started, done = stage.folder / "started.json", stage.folder / "done.json"
         deadline = time.monotonic() + patience
         while True:
@@ -288,7 +288,7 @@ class Workdir:
             time.sleep(0.1)
 
     def await_file(self, path: Path, content: Any = None, *, patience: float = 60.0) -> None:
-        """For a reader: until a JSON file that the writer has written is seen here, with `content` unless None.
+        """For a reader: waits until it sees a JSON file that the writer wrote, with this `content` unless None.
 
         Network file systems show new files late; after `patience` seconds NotShared is raised.
         """
@@ -310,7 +310,7 @@ def _now(path: Path) -> Path:
 
 
 def _changes(stage: Stage, found: Mapping[str, Any], state: str, may: Changeable) -> dict[str, Changes]:
-    """What differs from a record and may, by kind. Raises StageMismatch for what may not."""
+    """The allowed differences from a record, by kind. Raises StageMismatch for a difference that is not allowed."""
     refused, changed = history.compare(found, stage.fingerprint, stage.cost, may)
     if refused is not None:
         old, new = changed["extended"][refused]

@@ -17,6 +17,7 @@ from ar_unified.data.images import to_rgb
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Prints every text with its score, the likeliest first."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle")
     parser.add_argument("image")

@@ -20,6 +20,7 @@ EXPERIMENT = Path(__file__).resolve().parents[1] / "experiments" / "folder.py"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Trains and exports; returns the exit status of the first verb that fails, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle")
     parser.add_argument("folder")

@@ -12,9 +12,8 @@ rows, and at least one of two.
 Arguments: path=PATH; side=PIXELS, an image has about side x side pixels (96); links=yes|no, whether links that lead out
 of PATH are followed (no); init=BUNDLE, begin with that model's weights, tokenizers and way with images (none).
 
-Runs to the end on based-cooking (348 recipes, 133 photographs of any size): 22 Nov 2026, 2 shared CPU cores, about 9
-minutes over two starts, 3.3 GB; parse_rate 1.0, tokenizer PSNR 17.7 dB on 6 held-out photographs. 600 steps are a
-check of the path, not a model of cooking.
+Expected, of 348 recipes with 133 photographs: every sample parses, after 9 minutes on two cores, 3.3 GB. 600 steps are
+a check of the path, not a model of cooking.
 """
 
 from ml_collections import ConfigDict
@@ -24,6 +23,7 @@ from ar_unified.experiment.config import begin_with, defaults, model, parse_arg,
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
+    """The config. arg: the arguments above. Raises ValueError, naming the one that is wrong."""
     args = parse_arg(arg, path=None, side="96", links="no", init=None)
     if not args["path"]:
         raise ValueError("experiments/folder.py needs the folder: --config experiments/folder.py:path=DIR")

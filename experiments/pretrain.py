@@ -4,7 +4,7 @@
     ar-unified run   --config experiments/pretrain.py:model=chameleon_7b,chips=64,path=DIR --workdir DIR
 
 `plan` first: it needs no data and no hardware. It says what a device's memory holds, what the network carries and how
-long a step takes at least; BUILD.md has a table of its answers for the shapes and slices below.
+long a step takes at least; docs/planning.md has a table of its answers for the shapes and slices below.
 
 Arguments: model=chameleon_7b | chameleon_34b | emu3_8b | lwm_7b; chips=NUMBER of devices (64), which sets the batch;
 path=DIR, documents as experiments/folder.py takes them (training only).
@@ -31,7 +31,7 @@ class Recipe:
     side, factor, codes: pixels of an image, pixels a code, size of the codebook. layout: a name of language.layouts.
     sequence_length: tokens of a packed row. rows: of them a chip (of all chips that share one under context
         parallelism).
-    remat: what a chip of the slices in BUILD.md's table has room for.
+    remat: what a chip of the slices in docs/planning.md's table has room for.
     """
 
     side: int
@@ -59,6 +59,7 @@ RECIPES = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
+    """The config. arg: the arguments above. Raises ValueError, naming the one that is wrong."""
     args = parse_arg(arg, model="chameleon_7b", chips="64", path="DIR")
     name = str(args["model"])
     if name not in RECIPES:

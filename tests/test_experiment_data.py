@@ -152,6 +152,10 @@ def test_photos_of_clones(tmp_path, capsys):
     config = configs.load(f"{ROOT}/experiments/photos.py:path={output}")
     lengths = [len(open_source(configs.plain(spec))) for spec in (*config.data.train[:2], *config.data.validation)]
     assert lengths == [101, 1, 8]
+    config = configs.load(f"{ROOT}/experiments/photos.py:path={output}/clothing,validation={output}/kodak")
+    assert [spec.path for spec in (*config.data.train, *config.data.validation)] == [
+        f"{output}/clothing", f"{output}/kodak"
+    ]  # fmt: skip
     with pytest.raises(SystemExit):
         maker.main(["--kodak", str(tmp_path / "cooking"), "--output", str(output)])
     assert "expected kodim01.png or 01.png under it" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""As a library: sums are right on a CPU whatever is imported, and README's example runs as it stands there."""
+"""As a library: sums are right on a CPU whatever is imported, and the example of docs/library.md runs as it stands."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ def test_an_import_costs_little_and_names_come_when_they_are_used():
 
 
 @pytest.mark.slow
-def test_the_example_of_the_readme_runs(tmp_path):
+def test_the_example_of_the_page_runs(tmp_path):
     """On a bundle of networks that have learned nothing."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## As a library")[2]
+    text = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
     example = re.search(r"```python\n(.*?)```", text, re.DOTALL)
-    assert example, "README has no example under 'As a library'"
+    assert example, "docs/library.md has no example"
     bundles.write(tmp_path / "bundle")
     show = "print([image.size for image in images], type(answer).__name__)\n"
     done = python(example[1] + show, tmp_path, XLA_FLAGS=os.environ["XLA_FLAGS"])

@@ -17,8 +17,8 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("ar_tokenizers",),
     ),
     (
-        "words for errors, paths, progress, signals, bytes as text: they know nothing of what is trained",
-        ("errors", "paths", "progress", "interrupts", "data.encoding"),
+        "words for errors, paths, progress, signals, bytes as text, the version: they know nothing of what is trained",
+        ("errors", "paths", "progress", "interrupts", "data.encoding", "version"),
     ),
     (
         "records that say what an artefact is, compared; tensors into files; folders of an object store",

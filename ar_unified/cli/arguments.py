@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ar_unified.errors import UserError
-from ar_unified.paths import home
+from ar_unified.paths import experiment_file, home
 from ar_unified.planning import CANDIDATES, JOBS
 
 PROCESSES = ("coordinator", "processes", "process")
@@ -52,14 +52,26 @@ def _experiment(parser: argparse.ArgumentParser, recorded: bool = False, needed:
     parser.add_argument(
         "--config",
         required=not recorded,
-        type=_path,
+        type=_config,
         metavar="FILE[:arg]",
-        help="the experiment file; `:arg` is handed to it, as in experiments/folder.py:path=DIR"
-        + ("; default: as the workdir's last start had it" if recorded else ""),
+        help="the experiment file, or the name of one that comes with the package, as shapes; `:arg` is handed to it, "
+        "as in experiments/folder.py:path=DIR" + ("; default: as the workdir's last start had it" if recorded else ""),
     )
     parser.add_argument(
         "--workdir", required=needed, type=_path, metavar="DIR", help="where stages leave their results"
     )
+    _many_processes(parser)
+
+
+def _demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workdir", type=_path, metavar="DIR", default="workdirs/shapes", help="where it is made (%(default)s)"
+    )
+    parser.set_defaults(config=_config("shapes"))
+    _many_processes(parser)
+
+
+def _many_processes(parser: argparse.ArgumentParser) -> None:
     many = parser.add_argument_group(
         "many processes",
         "The same command on every host. SLURM, Open MPI, GKE and TPU VMs say themselves who is who; elsewhere:",
@@ -251,7 +263,7 @@ def _validate(parser: argparse.ArgumentParser) -> None:
         "data", nargs="?", metavar="DATA", type=_path,
         help="a dataset folder, one JSONL file or one of text, a prepared folder, or sources as JSON",
     )  # fmt: skip
-    parser.add_argument("--config", metavar="FILE[:arg]", type=_path, help="an experiment instead")
+    parser.add_argument("--config", metavar="FILE[:arg]", type=_config, help="an experiment instead")
     parser.add_argument("--workdir", metavar="DIR", type=_path, help="where the experiment's tokenizers are")
     parser.add_argument("--links", action="store_true", help="follow links that lead out of a folder")
     parser.add_argument("--first", type=int, metavar="N", help="look at so many items of each source (all)")
@@ -262,7 +274,7 @@ def _validate(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE[:arg]", type=_path, help="the experiment file")
+    parser.add_argument("--config", required=True, metavar="FILE[:arg]", type=_config, help="the experiment file")
     parser.add_argument(
         "--target",
         required=True,
@@ -286,6 +298,13 @@ def _plan(parser: argparse.ArgumentParser) -> None:
 def _path(text: str) -> str:
     try:
         return home(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _config(text: str) -> str:
+    try:
+        return experiment_file(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -331,6 +350,7 @@ def _part(text: str) -> tuple[int, int]:
 
 
 _VERBS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "demo": _demo,
     "run": _experiment,
     "tokenizer": _tokenizer,
     "prepare": _experiment,

@@ -17,6 +17,7 @@ from ar_unified.interop.conversion import convert
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Converts and prints a line for each file; returns the exit status. Raises UserError."""
     if overrides:
         raise UserError(f"{overrides[0]}: this verb has no config")
     convert(arguments.source, arguments.output, say=lambda line: print(line, flush=True))

@@ -37,6 +37,7 @@ from ar_unified.workdir import write_json
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Scores what the arguments name and prints the numbers; returns the exit status. Raises UserError."""
     if (arguments.images and not arguments.only) or (arguments.crop and not arguments.images):
         raise UserError("expected --images together with --only tokenizer, and --crop together with --images")
     if not arguments.images:

@@ -51,6 +51,7 @@ _SAMPLING = ("max_length", "kv_dtype", *DEFAULTS)
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Writes the bundle, or another form of one; returns the exit status. Raises UserError."""
     if arguments.shard_mib is not None and arguments.shard_mib < 1:
         raise UserError(f"--shard-mib: expected at least 1, found {arguments.shard_mib}")
     shard_bytes = (arguments.shard_mib or bundle.SHARD_BYTES >> 20) << 20

@@ -30,6 +30,7 @@ from ar_unified.model.config import parameter_count
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Makes a bundle, or an image tokenizer, of published files; returns the exit status. Raises UserError."""
     if overrides:
         raise UserError(f"import has no config: {overrides[0]} does nothing")
     if arguments.shard_mib < 1:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import importlib.metadata
 import os
 import sys
 import traceback
@@ -14,8 +13,10 @@ from collections.abc import Iterator, Sequence
 from ar_unified import interrupts
 from ar_unified.cli.arguments import module_of, parser_of
 from ar_unified.errors import FAULT, UNUSABLE, explain, nearest
+from ar_unified.version import version
 
 VERBS = {
+    "demo": "run the experiment that comes with the package: everything on its embedded data, in 12 to 25 minutes",
     "run": "every stage of an experiment in order: tokenizer, prepare, train, sample, evaluate",
     "tokenizer": "train the text and the image tokenizer",
     "prepare": "turn the experiment's documents into token shards",
@@ -45,7 +46,7 @@ def _overview() -> str:
             "",
             "`ar-unified VERB --help` says what a verb reads, what it leaves in the workdir, and its options.",
             "Every verb can be killed and started again: what is finished is skipped, what was interrupted continues.",
-            "Many hosts: the same command on each (BUILD.md, Many processes).",
+            "Many hosts: the same command on each. FILE may be the name of an experiment of the package, as shapes.",
             "",
             "Exit status: 0 done; 1 the answer is no (plan, validate); 2 something given cannot be used; 3 a run",
             "stopped by itself; 70 a fault of ours, with its traceback; 129, 130, 143 by SIGHUP, Ctrl-C, SIGTERM.",
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_overview())
         return 0 if argv else UNUSABLE
     if argv[0] == "--version":
-        print(f"ar-unified {importlib.metadata.version('ar_unified')}")
+        print(f"ar-unified {version()}")
         return 0
     verb, rest = argv[0], argv[1:]
     if verb not in VERBS:

@@ -46,6 +46,7 @@ from ar_unified.workdir import write_json
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Prints the plan, and what would fit instead where it does not; returns 1 if it does not. Raises UserError."""
     target = parse_target(arguments.target)
     use_cpu(target)
     config = configs.load(arguments.config, overrides)
@@ -77,6 +78,7 @@ def _plan(run: Run, target: Target, arguments: argparse.Namespace) -> PlanReport
 
 
 def save(plan: PlanReport, folder: str | Path) -> None:
+    """Writes plan.json and index.html into a folder, each whole or not at all."""
     write_json(Path(folder) / "plan.json", plan)
     write_page(Path(folder) / "index.html", plan)
 

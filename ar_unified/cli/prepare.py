@@ -33,6 +33,7 @@ from ar_unified.workdir import Stage
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Makes the token shards of the experiment; returns the exit status. Raises UserError."""
     prepare(open_experiment(arguments, overrides, ["data"]))
     return 0
 

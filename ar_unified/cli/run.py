@@ -20,6 +20,7 @@ from ar_unified.experiment.tokenizer_evaluation import evaluate_held_out
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Does every stage that is not done; returns the exit status. Raises UserError and RunError, as the stages do."""
     experiment = open_experiment(arguments, overrides)
     if experiment.text_only:
         experiment.say("text alone: no image tokenizer, no images in samples and report")

@@ -48,6 +48,7 @@ _HELD_OUT = 12  # documents of each source whose beginnings become prompts
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Serves the requests, or prompts of the held-out documents; returns the exit status. Raises UserError."""
     if not arguments.requests:
         refuse_unread(
             arguments, "without --requests", "part", "links", "adapter", *(() if arguments.layout else ("output",))

@@ -44,12 +44,14 @@ _SHEET = 8  # images and their reconstructions, one above the other
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Trains both tokenizers, or the one that --only names; returns the exit status. Raises UserError and RunError."""
     stages = [f"{arguments.only}_tokenizer"] if arguments.only else ["text_tokenizer", "image_tokenizer"]
     train_tokenizers(open_experiment(arguments, overrides, stages), arguments.only)
     return 0
 
 
 def train_tokenizers(experiment: Experiment, only: str | None = None) -> None:
+    """The stages text_tokenizer and image_tokenizer. only: "text" or "image", to do one of the two."""
     if only != "image":
         train_text(experiment)
     if only == "text":

@@ -60,6 +60,9 @@ _KEYS = ("model", "loss", "training", "mesh")
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Trains the transformer, in a branch of another workdir if asked; returns the exit status. Raises UserError,
+    RunError.
+    """
     experiment = open_experiment(arguments, overrides, ["model"])
     if arguments.branch:
         if storage.is_mirrored(experiment.workdir.path):

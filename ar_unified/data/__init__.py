@@ -2,7 +2,8 @@
 
 sources/       what a config names -> a source of documents (items.py): one file for each form that data has
 shapes.py      the embedded dataset (scenes.py: what it shows)
-images.py      bytes -> uint8 RGB -> the size a model wants (sizes.py; files.py, encoding.py: which, and written how)
+images.py      bytes -> uint8 RGB -> the size a model wants (sizes.py)
+files.py       which files are read; encoding.py: how their text is decoded
 checks/        what is in the data, as a person and as a model would see it
 filters/       what is left out on request, and what a copy is
 prepare/       sources -> token shards (shards.py), through the image tokenizer and the grammar, by all processes

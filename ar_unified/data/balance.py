@@ -16,8 +16,9 @@ _LOOKED_AT = 256  # items of a source, for the size of its text
 def passes(sources: Sequence[Source], *, temperature: float = 1.0, max_bytes: float = float("inf")) -> list[float]:
     """How often each source is to be read: 1 once, 0.1 an even tenth of it, 2.5 twice and a half.
 
-    Of bytes b, each source has the share b^(1/temperature): 1 leaves them as they are; the higher, the more of a small
-    language is seen, by reading it again (multilingual BERT 1.4; XLM-R, arXiv:1911.02116, and mT5, arXiv:2010.11934,
+    A source of b bytes gets a share in proportion to b^(1/temperature). A temperature of 1 keeps the shares as they
+    are; a higher one shows more of a small language, by reading it several times (multilingual BERT 1.4; XLM-R,
+    arXiv:1911.02116, and mT5, arXiv:2010.11934,
     3.3). The largest is read once, or less where the whole would be more than max_bytes.
 
     Raises:
@@ -47,8 +48,8 @@ def text_bytes(source: Source) -> float:
 def indices(items: int, times: float, name: str) -> Iterator[int]:
     """Which of `items` to read, in order, to have read them `times` times: whole passes, then an even part.
 
-    The part has one item of every stretch of 1 / part items, drawn by `name`: spread over the whole, none twice, and
-    nothing is kept in memory.
+    The part takes one item out of every 1 / part successive items, chosen at random by `name`. So it is spread over the
+    whole, has no item twice, and needs no memory.
     """
     whole, count = int(times), round((times - int(times)) * items)
     for _ in range(whole):

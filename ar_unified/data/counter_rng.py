@@ -1,7 +1,8 @@
 """Random numbers as functions of a stream and a counter: element i is the same whoever asks, in whatever order.
 
 A stream is named by `key(seed, source, epoch, ...)`. Nothing here has state, so a batch, a permutation or a choice of
-any step can be made without those before it. The numbers never change: data that was read goes on as it was.
+any step can be made without those before it. The numbers never change between versions, so an old training goes on in
+its old order.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""What text files are written in: UTF-8, with or without a byte order mark. Anything else is refused by its name.
+"""Text files are UTF-8, with or without a byte order mark. Any other encoding is refused by its name.
 
 One rule for all readers: rows, corpora, prompts, members of archives. The mark is skipped where a file begins and only
-there. UTF-16 and UTF-32 are known by their marks or by the zeros of Latin text; of single bytes, which nothing tells
-apart, an error shows what they would say in Windows-1252. A zero byte is no text. Nothing is guessed and read.
+there. UTF-16 and UTF-32 are recognised by their marks, or by the zeros of Latin text. Encodings of single bytes cannot
+be told apart, so the error shows how the bytes read in Windows-1252. A zero byte is no text. No encoding is ever
+guessed.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ class EncodingError(ValueError):
 
 
 def no_content(data: bytes) -> str:
-    """What bytes are that stand for a file's content or hold it packed; "" if they seem to be the content."""
+    """What the bytes are if they are not a file's content but a pointer to it or a packed form of it; else ""."""
     return next((name for magic, name in _CONTENTS.items() if data.startswith(magic)), "")
 
 
 def foreign(head: bytes) -> str:
-    """What the first bytes of a file (`HEAD` are enough) are in place of UTF-8; "" if nothing says so."""
+    """The encoding that the first bytes of a file (`HEAD` are enough) show, if it is not UTF-8; else ""."""
     for mark, name in _MARKS.items():
         if head.startswith(mark):
             return name

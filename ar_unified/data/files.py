@@ -1,7 +1,8 @@
 """Which files of a folder belong to a dataset, and which file a name in a row means. One rule for all readers.
 
 - A name stays inside: `..` may not lead out, and an absolute path counts by where it points. NFC and NFD spellings of a
-  name are one name. Beyond that a name is what it says: other letters' case or `\\` for `/` is told, never guessed.
+  name are one name. Otherwise a name is taken as written. If only the case of letters differs, or `\\` stands for `/`,
+  the message says so.
 - Links that stay inside are followed. One that leads out is refused, unless the source says `links=True` (--links) or
   it is the Hugging Face cache's own: from <repository>/snapshots/<revision>/ into <repository>/blobs/.
 - Where a folder is searched, what is hidden (`.*`, `@eaDir`, `__MACOSX`, ...) is passed over, a folder that several
@@ -60,7 +61,7 @@ class Found:
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder of this name is no part of a dataset that has it."""
+    """Whether a file or folder of this name is passed over, because it is hidden and no part of a dataset."""
     return name.startswith(".") or name.lower() in _LITTER
 
 
@@ -278,7 +279,7 @@ def folder_at(root: str | AnyPath, links: bool = False) -> AnyFolder:
 
 
 def require_file(path: str | AnyPath) -> None:
-    """Raises UserError where a person has named no file, or what is no file."""
+    """Raises UserError unless `path` is a file."""
     path = storage.path(path)
     if isinstance(path, Remote):
         if not path.is_file():
@@ -294,7 +295,9 @@ def require_file(path: str | AnyPath) -> None:
 
 
 def meant(name: str) -> str | bytes:
-    """What a row names: the bytes of a data: URL, or the path that is there or in a file: URL. Raises FileError."""
+    """What a name in a row stands for: the bytes of a data: URL, or else a path, which may be given as a file: URL.
+    Raises FileError.
+    """
     scheme = re.match(r"(data|file):|[A-Za-z][A-Za-z0-9+.-]*://", name, re.IGNORECASE)
     if scheme and name[:5].lower() == "data:":
         return _data_url(name)
@@ -326,7 +329,7 @@ def _blobs(real: str) -> str | None:
 
 
 def _listed(folder: Path) -> dict[str, list[str]]:
-    """The names in a folder by what they have in common with other spellings."""
+    """The names in a folder, by a form that all spellings of one name share."""
     names: dict[str, list[str]] = {}
     try:
         for name in sorted(os.listdir(folder)):

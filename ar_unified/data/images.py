@@ -1,6 +1,6 @@
-"""Images as bytes -> uint8 RGB -> the size a model wants. Nothing is decoded before its header was found sane.
+"""Images as bytes -> uint8 RGB -> the size a model wants. An image is decoded only after its header was checked.
 
-`decode` reads every image file, `to_rgb` what it and others open with Pillow. Of each kind of pixel:
+`decode` reads image files; `to_rgb` converts what Pillow has opened. What becomes of each kind of pixel:
 
     1, 2, 4, 8 bit grey and RGB           as they are
     16 bit grey, RGB, with or without alpha; 12 bit TIFF   white is 65535 (4095), whatever the brightest pixel is
@@ -192,9 +192,9 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 def _white(values: np.ndarray, mode: str, tags: Mapping[int, Any]) -> int:
     """The value that is white in grey [H, W] of a mode that does not say so by itself. Raises ImageError.
 
-    Floats are 0..1, 0..255 or 0..65535, integers of mode "I" the latter two: the least that the brightest pixel fits,
-    with a 255th of it to spare at both ends, as resampling overshoots. An image in which nothing is brighter than a
-    16th of 255 or 65535 would be all but black, and is more likely of another range: it is refused.
+    Floats are in 0..1, 0..255 or 0..65535, integers of mode "I" in one of the latter two. The smallest range that holds
+    the brightest pixel is taken; a 255th more is allowed at both ends, as resampling overshoots. If nothing is brighter
+    than a 16th of 255 or 65535, the image would be almost black and is more likely of another range, so it is refused.
     """
     bits = int(np.max(tags.get(_BITS, 16)))
     if mode.startswith("I;16"):
@@ -218,7 +218,8 @@ def _white(values: np.ndarray, mode: str, tags: Mapping[int, Any]) -> int:
 def _clear(image: Image.Image) -> int | tuple[int, ...] | None:
     """The transparent colour of a PNG without a palette, as its pixels have it; None: none.
 
-    PNG says it in the bits of the file, and Pillow spreads 2 and 4 bits over 8 and keeps the upper 8 of 16 in RGB.
+    A PNG gives the colour in the depth of the file. Pillow scales 2 and 4 bits to 8, and keeps the upper 8 bits of 16
+    in RGB, so the colour is converted in the same way.
     """
     clear = image.info.get("transparency")
     if image.format != "PNG" or image.mode == "P" or not isinstance(clear, int | tuple):
@@ -252,10 +253,12 @@ class Cells(Protocol):
     """What a code stands for: `codes_per_position` of them, side by side, are `factor` x `factor` pixels."""
 
     @property
-    def factor(self) -> int: ...
+    def factor(self) -> int:
+        """Pixels a side of one code."""
 
     @property
-    def codes_per_position(self) -> int: ...
+    def codes_per_position(self) -> int:
+        """Codes that stand side by side for one place of an image."""
 
 
 class ImageCodec(Cells, Protocol):
@@ -266,7 +269,8 @@ class ImageCodec(Cells, Protocol):
         """K."""
 
     @property
-    def hash(self) -> str: ...
+    def hash(self) -> str:
+        """sha256 of all that decides which codes an image gets."""
 
     def encode(self, images: np.ndarray, /) -> np.ndarray:
         """uint8 [B, H, W, 3] -> int32 [B, h, w] in [0, K)."""
@@ -276,18 +280,21 @@ class ImageCodec(Cells, Protocol):
 
 
 class NoImages:
-    """In place of an image tokenizer where there is text alone: it has no codes, and is never to see an image."""
+    """Stands for the image tokenizer of a model of text alone. It has no codes, and an image given to it is an
+    error.
+    """
 
     codebook_size, factor, codes_per_position, hash = 0, 1, 1, ""
 
     def encode(self, images: np.ndarray, /) -> np.ndarray:
+        """Raises UserError: there is no image tokenizer."""
         raise UserError("expected text alone, found an image: this experiment has no image tokenizer")
 
     decode = encode
 
 
 class CodesAlone(NoImages):
-    """In place of the image tokenizer of a model whose own cannot be had: its images are codes, in and out.
+    """Stands for the image tokenizer of a model whose own is not available. Images go in and come out as codes.
 
     A code counts as one pixel where sizes are asked for.
     """
@@ -301,6 +308,7 @@ class CodesAlone(NoImages):
         self.codebook_size = codebook_size
 
     def encode(self, images: np.ndarray, /) -> np.ndarray:
+        """Raises UserError: pixels cannot become codes here."""
         raise UserError(self.no_decoder)
 
     decode = encode
@@ -309,7 +317,7 @@ class CodesAlone(NoImages):
 def draws_none(tokenizer: ImageCodec) -> str:
     """Why a tokenizer draws no images and what to do, in a sentence; "": it does. One from a file may have no decoder.
 
-    To be asked before a model samples codes that nobody could look at.
+    Ask it before a model samples codes that nothing could decode.
     """
     return getattr(tokenizer, "no_decoder", "")
 
@@ -359,7 +367,7 @@ class Resize:
 
     @property
     def largest(self) -> tuple[int, int]:
-        """Height and width in pixels that no image of "aspect", which keeps the area alone, goes beyond."""
+        """The largest height and width in pixels that an image gets. ("aspect" fixes the area, not the sides.)"""
         return self.max_height or 2 * self.height, self.max_width or 2 * self.width
 
     def target(self, height: int, width: int) -> tuple[int, int]:

@@ -36,6 +36,7 @@ class LeftOut:
         self.kinds: dict[str, dict[str, Any]] = {}
 
     def __call__(self, bad: BadItem) -> None:
+        """Counts one bad item."""
         self.kinds.setdefault(bad.kind, {"count": 0, "first": str(bad)})["count"] += 1
 
     def __str__(self) -> str:
@@ -104,7 +105,8 @@ class Source(Protocol):
     reversible: bool
 
     @property
-    def fingerprint(self) -> Mapping[str, Any]: ...
+    def fingerprint(self) -> Mapping[str, Any]:
+        """JSON values that change when the items do."""
 
     def __len__(self) -> int: ...
 

@@ -52,7 +52,8 @@ class Phase:
         flip_pairs: probability that a pair of one text and one image is read the other way, image first.
         condition_dropout: probability that a document that asks for an image loses its prompt (`grammar.drop_prompt`),
             an interleaved one all that stands before one of its images (`grammar.drop_context`): what is left is what
-            the sampler's unconditional context sees under classifier-free guidance. Its row keeps the room, as padding.
+            the sampler's unconditional context sees under classifier-free guidance. Its row is not filled up again; the
+            gap is padding.
 
     Raises UserError for a probability outside [0, 1].
     """
@@ -98,8 +99,8 @@ def _require_kind(name: str, counts: Mapping[str, Any], answers: int) -> None:
 class PackedBatches:
     """Rows of whole documents from the shards that `prepare` left in `folder`.
 
-    Every epoch of a source has each of its documents once, and draws anew which are flipped and which lose their
-    condition. A source goes on where the phase before left it.
+    Every epoch of a source has each of its documents once. Each epoch draws anew which are flipped and which lose their
+    condition. In a new phase, a source goes on where the previous phase left it.
 
     Args:
         folder: of one `prepare`.
@@ -111,7 +112,7 @@ class PackedBatches:
     Attributes:
         rows_per_epoch: rows of one epoch of every source that is used.
         shares: for every phase, their shares of the stream.
-        order: {} where a training that was begun with an early version goes on in the same order; else {"order": 2}.
+        order: {"order": 2}; or {} if a training that was begun with an early version continues in its old order.
 
     Raises:
         ManifestMismatch: the data was prepared with another vocabulary or grammar.
@@ -211,7 +212,7 @@ class PackedBatches:
         )
 
     def _read(self, phase: Phase, source: int, epoch: int, chosen: np.ndarray) -> tuple[list[Encoded], list[int]]:
-        """Ids and tasks of documents as this epoch has them."""
+        """Ids and tasks of documents, after what this epoch draws for them (flips, dropped prompts)."""
         index = self._shards[source].index[chosen]
         documents, tasks = self._shards[source].read(chosen), index["task"].copy()
         streams = (self.seed, self._names[source], epoch)
@@ -253,11 +254,11 @@ def pack(
     order = np.argsort(np.append(rows, np.arange(B)), kind="stable")  # each row's documents, then its padding
 
     def of_each(values: np.ndarray, padding: int) -> np.ndarray:
-        """A value of each document, at all its positions."""
+        """Repeats one value of each document at all positions of that document."""
         return np.repeat(np.append(values, np.full(B, padding, values.dtype))[order], counts)
 
     def next_one(values: np.ndarray, padding: int) -> np.ndarray:
-        """Of each position, the value at the next of the same document."""
+        """For each position, the value at the next position of the same document."""
         out = np.empty_like(values)
         out[:-1] = values[1:]
         out[ends - 1] = padding
@@ -362,7 +363,9 @@ class ImageBatches:
         )
 
     def _image(self, source: int, document: int, draw: Sequence[int]) -> np.ndarray:
-        """One image; draw: random whole numbers for which of the document's, top, left, mirrored."""
+        """One image. draw: random whole numbers that choose the document's image, the top and left of the window, and
+        mirroring.
+        """
         count = len(self.sources[source])
         for attempt in range(_LOOKED_AT):
             if found := self._images(source, document):
@@ -409,7 +412,7 @@ def _slice(mixture: Mixture, step: int, batch_size: int, index: int, count: int)
 
 
 def _groups(picks: Picks) -> list[np.ndarray]:
-    """Indices of the rows that come from one epoch of one source, for each such."""
+    """The indices of rows, grouped by source and epoch."""
     both = np.stack([picks.source, picks.epoch])
     _, group = np.unique(both, axis=1, return_inverse=True)
     group = group.reshape(-1)

@@ -40,6 +40,8 @@ KINDS = [(shape, colour) for shape in SHAPES for colour in COLOURS]
 
 @dataclass(frozen=True)
 class Object:
+    """One figure of a scene: what it is, and where on the grid it stands."""
+
     shape: str
     colour: str
     size: str
@@ -47,6 +49,7 @@ class Object:
 
     @property
     def kind(self) -> tuple[str, str]:
+        """What is held out in some combinations: (shape, colour)."""
         return self.shape, self.colour
 
 
@@ -54,10 +57,12 @@ Scene = tuple[Object, ...]  # in the order of PLACES
 
 
 def scene_to_json(scene: Scene) -> str:
+    """A scene as one line of JSON, as TFDS keeps it beside the image."""
     return json.dumps([asdict(o) for o in scene])
 
 
 def scene_from_json(text: str | bytes) -> Scene:
+    """The scene that `scene_to_json` wrote."""
     return tuple(Object(**o) for o in json.loads(text))
 
 
@@ -67,7 +72,9 @@ def scene_from_json(text: str | bytes) -> Scene:
 
 
 def split_of(scene: Scene) -> str:
-    """The split of a scene: apart if a (shape, colour) is unseen; of the rest a hash holds out a tenth."""
+    """The split of a scene: "unseen_combinations" if it has a held-out (shape, colour); of all others, a hash puts a
+    tenth into "validation".
+    """
     if any(o.kind in UNSEEN for o in scene):
         return "unseen_combinations"
     words = " ".join(f"{o.shape} {o.colour} {o.size} {o.place}" for o in scene)

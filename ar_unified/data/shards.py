@@ -48,7 +48,7 @@ _HEADER = struct.Struct("<Q")  # item of the source that the document was made o
 class ShardWriter:
     """One shard; use as a context manager. Nothing of it can be seen before the block has ended without an error.
 
-    The array_record file appears last: where it is, the other two are.
+    The array_record file is written last, so if it exists, the other two do.
     """
 
     def __init__(self, folder: Path, number: int):
@@ -68,6 +68,7 @@ class ShardWriter:
         self._index.append((len(document), text_bytes, task, images, part, pair))
 
     def skip(self, origin: str, kind: str, reason: str) -> None:
+        """Notes an item that is left out: where it stands, its kind of fault, the reason."""
         self._skipped.append({"origin": origin, "kind": kind, "reason": reason})
 
     def __enter__(self) -> ShardWriter:
@@ -92,6 +93,7 @@ class ShardWriter:
 
 
 def shard_path(folder: Path, number: int) -> Path:
+    """The ArrayRecord file of shard `number` in a source's folder."""
     return folder / _name(number)
 
 
@@ -100,10 +102,12 @@ def _name(number: int) -> str:
 
 
 def index_path(shard: Path) -> Path:
+    """The index of a shard, which is written before it has its name."""
     return shard.with_suffix(".index.npy")
 
 
 def skipped_path(shard: Path) -> Path:
+    """The list of the items that a shard leaves out."""
     return shard.with_suffix(".skipped.jsonl")
 
 
@@ -114,6 +118,7 @@ def read_index(shard: Path) -> np.ndarray:
 
 
 def read_skipped(shard: Path) -> list[dict[str, str]]:
+    """The items that a shard leaves out, as `ShardWriter.skip` noted them."""
     with open(storage.fetch(skipped_path(shard)), encoding="utf-8") as rows:
         return [json.loads(row) for row in rows]
 
@@ -153,7 +158,7 @@ def _mapped(path: Path) -> np.ndarray:
 class Shards:
     """The documents of one prepared source, by index. Safe to read from many threads.
 
-    Little memory is its own: the index is mapped from its file, and a shard is open while it is read from.
+    It takes little memory: the index is mapped from its file, and a shard is open only while it is read.
 
     Attributes:
         index: INDEX [n].

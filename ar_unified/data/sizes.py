@@ -7,8 +7,9 @@ from ar_unified.language.syntax import ImageLayout
 
 
 def default_resize(layout: ImageLayout, tokenizer: Cells) -> Resize:
-    """The resize a layout implies, as an experiment's config makes both: one size crops; many keep the aspect, at the
-    area of an image of half the layout's sides (`Resize.largest`)."""
+    """The resize that fits a layout. If all images have one size, they are cropped to it. If images may have many
+    sizes, the aspect is kept, and the area is that of half the layout's largest sides (`Resize.largest`).
+    """
     factor = tokenizer.factor * layout.units[0]
     height, width = (side * factor for side in layout.most)
     if not layout.sized:

@@ -38,7 +38,7 @@ def card(
     """The README.md of a bundle.
 
     Args:
-        license: "": it says that nobody has said.
+        license: if it is "", the card says that the licence is unknown.
         image: of the image tokenizer; None: text alone.
         config: of the experiment, plain.
         training: what is worth saying of it, by name.
@@ -76,7 +76,9 @@ def card(
 
 
 def _numbers(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """(name, value) of what a card has room for: shares of answers of each held-out set, losses, the tokenizer's."""
+    """(name, value) of the numbers that a card shows: shares of right answers in each held-out set, losses, and scores
+    of the tokenizer.
+    """
     for name, value in evaluation.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             yield name, value
@@ -97,6 +99,6 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def _yaml(words: str) -> str:
-    """As a text of YAML, whatever is in it."""
+    """Quotes a text for YAML, whatever is in it."""
     plain = words.replace("-", "").replace(".", "").isalnum()
     return words if plain else '"' + words.replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ") + '"'

@@ -26,7 +26,7 @@ def line_chart(
         title: heading. unit: of y, beside it.
         series: (x, y) points by name; names are the legend where there is more than one.
         log: begin with the logarithmic axis (there is none if a value is not positive).
-        zero: the linear axis begins at 0, for quantities whose share of nothing matters (speed).
+        zero: begin the linear axis at 0, for quantities whose ratio matters (speed).
     """
     lines = {name: _thin([(x, y) for x, y in points if math.isfinite(y)]) for name, points in series.items()}
     lines = {name: points for name, points in lines.items() if points}
@@ -134,7 +134,9 @@ def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _y_range(lines: Mapping[str, Points], zero: bool) -> tuple[float, float]:
-    """From the least to the greatest value, not counting a line's first steps, which dwarf all others."""
+    """The range from the least to the greatest value. The first steps of a line are left out, because they would dwarf
+    all others.
+    """
     low = 0.0 if zero else min(y for points in lines.values() for _, y in points)
     settled = [y for points in lines.values() for _, y in points[min(len(points) // 25, len(points) - 1) :]]
     high = max(settled)

@@ -17,7 +17,7 @@ from ar_unified.evaluation.charts import number
 
 
 def summary(config: Mapping[str, Any]) -> dict[str, str]:
-    """A config in a few lines: those of its parts that are there."""
+    """A config in a few lines; parts that it does not have are left out."""
 
     def part(name: str) -> Mapping[str, Any]:
         found = config.get(name)

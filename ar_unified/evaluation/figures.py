@@ -91,7 +91,7 @@ def _mark(correct: bool | None) -> str:
 
 
 def figure(pixels: Any, label: str = "", correct: bool | None = None) -> str:
-    """An image, and below it a word and the checker's verdict."""
+    """An image with a caption and the checker's verdict below it."""
     below = f'<span class="label">{label}{_mark(correct)}</span>' if label else ""
     return f'<div><div class="image">{_image(pixels)}</div>{below}</div>'
 

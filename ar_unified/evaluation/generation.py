@@ -70,6 +70,7 @@ class Scores:
     psnr: list[float] = field(default_factory=list)  # dB, of images that were compared with the real one
 
     def add(self, name: str, ok: bool) -> None:
+        """Counts one question of the metric `name` and whether its answer is right."""
         self.asked[name] += 1
         self.right[name] += bool(ok)
 
@@ -101,8 +102,8 @@ def evaluate(
         sources: of documents the model has not seen; bad items are skipped and counted.
         limit: documents of each kind, drawn from all sources by `seed`.
         seed: of the draw and of the sampling.
-        drawn: how every answer is: its guidance and what that compares with, temperature and cuts of both modalities;
-            default: the model's own distribution for images and its likeliest token for texts.
+        drawn: how answers are drawn: guidance and its context, temperature, top-k and top-p of both modalities.
+        Default: the model's own distribution for images and the likeliest token for texts.
         fit: what the data preparation does to an image, uint8 [H, W, 3] to uint8 [H', W', 3].
         keep: examples of each kind to return: the first, and half as many of the later failures.
         progress: called with (kind, done, of).
@@ -250,7 +251,7 @@ _LOOKED_FOR = "captions (a prompt that asks for an image), questions about an im
 def _note(
     documents: Mapping[str, list[Document]], asked: Counter[str], protocol: Protocol, skipped: Counter[str]
 ) -> str:
-    """What was looked for, and what was asked instead; "" where it was found."""
+    """A note on what was asked instead of the usual questions, and why; "" if these were asked."""
     if any(asked[kind] for kind in ("text_to_image", "edit", "image_to_text", "caption", "story")):
         return ""
     found = ", ".join(f"{len(group)} of kind {task}" for task, group in sorted(documents.items()) if group)
@@ -278,8 +279,7 @@ def _plan(
     """The question as the engine serves it; None where an image is too large for the grammar, or all for the
     engine.
 
-    `budget`: tokens for a text answer. It is more than any right answer has: none may be right because it was
-    cut.
+    `budget`: tokens for a text answer, more than any right answer has, so that no answer becomes right by being cut.
     """
     parts = codec.encoded(example.prompt)
     document = example.document

@@ -178,7 +178,7 @@ def _headline(sets: Mapping[str, Mapping[str, Any]], thresholds: Mapping[str, fl
 
 
 def _table(sets: Mapping[str, Mapping[str, Any]], thresholds: Mapping[str, float]) -> str:
-    """Every number of every set: the named ones in their order, groups under what they are groups of."""
+    """Every number of every set: the named ones first, in their order, and groups under the number they divide."""
     keys = list(dict.fromkeys(k for metrics in sets.values() for k in metrics if isinstance(metrics[k], (int, float))))
     if not keys:
         return _notes(sets)
@@ -207,7 +207,7 @@ def _table(sets: Mapping[str, Mapping[str, Any]], thresholds: Mapping[str, float
 
 
 def _notes(sets: Mapping[str, Mapping[str, Any]]) -> str:
-    """What was asked of sets that had not what an evaluation looks for."""
+    """Notes on sets that do not have the documents an evaluation looks for: what was asked of them instead."""
     notes = [f"{name}: {metrics['note']}." for name, metrics in sets.items() if metrics.get("note")]
     return "".join(f'<p class="soft">{escape(note)}</p>' for note in notes)
 
@@ -262,7 +262,7 @@ def _tokenizer(
     sets: Mapping[str, Mapping[str, Any]],
     scores: str,
 ) -> str:
-    """What it is worth, or else a few reconstructions beside originals, and the tokenizer's curves."""
+    """The tokenizer's scores, or if there are none a few reconstructions beside originals; and its curves."""
     first = next(iter(sets.values()))
     told = []
     if "tokenizer_psnr" in first:

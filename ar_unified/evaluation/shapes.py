@@ -84,7 +84,7 @@ def scene_matches(
     wanted: Iterable[Object],
     attributes: Sequence[str] = ("shape", "colour", "place"),
 ) -> bool:
-    """Whether the same objects are in both, no more and no fewer, as far as `attributes` tell."""
+    """Whether both scenes have exactly the same objects, comparing only `attributes`."""
 
     def key(objects: Iterable[Object]) -> list[tuple[str, ...]]:
         return sorted(tuple(getattr(o, a) for a in attributes) for o in objects)

@@ -99,7 +99,7 @@ def evaluate_tokenizer(
     Args:
         size: (H, W) of the crops in pixels, which the tokenizer must divide into ids.
         limit: images at most, from every source alike. seed: of the draw and of the corruption of ids.
-        batch_size: images in memory at one time; no number depends on it but by the tokenizer.
+        batch_size: images in memory at one time. It changes no number, unless the tokenizer itself rounds differently.
         distances: further distances by name, such as "LPIPS"; their means go under their names.
         extractors: by name, networks whose features' Frechet distance between the real and the reconstructed images
             is taken: "inception" is called rFID, any other FD-<name>.

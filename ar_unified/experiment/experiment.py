@@ -61,6 +61,7 @@ class Experiment:
         self._adapters: dict[str, Adapter] = {}
 
     def say(self, line: str) -> None:
+        """Prints a line, on process 0 alone."""
         runtime.say(line)
 
     # ---- stages ---------------------------------------------------------------------------------------------------
@@ -159,6 +160,7 @@ class Experiment:
             raise
 
     def skip(self, stage: Stage) -> None:
+        """Says that a stage is done already."""
         self.say(f"==== {stage.name}: done already ({stage.folder})")
 
     def finish(self, stage: Stage, summary: Mapping[str, Any]) -> None:
@@ -208,6 +210,7 @@ class Experiment:
 
     @cached_property
     def train(self) -> list[Source]:
+        """The training sources, as the config names them."""
         return self.sources("train", self.config.data.train)
 
     def mixture(self) -> dict[str, float]:
@@ -228,6 +231,7 @@ class Experiment:
 
     @cached_property
     def resize(self) -> Resize:
+        """The size that images get."""
         return settings.resize(self.config)
 
     # ---- tokenizers and grammar: trained here, or those of the bundle that the training begins with -----------------
@@ -257,10 +261,12 @@ class Experiment:
 
     @cached_property
     def autoencoder(self) -> AutoencoderConfig:
+        """The shape of the image tokenizer."""
         return settings.autoencoder(self.config)
 
     @cached_property
     def text_tokenizer(self) -> Codec:
+        """The workdir's text tokenizer. Raises UserError: there is none yet."""
         folder = self.workdir.text_tokenizer
         with about("the workdir's text tokenizer"):
             found = text_in(folder, self.config.text_tokenizer.lossy)
@@ -292,6 +298,7 @@ class Experiment:
 
     @cached_property
     def image_tokenizer(self) -> ImageTokenizer | NoImages:
+        """The workdir's image tokenizer, or what stands for none. Raises UserError: there is none yet."""
         if self.text_only:
             record = self.workdir.text_tokenizer / LANGUAGE  # of a model whose images are codes alone
             codes = read_json(record)["codebook_size"] if record.exists() else 0
@@ -331,14 +338,17 @@ class Experiment:
 
     @cached_property
     def model(self) -> TransformerConfig:
+        """The transformer's shape, with the size of the vocabulary that the tokenizers make."""
         return config_from(configs.plain(self.config.model), vocab_size=self.grammar.vocabulary.size)
 
     @cached_property
     def mesh(self) -> jax.sharding.Mesh:
+        """The mesh of a training over all devices. Raises UserError: it does not fit them."""
         with about("config.mesh"):
             return make_mesh(configs.plain(self.config.mesh))
 
     def filter(self, modality: str) -> Filter:
+        """How ids of a modality, "text" or "image", are drawn where a request says nothing."""
         return settings.token_filter(self.config, modality)
 
     @property
@@ -401,6 +411,7 @@ class Experiment:
 
     @cached_property
     def engine(self) -> Engine:
+        """The sampler with the weights of the trained model. Raises UserError."""
         sampling, weights_dtype = self.config.sampling, self.config.sampling.weights_dtype or None
         # Not `params`: no float32 copy stays beside what the sampler reads.
         restored = self._restored(read_as(self.model, self.decoding_mesh))

@@ -42,6 +42,7 @@ class Problems:
         self.lines.append(f"config.{key}: {message}")
 
     def found_in(self, *sections: str) -> bool:
+        """Whether a key of one of these sections is wrong already, so that what follows from it need not be told."""
         return any(line.startswith(f"config.{section}") for line in self.lines for section in sections)
 
     def end(self) -> None:

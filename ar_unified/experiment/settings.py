@@ -39,18 +39,22 @@ from ar_unified.training.selection import Selection, select
 
 
 def autoencoder(config: ConfigDict) -> AutoencoderConfig:
+    """The image tokenizer's shape, of `config.image_tokenizer`."""
     return configs.pick(AutoencoderConfig, config.image_tokenizer)
 
 
 def adversary(config: ConfigDict) -> AdversaryConfig:
+    """Its discriminator and the weights of that, of `config.image_tokenizer.adversary`."""
     return configs.pick(AdversaryConfig, config.image_tokenizer.adversary)
 
 
 def objective(config: ConfigDict) -> ObjectiveConfig:
+    """All losses of the image tokenizer, of `config.image_tokenizer`."""
     return configs.pick(ObjectiveConfig, config.image_tokenizer, adversary=adversary(config))
 
 
 def resize(config: ConfigDict) -> Resize:
+    """The size that images get, in whole units of the layout."""
     height, width = config.data.image_size
     size = LAYOUTS[config.data.layout].size
     unit = size.unit if isinstance(size, SizeTokens) else 1  # sides are whole units
@@ -272,6 +276,7 @@ CHECKPOINTS = ("last", "best")  # which samples and the evaluation are of
 
 
 def token_filter(config: ConfigDict, modality: str) -> Filter:
+    """How ids of a modality, "text" or "image", are drawn, of `config.sampling`."""
     return configs.pick(Filter, config.sampling[modality])
 
 

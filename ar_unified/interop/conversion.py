@@ -48,6 +48,7 @@ class Pickled(NamedTuple):
     left_out: tuple[str, ...]
 
     def kind(self, name: str) -> Kind:
+        """The shape and dtype of a tensor, known without its numbers."""
         tensor = self.tensors[name]
         if isinstance(tensor, Strided):
             return Kind(tensor.shape, tensor.storage.dtype)

@@ -122,15 +122,19 @@ def kind_of(config: Mapping[str, Any], text_config: Mapping[str, Any], where: st
 
 
 def open_chat(files: Files) -> Published:
+    """Emu3-Chat, whatever config.json says. Raises like `open_emu3`."""
     return open_emu3(files, "chat")
 
 
 def open_gen(files: Files) -> Published:
+    """Emu3-Gen or Stage1, whatever config.json says. Raises like `open_emu3`."""
     return open_emu3(files, "gen")
 
 
 def open_emu3(files: Files, kind: str = "") -> Published:
-    """kind: gen or chat; "": as config.json says."""
+    """Emu3 as BAAI publishes it, or in transformers' form; kind: gen or chat, "": as config.json says. Raises
+    UserError, naming the file.
+    """
     where = str(files.folder)
     config = files.config.get("text_config", files.config)
     if not isinstance(config, Mapping):

@@ -56,6 +56,7 @@ def language_of(names: Mapping[str, int], text: list[int], size: int, where: str
 
 
 def open_emu3_5(files: Files) -> Published:
+    """Emu3.5, whose transformer is a Qwen3. Raises UserError, naming the file."""
     where = str(files.folder)
     if not any(name.endswith("self_attn.q_norm.weight") for name in files.source.names()):
         raise UserError(f"{where}: expected a tensor model.layers.0.self_attn.q_norm.weight, found none: is it Emu3?")

@@ -71,6 +71,7 @@ class Files:
 
     @cached_property
     def source(self) -> Source:
+        """The tensors of the folder. Raises UserError."""
         return open_source(self.folder)
 
     @cached_property

@@ -57,6 +57,7 @@ def language_of(names: Mapping[str, int], text: list[int], size: int, where: str
 
 
 def open_liquid(files: Files) -> Published:
+    """Liquid, a Gemma with Chameleon's image tokenizer. Raises UserError, naming the file."""
     where = str(files.folder)
     model = hf_config.read(files.config, GEMMA, where)
     images = vqgan_of(files, {})

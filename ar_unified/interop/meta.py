@@ -75,12 +75,15 @@ class Joined:
         ]
 
     def names(self) -> set[str]:
+        """The names of the whole tensors, each once."""
         return set(self._from)
 
     def dtype(self, name: str) -> str:
+        """A key of DTYPES, as the first file says."""
         return self._files[0].dtype(self._from[name][0])
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the whole tensor, joined from all files."""
         shape = self._shape(name)
         if len(self._files) > 1 and name.endswith(_OF_FILES):
             return (len(self._files), *shape)
@@ -117,6 +120,7 @@ class Joined:
         return out
 
     def read_rows(self, name: str, begin: int, end: int) -> np.ndarray:
+        """Rows of a tensor that is joined first."""
         return self.read(name)[begin:end]
 
     def _read(self, number: int, name: str) -> np.ndarray:

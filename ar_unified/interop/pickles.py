@@ -36,11 +36,14 @@ _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 class File(Protocol):
     """What is read of a file that is followed opcode by opcode."""
 
-    def read(self, n: int, /) -> bytes: ...
+    def read(self, n: int, /) -> bytes:
+        """At most n bytes."""
 
-    def readline(self) -> bytes: ...
+    def readline(self) -> bytes:
+        """The bytes to the end of the line, with it."""
 
-    def tell(self) -> int: ...
+    def tell(self) -> int:
+        """The place of the next byte."""
 
 
 class Forbidden(ValueError):

@@ -46,6 +46,7 @@ def _names(files: Files) -> dict[str, int]:
 
 
 def open_simplear(files: Files) -> Published:
+    """SimpleAR, a Qwen2 whose images are codes alone. Raises UserError, naming the file."""
     where = str(files.text_file)
     config = hf_config.read(files.config, QWEN2, str(files.folder))
     names = _names(files)

@@ -29,15 +29,18 @@ _LARGEST = 1 << 26  # bytes of a JSON file
 class Source(Protocol):
     """Named tensors."""
 
-    def names(self) -> set[str]: ...
+    def names(self) -> set[str]:
+        """The names of all tensors."""
 
-    def shape(self, name: str, /) -> tuple[int, ...]: ...
+    def shape(self, name: str, /) -> tuple[int, ...]:
+        """The shape of a tensor, from the header alone."""
 
     def dtype(self, name: str, /) -> str:
         """A key of DTYPES."""
         ...
 
-    def read(self, name: str, /) -> np.ndarray: ...
+    def read(self, name: str, /) -> np.ndarray:
+        """The whole tensor."""
 
     def read_rows(self, name: str, begin: int, end: int, /) -> np.ndarray:
         """Of its first axis."""
@@ -111,6 +114,7 @@ class InFile:
     """What a source reads where its numbers lie one after another."""
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor; a subclass knows it."""
         raise NotImplementedError
 
     def _read(self, name: str, begin: int, end: int) -> np.ndarray:
@@ -118,10 +122,12 @@ class InFile:
         raise NotImplementedError
 
     def read(self, name: str) -> np.ndarray:
+        """The whole tensor, read from its file."""
         shape = self.shape(name)
         return self._read(name, 0, math.prod(shape)).reshape(shape)
 
     def read_rows(self, name: str, begin: int, end: int) -> np.ndarray:
+        """Rows of a tensor; nothing else of it is read."""
         shape = self.shape(name)[1:]
         row = math.prod(shape)
         return self._read(name, begin * row, end * row).reshape(end - begin, *shape)
@@ -145,9 +151,11 @@ class Safetensors(InFile):
             self._places |= found
 
     def names(self) -> set[str]:
+        """The names of all tensors of all files."""
         return set(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The shape that the header of its file says."""
         return self._places[name].shape
 
     def dtype(self, name: str) -> str:

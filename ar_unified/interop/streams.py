@@ -79,9 +79,11 @@ class Stream(InFile):
                 self._tensors[name] = (stored, layer)
 
     def names(self) -> set[str]:
+        """The names of all tensors, those of stacked layers one by one."""
         return set(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without the axis of layers."""
         stored, layer = self._tensors[name]
         return stored.shape if layer is None else stored.shape[1:]
 

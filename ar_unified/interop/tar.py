@@ -39,6 +39,7 @@ _NOTES = (
 
 
 def open_tar(files: Files) -> Published:
+    """Tar, a Qwen2 whose images are codes alone. Raises UserError, naming the file."""
     where = str(files.text_file)
     config = hf_config.read(files.config, QWEN2, str(files.folder))
     side = 27 if files.size is None else files.size[0]

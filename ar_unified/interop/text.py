@@ -31,14 +31,17 @@ _LENGTH = 4096  # of prompt and answer, unless told
 
 
 def open_llama(files: Files) -> Published:
+    """A Llama, as transformers writes it. Raises UserError, naming the file."""
     return _open(files, "llama", {"llama": LLAMA})
 
 
 def open_qwen(files: Files) -> Published:
+    """A Qwen2 or Qwen3, as transformers writes it. Raises UserError, naming the file."""
     return _open(files, "qwen", {"qwen2": QWEN2, "qwen3": QWEN3})
 
 
 def open_gemma(files: Files) -> Published:
+    """A Gemma, as transformers writes it. Raises UserError, naming the file."""
     return _open(files, "gemma", {"gemma": GEMMA})
 
 

@@ -8,6 +8,8 @@ import jax
 
 
 class Device(NamedTuple):
+    """What a kernel is compiled for."""
+
     platform: str  # "cpu", "tpu" or "gpu"
     kind: str  # as JAX names it: "TPU v5p", "NVIDIA H200"
 

@@ -1,8 +1,8 @@
 """QK-norm and RoPE of queries or keys, in one pass each way.
 
-Differentiated by JAX, the chain keeps several float32 copies of its input. This one keeps its input as it came and one
-reciprocal norm a head, and makes the rest again: between two matrix products everything is elementwise but for sums
-over H, which XLA fuses into reads and writes of the input alone on every platform. Inside the attention kernel the keys
+Differentiated by JAX, the chain keeps several float32 copies of its input. This one keeps only its input and one
+reciprocal norm a head, and computes the rest again. Between two matrix products all is elementwise except sums over H,
+and XLA fuses it so that only the input is read and written, on every platform. Inside the attention kernel the keys
 would be normalised once per block of queries.
 
 The rotation of pairs (i, i + H/2) is x * cos + (its halves exchanged) * sin.
@@ -95,8 +95,8 @@ def _wide(x: jax.Array) -> jax.Array:
 def _rotated(x: jax.Array, rope: Rope, seen: Callable[..., jax.Array], *weights: jax.Array) -> jax.Array:
     """seen(x, *weights), elementwise and float32, rotated.
 
-    A TPU's vector has 128 lanes: cut at lane 64 it becomes padded copies. Its matrix unit exchanges the halves of x on
-    the way, exactly. Elsewhere a cut costs nothing, and to see x in both orders would take twice the work.
+    A TPU's vector has 128 lanes, and cutting it at lane 64 makes padded copies. So there the matrix unit exchanges the
+    halves of x, exactly. Elsewhere a cut costs nothing, and a product would take twice the work.
     """
     cos, sin = rope
     half = x.shape[-1] // 2

@@ -70,7 +70,7 @@ class State(NamedTuple):
         remaining: tokens that may still be generated, the end included.
         images: images begun by the sampler, or by a prompt that breaks off inside one.
         mode: TEXT, IMAGE or FREE.
-        min_images, max_images: of `images` at the end. What the budget cannot hold is not in `min_images`.
+        min_images, max_images: bounds of `images` at the end; `min_images` is never more than the budget holds.
         want_height, want_width: sides every new image must have; 0: the sampler chooses.
     """
 
@@ -118,8 +118,8 @@ class Automaton:
         """The state of each row after its prompt.
 
         Nothing can be raised here, where values may be traced. A request is possible as it stands iff
-        `fits(state, min_images)`. Otherwise `min_images` is lowered to what the budget holds (to none if the layout has
-        no such size), and an image that the prompt began and the budget cannot end breaks off.
+        `fits(state, min_images)`. Otherwise `min_images` is lowered to what the budget holds, or to 0 if the layout has
+        no such size. An image that the prompt began and that the budget cannot finish is broken off.
         """
         layout = self.syntax.layout
         shape = jnp.broadcast_shapes(*(jnp.shape(x) for x in (*opened, *wanted)))
@@ -163,7 +163,7 @@ class Automaton:
         return state._replace(min_images=jnp.minimum(jnp.minimum(min_images, max_images), images + room))
 
     def halt(self, state: State, rows: jax.Array) -> State:
-        """The state with `rows`, bool [B], ended where they are."""
+        """The state in which `rows`, bool [B], have ended at their present place."""
         return state._replace(phase=jnp.where(rows, DONE, state.phase).astype(jnp.int32))
 
     def fits(self, state: State, min_images: jax.Array) -> jax.Array:
@@ -191,7 +191,7 @@ class Automaton:
         return jnp.where(state.phase == DONE, 0, rest + self._later(state))
 
     def allowed(self, state: State, first: int | None = None) -> jax.Array:
-        """bool [B, V]: the ids that may come next; at least one in every row. `first`: of the first so many ids."""
+        """bool [B, V]: the ids that may come next; at least one in every row. first: V, if fewer are asked for."""
         choices = self._choices(state)
         ids = jnp.arange(self.syntax.vocabulary.size if first is None else first, dtype=jnp.int32)
         low, high, never, also, has_also, end = (field[:, None] for field in choices[:6])
@@ -217,7 +217,7 @@ class Automaton:
         return jnp.where(count == 1, only, -1)
 
     def event(self, state: State, token: jax.Array) -> Event:
-        """What an allowed token, int [B], is to images."""
+        """What an allowed token, int [B], means for the images of its row."""
         last = state.written == len(self.syntax.open) - 1
         begins = (state.phase == PARTS) & (token == self.syntax.open[-1]) & last
         inside = (state.phase == HEIGHT) | (state.phase == WIDTH) | (state.phase == BODY)
@@ -267,7 +267,7 @@ class Automaton:
         return state.phase == DONE
 
     def code(self, state: State) -> jax.Array:
-        """int32 [B]: which code of its image, row by row from 0, the next token is, where it is one."""
+        """int32 [B]: if the next token is a code, its index among the codes of the image, row by row from 0."""
         if not self.syntax.layout.row_ends[0]:
             return state.written
         return state.written - state.written // (self._codes(state.height, state.width)[1] + 1)
@@ -296,12 +296,13 @@ class Automaton:
         return self.syntax.block(*self._codes(*self._least(state)))
 
     def _later(self, state: State) -> jax.Array:
-        """Tokens to keep for after the image at hand: images still owed, and the end."""
+        """Tokens that must remain after the present image: for images that are still owed, and for the end."""
         return jnp.maximum(state.min_images - state.images, 0) * self._smallest(state) + 1
 
     def _begun(self, state: State) -> jax.Array:
-        """In PARTS, what a spelled `open` that is half there changes of what is needed: of an image that is owed so
-        much is there; one that is not owed, where only images may be made, has to be finished."""
+        """For the phase PARTS: how a half-written spelled `open` changes what is needed. If an image is owed, that part
+        of it is there already. If none is owed and only images may be made, the half-written one has to be finished.
+        """
         if len(self.syntax.open) == 1:
             return jnp.zeros_like(state.written)
         owed = state.images < state.min_images
@@ -313,7 +314,7 @@ class Automaton:
         return self.syntax.layout.body(*self._codes(state.height, state.width)) + len(self.syntax.close)
 
     def _borders(self, state: State) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Whether the next id is of `start`, a row end, of `close`; each [B]. For phase BODY."""
+        """For the phase BODY, each [B]: whether the next id belongs to `start`, is a row end, belongs to `close`."""
         end, _ = self.syntax.layout.row_ends
         close = state.written >= self.syntax.layout.body(*self._codes(state.height, state.width))
         start = state.written < 0
@@ -323,7 +324,7 @@ class Automaton:
         return start, ~start & ~close & (state.written % (width + 1) == width), close
 
     def _matched(self, state: State, token: jax.Array) -> jax.Array:
-        """How many ids of a spelled `open` stand at the end after `token` in PARTS."""
+        """For the phase PARTS: how many ids of a spelled `open` the row ends with, `token` included."""
         matched = jnp.zeros_like(state.written)
         if len(self.syntax.open) > 1:
             for id, after in _matches(self.syntax.open).items():
@@ -416,15 +417,16 @@ class Automaton:
 
 
 def _pick(ids: tuple[int, ...], index: jax.Array) -> jax.Array:
-    """int32 [B]: ids[index], of few ids; of those beyond an end, the id there."""
+    """int32 [B]: ids[index], for a short list of ids; an index beyond an end takes the id at that end."""
     return (
         jnp.asarray(ids, jnp.int32)[jnp.clip(index, 0, len(ids) - 1)] if len(ids) > 1 else jnp.full_like(index, ids[0])
     )
 
 
 def _matches(run: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
-    """For each id of a run: how many ids of the run stand at the end after it, by how many stood there before (Knuth,
-    Morris and Pratt). The whole run is told by `event` and not here."""
+    """The table of Knuth, Morris and Pratt for a run of ids: for each id and each number of ids that matched before it,
+    how many match after it. A complete match is reported by `event`, not here.
+    """
     found = {}
     for id in set(run):
         after = []
@@ -442,6 +444,6 @@ def _extends(number: jax.Array, least: jax.Array, most: jax.Array) -> jax.Array:
 
 
 def _largest(by_digits: list[tuple[int, jax.Array]]) -> jax.Array:
-    """The largest number of n digits that is at most its limit, over (n, limit)."""
+    """The largest number that any of the pairs (n, limit) allows: it has n digits and is at most the limit."""
     numbers = [jnp.where(limit >= 10 ** (n - 1), jnp.minimum(limit, 10**n - 1), 0) for n, limit in by_digits]
     return jnp.max(jnp.stack(numbers), axis=0)

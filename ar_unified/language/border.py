@@ -90,6 +90,7 @@ class Border:
         return rows
 
     def manifest(self) -> list[list[int]]:
+        """The runs as JSON, for the manifest of a language."""
         return [list(run) for run in self.runs]
 
     @classmethod
@@ -103,7 +104,7 @@ class Border:
 
 
 class Ids:
-    """Ids across the border, for those who compare with the published model: ours(theirs) and theirs(ours).
+    """Translates ids between a published model and ours, for comparisons: ours(theirs) and theirs(ours).
 
     Args:
         border: None: both are the same.
@@ -135,8 +136,8 @@ class MappedCodec:
     """A published text tokenizer that speaks our ids 0..size-1, a `Codec` like any.
 
     Args:
-        codec: of theirs: ids in the published space.
-        border: its first `size` ids of ours are the text pieces, in the order of the published ids.
+        codec: the published tokenizer, with published ids.
+        border: the first `size` of our ids must be the text pieces, in the order of the published ids.
         size: their number.
 
     Raises ValueError where the tokenizer has no such piece.
@@ -148,7 +149,9 @@ class MappedCodec:
 
     @classmethod
     def of(cls, file: str, data: bytes, border: Border, size: int, lossy: Lossy = "refuse") -> MappedCodec:
-        """Of a tokenizer's file by its name (`reading.codec`); no text is spelled with an id that is no text piece."""
+        """Opens a tokenizer's file, whose format its name says (`reading.codec`). No text is spelled with an id that is
+        no text piece.
+        """
         return cls(codec(file, data, lossy=lossy, text_ids={*border.theirs[:size].tolist()}), border, size)
 
     def __post_init__(self) -> None:
@@ -173,18 +176,22 @@ class MappedCodec:
 
     @property
     def file(self) -> str:
+        """The name of the tokenizer's file."""
         return self.codec.file
 
     @property
     def data(self) -> bytes:
+        """What is in that file."""
         return self.codec.data
 
     @property
     def losses(self) -> tuple[Loss, ...]:
+        """How the tokenizer loses text."""
         return self.codec.losses
 
     @property
     def symbols(self) -> list[str]:
+        """Names among its pieces that text can spell."""
         return self.codec.symbols
 
     @cached_property
@@ -193,6 +200,7 @@ class MappedCodec:
         return self.codec.piece_bytes[self._text]
 
     def is_byte(self, id: int, /) -> bool:
+        """Whether one of our ids stands for one byte of a character without a piece."""
         return self.codec.is_byte(int(self.border.theirs[id]))
 
     def encode(self, text: str, /) -> list[int]:

@@ -34,6 +34,8 @@ class DocumentError(ValueError):
 
 @dataclass(frozen=True)
 class TextPart:
+    """A text as the model is to read or write it."""
+
     text: str
 
 
@@ -77,8 +79,8 @@ class TokensPart:
 class Turn:
     """What one side says. `speaker` "document" is nobody: plain or interleaved text without a turn.
 
-    `trained`: whether a model is to learn to say it. None: what documents and assistants say, not what they are told.
-    Not compared: ids do not tell it.
+    `trained`: whether a model is to learn to say it. None: yes for documents and assistants, no for system and user.
+    It does not count when turns are compared, as ids cannot carry it.
     """
 
     speaker: Speaker
@@ -87,12 +89,14 @@ class Turn:
 
     @property
     def learned(self) -> bool:
+        """Whether the model learns to say the turn: as `trained` says, else by who speaks."""
         return self.speaker in ("document", "assistant") if self.trained is None else self.trained
 
 
 @dataclass(frozen=True)
 class Document:
-    """One turn of nobody's, or a conversation: user and assistant by turns, a system's turn in front or none.
+    """Either one turn that nobody says, or a conversation: user and assistant alternate, and a system turn may come
+    first.
 
     A conversation ends with the assistant, whose last turn may be empty. An empty turn of the user is what
     classifier-free guidance compares with.
@@ -113,7 +117,9 @@ class Document:
 
     @classmethod
     def of(cls, parts: Iterable[Part], prompt: int | None = None, **more: Any) -> Document:
-        """Parts without a turn, or with the first `prompt` of them as the user's turn and the rest as the answer."""
+        """A document of these parts: without turns, or with the first `prompt` parts as the user's turn and the rest as
+        the answer.
+        """
         parts = tuple(parts)
         if prompt is None:
             return cls((Turn("document", parts),), **more)
@@ -147,7 +153,7 @@ class Document:
 
     @property
     def asks(self) -> bool:
-        """Whether there are turns, of which the last answers those before it."""
+        """Whether it has turns; the last one then answers those before it."""
         return self.turns[-1].speaker != "document"
 
     @property
@@ -162,7 +168,9 @@ class Document:
 
     @property
     def is_pair(self) -> bool:
-        """Whether it is one question of one part and an answer of one part, of text the one and an image the other."""
+        """Whether it is a question of one part and an answer of one part, where one is a text and the other an
+        image.
+        """
         if [turn.speaker for turn in self.turns] != ["user", "assistant"]:
             return False
         kinds = [[isinstance(part, TextPart) for part in turn.parts] for turn in self.turns]
@@ -183,7 +191,7 @@ class Document:
 
     @property
     def task(self) -> str:
-        """Which of TASKS this document trains: read off the turns and what the answer begins with."""
+        """Which of TASKS this document trains. The turns decide it, and the part that the answer begins with."""
         turns = self.turns
         if not self.asks or sum(turn.speaker == "assistant" for turn in turns) > 1:
             return "interleaved" if _shows(turns) else "text"

@@ -1,7 +1,7 @@
 """Ids with what each is for: what `Grammar.encode` gives, shards keep, and the loader changes. All O(n).
 
-A mark is one byte a position: its role, who says it, whether it is trained, and where turns and images begin. So
-nobody searches ids for the end of a prompt again.
+A mark is one byte a position: its role, who says it, whether it is trained, and where turns and images begin. So no
+later code searches ids for the end of a prompt.
 
 Axes: `n` positions of a document.
 """
@@ -26,7 +26,7 @@ _ONE = [bytes([each]) for each in range(256)]
 
 
 def mark(role: int, speaker: str, trained: bool) -> int:
-    """The mark of a position that begins nothing. speaker: one of SPEAKERS."""
+    """The mark of a position at which neither a turn nor an image begins. speaker: one of SPEAKERS."""
     return role | _SPEAKERS[speaker] | TRAINED * trained
 
 
@@ -50,39 +50,41 @@ class Encoded:
 
     @property
     def roles(self) -> np.ndarray:
-        """The Role of every position, uint8 [n], by its place: digits of a size are SIZE."""
+        """The Role of every position, uint8 [n]. Its place counts, not its id: a digit that says a size is SIZE, not
+        TEXT.
+        """
         return self.marks & _ROLE
 
     @property
     def speakers(self) -> np.ndarray:
-        """Who says it, uint8 [n], a place in SPEAKERS."""
+        """Who says each position, uint8 [n]: an index into SPEAKERS."""
         return self.marks >> 3 & _SPEAKER
 
     @property
     def turns(self) -> np.ndarray:
-        """Where turns begin, int64."""
+        """The positions at which turns begin, int64."""
         return np.flatnonzero(self.marks & TURN)
 
     @property
     def images(self) -> np.ndarray:
-        """Where images begin, int64."""
+        """The positions at which images begin, int64."""
         return np.flatnonzero(self.marks & IMAGE)
 
     @property
     def own_images(self) -> np.ndarray:
-        """Of those, the images that are learned and that nobody asks with (`Grammar.drop_context`)."""
+        """Those of `images` that are learned and are not part of a question (`Grammar.drop_context`)."""
         says = np.isin(self.speakers[self.images], (SPEAKERS.index("document"), SPEAKERS.index("assistant")))
         return self.images[says & self.trained[self.images]]
 
     @property
     def unlearned(self) -> np.ndarray:
-        """bool [n]: whether it is an answer, or nobody's, that is not to be learned all the same ("weight": 0)."""
+        """bool [n]: positions that would be learned, by who says them, but are marked as not to be ("weight": 0)."""
         speakers = self.speakers
         return ~self.trained & ((speakers == _ANSWERS[0]) | (speakers == _ANSWERS[1]))
 
     @property
     def trained(self) -> np.ndarray:
-        """bool [n]: whether it is to be learned, or only read."""
+        """bool [n]: True where a position is learned, False where it is only read."""
         return (self.marks & TRAINED) > 0
 
 
@@ -96,7 +98,7 @@ class Writer:
         self._begins = 0  # TURN, until the turn has its first id
 
     def turn(self, speaker: str, learned: bool) -> None:
-        """Who says what is added from here on, and whether it is to be learned."""
+        """Begins a turn: who says what is added from here on, and whether it is learned."""
         self._says, self._begins = mark(0, speaker, learned), TURN
 
     def add(self, ids: Iterable[int], role: int) -> None:
@@ -117,6 +119,7 @@ class Writer:
         self._begins = 0
 
     def written(self) -> Encoded:
+        """The ids and marks so far."""
         return Encoded(np.array(self._ids, np.int32), np.frombuffer(self._marks, np.uint8))
 
 

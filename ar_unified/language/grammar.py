@@ -34,14 +34,17 @@ class TextLost(GrammarError):
 class TextCodec(Protocol):
     """Lossless text <-> ids 0..text_size-1. If it has a `hash`, it must be the vocabulary's `text_hash`."""
 
-    def encode(self, text: str, /) -> list[int]: ...
+    def encode(self, text: str, /) -> list[int]:
+        """The ids of a text."""
 
-    def decode(self, ids: Sequence[int], /) -> str: ...
+    def decode(self, ids: Sequence[int], /) -> str:
+        """The text of ids."""
 
 
 class Break(NamedTuple):
-    """Where a prompt breaks off: where the image begins that it is inside of (or a spelled `open` that is half there),
-    else its length; and the automaton's view."""
+    """Where a prompt breaks off. `begin`: if the prompt ends inside an image or inside a spelled `open`, the position
+    where that begins; else the prompt's length. `opened`: the same for the automaton.
+    """
 
     begin: int
     opened: Opened
@@ -86,7 +89,8 @@ class Grammar:
         return self._joined(document.turns)
 
     def prompt(self, turns: Sequence[Turn]) -> np.ndarray:
-        """What a sampler is given, int32 [n]: turns to be answered, or one of nobody's that is to go on.
+        """What a sampler is given, int32 [n]: turns that it is to answer, or a text without turns that it is to
+        continue.
 
         Raises GrammarError like `encode`.
         """
@@ -95,7 +99,7 @@ class Grammar:
         return self.encode(document).tokens[: -1 - len(self.tail)]
 
     def history(self, turns: Sequence[Turn]) -> np.ndarray:
-        """Turns that are over, int32 [n], as they stand before another. Raises GrammarError like `encode`."""
+        """Finished turns as ids, int32 [n], as they stand before a further turn. Raises GrammarError like `encode`."""
         found = self._joined(turns).tokens
         return found[: len(found) - len(self.tail)]
 
@@ -145,7 +149,9 @@ class Grammar:
             raise GrammarError(position, expected, f"{height} x {width}", unit="part")
 
     def _joined(self, turns: Sequence[Turn]) -> Encoded:
-        """Turns side by side. Texts of two that meet must not begin an image together (`_text`: each alone)."""
+        """Turns side by side. Where two of their texts meet, they must not spell the beginning of an image together
+        (`_text` checks each alone).
+        """
         writer = self._writer(turns)
         found, opening = writer.written(), self.syntax.open
         if self.syntax.spelled:
@@ -221,8 +227,8 @@ class Grammar:
     # ---- ids to documents ----------------------------------------------------------------------------------------
 
     def parse(self, tokens: np.ndarray | Sequence[int]) -> Document:
-        """The document that `encode`, or a sampler under the automaton, wrote. Exact inverse of `encode`, but where
-        turns are told apart by text: then all is one turn of nobody's.
+        """The document that `encode`, or a sampler under the automaton, wrote. It is the exact inverse of `encode`,
+        except for layouts that tell turns apart by text: those give one turn that nobody says.
 
         Args:
             tokens: [n] ids, without padding.
@@ -236,12 +242,14 @@ class Grammar:
         return Document(turns)
 
     def breaks_off(self, tokens: np.ndarray) -> Break:
-        """Where ids [n] that begin a document break off. Raises GrammarError where they begin none."""
+        """Where the ids [n] of a document's beginning break off. Raises GrammarError if no document can begin so."""
         _, _, found = self._read(np.asarray(tokens), whole=False)
         return found
 
     def texts(self, tokens: np.ndarray) -> list[tuple[int, int]]:
-        """Where runs of text begin and end in ids [n] that begin a document, the digits of images not among them."""
+        """The beginning and end of each run of text in the ids [n] of a document's beginning. Digits that say a size
+        are no text.
+        """
         return [(item.begin, item.end) for item in Reader(self.syntax, tokens).items(1) if item.kind == "text"]
 
     def _read(self, ids: np.ndarray, whole: bool) -> tuple[tuple[Turn, ...] | None, int, Break]:
@@ -304,7 +312,7 @@ class Grammar:
     # ---- ids to ids: what data does to a document it has already encoded; all O(n) --------------------------------
 
     def drop_prompt(self, document: Encoded) -> Encoded:
-        """The same last answer after the empty prompt. Raises GrammarError if there is no turn (see `drop_context`)."""
+        """The last answer after the empty prompt. Raises GrammarError if there is no turn (see `drop_context`)."""
         return encoded.joined([self.unconditional, document[int(self._borders(document)[-1]) :]])
 
     def drop_context(self, document: Encoded, image: int) -> Encoded:

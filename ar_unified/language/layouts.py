@@ -51,7 +51,7 @@ class Decimal:
 class TurnMarks:
     """Turns told apart by ids: what stands before an answer ends with `ask`, an answer with the document's `end`.
 
-    With more than one turn in front of the first answer, the first is the system's.
+    If more than one turn precedes the first answer, the first is the system's.
     """
 
     ask: str = "eot"
@@ -62,7 +62,8 @@ class TurnTemplate:
     """Turns told apart by text, which cannot be read back: ids -> document gives one turn with all of it.
 
     Attributes:
-        user: the text around a user's turn, whose parts stand for {}; the answer follows, and the document's `end`.
+        user: the text around a user's turn; its parts take the place of {}. The answer follows, then the document's
+        `end`.
         system: the system's turn, where a document has none of its own.
         answer: controls between the user's text and the answer.
     """
@@ -96,15 +97,16 @@ class Layout:
 
     Attributes:
         controls: the control tokens it needs, in the order of our id space.
-        image_side: the first of them that is an id of images, where text and images have a softmax each; "": none is.
+        image_side: the first control that counts as an image's id where text and images have a softmax each; "": none
+        does.
         open: what begins an image.
         size: how an image says its size; None: all have one.
         start: behind the size.
-        rows: where `row_end` stands: behind no row, each row, or each but the last.
+        rows: whether `row_end` stands behind no row, behind each row, or behind each row but the last.
         close: what ends an image.
         begin: of a document.
-        end: of an answer, and of a document; what a sampler stops at. Where it is also what `TurnMarks` end a question
-            with, turns are told apart by counting.
+        end: ends an answer and a document; a sampler stops at it. If `TurnMarks` end a question with the same token,
+        turns are told apart by counting.
         tail: behind the last `end` of a document, never sampled.
         turns: how they are marked.
         unconditional: what classifier-free guidance compares an image with, up to the image's `open`.

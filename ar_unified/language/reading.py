@@ -30,9 +30,10 @@ class GrammarError(ValueError):
 
 
 class Item(NamedTuple):
-    """A run of text pieces, an image, or another single id, from `begin` to `end`.
+    """A run of text pieces, an image, or any other single id; it reaches from `begin` to before `end`.
 
-    `codes`: int32 [h, w] of an image that is whole. `opened`: of one that breaks off with the ids.
+    `codes`: int32 [h, w], if it is a whole image. `opened`: the automaton's view, if it is an image that the ids break
+    off in.
     """
 
     kind: str  # text | image | other
@@ -50,7 +51,9 @@ class Reader:
         self._texts = np.append(self.vocabulary.role(ids) == Role.TEXT, False)
 
     def items(self, at: int) -> Iterator[Item]:
-        """What stands from `at` on. Raises GrammarError for an image that is wrong, but for one that breaks off."""
+        """The items from `at` on. Raises GrammarError for an image that is wrong; one that merely breaks off is
+        allowed.
+        """
         while at < len(self.ids):
             text = at + int(np.argmin(self._texts[at:]))
             begin = self._opening(at, text)
@@ -69,7 +72,7 @@ class Reader:
             at = item.end
 
     def _opening(self, at: int, text: int) -> int:
-        """Where the image begins that stands next, with at most text, ids[at:text], in front of it; -1: none does."""
+        """The position where the next image begins, if only text, ids[at:text], stands before it; else -1."""
         opening = self.syntax.open
         if not self.vocabulary.codebook_size:
             return -1
@@ -161,6 +164,7 @@ class Reader:
         return value, 0, at + 1
 
     def found(self, at: int) -> str:
+        """What stands at a place, by its name, for a message."""
         return self.vocabulary.name(int(self.ids[at])) if at < len(self.ids) else "the end of the sequence"
 
 

@@ -92,9 +92,11 @@ def read_parts(content: object, image: Callable[[str, str], Image], where: str, 
 def read_messages(
     messages: object, image: Callable[[str, str], Image], where: str = "messages", tokens: bool = False
 ) -> list[tuple[Speaker, list[Any], bool | None]]:
-    """(speaker, parts, whether it is to be learned; None: as the speaker's) of each turn of a conversation.
+    """(speaker, parts, trained) of each turn of a conversation; trained: whether it is learned, None: as its speaker's
+    are.
 
-    Messages of one role in a row are one turn; before a greeting of the assistant's the user says nothing.
+    Successive messages of one role are one turn. If the assistant speaks first, an empty turn of the user is put before
+    it.
 
     Raises:
         DocumentError: it is no list of messages.
@@ -241,8 +243,8 @@ def document_to_json(document: Document, save_image: Callable[[np.ndarray], str]
         save_image: stores pixels uint8 [H, W, 3] and returns the reference that goes into the row.
 
     Raises:
-        DocumentError: the document is invalid, has codes in it, or is one turn of nobody's without parts or with
-            `trained`; or a key of `meta` is one the row needs.
+        DocumentError: the document is invalid or has codes in it; it has no turns, and no parts or a value of
+        `trained`; a key of `meta` is one that the row needs.
     """
     document.check()
     if document.rejected is not None:

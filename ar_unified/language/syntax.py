@@ -48,6 +48,7 @@ class ImageLayout:
 
     @property
     def record(self) -> Layout:
+        """The layout's entry of LAYOUTS."""
         return LAYOUTS[self.kind]
 
     @property
@@ -73,11 +74,11 @@ class ImageLayout:
 
     @property
     def row_ends(self) -> tuple[int, int]:
-        """Ids behind each row, 0 or 1, and how many of them an image has fewer than rows, 0 or 1."""
+        """(a, b): each row is followed by `a` ids, and `b` rows are not; 0 or 1 each."""
         return int(self.record.rows != "none"), int(self.record.rows == "between")
 
     def split(self, vocabulary: Vocabulary, softmax: str) -> int | None:
-        """The first id of the side of images, where each side has a softmax of its own; None: there is one for all. A
+        """The first id on the side of images, if text and images have a softmax each; None: one softmax over all ids. A
         mean of the loss by side (`TransformerTask.mean_split`) has the same sides.
 
         On that side are the image codes, ids behind them, and controls from the record's `image_side` on; text, all
@@ -207,11 +208,11 @@ class Syntax:
         return len(self.open) + self.layout.header(height, width) + self.rest(height, width)
 
     def rest(self, height: Any, width: Any) -> Any:
-        """Of it, what stands behind the header."""
+        """Length of an image without its header and all before that."""
         return len(self.start) + self.layout.body(height, width) + len(self.close)
 
     def code_at(self, index: int, height: int, width: int) -> int:
-        """Where in the block code `index`, row by row, stands; with index h * w, where `close` begins."""
+        """The place in the block of code `index`, counted row by row; index h * w gives the place of `close`."""
         end, fewer = self.layout.row_ends
         rows = index // width
         if index == height * width:

@@ -41,8 +41,8 @@ class Vocabulary:
         size_tokens: how many there are; token n says a side of n units (`layouts.SizeTokens`). 0 for layouts without.
         text_hash, image_hash: of the tokenizers ("" where there is none yet).
         controls: names of the control tokens, in order; "pad", "bos" and "eos" among them.
-        rest: ids behind the image codes that nothing writes, with a part in the softmax all the same, as those of a
-            published table that its tokenizer never gives. None: as many as fill the padded width.
+        rest: how many ids behind the image codes are never written but take part in the softmax, as those ids of a
+        published table that its tokenizer never gives. None: as many as fill the padded width.
 
     Raises:
         ValueError: a size out of range, a control twice, or one of the three missing.
@@ -96,7 +96,7 @@ class Vocabulary:
 
     @property
     def used(self) -> int:
-        """Number of ids that have a probability; rows of the head from there on have none."""
+        """Number of ids that have a probability. The head's rows behind them are padding."""
         return self.size if self.rest is None else self.rest_offset + self.rest
 
     @property
@@ -107,7 +107,7 @@ class Vocabulary:
     def role(self, ids: Any) -> Any:
         """The Role of every id, int32 of the same shape; numpy in, numpy out; traced jax arrays likewise.
 
-        By the id alone: the digits of a size that is spelled as text are TEXT here (`Encoded.roles` knows better). Ids
+        It sees the id alone, so digits that spell a size are TEXT here; `Encoded.roles` gives SIZE. Ids
         that nothing writes (negative, rest, beyond the end) have role PAD.
         """
 
@@ -119,7 +119,7 @@ class Vocabulary:
         return sum(inside(role).astype(np.int32) * np.int32(role) for role in Role if role != Role.PAD)
 
     def ids(self, role: Role) -> range:
-        """Those of a role. PAD has one, which stands among the control tokens."""
+        """All ids of a role. PAD has one id, which lies among the control tokens."""
         offsets = (0, self.control_offset, self.size_offset, self.image_offset, self.rest_offset)
         return range(self.pad, self.pad + 1) if role == Role.PAD else range(offsets[role - 1], offsets[role])
 
@@ -161,7 +161,7 @@ class Vocabulary:
         """The vocabulary a manifest describes.
 
         Raises:
-            ManifestMismatch: a field is missing, or this version would give out other ids than it says.
+            ManifestMismatch: a field is missing, or this version would assign other ids than the manifest says.
         """
         fields = ("text_size", "codebook_size", "size_tokens", "text_hash", "image_hash")
         for name in (*fields, "controls", "used", "size"):

@@ -34,6 +34,7 @@ class Streamed(NamedTuple):
 
 
 def write_leaves(folder: Path, config: TransformerConfig, params: Streamed, shard_bytes: int) -> None:
+    """Writes the parameters into safetensors files of about `shard_bytes` each, piece by piece as they come."""
     leaves = named(abstract_params(config))
     kinds = {name: Kind(leaf.shape, params.dtypes[name]) for name, leaf in leaves.items()}
     with TensorWriter(folder, kinds, shard_bytes) as writer:

@@ -201,6 +201,7 @@ class Attention(nnx.Module):
         self.biases = nnx.data([params.get(f"{name}_bias") for name in ("query", "key", "value")])
 
     def __call__(self, x: jax.Array, rope: Rope, attend: Callable, product: Product) -> tuple[jax.Array, Any]:
+        """[B, T, D] -> ([B, T, D], the state of `attend`, which has the keys and values)."""
         weights = {"query": self.query, "key": self.key, "value": self.value}
         query, key, value = (
             self._heads(product(x, f"attention.{name}", _flat(w)), name, b)
@@ -231,6 +232,7 @@ class MLP(nnx.Module):
         self.gate, self.up, self.down = (nnx.data(params[name]) for name in ("gate", "up", "down"))
 
     def __call__(self, x: jax.Array, product: Product) -> jax.Array:
+        """[B, T, D] -> [B, T, D]: a gated linear unit."""
         gate = checkpoint_name(product(x, "mlp.gate", self.gate), "gate")
         up = checkpoint_name(product(x, "mlp.up", self.up), "up")
         return checkpoint_name(product(self.activation(gate) * up, "mlp.down", self.down), "down")
@@ -258,6 +260,7 @@ class Block(nnx.Module):
         dropout_keys: jax.Array | None = None,
         adapt: Adapt | None = None,
     ) -> tuple[jax.Array, Any]:
+        """[B, T, D] -> ([B, T, D], the state of `attend`): attention, then the MLP, each added to what came in."""
         pre, eps, rate = self.config.norm_placement == "pre", self.config.norm_eps, self.config.dropout
         attention_norm, mlp_norm = (_norm(self.config, x[...]) for x in (self.attention_norm, self.mlp_norm))
 

@@ -1,7 +1,7 @@
 """Options of the compiler, by kind of device: part of a program, like its mesh.
 
-They are compile options and not environment variables: so a plan compiles with those of the hardware it is for, and
-what a checkpoint says of them is what was used. What each is for:
+They are compile options and not environment variables. So a plan is compiled with the options of its target, and a
+checkpoint records what was really used. What each is for:
 
   async_collective_fusion, overlap_compute_collective_tc, enable_async_all_gather
       a gather of weights becomes steps of the fusion that computes meanwhile
@@ -67,9 +67,10 @@ def compiler_options(mesh: Mesh, own: Sequence[str] = ()) -> dict[str, str]:
 
 
 def _refused(mesh: Mesh, options: Mapping[str, str]) -> tuple[str, str] | None:
-    """The first option that the compiler refuses, "" where it does not name it, and what it says; None: it takes all.
+    """(option, message) for the first option that the compiler refuses; the option is "" if the message does not name
+    it. None: it accepts all.
 
-    Asked with a program of no work, because the real one takes minutes.
+    It is tried with an empty program, because the real one takes minutes to compile.
     """
     if not options:
         return None

@@ -1,6 +1,6 @@
-"""The log of one process of many, and what is said of it when it cannot say it itself.
+"""The log of one process of many, and the last message in it if the process itself cannot write one.
 
-JAX ends a process with abort() when another is gone, and a killed process says nothing: neither can run Python of
+If another process is gone, JAX ends this one with abort(); a killed process ends at once. Neither can run any Python of
 ours. So each process writes its stderr to a small reader, this file run as a script, which outlives it:
 
     python last_words.py LOG PROCESS PROCESSES COORDINATOR < the stderr of the process
@@ -58,6 +58,7 @@ def obituary(text: str, process: int, processes: int, coordinator: str) -> str:
 
 
 def main() -> None:
+    """The process that outlives the one it watches, and writes what became of it into its log."""
     log_path, process, processes, coordinator = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # they are for the process; its last lines are still to come

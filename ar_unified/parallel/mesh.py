@@ -65,7 +65,8 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
 
 
 def decoding_axes(shape: Mapping[str, int]) -> dict[str, int]:
-    """What decoding takes of a config's mesh, for the devices of one process: heads by `tensor`, rows by all the rest.
+    """The mesh for decoding, from a config's mesh and the devices of one process: `tensor` splits heads, all other axes
+    split rows.
 
     Each process serves requests of its own. The axes fsdp and context, which save memory in training, would make every
     step of decoding wait for weights; the devices they name split rows.

@@ -81,7 +81,7 @@ def shardings(mesh: Mesh, logical_axes: Any, shapes: Any) -> Any:
 
 
 def on_mesh(shapes: Any, shardings: Any) -> Any:
-    """`shapes` as ShapeDtypeStructs that say where they lie."""
+    """`shapes` as ShapeDtypeStructs with their shardings."""
     return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
 
 
@@ -94,7 +94,7 @@ def batch_spec(mesh: Mesh, shape: tuple[int, ...], name: str = "batch") -> P:
 def batch_part(mesh: Mesh, rows: int) -> tuple[int, int]:
     """(index, count): all rows that this process's devices hold are in part `index` of `count` equal parts of a batch.
 
-    (0, 1), the whole batch, for a single process, and where a mesh spreads a process's rows over several parts.
+    It is (0, 1), the whole batch, for a single process, or if the mesh spreads a process's rows over several parts.
     """
     sharding = NamedSharding(mesh, spec(mesh, ("batch",), (rows,), "batch"))
     indices = sharding.addressable_devices_indices_map((rows,)).values()

@@ -158,7 +158,7 @@ def start(
 
 @contextlib.contextmanager
 def ending() -> Iterator[None]:
-    """Around a whole program: all processes end together, and one that fails ends at once and says why."""
+    """A context for a whole program: all processes end together, and one that fails ends at once and says why."""
     try:
         yield
     except Exception as error:
@@ -245,10 +245,10 @@ def barrier(name: str, timeout: float = 600.0) -> None:
 
 
 def preempted() -> bool:
-    """Whether all processes stop here: SIGTERM came to one of them, and this is the call they agreed on.
+    """Whether all processes stop now: SIGTERM came to one of them, and they have agreed to stop at this call.
 
-    To be called by all processes equally often, at the end of every step. JAX's handler of SIGTERM is the one that
-    counts, so none may be installed beside it. Always False for a single process.
+    All processes must call it equally often, at the end of every step. It needs JAX's own handler of SIGTERM, so no
+    other may be installed. Always False for a single process.
     """
     global _asked
     if _log is None:
@@ -259,10 +259,11 @@ def preempted() -> bool:
 
 @contextlib.contextmanager
 def apart() -> Iterator[Callable[[], None]]:
-    """Around work that processes do each at their own pace: yields what each calls all the time, which raises Preempted
-    in all of them within a second or so of a SIGTERM to one. All leave the block together.
+    """A context for work that each process does at its own pace. It yields a function that each calls again and again;
+    a second or so after a SIGTERM to one process, it raises Preempted in all. All leave the block together.
 
-    `preempted` wants equally many calls; time is what all have in common here, so it is called once a tick of it.
+    `preempted` needs equally many calls in all processes. Here they have only the time in common, so it is called once
+    a tick.
     """
     barrier("apart", timeout=ALONE)
     asked, began, stop = _asked, time.monotonic(), None
@@ -298,7 +299,7 @@ def _told(name: str, number: int) -> int:
 def to_host(tree: Any) -> Any:
     """Arrays on any mesh -> the same tree of numpy arrays on process 0, None on the others; all must call it.
 
-    Leaf by leaf: each is whole on every device for a moment.
+    It goes leaf by leaf; for a moment each leaf is whole on every device.
     """
     if jax.process_count() == 1:
         return jax.device_get(tree)

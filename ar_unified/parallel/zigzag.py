@@ -1,8 +1,9 @@
 """The order of a row's columns under context parallelism: device i of C holds pieces i and 2C - 1 - i of 2C.
 
-Of a causal row that is cut into C stretches, the last device would have 2C - 1 times the work of the first, and all
-would wait for it. One early and one late piece together see as many keys on each device. Devices hold a batch in the
-order of the sequence, and a model turns it round for itself: what travels is small beside the keys of one layer.
+If a causal row were cut into C stretches, the last device would have 2C - 1 times the work of the first, and all would
+wait for it. With one early and one late piece, each device sees the same number of keys. A batch lies on the devices in
+the order of the sequence, and the model itself changes to zigzag order; that sends little compared with the keys of one
+layer.
 
 C devices of the context axis, B batch, T position.
 """
@@ -30,7 +31,9 @@ def unzigzag(x: jax.Array) -> jax.Array:
 
 
 def pieces(device: jax.Array, ways: int, width: int) -> tuple[jax.Array, jax.Array]:
-    """Where in the sequence the early and the late piece of a device begin: of `ways` devices, `width` columns each."""
+    """Where in the sequence the early and the late piece of each of `ways` devices begin; a piece has `width`
+    columns.
+    """
     return device * width, (2 * ways - 1 - device) * width
 
 

@@ -1,4 +1,4 @@
-"""What a config costs on hardware that is not here: its real programs, compiled for it, and read.
+"""What a config would cost on hardware that is not here: its real programs are compiled for that hardware, and read.
 
 targets.py      "v5p:8x8x8,slices=2" -> devices this host can compile for
 programs.py     the train step, or prefill and decode, of a config, compiled for a mesh of them

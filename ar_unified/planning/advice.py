@@ -1,7 +1,7 @@
 """What would make a program fit: changes of one thing each, tried.
 
-Arithmetic says which changes cannot be enough: parameters, optimizer state and gradients are exact before anything is
-compiled. The others are compiled, and what is reported of them is the compiler's answer.
+Arithmetic rules out changes that cannot be enough: the sizes of parameters, optimizer state and gradients are known
+exactly. All other changes are compiled, and the compiler's answer is reported.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ class Collective(NamedTuple):
 def collectives(hlo: str, devices: int) -> list[Collective]:
     """All collectives of a module over `devices` devices that join at least two of them.
 
-    What TPU's compiler overlaps it writes down in several fusions with one channel: it counts once. A channel alone
-    tells nothing: those of shard_map all have the same.
+    A collective that TPU's compiler overlaps appears in several fusions with one channel, and is counted once. The
+    channel alone is not enough to recognise it: all collectives of shard_map share one.
     """
     computations, entry = parse(hlo)
     times, known = times_of(computations, entry)

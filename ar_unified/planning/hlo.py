@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 
 class Instruction(NamedTuple):
+    """One line of a compiled module, taken apart."""
+
     type: str
     opcode: str
     rest: str  # operands and attributes
@@ -118,5 +120,6 @@ def trips_of(loop: Instruction, computations: dict[str, list[Instruction]]) -> i
 
 
 def source_of(each: Instruction) -> str:
+    """The name that JAX gave the operation an instruction comes from; "" where it gave none."""
     named = re.search(r'op_name="([^"]*)"', each.rest)
     return named.group(1) if named else ""

@@ -1,7 +1,7 @@
 """What one turn of a module's outermost loops does: a step of decoding, as it was compiled.
 
-TPU's compiler writes beside each instruction how many cycles it takes it to last. It does not for a Pallas kernel: to
-XLA that is a black box, so the bytes of its arrays are counted.
+TPU's compiler notes its estimate of cycles beside each instruction, but not for a Pallas kernel, which is a black box
+to XLA. For these the bytes of their arrays are counted.
 """
 
 from __future__ import annotations

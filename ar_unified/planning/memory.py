@@ -1,8 +1,8 @@
-"""Where a device's memory goes: what the compiler says in all, and how it divides, as far as that can be known.
+"""Where a device's memory goes: the compiler's total, and its parts as far as they can be known.
 
 Parameters, optimizer state, batch and cache are arithmetic on their shardings; the compiler's argument size checks it.
-Of temporaries it gives one number. Gradients and what the forward pass keeps for the backward one are computed, and the
-rest is what it is called: gathered weights, logits of a chunk, buffers of collectives, workspace.
+For temporaries the compiler gives one number. Gradients and what the forward pass keeps for backward are computed from
+shapes. The remainder is reported as such: gathered weights, logits of a chunk, buffers of collectives, workspace.
 """
 
 from __future__ import annotations
@@ -41,10 +41,12 @@ class Memory(NamedTuple):
 
     @property
     def fits(self) -> bool:
+        """Whether the peak is within a device's memory."""
         return self.peak <= self.capacity
 
 
 def memory(program: Program, compiled: Compiled, run: Run, capacity: float) -> Memory:
+    """What a device's memory holds: exact parts, estimates, and the rest of what the compiler says."""
     arguments = dict(program.local_bytes())
     parts: dict[str, float] = {k: arguments.pop(k) for k in ("parameters", "optimizer", "cache") if k in arguments}
     parts["inputs"] = max(compiled.arguments - sum(parts.values()), 0)
@@ -65,7 +67,7 @@ def state_of_backward(program: Program, run: Run) -> dict[str, int]:
 
 
 def at_least(program: Program, run: Run) -> dict[str, float]:
-    """What a program cannot do without, bytes a device, by arithmetic alone: for one that does not compile."""
+    """The least memory of a program, bytes a device, by arithmetic alone; used where it does not compile."""
     arguments = dict(program.local_bytes())
     parts: dict[str, float] = {k: arguments.pop(k) for k in ("parameters", "optimizer", "cache") if k in arguments}
     parts |= _held(program) | {"inputs": sum(arguments.values())}

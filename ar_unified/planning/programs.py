@@ -39,7 +39,7 @@ from ar_unified.training.tasks import TransformerTask
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """All of a config that decides its programs and their cost.
+    """The part of a config that decides its programs and their cost.
 
     Attributes:
       model, vocabulary, layout: what is trained and sampled.
@@ -184,6 +184,7 @@ def programs(run: Run, mesh: Mesh, job: str) -> list[Program]:
 
 
 def make_task(run: Run) -> TransformerTask:
+    """The task of the planned training, without data."""
     return _task(run.model, run.vocabulary, run.loss_chunk, *_trained(run))
 
 
@@ -228,6 +229,7 @@ def _batch(rows: int, length: int, pairs: int) -> PackedBatch | PreferenceBatch:
 
 
 def train_program(run: Run, mesh: Mesh) -> Program:
+    """The real training step for a mesh, with abstract arguments: ready to be compiled, nothing is run."""
     task, tx = make_task(run), make_optimizer(run.optimizer, run.steps)
     # Both run small programs of their own, which must not meet the mesh: nothing can run on it.
     state = abstract_state(task, tx, mesh)
@@ -248,13 +250,13 @@ def train_program(run: Run, mesh: Mesh) -> Program:
 
 
 def gradient_bytes(run: Run, mesh: Mesh) -> int:
-    """Of the gradients of what is trained, on a device."""
+    """Bytes of the gradients of all trained parameters, on one device."""
     task = make_task(run)
     return local_bytes(abstract_trained(task, jax.eval_shape(lambda: task.init(jax.random.key(0))), mesh))
 
 
 def saved_for_backward(run: Run, mesh: Mesh) -> int:
-    """Bytes a device keeps of the forward pass for the backward one, parameters apart. Of JAX's trace, by arithmetic.
+    """Bytes that a device keeps from the forward pass for backward, without parameters; computed from JAX's trace.
 
     They are what `jax.vjp` of the loss closes over, spread over the devices that split rows and sequence. XLA may drop
     or share some; with remat "full" there is little to drop. What a policy sends to the host is not counted.
@@ -267,7 +269,7 @@ def saved_for_backward(run: Run, mesh: Mesh) -> int:
 
 @lru_cache(maxsize=256)  # a search asks again for every mesh
 def _saved(rows: int, length: int, pairs: int, model: TransformerConfig, *of_task: Any) -> int:
-    """Of all devices together. of_task: what `_task` takes beside the model."""
+    """The same for all devices together. of_task: the further arguments of `_task`."""
     task = _task(model, *of_task)
     batch = _batch(rows, length, pairs)
     params = jax.eval_shape(task.init, jax.random.key(0))
@@ -306,8 +308,8 @@ class _Spelling:
 def sample_programs(run: Run, mesh: Mesh) -> list[Program]:
     """Prefill of prompts of half the cache, as many as the engine reads at once, and decoding in a pool that is full.
 
-    The engine keeps, beside the weights that it reads, the whole head, for scores, and the prompts it has read; the
-    pool waits while it reads (sampling/engine.py).
+    Beside the weights that it reads, the engine holds the whole head (for scores) and the prompts it has read. The pool
+    waits while prompts are read (sampling/engine.py).
     """
     config, R, S = run.model, run.requests, run.max_length
     if R < 1 or S < 2:

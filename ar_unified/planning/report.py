@@ -20,10 +20,12 @@ def size(n: float | None) -> str:
 
 
 def billions(n: float) -> str:
+    """A count in billions or millions, for a person."""
     return f"{n / 1e9:.2f}B" if n >= 1e8 else f"{n / 1e6:.2f}M"
 
 
 def duration(seconds: float) -> str:
+    """Seconds or milliseconds, for a person."""
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 

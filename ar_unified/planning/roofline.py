@@ -5,10 +5,10 @@
   ICI        bytes sent inside a slice / the links that the group of each collective can use
   DCN        bytes sent between slices / a device's share of its host's network
 
-At best a step takes as long as the slowest of the four, and besides as long as the collectives that the compiled
-program does not run beside computation; if nothing overlapped, as long as all, with matmuls at ATTAINABLE of the peak.
-The truth lies between, and nothing here was timed: latency, small kernels, the host and stragglers are left out, and
-count more the smaller the step.
+The fast end of a step's time is the slowest of the four, plus the collectives that the compiled program does not run
+beside computation. The slow end is the sum of all four, with matmuls at ATTAINABLE of the peak.
+The truth lies between. Nothing here was timed: latency, small kernels, the host and stragglers are left out, and they
+matter more the smaller a step is.
 
 B batch, T position, D model, N query heads, K KV heads, H head dim, F MLP, L layers, V vocabulary.
 """
@@ -71,19 +71,23 @@ class Roofline(NamedTuple):
 
     @property
     def fastest(self) -> float:
+        """Seconds of a step if everything overlaps that the compiled module lets overlap."""
         hidden = self.seconds["ICI"] + self.seconds["DCN"] - self.exposed
         return max(self.seconds["matmuls"], self.seconds["memory"], hidden) + self.exposed
 
     @property
     def slowest(self) -> float:
+        """Seconds of a step if nothing overlaps and products reach ATTAINABLE of the peak."""
         matmuls = self.seconds["matmuls"] / ATTAINABLE
         return matmuls + sum(s for name, s in self.seconds.items() if name != "matmuls")
 
     @property
     def bound(self) -> str:
+        """What takes longest by itself: "matmuls", "memory", "ICI" or "DCN"."""
         return max(self.seconds, key=lambda name: self.seconds[name])
 
     def mfu(self, seconds: float) -> float:
+        """Model FLOPs utilisation of a step that takes so long."""
         return self.model_flops / seconds / self.peak_flops
 
 
@@ -119,7 +123,9 @@ def _slice(device: object) -> int:
 
 
 def _links(group: Sequence[object], mesh: Mesh, hardware: Hardware) -> tuple[int, int]:
-    """Links a device can send on at once to others of its group, and how many those were without closed rings."""
+    """The number of links on which a device can send to its group at once; and the same if no axis were closed to a
+    ring.
+    """
     if not hardware.torus:
         return 1, 1
     total = np.array([device.coords for device in mesh.devices.flat])
@@ -152,7 +158,9 @@ def roofline(program: Program, run: Run, hardware: Hardware, found: Sequence[Col
 
 
 class _Work(NamedTuple):
-    """FLOPs of all devices, as MFU counts them and as they run; bytes that a device's memory moves; tokens of all."""
+    """FLOPs of all devices as MFU counts them, and as they are executed; bytes moved by a device's memory; tokens of
+    all devices.
+    """
 
     model: float
     executed: float
@@ -199,7 +207,7 @@ def _train(run: Run, program: Program) -> _Work:
 def _orthogonal(run: Run) -> float:
     """FLOPs of Muon's Newton-Schulz iterations over the layers' matrices, [m, n], m <= n: 4 m m n + 2 m m m each.
 
-    All of the layers' matrices, be some of them not trained.
+    It counts all of the layers' matrices, also those that are not trained.
     """
     if run.optimizer.optimizer != "muon" or not make_task(run).trains("layers."):
         return 0.0

@@ -1,4 +1,5 @@
-"""Weak scaling on paper: the batch of a device stays, the slice grows. How far is a step bound by matmuls?
+"""Weak scaling by arithmetic: the batch of a device stays the same and the slice grows. Up to which size do matmuls
+bound a step?
 
 What a device computes and reads stays the same, and so does what it sends over fsdp, tensor and context; over data it
 sends (n - 1) / n of its gradients, twice, which hardly grows. In a larger slice a group may lie on axes that it does
@@ -22,7 +23,7 @@ class Scaling(NamedTuple):
     Attributes:
       largest: chips up to which matmuls bound the step; 0: not even here; None: any number of slices.
       per_slice: chips of the largest slice there is.
-      breaks: what comes first beyond it, or on the way there, in words.
+      breaks: in words, the first thing that limits growth, at that size or before it.
       tokens_needed: tokens a chip at which matmuls would take as long as the slowest other resource does now.
     """
 

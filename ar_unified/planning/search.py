@@ -1,8 +1,8 @@
 """Which remat, rows a chip and mesh train fastest on a target: a few are compiled, and the best that fits is kept.
 
-Arithmetic orders the candidates: those that cannot fit are left out, and the others stand by the time that a token
-takes at least. Compiling tells what arithmetic cannot: what the compiler holds besides, and which of the collectives it
-runs beside computation. Where one does not fit, those that need more are not tried.
+Arithmetic orders the candidates: those that cannot fit are left out, and the others are sorted by the least time of a
+token. Compiling shows what arithmetic cannot: further memory of the compiler, and which collectives it runs beside
+computation. If one candidate does not fit, those that need more are not tried.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def search(run: Run, target: Target, compiled: int = CANDIDATES, *, say: Callabl
     """The plan of the best candidate as `make_plan` gives it, with {"search": {"changes", "why", "tried"}} besides.
 
     Args:
-      compiled: candidates to compile, each of which takes as long as a plan; more, while none of them fits.
+      compiled: how many candidates to compile, each of which takes as long as a plan. If none of them fits, more are
+      tried.
 
     Raises ValueError where no candidate fits the mesh or, by arithmetic, the memory.
     """
@@ -78,7 +79,7 @@ def search(run: Run, target: Target, compiled: int = CANDIDATES, *, say: Callabl
 
 
 def candidates(run: Run, target: Target) -> Iterator[Candidate]:
-    """Every combination that divides, in no order."""
+    """Every combination whose sizes divide each other, in no particular order."""
     for remat, rows, wider in itertools.product(POLICIES, _ROWS, _FSDP):
         fsdp = int(run.mesh.get("fsdp", 1) * wider)
         changes: dict[str, Any] = {
@@ -104,11 +105,14 @@ def candidates(run: Run, target: Target) -> Iterator[Candidate]:
 
 
 def said(changes: dict[str, Any]) -> str:
+    """Changes of a config as flags for a command line."""
     return " ".join(f"--config.{key}={value}" for key, value in changes.items())
 
 
 def _needs_more(each: Candidate, other: Candidate) -> bool:
-    """Whether arithmetic gives it at least what was too much, with as many rows and no wider split."""
+    """Whether it needs at least as much memory as a candidate that did not fit, by arithmetic, with as many rows and no
+    wider split.
+    """
     return (
         each.least >= other.least
         and each.run.batch_size >= other.run.batch_size
@@ -117,7 +121,7 @@ def _needs_more(each: Candidate, other: Candidate) -> bool:
 
 
 def _seconds(plan: PlanReport) -> float:
-    """Of a token, between the fastest and the slowest estimate."""
+    """Seconds of a token, halfway between the fastest and the slowest estimate."""
     (program,) = plan["programs"]
     return (program["fastest"] + program["slowest"]) / 2 / program["tokens"]
 

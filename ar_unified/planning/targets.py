@@ -1,7 +1,7 @@
 """Hardware by name, "v5p:8x8x8,slices=2", and devices of it to compile for on a host that has none.
 
-TPUs come from libtpu, which is their whole compiler and needs no TPU. GPUs stand for themselves where JAX's CUDA plugin
-is installed; elsewhere as many CPU devices take their place, and what depends on the compiler is XLA's for the CPU.
+TPUs come from libtpu, which is their whole compiler and needs no TPU. For GPUs, JAX's CUDA plugin compiles if it is
+installed. Else as many CPU devices stand in, and all that depends on the compiler is that of XLA for CPUs.
 """
 
 from __future__ import annotations
@@ -57,15 +57,18 @@ class Target:
 
     @property
     def name(self) -> str:
+        """As a person writes it: "v6e:16x16,slices=2"."""
         name = f"{self.hardware.name}:{'x'.join(map(str, self.shape))}"
         return f"{name},slices={self.slices}" if self.slices > 1 else name
 
     @property
     def chips(self) -> int:
+        """Chips of all slices."""
         return math.prod(self.shape) * self.slices
 
     @property
     def is_tpu(self) -> bool:
+        """Whether libtpu compiles for it; else CPU devices stand in."""
         return self.hardware.torus > 0
 
     def devices(self) -> list[jax.Device]:
@@ -89,7 +92,7 @@ class Target:
             raise TargetError(f"target {self.name}: libtpu knows no such slice: {error}") from error
 
     def process(self) -> Target:
-        """What one process of a job has of it: the devices of one host."""
+        """The part of one process of a job: the devices of one host."""
         if not self.is_tpu:
             return Target(self.hardware, (min(self.chips, self.hardware.host),))
         devices = self.devices()

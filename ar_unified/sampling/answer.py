@@ -1,4 +1,4 @@
-"""From the tokens of an answer to its Sample: where it stops, the document it says, and why it ended."""
+"""Makes a Sample of the tokens of an answer: where it stops, which document it is, and why it ended."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def finished(grammar: Grammar, plan: Plan, index: int, tokens: np.ndarray, broke
 
 
 def stopped(grammar: Grammar, plan: Plan, index: int, tokens: np.ndarray) -> Sample | None:
-    """The sample, if one of the request's stops is in tokens int32 [n]: they end with it, the document before it."""
+    """The sample, if tokens int32 [n] contain one of the request's stops; else None. The tokens then end with the stop,
+    the document before it.
+    """
     found = _first_stop(grammar, plan, tokens)
     if found is None:
         return None
@@ -57,7 +59,7 @@ def stopped(grammar: Grammar, plan: Plan, index: int, tokens: np.ndarray) -> Sam
 
 
 def _document(grammar: Grammar, plan: Plan, tokens: np.ndarray) -> Document:
-    """What stands behind the prompt. Text that goes on where the prompt's text ends is a part of its own."""
+    """The document of what follows the prompt. If text continues the prompt's text, it is a part of its own."""
     prompt = plan.prompt
     at = grammar.breaks_off(prompt)
     opened = prompt[at.begin :]
@@ -77,7 +79,9 @@ def _document(grammar: Grammar, plan: Plan, tokens: np.ndarray) -> Document:
 
 
 def _first_stop(grammar: Grammar, plan: Plan, tokens: np.ndarray) -> tuple[int, Stop] | None:
-    """(n, stop) of the stop that is said first: the first n tokens say it, and no fewer do. An image interrupts."""
+    """(n, stop) for the stop that comes first; n is the smallest number of tokens that contain it. A stop never reaches
+    across an image.
+    """
     stops = plan.request.stop
     before = np.append(plan.prompt[:1], plan.prompt[grammar.breaks_off(plan.prompt).begin :])
     for run in grammar.texts(np.concatenate([before, tokens])):
@@ -91,7 +95,7 @@ def _first_stop(grammar: Grammar, plan: Plan, tokens: np.ndarray) -> tuple[int, 
 
 
 def _find_text(grammar: Grammar, ids: Sequence[int], stop: str) -> int | None:
-    """How many of the ids it takes to say `stop`."""
+    """The smallest number of ids, from the first on, whose text contains `stop`."""
     decode = grammar.text_codec.decode
     if stop not in decode(ids):
         return None
@@ -103,6 +107,6 @@ def _find_text(grammar: Grammar, ids: Sequence[int], stop: str) -> int | None:
 
 
 def _find_ids(ids: Sequence[int], stop: Sequence[int]) -> int | None:
-    """Where the ids `stop` end, in `ids`."""
+    """The position in `ids` where the ids `stop` end."""
     n = len(stop)
     return next((i + n for i in range(len(ids) - n + 1) if tuple(ids[i : i + n]) == tuple(stop)), None)

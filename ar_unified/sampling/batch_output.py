@@ -40,7 +40,7 @@ class _Failed(Exception):
 def write(folder: Path, lines: Sequence[Line], weights: str) -> None:
     """Writes both files into the folder of a job that is complete; does nothing for a job without a batch's lines.
 
-    weights: named as what answered. Raises OSError.
+    weights: the name of the model that answered. Raises OSError.
     """
     if not any(line.batch for line in lines):
         return
@@ -76,7 +76,7 @@ def _mark(line: Line, kind: str) -> str:
 
 
 def _body(folder: Path, line: Line, rows: Iterable[dict[str, Any]], weights: str) -> dict[str, Any]:
-    """What answers a line. Raises _Failed."""
+    """The body of the answer to a line. Raises _Failed."""
     ordered = sorted(rows, key=lambda row: row["sample"] or 0)
     for row in ordered:
         if row["sample"] is None:

@@ -35,8 +35,9 @@ class ExportError(UserError):
 
 @dataclass(frozen=True)
 class _Asked:
-    """A request of a job: its name, which is its id where that can be a file's name, its line, and the first image
-    of each of its samples that is there, by sample."""
+    """A request of a job: its name (its id, if that can be a file's name), its line, and by sample the first image of
+    each finished sample.
+    """
 
     id: str
     line: int
@@ -112,7 +113,7 @@ def _put(source: Path, target: Path, report: ExportReport) -> None:
 
 
 def _geneval(job: Path, report: ExportReport) -> None:
-    """Folder N for line N of evaluation_metadata.jsonl, which the metadata repeats."""
+    """Folder N is for line N of evaluation_metadata.jsonl, and its metadata.jsonl repeats that line."""
     for asked in _asked(job, report):
         missing = {"tag", "include", "prompt"} - asked.meta.keys()
         if missing:

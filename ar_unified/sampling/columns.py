@@ -1,9 +1,9 @@
-"""What the keys of a row are: settings of ours, slips of the pen, or columns of its own; and which name its id gives.
+"""Sorts the keys of a row: settings of ours, misspelled settings, and columns of its own; and makes a name of its id.
 
-A column of its own is what nobody could have meant as a setting ("category", "prompt_id"): it travels in `meta`. A key
-that is nearly one of ours ("guidence", "imageSize") and one that other systems call so ("guidance_scale") are errors
-which say what it is called here. Tables and the metadata of shards were written for others: there only slips are
-errors, and what other systems call a setting travels, too.
+A key that nobody could have meant as a setting ("category", "prompt_id") is a column of the row's own and travels in
+`meta`. A key that is nearly one of ours ("guidence", "imageSize"), or that other systems use for one
+("guidance_scale"), is an error that names ours. Tables and the metadata of shards were not written for us: there only
+misspellings are errors, and names of other systems travel, too.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def own_columns(row: Mapping[str, Any], *, foreign: bool = False) -> dict[str, A
 
 
 def check_keys(row: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    """Raises RequestError for the first key that is none of `known`: here nothing may be a row's own."""
+    """Raises RequestError for the first key that is not in `known`; here no columns of the row's own are allowed."""
     names = list(known)
     for key in row:
         if key not in names:
@@ -92,7 +92,7 @@ def elsewhere(key: str) -> str:
 
 
 def nearly(key: str, known: Iterable[str]) -> str:
-    """The one of `known` that `key` is a slip of, or "". "prompt_en" and "seed2" are names of their own."""
+    """The one of `known` that `key` misspells, or "". "prompt_en" and "seed2" misspell nothing."""
     if key in _ORDINARY or key[-1:].isdigit():
         return ""
     spelled = re.sub(r"\W", "_", key).casefold().strip("_")
@@ -135,9 +135,9 @@ def _swapped(a: str, b: str) -> bool:
 
 
 class Names:
-    """The name that each id gives a folder of images: the id itself wherever it can be one on every file system.
+    """The name of the folder of images for each id. It is the id itself, if that is a valid name on every file system.
 
-    Otherwise its letters and digits and a hash of it. The same requests in the same order have the same names.
+    Else it is made of the id's letters and digits and a hash. The same requests in the same order get the same names.
     """
 
     def __init__(self) -> None:
@@ -163,5 +163,5 @@ def _made(id: str) -> str:
 
 
 def digest(text: str) -> bytes:
-    """sha256 of a text, be there lone surrogates in it."""
+    """sha256 of a text, which may have lone surrogates."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

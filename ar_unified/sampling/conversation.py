@@ -5,12 +5,12 @@
     talk.say((TextPart("What colour is it?"),), mode="text")
 
 `Engine.generate` reads the whole prompt of each request, so that a sample is a function of weights, request, seed and
-index, bit for bit. Here the keys and values of an answer are those of the steps that drew it, which a prefill would
-round otherwise: the answers are a function of all turns with their requests. They do not depend on the other
+index, bit for bit. Here the keys and values of an answer are those of the steps that drew it; a prefill would round
+them differently. So the answers are a function of all turns and their requests. They do not depend on the other
 conversations of a batch (`say_all`).
 
-What a context has read is known by its tokens. A turn's plan says what each context is to read; what stands in its
-cache already, from the first token on, is not read again.
+The tokens that a context has read are remembered. A turn's plan says what each context is to read. The longest
+beginning of that which the cache already holds is not read again.
 
 Axes: R slots, C contexts, rows side by side [R * C]; W text pieces and more (`steps`).
 """
@@ -42,7 +42,7 @@ _BEFORE = (Turn("user"), Turn("assistant"))  # stands for all turns before one
 
 
 class _Kept(NamedTuple):
-    """What a context has read, int32 [n], and its row of the cache, of which the first n slots count."""
+    """The tokens that a context has read, int32 [n], and its row of the cache, whose first n slots hold them."""
 
     tokens: np.ndarray
     cache: Cache
@@ -135,8 +135,8 @@ class Conversation:
 def say_all(asked: Sequence[tuple[Conversation, Request]]) -> list[Sample]:
     """The answers to the next turns of several conversations of one engine, in their order.
 
-    A request is of the user's turn alone, one sample. Its answer has all turns before in `request.history`. One that
-    cannot be served has an `error`, and leaves its conversation as it was.
+    A request holds the user's turn alone and asks for one sample. The answer's `request.history` has all earlier turns.
+    A request that cannot be served gives an `error` and leaves its conversation as it was.
 
     Raises ValueError for a conversation that is there twice, or engines that differ.
     """
@@ -220,7 +220,9 @@ def _serve(engine: Engine, group: Sequence[tuple[Conversation, Plan]]) -> list[S
 
 
 def _read(engine: Engine, own: _Programs, state: State, new: dict[int, tuple[int, np.ndarray]]) -> State:
-    """The state with what is new in each row read. What a row gets depends on its own length alone, not its mates'."""
+    """The state after each row has read its new tokens. What a row gets depends on its own length, not on the other
+    rows.
+    """
     count = len(state.hidden)
     for size in sorted({bucket(len(tokens)) for _, tokens in new.values()}):
         tokens = np.full((count, size), engine.grammar.vocabulary.pad, np.int32)

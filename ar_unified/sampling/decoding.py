@@ -113,7 +113,7 @@ def nucleus(logits: Array, top_k: Array, top_p: Array) -> Array:
     """Which tokens stay, bool [B, V]: the top_k of a row, and of these the fewest whose probability reaches top_p.
 
     logits f32 [B, V] (-inf: not there), top_k i32 [B] (0: off), top_p f32 [B] (1: off; probabilities are renormalised
-    after top_k). Of equal logits at the border all stay. A filter that no row uses costs nothing.
+    after top_k). If logits are equal at the border, all of them stay. A filter that no row uses costs nothing.
     """
     ranks = _ranks(logits)
     used = jnp.stack([(top_k > 0) & (top_k < logits.shape[-1]), top_p < 1])
@@ -135,8 +135,9 @@ def nucleus(logits: Array, top_k: Array, top_p: Array) -> Array:
 
 
 def _argmax(x: Array) -> Array:
-    """jnp.argmax(x, -1) of x [B, V] without NaN, int32 [B], in two reductions that XLA CPU vectorises, as it does not
-    the one of jnp.argmax, and behind a barrier: it would make the noise anew for each of them."""
+    """jnp.argmax(x, -1) for x [B, V] without NaN, int32 [B]. XLA on CPUs does not vectorise jnp.argmax, but it does
+    vectorise the two reductions used here. The barrier keeps it from computing the noise once for each of them.
+    """
     x = jax.lax.optimization_barrier(x)
     index = jnp.arange(x.shape[-1], dtype=jnp.int32)
     return jnp.min(jnp.where(x == row_max(x), index, x.shape[-1] - 1), axis=-1)
@@ -152,7 +153,7 @@ def _threshold(ranks: Array, weight: Array, least: Array, used: Array) -> Array:
     """For each row that is `used`, a t with {rank >= t} the smallest such set that weighs `least` or more: uint32 [B].
 
     Args:
-        ranks: uint32 [B, V]. weight: f32 [B, V], >= 0; of a whole row more than `least`, f32 [B].
+        ranks: uint32 [B, V]. weight: f32 [B, V], >= 0. least: f32 [B], less than the weight of the whole row.
 
     A search that brackets t, by interpolation and by halves in turn. A row is done as soon as its bracket holds one
     token alone, after 6 to 12 passes over the logits; no distribution takes more than 64.

@@ -7,9 +7,9 @@
     *.json    an object of requests by id (MJHQ-30K's meta_data.json), or a list of them; a text alone is a prompt
     a folder  of ID.txt, a prompt each (DPG-Bench's prompts)
 
-What cannot be read becomes a row with an error, and the rows behind it are read all the same. What is no prompt never
-becomes one: the header of a table, other members of a tar, README and LICENSE files, hidden files and what macOS puts
-into archives (__MACOSX, ._*). Text is UTF-8 (`data.encoding`). Images are named by the rows and read later: files
+What cannot be read becomes a row with an error, and the following rows are still read. These never become prompts: the
+header of a table, other members of a tar, README and LICENSE files, hidden files, and what macOS puts into archives
+(__MACOSX, ._*). Text is UTF-8 (`data.encoding`). Images are named by the rows and read later: files
 under the folder of the requests (`data.files`), members of the tar, or data: URLs. Nothing is fetched.
 """
 
@@ -65,8 +65,9 @@ Left = Callable[[str], None]  # is told each thing that is left out, by its kind
 def read_rows(path: str | Path, leave: Left = lambda kind: None, links: bool = False) -> Iterator[Row]:
     """The requests of a file or folder, in order, without blank lines. Raises OSError; RequestError: a broken file.
 
-    The format is that of the name's suffix; without one that is known, lines beginning with "{" are JSONL. `leave` is
-    told what is there and is no prompt: "README.txt", "members .cls". `links`: whether links that lead out of the
+    The name's suffix gives the format. Without a known suffix, a file whose lines begin with "{" is JSONL. `leave` is
+    called with what is there but is no prompt: "README.txt", "members .cls". `links`: whether links that lead out of
+    the
     requests' folder are followed, to images and to prompts in a folder.
     """
     path = Path(path)
@@ -91,7 +92,7 @@ def read_rows(path: str | Path, leave: Left = lambda kind: None, links: bool = F
 
 
 def fingerprint(paths: Sequence[str | Path]) -> str:
-    """sha256 of everything the files (of a folder: all its prompts) say."""
+    """sha256 of the content of all files (of a folder: of all its prompts)."""
     digest = hashlib.sha256()
     for path in map(Path, paths):
         for file in filter(Path.is_file, _prompt_files(path)) if path.is_dir() else [path]:

@@ -53,7 +53,9 @@ def _page(title: str, data: str) -> str:
 
 
 def _shown(folder: Path, part: dict[str, Any]) -> dict[str, Any]:
-    """A part of a line, with the thumbnail of a large image: jobs of an older version have none."""
+    """A part of a line as the page shows it: a large image by its thumbnail, if the job made one (older versions did
+    not).
+    """
     if max(part.get("height", 0), part.get("width", 0)) <= THUMBNAIL:
         return part
     small = thumbnail(Path(part["image"]))

@@ -23,7 +23,7 @@ from ar_unified.language.automaton import Event
 
 
 def weights(scale: float, image_scale: float, contexts: int) -> list[float]:
-    """What each of the contexts counts for; they add up to 1. image_scale is of the third.
+    """The weight of each context; they add up to 1. image_scale is the scale of the third.
 
     C = 2 is Ho & Salimans' u + s (c - u), C = 3 InstructPix2Pix's u + s_i (i - u) + s (c - i). On logits or on
     log-probabilities: the two differ by a constant per row.
@@ -47,15 +47,15 @@ def mix(logits: Array, weights: Array) -> Array:
 
 
 def advance(event: Event, position: Array, start: Array, resets: Array) -> tuple[Array, Array]:
-    """Where each context writes a token, and where it would write one more: int32 [R, C] twice.
+    """(where, next), int32 [R, C] each: the place where each context writes a token, and the place of the one after it.
 
     Args:
         event: what the token is to images, [R].
         position: int32 [R, C], behind what each context has read so far.
         start: int32 [R, C], behind its prefix. resets: bool [R, C]; False for context 0.
 
-    The place of an unconditional context for what is not of an image is the one behind its last image, or its prefix if
-    it resets: the next <boi> overwrites it.
+    An unconditional context does not read text. It writes text to one place again and again: behind its last image or,
+    if it resets, behind its prefix. The next <boi> overwrites that place.
     """
     begins, image, ends = (x[:, None] for x in event)
     writes = jnp.where(begins & resets, start, position)

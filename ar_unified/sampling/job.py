@@ -55,8 +55,8 @@ class JobMismatch(Mismatch):
 class JobReport:
     """What a process did: samples and errors of this run, lines found done, tokens drawn, seconds.
 
-    `complete`: nothing is left to do, for no process. `first_error`: of this run, with its line; "": there was none.
-    `tokens_a_step`: that a sample had of a step of the engine, by its window.
+    `complete`: no process has anything left to do. `first_error`: the first of this run, with its line, or "".
+    `tokens_a_step`: tokens that a sample got from one step of the engine, by window.
     """
 
     samples: int
@@ -105,8 +105,8 @@ def run_job(
         warn: is told what is odd about the files of requests, once a file.
 
     Raises:
-        JobMismatch: `output` holds a job with other requests, weights, tokenizers, defaults or engine shape, but for
-            its batch size.
+        JobMismatch: `output` holds a job with other requests, weights, tokenizers, defaults or engine shape (the batch
+        size may differ).
         JobBusy: another process writes what this one would.
         RequestError: `defaults` are wrong, or a file of requests is broken or empty.
         OSError: the requests cannot be read, or the output not be written (a full disk); what is there stays, and the
@@ -169,8 +169,9 @@ def _undone(line: Line, done: Done) -> list[int]:
 
 
 class _Tally:
-    """Counts what was written, and says how fast: tokens a second, slots at work, and, on known devices, which part of
-    the least time that memory allows was needed."""
+    """Counts what was written, and reports speed: tokens a second, busy slots and, on known devices, the share of the
+    speed that memory bandwidth allows.
+    """
 
     def __init__(self, engine: Engine, advance: Callable[[float], Any], say: Callable[..., Any]):
         self._engine, self._advance, self._say = engine, advance, say
@@ -251,7 +252,7 @@ def _begin(output: Path, manifest: Mapping[str, Any], *, mend: bool) -> None:
 
 
 class _Ready(NamedTuple):
-    """A line with its request and the prompt as JSON, and how it is served; None: the line has an error."""
+    """A line with its request, the prompt as JSON, and the plan; the plan is None if the line has an error."""
 
     line: Line
     prompt: list[dict[str, Any]]
@@ -362,7 +363,7 @@ def _images(line: Line) -> list[PromptImage]:
 
 
 def _ahead(prepare: _Preparation, windows: Iterable[list[Line]]) -> Iterator[list[_Ready]]:
-    """The windows in order, the next one made ready on another thread meanwhile."""
+    """Yields the windows in order, while another thread prepares the next one."""
     with ThreadPoolExecutor(1) as pool:
         going: deque[Future[list[_Ready]]] = deque()
         for window in windows:

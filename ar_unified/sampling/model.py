@@ -1,4 +1,4 @@
-"""A model as a person has it in a notebook: texts and images in, texts and images out.
+"""A model for notebooks and scripts: texts and images in, texts and images out.
 
     model = ar_unified.load("bundle")
     model.draw("a red circle", seed=3, n=4)          # four images of Pillow
@@ -133,7 +133,7 @@ def _length(sampling: Mapping[str, Any]) -> int:
 
 
 def _none_needed(defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a request right whose default context needs a text of its own."""
+    """Settings to add where the default context needs a negative prompt and the defaults give none."""
     needs_one = defaults.get("context") == "negative_prompt" and not defaults.get("negative_prompt")
     return {"negative_prompt": "-"} if needs_one else {}
 
@@ -150,7 +150,7 @@ def _resize(bundle: Bundle, tokenizer: ImageCodec | None) -> Resize | None:
 
 
 class Model:
-    """An engine and what stands around it: pixels become codes on the way in, codes pixels on the way out.
+    """An engine with its image tokenizer: pixels become codes on the way in, and codes become pixels on the way out.
 
     Args:
         engine: the transformer, and the grammar of both tokenizers.
@@ -234,7 +234,7 @@ class Model:
         return self.message(document)
 
     def conversation(self, system: str = "") -> Chat:
-        """A conversation to go on with, `.say(*content)` by `.say(*content)`, each of which reads only what is new."""
+        """A conversation. Each call of `.say(*content)` is a turn, and reads only what is new."""
         return Chat(self, system)
 
     @property
@@ -295,9 +295,8 @@ class Model:
         return self._request(request), self._coded(answer)
 
     def logits(self, tokens: np.ndarray, adapter: str = "") -> np.ndarray:
-        """Of what comes next behind every token: int32 [B, T] -> float32 [B, T, used], each row one document's ids.
-
-        Raises RequestError for an adapter that was not loaded.
+        """The logits of the next token after every token: int32 [B, T] -> float32 [B, T, used]. Each row is the ids of
+        one document. Raises RequestError for an adapter that was not loaded.
         """
         tokens = np.asarray(tokens)
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or not tokens.size:

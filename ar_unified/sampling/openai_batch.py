@@ -13,8 +13,8 @@ or files (`data.files`).
     metadata                        meta
     keys of ours                    "guidance", "mode", "image_size", ...: as in our own lines
 
-A key that changes nothing here is taken at the value which asks for nothing ("frequency_penalty": 0), and refused at
-any other; what says who asks and how it is billed ("user", "store") is not read; null says nothing. The answers in
+A key without a counterpart here is accepted only with the value that changes nothing ("frequency_penalty": 0). Keys
+about the user and billing ("user", "store") are ignored. null means that a key is not given. The answers in
 OpenAI's format are written by `sampling.batch_output`.
 """
 
@@ -79,7 +79,7 @@ _READ = {
 
 @dataclass(frozen=True)
 class Asked:
-    """What an answer repeats of its request: the id it was given, which kind of answer it expects, the model's name."""
+    """What an answer repeats of its request: its id, the kind of answer it expects, and the model's name."""
 
     custom_id: Any
     endpoint: Literal["chat", "images"]
@@ -124,7 +124,7 @@ def _endpoint(url: Any) -> Literal["chat", "images"] | None:
 
 
 def _check(body: dict[str, Any], endpoint: str) -> None:
-    """Takes what asks for nothing out of the body; raises RequestError for what asks for something else."""
+    """Removes keys whose value changes nothing from the body; raises RequestError for any other value."""
     ours = (*SETTINGS, "canvas")
     known = (*_READ[endpoint], *_NEUTRAL[endpoint], *ours)
     for key, value in list(body.items()):

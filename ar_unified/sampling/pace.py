@@ -1,11 +1,11 @@
 """How many positions a pool draws at once: a number that was asked for, or the one that measures best.
 
-A wider window takes fewer steps and each costs more: how many tokens it has follows from the model and what it draws,
-what it costs from the device and the batch. Both are measured on the steps of the work at hand, so a trial loses no
-more than the time by which it is slower. One begins when a pool has worked for a while, and now and then again.
+A wider window takes fewer steps, but each costs more. How many tokens a step gives depends on the model and on what it
+draws; what it costs depends on the device and the batch. Both are measured on real steps of the job, so a trial costs
+only the time by which it is slower. A trial begins when a pool has worked for a while, and is repeated now and then.
 
-A trial goes up through the widths, as long as the wider one is faster. Of each the steps are timed that follow the
-first ones, in which it may be compiled.
+A trial goes up through the widths as long as the wider one is faster. The first steps of each width are not timed, as
+it may be compiled in them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BETTER = 1.05  # times faster than a narrower one, or it is not worth it
 
 @dataclass
 class _Pool:
-    """What was measured of one: by width the seconds of a step, and the tokens it had for a sample."""
+    """The measurements of one pool, by width: seconds of a step, and tokens that a step gave a sample."""
 
     width: int
     left: int  # steps until a trial

@@ -1,7 +1,8 @@
-"""From a request to arrays: what each of its contexts reads first, what it may take, and whether it can be served.
+"""Turns a request into arrays: what each of its contexts reads first, how many tokens it may take, and whether it can
+be served.
 
-What is known before the first step is not decoded but read with the prompt: in mode "image" the first <boi>, the size,
-and the codes that a canvas gives up to its first hole.
+Tokens that are known before the first step are read with the prompt and not decoded. In mode "image" these are the
+first <boi>, the size, and the codes of a canvas up to its first hole.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Plan:
 
     @property
     def weights(self) -> list[float]:
-        """Of the contexts."""
+        """The weights of the contexts."""
         return guidance.weights(self.request.guidance, self.request.image_guidance, len(self.prefixes))
 
 
@@ -137,14 +138,16 @@ def prompt_tokens(grammar: Grammar, request: Request) -> np.ndarray:
 
 
 def part_tokens(grammar: Grammar, *parts: Part | TokensPart) -> np.ndarray:
-    """Parts as they stand in a document, int32 [n]: ids alone, or none of them. Raises like `prompt_tokens`."""
+    """Parts as they stand in a document, int32 [n]. Either all of them are ids or none is. Raises like
+    `prompt_tokens`.
+    """
     if isinstance(parts[0], TokensPart):
         return np.concatenate([_ids(part, grammar.vocabulary.used) for part in parts])  # type: ignore[arg-type]
     return grammar.parts(parts)  # type: ignore[arg-type]
 
 
 def _groups(parts: Sequence[Part | TokensPart]) -> Iterator[list[Part | TokensPart]]:
-    """Parts in a row of which all are ids, or none."""
+    """Runs of successive parts that are all ids, or all not."""
     for _, group in groupby(parts, lambda part: isinstance(part, TokensPart)):
         yield list(group)
 
@@ -156,7 +159,9 @@ def _ids(part: TokensPart, size: int) -> np.ndarray:
 
 
 def _sides(layout: ImageLayout, opened: Opened, size: tuple[int, int] | None) -> tuple[int, int]:
-    """Height and width, in codes, of the image that was begun: as said, as wanted, or the least there may be."""
+    """Height and width, in codes, of the image that was begun: as the prompt says, else as the request wants, else the
+    smallest.
+    """
     said, wanted = [opened.height, opened.width], size or (0, 0)
     sides = []
     for axis, unit in enumerate(layout.units):
@@ -177,7 +182,7 @@ def _given(grammar: Grammar, request: Request, size: tuple[int, int] | None) -> 
 
 
 def _base(grammar: Grammar, request: Request, context: str, own: np.ndarray) -> np.ndarray:
-    """What a context reads before the image at hand; all it reads, if it keeps the images before."""
+    """What a context reads before its images; if it keeps earlier images, all that it reads."""
     if context == "empty_prompt":
         return grammar.unconditional.tokens
     if context == "bos_boi":
@@ -193,7 +198,8 @@ def _base(grammar: Grammar, request: Request, context: str, own: np.ndarray) -> 
 def without_text(grammar: Grammar, tokens: np.ndarray) -> np.ndarray:
     """Ids [n] that begin a document without its text: what the context "image_only" reads of them.
 
-    The mark behind a question goes with it where the layout's `unconditional` has none, as Chameleon's.
+    If the layout's `unconditional` has no mark for the end of a question, as in Chameleon's, that mark is left out,
+    too.
     """
     record = grammar.layout.record
     kept = np.ones(len(tokens), bool)
@@ -261,15 +267,15 @@ def _budget(request: Request, needed: int, most: int, prompt: int, max_length: i
 
 
 def cache_length(max_length: int, part: int = 1) -> int:
-    """Slots of a cache that holds max_length / part tokens."""
+    """The number of slots of a cache for max_length / part tokens."""
     return -(-max_length // (_SLOTS * part)) * _SLOTS
 
 
 def _length_class(n: int, max_length: int) -> int:
     """The length of the cache that n tokens go to: max_length, a half or a quarter of it, in multiples of 64.
 
-    Of 64, because XLA on a CPU adds up a row in vectors: behind an incomplete one, a row's bits would depend on how
-    much of the cache its batch makes it read (kernels/decode_attention/xla.py).
+    It is a multiple of 64 because XLA on a CPU adds up a row in vectors. With an incomplete vector, the bits of a row
+    would depend on how much of the cache its batch makes it read (kernels/decode_attention/xla.py).
     """
     classes = [cache_length(max_length, part) for part in _SHARES]
     fitting = [length for length in classes if length >= n]

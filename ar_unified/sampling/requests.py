@@ -43,7 +43,7 @@ _NAMES = {"Mapping": "object", "tuple": "list", "dict": "object"}  # what JSON c
 
 
 class PromptImageError(RequestError):
-    """An image cannot be read now. The request may be right: its file may be put in order."""
+    """An image cannot be read now. The request itself may be right, if its file is repaired."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Line:
         content: text, ids, and images. history: the turns before it, with images, too.
         canvas: what the answer's first image starts from.
         request: without parts and canvas yet; None if there is an `error`.
-        retry: whether the error may be gone when the job is run again.
+        retry: whether the request may succeed when the job is run again.
         batch: what an answer in OpenAI's format repeats, if the row is one of theirs.
         prompt_tokens: of the request with its parts, once it has them.
     """
@@ -116,7 +116,7 @@ def read_requests(
 
     Args:
         paths: a file or folder that `formats.read_rows` reads, or several, numbered on.
-        cells: the image tokenizer, or whatever says what a code stands for.
+        cells: the image tokenizer, or another object that knows how many pixels a code stands for.
         defaults: settings of requests that do not say.
         links: whether links that lead out of the requests' folder are followed.
         warn: called once for a file with columns of its own, and once for one where something is no prompt.

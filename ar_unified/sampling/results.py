@@ -3,8 +3,8 @@
     samples.jsonl                    of a job of one process
     samples-00003-of-00016.jsonl     of process 3 of 16
 
-A job may go on with another number of processes: what is done is read from all the files. A line is appended when the
-images it names are in their place, so a line that is there and whole is a sample that is done.
+A job may continue with another number of processes, so finished samples are read from all files. A line is appended
+after the images it names were written. So every complete line is a finished sample.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class JobBusy(UserError):
 
 
 def shard_name(process: int, processes: int) -> str:
-    """Of the file that one of the processes appends to."""
+    """The name of the file that one process appends to."""
     return "samples.jsonl" if processes == 1 else f"samples-{process:05d}-of-{processes:05d}.jsonl"
 
 
@@ -69,17 +69,18 @@ def read(folder: str | Path) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Done:
-    """What the files say is done.
+    """The samples that are finished according to the files.
 
     Attributes:
         samples: (line of the requests, sample), sample None for a bad request.
-        failed: by line, the error of a request that may go well in another run.
+        failed: by line, the error of a request that may succeed when it is tried again.
     """
 
     samples: set[tuple[int, int | None]] = field(default_factory=set)
     failed: dict[int, str] = field(default_factory=dict)
 
     def has(self, line: int, sample: int | None) -> bool:
+        """Whether a sample is written already, or its whole line is an error."""
         return (line, sample) in self.samples or (line, None) in self.samples
 
     @classmethod
@@ -97,7 +98,8 @@ class Done:
 def open_shard(folder: Path, process: int, processes: int) -> IO[bytes]:
     """The file of this process, locked and without a torn last line, to append to.
 
-    Files that processes of another number left are mended, too. Raises OSError, and JobBusy if one is still written.
+    Torn lines in the files of an earlier run with another number of processes are cut off, too. Raises OSError, and
+    JobBusy if one of them is still being written.
     """
     name = shard_name(process, processes)
     ending = f"-of-{processes:05d}.jsonl"
@@ -116,7 +118,9 @@ def open_shard(folder: Path, process: int, processes: int) -> IO[bytes]:
 
 
 def _own(file: IO[bytes], path: Path) -> None:
-    """Locks a file and cuts off a torn last line: its writer was killed in it, and its sample is drawn again."""
+    """Locks a file and cuts off a torn last line, whose writer was killed while it wrote; that sample is drawn
+    again.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -167,10 +171,10 @@ class Writer:
     Args:
         folder: of the job. file: from `open_shard`.
         decode: codes int32 [B, h, w] -> images uint8 [B, H, W, 3].
-        batch: entries that are decoded and written together; they wait at most five seconds for each other.
+        batch: how many entries are decoded and written together; an entry waits at most five seconds for others.
         written: called on the thread with the rows that are safely there.
 
-    As a context: leaving it writes what was put; an error of the thread comes out of `put` or there.
+    It is a context: leaving it writes all entries. An error of the thread is raised by `put`, or on leaving.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""How likely a model finds what is there already: log-likelihoods of given parts, teacher-forced.
+"""How likely a model finds given parts: their log-likelihoods, teacher-forced.
 
 Axes: b rows of a batch, P bucket, D model, V vocabulary.
 """
@@ -27,7 +27,9 @@ _POSITIONS = 64  # whose logits [b, 64, V] exist at once
 
 @dataclass(frozen=True)
 class PartScore:
-    """Of one part: its log-likelihood in nats given all before it, its tokens, and whether each was the likeliest."""
+    """The score of one part: its log-likelihood in nats given all that precedes it, its number of tokens, and whether
+    every token was the likeliest at its place.
+    """
 
     log_likelihood: float
     tokens: int
@@ -36,19 +38,19 @@ class PartScore:
 
 @dataclass(frozen=True)
 class Score:
-    """Of an answer: that of each of its parts, and of the <eos> behind them."""
+    """The score of an answer: the scores of its parts, and that of the <eos> behind them."""
 
     parts: tuple[PartScore, ...]
     eos: PartScore
 
     @property
     def log_likelihood(self) -> float:
-        """Of all parts together, in nats, without <eos>."""
+        """The sum over all parts, in nats, without <eos>."""
         return sum(part.log_likelihood for part in self.parts)
 
     @property
     def tokens(self) -> int:
-        """Of all parts together, without <eos>."""
+        """The number of tokens of all parts, without <eos>."""
         return sum(part.tokens for part in self.parts)
 
 
@@ -58,8 +60,8 @@ Scored = Document | tuple[Request, Sequence[Part | TokensPart]]
 def pieces(grammar: Grammar, item: Scored) -> list[np.ndarray]:
     """The token ids of the prompt, of each part to be scored, and of <eos>. Raises GrammarError or RequestError.
 
-    Of a Document the prompt is what it says; without a turn all parts are scored. Of a request and an answer, the
-    request's prompt: without a turn the answer goes on where the prompt's text ends.
+    For a Document, the prompt is what its turns ask; without turns, all parts are scored. For a request and an answer,
+    it is the request's prompt; without turns, the answer goes on where the prompt's text ends.
     """
     if isinstance(item, Document):
         grammar.encode(item)  # a part that no grammar carries is named by its place in the document
@@ -74,10 +76,9 @@ def pieces(grammar: Grammar, item: Scored) -> list[np.ndarray]:
 def forward(
     config: TransformerConfig, used: int, split: int | None, params: Any, tokens: Array, adapter: Array
 ) -> tuple[Array, Array]:
-    """Of every token of int32 [b, P] but the first: f32 [b, P - 1] its log-probability given those before it, and bool
-    [b, P - 1], whether none of its softmax was likelier; `used` and `split` as of `token_losses`.
-
-    adapter: of each row, int32 [b].
+    """For tokens int32 [b, P]: f32 [b, P - 1], the log-probability of each token but the first given those before it,
+    and bool [b, P - 1], whether it was the likeliest id. `used` and `split` are those of `token_losses`; adapter: of
+    each row, int32 [b].
     """
     model = Transformer.bind(config, params)
     b, P = tokens.shape

@@ -1,4 +1,4 @@
-"""What the slots of a pool hold: a sample each, and what the device is told of it.
+"""The slots of a pool: each holds a sample, and the arrays that the device gets for it.
 
 R slots, C contexts.
 """
@@ -30,13 +30,14 @@ class Job:
     finished: bool = False
 
     def drawn(self) -> np.ndarray:
+        """int32 ids of the sample so far: those that were given, then those that were drawn."""
         return np.concatenate([self.plan.given, *self.tokens]).astype(np.int32)
 
 
 def row_arrays(
     layout: ImageLayout, shape: Shape, slots: int, fresh: dict[int, Job], adapters: Mapping[str, int]
 ) -> tuple[Any, ...]:
-    """What `steps.insert` takes of the samples: rows, start, position. adapters: their numbers by name."""
+    """The arguments of `steps.insert` for these samples: rows, start, position. adapters: their numbers by name."""
     jobs = [fresh.get(i) for i in range(slots)]
     C = shape.contexts
 

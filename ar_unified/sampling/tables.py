@@ -1,8 +1,8 @@
 """Tables of prompts -> rows: CSV, TSV and Parquet files with a column named prompt, caption or text.
 
 The first line of a CSV or TSV file names the columns. A TSV cell is what stands between two tabs (PartiPrompts.tsv has
-prompts with a quotation mark in them); one that is quoted whole, its inner marks doubled, is taken out of its quotes,
-and where cells go over lines the file is read as CSV is. Columns named as settings are settings, an empty cell says
+prompts with a quotation mark in them); a cell that is quoted as a whole, with its inner marks doubled, loses its
+quotes. If cells span lines, the file is read like CSV. Columns named as settings are settings, an empty cell says
 nothing, and all others travel in `meta`.
 """
 
@@ -125,7 +125,7 @@ def _says(name: str, cell: str) -> bool:
 
 
 def _cell(name: str, cell: str) -> Any:
-    """A number or list where a setting is one."""
+    """The value of a cell: a number or a list, if the column is a setting of that kind; else the text."""
     if name in _TEXTS or name not in ROW:
         return cell.strip()
     try:

@@ -1,8 +1,8 @@
-"""Weights on their way from a checkpoint to the sampler: in the form that it reads, once in memory.
+"""Brings weights from a checkpoint into the form that the sampler reads, without holding them twice.
 
 A training keeps float32 parameters, stacked by layers. The sampler reads a list of layers in the compute dtype, or in 8
-bits. They are read from disk in the compute dtype at once, and taken apart one after another: what has been taken is
-freed, so that nothing is there twice but one stack of matrices at a time.
+bits. They are read from disk directly in the compute dtype. Then one stack of matrices after the other is split into
+layers and freed, so only one stack is in memory twice at a time.
 
 L layers.
 """
@@ -25,7 +25,8 @@ WEIGHT_DTYPES = (None, *LARGEST)
 
 
 def read_as(config: TransformerConfig, mesh: Mesh | None) -> Params:
-    """What to read a checkpoint as: stacked parameters, matrices in the compute dtype, where decoding wants them.
+    """The form in which to read a checkpoint for decoding: stacked parameters, matrices in the compute dtype, with
+    shardings.
 
     Returns ShapeDtypeStructs with shardings; without a mesh they lie on this process's first device.
     """
@@ -39,7 +40,8 @@ def read_as(config: TransformerConfig, mesh: Mesh | None) -> Params:
 
 
 def settled(config: TransformerConfig, params: Params, mesh: Mesh | None, weights_dtype: str | None = None) -> Params:
-    """Parameters from `read_as` as `transformer.unstacked` has them. The given arrays are freed on the way.
+    """Turns parameters that were read as `read_as` says into the form of `transformer.unstacked`. The given arrays are
+    freed.
 
     weights_dtype: one of WEIGHT_DTYPES. Raises ValueError for another.
     """
@@ -58,6 +60,7 @@ def settled(config: TransformerConfig, params: Params, mesh: Mesh | None, weight
 
 
 def check_weights_dtype(weights_dtype: str | None) -> None:
+    """Raises ValueError unless it is one of WEIGHT_DTYPES."""
     if weights_dtype not in WEIGHT_DTYPES:
         expected = ", ".join(map(str, WEIGHT_DTYPES))
         raise ValueError(f"weights_dtype: expected one of {expected}; found {weights_dtype!r}")
@@ -79,7 +82,7 @@ def _place(path: Any, stack: Any, name: str, weights_dtype: str | None, mesh: Me
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _apart(name: str, weights_dtype: str | None, places: Any, stack: jax.Array) -> list[Any]:
-    """Of each layer, from [L, ...]."""
+    """Splits a stack [L, ...] into one array for each layer."""
 
     def placed(part: Any) -> Any:
         if places is None:

@@ -1,18 +1,18 @@
-"""Decoding of several positions of an image at once, to the tokens that are drawn one by one.
+"""Decodes several positions of an image at once, and gives the same tokens as decoding one by one.
 
-Noise belongs to (seed, sample, position), so a token is a function of what stands before it. A step guesses the next
-w - 1 tokens of a row, reads them in one forward behind the token that is known, and draws at each of the w positions:
-the first draw is right, and each further one as long as the guesses before it were what was drawn (Jacobi's iteration
+Noise belongs to (seed, sample, position), so a token is a function of what stands before it. A step guesses the next w
+- 1 tokens of a row, reads them in one forward after the known token, and draws at each of the w positions. The first
+draw is right; each further draw is right if all guesses before it equal what was drawn (Jacobi's iteration
 as in "Accelerating Auto-regressive Text-to-Image Generation with Training-free Speculative Jacobi Decoding", arXiv
 2410.01699, with the two draws coupled by their noise, so that a guess is right or wrong and no distribution changes).
 So a step has between 1 and w tokens, and these are, in exact arithmetic, those of `steps.step`.
 
-A guess is what was drawn there before, behind guesses that were wrong; else the code above, in the first row the one
-before. What the grammar leaves no choice in, and what a canvas gives, is no guess. Text is not guessed: where all rows
-are in text, `steps.step` takes the step. A guess ends where the contexts of a row would not write side by side, as
-behind an image.
+A guess is what the last step drew at that position, after guesses that were wrong. If nothing was drawn there, it is
+the code above, or in the first row the code before. Tokens that the grammar forces or a canvas gives are known and not
+guessed. Text is not guessed: if all rows are in text, `steps.step` takes the step. Guesses end where the contexts of a
+row would not write side by side, such as after an image.
 
-What wrong guesses have left in the cache lies behind the row's end, and is written over before anything looks at it.
+What wrong guesses leave in the cache lies after the row's end, and is overwritten before anything reads it.
 
 Axes: R slots, C contexts, w positions (the window), n = w - 1 guesses, D model.
 """
@@ -215,10 +215,11 @@ def draw(
 def guess(
     grammar: Grammar, state: State, after: Any, position: Array, writes: Array, again: Array, codes: Array
 ) -> Drafts:
-    """Guesses of what comes next, without what is read of them.
+    """The guesses for the next positions; they are not read yet.
 
     Args:
-        after: the automaton behind what is known, [R] each. position, writes: int32 [R, C], of `guidance.advance`.
+        after: the automaton's state after the known tokens, [R] each. position, writes: int32 [R, C], of
+        `guidance.advance`.
         again: int32 [R, n], what was drawn there before; -1: nothing. codes: of the image at hand, as in `Drafts`.
     """
     machine, rows, offset = grammar.automaton, state.rows, grammar.vocabulary.image_offset
@@ -247,7 +248,7 @@ def guess(
 
 
 def _as_wide(drafts: Drafts, like: Drafts) -> Drafts:
-    """Drafts of a narrow window as those of a wide one, none behind its end."""
+    """Drafts of a narrow window in the shape of a wide one; the added positions have none."""
 
     def wide(x: Array, old: Array) -> Array:
         missing = old.shape[1] - x.shape[1]

@@ -50,7 +50,8 @@ class TrainingTask(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What is trained, for messages and file names."""
 
     @property
     def unit(self) -> str:
@@ -64,7 +65,8 @@ class TrainingTask(Protocol):
     def validation(self) -> Sequence[Batch]:
         """Held-out batches, the same every time."""
 
-    def init(self, key: jax.Array) -> Params: ...
+    def init(self, key: jax.Array) -> Params:
+        """Fresh parameters."""
 
     def logical_axes(self, params: Params) -> Any:
         """A tree like params, of tuples of logical axis names (parallel/rules.py)."""
@@ -120,24 +122,30 @@ class Stateless:
         return self
 
     def selection(self, params: Params) -> Selection:
+        """Everything is trained."""
         return EVERYTHING
 
     def rates_of(self, params: Params) -> Rates:
         return UNIFORM
 
     def init_state(self, params: Params) -> Params:
+        """No state: {}."""
         return {}
 
     def update_state(self, params: Params, model_state: Params, sums: Metrics) -> tuple[Params, Params]:
+        """Both as they are."""
         return params, model_state
 
     def inference_params(self, params: Params, model_state: Params) -> Params:
+        """The parameters themselves."""
         return params
 
     def inspect(self, params: Params, model_state: Params, batch: Batch) -> Metrics:
+        """No further metrics: {}."""
         return {}
 
     def warning(self, line: Mapping[str, float]) -> str:
+        """No warning: ""."""
         return ""
 
 

@@ -124,6 +124,7 @@ class TransformerTask(Stateless):
             self.rates_of(self._shapes)
 
     def init(self, key: jax.Array) -> Params:
+        """Fresh parameters; rows of image codes near each other where the codes are, if `code_vectors` are given."""
         params = transformer.init(self.config, key)
         if self.code_vectors is not None:
             params = init_from_codebook(
@@ -144,18 +145,22 @@ class TransformerTask(Stateless):
         return transformer.Transformer.bind(self.config, params, self.lora)
 
     def logical_axes(self, params: Params) -> Any:
+        """The axes' names of every parameter (parallel/rules.py)."""
         return transformer.logical_axes(params)
 
     def selection(self, params: Params) -> Selection:
+        """The parameters that `only` or a phase names, else all; an adapter's beside them, or alone."""
         places = trained_in(self.only, self.phases)
         places = ("lora", *places) if self.lora is not None else places
         return select(places, transformer.logical_axes(params), self.vocabulary, self.new)
 
     def rates_of(self, params: Params) -> Rates:
+        """How fast each part of the parameters, or of their shapes, moves."""
         axes = transformer.logical_axes(params)
         return make_rates(self.rates, self.phases, axes, params, self.vocabulary, self.selection(params), self.new)
 
     def describe(self) -> dict[str, Any]:
+        """The model's shape, and the adapter's."""
         adapter = {} if self.lora is None else {"lora": dataclasses.asdict(self.lora)}
         return {"kind": self.name, **dataclasses.asdict(self.config), **adapter}
 
@@ -206,6 +211,7 @@ class TransformerTask(Stateless):
     def loss(
         self, params: Params, model_state: Params, batch: Batch, keys: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, Metrics]:
+        """Weighted cross-entropy and z-loss of the batch, with counts by role and task."""
         nll, lse = self.of_targets(params, batch, keys)
         weight = self.weights(batch)
         share = self._shares(batch, weight)
@@ -214,6 +220,7 @@ class TransformerTask(Stateless):
         return *loss, metrics | {"loss": (jnp.sum(share * nll), loss[1])}
 
     def inspect(self, params: Params, model_state: Params, batch: Batch) -> Metrics:
+        """The attention that text and images give to each other, if `attention_share` asks for it."""
         if not self.attention_share:
             return {}
         return attention_shares(self.bind(params), self.vocabulary, batch)
@@ -258,6 +265,7 @@ class TransformerTask(Stateless):
         return metrics
 
     def summary(self, totals: Metrics) -> dict[str, float]:
+        """Means of all sums that have a count."""
         return ratios(totals)
 
     @functools.cached_property
@@ -312,21 +320,25 @@ class TokenizerTask:
     unit: str = "images"
 
     def init(self, key: jax.Array) -> Params:
+        """Fresh parameters of the autoencoder and of its discriminator."""
         return self.objective.init(key)
 
     def of_whole(self, batch: Batch) -> TokenizerTask:
         return self
 
     def selection(self, params: Params) -> Selection:
+        """Everything is trained."""
         return EVERYTHING
 
     def rates_of(self, params: Params) -> Rates:
         return make_rates(self.rates, (), self.logical_axes(params), params, Vocabulary(1, 0), EVERYTHING)
 
     def init_state(self, params: Params) -> Params:
+        """Averaged weights and statistics of the codebook, before the first step."""
         return self.objective.init_state(params)
 
     def inference_params(self, params: Params, model_state: Params) -> Params:
+        """The autoencoder, by its averaged weights if there are any."""
         return self.objective.inference_params(params, model_state)
 
     def logical_axes(self, params: Params) -> Any:
@@ -336,6 +348,7 @@ class TokenizerTask:
         )
 
     def describe(self) -> dict[str, Any]:
+        """The autoencoder's shape, its losses, and the hash of the network that compares features."""
         objective = self.objective
         return {
             "kind": self.name,
@@ -347,24 +360,30 @@ class TokenizerTask:
     def loss(
         self, params: Params, model_state: Params, batch: Batch, keys: jax.Array | None
     ) -> tuple[dict[str, jax.Array], jax.Array, Metrics]:
+        """The losses of autoencoder and discriminator, each for its own parameters, from one forward pass."""
         images = jnp.float32(batch["pixels"].shape[0])
         losses, metrics, sums = self.objective.losses(params, model_state, batch["pixels"], keys)
         return losses, images, {"images": images, STATISTICS: sums, **metrics}
 
     def inspect(self, params: Params, model_state: Params, batch: Batch) -> Metrics:
+        """No further metrics: {}."""
         return {}
 
     def update_state(self, params: Params, model_state: Params, sums: Metrics) -> tuple[Params, Params]:
+        """Moves the averages and the codebook by the statistics of the batch."""
         return self.objective.update_state(params, model_state, sums)
 
     def summary(self, totals: Metrics) -> dict[str, float]:
+        """Means of all sums that have a count, and how the codebook is used."""
         codes = usage(totals["code_counts"]) if "code_counts" in totals else {}
         return ratios(totals) | {f"codes/{k}": float(v) for k, v in codes.items()}
 
     def warning(self, line: Mapping[str, float]) -> str:
+        """That the codebook has collapsed, if it has."""
         autoencoder = self.objective.autoencoder
         found = {k.removeprefix("codes/"): v for k, v in line.items() if k.startswith("codes/")}
         return collapse(found, autoencoder.codebook_size, autoencoder.quantizer)
 
     def flops(self, totals: Metrics) -> None:
+        """Not known: None."""
         return None

@@ -101,6 +101,7 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
+        """Begins to count anew, from now on."""
         self.totals: Metrics = {}
         self.steps = 0
         self.waited = 0.0  # seconds in which the devices had nothing to do until a batch came
@@ -180,9 +181,11 @@ class Telemetry:
             storage.push(self._folder)
 
     def say(self, line: str) -> None:
+        """Prints a line, if this process prints."""
         self.console(line)
 
     def close(self) -> None:
+        """Closes metrics.jsonl and TensorBoard's file."""
         if self.active:
             os.close(self._file)
             self._board.close()

@@ -8,35 +8,7 @@ losses of both sides and the share of greedy tokens that agree.
     python experiments/benchmarks/cpu_vs_transformers.py --size 25m
     OMP_NUM_THREADS=1 taskset -c 1 python experiments/benchmarks/cpu_vs_transformers.py --size demo
 
-Measured 22 Nov 2026 the second way, both sizes (one core of a Zen 5 EPYC that other work shared, one thread each; 4
-repeats for demo, 2 for 25m), jaxlib 0.10.2, torch 2.13.0, transformers 5.23.0. Their CPU time over ours, above 1 = we
-are faster; the tokens agreed to 1.000 everywhere, the losses to 1e-4 (float32) and 2e-3 (bfloat16):
-
-                               25m: d=512 L=8 V=16384      demo: d=192 L=4 V=1792
-                               float32     bfloat16        float32     bfloat16
-    train (8x512 / 16x256)     1.00        0.80            1.53        0.97
-    decode b=1, generate       1.00        1.41            3.07        5.20
-    decode b=1, loop           1.05        1.42            2.76        4.92
-    decode b=16, generate      1.59        0.92            2.42        1.34
-    decode b=16, loop          1.59        0.94            2.28        1.26
-
-With two threads on the same two shared cores torch's OpenMP threads wait for one another and fall to a sixth: no
-comparison. Ours alone, two threads, demo size: 7,000 to 7,500 tokens/s of training in float32, 8,000 to 8,200 in
-bfloat16, with both jax 0.10.2 and 0.12.0; the loss's chunk (512 to 2,048) does not matter.
-
-What made it faster, in CPU time of the demo's loss and gradients in float32, in the order it was done (the first step
-was at 0.87 of torch's speed):
-  1080 ms  plain einsum attention
-   890     attention in causal chunks with a backward of its own, the mask an added bias, a maximum that XLA vectorises
-   710     memory stays with the process: 130,000 page faults a step fewer (`keep_memory`)
-   590     the gradient of a weight contracted as [tokens, I] x [tokens, O] -> [I, O], which JAX turns round
-   540     cos and sin of RoPE looked up in a table instead of computed for every head of every layer
-Decoding at b=16 is 1.2x (25m) to 1.5x (demo) faster over a cache [B, K, S, H] than over [B, S, K, H].
-
-What is left: bfloat16 products. oneDNN under torch uses AVX512_BF16 (450 GFLOP/s a core); XLA CPU in jaxlib 0.10.2
-turns bfloat16 into float32 (200; jaxlib 0.12 has 340 to 380 for untransposed products). In float32 it is the other way
-round: 220 against torch's 95. In 25m the head (V=16384) is computed twice, the price of no [B, T, V]; how much of the
-step that is was not measured. Nor was a quiet machine with two threads for both sides.
+What was measured, and what made ours faster: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -160,6 +132,7 @@ def make_peer(config: TransformerConfig, params):
 
 
 def peer_train_step(peer, tokens: np.ndarray, dtype: str) -> Callable[[], float]:
+    """A call that does one step of theirs and returns the loss."""
     import torch
 
     optimizer = torch.optim.AdamW(
@@ -223,6 +196,7 @@ def serve_peer(pipe, config: TransformerConfig, params, what: str, tokens: np.nd
 
 
 def timed(run: Callable) -> tuple[float, float, Any]:
+    """(seconds of wall time, seconds of CPU time, the result) of a call."""
     wall, cpu = time.perf_counter(), time.process_time()
     result = run()
     return time.perf_counter() - wall, time.process_time() - cpu, result
@@ -266,6 +240,7 @@ def report(title: str, medians: dict[str, tuple[float, float]], tokens: int) -> 
 
 
 def main() -> None:
+    """Prints a table of ratios, for each size and dtype that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="25m")
     parser.add_argument("--what", nargs="+", choices=("train", "decode"), default=("train", "decode"))

@@ -47,6 +47,7 @@ VOCABULARY = vocabulary_for(LAYOUT, 57088, 8192)
 
 
 def measure(name: str, layers: int | None) -> str:
+    """Compiles one case and returns its line of the table."""
     target, kv_dtype, weights_dtype = CASES[name]
     model = config_from("chameleon_7b", VOCABULARY.size)
     model = dataclasses.replace(model, n_layers=layers or model.n_layers)
@@ -78,6 +79,7 @@ def measure(name: str, layers: int | None) -> str:
 
 
 def main() -> None:
+    """Prints a line for each case."""
     jax.config.update("jax_platforms", "cpu")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; default: all")

@@ -11,13 +11,7 @@ those that were planted; an original that is found to be a copy of another count
 pixels. Cost: CPU seconds, and the same for 10**6 images if each takes as long as here: hashing does, searching takes
 longer the more images there are that look alike. Reading and decoding, which comes to it, is not counted.
 
-29 Nov 2026, NumPy on one core of a Xeon that others share, --every 3, photos and emoji (929 originals, 5,574 images):
-
-    recall     scaled 0.9989  recompressed 0.9989  cut 0.9946  all three 0.9935  the same 1.0  all of them 0.9972
-    precision  0.9991; no original was dropped
-    cost       10**6 images: 590 s to hash, 1,670 s to search; 473 MiB at most, with the interpreter and the images
-
-Of what is lost one was looked at: a target of red and white rings, whose colours JPEG mixes.
+What was measured: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -44,23 +38,27 @@ EDITS = ("scaled", "recompressed", "cut", "all three", "same")
 
 
 def scaled(pixels: np.ndarray, factor: float) -> np.ndarray:
+    """uint8 [H, W, 3] with both sides times `factor`, at least 16 pixels."""
     height, width = (max(16, round(side * factor)) for side in pixels.shape[:2])
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
 
 
 def recompressed(pixels: np.ndarray, quality: int) -> np.ndarray:
+    """The pixels after JPEG of a quality."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=quality)
     return decode(file.getvalue())
 
 
 def cut(pixels: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """The pixels without these shares of its sides: top, bottom, left, right."""
     height, width = pixels.shape[:2]
     up, down, left, right = np.rint(shares * (height, height, width, width)).astype(int).tolist()
     return pixels[up : height - down, left : width - right]
 
 
 def edited(pixels: np.ndarray, edit: str, random: np.random.Generator) -> np.ndarray:
+    """The pixels after one of EDITS, with numbers that are drawn."""
     factor, quality, shares = random.uniform(0.5, 1.5), int(random.integers(30, 91)), random.uniform(0, 0.05, 4)
     if edit in ("cut", "all three"):
         pixels = cut(pixels, shares)
@@ -70,6 +68,7 @@ def edited(pixels: np.ndarray, edit: str, random: np.random.Generator) -> np.nda
 
 
 def measured(root: Path, names: tuple[str, ...], every: int) -> dict[str, Any]:
+    """Plants the copies of some sets and returns recall, precision and cost."""
     files = [path for name in names for path in sorted((root / name / "images").rglob("*"))]
     files = [path for path in files if path.suffix.lower() in SUFFIXES][::every]
     search, random, seconds = Search(), np.random.default_rng(0), 0.0
@@ -107,6 +106,7 @@ def measured(root: Path, names: tuple[str, ...], every: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Prints the numbers, and writes them as JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", type=Path, required=True, help="the folder with the five sets")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="take one image in N (%(default)s)")

@@ -7,28 +7,7 @@ out in torch below. Each side has a process of its own; runs alternate after a w
 
     OMP_NUM_THREADS=1 taskset -c 0 python experiments/benchmarks/image_tokenizer.py --output FILE.json
 
-Measured so on 26 Nov 2026, on one core of a Xeon with AVX-512 that other work shared: jaxlib 0.10.2, torch 2.14.1,
-transformers 5.24.0; raw times in results/image_tokenizer.json. Their wall time over ours, CPU time in brackets; 5
-repeats, medians. The codes agreed to 1.000 everywhere, the pixels to 1.4e-5. b=1 with `--batches 1`, after the last of
-the changes below, which b=8 has not seen.
-
-                f8: encode    decode         f16: encode   decode
-    b=1         1.35 (1.33)   1.35 (1.36)    1.14 (1.16)   1.09 (1.09)
-    b=8         1.76 (1.59)   1.54 (1.56)    1.60 (1.55)   1.46 (1.49)
-
-Two threads were not measured, for want of a quiet machine, nor a GPU.
-
-What was found, in CPU time on that core:
-  * XLA's 3 x 3 convolution runs at 95 to 135 GFLOP/s and torch's at 97 to 128, of 140 that either multiplies matrices
-    with. Gathering patches, nine shifted products and strips of rows are all slower (35 to 125).
-  * Half of the products along the rows (convolution.py): 42 -> 29 ms at 128 x 128 x 128 features, 9.5 -> 6 at 64 x 64 x
-    128, 10 -> 8 at 32 x 32 x 256, nothing at 256 x 256 x 64, where moving the data takes as long as was saved. A
-    quarter of them, in both directions: 36 ms, 13 and 30 at these three, because of the sums.
-  * Doubling without repeating the image: 195 -> 80 ms at 128 -> 256 pixels and 128 features.
-  * GroupNorm with silu, 256 x 256 x 64, forward and with the way back: 16 to 22 and 64 to 70 ms before, 9.5 and 51 ms
-    now that features and groups meet in products, which XLA does not repeat for every position (layers.py). Reading
-    for one mean takes 1.4 ms, the last pass 3.5. Before it, f16 at b=1 was a draw: 1.01 and 0.96.
-  * Before that, 60% of encode f8 were convolutions, two fifths of those at full resolution, 64 features.
+What was measured, and what was found on the way: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -79,6 +58,7 @@ def weights(shape: str) -> tuple[Any, dict[str, Any], np.ndarray]:
 
 
 def ours(shape: str, task: str, batch: int) -> Callable[[], np.ndarray]:
+    """A call that does `task` with our network and returns codes or pixels."""
     import jax
     import jax.numpy as jnp
     from ar_tokenizers.image.autoencoder import Autoencoder
@@ -154,6 +134,7 @@ def make_decoder(multipliers: tuple[int, ...]) -> Any:
 
 
 def theirs(shape: str, task: str, batch: int) -> Callable[[], np.ndarray]:
+    """The same with torch."""
     import torch
     from ar_tokenizers.image.taming import to_taming
     from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig
@@ -232,6 +213,7 @@ def compare(case: tuple[str, str, int], repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Prints the ratios, and writes raw times if asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=tuple(SHAPES))
     parser.add_argument("--batches", nargs="*", type=int, default=(1, 8))

@@ -63,6 +63,7 @@ _PREFIX = {"emu3": {"model.": "text_model.model.", "lm_head.": "text_model.lm_he
 
 
 def main() -> int:
+    """Makes the files, imports them and prints memory and seconds; returns 1 if the memory is over the bound."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a preset")
     parser.add_argument("--as", dest="system", required=True, help="as `ar-unified import` has it")

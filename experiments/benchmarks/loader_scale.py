@@ -57,9 +57,11 @@ class Bytes:
     size, hash = 256, "bytes"
 
     def encode(self, text: str) -> list[int]:
+        """An id for each byte."""
         return list(text.encode())
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of bytes."""
         return bytes(ids).decode("utf-8", "replace")
 
 
@@ -105,6 +107,7 @@ def generate(folder: Path, documents: int) -> None:
 
 
 def simulated_index(found: np.ndarray) -> np.ndarray:
+    """The index that `prepare` would leave of documents of these lengths."""
     rows = np.zeros(len(found), shards.INDEX)
     rows["length"] = found
     return rows
@@ -195,6 +198,7 @@ def mapped(folder: Path) -> float:
 
 
 def drop_from_cache(folder: Path) -> None:
+    """Has the system forget the folder's indexes, as after a restart."""
     for path in folder.rglob("*.npy"):
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -209,6 +213,7 @@ def planning(documents: int = 10**6) -> float:
 
 
 def main() -> None:
+    """Prints a line for each number of documents."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--documents", type=int, nargs="+", default=[10**5, 10**6, 10**7, 10**8])

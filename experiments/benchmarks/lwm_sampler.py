@@ -60,6 +60,7 @@ def sampler(batch: int, scale: float, top_k: int):
 
 
 def main() -> None:
+    """Answers each line that is read with the seconds of one run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--scale", type=float, default=3.0)

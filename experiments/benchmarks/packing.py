@@ -50,10 +50,12 @@ class Greys:
     codebook_size, factor, codes_per_position, hash = 256, 4, 1, "greys"
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
+        """A code for each 4 x 4 pixels; only their number matters."""
         B, H, W, _ = pixels.shape
         return pixels.reshape(B, H // 4, 4, W // 4, 4, 3).mean((2, 4, 5)).astype(np.int32)
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
+        """Raises NotImplementedError."""
         raise NotImplementedError("nothing is drawn here")
 
 
@@ -96,6 +98,7 @@ def theirs(dataset: Any, documents: int, method: str, rows: int) -> tuple[float,
 
 
 def shuffled(found: np.ndarray) -> Any:
+    """Lengths in random order, as Grain shuffles."""
     return grain.MapDataset.source(found.tolist()).seed(0).shuffle()
 
 
@@ -106,16 +109,19 @@ def each_weight(sources: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def mixed(sources: Mapping[str, np.ndarray]) -> Any:
+    """Lengths of all sources, mixed by weight without end."""
     streams = [shuffled(found).repeat() for found in sources.values()]
     return grain.MapDataset.mix(streams, each_weight(sources).tolist())
 
 
 def line(name: str, documents: int, found: Mapping[str, tuple[float, float]]) -> None:
+    """Prints a line of the table."""
     cells = "  ".join(f"{fill:7.2%} {spent:6.1f}" for fill, spent in found.values())
     print(f"{name:14s} {documents:8d}  {cells}", flush=True)
 
 
 def main() -> None:
+    """Prints how full rows are and what packing costs, by source."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--folder", type=Path, help="where to prepare, and to find what was; else nowhere that stays")

@@ -1,10 +1,10 @@
-"""Plans of published shapes on TPU slices, and the table of them in BUILD.md.
+"""Plans of published shapes on TPU slices, and the table of them in docs/planning.md.
 
     make plan      or      PYTHONPATH=.:tokenizers python experiments/benchmarks/plan_table.py [CASE ...]
 
 Compiles the train step of experiments/pretrain.py for each case, one after the other, with libtpu on this machine's CPU
 (two to three minutes of processor a case, 3 GB), and leaves the raw numbers in results/plans/. Cases that are there
-already are not compiled again unless they are named. Then it writes the table into BUILD.md, between its two marks.
+already are not compiled again unless they are named. Then it writes the table into docs/planning.md, between its marks.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ BEGIN, END = "<!-- plans: written by experiments/benchmarks/plan_table.py -->\n"
 
 
 def command(case: str) -> list[str]:
+    """The arguments of `ar-unified` for a case."""
     model, chips, target, more = CASES[case]
     return ["plan", "--config", f"experiments/pretrain.py:model={model},chips={chips}", "--target", target, *more]
 
@@ -113,15 +114,16 @@ def table(plans: dict[str, dict[str, Any]]) -> str:
 
 
 def main(chosen: list[str]) -> None:
+    """Plans the cases that were chosen or are missing, and writes the table."""
     if unknown := sorted(set(chosen) - set(CASES)):
         raise SystemExit(f"plan_table.py: expected cases of {', '.join(CASES)}; found {', '.join(unknown)}")
     for case in CASES:
         if case in chosen or (not chosen and not (RESULTS / f"{case}.json").exists()):
             run(case)
     plans = {case: read_json(RESULTS / f"{case}.json") for case in CASES if (RESULTS / f"{case}.json").exists()}
-    page = (ROOT / "BUILD.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
     before, _, rest = page.partition(BEGIN)
-    write_text(ROOT / "BUILD.md", before + BEGIN + table(plans) + END + rest.partition(END)[2])
+    write_text(ROOT / "docs" / "planning.md", before + BEGIN + table(plans) + END + rest.partition(END)[2])
 
 
 if __name__ == "__main__":

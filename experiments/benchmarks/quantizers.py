@@ -8,30 +8,7 @@ of experiments/photos.py on the same crops from the same seed, for STEPS steps o
 alone, with the settings its name has by default; then a transformer of 1M parameters learns the ids of 1,200 training
 images for PROBE steps, and its bits per id are of the held-out ones.
 
-26 Nov 2026, seed 0, jax 0.10.2, one core of a Xeon (Sapphire Rapids) for each; raw numbers in results/quantizers.json.
-Codes used by the held-out images; bits of an id and of an image under the transformer; ids that survive encoding the
-reconstruction again; CPU seconds of all of it:
-
-                  PSNR   SSIM   used entropy bits/id bits/image survive CPU s
-    fsq          22.37  0.656  41.6%   7.10   4.74     1214     91.6%    424
-    fsq, ifsq    22.26  0.653  41.4%   7.20   4.83     1236     93.3%    437
-    fsq, 4096    22.60  0.665  22.8%   7.93   5.64     1445     90.9%    446
-    vq           22.92  0.696 100.0%   9.06   6.37     1631     93.0%    417
-    vq, ema      22.95  0.697  99.9%   9.11   6.29     1612     93.4%    453
-    vq, rotation 22.79  0.689  99.8%   8.97   6.28     1608     92.3%    421
-    simvq        22.57  0.674  87.0%   7.60   5.11     1308     96.2%    448
-    lfq          20.30  0.602  99.7%   9.14   5.35     1370     82.2%    441
-    bsq          20.50  0.606 100.0%   9.37   5.78     1479     81.1%    410
-    ibq          19.44  0.561  99.8%   9.59   6.60     1689     72.6%    486
-    rq           22.04  0.646 100.0%   4.55   2.68     1372     87.8%    427
-
-The learned codebook on the sphere (vq) keeps most; the grid (fsq) takes a quarter fewer bits of the transformer, half a
-decibel below it, and simvq lies between them. fsq stays the default: fewest bits, and no codebook that could collapse,
-no state to keep. Take vq where PSNR is what counts. lfq, bsq and ibq, which have entropy penalties, use all codes and
-are two or three decibels behind after these few steps; whether that turns at the length of their papers was not tried.
-
-Nothing was tuned for any of them, but for one: simvq had 32 numbers a code before, lost all but 10 of its 1,024 codes
-and came to 18.54 dB; it has 8 now, as vq.
+The table, and which quantizer to take: docs/image_tokenizers.md.
 """
 
 from __future__ import annotations
@@ -66,6 +43,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
+    """The experiment of one quantizer: "path=DIR,name=NAME", a name of CANDIDATES."""
     args = parse_arg(arg, path="datasets", name="fsq")
     config = defaults()
     config.name = f"bake-off: {args['name']}"
@@ -111,6 +89,7 @@ def measured(name: str, path: str, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Trains, scores and probes each quantizer, and writes the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", default="datasets")
     parser.add_argument("--workdir", type=Path, default=Path("workdirs/bake_off"))

@@ -17,27 +17,10 @@ checked against the grammar. Only tokens are made, no pixels.
 Text: greedy, 64 prompt and 128 new tokens. `generate`; `loop`, the barest loop over their forward; `compiled`, the same
 with a static cache and torch.compile. Our tokens were those of `generate`, all of them.
 
-    OMP_NUM_THREADS=1 nice -n -5 taskset -c 1 python experiments/benchmarks/sampling_vs_transformers.py \\
+    OMP_NUM_THREADS=1 nice -n -5 taskset -c 1 python experiments/benchmarks/sampling_vs_transformers.py \
         --lwm PYTHON --output FILE.json
 
-Measured so on 25 Nov 2026, three repeats, on one core of a Xeon (AVX-512, model 207) that other work shared, two or
-three times as much: jaxlib 0.10.2, torch 2.14.1, transformers 5.24.0, LWM f45d2b7 with jax 0.4.29; raw times in
-results/sampling_vs_transformers.json. Their wall time over ours, CPU time in brackets, and our rate by the clock:
-
-                     hf            tuned         loop          lwm            ours
-    images b=1       9.03 (8.30)   8.44 (7.40)   3.47 (3.06)   4.07 (3.62)    82 images/min
-    images b=16      4.12 (4.13)   2.06 (2.41)   1.55 (1.57)   8.28 (9.35)    173 images/min
-
-                     generate      loop          compiled
-    text b=1         4.54 (4.68)   4.04 (3.72)   2.89 (2.33)                  882 tokens/s
-    text b=16        2.32 (2.34)   2.61 (2.63)   3.18 (3.19)                  3,024 tokens/s
-    text b=64        1.53 (1.64)   1.27 (1.36)   3.27 (3.43)                  3,035 tokens/s
-
-A run half an hour before, with fewer neighbours: hf 5.36 (5.68) and 4.04 (3.94), loop 2.37 (2.44) and 1.82 (1.66) of
-images; of text the nearest were compiled 2.44 (2.23), loop 2.42 (2.66) and loop 1.64 (1.50); ours drew 149 and 223
-images/min. Since both, a row's softmax weights are added up by a product (kernels/decode_attention/xla.py): our CPU
-time of 16 images fell from 3.2 to 3.4 s to 2.4 to 2.8 s, old and new code in turns. Against the peers that was run
-but once, of 16 images: hf 5.03 (4.92), tuned 3.29 (3.21), loop 2.05 (2.02), lwm 10.49 (10.41).
+What was measured: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -70,9 +53,11 @@ class Ids:
     size = TEXT
 
     def encode(self, text: str) -> list[int]:
+        """Words that are numbers, as these numbers."""
         return [int(word) for word in text.split()]
 
     def decode(self, ids: Any) -> str:
+        """Ids as words that are numbers."""
         return " ".join(str(int(id)) for id in ids)
 
 
@@ -190,6 +175,7 @@ def special_tokens(v: dict[str, int]) -> Any:
 
 
 def peer_images(peer: Any, prompt: np.ndarray, v: dict[str, int]) -> dict[str, Callable[[], np.ndarray]]:
+    """Calls that draw images with transformers, by their name in the table."""
     import torch
 
     batch = len(prompt)
@@ -268,6 +254,7 @@ def peer_images(peer: Any, prompt: np.ndarray, v: dict[str, int]) -> dict[str, C
 
 
 def peer_texts(peer: Any, prompt: np.ndarray) -> dict[str, Callable[[], np.ndarray]]:
+    """Calls that continue texts with transformers, by their name in the table."""
     import torch
     import transformers
 
@@ -332,16 +319,19 @@ class Lwm:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def send(self, name: str | None) -> None:
+        """Asks for a run; None ends the process."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{name or ''}\n")
         self._process.stdin.flush()
 
     def recv(self) -> tuple[float, float, None]:
+        """Waits for its answer: (wall, CPU seconds, nothing)."""
         assert self._process.stdout is not None
         wall, cpu = json.loads(self._process.stdout.readline())
         return wall, cpu, None
 
     def join(self) -> None:
+        """Waits until the process has ended."""
         self._process.wait()
 
 
@@ -398,6 +388,7 @@ def check(out: np.ndarray, v: dict[str, int]) -> None:
 
 
 def main() -> None:
+    """Prints the ratios, and writes raw times if asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", nargs="*", type=int, default=(1, 16), help="batches")
     parser.add_argument("--texts", nargs="*", type=int, default=(1, 16, 64), help="batches")

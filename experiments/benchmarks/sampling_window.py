@@ -57,9 +57,11 @@ class Letters:
     size = len(known)
 
     def encode(self, text: str) -> list[int]:
+        """An id for each letter."""
         return [self.known.find(letter) for letter in text]
 
     def decode(self, ids: Any) -> str:
+        """The letters of ids."""
         return "".join(self.known[i] for i in ids)
 
 
@@ -110,6 +112,7 @@ def trained(grammar: Grammar, config: TransformerConfig, steps: int, noise: floa
 
 
 def requests(count: int, setting: str) -> list[Request]:
+    """Requests for images of captions that were not trained on, with one of SETTINGS."""
     rng = np.random.default_rng(1)
     return [
         Request(str(i), (TextPart(example(rng, "validation", 0)[0]),), mode="image", seed=i, **SETTINGS[setting])
@@ -152,6 +155,7 @@ def measured(made: Callable[..., Engine], setting: str, batch: int, repeats: int
 
 
 def main() -> None:
+    """Trains both models and prints a line for each setting and window."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--repeats", type=int, default=5)

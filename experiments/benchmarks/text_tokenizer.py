@@ -6,19 +6,7 @@ Encoding: one model, one text of FILE as it stands and with spaces for its line 
 and SentencePiece on the whole in turns, best of 5 in CPU time. Training: peak memory of a process of its own over that
 of its start, for 8 MB of text made up of 200,000 words or of 3,000 Chinese characters without spaces.
 
-25 Nov 2026, sentencepiece 0.2.3, one core of an EPYC that seven other jobs shared:
-
-    encode bpe     lines       4.7 /   1.8 MB/s = 2.65  same ids
-    encode bpe     one line    4.7 /   1.8 MB/s = 2.62  same ids
-    encode unigram lines      10.7 /  10.5 MB/s = 1.03  same ids
-    encode unigram one line   10.7 /  11.8 MB/s = 0.91  same ids
-    train  bpe     words        177 MB = 22 times the text
-    train  bpe     characters   742 MB = 93 times the text
-    train  unigram words        248 MB = 31 times the text
-    train  unigram characters   148 MB = 19 times the text
-
-Unigram is encoded as a whole: in blocks it was as fast and had ids that differ by float32 rounding (+0.003 in the
-log-probability of all).
+What was measured: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -40,6 +28,7 @@ _MB = 8
 
 
 def main() -> None:
+    """Prints the speed of encoding and the memory of training."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="UTF-8 text of about 1 MB")
     text = parser.parse_args().file.read_text(encoding="utf-8-sig")
@@ -74,6 +63,7 @@ def encoding(tokenizer: TextTokenizer, text: str) -> str:
 
 
 def training(model_type: Any, kind: str) -> str:
+    """The line that says what training a model on such a corpus holds in memory."""
     before = peak()
     TextTokenizer.train(corpus(kind), 8192, model_type=model_type)
     return f"{peak() - before:5.0f} MB = {(peak() - before) / _MB:.0f} times the text"
@@ -86,6 +76,7 @@ def peak() -> float:
 
 
 def corpus(kind: str) -> Iterator[str]:
+    """Lines of made-up text, 8 MB: of "words" or of "characters"."""
     draw, size = random.Random(0), 0
     words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 10))) for _ in range(200_000)]
     characters = [chr(0x4E00 + i) for i in range(3000)]

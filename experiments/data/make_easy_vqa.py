@@ -37,6 +37,7 @@ SHARES = {"triangle": (0.0, 0.58), "circle": (0.757, 0.9), "rectangle": (0.95, 1
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Makes the folder and prints what is in it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, metavar="DIR")
     parser.add_argument("--source", metavar="WHEEL|DIR", help="default: the installed package")

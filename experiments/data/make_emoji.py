@@ -40,6 +40,7 @@ Draw = Callable[[str], bytes | None]  # an emoji -> PNG, if there is an image of
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Makes the folder and prints what is in it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     images = parser.add_mutually_exclusive_group(required=True)
     images.add_argument("--font", metavar="FILE", help="NotoColorEmoji.ttf with embedded images")

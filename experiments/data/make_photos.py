@@ -47,6 +47,7 @@ _IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Makes the folders that were asked for and prints what is in them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clothing", metavar="DIR", type=Path, help="clone of clothing-dataset-small")
     parser.add_argument("--cooking", metavar="DIR", type=Path, help="clone of based.cooking")

@@ -4,17 +4,10 @@
     ar-unified tokenizer --only image --config $C --workdir workdirs/emu3
     ar-unified evaluate --only tokenizer --config $C --workdir workdirs/emu3
 
-SBER-MoVQGAN (ai-forever/MoVQGAN, configs/movqgan_270M.yaml), which Emu3 (arXiv:2409.18869) widened to 32,768 codes and
-gave two temporal convolutions. Published, ImageNet validation at 256 pixels with 16,384 codes, not by us: rFID 0.686,
-27.04 dB, SSIM 0.741. Of Emu3's 32,768 codes images use only the first half, says one of its users (Emu3#59).
-
-Theirs: L1 and LPIPS at weight 1, patch discriminator of 2 layers at 0.8 times the adaptive weight from the first step,
-Adam at 1e-4, batch 8 a GPU, gradients clipped, averaged weights, 2M steps. Different here: group norm where its decoder
-has SpatialNorm (a norm that reads the codes again), codes on the unit sphere, group norm in the discriminator, and no
-temporal layers.
-
 Arguments: path=DIR and validation=DIR of images; lpips=FILE that convert_perceptual wrote (none: 1 - MS-SSIM in
 its place); codes=N (32768).
+
+Source, published numbers, and what differs here: docs/image_tokenizers.md, The recipes of others.
 """
 
 from ar_tokenizers.image.config import PRESETS
@@ -24,6 +17,7 @@ from ar_unified.experiment.config import defaults, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
+    """The config. arg: the arguments above."""
     args = parse_arg(arg, path="images", validation=None, lpips=None, codes="32768")
     config = defaults()
     config.name = "emu3"

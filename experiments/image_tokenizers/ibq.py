@@ -4,18 +4,10 @@
     ar-unified tokenizer --only image --config $C --workdir workdirs/ibq
     ar-unified evaluate --only tokenizer --config $C --workdir workdirs/ibq
 
-Shi et al. 2024, arXiv:2412.02692; TencentARC/SEED-Voken, configs/IBQ/gpu/imagenet_ibqgan_16384.yaml. Published,
-ImageNet validation at 256 pixels, not by us: rFID 2.24, 1.87, 1.37 and 1.00 with 1,024, 8,192, 16,384 and 262,144
-codes, of which 99, 98, 96 and 84 % are in use. Their users report NaN and collapse (issues 51, 53, 59): advice there
-is a lower learning rate with a smaller batch, and narrower codes.
-
-Theirs: L1 and LPIPS at weight 1, entropy 0.05 at temperature 0.01, patch discriminator at a fixed 0.1 from the first
-step with LeCAM 0.05, Adam at 1e-4 with drops after epochs 250 and 300 of 330, batch 256, mixed float16, averaged
-weights. Different here: one loss for both sides, non-saturating (theirs is hinge for the discriminator alone); the rate
-falls along a cosine; bfloat16.
-
 Arguments: path=DIR and validation=DIR of images; lpips=FILE that convert_perceptual wrote (none: 1 - MS-SSIM in
 its place); codes=N (16384).
+
+Source, published numbers, and what differs here: docs/image_tokenizers.md, The recipes of others.
 """
 
 from ar_tokenizers.image.config import PRESETS
@@ -25,6 +17,7 @@ from ar_unified.experiment.config import defaults, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
+    """The config. arg: the arguments above."""
     args = parse_arg(arg, path="images", validation=None, lpips=None, codes="16384")
     config = defaults()
     config.name = "ibq"

@@ -4,17 +4,10 @@
     ar-unified tokenizer --only image --config $C --workdir workdirs/llamagen
     ar-unified evaluate --only tokenizer --config $C --workdir workdirs/llamagen
 
-Sun et al. 2024, arXiv:2406.06525; LlamaGen, tokenizer/tokenizer_image/vq_train.py. Published, ImageNet validation at
-256 pixels, not by us: rFID 2.19, 20.79 dB, 97 % of the codes in use; somebody else's training (xyfJASON/
-visual-tokenizer-pytorch, 400,000 steps of 128): rFID 2.107, 20.72 dB, SSIM 0.551, LPIPS 0.1385, 100 %.
-
-Theirs: L2 and LPIPS at weight 1, patch discriminator with hinge loss at a fixed 0.5 from step 20,000, Adam (0.9, 0.95)
-at a constant 1e-4, clipped at 1, bfloat16, averaged weights. Different here: the discriminator learns for 2,000 steps
-before, and is felt over the next 2,000; group norm in it; codes that are not used are restarted. VQ-8 is
-`--config.image_tokenizer.factor=8` with taming_f8's multipliers and blocks.
-
 Arguments: path=DIR and validation=DIR of images; lpips=FILE that convert_perceptual wrote (none: 1 - MS-SSIM in
 its place).
+
+Source, published numbers, and what differs here: docs/image_tokenizers.md, The recipes of others.
 """
 
 from ar_tokenizers.image.config import PRESETS
@@ -24,6 +17,7 @@ from ar_unified.experiment.config import defaults, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
+    """The config. arg: the arguments above."""
     args = parse_arg(arg, path="images", validation=None, lpips=None)
     config = defaults()
     config.name = "llamagen"

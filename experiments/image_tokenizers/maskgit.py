@@ -4,17 +4,10 @@
     ar-unified tokenizer --only image --config $C --workdir workdirs/maskgit
     ar-unified evaluate --only tokenizer --config $C --workdir workdirs/maskgit
 
-Chang et al. 2022, arXiv:2202.04200, google-research/maskgit, maskgit/configs/vqgan_config.py; Yu et al. 2022,
-arXiv:2212.05199, google-research/magvit. Published, ImageNet validation at 256 pixels, 1,024 codes, not by us: rFID
-2.28, 18.6 dB, SSIM 0.47, every code in use.
-
-Theirs: L2 at weight 1, ResNet-50 features at 0.1, StyleGAN discriminator with blur, non-saturating at a fixed 0.1 from
-the first step, R1 of cost 10 (gamma 20 here, which is halved), entropy 0.1, Adam (0, 0.99) at 1e-4, batch 256, one
-million steps, averaged weights. Different here: halving by convolutions instead of averages; R1 in every 16th step,
-counting for all; codes on the unit sphere.
-
 Arguments: path=DIR and validation=DIR of images; resnet=FILE that convert_perceptual wrote (none: the
 discriminator's own features in their place); lecam=WEIGHT, which MAGVIT can add (0).
+
+Source, published numbers, and what differs here: docs/image_tokenizers.md, The recipes of others.
 """
 
 from ar_tokenizers.image.config import PRESETS
@@ -24,6 +17,7 @@ from ar_unified.experiment.config import defaults, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
+    """The config. arg: the arguments above."""
     args = parse_arg(arg, path="images", validation=None, resnet=None, lecam="0")
     config = defaults()
     config.name = "maskgit"

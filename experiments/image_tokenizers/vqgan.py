@@ -4,17 +4,10 @@
     ar-unified tokenizer --only image --config $C --workdir workdirs/vqgan
     ar-unified evaluate --only tokenizer --config $C --workdir workdirs/vqgan
 
-Esser et al. 2020, arXiv:2012.09841; taming-transformers, configs/imagenet_vqgan.yaml. Published, ImageNet validation at
-256 pixels, not by us: rFID 7.94 with 1,024 codes, 4.98 with 16,384; somebody else's training of the first
-(xyfJASON/visual-tokenizer-pytorch): rFID 5.82, 19.91 dB, SSIM 0.505, 37.5 % of the codes in use.
-
-Theirs: L1 and LPIPS at weight 1, patch discriminator with hinge loss at 0.8 times the adaptive weight from step 250,001
-(10,000 in the config for data of your own), Adam (0.5, 0.9) at 4.5e-6 x batch 12. Different here: the discriminator
-learns for 5,000 steps before the autoencoder feels it, over the next 5,000 (theirs meets trained reconstructions cold);
-group norm in it instead of batch norm; codes on the unit sphere; beta on the commitment.
-
 Arguments: path=DIR and validation=DIR of images; lpips=FILE that convert_perceptual wrote (none: 1 - MS-SSIM in
 its place, which needs no pretrained network); codes=N (1024).
+
+Source, published numbers, and what differs here: docs/image_tokenizers.md, The recipes of others.
 """
 
 from ar_tokenizers.image.config import PRESETS
@@ -24,6 +17,7 @@ from ar_unified.experiment.config import defaults, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
+    """The config. arg: the arguments above."""
     args = parse_arg(arg, path="images", validation=None, lpips=None, codes="1024")
     config = defaults()
     config.name = "vqgan"

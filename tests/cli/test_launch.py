@@ -209,7 +209,8 @@ def test_the_image_has_what_the_manifest_and_the_package_need(manifest):
     let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     assert copied == let_in and all((ROOT / path).exists() for path in copied)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    built = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] + project["project"]["license-files"]
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    built = [*wheel["packages"], *wheel["force-include"], *project["project"]["license-files"]]
     assert {path.split("/")[0] for path in built} | {project["project"]["readme"]} <= copied
     # Every backend that is offered is an extra of the package, and the Python is one that it allows.
     extras = project["project"]["optional-dependencies"]

@@ -31,19 +31,32 @@ class Codec(Protocol):
     """
 
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """How many ids there are."""
+
     @property
-    def hash(self) -> str: ...
+    def hash(self) -> str:
+        """sha256 of all that decides which ids a text gets."""
+
     @property
-    def losses(self) -> tuple[Loss, ...]: ...
+    def losses(self) -> tuple[Loss, ...]:
+        """How it loses text; none: it does not."""
+
     @property
-    def file(self) -> str: ...
+    def file(self) -> str:
+        """The name of its file, one of FILES."""
+
     @property
-    def data(self) -> bytes: ...
+    def data(self) -> bytes:
+        """What is in that file."""
+
     @property
-    def symbols(self) -> list[str]: ...
+    def symbols(self) -> list[str]:
+        """Names among its pieces that text can spell."""
+
     @property
-    def piece_bytes(self) -> np.ndarray: ...
+    def piece_bytes(self) -> np.ndarray:
+        """int32 [size], UTF-8 bytes that each id stands for."""
 
     def encode(self, text: str, /) -> list[int]:
         """Raises ValueError for a text with a surrogate."""

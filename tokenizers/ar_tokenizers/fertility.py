@@ -33,10 +33,12 @@ class Fertility:
 
     @property
     def bytes_per_token(self) -> float:
+        """UTF-8 bytes that a token stands for, in the mean; 0 without text."""
         return self.bytes / max(self.tokens, 1)
 
     @property
     def tokens_per_character(self) -> float:
+        """Tokens for each character, in the mean; 0 without text."""
         return self.tokens / max(self.characters, 1)
 
     @property

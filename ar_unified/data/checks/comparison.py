@@ -1,4 +1,4 @@
-"""What a look at the data tells of copies: how many there are, and a few of them side by side."""
+"""Copies that were found in the data: how many there are, and a few of them side by side."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OFTEN = 8  # documents with one image, from which on it is told
 
 @dataclass(frozen=True)
 class Pair:
-    """Two documents that are alike: where they stand, and what stands there: a text, or uint8 [H, W, 3]."""
+    """Two documents that are alike: their origins, and of each its text or its image, uint8 [H, W, 3]."""
 
     origins: tuple[str, str]
     contents: tuple[str | np.ndarray, str | np.ndarray]
@@ -24,7 +24,9 @@ class Pair:
 
 @dataclass
 class Kind:
-    """One way to be alike: what it is called, how many documents are, of how many, and the first of them."""
+    """One way in which documents are alike: its name, how many documents are so, out of how many, and the first of
+    them.
+    """
 
     says: str
     count: int = 0
@@ -39,6 +41,7 @@ class Alike:
     kinds: list[Kind]
 
     def lines(self) -> list[str]:
+        """A line for each kind of likeness that was found, with how many there are and where the first stands."""
         lines = []
         for kind in self.kinds:
             if kind.count:
@@ -55,10 +58,12 @@ class Comparison:
         self._where: list[tuple[Source, int, bool]] = []
 
     def add(self, document: Document, source: Source, i: int, *, held_out: bool) -> None:
+        """Takes in a document, item `i` of `source`; `held_out`: of the validation or a test."""
         self._search.add(document, held_out=held_out)
         self._where.append((source, i, held_out))
 
     def found(self) -> Alike:
+        """What is alike among all documents that were added."""
         if not self._where:
             return Alike([])
         found = self._search.found()
@@ -82,7 +87,7 @@ class Comparison:
         return Kind(says, len(those), of, [pair for pair in pairs if pair is not None])
 
     def _pair(self, i: int, j: int) -> Pair | None:
-        """Reads both again; the images that are shown are the first of each."""
+        """Reads both documents again; of each, its first image is shown."""
         documents = []
         for source, item, _ in (self._where[i], self._where[j]):
             try:

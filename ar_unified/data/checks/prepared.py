@@ -18,7 +18,7 @@ _AT_ONCE = 1000
 
 
 def parts(folder: Path) -> dict[str, Path]:
-    """Prepared folders by name: `folder` itself, or those in it ("train", "validation"); {}: it is none."""
+    """Prepared folders by name: `folder` itself, or those inside it ("train", "validation"); {} if there are none."""
     if (folder / "manifest.json").exists() and (folder / "plan.json").exists():
         return {folder.name: folder}
     inner = sorted(path.parent for path in folder.glob("*/plan.json") if (path.parent / "manifest.json").exists())
@@ -67,7 +67,7 @@ def look(
 
 
 def _count(found: Found, shards: Shards, folder: Path, count: int) -> None:
-    """What the index and the list of what was left out say."""
+    """Counts from the index and from the list of items that were left out."""
     index = shards.index
     for i, task in enumerate(TASKS):
         if documents := int((index["task"] == i).sum()):

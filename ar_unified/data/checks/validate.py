@@ -40,8 +40,8 @@ class Found:
         part: of an experiment, which set it belongs to: "train", "validation", the name of a test; "" otherwise.
         items: how many it has. looked: how many of them were looked at.
         tasks: task -> good documents. bad: what is wrong with which item, in order.
-        text_bytes, images, sides, tokens: one number a document, but `sides` one (height, width) in pixels an image;
-            `tokens` only where a grammar is given, and of each document that `prepare` would make of an item.
+        text_bytes, images: a number for each document. sides: (height, width) in pixels of each image. tokens: if a
+        grammar is given, a number for each document that `prepare` would make of the items.
         roles: Role -> tokens. languages: language -> documents, of texts that say theirs.
         first: the first good documents as the model will see them. shown: the same for a page.
     """
@@ -68,12 +68,15 @@ class Found:
 
     @property
     def numbers(self) -> dict[str, Sequence[int]]:
-        """What is told by percentiles."""
+        """The quantities that are reported by percentiles."""
         heights, widths = ([side[i] for side in self.sides] for i in (0, 1))
         named = {"text bytes": self.text_bytes, "images": self.images, "height": heights, "width": widths}
         return {name: values for name, values in {**named, "tokens": self.tokens}.items() if values}
 
     def add(self, document: Document, found: Encoded | None, lengths: Sequence[int]) -> None:
+        """Counts a good document. found: it as ids, if there are tokenizers; lengths: tokens of the pieces it is cut
+        into.
+        """
         sides = [part.pixels.shape[:2] for part in document.parts if isinstance(part, ImagePart)]
         texts = [part.text for part in document.parts if isinstance(part, TextPart)]
         self.tasks[document.task] += 1
@@ -97,6 +100,7 @@ class Found:
         return Packing(np.array(self.tokens), sequence_length, seed=0, name=self.name).fill
 
     def lines(self, most_bad: int, sequence_length: int | None) -> list[str]:
+        """What to print of the source: counts, lengths, at most `most_bad` bad items, how full packed rows would be."""
         good = sum(self.tasks.values())
         tasks = ", ".join(f"{count} {task}" for task, count in self.tasks.items()) or "none"
         whole = f"{self.part}: {self.name}" if self.part else self.name
@@ -136,6 +140,7 @@ class Validation:
 
     @property
     def bad(self) -> list[BadItem]:
+        """The bad items of all sources, in their order."""
         return [bad for found in self.sources for bad in found.bad]
 
     def __str__(self, most_bad: int = 100) -> str:
@@ -209,7 +214,7 @@ def validate(
 
 
 def _opened(by_part: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list[tuple[str, Source]], list[str]]:
-    """Sources with the name of their set, and what is to be said of held-out ones that have nothing."""
+    """The sources, each with the name of its set; and a remark for each held-out source that is empty."""
     opened, notes = [], []
     for part, specs in by_part.items():
         for spec in specs:
@@ -229,7 +234,7 @@ def _held_out(part: str) -> bool:
 def _looked_at(
     found: Found, source: Source, i: int, item: Document | BadItem, view: View, max_tokens: int | None
 ) -> Document | None:
-    """Takes down an item; the document, if it is good."""
+    """Records an item; returns the document if it is good."""
     found.looked += 1
     if isinstance(item, BadItem):
         found.bad.append(item)
@@ -257,7 +262,7 @@ def _looked_at(
 
 
 def _unnamed(data: Any, sources: Sequence[Source], links: bool) -> str:
-    """A word on the images of a folder that was read as text alone, as no rows name them; "" for none."""
+    """A remark on images of a folder that no rows name, so that it was read as text alone; "" if there are none."""
     if not isinstance(data, str | Path | Remote) or not storage.path(data).is_dir() or any(map(has_images, sources)):
         return ""
     count = len(folder_at(data, links).search(lambda name: name.lower().endswith(SUFFIXES)))
@@ -291,5 +296,5 @@ def _specs(path: str | AnyPath, links: bool) -> list[dict[str, Any]]:
 
 
 def percentiles(values: Sequence[int]) -> list[int]:
-    """Those that NAMES names."""
+    """The percentiles that NAMES lists."""
     return np.percentile(values, list(NAMES.values()), method="nearest").astype(int).tolist()

@@ -1,4 +1,5 @@
-"""Documents as a model would see them, as far as its parts are there: in words for a terminal, in pieces for a page.
+"""Documents as a model would see them, in words for a terminal and as tokens for a page. Works with whatever there is
+of grammar, tokenizer and size.
 
 Axes: `H` `W` height and width in pixels, `h` `w` in codes.
 """
@@ -21,7 +22,7 @@ from ar_unified.language.vocabulary import Role
 
 @dataclass(frozen=True)
 class Token:
-    """An id, or all codes of an image, which are one: what it stands for, its Role, and whether it is learned.
+    """An id, or all codes of an image as one token: its text, its Role, and whether it is learned.
 
     original, image: uint8 [H, W, 3], an image as it was encoded, and its codes decoded; None where it is not known,
         or nothing decodes them, and for other tokens.
@@ -55,7 +56,7 @@ MOST = 400  # tokens of a document on a page
 
 
 class View:
-    """What a grammar, an image tokenizer and a size, each of which may be missing, show of documents."""
+    """Shows documents with a grammar, an image tokenizer and a size; each of them may be missing."""
 
     def __init__(
         self, grammar: Grammar | None = None, tokenizer: ImageCodec | None = None, resize: Resize | None = None
@@ -70,7 +71,9 @@ class View:
         return None if blank is None or self.grammar is None else self.grammar.encode(blank)
 
     def lengths(self, document: Document, found: Encoded, max_tokens: int | None) -> list[int]:
-        """Tokens of each document that `prepare` makes of it (it is `encoded` as `found`)."""
+        """The number of tokens of each document that `prepare` would make of `document`; `found` is what `encoded` gave
+        for it.
+        """
         blank = self._blank(document)
         if not max_tokens or len(found) <= max_tokens or blank is None or not can_be_split(document):
             return [len(found)]
@@ -92,7 +95,9 @@ class View:
         return _coded(document, blank)
 
     def words(self, document: Document) -> str:
-        """In words, with <image H x W>; then as tokens, piece by piece, if there are a grammar and a tokenizer."""
+        """The document in words, with <image H x W> for images; then as tokens, if there are a grammar and a
+        tokenizer.
+        """
         lines = [f"({document.origin}, {document.task})"]
         for speaker, said in _turns(document):
             if document.asks:
@@ -110,7 +115,7 @@ class View:
         return "\n".join(lines)
 
     def shown(self, document: Document) -> Shown:
-        """As it is, and as its tokens where there are a grammar and a tokenizer."""
+        """The document as it is, and as tokens if there are a grammar and a tokenizer."""
         turns: list[tuple[str, list[str | np.ndarray]]] = []
         for speaker, said in _turns(document):
             parts = [part for part in said if not isinstance(part, CodesPart)]
@@ -170,7 +175,7 @@ class View:
         return np.asarray(self.tokenizer.decode(codes[None]))[0]
 
     def _real(self, document: Document) -> Document | None:
-        """With the codes of its images; None where there is nothing that could make them."""
+        """The document with the codes of its images; None without an image tokenizer."""
         tokenizer, resize = self.tokenizer, self.resize
         if self.grammar is None or tokenizer is None or resize is None:
             return None

@@ -1,7 +1,8 @@
-"""What `prepare` leaves out of the training sources because it was told to. Nothing, by default.
+"""Filters: what `prepare` leaves out of the training sources on request. By default they leave out nothing.
 
-What an item alone shows (sizes, length, language) is told as it is read. What only all items show (copies, images that
-are everywhere, what is held out too) is told before, by a pass over all of them that leaves its verdicts in one file.
+What can be seen in one item (sizes, length, language) is checked as the item is read. What needs all items (copies,
+images that are everywhere, items that are held out too) is decided before, in one pass over all of them, whose verdicts
+are kept in a file.
 So what is left out depends on the sources and the settings, and not on who reads which item when.
 
 Each item that is left out is a BadItem, counted and listed with the others: kind "filtered_size", "filtered_aspect",
@@ -30,18 +31,19 @@ DUPLICATES = ("keep", "documents", "images")
 
 @dataclass(frozen=True)
 class Filters:
-    """Which items are left out; 0, () and so on: for this reason none.
+    """Which items are left out. 0, () and so on turn a filter off.
 
     Attributes:
         min_side: least shorter side of each image, in pixels. max_side: largest longer side.
         max_aspect: most times that one side of an image may be as long as the other.
         min_characters, max_characters: of all text of an item (tokens: config.data.max_tokens).
-        languages: those that are kept; so is what does not say its language.
+        languages: those that are kept; items that say no language are kept, too.
         duplicates: "keep"; "documents": of items with the same images and words the first is kept; "images": of items
             whose images are all in earlier ones too, whatever they say of them, none is kept. Images are the same if
             they are copies: scaled, recompressed, cut a little (`duplicates`).
         max_repeats: most items that an image may be in: one that is in more is a watermark, or a placeholder.
-        held_out: leaves out what has an image, or without one the words, of the validation or the tests.
+        held_out: leaves out items with an image of the validation or the tests; an item without images, if its words
+        are there.
     """
 
     min_side: int = 0
@@ -69,6 +71,7 @@ class Filters:
 
     @property
     def used(self) -> bool:
+        """Whether anything is filtered at all."""
         return self != Filters()
 
     @property
@@ -104,7 +107,7 @@ class Filters:
 class Filtered:
     """A source without what the filters leave out; its items keep their numbers.
 
-    verdicts: item -> kind and reason, of those that other items speak against.
+    verdicts: item -> (kind, reason), for items that are left out because of other items.
     """
 
     def __init__(self, source: Source, filters: Filters, verdicts: Mapping[int, tuple[str, str]], decided_by: Any):
@@ -113,10 +116,12 @@ class Filtered:
 
     @property
     def has_images(self) -> bool:
+        """As the source says, whatever is left out of it."""
         return getattr(self.source, "has_images", True)
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
+        """The source's, with the filters and with what decided their verdicts."""
         decided = {"decided_by": self._decided_by} if self._decided_by else {}
         return dict(self.source.fingerprint) | {"filters": asdict(self.filters)} | decided
 
@@ -125,6 +130,7 @@ class Filtered:
 
     @property
     def together(self) -> int:
+        """How many items of the source are best read at once."""
         return getattr(self.source, "together", TOGETHER)
 
     def __getitem__(self, i: int) -> Document:
@@ -143,7 +149,7 @@ class Filtered:
         return document
 
     def texts(self, i: int) -> list[str]:
-        """Of what is left out too: a text tokenizer is trained on all text."""
+        """The texts of item i, also if it is left out: a text tokenizer is trained on all text."""
         return self.source.texts(i)
 
     def fetch_texts(self, indices: Sequence[int]) -> list[list[str] | BadItem]:
@@ -151,9 +157,11 @@ class Filtered:
         return [texts for _, texts in texts_of(self.source, indices)]
 
     def origin(self, i: int) -> str:
+        """Where item i of the source stands."""
         return self.source.origin(i)
 
     def language(self, i: int) -> str:
+        """The language that item i of the source says it is in."""
         return language(self.source, i)
 
 
@@ -202,7 +210,7 @@ def filtered(
 
 
 def _read(file: Path, plan: Mapping[str, Any], sources: Sequence[Source]) -> list[dict[int, tuple[str, str]]]:
-    """The verdicts of each source as they were written for the same plan; []: they were not."""
+    """The verdicts of each source, if they were written for the same plan; else []."""
     if not file.exists() or (found := workdir.read_json(file))["plan"] != json.loads(json.dumps(plan)):
         return []
     return [
@@ -214,7 +222,7 @@ def _read(file: Path, plan: Mapping[str, Any], sources: Sequence[Source]) -> lis
 def _decide(
     sources: Sequence[Source], held_out: Sequence[Source], filters: Filters, workers: int, show_progress: bool
 ) -> list[dict[int, tuple[str, str]]]:
-    """Looks at all items. What an item alone speaks against is no reason to leave out another."""
+    """Compares all items. An item that is left out by itself does not count as the original of another."""
     search, where = Search(), list[tuple[Source, int]]()
     alone = replace(filters, duplicates="keep", max_repeats=0, held_out=False)
     total = sum(map(len, (*sources, *held_out)))

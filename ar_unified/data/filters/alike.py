@@ -1,8 +1,8 @@
-"""Whether two images are copies of each other, told from two small pictures of them.
+"""Decides from two small pictures whether the images are copies of each other.
 
-A copy that was scaled, recompressed or cut a little at its sides is its original again once the original is moved and
-stretched by a few percent: so one picture is laid on the other (Gauss-Newton on where its sides are, as Lucas and
-Kanade do), and they are copies if nothing is left that differs. What merely looks alike (two emoji of one face, two
+A copy may be scaled, recompressed, or cut a little at its sides. If the original is moved and stretched by a few
+percent, it equals the copy again. So one picture is laid on the other (Gauss-Newton on the places of its sides, as
+Lucas and Kanade do); if no difference is left, they are copies. What merely looks alike (two emoji of one face, two
 photos of one dress) differs somewhere, whichever way it is laid.
 
 Axes: `P` pairs, `N` pixels of a side, `C` colours.
@@ -23,7 +23,9 @@ _COARSE, _ROUGH, _LEFT, _TINT = 28.0, 22.0, 1.6, 5.0
 
 
 def small(pixels: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] -> uint8 [SIDE, SIDE, 3]; the aspect is not kept, so neither does it matter."""
+    """uint8 [H, W, 3] -> uint8 [SIDE, SIDE, 3]. The aspect is not kept, so images of different aspect can be
+    compared.
+    """
     # reducing_gap: a large image is first shrunk by whole factors.
     image = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)
     return np.asarray(image)
@@ -75,7 +77,9 @@ def _fit(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _could_be(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Which of float32 [P, N, N] are near each other after the best small move, as their slopes alone tell it."""
+    """Which pairs, float32 [P, N, N] each, may be near each other after the best small move; a quick estimate from
+    their slopes.
+    """
     slopes = _slopes((a + b) / 2)
     left = (a - b).reshape(len(a), -1, 1)
     pull = slopes @ left
@@ -119,7 +123,9 @@ def _slopes(a: np.ndarray) -> np.ndarray:
 
 
 def _curvature(slopes: np.ndarray) -> np.ndarray:
-    """[P, 4, 4]. With what is usual of moves and noise in it, an image without an edge is not moved."""
+    """[P, 4, 4]. It includes a prior from the usual size of moves and of noise, so an image without an edge is not
+    moved.
+    """
     hessian = slopes @ slopes.transpose(0, 2, 1)
     hessian[:, range(4), range(4)] += (_NOISE / _USUAL_CUT) ** 2 * slopes.shape[2] / 256
     return hessian

@@ -1,9 +1,10 @@
 """Copies among many images, without looking at all pairs: hashes by which copies meet, and `alike` for those that do.
 
 An image is 33 numbers: its lowest frequencies, of light and of two colours, which scaling and recompression leave as
-they are and small cuts change a little. A table hashes them to one bit for each of some random directions (Charikar,
-2002); copies share the hash of a table often, others hardly. The few bits that are nearest to turning are also tried
-the other way (multi-probe, Lv et al., 2007), so that few tables do. Work grows with the number of images.
+they are and small cuts change a little. Each hash table keeps one bit for each of some random directions (Charikar,
+2002). Copies often have the same hash in a table, other images hardly ever. The few bits that are nearest to changing
+are also tried the other way (multi-probe, Lv et al., 2007), so few tables are enough. Work grows with the number of
+images.
 
 In memory an image takes 33 x 2 bytes and 16 for the table at hand; its small picture is only read where hashes meet.
 
@@ -83,8 +84,8 @@ def _met(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Images i and j, int64 [m] each, that share the hash of one table, but for bits of i that are turned.
 
-    The hash is the upper bits of a code of 63, by whose lower bits images with the same hash are in order: where they
-    are many, those which are next to each other are next of kin.
+    The hash is the upper part of a code of 63 bits. Images with the same hash are sorted by the lower bits, so if there
+    are many of them, neighbours in that order are the most alike.
     """
     n = len(numbers)
     lower = _BITS - min(_BITS, max(6, int(n).bit_length() + _SPARE))

@@ -1,8 +1,8 @@
-"""Which documents say again what an earlier one said, and which are in a held-out set too.
+"""Which documents repeat an earlier one, and which are in a held-out set, too.
 
-Documents are shown one after the other and not kept: of an image there remain 8 bytes of its pixels' hash, 66 of what
-`copies` needs and 3 KiB in a file that goes with the process; of a text 8 bytes of its words' hash, and 256 more where
-a document is one text and nothing else.
+Documents are added one after the other and not kept. An image takes 8 bytes for the hash of its pixels, 66 for
+`copies`, and 3 KiB in a temporary file. A text takes 8 bytes for the hash of its words, and 256 more if it is the whole
+document.
 
 Axes: `n` documents, `u` images that differ in a pixel.
 """
@@ -30,13 +30,13 @@ class Duplicates:
     """What was found, of each document in the order in which they were shown; -1 where there is none.
 
     Attributes:
-        same: int64 [n], the first document that has the same images in the same order and the same words. Images are
-            the same if they are copies, scaled, recompressed, or cut a little. Of a document without images it is
-            enough that the words are nearly the same.
+        same: int64 [n], the first document that has the same images in the same order and the same words. Images count
+        as the same if they are copies: scaled, recompressed, or cut a little. For documents without images, nearly the
+        same words are enough.
         shown: int64 [n], the first document with a copy of this one's first image, where earlier documents have copies
             of all its images.
-        repeats: int64 [n], how many documents, held-out ones aside, have a copy of that one of its images which most of
-            them have.
+        repeats: int64 [n]: for its most repeated image, how many documents have a copy of it, held-out ones not
+        counted.
         overlap: int64 [n], the first held-out document with a copy of one of its images, or of a document without
             images, with nearly the same words.
     """
@@ -62,6 +62,7 @@ class Search:
         self._file = tempfile.TemporaryFile()
 
     def add(self, document: Document, *, held_out: bool = False) -> None:
+        """Takes in a document; its images and words are hashed now and compared by `found`."""
         pixels = [part.pixels for part in document.parts if isinstance(part, ImagePart)]
         words = texts.words(" ".join(part.text for part in document.parts if isinstance(part, TextPart)))
         if not pixels and (signature := texts.signature(words)) is not None:
@@ -85,6 +86,7 @@ class Search:
             self._waiting = []
 
     def found(self) -> Duplicates:
+        """Which of the documents so far are copies of which, in the order in which they were added."""
         groups = self._groups()
         words = self._texts()
         count = len(self._held_out)
@@ -114,7 +116,7 @@ class Search:
         return Duplicates(same, shown, repeats, overlap)
 
     def _groups(self) -> np.ndarray:
-        """Of every image, the first that it is a copy of: int64, numbers of images."""
+        """For every image the number of the first image that it is a copy of, int64."""
         self._flush()
         if not self._pixels:
             return np.zeros(0, np.int64)
@@ -138,9 +140,10 @@ class Search:
 
 
 def _leaders(pairs: np.ndarray | Sequence[Sequence[int]], count: int) -> np.ndarray:
-    """Of each of `count` things the first that it is paired with, and that is itself paired with none before it.
+    """For each of `count` things, the first thing it is paired with that is not itself paired with an earlier one.
 
-    Not chains: the first and the last of many, each a little other than the one before, are no copies.
+    So chains do not count: if each of many images differs a little from the one before, the first and the last are no
+    copies.
     """
     leader = np.arange(count)
     pairs = np.asarray(pairs)

@@ -1,9 +1,10 @@
 """Texts that are the same, or nearly: by a hash of their words, and by the words that stand together.
 
 A text's words are its letters and digits, in small letters and in one form (NFKC): case, marks and space do not count.
-Nearly the same is told of texts of _LEAST words and more: of their runs of five words, each in one of 64 bins by its
-hash, the least of a bin is kept (MinHash with one permutation: Li, Owen and Zhang, 2012), and two texts are as similar
-as the share of bins in which they agree. Bins are compared four by four, so that only texts that agree in some meet.
+Near sameness is decided for texts of at least _LEAST words, by MinHash with one permutation (Li, Owen and Zhang, 2012).
+Every run of five words is hashed into one of 64 bins, and the least hash of each bin is kept. The similarity of two
+texts is the share of bins in which they agree. Bins are compared in groups of four, so texts that agree in none are
+never compared.
 
 Axes: `n` texts, `m` pairs.
 """
@@ -25,6 +26,7 @@ _NEIGHBOURS = 12  # texts of a band that one is compared with
 
 
 def words(text: str) -> list[str]:
+    """The words of a text in their order, NFKC and without case: all that two copies must have in common."""
     return re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
 
 

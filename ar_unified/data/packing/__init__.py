@@ -2,8 +2,8 @@
 
 A source is planned in blocks (`blocks`): which of its documents are in a block, and the lengths of those that share a
 row, are always the same. Every epoch draws anew which document of a length fills which slot of its block, in which
-order the blocks come, WINDOW of them at a time, and in which order the rows of a window. A source of one block, or of
-one window, is so shuffled as a whole; of a larger one only the files of one window are read at a time. Each epoch
+order the blocks come, WINDOW of them at a time, and in which order the rows of a window. So a source of one block or
+one window is shuffled as a whole. From a larger source, only the files of one window are read at a time. Each epoch
 of a source holds each of its documents exactly once, and any row can be asked for without making those before it.
 
 Sources are mixed row by row: `weights` are shares of rows, which for full rows are shares of tokens.
@@ -40,7 +40,7 @@ class Packing:
 
     Attributes:
         rows: rows an epoch. fill: share of their positions that hold a token. windows: they are shuffled one by one.
-        order: in which the rows come: 1: as always, 2: as since there are blocks and `fitting.paired_fit`.
+        order: the version of the order of rows: 1, the first one; 2, with blocks and `fitting.paired_fit`.
 
     Raises:
         UserError: no documents, or one that is longer than a row.

@@ -1,9 +1,9 @@
-"""Which documents are planned together and which of them share a row: decided by their lengths alone, by no seed.
+"""Which documents are planned together, and which of them share a row. Their lengths alone decide it, no seed.
 
 A source is taken in runs of RUN documents. A fixed permutation deals the runs out into blocks of at most BLOCK
-documents, so that a block has a bit of everything; a source no larger is one block. What fits together (`fitting`) is a
-matter of lengths alone: the rows of a block are planned once, as slots of given lengths, and every epoch draws anew
-which document of that length fills which slot (`packing`).
+documents, so that each block has something of everything. A source that is not larger than a block is one block. The
+rows of a block are planned once (`fitting`), as slots of given lengths; every epoch draws anew which document of a
+length fills which slot (`packing`).
 
 The plan is kept beside the shards, and whoever reads them maps it into memory:
 <source>/rows-4096.npy          uint16 [documents], the row of every slot of its block, block after block
@@ -110,7 +110,7 @@ class Plans:
         self.decreasing = bool(decreasing.all())
 
     def slots(self, block: int) -> Slots:
-        """The rows of a block, of which the lengths are read anew."""
+        """The rows of a block; the lengths of its documents are read again."""
         documents = self._blocks.documents(block)
         lengths = self._lengths[documents]
         order = _falling(lengths)
@@ -147,7 +147,7 @@ def store(lengths: np.ndarray, sequence_length: int, folder: Path, *, name: str 
 def _planned(
     lengths: np.ndarray, blocks: Blocks, sequence_length: int, name: str
 ) -> Iterator[tuple[np.ndarray, tuple[int, int, int]]]:
-    """Of every block: the row of each slot, uint16; and its line of the table."""
+    """For every block: the row of each slot, uint16, and the block's line of the table."""
     for block in range(blocks.count):
         found = lengths[blocks.documents(block)]
         if found.max() > sequence_length or found.min() < 1:

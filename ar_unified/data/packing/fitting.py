@@ -1,9 +1,9 @@
-"""Lengths into rows: which documents share a row, so that few positions are left over.
+"""Chooses by their lengths which documents share a row, so that few positions are left over.
 
-Two ways, of which the one with fewer rows is taken. Best-fit-decreasing is nearly perfect where lengths differ much,
-and what is left over is then less than a hundredth. Captions of images of one size are nearly of one length: the
-longest together leave a gap that the shortest would not have left. So rows are made of documents at random, whose
-lengths are the average, and ended by the two that fit best.
+There are two ways, and the one with fewer rows is taken. Best-fit-decreasing is nearly perfect if lengths differ much:
+it leaves less than a hundredth of the positions over. But captions of images of one size have nearly one length, and a
+row of the longest ones leaves a gap that a row of shorter ones would not. For these, a row is filled with random
+documents, which have the average length, and ended with the two that fit best.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def rows_of(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, bool
 
 
 def best_fit(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
-    """Best-fit-decreasing: each document into the row that has the least room for it. As `rows_of` has them."""
+    """Best-fit-decreasing: each document goes into the row with the least room that holds it. Arguments and result as
+    of `rows_of`.
+    """
     rows = []
     space: list[deque[int]] = [deque() for _ in range(sequence_length + 1)]  # free tokens -> rows that have so many
     some = opened = 0  # some: bit i for each i of free tokens that some row has
@@ -58,7 +60,9 @@ def best_fit(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
 
 
 def paired_fit(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
-    """The longest document opens a row, others follow at random, the two that leave least end it. Likewise."""
+    """The longest document opens a row, random ones follow, and the two that leave least room end it. Arguments and
+    result as of `rows_of`.
+    """
     pool = _Pool(lengths, sequence_length)
     packed: list[int] = []
     rows: list[int] = []
@@ -83,7 +87,7 @@ def paired_fit(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
 
 
 class _Pool:
-    """Documents that are in no row yet, by length. Sets of lengths are bits of one number."""
+    """Documents that are in no row yet, by length. A set of lengths is kept as the bits of one integer."""
 
     def __init__(self, lengths: np.ndarray, sequence_length: int):
         self.count, self.tokens, self._most = len(lengths), int(lengths.sum()), sequence_length
@@ -98,13 +102,13 @@ class _Pool:
         return max(0, (self._there & ((2 << room) - 1)).bit_length() - 1)
 
     def next(self) -> int:
-        """The length of one at random; until it is taken always the same."""
+        """The length of a random document; the same one until it is taken."""
         while self._gone[self._line[-1]]:
             self._gone[self._line.pop()] -= 1
         return self._line[-1]
 
     def pair(self, room: int, more: int) -> tuple[int, int] | None:
-        """The lengths of two that fill most of `room`, and more of it than `more`."""
+        """The lengths of the two documents that fill most of `room`; None unless they fill more than `more`."""
         for both in range(room, max(more, room - _TRIES, 2 * _lowest(self._there) - 1), -1):
             found = self._there & self._turned >> self._most - both  # bit i: there are i and both - i
             if both % 2 == 0 and self._left[both // 2] == 1:

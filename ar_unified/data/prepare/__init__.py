@@ -1,7 +1,7 @@
 """Sources -> token shards: images through the image tokenizer in full batches, documents through the grammar.
 
-A shard is a fixed range of a source's items, so what is in it depends on nothing else: an interrupted run continues
-with the shards that are not there, any number of processes share them (`claims`), and all end with the same bytes.
+A shard is a fixed range of a source's items, and its content depends on nothing else. So an interrupted run continues
+with the missing shards, any number of processes can share the work (`claims`), and the bytes are always the same.
 """
 
 from __future__ import annotations
@@ -235,7 +235,9 @@ def _check_tokenizer(grammar: Grammar, tokenizer: ImageCodec) -> None:
 
 
 def _plan(sources: Sequence[Source], grammar: Grammar, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Whatever decides the shards; sources by the names of their folders. Raises UserError for equal names."""
+    """All that decides the shards, as JSON values, and the sources by the names of their folders. Raises UserError for
+    equal names.
+    """
     if len(names := [folder_name(source.name) for source in sources]) > len(set(names)):
         raise UserError(f"sources need different names (labels), found {names}")
     fingerprints = [dict(source.fingerprint) | {"reversible": source.reversible} for source in sources]
@@ -274,7 +276,7 @@ def _same_plan(folder: Path, plan: Mapping[str, Any]) -> None:
 
 
 def _ended(folder: Path) -> bool:
-    """Whether the manifest is there. Raises NothingLeft where another process has found that there is none to be."""
+    """Whether the manifest is there. Raises NothingLeft if another process has found a source without any document."""
     if storage.exists(folder / "manifest.json"):
         return True
     storage.refresh(folder / "plan.json")

@@ -1,8 +1,9 @@
-"""Who does which piece of work, among processes that share a folder and need not know whether the others live.
+"""Divides work among processes that share a folder, without any of them having to know whether the others are alive.
 
-A claim is a small file that names its owner. It is written again while the work goes on; one that has not changed for
-`lease` seconds belongs to nobody, and whoever is free takes the piece over. Two that do the same piece must write the
-same bytes: then a claim saves work and guards nothing, so neither locks nor the clocks of other hosts have to be right.
+A claim is a small file that names its owner. It is rewritten while the work goes on. A claim that has not changed for
+`lease` seconds is void, and any free process takes the piece over. It may happen that two processes do the same piece,
+so both must write the same bytes. Then claims only save work, and nothing depends on locks or on the clocks of other
+hosts.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from ar_unified import storage
 
 @dataclass(frozen=True)
 class Team:
-    """Which of how many processes this is. One alone claims nothing.
+    """The number of this process among how many. A process that is alone claims nothing.
 
     Attributes:
         lease: seconds after which a claim that was not renewed is anyone's: longer than the longest time between two
             calls of `Claims.renew`, a compilation included.
-        alive: called all the time, also while this process waits for others; may raise, which ends the work.
+        alive: called again and again, also while this process waits for others. If it raises, the work ends.
     """
 
     process: int = 0
@@ -46,8 +47,8 @@ class Claims:
     def work(self, pieces: Sequence[str], done: Callable[[str], bool], do: Callable[[str], object]) -> None:
         """Does pieces until all are done, by whomever.
 
-        First those whose turn it is by number (piece i is process i mod P's), then, from the end, whatever others have
-        not begun or have given up.
+        First its own pieces (piece i belongs to process i mod P); then, from the end, pieces that others have not begun
+        or have abandoned.
 
         Args:
             pieces: names, the same for all processes, in the same order.
@@ -71,9 +72,9 @@ class Claims:
                 time.sleep(min(1.0, self._team.lease / 8))
 
     def renew(self) -> bool:
-        """Says that the piece goes on. To be called often: it costs nothing until a part of the lease is over.
+        """Renews the claim. Call it often: it does nothing until a part of the lease has passed.
 
-        Returns whether a look at what others have done is due, as it is a few times a lease.
+        Returns True a few times in each lease, when it is time to look at what others have done.
         """
         self._team.alive()
         now = time.monotonic()

@@ -1,4 +1,4 @@
-"""A document that is too long for a row, as several that are not."""
+"""Cuts a document that is too long for a row into several that fit."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ _SKIN = range(0x1F3FB, 0x1F400)  # tones, which change the emoji before them
 
 
 def can_be_split(document: Document) -> bool:
-    """Whether it may be cut: half an answer is none, but a conversation may go on in another document."""
+    """Whether it may be cut. A single question and answer may not, because half an answer is useless; a conversation
+    may go on in another document.
+    """
     return not document.asks or sum(turn.speaker == "user" for turn in document.turns) > 1
 
 
 def split(document: Document, grammar: Grammar, max_tokens: int) -> list[tuple[Document, Encoded]]:
-    """A document as several, each as long as fits, and their ids.
+    """Cuts a document into several, each as long as fits, and gives their ids, too.
 
     Text and images are cut between parts, else between paragraphs, else lines. A line that is too long by itself is cut
     before words, and a word, as in a language without spaces, between characters. Only line ends at a cut are lost. A
-    conversation is cut between an answer and the next question; each piece begins with the system's turn. An image,
-    character or question that is too long by itself makes a document that is. Parts: TextPart, CodesPart.
+    conversation is cut between an answer and the next question; each piece begins with the system's turn. If an image,
+    a character or a question is too long by itself, its document is too long, too. Parts: TextPart, CodesPart.
     """
     known: dict[Document, Encoded] = {}  # the last that fitted: most pieces are one that was tried
 
@@ -80,7 +82,7 @@ def _texts(document: Document, fitting: Callable[[Document], bool], max_tokens: 
 
 
 def _units(text: str, short: Callable[[str], bool]) -> Iterator[str]:
-    """What a text is never cut inside of; joined, they are the text."""
+    """The units within which a text is never cut; joined, they are the text."""
     for paragraph in filter(None, re.split(r"(?<=\n\n)", text)):
         for line in [paragraph] if short(paragraph) else paragraph.splitlines(keepends=True):
             for word in [line] if short(line) else _WORD.findall(line):
@@ -88,7 +90,8 @@ def _units(text: str, short: Callable[[str], bool]) -> Iterator[str]:
 
 
 def characters(text: str) -> list[str]:
-    """A text by what a reader takes for one character: marks, joiners and tones stay with what is before them.
+    """Splits a text into what a reader sees as single characters: marks, joiners and tones stay with the character
+    before them.
 
     The common part of Unicode's grapheme clusters (UAX #29); flags, and Korean spelled in letters, may be parted.
     """
@@ -103,10 +106,11 @@ def characters(text: str) -> list[str]:
 
 
 def _runs(units: Sequence[Unit], fits: Callable[[Sequence[Unit]], bool]) -> Iterator[Sequence[Unit]]:
-    """Units in order, as many together as fit, at least one; found by doubling and halving, as there may be millions.
+    """Groups of successive units, each as large as fits but at least one unit. Sizes are found by doubling and halving,
+    as there may be millions of units.
 
-    That a run fits if a longer one does is true but for a token or two, so a run may be that much shorter than it could
-    be; it is never too long.
+    The search assumes that every part of a fitting group fits, which is true except for a token or two. So a group may
+    be that much shorter than possible; it is never too long.
     """
     at = 0
     while at < len(units):
@@ -137,7 +141,7 @@ def _joined(units: Sequence[Part]) -> list[Part]:
 
 
 def _stripped(parts: list[Part], origin: str) -> Document:
-    """Without line ends at its edges: the cut has taken their place."""
+    """The text without line ends at its edges, because the cut takes their place."""
     parts = list(parts)
     for edge, strip in ((0, str.lstrip), (-1, str.rstrip)):
         if parts and isinstance(part := parts[edge], TextPart):

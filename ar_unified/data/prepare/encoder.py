@@ -1,4 +1,5 @@
-"""Documents with pixels in, documents with codes out, in the same order, a batch of images of one size at a time.
+"""Takes documents with pixels and gives documents with codes, in the same order. Images of one size are encoded in
+batches.
 
 Axes: `B` images of a batch, `H` `W` their size in pixels, `h` `w` in codes.
 """
@@ -24,7 +25,7 @@ from ar_unified.language.document import CodesPart, Document, ImagePart
 
 @dataclass
 class Item:
-    """An item on its way: a document whose images are on theirs, or why there is none."""
+    """An item in progress: a document whose images are being encoded, or the reason why there is none."""
 
     number: int
     document: Document | None
@@ -63,7 +64,7 @@ class Tokenizers:
                 self._busy += time.perf_counter() - began
 
     def __str__(self) -> str:
-        """What a progress line says; "" without images."""
+        """The text for a progress line; "" without images."""
         if not self.encoded + self.known:
             return ""
         seconds = time.perf_counter() - self._began
@@ -87,7 +88,7 @@ class Encoder:
         self._items: deque[Item] = deque()
 
     def run(self, items: Iterable[tuple[int, Document | BadItem]], taken: Callable[[], Any]) -> Iterator[Item]:
-        """All items as they become ready; `taken` is called after each that was read."""
+        """Yields all items as they become ready; calls `taken` after each one that was read."""
         try:
             for number, item in items:
                 self._add(number, item)
@@ -150,7 +151,7 @@ class Encoder:
         self._settle(2 * self._tokenizers.devices)
 
     def _settle(self, most: int) -> None:
-        """Takes what is encoded, and waits where more than `most` batches are on their way."""
+        """Takes finished batches, and waits while more than `most` are being encoded."""
         while self._going and (len(self._going) > most or self._going[0][1].done()):
             digests, future = self._going.popleft()
             self._codes.update(zip(digests, map(CodesPart, future.result()), strict=False))  # a batch is padded

@@ -1,11 +1,12 @@
-"""Codes of images that were encoded before, by what is in the image: another text side or one more source costs none.
+"""Keeps the codes of images by their content, so that a second `prepare` (another text tokenizer, one more source) does
+not encode them again.
 
 <folder>/<tokenizer>/<digests>.codes           what one shard encoded: a table sorted by digest, then all codes
                      index-<files>.keys.npy    of all images of so many files, the first 8 bytes of each digest, sorted
                      index-<files>.places.npy  where each is
 
-An image is known by the hash of its pixels after the resize, so the resize is part of the key. Files are read where
-they lie (memory maps), and the index is made a part at a time: memory does not grow with the number of images.
+The key of an image is the hash of its pixels after the resize. Files are memory-mapped and the index is made in parts,
+so memory does not grow with the number of images.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ def digest_of(pixels: np.ndarray) -> bytes:
 
 
 class ImageCodes:
-    """Of one image tokenizer. What is put in is found by whoever opens it later.
+    """The known codes of one image tokenizer. Codes that are put in are found by those who open it later.
 
     Args:
         folder: of all tokenizers. tokenizer: the hash of this one.
         codebook_size: decides how a code is kept.
-        refresh: whether the index is brought up to date; of many processes one does that before the others open it.
+        refresh: whether the index is brought up to date. In a job, one process does that before the others open it.
     """
 
     def __init__(self, folder: Path, tokenizer: str, codebook_size: int, *, refresh: bool = True):
@@ -86,14 +87,16 @@ class ImageCodes:
             np.save(file, codes, allow_pickle=False)
 
     def _newest(self) -> Found:
-        """The newest index that is whole: one may just be making another, and taking this away."""
+        """The newest complete index. Another process may be making a newer one and removing this one at the same
+        time.
+        """
         for keys in sorted(self._named("index-*.keys.npy"), reverse=True):
             with contextlib.suppress(FileNotFoundError):
                 return _read_index(keys)
         return np.zeros(0, "<u8"), np.zeros(0, _PLACE)
 
     def _make_index(self) -> None:
-        """Makes the index of all files, unless it is there: files come, and never go."""
+        """Makes the index of all files, unless it exists. Files are added and never removed."""
         files = sorted(self._named("*.codes"))
         keys = self._folder / f"index-{len(files):09d}.keys.npy"
         if not files or storage.exists(keys):

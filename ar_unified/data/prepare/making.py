@@ -1,7 +1,7 @@
 """One shard: a range of a source's items, through the image tokenizer and the grammar, as tokens on disk.
 
-Whoever makes a shard makes the same bytes: nothing else is read, and nothing random is in it. Memory is bounded by a
-shard's tokens and a few batches of images.
+Every process that makes a shard writes the same bytes, because nothing else is read and nothing is random. Memory is
+bounded by a shard's tokens and a few batches of images.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Piece:
 
     @property
     def path(self) -> Path:
+        """Where the shard is, or is to be."""
         return shards.shard_path(self.folder, self.number)
 
 
@@ -49,7 +50,7 @@ class Progress:
         self.taken = self._bar.update  # after each item
 
     def look(self, begun: int = 0) -> None:
-        """Counts what others have finished; `begun`: items of the piece that this process is at."""
+        """Counts what others have finished. `begun`: how many items of its present piece this process has done."""
         self._bar.set_postfix_str(str(self._tokenizers), refresh=False)
         self._bar.update(max(self._finished() + begun - self._bar.n, 0))
 
@@ -109,7 +110,7 @@ class ShardMaker:
 
 
 def _write(shard: shards.ShardWriter, item: Item, grammar: Grammar, max_tokens: int, reversible: bool) -> None:
-    """One item, as documents that fit or as a reason why not."""
+    """Writes one item: as documents that fit, or as the reason why it is left out."""
     if item.document is None:
         assert item.bad is not None
         shard.skip(item.bad.origin, item.bad.kind, item.bad.reason)

@@ -1,4 +1,4 @@
-"""A source several times over, its images a little different each time: more to learn from than there is.
+"""Data augmentation: a source whose items come several times, each time with slightly changed images.
 
 Axes: `H` `W` height and width in pixels.
 """
@@ -25,9 +25,9 @@ class Augmented:
     drawn depends on the source's name, the item and k only, so all that reads a source can read its versions: an
     image tokenizer sees them in training, and `prepare` codes each (LlamaGen, arXiv:2406.06525, stores ten crops).
 
-    Only for texts that stay true: no mirror where they say left or right, no shift where they say where. A shift cuts
-    off what is nearer to an edge, unless `whole`: then an image moves only as far as nothing but its ground, one flat
-    colour all round, is pushed out, and a shift near 1 puts what stands on it anywhere.
+    The texts must stay true. Do not use `mirror` if they say left or right, nor `shift` if they say where something is.
+    A shift cuts off what lies near an edge. With `whole` it does not: an image then moves only so far that nothing but
+    its flat background leaves it, and a shift near 1 puts the figure anywhere.
 
     Raises:
         UserError: a count below 1, a shift outside [0, 1), or a shift or mirror with a count of 1, which would show
@@ -47,6 +47,7 @@ class Augmented:
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
+        """The source's, with how its images are moved and mirrored."""
         return dict(self.source.fingerprint) | {"augmentation": [self.count, self.shift, self.mirror, self.whole]}
 
     def __len__(self) -> int:
@@ -84,14 +85,15 @@ class Augmented:
         return [[] if i % self.count else next(read)[1] for i in indices]
 
     def origin(self, i: int) -> str:
+        """Where the item that number i shows stands."""
         return self.source.origin(i // self.count)
 
 
 def moved(pixels: np.ndarray, down: float, right: float, mirror: bool = False, *, whole: bool = False) -> np.ndarray:
     """An image moved by shares of its height and width, to whole pixels, and then mirrored left to right.
 
-    Where it has ended, its edge pixels go on; `whole`: what leaves at one side comes in at the other, which is right
-    for a move within `room`. uint8 [H, W, 3] -> the same shape.
+    The gap is filled by repeating the edge pixels. With `whole`, pixels that leave at one side come in at the other,
+    which is right for a move within `room`. uint8 [H, W, 3] -> the same shape.
     """
     H, W = pixels.shape[:2]
     rows, columns = np.arange(H) - round(down * H), np.arange(W) - round(right * W)

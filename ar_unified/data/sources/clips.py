@@ -73,6 +73,7 @@ class Clips:
         return len(self._clips)
 
     def origin(self, i: int) -> str:
+        """The clip's file or folder."""
         return str(self._root / self._clips[i][0])
 
     def __getitem__(self, i: int) -> Document:
@@ -88,6 +89,7 @@ class Clips:
         return document
 
     def texts(self, i: int) -> list[str]:
+        """The text beside clip i, if there is one. Raises BadItem."""
         name, items = self._clips[i]
         name = f"{name.rpartition('.')[0] if items[0].name == name else name}.txt"
         if name not in self._texts:

@@ -12,8 +12,8 @@ says by `columns` which of them is what; without, these names are known, whateve
     segments                              parts in reading order
     id, language                          the document's name and its language
 
-Of a record with several, the first of messages, segments, instruction, question, texts, text, image counts. All other
-values that are short (texts, numbers, lists of them) become `meta`.
+If a record has several of these, the first in the order messages, segments, instruction, question, texts, text, image
+decides. All other values that are short (texts, numbers, lists of them) become `meta`.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ class Columns:
     def row(self, record: Mapping[str, Any], pictures: bool = True) -> tuple[dict[str, Any], list[Any]]:
         """A record as a row for `document_from_json`, and its images: reference "0" is the first.
 
-        pictures: False where images were not read, and the row is for its texts alone: it has as many as it needs.
+        pictures: False if images were not read and only texts are wanted; the row then has as many blank images as it
+        needs.
 
         Raises:
             DocumentError: "bad_row", "missing_image" (null): a value is not what its part needs.
@@ -141,7 +142,7 @@ class Columns:
         return row, images.values
 
     def texts(self, record: Mapping[str, Any]) -> list[tuple[str, Any]]:
-        """The texts of a record by their parts, where they stand by themselves; [] where only a row tells."""
+        """The texts of a record, if they can be read without making a row of it; else []."""
         places, whole, _ = self._plan(tuple(record), False)
         if whole == "texts":
             found = _look_up(record, places["texts"], "texts")
@@ -279,7 +280,9 @@ def _messages(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
 
 
 def _places(text: str, images: _Images, where: str) -> Any:
-    """A text in which <image> stands for the next image, as parts; without, or without images, as it is."""
+    """A text as parts: each <image> in it becomes the next image. A text without <image>, or a record without images,
+    is left as it is.
+    """
     if "<image>" not in text or not (images.left or images.values or images.endless):
         return text
     parts: list[dict[str, str]] = []
@@ -290,7 +293,9 @@ def _places(text: str, images: _Images, where: str) -> Any:
 
 
 def _parts(parts: Any, images: _Images, where: str) -> Any:
-    """Parts whose images are references: what stands there is kept aside, and where nothing does it is the next."""
+    """Parts with references in place of images. The image of a part is kept aside; a part that has none takes the
+    record's next image.
+    """
     if not isinstance(parts, list):
         raise DocumentError("bad_row", f"{where}: expected a list of parts, found {parts!r:.80}")
     out: list[Any] = []

@@ -46,6 +46,7 @@ class ImageFiles:
         return len(self._found)
 
     def origin(self, i: int) -> str:
+        """The image's file."""
         return str(self.root / self._found[i].name)
 
     def __getitem__(self, i: int) -> Document:
@@ -61,4 +62,5 @@ class ImageFiles:
         return Document.of((ImagePart(pixels),), id=path.name, origin=self.origin(i))
 
     def texts(self, i: int) -> list[str]:
+        """No texts: images alone."""
         return []

@@ -1,8 +1,8 @@
 """Pages of Markdown and HTML as parts in reading order: {"type": "text", "text"} and {"type": "image", "image"}.
 
-Of Markdown the text stays as it is written, without the images and the front matter; a title of the front matter that
-the text does not begin with stands before it as its heading. Of HTML the text of the body stays: a blank line between
-blocks, one between lines, the alternative texts left out as what they tell is in the image.
+From Markdown, the text is kept as written, without images and front matter. If the front matter has a title that the
+text does not begin with, it becomes the heading. From HTML, the text of the body is kept, with a blank line between
+blocks and a line end between lines. Alternative texts are left out, because the image shows what they say.
 """
 
 from __future__ import annotations

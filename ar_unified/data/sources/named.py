@@ -80,12 +80,15 @@ class TfdsSource(RecordSource):
         return len(self._examples)
 
     def origin(self, i: int) -> str:
+        """The dataset, its split, and the number of the example."""
         return f"{self._where}:{i}"
 
     def language(self, i: int) -> str:
+        """What the example says, or the dataset's features; "" where they say none."""
         return super().language(i) if self._has_language else ""
 
     def read(self, indices: Sequence[int], pictures: bool = True) -> list[Record | BadItem]:
+        """Examples as records, decoded together; without `pictures`, their images are left undecoded."""
         reader = self._whole if pictures else self._in_words
         # Of many at a time: one by one, each costs 0.4 ms of waiting for a thread.
         return [reader(data) for data in self._examples.__getitems__(indices)]

@@ -25,8 +25,8 @@ def unpacked(path: AnyPath) -> AnyPath:
 def open_binary(path: AnyPath) -> BinaryIO:
     """A file for reading, unpacked where its ending says that it is packed.
 
-    Going back in gzip begins at one of 256 places, evenly apart, which are found as it is read first; in Zstandard at
-    its beginning. Reading in order costs nothing more.
+    To go back in a gzip file, reading starts from the nearest of 256 evenly spaced places, which are found during the
+    first reading. In a Zstandard file it starts from the beginning. Reading in order costs nothing extra.
 
     Raises:
         OSError: it is not there; while reading: it is cut short, broken, or not packed in this way.
@@ -56,7 +56,7 @@ class Reader:
 
 
 class _Forward(io.RawIOBase):
-    """A stream that can be read on, and begun anew; made seekable by both."""
+    """Makes a stream seekable that can only be read forward and restarted."""
 
     def __init__(self) -> None:
         self._at, self._ready = 0, memoryview(b"")  # where reading stands, and what is unpacked behind it

@@ -77,9 +77,11 @@ class Pages(RecordSource):
         return len(self._pages)
 
     def origin(self, i: int) -> str:
+        """The page's file."""
         return str(self._root / self._pages[i].name)
 
     def read(self, indices: Sequence[int], pictures: bool = True) -> list[Record | BadItem]:
+        """Pages as records, in the order of `indices`; what cannot be read is a BadItem in its place."""
         return [self._page(i) for i in indices]
 
     def _page(self, i: int) -> Record | BadItem:

@@ -75,6 +75,7 @@ class RecordSource(ABC):
         return self.fetch([i])[0]()
 
     def texts(self, i: int) -> list[str]:
+        """The texts of item i, in reading order. Raises BadItem."""
         (found,) = self.fetch_texts([i])
         if isinstance(found, BadItem):
             raise found

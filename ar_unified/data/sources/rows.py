@@ -36,7 +36,8 @@ class Rows:
     image is never on both sides of a border. A row that cannot be read is in every split, so that it is reported.
 
     Args:
-        beside: files of other sources over the same images, which are to have their borders where this one has.
+        beside: files of other sources over the same images; they are counted so that all have the same borders between
+        splits.
 
     Raises:
         UserError: a file is missing, or no row is in `split` (EmptySplit: for want of more images).
@@ -93,12 +94,14 @@ class Rows:
         return len(self._line)
 
     def origin(self, i: int) -> str:
+        """The row's file and line."""
         return f"{self.files[self._file[i]]}:{self._line[i]}"
 
     def __getitem__(self, i: int) -> Document:
         return self._document(i, self._image)
 
     def texts(self, i: int) -> list[str]:
+        """The texts of row i, in reading order; no image is opened. Raises BadItem."""
         blank = np.zeros((1, 1, 3), np.uint8)
         return [part.text for part in self._document(i, lambda _: blank).parts if isinstance(part, TextPart)]
 
@@ -159,8 +162,8 @@ class _Bad(Exception):
 def _lines(file: AnyPath) -> Iterator[tuple[int, int, bytes]]:
     """Number (from 1), offset and bytes of every line, no byte order mark; of a file that is no UTF-8, its head.
 
-    Of a line that is too long there is the beginning and one byte too many. A rest that cannot be
-    unpacked is one line of no bytes.
+    A line that is too long comes as its beginning, one byte longer than allowed. A rest that cannot be unpacked comes
+    as one empty line.
     """
     with packed.open_binary(file) as stream:
         start, number = 0, 1

@@ -1,9 +1,9 @@
 """Parts of a data set by name and by percent: "train", "train[:95%]", "[95%:]".
 
 What must stay together is a group: all that is said of one image (see `group`). A part takes groups in the order of
-their hashes, by count: of n groups, "[:95%]" has the first 0.95 n, rounded, and "[95%:]" the others. So parts that meet
-at one border are disjoint and together whole, do not depend on the order of the rows, and are empty on neither side of
-the border where there are two groups or more. One group alone is on the larger side. A part between two borders, as
+their hashes, by count: of n groups, "[:95%]" has the first 0.95 n, rounded, and "[95%:]" the others. So two parts that
+meet at one border are disjoint and make up the whole. They do not depend on the order of the rows. With two groups or
+more, neither side is empty; a single group is on the larger side. A part between two borders, as
 "[90%:95%]", may be empty where groups are few.
 """
 
@@ -26,13 +26,13 @@ _END = 1 << 64
 
 
 class EmptySplit(UserError):
-    """A split has nothing, as there is one group alone and the other side of the border has it."""
+    """A split is empty: there is only one group, and it is on the other side of the border."""
 
 
 class Split:
     """One split, by the rows it is shown.
 
-    Where it is a part (`by_part`) every row is shown twice: `has` counts groups until `settle`, and tells from then on.
+    If it is a part (`by_part`), show it every row twice: before `settle`, `has` counts groups; after it, `has` answers.
 
     Attributes:
         names: of all splits that rows named.
@@ -53,7 +53,7 @@ class Split:
     def has(self, row: Mapping[str, Any], data: bytes, *, own: bool = True) -> bool:
         """Whether a row (`data`: as it stands in its file) is in the split; True for all that are counted.
 
-        own: False for a row of another source, which is counted so that borders are the same in both.
+        own: False for a row of another source that is only counted, so that both sources have the same borders.
         """
         name = row.get("split", "train")
         self.names.add(str(name))
@@ -113,9 +113,10 @@ class _Groups:
 
 
 def _border(share: float, own: np.ndarray, all_: np.ndarray) -> int:
-    """The hash at which a part ends that has `share` of all groups, with own groups on both sides where there are two.
+    """The hash at which a part with `share` of all groups ends. If the source has two groups or more, some are on each
+    side.
 
-    Sources of one folder, each with its own file, so have one border, and no image is on both sides of it.
+    So all sources of one folder, each with a file of its own, share one border, and no image is on both sides.
     """
     if share <= 0 or share >= 1:
         return _END if share >= 1 else 0

@@ -33,8 +33,9 @@ class Tables(RecordSource):
     """The rows of Parquet files and of Arrow files (streams, as `save_to_disk` writes them, or files), in order.
 
     Opened by their footers alone; 24 bytes are kept of every group of rows. A row is read with those beside it, so
-    reading in order is fast and reading at random costs a part of a group each time. Of a table without `columns` the
-    names are known (`Columns`); numbers that Hugging Face's header gives names are these names. A file that cannot be
+    reading in order is fast and reading at random costs a part of a group each time. Without `columns`, names are
+    recognised as `Columns` says. Numbers to which Hugging Face's header gives names become these names. A file that
+    cannot be
     read is one bad item.
 
     Args:
@@ -131,9 +132,11 @@ class Tables(RecordSource):
         return f"{file.path}:{self._first[group] - begin + row + 1}"
 
     def language(self, i: int) -> str:
+        """What the column "language" says of row i, if there is one."""
         return super().language(i) if "language" in self._used else ""
 
     def read(self, indices: Sequence[int], pictures: bool = True) -> list[Record | BadItem]:
+        """Rows as records, in the order of `indices`; what cannot be read is a BadItem in its place."""
         with self._lock:  # groups are read forward, by one
             return [self._row(i, pictures) for i in indices]
 
@@ -162,7 +165,9 @@ _SPLITS = ("train", "validation", "valid", "val", "test")
 
 
 def _is_of(name: str, split: str) -> bool:
-    """Whether a file is of a split: data/train-00000-of-00002.parquet, train.parquet, train/0000.parquet."""
+    """Whether a file's name belongs to a split: data/train-00000-of-00002.parquet, train.parquet,
+    train/0000.parquet.
+    """
     return any(part == split or part.startswith((f"{split}-", f"{split}.", f"{split}_")) for part in name.split("/"))
 
 

@@ -109,7 +109,7 @@ class Tars(RecordSource):
         return f"{path}:{self._name(sample) or sample - bisect.bisect_left(self._shard, self._shard[sample]) + 1}"
 
     def _name(self, sample: int) -> str:
-        """What its members are called up to the dot, off the header of the first; "" where there is none."""
+        """The common name of its members up to the dot, from the header of the first; "" if it has none."""
         if self._member[sample] == self._member[sample + 1]:
             return ""
         header = self._open(self._paths[self._shard[sample]]).read(self._at[self._member[sample]] - 512, 512)
@@ -119,6 +119,7 @@ class Tars(RecordSource):
             return ""
 
     def read(self, indices: Sequence[int], pictures: bool = True) -> list[Record | BadItem]:
+        """Samples as records, in the order of `indices`; what cannot be read is a BadItem in its place."""
         found: list[Record | BadItem] = []
         for i in indices:
             try:
@@ -204,7 +205,7 @@ _SUFFIXES = tuple(suffix[1:] for suffix in images.SUFFIXES)
 
 
 class _Cut(Exception):
-    """A tar that does not go on as its headers say. `sample`: whether in the middle of a member."""
+    """A tar that ends before its headers say it does. `sample`: whether it ends within a member."""
 
     def __init__(self, reason: str, sample: bool = False):
         super().__init__(reason)

@@ -31,8 +31,8 @@ _LARGEST = 1 << 26  # bytes of a document
 class TextFiles:
     """The texts of the files under `path`, in the order of their names; may be far larger than memory.
 
-    The files are read once at opening, twice for a part. What is kept of them is their names and 40 bytes for every
-    16 KiB, or for every file if files are smaller. Line ends are not part of a line, nor is a byte order mark of a
+    The files are read once at opening, twice for a part. Memory is their names and 40 bytes for every 16 KiB of text,
+    at least 40 bytes a file. Line ends are not part of a line, nor is a byte order mark of a
     text; blank lines are no items; nothing else is changed. A file that is no UTF-8 (`encoding`), or cannot be read, is
     one bad item; so is the rest of a packed one (.jsonl.gz, .jsonl.zst) that is cut short, from 16 KiB before the cut.
 
@@ -44,8 +44,8 @@ class TextFiles:
         files: patterns of names, in whichever case; folders below are searched too: `files.Folder` says which.
         by: what one document is, "file" or "line". Of a .jsonl file it is a row.
         field: the key of a row's text. The others become `meta`.
-        language: "file": a file's name, without its ending where that tells it from its neighbours, is the language of
-            its texts; else the key of a row's.
+        language: "file": a file's short name (`languages`) is the language of its texts; else the key of a row that has
+        it.
         links: whether links that lead out of the folder are followed.
 
     Raises:
@@ -102,6 +102,7 @@ class TextFiles:
         return self._items
 
     def origin(self, i: int) -> str:
+        """The text's file, and its line where a file has many texts."""
         block = self._block_of(i)
         file = self._files[self._file[block]]
         if not self._in_lines(file) or not self._stop[block]:
@@ -116,6 +117,7 @@ class TextFiles:
         return Document.of((TextPart(text),), id=str(row.get("id", "")), origin=self.origin(i), meta=meta)
 
     def texts(self, i: int) -> list[str]:
+        """The one text of item i. Raises BadItem."""
         return [self._read(i)[0]]
 
     def language(self, i: int) -> str:
@@ -305,7 +307,7 @@ def _is_jsonl(file: AnyPath) -> bool:
 
 
 def languages(files: Sequence[AnyPath]) -> list[str]:
-    """What each of several files is called by its name alone: without its ending, unless a neighbour is called so."""
+    """A short name for each of several files: without its ending, unless another file would have the same name."""
     stems = Counter((file.parent, file.stem) for file in files)
     return [file.stem if stems[file.parent, file.stem] == 1 else file.name for file in files]
 

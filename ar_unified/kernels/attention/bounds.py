@@ -1,4 +1,4 @@
-"""Which keys a query sees, as two numbers a query, and which blocks of keys a block of queries therefore meets.
+"""Two numbers for each query say which keys it sees. From them follows which blocks of keys a block of queries meets.
 
 In a packed row documents lie one behind the other, so what a causal query may see is one stretch of keys: from the
 first key of its document (or of its window) to itself. The two ends are the mask, and their extremes over a block of
@@ -16,8 +16,9 @@ import jax.numpy as jnp
 
 
 class Bounds(NamedTuple):
-    """Query t of a row sees the keys first[t] <= s <= last[t], counted from the first key given; none where that is
-    empty. int32 [B, T] both, non-decreasing along a row but for queries that see nothing."""
+    """Query t of a row sees the keys first[t] <= s <= last[t], counted from the first key given; if first > last it
+    sees none. Both are int32 [B, T] and non-decreasing along a row, except at queries that see nothing.
+    """
 
     first: jax.Array
     last: jax.Array
@@ -26,8 +27,8 @@ class Bounds(NamedTuple):
 class BlockRanges(NamedTuple):
     """For each block of one kind the blocks begin <= j < end of the other kind that it meets; int32 [B, blocks].
 
-    The blocks clean_begin <= j < clean_end of them are seen whole by all queries of the block and need no mask: what is
-    left of them is the left edge of a document, what is right of them the diagonal.
+    All queries of the block see the blocks clean_begin <= j < clean_end as a whole, so these need no mask. To their
+    left lies the left edge of a document, to their right the diagonal.
     """
 
     begin: jax.Array
@@ -77,8 +78,8 @@ def key_ranges(bounds: Bounds, keys: int, block_q: int, block_k: int) -> BlockRa
 def query_ranges(by_query: BlockRanges, key_blocks: int) -> BlockRanges:
     """The blocks of queries that each block of keys meets, [B, J], from the opposite.
 
-    Exact where bounds do not decrease along the row. Where they do, or at padding between documents, a range may be
-    wider than needed, and no block counts as clean where not all from the first clean one to the last are.
+    The ranges are exact if bounds do not decrease along the row. If they do, or at padding between documents, a range
+    may be wider than needed, and blocks count as clean only if all between the first and the last clean one are.
     """
 
     def ends(begin: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

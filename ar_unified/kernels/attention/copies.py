@@ -1,4 +1,5 @@
-"""The warpgroup of a Hopper kernel that copies: what the others compute with, into a ring of shared memory (hopper.py).
+"""The copying warpgroup of a Hopper kernel: it brings what the others compute with into a ring of shared memory
+(hopper.py).
 
 B batch, T query position, S key position, N query heads, K KV heads, G = N / K, H head dim.
 """

@@ -386,8 +386,9 @@ def _launch(
 
 
 def _place(backwards: bool) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(head, block, row of the batch, warpgroup) of this thread. Thread blocks start in order, and those with the most
-    to do are better started first: in long documents the last queries, and the first keys."""
+    """(head, block, row of the batch, warpgroup) of this thread. Thread blocks start in order, and it is better to
+    start those with most work first: in long documents the last queries, and the first keys.
+    """
     block = lax.axis_index("block")
     if backwards:
         block = lax.axis_size("block") - 1 - block

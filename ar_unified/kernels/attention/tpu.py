@@ -215,7 +215,9 @@ def _visit(outer, inner, cuts):
 
 
 def _entry(core, step, cuts):
-    """Which visit is a core's at this step, the last one from then on, and whether it still is to be made."""
+    """(entry, active): the visit of a core at this step, and whether there still is one; after its last visit a core
+    stays at that entry.
+    """
     at, end = cuts[core] + step, cuts[core + 1]
     return jnp.minimum(at, end - 1), at < end
 
@@ -231,7 +233,9 @@ def _each_head(tile: _Tile) -> Callable[[Callable], None]:
 
 
 def _masked_or_clean(add: Callable, word, tile: _Tile, bounds, key_block) -> None:
-    """Runs `add` with what is seen, bool [S, T]: at the left edge and the diagonal; with None where all is."""
+    """Calls `add` with the mask of what is seen, bool [S, T], at the left edge and the diagonal; with None where all is
+    seen.
+    """
 
     @pl.when(word & lists.MASKED != 0)
     def _():
@@ -244,9 +248,9 @@ def _masked_or_clean(add: Callable, word, tile: _Tile, bounds, key_block) -> Non
 
 
 def _factors(spec: Spec, dtype: Any) -> tuple[float, float]:
-    """What queries and what scores are multiplied with, to be scores to base 2, or what a soft cap takes the tanh of.
+    """The factors of queries and of scores that give scores to base 2 or, with a soft cap, the argument of the tanh.
 
-    float32 ones, which are asked for when digits matter, are not rounded once more before their products.
+    float32 queries are not scaled, so that they are not rounded once more: they are used where digits matter.
     """
     factor = spec.scale * _LOG2E if spec.soft_cap is None else spec.scale / spec.soft_cap
     return (1.0, factor) if dtype == jnp.float32 else (factor, 1.0)
@@ -323,7 +327,7 @@ class _Tile(NamedTuple):
         return lists.most(self.T, self.S, self.queries, self.keys, shift)
 
     def rows(self, spec: Spec, rows: int) -> int:
-        """As many as scalar memory has room for, of those that divide `rows`."""
+        """The largest divisor of `rows` for which scalar memory has room."""
         most = VISITS // self.visits(spec.shift)
         return max(b for b in range(1, min(rows, most) + 1) if rows % b == 0)
 
@@ -344,7 +348,7 @@ def _tile(q: jax.Array, k: jax.Array) -> _Tile:
 
 
 def _visits(spec: Spec, tile: _Tile, bounds: Bounds) -> tuple[lists.Visits, lists.Visits]:
-    """What is to be visited for blocks of queries, and for blocks of keys."""
+    """The visits for blocks of queries, and those for blocks of keys."""
     by_query = key_ranges(bounds, tile.S, tile.queries, tile.keys)
     by_key = query_ranges(by_query, -(-tile.S // tile.keys))
     rows = bounds.first.shape[0]

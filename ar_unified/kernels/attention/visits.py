@@ -34,19 +34,22 @@ class Visits(NamedTuple):
 
     @property
     def steps(self) -> jax.Array:
-        """Of the core that has most, []."""
+        """The number of visits of the core that has most, []."""
         return jnp.diff(self.cuts).max()
 
 
 def row(outer):
+    """The row of the batch that a visit is of."""
     return outer >> _ROW
 
 
 def outer_block(outer):
+    """The block that a visit computes for."""
     return outer & ((1 << _ROW) - 1)
 
 
 def inner_block(inner):
+    """The block that a visit reads."""
     return inner >> _OTHER
 
 

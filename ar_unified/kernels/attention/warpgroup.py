@@ -26,9 +26,9 @@ BY_ROW, BY_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
 class Walk(NamedTuple):
-    """The blocks that one block meets, in the order in which they are visited: `left` masked ones from `begin`, the
-    other masked ones from `clean_end`, then the clean ones. To repeat is to visit the masked ones so many times, then
-    the clean ones.
+    """The blocks that one block meets, in the order of visits: `left` masked ones from `begin`, the other masked ones
+    from `clean_end`, then the clean ones. With `repeat`, the masked ones are all visited that many times before the
+    clean ones are.
     """
 
     begin: jax.Array
@@ -62,6 +62,7 @@ class Walk(NamedTuple):
 
 
 def read_walk(ranges_ref, repeat: int = 1) -> Walk:
+    """The walk of a block: which blocks it meets, and at which of them a mask is needed."""
     begin, end, clean_begin, clean_end = (ranges_ref[i] for i in range(4))
     left = clean_begin - begin
     return Walk(begin, left, clean_begin, clean_end, left + end - clean_end, clean_end - clean_begin, repeat)
@@ -79,7 +80,9 @@ def stacked(ranges: BlockRanges) -> jax.Array:
 
 
 def _multiply(acc, a, b) -> None:
-    """acc += a @ b.T, issued and not waited for. In parts [parts, rows, columns], the sum over them."""
+    """Issues acc += a @ b.T and does not wait for it. If a and b are [parts, rows, columns], it adds the products of
+    all parts.
+    """
     for left, right in [(a, b)] if len(a.shape) == 2 else [(a.at[p], b.at[p]) for p in range(a.shape[0])]:
         plgpu.wgmma(acc, left, right.transpose((1, 0)))
 
@@ -141,15 +144,18 @@ def free_all(*rings) -> None:
 
 
 def load(ref, layout=BY_ROW) -> jax.Array:
+    """An array from memory into registers, laid out by `layout`."""
     return plgpu.layout_cast(ref[...], layout)
 
 
 def full(shape, value: float) -> jax.Array:
+    """An array of one value in registers: float32, a matrix if `shape` is a tuple, else a number for each row."""
     layout = plgpu.Layout.WGMMA if isinstance(shape, tuple) else BY_ROW
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
 def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
+    """Positions along `axis` as int32 in registers, laid out as a product of matrices is."""
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
 
@@ -164,6 +170,7 @@ def across(x: jax.Array, tile: jax.Array) -> jax.Array:
 
 
 def opaque(index: jax.Array | int) -> jax.Array:
-    """The index, as something that the compiler must take to change in a loop. It would otherwise compute the address
-    of every slice of an operand before the loop, and spill what is then too many registers."""
+    """The index in a form that the compiler cannot take for constant in a loop. Else it would compute the addresses of
+    all slices of an operand before the loop, need too many registers, and spill.
+    """
     return lax.optimization_barrier(jnp.asarray(index, jnp.int32))

@@ -23,8 +23,8 @@ WINDOW_BYTES = 4 * 1024 * 1024  # of VMEM, for the windows of two groups of rows
 
 
 class _Lying(NamedTuple):
-    """An array as it lies in memory, [B, K, *, *], and what is new; which axis is that of the slots; whether it is
-    turned: memory has the axes 2 and 3 of the cache the other way round.
+    """An array as it lies in memory, [B, K, *, *], and its new entries; `axis`: the axis of slots; `turned`: whether
+    axes 2 and 3 of the cache are exchanged in memory.
 
     What is new comes as [K, B, *], 32 bits: so a projection to heads leaves it, and one row of it can be read alone;
     for a turned cache as [B, K, H, 1].
@@ -67,7 +67,9 @@ def _heads(layer: tuple[jax.Array, ...]) -> int:
 
 
 def _rows(layer: tuple[jax.Array, ...]) -> int | None:
-    """Rows of a group: whole tiles of what is new, or all; None: not even the fewest fit."""
+    """The number of rows in a group: so many that their new entries fill whole tiles, or all rows. None: not even the
+    fewest fit into memory.
+    """
     B, _, _, H = layer[0].shape
     window = (LANES if H % LANES else 32 // layer[0].dtype.itemsize) * H * layer[0].dtype.itemsize
     row = _heads(layer) * (2 * window + (len(layer) - 2) * LANES * 4)
@@ -109,7 +111,7 @@ def forward(
 
 
 def _of_rows(rows: int, heads: int, new: jax.Array) -> pl.BlockSpec:
-    """Of a group of rows a core's heads."""
+    """The heads of one core, for a group of rows."""
     if new.ndim == 3:
         return pl.BlockSpec((heads, rows, new.shape[2]), lambda h, g, slots: (h, g, 0))
     return pl.BlockSpec((rows, heads, *new.shape[2:]), lambda h, g, slots: (g, h, 0, 0))
@@ -121,12 +123,12 @@ def _kernel(rows, groups, shapes, slots, *refs):
     h, g = pl.program_id(0), pl.program_id(1)
 
     def begin(length: int, row: jax.Array, window: int) -> jax.Array:
-        """Of the window of a row; of a row that is not written, any."""
+        """The first slot of the window of a row; any valid one for a row that is not written."""
         slot = jnp.clip(slots[row], 0, length - 1)
         return pl.multiple_of(slot & -window, window)
 
     def copies(group: jax.Array, r: jax.Array, write: bool) -> Iterator[Any]:
-        """Of the windows of a row of a group, from memory to VMEM or back."""
+        """The copies of the windows of one row of a group, from memory to VMEM or back."""
         row, half = group * rows + r, group & 1
         for (axis, window), cache, held in zip(shapes, caches, windows, strict=True):
             heads, slot = held.shape[2], pl.ds(begin(cache.shape[axis], row, window), window)

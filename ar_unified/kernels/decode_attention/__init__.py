@@ -42,10 +42,10 @@ def decode_attention(
 
     Row b's query is at position lengths[b] - 1 and sees the slots max(0, lengths[b] - window) <= s < lengths[b]. A row
     of length 0 gets exact zeros, and a log-sum-exp of -inf. What the other slots hold has no influence but must be
-    finite. Of several queries a row the last is that one, and each sees a slot more than the one before it; what of
-    them lies beyond the cache gets something. XLA reads the cache once for all of them, the kernels once for each. It
-    is what `attention` computes with q_offset = lengths - 1, which is also the differentiable form: this one has no
-    derivative, and asking for it raises TypeError.
+    finite. If a row has several queries, this holds for the last one, and each query sees one slot more than the one
+    before it. Queries beyond the cache get some finite value. XLA reads the cache once for all queries, the kernels
+    once for each. `attention` computes the same with q_offset = lengths - 1, and can be differentiated; this function
+    cannot, and raises TypeError if it is.
 
     Args:
       q: [B, N, H], or [B, T, N, H], rotated, not scaled.

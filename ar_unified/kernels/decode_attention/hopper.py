@@ -1,9 +1,9 @@
 """Decode attention on Hopper GPUs (sm_90a), in Pallas Mosaic GPU: as many thread blocks as it takes to keep HBM busy.
 
-A thread block takes one KV head of one row, and of that row's live slots its share: rows are split until there are
-enough of them for every SM, each row into equal parts of what is live in it, and the parts are merged by their
-log-sum-exps. It walks its share in blocks that TMA brings into a ring of shared memory; as soon as one is used up the
-next is on its way, and while a thread block computes, the others on the SM wait for memory in its stead.
+A thread block takes one KV head of one row, and a share of that row's live slots. Rows are split into equal parts until
+there are enough for every SM, and the parts are merged by their log-sum-exps. A thread block walks over its share in
+blocks that TMA copies into a ring of shared memory. When one is used up, the copy of the next begins; while one thread
+block computes, others on the SM wait for memory.
 
 The G query heads are rows of one wgmma, padded to the 64 it always has. The padding is free: an SM of an H100 gets 15
 bytes a clock from HBM, 7.5 bfloat16 numbers, and 64 multiply-adds with each are a quarter of the 2048 that its tensor

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 class Cache(NamedTuple):
-    """What the queries look at: row b at the slots begin[b] <= s < end[b], none where that is empty.
+    """The slots that queries look at: in row b, begin[b] <= s < end[b]; none if that is empty.
 
     k, v: [B, K, S, H].  scales: float32 [B, K, 1, S] twice, what each key and value is to be multiplied with; None:
     they are whole.  begin, end: int32 [B], 0 <= begin < end <= S or both 0.
@@ -29,7 +29,7 @@ class Cache(NamedTuple):
         return (self.begin[:, None] <= s) & (s < self.end[:, None])
 
     def before(self, n: int) -> Cache:
-        """What queries see that are n positions in front of these, whose own `end` may be beyond the cache."""
+        """The slots seen by queries n positions before these; the `end` of these may lie beyond the cache."""
         end = jnp.clip(self.end - n, 0, self.k.shape[2])
         return self._replace(begin=jnp.maximum(self.begin - n, 0), end=end)
 

@@ -1,7 +1,7 @@
 """Decode attention on TPU: one walk over the live blocks of all rows, the heads of a group as rows of one product.
 
-The grid is as long as the list of live blocks, not as B * S: a block of slots that no query sees is neither fetched nor
-visited, left of a window as right of a row's end, and the next row's first block is on its way while the last one of
+The grid is as long as the list of live blocks, not as B * S. A block of slots that no query sees, left of a window or
+right of a row's end, is neither fetched nor visited. The next row's first block is being copied while the last one of
 this row is computed. A core takes its steps one after the other and softmax runs along them, so there is nothing to
 split and merge here; where a chip has two cores (v4, v5p), they share the KV heads.
 
@@ -87,8 +87,10 @@ def _tiles(K: int, S: int, H: int, itemsize: int) -> tuple[int, int]:
 
 
 def _live_blocks(cache: Cache, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The row and the place in it of each live block, int32 [B * blocks a row], and how many there are; the rest of the
-    list is never looked at. A row without a live slot has its first block in it, for its zeros to be written."""
+    """For each live block its row and its place in the row, int32 [B * blocks a row], and how many there are; the rest
+    of the list is never read. A row without a live slot is listed with its first block, so that its zeros are
+    written.
+    """
     B, S = cache.k.shape[0], cache.k.shape[2]
     first = cache.begin // block
     count = jnp.maximum(pl.cdiv(cache.end, block) - first, 1)

@@ -28,7 +28,8 @@ def unsupported(q: jax.Array, k: jax.Array) -> str | None:
 def forward(spec: Spec, q: jax.Array, cache: Cache) -> tuple[jax.Array, jax.Array]:
     """Outputs [B, N, H] in the dtype of q, and log-sum-exp float32 [B, N].
 
-    Or of several queries a row, [B, T, N, H] and [B, T, N], that are at its last positions: each sees up to its own.
+    For several queries a row they are [B, T, N, H] and [B, T, N]. The queries are at the row's last positions, and each
+    sees the slots up to its own.
     """
     lengths = prefixes(cache.k.shape[2])
     if len(lengths) == 1:
@@ -82,7 +83,7 @@ def _rows(q: jax.Array, T: int, K: int) -> jax.Array:
 
 
 def _queries(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The other way round, of rows [B, K, T * G, n]: [B, N, n] or [B, T, N, n], as `shape` is."""
+    """The inverse of `_rows`: [B, K, T * G, n] -> [B, N, n] or [B, T, N, n], like `shape`."""
     B, K, _, n = rows.shape
     T = shape[1] if len(shape) == 4 else 1
     return jnp.swapaxes(rows.reshape(B, K, T, -1, n), 1, 2).reshape(shape)

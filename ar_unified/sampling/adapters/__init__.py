@@ -1,1 +1,3 @@
-"""A model as the evaluation harnesses want it: one module each, which imports its harness, and what they share."""
+"""Adapters that let evaluation harnesses call a model: one module for each harness, which imports it, and their common
+part.
+"""

@@ -1,4 +1,4 @@
-"""What every evaluation harness asks of a model: answers to prompts, and how likely a text is behind a prompt."""
+"""What all evaluation harnesses need: answers to prompts, and the likelihood of a text after a prompt."""
 
 from __future__ import annotations
 

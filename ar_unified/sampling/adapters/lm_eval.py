@@ -46,7 +46,9 @@ class EngineLM(LM):
         return self._model.likelihoods(pairs)
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        """(text,) each: its whole log-likelihood; of a long text every token once, behind as much as fits."""
+        """(text,) each: the log-likelihood of the whole text. In a long text every token counts once, after as much
+        context as fits.
+        """
         pairs, owners = [], []
         for owner, (text,) in enumerate(request.args for request in requests):
             ids = self._encode(text)

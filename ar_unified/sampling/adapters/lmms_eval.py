@@ -46,8 +46,8 @@ class EngineLMM(lmms):
     def generate_until_multi_round(self, requests: list[Any]) -> list[list[str]]:
         """(context, settings, doc_to_visual, doc_to_text, doc_id, task, split) each: the answers of all its rounds.
 
-        Every round is a prompt of its own. `doc_to_text` says the next one, given the answers so far, until it says
-        that they were the last; what a prompt has of earlier rounds is the task's to put there.
+        Every round is a prompt of its own. `doc_to_text` gives the next prompt from the answers so far, until it says
+        that there is none. Whether a prompt repeats earlier rounds is the task's decision.
         """
         answers: list[Any] = [[] for _ in requests]
         asked = {}  # by request: the prompt of this round, and what the task remembers
@@ -74,7 +74,7 @@ class EngineLMM(lmms):
 
 
 def _content(context: str, visuals: list[Any] | None) -> Prompt:
-    """The images where the text has places for them, else before it."""
+    """The images at the places that the text marks for them, or before the text if it marks none."""
     images = list(visuals or ())
     if any(not isinstance(image, Image.Image) for image in images):
         raise ValueError(f"expected images, found {type(images[0]).__name__}: video and sound cannot be read")

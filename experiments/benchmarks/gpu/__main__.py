@@ -42,6 +42,7 @@ _BEGIN, _RESULT = "begin ", "result "
 
 
 def main() -> int:
+    """Runs all stages, each in a process of its own; returns 1 if a case was wrong or a check failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument(
@@ -140,11 +141,13 @@ def said(result: dict[str, Any], file: TextIO) -> bool:
 
 
 def write(file: TextIO, row: dict[str, Any]) -> None:
+    """Appends a result to the file at once, so that a crash loses none."""
     file.write(json.dumps(row) + "\n")
     file.flush()
 
 
 def commit() -> str | None:
+    """The revision of the repository; None where git says none."""
     try:
         asked = ["git", "rev-parse", "--short", "HEAD"]
         return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()

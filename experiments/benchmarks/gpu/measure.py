@@ -67,12 +67,14 @@ def timer() -> Callable[[Callable, tuple], float]:
 
 
 def device_milliseconds(run: Callable, args: tuple) -> float:
+    """Time of a call on the GPU, by the profiler of Mosaic GPU."""
     from jax.experimental.mosaic.gpu import profiler
 
     return profiler.measure(run)(*args)[1]
 
 
 def wall_milliseconds(run: Callable, args: tuple, calls: int = 10) -> float:
+    """Time of a call by the clock, the mean of several in a row."""
     import jax
 
     start = time.perf_counter()

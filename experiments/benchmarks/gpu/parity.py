@@ -21,6 +21,7 @@ TOLERANCE = 2e-2  # of bfloat16 outputs and gradients, |found - expected| / |exp
 
 
 def checks(size: Size) -> list[Check]:
+    """Every case of the kernels' tests that a GPU can run, against the reference."""
     # Caches whose slots TMA cannot copy are XLA's on a GPU too.
     decode = {f"decode: {name}": case for name, case in (DECODE_CASES | HOPPER_CASES).items() if case.S % 8 == 0}
     found = [(name, functools.partial(_check, _attention, case, size.backend)) for name, case in CASES.items()]

@@ -35,6 +35,7 @@ class _Numbers:
 
 
 def checks(size: Size) -> list[Check]:
+    """Images a second, for each number of images at once."""
     return [
         (f"{size.preset}, {batch} images at once", functools.partial(_measure, size, batch)) for batch in size.batches
     ]

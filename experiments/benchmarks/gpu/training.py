@@ -26,6 +26,7 @@ WARM, STEPS = 2, 5
 
 
 def checks(size: Size) -> list[Check]:
+    """Tokens a second, MFU and peak memory of each training."""
     return [
         (name, functools.partial(_measure, Vocabulary(*size.vocabulary), size.document, *what))
         for name, what in size.training.items()

@@ -25,6 +25,8 @@ NO_DECODER = (
 
 
 class Reconstruction(NamedTuple):
+    """What a training pass of the autoencoder gives."""
+
     pixels: jax.Array  # float32 [B, H, W, 3], about [-1, 1]: not clipped
     codes: jax.Array  # int32 [B, h, w]
     quantizer_loss: jax.Array  # float32 []

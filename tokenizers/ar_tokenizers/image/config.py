@@ -106,6 +106,7 @@ class AutoencoderConfig:
         return json.dumps(named, sort_keys=True)
 
     def make_quantizer(self, rngs: nnx.Rngs) -> quantizers.Quantizer:
+        """A fresh quantizer with these settings. Raises ValueError: they do not go together."""
         return quantizers.make(**{name: getattr(self, name) for name in quantizers.SETTINGS}, rngs=rngs)
 
     @functools.cached_property
@@ -115,10 +116,12 @@ class AutoencoderConfig:
 
     @property
     def codebook_size(self) -> int:
+        """How many codes there are."""
         return self.abstract_quantizer.codebook_size
 
     @property
     def codes_per_position(self) -> int:
+        """Codes side by side for one place; more than 1 with `rq` alone."""
         return self.abstract_quantizer.depth
 
     @property

@@ -53,6 +53,7 @@ def convert(paths: Sequence[str], shapes: Mapping[str, tuple[int, ...]], output:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Reads torch's files and writes one .safetensors with what losses and scores need of them."""
     parser = argparse.ArgumentParser(prog="python -m ar_tokenizers.image.convert_perceptual", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--vgg", metavar="FILE", help="torchvision's vgg16, for LPIPS")

@@ -49,6 +49,7 @@ class PatchDiscriminator(Discriminator):
         self.head = _conv(widths[-1], 1, 4, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, pixels: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """float32 [B, H, W, 3] -> logits float32 [B, h, w] of patches, and the features of every layer."""
         x, features = pixels.astype(self.dtype), []
         for index in range(self.layers + 1):
             x = getattr(self, f"conv{index}")(x)
@@ -79,6 +80,7 @@ class StyleDiscriminator(Discriminator):
         self.head = nnx.Linear(widths[-1], 1, **dense)
 
     def __call__(self, pixels: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """float32 [B, H, W, 3] -> logits of whole images, and the features of every level."""
         x = _leaky(self.stem(pixels.astype(self.dtype)))
         features = [x]
         for index in range(self.layers):
@@ -99,6 +101,7 @@ class Block(nnx.Module):
         self.skip = _conv(fan_in, fan_out, 1, dtype=dtype, rngs=rngs, use_bias=False)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, F] -> [B, H/2, W/2, F']."""
         y = _leaky(self.conv2(blur_and_halve(_leaky(self.conv1(x)))))
         return (self.skip(blur_and_halve(x)) + y) * math.sqrt(0.5)  # two branches of variance one make one of it
 

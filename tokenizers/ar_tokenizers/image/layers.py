@@ -35,6 +35,7 @@ class Conv3x3(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(fan_out, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, F] -> [B, H, W, F'], or as its `convolution` changes the sides, in its dtype."""
         return self.convolution(x.astype(self.dtype), self.kernel[...]) + self.bias[...].astype(self.dtype)
 
 
@@ -51,6 +52,7 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, F] -> the same shape in its dtype; statistics in float32, over positions and a group's features."""
         y, width = x.astype(jnp.float32), x.shape[-1]
         # From features to groups and back by products with `of`: anything else XLA fuses into the loops over positions,
         # to do it again at every one of them: half of the forward pass on a CPU.
@@ -67,6 +69,7 @@ class GroupNorm(nnx.Module):
 
 
 def linear(fan_in: int, fan_out: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, **options: Any) -> nnx.Linear:
+    """A linear layer with float32 parameters that computes in `dtype`."""
     return nnx.Linear(fan_in, fan_out, dtype=dtype, param_dtype=jnp.float32, rngs=rngs, **options)
 
 

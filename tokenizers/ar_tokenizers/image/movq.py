@@ -30,6 +30,7 @@ class Encoder(vqgan.Encoder):
         self.temporal = BeforeCodes(config.z_channels, blocks, rngs=rngs) if blocks else None
 
     def features(self, pixels: jax.Array) -> jax.Array:
+        """As VQGAN's, with the layers in time behind, where there are some."""
         z = super().features(pixels)
         return self.temporal(z) if self.temporal else z
 
@@ -43,6 +44,7 @@ class Decoder(vqgan.Decoder):
         self.temporal = AfterCodes(dim, blocks, rngs=rngs) if blocks else None
 
     def __call__(self, vectors: jax.Array) -> jax.Array:
+        """Vectors of codes -> pixels; every norm reads the vectors again (SpatialNorm)."""
         z = self.from_code(vectors)
         if self.temporal:  # the norms read the codes as they are after these layers
             z, vectors = self.temporal(z), self.temporal(vectors)

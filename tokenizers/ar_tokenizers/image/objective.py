@@ -72,6 +72,7 @@ class Objective:
             )
 
     def init(self, key: jax.Array) -> Params:
+        """Fresh parameters, by "autoencoder" and "discriminator"."""
         params = {"autoencoder": autoencoders.init(self.autoencoder, key)}
         if self.config.adversary.kind != "none":
             params["discriminator"] = adversaries.init(self.config.adversary, jax.random.fold_in(key, 1))
@@ -248,6 +249,8 @@ def mean_errors(error: jax.Array) -> Metrics:
 
 
 class Judged(NamedTuple):
+    """What a discriminator has to say of real images and their reconstructions, row by row."""
+
     generator: jax.Array  # float32 [B], weighted
     discriminator: jax.Array  # float32 [B]
     parts: Metrics  # float32 [B] by name: what is worth a line in the log

@@ -34,6 +34,7 @@ class Encoder(nnx.Module):
         self.to_code = linear(widths[-1], dim, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
+        """float32 [B, H, W, 3] -> float32 [B, h, w, C]."""
         x = self.stem(space_to_depth(pixels.astype(self.dtype), self.patch))
         for index in range(self.depth):
             if index:
@@ -58,6 +59,7 @@ class Decoder(nnx.Module):
         self.head = Conv3x3(widths[0], 3 * config.patch**2, dtype=dtype, rngs=rngs)
 
     def __call__(self, vectors: jax.Array) -> jax.Array:
+        """float32 [B, h, w, C] -> float32 [B, H, W, 3]."""
         x = self.from_code(vectors).astype(self.dtype)
         for index in reversed(range(self.depth)):
             x = getattr(self, f"level{index}")(x)
@@ -81,6 +83,7 @@ class Level(nnx.Module):
             setattr(self, f"block{index}", Block(width, dtype=dtype, rngs=rngs))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, h', w', F] -> the same shape, through all blocks."""
         for index in range(self.blocks):
             x = getattr(self, f"block{index}")(x)
         return x
@@ -96,6 +99,7 @@ class Block(nnx.Module):
         self.conv2 = Conv3x3(width, width, dtype=dtype, rngs=rngs, kernel_init=nnx.initializers.zeros)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, h', w', F] -> the same shape: two convolutions, added to what came in."""
         y = self.conv1(jax.nn.silu(self.norm1(x)))
         return x + self.conv2(jax.nn.silu(self.norm2(y)))
 

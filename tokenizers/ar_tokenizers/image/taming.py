@@ -126,6 +126,8 @@ DIALECTS = {
 
 
 class Read(NamedTuple):
+    """What was read of a file in taming-transformers' names."""
+
     params: Params  # float32, as `init` makes them; without "decoder" where the file has none
     kept: dict[str, np.ndarray]  # what the file has and the network does not need, for its export; float32 or int64
 
@@ -230,12 +232,15 @@ def buffers(config: AutoencoderConfig, dialect: str) -> dict[str, np.ndarray]:
 
 
 class Place(NamedTuple):
+    """Where a parameter of ours stands in such a file."""
+
     name: str  # theirs
     shape: tuple[int, ...]  # theirs
     axes: int  # ours
 
 
 def known(dialect: str) -> str:
+    """The dialect, if it is one of DIALECTS. Raises ValueError."""
     if dialect not in DIALECTS:
         raise ValueError(f"names of weights: expected one of {', '.join(DIALECTS)}; found {dialect!r}")
     return dialect

@@ -44,6 +44,7 @@ class BeforeCodes(nnx.Module):
         self.stack = Stack(width, blocks, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Both halvings, then the blocks."""
         return self.stack(jax.nn.silu(self.halve1(jax.nn.silu(self.halve0(x)))))
 
 
@@ -56,6 +57,7 @@ class AfterCodes(nnx.Module):
         self.double1 = Conv3x3(width, width, dtype=_FLOAT32, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """The blocks, then both doublings."""
         return jax.nn.silu(self.double1(jax.nn.silu(self.double0(self.stack(x)))))
 
 
@@ -68,6 +70,7 @@ class Stack(nnx.Module):
             setattr(self, f"block{index}", Block(width, rngs=rngs))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """All blocks in order."""
         for index in range(self.blocks):
             x = getattr(self, f"block{index}")(x)
         return x
@@ -82,6 +85,7 @@ class Block(nnx.Module):
         self.conv2 = Conv3x3(width, width, dtype=_FLOAT32, rngs=rngs, kernel_init=nnx.initializers.zeros)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Two convolutions, added to what came in."""
         y = self.conv1(jax.nn.silu(self.norm1(x)))
         return x + self.conv2(jax.nn.silu(self.norm2(y)))
 
@@ -94,6 +98,7 @@ class Affine(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Scale and shift of every feature: a batch norm with fixed statistics."""
         return x * self.scale[...] + self.bias[...]
 
 

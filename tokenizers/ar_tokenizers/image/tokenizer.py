@@ -66,6 +66,7 @@ class ImageTokenizer:
 
     @property
     def codebook_size(self) -> int:
+        """How many codes there are."""
         return self.config.codebook_size
 
     @property
@@ -75,10 +76,12 @@ class ImageTokenizer:
 
     @property
     def factor(self) -> int:
+        """Pixels a side of one code."""
         return self.config.factor
 
     @property
     def codes_per_position(self) -> int:
+        """Codes side by side for one place of an image."""
         return self.config.codes_per_position
 
     @functools.cached_property

@@ -51,6 +51,7 @@ class Encoder(nnx.Module):
         self.to_code = linear(config.z_channels, dim, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
+        """float32 [B, H, W, 3] -> float32 [B, h, w, C]."""
         return self.to_code(self.features(pixels))
 
     def features(self, pixels: jax.Array) -> jax.Array:
@@ -89,6 +90,7 @@ class Decoder(nnx.Module):
         self.head = Conv3x3(previous, 3 * config.patch**2, dtype=dtype, rngs=rngs)
 
     def __call__(self, vectors: jax.Array) -> jax.Array:
+        """float32 [B, h, w, C] -> float32 [B, H, W, 3]."""
         return self.pixels(self.from_code(vectors))
 
     def pixels(self, z: jax.Array, *codes: jax.Array) -> jax.Array:
@@ -123,6 +125,7 @@ class Level(nnx.Module):
                 setattr(self, f"attention{index}", Attention(width, dtype=dtype, rngs=rngs, norm=norm))
 
     def __call__(self, x: jax.Array, *codes: jax.Array) -> jax.Array:
+        """[B, h', w', F] -> [B, h', w', F']; codes: what norms of MoVQ read beside it."""
         for index in range(self.blocks):
             x = getattr(self, f"block{index}")(x, *codes)
             if self.attention:
@@ -141,6 +144,7 @@ class Middle(nnx.Module):
         self.block2 = Block(width, width, dtype=dtype, rngs=rngs, norm=norm)
 
     def __call__(self, x: jax.Array, *codes: jax.Array) -> jax.Array:
+        """[B, h', w', F] -> the same shape; codes: what norms of MoVQ read beside it."""
         x = self.block1(x, *codes)
         return self.block2(self.attention(x, *codes) if self.attention else x, *codes)
 
@@ -156,6 +160,7 @@ class Block(nnx.Module):
         self.shortcut = linear(fan_in, width, dtype=dtype, rngs=rngs) if fan_in != width else None
 
     def __call__(self, x: jax.Array, *codes: jax.Array) -> jax.Array:
+        """[B, h', w', F] -> [B, h', w', F']: two convolutions, added to what came in."""
         y = self.conv1(jax.nn.silu(self.norm1(x, *codes)))
         y = self.conv2(jax.nn.silu(self.norm2(y, *codes)))
         return y + (self.shortcut(x) if self.shortcut else x)
@@ -170,6 +175,7 @@ class Attention(nnx.Module):
         self.out = linear(width, width, dtype=dtype, rngs=rngs, kernel_init=nnx.initializers.zeros)
 
     def __call__(self, x: jax.Array, *codes: jax.Array) -> jax.Array:
+        """[B, h', w', F] -> the same shape: every position looks at all, added to what came in."""
         y = self.norm(x, *codes).reshape(x.shape[0], -1, x.shape[-1])
         scores = jnp.einsum("bqf,bsf->bqs", self.query(y), self.key(y), preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(scores * x.shape[-1] ** -0.5).astype(y.dtype)

@@ -27,6 +27,8 @@ State = dict[str, jax.Array]
 
 
 class Quantized(NamedTuple):
+    """What a training pass of a quantizer gives."""
+
     vectors: jax.Array  # float32 [B, ..., C]: exactly `vectors(codes)`, with the gradient of the latent
     codes: jax.Array  # int32 [B, ...] in [0, K); of depth D > 1: [B, ..., D]
     loss: jax.Array  # float32 []: what the quantizer itself asks for, a mean over positions

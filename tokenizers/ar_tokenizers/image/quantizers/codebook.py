@@ -158,6 +158,7 @@ class CodebookQuantizer(Quantizer):
         return jax.lax.stop_gradient(codebook) if self.codebook_update == "ema" else codebook
 
     def through(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
+        """The codes' vectors, with the gradient that `gradient` names."""
         return GRADIENTS[self.gradient](bounded, vectors)
 
     def sums(self, bounded: jax.Array, codes: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
@@ -185,6 +186,7 @@ class CodebookQuantizer(Quantizer):
         return sums
 
     def init_state(self, params: Params) -> State:
+        """Averages of how often each code is used, and of what comes to it: those that are needed."""
         state = {}
         if self.restart or self.codebook_update == "ema":
             state["count"] = jnp.zeros(self.codebook_size)
@@ -193,6 +195,7 @@ class CodebookQuantizer(Quantizer):
         return state
 
     def update_state(self, params: Params, state: State, sums: dict[str, jax.Array]) -> tuple[Params, State]:
+        """Moves the averages, then the codes that follow them, and restarts codes that nothing uses."""
         state = {name: DECAY * old + (1 - DECAY) * sums[name] for name, old in state.items()}
         codebook = params["codebook"]
         if self.codebook_update == "ema":  # both averages start at zero and fade alike: their ratio is right
@@ -212,11 +215,13 @@ class CodebookQuantizer(Quantizer):
 
 
 def check_sizes(name: str, codes: int, dim: int) -> None:
+    """Raises ValueError for a codebook that is too small to be one."""
     if codes < 2 or dim < 2:
         raise ValueError(f"{name} needs at least 2 codes of at least 2 dimensions, got {codes} of {dim}")
 
 
 def check_gradient(gradient: str) -> None:
+    """Raises ValueError unless it is a name of GRADIENTS."""
     if gradient not in GRADIENTS:
         raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
 
@@ -231,4 +236,5 @@ def pull_together(bounded: jax.Array, vectors: jax.Array, beta: float) -> jax.Ar
 
 
 def commitment(bounded: jax.Array, vectors: jax.Array) -> jax.Array:
+    """How far latents are from their codes: a mean square whose gradient moves the latents alone."""
     return jnp.mean(jnp.square(bounded - jax.lax.stop_gradient(vectors)))

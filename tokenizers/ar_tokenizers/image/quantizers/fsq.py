@@ -39,6 +39,7 @@ class FSQ(Quantizer):
         self.codebook_size = math.prod(levels)
 
     def bound(self, z: jax.Array) -> jax.Array:
+        """Latents into the range of each axis's levels; -1 and 1 are the outermost, smooth in between."""
         # An even number of levels has no middle: theirs sit at -L/2 ... L/2 - 1, half a step below a symmetric range.
         reach = [(level - 1) / 2 for level in self.levels]
         offset = [0.5 if level % 2 == 0 else 0.0 for level in self.levels]
@@ -47,11 +48,13 @@ class FSQ(Quantizer):
         return steps / jnp.array(self._half, jnp.float32)
 
     def nearest(self, bounded: jax.Array) -> jax.Array:
+        """The code of the nearest levels, the digits of a number in a mixed base."""
         half = jnp.array(self._half, jnp.int32)
         digits = jnp.round(bounded * half.astype(jnp.float32)).astype(jnp.int32) + half
         return jnp.sum(digits * jnp.array(self._basis, jnp.int32), axis=-1, dtype=jnp.int32)
 
     def vectors(self, codes: jax.Array) -> jax.Array:
+        """The levels of codes, in [-1, 1]."""
         levels, half = jnp.array(self.levels, jnp.int32), jnp.array(self._half, jnp.int32)
         digits = codes[..., None] // jnp.array(self._basis, jnp.int32) % levels
         return (digits - half).astype(jnp.float32) / half.astype(jnp.float32)

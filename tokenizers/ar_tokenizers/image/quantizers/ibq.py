@@ -28,15 +28,19 @@ class IBQ(Quantizer):
         self.codebook = nnx.Param(jax.random.normal(rngs.params(), (codes, dim), jnp.float32))  # as latents
 
     def bound(self, z: jax.Array) -> jax.Array:
+        """Latents as they are, in float32."""
         return z.astype(jnp.float32)
 
     def nearest(self, bounded: jax.Array) -> jax.Array:
+        """The code with the largest inner product."""
         return nearest(bounded, self.codebook[...])
 
     def vectors(self, codes: jax.Array) -> jax.Array:
+        """The codes' rows of the codebook."""
         return self.codebook[...][codes]
 
     def __call__(self, z: jax.Array, keys: jax.Array | None = None) -> Quantized:
+        """The training pass: a hard choice forward, and the softmax over all codes backward."""
         bounded, codebook = self.bound(z), self.codebook[...]
         codes = self.nearest(bounded)
         vectors, soft = self.vectors(codes), soft_lookup(bounded, codebook)

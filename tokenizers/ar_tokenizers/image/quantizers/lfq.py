@@ -28,17 +28,21 @@ class LFQ(Quantizer):
         self.length = 1.0  # of one number of a vector
 
     def bound(self, z: jax.Array) -> jax.Array:
+        """Latents as they are, in float32."""
         return z.astype(jnp.float32)
 
     def nearest(self, bounded: jax.Array) -> jax.Array:
+        """The signs of a latent as the bits of a number."""
         digits = (bounded > 0).astype(jnp.int32)
         return jnp.sum(digits << jnp.arange(self.dim, dtype=jnp.int32), axis=-1, dtype=jnp.int32)
 
     def vectors(self, codes: jax.Array) -> jax.Array:
+        """The bits of codes as plus or minus `length`."""
         digits = codes[..., None] >> jnp.arange(self.dim, dtype=jnp.int32) & 1
         return jnp.where(digits == 1, jnp.float32(self.length), jnp.float32(-self.length))
 
     def loss(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
+        """Commitment, and the entropy penalty: sure of each latent, even over all codes."""
         loss = self.beta * commitment(bounded, vectors)
         if self.entropy:
             logits = 4 * bounded.reshape(-1, self.dim) / self.length
@@ -61,6 +65,7 @@ class BSQ(LFQ):
         self.length = self.dim**-0.5
 
     def bound(self, z: jax.Array) -> jax.Array:
+        """Latents on the unit sphere."""
         return unit(z.astype(jnp.float32))
 
 

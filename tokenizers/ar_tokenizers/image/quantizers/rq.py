@@ -37,6 +37,7 @@ class RQ(CodebookQuantizer):
         self.depth = depth
 
     def bound(self, z: jax.Array) -> jax.Array:
+        """Latents as they are, in float32."""
         return z.astype(jnp.float32)
 
     def nearest(self, bounded: jax.Array) -> jax.Array:
@@ -52,9 +53,11 @@ class RQ(CodebookQuantizer):
         return total
 
     def alone(self) -> jax.Array:
+        """float32 [K, C]: what each code adds to the vector of its position."""
         return self.table()
 
     def __call__(self, z: jax.Array, keys: jax.Array | None = None) -> Quantized:
+        """The training pass: each depth codes what the depths before have left over."""
         bounded = self.bound(z)
         codes, rests = self._descend(jax.lax.stop_gradient(bounded))
         sums = {} if keys is None else self.sums(rests, codes, keys)

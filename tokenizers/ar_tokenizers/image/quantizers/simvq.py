@@ -34,17 +34,22 @@ class SimVQ(Quantizer):
         return self.layer(jax.lax.stop_gradient(self.codebook[...]))
 
     def bound(self, z: jax.Array) -> jax.Array:
+        """Latents as they are, in float32."""
         return z.astype(jnp.float32)
 
     def nearest(self, bounded: jax.Array) -> jax.Array:
+        """The nearest code by Euclidean distance."""
         table = self.table()
         return nearest(bounded, table, nearness(table))
 
     def vectors(self, codes: jax.Array) -> jax.Array:
+        """The codes' rows of the table, which one linear map makes of the fixed codebook."""
         return self.table()[codes]
 
     def through(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
+        """The codes' vectors, with the gradient that `gradient` names."""
         return GRADIENTS[self.gradient](bounded, vectors)
 
     def loss(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
+        """What pulls latents and codes together."""
         return pull_together(bounded, vectors, self.beta)

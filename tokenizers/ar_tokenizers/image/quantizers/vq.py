@@ -53,16 +53,20 @@ class VQ(CodebookQuantizer):
         self.entropy, self.space = entropy, space
 
     def bound(self, z: jax.Array) -> jax.Array:
+        """Latents in float32, on the unit sphere if that is the space."""
         return self._placed(z.astype("float32"))
 
     def nearest(self, bounded: jax.Array) -> jax.Array:
+        """The nearest code in the space: by Euclidean distance or by angle."""
         table = self._placed(self.table())
         return nearest(bounded, table, nearness(table) if self.space == "euclidean" else 0.0)
 
     def vectors(self, codes: jax.Array) -> jax.Array:
+        """The codes' rows of the codebook, placed in the space."""
         return self._placed(self.table())[codes]
 
     def loss(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
+        """What pulls latents and codes together, and the entropy penalty if there is one."""
         if self.codebook_update == "ema":
             loss = self.beta * commitment(bounded, vectors)
         else:

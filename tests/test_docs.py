@@ -1,0 +1,268 @@
+"""README and the pages are right: commands parse, keys and files exist, snippets run, every error has its cure."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from ml_collections import ConfigDict
+from PIL import Image
+
+from ar_unified.cli.arguments import parser_of
+from ar_unified.cli.main import VERBS
+from ar_unified.data.sources import kind_of
+from ar_unified.experiment.config import defaults, load
+from ar_unified.language.rows import document_from_json
+from tests import bundles
+from tests.sources import files, tree
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+FENCE = re.compile(r"^(<!-- runs -->\n)?```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# What stands for a thing of the reader's, and what it is here: files of `places`.
+STANDS_FOR = {"FILE": "experiments/shapes.py", "DIR": "mine", "DIR2": "mine", "PATH": "mine", "BUNDLE": "bundle"}
+ARGUMENT = re.compile(r"(?<=[=,:])(DIR2|DIR|PATH|BUNDLE|FILE|chameleon|emu3)(?=,|$)")
+
+
+def snippets(language: str, run: bool | None = None) -> list[Any]:
+    """(page:line, text) of every fenced block of a language."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for match in FENCE.finditer(text):
+            if match[2] == language and (run is None or run == bool(match[1])):
+                where = f"{page.relative_to(ROOT)}:{text[: match.start()].count(chr(10)) + 1}"
+                found.append(pytest.param(match[3], id=where))
+    return found
+
+
+def lines(text: str) -> Iterator[list[str]]:
+    """The words of each command of a block; lines that end in a backslash go on."""
+    for line in text.replace("\\\n", " ").splitlines():
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError:  # no command
+            continue
+        for part in " ".join(map(shlex.quote, words)).split(" '&&' "):
+            yield shlex.split(part)
+
+
+COMMANDS = [
+    pytest.param(words, id=f"{block.id} {' '.join(words)[:90]}")
+    for block in [*snippets(""), *snippets("sh")]
+    for words in lines(block.values[0])
+    if words and words[0] in ("ar-unified", "python", "make")
+]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which what the pages name is there: experiments, a folder of one's own, a bundle."""
+    here = tmp_path_factory.mktemp("reader")
+    for name in ("experiments", "examples"):
+        (here / name).symlink_to(ROOT / name)
+    (here / "mine").mkdir()
+    for i in range(2):
+        Image.new("RGB", (16, 16), (200 * i, 0, 0)).save(here / "mine" / f"{i}.png")
+    rows = [{"image": f"{i}.png", "text": "A square."} for i in range(2)]
+    (here / "mine" / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (here / "mine" / "en.txt").write_text("A square.\n")
+    (here / "prompts.jsonl").write_text('{"prompt": "A square."}\n')
+    bundles.write(here / "bundle")
+    shutil.copytree(here / "bundle" / "image_tokenizer", here / "llamagen")
+    return here
+
+
+def test_the_pages_have_commands_and_snippets():
+    assert len(COMMANDS) > 60 and {words.values[0][0] for words in COMMANDS} == {"ar-unified", "python", "make"}
+    said = {words.values[0][1] for words in COMMANDS if words.values[0][0] == "ar-unified"}
+    assert said - {"VERB", "--version"} == VERBS.keys()
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_a_command_of_the_pages_can_be_given(words, places, monkeypatch, capsys):
+    """Parsed by the real parser; keys are those of the real config; scripts and targets are there."""
+    monkeypatch.chdir(places)
+    program, *rest = words
+    if program == "make":
+        targets = re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert [word for word in rest if "=" not in word and word not in targets] == []
+    elif program == "python":
+        if rest[0].endswith(".py"):
+            assert (ROOT / rest[0]).is_file()
+        else:
+            assert rest[0] in ("-c", "-m"), rest
+    elif rest[0] not in ("--version", "VERB"):
+        named = [
+            STANDS_FOR.get(word, word) if before == "--config" else word
+            for before, word in zip(words, rest, strict=False)
+        ]
+        arguments, overrides = parser_of(rest[0]).parse_known_args(named[1:])
+        assert not [word for word in overrides if not (word.startswith("--config.") and "=" in word)]
+        check_config(getattr(arguments, "config", None), overrides)
+
+
+def check_config(file: str | None, overrides: list[str]) -> None:
+    """Loads the config of a command with its keys, where the page names one that loads without data of its own."""
+    keys = [override.replace("=FILE", "=").replace("=FOLDER", "=") for override in overrides]
+    keys = [key.replace("=N", "=1") for key in keys if "fsq|vq" not in key]
+    file = file or "experiments/shapes.py"
+    file = ARGUMENT.sub(lambda match: STANDS_FOR.get(match[1], "bundle"), file)
+    file = file.replace("lpips=mine,", "").replace(",lpips=mine", "").replace("experiments/shapes.py:", "shapes:")
+    if file in ("$C",):
+        return
+    load(file, keys)
+
+
+@pytest.mark.parametrize("text", snippets("jsonl"))
+def test_rows_of_the_pages_are_rows(text):
+    for line in text.splitlines():
+        row = json.loads(line)
+        if not {"prompt", "mode", "id"} & row.keys() and row.get("messages", [{}, {}])[1:]:
+            document_from_json(row, lambda name: np.zeros((16, 16, 3), np.uint8))
+
+
+@pytest.mark.parametrize("text", snippets("python"))
+def test_python_of_the_pages_compiles(text):
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ar_unified"):
+            module = __import__(node.module or "", fromlist=["x"])
+            assert not [name.name for name in node.names if not hasattr(module, name.name)]
+
+
+def test_specs_of_sources_in_the_pages_are_of_kinds_that_there_are():
+    found = 0
+    for page in PAGES:
+        for spec in re.findall(r"dict\(kind=[^\n`]*?\)(?=\)|`|,?$|  )", page.read_text(encoding="utf-8"), re.MULTILINE):
+            if "..." not in spec:
+                kind_of(eval(spec, {"DIR": "mine", "path": "mine", "dict": dict}))  # noqa: S307
+                found += 1
+    assert found >= 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", snippets("python", run=True))
+def test_python_of_the_pages_runs(text, places):
+    """What stands behind `<!-- runs -->`, as it stands there, beside a bundle that has learned nothing."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tokenizers'}", "JAX_NUM_CPU_DEVICES": "1"}
+    more = "\nprint(type(get_config()).__name__)" if "def get_config" in text else ""
+    done = subprocess.run(
+        [sys.executable, "-c", text + more], cwd=places, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_links_of_the_pages_lead_somewhere():
+    """`make docs` says it too, of the site; here of the files, as they are read in the repository."""
+    broken = []
+    for page in PAGES:
+        text = FENCE.sub("", page.read_text(encoding="utf-8"))
+        for target, anchor in re.findall(r"\]\(([^)#\s:]*)(#[^)\s]+)?\)", text):
+            path = (page.parent / target).resolve() if target else page
+            if not path.exists():
+                broken.append(f"{page.name}: {target}")
+            elif anchor and path.suffix == ".md" and anchor[1:] not in anchors(path):
+                broken.append(f"{page.name}: {target}{anchor}")
+    assert not broken
+
+
+def anchors(page: Path) -> set[str]:
+    heads = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", head.lower()).strip()) for head in heads}
+
+
+def test_keys_that_the_pages_name_are_keys():
+    """`training.steps`, `config.data.filters`: in code marks, of a section that a config has."""
+    known = names(defaults())
+    sections = "|".join(key for key, value in defaults().items() if isinstance(value, ConfigDict))
+    wrong = []
+    for page in PAGES:
+        text = FENCE.sub("", page.read_text(encoding="utf-8"))
+        for key in re.findall(rf"`(?:--)?(?:config\.)?((?:{sections})(?:\.\w+)+)(?=[`=])", text):
+            elsewhere = key.endswith((".py", ".json")) or key in ("model.ids", "model.score")  # files, and a Model
+            if key not in known and not elsewhere:
+                wrong.append(f"{page.name}: {key}")
+    assert not wrong
+
+
+def names(config: ConfigDict, prefix: str = "") -> set[str]:
+    found = set()
+    for key, value in config.items():
+        found |= {prefix + key} | (names(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else set())
+    return found
+
+
+def test_every_kind_of_error_has_its_cure():
+    """UserError and RunError, what is made of them, and what is left out of data: each is named on a page."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    kinds, grown = {"UserError", "RunError"}, True
+    classes = [
+        (node.name, {ast.unparse(base).rpartition(".")[2] for base in node.bases})
+        for path in files("ar_unified", "tokenizers")
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.ClassDef)
+    ]
+    while grown:
+        grown = {name for name, bases in classes if bases & kinds} - kinds
+        kinds |= grown
+    assert len(kinds) > 15 and not [kind for kind in sorted(kinds) if f"`{kind}`" not in text]
+
+
+def test_every_kind_of_bad_item_is_explained():
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    kinds = set()
+    for path in files("ar_unified/data", "ar_unified/language"):
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("BadItem", "DocumentError"):
+                if node.args and isinstance(node.args[0], ast.Constant):
+                    kinds.add(str(node.args[0].value))
+    assert len(kinds) > 8 and not sorted(kind for kind in kinds if f"`{kind}`" not in text)
+
+
+def test_words_of_messages_that_the_pages_quote_are_said():
+    """**"not finite at step"** of troubleshooting stands in the code."""
+    quoted = re.findall(r'\*\*"([^"]+)"\*\*', (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"))
+    source = "".join(path.read_text(encoding="utf-8") for path in files("ar_unified", "tokenizers"))
+    told = re.sub(r"\"\s*\n\s*f?\"", "", source) + "no such file No space left on device Unable to initialize backend"
+    parts = [part.strip(" ;,") for each in quoted for part in each.split("...")]
+    assert len(quoted) > 15 and not [part for part in parts if part and part not in told]
+
+
+def test_ci_calls_what_ci_is():
+    found = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    steps = found["jobs"]["ci"]["steps"]
+    assert ".ci/run" in [step.get("run") for step in steps] and os.access(ROOT / ".ci/run", os.X_OK)
+    (python,) = [step for step in steps if "setup-python" in step.get("uses", "")]
+    assert python["with"]["python-version"].split() == ["3.12", "3.11"], "the last is python3"
+
+
+def test_hooks_run_what_lint_runs():
+    """Each tool of `make lint` is a hook with the same tool, and no hook is fetched from anywhere."""
+    (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repo["repo"] == "local"
+    hooks = {
+        hook["entry"].split()[0].rpartition("/")[2] + " " + hook["entry"].split()[1]
+        for hook in repo["hooks"]
+        if len(hook["entry"].split()) > 1
+    }
+    alone = {hook["entry"].rpartition("/")[2] for hook in repo["hooks"] if len(hook["entry"].split()) == 1}
+    lint = (ROOT / "Makefile").read_text().partition("\nlint: setup\n")[2].partition("\n\n")[0]
+    tools = set(re.findall(r"\$\(BIN\)/(ruff \w+|\w+)", lint))
+    assert hooks | alone == tools
+
+
+def test_citation_has_what_cff_asks_for():
+    found = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= found.keys() and found["license"] == "Apache-2.0"

@@ -1,0 +1,103 @@
+"""What the wheel gives without the repository: the version, every verb, the experiments, the demo."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import ar_unified
+from ar_unified.cli.main import VERBS, main
+from ar_unified.paths import experiment_file
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+WHEEL = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
+KINDS = ("captions", "questions", "stories")  # of the demo's sources, in their order
+# The demo with as little of everything as makes every stage do something.
+FEW = (
+    *(f"data.train[{i}].split=train[:200]" for i, _ in enumerate(KINDS)),
+    *(f"data.validation[{i}].split=validation[:50]" for i, _ in enumerate(KINDS)),
+    *(f"data.tests.unseen_combinations[{i}].split=unseen_combinations[:20]" for i, _ in enumerate(KINDS)),
+    "image_tokenizer.steps=2",
+    "training.steps=2",
+    "training.warmup_steps=0",
+    "training.validate_every=2",
+    "evaluation.limit=2",
+    "text_tokenizer.vocab_size=300",
+)
+
+
+def test_the_version_is_written_once():
+    assert ar_unified.__version__ == PROJECT["project"]["version"]
+    found = [
+        path.relative_to(ROOT).as_posix()
+        for folder in ("ar_unified", "tokenizers", "experiments", "docs")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".md", ".toml", ".cff") and f'"{ar_unified.__version__}"' in path.read_text()
+    ]
+    assert not found
+
+
+def test_every_experiment_is_in_the_wheel():
+    """A new one is added to pyproject.toml: without it, its name is known in a clone and nowhere else."""
+    shipped = {path: f"ar_unified/{path}" for path in WHEEL["force-include"]}
+    assert shipped == WHEEL["force-include"]
+    there = {f"experiments/{path.name}" for path in (ROOT / "experiments").glob("*.py")}
+    assert there | {"experiments/image_tokenizers", "experiments/published"} == shipped.keys()
+
+
+def test_an_experiment_goes_by_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shapes = str(ROOT / "experiments" / "shapes.py")
+    assert experiment_file("shapes") == experiment_file("experiments/shapes.py") == shapes
+    assert experiment_file("folder:path=a:b").endswith("experiments/folder.py:path=a:b")
+    assert experiment_file("image_tokenizers/ibq:path=x").endswith("image_tokenizers/ibq.py:path=x")
+    (tmp_path / "photos").mkdir()
+    assert experiment_file("photos:path=photos").endswith("experiments/photos.py:path=photos")
+    (tmp_path / "shapes").write_text("")
+    assert experiment_file("shapes") == "shapes", "a file of one's own comes first"
+    assert experiment_file("mine/other.py:x") == "mine/other.py:x", "the loader says that it is not there"
+    with pytest.raises(SystemExit):
+        main(["plan", "--config", "shpaes", "--target", "v5p:2x2x1"])
+    assert "expected a file, or one of easy_vqa, emoji, folder," in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_wheel_alone_has_every_verb_and_runs_the_demo(tmp_path):
+    """In an environment that has the wheel and what it depends on, in a folder with nothing in it."""
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    if built.returncode:
+        pytest.skip(f"no wheel can be built here: {built.stderr.strip().splitlines()[-1]:.100}")
+    venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
+    (site,) = (tmp_path / "venv" / "lib").glob("python3*/site-packages")
+    (made,) = tmp_path.glob("ar_unified-*.whl")
+    with zipfile.ZipFile(made) as archive:
+        archive.extractall(site)
+        assert not [name for name in archive.namelist() if "benchmarks" in name or "__pycache__" in name]
+    shared = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "zz_dependencies.pth").write_text("\n".join(shared) + "\n")
+    (tmp_path / "empty").mkdir()
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"JAX_NUM_CPU_DEVICES": "1"}
+    program = "import sys; from ar_unified.cli.main import main; sys.exit(main())"
+
+    def run(*words: str) -> str:
+        call = [str(tmp_path / "venv" / "bin" / "python"), "-c", program, *words]
+        done = subprocess.run(call, env=clean, cwd=tmp_path / "empty", capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert run("--version") == f"ar-unified {ar_unified.__version__}\n"
+    for verb in VERBS:
+        assert f"usage: ar-unified {verb}" in run(verb, "--help")
+    said = run("demo", *(f"--config.{key}" for key in FEW))
+    assert said.endswith("Open workdirs/shapes/report.html\n")
+    workdir = tmp_path / "empty" / "workdirs" / "shapes"
+    assert (workdir / "report.html").stat().st_size > 10_000 and (workdir / "evaluation.json").exists()
