@@ -1,11 +1,13 @@
-"""Train the transformer on the token shards.
+"""Train the transformer on the token shards, or by rewards of what it draws itself.
 
-Reads data/train and data/validation. Leaves in the workdir:
+Reads data/train and data/validation; with config.training.objective="reward" the sources, whose documents ask, and
+draws answers, which config.reward judges (docs/rewards.md). Leaves in the workdir:
   model/checkpoints       Orbax: parameters and optimizer state, each with the vocabulary's manifest; the last few, and
                           that of the lowest validation loss (training.keep_best)
   model/metrics.jsonl     loss and log Z by role, loss by task, bits, norms, rates, attention between text and images;
                           model/tensorboard the same, with sample images
   model/goodput.json      where the wall time of every attempt went
+  model/failed_rewards.jsonl   by rewards: every answer that had none, with its prompt and why
   model/history.json      what changed while it was trained, and at which step
 
 What only decides cost (model.remat, training.accumulation, loss.chunk, mesh, log_every, ...) may change whenever the
@@ -21,7 +23,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -32,6 +35,7 @@ from ar_unified.data.images import NoImages, draws_none
 from ar_unified.data.loader import PackedBatches, Phase
 from ar_unified.data.prepare import load_report
 from ar_unified.errors import about
+from ar_unified.experiment import by_reward
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.branch import branch
 from ar_unified.experiment.changes import Training
@@ -60,10 +64,16 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         branch(
             experiment,
             *arguments.branch,
-            lambda: experiment.fingerprint(*_KEYS, **_facts(experiment, _batches(experiment))),
+            lambda: _fingerprint(experiment),
         )
     train(experiment, profile=arguments.profile)
     return 0
+
+
+def _fingerprint(experiment: Experiment) -> dict[str, Any]:
+    """Of the stage."""
+    road = OBJECTIVES[experiment.config.training.objective](experiment)
+    return experiment.fingerprint(*_KEYS, *road.keys, **_facts(experiment, road.facts))
 
 
 def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> None:
@@ -86,48 +96,53 @@ def plan_rows(experiment: Experiment) -> None:
             experiment.say(f"{folder}: {error.strerror}: every start of a process plans its rows anew, in memory")
 
 
+class _Road(NamedTuple):
+    """From an experiment to what its objective trains.
+
+    Attributes:
+        keys: sections of the config that decide the result besides _KEYS. facts: what else decides it.
+        task: called with the stage's folder when the stage is open.
+    """
+
+    keys: tuple[str, ...]
+    facts: dict[str, Any]
+    task: Callable[[Path], TransformerTask]
+
+
+def _by_likelihood(experiment: Experiment) -> _Road:
+    """Documents of the shards, every token of them."""
+    batches = _batches(experiment)
+    return _Road((), batches.order, lambda _: _likelihood_task(experiment, batches))
+
+
+def _by_reward(experiment: Experiment) -> _Road:
+    """Answers that the model draws itself."""
+
+    def task(folder: Path) -> TransformerTask:
+        experiment.say(by_reward.told(experiment))
+        return by_reward.task(experiment, folder)
+
+    return _Road(by_reward.KEYS, by_reward.facts(experiment), task)
+
+
+OBJECTIVES: dict[str, Callable[[Experiment], _Road]] = {"likelihood": _by_likelihood, "reward": _by_reward}
+
+
 def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
     config, settings, grammar = experiment.config, experiment.config.training, experiment.grammar
     with about("config.training"):
         selected(config, "only", grammar.vocabulary)
         fresh = selected(config, "fresh", grammar.vocabulary) if settings.fresh else None
-    batches = _batches(experiment)
+    road = OBJECTIVES[settings.objective](experiment)
     checkpoints = experiment.checkpoint_folder
     progress = Training("training.steps", settings.steps, partial(steps_in, checkpoints), checkpoints)
-    stage = experiment.stage("model", *_KEYS, together=True, training=progress, **_facts(experiment, batches))
+    stage = experiment.stage(
+        "model", *_KEYS, *road.keys, together=True, training=progress, **_facts(experiment, road.facts)
+    )
     if stage.done:
         return experiment.skip(stage)
     _say_rate(experiment, stage, max(progress.checkpoints(), default=0))
-    for name, facts in batches.describe().items():
-        shares = ", then ".join(f"{share:.1%}" for share in facts["shares"])
-        experiment.say(f"{name}: {facts['rows']} rows an epoch, {facts['fill']:.1%} full, {shares} of the rows")
-    validation = []
-    folder = experiment.workdir.data / "validation"
-    held_out = load_report(folder).sources if folder.exists() else {}
-    if any(source.documents for source in held_out.values()):
-        both = any(phase.flip_pairs for phase in batches.phases)  # then both ways weigh alike
-        as_it_stands = Phase(flip_pairs=0.5 if both else 0.0, condition_dropout=0.0)
-        rows = dict(batch_size=settings.batch_size, sequence_length=settings.sequence_length)
-        stream = PackedBatches(folder, grammar, phases=[as_it_stands], **rows)
-        validation = [stream.batch(step) for step in range(_VALIDATION_BATCHES)]
-    else:
-        experiment.say("no document is held out: training goes on without a validation loss")
-    task = TransformerTask(
-        experiment.model,
-        grammar.vocabulary,
-        batches.batch,
-        validation,
-        role_weights=configs.plain(config.loss.roles),
-        task_weights=configs.plain(config.loss.tasks),
-        prompt_weight=config.loss.prompt,
-        split=grammar.layout.split(grammar.vocabulary, config.loss.softmax),
-        z_loss=config.loss.z_loss,
-        text_bytes=experiment.text_tokenizer.piece_bytes,
-        chunk=config.loss.chunk,
-        attention_share=settings.attention_share,
-        code_vectors=_code_vectors(experiment),
-        only=tuple(settings.only),
-    )
+    task = road.task(stage.folder)
     fit(
         task,
         training(config),
@@ -145,11 +160,45 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
     experiment.finish(stage, {"steps": settings.steps, **kept})
 
 
-def _facts(experiment: Experiment, batches: PackedBatches) -> dict[str, Any]:
+def _likelihood_task(experiment: Experiment, batches: PackedBatches) -> TransformerTask:
+    config, settings, grammar = experiment.config, experiment.config.training, experiment.grammar
+    for name, facts in batches.describe().items():
+        shares = ", then ".join(f"{share:.1%}" for share in facts["shares"])
+        experiment.say(f"{name}: {facts['rows']} rows an epoch, {facts['fill']:.1%} full, {shares} of the rows")
+    validation = []
+    folder = experiment.workdir.data / "validation"
+    held_out = load_report(folder).sources if folder.exists() else {}
+    if any(source.documents for source in held_out.values()):
+        both = any(phase.flip_pairs for phase in batches.phases)  # then both ways weigh alike
+        as_it_stands = Phase(flip_pairs=0.5 if both else 0.0, condition_dropout=0.0)
+        rows = dict(batch_size=settings.batch_size, sequence_length=settings.sequence_length)
+        stream = PackedBatches(folder, grammar, phases=[as_it_stands], **rows)
+        validation = [stream.batch(step) for step in range(_VALIDATION_BATCHES)]
+    else:
+        experiment.say("no document is held out: training goes on without a validation loss")
+    return TransformerTask(
+        experiment.model,
+        grammar.vocabulary,
+        batches.batch,
+        validation,
+        role_weights=configs.plain(config.loss.roles),
+        task_weights=configs.plain(config.loss.tasks),
+        prompt_weight=config.loss.prompt,
+        split=grammar.layout.split(grammar.vocabulary, config.loss.softmax),
+        z_loss=config.loss.z_loss,
+        text_bytes=experiment.text_tokenizer.piece_bytes,
+        chunk=config.loss.chunk,
+        attention_share=settings.attention_share,
+        code_vectors=_code_vectors(experiment),
+        only=tuple(settings.only),
+    )
+
+
+def _facts(experiment: Experiment, of_objective: Mapping[str, Any]) -> dict[str, Any]:
     """What decides the trained model beside the config."""
     init = {} if experiment.bundle is None else {"init": experiment.bundle.hash}
     facts = dict(manifest=experiment.grammar.manifest(), mixture=experiment.mixture())
-    return facts | batches.order | init
+    return facts | dict(of_objective) | init
 
 
 def _batches(experiment: Experiment) -> PackedBatches:

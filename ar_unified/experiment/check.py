@@ -34,6 +34,7 @@ from ar_unified.errors import about, nearest, outside
 from ar_unified.evaluation.right_answers import PROTOCOLS
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
+from ar_unified.experiment.check_reward import check_reward
 from ar_unified.experiment.experiment import STAGES, Experiment
 from ar_unified.experiment.problems import Problems
 from ar_unified.kernels import backend, device
@@ -68,6 +69,7 @@ CHOICES: dict[str, Collection[str]] = {
     **{f"image_tokenizer.adversary.{name}": known for name, known in adversary.CHOICES.items()},
     **{f"model.{name}": known for name, known in model_config.CHOICES.items()},
     "loss.softmax": SOFTMAXES,
+    "training.objective": ("likelihood", "reward"),
     "training.optimizer": optimizer.CHOICES["optimizer"],
     "training.schedule": optimizer.CHOICES["schedule"],
     "training.decay": optimizer.CHOICES["decay"],
@@ -120,6 +122,7 @@ def check(config: ConfigDict, stages: Collection[str] = STAGES) -> None:
     _check_images(config, problems, stages)
     _check_model(config, problems)
     _check_training(config, problems, stages)
+    check_reward(config, problems, stages)
     _check_sampling(config, problems, stages)
     _check_files(config, problems, stages)
     if "validation" in config.data.tests:

@@ -29,14 +29,17 @@ from ar_unified.data.filters import Filters
 from ar_unified.data.loader import Phase
 from ar_unified.errors import UserError, about, in_words, nearest, several
 from ar_unified.experiment.brought import describe
+from ar_unified.experiment.rollouts import DrawingConfig
 from ar_unified.language.document import TASKS
 from ar_unified.language.vocabulary import Role
 from ar_unified.model.config import PRESETS, TransformerConfig
 from ar_unified.paths import home
+from ar_unified.rewards.reward import RewardConfig
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.request import DEFAULTS, Request
 from ar_unified.training.loop import TrainingConfig
 from ar_unified.training.optimizer import OptimizerConfig
+from ar_unified.training.policy import PolicyConfig
 from ar_unified.training.tasks import TransformerTask
 from ar_unified.workdir import read_json
 
@@ -114,6 +117,7 @@ def _add_training(config: ConfigDict) -> None:
         | _fields(OptimizerConfig, without=settled, learning_rate=2e-3, warmup_steps=50, final_fraction=0.0)
         | _fields(TransformerTask, ("attention_share", "only"))
     )
+    config.training.objective = "likelihood"  # of documents | "reward": of answers that are drawn, by config.reward
     config.training.batch_size = 16  # packed rows per step, over all devices
     config.training.sequence_length = 256
     config.training.code_embedding_init = "random"  # of image codes: random | codebook, near for codes that are near
@@ -123,6 +127,9 @@ def _add_training(config: ConfigDict) -> None:
     # Later parts of the training that mix otherwise: dicts of `begin` (a share of the steps), and what changes there of
     # `weights` ({source: share of the rows}), `flip_pairs` and `condition_dropout`.
     config.training.phases = ()
+
+    # For the objective "reward": how answers are drawn, how good they are, and what follows.
+    config.reward = ConfigDict(_fields(RewardConfig) | _fields(DrawingConfig) | _fields(PolicyConfig))
 
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, context=1))  # -1: the devices left over
 

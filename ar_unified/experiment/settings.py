@@ -19,15 +19,18 @@ from ar_unified.data.images import Resize
 from ar_unified.data.loader import Phase, require_order
 from ar_unified.errors import UserError, nearest
 from ar_unified.experiment import config as configs
+from ar_unified.experiment.rollouts import DrawingConfig, require_groups
 from ar_unified.language.layouts import LAYOUTS, SizeTokens
 from ar_unified.language.syntax import TEXT_ALONE, ImageLayout, vocabulary_for
 from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model.config import config_from
 from ar_unified.model.transformer import abstract_params, logical_axes
+from ar_unified.rewards.reward import RewardConfig
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.request import DEFAULTS, Request
 from ar_unified.training.loop import TrainingConfig
 from ar_unified.training.optimizer import OptimizerConfig
+from ar_unified.training.policy import PolicyConfig
 from ar_unified.training.selection import Selection, select
 
 # ---- images ---------------------------------------------------------------------------------------------------
@@ -135,6 +138,21 @@ def training(config: ConfigDict) -> TrainingConfig:
     """Of the transformer."""
     settings = config.training
     return configs.pick(TrainingConfig, settings, seed=config.seed, optimizer=configs.pick(OptimizerConfig, settings))
+
+
+def policy(config: ConfigDict) -> PolicyConfig:
+    """Of the objective "reward". Raises ValueError, naming the key, for groups that make no batch."""
+    found = configs.pick(PolicyConfig, config.reward)
+    require_groups(found, config.training.batch_size // config.training.accumulation)
+    return found
+
+
+def rewarding(config: ConfigDict) -> RewardConfig:
+    return configs.pick(RewardConfig, config.reward)
+
+
+def drawing(config: ConfigDict) -> DrawingConfig:
+    return configs.pick(DrawingConfig, config.reward)
 
 
 def selected(config: ConfigDict, key: str, vocabulary: Vocabulary | None = None) -> Selection:
