@@ -27,20 +27,20 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.training.objective = "reward"
     config.reward.function = "shapes"
-    config.reward.group_size = 16
+    config.reward.group_size = 8
     config.reward.scale_rewards = False
     config.reward.clip_high = 0.28
-    config.training.batch_size = 256  # 16 prompts a step
-    config.training.sequence_length = 96  # one answer a row
+    config.training.batch_size = 128  # 16 prompts a step
+    config.training.sequence_length = 56  # one answer a row: a caption of 29 pieces at most, and an image
     config.training.steps = 200
-    config.training.optimizer = "adamw"
-    config.training.learning_rate = 1e-4
+    config.training.optimizer = "muon"
+    config.training.learning_rate = 1e-3
     config.training.schedule = "wsd"
     config.training.warmup_steps = 5
     config.training.weight_decay = 0.0
     config.training.b2 = 0.99
     config.training.log_every = 5
-    config.training.checkpoint_every = 50
+    config.training.checkpoint_every = 20
 
     config.sampling.batch_size = 128
     config.sampling.image.temperature = 0.25

@@ -121,6 +121,12 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--links", action="store_true", help="follow links that lead out of the requests' folder")
     parser.add_argument("--layout", choices=BENCHMARKS, help="write the images for a benchmark, too")
+    parser.add_argument(
+        "--n", type=_count, metavar="N", help="samples of each request that does not say how many (1)"
+    )
+    parser.add_argument(
+        "--keep-best", metavar="REWARD", help="choose the best sample of each request, and write pairs of better and worse"
+    )
 
 
 def _evaluate(parser: argparse.ArgumentParser) -> None:
@@ -261,6 +267,12 @@ def _path(text: str) -> str:
         return home(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, found {text!r}")
+    return int(text)
 
 
 def _window(text: str) -> tuple[int, int]:

@@ -221,7 +221,8 @@ def _check_training(config: ConfigDict, problems: Problems, stages: Collection[s
                 settings.selected(config, key)
         if part.fresh and not config.init:
             problems.say("training.fresh", "expected none without config.init: all of it begins at random")
-    if "model" in stages and part.sequence_length < config.data.max_tokens:
+    packs = "model" in stages and part.objective == "likelihood"  # else a row has one answer, and one too long no room
+    if packs and part.sequence_length < config.data.max_tokens:
         problems.say(
             "training.sequence_length",
             f"expected at least config.data.max_tokens, {config.data.max_tokens}, for the longest document; "

@@ -23,6 +23,7 @@ from ar_unified.experiment.prompts import Asked
 from ar_unified.language.document import CodesPart, Document, ImagePart, Part
 from ar_unified.model.transformer import logical_axes
 from ar_unified.parallel.handover import hand_over
+from ar_unified.parallel.mesh import make_mesh
 from ar_unified.parallel.rules import batch_part, place_batch
 from ar_unified.rewards.reward import Failure, Reward, RewardConfig, RewardFailed, Verdict, words
 from ar_unified.sampling.engine import Engine
@@ -136,9 +137,8 @@ class Rollouts(Drawing):
 
     def _drawn(self, drawing: int, params: Params) -> list[PolicyBatch]:
         """The minibatches of a drawing, on the mesh."""
-        axes = logical_axes(params)
-        here = self._engine.mesh
-        self._engine.params = hand_over(params, axes, dict(data=1) if here is None else dict(here.shape))
+        here = self._engine.mesh or make_mesh({}, jax.local_devices()[:1])
+        self._engine.params = hand_over(params, logical_axes(params), here)
         part = self._index, self._count
         parts = self._policy.minibatches
         each = self._groups // self._count

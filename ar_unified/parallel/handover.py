@@ -5,18 +5,16 @@ On the devices, by the network between them, and never through a host's memory o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 
-from ar_unified.parallel.mesh import make_mesh
 from ar_unified.parallel.rules import specs
 
 
-def hand_over(params: Any, logical_axes: Any, axes: Mapping[str, int]) -> Any:
+def hand_over(params: Any, logical_axes: Any, here: Mesh) -> Any:
     """A copy of `params` on a mesh of this process's own devices; other processes have one on theirs.
 
     All processes call it at the same time. What lies there as it is wanted is not copied: whoever gives the parameters
@@ -24,18 +22,13 @@ def hand_over(params: Any, logical_axes: Any, axes: Mapping[str, int]) -> Any:
 
     Args:
         params: arrays of one mesh. logical_axes: of each, as `rules.specs` takes them.
-        axes: of the mesh of one process's devices, as `make_mesh` takes them.
+        here: of devices of this process, the same ones of its own for each process.
     """
-    groups: dict[int, list[Any]] = {}
-    for device in jax.devices():
-        groups.setdefault(device.process_index, []).append(device)
-    meshes = {process: make_mesh(axes, group) for process, group in sorted(groups.items())}
-    here = meshes[jax.process_index()]
     wanted = specs(here, logical_axes, params)
-    if len(meshes) == 1:
+    if jax.process_count() == 1:
         return jax.device_put(params, jax.tree.map(lambda spec: NamedSharding(here, spec), wanted))
-    stacked = np.stack([mesh.devices for mesh in meshes.values()])
-    whole = Mesh(stacked, ("process", *here.axis_names), axis_types=(jax.sharding.AxisType.Auto,) * stacked.ndim)
+    stacked = np.stack([_like(here, process) for process in range(jax.process_count())])
+    whole = Mesh(stacked, ("process", *here.axis_names), axis_types=(AxisType.Auto,) * stacked.ndim)
     spread = jax.device_put(params, jax.tree.map(lambda spec: NamedSharding(whole, spec), wanted))
 
     def mine(x: jax.Array, spec: Any) -> jax.Array:
@@ -43,3 +36,13 @@ def hand_over(params: Any, logical_axes: Any, axes: Mapping[str, int]) -> Any:
         return jax.make_array_from_single_device_arrays(x.shape, NamedSharding(here, spec), pieces)
 
     return jax.tree.map(mine, spread, wanted)
+
+
+def _like(mesh: Mesh, process: int) -> np.ndarray:
+    """The devices of a process as `mesh` has those of this one."""
+    mine, theirs = (
+        sorted((d for d in jax.devices() if d.process_index == each), key=lambda d: d.id)
+        for each in (jax.process_index(), process)
+    )
+    places = [theirs[mine.index(device)] for device in mesh.devices.flat]
+    return np.array(places, object).reshape(mesh.devices.shape)

@@ -16,8 +16,8 @@ from ar_unified.language.document import Document, ImagePart
 
 
 def exact_answer(prompt: Document, answer: Document) -> float:
-    """Raises ValueError for a prompt that has no right answer."""
-    expected = text_of(prompt, answer=True) if prompt.asks else ""
+    """Raises ValueError for a prompt that has no right answer: its own, or a request's column "expected"."""
+    expected = (text_of(prompt, answer=True) if prompt.asks else "") or str(prompt.meta.get("expected", ""))
     if not expected:
         raise ValueError("the prompt has no right answer of text to compare with")
     return float(same_text(expected, text_of(answer)))

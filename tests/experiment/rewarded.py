@@ -1,0 +1,124 @@
+"""A training by rewards of seconds: the tiny transformer of tests/sampling draws images of codes, dark ones are good."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ar_unified.data.items import BadItem
+from ar_unified.experiment.prompts import Prompts
+from ar_unified.experiment.rollouts import DrawingConfig, Rollouts, fitting
+from ar_unified.language.document import CodesPart, Document, ImagePart, TextPart
+from ar_unified.parallel.mesh import make_mesh
+from ar_unified.rewards.functions import guarded
+from ar_unified.rewards.reward import RewardConfig
+from ar_unified.sampling.engine import Engine
+from ar_unified.training.loop import TrainingConfig, fit
+from ar_unified.training.optimizer import OptimizerConfig
+from ar_unified.training.policy import PolicyConfig, PolicyTask
+from tests.sampling import tiny
+
+LENGTH, ROWS = 32, 16
+POLICY = PolicyConfig(group_size=4)
+TRAINING = TrainingConfig(
+    steps=6,
+    optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
+    log_every=1,
+    validate_every=0,
+    checkpoint_every=2,
+)
+
+
+class Source:
+    """Ten prompts that ask for an image, and a document that asks nothing."""
+
+    name, reversible, fingerprint = "source", False, {}
+
+    def __len__(self) -> int:
+        return 11
+
+    def origin(self, i: int) -> str:
+        return f"source:{i}"
+
+    def texts(self, i: int) -> list[str]:
+        return []
+
+    def __getitem__(self, i: int) -> Document:
+        if i == 4:
+            raise BadItem("bad_row", self.origin(i), "it is none")
+        image = CodesPart(np.zeros((2, 3), np.int32))
+        parts = (TextPart("abcdefghijk"[i] + "a" * (i % 3)), image)
+        return Document.of(parts, prompt=None if i == 7 else 1, id=f"d{i}", meta={"number": i})
+
+
+class Pixels:
+    """Stands for an image tokenizer: a code is a pixel of that grey."""
+
+    factor = 1
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        return pixels[..., 0].astype(np.int32)
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        return np.repeat(codes[..., None], 3, axis=-1).astype(np.uint8)
+
+
+def dark(prompt: Document, answer: Document) -> float:
+    (image,) = answer.parts
+    assert isinstance(image, ImagePart)
+    return float(np.mean(image.pixels < 12))
+
+
+def rollouts(
+    mesh: Any = None,
+    policy: PolicyConfig = POLICY,
+    drawing: DrawingConfig = DrawingConfig(),
+    rewarding: RewardConfig = RewardConfig(function="dark"),
+    reward: Any = dark,
+    source: Any = None,
+    batch_size: int = ROWS,
+    **more: Any,
+) -> Rollouts:
+    engine = Engine(tiny.CONFIG, None, tiny.GRAMMARS["grid"], batch_size=8, max_length=LENGTH, logprobs=True)
+    drawn = drawing.request("drawing")
+    prompts = Prompts([source or Source()], [1.0], drawn, fitting(engine, LENGTH), Pixels(), lambda pixels: pixels, 0)
+    return Rollouts(
+        prompts,
+        engine,
+        Pixels(),
+        guarded(reward, rewarding.timeout),
+        rewarding,
+        policy,
+        mesh=mesh or one(),
+        batch_size=batch_size,
+        length=LENGTH,
+        contexts=drawn.contexts,
+        chunk=64,
+        **{"say": lambda line: None} | more,
+    )
+
+
+def one() -> Any:
+    return make_mesh({}, jax.devices()[:1])
+
+
+def task(batch: Any, policy: PolicyConfig = POLICY) -> PolicyTask:
+    return PolicyTask(tiny.CONFIG, tiny.GRAMMARS["grid"].vocabulary, batch, chunk=64, policy=policy)
+
+
+def weights() -> Any:
+    """Half as large as those of tests/sampling, whose logits of tens of nats are more than float32 holds to 1e-5."""
+    return jax.tree.map(lambda p: p / 2 if p.ndim > 1 else p, tiny.random_params())
+
+
+def run(folder: Path, batch: Any, policy: PolicyConfig = POLICY, mesh: Any = None, **changes: Any) -> Any:
+    """The parameters, on the host."""
+    logger = changes.pop("logger", lambda line: None)
+    config = dataclasses.replace(TRAINING, **changes)
+    begin = lambda abstract: jax.device_put(weights(), jax.tree.map(lambda x: x.sharding, abstract))  # noqa: E731
+    found = fit(task(batch, policy), config, folder, mesh=mesh or one(), begin=begin, logger=logger)
+    return jax.device_get(found)
