@@ -121,11 +121,11 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--links", action="store_true", help="follow links that lead out of the requests' folder")
     parser.add_argument("--layout", choices=BENCHMARKS, help="write the images for a benchmark, too")
+    parser.add_argument("--n", type=_count, metavar="N", help="samples of each request that does not say how many (1)")
     parser.add_argument(
-        "--n", type=_count, metavar="N", help="samples of each request that does not say how many (1)"
-    )
-    parser.add_argument(
-        "--keep-best", metavar="REWARD", help="choose the best sample of each request, and write pairs of better and worse"
+        "--keep-best",
+        metavar="REWARD",
+        help="choose the best sample of each request, and write pairs of better and worse",
     )
 
 

@@ -115,6 +115,8 @@ def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
         steps=training.steps,
         only=tuple(training.only),
         compiler_options=tuple(training.compiler_options),
+        policy=settings.policy(config) if training.objective == "reward" else None,
+        drawn_contexts=settings.drawing(config).request("-").contexts if training.objective == "reward" else 1,
         requests=sampling.batch_size,
         max_length=sampling.max_length,
         contexts=settings.request(config).contexts,

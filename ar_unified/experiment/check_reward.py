@@ -1,4 +1,4 @@
-"""Whether the objective "reward" of a config can be trained: what `check` asks about its section and what goes with it."""
+"""Whether the objective "reward" of a config can be trained: what `check` asks about it."""
 
 from __future__ import annotations
 

@@ -174,9 +174,7 @@ class Rollouts(Drawing):
         samples = [found[one.plan.request.id, i] for one in asked for i in range(G)]
         prompts = [one.document for one in asked for _ in range(G)]
         verdicts = self._judged(prompts, samples)
-        return [
-            _Group(one, samples[i * G : (i + 1) * G], verdicts[i * G : (i + 1) * G]) for i, one in enumerate(asked)
-        ]
+        return [_Group(one, samples[i * G : (i + 1) * G], verdicts[i * G : (i + 1) * G]) for i, one in enumerate(asked)]
 
     def _judged(self, prompts: Sequence[Document], samples: Sequence[Sample]) -> list[Verdict]:
         """Of samples that say nothing, why; of the others what the reward says."""
@@ -276,6 +274,7 @@ def require_groups(policy: PolicyConfig, batch_size: int, parts: int = 1) -> Non
 
 def fitting(engine: Engine, length: int) -> Callable[[Request], Plan]:
     """`Engine.plan` for rows of `length` positions. Raises RequestError where a sample might not fit into one."""
+
     def plan(request: Request) -> Plan:
         found = engine.plan(request)
         if (needed := room(found)) > length:

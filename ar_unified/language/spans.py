@@ -25,6 +25,7 @@ def spans(automaton: Automaton, state: State) -> jax.Array:
     ranges = [[found.low, between], [jnp.where(inside, found.never + 1, found.high), found.high]]
     ranges.append(one(found.also, found.has_also))
     ranges.append(one(jnp.full_like(found.low, automaton.syntax.end), found.end))
-    for digit, id in enumerate(automaton.syntax.digits if found.digits is not None else ()):
-        ranges.append(one(jnp.full_like(found.low, id), found.digits[:, digit]))
+    if found.digits is not None:
+        for digit, id in enumerate(automaton.syntax.digits):
+            ranges.append(one(jnp.full_like(found.low, id), found.digits[:, digit]))
     return jnp.stack([jnp.stack(each, axis=-1) for each in ranges], axis=-2).astype(jnp.int32)

@@ -42,7 +42,7 @@ def token_losses(
       used: rows of the head from this one on have no probability and no gradient; None: all V are used.
       split: ids below it and ids from it on have a softmax each, and a target's is that of its own side; None: one
         softmax for all.
-      spans: int32 [B, T, K, 2], the ids that a position's softmax is over: those of K ranges, first and behind the last;
+      spans: int32 [B, T, K, 2], the ids that a position's softmax is over: K ranges, first and behind the last of each;
         an empty range is none. None: all of `used` and `split`.
 
     Returns:
@@ -103,7 +103,11 @@ def _forward(chunk, used, split, hidden, head, targets, spans):
 def _backward(chunk, used, split, residuals, cotangents):
     hidden, head, *_ = residuals
     placement = _Placement(hidden, head, used, split)
-    return *placement.run(_backward_part, chunk, (*residuals, *cotangents), (placement.hidden, placement.head)), None, None
+    return (
+        *placement.run(_backward_part, chunk, (*residuals, *cotangents), (placement.hidden, placement.head)),
+        None,
+        None,
+    )
 
 
 _losses.defvjp(_forward, _backward)

@@ -19,7 +19,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from ar_unified.data.batch import PackedBatch
+from ar_unified.language.automaton import Opened, Wanted
 from ar_unified.language.grammar import Grammar
+from ar_unified.language.spans import spans
 from ar_unified.language.syntax import ImageLayout
 from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model import transformer
@@ -31,6 +33,7 @@ from ar_unified.sampling.engine import KEPT, prefill_rows
 from ar_unified.sampling.pace import Pace
 from ar_unified.sampling.weights import read_as
 from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
+from ar_unified.training.policy import PolicyBatch, PolicyConfig, PolicyTask
 from ar_unified.training.step import abstract_state, abstract_trained, make_train_step
 from ar_unified.training.tasks import TransformerTask
 
@@ -48,6 +51,8 @@ class Run:
       document: tokens of the longest document, for the FLOPs of attention.
       optimizer, steps, compiler_options: of the training. only: what it trains, places of training.selection.select;
         (): everything.
+      policy, drawn_contexts: of a training by rewards, None: on documents; contexts of an answer, 2 where answers
+        are drawn with guidance.
       requests, max_length, contexts: samples decoded at once by a process; length of the KV cache; 2 with guidance.
       kv_dtype: of the KV cache, of sampling.engine.KV_DTYPES.
       weights_dtype: of the layers' matrices in sampling, of sampling.weights.WEIGHT_DTYPES.
@@ -68,6 +73,8 @@ class Run:
     steps: int = 100_000
     only: tuple[str, ...] = ()
     compiler_options: tuple[str, ...] = ()
+    policy: PolicyConfig | None = None
+    drawn_contexts: int = 1
     requests: int = 64
     max_length: int = 4096
     contexts: int = 1
@@ -182,18 +189,41 @@ def make_task(run: Run) -> TransformerTask:
     return _task(run.model, run.vocabulary, run.loss_chunk, *_trained(run))
 
 
-def _trained(run: Run) -> tuple[int | None, tuple[str, ...]]:
-    """Where the softmax is split, and what is trained."""
-    return run.layout.split(run.vocabulary, run.softmax), run.only
+def _trained(run: Run) -> tuple[int | None, tuple[str, ...], PolicyConfig | None]:
+    """Where the softmax is split, what is trained, and by which policy gradient."""
+    return run.layout.split(run.vocabulary, run.softmax), run.only, run.policy
 
 
 def _task(
-    model: TransformerConfig, vocabulary: Vocabulary, chunk: int, split: int | None, only: tuple[str, ...]
+    model: TransformerConfig,
+    vocabulary: Vocabulary,
+    chunk: int,
+    split: int | None,
+    only: tuple[str, ...],
+    policy: PolicyConfig | None,
 ) -> TransformerTask:
     def no_batch(step: int, index: int = 0, count: int = 1) -> Any:
         raise RuntimeError("a plan has no data")
 
+    if policy is not None:
+        return PolicyTask(model, vocabulary, no_batch, chunk=chunk, only=only, policy=policy)
     return TransformerTask(model, vocabulary, no_batch, split=split, chunk=chunk, only=only)
+
+
+def _batch(rows: int, length: int, policy: PolicyConfig | None, contexts: int, ranges: int) -> Any:
+    """The shapes of a batch."""
+    if policy is None:
+        return PackedBatch.shapes(rows, length)
+    return PolicyBatch.shapes(rows, length, contexts, ranges, old=policy.steps > 1)
+
+
+def _drawn(run: Run) -> tuple[int, int]:
+    """Contexts of an answer, and ranges of ids that a token is drawn from."""
+    if run.policy is None:
+        return 1, 1
+    machine = _grammar(run).automaton
+    state = jax.eval_shape(lambda: machine.resume(Opened(jnp.zeros(1, jnp.int32)), Wanted()))
+    return run.drawn_contexts, jax.eval_shape(partial(spans, machine), state).shape[1]
 
 
 def train_program(run: Run, mesh: Mesh) -> Program:
@@ -210,10 +240,23 @@ def train_program(run: Run, mesh: Mesh) -> Program:
         accumulation=run.accumulation,
         compiler_options=options,
     )
-    shapes = PackedBatch.shapes(run.batch_size, run.sequence_length)
+    shapes = _batch(run.batch_size, run.sequence_length, run.policy, *_drawn(run))
     batch = on_mesh(shapes, batch_shardings(mesh, shapes))
     arguments = {"parameters": state.params, "optimizer": (state.step, state.optimizer), "batch": batch}
-    return Program("train", mesh, arguments, lambda: step.trace(state, batch), options=options)
+    if state.model_state:
+        arguments["reference"] = state.model_state
+    held = _resident(run, mesh) if run.policy is not None else ()
+    return Program("train", mesh, arguments, lambda: step.trace(state, batch), held, options)
+
+
+def _resident(run: Run, mesh: Mesh) -> Any:
+    """The sampler's weights, which a training by rewards keeps on each process's devices beside its own."""
+    axes = dict(data=mesh.size // mesh.shape["tensor"], fsdp=1, tensor=mesh.shape["tensor"], context=1)
+    sampler = Mesh(mesh.devices.reshape([axes[name] for name in mesh.axis_names]), mesh.axis_names)
+    params = transformer.abstract_params(run.model)
+    weights = jax.eval_shape(partial(steps.prepare, run.model, _grammar(run), run.weights_dtype), params)
+    specs = steps.weight_specs(sampler, weights)
+    return on_mesh(weights, jax.tree.map(lambda spec: NamedSharding(sampler, spec), specs))
 
 
 def gradient_bytes(run: Run, mesh: Mesh) -> int:
@@ -229,24 +272,25 @@ def saved_for_backward(run: Run, mesh: Mesh) -> int:
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
     rows = run.batch_size // run.accumulation
-    return _saved(rows, run.sequence_length, run.model, run.vocabulary, run.loss_chunk, *_trained(run)) // ways
+    shape = rows, run.sequence_length, *_drawn(run)
+    return _saved(*shape, run.model, run.vocabulary, run.loss_chunk, *_trained(run)) // ways
 
 
 @lru_cache(maxsize=256)  # a search asks again for every mesh
-def _saved(rows: int, length: int, model: TransformerConfig, *of_task: Any) -> int:
+def _saved(rows: int, length: int, contexts: int, ranges: int, model: TransformerConfig, *of_task: Any) -> int:
     """Of all devices together. of_task: what `_task` takes beside the model."""
     task = _task(model, *of_task)
-    batch = PackedBatch.shapes(rows, length)
+    batch = _batch(rows, length, of_task[-1], contexts, ranges)
     params = jax.eval_shape(task.init, jax.random.key(0))
-    selection = task.selection(params)
+    selection, model_state = task.selection(params), jax.eval_shape(task.init_state, params)
 
-    def residuals(params: Any, batch: Any) -> Any:
+    def residuals(params: Any, model_state: Any, batch: Any) -> Any:
         def loss(trained: Any) -> jax.Array:
-            return task.loss(selection.put(params, trained), {}, batch, None)[0]
+            return task.loss(selection.put(params, trained), model_state, batch, None)[0]
 
         return jax.vjp(loss, selection.take(params))[1]
 
-    kept = jax.tree.leaves(jax.eval_shape(residuals, params, batch))
+    kept = jax.tree.leaves(jax.eval_shape(residuals, params, model_state, batch))
     known = {(x.shape, x.dtype) for x in jax.tree.leaves(params)}
     # A residual without the rows' axis is a parameter, cast or not, which lies elsewhere.
     per_row = [x for x in kept if (x.shape, x.dtype) not in known and x.size % rows == 0 and rows in x.shape]
@@ -270,6 +314,10 @@ class _Spelling:
         return "".join(string.printable[id] for id in ids)
 
 
+def _grammar(run: Run) -> Grammar:
+    return Grammar(run.vocabulary, run.layout, _Spelling(run.vocabulary.text_size))
+
+
 def sample_programs(run: Run, mesh: Mesh) -> list[Program]:
     """Prefill of prompts of half the cache, as many as the engine reads at once, and decoding in a pool that is full.
 
@@ -279,7 +327,7 @@ def sample_programs(run: Run, mesh: Mesh) -> list[Program]:
     config, R, S = run.model, run.requests, run.max_length
     if R < 1 or S < 2:
         raise ValueError(f"sampling: expected batch_size >= 1 and max_length >= 2, found {R} and {S}")
-    grammar = Grammar(run.vocabulary, run.layout, _Spelling(run.vocabulary.text_size))
+    grammar = _grammar(run)
 
     def placed(tree: Any, specs: Any) -> Any:
         return on_mesh(tree, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))

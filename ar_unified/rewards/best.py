@@ -1,6 +1,6 @@
 """Best of n: of the samples of each request the one with the highest reward, and pairs to learn preferences from.
 
-    best.jsonl         the chosen line of samples.jsonl of each request, with its "reward" and, in "rewards", those of all
+    best.jsonl         the chosen line of samples.jsonl of each request, with its "reward", and "rewards", those of all
     preferences.jsonl  {"prompt" or "messages", "chosen", "rejected"}: the best and the worst, where they differ
     unrewarded.jsonl   every sample that has no reward, and why; no other sample is lost by it
 
@@ -39,9 +39,13 @@ class BestReport:
     mean: float
 
     def __str__(self) -> str:
-        said = f"best of n: {self.requests} chosen, with a reward of {self.best:.4g} in the mean; {self.mean:.4g} of all"
+        said = (
+            f"best of n: {self.requests} chosen, with a reward of {self.best:.4g} in the mean; {self.mean:.4g} of all"
+        )
         said += f"; {self.pairs} pairs of a better and a worse"
-        return said + (f"; {self.unrewarded} samples have no reward, the first: {self.first}" if self.unrewarded else "")
+        return said + (
+            f"; {self.unrewarded} samples have no reward, the first: {self.first}" if self.unrewarded else ""
+        )
 
 
 def keep_best(folder: str | Path, reward: Reward) -> BestReport:
@@ -57,7 +61,9 @@ def keep_best(folder: str | Path, reward: Reward) -> BestReport:
     pairs: list[dict[str, Any]] = []
     lost: list[dict[str, Any]] = []
     every: list[float] = []
-    for group, verdicts in _judged(folder, [list(group) for _, group in groupby(rows, lambda row: row["line"])], reward):
+    for group, verdicts in _judged(
+        folder, [list(group) for _, group in groupby(rows, lambda row: row["line"])], reward
+    ):
         lost += [
             {"id": row["id"], "sample": row["sample"], "reason": verdict.reason}
             for row, verdict in zip(group, verdicts, strict=True)

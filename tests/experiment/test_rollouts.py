@@ -104,7 +104,9 @@ def test_loss_and_gradient_are_the_same_on_any_mesh(params):
         mesh = make_mesh(axes, jax.devices()[: 8 if axes else 1])
         state = {"reference": jax.tree.map(lambda x: x * 0.9, jax.device_get(params))}
         with jax.set_mesh(mesh):
-            step = jax.jit(lambda p, s, b, mesh=mesh: gradients(task, p, s, b, jax.random.key(0), accumulation=1, mesh=mesh))
+            step = jax.jit(
+                lambda p, s, b, mesh=mesh: gradients(task, p, s, b, jax.random.key(0), accumulation=1, mesh=mesh)
+            )
             found.append(jax.device_get(step(jax.device_get(params), state, place_batch(mesh, batch))[:2]))
     for other in found[1:]:
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), other, found[0])
@@ -120,7 +122,9 @@ def test_without_the_advantage_nothing_is_learned(params):
         changed = dataclasses.replace(batch, advantage=advantage)
         return jax.grad(lambda p: task.loss(p, {}, changed, None)[0])(params)
 
-    found, none, opposite = (jax.device_get(gradient(x)) for x in (batch.advantage, 0 * batch.advantage, -batch.advantage))
+    found, none, opposite = (
+        jax.device_get(gradient(x)) for x in (batch.advantage, 0 * batch.advantage, -batch.advantage)
+    )
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(found)) > 1e-3
     assert not any(leaf.any() for leaf in jax.tree.leaves(none))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, -y, atol=1e-6), found, opposite)
@@ -183,7 +187,7 @@ def test_the_policy_stops_and_so_does_a_reward_that_never_answers(params):
         raise OSError("the server is gone")
 
     stop = rewarded.rollouts(reward=broken, rewarding=RewardConfig(function="x", on_error="stop"))
-    with pytest.raises(RewardFailed, match=r"step 0: 16 of 16 answers .*the server is gone.* on_error is 'stop'"):
+    with pytest.raises(RewardFailed, match=r"step 0: 16 of 16 answers .*the server is gone.*on_error is 'stop'"):
         stop(0, params)
     skip = rewarded.rollouts(reward=broken)
     assert not jax.device_get(skip(0, params)).scored.any()
