@@ -45,7 +45,8 @@ from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.language.document import Document, ImagePart, TextPart
 from ar_unified.language.rows import write_parts
 from ar_unified.rewards.best import NAMES, keep_best
-from ar_unified.rewards.reward import RewardConfig, open_reward
+from ar_unified.rewards.opening import open_reward
+from ar_unified.rewards.reward import RewardConfig
 from ar_unified.sampling import batch_output, results
 from ar_unified.sampling.benchmark_folders import BENCHMARKS, export
 from ar_unified.sampling.job import JobReport, run_job

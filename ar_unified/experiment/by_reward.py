@@ -14,7 +14,7 @@ from ar_unified.experiment import settings
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.prompts import Prompts
 from ar_unified.experiment.rollouts import Rollouts, fitting
-from ar_unified.rewards.reward import open_reward
+from ar_unified.rewards.opening import open_reward
 from ar_unified.sampling.engine import Engine
 from ar_unified.training.policy import PolicyTask
 

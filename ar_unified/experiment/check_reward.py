@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from ar_unified.experiment import settings
 from ar_unified.experiment.problems import Problems
-from ar_unified.rewards.reward import open_reward
+from ar_unified.rewards.opening import open_reward
 
 _AT_BORDERS = ("steps", "checkpoint_every", "keep_every")  # of training: what is saved goes on where a drawing begins
 

@@ -18,7 +18,7 @@ from ar_unified.data.images import ImageCodec, by_size
 from ar_unified.data.items import BadItem, LeftOut, Source
 from ar_unified.data.packing import Mixture
 from ar_unified.errors import UserError
-from ar_unified.language.document import CodesPart, Document, ImagePart, TextPart
+from ar_unified.language.document import CodesPart, Document, ImagePart, Part, TextPart
 from ar_unified.language.reading import GrammarError
 from ar_unified.sampling.plan import Plan
 from ar_unified.sampling.request import Request, RequestError
@@ -72,16 +72,20 @@ class Prompts:
                 self.left_out(bad)
         raise UserError(f"source {source.name!r}: no document that could be asked with; left out: {self.left_out}")
 
+    def _fitted(self, part: Part) -> Part:
+        return ImagePart(self._fit(part.pixels)) if isinstance(part, ImagePart) else part
+
     def _asked(self, document: Document, origin: str, number: int) -> Asked:
         if not document.asks or not any(turn.parts for turn in document.asked):
             raise BadItem("no_question", origin, "the document asks nothing")
-        document = document.changed(lambda part: ImagePart(self._fit(part.pixels)) if _is_image(part) else part)
-        images = [part.pixels for turn in document.asked for part in turn.parts if _is_image(part)]
+        document = document.changed(self._fitted)
+        images = [part.pixels for turn in document.asked for part in turn.parts if isinstance(part, ImagePart)]
         codes = iter(by_size(self._tokenizer.encode, images) if images else ())
-        asked = [
-            replace(turn, parts=tuple(CodesPart(next(codes)) if _is_image(part) else part for part in turn.parts))
-            for turn in document.asked
-        ]
+
+        def coded(part: Part) -> Part:
+            return CodesPart(next(codes)) if isinstance(part, ImagePart) else part
+
+        asked = [replace(turn, parts=tuple(map(coded, turn.parts))) for turn in document.asked]
         request = replace(
             self._drawn,
             id=f"{document.id or origin} #{number}",
@@ -94,10 +98,6 @@ class Prompts:
             return Asked(document, self._plan(request))
         except (RequestError, GrammarError) as error:
             raise BadItem("no_room", origin, str(error)) from error
-
-
-def _is_image(part: Any) -> bool:
-    return isinstance(part, ImagePart)
 
 
 def _mode(document: Document) -> Any:

@@ -74,7 +74,7 @@ class DrawingConfig:
         """What every answer is drawn with."""
         return dataclasses.replace(
             Request(id=name, parts=()),
-            mode=self.mode,
+            mode=self.mode,  # type: ignore[arg-type]  # `Request.check` says which there are
             guidance=self.guidance,
             max_tokens=self.max_tokens or None,
             text=dataclasses.replace(Request.text, temperature=self.temperature),

@@ -1,4 +1,4 @@
-"""What a reward is, and how one is opened by its name.
+"""What a reward is.
 
 A reward is asked about many answers at once. Of each it gives a number or says what went wrong: one that raises, hangs
 or says NaN costs its own answer and no other, and whoever asked decides what then happens.
@@ -11,11 +11,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ar_unified.errors import RunError, UserError, nearest, outside
+from ar_unified.errors import RunError, nearest, outside
 from ar_unified.language.document import Document, TextPart
 
 ON_ERROR = ("skip", "stop")
-FORMS = 'a shipped one, "module:function", "command:PROGRAM ARGUMENTS" or "scores:FILE"'
 
 
 class RewardFailed(RunError):
@@ -77,24 +76,3 @@ def words(prompt: Document) -> str:
     texts = [part.text for turn in (prompt.asked or prompt.turns) for part in turn.parts if isinstance(part, TextPart)]
     name = f"prompt {prompt.id!r}" if prompt.id else "the prompt"
     return f"{name} ({' '.join(texts)[:80]!r})" if texts else name
-
-
-def open_reward(config: RewardConfig) -> Reward:
-    """The reward of a config. Raises UserError, naming what is not there, for one that cannot be opened."""
-    from ar_unified.rewards import command, functions, scores, shipped  # each is asked for by its name alone
-
-    kind, colon, rest = config.function.partition(":")
-    if not config.function:
-        raise UserError(f"expected {FORMS}; found none")
-    if not colon:
-        if kind not in shipped.REWARDS:
-            known = ", ".join(shipped.REWARDS)
-            raise UserError(f"expected {FORMS}; found {kind!r}{nearest(kind, shipped.REWARDS)}. Shipped: {known}")
-        return functions.guarded(shipped.REWARDS[kind], config.timeout)
-    if not rest:
-        raise UserError(f"expected {FORMS}; found {config.function!r}")
-    if kind == "command":
-        return command.Command(rest, config.timeout)
-    if kind == "scores":
-        return scores.Scores(rest)
-    return functions.guarded(functions.named(kind, rest), config.timeout)

@@ -40,10 +40,10 @@ def replay(grammar: Grammar, served: Sequence[tuple[Plan, Sample]], length: int)
     start = jax.tree.map(lambda *values: np.array(values, np.int32), *starts)
     found = jax.device_get(_replayed(grammar, start, tokens))
     out = tuple(np.zeros_like(each) for each in found)
-    for row, (plan, sample) in enumerate(served):
+    for at, (plan, sample) in enumerate(served):
         given, n = len(plan.given), len(sample.tokens)
         for of, to in zip(found, out, strict=True):
-            to[row, given:n] = of[row, : n - given]
+            to[at, given:n] = of[at, : n - given]
     return out
 
 

@@ -63,7 +63,6 @@ def test_the_sampler_and_the_trainer_agree_and_the_metrics_say_it(whole):
         assert 0 < row["reward"] < 1 and row["entropy"] > 0 and row["drawn_tokens"] == 6
         assert row["groups/failed"] == row["clipped"] == 0
         assert "kl" not in row
-    assert rows[-1]["reward"] > rows[0]["reward"]
 
 
 @pytest.mark.exact
@@ -82,15 +81,17 @@ def test_a_drawing_of_several_steps_is_resumed_bit_for_bit(tmp_path):
     def rollouts():
         return rewarded.rollouts(policy=policy, drawing=DrawingConfig(guidance=2.0, temperature=1.2))
 
-    changes = dict(policy=policy, steps=12, checkpoint_every=4)
+    changes = dict(policy=policy, steps=24, checkpoint_every=4)
     expected = rewarded.run(tmp_path / "whole", rollouts(), **changes)
     with pytest.raises(Killed):
-        rewarded.run(tmp_path / "killed", dying(rollouts(), at=10), **changes)
+        rewarded.run(tmp_path / "killed", dying(rollouts(), at=22), **changes)
     same_bits(rewarded.run(tmp_path / "killed", rollouts(), **changes), expected)
     rows = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     assert all(row["sampler_trainer/max"] <= 1e-5 for row in rows)
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[-1]["kl"] > 1e-4
     assert max(row["clipped"] for row in rows) > 0
+    first, last = (np.mean([row["reward"] for row in some]) for some in (rows[:8], rows[-8:]))
+    assert last > first + 0.05  # it learns what is good
 
 
 @pytest.mark.exact

@@ -13,7 +13,8 @@ from ar_unified.data import scenes
 from ar_unified.errors import UserError
 from ar_unified.language.document import Document, ImagePart, TextPart
 from ar_unified.rewards.functions import guarded
-from ar_unified.rewards.reward import Failure, RewardConfig, open_reward, words
+from ar_unified.rewards.opening import open_reward
+from ar_unified.rewards.reward import Failure, RewardConfig, words
 
 
 def asking(text="What is it?", right="A cat.", **meta):
