@@ -1,8 +1,12 @@
-"""A training by rewards of seconds: the tiny transformer of tests/sampling draws images, and dark ones are good."""
+"""A training by rewards of seconds: the tiny transformer of tests/sampling draws images, and dark ones are good.
+
+As a script, one process of several that train together: python tests/experiment/rewarded.py FOLDER HOST:PORT COUNT I
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ from ar_unified.data.items import BadItem
 from ar_unified.experiment.prompts import Prompts
 from ar_unified.experiment.rollouts import DrawingConfig, Rollouts, fitting
 from ar_unified.language.document import CodesPart, Document, ImagePart, TextPart
+from ar_unified.parallel import runtime
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.rewards.functions import guarded
 from ar_unified.rewards.reward import RewardConfig
@@ -81,10 +86,11 @@ def rollouts(
     reward: Any = dark,
     source: Any = None,
     batch_size: int = ROWS,
+    config: Any = tiny.CONFIG,
     **more: Any,
 ) -> Rollouts:
     drawing, rewarding = drawing or DrawingConfig(), rewarding or RewardConfig(function="dark")
-    engine = Engine(tiny.CONFIG, None, tiny.GRAMMARS["grid"], batch_size=8, max_length=LENGTH, logprobs=True)
+    engine = Engine(config, None, tiny.GRAMMARS["grid"], batch_size=8, max_length=LENGTH, logprobs=True)
     drawn = drawing.request("drawing")
     prompts = Prompts([source or Source()], [1.0], drawn, fitting(engine, LENGTH), Pixels(), lambda pixels: pixels, 0)
     return Rollouts(
@@ -107,8 +113,8 @@ def one() -> Any:
     return make_mesh({}, jax.devices()[:1])
 
 
-def task(batch: Any, policy: PolicyConfig = POLICY) -> PolicyTask:
-    return PolicyTask(tiny.CONFIG, tiny.GRAMMARS["grid"].vocabulary, batch, chunk=64, policy=policy)
+def task(batch: Any, policy: PolicyConfig = POLICY, config: Any = tiny.CONFIG) -> PolicyTask:
+    return PolicyTask(config, tiny.GRAMMARS["grid"].vocabulary, batch, chunk=64, policy=policy)
 
 
 def weights() -> Any:
@@ -120,6 +126,25 @@ def run(folder: Path, batch: Any, policy: PolicyConfig = POLICY, mesh: Any = Non
     """The parameters, on the host."""
     logger = changes.pop("logger", lambda line: None)
     config = dataclasses.replace(TRAINING, **changes)
-    begin = lambda abstract: jax.device_put(weights(), jax.tree.map(lambda x: x.sharding, abstract))  # noqa: E731
+
+    def begin(abstract: Any) -> Any:
+        return jax.tree.map(
+            lambda x, of: jax.make_array_from_callback(x.shape, of.sharding, lambda where: np.asarray(x)[where]),
+            weights(),
+            abstract,
+        )
+
     found = fit(task(batch, policy), config, folder, mesh=mesh or one(), begin=begin, logger=logger)
-    return jax.device_get(found)
+    return jax.device_get(found) if jax.process_count() == 1 else None
+
+
+def main(folder: str, coordinator: str, processes: str, process: str) -> None:
+    with runtime.ending():
+        runtime.start(coordinator, int(processes), int(process), logs=f"{folder}/logs")
+        mesh = make_mesh(dict(fsdp=-1))
+        policy = dataclasses.replace(POLICY, epochs=2)
+        run(Path(folder), rollouts(mesh, policy), policy, mesh, steps=4, logger=runtime.say)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

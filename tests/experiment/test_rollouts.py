@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from ar_unified.errors import UserError
+from ar_unified.experiment import config as configs
 from ar_unified.experiment import rollouts as module
+from ar_unified.experiment import settings
+from ar_unified.experiment.check import check
 from ar_unified.experiment.rollouts import DrawingConfig, require_groups
 from ar_unified.metrics import read_metrics
 from ar_unified.parallel.mesh import make_mesh
@@ -18,8 +25,12 @@ from ar_unified.parallel.rules import place_batch
 from ar_unified.rewards.reward import RewardConfig, RewardFailed
 from ar_unified.training.policy import PolicyConfig, PolicyTask
 from ar_unified.training.step import gradients
+from tests import bundles
 from tests.experiment import rewarded
+from tests.parallel.job import environment, free_port
 from tests.sampling import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Killed(Exception):
@@ -63,6 +74,14 @@ def test_the_sampler_and_the_trainer_agree_and_the_metrics_say_it(whole):
         assert 0 < row["reward"] < 1 and row["entropy"] > 0 and row["drawn_tokens"] == 6
         assert row["groups/failed"] == row["clipped"] == 0
         assert "kl" not in row
+
+
+def test_in_bfloat16_the_difference_is_measured_and_bounded(params):
+    config = dataclasses.replace(tiny.CONFIG, dtype="bfloat16")
+    batch = rewarded.rollouts(config=config)(0, params)
+    task = rewarded.task(lambda *_: batch, config=config)
+    told = task.summary(jax.device_get(jax.jit(lambda p, b: task.loss(p, {}, b, None)[2])(params, batch)))
+    assert 1e-5 < told["sampler_trainer/mean"] < told["sampler_trainer/max"] < 0.1
 
 
 @pytest.mark.exact
@@ -143,6 +162,26 @@ def test_any_number_of_processes_draws_the_same_batch(params, monkeypatch):
         require_groups(rewarded.POLICY, 16, 8)
 
 
+@pytest.mark.exact
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    """The weights, which lie over both, come to the sampler of each; each draws its own groups."""
+    policy = dataclasses.replace(rewarded.POLICY, epochs=2)
+    rewarded.run(tmp_path / "one", rewarded.rollouts(policy=policy), policy, steps=4)
+    address = f"localhost:{free_port()}"
+    command = [sys.executable, rewarded.__file__, str(tmp_path / "two"), address, "2"]
+    pipes = dict(env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    both = [subprocess.Popen([*command, str(i)], **pipes) for i in range(2)]
+    said = [process.communicate(timeout=900)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert len(one) == len(two) == 4
+    for mine, theirs in zip(one, two, strict=True):
+        for name in ("reward", "loss", "grad_norm", "entropy", "sampler_trainer/mean"):
+            assert theirs[name] == pytest.approx(mine[name], rel=2e-2 if "trainer" in name else 1e-4, abs=1e-6), name
+        assert theirs["sampler_trainer/max"] <= 1e-5
+
+
 def test_a_guided_sample_has_its_image_in_the_same_columns_of_both_contexts(params):
     batch = jax.device_get(rewarded.rollouts(drawing=DrawingConfig(guidance=3.0))(0, params))
     image = np.repeat(batch.drawn[:, None], 2, axis=1)
@@ -221,3 +260,13 @@ def test_groups_without_signal_are_told_and_others_are_drawn_for_them(params):
 def test_what_cannot_be_learned_from_is_refused(change, words):
     with pytest.raises(ValueError, match=words):
         DrawingConfig(**change)
+
+
+def test_the_experiment_takes_its_model_from_a_bundle(tmp_path):
+    folder = bundles.write(tmp_path / "bundle").folder
+    config = configs.load(str(ROOT / "experiments" / f"grpo.py:from={folder}"))
+    check(config)
+    assert config.training.objective == "reward" and config.model.n_layers == 1
+    assert settings.policy(config).group_size * 16 == config.training.batch_size
+    with pytest.raises(UserError, match="needs a model"):
+        configs.load(str(ROOT / "experiments" / "grpo.py"))
