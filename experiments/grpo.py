@@ -26,15 +26,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
     begin_with(config, args["from"])
 
     config.training.objective = "reward"
-    config.reward.function = "shapes_objects"
-    config.reward.group_size = 8
+    config.reward.function = "shapes"
+    config.reward.group_size = 16
     config.reward.scale_rewards = False
     config.reward.clip_high = 0.28
-    config.training.batch_size = 128  # 16 prompts a step
+    config.training.batch_size = 128  # 8 prompts a step
     config.training.sequence_length = 56  # one answer a row: a caption of 29 pieces at most, and an image
-    config.training.steps = 200
-    config.training.optimizer = "muon"
-    config.training.learning_rate = 3e-3
+    config.training.steps = 600
+    config.training.optimizer = "adamw"
+    config.training.learning_rate = 3e-4
     config.training.schedule = "wsd"
     config.training.warmup_steps = 5
     config.training.weight_decay = 0.0
