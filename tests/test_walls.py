@@ -57,6 +57,10 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("evaluation", "planning"),
     ),
     (
+        "how good an answer is: checkers of the evaluation, and whatever else a person names",
+        ("rewards",),
+    ),
+    (
         "a config and a workdir, and the things they name",
         ("experiment",),
     ),

@@ -140,6 +140,12 @@ def _sample(parser: argparse.ArgumentParser) -> None:
         help='LoRA adapters in PEFT\'s form; a request says "adapter": NAME',
     )
     parser.add_argument("--layout", choices=BENCHMARKS, help="write the images for a benchmark, too")
+    parser.add_argument("--n", type=_count, metavar="N", help="samples of each request that does not say how many (1)")
+    parser.add_argument(
+        "--keep-best",
+        metavar="REWARD",
+        help="choose the best sample of each request, and write pairs of better and worse",
+    )
 
 
 def _score(parser: argparse.ArgumentParser) -> None:
@@ -307,6 +313,12 @@ def _config(text: str) -> str:
         return experiment_file(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, found {text!r}")
+    return int(text)
 
 
 def _window(text: str) -> tuple[int, int]:

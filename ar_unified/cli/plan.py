@@ -124,6 +124,8 @@ def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
         lora=settings.lora(config),
         preference=settings.preference(config) if training.objective == "preference" else None,
         compiler_options=tuple(training.compiler_options),
+        policy=settings.policy(config) if training.objective == "reward" else None,
+        drawn_contexts=settings.drawing(config).request("-").contexts if training.objective == "reward" else 1,
         requests=sampling.batch_size,
         max_length=sampling.max_length,
         contexts=settings.request(config).contexts,

@@ -25,5 +25,6 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     if experiment.text_only:
         experiment.say("text alone: no image tokenizer, no images in samples and report")
     for stage in (train_tokenizers, prepare, train, sample_held_out, evaluate_held_out, evaluate):
-        stage(experiment)
+        if stage is not prepare or experiment.config.training.objective != "reward":  # answers are drawn, not read
+            stage(experiment)
     return 0

@@ -14,6 +14,12 @@ Run again after whatever stopped it, it goes on. Many processes share a job, eac
 that started together by their numbers, others by --part K/N; their number may change. --layout writes the images as a
 benchmark reads them, into OUTPUT/LAYOUT; without --requests it does so for what an output folder has, be its job
 finished or running. --adapter loads LoRA adapters, of which each request may name one.
+
+Best of n: --n 16 --keep-best REWARD draws 16 samples for each request and keeps the one that REWARD finds best
+(docs/rewards.md says what it may be: shapes, exact_answer, module:function, command:PROGRAM, scores:FILE). Beside them:
+  best.jsonl         the chosen line of samples.jsonl of each request, with the rewards of all
+  preferences.jsonl  {"prompt", "chosen", "rejected"}: the best and the worst, to learn preferences from
+  unrewarded.jsonl   samples that have no reward, and why
 """
 
 from __future__ import annotations
@@ -31,13 +37,16 @@ import numpy as np
 from ar_unified.cli.arguments import refuse_unread
 from ar_unified.data.images import to_png
 from ar_unified.data.sources import BadItem, Source
-from ar_unified.errors import UserError
+from ar_unified.errors import UserError, about
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.changes import MODEL, changeable
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.language.document import Document, ImagePart, TextPart
 from ar_unified.language.rows import write_parts
+from ar_unified.rewards.best import NAMES, keep_best
+from ar_unified.rewards.opening import open_reward
+from ar_unified.rewards.reward import RewardConfig
 from ar_unified.sampling import batch_output, results
 from ar_unified.sampling.benchmark_folders import BENCHMARKS, export
 from ar_unified.sampling.job import JobReport, run_job
@@ -49,7 +58,12 @@ _HELD_OUT = 12  # documents of each source whose beginnings become prompts
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Serves the requests, or prompts of the held-out documents; returns the exit status. Raises UserError."""
+    reward = None
+    if arguments.keep_best:
+        with about("--keep-best"):
+            reward = open_reward(RewardConfig(function=arguments.keep_best))
     if not arguments.requests:
+        refuse_unread(arguments, "without --requests", "n", "keep_best")
         refuse_unread(
             arguments, "without --requests", "part", "links", "adapter", *(() if arguments.layout else ("output",))
         )
@@ -62,8 +76,12 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         return 0
     output = Path(arguments.output or experiment.workdir.samples / (requests[0].stem if requests else ""))
     more = {"n": BENCHMARKS[arguments.layout].n} if arguments.layout else {}
+    more |= {"n": arguments.n} if arguments.n else {}
     given = dict(part=arguments.part, links=arguments.links, **more)
     report = _run(experiment, requests, output, **given) if requests else None
+    if reward is not None and report is not None and report.complete:
+        experiment.say(str(keep_best(output, reward)))
+        experiment.say("\n".join(str(output / name) for name in NAMES))
     if arguments.layout and (report is None or report.complete):
         experiment.say(str(export(output, arguments.layout, output / arguments.layout)))
     return 0

@@ -1,12 +1,14 @@
-"""Train the transformer on the token shards.
+"""Train the transformer on the token shards, or by rewards of what it draws itself.
 
-Reads data/train and data/validation. Leaves in the workdir:
+Reads data/train and data/validation; with config.training.objective="reward" the sources, whose documents ask, and
+draws answers, which config.reward judges (docs/rewards.md). Leaves in the workdir:
   model/checkpoints       Orbax: parameters and optimizer state, each with the vocabulary's manifest; the last few, and
                           that of the lowest validation loss (training.keep_best). Of LoRA (config.lora.rank above 0)
                           what is trained alone: the rest is in the bundle that config.init names
   model/metrics.jsonl     loss and log Z by role, loss by task, bits, norms, rates, attention between text and images;
                           model/tensorboard the same, with sample images
   model/goodput.json      where the wall time of every attempt went
+  model/failed_rewards.jsonl   by rewards: every answer that had none, with its prompt and why
   model/history.json      what changed while it was trained, and at which step
 
 What only decides cost (model.remat, training.accumulation, loss.chunk, mesh, log_every, ...) may change whenever the
@@ -43,6 +45,7 @@ from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.likelihood import likelihood
 from ar_unified.experiment.objective import Objective
 from ar_unified.experiment.preference import preference
+from ar_unified.experiment.reward import reward
 from ar_unified.experiment.settings import lora, selected, training
 from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.history import DECIDING
@@ -54,7 +57,11 @@ from ar_unified.training.loop import fit
 from ar_unified.training.optimizer import OptimizerConfig, learning_rate
 from ar_unified.workdir import Stage
 
-_OBJECTIVES: dict[str, Callable[[Experiment], Objective]] = {"likelihood": likelihood, "preference": preference}
+_OBJECTIVES: dict[str, Callable[[Experiment], Objective]] = {
+    "likelihood": likelihood,
+    "preference": preference,
+    "reward": reward,
+}
 _PREVIEWS = 8
 _KEYS = ("model", "loss", "training", "mesh")
 
@@ -110,10 +117,7 @@ def _train(experiment: Experiment, profile: tuple[int, int] | None) -> None:
     if stage.done:
         return experiment.skip(stage)
     _say_rate(experiment, stage, max(progress.checkpoints(), default=0))
-    for name, facts in made.batches.describe().items():
-        shares = ", then ".join(f"{share:.1%}" for share in facts["shares"])
-        experiment.say(f"{name}: {facts['rows']} rows an epoch, {facts['fill']:.1%} full, {shares} of the rows")
-    task = made.task()
+    task = made.task(stage.folder)
     fit(
         task,
         training(config),

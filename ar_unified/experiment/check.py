@@ -34,6 +34,7 @@ from ar_unified.errors import about, nearest, outside
 from ar_unified.evaluation.right_answers import PROTOCOLS
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
+from ar_unified.experiment.check_reward import check_reward
 from ar_unified.experiment.experiment import STAGES, Experiment
 from ar_unified.experiment.problems import Problems
 from ar_unified.kernels import backend, device
@@ -127,6 +128,7 @@ def check(config: ConfigDict, stages: Collection[str] = STAGES) -> None:
     _check_lora(config, problems, stages)
     _check_training(config, problems, stages)
     _check_preference(config, problems, stages)
+    check_reward(config, problems, stages)
     _check_sampling(config, problems, stages)
     _check_files(config, problems, stages)
     if "validation" in config.data.tests:
@@ -241,7 +243,8 @@ def _check_training(config: ConfigDict, problems: Problems, stages: Collection[s
             problems.say("training.code_embedding_init", f"{_MEAN}: there is no config.init")
         if part.fresh and not config.init:
             problems.say("training.fresh", "expected none without config.init: all of it begins at random")
-    if "model" in stages and part.sequence_length < config.data.max_tokens:
+    packs = "model" in stages and part.objective == "likelihood"  # else a row has one answer, and one too long no room
+    if packs and part.sequence_length < config.data.max_tokens:
         problems.say(
             "training.sequence_length",
             f"expected at least config.data.max_tokens, {config.data.max_tokens}, for the longest document; "

@@ -29,15 +29,18 @@ from ar_unified.data.filters import Filters
 from ar_unified.data.loader import Phase
 from ar_unified.errors import UserError, about, in_words, nearest, several
 from ar_unified.experiment.brought import describe
+from ar_unified.experiment.rollouts import DrawingConfig
 from ar_unified.language.document import TASKS
 from ar_unified.language.vocabulary import Role
 from ar_unified.model.config import PRESETS, TransformerConfig
 from ar_unified.model.lora import LoraConfig
 from ar_unified.paths import home
+from ar_unified.rewards.reward import RewardConfig
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.request import DEFAULTS, Request
 from ar_unified.training.loop import TrainingConfig
 from ar_unified.training.optimizer import OptimizerConfig
+from ar_unified.training.policy import PolicyConfig
 from ar_unified.training.preference import PreferenceConfig
 from ar_unified.training.tasks import TransformerTask
 from ar_unified.workdir import read_json
@@ -120,7 +123,8 @@ def _add_training(config: ConfigDict) -> None:
         | _fields(TransformerTask, ("attention_share", "only", "rates"))
     )
     # What it learns from: likelihood, of documents | preference, pairs of a chosen and a rejected answer to one prompt,
-    # which are read as they stand (no flip_pairs, no condition_dropout, no loss.prompt).
+    # which are read as they stand (no flip_pairs, no condition_dropout, no loss.prompt) | reward, of answers that are
+    # drawn, by config.reward.
     config.training.objective = "likelihood"
     config.training.batch_size = 16  # packed rows per step, over all devices
     config.training.sequence_length = 256
@@ -135,6 +139,9 @@ def _add_training(config: ConfigDict) -> None:
     config.training.phases = ()
 
     config.lora = ConfigDict(_fields(LoraConfig))  # an adapter in place of full tuning, on what config.init names
+
+    # For the objective "reward": how answers are drawn, how good they are, and what follows.
+    config.reward = ConfigDict(_fields(RewardConfig) | _fields(DrawingConfig) | _fields(PolicyConfig))
 
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, context=1))  # -1: the devices left over
 

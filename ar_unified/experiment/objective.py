@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,16 +27,14 @@ class Objective:
     """One value of config.training.objective, for one experiment.
 
     Attributes:
-        batches: of the training, to be told of.
         facts: what decides the trained model beside the config.
         keys: sections of the config that decide it beside those of every training.
-        task: makes the task, once the stage has begun: what that takes may take long.
+        task: makes the task, once the stage has begun, whose folder it is given: what that takes may take long.
     """
 
-    batches: PackedBatches
     facts: dict[str, Any]
     keys: tuple[str, ...]
-    task: Callable[[], TransformerTask]
+    task: Callable[[Path], TransformerTask]
 
 
 def training_batches(experiment: Experiment, kind: type[Batches]) -> Batches:
@@ -54,6 +53,13 @@ def training_batches(experiment: Experiment, kind: type[Batches]) -> Batches:
     )
 
 
+def tell(experiment: Experiment, batches: PackedBatches) -> None:
+    """Says of every source how many rows it has, and how often they come."""
+    for name, facts in batches.describe().items():
+        shares = ", then ".join(f"{share:.1%}" for share in facts["shares"])
+        experiment.say(f"{name}: {facts['rows']} rows an epoch, {facts['fill']:.1%} full, {shares} of the rows")
+
+
 def held_out_batches(experiment: Experiment, kind: type[Batches], phase: Phase) -> Batches | None:
     """Batches of data/validation; None, which is said, where no document is held out."""
     training, folder = experiment.config.training, experiment.workdir.data / "validation"
@@ -70,13 +76,13 @@ def validation(held_out: PackedBatches | None) -> list[Any]:
     return [held_out.batch(step) for step in range(_VALIDATION_BATCHES)] if held_out is not None else []
 
 
-def facts(experiment: Experiment, batches: PackedBatches) -> dict[str, Any]:
-    """What decides the trained model beside the config, whatever the objective."""
+def facts(experiment: Experiment, own: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the trained model beside the config; `own`: of one objective."""
     init = {} if experiment.bundle is None else {"init": experiment.bundle.hash}
     known = dict(manifest=experiment.grammar.manifest(), mixture=experiment.mixture())
     adapter = {"lora": configs.plain(experiment.config.lora)} if experiment.config.lora.rank else {}
     # A training without an adapter is what it was before there were any.
-    return known | state_of(experiment.config.training) | batches.order | init | adapter
+    return known | state_of(experiment.config.training) | dict(own) | init | adapter
 
 
 def task_settings(experiment: Experiment) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from ar_unified.data.loader import Phase
 from ar_unified.data.preferences import PreferenceBatches
@@ -14,9 +15,11 @@ from ar_unified.training.preference import PreferenceTask
 
 
 def preference(experiment: Experiment) -> Objective:
+    """The pairs that `prepare` left, with what config.init says of them."""
     batches = objective.training_batches(experiment, PreferenceBatches)
 
-    def task() -> PreferenceTask:
+    def task(_: Path) -> PreferenceTask:
+        objective.tell(experiment, batches)
         held_out = objective.held_out_batches(experiment, PreferenceBatches, Phase())
         made = PreferenceTask(
             batch=batches.batch,
@@ -29,4 +32,4 @@ def preference(experiment: Experiment) -> Objective:
                     pairs.reference = reference(experiment, made, split, pairs)
         return dataclasses.replace(made, validation=objective.validation(held_out))
 
-    return Objective(batches, objective.facts(experiment, batches), ("preference",), task)
+    return Objective(objective.facts(experiment, batches.order), ("preference",), task)

@@ -19,6 +19,7 @@ from ar_unified.data.images import Resize
 from ar_unified.data.loader import Phase, require_order
 from ar_unified.errors import UserError, nearest
 from ar_unified.experiment import config as configs
+from ar_unified.experiment.rollouts import DrawingConfig, require_groups
 from ar_unified.language.extension import extended
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.layouts import LAYOUTS, SizeTokens
@@ -27,10 +28,12 @@ from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model.config import config_from
 from ar_unified.model.lora import LoraConfig
 from ar_unified.model.transformer import Params, abstract_params, logical_axes
+from ar_unified.rewards.reward import RewardConfig
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.request import DEFAULTS, Request
 from ar_unified.training.loop import TrainingConfig
 from ar_unified.training.optimizer import OptimizerConfig
+from ar_unified.training.policy import PolicyConfig
 from ar_unified.training.preference import PreferenceConfig
 from ar_unified.training.rates import Rates, make_rates, trained_in
 from ar_unified.training.selection import Selection, select
@@ -111,7 +114,7 @@ def short_side(config: ConfigDict) -> int:
     return config.image_tokenizer.short_side or config.image_tokenizer.crop * 5 // 4
 
 
-OBJECTIVES = ("likelihood", "preference")  # what the transformer may learn from
+OBJECTIVES = ("likelihood", "preference", "reward")  # what the transformer may learn from
 
 
 # ---- training ---------------------------------------------------------------------------------------------------
@@ -168,6 +171,23 @@ def lora(config: ConfigDict) -> LoraConfig | None:
 def preference(config: ConfigDict) -> PreferenceConfig:
     """Of `training.objective` "preference". Raises ValueError, naming the key."""
     return configs.pick(PreferenceConfig, config.preference)
+
+
+def policy(config: ConfigDict) -> PolicyConfig:
+    """Of the objective "reward". Raises ValueError, naming the key, for groups that make no batch."""
+    found = configs.pick(PolicyConfig, config.reward)
+    require_groups(found, config.training.batch_size // config.training.accumulation)
+    return found
+
+
+def rewarding(config: ConfigDict) -> RewardConfig:
+    """How good an answer is. Raises ValueError, naming the key."""
+    return configs.pick(RewardConfig, config.reward)
+
+
+def drawing(config: ConfigDict) -> DrawingConfig:
+    """How answers are drawn. Raises ValueError, naming the key."""
+    return configs.pick(DrawingConfig, config.reward)
 
 
 def selected(

@@ -95,7 +95,7 @@ class Event(NamedTuple):
     ends: jax.Array
 
 
-class _Choices(NamedTuple):
+class Choices(NamedTuple):
     """What may come next: the ids low..high-1 but for `never`, and `also` (an image's first id, or a number's end), the
     end of the document, and digits. Each [B]; digits [B, 10]."""
 
@@ -192,7 +192,7 @@ class Automaton:
 
     def allowed(self, state: State, first: int | None = None) -> jax.Array:
         """bool [B, V]: the ids that may come next; at least one in every row. first: V, if fewer are asked for."""
-        choices = self._choices(state)
+        choices = self.choices(state)
         ids = jnp.arange(self.syntax.vocabulary.size if first is None else first, dtype=jnp.int32)
         low, high, never, also, has_also, end = (field[:, None] for field in choices[:6])
         allowed = (ids >= low) & (ids < high)
@@ -206,7 +206,7 @@ class Automaton:
 
     def forced(self, state: State) -> jax.Array:
         """int32 [B]: the only allowed id, or -1 where there is a choice."""
-        low, high, never, also, has_also, end, digits = self._choices(state)
+        low, high, never, also, has_also, end, digits = self.choices(state)
         said = (also >= low) & (also < high)  # an `open` that ends with a piece of text is a word, too
         count = jnp.maximum(high - low, 0) - ((never >= low) & (never < high)) + (has_also & ~said) + end
         only = jnp.where(has_also, also, jnp.where(end, self.syntax.end, low))
@@ -361,7 +361,7 @@ class Automaton:
             )
         return tuple(jnp.clip(side, 1, limit) for side, limit in zip(most, layout.most, strict=True))  # type: ignore[return-value]
 
-    def _choices(self, state: State) -> _Choices:
+    def choices(self, state: State) -> Choices:
         syntax, v = self.syntax, self.syntax.vocabulary
         later = self._later(state)
         free = state.remaining - later  # for the image at hand, or for words
@@ -413,7 +413,7 @@ class Automaton:
         low = jnp.select(conditions, lows, v.pad).astype(jnp.int32)
         high = jnp.select(conditions, highs, v.pad + 1).astype(jnp.int32)
         also = jnp.where(parts, first, number_end).astype(jnp.int32)
-        return _Choices(low, high, never, also, image | number_ends, end, digits)
+        return Choices(low, high, never, also, image | number_ends, end, digits)
 
 
 def _pick(ids: tuple[int, ...], index: jax.Array) -> jax.Array:

@@ -26,6 +26,7 @@ def token_losses(
     chunk: int = 1024,
     used: int | None = None,
     split: int | None = None,
+    spans: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Negative log-likelihood and log-partition of each position; the caller weighs, masks and sums.
 
@@ -41,6 +42,8 @@ def token_losses(
       used: rows of the head from this one on have no probability and no gradient; None: all V are used.
       split: ids below it and ids from it on have a softmax each, and a target's is that of its own side; None: one
         softmax for all.
+      spans: int32 [B, T, K, 2], the ids that a position's softmax is over: K ranges, first and behind the last of each;
+        an empty range is none. None: all of `used` and `split`.
 
     Returns:
       nll and lse, float32 [B, T]; nll = lse - logit of the target.
@@ -53,16 +56,24 @@ def token_losses(
     ids = used or head.shape[0]
     if split is not None and not 0 < split < ids:
         raise ValueError(f"split: expected 1..{ids - 1}, so that each side has an id, found {split}")
-    return _losses(chunk, None if used == head.shape[0] else used, split, hidden, head, targets)
+    return _losses(chunk, None if used == head.shape[0] else used, split, hidden, head, targets, spans)
 
 
 def in_softmax(
-    logits: jax.Array, ids: jax.Array, targets: jax.Array, used: int | None = None, split: int | None = None
+    logits: jax.Array,
+    ids: jax.Array,
+    targets: jax.Array,
+    used: int | None = None,
+    split: int | None = None,
+    spans: jax.Array | None = None,
 ) -> jax.Array:
     """The logits [..., V] of ids [V], -inf where an id has no part in the softmax of its position's target [...].
 
-    `used` and `split` as of `token_losses`.
+    `used`, `split` and `spans` [..., K, 2] as of `token_losses`.
     """
+    if spans is not None:
+        first, behind = spans[..., 0, None], spans[..., 1, None]  # [..., K, 1]
+        logits = jnp.where(jnp.any((first <= ids) & (ids < behind), axis=-2), logits, -jnp.inf)
     if used is not None:
         logits = jnp.where(ids < used, logits, -jnp.inf)
     if split is not None:
@@ -72,21 +83,31 @@ def in_softmax(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _losses(
-    chunk: int, used: int | None, split: int | None, hidden: jax.Array, head: jax.Array, targets: jax.Array
+    chunk: int,
+    used: int | None,
+    split: int | None,
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    spans: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     placement = _Placement(hidden, head, used, split)
-    return placement.run(_forward_part, chunk, (hidden, head, targets), (placement.tokens, placement.tokens))
+    return placement.run(_forward_part, chunk, (hidden, head, targets, spans), (placement.tokens, placement.tokens))
 
 
-def _forward(chunk, used, split, hidden, head, targets):
-    nll, lse = _losses(chunk, used, split, hidden, head, targets)
-    return (nll, lse), (hidden, head, targets, lse)
+def _forward(chunk, used, split, hidden, head, targets, spans):
+    nll, lse = _losses(chunk, used, split, hidden, head, targets, spans)
+    return (nll, lse), (hidden, head, targets, spans, lse)
 
 
 def _backward(chunk, used, split, residuals, cotangents):
     hidden, head, *_ = residuals
     placement = _Placement(hidden, head, used, split)
-    return *placement.run(_backward_part, chunk, (*residuals, *cotangents), (placement.hidden, placement.head)), None
+    return (
+        *placement.run(_backward_part, chunk, (*residuals, *cotangents), (placement.hidden, placement.head)),
+        None,
+        None,
+    )
 
 
 _losses.defvjp(_forward, _backward)
@@ -133,17 +154,17 @@ class _Placement:
         """Of the rows that this device has."""
         return jnp.arange(head.shape[0]) - self.local(0, head.shape[0])
 
-    def logits(self, hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
+    def logits(self, hidden: jax.Array, head: jax.Array, targets: jax.Array, spans: jax.Array | None) -> jax.Array:
         logits = jnp.einsum("BTD,VD->BTV", hidden, head, preferred_element_type=jnp.float32)
-        return in_softmax(logits, self.ids(head), targets, self.used, self.split)
+        return in_softmax(logits, self.ids(head), targets, self.used, self.split, spans)
 
 
-def _forward_part(placement, chunk, hidden, head, targets):
+def _forward_part(placement, chunk, hidden, head, targets, spans):
     head = placement.whole_head(head, hidden.dtype)
 
     def one(piece):
-        hidden, targets = piece
-        logits = placement.logits(hidden, head, targets)
+        hidden, targets, spans = piece
+        logits = placement.logits(hidden, head, targets, spans)
         highest = placement.over_vocabulary(jax.lax.pmax, logits.max(-1))
         total = jnp.exp(logits - highest[..., None]).sum(-1)
         local = placement.local(targets, head.shape[0])
@@ -154,17 +175,17 @@ def _forward_part(placement, chunk, hidden, head, targets):
         return lse - found, lse
 
     split, join = _chunks(chunk, targets.shape)
-    nll, lse = jax.lax.map(one, (split(hidden), split(targets)))
+    nll, lse = jax.lax.map(one, jax.tree.map(split, (hidden, targets, spans)))
     return join(nll), join(lse)
 
 
-def _backward_part(placement, chunk, hidden, head, targets, lse, nll_bar, lse_bar):
+def _backward_part(placement, chunk, hidden, head, targets, spans, lse, nll_bar, lse_bar):
     whole = placement.whole_head(head, hidden.dtype)
     ids = placement.ids(whole)
 
     def one(head_bar, piece):
-        hidden, targets, lse, nll_bar, lse_bar = piece
-        probabilities = jnp.exp(placement.logits(hidden, whole, targets) - lse[..., None])
+        hidden, targets, spans, lse, nll_bar, lse_bar = piece
+        probabilities = jnp.exp(placement.logits(hidden, whole, targets, spans) - lse[..., None])
         hit = targets[..., None] == ids
         logits_bar = probabilities * (nll_bar + lse_bar)[..., None] - jnp.where(hit, nll_bar[..., None], 0.0)
         logits_bar = logits_bar.astype(hidden.dtype)
@@ -173,7 +194,7 @@ def _backward_part(placement, chunk, hidden, head, targets, lse, nll_bar, lse_ba
         return head_bar, hidden_bar
 
     split, join = _chunks(chunk, targets.shape)
-    pieces = tuple(split(x) for x in (hidden, targets, lse, nll_bar, lse_bar))
+    pieces = jax.tree.map(split, (hidden, targets, spans, lse, nll_bar, lse_bar))
     head_bar, hidden_bar = jax.lax.scan(one, jnp.zeros(whole.shape, jnp.float32), pieces)
     hidden_bar = placement.over_vocabulary(jax.lax.psum, join(hidden_bar))
     return hidden_bar, placement.scattered(head_bar).astype(head.dtype)

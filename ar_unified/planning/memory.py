@@ -15,8 +15,10 @@ from ar_unified.planning.programs import Compiled, Program, Run, gradient_bytes,
 PARTS = {
     "parameters": "exact: shapes and shardings",
     "optimizer": "exact: shapes and shardings",
+    "reference": "exact: shapes and shardings; the weights that a policy is compared with",
     "cache": "exact: shapes and shardings",
-    "held": "exact: what lies there besides: the head for scores, prompts that were read, the pool while they are read",
+    "held": "exact: what lies there besides: in training by rewards the sampler's weights; in sampling the head for "
+    "scores, prompts that were read, the pool while they are read",
     "inputs": "exact: shapes and shardings; and what layouts pad",
     "gradients": "arithmetic: as large as what is trained, float32",
     "activations": "arithmetic: what JAX keeps of the forward pass for the backward one",
@@ -24,6 +26,9 @@ PARTS = {
     "outputs": "the compiler's, where they do not take an argument's place",
     "code": "the compiler's",
 }
+
+
+_EXACT = ("parameters", "optimizer", "reference", "cache")
 
 
 class Memory(NamedTuple):
@@ -48,7 +53,7 @@ class Memory(NamedTuple):
 def memory(program: Program, compiled: Compiled, run: Run, capacity: float) -> Memory:
     """What a device's memory holds: exact parts, estimates, and the rest of what the compiler says."""
     arguments = dict(program.local_bytes())
-    parts: dict[str, float] = {k: arguments.pop(k) for k in ("parameters", "optimizer", "cache") if k in arguments}
+    parts: dict[str, float] = {name: arguments.pop(name) for name in _EXACT if name in arguments}
     parts["inputs"] = max(compiled.arguments - sum(parts.values()), 0)
     parts |= _held(program)
     rest = float(compiled.temporaries)
@@ -69,7 +74,7 @@ def state_of_backward(program: Program, run: Run) -> dict[str, int]:
 def at_least(program: Program, run: Run) -> dict[str, float]:
     """The least memory of a program, bytes a device, by arithmetic alone; used where it does not compile."""
     arguments = dict(program.local_bytes())
-    parts: dict[str, float] = {k: arguments.pop(k) for k in ("parameters", "optimizer", "cache") if k in arguments}
+    parts: dict[str, float] = {name: arguments.pop(name) for name in _EXACT if name in arguments}
     parts |= _held(program) | {"inputs": sum(arguments.values())}
     return parts | (state_of_backward(program, run) if program.name == "train" else {})
 

@@ -19,7 +19,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from ar_unified.data.batch import PackedBatch, PreferenceBatch
+from ar_unified.language.automaton import Opened, Wanted
 from ar_unified.language.grammar import Grammar
+from ar_unified.language.spans import spans
 from ar_unified.language.syntax import ImageLayout
 from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model import transformer
@@ -32,6 +34,7 @@ from ar_unified.sampling.engine import KEPT, prefill_rows
 from ar_unified.sampling.pace import Pace
 from ar_unified.sampling.weights import read_as
 from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
+from ar_unified.training.policy import PolicyBatch, PolicyConfig, PolicyTask
 from ar_unified.training.preference import PreferenceConfig, PreferenceTask
 from ar_unified.training.step import abstract_state, abstract_trained, make_train_step
 from ar_unified.training.tasks import TransformerTask
@@ -51,6 +54,8 @@ class Run:
       optimizer, steps, compiler_options: of the training. only: what it trains, places of training.selection.select;
         (): everything. lora: the adapter that is trained in place of everything; None: there is none. preference: where
         it learns from preference pairs, how; None: from documents.
+      policy, drawn_contexts: of a training by rewards, None: on documents; contexts of an answer, 2 where answers
+        are drawn with guidance.
       requests, max_length, contexts: samples decoded at once by a process; length of the KV cache; 2 with guidance.
       kv_dtype: of the KV cache, of sampling.engine.KV_DTYPES.
       weights_dtype: of the layers' matrices in sampling, of sampling.weights.WEIGHT_DTYPES.
@@ -73,6 +78,8 @@ class Run:
     lora: LoraConfig | None = None
     preference: PreferenceConfig | None = None
     compiler_options: tuple[str, ...] = ()
+    policy: PolicyConfig | None = None
+    drawn_contexts: int = 1
     requests: int = 64
     max_length: int = 4096
     contexts: int = 1
@@ -189,16 +196,18 @@ def make_task(run: Run) -> TransformerTask:
 
 
 class _OfTask(NamedTuple):
-    """Where the softmax is split, what is trained, and from which pairs."""
+    """Where the softmax is split, what is trained, and from which pairs or by which policy gradient."""
 
     split: int | None
     only: tuple[str, ...]
     lora: LoraConfig | None
     preference: PreferenceConfig | None
+    policy: PolicyConfig | None
 
 
 def _trained(run: Run) -> _OfTask:
-    return _OfTask(run.layout.split(run.vocabulary, run.softmax), run.only, run.lora, run.preference)
+    split = run.layout.split(run.vocabulary, run.softmax)
+    return _OfTask(split, run.only, run.lora, run.preference, run.policy)
 
 
 def _task(
@@ -209,23 +218,57 @@ def _task(
     only: tuple[str, ...],
     lora: LoraConfig | None,
     preference: PreferenceConfig | None,
+    policy: PolicyConfig | None,
 ) -> TransformerTask:
     def no_batch(step: int, index: int = 0, count: int = 1) -> Any:
         raise RuntimeError("a plan has no data")
 
     settings: dict[str, Any] = dict(split=split, chunk=chunk, only=only, lora=lora)
-    if preference is None:
-        return TransformerTask(model, vocabulary, no_batch, **settings)
-    return PreferenceTask(model, vocabulary, no_batch, preference=preference, **settings)
+    if policy is not None:
+        return PolicyTask(model, vocabulary, no_batch, policy=policy, **settings)
+    if preference is not None:
+        return PreferenceTask(model, vocabulary, no_batch, preference=preference, **settings)
+    return TransformerTask(model, vocabulary, no_batch, **settings)
 
 
-def _pairs(run: Run) -> int:
-    """Preference pairs of a row, of the longest documents; 0: it learns from documents."""
-    return 0 if run.preference is None else max(1, run.sequence_length // (2 * run.document))
+class _Rows(NamedTuple):
+    """What a batch has.
+
+    Attributes:
+      pairs: preference pairs of a row, of the longest documents; 0: it has none.
+      contexts, ranges: of drawn answers, and ranges of ids that a token is drawn from; 0: nothing is drawn.
+      old: whether the drawing policy's log-probabilities are beside them.
+    """
+
+    rows: int
+    length: int
+    pairs: int = 0
+    contexts: int = 0
+    ranges: int = 0
+    old: bool = False
 
 
-def _batch(rows: int, length: int, pairs: int) -> PackedBatch | PreferenceBatch:
-    return PreferenceBatch.shapes(rows, length, pairs) if pairs else PackedBatch.shapes(rows, length)
+def _rows(run: Run, rows: int) -> _Rows:
+    if run.policy is not None:
+        contexts, ranges = _drawn(run)
+        return _Rows(rows, run.sequence_length, contexts=contexts, ranges=ranges, old=run.policy.steps > 1)
+    pairs = 0 if run.preference is None else max(1, run.sequence_length // (2 * run.document))
+    return _Rows(rows, run.sequence_length, pairs)
+
+
+def _batch(of: _Rows) -> PackedBatch | PreferenceBatch | PolicyBatch:
+    if of.contexts:
+        return PolicyBatch.shapes(of.rows, of.length, of.contexts, of.ranges, old=of.old)
+    if of.pairs:
+        return PreferenceBatch.shapes(of.rows, of.length, of.pairs)
+    return PackedBatch.shapes(of.rows, of.length)
+
+
+def _drawn(run: Run) -> tuple[int, int]:
+    """Contexts of an answer, and ranges of ids that a token is drawn from."""
+    machine = _grammar(run).automaton
+    state = jax.eval_shape(lambda: machine.resume(Opened(jnp.zeros(1, jnp.int32)), Wanted()))
+    return run.drawn_contexts, jax.eval_shape(partial(spans, machine), state).shape[1]
 
 
 def train_program(run: Run, mesh: Mesh) -> Program:
@@ -243,10 +286,23 @@ def train_program(run: Run, mesh: Mesh) -> Program:
         accumulation=run.accumulation,
         compiler_options=options,
     )
-    shapes = _batch(run.batch_size, run.sequence_length, _pairs(run))
+    shapes = _batch(_rows(run, run.batch_size))
     batch = on_mesh(shapes, batch_shardings(mesh, shapes))
     arguments = {"parameters": state.params, "optimizer": (state.step, state.optimizer), "batch": batch}
-    return Program("train", mesh, arguments, lambda: step.trace(state, batch), options=options)
+    if state.model_state:
+        arguments["reference"] = state.model_state
+    held = _resident(run, mesh) if run.policy is not None else ()
+    return Program("train", mesh, arguments, lambda: step.trace(state, batch), held, options)
+
+
+def _resident(run: Run, mesh: Mesh) -> Any:
+    """The sampler's weights, which a training by rewards keeps on each process's devices beside its own."""
+    axes = dict(data=mesh.size // mesh.shape["tensor"], fsdp=1, tensor=mesh.shape["tensor"], context=1)
+    sampler = Mesh(mesh.devices.reshape([axes[name] for name in mesh.axis_names]), mesh.axis_names)
+    params = transformer.abstract_params(run.model)
+    weights = jax.eval_shape(partial(steps.prepare, run.model, _grammar(run), run.weights_dtype), params)
+    specs = steps.weight_specs(sampler, weights)
+    return on_mesh(weights, jax.tree.map(lambda spec: NamedSharding(sampler, spec), specs))
 
 
 def gradient_bytes(run: Run, mesh: Mesh) -> int:
@@ -263,29 +319,28 @@ def saved_for_backward(run: Run, mesh: Mesh) -> int:
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
     rows = run.batch_size // run.accumulation
-    shape = rows, run.sequence_length, _pairs(run)
-    return _saved(*shape, run.model, run.vocabulary, run.loss_chunk, *_trained(run)) // ways
+    return _saved(_rows(run, rows), run.model, run.vocabulary, run.loss_chunk, *_trained(run)) // ways
 
 
 @lru_cache(maxsize=256)  # a search asks again for every mesh
-def _saved(rows: int, length: int, pairs: int, model: TransformerConfig, *of_task: Any) -> int:
+def _saved(of: _Rows, model: TransformerConfig, *of_task: Any) -> int:
     """The same for all devices together. of_task: the further arguments of `_task`."""
     task = _task(model, *of_task)
-    batch = _batch(rows, length, pairs)
+    batch = _batch(of)
     params = jax.eval_shape(task.init, jax.random.key(0))
-    selection = task.selection(params)
+    selection, model_state = task.selection(params), jax.eval_shape(task.init_state, params)
 
-    def residuals(params: Any, batch: Any) -> Any:
+    def residuals(params: Any, model_state: Any, batch: Any) -> Any:
         def loss(trained: Any) -> jax.Array:
-            return task.loss(selection.put(params, trained), {}, batch, None)[0]
+            return task.loss(selection.put(params, trained), model_state, batch, None)[0]
 
         return jax.vjp(loss, selection.take(params))[1]
 
-    kept = jax.tree.leaves(jax.eval_shape(residuals, params, batch))
+    kept = jax.tree.leaves(jax.eval_shape(residuals, params, model_state, batch))
     known = {(x.shape, x.dtype) for x in jax.tree.leaves(params)}
     # A residual without the rows' axis is a parameter, cast or not, which lies elsewhere.
-    per_row = [x for x in kept if (x.shape, x.dtype) not in known and x.size % rows == 0 and rows in x.shape]
-    offloaded = rows * length * offloaded_bytes(model) if task.through_layers else 0
+    per_row = [x for x in kept if (x.shape, x.dtype) not in known and x.size % of.rows == 0 and of.rows in x.shape]
+    offloaded = of.rows * of.length * offloaded_bytes(model) if task.through_layers else 0
     return sum(x.size * x.dtype.itemsize for x in per_row) - offloaded
 
 
@@ -305,6 +360,10 @@ class _Spelling:
         return "".join(string.printable[id] for id in ids)
 
 
+def _grammar(run: Run) -> Grammar:
+    return Grammar(run.vocabulary, run.layout, _Spelling(run.vocabulary.text_size))
+
+
 def sample_programs(run: Run, mesh: Mesh) -> list[Program]:
     """Prefill of prompts of half the cache, as many as the engine reads at once, and decoding in a pool that is full.
 
@@ -314,7 +373,7 @@ def sample_programs(run: Run, mesh: Mesh) -> list[Program]:
     config, R, S = run.model, run.requests, run.max_length
     if R < 1 or S < 2:
         raise ValueError(f"sampling: expected batch_size >= 1 and max_length >= 2, found {R} and {S}")
-    grammar = Grammar(run.vocabulary, run.layout, _Spelling(run.vocabulary.text_size))
+    grammar = _grammar(run)
 
     def placed(tree: Any, specs: Any) -> Any:
         return on_mesh(tree, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))

@@ -176,7 +176,7 @@ def _operands(run: Run, tensor: int) -> float:
 
 
 def _train(run: Run, program: Program) -> _Work:
-    c, mesh, tokens = run.model, program.mesh, float(run.batch_size * run.sequence_length)
+    c, mesh, tokens = run.model, program.mesh, float(run.batch_size * run.sequence_length * run.drawn_contexts)
     document = min(run.document, run.sequence_length)
     attended = tokens * (document + 1) / 2
     layers, head = matmul_parameters(run.model)
@@ -188,6 +188,8 @@ def _train(run: Run, program: Program) -> _Work:
     again = deep * c.n_layers * sum(math.prod(sizes[name]) for name in made_again(c.remat, c.norm_placement == "swin"))
     scores = 3.0 * deep  # the backward kernels make scores twice and dP twice
     executed = model + 2.0 * (again + head) * tokens + scores * attention + _orthogonal(run)
+    if "reference" in program.arguments:
+        executed += 2.0 * (layers + head) * tokens + 2.0 * attention
     # Per device from here on.
     back = deep + task.trains("layers.")  # matmuls of backward: with what is read, and with what is trained
     passes = 1 + back + again / layers  # forward, backward, perhaps forward again

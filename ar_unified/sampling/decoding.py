@@ -99,6 +99,18 @@ def choose(
     return _argmax(logits), broken
 
 
+def log_probability(logits: Array, allowed: Array | None, filters: Filters, token: Array) -> Array:
+    """f32 [B]: the log-probability with which `choose` draws `token`, int32 [B]; 0 at temperature 0. Arguments as
+    there; an id outside the logits gives some number."""
+    drawn = filters.temperature > 0
+    scaled = jnp.clip(logits, _FLOOR, -_FLOOR) / jnp.where(drawn, filters.temperature, 1.0)[:, None]
+    if allowed is not None:
+        scaled = jnp.where(allowed, scaled, -jnp.inf)
+    kept = jnp.where(nucleus(scaled, filters.top_k, filters.top_p), scaled, -jnp.inf)
+    own = jnp.take_along_axis(scaled, token[:, None], axis=1, mode="clip")[:, 0]
+    return jnp.where(drawn, own - jax.nn.logsumexp(kept, axis=-1), 0.0)
+
+
 def penalize(logits: Array, seen: Array, penalty: Array) -> Array:
     """f32 [B, V]: logits of tokens `seen`, bool [B, V], above 0 divided by `penalty` [B], others multiplied."""
 

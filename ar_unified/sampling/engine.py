@@ -18,6 +18,7 @@ import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -28,8 +29,8 @@ from ar_unified.interop.peft import Adapter
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.reading import GrammarError
 from ar_unified.model.config import TransformerConfig
+from ar_unified.sampling import logprobs, steps, window
 from ar_unified.sampling import score as scoring
-from ar_unified.sampling import steps, window
 from ar_unified.sampling.answer import finished, stopped
 from ar_unified.sampling.low_rank import beside, number
 from ar_unified.sampling.pace import Pace
@@ -58,6 +59,7 @@ class Programs(NamedTuple):
     prefill: Any
     insert: Any
     decode: Any
+    told: Any
     several: Any
     score: Any
 
@@ -72,6 +74,7 @@ def programs(config: TransformerConfig, grammar: Grammar, mesh: Mesh | None) -> 
         prefill=jax.jit(functools.partial(steps.prefill, config)),
         insert=jax.jit(functools.partial(steps.insert, grammar), donate_argnums=(0,)),
         decode=jax.jit(functools.partial(steps.decode_chunk, config, grammar), donate_argnums=(1,)),
+        told=jax.jit(functools.partial(logprobs.decode_chunk, config, grammar), donate_argnums=(1,)),
         several=jax.jit(functools.partial(window.decode_chunk, config, grammar), static_argnums=0, donate_argnums=(2,)),
         score=jax.jit(functools.partial(scoring.forward, config, grammar.vocabulary.used), static_argnums=0),
     )
@@ -100,10 +103,11 @@ class Engine:
         mesh: devices to decode on, samples split by its data axes and heads by its tensor axis (`parallel`).
         softmax: of `language.syntax.SOFTMAXES`, what the model was trained with: its likelihoods are those.
         adapters: by the name that a request says, beside the model that it says none of (`low_rank`).
+        logprobs: whether samples have theirs; a window cannot tell them.
 
     Raises:
         ValueError: the model's vocabulary is not the grammar's, a size is not positive or not one the mesh divides, or
-            kv_dtype, weights_dtype, window or softmax is none there is.
+            kv_dtype, weights_dtype, window or softmax is none there is, or logprobs are asked for with a window.
     """
 
     def __init__(
@@ -120,6 +124,7 @@ class Engine:
         mesh: Mesh | None = None,
         softmax: str = "joint",
         adapters: Mapping[str, Adapter] | None = None,
+        logprobs: bool = False,
     ):
         if config.vocab_size != grammar.vocabulary.size:
             raise ValueError(
@@ -132,6 +137,8 @@ class Engine:
             expected = ", ".join(str(name) for name in KV_DTYPES)
             raise ValueError(f"kv_dtype: expected one of {expected}; found {kv_dtype!r}")
         check_weights_dtype(weights_dtype)
+        if logprobs and str(window) != "1":
+            raise ValueError(f"window: expected 1 where log-probabilities are asked for, found {window!r}")
         ways = ways_of(batch_size, mesh)
         self.weights_dtype = weights_dtype
         self.config, self.params, self.grammar = config, params, grammar
@@ -144,7 +151,7 @@ class Engine:
         self._split = grammar.layout.split(grammar.vocabulary, softmax)
         self._programs = programs(config, grammar, mesh)
         self._prepared: tuple[Any, Any] = (None, None)
-        self._pace = Pace(window)
+        self._pace, self._logprobs = Pace(window), logprobs
         self._slot_steps = np.zeros(2, np.int64)  # at work, and all
         self._drawn = np.zeros(2, np.int64)  # tokens, and steps that samples took for them
 
@@ -275,9 +282,12 @@ class Engine:
         for row, job in zip(rows, owners, strict=True):
             if job is None or job.finished:
                 continue
-            *tokens, taken, done, broken = row
-            drawn = np.array(tokens, np.int32)
-            job.tokens.append(drawn[drawn != self.grammar.vocabulary.pad])
+            told, (taken, done, broken) = row[: CHUNK if self._logprobs else 0], row[-steps.FACTS :]
+            drawn = row[len(told) : -steps.FACTS]
+            there = drawn != self.grammar.vocabulary.pad
+            job.tokens.append(drawn[there])
+            if self._logprobs:
+                job.logprobs.append(told.view(np.float32)[there])
             self._drawn += len(job.tokens[-1]), taken
             if job.left is not None:
                 job.left -= len(job.tokens[-1]) - taken
@@ -285,6 +295,8 @@ class Engine:
             if sample is None and done:
                 sample = finished(self.grammar, job.plan, job.index, job.drawn(), bool(broken))
             if sample is not None:
+                if self._logprobs:
+                    sample = replace(sample, logprobs=job.drawn_logprobs()[: len(sample.tokens)])
                 job.finished = True
                 yield sample, job
 
@@ -297,7 +309,8 @@ class Engine:
     def decode(self, shape: Shape, state: State, halted: np.ndarray, count: int) -> tuple[State, Any, int]:
         """`steps.decode_chunk`, or its like with a window, and how many steps were taken: `count` or fewer."""
         width, count, timed = self._pace.next(shape, count)
-        program = self._programs.decode if width == 1 else functools.partial(self._programs.several, width)
+        program = self._programs.told if self._logprobs else self._programs.decode
+        program = program if width == 1 else functools.partial(self._programs.several, width)
         arguments = self.weights, state, halted, np.int32(count)
         if not timed:
             return *self.call(program, *arguments), count

@@ -203,6 +203,8 @@ class Sample:
         document: what they say: the parts behind the prompt, images as codes. None if there was an error.
         finish_reason: "eos": the model ended it; "length": the budget did; "stop": one of `request.stop` did; "error".
         error: what went wrong, in words; "" if nothing.
+        logprobs: float32 [n], the log-probability with which each token was drawn (`logprobs.py`), 0 where it was given
+            or forced; None from an engine that is not asked for them.
     """
 
     request: Request
@@ -211,3 +213,4 @@ class Sample:
     document: Document | None
     finish_reason: Literal["eos", "length", "stop", "error"]
     error: str = ""
+    logprobs: np.ndarray | None = None

@@ -21,17 +21,23 @@ from ar_unified.sampling.steps import Shape
 
 @dataclass(eq=False)
 class Job:
-    """One sample that is drawn. `left`: steps until its end, where known; `tokens`: what it has, `given` included."""
+    """One sample that is drawn. `left`: steps until its end, where known; `tokens`: what it has, but for `given`, and
+    `logprobs` theirs, where they are asked for."""
 
     plan: Plan
     index: int
     left: int | None
     tokens: list[np.ndarray] = field(default_factory=list)
+    logprobs: list[np.ndarray] = field(default_factory=list)
     finished: bool = False
 
     def drawn(self) -> np.ndarray:
         """int32 ids of the sample so far: those that were given, then those that were drawn."""
         return np.concatenate([self.plan.given, *self.tokens]).astype(np.int32)
+
+    def drawn_logprobs(self) -> np.ndarray:
+        """Of `drawn`: 0 for what was given."""
+        return np.concatenate([np.zeros(len(self.plan.given)), *self.logprobs]).astype(np.float32)
 
 
 def row_arrays(

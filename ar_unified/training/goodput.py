@@ -17,8 +17,9 @@ from typing import Any
 from ar_unified.errors import UserError
 from ar_unified.workdir import read_json, write_json
 
-# Apart from "step". "input" is time in which a step could have begun but for its batch.
-ACTIVITIES = ("down", "redone", "start", "compile", "input", "validation", "preview", "checkpoint")
+# Apart from "step". "input" is time in which a step could have begun but for its batch; "drawing", in which samples
+# were drawn to learn from, from the end of the host's part of the step before.
+ACTIVITIES = ("down", "redone", "start", "compile", "input", "drawing", "validation", "preview", "checkpoint")
 
 
 class Goodput:

@@ -39,6 +39,7 @@ from ar_unified.training.optimizer import OptimizerConfig, learning_rate, make_o
 from ar_unified.training.profiler import Profiler
 from ar_unified.training.step import (
     STACKED,
+    Drawing,
     Params,
     StepReport,
     TrainingTask,
@@ -224,11 +225,20 @@ def fit(
             meter.reset()
 
     # ---------------------------------------------------------------------- Data: of a global batch, the rows used here
-    part = batch_part(mesh, len(jax.tree.leaves(task.batch(start))[0]))
+    source = task.batch
+    every = source.every if isinstance(source, Drawing) else 1  # what is saved goes on where a drawing begins
+    part = (0, 1) if isinstance(source, Drawing) else batch_part(mesh, len(jax.tree.leaves(source(start))[0]))
     hand = concurrent.futures.ThreadPoolExecutor(1, "batches")  # makes the next batch while the devices work
 
-    def fetch(step: int) -> concurrent.futures.Future:
-        return hand.submit(lambda: place_batch(mesh, task.batch(step, *part), part))
+    def fetch(step: int, params: Params) -> concurrent.futures.Future:
+        if not isinstance(source, Drawing):
+            return hand.submit(lambda: place_batch(mesh, source(step, *part), part))
+        drawn: concurrent.futures.Future = concurrent.futures.Future()
+        began = time.perf_counter()
+        drawn.set_result(source(step, params))  # here: it waits for the parameters, and processes do it in one order
+        meter.waited += time.perf_counter() - began
+        clock.add("drawing", time.perf_counter() - began)
+        return drawn
 
     # ---------------------------------------------------------------------- Signals: stop at the next step border
     # Of many processes all must agree on the step: JAX's handler of SIGTERM and runtime.preempted do that.
@@ -237,7 +247,7 @@ def fit(
 
     # ---------------------------------------------------------------------- Steps
     try:
-        following = fetch(start)
+        following = fetch(start, state.params)
         with clock.during("compile"), jax.set_mesh(mesh):  # for what is traced; previews may use other devices
             began = time.perf_counter()
             compiled = train_step.lower(state, following.result()).compile()
@@ -255,7 +265,7 @@ def fit(
                 meter.waited += waited
                 clock.add("input", waited)
             state, report = compiled(state, batch)
-            following = fetch(step + 1) if step + 1 < config.steps else following
+            following = fetch(step + 1, state.params) if step + 1 < config.steps else following
             taken = step + 1
             checkpoints.check()
             # The devices work on this step while the host reads the one before.
@@ -263,10 +273,11 @@ def fit(
                 read(*pending)
             pending = (taken, report)
 
-            came = asked() or (signal.SIGTERM if runtime.preempted() else 0)  # the checkpoint comes first then
+            border = taken % every == 0
+            came = border and (asked() or (signal.SIGTERM if runtime.preempted() else 0))  # the checkpoint comes first
             validate = _due(taken, config.validate_every, config.steps) and len(task.validation) > 0 and not came
             show = _due(taken, config.preview_every, config.steps) and preview is not None and not came
-            save = _due(taken, config.checkpoint_every, config.steps) or taken == config.steps or came
+            save = border and (_due(taken, config.checkpoint_every, config.steps) or taken == config.steps or came)
             if not (validate or show or save):
                 continue
 

@@ -10,6 +10,7 @@ do: one forward pass, and one pull-back for each loss (the step of MAGVIT, googl
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -39,6 +40,21 @@ class BatchOfStep(Protocol):
         """Part `index` of `count` equal parts of the rows of a global batch."""
 
 
+class Drawing(abc.ABC):
+    """Batches that are drawn with the parameters: of a step a function of (data, seed, step, parameters).
+
+    Attributes:
+      every: steps that one drawing serves; a run goes on from a step that begins one.
+    """
+
+    every: int
+
+    @abc.abstractmethod
+    def __call__(self, step: int, params: Params) -> Batch:
+        """The batch of a step on the mesh, drawn with the parameters that the first step of the drawing begins with.
+        All processes call it at the same time."""
+
+
 class TrainingTask(Protocol):
     """What is trained: a model, its loss, its data, and what is worth saying about a step (training/tasks.py).
 
@@ -58,8 +74,8 @@ class TrainingTask(Protocol):
         """The metric that counts work: "tokens" or "images"."""
 
     @property
-    def batch(self) -> BatchOfStep:
-        """The global batch of a step, or a part of it."""
+    def batch(self) -> BatchOfStep | Drawing:
+        """The global batch of a step, or a part of it; or what draws it with the parameters."""
 
     @property
     def validation(self) -> Sequence[Batch]:

@@ -33,7 +33,7 @@ from ar_unified.training.attention_share import attention_shares
 from ar_unified.training.optimizer import is_decayed
 from ar_unified.training.rates import Rates, make_rates, trained_in
 from ar_unified.training.selection import EVERYTHING, Selection, select
-from ar_unified.training.step import STATISTICS, Batch, BatchOfStep, Metrics, Params, Stateless
+from ar_unified.training.step import STATISTICS, Batch, BatchOfStep, Drawing, Metrics, Params, Stateless
 
 
 def ratios(totals: Metrics) -> dict[str, float]:
@@ -89,7 +89,7 @@ class TransformerTask(Stateless):
 
     config: TransformerConfig
     vocabulary: Vocabulary
-    batch: BatchOfStep
+    batch: BatchOfStep | Drawing
     validation: Sequence[Batch] = ()
     role_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     task_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)

@@ -219,6 +219,7 @@ def console_line(step: int, steps: int, values: Mapping[str, float], unit: str) 
     parts = [
         f"step {step}/{steps}",
         f"loss {values['loss']:.4f}",
+        *([f"reward {values['reward']:.4f}"] if "reward" in values else ()),
         f"grad {values['grad_norm']:.3g}",
         f"{_short(values[rate])} {unit}/s" + (f" ({parted})" if len(kinds) > 1 else ""),
         f"{seconds:.3g} s/step",

@@ -1,0 +1,44 @@
+"""Whether the objective "reward" of a config can be trained: what `check` asks about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from ml_collections import ConfigDict
+
+from ar_unified.experiment import settings
+from ar_unified.experiment.problems import Problems
+from ar_unified.rewards.opening import open_reward
+
+_AT_BORDERS = ("steps", "checkpoint_every", "keep_every")  # of training: what is saved goes on where a drawing begins
+
+
+def check_reward(config: ConfigDict, problems: Problems, stages: Collection[str]) -> None:
+    """Takes down what is wrong: each setting by itself always, how they go together where the objective needs them."""
+    names = [*config.reward.keys()]
+    before = len(problems.lines)
+    parts: tuple[Callable[[ConfigDict], object], ...] = (settings.policy, settings.rewarding, settings.drawing)
+    for part in parts if config.training.objective == "reward" else parts[1:]:
+        with problems.of("reward", [*names, "batch_size"]):
+            part(config)
+    if config.training.objective != "reward" or len(problems.lines) > before:
+        return
+    for key in ("mean", "softmax"):
+        if config.loss[key] != "joint":
+            found = config.loss[key]
+            problems.say(f"loss.{key}", f"expected joint, as answers are drawn from one softmax; found {found!r}")
+    every = settings.policy(config).steps
+    for key in _AT_BORDERS:
+        if config.training[key] % every:
+            problems.say(
+                f"training.{key}",
+                f"expected a multiple of the {every} steps that one drawing serves (config.reward.epochs x "
+                f"minibatches); found {config.training[key]}",
+            )
+    if "model" not in stages:
+        return
+    if config.reward.function.startswith("scores:"):
+        problems.say("reward.function", "a file of scores knows none of the answers that a training draws")
+        return
+    with problems.of("reward.function"):
+        open_reward(settings.rewarding(config))

@@ -1,0 +1,292 @@
+"""Training by rewards: the engine draws groups of answers in the training job, a reward says how good each is.
+
+The weights go from the training to the sampler on the devices. Every process draws the groups of its own rows of the
+batch, with its own devices: a prompt and its samples are functions of their number, so the batch of a step is the same
+for any number of processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ar_unified.data.images import ImageCodec, by_size
+from ar_unified.experiment.policy_rows import room, rows
+from ar_unified.experiment.prompts import Asked
+from ar_unified.language.document import CodesPart, Document, ImagePart, Part
+from ar_unified.model.lora import LoraConfig, merged
+from ar_unified.model.transformer import logical_axes
+from ar_unified.parallel.handover import hand_over
+from ar_unified.parallel.mesh import make_mesh
+from ar_unified.parallel.rules import batch_part, place_batch
+from ar_unified.rewards.reward import Failure, Reward, RewardConfig, RewardFailed, Verdict, words
+from ar_unified.sampling.engine import Engine
+from ar_unified.sampling.plan import Plan
+from ar_unified.sampling.request import Request, Sample, TooLong
+from ar_unified.training.policy import PolicyBatch, PolicyConfig, group_advantages, log_probabilities
+from ar_unified.training.step import Drawing, Params
+
+_PATIENCE = 3  # drawings in a row without a single reward
+_OTHERS = 1 << 40  # from this number on: prompts that stand in for others
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawingConfig:
+    """How answers are drawn to learn from. top_k, top_p and the repetition penalty are off: what they cut away has
+    probability 0, which no ratio can bring back.
+
+    Attributes:
+        mode: of `sampling.request.MODES`; "free": as the prompt's own answer is, an image, a text or both.
+        temperature: of texts and images; the policy is the distribution at this temperature.
+        guidance: of images; the policy is the guided distribution. A row more is computed for its context.
+        max_tokens: of an answer; 0: what its images need, or what there is room for.
+
+    Raises ValueError, naming the field.
+    """
+
+    mode: str = "free"
+    temperature: float = 1.0
+    guidance: float = 1.0
+    max_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(
+                f"temperature: expected more than 0, as the likeliest answer alone has no group; found "
+                f"{self.temperature}"
+            )
+        if self.max_tokens < 0:
+            raise ValueError(f"max_tokens: expected 0 (what there is room for) or more, found {self.max_tokens}")
+        self.request("-").check()
+        if self.guidance != 1 and self.mode not in ("image", "free"):
+            raise ValueError(
+                f'guidance: expected 1 with mode {self.mode!r}, found {self.guidance}: answers of one image ("image") '
+                "can be learned from as they are guided"
+            )
+
+    def request(self, name: str, **more: Any) -> Request:
+        """What every answer is drawn with."""
+        return dataclasses.replace(
+            Request(id=name, parts=()),
+            mode=self.mode,  # type: ignore[arg-type]  # `Request.check` says which there are
+            guidance=self.guidance,
+            max_tokens=self.max_tokens or None,
+            text=dataclasses.replace(Request.text, temperature=self.temperature),
+            image=dataclasses.replace(Request.image, temperature=self.temperature),
+            **more,
+        )
+
+
+class Rollouts(Drawing):
+    """Groups of answers with their advantages.
+
+    Args:
+        prompts: by number.
+        engine: with `logprobs`, on the devices of this process; its parameters are replaced.
+        tokenizer: of images.
+        reward, rewarding: how good an answer is, and what follows where nobody knows.
+        policy: of the groups.
+        batch_size: B, samples of a step on `mesh`. length: T, positions of a row.
+        contexts: C of the batch.
+        chunk, lora: of `log_probabilities`.
+        failed: a file to which every answer without a reward is written; None: none.
+        say: takes lines for people.
+
+    Raises ValueError, naming the field, for sizes that do not go together.
+    """
+
+    def __init__(
+        self,
+        prompts: Callable[[int], Asked],
+        engine: Engine,
+        tokenizer: ImageCodec,
+        reward: Reward,
+        rewarding: RewardConfig,
+        policy: PolicyConfig,
+        *,
+        mesh: Mesh,
+        batch_size: int,
+        length: int,
+        contexts: int = 1,
+        chunk: int = 1024,
+        lora: LoraConfig | None = None,
+        failed: Path | None = None,
+        say: Callable[[str], Any] = print,
+    ):
+        self.every = policy.steps
+        self._index, self._count = batch_part(mesh, batch_size)
+        require_groups(policy, batch_size, self._count)
+        self._prompts, self._engine, self._tokenizer, self._reward = prompts, engine, tokenizer, reward
+        self._rewarding, self._policy, self._mesh, self._say = rewarding, policy, mesh, say
+        self._groups, self._length, self._contexts = batch_size // policy.group_size, length, contexts
+        self._failed, self._without = failed, 0
+        self._held: tuple[int, list[PolicyBatch]] = (-1, [])
+        self._old = jax.jit(lambda params, batch: log_probabilities(engine.config, chunk, params, batch, lora))
+        self._whole = jax.jit(partial(merged, lora)) if lora is not None else lambda params: params
+
+    def __call__(self, step: int, params: Params) -> PolicyBatch:
+        """Raises RewardFailed: the policy says so, or no answer of several drawings had a reward."""
+        drawing, at = divmod(step, self.every)
+        if self._held[0] != drawing:
+            self._held = drawing, self._drawn(drawing, params)
+        return self._held[1][at % self._policy.minibatches]
+
+    def _drawn(self, drawing: int, params: Params) -> list[PolicyBatch]:
+        """The minibatches of a drawing, on the mesh."""
+        here = self._engine.mesh or make_mesh({}, jax.local_devices()[:1])
+        whole = self._whole(params)
+        self._engine.params = hand_over(whole, logical_axes(whole), here)
+        part = self._index, self._count
+        parts = self._policy.minibatches
+        each = self._groups // self._count
+        first = [drawing * parts * self._groups + j * self._groups + self._index * each for j in range(parts)]
+        slots = [begin + i for begin in first for i in range(each)]
+        groups = self._with_signal(drawing, slots)
+        self._tell(drawing, groups)
+        batches = [place_batch(self._mesh, self._rows(groups[j * each : (j + 1) * each]), part) for j in range(parts)]
+        if self.every == 1:
+            return batches
+        with jax.set_mesh(self._mesh):
+            return [dataclasses.replace(batch, old=self._old(params, batch)) for batch in batches]
+
+    def _with_signal(self, drawing: int, slots: Sequence[int]) -> list[_Group]:
+        """A group for each slot; where it has no signal another prompt's, as often as `redraws` says."""
+        groups = dict(zip(slots, self._ask(slots), strict=True))
+        for attempt in range(self._policy.redraws):
+            poor = [slot for slot in slots if not groups[slot].has_signal]
+            numbers = [_OTHERS + slot * self._policy.redraws + attempt for slot in poor]
+            groups |= zip(poor, self._ask(numbers), strict=True)
+        return [groups[slot] for slot in slots]
+
+    def _ask(self, numbers: Sequence[int]) -> list[_Group]:
+        """The groups of prompts by their numbers."""
+        if not numbers:
+            return []
+        asked = [self._prompts(number) for number in numbers]
+        G = self._policy.group_size
+        plans = {one.plan.request.id: one.plan for one in asked}
+        found: dict[tuple[str, int], Sample] = {}
+        for sample in self._engine.draw((plan, i) for plan in plans.values() for i in range(G)):
+            found[sample.request.id, sample.index] = sample
+        samples = [found[one.plan.request.id, i] for one in asked for i in range(G)]
+        prompts = [one.document for one in asked for _ in range(G)]
+        verdicts = self._judged(prompts, samples)
+        return [_Group(one, samples[i * G : (i + 1) * G], verdicts[i * G : (i + 1) * G]) for i, one in enumerate(asked)]
+
+    def _judged(self, prompts: Sequence[Document], samples: Sequence[Sample]) -> list[Verdict]:
+        """Of samples that say nothing, why; of the others what the reward says."""
+        codes = [part.codes for sample in samples for part in _parts(sample) if isinstance(part, CodesPart)]
+        pixels = iter(by_size(self._tokenizer.decode, codes) if codes else ())
+        answers = {}
+        for i, sample in enumerate(samples):
+            if sample.document is not None:
+                parts = [ImagePart(next(pixels)) if isinstance(part, CodesPart) else part for part in _parts(sample)]
+                answers[i] = Document.of(parts, id=sample.request.id, meta={"sample": sample.index})
+        said = dict(zip(answers, self._reward([prompts[i] for i in answers], [*answers.values()]), strict=True))
+        return [said.get(i, Failure(samples[i].error)) for i in range(len(samples))]
+
+    def _rows(self, groups: Sequence[_Group]) -> PolicyBatch:
+        G = self._policy.group_size
+        reward = np.array([group.rewards for group in groups])
+        scored = np.repeat([group.scored for group in groups], G)
+        advantage, deviation, flat = group_advantages(reward, self._policy.scale_rewards)
+        served = [(group.asked.plan, sample) for group in groups for sample in group.samples]
+        return rows(
+            self._engine.grammar,
+            served,
+            self._length,
+            self._contexts,
+            reward=np.where(scored, reward.reshape(-1), 0.0).astype(np.float32),
+            advantage=np.where(scored, advantage.reshape(-1), 0.0).astype(np.float32),
+            deviation=deviation.reshape(-1).astype(np.float32),
+            scored=scored,
+            flat=flat.reshape(-1).copy(),
+            cut=np.array([sample.finish_reason == "length" for _, sample in served]),
+        )
+
+    def _tell(self, drawing: int, groups: Sequence[_Group]) -> None:
+        """Names every answer without a reward, and stops where the policy says so."""
+        failures = [
+            (group.asked.document, sample, verdict.reason)
+            for group in groups
+            for sample, verdict in zip(group.samples, group.verdicts, strict=True)
+            if isinstance(verdict, Failure)
+        ]
+        self._without = 0 if any(group.scored for group in groups) else self._without + 1
+        if not failures:
+            return
+        step, (prompt, sample, reason) = drawing * self.every, failures[0]
+        many = f"step {step}: {len(failures)} of {len(groups) * self._policy.group_size} answers have no reward"
+        message = f"{many}; the first, sample {sample.index} of {words(prompt)}: {reason}"
+        if self._failed is not None:
+            with open(self._failed, "a", encoding="utf-8") as file:
+                for prompt, sample, reason in failures:
+                    row = {"step": step, "prompt": words(prompt), "id": sample.request.id, "sample": sample.index}
+                    file.write(json.dumps(row | {"reason": reason}, ensure_ascii=False) + "\n")
+        if self._rewarding.on_error == "stop":
+            raise RewardFailed(f"{message}. config.reward.on_error is 'stop': mend the reward and start again")
+        if self._without >= _PATIENCE:
+            raise RewardFailed(
+                f"{message}. That is the {_PATIENCE}rd drawing in a row without a single group that has its rewards, "
+                "so there is nothing to learn from: mend the reward and start again"
+            )
+        self._say(f"{message}. Their groups are left out")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """The answers to one prompt."""
+
+    asked: Asked
+    samples: Sequence[Sample]
+    verdicts: Sequence[Verdict]
+
+    @property
+    def scored(self) -> bool:
+        """Whether every answer has a reward: a mean of the others would not be that of the group."""
+        return not any(isinstance(verdict, Failure) for verdict in self.verdicts)
+
+    @property
+    def rewards(self) -> list[float]:
+        return [0.0 if isinstance(verdict, Failure) or not self.scored else verdict for verdict in self.verdicts]
+
+    @property
+    def has_signal(self) -> bool:
+        return self.scored and len(set(self.rewards)) > 1
+
+
+def _parts(sample: Sample) -> tuple[Part, ...]:
+    return sample.document.parts if sample.document is not None else ()
+
+
+def require_groups(policy: PolicyConfig, batch_size: int, parts: int = 1) -> None:
+    """Raises ValueError unless whole groups make a batch, and each of `parts` equal parts of it."""
+    if batch_size % (policy.group_size * parts):
+        of = f" for each of {parts} processes" if parts > 1 else ""
+        raise ValueError(
+            f"batch_size: expected whole groups of {policy.group_size} (config.reward.group_size){of}, found "
+            f"{batch_size}"
+        )
+
+
+def fitting(engine: Engine, length: int) -> Callable[[Request], Plan]:
+    """`Engine.plan` for rows of `length` positions. Raises RequestError where a sample might not fit into one."""
+
+    def plan(request: Request) -> Plan:
+        found = engine.plan(request)
+        if (needed := room(found)) > length:
+            raise TooLong(
+                f"prompt, answer and the contexts of its guidance need {needed} positions, and a row has {length}: "
+                "raise config.training.sequence_length or lower config.reward.max_tokens"
+            )
+        return found
+
+    return plan

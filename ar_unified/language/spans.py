@@ -1,0 +1,31 @@
+"""What may come next as ranges of ids: a few numbers a position, where a mask would have one for every id.
+
+Axes: B rows, K ranges.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ar_unified.language.automaton import Automaton, State
+
+
+def spans(automaton: Automaton, state: State) -> jax.Array:
+    """int32 [B, K, 2]: the ids that `Automaton.allowed` allows, as ranges: first, and behind the last. An empty range
+    is none; ranges may overlap."""
+    found = automaton.choices(state)
+
+    def one(id: jax.Array, there: jax.Array) -> list[jax.Array]:
+        return [id, id + there.astype(jnp.int32)]
+
+    # What is never allowed lies in the range or outside: two ranges on its two sides, or one and an empty one.
+    inside = (found.never >= found.low) & (found.never < found.high)
+    between = jnp.where(inside, found.never, found.high)
+    ranges = [[found.low, between], [jnp.where(inside, found.never + 1, found.high), found.high]]
+    ranges.append(one(found.also, found.has_also))
+    ranges.append(one(jnp.full_like(found.low, automaton.syntax.end), found.end))
+    if found.digits is not None:
+        for digit, id in enumerate(automaton.syntax.digits):
+            ranges.append(one(jnp.full_like(found.low, id), found.digits[:, digit]))
+    return jnp.stack([jnp.stack(each, axis=-1) for each in ranges], axis=-2).astype(jnp.int32)

@@ -1,0 +1,48 @@
+"""Parameters of a training, which lie on the mesh of all devices, as the devices of each process want them.
+
+On the devices, by the network between them, and never through a host's memory or a file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from ar_unified.parallel.rules import specs
+
+
+def hand_over(params: Any, logical_axes: Any, here: Mesh) -> Any:
+    """A copy of `params` on a mesh of this process's own devices; other processes have one on theirs.
+
+    All processes call it at the same time. What lies there as it is wanted is not copied: whoever gives the parameters
+    away (donates them) has taken the copy's, too.
+
+    Args:
+        params: arrays of one mesh. logical_axes: of each, as `rules.specs` takes them.
+        here: of devices of this process, the same ones of its own for each process.
+    """
+    wanted = specs(here, logical_axes, params)
+    if jax.process_count() == 1:
+        return jax.device_put(params, jax.tree.map(lambda spec: NamedSharding(here, spec), wanted))
+    stacked = np.stack([_like(here, process) for process in range(jax.process_count())])
+    whole = Mesh(stacked, ("process", *here.axis_names), axis_types=(AxisType.Auto,) * stacked.ndim)
+    spread = jax.device_put(params, jax.tree.map(lambda spec: NamedSharding(whole, spec), wanted))
+
+    def mine(x: jax.Array, spec: Any) -> jax.Array:
+        pieces = [shard.data for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, NamedSharding(here, spec), pieces)
+
+    return jax.tree.map(mine, spread, wanted)
+
+
+def _like(mesh: Mesh, process: int) -> np.ndarray:
+    """The devices of a process as `mesh` has those of this one."""
+    mine, theirs = (
+        sorted((d for d in jax.devices() if d.process_index == each), key=lambda d: d.id)
+        for each in (jax.process_index(), process)
+    )
+    places = [theirs[mine.index(device)] for device in mesh.devices.flat]
+    return np.array(places, object).reshape(mesh.devices.shape)

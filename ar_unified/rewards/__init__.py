@@ -1,0 +1,10 @@
+"""How good an answer is, by a number: what GRPO learns from and best-of-n chooses by.
+
+reward.py     what a reward is: of many answers at once, a number or what went wrong, each
+opening.py    by its name
+functions.py  a Python function, named "module:function"
+command.py    a command, for other languages: JSONL in, numbers out
+scores.py     a file of scores, of samples that are there
+shipped.py    exact answers, checkers of pixels, length
+best.py       best of n: the samples that a reward finds best, and pairs of better and worse
+"""

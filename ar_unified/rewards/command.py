@@ -1,0 +1,104 @@
+"""A command as a reward, for programs in other languages: a line of JSON for each answer in, a line with a number out.
+
+    {"id": "...", "sample": 0, "prompt": [parts], "answer": [parts], "expected": [parts], "meta": {...}}
+
+Parts are {"type": "text", "text": ...} and {"type": "image", "image": PATH}, of PNG files that are there while the
+command runs. Its lines are the rewards in the order of the answers, and nothing else; what it says to stderr is shown
+where it fails. It is started once for each drawing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ar_unified.data.images import to_png
+from ar_unified.errors import UserError
+from ar_unified.language.document import Document, Part
+from ar_unified.language.rows import write_parts
+from ar_unified.rewards.reward import Failure, Verdict, verdict
+
+
+class Command:
+    """The reward that a command says. Raises UserError for one that is not there."""
+
+    def __init__(self, line: str, timeout: float):
+        try:
+            self.words = shlex.split(line)
+        except ValueError as error:
+            raise UserError(f"command {line!r}: {error}") from error
+        if not self.words or shutil.which(self.words[0]) is None:
+            raise UserError(f"command {line!r}: there is no program {(self.words or [''])[0]!r} that could be run")
+        self.timeout = timeout
+
+    def __call__(self, prompts: Sequence[Document], answers: Sequence[Document]) -> list[Verdict]:
+        with tempfile.TemporaryDirectory() as folder:
+            pairs = zip(prompts, answers, strict=True)
+            rows = [_row(Path(folder) / f"{i:05d}", *pair) for i, pair in enumerate(pairs)]
+            said, why = self._run("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        lines = said.splitlines()
+        if not why and len(lines) != len(rows):
+            why = f"expected {len(rows)} lines, a number each, found {len(lines)}"
+        if why:  # which line is whose is not known
+            return [Failure(f"{self.words[0]}: {why}")] * len(rows)
+        return [verdict(line) for line in lines]
+
+    def _run(self, asked: str) -> tuple[str, str]:
+        """What it said, and what went wrong; it and all that it started end here."""
+        patience = self.timeout * max(asked.count("\n"), 1)
+        try:
+            process = subprocess.Popen(
+                self.words,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                encoding="utf-8",
+                errors="replace",
+                start_new_session=True,
+            )
+        except OSError as error:
+            return "", str(error.strerror or error)
+        try:
+            said, complained = process.communicate(asked, timeout=patience)
+        except subprocess.TimeoutExpired:
+            return "", f"it had not ended within {patience:g} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if process.returncode:
+            last = (complained.strip().splitlines() or ["nothing"])[-1]
+            return "", f"it ended with status {process.returncode} and said {last!r:.200}"
+        return said, ""
+
+
+def _row(stem: Path, prompt: Document, answer: Document) -> dict[str, Any]:
+    """What a command is told of an answer; its images are files beginning with `stem`."""
+    count = 0
+
+    def save(pixels: np.ndarray) -> str:
+        nonlocal count
+        path = stem.with_name(f"{stem.name}_{count:02d}.png")
+        path.write_bytes(to_png(pixels))
+        count += 1
+        return str(path)
+
+    def said(parts: Sequence[Part]) -> list[dict[str, str]]:
+        return write_parts(parts, save)
+
+    asked = [part for turn in prompt.asked for part in turn.parts] if prompt.asks else prompt.parts
+    row = {"id": answer.id, "sample": answer.meta.get("sample", 0), "prompt": said(asked), "answer": said(answer.parts)}
+    row["expected"] = said(prompt.answer) if prompt.asks else []
+    return row | {"meta": json.loads(json.dumps(dict(prompt.meta), default=str))}

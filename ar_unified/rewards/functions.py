@@ -1,0 +1,67 @@
+"""A Python function (prompt, answer) -> number as a reward: what it raises is told, and nobody waits for it for ever.
+
+It runs on a thread beside. One that hangs cannot be ended there: its thread is left alone, which ends with the process,
+and the answers after it get another.
+"""
+
+from __future__ import annotations
+
+import importlib
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ar_unified.errors import UserError, nearest
+from ar_unified.language.document import Document
+from ar_unified.rewards.reward import Failure, Reward, Verdict, verdict
+
+Function = Callable[[Document, Document], Any]
+
+
+def named(module: str, name: str) -> Function:
+    """The function that "module:name" means. Raises UserError where there is none.
+
+    The module is imported: a config names code that is to be run, as a command line does.
+    """
+    where = f"{module}:{name}"
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{where}: {error}; a module is looked for where Python looks (PYTHONPATH)") from error
+    except Exception as error:
+        raise UserError(f"{where}: {module} cannot be imported: {type(error).__name__}: {error}") from error
+    function = getattr(found, name, None)
+    if not callable(function):
+        raise UserError(f"{where}: {module} has no function of that name{nearest(name, dir(found))}")
+    return function
+
+
+def guarded(function: Function, timeout: float) -> Reward:
+    """The function as a reward: it is called for one answer after another, and has `timeout` seconds for each."""
+
+    def reward(prompts: Sequence[Document], answers: Sequence[Document]) -> list[Verdict]:
+        verdicts: list[Verdict] = []
+        pairs = list(zip(prompts, answers, strict=True))
+        while len(verdicts) < len(pairs):  # a turn more for each that hangs
+            said: queue.SimpleQueue[Verdict] = queue.SimpleQueue()
+            left = pairs[len(verdicts) :]
+            threading.Thread(target=_ask, args=(function, left, said), name="reward", daemon=True).start()
+            for _ in left:
+                try:
+                    verdicts.append(said.get(timeout=timeout))
+                except queue.Empty:
+                    verdicts.append(Failure(f"it had no answer within {timeout:g} s"))
+                    break
+        return verdicts
+
+    return reward
+
+
+def _ask(function: Function, pairs: Sequence[tuple[Document, Document]], said: queue.SimpleQueue[Verdict]) -> None:
+    for prompt, answer in pairs:
+        try:
+            found = verdict(function(prompt, answer))
+        except Exception as error:
+            found = Failure(f"{type(error).__name__}: {error}")
+        said.put(found)

@@ -1,0 +1,39 @@
+"""A file of scores as a reward: what another program, or a person, said of samples that are there.
+
+A line of JSON each, {"id", "sample", "score"}: the id and the number that samples.jsonl has for a sample.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from ar_unified.errors import UserError, about
+from ar_unified.language.document import Document
+from ar_unified.rewards.reward import Failure, Verdict, verdict
+
+
+class Scores:
+    """Raises UserError for a file that is not there or has a line of another kind."""
+
+    def __init__(self, file: str | Path):
+        self.file = Path(file)
+        self.known: dict[tuple[str, int], Verdict] = {}
+        with about(str(self.file)):
+            lines = self.file.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                self.known[str(row["id"]), int(row.get("sample") or 0)] = verdict(row["score"])
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                found = f"{line:.60}"
+                expected = 'expected {"id", "sample", "score"}'
+                raise UserError(f"{self.file}:{number}: {expected}, found {found!r}") from error
+
+    def __call__(self, prompts: Sequence[Document], answers: Sequence[Document]) -> list[Verdict]:
+        keys = [(answer.id, int(answer.meta.get("sample", 0))) for answer in answers]
+        none = f"{self.file} has no score of sample"
+        return [self.known.get(key, Failure(f"{none} {key[1]} of {key[0]!r}")) for key in keys]

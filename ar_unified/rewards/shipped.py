@@ -1,0 +1,68 @@
+"""Rewards that are here: by their names in `reward.function`.
+
+exact_answer  1 where the answer's text is the right one, white space at the ends apart
+shapes        1 where the image shows the scene that the prompt's `meta` says (evaluation/shapes.py)
+shapes_objects  of all objects of that scene and of the image the share that is in both: 1 where `shapes` is 1
+easy_vqa      1 where the image shows the figure that the prompt names (evaluation/easy_vqa.py)
+brevity       -1 for each character of the answer's text: the shorter the better
+length        as many as its characters
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ar_unified.data.scenes import scene_from_json
+from ar_unified.evaluation.right_answers import PROTOCOLS, same_text, text_of
+from ar_unified.evaluation.shapes import read_scene
+from ar_unified.language.document import Document, ImagePart
+
+
+def exact_answer(prompt: Document, answer: Document) -> float:
+    """Raises ValueError for a prompt that has no right answer: its own, or a request's column "expected"."""
+    expected = (text_of(prompt, answer=True) if prompt.asks else "") or str(prompt.meta.get("expected", ""))
+    if not expected:
+        raise ValueError("the prompt has no right answer of text to compare with")
+    return float(same_text(expected, text_of(answer)))
+
+
+def _pixels(protocol: str) -> Callable[[Document, Document], float]:
+    matches = PROTOCOLS[protocol].image_matches
+    assert matches is not None
+
+    def reward(prompt: Document, answer: Document) -> float:
+        """0 for an answer without an image, and for one with several."""
+        images = [part for part in answer.parts if isinstance(part, ImagePart)]
+        return float(len(images) == 1 and matches(prompt, images[0].pixels))
+
+    return reward
+
+
+def shapes_objects(prompt: Document, answer: Document) -> float:
+    """Intersection over union of what is to be seen and what is, each object by its shape, colour and place."""
+    images = [part.pixels for part in answer.parts if isinstance(part, ImagePart)]
+    if len(images) != 1:
+        return 0.0
+    wanted, found = (
+        {(each.shape, each.colour, each.place) for each in objects}
+        for objects in (scene_from_json(prompt.meta["scene"]), read_scene(images[0]))
+    )
+    return len(wanted & found) / max(len(wanted | found), 1)
+
+
+def length(prompt: Document, answer: Document) -> float:
+    return float(len(text_of(answer)))
+
+
+def brevity(prompt: Document, answer: Document) -> float:
+    return -length(prompt, answer)
+
+
+REWARDS: dict[str, Callable[[Document, Document], float]] = {
+    "exact_answer": exact_answer,
+    "shapes": _pixels("shapes"),
+    "shapes_objects": shapes_objects,
+    "easy_vqa": _pixels("easy_vqa"),
+    "length": length,
+    "brevity": brevity,
+}
