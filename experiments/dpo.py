@@ -10,6 +10,7 @@ from ar_unified.experiment.config import begin_with, defaults, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
+    """The config. arg: "from=BUNDLE,path=DIR" of the pairs. Raises ValueError without a bundle."""
     args = parse_arg(arg, **{"from": None, "path": "datasets/shape-pairs"})
     if not args["from"]:
         raise ValueError("experiments/dpo.py needs the model to be tuned: --config experiments/dpo.py:from=BUNDLE")

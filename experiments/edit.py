@@ -12,12 +12,14 @@ WEIGHTS = {"edits": 0.75, "captions": 0.25}  # shares of the packed rows
 
 
 def sources(split: str, *names: str) -> tuple[ConfigDict, ...]:
+    """These kinds of documents of a split, with their weights."""
     return tuple(
         ConfigDict(dict(kind="tfds", name=f"shapes/{name}", split=split, weight=WEIGHTS[name])) for name in names
     )
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
+    """The config. arg: "from=BUNDLE", or none to begin with fresh weights."""
     bundle = parse_arg(arg, **{"from": None})["from"]
     config = defaults()
     config.name = "edit"

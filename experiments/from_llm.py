@@ -10,8 +10,8 @@ tokenizer and the data of `extend`, random weights); from=BUNDLE, the language m
 `ar-unified import --as llama | qwen | gemma` has made; images=FOLDER, an image tokenizer (none: one is trained here).
 
 29 Nov 2026, 400 steps each with images=FOLDER of the demo, held-out losses in nats a token: text 0.748 before, 0.754
-after (from scratch 0.771); captioned images 1.348 after 100 steps and 0.808 at the end, from scratch 1.385 and 0.808. 48 s
-of CPU time for each of the three trainings. docs/from_llm.md has both curves.
+after (from scratch 0.771); captioned images 1.348 after 100 steps and 0.808 at the end, from scratch 1.385 and 0.808;
+48 s of CPU time for each of the three trainings. docs/from_llm.md has both curves.
 """
 
 from ml_collections import ConfigDict
@@ -43,10 +43,12 @@ def texts(split: str, weight: float) -> tuple[ConfigDict, ...]:
 
 
 def pictures(split: str, weight: float) -> tuple[ConfigDict, ...]:
+    """Captioned images of a split."""
     return (ConfigDict(dict(kind="tfds", name="shapes/captions", split=PARTS_OF[split], weight=weight)),)
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
+    """The config. arg: the arguments above. Raises ValueError where they do not go together."""
     args = parse_arg(arg, part="text", images=None, **{"from": None})
     part, bundle = args["part"], args["from"]
     if part not in PARTS or (part == "text") != (bundle is None):

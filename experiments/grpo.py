@@ -12,6 +12,7 @@ from ar_unified.experiment.config import begin_with, defaults, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
+    """The config. arg: "from=BUNDLE". Raises ValueError without one."""
     args = parse_arg(arg, **{"from": None})
     if not args["from"]:
         raise ValueError("experiments/grpo.py needs a model: --config experiments/grpo.py:from=BUNDLE")

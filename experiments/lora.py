@@ -20,10 +20,12 @@ from ar_unified.experiment.config import begin_with, defaults, parse_arg, whole
 
 
 def questions(split: str) -> tuple[ConfigDict, ...]:
+    """Questions about images of a split."""
     return (ConfigDict(dict(kind="tfds", name="shapes/questions", split=split)),)
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
+    """The config. arg: "from=BUNDLE,rank=8,steps=400". Raises ValueError without a bundle."""
     args = parse_arg(arg, **{"from": None, "rank": "8", "steps": "400"})
     if not args["from"]:
         raise ValueError("experiments/lora.py needs a bundle: experiments/lora.py:from=BUNDLE")

@@ -27,6 +27,7 @@ from ar_unified.sampling.model import Model, load
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Scores what --data has; returns the exit status. Raises UserError."""
     with about(f"--data {arguments.data}"):
         source = open_source(
             dict(kind=kind_of(arguments.data, arguments.links), path=arguments.data, links=arguments.links)

@@ -362,6 +362,7 @@ class Automaton:
         return tuple(jnp.clip(side, 1, limit) for side, limit in zip(most, layout.most, strict=True))  # type: ignore[return-value]
 
     def choices(self, state: State) -> Choices:
+        """What each row may write next, as ranges of ids and facts."""
         syntax, v = self.syntax, self.syntax.vocabulary
         later = self._later(state)
         free = state.remaining - later  # for the image at hand, or for words

@@ -78,6 +78,7 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
+        """What the adapter's product is multiplied by."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
     @property

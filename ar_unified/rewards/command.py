@@ -43,6 +43,7 @@ class Command:
         self.timeout = timeout
 
     def __call__(self, prompts: Sequence[Document], answers: Sequence[Document]) -> list[Verdict]:
+        """What the program says of each answer, or why it said nothing."""
         with tempfile.TemporaryDirectory() as folder:
             pairs = zip(prompts, answers, strict=True)
             rows = [_row(Path(folder) / f"{i:05d}", *pair) for i, pair in enumerate(pairs)]

@@ -34,6 +34,7 @@ class Scores:
                 raise UserError(f"{self.file}:{number}: {expected}, found {found!r}") from error
 
     def __call__(self, prompts: Sequence[Document], answers: Sequence[Document]) -> list[Verdict]:
+        """The score that the file has of each answer."""
         keys = [(answer.id, int(answer.meta.get("sample", 0))) for answer in answers]
         none = f"{self.file} has no score of sample"
         return [self.known.get(key, Failure(f"{none} {key[1]} of {key[0]!r}")) for key in keys]

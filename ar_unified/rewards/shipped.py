@@ -51,10 +51,12 @@ def shapes_objects(prompt: Document, answer: Document) -> float:
 
 
 def length(prompt: Document, answer: Document) -> float:
+    """Characters of the answer's texts."""
     return float(len(text_of(answer)))
 
 
 def brevity(prompt: Document, answer: Document) -> float:
+    """Fewer characters are better."""
     return -length(prompt, answer)
 
 

@@ -71,6 +71,7 @@ def _of(path: Path) -> Mirror | None:
 
 
 def is_mirrored(path: Path) -> bool:
+    """Whether a path is that of an object store's mirror."""
     return _of(path) is not None
 
 

@@ -68,6 +68,7 @@ class Lock:
             )
 
     def release(self) -> None:
+        """Gives the lock back, unless it was taken over."""
         self._stop.set()
         self._thread.join()
         if not self.lost:

@@ -137,6 +137,7 @@ class Mirror:
     # ---- of the store alone ---------------------------------------------------------------------------------------
 
     def remove(self, path: Path) -> None:
+        """Deletes a file here and its object."""
         stores.delete(self._url(self.name(path)))
         path.unlink(missing_ok=True)
         self._tags.pop(self.name(path), None)

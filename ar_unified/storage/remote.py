@@ -50,39 +50,50 @@ class Remote:
 
     @property
     def name(self) -> str:
+        """As of `pathlib.Path`, like the next four."""
         return self._path.name
 
     @property
     def stem(self) -> str:
+        """The name without its suffix."""
         return self._path.stem
 
     @property
     def suffix(self) -> str:
+        """From the last dot of the name."""
         return self._path.suffix
 
     @property
     def parent(self) -> Remote:
+        """The folder that it is in."""
         return self._with(self._path.parent)
 
     def with_suffix(self, suffix: str) -> Remote:
+        """The same with another suffix."""
         return self._with(self._path.with_suffix(suffix))
 
     def relative_to(self, other: Remote) -> PurePosixPath:
+        """The path below `other`. Raises ValueError where it is not below."""
         return self._path.relative_to(other._path)
 
     def resolve(self) -> Remote:
+        """Itself: a store has no links."""
         return self
 
     def absolute(self) -> Remote:
+        """Itself: a URL is absolute."""
         return self
 
     def is_file(self) -> bool:
+        """Whether there is an object of this name."""
         return stores.facts(str(self)) is not None
 
     def is_dir(self) -> bool:
+        """Whether there are objects below."""
         return any(stores.listed(str(self)))
 
     def exists(self) -> bool:
+        """Whether there is an object of this name, or one below."""
         return self.is_file() or self.is_dir()
 
     def read_bytes(self, most: int | None = None) -> bytes:

@@ -62,6 +62,7 @@ class Steps:
         return top
 
     def delete(self, step: int) -> None:
+        """Deletes a checkpoint here and in the store."""
         stores.delete(self._at(step, self._mark))  # first: what is half deleted is not whole
         self._clear(step)
         shutil.rmtree(self.here / str(step), ignore_errors=True)

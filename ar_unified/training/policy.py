@@ -205,9 +205,11 @@ class PolicyTask(TransformerTask):
     policy: PolicyConfig = PolicyConfig()
 
     def init_state(self, params: Params) -> Params:
+        """The reference, where the loss compares with one: what training begins with."""
         return {"reference": params} if self.policy.kl else {}
 
     def logical_axes(self, params: Params) -> Any:
+        """Those of the transformer, also of the reference's."""
         if "reference" in params:
             return {"reference": logical_axes(params["reference"])}
         return logical_axes(params)
@@ -215,6 +217,7 @@ class PolicyTask(TransformerTask):
     def loss(
         self, params: Params, model_state: Params, batch: Batch, keys: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, Metrics]:
+        """The clipped policy gradient's objective, with the divergence from the reference."""
         logp = log_probabilities(self.config, self.chunk, params, batch, self.lora)
         reference = None
         if self.policy.kl:
@@ -260,6 +263,7 @@ class PolicyTask(TransformerTask):
         }
 
     def inspect(self, params: Params, model_state: Params, batch: Batch) -> Metrics:
+        """Nothing: batches are samples, not packed rows."""
         return {}
 
     def summary(self, totals: Metrics) -> dict[str, float]:
@@ -269,6 +273,7 @@ class PolicyTask(TransformerTask):
         return ratios(totals) | {"sampler_trainer/max": most if most > _LEAST else 0.0}
 
     def warning(self, line: Any) -> str:
+        """What a person should know of groups without a reward or a signal."""
         if line.get("groups/failed", 0.0) > 0:
             return f"{line['groups/failed']:.1%} of the groups have no reward, and nothing was learned from them"
         if line.get("groups/without_signal", 0.0) > _MANY:

@@ -57,6 +57,7 @@ class PreferenceConfig:
 
     @property
     def uses_reference(self) -> bool:
+        """Whether the loss compares with the model that training begins with."""
         return self.loss != "simpo"
 
     @property
@@ -126,6 +127,7 @@ class PreferenceTask(TransformerTask):
     def loss(
         self, params: Params, model_state: Params, batch: PreferenceBatch, keys: Array | None
     ) -> tuple[Array, Array, Metrics]:
+        """The mean over pairs of what `pair_losses` says, with the SFT term."""
         rows, config = batch.documents, self.preference
         nll, lse = self.of_targets(params, rows, keys)
         pairs = self._pairs(batch, nll)
@@ -143,6 +145,7 @@ class PreferenceTask(TransformerTask):
         return *metrics["loss"], metrics | _told(config, pairs)
 
     def inspect(self, params: Params, model_state: Params, batch: PreferenceBatch) -> Metrics:
+        """As of `TransformerTask`, on the rows of the pairs."""
         return super().inspect(params, model_state, batch.documents)
 
     def _length(self, tokens: Array) -> Array:

@@ -135,6 +135,7 @@ class Stateless:
     """For a task without a model state, whose loss is a sum over rows."""
 
     def of_whole(self, batch: Batch) -> Any:
+        """Itself: what it does to a part does not depend on the whole."""
         return self
 
     def selection(self, params: Params) -> Selection:
@@ -142,6 +143,7 @@ class Stateless:
         return EVERYTHING
 
     def rates_of(self, params: Params) -> Rates:
+        """All parameters move alike."""
         return UNIFORM
 
     def init_state(self, params: Params) -> Params:

@@ -324,6 +324,7 @@ class TokenizerTask:
         return self.objective.init(key)
 
     def of_whole(self, batch: Batch) -> TokenizerTask:
+        """Itself: what it does to a part does not depend on the whole."""
         return self
 
     def selection(self, params: Params) -> Selection:
@@ -331,6 +332,7 @@ class TokenizerTask:
         return EVERYTHING
 
     def rates_of(self, params: Params) -> Rates:
+        """The rates by place."""
         return make_rates(self.rates, (), self.logical_axes(params), params, Vocabulary(1, 0), EVERYTHING)
 
     def init_state(self, params: Params) -> Params:

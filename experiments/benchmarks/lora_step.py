@@ -59,6 +59,7 @@ class Way:
         self.besides = self.step.memory_analysis().temp_size_in_bytes
 
     def seconds(self) -> float:
+        """Processor time of one step."""
         began = time.process_time()
         self.state, report = self.step(self.state, self.batch)
         jax.block_until_ready((self.state, report))
@@ -66,6 +67,7 @@ class Way:
 
 
 def main(preset: str) -> None:
+    """Prints time and memory of each way."""
     ways = {name: Way(preset, lora) for name, lora in WAYS.items()}
     size = parameter_count(config_from(preset, vocab_size=VOCABULARY.size))
     print(f"{preset}: {size / 1e6:.1f}M parameters, {ROWS} rows of {LENGTH}, {jax.devices()[0].device_kind}")

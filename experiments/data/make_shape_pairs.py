@@ -38,6 +38,7 @@ VALUES: dict[str, Sequence[str]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Makes the pairs in --output."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, metavar="DIR")
     args = parser.parse_args(arguments)
