@@ -9,9 +9,9 @@ Arguments: part=text | extend | scratch (text: what the language model is traine
 tokenizer and the data of `extend`, random weights); from=BUNDLE, the language model: of part=text, or any that
 `ar-unified import --as llama | qwen | gemma` has made; images=FOLDER, an image tokenizer (none: one is trained here).
 
-29 Nov 2026, 400 steps each with images=FOLDER of the demo, held-out losses in nats a token: text 0.748 before, 0.754
-after (from scratch 0.771); captioned images 1.348 after 100 steps and 0.808 at the end, from scratch 1.385 and 0.808. 48 s
-of CPU time for each of the three trainings. docs/from_llm.md has both curves.
+29 Nov 2026, 400 steps each, images=FOLDER of the demo, held-out losses in nats a token: text 0.748 before, 0.754 after
+(from scratch 0.771); captioned images 1.348 after 100 steps and 0.808 at the end, from scratch 1.385 and 0.808. 48 s of
+CPU time for each of the three trainings. docs/from_llm.md has both curves.
 """
 
 from ml_collections import ConfigDict
