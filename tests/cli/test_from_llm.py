@@ -18,6 +18,7 @@ from ar_tokenizers.text import TextTokenizer
 from ar_unified import bundle
 from ar_unified.bundle import Bundle
 from ar_unified.cli.main import main
+from ar_unified.cli.plan import run_of
 from ar_unified.experiment import config as configs
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.syntax import TEXT_ALONE, ImageLayout
@@ -169,6 +170,17 @@ def test_a_bundle_that_has_images_is_not_extended(folder, text, images, tmp_path
         "run", folder, tmp_path / "w", init=pictured, image_tokenizer__steps=0, training__only="('embedding[new]',)"
     )
     refused(argv, r"'embedding\[new\]': no ids are new, as the bundle in config.init is not extended")
+
+
+def test_a_plan_and_a_validation_know_the_extended_vocabulary(folder, llm, images, tmp_path, capsys):
+    argv = extending("validate", folder, tmp_path / "w", llm, images)[1:]
+    overrides = [each for each in argv if each.startswith("--config.")]
+    vocabulary = run_of(configs.load(argv[1], overrides)).vocabulary
+    before = Bundle(llm).grammar.vocabulary
+    assert vocabulary.text_size == before.text_size and vocabulary.codebook_size == 1000
+    assert main(["validate", *argv[:2], "--workdir", str(tmp_path / "w"), *overrides]) == 0
+    said = capsys.readouterr().out
+    assert "tokens" in said and "image_too_large" not in said and "text alone" not in said
 
 
 def test_mean_rows_need_text_rows(folder, tmp_path):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ar_unified.experiment.config import defaults
-from ar_unified.experiment.settings import moving, phases, state_of
+from ar_unified.experiment.settings import moving, phases, state_of, tokenizer_rates
+from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model.leaves import named
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.parallel.rules import place_batch
 from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
+from ar_unified.training.rates import make_rates
+from ar_unified.training.selection import EVERYTHING
 from ar_unified.training.step import abstract_state, make_state, make_train_step
 from tests.training import tiny
 
@@ -58,6 +62,18 @@ def test_rates_of_a_part_that_is_trained_are_those_of_its_rows():
     factor[CODES.start - tiny.VOCABULARY.size_tokens : CODES.start] = 2
     np.testing.assert_allclose(apart["head"] - before["head"], factor * (alike["head"] - before["head"]), atol=1e-6)
     np.testing.assert_allclose(apart["norm"] - before["norm"], 3 * (alike["norm"] - before["norm"]), atol=1e-6)
+
+
+def test_an_adversary_of_the_image_tokenizer_has_a_rate_of_its_own():
+    config = defaults()
+    assert tokenizer_rates(config) == ()
+    config.image_tokenizer.learning_rate, config.image_tokenizer.adversary.learning_rate = 4e-3, 1e-3
+    params = {"autoencoder": {"kernel": jnp.ones((2, 2))}, "discriminator": {"bias": jnp.ones(3)}}
+    axes = {"autoencoder": {"kernel": (None, "channels")}, "discriminator": {"bias": (None,)}}
+    rates = make_rates(tokenizer_rates(config), (), axes, params, Vocabulary(1, 0), EVERYTHING)
+    scaled = rates.scaled(params, jnp.int32(7))
+    np.testing.assert_array_equal(scaled["autoencoder"]["kernel"], 1)
+    np.testing.assert_array_equal(scaled["discriminator"]["bias"], 0.25)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
