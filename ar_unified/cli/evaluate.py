@@ -30,6 +30,7 @@ from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
 from ar_unified.experiment.changes import MODEL, changeable
 from ar_unified.experiment.experiment import Experiment
+from ar_unified.experiment.facts import facts, seconds
 from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.experiment.tokenizer_evaluation import evaluate_folder, evaluate_held_out, results_of
 from ar_unified.metrics import ATTENTION, last_validation, read_metrics
@@ -112,8 +113,8 @@ def evaluate(experiment: Experiment) -> None:
         },
         thresholds=configs.plain(config.evaluation.thresholds),
         config=configs.plain(config),
-        facts=experiment.facts(),
-        seconds=experiment.seconds(),
+        facts=facts(experiment),
+        seconds=seconds(experiment),
     )
     scores = {key: value for key, value in metrics.items() if isinstance(value, float)}
     experiment.say(", ".join(f"{key} {value:.3g}" for key, value in scores.items()) or "nothing was scored")

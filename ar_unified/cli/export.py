@@ -36,6 +36,7 @@ from ar_unified.evaluation.card import card
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
 from ar_unified.experiment.experiment import Experiment
+from ar_unified.experiment.facts import trained_adapter
 from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.interop import ADAPTER, FORMS, image_tokenizer, peft
 from ar_unified.interop.exporting import export_published
@@ -132,7 +133,7 @@ def export(experiment: Experiment, output: str, *, license: str = "", shard_byte
 def export_adapter(experiment: Experiment, output: str) -> None:
     """The adapter of a finished training, as PEFT reads it. Raises UserError where none was trained, or more."""
     _require_own(experiment)
-    lora, trained, base = experiment.adapter
+    lora, trained, base = trained_adapter(experiment)
     if more := sorted(trained.keys() - {"lora"}):
         raise UserError(
             f"--to {ADAPTER}: expected an adapter alone, but config.training.only has trained {', '.join(more)} too: "

@@ -41,6 +41,7 @@ from ar_unified.errors import UserError, about
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.changes import MODEL, changeable
 from ar_unified.experiment.experiment import Experiment
+from ar_unified.experiment.facts import weights_hash
 from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.language.document import Document, ImagePart, TextPart
 from ar_unified.language.rows import write_parts
@@ -138,7 +139,7 @@ def _run(
         requests,
         output,
         defaults={key: configs.plain(sampling[key]) for key in DEFAULTS} | defaults,
-        weights=experiment.weights,
+        weights=weights_hash(experiment),
         resize=experiment.resize,
         links=links,
         process=part or (jax.process_index(), jax.process_count()),

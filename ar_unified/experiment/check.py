@@ -6,13 +6,10 @@ that takes them. Here they are asked, and each answer gets the key that a person
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-import jax
 from ar_tokenizers.codec import Lossy
 from ar_tokenizers.image import adversary, inception, lpips, perceptual
 from ar_tokenizers.image import config as image_config
@@ -26,33 +23,24 @@ from ar_tokenizers.text import ModelType
 from ml_collections import ConfigDict
 
 from ar_unified.data.filters import DUPLICATES
-from ar_unified.data.images import RESIZES, draws_none
-from ar_unified.data.items import has_images
-from ar_unified.data.packing import Mixture
-from ar_unified.data.prepare import folder_name
-from ar_unified.errors import about, nearest, outside
+from ar_unified.data.images import RESIZES
+from ar_unified.errors import nearest, outside
 from ar_unified.evaluation.right_answers import PROTOCOLS
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
 from ar_unified.experiment.check_reward import check_reward
-from ar_unified.experiment.experiment import STAGES, Experiment
+from ar_unified.experiment.experiment import STAGES
 from ar_unified.experiment.problems import Problems
-from ar_unified.kernels import backend, device
-from ar_unified.language.grammar import Grammar
 from ar_unified.language.layouts import WITH_IMAGES
 from ar_unified.language.syntax import SOFTMAXES
-from ar_unified.manifests import require_same
 from ar_unified.model import config as model_config
 from ar_unified.model.code_vectors import CODE_EMBEDDING_INITS
 from ar_unified.model.lora import BASE_DTYPES
-from ar_unified.model.transformer import abstract_params, logical_axes
-from ar_unified.parallel import rules, zigzag
-from ar_unified.sampling.engine import KV_DTYPES, ways_of
+from ar_unified.sampling.engine import KV_DTYPES
 from ar_unified.sampling.pace import WINDOWS
 from ar_unified.sampling.request import CONTEXTS
 from ar_unified.sampling.weights import WEIGHT_DTYPES
 from ar_unified.training import optimizer
-from ar_unified.training.selection import NEW
 from ar_unified.training.tasks import wrong_weights
 
 CHOICES: dict[str, Collection[str]] = {
@@ -114,12 +102,12 @@ def check(config: ConfigDict, stages: Collection[str] = STAGES) -> None:
     """
     problems = Problems()
     for key, known in CHOICES.items():
-        found = _at(config, key)
+        found = configs.at(config, key)
         if found not in known:
             expected = ", ".join(name or '""' for name in known)
             problems.say(key, f"expected one of {expected}; found {found!r}{nearest(found, known)}")
     for section, intervals in RANGES.items():
-        for line in outside(_at(config, section), **intervals):
+        for line in outside(configs.at(config, section), **intervals):
             problems.add(section, line, intervals)
     with problems.of("data.filters", [*config.data.filters.keys()]):
         settings.filters(config)
@@ -134,10 +122,6 @@ def check(config: ConfigDict, stages: Collection[str] = STAGES) -> None:
     if "validation" in config.data.tests:
         problems.say("data.tests.validation", "expected another name, as config.data.validation has this one")
     problems.end()
-
-
-def _at(config: ConfigDict, key: str) -> Any:
-    return functools.reduce(lambda part, name: part[name], filter(None, key.split(".")), config)
 
 
 def _check_images(config: ConfigDict, problems: Problems, stages: Collection[str]) -> None:
@@ -240,7 +224,7 @@ def _check_training(config: ConfigDict, problems: Problems, stages: Collection[s
             with problems.of("training", names):
                 settings.rates(config)
         if part.code_embedding_init == "mean" and not config.init:
-            problems.say("training.code_embedding_init", f"{_MEAN}: there is no config.init")
+            problems.say("training.code_embedding_init", f"{MEAN}: there is no config.init")
         if part.fresh and not config.init:
             problems.say("training.fresh", "expected none without config.init: all of it begins at random")
     packs = "model" in stages and part.objective == "likelihood"  # else a row has one answer, and one too long no room
@@ -252,7 +236,7 @@ def _check_training(config: ConfigDict, problems: Problems, stages: Collection[s
         )
 
 
-_MEAN = "expected random or codebook, as mean is for a language model of text alone that is extended"
+MEAN = "expected random or codebook, as mean is for a language model of text alone that is extended"
 
 
 def _check_preference(config: ConfigDict, problems: Problems, stages: Collection[str]) -> None:
@@ -306,174 +290,3 @@ def _check_files(config: ConfigDict, problems: Problems, stages: Collection[str]
             if config.evaluation[key]:
                 with problems.of(f"evaluation.{key}"):
                     check_file(config.evaluation[key], shapes)
-
-
-# ---- what a training begins with ---------------------------------------------------------------------
-
-
-def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> None:
-    """Raises UserError with every key of the config that says something else than `config.init` has, and for an image
-    tokenizer from elsewhere that cannot do what is to be done."""
-    if not {"text_tokenizer", "image_tokenizer", "data", "model"} & set(stages):
-        return
-    config, bundle, problems = experiment.config, experiment.bundle, Problems()
-    image = experiment.brought if bundle is not None or "image_tokenizer" in stages else None
-    drawing = {"samples", "tokenizer_evaluation", "evaluation"} & set(stages)
-    if image is not None and drawing and (why := draws_none(image)):
-        key = "init" if bundle is not None else "image_tokenizer.model"
-        problems.say(key, f"{why}. `ar-unified prepare` and `ar-unified train` need none")
-    if bundle is None:
-        return problems.end()
-    text = bundle.text_tokenizer
-    theirs = {"model": model_config.decisive(bundle.config)}
-    if image is not None:
-        theirs["image_tokenizer"] = configs.plain(dataclasses.asdict(image.config))
-    elif config.image_tokenizer.steps and not experiment.extends:
-        problems.say("image_tokenizer.steps", "expected 0, as the images of the bundle in config.init are codes alone")
-    if not experiment.extends:
-        for place in (*config.training.only, *config.training.fresh, *config.training.rates):
-            if f"[{NEW}]" in place:
-                problems.say("training", f"{place!r}: no ids are new, as the bundle in config.init is not extended")
-        if config.training.code_embedding_init == "mean":
-            problems.say("training.code_embedding_init", f"{_MEAN}: the bundle in config.init is not")
-    for section, fields in theirs.items():
-        for name, value in fields.items():
-            if name in config[section] and (found := configs.plain(config[section][name])) != value:
-                problems.say(
-                    f"{section}.{name}", f"expected {value!r}, as the bundle in config.init has; found {found!r}"
-                )
-    for section, bundled in (("text_tokenizer", True), ("image_tokenizer", bundle.has_images)):
-        if config[section].model and bundled:
-            problems.say(f"{section}.model", "expected none beside config.init, whose bundle has one")
-    if text.losses and config.text_tokenizer.lossy == "refuse":
-        problems.say(
-            "text_tokenizer.lossy", f"expected 'warn', as the bundle's text tokenizer loses text: {text.losses[0]}"
-        )
-    problems.end()
-    if experiment.extends:
-        with about("config.init"):
-            before = bundle.grammar
-        with about("config.data"):
-            settings.extension(config, before, experiment.autoencoder)
-        return
-    if image is None:
-        return  # no key of config.data says how text is written
-    with about("config.data"):
-        vocabulary, layout = settings.language(config, image.config, text.size, text.hash, image.hash)
-    if settings.fits(layout, bundle.grammar.layout):
-        return
-    vocabulary = dataclasses.replace(vocabulary, rest=bundle.grammar.vocabulary.rest)  # which no config says
-    ours = Grammar(vocabulary, layout, text).manifest()
-    where = dict(expected_from=f"config.init={bundle.folder}", found_from="this config")
-    require_same(bundle.language, ours, **where)
-
-
-# ---- the devices that are here ----------------------------------------------------------------------------------
-
-
-def check_devices(experiment: Experiment, stages: Collection[str] = STAGES) -> None:
-    """Raises UserError with what does not go onto the mesh; to be asked when all processes are there."""
-    config, problems = experiment.config, Problems()
-    if {"image_tokenizer", "model"} & set(stages):
-        with problems.of("mesh"):
-            mesh = experiment.mesh
-    if not problems.lines and "image_tokenizer" in stages and config.image_tokenizer.steps > 0:
-        tokenizer = config.image_tokenizer
-        with problems.of("image_tokenizer.batch_size"):
-            rules.batch_spec(mesh, (tokenizer.batch_size // tokenizer.accumulation, 1, 1, 3), "a microbatch")
-    if not problems.lines and "model" in stages:
-        _check_mesh(experiment, mesh, problems)
-    if {"samples", "evaluation", "requests"} & set(stages):
-        decoding = None
-        with problems.of("mesh.tensor"):
-            decoding = experiment.decoding_mesh
-        with problems.of("sampling", ["batch_size"]):
-            ways_of(config.sampling.batch_size, decoding)
-    problems.end()
-
-
-def _check_mesh(experiment: Experiment, mesh: jax.sharding.Mesh, problems: Problems) -> None:
-    config, part = experiment.config, experiment.config.training
-    model = model_config.config_from(configs.plain(config.model), vocab_size=128)
-    rows = part.batch_size // part.accumulation
-    with problems.of("training.batch_size"):
-        rules.batch_spec(mesh, (rows, 1, 1), "a microbatch")
-    with problems.of("training.sequence_length"):
-        zigzag.require_pieces(part.sequence_length, mesh.shape["context"])
-    with problems.of("mesh"):
-        shapes = abstract_params(dataclasses.replace(model, n_layers=1))
-        rules.specs(mesh, logical_axes(shapes), shapes)
-    here = device.current()
-    platforms = {"tpu": here.platform == "tpu", "hopper": here.is_hopper}
-    if not platforms.get(model.attention, True):
-        problems.say("model.attention", f"expected 'auto' or 'xla' on this {here.kind}, found {model.attention!r}")
-    elif model.attention != "auto":
-        with problems.of("model.attention"):
-            shape = (rows, part.sequence_length, model.n_heads, model.head_dim)
-            query = jax.ShapeDtypeStruct(shape, model.dtype)
-            key = jax.ShapeDtypeStruct((*shape[:2], model.n_kv_heads, model.head_dim), model.dtype)
-            backend.choose("ar_unified.kernels.attention", model.attention, query, key)
-
-
-# ---- the sources ------------------------------------------------------------------------------------------------
-
-
-def check_sources(experiment: Experiment, stages: Collection[str] = STAGES) -> None:
-    """Opens every source, which the stages use then. Raises UserError for what is wrong with them and among them."""
-    config, problems = experiment.config, Problems()
-    for key, sources in {"train": experiment.train, **experiment.held_out}.items():
-        seen: dict[str, int] = {}
-        where = f"data.{key}" if key in ("train", "validation") else f"data.tests.{key}"
-        for i, source in enumerate(sources):
-            first = seen.setdefault(folder_name(source.name), i)
-            if first != i:
-                name = f"its name is {source.name!r}, as of config.{where}[{first}]"
-                problems.say(f"{where}[{i}]", f"{name}: give one of them a `label`")
-    if not experiment.train and {"text_tokenizer", "image_tokenizer", "data", "model"} & set(stages):
-        problems.say("data.train", "expected a source, found none")
-    else:
-        _check_mixture(experiment, problems)
-    images = config.image_tokenizer.steps or config.image_tokenizer.model
-    images = images or (experiment.bundle is not None and experiment.bundle.has_images)
-    if "model" in stages and images and any(map(has_images, experiment.train)):
-        _check_room(experiment, problems, stages)
-    problems.end()
-
-
-def _check_mixture(experiment: Experiment, problems: Problems) -> None:
-    specs = experiment.specs(experiment.config.data.train)
-    for key in ("weight", "image_weight"):
-        for i, spec in enumerate(specs):
-            value = spec.get(key, 0.0)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-                problems.say(f"data.train[{i}].{key}", f"expected a number, 0 or more; found {value!r}")
-    if problems.lines:
-        return
-    names = [folder_name(source.name) for source in experiment.train]
-    for i, phase in enumerate(settings.phases(experiment.config.training, experiment.mixture())):
-        where = f"training.phases[{i - 1}].weights" if i else "data.train"
-        weights = {folder_name(name): weight for name, weight in dict(phase.weights or {}).items()}
-        for name in weights.keys() - set(names):
-            problems.say(where, f"expected sources {', '.join(names)}; found {name!r}{nearest(name, names)}")
-        if names:
-            with problems.of(where):
-                Mixture([1] * len(names), [weights.get(name, 0.0) for name in names])
-
-
-def _check_room(experiment: Experiment, problems: Problems, stages: Collection[str]) -> None:
-    """Whether one image fits into what a document, and a sample, may have."""
-    config = experiment.config
-    image = experiment.autoencoder
-    height, width = image.grid(*config.data.image_size)
-    block = settings.layout(config, image).block(height, width)
-    for key, least, what in (
-        ("data.max_tokens", block + 2, "a document with <bos> and <eos>"),
-        ("sampling.max_length", block + 3, "<bos>, <eot> and <eos>"),
-    ):
-        if key.startswith("data") or {"samples", "evaluation"} & set(stages):
-            if _at(config, key) < least:
-                problems.say(
-                    key,
-                    f"expected at least {least}, for an image of {height} x {width} codes and {what}; "
-                    f"found {_at(config, key)}",
-                )

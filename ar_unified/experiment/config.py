@@ -8,10 +8,10 @@ Config files are Python, run because you named them; nothing in a config's value
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import inspect
 import json
-import re
 import sys
 import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -29,6 +29,7 @@ from ar_unified.data.filters import Filters
 from ar_unified.data.loader import Phase
 from ar_unified.errors import UserError, about, in_words, nearest, several
 from ar_unified.experiment.brought import describe
+from ar_unified.experiment.keys import WORDS, of_override, require_known
 from ar_unified.experiment.rollouts import DrawingConfig
 from ar_unified.language.document import TASKS
 from ar_unified.language.vocabulary import Role
@@ -239,13 +240,13 @@ def _tuples(value: Any) -> Any:
 def _overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     """The config, locked, with "--config.key=value" applied. Raises UserError like `load`."""
     for override in overrides:
-        _require_known(config, override.removeprefix("--config.").partition("=")[0])
+        require_known(config, override.removeprefix("--config.").partition("=")[0])
     values, argv = flags.FlagValues(), ["ar-unified", *overrides]
     try:
         config_flags.DEFINE_config_dict("config", config, lock_config=True, sys_argv=argv, flag_values=values)
         values(argv)
     except (AttributeError, KeyError, IndexError, flags.Error, TypeError, ValueError, SyntaxError) as error:
-        raise UserError(_of_override(config, str(error))) from error
+        raise UserError(of_override(config, str(error))) from error
     _require_form(config)
     for key in FILES:
         with about(f"config.{key}"):
@@ -307,7 +308,6 @@ _ELEMENTS: dict[str, type] = {  # of tuples that are empty by default
     "data.filters.languages": str,
     **dict.fromkeys(("image_tokenizer.decoder_multipliers", "image_tokenizer.decoder_blocks"), int),
 }
-_WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", ConfigDict: "a dict"}
 
 
 def _require_form(config: ConfigDict) -> None:
@@ -337,9 +337,9 @@ def _misfits(found: Any, expected: Any, key: str) -> Iterator[str]:
     elif isinstance(expected, tuple):
         kind = type(expected[0]) if expected else _ELEMENTS["data.tests" if key.startswith("data.tests.") else key]
         if not isinstance(found, tuple | list) or not all(_is(kind, each) for each in found):
-            yield f"{where}: expected a tuple, of {_WORDS[kind]} each; found {_shown(found)}"
+            yield f"{where}: expected a tuple, of {WORDS[kind]} each; found {_shown(found)}"
     elif not _is(type(expected), found):
-        yield f"{where}: expected {_WORDS[type(expected)]}, found {found!r:.80}"
+        yield f"{where}: expected {WORDS[type(expected)]}, found {found!r:.80}"
 
 
 def _shown(value: Any) -> str:
@@ -352,42 +352,6 @@ def _is(kind: type, value: Any) -> bool:
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
     return isinstance(value, kind)
-
-
-def _require_known(config: ConfigDict, key: str) -> None:
-    """Raises UserError for a key that an override names and the config does not have."""
-    part: Any = config
-    for name in re.findall(r"[^.\[\]]+", key):
-        if isinstance(part, tuple) and name.isdecimal() and int(name) < len(part):
-            part = part[int(name)]
-            continue
-        if not isinstance(part, ConfigDict) or name not in part:
-            known = [*_keys(config), *(_keys(part, key[: key.rindex("]") + 2]) if "]" in key else ())]
-            near = nearest(key, known)
-            if not near and (same := [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]]):
-                near = f"; did you mean {same[0]!r}?"
-            raise UserError(f"config.{key}: there is no such key{near}")
-        part = part[name]
-
-
-def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
-    """Dotted, sections too."""
-    found = []
-    for name, value in config.items():
-        found.append(prefix + name)
-        found += _keys(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else []
-    return found
-
-
-def _of_override(config: ConfigDict, error: str) -> str:
-    """What ml_collections says of a value that it cannot read, in our words."""
-    match = re.match(r"flag --config\.(\S+?)=(.*?): ", error, re.DOTALL)
-    if match is None:
-        return f"--config: {error}"
-    part: Any = config
-    for name in re.findall(r"[^.\[\]]+", match[1]):
-        part = part[int(name) if name.isdecimal() else name]
-    return f"config.{match[1]}: expected {_WORDS.get(type(part), type(part).__name__)}, found {match[2]!r}"
 
 
 # ---- in an experiment's get_config ------------------------------------------------------------------------------
@@ -453,3 +417,8 @@ def pick(kind: type[T], config: Mapping[str, Any], **more: Any) -> T:
     """The dataclass `kind` from those keys of a config that are its fields."""
     names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     return kind(**{key: value for key, value in plain(config).items() if key in names} | more)
+
+
+def at(config: ConfigDict, key: str) -> Any:
+    """The section or value of a dotted key; "": the config."""
+    return functools.reduce(lambda part, name: part[name], filter(None, key.split(".")), config)

@@ -6,8 +6,6 @@ make the data again, and a changed codebook is refused instead of mixed in. `cha
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,8 +34,7 @@ from ar_unified.language.extension import new_ids
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.record import grammar_in, text_in
 from ar_unified.language.vocabulary import Vocabulary
-from ar_unified.model.config import TransformerConfig, config_from, parameter_count
-from ar_unified.model.lora import LoraConfig
+from ar_unified.model.config import TransformerConfig, config_from
 from ar_unified.model.transformer import abstract_params
 from ar_unified.parallel import runtime
 from ar_unified.parallel.mesh import decoding_axes, make_mesh
@@ -171,11 +168,6 @@ class Experiment:
             stage.finish({**summary, "seconds": seconds})
         self.say(f"==== {stage.name}: {seconds} s")
 
-    def seconds(self) -> dict[str, float]:
-        """Wall time of the finished stages, in order."""
-        records = {name: self.workdir.path / name / "done.json" for name in STAGES}
-        return {name: read_json(path)["summary"]["seconds"] for name, path in records.items() if path.exists()}
-
     # ---- data -----------------------------------------------------------------------------------------------------
 
     def specs(self, specs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -270,7 +262,7 @@ class Experiment:
         folder = self.workdir.text_tokenizer
         with about("the workdir's text tokenizer"):
             found = text_in(folder, self.config.text_tokenizer.lossy)
-        self._require(found is not None, folder, "tokenizer")
+        self.require(found is not None, folder, "tokenizer")
         assert found is not None
         return found
 
@@ -304,7 +296,7 @@ class Experiment:
             codes = read_json(record)["codebook_size"] if record.exists() else 0
             return CodesAlone(codes) if codes else NoImages()
         path = self.workdir.image_tokenizer / "config.json"
-        self._require(path.exists(), path, "tokenizer")
+        self.require(path.exists(), path, "tokenizer")
         with about("the workdir's image tokenizer"):
             return ImageTokenizer.load(self.workdir.image_tokenizer)
 
@@ -373,37 +365,23 @@ class Experiment:
 
     def _restored(self, target: Any) -> Any:
         folder = self.workdir.model
-        self._require((folder / "done.json").exists(), folder / "done.json", "train")
+        self.require((folder / "done.json").exists(), folder / "done.json", "train")
         step = None if self.config.sampling.checkpoint == "last" else self.checkpoint
         lora = settings.lora(self.config)
         stored = None if lora is not None else target
         found = restore_params(self.checkpoint_folder, stored, step=step, manifest=self.grammar.manifest())
         if lora is None:
             return found
-        bundle = self._base()
+        bundle = self.base()
         selection = settings.selected(self.config, "only", self.grammar.vocabulary)
         return in_base(bundle, lora, selection, found, target)
 
-    def _base(self) -> Bundle:
-        """What an adapter was trained on."""
+    def base(self) -> Bundle:
+        """What the adapter was trained on. Raises UserError."""
         if self.bundle is None:
             raise UserError("config.init: expected the bundle that the adapter was trained on, found none")
         require_base(self.bundle, self.trained().get("init"))
         return self.bundle
-
-    @property
-    def adapter(self) -> tuple[LoraConfig, Any, Bundle]:
-        """The trained adapter, what else was trained beside it, and what it was trained on.
-
-        Raises UserError where none was trained.
-        """
-        lora = settings.lora(self.config)
-        if lora is None:
-            raise UserError(
-                "config.lora.rank: expected a training of an adapter, found 0: all of the model was trained"
-            )
-        self._require((self.workdir.model / "done.json").exists(), self.workdir.model / "done.json", "train")
-        return lora, restore_params(self.checkpoint_folder, step=self.checkpoint), self._base()
 
     def use_adapters(self, folders: Mapping[str, str]) -> None:
         """Adapters, by name, that requests may be drawn with; before the engine is made. Raises UserError."""
@@ -434,7 +412,7 @@ class Experiment:
     def _trained(self) -> dict[str, Any]:
         """What the finished model stage says of itself: its fingerprint, and its summary."""
         path = self.workdir.model / "done.json"
-        self._require(path.exists(), path, "train")
+        self.require(path.exists(), path, "train")
         return read_json(path)
 
     def trained(self) -> dict[str, Any]:
@@ -459,28 +437,7 @@ class Experiment:
             )
         return summary["best_step"]
 
-    @property
-    def weights(self) -> str:
-        """Names the weights that are used."""
-        trained = json.dumps(self.trained(), sort_keys=True)
-        step = "" if self.config.sampling.checkpoint == "last" else f" step {self.checkpoint}"
-        return hashlib.sha256((trained + step).encode()).hexdigest()
-
-    def facts(self) -> dict[str, str]:
-        """Short things worth saying at the head of a report."""
-        vocabulary, step = self.grammar.vocabulary, self.checkpoint
-        codes = f" + {vocabulary.codebook_size} image codes" if vocabulary.codebook_size else ", no images"
-        best = self.config.sampling.checkpoint == "best"
-        facts = {
-            "checkpoint": f"step {step}, the {'best on held-out documents' if best else 'last'}",
-            "model": f"{parameter_count(self.model) / 1e6:.2f}M parameters in {self.model.n_layers} layers"
-            + (f", tuned by an adapter of rank {lora.rank}" if (lora := settings.lora(self.config)) else ""),
-            "vocabulary": f"{vocabulary.text_size} text pieces{codes}",
-        }
-        if changed := read_history(self.workdir.model):
-            facts["changed"] = "; ".join(map(history.told, changed))
-        return facts
-
-    def _require(self, found: bool, path: Any, verb: str) -> None:
+    def require(self, found: bool, path: Any, verb: str) -> None:
+        """Raises UserError unless a path was found, which `verb` leaves."""
         if not found:
             raise UserError(f"{path} is not there yet; run `ar-unified {verb}` (or `run`) with this workdir first")

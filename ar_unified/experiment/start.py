@@ -13,7 +13,8 @@ import jax
 
 from ar_unified import storage
 from ar_unified.experiment import config as configs
-from ar_unified.experiment.check import check, check_bundle, check_devices, check_sources
+from ar_unified.experiment.check import check
+from ar_unified.experiment.check_opened import check_bundle, check_devices, check_sources
 from ar_unified.experiment.experiment import STAGES, Experiment
 from ar_unified.interrupts import Preempted
 from ar_unified.parallel import runtime

@@ -30,8 +30,8 @@ from ar_unified.model.lora import LoraConfig
 from ar_unified.parallel.compiler import compiler_options
 from ar_unified.parallel.rules import batch_shardings, on_mesh
 from ar_unified.sampling import steps, window
-from ar_unified.sampling.engine import KEPT, prefill_rows
 from ar_unified.sampling.pace import Pace
+from ar_unified.sampling.prompts import KEPT, prefill_rows
 from ar_unified.sampling.weights import read_as
 from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
 from ar_unified.training.policy import PolicyBatch, PolicyConfig, PolicyTask

@@ -16,7 +16,7 @@ import contextlib
 import functools
 import math
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -35,6 +35,7 @@ from ar_unified.sampling.answer import finished, stopped
 from ar_unified.sampling.low_rank import beside, number
 from ar_unified.sampling.pace import Pace
 from ar_unified.sampling.plan import Plan, plan
+from ar_unified.sampling.prompts import Prompts, bucket, prefill_rows
 from ar_unified.sampling.request import Request, RequestError, Sample
 from ar_unified.sampling.score import Score, Scored
 from ar_unified.sampling.slots import Job, row_arrays
@@ -42,9 +43,6 @@ from ar_unified.sampling.steps import CHUNK, Prefix, Shape, State
 from ar_unified.sampling.weights import check_weights_dtype
 
 KV_DTYPES = (None, "int8", "float8_e4m3fn", "bfloat16", "float32")
-_SMALLEST = 16  # tokens of the smallest bucket of prompts
-_PREFILL = 16  # prompts read at once, at most
-KEPT = 4  # batches of prompts that are kept for samples to come
 _AHEAD = 4  # requests planned ahead, times the slots
 _SHORT = 16  # steps of a chunk while samples wait for a slot that nobody knows the end of
 _SHORTEST = 8  # and of any other chunk that is cut short
@@ -167,7 +165,7 @@ class Engine:
     def draw(self, samples: Iterable[tuple[Request | Plan, int]]) -> Iterator[Sample]:
         """Like `generate` for chosen samples, (request, index) each."""
         waiting = _Waiting(self, samples)
-        prompts = _Prompts(self)
+        prompts = Prompts(self.prefill, self._prefill_rows, self.grammar.vocabulary.pad)
         while (shape := waiting.shape()) is not None or waiting.refused:
             yield from waiting.pop_refused()
             if shape is not None:
@@ -220,7 +218,7 @@ class Engine:
 
     # ---- one pool ------------------------------------------------------------------------------------------------
 
-    def _serve(self, shape: Shape, waiting: _Waiting, prompts: _Prompts) -> Iterator[Sample]:
+    def _serve(self, shape: Shape, waiting: _Waiting, prompts: Prompts) -> Iterator[Sample]:
         """Samples of one shape until none of them waits any more."""
         state = self.empty(shape)
         slots: list[Job | None] = [None] * self.batch_size
@@ -258,7 +256,7 @@ class Engine:
                     raise RuntimeError(f"{begun - ended} of {begun} samples did not end where they were to: a bug")
                 return
 
-    def _insert(self, state: State, shape: Shape, fresh: dict[int, Job], prompts: _Prompts) -> State:
+    def _insert(self, state: State, shape: Shape, fresh: dict[int, Job], prompts: Prompts) -> State:
         """The state with new samples in its slots."""
         R, C = self.batch_size, shape.contexts
         where = [
@@ -321,6 +319,10 @@ class Engine:
         tokens, taken = np.sum(rows[:, :-facts] != self.grammar.vocabulary.pad), np.sum(rows[:, -facts])
         self._pace.took(shape, seconds / max(rows[:, -facts].max(), 1), tokens / max(taken, 1))
         return state, packed, count
+
+    def prefill(self, tokens: np.ndarray, lengths: np.ndarray, adapter: np.ndarray) -> Prefix:
+        """`steps.prefill` of a batch of prompts."""
+        return self.call(self._programs.prefill, self.weights, tokens, lengths, adapter)
 
     @property
     def weights(self) -> steps.Weights:
@@ -387,62 +389,6 @@ class _Waiting:
                 self._queues.setdefault(found.shape, deque()).append(Job(found, index, found.steps))
 
 
-_Prompt = tuple[int, np.ndarray]  # the number of its adapter, and its tokens
-_Key = tuple[int, bytes]
-
-
-class _Prompts:
-    """Reads prompts, each once however many samples begin with it, and keeps the last ones."""
-
-    def __init__(self, engine: Engine):
-        self._engine = engine
-        self._batches: OrderedDict[int, tuple[Prefix, dict[_Key, int]]] = OrderedDict()  # the last used one last
-
-    def read(self, prompts: Sequence[_Prompt]) -> list[tuple[Prefix, list[int]]]:
-        """Batches that hold them, and where: the row of each prompt in the batch, or -1."""
-        wanted = {_key(prompt): prompt for prompt in prompts}
-        kept = {id: batch for id, batch in self._batches.items() if wanted.keys() & batch[1].keys()}
-        known = {key for _, rows in kept.values() for key in rows}
-        missing: dict[int, list[_Prompt]] = {}
-        for key, prompt in wanted.items():
-            if key not in known:
-                missing.setdefault(bucket(len(prompt[1])), []).append(prompt)
-        width = self._engine._prefill_rows
-        for size, group in missing.items():
-            for i in range(0, len(group), width):
-                batch = self._read(group[i : i + width], size)
-                kept[id(batch[0])] = batch
-        for name, batch in kept.items():
-            self._batches[name] = batch
-            self._batches.move_to_end(name)
-        while len(self._batches) > KEPT:
-            self._batches.popitem(last=False)
-        found, left = [], dict.fromkeys(wanted)
-        for prefix, rows in kept.values():
-            mine = {key: row for key, row in rows.items() if key in left}
-            found.append((prefix, [mine.get(_key(prompt), -1) for prompt in prompts]))
-            left = {key: None for key in left if key not in mine}
-        return [(prefix, rows) for prefix, rows in found if max(rows) >= 0]
-
-    def _read(self, prompts: Sequence[_Prompt], size: int) -> tuple[Prefix, dict[_Key, int]]:
-        engine = self._engine
-        tokens = np.full((engine._prefill_rows, size), engine.grammar.vocabulary.pad, np.int32)
-        lengths, adapter = np.zeros((2, engine._prefill_rows), np.int32)
-        for i, (own, prompt) in enumerate(prompts):
-            tokens[i, : len(prompt)], lengths[i], adapter[i] = prompt, len(prompt), own
-        prefix = engine.call(engine._programs.prefill, engine.weights, tokens, lengths, adapter)
-        return prefix, {_key(prompt): i for i, prompt in enumerate(prompts)}
-
-
-def _key(prompt: _Prompt) -> _Key:
-    return prompt[0], prompt[1].tobytes()
-
-
-def prefill_rows(batch_size: int, ways: int) -> int:
-    """Prompts read at once by an engine of `batch_size` whose mesh splits rows over `ways` devices."""
-    return -(-min(2 * batch_size, _PREFILL) // ways) * ways
-
-
 def _chunk(slots: Sequence[Job | None], waiting: bool, tokens_a_step: float) -> int:
     """How many steps to take: to the next end that is known, if somebody waits for it."""
     if not waiting:
@@ -450,8 +396,3 @@ def _chunk(slots: Sequence[Job | None], waiting: bool, tokens_a_step: float) -> 
     left = [None if slot.left is None else math.ceil(slot.left / tokens_a_step) for slot in slots if slot is not None]
     ends = [n for n in left if n is not None] + [CHUNK if None not in left else _SHORT]
     return max(min(ends), min(_SHORTEST, max(ends)))
-
-
-def bucket(n: int) -> int:
-    """The smallest of 16, 32, 64, ... that holds n tokens."""
-    return max(_SMALLEST, 1 << (n - 1).bit_length()) if n else _SMALLEST

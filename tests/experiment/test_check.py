@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 from ar_unified.data.sources import open_source
 from ar_unified.errors import UserError
 from ar_unified.experiment import config as configs
-from ar_unified.experiment.check import CHOICES, check, check_devices, check_sources
+from ar_unified.experiment.check import CHOICES, check
+from ar_unified.experiment.check_opened import check_devices, check_sources
 from ar_unified.experiment.experiment import STAGES, Experiment
 from ar_unified.experiment.settings import autoencoder
 from ar_unified.paths import home
