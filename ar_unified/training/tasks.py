@@ -149,14 +149,14 @@ class TransformerTask(Stateless):
         nll, lse = self.of_targets(params, batch, keys)
         weight = self.weights(batch)
         loss = jnp.sum(weight * (nll + self.z_loss * jnp.square(lse))), jnp.sum(weight)
-        return *loss, self._metrics(batch, weight, nll, lse)
+        return *loss, self.token_metrics(batch, weight, nll, lse)
 
     def inspect(self, params: Params, model_state: Params, batch: Batch) -> Metrics:
         if not self.attention_share:
             return {}
         return attention_shares(transformer.Transformer.bind(self.config, params), self.vocabulary, batch)
 
-    def _metrics(self, batch: Batch, weight: jax.Array, nll: jax.Array, lse: jax.Array) -> Metrics:
+    def token_metrics(self, batch: Batch, weight: jax.Array, nll: jax.Array, lse: jax.Array) -> Metrics:
         """Sums over a batch, of what the loss has computed anyway.
 
         `loss/role/ROLE` and `log_z/role/ROLE` are means, in nats, over the trained positions whose target has the role:
