@@ -110,6 +110,7 @@ class PackedBatches:
         seed: of the order and of what is drawn.
 
     Attributes:
+        names, shards, packings: of every source that is used: its folder's name, its documents, its rows.
         rows_per_epoch: rows of one epoch of every source that is used.
         shares: for every phase, their shares of the stream.
         order: {"order": 2}; or {} if a training that was begun with an early version continues in its old order.
@@ -148,39 +149,39 @@ class PackedBatches:
             _require_kind(name, counts[name], self.answers)
         self.grammar, self.batch_size, self.sequence_length, self.seed = grammar, batch_size, sequence_length, seed
         self.phases = tuple(phases)
-        self._names = [name for name in wanted if counts[name]["documents"]]
-        folders = [Path(folder) / name for name in self._names]
-        self._shards = [
-            shards.Shards(place, counts[name]["shards"]) for name, place in zip(self._names, folders, strict=True)
+        self.names = [name for name in wanted if counts[name]["documents"]]
+        folders = [Path(folder) / name for name in self.names]
+        self.shards = [
+            shards.Shards(place, counts[name]["shards"]) for name, place in zip(self.names, folders, strict=True)
         ]
-        self._packings = [
+        self.packings = [
             Packing(shards.lengths_together(source.index), sequence_length, seed=seed, name=place.name, folder=place)
-            for source, place in zip(self._shards, folders, strict=True)
+            for source, place in zip(self.shards, folders, strict=True)
         ]
-        self.order = {"order": 2} if any(packing.order > 1 for packing in self._packings) else {}
-        self.rows_per_epoch = {name: p.rows for name, p in zip(self._names, self._packings, strict=True)}
+        self.order = {"order": 2} if any(packing.order > 1 for packing in self.packings) else {}
+        self.rows_per_epoch = {name: p.rows for name, p in zip(self.names, self.packings, strict=True)}
         self._mixtures: list[Mixture] = []
         for i, phase in enumerate(phases):
             rows = batch_size * (phase.from_step - phases[i - 1].from_step)
             self._mixtures.append(
                 Mixture(
                     list(self.rows_per_epoch.values()),
-                    None if phase.weights is None else [weights[i].get(name, 0.0) for name in self._names],
+                    None if phase.weights is None else [weights[i].get(name, 0.0) for name in self.names],
                     self._mixtures[-1].taken(rows) if i else None,
                 )
             )
-        self.shares = [dict(zip(self._names, mixture.shares, strict=True)) for mixture in self._mixtures]
+        self.shares = [dict(zip(self.names, mixture.shares, strict=True)) for mixture in self._mixtures]
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """Rows an epoch, fill of the rows, and shares of the stream (one for each phase) of every source."""
-        packed = summary(dict(zip(self._names, self._packings, strict=True)))
-        return {name: packed[name] | {"shares": [shares[name] for shares in self.shares]} for name in self._names}
+        packed = summary(dict(zip(self.names, self.packings, strict=True)))
+        return {name: packed[name] | {"shares": [shares[name] for shares in self.shares]} for name in self.names}
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> PackedBatch:
         """Rows process_index/process_count of the global batch of `step`, [B / process_count, T]."""
-        return self._laid(*self._picked(step, process_index, process_count))
+        return self.laid(*self.picked(step, process_index, process_count))
 
-    def _picked(self, step: int, process_index: int, process_count: int) -> tuple[Phase, int, list[Chosen]]:
+    def picked(self, step: int, process_index: int, process_count: int) -> tuple[Phase, int, list[Chosen]]:
         """The phase of a step, how many rows are asked for, and what is in them."""
         now = bisect.bisect_right([phase.from_step for phase in self.phases], step) - 1
         since = step - self.phases[now].from_step
@@ -188,10 +189,10 @@ class PackedBatches:
         chosen = []
         for at in _groups(picks):
             source, epoch = int(picks.source[at[0]]), int(picks.epoch[at[0]])
-            chosen.append(Chosen(source, epoch, at, self._packings[source].documents(epoch, picks.item[at])))
+            chosen.append(Chosen(source, epoch, at, self.packings[source].documents(epoch, picks.item[at])))
         return self.phases[now], len(picks.item), chosen
 
-    def _laid(self, phase: Phase, count: int, chosen: Sequence[Chosen]) -> PackedBatch:
+    def laid(self, phase: Phase, count: int, chosen: Sequence[Chosen]) -> PackedBatch:
         """What is chosen, in `count` rows."""
         documents: list[Encoded] = []
         tasks: list[int] = []
@@ -213,9 +214,9 @@ class PackedBatches:
 
     def _read(self, phase: Phase, source: int, epoch: int, chosen: np.ndarray) -> tuple[list[Encoded], list[int]]:
         """Ids and tasks of documents, after what this epoch draws for them (flips, dropped prompts)."""
-        index = self._shards[source].index[chosen]
-        documents, tasks = self._shards[source].read(chosen), index["task"].copy()
-        streams = (self.seed, self._names[source], epoch)
+        index = self.shards[source].index[chosen]
+        documents, tasks = self.shards[source].read(chosen), index["task"].copy()
+        streams = (self.seed, self.names[source], epoch)
         flipped = index["pair"] & (uniform(key(*streams, "flip"), chosen) < phase.flip_pairs)
         tasks[flipped] = np.where(index["task"][flipped] == _TEXT_TO_IMAGE, _IMAGE_TO_TEXT, _TEXT_TO_IMAGE)
         dropped = uniform(key(*streams, "dropout"), chosen) < phase.condition_dropout

@@ -49,30 +49,30 @@ class PreferenceBatches(PackedBatches):
         phases = [dataclasses.replace(phase, flip_pairs=0.0, condition_dropout=0.0) for phase in phases]
         super().__init__(folder, grammar, sequence_length=sequence_length, phases=phases, **more)
         self.reference: Sums = {}
-        shortest = min(int(lengths_together(source.index).min()) for source in self._shards)
+        shortest = min(int(lengths_together(source.index).min()) for source in self.shards)
         self.pairs = sequence_length // shortest
 
     @property
     def counts(self) -> dict[str, int]:
         """Pairs of each source."""
-        return {name: len(source) // 2 for name, source in zip(self._names, self._shards, strict=True)}
+        return {name: len(source) // 2 for name, source in zip(self.names, self.shards, strict=True)}
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> PreferenceBatch:  # type: ignore[override]
         """Rows process_index/process_count of the global batch of `step`."""
-        phase, count, chosen = self._picked(step, process_index, process_count)
+        phase, count, chosen = self.picked(step, process_index, process_count)
         reference = np.zeros((count, self.pairs, 2, len(Role)), np.float32)
         for source, _, at, items in chosen if self.reference else ():
-            known = self.reference[self._names[source]]
+            known = self.reference[self.names[source]]
             for row, pairs in zip(at, items, strict=True):
                 reference[row, : len(pairs)] = known[pairs]
-        return PreferenceBatch(self._laid(phase, count, chosen), reference)
+        return PreferenceBatch(self.laid(phase, count, chosen), reference)
 
     def every(self) -> Iterator[tuple[str, PackedBatch, np.ndarray]]:
         """All pairs of all sources once, in full batches: the source, rows [B, T], and which pair of it is where.
 
         The latter is int64 [B, P], -1 for none. The last rows of a source may be padding.
         """
-        for source, (name, packing) in enumerate(zip(self._names, self._packings, strict=True)):
+        for source, (name, packing) in enumerate(zip(self.names, self.packings, strict=True)):
             for start in range(0, packing.rows, self.batch_size):
                 rows = np.arange(start, min(start + self.batch_size, packing.rows))
                 items = packing.documents(0, rows)
@@ -80,4 +80,4 @@ class PreferenceBatches(PackedBatches):
                 which = np.full((self.batch_size, self.pairs), -1, np.int64)
                 for row, pairs in zip(at, items, strict=True):
                     which[row, : len(pairs)] = pairs
-                yield name, self._laid(self.phases[0], self.batch_size, [Chosen(source, 0, at, items)]), which
+                yield name, self.laid(self.phases[0], self.batch_size, [Chosen(source, 0, at, items)]), which

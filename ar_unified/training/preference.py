@@ -138,7 +138,7 @@ class PreferenceTask(TransformerTask):
             count = pairs.logps.shape[1]
             learned = by_answer(of_chosen * (nll + self.z_loss * jnp.square(lse)), rows, count)[:, :, 0]
             total = total + config.sft * jnp.sum(learned, -1) / self._length(pairs.tokens)[:, :, 0]
-        metrics = super()._metrics(rows, of_chosen, nll, lse)  # by role and task: of the chosen answers
+        metrics = super().token_metrics(rows, of_chosen, nll, lse)  # by role and task: of the chosen answers
         metrics[LOSS_OF_CHOSEN] = jnp.sum(of_chosen * nll), jnp.sum(of_chosen)
         metrics[LOSS_OF_PAIRS] = jnp.sum(pairs.weight * losses), jnp.sum(pairs.weight)
         metrics["loss"] = jnp.sum(pairs.weight * total), jnp.sum(pairs.weight)

@@ -216,7 +216,7 @@ class TransformerTask(Stateless):
         weight = self.weights(batch)
         share = self._shares(batch, weight)
         loss = jnp.sum(share * (nll + self.z_loss * jnp.square(lse))), jnp.sum(weight)
-        metrics = self._metrics(batch, weight, nll, lse)
+        metrics = self.token_metrics(batch, weight, nll, lse)
         return *loss, metrics | {"loss": (jnp.sum(share * nll), loss[1])}
 
     def inspect(self, params: Params, model_state: Params, batch: Batch) -> Metrics:
@@ -225,7 +225,7 @@ class TransformerTask(Stateless):
             return {}
         return attention_shares(self.bind(params), self.vocabulary, batch)
 
-    def _metrics(self, batch: Batch, weight: jax.Array, nll: jax.Array, lse: jax.Array) -> Metrics:
+    def token_metrics(self, batch: Batch, weight: jax.Array, nll: jax.Array, lse: jax.Array) -> Metrics:
         """Sums over a batch, of what the loss has computed anyway.
 
         `loss/role/ROLE` and `log_z/role/ROLE` are means, in nats, over the trained positions whose target has the role:
