@@ -58,7 +58,12 @@ EXTENDS = (
     "training.rates",
 )
 # Keys that came when there were workdirs without them, which go on where they have this value.
-LATER: dict[str, Any] = {"training.rates": []}
+LATER: dict[str, Any] = {
+    "loss.mean": "joint",
+    "training.objective": "likelihood",
+    "training.rates": [],
+    "sampling.prompt_suffix": "",
+}
 
 
 MODEL = ("model", "checkpoint_step")  # in the fingerprint of a stage that uses the trained model

@@ -120,10 +120,7 @@ class Experiment:
 
     def fingerprint(self, *keys: str, **more: Any) -> dict[str, Any]:
         """Of a stage: `keys` of the config, and `more`."""
-        found = {key: configs.plain(self.config[key]) for key in keys}
-        if found.get("training", {}).get("objective") == "likelihood":
-            del found["training"]["objective"]  # which trainings have that are older than the key
-        return found | {"seed": self.config.seed} | more
+        return {key: configs.plain(self.config[key]) for key in keys} | {"seed": self.config.seed} | more
 
     def _go_on(self, stage: Stage, training: Training | None) -> None:
         """Writes what changed into the stage's history and says it; raises UserError where it cannot go on with it."""
