@@ -2,6 +2,11 @@
 
 ar-unified run --config experiments/edit.py --workdir workdirs/edit
 ar-unified run --config experiments/edit.py:from=BUNDLE --workdir workdirs/edit     # on from a model of shapes
+
+29 Nov 2026, begun with the demo's model, 300 steps on 4,800 edits, 118 s of CPU time: edit_exact 0.247 of 150 held-out
+instructions (69 of 96 of those it was trained on), edit_reconstruction_exact 1.0, text_to_image_exact 0.98. The bar of
+0.85 is not shown yet: the whole recipe, 2,800 steps from nothing, has not been run to its end. docs/image_editing.md
+has what was wrong.
 """
 
 from ml_collections import ConfigDict

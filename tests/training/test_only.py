@@ -126,7 +126,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits_and_says_what_it_trains(
     [
         ("heads", "'heads' names none of this model's parameters.*did you mean 'head'"),
         ("layers.mlp.uo", "did you mean 'layers.mlp.up'"),
-        ("head[images]", r"'head\[images\]': expected one of text, control, size, image; found 'images'.*'image'"),
+        ("head[images]", r"'head\[images\]': expected one of text, control, size, image, new; found 'images'.*'image'"),
         ("layers.mlp[image]", "layers.mlp.down has no rows of ids"),
         ("head[image", r"'head\[image' names none"),
         ("", "'' names none"),
