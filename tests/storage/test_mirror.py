@@ -6,7 +6,6 @@ import json
 import os
 import re
 import time
-from pathlib import Path
 
 import pytest
 from ar_tokenizers.files import write_bytes
@@ -17,7 +16,7 @@ from ar_unified.errors import UserError
 from ar_unified.storage import locks, stores
 from ar_unified.storage.mirror import Mirror
 from ar_unified.workdir import StageBusy, StageMismatch, Workdir, opened
-from tests.stores import objects
+from tests.stores import Disturbed, Store, objects, using
 
 _LAZY, _KEPT = re.compile("big(/.*)?"), re.compile("own")
 
@@ -71,7 +70,7 @@ def test_the_store_has_the_truth(url: str) -> None:
     assert not (place / "a").exists() and not again.fetch(place / "b").exists()
 
 
-def test_names_that_lead_out_are_not_brought(url: str, store, tmp_path: Path) -> None:
+def test_names_that_lead_out_are_not_brought(url: str) -> None:
     stores.write(f"{url}/good", b"1")
     for name in ("..", "a/../../b"):
         stores.write(f"{url}/{name}", b"evil")
@@ -158,3 +157,29 @@ def test_claims_are_the_stores(url: str) -> None:
         assert not objects(url)
     finally:
         del storage._mirrors[-2:]
+
+
+def test_a_step_is_seen_when_all_of_it_is_there(url: str, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints of a store that Orbax does not write to."""
+    steps = storage.Steps(url, "whole.txt")
+    for name in ("a", "sub/b", "whole.txt"):
+        write_bytes(steps.here / "5" / name, name.encode())
+    monkeypatch.setenv("AR_UNIFIED_STORE_PATIENCE", "0")
+    between = Disturbed(store, lambda method, path, number: 503 if method == "PUT" and path.endswith("/b") else None)
+    try:
+        with using(store.variables(between.port)), pytest.raises(stores.StoreFailed):
+            steps.put(5)
+    finally:
+        between.close()
+    assert steps.steps() == [] and "5/a" in objects(url), "it was cut off in the middle"
+    steps.put(5)
+    assert objects(url).keys() == {"5/a", "5/sub/b", "5/whole.txt"} and steps.steps() == [5]
+    other = storage.Steps(url, "whole.txt")
+    assert (other.bring(5) / "sub" / "b").read_bytes() == b"sub/b"
+    between = Disturbed(store, lambda method, path, number: 503 if method == "DELETE" and path.endswith("/a") else None)
+    try:
+        with using(store.variables(between.port)), pytest.raises(stores.StoreFailed):
+            other.delete(5)
+    finally:
+        between.close()
+    assert steps.steps() == [] and "5/a" in objects(url), "it was cut off in the middle"

@@ -86,6 +86,28 @@ def test_what_fails_in_passing_is_asked_again(
     assert stores.read(f"{url}/new") == data and stores.facts(f"{url}/claim") is None and between.faults > 20
 
 
+def test_fewer_or_other_bytes_are_seen_where_the_client_sees_nothing(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3's client compares checksums that the server sends; not every server sends them."""
+    stores.write(f"{url}/a", b"12345678")
+    client, answers = stores._system(url), [b"1234", b"1234567"]
+
+    class Torn:
+        info = staticmethod(client.info)
+
+        def cat_file(self, name: str, **where: int) -> bytes:
+            return answers.pop(0) if answers else client.cat_file(name, **where)
+
+    monkeypatch.setattr(stores, "_system", lambda _: Torn())
+    assert stores.read(f"{url}/a", 0, 8) == b"12345678" and not answers
+    answers += [b"", b"1234567x"]
+    assert stores.read(f"{url}/a") == b"12345678" and not answers
+    answers += [b"1", b"1234567x"]
+    stores.download(f"{url}/a", tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == b"12345678" and not answers
+
+
 @pytest.mark.parametrize(
     "fault, error, words",
     [
