@@ -22,6 +22,7 @@ from ar_unified.experiment.experiment import STAGES, Experiment
 from ar_unified.experiment.settings import autoencoder
 from ar_unified.paths import home
 from ar_unified.workdir import Workdir
+from tests import bundles
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = str(ROOT / "experiments" / "shapes.py")
@@ -250,6 +251,7 @@ def test_an_argument_that_an_experiment_cannot_use(arg):
 def test_every_experiment_passes(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     own = {"folder": f":path={tmp_path}", "text_tokenizer": f":path={tmp_path}"}
+    own["grpo"] = f":from={bundles.write(tmp_path / 'bundle').folder}"
     files = [*ROOT.glob("experiments/*.py"), *ROOT.glob("experiments/image_tokenizers/*.py")]
     assert len(files) > 10
     for file in files:
