@@ -4,6 +4,10 @@
 
 BUNDLE is an exported demo (`ar-unified export --workdir workdirs/shapes --output BUNDLE`), best one that was stopped
 half way: a finished one draws 0.99 right and has little to learn.
+
+29 Nov 2026, jax 0.10.2, from the demo after 500 of its 3,200 steps: of 400 held-out captions 0.565 are drawn right
+before and 0.608 after 80 steps (temperature 0.25); the reward of training prompts rises from 0.444 to 0.534. More than
+85 of the 600 steps were not run: docs/rewards.md has what was tried.
 """
 
 from ml_collections import ConfigDict
