@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from ar_unified.data.scenes import scene_from_json
 from ar_unified.data.sources import open_source
 from ar_unified.errors import UserError
+from ar_unified.evaluation.shapes import read_scene
 from ar_unified.experiment import config as configs
 from ar_unified.language.document import ImagePart, TextPart
 
@@ -171,3 +173,20 @@ def test_missing_data_name_the_command_that_makes_them(tmp_path, name):
         ):
             open_source(configs.plain(spec))
     assert (ROOT / command.split()[1]).is_file()
+
+
+def test_shape_pairs_differ_in_one_property(tmp_path):
+    module = script("make_shape_pairs")
+    assert module.make(tmp_path, {"train": (6, 4), "validation": (2, 1)}).endswith("13 pairs")
+    again = (tmp_path / "pairs.jsonl").read_bytes()
+    module.make(tmp_path, {"train": (6, 4), "validation": (2, 1)})
+    assert (tmp_path / "pairs.jsonl").read_bytes() == again
+    source = open_source(dict(kind="jsonl", path=tmp_path / "pairs.jsonl", split="train"))
+    documents = [source[i] for i in range(len(source))]
+    assert [document.task for document in documents] == ["text_to_image"] * 6 + ["image_to_text"] * 4
+    for document in documents[:6]:
+        right, wrong = document.answer[0].pixels, document.rejected.parts[0].pixels
+        scene, other = scene_from_json(document.meta["scene"]), read_scene(wrong)
+        assert read_scene(right) == scene != other and len(other) == len(scene)
+    for document in documents[6:]:
+        assert document.answer != document.rejected.parts and isinstance(document.asked[0].parts[0], ImagePart)
