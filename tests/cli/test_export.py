@@ -10,7 +10,6 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ from ar_unified.checkpoint import Checkpoints
 from ar_unified.cli.main import main
 from ar_unified.errors import UserError
 from ar_unified.experiment import config as configs
-from ar_unified.experiment import settings
+from ar_unified.experiment import objective, settings
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.language.document import CodesPart, Document, TextPart
 from ar_unified.language.vocabulary import Vocabulary
@@ -246,12 +245,12 @@ def test_a_config_of_another_model_is_refused_before_anything_is_made(bundle, fo
     assert not (tmp_path / "w").exists() or not [path for path in (tmp_path / "w").rglob("*") if path.is_file()]
 
 
-def test_a_bundle_of_text_alone_takes_no_images(folder, tmp_path):
+def test_a_bundle_of_text_alone_takes_images_where_there_is_a_tokenizer_of_them(folder, tmp_path):
     text = bundles.write(tmp_path / "b", "none")
     run = ["run", *start(folder, text, tmp_path / "w")[1:]]
     refused(run, "image_tokenizer.steps is 0 and none was brought, but .* may have")
     raised = start(folder, text, tmp_path / "w", "--config.image_tokenizer.steps=5")
-    refused(raised, "image_tokenizer.steps: expected 0, as the bundle in config.init is of text alone")
+    refused(raised, "text_tokenizer is not there yet")  # it is extended by images then (tests/cli/test_from_llm.py)
 
 
 def test_a_bundle_that_draws_no_images_is_not_begun_with_what_draws_them(folder, tmp_path):
@@ -270,13 +269,12 @@ def test_a_config_takes_from_a_bundle_what_it_decides(bundle):
 
 def test_other_weights_are_another_training(bundle, folder, tmp_path):
     """The stage remembers what it began with by its hash: the folder may move, its weights may not change."""
-    from ar_unified.cli.train import _facts
 
     def facts(of: Bundle) -> dict[str, Any]:
         config = configs.load(f"{ROOT}/experiments/folder.py:path={folder},init={of.folder}")
         experiment = Experiment(config, Workdir(tmp_path))
         experiment.__dict__["grammar"] = parts()["grammar"]
-        return _facts(experiment, SimpleNamespace(order={}))
+        return objective.facts(experiment, {})
 
     moved = bundles.write(tmp_path / "moved")
     other = bundles.write(tmp_path / "other", params=jax.tree.map(lambda x: x + 1, parts()["params"]))

@@ -40,6 +40,7 @@ CHOICES |= {
     "training.restarts": ((), (0.5,)),
     "training.only": ((), ("embedding[image]", "layers.mlp"), ("norm", "layers.*.norm")),
     "training.accumulation": (2, 1),
+    "training.code_embedding_init": ("random", "codebook"),  # "mean" is for the bundle of a language model
     "training.clip_norm": (1.0, 0.0),
     "sampling.guidance": (1.0, 3.0),
 }
@@ -77,6 +78,8 @@ def agreeing(changes):
         changes["data.layout"] = "rows"
     if changes.get("image_tokenizer.perceptual") == "match" and changes.get(ADVERSARY, "none") == "none":
         changes[ADVERSARY] = next(kind for kind in CHOICES[ADVERSARY] if kind != "none")
+    if changes.get("training.objective", "likelihood") != "likelihood":
+        changes |= {"loss.softmax": "joint", "loss.mean": "joint", "training.accumulation": 1}
     if changes.get("image_tokenizer.attention", "none") != "none":
         changes["image_tokenizer.backbone"] = "vqgan"
     return changes

@@ -23,7 +23,7 @@ from tests.sampling.tiny import CONFIG, GRAMMARS
 @pytest.fixture(autouse=True)
 def _few_programs(monkeypatch):
     """Compiling is what these tests wait for: one bucket of prompts."""
-    monkeypatch.setattr("ar_unified.sampling.engine._SMALLEST", 64)
+    monkeypatch.setattr("ar_unified.sampling.prompts._SMALLEST", 64)
     monkeypatch.setattr("ar_unified.sampling.conversation.CHUNK", 12)
 
 

@@ -75,13 +75,13 @@ def forward_logits(params, tokens):
 @pytest.fixture(autouse=True)
 def _few_programs(monkeypatch):
     """Compiling is what these tests wait for: one bucket of prompts and one length of cache."""
-    monkeypatch.setattr("ar_unified.sampling.engine._SMALLEST", 64)
+    monkeypatch.setattr("ar_unified.sampling.prompts._SMALLEST", 64)
     monkeypatch.setattr("ar_unified.sampling.plan._SHARES", (1,))
 
 
 def test_what_a_prompt_has_said_counts_also_where_others_of_other_lengths_begin_with_it(monkeypatch):
     """Prompts of several lengths are read by several calls, and each slot remembers the pieces of its own."""
-    monkeypatch.setattr("ar_unified.sampling.engine._SMALLEST", 16)
+    monkeypatch.setattr("ar_unified.sampling.prompts._SMALLEST", 16)
     texts = ("abcdefgh", "ponmlkjihgfedcba" * 2, "hijklmnop", "bcde" * 12)
     asked = [
         Request(text + str(seed), (TextPart(text),), mode="text", max_tokens=4, repetition_penalty=5.0, seed=seed)

@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from ar_unified.language.document import CodesPart, TextPart, Turn
-from ar_unified.sampling import engine as engine_module
 from ar_unified.sampling import gallery, plan
+from ar_unified.sampling import prompts as prompts_module
 from ar_unified.sampling.bandwidth import MemoryTime
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.job import JobMismatch, run_job
@@ -45,7 +45,7 @@ class Tiles:
 
 def few_programs(setattr):
     """One length of prompts and of caches: less to compile."""
-    setattr(engine_module, "_SMALLEST", 64)
+    setattr(prompts_module, "_SMALLEST", 64)
     setattr(plan, "_length_class", lambda n, max_length: max_length)
 
 

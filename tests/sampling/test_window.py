@@ -27,7 +27,7 @@ from tests.sampling.tiny import CONFIG, GRAMMARS, random_params
 @pytest.fixture(autouse=True)
 def _few_programs(monkeypatch):
     """Compiling is what these tests wait for: one bucket of prompts and one length of cache."""
-    monkeypatch.setattr("ar_unified.sampling.engine._SMALLEST", 64)
+    monkeypatch.setattr("ar_unified.sampling.prompts._SMALLEST", 64)
     monkeypatch.setattr("ar_unified.sampling.plan._SHARES", (1,))
 
 

@@ -44,7 +44,9 @@ def test_it_trains_on_a_mesh_as_alone_and_its_probabilities_add_up(params, split
         assert (after["head"][:used] != head[:used]).any(axis=1).all()
     np.testing.assert_allclose(losses[:2], losses[2:], rtol=1e-5)
     following = np.concatenate([np.tile([3, 80, 7], (used, 1)), np.arange(used)[:, None]], axis=1).astype(np.int32)
-    log_likelihood, greedy = jax.jit(forward, static_argnums=(0, 1, 2))(config, used, split, after, following)
+    log_likelihood, greedy = jax.jit(forward, static_argnums=(0, 1, 2))(
+        config, used, split, after, following, np.zeros(len(following), np.int32)
+    )
     for side in (slice(None),) if split is None else (slice(split), slice(split, None)):
         np.testing.assert_allclose(np.exp(log_likelihood[side, -1]).sum(), 1, rtol=1e-5)
         assert greedy[side, -1].sum() == 1
