@@ -24,16 +24,18 @@ MUTATIONS = (
     Mutation(
         "turn-border-joins-texts",
         "ar_unified/language/document.py",
-        "        for turn in self.turns:\n            before: Part | None = None\n",
-        "        before: Part | None = None\n        for turn in self.turns:\n",
+        "        i = 0\n        for turn in (*self.turns, *([] if self.rejected is None else [self.rejected])):\n"
+        "            before: Part | None = None\n",
+        "        i = 0\n        before: Part | None = None\n"
+        "        for turn in (*self.turns, *([] if self.rejected is None else [self.rejected])):\n",
         "a text answer to a text prompt is refused",
         ("tests/language/test_document.py",),
     ),
     Mutation(
         "task-looks-anywhere-in-the-answer",
         "ar_unified/language/document.py",
-        "if any(images[-1][:1]):",
-        "if any(images[-1]):",
+        "if answer and not isinstance(answer[0], TextPart):",
+        "if answer and not all(isinstance(part, TextPart) for part in answer):",
         "an answer in words with an image in it counts as one that was to be drawn, and so its loss weighs",
         ("tests/language/test_document.py",),
     ),
@@ -184,9 +186,9 @@ MUTATIONS = (
     ),
     Mutation(
         "every-pair-is-read-both-ways",
-        "ar_unified/data/prepare/__init__.py",
-        "pair=reversible and document.is_pair",
-        "pair=document.is_pair",
+        "ar_unified/data/prepare/making.py",
+        "pair = reversible and document.is_pair",
+        "pair = document.is_pair",
         "pairs of a source that must not be turned round are",
         ("tests/data/test_prepare.py::test_what_is_on_disk_is_what_the_source_says",),
     ),
@@ -266,8 +268,8 @@ MUTATIONS = (
     Mutation(
         "prompts-weigh-as-answers",
         "ar_unified/training/tasks.py",
-        "task_weight[batch.tasks] * prompt",
-        "task_weight[batch.tasks]",
+        "self.of_task[batch.tasks] * prompt",
+        "self.of_task[batch.tasks]",
         "loss.prompt does nothing",
         ("tests/training/test_step.py::test_metrics_are_what_they_are_called",),
     ),

@@ -17,8 +17,8 @@ MUTATIONS = (
     Mutation(
         "a-bundle-forgets-its-second-scale",
         "ar_unified/sampling/request.py",
-        'DEFAULTS = ("guidance", "image_guidance", "context",',
-        'DEFAULTS = ("guidance", "context",',
+        '    "guidance", "image_guidance", "context",',
+        '    "guidance", "context",',
         "the second of two published scales does nothing unless each request says it",
         ("tests/interop/test_defaults.py",),
     ),
@@ -67,8 +67,8 @@ MUTATIONS = (
     Mutation(
         "the-canvas-is-drawn-again",
         "ar_unified/sampling/steps.py",
-        "given = jnp.where(image & (state.automaton.images == 1), given, -1)",
-        "given = jnp.where(image, given, -1)",
+        "given = jnp.where(machine.in_image(state) & (state.images == 1), given, -1)",
+        "given = jnp.where(machine.in_image(state), given, -1)",
         "the second image copies the canvas too",
         ("tests/sampling/test_engine.py::test_every_sample_parses_and_keeps_its_request",),
     ),
@@ -91,7 +91,7 @@ MUTATIONS = (
     Mutation(
         "a-conversation-loses-its-beginning",
         "ar_unified/sampling/steps.py",
-        "with_slots(layer, slice(1), slot) for layer",
+        "with_slots(layer, _first(state), slots) for layer",
         "layer for layer",
         "the first key of a kept row is the one of its last padding",
         ("tests/sampling/test_conversation.py",),
@@ -229,7 +229,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a-bundle-of-another-language-is-trained-on",
-        "ar_unified/experiment/check.py",
+        "ar_unified/experiment/check_opened.py",
         "    require_same(bundle.language, ours, **where)\n",
         "",
         "a training begins with weights whose ids mean something else",
@@ -237,7 +237,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a-run-goes-on-from-another-bundle",
-        "ar_unified/cli/train.py",
+        "ar_unified/experiment/objective.py",
         'init = {} if experiment.bundle is None else {"init": experiment.bundle.hash}',
         "init: dict[str, Any] = {}",
         "config.init is changed in a workdir that holds a run, and nothing says so",
@@ -246,10 +246,43 @@ MUTATIONS = (
     Mutation(
         "a-training-forgets-its-bundle",
         "ar_unified/cli/train.py",
-        "begin=_begin(experiment, task, fresh),",
+        "begin=beginning(experiment, task, fresh),",
         "begin=None,",
         "config.init changes nothing but the tokenizers",
         ("tests/test_examples.py", "-k", "train"),
+    ),
+    # ---- tuning: adapters, preferences, rewards
+    Mutation(
+        "an-adapter-is-not-scaled",
+        "ar_unified/model/lora.py",
+        "return self.alpha / (self.rank**0.5 if self.rslora else self.rank)",
+        "return 1.0",
+        "alpha does nothing, and PEFT's adapters say something else here",
+        ("tests/model/test_lora.py",),
+    ),
+    Mutation(
+        "the-rejected-answer-is-preferred",
+        "ar_unified/training/preference.py",
+        "margin = scored[..., 0] - scored[..., 1]",
+        "margin = scored[..., 1] - scored[..., 0]",
+        "a model learns what it is to leave",
+        ("tests/training/test_preference.py",),
+    ),
+    Mutation(
+        "the-clip-holds-what-it-should-not",
+        "ar_unified/training/policy.py",
+        "objective = -jnp.minimum(gained, bounded)",
+        "objective = -bounded",
+        "a sample that became too unlikely for a good one is not brought back",
+        ("tests/training/test_policy.py",),
+    ),
+    Mutation(
+        "groups-are-not-compared",
+        "ar_unified/training/policy.py",
+        "off = np.where(flat, 0.0, rewards - rewards.mean(axis=1, keepdims=True))",
+        "off = np.where(flat, 0.0, rewards)",
+        "every sample with a reward above 0 is learned, the worst of a good group too",
+        ("tests/training/test_policy.py",),
     ),
     # ---- command line
     Mutation(
