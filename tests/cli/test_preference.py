@@ -109,6 +109,20 @@ def test_without_a_reference_none_is_computed(folder: Path, trained: Path, tmp_p
     assert not (workdir / "reference").exists()
 
 
+def test_an_adapter_is_compared_with_what_it_stands_beside(folder: Path, trained: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "w"
+    shutil.copytree(trained, workdir)
+    for name in ("model", "reference"):
+        shutil.rmtree(workdir / name)
+    assert main(["train", *arguments(folder, workdir, lora__rank=2)]) == 0
+    for file in trained.glob("reference/*/*"):
+        assert (workdir / file.relative_to(trained)).read_bytes() == file.read_bytes()
+    assert weights(workdir).keys() == {"lora"}
+    rows = read_metrics(workdir / "model" / "metrics.jsonl")
+    found = [row[f"{REWARDS}margins"] for row in rows if f"{REWARDS}margins" in row]
+    assert found[-1] > found[0]
+
+
 def test_another_beta_is_another_training(folder: Path, trained: Path) -> None:
     refused(["train", *arguments(folder, trained, preference__beta=0.5)], r"preference\.beta = 1\.0.*has 0\.5")
 

@@ -113,8 +113,8 @@ def one() -> Any:
     return make_mesh({}, jax.devices()[:1])
 
 
-def task(batch: Any, policy: PolicyConfig = POLICY, config: Any = tiny.CONFIG) -> PolicyTask:
-    return PolicyTask(config, tiny.GRAMMARS["grid"].vocabulary, batch, chunk=64, policy=policy)
+def task(batch: Any, policy: PolicyConfig = POLICY, config: Any = tiny.CONFIG, **more: Any) -> PolicyTask:
+    return PolicyTask(config, tiny.GRAMMARS["grid"].vocabulary, batch, chunk=64, policy=policy, **more)
 
 
 def weights() -> Any:

@@ -20,6 +20,8 @@ from ar_unified.experiment import settings
 from ar_unified.experiment.check import check
 from ar_unified.experiment.rollouts import DrawingConfig, require_groups
 from ar_unified.metrics import read_metrics
+from ar_unified.model.lora import LoraConfig
+from ar_unified.model.lora import init as init_adapter
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.parallel.rules import place_batch
 from ar_unified.rewards.reward import RewardConfig, RewardFailed
@@ -82,6 +84,22 @@ def test_in_bfloat16_the_difference_is_measured_and_bounded(params):
     task = rewarded.task(lambda *_: batch, config=config)
     told = task.summary(jax.device_get(jax.jit(lambda p, b: task.loss(p, {}, b, None)[2])(params, batch)))
     assert told["sampler_trainer/mean"] <= told["sampler_trainer/max"] < 0.1  # hidden states differ in few last bits
+
+
+def test_an_adapter_is_part_of_the_policy(params):
+    """The sampler draws with the adapter in the weights, the trainer reads it beside them, and it alone is moved."""
+    lora = LoraConfig(rank=2, alpha=4.0)
+    fresh = init_adapter(tiny.CONFIG, lora, jax.random.key(1))
+    adapted = params | {"lora": jax.tree.map(lambda x: x + 0.05, fresh)}
+    batch, without = rewarded.rollouts(lora=lora)(0, adapted), rewarded.rollouts()(0, params)
+    assert (np.asarray(batch.sampled) != np.asarray(without.sampled)).any()
+    task = rewarded.task(lambda *_: batch, lora=lora)
+    mesh, key = rewarded.one(), jax.random.key(0)
+    compute = jax.jit(lambda p, b: gradients(task, p, {}, b, key, accumulation=1, mesh=mesh)[1:])
+    found, metrics = jax.device_get(compute(adapted, batch))
+    told = task.summary(metrics)
+    assert 0 < told["sampler_trainer/mean"] <= told["sampler_trainer/max"] <= 1e-5
+    assert found.keys() == {"lora"} and max(np.abs(leaf).max() for leaf in jax.tree.leaves(found)) > 1e-4
 
 
 @pytest.mark.exact
