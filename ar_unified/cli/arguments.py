@@ -51,7 +51,7 @@ def _experiment(parser: argparse.ArgumentParser, recorded: bool = False, needed:
     """
     parser.add_argument(
         "--config",
-        required=not recorded,
+        required=needed and not recorded,
         type=_config,
         metavar="FILE[:arg]",
         help="the experiment file, or the name of one that comes with the package, as shapes; `:arg` is handed to it, "
@@ -117,7 +117,11 @@ def _sample(parser: argparse.ArgumentParser) -> None:
         BENCHMARKS,  # NumPy and Pillow, which other verbs' --help need not wait for
     )
 
-    _experiment(parser)
+    _experiment(parser, needed=False)
+    parser.add_argument(
+        "--from", dest="source", type=_path, metavar="BUNDLE", help="a bundle, instead of a workdir's model"
+    )
+    parser.add_argument("--batch-size", type=_count, metavar="N", help="with --from: samples drawn at once (64)")
     parser.add_argument(
         "--requests",
         metavar="FILE",

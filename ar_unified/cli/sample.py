@@ -15,6 +15,9 @@ that started together by their numbers, others by --part K/N; their number may c
 benchmark reads them, into OUTPUT/LAYOUT; without --requests it does so for what an output folder has, be its job
 finished or running. --adapter loads LoRA adapters, of which each request may name one.
 
+A bundle, exported or imported, needs no workdir, and is drawn with its own settings, as its authors published them:
+  ar-unified sample --from BUNDLE --requests prompts.jsonl --output out
+
 Best of n: --n 16 --keep-best REWARD draws 16 samples for each request and keeps the one that REWARD finds best
 (docs/rewards.md says what it may be: shapes, exact_answer, module:function, command:PROGRAM, scores:FILE). Beside them:
   best.jsonl         the chosen line of samples.jsonl of each request, with the rewards of all
@@ -26,7 +29,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -34,7 +37,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ar_unified.cli.arguments import refuse_unread
+from ar_unified.cli.arguments import PROCESSES, refuse_unread
 from ar_unified.data.images import to_png
 from ar_unified.data.sources import BadItem, Source
 from ar_unified.errors import UserError, about
@@ -47,13 +50,15 @@ from ar_unified.language.document import Document, ImagePart, TextPart
 from ar_unified.language.rows import write_parts
 from ar_unified.rewards.best import NAMES, keep_best
 from ar_unified.rewards.opening import open_reward
-from ar_unified.rewards.reward import RewardConfig
+from ar_unified.rewards.reward import Reward, RewardConfig
 from ar_unified.sampling import batch_output, results
 from ar_unified.sampling.benchmark_folders import BENCHMARKS, export
 from ar_unified.sampling.job import JobReport, run_job
+from ar_unified.sampling.model import load
 from ar_unified.sampling.request import DEFAULTS
 from ar_unified.workdir import write_bytes, write_text
 
+_ROWS = 64  # samples that a bundle draws at once, unless told
 _HELD_OUT = 12  # documents of each source whose beginnings become prompts
 
 
@@ -63,6 +68,12 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     if arguments.keep_best:
         with about("--keep-best"):
             reward = open_reward(RewardConfig(function=arguments.keep_best))
+    if arguments.source:
+        return _from_bundle(arguments, overrides, reward)
+    for flag in ("config", "workdir"):
+        if not getattr(arguments, flag):
+            raise UserError(f"expected --config and --workdir, of a training, or --from BUNDLE; found no --{flag}")
+    refuse_unread(arguments, "with a workdir, whose config.sampling.batch_size says it", "batch_size")
     if not arguments.requests:
         refuse_unread(arguments, "without --requests", "n", "keep_best")
         refuse_unread(
@@ -76,15 +87,66 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         sample_held_out(experiment)
         return 0
     output = Path(arguments.output or experiment.workdir.samples / (requests[0].stem if requests else ""))
-    more = {"n": BENCHMARKS[arguments.layout].n} if arguments.layout else {}
-    more |= {"n": arguments.n} if arguments.n else {}
-    given = dict(part=arguments.part, links=arguments.links, **more)
+    given = dict(part=arguments.part, links=arguments.links, **_counts(arguments))
     report = _run(experiment, requests, output, **given) if requests else None
+    _made_of(arguments, report, output, reward, experiment.say)
+    return 0
+
+
+def _counts(arguments: argparse.Namespace) -> dict[str, int]:
+    """How many samples a request has that does not say it: as --n says, or the benchmark."""
+    if arguments.n:
+        return {"n": arguments.n}
+    return {"n": BENCHMARKS[arguments.layout].n} if arguments.layout else {}
+
+
+def _made_of(
+    arguments: argparse.Namespace,
+    report: JobReport | None,
+    output: Path,
+    reward: Reward | None,
+    say: Callable[[str], object],
+) -> None:
+    """What is made of the samples of a job that is complete: the best of them, a benchmark's folder."""
     if reward is not None and report is not None and report.complete:
-        experiment.say(str(keep_best(output, reward)))
-        experiment.say("\n".join(str(output / name) for name in NAMES))
+        say(str(keep_best(output, reward)))
+        say("\n".join(str(output / name) for name in NAMES))
     if arguments.layout and (report is None or report.complete):
-        experiment.say(str(export(output, arguments.layout, output / arguments.layout)))
+        say(str(export(output, arguments.layout, output / arguments.layout)))
+
+
+def _from_bundle(arguments: argparse.Namespace, overrides: Sequence[str], reward: Reward | None) -> int:
+    """Serves requests by a bundle, on all devices of this process, with the settings that the bundle has."""
+    if overrides or arguments.config or arguments.workdir:
+        raise UserError("--from BUNDLE is sampled by itself: leave out --workdir, --config and config keys")
+    refuse_unread(arguments, "with --from; --part K/N shares the requests", *PROCESSES)
+    for flag in ("requests", "output"):
+        if not getattr(arguments, flag):
+            raise UserError(f"expected --requests FILE and --output DIR with --from; found no --{flag}")
+    many = jax.local_device_count() > 1
+    model = load(
+        arguments.source,
+        {"data": -1} if many else None,
+        batch_size=arguments.batch_size or _ROWS,
+        adapters=_once(arguments.adapter or ()),
+    )
+    if model.warning:
+        print(f"warning: {model.warning}")
+    output = Path(arguments.output)
+    report = run_job(
+        model.engine,
+        model.image_tokenizer,
+        [Path(path) for path in arguments.requests],
+        output,
+        defaults=model.defaults | _counts(arguments),
+        weights=model.weights,
+        resize=model.resize,
+        links=arguments.links,
+        process=arguments.part or (0, 1),
+        warn=lambda line: print(f"warning: {line}"),
+    )
+    _told(report, output, print)
+    _made_of(arguments, report, output, reward, print)
     return 0
 
 
@@ -145,11 +207,16 @@ def _run(
         process=part or (jax.process_index(), jax.process_count()),
         warn=lambda line: experiment.say(f"warning: {line}"),
     )
+    _told(report, output, experiment.say)
+    return report
+
+
+def _told(report: JobReport, output: Path, say: Callable[[str], object]) -> None:
+    """Says what a job left. Raises UserError for one all of whose requests were refused."""
     made = [output / name for name in ("index.html", *batch_output.NAMES)] if report.complete else []
-    experiment.say("\n".join([str(report), *(str(path) for path in made if path.exists())]))
+    say("\n".join([str(report), *(str(path) for path in made if path.exists())]))
     if report.complete:
         _require_samples(output)
-    return report
 
 
 def _require_samples(output: Path) -> None:
