@@ -33,18 +33,22 @@ def uniform(stream: np.uint64, counter: Any) -> np.ndarray:
     return (hash64(stream, counter) >> np.uint64(11)) * 2.0**-53
 
 
-def permute(index: Any, size: Any, stream: np.uint64) -> np.ndarray:
+def permute(index: Any, size: Any, stream: Any) -> np.ndarray:
     """Where a random permutation of 0..size-1 sends `index`, int64, without making the permutation.
 
-    A Feistel network over the next power of four, walked until it lands inside. `index` and `size` broadcast; every
-    size has its own permutation.
+    A Feistel network over the next power of four, walked until it lands inside. `index`, `size` and `stream`, uint64,
+    broadcast; every size has its own permutation. A call costs many small steps, so few calls for many are fast.
     """
-    index, size = np.broadcast_arrays(np.asarray(index, np.int64), np.asarray(size, np.int64))
+    given = (np.asarray(each, dtype) for each, dtype in ((index, np.int64), (size, np.int64), (stream, np.uint64)))
+    index, size, stream = np.broadcast_arrays(*given)
     half = np.maximum(1, (np.frexp(np.maximum(size - 1, 1).astype(np.float64))[1] + 1) // 2).astype(np.uint64)
-    out, facts = index.astype(np.uint64).reshape(-1), [each.reshape(-1) for each in (half, size.astype(np.uint64))]
+    out, facts = (
+        index.astype(np.uint64).reshape(-1),
+        [each.reshape(-1) for each in (half, size.astype(np.uint64), stream)],
+    )
     outside = np.arange(out.size)
     while outside.size:
-        half, size = (each[outside] for each in facts)
+        half, size, stream = (each[outside] for each in facts)
         mask = (np.uint64(1) << half) - np.uint64(1)
         left, right = out[outside] >> half, out[outside] & mask
         for turn in range(4):

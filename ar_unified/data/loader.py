@@ -155,7 +155,7 @@ class PackedBatches:
             shards.Shards(place, counts[name]["shards"]) for name, place in zip(self.names, folders, strict=True)
         ]
         self.packings = [
-            Packing(shards.lengths_together(source.index), sequence_length, seed=seed, name=place.name, folder=place)
+            Packing(source.lengths(self.answers), sequence_length, seed=seed, name=place.name, folder=place)
             for source, place in zip(self.shards, folders, strict=True)
         ]
         self.order = {"order": 2} if any(packing.order > 1 for packing in self.packings) else {}
@@ -195,26 +195,27 @@ class PackedBatches:
     def laid(self, phase: Phase, count: int, chosen: Sequence[Chosen]) -> PackedBatch:
         """What is chosen, in `count` rows."""
         documents: list[Encoded] = []
-        tasks: list[int] = []
-        rows: list[int] = []
+        tasks: list[np.ndarray] = []
+        rows: list[np.ndarray] = []
         for source, epoch, at, items in chosen:
-            those = [(each[:, None] * self.answers + np.arange(self.answers)).reshape(-1) for each in items]
-            found, found_tasks = self._read(phase, source, epoch, np.concatenate(those))
+            those = (np.concatenate(items)[:, None] * self.answers + np.arange(self.answers)).reshape(-1)
+            found, found_tasks = self._read(phase, source, epoch, those)
             documents += found
-            tasks += found_tasks
-            rows += np.repeat(at, [len(row) for row in those]).tolist()
-        order = np.argsort(rows, kind="stable")
+            tasks.append(found_tasks)
+            rows.append(np.repeat(at, [len(row) * self.answers for row in items]))
+        where = np.concatenate(rows)
+        order = np.argsort(where, kind="stable")
         return pack(
-            [documents[i] for i in order],
-            np.array(tasks, np.int8)[order],
-            np.array(rows, np.int64)[order],
+            [documents[i] for i in order.tolist()],
+            np.concatenate(tasks)[order],
+            where[order],
             shape=(count, self.sequence_length),
             pad=self.grammar.vocabulary.pad,
         )
 
-    def _read(self, phase: Phase, source: int, epoch: int, chosen: np.ndarray) -> tuple[list[Encoded], list[int]]:
+    def _read(self, phase: Phase, source: int, epoch: int, chosen: np.ndarray) -> tuple[list[Encoded], np.ndarray]:
         """Ids and tasks of documents, after what this epoch draws for them (flips, dropped prompts)."""
-        index = self.shards[source].index[chosen]
+        index = self.shards[source].facts(chosen)
         documents, tasks = self.shards[source].read(chosen), index["task"].copy()
         streams = (self.seed, self.names[source], epoch)
         flipped = index["pair"] & (uniform(key(*streams, "flip"), chosen) < phase.flip_pairs)
@@ -231,7 +232,7 @@ class PackedBatches:
                 rest = self.grammar.drop_context(document, int(image[i] % np.uint64(count)))
                 # A document that begins with the image has no context to lose, and its row no room for an <eot>.
                 documents[i] = rest if len(rest) <= len(document) else document
-        return documents, tasks.tolist()
+        return documents, tasks
 
 
 def pack(

@@ -17,7 +17,6 @@ import numpy as np
 
 from ar_unified.data.batch import PackedBatch, PreferenceBatch
 from ar_unified.data.loader import Chosen, PackedBatches, Phase
-from ar_unified.data.shards import lengths_together
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.vocabulary import Role
 
@@ -49,7 +48,7 @@ class PreferenceBatches(PackedBatches):
         phases = [dataclasses.replace(phase, flip_pairs=0.0, condition_dropout=0.0) for phase in phases]
         super().__init__(folder, grammar, sequence_length=sequence_length, phases=phases, **more)
         self.reference: Sums = {}
-        shortest = min(int(lengths_together(source.index).min()) for source in self.shards)
+        shortest = min(int(source.lengths(self.answers)[:].min()) for source in self.shards)
         self.pairs = sequence_length // shortest
 
     @property

@@ -26,6 +26,7 @@ from ar_tokenizers.files import unfinished, whole
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from ar_unified import storage, workdir
+from ar_unified.data.stored import Stored, take
 from ar_unified.errors import UserError, about
 from ar_unified.language.encoded import Encoded
 
@@ -137,13 +138,21 @@ def join_indexes(folder: Path, count: int) -> np.ndarray:
     return _mapped(folder / _INDEX)
 
 
-def lengths_together(index: np.ndarray) -> np.ndarray:
-    """int32 [n], tokens of what shares a row in any case: of each document, or of both answers of each preference pair.
-
-    index: INDEX of a source that has pairs alone, or none.
+class Lengths:
+    """int32 [n], tokens of what shares a row in any case: of `answers` documents that stand together, 2 of a preference
+    pair. A stretch is read when it is asked for.
     """
-    lengths = index["length"]
-    return lengths.reshape(-1, 2).sum(1, dtype=np.int32) if (index["part"] == CHOSEN).any() else lengths
+
+    def __init__(self, index: np.ndarray | Stored, answers: int):
+        self._index, self._answers = index, answers
+
+    def __len__(self) -> int:
+        return len(self._index) // self._answers
+
+    def __getitem__(self, stretch: slice) -> np.ndarray:
+        start, stop, _ = stretch.indices(len(self))
+        lengths = self._index[start * self._answers : stop * self._answers]["length"]
+        return lengths if self._answers == 1 else lengths.reshape(-1, self._answers).sum(1, dtype=np.int32)
 
 
 def _paths(folder: Path, count: int) -> Iterator[Path]:
@@ -158,10 +167,10 @@ def _mapped(path: Path) -> np.ndarray:
 class Shards:
     """The documents of one prepared source, by index. Safe to read from many threads.
 
-    It takes little memory: the index is mapped from its file, and a shard is open only while it is read.
+    It takes little memory: of the index what is asked for is read, and a shard is open only while it is read.
 
     Attributes:
-        index: INDEX [n].
+        index: INDEX [n], mapped from its file, for who wants all of it.
     """
 
     def __init__(self, folder: Path, count: int):
@@ -173,16 +182,26 @@ class Shards:
             )
         if _STARTS in there:
             self.index, self._starts = _mapped(folder / _INDEX), np.load(storage.fetch(folder / _STARTS))
+            self._facts: np.ndarray | Stored = Stored(folder / _INDEX)
         else:  # prepared before there was one file for all, and perhaps where nothing can be written
             parts = [read_index(path) for path in _paths(folder, count)]
             self.index = np.concatenate([np.zeros(0, INDEX), *parts])
             self._starts = np.cumsum([0, *map(len, parts)])
+            self._facts = self.index
         if len(self._starts) != count + 1 or self._starts[-1] != len(self.index):
             raise UserError(f"{folder}: index.npy is not of these {count} shards: delete it and prepare the data again")
         self._reader = functools.lru_cache(maxsize=_OPEN)(self._opened)
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def facts(self, documents: np.ndarray) -> np.ndarray:
+        """INDEX of each of `documents`, int64 [k]."""
+        return take(self._facts, documents)
+
+    def lengths(self, answers: int = 1) -> Lengths:
+        """Of each document, or of so many that stand together."""
+        return Lengths(self._facts, answers)
 
     def read(self, documents: Sequence[int] | np.ndarray) -> list[Encoded]:
         """Each of `documents`."""
@@ -199,7 +218,7 @@ class Shards:
 
         with ThreadPoolExecutor(max(1, min(len(parts), _THREADS))) as pool:
             list(pool.map(fetch, parts))
-        lengths = self.index["length"][wanted]
+        lengths = self.facts(wanted)["length"]
         return [_encoded(record, length) for record, length in zip(records, lengths, strict=True)]
 
     def item(self, document: int) -> int:

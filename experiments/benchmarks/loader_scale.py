@@ -17,6 +17,8 @@ first, as after a restart. Columns, of a process of its own for each size:
     choose   ms of processor time for which documents are in the 1,024 rows of a random step; median and most
     next     the same for the step after it, whose blocks are known
     lay      ms of processor time to lay them side by side: 1,024 rows of 4,096 tokens, as arrays of a PackedBatch
+    step     both together, of a random step; median and, as `step_most`, most
+    first    the same of the first batch of the process, which gets its memory from the system
 What reading the tokens costs is no matter of how many there are, and is not in the table.
 """
 
@@ -154,6 +156,10 @@ def measure(folder: Path) -> dict[str, Any]:
     shards.Shards.read = timed("read", simulated)  # type: ignore[method-assign]
     facts = loader.describe()["simulated"]
     whole_batch = timed("lay", loader.batch)
+    whole_batch(0)
+    first = spent["lay"][0] - spent["read"][0]
+    for found in spent.values():
+        found.clear()
     steps = np.random.default_rng(0).integers(0, max(1, facts["rows"] // ROWS - 1), STEPS)
     for step in steps.tolist():
         whole_batch(step)
@@ -170,12 +176,15 @@ def measure(folder: Path) -> dict[str, Any]:
         "most": choose.max(),
         "next": statistics.median(choose[1::2]),
         "lay": statistics.median(lay - choose - read),
+        "first": first,
+        "step": statistics.median((lay - read)[::2]),
+        "step_most": (lay - read)[::2].max(),
     }
 
 
 def simulated(self: shards.Shards, documents: np.ndarray) -> list[Encoded]:
     """In place of reading: tokens of the right lengths."""
-    found = self.index["length"][documents].tolist()
+    found = self.facts(documents)["length"].tolist()
     tokens, marks = np.zeros(LENGTH, np.int32), np.zeros(LENGTH, np.uint8)
     return [Encoded(tokens[:length], marks[:length]) for length in found]
 

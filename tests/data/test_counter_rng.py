@@ -27,6 +27,14 @@ def test_permute_is_a_permutation_and_element_wise(size: int, seed: int) -> None
     assert np.array_equal(permute(some, size, key(seed)), whole[some])
 
 
+def test_many_permutations_in_one_call_are_those_of_many_calls() -> None:
+    sizes, streams = np.array([1, 7, 64, 65, 900]), np.array([key("a", i) for i in range(5)])
+    index = np.array([0, 6, 63, 64, 899])
+    found = permute(np.tile(index, 3), np.tile(sizes, 3), np.tile(streams, 3)).reshape(3, 5)
+    alone = [int(permute(*each)) for each in zip(index, sizes, streams, strict=True)]
+    assert found.tolist() == [alone] * 3
+
+
 def test_permute_depends_on_the_stream() -> None:
     orders = {tuple(permute(np.arange(6), 6, key("a", seed))) for seed in range(50)}
     assert len(orders) > 40

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -74,6 +75,23 @@ def test_the_order_of_large_data_never_changes() -> None:
         made = Packing(np.arange(50) * 7 % 60 + 1, T, seed=3, name="photos")
         found = [row.tolist() for row in made.documents(2, np.arange(made.rows))]
     assert found[:4] + found[-2:] == [[25, 18], [24, 19], [33, 35], [16, 27], [38, 46, 36, 0], [6]]
+
+
+@pytest.mark.parametrize(
+    "spread, documents, expected", [("wide", 330_000, "b34e52b9e914c390"), ("near", 70_000, "924a9b4ab98636c5")]
+)
+def test_the_order_of_blocks_of_full_size_never_changes(spread: str, documents: int, expected: str) -> None:
+    """As above, of rows at random out of several windows, and of one whose lengths are nearly one."""
+    seed = {"wide": 1, "near": 2}[spread]
+    draw = np.random.default_rng(seed)
+    wide = draw.lognormal(5.5, 1.0, documents)
+    lengths = wide if spread == "wide" else 277 + draw.integers(0, 16, documents)
+    made = Packing(lengths.clip(8, 4096).astype(np.int32), 4096, seed=seed, name=spread)
+    found = hashlib.sha256()
+    for epoch in (0, 3):
+        for row in made.documents(epoch, np.random.default_rng(1).integers(0, made.rows, 1500)):
+            found.update(row.astype("<i8").tobytes() + b"|")
+    assert found.hexdigest().startswith(expected)
 
 
 def test_small_data_come_in_the_order_they_always_came_in_and_others_say_so() -> None:

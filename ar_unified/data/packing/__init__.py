@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ar_unified.data.counter_rng import key, permute
-from ar_unified.data.packing.blocks import Plans
+from ar_unified.data.packing.blocks import Plans, Stretches
 from ar_unified.errors import UserError
 
 WINDOW = 4  # blocks whose rows are shuffled together
@@ -33,7 +33,7 @@ class Packing:
     """The rows of one source, epoch after epoch. Memory is that of a few blocks, however many documents there are.
 
     Args:
-        lengths: int [n], tokens of every document, 1..sequence_length.
+        lengths: int [n], tokens of every document, 1..sequence_length; an array, or what gives stretches of one.
         sequence_length: T.
         seed: of the order; with `name` (of the source) it makes sources independent of each other.
         folder: of the source's shards, where its rows may be planned already (`blocks.store`).
@@ -47,7 +47,7 @@ class Packing:
     """
 
     def __init__(
-        self, lengths: np.ndarray, sequence_length: int, *, seed: int, name: str = "", folder: Path | None = None
+        self, lengths: Stretches, sequence_length: int, *, seed: int, name: str = "", folder: Path | None = None
     ):
         self._plans = Plans(lengths, sequence_length, folder=folder, name=name)
         self.seed, self.name = seed, name
@@ -56,36 +56,49 @@ class Packing:
         self.windows = -(-len(self._plans.rows) // WINDOW)
         self.order = 1 if len(self._plans.rows) == 1 and self._plans.decreasing else 2
         self._slots = functools.lru_cache(maxsize=2 * WINDOW)(self._plans.slots)  # a batch may end one, begin the next
-        self._blocks = functools.lru_cache(maxsize=2)(self._shuffled)
+        self._epochs = functools.lru_cache(maxsize=2)(self._shuffled)
 
     def documents(self, epoch: int, rows: np.ndarray) -> list[np.ndarray]:
         """The documents, int64 [k], of each of `rows` of an epoch; the longest of a row first."""
-        blocks, within = np.empty_like(rows), np.empty_like(rows)
-        windows, starts = self._blocks(epoch)
+        order, ends, starts = self._epochs(epoch)
         window = np.searchsorted(starts, rows, "right") - 1
-        for each in np.unique(window).tolist():
-            here, its = window == each, windows[each]
-            ends = np.cumsum(self._plans.rows[its])
-            stream = key(self.seed, self.name, epoch, "rows") ^ np.uint64(each)
-            row = permute(rows[here] - starts[each], ends[-1], stream)
-            which = np.searchsorted(ends, row, "right")
-            blocks[here], within[here] = its[which], row - (ends - self._plans.rows[its])[which]
+        start = starts[window]
+        streams = key(self.seed, self.name, epoch, "rows") ^ window.astype(np.uint64)
+        row = start + permute(rows - start, starts[window + 1] - start, streams)
+        which = np.searchsorted(ends, row, "right")
+        blocks = order[which]
+        within = row - (ends[which] - self._plans.rows[blocks])
+        by_block = np.argsort(blocks, kind="stable")
+        used, first = np.unique(blocks[by_block], return_index=True)
+        parts = np.split(within[by_block], first[1:])
+        places = [self._slots(block).places(part) for block, part in zip(used.tolist(), parts, strict=True)]
+        streams = key(self.seed, self.name, epoch, "documents") ^ used.astype(np.uint64)
+        drawn = permute(
+            np.concatenate([each.number for each in places]),
+            np.concatenate([each.size for each in places]),
+            np.repeat(streams, [len(each.number) for each in places]),
+        )
         found = np.empty(len(rows), object)
-        for block in np.unique(blocks).tolist():
-            here = np.flatnonzero(blocks == block)
-            stream = key(self.seed, self.name, epoch, "documents") ^ np.uint64(block)
-            for at, documents in zip(here, self._slots(block).documents(within[here], stream), strict=True):
-                found[at] = documents
+        begin = at = 0
+        for block, each in zip(used.tolist(), places, strict=True):
+            end = begin + len(each.number)
+            documents = self._slots(block).documents(each.first + drawn[begin:end])
+            here = by_block[at : at + len(each.counts)].tolist()
+            for row, its in zip(here, np.split(documents, np.cumsum(each.counts)[:-1]), strict=True):
+                found[row] = its
+            begin, at = end, at + len(here)
         return found.tolist()
 
-    def _shuffled(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
-        """The blocks of every window of an epoch; and its first row, int64 [windows]."""
+    def _shuffled(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The blocks in the order of an epoch; where the rows of each end; where those of each window begin, and all
+        end, int64 [windows + 1].
+        """
         count = len(self._plans.rows)
         order = permute(np.arange(count), count, key(self.seed, self.name, epoch, "blocks"))
-        windows = np.array_split(order, self.windows)
-        first = np.cumsum([0, *map(len, windows)])[:-1]
-        rows = np.add.reduceat(self._plans.rows[order], first)
-        return windows, np.cumsum(rows) - rows
+        ends = np.cumsum(self._plans.rows[order])
+        most, more = divmod(count, self.windows)  # the first `more` windows have a block more
+        blocks = np.cumsum(most + (np.arange(self.windows) < more))
+        return order, ends, np.append(0, ends[blocks - 1])
 
 
 # ---- several sources ---------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ documents, so that each block has something of everything. A source that is not 
 rows of a block are planned once (`fitting`), as slots of given lengths; every epoch draws anew which document of a
 length fills which slot (`packing`).
 
-The plan is kept beside the shards, and whoever reads them maps it into memory:
+The plan is kept beside the shards, and whoever reads them reads of it what a block needs:
 <source>/rows-4096.npy          uint16 [documents], the row of every slot of its block, block after block
          rows-4096.blocks.npy   int64 [blocks, 3]: rows, tokens, whether best-fit-decreasing; written last
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from ar_tokenizers.files import whole
@@ -21,10 +22,19 @@ from ar_tokenizers.files import whole
 from ar_unified import storage
 from ar_unified.data.counter_rng import key, permute
 from ar_unified.data.packing.fitting import rows_of
+from ar_unified.data.stored import Stored
 from ar_unified.errors import UserError, about
 
 RUN = 2**12  # documents that stand together in the shards, so that a block is read from few of them
 BLOCK = 2**16  # what a uint16 can number
+
+
+class Stretches(Protocol):
+    """Numbers, of which stretches can be had: an array, or what lies in a file (`stored.Stored`, `shards.Lengths`)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, stretch: slice, /) -> np.ndarray: ...
 
 
 class Blocks:
@@ -45,41 +55,72 @@ class Blocks:
 
     def documents(self, block: int) -> np.ndarray:
         """Those of a block, int64, ascending."""
-        runs = np.sort(self._runs[self._borders[block] : self._borders[block + 1]])
-        found = (runs[:, None] * RUN + np.arange(RUN)).reshape(-1)
+        found = (self._runs_of(block)[:, None] * RUN + np.arange(RUN)).reshape(-1)
         return found[found < self._documents]
+
+    def lengths(self, block: int, lengths: Stretches) -> np.ndarray:
+        """Those of a block's documents, of the lengths of all: a stretch is read for each run."""
+        return np.concatenate([lengths[run * RUN : (run + 1) * RUN] for run in self._runs_of(block).tolist()])
+
+    def _runs_of(self, block: int) -> np.ndarray:
+        return np.sort(self._runs[self._borders[block] : self._borders[block + 1]])
+
+
+class Places(NamedTuple):
+    """Slots of some rows, row by row, the longest of a row first. Documents of one length change places."""
+
+    counts: np.ndarray  # int64 [rows]: slots of each row
+    first: np.ndarray  # int64 [k]: among the documents of the block by falling length, the first of this length
+    number: np.ndarray  # int64 [k]: which of those of its length the slot is
+    size: np.ndarray  # int64 [k]: how many there are of this length
 
 
 class Slots:
     """The rows of one block: places for documents of given lengths.
 
     Args:
-        documents: int64 [n], by falling length. lengths: int [n], of each. row: int [n], of each one's slot.
+        documents: int64 [n]. lengths: int [n], of each. row: int [n], of each one's slot, by falling length.
+        sequence_length: T.
+
+    Raises ValueError: the documents of a row do not fit into it.
     """
 
-    def __init__(self, documents: np.ndarray, lengths: np.ndarray, row: np.ndarray):
-        first = np.flatnonzero(np.diff(lengths, prepend=-1))
-        sizes = np.diff(np.append(first, len(documents)))
-        self._documents = documents
-        self._first = np.repeat(first, sizes).astype(np.uint16)  # of each slot's length class
-        self._last = np.repeat(first + sizes - 1, sizes).astype(np.uint16)
+    def __init__(self, documents: np.ndarray, lengths: np.ndarray, row: np.ndarray, sequence_length: int):
+        self._order = _falling(lengths).astype(np.uint16)
+        self._given, self._lengths = documents, lengths[self._order]
+        self._sizes = np.bincount(lengths)
+        self._before = len(lengths) - np.cumsum(self._sizes)  # by length: documents that are longer
         self._slots = np.argsort(row, kind="stable").astype(np.uint16)  # row by row, each row's longest first
         self._ends = np.cumsum(np.bincount(row))
+        starts = np.append(0, self._ends[:-1])
+        if np.add.reduceat(self._lengths[self._slots], starts).max() > sequence_length:
+            raise ValueError("a row is too short for its documents")
 
-    def documents(self, rows: np.ndarray, stream: np.uint64) -> list[np.ndarray]:
-        """The documents, int64 [k], of each of `rows`, as `stream` draws them; the longest of a row first."""
-        starts, ends = np.where(rows > 0, self._ends[rows - 1], 0), self._ends[rows]
-        slots = np.concatenate([self._slots[start:end] for start, end in zip(starts, ends, strict=True)])
-        first, last = self._first[slots].astype(np.int64), self._last[slots]
-        chosen = first + permute(slots - first, last - first + 1, stream)
-        return np.split(self._documents[chosen], np.cumsum(ends - starts)[:-1])
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return len(self._ends)
+
+    def places(self, rows: np.ndarray) -> Places:
+        """Those of some rows."""
+        ends = self._ends[rows]
+        counts = ends - np.where(rows > 0, self._ends[rows - 1], 0)
+        at = np.repeat(ends - np.cumsum(counts), counts) + np.arange(counts.sum())
+        slots = self._slots[at].astype(np.int64)
+        lengths = self._lengths[slots]
+        first = self._before[lengths]
+        return Places(counts, first, slots - first, self._sizes[lengths])
+
+    def documents(self, places: np.ndarray) -> np.ndarray:
+        """By their places among all of the block by falling length."""
+        return self._given[self._order[places]]
 
 
 class Plans:
     """The planned rows of a source, block by block: read from `folder` if they are there, else made in memory.
 
     Args:
-        lengths: int [n], tokens of every document; may be mapped from a file, of which little is read.
+        lengths: int [n], tokens of every document.
         sequence_length: T, of the rows.
         folder: of the source's shards. name: of the source, for messages.
 
@@ -91,7 +132,7 @@ class Plans:
         UserError: no documents, or one that is longer than a row. `slots` too: the plan is of other lengths.
     """
 
-    def __init__(self, lengths: np.ndarray, sequence_length: int, *, folder: Path | None = None, name: str = ""):
+    def __init__(self, lengths: Stretches, sequence_length: int, *, folder: Path | None = None, name: str = ""):
         if not len(lengths):
             raise UserError(f"source {name!r}: no documents to pack")
         self._lengths, self._length, self._name = lengths, sequence_length, name
@@ -99,9 +140,9 @@ class Plans:
         plan, table = _paths(folder, sequence_length) if folder else (None, None)
         if plan and table and storage.fetch(table).exists():
             with about(f"{plan}: delete rows-{sequence_length}*.npy there, and start again"):
-                self._rows = np.asarray(np.load(storage.fetch(plan), mmap_mode="r"))
+                self._rows: Stretches = Stored(storage.fetch(plan))
                 self.rows, self.tokens, decreasing = np.load(table).T
-            if self._rows.shape != lengths.shape or len(self.rows) != self._blocks.count:
+            if len(self._rows) != len(lengths) or len(self.rows) != self._blocks.count:
                 raise self._other()
         else:
             planned = list(_planned(lengths, self._blocks, sequence_length, name))
@@ -111,15 +152,15 @@ class Plans:
 
     def slots(self, block: int) -> Slots:
         """The rows of a block; the lengths of its documents are read again."""
-        documents = self._blocks.documents(block)
-        lengths = self._lengths[documents]
-        order = _falling(lengths)
-        documents, lengths = documents[order], lengths[order]
+        lengths = self._blocks.lengths(block, self._lengths)
         row = self._rows[self._blocks.starts[block] : self._blocks.starts[block + 1]]
-        taken = np.bincount(row, lengths)
-        if len(taken) != self.rows[block] or taken.max() > self._length:
+        try:
+            slots = Slots(self._blocks.documents(block), lengths, row, self._length)
+        except ValueError as error:
+            raise self._other() from error
+        if slots.rows != self.rows[block]:
             raise self._other()
-        return Slots(documents, lengths, row)
+        return slots
 
     def _other(self) -> UserError:
         return UserError(
@@ -128,13 +169,13 @@ class Plans:
         )
 
 
-def store(lengths: np.ndarray, sequence_length: int, folder: Path, *, name: str = "") -> None:
+def store(lengths: Stretches, sequence_length: int, folder: Path, *, name: str = "") -> None:
     """Plans the rows of a source beside its shards, unless that is done. Args and errors: of `Plans`."""
     plan, table = _paths(folder, sequence_length)
     if storage.exists(table) or not len(lengths):
         return
     with whole(plan) as file:
-        facts = {"descr": "<u2", "fortran_order": False, "shape": lengths.shape}
+        facts = {"descr": "<u2", "fortran_order": False, "shape": (len(lengths),)}
         np.lib.format.write_array_header_1_0(file, facts)
         counts = []
         for rows, count in _planned(lengths, Blocks(len(lengths)), sequence_length, name):
@@ -145,11 +186,11 @@ def store(lengths: np.ndarray, sequence_length: int, folder: Path, *, name: str 
 
 
 def _planned(
-    lengths: np.ndarray, blocks: Blocks, sequence_length: int, name: str
+    lengths: Stretches, blocks: Blocks, sequence_length: int, name: str
 ) -> Iterator[tuple[np.ndarray, tuple[int, int, int]]]:
     """For every block: the row of each slot, uint16, and the block's line of the table."""
     for block in range(blocks.count):
-        found = lengths[blocks.documents(block)]
+        found = blocks.lengths(block, lengths)
         if found.max() > sequence_length or found.min() < 1:
             raise UserError(
                 f"source {name!r}: expected documents of 1 to {sequence_length} tokens, found {int(found.min())} to "

@@ -213,7 +213,7 @@ def plan_rows(folder: str | Path, report: Report, sequence_length: int) -> None:
     """
     for name, source in report.sources.items():
         place = Path(folder) / name
-        lengths = shards.lengths_together(shards.join_indexes(place, source.shards))
+        lengths = shards.Lengths(shards.join_indexes(place, source.shards), 2 if source.preferences else 1)
         blocks.store(lengths, sequence_length, place, name=name)
 
 

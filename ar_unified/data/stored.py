@@ -1,0 +1,68 @@
+"""An array in a .npy file that is read by stretches, as they are asked for.
+
+Mapping such a file would do for reading, but what is touched of a map counts as memory of the process, and at 10^9
+documents an epoch touches all of 14 GB. Here only copies of stretches are in memory, as long as somebody has them.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from pathlib import Path
+
+import numpy as np
+
+_TOGETHER = 2**12  # elements that one read may span: `blocks.RUN` documents lie together
+
+
+class Stored:
+    """Elements of one dimension. Safe to read from many threads.
+
+    Raises ValueError: the file is not whole, or holds something else.
+    """
+
+    def __init__(self, path: Path):
+        with open(path, "rb") as file:
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError("expected an array of version 1.0")
+            shape, _, self.dtype = np.lib.format.read_array_header_1_0(file)
+            self._begin = file.tell()
+        if len(shape) != 1 or self.dtype.hasobject:
+            raise ValueError(f"expected one dimension of numbers, found {shape} of {self.dtype}")
+        self._path, self._count = path, int(shape[0])
+        if (found := path.stat().st_size) != (known := self._begin + self._count * self.dtype.itemsize):
+            raise ValueError(f"expected {known} bytes, found {found}")
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        if hasattr(os, "posix_fadvise"):  # stretches lie far apart: what follows one is not wanted next
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, stretch: slice) -> np.ndarray:
+        """Elements of consecutive indices, which belong to the caller."""
+        start, stop, step = stretch.indices(self._count)
+        if step != 1:
+            raise ValueError(f"expected a stretch, found steps of {step}")
+        found = np.empty(max(0, stop - start), self.dtype)
+        rest, at = found.view(np.uint8).data, self._begin + start * self.dtype.itemsize
+        while rest:
+            if not (count := os.preadv(self._file, [rest], at)):
+                raise OSError(f"{self._path}: ends before byte {at}: it was changed")
+            rest, at = rest[count:], at + count
+        return found
+
+
+def take(array: np.ndarray | Stored, indices: np.ndarray) -> np.ndarray:
+    """The elements of any `indices`, int64 [k]."""
+    if isinstance(array, np.ndarray):
+        return array[indices]
+    found = np.empty(len(indices), array.dtype)
+    order = np.argsort(indices, kind="stable")
+    rising = indices[order]
+    for part in np.split(np.arange(len(order)), np.flatnonzero(np.diff(rising // _TOGETHER)) + 1):
+        if len(part):
+            first, last = rising[part[0]], rising[part[-1]]
+            found[order[part]] = array[first : last + 1][rising[part] - first]
+    return found
