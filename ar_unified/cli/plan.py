@@ -53,6 +53,11 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     try:
         check(config, [])
         run = run_of(config, arguments.workdir)
+        if len(shapes := settings.shapes(config.training)) > 1 and arguments.job == "train":
+            said = ", ".join(f"{rows} rows of {length} tokens" for rows, length in shapes.values())
+            print(
+                f"batches: {said}; planned for {run.batch_size} rows of {run.sequence_length}, the largest", flush=True
+            )
         plan = _plan(run, target, arguments)
     except UserError:
         raise
@@ -97,9 +102,11 @@ def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
     """What a config's programs are made of.
 
     The vocabulary is that of the tokenizers in the workdir, and as large as the config's may become where there are
-    none. Raises ValueError for settings that make no program.
+    none. Of several shapes of batches (`training.phases`) that with most tokens, and of these with the longest rows, is
+    taken: what it needs is enough for the others. Raises ValueError for settings that make no program.
     """
     training, sampling = config.training, config.sampling
+    batch_size, length = max(settings.shapes(training).values(), key=lambda shape: (shape[0] * shape[1], shape[1]))
     brought = config.image_tokenizer.steps or config.image_tokenizer.model
     text_alone = not brought and all(spec.get("kind") == "text" for spec in config.data.train)
     image = None if text_alone else _image_tokenizer(config, workdir)
@@ -109,8 +116,8 @@ def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
         vocabulary=vocabulary,
         layout=layout,
         mesh=configs.plain(config.mesh),
-        batch_size=training.batch_size,
-        sequence_length=training.sequence_length,
+        batch_size=batch_size,
+        sequence_length=length,
         accumulation=training.accumulation,
         loss_chunk=config.loss.chunk,
         softmax=config.loss.softmax,

@@ -46,7 +46,7 @@ from ar_unified.experiment.likelihood import likelihood
 from ar_unified.experiment.objective import Objective
 from ar_unified.experiment.preference import preference
 from ar_unified.experiment.reward import reward
-from ar_unified.experiment.settings import lora, selected, training
+from ar_unified.experiment.settings import lora, selected, shapes, training
 from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.history import DECIDING
 from ar_unified.language.document import CodesPart
@@ -93,12 +93,14 @@ def train(experiment: Experiment, profile: tuple[int, int] | None = None) -> Non
 @by_first_process
 def plan_rows(experiment: Experiment) -> None:
     """Where `prepare` has not planned rows of this length, or an earlier one has planned none, it is done once here."""
+    lengths = sorted({length for _, length in shapes(experiment.config.training).values()}, reverse=True)
     for split in ("train", "validation"):
         folder = experiment.workdir.data / split
         if not (folder / "manifest.json").exists():
             continue
         try:
-            preparing.plan_rows(folder, load_report(folder), experiment.config.training.sequence_length)
+            for length in lengths if split == "train" else lengths[:1]:
+                preparing.plan_rows(folder, load_report(folder), length, leave_out=length < lengths[0])
         except OSError as error:  # what is finished may lie where nothing can be written
             experiment.say(f"{folder}: {error.strerror}: every start of a process plans its rows anew, in memory")
 

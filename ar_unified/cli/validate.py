@@ -30,7 +30,7 @@ from ar_unified.errors import NO, UserError, about
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.check import check
 from ar_unified.experiment.experiment import Experiment
-from ar_unified.experiment.settings import extension, language
+from ar_unified.experiment.settings import extension, language, longest
 from ar_unified.experiment.text_tokenizer import load, told
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.record import text_in
@@ -80,7 +80,7 @@ def _of_data(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[s
         if workdir is None:
             return name, prepared.look(parts, **options)
         experiment = Experiment(configs.recorded(workdir / "config.json"), Workdir(workdir, reader=True))
-        rows = experiment.config.training.sequence_length
+        _, rows = longest(experiment.config.training)
         with about(f"the tokenizers of {workdir}"):
             seen = experiment.grammar, experiment.image_tokenizer
         return name, prepared.look(parts, *seen, sequence_length=rows, **options)
@@ -134,7 +134,7 @@ def _of_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple
         images,
         resize=experiment.resize,
         max_tokens=config.data.max_tokens,
-        sequence_length=config.training.sequence_length,
+        sequence_length=longest(config.training)[1],
         show=arguments.show,
         first=arguments.first,
     )

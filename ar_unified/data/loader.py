@@ -9,8 +9,8 @@ Axes: `B` rows of the global batch, `T` tokens of a row, `n` documents of a batc
 from __future__ import annotations
 
 import bisect
+import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from ar_unified.data.batch import PackedBatch
 from ar_unified.data.counter_rng import hash64, key, permute, uniform
 from ar_unified.data.items import LeftOut, has_images
 from ar_unified.data.packing import Mixture, Packing, Picks, summary
+from ar_unified.data.phases import Phase, mixtures, require_order
 from ar_unified.data.prepare import folder_name, load_manifest
 from ar_unified.data.sources import BadItem, Source
 from ar_unified.errors import UserError
@@ -40,40 +41,6 @@ _LOOKED_AT = 1000  # documents of a source, for one with an image
 
 class NothingReadable(UserError):
     """A source has no image that an image tokenizer could learn from."""
-
-
-@dataclass(frozen=True)
-class Phase:
-    """How documents are mixed and read, from a step of the training to the next phase.
-
-    Attributes:
-        from_step: the first one it holds for.
-        weights: source -> share of the rows; sources not named are left out. None: one epoch of all sources together.
-        flip_pairs: probability that a pair of one text and one image is read the other way, image first.
-        condition_dropout: probability that a document that asks for an image loses its prompt (`grammar.drop_prompt`),
-            an interleaved one all that stands before one of its images (`grammar.drop_context`): what is left is what
-            the sampler's unconditional context sees under classifier-free guidance. Its row is not filled up again; the
-            gap is padding.
-
-    Raises UserError for a probability outside [0, 1].
-    """
-
-    from_step: int = 0
-    weights: Mapping[str, float] | None = None
-    flip_pairs: float = 0.5
-    condition_dropout: float = 0.1
-
-    def __post_init__(self) -> None:
-        for name in ("flip_pairs", "condition_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name}: expected a probability, found {getattr(self, name)}")
-
-
-def require_order(phases: Sequence[Phase]) -> None:
-    """Raises ValueError unless the first phase begins at step 0 and each other one later than the one before."""
-    steps = [phase.from_step for phase in phases]
-    if not steps or steps[0] != 0 or steps != sorted(set(steps)):
-        raise UserError(f"phases: expected the first from step 0, each later than the one before; found {steps}")
 
 
 class Chosen(NamedTuple):
@@ -100,25 +67,29 @@ class PackedBatches:
     """Rows of whole documents from the shards that `prepare` left in `folder`.
 
     Every epoch of a source has each of its documents once. Each epoch draws anew which are flipped and which lose their
-    condition. In a new phase, a source goes on where the previous phase left it.
+    condition. In a new phase, a source goes on where the previous phase left it; where rows have another length now,
+    with the next of its windows (`Packing.after`), for a small source its next epoch.
 
     Args:
         folder: of one `prepare`.
         grammar: the one the data was prepared with.
-        sequence_length: T, at least the longest document.
+        batch_size, sequence_length: B and T, where a phase does not say another. The longest rows of any phase hold the
+            longest document.
         phases: the first from step 0, the others after it, in order.
         seed: of the order and of what is drawn.
 
     Attributes:
-        names, shards, packings: of every source that is used: its folder's name, its documents, its rows.
-        rows_per_epoch: rows of one epoch of every source that is used.
+        phases: each with its batch_size and sequence_length.
+        sequence_length: of the longest rows.
+        names, shards, packings: of every source that is used: its folder's name, its documents, its longest rows.
+        rows_per_epoch: rows of one epoch of every source that is used, of the longest.
         shares: for every phase, their shares of the stream.
         order: {"order": 2}; or {} if a training that was begun with an early version continues in its old order.
 
     Raises:
         ManifestMismatch: the data was prepared with another vocabulary or grammar.
-        UserError: an unknown source, weights out of range, phases out of order, a document longer than
-            sequence_length, or a source of preference pairs (`preferences`).
+        UserError: an unknown source, weights out of range, phases out of order, a document longer than any row, a
+            phase whose rows hold no document of a source, or a source of preference pairs (`preferences`).
     """
 
     answers = 1  # documents of an item that share a row in any case
@@ -147,35 +118,57 @@ class PackedBatches:
         require_order(phases)
         for name in wanted:
             _require_kind(name, counts[name], self.answers)
-        self.grammar, self.batch_size, self.sequence_length, self.seed = grammar, batch_size, sequence_length, seed
-        self.phases = tuple(phases)
+        self.grammar, self.batch_size, self.seed = grammar, batch_size, seed
+        self.phases = tuple(
+            dataclasses.replace(
+                phase,
+                batch_size=phase.batch_size or batch_size,
+                sequence_length=phase.sequence_length or sequence_length,
+            )
+            for phase in phases
+        )
+        of_phases = [phase.sequence_length or sequence_length for phase in self.phases]
+        self.sequence_length = max(of_phases)
         self.names = [name for name in wanted if counts[name]["documents"]]
         folders = [Path(folder) / name for name in self.names]
         self.shards = [
             shards.Shards(place, counts[name]["shards"]) for name, place in zip(self.names, folders, strict=True)
         ]
-        self.packings = [
-            Packing(source.lengths(self.answers), sequence_length, seed=seed, name=place.name, folder=place)
-            for source, place in zip(self.shards, folders, strict=True)
-        ]
-        self.order = {"order": 2} if any(packing.order > 1 for packing in self.packings) else {}
-        self.rows_per_epoch = {name: p.rows for name, p in zip(self.names, self.packings, strict=True)}
-        self._mixtures: list[Mixture] = []
-        for i, phase in enumerate(phases):
-            rows = batch_size * (phase.from_step - phases[i - 1].from_step)
-            self._mixtures.append(
-                Mixture(
-                    list(self.rows_per_epoch.values()),
-                    None if phase.weights is None else [weights[i].get(name, 0.0) for name in self.names],
-                    self._mixtures[-1].taken(rows) if i else None,
+        self._packings = {
+            length: [
+                Packing(
+                    source.lengths(self.answers),
+                    length,
+                    seed=seed,
+                    name=place.name,
+                    folder=place,
+                    leave_out=length < self.sequence_length,
                 )
-            )
+                for source, place in zip(self.shards, folders, strict=True)
+            ]
+            for length in dict.fromkeys([self.sequence_length, *of_phases])
+        }
+        self.packings = self._packings[self.sequence_length]
+        self.order = {"order": 2} if any(p.order > 1 for each in self._packings.values() for p in each) else {}
+        self.rows_per_epoch = {name: p.rows for name, p in zip(self.names, self.packings, strict=True)}
+        shares = [[of.get(name, 0.0) for name in self.names] for of in weights]
+        self._mixtures = mixtures(self.phases, self.names, self._packings, shares)
         self.shares = [dict(zip(self.names, mixture.shares, strict=True)) for mixture in self._mixtures]
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """Rows an epoch, fill of the rows, and shares of the stream (one for each phase) of every source."""
+        """Rows an epoch, fill of the rows, and shares of the stream (one for each phase) of every source.
+
+        Where phases have rows of several lengths, `by_length` says of each rows, fill, and documents left out.
+        """
         packed = summary(dict(zip(self.names, self.packings, strict=True)))
-        return {name: packed[name] | {"shares": [shares[name] for shares in self.shares]} for name in self.names}
+        found = {name: packed[name] | {"shares": [shares[name] for shares in self.shares]} for name in self.names}
+        if len(self._packings) > 1:
+            for at, name in enumerate(self.names):
+                each = {length: packings[at] for length, packings in self._packings.items()}
+                found[name]["by_length"] = {
+                    length: {"rows": p.rows, "fill": p.fill, "left_out": p.left_out} for length, p in each.items()
+                }
+        return found
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> PackedBatch:
         """Rows process_index/process_count of the global batch of `step`, [B / process_count, T]."""
@@ -184,13 +177,14 @@ class PackedBatches:
     def picked(self, step: int, process_index: int, process_count: int) -> tuple[Phase, int, list[Chosen]]:
         """The phase of a step, how many rows are asked for, and what is in them."""
         now = bisect.bisect_right([phase.from_step for phase in self.phases], step) - 1
-        since = step - self.phases[now].from_step
-        picks = _slice(self._mixtures[now], since, self.batch_size, process_index, process_count)
+        phase = self.phases[now]
+        rows, length = phase.batch_size or self.batch_size, phase.sequence_length or self.sequence_length
+        picks = _slice(self._mixtures[now], step - phase.from_step, rows, process_index, process_count)
         chosen = []
         for at in _groups(picks):
             source, epoch = int(picks.source[at[0]]), int(picks.epoch[at[0]])
-            chosen.append(Chosen(source, epoch, at, self.packings[source].documents(epoch, picks.item[at])))
-        return self.phases[now], len(picks.item), chosen
+            chosen.append(Chosen(source, epoch, at, self._packings[length][source].documents(epoch, picks.item[at])))
+        return phase, len(picks.item), chosen
 
     def laid(self, phase: Phase, count: int, chosen: Sequence[Chosen]) -> PackedBatch:
         """What is chosen, in `count` rows."""
@@ -209,7 +203,7 @@ class PackedBatches:
             [documents[i] for i in order.tolist()],
             np.concatenate(tasks)[order],
             where[order],
-            shape=(count, self.sequence_length),
+            shape=(count, phase.sequence_length or self.sequence_length),
             pad=self.grammar.vocabulary.pad,
         )
 

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from ar_unified.data.batch import PackedBatch, PreferenceBatch
-from ar_unified.data.loader import Chosen, PackedBatches, Phase
+from ar_unified.data.loader import Chosen, PackedBatches
+from ar_unified.data.phases import Phase
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.vocabulary import Role
 
@@ -31,7 +32,7 @@ class PreferenceBatches(PackedBatches):
 
     Attributes:
         reference: what the reference gives each pair, to be set before batches with it are asked for; {}: zeros.
-        pairs: P, as many as fit into a row if all are as short as the shortest.
+        pairs: P of the longest rows, as many as fit into one if all are as short as the shortest.
     """
 
     answers = 2
@@ -48,8 +49,8 @@ class PreferenceBatches(PackedBatches):
         phases = [dataclasses.replace(phase, flip_pairs=0.0, condition_dropout=0.0) for phase in phases]
         super().__init__(folder, grammar, sequence_length=sequence_length, phases=phases, **more)
         self.reference: Sums = {}
-        shortest = min(int(source.lengths(self.answers)[:].min()) for source in self.shards)
-        self.pairs = sequence_length // shortest
+        self._shortest = min(int(source.lengths(self.answers)[:].min()) for source in self.shards)
+        self.pairs = self.sequence_length // self._shortest
 
     @property
     def counts(self) -> dict[str, int]:
@@ -59,7 +60,8 @@ class PreferenceBatches(PackedBatches):
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> PreferenceBatch:  # type: ignore[override]
         """Rows process_index/process_count of the global batch of `step`."""
         phase, count, chosen = self.picked(step, process_index, process_count)
-        reference = np.zeros((count, self.pairs, 2, len(Role)), np.float32)
+        most = max(1, (phase.sequence_length or self.sequence_length) // self._shortest)
+        reference = np.zeros((count, most, 2, len(Role)), np.float32)
         for source, _, at, items in chosen if self.reference else ():
             known = self.reference[self.names[source]]
             for row, pairs in zip(at, items, strict=True):
@@ -71,6 +73,7 @@ class PreferenceBatches(PackedBatches):
 
         The latter is int64 [B, P], -1 for none. The last rows of a source may be padding.
         """
+        whole = dataclasses.replace(self.phases[0], sequence_length=self.sequence_length)
         for source, (name, packing) in enumerate(zip(self.names, self.packings, strict=True)):
             for start in range(0, packing.rows, self.batch_size):
                 rows = np.arange(start, min(start + self.batch_size, packing.rows))
@@ -79,4 +82,4 @@ class PreferenceBatches(PackedBatches):
                 which = np.full((self.batch_size, self.pairs), -1, np.int64)
                 for row, pairs in zip(at, items, strict=True):
                     which[row, : len(pairs)] = pairs
-                yield name, self.laid(self.phases[0], self.batch_size, [Chosen(source, 0, at, items)]), which
+                yield name, self.laid(whole, self.batch_size, [Chosen(source, 0, at, items)]), which

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -41,12 +42,24 @@ def summary(config: Mapping[str, Any]) -> dict[str, str]:
     if "vocab_size" in text:
         lines["text"] = f"at most {text['vocab_size']} pieces ({text.get('model_type', '')})"
     if {"steps", "batch_size", "sequence_length"} <= train.keys():
-        tokens = train["steps"] * train["batch_size"] * train["sequence_length"]
-        rows = f"{train['batch_size']} rows of {train['sequence_length']} tokens"
-        lines["training"] = f"{train['steps']} steps of {rows}: {number(tokens)} in all"
+        lines["training"] = _batches(train)
     if "guidance" in sampling:
         lines["sampling"] = f"guidance {sampling['guidance']:g}, batches of {sampling.get('batch_size', '?')}"
     return lines
+
+
+def _batches(train: Mapping[str, Any]) -> str:
+    """How many steps a training has of which batches, and how many tokens that is in all."""
+    shape = train["batch_size"], train["sequence_length"]
+    found = [(0, *shape)]  # the first step of each part, its rows, their tokens
+    for change in train.get("phases", ()):
+        shape = change.get("batch_size", shape[0]), change.get("sequence_length", shape[1])
+        if shape != found[-1][1:]:
+            found.append((math.ceil(change["begin"] * train["steps"]), *shape))
+    ends = [*(first for first, _, _ in found[1:]), train["steps"]]
+    parts = [(end - first, rows, length) for (first, rows, length), end in zip(found, ends, strict=True)]
+    said = ", then ".join(f"{steps} steps of {rows} rows of {length} tokens" for steps, rows, length in parts)
+    return f"{said}: {number(sum(math.prod(part) for part in parts))} in all"
 
 
 def environment() -> dict[str, str]:

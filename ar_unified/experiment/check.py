@@ -217,6 +217,8 @@ def _check_training(config: ConfigDict, problems: Problems, stages: Collection[s
             settings.phases(part, {})
         if not problems.found_in("training.accumulation"):
             _check_accumulation("training", config, problems)
+        if not problems.found_in("training"):
+            _check_shapes(config, problems)
         for key in ("only", "fresh") if not problems.found_in("model", "lora") else ():
             with problems.of("training", names):
                 settings.selected(config, key)
@@ -228,12 +230,35 @@ def _check_training(config: ConfigDict, problems: Problems, stages: Collection[s
         if part.fresh and not config.init:
             problems.say("training.fresh", "expected none without config.init: all of it begins at random")
     packs = "model" in stages and part.objective == "likelihood"  # else a row has one answer, and one too long no room
-    if packs and part.sequence_length < config.data.max_tokens:
+    if packs and (length := _longest(config, problems)) < config.data.max_tokens:
         problems.say(
             "training.sequence_length",
             f"expected at least config.data.max_tokens, {config.data.max_tokens}, for the longest document; "
-            f"found {part.sequence_length}",
+            f"found {length}",
         )
+
+
+def _check_shapes(config: ConfigDict, problems: Problems) -> None:
+    """Of what phases say of batches; the rest of the section is right."""
+    part = config.training
+    for place, (rows, _) in settings.shapes(part).items():
+        if place == "training":
+            continue
+        if rows % part.accumulation:
+            problems.say(
+                f"{place}.batch_size", f"expected a multiple of accumulation, {part.accumulation}; found {rows}"
+            )
+        if part.objective == "reward":
+            problems.say(
+                place,
+                "expected no sequence_length or batch_size with training.objective 'reward', which draws its rows",
+            )
+
+
+def _longest(config: ConfigDict, problems: Problems) -> int:
+    """Tokens of the longest rows of all phases, if these are right."""
+    part = config.training
+    return part.sequence_length if problems.found_in("training") else settings.longest(part)[1]
 
 
 MEAN = "expected random or codebook, as mean is for a language model of text alone that is extended"
@@ -254,11 +279,11 @@ def _check_preference(config: ConfigDict, problems: Problems, stages: Collection
     if config.training.fresh and found is not None and found.uses_reference:
         problems.say("training.fresh", "expected none with a reference, which would not have what begins at random")
     most = 2 * config.data.max_tokens
-    if config.data.max_tokens <= config.training.sequence_length < most:
+    if config.data.max_tokens <= (length := _longest(config, problems)) < most:
         problems.say(
             "training.sequence_length",
             f"expected at least {most}, for both answers of a pair, each of at most config.data.max_tokens with its "
-            f"prompt; found {config.training.sequence_length}",
+            f"prompt; found {length}",
         )
 
 

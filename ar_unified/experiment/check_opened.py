@@ -116,11 +116,11 @@ def check_devices(experiment: Experiment, stages: Collection[str] = STAGES) -> N
 def _check_mesh(experiment: Experiment, mesh: jax.sharding.Mesh, problems: Problems) -> None:
     config, part = experiment.config, experiment.config.training
     model = model_config.config_from(configs.plain(config.model), vocab_size=128)
-    rows = part.batch_size // part.accumulation
-    with problems.of("training.batch_size"):
-        rules.batch_spec(mesh, (rows, 1, 1), "a microbatch")
-    with problems.of("training.sequence_length"):
-        zigzag.require_pieces(part.sequence_length, mesh.shape["context"])
+    for place, (batch_size, length) in settings.shapes(part).items():
+        with problems.of(f"{place}.batch_size"):
+            rules.batch_spec(mesh, (batch_size // part.accumulation, 1, 1), "a microbatch")
+        with problems.of(f"{place}.sequence_length"):
+            zigzag.require_pieces(length, mesh.shape["context"])
     with problems.of("mesh"):
         shapes = abstract_params(dataclasses.replace(model, n_layers=1))
         rules.specs(mesh, logical_axes(shapes), shapes)
@@ -130,10 +130,13 @@ def _check_mesh(experiment: Experiment, mesh: jax.sharding.Mesh, problems: Probl
         problems.say("model.attention", f"expected 'auto' or 'xla' on this {here.kind}, found {model.attention!r}")
     elif model.attention != "auto":
         with problems.of("model.attention"):
-            shape = (rows, part.sequence_length, model.n_heads, model.head_dim)
-            query = jax.ShapeDtypeStruct(shape, model.dtype)
-            key = jax.ShapeDtypeStruct((*shape[:2], model.n_kv_heads, model.head_dim), model.dtype)
-            backend.choose("ar_unified.kernels.attention", model.attention, query, key)
+            for batch_size, length in settings.shapes(part).values():
+                rows = (batch_size // part.accumulation, length)
+                query, key = (
+                    jax.ShapeDtypeStruct((*rows, heads, model.head_dim), model.dtype)
+                    for heads in (model.n_heads, model.n_kv_heads)
+                )
+                backend.choose("ar_unified.kernels.attention", model.attention, query, key)
 
 
 # ---- the sources ------------------------------------------------------------------------------------------------

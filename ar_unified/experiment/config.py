@@ -26,7 +26,7 @@ from ar_tokenizers.image.objective import ObjectiveConfig
 from ml_collections import ConfigDict, config_flags
 
 from ar_unified.data.filters import Filters
-from ar_unified.data.loader import Phase
+from ar_unified.data.phases import Phase
 from ar_unified.errors import UserError, about, in_words, nearest, several
 from ar_unified.experiment.brought import describe
 from ar_unified.experiment.keys import WORDS, of_override, require_known
@@ -136,7 +136,8 @@ def _add_training(config: ConfigDict) -> None:
     config.training.flip_pairs = Phase.flip_pairs  # how often a pair is read the other way round
     config.training.condition_dropout = Phase.condition_dropout  # how often a prompt becomes the empty one
     # Later parts of the training: dicts of `begin` (a share of the steps), and what changes there of `weights`
-    # ({source: share of the rows}), `flip_pairs`, `condition_dropout` and `only` (what then moves alone; (): all).
+    # ({source: share of the rows}), `flip_pairs`, `condition_dropout`, `sequence_length`, `batch_size` and `only` (what
+    # then moves alone; (): all). Some rows must hold data.max_tokens; shorter ones leave out what is longer.
     config.training.phases = ()
 
     config.lora = ConfigDict(_fields(LoraConfig))  # an adapter in place of full tuning, on what config.init names

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ar_unified.data.loader import PackedBatches, Phase
+from ar_unified.data.loader import PackedBatches
+from ar_unified.data.phases import Phase
 from ar_unified.experiment import objective
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.objective import Objective

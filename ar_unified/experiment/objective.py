@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ar_unified.data.images import NoImages
-from ar_unified.data.loader import PackedBatches, Phase
+from ar_unified.data.loader import PackedBatches
+from ar_unified.data.phases import Phase
 from ar_unified.data.prepare import load_report
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
@@ -58,6 +59,11 @@ def tell(experiment: Experiment, batches: PackedBatches) -> None:
     for name, facts in batches.describe().items():
         shares = ", then ".join(f"{share:.1%}" for share in facts["shares"])
         experiment.say(f"{name}: {facts['rows']} rows an epoch, {facts['fill']:.1%} full, {shares} of the rows")
+        for length, of in facts.get("by_length", {}).items():
+            experiment.say(
+                f"{name}, rows of {length} tokens: {of['rows']} an epoch, {of['fill']:.1%} full, "
+                f"{of['left_out']} documents are longer and left out"
+            )
 
 
 def held_out_batches(experiment: Experiment, kind: type[Batches], phase: Phase) -> Batches | None:
@@ -67,7 +73,8 @@ def held_out_batches(experiment: Experiment, kind: type[Batches], phase: Phase) 
     if not any(source.documents for source in held_out.values()):
         experiment.say("no document is held out: training goes on without a validation loss")
         return None
-    rows = dict(batch_size=training.batch_size, sequence_length=training.sequence_length)
+    batch_size, length = settings.longest(training)
+    rows = dict(batch_size=batch_size, sequence_length=length)
     return kind(folder, experiment.grammar, phases=[phase], **rows)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from ar_unified.data.loader import Phase
+from ar_unified.data.phases import Phase
 from ar_unified.data.preferences import PreferenceBatches
 from ar_unified.experiment import objective, settings
 from ar_unified.experiment.experiment import Experiment

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from ar_unified.data.filters import Filters
 from ar_unified.data.images import Resize
-from ar_unified.data.loader import Phase, require_order
+from ar_unified.data.phases import Phase, require_order
 from ar_unified.errors import UserError, nearest
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.rollouts import DrawingConfig, require_groups
@@ -254,7 +254,7 @@ def phases(settings: ConfigDict, mixture: Mapping[str, float]) -> list[Phase]:
     is not.
     """
     found = [Phase(0, mixture, settings.flip_pairs, settings.condition_dropout)]
-    names = ("weights", "flip_pairs", "condition_dropout", "only")
+    names = ("weights", "flip_pairs", "condition_dropout", "sequence_length", "batch_size", "only")
     for i, change in enumerate(configs.plain(settings.phases)):
         begin = change.pop("begin", None)
         unknown = sorted(change.keys() - set(names))
@@ -273,6 +273,23 @@ def phases(settings: ConfigDict, mixture: Mapping[str, float]) -> list[Phase]:
             raise UserError(f"config.training.phases[{i}]: {error}") from error
     require_order(found)
     return found
+
+
+def shapes(settings: ConfigDict) -> dict[str, tuple[int, int]]:
+    """(batch_size, sequence_length) of the batches of a training, each once, by the place in the config that says it.
+
+    `phases` has found the settings to be right.
+    """
+    found: dict[tuple[int, int], str] = {}
+    for i, phase in enumerate(phases(settings, {})):
+        shape = (phase.batch_size or settings.batch_size, phase.sequence_length or settings.sequence_length)
+        found.setdefault(shape, f"training.phases[{i - 1}]" if i else "training")
+    return {place: shape for shape, place in found.items()}
+
+
+def longest(settings: ConfigDict) -> tuple[int, int]:
+    """(batch_size, sequence_length) of the longest rows of a training, which hold every document."""
+    return max(shapes(settings).values(), key=lambda shape: shape[1])
 
 
 def _first_step(settings: ConfigDict, begin: float) -> int:

@@ -245,14 +245,26 @@ def fit(
     listening = contextlib.ExitStack()
     asked = listening.enter_context(interrupts.noted()) if alone else lambda: 0
 
+    # ---------------------------------------------------------------------- Programs: one for each shape of batches
+    programs: dict[tuple[tuple[int, ...], ...], Callable[[TrainState, Any], tuple[TrainState, StepReport]]] = {}
+
+    def program(step: int, batch: Any) -> Callable[[TrainState, Any], tuple[TrainState, StepReport]]:
+        shapes = tuple(x.shape for x in jax.tree.leaves(batch))
+        if shapes not in programs:
+            began = time.perf_counter()
+            with clock.during("compile"), jax.set_mesh(mesh):  # for what is traced; previews may use other devices
+                programs[shapes] = train_step.lower(state, batch).compile()
+            new = f" for batches of {' x '.join(map(str, shapes[0]))}" if len(programs) > 1 else ""
+            telemetry.say(f"{task.name}: compiled in {time.perf_counter() - began:.1f} s{new}")
+            # gloo gives up on who comes 30 s later to the first collective
+            runtime.barrier(f"compiled for step {step}", timeout=3600)
+            meter.skip(began)
+        return programs[shapes]
+
     # ---------------------------------------------------------------------- Steps
     try:
         following = fetch(start, state.params)
-        with clock.during("compile"), jax.set_mesh(mesh):  # for what is traced; previews may use other devices
-            began = time.perf_counter()
-            compiled = train_step.lower(state, following.result()).compile()
-        telemetry.say(f"{task.name}: compiled in {time.perf_counter() - began:.1f} s")
-        runtime.barrier("compiled", timeout=3600)  # gloo gives up on who comes 30 s later to the first collective
+        program(start, following.result())
         pending: tuple[int, StepReport] | None = None
         meter.reset()
         for step in range(start, config.steps):
@@ -264,7 +276,7 @@ def fit(
                 waited = time.perf_counter() - waiting
                 meter.waited += waited
                 clock.add("input", waited)
-            state, report = compiled(state, batch)
+            state, report = program(step, batch)(state, batch)
             following = fetch(step + 1, state.params) if step + 1 < config.steps else following
             taken = step + 1
             checkpoints.check()

@@ -11,6 +11,7 @@ from ar_tokenizers.image.autoencoder import init
 from ar_tokenizers.image.config import AutoencoderConfig
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 from ar_tokenizers.text import TextTokenizer
+from ml_collections import ConfigDict
 
 from ar_unified.cli.main import main
 from ar_unified.cli.plan import run_of
@@ -53,6 +54,17 @@ def test_the_verb_takes_a_workdir(config, tmp_path, capsys):
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert plan["model"]["remat"] == "offload" and plan["fits"] and not (tmp_path / "run").exists()
     assert "8 CPU devices stand in" in capsys.readouterr().out
+
+
+def test_the_largest_batches_of_all_phases_are_planned(config, capsys):
+    made = small(**{"training.batch_size": 32, "training.sequence_length": 512})
+    longer, fewer = dict(begin=0.5, batch_size=16, sequence_length=1024), dict(begin=0.7, sequence_length=768)
+    made.training.phases = (ConfigDict(longer), ConfigDict(fewer))
+    run = run_of(made)
+    assert (run.batch_size, run.sequence_length) == (16, 1024), "as many tokens as at first, in longer rows"
+    phase = "--config.training.phases=({'begin': 0.5, 'batch_size': 4},)"
+    assert main(["plan", "--config", str(config), "--target", "h200:4", "--no-advice", phase]) == 0
+    assert "batches: 8 rows of 32 tokens, 4 rows of 32 tokens; planned for 8 rows of 32" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ import pytest
 
 from ar_unified.data import packing
 from ar_unified.data.batch import PackedBatch
-from ar_unified.data.loader import ImageBatches, PackedBatches, Phase
+from ar_unified.data.loader import ImageBatches, PackedBatches
 from ar_unified.data.packing import blocks
+from ar_unified.data.phases import Phase
 from ar_unified.data.prepare import prepare
 from ar_unified.data.shards import Shards
 from ar_unified.data.sources import open_source

@@ -136,6 +136,17 @@ def test_the_head_says_how_a_image_becomes_codes():
     assert found == {"images": "64 x 32 pixels as 4 x 6 codes of 512 (RQ)"}
 
 
+def test_the_head_says_which_batches_a_training_has():
+    train = {"steps": 100, "batch_size": 8, "sequence_length": 64}
+    assert summary({"training": train})["training"] == "100 steps of 8 rows of 64 tokens: 51.2k in all"
+    longer = {"begin": 0.255, "sequence_length": 128, "batch_size": 2}
+    train["phases"] = [{"begin": 0.1, "flip_pairs": 0.5}, longer, {"begin": 0.9, "batch_size": 4}]
+    said = (
+        "26 steps of 8 rows of 64 tokens, then 64 steps of 2 rows of 128 tokens, then 10 steps of 4 rows of 128 tokens"
+    )
+    assert summary({"training": train})["training"] == f"{said}: 34.8k in all"
+
+
 def test_charts_keep_their_ends_and_survive_odd_series():
     assert line_chart("none", {"a": [], "b": [(1, float("nan"))]}) == ""
     assert "checkbox" not in line_chart("with a zero", {"a": [(0, 0.0), (1, 2.0)]})

@@ -20,7 +20,7 @@ from ar_unified.experiment import config as configs
 from ar_unified.experiment.check import CHOICES, check
 from ar_unified.experiment.check_opened import check_devices, check_sources
 from ar_unified.experiment.experiment import STAGES, Experiment
-from ar_unified.experiment.settings import autoencoder
+from ar_unified.experiment.settings import autoencoder, longest, shapes
 from ar_unified.paths import home
 from ar_unified.workdir import Workdir
 from tests import bundles
@@ -159,6 +159,7 @@ def test_stages_that_do_not_run_are_not_asked_how_they_go_together():
 
 def phases(*changes: dict[str, Any]) -> ConfigDict:
     config = configs.defaults()
+    config.training.accumulation = 2
     config.training.phases = tuple(map(ConfigDict, changes))
     return config
 
@@ -170,11 +171,36 @@ def phases(*changes: dict[str, Any]) -> ConfigDict:
         ([dict(begin=0.5, flips=1.0)], r"phases\[0\].*did you mean 'flip_pairs'"),
         ([dict(begin=0.5, flip_pairs=2.0)], r"phases\[0\]: flip_pairs: expected a probability, found 2.0"),
         ([dict(begin=0.5), dict(begin=0.2)], "phases: expected .* each later than the one before"),
+        ([dict(begin=0.5, sequence_lenght=64)], r"phases\[0\].*did you mean 'sequence_length'"),
+        ([dict(begin=0.5, sequence_length=0)], r"phases\[0\]: sequence_length: expected a whole number, at least 1"),
+        ([dict(begin=0.5, batch_size="8")], r"phases\[0\]: batch_size: expected a whole number.*found '8'"),
+        ([dict(begin=0.5, batch_size=9)], r"phases\[0\].batch_size: expected a multiple of accumulation, 2; found 9"),
     ],
 )
 def test_phases_are_checked(changes, words):
     with pytest.raises(UserError, match=words):
         check(phases(*changes))
+
+
+def test_the_longest_rows_of_all_phases_hold_a_document():
+    config = phases(dict(begin=0.25, sequence_length=256, batch_size=4))
+    config.training.sequence_length, config.training.batch_size, config.data.max_tokens = 64, 16, 256
+    check(config)
+    assert shapes(config.training) == {"training": (16, 64), "training.phases[0]": (4, 256)}
+    assert longest(config.training) == (4, 256)
+    config.data.max_tokens = 257
+    with pytest.raises(UserError, match="training.sequence_length: expected at least .* 257, .* found 256"):
+        check(config)
+    config.data.max_tokens, config.training.objective = 256, "reward"
+    with pytest.raises(UserError, match=r"phases\[0\]: expected no sequence_length or batch_size with .*'reward'"):
+        check(config)
+
+
+def test_each_shape_of_batches_must_go_onto_the_mesh(tmp_path):
+    made = experiment(tmp_path, training__batch_size=16)
+    made.config.training.phases = (ConfigDict(dict(begin=0.5, batch_size=12)),)
+    with pytest.raises(UserError, match=r"training.phases\[0\].batch_size: .*size 12.* = 8 does not divide"):
+        check_devices(made)
 
 
 # ---- keys and files ---------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from ar_tokenizers.image.objective import Objective, ObjectiveConfig
 from ar_tokenizers.image.perceptual import Perceptual
 from ml_collections import ConfigDict
 
-from ar_unified.data.loader import Phase
+from ar_unified.data.phases import Phase
 from ar_unified.data.sizes import default_resize
 from ar_unified.data.sources import open_source
 from ar_unified.errors import UserError

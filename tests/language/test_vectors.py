@@ -24,7 +24,8 @@ import pytest
 
 from ar_unified.data.batch import PackedBatch
 from ar_unified.data.images import Resize
-from ar_unified.data.loader import PackedBatches, Phase
+from ar_unified.data.loader import PackedBatches
+from ar_unified.data.phases import Phase
 from ar_unified.data.prepare import prepare
 from ar_unified.data.shards import Shards
 from ar_unified.language.automaton import FREE, HEIGHT, IMAGE, PARTS, TEXT, WIDTH, Opened, Wanted

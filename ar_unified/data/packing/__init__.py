@@ -37,9 +37,11 @@ class Packing:
         sequence_length: T.
         seed: of the order; with `name` (of the source) it makes sources independent of each other.
         folder: of the source's shards, where its rows may be planned already (`blocks.store`).
+        leave_out: documents that are longer than a row are in none, and are no error.
 
     Attributes:
         rows: rows an epoch. fill: share of their positions that hold a token. windows: they are shuffled one by one.
+        left_out: documents that are longer than a row.
         order: the version of the order of rows: 1, the first one; 2, with blocks and `fitting.paired_fit`.
 
     Raises:
@@ -47,12 +49,20 @@ class Packing:
     """
 
     def __init__(
-        self, lengths: Stretches, sequence_length: int, *, seed: int, name: str = "", folder: Path | None = None
+        self,
+        lengths: Stretches,
+        sequence_length: int,
+        *,
+        seed: int,
+        name: str = "",
+        folder: Path | None = None,
+        leave_out: bool = False,
     ):
-        self._plans = Plans(lengths, sequence_length, folder=folder, name=name)
+        self._plans = Plans(lengths, sequence_length, folder=folder, name=name, leave_out=leave_out)
+        self.left_out = self._plans.left_out
         self.seed, self.name = seed, name
         self.rows = int(self._plans.rows.sum())
-        self.fill = float(self._plans.tokens.sum() / (self.rows * sequence_length))
+        self.fill = float(self._plans.tokens.sum() / max(1, self.rows * sequence_length))
         self.windows = -(-len(self._plans.rows) // WINDOW)
         self.order = 1 if len(self._plans.rows) == 1 and self._plans.decreasing else 2
         self._slots = functools.lru_cache(maxsize=2 * WINDOW)(self._plans.slots)  # a batch may end one, begin the next
@@ -88,6 +98,16 @@ class Packing:
                 found[row] = its
             begin, at = end, at + len(here)
         return found.tolist()
+
+    def after(self, other: Packing, taken: int) -> int:
+        """How many rows count as taken here where `taken` of the rows of the same source of `other` length are.
+
+        The windows of an epoch have the same documents at any length. So the next one begins, and what was not read
+        of the one before comes in the next epoch.
+        """
+        epoch, item = divmod(taken, other.rows)
+        begun = int(np.searchsorted(other._epochs(epoch)[2], item))
+        return epoch * self.rows + int(self._epochs(epoch)[2][begun])
 
     def _shuffled(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The blocks in the order of an epoch; where the rows of each end; where those of each window begin, and all

@@ -7,7 +7,8 @@ length fills which slot (`packing`).
 
 The plan is kept beside the shards, and whoever reads them reads of it what a block needs:
 <source>/rows-4096.npy          uint16 [documents], the row of every slot of its block, block after block
-         rows-4096.blocks.npy   int64 [blocks, 3]: rows, tokens, whether best-fit-decreasing; written last
+         rows-4096.blocks.npy   int64 [blocks, 3]: rows, tokens, whether best-fit-decreasing; written last. A
+                                fourth column where rows are shorter than documents: how many are in no row
 """
 
 from __future__ import annotations
@@ -123,16 +124,26 @@ class Plans:
         lengths: int [n], tokens of every document.
         sequence_length: T, of the rows.
         folder: of the source's shards. name: of the source, for messages.
+        leave_out: documents that are longer than a row are in none, and are no error.
 
     Attributes:
         rows, tokens: int64 [blocks].
+        left_out: documents that are longer than a row.
         decreasing: whether best-fit-decreasing has planned all of them (`fitting`).
 
     Raises:
         UserError: no documents, or one that is longer than a row. `slots` too: the plan is of other lengths.
     """
 
-    def __init__(self, lengths: Stretches, sequence_length: int, *, folder: Path | None = None, name: str = ""):
+    def __init__(
+        self,
+        lengths: Stretches,
+        sequence_length: int,
+        *,
+        folder: Path | None = None,
+        name: str = "",
+        leave_out: bool = False,
+    ):
         if not len(lengths):
             raise UserError(f"source {name!r}: no documents to pack")
         self._lengths, self._length, self._name = lengths, sequence_length, name
@@ -141,21 +152,29 @@ class Plans:
         if plan and table and storage.fetch(table).exists():
             with about(f"{plan}: delete rows-{sequence_length}*.npy there, and start again"):
                 self._rows: Stretches = Stored(storage.fetch(plan))
-                self.rows, self.tokens, decreasing = np.load(table).T
-            if len(self._rows) != len(lengths) or len(self.rows) != self._blocks.count:
+                facts = np.load(table)
+            if len(self._rows) != len(lengths) or len(facts) != self._blocks.count:
                 raise self._other()
         else:
-            planned = list(_planned(lengths, self._blocks, sequence_length, name))
+            planned = list(_planned(lengths, self._blocks, sequence_length, name, leave_out))
             self._rows = np.concatenate([rows for rows, _ in planned])
-            self.rows, self.tokens, decreasing = np.array([count for _, count in planned]).T
+            facts = np.array([count for _, count in planned])
+        self.rows, self.tokens, decreasing = facts[:, :3].T
+        self.left_out = int(facts[:, 3:].sum())
+        if self.left_out and not leave_out:
+            raise _too_long(name, sequence_length, f"{self.left_out} longer ones")
         self.decreasing = bool(decreasing.all())
 
     def slots(self, block: int) -> Slots:
         """The rows of a block; the lengths of its documents are read again."""
-        lengths = self._blocks.lengths(block, self._lengths)
+        lengths, documents = self._blocks.lengths(block, self._lengths), self._blocks.documents(block)
         row = self._rows[self._blocks.starts[block] : self._blocks.starts[block + 1]]
+        if self.left_out:
+            fits = lengths <= self._length
+            lengths, documents = lengths[fits], documents[fits]
+            row = row[len(row) - len(lengths) :]  # slots stand by falling length
         try:
-            slots = Slots(self._blocks.documents(block), lengths, row, self._length)
+            slots = Slots(documents, lengths, row, self._length)
         except ValueError as error:
             raise self._other() from error
         if slots.rows != self.rows[block]:
@@ -169,7 +188,7 @@ class Plans:
         )
 
 
-def store(lengths: Stretches, sequence_length: int, folder: Path, *, name: str = "") -> None:
+def store(lengths: Stretches, sequence_length: int, folder: Path, *, name: str = "", leave_out: bool = False) -> None:
     """Plans the rows of a source beside its shards, unless that is done. Args and errors: of `Plans`."""
     plan, table = _paths(folder, sequence_length)
     if storage.exists(table) or not len(lengths):
@@ -178,26 +197,34 @@ def store(lengths: Stretches, sequence_length: int, folder: Path, *, name: str =
         facts = {"descr": "<u2", "fortran_order": False, "shape": (len(lengths),)}
         np.lib.format.write_array_header_1_0(file, facts)
         counts = []
-        for rows, count in _planned(lengths, Blocks(len(lengths)), sequence_length, name):
+        for rows, count in _planned(lengths, Blocks(len(lengths)), sequence_length, name, leave_out):
             file.write(rows.tobytes())
             counts.append(count)
     with whole(table) as file:
-        np.save(file, np.array(counts, np.int64))
+        lines = np.array(counts, np.int64)
+        np.save(file, lines if lines[:, 3].any() else lines[:, :3])  # as earlier versions know it
 
 
 def _planned(
-    lengths: Stretches, blocks: Blocks, sequence_length: int, name: str
-) -> Iterator[tuple[np.ndarray, tuple[int, int, int]]]:
+    lengths: Stretches, blocks: Blocks, sequence_length: int, name: str, leave_out: bool
+) -> Iterator[tuple[np.ndarray, tuple[int, int, int, int]]]:
     """For every block: the row of each slot, uint16, and the block's line of the table."""
     for block in range(blocks.count):
         found = blocks.lengths(block, lengths)
-        if found.max() > sequence_length or found.min() < 1:
-            raise UserError(
-                f"source {name!r}: expected documents of 1 to {sequence_length} tokens, found {int(found.min())} to "
-                f"{int(found.max())}: prepare with max_tokens <= the sequence length, or make rows longer"
-            )
-        rows, decreasing = rows_of(found[_falling(found)], sequence_length)
-        yield rows.astype("<u2"), (int(rows.max()) + 1, int(found.sum()), decreasing)
+        over = int((found > sequence_length).sum())
+        if found.min() < 1 or (over and not leave_out):
+            raise _too_long(name, sequence_length, f"{int(found.min())} to {int(found.max())}")
+        falling = found[_falling(found)][over:]
+        rows, decreasing = rows_of(falling, sequence_length) if len(falling) else (falling, True)
+        slots = np.append(np.zeros(over, "<u2"), rows.astype("<u2"))
+        yield slots, (int(rows.max(initial=-1)) + 1, int(falling.sum()), decreasing, over)
+
+
+def _too_long(name: str, sequence_length: int, found: str) -> UserError:
+    return UserError(
+        f"source {name!r}: expected documents of 1 to {sequence_length} tokens, found {found}: prepare with "
+        "max_tokens <= the sequence length, or make rows longer"
+    )
 
 
 def _falling(lengths: np.ndarray) -> np.ndarray:

@@ -202,11 +202,11 @@ def load_report(folder: str | Path) -> Report:
     return Report({name: SourceReport(**count) for name, count in counts.items()})
 
 
-def plan_rows(folder: str | Path, report: Report, sequence_length: int) -> None:
+def plan_rows(folder: str | Path, report: Report, sequence_length: int, *, leave_out: bool = False) -> None:
     """Plans beside every source's shards which documents share a row of this length (`blocks`), unless that is done.
 
     A loader of such rows begins at once then; 10^6 documents take a second or two. Of preference pairs both answers
-    are in one row.
+    are in one row. leave_out: documents that are longer are in none.
 
     Raises:
         UserError: a document is longer. OSError: nothing can be written there.
@@ -214,7 +214,7 @@ def plan_rows(folder: str | Path, report: Report, sequence_length: int) -> None:
     for name, source in report.sources.items():
         place = Path(folder) / name
         lengths = shards.Lengths(shards.join_indexes(place, source.shards), 2 if source.preferences else 1)
-        blocks.store(lengths, sequence_length, place, name=name)
+        blocks.store(lengths, sequence_length, place, name=name, leave_out=leave_out)
 
 
 def folder_name(source: str) -> str:

@@ -1,0 +1,88 @@
+"""A training in phases: how documents are mixed and read, how long rows are, how many a batch has, and since when."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ar_unified.data.packing import Mixture, Packing
+from ar_unified.errors import UserError
+
+
+@dataclass(frozen=True)
+class Phase:
+    """How documents are mixed and read, from a step of the training to the next phase.
+
+    Attributes:
+        from_step: the first one it holds for.
+        weights: source -> share of the rows; sources not named are left out. None: one epoch of all sources together.
+        flip_pairs: probability that a pair of one text and one image is read the other way, image first.
+        condition_dropout: probability that a document that asks for an image loses its prompt (`grammar.drop_prompt`),
+            an interleaved one all that stands before one of its images (`grammar.drop_context`): what is left is what
+            the sampler's unconditional context sees under classifier-free guidance. Its row is not filled up again; the
+            gap is padding.
+        sequence_length, batch_size: tokens of a row, rows of a batch; None: as of the loader. Where rows are shorter
+            than the longest of any phase, documents that are longer than a row are left out.
+
+    Raises UserError for a probability outside [0, 1], or a size below 1.
+    """
+
+    from_step: int = 0
+    weights: Mapping[str, float] | None = None
+    flip_pairs: float = 0.5
+    condition_dropout: float = 0.1
+    sequence_length: int | None = None
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("flip_pairs", "condition_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name}: expected a probability, found {getattr(self, name)}")
+        for name in ("sequence_length", "batch_size"):
+            size = getattr(self, name)
+            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+                raise UserError(f"{name}: expected a whole number, at least 1; found {size!r}")
+
+
+def require_order(phases: Sequence[Phase]) -> None:
+    """Raises ValueError unless the first phase begins at step 0 and each other one later than the one before."""
+    steps = [phase.from_step for phase in phases]
+    if not steps or steps[0] != 0 or steps != sorted(set(steps)):
+        raise UserError(f"phases: expected the first from step 0, each later than the one before; found {steps}")
+
+
+def mixtures(
+    phases: Sequence[Phase],
+    names: Sequence[str],
+    packings: Mapping[int, Sequence[Packing]],
+    weights: Sequence[Sequence[float]],
+) -> list[Mixture]:
+    """The stream of each phase, in which every source goes on where the phase before left it.
+
+    Args:
+        phases: each with its batch_size and sequence_length.
+        names: of the sources. packings: of each, by the length of the rows; the longest hold every document.
+        weights: of each phase, of each source; read where the phase has weights.
+
+    Raises UserError for a phase whose rows hold no document of a source that it names.
+    """
+    found: list[Mixture] = []
+    current = list(packings[max(packings)])  # of what rows `taken` counts
+    taken = [0] * len(current)
+    for i, phase in enumerate(phases):
+        if i:
+            before = phases[i - 1]
+            taken = found[-1].taken((before.batch_size or 0) * (phase.from_step - before.from_step))
+        here = packings[phase.sequence_length or 0]
+        shares = [float(packing.rows) for packing in here] if phase.weights is None else list(weights[i])
+        for at, (name, packing, share) in enumerate(zip(names, here, shares, strict=True)):
+            if packing.rows:
+                taken[at] = taken[at] if packing is current[at] else packing.after(current[at], taken[at])
+                current[at] = packing
+            elif share:
+                raise UserError(
+                    f"source {name!r}: no document fits into rows of {phase.sequence_length} tokens, as from step "
+                    f"{phase.from_step} on: leave it out of the weights of this phase, or make its rows longer"
+                )
+        found.append(Mixture([packing.rows for packing in current], shares, taken))
+    return found
