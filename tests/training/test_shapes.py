@@ -67,5 +67,10 @@ def test_it_goes_on_bit_for_bit_in_each_phase(whole: tuple[Path, Any, list[str]]
 @pytest.mark.exact
 @pytest.mark.slow
 def test_another_mesh_gives_the_same(whole: tuple[Path, Any, list[str]], tmp_path: Path) -> None:
+    """Losses within 1e-5; what eight steps of Adam make of that is looser."""
     found = tiny.run(tmp_path, task=tiny.task(batch=growing()), mesh=make_mesh(dict(data=2, fsdp=2, tensor=2)))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), b, atol=2e-5), found, whole[1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), b, atol=1e-4), found, whole[1])
+    losses = [
+        [row["loss"] for row in read_metrics(each / "metrics.jsonl") if "loss" in row] for each in (tmp_path, whole[0])
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-5)

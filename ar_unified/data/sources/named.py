@@ -63,10 +63,8 @@ class TfdsSource(RecordSource):
         read = {feature: features[feature] for part in used.values() for feature in part if feature not in unread}
         with _about(name):
             self._examples = builder.as_data_source(split, deserialize_method=_RAW)
-        self._whole = _Reader(features)
-        self._in_words = (
-            _Words(read) if all(map(_is_text, read.values())) else _Reader(tfds.features.FeaturesDict(read))
-        )
+        self._whole = _reader(features)
+        self._in_words = _reader(tfds.features.FeaturesDict(read))
         examples = sum(part.num_examples for part in builder.info.splits.values())
         self.together = together(builder.info.dataset_size / max(examples, 1))
         self._where = f"{builder.info.full_name}/{split}"
@@ -110,20 +108,26 @@ class _Reader:
         return {name: self._values[name](value) for name, value in example.items()}
 
 
-class _Words:
-    """The same of texts and lists of texts alone: straight from the record, a tenth of the work."""
+class _Direct:
+    """The same of texts, images and lists of them alone: straight from the record, a tenth of the work."""
 
     def __init__(self, features: Mapping[str, Any]):
-        self._alone = {name: isinstance(feature, tfds.features.Text) for name, feature in features.items()}
+        self._images = {name: _is_image(feature) for name, feature in features.items()}
+        self._alone = {name: not hasattr(feature, "feature") for name, feature in features.items()}
 
     def __call__(self, data: bytes) -> Record:
         values = tf_example_pb2.Example.FromString(data).features.feature
-        lists = {name: _plain(list(values[name].bytes_list.value)) for name in self._alone}
-        return {name: (found or [""])[0] if self._alone[name] else found for name, found in lists.items()}
+        found: dict[str, Any] = {}
+        for name, image in self._images.items():
+            each = list(values[name].bytes_list.value)
+            each = each if image else _plain(each)
+            found[name] = (each or [b"" if image else ""])[0] if self._alone[name] else each
+        return found
 
 
-def _is_text(feature: Any) -> bool:
-    return type(getattr(feature, "feature", feature)) is tfds.features.Text
+def _reader(features: Any) -> _Reader | _Direct:
+    kinds = {type(getattr(feature, "feature", feature)) for feature in features.values()}
+    return _Direct(features) if kinds <= {tfds.features.Text, tfds.features.Image} else _Reader(features)
 
 
 def _is_image(feature: Any) -> bool:
