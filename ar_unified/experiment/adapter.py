@@ -9,7 +9,9 @@ from jax.sharding import SingleDeviceSharding
 
 from ar_unified.bundle import Bundle
 from ar_unified.errors import UserError
+from ar_unified.model.config import summed
 from ar_unified.model.lora import LoraConfig, merged
+from ar_unified.model.quantized import Quantized, quantized
 from ar_unified.model.transformer import Params, abstract_params
 from ar_unified.training.selection import Selection
 
@@ -21,6 +23,39 @@ def require_base(bundle: Bundle, trained: Any) -> None:
             f"config.init: the adapter was trained on bundle {str(trained)[:12]}, found {bundle.hash[:12]} in "
             f"{bundle.folder}: name the bundle that the training began with"
         )
+
+
+def read_base(bundle: Bundle, abstract: Params) -> Params:
+    """The bundle's parameters as a training holds them.
+
+    abstract: shapes, dtypes and shardings of these; a matrix that is in 8 bits there is rounded as soon as it was read,
+    so that one at a time is in memory in the dtype of the file.
+    """
+
+    def rounded(leaf: Any) -> bool:
+        return isinstance(leaf, Quantized)
+
+    own = {name: leaf for name, leaf in abstract.items() if name != "lora"}
+    places = jax.tree.map(lambda x: x.values.sharding if rounded(x) else x.sharding, own, is_leaf=rounded)
+    dtypes = jax.tree.map(lambda x: None if rounded(x) else x.dtype, own, is_leaf=rounded)
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(own, is_leaf=rounded)
+    }
+
+    def then(name: str, made: jax.Array) -> Any:
+        kept = leaves[name]
+        if not rounded(kept):
+            return made
+        places = jax.tree.map(lambda leaf: leaf.sharding, kept)
+        small = jax.jit(quantized, static_argnums=(1, 2), out_shardings=places)(
+            made, str(kept.values.dtype), summed(name.rpartition(".")[2])
+        )
+        jax.block_until_ready(small)
+        made.delete()
+        return small
+
+    return bundle.params(places, dtypes, then)
 
 
 def in_base(bundle: Bundle, lora: LoraConfig, selection: Selection, stored: Params, target: Params | None) -> Params:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from ar_unified.bundle import Bundle
 from ar_unified.data.images import NoImages
+from ar_unified.experiment.adapter import read_base
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.language.extension import rows_of
 from ar_unified.language.vocabulary import Role
@@ -40,7 +41,7 @@ def beginning(
         if experiment.before is not None:
             params = _extended(experiment, bundle, places)
         else:
-            params = bundle.params(places, jax.tree.map(lambda leaf: leaf.dtype, abstract))
+            params = read_base(bundle, abstract)
         key = jax.random.key(experiment.config.seed)
         if task.lora is not None:
             params |= jax.jit(partial(_adapter, task), out_shardings={"lora": places["lora"]})(key)

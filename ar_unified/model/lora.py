@@ -25,14 +25,15 @@ import jax
 import jax.numpy as jnp
 
 from ar_unified.errors import nearest, outside
-from ar_unified.model.config import TransformerConfig, layer_matrices
+from ar_unified.model.config import TransformerConfig, layer_matrices, summed
 from ar_unified.model.dropout import dropout, fold
 from ar_unified.model.linear import linear
+from ar_unified.model.quantized import Quantized, widened
 
 _GROUPS = {"attention": ("query", "key", "value", "output"), "mlp": ("gate", "up", "down")}
 MATRICES = tuple(f"{group}.{name}" for group, names in _GROUPS.items() for name in names)  # that may have an adapter
 ADAPTING = ("lora", "adapters")  # top-level keys of adapters, one that is trained and several that are served
-BASE_DTYPES = ("float32", "bfloat16")
+BASE_DTYPES = ("float32", "bfloat16", "int8")
 _FIRST_KEY = 2  # of dropout in a layer; those before are the residual branches'
 Adapt = Callable[[jax.Array, Any, str, Any], jax.Array]  # x, an adapter's two matrices, whose path, dropout keys
 
@@ -49,8 +50,8 @@ class LoraConfig:
         group of them, as "attention.query", "mlp", "*". All of them is what QLoRA found to be needed to match full
         tuning (Dettmers et al., arXiv:2305.14314, section 4).
       rslora: scale = alpha / sqrt(rank).
-      base_dtype: of the matrices that are not trained, in a training: one of BASE_DTYPES. bfloat16 halves their memory;
-        what is trained, and norms, are float32.
+      base_dtype: of the matrices that are not trained, in a training: one of BASE_DTYPES. bfloat16 halves their memory,
+        int8 quarters that of the layers' (`dtypes.held`); what is trained, and norms, are float32.
 
     Raises ValueError, naming the field, for a number out of range and a target that names no matrix.
     """
@@ -161,16 +162,29 @@ def _chosen(
     return jnp.einsum("BTR,BRO->BTO", low, pair["b"][adapter])
 
 
-def merged(lora: LoraConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+def merged(lora: LoraConfig, params: Mapping[str, Any], dtype: str = "float32") -> dict[str, Any]:
     """The parameters without "lora", which each matrix has in it: W + scale A B, summed in float32, in the dtype of W.
 
-    params: stacked by layers, as a training has them; the adapter in any dtype.
+    params: stacked by layers, as a training has them; the adapter in any dtype. dtype: of matrices that are in 8 bits.
     """
     layers = {group: dict(leaves) for group, leaves in params["layers"].items()}
-    for path in lora.matrices:
+    rounded = {path for path in MATRICES if isinstance(_at(layers, path), Quantized)}
+    for path in {*lora.matrices, *rounded}:
         group, _, name = path.partition(".")
-        pair, weight = params["lora"][group][name], layers[group][name]
-        a, b = pair["a"].astype(jnp.float32), pair["b"].astype(jnp.float32)
-        added = lora.scale * jnp.einsum("LIR,LRO->LIO", a, b, precision="highest")
-        layers[group][name] = (weight.astype(jnp.float32) + added.reshape(weight.shape)).astype(weight.dtype)
+        weight = _at(layers, path)
+        kind = jnp.dtype(dtype) if path in rounded else weight.dtype
+        if path in rounded:
+            weight = widened(weight, summed(name))
+        if path in lora.matrices:
+            pair = _at(params["lora"], path)
+            a, b = pair["a"].astype(jnp.float32), pair["b"].astype(jnp.float32)
+            added = lora.scale * jnp.einsum("LIR,LRO->LIO", a, b, precision="highest")
+            weight = weight.astype(jnp.float32) + added.reshape(weight.shape)
+        layers[group][name] = weight.astype(kind)
     return {name: leaf for name, leaf in params.items() if name != "lora"} | {"layers": layers}
+
+
+def _at(groups: Mapping[str, Any], path: str) -> Any:
+    """What stands at a path of MATRICES."""
+    group, _, name = path.partition(".")
+    return groups[group][name]

@@ -198,7 +198,7 @@ def test_flops_count_the_adapter_and_no_gradient_of_what_rests() -> None:
         (dict(dropout=1.0), r"dropout: expected a number in \[0, 1\), found 1.0"),
         (dict(targets=()), "targets: expected at least one of attention.query, .*mlp.down; found none"),
         (dict(targets=("mlp.uo",)), "targets: 'mlp.uo' names none of a layer's matrices .* did you mean 'mlp.up'"),
-        (dict(base_dtype="int4"), "base_dtype: expected one of float32, bfloat16; found 'int4'"),
+        (dict(base_dtype="int4"), "base_dtype: expected one of float32, bfloat16, int8; found 'int4'"),
     ],
 )
 def test_a_setting_that_means_nothing_is_refused_by_its_name(changes, said) -> None:
