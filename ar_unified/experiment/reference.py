@@ -25,7 +25,8 @@ from jax.sharding import PartitionSpec as P
 from ar_unified import progress
 from ar_unified.data.preferences import PreferenceBatches, Sums
 from ar_unified.errors import RunError
-from ar_unified.experiment.adapter import read_base
+from ar_unified.experiment.adapter import first_adapter, read_base
+from ar_unified.experiment.beginning import hand_out
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.language.vocabulary import Role
 from ar_unified.manifests import manifest_hash
@@ -62,8 +63,10 @@ def reference(experiment: Experiment, task: PreferenceTask, split: str, batches:
 def _depends(experiment: Experiment, task: PreferenceTask, data: Path) -> dict[str, Any]:
     """All that the numbers follow from, but for rounding."""
     assert experiment.bundle is not None  # config.init, as `check` requires
-    rounded = {"base": "int8"} if _rounded(task) else {}
-    return rounded | {
+    begun = {"base": "int8"} if _rounded(task) else {}
+    if (first := first_adapter(experiment.config, experiment.bundle)) is not None:
+        begun["adapter"] = first[1]
+    return begun | {
         "version": VERSION,
         "weights": experiment.bundle.hash,
         "data": hashlib.sha256((data / "manifest.json").read_bytes()).hexdigest(),
@@ -78,19 +81,25 @@ def _rounded(task: PreferenceTask) -> bool:
 
 
 def _params(experiment: Experiment, task: PreferenceTask) -> Params:
-    """The model that the training begins with, without its adapter."""
+    """The model that the training begins with, without its adapter where that is fresh, and changes nothing."""
     assert experiment.bundle is not None
-    mesh = experiment.mesh
-    if not _rounded(task):
-        places = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(task.config, mesh))
-        return experiment.bundle.params(places, "float32")
+    mesh, first = experiment.mesh, first_adapter(experiment.config, experiment.bundle)
     shapes = jax.eval_shape(lambda: task.init(jax.random.key(0)))
-    return read_base(experiment.bundle, on_mesh(shapes, shardings(mesh, task.logical_axes(shapes), shapes)))
+    abstract = on_mesh(shapes, shardings(mesh, task.logical_axes(shapes), shapes))
+    if _rounded(task):
+        params = read_base(experiment.bundle, abstract)
+    else:
+        places = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(task.config, mesh))
+        params = experiment.bundle.params(places, "float32")
+    if first is not None:
+        params |= {"lora": hand_out(first[0], jax.tree.map(lambda leaf: leaf.sharding, abstract["lora"]))}
+    return params
 
 
 def _computed(experiment: Experiment, task: PreferenceTask, batches: PreferenceBatches) -> Sums:
     mesh, params = experiment.mesh, _params(experiment, task)
-    task = dataclasses.replace(task, lora=None, only=(), rates=(), phases=())  # before there was an adapter
+    begun = task.lora if "lora" in params else None  # None: before there was an adapter
+    task = dataclasses.replace(task, lora=begun, only=(), rates=(), phases=())
     answers = jax.jit(functools.partial(task.answers, pairs=batches.pairs), out_shardings=NamedSharding(mesh, P()))
     found = {name: np.zeros((count, 2, len(Role)), np.float32) for name, count in batches.counts.items()}
     total = sum(batches.rows_per_epoch.values())

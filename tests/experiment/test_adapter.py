@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from ar_unified.bundle import named
 from ar_unified.errors import UserError
-from ar_unified.experiment.adapter import in_base, read_base, require_base
+from ar_unified.experiment.adapter import beginning_with, in_base, read_base, require_base
+from ar_unified.interop import peft
 from ar_unified.model.lora import LoraConfig
 from ar_unified.model.quantized import Quantized
 from ar_unified.model.transformer import logical_axes
@@ -70,3 +73,29 @@ def test_a_base_in_8_bits_is_the_bundles_rounded_and_the_same_on_every_mesh(tmp_
         assert isinstance(found["layers"]["mlp"]["up"], Quantized)
         for name, leaf in named(jax.device_get(found)).items():
             np.testing.assert_array_equal(leaf, named(expected)[name], err_msg=name)
+
+
+MIXED = dataclasses.replace(LORA, ranks=("mlp=3",), alphas=("mlp.up=9",))
+
+
+def test_a_training_begins_with_a_file_that_is_what_the_config_describes(tmp_path) -> None:
+    bundle = bundles.write(tmp_path / "bundle")
+    drawn = adapters.write(tmp_path / "adapter", bundle, MIXED)
+    found = peft.read(tmp_path / "adapter", bundle.config, bundle.hash)
+    assert found.ranks == {"mlp.up": (3,), "attention.output": (2,)} and found.scales["mlp.up"] == (3.0,)
+    jax.tree.map(np.testing.assert_array_equal, beginning_with(found, MIXED), drawn)
+
+    def refused(said: str, **changes: object) -> None:
+        with pytest.raises(UserError, match=said):
+            beginning_with(found, dataclasses.replace(MIXED, **changes))
+
+    refused(
+        r"config.lora.targets: expected attention.output, mlp.up, as the adapter .* has; found mlp.up",
+        targets=("mlp.up",),
+    )
+    refused(r"config.lora.rank \(or ranks\): expected 3, as .* has beside mlp.up; found 2", ranks=())
+    refused(r"config.lora.alpha \(or alphas, rslora\): expected 9, .* mlp.up; found 4", alphas=())
+    refused(r"config.lora.alpha \(or alphas, rslora\)", rslora=True)
+    matrices = found.matrices | {"mlp.up": tuple(np.asarray(each) for each in found.matrices["mlp.up"])}
+    found = found._replace(matrices=matrices, ranks=found.ranks | {"mlp.up": (3, 0)})
+    refused("alike in all layers, .* has the ranks 3, 0 beside mlp.up. It can be served as it is")
