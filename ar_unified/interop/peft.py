@@ -150,9 +150,9 @@ def _settings(folder: Path, found: Mapping[str, Any]) -> _Settings:
         return dict(given)
 
     rank, alpha = found.get("r"), found.get("lora_alpha")
-    if not is_rank(rank):
+    if not is_rank(rank) or rank is None:
         raise wrong("r", "a rank of at least 1")
-    if not is_alpha(alpha):
+    if not is_alpha(alpha) or alpha is None:
         raise wrong("lora_alpha", "a number above 0")
     if not isinstance(rslora := found.get("use_rslora") or False, bool):
         raise wrong("use_rslora", "true or false")
