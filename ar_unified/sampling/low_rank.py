@@ -62,7 +62,8 @@ def beside(config: TransformerConfig, params: Params, adapters: Sequence[Adapter
         for number, (scales, pair) in enumerate(pairs, 1):
             if pair is not None:
                 own = pair[0].shape[-1]
-                a[:, number, :, :own], b[:, number, :own] = pair[0], np.asarray(scales, np.float32)[:, None, None] * pair[1]
+                scale = np.asarray(scales, np.float32)[:, None, None]
+                a[:, number, :, :own], b[:, number, :own] = pair[0], scale * pair[1]
         group, _, name = path.partition(".")
         stacked.setdefault(group, {})[name] = {"a": a, "b": b}
     tree: Any = stacked
