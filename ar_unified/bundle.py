@@ -1,5 +1,4 @@
-"""A bundle: one folder that is a whole model. It can be sampled, or trained further, without an experiment file or a
-workdir.
+"""A bundle: one folder that is a whole model, sampled or trained further without an experiment file or a workdir.
 
     bundle.json                          version, and of every other file its bytes and its sha256
     config.json                          the transformer ("model"), and with the keys of an experiment what its data
@@ -282,24 +281,25 @@ class Bundle:
             raise self._error(LANGUAGE, f"expected image codes where there is an {IMAGE}, and its hash nowhere else")
         return grammar
 
-    def params(self, places: Any = None, dtype: Any = None) -> Params:
+    def params(self, places: Any = None, dtype: Any = None, then: Callable[..., Any] | None = None) -> Params:
         """The transformer's parameters, read straight to where they belong: a device reads what it holds.
 
         Args:
             places: a tree like them of shardings, on any mesh; None: this process's first device.
-            dtype: of all, or a tree like them of dtypes; default: as they were written.
+            dtype: of all, or a tree like them of dtypes; default, and where it has None: as they were written.
+            then: makes of each one's path and value, as it is read, what stands in its place.
         """
         shapes = self._shapes()
-        if places is None:
-            places = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), shapes)
-        where = named(places)
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        where = named(jax.tree.map(lambda _: here, shapes) if places is None else places)
         kinds = named(jax.tree.map(lambda _: dtype, shapes) if dtype is None or isinstance(dtype, str) else dtype)
         found = self._tensors(shapes)
 
-        def make(path: Any, leaf: Any) -> jax.Array:
+        def make(path: Any, leaf: Any) -> Any:
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             kind = jax.numpy.dtype(kinds.get(name) or found[name].dtype)
-            return jax.make_array_from_callback(leaf.shape, where[name], lambda at: found[name].read(at).astype(kind))
+            made = jax.make_array_from_callback(leaf.shape, where[name], lambda at: found[name].read(at).astype(kind))
+            return then(name, made) if then else made
 
         return jax.tree_util.tree_map_with_path(make, shapes)
 

@@ -7,7 +7,8 @@ PATH is a file or folder of documents as `ar-unified validate` takes it, of whic
   {"prompt": "a red circle", "chosen": ..., "rejected": ...}
 Leaves FILE, whole or not at all, a line of JSON an item, in their order (ar_unified.evaluation.scoring): the
 log-likelihood of the answer in nats, its tokens, whether each was the likeliest, the same by part and by modality; of a
-pair both and their difference; of an item that cannot be used what is wrong with it. The model is that of a workdir
+pair both and their difference; of an item that cannot be used what is wrong with it. Killed, it leaves what was done in
+FILE.unfinished, and the same command goes on from there. The model is that of a workdir
 (config.sampling says which step and how many at once), or a bundle:
   ar-unified score --from BUNDLE --data pairs.jsonl --output scores.jsonl
 """
@@ -22,6 +23,7 @@ from ar_unified.data.sources import Source, kind_of, open_source
 from ar_unified.errors import UserError, about
 from ar_unified.evaluation.scoring import score_source
 from ar_unified.experiment.experiment import Experiment
+from ar_unified.experiment.facts import weights_hash
 from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.sampling.model import Model, load
 
@@ -52,5 +54,5 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 @by_first_process
 def score(experiment: Experiment, source: Source, output: str) -> None:
     """Scores a source by the experiment's model; `output`: the file to write."""
-    model = Model(experiment.engine, experiment.image_tokenizer, experiment.resize)
+    model = Model(experiment.engine, experiment.image_tokenizer, experiment.resize, weights=weights_hash(experiment))
     experiment.say(f"{output}: {score_source(model, source, output)}")

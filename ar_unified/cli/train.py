@@ -182,7 +182,11 @@ def _preview(experiment: Experiment) -> Any:
     sampling = experiment.config.sampling
 
     adapter = lora(experiment.config)
-    whole = jax.jit(partial(merged, adapter)) if adapter is not None else lambda params: params
+    whole = (
+        jax.jit(partial(merged, adapter, dtype=experiment.model.dtype))
+        if adapter is not None
+        else lambda params: params
+    )
 
     def preview(step: int, params: Any) -> Mapping[str, np.ndarray]:
         engine = Engine(

@@ -11,20 +11,19 @@ a turn all parts are scored, of others the last answer. The end of a sequence is
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ar_tokenizers.files import whole
 
 from ar_unified import progress
 from ar_unified.data.images import by_size
 from ar_unified.data.sources import BadItem, Source, read
 from ar_unified.errors import UserError
+from ar_unified.evaluation.unfinished import Unfinished
 from ar_unified.language.document import CodesPart, Document, ImagePart, TextPart
 from ar_unified.language.reading import GrammarError
 from ar_unified.sampling.model import Model
@@ -35,40 +34,65 @@ _AT_ONCE = 256  # items whose images are coded together, and whose answers are b
 
 @dataclass
 class Scoring:
-    """What `score_source` did: documents scored (two of a preference pair), items left out and the first of them."""
+    """What `score_source` did: documents scored (two of a preference pair), items left out and the first of them;
+    found: items that an earlier process had done.
+    """
 
     documents: int = 0
     tokens: int = 0
     log_likelihood: float = 0.0
     errors: int = 0
     first_error: str = ""
+    found: int = 0
+
+    def count(self, row: Mapping[str, Any]) -> None:
+        """Adds a line."""
+        if "error" in row:
+            self.errors += 1
+            self.first_error = self.first_error or f"{row['origin']}: {row['error']}"
+            return
+        for told in (row["chosen"], row["rejected"]) if "chosen" in row else (row,):
+            self.documents += 1
+            self.tokens += told["tokens"]
+            self.log_likelihood += told["log_likelihood"]
 
     def __str__(self) -> str:
         mean = f"{self.log_likelihood / max(self.tokens, 1):.4f}"
         said = f"{self.documents} documents, {self.tokens} tokens, {mean} nats a token"
+        said += f" (of {self.found} items it was known)" if self.found else ""
         return said + (f"; {self.errors} left out, the first: {self.first_error}" if self.errors else "")
 
 
 def score_source(model: Model, source: Source, output: str | Path, *, show_progress: bool = True) -> Scoring:
     """Writes a line for every item of a source, in order, to `output`, which appears whole or not at all.
 
-    Raises UserError where `output` is there already. OSError: it cannot be written.
+    A process that is killed leaves what it had in a folder beside (`unfinished`); the same call goes on from there.
+
+    Raises UserError where `output` is there already, or what was begun is of another model or of other data. OSError:
+    it cannot be written.
     """
-    if Path(output).exists():
-        raise UserError(f"{output}: is there already; nothing is written over: name another --output, or delete it")
     done = Scoring()
-    items = read(source, range(len(source)))
-    with whole(output) as file, progress.bar(len(source), "items", "score", shown=show_progress) as bar:
+    facts = {"weights": model.weights, "max_length": model.engine.max_length, "data": dict(source.fingerprint)}
+    with (
+        Unfinished(output, facts, _AT_ONCE) as lines,
+        progress.bar(len(source), "items", "score", shown=show_progress) as bar,
+    ):
+        for row in lines.rows():
+            done.count(row)
+        done.found = lines.done
+        bar.update(lines.done)
+        items = read(source, range(lines.done, len(source)))
         while chunk := list(islice(items, _AT_ONCE)):
-            for row in _rows(model, source, chunk, done):
-                file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+            rows = list(_rows(model, source, chunk))
+            lines.add(rows)
+            for row in rows:
+                done.count(row)
             bar.update(len(chunk))
+        lines.finish()
     return done
 
 
-def _rows(
-    model: Model, source: Source, chunk: Sequence[tuple[int, Document | BadItem]], done: Scoring
-) -> Iterator[dict[str, Any]]:
+def _rows(model: Model, source: Source, chunk: Sequence[tuple[int, Document | BadItem]]) -> Iterator[dict[str, Any]]:
     good = [(number, item) for number, item in chunk if isinstance(item, Document)]
     bad = {number: item for number, item in chunk if isinstance(item, BadItem)}
     wanted: dict[int, tuple[Document, ...]] = {}
@@ -83,14 +107,9 @@ def _rows(
     for number, _ in chunk:
         head: dict[str, Any] = {"line": number + 1, "origin": source.origin(number)}
         if number in bad:
-            done.errors += 1
-            done.first_error = done.first_error or str(bad[number])
             yield head | {"error": f"{bad[number].kind}: {bad[number].reason}"}
             continue
         scored = [(document, next(found)) for document in wanted[number]]
-        done.documents += len(scored)
-        done.tokens += sum(score.tokens for _, score in scored)
-        done.log_likelihood += sum(score.log_likelihood for _, score in scored)
         head |= {"id": scored[0][0].id} if scored[0][0].id else {}
         told = [_told(*each) for each in scored]
         if len(told) == 1:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 from jax.sharding import SingleDeviceSharding
+from ml_collections import ConfigDict
 
 from ar_unified.bundle import Bundle
-from ar_unified.errors import UserError
-from ar_unified.model.lora import LoraConfig, merged
+from ar_unified.errors import UserError, about
+from ar_unified.experiment import settings
+from ar_unified.interop.peft import Adapter, read
+from ar_unified.model.config import summed
+from ar_unified.model.lora import MATRICES, LoraConfig, merged
+from ar_unified.model.quantized import Quantized, quantized
 from ar_unified.model.transformer import Params, abstract_params
 from ar_unified.training.selection import Selection
 
@@ -21,6 +27,91 @@ def require_base(bundle: Bundle, trained: Any) -> None:
             f"config.init: the adapter was trained on bundle {str(trained)[:12]}, found {bundle.hash[:12]} in "
             f"{bundle.folder}: name the bundle that the training began with"
         )
+
+
+def first_adapter(config: ConfigDict, bundle: Bundle | None) -> tuple[Any, str] | None:
+    """What config.lora.init names, as params["lora"] is, numpy, and its hash; None: it names nothing.
+
+    Raises UserError: it is of another model, or another adapter than config.lora describes.
+    """
+    lora = settings.lora(config)
+    if lora is None or not config.lora.init or bundle is None:
+        return None
+    with about("config.lora.init"):
+        found = read(config.lora.init, bundle.config, bundle.hash)
+    return beginning_with(found, lora), found.hash
+
+
+def beginning_with(found: Adapter, lora: LoraConfig) -> Any:
+    """params["lora"] of a file, numpy.
+
+    Raises UserError, naming the key of config.lora, where the config describes another adapter than the file has.
+    """
+
+    def refused(key: str, path: str, wanted: object, has: object) -> UserError:
+        return UserError(
+            f"config.lora.{key}: expected {has}, as the adapter {found.folder} has beside {path}; found {wanted}"
+        )
+
+    other = next((path for path in MATRICES if (path in lora.matrices) != (path in found.matrices)), None)
+    if other is not None:
+        raise UserError(
+            f"config.lora.targets: expected {', '.join(each for each in MATRICES if each in found.matrices)}, as the "
+            f"adapter {found.folder} has; found {', '.join(lora.matrices)}"
+        )
+    made: dict[str, Any] = {}
+    for path in lora.matrices:
+        ranks, scales = set(found.ranks[path]), set(found.scales[path])
+        if len(ranks) > 1 or len(scales) > 1:
+            raise UserError(
+                f"config.lora.init: expected an adapter that is alike in all layers, as one that is trained is; "
+                f"{found.folder} has the ranks {', '.join(map(str, found.ranks[path]))} beside {path}. It can be "
+                "served as it is"
+            )
+        (rank,), (scale,) = ranks, scales
+        if rank != lora.rank_of(path):
+            raise refused("rank (or ranks)", path, lora.rank_of(path), rank)
+        if not math.isclose(scale, lora.scale_of(path), rel_tol=1e-6):
+            said = f"{lora.alpha_of(path):g}, which scales by {lora.scale_of(path):g}"
+            alpha = scale * (rank**0.5 if lora.rslora else rank)
+            raise refused("alpha (or alphas, rslora)", path, said, f"{alpha:g}")
+        group, _, name = path.partition(".")
+        a, b = found.matrices[path]
+        made.setdefault(group, {})[name] = {"a": a, "b": b}
+    return made
+
+
+def read_base(bundle: Bundle, abstract: Params) -> Params:
+    """The bundle's parameters as a training holds them.
+
+    abstract: shapes, dtypes and shardings of these; a matrix that is in 8 bits there is rounded as soon as it was read,
+    so that one at a time is in memory in the dtype of the file.
+    """
+
+    def rounded(leaf: Any) -> bool:
+        return isinstance(leaf, Quantized)
+
+    own = {name: leaf for name, leaf in abstract.items() if name != "lora"}
+    places = jax.tree.map(lambda x: x.values.sharding if rounded(x) else x.sharding, own, is_leaf=rounded)
+    dtypes = jax.tree.map(lambda x: None if rounded(x) else x.dtype, own, is_leaf=rounded)
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(own, is_leaf=rounded)
+    }
+
+    def then(name: str, made: jax.Array) -> Any:
+        kept = leaves[name]
+        if not rounded(kept):
+            return made
+        places = jax.tree.map(lambda leaf: leaf.sharding, kept)
+        small = jax.jit(quantized, static_argnums=(1, 2), out_shardings=places)(
+            made, str(kept.values.dtype), summed(name.rpartition(".")[2])
+        )
+        jax.block_until_ready(small)
+        made.delete()
+        return small
+
+    return bundle.params(places, dtypes, then)
 
 
 def in_base(bundle: Bundle, lora: LoraConfig, selection: Selection, stored: Params, target: Params | None) -> Params:

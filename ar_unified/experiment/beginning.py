@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from ar_unified.bundle import Bundle
 from ar_unified.data.images import NoImages
+from ar_unified.experiment.adapter import first_adapter, read_base
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.language.extension import rows_of
 from ar_unified.language.vocabulary import Role
@@ -40,10 +41,14 @@ def beginning(
         if experiment.before is not None:
             params = _extended(experiment, bundle, places)
         else:
-            params = bundle.params(places, jax.tree.map(lambda leaf: leaf.dtype, abstract))
+            params = read_base(bundle, abstract)
         key = jax.random.key(experiment.config.seed)
         if task.lora is not None:
-            params |= jax.jit(partial(_adapter, task), out_shardings={"lora": places["lora"]})(key)
+            if (first := first_adapter(experiment.config, experiment.bundle)) is not None:
+                experiment.say(f"model: the adapter begins as {experiment.config.lora.init}")
+                params |= {"lora": hand_out(first[0], places["lora"])}
+            else:
+                params |= jax.jit(partial(_adapter, task), out_shardings={"lora": places["lora"]})(key)
         if fresh is None:
             return params
         experiment.say(f"model: at random begin {', '.join(experiment.config.training.fresh)}")
@@ -71,6 +76,13 @@ def _extended(experiment: Experiment, bundle: Bundle, places: Any) -> Params:
         lambda params: extended_tables(params, rows, before.text_size, codes, how, vectors, key), out_shardings=places
     )
     return grow(bundle.params(old, "float32"))
+
+
+def hand_out(tree: Any, places: Any) -> Any:
+    """Arrays of numpy on devices, of which this process fills its own."""
+    return jax.tree.map(
+        lambda leaf, place: jax.make_array_from_callback(leaf.shape, place, lambda at: leaf[at]), tree, places
+    )
 
 
 def _adapter(task: TransformerTask, key: jax.Array) -> Params:

@@ -200,6 +200,8 @@ def _check_lora(config: ConfigDict, problems: Problems, stages: Collection[str])
             "lora.rank",
             f"expected 0 without config.init, as an adapter needs weights to stand beside; found {config.lora.rank}",
         )
+    if config.lora.init and not config.lora.rank:
+        problems.say("lora.rank", f"expected that of the adapter in lora.init, {config.lora.init}; found 0")
 
 
 def _check_training(config: ConfigDict, problems: Problems, stages: Collection[str]) -> None:

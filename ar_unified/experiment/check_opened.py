@@ -17,6 +17,7 @@ from ar_unified.data.prepare import folder_name
 from ar_unified.errors import about, nearest
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
+from ar_unified.experiment.adapter import first_adapter
 from ar_unified.experiment.check import MEAN
 from ar_unified.experiment.experiment import STAGES, Experiment
 from ar_unified.experiment.problems import Problems
@@ -71,6 +72,8 @@ def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> No
             "text_tokenizer.lossy", f"expected 'warn', as the bundle's text tokenizer loses text: {text.losses[0]}"
         )
     problems.end()
+    if "model" in stages:
+        first_adapter(config, bundle)
     if experiment.extends:
         with about("config.init"):
             before = bundle.grammar

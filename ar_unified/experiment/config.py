@@ -141,6 +141,7 @@ def _add_training(config: ConfigDict) -> None:
     config.training.phases = ()
 
     config.lora = ConfigDict(_fields(LoraConfig))  # an adapter in place of full tuning, on what config.init names
+    config.lora.init = ""  # folder of an adapter, in PEFT's form, that training begins with; "": a fresh one
 
     # For the objective "reward": how answers are drawn, how good they are, and what follows.
     config.reward = ConfigDict(_fields(RewardConfig) | _fields(DrawingConfig) | _fields(PolicyConfig))
@@ -306,6 +307,7 @@ _ELEMENTS: dict[str, type] = {  # of tuples that are empty by default
     "training.phases": ConfigDict,
     "training.restarts": float,
     **dict.fromkeys(("training.only", "training.fresh", "training.rates", "training.compiler_options"), str),
+    **dict.fromkeys(("lora.ranks", "lora.alphas"), str),
     "data.filters.languages": str,
     **dict.fromkeys(("image_tokenizer.decoder_multipliers", "image_tokenizer.decoder_blocks"), int),
 }

@@ -15,6 +15,7 @@ from ar_unified.data.phases import Phase
 from ar_unified.data.prepare import load_report
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
+from ar_unified.experiment.adapter import first_adapter
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.settings import state_of
 from ar_unified.training.tasks import TransformerTask
@@ -87,9 +88,17 @@ def facts(experiment: Experiment, own: Mapping[str, Any]) -> dict[str, Any]:
     """What decides the trained model beside the config; `own`: of one objective."""
     init = {} if experiment.bundle is None else {"init": experiment.bundle.hash}
     known = dict(manifest=experiment.grammar.manifest(), mixture=experiment.mixture())
-    adapter = {"lora": configs.plain(experiment.config.lora)} if experiment.config.lora.rank else {}
+    adapter = {"lora": _adapter(experiment)} if experiment.config.lora.rank else {}
     # A training without an adapter is what it was before there were any.
     return known | state_of(experiment.config.training) | dict(own) | init | adapter
+
+
+def _adapter(experiment: Experiment) -> dict[str, Any]:
+    """What decides it. Where its file lies does not, and what says nothing is left out, as there was none before."""
+    said = {key: value for key, value in configs.plain(experiment.config.lora).items() if key != "init"}
+    said = {key: value for key, value in said.items() if value or key not in ("ranks", "alphas")}
+    first = first_adapter(experiment.config, experiment.bundle)
+    return said if first is None else said | {"init": first[1]}
 
 
 def task_settings(experiment: Experiment) -> dict[str, Any]:

@@ -25,12 +25,14 @@ from jax.sharding import PartitionSpec as P
 from ar_unified import progress
 from ar_unified.data.preferences import PreferenceBatches, Sums
 from ar_unified.errors import RunError
+from ar_unified.experiment.adapter import first_adapter, read_base
+from ar_unified.experiment.beginning import hand_out
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.language.vocabulary import Role
 from ar_unified.manifests import manifest_hash
-from ar_unified.model.transformer import abstract_params
+from ar_unified.model.transformer import Params, abstract_params
 from ar_unified.parallel import runtime
-from ar_unified.parallel.rules import place_batch
+from ar_unified.parallel.rules import on_mesh, place_batch, shardings
 from ar_unified.training.preference import PreferenceTask
 from ar_unified.workdir import read_json, write_bytes, write_json
 
@@ -61,7 +63,10 @@ def reference(experiment: Experiment, task: PreferenceTask, split: str, batches:
 def _depends(experiment: Experiment, task: PreferenceTask, data: Path) -> dict[str, Any]:
     """All that the numbers follow from, but for rounding."""
     assert experiment.bundle is not None  # config.init, as `check` requires
-    return {
+    begun = {"base": "int8"} if _rounded(task) else {}
+    if (first := first_adapter(experiment.config, experiment.bundle)) is not None:
+        begun["adapter"] = first[1]
+    return begun | {
         "version": VERSION,
         "weights": experiment.bundle.hash,
         "data": hashlib.sha256((data / "manifest.json").read_bytes()).hexdigest(),
@@ -70,12 +75,31 @@ def _depends(experiment: Experiment, task: PreferenceTask, data: Path) -> dict[s
     }
 
 
-def _computed(experiment: Experiment, task: PreferenceTask, batches: PreferenceBatches) -> Sums:
+def _rounded(task: PreferenceTask) -> bool:
+    """Whether the weights are in 8 bits: then the model that the training begins with is not the bundle's."""
+    return task.lora is not None and task.lora.base_dtype == "int8"
+
+
+def _params(experiment: Experiment, task: PreferenceTask) -> Params:
+    """The model that the training begins with, without its adapter where that is fresh, and changes nothing."""
     assert experiment.bundle is not None
-    mesh = experiment.mesh
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(task.config, mesh))
-    params = experiment.bundle.params(places, "float32")
-    task = dataclasses.replace(task, lora=None, only=(), rates=(), phases=())  # before there was an adapter
+    mesh, first = experiment.mesh, first_adapter(experiment.config, experiment.bundle)
+    shapes = jax.eval_shape(lambda: task.init(jax.random.key(0)))
+    abstract = on_mesh(shapes, shardings(mesh, task.logical_axes(shapes), shapes))
+    if _rounded(task):
+        params = read_base(experiment.bundle, abstract)
+    else:
+        places = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(task.config, mesh))
+        params = experiment.bundle.params(places, "float32")
+    if first is not None:
+        params |= {"lora": hand_out(first[0], jax.tree.map(lambda leaf: leaf.sharding, abstract["lora"]))}
+    return params
+
+
+def _computed(experiment: Experiment, task: PreferenceTask, batches: PreferenceBatches) -> Sums:
+    mesh, params = experiment.mesh, _params(experiment, task)
+    begun = task.lora if "lora" in params else None  # None: before there was an adapter
+    task = dataclasses.replace(task, lora=begun, only=(), rates=(), phases=())
     answers = jax.jit(functools.partial(task.answers, pairs=batches.pairs), out_shardings=NamedSharding(mesh, P()))
     found = {name: np.zeros((count, 2, len(Role)), np.float32) for name, count in batches.counts.items()}
     total = sum(batches.rows_per_epoch.values())

@@ -130,7 +130,9 @@ class Rollouts(Drawing):
         self._failed, self._without = failed, 0
         self._held: tuple[int, list[PolicyBatch]] = (-1, [])
         self._old = jax.jit(lambda params, batch: log_probabilities(engine.config, chunk, params, batch, lora))
-        self._whole = jax.jit(partial(merged, lora)) if lora is not None else lambda params: params
+        self._whole = (
+            jax.jit(partial(merged, lora, dtype=engine.config.dtype)) if lora is not None else lambda params: params
+        )
 
     def __call__(self, step: int, params: Params) -> PolicyBatch:
         """Raises RewardFailed: the policy says so, or no answer of several drawings had a reward."""

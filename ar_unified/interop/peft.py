@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,8 @@ _KEY = re.compile(
 _MODULES = {  # of each of MATRICES the module of a layer, as the key map names its weight
     path: str(HF.names[f"layers.{path}"]).partition("{}.")[2].removesuffix(".weight") for path in MATRICES
 }
+# What a key of PEFT's patterns may look like: enough for names of modules, and nothing that takes long to match.
+_PATTERN = re.compile(r"(?:[\w|()^$-]|\\\.|\\d\+?|\.\*?|\[\d-\d\])+")
 _PATHS = {module: path for path, module in _MODULES.items()}
 # What PEFT's LoRA may be besides, by the key of its config, and what that is where it is not.
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -45,8 +47,6 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False, None),
     "fan_in_fan_out": (False, None),
     "modules_to_save": (None, []),
-    "alpha_pattern": ({}, None),
-    "rank_pattern": ({}, None),
     "layer_replication": (None, []),
     "trainable_token_indices": (None, []),
     "target_parameters": (None, []),
@@ -63,15 +63,37 @@ class Adapter(NamedTuple):
     """An adapter from a folder.
 
     Attributes:
-        matrices: by their names in MATRICES, float32 A [L, I, r] and B [L, r, O]; of a layer without one zeros.
-        scale: of their product.
+        matrices: by their names in MATRICES, float32 A [L, I, r] and B [L, r, O], r the largest of its layers; zeros
+            where a layer has less, or none.
+        ranks, scales: of the same in each layer: its rank, 0 for none, and what its product is multiplied by.
         hash: sha256 of the files.
     """
 
     folder: Path
     matrices: dict[str, tuple[np.ndarray, np.ndarray]]
-    scale: float
+    ranks: dict[str, tuple[int, ...]]
+    scales: dict[str, tuple[float, ...]]
     hash: str
+
+
+class _Settings(NamedTuple):
+    """What adapter_config.json says: rank and alpha, and of modules whose names match, by PEFT's rule, other ones."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    ranks: dict[str, int]
+    alphas: dict[str, float]
+
+    def of(self, module: str) -> tuple[int, float]:
+        """Rank and scale of a module, by its name in transformers' model."""
+        rank, alpha = _matched(self.ranks, module, self.rank), _matched(self.alphas, module, self.alpha)
+        return rank, LoraConfig(rank=rank, alpha=alpha, rslora=self.rslora).scale_of("")
+
+
+def _matched(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """As PEFT's get_pattern_key: the first whose pattern is the name or its end."""
+    return next((n for key, n in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -90,19 +112,18 @@ def read(folder: str | Path, config: TransformerConfig, base: str = "") -> Adapt
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: expected the folder of an adapter, found none")
-    scale, rank = _settings(folder, read_json(inside(folder, CONFIG)))
+    settings = _settings(folder, read_json(inside(folder, CONFIG)))
     weights = _weights(folder)
     if base and (found := _base(weights)) and found != base:
         raise UserError(
             f"{folder}: it was trained on bundle {found[:12]}, which is another model than this, {base[:12]}"
         )
-    pairs = _pairs(folder, weights, config, rank)
     digest = hashlib.sha256((folder / CONFIG).read_bytes() + weights.read_bytes()).hexdigest()
-    return Adapter(folder, pairs, scale, digest)
+    return Adapter(folder, *_pairs(folder, weights, config, settings), digest)
 
 
-def _settings(folder: Path, found: Mapping[str, Any]) -> tuple[float, int]:
-    """Scale and rank. Raises UserError for what is more than LoRA."""
+def _settings(folder: Path, found: Mapping[str, Any]) -> _Settings:
+    """Raises UserError for what is more than LoRA."""
 
     def wrong(key: str, expected: str) -> UserError:
         return UserError(f"{folder}: {CONFIG}: {key}: expected {expected}, found {found.get(key)!r:.80}")
@@ -112,14 +133,43 @@ def _settings(folder: Path, found: Mapping[str, Any]) -> tuple[float, int]:
     for key, plain in _PLAIN.items():
         if key in found and found[key] not in plain:
             raise wrong(key, f"{plain[0]!r}, as only plain LoRA is read")
+
+    def is_rank(number: Any) -> bool:
+        return type(number) is int and 1 <= number < 1 << 20
+
+    def is_alpha(number: Any) -> bool:
+        return type(number) in (int, float) and 0 < number < float("inf")
+
+    def patterns(key: str, fits: Callable[[Any], bool], what: str) -> dict[str, Any]:
+        given = found.get(key) or {}
+        if not isinstance(given, Mapping) or not all(map(fits, given.values())):
+            raise wrong(key, f"{what} by names of modules")
+        for name in given:
+            if not _simple(name):
+                raise UserError(f"{folder}: {CONFIG}: {key}: expected names of modules, found {name!r:.80}")
+        return dict(given)
+
     rank, alpha = found.get("r"), found.get("lora_alpha")
-    if type(rank) is not int or not 1 <= rank < 1 << 20:
+    if not is_rank(rank) or rank is None:
         raise wrong("r", "a rank of at least 1")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
+    if not is_alpha(alpha) or alpha is None:
         raise wrong("lora_alpha", "a number above 0")
     if not isinstance(rslora := found.get("use_rslora") or False, bool):
         raise wrong("use_rslora", "true or false")
-    return LoraConfig(rank=rank, alpha=float(alpha), rslora=rslora).scale, rank
+    ranks = patterns("rank_pattern", is_rank, "ranks of at least 1")
+    alphas = patterns("alpha_pattern", is_alpha, "numbers above 0")
+    return _Settings(rank, alpha, rslora, ranks, alphas)
+
+
+def _simple(pattern: str) -> bool:
+    """Whether it is of the form of _PATTERN, and a pattern at all."""
+    if len(pattern) > 200 or not _PATTERN.fullmatch(pattern) or sum(map(pattern.count, "*+")) > 4:
+        return False
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
 
 def _weights(folder: Path) -> Path:
@@ -139,10 +189,13 @@ def _base(weights: Path) -> str:
 
 
 def _pairs(
-    folder: Path, weights: Path, config: TransformerConfig, rank: int
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    folder: Path, weights: Path, config: TransformerConfig, settings: _Settings
+) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], dict[str, tuple[int, ...]], dict[str, tuple[float, ...]]]:
+    """matrices, ranks and scales of an Adapter."""
     source, sizes, L = open_source(weights), layer_matrices(config), config.n_layers
     pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    ranks, scales = dict[str, list[int]](), dict[str, list[float]]()
+    most = max(settings.rank, *settings.ranks.values(), 1)
     left: set[tuple[str, int]] = set()  # whose other half has not come
     above: str | None = None
     for name in sorted(source.names()):
@@ -152,6 +205,7 @@ def _pairs(
             raise UserError(f"{folder}: {name!r:.120} is of no matrix of a layer ({', '.join(_PATHS)}){near}")
         above, layer, path, side = match["above"], int(match["layer"]), _PATHS[match["module"]], match["side"]
         inputs, outputs = sizes[path.rpartition(".")[2]]
+        rank, scale = settings.of(f"{above}layers.{layer}.{match['module']}")
         expected = (rank, inputs) if side == "A" else (outputs, rank)
         if layer >= L or source.shape(name) != expected:
             found = f"layer {layer}" if layer >= L else f"{list(source.shape(name))}"
@@ -161,15 +215,25 @@ def _pairs(
         if not np.isfinite(array).all():
             raise UserError(f"{folder}: {name}: expected finite numbers, found some that are not")
         if path not in pairs:
-            pairs[path] = np.zeros((L, inputs, rank), np.float32), np.zeros((L, rank, outputs), np.float32)
-        pairs[path][side == "B"][layer] = transposed(array)
+            pairs[path] = np.zeros((L, inputs, most), np.float32), np.zeros((L, most, outputs), np.float32)
+            ranks[path], scales[path] = [0] * L, [0.0] * L
+        if side == "A":
+            pairs[path][0][layer, :, :rank] = transposed(array)
+        else:
+            pairs[path][1][layer, :rank] = transposed(array)
+        ranks[path][layer], scales[path][layer] = rank, scale
         left ^= {(path, layer)}
     if left:
         path, layer = min(left)
         raise UserError(f"{folder}: layer {layer}: {_MODULES[path]}: expected lora_A and lora_B, found one of the two")
     if not pairs:
         raise UserError(f"{folder}: {WEIGHTS}: expected tensors of an adapter, found none")
-    return pairs
+    own = {path: (a[..., : max(ranks[path])], b[:, : max(ranks[path])]) for path, (a, b) in pairs.items()}
+    return (
+        own,
+        {path: tuple(each) for path, each in ranks.items()},
+        {path: tuple(each) for path, each in scales.items()},
+    )
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -194,6 +258,9 @@ def write(folder: str | Path, bundle: Bundle, lora: LoraConfig, adapter: Mapping
             for layer, matrix in enumerate(stacked):
                 key = f"base_model.model.{beginning}layers.{layer}.{_MODULES[path]}.lora_{side.upper()}.weight"
                 tensors[key] = transposed(matrix)
+    name_of = {path: _MODULES[path].rpartition(".")[2] for path in lora.matrices}
+    if prefixes:
+        name_of = {path: rf"{re.escape(beginning)}layers\.\d+\.{re.escape(_MODULES[path])}" for path in lora.matrices}
     modules = [_MODULES[path].rpartition(".")[2] for path in lora.matrices]
     within = "|".join(re.escape(_MODULES[path]) for path in lora.matrices)
     # By their last name, unless an image tokenizer inside the model may have modules of that name.
@@ -215,6 +282,8 @@ def write(folder: str | Path, bundle: Bundle, lora: LoraConfig, adapter: Mapping
                     "inference_mode": True,
                     "r": lora.rank,
                     "lora_alpha": lora.alpha,
+                    "rank_pattern": _others(name_of, lora.rank_of, lora.rank),
+                    "alpha_pattern": _others(name_of, lora.alpha_of, lora.alpha),
                     "lora_dropout": lora.dropout,
                     "use_rslora": lora.rslora,
                     "target_modules": target,
@@ -225,3 +294,8 @@ def write(folder: str | Path, bundle: Bundle, lora: LoraConfig, adapter: Mapping
             )
     except FileExistsError as error:
         raise UserError(f"{in_words(error)}: name another folder, or remove this one") from error
+
+
+def _others(name_of: Mapping[str, str], number: Callable[[str], Any], default: Any) -> dict[str, Any]:
+    """A pattern of PEFT's: of each matrix that has not the default its number."""
+    return {name: number(path) for path, name in name_of.items() if number(path) != default}

@@ -13,11 +13,13 @@ A message with "weight": 0 is read and not learned. Keys that belong to no kind 
 
 The "prompt" of an answer or of a preference pair is a text, a list of parts or of messages (of a pair, "messages" is
 another name for these), and an answer is a text, a list of parts, or the assistant's message. Of a pair the answers
-alone are learned from.
+alone are learned from; where both are whole conversations, their last messages are the answers, and those before, which
+must be the same, the prompt.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -38,8 +40,8 @@ from ar_unified.language.document import (
 
 Image = TypeVar("Image")
 LoadImage = Callable[[str], np.ndarray]
-_KEYS = {"id", "image", "text", "question", "answer", "segments", "prompt", "messages", "chosen", "rejected"}
-_PAIR = ("chosen", "rejected")
+KEYS = {"id", "image", "text", "question", "answer", "segments", "prompt", "messages", "chosen", "rejected"}  # of a row
+ANSWERS = ("chosen", "rejected")  # of a preference pair
 _KINDS = ({"answer"}, {"segments"}, {"messages"}, {"image", "question", "answer"}, {"image", "text"})
 _ROLES: dict[str, Speaker] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _NO = ("tool_calls", "function_call", "audio")
@@ -148,11 +150,11 @@ def document_from_json(row: object, load_image: LoadImage) -> Document:
         return ImagePart(load_image(reference))
 
     rejected = None
-    if any(key in row for key in _PAIR):
+    if any(key in row for key in ANSWERS):
         *turns, rejected = _preference(row, image)
     else:
         turns = [*_turns(row, image)]
-    meta = {key: value for key, value in row.items() if key not in _KEYS}
+    meta = {key: value for key, value in row.items() if key not in KEYS}
     document = Document(tuple(turns), id=str(row.get("id", "")), meta=meta, rejected=rejected)
     document.check()
     return document
@@ -160,7 +162,7 @@ def document_from_json(row: object, load_image: LoadImage) -> Document:
 
 def _turns(row: Mapping[str, Any], image: Callable[[str, str], ImagePart]) -> Sequence[Turn]:
     """Of a row of one of _KINDS."""
-    used = _KEYS & row.keys() - {"id", "prompt"}
+    used = KEYS & row.keys() - {"id", "prompt"}
     if used not in _KINDS:
         kinds = ", ".join(f"{{{', '.join(sorted(kind))}}}" for kind in reversed(_KINDS))
         raise DocumentError("bad_row", f"expected the keys of one of {kinds}; found {{{', '.join(map(str, row))}}}")
@@ -190,18 +192,63 @@ def _turns(row: Mapping[str, Any], image: Callable[[str, str], ImagePart]) -> Se
 
 def _preference(row: Mapping[str, Any], image: Callable[[str, str], ImagePart]) -> list[Turn]:
     """What is asked, the chosen answer, and the rejected one."""
-    if others := sorted(_KEYS & row.keys() - {"id", "prompt", "messages", *_PAIR}):
+    if others := sorted(KEYS & row.keys() - {"id", "prompt", "messages", *ANSWERS}):
         raise DocumentError("bad_row", f"expected prompt or messages, chosen and rejected; found {others[0]} beside")
-    if missing := [key for key in _PAIR if key not in row]:
+    if missing := [key for key in ANSWERS if key not in row]:
         raise DocumentError("bad_row", f"expected chosen and rejected, found no {missing[0]}")
-    asked = [key for key in ("prompt", "messages") if row.get(key) not in (None, "", [])]
-    if len(asked) != 1:
-        kind, which = ("two_prompts", "both") if asked else ("no_prompt", "neither")
+    if all(is_conversation(row[key]) for key in ANSWERS):
+        asked, said = parted({key: row[key] for key in ("prompt", "messages") if key in row}, row)
+        row = asked | said
+    prompts = [key for key in ("prompt", "messages") if row.get(key) not in (None, "", [])]
+    if len(prompts) != 1:
+        kind, which = ("two_prompts", "both") if prompts else ("no_prompt", "neither")
         raise DocumentError(kind, f"expected prompt or messages, found {which}")
     if row["chosen"] == row["rejected"]:
         raise DocumentError("same_answers", f"expected two answers, found {row['chosen']!r:.80} twice")
-    turns = [Turn(turn.speaker, turn.parts, False) for turn in _asked(row[asked[0]], asked[0], image)]
-    return [*turns, *(_answer(row[key], key, image) for key in _PAIR)]
+    turns = [Turn(turn.speaker, turn.parts, False) for turn in _asked(row[prompts[0]], prompts[0], image)]
+    return [*turns, *(_answer(row[key], key, image) for key in ANSWERS)]
+
+
+def is_conversation(value: object) -> bool:
+    """Whether it is a list of messages, of one at least."""
+    said = isinstance(value, list) and bool(value) and all(isinstance(each, Mapping) for each in value)
+    return said and all("role" in each or "from" in each for each in value)  # type: ignore[attr-defined]
+
+
+def parted(
+    asked: Mapping[str, Any], said: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is asked, and the answers, of a pair whose two answers are conversations: their last messages differ alone.
+
+    asked: "prompt" and "messages" beside them. Where the conversations have more messages than one, what was asked
+    stands in these; a prompt beside them that is among their texts, and messages that are one of the two, say it again.
+
+    Raises DocumentError: messages before the last differ ("bad_row"), or more is asked beside ("two_prompts").
+    """
+    chosen, rejected = (list(said[key]) for key in ANSWERS)
+    if chosen[:-1] != rejected[:-1]:
+        count = sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], zip(chosen, rejected, strict=False)))
+        raise DocumentError(
+            "bad_row",
+            f"expected answers to one conversation: chosen and rejected differ before their last messages, in {count}",
+        )
+    answers = {"chosen": chosen[-1:], "rejected": rejected[-1:]}
+    before = chosen[:-1]
+    if not before:
+        return dict(asked), answers
+    said_before = (each.get("content") or each.get("value") for each in before)
+    texts = {each.strip() for each in said_before if isinstance(each, str)}
+    for key, value in asked.items():
+        again = value in (None, "", [], before)
+        if key == "messages":
+            again |= value in (chosen, rejected)
+        elif isinstance(value, str):
+            again |= value.strip() in texts
+        if not again:
+            raise DocumentError(
+                "two_prompts", f"{key}: expected what the conversations ask, or none; found {value!r:.80}"
+            )
+    return {"messages": before}, answers
 
 
 def _asked(content: object, where: str, image: Callable[[str, str], ImagePart]) -> list[Turn]:
@@ -278,7 +325,7 @@ def _preference_row(document: Document, save_image: Callable[[np.ndarray], str])
 
 def _named(document: Document) -> dict[str, Any]:
     """The name and what travels along."""
-    taken = sorted(_KEYS & document.meta.keys())
+    taken = sorted(KEYS & document.meta.keys())
     if taken:
         raise DocumentError("bad_row", f"meta key {taken[0]!r} is a field of the row itself: rename it")
     return ({"id": document.id} if document.id else {}) | dict(document.meta)

@@ -222,6 +222,11 @@ def layer_matrices(config: TransformerConfig) -> dict[str, tuple[int, int]]:
     }  # fmt: skip
 
 
+def summed(name: str) -> tuple[int, ...]:
+    """The axes of a stack of the layers' matrices, by the name of the product, that the product sums over."""
+    return (1, 2) if name == "output" else (1,)
+
+
 def offloaded_bytes(config: TransformerConfig) -> int:
     """Bytes that `remat` sends to the host's memory for each token, of all layers."""
     policy = POLICIES[config.remat]

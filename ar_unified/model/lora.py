@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,14 +25,15 @@ import jax
 import jax.numpy as jnp
 
 from ar_unified.errors import nearest, outside
-from ar_unified.model.config import TransformerConfig, layer_matrices
+from ar_unified.model.config import TransformerConfig, layer_matrices, summed
 from ar_unified.model.dropout import dropout, fold
 from ar_unified.model.linear import linear
+from ar_unified.model.quantized import Quantized, widened
 
 _GROUPS = {"attention": ("query", "key", "value", "output"), "mlp": ("gate", "up", "down")}
 MATRICES = tuple(f"{group}.{name}" for group, names in _GROUPS.items() for name in names)  # that may have an adapter
 ADAPTING = ("lora", "adapters")  # top-level keys of adapters, one that is trained and several that are served
-BASE_DTYPES = ("float32", "bfloat16")
+BASE_DTYPES = ("float32", "bfloat16", "int8")
 _FIRST_KEY = 2  # of dropout in a layer; those before are the residual branches'
 Adapt = Callable[[jax.Array, Any, str, Any], jax.Array]  # x, an adapter's two matrices, whose path, dropout keys
 
@@ -44,26 +45,31 @@ class LoraConfig:
     Attributes:
       rank: r; 0: no LoRA, all of the model is trained.
       alpha: the numerator of the scale.
+      ranks, alphas: PLACE=NUMBER, of the matrices that a place names, as one of `targets` does; the last that names one
+        counts.
       dropout: rate on what A reads, each matrix by itself.
       targets: which of a layer's matrices have an adapter: names of MATRICES, in which * stands for anything, or of a
         group of them, as "attention.query", "mlp", "*". All of them is what QLoRA found to be needed to match full
         tuning (Dettmers et al., arXiv:2305.14314, section 4).
       rslora: scale = alpha / sqrt(rank).
-      base_dtype: of the matrices that are not trained, in a training: one of BASE_DTYPES. bfloat16 halves their memory;
-        what is trained, and norms, are float32.
+      base_dtype: of the matrices that are not trained, in a training: one of BASE_DTYPES. bfloat16 halves their memory,
+        int8 quarters that of the layers' (`dtypes.held`); what is trained, and norms, are float32.
 
     Raises ValueError, naming the field, for a number out of range and a target that names no matrix.
     """
 
     rank: int = 0
     alpha: float = 16.0
+    ranks: tuple[str, ...] = ()
+    alphas: tuple[str, ...] = ()
     dropout: float = 0.0
     targets: tuple[str, ...] = ("attention", "mlp")
     rslora: bool = False
     base_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", tuple(self.targets))
+        for name in ("targets", "ranks", "alphas"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if problems := outside(self, rank="[0, inf)", alpha="(0, inf)", dropout="[0, 1)"):
             raise ValueError(problems[0])
         if self.base_dtype not in BASE_DTYPES:
@@ -72,14 +78,30 @@ class LoraConfig:
         if not self.targets:
             raise ValueError(f"targets: expected at least one of {', '.join(MATRICES)}; found none")
         for target in self.targets:
-            if not any(_under(name, target) for name in MATRICES):
-                near = nearest(target, MATRICES)
-                raise ValueError(f"targets: {target!r} names none of a layer's matrices ({', '.join(MATRICES)}){near}")
+            _require_place("targets", target)
+        for name in ("ranks", "alphas"):
+            if getattr(self, name) and not self.rank:
+                raise ValueError(f"{name}: expected none where rank is 0, and nothing has an adapter")
+            for each in getattr(self, name):
+                place, number = _of_place(name, each)
+                if not any(path in self.matrices for path in MATRICES if _under(path, place)):
+                    raise ValueError(f"{name}: {each!r}: no adapter is beside {place!r}, as targets say")
+                if not 0 < number < float("inf") or (name == "ranks" and number != int(number)):
+                    expected = "a whole number of at least 1" if name == "ranks" else "a number above 0"
+                    raise ValueError(f"{name}: {each!r}: expected {expected}, found {number:g}")
 
-    @property
-    def scale(self) -> float:
-        """What the adapter's product is multiplied by."""
-        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+    def rank_of(self, path: str) -> int:
+        """r of one of MATRICES."""
+        return int(_last(self.ranks, path, self.rank))
+
+    def alpha_of(self, path: str) -> float:
+        """The numerator of its scale."""
+        return _last(self.alphas, path, self.alpha)
+
+    def scale_of(self, path: str) -> float:
+        """What its adapter's product is multiplied by."""
+        rank = self.rank_of(path)
+        return self.alpha_of(path) / (rank**0.5 if self.rslora else rank)
 
     @property
     def matrices(self) -> tuple[str, ...]:
@@ -92,15 +114,41 @@ def _under(name: str, target: str) -> bool:
     return fnmatch.fnmatchcase(name, target) or fnmatch.fnmatchcase(name, f"{target}.*")
 
 
+def _require_place(key: str, place: str) -> None:
+    if not any(_under(name, place) for name in MATRICES):
+        near = nearest(place, MATRICES)
+        raise ValueError(f"{key}: {place!r} names none of a layer's matrices ({', '.join(MATRICES)}){near}")
+
+
+def _of_place(key: str, said: str) -> tuple[str, float]:
+    """PLACE=NUMBER. Raises ValueError."""
+    place, _, number = said.rpartition("=")
+    try:
+        found = float(number)
+    except ValueError:
+        place = ""
+    if not place:
+        raise ValueError(f"{key}: expected PLACE=NUMBER, as mlp=8; found {said!r}")
+    _require_place(key, place)
+    return place, found
+
+
+def _last(said: Sequence[str], path: str, default: float) -> float:
+    """The number of the last PLACE=NUMBER that names a matrix."""
+    numbers = [float(each.rpartition("=")[2]) for each in said if _under(path, each.rpartition("=")[0])]
+    return numbers[-1] if numbers else default
+
+
 def init(config: TransformerConfig, lora: LoraConfig, key: jax.Array) -> dict[str, Any]:
     """A fresh adapter, float32, as params["lora"] holds it. Each matrix and layer draws from a key of its own."""
-    L, r, sizes = config.n_layers, lora.rank, layer_matrices(config)
+    L, sizes = config.n_layers, layer_matrices(config)
     made: dict[str, Any] = {}
     for index, path in enumerate(MATRICES):
         if path not in lora.matrices:
             continue
         group, _, name = path.partition(".")
         inputs, outputs = sizes[name]
+        r = lora.rank_of(path)
         bound = inputs**-0.5
         a = jax.random.uniform(jax.random.fold_in(key, index), (L, inputs, r), jnp.float32, -bound, bound)
         made.setdefault(group, {})[name] = {"a": a, "b": jnp.zeros((L, r, outputs), jnp.float32)}
@@ -150,7 +198,7 @@ def _trained(
     """scale * (dropout(x) A) B: x [B, T, I] -> [B, T, O]. keys: of each token, [B, T]; None: no dropout."""
     if lora.dropout:
         x = dropout(x, lora.dropout, fold(keys, _FIRST_KEY + MATRICES.index(path)))
-    return linear(linear(x, pair["a"]), pair["b"]) * lora.scale
+    return linear(linear(x, pair["a"]), pair["b"]) * lora.scale_of(path)
 
 
 def _chosen(
@@ -161,16 +209,29 @@ def _chosen(
     return jnp.einsum("BTR,BRO->BTO", low, pair["b"][adapter])
 
 
-def merged(lora: LoraConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+def merged(lora: LoraConfig, params: Mapping[str, Any], dtype: str = "float32") -> dict[str, Any]:
     """The parameters without "lora", which each matrix has in it: W + scale A B, summed in float32, in the dtype of W.
 
-    params: stacked by layers, as a training has them; the adapter in any dtype.
+    params: stacked by layers, as a training has them; the adapter in any dtype. dtype: of matrices that are in 8 bits.
     """
     layers = {group: dict(leaves) for group, leaves in params["layers"].items()}
-    for path in lora.matrices:
+    rounded = {path for path in MATRICES if isinstance(_at(layers, path), Quantized)}
+    for path in {*lora.matrices, *rounded}:
         group, _, name = path.partition(".")
-        pair, weight = params["lora"][group][name], layers[group][name]
-        a, b = pair["a"].astype(jnp.float32), pair["b"].astype(jnp.float32)
-        added = lora.scale * jnp.einsum("LIR,LRO->LIO", a, b, precision="highest")
-        layers[group][name] = (weight.astype(jnp.float32) + added.reshape(weight.shape)).astype(weight.dtype)
+        weight = _at(layers, path)
+        kind = jnp.dtype(dtype) if path in rounded else weight.dtype
+        if path in rounded:
+            weight = widened(weight, summed(name))
+        if path in lora.matrices:
+            pair = _at(params["lora"], path)
+            a, b = pair["a"].astype(jnp.float32), pair["b"].astype(jnp.float32)
+            added = lora.scale_of(path) * jnp.einsum("LIR,LRO->LIO", a, b, precision="highest")
+            weight = weight.astype(jnp.float32) + added.reshape(weight.shape)
+        layers[group][name] = weight.astype(kind)
     return {name: leaf for name, leaf in params.items() if name != "lora"} | {"layers": layers}
+
+
+def _at(groups: Mapping[str, Any], path: str) -> Any:
+    """What stands at a path of MATRICES."""
+    group, _, name = path.partition(".")
+    return groups[group][name]

@@ -1,13 +1,15 @@
-"""Matrices in 8 bits, for decoding: each output channel by its own largest value, restored behind the product.
+"""Matrices in 8 bits: each output channel by its own largest value, restored behind the product.
 
 A step of decoding reads every weight once and computes little with it, so half the bytes are half the time. Rounding
 each channel alone is what keeps the error of a product below a percent (LLM.int8(), arXiv 2208.07339, section 2).
+A training of an adapter beside them (model/lora.py) has a quarter of what it need not change in memory.
 
-I inputs, O output channels.
+L layers, I inputs, O output channels.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -17,20 +19,55 @@ LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}  # by dtype, what a channel's 
 
 
 class Quantized(NamedTuple):
-    """values [I, O] of a dtype of LARGEST, scale float32 [O]: the matrix is about values * scale."""
+    """values [I, O] of a dtype of LARGEST, scale float32 [O]: the matrix is about values * scale.
+
+    In a training the layers are stacked and heads apart, as [L, D, N, H] and [L, N, H]: `scale` has no axis of inputs.
+    """
 
     values: jax.Array
     scale: jax.Array
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix."""
+        return self.values.shape
 
-def quantized(matrix: jax.Array, dtype: str) -> Quantized:
-    """[I, O] rounded; a channel of zeros stays exact zeros, one that is not finite has a scale that shows it."""
+    def flat(self, inputs: int) -> Quantized:
+        """[I, O] of one layer's, whose first `inputs` axes are summed over."""
+        scale = self.scale.reshape(-1)
+        return Quantized(self.values.reshape(math.prod(self.shape[:inputs]), scale.size), scale)
+
+
+def quantized(matrix: jax.Array, dtype: str, inputs: tuple[int, ...] = (0,)) -> Quantized:
+    """[I, O] rounded, or a stack of such, `inputs` being the axes that a product sums over. A channel of zeros stays
+    exact zeros, one that is not finite has a scale that shows it."""
     matrix = matrix.astype(jnp.float32)
-    scale = jnp.abs(matrix).max(0) / LARGEST[dtype]
+    scale = jnp.abs(matrix).max(inputs, keepdims=True) / LARGEST[dtype]
     values = matrix / jnp.where(scale > 0, scale, 1.0)
-    return Quantized((jnp.round(values) if dtype == "int8" else values).astype(dtype), scale)
+    return Quantized((jnp.round(values) if dtype == "int8" else values).astype(dtype), scale.squeeze(inputs))
 
 
+def widened(matrix: Quantized, inputs: tuple[int, ...]) -> jax.Array:
+    """The matrix that `quantized` left, float32."""
+    return matrix.values.astype(jnp.float32) * jnp.expand_dims(matrix.scale, inputs)
+
+
+@jax.custom_vjp
 def product(x: jax.Array, matrix: Quantized) -> jax.Array:
-    """x [..., I] times the matrix, in the dtype of x. The values are widened as they are read, not before."""
+    """x [..., I] times the matrix [I, O], in the dtype of x. The values are widened as they are read, not before.
+
+    The gradient is of x alone. It keeps the 8 bits for backward, where JAX's own would keep the widened values.
+    """
     return ((x @ matrix.values.astype(x.dtype)) * matrix.scale).astype(x.dtype)
+
+
+def _product_forward(x, matrix):
+    return product(x, matrix), matrix
+
+
+def _product_backward(matrix, out_bar):
+    scaled = (out_bar * matrix.scale).astype(out_bar.dtype)
+    return scaled @ matrix.values.T.astype(out_bar.dtype), None
+
+
+product.defvjp(_product_forward, _product_backward)

@@ -15,6 +15,7 @@ Chameleon, 2405.09818) are the published ones.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,8 +27,9 @@ from jax.ad_checkpoint import checkpoint_name
 from ar_unified.kernels.qk_norm_rope import Rope, qk_norm_rope
 from ar_unified.model.attention import attend_to_cache, attend_to_documents
 from ar_unified.model.cache import Cache, extended
-from ar_unified.model.config import TransformerConfig
+from ar_unified.model.config import TransformerConfig, summed
 from ar_unified.model.dropout import dropout, fold
+from ar_unified.model.dtypes import MATRICES, cast
 from ar_unified.model.embedding import look_up
 from ar_unified.model.linear import linear
 from ar_unified.model.lora import ADAPTING, Adapt, LoraConfig, adaptation, with_adapters
@@ -42,7 +44,6 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
-MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
 Params = dict[str, Any]
 Product = Callable[[jax.Array, str, Any], jax.Array]  # of x with a layer's matrix, by its path
 
@@ -82,8 +83,10 @@ def logical_axes(params: Params) -> Params:
 
     def axes(path: Any, leaf: Any) -> tuple[str, ...]:
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        stacked = len(names) == len(path)
+        stacked = not any(isinstance(entry, jax.tree_util.SequenceKey) for entry in path)
         found = AXES["/".join(names)][0 if stacked else 1 :]
+        if stacked and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "scale":
+            return tuple(axis for i, axis in enumerate(found) if i not in summed(names[-1]))
         if stacked or names[-1] not in MATRICES:
             return found if len(found) == leaf.ndim else (*found[:-2], found[-1])
         flat = tuple(axis for axis in found if axis != "head_dim")
@@ -103,13 +106,13 @@ def unstacked(config: TransformerConfig, params: Params, weights_dtype: str | No
     """
     outside = {name: leaf for name, leaf in params.items() if name not in ("layers", "adapters")}
     if "adapters" in params:
-        adapters = [_cast(layer, config.dtype) for layer in _unstack(params["adapters"], config.n_layers)]
+        adapters = [cast(layer, config.dtype) for layer in _unstack(params["adapters"], config.n_layers)]
         return unstacked(config, outside | {"layers": params["layers"]}, weights_dtype) | {"adapters": adapters}
     layers = [
         jax.tree_util.tree_map_with_path(lambda path, p: as_decoded(path[-1].key, p, weights_dtype), layer)
         for layer in _unstack(params["layers"], config.n_layers)
     ]
-    return _cast(outside, config.dtype) | {"layers": [_cast(layer, config.dtype) for layer in layers]}
+    return cast(outside, config.dtype) | {"layers": [cast(layer, config.dtype) for layer in layers]}
 
 
 def as_decoded(name: str, leaf: jax.Array, weights_dtype: str | None) -> Any:
@@ -210,8 +213,7 @@ class Attention(nnx.Module):
         query = qk_norm_rope(query, rope, **self.query_norm, eps=self.eps)
         key = qk_norm_rope(key, rope, **self.key_norm, eps=self.eps)
         out, state = attend(query, key, value)
-        output = self.output if isinstance(self.output, Quantized) else self.output.reshape(-1, self.output.shape[-1])
-        out = product(out.reshape(*x.shape[:2], -1), "attention.output", output)
+        out = product(out.reshape(*x.shape[:2], -1), "attention.output", _flat(self.output, len(self.output.shape) - 1))
         return checkpoint_name(out, "output"), state
 
     def _heads(self, flat: jax.Array, name: str, bias: jax.Array | None) -> jax.Array:
@@ -219,9 +221,11 @@ class Attention(nnx.Module):
         return heads if bias is None else heads + bias.astype(heads.dtype)
 
 
-def _flat(weight: jax.Array | Quantized) -> jax.Array | Quantized:
-    """[I, O] of [I, N, H]."""
-    return weight if isinstance(weight, Quantized) else weight.reshape(weight.shape[0], -1)
+def _flat(weight: jax.Array | Quantized, inputs: int = 1) -> jax.Array | Quantized:
+    """[I, O] of [I, N, H], or of a matrix whose first `inputs` axes are summed over."""
+    if isinstance(weight, Quantized):
+        return weight.flat(inputs)
+    return weight.reshape(math.prod(weight.shape[:inputs]), -1)
 
 
 class MLP(nnx.Module):
@@ -333,7 +337,7 @@ class Transformer(nnx.Module):
             return attend_to_documents(query, key, value, doc_start, config.attention, config.context), None
 
         def layer(x: jax.Array, params: Params, index: jax.Array | int) -> jax.Array:
-            block = Block(config, _cast(params, config.dtype))
+            block = Block(config, cast(params, config.dtype))
             return block(x, rope, attend, fold(dropout_keys, index), adaptation(self.adapting, adapter))[0]
 
         layer = rematerialised(layer, config.remat, config.scan_layers)
@@ -363,7 +367,7 @@ class Transformer(nnx.Module):
             return out, look(unzigzag(query), unzigzag(key))
 
         def layer(x: jax.Array, params: Params) -> tuple[jax.Array, Any]:
-            return Block(config, _cast(params, config.dtype))(x, rope, attend, None, adaptation(self.adapting))
+            return Block(config, cast(params, config.dtype))(x, rope, attend, None, adaptation(self.adapting))
 
         return jax.lax.scan(layer, self._look_up(tokens, "sequence"), self.layers)[1]
 
@@ -401,7 +405,7 @@ class Transformer(nnx.Module):
                 cached = extended(cached, start, key, value, config.attention)
                 return attend_to_cache(query, cached, start, config.attention), cached
 
-            x, state = Block(config, _cast(params, config.dtype))(
+            x, state = Block(config, cast(params, config.dtype))(
                 x, rope, attend, None, adaptation(self.adapting, adapter)
             )
             states.append(state)
@@ -420,20 +424,6 @@ class Transformer(nnx.Module):
         """float32 [..., V] of hidden states [..., D]. For sampling; a loss takes `head` and never holds these."""
         head = self.head().astype(hidden.dtype)
         return jnp.einsum("...D,VD->...V", hidden, head, preferred_element_type=jnp.float32)
-
-
-def _cast(params: Params, dtype: str) -> Params:
-    """The matrices in the compute dtype; weights of norms, and biases, stay float32, and quantized ones as they are."""
-
-    def cast(path: Any, p: Any) -> Any:
-        return p if isinstance(p, Quantized) or is_vector(path) else p.astype(dtype)
-
-    return jax.tree_util.tree_map_with_path(cast, params, is_leaf=lambda p: isinstance(p, Quantized))
-
-
-def is_vector(path: Any) -> bool:
-    """Whether the leaf at that path is of a norm or a bias, which are float32 in every computation."""
-    return any("norm" in entry.key or entry.key.endswith("bias") for entry in path)
 
 
 def _norm(config: TransformerConfig, weight: jax.Array) -> jax.Array:

@@ -52,16 +52,17 @@ def beside(config: TransformerConfig, params: Params, adapters: Sequence[Adapter
     rank = max(a.shape[-1] for adapter in adapters for a, _ in adapter.matrices.values())
     stacked: dict[str, Any] = {}
     for path in MATRICES:
-        pairs = [(adapter.scale, adapter.matrices.get(path)) for adapter in adapters]
+        pairs = [(adapter.scales.get(path, ()), adapter.matrices.get(path)) for adapter in adapters]
         some = next((pair for _, pair in pairs if pair is not None), None)
         if some is None:
             continue
         L, inputs, _ = some[0].shape
         a = np.zeros((L, len(adapters) + 1, inputs, rank), np.float32)
         b = np.zeros((L, len(adapters) + 1, rank, some[1].shape[-1]), np.float32)
-        for number, (scale, pair) in enumerate(pairs, 1):
+        for number, (scales, pair) in enumerate(pairs, 1):
             if pair is not None:
                 own = pair[0].shape[-1]
+                scale = np.asarray(scales, np.float32)[:, None, None]
                 a[:, number, :, :own], b[:, number, :own] = pair[0], scale * pair[1]
         group, _, name = path.partition(".")
         stacked.setdefault(group, {})[name] = {"a": a, "b": b}

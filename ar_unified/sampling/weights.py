@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from ar_unified.model.config import TransformerConfig
+from ar_unified.model.dtypes import is_vector
 from ar_unified.model.quantized import LARGEST
-from ar_unified.model.transformer import Params, abstract_params, as_decoded, is_vector, logical_axes
+from ar_unified.model.transformer import Params, abstract_params, as_decoded, logical_axes
 from ar_unified.parallel import rules
 
 WEIGHT_DTYPES = (None, *LARGEST)

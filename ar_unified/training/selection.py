@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from ar_unified.errors import nearest
 from ar_unified.language.vocabulary import Role, Vocabulary
-from ar_unified.model.transformer import is_vector
+from ar_unified.model.dtypes import held
 
 Rows = tuple[tuple[int, int], ...]  # begin and end of each run of rows, ascending
 NEW = "new"
@@ -57,13 +57,13 @@ class Selection:
         return whole
 
     def fixed(self, params: dict[str, Any], dtype: str) -> dict[str, Any]:
-        """`params` with matrices and tables of which nothing is trained in another dtype; norms and biases stay."""
+        """`params` with matrices and tables of which nothing is trained in a dtype, as `dtypes.held` says."""
         trained = params if self.parts is None else self.take(params)
         kept = {path for path, _ in _leaves(trained)}
 
         def cast(path: Any, leaf: Any) -> Any:
-            fixed = jax.tree_util.keystr(path, simple=True, separator=".") not in kept and not is_vector(path)
-            return leaf.astype(dtype) if fixed else leaf
+            fixed = jax.tree_util.keystr(path, simple=True, separator=".") not in kept
+            return held(path, leaf, dtype) if fixed else leaf
 
         return jax.tree_util.tree_map_with_path(cast, params)
 

@@ -31,6 +31,7 @@ WAYS = {
     "full": None,
     "LoRA, rank 16": LoraConfig(rank=16),
     "LoRA, rank 16, base in bfloat16": LoraConfig(rank=16, base_dtype="bfloat16"),
+    "LoRA, rank 16, base in int8": LoraConfig(rank=16, base_dtype="int8"),
     "LoRA, rank 16, query and value alone": LoraConfig(rank=16, targets=("attention.query", "attention.value")),
 }
 

@@ -12,6 +12,7 @@ import ar_unified
 from ar_unified.bundle import Bundle, named
 from ar_unified.checkpoint import Checkpoints
 from ar_unified.cli.main import main
+from ar_unified.interop import peft
 from ar_unified.model.lora import LoraConfig
 from tests import adapters, bundles
 from tests.cli.conftest import ROOT, refused
@@ -66,6 +67,22 @@ def test_an_adapter_is_trained_exported_served_and_merged(bundle, folder, tmp_pa
     base, new = named(bundle.params()), named(Bundle(tmp_path / "merged").params())
     np.testing.assert_array_equal(base["head"], new["head"])
 
+    # ---- another training begins with the adapter, whose first step is then all but none
+    begin = dict(lora__init=tmp_path / "adapter", training__steps=1, training__learning_rate=1e-9)
+    begin |= dict(training__warmup_steps=0, training__checkpoint_every=1, lora__base_dtype="int8")
+    for verb in ("tokenizer", "prepare", "train"):
+        assert main(arguments(verb, folder, bundle, tmp_path / "again", **begin)) == 0, capsys.readouterr().err
+    assert f"the adapter begins as {tmp_path / 'adapter'}" in capsys.readouterr().out
+    out_again = ["--workdir", str(tmp_path / "again"), "--output", str(tmp_path / "second try")]
+    assert main(["export", *out_again, "--to", "peft"]) == 0
+    first, after = (peft.read(tmp_path / name, bundle.config) for name in ("adapter", "second try"))
+    for path, pair in first.matrices.items():
+        for old, new in zip(pair, after.matrices[path], strict=True):
+            np.testing.assert_allclose(new, old, atol=1e-7)
+            assert np.abs(old).max() > 1e-3
+    begin |= dict(lora__rank=3)
+    refused(arguments("train", folder, bundle, tmp_path / "third", **begin), r"lora.rank .or ranks.: expected 2, as")
+
     # ---- the workdir's model with an adapter beside it, chosen by a row
     adapters.write(tmp_path / "second", Bundle(tmp_path / "merged"), LoraConfig(rank=3, alpha=6.0), seed=3, spread=0.5)
     rows = [{"id": name, "prompt": bundles.SENTENCES[0], "seed": 1} for name in ("none", "second")]
@@ -97,7 +114,7 @@ def test_what_cannot_be_adapted_is_said(bundle, folder, tmp_path) -> None:
 
     said("config.lora.rank: expected at least 0, found -1", lora__rank=-1)
     said("config.lora.targets: 'mlp.op' names none of a layer's matrices", lora__targets="('mlp.op',)")
-    said("config.lora.base_dtype: expected one of float32, bfloat16; found 'int8'", lora__base_dtype="int8")
+    said("config.lora.base_dtype: expected one of float32, bfloat16, int8; found 'int4'", lora__base_dtype="int4")
     without = ["train", "--config", f"{ROOT}/experiments/folder.py:path={folder}", "--workdir", str(tmp_path / "w")]
     refused([*without, "--config.lora.rank=2"], "config.lora.rank: expected 0 without config.init")
     full = ["export", "--workdir", str(tmp_path / "w"), "--output", str(tmp_path / "o"), "--to", "peft"]

@@ -12,6 +12,7 @@ from PIL import Image
 
 import ar_unified
 from ar_unified.cli.main import main
+from ar_unified.evaluation import scoring
 from ar_unified.language.document import Document, ImagePart, TextPart, Turn
 from tests import bundles
 from tests.cli.conftest import refused
@@ -90,3 +91,36 @@ def test_nothing_is_written_over_and_nothing_half(folder: Path, lines: list[dict
     many = ["--batch-size", "0", "--data", str(folder / "rows.jsonl"), "--output", str(tmp_path / "s")]
     refused([*of_bundle, *many], "--batch-size: expected at least 1, found 0")
     assert not (tmp_path / "s").exists()
+
+
+def test_a_killed_one_goes_on_where_it_was_to_the_same_bytes(folder, lines, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(scoring, "_AT_ONCE", 3)
+    of_bundle = ["score", "--from", str(folder / "bundle"), "--batch-size", "8", "--data"]
+    ask = [*of_bundle, str(folder / "rows.jsonl"), "--output"]
+    assert main([*ask, str(tmp_path / "whole.jsonl")]) == 0
+    told = capsys.readouterr().out.partition(": ")[2]
+    rows, parts = scoring._rows, []
+
+    class Killed(BaseException):
+        pass
+
+    def killed(model, source, chunk):
+        parts.append([number for number, _ in chunk])
+        if len(parts) == 3:
+            raise Killed
+        return rows(model, source, chunk)
+
+    monkeypatch.setattr(scoring, "_rows", killed)
+    with pytest.raises(Killed):
+        main([*ask, str(tmp_path / "parts.jsonl")])
+    assert not (tmp_path / "parts.jsonl").exists()
+    (tmp_path / "other.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    refused(
+        [*of_bundle, str(tmp_path / "other.jsonl"), "--output", str(tmp_path / "parts.jsonl")], "begun with another"
+    )
+    assert main([*ask, str(tmp_path / "parts.jsonl")]) == 0
+    assert parts == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [6, 7, 8]], "what was done is not done again"
+    assert (tmp_path / "parts.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    again = capsys.readouterr().out.splitlines()[-2:]
+    assert " (of 6 items it was known)" in "\n".join(again)
+    assert "\n".join(again).replace(" (of 6 items it was known)", "").partition(": ")[2] == told.strip()

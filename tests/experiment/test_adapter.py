@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from ar_unified.bundle import named
 from ar_unified.errors import UserError
-from ar_unified.experiment.adapter import in_base, require_base
+from ar_unified.experiment.adapter import beginning_with, in_base, read_base, require_base
+from ar_unified.interop import peft
 from ar_unified.model.lora import LoraConfig
+from ar_unified.model.quantized import Quantized
 from ar_unified.model.transformer import logical_axes
+from ar_unified.parallel.mesh import make_mesh
+from ar_unified.parallel.rules import on_mesh, shardings
 from ar_unified.sampling.weights import read_as
 from ar_unified.training.selection import select
+from ar_unified.training.tasks import TransformerTask
 from tests import adapters, bundles
 
 LORA = LoraConfig(rank=2, alpha=4.0, targets=("mlp.up", "attention.output"))
@@ -46,3 +53,49 @@ def test_another_bundle_than_it_was_trained_on_is_refused(tmp_path) -> None:
         UserError, match=f"config.init: the adapter was trained on bundle abcdef012345, found {bundle.hash[:12]}"
     ):
         require_base(bundle, "abcdef0123456789")
+
+
+def test_a_base_in_8_bits_is_the_bundles_rounded_and_the_same_on_every_mesh(tmp_path) -> None:
+    bundle = bundles.write(tmp_path / "bundle")
+    vocabulary = bundle.grammar.vocabulary
+    lora = LoraConfig(rank=2, base_dtype="int8")
+    task = TransformerTask(bundle.config, vocabulary, lambda *_: None, lora=lora, only=("layers.mlp.down",))
+    shapes = jax.eval_shape(lambda: task.init(jax.random.key(0)))
+    base = jax.device_get(bundle.params(dtype="float32"))
+    expected = task.selection(shapes).fixed(base | {"lora": shapes["lora"]}, "int8")
+    del expected["lora"]
+    for shape, count in (({}, 1), (dict(fsdp=2, tensor=2), 4)):
+        mesh = make_mesh(shape, jax.devices()[:count])
+        abstract = on_mesh(shapes, shardings(mesh, task.logical_axes(shapes), shapes))
+        found = read_base(bundle, abstract)
+        del abstract["lora"]
+        jax.tree.map(lambda x, wanted: x.sharding == wanted.sharding or pytest.fail("elsewhere"), found, abstract)
+        assert isinstance(found["layers"]["mlp"]["up"], Quantized)
+        for name, leaf in named(jax.device_get(found)).items():
+            np.testing.assert_array_equal(leaf, named(expected)[name], err_msg=name)
+
+
+MIXED = dataclasses.replace(LORA, ranks=("mlp=3",), alphas=("mlp.up=9",))
+
+
+def test_a_training_begins_with_a_file_that_is_what_the_config_describes(tmp_path) -> None:
+    bundle = bundles.write(tmp_path / "bundle")
+    drawn = adapters.write(tmp_path / "adapter", bundle, MIXED)
+    found = peft.read(tmp_path / "adapter", bundle.config, bundle.hash)
+    assert found.ranks == {"mlp.up": (3,), "attention.output": (2,)} and found.scales["mlp.up"] == (3.0,)
+    jax.tree.map(np.testing.assert_array_equal, beginning_with(found, MIXED), drawn)
+
+    def refused(said: str, **changes: object) -> None:
+        with pytest.raises(UserError, match=said):
+            beginning_with(found, dataclasses.replace(MIXED, **changes))
+
+    refused(
+        r"config.lora.targets: expected attention.output, mlp.up, as the adapter .* has; found mlp.up",
+        targets=("mlp.up",),
+    )
+    refused(r"config.lora.rank \(or ranks\): expected 3, as .* has beside mlp.up; found 2", ranks=())
+    refused(r"config.lora.alpha \(or alphas, rslora\): expected 9, .* mlp.up; found 4", alphas=())
+    refused(r"config.lora.alpha \(or alphas, rslora\)", rslora=True)
+    matrices = found.matrices | {"mlp.up": tuple(np.asarray(each) for each in found.matrices["mlp.up"])}
+    found = found._replace(matrices=matrices, ranks=found.ranks | {"mlp.up": (3, 0)})
+    refused("alike in all layers, .* has the ranks 3, 0 beside mlp.up. It can be served as it is")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -44,7 +45,10 @@ def test_an_adapter_is_the_same_there_and_here(name: str, tmp_path: Path) -> Non
     # ---- PEFT writes, we read
     oracle = reference.load(published)
     scope = {"emu3": r".*text_model.*\.(" + "|".join(MODULES) + ")"}.get(name, MODULES)
-    config = peft_library.LoraConfig(r=4, lora_alpha=6, target_modules=scope, use_rslora=name == "qwen3")
+    others = dict(rank_pattern={r"layers\.0\.self_attn\.q_proj": 7, "up_proj": 2}, alpha_pattern={"up_proj": 9})
+    config = peft_library.LoraConfig(
+        r=4, lora_alpha=6, target_modules=scope, use_rslora=name == "qwen3", **(others if name != "gemma" else {})
+    )
     theirs = peft_library.get_peft_model(oracle.model, config)
     torch.manual_seed(0)
     for key, tensor in theirs.named_parameters():
@@ -54,6 +58,8 @@ def test_an_adapter_is_the_same_there_and_here(name: str, tmp_path: Path) -> Non
 
     # ---- we write, PEFT reads
     lora = LoraConfig(rank=3, alpha=5.0, targets=("attention.query", "attention.output", "mlp"), rslora=name == "gemma")
+    if name != "qwen3":
+        lora = dataclasses.replace(lora, ranks=("mlp=2", "mlp.up=6"), alphas=("attention.output=7",))
     adapters.write(tmp_path / "ours", bundle, lora, seed=2, spread=0.05)
     again = reference.load(published)
     loaded = peft_library.PeftModel.from_pretrained(again.model, tmp_path / "ours")

@@ -39,7 +39,7 @@ def change(folder: Path, **settings) -> None:
 def test_what_is_written_is_read_and_lies_as_peft_has_it(bundle, tmp_path) -> None:
     made = adapters.write(tmp_path / "a", bundle, LORA)
     found = peft.read(tmp_path / "a", bundle.config, bundle.hash)
-    assert found.matrices.keys() == {"attention.query", "mlp.down"} and found.scale == 3.0 / 2**0.5
+    assert found.matrices.keys() == {"attention.query", "mlp.down"} and set(found.scales["mlp.down"]) == {3.0 / 2**0.5}
     for path, (a, b) in found.matrices.items():
         group, name = path.split(".")
         np.testing.assert_array_equal(a, made[group][name]["a"])
@@ -65,7 +65,12 @@ def test_what_is_written_is_read_and_lies_as_peft_has_it(bundle, tmp_path) -> No
         (dict(peft_type="IA3"), "peft_type: expected LORA, found 'IA3'"),
         (dict(use_dora=True), "use_dora: expected False, as only plain LoRA is read, found True"),
         (dict(modules_to_save=["lm_head"]), "modules_to_save: expected None, .*lm_head"),
-        (dict(rank_pattern={"q_proj": 8}), "rank_pattern: expected {}"),
+        (dict(rank_pattern={"q_proj": 8}), r"expected \[8, \d+\], as this model's attention.query and r ask for"),
+        (dict(rank_pattern={"q_proj": 0}), "rank_pattern: expected ranks of at least 1 by names of modules, found"),
+        (dict(alpha_pattern=[2]), "alpha_pattern: expected numbers above 0 by names of modules, found"),
+        (dict(alpha_pattern={"(a+)+$": 2}), r"alpha_pattern: expected names of modules, found '\(a\+\)\+\$'"),
+        (dict(rank_pattern={".*.*.*.*.*q": 2}), "rank_pattern: expected names of modules"),
+        (dict(rank_pattern={"q_proj(": 2}), "rank_pattern: expected names of modules"),
         (dict(r=0), "r: expected a rank of at least 1, found 0"),
         (dict(lora_alpha="16"), "lora_alpha: expected a number above 0, found '16'"),
         (dict(r=4), r"expected \[\d+, 4\]|expected \[4, \d+\], as this model's .* and r ask for; found"),

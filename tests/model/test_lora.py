@@ -26,7 +26,10 @@ def served(params):
     found = []
     for lora, drawn in zip(LORAS, DRAWN, strict=True):
         pairs = {path: (drawn[path.split(".")[0]][path.split(".")[1]]) for path in lora.matrices}
-        found.append(Adapter(Path("a"), {path: (pair["a"], pair["b"]) for path, pair in pairs.items()}, lora.scale, ""))
+        scales = {path: (lora.scale_of(path),) * CONFIG.n_layers for path in pairs}
+        ranks = {path: (lora.rank,) * CONFIG.n_layers for path in pairs}
+        matrices = {path: (pair["a"], pair["b"]) for path, pair in pairs.items()}
+        found.append(Adapter(Path("a"), matrices, ranks, scales, ""))
     return params | {"adapters": beside(CONFIG, params, found, None)}
 
 
@@ -72,5 +75,10 @@ def test_a_fresh_adapter_begins_as_pefts_and_changes_nothing() -> None:
         bound = a.shape[1] ** -0.5
         assert not b.any() and 0.9 * bound < np.abs(a).max() <= bound, "Kaiming's bound for a = sqrt(5)"
         assert abs(a.std() - bound / 3**0.5) < 0.15 * bound and len(np.unique(a)) > 0.9 * a.size
-    assert LoraConfig(rank=4, alpha=8.0, rslora=True).scale == 4.0 and LoraConfig(rank=4, alpha=8.0).scale == 2.0
+    assert LoraConfig(rank=4, alpha=8.0, rslora=True).scale_of("mlp.up") == 4.0
+    several = LoraConfig(rank=4, alpha=8.0, ranks=("mlp=2", "mlp.up=16"), alphas=("attention.*=1",))
+    assert [several.rank_of(path) for path in ("attention.key", "mlp.gate", "mlp.up")] == [4, 2, 16]
+    assert [several.scale_of(path) for path in ("attention.key", "mlp.gate", "mlp.up")] == [0.25, 4.0, 0.5]
+    shapes = jax.eval_shape(lambda: init(CONFIG, several, jax.random.key(0)))
+    assert shapes["mlp"]["up"]["b"].shape[1] == 16 and shapes["mlp"]["down"]["a"].shape[2] == 2
     assert LoraConfig(rank=1, targets=("layers.attention.query", "*.up")).matrices == ("attention.query", "mlp.up")

@@ -88,6 +88,15 @@ def test_an_adapter_has_the_state_and_the_base_no_gradient():
     assert estimate.model_flops == 2 * (2 * (LAYERS + HEAD) + 3 * own) * TOKENS + 6 * attention
 
 
+def test_a_base_in_8_bits_has_a_byte_a_weight_and_a_scale_a_channel():
+    """Channels of D are cut by fsdp 4, as weights are, those of heads and of the MLP are whole."""
+    lora = LoraConfig(rank=4, base_dtype="int8")
+    held, float32 = (planned(replace(RUN, lora=each), "train")[0].local_bytes() for each in (lora, LoraConfig(rank=4)))
+    scales = 2 * 4 * (64 + 2 * 32 + 2 * 128 + 2 * 64 // 4)  # query; key, value; gate, up; output, down
+    assert float32["parameters"] - held["parameters"] == 3 * LAYERS // 4 + 2 * 2 * HEAD // 4 - scales
+    assert held["optimizer"] == float32["optimizer"]
+
+
 DOWN, MLP = 2 * 64 * 128, 2 * 3 * 64 * 128  # of two layers
 
 

@@ -46,7 +46,8 @@ def beside() -> dict[str, Adapter]:
         name: Adapter(
             Path(name),
             {path: tuple(DRAWN[name][path.split(".")[0]][path.split(".")[1]].values()) for path in lora.matrices},
-            lora.scale,
+            {path: (lora.rank,) * CONFIG.n_layers for path in lora.matrices},
+            {path: (lora.scale_of(path),) * CONFIG.n_layers for path in lora.matrices},
             f"hash of {name}",
         )
         for name, lora in LORAS.items()

@@ -75,7 +75,10 @@ def test_the_first_step_is_what_full_tuning_projects_to() -> None:
         np.testing.assert_array_equal(after.params["layers"][group][name], before["layers"][group][name])
 
 
-@pytest.mark.parametrize("lora", [LORA, dataclasses.replace(DROPPED, dropout=0.0)])
+MIXED = dataclasses.replace(LORA, ranks=("mlp=2", "mlp.up=6"), alphas=("attention=3",))
+
+
+@pytest.mark.parametrize("lora", [LORA, dataclasses.replace(DROPPED, dropout=0.0), MIXED])
 def test_the_model_with_an_adapter_is_the_merged_model(lora: LoraConfig) -> None:
     params = adapted(lora)
     beside = forward(lora)(params)
@@ -198,7 +201,13 @@ def test_flops_count_the_adapter_and_no_gradient_of_what_rests() -> None:
         (dict(dropout=1.0), r"dropout: expected a number in \[0, 1\), found 1.0"),
         (dict(targets=()), "targets: expected at least one of attention.query, .*mlp.down; found none"),
         (dict(targets=("mlp.uo",)), "targets: 'mlp.uo' names none of a layer's matrices .* did you mean 'mlp.up'"),
-        (dict(base_dtype="int4"), "base_dtype: expected one of float32, bfloat16; found 'int4'"),
+        (dict(ranks=("mlp",)), "ranks: expected PLACE=NUMBER, as mlp=8; found 'mlp'"),
+        (dict(ranks=("mlp.uo=2",)), "ranks: 'mlp.uo' names none of a layer's matrices"),
+        (dict(ranks=("mlp=2.5",)), "ranks: 'mlp=2.5': expected a whole number of at least 1, found 2.5"),
+        (dict(alphas=("mlp=0",)), "alphas: 'mlp=0': expected a number above 0, found 0"),
+        (dict(targets=("mlp",), alphas=("attention=1",)), "alphas: 'attention=1': no adapter is beside 'attention'"),
+        (dict(rank=0, ranks=("mlp=2",)), "ranks: expected none where rank is 0"),
+        (dict(base_dtype="int4"), "base_dtype: expected one of float32, bfloat16, int8; found 'int4'"),
     ],
 )
 def test_a_setting_that_means_nothing_is_refused_by_its_name(changes, said) -> None:

@@ -52,8 +52,8 @@ def open_source(spec: Mapping[str, Any]) -> Source:
                 first if it is not in data_dir (None: TFDS's own default).
             dict(kind="folder", path=..., files=None, split=None): the rows of <path>/<file>.jsonl for `files`; None:
                 those of captions, docs and vqa that are there.
-            dict(kind="jsonl", path=..., root=None, split=None): one file, packed (.gz, .zst) or not; images are in
-                it or under `root` (None: the file's folder).
+            dict(kind="jsonl", path=..., root=None, columns=None, split=None): one file, packed (.gz, .zst) or
+                not; images are in it or under `root` (None: the file's folder).
             dict(kind="parquet", path=..., columns=None, split=None): Parquet and Arrow files: `Tables`.
             dict(kind="webdataset", path="shards/{000..063}.tar", keys=None, split=None): tars: `Tars`.
             dict(kind="pages", path=..., split=None): Markdown and HTML with the images they show, in order: `Pages`.

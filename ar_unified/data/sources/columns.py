@@ -10,10 +10,13 @@ says by `columns` which of them is what; without, these names are known, whateve
     image, instruction and edited_image   a picture, what is to be done to it, and what comes of it
     messages, conversations               turns; <image> in a turn, or a part of type "image", is the next image
     segments                              parts in reading order
+    prompt, chosen and rejected           a preference pair: of texts, images, lists of these or of parts, messages; an
+                                          image, or several, belongs to the prompt; a question, instruction, caption or
+                                          txt is a prompt, too
     id, language                          the document's name and its language
 
-If a record has several of these, the first in the order messages, segments, instruction, question, texts, text, image
-decides. All other values that are short (texts, numbers, lists of them) become `meta`.
+If a record has several of these, the first in the order chosen, messages, segments, instruction, question, texts, text,
+image decides. All other values that are short (texts, numbers, lists of them) become `meta`.
 """
 
 from __future__ import annotations
@@ -24,11 +27,16 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ar_unified.data.sources.places import chosen, look_up, ways
 from ar_unified.errors import UserError, nearest
 from ar_unified.language.document import DocumentError
+from ar_unified.language.rows import ANSWERS, KEYS, is_conversation, parted
 
 _IMAGE_FILES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 _COMMON = {
+    "prompt": ("prompt", "question", "instruction", "caption", "txt"),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
     "messages": ("messages", "conversations"),
     "segments": ("segments",),
     "instruction": ("instruction", "edit_instruction", "edit_prompt"),
@@ -45,7 +53,9 @@ _COMMON = {
 }
 PARTS = tuple(_COMMON)
 PICTURES = ("image", "images", "edited")  # parts that are images
+_OF_PAIRS = ("prompt", *ANSWERS, "messages", "images", "image", "id", "language")
 _WHOLES = (
+    ANSWERS,
     ("messages",),
     ("segments",),
     ("instruction", "image", "edited"),
@@ -57,9 +67,10 @@ _WHOLES = (
 )
 _SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}  # of ShareGPT and LLaVA
 _PLACE = re.compile(r"\s*<image>\s*")
-_EXPECTED = "image, text, caption, question and answer, instruction and edited_image, texts and images, or messages"
-_FIELD = re.compile(r"\{([^{}]+)\}")
-_CHOICE = re.compile(r"([^{}\[\]]+)\[([^{}\[\]]+)\]")
+_EXPECTED = (
+    "image, text, caption, question and answer, instruction and edited_image, texts and images, messages, or prompt, "
+    "chosen and rejected"
+)
 _LONGEST = 1 << 16  # characters of a value that is kept as meta
 
 
@@ -95,7 +106,12 @@ class Columns:
             return self._columns
         lower = {name.lower(): name for name in reversed(list(names))}
         known = {part: [lower[name] for name in common if name in lower] for part, common in _COMMON.items()}
-        return {part: found[0] for part, found in known.items() if found}
+        found = {part: found[0] for part, found in known.items() if found}
+        if not found.keys() >= {*ANSWERS}:
+            return {part: name for part, name in found.items() if part not in ("prompt", *ANSWERS)}
+        if "messages" in found and found.get("prompt", "").lower() != "prompt":
+            found.pop("prompt", None)
+        return {part: name for part, name in found.items() if part in _OF_PAIRS}
 
     def names(self, names: Sequence[str], where: str) -> dict[str, list[str]]:
         """Part -> the names it is made of. Raises UserError: records of these names are no documents."""
@@ -109,7 +125,7 @@ class Columns:
         used: dict[str, list[str]] = {}
         for part, place in places.items():
             used[part] = []
-            for way in _ways(place, names):
+            for way in ways(place, names):
                 name = way if way in names else way.split("/")[0]
                 if name not in names:
                     raise UserError(
@@ -132,11 +148,11 @@ class Columns:
         if not whole:
             raise DocumentError("bad_row", f"expected {_EXPECTED}; found {', '.join(map(str, record)) or 'nothing'}")
         read = {part: place for part, place in places.items() if pictures or part not in PICTURES}
-        found = {part: _look_up(record, place, part) for part, place in read.items()}
+        found = {part: look_up(record, place, part) for part, place in read.items()}
         images = _Images(found, pictures, required=whole in ("instruction", "question", "text", "images", "image"))
         row = _WRITERS[whole](found, images)
         images.done()
-        row |= _meta({name: value for name, value in record.items() if name not in used})
+        row |= _meta({name: value for name, value in record.items() if name not in used and name not in KEYS})
         if found.get("id") not in (None, ""):
             row["id"] = str(found["id"])
         return row, images.values
@@ -145,20 +161,20 @@ class Columns:
         """The texts of a record, if they can be read without making a row of it; else []."""
         places, whole, _ = self._plan(tuple(record), False)
         if whole == "texts":
-            found = _look_up(record, places["texts"], "texts")
+            found = look_up(record, places["texts"], "texts")
             return [("texts", text) for text in found if text is not None] if isinstance(found, list) else []
         parts = {
             "text": ["text"],
             "instruction": ["instruction"],
             "question": [] if "options" in places else ["question", "answer"],
         }.get(whole, [])
-        return [(part, _look_up(record, places[part], part)) for part in parts]
+        return [(part, look_up(record, places[part], part)) for part in parts]
 
     def language(self, record: Mapping[str, Any]) -> str:
         """What a record says of its language, "" for nothing."""
         place = self.places(record).get("language")
         try:
-            known = _look_up(record, place, "language") if place else None
+            known = look_up(record, place, "language") if place else None
         except DocumentError:
             return ""
         return known if isinstance(known, str) else ""
@@ -171,7 +187,7 @@ class Columns:
         places = self.places(names)
         there = {*places, *(() if pictures else PICTURES)}
         whole = next((whole[0] for whole in _WHOLES if whole[0] in places and there.issuperset(whole)), "")
-        return places, whole, {way.split("/")[0] for place in places.values() for way in (place, *_ways(place, names))}
+        return places, whole, {way.split("/")[0] for place in places.values() for way in (place, *ways(place, names))}
 
 
 class _Images:
@@ -189,7 +205,7 @@ class _Images:
 
     def next(self, where: str) -> str:
         if self.endless:
-            return "0"
+            return self.add(None)
         if not self.left:
             raise DocumentError("bad_row", f"{where}: expected an image, found no more of {len(self.values)}")
         self.left -= 1
@@ -199,8 +215,6 @@ class _Images:
         return [self.next("images") for _ in range(self.left)]
 
     def add(self, value: Any) -> str:
-        if self.endless:
-            return "0"
         self.values.append(value)
         return str(len(self.values) - 1)
 
@@ -209,55 +223,63 @@ class _Images:
             raise DocumentError("bad_row", f"{len(self.values)} images, found {len(self.values) - self.left} places")
 
 
-def _look_up(record: Mapping[str, Any], place: str, part: str) -> Any:
-    if place in record:
-        return record[place]
-    if fields := _FIELD.findall(place):
-        values = {field: _words(_look_up(record, field, part), part) for field in fields}
-        return _FIELD.sub(lambda field: values[field[1]], place)
-    if choice := _CHOICE.fullmatch(place):
-        return _chosen(_look_up(record, choice[1], part), _look_up(record, choice[2], part), part)
-    value: Any = record
-    for name in place.split("/"):
-        try:
-            if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-                value = value[int(name)] if name.isdigit() else [each[name] for each in value]
-            else:
-                value = value[name]
-        except (KeyError, IndexError, TypeError) as error:
-            raise DocumentError("bad_row", f"{part}: expected {place!r}, found no {name!r} there") from error
-    return value
-
-
-def _words(value: Any, part: str) -> str:
-    if isinstance(value, list):
-        return "\n".join(_words(each, part) for each in value)
-    if value is None or isinstance(value, bytes | Mapping):
-        raise DocumentError("bad_row", f"{part}: expected a text or a number, found {type(value).__name__}")
-    return str(value)
-
-
-def _chosen(options: Any, number: Any, part: str) -> Any:
-    try:
-        return options[int(number)]
-    except (TypeError, ValueError, IndexError, KeyError) as error:
-        raise DocumentError("bad_row", f"{part}: expected the number of an option, found {number!r:.40}") from error
-
-
-def _ways(place: str, names: Iterable[str]) -> list[str]:
-    """The plain ways into columns that a place is made of."""
-    if place in names:
-        return [place]
-    if fields := _FIELD.findall(place):
-        return [way for field in fields for way in _ways(field, names)]
-    choice = _CHOICE.fullmatch(place)
-    return [choice[1], choice[2]] if choice else [place]
-
-
 # ---- rows of each kind -------------------------------------------------------------------------------------------
 
 
-def _messages(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
+def _pair(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
+    asked = {key: found[key] for key in ("prompt", "messages") if found.get(key) not in (None, "", [])}
+    said = {key: found[key] for key in ANSWERS}
+    if all(map(is_conversation, said.values())):
+        asked, said = parted(asked, said)
+    row: dict[str, Any] = {}
+    for key, value in asked.items():
+        if is_conversation(value):
+            row[key] = _messages({"messages": value}, images, whole=False)["messages"]
+        else:
+            row[key] = _content(value, images, key)
+    row |= {key: _answer(value, images, key) for key, value in said.items()}
+    if images.left and row.keys() & asked.keys():
+        _show(row, next(iter(asked)), images.rest())
+    return row
+
+
+def _show(row: dict[str, Any], key: str, references: Sequence[str]) -> None:
+    """Puts images that no place was named for before what is asked."""
+    shown = [{"type": "image", "image": reference} for reference in references]
+    holder: dict[str, Any] = row
+    if is_conversation(row[key]):
+        holder, key = next((each for each in row[key] if each["role"] == "user"), row[key][0]), "content"
+    content = holder[key]
+    holder[key] = shown + ([{"type": "text", "text": content}] if isinstance(content, str) else content or [])
+
+
+def _answer(value: Any, images: _Images, where: str) -> Any:
+    if is_conversation(value) or is_conversation([value]):
+        messages = value if isinstance(value, list) else [value]
+        return _messages({"messages": messages}, images, whole=False)["messages"]
+    return _content(value, images, where)
+
+
+def _content(value: Any, images: _Images, where: str) -> Any:
+    """A text, an image, or a list of them or of parts, as `read_parts` takes it."""
+    if isinstance(value, str):
+        return _places(value, images, where)
+    if isinstance(value, bytes | Mapping):
+        value = [value]
+    return _parts([_piece(each) for each in value], images, where) if isinstance(value, list) else value
+
+
+def _piece(value: Any) -> Any:
+    """A part of a list: a text or an image may stand there as it is."""
+    if isinstance(value, str):
+        return {"type": "text", "text": value}
+    if isinstance(value, bytes) or (isinstance(value, Mapping) and "type" not in value):
+        return {"type": "image", "image": value}
+    return value
+
+
+def _messages(found: Mapping[str, Any], images: _Images, whole: bool = True) -> dict[str, Any]:
+    """whole: images that no turn names are shown by the user's first one."""
     turns = found["messages"]
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise DocumentError("bad_row", f"messages: expected a list of objects, found {turns!r:.80}")
@@ -272,7 +294,7 @@ def _messages(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
         rest = {key: turn[key] for key in ("weight", "tool_calls", "audio", "refusal") if turn.get(key) is not None}
         messages.append({"role": _SPEAKERS.get(role, role), "content": content} | rest)
     first = next((message for message in messages if message["role"] == "user"), None)
-    if images.left and first is not None:  # no turn says where
+    if whole and images.left and first is not None:  # no turn says where
         shown = [{"type": "image", "image": reference} for reference in images.rest()]
         content = first["content"]
         first["content"] = shown + ([{"type": "text", "text": content}] if isinstance(content, str) else content or [])
@@ -318,7 +340,7 @@ def _segments(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
 def _question(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
     question, answer = found["question"], found["answer"]
     if found.get("options") is not None and not (isinstance(answer, str) and not answer.isdigit()):
-        answer = _chosen(found["options"], answer, "answer")
+        answer = chosen(found["options"], answer, "answer")
     shown = images.rest() if not images.endless else ["0"]
     if len(shown) == 1:
         return {"image": shown[0], "question": question, "answer": answer}
@@ -367,6 +389,7 @@ def _alone(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
 
 
 _WRITERS = {
+    "chosen": _pair,
     "messages": _messages,
     "segments": _segments,
     "instruction": _instruction,

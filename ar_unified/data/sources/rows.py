@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,8 @@ from ar_unified.data import encoding, images
 from ar_unified.data.files import FileError, folder_at, require_file
 from ar_unified.data.items import BadItem
 from ar_unified.data.sources import packed
+from ar_unified.data.sources.columns import Columns
+from ar_unified.data.sources.records import require_words
 from ar_unified.data.sources.splits import Split
 from ar_unified.language.document import Document, DocumentError, TextPart
 from ar_unified.language.rows import document_from_json
@@ -38,6 +40,7 @@ class Rows:
     Args:
         beside: files of other sources over the same images; they are counted so that all have the same borders between
         splits.
+        columns: part -> key of a row, where the rows are not those of `language.rows`: `Columns`.
 
     Raises:
         UserError: a file is missing, or no row is in `split` (EmptySplit: for want of more images).
@@ -51,6 +54,7 @@ class Rows:
         links: bool = False,
         split: str | None = None,
         beside: Sequence[AnyPath] = (),
+        columns: Mapping[str, str] | None = None,
         label: str | None = None,
         reversible: bool = True,
         limits: images.Limits = images.LIMITS,
@@ -60,6 +64,7 @@ class Rows:
         self.files, self.root, self.limits = list(files), root, limits
         self.name, self.reversible = label or root.resolve().name, reversible
         self._folder = folder_at(root, links)
+        self._columns = Columns(columns) if columns else None
         chosen = Split(split) if split is not None else None
         if chosen and chosen.by_part:
             for file in (*self.files, *beside):
@@ -85,6 +90,7 @@ class Rows:
             "sha256": digest.hexdigest(),
             **(chosen.fingerprint() if chosen else {}),
             **({"links": True} if links else {}),
+            **({"columns": dict(columns)} if columns else {}),
         }
         # Questions about one image stand together, so the last few images are kept.
         self._image = functools.lru_cache(maxsize=4)(self._load)
@@ -108,16 +114,22 @@ class Rows:
     def language(self, i: int) -> str:
         """The row's key "language", "" where there is none."""
         try:
-            known = self._row(i).get("language")
+            row = self._row(i)
         except _Bad:
             return ""
+        known = row.get("language") if self._columns is None else self._columns.language(row)
         return known if isinstance(known, str) else ""
 
     def _document(self, i: int, load: Callable[[str], np.ndarray]) -> Document:
         origin = self.origin(i)
         try:
             row = self._row(i)
-            document = document_from_json(row, load)
+            if self._columns is None:
+                document = document_from_json(row, load)
+            else:
+                row, found = self._columns.row(row)
+                require_words(row)
+                document = document_from_json(row, lambda at: load(_reference(found[int(at)])))
         except (_Bad, images.ImageError, DocumentError) as error:
             raise BadItem(error.kind, origin, str(error)) from error
         return replace(document, origin=origin)
@@ -157,6 +169,14 @@ class _Bad(Exception):
     def __init__(self, kind: str, reason: str):
         super().__init__(reason)
         self.kind = kind
+
+
+def _reference(value: Any) -> str:
+    """To an image, as a row names it: a text, or an object with a "path"."""
+    found = value.get("path") if isinstance(value, Mapping) else value
+    if not isinstance(found, str) or not found:
+        raise DocumentError("bad_row", f"expected a reference to an image, found {value!r:.80}")
+    return found
 
 
 def _lines(file: AnyPath) -> Iterator[tuple[int, int, bytes]]:

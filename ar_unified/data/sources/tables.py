@@ -87,7 +87,7 @@ class Tables(RecordSource):
         if whole is None:
             raise UserError(f"{path}: no file can be read: {next(iter(self._files))}")
         self._used = self.columns.names(whole.names, str(path))
-        self.has_images = bool({*PICTURES, "messages", "segments"} & self._used.keys())
+        self.has_images = bool({*PICTURES, "messages", "segments", "prompt", "chosen"} & self._used.keys())
         self.together = together(size / max(rows, 1))
         self._low, self._high = round(low * rows), round(high * rows)
         if self._low >= self._high:

@@ -20,6 +20,7 @@ from ar_unified.data.sources.records import Record, RecordSource, together
 from ar_unified.data.sources.shard_names import TARS, named, shards
 from ar_unified.data.sources.splits import EmptySplit, parse_split
 from ar_unified.errors import UserError
+from ar_unified.language.rows import ANSWERS
 from ar_unified.storage import AnyPath
 
 _TEXTS = ("txt", "text", "caption", "cls", "id", "question", "answer")
@@ -152,11 +153,12 @@ class Tars(RecordSource):
                 text = encoding.text(encoding.unmarked(file.read(self._at[member], size)))
                 record[kind] = json.loads(text) if last == "json" else text
         merged = {key: value for key, value in _mapping(record.get("json")).items() if key not in record}
+        paired = _paired(record, shown) if self.columns.given is None else {}
         pictured = {"images": shown} if shown and self.columns.given is None else {}
-        if pictured:
+        if pictured or paired:
             merged = {key: value for key, value in merged.items() if key.lower() not in ("image", "images", *_SUFFIXES)}
             record = {key: value for key, value in record.items() if key.rpartition(".")[2] not in _SUFFIXES}
-        return record | merged | pictured
+        return record | merged | pictured | paired
 
     # ---- the index ------------------------------------------------------------------------------------------------
 
@@ -275,6 +277,21 @@ def _refused(info: tarfile.TarInfo) -> tuple[str, str] | None:
     except UnicodeEncodeError:
         return "bad_utf8", f"expected a name in UTF-8, found {info.name!r}"
     return None
+
+
+def _paired(record: Mapping[str, Any], shown: list[Any]) -> dict[str, Any]:
+    """Of chosen.png, rejected.0.txt, prompt.txt, ...: what they are members of, in their order. Images of answers are
+    taken out of those that the sample shows."""
+    found: dict[str, list[Any]] = {}
+    for kind, value in record.items():
+        of, _, last = kind.partition(".")
+        if last and (of in ANSWERS or (of == "prompt" and not isinstance(value, bytes))):
+            found.setdefault(of, []).append(value)
+    if not found.keys() >= {*ANSWERS}:
+        return {}
+    for value in (each for of in ANSWERS for each in found[of] if isinstance(each, bytes)):
+        del shown[next(i for i, each in enumerate(shown) if each is value)]
+    return {of: values[0] if len(values) == 1 else values for of, values in found.items()}
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -1,0 +1,113 @@
+"""A file of JSON lines that appears whole or not at all, whose making goes on where a killed process left it.
+
+FILE.unfinished/made_of.json   what decides the lines
+                lines.jsonl    those that are done, some more at a time
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ar_tokenizers.files import whole
+
+from ar_unified.errors import UserError
+from ar_unified.manifests import differences
+from ar_unified.workdir import read_json, write_json
+
+_FACTS, _LINES = "made_of.json", "lines.jsonl"
+
+
+class Unfinished:
+    """The lines of `output` on their way; a context, in which they are this process's.
+
+    Args:
+        facts: JSON values that decide the lines.
+        every: lines are added so many at a time; what is there of a part is made again.
+
+    Attributes:
+        done: lines that are there.
+
+    Raises UserError: `output` is there; lines of other facts are, or another process is at it. OSError.
+    """
+
+    def __init__(self, output: str | Path, facts: Mapping[str, Any], every: int):
+        self.output, self.done = Path(output), 0
+        self.folder = self.output.with_name(f"{self.output.name}.unfinished")
+        if self.output.exists():
+            raise UserError(f"{output}: is there already; nothing is written over: name another --output, or delete it")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.folder / _LINES, "a+b", buffering=0)  # closed in __exit__
+        try:
+            self._lock()
+            self._require(facts)
+            self._keep_whole(every)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Unfinished:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The lines that are there, in order."""
+        with open(self.folder / _LINES, "rb") as file:
+            yield from map(json.loads, file)
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Appends lines, which then survive the end of this process."""
+        said = (json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") for row in rows)
+        left = memoryview(b"".join(line + b"\n" for line in said))
+        while left:
+            left = left[self._file.write(left) :]
+        os.fsync(self._file.fileno())
+
+    def finish(self) -> None:
+        """All lines are there: they become `output`."""
+        self._file.seek(0)
+        with whole(self.output) as file:
+            shutil.copyfileobj(self._file, file)
+        shutil.rmtree(self.folder)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise UserError(f"{self.folder} is being written by another process: wait for it, or end it") from None
+            # some network file systems have no locks
+
+    def _require(self, facts: Mapping[str, Any]) -> None:
+        """What is there is of the same facts; where nothing says so, it is made anew."""
+        try:
+            found = read_json(self.folder / _FACTS)
+        except (OSError, ValueError):
+            self._file.truncate(0)
+            write_json(self.folder / _FACTS, dict(facts))
+            return
+        for field, (old, new) in differences(found, facts).items():
+            raise UserError(
+                f"{self.folder}: it was begun with another {field}, {old!r:.60}, and this is {new!r:.60}: go on with "
+                "what it was begun with, name another --output, or delete the folder"
+            )
+
+    def _keep_whole(self, every: int) -> None:
+        """Cuts off what is not a whole part of `every` lines, a torn line among it."""
+        self._file.seek(0)
+        ends = [0]
+        with open(self.folder / _LINES, "rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                ends.append(ends[-1] + len(line))
+        self.done = (len(ends) - 1) // every * every
+        self._file.truncate(ends[self.done])

@@ -1,0 +1,41 @@
+"""In which dtype a transformer's parameters are: where they are computed with, and where they are not trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ar_unified.model.config import summed
+from ar_unified.model.quantized import Quantized, quantized
+
+MATRICES = ("query", "key", "value", "output", "gate", "up", "down")  # of a layer
+
+
+def cast(params: Any, dtype: str) -> Any:
+    """The matrices in the compute dtype; weights of norms, and biases, stay float32, and quantized ones as they are."""
+
+    def one(path: Any, p: Any) -> Any:
+        return p if isinstance(p, Quantized) or is_vector(path) else p.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda p: isinstance(p, Quantized))
+
+
+def is_vector(path: Any) -> bool:
+    """Whether the leaf at that path is of a norm or a bias, which are float32 in every computation."""
+    return any("norm" in entry.key or entry.key.endswith("bias") for entry in path)
+
+
+def held(path: Any, leaf: jax.Array, dtype: str) -> Any:
+    """A leaf of stacked parameters as one is kept that is not trained: in `dtype`; norms and biases as they are.
+
+    Of "int8" the layers' matrices are `Quantized`, and tables bfloat16: what they look up and score is not averaged
+    over a sum as long as a layer's.
+    """
+    name = path[-1].key
+    if is_vector(path):
+        return leaf
+    if dtype == "int8":
+        return quantized(leaf, dtype, summed(name)) if name in MATRICES else leaf.astype(jnp.bfloat16)
+    return leaf.astype(dtype)
