@@ -40,7 +40,7 @@ class Exchange:
     """What is asked and what is right.
 
     Attributes:
-        kind: one of KINDS_OF_TURNS. asked: the user's words.
+        kind: as above. asked: the user's words.
         answer: the assistant's; None: a picture of `scene`.
         scene: what the last picture shows once this is answered.
     """
@@ -263,4 +263,3 @@ _DRAWN_FIRST = 0.3  # share of conversations
 # At most so many in one conversation: two actions in a row that are held out, of three scenes that are, are too rare.
 _EDITS = {"train": 2, "validation": 1, "unseen_combinations": 2}
 _TRIES = 500  # scenes for a plan
-KINDS_OF_TURNS = tuple(way for way in _WAYS if way != "count")

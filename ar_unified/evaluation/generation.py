@@ -108,18 +108,21 @@ def evaluate(
         done = [_judged(example, answers.get(id), codec, protocol, scores) for id, example in asked.items()]
         kept += _kept(done, keep)
     talks = documents.get("conversation", [])
-    settings = dict(drawn=drawn, seed=seed, progress=progress)
-    done = converse(engine, codec, grammar, protocol, talks, scores, skipped, **settings)  # type: ignore[arg-type]
+    done = converse(engine, codec, grammar, protocol, talks, scores, skipped, drawn=drawn, seed=seed, progress=progress)
     asked_of["turn"], kept = len(done), kept + _kept(done, keep)
 
+    metrics = _metrics(scores, codec, skipped)
+    if note := _note(documents, asked_of, protocol, skipped):
+        metrics["note"] = note
+    return metrics, kept
+
+
+def _metrics(scores: Scores, codec: Codec, skipped: Counter[str]) -> dict[str, Any]:
     metrics = scores.metrics()
     for name, values in {"tokenizer_psnr": codec.psnr, "next_image_psnr": scores.psnr}.items():
         if values:
             metrics[name], metrics["counts"][name] = float(np.mean(values)), len(values)
-    metrics["skipped"] = dict(skipped)
-    if note := _note(documents, asked_of, protocol, skipped):
-        metrics["note"] = note
-    return metrics, kept
+    return metrics | {"skipped": dict(skipped)}
 
 
 def _kept(done: list[Example], keep: int) -> list[Example]:
