@@ -74,14 +74,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.sampling.max_length = 128
     config.sampling.image.temperature = 0.25
-    # What was never seen to change so is mostly left as it is. Guidance compares with what the picture alone
-    # leads to, and so weighs what the instruction adds.
-    config.sampling.guidance = 1.3
-    config.sampling.context = "image_only"
     config.evaluation.protocol = "shapes"
     config.evaluation.limit = 400
     config.evaluation.thresholds = ConfigDict(dict(edit_exact=0.85, parse_rate=1.0))
     if bundle is not None:
         begin_with(config, bundle)
         config.training.steps = 2400
+    # What was never seen to change so is mostly left as it is. Guidance compares with what the picture alone
+    # leads to, and so weighs what the instruction adds.
+    config.sampling.guidance = 1.3
+    config.sampling.context = "image_only"
     return config
