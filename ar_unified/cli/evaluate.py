@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ar_unified import progress, storage
 from ar_unified.cli.arguments import refuse_unread
 from ar_unified.errors import UserError
-from ar_unified.evaluation.generation import Example
+from ar_unified.evaluation.examples import Example
 from ar_unified.evaluation.generation import evaluate as score
 from ar_unified.evaluation.report import write_report
 from ar_unified.evaluation.right_answers import PROTOCOLS

@@ -14,6 +14,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -97,6 +98,7 @@ def action_of(old: Object | None, new: Object | None) -> str:
     return f"{o.colour} {o.shape}: {changed} {getattr(new, changed)}"
 
 
+@lru_cache(maxsize=4096)
 def is_held_out(old: Object | None, new: Object | None) -> bool:
     """Whether what is done to this object is left out of the training split: a tenth of all there is."""
     return zlib.crc32(action_of(old, new).encode()) % 10 == 0
@@ -124,14 +126,23 @@ def sample_edit(rng: np.random.Generator, split: str) -> Edit:
     kind = pick(rng, KINDS_OF_EDITS)
     while True:
         before = sample_scene(rng, split)
-        options = list(_WAYS[kind](before))
-        for i in rng.permutation(len(options)):
-            old, new = options[i]
-            if split != "unseen_combinations" and is_held_out(old, new) != (split == "validation"):
-                continue
-            after = in_order([*(without(before, old) if old else before), *([new] if new else [])])
-            if _apart(after) and split_of(after) == split:
-                return Edit(kind, before, after, _instruction(rng, kind, before, old, new))
+        for old, new, after in options(rng, kind, before, split):
+            name = f"the {reference(rng, old, before)}" if old else ""
+            return Edit(kind, before, after, instruction(rng, kind, old, new, name))
+
+
+def options(rng: np.random.Generator, kind: str, before: Scene, split: str) -> Iterator[tuple[*Option, Scene]]:
+    """The edits of one kind of a scene of `split` that are of that split, too, in random order: the object as it is, as
+    it becomes, and the scene then.
+    """
+    found = list(_WAYS[kind](before))
+    for i in rng.permutation(len(found)):
+        old, new = found[i]
+        if split != "unseen_combinations" and is_held_out(old, new) != (split == "validation"):
+            continue
+        after = in_order([*(without(before, old) if old else before), *([new] if new else [])])
+        if _apart(after) and split_of(after) == split:
+            yield old, new, after
 
 
 def _apart(scene: Scene) -> bool:
@@ -139,22 +150,22 @@ def _apart(scene: Scene) -> bool:
     return len({o.kind for o in scene}) == len(scene)
 
 
-def _instruction(rng: np.random.Generator, kind: str, before: Scene, old: Object | None, new: Object | None) -> str:
+def instruction(rng: np.random.Generator, kind: str, old: Object | None, new: Object | None, name: str) -> str:
+    """An edit in English; `name` is what the object that is there is called: "the red circle", "it"."""
     if old is None:
         assert new is not None
         what = noun(rng, new)
         return pick(rng, (f"Add a {what} in the {new.place}.", f"Put a {what} in the {new.place}."))
-    name = reference(rng, old, before)
     if new is None:
-        return pick(rng, (f"Remove the {name}.", f"Take away the {name}."))
+        return pick(rng, (f"Remove {name}.", f"Take away {name}."))
     if kind == "move":
         towards = _direction(old.place, new.place)
-        there = (f"Move the {name} to the {new.place}.", f"Put the {name} in the {new.place}.")
-        return pick(rng, (*there, f"Move the {name} {towards}.") if towards else there)
+        there = (f"Move {name} to the {new.place}.", f"Put {name} in the {new.place}.")
+        return pick(rng, (*there, f"Move {name} {towards}.") if towards else there)
     ways = {
-        "recolour": (f"Make the {name} {new.colour}.", f"Paint the {name} {new.colour}."),
-        "reshape": (f"Turn the {name} into a {new.shape}.", f"Replace the {name} by a {new.shape}."),
-        "resize": (f"Make the {name} {new.size}.", f"Change the {name}: it should be {new.size}."),
+        "recolour": (f"Make {name} {new.colour}.", f"Paint {name} {new.colour}."),
+        "reshape": (f"Turn {name} into a {new.shape}.", f"Replace {name} by a {new.shape}."),
+        "resize": (f"Make {name} {new.size}.", f"Change {name}: it should be {new.size}."),
     }[kind]
     return pick(rng, ways)
 

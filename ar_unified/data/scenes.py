@@ -233,6 +233,11 @@ def pick(rng: np.random.Generator, options: Sequence[str]) -> str:
     return options[int(rng.integers(len(options)))]
 
 
+def number(count: int) -> str:
+    """Zero to three in words."""
+    return _NUMBERS[count]
+
+
 def noun(rng: np.random.Generator, o: Object) -> str:
     """Size, colour and shape in words: "big red circle"."""
     return f"{pick(rng, _SIZE_WORDS[o.size])} {o.colour} {o.shape}"
@@ -350,7 +355,7 @@ def _ask_place(rng: np.random.Generator, scene: Scene, split: str) -> tuple[str,
 
 
 def _ask_count(rng: np.random.Generator, scene: Scene, split: str) -> tuple[str, str]:
-    return "How many objects are there?", _NUMBERS[len(scene)]
+    return "How many objects are there?", number(len(scene))
 
 
 def _ask_presence(rng: np.random.Generator, scene: Scene, split: str) -> tuple[str, str]:

@@ -4,11 +4,12 @@
     shapes/questions   {image, question, answer, scene}   a question with one right short answer
     shapes/stories     {texts, images, scenes}            two to four images, each after its text
     shapes/edits       {image, instruction, edited_image, scene, edited_scene}   see edits.py
+    shapes/conversations   {messages, images, kinds, scenes}    turns about a picture; see conversations.py
 
 each also as `<name>_32` (images of 32 x 32 instead of 64 x 64 pixels), with the splits `train`,
 `validation` (scenes that are not in train) and `unseen_combinations` (scenes with a (shape, colour) that no
-training image or text contains); of edits see there. `scene` is JSON (`scenes.scene_from_json`). Importing
-this module makes the names known to `tfds.data_source`; nothing is downloaded.
+training image or text contains); of edits and conversations see there. `scene` is JSON
+(`scenes.scene_from_json`). Importing this module makes the names known to `tfds.data_source`; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from ar_unified.data import edits, scenes
+from ar_unified.data import conversations, edits, scenes
 
-_TRAIN = {"captions": 40_000, "questions": 60_000, "stories": 10_000, "edits": 40_000}
-_HELD_OUT = {"captions": 1_000, "questions": 1_000, "stories": 500, "edits": 1_000}
+_TRAIN = {"captions": 40_000, "questions": 60_000, "stories": 10_000, "edits": 40_000, "conversations": 12_000}
+_HELD_OUT = {"captions": 1_000, "questions": 1_000, "stories": 500, "edits": 1_000, "conversations": 300}
 _QUESTIONS_PER_IMAGE = 6
 
 
@@ -55,7 +56,7 @@ def _configs() -> list[ShapesConfig]:
 
 
 class Shapes(tfds.core.GeneratorBasedBuilder):
-    """One to three coloured shapes on a light ground, with captions, questions and stories."""
+    """One to three coloured shapes on a light ground, with captions, questions, stories, edits and conversations."""
 
     VERSION = tfds.core.Version("1.1.0")
     RELEASE_NOTES = {"1.0.0": "First version.", "1.1.0": "Examples in the order in which they were made."}
@@ -72,6 +73,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
         config = self.builder_config
         image = tfds.features.Image(shape=(config.side, config.side, 3), encoding_format="png")
         text = tfds.features.Text()
+        message = {"role": text, "content": text}
         features = {
             "captions": {"image": image, "text": text, "scene": text},
             "questions": {"image": image, "question": text, "answer": text, "scene": text},
@@ -81,6 +83,12 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
                 "scenes": tfds.features.Sequence(text),
             },
             "edits": {"image": image, "instruction": text, "edited_image": image, "scene": text, "edited_scene": text},
+            "conversations": {
+                "messages": tfds.features.Sequence(message),
+                "images": tfds.features.Sequence(image),
+                "kinds": tfds.features.Sequence(text),
+                "scenes": tfds.features.Sequence(text),
+            },
         }[config.kind]
         return tfds.core.DatasetInfo(
             builder=self,
@@ -94,7 +102,13 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         config = self.builder_config
-        make = {"captions": _captions, "questions": _questions, "stories": _stories, "edits": _edits}[config.kind]
+        make = {
+            "captions": _captions,
+            "questions": _questions,
+            "stories": _stories,
+            "edits": _edits,
+            "conversations": _conversations,
+        }[config.kind]
         rng = np.random.default_rng([list(_TRAIN).index(config.kind), scenes.SPLITS.index(split)])
         examples = make(rng, split, config.side)
         for i in range(self.counts()[split]):
@@ -167,4 +181,25 @@ def _edits(rng: np.random.Generator, split: str, side: int) -> Iterator[dict[str
             "edited_image": _image(edit.after, side),
             "scene": scenes.scene_to_json(edit.before),
             "edited_scene": scenes.scene_to_json(edit.after),
+        }
+
+
+def _conversations(rng: np.random.Generator, split: str, side: int) -> Iterator[dict[str, Any]]:
+    while True:
+        talk = conversations.sample_conversation(rng, split)
+        messages, images = [], []
+        for i, exchange in enumerate(talk.exchanges):
+            asked = exchange.asked
+            if i == 0 and talk.shown is not None:
+                images.append(_image(talk.shown, side))
+                asked = f"<image>{asked}"
+            if exchange.answer is None:
+                images.append(_image(exchange.scene, side))
+            messages.append({"role": "user", "content": asked})
+            messages.append({"role": "assistant", "content": exchange.answer or "<image>"})
+        yield {
+            "messages": messages,
+            "images": images,
+            "kinds": [exchange.kind for exchange in talk.exchanges],
+            "scenes": [scenes.scene_to_json(exchange.scene) for exchange in talk.exchanges],
         }

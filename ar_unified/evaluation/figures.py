@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ar_unified.evaluation.generation import Example
+from ar_unified.evaluation.examples import Example
 from ar_unified.evaluation.right_answers import text_of
 from ar_unified.language.document import ImagePart, TextPart
 
@@ -19,7 +19,7 @@ NO_IMAGE = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="
 
 
 def sample_sections(galleries: Mapping[str, Sequence[Example]]) -> list[tuple[str, str]]:
-    """(heading, HTML) for drawn images, stories and answers, each held-out set under its own name."""
+    """(heading, HTML) for drawn images, stories, conversations and answers, each held-out set under its own name."""
     shown: tuple[tuple[str, tuple[str, ...], Callable[[Example], str], str, str], ...] = (
         ("Images from text", ("text_to_image",), _drawn, "gallery", "Left the model's, right a real one."),
         ("Stories", ("story",), _story, "stories", "Told a change, the model draws what follows (framed)."),
@@ -29,6 +29,13 @@ def sample_sections(galleries: Mapping[str, Sequence[Example]]) -> list[tuple[st
             _story,
             "stories",
             "After what is given, the model's (framed) and the real.",
+        ),
+        (
+            "Conversations",
+            ("turn",),
+            _turn,
+            "gallery asks",
+            "What a person asks and the model answers, up to its first wrong turn, or to the end.",
         ),
         ("Next texts", ("next_text",), _answered, "gallery asks", ""),
         ("Answers about images", ("image_to_text", "caption"), _answered, "gallery asks", ""),
@@ -78,6 +85,23 @@ def _story(example: Example) -> str:
     panels.append(_panel(says, figure(example.got, "model", example.correct), "model"))
     panels.append(_panel("", figure(example.expected, "real")))
     return f'<div class="card story">{"".join(panels)}</div>'
+
+
+def _turn(example: Example) -> str:
+    """What was said before, in order, and the model's answer with the right one where it is another."""
+    before = "".join(
+        f'<div class="q">{escape(part.text)}</div>' if isinstance(part, TextPart) else figure(part.pixels)
+        for part in example.prompt
+        if isinstance(part, TextPart | ImagePart)
+    )
+    if isinstance(example.expected, np.ndarray):
+        real = "" if example.correct else figure(example.expected, "real")
+        drawn = figure(example.got, "model", example.correct)
+        return f'<div class="card sample ask"><div>{before}{drawn}{real}</div></div>'
+    got = example.got if isinstance(example.got, str) else "(did not parse)"
+    expected = "" if example.correct else f'<div class="soft">expected: {escape(str(example.expected))}</div>'
+    answer = f"<div>{_mark(example.correct)} {escape(got)}</div>{expected}"
+    return f'<div class="card sample ask"><div>{before}{answer}</div></div>'
 
 
 def _panel(says: str, image: str, style: str = "") -> str:

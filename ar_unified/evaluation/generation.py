@@ -2,29 +2,30 @@
 
 Kinds of questions, each sampled with one call of the engine: draw the image of a text; edit an image as a text
 says; answer a question about an image; caption an image (the pairs of the first kind, turned round); and, in a
-story, draw the next image, which the protocol checks. Of other interleaved documents, where no checker knows
-what is right, the next image and the next text are asked for, and compared with the document's own. Beside the
-model's scores stand the tokenizer's: a checker that fails on the reconstruction of a real image cannot pass a
-sampled one, so `reconstruction_exact` is the ceiling of `text_to_image_exact`.
+story, draw the next image, which the protocol checks. Conversations are held turn by turn (conversations.py).
+Of other interleaved documents, where no checker knows what is right, the next image and the next text are asked for,
+and compared with the document's own. Beside the model's scores stand the tokenizer's: a checker that fails on the
+reconstruction of a real image cannot pass a sampled one, so `reconstruction_exact` is the ceiling of
+`text_to_image_exact`.
 
 Axes: H, W height and width of an image in pixels, h, w in codes.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeGuard
 
 import numpy as np
 from ar_tokenizers.image.metrics import psnr
 
-from ar_unified.data.images import ImageCodec, by_size, draws_none
+from ar_unified.data.images import ImageCodec
 from ar_unified.data.sources import BadItem, Source
-from ar_unified.errors import UserError
+from ar_unified.evaluation.conversations import converse, is_conversation
+from ar_unified.evaluation.examples import KINDS, Codec, Example, Scores
 from ar_unified.evaluation.right_answers import Protocol, same_text, text_of
 from ar_unified.language.document import CodesPart, Document, ImagePart, Part, TextPart
 from ar_unified.language.grammar import Grammar
@@ -34,50 +35,8 @@ from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.plan import Plan, prompt_tokens
 from ar_unified.sampling.request import Request, RequestError, Sample
 
-KINDS = ("text_to_image", "edit", "image_to_text", "caption", "story", "next_image", "next_text")
 LIKELIEST_TEXT = Request("", (), text=Filter(temperature=0.0))
 _SCAN = 16  # items of a source that are looked at for each document wanted
-
-
-@dataclass(frozen=True)
-class Example:
-    """One question put to the model.
-
-    Attributes:
-        kind: one of KINDS. document: the held-out document. prompt: the parts shown to the model (real
-        images).
-        expected: the real image, uint8 [H, W, 3], or the text. got: the same of the model; None if it did
-        not parse.
-        reconstruction: for an expected image, what the image tokenizer makes of it.
-        correct: what the checker says; None where there is no checker.
-    """
-
-    kind: str
-    document: Document
-    prompt: tuple[Part, ...]
-    expected: np.ndarray | str
-    got: np.ndarray | str | None = None
-    reconstruction: np.ndarray | None = None
-    correct: bool | None = None
-
-
-@dataclass
-class Scores:
-    """Counts of right and asked by metric name."""
-
-    right: Counter[str] = field(default_factory=Counter)
-    asked: Counter[str] = field(default_factory=Counter)
-    psnr: list[float] = field(default_factory=list)  # dB, of images that were compared with the real one
-
-    def add(self, name: str, ok: bool) -> None:
-        """Counts one question of the metric `name` and whether its answer is right."""
-        self.asked[name] += 1
-        self.right[name] += bool(ok)
-
-    def metrics(self) -> dict[str, Any]:
-        """{name: share that was right, ..., "counts": {name: how many were asked}}."""
-        shares = {name: self.right[name] / n for name, n in self.asked.items()}
-        return {**shares, "counts": dict(self.asked)}
 
 
 def evaluate(
@@ -112,14 +71,15 @@ def evaluate(
         Metrics and examples. Metrics: shares in [0, 1] `text_to_image_exact`, `image_to_text_exact` (and
         `image_to_text_exact/KIND`), `caption_exact`, `edit_exact` (and `edit_exact/KIND`), `story_change_exact`,
         `parse_rate` (of all sequences sampled here), `reconstruction_exact`, `story_reconstruction_exact`,
-        `edit_reconstruction_exact`, `next_text_exact`; in dB, means of PSNR: `tokenizer_psnr` of the real images'
-        reconstructions and `next_image_psnr` of the model's images, both against the real ones; `counts` with
-        the n of each; `skipped` with the documents left out by reason. Absent where nothing was asked. `note`
+        `edit_reconstruction_exact`, `next_text_exact`, and what `converse` counts; in dB, means of PSNR:
+        `tokenizer_psnr` of the real images' reconstructions and `next_image_psnr` of the model's images, both against
+        the real ones; `counts` with the n of each; `skipped` with the documents left out by reason. Absent where
+        nothing was asked. `note`
         says in words what there was to ask, where it was not captions, edits, questions or stories.
     """
     scores, skipped = Scores(), Counter[str]()
     documents = _collect(sources, limit, seed, fit, skipped)
-    codec = _Codec(image_tokenizer)
+    codec = Codec(image_tokenizer)
     codec.learn_pixels(p.pixels for group in documents.values() for d in group for p in d.parts if _is_image(p))
 
     kept: list[Example] = []
@@ -146,16 +106,28 @@ def evaluate(
                 progress(kind, len(answers), len(requests))
         codec.learn_codes(answer for answer in answers.values() if isinstance(answer, np.ndarray))
         done = [_judged(example, answers.get(id), codec, protocol, scores) for id, example in asked.items()]
-        kept += done[:keep] + [e for e in done[keep:] if e.correct is False][: keep // 2]
+        kept += _kept(done, keep)
+    talks = documents.get("conversation", [])
+    done = converse(engine, codec, grammar, protocol, talks, scores, skipped, drawn=drawn, seed=seed, progress=progress)
+    asked_of["turn"], kept = len(done), kept + _kept(done, keep)
 
+    metrics = _metrics(scores, codec, skipped)
+    if note := _note(documents, asked_of, protocol, skipped):
+        metrics["note"] = note
+    return metrics, kept
+
+
+def _metrics(scores: Scores, codec: Codec, skipped: Counter[str]) -> dict[str, Any]:
     metrics = scores.metrics()
     for name, values in {"tokenizer_psnr": codec.psnr, "next_image_psnr": scores.psnr}.items():
         if values:
             metrics[name], metrics["counts"][name] = float(np.mean(values)), len(values)
-    metrics["skipped"] = dict(skipped)
-    if note := _note(documents, asked_of, protocol, skipped):
-        metrics["note"] = note
-    return metrics, kept
+    return metrics | {"skipped": dict(skipped)}
+
+
+def _kept(done: list[Example], keep: int) -> list[Example]:
+    """The first `keep`, and half as many of the later failures."""
+    return done[:keep] + [e for e in done[keep:] if e.correct is False][: keep // 2]
 
 
 # ---- what is asked -----------------------------------------------------------------------------------------
@@ -194,7 +166,11 @@ def _collect(
 
 
 def _asked_for(document: Document) -> str:
-    """The task of a document; "edit" for an image that is asked for with images, whose captions nobody knows."""
+    """The task of a document; "edit" for an image that is asked for with images, whose captions nobody knows;
+    "conversation" where the assistant speaks several times.
+    """
+    if is_conversation(document):
+        return "conversation"
     pictured = any(not isinstance(part, TextPart) for turn in document.asked for part in turn.parts)
     return "edit" if document.task == "text_to_image" and pictured else document.task
 
@@ -252,7 +228,7 @@ def _note(
     documents: Mapping[str, list[Document]], asked: Counter[str], protocol: Protocol, skipped: Counter[str]
 ) -> str:
     """A note on what was asked instead of the usual questions, and why; "" if these were asked."""
-    if any(asked[kind] for kind in ("text_to_image", "edit", "image_to_text", "caption", "story")):
+    if any(asked[kind] for kind in ("text_to_image", "edit", "image_to_text", "caption", "story", "turn")):
         return ""
     found = ", ".join(f"{len(group)} of kind {task}" for task, group in sorted(documents.items()) if group)
     left_out = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in skipped.items())
@@ -270,7 +246,7 @@ def _length(grammar: Grammar, text: str) -> int:
 
 def _plan(
     example: Example,
-    codec: _Codec,
+    codec: Codec,
     grammar: Grammar,
     engine: Engine,
     budget: int,
@@ -320,7 +296,7 @@ def _answer(sample: Sample, kind: str) -> str | np.ndarray | None:
 
 
 def _judged(
-    example: Example, answer: str | np.ndarray | None, codec: _Codec, protocol: Protocol, scores: Scores
+    example: Example, answer: str | np.ndarray | None, codec: Codec, protocol: Protocol, scores: Scores
 ) -> Example:
     """The example with what the model gave for it, counted."""
     kind, document, expected = example.kind, example.document, example.expected
@@ -364,41 +340,3 @@ def _judged(
         scores.add(f"{names[0]}/{group}", correct)
     scores.add(names[1], check(example.reconstruction))  # type: ignore[arg-type]
     return replace(example, correct=correct)
-
-
-class _Codec:
-    """Pixels <-> codes, computed in batches of images of one size, and remembered. Raises UserError: no decoder."""
-
-    def __init__(self, tokenizer: ImageCodec):
-        if why := draws_none(tokenizer):
-            raise UserError(why)
-        self.tokenizer = tokenizer
-        self.codes: dict[str, np.ndarray] = {}  # by pixels
-        self.pixels: dict[str, np.ndarray] = {}  # by codes
-        self.psnr: list[float] = []  # dB, of each image learnt
-
-    def learn_pixels(self, images: Iterable[np.ndarray]) -> None:
-        """Encodes uint8 [H, W, 3] images, and decodes their codes again."""
-        new = {_key(image): image for image in images}
-        self.codes.update(zip(new, by_size(self.tokenizer.encode, list(new.values())), strict=True))
-        self.learn_codes(self.codes[key] for key in new)
-        self.psnr += [float(psnr(image, self.decode(self.codes[key]))) for key, image in new.items()]
-
-    def learn_codes(self, codes: Iterable[np.ndarray]) -> None:
-        """Decodes int32 [h, w] codes."""
-        new = {_key(c): c for c in codes}
-        new = {key: c for key, c in new.items() if key not in self.pixels}
-        self.pixels.update(zip(new, by_size(self.tokenizer.decode, list(new.values())), strict=True))
-
-    def encode(self, pixels: np.ndarray) -> np.ndarray:
-        return self.codes[_key(pixels)]
-
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        return self.pixels[_key(codes)]
-
-    def encoded(self, parts: Sequence[Part]) -> tuple[Part, ...]:
-        return tuple(CodesPart(self.encode(part.pixels)) if _is_image(part) else part for part in parts)
-
-
-def _key(array: np.ndarray) -> str:
-    return hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from ar_unified.evaluation.charts import line_chart, number
+from ar_unified.evaluation.examples import Example
 from ar_unified.evaluation.facts import environment, summary
 from ar_unified.evaluation.figures import figure, sample_sections
-from ar_unified.evaluation.generation import Example
 from ar_unified.evaluation.sheets import section
 from ar_unified.metrics import (
     ATTENTION,
@@ -46,6 +46,8 @@ NAMES = {
     "vqa_accuracy": "Questions answered",
     "caption_exact": "Captions",
     "edit_exact": "Edits",
+    "turn_exact": "Turns of conversations",
+    "conversation_exact": "Whole conversations",
     "story_change_exact": "Stories",
     "next_text_exact": "Next texts",
     "next_image_psnr": "Next images, PSNR",
@@ -53,6 +55,7 @@ NAMES = {
     "reconstruction_exact": "Reconstructions",
     "story_reconstruction_exact": "Reconstructions in stories",
     "edit_reconstruction_exact": "Reconstructions of edits",
+    "turn_reconstruction_exact": "Reconstructions in conversations",
     "tokenizer_psnr": "Tokenizer PSNR",
 }
 MEANINGS = {
@@ -61,6 +64,8 @@ MEANINGS = {
     "vqa_accuracy": "questions about an image answered exactly",
     "caption_exact": "captions that describe their image",
     "edit_exact": "images that show the picture as the instruction changes it, and nothing else changed",
+    "turn_exact": "answers, text or image, that are right after all that the model itself said before",
+    "conversation_exact": "conversations all of whose answers are right",
     "story_change_exact": "next images that show the change told",
     "next_text_exact": "next texts of interleaved documents that are the document's own",
     "parse_rate": "sampled sequences that are documents",

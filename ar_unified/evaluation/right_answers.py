@@ -1,6 +1,6 @@
 """What counts as right, per dataset: plain functions over a held-out document and what the model gave for it.
 
-A protocol answers up to six questions; one that a dataset has no checker for is None, and its metric is left
+A protocol answers up to seven questions; one that a dataset has no checker for is None, and its metric is left
 out. Images are uint8 [H, W, 3].
 """
 
@@ -42,6 +42,8 @@ class Protocol:
         caption_matches(document, got): `got` is a right caption of the image in the document.
         question_kind(document): the group under which the answer is counted as well; "" for none.
         edit_kind(document): the same of an edit.
+        turn_matches(document, i, got): the i-th answer (from 0) of a conversation, a text or pixels, is right.
+        turn_kind(document, i): the group of it.
     """
 
     name: str
@@ -50,8 +52,10 @@ class Protocol:
     edit_matches: Callable[[Document, np.ndarray], bool] | None = None
     answer_matches: Callable[[str, str], bool] = same_text
     caption_matches: Callable[[Document, str], bool] | None = None
+    turn_matches: Callable[[Document, int, str | np.ndarray], bool] | None = None
     question_kind: Callable[[Document], str] = lambda document: str(document.meta.get("kind", ""))
     edit_kind: Callable[[Document], str] = lambda document: str(document.meta.get("kind", ""))
+    turn_kind: Callable[[Document, int], str] = lambda document, i: ""
 
 
 # ---- shapes: the embedded dataset --------------------------------------------------------------------------
@@ -73,6 +77,23 @@ def _shapes_edit(document: Document, after: np.ndarray) -> bool:
 def _shapes_edit_kind(document: Document) -> str:
     before, after = (scene_from_json(document.meta[name]) for name in ("scene", "edited_scene"))
     return kind_of(before, after)
+
+
+def _shapes_turn(document: Document, i: int, got: str | np.ndarray) -> bool:
+    """A picture shows the scene that the conversation has come to, sizes too; a description says it; other answers are
+    equal.
+    """
+    scene = scene_from_json(document.meta["scenes"][i])
+    if isinstance(got, np.ndarray):
+        return shapes.edit_matches(got, scene)
+    if _shapes_turn_kind(document, i) == "describe":
+        return read_caption(got) == scene
+    (right,) = [turn for turn in document.turns if turn.speaker == "assistant"][i].parts
+    return isinstance(right, TextPart) and same_text(right.text, got)
+
+
+def _shapes_turn_kind(document: Document, i: int) -> str:
+    return str(document.meta["kinds"][i])
 
 
 def _shapes_caption(document: Document, got: str) -> bool:
@@ -136,6 +157,8 @@ PROTOCOLS = {
             story_matches=_shapes_story,
             edit_matches=_shapes_edit,
             edit_kind=_shapes_edit_kind,
+            turn_matches=_shapes_turn,
+            turn_kind=_shapes_turn_kind,
             caption_matches=_shapes_caption,
             question_kind=_shapes_question,
         ),

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from ar_unified.cli import evaluate
-from ar_unified.evaluation import generation
+from ar_unified.evaluation import conversations, generation
 from ar_unified.evaluation.charts import MAX_POINTS, line_chart, number
+from ar_unified.evaluation.examples import Example
 from ar_unified.evaluation.facts import summary
-from ar_unified.evaluation.generation import Example
 from ar_unified.evaluation.report import MEANINGS, NAMES, transformer_charts, wilson, write_report
 from ar_unified.evaluation.sheets import section
 from ar_unified.evaluation.tokenizer import evaluate_tokenizer
@@ -247,7 +247,7 @@ def test_charts_of_modalities_read_what_a_training_writes(tmp_path):
 
 
 def test_metrics_with_a_name_are_metrics_of_an_evaluation():
-    written = [generation.__file__, evaluate.__file__]
+    written = [generation.__file__, conversations.__file__, evaluate.__file__]
     literals = {node.value for file in written for node in ast.walk(tree(Path(file))) if isinstance(node, ast.Constant)}
     assert MEANINGS.keys() <= NAMES.keys() <= literals
 

@@ -278,7 +278,7 @@ def test_an_argument_that_an_experiment_cannot_use(arg):
 def test_every_experiment_passes(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     own = {"folder": f":path={tmp_path}", "text_tokenizer": f":path={tmp_path}"}
-    own |= dict.fromkeys(["dpo", "grpo", "lora"], f":from={bundles.write(tmp_path / 'bundle').folder}")
+    own |= dict.fromkeys(["dpo", "grpo", "instruct", "lora"], f":from={bundles.write(tmp_path / 'bundle').folder}")
     files = [*ROOT.glob("experiments/*.py"), *ROOT.glob("experiments/image_tokenizers/*.py")]
     assert len(files) > 10
     for file in files:

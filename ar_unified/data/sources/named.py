@@ -141,6 +141,8 @@ def _values(feature: Any) -> Callable[[Any], Any]:
     inner = getattr(feature, "feature", None)
     if isinstance(inner, tfds.features.ClassLabel):
         return lambda value: [inner.int2str(int(each)) for each in value]
+    if isinstance(inner, tfds.features.FeaturesDict):  # TFDS gives an object of lists; a list of objects was written
+        return lambda value: _rows(_plain(value))
     if isinstance(feature, tfds.features.ClassLabel):
         return lambda value: feature.int2str(int(value)) if value >= 0 else None  # -1: a test set keeps it secret
     return _plain
@@ -192,6 +194,13 @@ def _raw_bytes() -> Any:
             return example
 
     return RawBytes()
+
+
+def _rows(columns: Any) -> Any:
+    """Lists of equal length under names as a list of objects; anything else as it is."""
+    if not isinstance(columns, dict) or not all(isinstance(column, list) for column in columns.values()):
+        return columns
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _plain(value: Any) -> Any:

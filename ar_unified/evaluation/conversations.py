@@ -1,0 +1,169 @@
+"""Holds conversations with a model and counts which of its turns are right, and which conversations as a whole.
+
+The user's turns are a held-out document's, the assistant's the model's own: what it said or drew is what the next turn
+is about, so an early mistake is carried on as it is to somebody who uses it. All conversations take their next turn
+together (`say_all`), and each turn reads only what is new.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from ar_unified.evaluation.examples import Codec, Example, Scores
+from ar_unified.evaluation.right_answers import Protocol
+from ar_unified.language.document import CodesPart, Document, ImagePart, Part, TextPart, Turn
+from ar_unified.language.grammar import Grammar
+from ar_unified.language.reading import GrammarError
+from ar_unified.sampling.conversation import Conversation, say_all
+from ar_unified.sampling.engine import Engine
+from ar_unified.sampling.plan import prompt_tokens
+from ar_unified.sampling.request import Request, Sample
+
+
+def is_conversation(document: Document) -> bool:
+    """Whether the assistant has more than one turn."""
+    return document.asks and sum(turn.speaker == "assistant" for turn in document.turns) > 1
+
+
+@dataclass
+class _Talk:
+    """A document, the conversation that follows its questions, and what came of them so far."""
+
+    document: Document
+    conversation: Conversation
+    questions: list[tuple[Turn, Turn]]  # with the right answers
+    prompt: list[Part] = field(default_factory=list)  # all before the next answer, images as pixels
+    done: list[Example] = field(default_factory=list)
+    broken: bool = False
+
+    @property
+    def example(self) -> Example:
+        """Its first turn that is wrong, else its last."""
+        return next((example for example in self.done if not example.correct), self.done[-1])
+
+
+def converse(
+    engine: Engine,
+    codec: Codec,
+    grammar: Grammar,
+    protocol: Protocol,
+    documents: Sequence[Document],
+    scores: Scores,
+    skipped: Counter[str],
+    *,
+    drawn: Request,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[Example]:
+    """One example of each conversation: its first turn that is wrong, else its last.
+
+    Args:
+        codec: has learnt the documents' pixels. documents: of them, those are asked whose answers have one part each.
+        scores: gets `turn_exact`, `turn_exact/KIND`, `conversation_exact`, `turn_reconstruction_exact`, `parse_rate`.
+        skipped: gets `does_not_fit`, for documents that are longer than the engine's max_length as they stand.
+        drawn, seed: how answers are drawn, as `generation.evaluate` has them.
+        progress: called with ("turn", done, of) after each round.
+
+    After an answer that does not parse a conversation cannot go on: its other turns count as wrong.
+    """
+    if protocol.turn_matches is None:
+        return []
+    talks = [talk for document in documents if (talk := _begun(document, engine, grammar, codec, skipped))]
+    longest = max((_length(grammar, turn) for talk in talks for _, turn in talk.questions), default=0)
+    total, done = sum(len(talk.questions) for talk in talks), 0
+    for i in range(max((len(talk.questions) for talk in talks), default=0)):
+        asked = [talk for talk in talks if len(talk.questions) > i]
+        requests = {
+            id(talk): _request(talk, i, codec, grammar, engine, 8 + 2 * longest, replace(drawn, seed=seed + number))
+            for number, talk in enumerate(talks)
+            if len(talk.questions) > i and not talk.broken
+        }
+        going = [talk for talk in asked if id(talk) in requests]
+        samples = say_all([(talk.conversation, requests[id(talk)]) for talk in going])
+        answers = {id(talk): _answer(sample) for talk, sample in zip(going, samples, strict=True)}
+        for sample in samples:
+            scores.add("parse_rate", sample.document is not None)
+        codec.learn_codes(answer for answer in answers.values() if isinstance(answer, np.ndarray))
+        for talk in asked:
+            _take(talk, i, answers.get(id(talk)), codec, protocol, scores)
+        done += len(asked)
+        if progress:
+            progress("turn", done, total)
+    for talk in talks:
+        scores.add("conversation_exact", all(example.correct for example in talk.done))
+    return [talk.example for talk in talks]
+
+
+def _begun(document: Document, engine: Engine, grammar: Grammar, codec: Codec, skipped: Counter[str]) -> _Talk | None:
+    """None: an answer has several parts or none, or the document does not fit."""
+    first = int(document.turns[0].speaker == "system")
+    turns = document.turns[first:]
+    questions = list(zip(turns[::2], turns[1::2], strict=True))
+    if any(len(answer.parts) != 1 for _, answer in questions):
+        return None
+    coded = [replace(turn, parts=codec.encoded(turn.parts)) for turn in document.turns]
+    try:
+        fits = len(grammar.encode(Document(tuple(coded))).tokens) <= engine.max_length
+    except GrammarError:
+        fits = False
+    if not fits:
+        skipped["does_not_fit"] += 1
+        return None
+    return _Talk(document, Conversation(engine, coded[:first]), questions)
+
+
+def _length(grammar: Grammar, turn: Turn) -> int:
+    (part,) = turn.parts
+    return len(grammar.text_codec.encode(part.text)) if isinstance(part, TextPart) else 0
+
+
+def _request(
+    talk: _Talk, i: int, codec: Codec, grammar: Grammar, engine: Engine, budget: int, asking: Request
+) -> Request:
+    """The i-th question; `budget`: tokens of a text answer, where there is room for them."""
+    question, answer = talk.questions[i]
+    talk.prompt += question.parts
+    request = replace(asking, id=f"turn-{asking.seed}-{i}", parts=codec.encoded(question.parts))
+    (expected,) = answer.parts
+    if isinstance(expected, ImagePart):
+        height, width = codec.encode(expected.pixels).shape
+        return replace(request, mode="image", image_size=(height, width))
+    room = engine.max_length - len(prompt_tokens(grammar, replace(request, history=talk.conversation.turns)))
+    return replace(request, mode="text", max_tokens=max(1, min(budget, room)))
+
+
+def _answer(sample: Sample) -> str | np.ndarray | None:
+    """The text, or the codes int32 [h, w] of the image; None where there is neither."""
+    if sample.document is None:
+        return None
+    parts = sample.document.parts
+    if sample.request.mode == "image":
+        return next((part.codes for part in parts if isinstance(part, CodesPart)), None)
+    return " ".join(part.text for part in parts if isinstance(part, TextPart))
+
+
+def _take(
+    talk: _Talk, i: int, answer: str | np.ndarray | None, codec: Codec, protocol: Protocol, scores: Scores
+) -> None:
+    """Judges the i-th answer and counts it."""
+    assert protocol.turn_matches
+    document, (wanted,) = talk.document, talk.questions[i][1].parts
+    expected = wanted.pixels if isinstance(wanted, ImagePart) else wanted.text  # type: ignore[union-attr]
+    got = codec.decode(answer) if isinstance(answer, np.ndarray) else answer
+    correct = got is not None and protocol.turn_matches(document, i, got)
+    scores.add("turn_exact", correct)
+    if kind := protocol.turn_kind(document, i):
+        scores.add(f"turn_exact/{kind}", correct)
+    reconstruction = None
+    if isinstance(expected, np.ndarray):
+        reconstruction = codec.decode(codec.encode(expected))
+        scores.add("turn_reconstruction_exact", protocol.turn_matches(document, i, reconstruction))
+    talk.done.append(Example("turn", document, tuple(talk.prompt), expected, got, reconstruction, correct))
+    if got is None:
+        talk.broken = True
+    else:
+        talk.prompt.append(ImagePart(got) if isinstance(got, np.ndarray) else TextPart(got))
