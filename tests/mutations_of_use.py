@@ -376,8 +376,8 @@ MUTATIONS = (
     Mutation(
         "half-a-file-goes-up",
         "ar_unified/storage/mirror.py",
-        "if _travels(name) and not self._is(self._kept, os.path.dirname(name)):\n            self._note",
-        "if not self._is(self._kept, os.path.dirname(name)):\n            self._note",
+        'return not (name.endswith((UNFINISHED, ".tmp")) or any(part.startswith(".") for part in name.split("/")))',
+        "return True",
         "files that are not finished are in the store under a name that is no file's",
         ("tests/storage/test_mirror.py",),
     ),
