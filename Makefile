@@ -34,7 +34,8 @@ $(VENV)/libtpu: $(VENV)/.installed
 # worksteal: a worker takes a run of files and not every other test, and so finds what a file has compiled and trained.
 PYTEST   = -m pytest -q -n 2 --dist worksteal
 # A file's tests in one process, where what they share takes longer to make than the tests: compiled steps, torch's models.
-BY_FILE  = -m pytest -q -n 2 --dist loadscope
+# Files in tests/conftest.py's order, the longest first, and not, as pytest-xdist has it, those of few tests last.
+BY_FILE  = -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder
 RESULTS ?= .cache/tests
 HERE     = not interop and not newest_jax
 INTEROP  = .venv-interop
@@ -65,7 +66,7 @@ ALL = .cache/test-all
 test-all: environments  ## every test there is, at both levels of optimisation and on both Pythons; some hours
 	rm -rf $(ALL)
 	-$(BIN)/python $(PYTEST) --junitxml=$(ALL)/all.xml -m "$(HERE)"
-	-AR_UNIFIED_TEST_OPTIMIZED=1 $(BIN)/python $(PYTEST) --junitxml=$(ALL)/exact.xml -m "exact and $(HERE)"
+	-AR_UNIFIED_TEST_OPTIMIZED=1 $(BIN)/python $(PYTEST) --junitxml=$(ALL)/exact.xml -m "(exact or exact_later) and $(HERE)"
 	-$(INTEROP)/bin/python $(PYTEST) --junitxml=$(ALL)/interop.xml -m interop
 	-$(PY312)/bin/python $(PYTEST) --junitxml=$(ALL)/py312.xml -m "not interop"
 	$(BIN)/python tests/summary.py --record tests/last_full_run.json $(ALL)/all.xml \

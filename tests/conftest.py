@@ -44,6 +44,28 @@ import jax  # noqa: E402
 jax.devices()  # else a verb that plans for more devices would be given them, and so would all tests behind it
 
 
+# Files whose slow tests take longest, the longest first (docs/ci_time.md). Where a file's tests go to one worker, what
+# is long is begun first: else one worker has nothing to do while the other ends.
+LONG = (
+    "training/test_tokenizer_task", "storage/test_workdir", "interop/test_parity", "training/test_loop", "test_wheel",
+    "training/test_step", "model/test_on_tpu", "experiment/test_rollouts", "cli/test_changed_run",
+    "parallel/test_processes", "cli/test_run", "model/test_transformer", "sampling/test_window",
+    "cli/test_brought_tokenizer", "planning/test_decoding_on_tpu", "test_check_gpu", "cli/test_export",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Quick tests stay in their order, in which a folder finds what it has compiled."""
+    here = Path(__file__).parent
+    place = {here / f"{name}.py": i for i, name in enumerate(LONG)}
+
+    def last_or(item):
+        long = item.get_closest_marker("slow") or item.get_closest_marker("interop")
+        return place.get(item.path, len(LONG)) if long else len(LONG)
+
+    items.sort(key=last_or)
+
+
 def pytest_runtest_teardown(item, nextitem):
     """Programs are shared within a folder; kept for longer they grow to gigabytes in each worker."""
     if nextitem is None or nextitem.path.parent != item.path.parent:

@@ -60,8 +60,11 @@ def watch_reads(first):
     return reads
 
 
-@pytest.mark.exact
-def test_six_turns_compute_what_the_forward_does_and_read_what_is_new(grammar):
+@pytest.mark.parametrize(
+    "kind", [pytest.param("rows", marks=pytest.mark.exact), pytest.param("grid", marks=pytest.mark.exact_later)]
+)
+def test_six_turns_compute_what_the_forward_does_and_read_what_is_new(kind):
+    grammar = GRAMMARS[kind]
     params = init(CONFIG, jax.random.key(0))
     first = talking(grammar, params)
     seen, reads = watch(first), watch_reads(first)

@@ -49,9 +49,20 @@ def same(one, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [2, pytest.param(4, marks=pytest.mark.exact), 8])
-def test_tokens_are_those_drawn_one_by_one(grammar, params, width):
+@pytest.mark.parametrize(
+    "width, kind",
+    [
+        (2, "grid"),
+        (8, "rows"),
+        pytest.param(4, "rows", marks=pytest.mark.exact),
+        pytest.param(4, "grid", marks=pytest.mark.exact_later),
+        pytest.param(2, "rows", marks=pytest.mark.exhaustive),
+        pytest.param(8, "grid", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_tokens_are_those_drawn_one_by_one(params, width, kind):
     """Ragged prompts, texts beside images, canvases, one to three contexts, filters, a penalty of repetition."""
+    grammar = GRAMMARS[kind]
     asked, wide = requests(grammar), engine(grammar, params, window=width)
     same(collect(wide.generate(asked)), collect(engine(grammar, params).generate(asked)))
     assert wide.tokens_a_step > 1

@@ -8,7 +8,7 @@ import re
 import time
 
 import pytest
-from ar_tokenizers.files import write_bytes
+from ar_tokenizers.files import UNFINISHED, write_bytes
 
 from ar_unified import storage, workdir
 from ar_unified.data.prepare.claims import Claims, Team
@@ -31,6 +31,7 @@ def test_what_becomes_whole_is_there_at_once_and_nothing_else(url: str) -> None:
         write_bytes(here / "own" / "c", b"stays here")
         with open(here / "log", "wb") as log:
             log.write(b"line 1\n")
+        (here / f".log.here.7{UNFINISHED}").write_bytes(b"half a li")
         assert objects(url) == {"a/b.json": b"1"}
         storage.push(here)
         assert objects(url) == {"a/b.json": b"1", "log": b"line 1\n"}

@@ -104,8 +104,9 @@ def test_the_report_draws_every_chart_of_what_is_written(whole, tmp_path):
     assert ["image", "text"] in curves and ["image to text", "text to image"] in curves
 
 
-@pytest.mark.exact
-@pytest.mark.parametrize("deaths", [(2,), (5, 7)])
+@pytest.mark.parametrize(
+    "deaths", [pytest.param((2,), marks=pytest.mark.exact_later), pytest.param((5, 7), marks=pytest.mark.exact)]
+)
 def test_killed_is_uninterrupted(whole, tmp_path, deaths):
     folder, expected, _, _ = whole
     for step in deaths:
@@ -217,10 +218,15 @@ def test_the_bad_step_is_not_taken(params):
     assert not report.finite and after.step == 1 and not report.finite_leaves["layers.mlp.gate"].any()
 
 
-@pytest.mark.exact
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGHUP))],
+    [
+        pytest.param(signal.SIGTERM, marks=pytest.mark.exact),
+        *(
+            pytest.param(number, marks=[pytest.mark.slow, pytest.mark.exact_later])
+            for number in (signal.SIGINT, signal.SIGHUP)
+        ),
+    ],
 )
 def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on(whole, tmp_path, number):
     def batch(step, *part):

@@ -107,7 +107,7 @@ def test_the_adversary_waits_learns_and_is_felt_in_that_order(tmp_path, kind):
     assert weights[:4] == [0] * 4 and all(weight > 0 for weight in weights[4:])
 
 
-@pytest.mark.exact
+@pytest.mark.exact_later
 @pytest.mark.slow
 def test_microbatches_over_a_mesh_change_nothing(tmp_path):
     made = task(dataclasses.replace(ADVERSARY, r1=0.0), flat, **QUANTIZERS["vq_ema"])
@@ -152,8 +152,14 @@ def test_one_device_and_eight_have_the_same_losses(tmp_path, name, judged):
 
 
 @pytest.mark.slow
-@pytest.mark.exact
-@pytest.mark.parametrize("name", ["fsq", "rq_ema", "vq"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("fsq", marks=pytest.mark.exact),
+        pytest.param("rq_ema", marks=pytest.mark.exact),
+        pytest.param("vq", marks=pytest.mark.exact_later),
+    ],
+)
 def test_killed_and_resumed_bit_for_bit(tmp_path, name):
     """The discriminator, its optimizer, the averages and the statistics of the codebook included."""
 
