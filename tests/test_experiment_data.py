@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from ar_unified.data.images import to_png
 from ar_unified.data.scenes import scene_from_json
 from ar_unified.data.sources import open_source
 from ar_unified.errors import UserError
 from ar_unified.evaluation.shapes import read_scene
 from ar_unified.experiment import config as configs
 from ar_unified.language.document import ImagePart, TextPart
+from tests.data import copies
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -190,3 +192,24 @@ def test_shape_pairs_differ_in_one_property(tmp_path):
         assert read_scene(right) == scene != other and len(other) == len(scene)
     for document in documents[6:]:
         assert document.answer != document.rejected.parts and isinstance(document.asked[0].parts[0], ImagePart)
+
+
+def test_a_mixture_takes_sets_of_any_form_with_their_shares(tmp_path):
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    given = [dict(image=to_png(pixels + i), text=f"grey {i}") for i in range(40)]
+    copies.folder(tmp_path / "photos", "captions", given)
+    copies.parquet(tmp_path / "table", given)
+    copies.webdataset(tmp_path / "tars", given)
+    for i in range(20):
+        (tmp_path / "books" / "old").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "books" / "old" / f"{i}.txt").write_text(f"text {i}")
+    arg = "sources=photos@0.4+table@0.3+tars@0.2+books/old@0.1"
+    config = configs.load(f"{ROOT}/experiments/mixture.py:path={tmp_path},{arg}")
+    train, held_out = ([configs.plain(spec) for spec in part] for part in (config.data.train, config.data.validation))
+    assert [spec["kind"] for spec in train] == ["folder", "parquet", "webdataset", "text"]
+    assert [spec["weight"] for spec in train] == [0.4, 0.3, 0.2, 0.1]
+    for spec, other in zip(train, held_out, strict=True):
+        assert len(open_source(spec)) > 10 * len(open_source(other)) > 0
+    for wrong in ("photos", "photos@", "@1", "photos@0", "photos@-1", "photos@much", "photos@1+"):
+        with pytest.raises(UserError, match=r"mixture.py: expected sources=NAME@SHARE\+NAME@SHARE, as based-cooking"):
+            configs.load(f"{ROOT}/experiments/mixture.py:path={tmp_path},sources={wrong}")

@@ -124,7 +124,7 @@ def _opened(data: bytes, limits: Limits) -> Iterator[Image.Image]:
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError("image_shape", str(error)) from error
+        raise ImageError("image_shape", f"expected at most {limits.pixels} pixels: {error}") from error
     except UnidentifiedImageError:  # whose text names an address in memory
         found = no_content(data) or f"bytes that begin with {data[:8]!r}"
         kind = " of a kind that Pillow reads" if data[:4] in (b"II*\0", b"MM\0*") else ""

@@ -17,12 +17,18 @@ class BadItem(Exception):
         kind: one word for counting: "bad_utf8", "bad_json", "bad_row", "bad_text", "empty_text", "missing_image",
             "path_escapes", "empty_file", "unreadable_image", "image_shape", "unreadable_file", "too_large",
             "text_lost", "same_answers" (as tokens), or another kind of DocumentError.
-        origin: "file:line" or the dataset's name and index. reason: expected, found.
+        origin: "file:line" or the dataset's name and index, as it is. reason: expected, found.
     """
 
     def __init__(self, kind: str, origin: str, reason: str):
-        super().__init__(f"{origin}: {kind}: {reason}")
+        reason = printable(reason)
+        super().__init__(f"{printable(origin)}: {kind}: {reason}")
         self.kind, self.origin, self.reason = kind, origin, reason
+
+
+def printable(text: str) -> str:
+    """A text without what a terminal would obey or a page could not hold: the names of files may have that."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class LeftOut:

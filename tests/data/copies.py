@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import gzip
 import io
 import json
 import tarfile
@@ -85,6 +86,17 @@ def webdataset(root: Path, examples: Examples, shards: int = 4) -> dict[str, Any
             members += [(f"{i:04d}.json", json.dumps(rest).encode())] if rest else []
         (root / f"{shard:03d}.tar").write_bytes(tar(members))
     return dict(kind="webdataset", path=str(root / f"{{000..{shards - 1:03d}}}.tar"))
+
+
+def packed_tars(root: Path, examples: Examples, ending: str, shards: int = 4) -> dict[str, Any]:
+    """`webdataset`, packed: ending "tar.gz", "tgz" or "tar.zst"."""
+    webdataset(root, examples, shards)
+    for path in sorted(root.iterdir()):
+        data = path.read_bytes()
+        packed = pa.compress(data, "zstd", asbytes=True) if ending.endswith("zst") else gzip.compress(data)
+        (root / f"{path.stem}.{ending}").write_bytes(packed)
+        path.unlink()
+    return dict(kind="webdataset", path=str(root / f"{{000..{shards - 1:03d}}}.{ending}"))
 
 
 def tar(members: Sequence[tuple[str | tarfile.TarInfo, bytes]]) -> bytes:

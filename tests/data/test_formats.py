@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from ar_unified.data.images import to_png
 from ar_unified.data.items import texts_of
 from ar_unified.data.prepare import prepare
-from ar_unified.data.sources import EmptySplit, open_source, read
+from ar_unified.data.sources import EmptySplit, kind_of, open_source, packed, read
 from ar_unified.data.sources.shard_names import braces
 from ar_unified.errors import UserError
 from ar_unified.language.document import Document, ImagePart, TextPart
@@ -54,6 +54,7 @@ def test_the_same_documents_in_every_format(kind: str, tmp_path: Path, kit: Any,
         "parquet": copies.parquet(tmp_path / "parquet", given),
         "arrow": copies.arrow(tmp_path / "arrow", given),
         "webdataset": copies.webdataset(tmp_path / "tars", given),
+        **{ending: copies.packed_tars(tmp_path / ending, given, ending) for ending in ("tar.gz", "tgz", "tar.zst")},
     }
     if kind in FEATURES:
         specs["tfds"] = copies.dataset(tmp_path / "tfds", kind, FEATURES[kind], given)
@@ -71,6 +72,28 @@ def test_the_same_documents_in_every_format(kind: str, tmp_path: Path, kit: Any,
         assert documents == found["folder"][0] and texts == found["folder"][1], name
         assert files == found["folder"][2] and len(files) > 3, name
     assert len(found["folder"][0]) == len(given) and all(isinstance(each, Document) for each in found["folder"][0])
+
+
+@pytest.mark.parametrize("ending", ["tar.gz", "tar.zst"])
+def test_packed_tars_are_read_forward_and_at_any_place(
+    ending: str, tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = examples(kit, "captions", 60)
+    spec = copies.packed_tars(tmp_path / "set", given, ending, shards=2)
+    assert kind_of(tmp_path / "set") == kind_of(spec["path"]) == "webdataset"
+    plain = open_source(copies.webdataset(tmp_path / "plain", given, shards=2))
+    source = open_source(dict(kind="webdataset", path=tmp_path / "set"))
+    assert source.fingerprint == plain.fingerprint
+    order = [59, 0, 31, 30, 58, 1]
+    assert [source[i] for i in order] == [plain[i] for i in order]
+    assert source.origin(31) == f"{tmp_path}/set/001.{ending}:0001"
+    opened = open_source(spec)
+    backward: list[int] = []
+    kind = packed._Gzip if ending == "tar.gz" else packed._Zstandard
+    back = kind._back
+    monkeypatch.setattr(kind, "_back", lambda self, at: (backward.append(at), back(self, at))[1])
+    documents = [item for _, item in read(opened, range(len(opened)))]
+    assert documents == [plain[i] for i in range(60)] and not any(backward), "in order it never goes back"
 
 
 def test_tables_are_read_at_random_and_by_their_columns_alone(tmp_path: Path, kit: Any) -> None:

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import os
-import struct
 import tarfile
 import tracemalloc
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
-from ar_unified.data.images import to_png
+from ar_unified.cli.main import main
 from ar_unified.data.items import texts_of
 from ar_unified.data.sources import BadItem, open_source, read
 from ar_unified.errors import UserError
 from tests.data import copies
-
-GOOD = to_png(np.full((8, 8, 3), 7, np.uint8))
+from tests.data.broken_files import BROKEN, GOOD, ODD, odd
 
 
 def kinds(spec: Mapping[str, Any]) -> list[str]:
@@ -39,47 +33,7 @@ def kinds(spec: Mapping[str, Any]) -> list[str]:
     return [item.kind if isinstance(item, BadItem) else "" for item in found]
 
 
-def image(**options: Any) -> bytes:
-    file = io.BytesIO()
-    Image.new(options.pop("mode", "RGB"), options.pop("size", (8, 8))).save(
-        file, options.pop("format", "PNG"), **options
-    )
-    return file.getvalue()
-
-
-def png_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def nan_tiff() -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(np.array([[0.5, np.nan]] * 2, np.float32)).save(file, "TIFF")
-    return file.getvalue()
-
-
-FRAMES = [Image.new("L", (8, 8), grey) for grey in (0, 255)]
-ROTATED = Image.Exif()
-ROTATED[274] = 6
-IMAGES = {
-    "truncated": (to_png(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8))[:150], "unreadable_image"),
-    "empty": (b"", "empty_file"),
-    "html in place of an image": (b"<!doctype html><title>404</title>", "unreadable_image"),
-    "a pointer": (b"version https://git-lfs.github.com/spec/v1\n", "unreadable_image"),
-    "eps, which would start a program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "unreadable_image"),
-    "bomb: 30,000 x 30,000 in a few bytes": (image(mode="1", size=(30_000, 30_000)), "image_shape"),
-    "bomb: a text of 200 MB": (
-        GOOD[:33] + png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(200 << 20))) + GOOD[33:],
-        "unreadable_image",
-    ),
-    "30,000 px wide": (image(size=(30_000, 8)), "image_shape"),
-    "NaN": (nan_tiff(), "unreadable_image"),
-    "no pixels": (GOOD[:16] + bytes(8) + GOOD[24:], "unreadable_image"),
-    "a jpeg called png": (image(format="JPEG"), ""),
-    "animated": (image(mode="L", format="GIF", save_all=True, append_images=FRAMES), ""),
-    "1 bit": (image(mode="1"), ""),
-    "inks": (image(mode="CMYK", format="JPEG"), ""),
-    "rotated": (image(format="JPEG", exif=ROTATED), ""),
-}
+IMAGES = BROKEN | {name: (odd(number)[0], "") for number, name in enumerate(ODD)}
 
 
 @pytest.mark.parametrize("form", ["folder", "parquet", "webdataset"])
@@ -109,6 +63,56 @@ def member(name: str, **more: Any) -> tarfile.TarInfo:
 
 def pair(key: str, text: bytes = b"good") -> list[tuple[Any, bytes]]:
     return [(f"{key}.png", GOOD), (f"{key}.txt", text)]
+
+
+def test_a_file_that_would_fill_the_memory_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(GOOD)
+    os.truncate(tmp_path / "a.png", 1 << 36)
+    (tmp_path / "b.png").write_bytes(GOOD)
+    assert kinds(dict(kind="images", path=tmp_path)) == ["unreadable_image", ""]
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow", "feather"])
+def test_values_that_unpacked_would_fill_the_memory_are_not_unpacked(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ar_unified.data.sources.unpacked_sizes.LARGEST", 1 << 22)
+    images = [held(GOOD), held(bytes(8 << 20)), held(os.urandom(8 << 20)), held(GOOD)]  # zeros, and what is no smaller
+    rows = pa.table(dict(image=images, text=list("abcd")))
+    path = tmp_path / f"a.{'arrow' if form == 'feather' else form}"
+    if form == "parquet":
+        pq.write_table(rows, path, row_group_size=1, compression="zstd", use_dictionary=False)
+    else:
+        make = pa.ipc.new_file if form == "feather" else pa.ipc.new_stream
+        with make(path, rows.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as stream:
+            stream.write_table(rows, max_chunksize=1)
+    before = pa.total_allocated_bytes()
+    source = open_source(dict(kind="parquet", path=path))
+    assert pa.total_allocated_bytes() - before < 1 << 20, "opened without unpacking anything"
+    assert kinds(dict(kind="parquet", path=path)) == ["", "too_large", "unreadable_image", ""]
+    assert source.origin(3).endswith(":4")
+
+
+def test_what_is_told_can_be_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = os.fsdecode(b"caf\xe9\x1b[2J.txt")
+    (tmp_path / name).write_bytes(b"")
+    (tmp_path / "a.txt").write_bytes(b"a text")
+    source = open_source(dict(kind="text", path=tmp_path))
+    bad = next(item for _, item in read(source, range(2)) if isinstance(item, BadItem))
+    assert bad.origin == str(tmp_path / name) and str(bad).isprintable() and "caf\\udce9\\x1b[2J.txt" in str(bad)
+    (tmp_path / os.fsdecode(b"\xe9.txt")).write_bytes(b"a text")  # a good one, and twice the same
+    output = tmp_path / "page.html"
+    assert main(["validate", str(tmp_path), "--output", str(output)]) == 1
+    said = capsys.readouterr().out
+    assert "caf\\udce9" in said and "udce9.txt and " in said and "\x1b" not in said and "udce9" in output.read_text()
+
+
+def test_long_and_foreign_names_of_members_are_told_whole(tmp_path: Path) -> None:
+    name = "ü/" + "n" * 300
+    (tmp_path / "a.tar").write_bytes(copies.tar([*pair(name), *pair("b", b"")]))
+    source = open_source(dict(kind="webdataset", path=tmp_path / "a.tar"))
+    assert source.origin(0) == f"{tmp_path}/a.tar:{name}" and source[0].id == name
+    assert source.origin(1) == f"{tmp_path}/a.tar:b"
 
 
 def test_members_of_a_tar_that_no_sample_has(tmp_path: Path) -> None:
@@ -162,6 +166,12 @@ def test_tars_that_are_not_whole(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert tracemalloc.get_traced_memory()[1] < 30 << 20
     tracemalloc.stop()
+    half = len(gzip.compress(whole[: 512 * 4]))
+    packed = gzip.compress(whole[: 512 * 4]) + gzip.compress(whole[512 * 4 :])
+    for i, data in enumerate((packed, packed[: half + 20], packed[:30], gzip.compress(b"<html>" * 200), b"", whole)):
+        (tmp_path / "packed").mkdir(exist_ok=True)
+        (tmp_path / f"packed/{i}.tar.gz").write_bytes(data)
+    assert kinds(dict(kind="webdataset", path=tmp_path / "packed")) == [*good, "", cut, cut, cut, cut, cut]
     with pytest.raises(UserError, match="4.tar: no tar can be read: expected a tar, found gzip data; unpack it"):
         open_source(dict(kind="webdataset", path=tmp_path / "4.tar"))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ar_unified.data.filters.duplicates import Search
-from ar_unified.data.items import BadItem, Source
+from ar_unified.data.items import BadItem, Source, printable
 from ar_unified.language.document import Document, ImagePart, TextPart
 
 _EXAMPLES = 12
@@ -45,7 +45,7 @@ class Alike:
         lines = []
         for kind in self.kinds:
             if kind.count:
-                first = " and ".join(kind.pairs[0].origins) if kind.pairs else ""
+                first = " and ".join(map(printable, kind.pairs[0].origins)) if kind.pairs else ""
                 lines.append(f"{kind.count} of {kind.of} {kind.says}" + (f", first {first}" if first else ""))
         return lines
 

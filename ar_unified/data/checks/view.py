@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ar_unified.data.images import ImageCodec, Resize, draws_none
+from ar_unified.data.items import printable
 from ar_unified.data.prepare.cutting import can_be_split, split
 from ar_unified.data.sizes import default_resize
 from ar_unified.language.document import CodesPart, Document, ImagePart, Part, TextPart
@@ -98,7 +99,7 @@ class View:
         """The document in words, with <image H x W> for images; then as tokens, if there are a grammar and a
         tokenizer.
         """
-        lines = [f"({document.origin}, {document.task})"]
+        lines = [f"({printable(document.origin)}, {document.task})"]
         for speaker, said in _turns(document):
             if document.asks:
                 lines.append(f"<{speaker}>")

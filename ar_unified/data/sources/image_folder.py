@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import posixpath
 from typing import Any
 
 from ar_unified import storage
@@ -34,7 +35,8 @@ class ImageFiles:
     ):
         self.root, self.limits = storage.path(path), limits
         self.name, self.reversible = label or self.root.resolve().name, reversible
-        self._found = folder_at(self.root, links).search(lambda name: name.lower().endswith(images.SUFFIXES))
+        self._folder = folder_at(self.root, links)
+        self._found = self._folder.search(lambda name: name.lower().endswith(images.SUFFIXES))
         if not self._found:
             endings = ", ".join(images.SUFFIXES)
             raise UserError(f"{self.root}: expected a folder with image files ({endings}), found none")
@@ -50,16 +52,14 @@ class ImageFiles:
         return str(self.root / self._found[i].name)
 
     def __getitem__(self, i: int) -> Document:
-        found, path = self._found[i], self.root / self._found[i].name
+        found = self._found[i]
         try:
             if found.error:
                 raise found.error
-            pixels = images.decode(path.read_bytes(), self.limits)
+            pixels = images.decode(self._folder.read_file(found.name), self.limits)
         except (images.ImageError, FileError) as error:
             raise BadItem(error.kind, self.origin(i), error.reason) from error
-        except OSError as error:
-            raise BadItem("missing_image", self.origin(i), str(error)) from error
-        return Document.of((ImagePart(pixels),), id=path.name, origin=self.origin(i))
+        return Document.of((ImagePart(pixels),), id=posixpath.basename(found.name), origin=self.origin(i))
 
     def texts(self, i: int) -> list[str]:
         """No texts: images alone."""

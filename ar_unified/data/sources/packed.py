@@ -12,14 +12,19 @@ from typing import BinaryIO
 from ar_unified import storage
 from ar_unified.storage import AnyPath
 
-ENDINGS = (".gz", ".zst")
+ENDINGS = (".gz", ".tgz", ".zst")
 _STEP = 1 << 12  # packed bytes at once: at most 4 MiB unpacked
 _SNAPSHOTS = 256  # of gzip's state, 40 KB each
 
 
+def is_packed(path: AnyPath) -> bool:
+    """Whether its ending says so."""
+    return path.suffix.lower() in ENDINGS
+
+
 def unpacked(path: AnyPath) -> AnyPath:
     """The name of a file without the ending that says how it is packed."""
-    return path.with_suffix("") if path.suffix.lower() in ENDINGS else path
+    return path.with_suffix("") if is_packed(path) else path
 
 
 def open_binary(path: AnyPath) -> BinaryIO:
@@ -31,10 +36,9 @@ def open_binary(path: AnyPath) -> BinaryIO:
     Raises:
         OSError: it is not there; while reading: it is cut short, broken, or not packed in this way.
     """
-    ending = path.suffix.lower()
-    if ending not in ENDINGS:
+    if not is_packed(path):
         return storage.open_binary(path)
-    return io.BufferedReader(_Gzip(path) if ending == ".gz" else _Zstandard(path), 1 << 16)  # type: ignore[return-value]
+    return io.BufferedReader(_Zstandard(path) if path.suffix.lower() == ".zst" else _Gzip(path), 1 << 16)  # type: ignore[return-value]
 
 
 class Reader:
@@ -42,7 +46,7 @@ class Reader:
 
     def __init__(self, path: AnyPath):
         self._lock = threading.Lock()
-        self._plain = None if path.suffix.lower() in ENDINGS else storage.Opened(path)
+        self._plain = None if is_packed(path) else storage.Opened(path)
         self._file = open_binary(path) if self._plain is None else None
 
     def read(self, at: int, size: int) -> bytes:

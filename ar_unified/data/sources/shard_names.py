@@ -14,7 +14,7 @@ from ar_unified.data.files import Bucket, Found, folder_at, require_file
 from ar_unified.errors import UserError
 from ar_unified.storage import AnyPath, Remote
 
-TABLES, TARS = (".parquet", ".arrow"), (".tar",)  # how such files end
+TABLES, TARS = (".parquet", ".arrow"), (".tar", ".tar.gz", ".tgz", ".tar.zst")  # how such files end
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _MOST = 1_000_000  # names that braces may stand for
 

@@ -19,6 +19,7 @@ from ar_unified import storage
 from ar_unified.data import images
 from ar_unified.data.files import folder_at
 from ar_unified.data.items import BadItem
+from ar_unified.data.sources import unpacked_sizes
 from ar_unified.data.sources.columns import PICTURES, Columns
 from ar_unified.data.sources.records import Record, RecordSource, together
 from ar_unified.data.sources.shard_names import TABLES, named, shards
@@ -145,6 +146,8 @@ class Tables(RecordSource):
         file = self._files[self._file[group]]
         if isinstance(file, BadItem):
             return BadItem(file.kind, file.origin, file.reason)
+        if reason := file.bombs.get(self._group[group]):
+            return BadItem("too_large", self.origin(i), reason)
         cursor = self._cursors.get(pictures)
         if cursor is None or cursor.group != group or row < cursor.start:
             unread = () if pictures else tuple(column for part in PICTURES for column in self._used.get(part, ()))
@@ -176,10 +179,12 @@ class _File(ABC):
 
     Attributes:
         rows: of each group. names: of the columns. head: bytes that change when the rows do.
+        bombs: group -> why it is not unpacked (`unpacked_sizes`).
     """
 
-    def __init__(self, path: AnyPath, schema: pa.Schema, rows: list[int], head: bytes):
-        self.path, self.rows, self.names, self.head = path, rows, list(schema.names), head
+    def __init__(self, path: AnyPath, schema: pa.Schema, rows: list[int], bombs: dict[int, str]):
+        self.path, self.rows, self.names, self.head = path, rows, list(schema.names), _tail(path)
+        self.bombs = {group: reason for group, reason in bombs.items() if reason}
         self.classes = _classes(schema)
 
     @abstractmethod
@@ -190,8 +195,9 @@ class _File(ABC):
 class _Parquet(_File):
     def __init__(self, path: AnyPath):
         with pq.ParquetFile(_source(path)) as file:
-            groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-            super().__init__(path, file.schema_arrow, groups, _tail(path))
+            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+            bombs = {i: unpacked_sizes.of_group(group) for i, group in enumerate(groups)}
+            super().__init__(path, file.schema_arrow, [group.num_rows for group in groups], bombs)
 
     def batches(self, group: int, names: list[str], size: int) -> Iterator[pa.RecordBatch]:
         with pq.ParquetFile(_source(self.path)) as file:
@@ -203,31 +209,35 @@ class _Arrow(_File):
 
     def __init__(self, path: AnyPath):
         self._places = array("q")
-        rows = []
+        rows, bombs = list[int](), dict[int, str]()
         with _mapped(path) as source:
             if source.read(6) == b"ARROW1":
                 file = pa.ipc.open_file(source)
                 schema = file.schema
-                rows = [file.get_batch(i).num_rows for i in range(file.num_record_batches)]
+                source.seek(8)  # a stream is inside, which says more than the footer
+                pa.ipc.read_schema(source)
+                while len(rows) < file.num_record_batches:
+                    if found := unpacked_sizes.of_message(pa.ipc.read_message(source)):
+                        bombs[len(rows)] = found[1]
+                        rows.append(found[0])
             else:
                 source.seek(0)
                 schema = pa.ipc.read_schema(source)
-                self._at = source.tell()
                 while source.tell() < source.size():
                     place = source.tell()
                     try:
-                        message = pa.ipc.read_message(source)
-                        count = pa.ipc.read_record_batch(message, schema).num_rows
+                        found = unpacked_sizes.of_message(pa.ipc.read_message(source))
                     except EOFError:  # the mark of the end
                         break
                     except _BAD:  # cut short: what is before is read, and this is one bad item
-                        count = 1
+                        found = 1, ""
+                    count, bombs[len(rows)] = found or (1, "")
                     self._places.append(place)
                     rows.append(count)
                     if count == 1 and source.tell() <= place:
                         break
         self._schema = schema
-        super().__init__(path, schema, rows, _tail(path))
+        super().__init__(path, schema, rows, bombs)
 
     def batches(self, group: int, names: list[str], size: int) -> Iterator[pa.RecordBatch]:
         with _mapped(self.path) as source:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import functools
 import hashlib
+import io
 import json
 import tarfile
 from array import array
@@ -15,6 +16,7 @@ from ar_unified import storage
 from ar_unified.data import encoding, images
 from ar_unified.data.files import LARGEST, FileError, hidden
 from ar_unified.data.items import BadItem
+from ar_unified.data.sources import packed
 from ar_unified.data.sources.columns import Columns
 from ar_unified.data.sources.records import Record, RecordSource, together
 from ar_unified.data.sources.shard_names import TARS, named, shards
@@ -36,9 +38,12 @@ class Tars(RecordSource):
     below `json` ("json/caption"). Members are named by what follows that dot, in small letters; of several with one
     name after the last dot (0.jpg, 1.jpg), `jpg` is the list.
 
-    Opened by reading all headers once; nothing is unpacked, so no name leads anywhere. 18 bytes a member and 12 a
-    sample are kept, and any sample is read at once. A member that is a link or a device, a name that leads out, a
-    sample with a member twice, and the end of a tar that is cut short are bad items.
+    Opened by reading all headers once; nothing is written to the disk, so no name leads anywhere. 18 bytes a member and
+    16 a sample are kept, and any sample is read at once. Tars may be packed (.tar.gz, .tgz, .tar.zst: `packed`): they
+    are unpacked in memory, once to be opened and once to be read in order, and going back costs more.
+
+    A member that is a link or a device, a name that leads out, a sample with a member twice, and the end of a tar that
+    is cut short are bad items.
 
     Args:
         path: a tar, a folder of tars, or a name with braces or wildcards (`shards`): "shards/{000..063}.tar".
@@ -67,8 +72,9 @@ class Tars(RecordSource):
         label = label or named(path, root)
         super().__init__(Columns(keys), None, label, reversible=reversible, limits=limits)
         self._paths = [root / entry.name for entry in found]
-        # Of every sample its tar and its first member; of every member where its data begins, its size, its kind.
-        self._shard, self._member = array("i"), array("q")
+        # Of every sample its tar, its first member and the bytes of that one's headers, of which a long name has three;
+        # of every member where its data begins, its size, its kind.
+        self._shard, self._member, self._headers = array("i"), array("q"), array("i")
         self._at, self._size, self._kind = array("q"), array("q"), array("H")
         self._kinds: dict[str, int] = {}  # what follows the dot -> its number
         self._problems: dict[int, tuple[str, str]] = {}  # samples that are bad items: kind and reason
@@ -86,7 +92,9 @@ class Tars(RecordSource):
         if self._low >= self._high:
             raise (EmptySplit if samples else UserError)(f"{path}: nothing is in split {split!r} of {samples} samples")
         self.together = together(sum(self._size) / max(samples, 1))
-        self._open = functools.lru_cache(maxsize=64)(_Opened)
+        some_packed = any(map(packed.is_packed, self._paths))  # each keeps 10 MB
+        self._open = functools.lru_cache(maxsize=4 if some_packed else 64)(_Opened)
+        self._name = functools.lru_cache(maxsize=1 << 12)(self._name_of)  # or a packed tar would be gone back in
         self.fingerprint: dict[str, Any] = {
             "kind": "webdataset",
             "items": len(self),
@@ -109,15 +117,21 @@ class Tars(RecordSource):
         path = self._paths[self._shard[sample]]
         return f"{path}:{self._name(sample) or sample - bisect.bisect_left(self._shard, self._shard[sample]) + 1}"
 
-    def _name(self, sample: int) -> str:
-        """The common name of its members up to the dot, from the header of the first; "" if it has none."""
+    def _name_of(self, sample: int) -> str:
+        """The common name of its members up to the dot, from the headers of the first; "" if it has none."""
         if self._member[sample] == self._member[sample + 1]:
             return ""
-        header = self._open(self._paths[self._shard[sample]]).read(self._at[self._member[sample]] - 512, 512)
+        at, size = self._at[self._member[sample]], self._headers[sample]
+        headers = self._open(self._paths[self._shard[sample]]).read(at - size, size)
         try:
-            return _parted(tarfile.TarInfo.frombuf(header, "utf-8", "replace").name)[0]
-        except tarfile.HeaderError:
+            if size == 512:
+                info = tarfile.TarInfo.frombuf(headers, "utf-8", "surrogateescape")
+            else:
+                with tarfile.open(fileobj=io.BytesIO(headers), mode="r:", errors="surrogateescape") as tar:
+                    info = tar.next() or tarfile.TarInfo()
+        except (tarfile.TarError, ValueError, OverflowError):  # it was changed
             return ""
+        return _parted(info.name)[0].encode(errors="surrogateescape").decode(errors="replace")
 
     def read(self, indices: Sequence[int], pictures: bool = True) -> list[Record | BadItem]:
         """Samples as records, in the order of `indices`; what cannot be read is a BadItem in its place."""
@@ -167,6 +181,7 @@ class Tars(RecordSource):
             self._problems[len(self._shard)] = problem
         self._shard.append(shard)
         self._member.append(len(self._at))
+        self._headers.append(0)
 
     def _index(self, shard: int) -> None:
         """Reads the headers of one tar."""
@@ -191,6 +206,8 @@ class Tars(RecordSource):
                     self._problems.setdefault(len(self._shard) - 1, reason)
                     continue
                 seen.add(kind)
+                if len(self._at) == self._member[-1]:
+                    self._headers[-1] = info.offset_data - info.offset
                 self._at.append(info.offset_data)
                 self._size.append(info.size)
                 self._kind.append(self._kinds.setdefault(kind, len(self._kinds)))
@@ -200,7 +217,7 @@ class Tars(RecordSource):
             else:
                 self._begin(shard, ("unreadable_file", str(error)))
         except OSError as error:
-            self._begin(shard, ("unreadable_file", str(error.strerror)))
+            self._begin(shard, ("unreadable_file", error.strerror or str(error)))
 
 
 _SUFFIXES = tuple(suffix[1:] for suffix in images.SUFFIXES)
@@ -214,8 +231,8 @@ class _Cut(Exception):
         self.sample = sample
 
 
-class _Opened(storage.Opened):
-    """An open tar. Raises FileError for what does not fit into memory."""
+class _Opened(packed.Reader):
+    """An open tar, packed or not. Raises FileError for what does not fit into memory."""
 
     def read(self, at: int, size: int) -> bytes:
         if size > LARGEST:
@@ -237,10 +254,10 @@ class _Headers:
 
 def _members(path: AnyPath) -> Iterator[tarfile.TarInfo]:
     """The members of a tar. Raises _Cut: it is none, or does not end as it should."""
-    whole = storage.size_of(path)
-    with storage.open_binary(path) as file:
-        if packed := encoding.no_content(file.read(encoding.HEAD)):
-            raise _Cut(f"expected a tar, found {packed}")
+    whole = None if packed.is_packed(path) else storage.size_of(path)
+    with packed.open_binary(path) as file:
+        if other := encoding.no_content(_begin(file)):
+            raise _Cut(f"expected a tar, found {other}")
         file.seek(0)
         stream = _Headers(file)
         try:
@@ -248,16 +265,35 @@ def _members(path: AnyPath) -> Iterator[tarfile.TarInfo]:
                 while (info := tar.next()) is not None:
                     tar.members = []  # type: ignore[attr-defined]  # or all of them stay in memory
                     yield info
-                    if info.offset_data + info.size > whole and info.isreg():
+                    if info.isreg() and not _is_there(stream, info.offset_data + info.size, whole):
                         raise _Cut(f"the tar ends in the middle of {info.name!r}: it is cut short", sample=True)
                 end = tar.offset
+            stream.seek(end)
+            after = stream.read(512)
         except (tarfile.TarError, ValueError, OverflowError) as error:
             raise _Cut(f"expected a tar, found {error}") from error
-        stream.seek(end)
-        if stream.read(512) != bytes(512):
+        if after != bytes(512):
             raise _Cut(
                 f"expected a member or the end of the tar at byte {end}, found neither: it is cut short or broken"
             )
+
+
+def _begin(file: BinaryIO) -> bytes:
+    try:
+        return file.read(encoding.HEAD)
+    except OSError as error:
+        raise _Cut(f"expected a tar, found {error}") from error
+
+
+def _is_there(stream: _Headers, end: int, whole: int | None) -> bool:
+    """Whether a tar has so many bytes. whole: how many it has, if that is known."""
+    if whole is not None:
+        return end <= whole
+    try:
+        stream.seek(max(end - 1, 0))
+        return bool(stream.read(1))
+    except OSError:
+        return False
 
 
 def _parted(name: str) -> tuple[str, str]:
