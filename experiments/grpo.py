@@ -16,8 +16,8 @@ from ar_unified.experiment.config import begin_with, defaults, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config. arg: "from=BUNDLE". Raises ValueError without one."""
-    args = parse_arg(arg, **{"from": None})
+    """The config. arg: "from=BUNDLE,unseen=DIR" of prompts. Raises ValueError without a bundle."""
+    args = parse_arg(arg, **{"from": None, "unseen": None})
     if not args["from"]:
         raise ValueError("experiments/grpo.py needs a model: --config experiments/grpo.py:from=BUNDLE")
     config = defaults()
@@ -32,6 +32,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.training.objective = "reward"
     config.reward.function = "shapes"
+    if args["unseen"]:
+        made_by = f"python experiments/data/make_unseen_prompts.py --output {args['unseen']}"
+        file = f"{args['unseen']}/prompts.jsonl"
+        config.data.train = (ConfigDict(dict(kind="jsonl", path=file, made_by=made_by, weight=1.0)),)
+        config.data.tests.unseen_combinations = captions("unseen_combinations")
+        config.reward.function = "shapes_attributes"
+        config.reward.mode = "image"  # the prompts have no pictures of their own to tell
     config.reward.group_size = 16
     config.reward.scale_rewards = False
     config.reward.clip_high = 0.28

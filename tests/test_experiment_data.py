@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from ar_unified.data.scenes import scene_from_json
+from ar_unified.data.scenes import read_caption, scene_from_json, split_of
+from ar_unified.data.shapes import scenes_held_out
 from ar_unified.data.sources import open_source
 from ar_unified.errors import UserError
 from ar_unified.evaluation.shapes import read_scene
@@ -190,3 +191,19 @@ def test_shape_pairs_differ_in_one_property(tmp_path):
         assert read_scene(right) == scene != other and len(other) == len(scene)
     for document in documents[6:]:
         assert document.answer != document.rejected.parts and isinstance(document.asked[0].parts[0], ImagePart)
+
+
+def test_unseen_prompts_are_new_scenes_without_pictures(tmp_path):
+    module = script("make_unseen_prompts")
+    assert module.make(tmp_path, 40).endswith("40 prompts")
+    again = (tmp_path / "prompts.jsonl").read_bytes()
+    module.make(tmp_path, 40)
+    assert (tmp_path / "prompts.jsonl").read_bytes() == again
+    source = open_source(dict(kind="jsonl", path=tmp_path / "prompts.jsonl"))
+    tests = scenes_held_out("captions", "unseen_combinations")
+    assert len(source) == 40 and len(tests) == 874  # of 1,000 examples
+    for document in map(source.__getitem__, range(40)):
+        (words,) = document.asked[0].parts
+        scene = scene_from_json(document.meta["scene"])
+        assert document.asks and not document.answer and read_caption(words.text) == scene
+        assert split_of(scene) == "unseen_combinations" and document.meta["scene"] not in tests
