@@ -37,7 +37,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         file = f"{args['unseen']}/prompts.jsonl"
         config.data.train = (ConfigDict(dict(kind="jsonl", path=file, made_by=made_by, weight=1.0)),)
         config.data.tests.unseen_combinations = captions("unseen_combinations")
-        config.reward.function = "shapes_attributes"
+        config.reward.function = "shapes_closeness"
         config.reward.mode = "image"  # the prompts have no pictures of their own to tell
     config.reward.group_size = 16
     config.reward.scale_rewards = False

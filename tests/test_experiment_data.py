@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from ar_unified.data.scenes import read_caption, scene_from_json, split_of
-from ar_unified.data.shapes import scenes_held_out
+from ar_unified.data.shapes import captions_held_out
 from ar_unified.data.sources import open_source
 from ar_unified.errors import UserError
 from ar_unified.evaluation.shapes import read_scene
@@ -200,10 +201,14 @@ def test_unseen_prompts_are_new_scenes_without_pictures(tmp_path):
     module.make(tmp_path, 40)
     assert (tmp_path / "prompts.jsonl").read_bytes() == again
     source = open_source(dict(kind="jsonl", path=tmp_path / "prompts.jsonl"))
-    tests = scenes_held_out("captions", "unseen_combinations")
-    assert len(source) == 40 and len(tests) == 874  # of 1,000 examples
+    captions, tested = captions_held_out("unseen_combinations")
+    assert len(source) == 40 and len(captions) > 900 and len(tested) == 874  # of 1,000 examples
+    objects = Counter()
     for document in map(source.__getitem__, range(40)):
         (words,) = document.asked[0].parts
         scene = scene_from_json(document.meta["scene"])
         assert document.asks and not document.answer and read_caption(words.text) == scene
-        assert split_of(scene) == "unseen_combinations" and document.meta["scene"] not in tests
+        assert split_of(scene) == "unseen_combinations" and words.text not in captions
+        assert len(scene) == 1 or document.meta["scene"] not in tested
+        objects[len(scene)] += 1
+    assert objects[1] > 5 and objects[2] + objects[3] > 15

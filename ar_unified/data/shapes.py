@@ -103,9 +103,10 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
         return {split: config.train if split == "train" else config.held_out for split in scenes.SPLITS}
 
 
-def scenes_held_out(kind: str, split: str) -> set[str]:
-    """The scenes (`scenes.scene_to_json`) that examples of `kind` with one scene have in a split but "train"."""
-    return {example["scene"] for example in islice(_examples(kind, split, 64), _HELD_OUT[kind])}
+def captions_held_out(split: str) -> tuple[set[str], set[str]]:
+    """The captions of shapes/captions in a split but "train", and their scenes (`scenes.scene_to_json`)."""
+    examples = list(islice(_examples("captions", split, 64), _HELD_OUT["captions"]))
+    return {example["text"] for example in examples}, {example["scene"] for example in examples}
 
 
 def _examples(kind: str, split: str, side: int) -> Iterator[dict[str, Any]]:
