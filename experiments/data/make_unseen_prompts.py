@@ -6,7 +6,7 @@ Leaves prompts.jsonl: 4,000 captions, each with the scene that it describes and 
 (shape, colour) that the embedded dataset keeps for its split "unseen_combinations". The 1,000 examples of
 shapes/captions in that split stay for tests: none of their captions is here, and none of their scenes of two or three
 objects. Four in ten have one object, of which there are 32 scenes alone, all of them in the tests in other words: what
-is right about one object is easier to find than what is right about three. A seed makes them: the same bytes everywhere.
+is right about one object is easier to find than what is right about three. A seed makes them, the same everywhere.
 """
 
 from __future__ import annotations
