@@ -2,9 +2,10 @@
 
     ar-unified run --config experiments/apart.py --workdir workdirs/apart
 
-Captions alone, and fewer steps than a finished model has. 29 Nov 2026, jax 0.10.2, 2 cores that others used as well: the
-tokenizer reconstructs 1.0 of unseen combinations (480 s); the model draws 0.753 of 150 held-out captions right and 0.0 of
-150 of unseen combinations. That run's tokenizer had the pictures of questions and stories, too. docs/rewards.md has more.
+Captions alone, and fewer steps than a finished model has. 29 Nov 2026, jax 0.10.2, 2 cores that others used as well:
+the tokenizer reconstructs 1.0 of unseen combinations (480 s); the model draws 0.753 of 150 held-out captions right and
+0.0 of 150 of unseen combinations. That run's tokenizer had the pictures of questions and stories, too.
+docs/rewards.md has more.
 """
 
 from ml_collections import ConfigDict

@@ -10,7 +10,7 @@ before and 0.850 after (temperature 0.25); caption_exact, which no reward asks f
 which 547 s are training, beside tests for part of the time. docs/rewards.md has the curve.
 
     python experiments/data/make_unseen_prompts.py --output datasets/unseen-prompts
-    ar-unified run --config experiments/grpo.py:from=BUNDLE,unseen=datasets/unseen-prompts --workdir workdirs/grpo-unseen
+    ar-unified run --config experiments/grpo.py:from=BUNDLE,unseen=datasets/unseen-prompts --workdir workdirs/unseen
 
 asks for shapes in colours that no training image has; BUNDLE is one of experiments/apart.py. Of 400 captions 0.0 are
 drawn right before and 0.38 after 338 steps: below the 0.5 that was wanted, and held-out scenes fell from 0.75 to 0.42.
