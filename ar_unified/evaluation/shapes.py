@@ -99,12 +99,12 @@ def closeness(pixels: np.ndarray, scene: Scene) -> dict[str, float]:
     pixels: uint8 [side, side, 3].
     """
     cell = len(pixels) // 2
-    shown, wanted = (image.astype(np.float32) for image in (pixels, render(scene, len(pixels))))
-    shown, wanted = (image - np.median(image.reshape(-1, 3), 0) for image in (shown, wanted))
+    both = [image.astype(np.float32) for image in (pixels, render(scene, len(pixels)))]
+    both = [image - np.median(image.reshape(-1, 3), 0).astype(np.float32) for image in both]
     found = {}
     for each in scene:
         row, column = divmod(PLACES.index(each.place), 2)
-        a, b = (image[row * cell :, column * cell :][:cell, :cell] for image in (shown, wanted))
+        a, b = (image[row * cell :, column * cell :][:cell, :cell] for image in both)
         found[each.place] = float(1 - np.abs(a - b).sum() / (np.abs(a).sum() + np.abs(b).sum()))
     return found
 
