@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from ar_unified.data.images import to_png
-from ar_unified.data.scenes import scene_from_json
+from ar_unified.data.scenes import read_caption, scene_from_json, split_of
+from ar_unified.data.shapes import captions_held_out
 from ar_unified.data.sources import open_source
 from ar_unified.errors import UserError
 from ar_unified.evaluation.shapes import read_scene
@@ -213,3 +215,23 @@ def test_a_mixture_takes_sets_of_any_form_with_their_shares(tmp_path):
     for wrong in ("photos", "photos@", "@1", "photos@0", "photos@-1", "photos@much", "photos@1+"):
         with pytest.raises(UserError, match=r"mixture.py: expected sources=NAME@SHARE\+NAME@SHARE, as based-cooking"):
             configs.load(f"{ROOT}/experiments/mixture.py:path={tmp_path},sources={wrong}")
+
+
+def test_unseen_prompts_are_new_scenes_without_pictures(tmp_path):
+    module = script("make_unseen_prompts")
+    assert module.make(tmp_path, 40).endswith("40 prompts")
+    again = (tmp_path / "prompts.jsonl").read_bytes()
+    module.make(tmp_path, 40)
+    assert (tmp_path / "prompts.jsonl").read_bytes() == again
+    source = open_source(dict(kind="jsonl", path=tmp_path / "prompts.jsonl"))
+    captions, tested = captions_held_out("unseen_combinations")
+    assert len(source) == 40 and len(captions) > 900 and len(tested) == 874  # of 1,000 examples
+    objects = Counter()
+    for document in map(source.__getitem__, range(40)):
+        (words,) = document.asked[0].parts
+        scene = scene_from_json(document.meta["scene"])
+        assert document.asks and not document.answer and read_caption(words.text) == scene
+        assert split_of(scene) == "unseen_combinations" and words.text not in captions
+        assert len(scene) == 1 or document.meta["scene"] not in tested
+        objects[len(scene)] += 1
+    assert objects[1] > 5 and objects[2] + objects[3] > 15

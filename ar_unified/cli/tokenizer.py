@@ -111,6 +111,7 @@ def train_image(experiment: Experiment) -> None:
         experiment.train,
         weights=[share or 0.0 for share in shares] if any(shares) else None,
         mirror=settings.mirror,
+        recolour=settings.recolour,
         **cropped if settings.crop else {},
     )
     batches.check()

@@ -394,3 +394,16 @@ def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     box = (left, top, min(left + width * scale, w), min(top + height * scale, h))
     # reducing_gap: a large photograph is first shrunk by whole factors, which costs a fraction and looks the same.
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS, box, reducing_gap=3.0))
+
+
+def recoloured(pixels: np.ndarray, draw: Sequence[float]) -> np.ndarray:
+    """Other colours for the same shapes: channels change places, and a curve of its own bends each.
+
+    White and black stay what they are, and what is nearly white nearly so. uint8 [H, W, 3] -> the same shape.
+
+    draw: four numbers in [0, 1): which of the six orders, and the exponent of each channel's curve, 1/2 to 2.
+    """
+    orders = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
+    exponents = 4.0 ** (np.asarray(draw[1:]) - 0.5)
+    curves = np.rint(255 * (np.arange(256)[:, None] / 255) ** exponents).astype(np.uint8)
+    return curves[pixels[..., orders[int(draw[0] * 6)]], np.arange(3)]

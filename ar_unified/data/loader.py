@@ -297,6 +297,7 @@ class ImageBatches:
         mirror: whether half of the images are mirrored left to right (not for text, nor where sides matter).
         short_side: scale images to this short side, in pixels, and cut the window at random out of them; None: the
             largest window of the size's aspect, from the middle.
+        recolour: share of the images whose colours are changed at random (`images.recoloured`).
     """
 
     def __init__(
@@ -309,6 +310,7 @@ class ImageBatches:
         weights: Sequence[float] | None = None,
         mirror: bool = False,
         short_side: int | None = None,
+        recolour: float = 0.0,
         memory: int = 2**29,
     ):
         used = [i for i, source in enumerate(sources) if has_images(source)]
@@ -318,7 +320,9 @@ class ImageBatches:
         self.sources, self.size, self.batch_size, self.seed = [sources[i] for i in used], size, batch_size, seed
         if short_side is not None and short_side < max(size):
             raise UserError(f"short_side must be at least the sides of the window, {size}; got {short_side}")
-        self.mirror, self.short_side = mirror, short_side
+        if not 0 <= recolour <= 1:
+            raise UserError(f"recolour: expected a share from 0 to 1, found {recolour}")
+        self.mirror, self.short_side, self.recolour = mirror, short_side, recolour
         self._mixture = Mixture([len(source) for source in self.sources], weights and [weights[i] for i in used])
         self._room = memory
         self._kept: dict[tuple[int, int], list[np.ndarray]] = {}
@@ -332,8 +336,10 @@ class ImageBatches:
             streams = (self.seed, self.sources[source].name, epoch)
             chosen = permute(picks.item[at], len(self.sources[source]), key(*streams, "documents"))
             draws = hash64(key(*streams, "picture"), picks.item[at, None] * 4 + np.arange(4))
-            for i, document, draw in zip(at.tolist(), chosen.tolist(), draws.tolist(), strict=True):
-                pixels[i] = self._image(source, document, draw)
+            colours = uniform(key(*streams, "colours"), picks.item[at, None] * 5 + np.arange(5))
+            for i, document, draw, colour in zip(at, chosen.tolist(), draws.tolist(), colours, strict=True):
+                image = self._image(source, document, draw)
+                pixels[i] = images.recoloured(image, colour[1:]) if colour[0] < self.recolour else image
         return {"pixels": pixels}
 
     def check(self) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -102,22 +103,30 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         config = self.builder_config
-        make = {
-            "captions": _captions,
-            "questions": _questions,
-            "stories": _stories,
-            "edits": _edits,
-            "conversations": _conversations,
-        }[config.kind]
-        rng = np.random.default_rng([list(_TRAIN).index(config.kind), scenes.SPLITS.index(split)])
-        examples = make(rng, split, config.side)
-        for i in range(self.counts()[split]):
-            yield i, next(examples)
+        yield from enumerate(islice(_examples(config.kind, split, config.side), self.counts()[split]))
 
     def counts(self) -> dict[str, int]:
         """Examples of each split."""
         config = self.builder_config
         return {split: config.train if split == "train" else config.held_out for split in scenes.SPLITS}
+
+
+def captions_held_out(split: str) -> tuple[set[str], set[str]]:
+    """The captions of shapes/captions in a split but "train", and their scenes (`scenes.scene_to_json`)."""
+    examples = list(islice(_examples("captions", split, 64), _HELD_OUT["captions"]))
+    return {example["text"] for example in examples}, {example["scene"] for example in examples}
+
+
+def _examples(kind: str, split: str, side: int) -> Iterator[dict[str, Any]]:
+    """Without an end; the first are those of the split."""
+    make = {
+        "captions": _captions,
+        "questions": _questions,
+        "stories": _stories,
+        "edits": _edits,
+        "conversations": _conversations,
+    }[kind]
+    return make(np.random.default_rng([list(_TRAIN).index(kind), scenes.SPLITS.index(split)]), split, side)
 
 
 def _image(scene: scenes.Scene, side: int) -> io.BytesIO:

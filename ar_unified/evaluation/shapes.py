@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from ar_unified.data.scenes import COLOURS, PLACES, SHAPES, SIZES, Object, Scene, sprite
+from ar_unified.data.scenes import COLOURS, PLACES, SHAPES, SIZES, Object, Scene, render, sprite
 
 UNCLEAR = "unclear"
 
@@ -90,6 +90,23 @@ def scene_matches(
         return sorted(tuple(getattr(o, a) for a in attributes) for o in objects)
 
     return key(found) == key(wanted)
+
+
+def closeness(pixels: np.ndarray, scene: Scene) -> dict[str, float]:
+    """How near an image is to the picture of a scene, by the place of each of its objects, in [0, 1].
+
+    What both have over their ground is compared: 1 - sum |a - b| / (sum |a| + sum |b|), Bray and Curtis' similarity.
+    pixels: uint8 [side, side, 3].
+    """
+    cell = len(pixels) // 2
+    both = [image.astype(np.float32) for image in (pixels, render(scene, len(pixels)))]
+    both = [image - np.median(image.reshape(-1, 3), 0).astype(np.float32) for image in both]
+    found = {}
+    for each in scene:
+        row, column = divmod(PLACES.index(each.place), 2)
+        a, b = (image[row * cell :, column * cell :][:cell, :cell] for image in both)
+        found[each.place] = float(1 - np.abs(a - b).sum() / (np.abs(a).sum() + np.abs(b).sum()))
+    return found
 
 
 def edit_matches(pixels: np.ndarray, scene: Scene) -> bool:

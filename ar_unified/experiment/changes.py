@@ -59,6 +59,7 @@ EXTENDS = (
 )
 # Keys that came when there were workdirs without them, which go on where they have this value.
 LATER: dict[str, Any] = {
+    "image_tokenizer.recolour": 0.0,
     "loss.mean": "joint",
     "training.objective": "likelihood",
     "training.rates": [],

@@ -80,6 +80,7 @@ RANGES: dict[str, dict[str, str]] = {  # of the keys that no dataclass asks abou
     "data": {"max_tokens": _COUNT},
     "text_tokenizer": {"vocab_size": _COUNT, "max_bytes": _COUNT, "temperature": _COUNT},
     "image_tokenizer": {
+        "recolour": _SHARE,
         **dict.fromkeys(("batch_size", "accumulation", "depth"), _COUNT),
         **dict.fromkeys(
             ("steps", "warmup_steps", "checkpoint_every", "crop", "short_side", "code_dim", "beta", "temporal_blocks"),

@@ -103,6 +103,7 @@ def _add_data_and_tokenizers(config: ConfigDict) -> None:
     config.image_tokenizer.crop = 0  # train on random crops of this side; 0: on whole images of image_size
     config.image_tokenizer.short_side = 0  # of the images that are cropped; 0: 5/4 of the crop
     config.image_tokenizer.mirror = False  # half of them left to right
+    config.image_tokenizer.recolour = 0.0  # share of them in other colours, so that no code is of a shape in one colour
 
 
 def _add_training(config: ConfigDict) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from ar_unified.data.images import ImageError, Limits, Resize, decode, resize, to_png, to_rgb
+from ar_unified.data.images import ImageError, Limits, Resize, decode, recoloured, resize, to_png, to_rgb
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -290,3 +290,13 @@ def test_png_round_trips() -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (5, 9, 3), np.uint8)
     assert np.array_equal(decode(to_png(pixels)), pixels)
     assert resize(pixels, 3, 3).shape == (3, 3, 3)
+
+
+def test_recoloured_changes_colours_and_no_shape() -> None:
+    pixels = np.array([[[0, 100, 200], [255, 255, 255], [0, 0, 0], [0, 100, 200]]], np.uint8)
+    assert np.array_equal(recoloured(pixels, (0.0, 0.5, 0.5, 0.5)), pixels)
+    turned = recoloured(pixels, (0.99, 0.5, 0.5, 0.0))  # the last order; the last channel to the power of 1/2
+    assert turned[0, 0].tolist() == [200, 100, 0] and turned[0, :3].max() == 255 and not turned[0, 2].any()
+    assert recoloured(pixels, (0.2, 0.5, 0.0, 0.9999))[0, 0].tolist() == [0, round(255 * (200 / 255) ** 0.5), 39]
+    seen = {recoloured(pixels, draw)[0, 0].tobytes() for draw in np.random.default_rng(0).random((50, 4))}
+    assert len(seen) > 40

@@ -17,6 +17,7 @@ from ar_unified.data.phases import Phase
 from ar_unified.data.prepare import prepare
 from ar_unified.data.shards import Shards
 from ar_unified.data.sources import open_source
+from ar_unified.errors import UserError
 from ar_unified.language.document import TASKS
 from ar_unified.language.encoded import Encoded
 from ar_unified.language.grammar import Grammar
@@ -250,6 +251,23 @@ def test_image_batches_are_pure_and_visit_everything(folder: Path, kit: Any) -> 
     varied = made(mirror=True, short_side=20, batch_size=8)
     assert varied.batch(0)["pixels"].shape == (8, 16, 16, 3)
     assert np.array_equal(varied.batch(9)["pixels"], made(mirror=True, short_side=20, batch_size=8).batch(9)["pixels"])
+
+
+def test_a_share_of_the_images_is_recoloured(folder: Path, kit: Any) -> None:
+    sources = [open_source(dict(kind="folder", path=folder, files=("captions",), label="captions"))]
+
+    def batch(step: int, share: float, process: int = 0, of: int = 1) -> np.ndarray:
+        loader = ImageBatches(sources, size=(16, 16), batch_size=20, recolour=share)
+        return loader.batch(step, process, of)["pixels"]
+
+    plain = np.concatenate([batch(step, 0.0) for step in range(10)])
+    some = np.concatenate([batch(step, 0.5) for step in range(10)])
+    other = (plain != some).any(axis=(1, 2, 3))
+    assert 0.35 < other.mean() < 0.65 and np.array_equal(plain[~other], some[~other])
+    halves = np.concatenate([batch(3, 0.5, i, 2) for i in (0, 1)])
+    assert np.array_equal(halves, some[60:80])
+    with pytest.raises(UserError, match="recolour: expected a share from 0 to 1, found 2"):
+        batch(0, 2.0)
 
 
 def test_a_full_row_whose_document_begins_with_a_image_has_no_room_for_dropout(

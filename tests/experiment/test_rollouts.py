@@ -286,5 +286,11 @@ def test_the_experiment_takes_its_model_from_a_bundle(tmp_path):
     check(config)
     assert config.training.objective == "reward" and config.model.n_layers == 1
     assert settings.policy(config).group_size * 8 == config.training.batch_size
+    unseen = configs.load(str(ROOT / "experiments" / f"grpo.py:from={folder},unseen={tmp_path}"))
+    check(unseen)
+    assert unseen.data.train[0].path == f"{tmp_path}/prompts.jsonl" and unseen.reward.mode == "image"
+    assert (ROOT / unseen.data.train[0].made_by.split()[1]).is_file()
+    (tested,) = unseen.data.tests.unseen_combinations
+    assert tested.name == "shapes/captions" and tested.split == "unseen_combinations"
     with pytest.raises(UserError, match="needs a model"):
         configs.load(str(ROOT / "experiments" / "grpo.py"))

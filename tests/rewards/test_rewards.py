@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,6 +48,26 @@ def test_the_checkers_of_pixels_read_the_image():
     assert of("shapes")([prompt] * 4, [*shown, twice, saying("no image")]) == [1.0, 0.0, 0.0, 0.0]
     (lost,) = of("shapes")([asking()], shown[:1])
     assert isinstance(lost, Failure) and lost.reason == "KeyError: 'scene'"
+
+
+def test_graded_shapes_count_objects_and_what_is_near():
+    circle, square = (
+        scenes.Object("circle", "purple", "large", "top left"),
+        scenes.Object("square", "red", "small", "top right"),
+    )
+    near = replace(circle, shape="square")
+    prompt = asking("", scene=scenes.scene_to_json((circle, square)))
+    answers = [Document.of((ImagePart(scenes.render(s, 64)),)) for s in [
+        (circle, square), (replace(circle, size="small"), square), (near, square), (circle,),
+        (replace(near, place="bottom left"), square), (circle, square, replace(near, place="bottom left")),
+    ]]  # fmt: skip
+    answers += [Document.of((answers[0].parts[0],) * 2), saying("no image")]
+    found = of("shapes_closeness")([prompt] * 8, answers)
+    assert found[0] == pytest.approx(1) and found[6:] == [0, 0]
+    assert found[3] == pytest.approx(1 / 2) and found[5] == pytest.approx(2 / 3)  # one is missing, one too many
+    assert found[0] > found[1] > found[2] > found[3] > found[4] == pytest.approx(1 / 3)
+    assert 0.1 < found[2] - 1 / 2 < 0.2  # a square in place of a circle, in its colour
+    assert of("shapes_objects")([prompt] * 8, answers) == pytest.approx([1, 1, 1 / 3, 1 / 2, 1 / 3, 2 / 3, 0, 0])
 
 
 def test_one_answer_that_fails_costs_no_other():
