@@ -24,7 +24,6 @@ from ar_tokenizers.image.metrics import psnr
 
 from ar_unified.data.images import ImageCodec, by_size, draws_none
 from ar_unified.data.sources import BadItem, Source
-from ar_unified.errors import UserError
 from ar_unified.evaluation.right_answers import Protocol, same_text, text_of
 from ar_unified.language.document import CodesPart, Document, ImagePart, Part, TextPart
 from ar_unified.language.grammar import Grammar
@@ -35,6 +34,7 @@ from ar_unified.sampling.plan import Plan, prompt_tokens
 from ar_unified.sampling.request import Request, RequestError, Sample
 
 KINDS = ("text_to_image", "edit", "image_to_text", "caption", "story", "next_image", "next_text")
+ANSWERED_IN_WORDS = ("image_to_text", "caption", "next_text")
 LIKELIEST_TEXT = Request("", (), text=Filter(temperature=0.0))
 _SCAN = 16  # items of a source that are looked at for each document wanted
 
@@ -97,7 +97,8 @@ def evaluate(
     """Scores generation on held-out documents.
 
     Args:
-        engine: samples from the model. image_tokenizer, grammar: those the model was trained with.
+        engine: samples from the model. image_tokenizer, grammar: those the model was trained with. Of a tokenizer that
+            draws no images, only what is answered in words is asked.
         protocol: what counts as right.
         sources: of documents the model has not seen; bad items are skipped and counted.
         limit: documents of each kind, drawn from all sources by `seed`.
@@ -124,7 +125,7 @@ def evaluate(
 
     kept: list[Example] = []
     asked_of = Counter[str]()  # questions that were put, by kind
-    for kind in KINDS:
+    for kind in KINDS if codec.draws else ANSWERED_IN_WORDS:
         asked: dict[str, Example] = {}
         requests: list[Plan] = []
         examples = list(_examples(kind, documents, protocol))
@@ -153,7 +154,7 @@ def evaluate(
         if values:
             metrics[name], metrics["counts"][name] = float(np.mean(values)), len(values)
     metrics["skipped"] = dict(skipped)
-    if note := _note(documents, asked_of, protocol, skipped):
+    if note := "; ".join(filter(None, [_note(documents, asked_of, protocol, skipped), draws_none(image_tokenizer)])):
         metrics["note"] = note
     return metrics, kept
 
@@ -367,12 +368,10 @@ def _judged(
 
 
 class _Codec:
-    """Pixels <-> codes, computed in batches of images of one size, and remembered. Raises UserError: no decoder."""
+    """Pixels <-> codes, computed in batches of images of one size, and remembered; without a decoder codes alone."""
 
     def __init__(self, tokenizer: ImageCodec):
-        if why := draws_none(tokenizer):
-            raise UserError(why)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.draws = tokenizer, not draws_none(tokenizer)
         self.codes: dict[str, np.ndarray] = {}  # by pixels
         self.pixels: dict[str, np.ndarray] = {}  # by codes
         self.psnr: list[float] = []  # dB, of each image learnt
@@ -381,6 +380,8 @@ class _Codec:
         """Encodes uint8 [H, W, 3] images, and decodes their codes again."""
         new = {_key(image): image for image in images}
         self.codes.update(zip(new, by_size(self.tokenizer.encode, list(new.values())), strict=True))
+        if not self.draws:
+            return
         self.learn_codes(self.codes[key] for key in new)
         self.psnr += [float(psnr(image, self.decode(self.codes[key]))) for key, image in new.items()]
 
