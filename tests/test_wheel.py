@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import functools
 import tomllib
-import venv
-import zipfile
-from pathlib import Path
 
 import pytest
 
 import ar_unified
 from ar_unified.cli.main import VERBS, main
 from ar_unified.paths import experiment_file
+from tests import wheel_alone
+from tests.wheel_alone import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 WHEEL = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
 KINDS = ("captions", "questions", "stories")  # of the demo's sources, in their order
@@ -72,28 +68,12 @@ def test_an_experiment_goes_by_its_name(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_the_wheel_alone_has_every_verb_and_runs_the_demo(tmp_path):
     """In an environment that has the wheel and what it depends on, in a folder with nothing in it."""
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
-    built = subprocess.run(command, capture_output=True, text=True)
-    if built.returncode:
-        pytest.skip(f"no wheel can be built here: {built.stderr.strip().splitlines()[-1]:.100}")
-    venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
-    (site,) = (tmp_path / "venv" / "lib").glob("python3*/site-packages")
-    (made,) = tmp_path.glob("ar_unified-*.whl")
-    with zipfile.ZipFile(made) as archive:
-        archive.extractall(site)
-        assert not [name for name in archive.namelist() if "benchmarks" in name or "__pycache__" in name]
-    shared = [path for path in sys.path if path.endswith("site-packages")]
-    (site / "zz_dependencies.pth").write_text("\n".join(shared) + "\n")
+    alone = wheel_alone.environment(tmp_path)
+    assert not [name for name in alone.names if "benchmarks" in name or "__pycache__" in name]
     (tmp_path / "empty").mkdir()
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"JAX_NUM_CPU_DEVICES": "1"}
-    program = "import sys; from ar_unified.cli.main import main; sys.exit(main())"
-
-    def run(*words: str) -> str:
-        call = [str(tmp_path / "venv" / "bin" / "python"), "-c", program, *words]
-        done = subprocess.run(call, env=clean, cwd=tmp_path / "empty", capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
+    run = functools.partial(
+        alone.run, "import sys; from ar_unified.cli.main import main; sys.exit(main())", cwd=tmp_path / "empty"
+    )
     assert run("--version") == f"ar-unified {ar_unified.__version__}\n"
     for verb in VERBS:
         assert f"usage: ar-unified {verb}" in run(verb, "--help")

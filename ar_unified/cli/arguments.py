@@ -172,7 +172,19 @@ def _score(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(parser: argparse.ArgumentParser) -> None:
-    _experiment(parser)
+    _experiment(parser, needed=False)
+    parser.add_argument(
+        "--from", dest="source", type=_path, metavar="BUNDLE", help="a bundle, instead of a workdir's model"
+    )
+    parser.add_argument(
+        "--data",
+        type=_path,
+        metavar="PATH",
+        help="with --from: a file or folder of documents, as `validate` takes it, instead of those of --config",
+    )
+    parser.add_argument(
+        "--output", type=_path, metavar="FOLDER", help="with --from; nothing that is there is written over"
+    )
     parser.add_argument("--only", choices=["tokenizer"], help="score the image tokenizer and stop; no model is needed")
     parser.add_argument(
         "--images",
@@ -180,7 +192,9 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
         type=_path,
         help="with --only tokenizer: score it on the image files under DIR, into tokenizer_evaluation/<DIR>-<crop>",
     )
-    parser.add_argument("--links", action="store_true", help="with --images: follow links that lead out of DIR")
+    parser.add_argument(
+        "--links", action="store_true", help="with --images or --data: follow links that lead out of it"
+    )
     parser.add_argument(
         "--crop", type=int, metavar="PIXELS", help="with --images: side of the square crops (config.data.image_size)"
     )

@@ -8,20 +8,33 @@ lowest validation loss. Leaves in the workdir:
 The tokenizer is scored first and by itself: --only tokenizer needs no model, and leaves in tokenizer_evaluation
   evaluation.json   PSNR, SSIM, codebook usage, bits, and what they depend on, of every held-out set
   <set>.png         original, reconstruction and difference of a few images; report.html: all of it on one page
+
+A bundle, exported or imported, needs no workdir, and is evaluated on documents of yours:
+  ar-unified evaluate --from BUNDLE --data PATH --output FOLDER
+--data is a file or folder of documents as `validate` takes it; with --config they are data.validation and data.tests
+of that experiment. FOLDER appears whole or not at all, with the two files, tokenizer_evaluation/, and skipped.jsonl for
+documents that could not be read. Its losses are those that a training with this config would measure.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from ar_tokenizers.files import whole_folder
 from tqdm import tqdm
 
 from ar_unified import progress, storage
-from ar_unified.cli.arguments import refuse_unread
-from ar_unified.errors import UserError
+from ar_unified.cli.arguments import PROCESSES, refuse_unread
+from ar_unified.data.images import draws_none
+from ar_unified.data.prepare import SKIPPED
+from ar_unified.data.sources import kind_of, open_source
+from ar_unified.errors import UserError, about, in_words
 from ar_unified.evaluation.examples import Example
 from ar_unified.evaluation.generation import evaluate as score
 from ar_unified.evaluation.report import write_report
@@ -29,18 +42,28 @@ from ar_unified.evaluation.right_answers import PROTOCOLS
 from ar_unified.experiment import config as configs
 from ar_unified.experiment import settings
 from ar_unified.experiment.changes import MODEL, changeable
+from ar_unified.experiment.check import check
+from ar_unified.experiment.check_opened import check_bundle, check_devices, check_held_out
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.facts import facts, seconds
+from ar_unified.experiment.of_bundle import OfBundle
 from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.experiment.tokenizer_evaluation import evaluate_folder, evaluate_held_out, results_of
+from ar_unified.experiment.tokenizer_evaluation import score as score_images
 from ar_unified.metrics import ATTENTION, last_validation, read_metrics
-from ar_unified.workdir import write_json
+from ar_unified.workdir import Workdir, write_json
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Scores what the arguments name and prints the numbers; returns the exit status. Raises UserError."""
     if (arguments.images and not arguments.only) or (arguments.crop and not arguments.images):
         raise UserError("expected --images together with --only tokenizer, and --crop together with --images")
+    if arguments.source:
+        return _from_bundle(arguments, overrides)
+    for flag in ("config", "workdir"):
+        if not getattr(arguments, flag):
+            raise UserError(f"expected --config and --workdir, of a training, or --from BUNDLE; found no --{flag}")
+    refuse_unread(arguments, "with a workdir, whose config has the documents", "data", "output")
     if not arguments.images:
         refuse_unread(arguments, "without --images", "links")
     stages = ["images"] if arguments.images else ["tokenizer_evaluation", *([] if arguments.only else ["evaluation"])]
@@ -57,7 +80,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 @by_first_process
 def evaluate(experiment: Experiment) -> None:
     """Stage evaluation, behind tokenizer_evaluation: done when both files are there and nothing has changed."""
-    config, workdir = experiment.config, experiment.workdir
+    workdir = experiment.workdir
     stage = experiment.stage(
         "evaluation",
         "evaluation",
@@ -73,6 +96,77 @@ def evaluate(experiment: Experiment) -> None:
     if stage.done and workdir.evaluation.exists() and workdir.report.exists():
         return experiment.skip(stage)
 
+    metrics, examples = _asked(experiment)
+    metrics["validation"] = _validation(experiment)
+    metrics["tokenizer"], sheets = results_of(experiment)
+    scores = _write(
+        experiment,
+        metrics,
+        examples,
+        sheets,
+        facts=facts(experiment),
+        telemetry={
+            "image_tokenizer": workdir.image_tokenizer / "metrics.jsonl",
+            "transformer": workdir.model / "metrics.jsonl",
+        },
+        seconds=seconds(experiment),
+    )
+    experiment.finish(stage, scores)
+    experiment.say(f"{workdir.evaluation}\n{workdir.report}")
+
+
+def _from_bundle(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Evaluates a bundle on all devices of this process."""
+    refuse_unread(arguments, "with --from", "workdir", "only", "images", "crop", *PROCESSES)
+    if not arguments.output:
+        raise UserError("expected --output FOLDER with --from, for what is found; found none")
+    if not (arguments.data or arguments.config):
+        raise UserError("expected --data PATH, or --config FILE, whose documents are taken, with --from; found neither")
+    if not arguments.data:
+        refuse_unread(arguments, "without --data", "links")
+    config = configs.of_bundle(arguments.source, arguments.config or "", overrides)
+    check(config, ["evaluation"])
+    sources = []
+    if arguments.data:
+        with about(f"--data {arguments.data}"):
+            kind = kind_of(arguments.data, arguments.links)
+            sources = [open_source(dict(kind=kind, path=arguments.data, links=arguments.links))]
+    output = Path(arguments.output)
+    try:
+        with whole_folder(output) as here:
+            _evaluate_bundle(OfBundle(config, here, sources))
+    except FileExistsError as error:
+        raise UserError(f"{in_words(error)}: name another --output, or remove this one") from error
+    print("\n".join(str(output / path.name) for path in (Workdir(output).evaluation, Workdir(output).report)))
+    return 0
+
+
+def _evaluate_bundle(experiment: OfBundle) -> None:
+    config, workdir = experiment.config, experiment.workdir
+    check_bundle(experiment, ["data"])
+    check_devices(experiment, ["evaluation"])
+    check_held_out(experiment)
+    if experiment.warning:
+        print(f"warning: {experiment.warning}")
+    losses = experiment.losses()
+    if losses:
+        experiment.say(f"validation loss {losses['loss']:.4f}")
+    drawn = not (experiment.text_only or draws_none(experiment.image_tokenizer))
+    if drawn:
+        sets = {name: sources for name, sources in experiment.held_out.items() if sources}
+        score_images(experiment, sets, config.data.image_size, workdir.tokenizer_evaluation)
+    metrics, examples = _asked(experiment)
+    metrics["validation"] = losses
+    metrics["tokenizer"], sheets = results_of(experiment) if drawn else ({}, {})
+    _write(experiment, metrics, examples, sheets, facts=experiment.facts)
+    if (left_out := workdir.data / "validation" / SKIPPED).exists() and left_out.stat().st_size:
+        left_out.rename(workdir.path / SKIPPED)
+    shutil.rmtree(workdir.data, ignore_errors=True)
+
+
+def _asked(experiment: Experiment) -> tuple[dict[str, Any], dict[str, list[Example]]]:
+    """Numbers and examples of what the model answers to the documents of every held-out set."""
+    config = experiment.config
     metrics: dict[str, Any] = {}
     examples: dict[str, list[Example]] = {}
     for name, sources in experiment.held_out.items():
@@ -97,9 +191,18 @@ def evaluate(experiment: Experiment) -> None:
         metrics |= found if name == "validation" else {name: found}
     if config.evaluation.protocol == "easy_vqa":
         metrics["vqa_accuracy"] = metrics.get("image_to_text_exact")
-    metrics["validation"] = _validation(experiment)
-    metrics["tokenizer"], sheets = results_of(experiment)
+    return metrics, examples
 
+
+def _write(
+    experiment: Experiment,
+    metrics: Mapping[str, Any],
+    examples: Mapping[str, Sequence[Example]],
+    sheets: Mapping[str, np.ndarray],
+    **more: Any,
+) -> dict[str, float]:
+    """Writes evaluation.json and the report, and says the numbers of the model's answers, which it returns."""
+    config, workdir = experiment.config, experiment.workdir
     write_json(workdir.evaluation, metrics)
     write_report(
         workdir.report,
@@ -107,19 +210,13 @@ def evaluate(experiment: Experiment) -> None:
         evaluation=metrics,
         examples=examples,
         sheets=sheets,
-        telemetry={
-            "image_tokenizer": workdir.image_tokenizer / "metrics.jsonl",
-            "transformer": workdir.model / "metrics.jsonl",
-        },
         thresholds=configs.plain(config.evaluation.thresholds),
         config=configs.plain(config),
-        facts=facts(experiment),
-        seconds=seconds(experiment),
+        **more,
     )
     scores = {key: value for key, value in metrics.items() if isinstance(value, float)}
     experiment.say(", ".join(f"{key} {value:.3g}" for key, value in scores.items()) or "nothing was scored")
-    experiment.finish(stage, scores)
-    experiment.say(f"{workdir.evaluation}\n{workdir.report}")
+    return scores
 
 
 def _validation(experiment: Experiment) -> dict[str, float]:

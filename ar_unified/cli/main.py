@@ -23,7 +23,7 @@ VERBS = {
     "train": "train the transformer on the shards",
     "sample": "write interleaved documents for the prompts of a JSONL file",
     "score": "write how likely the model finds documents, answers or preference pairs that are given",
-    "evaluate": "score the tokenizer and the model on held-out documents; write evaluation.json and report.html",
+    "evaluate": "score the model of a workdir or a bundle on held-out documents; write evaluation.json and report.html",
     "import": "make a bundle of a published model's files: Chameleon, Emu3, LWM, Llama, Qwen, Gemma and others",
     "export": "write the trained model as one folder that ar_unified.load opens, and a training can begin with",
     "convert-pickle": "make .safetensors files of pickled checkpoints (.pth, .pt, .ckpt), running nothing in them",

@@ -2,7 +2,8 @@
 
 Each stage leaves its own folder in the workdir (see the other verbs' --help). A finished stage is skipped, an
 interrupted one continues: the same command, started again after any interruption, ends with the same result.
-Sources of text alone (kind="text") with config.image_tokenizer.steps=0 make a model of text alone.
+Sources of text alone (kind="text", or rows that name no image) with config.image_tokenizer.steps=0 make a model of text
+alone.
 """
 
 from __future__ import annotations

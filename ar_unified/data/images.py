@@ -288,7 +288,7 @@ class NoImages:
 
     def encode(self, images: np.ndarray, /) -> np.ndarray:
         """Raises UserError: there is no image tokenizer."""
-        raise UserError("expected text alone, found an image: this experiment has no image tokenizer")
+        raise UserError("expected text alone, found an image: this model has no image tokenizer")
 
     decode = encode
 

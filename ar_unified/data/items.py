@@ -94,6 +94,11 @@ def has_images(source: Source) -> bool:
     return getattr(source, "has_images", True)
 
 
+def names_images(source: Source) -> bool:
+    """False for a source that holds text alone, or in which no item says that it has an image."""
+    return getattr(source, "names_images", has_images(source))
+
+
 class Source(Protocol):
     """Documents by index. Safe to read from many threads.
 

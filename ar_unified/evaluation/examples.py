@@ -15,10 +15,10 @@ import numpy as np
 from ar_tokenizers.image.metrics import psnr
 
 from ar_unified.data.images import ImageCodec, by_size, draws_none
-from ar_unified.errors import UserError
 from ar_unified.language.document import CodesPart, Document, ImagePart, Part
 
 KINDS = ("text_to_image", "edit", "image_to_text", "caption", "story", "next_image", "next_text")  # of one question
+ANSWERED_IN_WORDS = ("image_to_text", "caption", "next_text")
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,10 @@ class Scores:
 
 
 class Codec:
-    """Pixels <-> codes, computed in batches of images of one size, and remembered. Raises UserError: no decoder."""
+    """Pixels <-> codes, computed in batches of images of one size, and remembered; without a decoder codes alone."""
 
     def __init__(self, tokenizer: ImageCodec):
-        if why := draws_none(tokenizer):
-            raise UserError(why)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.draws = tokenizer, not draws_none(tokenizer)
         self.codes: dict[str, np.ndarray] = {}  # by pixels
         self.pixels: dict[str, np.ndarray] = {}  # by codes
         self.psnr: list[float] = []  # dB, of each image learnt
@@ -77,6 +75,8 @@ class Codec:
         """Encodes uint8 [H, W, 3] images, and decodes their codes again."""
         new = {_key(image): image for image in images}
         self.codes.update(zip(new, by_size(self.tokenizer.encode, list(new.values())), strict=True))
+        if not self.draws:
+            return
         self.learn_codes(self.codes[key] for key in new)
         self.psnr += [float(psnr(image, self.decode(self.codes[key]))) for key, image in new.items()]
 

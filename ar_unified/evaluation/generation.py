@@ -22,10 +22,10 @@ from typing import Any, TypeGuard
 import numpy as np
 from ar_tokenizers.image.metrics import psnr
 
-from ar_unified.data.images import ImageCodec
+from ar_unified.data.images import ImageCodec, draws_none
 from ar_unified.data.sources import BadItem, Source
 from ar_unified.evaluation.conversations import converse, is_conversation
-from ar_unified.evaluation.examples import KINDS, Codec, Example, Scores
+from ar_unified.evaluation.examples import ANSWERED_IN_WORDS, KINDS, Codec, Example, Scores
 from ar_unified.evaluation.right_answers import Protocol, same_text, text_of
 from ar_unified.language.document import CodesPart, Document, ImagePart, Part, TextPart
 from ar_unified.language.grammar import Grammar
@@ -56,7 +56,8 @@ def evaluate(
     """Scores generation on held-out documents.
 
     Args:
-        engine: samples from the model. image_tokenizer, grammar: those the model was trained with.
+        engine: samples from the model. image_tokenizer, grammar: those the model was trained with. Of a tokenizer that
+            draws no images, only what is answered in words is asked.
         protocol: what counts as right.
         sources: of documents the model has not seen; bad items are skipped and counted.
         limit: documents of each kind, drawn from all sources by `seed`.
@@ -84,7 +85,7 @@ def evaluate(
 
     kept: list[Example] = []
     asked_of = Counter[str]()  # questions that were put, by kind
-    for kind in KINDS:
+    for kind in KINDS if codec.draws else ANSWERED_IN_WORDS:
         asked: dict[str, Example] = {}
         requests: list[Plan] = []
         examples = list(_examples(kind, documents, protocol))
@@ -107,12 +108,12 @@ def evaluate(
         codec.learn_codes(answer for answer in answers.values() if isinstance(answer, np.ndarray))
         done = [_judged(example, answers.get(id), codec, protocol, scores) for id, example in asked.items()]
         kept += _kept(done, keep)
-    talks = documents.get("conversation", [])
+    talks = documents.get("conversation", []) if codec.draws else []
     done = converse(engine, codec, grammar, protocol, talks, scores, skipped, drawn=drawn, seed=seed, progress=progress)
     asked_of["turn"], kept = len(done), kept + _kept(done, keep)
 
     metrics = _metrics(scores, codec, skipped)
-    if note := _note(documents, asked_of, protocol, skipped):
+    if note := "; ".join(filter(None, [_note(documents, asked_of, protocol, skipped), draws_none(image_tokenizer)])):
         metrics["note"] = note
     return metrics, kept
 

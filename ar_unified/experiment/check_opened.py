@@ -6,12 +6,12 @@ What the config says by itself is `check`'s.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
 import jax
 
 from ar_unified.data.images import draws_none
-from ar_unified.data.items import has_images
+from ar_unified.data.items import Source, has_images
 from ar_unified.data.packing import Mixture
 from ar_unified.data.prepare import folder_name
 from ar_unified.errors import about, nearest
@@ -148,14 +148,7 @@ def _check_mesh(experiment: Experiment, mesh: jax.sharding.Mesh, problems: Probl
 def check_sources(experiment: Experiment, stages: Collection[str] = STAGES) -> None:
     """Opens every source, which the stages use then. Raises UserError for what is wrong with them and among them."""
     config, problems = experiment.config, Problems()
-    for key, sources in {"train": experiment.train, **experiment.held_out}.items():
-        seen: dict[str, int] = {}
-        where = f"data.{key}" if key in ("train", "validation") else f"data.tests.{key}"
-        for i, source in enumerate(sources):
-            first = seen.setdefault(folder_name(source.name), i)
-            if first != i:
-                name = f"its name is {source.name!r}, as of config.{where}[{first}]"
-                problems.say(f"{where}[{i}]", f"{name}: give one of them a `label`")
+    _check_names({"train": experiment.train, **experiment.held_out}, problems)
     if not experiment.train and {"text_tokenizer", "image_tokenizer", "data", "model"} & set(stages):
         problems.say("data.train", "expected a source, found none")
     else:
@@ -165,6 +158,26 @@ def check_sources(experiment: Experiment, stages: Collection[str] = STAGES) -> N
     if "model" in stages and images and any(map(has_images, experiment.train)):
         _check_room(experiment, problems, stages)
     problems.end()
+
+
+def check_held_out(experiment: Experiment) -> None:
+    """Opens those alone that are held out. Raises UserError for what is wrong with them, and where there are none."""
+    problems = Problems()
+    _check_names(experiment.held_out, problems)
+    if not any(experiment.held_out.values()):
+        problems.say("data.validation", "expected documents to evaluate on, found none, and none in config.data.tests")
+    problems.end()
+
+
+def _check_names(sets: Mapping[str, Sequence[Source]], problems: Problems) -> None:
+    for key, sources in sets.items():
+        seen: dict[str, int] = {}
+        where = f"data.{key}" if key in ("train", "validation") else f"data.tests.{key}"
+        for i, source in enumerate(sources):
+            first = seen.setdefault(folder_name(source.name), i)
+            if first != i:
+                name = f"its name is {source.name!r}, as of config.{where}[{first}]"
+                problems.say(f"{where}[{i}]", f"{name}: give one of them a `label`")
 
 
 def _check_mixture(experiment: Experiment, problems: Problems) -> None:

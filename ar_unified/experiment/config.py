@@ -214,6 +214,23 @@ def load(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return config
 
 
+def of_bundle(folder: str, file: str = "", overrides: Sequence[str] = ()) -> ConfigDict:
+    """The locked config of a bundle's evaluation, with "--config.key=value" applied: that of "FILE[:arg]", or the
+    defaults, with all that the bundle decides in place of what is trained there. Raises like `load`, and BundleError.
+    """
+    path, _, arg = home(file).partition(":")
+    config = _from_file(path, arg or None) if file else defaults()
+    _require_form(config)
+    if not file:
+        config.name = Path(home(folder)).resolve().name
+    config.text_tokenizer.model = config.image_tokenizer.model = ""
+    begin_with(config, folder)
+    named, config = config.init, _overridden(config, overrides)
+    if config.init != named:
+        raise UserError(f"config.init: expected {named!r}, the bundle that is evaluated; found {config.init!r}")
+    return config
+
+
 def recorded(path: Path, overrides: Sequence[str] = ()) -> ConfigDict:
     """The locked config that a workdir's config.json holds, as `load` gives it; keys that came later have defaults.
 

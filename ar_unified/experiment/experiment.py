@@ -22,7 +22,7 @@ from ar_unified import history, manifests, storage
 from ar_unified.bundle import LANGUAGE, Bundle
 from ar_unified.checkpoint import restore_params
 from ar_unified.data.images import CodesAlone, NoImages, Resize
-from ar_unified.data.items import has_images
+from ar_unified.data.items import names_images
 from ar_unified.data.sources import EmptySplit, Source, open_source
 from ar_unified.errors import UserError, about
 from ar_unified.experiment import config as configs
@@ -278,7 +278,7 @@ class Experiment:
         if self.bundle is not None and self.bundle.has_images:
             return False
         sources = [*self.train, *(source for those in self.held_out.values() for source in those)]
-        if found := [source.name for source in sources if has_images(source)]:
+        if found := [source.name for source in sources if names_images(source)]:
             raise UserError(
                 f"config.image_tokenizer.steps is 0 and none was brought, but {', '.join(found)} may have images: "
                 "raise the steps, or bring text alone as sources of kind='text'"

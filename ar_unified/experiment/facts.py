@@ -19,18 +19,25 @@ from ar_unified.workdir import read_history, read_json
 
 def facts(experiment: Experiment) -> dict[str, str]:
     """Short things worth saying at the head of a report."""
-    vocabulary, step = experiment.grammar.vocabulary, experiment.checkpoint
-    codes = f" + {vocabulary.codebook_size} image codes" if vocabulary.codebook_size else ", no images"
-    best = experiment.config.sampling.checkpoint == "best"
-    facts = {
-        "checkpoint": f"step {step}, the {'best on held-out documents' if best else 'last'}",
-        "model": f"{parameter_count(experiment.model) / 1e6:.2f}M parameters in {experiment.model.n_layers} layers"
-        + (f", tuned by an adapter of rank {lora.rank}" if (lora := settings.lora(experiment.config)) else ""),
-        "vocabulary": f"{vocabulary.text_size} text pieces{codes}",
-    }
+    step, best = experiment.checkpoint, experiment.config.sampling.checkpoint == "best"
+    facts = {"checkpoint": f"step {step}, the {'best on held-out documents' if best else 'last'}"} | of_model(
+        experiment
+    )
+    if lora := settings.lora(experiment.config):
+        facts["model"] += f", tuned by an adapter of rank {lora.rank}"
     if changed := read_history(experiment.workdir.model):
         facts["changed"] = "; ".join(map(history.told, changed))
     return facts
+
+
+def of_model(experiment: Experiment) -> dict[str, str]:
+    """Those of the model, however it came to be."""
+    vocabulary = experiment.grammar.vocabulary
+    codes = f" + {vocabulary.codebook_size} image codes" if vocabulary.codebook_size else ", no images"
+    return {
+        "model": f"{parameter_count(experiment.model) / 1e6:.2f}M parameters in {experiment.model.n_layers} layers",
+        "vocabulary": f"{vocabulary.text_size} text pieces{codes}",
+    }
 
 
 def trained_adapter(experiment: Experiment) -> tuple[LoraConfig, Any, Bundle]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ar_unified.data.loader import PackedBatches
@@ -18,9 +19,7 @@ def likelihood(experiment: Experiment) -> Objective:
 
     def task(_: Path) -> TransformerTask:
         objective.tell(experiment, batches)
-        both = any(phase.flip_pairs for phase in batches.phases)  # then both ways weigh alike
-        as_it_stands = Phase(flip_pairs=0.5 if both else 0.0, condition_dropout=0.0)
-        held_out = objective.held_out_batches(experiment, PackedBatches, as_it_stands)
+        held_out = held_out_batches(experiment, batches.phases)
         return TransformerTask(
             batch=batches.batch,
             validation=objective.validation(held_out),
@@ -29,3 +28,12 @@ def likelihood(experiment: Experiment) -> Objective:
         )
 
     return Objective(objective.facts(experiment, batches.order), (), task)
+
+
+def held_out_batches(experiment: Experiment, phases: Sequence[Phase]) -> PackedBatches | None:
+    """Batches of data/validation as the documents stand, pairs both ways where one of the training's phases flips them;
+    None, which is said, where no document is held out.
+    """
+    both = any(phase.flip_pairs for phase in phases)  # then both ways weigh alike
+    as_it_stands = Phase(flip_pairs=0.5 if both else 0.0, condition_dropout=0.0)
+    return objective.held_out_batches(experiment, PackedBatches, as_it_stands)

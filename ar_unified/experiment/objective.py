@@ -21,7 +21,7 @@ from ar_unified.experiment.settings import state_of
 from ar_unified.training.tasks import TransformerTask
 
 Batches = TypeVar("Batches", bound=PackedBatches)
-_VALIDATION_BATCHES = 8
+VALIDATION_BATCHES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ def held_out_batches(experiment: Experiment, kind: type[Batches], phase: Phase) 
 
 def validation(held_out: PackedBatches | None) -> list[Any]:
     """The batches of every validation, the same each time."""
-    return [held_out.batch(step) for step in range(_VALIDATION_BATCHES)] if held_out is not None else []
+    return [held_out.batch(step) for step in range(VALIDATION_BATCHES)] if held_out is not None else []
 
 
 def facts(experiment: Experiment, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,8 +101,8 @@ def _adapter(experiment: Experiment) -> dict[str, Any]:
     return said if first is None else said | {"init": first[1]}
 
 
-def task_settings(experiment: Experiment) -> dict[str, Any]:
-    """Args of a `TransformerTask` that do not depend on the objective."""
+def loss_settings(experiment: Experiment) -> dict[str, Any]:
+    """Args of a `TransformerTask` that say what its losses are, whatever is trained."""
     config, grammar = experiment.config, experiment.grammar
     return dict(
         config=experiment.model,
@@ -114,6 +114,13 @@ def task_settings(experiment: Experiment) -> dict[str, Any]:
         z_loss=config.loss.z_loss,
         text_bytes=experiment.text_tokenizer.piece_bytes,
         chunk=config.loss.chunk,
+    )
+
+
+def task_settings(experiment: Experiment) -> dict[str, Any]:
+    """Args of a `TransformerTask` that do not depend on the objective."""
+    config = experiment.config
+    return loss_settings(experiment) | dict(
         attention_share=config.training.attention_share,
         code_vectors=_code_vectors(experiment),
         only=tuple(config.training.only),

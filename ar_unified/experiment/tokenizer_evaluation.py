@@ -52,7 +52,8 @@ def evaluate_held_out(experiment: Experiment) -> None:
     )
     if stage.done:
         return experiment.skip(stage)
-    results = _score(experiment, sets, config.data.image_size, stage.folder)
+    results = score(experiment, sets, config.data.image_size, stage.folder)
+    _tell(experiment, stage.folder)
     experiment.finish(stage, {name: numbers["psnr"] for name, numbers in results.items()})
 
 
@@ -68,7 +69,8 @@ def evaluate_folder(experiment: Experiment, images: str, crop: int | None = None
     with about("--crop"):
         _tokenizer(experiment).config.grid(*size)
     folder = experiment.workdir.tokenizer_evaluation / f"{source.name}-{size[0]}x{size[1]}"
-    _score(experiment, {source.name: [source]}, size, folder)
+    score(experiment, {source.name: [source]}, size, folder)
+    _tell(experiment, folder)
 
 
 def results_of(experiment: Experiment) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -80,10 +82,10 @@ def results_of(experiment: Experiment) -> tuple[dict[str, Any], dict[str, np.nda
     return results, {name: decode((folder / f"{name}.png").read_bytes()) for name in results}
 
 
-def _score(
+def score(
     experiment: Experiment, sets: Mapping[str, Sequence[Source]], size: Sequence[int], folder: Path
 ) -> dict[str, Any]:
-    """Numbers by set; leaves the files."""
+    """Numbers by set of images of a height and a width in pixels; leaves the files. Raises UserError."""
     config, (height, width) = experiment.config, size
     tokenizer = _tokenizer(experiment)
     networks = _networks(config)
@@ -119,8 +121,11 @@ def _score(
         config=configs.plain(config),
         facts=_facts(experiment),
     )
-    experiment.say(f"{folder / 'evaluation.json'}\n{folder / 'report.html'}")
     return results
+
+
+def _tell(experiment: Experiment, folder: Path) -> None:
+    experiment.say(f"{folder / 'evaluation.json'}\n{folder / 'report.html'}")
 
 
 def _tokenizer(experiment: Experiment) -> ImageTokenizer:
@@ -152,6 +157,11 @@ def _probe(experiment: Experiment, size: tuple[int, int]) -> Probe | None:
     steps = config.evaluation.tokenizer_probe_steps
     if not steps:
         return None
+    if not experiment.train:
+        raise UserError(
+            "config.evaluation.tokenizer_probe_steps: expected 0 without config.data.train, whose images the "
+            f"probe learns from; found {steps}"
+        )
     height, width = tokenizer.config.grid(*size)
     wanted = images_wanted(steps, height * width)
     drawn = draw_images(experiment.train, size, wanted, config.seed)

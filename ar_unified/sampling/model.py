@@ -50,7 +50,7 @@ from ar_unified.sampling.request import DEFAULTS, Request, RequestError, Sample
 from ar_unified.sampling.requests import request_of
 from ar_unified.sampling.results import by_size
 from ar_unified.sampling.score import Score, Scored
-from ar_unified.sampling.weights import check_weights_dtype, read_as, settled
+from ar_unified.sampling.weights import check_weights_dtype, read, read_as, settled
 
 Content = str | Image.Image | np.ndarray | Part | TokensPart  # pixels are uint8 [H, W, 3]
 _ROWS = 8  # samples at once, unless told: a notebook asks for few
@@ -100,10 +100,9 @@ def load(
         request_of({"mode": "text"} | _none_needed(defaults), "bundle", tokenizer or NoImages(), defaults)
         check_weights_dtype(weights_dtype)
         beside = read_adapters(adapters or {}, config, bundle.hash)
-        read = bundle.params(*(jax.tree.map(of, read_as(config, mesh)) for of in (_sharding, _dtype)))
         engine = Engine(
             config,
-            settled(config, read, mesh, weights_dtype),
+            settled(config, read(bundle, read_as(config, mesh)), mesh, weights_dtype),
             grammar,
             batch_size=batch_size,
             max_length=max_length or _length(sampling),
@@ -116,14 +115,6 @@ def load(
         )
     warning = (bundle.published or {}).get("untrained", "")
     return Model(engine, tokenizer, resize, defaults, weights=bundle.hash, warning=str(warning))
-
-
-def _sharding(leaf: jax.ShapeDtypeStruct) -> Any:
-    return leaf.sharding
-
-
-def _dtype(leaf: jax.ShapeDtypeStruct) -> Any:
-    return leaf.dtype
 
 
 def _length(sampling: Mapping[str, Any]) -> int:

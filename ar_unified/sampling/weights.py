@@ -10,12 +10,14 @@ L layers.
 from __future__ import annotations
 
 import functools
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
+from ar_unified.bundle import Bundle
 from ar_unified.model.config import TransformerConfig
 from ar_unified.model.dtypes import is_vector
 from ar_unified.model.quantized import LARGEST
@@ -38,6 +40,11 @@ def read_as(config: TransformerConfig, mesh: Mesh | None) -> Params:
         return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding if mesh is not None else here)
 
     return jax.tree_util.tree_map_with_path(leaf, abstract_params(config, mesh))
+
+
+def read(bundle: Bundle, target: Params) -> Params:
+    """A bundle's parameters in the dtypes and places of `target`, a tree of ShapeDtypeStructs with shardings."""
+    return bundle.params(*(jax.tree.map(operator.attrgetter(name), target) for name in ("sharding", "dtype")))
 
 
 def settled(config: TransformerConfig, params: Params, mesh: Mesh | None, weights_dtype: str | None = None) -> Params:

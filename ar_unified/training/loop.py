@@ -40,6 +40,7 @@ from ar_unified.training.profiler import Profiler
 from ar_unified.training.step import (
     STACKED,
     Drawing,
+    Metrics,
     Params,
     StepReport,
     TrainingTask,
@@ -298,14 +299,11 @@ def fit(
             pending = None
             paused = time.perf_counter()
             if validate:
-                held_out = Meter()
                 with clock.during("validation"), jax.set_mesh(mesh):
-                    for i, batch in enumerate(task.validation):
-                        batch = place_batch(mesh, batch)
-                        held_out.add(jax.device_get(eval_step(state.params, state.model_state, batch)))
-                        if i == 0:  # one batch is enough for what costs a pass of its own
-                            inspected = jax.device_get(inspection(state.params, state.model_state, batch))
-                scores = task.summary(held_out.totals | inspected)
+                    totals = _held_out(task, eval_step, mesh, state.params, state.model_state)
+                    first = place_batch(mesh, task.validation[0])  # enough for what costs a pass of its own
+                    inspected = jax.device_get(inspection(state.params, state.model_state, first))
+                scores = task.summary(totals | inspected)
                 telemetry.log(taken, {VALIDATION + name: value for name, value in scores.items()})
                 telemetry.say(f"step {taken}/{config.steps}  validation loss {scores['loss']:.4f}")
                 validation_loss = _agreed(scores["loss"])
@@ -349,6 +347,22 @@ def fit(
             checkpoints.close()  # waits for the disk, and raises if the last save failed
     logger(f"{task.name}: {goodput.describe(clock.write(config.steps, finished=True))}")
     return task.inference_params(state.params, state.model_state)
+
+
+def held_out_scores(task: TrainingTask, params: Params, mesh: Mesh) -> dict[str, float]:
+    """What a validation measures of parameters on `mesh`, but for `task.inspect`: the scores that `fit` writes."""
+    with jax.set_mesh(mesh):
+        return task.summary(_held_out(task, make_eval_step(task, mesh), mesh, params, task.init_state(params)))
+
+
+def _held_out(
+    task: TrainingTask, eval_step: jax.stages.Wrapped, mesh: Mesh, params: Params, model_state: Params
+) -> Metrics:
+    """Metric sums of all held-out batches."""
+    held_out = Meter()
+    for batch in task.validation:
+        held_out.add(jax.device_get(eval_step(params, model_state, place_batch(mesh, batch))))
+    return held_out.totals
 
 
 def _rest(state: TrainState) -> dict[str, Any]:

@@ -3,9 +3,10 @@
     ar-unified import --from DOWNLOAD --as emu3 --output emu3
     ar-unified run --config experiments/published/fine_tune.py:init=emu3,path=DIR --workdir workdirs/mine
 
-The folder is as experiments/folder.py reads it. Tokenizers, language, the model's shape and what requests are drawn
-with are the bundle's; what is trained, how fast, with which loss and on how many rows a step is the recipe's, and every
-key of it can be changed. A batch is made of parts of 8 rows.
+DIR is a folder or a file as experiments/folder.py reads it; for a language model of text alone also text files.
+Tokenizers, language, the model's shape and what requests are drawn with are the bundle's; what is trained, how fast,
+with which loss and on how many rows a step is the recipe's, and every key of it can be changed. A batch is made of
+parts of 8 rows.
 
 Arguments: init=BUNDLE; path=DIR; recipe=NAME, one of RECIPES (that of the bundle's system); steps=N (1000); batch=ROWS
 (the recipe's, else 8); links=yes|no, whether links that lead out of DIR are followed (no).
@@ -18,6 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ar_unified.bundle import Bundle
+from ar_unified.data.sources import kind_of
 from ar_unified.errors import nearest
 from ar_unified.experiment.config import begin_with, defaults, parse_arg, whole
 
@@ -88,12 +90,17 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = defaults()
     config.name = "fine_tune"
 
+    begin_with(config, args["init"])
+    links = args["links"] == "yes"
+    kind = kind_of(args["path"], links)
+    if kind == "text" and Bundle(config.init).has_images:
+        kind = "folder"  # which says what it misses
+
     def source(split: str) -> tuple[ConfigDict, ...]:
-        return (ConfigDict(dict(kind="folder", path=args["path"], links=args["links"] == "yes", split=split)),)
+        return (ConfigDict(dict(kind=kind, path=args["path"], links=links, split=split)),)
 
     config.data.train = source("[:95%]")
     config.data.validation = source("[95%:]")
-    begin_with(config, args["init"])
     steps = whole("steps", args["steps"])
     config.training.update(steps=steps, batch_size=ROWS, warmup_steps=10, flip_pairs=0.0)
     for section, keys in recipe_of(args["recipe"], config).items():

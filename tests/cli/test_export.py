@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import venv
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from ar_unified.model.config import config_from, decisive, parameter_count
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.request import Request
 from ar_unified.workdir import Workdir, read_json, write_json
-from tests import bundles
+from tests import bundles, wheel_alone
 from tests.bundles import IMAGE, SENTENCES, parts
 from tests.cli.conftest import ROOT, command, refused
 
@@ -316,21 +315,9 @@ def test_elsewhere_it_draws_what_its_workdir_draws_token_for_token(folder, tmp_p
     (tmp_path / "bundle").rename(tmp_path / "else" / "moved")
     work.rename(tmp_path / "hidden")
 
-    wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
-    built = subprocess.run([*wheel, "--wheel-dir", str(tmp_path), str(ROOT)], capture_output=True, text=True)
-    if built.returncode:
-        pytest.skip(f"no wheel can be built here: {built.stderr.strip().splitlines()[-1]:.100}")
-    venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
-    python = tmp_path / "venv" / "bin" / "python"
-    (site,) = (tmp_path / "venv" / "lib").glob("python3*/site-packages")
-    (made,) = tmp_path.glob("ar_unified-*.whl")
-    subprocess.run([sys.executable, "-m", "zipfile", "-e", str(made), str(site)], check=True)
-    shared = [path for path in sys.path if path.endswith("site-packages")]
-    (site / "zz_dependencies.pth").write_text("\n".join(shared) + "\n")
-    clean = {name: value for name, value in environment.items() if name != "PYTHONPATH"}
-    run = [str(python), "-c", ELSEWHERE, str(tmp_path / "else" / "moved"), "8", str(requests)]
-    done = subprocess.run(run, env=clean, cwd=tmp_path / "else", capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    alone = wheel_alone.environment(tmp_path)
+    moved = str(tmp_path / "else" / "moved")
+    said = alone.run(ELSEWHERE, moved, "8", str(requests), cwd=tmp_path / "else")
     lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
     expected = {f"{line['id']} {line['sample']}": line["tokens"] for line in lines}
-    assert json.loads(done.stdout) == expected and len(expected) == 6
+    assert json.loads(said) == expected and len(expected) == 6

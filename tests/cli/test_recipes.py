@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from ar_unified.cli.main import main
 from ar_unified.cli.plan import run_of
 from ar_unified.experiment import config as configs
 from ar_unified.experiment.check import check
+from ar_unified.experiment.experiment import Experiment
+from ar_unified.workdir import Workdir
 from tests.cli.conftest import ROOT, refused
 from tests.published_bundles import parts
 
@@ -89,6 +92,59 @@ def test_places_that_name_nothing_are_refused_before_anything_is_done(systems: P
     )
     alone = ["--config", f"{ROOT}/experiments/folder.py:path={tmp_path}", "--workdir", str(tmp_path / "w")]
     refused(["train", *alone, "--config.training.fresh=('head',)"], "fresh: expected none without config.init")
+
+
+def rows(file: Path, *found: dict[str, Any]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return file
+
+
+def chat(i: int, *shown: dict[str, Any]) -> dict[str, Any]:
+    """A conversation that speaks of images; `shown`: parts before its text."""
+    asked = [*shown, {"type": "text", "text": f'Draw the "image" {i}.'}]
+    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "I only write."}]}
+
+
+def test_what_it_is_trained_on_may_be_rows_tables_or_text(systems: Path, tmp_path: Path) -> None:
+    bundles.write(tmp_path / "llama", **parts("llama"))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("A text.")
+    talk = rows(tmp_path / "chat.jsonl", chat(0))
+    for init, path, kind in (
+        (tmp_path / "llama", tmp_path / "texts", "text"),
+        (tmp_path / "llama", talk, "jsonl"),
+        (systems / "chameleon", talk, "jsonl"),
+        (systems / "chameleon", tmp_path / "shards.parquet", "parquet"),
+        (systems / "chameleon", tmp_path / "texts", "folder"),
+    ):
+        config = configs.load(f"{FILE}:init={init},path={path}")
+        assert [part[0].kind for part in (config.data.train, config.data.validation)] == [kind] * 2, path
+
+
+def test_a_model_of_text_alone_learns_from_conversations_without_images(tmp_path: Path) -> None:
+    bundles.write(tmp_path / "llama", **parts("llama"))
+    config = f"{FILE}:init={tmp_path / 'llama'},path={tmp_path / 'chat.jsonl'}"
+    rows(tmp_path / "chat.jsonl", *map(chat, range(40)))
+    assert Experiment(configs.load(config), Workdir(tmp_path / "w")).text_only
+    rows(tmp_path / "chat.jsonl", *map(chat, range(40)), chat(40, {"type": "image", "image": "a.png"}))
+    refused(["run", "--config", config, "--workdir", str(tmp_path / "w")], "none was brought, but chat may have images")
+
+
+@pytest.mark.slow
+def test_a_model_of_text_alone_is_tuned_and_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    bundles.write(tmp_path / "llama", **parts("llama"))
+    talk = rows(tmp_path / "chat.jsonl", *map(chat, range(40)))
+    config = f"{FILE}:init={tmp_path / 'llama'},path={talk},steps=2"
+    here = ["--config", config, "--workdir", str(tmp_path / "w"), "--config.training.preview_every=0"]
+    for verb in ("tokenizer", "prepare", "train"):
+        assert main([verb, *here]) == 0, capsys.readouterr()
+    assert main(["export", "--workdir", str(tmp_path / "w"), "--output", str(tmp_path / "out")]) == 0
+    given = ["--from", str(tmp_path / "out"), "--config", config, "--output", str(tmp_path / "numbers")]
+    assert main(["evaluate", *given]) == 0, capsys.readouterr()
+    found = json.loads((tmp_path / "numbers" / "evaluation.json").read_text())["validation"]
+    steps = map(json.loads, (tmp_path / "w" / "model" / "metrics.jsonl").read_text().splitlines())
+    (last,) = [row for row in steps if "validation/loss" in row]
+    assert found["loss"] == last["validation/loss"] and found["loss/task/text"] > 0
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from ar_unified.data.images import to_png
+from ar_unified.data.items import has_images, names_images
 from ar_unified.data.sources import BadItem, open_source, read, texts
 from ar_unified.errors import UserError
 from ar_unified.language.document import Document, ImagePart, TextPart
@@ -39,6 +40,27 @@ def test_opening_and_texts_read_no_image(folder: Path) -> None:
     assert list(texts([source]))[18:22] == ["picture 18", "picture 19", "which is 0?", "it"]
     with pytest.raises(BadItem, match="captions.jsonl:1: missing_image"):
         source[0]
+
+
+@pytest.mark.parametrize(
+    "row, names",
+    [
+        (dict(text='an image, "image"'), False),
+        (dict(messages=[dict(role="user", content=[dict(type="text", text="no image")])]), False),
+        (dict(image="a.png", text="a"), True),
+        (dict(segments=[dict(type="image", image="a.png")]), True),
+        (dict(messages=[dict(role="user", content=[dict(type="image_url", image_url="a.png")])]), True),
+    ],
+)
+def test_rows_know_whether_they_name_an_image(tmp_path: Path, kit: Any, row: dict[str, Any], names: bool) -> None:
+    """A text may speak of images as it likes; JSON may be written in escapes."""
+    words = dict(text="two")
+    kit.write(tmp_path / "a.jsonl", [words, row, words])
+    source = open_source(dict(kind="jsonl", path=tmp_path / "a.jsonl"))
+    assert names_images(source) == names and has_images(source)
+    hidden = json.dumps(row).replace('"image', '"\\u0069mage')
+    (tmp_path / "a.jsonl").write_text(hidden + "\n")
+    assert names_images(open_source(dict(kind="jsonl", path=tmp_path / "a.jsonl"))) >= names
 
 
 def test_jsonl_with_images_inside_it(tmp_path: Path, kit: Any) -> None:

@@ -32,6 +32,7 @@ from ar_unified.manifests import ManifestMismatch, differences, require_same
 
 VERSION = 3
 CLAIMS = ".claims"  # in the folder, while many processes work in it
+SKIPPED = "skipped.jsonl"  # in the folder: what was left out, a line each
 
 
 @dataclass
@@ -301,7 +302,7 @@ def _end(folder: Path, plan: Mapping[str, Any], pieces: Collection[Piece], may_b
     for name, source in report.sources.items():
         answers = 2 if source.preferences else 1
         plan_rows(folder, Report({name: source}), answers * plan["settings"]["max_tokens"])
-    with whole(folder / "skipped.jsonl") as rows:
+    with whole(folder / SKIPPED) as rows:
         for piece in pieces:
             rows.write(storage.fetch(shards.skipped_path(piece.path)).read_bytes())
     workdir.write_json(folder / "manifest.json", dict(plan) | {"report": asdict(report)["sources"]})

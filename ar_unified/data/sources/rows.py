@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +25,8 @@ from ar_unified.language.rows import document_from_json
 from ar_unified.storage import AnyPath
 
 _LONGEST = 1 << 27  # bytes of a line
+# A key or a type of part that stands for an image (`language.rows`), or an escape that could hide one.
+_IMAGE = re.compile(rb'(?<!\\)"image(_url)?"|\\u00[4-7]')
 
 
 class Rows:
@@ -72,11 +75,13 @@ class Rows:
                     _has(chosen, data, own=file in self.files)
             chosen.settle()
         self._file, self._line, self._start, self._length = array("i"), array("q"), array("q"), array("i")
+        self.names_images = False  # True where one of them may
         digest = hashlib.sha256()
         for number, file in enumerate(self.files):
             for line, start, data in _lines(file):
                 digest.update(data)
                 if not data or (data.strip() and (chosen is None or _has(chosen, data))):
+                    self.names_images = self.names_images or bool(_IMAGE.search(data))
                     self._file.append(number)
                     self._line.append(line)
                     self._start.append(start)

@@ -1,0 +1,136 @@
+"""An experiment with the model of a bundle: nothing was trained, and there is no workdir.
+
+Its config (`config.of_bundle`) says on which documents and how it is evaluated. What a bundle decides is the bundle's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+from ar_tokenizers.codec import Codec
+from ar_tokenizers.image.tokenizer import ImageTokenizer
+from ml_collections import ConfigDict
+
+from ar_unified.bundle import Bundle
+from ar_unified.data import prepare as preparing
+from ar_unified.data.images import CodesAlone, NoImages
+from ar_unified.data.sources import Source
+from ar_unified.errors import UserError, about
+from ar_unified.experiment import facts, likelihood, objective, settings
+from ar_unified.experiment.experiment import Experiment
+from ar_unified.language.grammar import Grammar
+from ar_unified.model.transformer import Params, abstract_params, is_vector
+from ar_unified.parallel import rules, zigzag
+from ar_unified.sampling import weights
+from ar_unified.training.loop import held_out_scores
+from ar_unified.training.tasks import TransformerTask
+from ar_unified.workdir import Workdir
+
+
+class OfBundle(Experiment):
+    """Opens what an evaluation needs.
+
+    Args:
+        folder: for what is made.
+        sources: documents to evaluate on, in place of those that the config holds out; (): those.
+
+    Attributes:
+        own: the bundle.
+        warning: what whoever draws images with it should know; "": nothing.
+    """
+
+    def __init__(self, config: ConfigDict, folder: Path, sources: Sequence[Source] = ()):
+        super().__init__(config, Workdir(folder))
+        self.own, self._sources = Bundle(config.init), list(sources)
+        self.warning = str((self.own.published or {}).get("untrained", ""))
+
+    @cached_property
+    def held_out(self) -> dict[str, list[Source]]:
+        """By the names of sets, as of an experiment."""
+        return {"validation": self._sources} if self._sources else super().held_out
+
+    @cached_property
+    def text_tokenizer(self) -> Codec:
+        """The bundle's."""
+        return self.own.text_tokenizer
+
+    @cached_property
+    def text_only(self) -> bool:
+        """Whether there is no image tokenizer: images are codes alone, or there are none."""
+        return not self.own.has_images
+
+    @cached_property
+    def image_tokenizer(self) -> ImageTokenizer | NoImages:
+        """The bundle's, or what stands for none."""
+        codes = self.grammar.vocabulary.codebook_size
+        return self.own.image_tokenizer() or (CodesAlone(codes) if codes else NoImages())
+
+    @cached_property
+    def grammar(self) -> Grammar:
+        """The bundle's."""
+        return self.own.grammar
+
+    def _restored(self, target: Any) -> Params:
+        return weights.read(self.own, target)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Short things worth saying at the head of a report."""
+        bundle = {"bundle": f"{self.own.folder.resolve().name}, sha256 {self.own.hash[:12]}"}
+        return bundle | facts.of_model(self) | ({"warning": self.warning} if self.warning else {})
+
+    def losses(self) -> dict[str, float]:
+        """What a training with this config would measure of these weights at a validation, by modality, role and task.
+
+        The held-out documents become tokens in the workdir's data/validation. Raises UserError: there is nothing that
+        can be read, preference pairs, or rows that the mesh does not split.
+        """
+        sources, training = self.held_out["validation"], self.config.training
+        if not sources:
+            return {}
+        with about("config.training.batch_size"):
+            rules.batch_spec(self.mesh, (training.batch_size, 1, 1), "a batch")
+        with about("config.training.sequence_length"):
+            zigzag.require_pieces(training.sequence_length, self.mesh.shape["context"])
+        self._prepare(sources)
+        batches = likelihood.held_out_batches(self, settings.phases(training, {}))
+        if batches is None:
+            return {}
+        read = objective.VALIDATION_BATCHES * training.batch_size
+        rows = sum(batches.rows_per_epoch.values())
+        self.say(f"losses: of {min(read, rows)} rows of {training.sequence_length} tokens, of {rows}")
+        task = TransformerTask(
+            batch=batches.batch,
+            validation=objective.validation(batches),
+            prompt_weight=self.config.loss.prompt,
+            **objective.loss_settings(self),
+        )
+        return held_out_scores(task, self._as_trained(), self.mesh)
+
+    def _as_trained(self) -> Params:
+        """The parameters where a training has them. Matrices stay as they were written: they are multiplied in the
+        model's dtype, so that in float32, as a training has them, they would be the same numbers."""
+        shapes = abstract_params(self.model, self.mesh)
+        vectors = jax.tree_util.tree_map_with_path(lambda path, x: x.dtype if is_vector(path) else None, shapes)
+        return self.own.params(jax.tree.map(lambda x: x.sharding, shapes), vectors)
+
+    def _prepare(self, sources: Sequence[Source]) -> None:
+        with about(f"bundle {self.own.folder}"):  # of text alone, where there are images
+            report = preparing.prepare(
+                sources,
+                self.grammar,
+                self.image_tokenizer,
+                self.workdir.data / "validation",
+                max_tokens=self.config.data.max_tokens,
+                resize=self.resize,
+            )
+        self.say(f"validation:\n{report}")
+        if pairs := [name for name, source in report.sources.items() if source.preferences]:
+            raise UserError(
+                f"source {pairs[0]!r}: expected documents, found preference pairs: `ar-unified score --from "
+                f"{self.own.folder}` compares their answers"
+            )
