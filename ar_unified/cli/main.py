@@ -112,7 +112,9 @@ def _run(verb: str, arguments: argparse.Namespace, overrides: Sequence[str]) -> 
 
 @contextlib.contextmanager
 def _workdir(arguments: argparse.Namespace) -> Iterator[None]:
-    """Around a verb: a workdir in an object store is a folder here, and no other path may be a URL."""
+    """A context for a verb: a workdir in an object store becomes a local folder, and any other path that is a URL is
+    refused.
+    """
     from ar_unified import storage, workdir
 
     for name, value in vars(arguments).items():
@@ -132,7 +134,7 @@ def _tell(verb: str, message: str) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Our lines are the ones to read: the libraries' informational logs start at warnings."""
+    """Makes the libraries log warnings and errors only, so that our own lines are seen."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     from absl import logging
 

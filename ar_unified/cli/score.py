@@ -1,14 +1,14 @@
-"""Write how likely the model finds what is given: documents, prompts with answers, preference pairs.
+"""Write how likely the model finds given documents, prompts with answers, or preference pairs.
 
-PATH is a file or folder of documents as `ar-unified validate` takes it, of which JSONL is the plainest:
+PATH is a file or folder of documents as `ar-unified validate` takes it; JSONL is the simplest form:
   {"prompt": "a red circle", "answer": [{"type": "image", "image": "a.png"}]}
   {"image": "a.png", "question": "What colour is it?", "answer": "red"}
   {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
   {"prompt": "a red circle", "chosen": ..., "rejected": ...}
-Leaves FILE, whole or not at all, a line of JSON an item, in their order (ar_unified.evaluation.scoring): the
-log-likelihood of the answer in nats, its tokens, whether each was the likeliest, the same by part and by modality; of a
-pair both and their difference; of an item that cannot be used what is wrong with it. The model is that of a workdir
-(config.sampling says which step and how many at once), or a bundle:
+Leaves FILE, whole or not at all, with one line of JSON for each item, in their order (ar_unified.evaluation.scoring):
+the log-likelihood of the answer in nats, its number of tokens, whether each was the likeliest, and the same by part and
+by modality. A pair has both answers' numbers and their difference; an item that cannot be used has the reason. The
+model is that of a workdir (config.sampling says which step and how many at once), or a bundle:
   ar-unified score --from BUNDLE --data pairs.jsonl --output scores.jsonl
 """
 

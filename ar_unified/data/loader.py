@@ -51,9 +51,9 @@ class Phase:
         weights: source -> share of the rows; sources not named are left out. None: one epoch of all sources together.
         flip_pairs: probability that a pair of one text and one image is read the other way, image first.
         condition_dropout: probability that a document that asks for an image loses its prompt (`grammar.drop_prompt`),
-            an interleaved one all that stands before one of its images (`grammar.drop_context`): what is left is what
-            the sampler's unconditional context sees under classifier-free guidance. Its row is not filled up again; the
-            gap is padding.
+            and that an interleaved one loses all that stands before one of its images (`grammar.drop_context`). The
+            rest is what the sampler's unconditional context sees under classifier-free guidance. The row is not filled
+            up again; the gap is padding.
 
     Raises UserError for a probability outside [0, 1].
     """
@@ -77,7 +77,7 @@ def require_order(phases: Sequence[Phase]) -> None:
 
 
 class Chosen(NamedTuple):
-    """Of an epoch of a source, the items of each of the rows `at` of a batch: documents, or preference pairs."""
+    """For an epoch of a source, the items (documents, or preference pairs) of each of the rows `at` of a batch."""
 
     source: int
     epoch: int
@@ -182,7 +182,7 @@ class PackedBatches:
         return self.laid(*self.picked(step, process_index, process_count))
 
     def picked(self, step: int, process_index: int, process_count: int) -> tuple[Phase, int, list[Chosen]]:
-        """The phase of a step, how many rows are asked for, and what is in them."""
+        """The phase of a step, how many rows are asked for, and the items in them."""
         now = bisect.bisect_right([phase.from_step for phase in self.phases], step) - 1
         since = step - self.phases[now].from_step
         picks = _slice(self._mixtures[now], since, self.batch_size, process_index, process_count)
@@ -193,7 +193,7 @@ class PackedBatches:
         return self.phases[now], len(picks.item), chosen
 
     def laid(self, phase: Phase, count: int, chosen: Sequence[Chosen]) -> PackedBatch:
-        """What is chosen, in `count` rows."""
+        """The batch of the chosen items, in `count` rows."""
         documents: list[Encoded] = []
         tasks: list[int] = []
         rows: list[int] = []
@@ -299,7 +299,8 @@ class ImageBatches:
             in memory up to `memory` bytes.
         size: (H, W) in pixels.
         weights: shares of the sources; None: by their number of documents.
-        mirror: whether half of the images are mirrored left to right (not for text, nor where sides matter).
+        mirror: whether half of the images are mirrored left to right (not for images of text, nor where left and right
+            matter).
         short_side: scale images to this short side, in pixels, and cut the window at random out of them; None: the
             largest window of the size's aspect, from the middle.
     """
@@ -359,8 +360,8 @@ class ImageBatches:
                 left_out(BadItem("no_image", items.origin(document), "the document has no image"))
         looked = "its" if count == len(items) else f"{count} of its"
         return NothingReadable(
-            f"source {items.name!r}: no readable image in {looked} {len(items)} documents: {left_out}. Mend them, "
-            "take the source out of the config, or name one without images as kind='text'"
+            f"source {items.name!r}: no readable image in {looked} {len(items)} documents: {left_out}. Repair them, "
+            "take the source out of the config, or give it kind='text' if it has no images"
         )
 
     def _image(self, source: int, document: int, draw: Sequence[int]) -> np.ndarray:

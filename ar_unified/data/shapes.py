@@ -5,9 +5,9 @@
     shapes/stories     {texts, images, scenes}            two to four images, each after its text
     shapes/edits       {image, instruction, edited_image, scene, edited_scene}   see edits.py
 
-each also as `<name>_32` (images of 32 x 32 instead of 64 x 64 pixels), with the splits `train`,
+each also as `<name>_32` (images of 32 x 32 instead of 64 x 64 pixels). The splits are `train`,
 `validation` (scenes that are not in train) and `unseen_combinations` (scenes with a (shape, colour) that no
-training image or text contains); of edits see there. `scene` is JSON (`scenes.scene_from_json`). Importing
+training image or text contains); for edits see edits.py. `scene` is JSON (`scenes.scene_from_json`). Importing
 this module makes the names known to `tfds.data_source`; nothing is downloaded.
 """
 

@@ -1,4 +1,4 @@
-"""Documents as tokens on disk: ArrayRecord shards, each with an index of what a loader must know beforehand.
+"""Documents as tokens on disk: ArrayRecord shards, each with an index of what a loader must know before it reads them.
 
 <folder>/manifest.json                     what the tokens mean and what is in the folder; written last
          <source>/00000.array_record       one record a document: its item's number, int32 tokens, uint8 marks
@@ -138,7 +138,8 @@ def join_indexes(folder: Path, count: int) -> np.ndarray:
 
 
 def lengths_together(index: np.ndarray) -> np.ndarray:
-    """int32 [n], tokens of what shares a row in any case: of each document, or of both answers of each preference pair.
+    """int32 [n], the tokens of each document; or those of both answers of each preference pair, which always share a
+    row.
 
     index: INDEX of a source that has pairs alone, or none.
     """

@@ -1,11 +1,11 @@
 """Asks a trained model about held-out documents and counts what it got right.
 
-Kinds of questions, each sampled with one call of the engine: draw the image of a text; edit an image as a text
-says; answer a question about an image; caption an image (the pairs of the first kind, turned round); and, in a
-story, draw the next image, which the protocol checks. Of other interleaved documents, where no checker knows
-what is right, the next image and the next text are asked for, and compared with the document's own. Beside the
-model's scores stand the tokenizer's: a checker that fails on the reconstruction of a real image cannot pass a
-sampled one, so `reconstruction_exact` is the ceiling of `text_to_image_exact`.
+Kinds of questions, each sampled with one call of the engine: draw the image of a text; edit an image as a text says;
+answer a question about an image; caption an image (the pairs of the first kind, turned round); and, in a story, draw
+the next image, which the protocol checks. For other interleaved documents, no checker knows what is right: the model is
+asked for the next image and the next text, and both are compared with the document's own. The tokenizer's scores stand
+beside the model's: a checker that fails on the reconstruction of a real image cannot pass a sampled one, so
+`reconstruction_exact` is the ceiling of `text_to_image_exact`.
 
 Axes: H, W height and width of an image in pixels, h, w in codes.
 """
@@ -46,8 +46,7 @@ class Example:
     Attributes:
         kind: one of KINDS. document: the held-out document. prompt: the parts shown to the model (real
         images).
-        expected: the real image, uint8 [H, W, 3], or the text. got: the same of the model; None if it did
-        not parse.
+        expected: the real image, uint8 [H, W, 3], or the text. got: the model's; None if it did not parse.
         reconstruction: for an expected image, what the image tokenizer makes of it.
         correct: what the checker says; None where there is no checker.
     """
@@ -200,7 +199,7 @@ def _asked_for(document: Document) -> str:
 
 
 def _examples(kind: str, documents: Mapping[str, list[Document]], protocol: Protocol) -> Iterator[Example]:
-    """The questions of one kind that the documents allow and the protocol has a use for."""
+    """The questions of one kind which the documents allow and the protocol can judge."""
     if kind == "text_to_image":
         for d in documents.get("text_to_image", []):
             first = d.answer[0]
@@ -232,12 +231,13 @@ def _examples(kind: str, documents: Mapping[str, list[Document]], protocol: Prot
 
 
 def _stories(documents: Mapping[str, list[Document]]) -> list[Document]:
-    """Interleaved documents; of a conversation nobody says which of its turns is to be made."""
+    """Asks about interleaved documents; of a conversation nobody says which of its turns is to be made."""
     return [document for document in documents.get("interleaved", []) if not document.asks]
 
 
 def _story(document: Document, protocol: Protocol) -> int | None:
-    """Which part of an interleaved document is an image that the protocol can check; None: none is.
+    """The number of the part of an interleaved document that is an image which the protocol can check; None: there is
+    none.
 
     It is the second image, where a text before it says what it shows.
     """

@@ -1,7 +1,7 @@
 """What counts as right, per dataset: plain functions over a held-out document and what the model gave for it.
 
-A protocol answers up to six questions; one that a dataset has no checker for is None, and its metric is left
-out. Images are uint8 [H, W, 3].
+A protocol has up to six checks. A check that a dataset lacks is None, and its metric is left out. Images are uint8 [H,
+W, 3].
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _shapes_story(document: Document, i: int, before: np.ndarray, after: np.ndar
 
 
 def _shapes_edit(document: Document, after: np.ndarray) -> bool:
-    """Sizes count too: some instructions are about nothing else."""
+    """Sizes count too, because some instructions change only the size."""
     return shapes.edit_matches(after, scene_from_json(document.meta["edited_scene"]))
 
 

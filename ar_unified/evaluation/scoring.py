@@ -6,7 +6,7 @@
     {"line": 5, "origin": "a.jsonl:5", "error": "missing_image: ..."}
 
 Log-likelihoods are natural, teacher-forced, and given all that stands before (`sampling.score`); of a document without
-a turn all parts are scored, of others the last answer. The end of a sequence is told apart and in no sum.
+turns all parts are scored, of others the last answer. The end of a sequence has its own entry and is in no sum.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def score_source(model: Model, source: Source, output: str | Path, *, show_progr
     Raises UserError where `output` is there already. OSError: it cannot be written.
     """
     if Path(output).exists():
-        raise UserError(f"{output}: is there already; nothing is written over: name another --output, or delete it")
+        raise UserError(f"{output}: exists, and no file is overwritten: name another --output, or delete it")
     done = Scoring()
     items = read(source, range(len(source)))
     with whole(output) as file, progress.bar(len(source), "items", "score", shown=show_progress) as bar:

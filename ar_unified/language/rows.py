@@ -9,11 +9,11 @@
 
 "prompt" counts the segments that are asked with; without it nobody asks. Roles are system (or developer), user and
 assistant; content is a text or a list of parts, also in OpenAI's form ({"type": "image_url", "image_url": {"url"}}).
-A message with "weight": 0 is read and not learned. Keys that belong to no kind are the document's `meta`.
+A message with "weight": 0 is read and not learned. All other keys become the document's `meta`.
 
 The "prompt" of an answer or of a preference pair is a text, a list of parts or of messages (of a pair, "messages" is
-another name for these), and an answer is a text, a list of parts, or the assistant's message. Of a pair the answers
-alone are learned from.
+another name for these), and an answer is a text, a list of parts, or the assistant's message. Only the answers of a
+pair are learned.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ def document_to_json(document: Document, save_image: Callable[[np.ndarray], str]
         save_image: stores pixels uint8 [H, W, 3] and returns the reference that goes into the row.
 
     Raises:
-        DocumentError: the document is invalid or has codes in it; it has no turns, and no parts or a value of
+        DocumentError: the document is invalid or has codes in it; it has no turns, and either no parts or a value of
         `trained`; a key of `meta` is one that the row needs.
     """
     document.check()
@@ -256,7 +256,9 @@ def document_to_json(document: Document, save_image: Callable[[np.ndarray], str]
     row: dict[str, Any]
     if speakers == ["document"]:
         if not turns[0] or learned != [None]:
-            raise DocumentError("bad_row", "no row says nothing, or what nobody says but is or is not to be learned")
+            raise DocumentError(
+                "bad_row", "a document without turns needs a part, and cannot say whether it is learned"
+            )
         row = {"segments": turns[0]}
     elif speakers != ["user", "assistant"] or learned != [None, None] or not document.parts:
         row = {"messages": [_message(turn, parts) for turn, parts in zip(document.turns, turns, strict=True)]}
@@ -277,7 +279,7 @@ def _preference_row(document: Document, save_image: Callable[[np.ndarray], str])
 
 
 def _named(document: Document) -> dict[str, Any]:
-    """The name and what travels along."""
+    """The document's id and its meta, as keys of the row."""
     taken = sorted(_KEYS & document.meta.keys())
     if taken:
         raise DocumentError("bad_row", f"meta key {taken[0]!r} is a field of the row itself: rename it")

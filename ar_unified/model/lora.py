@@ -46,11 +46,11 @@ class LoraConfig:
       alpha: the numerator of the scale.
       dropout: rate on what A reads, each matrix by itself.
       targets: which of a layer's matrices have an adapter: names of MATRICES, in which * stands for anything, or of a
-        group of them, as "attention.query", "mlp", "*". All of them is what QLoRA found to be needed to match full
-        tuning (Dettmers et al., arXiv:2305.14314, section 4).
+        group of them, as "attention.query", "mlp", "*". QLoRA found that all of them are needed to match full tuning
+        (Dettmers et al., arXiv:2305.14314, section 4).
       rslora: scale = alpha / sqrt(rank).
       base_dtype: of the matrices that are not trained, in a training: one of BASE_DTYPES. bfloat16 halves their memory;
-        what is trained, and norms, are float32.
+        norms and trained parameters are float32.
 
     Raises ValueError, naming the field, for a number out of range and a target that names no matrix.
     """
@@ -135,9 +135,9 @@ def with_adapters(params: Mapping[str, Any]) -> Any:
 
 
 def adaptation(lora: LoraConfig | None, adapter: jax.Array | None = None) -> Adapt | None:
-    """What a layer adds to its product with a matrix that has adapters; None: nothing.
+    """What a layer adds to its product with a matrix that has adapters; None if it has none.
 
-    lora: of the one that is trained. adapter: int32 [B], which each row has of those that are served.
+    lora: of the one that is trained. adapter: int32 [B], the number of each row's adapter, of those that are served.
     """
     if lora is not None:
         return functools.partial(_trained, lora)
@@ -162,7 +162,8 @@ def _chosen(
 
 
 def merged(lora: LoraConfig, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters without "lora", which each matrix has in it: W + scale A B, summed in float32, in the dtype of W.
+    """The parameters without "lora", but with the adapter merged into each matrix: W + scale A B, summed in float32, in
+    the dtype of W.
 
     params: stacked by layers, as a training has them; the adapter in any dtype.
     """

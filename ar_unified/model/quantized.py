@@ -1,4 +1,5 @@
-"""Matrices in 8 bits, for decoding: each output channel by its own largest value, restored behind the product.
+"""Matrices in 8 bits, for decoding: each output channel is scaled by its own largest value, and scaled back after the
+product.
 
 A step of decoding reads every weight once and computes little with it, so half the bytes are half the time. Rounding
 each channel alone is what keeps the error of a product below a percent (LLM.int8(), arXiv 2208.07339, section 2).
@@ -24,7 +25,9 @@ class Quantized(NamedTuple):
 
 
 def quantized(matrix: jax.Array, dtype: str) -> Quantized:
-    """[I, O] rounded; a channel of zeros stays exact zeros, one that is not finite has a scale that shows it."""
+    """[I, O] rounded; a channel of zeros stays exact zeros, and a channel that is not finite has a scale that is not
+    finite.
+    """
     matrix = matrix.astype(jnp.float32)
     scale = jnp.abs(matrix).max(0) / LARGEST[dtype]
     values = matrix / jnp.where(scale > 0, scale, 1.0)

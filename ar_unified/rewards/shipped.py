@@ -2,10 +2,10 @@
 
 exact_answer  1 where the answer's text is the right one, white space at the ends apart
 shapes        1 where the image shows the scene that the prompt's `meta` says (evaluation/shapes.py)
-shapes_objects  of all objects of that scene and of the image the share that is in both: 1 where `shapes` is 1
+shapes_objects  the share of the objects of that scene and of the image that is in both: 1 where `shapes` is 1
 easy_vqa      1 where the image shows the figure that the prompt names (evaluation/easy_vqa.py)
 brevity       -1 for each character of the answer's text: the shorter the better
-length        as many as its characters
+length        the number of characters of the answer's text
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def _pixels(protocol: str) -> Callable[[Document, Document], float]:
 
 
 def shapes_objects(prompt: Document, answer: Document) -> float:
-    """Intersection over union of what is to be seen and what is, each object by its shape, colour and place."""
+    """Intersection over union of the objects that should be seen and those that are; an object is its shape, colour and
+    place.
+    """
     images = [part.pixels for part in answer.parts if isinstance(part, ImagePart)]
     if len(images) != 1:
         return 0.0

@@ -54,7 +54,8 @@ class Slots:
     """The rows of one block: places for documents of given lengths.
 
     Args:
-        documents: int64 [n], by falling length. lengths: int [n], of each. row: int [n], of each one's slot.
+        documents: int64 [n], by falling length. lengths: int [n], of the documents. row: int [n], the row of each
+            document's slot.
     """
 
     def __init__(self, documents: np.ndarray, lengths: np.ndarray, row: np.ndarray):
@@ -160,7 +161,7 @@ def _planned(
 
 
 def _falling(lengths: np.ndarray) -> np.ndarray:
-    """The order of falling length, those of one length as they stand."""
+    """The order by falling length; documents of one length keep their order."""
     below = lengths.max() - lengths
     return np.argsort(below.astype(np.uint16) if below.max() < 2**16 else below, kind="stable")  # the former by radix
 

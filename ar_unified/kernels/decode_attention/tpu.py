@@ -1,4 +1,5 @@
-"""Decode attention on TPU: one walk over the live blocks of all rows, the heads of a group as rows of one product.
+"""Decode attention on TPU: one walk over the live blocks of all rows; the query heads of a KV head are the rows of one
+product.
 
 The grid is as long as the list of live blocks, not as B * S. A block of slots that no query sees, left of a window or
 right of a row's end, is neither fetched nor visited. The next row's first block is being copied while the last one of
