@@ -304,7 +304,7 @@ def _plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="DIR", type=_path, help="also write plan.json and index.html there")
     parser.add_argument(
         "--search", metavar="N", type=int, nargs="?", const=CANDIDATES,
-        help="plan the best of N (default: %(const)s) that are compiled, of remat policies, rows a chip and fsdp",
+        help="compile N (%(const)s) choices of remat policy, rows per chip and fsdp, and plan the best",
     )  # fmt: skip
     parser.add_argument("--no-advice", action="store_true", help="refuse at once; do not try what would fit")
 

@@ -46,7 +46,7 @@ def _overview() -> str:
             "",
             "`ar-unified VERB --help` says what a verb reads, what it leaves in the workdir, and its options.",
             "Every verb can be killed and started again: what is finished is skipped, what was interrupted continues.",
-            "Many hosts: the same command on each. FILE may be the name of an experiment of the package, as shapes.",
+            "Many hosts: the same command on each. FILE may be an experiment of the package, such as shapes.",
             "",
             "Exit status: 0 done; 1 the answer is no (plan, validate); 2 something given cannot be used; 3 a run",
             "stopped by itself; 70 a fault of ours, with its traceback; 129, 130, 143 by SIGHUP, Ctrl-C, SIGTERM.",

@@ -46,7 +46,7 @@ from ar_unified.workdir import write_json
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Prints the plan, and what would fit instead where it does not; returns 1 if it does not. Raises UserError."""
+    """Prints the plan. If it does not fit, prints what would fit, and returns 1. Raises UserError."""
     target = parse_target(arguments.target)
     use_cpu(target)
     config = configs.load(arguments.config, overrides)
@@ -162,7 +162,7 @@ def _language(
 
 
 def _image_tokenizer(config: ConfigDict, workdir: str | Path | None) -> AutoencoderConfig:
-    """Of the trained image tokenizer, or of the one to be trained."""
+    """The shape of the trained image tokenizer, or of the one to be trained."""
     if workdir and (path := Path(workdir) / "image_tokenizer" / "config.json").exists():
         with about(str(path)):
             return saved_config(path.parent)

@@ -285,7 +285,7 @@ def _tokenizer(
 
 
 def tokenizer_charts() -> tuple[Chart, ...]:
-    """Of an image tokenizer's training."""
+    """The curves of an image tokenizer's training."""
     return (
         ("Loss", "", _both("loss"), "log"),
         ("PSNR", "dB", _both("psnr"), ""),
@@ -297,7 +297,7 @@ def tokenizer_charts() -> tuple[Chart, ...]:
 
 
 def transformer_charts(rows: Sequence[Mapping[str, Any]]) -> tuple[Chart, ...]:
-    """Of a transformer's training, with a curve for each role and task that its rows know."""
+    """The curves of a transformer's training, one for each role and task in its rows."""
     keys = {key for row in rows for key in row}
     pairs = REWARDS + "margins" in keys
     return (
@@ -316,7 +316,7 @@ def transformer_charts(rows: Sequence[Mapping[str, Any]]) -> tuple[Chart, ...]:
 
 
 def _preference_charts(keys: Collection[str]) -> tuple[Chart, ...]:
-    """Of a training on preference pairs (training/preference.py)."""
+    """The curves of a training on preference pairs (training/preference.py)."""
     margins = REWARDS + "margins"
     whole = {margins: "margins"} | _losses(keys, margins + "/")
     return (

@@ -343,7 +343,7 @@ class Experiment:
 
     @property
     def checkpoint_folder(self) -> str:
-        """Of the transformer."""
+        """Where the transformer's checkpoints lie."""
         return self.config.checkpoint_folder or storage.address(self.workdir.model / "checkpoints")
 
     @cached_property

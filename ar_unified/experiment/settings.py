@@ -1,4 +1,4 @@
-"""Makes the dataclasses that packages take from the keys of a config, each in one place.
+"""Turns the keys of a config into the dataclasses that packages take, each in one place.
 
 Whatever is wrong with a value is said by the dataclass; `check` makes all of them before the first stage.
 """
@@ -121,7 +121,7 @@ OBJECTIVES = ("likelihood", "preference", "reward")  # what the transformer may 
 
 
 def tokenizer_training(config: ConfigDict) -> TrainingConfig:
-    """Of the image tokenizer."""
+    """The settings of the image tokenizer's training."""
     settings = config.image_tokenizer
     steps = settings.steps
     every = settings.checkpoint_every or max(1, steps // 4)
@@ -150,14 +150,14 @@ def tokenizer_training(config: ConfigDict) -> TrainingConfig:
 
 
 def tokenizer_rates(config: ConfigDict) -> tuple[str, ...]:
-    """Of the image tokenizer's training: its adversary may have a learning rate of its own."""
+    """The rates of the image tokenizer's training; its adversary may have a learning rate of its own."""
     settings = config.image_tokenizer
     rate = settings.adversary.learning_rate
     return (f"discriminator={rate / settings.learning_rate!r}",) if rate else ()
 
 
 def training(config: ConfigDict) -> TrainingConfig:
-    """Of the transformer."""
+    """The settings of the transformer's training."""
     settings = config.training
     return configs.pick(TrainingConfig, settings, seed=config.seed, optimizer=configs.pick(OptimizerConfig, settings))
 
@@ -169,12 +169,12 @@ def lora(config: ConfigDict) -> LoraConfig | None:
 
 
 def preference(config: ConfigDict) -> PreferenceConfig:
-    """Of `training.objective` "preference". Raises ValueError, naming the key."""
+    """The settings of `training.objective` "preference". Raises ValueError, naming the key."""
     return configs.pick(PreferenceConfig, config.preference)
 
 
 def policy(config: ConfigDict) -> PolicyConfig:
-    """Of the objective "reward". Raises ValueError, naming the key, for groups that make no batch."""
+    """The settings of the objective "reward". Raises ValueError, naming the key, for groups that make no batch."""
     found = configs.pick(PolicyConfig, config.reward)
     require_groups(found, config.training.batch_size // config.training.accumulation)
     return found

@@ -273,7 +273,7 @@ def _require_same_codes(inner: Images, images: Images, where: str) -> None:
         for a, b in zip(jax.tree.leaves(ours[part]), jax.tree.leaves(theirs[part]), strict=True)
     )
     if not same:
-        raise UserError(f"{where}: expected the encoder of the model's own file, which has one; found another")
+        raise UserError(f"{where}: expected the encoder that the model's own file has; found another")
 
 
 def _published(

@@ -43,7 +43,7 @@ class Source(Protocol):
         """The whole tensor."""
 
     def read_rows(self, name: str, begin: int, end: int, /) -> np.ndarray:
-        """Of its first axis."""
+        """Rows of its first axis."""
         ...
 
 

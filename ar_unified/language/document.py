@@ -130,7 +130,7 @@ class Document:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Of all turns, in reading order."""
+        """The parts of all turns, in reading order."""
         return tuple(part for turn in self.turns for part in turn.parts)
 
     def changed(self, change: Callable[[Part], Part]) -> Document:

@@ -218,7 +218,7 @@ def _orthogonal(run: Run) -> float:
 
 
 def _prefill(run: Run, program: Program) -> _Work:
-    """Of one batch of prompts of half the cache. No logits are made."""
+    """The work of prefill for one batch of prompts, each of half the cache. No logits are made."""
     c, mesh = run.model, program.mesh
     rows, prompt = program.arguments["requests"][0].shape
     tokens = float(rows * prompt)
@@ -229,7 +229,9 @@ def _prefill(run: Run, program: Program) -> _Work:
 
 
 def _decode(run: Run, program: Program) -> _Work:
-    """Of one step: all weights and the whole cache are read, for one token of every row; a window has one or more."""
+    """The work of one step of decode: all weights and the whole cache are read, for one token of every row; a window
+    has one or more.
+    """
     c, rows = run.model, float(run.requests * run.contexts * Pace(run.window).most)
     layers, head = matmul_parameters(run.model)
     flops = 2 * (layers + head) * rows + 4.0 * c.n_layers * c.n_heads * c.head_dim * rows * run.max_length

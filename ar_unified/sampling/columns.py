@@ -88,7 +88,7 @@ def check_keys(row: Mapping[str, Any], known: Iterable[str], where: str) -> None
 
 
 def elsewhere(key: str) -> str:
-    """Which setting of ours other systems call `key`, or ""."""
+    """The setting of ours that other systems call `key`, or ""."""
     return _ELSEWHERE.get(_plain(key), "")
 
 

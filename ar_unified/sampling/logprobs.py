@@ -1,6 +1,6 @@
 """The log-probability with which each token was drawn, for training on samples.
 
-It is that of the distribution that was drawn from: contexts mixed, over the ids that the grammar allows, at the
+The distribution is the one that was drawn from: contexts mixed, over the ids that the grammar allows, at the
 temperature, and after the filters. A token that the grammar forces has probability 1. It takes one more product with
 the head for each step, so an engine only computes it when asked to.
 

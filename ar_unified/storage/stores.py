@@ -56,7 +56,7 @@ class _Torn(Exception):
 
 @dataclass(frozen=True)
 class Facts:
-    """Of an object: its size in bytes, and a text that changes with its content: the MD5 where the store has it."""
+    """An object's size in bytes, and a tag that changes with its content: the MD5 if the store has it."""
 
     size: int
     tag: str

@@ -57,7 +57,7 @@ def attention_shares(model: Transformer, vocabulary: Vocabulary, batch: PackedBa
 def layer_shares(
     query: jax.Array, key: jax.Array, doc_start: jax.Array, modality: jax.Array, room: int = _WEIGHTS
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of one layer: sums of shares and of uniform shares over the queries that count, f32 [M, M], and how many, [M].
+    """Sums over one layer, of shares and of uniform shares, over the queries that count, f32 [M, M], and how many, [M].
 
     Args:
       query: [B, T, N, H], rotated. key: [B, T, K, H]. doc_start: int32 [B, T]; T on padding.

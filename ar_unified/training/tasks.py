@@ -137,7 +137,7 @@ class TransformerTask(Stateless):
 
     @functools.cached_property
     def _shapes(self) -> Params:
-        """Of the parameters. The key is made inside, as `transformer.abstract_params` says why."""
+        """Shapes of the parameters. The key is made inside; `transformer.abstract_params` says why."""
         return jax.eval_shape(lambda: self.init(jax.random.key(0)))
 
     def bind(self, params: Params) -> transformer.Transformer:

@@ -76,7 +76,7 @@ class PublishedTokenizer:
     def from_json(
         cls, data: bytes, *, lossy: Lossy = "refuse", text_ids: Collection[int] | None = None
     ) -> PublishedTokenizer:
-        """Of a tokenizer.json.
+        """The tokenizer of a tokenizer.json.
 
         Args:
           text_ids: the ids that text may be spelled with; text is never spelled with other added tokens. None: all but
@@ -101,7 +101,8 @@ class PublishedTokenizer:
     def from_tiktoken(
         cls, data: bytes, *, lossy: Lossy = "refuse", text_ids: Collection[int] | None = None
     ) -> PublishedTokenizer:
-        """Of ranks as tiktoken writes them, lines of a piece in base64 and its rank, cut into words as Qwen does.
+        """The tokenizer of ranks as tiktoken writes them (lines of a piece in base64 and its rank), cut into words as
+        Qwen does.
 
         text_ids: any; there are no special tokens in such a file. Raises ValueError for anything else.
         """

@@ -130,7 +130,7 @@ class Search:
         return kept[_leaders(pairs, len(kept))[rank[inverse]]]
 
     def _texts(self) -> list[int]:
-        """Of every document, a number that those with the same words share."""
+        """A number for every document, which all documents with the same words share."""
         numbers = list(self._words)
         if self._alone:
             leaders = _leaders(texts.similar(np.stack(self._signatures)), len(self._alone))

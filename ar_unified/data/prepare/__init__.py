@@ -309,7 +309,7 @@ def _end(folder: Path, plan: Mapping[str, Any], pieces: Collection[Piece], may_b
 
 
 def _count(pieces: Collection[Piece]) -> SourceReport:
-    """Of one source, a shard at a time."""
+    """The report of one source, counted shard by shard."""
     found, left_out, tasks = SourceReport(shards=len(pieces)), LeftOut(), np.zeros(len(TASKS), np.int64)
     for piece in pieces:
         index = shards.read_index(piece.path)

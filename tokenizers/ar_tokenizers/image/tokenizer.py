@@ -229,7 +229,7 @@ def saved_config(folder: str | os.PathLike[str]) -> AutoencoderConfig:
 
 
 def _saved(folder: Path) -> tuple[AutoencoderConfig, dict[str, Any]]:
-    """What config.json says, and all of it."""
+    """The config in config.json, and the whole content of that file."""
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no image tokenizer: there is no {CONFIG}, which is written last")
