@@ -1,5 +1,5 @@
-"""Which implementation of a fused op runs: the one that the caller asked for, or that of the device which is traced
-for.
+"""Which implementation of a fused op runs: the one that the caller asked for, or that of the device for which the
+program is traced.
 """
 
 from __future__ import annotations

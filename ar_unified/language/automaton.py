@@ -324,7 +324,7 @@ class Automaton:
         return start, ~start & ~close & (state.written % (width + 1) == width), close
 
     def _matched(self, state: State, token: jax.Array) -> jax.Array:
-        """For the phase PARTS: how many ids of a spelled `open` the row ends with, `token` included."""
+        """For the phase PARTS: how many ids of a spelled `open` are at the end of the row, `token` included."""
         matched = jnp.zeros_like(state.written)
         if len(self.syntax.open) > 1:
             for id, after in _matches(self.syntax.open).items():

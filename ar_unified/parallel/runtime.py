@@ -200,7 +200,9 @@ def _explain(error: Exception, explained: str | None) -> None:
         print(f"ar-unified: {explained}", file=sys.stderr, flush=True)
     if _PEER_LOST.search(str(error)) and not isinstance(error, ProcessesMissing):
         print(
-            "ar-unified: a connection broke; JAX says within the heartbeat time-out whose", file=sys.stderr, flush=True
+            "ar-unified: a connection broke; within the heartbeat time-out JAX names the process",
+            file=sys.stderr,
+            flush=True,
         )
         time.sleep(_log.heartbeat_timeout + 10)  # it ends this process with the answer
     if jax.process_index() == 0:

@@ -1,4 +1,4 @@
-"""Paths that may be an object's, and files of either kind that are read at any place."""
+"""Paths of files or of objects in a store, and reading either of them at any place."""
 
 from __future__ import annotations
 

@@ -118,7 +118,8 @@ class Meter:
         self.started += time.perf_counter() - since
 
     def rates(self, unit: str, flops: float | None, peak: float) -> dict[str, float]:
-        """Seconds per step and of them for input, units per second, and MFU = FLOPs the model needs / (time * peak).
+        """Seconds per step, the part of them that waits for input, units per second, and MFU = FLOPs the model needs /
+        (time * peak).
 
         Plain sums named "UNIT/KIND" are parts of the units: each that counted anything has a rate of its own,
         "UNIT_per_second/KIND", and together they are the whole.

@@ -282,7 +282,7 @@ def _ended(folder: Path) -> bool:
         return True
     storage.refresh(folder / "plan.json")
     if not (folder / "plan.json").exists():
-        raise NothingLeft(f"{folder}: no document is left of a source; the process that found it says of which")
+        raise NothingLeft(f"{folder}: no document is left of a source; the process that found this names the source")
     return False
 
 
