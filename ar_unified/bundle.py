@@ -1,9 +1,8 @@
 """A bundle: one folder that is a whole model, sampled or trained further without an experiment file or a workdir.
 
     bundle.json                          version, and of every other file its bytes and its sha256
-    config.json                          the transformer ("model"), and with the keys of an experiment what its data
-                                         were ("data"), what its loss was ("loss") and what a request that says nothing
-                                         is drawn with ("sampling")
+    config.json                          "model": the transformer's shape. "data", "loss" and "sampling": keys of the
+                                         experiment, which say its data, its loss and the defaults of a request
     language.json                        the grammar's manifest: what a sequence of ids may say; and the border, where
                                          the text tokenizer has the ids of a published table
     text_tokenizer/                      one of text.model (SentencePiece), tokenizer.json, text.tiktoken: as published
@@ -11,8 +10,8 @@
                                          published.safetensors: what an imported one keeps for its export
     model-00001-of-0000N.safetensors     the transformer's parameters by their paths, in the dtype they had
     model.safetensors.index.json         which of those files has which
-    published.json                       of published weights: what their own form had that nothing here needs, for an
-    published.safetensors                export that gives it back; settings, and tensors
+    published.json                       of published weights: settings and tensors that nothing here needs, for an
+    published.safetensors                export that gives them back
     README.md                            the card, for people. Nothing reads it, so it is not among the files above
 
 A folder from somebody else is not trusted. Only the files named above are read. Links must not lead out of it. Each
@@ -100,7 +99,7 @@ def write(
     """Writes a bundle whole or not at all, and opens it.
 
     Args:
-        folder: is made; something that is there already is never written over.
+        folder: to be made; an existing one is never overwritten.
         params: of any dtypes, which are kept; parameters on several devices are gathered one by one.
         grammar: of the two tokenizers; image_tokenizer: None for text alone.
         data: image_size, resize, layout and max_tokens of the experiment; for text alone, max_tokens only.
@@ -150,8 +149,9 @@ def _sha256(path: Path) -> str:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A parameter in its file, which is opened anew for each piece of it: pages of a mapped file count as memory of
-    this process for as long as it is mapped."""
+    """A parameter in its file. The file is opened anew for each piece, because the pages of a mapped file count as
+    memory of this process while it is mapped.
+    """
 
     path: Path
     name: str
@@ -188,7 +188,7 @@ class Bundle:
 
     @cached_property
     def hash(self) -> str:
-        """sha256 of what it is: the same for the same weights, tokenizers, language and settings."""
+        """sha256 of the content: the same for the same weights, tokenizers, language and settings."""
         return manifest_hash({name: digest for name, (_, digest) in self._files.items()})
 
     @property
@@ -228,7 +228,7 @@ class Bundle:
 
     @cached_property
     def text_tokenizer(self) -> Codec:
-        """The text tokenizer. If it loses text, those who trained with it have allowed that."""
+        """The text tokenizer. It may lose text if the training allowed that."""
         (name,) = (name for name in _TEXT if name in self._files)
         data = self._read(name)
         with self._reading(name):
@@ -253,7 +253,7 @@ class Bundle:
             return read_tensors(self._path(KEPT))
 
     def image_tokenizer(self, batch_size: int = 64) -> ImageTokenizer | None:
-        """None: there is text alone. batch_size: images in one call of it."""
+        """The image tokenizer; None for a model of text alone. batch_size: images in one call of it."""
         if not self.has_images:
             return None
         kept = _IMAGE_KEPT in self._files
@@ -384,7 +384,7 @@ class Bundle:
         return {name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
 
     def _path(self, name: str) -> Path:
-        """Of a file inside, or where the Hugging Face cache has it."""
+        """The path of a file inside, or of the Hugging Face cache's file that it is a link to."""
         try:
             path = self._inside.path(name)
         except FileError as error:
@@ -419,7 +419,7 @@ class Bundle:
 
     @contextmanager
     def _reading(self, name: str) -> Iterator[None]:
-        """Around what is made of a file's values: whatever is wrong with them is told as the file's."""
+        """A context for making something of a file's values: an error in them becomes an error of that file."""
         try:
             yield
         except BundleError:
@@ -436,7 +436,7 @@ T = typing.TypeVar("T")
 
 
 def typed(kind: type[T], values: Mapping[str, Any], where: str) -> T:
-    """The dataclass `kind`, of fields that are numbers, texts and truths, from values that may be anything.
+    """Makes a dataclass `kind`, whose fields are numbers, strings and booleans, from values that may be anything.
 
     Raises ValueError, beginning with `where` and the field's name, for an unknown field or one of another type.
     """

@@ -3,7 +3,7 @@
 A checkpoint of step s is the folder `<folder>/<s>` with two trees that are read independently, `params` and
 `optimizer`, and JSON metadata (step, vocabulary manifest, model and training config). Orbax writes into a temporary
 folder and renames it when all of it is on disk, so a half-written checkpoint is never seen. Saving is asynchronous:
-arrays are copied to the host before `save` returns, the disk is written behind the next steps.
+arrays are copied to the host before `save` returns, and written to disk during the next steps.
 
 In a job of many processes each writes its own shards, and all must open, save, wait and close together. Each process
 reads alone: it restores what its devices hold, whatever the others do. Folders are local, or URLs as `gs://bucket/run`.
@@ -140,7 +140,7 @@ class Checkpoints:
         self._settle(timeout=0)
 
     def wait(self) -> None:
-        """Until the last save is on disk. Raises SaveFailed."""
+        """Waits until the last save is on disk. Raises SaveFailed."""
         self._settle(timeout=None)
 
     def _settle(self, timeout: float | None) -> None:
@@ -164,7 +164,9 @@ class Checkpoints:
             self._delete_old()
 
     def _delete_old(self) -> None:
-        """Not Orbax's policies: a writer killed while they delete leaves half a checkpoint under its name."""
+        """Orbax's own policies are not used: a writer killed while they delete leaves half a checkpoint under its
+        name.
+        """
         steps = self.steps()
         best = self.best() if self.keep_best else None
         for step in steps[: -self.keep]:
@@ -260,8 +262,9 @@ def steps_in(folder: str | Path) -> list[int]:
 def adopt(origin: str | Path, step: int, folder: str | Path) -> None:
     """Puts checkpoint `step` of `origin` into `folder`, whole or not at all; what is there already stays.
 
-    On one file system its files are shared (hard links: nobody writes into a checkpoint), else copied. To be done while
-    nobody trains in `folder`. Raises FileNotFoundError, also where the checkpoint is deleted meanwhile, and OSError.
+    On one file system its files are shared (hard links: nobody writes into a checkpoint), else copied. Call it only
+    while nobody trains in `folder`. Raises FileNotFoundError, also where the checkpoint is deleted meanwhile, and
+    OSError.
     """
     there, here = (Checkpoints(path, readonly=True).folder for path in (origin, _made(folder)))
     if step not in steps_in(there):
@@ -281,7 +284,7 @@ def adopt(origin: str | Path, step: int, folder: str | Path) -> None:
 
 
 def link_or_copy(path: Any, copy: Any) -> None:
-    """A file under one more name; another file with the same bytes where the file system cannot do that."""
+    """Gives a file one more name; copies it where the file system cannot do that."""
     try:
         os.link(path, copy)
     except (OSError, TypeError, NotImplementedError):

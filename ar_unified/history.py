@@ -34,7 +34,7 @@ class Changeable:
         cost: they decide how long or with how much memory the same result is made, and what is logged.
         extends: they decide the steps to come and no step before.
         anew: what the stage was made from. Since nothing is made from the stage itself, it may simply be made again.
-        later: fields that came when there were stages without them, and the value that is as good as none.
+        later: fields that older records lack, with the value that means the same as a missing field.
     """
 
     cost: Sequence[str] = ()
@@ -76,7 +76,7 @@ def divide(
 def compare(
     found: Mapping[str, Any], fingerprint: Mapping[str, Any], cost: Mapping[str, Any], may: Changeable
 ) -> tuple[str | None, dict[str, Changes]]:
-    """A record ({"fingerprint", "cost"}) against what a stage is to be made with now.
+    """Compares a record ({"fingerprint", "cost"}) with what a stage is to be made with now.
 
     Returns:
         The first field whose difference is not allowed; and the allowed differences, by kind. If anything differs that
@@ -109,7 +109,7 @@ def as_of(found: Mapping[str, Any], told: Sequence[Mapping[str, Any]], step: int
 
 
 def entry(kind: str, step: int | None, changed: Changes, **more: Any) -> dict[str, Any]:
-    """One line of a history, of now."""
+    """An entry of a history, with the present time."""
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"when": when, "step": step, "kind": kind, **more, "changed": changed}
 

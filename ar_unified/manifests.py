@@ -15,7 +15,7 @@ Changes = dict[str, list[Any]]  # {dotted field: [old, new]}
 
 
 class Mismatch(UserError):
-    """Two records that were to be the same differ. `field`: the first that differs, dotted."""
+    """Two records that should be the same differ. `field`: the first that differs, dotted."""
 
     def __init__(self, field: str, message: str):
         super().__init__(message)
@@ -42,7 +42,7 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
-    """The fields of two records that differ, in the order of `new`, those that only `old` has last."""
+    """The fields of two records that differ, in the order of `new`; those that only `old` has come last."""
     a, b = dict(flat(old)), dict(flat(new))
     pairs = {field: [a.get(field, ABSENT), b.get(field, ABSENT)] for field in (b | a)}
     return {field: [x, y] for field, (x, y) in pairs.items() if x != y}

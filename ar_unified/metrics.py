@@ -1,4 +1,5 @@
-"""What metrics.jsonl holds: the names that training writes and the report reads, its rows, and what they come to.
+"""What metrics.jsonl holds: the names that training writes and the report reads, its rows, and what is concluded from
+them.
 
 A training has turned when the loss on held-out data rises while that on the training data still falls.
 """
@@ -48,7 +49,7 @@ def last_validation(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def turned(rows: Sequence[Mapping[str, Any]], *, finished: bool = True, kept: int | None = None) -> str:
-    """A sentence that says where the validation loss was lowest and what it came to; "" where it has not turned.
+    """A sentence that says where the validation loss was lowest and how far it has risen; "" where it has not turned.
 
     It has turned if the last validation loss is more than 1 % above the lowest while the training loss has not risen
     since. If both losses rise, the training is unstable, which is another matter. A single validation may be chance:

@@ -47,6 +47,6 @@ def experiment_file(given: str) -> str:
 
 
 def _experiments(folder: Path) -> dict[str, Path]:
-    """Experiments below a folder by their names: what makes data, launches and measures is none."""
+    """Experiments below a folder, by name. Scripts that make data, launch jobs or measure are left out."""
     files = [*folder.glob("*.py"), *folder.glob("image_tokenizers/*.py"), *folder.glob("published/*.py")]
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}

@@ -41,7 +41,7 @@ class Kind(NamedTuple):
 
 
 class Pieces:
-    """Which parts of named tensors were written: each once, and in the end all of them."""
+    """Keeps track of which parts of named tensors were written: each once, and in the end all of them."""
 
     def __init__(self, kinds: Mapping[str, Kind]):
         self._kinds = kinds
@@ -51,7 +51,7 @@ class Pieces:
     def take(self, name: str, array: np.ndarray, at: int | None) -> tuple[memoryview, int]:
         """The bytes of a tensor, or of its part at index `at` of the first axis, and their offset in the tensor.
 
-        Raises ValueError for another kind, and for an index that there is not, or twice.
+        Raises ValueError for another kind, and for an index that is out of range or was written before.
         """
         kind = self._kinds[name]
         shape = kind.shape if at is None else kind.shape[1:]
@@ -70,7 +70,7 @@ class Pieces:
 
 
 class TensorWriter:
-    """Writes tensors by name; a context, at whose end all of every tensor is written or an error raised.
+    """A context that writes tensors by name. At its end, every tensor is complete, or an error is raised.
 
     Args:
         folder: is there, and has none of the files.
@@ -156,7 +156,7 @@ def read_bytes(path: Path, pieces: Sequence[tuple[int, int]]) -> np.ndarray:
     """Bytes of a file, uint8, of (begin, length) one after another.
 
     They are read, not mapped: pages of a mapped file count as memory of this process for as long as it is mapped.
-    Raises OSError, also where the file has come to end before.
+    Raises OSError, also where the file ends too early.
     """
     out = np.empty(sum(length for _, length in pieces), np.uint8)
     view = memoryview(out.data)

@@ -10,8 +10,8 @@ it has made anything, its folder is removed, at once or when it is opened again.
 the lock `.locks/STAGE`, which is released when the process ends, in whatever way. In a job of many processes, process 0
 writes and the others read, on storage that all share.
 
-A workdir may be a folder of an object store (`opened`): here is a mirror of it then, whose files go up as they become
-whole, and the lock is the store's (`storage`).
+A workdir may be a folder of an object store (`opened`). This machine then has a mirror of it: each file is uploaded
+when it is complete, and the lock is in the store (`storage`).
 """
 
 from __future__ import annotations
@@ -45,9 +45,10 @@ _KEPT = re.compile(r"tfds|.+/checkpoints")
 
 @contextmanager
 def opened(path: str) -> Iterator[Path]:
-    """A workdir that a person names, as a folder here: of an object store's URL its mirror, else the path itself.
+    """A context that gives a workdir as a local folder: for the URL of an object store its mirror, else the path
+    itself.
 
-    Left, all that was written is in the store. Raises UserError, storage.StoreRefused, storage.StoreFailed.
+    At its end, all that was written is in the store. Raises UserError, storage.StoreRefused, storage.StoreFailed.
     """
     if not storage.is_url(path):
         yield Path(path)
@@ -124,7 +125,8 @@ class Stage:
         return read_history(self.folder)
 
     def begin(self, *entries: Mapping[str, Any]) -> None:
-        """Writes `entries` to the history, then the record of how the stage is made from now on; it is not done.
+        """Writes `entries` to the history, then the record of how the stage is made from now on. It then counts as not
+        done.
 
         Raises StageBusy.
         """
@@ -141,7 +143,7 @@ class Stage:
         clean(self.folder)
 
     def begin_anew(self) -> None:
-        """Renames the folder, by the first number that is free, and begins an empty one."""
+        """Renames the folder with the first free number, and begins an empty one."""
         numbers = (self.folder.with_name(f"{self.name}.old-{n}") for n in itertools.count(1))
         own(self.folder)
         self.aside = next(path for path in numbers if not path.exists())
@@ -157,12 +159,12 @@ class Stage:
         self.done = True
 
     def made_nothing(self) -> bool:
-        """Whether it was begun, and nothing came of it so far."""
+        """Whether it was begun and has made nothing so far."""
         files = {path.name for path in self.folder.rglob("*") if not path.is_dir()}
         return not {name for name in files - {"started.json"} if not name.endswith(UNFINISHED)}
 
     def abandon(self) -> None:
-        """Removes the folder of a stage that failed before it made anything, so that the next try begins anew."""
+        """Removes the folder of a stage that failed before it made anything, so that the next attempt begins anew."""
         if not self.done and self.made_nothing():
             storage.remove_tree(self.folder)
 
@@ -238,7 +240,7 @@ class Workdir:
 
         Args:
             name: of its folder, e.g. "data".
-            fingerprint: all that decides the result, as JSON values (part of the config, hashes of inputs), and those
+            fingerprint: as JSON values, all that decides the result (part of the config, hashes of inputs), and those
             settings of cost alone that are worth recording.
             may: what may differ from the folder's record; the stage then has it as `changed`.
 
@@ -304,7 +306,7 @@ class Workdir:
 
 
 def _now(path: Path) -> Path:
-    """The path, and its file as it is at this moment where others write it."""
+    """The path, after its file was updated from the store, where others may have written it."""
     storage.refresh(path)
     return path
 
@@ -327,7 +329,7 @@ def _changes(stage: Stage, found: Mapping[str, Any], state: str, may: Changeable
 
 
 def _as_json(value: Any) -> Any:
-    """A value as it comes back from a file."""
+    """A value as `write_json` and `read_json` would return it."""
     return json.loads(json.dumps(value, default=_plain))
 
 

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from ar_unified.errors import UserError
+from ar_unified.evaluation import report
 from ar_unified.experiment import config as configs
-from ar_unified.workdir import write_json
+from ar_unified.workdir import read_json, write_json
 from experiments.benchmarks import gallery
 
 
@@ -53,6 +54,22 @@ def test_a_run_becomes_a_row_and_a_picture(workdir, docs):
     assert "](results/mine.png)" in page and "old" not in page and page.endswith("\n\nBy hand.\n")
     gallery.write(docs)
     assert (docs / "results.md").read_text() == page
+
+
+def test_commit_and_machine_are_those_of_the_run(workdir, docs, monkeypatch):
+    """Its report names them: the record may be made later, from another commit."""
+    ran = {"devices": "8 x TPU v5p, 2 process", "jax": "0.1", "written": "2026-01-02 03:04 UTC", "revision": "abc<1>"}
+    with monkeypatch.context() as then:
+        then.setattr(report, "environment", lambda: ran)
+        report.write_report(
+            workdir / "report.html",
+            title="mine",
+            evaluation=read_json(workdir / "evaluation.json"),
+            facts={"jax": "no"},
+        )
+    assert read_json(gallery.record(workdir, "mine", "", docs))["environment"] == ran
+    gallery.write(docs)
+    assert "8 x TPU v5p, 2 process, jax 0.1 | abc<1>, 2026-01-02" in (docs / "results.md").read_text()
 
 
 def test_what_cannot_be_recorded_is_told(workdir, docs):

@@ -46,8 +46,8 @@ def uses() -> Iterator[tuple[str, str]]:
             for node in parts:
                 if isinstance(node, ast.Attribute):
                     reached.add(node.attr)
-                    if (module := opened.get(ast.unparse(node.value))) is not None:
-                        yield module, node.attr
+                    if (of := opened.get(ast.unparse(node.value))) is not None:
+                        yield of, node.attr
                 elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
                     if node.id in taken:
                         yield taken[node.id]
@@ -59,7 +59,7 @@ def uses() -> Iterator[tuple[str, str]]:
 
 
 def test_nothing_public_is_for_tests_alone() -> None:
-    passed_on = {}  # by a package, from one of its modules
+    passed_on: dict[tuple[str, str], tuple[str, str]] = {}  # by a package, from one of its modules
     for name, path in modules().items():
         if path.name == "__init__.py":
             passed_on |= {(name, called): (module, of) for module, of, called in imports(path) if of}

@@ -59,8 +59,10 @@ def byte_level(normalizer: str = "", size: int = 420) -> bytes:
     made.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    options = dict(vocab_size=size, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False)
-    made.train_from_iterator(CORPUS, trainers.BpeTrainer(**options))
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(CORPUS, trainer)
     made.add_tokens([PLAIN])
     return made.to_str().encode()
 

@@ -38,7 +38,9 @@ def parser_of(verb: str) -> argparse.ArgumentParser:
 
 
 def refuse_unread(arguments: argparse.Namespace, when: str, *names: str) -> None:
-    """Raises UserError for the first of these arguments that was given: nothing reads it `when`."""
+    """Raises UserError for the first of these arguments that was given. `when`: the words that say in which case
+    nothing reads it.
+    """
     for name in names:
         if getattr(arguments, name) not in (None, False, ""):
             raise UserError(f"--{name.replace('_', '-')} does nothing {when}: leave it out")
@@ -47,15 +49,16 @@ def refuse_unread(arguments: argparse.Namespace, when: str, *names: str) -> None
 def _experiment(parser: argparse.ArgumentParser, recorded: bool = False, needed: bool = True) -> None:
     """--config, --workdir, and how several processes find each other.
 
-    recorded: the workdir's own config will do. needed: there is no other way to say what is meant.
+    recorded: without --config, the workdir's own config is used. needed: this verb cannot do without them.
     """
     parser.add_argument(
         "--config",
         required=needed and not recorded,
         type=_config,
         metavar="FILE[:arg]",
-        help="the experiment file, or the name of one that comes with the package, as shapes; `:arg` is handed to it, "
-        "as in experiments/folder.py:path=DIR" + ("; default: as the workdir's last start had it" if recorded else ""),
+        help="the experiment file, or the name of one that comes with the package, such as shapes; `:arg` is handed "
+        "to it, as in experiments/folder.py:path=DIR"
+        + ("; default: as the workdir's last start had it" if recorded else ""),
     )
     parser.add_argument(
         "--workdir", required=needed, type=_path, metavar="DIR", help="where stages leave their results"
@@ -102,7 +105,8 @@ def _train(parser: argparse.ArgumentParser) -> None:
         "--branch",
         metavar="WORKDIR[:STEP]",
         type=_branch,
-        help="begin with a checkpoint of another workdir (its last), its tokenizers and its data; it stays as it is",
+        help="begin with a checkpoint of another workdir (its last), its tokenizers and its data; that workdir is not "
+        "changed",
     )
     parser.add_argument(
         "--profile",
@@ -130,10 +134,10 @@ def _sample(parser: argparse.ArgumentParser) -> None:
         help="what to serve; default: prompts from the held-out documents",
     )
     parser.add_argument(
-        "--output", metavar="DIR", type=_path, help="default: samples/ in the workdir, and the name of the requests"
+        "--output", metavar="DIR", type=_path, help="default: samples/ in the workdir, then the name of the requests"
     )
     parser.add_argument(
-        "--part", metavar="K/N", type=_part, help="serve part K, from 0, of N; default: of the processes, this one's"
+        "--part", metavar="K/N", type=_part, help="serve part K of N, counted from 0; default: this process's part"
     )
     parser.add_argument("--links", action="store_true", help="follow links that lead out of the requests' folder")
     parser.add_argument(
@@ -165,7 +169,7 @@ def _score(parser: argparse.ArgumentParser) -> None:
         help="a file or folder of documents, as `validate` takes it",
     )
     parser.add_argument(
-        "--output", required=True, type=_path, metavar="FILE", help="JSONL; nothing that is there is written over"
+        "--output", required=True, type=_path, metavar="FILE", help="JSONL; an existing file is not overwritten"
     )
     parser.add_argument("--links", action="store_true", help="follow links that lead out of the data's folder")
     parser.add_argument("--batch-size", type=int, metavar="N", help="with --from: documents that are read at once (8)")
@@ -223,7 +227,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="FOLDER",
         type=_path,
-        help="the bundle, or what --to says; nothing that is there is written over",
+        help="the bundle, or what --to says; an existing folder is not overwritten",
     )
     parser.add_argument("--license", default="", metavar="WORDS", help="for the model card, as apache-2.0 (unknown)")
     parser.add_argument("--shard-mib", type=int, metavar="MIB", help="of a file of weights, at most (2048)")
@@ -253,7 +257,7 @@ def _import(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=_path,
         metavar="FOLDER",
-        help="the bundle, or the image tokenizer; nothing is written over",
+        help="the bundle, or the image tokenizer; an existing folder is not overwritten",
     )
     parser.add_argument("--text", type=_path, metavar="PATH", help="the text tokenizer, where it lies elsewhere")
     parser.add_argument("--image", type=_path, metavar="PATH", help="the image tokenizer's weights, likewise")
@@ -278,7 +282,7 @@ def _convert_pickle(parser: argparse.ArgumentParser) -> None:
         help="a pickled file, or a folder of some",
     )
     parser.add_argument(
-        "--output", required=True, metavar="FOLDER", type=_path, help="nothing that is there is written over"
+        "--output", required=True, metavar="FOLDER", type=_path, help="an existing one is not overwritten"
     )
 
 
@@ -308,13 +312,13 @@ def _plan(parser: argparse.ArgumentParser) -> None:
         "--workdir",
         metavar="DIR",
         type=_path,
-        help="of the run: its tokenizers size the vocabulary; nothing is written there",
+        help="the workdir of the run: its tokenizers give the size of the vocabulary; nothing is written there",
     )
     parser.add_argument("--job", choices=JOBS, default="train", help="sample: prefill and decode; default: %(default)s")
     parser.add_argument("--output", metavar="DIR", type=_path, help="also write plan.json and index.html there")
     parser.add_argument(
         "--search", metavar="N", type=int, nargs="?", const=CANDIDATES,
-        help="plan the best of N (default: %(const)s) that are compiled, of remat policies, rows a chip and fsdp",
+        help="compile N (%(const)s) choices of remat policy, rows per chip and fsdp, and plan the best",
     )  # fmt: skip
     parser.add_argument("--no-advice", action="store_true", help="refuse at once; do not try what would fit")
 

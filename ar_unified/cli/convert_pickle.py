@@ -1,10 +1,11 @@
 """Make .safetensors files of pickled checkpoints (.pth, .pt, .ckpt; LWM's VQGAN): nothing else here reads a pickle.
 
-Needs no torch, and runs nothing that stands in a file: a pickle that names more than tensors need is refused by that
-name. Of a folder every pickled file is converted, and settings and tokenizers beside them are copied, so that FOLDER is
-what `ar-unified import` takes in its place. What is left out is said. Whole or not at all:
+Needs no torch, and runs nothing from a file: a pickle that names anything but what tensors need is refused, and the
+message has that name. In a folder, every pickled file is converted, and settings and tokenizers beside them are copied;
+`ar-unified import` takes the result in place of the original. Files that are left out are named. Leaves, whole or not
+at all:
   NAME.safetensors    the tensors of NAME.pth, by the same names and in the same dtype
-  NAME.other.json     what is no tensor but plain, as settings
+  NAME.other.json     plain values that are no tensors, such as settings
 """
 
 from __future__ import annotations

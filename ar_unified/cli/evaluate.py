@@ -1,9 +1,9 @@
 """Score an experiment's tokenizer and model on its held-out documents.
 
-Asks for images, answers, captions and next images of stories, for every held-out set; of interleaved documents
-that the protocol has no checker for, the next image and text. config.sampling.checkpoint=best asks the step of the
-lowest validation loss. Leaves in the workdir:
-  evaluation.json   every metric with how many were asked; each further held-out set under its name
+Asks the model for images, answers, captions and next images of stories, for every held-out set. For interleaved
+documents without a checker in the protocol, it asks for the next image and text. With config.sampling.checkpoint=best,
+the model is that of the lowest validation loss. Leaves in the workdir:
+  evaluation.json   every metric, with how many items it is from; each further held-out set under its name
   report.html       the numbers, curves, reconstructions and samples on one self-contained page
 The tokenizer is scored first and by itself: --only tokenizer needs no model, and leaves in tokenizer_evaluation
   evaluation.json   PSNR, SSIM, codebook usage, bits, and what they depend on, of every held-out set

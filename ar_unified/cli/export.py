@@ -1,7 +1,7 @@
 """Write the trained model as one folder that is a model: a bundle.
 
-Reads what the stages left in the workdir, and no sources; --config may be left out, and is then what the workdir's last
-start had. config.sampling.checkpoint says which step: last, or best. Leaves in FOLDER, whole or not at all:
+Reads what the stages left in the workdir, and no sources. Without --config, the config of the workdir's last start is
+used. config.sampling.checkpoint says which step: last, or best. Leaves in FOLDER, whole or not at all:
   model-*.safetensors and their index   the transformer's weights, in the dtype they have
   text_tokenizer/  image_tokenizer/     both tokenizers (for text alone: the first)
   config.json  language.json            the model's shape, what its data were, what requests are drawn with; the grammar
@@ -9,10 +9,11 @@ start had. config.sampling.checkpoint says which step: last, or best. Leaves in 
   bundle.json                           the sha256 and the size of each file but the card
 `ar_unified.load("FOLDER")` opens it, with no experiment and no workdir; --config.init=FOLDER begins a training with it.
 
-Of LoRA (config.lora) the bundle has the adapter in its weights; --to peft writes the adapter alone, as PEFT reads it.
+After a training of LoRA (config.lora), the bundle's weights include the adapter; --to peft writes the adapter alone, as
+PEFT reads it.
 
-With --from and --to, a bundle in the form that others read, or an image tokenizer (an imported one, image_tokenizer/ of
-a workdir or of a bundle) under the names of those who published its kind:
+With --from and --to, it writes a bundle in the form that other programs read, or an image tokenizer (an imported one,
+or image_tokenizer/ of a workdir or of a bundle) with the names of weights that its publishers use:
   ar-unified export --from BUNDLE --to hf --output FOLDER
   ar-unified export --from workdirs/photos/image_tokenizer --to taming --output FOLDER
 """
@@ -145,7 +146,9 @@ def export_adapter(experiment: Experiment, output: str) -> None:
 
 
 def _published(experiment: Experiment, path: Path) -> dict[str, Any] | None:
-    """What the published form needs, if there is one; the head is no longer untrained where this training had it."""
+    """What an export to the published form needs, if there is such a form. A head that this training trained is no
+    longer marked as untrained.
+    """
     if not path.exists():
         return None
     record = read_json(path)
@@ -158,7 +161,9 @@ def _published(experiment: Experiment, path: Path) -> dict[str, Any] | None:
 
 
 def _require_own(experiment: Experiment) -> None:
-    """Raises UserError where the config is of another model than was trained: weights alone do not say all of it."""
+    """Raises UserError where the config describes another model than was trained, because the weights alone do not show
+    every difference.
+    """
     config = configs.plain(experiment.config)
     ours = {"model": decisive(experiment.model), "loss": {name: config["loss"][name] for name in _LOSS}}
     ours["data"] = {name: config["data"][name] for name in _DATA}
@@ -177,7 +182,7 @@ def _done(experiment: Experiment, stage: str) -> dict[str, Any]:
 
 
 def _training(experiment: Experiment) -> dict[str, str]:
-    """What is worth saying of it."""
+    """Facts about the training, for the model card."""
     workdir, checkpoint = experiment.workdir, experiment.checkpoint
     summary = read_json(workdir.model / "done.json")["summary"]
     metadata = Checkpoints(experiment.checkpoint_folder, readonly=True).metadata(checkpoint)

@@ -1,12 +1,12 @@
 """Make a bundle of a published model's files, which `train`, `sample`, `evaluate`, `plan` and `ar_unified.load` take.
 
-Of an image tokenizer alone (--as llamagen_vq, emu3_vq, ...) it makes the folder of a trained one in its place, which
+From an image tokenizer alone (--as llamagen_vq, emu3_vq, ...) it makes a folder like that of a trained one, which
 --config.image_tokenizer.model=FOLDER and `ImageTokenizer.load` take.
 
 Reads a folder of .safetensors files with the config.json and the tokenizers that were published with them; nothing is
 downloaded. Names, shapes and dtypes are checked before anything is written: a tensor that is missing or left over is
 refused. Files that are pickled (.pth, .ckpt) go through `ar-unified convert-pickle` first. Tensors keep their dtype,
-and come back bit for bit with `ar-unified export --from BUNDLE --to FORMAT`. In memory is one tensor at a time.
+and come back bit for bit with `ar-unified export --from BUNDLE --to FORMAT`. Only one tensor is in memory at a time.
 
   ar-unified import --from DOWNLOAD --as emu3 --output BUNDLE
   ar-unified import --from models/7b --as chameleon --text tokenizer --image tokenizer/vqgan --output BUNDLE

@@ -46,7 +46,7 @@ def _overview() -> str:
             "",
             "`ar-unified VERB --help` says what a verb reads, what it leaves in the workdir, and its options.",
             "Every verb can be killed and started again: what is finished is skipped, what was interrupted continues.",
-            "Many hosts: the same command on each. FILE may be the name of an experiment of the package, as shapes.",
+            "Many hosts: the same command on each. FILE may be an experiment of the package, such as shapes.",
             "",
             "Exit status: 0 done; 1 the answer is no (plan, validate); 2 something given cannot be used; 3 a run",
             "stopped by itself; 70 a fault of ours, with its traceback; 129, 130, 143 by SIGHUP, Ctrl-C, SIGTERM.",
@@ -112,7 +112,9 @@ def _run(verb: str, arguments: argparse.Namespace, overrides: Sequence[str]) -> 
 
 @contextlib.contextmanager
 def _workdir(arguments: argparse.Namespace) -> Iterator[None]:
-    """Around a verb: a workdir in an object store is a folder here, and no other path may be a URL."""
+    """A context for a verb: a workdir in an object store becomes a local folder, and any other path that is a URL is
+    refused.
+    """
     from ar_unified import storage, workdir
 
     for name, value in vars(arguments).items():
@@ -132,7 +134,7 @@ def _tell(verb: str, message: str) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Our lines are the ones to read: the libraries' informational logs start at warnings."""
+    """Makes the libraries log warnings and errors only, so that our own lines are seen."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     from absl import logging
 

@@ -1,11 +1,11 @@
 """Compile an experiment's real programs for hardware that is not here: what they need and how fast they can be.
 
 Needs a CPU, and libtpu for TPUs (`pip install ar_unified[tpu]` or `make libtpu`); no data and no tokenizers. With
---workdir, tokenizers that are there say how large the vocabulary is; else it is as large as the config lets it become.
-Prints per device: memory by what holds it against what there is, collectives by kind with the bytes they send, FLOPs,
-and an estimate of the time of a step with what it assumes. A program that does not fit is refused (exit status 1) with
-the compiler's number and with what would make it fit. With --search it looks for what trains fastest: remat policies,
-rows a chip and fsdp, of which it compiles some and plans the best that fits. With --output:
+--workdir, the tokenizers there give the size of the vocabulary; else it is as large as the config lets it become.
+Prints per device: memory by what it is used for, beside what the device has, collectives by kind with the bytes they
+send, FLOPs, and an estimate of the time of a step with what it assumes. A program that does not fit is refused (exit
+status 1) with the compiler's number and with what would make it fit. With --search it looks for the fastest training:
+it compiles some choices of remat policy, rows per chip and fsdp, and plans the best that fits. With --output:
   plan.json    all numbers
   index.html   the same with an image of where memory goes
 
@@ -46,7 +46,7 @@ from ar_unified.workdir import write_json
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Prints the plan, and what would fit instead where it does not; returns 1 if it does not. Raises UserError."""
+    """Prints the plan. If it does not fit, prints what would fit, and returns 1. Raises UserError."""
     target = parse_target(arguments.target)
     use_cpu(target)
     config = configs.load(arguments.config, overrides)
@@ -89,7 +89,9 @@ def save(plan: PlanReport, folder: str | Path) -> None:
 
 
 def use_cpu(target: Target) -> None:
-    """This process computes nothing but constants, on the CPU; enough CPU devices to stand in for a GPU target."""
+    """Sets up this process to compute nothing but constants, on the CPU, with enough CPU devices to stand in for a GPU
+    target.
+    """
     try:
         jax.config.update("jax_platforms", "cpu")
         if not target.is_tpu:
@@ -167,7 +169,7 @@ def _language(
 
 
 def _image_tokenizer(config: ConfigDict, workdir: str | Path | None) -> AutoencoderConfig:
-    """Of the trained image tokenizer, or of the one to be trained."""
+    """The shape of the trained image tokenizer, or of the one to be trained."""
     if workdir and (path := Path(workdir) / "image_tokenizer" / "config.json").exists():
         with about(str(path)):
             return saved_config(path.parent)

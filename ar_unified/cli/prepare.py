@@ -3,8 +3,8 @@
 Reads the sources and both tokenizers. Leaves in the workdir:
   data/train, data/validation   ArrayRecord shards, an index of lengths, manifest.json with the vocabulary
   data/*/skipped.jsonl          every item that was left out: where it stands, its kind, what was wrong
-  data/filters.json             with config.data.filters that compare items: which are left out for others
-  image_codes                   the codes of all images so far, which no other text tokenizer or source changes
+  data/filters.json             with config.data.filters that compare items: what they leave out, and why
+  image_codes                   the codes of all images so far: another text tokenizer or source does not change them
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def _prepare(experiment: Experiment, stage: Stage) -> None:
 
 
 def _filtered(experiment: Experiment, stage: Stage) -> list[Source]:
-    """The sources of the training without what the filters leave out: process 0 compares, the others read."""
+    """The sources of the training without what the filters leave out. Process 0 compares, the others read its
+    verdicts.
+    """
     held_out = [source for those in experiment.held_out.values() for source in those]
 
     def decided() -> list[Source]:
@@ -101,7 +103,7 @@ def _filtered(experiment: Experiment, stage: Stage) -> list[Source]:
 
 
 def _replicas(tokenizer: ImageTokenizer | NoImages) -> list[ImageTokenizer | NoImages]:
-    """One a device of this process; the faked devices of a CPU have its cores in common."""
+    """One replica for each device of this process; one alone on a CPU, because its faked devices share its cores."""
     devices = jax.local_devices()
     if isinstance(tokenizer, NoImages) or len(devices) == 1 or devices[0].platform == "cpu":
         return [tokenizer]

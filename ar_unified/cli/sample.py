@@ -4,18 +4,19 @@ A line of the requests is a JSON object: {"prompt": "a red circle"} asks for an 
 the next turn of a conversation; {"content": [...], "mode": "text" | "image" | "interleaved" | "free", ...} for anything
 else (ar_unified.sampling.requests says what a line may hold). Text files of prompts, tables with a column of them (CSV,
 TSV, Parquet), OpenAI batch files of /v1/chat/completions and /v1/images/generations, WebDataset shards and the prompt
-files of benchmarks are read as they are; columns of their own travel along. Without --requests, prompts are taken from
-the held-out documents. Leaves in the output folder:
+files of benchmarks are read as they are; their other columns are copied to the samples. Without --requests, prompts are
+taken from the held-out documents. Leaves in the output folder:
   samples.jsonl   one line per sample: text, and the names of its images; a bad request is a line that says why
   images/         PNG files
   index.html      a gallery
   batch_output.jsonl, batch_errors.jsonl   for a batch file: its answers in OpenAI's format (sampling.batch_output)
-Run again after whatever stopped it, it goes on. Many processes share a job, each with a part of the requests: those
-that started together by their numbers, others by --part K/N; their number may change. --layout writes the images as a
-benchmark reads them, into OUTPUT/LAYOUT; without --requests it does so for what an output folder has, be its job
-finished or running. --adapter loads LoRA adapters, of which each request may name one.
+After any interruption, the same command goes on. Many processes can share a job, each with a part of the requests:
+processes that started together share by their numbers, others by --part K/N, and the number of processes may change.
+--layout writes the images as a benchmark reads them, into OUTPUT/LAYOUT; without --requests it does so for the samples
+that an output folder has, whether its job is finished or running. --adapter loads LoRA adapters, of which each request
+may name one.
 
-A bundle, exported or imported, needs no workdir, and is drawn with its own settings, as its authors published them:
+A bundle, exported or imported, needs no workdir. It is sampled with its own settings, as its authors published them:
   ar-unified sample --from BUNDLE --requests prompts.jsonl --output out
 
 Best of n: --n 16 --keep-best REWARD draws 16 samples for each request and keeps the one that REWARD finds best
@@ -94,7 +95,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _counts(arguments: argparse.Namespace) -> dict[str, int]:
-    """How many samples a request has that does not say it: as --n says, or the benchmark."""
+    """How many samples a request gets if it does not say how many: as --n says, or the benchmark."""
     if arguments.n:
         return {"n": arguments.n}
     return {"n": BENCHMARKS[arguments.layout].n} if arguments.layout else {}
@@ -107,7 +108,7 @@ def _made_of(
     reward: Reward | None,
     say: Callable[[str], object],
 ) -> None:
-    """What is made of the samples of a job that is complete: the best of them, a benchmark's folder."""
+    """Makes what is asked for of the samples of a complete job: the best of them, a benchmark's folder."""
     if reward is not None and report is not None and report.complete:
         say(str(keep_best(output, reward)))
         say("\n".join(str(output / name) for name in NAMES))
@@ -233,7 +234,7 @@ def _require_samples(output: Path) -> None:
 def _rows(source: Source, folder: Path, most: int) -> Iterator[dict[str, Any]]:
     """Requests from the first documents of a source: the prompt of those with a turn, the first half of the others.
 
-    most: characters of a beginning of a text that stands alone.
+    most: characters of the beginning of a text that stands alone, at most.
     """
     documents = islice(_good(source), _HELD_OUT)
     for number, document in enumerate(documents):

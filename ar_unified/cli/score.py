@@ -1,6 +1,6 @@
-"""Write how likely the model finds what is given: documents, prompts with answers, preference pairs.
+"""Write how likely the model finds given documents, prompts with answers, or preference pairs.
 
-PATH is a file or folder of documents as `ar-unified validate` takes it, of which JSONL is the plainest:
+PATH is a file or folder of documents as `ar-unified validate` takes it; JSONL is the simplest form:
   {"prompt": "a red circle", "answer": [{"type": "image", "image": "a.png"}]}
   {"image": "a.png", "question": "What colour is it?", "answer": "red"}
   {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}

@@ -6,8 +6,8 @@ Reads the experiment's training sources. Leaves in the workdir:
   image_tokenizer/weights.safetensors and config.json  the VQ-VAE; its checkpoints, curves and images beside them
                                                        (or image_tokenizer.model of the config, as it is)
                                                        (with config.image_tokenizer.steps=0, for text alone: none)
-With config.init=FOLDER both are those of a bundle, and nothing is trained; where it is of text alone, and
-config.image_tokenizer has a model or steps, the text tokenizer is.
+With config.init=FOLDER both are those of that bundle, and nothing is trained. If the bundle is of text alone and
+config.image_tokenizer has a model or steps, only the text tokenizer is the bundle's.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def train_tokenizers(experiment: Experiment, only: str | None = None) -> None:
 
 @by_first_process
 def bring_image(experiment: Experiment) -> None:
-    """Stage image_tokenizer, where one comes from a bundle or from elsewhere: as it is."""
+    """Stage image_tokenizer, where the tokenizer comes from a bundle or from elsewhere: it is used as it is."""
     tokenizer = experiment.brought
     assert tokenizer is not None
     stage = experiment.stage("image_tokenizer", brought=tokenizer.hash)

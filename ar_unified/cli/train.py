@@ -1,14 +1,15 @@
 """Train the transformer on the token shards, or by rewards of what it draws itself.
 
-Reads data/train and data/validation; with config.training.objective="reward" the sources, whose documents ask, and
-draws answers, which config.reward judges (docs/rewards.md). Leaves in the workdir:
+Reads data/train and data/validation. With config.training.objective="reward" it reads the sources instead: their
+documents give the prompts, the model draws answers, and config.reward judges these (docs/rewards.md). Leaves in the
+workdir:
   model/checkpoints       Orbax: parameters and optimizer state, each with the vocabulary's manifest; the last few, and
-                          that of the lowest validation loss (training.keep_best). Of LoRA (config.lora.rank above 0)
-                          what is trained alone: the rest is in the bundle that config.init names
+                          that of the lowest validation loss (training.keep_best). With LoRA (config.lora.rank above 0)
+                          only what is trained: the rest is in the bundle of config.init
   model/metrics.jsonl     loss and log Z by role, loss by task, bits, norms, rates, attention between text and images;
                           model/tensorboard the same, with sample images
   model/goodput.json      where the wall time of every attempt went
-  model/failed_rewards.jsonl   by rewards: every answer that had none, with its prompt and why
+  model/failed_rewards.jsonl   by rewards: every answer without a reward, with its prompt and the reason
   model/history.json      what changed while it was trained, and at which step
 
 What only decides cost (model.remat, training.accumulation, loss.chunk, mesh, log_every, ...) may change whenever the
@@ -155,7 +156,7 @@ def _require_own_rows(experiment: Experiment) -> None:
 
 
 def _say_rate(experiment: Experiment, stage: Stage, taken: int) -> None:
-    """What a schedule that has just changed makes of the learning rate, which may rise again."""
+    """Says how the learning rate goes on after a change of its schedule, because it may rise again."""
     changes = [entry for entry in stage.history if entry["kind"] in DECIDING]
     if not changes or not taken or changes[-1]["step"] != taken:
         return

@@ -5,8 +5,9 @@
     move      Move the star to the bottom right.     remove   Remove the large square.
               Move the star down.
 
-Which split an edit belongs to follows from it alone: both of its scenes are of that split, and what is done to which
-object (`action_of`) is held out too, so that no model has read, in training, that the red circle becomes blue.
+Which split an edit belongs to follows from it alone: both of its scenes are of that split, and its action (`action_of`:
+what is done to which object) is held out too. So no model has read in training that, for example, the red circle
+becomes blue.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ _ATTRIBUTES = {"colour": "recolour", "shape": "reshape", "size": "resize", "plac
 
 
 def action_of(old: Object | None, new: Object | None) -> str:
-    """What is done to which object, in words that do not depend on how it is said, nor on where and how large it is."""
+    """What is done to which object, in words that depend neither on the wording nor on the object's place and size."""
     o = old or new
     assert o is not None
     if old is None or new is None:
@@ -100,7 +101,7 @@ def action_of(old: Object | None, new: Object | None) -> str:
 
 @lru_cache(maxsize=4096)
 def is_held_out(old: Object | None, new: Object | None) -> bool:
-    """Whether what is done to this object is left out of the training split: a tenth of all there is."""
+    """Whether this action is held out of the training split, as a tenth of all actions are."""
     return zlib.crc32(action_of(old, new).encode()) % 10 == 0
 
 
@@ -171,7 +172,7 @@ def instruction(rng: np.random.Generator, kind: str, old: Object | None, new: Ob
 
 
 def _direction(old: str, new: str) -> str:
-    """The word for a step across or up and down; "" for one that is both."""
+    """The word for a horizontal or vertical step; "" for a diagonal one."""
     (row, column), (to_row, to_column) = (divmod(PLACES.index(place), 2) for place in (old, new))
     if row != to_row and column != to_column:
         return ""

@@ -1,9 +1,9 @@
 """Text files are UTF-8, with or without a byte order mark. Any other encoding is refused by its name.
 
-One rule for all readers: rows, corpora, prompts, members of archives. The mark is skipped where a file begins and only
-there. UTF-16 and UTF-32 are recognised by their marks, or by the zeros of Latin text. Encodings of single bytes cannot
-be told apart, so the error shows how the bytes read in Windows-1252. A zero byte is no text. No encoding is ever
-guessed.
+One rule for all readers: rows, corpora, prompts, members of archives. The mark is skipped at the beginning of a file,
+and nowhere else. UTF-16 and UTF-32 are recognised by their marks, or by the zeros of Latin text. Encodings of single
+bytes cannot be told apart, so the error shows how the bytes read in Windows-1252. A zero byte is no text. No encoding
+is ever guessed.
 """
 
 from __future__ import annotations

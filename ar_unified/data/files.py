@@ -40,7 +40,7 @@ _LITTER = {
 
 
 class FileError(ValueError):
-    """A file that cannot be used; its name is left to the caller to say.
+    """A file that cannot be used. The caller adds its name to the message.
 
     `kind`: "path_escapes", "missing_image", "unreadable_image" or "unreadable_file".
     """
@@ -52,8 +52,9 @@ class FileError(ValueError):
 
 @dataclass(frozen=True)
 class Found:
-    """A file that a search of a folder found: its path below the folder, with "/", and its size in bytes; or, with
-    an `error`, what was found there in its place."""
+    """A file that a search of a folder found: its path below the folder, with "/", and its size in bytes. With an
+    `error`: what was found in place of a file.
+    """
 
     name: str
     size: int = 0
@@ -83,7 +84,9 @@ class Folder:
     # ---- names in rows --------------------------------------------------------------------------------------------
 
     def read(self, name: str) -> bytes:
-        """The bytes of what a row names: a file inside, by path or file: URL, or a data: URL. Raises FileError."""
+        """The bytes of what a row names: a file inside the folder, by path or file: URL, or a data: URL. Raises
+        FileError.
+        """
         found = meant(name)
         return found if isinstance(found, bytes) else self.read_file(found)
 
@@ -244,7 +247,7 @@ class Bucket:
             raise FileError("missing_image", f"no such object: {path}") from error
 
     def path(self, name: str) -> Remote:
-        """The object that a row means by `name`; whether it is there is seen as it is read. Raises FileError."""
+        """The object that a row means by `name`; a missing one is noticed when it is read. Raises FileError."""
         if "\0" in name:
             raise FileError("missing_image", "a name cannot have a zero byte")
         below = posixpath.normpath(name)
@@ -321,7 +324,7 @@ def _is_below(path: str, top: str) -> bool:
 
 
 def _blobs(real: str) -> str | None:
-    """Where the Hugging Face cache keeps the files of a snapshot that is `real`, or around it."""
+    """Where the Hugging Face cache keeps the files of the snapshot that `real` is, or lies in."""
     for folder in (Path(real), *Path(real).parents):
         if folder.parent.name == "snapshots" and (blobs := folder.parent.parent / "blobs").is_dir():
             return str(blobs)

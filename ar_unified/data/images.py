@@ -6,8 +6,8 @@
     16 bit grey, RGB, with or without alpha; 12 bit TIFF   white is 65535 (4095), whatever the brightest pixel is
     palette, CMYK (Adobe's too), YCbCr, LAB                Pillow's RGB
     alpha, a transparent colour or palette entry           laid on white
-    floats (TIFF, PFM)                    white is 1, 255 or 65535, told from the values: `_white`
-    32 bit and signed 16 bit integers     white is 255 or 65535, told in the same way
+    floats (TIFF, PFM)                    white is 1, 255 or 65535, `_white` decides by the values
+    32 bit and signed 16 bit integers     white is 255 or 65535, decided in the same way
     grey that counts down to white        turned over
     NaN, infinite or negative values, a range that cannot be told, signed 8 bit   unreadable_image
     animations, files of several pages    the first image
@@ -300,8 +300,8 @@ class CodesAlone(NoImages):
     """
 
     no_decoder = (
-        "this model's images are codes alone, as its own image tokenizer is none that is imported: CodesPart shows it "
-        "one, and `Model.generate` draws one"
+        "this model's images are codes alone, as its image tokenizer cannot be imported: give it images as CodesPart; "
+        "`Model.generate` draws them as codes"
     )
 
     def __init__(self, codebook_size: int):
@@ -315,7 +315,8 @@ class CodesAlone(NoImages):
 
 
 def draws_none(tokenizer: ImageCodec) -> str:
-    """Why a tokenizer draws no images and what to do, in a sentence; "": it does. One from a file may have no decoder.
+    """Why a tokenizer cannot make images of codes, and what to do, in a sentence; "" if it can. One from a file may
+    have no decoder.
 
     Ask it before a model samples codes that nothing could decode.
     """

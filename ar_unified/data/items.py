@@ -53,7 +53,8 @@ TOGETHER = 64  # items that are read at once, if a source says nothing: their by
 
 
 def fetched(source: Source, indices: Iterable[int]) -> Iterator[tuple[int, Callable[[], Document]]]:
-    """Items in the order of `indices`, read many at a time where the source can; decoded by the call, maybe elsewhere.
+    """Calls that give the items of `indices`, in order. The source reads many at a time if it can; each call decodes
+    one item, in any thread.
 
     The call raises BadItem, as `source[i]` does.
     """
@@ -103,8 +104,8 @@ class Source(Protocol):
     """Documents by index. Safe to read from many threads.
 
     A source that reads many items faster than one by one has two more methods: `fetch(indices)`, a list of calls that
-    give the documents (see `fetched`), and `fetch_texts(indices)`, what `texts` gives or the BadItem that it raises;
-    and `together`, how many of them are best read at once.
+    give the documents (see `fetched`), `fetch_texts(indices)`, for each what `texts` gives or the BadItem that it
+    raises. `together` is how many of them are best read at once.
 
     Attributes:
         name: unique among the sources of a run; also names its folder of shards.

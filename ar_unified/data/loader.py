@@ -44,7 +44,7 @@ class NothingReadable(UserError):
 
 
 class Chosen(NamedTuple):
-    """Of an epoch of a source, the items of each of the rows `at` of a batch: documents, or preference pairs."""
+    """For an epoch of a source, the items (documents, or preference pairs) of each of the rows `at` of a batch."""
 
     source: int
     epoch: int
@@ -175,7 +175,7 @@ class PackedBatches:
         return self.laid(*self.picked(step, process_index, process_count))
 
     def picked(self, step: int, process_index: int, process_count: int) -> tuple[Phase, int, list[Chosen]]:
-        """The phase of a step, how many rows are asked for, and what is in them."""
+        """The phase of a step, how many rows are asked for, and the items in them."""
         now = bisect.bisect_right([phase.from_step for phase in self.phases], step) - 1
         phase = self.phases[now]
         rows, length = phase.batch_size or self.batch_size, phase.sequence_length or self.sequence_length
@@ -187,7 +187,7 @@ class PackedBatches:
         return phase, len(picks.item), chosen
 
     def laid(self, phase: Phase, count: int, chosen: Sequence[Chosen]) -> PackedBatch:
-        """What is chosen, in `count` rows."""
+        """The batch of the chosen items, in `count` rows."""
         documents: list[Encoded] = []
         tasks: list[np.ndarray] = []
         rows: list[np.ndarray] = []
@@ -294,7 +294,8 @@ class ImageBatches:
             in memory up to `memory` bytes.
         size: (H, W) in pixels.
         weights: shares of the sources; None: by their number of documents.
-        mirror: whether half of the images are mirrored left to right (not for text, nor where sides matter).
+        mirror: whether half of the images are mirrored left to right (not for images of text, nor where left and right
+            matter).
         short_side: scale images to this short side, in pixels, and cut the window at random out of them; None: the
             largest window of the size's aspect, from the middle.
         recolour: share of the images whose colours are changed at random (`images.recoloured`).
@@ -360,8 +361,8 @@ class ImageBatches:
                 left_out(BadItem("no_image", items.origin(document), "the document has no image"))
         looked = "its" if count == len(items) else f"{count} of its"
         return NothingReadable(
-            f"source {items.name!r}: no readable image in {looked} {len(items)} documents: {left_out}. Mend them, "
-            "take the source out of the config, or name one without images as kind='text'"
+            f"source {items.name!r}: no readable image in {looked} {len(items)} documents: {left_out}. Repair them, "
+            "take the source out of the config, or give it kind='text' if it has no images"
         )
 
     def _image(self, source: int, document: int, draw: Sequence[int]) -> np.ndarray:

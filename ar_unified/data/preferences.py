@@ -1,7 +1,7 @@
 """Preference pairs -> packed batches: both answers of a pair side by side in one row.
 
 So a pair lies in one microbatch and on the devices of one row, whatever the mesh, and what belongs to it is found by
-counting documents in the row. Everything else, and above all that batch(step) is a pure function, is `loader`'s.
+counting documents in the row. Everything else comes from `loader`, above all that batch(step) is a pure function.
 
 Axes: `B` rows, `T` tokens of a row, `P` pairs of a row at most, `R` roles of targets.
 """
@@ -28,7 +28,7 @@ class PreferenceBatches(PackedBatches):
     """Rows of whole preference pairs from the shards that `prepare` left in `folder`.
 
     A pair is read as it stands: nothing is flipped, and no prompt is dropped. sequence_length: at least the longest
-    pair, both answers with their prompt. Args and errors else as of `PackedBatches`.
+    pair, both answers with their prompt. All other args and errors are those of `PackedBatches`.
 
     Attributes:
         reference: what the reference gives each pair, to be set before batches with it are asked for; {}: zeros.

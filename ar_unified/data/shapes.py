@@ -6,7 +6,7 @@
     shapes/edits       {image, instruction, edited_image, scene, edited_scene}   see edits.py
     shapes/conversations   {messages, images, kinds, scenes}    turns about a picture; see conversations.py
 
-each also as `<name>_32` (images of 32 x 32 instead of 64 x 64 pixels), with the splits `train`,
+each also as `<name>_32` (images of 32 x 32 instead of 64 x 64 pixels). The splits are `train`,
 `validation` (scenes that are not in train) and `unseen_combinations` (scenes with a (shape, colour) that no
 training image or text contains); of edits and conversations see there. `scene` is JSON
 (`scenes.scene_from_json`). Importing this module makes the names known to `tfds.data_source`; nothing is downloaded.

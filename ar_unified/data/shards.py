@@ -1,4 +1,4 @@
-"""Documents as tokens on disk: ArrayRecord shards, each with an index of what a loader must know beforehand.
+"""Documents as tokens on disk: ArrayRecord shards, each with an index of what a loader must know before it reads them.
 
 <folder>/manifest.json                     what the tokens mean and what is in the folder; written last
          <source>/00000.array_record       one record a document: its item's number, int32 tokens, uint8 marks

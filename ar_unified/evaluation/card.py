@@ -41,8 +41,8 @@ def card(
         license: if it is "", the card says that the licence is unknown.
         image: of the image tokenizer; None: text alone.
         config: of the experiment, plain.
-        training: what is worth saying of it, by name.
-        evaluation: what `ar-unified evaluate` wrote; None: nothing of these weights.
+        training: facts about it, by name.
+        evaluation: what `ar-unified evaluate` wrote; None: it has not scored these weights.
     """
     codes = f", {vocabulary.codebook_size:,} image codes" if image else ", no images"
     facts = {
@@ -51,7 +51,8 @@ def card(
         **({"image tokenizer": f"{image.backbone}, {image.quantizer}, {image.factor} pixels a code"} if image else {}),
         **{name: words for name, words in summary(config).items() if name != "text" and (image or name != "images")},
         **training,
-        "license": license or "unknown. Say here, and in the first lines of this file, which it is before you share it",
+        "license": license
+        or "unknown. Before you share this model, write its licence here and in the first lines of this file",
     }
     rows = dict(_numbers(evaluation or {}))
     counts = (evaluation or {}).get("counts", {})
@@ -71,7 +72,7 @@ def card(
         shown = [(NAMES.get(name, name), f"{value:.4g}", str(counts.get(name, ""))) for name, value in rows.items()]
         lines += ["On held-out documents, as `ar-unified evaluate` wrote it.", "", *_table(("", "", "asked"), shown)]
     else:
-        lines += ["Nothing was measured of these weights."]
+        lines += ["Nothing was measured on these weights."]
     return "\n".join(lines) + "\n"
 
 

@@ -82,11 +82,9 @@ def _among(words: Iterable[str], names: Iterable[str]) -> list[str]:
 
 
 def _coverage(image: np.ndarray, pure: np.ndarray, core: np.ndarray) -> tuple[np.ndarray, int]:
-    """How much of each pixel the figure covers, [H, W] in [0, 1], and how many pixels are of some other
-    colour.
+    """The coverage of each pixel by the figure, [H, W] in [0, 1], and how many pixels have some other colour.
 
-    All colours are relative to the background: `pure` is the figure's as it should be, `core` as it was
-    found.
+    All colours are relative to the background: `pure` is the figure's colour as it should be, `core` as it was found.
     """
     aside = np.linalg.norm(image - (image @ pure / (pure @ pure))[..., None] * pure, axis=-1)
     foreign = aside > FOREIGN

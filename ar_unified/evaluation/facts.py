@@ -18,7 +18,7 @@ from ar_unified.evaluation.charts import number
 
 
 def summary(config: Mapping[str, Any]) -> dict[str, str]:
-    """A config in a few lines; parts that it does not have are left out."""
+    """A summary of a config in a few lines; parts that the config lacks are left out."""
 
     def part(name: str) -> Mapping[str, Any]:
         found = config.get(name)

@@ -21,14 +21,14 @@ NO_IMAGE = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="
 def sample_sections(galleries: Mapping[str, Sequence[Example]]) -> list[tuple[str, str]]:
     """(heading, HTML) for drawn images, stories, conversations and answers, each held-out set under its own name."""
     shown: tuple[tuple[str, tuple[str, ...], Callable[[Example], str], str, str], ...] = (
-        ("Images from text", ("text_to_image",), _drawn, "gallery", "Left the model's, right a real one."),
-        ("Stories", ("story",), _story, "stories", "Told a change, the model draws what follows (framed)."),
+        ("Images from text", ("text_to_image",), _drawn, "gallery", "Left: the model's image. Right: a real one."),
+        ("Stories", ("story",), _story, "stories", "The model is told a change, and draws what follows (framed)."),
         (
             "Next images",
             ("next_image",),
             _story,
             "stories",
-            "After what is given, the model's (framed) and the real.",
+            "What was given, then the model's part (framed) and the real one.",
         ),
         (
             "Conversations",
@@ -49,7 +49,7 @@ def sample_sections(galleries: Mapping[str, Sequence[Example]]) -> list[tuple[st
                 title = f"<h3>{escape(name.replace('_', ' '))}</h3>" if len(galleries) > 1 else ""
                 blocks.append(f'{title}<div class="{layout}">{cards}</div>')
         if blocks:
-            lead = f"{lead} The first that were asked, not chosen; behind them failures, where there were more."
+            lead = f"{lead} The first examples, not chosen; after them failures, if there were more."
             sections.append((heading, f'<p class="lead">{lead.strip()}</p>{"".join(blocks)}'))
     return sections
 

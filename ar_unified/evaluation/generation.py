@@ -177,7 +177,7 @@ def _asked_for(document: Document) -> str:
 
 
 def _examples(kind: str, documents: Mapping[str, list[Document]], protocol: Protocol) -> Iterator[Example]:
-    """The questions of one kind that the documents allow and the protocol has a use for."""
+    """The questions of one kind which the documents allow and the protocol can judge."""
     if kind == "text_to_image":
         for d in documents.get("text_to_image", []):
             first = d.answer[0]
@@ -209,12 +209,13 @@ def _examples(kind: str, documents: Mapping[str, list[Document]], protocol: Prot
 
 
 def _stories(documents: Mapping[str, list[Document]]) -> list[Document]:
-    """Interleaved documents; of a conversation nobody says which of its turns is to be made."""
+    """Asks about interleaved documents; of a conversation nobody says which of its turns is to be made."""
     return [document for document in documents.get("interleaved", []) if not document.asks]
 
 
 def _story(document: Document, protocol: Protocol) -> int | None:
-    """Which part of an interleaved document is an image that the protocol can check; None: none is.
+    """The number of the part of an interleaved document that is an image which the protocol can check; None: there is
+    none.
 
     It is the second image, where a text before it says what it shows.
     """

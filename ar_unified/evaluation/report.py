@@ -69,7 +69,7 @@ MEANINGS = {
     "story_change_exact": "next images that show the change told",
     "next_text_exact": "next texts of interleaved documents that are the document's own",
     "parse_rate": "sampled sequences that are documents",
-    "reconstruction_exact": "real images still right behind the tokenizer: the ceiling of text to image",
+    "reconstruction_exact": "real images still right after the tokenizer: the ceiling of text to image",
 }
 
 
@@ -91,9 +91,9 @@ def write_report(
     Args:
         path: of the HTML file.
         title: the experiment's name.
-        evaluation: metrics as generation.evaluate gives them; further held-out sets as nested mappings by
-            name, numbers of other kinds (validation losses) flat or nested; under "tokenizer" those of
-            tokenizer.evaluate_tokenizer by set.
+        evaluation: metrics as generation.evaluate gives them; further held-out sets are nested mappings by name; other
+            numbers (validation losses) are flat or nested; "tokenizer" has the numbers of tokenizer.evaluate_tokenizer
+            by set.
         examples: by set, "" or "held out" for the first.
         sheets: by set, the images of evaluate_tokenizer.
         telemetry: by model, "image_tokenizer" and "transformer": a metrics.jsonl (which may be missing), or
@@ -183,7 +183,9 @@ def _headline(sets: Mapping[str, Mapping[str, Any]], thresholds: Mapping[str, fl
 
 
 def _table(sets: Mapping[str, Mapping[str, Any]], thresholds: Mapping[str, float]) -> str:
-    """Every number of every set: the named ones first, in their order, and groups under the number they divide."""
+    """Every number of every set: those of NAMES first, in their order; the numbers of groups follow the number that
+    they are part of.
+    """
     keys = list(dict.fromkeys(k for metrics in sets.values() for k in metrics if isinstance(metrics[k], (int, float))))
     if not keys:
         return _notes(sets)
@@ -212,7 +214,7 @@ def _table(sets: Mapping[str, Mapping[str, Any]], thresholds: Mapping[str, float
 
 
 def _notes(sets: Mapping[str, Mapping[str, Any]]) -> str:
-    """Notes on sets that do not have the documents an evaluation looks for: what was asked of them instead."""
+    """Notes on the sets without the documents that an evaluation looks for: what was asked instead."""
     notes = [f"{name}: {metrics['note']}." for name, metrics in sets.items() if metrics.get("note")]
     return "".join(f'<p class="soft">{escape(note)}</p>' for note in notes)
 
@@ -288,7 +290,7 @@ def _tokenizer(
 
 
 def tokenizer_charts() -> tuple[Chart, ...]:
-    """Of an image tokenizer's training."""
+    """The curves of an image tokenizer's training."""
     return (
         ("Loss", "", _both("loss"), "log"),
         ("PSNR", "dB", _both("psnr"), ""),
@@ -300,7 +302,7 @@ def tokenizer_charts() -> tuple[Chart, ...]:
 
 
 def transformer_charts(rows: Sequence[Mapping[str, Any]]) -> tuple[Chart, ...]:
-    """Of a transformer's training, with a curve for each role and task that its rows know."""
+    """The curves of a transformer's training, one for each role and task in its rows."""
     keys = {key for row in rows for key in row}
     pairs = REWARDS + "margins" in keys
     return (
@@ -319,7 +321,7 @@ def transformer_charts(rows: Sequence[Mapping[str, Any]]) -> tuple[Chart, ...]:
 
 
 def _preference_charts(keys: Collection[str]) -> tuple[Chart, ...]:
-    """Of a training on preference pairs (training/preference.py)."""
+    """The curves of a training on preference pairs (training/preference.py)."""
     margins = REWARDS + "margins"
     whole = {margins: "margins"} | _losses(keys, margins + "/")
     return (
@@ -332,7 +334,7 @@ def _preference_charts(keys: Collection[str]) -> tuple[Chart, ...]:
 
 
 def _transformer(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Whether its training has turned, and the curves of it."""
+    """The curves of the training, and whether it has turned."""
     words = turned(rows)
     said = f'<p class="lead">The {escape(words)}.</p>' if words else ""
     looks = _attention_charts(rows)
@@ -382,7 +384,7 @@ def _attention_charts(rows: Sequence[Mapping[str, Any]]) -> str:
     drawn += line_chart("Text and images, over time", means, unit="share of attention, mean of layers", zero=True)
     return (
         '<p class="soft">How much of their attention the positions of one modality give to the other, on held-out '
-        "documents; even: if they looked at all they see alike.</p>"
+        "documents; even: the share if all positions that they see weighed the same.</p>"
         f'<div class="grid2">{drawn}</div>'
     )
 

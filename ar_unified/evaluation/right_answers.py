@@ -70,7 +70,7 @@ def _shapes_story(document: Document, i: int, before: np.ndarray, after: np.ndar
 
 
 def _shapes_edit(document: Document, after: np.ndarray) -> bool:
-    """Sizes count too: some instructions are about nothing else."""
+    """Sizes count too, because some instructions change only the size."""
     return shapes.edit_matches(after, scene_from_json(document.meta["edited_scene"]))
 
 

@@ -6,7 +6,7 @@
     {"line": 5, "origin": "a.jsonl:5", "error": "missing_image: ..."}
 
 Log-likelihoods are natural, teacher-forced, and given all that stands before (`sampling.score`); of a document without
-a turn all parts are scored, of others the last answer. The end of a sequence is told apart and in no sum.
+turns all parts are scored, of others the last answer. The end of a sequence has its own entry and is in no sum.
 """
 
 from __future__ import annotations

@@ -27,7 +27,9 @@ def sheet(real: np.ndarray, seen: np.ndarray) -> np.ndarray:
 
 
 def section(results: Mapping[str, Mapping[str, Any]], sheets: Mapping[str, np.ndarray]) -> str:
-    """Numbers of `evaluation.tokenizer` by set, what they were measured on, and the sheets of the same sets."""
+    """HTML of the numbers of `evaluation.tokenizer` by set, what they were measured on, and the sheets of these
+    sets.
+    """
     if not results:
         return ""
     images = ""
@@ -36,8 +38,8 @@ def section(results: Mapping[str, Mapping[str, Any]], sheets: Mapping[str, np.nd
         if cards:
             images += f'<h3>{escape(name.replace("_", " "))}</h3><div class="stories">{cards}</div>'
     note = (
-        f"The first images drawn, not chosen; behind them the worst of the others. Differences {AMPLIFIED} times as "
-        f"large as they are."
+        f"The first images of the draw, not chosen; then the worst of the others. Differences are shown {AMPLIFIED} "
+        f"times as large as they are."
     )
     return _table(results) + (f'<p class="lead">{note}</p>{images}' if images else "") + _sources(results)
 

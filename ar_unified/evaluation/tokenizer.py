@@ -117,7 +117,7 @@ def evaluate_tokenizer(
           top_percent of metrics.usage, over all ids of the set;
           bits_per_pixel, entropy_bits_per_pixel: of ids of log2(K) bits each, and of entropy_bits each;
           id_stability: the share of ids that encoding the reconstruction gives again;
-          psnr_corrupted {"1%": ...}: in dB against the original, after that share of the ids became others at random;
+          psnr_corrupted {"1%": ...}: in dB against the original, after that share of the ids was replaced at random;
           by_source {name: {images, psnr, ssim, l1, and those of metrics.usage}};
           probe {bits_per_id, bits_per_pixel, ...}, the names of `distances`, rFID and FD-<name>, weights: where given;
           shown [{origin, psnr, ssim, worst}].
@@ -156,7 +156,7 @@ def evaluate_tokenizer(
 
 
 class _Tally:
-    """What the images of a set come to under a tokenizer, a batch at a time."""
+    """Collects the numbers of a set's images under a tokenizer, a batch at a time."""
 
     def __init__(
         self, tokenizer: ImageCodec, measures: Mapping[str, Distance], extractors: Mapping[str, Extractor], seed: int
@@ -190,7 +190,7 @@ class _Tally:
         self.shown = _kept(self.shown)
 
     def numbers(self, pixels: int, probe: Probe | None) -> dict[str, Any]:
-        """Those of `evaluate_tokenizer` that the images decide, of `pixels` pixels each."""
+        """The numbers of `evaluate_tokenizer` that follow from the images, of `pixels` pixels each."""
         ids, K = np.concatenate(self._ids), self.tokenizer.codebook_size
         measured = {name: np.array(found) for name, found in self._values.items()}
         of = np.array([image.source for image in self.done])
@@ -223,7 +223,7 @@ class _Tally:
         return numbers
 
     def told(self) -> list[dict[str, Any]]:
-        """Of each image that is shown: its origin, how far off it is, and whether it is one of the worst."""
+        """For each image that is shown: its origin, its scores, and whether it is one of the worst."""
         return [
             {
                 "origin": self.done[s.index].origin,
@@ -251,7 +251,7 @@ def _walk(source: Source, order: np.ndarray, size: tuple[int, int], left_out: Co
 
 
 def _measures(size: tuple[int, int]) -> dict[str, Distance]:
-    """The distances that need no weights, as far as images of that size have them."""
+    """The distances that need no weights and can be computed at that size of images."""
     found: dict[str, Distance] = {"psnr": metrics.psnr, "mse": metrics.mse, "l1": metrics.l1}
     most = len(metrics.SCALE_WEIGHTS)
     scales = [n for n in range(1, most + 1) if min(size) >= metrics.ms_ssim_side(n)]
@@ -264,7 +264,7 @@ def _measures(size: tuple[int, int]) -> dict[str, Distance]:
 
 
 def _one_by_one(distance: Distance) -> Distance:
-    """Ten float64 copies of a whole batch are more memory than they are worth."""
+    """By parts: ten float64 copies of a whole batch would take too much memory."""
     return lambda a, b: np.array([distance(x, y) for x, y in zip(a, b, strict=True)])
 
 
@@ -301,7 +301,7 @@ def _usage(ids: np.ndarray, codebook_size: int) -> dict[str, float]:
 def _corrupted(ids: np.ndarray, share: float, codebook_size: int, seed: tuple[int, int]) -> np.ndarray:
     """int32 [h, w] with each id replaced, with probability `share`, by any other one.
 
-    The draw is one for all shares: what 1 % loses, 10 % loses as well.
+    One draw serves all shares: an id that changes at 1 % also changes at 10 %.
     """
     rng = np.random.default_rng(seed)
     hit = rng.random(ids.shape) < share

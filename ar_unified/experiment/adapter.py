@@ -115,10 +115,10 @@ def read_base(bundle: Bundle, abstract: Params) -> Params:
 
 
 def in_base(bundle: Bundle, lora: LoraConfig, selection: Selection, stored: Params, target: Params | None) -> Params:
-    """The parameters of the bundle with the adapter in them, and what was trained beside it in its place.
+    """The parameters of the bundle with the adapter merged in, and with the values of whatever else was trained.
 
     Args:
-        selection: what was trained. stored: that, as a checkpoint has it.
+        selection: what was trained. stored: its values, as a checkpoint has them.
         target: shapes, dtypes and shardings of the result; None: float32, on this process's first device.
     """
     if target is None:

@@ -1,4 +1,4 @@
-"""The parameters that a training begins with: those of a bundle, with what is new in their place."""
+"""The parameters that a training begins with: those of a bundle, and fresh ones for what is new."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ _ROWS = {
 def beginning(
     experiment: Experiment, task: TransformerTask, fresh: Selection | None
 ) -> Callable[[Params], Params] | None:
-    """Gives the bundle's parameters, if config.init names one, with what is to begin at random in its place."""
+    """Makes the bundle's parameters, if config.init names one, with fresh values for the parts that are to begin at
+    random.
+    """
     bundle = experiment.bundle
     if bundle is None:
         return None
@@ -51,7 +53,7 @@ def beginning(
                 params |= jax.jit(partial(_adapter, task), out_shardings={"lora": places["lora"]})(key)
         if fresh is None:
             return params
-        experiment.say(f"model: at random begin {', '.join(experiment.config.training.fresh)}")
+        experiment.say(f"model: {', '.join(experiment.config.training.fresh)} begin at random")
         renewed = jax.jit(
             lambda params: fresh.put(params, fresh.take(task.init(key))), donate_argnums=0, out_shardings=places
         )
@@ -86,5 +88,5 @@ def hand_out(tree: Any, places: Any) -> Any:
 
 
 def _adapter(task: TransformerTask, key: jax.Array) -> Params:
-    """The fresh one alone; the rest that `init` makes is not computed."""
+    """The fresh value of one leaf; nothing else that `init` makes is computed."""
     return {"lora": task.init(key)["lora"]}

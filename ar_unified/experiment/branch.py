@@ -28,11 +28,11 @@ def branch(
 ) -> None:
     """Makes the experiment's stage `model` begin with checkpoint `step` (None: the last) of the workdir `origin`.
 
-    fingerprint: of that stage, asked for when tokenizers and data are in place. What it differs in from the origin's is
-    noted in the history, after the origin's own up to `step`. Called again for the same branch, it does nothing.
+    fingerprint: of that stage, asked for when tokenizers and data are in place. Its differences from the origin's are
+    noted in the history, after the origin's entries up to `step`. Called again for the same branch, it does nothing.
 
     Raises UserError for an origin that has no such checkpoint or is this workdir, and for a workdir that has a model;
-    StageMismatch where something differs that decides steps already taken.
+    StageMismatch where a difference concerns steps already taken.
     """
     origin, here = origin.resolve(), experiment.workdir.path.resolve()
     wanted = experiment.config.training.steps
@@ -89,7 +89,7 @@ def branch(
 
 
 def _begun(folder: Path) -> list[Path]:
-    """The records of a stage, the one that counts first."""
+    """The records of a stage; the one that counts comes first."""
     return [path for name in ("done", "started") if (path := folder / f"{name}.json").exists()]
 
 

@@ -1,4 +1,4 @@
-"""An image tokenizer from elsewhere, in a config: `image_tokenizer.model` says what the rest of its section is."""
+"""An image tokenizer from elsewhere: `image_tokenizer.model` decides the other keys of its section of the config."""
 
 from __future__ import annotations
 

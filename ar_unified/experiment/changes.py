@@ -1,7 +1,7 @@
 """Which keys of a config may change in a workdir that holds (a part of) a run, and what then becomes of a stage.
 
-Every key that is not named here decides the result of the stages that read it: changed, they are refused. A new key
-belongs to one of the two lists only if what their comments say is true of it.
+Every key that is not named here decides the result of the stages that read it: if it changes, they are refused. Put a
+new key into one of the two lists only if the list's comment is true of it.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def changeable(*, whole_batch: bool = False, anew: Sequence[str] = ()) -> Change
     Args:
         whole_batch: a loss of the image tokenizer looks at all images of a microbatch together, so that the number of
             microbatches decides its result.
-        anew: fields of the fingerprint that say what the stage is made from, where nothing is made from the stage.
+        anew: if nothing is made from the stage: the fields of its fingerprint that say what it is made from.
     """
     parts = () if whole_batch else ("image_tokenizer.accumulation",)
     return Changeable((*COST, *parts), EXTENDS, tuple(anew), LATER)
@@ -90,7 +90,7 @@ class Training:
         wanted: steps in all, as the key `key` of the config says.
         checkpoints: the steps that there are checkpoints of, ascending.
         folder: where they lie.
-        before: the stage that is made from this one; "": any number, and they follow by themselves.
+        before: the stage that is made from this one; "": there may be several, and they are made again by themselves.
     """
 
     key: str

@@ -1,4 +1,4 @@
-"""Whether a config can be run, asked before the first stage: all that can be known then, every problem at once.
+"""Whether a config can be run. It is asked before the first stage, and names every problem that can be known then.
 
 What is right is said where it means something: the choices by the module that has them, the numbers by the dataclass
 that takes them. Here they are asked, and each answer gets the key that a person changes.
@@ -95,11 +95,12 @@ RANGES: dict[str, dict[str, str]] = {  # of the keys that no dataclass asks abou
 
 
 def check(config: ConfigDict, stages: Collection[str] = STAGES) -> None:
-    """Raises UserError with whatever the config alone says about itself; no file but weights is opened.
+    """Raises UserError with every problem that the config alone shows; no file but weights is opened.
 
     Args:
-        stages: of STAGES, those that are to run; further "requests" and "images", a person's own. What a setting is
-            by itself is always asked; how those of two stages go together, and which files there are, where both run.
+        stages: those of STAGES that are to run; also "requests" and "images", for a person's own. Each setting by
+            itself is always checked. How settings of two stages go together, and whether files are there, is only
+            checked for stages that run.
     """
     problems = Problems()
     for key, known in CHOICES.items():

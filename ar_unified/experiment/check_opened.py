@@ -1,4 +1,4 @@
-"""What a config names, opened: the bundle, the devices and the sources, and whether the config goes with them.
+"""Opens what a config names (the bundle, the devices, the sources) and checks that the config goes with it.
 
 What the config says by itself is `check`'s.
 """
@@ -34,8 +34,9 @@ from ar_unified.training.selection import NEW
 
 
 def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> None:
-    """Raises UserError with every key of the config that says something else than `config.init` has, and for an image
-    tokenizer from elsewhere that cannot do what is to be done."""
+    """Raises UserError with every key of the config that differs from the bundle in `config.init`, and for an image
+    tokenizer from elsewhere that lacks the encoder or decoder that is needed.
+    """
     if not {"text_tokenizer", "image_tokenizer", "data", "model"} & set(stages):
         return
     config, bundle, problems = experiment.config, experiment.bundle, Problems()
@@ -43,7 +44,7 @@ def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> No
     drawing = {"samples", "tokenizer_evaluation", "evaluation"} & set(stages)
     if image is not None and drawing and (why := draws_none(image)):
         key = "init" if bundle is not None else "image_tokenizer.model"
-        problems.say(key, f"{why}. `ar-unified prepare` and `ar-unified train` need none")
+        problems.say(key, f"{why}. `ar-unified prepare` and `ar-unified train` do not need one")
     if bundle is None:
         return problems.end()
     text = bundle.text_tokenizer
@@ -96,7 +97,7 @@ def check_bundle(experiment: Experiment, stages: Collection[str] = STAGES) -> No
 
 
 def check_devices(experiment: Experiment, stages: Collection[str] = STAGES) -> None:
-    """Raises UserError with what does not go onto the mesh; to be asked when all processes are there."""
+    """Raises UserError with what does not fit on the mesh. Call it when all processes are there."""
     config, problems = experiment.config, Problems()
     if {"image_tokenizer", "model"} & set(stages):
         with problems.of("mesh"):
@@ -146,7 +147,9 @@ def _check_mesh(experiment: Experiment, mesh: jax.sharding.Mesh, problems: Probl
 
 
 def check_sources(experiment: Experiment, stages: Collection[str] = STAGES) -> None:
-    """Opens every source, which the stages use then. Raises UserError for what is wrong with them and among them."""
+    """Opens every source, for the stages to use. Raises UserError for a source that is wrong, and for sources that do
+    not go together.
+    """
     config, problems = experiment.config, Problems()
     _check_names({"train": experiment.train, **experiment.held_out}, problems)
     if not experiment.train and {"text_tokenizer", "image_tokenizer", "data", "model"} & set(stages):

@@ -14,7 +14,9 @@ _AT_BORDERS = ("steps", "checkpoint_every", "keep_every")  # of training: what i
 
 
 def check_reward(config: ConfigDict, problems: Problems, stages: Collection[str]) -> None:
-    """Takes down what is wrong: each setting by itself always, how they go together where the objective needs them."""
+    """Notes what is wrong. Each setting by itself is always checked; how settings go together, only if the objective
+    needs them.
+    """
     names = [*config.reward.keys()]
     before = len(problems.lines)
     parts: tuple[Callable[[ConfigDict], object], ...] = (settings.policy, settings.rewarding, settings.drawing)

@@ -53,7 +53,7 @@ def defaults() -> ConfigDict:
     """Every key of an experiment with its default. Sizes in pixels and lengths in tokens, unless said otherwise.
 
     A key that is a dataclass's field is explained there, and its default stands there. Here are the keys that only an
-    experiment has, and the defaults that are others in an experiment, which is to be small enough for a CPU.
+    experiment has, and the defaults that differ in an experiment, because it should be small enough for a CPU.
     """
     config = ConfigDict()
     config.name = "experiment"
@@ -173,7 +173,7 @@ def _add_sampling_and_evaluation(config: ConfigDict) -> None:
 
 
 def _fields(kind: type, only: Collection[str] = (), without: Collection[str] = (), **changes: Any) -> dict[str, Any]:
-    """The fields of a dataclass with their defaults, or `changes` of them; `only` these, or all `without` those."""
+    """The fields of a dataclass with their defaults, some replaced by `changes`. only, without: which fields."""
     names = {*only, *changes} if only else {field.name for field in dataclasses.fields(kind)} - set(without)
     return {field.name: field.default for field in dataclasses.fields(kind) if field.name in names} | changes
 
@@ -199,7 +199,7 @@ FILES = (  # keys that name a file or folder, "" for none
 def load(file: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """The locked config of "FILE[:arg]" with "--config.key=value" applied.
 
-    It has the keys of `defaults` and values of their types; what the values are is asked by `check`.
+    It has the keys of `defaults` with values of the same types; `check` judges the values.
 
     Raises UserError, naming the file or the key: no such file, one that is not Python or fails, one that has no
     `get_config` or takes no (or needs an) `:arg`, an unknown key, a value of another type.
@@ -232,7 +232,7 @@ def of_bundle(folder: str, file: str = "", overrides: Sequence[str] = ()) -> Con
 
 
 def recorded(path: Path, overrides: Sequence[str] = ()) -> ConfigDict:
-    """The locked config that a workdir's config.json holds, as `load` gives it; keys that came later have defaults.
+    """The locked config of a workdir's config.json, as `load` gives it; keys that the file lacks get their defaults.
 
     Raises UserError: there is no such file, or it was changed into something else.
     """
@@ -245,7 +245,7 @@ def recorded(path: Path, overrides: Sequence[str] = ()) -> ConfigDict:
             config.update(_tuples(found))
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: expected the config of an experiment: {error}") from error
-    with about(f"{path}, which another version may have written (--config names the experiment instead)"):
+    with about(f"{path}, which another version may have written (name the experiment by --config instead)"):
         _require_form(config)
     return _overridden(config, overrides)
 
@@ -381,7 +381,7 @@ def _is(kind: type, value: Any) -> bool:
 def parse_arg(arg: str | None, **known: str | None) -> dict[str, str | None]:
     """The `:arg` of a config file, "key=value,key=value", over the known keys and their defaults.
 
-    A value may hold "=" and ":", not ","; a leading `~` is the home folder. Raises ValueError for an unknown key.
+    A value may hold "=" and ":", but no ","; a leading `~` is the home folder. Raises ValueError for an unknown key.
     """
     given = {}
     for item in filter(None, (arg or "").split(",")):
@@ -394,8 +394,8 @@ def parse_arg(arg: str | None, **known: str | None) -> dict[str, str | None]:
 
 
 def begin_with(config: ConfigDict, folder: str) -> None:
-    """Sets `init`, and all that a bundle decides of a training that begins with it: the model's shape, the image
-    tokenizer, that its text tokenizer may lose text, how its data were made, and what requests are drawn with. Raises
+    """Sets `init`, and all that a bundle decides for a training that begins with it: the model's shape, the image
+    tokenizer, whether the text tokenizer may lose text, how the data were made, and how requests are drawn. Raises
     BundleError.
     """
     from ar_unified.bundle import Bundle  # JAX, which a config without a bundle need not wait for

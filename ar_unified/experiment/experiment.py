@@ -49,7 +49,7 @@ STAGES = ("text_tokenizer", "image_tokenizer", "data", "model", "samples", "toke
 
 
 class Experiment:
-    """Opens what a stage needs; a stage that has not run yet is named by the error."""
+    """Opens what a stage needs. If an earlier stage has not run yet, the error names it."""
 
     def __init__(self, config: ConfigDict, workdir: Workdir):
         self.config, self.workdir = config, workdir
@@ -72,14 +72,14 @@ class Experiment:
         may: Changeable | None = None,
         **more: Any,
     ) -> Stage:
-        """The stage's guard, with `keys` of the config and `more` as what decides its result.
+        """Opens a stage; `keys` of the config and `more` decide its result.
 
         The workdir's config.json is that of the last start that had something to make.
 
         Args:
             together: all processes open it; else the one that does the stage (`start.by_first_process`).
-            training: where the stage is many steps, how far it has come: it may be told to go on to others.
-            may: what of it may change; default: by `changes`.
+            training: for a stage of many steps, how far it has come; it may be asked for more.
+            may: which fields may change; default: as `changes` says.
         """
         may = may or changeable()
         fingerprint = self.fingerprint(*keys, **more)
@@ -102,7 +102,7 @@ class Experiment:
         return stage
 
     def _advised(self, error: StageMismatch, keys: Sequence[str]) -> StageMismatch:
-        """With what a person can do who did not mean to change anything, or who changed the data."""
+        """The error, with what to do if the change was not meant, or if the data were changed."""
         section = error.field.partition(".")[0]
         if section in keys and error.old != manifests.ABSENT:  # a key of a later version cannot be repeated
             return StageMismatch(
@@ -119,11 +119,11 @@ class Experiment:
         return error
 
     def fingerprint(self, *keys: str, **more: Any) -> dict[str, Any]:
-        """Of a stage: `keys` of the config, and `more`."""
+        """The fingerprint of a stage: `keys` of the config, and `more`."""
         return {key: configs.plain(self.config[key]) for key in keys} | {"seed": self.config.seed} | more
 
     def _go_on(self, stage: Stage, training: Training | None) -> None:
-        """Writes what changed into the stage's history and says it; raises UserError where it cannot go on with it."""
+        """Writes what changed into the stage's history and prints it. Raises UserError if it cannot go on with it."""
         if anew := stage.changed.get("anew"):
             stage.begin_anew()
             field, (old, new) = next(iter(anew.items()))
@@ -144,7 +144,7 @@ class Experiment:
 
     @contextmanager
     def leaving_nothing(self) -> Iterator[None]:
-        """Around the work of a stage: one that fails before it has made anything leaves no folder."""
+        """A context for the work of a stage: if it fails before it has made anything, its folder is removed."""
         self._stage = None
         try:
             yield
@@ -158,8 +158,9 @@ class Experiment:
         self.say(f"==== {stage.name}: done already ({stage.folder})")
 
     def finish(self, stage: Stage, summary: Mapping[str, Any]) -> None:
-        """Marks the stage as done. Its wall time is that of all attempts where it counts them (goodput.json), else of
-        the one that finished it."""
+        """Marks the stage as done. Its wall time is the sum over all attempts if the stage counts them (goodput.json),
+        else that of the last attempt.
+        """
         seconds = round(max(time.perf_counter() - self._opened, goodput.wall(stage.folder / "goodput.json")), 1)
         if runtime.first():
             stage.finish({**summary, "seconds": seconds})
@@ -173,7 +174,7 @@ class Experiment:
         return [(there if spec.get("kind") == "tfds" else {}) | configs.plain(spec) for spec in specs]
 
     def all_specs(self) -> dict[str, list[dict[str, Any]]]:
-        """By set: "train", "validation", and the tests by their names."""
+        """The sources of each set: "train", "validation", and the tests by their names."""
         sets = {"train": self.config.data.train, **self._held_out_specs()}
         return {name.removeprefix("tests."): self.specs(specs) for name, specs in sets.items()}
 
@@ -182,9 +183,9 @@ class Experiment:
         return {"validation": data.validation, **{f"tests.{name}": specs for name, specs in data.tests.items()}}
 
     def sources(self, key: str, specs: Sequence[Mapping[str, Any]], *, held_out: bool = False) -> list[Source]:
-        """Those of a key of config.data. Raises UserError, naming the key, for one that cannot be opened.
+        """The sources of a key of config.data. Raises UserError, naming the key, for one that cannot be opened.
 
-        held_out: one that has nothing, for want of groups, is left out.
+        held_out: a source without items, because its split has too few groups, is left out.
         """
         opened = []
         for i, spec in enumerate(self.specs(specs)):
@@ -209,7 +210,7 @@ class Experiment:
 
     @cached_property
     def held_out(self) -> dict[str, list[Source]]:
-        """Held-out sets by name; "validation" first. A part that has nothing, for want of groups, is left out."""
+        """Held-out sets by name; "validation" first. A part without items, for it has too few groups, is left out."""
         sets = self._held_out_specs()
         return {key.removeprefix("tests."): self.sources(key, specs, held_out=True) for key, specs in sets.items()}
 
@@ -265,9 +266,9 @@ class Experiment:
 
     @cached_property
     def text_only(self) -> bool:
-        """Whether there are no images: no image tokenizer is trained or there, and no source has need of one.
+        """Whether the experiment has no images: there is no image tokenizer, none is trained, and no source needs one.
 
-        Raises UserError where a source may have images, and none to code them.
+        Raises UserError if a source may have images but there is no tokenizer for them.
         """
         settings = self.config.image_tokenizer
         if settings.steps or settings.model or (self.workdir.image_tokenizer / "config.json").exists():
@@ -287,7 +288,7 @@ class Experiment:
 
     @cached_property
     def image_tokenizer(self) -> ImageTokenizer | NoImages:
-        """The workdir's image tokenizer, or what stands for none. Raises UserError: there is none yet."""
+        """The workdir's image tokenizer, or a stand-in for a model of text alone. Raises UserError: none yet."""
         if self.text_only:
             record = self.workdir.text_tokenizer / LANGUAGE  # of a model whose images are codes alone
             codes = read_json(record)["codebook_size"] if record.exists() else 0
@@ -299,7 +300,7 @@ class Experiment:
 
     @cached_property
     def grammar(self) -> Grammar:
-        """Of both tokenizers, or that of the bundle which the training began with; of a language model, with images."""
+        """The grammar of both tokenizers, or of the bundle of config.init; for a language model, extended by images."""
         text, image = self.text_tokenizer, self.image_tokenizer
         if (brought := grammar_in(self.workdir.text_tokenizer, text)) is not None:
             if brought.vocabulary.codebook_size or isinstance(image, NoImages):
@@ -313,7 +314,7 @@ class Experiment:
 
     @cached_property
     def before(self) -> Vocabulary | None:
-        """That of the language model which `grammar` extends; None: it extends none."""
+        """The grammar of the language model that `grammar` extends; None: it extends none."""
         brought = grammar_in(self.workdir.text_tokenizer, self.text_tokenizer)
         extends = brought is not None and self.grammar.vocabulary.codebook_size > brought.vocabulary.codebook_size
         return brought.vocabulary if extends and brought is not None else None
@@ -342,7 +343,7 @@ class Experiment:
 
     @property
     def checkpoint_folder(self) -> str:
-        """Of the transformer."""
+        """Where the transformer's checkpoints lie."""
         return self.config.checkpoint_folder or storage.address(self.workdir.model / "checkpoints")
 
     @cached_property
@@ -381,7 +382,7 @@ class Experiment:
         return self.bundle
 
     def use_adapters(self, folders: Mapping[str, str]) -> None:
-        """Adapters, by name, that requests may be drawn with; before the engine is made. Raises UserError."""
+        """Sets the adapters, by name, that requests may be drawn with. Call it before `engine`. Raises UserError."""
         self._adapters = read_adapters(folders, self.model)
 
     @cached_property
@@ -413,7 +414,7 @@ class Experiment:
         return read_json(path)
 
     def trained(self) -> dict[str, Any]:
-        """What decided the trained model: the fingerprint of its stage, and what of it changed on the way."""
+        """What decided the trained model: the fingerprint of its stage, with the changes on the way."""
         fingerprint = self._trained()["fingerprint"]
         told = [entry for entry in read_history(self.workdir.model) if entry["kind"] in history.DECIDING]
         way = [{key: entry[key] for key in ("kind", "step", "changed")} for entry in told]
@@ -429,12 +430,12 @@ class Experiment:
             raise UserError(f"config.sampling.checkpoint: expected 'last' or 'best', found {wanted!r}")
         if "best_step" not in summary:
             raise UserError(
-                "config.sampling.checkpoint: expected 'last', found 'best', but this training kept no best step: that "
-                "needs held-out documents and training.keep_best=True while it trains"
+                "config.sampling.checkpoint: expected 'last', found 'best', but this training kept no best step: a "
+                "training keeps one if it has held-out documents and training.keep_best=True"
             )
         return summary["best_step"]
 
     def require(self, found: bool, path: Any, verb: str) -> None:
-        """Raises UserError unless a path was found, which `verb` leaves."""
+        """Raises UserError unless `path` was found; `verb` makes it."""
         if not found:
             raise UserError(f"{path} is not there yet; run `ar-unified {verb}` (or `run`) with this workdir first")

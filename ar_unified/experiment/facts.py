@@ -1,4 +1,4 @@
-"""What is said of a trained experiment: at the head of a report, and to whom takes its adapter."""
+"""Facts about a trained experiment, for the head of a report and for its adapter."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def seconds(experiment: Experiment) -> dict[str, float]:
 
 
 def weights_hash(experiment: Experiment) -> str:
-    """Names the weights that are used."""
+    """A name for the weights that are used."""
     trained = json.dumps(experiment.trained(), sort_keys=True)
     step = "" if experiment.config.sampling.checkpoint == "last" else f" step {experiment.checkpoint}"
     return hashlib.sha256((trained + step).encode()).hexdigest()

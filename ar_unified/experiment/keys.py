@@ -1,4 +1,6 @@
-"""Keys that a person gives on the command line: whether a config has them, and what is wrong with their values."""
+"""Checks the keys that a person gives on the command line: whether the config has them, and whether their values can be
+read.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ def require_known(config: ConfigDict, key: str) -> None:
 
 
 def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
-    """Dotted, sections too."""
+    """The dotted names of all keys, sections included."""
     found = []
     for name, value in config.items():
         found.append(prefix + name)

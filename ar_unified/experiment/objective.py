@@ -30,8 +30,8 @@ class Objective:
 
     Attributes:
         facts: what decides the trained model beside the config.
-        keys: sections of the config that decide it beside those of every training.
-        task: makes the task, once the stage has begun, whose folder it is given: what that takes may take long.
+        keys: further sections of the config that decide it.
+        task: makes the task. It is called with the stage's folder once the stage has begun, because it may take long.
     """
 
     facts: dict[str, Any]
@@ -56,7 +56,7 @@ def training_batches(experiment: Experiment, kind: type[Batches]) -> Batches:
 
 
 def tell(experiment: Experiment, batches: PackedBatches) -> None:
-    """Says of every source how many rows it has, and how often they come."""
+    """Prints for every source how many rows it has, and how often they come."""
     for name, facts in batches.describe().items():
         shares = ", then ".join(f"{share:.1%}" for share in facts["shares"])
         experiment.say(f"{name}: {facts['rows']} rows an epoch, {facts['fill']:.1%} full, {shares} of the rows")
@@ -68,7 +68,7 @@ def tell(experiment: Experiment, batches: PackedBatches) -> None:
 
 
 def held_out_batches(experiment: Experiment, kind: type[Batches], phase: Phase) -> Batches | None:
-    """Batches of data/validation; None, which is said, where no document is held out."""
+    """Batches of data/validation; None, and a line that says so, if no document is held out."""
     training, folder = experiment.config.training, experiment.workdir.data / "validation"
     held_out = load_report(folder).sources if folder.exists() else {}
     if not any(source.documents for source in held_out.values()):
@@ -85,7 +85,7 @@ def validation(held_out: PackedBatches | None) -> list[Any]:
 
 
 def facts(experiment: Experiment, own: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the trained model beside the config; `own`: of one objective."""
+    """What decides the trained model beside the config; `own`: the facts of one objective."""
     init = {} if experiment.bundle is None else {"init": experiment.bundle.hash}
     known = dict(manifest=experiment.grammar.manifest(), mixture=experiment.mixture())
     adapter = {"lora": _adapter(experiment)} if experiment.config.lora.rank else {}

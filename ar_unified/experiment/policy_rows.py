@@ -1,7 +1,7 @@
-"""Samples as rows that a policy is trained on: one a row, with what each of its tokens was drawn from.
+"""Samples as rows that a policy is trained on: one sample a row, with the ids that each of its tokens was drawn from.
 
-Of a guided sample there is a row for each context. They lie so that the codes of an image stand in the same columns of
-all, and the hidden states that were mixed to draw a code are found side by side.
+A guided sample has a row for each context. The codes of an image stand in the same columns of all its rows, so the
+hidden states that were mixed to draw a code stand in one column.
 
 Axes: B samples, T positions, C contexts, n tokens of a sample.
 """
@@ -20,7 +20,7 @@ from ar_unified.training.policy import PolicyBatch
 
 
 def begin(plan: Plan) -> int:
-    """The column in which the prompt begins: other contexts with longer prefixes begin at 0."""
+    """The column in which the prompt begins; it is above 0 if another context has a longer prefix."""
     return max(len(prefix) for prefix in plan.prefixes) - len(plan.prefixes[0])
 
 
@@ -36,7 +36,7 @@ def rows(
 
     Args:
         length: T, at least `room` of each plan. contexts: C, at least those of each plan.
-        of_samples: the fields of a PolicyBatch that each sample has one number of.
+        of_samples: the fields of a PolicyBatch that have one number for each sample.
     """
     B, T, pad = len(served), length, grammar.vocabulary.pad
     drawn, spans, image = replay(grammar, served, T)

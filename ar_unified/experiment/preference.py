@@ -15,7 +15,7 @@ from ar_unified.training.preference import PreferenceTask
 
 
 def preference(experiment: Experiment) -> Objective:
-    """The pairs that `prepare` left, with what config.init says of them."""
+    """The pairs that `prepare` left, with the log-probabilities that the model of config.init gives them."""
     batches = objective.training_batches(experiment, PreferenceBatches)
 
     def task(_: Path) -> PreferenceTask:

@@ -1,4 +1,4 @@
-"""What is found wrong with a config, gathered until all of it can be said at once."""
+"""Gathers the problems of a config, so that all of them can be said at once."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ar_unified.errors import UserError, several
 
 
 class Problems:
-    """What was found wrong, a line each."""
+    """The problems found so far, one line each."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
 
     @contextmanager
     def of(self, section: str, names: Collection[str] = ()) -> Iterator[None]:
-        """Takes down the ValueError, TypeError or OSError of a part of the config.
+        """A context that notes the ValueError, TypeError or OSError of a part of the config.
 
         names: its keys; a message that begins with one is about that key.
         """
@@ -27,7 +27,7 @@ class Problems:
             self.add(section, str(error), names)
 
     def add(self, section: str, message: str, names: Collection[str] = ()) -> None:
-        """Takes down a message about a section, or about that of its keys which the message begins with."""
+        """Notes a message about a section, or about one of its keys if the message begins with that key."""
         if not message.startswith("config."):
             # "b2: ...", "objective: ema ...", "model.remat: ..."
             begins = (message, re.sub(r"^\w+[:.] ?", "", message))
@@ -38,14 +38,14 @@ class Problems:
             self.lines.append(message)
 
     def say(self, key: str, message: str) -> None:
-        """Takes down a message about a key."""
+        """Notes a message about a key."""
         self.lines.append(f"config.{key}: {message}")
 
     def found_in(self, *sections: str) -> bool:
-        """Whether a key of one of these sections is wrong already, so that what follows from it need not be told."""
+        """Whether a key of one of these sections is wrong already, so that its consequences need not be reported."""
         return any(line.startswith(f"config.{section}") for line in self.lines for section in sections)
 
     def end(self) -> None:
-        """Raises UserError with all that was taken down, if anything was."""
+        """Raises UserError with all that was noted, if anything was."""
         if self.lines:
             raise UserError(several(self.lines))

@@ -1,8 +1,8 @@
 """What a training by rewards asks: prompts by number, from the documents of the training sources.
 
 Prompt number n is the same whoever asks, so any number of processes draws the same groups. Every epoch of a source has
-each of its documents once. One that asks nothing, is bad or has no room is left out, counted and named, and the next
-in line of its source stands in for it.
+each of its documents once. A document that asks nothing, is bad or has no room is left out, counted and named; the next
+document of its source takes its place.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Prompts:
     """
     Args:
         sources, weights: the documents and their shares.
-        drawn: how an answer is drawn; its mode, where it says "free", is that of the document's own answer.
-        plan: of an engine. Raises RequestError or GrammarError where a request has no room.
-        tokenizer, fit: of images in prompts; what data preparation does to one.
+        drawn: how an answer is drawn; mode "free" means the mode of the document's own answer.
+        plan: `Engine.plan`, which raises RequestError or GrammarError where a request has no room.
+        tokenizer: of images in prompts. fit: what data preparation does to an image.
         seed: of the order.
     """
 
@@ -70,7 +70,7 @@ class Prompts:
                 return self._asked(source[index], source.origin(index), number)
             except BadItem as bad:
                 self.left_out(bad)
-        raise UserError(f"source {source.name!r}: no document that could be asked with; left out: {self.left_out}")
+        raise UserError(f"source {source.name!r}: no document can serve as a prompt; left out: {self.left_out}")
 
     def _fitted(self, part: Part) -> Part:
         return ImagePart(self._fit(part.pixels)) if isinstance(part, ImagePart) else part

@@ -1,9 +1,11 @@
-"""What the model that a training begins with says of every preference pair: computed once, and kept in the workdir.
+"""The log-probabilities of every preference pair under the model that a training begins with: computed once, and kept
+in the workdir.
 
 reference/KEY/record.json       what it depends on (KEY is its hash), and the sha256 of the other files; written last
               SOURCE.npy        f32 [pairs, 2, R], in the order of the shards, as `data.batch.PreferenceBatch` has them
 
-A folder of which something is missing or changed is made again. Of many processes all compute, and process 0 writes.
+If something in a folder is missing or changed, the folder is made again. Of many processes all compute, and process 0
+writes.
 """
 
 from __future__ import annotations
@@ -40,9 +42,10 @@ VERSION = 1
 
 
 def reference(experiment: Experiment, task: PreferenceTask, split: str, batches: PreferenceBatches) -> Sums:
-    """Of every pair of data/SPLIT, by source; computed by the weights of config.init where it is not known.
+    """The reference of every pair of data/SPLIT, by source; computed with the weights of config.init if it is not
+    there.
 
-    Raises errors.RunError where the model gives something that is no number.
+    Raises errors.RunError where the model gives NaN or an infinity.
     """
     depends = _depends(experiment, task, experiment.workdir.data / split)
     folder = experiment.workdir.path / "reference" / manifest_hash(depends)[:16]
@@ -61,7 +64,7 @@ def reference(experiment: Experiment, task: PreferenceTask, split: str, batches:
 
 
 def _depends(experiment: Experiment, task: PreferenceTask, data: Path) -> dict[str, Any]:
-    """All that the numbers follow from, but for rounding."""
+    """All that decides the numbers, apart from rounding."""
     assert experiment.bundle is not None  # config.init, as `check` requires
     begun = {"base": "int8"} if _rounded(task) else {}
     if (first := first_adapter(experiment.config, experiment.bundle)) is not None:

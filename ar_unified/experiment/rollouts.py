@@ -40,8 +40,8 @@ _OTHERS = 1 << 40  # from this number on: prompts that stand in for others
 
 @dataclasses.dataclass(frozen=True)
 class DrawingConfig:
-    """How answers are drawn to learn from. top_k, top_p and the repetition penalty are off: what they cut away has
-    probability 0, which no ratio can bring back.
+    """How answers are drawn to learn from. top_k, top_p and the repetition penalty are off: they set probabilities to
+    0, and no ratio of probabilities can raise those again.
 
     Attributes:
         mode: of `sampling.request.MODES`; "free": as the prompt's own answer is, an image, a text or both.
@@ -92,7 +92,7 @@ class Rollouts(Drawing):
         prompts: by number.
         engine: with `logprobs`, on the devices of this process; its parameters are replaced.
         tokenizer: of images.
-        reward, rewarding: how good an answer is, and what follows where nobody knows.
+        reward: how good an answer is. rewarding: what follows when a reward fails.
         policy: of the groups.
         batch_size: B, samples of a step on `mesh`. length: T, positions of a row.
         contexts: C of the batch.
@@ -135,7 +135,7 @@ class Rollouts(Drawing):
         )
 
     def __call__(self, step: int, params: Params) -> PolicyBatch:
-        """Raises RewardFailed: the policy says so, or no answer of several drawings had a reward."""
+        """Raises RewardFailed: `rewarding` says "stop", or no answer of several drawings had a reward."""
         drawing, at = divmod(step, self.every)
         if self._held[0] != drawing:
             self._held = drawing, self._drawn(drawing, params)
@@ -160,7 +160,9 @@ class Rollouts(Drawing):
             return [dataclasses.replace(batch, old=self._old(params, batch)) for batch in batches]
 
     def _with_signal(self, drawing: int, slots: Sequence[int]) -> list[_Group]:
-        """A group for each slot; where it has no signal another prompt's, as often as `redraws` says."""
+        """A group for each slot. A group without a signal is replaced by another prompt's, as often as `redraws`
+        says.
+        """
         groups = dict(zip(slots, self._ask(slots), strict=True))
         for attempt in range(self._policy.redraws):
             poor = [slot for slot in slots if not groups[slot].has_signal]
@@ -184,7 +186,7 @@ class Rollouts(Drawing):
         return [_Group(one, samples[i * G : (i + 1) * G], verdicts[i * G : (i + 1) * G]) for i, one in enumerate(asked)]
 
     def _judged(self, prompts: Sequence[Document], samples: Sequence[Sample]) -> list[Verdict]:
-        """Of samples that say nothing, why; of the others what the reward says."""
+        """What the reward says of each sample; for a sample with an error, the error."""
         codes = [part.codes for sample in samples for part in _parts(sample) if isinstance(part, CodesPart)]
         pixels = iter(by_size(self._tokenizer.decode, codes) if codes else ())
         answers = {}
@@ -237,7 +239,7 @@ class Rollouts(Drawing):
             raise RewardFailed(f"{message}. config.reward.on_error is 'stop': mend the reward and start again")
         if self._without >= _PATIENCE:
             raise RewardFailed(
-                f"{message}. That is the {_PATIENCE}rd drawing in a row without a single group that has its rewards, "
+                f"{message}. In {_PATIENCE} drawings in a row, no group has all its rewards, "
                 "so there is nothing to learn from: mend the reward and start again"
             )
         self._say(f"{message}. Their groups are left out")
@@ -253,7 +255,7 @@ class _Group:
 
     @property
     def scored(self) -> bool:
-        """Whether every answer has a reward: a mean of the others would not be that of the group."""
+        """Whether every answer has a reward; otherwise the mean would not be that of the whole group."""
         return not any(isinstance(verdict, Failure) for verdict in self.verdicts)
 
     @property

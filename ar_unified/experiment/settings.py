@@ -1,4 +1,4 @@
-"""What the parts of a config mean: the dataclasses that packages take, made from its keys, each in one place.
+"""Turns the keys of a config into the dataclasses that packages take, each in one place.
 
 Whatever is wrong with a value is said by the dataclass; `check` makes all of them before the first stage.
 """
@@ -47,7 +47,7 @@ def autoencoder(config: ConfigDict) -> AutoencoderConfig:
 
 
 def adversary(config: ConfigDict) -> AdversaryConfig:
-    """Its discriminator and the weights of that, of `config.image_tokenizer.adversary`."""
+    """The image tokenizer's discriminator and its weights, of `config.image_tokenizer.adversary`."""
     return configs.pick(AdversaryConfig, config.image_tokenizer.adversary)
 
 
@@ -79,7 +79,7 @@ def layout(config: ConfigDict, image: AutoencoderConfig) -> ImageLayout:
 
 
 def fits(ours: ImageLayout, theirs: ImageLayout) -> bool:
-    """Whether images written in one layout can be written in another: of one size the same, else no larger."""
+    """Whether images of one layout can be written in another: of a fixed size the same size, else no larger ones."""
     if not theirs.sized:
         return ours == theirs
     same = (ours.kind, ours.depth) == (theirs.kind, theirs.depth)
@@ -110,7 +110,7 @@ def filters(config: ConfigDict) -> Filters:
 
 
 def short_side(config: ConfigDict) -> int:
-    """Of the images that the image tokenizer's training crops, in pixels."""
+    """The size of the crops that the image tokenizer is trained on, in pixels."""
     return config.image_tokenizer.short_side or config.image_tokenizer.crop * 5 // 4
 
 
@@ -121,7 +121,7 @@ OBJECTIVES = ("likelihood", "preference", "reward")  # what the transformer may 
 
 
 def tokenizer_training(config: ConfigDict) -> TrainingConfig:
-    """Of the image tokenizer."""
+    """The settings of the image tokenizer's training."""
     settings = config.image_tokenizer
     steps = settings.steps
     every = settings.checkpoint_every or max(1, steps // 4)
@@ -150,14 +150,14 @@ def tokenizer_training(config: ConfigDict) -> TrainingConfig:
 
 
 def tokenizer_rates(config: ConfigDict) -> tuple[str, ...]:
-    """Of the image tokenizer's training: its adversary may have a learning rate of its own."""
+    """The rates of the image tokenizer's training; its adversary may have a learning rate of its own."""
     settings = config.image_tokenizer
     rate = settings.adversary.learning_rate
     return (f"discriminator={rate / settings.learning_rate!r}",) if rate else ()
 
 
 def training(config: ConfigDict) -> TrainingConfig:
-    """Of the transformer."""
+    """The settings of the transformer's training."""
     settings = config.training
     return configs.pick(TrainingConfig, settings, seed=config.seed, optimizer=configs.pick(OptimizerConfig, settings))
 
@@ -169,12 +169,12 @@ def lora(config: ConfigDict) -> LoraConfig | None:
 
 
 def preference(config: ConfigDict) -> PreferenceConfig:
-    """Of `training.objective` "preference". Raises ValueError, naming the key."""
+    """The settings of `training.objective` "preference". Raises ValueError, naming the key."""
     return configs.pick(PreferenceConfig, config.preference)
 
 
 def policy(config: ConfigDict) -> PolicyConfig:
-    """Of the objective "reward". Raises ValueError, naming the key, for groups that make no batch."""
+    """The settings of the objective "reward". Raises ValueError, naming the key, for groups that make no batch."""
     found = configs.pick(PolicyConfig, config.reward)
     require_groups(found, config.training.batch_size // config.training.accumulation)
     return found
@@ -193,10 +193,10 @@ def drawing(config: ConfigDict) -> DrawingConfig:
 def selected(
     config: ConfigDict, key: str, vocabulary: Vocabulary | None = None, new: Collection[int] = ()
 ) -> Selection:
-    """What `training.only` or `training.fresh` names of the transformer; an adapter is trained beside the first.
+    """The parameters that `training.only` or `training.fresh` names; an adapter is trained besides those of `only`.
 
     Args:
-        vocabulary: None: one that has every kind of ids, as none is there yet. new: of `select`.
+        vocabulary: None: there is none yet, and any kind of ids may be named. new: as for `select`.
 
     Raises ValueError, beginning with the key, for a place that names nothing.
     """
@@ -211,22 +211,24 @@ def selected(
 
 
 def trained(config: ConfigDict, vocabulary: Vocabulary, new: Collection[int]) -> Selection:
-    """What of the transformer is trained at all, in whichever phase."""
+    """The parameters of the transformer that are trained in any phase."""
     places = trained_in(config.training.only, moving(config.training))
     return select(places, logical_axes(_shapes(config, vocabulary)), vocabulary, new)
 
 
 def state_of(settings: ConfigDict) -> dict[str, list[str]]:
-    """What the optimizer has state of, where phases make that another part than `training.only` says; {}: they do not.
+    """The parameters that have optimizer state, if phases make them differ from `training.only`; {}: they do not
+    differ.
 
-    A training cannot go on with another: there would be no moments of what is new.
+    A training cannot go on with other parameters, because it has no moments for them.
     """
     places = trained_in(settings.only, moving(settings))
     return {} if places == tuple(settings.only) else {"trains": list(places) or ["everything"]}
 
 
 def rates(config: ConfigDict) -> Rates:
-    """How fast what moves when, by `training.rates` and the `only` of phases, where no vocabulary is there yet.
+    """How fast each parameter moves in each phase, by `training.rates` and the `only` of phases; for use before there
+    is a vocabulary.
 
     Raises ValueError, beginning with the key, for a place that names nothing.
     """
@@ -248,10 +250,11 @@ def _shapes(config: ConfigDict, vocabulary: Vocabulary) -> Params:
 
 
 def phases(settings: ConfigDict, mixture: Mapping[str, float]) -> list[Phase]:
-    """The training as its settings begin it, then what `training.phases` changes of it, each from its step on.
+    """The settings at the beginning of the training, then those of each of `training.phases`, with the step from which
+    they hold.
 
-    Raises UserError, naming the phase, for one that is not between the first and the last step, or changes what there
-    is not.
+    Raises UserError, naming the phase, for one that is not between the first and the last step, or that changes an
+    unknown setting.
     """
     found = [Phase(0, mixture, settings.flip_pairs, settings.condition_dropout)]
     names = ("weights", "flip_pairs", "condition_dropout", "sequence_length", "batch_size", "only")
@@ -297,9 +300,10 @@ def _first_step(settings: ConfigDict, begin: float) -> int:
 
 
 def moving(settings: ConfigDict) -> tuple[tuple[int, tuple[str, ...]], ...]:
-    """From which step what alone moves, as `training.only` and the `only` of phases say; (): no phase changes it.
+    """(step, places) of each phase: what alone moves from that step on, by `training.only` and the `only` of phases.
+    (): no phase changes it.
 
-    `phases` has found the settings to be right.
+    The settings must have passed `phases`.
     """
     changes = [change for change in settings.phases if "only" in change]
     if not changes:

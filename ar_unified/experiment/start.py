@@ -26,7 +26,7 @@ def open_experiment(
 ) -> Experiment:
     """The experiment of a command line, with the other processes of its job, checked for what is to be done.
 
-    stages: of STAGES, those that follow; "requests", "images" and "export" for those which need no sources.
+    stages: those of STAGES that follow, or "requests", "images" or "export" for work without sources.
     """
     if arguments.config is None:  # of the verbs that can do without
         config = configs.recorded(Path(arguments.workdir) / "config.json", overrides)
@@ -62,7 +62,7 @@ def open_experiment(
 
 
 def by_first_process(stage: Callable[..., None]) -> Callable[..., None]:
-    """A stage (of an experiment) that process 0 does alone; the others wait, and then read what it left."""
+    """Makes a stage (of an experiment) run on process 0 alone; the others wait, and then read what it left."""
 
     @functools.wraps(stage)
     def wrapped(experiment: Experiment, *more: Any, **options: Any) -> None:

@@ -110,7 +110,9 @@ def load(settings: Mapping[str, Any]) -> Codec:
 
 
 def measure(tokenizer: Codec, sources: Sequence[tuple[str, Source]]) -> dict[str, Fertility]:
-    """Fertility and round trip by source, and by language where items say theirs ("name/nld"); bad items left out."""
+    """Fertility and round trip by source, and by language ("name/nld") where items say their language; bad items are
+    left out.
+    """
     rows: dict[str, Fertility] = {}
     for name, source in sources:
         part = indices(len(source), min(1.0, _MEASURED / max(text_bytes(source), 1.0)), source.name)
@@ -132,12 +134,12 @@ def _remarks(report: Mapping[str, Any], wanted: int) -> list[str]:
     lines = told(report["losses"])
     if symbols := report["symbols_that_text_can_spell"]:
         shown = ", ".join(map(repr, symbols[:8]))
-        lines.append(f"text can spell {len(symbols)} user-defined symbols of this model ({shown}): they stay text")
+        lines.append(f"texts may contain {len(symbols)} user-defined symbols of this model ({shown}): they stay text")
     for sign, count in report["cut_at"].items():
         lines.append(
-            f"{sign} is in {count} of the texts: SentencePiece keeps it for itself, so they were learned from on both "
-            "sides of it, and it is spelled in bytes"
+            f"{sign} is in {count} of the texts. SentencePiece reserves it, so texts were split there for training, "
+            "and it is spelled in bytes"
         )
     if report["pieces"] < wanted:
-        lines.append(f"{report['pieces']} pieces of the {wanted} wanted: this corpus has no more to learn from")
+        lines.append(f"{report['pieces']} pieces instead of {wanted}: this corpus is too small for more")
     return lines

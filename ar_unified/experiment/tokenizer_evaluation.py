@@ -1,6 +1,6 @@
 """The part of `evaluate` that needs no model: what an experiment's image tokenizer is worth.
 
-Scores the images of every held-out set, or those of a folder, and leaves beside each other
+Scores the images of every held-out set, or those of a folder, and leaves
   evaluation.json   {"tokenizer": {set: numbers}} (ar_unified.evaluation.tokenizer)
   <set>.png         original | reconstruction | difference of a few images, a row each
   report.html       the same and the tokenizer's curves on one self-contained page
@@ -35,7 +35,7 @@ from ar_unified.workdir import read_json, write_bytes, write_json
 def evaluate_held_out(experiment: Experiment) -> None:
     """Stage tokenizer_evaluation; nothing where there is text alone."""
     if experiment.text_only:
-        return experiment.say("==== tokenizer_evaluation: there is no image tokenizer, so there is none to score")
+        return experiment.say("==== tokenizer_evaluation: there is no image tokenizer to score")
     config, sets = experiment.config, {name: sources for name, sources in experiment.held_out.items() if sources}
     steps = config.evaluation.tokenizer_probe_steps
     stage = experiment.stage(
@@ -59,7 +59,8 @@ def evaluate_held_out(experiment: Experiment) -> None:
 
 @by_first_process
 def evaluate_folder(experiment: Experiment, images: str, crop: int | None = None, links: bool = False) -> None:
-    """The image files of a folder in place of the held-out sets, into a folder of their own; every time anew.
+    """Scores the image files of a folder in place of the held-out sets. The result has a folder of its own, and is made
+    anew each time.
 
     crop: side of the square crops in pixels; None: config.data.image_size. links: as of a source.
     """

@@ -1,9 +1,9 @@
 """Chameleon and what grew from it: Anole, Lumina-mGPT 1 and 2.0.
 
 One table of ids, by the names of its tokens: image codes are IMGIMG, the code's decimal digits as letters (A for 0)
-and Z; the others are <racm3:break> in front of an image, <eoss> behind it, <reserved08706> behind a turn. Lumina adds
-an end of rows, <reserved08799>, and sizes from <reserved08800> on, <reserved(8800+n)> for n units. Lumina-mGPT 2.0 has
-Qwen's text tokenizer with the same names behind its own, and MoVQGAN's images.
+and Z; the other tokens are <racm3:break> before an image, <eoss> after it, and <reserved08706> after a turn. Lumina
+adds an end of rows, <reserved08799>, and sizes from <reserved08800> on, <reserved(8800+n)> for n units. Lumina-mGPT 2.0
+has Qwen's text tokenizer with the same names behind its own, and MoVQGAN's images.
 
 Sources: facebookresearch/chameleon, GAIR-NLP/anole, Alpha-VLLM/Lumina-mGPT and Lumina-mGPT-2.0.
 """
@@ -84,14 +84,16 @@ _SAMPLING: Mapping[str, Mapping[str, Any]] = {
     },
 }
 _UNTRAINED = (
-    "Nobody has trained this model to draw: of its head's rows for image codes, {}, so that images are noise. Anole's "
-    "recipe trains them, experiments/published/fine_tune.py:recipe=anole."
+    "This model was not trained to draw: of its head's rows for image codes, {}, so images are noise. Anole's "
+    "recipe trains these rows: experiments/published/fine_tune.py:recipe=anole."
 )
 _SIDE_2 = 768  # of a square of the area of Lumina-mGPT 2.0's images, in pixels
 
 
 def codes_of(names: Mapping[str, int], where: str) -> range:
-    """Published ids of the image codes, by their names. Raises UserError: none, one is missing, they are no run."""
+    """Published ids of the image codes, by their names. Raises UserError: there are none, one is missing, or the ids
+    are not consecutive.
+    """
     found = {int(match[1].translate(_LETTERS)): id for name, id in names.items() if (match := _CODE.fullmatch(name))}
     return ids.codes_of(found, where)
 
@@ -137,7 +139,7 @@ def language_of(
 
 
 def _ends(names: Mapping[str, int], told: Mapping[str, Any], where: str) -> dict[str, str]:
-    """Of a text tokenizer of Chameleon's own or of Qwen's: what begins, ends and pads."""
+    """The tokens that begin, end and pad, of Chameleon's own text tokenizer or of Qwen's."""
     if "<s>" in names:
         return {"bos": "<s>", "pad": "<pad>", "eos": "</s>"}
     if "<|endoftext|>" not in names:
@@ -237,7 +239,7 @@ def _movqgan_of(files: Files) -> Images:
 
 
 def vqgan_of(files: Files, config: Mapping[str, Any], source: Source | None = None) -> Images:
-    """The image tokenizer of a file of its own, else that inside the model's, which has no decoder.
+    """The image tokenizer of a file of its own, else the one inside the model's file, which has no decoder.
 
     Args:
         source: of the model's tensors, where an image tokenizer may be among them.
@@ -260,7 +262,9 @@ def vqgan_of(files: Files, config: Mapping[str, Any], source: Source | None = No
 
 
 def _require_same_codes(inner: Images, images: Images, where: str) -> None:
-    """Raises UserError unless a tokenizer with a decoder reads images as that of the model does, to its precision."""
+    """Raises UserError unless this tokenizer, which has a decoder, has the same encoder as the model's file, to that
+    file's precision.
+    """
     kind = np.dtype(DTYPES[inner.dtypes[""]])
     ours, theirs = inner.tokenizer.params, images.tokenizer.params
     same = inner.tokenizer.config == images.tokenizer.config and all(
@@ -269,7 +273,7 @@ def _require_same_codes(inner: Images, images: Images, where: str) -> None:
         for a, b in zip(jax.tree.leaves(ours[part]), jax.tree.leaves(theirs[part]), strict=True)
     )
     if not same:
-        raise UserError(f"{where}: expected the encoder of the model's own file, which has one; found another")
+        raise UserError(f"{where}: expected the encoder that the model's own file has; found another")
 
 
 def _published(

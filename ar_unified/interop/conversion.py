@@ -1,7 +1,7 @@
-"""Pickled checkpoints (.pth, .pt, .ckpt, LWM's VQGAN) -> .safetensors files beside which nothing pickled is needed.
+"""Pickled checkpoints (.pth, .pt, .ckpt, LWM's VQGAN) -> .safetensors files that replace them.
 
-A torch file is a zip of a pickle, which says what there is, and of the numbers as they are. Those are read from where
-they lie, tensor by tensor; the pickle is followed by `pickles`, which runs nothing.
+A torch file is a zip of a pickle, which describes the tensors, and of their plain numbers. The numbers are read from
+their places, tensor by tensor. `pickles` follows the pickle, and runs nothing.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class Pickled(NamedTuple):
 def open_pickled(path: str | Path) -> Pickled:
     """What a file has; no number of a torch file is read yet.
 
-    Raises UserError, naming the file: it names what tensors do not need, is damaged or of a kind that is not read.
+    Raises UserError, naming the file: it names something that tensors do not need, is damaged, or is of a kind that is
+        not read.
     """
     path = Path(path)
     try:
@@ -102,7 +103,7 @@ def open_pickled(path: str | Path) -> Pickled:
 
 
 class _Bounded:
-    """A file of which no more is asked than it has, whatever length stands in it."""
+    """A file that is never read beyond its end, whatever lengths its content claims."""
 
     def __init__(self, file: IO[bytes], size: int):
         self._file, self._size = file, size
@@ -213,7 +214,7 @@ def _sorted(path: Path, found: Any, joint: str) -> Pickled:
 
 
 def _leaves(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Raises ValueError for what repeats itself without an end."""
+    """Raises ValueError for a value that contains itself."""
     waiting: list[tuple[tuple[str, ...], Any]] = [((), tree)]
     count = 0
     while waiting:
@@ -232,7 +233,7 @@ def _leaves(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON has it; None where it has tensors."""
+    """The value as JSON; None if it holds tensors."""
     if any(isinstance(leaf, Strided | np.ndarray) for _, leaf in _leaves(value)):
         return None
     return value

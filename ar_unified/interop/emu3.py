@@ -3,8 +3,8 @@
 A table of Qwen's text, then 208 special tokens and the codes. Sizes are decimal digits of the text; <|extra_200|> ends
 a row, <|extra_201|> the image, <|extra_203|> and <|extra_204|> begin and end a document.
 
-Chat is asked in turns; Gen, as Stage1, with the bare text of a prompt, and words of praise behind it. Their tensors and
-tables are alike, and what tells them apart are two keys of config.json; where those are gone, --as says which it is.
+Chat is asked in turns. Gen, like Stage1, is asked with the bare text of a prompt and words of praise after it. Their
+tensors and tables are alike, and two keys of config.json tell them apart; without those keys, --as says which it is.
 
 Sources: baaivision/Emu3, tokenization_emu3.py, processing_emu3.py and image_generation.py; transformers' Emu3.
 """

@@ -1,6 +1,6 @@
 """Emu3.5: the table of Emu3 with more codes and other controls, Qwen3's transformer, IBQ's images.
 
-Sizes are decimal digits of the text; <|extra_200|> stands between rows, behind the last there is none, and no
+Sizes are decimal digits of the text; <|extra_200|> stands between rows but not after the last, and there is no
 <|extra_201|>. An answer stands between <|extra_100|> and <|extra_101|>.
 
 Sources: baaivision/Emu3.5, src/tokenizer_emu3_ibq, configs/example_config_t2i.py, src/utils/input_utils.py. Its own

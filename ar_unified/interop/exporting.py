@@ -1,4 +1,6 @@
-"""A bundle -> the published form that it was imported from, or what others read of our own; tensor by tensor."""
+"""A bundle -> the published form that it was imported from, or for a model of our own a form that others read; tensor
+by tensor.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ SHARD_BYTES = 5 << 30
 
 
 class _Exported(NamedTuple):
-    """What there is to write: dtypes by leaf, and `read` of `Bundle.reading`."""
+    """The parameters to write: dtypes by leaf, and `read` of `Bundle.reading`."""
 
     bundle: Bundle
     keys: Keys
@@ -48,13 +50,15 @@ class _Exported(NamedTuple):
 def export_published(
     bundle: Bundle, form: str, folder: Path, shard_bytes: int = SHARD_BYTES, license: str = ""
 ) -> None:
-    """Writes the published form of an imported model, or of our own what transformers reads, whole or not at all.
+    """Writes the published form of an imported model, or a model of our own as transformers reads it, whole or not at
+    all.
 
     Args:
         form: "hf", "meta" or "lwm"; of an imported model the one that it came in.
         license: for the card, which our own have.
 
-    Raises UserError: `folder` exists, the bundle was made of no such form, or what was trained has no place in it.
+    Raises UserError: `folder` exists, the bundle does not come from that form, or something that was trained has no
+        place in it.
     """
     record = bundle.published
     keys = _keys(bundle, form, record)
@@ -116,7 +120,7 @@ def _write_beside(bundle: Bundle, folder: Path, record: Mapping[str, Any]) -> No
 
 
 def _plain(bundle: Bundle, name: str) -> str:
-    """A name of published.json, which may come from anybody: of a file beside the weights. Raises UserError."""
+    """The name of a file beside the weights, from published.json, which is not trusted. Raises UserError."""
     if name != Path(name).name or name in ("", ".", ".."):
         raise UserError(f"{bundle.folder}: {PUBLISHED}: expected the name of a file, found {name!r:.80}")
     return name
@@ -158,7 +162,7 @@ def _write_meta(exported: _Exported, folder: Path, record: Mapping[str, Any]) ->
 
 
 def _write_lwm(exported: _Exported, folder: Path, record: Mapping[str, Any]) -> None:
-    """`params`, with layers in one array or apart, as it came."""
+    """LWM's `params`, with the layers in one array or apart, as the import found them."""
     kinds, places = dict[str, Kind](), dict[str, tuple[str, int | None]]()
     for slot, name, kind in exported.kinds():
         scanned = record["scanned"] and slot.layer is not None

@@ -1,6 +1,6 @@
-"""A published language model that has learned images here, in its published form: its table with rows behind it.
+"""A published language model that has learned images here, in its published form: the new ids' rows follow its own.
 
-Ids of before are what they were. The tokenizer's file gets a name for each further id, so that transformers reads and
+Existing ids keep their numbers. The tokenizer's file gets a name for each further id, so that transformers reads and
 writes them as tokens.
 """
 
@@ -36,8 +36,8 @@ def settings_of(bundle: Bundle, content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_tokens(bundle: Bundle, folder: Path, file: str, first: int) -> None:
-    """The text tokenizer's file with the further tokens; of a kind that cannot have them, added_tokens.json beside it,
-    where transformers looks for them. And the image tokenizer.
+    """Writes the text tokenizer's file with the further tokens, and the image tokenizer. For a file that cannot hold
+    further tokens, it writes added_tokens.json, where transformers looks for them.
     """
     names, data = names_of(bundle, first), bundle.text_tokenizer.data
     if Path(file).suffix == ".json":
@@ -50,7 +50,7 @@ def write_tokens(bundle: Bundle, folder: Path, file: str, first: int) -> None:
 
 
 def _with(tokenizer: dict[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
-    """A tokenizer.json with special tokens of these ids; ids between, which no token has, get one of no use."""
+    """A tokenizer.json with special tokens of these ids; ids between them without a token get a placeholder."""
     added = tokenizer.get("added_tokens") or []
     pieces = tokenizer["model"]["vocab"]
     known = set(pieces) if isinstance(pieces, dict) else {piece[0] for piece in pieces}

@@ -32,7 +32,7 @@ _TOKENIZERS = ("tokenizer.json", "text_tokenizer.json", "emu3.tiktoken", "tokeni
 
 
 class Files:
-    """What `ar-unified import` was given, and what of it was read.
+    """What `ar-unified import` was given, and which of it has been read.
 
     Args:
         folder: of the weights. text, image: a file or folder of the tokenizers, where they lie elsewhere.
@@ -61,12 +61,12 @@ class Files:
     size: tuple[int, int] | None = property(lambda self: self._take("size"))  # type: ignore[assignment]
 
     def require_read(self) -> None:
-        """Raises UserError for what was given and nothing has read, once the model is opened."""
+        """Raises UserError for something that was given but not read; to be called when the model is opened."""
         flags = {"theta": "--rope-theta"}
         if unread := [name for name, value in self._given.items() if value is not None and name not in self._read]:
             raise UserError(
-                f"{flags.get(unread[0], f'--{unread[0]}')} does nothing for {self.folder}, which leaves nothing of it "
-                "open: leave it out"
+                f"{flags.get(unread[0], f'--{unread[0]}')} does nothing for {self.folder}, whose files say it "
+                "themselves: leave it out"
             )
 
     @cached_property
@@ -125,7 +125,7 @@ class Files:
         return {}
 
     def record(self) -> dict[str, Any]:
-        """Of these files, what an export gives back: those of JSON, and the text tokenizer's name."""
+        """What an export gives back: the content of the JSON files among these, and the text tokenizer's name."""
         folder = self.folder if self.folder.is_dir() else self.folder.parent
         there = [name for name in _KEPT if (folder / name).exists()]
         return {
@@ -134,7 +134,7 @@ class Files:
         }
 
     def grammar(self, language: Language, image_hash: str = "") -> Grammar:
-        """Of the text tokenizer across the border."""
+        """Whether the text tokenizer, across the border, loses text."""
         vocabulary = language.vocabulary
         with about(str(self.text_file)):
             text = MappedCodec.of(

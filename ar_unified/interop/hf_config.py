@@ -1,6 +1,7 @@
 """A transformer's shape in config.json as transformers writes it, in old and new spellings, and back.
 
-One reader for all systems: what differs is a `Family`. Whatever our transformer does not compute is refused by its key.
+One reader for all systems: what differs is a `Family`. A setting that our transformer does not compute is refused, with
+    its key.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def read(config: Mapping[str, Any], family: Family, where: str, **fields: Any) -
         where: the file, for messages.
         fields: of TransformerConfig, which the caller knows better.
 
-    Raises UserError for a missing key, and for what ours does not compute, by its key and value.
+    Raises UserError for a missing key, and for a setting that ours does not compute, with its key and value.
     """
 
     def wrong(key: str, expected: str) -> UserError:

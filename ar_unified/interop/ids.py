@@ -19,7 +19,7 @@ PLAIN = ImageLayout("plain", 1, 1)  # text alone
 
 @dataclass(frozen=True)
 class Language:
-    """What a system's ids mean. The vocabulary has no tokenizers' hashes yet."""
+    """What a system's ids mean. Its vocabulary does not have the tokenizers' hashes yet."""
 
     border: Border
     vocabulary: Vocabulary
@@ -38,9 +38,9 @@ def language(
     """The language of a table of `size` ids.
 
     Args:
-        text: published ids that the text tokenizer spells with; what is named otherwise too is left out.
-        controls: published id of each control that the layout needs. One that the table has no token for is left out,
-            and takes the last id that nothing else is.
+        text: published ids that the text tokenizer spells with; ids that have another meaning too are left out.
+        controls: published id of each control that the layout needs. A control without a token in the table is left
+            out; it takes the last free id.
         codes: published ids of the image codes. sizes: of the size tokens, in order.
 
     Raises UserError for an id beyond the table, or with two meanings.
@@ -77,7 +77,9 @@ def named(names: Mapping[str, Any], name: str, where: str) -> int:
 
 
 def codes_of(found: Mapping[int, int], where: str) -> range:
-    """Published ids of the image codes, by code. Raises UserError: there are none, one is missing, they are no run."""
+    """Published ids of the image codes, by code. Raises UserError: there are none, one is missing, or the ids are not
+    consecutive.
+    """
     if not found or sorted(found) != list(range(len(found))):
         missing = next(code for code in range(len(found) + 1) if code not in found)
         raise UserError(f"{where}: expected a token for each image code, found none for code {missing}")
@@ -85,7 +87,9 @@ def codes_of(found: Mapping[int, int], where: str) -> range:
 
 
 def run(ids: Sequence[int], what: str, where: str) -> range:
-    """Ids that must be one ascending run, as image codes are. Raises UserError, naming the first that is not."""
+    """The ids, which must be consecutive, as those of image codes are. Raises UserError, naming the first that is
+    not.
+    """
     for number, id in enumerate(ids):
         if id != ids[0] + number:
             raise UserError(

@@ -42,7 +42,7 @@ def import_tokenizer(system: str, path: Path, output: str) -> tuple[ImageTokeniz
         system: of `interop.IMAGE_SYSTEMS`. path: of a .safetensors file, or of its folder.
 
     Returns:
-        The tokenizer, and what a person should know of it, one sentence each.
+        The tokenizer, and notes for a person, one sentence each.
 
     Raises UserError where `output` exists, or the file is no such tokenizer's; OSError.
     """
@@ -57,7 +57,7 @@ def import_tokenizer(system: str, path: Path, output: str) -> tuple[ImageTokeniz
 
 
 def _file(path: Path) -> str:
-    """The name of the file that an export writes; of several there is one."""
+    """The name of the file that an export writes: one file, even if the tokenizer came in several."""
     there = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     return there[0].name if len(there) == 1 else ALONE
 
@@ -88,7 +88,7 @@ def export_tokenizer(folder: Path, dialect: str, output: str) -> None:
     if dialect and dialect not in DIALECTS:
         raise UserError(f"{expected}; found {dialect}")
     if not dialect and record is None:
-        raise UserError(f"{expected} that was not imported; found none")
+        raise UserError(f"{expected} for a tokenizer that was not imported; found none")
     with about(str(folder)):
         if record is not None and dialect in ("", record["image_dialect"]):
             tensors, file, settings = tensors_of(tokenizer, record), record["file"], dict(record["settings"])

@@ -40,7 +40,7 @@ class Images:
     Attributes:
         usual: side of the images it was published for, in pixels.
         dialect: what its file is written in. prefix: of its tensors' names there, "" in a file of its own.
-        dtypes: of the file's floats, by their names there, the most common first: of all but those that are named.
+        dtypes: of the file's floats: "" has the most common dtype, and only tensors of another dtype are named.
     """
 
     tokenizer: ImageTokenizer
@@ -61,7 +61,7 @@ class Images:
 
 
 def open_images(system: str, path: Path, otherwise: Mapping[str, Any] = MappingProxyType({})) -> Images:
-    """An image tokenizer in a file of its own, or in that of a model which is not read.
+    """An image tokenizer in a file of its own, or in a model's file, of which nothing else is read.
 
     Args:
         system: of SETTINGS. path: of the file, or of its folder. otherwise: settings, where there is no file of them.
@@ -109,7 +109,7 @@ def tensors_of(tokenizer: ImageTokenizer, record: Mapping[str, Any]) -> dict[str
 
 @contextlib.contextmanager
 def _settings() -> Iterator[None]:
-    """Around what is made of settings that somebody sent, whose values may be anything."""
+    """A context for making something of settings that are not trusted: their values may be anything."""
     try:
         yield
     except (KeyError, TypeError, AttributeError) as error:
@@ -119,7 +119,7 @@ def _settings() -> Iterator[None]:
 
 
 def _resolution(settings: Mapping[str, Any]) -> int:
-    """Of the images it was made for, wherever in its settings it stands; 0: nowhere."""
+    """The side of the images it was made for, wherever its settings say it; 0 if they do not."""
     found = settings.get("resolution")
     if type(found) is int and found > 0:
         return found
@@ -133,7 +133,7 @@ def settings_file(system: str, path: Path) -> Path | None:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Of a .json or .yaml file. Raises UserError."""
+    """The settings in a .json or .yaml file. Raises UserError."""
     if path.suffix == ".json":
         return read_json(path)
     try:

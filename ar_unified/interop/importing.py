@@ -1,4 +1,4 @@
-"""Published files -> a bundle. In memory is one tensor, and a table of ids while it is sorted."""
+"""Published files -> a bundle. Only one tensor is in memory at a time, and a table of ids while its rows are sorted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ar_unified.model.leaves import Streamed
 def import_model(
     published: Published, output: str, *, card: str, dtype: str = "", shard_bytes: int = bundle.SHARD_BYTES
 ) -> bundle.Bundle:
-    """Writes the bundle, whole or not at all. It computes in what its matrices are in, bfloat16 for those in float16.
+    """Writes the bundle, whole or not at all. Its compute dtype is that of its matrices, or bfloat16 for float16.
 
     Args:
         dtype: "float32" or "bfloat16" to convert to; "": every tensor keeps its own, so that it can be given back.

@@ -1,4 +1,5 @@
-"""Tensors of a published transformer against ours: one table of names a dialect, and one turn a leaf, both ways.
+"""Tensors of a published transformer and ours: a table of names for each dialect, and a conversion for each leaf, in
+both directions.
 
 All of them are the same block. They differ in what a tensor is called, in whether a matrix lies [out, in] (torch) or
 [in, out] (flax), in which numbers of a head RoPE turns together, and in how the ids are ordered.
@@ -31,11 +32,11 @@ class Dialect:
 
     Attributes:
         name: for messages.
-        names: of each of our leaves (`leaves.named`) their tensor, {} for the number of the layer. Of "embedding" and
-            "head" there may be several, which are the parts of one table in order.
+        names: for each of our leaves (`leaves.named`) their tensor; {} stands for the number of the layer. "embedding"
+            and "head" may have several tensors, the parts of one table in order.
         out_first: matrices lie [out, in], as torch has them; else [in, out], and tables of the head [D, V].
-        interleaved: RoPE turns neighbours of a head together (0 and 1); ours and transformers': 0 and H/2.
-        ignored: names (their last part) that carry nothing, as buffers.
+        interleaved: RoPE turns neighbours of a head together (0 and 1); ours and transformers' turn 0 and H/2 together.
+        ignored: last parts of names that carry nothing, such as buffers.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Dialect:
     ignored: tuple[str, ...] = ()
 
     def prefixed(self, changes: Mapping[str, str]) -> Dialect:
-        """The same with other beginnings of names, as {"model.": "text_model.model."}."""
+        """The same dialect with other prefixes of names, such as {"model.": "text_model.model."}."""
 
         def new(name: str) -> str:
             for old, other in changes.items():
@@ -140,7 +141,7 @@ LWM_TEXT = replace(
 
 @dataclass(frozen=True)
 class Slot:
-    """One of our leaves, or one layer of it, and the tensors that are it.
+    """One of our leaves, or one layer of it, and the tensors that it consists of.
 
     Attributes:
         leaf: its path. layer: None for what stands outside the layers.
@@ -160,7 +161,8 @@ class Keys:
     """The tensors of one model in one dialect.
 
     Attributes:
-        tables: ids of each part of "embedding" and "head"; one number unless the dialect has several.
+        tables: the number of ids in each part of "embedding" and "head"; one number unless the dialect has several
+            parts.
         qk_groups: groups of heads whose QK-norm weights are stored, of (query, key); 0: one vector [H].
     """
 
@@ -220,7 +222,7 @@ class Keys:
     # ---- one leaf of one layer -----------------------------------------------------------------------------------
 
     def to_ours(self, slot: Slot, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """Their tensors of a slot as ours, of the same dtype; rows of ids beyond V are zeros."""
+        """Our array of a slot, from their tensors, in the same dtype; rows of ids beyond V are zeros."""
         last = slot.leaf.split(".")[-1]
         if slot.leaf in _ROWS:
             turned = slot.leaf == "head" and not self.dialect.out_first
@@ -263,7 +265,7 @@ class Keys:
         return (np.ascontiguousarray(array.reshape(shape)),)
 
     def _turned(self, array: np.ndarray, leaf: str, back: bool = False) -> np.ndarray:
-        """[..., H] of queries and keys with the pairs that RoPE turns as we have them, or as they do."""
+        """[..., H] of queries and keys, with the pairs that RoPE turns in our order, or in theirs."""
         if not self.dialect.interleaved or not any(name in leaf for name in ("query", "key")):
             return np.ascontiguousarray(array)
         H = array.shape[-1]

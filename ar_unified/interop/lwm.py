@@ -1,12 +1,13 @@
 """LWM: a transformer over two tables, of text and of images, which are one here: the ids of images follow the text's.
 
-Of the 8,448 ids of images the first 8,192 are codes; 8192 ends a frame, 8193 a clip, the others nobody writes. What
-says that an image comes is text, "<vision>" and "</vision>". Each table had a softmax of its own in training, all its
-ids in it: the text's with <unk>, <s> and </s>, that of images with both marks and what nobody writes. So has a bundle
-(`loss.softmax`, `Layout.image_side`), in whose order each table is a run; `Published.record["tables"]` says how long.
+Of the 8,448 ids of images the first 8,192 are codes; 8192 ends a frame, 8193 a clip, and the others are never written.
+Text announces an image: "<vision>" and "</vision>". In training each table had a softmax of its own over all its ids:
+the table of text with <unk>, <s> and </s>, the table of images with both marks and the ids that are never written. A
+bundle has the same two (`loss.softmax`, `Layout.image_side`). In its order each table is one run of ids;
+`Published.record["tables"]` has their lengths.
 
-Nothing beside the weights says what they are: heads follow from the size, as one was published, or from a config.json;
-RoPE's base from the name of the folder, from a config.json or from --rope-theta.
+No file beside the weights describes them. The number of heads follows from the size, if it is a published one, or from
+a config.json; RoPE's base from the name of the folder, from a config.json or from --rope-theta.
 
 Sources: LargeWorldModel/LWM, lwm/llama.py (LLAMA_STANDARD_CONFIGS), vision_llama.py, data.py, train.py (its loss) and
 vision_generation.py.
@@ -75,7 +76,7 @@ def language_of(
 def theta_of(folder: Path, told: Mapping[str, Any], given: float | None) -> float:
     """RoPE's base: what a person gave, else what a config.json says, else what the name of a published model means.
 
-    Raises UserError: nothing says it, and a wrong one gives wrong numbers that look right.
+    Raises UserError if nothing says it, because a wrong base gives wrong numbers that look right.
     """
     if given is not None:
         return given
@@ -96,9 +97,9 @@ def model_of(source: Source, told: Mapping[str, Any], theta: float, where: str) 
     """The transformer's shape, of its tensors' shapes.
 
     Args:
-        told: a config.json's keys, {}: there is none; its num_attention_heads and rms_norm_eps are read.
+        told: the keys of a config.json, of which num_attention_heads and rms_norm_eps are read; {}: there is none.
 
-    Raises UserError for tensors that are missing, and a shape whose heads nobody says.
+    Raises UserError for missing tensors, and if the number of heads is not known.
     """
     names = source.names()
 

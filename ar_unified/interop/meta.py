@@ -1,8 +1,8 @@
 """Meta's checkpoints of several files: each has a part of every head and of every matrix, and here they are joined.
 
-Which axis a tensor was cut along, and which parts lie in one matrix: facebookresearch/chameleon, loader.py. Rows are in
-the order of the files, so of N heads file r has heads r·N/S to (r+1)·N/S. What is fused (wqkv, w13) is fused in each
-file apart. QK-norm weights are one vector a file, of which the heads of a file share one: S of them joined are [S, H].
+The axis along which each tensor was cut, and the parts of fused matrices: facebookresearch/chameleon, loader.py. Rows
+are in the order of the files, so of N heads file r has heads r·N/S to (r+1)·N/S. Fused matrices (wqkv, w13) are fused
+within each file. Each file has one vector of QK-norm weights, which its heads share: the S vectors joined are [S, H].
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Joined:
                 self._from[new] = (name, begin, end)
 
     def _parts(self, name: str) -> list[tuple[str, int, int | None]]:
-        """(name, first row, last row) of what a file's tensor is made of."""
+        """(name, first row, last row) of each part of a file's tensor."""
         fused = next((each for each in _FUSED if name.endswith(each)), None)
         if fused is None:
             return [(name, 0, None)]

@@ -1,4 +1,5 @@
-"""A model of our own in a form that others read: Llama's or Qwen3's, whose blocks are ours, and a tokenizer.json.
+"""A model of our own in a form that others read: as a Llama or Qwen3, which have the same blocks, with a
+tokenizer.json.
 
 To them it is a language model whose last ids are images. The card says how to read those.
 """
@@ -56,7 +57,7 @@ def write_own(bundle: Bundle, folder: Path, dtype: str, license: str = "") -> No
 
 
 def token_name(vocabulary: Vocabulary, id: int) -> str:
-    """Of a token that no text is spelled with."""
+    """The name of a token that is not text."""
     if id < vocabulary.size_offset:
         return vocabulary.name(id)
     if id < vocabulary.image_offset:

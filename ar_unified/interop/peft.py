@@ -1,8 +1,8 @@
 """LoRA adapters as PEFT writes and reads them: adapter_config.json and adapter_model.safetensors, both directions.
 
 A tensor is called base_model.model.MODULE.lora_A.weight, [r, in], or lora_B, [out, r], where MODULE is the module of
-transformers' model that has the matrix (huggingface/peft, src/peft/utils/save_and_load.py). Which names those are is
-the key map's (`keys.HF`). Ours lie [in, r] and [r, out], so both are turned.
+transformers' model that has the matrix (huggingface/peft, src/peft/utils/save_and_load.py). The key map (`keys.HF`) has
+these names. Ours lie [in, r] and [r, out], so both are turned.
 
 L layers, I inputs, O outputs, r rank.
 """
@@ -106,8 +106,8 @@ def read(folder: str | Path, config: TransformerConfig, base: str = "") -> Adapt
         base: the hash of the bundle that it is to stand beside; "": not known. An adapter that says which it was
             trained on is refused beside another.
 
-    Raises UserError, naming the folder and what is wrong: a file is missing or broken, it is of another kind than LoRA,
-    it does something besides, or it is of another model.
+    Raises UserError, naming the folder and what is wrong: a file is missing or broken, it is no LoRA adapter, it has
+    more than LoRA, or it is of another model.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -34,7 +34,7 @@ _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class File(Protocol):
-    """What is read of a file that is followed opcode by opcode."""
+    """The reading methods that following a file opcode by opcode needs."""
 
     def read(self, n: int, /) -> bytes:
         """At most n bytes."""
@@ -47,11 +47,11 @@ class File(Protocol):
 
 
 class Forbidden(ValueError):
-    """A pickle names what it does not need for tensors. The message is the name."""
+    """A pickle names something that tensors do not need. The message is that name."""
 
 
 class Global(NamedTuple):
-    """A name that a pickle has, and only that."""
+    """A name in a pickle; nothing is imported for it."""
 
     module: str
     name: str
@@ -69,7 +69,7 @@ class Storage(NamedTuple):
 
 
 class Strided(NamedTuple):
-    """A torch tensor: of its storage's numbers those at offset + sum of index · stride."""
+    """A torch tensor: element `index` is the number at offset + sum of index · stride in its storage."""
 
     storage: Storage
     offset: int
@@ -78,7 +78,7 @@ class Strided(NamedTuple):
 
     @property
     def last(self) -> int:
-        """One after the last number that it has of its storage."""
+        """One past its last number in the storage."""
         return self.offset + 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
 
 
@@ -99,7 +99,7 @@ class _Array:
 
 
 class _Dict(dict[Any, Any]):
-    """What a pickle makes by a call; attributes that are set on it carry no tensors."""
+    """An object that a pickle makes by a call; attributes that it sets on the object carry no tensors."""
 
 
 def read_pickle(file: File, storage: Callable[[Any], Storage] | None = None) -> Any:
@@ -187,7 +187,7 @@ class _Machine:
         return True
 
     def _make(self, word: str, argument: Any) -> None:
-        """Names, calls, and what is done to what they made."""
+        """Names, calls, and the states that are set on their results."""
         if word == "GLOBAL":
             module, _, name = argument.partition(" ")
             self.stack.append(_allowed(Global(module, name)))

@@ -28,8 +28,8 @@ class Published:
         keys: the transformer's tensors, all of which `source` has.
         text: the text tokenizer as the bundle keeps it. image: None for text alone.
         data, sampling, loss: sections of the bundle's config.json.
-        record: what an export needs and a bundle otherwise does not hold; JSON values.
-        notes: what a person should know, one sentence each.
+        record: what an export needs and the bundle's other files do not hold; JSON values.
+        notes: for a person, one sentence each.
     """
 
     system: str
@@ -54,11 +54,11 @@ def check_tensors(
     tables: tuple[int, ...] = (),
     aside: Sequence[str] = (),
 ) -> Keys:
-    """The transformer's tensors in the first of `dialects` that a file is written in.
+    """The transformer's tensors, in the first of `dialects` that fits the file.
 
     Args:
         where: the file, for messages.
-        aside: beginnings of names that are not the transformer's, as "vqmodel.".
+        aside: prefixes of names that are not the transformer's, such as "vqmodel.".
 
     Raises UserError, naming what is missing, left over or of another shape.
     """
@@ -94,7 +94,7 @@ def check_tensors(
 
 
 def _require_tied(source: Source, where: str, head: str, embedding: str) -> None:
-    """A head beside a table that it is tied to says nothing of its own."""
+    """Checks that a head which is tied to the embedding, but stored as well, equals it."""
     if embedding in source.names() and source.read(head).tobytes() != source.read(embedding).tobytes():
         raise UserError(
             f"{where}: {head}: expected {embedding} again, as tie_word_embeddings says; found other numbers"
@@ -102,7 +102,9 @@ def _require_tied(source: Source, where: str, head: str, embedding: str) -> None
 
 
 def _groups(source: Source, where: str, dialect: Dialect, config: TransformerConfig) -> tuple[int, int]:
-    """Of queries and keys, how many vectors of QK-norm weights the file has; 0: one, without an axis for them."""
+    """For queries and keys, how many vectors of QK-norm weights the file has; 0: one vector, without an axis for
+    groups.
+    """
     found = []
     for side, heads in (("query", config.n_heads), ("key", config.n_kv_heads)):
         name = str(dialect.names.get(f"layers.attention.{side}_norm.scale", "")).format(0)

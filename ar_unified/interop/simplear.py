@@ -1,8 +1,8 @@
 """SimpleAR: Qwen2.5 with the codes of a Cosmos tokenizer behind the last id of its text tokenizer.
 
-A prompt begins with <|t2i|>, an image with <|soi|>; nothing ends an image, which is square: 1024 pixels, 64 x 64 codes,
-of which --size gives others. That tokenizer is of clips (Cosmos-1.0-Tokenizer-DV8x16x16) and not imported, so images
-are codes alone.
+A prompt begins with <|t2i|>, an image with <|soi|>; nothing ends an image. Images are square: 1024 pixels, 64 x 64
+codes, unless --size says otherwise. That tokenizer is of clips (Cosmos-1.0-Tokenizer-DV8x16x16) and not imported, so
+images are codes alone.
 
 Sources: wdrink/SimpleAR, generate.py (an id is code + len(tokenizer), guidance 6, top-k 64000) and simpar/train
 (train.py's special tokens, preprocess.py's prompts).
@@ -25,7 +25,7 @@ _ADDED = "added_tokens.json"  # where a tokenizer.json of Qwen's own has not the
 _SIDE = 64
 _LENGTH = 6144  # an image of 64 x 64 codes, and its prompt
 _NOTE = (
-    "Its images are codes alone, of which there are {codes}: Cosmos-1.0-Tokenizer-DV8x16x16, which makes pixels of "
+    "Its images are codes alone ({codes} of them): Cosmos-1.0-Tokenizer-DV8x16x16, which makes pixels of "
     "them, is not imported."
 )
 

@@ -1,7 +1,7 @@
 """Tensors in published files, read one at a time: a file is neither held nor mapped.
 
-What is in a folder that somebody sent is not trusted: an index leads to files beside it and nowhere else, a file is as
-long as its header says, and nothing in it is ever run.
+A folder from somebody else is not trusted: an index may name only files beside it, a file must be as long as its header
+says, and nothing in it is ever run.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Source(Protocol):
         """The whole tensor."""
 
     def read_rows(self, name: str, begin: int, end: int, /) -> np.ndarray:
-        """Of its first axis."""
+        """Rows of its first axis."""
         ...
 
 
@@ -68,7 +68,9 @@ def open_source(path: str | Path) -> Source:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """A file of a folder by a name that somebody wrote, or where the Hugging Face cache has it. Raises UserError."""
+    """The path of a file in a folder, by a name that is not trusted; it may be a link into the Hugging Face cache.
+    Raises UserError.
+    """
     try:
         found = Folder(folder).path(name)
     except FileError as error:
@@ -102,7 +104,7 @@ def _indexed(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
 
 
 class _Place(NamedTuple):
-    """Where a tensor is; `kind`: its dtype by its name in a file."""
+    """Where a tensor is; `kind`: the name of its dtype in the file."""
 
     path: Path
     kind: str
@@ -111,7 +113,7 @@ class _Place(NamedTuple):
 
 
 class InFile:
-    """What a source reads where its numbers lie one after another."""
+    """The reading of a source whose numbers lie one after another."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor; a subclass knows it."""
@@ -159,7 +161,7 @@ class Safetensors(InFile):
         return self._places[name].shape
 
     def dtype(self, name: str) -> str:
-        """Raises UserError for numbers that are not read, as fp8."""
+        """Raises UserError for a dtype that is not read, such as fp8."""
         place = self._places[name]
         if place.kind not in DTYPES:
             raise UserError(

@@ -1,8 +1,8 @@
 """LWM's `params`: a msgpack stream of pairs, (parts of a name, flax's bytes of one array), read and written in place.
 
-Layers that were scanned are one array [L, ...] with "scan_decoder" in its name; as a source they are L tensors, with
-the number of the layer there. msgpack: github.com/msgpack/msgpack, spec.md. Flax writes an array as an extension of
-type 1 around [shape, dtype, bytes], and one of more than 2^30 bytes as a map of such pieces.
+Layers that were scanned are one array [L, ...] with "scan_decoder" in its name. The source gives them as L tensors,
+with the number of the layer in that place of the name. msgpack: github.com/msgpack/msgpack, spec.md. Flax writes an
+array as an extension of type 1 around [shape, dtype, bytes], and one of more than 2^30 bytes as a map of such pieces.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LONGEST = 1 << 12  # of a text, and parts of a list or map
 
 
 class _Span(NamedTuple):
-    """Bytes that are passed over: where they are in the file."""
+    """Bytes that were skipped: their place in the file."""
 
     begin: int
     size: int
@@ -44,12 +44,12 @@ class _Stored(NamedTuple):
 
 
 class Stream(InFile):
-    """A source of the tensors of a stream; the file is passed through once, over its numbers.
+    """A source of the tensors of a stream. The file is scanned once, skipping the numbers.
 
     Names are parts joined by "/", without "params/" in front.
 
     Attributes:
-        prefix: those parts that stood in front. scanned: whether layers lie in one array.
+        prefix: the "params/" in front of the file's names. scanned: whether layers lie in one array.
 
     Raises UserError, naming the file: it is damaged, or has a tensor twice; OSError.
     """
@@ -104,7 +104,7 @@ class Stream(InFile):
 
 
 def _cut(pieces: tuple[_Span, ...], begin: int, end: int) -> list[_Span]:
-    """What of spans that follow each other lies between two numbers of their bytes."""
+    """The parts of consecutive spans that lie between two positions of their bytes."""
     found, at = [], 0
     for piece in pieces:
         first, last = max(begin - at, 0), min(end - at, piece.size)
@@ -238,7 +238,7 @@ def _listed(found: dict[str, Any]) -> list[Any]:
 
 
 class StreamWriter:
-    """Writes a stream, each array to its place as it comes; a context, at whose end all of every array is written.
+    """A context that writes a stream, each array to its place as it comes. At its end, every array is complete.
 
     Args:
         path: is made.
@@ -318,7 +318,7 @@ def _whole_array(kind: Kind) -> list[bytes | int]:
 
 
 def _sized(first: int, size: int) -> bytes:
-    """`first`: the byte of the form whose length has one byte; those of two and four follow it."""
+    """`first`: the type byte of the form with a one-byte length; the forms with two and four bytes follow it."""
     power = 0 if size < 1 << 8 else 1 if size < 1 << 16 else 2
     return bytes([first + power]) + size.to_bytes(1 << power, "big")
 

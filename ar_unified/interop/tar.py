@@ -1,9 +1,9 @@
 """Tar: Qwen2.5 with the codes of TA-Tok, each a token with a name, <I0> to <I65535>.
 
-An image that it draws stands between <im_start>, with a scale behind it, and <im_end>: <S0> is 27 x 27 codes, <S1> 13 x
-13, <S2> 9 x 9; --size chooses, and all images have that size. An image in a question has none of these marks there, and
-has them here. Its chats are Qwen's (layouts.TurnFrames): <|im_start|>, who speaks, the turn, <|im_end|>. TA-Tok
-(SigLIP2) and what makes pixels of its codes, a second model, are not imported: images are codes alone.
+An image that it draws stands between <im_start> with a scale, and <im_end>. The scale <S0> is 27 x 27 codes, <S1> 13 x
+13, <S2> 9 x 9; --size chooses one for all images. In the original, an image in a question has none of these marks; here
+it has them. Its chats are Qwen's (layouts.TurnFrames): <|im_start|>, who speaks, the turn, <|im_end|>. TA-Tok (SigLIP2)
+and what makes pixels of its codes, a second model, are not imported: images are codes alone.
 
 Sources: csuhan/Tar, llava/model/llava_arch.py (names and their order), llava/data/dataset.py, t2i_inference.py (lengths
 by scale, filter) and i2t_inference.py.

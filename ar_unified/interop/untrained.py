@@ -1,8 +1,8 @@
 """Whether a head's rows of image codes were ever trained: those of the Chameleon that Meta released were not.
 
-Whoever draws with such rows gets noise, and no error (facebookresearch/chameleon issues 11 and 37). Numbers that were
-drawn at random show three things that rows of a trained head do not: rows have no direction in common, their lengths
-differ no more than chance makes them, and so do the sizes of their columns. Each is 1 here where chance alone made it.
+Drawing with such rows gives noise, and no error (facebookresearch/chameleon issues 11 and 37). Random numbers differ
+from a trained head in three ways: the rows have no common direction, their lengths differ no more than by chance, and
+the sizes of their columns do not either. Each of the three measures here is 1 for random numbers.
 
 Axes: D model.
 """
@@ -42,7 +42,7 @@ class _Rows:
 
     @property
     def drawn(self) -> bool:
-        """Whether they are as numbers drawn at random are."""
+        """Whether they look like random numbers."""
         if not self.size:
             return False  # nobody draws zeros
         n, D = len(self.lengths), len(self.total)
@@ -53,7 +53,7 @@ class _Rows:
 
 
 def untrained(head: np.ndarray, border: Border, vocabulary: Vocabulary) -> str:
-    """What the rows of image codes in a published head [V, D] look like where they look untrained; "" else."""
+    """If the rows of image codes in a published head [V, D] look untrained, what they look like; else ""."""
     kind = vocabulary.role(border.ours)
     image, text = (_sums(head, kind == role) for role in (Role.IMAGE, Role.TEXT))
     if image.size <= _SMALL**2 * text.size:
@@ -61,7 +61,7 @@ def untrained(head: np.ndarray, border: Border, vocabulary: Vocabulary) -> str:
     if image.left < _ALIKE:
         return "all are alike"
     if image.drawn and not text.drawn:
-        return "they are as random numbers are, and those of text are not"
+        return "they look like random numbers, and those of text do not"
     return ""
 
 

@@ -1,4 +1,6 @@
-"""Which implementation of a fused op runs: what the caller asked for, or what the device of the trace has."""
+"""Which implementation of a fused op runs: the one that the caller asked for, or that of the device for which the
+program is traced.
+"""
 
 from __future__ import annotations
 

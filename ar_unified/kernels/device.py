@@ -20,7 +20,9 @@ class Device(NamedTuple):
 
 
 def current() -> Device:
-    """The device under `jax.set_mesh`, which may be one that this host only compiles for; without a mesh, JAX's."""
+    """The device of the mesh under `jax.set_mesh`, which this host may only compile for; without a mesh, JAX's default
+    device.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
     if device is not None:

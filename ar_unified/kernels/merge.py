@@ -1,4 +1,4 @@
-"""Partial attentions put together: each over its own part of the keys, with the log-sum-exp of its scores."""
+"""Merges partial attentions, each over its own part of the keys, by the log-sum-exps of their scores."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import jax.numpy as jnp
 def merge(outs: jax.Array | Sequence[jax.Array], lses: jax.Array | Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Attention over the union of disjoint sets of keys, from the attention over each.
 
-    A part with a log-sum-exp of -inf saw nothing and weighs nothing, whatever its output holds, NaN included; where no
-    part saw anything, the output is exact zeros and the log-sum-exp -inf.
+    A part with a log-sum-exp of -inf saw nothing and weighs nothing, even if its output is NaN. Where no part saw
+    anything, the output is exact zeros and the log-sum-exp -inf.
 
     Args:
       outs: the normalised outputs, an array [P, ..., H] or P arrays [..., H], P the parts.

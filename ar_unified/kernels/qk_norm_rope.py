@@ -1,6 +1,6 @@
 """QK-norm and RoPE of queries or keys, in one pass each way.
 
-Differentiated by JAX, the chain keeps several float32 copies of its input. This one keeps only its input and one
+JAX's own derivative of this chain keeps several float32 copies of its input. This one keeps only its input and one
 reciprocal norm a head, and computes the rest again. Between two matrix products all is elementwise except sums over H,
 and XLA fuses it so that only the input is read and written, on every platform. Inside the attention kernel the keys
 would be normalised once per block of queries.

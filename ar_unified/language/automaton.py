@@ -3,7 +3,7 @@
 Every function is pure, elementwise over the batch, and made of comparisons: no tables over the vocabulary.
 
 One rule keeps every row within its budget: `remaining >= needed(state)` holds at the start, and no token is allowed
-that would break it. So what cannot be finished is never started, be it an image, a digit of its size, or one more word
+that would break it. So nothing is started that cannot be finished: no image, no digit of its size, and no further word
 before an image that was asked for.
 
 Axes: `B` rows, `V` vocabulary. Heights and widths are in units of the layout (`ImageLayout.units`).
@@ -30,10 +30,10 @@ class Opened(NamedTuple):
     """Where a prompt breaks off; ints, or int32 [B] each.
 
     Attributes:
-        phase: any; DONE behind the end of a document.
+        phase: any; DONE after the end of a document.
         written: in PARTS, how many ids of a spelled `open` stand at the end; in HEIGHT and WIDTH, digits of the number;
             in BODY, codes and row ends, negative while ids of `start` are missing.
-        height, width: as far as they are said, else 0.
+        height, width: as far as they are known, else 0.
     """
 
     phase: Any = PARTS
@@ -48,8 +48,8 @@ class Wanted(NamedTuple):
     Attributes:
         remaining: tokens that may be generated, the end included.
         mode: TEXT, IMAGE or FREE.
-        min_images, max_images: images to generate, the one a prompt breaks off in included. IMAGE mode makes at least
-            one if max_images allows it, TEXT mode none.
+        min_images, max_images: images to generate, including one that the prompt breaks off in. IMAGE mode makes at
+            least one if max_images allows it, TEXT mode none.
         height, width: sides of every new image; 0 leaves a side to the sampler. Where images do not say their size
             both are ignored.
     """
@@ -88,7 +88,7 @@ class State(NamedTuple):
 
 
 class Event(NamedTuple):
-    """What one token is to the images of its row; bool [B] each: it begins one, belongs to one, ends one."""
+    """What one token means for the images of its row; bool [B] each: it begins one, belongs to one, ends one."""
 
     begins: jax.Array
     inside: jax.Array
@@ -96,8 +96,8 @@ class Event(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """What may come next: the ids low..high-1 but for `never`, and `also` (an image's first id, or a number's end), the
-    end of the document, and digits. Each [B]; digits [B, 10]."""
+    """What may come next: ids low..high-1 except `never`; `also`, an image's first id or a number's end; the end of
+    the document; digits. Each [B]; digits [B, 10]."""
 
     low: jax.Array
     high: jax.Array
@@ -191,7 +191,7 @@ class Automaton:
         return jnp.where(state.phase == DONE, 0, rest + self._later(state))
 
     def allowed(self, state: State, first: int | None = None) -> jax.Array:
-        """bool [B, V]: the ids that may come next; at least one in every row. first: V, if fewer are asked for."""
+        """bool [B, V]: the ids that may come next; at least one in every row. first: of the first ids alone."""
         choices = self.choices(state)
         ids = jnp.arange(self.syntax.vocabulary.size if first is None else first, dtype=jnp.int32)
         low, high, never, also, has_also, end = (field[:, None] for field in choices[:6])
@@ -296,12 +296,12 @@ class Automaton:
         return self.syntax.block(*self._codes(*self._least(state)))
 
     def _later(self, state: State) -> jax.Array:
-        """Tokens that must remain after the present image: for images that are still owed, and for the end."""
+        """Tokens that must remain after the present image: for images that are still to be made, and for the end."""
         return jnp.maximum(state.min_images - state.images, 0) * self._smallest(state) + 1
 
     def _begun(self, state: State) -> jax.Array:
-        """For the phase PARTS: how a half-written spelled `open` changes what is needed. If an image is owed, that part
-        of it is there already. If none is owed and only images may be made, the half-written one has to be finished.
+        """For the phase PARTS: how a half-written spelled `open` changes what is needed. If an image is still to be
+        made, a part of it is there. If none is, but only images may be made, the half-written one must be finished.
         """
         if len(self.syntax.open) == 1:
             return jnp.zeros_like(state.written)
@@ -324,7 +324,7 @@ class Automaton:
         return start, ~start & ~close & (state.written % (width + 1) == width), close
 
     def _matched(self, state: State, token: jax.Array) -> jax.Array:
-        """For the phase PARTS: how many ids of a spelled `open` the row ends with, `token` included."""
+        """For the phase PARTS: how many ids of a spelled `open` are at the end of the row, `token` included."""
         matched = jnp.zeros_like(state.written)
         if len(self.syntax.open) > 1:
             for id, after in _matches(self.syntax.open).items():
@@ -342,7 +342,7 @@ class Automaton:
         return number, ends
 
     def _most(self, state: State, free: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Largest height, in phase HEIGHT, and width, in phase WIDTH, that `free` tokens hold."""
+        """The largest height (in phase HEIGHT) and width (in phase WIDTH) for which `free` tokens are enough."""
         syntax, layout = self.syntax, self.syntax.layout
         (rows, columns), (end, fewer) = layout.units, layout.row_ends
         _, least_width = self._least(state)
@@ -418,7 +418,7 @@ class Automaton:
 
 
 def _pick(ids: tuple[int, ...], index: jax.Array) -> jax.Array:
-    """int32 [B]: ids[index], for a short list of ids; an index beyond an end takes the id at that end."""
+    """int32 [B]: ids[index], for a short list of ids; an index out of range takes the first or the last id."""
     return (
         jnp.asarray(ids, jnp.int32)[jnp.clip(index, 0, len(ids) - 1)] if len(ids) > 1 else jnp.full_like(index, ids[0])
     )

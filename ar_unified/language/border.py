@@ -149,8 +149,8 @@ class MappedCodec:
 
     @classmethod
     def of(cls, file: str, data: bytes, border: Border, size: int, lossy: Lossy = "refuse") -> MappedCodec:
-        """Opens a tokenizer's file, whose format its name says (`reading.codec`). No text is spelled with an id that is
-        no text piece.
+        """Opens a tokenizer's file; its name says its format (`reading.codec`). Text is spelled with text pieces
+        alone.
         """
         return cls(codec(file, data, lossy=lossy, text_ids={*border.theirs[:size].tolist()}), border, size)
 

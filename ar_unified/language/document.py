@@ -1,4 +1,4 @@
-"""A Document: turns of text and images, in reading order. What goes into the framework, and what comes out of it.
+"""A Document: turns of text and images, in reading order. Documents go into the framework and come out of it.
 
 Axes: `H` `W` height and width of an image in pixels; `h` `w` the same in codes of the image tokenizer.
 """
@@ -18,7 +18,7 @@ SPEAKERS: tuple[Speaker, ...] = ("document", "system", "user", "assistant")
 
 
 class DocumentError(ValueError):
-    """What is wrong with a document and at which part.
+    """What is wrong with a document, and in which part.
 
     Attributes:
         kind: one word for counting: "empty_text", "bad_text", "image_shape", "image_codes", "adjacent_text",
@@ -77,10 +77,10 @@ class TokensPart:
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says. `speaker` "document" is nobody: plain or interleaved text without a turn.
+    """What one side says. The speaker "document" means nobody: plain or interleaved text without turns.
 
     `trained`: whether a model is to learn to say it. None: yes for documents and assistants, no for system and user.
-    It does not count when turns are compared, as ids cannot carry it.
+    It is ignored when turns are compared, because ids cannot carry it.
     """
 
     speaker: Speaker
@@ -95,7 +95,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Document:
-    """Either one turn that nobody says, or a conversation: user and assistant alternate, and a system turn may come
+    """Either one turn without a speaker, or a conversation: user and assistant alternate, and a system turn may come
     first.
 
     A conversation ends with the assistant, whose last turn may be empty. An empty turn of the user is what
@@ -106,7 +106,8 @@ class Document:
         id: the name a source gave it.
         origin: "file:line", for messages.
         meta: facts that travel along, such as the scene an image shows. Like id and origin, not compared.
-        rejected: of a preference pair what the assistant should not have said in place of its last turn; else None.
+        rejected: in a preference pair, the answer that the assistant should not give in place of its last turn; else
+            None.
     """
 
     turns: tuple[Turn, ...]
@@ -129,11 +130,11 @@ class Document:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Of all turns, in reading order."""
+        """The parts of all turns, in reading order."""
         return tuple(part for turn in self.turns for part in turn.parts)
 
     def changed(self, change: Callable[[Part], Part]) -> Document:
-        """The same with each part as `change` makes it, those of the rejected answer last."""
+        """The same document with each part changed by `change`; the parts of the rejected answer come last."""
 
         def made(turn: Turn) -> Turn:
             parts = tuple(map(change, turn.parts))
@@ -145,7 +146,9 @@ class Document:
 
     @property
     def answered(self) -> tuple[Document, ...]:
-        """It alone; of a preference pair two: with the chosen answer, then with the rejected one."""
+        """The document itself; for a preference pair two documents: with the chosen answer, then with the rejected
+        one.
+        """
         if self.rejected is None:
             return (self,)
         both = (self.turns[-1], self.rejected)
@@ -177,10 +180,10 @@ class Document:
         return kinds in ([[False], [True]], [[True], [False]])
 
     def check(self) -> None:
-        """Raises DocumentError naming the first part that no grammar could carry there and back."""
+        """Raises DocumentError, naming the first part that no grammar could encode and decode."""
         check_speakers([turn.speaker for turn in self.turns])
         if self.rejected is not None and (not self.asks or self.rejected.speaker != "assistant"):
-            raise DocumentError("bad_turns", "a rejected answer: expected the assistant's, to what somebody asks")
+            raise DocumentError("bad_turns", "a rejected answer: expected the assistant's, to a question")
         i = 0
         for turn in (*self.turns, *([] if self.rejected is None else [self.rejected])):
             before: Part | None = None

@@ -1,7 +1,7 @@
-"""Ids with what each is for: what `Grammar.encode` gives, shards keep, and the loader changes. All O(n).
+"""Ids, each with its role: `Grammar.encode` makes them, shards keep them, and the loader changes them. All O(n).
 
-A mark is one byte a position: its role, who says it, whether it is trained, and where turns and images begin. So no
-later code searches ids for the end of a prompt.
+Each position has a mark of one byte: its role, who says it, whether it is trained, and whether a turn or an image
+begins there. So later code need not search ids for the end of a prompt.
 
 Axes: `n` positions of a document.
 """
@@ -50,8 +50,8 @@ class Encoded:
 
     @property
     def roles(self) -> np.ndarray:
-        """The Role of every position, uint8 [n]. Its place counts, not its id: a digit that says a size is SIZE, not
-        TEXT.
+        """The Role of every position, uint8 [n]. It follows from the place, not from the id: a digit of a size is SIZE,
+        not TEXT.
         """
         return self.marks & _ROLE
 
@@ -78,7 +78,7 @@ class Encoded:
 
     @property
     def unlearned(self) -> np.ndarray:
-        """bool [n]: positions that would be learned, by who says them, but are marked as not to be ("weight": 0)."""
+        """bool [n]: positions that are marked as not to be learned ("weight": 0), although their speaker's are."""
         speakers = self.speakers
         return ~self.trained & ((speakers == _ANSWERS[0]) | (speakers == _ANSWERS[1]))
 

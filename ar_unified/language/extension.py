@@ -1,9 +1,9 @@
-"""A language model's id space with images in it: what it could say before keeps its text ids and its rows.
+"""A language model's id space with images in it: its text ids keep their numbers and their rows.
 
     [ text | its controls | rest ]   becomes   [ text | controls of the layout | sizes | image codes | rest ]
 
-Controls of the same name are the same. What the model had and the layout does not need goes to the rest, with all that
-its tokenizer never wrote: those ids keep their rows, and their part in the softmax.
+Controls of the same name are the same. Ids of the model that the layout does not need go to the rest, and so do those
+that its tokenizer never wrote. They keep their rows, and their part in the softmax.
 """
 
 from __future__ import annotations

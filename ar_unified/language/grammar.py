@@ -53,7 +53,7 @@ class Break(NamedTuple):
 class Grammar:
     """One vocabulary, one way to write images and turns, one text tokenizer.
 
-    A vocabulary without image codes has no images: of the layout, `TEXT_ALONE`, nothing is ever written.
+    A vocabulary without image codes has no images: its layout, `TEXT_ALONE`, is never written.
 
     Raises:
         ValueError: the vocabulary lacks a token that the layout needs.
@@ -89,8 +89,7 @@ class Grammar:
         return self._joined(document.turns)
 
     def prompt(self, turns: Sequence[Turn]) -> np.ndarray:
-        """What a sampler is given, int32 [n]: turns that it is to answer, or a text without turns that it is to
-        continue.
+        """The ids that a sampler is given, int32 [n]: turns to answer, or a text without turns to continue.
 
         Raises GrammarError like `encode`.
         """
@@ -105,7 +104,7 @@ class Grammar:
 
     @cached_property
     def tail(self) -> np.ndarray:
-        """What stands behind the end of a document and is never sampled, int32 [n]; mostly nothing."""
+        """The ids after the end of a document, which are never sampled, int32 [n]; mostly none."""
         return np.array([self.vocabulary.control(name) for name in self.layout.record.tail], np.int32)
 
     def parts(self, parts: Sequence[Part]) -> np.ndarray:
@@ -114,7 +113,7 @@ class Grammar:
 
     @cached_property
     def unconditional(self) -> Encoded:
-        """What an image without a prompt comes after. Condition dropout trains on it; guidance compares with it."""
+        """The ids before an image that has no prompt. Condition dropout trains on them; guidance compares with them."""
         out = encoded.Writer()
         out.turn("user", learned=False)
         for part in self.layout.record.unconditional:
@@ -182,7 +181,7 @@ class Grammar:
 
     @property
     def begins(self) -> list[int]:
-        """The ids one of which a document begins with."""
+        """The ids that a document may begin with."""
         return self._around.begin + self._around.open
 
     @cached_property
@@ -228,7 +227,7 @@ class Grammar:
 
     def parse(self, tokens: np.ndarray | Sequence[int]) -> Document:
         """The document that `encode`, or a sampler under the automaton, wrote. It is the exact inverse of `encode`,
-        except for layouts that tell turns apart by text: those give one turn that nobody says.
+        except for layouts that tell turns apart by text: those give one turn without a speaker.
 
         Args:
             tokens: [n] ids, without padding.

@@ -62,7 +62,7 @@ class TurnTemplate:
     """Turns told apart by text, which cannot be read back: ids -> document gives one turn with all of it.
 
     Attributes:
-        user: the text around a user's turn; its parts take the place of {}. The answer follows, then the document's
+        user: the text around a user's turn; its parts take the place of {}. The answer follows it, then the document's
         `end`.
         system: the system's turn, where a document has none of its own.
         answer: controls between the user's text and the answer.
@@ -97,12 +97,11 @@ class Layout:
 
     Attributes:
         controls: the control tokens it needs, in the order of our id space.
-        image_side: the first control that counts as an image's id where text and images have a softmax each; "": none
-        does.
+        image_side: where text and images have a softmax each, the first control on the side of images; "": none is.
         open: what begins an image.
         size: how an image says its size; None: all have one.
         start: behind the size.
-        rows: whether `row_end` stands behind no row, behind each row, or behind each row but the last.
+        rows: whether `row_end` follows no row, each row, or each row but the last.
         close: what ends an image.
         begin: of a document.
         end: ends an answer and a document; a sampler stops at it. If `TurnMarks` end a question with the same token,

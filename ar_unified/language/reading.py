@@ -1,4 +1,4 @@
-"""Ids read back: what stands where, and where they break off.
+"""Reads ids back: which items they have, and where they break off.
 
 Axes: `h` `w` height and width of an image in codes; `n` ids.
 """
@@ -112,7 +112,7 @@ class Reader:
         return Item("image", begin, len(self.ids), opened=opened)
 
     def _right(self, rest: np.ndarray, h: int, w: int) -> np.ndarray:
-        """bool [n]: whether each id behind an image's header is one that may stand there."""
+        """bool [n]: whether each id after an image's header may stand in its place."""
         syntax, body = self.syntax, self.syntax.layout.body(h, w)
         at = np.arange(len(rest)) - len(syntax.start)
         end, _ = syntax.layout.row_ends
@@ -164,7 +164,7 @@ class Reader:
         return value, 0, at + 1
 
     def found(self, at: int) -> str:
-        """What stands at a place, by its name, for a message."""
+        """The name of what stands at a place, for a message."""
         return self.vocabulary.name(int(self.ids[at])) if at < len(self.ids) else "the end of the sequence"
 
 

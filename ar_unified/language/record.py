@@ -21,7 +21,9 @@ _BORDER, _LOSSES = "border", "text_losses"
 
 
 def record_of(grammar: Grammar) -> dict[str, Any]:
-    """What language.json says, as JSON values; how the tokenizer loses text is for people."""
+    """The content of language.json, as JSON values. The losses of the text tokenizer are only there for people to
+    read.
+    """
     out, text = grammar.manifest(), grammar.text_codec
     if isinstance(text, MappedCodec):
         out[_BORDER] = text.border.manifest()

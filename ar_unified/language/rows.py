@@ -9,7 +9,7 @@
 
 "prompt" counts the segments that are asked with; without it nobody asks. Roles are system (or developer), user and
 assistant; content is a text or a list of parts, also in OpenAI's form ({"type": "image_url", "image_url": {"url"}}).
-A message with "weight": 0 is read and not learned. Keys that belong to no kind are the document's `meta`.
+A message with "weight": 0 is read and not learned. All other keys become the document's `meta`.
 
 The "prompt" of an answer or of a preference pair is a text, a list of parts or of messages (of a pair, "messages" is
 another name for these), and an answer is a text, a list of parts, or the assistant's message. Of a pair the answers
@@ -290,7 +290,7 @@ def document_to_json(document: Document, save_image: Callable[[np.ndarray], str]
         save_image: stores pixels uint8 [H, W, 3] and returns the reference that goes into the row.
 
     Raises:
-        DocumentError: the document is invalid or has codes in it; it has no turns, and no parts or a value of
+        DocumentError: the document is invalid or has codes in it; it has no turns, and either no parts or a value of
         `trained`; a key of `meta` is one that the row needs.
     """
     document.check()
@@ -303,7 +303,9 @@ def document_to_json(document: Document, save_image: Callable[[np.ndarray], str]
     row: dict[str, Any]
     if speakers == ["document"]:
         if not turns[0] or learned != [None]:
-            raise DocumentError("bad_row", "no row says nothing, or what nobody says but is or is not to be learned")
+            raise DocumentError(
+                "bad_row", "a document without turns needs a part, and cannot say whether it is learned"
+            )
         row = {"segments": turns[0]}
     elif speakers != ["user", "assistant"] or learned != [None, None] or not document.parts:
         row = {"messages": [_message(turn, parts) for turn, parts in zip(document.turns, turns, strict=True)]}

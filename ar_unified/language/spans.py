@@ -1,4 +1,4 @@
-"""What may come next as ranges of ids: a few numbers a position, where a mask would have one for every id.
+"""What may come next, as ranges of ids: a few numbers for each position, where a mask would need one for every id.
 
 Axes: B rows, K ranges.
 """
@@ -12,8 +12,9 @@ from ar_unified.language.automaton import Automaton, State
 
 
 def spans(automaton: Automaton, state: State) -> jax.Array:
-    """int32 [B, K, 2]: the ids that `Automaton.allowed` allows, as ranges: first, and behind the last. An empty range
-    is none; ranges may overlap."""
+    """int32 [B, K, 2]: the ids that `Automaton.allowed` allows, as ranges: the first id, and one past the last. Empty
+    ranges allow nothing; ranges may overlap.
+    """
     found = automaton.choices(state)
 
     def one(id: jax.Array, there: jax.Array) -> list[jax.Array]:

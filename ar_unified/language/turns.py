@@ -1,4 +1,4 @@
-"""Turns in a row: what a layout writes around them, and which turns parts that were read are."""
+"""Turns in a row: the ids that a layout writes around them, and the turns that parts which were read belong to."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def arranged(
 
 
 def _marked(turn: Turn, first: bool, asks_all: bool, around: Around) -> Iterator[list[int] | Part]:
-    """asks_all: a system's turn ends as a question."""
+    """asks_all: the system's turn ends like a question."""
     if first:
         yield around.begin
     yield from turn.parts
@@ -75,7 +75,9 @@ def _spelled(turn: Turn, template: TurnTemplate) -> Turn:
 
 
 def answered(asked: Sequence[tuple[Part, ...]], answer: tuple[Part, ...]) -> list[Turn]:
-    """A question and its answer, with a system's turn in front if there are two; or an answer to nobody."""
+    """A question and its answer, with a system's turn first if there are two turns before the answer; or an answer
+    alone.
+    """
     if not asked:
         return [Turn("document", answer)]
     system = [Turn("system", asked[0])] if len(asked) > 1 else []
@@ -83,7 +85,7 @@ def answered(asked: Sequence[tuple[Part, ...]], answer: tuple[Part, ...]) -> lis
 
 
 def counted(said: Sequence[tuple[Part, ...]]) -> list[Turn]:
-    """Turns that all end alike: one alone is nobody's; of an odd number the first is the system's."""
+    """Turns that all end alike: a single one has no speaker; of an odd number the first is the system's."""
     if len(said) == 1:
         return [Turn("document", said[0])]
     odd = len(said) % 2

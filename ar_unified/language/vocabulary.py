@@ -41,7 +41,7 @@ class Vocabulary:
         size_tokens: how many there are; token n says a side of n units (`layouts.SizeTokens`). 0 for layouts without.
         text_hash, image_hash: of the tokenizers ("" where there is none yet).
         controls: names of the control tokens, in order; "pad", "bos" and "eos" among them.
-        rest: how many ids behind the image codes are never written but take part in the softmax, as those ids of a
+        rest: how many ids behind the image codes are never written but take part in the softmax, such as ids of a
         published table that its tokenizer never gives. None: as many as fill the padded width.
 
     Raises:

@@ -1,8 +1,7 @@
 """The door from the transformer to the attention kernels: each device of the mesh runs them on its part.
 
-A Pallas kernel cannot be split by the compiler, so what GSPMD does elsewhere is said here: rows are cut by batch, heads
-by tensor, and the sequence by context (model/context.py). Without a mesh in scope (`jax.set_mesh`) the kernels are
-simply called.
+The compiler (GSPMD) cannot split a Pallas kernel, so the split is written here: rows are cut by batch, heads by tensor,
+and the sequence by context (model/context.py). Without a mesh in scope (`jax.set_mesh`) the kernels are simply called.
 
 B batch, T query position, S key position, N query heads, K KV heads, H head dim.
 """
@@ -91,7 +90,7 @@ def attend_to_cache(query: jax.Array, cache: Layer, start: jax.Array, backend: s
 
 
 def _repeated(x: jax.Array, axis: int, query_heads: int, ways: int) -> jax.Array:
-    """x with each KV head, on `axis`, so often that each of `ways` devices has a whole one: mostly once."""
+    """x with each KV head, on `axis`, repeated so often that each of `ways` devices has a whole one: mostly once."""
     times = ways // math.gcd(x.shape[axis], ways)
     if query_heads % (x.shape[axis] * times):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The KV cache: made, and written in place, each device of the mesh its rows and heads.
+"""Makes the KV cache and writes it in place; each device of the mesh has its own rows and heads.
 
 B batch, T position, S cache slot, N query heads, K KV heads, H head dim.
 """
@@ -87,7 +87,7 @@ def slots_of(layer: Layer, slots: slice) -> Layer:
 
 
 def with_slots(layer: Layer, slots: slice, kept: Layer) -> Layer:
-    """A layer's cache with those slots as `slots_of` has given them."""
+    """A layer's cache with those slots set back to what `slots_of` gave."""
     return tuple(
         (old.at[:, :, slots] if i < 2 else old.at[..., slots]).set(x)
         for i, (old, x) in enumerate(zip(layer, kept, strict=True))

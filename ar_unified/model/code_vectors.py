@@ -1,7 +1,9 @@
-"""Where the rows of image codes begin, in the embedding and in the head: alike for codes that mean alike.
+"""The first values of the rows of image codes, in the embedding and in the head: similar for codes with similar
+vectors.
 
 The number of a code says nothing, but its image tokenizer has a vector for it. A transformer that starts from random
-rows has to find out from its data which codes are neighbours; here it is told, and is free to change it.
+rows has to learn from its data which codes are neighbours. Here the rows say so from the start, and training may change
+them.
 
 K codes, C numbers in a code's vector, V vocabulary, D model.
 """
@@ -40,15 +42,15 @@ def init_from_codebook(params: Params, vectors: jax.Array, offset: int, key: jax
 def extended_tables(
     params: Params, rows: np.ndarray, text_size: int, codes: range, how: str, vectors: jax.Array | None, key: jax.Array
 ) -> Params:
-    """Parameters of a language model whose tables have further rows, which begin around the mean of its text rows.
+    """Parameters of a language model with new rows in its tables. The new rows begin around the mean of its text rows.
 
-    A new id is then as likely as a text piece on average, in place of as likely as what logits of 0 say (Hewitt,
-    "Initializing new word embeddings for pretrained language models", 2021). Rows that spread do so by as much as those
-    of text. Jittable.
+    A new id is then as likely as an average text piece, and not as likely as a logit of 0 makes it (Hewitt,
+    "Initializing new word embeddings for pretrained language models", 2021). Rows that are not all the mean differ from
+    it as much as those of text do. Jittable.
 
     Args:
       params: f32, with "embedding" and, untied, "head" [V_old, D].
-      rows: int32 [V], for each row the old one that it is, or -1.
+      rows: int32 [V], for each row the number of the old row that it keeps, or -1.
       codes: the rows of image codes. text_size: of the old tables, the rows of text, which are the first.
       how: of CODE_EMBEDDING_INITS, for image codes: "mean", "random" about it, or "codebook": features of `vectors`,
         f32 [K, C], about it. Other new rows are the mean.

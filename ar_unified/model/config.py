@@ -33,7 +33,7 @@ class TransformerConfig:
         says what rope_low, rope_high and rope_original_length are); "none": they do not.
       norm_offset: added to the weights of the norms of the residual stream: 1 in Gemma.
       qk_norm: over head_dim, before RoPE. "layernorm" has a bias.
-      qk_norm_per_head: its weights are each head's own; else one set for all.
+      qk_norm_per_head: each head has weights of its own for it; else all share one set.
       qkv_bias: of the projections to queries, keys and values.
       activation: of the MLP's gate; gelu_tanh is GELU by its tanh approximation.
       embedding_scale: what token vectors are multiplied with; the root of D in Gemma.
@@ -41,11 +41,11 @@ class TransformerConfig:
       dropout: rate on the embeddings and on the output of each residual branch; drawn only with a dropout key.
       dtype: of the matrix products and activations. Parameters, norms, softmax and RoPE angles are float32.
       scan_layers: one compiled layer for all (short compiles, TPU); False unrolls them (faster on CPU).
-      remat: what backward has of a layer, and what it makes again; a name of model/remat.py's POLICIES, from "none",
-        which saves all, to "offload", which leaves the least on the device.
+      remat: what is kept of a layer for backward, and what is computed again: a name of model/remat.py's POLICIES, from
+        "none", which keeps all, to "offload", which leaves the least on the device.
       attention: the backend of kernels/backend.py; "auto": the device's own kernel, or XLA where there is none.
-      context: on a mesh whose context axis cuts rows, "gather" collects a layer's keys and values on each device, which
-        waits least; "ring" passes them round, for rows whose keys would fill the memory. No other mesh asks.
+      context: only read on a mesh whose context axis cuts rows. "gather" collects a layer's keys and values on each
+        device, which waits least; "ring" passes them round, for rows whose keys would fill the memory.
     """
 
     vocab_size: int
@@ -104,7 +104,7 @@ class TransformerConfig:
                 raise ValueError(f"model.{field}: expected more than 0; found {getattr(self, field)}")
 
     def _require_used(self) -> None:
-        """Raises ValueError for a field that is set and of which, without another, nothing comes."""
+        """Raises ValueError for a field that is set but has no effect without another."""
         read = _ROPE[self.rope_scaling]
         idle = {name: f"rope_scaling {self.rope_scaling!r}" for name in _ROPE["llama3"] if name not in read}
         if self.qk_norm == "none":
@@ -135,7 +135,7 @@ _RUNTIME = ("dropout", "scan_layers", "remat", "attention", "context", "dtype")
 
 
 def decisive(config: TransformerConfig) -> dict[str, Any]:
-    """The fields that say what the weights are: they belong together, and to nothing else."""
+    """The fields that the weights depend on: a bundle or an imported model has them all."""
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in _RUNTIME}
 
 
@@ -215,7 +215,7 @@ def config_from(preset: str | Mapping[str, Any], vocab_size: int | None = None, 
 
 
 def layer_matrices(config: TransformerConfig) -> dict[str, tuple[int, int]]:
-    """(rows, columns) of the matrices that a token's vector goes through in a layer, by the name of the product."""
+    """(rows, columns) of a layer's matrices, by the name of the product."""
     D, N, K, F = (config.d_model, *(n * config.head_dim for n in (config.n_heads, config.n_kv_heads)), config.d_mlp)
     return {
         "query": (D, N), "key": (D, K), "value": (D, K), "output": (N, D), "gate": (D, F), "up": (D, F), "down": (F, D),
@@ -244,9 +244,10 @@ def matmul_parameters(config: TransformerConfig) -> tuple[int, int]:
 
 
 def parameter_count(config: TransformerConfig, *, embedding: bool = True) -> int:
-    """Parameters by formula; `embedding=False` leaves out the lookup table (of a tied model: counts it once, as head).
+    """The number of parameters, by formula; `embedding=False` leaves out the lookup table (a tied one still counts as
+    head).
 
-    The second is what 6 * parameters * tokens estimates the matrix FLOPs of a training step with.
+    With embedding=False, 6 * parameters * tokens estimates the matrix FLOPs of a training step.
     """
     c = config
     heads = (c.n_heads + c.n_kv_heads) if c.qk_norm_per_head else 2

@@ -1,11 +1,12 @@
 """Attention of rows that lie over the devices of the context axis in zigzag order (parallel/zigzag.py), in two ways.
 
-`gather`: each device collects the keys and values of the whole row. Least waiting, and the keys of a row in memory.
-`ring`: keys and values go round, and what each device has seen of them is merged by log-sum-exp (Ring Attention, arXiv
-2310.01889). Memory does not grow with the number of devices, a step's transfer hides behind its work, and pieces that
-share no document are not computed; but a turn has as many small kernels and hand-overs as there are devices.
+`gather`: each device collects the keys and values of the whole row. It waits least, and needs memory for the keys of a
+whole row. `ring`: keys and values go round, and what each device has seen of them is merged by log-sum-exp (Ring
+Attention, arXiv 2310.01889). Memory does not grow with the number of devices, a step's transfer hides behind its work,
+and pieces that share no document are not computed; but a turn has as many small kernels and hand-overs as there are
+devices.
 
-Both run on a device, inside `jax.shard_map`; gradients are exact.
+Both run on each device, inside `jax.shard_map`; gradients are exact.
 
 B batch, T position on a device, N query heads, K KV heads, H head dim; a device has two pieces of T / 2 positions.
 """
@@ -104,7 +105,8 @@ ring.defvjp(_ring_forward, _ring_backward)
 
 def _meetings(doc_start: jax.Array, step: jax.Array) -> Iterator[tuple[int, int, jax.Array, dict[str, Any]]]:
     """Which own piece of queries meets which visiting piece of keys after `step` turns: (own, visiting, whether some
-    query of the first may see some key of the second, what `attention` must know of the two). 0 is early, 1 late."""
+    query of the first may see some key of the second, the arguments of `attention` for the two). 0 is early, 1 late.
+    """
     ways, index = jax.lax.axis_size("context"), jax.lax.axis_index("context")
     first = _halves(doc_start)
     width = first[0].shape[1]

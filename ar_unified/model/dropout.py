@@ -1,4 +1,4 @@
-"""Dropout by keys of each token, so that what is lost depends on neither the batch nor the device."""
+"""Dropout with a key for each token, so that the result depends on neither the batch nor the device."""
 
 from __future__ import annotations
 

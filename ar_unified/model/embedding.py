@@ -1,9 +1,10 @@
 """The lookup of token vectors in a table that tensor cuts by id and fsdp by column.
 
-Tokens travel, not the table: each device looks up its columns for the rows of its whole fsdp group, devices of a tensor
-group add up what each has (one has it, the others zero), and an exchange over fsdp brings each row home. That moves as
-many bytes as the result has; the table of a large vocabulary is larger than a device's share of any batch. It is said
-here because the compiler, where sequences are cut too, collects the result of all devices on each.
+Tokens travel, not the table. Each device looks up its columns for the rows of its whole fsdp group; the devices of a
+tensor group add up their results (one has the vector, the others zeros); and an exchange over fsdp returns each row to
+its device. That moves as many bytes as the result has; the table of a large vocabulary is larger than a device's share
+of any batch. It is written out here because the compiler, if sequences are cut too, would collect the result of all
+devices on each.
 
 B batch, T position, V vocabulary, D model.
 """

@@ -15,11 +15,11 @@ from ar_unified.tensors import Kind, TensorWriter
 
 
 class Streamed(NamedTuple):
-    """Parameters that come one after another, as they are read: what is in memory is one of them.
+    """Parameters that come one after another, as they are read: only one of them is in memory.
 
     Attributes:
         dtypes: of each leaf by its path.
-        pieces: (path, None, the leaf), or (path, i, what stands at i of its first axis), each once.
+        pieces: (path, None, the leaf), or (path, i, entry i of its first axis), each once.
     """
 
     dtypes: Mapping[str, str]

@@ -49,8 +49,8 @@ class LoraConfig:
         counts.
       dropout: rate on what A reads, each matrix by itself.
       targets: which of a layer's matrices have an adapter: names of MATRICES, in which * stands for anything, or of a
-        group of them, as "attention.query", "mlp", "*". All of them is what QLoRA found to be needed to match full
-        tuning (Dettmers et al., arXiv:2305.14314, section 4).
+        group of them, as "attention.query", "mlp", "*". QLoRA found that all of them are needed to match full tuning
+        (Dettmers et al., arXiv:2305.14314, section 4).
       rslora: scale = alpha / sqrt(rank).
       base_dtype: of the matrices that are not trained, in a training: one of BASE_DTYPES. bfloat16 halves their memory,
         int8 quarters that of the layers' (`dtypes.held`); what is trained, and norms, are float32.
@@ -183,9 +183,9 @@ def with_adapters(params: Mapping[str, Any]) -> Any:
 
 
 def adaptation(lora: LoraConfig | None, adapter: jax.Array | None = None) -> Adapt | None:
-    """What a layer adds to its product with a matrix that has adapters; None: nothing.
+    """What a layer adds to its product with a matrix that has adapters; None if it has none.
 
-    lora: of the one that is trained. adapter: int32 [B], which each row has of those that are served.
+    lora: of the one that is trained. adapter: int32 [B], the number of each row's adapter, of those that are served.
     """
     if lora is not None:
         return functools.partial(_trained, lora)

@@ -1,8 +1,8 @@
 """Cross-entropy over a large vocabulary in chunks of tokens: logits exist for one chunk at a time.
 
-On a mesh (`jax.set_mesh`) each device takes its own rows and columns against its part of the vocabulary, and three
-numbers a token are all that a chunk exchanges. The head is collected over fsdp once, not once a chunk, and its gradient
-is scattered once: left to the compiler, both would happen inside the loop.
+On a mesh (`jax.set_mesh`) each device takes its own rows and columns against its part of the vocabulary, and a chunk
+exchanges only three numbers for each token. The head is collected over fsdp once, not once a chunk, and its gradient is
+scattered once: left to the compiler, both would happen inside the loop.
 
 B batch, T position, D model, V vocabulary (of a device, inside), C chunks.
 """
@@ -40,7 +40,7 @@ def token_losses(
       targets: int32 [B, T], in 0 .. used - 1. Padding needs any such id, and a weight of 0 from the caller.
       chunk: tokens of one device whose logits exist at once; a chunk takes the same columns of each of its rows.
       used: rows of the head from this one on have no probability and no gradient; None: all V are used.
-      split: ids below it and ids from it on have a softmax each, and a target's is that of its own side; None: one
+      split: ids below it and ids from it on have a softmax each, and each target uses that of its side; None: one
         softmax for all.
       spans: int32 [B, T, K, 2], the ids that a position's softmax is over: K ranges, first and behind the last of each;
         an empty range is none. None: all of `used` and `split`.
@@ -114,7 +114,9 @@ _losses.defvjp(_forward, _backward)
 
 
 class _Placement:
-    """Where the arrays lie on the mesh in scope, and what its axes add up; without one, nothing is sharded."""
+    """How the arrays lie on the mesh in scope, and which of its axes are summed over; without a mesh, nothing is
+    sharded.
+    """
 
     def __init__(self, hidden: jax.Array, head: jax.Array, used: int | None, split: int | None):
         self.used, self.split = used, split
@@ -151,7 +153,7 @@ class _Placement:
         return ids - jax.lax.axis_index("tensor") * size if self.sharded else ids
 
     def ids(self, head: jax.Array) -> jax.Array:
-        """Of the rows that this device has."""
+        """The part for the rows that this device has."""
         return jnp.arange(head.shape[0]) - self.local(0, head.shape[0])
 
     def logits(self, hidden: jax.Array, head: jax.Array, targets: jax.Array, spans: jax.Array | None) -> jax.Array:

@@ -1,8 +1,8 @@
-"""What of a layer backward finds, and what it makes again: policies that name what they save.
+"""What is kept of a layer for backward, and what is computed again: policies that name what they keep.
 
 A layer names what it makes: its products with weights by the weight ("query", ..., "down"), and attention's outputs. A
 policy leaves each in the device's memory, sends it to the host's, or drops it; backward makes again what it needs and
-does not find. No policy runs attention's kernel again: what it leaves takes as much memory as the layer's input. Its
+does not find. No policy runs attention's kernel again: its output takes as much memory as the layer's input. Its
 log-sum-exp and lists of work, two numbers a head, stay on the device under all of them.
 """
 
@@ -21,7 +21,7 @@ _ATTENTION = ("query", "key", "value", OUT, "output")
 
 
 class Policy(NamedTuple):
-    """Names of what is saved on the device and of what is sent to the host; the input is saved where it is not sent."""
+    """Names of what is saved on the device and of what is sent to the host; the input is saved unless it is sent."""
 
     saved: tuple[str, ...]
     offloaded: tuple[str, ...] = ()
@@ -40,7 +40,7 @@ POLICIES: dict[str, Policy | None] = {
 
 
 def rematerialised(layer: Callable, policy: str, scanned: bool) -> Callable:
-    """`layer` (x, ...) -> x, of which backward finds what `policy` keeps. scanned: it is the body of a scan."""
+    """`layer` (x, ...) -> x, with only what `policy` keeps for backward. scanned: it is the body of a scan."""
     found = POLICIES[policy]
     if found is None:
         return layer

@@ -38,8 +38,9 @@ def rope_table(config: TransformerConfig, positions: jax.Array, length: int) -> 
 def _wavelengths(config: TransformerConfig) -> jax.Array:
     """theta^(2i/H), over 2 pi: float32 [H/2], stretched as the config says.
 
-    "linear": all by the factor. "llama3" (Llama 3.1's model card and code): those that turn less than `rope_low` times
-    in the original length by the factor, those that turn more than `rope_high` times not at all, between them a blend.
+    "linear": all by the factor. "llama3" (Llama 3.1's model card and code): frequencies that turn less than `rope_low`
+    times in the original length by the factor, those that turn more than `rope_high` times not at all, and a blend
+    between.
     """
     H = config.head_dim
     wavelengths = config.rope_theta ** (jnp.arange(0, H, 2, dtype=jnp.float32) / H)

@@ -99,8 +99,8 @@ def logical_axes(params: Params) -> Params:
 def unstacked(config: TransformerConfig, params: Params, weights_dtype: str | None = None) -> Params:
     """The parameters as decoding reads them: a list of layers, matrices [inputs, outputs] in the compute dtype.
 
-    Every step of decoding reads every weight once. Of stacked ones it would first copy each layer out of the stack,
-    and of heads [N, H] side by side TPU first lays the matrix out anew.
+    Every step of decoding reads every weight once. From a stack it would first have to copy each layer, and TPUs would
+    first have to lay out a matrix with heads [N, H] anew.
 
     weights_dtype: of the layers' matrices, of model.quantized.LARGEST; None: the compute dtype.
     """
@@ -126,10 +126,10 @@ def as_decoded(name: str, leaf: jax.Array, weights_dtype: str | None) -> Any:
 def init(config: TransformerConfig, key: jax.Array) -> Params:
     """Fresh float32 parameters; works under `jax.jit` (with `out_shardings`) and `jax.eval_shape`.
 
-    Recipe: a matrix is normal of variance 1 / fan-in, so that what it makes has the size of what it reads at any
-    width (LeCun et al., "Efficient BackProp", 1998); the two projections that write into the residual stream are
-    smaller by sqrt(2 L), so that its variance does not grow with depth (GPT-2). An embedding of its own is normal of
-    variance 1; one that is tied to the head is a matrix. Norms start as the identity.
+    Recipe: a matrix is normal of variance 1 / fan-in, so that its output is as large as its input at any width (LeCun
+    et al., "Efficient BackProp", 1998); the two projections that write into the residual stream are smaller by sqrt(2
+    L), so that its variance does not grow with depth (GPT-2). An embedding of its own is normal of variance 1; one that
+    is tied to the head is a matrix. Norms start as the identity.
     """
     L, D, F, V = config.n_layers, config.d_model, config.d_mlp, config.vocab_size
     N, K, H = config.n_heads, config.n_kv_heads, config.head_dim
@@ -174,8 +174,8 @@ def init(config: TransformerConfig, key: jax.Array) -> Params:
 def abstract_params(config: TransformerConfig, mesh: jax.sharding.Mesh | None = None) -> Params:
     """Shapes and dtypes of the parameters, and their shardings on a mesh; nothing is allocated or computed.
 
-    The key is made inside: a config is checked with this before the processes of a job have met, and whoever computes
-    before that cannot meet them any more.
+    The key is made inside, so that nothing is computed: a config is checked with this before the processes of a job
+    have met, and a process that has computed cannot join them any more.
     """
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
     if mesh is None:
@@ -191,7 +191,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with RoPE; how keys and values are stored and looked at is the caller's `attend`."""
+    """Grouped-query attention with RoPE; the caller's `attend` says how keys and values are stored and looked at."""
 
     def __init__(self, config: TransformerConfig, params: Params):
         self.eps = config.norm_eps
@@ -283,7 +283,7 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """Tokens to hidden states, hidden states to logits. Made by `Transformer.bind(config, params)`.
 
-    With params["lora"] that adapter is part of the model; with params["adapters"] each row says which of them it has
+    With params["lora"] that adapter is part of the model; with params["adapters"] each row names one of them
     (model/lora.py).
     """
 
@@ -350,7 +350,7 @@ class Transformer(nnx.Module):
         return unzigzag(rms_norm(x, _norm(config, self.norm[...]), config.norm_eps))
 
     def observe(self, tokens: jax.Array, positions: jax.Array, doc_start: jax.Array, look: Callable[..., Any]) -> Any:
-        """The same forward, without dropout, for what `look` sees of attention on the way.
+        """The same forward, without dropout; it returns what `look` gives for the attention of each layer.
 
         Args:
           tokens, positions, doc_start: as above.
@@ -384,8 +384,8 @@ class Transformer(nnx.Module):
         """Reads T more tokens of each row behind what the cache holds: the one path of prefill and decode.
 
         Row b's tokens take the positions start[b] .. start[b] + T - 1, and each sees all positions up to its own.
-        Rows of different lengths are padded on the right: what padding wrote lies behind the row's end, where nothing
-        looks before the row's next tokens overwrite it. Positions beyond the cache's length are not written.
+        Rows of different lengths are padded on the right: what padding wrote lies after the row's end, and the row's
+        next tokens overwrite it before anything reads it. Positions beyond the cache's length are not written.
 
         Args:
           tokens: int32 [B, T].  cache: from `init_cache` or an earlier call.  start: int32 [B].
@@ -427,7 +427,7 @@ class Transformer(nnx.Module):
 
 
 def _norm(config: TransformerConfig, weight: jax.Array) -> jax.Array:
-    """What a norm multiplies with: its weight, in Gemma one more than that."""
+    """The factor of a norm: its weight, and in Gemma 1 + its weight."""
     return weight + config.norm_offset if config.norm_offset else weight
 
 

@@ -1,6 +1,6 @@
-"""Parameters of a training, which lie on the mesh of all devices, as the devices of each process want them.
+"""Copies the parameters of a training from the mesh of all devices to the devices of each process.
 
-On the devices, by the network between them, and never through a host's memory or a file.
+They travel over the network between the devices, and never through a host's memory or a file.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ar_unified.parallel.rules import specs
 def hand_over(params: Any, logical_axes: Any, here: Mesh) -> Any:
     """A copy of `params` on a mesh of this process's own devices; other processes have one on theirs.
 
-    All processes call it at the same time. What lies there as it is wanted is not copied: whoever gives the parameters
-    away (donates them) has taken the copy's, too.
+    All processes call it at the same time. An array that already lies where it is wanted is shared and not copied, so
+    whoever donates `params` takes the copy away, too.
 
     Args:
         params: arrays of one mesh. logical_axes: of each, as `rules.specs` takes them.
-        here: of devices of this process, the same ones of its own for each process.
+        here: a mesh of devices of this process; the other processes give the same mesh of devices of their own.
     """
     wanted = specs(here, logical_axes, params)
     if jax.process_count() == 1:
@@ -39,7 +39,7 @@ def hand_over(params: Any, logical_axes: Any, here: Mesh) -> Any:
 
 
 def _like(mesh: Mesh, process: int) -> np.ndarray:
-    """The devices of a process as `mesh` has those of this one."""
+    """The devices of another process, arranged as `mesh` arranges those of this one."""
     mine, theirs = (
         sorted((d for d in jax.devices() if d.process_index == each), key=lambda d: d.id)
         for each in (jax.process_index(), process)

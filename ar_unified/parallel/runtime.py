@@ -105,9 +105,10 @@ def start(
     """Joins the processes of this job, before the first JAX computation.
 
     Args:
-      coordinator: HOST:PORT of process 0. processes: their number. process: which of them this is, from 0. All three,
-        or none: then the environment decides as JAX reads it (SLURM, GKE, TPU metadata, Open MPI, Kubernetes), and
-        where there is none, or it has one process, nothing is started. `processes=1` alone: nothing is started.
+      coordinator: HOST:PORT of process 0. processes: their number. process: which of them this is, from 0. Give all
+        three or none. With none, the environment decides as JAX reads it (SLURM, GKE, TPU metadata, Open MPI,
+        Kubernetes); if it names no job, or a job of one process, nothing is started. `processes=1` alone: nothing is
+        started.
       logs: folder for `process-<i>.log`, on storage that all processes share; not touched by a single process.
       start_timeout: seconds until all must have come. heartbeat_timeout: until a silent process is given up.
 
@@ -199,7 +200,9 @@ def _explain(error: Exception, explained: str | None) -> None:
         print(f"ar-unified: {explained}", file=sys.stderr, flush=True)
     if _PEER_LOST.search(str(error)) and not isinstance(error, ProcessesMissing):
         print(
-            "ar-unified: a connection broke; JAX says within the heartbeat time-out whose", file=sys.stderr, flush=True
+            "ar-unified: a connection broke; within the heartbeat time-out JAX names the process",
+            file=sys.stderr,
+            flush=True,
         )
         time.sleep(_log.heartbeat_timeout + 10)  # it ends this process with the answer
     if jax.process_index() == 0:
@@ -228,7 +231,7 @@ def say(line: str) -> None:
 def barrier(name: str, timeout: float = 600.0) -> None:
     """Waits until every process is at the barrier of this name, through the coordination service: no device is asked.
 
-    What another wrote into the workdir before it is seen here behind it, in an object store too.
+    After the barrier, this process sees what the others wrote into the workdir before it, in an object store too.
 
     Raises ProcessesMissing after `timeout` seconds, naming those that did not come.
     """
@@ -287,7 +290,7 @@ def apart() -> Iterator[Callable[[], None]]:
 
 
 def _told(name: str, number: int) -> int:
-    """The number that process 0 has."""
+    """Process 0's `number`, for all processes."""
     client = distributed.global_state.client
     if client is None:
         return number

@@ -3,8 +3,8 @@
 Read from the text of the optimised HLO, which is what will run: inside a loop an instruction counts as often as the
 loop turns. Replica groups are positions in the mesh (row-major), in any of the three notations XLA prints.
 
-What TPUs exchange between slices is not written as a collective: each device sends its share, summed inside its slice
-before, to its host, whose runtime (megascale) does the rest. Such a send is read as the collective it names.
+Exchanges of TPUs between slices are not written as collectives: each device sends its share, already summed inside its
+slice, to its host, whose runtime (megascale) does the rest. Such a send is read as the collective that it names.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Collective(NamedTuple):
       bytes: of the whole array: what all-gather gives, what reduce-scatter takes, what the others give.
       groups: int [groups, size], positions in the mesh of the devices that exchange; of a permute the pairs.
       times: how often a step runs it.
-      known: False: it is in a loop whose length depends on data, which counts once.
+      known: False if it is in a loop whose length depends on data; such a loop counts once.
       overlapped: the compiler runs it beside computation: in one fusion with it, or between its start and its done.
       source: the operation of the program it was made for, as XLA names it.
     """
@@ -99,7 +99,7 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
 
 
 def unknown_loops(hlo: str) -> int:
-    """Loops that are reached and whose number of turns the module does not say."""
+    """The number of loops that run but whose number of turns the module does not say."""
     computations, entry = parse(hlo)
     times, _ = times_of(computations, entry)
     return sum(

@@ -59,7 +59,9 @@ def _split_type(text: str) -> tuple[str, str]:
 
 
 def bytes_of(kind: str, last: bool = False) -> int:
-    """Bytes of a type: of all arrays of a tuple, or of the result alone where a start's type holds the operand too."""
+    """Bytes of a type: of all arrays of a tuple; or of the result alone, where the type of a start holds the operand
+    too.
+    """
     arrays = []
     for letters, bits, shape in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", kind)):
         width = 8 if letters == "pred" else int(bits or 0)
@@ -99,7 +101,7 @@ def called_by(each: Instruction) -> list[str]:
 
 
 def trips_of(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
-    """Turns of a loop: as XLA states it, or the constant that its counter, from 0 by 1, is compared with.
+    """Turns of a loop: as XLA states it, or the constant that its counter (from 0, in steps of 1) is compared with.
 
     A condition that compares anything else may end the loop earlier: its turns are not known.
     """

@@ -18,7 +18,7 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
 class Copy(NamedTuple):
-    """An array that is copied, bytes on a device; how often in a turn; the operation it was made for."""
+    """A copy of an array: its bytes on a device, how often it is made in a turn, and the operation that it is for."""
 
     bytes: int
     times: int
@@ -29,8 +29,8 @@ class Turn(NamedTuple):
     """
     Attributes:
       copies: of arrays from one place of the device's memory to another, largest first.
-      cycles: the compiler's estimate for all but the kernels, every branch taken that is not left out. 0: it makes none
-        (not a TPU's).
+      cycles: the compiler's estimate for all but the kernels, with every branch that is not left out; 0 if it makes
+        none (not a TPU's).
       kernels: calls of Pallas kernels, by name.
     """
 
@@ -42,7 +42,7 @@ class Turn(NamedTuple):
 def turn(hlo: str, without: str = "") -> Turn:
     """One turn of the loops that the entry of a module runs.
 
-    without: a name (jax.named_scope) whose conditionals are not taken, as "words" where images alone are drawn.
+    without: a name (jax.named_scope) whose conditionals are not taken, such as "words" if only images are drawn.
     """
     computations, entry = parse(hlo)
     times, _ = times_of(computations, entry)
@@ -63,7 +63,7 @@ def turn(hlo: str, without: str = "") -> Turn:
 
 
 def _reached(computations: dict[str, list[Instruction]], names: list[str], without: str) -> Iterator[str]:
-    """The computations by these names and all that those run, each once; not what is inside of a fusion."""
+    """The computations by these names and all that they run, each once; without the inside of fusions."""
 
     def runs(each: Instruction) -> bool:
         left_out = without and each.opcode == "conditional" and f"/{without}/" in source_of(each)

@@ -1,4 +1,4 @@
-"""Where a device's memory goes: the compiler's total, and its parts as far as they can be known.
+"""How a device's memory is used: the compiler's total, and its parts as far as they can be known.
 
 Parameters, optimizer state, batch and cache are arithmetic on their shardings; the compiler's argument size checks it.
 For temporaries the compiler gives one number. Gradients and what the forward pass keeps for backward are computed from
@@ -17,13 +17,13 @@ PARTS = {
     "optimizer": "exact: shapes and shardings",
     "reference": "exact: shapes and shardings; the weights that a policy is compared with",
     "cache": "exact: shapes and shardings",
-    "held": "exact: what lies there besides: in training by rewards the sampler's weights; in sampling the head for "
-    "scores, prompts that were read, the pool while they are read",
-    "inputs": "exact: shapes and shardings; and what layouts pad",
+    "held": "exact: what else is in memory: in training by rewards the sampler's weights; in sampling the head for "
+    "scores, the prompts read so far, and the pool while they are read",
+    "inputs": "exact: shapes and shardings, with the padding of layouts",
     "gradients": "arithmetic: as large as what is trained, float32",
     "activations": "arithmetic: what JAX keeps of the forward pass for the backward one",
     "temporaries": "the compiler's temporaries less those two: gathered weights, logits, workspace",
-    "outputs": "the compiler's, where they do not take an argument's place",
+    "outputs": "the compiler's, for outputs that do not take an argument's place",
     "code": "the compiler's",
 }
 
@@ -36,7 +36,7 @@ class Memory(NamedTuple):
 
     Attributes:
       parts: by name of PARTS; they add up to `peak`.
-      peak: the compiler's, and what is held besides.
+      peak: the compiler's, plus what else is held.
       capacity: of the device.
     """
 

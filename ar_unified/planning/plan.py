@@ -30,16 +30,16 @@ def make_plan(
 
     Args:
       advise: where a program does not fit, try what would make it fit. Each trial compiles again.
-      say: takes a line at the beginning of what takes minutes.
+      say: is called with a line before work that takes minutes.
 
     Returns:
       {"target", "chips", "mesh", "job", "model", "lora", "stand_in", "warnings", "fits",
        "programs": [{"name", "compile_seconds", "memory", "collectives", "flops", "seconds", ...}],
        "refused": where a program does not fit: {"program", "message", "used", "capacity", "at_least", "trials"}}.
       Bytes and seconds are per device and step (prefill: per batch; decode: per token of each row). Training is one
-      program over all chips; of sampling, one process is planned, and "processes" says how many like it there are.
-      Of decode also "memory_share", how near it comes to the time of reading weights and cache alone, and "images" a
-      second of a process, both [low, high], prompts apart and every row as long as the cache.
+      program over all chips. For sampling, one process is planned, and "processes" says how many there are. Decode also
+      has "memory_share", how near it comes to the time of reading weights and cache alone, and "images" a second of a
+      process. Both are [low, high], without prompts and with every row as long as the cache.
 
     Raises ValueError where mesh, batch and model do not divide each other, TargetError where there is no such target
     or the run asks for the attention kernel of another.
@@ -126,7 +126,7 @@ def _batch(run: Run, job: str) -> dict[str, Any]:
 
 
 def _warnings(program: dict[str, Any]) -> list[str]:
-    """What is allowed and costs much, as the compiled module shows it."""
+    """Warnings about things that are allowed but cost much, as the compiled module shows them."""
     sent = {row["kind"]: row["ici"] + row["dcn"] for row in program["collectives"] if row["over"] == "fsdp"}
     reduced = sent.pop("all-reduce", 0.0)
     if reduced <= sum(sent.values()) or program["name"] != "train":
@@ -174,7 +174,7 @@ def _report(program: Program, run: Run, target: Target) -> dict[str, Any]:
 
 
 def _grouped(found: Sequence[Collective], mesh: Mesh, target: Target) -> list[dict[str, Any]]:
-    """Collectives of one kind over the same axes as one row; what sends most comes first."""
+    """One row for the collectives of one kind over the same axes; the row that sends most comes first."""
     rows: dict[tuple[str, str, bool], dict[str, Any]] = {}
     for each in found:
         moved = traffic(each, mesh, target.hardware)

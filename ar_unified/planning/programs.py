@@ -52,10 +52,10 @@ class Run:
       softmax: of language.syntax.SOFTMAXES.
       document: tokens of the longest document, for the FLOPs of attention.
       optimizer, steps, compiler_options: of the training. only: what it trains, places of training.selection.select;
-        (): everything. lora: the adapter that is trained in place of everything; None: there is none. preference: where
-        it learns from preference pairs, how; None: from documents.
-      policy, drawn_contexts: of a training by rewards, None: on documents; contexts of an answer, 2 where answers
-        are drawn with guidance.
+        (): everything. lora: the adapter that is trained in place of everything; None: there is none. preference: how
+        it learns from preference pairs; None: it learns from documents.
+      policy: of a training by rewards; None: it trains on documents. drawn_contexts: contexts of an answer, 2 if
+        answers are drawn with guidance.
       requests, max_length, contexts: samples decoded at once by a process; length of the KV cache; 2 with guidance.
       kv_dtype: of the KV cache, of sampling.engine.KV_DTYPES.
       weights_dtype: of the layers' matrices in sampling, of sampling.weights.WEIGHT_DTYPES.
@@ -131,7 +131,7 @@ class Program:
     Attributes:
       name: "train", "prefill" or "decode".
       arguments: trees of ShapeDtypeStructs with shardings, by what they hold ("parameters", "optimizer", ...).
-      held: a tree of what lies on the devices besides while it runs.
+      held: a tree of what else lies on the devices while it runs.
       options: of the compiler (parallel/compiler.py).
     """
 
@@ -196,7 +196,9 @@ def make_task(run: Run) -> TransformerTask:
 
 
 class _OfTask(NamedTuple):
-    """Where the softmax is split, what is trained, and from which pairs or by which policy gradient."""
+    """Arguments of the task: where the softmax is split, what is trained, and from which pairs or by which policy
+    gradient.
+    """
 
     split: int | None
     only: tuple[str, ...]
@@ -232,7 +234,7 @@ def _task(
 
 
 class _Rows(NamedTuple):
-    """What a batch has.
+    """What a batch holds.
 
     Attributes:
       pairs: preference pairs of a row, of the longest documents; 0: it has none.
@@ -314,8 +316,9 @@ def gradient_bytes(run: Run, mesh: Mesh) -> int:
 def saved_for_backward(run: Run, mesh: Mesh) -> int:
     """Bytes that a device keeps from the forward pass for backward, without parameters; computed from JAX's trace.
 
-    They are what `jax.vjp` of the loss closes over, spread over the devices that split rows and sequence. XLA may drop
-    or share some; with remat "full" there is little to drop. What a policy sends to the host is not counted.
+    They are the arrays that `jax.vjp` of the loss closes over, spread over the devices that split rows and sequence.
+    XLA may drop or share some; with remat "full" there is little to drop. What a policy sends to the host is not
+    counted.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
     rows = run.batch_size // run.accumulation

@@ -41,7 +41,7 @@ def text(plan: PlanReport) -> str:
     ]
     if lora := plan.get("lora"):  # not said by earlier versions
         lines.append(
-            f"  LoRA: rank {lora['rank']} on {', '.join(lora['targets'])}; what is not trained is {lora['base_dtype']}"
+            f"  LoRA: rank {lora['rank']} on {', '.join(lora['targets'])}; frozen matrices are {lora['base_dtype']}"
         )
     if plan["stand_in"]:
         lines.append(

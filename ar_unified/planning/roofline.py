@@ -1,4 +1,4 @@
-"""How long a step takes at least: four resources, what a step asks of each, and data-sheet rates. An estimate.
+"""Estimates the least time of a step: what it needs of four resources, at data-sheet rates.
 
   matmuls   matrix FLOPs that run (recomputation included) / bf16 peak
   memory     weights, operands of matmuls, optimizer state / HBM bandwidth
@@ -34,28 +34,28 @@ ATTAINABLE = 0.7  # of peak, in large matmuls: the best training runs published 
 _NEWTON_SCHULZ = 5  # optax's muon, ns_steps
 ASSUMPTIONS = (
     "rates are the data sheet's, one direction; nothing was timed",
-    "fastest: matmuls at peak, memory beside them, and so the collectives that the compiled program runs beside "
-    f"computation; slowest: matmuls at {ATTAINABLE:.0%} of peak, nothing overlapped",
+    "fastest: matmuls at peak, memory traffic at the same time, and also the collectives that the compiled "
+    f"program runs beside computation; slowest: matmuls at {ATTAINABLE:.0%} of peak, nothing overlapped",
     "documents are as long as data.max_tokens or the row, whichever is less; rows are full",
     "matmuls include what is computed again: layers by remat, logits by the chunked loss, scores by attention's "
     "backward; and Muon's iterations, spread over all devices",
     "memory traffic: every matmul reads and writes its operands once, gathered weights are written and read once a "
     "pass, the head's float32 gradient once a chunk of the loss, the optimizer reads and writes its state once; what a "
     "remat policy sends to the host and back is not timed",
-    "a collective sends by the ring algorithm over every link its group can use: both directions of an axis that is a "
-    "closed ring, one of an axis that is not; collectives do not share links with each other",
+    "a collective sends by the ring algorithm over every link that its group can use: in both directions of an axis "
+    "that is a closed ring, in one direction of another axis; collectives do not share links with each other",
     "what crosses slices is sent in parts by all devices of a slice, each after summing inside it",
 )
 
 
 class Roofline(NamedTuple):
-    """Seconds of one step (of one token of each row, for decode), by resource, and what they come from.
+    """Seconds of one step (for decode: of one token of each row), by resource, and the numbers behind them.
 
     Attributes:
       seconds: by resource: "matmuls", "memory", "ICI", "DCN".
       model_flops: of all devices, as MFU counts them; `executed` with recomputation.
-      exposed: seconds of the collectives that wait alone: the compiled program runs no computation beside them.
-      open_ici: seconds on ICI if no axis of the network were closed to a ring.
+      exposed: seconds of the collectives beside which the compiled program runs no computation.
+      open_ici: seconds on ICI if no axis of the network were a closed ring.
       sent: bytes a device sends, by network.
       tokens: of a step, all devices.
     """
@@ -87,7 +87,7 @@ class Roofline(NamedTuple):
         return max(self.seconds, key=lambda name: self.seconds[name])
 
     def mfu(self, seconds: float) -> float:
-        """Model FLOPs utilisation of a step that takes so long."""
+        """Model FLOPs utilisation of a step of that many seconds."""
         return self.model_flops / seconds / self.peak_flops
 
 
@@ -218,7 +218,7 @@ def _orthogonal(run: Run) -> float:
 
 
 def _prefill(run: Run, program: Program) -> _Work:
-    """Of one batch of prompts of half the cache. No logits are made."""
+    """The work of prefill for one batch of prompts, each of half the cache. No logits are made."""
     c, mesh = run.model, program.mesh
     rows, prompt = program.arguments["requests"][0].shape
     tokens = float(rows * prompt)
@@ -229,7 +229,9 @@ def _prefill(run: Run, program: Program) -> _Work:
 
 
 def _decode(run: Run, program: Program) -> _Work:
-    """Of one step: all weights and the whole cache are read, for one token of every row; a window has one or more."""
+    """The work of one step of decode: all weights and the whole cache are read, for one token of every row; a window
+    has one or more.
+    """
     c, rows = run.model, float(run.requests * run.contexts * Pace(run.window).most)
     layers, head = matmul_parameters(run.model)
     flops = 2 * (layers + head) * rows + 4.0 * c.n_layers * c.n_heads * c.head_dim * rows * run.max_length

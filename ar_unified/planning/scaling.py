@@ -1,10 +1,10 @@
-"""Weak scaling by arithmetic: the batch of a device stays the same and the slice grows. Up to which size do matmuls
-bound a step?
+"""Weak scaling by arithmetic: the batch of a device stays the same and the slice grows. It finds the size up to which
+matmuls bound a step.
 
 What a device computes and reads stays the same, and so does what it sends over fsdp, tensor and context; over data it
-sends (n - 1) / n of its gradients, twice, which hardly grows. In a larger slice a group may lie on axes that it does
-not close to rings, with half the links. The slice ends where its network does, and beyond it the gradients cross
-between slices, over the slowest link there is.
+sends (n - 1) / n of its gradients, twice, which hardly grows. In a larger slice a group may lie on axes on which it
+forms no closed ring, with half the links. Beyond the largest slice, the gradients travel between slices, over the
+slowest link there is.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def scaling(program: Program, run: Run, target: Target, estimate: Roofline) -> S
         return Scaling(0, per_slice, breaks, needed)
 
     if estimate.open_ici > matmuls:
-        breaks = f"ICI: where groups close no rings it takes {estimate.open_ici / matmuls:.2f} x the matmuls"
+        breaks = f"ICI: where groups form no closed rings it takes {estimate.open_ici / matmuls:.2f} x the matmuls"
         return Scaling(mesh.size, per_slice, breaks, needed)
 
     # A device's shard of gradients (float32) crosses between slices: 2 (s - 1) / s of it, sent in parts by all the

@@ -1,7 +1,7 @@
 """Which remat, rows a chip and mesh train fastest on a target: a few are compiled, and the best that fits is kept.
 
 Arithmetic orders the candidates: those that cannot fit are left out, and the others are sorted by the least time of a
-token. Compiling shows what arithmetic cannot: further memory of the compiler, and which collectives it runs beside
+token. Compiling shows what arithmetic cannot: the compiler's further memory, and which collectives it runs beside
 computation. If one candidate does not fit, those that need more are not tried.
 """
 
@@ -110,8 +110,8 @@ def said(changes: dict[str, Any]) -> str:
 
 
 def _needs_more(each: Candidate, other: Candidate) -> bool:
-    """Whether it needs at least as much memory as a candidate that did not fit, by arithmetic, with as many rows and no
-    wider split.
+    """Whether this candidate, by arithmetic, needs at least as much memory as one that did not fit and that had as many
+    rows and no wider split.
     """
     return (
         each.least >= other.least

@@ -1,7 +1,7 @@
 """Hardware by name, "v5p:8x8x8,slices=2", and devices of it to compile for on a host that has none.
 
 TPUs come from libtpu, which is their whole compiler and needs no TPU. For GPUs, JAX's CUDA plugin compiles if it is
-installed. Else as many CPU devices stand in, and all that depends on the compiler is that of XLA for CPUs.
+installed. Otherwise as many CPU devices stand in, and everything that depends on the compiler is that of XLA for CPUs.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Target:
             raise TargetError(f"target {self.name}: libtpu knows no such slice: {error}") from error
 
     def process(self) -> Target:
-        """The part of one process of a job: the devices of one host."""
+        """The target of one process of a job: the devices of one host."""
         if not self.is_tpu:
             return Target(self.hardware, (min(self.chips, self.hardware.host),))
         devices = self.devices()

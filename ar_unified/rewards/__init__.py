@@ -1,7 +1,7 @@
 """How good an answer is, by a number: what GRPO learns from and best-of-n chooses by.
 
-reward.py     what a reward is: of many answers at once, a number or what went wrong, each
-opening.py    by its name
+reward.py     what a reward is: asked about many answers, it gives each a number or says what went wrong
+opening.py    opens a reward by its name
 functions.py  a Python function, named "module:function"
 command.py    a command, for other languages: JSONL in, numbers out
 scores.py     a file of scores, of samples that are there

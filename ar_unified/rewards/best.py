@@ -1,6 +1,7 @@
 """Best of n: of the samples of each request the one with the highest reward, and pairs to learn preferences from.
 
-    best.jsonl         the chosen line of samples.jsonl of each request, with its "reward", and "rewards", those of all
+    best.jsonl         for each request the chosen line of samples.jsonl, with its "reward" and the "rewards" of all
+                       samples
     preferences.jsonl  {"prompt" or "messages", "chosen", "rejected"}: the best and the worst, where they differ
     unrewarded.jsonl   every sample that has no reward, and why; no other sample is lost by it
 
@@ -29,7 +30,9 @@ _TOGETHER = 32  # requests whose samples a reward is asked about at once
 
 @dataclass(frozen=True)
 class BestReport:
-    """requests: of which one was chosen. pairs: with two rewards. unrewarded: samples. best, mean: of the rewards."""
+    """requests, pairs: how many. unrewarded: samples without a reward. best, mean: mean reward of the chosen, and of
+    all.
+    """
 
     requests: int
     pairs: int
@@ -89,7 +92,7 @@ def keep_best(folder: str | Path, reward: Reward) -> BestReport:
 def _judged(
     folder: Path, groups: Sequence[list[dict[str, Any]]], reward: Reward
 ) -> Iterator[tuple[list[dict[str, Any]], list[Verdict]]]:
-    """Each request's lines with a verdict of each: of one that is an error, its error."""
+    """The lines of each request, each with its verdict; that of a line with an error is the error."""
     for start in range(0, len(groups), _TOGETHER):
         some = groups[start : start + _TOGETHER]
         lines = [row for group in some for row in group if "error" not in row]

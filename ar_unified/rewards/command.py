@@ -56,7 +56,7 @@ class Command:
         return [verdict(line) for line in lines]
 
     def _run(self, asked: str) -> tuple[str, str]:
-        """What it said, and what went wrong; it and all that it started end here."""
+        """What the program said, and what went wrong; the program and all that it started end here."""
         patience = self.timeout * max(asked.count("\n"), 1)
         try:
             process = subprocess.Popen(

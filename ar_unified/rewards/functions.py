@@ -1,7 +1,7 @@
-"""A Python function (prompt, answer) -> number as a reward: what it raises is told, and nobody waits for it for ever.
+"""A Python function (prompt, answer) -> number as a reward: its errors are reported, and the wait for it is limited.
 
-It runs on a thread beside. One that hangs cannot be ended there: its thread is left alone, which ends with the process,
-and the answers after it get another.
+It runs on a thread of its own. A function that hangs cannot be stopped: its thread is abandoned and ends with the
+process, and the next answers get another thread.
 """
 
 from __future__ import annotations

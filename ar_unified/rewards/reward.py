@@ -1,7 +1,7 @@
 """What a reward is.
 
-A reward is asked about many answers at once. Of each it gives a number or says what went wrong: one that raises, hangs
-or says NaN costs its own answer and no other, and whoever asked decides what then happens.
+A reward is asked about many answers at once. For each it gives a number or says what went wrong. If it raises, hangs or
+says NaN for one answer, the other answers keep theirs, and the caller decides what happens then.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ class RewardConfig:
     Attributes:
         function: how good an answer is: a shipped reward's name, "module:function" of Python, "command:PROGRAM ..."
             for another language, "scores:FILE" of samples that are there.
-        timeout: seconds that the answer to one question may take; a command has so many for each of its answers.
-        on_error: of a reward that raises, hangs or is no finite number. "skip": its group is left out, counted and
-            named, and training goes on. "stop": training stops before the step.
+        timeout: seconds that a reward may take for one answer; a command that gets n answers at once has n times as
+            many.
+        on_error: what follows when a reward raises, hangs or is no finite number. "skip": its group is left out,
+            counted and named, and training goes on. "stop": training stops before the step.
 
     Raises ValueError, naming the field.
     """

@@ -7,7 +7,7 @@ shapes_closeness  the mean over all places where that scene or the image has an 
               for pixels near its own: finer still, for what is hardly ever drawn right
 easy_vqa      1 where the image shows the figure that the prompt names (evaluation/easy_vqa.py)
 brevity       -1 for each character of the answer's text: the shorter the better
-length        as many as its characters
+length        the number of characters of the answer's text
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A trained model in use: requests in; texts, images and log-likelihoods out.
+"""Uses a trained model: requests in; texts, images and log-likelihoods out.
 
 model.py     `load`: what a notebook and the adapters hold (conversation.py: one that goes on)
 request.py   what is asked, and what comes back (requests, formats, tables, openai_batch, columns: read from files)

@@ -1,4 +1,4 @@
-"""Makes a Sample of the tokens of an answer: where it stops, which document it is, and why it ended."""
+"""Makes a Sample of the tokens of an answer: where it stops, its document, and why it ended."""
 
 from __future__ import annotations
 

@@ -29,5 +29,5 @@ class MemoryTime:
         self.seconds = 0.0
 
     def add(self, tokens: int, contexts: int) -> None:
-        """A sample of `tokens` tokens, decoded in so many contexts."""
+        """Adds a sample of `tokens` tokens, decoded in `contexts` contexts."""
         self.seconds += (tokens * self._token + contexts * tokens * (tokens + 1) / 2 * self._position) / self._rate

@@ -5,9 +5,9 @@
                          says why: {"error": {"message", "type", "param", "code"}}
 
 Every line of the batch is in one of them, in the batch's order. The body is a chat completion, or an answer of
-/v1/images/generations. A chat answer with images has as content a list of parts in reading order, {"type": "text"}
-and {"type": "image_url"}, its images PNG in data: URLs; so it can stand in a later conversation as it is. Both files
-follow from the requests and samples.jsonl alone: ids are hashes, and "created" is always 0.
+/v1/images/generations. The content of a chat answer with images is a list of parts in reading order, {"type": "text"}
+and {"type": "image_url"}, with the images as PNG in data: URLs. So it can be copied into a later conversation. Both
+files depend on the requests and samples.jsonl alone: ids are hashes, and "created" is always 0.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Sorts the keys of a row: settings of ours, misspelled settings, and columns of its own; and makes a name of its id.
+"""Sorts the keys of a row into settings, misspelled settings and columns of its own, and makes a name for a folder of
+its id.
 
-A key that nobody could have meant as a setting ("category", "prompt_id") is a column of the row's own and travels in
-`meta`. A key that is nearly one of ours ("guidence", "imageSize"), or that other systems use for one
-("guidance_scale"), is an error that names ours. Tables and the metadata of shards were not written for us: there only
-misspellings are errors, and names of other systems travel, too.
+A key that nobody could have meant as a setting ("category", "prompt_id") is a column of the row's own and is kept in
+`meta`. A key that is nearly one of ours ("guidence", "imageSize"), or another system's name for one ("guidance_scale"),
+is an error that names ours. Tables and the metadata of shards were not written for this program: there only
+misspellings are errors, and names of other systems are kept in `meta`, too.
 """
 
 from __future__ import annotations
@@ -87,12 +88,12 @@ def check_keys(row: Mapping[str, Any], known: Iterable[str], where: str) -> None
 
 
 def elsewhere(key: str) -> str:
-    """Which setting of ours other systems call `key`, or ""."""
+    """The setting of ours that other systems call `key`, or ""."""
     return _ELSEWHERE.get(_plain(key), "")
 
 
 def nearly(key: str, known: Iterable[str]) -> str:
-    """The one of `known` that `key` misspells, or "". "prompt_en" and "seed2" misspell nothing."""
+    """The one of `known` that `key` misspells, or "". "prompt_en" and "seed2" are no misspellings."""
     if key in _ORDINARY or key[-1:].isdigit():
         return ""
     spelled = re.sub(r"\W", "_", key).casefold().strip("_")

@@ -5,12 +5,12 @@
     talk.say((TextPart("What colour is it?"),), mode="text")
 
 `Engine.generate` reads the whole prompt of each request, so that a sample is a function of weights, request, seed and
-index, bit for bit. Here the keys and values of an answer are those of the steps that drew it; a prefill would round
-them differently. So the answers are a function of all turns and their requests. They do not depend on the other
+index, bit for bit. A conversation keeps the keys and values of the steps that drew an answer, and a prefill would round
+them differently. So its answers are a function of all turns and their requests. They do not depend on the other
 conversations of a batch (`say_all`).
 
-The tokens that a context has read are remembered. A turn's plan says what each context is to read. The longest
-beginning of that which the cache already holds is not read again.
+The tokens that a context has read are remembered. A turn's plan says what each context is to read; as much of its
+beginning as the cache already holds is not read again.
 
 Axes: R slots, C contexts, rows side by side [R * C]; W text pieces and more (`steps`).
 """
@@ -108,7 +108,7 @@ class Conversation:
         return np.concatenate([self.tokens, new])
 
     def kept(self, context: tuple[str, str], prefix: np.ndarray) -> tuple[int, Cache | None]:
-        """How many of the tokens that a context is to read stand in its cache, and that; the last is always read."""
+        """How many of a context's tokens are in its cache already, and the tokens; the last one is always read."""
         found = self._kept.get(context)
         if found is None or self._params is not self.engine.params:
             return 0, None
@@ -117,7 +117,7 @@ class Conversation:
         return int(other[0]) if len(other) else most, found.cache
 
     def answered(self, plan: Plan, sample: Sample, caches: Sequence[Cache]) -> None:
-        """Takes an answer, and the rows of the cache that drew it, one for each context."""
+        """Adds an answer and keeps the rows of the cache that drew it, one for each context."""
         assert sample.document is not None
         grammar = self.engine.grammar
         # The last token of an answer is drawn, and not read by any context.
@@ -241,7 +241,7 @@ def _contexts(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _ended(grammar: Grammar, sample: Sample) -> np.ndarray:
-    """An answer as it stands before the next turn, int32 [n]: without what it was stopped at."""
+    """The ids of an answer before the next turn, int32 [n]; without the stop that ended it."""
     if sample.finish_reason != "stop" or sample.document is None:
         return sample.tokens
     try:

@@ -61,7 +61,9 @@ class Filters(NamedTuple):
 
 
 def row_keys(seed: Array, sample: Array) -> Array:
-    """uint32 [B], int32 [B] -> keys [B]. The generator is named, so that a change of jax's default changes nothing."""
+    """uint32 [B], int32 [B] -> keys [B]. The random generator is fixed by name, so that a change of jax's default
+    changes nothing.
+    """
     return jax.vmap(lambda s, i: jax.random.fold_in(jax.random.key(s, impl="threefry2x32"), i))(seed, sample)
 
 
@@ -73,7 +75,7 @@ def choose(
     Args:
         logits: f32 [B, V], guidance already mixed in. NaN and -inf count as the least likely.
         allowed: bool [B, V]; nothing outside it is ever returned, whatever the logits are. None: all are.
-        active: bool [B]; the others get some token, without work being done for it.
+        active: bool [B]; all other rows get an arbitrary token, without any work for it.
         filters: [B] each (`Filters.at`).
         keys: [B] from `row_keys`. position: int32 [B], of the token in its sequence, prompt included.
     """
@@ -167,8 +169,8 @@ def _threshold(ranks: Array, weight: Array, least: Array, used: Array) -> Array:
     Args:
         ranks: uint32 [B, V]. weight: f32 [B, V], >= 0. least: f32 [B], less than the weight of the whole row.
 
-    A search that brackets t, by interpolation and by halves in turn. A row is done as soon as its bracket holds one
-    token alone, after 6 to 12 passes over the logits; no distribution takes more than 64.
+    The search brackets t, in turn by interpolation and by halving. A row is done as soon as its bracket holds one token
+    alone, after 6 to 12 passes over the logits; no distribution takes more than 64.
     """
 
     def measure(t: Array) -> tuple[Array, Array]:

@@ -1,13 +1,13 @@
 """Many requests in, many samples out, by continuous batching.
 
 Requests are served in pools (`steps.Shape`): by how many contexts they are guided with and which length of cache they
-need. Both follow from the request alone, and no row looks at another, so a sample does not depend on its batch mates,
-its slot, or when it came to it. For each pool three programs are compiled, and no request ever adds another: its
+need. Both follow from the request alone, and no row depends on another, so a sample does not depend on the rest of its
+batch, its slot, or its time. For each pool three programs are compiled, and no request ever adds another: its
 temperature, guidance, size, seed and budget are arrays.
 
-The host is one chunk behind: it sends chunk k + 1 on its way before it reads chunk k. Where it knows how many tokens a
-sample takes, as of images of a given size, it needs not read to know when a slot is free: the chunk ends there and
-the next sample starts at once.
+The host is one chunk behind: it starts chunk k + 1 before it reads chunk k. If it knows how many tokens a sample takes,
+as for images of a given size, it knows without reading when the slot becomes free: the chunk ends there and the next
+sample starts at once.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Programs(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def programs(config: TransformerConfig, grammar: Grammar, mesh: Mesh | None) -> Programs:
-    """One set for all engines of a model: `mesh` only tells apart what is compiled for one from what is for another."""
+    """One set for all engines of a model; `mesh` is an argument only because each mesh needs programs of its own."""
     return Programs(
         prepare=jax.jit(functools.partial(steps.prepare, config, grammar), static_argnums=0),
         head_parts=jax.jit(functools.partial(steps.head_parts, config, grammar)),
@@ -91,7 +91,8 @@ class Engine:
 
     Args:
         config, params: the transformer, its parameters those of a training or `sampling.weights.settled`. They may be
-            replaced between calls by others of the same shapes. A training's stay beside what is made of them.
+            replaced between calls by others of the same shapes. Parameters of a training stay in memory beside the form
+            that the sampler makes of them.
         grammar: what may be written, and the vocabulary it is written in.
         batch_size: R, samples decoded at once (with guidance two or three rows each).
         max_length: tokens of prompt and answer together; the longest KV cache.
@@ -99,9 +100,9 @@ class Engine:
         weights_dtype: of the layers' matrices, one of sampling.weights.WEIGHT_DTYPES; None: the compute dtype.
         window: positions of an image that are drawn at once (`window.py`), one of sampling.pace.WINDOWS.
         mesh: devices to decode on, samples split by its data axes and heads by its tensor axis (`parallel`).
-        softmax: of `language.syntax.SOFTMAXES`, what the model was trained with: its likelihoods are those.
-        adapters: by the name that a request says, beside the model that it says none of (`low_rank`).
-        logprobs: whether samples have theirs; a window cannot tell them.
+        softmax: of `language.syntax.SOFTMAXES`, the one that the model was trained with; likelihoods are of it.
+        adapters: by the names that requests use (`low_rank`); a request without a name uses the model alone.
+        logprobs: whether samples have log-probabilities; not possible with a window.
 
     Raises:
         ValueError: the model's vocabulary is not the grammar's, a size is not positive or not one the mesh divides, or
@@ -199,12 +200,12 @@ class Engine:
 
     @property
     def occupancy(self) -> float:
-        """Which part of the slots was at work, over all steps so far."""
+        """The share of the slots that were at work, over all steps so far."""
         return float(self._slot_steps[0] / max(self._slot_steps[1], 1))
 
     @property
     def tokens_a_step(self) -> float:
-        """How many tokens a sample had of a step, over all so far: 1 unless there is a window."""
+        """How many tokens a step gave a sample, over all steps so far: 1 unless there is a window."""
         return float(max(self._drawn[0], 1) / max(self._drawn[1], 1))
 
     def plan(self, request: Request) -> Plan:
@@ -213,7 +214,9 @@ class Engine:
         return plan(self.grammar, request, self.max_length)
 
     def number(self, adapter: str) -> int:
-        """Of an adapter by its name; "": 0, none. Raises RequestError for one that the engine does not have."""
+        """The number of an adapter, by its name; "": 0, none. Raises RequestError for one that the engine does not
+        have.
+        """
         return number(self.adapters, adapter)
 
     # ---- one pool ------------------------------------------------------------------------------------------------
@@ -253,7 +256,7 @@ class Engine:
             behind = now
             if behind is None and not any(slots) and not waiting.any(shape):
                 if begun != ended:
-                    raise RuntimeError(f"{begun - ended} of {begun} samples did not end where they were to: a bug")
+                    raise RuntimeError(f"{begun - ended} of {begun} samples did not end where they should: a bug")
                 return
 
     def _insert(self, state: State, shape: Shape, fresh: dict[int, Job], prompts: Prompts) -> State:
@@ -275,7 +278,7 @@ class Engine:
         return state
 
     def read(self, packed: Any, owners: Sequence[Job | None]) -> Iterator[tuple[Sample, Job]]:
-        """Takes what a chunk brought to its samples, and gives those that are finished."""
+        """Adds the tokens of a chunk to its samples, and yields the finished ones."""
         rows = np.asarray(packed)
         for row, job in zip(rows, owners, strict=True):
             if job is None or job.finished:
@@ -342,7 +345,7 @@ class Engine:
 
 
 class _Waiting:
-    """Samples that wait for a slot, planned a little ahead of their time, by the pool they need."""
+    """Samples that wait for a slot, planned a little ahead, by the pool that they need."""
 
     def __init__(self, engine: Engine, samples: Iterable[tuple[Request | Plan, int]]):
         self._engine, self._samples = engine, iter(samples)
@@ -390,7 +393,7 @@ class _Waiting:
 
 
 def _chunk(slots: Sequence[Job | None], waiting: bool, tokens_a_step: float) -> int:
-    """How many steps to take: to the next end that is known, if somebody waits for it."""
+    """How many steps to take: up to the next known end of a sample, if another one waits for its slot."""
     if not waiting:
         return CHUNK
     left = [None if slot.left is None else math.ceil(slot.left / tokens_a_step) for slot in slots if slot is not None]

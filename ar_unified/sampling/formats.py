@@ -4,8 +4,8 @@
     *.txt     a line is a prompt; so are T2I-CompBench's files
     *.tsv, *.csv, *.parquet   a row is a request (`sampling.tables`): PartiPrompts.tsv, DiffusionDB's metadata
     *.tar     WebDataset: key.txt is a prompt, key.json a request, key.png, key.jpg, ... images in front of the prompt
-    *.json    an object of requests by id (MJHQ-30K's meta_data.json), or a list of them; a text alone is a prompt
-    a folder  of ID.txt, a prompt each (DPG-Bench's prompts)
+    *.json    an object of requests by id (MJHQ-30K's meta_data.json), or a list; an entry that is a text is a prompt a
+    folder  of ID.txt, a prompt each (DPG-Bench's prompts)
 
 What cannot be read becomes a row with an error, and the following rows are still read. These never become prompts: the
 header of a table, other members of a tar, README and LICENSE files, hidden files, and what macOS puts into archives
@@ -113,7 +113,9 @@ def _rows(
 
 
 def _hidden(name: str) -> bool:
-    """Whether a file of an archive or folder, by its path there, is not for people: .DS_Store, ._a.txt, __MACOSX/a."""
+    """Whether a file of an archive or folder, by its path there, is one that systems make: .DS_Store, ._a.txt,
+    __MACOSX/a.
+    """
     return any(hidden(part) for part in name.split("/") if part not in ("", "."))
 
 

@@ -1,4 +1,4 @@
-"""Requests in, a folder of samples out; killed at any moment, it goes on where it was.
+"""Requests in, a folder of samples out. A job that was killed at any moment goes on where it was.
 
     manifest.json   what decides the samples: vocabulary, weights, requests, defaults, engine shape
     samples*.jsonl  one line per sample, appended when its images are in their place; bad requests are lines, too
@@ -8,8 +8,8 @@
     index.html      the gallery, when all is done
     batch_output.jsonl, batch_errors.jsonl   when all is done: what an OpenAI batch answers, if the requests are one
 
-A sample depends on its request alone, so an interrupted job, and one split over any number of processes, ends with the
-same lines and the same images as one that was neither; only the order of the lines may differ.
+A sample depends on its request alone. So a job ends with the same lines and images, whether it was interrupted, split
+over several processes, or neither; only the order of the lines may differ.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def run_job(
         process: (k, n): this is process k of n that share the job; it serves every n-th request. Each has an engine of
             its own. The number may change when the job is run again.
         show_progress: a bar with rate and time left, on stderr.
-        warn: is told what is odd about the files of requests, once a file.
+        warn: is called with remarks on the files of requests, once for each file.
 
     Raises:
         JobMismatch: `output` holds a job with other requests, weights, tokenizers, defaults or engine shape (the batch
@@ -228,7 +228,7 @@ def _manifest(engine: Engine, requests: Sequence[Path], defaults: Mapping[str, A
 
 
 def _begin(output: Path, manifest: Mapping[str, Any], *, mend: bool) -> None:
-    """Writes the manifest, or compares; `mend`: removes what killed processes left beside it."""
+    """Writes the manifest, or compares it with the one there. mend: also removes files that killed processes left."""
     path = output / "manifest.json"
     if path.exists():
         for field, (a, b) in differences(read_json(path), manifest).items():

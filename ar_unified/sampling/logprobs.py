@@ -1,8 +1,8 @@
-"""Tokens with the log-probability that each had where it was drawn: for who trains on samples.
+"""The log-probability with which each token was drawn, for training on samples.
 
-The probability is that of the distribution which was drawn from: the contexts mixed, the ids that the grammar allows,
-over the temperature, and of what the filters leave. A token that the grammar forces has probability 1. The head is
-asked once more a step for it, so an engine that nobody asks for log-probabilities does not do it.
+The distribution is the one that was drawn from: contexts mixed, over the ids that the grammar allows, at the
+temperature, and after the filters. A token that the grammar forces has probability 1. It takes one more product with
+the head for each step, so an engine only computes it when asked to.
 
 Axes: R slots, C contexts, V vocabulary, W text pieces, control tokens and sides.
 """
@@ -24,7 +24,9 @@ from ar_unified.sampling.steps import CHUNK, State, Weights
 def decode_chunk(
     config: TransformerConfig, grammar: Grammar, weights: Weights, state: State, halted: Array, count: Array
 ) -> tuple[State, Array]:
-    """`steps.decode_chunk`, and in front of what it packs the log-probabilities: the bits of float32 [R, CHUNK]."""
+    """`steps.decode_chunk`, with the log-probabilities packed in front of its result: the bits of float32 [R,
+    CHUNK].
+    """
     state = state._replace(automaton=grammar.automaton.halt(state.automaton, halted))
     keys = decoding.row_keys(state.rows.seed, state.rows.sample)
     tokens = jnp.full((len(halted), CHUNK), grammar.vocabulary.pad, jnp.int32)

@@ -1,4 +1,4 @@
-"""Several LoRA adapters beside one model: as the sampler reads them, each row of a batch its own.
+"""Several LoRA adapters beside one model, in the sampler's form: each row of a batch has its own.
 
 Those of a matrix are stacked, number 0 being none: zeros, so that a row without an adapter has the model's own numbers.
 A smaller rank than the largest is filled up with zeros, too. The scale is in B.
@@ -38,7 +38,7 @@ def read_adapters(folders: Mapping[str, str | Path], config: TransformerConfig, 
 
 
 def number(adapters: Mapping[str, int], name: str) -> int:
-    """Of an adapter. Raises RequestError for one that there is not."""
+    """The number of an adapter. Raises RequestError if there is no such adapter."""
     if name not in adapters:
         known = ", ".join(repr(each) for each in adapters if each) or "none, as no adapter was loaded"
         raise RequestError(f"adapter: expected one of {known}; found {name!r:.80}{nearest(name, adapters)}")
@@ -46,8 +46,8 @@ def number(adapters: Mapping[str, int], name: str) -> int:
 
 
 def beside(config: TransformerConfig, params: Params, adapters: Sequence[Adapter], mesh: Mesh | None) -> Any:
-    """What params["adapters"] is (model/lora.py), in the compute dtype: a [L, A + 1, I, r] and b [L, A + 1, r, O] of
-    each matrix that any of them has, or of settled parameters a list of layers of [A + 1, ...].
+    """params["adapters"] (model/lora.py), in the compute dtype: a [L, A + 1, I, r] and b [L, A + 1, r, O] of each
+    matrix that any of them has; for settled parameters a list of layers of [A + 1, ...].
     """
     rank = max(a.shape[-1] for adapter in adapters for a, _ in adapter.matrices.values())
     stacked: dict[str, Any] = {}

@@ -147,7 +147,7 @@ class Model:
         engine: the transformer, and the grammar of both tokenizers.
         image_tokenizer: None: there is text alone. resize: as in `run_job`.
         defaults: settings of requests that do not say, with the keys of a request.
-        weights: names the weights, for `run_job`. warning: what whoever draws images with it should know.
+        weights: names the weights, for `run_job`. warning: a note for people who draw images with it.
     """
 
     def __init__(
@@ -176,13 +176,13 @@ class Model:
         size: int | tuple[int, int] | None = None,
         **settings: Any,
     ) -> list[Image.Image]:
-        """Images for a prompt: texts, and images where the model was taught to change them.
+        """Images for a prompt: texts, and images too, if the model was trained to edit them.
 
         Args:
             seed, n: n images; image i of a seed is the same however many are drawn.
             guidance: scale of classifier-free guidance; default: the bundle's.
             size: in pixels, a side or (height, width), where images may have any size.
-            settings: more of those of a request (`sampling.request`), as context="bos_boi".
+            settings: further settings of a request (`sampling.request`), such as context="bos_boi".
 
         Raises RequestError, saying what to change, if it cannot be served.
         """

@@ -8,7 +8,7 @@ or files (`data.files`).
 
     n, seed (modulo 2**32), stop, max_tokens = max_completion_tokens   as ours
     temperature, top_p, top_k       how text is drawn; "image": {"temperature": ...}, a key of ours, how images are
-    modalities                      ["text"]: mode "text"; with "image": what the model likes. Without it, too
+    modalities                      ["text"]: mode "text"; with "image", or without this key: as the model likes
     size                            image_size; "auto": what the model does
     metadata                        meta
     keys of ours                    "guidance", "mode", "image_size", ...: as in our own lines
@@ -79,7 +79,7 @@ _READ = {
 
 @dataclass(frozen=True)
 class Asked:
-    """What an answer repeats of its request: its id, the kind of answer it expects, and the model's name."""
+    """The parts of a request that its answer repeats: its id, the kind of answer, and the model's name."""
 
     custom_id: Any
     endpoint: Literal["chat", "images"]

@@ -4,8 +4,8 @@ A wider window takes fewer steps, but each costs more. How many tokens a step gi
 draws; what it costs depends on the device and the batch. Both are measured on real steps of the job, so a trial costs
 only the time by which it is slower. A trial begins when a pool has worked for a while, and is repeated now and then.
 
-A trial goes up through the widths as long as the wider one is faster. The first steps of each width are not timed, as
-it may be compiled in them.
+A trial tries wider windows as long as they are faster. The first steps of each width are not timed, because its program
+may be compiled in them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Pool:
 class Pace:
     """The window of each pool of an engine.
 
-    window: one of WINDOWS, or its number. most: how wide it is at most. Raises ValueError for another.
+    window: one of WINDOWS, or its number. most: the greatest width. Raises ValueError for another window.
     """
 
     def __init__(self, window: int | str):
@@ -54,7 +54,7 @@ class Pace:
         self._pools: dict[Shape, _Pool] = {}
 
     def next(self, shape: Shape, steps: int) -> tuple[int, int, bool]:
-        """How wide the next steps of a pool are to be, how many of `steps` to take, and whether they are a probe."""
+        """The width of the next steps of a pool, how many of `steps` to take, and whether they are a measurement."""
         if not self._measured:
             return self.most, steps, False
         pool = self._pools.setdefault(shape, _Pool(WIDTHS[0], _AFTER))
@@ -67,7 +67,7 @@ class Pace:
         return pool.trial[0], min(steps, _PROBE), True
 
     def took(self, shape: Shape, seconds: float, tokens: float) -> None:
-        """Takes what a probe measured: seconds of a step, and tokens of a step and sample."""
+        """Adds a measurement: seconds of a step, and tokens that a step gave a sample."""
         pool = self._pools[shape]
         width = pool.trial.pop(0)
         if pool.trial[:1] == [width] and len(pool.trial) % _PROBES == _PROBES - 1:

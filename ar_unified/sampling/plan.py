@@ -35,8 +35,8 @@ class Plan:
         request: what was asked for. prompt: int32 [n], its tokens.
         given: int32 [m], the first tokens of every sample, as far as they are known.
         prefixes: what each context reads, tokens int32 [...]; the first is prompt and given.
-        starts: where the images of each context begin again. resets: whether they do, at each <boi>.
-        budget: tokens of a sample at most, `given` among them. smallest: of the smallest image it may make.
+        starts: where the images of each context begin again. resets: whether each <boi> makes them begin again.
+        budget: tokens of a sample at most, including `given`. smallest: tokens of the smallest image that it may make.
         steps: how many are drawn, if that is known; else None.
         start: what the automaton resumes from.
         shape: of the pool that serves it.
@@ -138,7 +138,7 @@ def prompt_tokens(grammar: Grammar, request: Request) -> np.ndarray:
 
 
 def part_tokens(grammar: Grammar, *parts: Part | TokensPart) -> np.ndarray:
-    """Parts as they stand in a document, int32 [n]. Either all of them are ids or none is. Raises like
+    """The ids of parts in a document, int32 [n]. The parts are either all ids, or none of them is. Raises like
     `prompt_tokens`.
     """
     if isinstance(parts[0], TokensPart):
@@ -182,7 +182,7 @@ def _given(grammar: Grammar, request: Request, size: tuple[int, int] | None) -> 
 
 
 def _base(grammar: Grammar, request: Request, context: str, own: np.ndarray) -> np.ndarray:
-    """What a context reads before its images; if it keeps earlier images, all that it reads."""
+    """The ids that a context reads before its images; if it keeps earlier images, all ids that it reads."""
     if context == "empty_prompt":
         return grammar.unconditional.tokens
     if context == "bos_boi":
@@ -281,7 +281,7 @@ def _length_class(n: int, max_length: int) -> int:
     fitting = [length for length in classes if length >= n]
     if not fitting:
         raise RequestError(
-            f"negative_prompt: with an image behind it it takes {n} tokens, but the engine's max_length is "
+            f"negative_prompt: with an image after it, it takes {n} tokens, but the engine's max_length is "
             f"{max_length}: shorten it or raise max_length"
         )
     return fitting[0]

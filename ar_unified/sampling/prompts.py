@@ -1,4 +1,4 @@
-"""Prompts are read before their samples are drawn: in batches by length, each once, the last batches kept."""
+"""Reads prompts before their samples are drawn: in batches by length, each prompt once; the last batches are kept."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Prompts:
         self._batches: OrderedDict[int, tuple[Prefix, dict[_Key, int]]] = OrderedDict()  # the last used one last
 
     def read(self, prompts: Sequence[_Prompt]) -> list[tuple[Prefix, list[int]]]:
-        """Batches that hold them, and where: the row of each prompt in the batch, or -1."""
+        """The batches that hold the prompts, and for each prompt its row in the batch, or -1."""
         wanted = {_key(prompt): prompt for prompt in prompts}
         kept = {id: batch for id, batch in self._batches.items() if wanted.keys() & batch[1].keys()}
         known = {key for _, rows in kept.values() for key in rows}

@@ -1,7 +1,8 @@
-"""What could have been drawn where a sample was: its tokens once more through the automaton, all samples at once.
+"""Which ids could have been drawn for each token of a sample: runs the tokens through the automaton again, all samples
+at once.
 
-A trainer needs it that asks for the probability with which a token was drawn: of all ids only some were allowed there,
-and where one alone was, nothing was drawn.
+A trainer needs it to compute the probability with which a token was drawn: only some ids were allowed, and if there was
+only one, nothing was drawn.
 
 Axes: B samples, n their tokens, K ranges.
 """
@@ -23,7 +24,7 @@ from ar_unified.sampling.steps import Start
 
 
 def replay(grammar: Grammar, served: Sequence[tuple[Plan, Sample]], length: int) -> tuple[np.ndarray, ...]:
-    """Of samples and the plans that they were drawn by: of each token what it was drawn from.
+    """For samples and their plans: which ids each token was drawn from.
 
     Args:
         length: n, tokens of the longest sample at most.

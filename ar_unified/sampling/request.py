@@ -49,7 +49,7 @@ class Request:
             as the model likes. Whatever the mode, the answer is one the grammar can parse.
         n: how many samples. seed: 0 <= seed < 2**32; sample i of a request is the same however many are drawn.
         max_tokens: budget of a sample, <eos> included; None: what its images need ("image"), else what fits.
-        stop: where to stop: a text, which the answer is then cut before, or ids of text pieces in a row.
+        stop: where to stop: a text, before which the answer is cut, or consecutive ids of text pieces.
         min_images, max_images: images in a sample; None: exactly one in mode "image", at least one in "interleaved",
             any number in "free".
         image_size: (height, width) of every image in codes; None: the canvas's, the fixed grid's, or as the model
@@ -57,21 +57,21 @@ class Request:
         canvas: int32 [h, w], codes the first image is to have, -1 where they are to be drawn: an image is
             completed (its first rows given) or repaired (all but a hole given).
         guidance: scale of classifier-free guidance on image codes; 1: none, and then it costs nothing.
-        image_guidance: a second scale, for what the prompt's images add beside its text (InstructPix2Pix, arXiv
+        image_guidance: a second scale, for the effect of the prompt's images besides its text (InstructPix2Pix, arXiv
             2211.09800; Chameleon's 3.0 and 1.2): u + image_guidance (i - u) + guidance (c - i), with i the images
             alone. 0: one scale.
-        context: u, what guidance compares with; one of CONTEXTS, each followed by the image at hand:
+        context: u, what guidance compares with: one of CONTEXTS, followed by the present image:
             "empty_prompt": <bos> <eot>, what condition dropout trains. "bos_boi": <bos> (Chameleon, LWM).
             "from_boi": nothing (Lumina-mGPT). "image_only": the document without its text (Emu3.5).
             "negative_prompt": that text as the prompt (Emu3).
         negative_prompt: its text.
-        prompt_suffix: a text behind that of a prompt which an image answers (mode "image", turn True), as Emu3-Gen's
-            words of praise; what guidance compares with has none.
-        repetition_penalty: of text pieces that prompt or answer hold already; 1: none. Logits above 0 are divided by
-            it, others multiplied (CTRL, arXiv 1909.05858).
+        prompt_suffix: a text after that of a prompt for an image (mode "image", turn True), such as Emu3-Gen's words of
+            praise; the contexts that guidance compares with do not have it.
+        repetition_penalty: of text pieces that the prompt or the answer already has; 1: none. Logits above 0 are
+            divided by it, others multiplied (CTRL, arXiv 1909.05858).
         adapter: the name of the adapter it is drawn with, of those that the engine has; "": none.
         text, image: how text (and control) tokens and image codes are drawn.
-        meta: travels along.
+        meta: copied to the samples.
     """
 
     id: str
@@ -100,7 +100,7 @@ class Request:
 
     @classmethod
     def asking(cls, document: Document, **settings: Any) -> Request:
-        """For the last answer of a document; for one without turns, from its beginning on."""
+        """The request for the last answer of a document; for a document without turns, from its beginning on."""
         asked = document.asked[-1].parts if document.asks else ()
         named = {"id": document.id} | settings
         return cls(parts=asked, turn=document.asks, history=document.asked[:-1], **named)

@@ -4,14 +4,15 @@
     {"content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What is it?"}], "mode": "text"}
     {"messages": [{"role": "user", "content": "Draw a cat."}, {"role": "assistant", "content": [...]}, ...]}
     {"prompt": "a cat", "n": 4, "seed": 7, "guidance": 3, "image_size": [32, 48], "image": {"temperature": 0.9}}
-    {"prompt": "a cat", "canvas": {"image": "a.png", "mask": "hole.png"}}        that image, drawn anew where white
-    {"prompt": "a cat", "canvas": {"image": "a.png", "top": 64}}                 that image, below its first 64 pixels
+    {"prompt": "a cat", "canvas": {"image": "a.png", "mask": "hole.png"}}        that image, drawn anew where the mask
+    is white {"prompt": "a cat", "canvas": {"image": "a.png", "top": 64}}                 that image, below its first 64
+    pixels
 
 Parts of "content", and of the content of messages, are texts, images and {"type": "tokens", "ids": [...]}. Images
 are files under the requests' folder, or data: URLs. Sizes are in pixels. Everything but "prompt", "content" or
 "messages" is optional; `sampling.request` says what the settings mean, and `defaults` of a job has the same keys.
-Columns of a row's own travel in "meta", with one warning a file (`sampling.columns` says which keys they are); an id
-may be any text, and names its folder of images.
+A row's own columns are kept in "meta", with one warning for each file (`sampling.columns` says which keys they are); an
+id may be any text, and names its folder of images.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _NAMES = {"Mapping": "object", "tuple": "list", "dict": "object"}  # what JSON c
 
 
 class PromptImageError(RequestError):
-    """An image cannot be read now. The request itself may be right, if its file is repaired."""
+    """An image cannot be read now. The request itself may be right, and works once the file is repaired."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,9 @@ class Line:
         number: of its row, from 1. id: its own, else its number. name: of its folder of images: the id, where that
             can be a folder's name.
         content: text, ids, and images. history: the turns before it, with images, too.
-        canvas: what the answer's first image starts from.
+        canvas: an image that the answer's first image completes.
         request: without parts and canvas yet; None if there is an `error`.
-        retry: whether the request may succeed when the job is run again.
+        retry: whether the request may succeed if the job is run again.
         batch: what an answer in OpenAI's format repeats, if the row is one of theirs.
         prompt_tokens: of the request with its parts, once it has them.
     """
@@ -145,7 +146,7 @@ def read_requests(
         if own:
             called = [f"{key} is {elsewhere(key)} here" for key in own if elsewhere(key)]
             hint = f" (settings have other names: {_shown(called)})" if called else ""
-            warn(f"{path}: columns that are no settings travel in meta: {_shown(own)}{hint}")
+            warn(f"{path}: columns that are no settings are kept in meta: {_shown(own)}{hint}")
     return lines
 
 

@@ -118,9 +118,7 @@ def open_shard(folder: Path, process: int, processes: int) -> IO[bytes]:
 
 
 def _own(file: IO[bytes], path: Path) -> None:
-    """Locks a file and cuts off a torn last line, whose writer was killed while it wrote; that sample is drawn
-    again.
-    """
+    """Locks a file and cuts off a torn last line, which a killed writer left; that sample is drawn again."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -252,7 +250,9 @@ class Writer:
 
 
 def write_image(path: Path, pixels: np.ndarray) -> None:
-    """Writes a PNG and, before it, the thumbnail of a large one: where the PNG is, both are whole. Raises OSError."""
+    """Writes a PNG and, before it, the thumbnail of a large one: if the PNG is there, both are whole. Raises
+    OSError.
+    """
     if max(pixels.shape[:2]) > THUMBNAIL:
         write_bytes(thumbnail(path), to_thumbnail(pixels, THUMBNAIL))
     write_bytes(path, to_png(pixels))

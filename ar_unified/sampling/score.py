@@ -118,7 +118,7 @@ def adapter_of(item: Scored) -> str:
 
 
 def batches(items: Iterable[tuple[int, list[np.ndarray]]], width: int, bucket: Any) -> Iterator[tuple[int, list[Any]]]:
-    """(bucket, up to `width` items of it), as the items come."""
+    """Yields (bucket, up to `width` items of that bucket), in the order of the items."""
     waiting: dict[int, list[Any]] = {}
     for item in items:
         size = bucket(sum(map(len, item[1])))

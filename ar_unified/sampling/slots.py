@@ -21,8 +21,9 @@ from ar_unified.sampling.steps import Shape
 
 @dataclass(eq=False)
 class Job:
-    """One sample that is drawn. `left`: steps until its end, where known; `tokens`: what it has, but for `given`, and
-    `logprobs` theirs, where they are asked for."""
+    """One sample in a slot. left: steps until its end, if known. tokens: those drawn so far, without `given`. logprobs:
+    their log-probabilities, if they are asked for.
+    """
 
     plan: Plan
     index: int
@@ -36,7 +37,7 @@ class Job:
         return np.concatenate([self.plan.given, *self.tokens]).astype(np.int32)
 
     def drawn_logprobs(self) -> np.ndarray:
-        """Of `drawn`: 0 for what was given."""
+        """The log-probabilities of `drawn`: 0 for given tokens."""
         return np.concatenate([np.zeros(len(self.plan.given)), *self.logprobs]).astype(np.float32)
 
 

@@ -4,9 +4,9 @@ A pool of R slots decodes R samples at once. Its shapes are static (`Shape`, the
 that a request may ask for is an array, so that requests of all kinds run in one program. The host fills free slots
 between chunks.
 
-Each step first asks the automaton what is to be drawn. A token that is forced needs no logits; an image code needs the
-image codes' part of the head, of all contexts; text needs the other part, of the request's own context. So the state
-keeps hidden states, and of the two parts of the head, and of drawing from them, only what some row needs is computed.
+Each step first asks the automaton what is to be drawn. A forced token needs no logits; an image code needs the head's
+rows of image codes, for all contexts; text needs the other rows, for the request's own context. So the state keeps
+hidden states, and a part of the head is only computed if some row needs it.
 
 Axes: R slots, C contexts, rows side by side [R * C]; b rows of a prefill, P its bucket; S cache length; D model;
 W text pieces, control tokens and sides; K KV heads, H head dim.
@@ -80,7 +80,7 @@ class Rows(NamedTuple):
 
 
 class Drafts(NamedTuple):
-    """What each row may say after its next token: n guesses, which `sampling/window.py` makes, reads and checks."""
+    """n guesses of what each row has after its next token, which `sampling/window.py` makes, reads and checks."""
 
     tokens: Array  # i32 [R, n]; -1: none, from there on
     hidden: Array  # [R * C, n, D], behind each of them
@@ -119,7 +119,7 @@ def prepare(config: TransformerConfig, grammar: Grammar, weights_dtype: str | No
 
 
 def head_parts(config: TransformerConfig, grammar: Grammar, params: Params) -> tuple[Array, Array]:
-    """Of the head what makes text, and what makes image codes, in the compute dtype: never in fewer bits."""
+    """The head's rows of text, and its rows of image codes, in the compute dtype: never in fewer bits."""
     v = grammar.vocabulary
     head = Transformer.bind(config, params).head().astype(config.dtype)
     parts = head[: text_ids(grammar)], head[v.image_offset : v.image_offset + v.codebook_size]
@@ -136,7 +136,7 @@ def with_head(layers: Params, text: Array, image: Array) -> Weights:
 
 
 def placed(tree: Any) -> Any:
-    """A state or a prefix as a mesh in scope splits it."""
+    """A state or a prefix, split by the mesh in scope."""
     mesh = jax.sharding.get_abstract_mesh()
     return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, row_specs(mesh, tree))
 
@@ -203,7 +203,7 @@ def empty(
 
 
 def forgotten(drafts: Drafts | None, rows: Array | bool = True) -> Drafts | None:
-    """No drafts in `rows`, bool [R]: what comes next there is not what they were made for."""
+    """The state without drafts in `rows`, bool [R], whose next tokens are not those that the drafts were made for."""
     if drafts is None:
         return None
     gone = jnp.broadcast_to(rows, drafts.tokens.shape[:1])[:, None]
@@ -216,8 +216,7 @@ def prefill(
     """Reads prompts: tokens int32 [b, P], padded on the right, lengths int32 [b] (0: an empty one), each with its
     adapter, int32 [b].
 
-    Long ones are read in pieces, each behind the ones before, so that what a piece needs besides the cache does not
-    grow with P.
+    Long ones are read in pieces, one after another, so that the memory besides the cache does not grow with P.
     """
     b, P = tokens.shape
     width = PIECE if P % PIECE == 0 else P
@@ -290,7 +289,7 @@ def insert(
 
 
 def put(state: State, kept: Cache, row: Array) -> State:
-    """The state with one row of its cache as `kept` has it: a cache of one row, of the same length and dtype."""
+    """The state with one row of its cache replaced by `kept`, a cache of one row, of the same length and dtype."""
     cache = jax.tree.map(lambda x, one: jax.lax.dynamic_update_slice_in_dim(x, one, row, 0), state.cache, kept)
     return placed(state._replace(cache=cache))
 
@@ -323,7 +322,7 @@ def read_on(
 
 
 def first_slots(state: State) -> Cache:
-    """The slots of each row of the cache which decoding writes over once the row has ended."""
+    """The slots of each row of the cache that decoding overwrites after the row has ended."""
     return tuple(slots_of(layer, _first(state)) for layer in state.cache)
 
 
@@ -342,9 +341,9 @@ def decode_chunk(
 ) -> tuple[State, Array]:
     """Up to `steps` (at most CHUNK) more tokens of every row, fewer once all rows have ended.
 
-    `halted`, bool [R], ends rows before. Returns the state, and what happened, packed for one copy to the host: int32
-    [R, CHUNK + 3], the tokens, PAD behind the end of a row, then how many steps it took for them, whether it has ended
-    and whether it is broken.
+    halted: bool [R], rows to end first. Returns the state, and the results packed for one copy to the host, int32 [R,
+    CHUNK + 3]: the tokens (PAD after the end of a row), the number of steps, whether the row has ended, and whether it
+    is broken.
     """
     state = state._replace(automaton=grammar.automaton.halt(state.automaton, halted))
     keys = decoding.row_keys(state.rows.seed, state.rows.sample)
@@ -364,7 +363,7 @@ def decode_chunk(
 
 
 def packed(grammar: Grammar, state: State, tokens: Array, taken: Array) -> Array:
-    """What a chunk tells the host: tokens int32 [R, any], and behind them the facts of `decode_chunk`."""
+    """The result of a chunk for the host: tokens int32 [R, any], and the last columns of `decode_chunk`."""
     facts = jnp.stack([taken, grammar.automaton.done(state.automaton), state.broken], axis=1)
     return jnp.concatenate([tokens, facts.astype(jnp.int32)], axis=1)
 

@@ -2,8 +2,8 @@
 
 The first line of a CSV or TSV file names the columns. A TSV cell is what stands between two tabs (PartiPrompts.tsv has
 prompts with a quotation mark in them); a cell that is quoted as a whole, with its inner marks doubled, loses its
-quotes. If cells span lines, the file is read like CSV. Columns named as settings are settings, an empty cell says
-nothing, and all others travel in `meta`.
+quotes. If cells span lines, the file is read like CSV. Columns with the names of settings are settings, an empty cell
+counts as absent, and all other columns are kept in `meta`.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def parquet(path: Path, leave: Callable[[str], None]) -> Iterator[tuple[int, Rea
 
 
 def header(line: str) -> bool:
-    """Whether the first line of a text file is a table's header, and no prompt: "Prompt", or "prompt<tab>category"."""
+    """Whether the first line of a text file is a table's header and not a prompt: "Prompt", or
+    "prompt<tab>category".
+    """
     names = [cell.strip().strip('"').casefold() for cell in line.split("\t")]
     return len(set(names)) == len(names) and any(name in PROMPTS and name != "text" for name in names)
 

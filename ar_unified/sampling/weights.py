@@ -75,7 +75,7 @@ def check_weights_dtype(weights_dtype: str | None) -> None:
 
 
 def _place(path: Any, stack: Any, name: str, weights_dtype: str | None, mesh: Mesh | None) -> Any:
-    """The sharding of each layer's part, hashable; None: as it comes."""
+    """The sharding of each layer's part, hashable; None: the default."""
     if mesh is None:
         return None
     part = jax.eval_shape(

@@ -2,12 +2,12 @@
 
 Noise belongs to (seed, sample, position), so a token is a function of what stands before it. A step guesses the next w
 - 1 tokens of a row, reads them in one forward after the known token, and draws at each of the w positions. The first
-draw is right; each further draw is right if all guesses before it equal what was drawn (Jacobi's iteration
-as in "Accelerating Auto-regressive Text-to-Image Generation with Training-free Speculative Jacobi Decoding", arXiv
-2410.01699, with the two draws coupled by their noise, so that a guess is right or wrong and no distribution changes).
+draw is right; each further draw is right if all guesses before it equal what was drawn (Jacobi's iteration as in
+"Accelerating Auto-regressive Text-to-Image Generation with Training-free Speculative Jacobi Decoding", arXiv
+2410.01699; here both draws have the same noise, so that a guess is either right or wrong and no distribution changes).
 So a step has between 1 and w tokens, and these are, in exact arithmetic, those of `steps.step`.
 
-A guess is what the last step drew at that position, after guesses that were wrong. If nothing was drawn there, it is
+A guess is the token that the last step drew at that position, after wrong guesses. If nothing was drawn there, it is
 the code above, or in the first row the code before. Tokens that the grammar forces or a canvas gives are known and not
 guessed. Text is not guessed: if all rows are in text, `steps.step` takes the step. Guesses end where the contexts of a
 row would not write side by side, such as after an image.
@@ -220,7 +220,7 @@ def guess(
     Args:
         after: the automaton's state after the known tokens, [R] each. position, writes: int32 [R, C], of
         `guidance.advance`.
-        again: int32 [R, n], what was drawn there before; -1: nothing. codes: of the image at hand, as in `Drafts`.
+        again: int32 [R, n], the tokens drawn there before; -1: none. codes: of the present image, as in `Drafts`.
     """
     machine, rows, offset = grammar.automaton, state.rows, grammar.vocabulary.image_offset
     every = jnp.arange(len(writes))

@@ -1,8 +1,8 @@
 """Folders that may be an object store's: docs/object_stores.md has how, what is promised and what it costs.
 
-`stores` has the requests, with every retry; `remote` has paths and files of sources, which are only read; `mirror` has
-a workdir's folder here, whose files go up as they become whole. Whoever works in a workdir uses the functions below:
-for a folder that is not in a store they do what they say on disk.
+`stores` has the requests, with every retry; `remote` has paths and files of sources, which are only read; `mirror`
+keeps a local copy of a workdir's folder, whose files are uploaded when they are complete. Whoever works in a workdir
+uses the functions below: for a folder that is not in a store, they do the same on disk.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ _locks: dict[Path, Lock] = {}
 
 @contextmanager
 def mirrored(url: str, *, lazy: re.Pattern[str], kept: re.Pattern[str]) -> Iterator[Path]:
-    """A folder of a store as a folder here, with what is in it (`mirror.Mirror`); closed, all of it is in the store.
+    """A folder of a store as a local folder with its content (`mirror.Mirror`). Once it is closed, all of it is in the
+    store.
 
     Raises UserError for a URL that names no folder; StoreRefused, StoreFailed.
     """
@@ -76,7 +77,7 @@ def is_mirrored(path: Path) -> bool:
 
 
 def address(path: Path) -> str:
-    """Where others find what is here as `path`: the URL of what is a store's."""
+    """Where others find what is here as `path`: for a store's file, its URL."""
     mirror = _of(path)
     return str(path) if mirror is None else mirror.address(path)
 
@@ -91,13 +92,15 @@ def exists(path: Path) -> bool:
 
 
 def fetch(path: Path) -> Path:
-    """The same path; the file is here if there is one. To be called before a file is opened that came lazily."""
+    """Brings the file of a path, if there is one, and returns the path. Call it before opening a file of a lazy
+    folder.
+    """
     mirror = _of(path)
     return path if mirror is None else mirror.fetch(path)
 
 
 def refresh(path: Path | None = None) -> None:
-    """What others have written until now is seen here: of one file, or of all that do not come lazily."""
+    """Brings what others have written until now: one file, or all that do not come lazily."""
     if path is None:
         for mirror in _mirrors:
             mirror.pull()
@@ -106,7 +109,7 @@ def refresh(path: Path | None = None) -> None:
 
 
 def names(folder: Path) -> set[str]:
-    """Of what is in a folder; of a store's, of files alone. Empty where there is none."""
+    """The names of what is in a folder (in a store: of files alone). Empty where there is no folder."""
     mirror = _of(folder)
     if mirror is not None:
         return mirror.names(folder)
@@ -114,7 +117,7 @@ def names(folder: Path) -> set[str]:
 
 
 def tell(path: Path) -> None:
-    """A file of this path has become whole: the store gets it. Raises StoreFailed, LockLost."""
+    """To be called when the file of this path is complete: the store gets it. Raises StoreFailed, LockLost."""
     mirror = _of(path)
     if mirror is not None:
         _check_locks()
@@ -122,7 +125,7 @@ def tell(path: Path) -> None:
 
 
 def push(folder: Path) -> None:
-    """Puts what of a folder's files has grown or come by other ways, as logs do, into the store."""
+    """Uploads those files of a folder that have grown or were written without `tell`, such as logs."""
     mirror = _of(folder)
     if mirror is not None:
         _check_locks()
@@ -130,7 +133,7 @@ def push(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file, if it is there."""
+    """Removes a file, if it is there."""
     mirror = _of(path)
     if mirror is None:
         path.unlink(missing_ok=True)
@@ -139,7 +142,7 @@ def remove(path: Path) -> None:
 
 
 def remove_tree(folder: Path) -> None:
-    """A folder with all that is in it, as far as that can be done."""
+    """Removes a folder with all that is in it, as far as that can be done."""
     mirror = _of(folder)
     if mirror is None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -148,7 +151,7 @@ def remove_tree(folder: Path) -> None:
 
 
 def move(old: Path, new: Path) -> None:
-    """A file or a folder gets another name. In a store that is no one step: what has it is copied, then removed."""
+    """Renames a file or a folder. In a store this is not one step: it is copied, then removed under its old name."""
     mirror = _of(old)
     if mirror is None:
         old.rename(new)
@@ -157,7 +160,9 @@ def move(old: Path, new: Path) -> None:
 
 
 def names_in(folder: Remote) -> list[str]:
-    """Of the objects in a folder of a store that is only read. Raises FileNotFoundError: there is no such folder."""
+    """The names of the objects in a folder of a store that is only read. Raises FileNotFoundError: there is no such
+    folder.
+    """
     found, folders = listed(str(folder))
     if not found and not folders:
         raise FileNotFoundError(2, "no such folder", str(folder))
@@ -168,7 +173,9 @@ def names_in(folder: Remote) -> list[str]:
 
 
 def create(path: Path, data: bytes) -> bool:
-    """Writes a file unless there is one; whether it did. Of many who try, one does. `data` is nobody else's."""
+    """Writes a file unless there is one, and returns whether it did. Of many who try, one does. Nobody else may write
+    the same `data`.
+    """
     mirror = _of(path)
     if mirror is not None:
         return _create(mirror.address(path), data)

@@ -1,9 +1,9 @@
 """One process at a time, by objects that are created only where there is none.
 
 A lock is a row of objects, NAME.000001, NAME.000002, ...: whoever creates the next one has it. Its holder writes into
-it again and again. One that says nothing new for as long as a lease (AR_UNIFIED_STORE_LEASE, 60 s) is given up, and the
-next number taken: the clocks of two machines are never compared. A holder that finds a higher number than its own has
-lost the lock, and stops.
+it again and again. A holder that writes nothing new for the length of a lease (AR_UNIFIED_STORE_LEASE, 60 s) is given
+up, and another process takes the next number: the clocks of two machines are never compared. A holder that finds a
+higher number than its own has lost the lock, and stops.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Lock:
 
     Attributes:
         number: of the row, which is this process's. lost: another has a higher one.
-        waited: whether a holder that had gone was waited for: what it left may have come after one looked.
+        waited: whether this process waited for a holder that had gone; that holder may have written files meanwhile.
 
     Raises Held.
     """
@@ -87,7 +87,7 @@ class Lock:
             # another was faster: who it is, and whether it lives, is the next question
 
     def _await(self, number: int) -> None:
-        """Until the holder of a number has gone. Raises Held: it lives."""
+        """Waits until the holder of a number has gone. Raises Held: it lives."""
         first = self._read(number)
         if _is_gone(first):
             return
@@ -131,7 +131,7 @@ class Lock:
 
 
 def _machine() -> str:
-    """Where process numbers mean the same processes: containers of one host may share its name."""
+    """Names the place within which a process number means one process. Containers of one host may share its name."""
     try:
         return f"{socket.gethostname()} {Path(_BOOT).read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:

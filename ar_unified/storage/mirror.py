@@ -1,8 +1,9 @@
-"""A folder of an object store as a folder here: files go up as they become whole, and come down as they are asked for.
+"""A local copy of an object store's folder: files are uploaded when they are complete, and downloaded when asked for.
 
-The store has the truth. What is here and not there, as of a process that was killed, is removed when the folder is
-opened. Every process has a mirror of its own, so nothing is shared but the store: `<cache>/<hash of the URL>-<number>`
-with the first number that no other process here has. <cache> is AR_UNIFIED_CACHE, else ~/.cache/ar_unified/mirrors.
+The store's content counts. A file that is here and not there, such as one of a killed process, is removed when the
+folder is opened. Every process has a mirror of its own, so nothing is shared but the store: `<cache>/<hash of the
+URL>-<number>` with the first number that no other process here has. <cache> is AR_UNIFIED_CACHE, else
+~/.cache/ar_unified/mirrors.
 
 Folders that are `lazy` come a file at a time; those `kept` here are neither brought nor put there.
 """
@@ -56,7 +57,9 @@ class Mirror:
         self._bring(self.root, removing=False)
 
     def _bring(self, folder: Path, removing: bool) -> None:
-        """removing: what is not in the store; else what has gone from there since it was brought."""
+        """Brings what has changed. removing: deletes every file that is not in the store; else only those that have
+        gone from it since they were brought.
+        """
         wanted: dict[str, stores.Facts] = {}
         left = [self.name(folder)]
         while left:
@@ -77,9 +80,10 @@ class Mirror:
             list(pool.map(self._download, changed))
 
     def fetch(self, path: Path, *, fresh: bool = False) -> Path:
-        """A file as it is in the store, brought unless it is here; it is not there where the store has none.
+        """Brings a file from the store, unless it is here, and returns its path; no file is there where the store has
+        none.
 
-        fresh: also where it was brought, or put there, by this process.
+        fresh: ask the store even if this process has brought the file, or put it there, before.
         """
         name = self.name(path)
         if (name in self._tags and not fresh) or self._is(self._kept, os.path.dirname(name)):
@@ -98,7 +102,7 @@ class Mirror:
         return name in self._tags or stores.facts(self._url(name)) is not None
 
     def names(self, folder: Path) -> set[str]:
-        """Of the files in a folder of the store."""
+        """The names of the files in a folder of the store."""
         return set(stores.listed(self._url(self.name(folder)))[0])
 
     def _is_here(self, name: str, facts: stores.Facts) -> bool:
@@ -125,7 +129,7 @@ class Mirror:
             self._note(name, stores.upload(path, self._url(name)))
 
     def push_changed(self, folder: Path) -> None:
-        """Puts those files of a folder into the store that are not there as they are here, as logs that have grown."""
+        """Uploads those files of a folder that differ from the store's, such as logs that have grown."""
         for path in sorted(self._files(folder)):
             if self._sizes.get(self.name(path)) != _look(path):
                 self.push(path)
@@ -143,7 +147,9 @@ class Mirror:
         self._tags.pop(self.name(path), None)
 
     def remove_tree(self, folder: Path) -> None:
-        """A folder with all that is in it; a stage's records go last, so that a killed removal is seen as one."""
+        """Removes a folder with all that is in it; a stage's records go last, so that a killed removal is seen as
+        one.
+        """
         top = self.name(folder)
         names = [f"{top}/{name}" for name in stores.found_under(self._url(top))]
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -153,7 +159,9 @@ class Mirror:
         self._tags = {name: tag for name, tag in self._tags.items() if not name.startswith(f"{top}/")}
 
     def move(self, old: Path, new: Path) -> None:
-        """A file, or a folder with all that is in it: copied inside the store, then removed under its old name."""
+        """Renames a file, or a folder with all that is in it: copied inside the store, then removed under its old
+        name.
+        """
         top = self.name(old)
         for name in stores.found_under(self._url(top)):
             stores.copy(self._url(f"{top}/{name}"), self._url(f"{self.name(new)}/{name}"))
@@ -169,7 +177,7 @@ class Mirror:
         return self._url(self.name(path))
 
     def close(self, *, telling: bool = True) -> None:
-        """Puts all that is not there yet into the store, unless not `telling`; lets another process have the mirror."""
+        """Uploads all that the store lacks, if `telling`, and lets another process have the mirror."""
         try:
             if telling:
                 self.push_changed(self.root)

@@ -1,4 +1,4 @@
-"""Paths that may be an object's, and files of either kind that are read at any place."""
+"""Paths of files or of objects in a store, and reading either of them at any place."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def open_binary(path: AnyPath) -> BinaryIO:
 class Opened:
     """An open file or object that is read at any place by any thread. Raises OSError.
 
-    Of an object blocks are read, and more with one request where one follows the other.
+    An object is read in blocks, and in larger requests while reads follow one another.
     """
 
     def __init__(self, path: AnyPath):
@@ -147,7 +147,7 @@ class Opened:
             os.close(self._descriptor)
 
     def read(self, at: int, size: int) -> bytes:
-        """Fewer bytes only where the file ends."""
+        """`size` bytes from `at` on; fewer than asked for only where the file ends."""
         if not self._url:
             return os.pread(self._descriptor, size, at)
         stop = min(at + size, self.size)

@@ -16,7 +16,7 @@ _THREADS = 8
 
 
 class Steps:
-    """Folders `<url>/<number>`, of which those are whole that have the mark.
+    """Folders `<url>/<number>`; those that have the mark are whole.
 
     Args:
         url: of the folder that they are in. mark: the name of the object that makes one whole.
@@ -51,7 +51,7 @@ class Steps:
                 shutil.rmtree(old, ignore_errors=True)
 
     def bring(self, step: int) -> Path:
-        """One that is whole, here. Raises FileNotFoundError: it was removed meanwhile."""
+        """Brings one that is whole. Raises FileNotFoundError: it was removed meanwhile."""
         top = self.here / str(step)
         if not top.is_dir():
             part = self.here / f".{step}"

@@ -51,12 +51,12 @@ class StoreRefused(RunError):
 
 
 class _Torn(Exception):
-    """Fewer or other bytes came than there are."""
+    """The bytes that came are fewer or others than those in the store."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Of an object: its size in bytes, and a text that changes with its content: the MD5 where the store has it."""
+    """An object's size in bytes, and a tag that changes with its content: the MD5 if the store has it."""
 
     size: int
     tag: str
@@ -79,7 +79,7 @@ def patience() -> float:
 
 
 def facts(url: str) -> Facts | None:
-    """Of an object; None: there is none."""
+    """The facts of an object; None: there is no such object."""
 
     def ask() -> Facts | None:
         try:
@@ -149,9 +149,10 @@ def write(url: str, data: bytes) -> None:
 
 
 def create(url: str, data: bytes) -> bool:
-    """Puts an object there unless there is one; whether it did. Of many who try, one does.
+    """Puts an object there unless there is one, and returns whether it did. Of many who try, one does.
 
-    `data` must be nobody else's: a request whose answer was lost is known by it when it is repeated.
+    Nobody else may write the same `data`: by it, a repeated request sees whether the one before, whose answer was lost,
+    had been done.
     """
     tries = 0
 
@@ -178,12 +179,12 @@ def delete(url: str) -> None:
 
 
 def copy(old: str, new: str) -> None:
-    """An object under one more name, inside the store. Raises FileNotFoundError."""
+    """Copies an object to one more name, inside the store. Raises FileNotFoundError."""
     _patiently("copy", old, lambda: _system(old).cp_file(old, new))
 
 
 def upload(path: Path, url: str) -> Facts:
-    """Puts a file there, in place of what there was; what the store says of it."""
+    """Uploads a file in place of what was there; returns what the store says of it."""
 
     def ask() -> Facts:
         _system(url).put_file(str(path), url)
@@ -221,7 +222,7 @@ def file_md5(path: Path) -> Any:
 
 
 def is_md5(tag: str) -> bool:
-    """Whether a tag is the MD5 of the content; of what was written in parts it is not."""
+    """Whether a tag is the MD5 of the content; it is not for an object written in parts."""
     return re.fullmatch(r"[0-9a-f]{32}", tag) is not None
 
 
@@ -229,7 +230,7 @@ def is_md5(tag: str) -> bool:
 
 
 def _patiently(verb: str, url: str, ask: Callable[[], Any]) -> Any:
-    """What a request answers, asked again while it fails in passing.
+    """The answer to a request, which is repeated while it fails in passing.
 
     Raises FileNotFoundError, StoreRefused, StoreFailed.
     """
@@ -253,7 +254,9 @@ def _patiently(verb: str, url: str, ask: Callable[[], Any]) -> Any:
 
 
 def _pauses() -> Iterator[float | None]:
-    """Seconds to wait before the next try, None behind the last. Not even: many processes are refused together."""
+    """Seconds to wait before the next try, None after the last. A part of it is random, because many processes are
+    refused together.
+    """
     until, pause = time.monotonic() + patience(), 0.1
     while time.monotonic() + pause < until:
         yield pause * random.uniform(0.5, 1.0)

@@ -1,15 +1,15 @@
 """How much of their attention the positions of one modality give to the other, layer by layer.
 
-A model that mixes text and images may come to look past one of them. For each layer, and each pair of a query's and a
-key's modality among text and image,
+A model of text and images may come to ignore one of them. For each layer, and each pair of a query's and a key's
+modality among text and image,
 
     share(a -> b) = mean over queries q of modality a, and over heads, of  sum over keys k of modality b of  w(q, k)
 
 with w(q, k) = softmax over the keys that q sees (its own document up to itself, packing and padding respected) of
-q . k / sqrt(H). Only queries that see keys of both modalities count: to any other, the question is not put. A share is
-a number in [0, 1]; those of one a sum to at most 1, the rest being controls and sizes. `uniform`, beside the layers, is
-the share that the same queries would give if all the keys they see weighed alike: it is what the data makes of it, and
-a layer above it looks there more than chance.
+q . k / sqrt(H). Only queries that see keys of both modalities count. A share is a number in [0, 1]; the shares of one a
+sum to at most 1, and controls and sizes have the rest. `uniform`, beside the layers, is the share that the same queries
+would give if all the keys they see weighed alike. It depends on the data alone; a layer above it attends to that
+modality more than by chance.
 
 The training step holds no attention weights. This is a forward of its own over a held-out batch, with the weights of
 a chunk of queries at a time.
@@ -57,12 +57,12 @@ def attention_shares(model: Transformer, vocabulary: Vocabulary, batch: PackedBa
 def layer_shares(
     query: jax.Array, key: jax.Array, doc_start: jax.Array, modality: jax.Array, room: int = _WEIGHTS
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of one layer: sums of shares and of uniform shares over the queries that count, f32 [M, M], and how many, [M].
+    """Sums over one layer, of shares and of uniform shares, over the queries that count, f32 [M, M], and how many, [M].
 
     Args:
       query: [B, T, N, H], rotated. key: [B, T, K, H]. doc_start: int32 [B, T]; T on padding.
       modality: bool [B, T, M].
-      room: weights of a device that may exist at one time; of one column of queries at least.
+      room: how many attention weights may exist on a device at one time; at least those of one column of queries.
     """
     B, T, N, H = query.shape
     K = key.shape[2]

@@ -18,8 +18,8 @@ class Diverged(RunError):
 class Watch:
     """Takes the loss of every step and raises Diverged once their running mean exceeds 1.5 x the beginning + 1.
 
-    A model that knows nothing has about the loss it began with; one that is far above it is worse than none, and
-    almost never comes back. The `+ 1` leaves room for a model that began well (a fine-tuning).
+    An untrained model has about the loss that it began with. A model far above that is worse than untrained, and almost
+    never recovers. The `+ 1` leaves room for a model that began well (a fine-tuning).
 
     Args:
       rows: of an earlier part of this run, from metrics.jsonl: the first says where it began.
@@ -43,7 +43,7 @@ class Watch:
             good = latest()
             kept = f"step {good} is the last good checkpoint" if good else "there is no checkpoint yet"
             raise Diverged(
-                f"diverged at step {step}: the loss has come to {self._mean:.4g} from {self.began:.4g} at the "
+                f"diverged at step {step}: the loss has risen to {self._mean:.4g} from {self.began:.4g} at the "
                 f"beginning; {kept}. Try a lower learning rate (lower it with the batch size too), a longer warm-up or "
                 "a lower clip_norm; with an adversary, a smaller weight or a later start. Starting again resumes from "
                 "the checkpoint and, with the same settings, meets the same end."

@@ -1,8 +1,9 @@
 """Goodput: the fraction of a run's wall time that went into steps it kept, and what took the rest.
 
-Every second since the first attempt at a run belongs to one activity. What no other claims is "step": the devices were
-working on a step. "down" is between two attempts, "redone" were steps behind the checkpoint that the next attempt began
-from. `goodput.json` beside the metrics holds the attempts, so the account survives what it accounts for.
+Every second since the first attempt at a run belongs to one activity. Time that no other activity claims is "step": the
+devices were working on a step. "down" is the time between two attempts. "redone" is the time of steps after the
+checkpoint that the next attempt began from. `goodput.json` beside the metrics holds the attempts, so the account
+survives interruptions.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Goodput:
 
     @contextlib.contextmanager
     def during(self, activity: str) -> Iterator[None]:
-        """What runs inside is `activity`, not steps. Not to be nested."""
+        """A context whose time belongs to `activity` and not to steps. It must not be nested."""
         began = time.perf_counter()
         try:
             yield
@@ -47,13 +48,13 @@ class Goodput:
             self.add(activity, time.perf_counter() - began)
 
     def add(self, activity: str, seconds: float) -> None:
-        """`seconds` that are over belonged to `activity`."""
+        """Assigns the last `seconds` to `activity`."""
         self.seconds[activity] += seconds
 
     def write(self, step: int, *, finished: bool = False) -> dict[str, float]:
         """Puts the account after `step` steps on disk; returns {"goodput": its share, "time/ACTIVITY": others'}.
 
-        finished: nothing is left to do, so what passes until somebody asks for more steps is not "down".
+        finished: nothing is left to do, so the time until somebody asks for more steps is not "down".
         """
         elapsed = time.perf_counter() - self._began
         spent = {"step": 0.0} | self.seconds
@@ -101,7 +102,7 @@ def wall(path: str | Path) -> float:
 
 
 def _attempts(path: Path) -> list[dict[str, Any]]:
-    """Of earlier attempts; [] where there were none. A file that is not ours is not a reason to stop training."""
+    """The earlier attempts; [] if there are none. A broken or foreign file must not stop a training."""
     try:
         return read_json(path)
     except (OSError, UserError):

@@ -1,7 +1,7 @@
-"""What a checkpoint has of the parameters: all of them, or what is trained alone where the rest can be read elsewhere.
+"""Which parameters a checkpoint holds: all of them, or only the trained ones if the rest can be read elsewhere.
 
-An adapter of a few megabytes beside a model of many gigabytes: at every save the model would be written again as it
-was. The bundle that the training began with has it.
+If an adapter of a few megabytes is trained beside a model of many gigabytes, every save would write the unchanged model
+again. The bundle that the training began with has it already.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ar_unified.training.step import Params, TrainingTask, abstract_trained
 class Kept:
     """
     Args:
-        read: gives the parameters that the training began with, of their shapes, dtypes and shardings; what is trained
-            is fresh in them. None: nobody has them, and a checkpoint holds all.
+        read: gives the parameters that the training began with, by their shapes, dtypes and shardings; trained parts
+            are fresh in them. None: they cannot be read again, and a checkpoint holds all.
     """
 
     def __init__(self, task: TrainingTask, mesh: Mesh, read: Callable[[Params], Params] | None):
@@ -34,7 +34,7 @@ class Kept:
         return params if self._read is None else self._task.selection(params).take(params)
 
     def whole(self, abstract: Params, stored: Params) -> Params:
-        """All parameters again, from what `stored` gave."""
+        """All parameters again, from the result of `stored`."""
         if self._read is None:
             return stored
         places = jax.tree.map(lambda leaf: leaf.sharding, abstract)

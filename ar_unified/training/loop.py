@@ -2,8 +2,8 @@
 
 A run is a folder. `fit` continues what it finds there: a finished training is recognised, an interrupted one goes on
 from its last checkpoint and ends with the parameters it would have had (bit for bit in fp32 on a CPU), because the
-state holds everything but the data, and the data is a function of the step. Of many processes each runs this loop;
-process 0 alone writes and shows what is written and shown once.
+state holds everything but the data, and the data is a function of the step. Every process of a job runs this loop;
+process 0 alone writes the shared files and prints.
 """
 
 from __future__ import annotations
@@ -126,9 +126,10 @@ def fit(
       preview: called with (steps taken, params); the images it returns, uint8 [H, W, 3], go to TensorBoard. Of many
         processes, process 0 calls it, with the parameters as numpy arrays.
       checkpoint_folder: where checkpoints lie, also a URL as gs://bucket/run; default: `folder`/checkpoints.
-      begin: called before the first step with the shapes, dtypes and shardings of the parameters, gives those to begin
-        with; None: fresh ones.
-      kept_elsewhere: what is not trained comes from `begin` at every start, and checkpoints hold what is trained alone.
+      begin: called before the first step with the shapes, dtypes and shardings of the parameters, gives the parameters
+        to begin with; None: fresh ones.
+      kept_elsewhere: parameters that are not trained come from `begin` at every start, and checkpoints hold only the
+        trained ones.
       profile: (first, last) steps taken between which a trace is written to `folder`/profile; None: no trace.
       logger: takes console lines.
 
@@ -366,13 +367,13 @@ def _held_out(
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
-    """What a checkpoint holds beside the parameters."""
+    """The state that a checkpoint holds besides the parameters."""
     model_state = {"model_state": state.model_state} if state.model_state else {}
     return {"step": state.step, "state": state.optimizer, **model_state}
 
 
 def _agreed(loss: float) -> float:
-    """A loss as process 0 has it, in float32: what all processes decide by must be the same to the bit."""
+    """Process 0's value of a loss, in float32: all processes must decide by the same bits."""
     value = np.float32(loss)
     return float(value if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(value))
 
@@ -392,7 +393,7 @@ def _diagnosis(taken: int, report: StepReport, loss: float, norm: float, good: i
         where = f"gradient of {name}" + (f", layer {bad[name][-1]}" if name.startswith(stacked) else "")
         where += f" ({len(bad)} of {len(leaves)} leaves are not finite)"
     else:
-        where = "the loss itself, or the norm of the gradients, which are finite one by one"
+        where = "the loss itself, or the norm of gradients that are each finite"
     kept = f"step {good} is the last good checkpoint" if good else "there is no checkpoint yet"
     return (
         f"not finite at step {taken - 1}: {where}; loss {loss}, gradient norm {norm}. The step was not taken; {kept}. "

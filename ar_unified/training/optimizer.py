@@ -25,8 +25,8 @@ class OptimizerConfig:
 
     Muon (Jordan et al., kellerjordan.github.io/posts/muon, 2024) moves the matrices of the layers by their momentum
     made orthogonal, and leaves embeddings, head and norms to AdamW (b1, b2 and eps are AdamW's alone). Its steps have
-    AdamW's root mean square, 0.2 of the rate (Liu et al., arXiv:2502.16982), so that a learning rate and a decay for
-    the one are a start for the other.
+    the root mean square of AdamW's, 0.2 of the rate (Liu et al., arXiv:2502.16982), so that a learning rate and a decay
+    for AdamW are a good first choice for Muon.
 
     WSD is warm-up, stable, decay (arXiv:2404.06395): one long run whose decay can be started from any checkpoint.
     `decay="sqrt"` falls as 1 - sqrt(x), the better of the shapes compared in arXiv:2405.18392.
@@ -111,7 +111,7 @@ def is_decayed(path: Sequence[Any], leaf: Any) -> bool:
 
 
 def _muon_axes(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:
-    """Which axes of a layer's stacked matrix count what it reads, and which what it makes; None: AdamW's.
+    """Which axes of a layer's stacked matrix are its inputs, and which its outputs; None: the leaf is left to AdamW.
 
     All heads are one matrix, [L, D, N H] or [L, N H, D].
     """
@@ -123,8 +123,8 @@ def _muon_axes(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The update over plain parameter trees. Clipping is the train step's, which knows the norm already; so are the
-    rates of parts (`rates`).
+    """The update over plain parameter trees. The train step does the clipping, because it knows the norm already, and
+    applies the rates of parts (`rates`).
 
     Raises ValueError for what `learning_rate` refuses.
     """

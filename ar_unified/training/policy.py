@@ -1,12 +1,12 @@
 """Training by rewards: groups of samples, their advantages, and the clipped policy gradient on them (GRPO).
 
 Group relative policy optimisation (Shao et al., arXiv:2402.03300) compares the samples of a prompt with each other and
-needs no value network. Choices that came later stand beside the published one: a higher clip above than below, the mean
-over tokens and groups without signal left out (DAPO, Yu et al., arXiv:2503.14476); no division by the deviation and a
-constant in place of lengths (Dr. GRPO, Liu et al., arXiv:2503.20783).
+needs no value network. Later variants are options: from DAPO (Yu et al., arXiv:2503.14476) a higher clip above than
+below, the mean over tokens, and leaving out groups without a signal; from Dr. GRPO (Liu et al., arXiv:2503.20783) no
+division by the deviation, and a constant in place of lengths.
 
-The policy is the distribution that was sampled, and no other: contexts mixed as guidance mixes them, over the
-temperature, among the ids that the grammar allows. So the ratio of new and old probability begins at 1 exactly.
+The policy is exactly the distribution that was sampled: with contexts mixed by guidance, at the temperature, over the
+ids that the grammar allows. So the ratio of new and old probability begins at 1 exactly.
 
 Axes: B samples, T positions, C contexts, K ranges of ids, D model, P prompts, G samples of a group.
 """
@@ -41,15 +41,15 @@ class PolicyConfig:
     Attributes:
       group_size: G, samples that are drawn of a prompt and compared with each other.
       scale_rewards: advantages are (reward - mean) / deviation of the group; False: reward - mean (Dr. GRPO), which
-        does not weigh the prompts more that are nearly always or nearly never answered right.
+        gives no extra weight to prompts that are answered right nearly always or nearly never.
       kl: weight of the divergence from the weights that the training began with, a second forward pass; 0: none.
       clip_low, clip_high: the ratio counts between 1 - clip_low and 1 + clip_high. DAPO: 0.2 and 0.28.
       normalisation: what is averaged. "token": all tokens alike. "sequence": tokens of a sample, then samples, so that
         a token of a long one weighs less. "constant": the sum of each sample over the positions of a row.
-      drop_flat: groups whose rewards are all the same are no part of any mean: without signal they only dilute it.
+      drop_flat: groups whose rewards are all the same are left out of all means, which they would only dilute.
       redraws: how often other prompts are drawn in place of those whose groups have no signal.
-      epochs, minibatches: a drawing has samples for so many steps, and is gone through so often. Beyond 1 x 1 the
-        policy has moved since the drawing, and the clip acts.
+      minibatches, epochs: a drawing has samples for so many steps, and is used so many times. Beyond 1 x 1 the policy
+        has changed since the drawing, and the clip matters.
 
     Raises ValueError, naming the field, for a number out of range and an unknown choice.
     """
@@ -76,7 +76,7 @@ class PolicyConfig:
 
     @property
     def steps(self) -> int:
-        """That one drawing serves."""
+        """How many steps one drawing serves."""
         return self.epochs * self.minibatches
 
 
@@ -126,7 +126,7 @@ class PolicyBatch:
 def group_advantages(rewards: np.ndarray, scale: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(advantages, deviations, whether all rewards are the same), float64 and bool [P, G], of rewards [P, G].
 
-    The deviation is that of the group as it is (over G). A group of equal rewards has advantages of 0 exactly.
+    The deviation divides by G. A group of equal rewards has advantages of exactly 0.
     """
     rewards = np.asarray(rewards, np.float64)
     flat = np.broadcast_to(np.all(rewards == rewards[:, :1], axis=1, keepdims=True), rewards.shape)
@@ -145,7 +145,7 @@ def divergence(logp: jax.Array, reference: jax.Array) -> jax.Array:
 def token_objective(
     config: PolicyConfig, logp: jax.Array, old: jax.Array, advantage: jax.Array, reference: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """(what is minimised at each token, whether the clip holds it back), [B, T] each.
+    """(the objective to minimise at each token, whether the clip holds it back), [B, T] each.
 
     Args:
       logp, old, reference: log-probabilities [B, T] of the policy, of the one that drew, and of the reference or None.
@@ -161,7 +161,7 @@ def token_objective(
 
 
 def token_weights(config: PolicyConfig, drawn: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(weight of each token [B, T], what the weighted sum is divided by []), of drawn [B, T] and kept [B], bool."""
+    """(weight of each token [B, T], the divisor of the weighted sum []), from drawn [B, T] and kept [B], bool."""
     there = drawn & kept[:, None]
     weight = there.astype(jnp.float32)
     if config.normalisation == "token":
@@ -182,7 +182,7 @@ def log_probabilities(
     drawn. `batch` is a PolicyBatch; lora: of an adapter in `params`.
 
     Logits are linear in the hidden state, so those of all contexts, mixed and over the temperature, are the logits of
-    the mixed hidden state: guidance costs a row for each context, and no second product with the head.
+    the mixed hidden state: guidance costs a row for each context, but no second product with the head.
     """
     B, C, T = batch.tokens.shape
     model = Transformer.bind(config, params, lora)
@@ -197,19 +197,19 @@ def log_probabilities(
 class PolicyTask(TransformerTask):
     """The policy gradient on samples with rewards: `batch` is a `step.Drawing` of PolicyBatches.
 
-    Dropout is off, as it is where samples are drawn. Weights of roles, tasks and prompts have no part in it: a sample
-    has its advantage. With `policy.kl` the weights that the training began with are its model state, so that a
+    Dropout is off, as it is when samples are drawn. The weights of roles, tasks and prompts are not used: a sample is
+    weighed by its advantage. With `policy.kl` the weights that the training began with are its model state, so that a
     checkpoint has them and a training that goes on compares with the same.
     """
 
     policy: PolicyConfig = PolicyConfig()
 
     def init_state(self, params: Params) -> Params:
-        """The reference, where the loss compares with one: what training begins with."""
+        """The reference, if the loss compares with one: the parameters that training begins with."""
         return {"reference": params} if self.policy.kl else {}
 
     def logical_axes(self, params: Params) -> Any:
-        """Those of the transformer, also of the reference's."""
+        """The transformer's FLOPs, and those of the reference's forward pass."""
         if "reference" in params:
             return {"reference": logical_axes(params["reference"])}
         return logical_axes(params)
@@ -267,13 +267,15 @@ class PolicyTask(TransformerTask):
         return {}
 
     def summary(self, totals: Metrics) -> dict[str, float]:
-        """Means, and `sampler_trainer/max`: no difference was larger, and the largest at most a tenth smaller."""
+        """Means, and `sampler_trainer/max`: an upper bound of the differences, at most about a tenth above the
+        largest.
+        """
         counted = np.flatnonzero(np.asarray(totals["sampler_trainer"]))
         most = _LEAST * 2.0 ** (counted[-1] / _A_FACTOR) if len(counted) else math.nan
         return ratios(totals) | {"sampler_trainer/max": most if most > _LEAST else 0.0}
 
     def warning(self, line: Any) -> str:
-        """What a person should know of groups without a reward or a signal."""
+        """A warning about groups without a reward or a signal."""
         if line.get("groups/failed", 0.0) > 0:
             return f"{line['groups/failed']:.1%} of the groups have no reward, and nothing was learned from them"
         if line.get("groups/without_signal", 0.0) > _MANY:

@@ -1,4 +1,5 @@
-"""Learning from preference pairs: DPO and its variants on what a model says of the chosen and the rejected answer.
+"""Learning from preference pairs: DPO and its variants, on a model's log-probabilities of the chosen and the rejected
+answer.
 
 A pair's loss is a function of the log-probabilities of its two answers under the model and under a reference, which is
 the model as it was before the first step. The reference is never in memory beside the model: its sums are computed once
@@ -83,7 +84,7 @@ def pair_losses(config: PreferenceConfig, scored: Array) -> Array:
 
 
 def trained(batch: PackedBatch) -> Array:
-    """bool [B, T]: the targets that the answers of pairs are made of."""
+    """bool [B, T]: the targets that belong to the answers of pairs."""
     return ~batch.prompt & (batch.roles != Role.PAD) & (batch.segment_ids > 0)
 
 
@@ -100,7 +101,7 @@ def by_answer(values: Array, batch: PackedBatch, pairs: int) -> Array:
 
 
 class Pairs(NamedTuple):
-    """What the loss and the metrics know of the pairs of a batch."""
+    """The numbers of a batch's pairs that the loss and the metrics use."""
 
     logps: Array  # f32 [B, P, 2, R], weighted by role
     scored: Array  # f32 [B, P, 2, R], the parts of each answer's score
@@ -111,23 +112,25 @@ class Pairs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PreferenceTask(TransformerTask):
-    """Preference pairs in packed rows (`data.batch.PreferenceBatch`); Args else as of `TransformerTask`.
+    """Preference pairs in packed rows (`data.batch.PreferenceBatch`); all other args as of `TransformerTask`.
 
-    The loss of a step is the mean over its pairs, each weighing what its chosen answer's task weighs. role_weights
-    weigh log-probabilities, and so each modality's part of the scores; what stands in a prompt has no part in it.
-    z_loss goes with the SFT term, over the same tokens.
+    The loss of a step is the mean over its pairs; a pair has the weight of its chosen answer's task. role_weights weigh
+    log-probabilities, and so each modality's part of the scores; prompts have no part in them. z_loss is over the
+    tokens of the SFT term.
     """
 
     preference: PreferenceConfig = PreferenceConfig()
 
     def answers(self, params: Params, batch: PackedBatch, pairs: int) -> Array:
-        """Log-probabilities of each answer by role of the target, f32 [B, P, 2, R]: a reference's, of its params."""
+        """Log-probabilities of each answer by role of the target, f32 [B, P, 2, R], under `params`, those of the
+        reference.
+        """
         return -by_answer(self.of_targets(params, batch)[0], batch, pairs)
 
     def loss(
         self, params: Params, model_state: Params, batch: PreferenceBatch, keys: Array | None
     ) -> tuple[Array, Array, Metrics]:
-        """The mean over pairs of what `pair_losses` says, with the SFT term."""
+        """The mean of `pair_losses` over pairs, with the SFT term."""
         rows, config = batch.documents, self.preference
         nll, lse = self.of_targets(params, rows, keys)
         pairs = self._pairs(batch, nll)
@@ -149,7 +152,7 @@ class PreferenceTask(TransformerTask):
         return super().inspect(params, model_state, batch.documents)
 
     def _length(self, tokens: Array) -> Array:
-        """f32 [B, P, 2]: an answer's tokens, each weighing what its role weighs."""
+        """f32 [B, P, 2]: the number of an answer's tokens, each with the weight of its role."""
         return jnp.maximum(jnp.sum(tokens * self.of_role, -1), 1e-9)
 
     def _pairs(self, batch: PreferenceBatch, nll: Array) -> Pairs:
@@ -164,8 +167,8 @@ class PreferenceTask(TransformerTask):
 
 
 def _told(config: PreferenceConfig, pairs: Pairs) -> Metrics:
-    """Means over pairs under the names that the field gives them, and their parts by modality, `/text` and `/image`,
-    over the pairs that have some of it in an answer.
+    """Means over pairs under the usual names, and their parts by modality, `/text` and `/image`, over the pairs with
+    that modality in an answer.
 
     `logps/` are sums of log-probabilities in nats, `rewards/` are beta times the scores, `rewards/margins` chosen minus
     rejected, `rewards/accuracies` the share of pairs whose margin is above 0.

@@ -1,9 +1,9 @@
-"""How well a small transformer predicts image ids: what their entropy and rFID leave out of a tokenizer's worth.
+"""How well a small transformer predicts image ids: a part of a tokenizer's worth that neither entropy nor rFID shows.
 
-A tokenizer whose images look the same may have ids that are far harder to model. So a transformer of a fixed small
-size is trained for a fixed small budget on ids of training images, in reading order, and its bits per id are measured
-on others. It is this repository's transformer, task and training step, on one device, without a checkpoint: what is
-interrupted begins again.
+Of two tokenizers with equally good images, one may have ids that are far harder to model. So a transformer of a fixed
+small size is trained for a fixed small budget on ids of training images, in reading order, and its bits per id are
+measured on others. It is this repository's transformer, task and training step, on one device, without a checkpoint:
+what is interrupted begins again.
 
 Axes: N images, h w ids of an image, B rows, T = h * w.
 """
@@ -34,7 +34,9 @@ OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=50, b2=0.99, weight
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """A trained one: call it with ids int32 [N, h, w] it has not seen. `budget`: what its numbers depend on."""
+    """A trained probe: call it with ids int32 [N, h, w] that it has not seen. budget: the settings that its numbers
+    depend on.
+    """
 
     task: TransformerTask
     state: TrainState
@@ -59,7 +61,7 @@ class Probe:
 
 
 def images_wanted(steps: int, ids_per_image: int) -> int:
-    """How many training images a probe of so many steps sees once."""
+    """How many training images a probe of `steps` steps sees, each once."""
     return steps * _rows_of(ids_per_image)
 
 

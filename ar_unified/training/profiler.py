@@ -16,8 +16,9 @@ class Profiler:
         self._tracing = False
 
     def at(self, taken: int, state: Any) -> bool:
-        """To be called before every step, with the number of steps taken and the arrays they left; whether a trace was
-        finished just now. Both ends wait for `state`, so that a trace holds its own steps and no others."""
+        """Call it before every step, with the number of steps taken and their state. Returns whether a trace was
+        finished just now. Both ends of a trace wait for `state`, so that it holds its own steps and no others.
+        """
         if self.window is None:
             return False
         first, last = self.window

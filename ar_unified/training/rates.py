@@ -1,11 +1,12 @@
-"""How fast each part of the parameters moves: a factor on the learning rate by place, and phases in which parts rest.
+"""How fast each part of the parameters is trained: a factor on the learning rate by place, and phases in which parts
+rest.
 
-    rates=("layers.*=0.1", "embedding[new]=2")        the last that names a part counts; what none names has 1
+    rates=("layers.*=0.1", "embedding[new]=2")        the last rate that names a part counts; a part without one has 1
     phases=((0, ("embedding[new]", "head[new]")), (200, ()))    from step 0 these alone move, from step 200 all
 
-A factor is on the whole update, decoupled weight decay too, as a learning rate is. What rests in a phase has a gradient
-of zero there: its moments stay what they are or fade, and its bits do not change. It has optimizer state all the same,
-as it moves in another phase; what never moves is left out by `selection`.
+A factor scales the whole update, including decoupled weight decay, as a learning rate does. A part that rests in a
+phase has a gradient of zero there: its moments stay or fade, and its bits do not change. It still has optimizer state,
+because it moves in another phase; parts that never move are left out by `selection`.
 
 Axes: P phases, V rows of a table.
 """
@@ -39,7 +40,7 @@ def read_rate(rate: str) -> tuple[str, float]:
 
 
 def trained_in(only: Sequence[str], phases: Sequence[tuple[int, Sequence[str]]]) -> tuple[str, ...]:
-    """The places of what is trained at all: of `only`, or where there are phases of any of them; (): everything."""
+    """The places that are trained at all: those of `only`, or with phases those of any phase; (): everything."""
     if not phases:
         return tuple(only)
     places = [tuple(places) for _, places in phases]
@@ -59,13 +60,13 @@ class Rates:
     factors: Mapping[str, np.ndarray] | None = None
 
     def moving(self, tree: Any, step: jax.Array) -> Any:
-        """Gradients of what is trained with zeros where it rests in the phase of a step."""
+        """The gradients of trained parameters, with zeros for the parts that rest in the phase of a step."""
         if len(self.begins) == 1:
             return tree
         return self._each(tree, step, lambda leaf, factor: jnp.where(factor > 0, leaf, 0))
 
     def scaled(self, updates: Any, step: jax.Array) -> Any:
-        """Updates of what is trained, times their factors in the phase of a step."""
+        """The updates of trained parameters, times their factors in the phase of a step."""
         return self._each(updates, step, lambda leaf, factor: (leaf * factor).astype(leaf.dtype))
 
     def _each(self, tree: Any, step: jax.Array, change: Any) -> Any:
@@ -92,13 +93,13 @@ def make_rates(
     selection: Selection,
     new: Collection[int] = (),
 ) -> Rates:
-    """The rates of what `selection` trains.
+    """The rates of the parameters that `selection` trains.
 
     Args:
         rates, phases: as above; () for none.
         axes, shapes: of all parameters. vocabulary, new: of `select`.
 
-    Raises ValueError, naming the rate, for one that is no rate, names nothing, or nothing that is trained.
+    Raises ValueError, naming the rate, for one that is no rate, that names nothing, or that names nothing trained.
     """
     if not rates and not phases:
         return UNIFORM

@@ -1,11 +1,11 @@
-"""What of the parameters is trained: leaves by their paths, and rows of a table by what their ids are.
+"""Which parameters are trained: leaves by their paths, and rows of a table by the kind of their ids.
 
     ("layers.attention", "*.norm")    every leaf below a path, and every leaf whose path looks so
     ("head[image]",)                  of the head, the rows of image codes: all that Anole trains
     ("embedding[new]", "head[new]")   rows of ids that the language model before did not have (`language.extension`)
 
-What is not selected is a constant of the step. No gradient goes to it, so none passes through layers below which
-nothing is trained; no optimizer state belongs to it, no decay shrinks it, and its bits stay what they were.
+Parameters that are not selected are constants of the step. They get no gradient, so none passes through layers below
+which nothing is trained. They have no optimizer state, no decay shrinks them, and their bits stay the same.
 """
 
 from __future__ import annotations
@@ -33,17 +33,20 @@ _PLACE = re.compile(r"([\w.*?]+)(?:\[(\w+)\])?")
 class Selection:
     """
     Attributes:
-        parts: by the path of a leaf, which of its rows are trained, () for all of them; None: all there is.
+        parts: by the path of a trained leaf, which of its rows are trained, () for all of them; None: all parameters
+            are trained.
     """
 
     parts: Mapping[str, Rows] | None = None
 
     def take(self, params: dict[str, Any]) -> dict[str, Any]:
-        """What is trained: a tree like `params` with those leaves alone, of a table the selected rows alone."""
+        """The trained part: a tree like `params` with the selected leaves alone, and only the selected rows of a
+        table.
+        """
         return self._taken(params, lambda leaf, rows: jnp.concatenate([leaf[begin:end] for begin, end in rows]))
 
     def put(self, params: dict[str, Any], taken: dict[str, Any]) -> dict[str, Any]:
-        """`params` with what is trained in its place."""
+        """`params` with the trained part put in."""
         if self.parts is None:
             return taken
         whole = _copied(params)
@@ -68,11 +71,11 @@ class Selection:
         return jax.tree_util.tree_map_with_path(cast, params)
 
     def axes(self, axes: dict[str, Any]) -> dict[str, Any]:
-        """The logical axes of what is trained, from those of all parameters. Selected rows are never split."""
+        """The logical axes of the trained part, from those of all parameters. Selected rows are never split."""
         return self._taken(axes, lambda found, rows: (None, *found[1:]))
 
     def _taken(self, tree: dict[str, Any], of_rows: Callable[[Any, Rows], Any]) -> dict[str, Any]:
-        """Of a tree like the parameters the selected leaves, of some rows what `of_rows` makes of a leaf."""
+        """The selected leaves of a tree like the parameters; for a leaf with selected rows, the result of `of_rows`."""
         if self.parts is None:
             return tree
         taken: dict[str, Any] = {}
@@ -102,11 +105,11 @@ EVERYTHING = Selection()
 
 
 def select(places: Sequence[str], axes: dict[str, Any], vocabulary: Vocabulary, new: Collection[int] = ()) -> Selection:
-    """What places name; none: everything.
+    """The selection that places name; without places, everything.
 
     Args:
-        places: paths of leaves, or of what is above them, in which * stands for anything; behind one that names a table
-            of ids, [text], [control], [size], [image] or [new]: those rows of it.
+        places: paths of leaves, or of nodes above them, in which * stands for anything. A path of a table of ids may
+            end with [text], [control], [size], [image] or [new]: those rows of it.
         axes: logical axes of every parameter, which say what a table of ids is.
         new: ids that "new" names.
 
@@ -135,7 +138,9 @@ def select(places: Sequence[str], axes: dict[str, Any], vocabulary: Vocabulary, 
 def _ids(
     place: str, kind: str | None, others: Sequence[str], vocabulary: Vocabulary, new: Collection[int]
 ) -> Collection[int] | None:
-    """The ids that a place names; None: it names whole leaves. others: leaves of it that are no tables of ids."""
+    """The ids that a place names; None: it names whole leaves. others: leaves that it names and that are no tables of
+    ids.
+    """
     if kind is None:
         return None
     known = [*(role.name.lower() for role in Role if role != Role.PAD), NEW]
@@ -165,7 +170,7 @@ def _count(rows: Rows) -> int:
 
 
 def _folder(tree: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
-    """The dict that has a leaf, which is made where it is not there, and the leaf's name in it."""
+    """The dict that holds a leaf (made if it is missing), and the leaf's name in it."""
     *above, name = path.split(".")
     for key in above:
         tree = tree.setdefault(key, {})

@@ -1,8 +1,8 @@
 """One training step: (state, batch) -> (state, metrics), compiled once for a mesh.
 
-The loss of a step is sum(weight * loss) / sum(weight) over the whole global batch: over microbatches and over devices
-alike, so that neither the mesh nor the accumulation changes what is optimised (ragged rows weigh what they hold, not
-1/rows each). A step whose gradient is not finite changes nothing and says which leaf and layer was to blame.
+The loss of a step is sum(weight * loss) / sum(weight) over the whole global batch: over microbatches and devices alike,
+so that neither the mesh nor the accumulation changes what is optimised (a row counts by its tokens, not as 1/rows). A
+step whose gradient is not finite changes nothing and names the leaf and layer at fault.
 
 A task may have several losses, each moving its own group of the parameters, as an autoencoder and its discriminator
 do: one forward pass, and one pull-back for each loss (the step of MAGVIT, google-research/magvit).
@@ -41,10 +41,10 @@ class BatchOfStep(Protocol):
 
 
 class Drawing(abc.ABC):
-    """Batches that are drawn with the parameters: of a step a function of (data, seed, step, parameters).
+    """Batches that are drawn with the parameters: the batch of a step is a function of (data, seed, step, parameters).
 
     Attributes:
-      every: steps that one drawing serves; a run goes on from a step that begins one.
+      every: steps that one drawing serves; a run can only be resumed at the first of them.
     """
 
     every: int
@@ -56,13 +56,13 @@ class Drawing(abc.ABC):
 
 
 class TrainingTask(Protocol):
-    """What is trained: a model, its loss, its data, and what is worth saying about a step (training/tasks.py).
+    """What is trained: a model, its loss, its data, and the metrics of a step (training/tasks.py).
 
     Metrics are sums, never means: a (sum, count) pair is divided after it was added over microbatches, devices and
-    steps; a bare array is a plain sum (a count of tokens, a histogram of codes). Those under STATISTICS, a dict, are
-    for `update_state` alone and are not reported.
+    steps; a bare array is a plain sum (a count of tokens, a histogram of codes). Sums under STATISTICS, a dict, are for
+    `update_state` alone and are not reported.
 
-    `model_state` is what no gradient moves: averaged weights, statistics of a codebook.
+    `model_state` holds what no gradient changes: averaged weights, statistics of a codebook.
     """
 
     @property
@@ -75,7 +75,7 @@ class TrainingTask(Protocol):
 
     @property
     def batch(self) -> BatchOfStep | Drawing:
-        """The global batch of a step, or a part of it; or what draws it with the parameters."""
+        """The global batch of a step, or a part of it; or a `Drawing`, which draws it with the parameters."""
 
     @property
     def validation(self) -> Sequence[Batch]:
@@ -88,17 +88,18 @@ class TrainingTask(Protocol):
         """A tree like params, of tuples of logical axis names (parallel/rules.py)."""
 
     def selection(self, params: Params) -> Selection:
-        """What of the parameters, or of their shapes, is trained."""
+        """Which parameters (or shapes of parameters) are trained."""
 
     def rates_of(self, params: Params) -> Rates:
-        """How fast each part of what is trained moves, and when."""
+        """How fast each trained part moves, and when."""
 
     def init_state(self, params: Params) -> Params:
         """The model state before the first step."""
 
     def of_whole(self, batch: Batch) -> TrainingTask:
-        """This task with what its loss of a part needs to know of the whole global batch. Of a batch that is whole,
-        `loss` finds it out itself."""
+        """This task with the facts of the whole global batch that its loss of a part needs. For a whole batch, `loss`
+        finds them itself.
+        """
 
     def loss(
         self, params: Params, model_state: Params, batch: Batch, keys: jax.Array | None
@@ -109,8 +110,7 @@ class TrainingTask(Protocol):
         """
 
     def update_state(self, params: Params, model_state: Params, sums: Metrics) -> tuple[Params, Params]:
-        """(params, model_state) after the optimizer moved `params`; sums: what the step's batch left under
-        STATISTICS."""
+        """(params, model_state) after the optimizer moved `params`. sums: the step's sums under STATISTICS."""
 
     def inference_params(self, params: Params, model_state: Params) -> Params:
         """The model to validate, show and use: the parameters, or their averages."""
@@ -119,13 +119,13 @@ class TrainingTask(Protocol):
         """Metric sums of a held-out batch that the loss does not compute: a pass of its own. {}: none."""
 
     def warning(self, line: Mapping[str, float]) -> str:
-        """What a person should know of a log line (the `summary` of some steps); "" if nothing."""
+        """A warning about a log line (the `summary` of some steps); "" if there is none."""
 
     def summary(self, totals: Metrics) -> dict[str, float]:
         """The numbers to write down, from metric sums on the host."""
 
     def flops(self, totals: Metrics) -> float | None:
-        """Matrix-multiply FLOPs of training on what `totals` counts; None: not known."""
+        """Matrix-multiply FLOPs of training on the work that `totals` counts; None: not known."""
 
     def describe(self) -> dict[str, Any]:
         """JSON for the checkpoint: enough to build the model again."""
@@ -135,7 +135,7 @@ class Stateless:
     """For a task without a model state, whose loss is a sum over rows."""
 
     def of_whole(self, batch: Batch) -> Any:
-        """Itself: what it does to a part does not depend on the whole."""
+        """The task itself: the loss of a part does not depend on the whole batch."""
         return self
 
     def selection(self, params: Params) -> Selection:
@@ -168,7 +168,7 @@ class Stateless:
 
 
 class TrainState(NamedTuple):
-    """All that a run is; with the data a function of `step`, restoring it resumes exactly."""
+    """The whole state of a run. The data is a function of `step`, so restoring the state resumes exactly."""
 
     step: jax.Array  # i32 [], steps taken
     params: Params
@@ -196,7 +196,7 @@ def make_state(
 
 
 def abstract_trained(task: TrainingTask, params: Params, mesh: Mesh) -> Params:
-    """What is trained of parameters, or of their shapes, as shapes, dtypes and shardings on `mesh`."""
+    """The trained part of parameters, or of their shapes, as shapes, dtypes and shardings on `mesh`."""
     selection = task.selection(params)
     shapes = jax.eval_shape(selection.take, params)
     return on_mesh(shapes, shardings(mesh, selection.axes(task.logical_axes(params)), shapes))
@@ -247,7 +247,7 @@ def gradients(
     """(loss or losses, gradients of what is trained, metric sums) of one global batch, in `accumulation` sequential
     parts of it.
 
-    What is random is keyed by row, fold_in(key, row of the global batch), and so the same in any number of parts.
+    Random numbers are keyed by row, fold_in(key, row of the global batch), and so are the same for any number of parts.
     """
     rows = jax.tree.leaves(batch)[0].shape[0]
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))

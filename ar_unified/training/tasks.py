@@ -1,6 +1,6 @@
 """The two tasks of the loop: the transformer on packed token rows, the image autoencoder on images.
 
-A task (`step.TrainingTask`) is a model, its loss, its data and what is worth saying about a step.
+A task (`step.TrainingTask`) is a model, its loss, its data and the metrics of a step.
 
 Axes: B batch, T position, D model, N query heads, H head dim, L layers, V vocabulary.
 """
@@ -68,23 +68,23 @@ class TransformerTask(Stateless):
       batch: batch(step), a `data.batch.PackedBatch`.
       validation: held-out batches, the same every time.
       text_bytes: i32 [text_size], UTF-8 bytes each text piece stands for; None: no bits per byte.
-      split: the first id of those that have a softmax of their own (`ImageLayout.split`); None: one softmax for all.
-      mean_split: the first id of those whose mean loss is one half of the loss, that of all others being the other,
-        however many of either there are in a batch (LargeWorldModel/LWM, train.py); None: every target weighs its
-        weight alone.
+      split: the first of the ids with a softmax of their own (`ImageLayout.split`); None: one softmax for all.
+      mean_split: targets from this id on form one side, all others the other, and the loss is half of one side's mean
+        plus half of the other's, however many of either there are in a batch (LargeWorldModel/LWM, train.py). None: one
+        mean over all targets.
       z_loss: weight of log(Z)^2, which keeps logits from drifting (PaLM, arXiv:2204.02311, uses 1e-4).
       chunk: positions whose logits exist at one time.
       attention_share: measure at each validation how much text and images look at each other, by layer
         (training/attention_share.py): about the time of two forward passes over one held-out batch.
-      code_vectors: f32 [K, C] of the image tokenizer, for rows of image codes that begin alike where codes are; None:
-        they begin at random, as those of text do.
+      code_vectors: f32 [K, C] of the image tokenizer: rows of similar image codes then begin similar. None: they begin
+        at random, like those of text.
       only: what is trained, places of `selection.select`; (): all of it.
       rates: PLACE=FACTOR, factors on the learning rate (`rates.make_rates`).
-      phases: (first step, places): what alone moves from that step on, the first from step 0. `only` is then not read:
-        what any phase names is trained. (): no phases.
+      phases: (first step, places): from that step on only these places move; the first is from step 0. `only` is then
+        not read: the places of all phases are trained. (): no phases.
       new: ids that the place [new] names.
-      lora: of an adapter that is trained in place of what it is beside; what `only` names is trained as well. None or
-        of rank 0: there is none.
+      lora: of an adapter that is trained in place of the model; places of `only` are trained as well. None or rank 0:
+        no adapter.
     """
 
     config: TransformerConfig
@@ -124,7 +124,7 @@ class TransformerTask(Stateless):
             self.rates_of(self._shapes)
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh parameters; rows of image codes near each other where the codes are, if `code_vectors` are given."""
+        """Fresh parameters. With `code_vectors`, codes that are near each other have rows that are near each other."""
         params = transformer.init(self.config, key)
         if self.code_vectors is not None:
             params = init_from_codebook(
@@ -137,7 +137,7 @@ class TransformerTask(Stateless):
 
     @functools.cached_property
     def _shapes(self) -> Params:
-        """Of the parameters. The key is made inside, as `transformer.abstract_params` says why."""
+        """Shapes of the parameters. The key is made inside; `transformer.abstract_params` says why."""
         return jax.eval_shape(lambda: self.init(jax.random.key(0)))
 
     def bind(self, params: Params) -> transformer.Transformer:
@@ -149,7 +149,7 @@ class TransformerTask(Stateless):
         return transformer.logical_axes(params)
 
     def selection(self, params: Params) -> Selection:
-        """The parameters that `only` or a phase names, else all; an adapter's beside them, or alone."""
+        """The parameters that `only` or a phase names, together with an adapter's; without either, all parameters."""
         places = trained_in(self.only, self.phases)
         places = ("lora", *places) if self.lora is not None else places
         return select(places, transformer.logical_axes(params), self.vocabulary, self.new)
@@ -188,21 +188,22 @@ class TransformerTask(Stateless):
         return token_losses(hidden, model.head(), batch.targets, self.chunk, self.vocabulary.used, self.split)
 
     def of_whole(self, batch: Batch) -> TransformerTask:
-        """With what the two means of `mean_split` need to know of a global batch: how much there is of either."""
+        """This task with what the two means of `mean_split` need to know of a global batch: the weight of each side."""
         return self if self.mean_split is None else dataclasses.replace(self, side_factors=self._side_factors(batch))
 
     def _of_images(self, batch: Batch) -> jax.Array:
         return batch.targets >= self.mean_split
 
     def _side_factors(self, batch: Batch) -> jax.Array:
-        """f32 [2], of text and of images: what makes of a weight its share of half the whole. A side without targets
-        has no mean, and the other keeps its half, as in the original."""
+        """f32 [2], for text and images: the factor that turns a weight into its share of half the loss. A side without
+        targets has no mean, and the other keeps its half, as in the original.
+        """
         weight, image = self.weights(batch), self._of_images(batch)
         sides = jnp.stack([jnp.sum(jnp.where(side, weight, 0.0)) for side in (~image, image)])
         return jnp.where(sides > 0, 0.5 * jnp.sum(sides) / jnp.where(sides > 0, sides, 1.0), 0.0)
 
     def _shares(self, batch: Batch, weight: jax.Array) -> jax.Array:
-        """f32 [B, T], the weight of each target in the loss, which sum(weight) divides."""
+        """f32 [B, T], the weight of each target in the loss, which is divided by sum(weight)."""
         if self.mean_split is None:
             return weight
         factors = self._side_factors(batch) if self.side_factors is None else self.side_factors
@@ -226,7 +227,7 @@ class TransformerTask(Stateless):
         return attention_shares(self.bind(params), self.vocabulary, batch)
 
     def token_metrics(self, batch: Batch, weight: jax.Array, nll: jax.Array, lse: jax.Array) -> Metrics:
-        """Sums over a batch, of what the loss has computed anyway.
+        """Sums over a batch, of values that the loss has computed anyway.
 
         `loss/role/ROLE` and `log_z/role/ROLE` are means, in nats, over the trained positions whose target has the role:
         of -log p(target), and of log Z = log sum_v exp(logit_v), the log-partition of the target's softmax. Where the
@@ -279,7 +280,7 @@ class TransformerTask(Stateless):
         return self.trains("layers.", "lora.", "embedding")
 
     def trains(self, *beginnings: str) -> bool:
-        """Whether something is trained whose path begins so."""
+        """Whether a trained path begins like this."""
         return any(path.startswith(beginnings) for path in self._trained)
 
     def flops(self, totals: Metrics) -> float:
@@ -287,8 +288,9 @@ class TransformerTask(Stateless):
 
         N_matmul: `model.config.matmul_parameters`. A token attends to position + 1 keys, so a document of T tokens
         counts 12 * L * N * H * T / 2 per token: the usual attention term, halved for causality. Padding is not work.
-        Where a part is trained, backward counts what it needs: of weights 2 for each that is trained and is multiplied
-        with, of what they read 2 for each above the first that is. An adapter's matrices are multiplied with as well.
+        If only a part is trained, backward counts what it computes: 2 for each trained weight of a product, and 2 for
+        each weight from the first trained one on, for the gradient of its input. An adapter's matrices count as
+        products, too.
         """
         c, (layers, head) = self.config, matmul_parameters(self.config)
         looked_up, below_head = not c.tie_embeddings, self._trained.keys() - {"head"}
@@ -324,7 +326,7 @@ class TokenizerTask:
         return self.objective.init(key)
 
     def of_whole(self, batch: Batch) -> TokenizerTask:
-        """Itself: what it does to a part does not depend on the whole."""
+        """The task itself: the loss of a part does not depend on the whole batch."""
         return self
 
     def selection(self, params: Params) -> Selection:
@@ -381,7 +383,7 @@ class TokenizerTask:
         return ratios(totals) | {f"codes/{k}": float(v) for k, v in codes.items()}
 
     def warning(self, line: Mapping[str, float]) -> str:
-        """That the codebook has collapsed, if it has."""
+        """A warning if the codebook has collapsed."""
         autoencoder = self.objective.autoencoder
         found = {k.removeprefix("codes/"): v for k, v in line.items() if k.startswith("codes/")}
         return collapse(found, autoencoder.codebook_size, autoencoder.quantizer)

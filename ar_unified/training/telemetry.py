@@ -1,4 +1,4 @@
-"""What a run says about itself: JSONL always, TensorBoard beside it, one console line per log, and how fast it is."""
+"""What a run reports: JSONL always, TensorBoard beside it, a console line for each log, and how fast it is."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def device_memory() -> dict[str, float]:
 
 
 def straggler(before: Sequence[float], step_seconds: float) -> dict[str, str]:
-    """{"process I": a warning that names it} for the process the others wait for; {} if there is none.
+    """{"process I": a warning that names it} for the process that the others wait for; {} if there is none.
 
     Steps begin together: one process whose batches are slow makes all devices idle.
 
     Args:
-      before: by process, mean seconds in which its devices had nothing to do until the batch of a step came.
-      step_seconds: mean seconds of a step. A tenth of it is worth a word.
+      before: by process, mean seconds that its devices waited for the batch of a step.
+      step_seconds: mean seconds of a step. A wait of a tenth of it is reported.
     """
     slowest = int(np.argmax(before))
     usual = float(np.median(before))
@@ -73,10 +73,10 @@ def straggler(before: Sequence[float], step_seconds: float) -> dict[str, str]:
 
 
 class Warnings:
-    """Says a warning when it begins, and not again at every log line that it is still true of.
+    """Prints a warning when it becomes true, and not again at every log line while it stays true.
 
-    One that was absent from `_GONE` calls in a row has ended: should it come again, it is said again. A number that
-    swings round a threshold is one warning.
+    A warning that was absent from `_GONE` calls in a row has ended; if it comes again, it is printed again. So a number
+    that swings round a threshold causes one warning.
     """
 
     _GONE = 3
@@ -114,11 +114,12 @@ class Meter:
         self.steps += 1
 
     def skip(self, since: float) -> None:
-        """Time since perf_counter() == since was not training (validation, previews)."""
+        """The time since `since` (of perf_counter) was not training but validation or previews."""
         self.started += time.perf_counter() - since
 
     def rates(self, unit: str, flops: float | None, peak: float) -> dict[str, float]:
-        """Seconds per step and of them for input, units per second, and MFU = FLOPs the model needs / (time * peak).
+        """Seconds per step, the part of them that waits for input, units per second, and MFU = FLOPs the model needs /
+        (time * peak).
 
         Plain sums named "UNIT/KIND" are parts of the units: each that counted anything has a rate of its own,
         "UNIT_per_second/KIND", and together they are the whole.
@@ -175,7 +176,7 @@ class Telemetry:
                 self._board.add_image(name, np.asarray(pixels), step, dataformats="HWC")
 
     def keep(self) -> None:
-        """Of a run in an object store, puts what was written until now there."""
+        """For a run in an object store, uploads what was written until now."""
         if self.active:
             self._board.flush()
             storage.push(self._folder)
@@ -194,8 +195,9 @@ class Telemetry:
 def _summary_writer() -> Any:
     """tensorboardX's SummaryWriter, imported by who writes.
 
-    It imports torch wherever torch is installed, for a type in its annotations: seconds, or the end of the run where
-    that torch is broken. Its own code goes on without one, so meanwhile there is none, unless it is loaded already.
+    tensorboardX imports torch wherever torch is installed, for a type in its annotations: that takes seconds, or ends
+    the run if that torch is broken. It works without torch, so during this import torch is hidden, unless it is loaded
+    already.
     """
     if "torch" in sys.modules:
         from tensorboardX import SummaryWriter

@@ -5,14 +5,16 @@
 
 `record` reads what the stages left: evaluation.json, the times of each stage and of each training, config.json, the
 first images that were sampled. It writes the record and a picture, and changes nothing in the workdir. The commit, the
-machine and the versions are those of the moment: record a run where it was made. --note says what else is to be known.
+machine and the versions are those that the run's own report.html names. --note says what else is to be known.
 """
 
 from __future__ import annotations
 
 import argparse
+import html
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from ar_unified.workdir import read_json, write_bytes, write_json, write_text
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BEGIN, END = "<!-- runs: written by experiments/benchmarks/gallery.py -->\n", "<!-- end of runs -->"
+ENVIRONMENT = ("devices", "jax", "python", "system", "written", "revision")
 SIDE, COLUMNS, ROWS = 96, 8, 2  # of a picture: pixels an image, images a row, rows
 
 
@@ -46,7 +49,7 @@ def record(workdir: Path, name: str, note: str, docs: Path = DOCS) -> Path:
         "summary": summary(config),
         "metrics": {key: value for key, value in scores.items() if key in NAMES and isinstance(value, int | float)},
         "seconds": _seconds(workdir),
-        "environment": environment(),
+        "environment": _environment(workdir),
         "note": note,
     }
     images = sorted((workdir / "samples").rglob("*.png"))[: COLUMNS * ROWS]
@@ -54,6 +57,16 @@ def record(workdir: Path, name: str, note: str, docs: Path = DOCS) -> Path:
         write_bytes(docs / "results" / f"{name}.png", _sheet(images))
     write_json(docs / "results" / f"{name}.json", found)
     return docs / "results" / f"{name}.json"
+
+
+def _environment(workdir: Path) -> dict[str, str]:
+    """What `evaluate` ran in, as its report says; without a report, what this process runs in."""
+    report = workdir / "report.html"
+    if not report.exists():
+        return environment()
+    last = report.read_text(encoding="utf-8").rpartition(">environment<")[2]
+    said = {name: html.unescape(value) for name, value in re.findall(r"<dt>(\w+)</dt><dd>(.*?)</dd>", last)}
+    return {name: said[name] for name in ENVIRONMENT if name in said}
 
 
 def _seconds(workdir: Path) -> dict[str, float]:
@@ -101,10 +114,12 @@ def table(records: Sequence[dict[str, Any]], folder: Path) -> str:
             f"{machine.get('revision', 'no revision')}, {machine['written'][:10]}",
         )
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-        if (folder / f"{each['name']}.png").exists():
-            note = f" {each['note']}" if each["note"] else ""
-            pictures += ["", f"`{each['name']}`: the first images that were sampled.{note}", ""]
-            pictures += [f"![The first images that the run {each['name']} sampled](results/{each['name']}.png)"]
+        drawn = (folder / f"{each['name']}.png").exists()
+        if drawn or each["note"]:
+            words = ["the first images that were sampled."] * drawn + [each["note"]] * bool(each["note"])
+            pictures += ["", f"`{each['name']}`: {' '.join(words)}"]
+        if drawn:
+            pictures += ["", f"![The first images that the run {each['name']} sampled](results/{each['name']}.png)"]
     return "\n".join(["", *lines, *pictures, ""]) + "\n"
 
 

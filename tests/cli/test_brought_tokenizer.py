@@ -104,7 +104,7 @@ def test_what_does_not_go_with_it_is_told_by_its_key(folder: Path, made: Path, t
     wrong("config.image_tokenizer.model: .*weights.safetensors", of=broken)
     params = {name: part for name, part in ImageTokenizer.load(made).params.items() if name != "decoder"}
     ImageTokenizer(TINY, params).save(tmp_path / "reads")
-    wrong("config.image_tokenizer.model: this image tokenizer reads images and draws none", of=tmp_path / "reads")
+    wrong("config.image_tokenizer.model: this image tokenizer can read images but not draw them", of=tmp_path / "reads")
     (broken / "config.json").write_text(json.dumps({"format": 2, "config": {"levels": 3}}))
     wrong("config.image_tokenizer.model: .*expected the settings of an image tokenizer", of=broken)
     assert not (tmp_path / "w").exists()

@@ -122,7 +122,7 @@ def test_the_card_has_the_numbers_of_these_weights(tmp_path, capsys):
     workdir = trained(tmp_path / "w")
     assert main(export(workdir, tmp_path / "one")) == 0
     card = (tmp_path / "one" / "README.md").read_text()
-    assert "license: unknown\n" in card and "which it is before you share it" in card
+    assert "license: unknown\n" in card and "write its licence here" in card
     assert "its licence is unknown: --license" in capsys.readouterr().out
     assert f"| parameters | {parameter_count(parts()['config']):,} (1 layers of 32) |" in card
     assert "24 image codes" in card and "300 text pieces" in card
@@ -255,7 +255,10 @@ def test_a_bundle_of_text_alone_takes_images_where_there_is_a_tokenizer_of_them(
 def test_a_bundle_that_draws_no_images_is_not_begun_with_what_draws_them(folder, tmp_path):
     mute = bundles.write_without_decoder(tmp_path / "b")
     run = ["run", *start(folder, mute, tmp_path / "w")[1:]]
-    refused(run, "config.init: this image tokenizer reads images and draws none.*vqgan.ckpt.*`ar-unified train` need")
+    refused(
+        run,
+        "config.init: this image tokenizer can read images.*vqgan.ckpt.*`ar-unified train` do not need",
+    )
 
 
 def test_a_config_takes_from_a_bundle_what_it_decides(bundle):

@@ -157,7 +157,7 @@ def test_anoles_recipe_trains_rows_of_the_head_that_begin_anew(
     for verb in ("tokenizer", "prepare", "train"):
         assert main([verb, *here, *small]) == 0, capsys.readouterr()
     said = capsys.readouterr().out
-    assert "trains 24 of 384 rows of head: 768 of" in said and "at random begin head[image]" in said
+    assert "trains 24 of 384 rows of head: 768 of" in said and "head[image] begin at random" in said
     assert main(["export", "--workdir", str(tmp_path / "w"), "--output", str(tmp_path / "out")]) == 0
     came, found = Bundle(systems / "chameleon"), Bundle(tmp_path / "out")
     assert found.published == {"system": "chameleon"}, "its head is trained now"

@@ -82,7 +82,8 @@ def test_numbers_are_those_of_the_model(folder: Path, lines: list[dict[str, Any]
 def test_nothing_is_written_over_and_nothing_half(folder: Path, lines: list[dict[str, Any]], tmp_path: Path) -> None:
     of_bundle = ["score", "--from", str(folder / "bundle")]
     refused(
-        [*of_bundle, "--data", str(folder / "rows.jsonl"), "--output", str(folder / "scores.jsonl")], "is there already"
+        [*of_bundle, "--data", str(folder / "rows.jsonl"), "--output", str(folder / "scores.jsonl")],
+        "exists, and no file is overwritten",
     )
     refused(
         [*of_bundle, "--data", str(tmp_path / "no.jsonl"), "--output", str(tmp_path / "s")], r"--data .*no such file"

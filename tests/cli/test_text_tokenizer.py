@@ -49,7 +49,7 @@ def test_the_stage_leaves_a_model_and_a_report_by_source_and_language(corpus, tm
     assert report["left_out"]["bad_utf8"]["count"] == 1
     assert "eng.txt:81: bad_utf8: expected UTF-8, found 0xe9 at byte 1003 of the file" in out
     assert 1 == report["passes"]["eng"] < report["passes"]["ell"]
-    assert "400 wanted: this corpus has no more to learn from" in out and "bytes/token" in out
+    assert "instead of 400: this corpus is too small for more" in out and "bytes/token" in out
     assert not (tmp_path / "image_tokenizer").exists()
     assert main(command) == 0 and "done already" in capsys.readouterr().out
 

@@ -42,7 +42,10 @@ def test_all_sets_of_a_config_are_looked_at(root: Path, capsys: pytest.CaptureFi
     said = capsys.readouterr().out
     for line in ("train: train: 2 items", "validation: validation: 1 items", "other: test: 2 items", "missing_image"):
         assert line in said
-    assert "1 of 2 training documents have what a held-out one has" in said and "page: out/page.html" in said
+    assert (
+        "1 of 2 training documents share an image or their text with a held-out one" in said
+        and "page: out/page.html" in said
+    )
     html = (root / "out/page.html").read_text()
     assert "<h1>three sets</h1>" in html and "other: test" in html and html.count("data:image/png") >= 5
 

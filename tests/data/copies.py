@@ -76,7 +76,7 @@ def webdataset(root: Path, examples: Examples, shards: int = 4) -> dict[str, Any
     root.mkdir(parents=True)
     count = -(-len(examples) // shards)
     for shard in range(shards):
-        members = []
+        members: list[tuple[str, bytes]] = []
         for i, example in enumerate(examples[shard * count : (shard + 1) * count]):
             shown = example.get("images", [example["image"]] if "image" in example else [])
             names = [f"{i:04d}.png"] if len(shown) == 1 else [f"{i:04d}.{j}.png" for j in range(len(shown))]

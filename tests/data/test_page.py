@@ -111,7 +111,7 @@ def test_copies_and_what_is_held_out_too_are_side_by_side(tmp_path: Path, kit: A
     assert seen.alike is not None and [(kind.count, kind.of) for kind in seen.alike.kinds] == [
         (0, 6), (1, 6), (0, 4), (1, 4)
     ]  # fmt: skip
-    told = "1 of 4 training documents have what a held-out one has"
+    told = "1 of 4 training documents share an image or their text with a held-out one"
     assert f"{told}, first {tmp_path}/train.jsonl:4 and {tmp_path}/test.jsonl:1" in str(seen)
     found = written(tmp_path / "page.html", seen)
     assert told in found.text and found.of_class("pair") == 2

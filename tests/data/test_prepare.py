@@ -188,7 +188,7 @@ def test_a_source_of_which_nothing_is_left_is_refused_with_kinds_and_first_examp
         run(sources(), grammar, tokenizer, tmp_path / "out")
     said = str(caught.value)
     assert "of source 'vqa': 2 bad_json, first " in said and "vqa.jsonl:1: bad_json: expected one JSON object" in said
-    assert "1 missing_image, first " in said and "captions" not in said and "Mend them" in said
+    assert "1 missing_image, first " in said and "captions" not in said and "Repair them" in said
     assert not files(tmp_path / "out"), "shards with what was left out would be taken for good next time"
     report = run(sources(), grammar, tokenizer, tmp_path / "held-out", may_be_lost=True)
     assert report.sources["vqa"].documents == 0 and report.sources["captions"].documents == 20

@@ -91,14 +91,17 @@ def meta_logits(shards: Sequence[Tensors], params: dict[str, Any], ids: np.ndarr
     x = np.concatenate([part["tok_embeddings.weight"][ids] for part in parts], -1)
 
     def attention(x: np.ndarray, at: str) -> np.ndarray:
-        out = 0
+        out: np.ndarray = np.zeros(())
         for part in parts:
             q, k, v = (
                 (x @ part[f"{at}attention.{name}.weight"].T).reshape(B, T, n, -1)
                 for name, n in (("wq", N), ("wk", K), ("wv", K))
             )
             norms = [[part[f"{at}attention.{c}_normalization.{kind}"] for kind in ("weight", "bias")] for c in "qk"]
-            q, k = (rotate(layer_norm(y, *norm), model["rope_theta"]) for y, norm in zip((q, k), norms, strict=True))
+            q, k = (
+                rotate(layer_norm(y, norm[0], norm[1]), model["rope_theta"])
+                for y, norm in zip((q, k), norms, strict=True)
+            )
             out = out + attend(q, k, v) @ part[f"{at}attention.wo.weight"].T
         return np.asarray(out)
 

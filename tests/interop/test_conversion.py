@@ -152,7 +152,7 @@ def test_a_folder_keeps_its_form_and_what_is_beside(tmp_path, capsys):
     assert open_source(new / "models" / "consolidated.01.safetensors").read("w").tobytes() == (W + 1).tobytes()
     assert "left out: README.md" in capsys.readouterr().out
     assert main(["convert-pickle", "--from", str(old), "--output", str(new)]) == 2
-    assert "never written over" in capsys.readouterr().err
+    assert "never overwritten" in capsys.readouterr().err
 
 
 class Runs:

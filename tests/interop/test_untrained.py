@@ -31,7 +31,7 @@ def learnt(rows: np.ndarray) -> np.ndarray:
 HEADS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "they are nearly zero": lambda rows: rows * 1e-4,
     "all are alike": lambda rows: np.broadcast_to(rows[:1], rows.shape),
-    "they are as random numbers are": lambda rows: rows,
+    "they look like random numbers": lambda rows: rows,
     "": learnt,
 }
 
@@ -63,9 +63,9 @@ def test_it_is_told_by_its_head(how: str, tmp_path: Path, capsys: pytest.Capture
     bundle = imported(tmp_path, HEADS[how], count=4 if how == "all are alike" else 1)
     said, record = capsys.readouterr().out, json.loads((bundle / "published.json").read_text())
     if not how:
-        assert "has trained this model to draw" not in said and "untrained" not in record
+        assert "was not trained to draw" not in said and "untrained" not in record
         return
-    assert f"Nobody has trained this model to draw: of its head's rows for image codes, {how}" in said
+    assert f"This model was not trained to draw: of its head's rows for image codes, {how}" in said
     assert record["untrained"] in said and record["untrained"] in (bundle / "README.md").read_text()
 
 
@@ -78,7 +78,7 @@ def test_rows_of_zeros_are_told_whatever_is_beside_them() -> None:
     assert untrained(zeros, border, vocabulary) == "they are nearly zero"
     half = zeros.copy()
     half[image] = head[image]
-    assert untrained(half, border, vocabulary) == "they are as random numbers are, and those of text are not"
+    assert untrained(half, border, vocabulary) == "they look like random numbers, and those of text do not"
 
 
 def test_whoever_draws_with_it_is_warned(tmp_path: Path) -> None:
@@ -87,6 +87,6 @@ def test_whoever_draws_with_it_is_warned(tmp_path: Path) -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             (image,) = model.draw("a red circle", guidance=1)
-        told = [str(each.message) for each in caught if "trained this model to draw" in str(each.message)]
+        told = [str(each.message) for each in caught if "not trained to draw" in str(each.message)]
         assert image.size == (16, 16) and len(told) == bool(how), how
     assert Bundle(tmp_path / "trained" / "bundle").published["system"] == "chameleon"

@@ -348,7 +348,7 @@ def simplear(text: Text, caption: str, codes: np.ndarray) -> list[int]:
     return [c["bos"], *text(caption), c["boi"], *(codes.ravel() + c["code"]).tolist()]
 
 
-def tar(codes: np.ndarray) -> list[int]:
+def tar(codes: np.ndarray) -> list[str | int]:
     """The image that Tar draws, in an answer: llava/data/dataset.py, preprocess_multimodal; llava_arch.py,
     prepare_inputs_labels_for_multimodal. Read: <im_start>, the scale, the codes, <im_end>."""
     c = TAR

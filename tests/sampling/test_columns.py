@@ -43,7 +43,7 @@ def test_columns_of_its_own_travel_with_one_warning_and_slips_stay_errors(tmp_pa
     assert second.request.meta == {"category": "colour", "prompt_en": "x", "model": "m", "step": 3, "of": 1}
     assert "'guidence': did you mean 'guidance'?" in third.error and "expected one of them" in fourth.error
     (warning,) = warnings
-    assert warning == f"{path}: columns that are no settings travel in meta: category, split, prompt_en, model, step"
+    assert warning == f"{path}: columns that are no settings are kept in meta: category, split, prompt_en, model, step"
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_tables_of_prompts(tmp_path):
         assert [(line.content[0].text, line.request.meta) for line in lines] == [
             (prompt, {"Category": category}) for prompt, category in expected
         ], name
-        assert warnings == [f"{tmp_path / name}: columns that are no settings travel in meta: Category"]
+        assert warnings == [f"{tmp_path / name}: columns that are no settings are kept in meta: Category"]
         assert [line.id for line in lines] == [f"{i:06d}" for i in range(1, len(lines) + 1)]
 
 
@@ -122,7 +122,7 @@ def test_settings_of_a_table_and_what_other_systems_called_so(tmp_path):
     request = first.request
     assert (request.seed, request.guidance, request.image_size, request.turn) == (7, 2.5, (2, 3), True)
     assert request.meta == {"image": "x.png", "cfg": "7.0"} and second.request.guidance == 1
-    assert warnings[0].endswith("travel in meta: image, cfg (settings have other names: cfg is guidance here)")
+    assert warnings[0].endswith("are kept in meta: image, cfg (settings have other names: cfg is guidance here)")
     path.write_text("prompt,seed\na cat,soon\na dog,1,2\na bird,3\n")
     assert [bool(line.error) for line in read(path)] == [True, True, False]
 
@@ -137,7 +137,7 @@ def test_settings_of_a_table_and_what_other_systems_called_so(tmp_path):
     warnings = []
     first, second = read(tmp_path / "b.parquet", warnings)
     assert (first.request.seed, first.request.meta, second.request.meta) == (2**31, {"nsfw": 0.5}, {"nsfw": None})
-    assert "left out, as no prompts: column image" in warnings[0] and "travel in meta: nsfw" in warnings[1]
+    assert "left out, as no prompts: column image" in warnings[0] and "are kept in meta: nsfw" in warnings[1]
 
 
 @pytest.mark.parametrize(

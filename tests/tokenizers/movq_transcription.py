@@ -47,7 +47,7 @@ def conv(weights, name, x, out, window, stride=None, padding=None):
     x = np.pad(x, [(0, 0), (0, 0), *padding])
     kernel = weights.of(f"{name}.weight", out, x.shape[1], *window)
     steps = [(size - side) // by + 1 for size, side, by in zip(x.shape[2:], window, stride, strict=True)]
-    total = 0
+    total: np.ndarray = np.zeros(())
     for offset in np.ndindex(*window):
         places = [
             slice(first, first + by * (count - 1) + 1, by)
@@ -191,7 +191,7 @@ def codes(table, found):
 
 def pixels(weights, table, chosen, *, in_time, z, **shape):
     """Codes [B, h, w] -> [B, 3, H, W]."""
-    zq = np.float64(table)[chosen].transpose(0, 3, 1, 2)
+    zq = np.asarray(table, np.float64)[chosen].transpose(0, 3, 1, 2)
     if not in_time:
         return decoder(weights, conv(weights, "post_quant_conv", zq, z, (1, 1)), zq, **shape)
     zq = zq[:, :, None]

@@ -1,6 +1,6 @@
-"""What every text tokenizer has, ours and the published ones, and which file of a folder is one.
+"""The interface of every text tokenizer, ours and the published ones; and which file of a folder is one.
 
-A folder has at most one of them, as it was made or published, byte for byte: `FILES`.
+A folder has at most one of the files `FILES`, byte for byte as it was made or published.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Codec(Protocol):
     """Text to ids in [0, size) and back.
 
     Attributes:
-      size: how many ids there are, those that no text is spelled with included.
+      size: how many ids there are, including those that no text is spelled with.
       hash: sha256 of all that decides which ids a text gets.
       losses: how it loses text; none: decode(encode(text)) == text for every text without surrogates.
       file, data: its file's name, one of FILES, and what is in it.
-      symbols: names among its pieces that text can spell, and that weights may have learned to take for a command.
+      symbols: pieces that text can spell but that weights may have learned to treat as commands.
       piece_bytes: int32 [size], UTF-8 bytes of text that each id stands for; 0 for those of no text.
     """
 
@@ -52,7 +52,7 @@ class Codec(Protocol):
 
     @property
     def symbols(self) -> list[str]:
-        """Names among its pieces that text can spell."""
+        """Special-looking pieces that text can spell."""
 
     @property
     def piece_bytes(self) -> np.ndarray:
@@ -69,7 +69,7 @@ class Codec(Protocol):
 
 
 def find(folder: Path) -> Path | None:
-    """The file of a folder's text tokenizer; None: it has none. Raises ValueError for more than one."""
+    """The file of a folder's text tokenizer; None if there is none. Raises ValueError for more than one."""
     found = [folder / name for name in FILES if (folder / name).is_file()]
     if len(found) > 1:
         raise ValueError(f"{folder}: expected one text tokenizer, found {' and '.join(path.name for path in found)}")

@@ -1,4 +1,4 @@
-"""What a text tokenizer makes of texts: how many tokens it needs, and whether the texts come back."""
+"""How many tokens a text tokenizer needs for texts, and whether the texts come back."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from ar_tokenizers.codec import Codec
 class Fertility:
     """Counts over the texts of one language or source.
 
-    Of parallel texts, `tokens` beside that of another language says how much dearer this one is (arXiv:2305.15425).
+    For parallel texts, comparing `tokens` of two languages shows how much more tokens one of them needs
+    (arXiv:2305.15425).
 
     Attributes:
       bytes, characters, tokens: of UTF-8, Unicode code points, ids. byte_tokens: ids that stand for one byte of a
         character without a piece.
       failed: texts that do not come back.
-      first_failure: "origin", and "text" and "back" about where they begin to differ; empty where nothing failed.
+      first_failure: "origin", and "text" and "back" around the first difference; empty if nothing failed.
     """
 
     texts: int = 0

@@ -19,7 +19,7 @@ when_whole: list[Callable[[Path], object]] = []  # are told the path of each fil
 
 
 def unfinished(path: Path) -> Path:
-    """Where this process writes what is to appear as `path`: beside it, by a name that ends in UNFINISHED."""
+    """Where this process writes a file that is to appear as `path`: beside it, with a name that ends in UNFINISHED."""
     # Processes of other hosts may have the same number.
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{UNFINISHED}")
 
@@ -28,7 +28,7 @@ def unfinished(path: Path) -> Path:
 def whole(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """A file to write to that appears when the block ends without an error, or not at all. Raises OSError.
 
-    It is on disk then: the machine may stop. What was there before stays until then.
+    When it appears it is on disk, even if the machine stops. Until then the former file stays.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,11 +52,11 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     What a killed process left of it is removed first: it may be as large as a model.
 
-    Raises FileExistsError where something is there already, be it put there meanwhile; OSError.
+    Raises FileExistsError if something is there already, or was put there meanwhile; OSError.
     """
     path = Path(os.path.abspath(path))
     if os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
-        raise FileExistsError(errno.EEXIST, "something is there already, which is never written over", str(path))
+        raise FileExistsError(errno.EEXIST, "something is there already, and is never overwritten", str(path))
     for left in path.parent.glob(f"{glob.escape(f'.{path.name}.')}*{UNFINISHED}"):
         _remove_unless_held(left)
     written = unfinished(path)
@@ -73,7 +73,7 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _hold(handle: int) -> bool:
-    """Locks an open folder until its handle is closed, as the end of a process does. False: another has it."""
+    """Locks an open folder until its handle is closed, or the process ends. Returns False if another process has it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:  # also of a file system without locks, where nothing is removed then
@@ -92,7 +92,7 @@ def _remove_unless_held(folder: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Puts new names on disk, where they are only when their folder is."""
+    """Writes a folder's new names to disk: they are only there when the folder itself is written."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -5,9 +5,9 @@ Measured on 2 cores with jaxlib 0.10.2 (experiments/benchmarks/cpu_vs_transforme
 * XLA CPU fuses some reductions into YNNPACK calls that return wrong numbers in jaxlib 0.10.2 (jax issue 39103: 0.10.1
   and 0.12 are right; a related crash, 39257, is also in 0.11.0). The gradient of an RMSNorm under `vmap` was off by
   0.24 without an error. The flag leaves reductions to XLA itself. Importing ar_tokenizers or ar_unified sets it.
-* XLA takes all temporaries of a step as one block, which glibc maps from the system and gives back each time: 130,000
-  page faults, a quarter of the demo's step. The three `mallopt` values make it keep the block. They are for a process
-  that does nothing else: importing ar_unified.cli sets them.
+* XLA allocates all temporaries of a step as one block, which glibc maps from the system and gives back each time:
+  130,000 page faults, a quarter of the demo's step. The three `mallopt` values make glibc keep the block. They suit a
+  process that does nothing else: importing ar_unified.cli sets them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # malloc.h of glibc
 
 
 def right_reductions() -> None:
-    """Adds the flag to XLA_FLAGS where jaxlib needs it. JAX may be imported already, but not have computed yet.
+    """Adds the flag to XLA_FLAGS if jaxlib needs it. JAX may be imported already, but must not have computed yet.
 
     A flag that a user gave wins. Warns (RuntimeWarning) where JAX already runs on a CPU, which reads flags only once.
     """
@@ -45,7 +45,9 @@ def right_reductions() -> None:
 
 
 def keep_memory() -> None:
-    """Makes glibc keep what it has: memory once taken stays with the process, at its peak. Elsewhere: nothing."""
+    """Makes glibc keep the memory that it has once taken, so the process stays at its peak. Does nothing without
+    glibc.
+    """
     try:
         libc = ctypes.CDLL(None)
         libc.gnu_get_libc_version  # noqa: B018  (an AttributeError here means: not glibc)

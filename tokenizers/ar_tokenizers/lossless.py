@@ -1,4 +1,5 @@
-"""What in a SentencePiece model loses text: its own settings say why, and short texts that do not come back say how.
+"""Finds how a SentencePiece model loses text: its settings show why, and short texts that do not come back are
+examples.
 
 The settings travel in every model file; sentencepiece_model.proto (github.com/google/sentencepiece) numbers them. They
 are read here as they are stored, since the reader that SentencePiece brings works with the newest protobuf only.
@@ -38,7 +39,7 @@ class Loss:
 
     Attributes:
       cause: the setting of the model and what it does.
-      text, back: an example and what comes back of it; both "" where no probe shows it.
+      text, back: an example, and the text that comes back; both "" if no probe shows it.
     """
 
     cause: str
@@ -54,7 +55,7 @@ def find_losses(
 ) -> tuple[Loss, ...]:
     """Every setting of a SentencePiece model that loses text, with an example; none: the model is lossless.
 
-    A setting counts even where no probe shows it. A text that does not come back though no setting says so counts too.
+    A setting counts even if no probe shows it. A text that does not come back counts even if no setting explains it.
     """
     trainer, normalizer, denormalizer = (_settings(model_bytes, part) for part in (2, 3, 5))
     rules = [
@@ -95,7 +96,7 @@ def shown(
 ) -> tuple[Loss, ...]:
     """A loss for each (cause, probes), with the first of its probes that does not come back as the example.
 
-    Where there is no cause, and a probe of all does not come back, that is the one loss.
+    If there is no cause but some probe does not come back, that probe is the one loss.
     """
 
     def example(probes: Sequence[Sequence[str]]) -> tuple[str, str] | None:
@@ -122,10 +123,10 @@ def refusal(losses: Sequence[Loss]) -> str:
 
 
 def reachable_symbols(model_bytes: bytes) -> list[str]:
-    """The user-defined symbols that text can spell, blanks left out.
+    """The user-defined symbols that text can spell, without blanks.
 
-    They lose nothing, and are text like any other here: begin, end and image tokens stand outside the text's ids. But
-    weights that were trained to take such a piece for a command will take it for one when a user writes it.
+    They lose nothing, and are ordinary text here: begin, end and image tokens have ids outside the text's. But weights
+    that were trained to treat such a piece as a command will do so when a user writes it.
     """
     pieces = (dict(_fields(piece)) for field, piece in _fields(model_bytes) if field == 1)
     symbols = [piece[1].decode() for piece in pieces if piece.get(3) == _USER_DEFINED]
@@ -133,9 +134,9 @@ def reachable_symbols(model_bytes: bytes) -> list[str]:
 
 
 def only_spelling(model_bytes: bytes, text_ids: Collection[int]) -> bytes:
-    """The model with every user-defined symbol that is not among `text_ids` made a control piece, as <s> is one.
+    """The model, with every user-defined symbol that is not among `text_ids` turned into a control piece like <s>.
 
-    Text that reads like a control piece is spelled with other pieces.
+    Text that looks like a control piece is then spelled with other pieces.
     """
     out, id = [], 0
     for field, value in _fields(model_bytes):

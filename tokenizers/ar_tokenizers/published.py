@@ -1,12 +1,12 @@
 """Text tokenizers in the files that others publish: tokenizer.json of the `tokenizers` package, and tiktoken's ranks.
 
-A text never becomes a special token, whatever it spells: "<s>" is three characters and no beginning. Nothing is added
-in front of it or behind, nothing is cut or filled up, and no merge is left out by chance, whatever the file says of it.
+A text never becomes a special token: "<s>" is three characters and does not begin a document. Nothing is added before
+or after it, nothing is cut or padded, and no merge is dropped at random, even if the file asks for it.
 
-tiktoken joins, of all neighbours whose bytes together are a piece, the two whose piece has the lowest rank, and takes a
-whole word that is a piece as it is. That is a BPE of `tokenizers` with every way to make each piece as a merge, in the
-order of the ranks. The pattern that cuts a text into words is not in the file: it is Qwen's, as Emu3 has it
-(baaivision/Emu3, tokenization_emu3.py). Its normalisation (NFC), which loses text, is not done.
+A word that is a piece stays whole in tiktoken. Otherwise it joins the two neighbours whose joined piece has the lowest
+rank, again and again. This is a BPE of `tokenizers` that has a merge for every way to make each piece, in the order of
+the ranks. The pattern that cuts a text into words is not in the file: it is Qwen's, as Emu3 has it (baaivision/Emu3,
+tokenization_emu3.py). Its normalisation (NFC), which loses text, is not done.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class PublishedTokenizer:
     Args:
       spec: the content of a tokenizer.json; tokenizer: the same, read.
       file, data: what was published.
-      lossy: of one that loses text: refuse, or warn (`losses` is to be looked at).
+      lossy: what to do with a tokenizer that loses text: "refuse" it, or "warn" (it is taken, and `losses` says how).
     """
 
     def __init__(self, tokenizer: Tokenizer, spec: Mapping[str, Any], file: str, data: bytes, lossy: Lossy) -> None:
@@ -76,14 +76,14 @@ class PublishedTokenizer:
     def from_json(
         cls, data: bytes, *, lossy: Lossy = "refuse", text_ids: Collection[int] | None = None
     ) -> PublishedTokenizer:
-        """Of a tokenizer.json.
+        """The tokenizer of a tokenizer.json.
 
         Args:
-          text_ids: the ids that text may be spelled with; added tokens that are not among them cannot be. None: those
-            that the file does not call special.
+          text_ids: the ids that text may be spelled with; text is never spelled with other added tokens. None: all but
+            those that the file calls special.
 
         Raises:
-          ValueError: it is none, or of another kind than BPE and Unigram, or its ids are no ids; or it loses text.
+          ValueError: it is no tokenizer.json, or of another kind than BPE and Unigram, or has wrong ids, or loses text.
         """
         spec = _checked(data)
         for token in spec["added_tokens"]:
@@ -101,7 +101,8 @@ class PublishedTokenizer:
     def from_tiktoken(
         cls, data: bytes, *, lossy: Lossy = "refuse", text_ids: Collection[int] | None = None
     ) -> PublishedTokenizer:
-        """Of ranks as tiktoken writes them, lines of a piece in base64 and its rank, cut into words as Qwen does.
+        """The tokenizer of ranks as tiktoken writes them (lines of a piece in base64 and its rank), cut into words as
+        Qwen does.
 
         text_ids: any; there are no special tokens in such a file. Raises ValueError for anything else.
         """
@@ -138,8 +139,7 @@ class PublishedTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of any ids that there are, special tokens by their names. Bytes that are no UTF-8 come back as
-        U+FFFD.
+        """The text of valid ids, special tokens by their names. Bytes that are not UTF-8 come back as U+FFFD.
 
         Raises:
           ValueError: an id is none.
@@ -153,7 +153,7 @@ class PublishedTokenizer:
 
     @functools.cached_property
     def piece_bytes(self) -> np.ndarray:
-        """int32 [size]: UTF-8 bytes of text that each id stands for; 0 for special tokens and ids of nothing."""
+        """int32 [size]: UTF-8 bytes of text that each id stands for; 0 for special tokens and unused ids."""
         out = np.zeros(self.size, np.int32)
         for id, name in self._names.items():
             if id not in self._special:
@@ -204,7 +204,7 @@ def _rules(spec: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[Sequence[str
 
 
 def _steps(part: Any) -> Iterator[Mapping[str, Any]]:
-    """The steps of a part, of sequences each."""
+    """The steps of a part; a sequence gives each of its steps."""
     if isinstance(part, Mapping):
         yield part
         for name in ("normalizers", "pretokenizers", "decoders"):
@@ -220,7 +220,9 @@ def _kinds(spec: Mapping[str, Any], part: str) -> set[Any]:
 
 
 def _checked(data: bytes) -> dict[str, Any]:
-    """The content of a tokenizer.json whose parts are of the right kinds, its ids each once. Raises ValueError."""
+    """The content of a tokenizer.json, after checking that its parts are of the right kinds and each id is there once.
+    Raises ValueError.
+    """
     try:
         spec = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -12,10 +12,10 @@ from ar_tokenizers.text import TextTokenizer
 
 
 def codec(file: str, data: bytes, *, lossy: Lossy = "refuse", text_ids: Collection[int] | None = None) -> Codec:
-    """The tokenizer that `data` is by its file's name: *.json and *.tiktoken as published, others SentencePiece.
+    """The tokenizer in `data`, by its file's name: *.json and *.tiktoken as published, others SentencePiece.
 
-    text_ids: the ids that text may be spelled with; None: those that the file has for it. Raises ValueError for a file
-    that is none, and for one that loses text where `lossy` does not allow it.
+    text_ids: the ids that text may be spelled with; None: as the file says. Raises ValueError for a file that is no
+    tokenizer, and for one that loses text where `lossy` does not allow it.
     """
     if file.endswith(".json"):
         return PublishedTokenizer.from_json(data, lossy=lossy, text_ids=text_ids)

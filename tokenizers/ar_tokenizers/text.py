@@ -1,12 +1,12 @@
 """A lossless SentencePiece text tokenizer: decode(encode(text)) == text for every text without surrogates.
 
 The pieces are all there is in the model: one <unk> that encoding never produces (bytes stand in for characters that
-have no piece), newline and tab as pieces of their own, 256 bytes, and what was learned. Begin, end and image tokens
-live outside, in the one vocabulary of the model that reads the text, so that no text can spell them.
+have no piece), newline and tab as pieces of their own, 256 bytes, and what was learned. Begin, end and image tokens are
+not in it but in the vocabulary of the model that reads the text, so that no text can spell them.
 
 SentencePiece writes a space as U+2581 and reads every U+2581 in a piece back as a space. A U+2581 in the text is
-therefore encoded as its three bytes, which come back as they were. In training it, and U+2585, stand for a line end,
-where no piece goes on: SentencePiece keeps both for itself (`lossless.RESERVED`).
+therefore encoded as its three bytes, which come back as they were. In training texts, U+2581 and U+2585 count as a line
+end, across which no piece reaches, because SentencePiece reserves both (`lossless.RESERVED`).
 
 Settings after the tokenizers of LLaMA (BPE, identity normalisation, byte fallback, split digits), without the dummy
 prefix: pieces of text that are encoded apart and joined decode to the joined text.
@@ -54,8 +54,8 @@ class TextTokenizer:
 
     Args:
       model_bytes: a serialised SentencePiece model.
-      lossy: what becomes of a model that loses text (a normaliser such as nmt_nfkc, a dummy prefix, no byte fallback):
-        it is refused, or taken as it is, with `losses` to be looked at.
+      lossy: what to do with a model that loses text (a normaliser such as nmt_nfkc, a dummy prefix, no byte fallback):
+        "refuse" it, or "warn": it is taken as it is, and `losses` says how it loses text.
       text_ids: the ids that text may be spelled with; other user-defined symbols cannot be. None: all.
 
     Attributes:
@@ -170,13 +170,14 @@ class TextTokenizer:
         """Learn a tokenizer. The same texts, settings and SentencePiece version give the same model, byte for byte.
 
         Args:
-          texts: read once; may be larger than memory: texts (parts of 65,536 characters of long ones) drawn at random
-            are kept.
+          texts: read once; may be larger than memory: a random sample of the texts (of parts of 65,536 characters, for
+            long ones) is kept.
           vocab_size: how many pieces at most. A corpus with less to learn gives a smaller `size`, not an error.
           model_type: "bpe", or "unigram" (many times slower).
           character_coverage: the share of characters that get a piece; the rest are spelled in bytes, losing nothing.
-          max_bytes: of text that is kept. Peak memory is that times 22 (bpe) or 31 (unigram) for words, times 93 or 19
-            for random Chinese characters, the worst of text without spaces (experiments/benchmarks/text_tokenizer.py).
+          max_bytes: of text that is kept. Peak memory is 22 (bpe) or 31 (unigram) times that for words, and 93 or 19
+            times that for random Chinese characters, the worst case of text without spaces
+            (experiments/benchmarks/text_tokenizer.py).
 
         Raises:
           ValueError: no text, nothing but line ends and the like, a text with a surrogate, or a vocab_size that has no
@@ -189,7 +190,7 @@ class TextTokenizer:
             signs = " and ".join(f"U+{ord(sign):04X}" for sign in RESERVED)
             raise ValueError(
                 f"there is nothing to learn from {len(kept)} texts: they hold nothing but line ends, tabs, NUL, and "
-                f"{signs}, which SentencePiece keeps for itself"
+                f"{signs}, which SentencePiece reserves"
             )
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -242,9 +243,10 @@ class TextTokenizer:
 
 
 def _draw(texts: Iterable[str], max_bytes: int) -> list[str]:
-    """Texts in parts of at most _LONGEST characters, in order; of more than max_bytes an even draw, at least one part.
+    """Texts in parts of at most _LONGEST characters, in order; if they have more than max_bytes, a random sample of at
+    least one part.
 
-    The draw is of those with the smallest random numbers, so that no more than it is ever held.
+    The sample is the parts with the smallest random numbers, so that no more than the sample is ever held.
     """
     kept: list[tuple[float, int, str]] = []  # a heap, the largest number first
     size, random_number = 0, random.Random(0).random

@@ -1,7 +1,7 @@
 """A SentencePiece model as the tokenizer.json that the `tokenizers` package, and so transformers, reads.
 
-The ids are the same, and the ids of every text but two kinds: a U+2581 in it is read as a space there (here it is
-spelled in bytes), and text that spells one of `added` becomes that token, unless special tokens are split there.
+The ids are the same, and every text has the same ids, with two exceptions: there a U+2581 in a text is read as a space
+(here it is spelled in bytes), and text that spells one of `added` becomes that token, unless special tokens are split.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def to_tokenizer_json(tokenizer: TextTokenizer, added: Sequence[str] = ()) -> st
 
 
 def _merges(pieces: Sequence[str], scores: Sequence[float], plain: Sequence[int]) -> list[list[str]]:
-    """Every pair that makes a piece, the pairs of the best piece first: what SentencePiece would join next."""
+    """Every pair of pieces that makes a piece, the pairs of the best piece first, in the order in which SentencePiece
+    would join them.
+    """
     known = {pieces[id]: id for id in plain}
     pairs = []
     for id in plain:

@@ -16,7 +16,7 @@ _OFTEN = 8  # documents with one image, from which on it is told
 
 @dataclass(frozen=True)
 class Pair:
-    """Two documents that are alike: their origins, and of each its text or its image, uint8 [H, W, 3]."""
+    """Two documents that are alike: the origin of each, and its text or its image, uint8 [H, W, 3]."""
 
     origins: tuple[str, str]
     contents: tuple[str | np.ndarray, str | np.ndarray]
@@ -24,9 +24,7 @@ class Pair:
 
 @dataclass
 class Kind:
-    """One way in which documents are alike: its name, how many documents are so, out of how many, and the first of
-    them.
-    """
+    """One way in which documents are alike: its name, how many of how many documents are so, and the first of them."""
 
     says: str
     count: int = 0
@@ -51,14 +49,14 @@ class Alike:
 
 
 class Comparison:
-    """Takes documents as they are read, and tells in the end which are alike."""
+    """Takes documents one by one, and says at the end which are alike."""
 
     def __init__(self) -> None:
         self._search = Search()
         self._where: list[tuple[Source, int, bool]] = []
 
     def add(self, document: Document, source: Source, i: int, *, held_out: bool) -> None:
-        """Takes in a document, item `i` of `source`; `held_out`: of the validation or a test."""
+        """Adds a document, item `i` of `source`. held_out: whether it is of the validation or a test."""
         self._search.add(document, held_out=held_out)
         self._where.append((source, i, held_out))
 
@@ -71,13 +69,13 @@ class Comparison:
         of, apart = len(held_out), int((~held_out).sum())
         often = np.where((found.repeats >= _OFTEN) & ~held_out, found.shown, -1)
         return Alike([
-            self._kind("documents say what an earlier one says, image for image and word for word", found.same, of),
+            self._kind("documents repeat an earlier one, with the same images and words", found.same, of),
             self._kind(
-                "documents have images that earlier ones have, with other words",
+                "documents have the images of earlier ones, with other words",
                 np.where(found.same < 0, found.shown, -1), of,
             ),
             self._kind(f"documents share an image with {_OFTEN - 1} others or more", often, apart),
-            self._kind("training documents have what a held-out one has", found.overlap, apart),
+            self._kind("training documents share an image or their text with a held-out one", found.overlap, apart),
         ])  # fmt: skip
 
     def _kind(self, says: str, others: np.ndarray, of: int) -> Kind:

@@ -37,7 +37,7 @@ def look(
     """Counts, lengths and what was left out of each source of prepared folders, by name.
 
     Args:
-        grammar: with it documents are shown as their pieces and not as numbers; with a tokenizer, images too.
+        grammar: with it, documents are shown as text pieces instead of numbers; with a tokenizer, images are shown too.
         sequence_length: of rows, in tokens; None: the longest document that was allowed.
         show: documents of each source to show.
         first: documents of each source whose tokens are read, to count them by role; None: all.

@@ -74,7 +74,7 @@ class Found:
         return {name: values for name, values in {**named, "tokens": self.tokens}.items() if values}
 
     def add(self, document: Document, found: Encoded | None, lengths: Sequence[int]) -> None:
-        """Counts a good document. found: it as ids, if there are tokenizers; lengths: tokens of the pieces it is cut
+        """Counts a good document. found: its ids, if there are tokenizers; lengths: tokens of each piece that it is cut
         into.
         """
         sides = [part.pixels.shape[:2] for part in document.parts if isinstance(part, ImagePart)]
@@ -173,7 +173,7 @@ def validate(
         grammar: with it, and with the tokenizer or `resize`, lengths in tokens are reported.
         image_tokenizer: with it and a grammar the first documents are shown as their real tokens.
         resize: as for `prepare`.
-        max_tokens: with a grammar, longer documents are reported as bad ("too_long").
+        max_tokens: longer documents are reported as bad ("too_long"); only read with a grammar.
         sequence_length: of the rows that documents are to be packed into.
         links: of a folder or file: whether links that lead out of it are followed.
         show: documents of each source to show.

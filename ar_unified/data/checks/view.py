@@ -25,8 +25,8 @@ from ar_unified.language.vocabulary import Role
 class Token:
     """An id, or all codes of an image as one token: its text, its Role, and whether it is learned.
 
-    original, image: uint8 [H, W, 3], an image as it was encoded, and its codes decoded; None where it is not known,
-        or nothing decodes them, and for other tokens.
+    original, image: uint8 [H, W, 3], of an image token the image as it was encoded, and its codes decoded. None where
+        that is not known or not possible, and for other tokens.
     """
 
     text: str
@@ -41,9 +41,9 @@ class Shown:
     """A document to be looked at.
 
     Attributes:
-        turns: who speaks, "document" for nobody, "rejected" for the answer that a pair's assistant should not give; and
-            texts and images, uint8 [H, W, 3], in order.
-        count: its tokens, of which `tokens` may be the first; 0 where there is no grammar.
+        turns: the speaker ("document": nobody; "rejected": the answer that the assistant of a pair should not give),
+            and its texts and images, uint8 [H, W, 3], in order.
+        count: how many tokens it has; `tokens` may be only the first of them. 0 where there is no grammar.
     """
 
     origin: str
@@ -67,7 +67,9 @@ class View:
         self.grammar, self.tokenizer, self.resize = grammar, tokenizer, resize
 
     def encoded(self, document: Document) -> Encoded | None:
-        """Ids and marks with blank images, for which the sizes are enough; None without a grammar or a size."""
+        """Ids and marks of the document with blank images, which only need the sizes; None without a grammar or a
+        size.
+        """
         blank = self._blank(document)
         return None if blank is None or self.grammar is None else self.grammar.encode(blank)
 
@@ -131,7 +133,7 @@ class View:
         return Shown(document.origin, document.task, turns, len(found), list(self._tokens(found, codes, originals)))
 
     def read(self, found: Encoded, origin: str, task: str) -> Shown:
-        """A document of prepared shards, read back; without a grammar as its numbers."""
+        """A document of prepared shards, read back; without a grammar, its ids as numbers."""
         turns: list[tuple[str, list[str | np.ndarray]]] = []
         codes: list[np.ndarray] = []
         if self.grammar is not None:
@@ -184,7 +186,7 @@ class View:
 
 
 def _turns(document: Document) -> list[tuple[str, tuple[Part, ...]]]:
-    """Who says what; of a preference pair also the answer that is rejected."""
+    """The turns; of a preference pair also the rejected answer."""
     said = [(str(turn.speaker), turn.parts) for turn in document.turns]
     return [*said, *([] if document.rejected is None else [("rejected", document.rejected.parts)])]
 

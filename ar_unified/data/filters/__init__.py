@@ -1,9 +1,8 @@
 """Filters: what `prepare` leaves out of the training sources on request. By default they leave out nothing.
 
-What can be seen in one item (sizes, length, language) is checked as the item is read. What needs all items (copies,
-images that are everywhere, items that are held out too) is decided before, in one pass over all of them, whose verdicts
-are kept in a file.
-So what is left out depends on the sources and the settings, and not on who reads which item when.
+What one item shows by itself (sizes, length, language) is checked when the item is read. What needs all items (copies,
+images that are everywhere, items that are held out too) is decided before, in one pass over all of them; its verdicts
+are kept in a file. So the sources and the settings alone decide what is left out, and not who reads which item when.
 
 Each item that is left out is a BadItem, counted and listed with the others: kind "filtered_size", "filtered_aspect",
 "filtered_length", "filtered_language", "filtered_duplicate", "filtered_repeated" or "filtered_held_out".
@@ -37,12 +36,12 @@ class Filters:
         min_side: least shorter side of each image, in pixels. max_side: largest longer side.
         max_aspect: most times that one side of an image may be as long as the other.
         min_characters, max_characters: of all text of an item (tokens: config.data.max_tokens).
-        languages: those that are kept; items that say no language are kept, too.
-        duplicates: "keep"; "documents": of items with the same images and words the first is kept; "images": of items
-            whose images are all in earlier ones too, whatever they say of them, none is kept. Images are the same if
-            they are copies: scaled, recompressed, cut a little (`duplicates`).
-        max_repeats: most items that an image may be in: one that is in more is a watermark, or a placeholder.
-        held_out: leaves out items with an image of the validation or the tests; an item without images, if its words
+        languages: the languages to keep; items without a language are kept, too.
+        duplicates: "keep"; "documents": of items with the same images and words the first is kept; "images": an item is
+            left out if all its images are in earlier items, even with other words. Images are the same if they are
+            copies: scaled, recompressed, cut a little (`duplicates`).
+        max_repeats: in how many items an image may be, at most: one that is in more is a watermark, or a placeholder.
+        held_out: leaves out items with an image of the validation or the tests, and items without images whose words
         are there.
     """
 
@@ -80,7 +79,7 @@ class Filters:
         return self.duplicates != "keep" or self.max_repeats > 0 or self.held_out
 
     def check(self, document: Document, of: str) -> None:
-        """Raises BadItem for what the document itself shows. of: its language, "" where it says none."""
+        """Raises BadItem if the document by itself is to be left out. of: its language, "" where it says none."""
         for part in document.parts:
             if isinstance(part, ImagePart):
                 height, width = part.pixels.shape[:2]
@@ -116,12 +115,12 @@ class Filtered:
 
     @property
     def has_images(self) -> bool:
-        """As the source says, whatever is left out of it."""
+        """What the source says; filters change nothing of it."""
         return getattr(self.source, "has_images", True)
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
-        """The source's, with the filters and with what decided their verdicts."""
+        """The source's fingerprint, with the filters and with what decided their verdicts."""
         decided = {"decided_by": self._decided_by} if self._decided_by else {}
         return dict(self.source.fingerprint) | {"filters": asdict(self.filters)} | decided
 
@@ -178,8 +177,8 @@ def filtered(
 
     Args:
         sources: those of the training. held_out: those of the validation and of all tests.
-        file: where the verdicts that take a pass over all items are written, whole or not at all; it is not made again
-            for the same sources and filters.
+        file: where the verdicts of the pass over all items are written, whole or not at all. With the same sources and
+            filters, an existing file is used.
     """
     if not filters.used:
         return list(sources)
@@ -222,7 +221,9 @@ def _read(file: Path, plan: Mapping[str, Any], sources: Sequence[Source]) -> lis
 def _decide(
     sources: Sequence[Source], held_out: Sequence[Source], filters: Filters, workers: int, show_progress: bool
 ) -> list[dict[int, tuple[str, str]]]:
-    """Compares all items. An item that is left out by itself does not count as the original of another."""
+    """Compares all items. An item that a filter of single items leaves out does not count as the original of
+    another.
+    """
     search, where = Search(), list[tuple[Source, int]]()
     alone = replace(filters, duplicates="keep", max_repeats=0, held_out=False)
     total = sum(map(len, (*sources, *held_out)))
@@ -243,15 +244,23 @@ def _decide(
 
 
 def _reasons(found: Duplicates, filters: Filters, origin: Callable[[int], str]) -> Iterator[tuple[int, str, str]]:
-    """Documents that are to be left out, with kind and reason, the first of several first."""
+    """The documents to leave out, with kind and reason. Where several reasons hold for one, the first decides."""
     for at, (overlap, same, shown, repeats) in enumerate(
         zip(*(column.tolist() for column in (found.overlap, found.same, found.shown, found.repeats)), strict=True)
     ):
         first = same if filters.duplicates == "documents" else max(same, shown)
         if filters.held_out and overlap >= 0:
-            yield at, "filtered_held_out", f"expected what is not held out, found what {origin(overlap)} has"
+            yield (
+                at,
+                "filtered_held_out",
+                f"expected an item that is not held out, found the content of {origin(overlap)}",
+            )
         if filters.duplicates != "keep" and first >= 0:
-            yield at, "filtered_duplicate", f"expected {filters.duplicates} once each, found what {origin(first)} has"
+            yield (
+                at,
+                "filtered_duplicate",
+                f"expected {filters.duplicates} once each, found those of {origin(first)} again",
+            )
         if filters.max_repeats and repeats > filters.max_repeats:
             reason = f"expected an image in at most {filters.max_repeats} documents, found one in {repeats}"
             yield at, "filtered_repeated", reason

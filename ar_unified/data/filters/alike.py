@@ -34,10 +34,10 @@ def small(pixels: np.ndarray) -> np.ndarray:
 def alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Which pairs of small pictures, uint8 [P, SIDE, SIDE, 3] each, are of copies: bool [P].
 
-    First at a quarter of the size, then at half of it: what is left of grey values, as root mean square, is to be less
-    than _COARSE, _ROUGH. Then, at the size and in every colour: the largest difference anywhere, averaged over 3 x 3
-    pixels, is less than _LEFT times 16 grey values and the height of the edges there, which never meet exactly; and
-    half of the pixels are lighter, half are darker, but for _TINT grey values.
+    First at a quarter of the size, then at half of it: the root mean square of the remaining difference in grey values
+    must be less than _COARSE, then _ROUGH. Then, at the size and in every colour: the largest difference anywhere,
+    averaged over 3 x 3 pixels, is less than _LEFT times 16 grey values and the height of the edges there, which never
+    meet exactly; and half of the pixels are lighter, half are darker, but for _TINT grey values.
     """
     found = np.zeros(len(a), bool)
     for at in range(0, len(a), _MANY):
@@ -97,8 +97,10 @@ def _same(a: np.ndarray, seen: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _laid(a: np.ndarray, b: np.ndarray, move: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """How each of `a` is moved to lie on that of `b`, float32 [P, N, N], beginning with `move`: where it is centred and
-    how it is stretched, down and right, [P, 4]; and the root mean square of what is left, [P]."""
+    """Finds how to move each image of `a` onto that of `b`, float32 [P, N, N], beginning with `move`. A move is the
+    place of the centre and the stretch, down and right, [P, 4]. Also gives the root mean square of the remaining
+    difference, [P].
+    """
     slopes = _slopes(b)
     inverse = np.linalg.inv(_curvature(slopes))
     best, least = move.copy(), np.full(len(a), np.inf)
@@ -132,7 +134,7 @@ def _curvature(slopes: np.ndarray) -> np.ndarray:
 
 
 def _warped(a: np.ndarray, move: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float32 [P, C, N, N] as seen after a move, and where there is something to be seen, bool [P, N, N]."""
+    """float32 [P, C, N, N] after a move, and which pixels the moved image covers, bool [P, N, N]."""
     N = a.shape[-1]
     rows, seen_rows = _read(move[:, 0], move[:, 2], N)
     columns, seen_columns = _read(move[:, 1], move[:, 3], N)
@@ -141,14 +143,16 @@ def _warped(a: np.ndarray, move: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read(centre: np.ndarray, stretch: np.ndarray, N: int) -> tuple[np.ndarray, np.ndarray]:
-    """What each line takes of which line, float32 [P, N, N] (linear interpolation), and whether it is inside."""
+    """The weight of each source line for each new line, float32 [P, N, N] (linear interpolation), and whether the new
+    line is inside.
+    """
     at = (centre[:, None] + (1 + stretch[:, None]) * _centres(N) + 0.5) * N - 0.5
     weight = np.maximum(0, 1 - np.abs(np.clip(at, 0, N - 1)[..., None] - np.arange(N, dtype=np.float32)))
     return weight.astype(np.float32), (at >= -0.5) & (at <= N - 0.5)
 
 
 def _centres(N: int) -> np.ndarray:
-    """Of pixels, from -1/2 to 1/2."""
+    """The places of pixels, from -1/2 to 1/2."""
     return ((np.arange(N) + 0.5) / N - 0.5).astype(np.float32)
 
 

@@ -1,4 +1,4 @@
-"""Copies among many images, without looking at all pairs: hashes by which copies meet, and `alike` for those that do.
+"""Finds copies among many images without looking at all pairs: hashes propose pairs, and `alike` decides about them.
 
 An image is 33 numbers: its lowest frequencies, of light and of two colours, which scaling and recompression leave as
 they are and small cuts change a little. Each hash table keeps one bit for each of some random directions (Charikar,
@@ -82,7 +82,7 @@ def candidates(numbers: np.ndarray) -> np.ndarray:
 def _met(
     numbers: np.ndarray, mean: np.ndarray, deviation: np.ndarray, directions: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images i and j, int64 [m] each, that share the hash of one table, but for bits of i that are turned.
+    """Images i and j, int64 [m] each, that share the hash of one table when some bits of i are flipped.
 
     The hash is the upper part of a code of 63 bits. Images with the same hash are sorted by the lower bits, so if there
     are many of them, neighbours in that order are the most alike.

@@ -33,12 +33,11 @@ class Duplicates:
         same: int64 [n], the first document that has the same images in the same order and the same words. Images count
         as the same if they are copies: scaled, recompressed, or cut a little. For documents without images, nearly the
         same words are enough.
-        shown: int64 [n], the first document with a copy of this one's first image, where earlier documents have copies
-            of all its images.
-        repeats: int64 [n]: for its most repeated image, how many documents have a copy of it, held-out ones not
-        counted.
-        overlap: int64 [n], the first held-out document with a copy of one of its images, or of a document without
-            images, with nearly the same words.
+        shown: int64 [n], if earlier documents have copies of all its images: the first document with a copy of its
+            first image.
+        repeats: int64 [n], how many documents, without held-out ones, have a copy of its most repeated image.
+        overlap: int64 [n], the first held-out document with a copy of one of its images; for a document without images,
+            the first with nearly the same words.
     """
 
     same: np.ndarray
@@ -48,8 +47,9 @@ class Duplicates:
 
 
 class Search:
-    """Shown documents by `add`; `found` says which are duplicates. Held-out ones are compared with each other, and
-    the others with them and with each other."""
+    """`add` takes documents; `found` says which are duplicates. Held-out documents are compared with each other only;
+    all others are compared with them and with each other.
+    """
 
     def __init__(self) -> None:
         self._held_out: list[bool] = []
@@ -130,7 +130,7 @@ class Search:
         return kept[_leaders(pairs, len(kept))[rank[inverse]]]
 
     def _texts(self) -> list[int]:
-        """Of every document, a number that those with the same words share."""
+        """A number for every document, which all documents with the same words share."""
         numbers = list(self._words)
         if self._alone:
             leaders = _leaders(texts.similar(np.stack(self._signatures)), len(self._alone))

@@ -2,9 +2,9 @@
 
 A source is planned in blocks (`blocks`): which of its documents are in a block, and the lengths of those that share a
 row, are always the same. Every epoch draws anew which document of a length fills which slot of its block, in which
-order the blocks come, WINDOW of them at a time, and in which order the rows of a window. So a source of one block or
-one window is shuffled as a whole. From a larger source, only the files of one window are read at a time. Each epoch
-of a source holds each of its documents exactly once, and any row can be asked for without making those before it.
+order the blocks come, and in which order the rows come within each window of WINDOW blocks. So a source of one block or
+one window is shuffled as a whole. From a larger source, only the files of one window are read at a time. Each epoch of
+a source holds each of its documents exactly once, and any row can be asked for without making those before it.
 
 Sources are mixed row by row: `weights` are shares of rows, which for full rows are shares of tokens.
 """

@@ -228,7 +228,7 @@ def _too_long(name: str, sequence_length: int, found: str) -> UserError:
 
 
 def _falling(lengths: np.ndarray) -> np.ndarray:
-    """The order of falling length, those of one length as they stand."""
+    """The order by falling length; documents of one length keep their order."""
     below = lengths.max() - lengths
     return np.argsort(below.astype(np.uint16) if below.max() < 2**16 else below, kind="stable")  # the former by radix
 

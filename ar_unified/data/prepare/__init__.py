@@ -113,8 +113,8 @@ def prepare(
     Bad items are left out, counted by kind, and listed with origin and reason in <folder>/skipped.jsonl. A document of
     more than max_tokens is left out too ("too_long") if it is one question, since half an answer is none; others are
     split (see `cutting.split`), and only an image, a character or a question that is too long by itself is left out
-    ("too_long_part"). Of a preference pair both answers are left out where one is too long, or where both are the same
-    tokens ("same_answers"). What a lossy text tokenizer does not give back is left out ("text_lost").
+    ("too_long_part"). A preference pair is left out as a whole if one answer is too long, or if both are the same
+    tokens ("same_answers"). A text that a lossy text tokenizer does not give back is left out ("text_lost").
 
     Args:
         sources: with different names.
@@ -126,7 +126,8 @@ def prepare(
         shard_items: items of a source in a shard, the unit of restarting.
         workers: threads that read and decode.
         may_be_lost: whether a source may end without a document.
-        tokenizers: replicas of the image tokenizer, one a device, and what earlier runs know of images; None: it alone.
+        tokenizers: replicas of the image tokenizer, one a device, with the codes that earlier runs have kept; None: the
+            tokenizer alone.
         team: the processes that share the work; None: this one alone.
 
     Raises:
@@ -236,8 +237,8 @@ def _check_tokenizer(grammar: Grammar, tokenizer: ImageCodec) -> None:
 
 
 def _plan(sources: Sequence[Source], grammar: Grammar, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """All that decides the shards, as JSON values, and the sources by the names of their folders. Raises UserError for
-    equal names.
+    """All that decides the shards, as JSON values, and the sources by the names of their folders. Raises UserError if
+    two names are the same.
     """
     if len(names := [folder_name(source.name) for source in sources]) > len(set(names)):
         raise UserError(f"sources need different names (labels), found {names}")
@@ -282,7 +283,7 @@ def _ended(folder: Path) -> bool:
         return True
     storage.refresh(folder / "plan.json")
     if not (folder / "plan.json").exists():
-        raise NothingLeft(f"{folder}: no document is left of a source; the process that found it says of which")
+        raise NothingLeft(f"{folder}: no document is left of a source; the process that found this names the source")
     return False
 
 
@@ -309,7 +310,7 @@ def _end(folder: Path, plan: Mapping[str, Any], pieces: Collection[Piece], may_b
 
 
 def _count(pieces: Collection[Piece]) -> SourceReport:
-    """Of one source, a shard at a time."""
+    """The report of one source, counted shard by shard."""
     found, left_out, tasks = SourceReport(shards=len(pieces)), LeftOut(), np.zeros(len(TASKS), np.int64)
     for piece in pieces:
         index = shards.read_index(piece.path)

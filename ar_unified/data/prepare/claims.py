@@ -20,7 +20,7 @@ from ar_unified import storage
 
 @dataclass(frozen=True)
 class Team:
-    """The number of this process among how many. A process that is alone claims nothing.
+    """The number of this process, and how many there are. A process that is alone claims nothing.
 
     Attributes:
         lease: seconds after which a claim that was not renewed is anyone's: longer than the longest time between two
@@ -52,7 +52,7 @@ class Claims:
 
         Args:
             pieces: names, the same for all processes, in the same order.
-            done: whether what a piece leaves is there. do: leaves it, and calls `renew` on the way.
+            done: whether the result of a piece is there. do: makes it, and calls `renew` on the way.
         """
         process, processes = self._team.process, self._team.processes
         mine = pieces[process::processes]
@@ -86,7 +86,7 @@ class Claims:
         return True
 
     def clear(self) -> None:
-        """Removes all claims. Only when nobody works, or nothing is left to do."""
+        """Removes all claims. Call it only when nobody works, or nothing is left to do."""
         storage.remove_tree(self._folder)
 
     def _take(self, name: str) -> bool:

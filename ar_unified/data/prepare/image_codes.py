@@ -1,7 +1,7 @@
 """Keeps the codes of images by their content, so that a second `prepare` (another text tokenizer, one more source) does
 not encode them again.
 
-<folder>/<tokenizer>/<digests>.codes           what one shard encoded: a table sorted by digest, then all codes
+<folder>/<tokenizer>/<digests>.codes           the codes of one shard: a table sorted by digest, then all codes
                      index-<files>.keys.npy    of all images of so many files, the first 8 bytes of each digest, sorted
                      index-<files>.places.npy  where each is
 
@@ -39,7 +39,7 @@ def digest_of(pixels: np.ndarray) -> bytes:
 
 
 class ImageCodes:
-    """The known codes of one image tokenizer. Codes that are put in are found by those who open it later.
+    """The known codes of one image tokenizer. Codes that are added are only found after it is opened again.
 
     Args:
         folder: of all tokenizers. tokenizer: the hash of this one.

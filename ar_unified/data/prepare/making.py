@@ -41,7 +41,7 @@ class Piece:
 
 
 class Progress:
-    """A bar over the items of all pieces, whoever does them, with what the tokenizers of this process do."""
+    """A progress bar over the items of all pieces, of all processes, with the speed of this process's tokenizers."""
 
     def __init__(self, pieces: Collection[Piece], tokenizers: Tokenizers, shown: bool):
         self._pieces, self._tokenizers = list(pieces), tokenizers
@@ -77,7 +77,7 @@ class _Made(Exception):
 
 @dataclass(frozen=True)
 class ShardMaker:
-    """How items become a shard; as for `prepare.prepare`."""
+    """How items become a shard; the fields are arguments of `prepare.prepare`."""
 
     grammar: Grammar
     tokenizers: Tokenizers
@@ -87,7 +87,7 @@ class ShardMaker:
     workers: int
 
     def make(self, piece: Piece, claims: Claims, shown: Progress) -> None:
-        """Writes a shard, or gives up where another process was faster."""
+        """Writes a shard, or gives up if another process was faster."""
         begun = 0
 
         def taken() -> None:
@@ -161,7 +161,7 @@ def _write_preference(shard: shards.ShardWriter, item: Item, grammar: Grammar, m
 
 
 def _counted(document: Document) -> dict[str, int]:
-    """What the index says of a document beside its tokens."""
+    """What the index says of a document, besides its number of tokens."""
     texts = [part.text for part in document.parts if isinstance(part, TextPart)]
     return {
         "text_bytes": sum(len(text.encode()) for text in texts),

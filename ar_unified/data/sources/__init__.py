@@ -65,17 +65,17 @@ def open_source(spec: Mapping[str, Any]) -> Source:
             `path` may be a URL of an object store, s3://bucket/... or gs://bucket/... (docs/object_stores.md).
             All but tfds take links=False: whether links that lead out of the folder are followed (`files`: what belongs
                 to a folder, and what a name in a row means).
-            `columns` (`keys`) say which column, feature or member is which part of a document where their names do not:
+            `columns` (`keys`) say which column, feature or member is which part of a document, where the names do not:
                 dict(image="photo", text="{title}. {body}"), see `columns.Columns`.
             `split` of folder, jsonl and text is "train", "train[:95%]", "[95%:]": see `splits`. Any source may have
             `label` (its name), `reversible` (True), `augmentation` (dict(count=..., shift=..., mirror=..., whole=...):
-            see `Augmented`), and what is not the source's: `weight` in the mixture of documents, `image_weight` in that
-            of the image tokenizer's images (default: by its number of documents); `made_by`, the command that makes
-            what `path` names, for the message where it is missing.
+            see `Augmented`), and keys that the source itself does not read: `weight` in the mixture of documents,
+            `image_weight` in that of the image tokenizer's images (default: by its number of documents); `made_by`, the
+            command that makes what `path` names, for the message where it is missing.
 
     Raises:
         UserError: an unknown kind or key, a missing file (`made_by` says how to make it), an augmentation out of range,
-            or a split no row is in (EmptySplit: for want of a second image or text).
+            or a split without rows (EmptySplit: all rows belong to one image or text).
     """
     kinds: dict[str, Callable[..., Source]] = {
         "tfds": _tfds, "folder": _folder, "jsonl": _jsonl, "images": ImageFiles, "text": TextFiles,

@@ -21,9 +21,9 @@ class Augmented:
     """`count` versions of every item of a source; item i * count + k is version k of item i.
 
     Version 0 is the item as it stands. The others move it by up to `shift` of its sides, down or up and right or left,
-    and with `mirror` every other one is mirrored left to right. All images of a document are moved alike. What is
-    drawn depends on the source's name, the item and k only, so all that reads a source can read its versions: an
-    image tokenizer sees them in training, and `prepare` codes each (LlamaGen, arXiv:2406.06525, stores ten crops).
+    and with `mirror` every other one is mirrored left to right. All images of a document are moved alike. The moves
+    depend on the source's name, the item and k only, so every reader of a source can read its versions: an image
+    tokenizer sees them in training, and `prepare` codes each (LlamaGen, arXiv:2406.06525, stores ten crops).
 
     The texts must stay true. Do not use `mirror` if they say left or right, nor `shift` if they say where something is.
     A shift cuts off what lies near an edge. With `whole` it does not: an image then moves only so far that nothing but
@@ -47,7 +47,7 @@ class Augmented:
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
-        """The source's, with how its images are moved and mirrored."""
+        """The source's fingerprint, with how its images are moved and mirrored."""
         return dict(self.source.fingerprint) | {"augmentation": [self.count, self.shift, self.mirror, self.whole]}
 
     def __len__(self) -> int:
@@ -76,7 +76,7 @@ class Augmented:
         )
 
     def texts(self, i: int) -> list[str]:
-        """The text of version 0; the others bring none of their own."""
+        """The texts of version 0; the other versions have no texts of their own."""
         return [] if i % self.count else self.source.texts(i // self.count)
 
     def fetch_texts(self, indices: Sequence[int]) -> list[list[str] | BadItem]:
@@ -102,7 +102,7 @@ def moved(pixels: np.ndarray, down: float, right: float, mirror: bool = False, *
 
 
 def room(pixels: np.ndarray) -> np.ndarray:
-    """How far uint8 [H, W, 3] can move up, down, left and right until more than its ground leaves it.
+    """How far uint8 [H, W, 3] can move up, down, left and right before anything but its ground leaves it.
 
     The ground is the colour of the first pixel. float64 [4], shares of the height (2) and the width (2).
     """

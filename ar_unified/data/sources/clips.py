@@ -26,7 +26,7 @@ class Clips:
     """Every clip under `path`, in the order of their names: a .gif or .webp file, or a folder with other images.
 
     A clip is at most `frames` images, evenly apart, the first and the last among them. NAME.txt beside NAME.gif or
-    beside the folder NAME is the text that they show; without one a clip has no text. Frames in a folder come by the
+    beside the folder NAME is the text of the clip; without such a file it has no text. Frames in a folder come by the
     numbers in their names.
 
     Raises:

@@ -1,13 +1,13 @@
 """Records of any format -> rows of `language.rows`: which column, feature or key is which part of a document.
 
-A record is a mapping from names to values: a row of a table, an example of TFDS, a sample of a WebDataset. `Columns`
-says by `columns` which of them is what; without, these names are known, whatever the letters' case:
+A record is a mapping from names to values: a row of a table, an example of TFDS, a sample of a WebDataset. The argument
+`columns` says which value is which part. Without it, these names are known, in upper or lower case:
 
     image, images, jpg, png, ...          an image, or a list of them
     text, caption, txt                    what an image shows, or text alone
-    texts and images                      two lists, read by turns; where one has null, the other goes on
-    question and answer                   with an image, or several, or none; answer may be the number of one of options
-    image, instruction and edited_image   a picture, what is to be done to it, and what comes of it
+    texts and images                      two lists, read in turn: text, image, text, ...; null skips a turn question
+    and answer                   with an image, or several, or none; answer may be the number of one of options image,
+    instruction and edited_image   a picture, what is to be done to it, and what comes of it
     messages, conversations               turns; <image> in a turn, or a part of type "image", is the next image
     segments                              parts in reading order
     prompt, chosen and rejected           a preference pair: of texts, images, lists of these or of parts, messages; an
@@ -136,7 +136,7 @@ class Columns:
         return used
 
     def row(self, record: Mapping[str, Any], pictures: bool = True) -> tuple[dict[str, Any], list[Any]]:
-        """A record as a row for `document_from_json`, and its images: reference "0" is the first.
+        """A record as a row for `document_from_json`, and its images; the reference "0" means the first image.
 
         pictures: False if images were not read and only texts are wanted; the row then has as many blank images as it
         needs.
@@ -180,7 +180,7 @@ class Columns:
         return known if isinstance(known, str) else ""
 
     def _planned(self, names: tuple[str, ...], pictures: bool = True) -> tuple[Mapping[str, str], str, set[str]]:
-        """Part -> place, which part makes it a document ("": none), and the names that are used.
+        """Part -> place; which part makes the record a document ("": none does); and the names that are used.
 
         pictures: False where the names of images may be missing, as they were not read.
         """
@@ -315,8 +315,8 @@ def _places(text: str, images: _Images, where: str) -> Any:
 
 
 def _parts(parts: Any, images: _Images, where: str) -> Any:
-    """Parts with references in place of images. The image of a part is kept aside; a part that has none takes the
-    record's next image.
+    """Parts with references in place of images. An image inside a part is kept under its reference; a part without one
+    takes the record's next image.
     """
     if not isinstance(parts, list):
         raise DocumentError("bad_row", f"{where}: expected a list of parts, found {parts!r:.80}")
@@ -402,7 +402,7 @@ _WRITERS = {
 
 
 def _meta(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What is short, and has a name that no row needs."""
+    """The values that are short and have a name that no row needs."""
     taken = {"image", "text", "question", "answer", "segments", "prompt", "messages", "id"}
     return {name: value for name, value in values.items() if name not in taken and _short(value)}
 

@@ -55,7 +55,7 @@ def from_markdown(text: str) -> list[dict[str, Any]]:
 
 
 def _target(found: re.Match[str], defined: dict[str, str]) -> str | None:
-    """What an image names; None: it is code, or nothing that is an image."""
+    """The name of an image's file; None if the match is code, or no image."""
     if found["tag"]:
         source = _SOURCE.search(found["tag"])
         return next(filter(None, source.groups()), None) if source else None
@@ -70,7 +70,7 @@ def _text(words: str) -> list[dict[str, Any]]:
 
 
 def from_html(text: str) -> list[dict[str, Any]]:
-    """The parts of a page of HTML, however it is broken."""
+    """The parts of a page of HTML, even of broken HTML."""
     page = _Page()
     page.feed(text)
     page.close()

@@ -32,8 +32,9 @@ _COLUMNS = {
 class TfdsSource(RecordSource):
     """A TFDS dataset by name, built or downloaded first where it is not there; never needs TensorFlow.
 
-    The features' names say what an example is, or `columns` does (`Columns`); those of a few datasets are known. A
-    class label is the name of its class. A dataset whose own code needs TensorFlow is read where it lies prepared.
+    The features' names, or `columns` (`Columns`), say what an example is; the columns of a few datasets are known. A
+    class label becomes the name of its class. A dataset whose own code needs TensorFlow must have been prepared
+    already.
 
     Raises:
         UserError: no such dataset, configuration or split, it cannot be downloaded, or its features are no document's.
@@ -135,7 +136,9 @@ def _is_image(feature: Any) -> bool:
 
 
 def _values(feature: Any) -> Callable[[Any], Any]:
-    """What makes Python values of a feature's: numpy to lists, bytes of texts to texts, classes to their names."""
+    """A function that makes Python values of a feature's values: lists of numpy arrays, texts of bytes, names of
+    classes.
+    """
     if _is_image(feature):
         return lambda value: list(value) if isinstance(value, np.ndarray | list) else value
     inner = getattr(feature, "feature", None)
@@ -149,7 +152,7 @@ def _values(feature: Any) -> Callable[[Any], Any]:
 
 
 def _builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
-    """Of the default format, tfrecord, nothing can be read at random, nor without TensorFlow."""
+    """The default format, tfrecord, cannot be read at random places, nor without TensorFlow."""
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except ModuleNotFoundError:  # its code imports TensorFlow: where it lies prepared, no code is needed

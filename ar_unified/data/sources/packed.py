@@ -1,4 +1,4 @@
-"""Files that are packed with gzip or Zstandard, read at any place as if they were not."""
+"""Files that are compressed with gzip or Zstandard, read at any place like plain files."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Reader:
 
 
 class _Forward(io.RawIOBase):
-    """Makes a stream seekable that can only be read forward and restarted."""
+    """Makes a seekable stream of one that can only be read forward and restarted."""
 
     def __init__(self) -> None:
         self._at, self._ready = 0, memoryview(b"")  # where reading stands, and what is unpacked behind it

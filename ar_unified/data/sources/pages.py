@@ -24,10 +24,10 @@ _LARGEST = 1 << 26  # bytes of a page
 
 
 class Pages(RecordSource):
-    """Every page under `path`, in the order of their names: text and images as they come (`markup`).
+    """Every page under `path`, in the order of their names, with text and images in reading order (`markup`).
 
     An image's name counts from the page's folder, or from `path` where it begins with "/"; nothing is fetched. A page
-    with an image that is not there, or with one elsewhere, is a bad item; so is one that is no UTF-8, or empty.
+    is a bad item if one of its images is missing or lies elsewhere, or if it is not UTF-8, or empty.
 
     Args:
         path: a folder; pages below are read, what is hidden is not (`files.Folder`).

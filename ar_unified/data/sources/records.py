@@ -1,4 +1,6 @@
-"""What sources of records have in common: many are read at once, each becomes a document where it is decoded."""
+"""What sources of records have in common: many records are read at once, and each becomes a document when it is
+decoded.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +32,10 @@ class BadRecord(Exception):
 
 
 class RecordSource(ABC):
-    """A source whose items are records (`columns`). A kind of it has `__len__`, `origin` and `read`.
+    """A source whose items are records (`columns`). A subclass has `__len__`, `origin` and `read`.
 
     Args:
-        folder: where images are that a record names instead of having them; None: it may not.
+        folder: where the images lie that records name instead of holding them; None: records must hold them.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class RecordSource(ABC):
 
     @abstractmethod
     def read(self, indices: Sequence[int], pictures: bool = True) -> list[Record | BadItem]:
-        """These records; without `pictures`, what their texts need. Safe to call from many threads."""
+        """These records; without `pictures`, only what their texts need. Safe to call from many threads."""
 
     def fetch(self, indices: Sequence[int]) -> list[Callable[[], Document]]:
         """See `items.fetched`."""

@@ -33,12 +33,12 @@ class Rows:
     """Rows of JSONL files (`language.rows`), with images under `root` or in the row as data: URLs.
 
     The files are read once at opening, twice for a part, for the place of every line; memory is 24 bytes a row. They
-    may be packed (.gz, .zst: `packed`). They are UTF-8: a file that is not (`encoding`) is one bad item, and so is the
-    rest of one that is cut short. What names mean, and `links`: `files.Folder`.
+    may be packed (.gz, .zst: `packed`). They are UTF-8: a file in another encoding (`encoding`) is one bad item, and so
+    is the rest of a file that is cut short. What names mean, and `links`: `files.Folder`.
 
-    `split`, as in TFDS, is a name, a part in percent, or both: rows without the key "split" are all "train", and a part
-    takes images with all their rows, rows without one by their id, else by their line (`splits` says which): the same
-    image is never on both sides of a border. A row that cannot be read is in every split, so that it is reported.
+    `split`, as in TFDS, is a name, a part in percent, or both: rows without the key "split" are "train". A part takes
+    images with all their rows, and rows without an image by their id, else by their line (`splits` says which): the
+    same image is never on both sides of a border. A row that cannot be read is in every split, so that it is reported.
 
     Args:
         beside: files of other sources over the same images; they are counted so that all have the same borders between
@@ -185,7 +185,8 @@ def _reference(value: Any) -> str:
 
 
 def _lines(file: AnyPath) -> Iterator[tuple[int, int, bytes]]:
-    """Number (from 1), offset and bytes of every line, no byte order mark; of a file that is no UTF-8, its head.
+    """Number (from 1), offset and bytes of every line, without a byte order mark; of a file that is not UTF-8, its
+    head.
 
     A line that is too long comes as its beginning, one byte longer than allowed. A rest that cannot be unpacked comes
     as one empty line.

@@ -49,13 +49,13 @@ def shards(path: str | AnyPath, endings: Sequence[str], *, links: bool = False) 
 
 
 def named(path: str | AnyPath, root: AnyPath) -> str:
-    """What a source is called after what a person gave, and the folder that `shards` found."""
+    """A name for a source, made of what a person gave and of the folder that `shards` found."""
     given = storage.path(path)
     return given.stem if given.is_file() else root.resolve().name
 
 
 def _in_store(path: Remote, endings: Sequence[str]) -> tuple[Remote, list[Found]]:
-    """`shards` of a store, where a listing of the folder above all names has what is asked of each."""
+    """`shards` of a store, where one listing of the folder above all names answers for each of them."""
     names = braces(str(path))
     if len(names) == 1 and not glob.has_magic(str(path)):
         if (found := storage.facts(str(path))) is not None:

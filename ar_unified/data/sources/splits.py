@@ -1,9 +1,9 @@
-"""Parts of a data set by name and by percent: "train", "train[:95%]", "[95%:]".
+"""Splits of a data set by name and by percent: "train", "train[:95%]", "[95%:]".
 
 What must stay together is a group: all that is said of one image (see `group`). A part takes groups in the order of
 their hashes, by count: of n groups, "[:95%]" has the first 0.95 n, rounded, and "[95%:]" the others. So two parts that
-meet at one border are disjoint and make up the whole. They do not depend on the order of the rows. With two groups or
-more, neither side is empty; a single group is on the larger side. A part between two borders, as
+meet at one border are disjoint, and together they are the whole. They do not depend on the order of the rows. With two
+groups or more, neither side is empty; a single group is on the larger side. A part between two borders, as
 "[90%:95%]", may be empty where groups are few.
 """
 

@@ -33,17 +33,17 @@ _BAD = (pa.ArrowException, OSError, ValueError, NotImplementedError)
 class Tables(RecordSource):
     """The rows of Parquet files and of Arrow files (streams, as `save_to_disk` writes them, or files), in order.
 
-    Opened by their footers alone; 24 bytes are kept of every group of rows. A row is read with those beside it, so
-    reading in order is fast and reading at random costs a part of a group each time. Without `columns`, names are
-    recognised as `Columns` says. Numbers to which Hugging Face's header gives names become these names. A file that
-    cannot be
+    Only their footers are read to open them; 24 bytes are kept for every group of rows. A row is read with those beside
+    it, so reading in order is fast and reading at random costs a part of a group each time. Without `columns`, names
+    are recognised as `Columns` says. Class numbers become their names where Hugging Face's header has names for them. A
+    file that cannot be
     read is one bad item.
 
     Args:
         path: a file, a folder, or a name with braces or wildcards (`shards`).
         columns: part -> column: `Columns`.
         split: "train" takes the files whose name or folder begins so, where some do; "train[:95%]" and "[95%:]" are
-            parts by rows in their order, as in TFDS: what must not be on both sides has to stand together.
+            parts of the rows in their order, as in TFDS: rows that must not be on both sides have to stand together.
 
     Raises:
         UserError: no such file, none that can be read, its columns are no document's, or no row in `split`.
@@ -261,7 +261,9 @@ class _Cursor:
         self._error: Exception | None = None
 
     def row(self, row: int) -> dict[str, Any]:
-        """Row `row` of the group, not before `start`. Raises what reading raised, for all rows from there on."""
+        """Row `row` of the group, not before `start`. If reading fails, the error is raised for that row and all after
+        it.
+        """
         while self._batch is None or row >= self.start + len(self._batch):
             if self._error:
                 raise self._error

@@ -34,9 +34,9 @@ class Tars(RecordSource):
     """Samples of tar files: members side by side whose paths are alike up to the first dot of their names.
 
     000.jpg and 000.txt are a captioned image; of 001.0.jpg, 001.1.jpg, 001.txt the images come in the order of the
-    members. A .json is an object whose keys count as if they were members' (caption, question, messages, ...), or stand
-    below `json` ("json/caption"). Members are named by what follows that dot, in small letters; of several with one
-    name after the last dot (0.jpg, 1.jpg), `jpg` is the list.
+    members. A .json is an object; its keys count as if they were members (caption, question, messages, ...), or are
+    named below `json` ("json/caption"). The name of a member is what follows that dot, in small letters; if several
+    have the same ending (0.jpg, 1.jpg), `jpg` is the list of them.
 
     Opened by reading all headers once; nothing is written to the disk, so no name leads anywhere. 18 bytes a member and
     16 a sample are kept, and any sample is read at once. Tars may be packed (.tar.gz, .tgz, .tar.zst: `packed`): they
@@ -67,7 +67,7 @@ class Tars(RecordSource):
     ):
         name, low, high = parse_split(split or "")
         if name not in ("", "train"):
-            raise UserError(f"{path}: expected a split by part, as tars have no others: [:95%], found {split!r}")
+            raise UserError(f"{path}: expected a part, as [:95%], for tars have no named splits; found {split!r}")
         root, found = shards(path, TARS, links=links)
         label = label or named(path, root)
         super().__init__(Columns(keys), None, label, reversible=reversible, limits=limits)

@@ -32,9 +32,9 @@ class TextFiles:
     """The texts of the files under `path`, in the order of their names; may be far larger than memory.
 
     The files are read once at opening, twice for a part. Memory is their names and 40 bytes for every 16 KiB of text,
-    at least 40 bytes a file. Line ends are not part of a line, nor is a byte order mark of a
-    text; blank lines are no items; nothing else is changed. A file that is no UTF-8 (`encoding`), or cannot be read, is
-    one bad item; so is the rest of a packed one (.jsonl.gz, .jsonl.zst) that is cut short, from 16 KiB before the cut.
+    at least 40 bytes a file. Line ends are not part of a line, a byte order mark is not part of a text, and blank lines
+    are no items; nothing else is changed. A file that is no UTF-8 (`encoding`), or cannot be read, is one bad item; so
+    is the rest of a compressed file (.jsonl.gz, .jsonl.zst) that is cut short, from 16 KiB before the cut.
 
     `split` is as for `Rows`: lines and files have no name but "train", and a part takes files by their name and lines
     by their text.

@@ -51,10 +51,10 @@ def attention(
       q: [B, T, N, H], rotated, not scaled.
       k, v: [B, S, K, H]; K divides N, and query head n reads KV head n // (N / K).
       doc_start: int32 [B, T], position of the first key of each query's document. Non-decreasing along a row (but for
-        padding): the result never depends on that, how much work is skipped does.
+        padding); without that the result is still right, but less work is skipped.
       scale: of the scores; None: H ** -0.5.
       window: keys a query sees at most, itself included; None: its whole document.
-      soft_cap: c * tanh(score / c) in place of each score (Gemma 2, arXiv 2408.00118); None: not.
+      soft_cap: c * tanh(score / c) in place of each score (Gemma 2, arXiv 2408.00118); None: plain scores.
       q_offset, kv_offset: positions of the first query and key in their row, int or int32 [] or [B]: for a part of a
         row under context parallelism, and for queries that continue a cache.
       return_lse: also return the log of the sum of exponentiated scores, float32 [B, T, N].
@@ -91,10 +91,10 @@ def attention_gradients(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients through a part of the keys, where the output was merged (kernels/merge.py) from several parts.
 
-    Those of q are what this part adds to them; over all parts they sum to the whole. Those of k and v are whole.
+    The gradient of q is this part's share: the sum over all parts is the whole. Those of k and v are whole.
 
     Args:
-      q, k, v, doc_start and what follows: as `attention` took them for this part.
+      q, k, v, doc_start and the last arguments: as `attention` took them for this part.
       lse: float32 [B, T, N], of all keys.
       delta: float32 [B, T, N], sum(dout * out) over H with the merged output, less the gradient of `lse`.
       dout: [B, T, N, H], of the merged output.

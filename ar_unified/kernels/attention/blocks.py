@@ -1,6 +1,7 @@
 """Block sizes of the kernels: a table by device, head dim, length and GQA ratio, each row with where it comes from.
 
-A row is the best known choice for what it names; `blocks` takes the first row that fits, so narrow rows stand first.
+A row is the best known choice for its case; `blocks` takes the first row that fits, so rows for special cases come
+first.
 """
 
 from __future__ import annotations
@@ -92,7 +93,9 @@ TABLE = [*_TPU, *_HOPPER]
 
 
 def cores(device: str) -> int:
-    """TensorCores of a device, which share the first axis of a grid. Two on v4 and v5p; and on a CPU, for tests."""
+    """The number of TensorCores of a device, which share the first axis of a grid: two on v4 and v5p, and for tests on
+    a CPU.
+    """
     return 2 if device.startswith(("TPU v4", "TPU v5", "cpu")) and not device.startswith("TPU v5 lite") else 1
 
 

@@ -1,8 +1,8 @@
 """Two numbers for each query say which keys it sees. From them follows which blocks of keys a block of queries meets.
 
-In a packed row documents lie one behind the other, so what a causal query may see is one stretch of keys: from the
-first key of its document (or of its window) to itself. The two ends are the mask, and their extremes over a block of
-queries say which blocks of keys must be read at all. Every kernel starts from this and from nothing else.
+In a packed row documents lie one after another, so a causal query may see one stretch of keys: from the first key of
+its document (or of its window) to itself. The two ends are the mask, and their extremes over a block of queries say
+which blocks of keys must be read at all. Every kernel starts from this and from nothing else.
 
 B batch, T query position, S key position, I blocks of queries, J blocks of keys.
 """
@@ -25,7 +25,8 @@ class Bounds(NamedTuple):
 
 
 class BlockRanges(NamedTuple):
-    """For each block of one kind the blocks begin <= j < end of the other kind that it meets; int32 [B, blocks].
+    """For each block of one kind (queries or keys), the blocks begin <= j < end of the other kind that it meets; int32
+    [B, blocks].
 
     All queries of the block see the blocks clean_begin <= j < clean_end as a whole, so these need no mask. To their
     left lies the left edge of a document, to their right the diagonal.
@@ -56,7 +57,7 @@ def make_bounds(
 
 
 def pad_queries(bounds: Bounds, length: int, keys: int) -> Bounds:
-    """Bounds of `length` queries, those behind the given ones seeing nothing."""
+    """Bounds of `length` queries; those after the given ones see nothing."""
     pad = [(0, 0), (0, length - bounds.first.shape[1])]
     return Bounds(jnp.pad(bounds.first, pad, constant_values=keys), jnp.pad(bounds.last, pad, constant_values=-1))
 

@@ -1,4 +1,4 @@
-"""The copying warpgroup of a Hopper kernel: it brings what the others compute with into a ring of shared memory
+"""The copying warpgroup of a Hopper kernel: it copies the operands of the others into a ring of shared memory
 (hopper.py).
 
 B batch, T query position, S key position, N query heads, K KV heads, G = N / K, H head dim.
@@ -43,9 +43,9 @@ def serve_keys(kv, b, walk, block_q, registers, keys, tiles, ready, free, *rings
     """Copies what a block of keys needs: its own rows once, then its blocks of queries of each of the G heads that
     share them, each to a free slot.
 
-    keys: what of an array [B, S, K, H] is in [group, part] of shared memory. tiles: pairs (from, to) of such; `ready`
-    counts them. rings: (tile, numbers, bounds, ready) in the order in which the kernel waits for them: a pair of
-    [B, T, N, H] and pairs of [B, N, T] and of [B, T].
+    keys: the part of an array [B, S, K, H] that is in [group, part] of shared memory. tiles: pairs (from, to) of such;
+    `ready` counts them. rings: (tile, numbers, bounds, ready) in the order in which the kernel waits for them: a pair
+    of [B, T, N, H] and pairs of [B, N, T] and of [B, T].
     """
     plgpu.set_max_registers(registers, action="decrease")
     groups, parts = tiles[0][1].shape[:2]

@@ -2,7 +2,7 @@
 
 One thread block has three warpgroups. The last one only issues TMA copies into a ring of shared memory; the other two
 multiply (wgmma) 64 rows each. Which blocks a thread block walks over is read when it starts, from the ranges of
-bounds.py: those that need a mask first, then the clean ones, so one loop has the mask and the other has no trace of it.
+bounds.py: those that need a mask come first, then the clean ones, so only one of the two loops computes a mask.
 
 forward   a block of queries, over its blocks of keys
 dq        the same walk, the weights made again from the log-sum-exp
@@ -61,7 +61,7 @@ def unsupported(q: jax.Array, k: jax.Array) -> str | None:
 
 
 def prepare(spec: Spec, q: jax.Array, k: jax.Array, bounds: Bounds) -> Bounds:
-    """What `forward` and `backward` take of the bounds: here themselves."""
+    """What `forward` and `backward` take of the bounds: here the bounds themselves."""
     return bounds
 
 
@@ -304,7 +304,7 @@ def _dkv_kernel(
     group, part = (warpgroup, 0) if parts == 1 else (0, warpgroup)
 
     def keys(ref, group, part):
-        """What of a [B, S, K, H] array is in [group, part] of shared memory."""
+        """The part of a [B, S, K, H] array that is in [group, part] of shared memory."""
         return ref.at[b, pl.ds((j * groups + group) * ROWS, ROWS), kv, pl.ds(part * columns, columns)]
 
     @pl.when(warpgroup < CONSUMERS)

@@ -21,7 +21,7 @@ Broadcast = Callable[[jax.Array, jax.Array], jax.Array]  # a vector over the row
 
 
 def factor(spec: Spec) -> float:
-    """What a tile of `scores` is multiplied by on its way into exp2."""
+    """The factor of a tile of `scores` before exp2."""
     return (spec.scale if spec.soft_cap is None else spec.soft_cap) * LOG2_E
 
 
@@ -38,7 +38,7 @@ def seen(first: jax.Array, last: jax.Array, s: jax.Array) -> jax.Array:
 def softmax_step(
     spec: Spec, scores: jax.Array, highest: jax.Array, broadcast: Broadcast
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Weights of a tile [T, S], what earlier sums of weights are to be multiplied by, and the new maximum [T]."""
+    """Weights of a tile [T, S], the factor for earlier sums of weights, and the new maximum [T]."""
     new = jnp.maximum(highest, scores.max(1) * factor(spec))
     return jnp.exp2(scores * factor(spec) - broadcast(new, scores)), jnp.exp2(highest - new), new
 
@@ -55,6 +55,7 @@ def weights(spec: Spec, scores: jax.Array, lse: jax.Array) -> jax.Array:
 
 
 def slopes(spec: Spec, scores: jax.Array, weights: jax.Array) -> jax.Array:
-    """What dweights - delta is multiplied by for the gradient of the products q k, but for spec.scale, which the caller
-    applies once to the sum over tiles."""
+    """The factor of dweights - delta in the gradient of the products q k, without spec.scale, which the caller applies
+    once to the sum over tiles.
+    """
     return weights if spec.soft_cap is None else weights * (1 - scores * scores)

@@ -1,21 +1,21 @@
 """Attention on TPU by Pallas (Mosaic): forward, dQ and dK/dV, with no step where no query sees a key.
 
-The grid of a kernel is a list (visits.py): as long as there are pairs of a block of queries and a block of keys that
-meet, in the order in which their sums close. Scalar prefetch brings it to the index maps, so blocks of other documents
-are neither fetched nor computed, and the pipeline never runs dry between two documents. The other ways are worse: a
-dense grid with clamped index maps pays for each empty step (for documents of 1k in a row of 8k, most of them), and a
-loop inside the kernel with copies of its own must fill its pipeline again for each block of queries. The list's price
-is scalar memory, 8 bytes a visit: where all rows of a batch do not fit, they go in groups.
+The grid of a kernel is a list (visits.py). It has an entry for each pair of a block of queries and a block of keys that
+meet, in the order in which their sums are completed. Scalar prefetch brings it to the index maps, so blocks of other
+documents are neither fetched nor computed, and the pipeline never runs dry between two documents. The other ways are
+worse: a dense grid with clamped index maps pays for each empty step (for documents of 1k in a row of 8k, most of them),
+and a loop inside the kernel with copies of its own must fill its pipeline again for each block of queries. The list's
+price is scalar memory, 8 bytes a visit: where all rows of a batch do not fit, they go in groups.
 
 A step takes several query heads, those of one KV head where there are enough: keys are fetched and masks made once for
 all of them, and steps are long enough to hide their fixed cost with blocks as short as documents ask for.
 
-Scores stand as [S, T]: what belongs to a query (its bounds, maximum, log-sum-exp) then lies along lanes, and meets all
-its keys without copies of itself over 128 lanes. Exponents are of base 2; the scale and log2(e) are multiplied into
-the queries, H of them, and not into the scores, S, but of float32.
+Scores are [S, T]: the numbers of a query (its bounds, maximum, log-sum-exp) then lie along lanes, and need not be
+copied over 128 lanes to meet its keys. Exponents are of base 2. The scale and log2(e) are multiplied into the H numbers
+of a query and not into its S scores, except for float32.
 
-v4 and v5p have two cores, which share the first axis of a grid. Where the heads of a device are one step's, that axis
-has the two halves of the list.
+v4 and v5p have two cores, which share the first axis of a grid. If one step takes all heads of a device, that axis has
+the two halves of the list.
 
 B batch, T query position, S key position, N query heads, K KV heads, G = N / K, H head dim; in one step, r is one of
 the query heads and p one of the KV heads.
@@ -57,7 +57,7 @@ def unsupported(q: jax.Array, k: jax.Array) -> str | None:
 
 
 class Work(NamedTuple):
-    """What kernels make of bounds: the same for all layers of a step, and for backward what forward made.
+    """The kernels' form of bounds: made once for all layers of a step, and used again in backward.
 
     Attributes:
       bounds: int32 [B, 2, T], up to whole blocks.
@@ -348,7 +348,7 @@ def _tile(q: jax.Array, k: jax.Array) -> _Tile:
 
 
 def _visits(spec: Spec, tile: _Tile, bounds: Bounds) -> tuple[lists.Visits, lists.Visits]:
-    """The visits for blocks of queries, and those for blocks of keys."""
+    """The visits that compute blocks of queries, and those that compute blocks of keys."""
     by_query = key_ranges(bounds, tile.S, tile.queries, tile.keys)
     by_key = query_ranges(by_query, -(-tile.S // tile.keys))
     rows = bounds.first.shape[0]

@@ -66,9 +66,9 @@ def visits(outer: BlockRanges, by_query: BlockRanges, limit: int, *, outer_is_ke
 
     Args:
       outer: what each outer block meets: `by_query` itself or its `query_ranges`. It may be wider than the work (where
-        padding lies between documents): whether a visit computes, and with a mask or not, is asked of `by_query`.
+        padding lies between documents): `by_query` decides whether a visit computes, and whether with a mask.
       by_query: what each block of queries meets, from `key_ranges`.
-      cores: that share them; no more than there are outer blocks.
+      cores: how many share the visits; no more than there are outer blocks.
     """
     blocks = outer.begin.shape[1]
     begin = outer.begin.reshape(-1)

@@ -1,4 +1,4 @@
-"""What the Hopper kernels are built from: the walk over blocks, and the products and tiles of one warpgroup.
+"""The parts of the Hopper kernels: the walk over blocks, and the products and tiles of one warpgroup.
 
 A tile is [64, columns] in the registers of the 128 threads of a warpgroup, in the layout of wgmma's results; a vector
 over its rows or its columns has the layout that remains.
@@ -170,7 +170,7 @@ def across(x: jax.Array, tile: jax.Array) -> jax.Array:
 
 
 def opaque(index: jax.Array | int) -> jax.Array:
-    """The index in a form that the compiler cannot take for constant in a loop. Else it would compute the addresses of
-    all slices of an operand before the loop, need too many registers, and spill.
+    """The index in a form that the compiler does not see as constant in a loop. Otherwise it would compute the
+    addresses of all slices of an operand before the loop, need too many registers, and spill.
     """
     return lax.optimization_barrier(jnp.asarray(index, jnp.int32))

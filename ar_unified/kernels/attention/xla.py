@@ -29,7 +29,7 @@ def unsupported(q: jax.Array, k: jax.Array) -> str | None:
 
 
 def prepare(spec: Spec, q: jax.Array, k: jax.Array, bounds: Bounds) -> Bounds:
-    """What `forward` and `backward` take of the bounds: here themselves."""
+    """What `forward` and `backward` take of the bounds: here the bounds themselves."""
     return bounds
 
 

@@ -1,8 +1,8 @@
 """One new key and value of each row written into the KV cache, in place: one public function, two ways.
 
 A step of decoding adds one vector a row and head to a cache of gigabytes. XLA would write it by a scatter, for which
-TPU's compiler chooses a layout of its own: the attention kernel reads another, and the whole cache would be copied
-twice a step. The kernel leaves the cache where it is, in the layout in which `decode_attention` reads it.
+TPU's compiler chooses a layout of its own. The attention kernel reads another layout, so the whole cache would be
+copied twice a step. The kernel leaves the cache where it is, in the layout in which `decode_attention` reads it.
 
 xla.py  by XLA: any platform and shape
 tpu.py  Pallas for TPU
@@ -25,13 +25,13 @@ def cache_write(layer: Layer, new: Layer, slots: jax.Array, *, backend: str = "a
 
     Args:
       layer: keys and values [B, K, S, H]; of an int8 cache also their scales, float32 [B, K, 1, S].
-      new: for each of them what is written, [B, K, H] or [B, K], of the same dtype.
+      new: the new entry of each array, [B, K, H] or [B, K], of the same dtype.
       slots: int32 [B], where; a row whose slot is not in 0 .. S - 1 stays as it is.
       backend: of kernels.backend.BACKENDS, as the attention that reads the cache has it. The kernel runs for "tpu" and
         "tpu_interpret", and on a TPU for "auto", where it can write such a cache; XLA does the rest.
 
     Returns:
-      Arrays like `layer`, in its memory where that is given away (donated, or carried by a loop).
+      Arrays like `layer`, in the same memory if `layer` is donated or carried by a loop.
     """
     for old, x in zip(layer, new, strict=True):
         expected = (*old.shape[:2], old.shape[3]) if x.ndim == 3 else old.shape[:2]

@@ -1,8 +1,9 @@
 """A slot of each row on TPU: the tiles that hold it are read, changed and written back.
 
 Memory is read and written in tiles, of which a slot is one row (or, of the caches that lie as [B, K, H, S], one lane).
-The tiles of all heads of a row are one window. The windows of a group of rows are on their way at once, those of the
-next group behind them, so that the time is that of the bytes: 2 x 16 slots of a bfloat16 cache for each that is new.
+The tiles of all heads of a row are one window. The windows of a group of rows are copied at the same time, followed by
+those of the next group, so that the time is that of moving the bytes: 2 x 16 slots of a bfloat16 cache for each new
+one.
 
 B batch, K KV heads, S cache slot, H head dim, W slots of a window.
 """
@@ -26,8 +27,8 @@ class _Lying(NamedTuple):
     """An array as it lies in memory, [B, K, *, *], and its new entries; `axis`: the axis of slots; `turned`: whether
     axes 2 and 3 of the cache are exchanged in memory.
 
-    What is new comes as [K, B, *], 32 bits: so a projection to heads leaves it, and one row of it can be read alone;
-    for a turned cache as [B, K, H, 1].
+    New entries come as [K, B, *], 32 bits, or [B, K, H, 1] for a turned cache. A projection to heads leaves them so,
+    and one row of them can be read alone.
     """
 
     cache: jax.Array

@@ -41,7 +41,7 @@ def decode_attention(
     """Attention of one query a row over a cache that already holds the query's own key and value.
 
     Row b's query is at position lengths[b] - 1 and sees the slots max(0, lengths[b] - window) <= s < lengths[b]. A row
-    of length 0 gets exact zeros, and a log-sum-exp of -inf. What the other slots hold has no influence but must be
+    of length 0 gets exact zeros, and a log-sum-exp of -inf. The values of unseen slots do not matter but must be
     finite. If a row has several queries, this holds for the last one, and each query sees one slot more than the one
     before it. Queries beyond the cache get some finite value. XLA reads the cache once for all queries, the kernels
     once for each. `attention` computes the same with q_offset = lengths - 1, and can be differentiated; this function
@@ -50,12 +50,12 @@ def decode_attention(
     Args:
       q: [B, N, H], or [B, T, N, H], rotated, not scaled.
       k, v: [B, K, S, H]; K divides N, and query head n reads KV head n // (N / K). Floating point, or int8 with scales.
-      lengths: int32 [B], live slots of each row, 0 .. S; of T queries those of the last, 0 .. S + T - 1.
+      lengths: int32 [B], live slots of each row, 0 .. S; with T queries a row, those of the last query, 0 .. S + T - 1.
       k_scale, v_scale: float32 [B, K, 1, S], of an int8 cache: key and value s stand for k[..., s, :] * k_scale[..., s]
-        and v[..., s, :] * v_scale[..., s], as `quantize` makes them. The axis of one is how TPU reads them uncopied.
+        and v[..., s, :] * v_scale[..., s], as `quantize` makes them. TPUs read this shape without a copy.
       scale: of the scores; None: H ** -0.5.
       window: slots a query sees at most, its own included; None: all live ones.
-      soft_cap: c * tanh(score / c) in place of each score (Gemma 2, arXiv 2408.00118); None: not.
+      soft_cap: c * tanh(score / c) in place of each score (Gemma 2, arXiv 2408.00118); None: plain scores.
       return_lse: also return the log of the sum of exponentiated scores, float32 [B, N].
       backend: one of kernels.backend.BACKENDS; "auto": the kernel of the current device, and xla on CPUs.
 

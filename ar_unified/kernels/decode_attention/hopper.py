@@ -6,9 +6,9 @@ blocks that TMA copies into a ring of shared memory. When one is used up, the co
 block computes, others on the SM wait for memory.
 
 The G query heads are rows of one wgmma, padded to the 64 it always has. The padding is free: an SM of an H100 gets 15
-bytes a clock from HBM, 7.5 bfloat16 numbers, and 64 multiply-adds with each are a quarter of the 2048 that its tensor
-cores do in a clock (a third on an H200). CUDA cores, with 128 lanes, would first have to widen each number and then use
-it G times: half of what they do at G = 8, all of it with int8, and softmax comes on top.
+bytes a clock from HBM, which are 7.5 bfloat16 numbers. It does 64 multiply-adds with each, a quarter of the 2048 that
+its tensor cores do in a clock (a third on an H200). CUDA cores, with 128 lanes, would have to widen each number and
+then use it G times. At G = 8 that is half of what they can do, with int8 all of it, and softmax comes on top.
 
 An int8 block is copied as int8 and widened once on its way from shared memory to shared memory.
 

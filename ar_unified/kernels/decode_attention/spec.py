@@ -12,8 +12,8 @@ import jax.numpy as jnp
 class Cache(NamedTuple):
     """The slots that queries look at: in row b, begin[b] <= s < end[b]; none if that is empty.
 
-    k, v: [B, K, S, H].  scales: float32 [B, K, 1, S] twice, what each key and value is to be multiplied with; None:
-    they are whole.  begin, end: int32 [B], 0 <= begin < end <= S or both 0.
+    k, v: [B, K, S, H].  scales: float32 [B, K, 1, S] twice, the factors of each key and value; None: they need none.
+    begin, end: int32 [B], 0 <= begin < end <= S or both 0.
     """
 
     k: jax.Array

@@ -1,12 +1,13 @@
-"""Decode attention on TPU: one walk over the live blocks of all rows, the heads of a group as rows of one product.
+"""Decode attention on TPU: one walk over the live blocks of all rows; the query heads of a KV head are the rows of one
+product.
 
 The grid is as long as the list of live blocks, not as B * S. A block of slots that no query sees, left of a window or
 right of a row's end, is neither fetched nor visited. The next row's first block is being copied while the last one of
 this row is computed. A core takes its steps one after the other and softmax runs along them, so there is nothing to
 split and merge here; where a chip has two cores (v4, v5p), they share the KV heads.
 
-XLA keeps an array whose last axis does not fill rows of 128 lanes with the axis before it along the lanes. So a cache
-of head dim 64 is handed over as [B, K, H, S], which is how it lies in memory: no copy is made.
+If the last axis of an array does not fill rows of 128 lanes, XLA lays the axis before it along the lanes. So a cache of
+head dim 64 is handed over as [B, K, H, S], which is how it lies in memory: no copy is made.
 
 B batch, S cache slot, N query heads, K KV heads, G = N / K, H head dim.
 """

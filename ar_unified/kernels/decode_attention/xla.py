@@ -1,8 +1,8 @@
 """Decode attention by XLA alone: any platform, any shape.
 
-XLA's shapes are static, so of a cache it reads the whole, a half, a quarter or an eighth: as much as the longest row of
-the batch asks for. What a row gets does not depend on that, bit for bit on CPU where the cache's length is a multiple
-of SHORTEST: more slots add exact zeros, in the same order.
+XLA's shapes are static, so it reads the whole cache, a half, a quarter or an eighth of it: as much as the longest row
+of the batch needs. The result of a row does not depend on that, because more slots add exact zeros in the same order.
+On a CPU it is the same bit for bit if the cache's length is a multiple of SHORTEST.
 
 B batch, S cache slot, N query heads, K KV heads, G = N / K, H head dim.
 """

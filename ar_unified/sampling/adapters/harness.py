@@ -27,8 +27,8 @@ class Harness:
     """A model as harnesses ask it.
 
     Args:
-        model: serves all that is asked at once in its slots.
-        turn: whether prompts are answered, or the text they begin is continued.
+        model: serves the prompts of one call together, in its slots.
+        turn: True: prompts are answered; False: they are continued.
         max_tokens: of an answer, where the harness does not say.
 
     What cannot be served (a prompt that is too long) is logged, and answered by "" or a likelihood of 0.

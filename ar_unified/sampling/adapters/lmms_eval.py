@@ -74,7 +74,7 @@ class EngineLMM(lmms):
 
 
 def _content(context: str, visuals: list[Any] | None) -> Prompt:
-    """The images at the places that the text marks for them, or before the text if it marks none."""
+    """The prompt with each image at its mark in the text, or before the text if it has no marks."""
     images = list(visuals or ())
     if any(not isinstance(image, Image.Image) for image in images):
         raise ValueError(f"expected images, found {type(images[0]).__name__}: video and sound cannot be read")

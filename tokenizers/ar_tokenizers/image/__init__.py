@@ -1,1 +1,1 @@
-"""Image tokenizers: autoencoders that turn images into codes and back, what trains them, and what they are worth."""
+"""Image tokenizers: autoencoders that turn images into codes and back, their training, and their scores."""

@@ -1,4 +1,4 @@
-"""The adversary of an image tokenizer: what it is, its losses and penalties, and when they count.
+"""The adversary of an image tokenizer: its network, its losses and penalties, and when they count.
 
 Axes: B batch, H W pixels.
 
@@ -9,7 +9,7 @@ parameters that returns both losses, and pull each back to its own parameters,
     d_grads, _ = pull_back((1.0, 0.0))
     _, g_grads = pull_back((0.0, 1.0))
 
-without a stop_gradient anywhere: what the discriminator's loss says about the autoencoder is thrown away with the `_`.
+without a stop_gradient anywhere: the gradient of the discriminator's loss for the autoencoder is dropped as `_`.
 
 Every loss and penalty here is float32 [B], one number for each image, so that sums over microbatches and devices are
 those of the whole batch.
@@ -148,7 +148,7 @@ def r1_penalty(config: AdversaryConfig, params: Params, pixels: jax.Array) -> ja
 
 
 def lecam_init() -> dict[str, jax.Array]:
-    """The averages before the first step: where the discriminator makes no difference."""
+    """The averages before the first step: the values of a discriminator that tells nothing apart."""
     return {"real": jnp.zeros((), jnp.float32), "fake": jnp.zeros((), jnp.float32)}
 
 
@@ -158,7 +158,7 @@ def lecam_penalty(
     """lecam x (relu(real - average fake)^2 + relu(average real - fake)^2) -> float32 [B].
 
     Tseng et al. 2021, arXiv:2104.03310, with the relu of the authors' code: it holds back a discriminator that grows
-    sure, and asks nothing of one that errs. Of each image's mean logit; MAGVIT has the batch's, which would depend
+    sure, and leaves one that errs alone. It uses each image's mean logit; MAGVIT uses the batch's, which would depend
     on the microbatch.
     """
     real = jax.nn.relu(by_image(real_logits) - averages["fake"])
@@ -180,8 +180,8 @@ def lecam_update(
 def gates(config: AdversaryConfig, step: jax.Array | int) -> tuple[jax.Array, jax.Array]:
     """(weight of the generator's loss, 1.0 where the discriminator learns and 0.0 where not), float32 [] each.
 
-    The discriminator begins `warmup` steps before the generator feels it: one that starts to learn at that moment
-    knows nothing of the reconstructions it meets, and what it says is noise (taming-transformers#44).
+    The discriminator learns for `warmup` steps before its loss reaches the generator: a discriminator that has just
+    started knows nothing of reconstructions, and its gradients are noise (taming-transformers#44).
     """
     step = jnp.asarray(step, jnp.float32)
     if config.kind == "none":
@@ -191,7 +191,7 @@ def gates(config: AdversaryConfig, step: jax.Array | int) -> tuple[jax.Array, ja
 
 
 def r1_weight(config: AdversaryConfig, step: jax.Array | int) -> jax.Array:
-    """What `r1_penalty` counts at this step, float32 []: `r1_every` in one step of as many, 0 in the others."""
+    """The weight of `r1_penalty` at this step, float32 []: `r1_every` in one of `r1_every` steps, 0 in the others."""
     due = (jnp.asarray(step) % config.r1_every == 0) & (config.r1 > 0)
     return jnp.where(due, float(config.r1_every), 0.0)
 
@@ -202,7 +202,7 @@ def last_layer_gradients(
     """Gradients of two losses for the last layer of the decoder, by one vjp of that layer alone.
 
     Args:
-      layer: from its parameters to the pixels [B, H, W, 3], given what comes in.
+      layer: a function from its parameters to the pixels [B, H, W, 3], at a fixed input.
       reconstruction, adversarial: d loss / d pixels [B, H, W, 3] of each.
 
     Returns:
@@ -213,7 +213,8 @@ def last_layer_gradients(
 
 
 def adaptive_weight(reconstruction: Params, adversarial: Params, limit: float = 1e4) -> jax.Array:
-    """How much of the adversary balances the reconstruction: a constant for gradients, float32 [] in [0, limit].
+    """The weight with which the adversary balances the reconstruction: a constant for gradients, float32 [] in [0,
+    limit].
 
     |gradient of the reconstruction's losses| / (|gradient of the generator's loss| + 1e-4), both for the last layer:
     VQGAN, Esser et al. 2020, arXiv:2012.09841. It multiplies the weight of `gates`. The 1e-4 is meant for gradients

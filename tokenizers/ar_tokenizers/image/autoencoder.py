@@ -3,7 +3,7 @@
 Axes: B batch, H W pixels, h w codes (H/factor, W/factor x depth), K codebook size.
 
 An encoder, a quantizer and a decoder; which ones is the config's choice. A quantizer with D codes a position makes the
-grid of codes D times as wide, depth innermost: whoever reads codes sees one wider grid of single codes.
+grid of codes D times as wide, depth innermost: readers of codes see one wider grid of single codes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ar_tokenizers.image.config import AutoencoderConfig
 
 Params = dict[str, Any]
 NO_DECODER = (
-    "this image tokenizer reads images and draws none, as the file that it comes from has no decoder. transformers "
+    "this image tokenizer can read images but not draw them, as its file has no decoder. transformers "
     "leaves Chameleon's out: it is in the original's tokenizer/vqgan.ckpt, so import that file too"
 )
 
@@ -37,7 +37,7 @@ class Autoencoder(nnx.Module):
     """pixels float32 [B, H, W, 3] in [-1, 1] -> Reconstruction.
 
     Args:
-      decoder: False: there is none, and `encode` is all that it does.
+      decoder: False: there is none, and only `encode` works.
     """
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs, decoder: bool = True) -> None:
@@ -49,7 +49,7 @@ class Autoencoder(nnx.Module):
 
     @staticmethod
     def bind(config: AutoencoderConfig, params: Params) -> Autoencoder:
-        """The module that computes with `params`, as `init` made them; to be called inside the traced function.
+        """The module with `params`, as `init` made them; call it inside the traced function.
 
         Params without "decoder" make a module without one.
         """

@@ -95,7 +95,7 @@ class AutoencoderConfig:
         return cls(**values)
 
     def identity(self) -> str:
-        """All settings as one line of JSON, by their first names: what belongs to the hash of a tokenizer."""
+        """All settings as one line of JSON, by their original names: a part of the hash of a tokenizer."""
         first = {now: before for before, now in _NAMED_BEFORE.items()}
         settings = dataclasses.asdict(self)
         named = {
@@ -121,7 +121,7 @@ class AutoencoderConfig:
 
     @property
     def codes_per_position(self) -> int:
-        """Codes side by side for one place; more than 1 with `rq` alone."""
+        """Codes side by side for one place; only `rq` has more than 1."""
         return self.abstract_quantizer.depth
 
     @property

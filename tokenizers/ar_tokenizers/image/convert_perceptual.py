@@ -37,7 +37,7 @@ def read_torch(path: str) -> Arrays:
 
 
 def convert(paths: Sequence[str], shapes: Mapping[str, tuple[int, ...]], output: str | Path) -> str:
-    """Write what `shapes` names, from state dicts that hold it together -> the sha256 of the new file.
+    """Write the arrays that `shapes` names, from state dicts that together hold them -> the sha256 of the new file.
 
     Raises:
       ValueError: an array is missing or of another shape; nothing is written.
@@ -53,7 +53,7 @@ def convert(paths: Sequence[str], shapes: Mapping[str, tuple[int, ...]], output:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Reads torch's files and writes one .safetensors with what losses and scores need of them."""
+    """Reads torch's files and writes one .safetensors with the arrays that losses and scores need."""
     parser = argparse.ArgumentParser(prog="python -m ar_tokenizers.image.convert_perceptual", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--vgg", metavar="FILE", help="torchvision's vgg16, for LPIPS")

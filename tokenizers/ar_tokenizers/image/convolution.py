@@ -1,4 +1,4 @@
-"""The 3 x 3 convolutions of both backbones: of one size, to half of it, and to twice of it.
+"""The 3 x 3 convolutions of both backbones: to the same size, half of it, and twice of it.
 
 Axes: B batch, H W rows and columns, F features, F' features of the result; R = H/4 strips of four rows. Kernels are
 float32; the arithmetic and the result are of the dtype of x.
@@ -23,7 +23,7 @@ _RESULT = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0]
 def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """[B, H, W, F] * [3, 3, F, F'] -> [B, H, W, F'], padded with zeros on all sides.
 
-    On a CPU, wide float32 convolutions go by half of the products (`winograd`), 1e-5 from the plain sum.
+    On a CPU, wide float32 convolutions take half of the products (`winograd`), and differ by 1e-5 from the plain sum.
     """
     wide = x.shape[1] % 4 == 0 and x.shape[3] >= 128
     if wide and x.dtype == jnp.float32 and jax.default_backend() == "cpu":
@@ -42,7 +42,7 @@ def halving_conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def doubling_conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """conv3x3 of x with every position repeated twice each way: [B, H, W, F] * [3, 3, F, F'] -> [B, 2H, 2W, F'].
 
-    Where a window covers a position twice its two taps are added first: each of the four kinds of results (even and
+    Where a window covers a position twice, its two taps are added first. So each of the four kinds of results (even and
     odd rows, even and odd columns) is a 2 x 2 convolution of x itself, with 16 products in place of 36.
     """
     b, h, w, _ = x.shape
@@ -56,8 +56,9 @@ def doubling_conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """[B, H, W, F] * [3, 3, F, F'] -> [B, H, W, F'], padded with zeros on all sides; H is a multiple of 4.
 
-    Along the rows only: a tile is then whole rows, which are added as they lie in memory, and the columns stay an
-    ordinary 1 x 3 convolution. In two directions the sums, which XLA does one by one, cost more than the products.
+    The transform is along the rows only: a tile is then whole rows, which are added as they lie in memory, and the
+    columns stay an ordinary 1 x 3 convolution. In two directions, the additions, which XLA does one by one, would cost
+    more than the products.
     """
     b, h, w, f = x.shape
     strips = jnp.pad(x, ((0, 0), (1, 3), (0, 0), (0, 0))).reshape(b, h // 4 + 1, 4, w, f)
@@ -70,7 +71,7 @@ def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _two_taps(kernel: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """What three taps are to the first and to the second copy of a repeated position: two taps each."""
+    """Three taps over repeated positions as two taps, for the first copy and for the second."""
     first, second, third = jnp.split(kernel, 3, axis)
     return jnp.concatenate([first, second + third], axis), jnp.concatenate([first + second, third], axis)
 

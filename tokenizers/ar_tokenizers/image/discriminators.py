@@ -1,4 +1,4 @@
-"""What tells images from reconstructions: PatchGAN's judge of patches and StyleGAN's judge of the whole.
+"""The discriminators, which tell images from reconstructions: PatchGAN judges patches, StyleGAN's the whole image.
 
 Axes: B batch, H W pixels, h w positions, F features.
 
@@ -21,7 +21,7 @@ from ar_tokenizers.image.layers import GroupNorm
 
 
 class Discriminator(nnx.Module):
-    """The interface. `least` is the shortest side of an image, in pixels, that leaves something to judge."""
+    """The interface. `least`: the shortest side of an image, in pixels, that a discriminator can judge."""
 
     least: int
 
@@ -34,7 +34,8 @@ class PatchDiscriminator(Discriminator):
     """Judges overlapping patches, each by itself: logits [B, h, w], of patches of 70 x 70 pixels with 3 layers.
 
     After pix2pix (Isola et al. 2016, arXiv:1611.07004), as VQGAN and LlamaGen use it: `layers` convolutions of stride
-    2, one of stride 1 and the one that judges, all 4 x 4. Their batch norm is a group norm here, for the reason above.
+    2, one of stride 1 and one that gives the logits, all 4 x 4. In place of their batch norm there is a group norm, for
+    the reason above.
     """
 
     def __init__(self, width: int, layers: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:

@@ -1,4 +1,4 @@
-"""InceptionV3 as FID means it, and the Frechet distance: how far two sets of images are apart.
+"""The InceptionV3 of FID, and the Frechet distance of two sets of images.
 
 Axes: B batch, H W pixels, h w positions, F features.
 
@@ -44,7 +44,7 @@ def _largest(x: jax.Array) -> jax.Array:
 
 
 def _average(x: jax.Array) -> jax.Array:
-    """Over 3 x 3; at the border over the positions there are, which TF-2015 does and torchvision does not."""
+    """The mean over 3 x 3; at the border over the positions inside, as in TF-2015 and unlike torchvision."""
 
     def add(x: jax.Array) -> jax.Array:
         return jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
@@ -148,7 +148,7 @@ NETWORK: Node = (
 
 
 def _shapes(node: Node, fan_in: int) -> tuple[Shapes, int]:
-    """What the convolutions of a node are called in a file, and how many features leave it."""
+    """The names of a node's convolutions in a file, and how many features the node gives."""
     if isinstance(node, Conv):
         at = node.name
         return conv_shapes(f"{at}.conv", fan_in, node.features, node.kernel, f"{at}.bn"), node.features
@@ -177,7 +177,8 @@ def pool3(params: Params, pixels: jax.Array) -> jax.Array:
     Resized to 299 x 299 pixels as pytorch-fid does: bilinear, half-pixel centres, not antialiased, not rounded.
 
     Raises:
-      ValueError: the images are not uint8. What was never rounded to a file has no FID that others could repeat.
+      ValueError: the images are not uint8. Images that were never rounded to 8 bits have no FID that others could
+        repeat.
     """
     if pixels.dtype != jnp.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
         raise ValueError(f"FID's images are uint8 [B, H, W, 3], got {pixels.dtype} {list(pixels.shape)}")

@@ -42,8 +42,8 @@ class Conv3x3(nnx.Module):
 class GroupNorm(nnx.Module):
     """Zero mean and unit variance over the image and each of 32 groups of features (Wu & He, arXiv:1803.08494).
 
-    Statistics are float32 whatever the dtype. Widths that 32 does not divide have as many groups as share a divisor
-    with it.
+    Statistics are float32 whatever the dtype. If 32 does not divide the width, the number of groups is their greatest
+    common divisor.
     """
 
     def __init__(self, width: int, *, dtype: jnp.dtype) -> None:

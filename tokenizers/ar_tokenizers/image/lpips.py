@@ -1,4 +1,4 @@
-"""LPIPS: the perceptual distance of VGG16's features that tokenizers are trained with and reported in.
+"""LPIPS: the perceptual distance by VGG16's features, in which tokenizers are trained and reported.
 
 Axes: B batch, H W pixels.
 """
@@ -52,7 +52,7 @@ def distance(params: Params, a: jax.Array, b: jax.Array, dtype: jnp.dtype = jnp.
     difference weighted by learned heads, averaged over positions and added over stages.
 
     Raises:
-      ValueError: images shorter than 16 pixels, which four halvings leave nothing of.
+      ValueError: images shorter than 16 pixels, of which four halvings leave nothing.
     """
     if min(a.shape[1:3]) < 16:
         raise ValueError(f"LPIPS needs images of at least 16 x 16 pixels, got {a.shape[1]} x {a.shape[2]}")
@@ -70,7 +70,7 @@ def distance(params: Params, a: jax.Array, b: jax.Array, dtype: jnp.dtype = jnp.
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """x / (|x| + 1e-10), with a finite gradient also where the squares vanish: that of the plain square root is not."""
+    """x / (|x| + 1e-10), with a finite gradient also where all squares vanish; the plain square root has none there."""
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     some = square > 0
     return x / (jnp.where(some, jnp.sqrt(jnp.where(some, square, 1)), 0) + 1e-10)

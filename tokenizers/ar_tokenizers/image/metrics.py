@@ -50,8 +50,8 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Structural similarity of each image, at most 1: uint8 [..., H, W, 3] twice -> float64 [...].
 
     Wang et al. 2004: a Gaussian window of 11 x 11 pixels with sigma 1.5, K1 = 0.01, K2 = 0.03, only where the window
-    lies inside the image. Of R, G and B each, then averaged, as scikit-image and dm_pix do; MAGVIT and others take
-    it of the grey image, which gives another number. A side of at least 11 pixels is needed.
+    lies inside the image. It is computed for R, G and B and averaged, as in scikit-image and dm_pix; MAGVIT and others
+    compute it on the grey image, which gives another number. A side of at least 11 pixels is needed.
     """
     similarity, _ = _structure(*_pair("ssim", a, b, side=WINDOW))
     return similarity.mean(-1)
@@ -60,9 +60,9 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def ms_ssim(a: np.ndarray, b: np.ndarray, scales: int = len(SCALE_WEIGHTS)) -> np.ndarray:
     """Multi-scale SSIM of each image, in [0, 1]: uint8 [..., H, W, 3] twice -> float64 [...].
 
-    Wang, Simoncelli and Bovik 2003: contrast and structure at every scale, luminance at the coarsest, each scale being
-    the one before averaged over 2 x 2 pixels. Of R, G and B each, then averaged. A negative mean of a scale counts as
-    0, as in pytorch_msssim and TensorFlow.
+    Wang, Simoncelli and Bovik 2003: contrast and structure at every scale, luminance at the coarsest. Each scale is the
+    one before, averaged over 2 x 2 pixels. It is computed for R, G and B and averaged. A negative mean of a scale
+    counts as 0, as in pytorch_msssim and TensorFlow.
 
     Args:
       scales: 5 is MS-SSIM. Fewer, for images below 161 pixels, make another number: the first weights, scaled to
@@ -99,9 +99,9 @@ def usage(counts: np.ndarray) -> dict[str, float]:
 
     Returns:
       usage: the share of codes used at all; dead: the number of codes that were not; entropy_bits of the empirical
-      distribution, at most log2(K); normalised_entropy: of that most, in [0, 1]; perplexity: 2 ** entropy_bits, the
-      number of equally used codes with that entropy; top_percent: the share of all that was counted which the most
-      used 1 % of the codes (of K, rounded up) have: 0.01 where all are used alike, 1 where few are used at all;
+      distribution, at most log2(K); normalised_entropy: entropy_bits / log2(K), in [0, 1]; perplexity: 2 **
+      entropy_bits, the number of equally used codes with that entropy; top_percent: the share of the most used 1 % of
+      the codes (of K, rounded up) in all that was counted: 0.01 if all codes are used alike, 1 if only few are used;
       counted: how many codes were counted.
     """
     counts = np.asarray(counts, np.float64).ravel()
@@ -125,8 +125,8 @@ def collapse(found: Mapping[str, float], codebook_size: int, quantizer: str = ""
     """A warning where a codebook is hardly used, with the numbers that show it; "" where all is well.
 
     Args:
-      found: what `usage` said. Of few codes that were counted, a tenth as many different ones are enough.
-      quantizer: which it is, to leave out advice that has been taken.
+      found: the result of `usage`. If few codes were counted, a tenth as many different ones are enough.
+      quantizer: its name, so that advice which is followed already can be left out.
     """
     if not found:
         return ""

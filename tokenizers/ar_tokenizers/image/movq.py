@@ -52,10 +52,11 @@ class Decoder(vqgan.Decoder):
 
 
 class SpatialNorm(nnx.Module):
-    """GroupNorm whose result each code scales and shifts where it stands; GroupNorm alone at the start of training.
+    """GroupNorm, whose result is scaled and shifted by the code at each place; plain GroupNorm at the start of
+    training.
 
-    Theirs repeats the code vectors to the size of the level (nearest) before the two 1 x 1 convolutions, `gain` and
-    `shift`. Here they come first: the same numbers, from fewer products.
+    The original repeats the code vectors to the size of the level (nearest) before the two 1 x 1 convolutions, `gain`
+    and `shift`. Here the convolutions come first: the same numbers, from fewer products.
     """
 
     def __init__(self, dim: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:

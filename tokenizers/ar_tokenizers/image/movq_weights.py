@@ -1,7 +1,7 @@
 """The movq backbone under the names of those who published it: MoVQGAN, Emu3, and Emu3 in transformers.
 
-movqgan  ai-forever/MoVQGAN, movqgan_270M.ckpt: taming's names. Copies by moving averages (ema_*) and the losses are
-         not read: who loads that file gets what is not averaged.
+movqgan  ai-forever/MoVQGAN, movqgan_270M.ckpt: taming's names. Moving averages (ema_*) and losses are not read: the
+         weights that are loaded are not averaged.
 emu3     BAAI/Emu3-VisionTokenizer (modeling_emu3visionvq.py): the same, and the layers in time (temporal.py).
 emu3_hf  transformers' Emu3VQVAE: the norm of an attention is beside it, and its products are linear layers.
 """
@@ -59,7 +59,7 @@ _TRANSFORMERS = {
 
 
 def movqgan_270m() -> AutoencoderConfig:
-    """What movqgan_270M.ckpt is made for: no file beside it says so (configs/movqgan_270M.yaml of its repository)."""
+    """The settings of movqgan_270M.ckpt, which no file beside it has (configs/movqgan_270M.yaml of its repository)."""
     return AutoencoderConfig.from_dict(PRESETS["movqgan_f8"] | _quantizer(16384, 4))
 
 
@@ -135,15 +135,15 @@ def dialect_of(names: Iterable[str]) -> str:
 def from_published(
     config: AutoencoderConfig, state: Mapping[str, Any], dialect: str
 ) -> tuple[Params, dict[str, np.ndarray]]:
-    """Arrays by their published names -> (parameters, what the network has no place for).
+    """Arrays by their published names -> (parameters, arrays that the network has no place for).
 
     Args:
       state: of any float dtype, with the names of a file that holds the tokenizer alone.
       dialect: of DIALECTS; `dialect_of` tells it.
 
     Returns:
-      The parameters as `init` makes them, float32. And the layers in time as they were, by their names, float32 and
-      int64: for ImageTokenizer, and for `to_published`. Of "movqgan" there are none.
+      The parameters as `init` makes them, float32; and the original layers in time by their names, float32 and int64,
+      for ImageTokenizer and `to_published` ("movqgan" has none).
 
     Raises:
       ValueError: arrays that are missing, left over, or of another shape than the config asks for, by name.
@@ -170,7 +170,7 @@ def to_published(
       published: what `from_published` had beside the parameters (ImageTokenizer.published).
 
     Raises:
-      ValueError: the layers in time are not there, or are not those that the network has by now.
+      ValueError: the layers in time are missing, or do not match the network any more.
     """
     network, kept = _expected(config, dialect)
     ours = _flat(params)

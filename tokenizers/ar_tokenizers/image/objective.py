@@ -1,11 +1,11 @@
-"""What an image tokenizer is trained for: reconstruction, its quantizer, how images look, and an adversary.
+"""The losses of an image tokenizer: reconstruction, its quantizer, perceptual distance, and an adversary.
 
 Axes: B batch, H W pixels, K codebook size.
 
-The parameters are {"autoencoder": ..., "discriminator": ...}, the second only with an adversary, and so are the losses:
-each moves the parameters of its name, and both come from one forward pass. The model state is what no gradient moves:
-the number of steps, averaged weights, statistics of the codebook, averages of the discriminator, the
-weights of a pretrained network that images are compared with.
+The parameters are {"autoencoder": ..., "discriminator": ...}, the second only with an adversary. The losses have the
+same names: each moves the parameters of its name, and both come from one forward pass. The model state is what no
+gradient changes: the number of steps, averaged weights, statistics of the codebook, averages of the discriminator, and
+the weights of a pretrained network that images are compared with.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ObjectiveConfig:
         if not 0 <= self.ema < 1:
             raise ValueError(f"objective: ema must be in [0, 1), got {self.ema}")
         if not self.l1_weight + self.l2_weight > 0:
-            raise ValueError("objective: l1_weight and l2_weight are both 0: nothing would ask for the right colours")
+            raise ValueError("objective: l1_weight and l2_weight are both 0, so nothing would train the colours")
         if self.perceptual == "match" and self.adversary.kind == "none":
             raise ValueError(
                 "objective: perceptual 'match' compares what the adversary sees, and there is no adversary"
@@ -157,7 +157,7 @@ class Objective:
         made: Reconstruction,
         similar: Callable[[jax.Array], jax.Array],
     ) -> Judged:
-        """What the adversary makes of a batch; nothing is computed before its time has come."""
+        """The adversary's losses for a batch; nothing is computed before its first step."""
         config, matching = self.config.adversary, self.config.perceptual_weight * (self.config.perceptual == "match")
         weight, learning = adversaries.gates(config, model_state["steps"])
 
@@ -215,7 +215,7 @@ class Objective:
         return adversaries.adaptive_weight(*adversaries.last_layer_gradients(last_layer, head, by_pixels, by_adversary))
 
     def update_state(self, params: Params, model_state: Params, sums: Mapping[str, Any]) -> tuple[Params, Params]:
-        """(params, model_state) after an optimizer step, given what `losses` summed over the step's whole batch."""
+        """(params, model_state) after an optimizer step, given the sums of `losses` over the step's whole batch."""
         model_state = {**model_state, "steps": model_state["steps"] + 1}
         model = dict(params["autoencoder"])
         if "quantizer" in model_state:
@@ -249,7 +249,7 @@ def mean_errors(error: jax.Array) -> Metrics:
 
 
 class Judged(NamedTuple):
-    """What a discriminator has to say of real images and their reconstructions, row by row."""
+    """A discriminator's results for real images and their reconstructions, row by row."""
 
     generator: jax.Array  # float32 [B], weighted
     discriminator: jax.Array  # float32 [B]

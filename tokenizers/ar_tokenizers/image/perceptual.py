@@ -1,4 +1,4 @@
-"""How far a reconstruction is from its image to the eye: what to minimise beside the pixels.
+"""Perceptual distances: how different a reconstruction looks from its image, as losses besides that of the pixels.
 
 Axes: B batch, H W pixels, h w positions, F features.
 
@@ -67,8 +67,8 @@ class Perceptual:
     def distance(self, a: jax.Array, b: jax.Array, a_features: Features = (), b_features: Features = ()) -> jax.Array:
         """float32 [B, H, W, 3] in [-1, 1] twice -> float32 [B].
 
-        `match` compares what the discriminator saw in them, the activations that adversary.logits returns; the
-        others have no use for it. Raises ValueError where images are too small, or `match` is given no activations.
+        `match` compares the discriminator's activations, which adversary.logits returns; the other kinds do not use
+        them. Raises ValueError where images are too small, or `match` is given no activations.
         """
         dtype = jnp.dtype(self.dtype)
         match self.kind:
@@ -106,7 +106,7 @@ def ms_ssim(a: jax.Array, b: jax.Array) -> jax.Array:
 
     Wang, Simoncelli and Bovik 2003, as a loss: Zhao et al. 2015, arXiv:1511.08861. A Gaussian window of 11 x 11 pixels
     and sigma 1.5, without padding; the mean over the colours. Five scales fit sides of 176 pixels and more; smaller
-    images have as many as fit, of the same relative weights.
+    images use as many as fit, with the same relative weights.
 
     Raises:
       ValueError: a side is shorter than the window.

@@ -4,8 +4,9 @@
     tokenizer = from_published(config, tensors, "llamagen")
     tensors = to_published(tokenizer, "llamagen")
 
-A system says what its settings are called, and what no file of it says; a dialect says what its weights are called
-(taming.DIALECTS, movq_weights.DIALECTS). Both directions are exact: every array comes back with its name and bits.
+A system gives the names of its settings, and settings that none of its files has; a dialect gives the names of its
+weights (taming.DIALECTS, movq_weights.DIALECTS). Both directions are exact: every array comes back with its name and
+bits.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ _PREFIXES = ("gen_vision_model.", "model.vqmodel.", "vqmodel.")
 
 
 def prefix_of(names: Iterable[str], dialect: str) -> str:
-    """What stands before the tokenizer's names in a file that holds a language model too; "" in a file of its own."""
+    """The prefix of the tokenizer's names in a file that holds a language model too; "" in a file of its own."""
     prefix = taming.DIALECTS[dialect].prefix if dialect in taming.DIALECTS else ""
     return prefix if prefix and any(name.startswith(prefix) for name in names) else ""
 
 
 def dialect_in(system: str, names: Iterable[str]) -> tuple[str, str]:
-    """What a system's file is written in, and what stands before the tokenizer's names: "" in a file of its own.
+    """The dialect of a system's file, and the prefix of the tokenizer's names: "" in a file of its own.
 
     Raises:
       ValueError: names of another system.
@@ -59,7 +60,7 @@ def dialect_in(system: str, names: Iterable[str]) -> tuple[str, str]:
 
 
 def not_read(names: Iterable[str], dialect: str) -> list[str]:
-    """Those of a file that say nothing of the network, as losses: they are left out, and no export has them."""
+    """The names in a file that do not belong to the network, such as losses. They are left out, also of exports."""
     movq = dialect in movq_weights.DIALECTS
     begins = movq_weights.NOT_READ if movq else taming.DIALECTS[dialect].not_read
     return sorted(name for name in names if name.startswith(begins or ("\0",)))
@@ -71,7 +72,8 @@ def from_published(
     """The tokenizer of a file's tensors.
 
     Args:
-      tensors: by their names; of a file that holds a language model too, names with the dialect's prefix are taken.
+      tensors: by their names; from a file that holds a language model too, only names with the dialect's prefix are
+        taken.
       dialect: of taming.DIALECTS or movq_weights.DIALECTS. "chameleon_hf" makes a tokenizer without a decoder.
 
     Raises:
@@ -94,7 +96,7 @@ def to_published(
       dtype: of all that are no whole numbers.
 
     Raises:
-      ValueError: a tokenizer whose network, or what was kept of its file, is not the dialect's.
+      ValueError: the tokenizer's network, or what was kept of its file, does not belong to the dialect.
     """
     write: Any = movq_weights.to_published if dialect in movq_weights.DIALECTS else taming.to_taming
     found = write(tokenizer.config, tokenizer.params, tokenizer.published, dialect)
@@ -130,13 +132,13 @@ _ONLY: dict[str, Any] = {
 
 
 def config_of(system: str, record: Mapping[str, Any], names: Iterable[str] = ()) -> AutoencoderConfig:
-    """What a system's tokenizer is, by the settings that were published with it.
+    """The config of a system's tokenizer, from the settings that were published with it.
 
     Args:
       system: of SYSTEMS.
       record: of chameleon_vq vqgan.yaml, or a config.json with vq_config, or that part of it; of ibq config.yaml; of
         janus_vq config.json; of emu3_vq config.json or vq_config of one; of llamagen_vq the arguments of its class, if
-        any. Of showo_vq, lwm_vq and movqgan nothing was published, and there is one of each.
+        any. For showo_vq, lwm_vq and movqgan no settings were published, and there is only one tokenizer of each.
       names: of the tensors, by which LlamaGen's VQ-8 and VQ-16 are told apart where the record does not.
 
     Raises:
@@ -170,10 +172,11 @@ def config_of(system: str, record: Mapping[str, Any], names: Iterable[str] = ())
 
 
 def settings_of(config: AutoencoderConfig, dialect: str, *, resolution: int = 512) -> dict[str, Any]:
-    """What `config_of` reads, as files of that dialect have it; {}: nothing is published beside them.
+    """The settings that `config_of` reads, as files of that dialect have them; {}: none are published.
 
     Args:
-      resolution: of the images that it was trained on, in pixels; attention is said by the sides of levels.
+      resolution: of the images that it was trained on, in pixels: the settings name levels with attention by their
+        sides.
     """
     if dialect in ("emu3", "emu3_hf"):
         return movq_weights.emu3_settings(config, dialect)
@@ -220,8 +223,9 @@ def _llamagen(record: Mapping[str, Any], names: Iterable[str]) -> AutoencoderCon
 
 
 def _janus(record: Mapping[str, Any]) -> AutoencoderConfig:
-    """By the original's config.json, or transformers' (whose rule for the nearest code is not taken: it leaves out the
-    normalisation that its decoding has, and the original in both)."""
+    """From the original's config.json, or from transformers'. transformers' rule for the nearest code is not followed:
+    it leaves out the normalisation that its decoding has, while the original normalises in both.
+    """
     if "gen_vision_config" in record:
         part = record["gen_vision_config"]
         if (kind := part.get("cls", "VQ-16")) != "VQ-16":

@@ -2,8 +2,8 @@
 
 Axes: B batch, H W pixels, h w codes (H/factor, W/factor), h' w' positions of a level, C code dim, F features.
 
-The first `patch` of the factor is a space-to-depth (Cosmos, arXiv:2501.03575, has a Haar transform there), the rest
-halvings, which is what makes small images cheap on a CPU. Levels, residual blocks and mirrored decoder after VQGAN
+The first `patch` of the factor is a space-to-depth (Cosmos, arXiv:2501.03575, has a Haar transform there), the rest are
+halvings. This makes small images cheap on a CPU. Levels, residual blocks and the mirrored decoder are as in VQGAN
 (Esser et al. 2020, arXiv:2012.09841), with RMSNorm over the features of each position instead of GroupNorm, so that a
 code depends on its surroundings and not on statistics of the whole image.
 """
@@ -69,7 +69,7 @@ class Decoder(nnx.Module):
 
 
 def receptive_radius(config: AutoencoderConfig) -> int:
-    """Pixels that the receptive field of a code reaches beyond its edge: those it depends on, or that depend on it."""
+    """How many pixels beyond its own edge a code depends on, or influences."""
     blocks = sum(2 * count << level for level, count in enumerate(config.blocks))  # of two convolutions each
     return config.patch * (1 + blocks)
 

@@ -9,7 +9,7 @@ showo         showlab/magvitv2: taming's, the convolutions around the codes insi
               digit of a code is its highest; here it is the lowest.
 lwm           LWM's VQGAN, a tree of flax with its names joined by "/": kernels are [3, 3, F, F'], as ours are.
 
-A name is a table's business, and the same table is read in both directions. movq_weights.py has MoVQ's descendants.
+Names are in tables, and the same table is read in both directions. movq_weights.py has MoVQ's descendants.
 """
 
 from __future__ import annotations
@@ -83,18 +83,18 @@ _EUCLIDEAN: dict[str, Any] = dict(quantizer="vq", space="euclidean")
 
 @dataclasses.dataclass(frozen=True)
 class Dialect:
-    """How one of them writes a tokenizer down.
+    """How one of them names a tokenizer's weights.
 
     Attributes:
         name: in DIALECTS.
-        names: patterns over taming's names, in turn; of flax over ours.
+        names: patterns that are applied in turn to taming's names; for flax to ours.
         demands: settings of the config without which the names would be of another network.
         prefix: before every name where the file holds a language model too.
         coarse_first: whether the decoder's levels are counted from the coarsest.
         highest_first: whether the first number of a latent is the highest digit of its code.
         decoder: whether a file has one.
         flax: whether kernels are as ours, joined by "/".
-        not_read: beginnings of names that say nothing of the network: losses, moving averages.
+        not_read: prefixes of names outside the network: losses, moving averages.
     """
 
     name: str
@@ -141,7 +141,7 @@ def from_taming(config: AutoencoderConfig, state: Mapping[str, Any], dialect: st
 
     Raises:
       ValueError: weights that are missing, left over, or of another shape than the config asks for, by name; a config
-        that the dialect's networks never have; buffers that tell of another order of digits.
+        that the dialect's networks never have; buffers that show another order of digits.
     """
     spoken, places = DIALECTS[known(dialect)], _places(config, dialect)
     state = {name: leaf for name, leaf in state.items() if not name.startswith(spoken.not_read or ("\0",))}
@@ -192,7 +192,7 @@ def to_taming(
 
 
 def dialect_of(names: Iterable[str]) -> str:
-    """Whose names these are, of DIALECTS. Raises ValueError: nobody's.
+    """The dialect of these names, of DIALECTS. Raises ValueError: they are of none.
 
     LlamaGen's and Janus' are the same ("llamagen"), and so are all that are taming's ("taming").
     """
@@ -215,7 +215,9 @@ def dialect_of(names: Iterable[str]) -> str:
 
 
 def buffers(config: AutoencoderConfig, dialect: str) -> dict[str, np.ndarray]:
-    """What the dialect's class saves beside weights: a log of codes, or the table that digits imply."""
+    """The buffers that the dialect's class saves besides weights: a log of codes, or the table that follows from the
+    digits.
+    """
     if dialect in ("llamagen", "janus"):
         return {"quantize.codebook_used": np.zeros(65536, np.float32)}
     if dialect == "showo":
@@ -333,7 +335,7 @@ def _to_ours(spoken: Dialect, name: str, place: Place, leaf: np.ndarray) -> np.n
 
 
 def _digits(spoken: Dialect, name: str, leaf: np.ndarray) -> np.ndarray:
-    """A layer that makes or reads the digits of codes, in the other order of them."""
+    """A layer that makes or reads the digits of codes, with the digits in the other order."""
     axes = {"encoder.to_code.kernel": 1, "encoder.to_code.bias": 0, "decoder.from_code.kernel": 0}
     return np.flip(leaf, axes[name]) if spoken.highest_first and name in axes else leaf
 

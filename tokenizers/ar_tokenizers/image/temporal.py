@@ -1,10 +1,10 @@
-"""The layers in time of Emu3's vision tokenizer as what they are to a single picture: two-dimensional.
+"""The layers in time of Emu3's vision tokenizer, as the two-dimensional layers that they are for a single picture.
 
 Axes: B batch, h w codes, Z features at the codes; in published kernels F' features out, F features in, T taps.
 
-Emu3 (arXiv:2409.18869; baaivision/Emu3, modeling_emu3visionvq.py) encodes a picture as four equal frames, two
-convolutions in time make one of them, and its decoder makes four, of which the first is the picture. Every convolution
-pads two frames of zeros before the first, so what a tap meets is known beforehand:
+Emu3 (arXiv:2409.18869; baaivision/Emu3, modeling_emu3visionvq.py) encodes a picture as four equal frames. Two
+convolutions in time make one frame of them; its decoder makes four frames, and the first is the picture. Every
+convolution pads two frames of zeros before the first, so it is known beforehand which frame each tap sees:
 
 - the first halving (four taps, every second frame) sees on its first step two of the padding and two equal frames, on
   its second four equal frames: a convolution by the sum of the last two taps and one by the sum of all;
@@ -13,7 +13,7 @@ pads two frames of zeros before the first, so what a tap meets is known beforeha
 
 Batch norms use the statistics they were trained with: a scale and a shift.
 
-`fold` is that sum. It cannot be undone, so whoever wants to give the layers back keeps them as they were.
+`fold` computes these sums. They cannot be undone, so the original layers are kept for an export.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _COUNT = "num_batches_tracked"
 
 
 class BeforeCodes(nnx.Module):
-    """What the encoder has behind its last convolution: float32 [B, h, w, Z] -> the same shape."""
+    """The encoder's layers after its last convolution: float32 [B, h, w, Z] -> the same shape."""
 
     def __init__(self, width: int, blocks: int, *, rngs: nnx.Rngs) -> None:
         self.halve0 = Conv3x3(width, 2 * width, dtype=_FLOAT32, rngs=rngs)  # both steps side by side
@@ -49,7 +49,7 @@ class BeforeCodes(nnx.Module):
 
 
 class AfterCodes(nnx.Module):
-    """What the decoder has before its first convolution: float32 [B, h, w, Z] -> the same shape."""
+    """The decoder's layers before its first convolution: float32 [B, h, w, Z] -> the same shape."""
 
     def __init__(self, width: int, blocks: int, *, rngs: nnx.Rngs) -> None:
         self.stack = Stack(width, blocks, rngs=rngs)
@@ -130,7 +130,7 @@ def published_shapes(width: int, blocks: int) -> dict[str, tuple[int, ...]]:
 
 
 def fold(published: Mapping[str, np.ndarray], blocks: int) -> dict[str, dict[str, Any]]:
-    """The arrays of `published_shapes` -> those of our encoder and decoder that come of them, float32.
+    """The arrays of `published_shapes` -> those of our encoder and decoder that are computed from them, float32.
 
     Returns:
       {"encoder": {"temporal": BeforeCodes, "to_code": ...}, "decoder": {"temporal": AfterCodes, "from_code": ...}}

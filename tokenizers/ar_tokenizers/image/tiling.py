@@ -2,9 +2,9 @@
 
 Axes: B batch, H W pixels, h w codes. Lengths here are in codes, unless said otherwise.
 
-A window sees nothing of what is beyond its edge, so its results near an edge inside the image are wrong as far as the
-network reaches. Codes are taken from the window in whose middle they are: half of each overlap is given up on either
-side. Pixels are blended over the middle half of each overlap; a quarter is given up on either side.
+A window does not see beyond its edge, so its results near an edge inside the image are wrong, as far as the network's
+receptive field reaches. Each code is taken from the window in whose middle it is: on either side, half of each overlap
+is discarded. Pixels are blended over the middle half of each overlap; on either side a quarter is discarded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def map_windows(
     overlap: int,
     blend: bool,
 ) -> np.ndarray:
-    """What `function` makes of `x`, computed in windows.
+    """The result of `function` for `x`, computed in windows.
 
     Args:
       function: [n, th * scales[0], tw * scales[0], ...] -> [n, th * scales[1], tw * scales[1], ...].

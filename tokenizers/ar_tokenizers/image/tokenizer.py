@@ -33,11 +33,12 @@ class ImageTokenizer:
     h is H/factor and w is W/factor x codes_per_position: see AutoencoderConfig.grid.
 
     Args:
-      params: as `init` makes them; without "decoder" for a tokenizer that reads images and draws none (`no_decoder`).
+      params: as `init` makes them; without "decoder" for a tokenizer that can read images but not draw them
+        (`no_decoder`).
       batch_size: images in one call of the compiled network; the last batch is padded. One size means one compiled
         program per image size, and codes that do not depend on how many images came together.
       published: of a tokenizer that was imported: arrays of the published file that the network does not compute with,
-        by their names there and in their dtypes. They are kept for who exports it, and are no part of the hash.
+        by their names there and in their dtypes. They are kept for an export, and are no part of the hash.
 
     Raises:
       ValueError: the parameters are not those of the config, by name.
@@ -71,7 +72,7 @@ class ImageTokenizer:
 
     @property
     def no_decoder(self) -> str:
-        """Why this tokenizer draws no images, and what to do, as one sentence; "": it does."""
+        """Why this tokenizer cannot draw images, and what to do, in one sentence; "" if it can."""
         return "" if "decoder" in self.params else NO_DECODER
 
     @property
@@ -94,12 +95,12 @@ class ImageTokenizer:
         return digest.hexdigest()
 
     def on(self, device: jax.Device) -> ImageTokenizer:
-        """The same tokenizer, which computes on this device: same programs, same codes, compiled once more."""
+        """The same tokenizer on this device: its programs are compiled once more, and its codes are the same."""
         params = jax.device_put(self.params, device)
         return ImageTokenizer(self.config, params, batch_size=self.batch_size, published=self.published)
 
     def vectors(self) -> np.ndarray:
-        """What the quantizer has for each code, float32 [K, C]: near each other where codes are (Quantizer.alone)."""
+        """The quantizer's vector for each code, float32 [K, C]; similar codes have near vectors (Quantizer.alone)."""
         return np.asarray(jax.jit(lambda params: Autoencoder.bind(self.config, params).quantizer.alone())(self.params))
 
     def encode(self, images: np.ndarray, *, tile: int = 0, overlap: int | None = None) -> np.ndarray:
@@ -143,7 +144,9 @@ class ImageTokenizer:
         if codes.size and not 0 <= codes.min() <= codes.max() < self.codebook_size:
             raise ValueError(f"codes must be in [0, {self.codebook_size}), found {codes.min()} to {codes.max()}")
         if codes.shape[2] % depth:
-            raise ValueError(f"a row of codes has {depth} for each position, which {codes.shape[2]} is no multiple of")
+            raise ValueError(
+                f"a row of codes has {depth} for each position, and {codes.shape[2]} is no multiple of that"
+            )
         by_position = codes.astype(np.int32).reshape(*codes.shape[:2], codes.shape[2] // depth, depth)
         run = functools.partial(self._in_batches, self._decode, scales=(1, self.factor), dtype=np.uint8)
         return self._in_windows(run, by_position, (1, self.factor), tile, overlap, blend=True)
@@ -151,7 +154,7 @@ class ImageTokenizer:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write weights.safetensors and, last, config.json: without the second there is no tokenizer in the folder.
 
-        Where something is kept as it was published, there is a published.safetensors beside them.
+        If the tokenizer has `published` arrays, there is also a published.safetensors.
         """
         folder = Path(folder)
         for name in (CONFIG, PUBLISHED):
@@ -221,12 +224,12 @@ class ImageTokenizer:
 
 
 def saved_config(folder: str | os.PathLike[str]) -> AutoencoderConfig:
-    """Of what `ImageTokenizer.save` wrote; no weight is read. Raises like `ImageTokenizer.load`."""
+    """The config in a folder that `ImageTokenizer.save` wrote; no weight is read. Raises like `ImageTokenizer.load`."""
     return _saved(Path(folder))[0]
 
 
 def _saved(folder: Path) -> tuple[AutoencoderConfig, dict[str, Any]]:
-    """What config.json says, and all of it."""
+    """The config in config.json, and the whole content of that file."""
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no image tokenizer: there is no {CONFIG}, which is written last")
@@ -244,9 +247,9 @@ def _saved(folder: Path) -> tuple[AutoencoderConfig, dict[str, Any]]:
 
 
 def _published(folder: Path, digest: str) -> dict[str, np.ndarray]:
-    """What was kept as it was published. Raises ValueError: it is not there, or not what was saved."""
+    """The `published` arrays. Raises ValueError: they are missing, or not those that were saved."""
     if not (folder / PUBLISHED).is_file():
-        raise ValueError(f"{folder}: expected {PUBLISHED}, of which {CONFIG} tells; there is none")
+        raise ValueError(f"{folder}: expected {PUBLISHED}, which {CONFIG} names; found none")
     kept = (folder / PUBLISHED).read_bytes()
     if hashlib.sha256(kept).hexdigest() != digest:
         raise ValueError(f"{folder / PUBLISHED}: the file was changed, or comes from another tokenizer")

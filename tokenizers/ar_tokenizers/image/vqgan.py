@@ -5,14 +5,14 @@ Axes: B batch, H W pixels, h w codes (H/factor, W/factor), h' w' positions of a 
 Esser et al. 2020, arXiv:2012.09841 (taming-transformers' model.py): LlamaGen, Chameleon, IBQ, MaskGIT, Open-MAGVIT2 and
 the parent of Emu3's tokenizer are this network with other widths, blocks and attention. The order of layers is that of
 taming-transformers, so that its weights and those of `ChameleonVQVAE` in transformers load after renaming and
-transposing. What is ours: residual branches start at zero, the 1 x 1 convolutions around the quantizer are `to_code`
-and `from_code` in float32, and `patch` may fold pixels first (1 in the published systems).
+transposing. Differences: residual branches start at zero, the 1 x 1 convolutions around the quantizer are `to_code` and
+`from_code` in float32, and `patch` may fold pixels first (1 in the published systems).
 
 GroupNorm looks at the whole image and attention at every position: a code depends on all pixels, if weakly.
 
 Clips are not here. The network itself would need little: frames in the batch, and after each block a temporal
-convolution over past frames only, added and zero at first, so that a single frame is exactly an image. What is missing
-is the rest: halving in time (1 + 2n frames to 1 + n), a clip in documents, data, grammar and sampling.
+convolution over past frames only, added and zero at first, so that a single frame is exactly an image. Everything else
+is missing: halving in time (1 + 2n frames to 1 + n), and clips in documents, data, grammar and sampling.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Decoder(nnx.Module):
     """float32 [B, h, w, C] -> float32 [B, H, W, 3]: the encoder backwards, one more block in each level unless told.
 
     Args:
-      norm: makes what stands before every convolution, called as norm(width, dtype=dtype).
+      norm: makes the layer before every convolution, called as norm(width, dtype=dtype).
     """
 
     def __init__(self, config: AutoencoderConfig, dim: int, *, rngs: nnx.Rngs, norm: Norm = GroupNorm) -> None:
@@ -125,7 +125,7 @@ class Level(nnx.Module):
                 setattr(self, f"attention{index}", Attention(width, dtype=dtype, rngs=rngs, norm=norm))
 
     def __call__(self, x: jax.Array, *codes: jax.Array) -> jax.Array:
-        """[B, h', w', F] -> [B, h', w', F']; codes: what norms of MoVQ read beside it."""
+        """[B, h', w', F] -> [B, h', w', F']; codes: for the norms of MoVQ."""
         for index in range(self.blocks):
             x = getattr(self, f"block{index}")(x, *codes)
             if self.attention:
@@ -134,7 +134,7 @@ class Level(nnx.Module):
 
 
 class Middle(nnx.Module):
-    """What stands at the resolution of the codes: [B, h, w, F] -> the same shape."""
+    """The blocks at the resolution of the codes: [B, h, w, F] -> the same shape."""
 
     def __init__(
         self, width: int, attention: bool, *, dtype: jnp.dtype, rngs: nnx.Rngs, norm: Norm = GroupNorm
@@ -144,7 +144,7 @@ class Middle(nnx.Module):
         self.block2 = Block(width, width, dtype=dtype, rngs=rngs, norm=norm)
 
     def __call__(self, x: jax.Array, *codes: jax.Array) -> jax.Array:
-        """[B, h', w', F] -> the same shape; codes: what norms of MoVQ read beside it."""
+        """[B, h', w', F] -> the same shape; codes: for the norms of MoVQ."""
         x = self.block1(x, *codes)
         return self.block2(self.attention(x, *codes) if self.attention else x, *codes)
 

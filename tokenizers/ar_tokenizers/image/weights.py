@@ -1,8 +1,8 @@
 """Weights that other people trained, from a file that the user names; nothing is ever downloaded.
 
 Files hold torch's names and torch's layout ([O, I, h, w] kernels, batch norms beside them), as `convert_perceptual`
-writes them, in safetensors or npz. What is read is checked, turned to this package's layout, and batch norms become
-part of the convolution before them.
+writes them, in safetensors or npz. Arrays are checked and turned to this package's layout, and batch norms become part
+of the convolution before them.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def read_weights(path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, .
 
 
 def check_file(path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """What `read_weights` would say of a file, from the head of a .safetensors file; one of .npz is read whole."""
+    """Raises the errors of `read_weights`, but reads only the header of a .safetensors file; an .npz file is read
+    whole.
+    """
     path = Path(path)
     if path.suffix != ".safetensors" or not path.is_file():
         read_weights(path, shapes)
@@ -89,7 +91,7 @@ def check_weights(arrays: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
 
 
 def conv_shapes(name: str, fan_in: int, fan_out: int, kernel: tuple[int, int], norm: str = "") -> Shapes:
-    """What a convolution is called in a file: with a bias, or without one and with a batch norm called `norm`."""
+    """The names of a convolution in a file: with a bias, or with a batch norm called `norm` and no bias."""
     weight: Shapes = {f"{name}.weight": (fan_out, fan_in, *kernel)}
     if not norm:
         return weight | {f"{name}.bias": (fan_out,)}
@@ -111,7 +113,9 @@ def conv_params(arrays: Mapping[str, np.ndarray], name: str, norm: str = "", eps
 
 
 def conv(params: Params, x: jax.Array, stride: int = 1, padding: Padding = "SAME") -> jax.Array:
-    """[B, h, w, I] -> [B, h', w', O] in the dtype of x; a float32 is multiplied as one, on every accelerator."""
+    """[B, h, w, I] -> [B, h', w', O] in the dtype of x; float32 is multiplied in full precision on every
+    accelerator.
+    """
     return jax.lax.conv_general_dilated(
         x,
         params["kernel"].astype(x.dtype),

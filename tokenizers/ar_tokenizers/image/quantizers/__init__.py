@@ -6,7 +6,7 @@ simvq   a frozen codebook and one linear layer                                  
 lfq     signs                                                                   arXiv:2310.05737
 bsq     signs on the unit sphere                                                arXiv:2406.07548
 ibq     a learned codebook, all of whose codes get every gradient               arXiv:2412.02692
-rq      D codes a position, each for the rest of the ones before                arXiv:2203.01941
+rq      D codes a position, each for the remainder of those before              arXiv:2203.01941
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def make(
       entropy: weight of the entropy penalty of vq, lfq, bsq and ibq; negative: the quantizer's usual.
 
     Raises:
-      ValueError: an unknown name, a size that the quantizer cannot have, or a choice that it would not heed.
+      ValueError: an unknown name, a size that the quantizer cannot have, or a setting that it does not read.
     """
     if quantizer not in NAMES:
         raise ValueError(f"quantizer must be one of {', '.join(NAMES)}, got {quantizer!r}")

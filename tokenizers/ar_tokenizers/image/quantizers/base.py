@@ -1,15 +1,15 @@
-"""What an autoencoder asks of a quantizer: latents to codes, codes to vectors, and what it learns by.
+"""The interface of a quantizer: latents to codes, codes to vectors, and its losses.
 
 Axes: B batch, C code dim, K codebook size.
 
-A quantizer says three things: `bound` brings a latent into the space of the codes, `nearest` finds the code, `vectors`
-looks it up. The training pass is built from the same three, so that what the decoder learns from is bit for bit what
-it gets from codes later. All arithmetic is float32 and int32 whatever the networks compute in: with bfloat16 indices
-FSQ loses half its codebook (lucidrains/vector-quantize-pytorch#114).
+A quantizer has three functions: `bound` brings a latent into the space of the codes, `nearest` finds the code,
+`vectors` looks it up. The training pass uses the same three, so the decoder is trained on exactly the bits that it
+later gets from codes. All arithmetic is float32 and int32 whatever the networks compute in: with bfloat16 indices FSQ
+loses half its codebook (lucidrains/vector-quantize-pytorch#114).
 
-Some quantizers have a state beside their parameters (how often a code was used, say). It goes through three doors, so
-that it is the same on any mesh, checkpointed and resumed with the rest of the training: `init_state` makes it, every
-pass returns `sums` over the positions it saw, and `update_state` brings it up to date once a step.
+Some quantizers have a state beside their parameters (how often a code was used, say). It is handled by three functions,
+so that it is the same on any mesh, and is checkpointed and resumed with the rest of the training: `init_state` makes
+it, every pass returns `sums` over the positions it saw, and `update_state` brings it up to date once a step.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Quantizer(nnx.Module):
         return jnp.zeros((), jnp.float32)
 
     def sums(self, bounded: jax.Array, codes: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
-        """What `update_state` wants to know of a training batch."""
+        """The sums over a training batch that `update_state` needs."""
         return {}
 
     def encode(self, z: jax.Array) -> jax.Array:
@@ -113,7 +113,7 @@ def straight_through(latents: jax.Array, vectors: jax.Array) -> jax.Array:
 
 
 def rotation(latents: jax.Array, vectors: jax.Array) -> jax.Array:
-    """As straight_through, with the gradient turned and scaled as the latent would have to be to become its code.
+    """As straight_through, but the gradient is rotated and scaled like the latent would have to be to become its code.
 
     The rotation trick of Fifty et al. 2024, arXiv:2410.06424: two reflections, held fixed.
     """

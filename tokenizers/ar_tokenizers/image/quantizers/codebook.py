@@ -2,7 +2,7 @@
 
 Axes: B batch, N positions (any axes before the last), C code dim, K codebook size.
 
-Whatever needs all N x K scores walks over blocks of codes, so that at most SCORES of them exist at one time, in the
+Functions that need all N x K scores go through blocks of codes, so that at most SCORES scores exist at one time, in the
 backward pass too, and K = 262144 fits beside a network. Blocks are of codes and not of positions: positions are spread
 over the devices of a mesh, and stay where they are.
 """
@@ -78,7 +78,7 @@ def entropy_penalty(x: jax.Array, table: jax.Array, bias: jax.Array | float = 0.
     """x [N, C], table [K, C] -> []: the mean entropy of p = softmax(x . t + bias) less the entropy of the mean p, nats.
 
     Small where each position is sure of its code and all codes are used alike (Yu et al. 2023, arXiv:2310.05737). The
-    mean is over the positions of this call: parts of a batch, summed, ask for a little less than the whole.
+    mean is over the positions of this call: the sum over parts of a batch is a little below the value of the whole.
     """
 
     @jax.checkpoint
@@ -130,7 +130,7 @@ class CodebookQuantizer(Quantizer):
       codebook_update: "gradient": the optimiser moves the codes. "ema": a code is the moving average of the latents
         that chose it (van den Oord et al. 2017, arXiv:1711.00937, appendix A); `update_state` writes it, and no
         gradient reaches it.
-      gradient: how it reaches the latents, "straight_through" or "rotation".
+      gradient: how the gradient reaches the latents, "straight_through" or "rotation".
       restart: a code used less than this share of the mean use, by moving averages, becomes one of the batch's latents
         (Lee et al. 2022, arXiv:2203.01941, whose threshold is a count and so depends on the batch). 0: never. A step
         should have at least a position for every 32 codes: with fewer, the average forgets codes that are in use.
@@ -162,11 +162,12 @@ class CodebookQuantizer(Quantizer):
         return GRADIENTS[self.gradient](bounded, vectors)
 
     def sums(self, bounded: jax.Array, codes: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
-        """`count` [K] and `latent` [K, C] of the latents by code, `drawn_*` of latents by a code drawn for each.
+        """`count` [K] and `latent` [K, C]: number and sum of the latents by code; `drawn_*`: the same by a code drawn
+        for each latent.
 
         A restarted code should become one latent, not the mean of many, and the draws of a batch must not depend on
-        how it is split. So each latent draws a code and a weight of so long a tail that nearly all of a code's sum is
-        its heaviest latent.
+        how it is split. So each latent draws a code and a weight from a distribution with so long a tail that the
+        heaviest latent makes up nearly all of a code's sum.
         """
         zeros, sums = jnp.zeros((self.codebook_size, self.dim)), {}
         if self.restart or self.codebook_update == "ema":
@@ -186,7 +187,7 @@ class CodebookQuantizer(Quantizer):
         return sums
 
     def init_state(self, params: Params) -> State:
-        """Averages of how often each code is used, and of what comes to it: those that are needed."""
+        """The averages that are needed: how often each code is used, and of the latents that chose it."""
         state = {}
         if self.restart or self.codebook_update == "ema":
             state["count"] = jnp.zeros(self.codebook_size)
@@ -215,7 +216,7 @@ class CodebookQuantizer(Quantizer):
 
 
 def check_sizes(name: str, codes: int, dim: int) -> None:
-    """Raises ValueError for a codebook that is too small to be one."""
+    """Raises ValueError for a codebook that is too small."""
     if codes < 2 or dim < 2:
         raise ValueError(f"{name} needs at least 2 codes of at least 2 dimensions, got {codes} of {dim}")
 
@@ -227,9 +228,10 @@ def check_gradient(gradient: str) -> None:
 
 
 def pull_together(bounded: jax.Array, vectors: jax.Array, beta: float) -> jax.Array:
-    """The code drawn to its latents, and beta times the latents to their code (VQ-VAE, arXiv:1711.00937).
+    """A loss that moves codes to their latents, plus beta times one that moves latents to their codes (VQ-VAE,
+    arXiv:1711.00937).
 
-    Taming-transformers' default ("legacy") has beta on the other term, and so have the systems that copied it.
+    Taming-transformers' default ("legacy"), and the systems that copied it, have beta on the other term.
     """
     codebook = jnp.mean(jnp.square(jax.lax.stop_gradient(bounded) - vectors))
     return codebook + beta * commitment(bounded, vectors)

@@ -16,10 +16,11 @@ class IBQ(Quantizer):
     """Index backpropagation: the code with the largest dot product, whose gradient is that of a softmax over all.
 
     Shi et al. 2024, arXiv:2412.02692. The straight-through step is on the one-hot choice and not on the vector: the
-    latent learns through the scores of all K codes, and they through it. Needs its entropy penalty. The softmax walks
-    over blocks of codes (codebook.py), so that the [N, K] scores never exist, forward or backward.
+    latent gets gradients through the scores of all K codes, and so does every code. Needs its entropy penalty. The
+    softmax walks over blocks of codes (codebook.py), so that the [N, K] scores never exist, forward or backward.
 
-    32 numbers a code, because the authors' 256 lose their codebook on other data (TencentARC/SEED-Voken#59).
+    A code has 32 numbers, because with the authors' 256 the codebook collapses on other data
+    (TencentARC/SEED-Voken#59).
     """
 
     def __init__(self, codes: int, dim: int, *, beta: float = 0.25, entropy: float = 0.1, rngs: nnx.Rngs) -> None:

@@ -42,7 +42,9 @@ class LFQ(Quantizer):
         return jnp.where(digits == 1, jnp.float32(self.length), jnp.float32(-self.length))
 
     def loss(self, bounded: jax.Array, vectors: jax.Array) -> jax.Array:
-        """Commitment, and the entropy penalty: sure of each latent, even over all codes."""
+        """Commitment, and the entropy penalty, which is small if each latent is sure of its code and all codes are used
+        alike.
+        """
         loss = self.beta * commitment(bounded, vectors)
         if self.entropy:
             logits = 4 * bounded.reshape(-1, self.dim) / self.length
@@ -57,7 +59,7 @@ class BSQ(LFQ):
     """Binary spherical quantisation: LFQ with latents and codes on the unit sphere, so that both are bounded.
 
     Zhao et al. 2024, arXiv:2406.07548. The entropy penalty takes latents in units of the codes' numbers, 1 / sqrt(C),
-    so that digits are as sure as LFQ's whatever C is.
+    so that digits are as sure as LFQ's for any C.
     """
 
     def __init__(self, codes: int, *, beta: float = 0.25, entropy: float = 0.1) -> None:

@@ -1,4 +1,6 @@
-"""RQ: D codes a position, each for what the ones before it left. Axes: C code dim, K codebook size, D depth."""
+"""RQ: D codes a position, each for the remainder that the ones before it left. Axes: C code dim, K codebook size, D
+depth.
+"""
 
 from __future__ import annotations
 
@@ -69,11 +71,11 @@ class RQ(CodebookQuantizer):
         return Quantized(self.through(bounded, self.vectors(codes)), codes, loss, sums)
 
     def _without_depth(self, codes: jax.Array) -> jax.Array:
-        """At depth 1 a code is a position's, as every quantizer's of that depth."""
+        """At depth 1 a code describes a whole position, as with other quantizers."""
         return codes[..., 0] if self.depth == 1 else codes
 
     def _descend(self, bounded: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[..., C] -> codes int32 [..., D], and the rest [..., D, C] that each of them is for."""
+        """[..., C] -> codes int32 [..., D], and the remainder [..., D, C] that each of them approximates."""
         table, rest, codes, rests = jax.lax.stop_gradient(self.table()), bounded, [], []
         bias = nearness(table)
         for _ in range(self.depth):

@@ -15,9 +15,9 @@ class SimVQ(Quantizer):
 
     Every code gets a gradient from every choice, which is what keeps all of them in use. Zhu et al. 2024,
     arXiv:2411.02038. Looking up goes through the layer (the authors' code forgets it in `get_codebook_entry`).
-    With the rotation gradient it can lose its codebook (lucidrains/vector-quantize-pytorch#177), and with many
-    dimensions too, where few random codes lie near what an encoder says at first: with 32 numbers a code, 10 of 1,024
-    were left (experiments/benchmarks/quantizers.py). Hence 8, as of vq.
+    The codebook can collapse with the rotation gradient (lucidrains/vector-quantize-pytorch#177), and also with many
+    dimensions, because few random codes lie near the encoder's first outputs: with 32 numbers a code, 10 of 1,024 were
+    left (experiments/benchmarks/quantizers.py). Hence 8, as of vq.
     """
 
     def __init__(
