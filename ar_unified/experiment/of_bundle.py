@@ -23,7 +23,8 @@ from ar_unified.errors import UserError, about
 from ar_unified.experiment import facts, likelihood, objective, settings
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.language.grammar import Grammar
-from ar_unified.model.transformer import Params, abstract_params, is_vector
+from ar_unified.model.dtypes import is_vector
+from ar_unified.model.transformer import Params, abstract_params
 from ar_unified.parallel import rules, zigzag
 from ar_unified.sampling import weights
 from ar_unified.training.loop import held_out_scores
