@@ -62,7 +62,7 @@ def test_an_experiment_goes_by_its_name(tmp_path, monkeypatch, capsys):
     assert experiment_file("mine/other.py:x") == "mine/other.py:x", "the loader says that it is not there"
     with pytest.raises(SystemExit):
         main(["plan", "--config", "shpaes", "--target", "v5p:2x2x1"])
-    assert "expected a file, or one of dpo, easy_vqa, edit, emoji, folder," in capsys.readouterr().err
+    assert "expected a file, or one of apart, dpo, easy_vqa, edit, emoji, folder," in capsys.readouterr().err
 
 
 @pytest.mark.slow

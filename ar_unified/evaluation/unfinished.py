@@ -41,7 +41,7 @@ class Unfinished:
         self.output, self.done = Path(output), 0
         self.folder = self.output.with_name(f"{self.output.name}.unfinished")
         if self.output.exists():
-            raise UserError(f"{output}: is there already; nothing is written over: name another --output, or delete it")
+            raise UserError(f"{output}: exists, and no file is overwritten: name another --output, or delete it")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._file = open(self.folder / _LINES, "a+b", buffering=0)  # closed in __exit__
         try:

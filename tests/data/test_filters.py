@@ -80,7 +80,7 @@ def test_the_report_counts_each_kind_with_an_example(root: Path, kit: Any, gramm
     found = report.sources[sources[0].name]
     assert found.skipped == {"filtered_duplicate": 3, "filtered_held_out": 1, "filtered_size": 1}
     assert found.documents == len(sources[0]) - 5
-    assert "captions.jsonl:13: filtered_duplicate: " in str(report) and "captions.jsonl:4 has" in str(report)
+    assert "captions.jsonl:13: filtered_duplicate: " in str(report) and "captions.jsonl:4 again" in str(report)
     assert f"{root}/test.jsonl:1 has" in found.first["filtered_held_out"]
 
 

@@ -226,7 +226,7 @@ def test_layers_in_time_are_kept_in_the_folder_and_come_back(tmp_path):
     with pytest.raises(ValueError, match="published.safetensors: the file was changed"):
         ImageTokenizer.load(tmp_path)
     file.unlink()
-    with pytest.raises(ValueError, match="expected published.safetensors, of which config.json tells"):
+    with pytest.raises(ValueError, match="expected published.safetensors, which config.json names"):
         ImageTokenizer.load(tmp_path)
     loaded.save(tmp_path)
     assert file.exists()

@@ -170,7 +170,7 @@ def _nothing_left(name: str, source: SourceReport) -> str:
     if not source.items:
         return f"source {name!r} has no items: fill it, or take it out of the config"
     cure = (
-        "raise config.data.max_tokens (and training.sequence_length)" if "too_long" in source.skipped else "mend them"
+        "raise config.data.max_tokens (and training.sequence_length)" if "too_long" in source.skipped else "repair them"
     )
     return (
         f"no documents are left of source {name!r}: {source.lost}. "
