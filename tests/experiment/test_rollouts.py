@@ -288,7 +288,9 @@ def test_the_experiment_takes_its_model_from_a_bundle(tmp_path):
     assert settings.policy(config).group_size * 8 == config.training.batch_size
     unseen = configs.load(str(ROOT / "experiments" / f"grpo.py:from={folder},unseen={tmp_path}"))
     check(unseen)
-    assert unseen.data.train[0].path == f"{tmp_path}/prompts.jsonl" and unseen.reward.mode == "image"
+    asked, known = unseen.data.train
+    assert asked.path == f"{tmp_path}/prompts.jsonl" and unseen.reward.mode == "image"
+    assert (known.name, known.split) == ("shapes/captions", "train") and asked.weight + known.weight == 1.0
     assert (ROOT / unseen.data.train[0].made_by.split()[1]).is_file()
     (tested,) = unseen.data.tests.unseen_combinations
     assert tested.name == "shapes/captions" and tested.split == "unseen_combinations"
