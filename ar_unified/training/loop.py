@@ -217,7 +217,7 @@ def fit(
             line = task.summary(meter.totals) | {"learning_rate": float(rate(taken - 1))}
             line |= meter.rates(task.unit, task.flops(meter.totals), peak) | device_memory() | clock.write(taken)
             telemetry.log(taken, line)
-            rows.append({"step": taken, "loss": line["loss"]})
+            rows.extend(losses_of([line | {"step": taken}]))
             telemetry.say(console_line(taken, config.steps, line, task.unit))
             found = {"task": f"{task.name}: {warning}"} if (warning := task.warning(line)) else {}
             if not alone:

@@ -220,7 +220,7 @@ def console_line(step: int, steps: int, values: Mapping[str, float], unit: str) 
     hours, minutes = divmod(left // 60, 60)
     parts = [
         f"step {step}/{steps}",
-        f"loss {values['loss']:.4f}",
+        f"loss {values['loss']:.4f}" if "loss" in values else "no loss",  # where no token of a batch is learned
         *([f"reward {values['reward']:.4f}"] if "reward" in values else ()),
         f"grad {values['grad_norm']:.3g}",
         f"{_short(values[rate])} {unit}/s" + (f" ({parted})" if len(kinds) > 1 else ""),

@@ -25,6 +25,7 @@ from ar_unified.model.lora import init as init_adapter
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.parallel.rules import place_batch
 from ar_unified.rewards.reward import RewardConfig, RewardFailed
+from ar_unified.training.optimizer import OptimizerConfig
 from ar_unified.training.policy import PolicyConfig, PolicyTask
 from ar_unified.training.step import gradients
 from tests import bundles
@@ -252,6 +253,20 @@ def test_the_policy_stops_and_so_does_a_reward_that_never_answers(params):
     skip(1, params)
     with pytest.raises(RewardFailed, match="In 3 drawings in a row"):
         skip(2, params)
+
+
+def test_a_training_without_any_reward_ends_with_the_parameters_it_began_with(params, tmp_path):
+    def broken(prompt, answer):
+        raise OSError("the server is gone")
+
+    lines = []
+    still = OptimizerConfig(learning_rate=3e-3, warmup_steps=0, weight_decay=0.0)
+    batch = rewarded.rollouts(reward=broken)
+    found = rewarded.run(tmp_path, batch, steps=2, optimizer=still, logger=lines.append)
+    same_bits(found, jax.device_get(params))
+    said = [line for line in lines if line.startswith("step ")]
+    assert len(said) == 2 and all("no loss" in line for line in said)
+    assert all("loss" not in row and row["groups/failed"] == 1 for row in read_metrics(tmp_path / "metrics.jsonl"))
 
 
 def test_groups_without_signal_are_told_and_others_are_drawn_for_them(params):
