@@ -47,7 +47,8 @@ jax.devices()  # else a verb that plans for more devices would be given them, an
 # Files whose slow tests take longest, the longest first (docs/ci_time.md). Where a file's tests go to one worker, what
 # is long is begun first: else one worker has nothing to do while the other ends.
 LONG = (
-    "training/test_tokenizer_task", "storage/test_workdir", "interop/test_parity", "training/test_loop", "test_wheel",
+    "training/test_tokenizer_task", "cli/test_pages", "storage/test_workdir", "interop/test_parity",
+    "training/test_loop", "test_wheel",
     "training/test_step", "model/test_on_tpu", "experiment/test_rollouts", "cli/test_changed_run",
     "parallel/test_processes", "cli/test_run", "model/test_transformer", "sampling/test_window",
     "cli/test_brought_tokenizer", "planning/test_decoding_on_tpu", "test_check_gpu", "cli/test_export",
