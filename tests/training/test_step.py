@@ -110,7 +110,7 @@ def test_packed_rows_through_the_kernel_train_like_documents_alone():
     expected = loss_and_gradients(params, *ONE, batch=alone, **WIDE, attention="reference")[:2]
     packed = loss_and_gradients(params, *ONE, batch=batch, **WIDE, attention="tpu_interpret")[:2]
     close(packed, expected, 1e-5)
-    for shape in (dict(data=2, tensor=4), dict(fsdp=2, tensor=2, context=2)):
+    for shape in (dict(data=8), dict(data=2, tensor=4), dict(fsdp=2, tensor=2, context=2)):
         close(loss_and_gradients(params, shape, batch=batch, **WIDE, attention="tpu_interpret")[:2], expected, 1e-5)
     ring = loss_and_gradients(
         params, dict(context=4), 4, batch=batch, **WIDE, attention="tpu_interpret", context="ring"
