@@ -7,8 +7,8 @@ BUNDLE: an export of experiments/shapes.py, here checkpoint 500 of its 3,200 ste
 that eight others shared: `train` took 13 min 20 s (2 min 47 s of CPU) where data and reference were there already; they
 took about 4 minutes before. Scored on 200 captions and 200 questions of the embedded validation, before and after:
 text_to_image_exact 0.535 -> 0.815, image_to_text_exact 0.64 -> 0.72. Held-out pairs the right way round: 0.91 (pictures
-0.97, answers 0.79). With half the learning rate and 150 steps: 0.69 and 0.73. The SFT term alone does as well or better,
-and DPO without it spoils the model: docs/preference_tuning.md.
+0.97, answers 0.79). With half the learning rate and 150 steps: 0.69 and 0.73. The SFT term alone does as well or
+better, and DPO without it spoils the model: docs/preference_tuning.md.
 """
 
 from ml_collections import ConfigDict
