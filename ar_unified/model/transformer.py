@@ -140,7 +140,7 @@ def init(config: TransformerConfig, key: jax.Array) -> Params:
 
     identity = 1.0 - config.norm_offset
     layer_attention: Params = {
-        "norm": jnp.full((L, D), identity),
+        "norm": jnp.full((L, D), identity, jnp.float32),
         "query": normal(L, D, N, H, fan_in=D),
         "key": normal(L, D, K, H, fan_in=D),
         "value": normal(L, D, K, H, fan_in=D),
@@ -156,7 +156,7 @@ def init(config: TransformerConfig, key: jax.Array) -> Params:
         biases = {"query_bias": N, "key_bias": K, "value_bias": K}
         layer_attention |= {name: jnp.zeros((L, heads, H)) for name, heads in biases.items()}
     layer_mlp = {
-        "norm": jnp.full((L, D), identity),
+        "norm": jnp.full((L, D), identity, jnp.float32),
         "gate": normal(L, D, F, fan_in=D),
         "up": normal(L, D, F, fan_in=D),
         "down": normal(L, F, D, fan_in=F * 2 * L),
@@ -164,7 +164,7 @@ def init(config: TransformerConfig, key: jax.Array) -> Params:
     params: Params = {
         "embedding": normal(V, D, fan_in=D if config.tie_embeddings else 1),
         "layers": {"attention": layer_attention, "mlp": layer_mlp},
-        "norm": jnp.full((D,), identity),
+        "norm": jnp.full((D,), identity, jnp.float32),
     }
     if not config.tie_embeddings:
         params["head"] = normal(V, D, fan_in=D)

@@ -16,7 +16,14 @@ from ar_unified.model import transformer
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.parallel.rules import place_batch, shardings
 from ar_unified.training.optimizer import OptimizerConfig, make_optimizer
-from ar_unified.training.step import TrainState, abstract_state, gradients, make_train_step, split_microbatches
+from ar_unified.training.step import (
+    TrainState,
+    abstract_state,
+    gradients,
+    make_state,
+    make_train_step,
+    split_microbatches,
+)
 from ar_unified.training.tasks import TransformerTask
 from tests.training import tiny
 
@@ -272,3 +279,11 @@ def test_flops_of_one_document_are_the_textbook_formula():
     matmul = 2 * per_layer + 32 * c.vocab_size
     flops = task.flops({"tokens": T, "attended": T * (T + 1) / 2})
     assert flops == 6 * matmul * T + 12 * 2 * 32 * T * (T + 1) / 2
+
+
+def test_a_fresh_state_has_the_types_of_a_step_s_so_that_one_program_does_for_both() -> None:
+    """A number of a weak type, as of `jnp.full(shape, 1.0)`, comes back as one of a firm type: another program."""
+    task, tx = tiny.task(), make_optimizer(OptimizerConfig(warmup_steps=2), 10)
+    state = jax.eval_shape(lambda: make_state(task, tx, 0))
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    assert not [jax.tree_util.keystr(path) for path, leaf in leaves if leaf.weak_type]

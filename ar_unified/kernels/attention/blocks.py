@@ -72,9 +72,10 @@ _TPU = [
     Row("cpu", None, None, Tile(128, 128, heads=4), "the smallest that TPU kernels take, to interpret in tests"),
 ]
 
-# ---- Hopper. No run on a GPU has produced any of these yet: they are published tilings where those exist, cut down to
-# what `make check-hopper` compiles without a register spill and within 227 KiB of shared memory.
-FA3_TILE = "FlashAttention-3's tile for causal rows (its SM90_BLOCK_SIZE_TUNING.md), not timed here"
+# ---- Hopper. None of these was chosen by timing others beside it: they are published tilings where those exist, cut
+# down to what `make check-hopper` compiles without a register spill and within 227 KiB of shared memory. Those of heads
+# of 128 have run on an H200 (docs/benchmarks.md).
+FA3_TILE = "FlashAttention-3's tile for causal rows (its SM90_BLOCK_SIZE_TUNING.md)"
 FITS_HOPPER = "fits registers and shared memory (make check-hopper), not timed here"
 
 _HOPPER = [

@@ -14,9 +14,9 @@ it leaves is the next one's; --seconds changes all shares alike.
 Where there is no H100 or H200, everything runs on the CPU in tiny shapes and with XLA in our kernels' place, into
 .cache/check_gpu: that shows that the check works, and nothing else. Exit status 1: a case was wrong or a check failed.
 
-No run on a GPU has been recorded yet. What to hold attention against, H100 SXM, TFLOP/s causal forward at 4k / 8k /
-16k (tokamax's recorded autotuning data): cuDNN 595 / 629 / 645, tokamax Mosaic GPU 568 / 620 / 636; backward, tokamax
-408 / 438 / 452.
+What the first run found: docs/benchmarks.md. What to hold attention against, H100 SXM, TFLOP/s causal forward at 4k /
+8k / 16k (tokamax's recorded autotuning data): cuDNN 595 / 629 / 645, tokamax Mosaic GPU 568 / 620 / 636; backward,
+tokamax 408 / 438 / 452.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -36,7 +37,7 @@ from experiments.benchmarks.gpu.sizes import SIZES
 
 ROOT = Path(__file__).resolve().parents[3]
 # Seconds of each stage, in the order in which they run.
-STAGES = {"parity": 150.0, "attention": 120.0, "decode": 40.0, "training": 90.0, "sampling": 70.0}
+STAGES = {"parity": 90.0, "attention": 110.0, "decode": 20.0, "training": 120.0, "sampling": 140.0}
 _GRACE = 20.0  # seconds for a check that is at work when its stage's time is up
 _BEGIN, _RESULT = "begin ", "result "
 
@@ -125,6 +126,7 @@ def work(stage: str, first: int, size: str, until: float) -> int:
         try:
             found = check()
         except Exception as error:  # the other checks are still worth having
+            traceback.print_exc()
             found = dict(failed={"ours": f"{type(error).__name__}: {error}"[:500]})
         result = dict(stage=stage, name=name) | found | dict(clocks=before, seconds=round(time.time() - began, 1))
         print(_RESULT + json.dumps(result), flush=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -24,31 +27,57 @@ def checks(size: Size) -> list[Check]:
     """Every case of the kernels' tests that a GPU can run, against the reference."""
     # Caches whose slots TMA cannot copy are XLA's on a GPU too.
     decode = {f"decode: {name}": case for name, case in (DECODE_CASES | HOPPER_CASES).items() if case.S % 8 == 0}
-    found = [(name, functools.partial(_check, _attention, case, size.backend)) for name, case in CASES.items()]
-    return found + [(name, functools.partial(_check, _decode, case, size.backend)) for name, case in decode.items()]
+    cases = [(name, case, _attention, _attention_programs) for name, case in CASES.items()]
+    cases += [(name, case, _decode, _decode_programs) for name, case in decode.items()]
+    ahead = _Ahead([functools.partial(programs, case, size.backend) for _, case, _, programs in cases])
+    return [
+        (name, functools.partial(_check, errors_of, case, functools.partial(ahead, number)))
+        for number, (name, case, errors_of, _) in enumerate(cases)
+    ]
 
 
-def _check(errors_of: Any, case: Any, backend: str) -> dict[str, Any]:
-    errors = errors_of(case, backend)
+class _Ahead:
+    """Makes programs on all cores, those of the next cases while one is checked: one core compiles a case in 18 s."""
+
+    def __init__(self, makers: list[Callable[[], Any]]):
+        self.makers, self.futures, self.cores = makers, dict[int, Future](), os.cpu_count() or 1
+        self.pool = ThreadPoolExecutor(self.cores)
+
+    def __call__(self, number: int) -> Any:
+        """What maker `number` makes; the first call begins there, so that cases that ended a process stay out."""
+        for each in range(number, min(number + self.cores, len(self.makers))):
+            if each not in self.futures:
+                self.futures[each] = self.pool.submit(self.makers[each])
+        return self.futures[number].result()
+
+
+def _check(errors_of: Callable, case: Any, programs: Callable[[], Any]) -> dict[str, Any]:
+    errors = errors_of(case, *programs())
     figures = {what: f"{error:.1e}" for what, error in errors.items()}
     return dict(wrong=not max(errors.values()) <= TOLERANCE, figures=figures)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _outputs_and_gradients(case: Case, backend: str, q, k, v, bar, doc_start) -> dict[str, jax.Array]:
-    def run(q, k, v):
-        return attention(q, k, v, doc_start=doc_start, return_lse=True, backend=backend, **case.options)
+def _attention_programs(case: Case, backend: str) -> list[Callable]:
+    """Outputs and gradients of a case, compiled: of the kernel in bfloat16, and of the reference in float32."""
 
-    (out, lse), pull = jax.vjp(run, q, k, v)
-    return dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *pull((bar, jnp.zeros_like(lse)))), strict=True))
+    def outputs_and_gradients(backend: str, q, k, v, bar, doc_start) -> dict[str, jax.Array]:
+        def run(q, k, v):
+            return attention(q, k, v, doc_start=doc_start, return_lse=True, backend=backend, **case.options)
+
+        (out, lse), pull = jax.vjp(run, q, k, v)
+        return dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *pull((bar, jnp.zeros_like(lse)))), strict=True))
+
+    arrays = [*case.arrays(jnp.bfloat16), jnp.asarray(case.doc_start)]
+    return [
+        jax.jit(functools.partial(outputs_and_gradients, name)).lower(*_in(dtype, arrays)).compile()
+        for name, dtype in ((backend, jnp.bfloat16), ("reference", jnp.float32))
+    ]
 
 
-def _attention(case: Case, backend: str) -> dict[str, float]:
+def _attention(case: Case, ours: Callable, reference: Callable) -> dict[str, float]:
     """Relative error of each result in bfloat16 against the reference in float32; inf where padding is not exact."""
-    arrays = case.arrays(jnp.bfloat16)
-    doc_start = jnp.asarray(case.doc_start)
-    found = _outputs_and_gradients(case, backend, *arrays, doc_start)
-    expected = _outputs_and_gradients(case, "reference", *(x.astype(jnp.float32) for x in arrays), doc_start)
+    arrays = [*case.arrays(jnp.bfloat16), jnp.asarray(case.doc_start)]
+    found, expected = ours(*arrays), reference(*_in(jnp.float32, arrays))
     padding = case.doc_start == case.T
     errors = {}
     for what, value in found.items():
@@ -61,12 +90,21 @@ def _attention(case: Case, backend: str) -> dict[str, float]:
     return errors
 
 
-def _decode(case: DecodeCase, backend: str) -> dict[str, float]:
+def _decode_programs(case: DecodeCase, backend: str) -> list[Callable]:
+    """A step of decode attention, compiled: of the kernel, and of the reference on the same numbers in float32."""
+    arrays = case.arrays(jnp.bfloat16)
+    return [
+        jax.jit(functools.partial(decode_attention, return_lse=True, backend=name, **case.options))
+        .lower(**given)
+        .compile()
+        for name, given in ((backend, arrays), ("reference", _in(jnp.float32, arrays)))
+    ]
+
+
+def _decode(case: DecodeCase, ours: Callable, reference: Callable) -> dict[str, float]:
     """The same of decode attention, against the reference on the numbers that the case has in bfloat16."""
     arrays = case.arrays(jnp.bfloat16)
-    wide = {name: x.astype(np.float32) if x.dtype == jnp.bfloat16 else x for name, x in arrays.items()}
-    step = functools.partial(decode_attention, return_lse=True, **case.options)
-    found, expected = step(**arrays, backend=backend), step(**wide, backend="reference")
+    found, expected = ours(**arrays), reference(**_in(jnp.float32, arrays))
     empty, errors = np.array(case.lengths) == 0, {}
     for what, value, right in zip(("out", "lse"), found, expected, strict=True):
         value, right = np.asarray(value, np.float64), np.asarray(right, np.float64)
@@ -74,3 +112,8 @@ def _decode(case: DecodeCase, backend: str) -> dict[str, float]:
         error = np.linalg.norm(value[~empty] - right[~empty]) / max(np.linalg.norm(right[~empty]), 1e-30)
         errors[what] = float(error) if exact and np.isfinite(value[~empty]).all() else float("inf")
     return errors
+
+
+def _in(dtype: Any, arrays: Any) -> Any:
+    """The arrays, those in bfloat16 in another dtype."""
+    return jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.bfloat16 else x, arrays)

@@ -50,6 +50,8 @@ SIZES = {
             "7B's shape, 8 of 32 layers, packed": ("chameleon_7b", 8, 8, 4096, "attention"),
             "1B, packed": ("1b", None, 8, 4096, "attention"),
             "8B's shape with grouped heads, 8 of 32 layers": ("emu3_8b", 8, 4, 8192, "full"),
+            "7B's shape, norms and activations made again": ("chameleon_7b", 8, 8, 4096, "dots"),
+            "7B's shape, nothing made again": ("chameleon_7b", 8, 8, 4096, "none"),
         },
         preset="chameleon_7b",
         layers=None,
