@@ -40,6 +40,7 @@ _SCATTER = {
 # By the name of parallel/hardware.py. Of kinds that are not here the compiler's own choice stands.
 OPTIONS: dict[str, dict[str, str]] = dict.fromkeys(("v4", "v5e", "v5p", "v6e", "tpu7x"), _OVERLAP | _SCATTER)
 
+_BOOLEANS = {"true": "True", "false": "False"}
 _UNKNOWN = re.compile(r"No such compile option: '([^']*)'")
 
 
@@ -55,6 +56,8 @@ def compiler_options(mesh: Mesh, own: Sequence[str] = ()) -> dict[str, str]:
     device = mesh.devices.flat[0]
     hardware = of_kind(device.device_kind)
     chosen = dict(each.removeprefix("--").split("=", 1) for each in own)
+    if device.platform != "tpu":  # XLA_FLAGS and libtpu take true and false; as a compile option XLA takes these alone
+        chosen = {name: _BOOLEANS.get(value, value) for name, value in chosen.items()}
     set_already = re.findall(r"--([^\s=]+)", os.environ.get("LIBTPU_INIT_ARGS", ""))
     ours = dict(OPTIONS.get(hardware.name, {}) if hardware else {})
     ours = {name: value for name, value in ours.items() if name not in {*set_already, *chosen}}

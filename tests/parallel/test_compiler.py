@@ -34,6 +34,11 @@ def test_a_device_without_options_gets_the_users_alone(mesh):
     assert compiler.compiler_options(mesh, [f"--{LEVEL}=1"]) == {LEVEL: "1"}
 
 
+def test_true_and_false_are_written_as_in_xla_flags(mesh):
+    found = compiler.compiler_options(mesh, ["xla_cpu_enable_fast_math=false"])
+    jax.jit(lambda x: x + 1).lower(1.0).compile(compiler_options=found)
+
+
 def test_the_users_option_stands_above_ours_and_so_does_the_environment(mesh, as_v5p, monkeypatch):
     as_v5p(**{LEVEL: "0"})
     assert compiler.compiler_options(mesh) == {LEVEL: "0"}

@@ -5,6 +5,7 @@
     decode      bytes a second of one step of attention over a cache in bfloat16 and int8: ours, cuDNN, XLA
     training    steps of a 1B model and of layers of a 7B's shape: tokens a second, MFU, peak memory
     sampling    images a second of a 7B shape with guidance
+    rings       decode attention with other sizes of its ring
 
 Each stage runs in a process of its own, and again from the next check where a check ends the process: a kernel that
 fails takes all that follows in its process with it. Every result is written as it comes, one JSON object a line, into
@@ -37,7 +38,7 @@ from experiments.benchmarks.gpu.sizes import SIZES
 
 ROOT = Path(__file__).resolve().parents[3]
 # Seconds of each stage, in the order in which they run.
-STAGES = {"parity": 90.0, "attention": 110.0, "decode": 20.0, "training": 120.0, "sampling": 140.0}
+STAGES = {"parity": 80.0, "attention": 120.0, "decode": 20.0, "training": 120.0, "sampling": 110.0, "rings": 30.0}
 _GRACE = 20.0  # seconds for a check that is at work when its stage's time is up
 _BEGIN, _RESULT = "begin ", "result "
 

@@ -26,23 +26,28 @@ def checks(size: Size) -> list[Check]:
     for T in size.lengths:
         for N, K in size.heads:
             more = {"stock_pallas": _stock_pallas} if N == K else {}
-            found += _both(size, f"dense T={T} N={N} K={K}", T, N, K, T, peers | more)
+            found += _both(size, f"dense T={T} N={N} K={K}", T, N, K, size.head_dim, T, peers | more)
+    T = size.lengths[1]
+    for N, K, H in size.more_heads:
+        found += _both(size, f"dense T={T} N={N} K={K} H={H}", T, N, K, H, T, peers)
     row = 8 * size.document
     for N, K in size.heads:
-        found += _both(size, f"packed T={row} N={N} K={K}", row, N, K, size.document, peers)
+        found += _both(size, f"packed T={row} N={N} K={K}", row, N, K, size.head_dim, size.document, peers)
     # The shortest dense rows, then the packed ones: what says most comes first.
     return sorted(found, key=lambda check: (f"dense T={size.lengths[0]} " not in check[0], "dense" in check[0]))
 
 
-def _both(size: Size, name: str, T: int, N: int, K: int, document: int, contenders: dict[str, Callable]) -> list[Check]:
+def _both(
+    size: Size, name: str, T: int, N: int, K: int, H: int, document: int, contenders: dict[str, Callable]
+) -> list[Check]:
     B = max(size.tokens // T, 1)
-    flops = 0.5 * 4 * B * N * T * document * size.head_dim
+    flops = 0.5 * 4 * B * N * T * document * H
     found = []
     for what, wrap, factor in (("forward", _forward, 1.0), ("forward+backward", _forward_and_backward, 3.5)):
         row = Row(
             factor * flops,
             "TFLOP/s",
-            functools.partial(_arrays, B, T, N, K, size.head_dim, document),
+            functools.partial(_arrays, B, T, N, K, H, document),
             {who: jax.jit(wrap(function)) for who, function in contenders.items()},
         )
         found.append((f"{name} {what}", functools.partial(row.measure, size.repeats)))

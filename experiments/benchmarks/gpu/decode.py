@@ -15,21 +15,24 @@ from experiments.benchmarks.gpu.sizes import Size
 
 def checks(size: Size) -> list[Check]:
     """Bytes a second of one step over a cache, in bfloat16 and int8, ours beside peers."""
+    contenders: dict[str, Callable] = {"ours": _by(size.backend), "xla": _by("xla")}
+    found: list[Check] = []
+    for narrow, more in ((False, {"cudnn": jax.jit(_cudnn)}), (True, {})):
+        name, work = named(size, narrow)
+        row = Row(work, "GB/s", functools.partial(arrays, size, narrow), contenders | more)
+        found.append((name, functools.partial(row.measure, size.repeats)))
+    return found
+
+
+def named(size: Size, int8: bool) -> tuple[str, float]:
+    """What is decoded, in words, and the bytes of its live slots."""
     B, N, K, S, live = size.decode
-    slots, name = 2 * B * K * live, f"decode B={B} live={live} of {S} N={N} K={K}"
-    ours, xla = _by(size.backend), _by("xla")
-    wide = Row(
-        slots * size.head_dim * 2.0, "GB/s", functools.partial(_arrays, size, False),
-        {"ours": ours, "cudnn": jax.jit(_cudnn), "xla": xla},
-    )  # fmt: skip
-    narrow = Row(
-        slots * (size.head_dim + 4.0), "GB/s", functools.partial(_arrays, size, True), {"ours": ours, "xla": xla}
-    )
-    rows = {f"{name} bfloat16": wide, f"{name} int8": narrow}
-    return [(name, functools.partial(row.measure, size.repeats)) for name, row in rows.items()]
+    name = f"decode B={B} live={live} of {S} N={N} K={K} {'int8' if int8 else 'bfloat16'}"
+    return name, 2 * B * K * live * (size.head_dim + 4.0 if int8 else 2.0 * size.head_dim)
 
 
-def _arrays(size: Size, int8: bool) -> tuple:
+def arrays(size: Size, int8: bool) -> tuple:
+    """q, k, v, lengths, k_scale, v_scale of random numbers; without int8 the scales are None."""
     B, N, K, S, live = size.decode
     H = size.head_dim
     keys, shapes = jax.random.split(jax.random.key(0), 3), ((B, N, H), (B, K, S, H), (B, K, S, H))

@@ -13,9 +13,10 @@ class Size:
       repeats: how often each contender is timed, in turns.
       head_dim, tokens, lengths, document: of attention: of a head; of a batch; of dense rows; of a packed document,
         eight of which make a row.
-      heads: query heads and KV heads, pairs.
+      heads: query heads and KV heads, pairs. more_heads: with their head dim, at the second length alone.
       decode: rows, query heads, KV heads, slots, live slots.
-      training: by name: preset, layers (None: the preset's), rows, tokens of a row, remat.
+      rings: of decode attention, tried beside each other: KiB of keys and values on their way, thread blocks an SM.
+      training: by name: preset, layers (None: all of the preset), rows, tokens of a row, remat, compiler options.
       preset, layers, vocabulary, grid, batches: of sampling: model, layers, ids of text and codes, codes a side,
         images drawn at once.
     """
@@ -27,8 +28,10 @@ class Size:
     lengths: tuple[int, ...]
     document: int
     heads: tuple[tuple[int, int], ...]
+    more_heads: tuple[tuple[int, int, int], ...]
     decode: tuple[int, int, int, int, int]
-    training: dict[str, tuple[str, int | None, int, int, str]]
+    rings: tuple[tuple[int, int], ...]
+    training: dict[str, tuple[str, int | None, int, int, str, list[str]]]
     preset: str
     layers: int | None
     vocabulary: tuple[int, int]
@@ -45,13 +48,22 @@ SIZES = {
         lengths=(4096, 8192, 32768),
         document=1024,
         heads=((16, 16), (32, 8)),
+        more_heads=((32, 32, 64), (8, 8, 256)),
         decode=(32, 32, 8, 8192, 4096),
+        rings=((64, 4), (32, 4), (32, 6), (48, 6), (64, 8)),
         training={
-            "7B's shape, 8 of 32 layers, packed": ("chameleon_7b", 8, 8, 4096, "attention"),
-            "1B, packed": ("1b", None, 8, 4096, "attention"),
-            "8B's shape with grouped heads, 8 of 32 layers": ("emu3_8b", 8, 4, 8192, "full"),
-            "7B's shape, norms and activations made again": ("chameleon_7b", 8, 8, 4096, "dots"),
-            "7B's shape, nothing made again": ("chameleon_7b", 8, 8, 4096, "none"),
+            "7B's shape, 8 of 32 layers, packed": ("chameleon_7b", 8, 8, 4096, "attention", []),
+            "1B, packed": ("1b", None, 8, 4096, "attention", []),
+            "8B's shape with grouped heads, 8 of 32 layers": ("emu3_8b", 8, 4, 8192, "full", []),
+            "7B's shape, nothing made again": ("chameleon_7b", 8, 8, 4096, "none", []),
+            "7B's shape, nothing made again, cuBLAS alone": (
+                "chameleon_7b",
+                8,
+                8,
+                4096,
+                "none",
+                ["xla_gpu_enable_triton_gemm=false"],
+            ),
         },
         preset="chameleon_7b",
         layers=None,
@@ -67,8 +79,13 @@ SIZES = {
         lengths=(256, 512),
         document=32,
         heads=((4, 4), (4, 2)),
+        more_heads=((2, 2, 128),),
         decode=(4, 8, 2, 256, 128),
-        training={"debug": ("debug", None, 2, 256, "attention"), "debug, full": ("debug", 1, 2, 128, "full")},
+        rings=((64, 4), (32, 4)),
+        training={
+            "debug": ("debug", None, 2, 256, "attention", []),
+            "debug, full": ("debug", 1, 2, 128, "full", ["xla_cpu_enable_fast_math=false"]),
+        },
         preset="debug",
         layers=None,
         vocabulary=(256, 64),

@@ -34,7 +34,14 @@ def checks(size: Size) -> list[Check]:
 
 
 def _measure(
-    vocabulary: Vocabulary, document: int, preset: str, layers: int | None, rows: int, T: int, remat: str
+    vocabulary: Vocabulary,
+    document: int,
+    preset: str,
+    layers: int | None,
+    rows: int,
+    T: int,
+    remat: str,
+    own_options: list[str],
 ) -> dict[str, Any]:
     config = config_from(preset, vocabulary.size, remat=remat)
     config = dataclasses.replace(config, n_layers=layers or config.n_layers)
@@ -42,7 +49,8 @@ def _measure(
     task = TransformerTask(config, vocabulary, lambda step, index=0, count=1: batch)
     tx, mesh = make_optimizer(OptimizerConfig(), 1000), make_mesh({}, jax.devices()[:1])
     placement = jax.tree.map(lambda x: x.sharding, abstract_state(task, tx, mesh))
-    step = make_train_step(task, tx, mesh, seed=0, clip_norm=1.0, compiler_options=compiler_options(mesh))
+    options = compiler_options(mesh, own_options)
+    step = make_train_step(task, tx, mesh, seed=0, clip_norm=1.0, compiler_options=options)
     meter, seconds = Meter(), []
     with jax.set_mesh(mesh):
         state = jax.jit(lambda: make_state(task, tx, 0), out_shardings=placement)()
@@ -66,6 +74,7 @@ def _measure(
     return dict(
         figures=figures, mfu=mfu, step_seconds=seconds, loss=loss, wrong=not np.isfinite(loss),
         rows=rows, sequence_length=T, remat=remat, layers=config.n_layers, preset=preset,
+        compiler_options=options,
     )  # fmt: skip
 
 
