@@ -77,12 +77,14 @@ mutate: setup  ## makes mistakes one by one and asks the quick tests; writes doc
 
 environments: setup libtpu $(INTEROP)/.installed $(PY312)/.installed $(DOCS)/.installed
 
-# torch is not for the environment that users have; lmms_eval's requirements are 5 GB, of which its base class needs none.
+# torch is not for the environment that users have. Two come without what they ask for: lmms_eval's requirements are 5 GB, of
+# which its base class needs none, and Apache Beam wants older releases than the pins, and works with these.
 $(INTEROP)/.installed: pyproject.toml $(wildcard requirements/*.txt)
 	$(PYTHON) -m venv $(INTEROP)
 	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check $$(test -f $(PINS) && echo "-c $(PINS)") \
 	    -r requirements/interop.txt -e ".[dev]"
-	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps lmms_eval==0.7.3
+	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps lmms_eval==0.7.3 \
+	    apache-beam==2.77.0
 	@touch $@
 
 PYTHON312 ?= $(shell for p in python3.12 python3 $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.12*/bin/python; do \

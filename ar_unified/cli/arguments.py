@@ -99,6 +99,16 @@ def _tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", choices=("text", "image"), help="train one of the two (both)")
 
 
+def _prepare(parser: argparse.ArgumentParser) -> None:
+    _experiment(parser)
+    parser.add_argument(
+        "--beam",
+        metavar="OPTIONS",
+        help="let an Apache Beam pipeline make the shards; OPTIONS are Beam's, in one word: "
+        '--beam="--runner=FlinkRunner --flink_master=HOST:8081"',
+    )
+
+
 def _train(parser: argparse.ArgumentParser) -> None:
     _experiment(parser)
     parser.add_argument(
@@ -387,7 +397,7 @@ _VERBS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "demo": _demo,
     "run": _experiment,
     "tokenizer": _tokenizer,
-    "prepare": _experiment,
+    "prepare": _prepare,
     "train": _train,
     "sample": _sample,
     "score": _score,

@@ -12,10 +12,10 @@ import argparse
 from collections.abc import Sequence
 
 from ar_unified.cli.evaluate import evaluate
-from ar_unified.cli.prepare import prepare
 from ar_unified.cli.sample import sample_held_out
 from ar_unified.cli.tokenizer import train_tokenizers
 from ar_unified.cli.train import train
+from ar_unified.experiment.data import prepare
 from ar_unified.experiment.start import open_experiment
 from ar_unified.experiment.tokenizer_evaluation import evaluate_held_out
 

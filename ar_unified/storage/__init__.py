@@ -41,8 +41,12 @@ def mirrored(url: str, *, lazy: re.Pattern[str], kept: re.Pattern[str]) -> Itera
     """A folder of a store as a local folder with its content (`mirror.Mirror`). Once it is closed, all of it is in the
     store.
 
-    Raises UserError for a URL that names no folder; StoreRefused, StoreFailed.
+    Inside another such context of this process, for the same folder, it is that one's. Raises UserError for a URL that
+    names no folder; StoreRefused, StoreFailed.
     """
+    if (open_already := next((each for each in _mirrors if each.url == url.rstrip("/")), None)) is not None:
+        yield open_already.root
+        return
     mirror = Mirror(url, lazy=lazy, kept=kept)
     _mirrors.append(mirror)
     files.when_whole.append(tell)

@@ -7,7 +7,7 @@ with the missing shards, any number of processes can share the work (`claims`), 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,7 @@ def prepare(
     show_progress: bool = True,
     tokenizers: Tokenizers | None = None,
     team: Team | None = None,
+    elsewhere: Callable[[Sequence[str]], object] | None = None,
 ) -> Report:
     """Writes every source's documents as tokens under `folder` (see `shards`), or continues, or finds it done.
 
@@ -129,6 +130,8 @@ def prepare(
         tokenizers: replicas of the image tokenizer, one a device, with the codes that earlier runs have kept; None: the
             tokenizer alone.
         team: the processes that share the work; None: this one alone.
+        elsewhere: called with the names of the shards that are not there yet, which other processes then make with
+            `shard_maker`. Those that it leaves undone are made here.
 
     Raises:
         NothingLeft: no document is left of a source; what was written is removed.
@@ -138,12 +141,11 @@ def prepare(
     folder, team = Path(folder), team or Team()
     resize = resize or default_resize(grammar.layout, image_tokenizer)
     _check_tokenizer(grammar, image_tokenizer)
-    settings = dict(max_tokens=max_tokens, resize=asdict(resize), batch_size=batch_size, shard_items=shard_items)
-    plan = _plan(sources, grammar, settings)
+    plan = _plan(sources, grammar, _settings(max_tokens, resize, batch_size, shard_items))
     _same_plan(folder, plan)
     if storage.exists(folder / "manifest.json"):
         return load_report(folder)
-    if team.processes == 1:
+    if team.processes == 1 and elsewhere is None:
         workdir.clean(folder)
     workdir.write_json(folder / "plan.json", plan)
 
@@ -151,6 +153,9 @@ def prepare(
     claims = Claims(folder / CLAIMS, team)
     tokenizers = tokenizers or Tokenizers([image_tokenizer])
     maker = ShardMaker(grammar, tokenizers, resize, batch_size, max_tokens, workers)
+    if elsewhere and (missing := [name for name, piece in pieces.items() if not storage.exists(piece.path)]):
+        elsewhere(missing)
+        workdir.clean(folder)
     with Progress(pieces.values(), tokenizers, show_progress) as shown:
         claims.work(
             list(pieces),
@@ -164,6 +169,41 @@ def prepare(
     )
     claims.clear()
     return load_report(folder)
+
+
+def shard_maker(
+    sources: Sequence[Source],
+    grammar: Grammar,
+    folder: str | Path,
+    tokenizers: Tokenizers,
+    *,
+    max_tokens: int,
+    resize: Resize,
+    batch_size: int = 64,
+    shard_items: int = 8192,
+    workers: int = 2,
+) -> Callable[[str], None]:
+    """A function that makes the shard of a name, for `prepare`'s `elsewhere`; arguments as there.
+
+    It does nothing where the shard is there. Raises ManifestMismatch, StageMismatch: `prepare` has begun the folder
+    with something else.
+    """
+    folder = Path(folder)
+    plan = _plan(sources, grammar, _settings(max_tokens, resize, batch_size, shard_items))
+    _same_plan(folder, plan)
+    pieces = _pieces(sources, plan["sources"], folder, shard_items)
+    maker, claims = ShardMaker(grammar, tokenizers, resize, batch_size, max_tokens, workers), Claims(folder, Team())
+
+    def make(name: str) -> None:
+        if not storage.exists(pieces[name].path):
+            with Progress([pieces[name]], tokenizers, False) as unseen:
+                maker.make(pieces[name], claims, unseen)
+
+    return make
+
+
+def _settings(max_tokens: int, resize: Resize, batch_size: int, shard_items: int) -> dict[str, Any]:
+    return dict(max_tokens=max_tokens, resize=asdict(resize), batch_size=batch_size, shard_items=shard_items)
 
 
 def _nothing_left(name: str, source: SourceReport) -> str:

@@ -1,0 +1,62 @@
+"""Shards as the elements of an Apache Beam pipeline: for many hosts without accelerators (Dataflow, Flink, Spark) that
+are not started together as the processes of a job.
+
+A shard depends on nothing but its items, so the elements are names of shards. A shard that is made twice, because the
+runner tried again, has the same bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import shlex
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ar_unified.errors import RunError, UserError
+
+Opener = Callable[[], Callable[[str], object]]
+_one_at_a_time = threading.Lock()  # of a process: a shard is made in full batches, by an image tokenizer that is shared
+
+
+def run(names: Sequence[str], opener: Opener, options: str) -> None:
+    """Calls what `opener` returns with each of `names` at least once, on the workers of a pipeline; returns at its end.
+
+    Args:
+        opener: hashable, and it travels to the workers by pickle. Each process of a worker calls it once.
+        options: Beam's own, as on its command line: "--runner=FlinkRunner --flink_master=...".
+
+    Raises:
+        UserError: Beam is not installed, or cannot use the options.
+        RunError: the pipeline failed; the message ends with what a worker said last.
+    """
+    try:
+        beam: Any = importlib.import_module("apache_beam")
+        settings: Any = importlib.import_module("apache_beam.options.pipeline_options")
+    except ImportError as error:
+        raise UserError(f"--beam needs Apache Beam ({error}): pip install 'ar_unified[beam]'") from error
+    try:
+        pipeline = beam.Pipeline(options=settings.PipelineOptions(shlex.split(options)))
+    except (ValueError, ImportError, SystemExit) as error:  # the last is argparse's, which has said why
+        raise UserError(f"--beam {options!r}: Apache Beam cannot use these options: {error}") from error
+    # Without `Reshuffle` a runner may join the steps into one, which a single worker does.
+    pipeline | beam.Create(list(names)) | beam.Reshuffle() | beam.Map(functools.partial(_make, opener))
+    try:
+        pipeline.run().wait_until_finish()
+    except (UserError, RunError):
+        raise
+    except Exception as error:  # each runner has its own class, and a worker's traceback as the message
+        said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise RunError(
+            f"the pipeline failed; shards that are made stay, and the same command makes the others: {said[-1]}"
+        ) from error
+
+
+def _make(opener: Opener, name: str) -> str:
+    with _one_at_a_time:
+        _opened(opener)(name)
+    return name
+
+
+_opened = functools.cache(lambda opener: opener())
