@@ -80,7 +80,8 @@ def _overview(validation: Validation) -> str:
 def _source(found: Found, sequence_length: int | None) -> str:
     looked = "" if found.looked == found.items else f"The first {found.looked:,} were looked at. "
     tasks = ", ".join(f"{count:,} {task.replace('_', ' ')}" for task, count in found.tasks.items()) or "no documents"
-    html = f'<p>{found.items:,} items. {looked}{escape(tasks)}, <span class="bad">{len(found.bad):,} bad</span>.</p>\n'
+    bad = f'<span class="bad">{len(found.bad):,} bad</span>' if found.bad else "none bad"
+    html = f"<p>{found.items:,} items. {looked}{escape(tasks)}, {bad}.</p>\n"
     if found.numbers:
         html += _percentiles(found.numbers)
     cards = []
