@@ -23,6 +23,7 @@ from experiments.benchmarks.gpu.measure import Check
 from experiments.benchmarks.gpu.sizes import Size
 
 WARM, STEPS = 2, 5
+CHUNK = 4096  # of the loss, as experiments/pretrain.py has it
 
 
 def checks(size: Size) -> list[Check]:
@@ -46,7 +47,7 @@ def _measure(
     config = config_from(preset, vocabulary.size, remat=remat)
     config = dataclasses.replace(config, n_layers=layers or config.n_layers)
     batch = _batch(vocabulary, rows, T, document)
-    task = TransformerTask(config, vocabulary, lambda step, index=0, count=1: batch)
+    task = TransformerTask(config, vocabulary, lambda step, index=0, count=1: batch, chunk=CHUNK)
     tx, mesh = make_optimizer(OptimizerConfig(), 1000), make_mesh({}, jax.devices()[:1])
     placement = jax.tree.map(lambda x: x.sharding, abstract_state(task, tx, mesh))
     options = compiler_options(mesh, own_options)
