@@ -6,6 +6,7 @@ import http.client
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,8 @@ class Store:
     def __init__(self) -> None:
         self.port = free_port()
         command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._said = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self._said)
         deadline = time.monotonic() + 60
         while self.ask("PUT", f"/{BUCKET}") != 200:
             assert time.monotonic() < deadline and self._process.poll() is None
@@ -46,8 +48,13 @@ class Store:
         return _NOBODY | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port or self.port}"}
 
     def close(self) -> None:
+        """Ends the server. If it has ended by itself, tests failed for that: what it said last is printed."""
+        if (status := self._process.poll()) is not None:
+            self._said.seek(max(self._said.seek(0, os.SEEK_END) - 4000, 0))
+            print(f"the store's server ended by itself, with status {status}: {self._said.read().decode()}", flush=True)
         self._process.kill()
         self._process.wait()
+        self._said.close()
 
 
 @contextmanager

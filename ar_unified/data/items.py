@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
-from ar_unified.language.document import Document
+import numpy as np
+
+from ar_unified.data.images import Resize
+from ar_unified.language.document import Document, ImagePart, Part
 
 
 class BadItem(Exception):
@@ -84,6 +88,47 @@ def _chunks(indices: Iterable[int], size: int) -> Iterator[list[int]]:
         yield chunk
 
 
+def resized(source: Source, resize: Resize) -> Source:
+    """The same items with their images resized, by whoever decodes them. An image that several items show is one array
+    still where the source hands it out as one.
+    """
+    early = getattr(source, "resized", None)
+    return early(resize) if early else _Resized(source, resize)
+
+
+class _Resized:
+    """A source of which images are resized when they are whole."""
+
+    def __init__(self, source: Source, resize: Resize):
+        self._source, self._resize = source, resize
+        self._last: deque[tuple[np.ndarray, ImagePart]] = deque(maxlen=4)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, i: int) -> Document:
+        return self._source[i].changed(self._part)
+
+    def fetch(self, indices: Sequence[int]) -> list[Callable[[], Document]]:
+        """See `fetched`."""
+        return [functools.partial(self._decoded, decode) for _, decode in fetched(self._source, indices)]
+
+    def _decoded(self, decode: Callable[[], Document]) -> Document:
+        return decode().changed(self._part)
+
+    def _part(self, part: Part) -> Part:
+        if not isinstance(part, ImagePart):
+            return part
+        known = next((small for given, small in tuple(self._last) if given is part.pixels), None)
+        if known is None:
+            known = ImagePart(self._resize(part.pixels))
+            self._last.append((part.pixels, known))
+        return known
+
+
 def language(source: Source, i: int) -> str:
     """The language that item i says it is in, "" where the source does not know of languages or this item's."""
     known = getattr(source, "language", None)
@@ -105,7 +150,8 @@ class Source(Protocol):
 
     A source that reads many items faster than one by one has two more methods: `fetch(indices)`, a list of calls that
     give the documents (see `fetched`), `fetch_texts(indices)`, for each what `texts` gives or the BadItem that it
-    raises. `together` is how many of them are best read at once.
+    raises. `together` is how many of them are best read at once. One that decodes images itself has `resized(resize)`,
+    the same source that resizes each as it decodes it (`resized`).
 
     Attributes:
         name: unique among the sources of a run; also names its folder of shards.

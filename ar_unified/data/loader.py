@@ -210,7 +210,7 @@ class PackedBatches:
     def _read(self, phase: Phase, source: int, epoch: int, chosen: np.ndarray) -> tuple[list[Encoded], np.ndarray]:
         """Ids and tasks of documents, after what this epoch draws for them (flips, dropped prompts)."""
         index = self.shards[source].facts(chosen)
-        documents, tasks = self.shards[source].read(chosen), index["task"].copy()
+        documents, tasks = self.shards[source].read(chosen, index["length"]), index["task"].copy()
         streams = (self.seed, self.names[source], epoch)
         flipped = index["pair"] & (uniform(key(*streams, "flip"), chosen) < phase.flip_pairs)
         tasks[flipped] = np.where(index["task"][flipped] == _TEXT_TO_IMAGE, _IMAGE_TO_TEXT, _TEXT_TO_IMAGE)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -69,3 +71,25 @@ def test_sigterm_to_one_stops_both_and_the_next_start_goes_on_and_trains(tmp_pat
     assert 0 < written < len(list((one / "data").rglob("*.array_record"))), "it was not stopped in the middle"
     codes, said = end(start("train", [*config, str(two)]))
     assert codes == [0, 0] and "step 2/2" in said[0], said
+
+
+def test_filters_on_two_leave_out_what_they_leave_out_on_one(tmp_path: Path) -> None:
+    """Process 0 compares all items, both leave out what it found: every tenth line says what an earlier one says."""
+    (tmp_path / "corpus").mkdir()
+    lines = [f"the red circle {i} stands left of the blue square {i * i} and smiles" for i in range(20_000)]
+    lines[9::10] = [line.upper() for line in lines[::10]]
+    (tmp_path / "corpus" / "a.txt").write_text("\n".join(lines))
+    (tmp_path / "config.py").write_text(CONFIG)
+    two, one = tmp_path / "two", tmp_path / "one"
+    config = ["--config", f"{tmp_path / 'config.py'}:{tmp_path / 'corpus'}", "--config.data.filters.held_out=True"]
+    config += ["--config.data.filters.duplicates=documents", "--config.data.filters.max_characters=70", "--workdir"]
+    assert main(["tokenizer", *config, str(two)]) == 0
+    shutil.copytree(two, one)
+    codes, said = end(start("prepare", [*config, str(two)]))
+    assert codes == [0, 0], said
+    assert main(["prepare", *config, str(one)]) == 0
+    found = shards(two)
+    assert found == shards(one) and "data/filters.json" in found
+    kinds = Counter(json.loads(row)["kind"] for row in found["data/train/skipped.jsonl"].splitlines())
+    assert kinds.keys() >= {"filtered_duplicate", "filtered_length"} and kinds["filtered_duplicate"] > 500, kinds
+    assert said[0].count("compare:") >= 1 and "compare:" not in said[1], "one of them compares"

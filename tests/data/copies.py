@@ -6,6 +6,7 @@ import base64
 import copy
 import gzip
 import io
+import itertools
 import json
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -23,9 +24,10 @@ Examples = Sequence[Mapping[str, Any]]  # of one kind; images are the bytes of f
 def folder(root: Path, file: str, examples: Examples) -> dict[str, Any]:
     """JSONL beside files of images."""
     (root / "images").mkdir(parents=True, exist_ok=True)
+    numbers = itertools.count()
 
     def put(data: bytes) -> str:
-        name = f"images/{len(list((root / 'images').iterdir()))}.png"
+        name = f"images/{next(numbers)}.png"
         (root / name).write_bytes(data)
         return name
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from ar_unified.data.images import to_png
 from ar_unified.data.items import texts_of
@@ -58,12 +60,55 @@ def test_the_same_documents_in_every_format(kind: str, tmp_path: Path, kit: Any,
     }
     if kind in FEATURES:
         specs["tfds"] = copies.dataset(tmp_path / "tfds", kind, FEATURES[kind], given)
+    require_the_same(specs, given, tmp_path / "out", grammar, kit, shard_items=50)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["captions", "docs"])
+def test_2000_documents_as_a_folder_parquet_tars_and_tfds(kind: str, tmp_path: Path, kit: Any, grammar: Any) -> None:
+    given = varied(kit, kind, 2000)
+    specs = {
+        "folder": copies.folder(tmp_path / "folder", kind, given),
+        "parquet": copies.parquet(tmp_path / "parquet", given, files=4, rows=100),
+        "webdataset": copies.webdataset(tmp_path / "tars", given, shards=20),
+        "tfds": copies.dataset(tmp_path / "tfds", kind, FEATURES[kind], given),
+    }
+    require_the_same(specs, given, tmp_path / "out", grammar, kit, shard_items=300)
+
+
+def varied(kit: Any, kind: str, count: int) -> list[dict[str, Any]]:
+    """Documents no two of which are alike: texts of several scripts, PNG, JPEG and WebP of several sizes and modes."""
+    words = ("a cat", "ein Bär\nim Wald", "кошка", "猫と犬", "قطة", "👩‍🚀 on the moon", "  two  blanks ", "x" * 40)
+
+    def picture(i: int) -> bytes:
+        image = Image.fromarray(kit.image(i, 16 + i % 9, 16 + i % 7)).convert(("RGB", "L", "RGB", "P")[i % 4])
+        image.save(file := io.BytesIO(), "PNG" if i % 4 == 3 else ("JPEG", "PNG", "WEBP")[i % 3])
+        return file.getvalue()
+
+    if kind == "captions":
+        return [dict(image=picture(i), text=f"{words[i % 8]} {i}") for i in range(count)]
+    return [
+        dict(
+            texts=[f"{words[(i + j) % 8]} {i}" for j in range(1 + i % 3)],
+            images=[picture(3 * i + j) for j in range(1 + i % 3)],
+        )
+        for i in range(count)
+    ]
+
+
+def require_the_same(
+    specs: dict[str, Any], given: list[Any], out: Path, grammar: Any, kit: Any, *, shard_items: int
+) -> None:
+    """The copies `specs` of the documents `given` are the same documents, the same texts, and the same token shards to
+    the byte.
+    """
     found: dict[str, Any] = {}
     for name, spec in specs.items():
         source = open_source(spec | dict(label="same"))
-        out = tmp_path / "out" / name
-        prepare([source], grammar, kit.Tokenizer(), out, max_tokens=512, shard_items=50, show_progress=False)
-        files = {path.name: path.read_bytes() for path in sorted((out / "same").iterdir())}
+        prepare(
+            [source], grammar, kit.Tokenizer(), out / name, max_tokens=512, shard_items=shard_items, show_progress=False
+        )
+        files = {path.name: path.read_bytes() for path in sorted((out / name / "same").iterdir())}
         documents = [item for _, item in read(source, range(len(source)))]
         texts = [text for _, text in texts_of(source, range(len(source)))]
         assert texts == [[part.text for part in doc.parts if isinstance(part, TextPart)] for doc in documents], name

@@ -36,7 +36,7 @@ def held_open(folder: Path) -> set[str]:
     return {Path(name).name for name in names if name.startswith(str(folder)) and name.endswith("array_record")}
 
 
-def test_the_index_is_one_file_that_processes_share(folder: Path) -> None:
+def test_the_index_is_one_file_that_processes_share(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = Shards(folder, 4)  # as earlier versions left it
     joined = join_indexes(folder, 4)
     assert np.array_equal(joined, np.concatenate([read_index(shard_path(folder, n)) for n in range(4)]))
@@ -45,7 +45,8 @@ def test_the_index_is_one_file_that_processes_share(folder: Path) -> None:
     mapped = Shards(folder, 4)
     assert isinstance(mapped.index.base, np.memmap) and not mapped.index.flags.writeable
     assert mapped.index.dtype == INDEX and np.array_equal(mapped.index, plain.index)
-    for found in (plain, mapped):
+    for found, seconds in ((plain, 60.0), (mapped, 60.0), (mapped, 0.0)):  # one after the other; all at once
+        monkeypatch.setattr(shards, "_QUICKLY", seconds)
         order = [7, 0, 2, 3, 6, 2]
         assert [d.tokens.tolist() for d in found.read(order)] == [[256 * n] * (5 + i) for n, i in map(place, order)]
         assert [found.item(i) for i in order] == [10 * n + i for n, i in map(place, order)]

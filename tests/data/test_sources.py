@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ar_unified.data.images import to_png
-from ar_unified.data.items import has_images, names_images
-from ar_unified.data.sources import BadItem, open_source, read, texts
+from ar_unified.data.images import Resize, to_png
+from ar_unified.data.items import has_images, names_images, resized
+from ar_unified.data.sources import BadItem, decoders, open_source, read, texts
 from ar_unified.errors import UserError
 from ar_unified.language.document import Document, ImagePart, TextPart
+from tests.data import copies
 
 
 def test_a_folder_is_its_three_files_in_order(folder: Path, kit: Any) -> None:
@@ -211,6 +212,52 @@ def test_tfds_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert np.array_equal(part.pixels, pixels)
     assert told.texts(1) == [part.text for part in story.parts[::2]]
     assert asked.origin(5) == "shapes/questions_32/1.1.0/validation:5"
+
+
+@pytest.mark.parametrize("kind", ["rows", "tars", "images", "augmented", "clips"])
+def test_images_are_resized_by_whoever_decodes_them(kind: str, folder: Path, tmp_path: Path, kit: Any) -> None:
+    """The same pixels as when it is done afterwards, and an image of several questions is one array still."""
+    for i in range(20):
+        name = folder / "images" / f"{i}.png"
+        name.write_bytes(to_png(kit.image(i, 30 + i, 40 - i)) if i else b"no image")
+    shown = [dict(image=(folder / f"images/{i}.png").read_bytes(), text=f"{i}") for i in range(20)]
+    spec: dict[str, Any] = {
+        "rows": lambda: dict(kind="folder", path=folder),
+        "tars": lambda: copies.webdataset(tmp_path / "tars", shown),
+        "images": lambda: dict(kind="images", path=folder),
+        "augmented": lambda: dict(kind="folder", path=folder, augmentation=dict(count=2, shift=0.2)),
+        "clips": lambda: (folder / "images/0.png").unlink() or dict(kind="clips", path=folder),
+    }[kind]()
+    source, resize = open_source(spec), Resize("crop", 16, 16)
+    small = resized(source, resize)
+    assert (len(small), small.name, small.fingerprint) == (len(source), source.name, source.fingerprint)
+    found, whole = seen(small), seen(source)
+    assert any(isinstance(each, list) and each[0].shape != (16, 16, 3) for each in whole), "the source resizes none"
+    for mine, theirs in zip(found, whole, strict=True):
+        if isinstance(theirs, list):
+            assert all(map(np.array_equal, mine, map(resize, theirs))) and len(mine) == len(theirs)
+        else:
+            assert mine == theirs, "what is bad"
+    if kind == "rows":
+        kit.write(folder / "vqa.jsonl", [dict(image="images/3.png", question=f"{i}?", answer="it") for i in range(2)])
+        asked = resized(open_source(dict(kind="folder", path=folder, files=["vqa"])), resize)
+        assert asked[0].parts[0].pixels is asked[1].parts[0].pixels
+
+
+def seen(source: Any) -> list[list[np.ndarray] | tuple[str, str]]:
+    """The images of each item, or what is wrong with it."""
+    return [
+        (item.kind, item.origin)
+        if isinstance(item, BadItem)
+        else [part.pixels for part in item.parts if isinstance(part, ImagePart)]
+        for _, item in read(source, range(len(source)))
+    ]
+
+
+def test_decoders_are_one_more_than_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    for own, expected in ((1, 2), (2, 3), (64, 16)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, own=own: set(range(own)), raising=False)
+        assert decoders() == expected
 
 
 def test_plain_images_are_documents_of_one_image(tmp_path: Path, kit: Any) -> None:

@@ -24,7 +24,7 @@ from ar_unified.data.prepare.claims import Claims, Team
 from ar_unified.data.prepare.encoder import Tokenizers
 from ar_unified.data.prepare.making import Piece, Progress, ShardMaker
 from ar_unified.data.sizes import default_resize
-from ar_unified.data.sources import BadItem, Source
+from ar_unified.data.sources import BadItem, Source, decoders
 from ar_unified.errors import UserError
 from ar_unified.language.document import TASKS
 from ar_unified.language.grammar import Grammar
@@ -99,7 +99,7 @@ def prepare(
     resize: Resize | None = None,
     batch_size: int = 64,
     shard_items: int = 8192,
-    workers: int = 2,
+    workers: int | None = None,
     may_be_lost: bool = False,
     show_progress: bool = True,
     tokenizers: Tokenizers | None = None,
@@ -125,7 +125,7 @@ def prepare(
         max_tokens: of a document, BOS and EOS included: the sequence length of the training to come.
         resize: what is done to images first; None: `default_resize`.
         shard_items: items of a source in a shard, the unit of restarting.
-        workers: threads that read and decode.
+        workers: threads that read and decode; None: `decoders`.
         may_be_lost: whether a source may end without a document.
         tokenizers: replicas of the image tokenizer, one a device, with the codes that earlier runs have kept; None: the
             tokenizer alone.
@@ -152,7 +152,7 @@ def prepare(
     pieces = _pieces(sources, plan["sources"], folder, shard_items)
     claims = Claims(folder / CLAIMS, team)
     tokenizers = tokenizers or Tokenizers([image_tokenizer])
-    maker = ShardMaker(grammar, tokenizers, resize, batch_size, max_tokens, workers)
+    maker = ShardMaker(grammar, tokenizers, resize, batch_size, max_tokens, workers or decoders())
     if elsewhere and (missing := [name for name, piece in pieces.items() if not storage.exists(piece.path)]):
         elsewhere(missing)
         workdir.clean(folder)
@@ -181,7 +181,7 @@ def shard_maker(
     resize: Resize,
     batch_size: int = 64,
     shard_items: int = 8192,
-    workers: int = 2,
+    workers: int | None = None,
 ) -> Callable[[str], None]:
     """A function that makes the shard of a name, for `prepare`'s `elsewhere`; arguments as there.
 
@@ -192,7 +192,8 @@ def shard_maker(
     plan = _plan(sources, grammar, _settings(max_tokens, resize, batch_size, shard_items))
     _same_plan(folder, plan)
     pieces = _pieces(sources, plan["sources"], folder, shard_items)
-    maker, claims = ShardMaker(grammar, tokenizers, resize, batch_size, max_tokens, workers), Claims(folder, Team())
+    maker = ShardMaker(grammar, tokenizers, resize, batch_size, max_tokens, workers or decoders())
+    claims = Claims(folder, Team())
 
     def make(name: str) -> None:
         if not storage.exists(pieces[name].path):

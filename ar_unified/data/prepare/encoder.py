@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ar_unified.data.images import ImageCodec, Resize
+from ar_unified.data.images import ImageCodec
 from ar_unified.data.prepare.image_codes import ImageCodes, digest_of
 from ar_unified.data.sources import BadItem
 from ar_unified.language.document import CodesPart, Document, ImagePart
@@ -73,13 +73,14 @@ class Tokenizers:
 
 
 class Encoder:
-    """The images of one shard. Equal ones are encoded once: an image often comes with many questions.
+    """The images of one shard, in the sizes that they have. Equal ones are encoded once: an image often comes with many
+    questions.
 
     What goes into which batch follows from the items alone, and batches are full, so each size compiles once.
     """
 
-    def __init__(self, tokenizers: Tokenizers, resize: Resize, batch_size: int):
-        self._tokenizers, self._resize, self._batch_size = tokenizers, resize, batch_size
+    def __init__(self, tokenizers: Tokenizers, batch_size: int):
+        self._tokenizers, self._batch_size = tokenizers, batch_size
         self._last: tuple[np.ndarray | None, bytes] = None, b""  # sources hand out an image once for all its questions
         self._codes: dict[bytes, CodesPart | None] = {}  # None: on its way
         self._new: list[bytes] = []
@@ -126,9 +127,8 @@ class Encoder:
         last, digest = self._last
         if pixels is last:
             return digest
-        whole, pixels = pixels, self._resize(pixels)
         digest = digest_of(pixels)
-        self._last = whole, digest
+        self._last = pixels, digest
         if digest in self._codes:
             return digest
         codes = None if self._tokenizers.codes is None else self._tokenizers.codes.get(digest)

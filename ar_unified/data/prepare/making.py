@@ -17,6 +17,7 @@ import numpy as np
 from ar_unified import progress, storage
 from ar_unified.data import shards
 from ar_unified.data.images import Resize
+from ar_unified.data.items import resized
 from ar_unified.data.prepare.claims import Claims
 from ar_unified.data.prepare.cutting import can_be_split, split
 from ar_unified.data.prepare.encoder import Encoder, Item, Tokenizers
@@ -101,8 +102,9 @@ class ShardMaker:
 
         try:
             with shards.ShardWriter(piece.folder, piece.number) as shard:
-                encoder = Encoder(self.tokenizers, self.resize, self.batch_size)
-                for item in encoder.run(read(piece.source, piece.items, self.workers), taken):
+                encoder = Encoder(self.tokenizers, self.batch_size)
+                documents = read(resized(piece.source, self.resize), piece.items, self.workers)
+                for item in encoder.run(documents, taken):
                     _write(shard, item, self.grammar, self.max_tokens, piece.source.reversible)
         except _Made:
             pass

@@ -1,4 +1,4 @@
-"""Documents of several images from clips: animated GIF and WebP files, and folders of frames."""
+"""Documents of several images from clips: animated GIF and WebP files, videos, and folders of frames."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ar_unified import storage
-from ar_unified.data import encoding, images
+from ar_unified.data import encoding, images, videos
 from ar_unified.data.files import FileError, Found, folder_at
 from ar_unified.data.items import BadItem
 from ar_unified.errors import UserError
@@ -19,18 +19,20 @@ from ar_unified.language.document import Document, DocumentError, ImagePart, Par
 from ar_unified.storage import AnyPath
 
 _ANIMATED = (".gif", ".webp")
+_MOVING = (*_ANIMATED, *videos.SUFFIXES)
 _FRAMES = tuple(suffix for suffix in images.SUFFIXES if suffix not in _ANIMATED)
 
 
 class Clips:
-    """Every clip under `path`, in the order of their names: a .gif or .webp file, or a folder with other images.
+    """Every clip under `path`, in the order of their names: a .gif or .webp file, a video (`videos`), or a folder with
+    other images.
 
     A clip is at most `frames` images, evenly apart, the first and the last among them. NAME.txt beside NAME.gif or
     beside the folder NAME is the text of the clip; without such a file it has no text. Frames in a folder come by the
     numbers in their names.
 
     Raises:
-        UserError: no such folder, no clip in it, or fewer than 1 frame.
+        UserError: no such folder, no clip in it, fewer than 1 frame, or a video where the package `av` is missing.
     """
 
     def __init__(
@@ -48,11 +50,11 @@ class Clips:
         self._root, self._frames, self._limits = storage.path(path), frames, limits
         self.name, self.reversible = label or self._root.resolve().name, reversible
         self._folder = folder_at(self._root, links)
-        found = self._folder.search(lambda name: name.lower().endswith((*images.SUFFIXES, ".txt")))
+        found = self._folder.search(lambda name: name.lower().endswith((*images.SUFFIXES, *_MOVING, ".txt")))
         self._texts = {item.name for item in found if item.name.lower().endswith(".txt")}
         clips: dict[str, list[Found]] = {}
         for item in found:
-            if item.error or item.name.lower().endswith(_ANIMATED):
+            if item.error or item.name.lower().endswith(_MOVING):
                 clips[item.name] = [item]
             elif item.name.lower().endswith(_FRAMES) and posixpath.dirname(item.name):
                 clips.setdefault(posixpath.dirname(item.name), []).append(item)
@@ -60,7 +62,9 @@ class Clips:
             (name, sorted(items, key=lambda item: _numbers(item.name))) for name, items in sorted(clips.items())
         ]
         if not clips:
-            raise UserError(f"{path}: expected .gif and .webp files, or folders of frames in it, found none")
+            raise UserError(f"{path}: expected .gif, .webp and .mp4 files, or folders of frames in it, found none")
+        if video := next((name for name in sorted(clips) if name.lower().endswith(videos.SUFFIXES)), ""):
+            videos.require(str(self._root / video))
         names = "".join(f"{item.name} {item.size}\n" for item in found)
         self.fingerprint: Mapping[str, Any] = {
             "kind": "clips",
@@ -107,7 +111,8 @@ class Clips:
     def _animated(self, item: Found) -> list[np.ndarray]:
         if item.error:
             raise item.error
-        return images.frames(self._folder.read_file(item.name), self._frames, self._limits)
+        frames = videos.frames if item.name.lower().endswith(videos.SUFFIXES) else images.frames
+        return frames(self._folder.read_file(item.name), self._frames, self._limits)
 
     def _folder_of(self, items: list[Found]) -> list[np.ndarray]:
         chosen = (items[number].name for number in images.evenly(len(items), self._frames))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import posixpath
 from typing import Any
@@ -34,6 +35,7 @@ class ImageFiles:
         limits: images.Limits = images.LIMITS,
     ):
         self.root, self.limits = storage.path(path), limits
+        self._resize: images.Resize | None = None
         self.name, self.reversible = label or self.root.resolve().name, reversible
         self._folder = folder_at(self.root, links)
         self._found = self._folder.search(lambda name: name.lower().endswith(images.SUFFIXES))
@@ -43,6 +45,12 @@ class ImageFiles:
         names = "".join(f"{found.name} {found.size}\n" for found in self._found)
         digest = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
         self.fingerprint: dict[str, Any] = {"kind": "images", "items": len(self), "sha256": digest}
+
+    def resized(self, resize: images.Resize) -> ImageFiles:
+        """See `items.resized`."""
+        other = copy.copy(self)
+        other._resize = resize
+        return other
 
     def __len__(self) -> int:
         return len(self._found)
@@ -56,7 +64,7 @@ class ImageFiles:
         try:
             if found.error:
                 raise found.error
-            pixels = images.decode(self._folder.read_file(found.name), self.limits)
+            pixels = images.decode(self._folder.read_file(found.name), self.limits, self._resize)
         except (images.ImageError, FileError) as error:
             raise BadItem(error.kind, self.origin(i), error.reason) from error
         return Document.of((ImagePart(pixels),), id=posixpath.basename(found.name), origin=self.origin(i))

@@ -4,6 +4,7 @@ decoded.
 
 from __future__ import annotations
 
+import copy
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -49,8 +50,17 @@ class RecordSource(ABC):
     ):
         self.columns, self.name, self.reversible, self.limits = columns, name, reversible, limits
         self._folder = folder
+        self._decoded = self._decoder(None)
+
+    def _decoder(self, resize: images.Resize | None) -> Callable[[bytes], np.ndarray]:
         # Questions about one image stand together, so the last few images are kept.
-        self._decoded = functools.lru_cache(maxsize=4)(functools.partial(images.decode, limits=limits))
+        return functools.lru_cache(maxsize=4)(functools.partial(images.decode, limits=self.limits, resize=resize))
+
+    def resized(self, resize: images.Resize) -> RecordSource:
+        """See `items.resized`."""
+        other = copy.copy(self)
+        other._decoded = other._decoder(resize)
+        return other
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -97,9 +98,19 @@ class Rows:
             **({"links": True} if links else {}),
             **({"columns": dict(columns)} if columns else {}),
         }
-        # Questions about one image stand together, so the last few images are kept.
-        self._image = functools.lru_cache(maxsize=4)(self._load)
+        self._resize: images.Resize | None = None
+        self._image = self._loader()
         self._open = [packed.Reader(file) for file in self.files]
+
+    def _loader(self) -> Callable[[str], np.ndarray]:
+        # Questions about one image stand together, so the last few images are kept.
+        return functools.lru_cache(maxsize=4)(self._load)
+
+    def resized(self, resize: images.Resize) -> Rows:
+        """See `items.resized`."""
+        other = copy.copy(self)
+        other._resize, other._image = resize, other._loader()
+        return other
 
     def __len__(self) -> int:
         return len(self._line)
@@ -163,7 +174,7 @@ class Rows:
     def _load(self, reference: str) -> np.ndarray:
         where = f"{reference[:40]}..." if reference.startswith("data:") else reference
         try:
-            return images.decode(self._folder.read(reference), self.limits)
+            return images.decode(self._folder.read(reference), self.limits, self._resize)
         except (FileError, images.ImageError) as error:
             raise _Bad(error.kind, f"{where!r}: {error.reason}") from error
 

@@ -27,6 +27,7 @@ from ar_unified.storage import AnyPath
 
 _TEXTS = ("txt", "text", "caption", "cls", "id", "question", "answer")
 _KINDS = 1 << 15
+_TOGETHER = 16  # samples
 _LONGEST_HEADER = 1 << 20  # bytes; the names of a member are not longer
 
 
@@ -91,7 +92,8 @@ class Tars(RecordSource):
         self._low, self._high = round(low * samples), round(high * samples)
         if self._low >= self._high:
             raise (EmptySplit if samples else UserError)(f"{path}: nothing is in split {split!r} of {samples} samples")
-        self.together = together(sum(self._size) / max(samples, 1))
+        # Nothing is won by more: they are read one by one, and nothing is decoded meanwhile.
+        self.together = min(together(sum(self._size) / max(samples, 1)), _TOGETHER)
         some_packed = any(map(packed.is_packed, self._paths))  # each keeps 10 MB
         self._open = functools.lru_cache(maxsize=4 if some_packed else 64)(_Opened)
         self._name = functools.lru_cache(maxsize=1 << 12)(self._name_of)  # or a packed tar would be gone back in

@@ -1,0 +1,378 @@
+"""How fast images and tokens come out of files, beside tf.data, Grain and webdataset with torch's DataLoader.
+
+    python -m venv PEERS && PEERS/bin/pip install grain webdataset torch tensorflow pillow   # of its own
+    python experiments/benchmarks/feeding.py --photos DIR --folder DIR2 --peers PEERS/bin/python --output FILE.json
+
+Two tasks, each side in a process of its own, all sides in turns, --repeats times:
+    images   --images JPEG files of --side pixels (windows of the photos in DIR) with captions, in tars (ours,
+             webdataset), ArrayRecord (Grain) and TFRecord (tf.data): decoded, cut to a square from the middle, scaled
+             to 256 x 256 as uint8, in order, in batches of 64. All scale by Lanczos; tf.data by a cheaper filter, too.
+    tokens   the documents of `loader_scale` (captions, texts, interleaved), shuffled anew and packed whole into rows of
+             4,096, batches of 64. Ours reads the shards that `prepare` leaves, Grain the same records in ArrayRecord,
+             webdataset tars of them. Ours makes eight fields; the others make tokens, positions and segments.
+Grain and webdataset run in one thread, with threads (Grain), with two and with three processes; tf.data takes what
+AUTOTUNE gives it. What is timed begins when the first --warm items are out. Printed: items (images; tokens that are no
+padding) a second by the clock, and a second of processor time of all processes of a side, medians; and ours over each,
+medians of the ratios of the repeats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PIXELS, BATCH, LENGTH = 256, 64, 4096
+Batches = Iterator[int]  # how many items (images, tokens) each batch had
+
+
+# ---- the images ------------------------------------------------------------------------------------------------------
+
+
+def make_images(photos: Path, folder: Path, count: int, side: int) -> None:
+    """The same JPEG files as tars, ArrayRecord and TFRecord. The latter two with the peers' interpreter: `convert`."""
+    from PIL import Image
+
+    from ar_unified.data.images import SUFFIXES
+
+    found = sorted(path for path in photos.rglob("*") if path.suffix.lower() in SUFFIXES)
+    draw = random.Random(0)
+    folder.mkdir(parents=True)
+    for shard in range(8):
+        with tarfile.open(folder / f"{shard:03d}.tar", "w") as tar:
+            for i in range(shard, count, 8):
+                with Image.open(found[i % len(found)]) as image:
+                    width = int(image.width * draw.uniform(0.6, 1.0))
+                    height = min(width * 3 // 4, image.height)
+                    left, top = draw.randint(0, image.width - width), draw.randint(0, image.height - height)
+                    window = image.convert("RGB").crop((left, top, left + width, top + height))
+                photo = window.resize((side, side * 3 // 4), Image.Resampling.BICUBIC)
+                photo.save(file := io.BytesIO(), "JPEG", quality=90)
+                _add(tar, f"{i:06d}.jpg", file.getvalue())
+                _add(tar, f"{i:06d}.txt", f"photo {i}".encode())
+
+
+def convert_images(folder: Path) -> None:
+    """The tars' images as ArrayRecord and TFRecord."""
+    import tensorflow as tf
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    records = ArrayRecordWriter(str(folder / "images.array_record"), "group_size:1")
+    with tf.io.TFRecordWriter(str(folder / "images.tfrecord")) as file:
+        for data in _members(sorted(folder.glob("*.tar")), ".jpg"):
+            records.write(data)
+            file.write(data)
+    records.close()
+
+
+def our_images(folder: Path) -> Batches:
+    """As `prepare` reads them."""
+    from ar_unified.data.images import Resize
+    from ar_unified.data.items import resized
+    from ar_unified.data.sources import decoders, open_source, read
+
+    source = resized(open_source(dict(kind="webdataset", path=str(folder))), Resize("crop", PIXELS, PIXELS))
+    return _stacked(item.parts[-1].pixels for _, item in read(source, range(len(source)), decoders()))
+
+
+def _square(data: bytes) -> np.ndarray:
+    """A JPEG as `images.resize` makes it, for those who have no way of their own."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as image:
+        side = min(image.size)
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        box = (left, top, left + side, top + side)
+        small = image.convert("RGB").resize((PIXELS, PIXELS), Image.Resampling.LANCZOS, box, reducing_gap=3.0)
+        return np.asarray(small)
+
+
+def tf_images(folder: Path, method: str) -> Batches:
+    """tf.data: all in C++, in as many threads as it likes."""
+    import tensorflow as tf
+
+    def square(data: Any) -> Any:
+        image = tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_FAST")
+        side = tf.minimum(tf.shape(image)[0], tf.shape(image)[1])
+        image = tf.image.resize_with_crop_or_pad(image, side, side)
+        small = tf.image.resize(image, (PIXELS, PIXELS), method, antialias=True)
+        return tf.saturate_cast(tf.round(small), tf.uint8)
+
+    data = tf.data.TFRecordDataset(str(folder / "images.tfrecord"))
+    data = data.map(square, num_parallel_calls=tf.data.AUTOTUNE).batch(BATCH).prefetch(tf.data.AUTOTUNE)
+    return (len(batch) for batch in data.as_numpy_iterator())
+
+
+def grain_images(folder: Path, workers: str) -> Batches:
+    """Grain, over ArrayRecord."""
+    import grain
+
+    source = grain.sources.ArrayRecordDataSource(str(folder / "images.array_record"))
+    data = grain.MapDataset.source(source).map(_square)
+    return (len(batch) for batch in _grain(data, workers, lambda rows: rows.batch(BATCH)))
+
+
+def webdataset_images(folder: Path, workers: str) -> Batches:
+    """webdataset's pipeline in torch's DataLoader."""
+    import webdataset
+
+    shards = sorted(map(str, folder.glob("*.tar")))
+    data = webdataset.WebDataset(shards, shardshuffle=False).to_tuple("jpg", "txt").map_tuple(_square, bytes.decode)
+    batches = data.batched(BATCH, collation_fn=lambda rows: np.stack([pixels for pixels, _ in rows]))
+    return (len(batch) for batch in _loader(batches, workers))
+
+
+def _stacked(images: Iterable[np.ndarray]) -> Batches:
+    images = iter(images)
+    while rows := list(itertools.islice(images, BATCH)):
+        yield len(np.stack(rows))
+
+
+# ---- the tokens ------------------------------------------------------------------------------------------------------
+
+
+def make_tokens(folder: Path, count: int) -> None:
+    """Documents of random tokens in the shards that `prepare` leaves, and as tars for webdataset."""
+    from loader_scale import GRAMMAR, lengths
+
+    from ar_unified.data import shards
+    from ar_unified.data.prepare import Report, SourceReport, plan_rows
+    from ar_unified.language.encoded import TRAINED, Encoded
+    from ar_unified.workdir import write_json
+
+    draw, size = np.random.default_rng(0), 8192
+    found = lengths(count, 0)
+    pieces = range(0, count, size)
+    for number, begin in enumerate(pieces):
+        with (
+            shards.ShardWriter(folder / "all", number) as shard,
+            tarfile.open(folder / f"{number:03d}.tar", "w") as tar,
+        ):
+            for item, length in enumerate(found[begin : begin + size].tolist(), begin):
+                tokens = draw.integers(0, 256, length, np.int32)
+                document = Encoded(tokens, np.full(length, TRAINED, np.uint8))
+                shard.write(document, item=item, part=0, text_bytes=length, task=0, images=0, pair=False)
+                _add(tar, f"{item:09d}.bin", tokens.tobytes())
+    report = SourceReport(items=count, documents=count, longest=int(found.max()), shards=len(pieces))
+    plan_rows(folder, Report({"all": report}), LENGTH)
+    write_json(folder / "manifest.json", {"vocabulary": GRAMMAR.manifest(), "report": {"all": vars(report)}})
+
+
+def our_tokens(folder: Path) -> Batches:
+    """The loader of the training."""
+    from ar_tokenizers.host import keep_memory
+    from loader_scale import GRAMMAR
+
+    from ar_unified.data.loader import PackedBatches
+
+    keep_memory()  # as `ar-unified` does
+    loader = PackedBatches(folder, GRAMMAR, batch_size=BATCH, sequence_length=LENGTH)
+    return (int(np.count_nonzero(loader.batch(step).segment_ids)) for step in itertools.count())
+
+
+def grain_tokens(folder: Path, workers: str) -> Batches:
+    """Grain: shuffled as a whole, first fit into 64 open rows."""
+    import grain
+    from grain.experimental import FirstFitPackIterDataset
+
+    source = grain.sources.ArrayRecordDataSource(sorted(map(str, folder.glob("all/*.array_record"))))
+    data = grain.MapDataset.source(source).seed(0).shuffle().repeat().map(_tokens_of)
+
+    def packed(rows: Any) -> Any:
+        return FirstFitPackIterDataset(rows, length_struct={"tokens": LENGTH}, num_packing_bins=BATCH).batch(BATCH)
+
+    return (int(np.count_nonzero(batch["tokens_segment_ids"])) for batch in _grain(data, workers, packed))
+
+
+def _tokens_of(record: bytes) -> dict[str, np.ndarray]:
+    """The tokens of one of our records: 8 bytes for its item, 4 a token, 1 a mark."""
+    return {"tokens": np.frombuffer(record, "<i4", (len(record) - 8) // 5, offset=8)}
+
+
+def webdataset_tokens(folder: Path, workers: str) -> Batches:
+    """webdataset: shards in random order, shuffled in a buffer, packed by first fit."""
+    import webdataset
+
+    shards = sorted(map(str, folder.glob("*.tar")))
+    data = webdataset.WebDataset(shards, shardshuffle=len(shards), repeat=True, seed=0).to_tuple("bin")
+    data = data.map_tuple(lambda data: np.frombuffer(data, "<i4")).shuffle(1000).compose(_first_fit)
+    return (int(np.count_nonzero(batch["segments"])) for batch in _loader(data, workers))
+
+
+def _first_fit(documents: Iterable[tuple[np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of 64 rows, which are open together: where one document fits into none of them, the batch goes. That
+    fills rows as Grain does, which lets a row go and not the batch, to a percent.
+    """
+    free = np.full(BATCH, LENGTH)
+    batch = {name: np.zeros((BATCH, LENGTH), np.int32) for name in ("tokens", "positions", "segments")}
+    numbers = [0] * BATCH
+    for (tokens,) in documents:
+        fits = free >= len(tokens)
+        row = int(fits.argmax())
+        if not fits[row]:
+            yield batch
+            free[:], numbers, row = LENGTH, [0] * BATCH, 0
+            batch = {name: np.zeros((BATCH, LENGTH), np.int32) for name in batch}
+        at = slice(LENGTH - free[row], LENGTH - free[row] + len(tokens))
+        numbers[row] += 1
+        batch["tokens"][row, at], batch["segments"][row, at] = tokens, numbers[row]
+        batch["positions"][row, at] = np.arange(len(tokens))
+        free[row] -= len(tokens)
+
+
+# ---- what both have in common ----------------------------------------------------------------------------------------
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def _members(tars: Iterable[Path], ending: str) -> Iterator[bytes]:
+    for path in tars:
+        with tarfile.open(path) as tar:
+            for info in tar:
+                if info.name.endswith(ending) and (file := tar.extractfile(info)):
+                    yield file.read()
+
+
+def _grain(data: Any, workers: str, then: Callable[[Any], Any]) -> Any:
+    import grain
+
+    if workers == "threads":
+        return then(data.to_iter_dataset(grain.ReadOptions(num_threads=3, prefetch_buffer_size=128)))
+    rows = then(data.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+    return (
+        rows.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(num_workers=int(workers)))
+        if workers != "0"
+        else rows
+    )
+
+
+def _loader(data: Any, workers: str) -> Any:
+    from torch.utils.data import DataLoader
+
+    return DataLoader(data, batch_size=None, num_workers=int(workers))
+
+
+SIDES: dict[str, dict[str, Callable[[Path], Batches]]] = {
+    "images": {
+        "ours": our_images,
+        "tf.data, Lanczos": lambda folder: tf_images(folder, "lanczos3"),
+        "tf.data, bilinear": lambda folder: tf_images(folder, "bilinear"),
+        **{f"grain, {w}": lambda folder, w=w: grain_images(folder, w) for w in ("0", "threads", "2", "3")},
+        **{f"webdataset, {w}": lambda folder, w=w: webdataset_images(folder, w) for w in ("0", "2", "3")},
+    },
+    "tokens": {
+        "ours": our_tokens,
+        **{f"grain, {w}": lambda folder, w=w: grain_tokens(folder, w) for w in ("0", "threads", "2", "3")},
+        **{f"webdataset, {w}": lambda folder, w=w: webdataset_tokens(folder, w) for w in ("0", "2", "3")},
+    },
+}
+
+
+def run_side(batches: Batches, warm: int, most: int) -> None:
+    """Prints how many items came, the seconds by the clock, and of processor time."""
+    count = 0
+    while count < warm:
+        count += next(batches)
+    began, spent, count = time.perf_counter(), _processor_time(), 0
+    for items in batches:
+        count += items
+        if count >= most:
+            break
+    print(json.dumps([count, time.perf_counter() - began, _processor_time() - spent]), flush=True)
+    for pid in _family()[1:]:  # workers that are in the middle of something are not waited for
+        os.kill(pid, signal.SIGKILL)
+    os._exit(0)
+
+
+def _processor_time() -> float:
+    """Seconds of this process and of those that it has started, ended or not."""
+    ticks = 0
+    for pid in _family():
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += sum(map(int, fields[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _family() -> list[int]:
+    """This process and what it has started and what that has."""
+    found = [os.getpid()]
+    for pid in found:
+        for task in os.listdir(f"/proc/{pid}/task"):
+            found += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
+    return found
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, help="photos of at least 640 x 480 pixels to cut images out of")
+    parser.add_argument("--folder", type=Path, required=True, help="for the data of the benchmark; stays")
+    parser.add_argument("--peers", default=sys.executable, help="the Python that has the others")
+    parser.add_argument("--images", type=int, default=2048)
+    parser.add_argument("--side", type=int, default=640)
+    parser.add_argument("--documents", type=int, default=100_000)
+    parser.add_argument("--warm", type=int, nargs=2, default=[128, 2 * BATCH * LENGTH], help="images, tokens")
+    parser.add_argument("--most", type=int, nargs=2, default=[1536, 20_000_000], help="images, tokens")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--task", choices=list(SIDES), nargs="+", default=list(SIDES))
+    parser.add_argument("--output", type=Path, help="where raw numbers go, as JSON")
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # a side, in this process
+    arguments = parser.parse_args()
+    places = {"images": arguments.folder / f"images-{arguments.side}", "tokens": arguments.folder / "tokens"}
+    limits = {task: (w, m) for task, w, m in zip(SIDES, arguments.warm, arguments.most, strict=True)}
+    if arguments.run == "convert":
+        return convert_images(places["images"])
+    if arguments.run:
+        (task,) = arguments.task
+        return run_side(SIDES[task][arguments.run](places[task]), *limits[task])
+
+    again = [__file__, *sys.argv[1:]]
+    if "images" in arguments.task and not (places["images"] / "images.tfrecord").exists():
+        make_images(arguments.photos, places["images"], arguments.images, arguments.side)
+        subprocess.run([arguments.peers, *again, "--run", "convert"], check=True)
+    if "tokens" in arguments.task and not (places["tokens"] / "manifest.json").exists():
+        make_tokens(places["tokens"], arguments.documents)
+    raw: dict[str, dict[str, list[list[float]]]] = {task: {} for task in arguments.task}
+    for task, _ in itertools.product(arguments.task, range(arguments.repeats)):
+        for side in SIDES[task]:
+            python = sys.executable if side == "ours" else arguments.peers
+            done = subprocess.run([python, *again, "--task", task, "--run", side], capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"{task}, {side}:\n{done.stderr}")
+            raw[task].setdefault(side, []).append(json.loads(done.stdout.splitlines()[-1]))
+            print(task, side, *(f"{each:.2f}" for each in raw[task][side][-1]), file=sys.stderr, flush=True)
+    for task, sides in raw.items():
+        print(f"\n{task:22s} {'a second':>12s} {'a CPU second':>14s} {'ours / theirs':>14s} {'by CPU':>8s}")
+        for side, runs in sides.items():
+            cells = []
+            for at in (1, 2):
+                mine = [run[0] / run[at] for run in sides["ours"]]
+                rates = [run[0] / run[at] for run in runs]
+                ratios = [a / b for a, b in zip(mine, rates, strict=True)]
+                cells.append((statistics.median(rates), statistics.median(ratios)))
+            (clock, by_clock), (spent, by_spent) = cells
+            print(f"{side:22s} {clock:12,.0f} {spent:14,.0f} {by_clock:14.2f} {by_spent:8.2f}")
+    if arguments.output:
+        arguments.output.write_text(json.dumps(raw, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
