@@ -42,7 +42,9 @@ def get_config() -> ConfigDict:
     config.image_tokenizer.batch_size = 16
     config.image_tokenizer.learning_rate = 4e-3
 
-    config.model = model("2m", d_model=128, n_heads=4, n_kv_heads=4, d_mlp=384, tie_embeddings=False, rope_theta=1e3)
+    config.model = model(
+        "2m", d_model=128, n_heads=4, n_kv_heads=4, d_mlp=384, tie_embeddings=False, rope_theta=1e3, dtype="bfloat16"
+    )
     config.loss.prompt = 0.1
     config.loss.roles.text = 0.5
     config.loss.tasks.image_to_text = 6.0

@@ -195,19 +195,30 @@ def sprite(shape: str, size: str, cell: int) -> np.ndarray:
     return np.asarray(canvas.reduce(scale), np.float32) / 255
 
 
+@lru_cache(maxsize=8)
+def _ground(side: int) -> np.ndarray:
+    return np.full((side, side, 3), BACKGROUND, np.uint8)
+
+
+@lru_cache(maxsize=256)
+def _corner(shape: str, colour: str, size: str, cell: int) -> np.ndarray:
+    """A corner in which an object stands: uint8 [cell, cell, 3]."""
+    ground = np.array(BACKGROUND, np.float32)
+    cover = sprite(shape, size, cell)[..., None]
+    return np.rint(ground + cover * (np.array(COLOURS[colour], np.float32) - ground)).astype(np.uint8)
+
+
 def render(scene: Scene, side: int = 64) -> np.ndarray:
     """Draws a scene: uint8 [side, side, 3]. Every object stands in the middle of its corner."""
     if side % 2 or side < 32:
         raise ValueError(f"a shapes image needs an even side of at least 32 pixels, found {side}")
     cell = side // 2
-    image = np.empty((side, side, 3), np.float32)
-    image[:] = BACKGROUND
+    image = _ground(side).copy()
     for o in scene:
-        cover = sprite(o.shape, o.size, cell)[..., None]
         row, column = divmod(PLACES.index(o.place), 2)
-        corner = image[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
-        corner += cover * (np.array(COLOURS[o.colour], np.float32) - corner)
-    return np.rint(image).astype(np.uint8)
+        corner = _corner(o.shape, o.colour, o.size, cell)
+        image[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell] = corner
+    return image
 
 
 # ------------------------------------------------------------------------------------------------------------

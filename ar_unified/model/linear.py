@@ -6,29 +6,30 @@ B batch, T position, I inputs, O outputs.
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
-from ar_unified.model.quantized import Quantized, product
+from ar_unified.kernels.product import product
+from ar_unified.model.quantized import Quantized
+from ar_unified.model.quantized import product as widening
 
 
 def linear(x: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
     """x [B, T, I] @ weight [I, O]."""
-    return product(x, weight) if isinstance(weight, Quantized) else _linear(x, weight)
+    return widening(x, weight) if isinstance(weight, Quantized) else _linear(x, weight)
 
 
 @jax.custom_vjp
 def _linear(x: jax.Array, weight: jax.Array) -> jax.Array:
     """The gradient of the weight is JAX's own, turned round: 2.5x faster on XLA CPU."""
-    return x @ weight
+    return product("BTI,IO->BTO", x, weight)
 
 
 def _linear_forward(x, weight):
-    return x @ weight, (x, weight)
+    return product("BTI,IO->BTO", x, weight), (x, weight)
 
 
 def _linear_backward(residuals, out_bar):
     x, weight = residuals
-    return jnp.einsum("BTO,IO->BTI", out_bar, weight), jnp.einsum("BTI,BTO->IO", x, out_bar)
+    return product("BTO,IO->BTI", out_bar, weight), product("BTI,BTO->IO", x, out_bar)
 
 
 _linear.defvjp(_linear_forward, _linear_backward)

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ar_unified.kernels.product import product
 from ar_unified.parallel.rules import spec
 
 
@@ -191,7 +192,7 @@ def _backward_part(placement, chunk, hidden, head, targets, spans, lse, nll_bar,
         hit = targets[..., None] == ids
         logits_bar = probabilities * (nll_bar + lse_bar)[..., None] - jnp.where(hit, nll_bar[..., None], 0.0)
         logits_bar = logits_bar.astype(hidden.dtype)
-        hidden_bar = jnp.einsum("BTV,VD->BTD", logits_bar, whole)
+        hidden_bar = product("BTV,VD->BTD", logits_bar, whole)
         head_bar += jnp.einsum("BTV,BTD->VD", logits_bar, hidden, preferred_element_type=jnp.float32)
         return head_bar, hidden_bar
 

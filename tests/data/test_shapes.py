@@ -103,6 +103,22 @@ def test_nothing_changes_in_a_story_but_what_the_text_names() -> None:
     assert not differs.any()
 
 
+@pytest.mark.parametrize("side", [32, 64])
+def test_an_image_is_its_colours_laid_over_the_ground_as_far_as_shapes_cover_it(side: int) -> None:
+    cell = side // 2
+    for scene in some_scenes("train", 50):
+        wanted = np.full((side, side, 3), scenes.BACKGROUND, np.float32)
+        for o in scene:
+            row, column = divmod(scenes.PLACES.index(o.place), 2)
+            corner = wanted[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
+            cover = scenes.sprite(o.shape, o.size, cell)[..., None]
+            corner += cover * (np.array(scenes.COLOURS[o.colour], np.float32) - corner)
+        found = scenes.render(scene, side)
+        assert found.dtype == np.uint8
+        np.testing.assert_array_equal(found, np.rint(wanted))
+        found[:] = 0  # it is the caller's own
+
+
 def test_splits_are_apart() -> None:
     seen = {split: set(some_scenes(split, 2000)) for split in scenes.SPLITS}
     assert not seen["train"] & seen["validation"]

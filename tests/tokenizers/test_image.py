@@ -213,6 +213,25 @@ def test_a_replica_computes_the_same_on_its_device():
     np.testing.assert_array_equal(replica.encode(images), tokenizer.encode(images))
 
 
+def test_tokenizers_of_one_config_share_their_programs(monkeypatch):
+    traced = []
+
+    def counted(method):
+        return lambda *args: traced.append(method.__name__) or method(*args)
+
+    for method in (Autoencoder.encode, Autoencoder.decode):
+        monkeypatch.setattr(Autoencoder, method.__name__, counted(method))
+    config = dataclasses.replace(SMALL, levels=(3, 5, 4))  # of no other test here
+    other = jax.tree.map(lambda leaf: leaf + 0.1, trained(config))
+    images = random_images(2)
+    decoded = [
+        tokenizer.decode(tokenizer.encode(images))
+        for tokenizer in (ImageTokenizer(config, params, batch_size=2) for params in (trained(config), other))
+    ]
+    assert traced == ["encode", "decode"]
+    assert not np.array_equal(*decoded)  # each with its own weights
+
+
 def test_wrong_input_is_named():
     tokenizer = ImageTokenizer(SMALL, trained(SMALL), batch_size=2)
     with pytest.raises(ValueError, match="20 x 24 pixels .* multiples of 8"):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from ar_unified.kernels.attention.bounds import Bounds, pad_queries
 from ar_unified.kernels.attention.spec import Spec
+from ar_unified.kernels.product import product
 from ar_unified.kernels.row_max import row_max
 
 CHUNK = 128  # queries whose scores exist at once, per head
@@ -130,12 +131,18 @@ def _backward(spec, piece, key, value):
     if spec.soft_cap is not None:
         dscores *= 1 - jnp.square(jnp.maximum(scores / spec.soft_cap, -1.0))  # hidden scores have no weight anyway
     dscores = dscores.astype(query.dtype)
-    # The sums over queries are written as [H, S] and turned: XLA CPU's product is 3x faster than into [S, H]. It has
-    # none of bfloat16 into float32 over two axes; chunks are added in float32 by the caller.
-    dvalue = jnp.einsum("BKGTS,BKGTH->BKHS", weights.astype(value.dtype), dout)
-    dkey = jnp.einsum("BKGTS,BKGTH->BKHS", dscores, query * scale)
-    dquery = jnp.einsum("BKGTS,BKSH->BKGTH", dscores, key) * scale
-    return dquery, jnp.swapaxes(dkey, 2, 3), jnp.swapaxes(dvalue, 2, 3)
+    # The sums over queries are written as [H, S] and turned: XLA CPU's product is 3x faster than into [S, H], and
+    # behind a barrier, for it would turn the product itself. Chunks are added in float32 by the caller.
+    weights, dscores, dout, query = (_over_group(x) for x in (weights.astype(value.dtype), dscores, dout, query))
+    sums = product("BKTS,BKTH->BKHS", dscores, query * scale), product("BKTS,BKTH->BKHS", weights, dout)
+    dquery = product("BKTS,BKSH->BKTH", dscores, key).reshape(piece[0].shape) * scale
+    dkey, dvalue = (jnp.swapaxes(x, 2, 3) for x in jax.lax.optimization_barrier(sums))
+    return dquery, dkey, dvalue
+
+
+def _over_group(x: jax.Array) -> jax.Array:
+    """[B, K, G, T, ...] -> [B, K, G T, ...], one axis to sum over."""
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
 # ---- rows to chunks and back ---------------------------------------------------------------------------------------

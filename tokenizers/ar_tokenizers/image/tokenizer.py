@@ -62,8 +62,8 @@ class ImageTokenizer:
                 raise ValueError(f"image tokenizer weight {name}: the config asks for {want}, found {have}")
         self.config, self.batch_size, self.published = config, batch_size, dict(published or {})
         self.params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
-        self._encode = jax.jit(lambda params, rows: Autoencoder.bind(config, params).encode(to_float(rows)))
-        self._decode = jax.jit(lambda params, rows: to_uint8(Autoencoder.bind(config, params).decode(_in_grid(rows))))
+        self._encode = functools.partial(_encode, config)
+        self._decode = functools.partial(_decode, config)
 
     @property
     def codebook_size(self) -> int:
@@ -221,6 +221,20 @@ class ImageTokenizer:
             made = np.asarray(function(self.params, np.pad(batch, padding))).reshape(-1, *shape)
             out[start : start + len(batch)] = made[: len(batch)]
         return out
+
+
+# Compiled once for a config, a size and a device, however many tokenizers there are: a training makes one for each
+# preview, and every stage loads its own.
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(config: AutoencoderConfig, params: Params, rows: jax.Array) -> jax.Array:
+    """uint8 [B, H, W, 3] -> int32 [B, h, w, codes_per_position]."""
+    return Autoencoder.bind(config, params).encode(to_float(rows))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(config: AutoencoderConfig, params: Params, rows: jax.Array) -> jax.Array:
+    """int32 [B, h, w, codes_per_position] -> uint8 [B, H, W, 3]."""
+    return to_uint8(Autoencoder.bind(config, params).decode(_in_grid(rows)))
 
 
 def saved_config(folder: str | os.PathLike[str]) -> AutoencoderConfig:
