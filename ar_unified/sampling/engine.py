@@ -317,7 +317,7 @@ class Engine:
 
     def _learn(self, shape: Shape, sample: Sample) -> None:
         """Has the codes that came for the guesses of others, and tells the pace how these would have been guessed."""
-        if self._pace.guesses and sample.document is not None:
+        if sample.document is not None and self._pace.asks(shape):
             images = [part.codes for part in sample.document.parts if isinstance(part, CodesPart)]
             self._pace.saw(shape, len(sample.tokens), [self._pairs.learn(codes) for codes in images])
 
@@ -334,14 +334,13 @@ class Engine:
         if width != (1 if drafts is None else 1 + drafts.tokens.shape[1]):
             drafts = self.call(self._programs.drafts, self.batch_size, shape.contexts, width)
             state = state._replace(drafts=drafts)
-        program, arguments = self._programs.told if self._logprobs else self._programs.decode, [np.int32(count)]
+        program, learned = self._programs.told if self._logprobs else self._programs.decode, list[np.ndarray]()
         if width > 1:
-            program = functools.partial(self._programs.several, width)
-            arguments.append(self._pairs.table)
+            program, learned = functools.partial(self._programs.several, width), [self._pairs.table]
         if timed:
             jax.block_until_ready(state)
         began = time.monotonic()
-        state, packed = self.call(program, self.weights, state, halted, *arguments)
+        state, packed = self.call(program, self.weights, state, halted, np.int32(count), *learned)
         self._pace.called(shape, width, time.monotonic() - began)
         if timed:
             rows = np.asarray(jax.block_until_ready(packed))

@@ -29,6 +29,7 @@ _AGAIN = 64 * CHUNK  # steps before they are measured again
 _SHARE, _DOUBTFUL = 0.02, 0.004  # of a pool's time that trying may cost, where a gain is foreseen and where it is not
 _PROMISING = 1.3  # tokens a step that are foreseen, for the greater share
 _BETTER = 1.05  # times faster than drawing one by one, or it is not worth it
+_FIRST, _EACH = 32, 8  # samples that are looked at where nothing is guessed yet: the first ones, then each so many
 _KEEP = 0.97, 0.9  # how much a sample, and a chunk, leaves of what was counted before
 
 
@@ -40,7 +41,7 @@ class Costs:
     first: dict[int, float] = field(default_factory=dict)
 
     def of(self, width: int) -> float:
-        """Seconds of a step, between those of narrower and wider ones that were measured; at worst as many single ones."""
+        """Seconds of a step: as measured, or between narrower and wider ones, or as many as single ones take."""
         if width in self.step or len(self.step) < 2:
             return self.step.get(width, width * self.step.get(1, 0.0))
         return float(np.interp(width, sorted(self.step), [self.step[each] for each in sorted(self.step)]))
@@ -58,6 +59,7 @@ class _Pool:
     seconds: float = 0.0  # of its steps, about
     lost: float = 0.0  # of them by trying
     steps: int = 0
+    samples: int = 0
     again: int = _AFTER  # when to measure
     trial: list[tuple[int, bool]] = field(default_factory=list)  # probes to come: a width, and whether it counts
     found: dict[int, float] = field(default_factory=dict)
@@ -104,7 +106,7 @@ class _Pool:
         self.width = best
 
     def begin(self, width: int) -> None:
-        """A trial. The first steps of a width are not timed: its program may be compiled in them, and nothing is guessed yet."""
+        """A trial. The first steps of a width do not count: its program may be compiled in them."""
         self.trial = [(1, True), (width, False), (width, True), (1, True), (width, True)]
         self.found, self.again = {}, self.steps + _AGAIN
 
@@ -129,7 +131,7 @@ class Pace:
         self._measured, self._program = window == "auto", program
         self.most = FEW if self._measured else int(window)
         self.first = 1 if self._measured else self.most  # what a pool begins with
-        self.guesses = self.most > 1
+        self.guesses = self.most > 1  # or may, later
         self._pools: dict[Shape, _Pool] = {}
 
     def next(self, shape: Shape, steps: int) -> tuple[int, int, bool]:
@@ -181,6 +183,14 @@ class Pace:
         if count[1]:
             pool.more.pop(width, None)  # the last one used stands last
             pool.more[width] = (count[0] / count[1] - 1) / max(foreseen, _LEAST)
+
+    def asks(self, shape: Shape) -> bool:
+        """Whether the next sample that ends is for `saw`. Learning from each one would cost as much as it may bring."""
+        if not self.guesses:
+            return False
+        pool = self._pool(shape)
+        pool.samples += 1
+        return pool.width > 1 or not self._measured or pool.samples <= _FIRST or pool.samples % _EACH == 0
 
     def saw(self, shape: Shape, tokens: int, images: Sequence[np.ndarray]) -> None:
         """Adds a sample: how many tokens it has, and which codes of its images would have been guessed, bool [codes].

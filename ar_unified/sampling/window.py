@@ -9,8 +9,9 @@ So a step has between 1 and w tokens, and these are, in exact arithmetic, those 
 
 A guess is the token that the last step drew at that position, after wrong guesses. If nothing was drawn there, it is
 the code that came last behind the same two codes, before and above, in images that were drawn already (`pairs.py`), or
-else the code above. Tokens that the grammar forces or a canvas gives are known and not guessed. Text is not guessed: if all rows are in text, `steps.step` takes the step. Guesses end where the contexts of a
-row would not write side by side, such as after an image.
+else the code above. Tokens that the grammar forces or a canvas gives are known and not guessed. Text is not guessed: if
+all rows are in text, `steps.step` takes the step. Guesses end where the contexts of a row would not write side by side,
+such as after an image.
 
 What wrong guesses leave in the cache lies after the row's end, and is overwritten before anything reads it.
 
@@ -45,8 +46,8 @@ def decode_chunk(
 ) -> tuple[State, Array]:
     """`count` (at most CHUNK) more steps of every row, of 1 to `width` tokens each, fewer once all rows have ended.
 
-    Arguments and results are those of `steps.decode_chunk`, the tokens int32 [R, CHUNK * width]. The state has drafts of
-    this width. learned: the table of `pairs.Pairs`.
+    Arguments and results are those of `steps.decode_chunk`, the tokens int32 [R, CHUNK * width]. The state has drafts
+    of this width. learned: the table of `pairs.Pairs`.
     """
     machine, R = grammar.automaton, len(halted)
     state = state._replace(automaton=machine.halt(state.automaton, halted))

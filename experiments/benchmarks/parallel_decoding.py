@@ -39,10 +39,9 @@ from ar_unified.sampling import plan, prompts
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.model import Model
-from ar_unified.sampling.pace import WIDTHS, Pace
+from ar_unified.sampling.pace import WINDOWS, Pace
 from ar_unified.sampling.request import Request
 
-WINDOWS = (*WIDTHS, "auto")
 _LENGTH = 128  # of the caches of `exact`
 
 
@@ -70,10 +69,7 @@ def mixed(model: Model, path: str, count: int) -> list[Request]:
     """Requests of all kinds, each with settings of its own."""
     rng = np.random.default_rng(0)
     texts, asked = captions(path, count, rng), []
-    pictures = [
-        model.tokenize_image(scenes.render(scenes.sample_scene(rng, "validation")))
-        for _ in range(24)
-    ]
+    pictures = [model.tokenize_image(scenes.render(scenes.sample_scene(rng, "validation"))) for _ in range(24)]
     kinds = ("draw", "draw", "draw", "ask", "story", "edit", "repair", "negative", "two")
 
     def one_of(*values: Any) -> Any:
@@ -113,12 +109,13 @@ def mixed(model: Model, path: str, count: int) -> list[Request]:
 
 def exact(models: dict[str, tuple[str, str]], arguments: argparse.Namespace) -> int:
     """Draws the requests with each window; returns how many samples differ."""
-    plan._SHARES, prompts._SMALLEST = (1,), 64  # one length of cache and of prompts: a quarter of the programs
+    vars(plan)["_SHARES"], prompts._SMALLEST = (1,), 64  # one length of cache and of prompts: a quarter of the programs
     different = 0
     for name, (folder, path) in models.items():
         model = ar_unified.load(folder)
-        asked, expected, length = mixed(model, path, arguments.requests), {}, max(_LENGTH, arguments.max_length)
-        for window in (*WINDOWS, "restless"):
+        asked, length = mixed(model, path, arguments.requests), max(_LENGTH, arguments.max_length)
+        expected: dict[tuple[str, int], Any] = {}
+        for window in ("1", *arguments.windows, "restless"):
             made = "auto" if window == "restless" else window
             engine = like(model.engine, window=made, batch_size=arguments.batch, max_length=length)
             if window == "restless":
@@ -145,13 +142,13 @@ def like(engine: Engine, **settings: Any) -> Engine:
 def speed(models: dict[str, tuple[str, str]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """A line for each model, batch and window."""
     lines = []
-    for (name, (folder, path)), batch in itertools.product(models.items(), arguments.batches):
+    for batch, (name, (folder, path)) in itertools.product(arguments.batches, models.items()):
         model = ar_unified.load(folder)
         texts = captions(path, arguments.images, np.random.default_rng(1))
-        settings = {key: model.defaults[key] for key in ("guidance", "context") if key in model.defaults}
-        settings["image"] = Filter(**model.defaults["image"])
+        settings = {"guidance": model.defaults["guidance"], "image": Filter(**model.defaults["image"])}
         asked = [Request(str(i), (TextPart(t),), mode="image", seed=i, **settings) for i, t in enumerate(texts)]
-        engines = {w: like(model.engine, window=w, batch_size=batch, max_length=arguments.max_length) for w in WINDOWS}
+        made = [w if w == "auto" else int(w) for w in ("1", *arguments.windows)]
+        engines = {w: like(model.engine, window=w, batch_size=batch, max_length=arguments.max_length) for w in made}
         for found in measured(engines, asked, arguments.repeats):
             lines.append(dict(model=name, batch=batch) | found)
             print(*(f"{key}={value}" for key, value in lines[-1].items() if key != "seconds"), flush=True)
@@ -182,7 +179,8 @@ def measured(engines: dict[Any, Engine], asked: list[Request], repeats: int) -> 
             other[window] += sum(found[window][id] != tokens for id, tokens in found[1].items())
     lines = []
     for window, engine in engines.items():
-        pairs = [[a / b for a, b in zip(one, own, strict=True)] for one, own in zip(times[1], times[window], strict=True)]
+        both = zip(times[1], times[window], strict=True)
+        pairs = [[a / b for a, b in zip(one, own, strict=True)] for one, own in both]
         wall, cpu = (round(statistics.median(column), 3) for column in zip(*pairs, strict=True))
         a_step = round(engine.tokens_a_step, 2)
         lines.append(
@@ -200,6 +198,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=8, help="of `exact`")
     parser.add_argument("--images", type=int, default=64, help="that `speed` draws each time")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16], help="of `speed`")
+    parser.add_argument("--windows", nargs="+", default=WINDOWS[1:], choices=WINDOWS[1:], help="beside 1")
     parser.add_argument("--repeats", type=int, default=7, help="of `speed`")
     parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--output", type=Path, help="of `speed`")
