@@ -23,12 +23,14 @@ from ar_unified.sampling.steps import CHUNK, Shape
 WIDTHS = (1, 2, 4, FEW)
 WINDOWS = (*map(str, WIDTHS), "auto")
 _AFTER = 2 * CHUNK  # steps of a pool before anything is measured
-_PROBE = 4  # steps of a wide window that are timed together
-_PROBES = 2  # of a width; the fastest counts
+# Steps that are timed together, about as long for one width as for another: a busy machine spares what is short.
+_ALONE, _WIDE = 16, 6
+_PROBES = 3  # of a width, in turn with the other; the fastest counts
+_COMPILING = 5.0  # seconds that compiling is thought to take at least: `window=1` may have come from a cache
 _AGAIN = 64 * CHUNK  # steps before they are measured again
 _SHARE, _DOUBTFUL = 0.02, 0.004  # of a pool's time that trying may cost, where a gain is foreseen and where it is not
 _PROMISING = 1.3  # tokens a step that are foreseen, for the greater share
-_BETTER = 1.05  # times faster than drawing one by one, or it is not worth it
+_BETTER = 1.1  # times faster than drawing one by one, or it is not worth it
 _FIRST, _EACH = 32, 8  # samples that are looked at where nothing is guessed yet: the first ones, then each so many
 _KEEP = 0.97, 0.9  # how much a sample, and a chunk, leaves of what was counted before
 
@@ -80,8 +82,8 @@ class _Pool:
     def affordable(self, width: int) -> bool:
         """Whether trying a width costs no more than it may."""
         tokens, one = self.tokens(width), self.costs.step[1]
-        compiling = 0.0 if width in self.costs.first else 2 * self.costs.first.get(1, 0.0)
-        loss = compiling + (1 + _PROBES) * _PROBE * max(self.costs.of(width) - tokens * one, 0.0)
+        compiling = 0.0 if width in self.costs.first else max(2 * self.costs.first.get(1, 0.0), _COMPILING)
+        loss = compiling + (1 + _PROBES) * _WIDE * max(self.costs.of(width) - tokens * one, 0.0)
         return self.lost + loss <= (_SHARE if tokens >= _PROMISING else _DOUBTFUL) * self.seconds
 
     def decide(self) -> None:
@@ -107,7 +109,7 @@ class _Pool:
 
     def begin(self, width: int) -> None:
         """A trial. The first steps of a width do not count: its program may be compiled in them."""
-        self.trial = [(1, True), (width, False), (width, True), (1, True), (width, True)]
+        self.trial = [(width, False), *[(1, True), (width, True)] * _PROBES]
         self.found, self.again = {}, self.steps + _AGAIN
 
     def _worth(self, width: int) -> float:
@@ -143,7 +145,7 @@ class Pace:
             pool.decide()
         if pool.trial:
             width, _ = pool.trial[0]
-            return width, steps if width == 1 else min(steps, _PROBE), True
+            return width, min(steps, _ALONE if width == 1 else _WIDE), True
         pool.steps += steps
         pool.seconds += steps * pool.costs.of(pool.width)
         return pool.width, steps, False
@@ -156,8 +158,7 @@ class Pace:
 
     def called(self, shape: Shape, width: int, seconds: float) -> None:
         """Adds how long a call took to come back. Of a program's first one that is the compiler's time."""
-        if self._measured:
-            self._pool(shape).costs.first.setdefault(width, seconds)
+        self._pool(shape).costs.first.setdefault(width, seconds)
 
     def took(self, shape: Shape, seconds: float, tokens: float, steps: int) -> None:
         """Adds a measurement: seconds of `steps` steps, and tokens that one of them gave a sample."""

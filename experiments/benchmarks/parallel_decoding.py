@@ -167,7 +167,6 @@ def measured(engines: dict[Any, Engine], asked: list[Request], repeats: int) -> 
     for engine in engines.values():  # compiles; and "auto" measures
         drawn(engine, repeats)
         drawn(engine, repeats + 1)
-        engine._drawn[:] = 0
     times: dict[Any, list[tuple[float, float]]] = {window: [] for window in engines}
     other = dict.fromkeys(engines, 0)
     for repeat in range(repeats):
