@@ -290,7 +290,7 @@ class Engine:
 
     def read(self, shape: Shape, packed: Any, owners: Sequence[Job | None]) -> Iterator[tuple[Sample, Job]]:
         """Adds the tokens of a chunk of a pool to its samples, and yields the finished ones."""
-        rows, many = np.asarray(packed), np.zeros(2, np.int64)
+        rows, many = np.asarray(packed), np.zeros(3, np.int64)
         for row, job in zip(rows, owners, strict=True):
             if job is None or job.finished:
                 continue
@@ -300,7 +300,7 @@ class Engine:
             job.tokens.append(drawn[there])
             if self._logprobs:
                 job.logprobs.append(told.view(np.float32)[there])
-            many += len(job.tokens[-1]), taken
+            many += len(job.tokens[-1]), taken, taken > 0
             self._drawn += len(job.tokens[-1]), taken
             if job.left is not None:
                 job.left -= len(job.tokens[-1]) - taken

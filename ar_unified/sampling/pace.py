@@ -174,10 +174,12 @@ class Pace:
         if not pool.trial:
             pool.costs.step.update(pool.found)
 
-    def drew(self, shape: Shape, width: int, tokens: int, steps: int) -> None:
-        """Adds what a chunk of a width gave: tokens, and steps that samples took for them."""
+    def drew(self, shape: Shape, width: int, tokens: int, steps: int, samples: int) -> None:
+        """Adds what a chunk of a width gave: tokens, and steps that so many samples took for them."""
         if width == 1 or not self.guesses:
             return
+        if self._measured and steps <= samples * _WIDE:  # a probe: its first step had no guesses
+            tokens, steps = tokens - samples, steps - samples
         pool = self._pool(shape)
         count = pool.drawn[width] = pool.drawn.get(width, np.zeros(2)) * _KEEP[1] + (tokens, steps)
         foreseen = pool.foreseen[0] / pool.foreseen[1 + WIDTHS.index(width)] - 1 if pool.foreseen[0] else 0.0

@@ -177,7 +177,7 @@ def driven(cost, share, images, more=1.0, compiling=0.0, program=None, seed=0, c
         took += cost[width] * count
         if timed:
             first.took(shape, took, gained, count)
-        first.drew(shape, width, count * gained, count)
+        first.drew(shape, width, count * gained, count, 1)
         seconds[width] += took
         tokens[width] += count * gained
         left -= count * gained
@@ -246,7 +246,7 @@ def test_auto_gives_up_a_window_that_does_not_bring_what_was_foreseen():
         width, count, timed = first.next(shape, CHUNK)
         if timed:
             first.took(shape, WAITING[width] * count, 1.0, count)
-        first.drew(shape, width, count, count)
+        first.drew(shape, width, count, count, 1)
         first.saw(shape, 65, [np.ones(64, bool)])  # all would have been guessed, but none is
     assert first.next(shape, CHUNK)[0] == 1
 
