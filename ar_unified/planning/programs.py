@@ -29,7 +29,7 @@ from ar_unified.model.config import TransformerConfig, offloaded_bytes
 from ar_unified.model.lora import LoraConfig
 from ar_unified.parallel.compiler import compiler_options
 from ar_unified.parallel.rules import batch_shardings, on_mesh
-from ar_unified.sampling import steps, window
+from ar_unified.sampling import pairs, steps, window
 from ar_unified.sampling.pace import Pace
 from ar_unified.sampling.prompts import KEPT, prefill_rows
 from ar_unified.sampling.weights import read_as
@@ -394,7 +394,8 @@ def sample_programs(run: Run, mesh: Mesh) -> list[Program]:
     b = prefill_rows(R, mesh.shape["data"] * mesh.shape["fsdp"])
     prompts = by_row((jax.ShapeDtypeStruct((b, S // 2), jnp.int32), jax.ShapeDtypeStruct((b,), jnp.int32)))
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, jax.P()))
-    chunk = by_row(jax.ShapeDtypeStruct((R,), jnp.bool_)), count
+    table = jax.ShapeDtypeStruct((pairs.SIZE,), jnp.int32, sharding=NamedSharding(mesh, jax.P()))
+    chunk = by_row(jax.ShapeDtypeStruct((R,), jnp.bool_)), count, *([table] if width > 1 else [])
     prefill = jax.jit(partial(steps.prefill, config))
     one, several = partial(steps.decode_chunk, config, grammar), partial(window.decode_chunk, config, grammar, width)
     decode = jax.jit(one if width == 1 else several, donate_argnums=1)

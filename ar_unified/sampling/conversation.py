@@ -176,7 +176,7 @@ def _programs(config: TransformerConfig, grammar: Grammar, mesh: Mesh | None) ->
         put=jax.jit(steps.put, donate_argnums=(0,)),
         begin=jax.jit(functools.partial(steps.begin, grammar), donate_argnums=(0,)),
         read_on=jax.jit(functools.partial(steps.read_on, config), donate_argnums=(1,)),
-        first_slots=jax.jit(steps.first_slots),
+        first_slots=jax.jit(steps.first_slots, static_argnums=0),
         take=jax.jit(steps.take),
     )
 
@@ -204,13 +204,13 @@ def _serve(engine: Engine, group: Sequence[tuple[Conversation, Plan]]) -> list[S
     state = engine.call(own.begin, state, rows, start, position, seen)
     state = _read(engine, own, state, new)
 
-    first = engine.call(own.first_slots, state)
+    first = engine.call(own.first_slots, engine.widest, state)
     samples: dict[int, Sample] = {}
     while len(samples) < len(group):
         owners = [None if i in samples else jobs.get(i) for i in range(R)]
         free = np.array([owner is None for owner in owners])
         state, packed, _ = engine.decode(shape, state, free, CHUNK)
-        for sample, job in engine.read(packed, owners):
+        for sample, job in engine.read(shape, packed, owners):
             samples[owners.index(job)] = sample
     for i, (conversation, plan) in enumerate(group):
         if not samples[i].error:

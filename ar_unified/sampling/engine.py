@@ -26,14 +26,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ar_unified.interop.peft import Adapter
+from ar_unified.language.document import CodesPart
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.reading import GrammarError
 from ar_unified.model.config import TransformerConfig
 from ar_unified.sampling import logprobs, steps, window
 from ar_unified.sampling import score as scoring
 from ar_unified.sampling.answer import finished, stopped
+from ar_unified.sampling.drafts import no_drafts
 from ar_unified.sampling.low_rank import beside, number
 from ar_unified.sampling.pace import Pace
+from ar_unified.sampling.pairs import Pairs
 from ar_unified.sampling.plan import Plan, plan
 from ar_unified.sampling.prompts import Prompts, bucket, prefill_rows
 from ar_unified.sampling.request import Request, RequestError, Sample
@@ -59,6 +62,7 @@ class Programs(NamedTuple):
     decode: Any
     told: Any
     several: Any
+    drafts: Any
     score: Any
 
 
@@ -74,6 +78,7 @@ def programs(config: TransformerConfig, grammar: Grammar, mesh: Mesh | None) -> 
         decode=jax.jit(functools.partial(steps.decode_chunk, config, grammar), donate_argnums=(1,)),
         told=jax.jit(functools.partial(logprobs.decode_chunk, config, grammar), donate_argnums=(1,)),
         several=jax.jit(functools.partial(window.decode_chunk, config, grammar), static_argnums=0, donate_argnums=(2,)),
+        drafts=jax.jit(functools.partial(no_drafts, config, grammar), static_argnums=(0, 1, 2)),
         score=jax.jit(functools.partial(scoring.forward, config, grammar.vocabulary.used), static_argnums=0),
     )
 
@@ -150,7 +155,8 @@ class Engine:
         self._split = grammar.layout.split(grammar.vocabulary, softmax)
         self._programs = programs(config, grammar, mesh)
         self._prepared: tuple[Any, Any] = (None, None)
-        self._pace, self._logprobs = Pace(window), logprobs
+        of = config, grammar, mesh, batch_size, kv_dtype, weights_dtype, tuple(self.adapters)
+        self._pace, self._pairs, self._logprobs = Pace(window, of), Pairs(), logprobs
         self._slot_steps = np.zeros(2, np.int64)  # at work, and all
         self._drawn = np.zeros(2, np.int64)  # tokens, and steps that samples took for them
 
@@ -204,6 +210,11 @@ class Engine:
         return float(self._slot_steps[0] / max(self._slot_steps[1], 1))
 
     @property
+    def widest(self) -> int:
+        """Positions of a row that are drawn at once, at most."""
+        return self._pace.most
+
+    @property
     def tokens_a_step(self) -> float:
         """How many tokens a step gave a sample, over all steps so far: 1 unless there is a window."""
         return float(max(self._drawn[0], 1) / max(self._drawn[1], 1))
@@ -238,7 +249,7 @@ class Engine:
             now = None
             if any(slots):
                 free = np.array([slot is None for slot in slots])
-                count = _chunk(slots, waiting.any(shape), self.tokens_a_step)
+                count = _chunk(slots, waiting.any(shape), self._pace.expected(shape))
                 state, packed, count = self.decode(shape, state, free, count)
                 packed.copy_to_host_async()
                 self._slot_steps += sum(not empty for empty in free) * count, len(slots) * count
@@ -249,7 +260,7 @@ class Engine:
                         if slot.left <= 0:
                             slots[i] = None
             if behind is not None:
-                for sample, job in self.read(*behind):
+                for sample, job in self.read(shape, *behind):
                     slots = [None if slot is job else slot for slot in slots]
                     ended += 1
                     yield sample
@@ -277,9 +288,9 @@ class Engine:
             state = self.call(self._programs.insert, state, batch, source, slots, new, *arrays)
         return state
 
-    def read(self, packed: Any, owners: Sequence[Job | None]) -> Iterator[tuple[Sample, Job]]:
-        """Adds the tokens of a chunk to its samples, and yields the finished ones."""
-        rows = np.asarray(packed)
+    def read(self, shape: Shape, packed: Any, owners: Sequence[Job | None]) -> Iterator[tuple[Sample, Job]]:
+        """Adds the tokens of a chunk of a pool to its samples, and yields the finished ones."""
+        rows, many = np.asarray(packed), np.zeros(3, np.int64)
         for row, job in zip(rows, owners, strict=True):
             if job is None or job.finished:
                 continue
@@ -289,6 +300,7 @@ class Engine:
             job.tokens.append(drawn[there])
             if self._logprobs:
                 job.logprobs.append(told.view(np.float32)[there])
+            many += len(job.tokens[-1]), taken, taken > 0
             self._drawn += len(job.tokens[-1]), taken
             if job.left is not None:
                 job.left -= len(job.tokens[-1]) - taken
@@ -299,28 +311,41 @@ class Engine:
                 if self._logprobs:
                     sample = replace(sample, logprobs=job.drawn_logprobs()[: len(sample.tokens)])
                 job.finished = True
+                self._learn(shape, sample)
                 yield sample, job
+        self._pace.drew(shape, rows.shape[1] // CHUNK, *many)
+
+    def _learn(self, shape: Shape, sample: Sample) -> None:
+        """Has the codes that came for the guesses of others, and tells the pace how these would have been guessed."""
+        if sample.document is not None and self._pace.asks(shape):
+            images = [part.codes for part in sample.document.parts if isinstance(part, CodesPart)]
+            self._pace.saw(shape, len(sample.tokens), [self._pairs.learn(codes) for codes in images])
 
     # ---- the device ----------------------------------------------------------------------------------------------
 
     def empty(self, shape: Shape) -> State:
         """A pool without samples."""
-        return self.call(self._programs.empty, shape, self.batch_size, self.kv_dtype, self._pace.most)
+        return self.call(self._programs.empty, shape, self.batch_size, self.kv_dtype, self._pace.first)
 
     def decode(self, shape: Shape, state: State, halted: np.ndarray, count: int) -> tuple[State, Any, int]:
         """`steps.decode_chunk`, or its like with a window, and how many steps were taken: `count` or fewer."""
         width, count, timed = self._pace.next(shape, count)
-        program = self._programs.told if self._logprobs else self._programs.decode
-        program = program if width == 1 else functools.partial(self._programs.several, width)
-        arguments = self.weights, state, halted, np.int32(count)
-        if not timed:
-            return *self.call(program, *arguments), count
-        began = time.monotonic() if jax.block_until_ready(state) else 0
-        state, packed = jax.block_until_ready(self.call(program, *arguments))
-        seconds = time.monotonic() - began
-        rows, facts = np.asarray(packed), steps.FACTS
-        tokens, taken = np.sum(rows[:, :-facts] != self.grammar.vocabulary.pad), np.sum(rows[:, -facts])
-        self._pace.took(shape, seconds / max(rows[:, -facts].max(), 1), tokens / max(taken, 1))
+        drafts = state.drafts
+        if width != (1 if drafts is None else 1 + drafts.tokens.shape[1]):
+            drafts = self.call(self._programs.drafts, self.batch_size, shape.contexts, width)
+            state = state._replace(drafts=drafts)
+        program, learned = self._programs.told if self._logprobs else self._programs.decode, list[np.ndarray]()
+        if width > 1:
+            program, learned = functools.partial(self._programs.several, width), [self._pairs.table]
+        if timed:
+            jax.block_until_ready(state)
+        began = time.monotonic()
+        state, packed = self.call(program, self.weights, state, halted, np.int32(count), *learned)
+        self._pace.called(shape, width, time.monotonic() - began)
+        if timed:
+            rows = np.asarray(jax.block_until_ready(packed))
+            tokens, taken = np.sum(rows[:, : -steps.FACTS] != self.grammar.vocabulary.pad), rows[:, -steps.FACTS]
+            self._pace.took(shape, time.monotonic() - began, tokens / max(taken.sum(), 1), taken.max())
         return state, packed, count
 
     def prefill(self, tokens: np.ndarray, lengths: np.ndarray, adapter: np.ndarray) -> Prefix:
@@ -396,6 +421,8 @@ def _chunk(slots: Sequence[Job | None], waiting: bool, tokens_a_step: float) -> 
     """How many steps to take: up to the next known end of a sample, if another one waits for its slot."""
     if not waiting:
         return CHUNK
+    if len(slots) == 1:
+        tokens_a_step = 1.0  # a chunk ends with its only sample
     left = [None if slot.left is None else math.ceil(slot.left / tokens_a_step) for slot in slots if slot is not None]
     ends = [n for n in left if n is not None] + [CHUNK if None not in left else _SHORT]
     return max(min(ends), min(_SHORTEST, max(ends)))

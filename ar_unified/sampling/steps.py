@@ -32,6 +32,7 @@ from ar_unified.model.transformer import Params, Transformer, logical_axes, unst
 from ar_unified.parallel import rules
 from ar_unified.sampling import decoding, guidance
 from ar_unified.sampling.decoding import Filters
+from ar_unified.sampling.drafts import Drafts, forgotten, no_drafts
 
 CHUNK = 64  # steps of a chunk at most
 FACTS = 3  # that stand behind the tokens of a chunk
@@ -77,16 +78,6 @@ class Rows(NamedTuple):
     def adapters(self) -> Array:
         """Of each context, i32 [R * C]."""
         return jnp.repeat(self.adapter, self.weights.shape[1])
-
-
-class Drafts(NamedTuple):
-    """n guesses of what each row has after its next token, which `sampling/window.py` makes, reads and checks."""
-
-    tokens: Array  # i32 [R, n]; -1: none, from there on
-    hidden: Array  # [R * C, n, D], behind each of them
-    automaton: automaton.State  # [R, n] each, behind each of them
-    position: Array  # i32 [R, n, C], the same
-    codes: Array  # i32 [R, codes of the largest image], of the image at hand
 
 
 class State(NamedTuple):
@@ -189,25 +180,9 @@ def empty(
             cache=init_cache(config, R * C, shape.length, kv_dtype),
             seen=full(False, bool, text_ids(grammar)),
             broken=full(False, bool),
-            drafts=Drafts(
-                full(-1, jnp.int32, width - 1),
-                jnp.zeros((R * C, width - 1, config.d_model), config.dtype),
-                jax.tree.map(lambda x: jnp.zeros((R, width - 1), x.dtype), machine),
-                full(0, jnp.int32, width - 1, C),
-                full(0, jnp.int32, grammar.layout.height * grammar.layout.width),
-            )
-            if width > 1
-            else None,
+            drafts=no_drafts(config, grammar, R, C, width),
         )
     )
-
-
-def forgotten(drafts: Drafts | None, rows: Array | bool = True) -> Drafts | None:
-    """The state without drafts in `rows`, bool [R], whose next tokens are not those that the drafts were made for."""
-    if drafts is None:
-        return None
-    gone = jnp.broadcast_to(rows, drafts.tokens.shape[:1])[:, None]
-    return drafts._replace(tokens=jnp.where(gone, -1, drafts.tokens))
 
 
 def prefill(
@@ -321,19 +296,18 @@ def read_on(
     return placed(state._replace(hidden=jnp.where(reads[:, None], last, state.hidden), cache=cache))
 
 
-def first_slots(state: State) -> Cache:
-    """The slots of each row of the cache that decoding overwrites after the row has ended."""
-    return tuple(slots_of(layer, _first(state)) for layer in state.cache)
+def first_slots(width: int, state: State) -> Cache:
+    """The slots of each row of the cache that decoding overwrites after the row has ended. width: positions of a row
+    that are drawn at once, at most.
+    """
+    return tuple(slots_of(layer, slice(width)) for layer in state.cache)
 
 
 def take(state: State, first: Cache, row: Array) -> Cache:
     """One row of the cache for `put`, its first slots as `first` has them."""
     kept, first = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), (state.cache, first))
-    return tuple(with_slots(layer, _first(state), slots) for layer, slots in zip(kept, first, strict=True))
-
-
-def _first(state: State) -> slice:
-    return slice(1 if state.drafts is None else 1 + state.drafts.tokens.shape[1])
+    width = first[0][0].shape[2]
+    return tuple(with_slots(layer, slice(width), slots) for layer, slots in zip(kept, first, strict=True))
 
 
 def decode_chunk(

@@ -8,9 +8,10 @@ draw is right; each further draw is right if all guesses before it equal what wa
 So a step has between 1 and w tokens, and these are, in exact arithmetic, those of `steps.step`.
 
 A guess is the token that the last step drew at that position, after wrong guesses. If nothing was drawn there, it is
-the code above, or in the first row the code before. Tokens that the grammar forces or a canvas gives are known and not
-guessed. Text is not guessed: if all rows are in text, `steps.step` takes the step. Guesses end where the contexts of a
-row would not write side by side, such as after an image.
+the code that came last behind the same two codes, before and above, in images that were drawn already (`pairs.py`), or
+else the code above. Tokens that the grammar forces or a canvas gives are known and not guessed. Text is not guessed: if
+all rows are in text, `steps.step` takes the step. Guesses end where the contexts of a row would not write side by side,
+such as after an image.
 
 What wrong guesses leave in the cache lies after the row's end, and is overwritten before anything reads it.
 
@@ -28,8 +29,9 @@ from jax import Array
 from ar_unified.language.grammar import Grammar
 from ar_unified.model.config import TransformerConfig
 from ar_unified.model.transformer import Transformer
-from ar_unified.sampling import decoding, guidance, steps
-from ar_unified.sampling.steps import CHUNK, Drafts, State, Weights
+from ar_unified.sampling import decoding, guidance, pairs, steps
+from ar_unified.sampling.drafts import Drafts
+from ar_unified.sampling.steps import CHUNK, State, Weights
 
 
 def decode_chunk(
@@ -40,11 +42,12 @@ def decode_chunk(
     state: State,
     halted: Array,
     count: Array,
+    learned: Array,
 ) -> tuple[State, Array]:
     """`count` (at most CHUNK) more steps of every row, of 1 to `width` tokens each, fewer once all rows have ended.
 
-    The state's drafts may be of a wider window. Arguments and results are those of `steps.decode_chunk`, the tokens
-    int32 [R, CHUNK * width].
+    Arguments and results are those of `steps.decode_chunk`, the tokens int32 [R, CHUNK * width]. The state has drafts
+    of this width. learned: the table of `pairs.Pairs`.
     """
     machine, R = grammar.automaton, len(halted)
     state = state._replace(automaton=machine.halt(state.automaton, halted))
@@ -68,7 +71,7 @@ def decode_chunk(
         return i + 1, state, tokens, begin + many, taken + ~machine.done(before.automaton)
 
     def several(carry: Any) -> Any:
-        return written(carry, *step(config, grammar, width, weights, carry[1], keys))
+        return written(carry, *step(config, grammar, width, weights, carry[1], keys, learned))
 
     def one(carry: Any) -> Any:
         token, state = steps.step(config, grammar, weights, carry[1], keys)
@@ -84,7 +87,13 @@ def decode_chunk(
 
 
 def step(
-    config: TransformerConfig, grammar: Grammar, width: int, weights: Weights, state: State, keys: Array
+    config: TransformerConfig,
+    grammar: Grammar,
+    width: int,
+    weights: Weights,
+    state: State,
+    keys: Array,
+    learned: Array,
 ) -> tuple[Array, State, Array]:
     """A step of every row: tokens int32 [R, w], the state, and how many of the tokens count, int32 [R]."""
     machine, rows = grammar.automaton, state.rows
@@ -94,10 +103,10 @@ def step(
     every = jnp.arange(R)
 
     def behind(first: Array, more: Array) -> Array:
-        return jnp.concatenate([first[:, None], more[:, :n]], axis=1)
+        return jnp.concatenate([first[:, None], more], axis=1)
 
     machines = jax.tree.map(behind, state.automaton, drafts.automaton)
-    positions, guesses = behind(state.position, drafts.position), drafts.tokens[:, :n]
+    positions, guesses = behind(state.position, drafts.position), drafts.tokens
     hidden = behind(state.hidden, drafts.hidden).reshape(R, C, width, -1)
     token, broken, image = draw(grammar, weights, state, machines, positions, guesses, hidden, keys)
 
@@ -115,13 +124,13 @@ def step(
     done = machine.done(after)
 
     counts = jnp.arange(width) <= last[:, None]
-    where = jnp.where(counts & image, machine.code(machines), drafts.codes.shape[1])
+    where = jnp.where(counts & machine.in_image(machines), machine.code(machines), drafts.codes.shape[1])
     codes = drafts.codes.at[every[:, None], where].set(token - grammar.vocabulary.image_offset, mode="drop")
     # What was drawn behind what is now known, by its place behind it.
     place = last[:, None] + 1 + jnp.arange(n)
     inside = jnp.minimum(place, n)
     again = jnp.where((place <= n) & jnp.take_along_axis(image, inside, 1), jnp.take_along_axis(token, inside, 1), -1)
-    drafts = guess(grammar, state, after, position, writes, again, codes)
+    drafts = guess(grammar, state, after, position, writes, again, codes, learned)
 
     model = Transformer.bind(config, weights.layers)
     fed = jnp.concatenate([final[:, None], jnp.maximum(drafts.tokens, 0)], axis=1)
@@ -138,7 +147,7 @@ def step(
             cache=cache,
             seen=state.seen.at[every[:, None], piece].set(True, mode="drop"),
             broken=state.broken | bad,
-            drafts=_as_wide(drafts._replace(hidden=read[:, 1:]), state.drafts),
+            drafts=drafts._replace(hidden=read[:, 1:]),
         ),
         last + 1,
     )
@@ -213,7 +222,14 @@ def draw(
 
 
 def guess(
-    grammar: Grammar, state: State, after: Any, position: Array, writes: Array, again: Array, codes: Array
+    grammar: Grammar,
+    state: State,
+    after: Any,
+    position: Array,
+    writes: Array,
+    again: Array,
+    codes: Array,
+    learned: Array,
 ) -> Drafts:
     """The guesses for the next positions; they are not read yet.
 
@@ -221,6 +237,7 @@ def guess(
         after: the automaton's state after the known tokens, [R] each. position, writes: int32 [R, C], of
         `guidance.advance`.
         again: int32 [R, n], the tokens drawn there before; -1: none. codes: of the present image, as in `Drafts`.
+        learned: the table of `pairs.Pairs`.
     """
     machine, rows, offset = grammar.automaton, state.rows, grammar.vocabulary.image_offset
     every = jnp.arange(len(writes))
@@ -229,9 +246,10 @@ def guess(
         at, position, codes, writes, going = carry
         forced, image = steps.known(grammar, at, rows.canvas), machine.in_image(at)
         place = machine.code(at)
-        above = place - jnp.where(place >= machine.columns(at), machine.columns(at), 1)
-        alike = jnp.take_along_axis(codes, above[:, None], axis=1, mode="clip")[:, 0]
-        token = jnp.where(forced >= 0, forced, jnp.where(drawn >= 0, drawn, offset + alike))
+        near = jnp.stack([place - 1, place - machine.columns(at)], axis=1)  # of the codes before and above
+        near = jnp.where(near >= 0, jnp.take_along_axis(codes, near, axis=1, mode="clip"), -1)
+        code = pairs.likely(learned[pairs.place(near[:, 0], near[:, 1])], near[:, 0], near[:, 1], jnp)
+        token = jnp.where(forced >= 0, forced, jnp.where(drawn >= 0, drawn, offset + code))
         going &= ~machine.done(at) & ((forced >= 0) | image)
         written, behind = guidance.advance(machine.event(at, token), position, rows.start, rows.resets)
         going &= jnp.all(written == writes + 1, axis=1)
@@ -245,13 +263,3 @@ def guess(
     tokens, machines, positions = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), found)
     nothing = jnp.zeros((0, 0, 0))  # `step` fills it in
     return Drafts(tokens, nothing, machines, positions, codes)
-
-
-def _as_wide(drafts: Drafts, like: Drafts) -> Drafts:
-    """Drafts of a narrow window in the shape of a wide one; the added positions have none."""
-
-    def wide(x: Array, old: Array) -> Array:
-        missing = old.shape[1] - x.shape[1]
-        return jnp.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)], constant_values=-1) if missing else x
-
-    return jax.tree.map(wide, drafts, like)

@@ -12,10 +12,12 @@ from ar_unified.cli.plan import run_of, save
 from ar_unified.experiment import config as configs
 from ar_unified.language.syntax import fixed_grid
 from ar_unified.model.config import PRESETS, config_from
+from ar_unified.parallel.mesh import make_mesh
 from ar_unified.planning.plan import make_plan
-from ar_unified.planning.programs import Run
+from ar_unified.planning.programs import Run, sample_programs
 from ar_unified.planning.report import text
 from ar_unified.planning.targets import TargetError, parse_target
+from ar_unified.sampling.steps import CHUNK, FACTS
 from tests.kernels.topologies import needs_libtpu
 from tests.training import tiny
 
@@ -47,6 +49,12 @@ def test_the_pretraining_config_has_the_published_vocabulary_and_an_even_mesh(na
     inner = run.mesh["fsdp"] * run.mesh["context"]
     assert 512 % inner == 0 and run.batch_size % (512 // run.mesh["context"]) == 0
     assert run.model.d_model % run.mesh["fsdp"] == 0
+
+
+def test_a_window_is_planned_as_it_is_decoded():
+    mesh = make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    _, decode = sample_programs(replace(SMALL, window="4", contexts=2), mesh)
+    assert decode.lower().out_info[1].shape == (SMALL.requests, 4 * CHUNK + FACTS)
 
 
 def test_gpus_are_planned_with_cpus_in_their_place(tmp_path):

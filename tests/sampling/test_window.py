@@ -16,6 +16,7 @@ from ar_unified.sampling import pace
 from ar_unified.sampling.conversation import Conversation
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.pace import Pace
+from ar_unified.sampling.pairs import Pairs
 from ar_unified.sampling.request import Request
 from ar_unified.sampling.steps import CHUNK, Shape
 from tests.language.small import grammar_of
@@ -84,6 +85,38 @@ def test_so_they_are_in_every_layout(kind):
     assert made[1].tokens_a_step > 1
 
 
+class Restless(Pace):
+    """Another window for each chunk, short chunks, whatever they cost."""
+
+    def next(self, shape, steps):
+        self.turn = getattr(self, "turn", 0) + 1
+        return (1, 4, 4, 1, 1, 4)[self.turn % 6], min(steps, 5), False
+
+
+@pytest.mark.slow
+def test_mixed_requests_and_windows_that_change_give_the_same_tokens(params):
+    """Many more than slots, each with settings of its own; and guesses that were made before a change are not used."""
+    grammar, rng = GRAMMARS["rows"], np.random.default_rng(0)
+    asked = [
+        dataclasses.replace(
+            one,
+            id=f"{one.id} {i}",
+            seed=int(rng.integers(1 << 31)),
+            image=Filter(rng.choice([0.0, 0.3, 1.0, 1.5]), int(rng.choice([0, 4])), rng.choice([1.0, 0.8])),
+            text=Filter(rng.choice([0.0, 1.0]), int(rng.choice([0, 6])), rng.choice([1.0, 0.9])),
+            repetition_penalty=rng.choice([1.0, 1.4]),
+        )
+        for i in range(10)
+        for one in requests(grammar)
+    ]
+    expected = collect(engine(grammar, params).generate(asked))
+    wide, restless = engine(grammar, params, window=4), engine(grammar, params, window="auto")
+    restless._pace = Restless("auto")
+    for each in (wide, restless):
+        same(collect(each.generate(asked)), expected)
+        assert each.tokens_a_step > 1.05
+
+
 def test_a_conversation_has_the_same_turns(params):
     grammar = GRAMMARS["rows"]
     talks = [Conversation(engine(grammar, params, max_length=192, window=window)) for window in (1, 4)]
@@ -111,6 +144,8 @@ def test_auto_draws_the_same_tokens(params, monkeypatch):
     monkeypatch.setattr(pace, "_AFTER", 8)
     monkeypatch.setattr(pace, "WIDTHS", (1, 4))
     monkeypatch.setattr(pace, "FEW", 4)
+    monkeypatch.setattr(pace, "_DOUBTFUL", 1e6)  # tries at once, whatever it costs
+    monkeypatch.setattr(pace, "_SHARE", 1e6)
     monkeypatch.setattr(pace, "_BETTER", 0.0)  # the wider one wins
     grammar = GRAMMARS["rows"]
     asked = images(40, (3, 4))
@@ -119,32 +154,138 @@ def test_auto_draws_the_same_tokens(params, monkeypatch):
     assert auto.tokens_a_step > 1.05
 
 
-def measured(seconds, tokens, steps):
-    """The windows that a pool decoded with whose steps take so long and have so many tokens, by width."""
-    found, first, shape = [], Pace("auto"), Shape(2, 64)
-    while len(found) < steps:
+@pytest.fixture
+def _steps_for_seconds(monkeypatch):
+    monkeypatch.setattr(pace, "_COMPILING", 0.0)
+
+
+def driven(cost, share, images, more=1.0, compiling=0.0, program=None, seed=0, cached=()):
+    """A pool that draws images of 64 codes, of which a share is guessed, with windows whose steps cost so much, and one
+    whose program must first be compiled so much more; its own draws guess `more` beside.
+
+    Returns the tokens and the seconds of each width, and the pace.
+    """
+    rng, first, shape = np.random.default_rng(seed), Pace("auto", program), Shape(2, 64)
+    tokens, seconds, compiled = dict.fromkeys(pace.WIDTHS, 0.0), dict.fromkeys(pace.WIDTHS, 0.0), set(cached)
+    left, image = 65.0, rng.random(64) < share
+    while images > 0:
         width, count, timed = first.next(shape, CHUNK)
-        found += [width] * count
+        gained = 1 + min(more * (1 - share**width) / (1 - share) - more, width - 1.0)
+        took = 0.0 if width in compiled else compiling
+        compiled.add(width)
+        first.called(shape, width, took)
+        took += cost[width] * count
         if timed:
-            first.took(shape, seconds[width], tokens[width])
-    return found
+            first.took(shape, took, gained, count)
+        first.drew(shape, width, count * gained, count, 1)
+        seconds[width] += took
+        tokens[width] += count * gained
+        left -= count * gained
+        while left <= 0:
+            if first.asks(shape):
+                first.saw(shape, 65, [image])
+            left, image, images = left + 65, rng.random(64) < share, images - 1
+    return tokens, seconds, first
 
 
+WAITING = {1: 1.0, 2: 1.1, 4: 1.4, 8: 2.0}  # steps of a device that waits for weights, and of one that computes
+COMPUTING = {1: 1.0, 2: 1.9, 4: 3.6, 8: 7.0}
+
+
+@pytest.mark.usefixtures("_steps_for_seconds")
 @pytest.mark.parametrize(
-    "seconds, tokens, best",
+    "cost, share, more, best",
     [
-        ({1: 1.0, 2: 1.1, 4: 1.4, 8: 2.0}, {1: 1.0, 2: 1.8, 4: 3.0, 8: 5.0}, 8),
-        ({1: 1.0, 2: 1.1, 4: 1.4, 8: 2.8}, {1: 1.0, 2: 1.8, 4: 3.0, 8: 5.0}, 4),
-        ({1: 1.0, 2: 1.9, 4: 3.5, 8: 7.0}, {1: 1.0, 2: 1.5, 4: 2.0, 8: 2.2}, 1),
+        (WAITING, 0.9, 1.0, 8),
+        ({1: 1.0, 2: 1.3, 4: 1.8, 8: 3.4}, 0.75, 1.0, 4),
+        (WAITING, 0.3, 3.0, 2),  # what it guesses itself shows where it is tried
+        (WAITING, 0.05, 1.0, 1),
+        (COMPUTING, 0.6, 1.0, 1),
     ],
 )
-def test_auto_takes_the_width_that_measures_best(seconds, tokens, best):
-    found = measured(seconds, tokens, 6000)
-    assert set(found[: 8 * CHUNK]) == {1}  # a short job tries nothing
-    assert max(set(found), key=found.count) == best
-    assert found.count(best) > 0.8 * len(found)
-    if best == 1:  # and what was tried in vain cost less than a hundredth
-        assert sum(seconds[width] / tokens[width] for width in found) < 1.01 * len(found)
+def test_auto_takes_the_width_that_is_fastest(cost, share, more, best):
+    tokens, seconds, _ = driven(cost, share, 3000, more)
+    assert max(tokens, key=tokens.get) == best
+    assert tokens[best] > 0.8 * sum(tokens.values())
+
+
+@pytest.mark.usefixtures("_steps_for_seconds")
+@pytest.mark.parametrize("images", [1, 5, 20, 100, 400, 3000])
+@pytest.mark.parametrize("compiling", [0.0, 500.0, 20_000.0])
+@pytest.mark.parametrize("cost, share", [(COMPUTING, 0.6), (COMPUTING, 0.9), (WAITING, 0.05), (WAITING, 0.4)])
+def test_auto_is_never_slower_than_one_by_one(cost, share, images, compiling):
+    """In jobs of any length, whatever the compiler takes for what is tried in vain."""
+    tokens, seconds, _ = driven(cost, share, images, compiling=compiling)
+    alone = compiling + cost[1] * sum(tokens.values())
+    assert sum(seconds.values()) * 0.97 <= alone
+
+
+def test_nor_where_its_own_program_came_from_a_cache():
+    """Steps of a millisecond, a compiler that takes seconds, and nothing that says so before."""
+    cost = {width: seconds / 1000 for width, seconds in COMPUTING.items()}
+    for images in (100, 1000, 6000):
+        tokens, seconds, _ = driven(cost, 0.6, images, compiling=5.0, cached=(1,))
+        assert sum(seconds.values()) * 0.97 <= cost[1] * sum(tokens.values())
+
+
+@pytest.mark.usefixtures("_steps_for_seconds")
+def test_what_was_measured_in_this_process_is_not_measured_again():
+    tokens, *_ = driven(WAITING, 0.9, 40, compiling=500.0, program="these")
+    assert max(tokens, key=tokens.get) == 1  # so short a job does not pay for the compiler
+    driven(WAITING, 0.9, 3000, compiling=500.0, program="these")
+    tokens, *_ = driven(WAITING, 0.9, 40, compiling=0.0, program="these")
+    assert max(tokens, key=tokens.get) == 8
+    tokens, *_ = driven(WAITING, 0.9, 40, compiling=500.0, program="those")
+    assert max(tokens, key=tokens.get) == 1
+
+
+def test_auto_gives_up_a_window_that_does_not_bring_what_was_foreseen():
+    """The steps are dearer, or its guesses worse, than they were when it was chosen."""
+    first, shape = Pace("auto", None), Shape(1, 64)
+    for _ in range(3000):
+        width, count, timed = first.next(shape, CHUNK)
+        if timed:
+            first.took(shape, WAITING[width] * count, 1.0, count)
+        first.drew(shape, width, count, count, 1)
+        first.saw(shape, 65, [np.ones(64, bool)])  # all would have been guessed, but none is
+    assert first.next(shape, CHUNK)[0] == 1
+
+
+def test_pairs_learn_what_follows_two_codes():
+    """Also where codes share entries, a guess is a code that was there."""
+    codes = np.array([[1, 2, 3], [1, 2, 5], [1, 2, 4]])
+    learned = Pairs()
+    np.testing.assert_array_equal(learned.learn(codes), [0, 0, 0, 1, 1, 0, 1, 1, 0])  # above, or before
+    np.testing.assert_array_equal(learned.learn(codes), np.ones(9, bool))
+    large = np.random.default_rng(0).integers(0, 1 << 18, (64, 64))
+    learned.learn(large)
+    assert learned.learn(large).mean() > 0.8
+    assert set(np.unique(learned.table)) <= {-1, *codes.ravel(), *large.ravel()}
+
+
+def test_where_the_code_above_is_right_more_often_it_is_the_guess():
+    """Six of ten codes are the one above, the others any of eight: what came last is right four times in ten."""
+    learned, rng, right = Pairs(), np.random.default_rng(0), []
+    for _ in range(60):
+        codes = rng.integers(0, 8, (12, 12))
+        for row in range(1, 12):
+            codes[row] = np.where(rng.random(12) < 0.55, codes[row - 1], codes[row])
+        right.append(learned.learn(codes).reshape(12, 12)[1:].mean())
+    assert np.mean(right[20:]) > 0.55
+
+
+def test_the_device_guesses_what_the_host_says_it_would(params):
+    """Greedy images of one request, again and again: once the table has them, a step has a whole window."""
+    grammar = GRAMMARS["grid"]
+    wide = engine(grammar, params, window=4, batch_size=4)
+    asked = [dataclasses.replace(images(1, None)[0], id=str(i), image=Filter(0.0), n=1) for i in range(4)]
+    list(wide.generate(asked))
+    wide._drawn[:] = 0
+    found = list(wide.generate(asked))
+    right = wide._pairs.learn(found[0].document.parts[0].codes)
+    assert right.all()  # no pair of codes stands twice in this image
+    # 6 codes, the end of the image and of the answer: one, before there are guesses, then four, then the rest
+    assert wide.tokens_a_step == pytest.approx((len(found[0].tokens) - 1) / 3, abs=0.01)
 
 
 def test_a_width_of_its_own_is_kept():

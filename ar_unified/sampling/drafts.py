@@ -1,0 +1,49 @@
+"""What a pool keeps of guesses between two steps of `window.py`.
+
+Axes: R slots, C contexts, n guesses, D model.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ar_unified.language import automaton
+from ar_unified.language.automaton import Opened, Wanted
+from ar_unified.language.grammar import Grammar
+from ar_unified.model.config import TransformerConfig
+
+
+class Drafts(NamedTuple):
+    """n guesses of what each row has after its next token, which `window.py` makes, reads and checks."""
+
+    tokens: Array  # i32 [R, n]; -1: none, from there on
+    hidden: Array  # [R * C, n, D], behind each of them
+    automaton: automaton.State  # [R, n] each, behind each of them
+    position: Array  # i32 [R, n, C], the same
+    codes: Array  # i32 [R, codes of the largest image], of the image at hand
+
+
+def no_drafts(config: TransformerConfig, grammar: Grammar, slots: int, contexts: int, width: int) -> Drafts | None:
+    """Those of a pool that begins to draw `width` positions at once: none yet. None where it draws one by one."""
+    if width == 1:
+        return None
+    n, machine = width - 1, grammar.automaton.resume(Opened(jnp.zeros(slots, jnp.int32)), Wanted())
+    return Drafts(
+        jnp.full((slots, n), -1, jnp.int32),
+        jnp.zeros((slots * contexts, n, config.d_model), config.dtype),
+        jax.tree.map(lambda x: jnp.zeros((slots, n), x.dtype), machine),
+        jnp.zeros((slots, n, contexts), jnp.int32),
+        jnp.zeros((slots, grammar.layout.height * grammar.layout.width), jnp.int32),
+    )
+
+
+def forgotten(drafts: Drafts | None, rows: Array | bool = True) -> Drafts | None:
+    """The state without drafts in `rows`, bool [R], whose next tokens are not those that the drafts were made for."""
+    if drafts is None:
+        return None
+    gone = jnp.broadcast_to(rows, drafts.tokens.shape[:1])[:, None]
+    return drafts._replace(tokens=jnp.where(gone, -1, drafts.tokens))
