@@ -34,7 +34,7 @@ def test_the_adapter_is_in_its_matrices_and_what_was_trained_beside_it_in_its_ro
     stored = {"lora": jax.tree.map(jax.numpy.asarray, drawn), "head": jax.numpy.asarray(rows)}
     base = named(jax.device_get(bundle.params()))
     for target, dtype in ((None, "float32"), (read_as(bundle.config, None), bundle.config.dtype)):
-        found = named(jax.device_get(in_base(bundle, LORA, selection, stored, target)))
+        found = named(jax.device_get(in_base(bundle, bundle.config, LORA, selection, stored, target)))
         assert found.keys() == base.keys() and str(found["head"].dtype) == dtype
         codes = slice(vocabulary.image_offset, vocabulary.rest_offset)
         np.testing.assert_array_equal(found["head"][codes], rows)
