@@ -94,6 +94,7 @@ def write(
     loss: Mapping[str, Any] | None = None,
     published: Mapping[str, Any] | None = None,
     kept: Mapping[str, np.ndarray] | None = None,
+    extends: str = "",
     shard_bytes: int = SHARD_BYTES,
 ) -> Bundle:
     """Writes a bundle whole or not at all, and opens it.
@@ -106,18 +107,16 @@ def write(
         loss: softmax of the experiment; None: its default.
         sampling: max_length, kv_dtype and the defaults of requests (`sampling.request.DEFAULTS`) of the experiment.
         published, kept: of published weights: JSON values and tensors by name that an export to their form needs.
+        extends: the hash of a bundle whose parameters these are, but for more rows of its tables of ids.
         shard_bytes: of a file of parameters at most; a larger parameter has a file of its own.
 
     Raises UserError where `folder` exists, OSError (a full disk).
     """
     try:
         with whole_folder(folder) as here:
-            sections = {
-                "model": decisive(config) | {"dtype": config.dtype},
-                "data": dict(data),
-                "loss": dict(loss or {}),
-                "sampling": dict(sampling),
-            }
+            model = decisive(config) | {"dtype": config.dtype}
+            sections: dict[str, Any] = {"model": model, "data": dict(data), "loss": dict(loss or {})}
+            sections |= {"sampling": dict(sampling)} | ({"extends": extends} if extends else {})
             write_json(here / CONFIG, sections)
             write_json(here / LANGUAGE, record_of(grammar))
             write_bytes(here / TEXT / text_tokenizer.file, text_tokenizer.data)

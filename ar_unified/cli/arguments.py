@@ -215,7 +215,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
-    from ar_unified.interop import ADAPTER, DIALECTS, FORMS
+    from ar_unified.interop import ADAPTER, BESIDE, DIALECTS, FORMS
 
     _experiment(parser, recorded=True, needed=False)
     parser.add_argument(
@@ -227,9 +227,9 @@ def _export(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--to",
-        choices=tuple(dict.fromkeys((*FORMS, ADAPTER, *DIALECTS))),
-        help=f"{ADAPTER}: the adapter of a training of LoRA, alone; of a bundle the form, {', '.join(FORMS)} (hf); of "
-        "an image tokenizer whose names its weights get, "
+        choices=tuple(dict.fromkeys((*FORMS, ADAPTER, BESIDE, *DIALECTS))),
+        help=f"of a training of LoRA {ADAPTER}: the adapter alone, or {BESIDE}: the extended model without it; of a "
+        f"bundle the form, {', '.join(FORMS)} (hf); of an image tokenizer whose names its weights get, "
         f"{', '.join(DIALECTS)} (as it came)",
     )
     parser.add_argument(

@@ -10,7 +10,8 @@ used. config.sampling.checkpoint says which step: last, or best. Leaves in FOLDE
 `ar_unified.load("FOLDER")` opens it, with no experiment and no workdir; --config.init=FOLDER begins a training with it.
 
 After a training of LoRA (config.lora), the bundle's weights include the adapter; --to peft writes the adapter alone, as
-PEFT reads it.
+PEFT reads it, with the rows of ids that were trained beside it. Where the training has extended a language model by
+images, --to base writes the bundle that the adapter stands beside: extended, without the adapter.
 
 With --from and --to, it writes a bundle in the form that other programs read, or an image tokenizer (an imported one,
 or image_tokenizer/ of a workdir or of a bundle) with the names of weights that its publishers use:
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from ar_unified import bundle
 from ar_unified.bundle import Bundle
@@ -39,10 +41,13 @@ from ar_unified.experiment import settings
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.facts import trained_adapter
 from ar_unified.experiment.start import by_first_process, open_experiment
-from ar_unified.interop import ADAPTER, FORMS, image_tokenizer, peft
+from ar_unified.interop import ADAPTER, BESIDE, FORMS, image_tokenizer, peft
 from ar_unified.interop.exporting import export_published
 from ar_unified.interop.extended import KEY as EXTENDED
+from ar_unified.interop.token_rows import TokenRows
+from ar_unified.manifests import manifest_hash
 from ar_unified.model.config import decisive, parameter_count
+from ar_unified.model.own_rows import TABLES
 from ar_unified.sampling.request import DEFAULTS
 from ar_unified.tensors import read_tensors
 from ar_unified.workdir import read_json
@@ -69,14 +74,15 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         return 0
     if not arguments.workdir:
         raise UserError("expected --workdir DIR, of a training, or --from BUNDLE --to FORMAT; found neither")
-    if arguments.to != ADAPTER:
+    if arguments.to not in (ADAPTER, BESIDE):
         refuse_unread(arguments, "without --from, where a bundle is written", "to")
     experiment = open_experiment(arguments, overrides, ["export"])
     if arguments.to == ADAPTER:
         refuse_unread(arguments, f"with --to {ADAPTER}, which is an adapter alone", "license", "shard_mib")
         export_adapter(experiment, arguments.output)
         return 0
-    export(experiment, arguments.output, license=arguments.license, shard_bytes=shard_bytes)
+    beside = arguments.to == BESIDE
+    export(experiment, arguments.output, license=arguments.license, shard_bytes=shard_bytes, beside=beside)
     return 0
 
 
@@ -90,12 +96,23 @@ def _export_bundle(arguments: argparse.Namespace, shard_bytes: int) -> None:
 
 
 @by_first_process
-def export(experiment: Experiment, output: str, *, license: str = "", shard_bytes: int = bundle.SHARD_BYTES) -> None:
-    """The bundle of a finished training. Raises UserError where there is none, or `output` is something else."""
+def export(
+    experiment: Experiment,
+    output: str,
+    *,
+    license: str = "",
+    shard_bytes: int = bundle.SHARD_BYTES,
+    beside: bool = False,
+) -> None:
+    """The bundle of a finished training. Raises UserError where there is none, or `output` is something else.
+
+    beside: without the adapter, of a language model that was extended: what the adapter stands beside.
+    """
     _require_own(experiment)
+    extends = _require_extended(experiment) if beside else ""
     config, tokenizer = configs.plain(experiment.config), experiment.image_tokenizer
     image = None if isinstance(tokenizer, NoImages) else tokenizer
-    evaluation, brought = _evaluation(experiment), experiment.workdir.text_tokenizer
+    evaluation, brought = None if beside else _evaluation(experiment), experiment.workdir.text_tokenizer
     words = card(
         license=license,
         model=experiment.model,
@@ -108,7 +125,7 @@ def export(experiment: Experiment, output: str, *, license: str = "", shard_byte
     made = bundle.write(
         output,
         config=experiment.model,
-        params=experiment.params,
+        params=experiment.params_without_adapter if beside else experiment.params,
         grammar=experiment.grammar,
         text_tokenizer=experiment.text_tokenizer,
         image_tokenizer=image,
@@ -118,6 +135,7 @@ def export(experiment: Experiment, output: str, *, license: str = "", shard_byte
         card=words,
         published=_published(experiment, brought / bundle.PUBLISHED),
         kept=read_tensors(kept) if (kept := brought / bundle.KEPT).exists() else None,
+        extends=extends,
         shard_bytes=shard_bytes,
     )
     experiment.say(
@@ -135,14 +153,44 @@ def export_adapter(experiment: Experiment, output: str) -> None:
     """The adapter of a finished training, as PEFT reads it. Raises UserError where none was trained, or more."""
     _require_own(experiment)
     lora, trained, base = trained_adapter(experiment)
-    if more := sorted(trained.keys() - {"lora"}):
-        raise UserError(
-            f"--to {ADAPTER}: expected an adapter alone, but config.training.only has trained {', '.join(more)} too: "
-            "leave out --to, and the bundle has both"
-        )
-    peft.write(output, base, lora, trained["lora"])
+    rows = _rows(experiment, trained, ADAPTER)
+    peft.write(output, base, lora, trained["lora"], rows, manifest_hash(experiment.grammar.manifest()))
     count = sum(leaf.size for leaf in jax.tree.leaves(trained))
-    experiment.say(f"{output}: step {experiment.checkpoint}, an adapter of rank {lora.rank}, {count:,} parameters")
+    more = "".join(f", {len(ids):,} rows of {table}" for table, (ids, _) in rows.items())
+    told = f"step {experiment.checkpoint}, an adapter of rank {lora.rank}{more}"
+    experiment.say(f"{output}: {told}, {count:,} parameters")
+
+
+def _require_extended(experiment: Experiment) -> str:
+    """The hash of the language model that was extended, beside an adapter and its rows alone. Raises UserError."""
+    _, trained, base = trained_adapter(experiment)
+    if experiment.before is None:
+        raise UserError(
+            f"--to {BESIDE}: expected a training that extends a language model by images; the adapter of this one "
+            f"stands beside {base.folder} as it is"
+        )
+    _rows(experiment, trained, BESIDE)
+    return base.hash
+
+
+def _rows(experiment: Experiment, trained: Mapping[str, Any], form: str) -> dict[str, TokenRows]:
+    """The rows that were trained beside the adapter, by table, with published ids where there are some. Raises
+    UserError where more was trained.
+    """
+    parts = settings.trained(experiment.config, experiment.grammar.vocabulary, experiment.new_ids).parts or {}
+    if more := sorted(path for path, runs in parts.items() if not path.startswith("lora.") and not runs):
+        raise UserError(
+            f"--to {form}: expected an adapter and rows of ids alone, but config.training.only has trained all of "
+            f"{', '.join(more)} too: leave out --to, and the bundle has both"
+        )
+    border, found = getattr(experiment.grammar.text_codec, "border", None), {}
+    for table in TABLES:
+        if table in parts:
+            ids = np.concatenate([np.arange(begin, end) for begin, end in parts[table]])
+            ids = ids if border is None else np.asarray(border.theirs)[ids]
+            order = np.argsort(ids)
+            found[table] = TokenRows(ids[order], np.asarray(trained[table], np.float32)[order])
+    return found
 
 
 def _published(experiment: Experiment, path: Path) -> dict[str, Any] | None:

@@ -33,6 +33,7 @@ from ar_unified.language.record import grammar_in, text_in
 from ar_unified.language.syntax import ImageLayout
 from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model.config import config_from
+from ar_unified.model.own_rows import TABLES
 from ar_unified.planning.page import write_page
 from ar_unified.planning.plan import PlanReport, make_plan
 from ar_unified.planning.programs import Run
@@ -113,6 +114,11 @@ def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
     text_alone = not brought and all(spec.get("kind") == "text" for spec in config.data.train)
     image = None if text_alone else _image_tokenizer(config, workdir)
     vocabulary, layout = _language(config, workdir, image)
+    # New rows are those of image codes and a handful more.
+    only = tuple(place.replace(f"[{NEW}]", "[image]") for place in trained_in(training.only, settings.moving(training)))
+    if config.lora.rank and image is not None and config.init and not Bundle(config.init).language.get("codebook_size"):
+        tables = TABLES[:1] if config.model.tie_embeddings else TABLES
+        only += tuple(f"{table}[image]" for table in tables)  # as `selection.beside_adapter` has it
     return Run(
         model=config_from(configs.plain(config.model), vocab_size=vocabulary.size),
         vocabulary=vocabulary,
@@ -126,10 +132,7 @@ def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
         document=config.data.max_tokens,
         optimizer=configs.pick(OptimizerConfig, training),
         steps=training.steps,
-        # New rows are those of image codes and a handful more.
-        only=tuple(
-            place.replace(f"[{NEW}]", "[image]") for place in trained_in(training.only, settings.moving(training))
-        ),
+        only=only,
         lora=settings.lora(config),
         preference=settings.preference(config) if training.objective == "preference" else None,
         compiler_options=tuple(training.compiler_options),

@@ -146,12 +146,11 @@ def _objective(experiment: Experiment) -> Objective:
 def _require_own_rows(experiment: Experiment) -> None:
     """Refuses what compares with a bundle that has no rows for images yet."""
     config = experiment.config
-    if experiment.before is None or not (config.lora.rank or config.training.objective != "likelihood"):
+    if experiment.before is None or config.training.objective == "likelihood":
         return
-    key = "lora.rank: expected 0" if config.lora.rank else "training.objective: expected likelihood"
     raise UserError(
-        f"config.{key} where a language model is extended by images: {config.init} has no rows for them. Train the new "
-        "rows first (experiments/from_llm.py), export, and begin with that bundle"
+        f"config.training.objective: expected likelihood where a language model is extended by images: {config.init} "
+        "has no rows for them. Train the new rows first (experiments/from_llm.py), export, and begin with that bundle"
     )
 
 

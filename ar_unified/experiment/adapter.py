@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import jax
-from jax.sharding import SingleDeviceSharding
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from ar_unified.bundle import Bundle
 from ar_unified.errors import UserError, about
 from ar_unified.experiment import settings
-from ar_unified.interop.peft import Adapter, read
-from ar_unified.model.config import summed
+from ar_unified.interop.peft import Adapter, bases, read
+from ar_unified.model.code_vectors import extended_tables
+from ar_unified.model.config import TransformerConfig, summed
 from ar_unified.model.lora import MATRICES, LoraConfig, merged
+from ar_unified.model.own_rows import TABLES
 from ar_unified.model.quantized import Quantized, quantized
 from ar_unified.model.transformer import Params, abstract_params
 from ar_unified.training.selection import Selection
@@ -38,7 +42,7 @@ def first_adapter(config: ConfigDict, bundle: Bundle | None) -> tuple[Any, str] 
     if lora is None or not config.lora.init or bundle is None:
         return None
     with about("config.lora.init"):
-        found = read(config.lora.init, bundle.config, bundle.hash)
+        found = read(config.lora.init, bundle.config, *bases(bundle))
     return beginning_with(found, lora), found.hash
 
 
@@ -53,6 +57,11 @@ def beginning_with(found: Adapter, lora: LoraConfig) -> Any:
             f"config.lora.{key}: expected {has}, as the adapter {found.folder} has beside {path}; found {wanted}"
         )
 
+    if found.rows:
+        raise UserError(
+            f"config.lora.init: expected an adapter alone; {found.folder} has rows of {', '.join(found.rows)} too: "
+            "begin with a bundle that has it merged in, as `ar-unified export` writes one"
+        )
     other = next((path for path in MATRICES if (path in lora.matrices) != (path in found.matrices)), None)
     if other is not None:
         raise UserError(
@@ -79,6 +88,21 @@ def beginning_with(found: Adapter, lora: LoraConfig) -> Any:
         a, b = found.matrices[path]
         made.setdefault(group, {})[name] = {"a": a, "b": b}
     return made
+
+
+def grown(
+    tables: Params, rows: np.ndarray, places: Any, text_size: int = 1, codes: range = range(0), **how: Any
+) -> Params:
+    """The tables of a language model with rows for new ids (`model.code_vectors.extended_tables`), where `places` says.
+
+    how: the rest of its arguments; default: new rows are alike, for values that come from elsewhere.
+    """
+    how = {"how": "mean", "vectors": None, "key": jax.random.key(0)} | how
+    put = jax.jit(
+        lambda tables: extended_tables(tables, rows, text_size, codes, **how),
+        out_shardings={name: places[name] for name in tables},
+    )
+    return put(tables)
 
 
 def read_base(bundle: Bundle, abstract: Params) -> Params:
@@ -114,25 +138,55 @@ def read_base(bundle: Bundle, abstract: Params) -> Params:
     return bundle.params(places, dtypes, then)
 
 
-def in_base(bundle: Bundle, lora: LoraConfig, selection: Selection, stored: Params, target: Params | None) -> Params:
+def tables_before(bundle: Bundle, abstract: Params) -> Params:
+    """`abstract` with tables of ids as large as the bundle's, for a language model that is extended by images."""
+    place = abstract["embedding"].sharding
+    mesh = place.mesh if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh) else None
+    before = abstract_params(bundle.config, mesh)
+
+    def table(name: str) -> jax.ShapeDtypeStruct:
+        where = place if mesh is None else before[name].sharding
+        return jax.ShapeDtypeStruct(before[name].shape, abstract[name].dtype, sharding=where)
+
+    return abstract | {name: table(name) for name in TABLES if name in before}
+
+
+def in_base(
+    bundle: Bundle,
+    config: TransformerConfig,
+    lora: LoraConfig,
+    selection: Selection,
+    stored: Params,
+    target: Params | None,
+    rows: np.ndarray | None = None,
+    adapted: bool = True,
+) -> Params:
     """The parameters of the bundle with the adapter merged in, and with the values of whatever else was trained.
 
     Args:
+        config: of the trained model.
         selection: what was trained. stored: its values, as a checkpoint has them.
         target: shapes, dtypes and shardings of the result; None: float32, on this process's first device.
+        rows: of `language.extension.rows_of`, where the bundle is a language model that was extended; the rows that it
+            does not have are among what was trained.
+        adapted: False: without the adapter.
     """
     if target is None:
         here = SingleDeviceSharding(jax.local_devices()[0])
-        shapes = abstract_params(bundle.config)
+        shapes = abstract_params(config)
         target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes)
     places = jax.tree.map(lambda leaf: leaf.sharding, target)
-    params = bundle.params(places, jax.tree.map(lambda leaf: leaf.dtype, target))
+    old = target if rows is None else tables_before(bundle, target)
+    params = bundle.params(*(jax.tree.map(operator.attrgetter(name), old) for name in ("sharding", "dtype")))
+    if rows is not None:
+        params |= grown({name: params[name] for name in TABLES if name in params}, rows, places)
 
     def put(params: Params, stored: Params) -> Params:
         dtypes = {"lora": jax.tree.map(lambda leaf: leaf.dtype, stored["lora"])}
         axes = jax.tree.map(lambda leaf: leaf.dtype, params) | dtypes
         kinds = Selection({path: () for path in selection.parts or ()}).take(axes)
         cast = jax.tree.map(lambda leaf, kind: leaf.astype(kind), stored, kinds)
-        return merged(lora, selection.put(params | {"lora": stored["lora"]}, cast))
+        whole = selection.put(params | {"lora": stored["lora"]}, cast)
+        return merged(lora, whole) if adapted else {name: leaf for name, leaf in whole.items() if name != "lora"}
 
     return jax.jit(put, donate_argnums=0, out_shardings=places)(params, jax.device_get(stored))

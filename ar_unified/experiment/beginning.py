@@ -11,12 +11,12 @@ import jax.numpy as jnp
 
 from ar_unified.bundle import Bundle
 from ar_unified.data.images import NoImages
-from ar_unified.experiment.adapter import first_adapter, read_base
+from ar_unified.experiment.adapter import first_adapter, grown, read_base, tables_before
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.language.extension import rows_of
 from ar_unified.language.vocabulary import Role
-from ar_unified.model.code_vectors import extended_tables
-from ar_unified.model.transformer import Params, abstract_params
+from ar_unified.model.own_rows import TABLES
+from ar_unified.model.transformer import Params
 from ar_unified.training.selection import Selection
 from ar_unified.training.tasks import TransformerTask
 
@@ -41,7 +41,7 @@ def beginning(
         experiment.say(f"model: begins with the weights of {bundle.folder}")
         places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         if experiment.before is not None:
-            params = _extended(experiment, bundle, places)
+            params = _extended(experiment, bundle, abstract)
         else:
             params = read_base(bundle, abstract)
         key = jax.random.key(experiment.config.seed)
@@ -62,22 +62,26 @@ def beginning(
     return begin
 
 
-def _extended(experiment: Experiment, bundle: Bundle, places: Any) -> Params:
+def _extended(experiment: Experiment, bundle: Bundle, abstract: Params) -> Params:
     """The parameters of a language model with rows for images."""
     before, vocabulary = experiment.before, experiment.grammar.vocabulary
     assert before is not None
     how = experiment.config.training.code_embedding_init
     experiment.say(f"model: {len(experiment.new_ids)} ids are new; rows of image codes begin {_ROWS[how]}")
-    old = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(bundle.config, experiment.mesh))
-    codes = vocabulary.ids(Role.IMAGE)
-    key, vectors = jax.random.key(experiment.config.seed), None
+    vectors = None
     if how == "codebook" and not isinstance(experiment.image_tokenizer, NoImages):
         vectors = jnp.asarray(experiment.image_tokenizer.vectors())
-    rows = rows_of(before, vocabulary)
-    grow = jax.jit(
-        lambda params: extended_tables(params, rows, before.text_size, codes, how, vectors, key), out_shardings=places
+    params = read_base(bundle, tables_before(bundle, abstract))
+    return params | grown(
+        {name: params[name] for name in TABLES if name in params},
+        rows_of(before, vocabulary),
+        {name: abstract[name].sharding for name in TABLES if name in params},
+        before.text_size,
+        vocabulary.ids(Role.IMAGE),
+        how=how,
+        vectors=vectors,
+        key=jax.random.key(experiment.config.seed),
     )
-    return grow(bundle.params(old, "float32"))
 
 
 def hand_out(tree: Any, places: Any) -> Any:

@@ -30,7 +30,7 @@ from ar_unified.experiment import settings
 from ar_unified.experiment.adapter import in_base, require_base
 from ar_unified.experiment.changes import Training, changeable, require_extensible, said
 from ar_unified.history import Changeable
-from ar_unified.language.extension import new_ids
+from ar_unified.language.extension import new_ids, rows_of
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.record import grammar_in, text_in
 from ar_unified.language.vocabulary import Vocabulary
@@ -361,7 +361,16 @@ class Experiment:
         mesh = self.decoding_mesh
         return self._restored(None if mesh is None else abstract_params(self.model, mesh))  # None: one device
 
+    @property
+    def params_without_adapter(self) -> Any:
+        """Those of a language model that is extended, with its trained rows and without its adapter."""
+        mesh = self.decoding_mesh
+        return self._read(None if mesh is None else abstract_params(self.model, mesh), adapted=False)
+
     def _restored(self, target: Any) -> Any:
+        return self._read(target, adapted=True)
+
+    def _read(self, target: Any, *, adapted: bool) -> Any:
         folder = self.workdir.model
         self.require((folder / "done.json").exists(), folder / "done.json", "train")
         step = None if self.config.sampling.checkpoint == "last" else self.checkpoint
@@ -370,9 +379,9 @@ class Experiment:
         found = restore_params(self.checkpoint_folder, stored, step=step, manifest=self.grammar.manifest())
         if lora is None:
             return found
-        bundle = self.base()
-        selection = settings.selected(self.config, "only", self.grammar.vocabulary)
-        return in_base(bundle, lora, selection, found, target)
+        selection = settings.trained(self.config, self.grammar.vocabulary, self.new_ids)
+        rows = None if self.before is None else rows_of(self.before, self.grammar.vocabulary)
+        return in_base(self.base(), self.model, lora, selection, found, target, rows, adapted)
 
     def base(self) -> Bundle:
         """What the adapter was trained on. Raises UserError."""

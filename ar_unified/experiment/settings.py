@@ -36,7 +36,7 @@ from ar_unified.training.optimizer import OptimizerConfig
 from ar_unified.training.policy import PolicyConfig
 from ar_unified.training.preference import PreferenceConfig
 from ar_unified.training.rates import Rates, make_rates, trained_in
-from ar_unified.training.selection import Selection, select
+from ar_unified.training.selection import Selection, beside_adapter, select
 
 # ---- images ---------------------------------------------------------------------------------------------------
 
@@ -203,7 +203,7 @@ def selected(
     known = vocabulary or _ANY
     axes, places = logical_axes(_shapes(config, known)), config.training[key]
     if key == "only" and (adapter := lora(config)) is not None:
-        axes, places = axes | {"lora": dict.fromkeys(adapter.matrices, (None, None))}, ("lora", *places)
+        axes, places = axes | _axes_of(adapter), ("lora", *places)
     try:
         return select(places, axes, known, new if vocabulary else _SOME)
     except ValueError as error:
@@ -211,9 +211,15 @@ def selected(
 
 
 def trained(config: ConfigDict, vocabulary: Vocabulary, new: Collection[int]) -> Selection:
-    """The parameters of the transformer that are trained in any phase."""
-    places = trained_in(config.training.only, moving(config.training))
-    return select(places, logical_axes(_shapes(config, vocabulary)), vocabulary, new)
+    """The parameters of the transformer that are trained in any phase, and an adapter's."""
+    places, axes = trained_in(config.training.only, moving(config.training)), logical_axes(_shapes(config, vocabulary))
+    if (adapter := lora(config)) is not None:
+        places, axes = beside_adapter(places, axes, new), axes | _axes_of(adapter)
+    return select(places, axes, vocabulary, new)
+
+
+def _axes_of(adapter: LoraConfig) -> Params:
+    return {"lora": dict.fromkeys(adapter.matrices, (None, None))}
 
 
 def state_of(settings: ConfigDict) -> dict[str, list[str]]:

@@ -33,6 +33,7 @@ IMAGE_SYSTEMS = ("chameleon_vq", "ibq", "llamagen_vq", "janus_vq", "emu3_vq", "s
 # What `ar-unified export --to` takes: of a model, and of an image tokenizer alone the names of its weights.
 FORMS = ("hf", "meta", "lwm")
 ADAPTER = "peft"  # of a training of LoRA: the adapter alone
+BESIDE = "base"  # and what it stands beside, where a language model was extended
 DIALECTS = (
     "taming", "chameleon_hf", "janus_hf", "llamagen", "janus", "showo", "lwm", "movqgan", "emu3", "emu3_hf",
 )  # fmt: skip

@@ -13,6 +13,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,8 +22,10 @@ from safetensors import SafetensorError, safe_open
 
 from ar_unified.bundle import Bundle
 from ar_unified.errors import UserError, in_words, nearest
+from ar_unified.interop import token_rows
 from ar_unified.interop.keys import HF, transposed
-from ar_unified.interop.sources import PICKLED, inside, open_source, read_json
+from ar_unified.interop.sources import PICKLED, Source, inside, open_source, read_json
+from ar_unified.interop.token_rows import TokenRows
 from ar_unified.model.config import TransformerConfig, layer_matrices
 from ar_unified.model.lora import MATRICES, LoraConfig
 from ar_unified.tensors import Kind, TensorWriter
@@ -48,15 +51,12 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False, None),
     "modules_to_save": (None, []),
     "layer_replication": (None, []),
-    "trainable_token_indices": (None, []),
     "target_parameters": (None, []),
     "use_qalora": (False, None),
     "alora_invocation_tokens": (None, []),
     "arrow_config": (None,),
     "use_bdlora": (None, False),
 }
-# Where transformers has a module that files call otherwise (its conversion_mapping.py).
-_IN_MEMORY = {"text_model.model.": "model.text_model."}
 
 
 class Adapter(NamedTuple):
@@ -67,6 +67,9 @@ class Adapter(NamedTuple):
             where a layer has less, or none.
         ranks, scales: of the same in each layer: its rank, 0 for none, and what its product is multiplied by.
         hash: sha256 of the files.
+        rows: of the tables "embedding" and "head" (`token_rows`), where it has some of its own; a tied head has those
+            of the embedding.
+        vocabulary: the hash of the language that their ids are of; "": not said.
     """
 
     folder: Path
@@ -74,6 +77,8 @@ class Adapter(NamedTuple):
     ranks: dict[str, tuple[int, ...]]
     scales: dict[str, tuple[float, ...]]
     hash: str
+    rows: Mapping[str, TokenRows] = MappingProxyType({})
+    vocabulary: str = ""
 
 
 class _Settings(NamedTuple):
@@ -99,12 +104,12 @@ def _matched(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-def read(folder: str | Path, config: TransformerConfig, base: str = "") -> Adapter:
+def read(folder: str | Path, config: TransformerConfig, *bases: str) -> Adapter:
     """The adapter of a folder, for a model of that shape.
 
     Args:
-        base: the hash of the bundle that it is to stand beside; "": not known. An adapter that says which it was
-            trained on is refused beside another.
+        bases: hashes that the bundle has that it is to stand beside; none: not known. An adapter that says which it
+            was trained on is refused beside another.
 
     Raises UserError, naming the folder and what is wrong: a file is missing or broken, it is no LoRA adapter, it has
     more than LoRA, or it is of another model.
@@ -112,14 +117,27 @@ def read(folder: str | Path, config: TransformerConfig, base: str = "") -> Adapt
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: expected the folder of an adapter, found none")
-    settings = _settings(folder, read_json(inside(folder, CONFIG)))
+    said = read_json(inside(folder, CONFIG))
+    settings = _settings(folder, said)
     weights = _weights(folder)
-    if base and (found := _base(weights)) and found != base:
+    header = _header(weights)
+    if bases and (found := header.get(_BASE, "")) and found not in bases:
         raise UserError(
-            f"{folder}: it was trained on bundle {found[:12]}, which is another model than this, {base[:12]}"
+            f"{folder}: it was trained on bundle {found[:12]}, which is another model than this, {bases[0][:12]}"
         )
     digest = hashlib.sha256((folder / CONFIG).read_bytes() + weights.read_bytes()).hexdigest()
-    return Adapter(folder, *_pairs(folder, weights, config, settings), digest)
+    source = open_source(weights)
+    pairs = _pairs(folder, source, config, settings)
+    rows = token_rows.read(folder, source, said.get(token_rows.KEY), config.d_model)
+    if "head" in rows and config.tie_embeddings:
+        raise UserError(f"{folder}: {token_rows.KEY}: expected no lm_head, as this model's head is its embedding")
+    return Adapter(folder, *pairs, digest, rows, header.get(token_rows.VOCABULARY, ""))
+
+
+def bases(bundle: Bundle) -> tuple[str, ...]:
+    """Hashes that an adapter beside this bundle may name: the bundle's, and that of the one whose rows it extends."""
+    extends = bundle.sections.get("extends")
+    return (bundle.hash, extends) if isinstance(extends, str) else (bundle.hash,)
 
 
 def _settings(folder: Path, found: Mapping[str, Any]) -> _Settings:
@@ -180,25 +198,25 @@ def _weights(folder: Path) -> Path:
     return inside(folder, WEIGHTS)
 
 
-def _base(weights: Path) -> str:
+def _header(weights: Path) -> dict[str, str]:
     try:
         with safe_open(weights, framework="numpy") as opened:
-            return (opened.metadata() or {}).get(_BASE, "")
+            return opened.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{weights}: {error}: the file was cut short, or is no safetensors file") from error
 
 
 def _pairs(
-    folder: Path, weights: Path, config: TransformerConfig, settings: _Settings
+    folder: Path, source: Source, config: TransformerConfig, settings: _Settings
 ) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], dict[str, tuple[int, ...]], dict[str, tuple[float, ...]]]:
     """matrices, ranks and scales of an Adapter."""
-    source, sizes, L = open_source(weights), layer_matrices(config), config.n_layers
+    sizes, L = layer_matrices(config), config.n_layers
     pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     ranks, scales = dict[str, list[int]](), dict[str, list[float]]()
     most = max(settings.rank, *settings.ranks.values(), 1)
     left: set[tuple[str, int]] = set()  # whose other half has not come
     above: str | None = None
-    for name in sorted(source.names()):
+    for name in sorted(name for name in source.names() if not token_rows.is_name(name)):
         match = _KEY.fullmatch(name)
         if match is None or match["module"] not in _PATHS or (above is not None and match["above"] != above):
             near = nearest(match["module"], list(_PATHS)) if match else ""
@@ -239,18 +257,26 @@ def _pairs(
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def write(folder: str | Path, bundle: Bundle, lora: LoraConfig, adapter: Mapping[str, Any]) -> None:
+def write(
+    folder: str | Path,
+    bundle: Bundle,
+    lora: LoraConfig,
+    adapter: Mapping[str, Any],
+    rows: Mapping[str, TokenRows] = MappingProxyType({}),
+    vocabulary: str = "",
+) -> None:
     """Writes an adapter for what PEFT loads over transformers' form of the bundle, whole or not at all.
 
     Args:
         bundle: that it was trained on. adapter: as params["lora"] of a training.
+        rows, vocabulary: as of an Adapter.
 
     Raises UserError where `folder` exists.
     """
     prefixes = (bundle.published or {}).get("prefixes", {})
     beginning = str(HF.prefixed(prefixes).names["layers.mlp.up"]).partition("layers.")[0]
-    beginning = _IN_MEMORY.get(beginning, beginning)
-    tensors: dict[str, np.ndarray] = {}
+    beginning = token_rows.in_memory(beginning)
+    tensors, of_rows = token_rows.names(rows, prefixes)
     for path in lora.matrices:
         group, _, name = path.partition(".")
         for side in ("a", "b"):
@@ -269,7 +295,7 @@ def write(folder: str | Path, bundle: Bundle, lora: LoraConfig, adapter: Mapping
         with whole_folder(folder) as here:
             kinds = {name: Kind(tensor.shape, "float32") for name, tensor in sorted(tensors.items())}
             size = sum(kind.nbytes for kind in kinds.values())
-            metadata = {"format": "pt", _BASE: bundle.hash}
+            metadata = {"format": "pt", _BASE: bundle.hash} | ({token_rows.VOCABULARY: vocabulary} if rows else {})
             with TensorWriter(here, kinds, size + 1, alone=True, stem="adapter_model", metadata=metadata) as writer:
                 for name in kinds:
                     writer.put(name, tensors[name])
@@ -290,7 +316,8 @@ def write(folder: str | Path, bundle: Bundle, lora: LoraConfig, adapter: Mapping
                     "bias": "none",
                     "fan_in_fan_out": False,
                     "modules_to_save": None,
-                },
+                }
+                | of_rows,
             )
     except FileExistsError as error:
         raise UserError(f"{in_words(error)}: name another folder, or remove this one") from error

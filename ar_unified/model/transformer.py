@@ -25,6 +25,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from ar_unified.kernels.qk_norm_rope import Rope, qk_norm_rope
+from ar_unified.model import own_rows
 from ar_unified.model.attention import attend_to_cache, attend_to_documents
 from ar_unified.model.cache import Cache, extended
 from ar_unified.model.config import TransformerConfig, summed
@@ -80,6 +81,8 @@ _MATRIX_AXES = {
 def logical_axes(params: Params) -> Params:
     """A tree like `params`, stacked or `unstacked`, with the logical names of each leaf's axes (tuples of str)."""
     beside = {name: lora_axes(_MATRIX_AXES, params[name]) for name in ADAPTING if name in params}
+    if "rows" in params:
+        beside["rows"] = own_rows.logical_axes(params["rows"])
 
     def axes(path: Any, leaf: Any) -> tuple[str, ...]:
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
@@ -92,7 +95,7 @@ def logical_axes(params: Params) -> Params:
         flat = tuple(axis for axis in found if axis != "head_dim")
         return flat[-leaf.ndim :]  # of a quantized matrix also a scale for each output
 
-    own = {name: leaf for name, leaf in params.items() if name not in ADAPTING}
+    own = {name: leaf for name, leaf in params.items() if name not in beside}
     return jax.tree_util.tree_map_with_path(axes, own) | beside
 
 
@@ -104,15 +107,15 @@ def unstacked(config: TransformerConfig, params: Params, weights_dtype: str | No
 
     weights_dtype: of the layers' matrices, of model.quantized.LARGEST; None: the compute dtype.
     """
-    outside = {name: leaf for name, leaf in params.items() if name not in ("layers", "adapters")}
+    outside = {name: leaf for name, leaf in params.items() if name not in ("layers", "adapters", "rows")}
+    beside: Params = {"rows": params["rows"]} if "rows" in params else {}
     if "adapters" in params:
-        adapters = [cast(layer, config.dtype) for layer in _unstack(params["adapters"], config.n_layers)]
-        return unstacked(config, outside | {"layers": params["layers"]}, weights_dtype) | {"adapters": adapters}
+        beside["adapters"] = [cast(layer, config.dtype) for layer in _unstack(params["adapters"], config.n_layers)]
     layers = [
         jax.tree_util.tree_map_with_path(lambda path, p: as_decoded(path[-1].key, p, weights_dtype), layer)
         for layer in _unstack(params["layers"], config.n_layers)
     ]
-    return cast(outside, config.dtype) | {"layers": [cast(layer, config.dtype) for layer in layers]}
+    return cast(outside, config.dtype) | beside | {"layers": [cast(layer, config.dtype) for layer in layers]}
 
 
 def as_decoded(name: str, leaf: jax.Array, weights_dtype: str | None) -> Any:
@@ -284,7 +287,7 @@ class Transformer(nnx.Module):
     """Tokens to hidden states, hidden states to logits. Made by `Transformer.bind(config, params)`.
 
     With params["lora"] that adapter is part of the model; with params["adapters"] each row names one of them
-    (model/lora.py).
+    (model/lora.py), and with params["rows"] it has rows of the tables with it (model/own_rows.py).
     """
 
     def __init__(self, config: TransformerConfig, params: Params, lora: LoraConfig | None = None):
@@ -295,6 +298,7 @@ class Transformer(nnx.Module):
         self.layers = nnx.data(with_adapters(params))
         self.norm = nnx.Param(params["norm"])
         self.output = nnx.Param(params["head"]) if "head" in params else None
+        self.rows = nnx.data(params["rows"]) if "rows" in params else None
 
     @classmethod
     def bind(cls, config: TransformerConfig, params: Params, lora: LoraConfig | None = None) -> Transformer:
@@ -328,7 +332,7 @@ class Transformer(nnx.Module):
         if dropout_keys is not None:  # of each token
             dropout_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(dropout_keys, columns)
         x = dropout(
-            self._look_up(tokens, "sequence"),
+            self._look_up(tokens, "sequence", adapter),
             config.dropout,
             fold(dropout_keys, config.n_layers),
         )
@@ -369,7 +373,7 @@ class Transformer(nnx.Module):
         def layer(x: jax.Array, params: Params) -> tuple[jax.Array, Any]:
             return Block(config, cast(params, config.dtype))(x, rope, attend, None, adaptation(self.adapting))
 
-        return jax.lax.scan(layer, self._look_up(tokens, "sequence"), self.layers)[1]
+        return jax.lax.scan(layer, self._look_up(tokens, "sequence", None), self.layers)[1]
 
     def _begin(self, tokens: jax.Array, positions: jax.Array, doc_start: jax.Array) -> tuple[Any, ...]:
         """Tokens, positions, doc_start and columns, int32 [B, T] in the mesh's order of rows, and RoPE's angles."""
@@ -398,7 +402,7 @@ class Transformer(nnx.Module):
         positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         # Behind a barrier: XLA CPU would otherwise compute cos and sin anew for each head of each layer.
         rope = jax.lax.optimization_barrier(rope_angles(config, positions))
-        x, states = self._look_up(tokens), []
+        x, states = self._look_up(tokens, None, adapter), []
         for params, cached in zip(_unstack(self.layers, config.n_layers), cache, strict=True):
 
             def attend(query, key, value, cached=cached):
@@ -411,8 +415,10 @@ class Transformer(nnx.Module):
             states.append(state)
         return rms_norm(x, _norm(config, self.norm[...]), config.norm_eps), tuple(states)
 
-    def _look_up(self, tokens: jax.Array, sequence: str | None = None) -> jax.Array:
+    def _look_up(self, tokens: jax.Array, sequence: str | None, adapter: jax.Array | None) -> jax.Array:
         x = look_up(self.embedding[...], tokens, self.config.dtype, sequence)
+        if self.rows is not None and adapter is not None and "embedding" in self.rows:
+            x = own_rows.looked_up(x, tokens, self.rows["embedding"], adapter)
         scale = self.config.embedding_scale  # rounded to the compute dtype, as Gemma's is
         return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
 
@@ -420,10 +426,17 @@ class Transformer(nnx.Module):
         """The output weight [V, D], float32: the embedding table itself where the two are tied."""
         return (self.embedding if self.output is None else self.output)[...]
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """float32 [..., V] of hidden states [..., D]. For sampling; a loss takes `head` and never holds these."""
+    def logits(self, hidden: jax.Array, adapter: jax.Array | None = None) -> jax.Array:
+        """float32 [B, ..., V] of hidden states [B, ..., D]. For sampling; a loss takes `head` and never holds these.
+
+        adapter: as of `__call__`.
+        """
         head = self.head().astype(hidden.dtype)
-        return jnp.einsum("...D,VD->...V", hidden, head, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("...D,VD->...V", hidden, head, preferred_element_type=jnp.float32)
+        if self.rows is not None and adapter is not None:
+            for own in self.rows.get("head", {}).values():
+                logits = own_rows.with_own(logits, hidden, own, adapter)
+        return logits
 
 
 def _norm(config: TransformerConfig, weight: jax.Array) -> jax.Array:

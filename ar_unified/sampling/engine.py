@@ -30,11 +30,12 @@ from ar_unified.language.document import CodesPart
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.reading import GrammarError
 from ar_unified.model.config import TransformerConfig
-from ar_unified.sampling import logprobs, steps, window
+from ar_unified.sampling import head, logprobs, steps, window
 from ar_unified.sampling import score as scoring
 from ar_unified.sampling.answer import finished, stopped
 from ar_unified.sampling.drafts import no_drafts
-from ar_unified.sampling.low_rank import beside, number
+from ar_unified.sampling.head import Weights
+from ar_unified.sampling.low_rank import beside, number, rows_beside
 from ar_unified.sampling.pace import Pace
 from ar_unified.sampling.pairs import Pairs
 from ar_unified.sampling.plan import Plan, plan
@@ -71,7 +72,7 @@ def programs(config: TransformerConfig, grammar: Grammar, mesh: Mesh | None) -> 
     """One set for all engines of a model; `mesh` is an argument only because each mesh needs programs of its own."""
     return Programs(
         prepare=jax.jit(functools.partial(steps.prepare, config, grammar), static_argnums=0),
-        head_parts=jax.jit(functools.partial(steps.head_parts, config, grammar)),
+        head_parts=jax.jit(functools.partial(head.head_parts, config, grammar)),
         empty=jax.jit(functools.partial(steps.empty, config, grammar), static_argnums=(0, 1, 2, 3)),
         prefill=jax.jit(functools.partial(steps.prefill, config)),
         insert=jax.jit(functools.partial(steps.insert, grammar), donate_argnums=(0,)),
@@ -149,7 +150,9 @@ class Engine:
         self.adapters = {name: number for number, name in enumerate(["", *(adapters or {})])}  # their numbers
         self.adapter_hashes = {name: adapter.hash for name, adapter in (adapters or {}).items()}
         if adapters:
-            self.params = params | {"adapters": beside(config, params, list(adapters.values()), mesh)}
+            loaded = list(adapters.values())
+            more = rows_beside(params, grammar, loaded, mesh)
+            self.params = params | {"adapters": beside(config, params, loaded, mesh)} | more
         self.batch_size, self.max_length, self.kv_dtype, self.mesh = batch_size, max_length, kv_dtype, mesh
         self._prefill_rows = prefill_rows(batch_size, ways)
         self._split = grammar.layout.split(grammar.vocabulary, softmax)
@@ -353,11 +356,11 @@ class Engine:
         return self.call(self._programs.prefill, self.weights, tokens, lengths, adapter)
 
     @property
-    def weights(self) -> steps.Weights:
+    def weights(self) -> Weights:
         """`params` as the steps read them, made when they are first needed."""
         if self._prepared[0] is not self.params:
             if isinstance(self.params["layers"], list):
-                made = steps.with_head(self.params, *self.call(self._programs.head_parts, self.params))
+                made = head.with_head(self.params, *self.call(self._programs.head_parts, self.params))
             else:
                 made = self.call(self._programs.prepare, self.weights_dtype, self.params)
             self._prepared = self.params, made

@@ -18,7 +18,8 @@ from jax import Array
 from ar_unified.language.grammar import Grammar
 from ar_unified.model.config import TransformerConfig
 from ar_unified.sampling import decoding, guidance, steps
-from ar_unified.sampling.steps import CHUNK, State, Weights
+from ar_unified.sampling.head import Weights, code_logits, text_logits
+from ar_unified.sampling.steps import CHUNK, State
 
 
 def decode_chunk(
@@ -56,11 +57,11 @@ def of_token(grammar: Grammar, weights: Weights, state: State, token: Array) -> 
     image = machine.in_image(state.automaton)
     drawn = steps.known(grammar, state.automaton, rows.canvas) < 0
 
-    logits = decoding.penalize(steps.project(hidden[:, 0], weights.text), state.seen, rows.penalty)
+    logits = decoding.penalize(text_logits(weights, hidden[:, 0], rows.adapter), state.seen, rows.penalty)
     allowed = machine.allowed(state.automaton, logits.shape[1])
     found = decoding.log_probability(logits, allowed, rows.filters.at(image), token)
     if vocabulary.codebook_size:
-        logits = guidance.mix(steps.project(hidden, weights.image), rows.weights)
+        logits = guidance.mix(code_logits(grammar, weights, hidden, rows.adapter), rows.weights)
         code = decoding.log_probability(logits, None, rows.filters.at(image), token - vocabulary.image_offset)
         found = jnp.where(image, code, found)
     return jnp.where(drawn, found, 0.0)

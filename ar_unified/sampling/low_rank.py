@@ -15,25 +15,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ar_unified.errors import UserError, about, nearest
 from ar_unified.interop.peft import Adapter, read
+from ar_unified.interop.token_rows import TokenRows
+from ar_unified.language.grammar import Grammar
+from ar_unified.manifests import manifest_hash
 from ar_unified.model.config import TransformerConfig
 from ar_unified.model.lora import MATRICES
+from ar_unified.model.own_rows import PARTS, TABLES
 from ar_unified.model.transformer import Params, logical_axes
 from ar_unified.parallel import rules
 from ar_unified.sampling.request import RequestError
 
 
-def read_adapters(folders: Mapping[str, str | Path], config: TransformerConfig, base: str = "") -> dict[str, Adapter]:
-    """The adapters in those folders, by name. base: as of `interop.peft.read`. Raises UserError, naming the adapter."""
+def read_adapters(folders: Mapping[str, str | Path], config: TransformerConfig, *bases: str) -> dict[str, Adapter]:
+    """The adapters in those folders, by name. bases: of `interop.peft.read`. Raises UserError, naming the adapter."""
     found = {}
     for name, folder in folders.items():
         if not name:
             raise UserError(f"adapter {str(folder)!r:.80}: expected a name, found none")
         with about(f"adapter {name!r:.80}"):
-            found[name] = read(folder, config, base)
+            found[name] = read(folder, config, *bases)
     return found
 
 
@@ -74,3 +78,63 @@ def beside(config: TransformerConfig, params: Params, adapters: Sequence[Adapter
         return jax.tree.map(jnp.asarray, tree)
     axes = logical_axes(params | {"adapters": tree})["adapters"]
     return jax.device_put(tree, rules.shardings(mesh, axes, tree))
+
+
+def rows_beside(params: Params, grammar: Grammar, adapters: Sequence[Adapter], mesh: Mesh | None) -> Any:
+    """params["rows"] (model/own_rows.py) of adapters that have rows of their own; {}: none has.
+
+    Rows that an adapter does not have, and those of number 0, are the model's. Raises UserError for an adapter whose
+    rows are of other ids.
+    """
+    for adapter in adapters:
+        if adapter.rows and adapter.vocabulary not in ("", manifest_hash(grammar.manifest())):
+            raise UserError(
+                f"{adapter.folder}: its rows are of ids of another vocabulary than this model's: load it beside the "
+                "bundle that `ar-unified export --to base` writes"
+            )
+    tables: dict[str, Any] = {}
+    for name in TABLES:
+        # A head that is the embedding has the embedding's rows.
+        own = [_ours(adapter, adapter.rows.get(name if name in params else TABLES[0]), grammar) for adapter in adapters]
+        ids = np.unique(np.concatenate([np.zeros(0, np.int64), *(found[0] for found in own)])).astype(np.int32)
+        if not len(ids):
+            continue
+        base = np.asarray((params[name] if name in params else params[TABLES[0]])[ids])
+        values = np.repeat(base[None], len(adapters) + 1, axis=0)
+        for number, (which, rows) in enumerate(own, 1):
+            if len(which):
+                values[number, np.searchsorted(ids, which)] = rows
+        tables[name] = ids, values
+    found: dict[str, Any] = {}
+    if "embedding" in tables:
+        ids, values = tables["embedding"]
+        at = np.full(grammar.vocabulary.size, -1, np.int32)
+        at[ids] = np.arange(len(ids))
+        found["embedding"] = {"at": at, "own": values}
+    if "head" in tables:
+        ids, values = tables["head"]
+        v = grammar.vocabulary
+        ends = np.searchsorted(ids, [0, v.image_offset, v.image_offset + v.codebook_size, v.size])
+        parts = {part: slice(*ends[i : i + 2]) for i, part in enumerate(PARTS) if ends[i] < ends[i + 1]}
+        found["head"] = {part: {"at": ids[at], "own": values[:, at]} for part, at in parts.items()}
+    if not found:
+        return {}
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    return {"rows": jax.tree.map(lambda leaf: jax.device_put(leaf, everywhere), found)}
+
+
+def _ours(adapter: Adapter, rows: TokenRows | None, grammar: Grammar) -> tuple[np.ndarray, np.ndarray]:
+    """The rows with our ids, ascending. Raises UserError for an id that is none of this vocabulary."""
+    if rows is None:
+        return np.zeros(0, np.int64), np.zeros((0, 0), np.float32)
+    border = getattr(grammar.text_codec, "border", None)
+    size = grammar.vocabulary.used if border is None else border.size
+    ids = rows.ids
+    if len(ids) and ids[-1] >= size:
+        raise UserError(
+            f"{adapter.folder}: expected rows of ids below {size}, as this model has, found one of {ids[-1]}: load it "
+            "beside the model that its rows extend"
+        )
+    ids = ids if border is None else np.asarray(border.ours)[ids]
+    order = np.argsort(ids)
+    return ids[order], rows.values[order]

@@ -26,6 +26,7 @@ from ar_unified.bundle import Bundle, BundleError
 from ar_unified.data.images import CodesAlone, ImageCodec, NoImages, Resize, draws_none, to_rgb
 from ar_unified.data.sizes import default_resize
 from ar_unified.errors import UserError, about
+from ar_unified.interop.peft import bases
 from ar_unified.language.border import Ids
 from ar_unified.language.document import (
     CodesPart,
@@ -99,7 +100,7 @@ def load(
         defaults = {name: sampling[name] for name in DEFAULTS if name in sampling}
         request_of({"mode": "text"} | _none_needed(defaults), "bundle", tokenizer or NoImages(), defaults)
         check_weights_dtype(weights_dtype)
-        beside = read_adapters(adapters or {}, config, bundle.hash)
+        beside = read_adapters(adapters or {}, config, *bases(bundle))
         engine = Engine(
             config,
             settled(config, read(bundle, read_as(config, mesh)), mesh, weights_dtype),
@@ -412,4 +413,4 @@ def _text(document: Document) -> str:
 def _logits(config: TransformerConfig, used: int, params: Any, tokens: jax.Array, adapter: jax.Array) -> jax.Array:
     model = Transformer.bind(config, params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    return model.logits(model(tokens, positions, jnp.zeros_like(tokens), adapter=adapter))[..., :used]
+    return model.logits(model(tokens, positions, jnp.zeros_like(tokens), adapter=adapter), adapter)[..., :used]

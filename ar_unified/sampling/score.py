@@ -88,7 +88,7 @@ def forward(
 
     def one(piece: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden, target = piece
-        logits = in_softmax(model.logits(hidden), jnp.arange(config.vocab_size), target, used, split)
+        logits = in_softmax(model.logits(hidden, adapter), jnp.arange(config.vocab_size), target, used, split)
         own = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
         return own - jax.nn.logsumexp(logits, axis=-1), own >= jnp.max(logits, axis=-1)
 

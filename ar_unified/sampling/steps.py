@@ -33,18 +33,11 @@ from ar_unified.parallel import rules
 from ar_unified.sampling import decoding, guidance
 from ar_unified.sampling.decoding import Filters
 from ar_unified.sampling.drafts import Drafts, forgotten, no_drafts
+from ar_unified.sampling.head import Weights, code_logits, head_parts, text_ids, text_logits, with_head
 
 CHUNK = 64  # steps of a chunk at most
 FACTS = 3  # that stand behind the tokens of a chunk
 PIECE = 1024  # tokens of a long prompt that are read at once
-
-
-class Weights(NamedTuple):
-    """The model as the sampler reads it: its layers, and the two parts of its head, each [rows, D]."""
-
-    layers: Params  # unstacked, without a head
-    text: Array  # ids 0 .. W - 1
-    image: Array  # image codes
 
 
 class Shape(NamedTuple):
@@ -109,23 +102,6 @@ def prepare(config: TransformerConfig, grammar: Grammar, weights_dtype: str | No
     return weights if mesh.empty else jax.lax.with_sharding_constraint(weights, weight_specs(mesh, weights))
 
 
-def head_parts(config: TransformerConfig, grammar: Grammar, params: Params) -> tuple[Array, Array]:
-    """The head's rows of text, and its rows of image codes, in the compute dtype: never in fewer bits."""
-    v = grammar.vocabulary
-    head = Transformer.bind(config, params).head().astype(config.dtype)
-    parts = head[: text_ids(grammar)], head[v.image_offset : v.image_offset + v.codebook_size]
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return parts
-    text, image = (jax.lax.with_sharding_constraint(x, rules.spec(mesh, ("vocab", "embed"), x.shape)) for x in parts)
-    return text, image
-
-
-def with_head(layers: Params, text: Array, image: Array) -> Weights:
-    """Weights of `transformer.unstacked` parameters, which stay where they are, and the head's parts."""
-    return Weights({name: leaf for name, leaf in layers.items() if name != "head"}, text, image)
-
-
 def placed(tree: Any) -> Any:
     """A state or a prefix, split by the mesh in scope."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -143,11 +119,6 @@ def row_specs(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     axes: dict[int, tuple[str | None, ...]] = {1: ("batch",), 2: ("batch", None), 3: ("batch", None, None)}
     axes[4] = CACHE_AXES
     return jax.tree.map(lambda x: rules.spec(mesh, axes[x.ndim], x.shape, "sampler state"), tree)
-
-
-def text_ids(grammar: Grammar) -> int:
-    """W: the ids in front of the image codes, and some more, so that a mesh can split them."""
-    return min(-(-grammar.vocabulary.image_offset // 128) * 128, grammar.vocabulary.size)
 
 
 def empty(
@@ -389,12 +360,12 @@ def draw(grammar: Grammar, weights: Weights, state: State, keys: Array) -> tuple
     drawn, own = forced < 0, state.position[:, 0]
 
     def codes() -> tuple[Array, Array]:
-        logits = guidance.mix(project(hidden, weights.image), rows.weights)
+        logits = guidance.mix(code_logits(grammar, weights, hidden, rows.adapter), rows.weights)
         token, broken = decoding.choose(logits, None, drawn & image, rows.filters.at(image), keys, own)
         return vocabulary.image_offset + token, broken
 
     def words() -> tuple[Array, Array]:
-        logits = project(hidden[:, 0], weights.text)
+        logits = text_logits(weights, hidden[:, 0], rows.adapter)
         logits = decoding.penalize(logits, state.seen, rows.penalty)
         allowed = machine.allowed(state.automaton, logits.shape[1])
         return decoding.choose(logits, allowed, drawn & ~image, rows.filters.at(image), keys, own)
@@ -411,13 +382,3 @@ def draw(grammar: Grammar, weights: Weights, state: State, keys: Array) -> tuple
         code, bad_code = where_any(drawn & image, codes)
     token = jnp.where(drawn, jnp.where(image, code, word), forced)
     return token, bad_code | bad_word
-
-
-def project(hidden: Array, head: Array) -> Array:
-    """f32 [R, ..., rows of the head] of hidden states [R, ..., D]. A mesh splits the head, but no row of logits."""
-    logits = jnp.einsum("...D,VD->...V", hidden, head, preferred_element_type=jnp.float32)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return logits
-    axes = ("batch", *[None] * (logits.ndim - 1))
-    return jax.lax.with_sharding_constraint(logits, rules.spec(mesh, axes, logits.shape, "logits"))

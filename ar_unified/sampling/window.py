@@ -31,7 +31,8 @@ from ar_unified.model.config import TransformerConfig
 from ar_unified.model.transformer import Transformer
 from ar_unified.sampling import decoding, guidance, pairs, steps
 from ar_unified.sampling.drafts import Drafts
-from ar_unified.sampling.steps import CHUNK, State, Weights
+from ar_unified.sampling.head import Weights, code_logits, text_logits
+from ar_unified.sampling.steps import CHUNK, State
 
 
 def decode_chunk(
@@ -185,7 +186,8 @@ def draw(
     image = machine.in_image(flat).reshape(R, width)
 
     def codes() -> tuple[Array, Array]:
-        logits = steps.project(jnp.swapaxes(hidden, 1, 2).reshape(R * width, C, -1), weights.image)
+        states = jnp.swapaxes(hidden, 1, 2).reshape(R * width, C, -1)
+        logits = code_logits(grammar, weights, states, repeated(rows.adapter))
         logits = guidance.mix(logits, repeated(rows.weights))
         filters = jax.tree.map(repeated, rows.filters.at(jnp.ones(R, bool)))
         active, at = (drawn & image).reshape(-1), positions[..., 0].reshape(-1)
@@ -200,7 +202,7 @@ def draw(
         said = (jnp.arange(width - 1) < word_at[:, None]) & (guesses >= 0) & (guesses < vocabulary.text_size)
         pieces = jnp.where(said, guesses, state.seen.shape[1])
         seen = state.seen.at[jnp.arange(R)[:, None], pieces].set(True, mode="drop")
-        logits = steps.project(jnp.swapaxes(hidden, 1, 2)[at_word][:, 0], weights.text)
+        logits = text_logits(weights, jnp.swapaxes(hidden, 1, 2)[at_word][:, 0], rows.adapter)
         logits = decoding.penalize(logits, seen, rows.penalty)
         allowed = machine.allowed(jax.tree.map(lambda x: x[at_word], machines), logits.shape[1])
         filters = rows.filters.at(jnp.zeros(R, bool))

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from ar_unified.errors import nearest
 from ar_unified.language.vocabulary import Role, Vocabulary
 from ar_unified.model.dtypes import held
+from ar_unified.model.own_rows import TABLES
 
 Rows = tuple[tuple[int, int], ...]  # begin and end of each run of rows, ascending
 NEW = "new"
@@ -133,6 +134,16 @@ def select(places: Sequence[str], axes: dict[str, Any], vocabulary: Vocabulary, 
             before = parts.get(path, set())
             parts[path] = None if ids is None or before is None else before | set(ids)
     return Selection({path: () if ids is None else _runs(ids) for path, ids in sorted(parts.items())})
+
+
+def beside_adapter(places: Sequence[str], params: Mapping[str, Any], new: Collection[int]) -> tuple[str, ...]:
+    """The places that are trained with an adapter: its own, rows of new ids, which nobody has trained, and `places`.
+
+    Args:
+        params: of the model, or their axes, which say whether the head is a table of its own. new: as for `select`.
+    """
+    rows = [f"{table}[{NEW}]" for table in TABLES if table in params] if new else []
+    return ("lora", *rows, *places)
 
 
 def _ids(

@@ -32,7 +32,7 @@ from ar_unified.model.loss import token_losses
 from ar_unified.training.attention_share import attention_shares
 from ar_unified.training.optimizer import is_decayed
 from ar_unified.training.rates import Rates, make_rates, trained_in
-from ar_unified.training.selection import EVERYTHING, Selection, select
+from ar_unified.training.selection import EVERYTHING, Selection, beside_adapter, select
 from ar_unified.training.step import STATISTICS, Batch, BatchOfStep, Drawing, Metrics, Params, Stateless
 
 
@@ -83,8 +83,8 @@ class TransformerTask(Stateless):
       phases: (first step, places): from that step on only these places move; the first is from step 0. `only` is then
         not read: the places of all phases are trained. (): no phases.
       new: ids that the place [new] names.
-      lora: of an adapter that is trained in place of the model; places of `only` are trained as well. None or rank 0:
-        no adapter.
+      lora: of an adapter that is trained in place of the model; places of `only`, and rows of `new`, are trained as
+        well. None or rank 0: no adapter.
     """
 
     config: TransformerConfig
@@ -149,9 +149,11 @@ class TransformerTask(Stateless):
         return transformer.logical_axes(params)
 
     def selection(self, params: Params) -> Selection:
-        """The parameters that `only` or a phase names, together with an adapter's; without either, all parameters."""
+        """The parameters that `only` or a phase names, together with an adapter's and, beside one, rows of new ids;
+        without either, all parameters.
+        """
         places = trained_in(self.only, self.phases)
-        places = ("lora", *places) if self.lora is not None else places
+        places = beside_adapter(places, params, self.new) if self.lora is not None else places
         return select(places, transformer.logical_axes(params), self.vocabulary, self.new)
 
     def rates_of(self, params: Params) -> Rates:

@@ -178,6 +178,7 @@ def test_a_plan_and_a_validation_know_the_extended_vocabulary(folder, llm, image
     vocabulary = run_of(configs.load(argv[1], overrides)).vocabulary
     before = Bundle(llm).grammar.vocabulary
     assert vocabulary.text_size == before.text_size and vocabulary.codebook_size == 1000
+    assert run_of(configs.load(argv[1], [*overrides, "--config.lora.rank=2"])).only == ("embedding[image]",)
     assert main(["validate", *argv[:2], "--workdir", str(tmp_path / "w"), *overrides]) == 0
     said = capsys.readouterr().out
     assert "tokens" in said and "image_too_large" not in said and "text alone" not in said

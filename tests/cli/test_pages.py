@@ -94,6 +94,7 @@ SHELL = "it sets up an environment, or is what runs this test: .ci/run calls it"
 UNSEEN = (
     "half an hour: tests/test_experiment_data.py makes the prompts, tests/experiment/test_rollouts.py reads the config"
 )
+EXTENDED = "it needs a language model of text alone: tests/cli/test_extended_lora.py extends a small one"
 MEASURES = "a benchmark: minutes to hours, and a folder of photographs or of shards"
 NOT_RUN = {
     ("", "make "): SHELL,
@@ -113,6 +114,8 @@ NOT_RUN = {
         "docs/instruction_tuning.md",
         "ar-unified",
     ): "tests/evaluation/test_conversations.py and tests/data/test_conversations.py have its parts",
+    ("docs/lora.md", "ar-unified run --config experiments/folder.py"): EXTENDED,
+    ("docs/lora.md", "ar-unified export --workdir workdirs/eyes"): EXTENDED,
     ("docs/image_tokenizers.md", "ar-unified"): HOURS,
     ("docs/planning.md", "ar-unified plan"): PODS,
     ("docs/pretraining.md", "ar-unified plan"): PODS,

@@ -7,11 +7,15 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from ar_unified.bundle import named
 from ar_unified.errors import UserError
+from ar_unified.experiment import config as configs
+from ar_unified.experiment import settings
 from ar_unified.experiment.adapter import beginning_with, in_base, read_base, require_base
 from ar_unified.interop import peft
+from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model.lora import LoraConfig
 from ar_unified.model.quantized import Quantized
 from ar_unified.model.transformer import logical_axes
@@ -34,7 +38,7 @@ def test_the_adapter_is_in_its_matrices_and_what_was_trained_beside_it_in_its_ro
     stored = {"lora": jax.tree.map(jax.numpy.asarray, drawn), "head": jax.numpy.asarray(rows)}
     base = named(jax.device_get(bundle.params()))
     for target, dtype in ((None, "float32"), (read_as(bundle.config, None), bundle.config.dtype)):
-        found = named(jax.device_get(in_base(bundle, LORA, selection, stored, target)))
+        found = named(jax.device_get(in_base(bundle, bundle.config, LORA, selection, stored, target)))
         assert found.keys() == base.keys() and str(found["head"].dtype) == dtype
         codes = slice(vocabulary.image_offset, vocabulary.rest_offset)
         np.testing.assert_array_equal(found["head"][codes], rows)
@@ -99,3 +103,17 @@ def test_a_training_begins_with_a_file_that_is_what_the_config_describes(tmp_pat
     matrices = found.matrices | {"mlp.up": tuple(np.asarray(each) for each in found.matrices["mlp.up"])}
     found = found._replace(matrices=matrices, ranks=found.ranks | {"mlp.up": (3, 0)})
     refused("alike in all layers, .* has the ranks 3, 0 beside mlp.up. It can be served as it is")
+
+
+def test_rows_of_any_phase_and_new_rows_are_trained_beside_an_adapter() -> None:
+    config = configs.defaults()
+    config.lora.rank, config.model.tie_embeddings = 2, False
+    config.training.only = ("head[image]",)
+    config.training.phases = (ConfigDict(dict(begin=0.5, only=("embedding[image]",))),)
+    vocabulary = Vocabulary(16, 24)
+    parts = settings.trained(config, vocabulary, ()).parts
+    codes = ((vocabulary.image_offset, vocabulary.image_offset + 24),)
+    assert parts is not None and {"lora.mlp.up", "lora.attention.query"} < parts.keys()
+    assert parts["head"] == parts["embedding"] == codes
+    new = settings.trained(config, vocabulary, (17, 18, 20)).parts
+    assert new is not None and new["embedding"] == ((17, 19), (20, 21), *codes)

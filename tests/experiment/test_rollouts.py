@@ -22,6 +22,7 @@ from ar_unified.experiment.rollouts import DrawingConfig, require_groups
 from ar_unified.metrics import read_metrics
 from ar_unified.model.lora import LoraConfig
 from ar_unified.model.lora import init as init_adapter
+from ar_unified.model.quantized import Quantized
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.parallel.rules import place_batch
 from ar_unified.rewards.reward import RewardConfig, RewardFailed
@@ -87,11 +88,14 @@ def test_in_bfloat16_the_difference_is_measured_and_bounded(params):
     assert told["sampler_trainer/mean"] <= told["sampler_trainer/max"] < 0.1  # hidden states differ in few last bits
 
 
-def test_an_adapter_is_part_of_the_policy(params):
+@pytest.mark.parametrize("base_dtype", ["float32", "int8"])
+def test_an_adapter_is_part_of_the_policy(params, base_dtype):
     """The sampler draws with the adapter in the weights, the trainer reads it beside them, and it alone is moved."""
-    lora = LoraConfig(rank=2, alpha=4.0)
+    lora = LoraConfig(rank=2, alpha=4.0, base_dtype=base_dtype)
     fresh = init_adapter(tiny.CONFIG, lora, jax.random.key(1))
     adapted = params | {"lora": jax.tree.map(lambda x: x + 0.05, fresh)}
+    adapted = rewarded.task(None, lora=lora).selection(adapted).fixed(adapted, base_dtype)
+    assert isinstance(adapted["layers"]["mlp"]["up"], Quantized) == (base_dtype == "int8")
     batch, without = rewarded.rollouts(lora=lora)(0, adapted), rewarded.rollouts()(0, params)
     assert (np.asarray(batch.sampled) != np.asarray(without.sampled)).any()
     task = rewarded.task(lambda *_: batch, lora=lora)

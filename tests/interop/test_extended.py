@@ -13,6 +13,7 @@ from ar_tokenizers.image.config import AutoencoderConfig
 from ar_tokenizers.image.tokenizer import ImageTokenizer
 from PIL import Image
 
+import ar_unified
 from ar_unified.bundle import Bundle
 from ar_unified.cli.main import main
 from ar_unified.language.vocabulary import Role
@@ -97,3 +98,35 @@ def test_its_table_grows_at_the_end_and_text_is_as_it_was(published, beside, tmp
     for name, id in (("<boi>", vocabulary.control("boi")), ("<image_0>", vocabulary.image_offset)):
         assert names.convert_tokens_to_ids(name) == border.theirs[id]
     assert (tmp_path / "hf" / "image_tokenizer" / "config.json").exists()
+
+
+@pytest.mark.parametrize("kind, system", [("llama", "llama"), ("gemma", "gemma")])
+def test_an_adapter_beside_it_has_its_new_rows_with_it_and_peft_reads_both(published, beside, tmp_path, kind, system):
+    peft_library = pytest.importorskip("peft", reason="the other side of this test is PEFT (make test-interop)")
+    theirs, (data, images) = published(make.causal, kind), beside
+    run("import", "--from", theirs, "--as", system, "--output", tmp_path / "llm")
+    config = f"{ROOT}/experiments/folder.py:path={data},init={tmp_path / 'llm'}"
+    argv = ["--config", config, "--workdir", tmp_path / "w"]
+    settings = SMALL | {"image_tokenizer.model": images, "lora.rank": 2, "training.learning_rate": 0.02}
+    argv += [f"--config.{key}={value}" for key, value in settings.items()]
+    for verb in ("tokenizer", "prepare", "train"):
+        run(verb, *argv)
+    run("export", "--workdir", tmp_path / "w", "--output", tmp_path / "merged")
+    run("export", "--workdir", tmp_path / "w", "--output", tmp_path / "base", "--to", "base")
+    run("export", "--workdir", tmp_path / "w", "--output", tmp_path / "adapter", "--to", "peft")
+    run("export", "--from", tmp_path / "base", "--output", tmp_path / "hf")
+    oracle = reference.load(tmp_path / "hf")
+    size = oracle.model.config.vocab_size
+    old = reference.load(theirs).model
+    old.resize_token_embeddings(size)  # as who has the language model alone makes room
+    merged = ar_unified.load(tmp_path / "merged", dtype="float32")
+    served = ar_unified.load(tmp_path / "base", dtype="float32", adapters={"mine": tmp_path / "adapter"})
+    ids = np.stack([ids_for(size, 1, 6)[0], np.arange(size - 6, size)])
+    columns = np.asarray(merged.ids.ours(np.arange(size)))
+    logits = merged.logits(merged.ids.ours(ids))[..., columns]
+    beside_it = served.logits(served.ids.ours(ids), adapter="mine")[..., columns]
+    assert np.abs(beside_it - logits).max() < LOGITS * max(np.abs(logits).max(), 1.0)
+    for model in (oracle.model, old):
+        loaded = peft_library.PeftModel.from_pretrained(model, tmp_path / "adapter")
+        found = reference.Reference(loaded.base_model.model.eval()).logits(ids)[..., :size]
+        assert np.abs(found - logits).max() < LOGITS * max(np.abs(logits).max(), 1.0)

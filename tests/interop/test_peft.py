@@ -17,6 +17,8 @@ peft_library = pytest.importorskip("peft", reason="the other side of these tests
 
 import ar_unified  # noqa: E402
 from ar_unified.bundle import Bundle  # noqa: E402
+from ar_unified.interop import peft  # noqa: E402
+from ar_unified.interop.token_rows import TokenRows  # noqa: E402
 from ar_unified.model.lora import LoraConfig  # noqa: E402
 from tests import adapters  # noqa: E402
 from tests.interop import published as make  # noqa: E402
@@ -78,3 +80,45 @@ def test_an_adapter_is_the_same_there_and_here(name: str, tmp_path: Path) -> Non
         assert np.abs(expected - base).max() > 1000 * LOGITS, "the adapter changes nothing"
     np.testing.assert_allclose(model.logits(model.ids.ours(ids))[..., columns], base, atol=LOGITS * np.abs(base).max())
     shutil.rmtree(tmp_path / "published")
+
+
+@pytest.mark.parametrize("kind, system, tied", [("llama", "llama", False), ("gemma", "gemma", True)])
+def test_rows_of_ids_are_the_same_there_and_here(kind: str, system: str, tied: bool, tmp_path: Path) -> None:
+    """Values in the place of some rows of the embedding and the head; of ids that were there, which is the same."""
+    published, size = make.causal(tmp_path / "published", kind), CASES[kind][2]().size
+    import_as(system, published, tmp_path / "bundle")
+    bundle = Bundle(tmp_path / "bundle")
+    ids = np.random.default_rng(1).choice(CASES[kind][2]().text[:200], (2, 12))
+    chosen = sorted({int(id) for id in ids[:, :4].ravel()})
+    asked = {"embed_tokens": chosen} | ({} if tied else {"lm_head": chosen[:3]})
+
+    # ---- PEFT writes, we read
+    config = peft_library.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], trainable_token_indices=asked)
+    theirs = peft_library.get_peft_model(reference.load(published).model, config)
+    torch.manual_seed(0)
+    for key, tensor in theirs.named_parameters():
+        if "lora_B" in key or "trainable_tokens_delta" in key:
+            torch.nn.init.normal_(tensor, std=0.05)
+    theirs.save_pretrained(tmp_path / "theirs")
+
+    # ---- we write, PEFT reads
+    lora, rng = LoraConfig(rank=3, alpha=5.0, targets=("mlp",)), np.random.default_rng(5)
+    rows = {
+        {"embed_tokens": "embedding", "lm_head": "head"}[module]: TokenRows(
+            np.array(which), rng.normal(0, 0.05, (len(which), bundle.config.d_model)).astype(np.float32)
+        )
+        for module, which in asked.items()
+    }
+    peft.write(tmp_path / "ours", bundle, lora, adapters.drawn(bundle.config, lora, seed=2, spread=0.05), rows)
+    loaded = peft_library.PeftModel.from_pretrained(reference.load(published).model, tmp_path / "ours")
+
+    model = ar_unified.load(
+        bundle.folder, dtype="float32", adapters={"theirs": tmp_path / "theirs", "ours": tmp_path / "ours"}
+    )
+    columns = np.asarray(model.ids.ours(np.arange(size)))
+    base = reference.load(published).logits(ids)[..., :size]
+    for which, wrapped in (("theirs", theirs), ("ours", loaded)):
+        expected = reference.Reference(wrapped.base_model.model.eval()).logits(ids)[..., :size]
+        found = model.logits(model.ids.ours(ids), adapter=which)[..., columns]
+        assert np.abs(found - expected).max() < LOGITS * max(np.abs(expected).max(), 1.0), which
+        assert np.abs(expected - base)[..., chosen[:3]].max() > 1000 * LOGITS, "the rows change nothing"

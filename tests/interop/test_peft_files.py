@@ -14,6 +14,7 @@ import ar_unified
 from ar_unified.bundle import Bundle
 from ar_unified.errors import UserError
 from ar_unified.interop import peft
+from ar_unified.interop.token_rows import TokenRows
 from ar_unified.model.lora import LoraConfig
 from tests import adapters, bundles
 
@@ -80,6 +81,50 @@ def test_what_is_no_plain_adapter_is_refused_by_its_key(bundle, folder, settings
     change(folder, **settings)
     with pytest.raises(UserError, match=said):
         peft.read(folder, bundle.config)
+
+
+ROWS = {
+    "embedding": TokenRows(np.array([3, 7]), np.arange(64, dtype=np.float32).reshape(2, 32)),
+    "head": TokenRows(np.array([9]), np.ones((1, 32), np.float32)),
+}
+
+
+def test_rows_of_ids_are_written_as_peft_has_them_and_read(bundle, tmp_path) -> None:
+    made = adapters.drawn(bundle.config, LORA)
+    peft.write(tmp_path / "a", bundle, LORA, made, ROWS, "its language")
+    tensors = load_file(tmp_path / "a" / peft.WEIGHTS)
+    embedding = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    np.testing.assert_array_equal(tensors[embedding], ROWS["embedding"].values)
+    assert "base_model.model.lm_head.token_adapter.trainable_tokens_delta" in tensors
+    config = json.loads((tmp_path / "a" / peft.CONFIG).read_text())
+    assert config["trainable_token_indices"] == {"embed_tokens": [3, 7], "lm_head": [9]}
+    found = peft.read(tmp_path / "a", bundle.config, bundle.hash)
+    assert found.vocabulary == "its language" and found.matrices.keys() == set(LORA.matrices)
+    assert {name: rows.ids.tolist() for name, rows in found.rows.items()} == {"embedding": [3, 7], "head": [9]}
+    np.testing.assert_array_equal(found.rows["embedding"].values, ROWS["embedding"].values)
+    change(tmp_path / "a", trainable_token_indices={"embed_tokens": [7, 3], "lm_head": [9]})  # as PEFT: in any order
+    turned = peft.read(tmp_path / "a", bundle.config).rows["embedding"]
+    np.testing.assert_array_equal(turned.values, ROWS["embedding"].values[::-1])
+    tied = dataclasses.replace(bundle.config, tie_embeddings=True)
+    with pytest.raises(UserError, match="expected no lm_head, as this model's head is its embedding"):
+        peft.read(tmp_path / "a", tied)
+    for settings, said in (
+        (
+            [3, 7],
+            r"expected rows of each module that it names \(embed_tokens\), found embed_tokens, lm_head|found lm_head",
+        ),
+        ("x", "expected ids by modules, found 'x'"),
+        ({"embed_tokens": [3, -1], "lm_head": [9]}, "embed_tokens: expected ids, found"),
+        ({"embed_tokens": [3, 3], "lm_head": [9]}, r"expected \[1, 32\], a row for each of its ids; found \[2, 32\]"),
+        ({"embed_tokens": [3], "lm_head": [9]}, r"expected \[1, 32\], a row for each of its ids; found \[2, 32\]"),
+    ):
+        change(tmp_path / "a", trainable_token_indices=settings)
+        with pytest.raises(UserError, match=said):
+            peft.read(tmp_path / "a", bundle.config)
+    change(tmp_path / "a", trainable_token_indices={"embed_tokens": [3, 7], "lm_head": [9]})
+    save_file(tensors | {embedding: np.full((2, 32), np.inf, np.float32)}, tmp_path / "a" / peft.WEIGHTS)
+    with pytest.raises(UserError, match="expected finite numbers"):
+        peft.read(tmp_path / "a", bundle.config)
 
 
 def rename(folder: Path, old: str, new: str) -> None:

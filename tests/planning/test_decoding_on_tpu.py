@@ -22,6 +22,7 @@ from ar_unified.planning.loops import turn
 from ar_unified.planning.programs import Run, sample_programs
 from ar_unified.planning.targets import parse_target
 from ar_unified.sampling import steps
+from ar_unified.sampling.head import Weights
 from ar_unified.sampling.steps import row_specs
 from tests.kernels.topologies import TPUS, needs_libtpu
 
@@ -125,7 +126,7 @@ def test_what_a_long_prompt_needs_does_not_grow_with_it():
     def beside(length):
         (rows,) = by_row(mesh, (jax.ShapeDtypeStruct((4, length), jnp.int32), jax.ShapeDtypeStruct((4,), jnp.int32)))
         with jax.set_mesh(mesh):
-            traced = jax.jit(functools.partial(steps.prefill, config)).trace(steps.Weights(params, None, None), *rows)
+            traced = jax.jit(functools.partial(steps.prefill, config)).trace(Weights(params, None, None), *rows)
             compiled = traced.lower(lowering_platforms=("tpu",)).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 

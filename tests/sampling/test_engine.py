@@ -15,8 +15,9 @@ from ar_unified.model.transformer import Transformer, init
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
+from ar_unified.sampling.head import text_ids
 from ar_unified.sampling.request import Request
-from ar_unified.sampling.steps import FACTS, text_ids
+from ar_unified.sampling.steps import FACTS
 from tests.sampling.tiny import CONFIG, GRAMMARS, random_params
 
 LENGTH = 192  # of the caches, and of the forwards that are compared

@@ -14,6 +14,7 @@ import ar_unified
 from ar_unified.data.images import CodesAlone
 from ar_unified.errors import UserError
 from ar_unified.interop.peft import Adapter
+from ar_unified.interop.token_rows import TokenRows
 from ar_unified.language.document import TextPart
 from ar_unified.model.lora import LoraConfig, merged
 from ar_unified.parallel.mesh import make_mesh
@@ -100,8 +101,69 @@ def test_each_request_is_drawn_as_by_its_own_merged_model(form, expected) -> Non
         assert not all(bare), f"adapter {name} draws what none draws"
 
 
+OWN = {"a": [2, 5, 30, 31, 42], "b": [3, 5, 31, 60]}  # text, controls, image codes, and an id that nothing writes
+
+
+def rows_of(name: str) -> TokenRows:
+    values = np.random.default_rng(len(OWN[name])).normal(0, 1.5, (len(OWN[name]), CONFIG.d_model))
+    return TokenRows(np.array(OWN[name]), values.astype(np.float32))
+
+
+SLOW = [pytest.param(False, form, marks=pytest.mark.slow) for form in ("settled", "window", "mesh")]
+
+
+@pytest.mark.parametrize("tied, form", [(True, "settled"), (False, "stacked"), *SLOW])
+def test_rows_of_its_own_go_with_an_adapter(tied, form) -> None:
+    """Each request has the tokens, and the log-likelihoods, of the model that has its adapter and rows in it."""
+    config = dataclasses.replace(CONFIG, tie_embeddings=tied)
+    made = {key: leaf for key, leaf in random_params().items() if not tied or key != "head"}
+    params, more = FORMS[form](made)
+    # "b" has rows of its head alone where there are two tables
+    tables = {"a": ("embedding",) if tied else ("embedding", "head"), "b": ("embedding",) if tied else ("head",)}
+    loaded = {
+        name: adapter._replace(rows=dict.fromkeys(tables[name], rows_of(name))) for name, adapter in beside().items()
+    }
+
+    def merged_with_rows(name: str):
+        whole = merged(LORAS[name], made | {"lora": DRAWN[name]}) if name else made
+        return whole | {
+            table: whole[table].at[rows_of(name).ids].set(rows_of(name).values) for table in tables.get(name, ())
+        }
+
+    several = engine(GRAMMAR, params, config=config, adapters=loaded, **more)
+    expected = {}
+    for name in ("", *LORAS):
+        alone = engine(GRAMMAR, merged_with_rows(name), config=config)
+        asked_alone = [dataclasses.replace(row, adapter="") for row in asked(name)]
+        expected |= {key: s.tokens for key, s in collect(alone.generate(asked_alone)).items()}
+        request = Request("r", (TextPart("fg"),), mode="text", text=GREEDY["text"], max_tokens=6)
+        answer = (TextPart("abcfd"),)
+        (found,), (single,) = (
+            each.score([(dataclasses.replace(request, adapter=which), answer)])
+            for each, which in ((several, name), (alone, ""))
+        )
+        assert found.log_likelihood == pytest.approx(single.log_likelihood, abs=1e-4)
+    mixed = [row for rows in zip(*(asked(name) for name in ("", *LORAS)), strict=True) for row in rows]
+    together = collect(several.generate(mixed))
+    assert together.keys() == expected.keys() and not any(sample.error for sample in together.values())
+    for key, sample in together.items():
+        np.testing.assert_array_equal(sample.tokens, expected[key], err_msg=str(key))
+
+
+def test_rows_of_other_ids_are_refused() -> None:
+    for ids, said in (
+        ([3, 900], "expected rows of ids below 128, as this model has, found one of 900"),
+        ([3], "another"),
+    ):
+        rows = TokenRows(np.array(ids), np.zeros((len(ids), CONFIG.d_model), np.float32))
+        one = beside()["a"]._replace(rows={"embedding": rows}, vocabulary="of another" if said == "another" else "")
+        with pytest.raises(UserError, match=said):
+            engine(GRAMMAR, random_params(), adapters={"a": one})
+
+
 def test_a_sample_does_not_depend_on_the_adapters_around_it() -> None:
-    several = engine(GRAMMAR, random_params(), adapters=beside())
+    own = {name: adapter._replace(rows={"embedding": rows_of(name)}) for name, adapter in beside().items()}
+    several = engine(GRAMMAR, random_params(), adapters=own)
     hot = [dataclasses.replace(row, image=dataclasses.replace(row.image, temperature=1.0)) for row in asked("a")]
     by_itself = collect(several.generate(hot))
     mixed = collect(several.generate([*asked("b"), *hot, *asked("")]))

@@ -1,0 +1,97 @@
+"""Rows of the tables of ids that an adapter has of its own, as PEFT writes and reads them (`trainable_token_indices`).
+
+    base_model.model.MODULE.token_adapter.trainable_tokens_delta    [n, D], values that take the rows' places
+
+in adapter_model.safetensors, MODULE being embed_tokens or lm_head with what is above it, and which rows these are in
+adapter_config.json (huggingface/peft, src/peft/utils/other.py, TrainableTokensWrapper). A head that is tied to the
+embedding has the embedding's. transformers' model must have these ids: `resize_token_embeddings` makes them.
+
+n rows, D model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ar_unified.errors import UserError
+from ar_unified.interop.keys import HF
+from ar_unified.interop.sources import Source
+
+KEY = "trainable_token_indices"  # in adapter_config.json
+VOCABULARY = "ar_unified.vocabulary"  # in the header of the weights: the hash of the language that the ids are of
+_MODULES = {"embedding": "embed_tokens", "head": "lm_head"}  # of our tables
+_END = ".token_adapter.trainable_tokens_delta"
+_NAME = re.compile(
+    r"base_model\.model\.(?:\w+\.)*(?P<module>embed_tokens|lm_head)"
+    r"(?:\.token_adapter)?\.trainable_tokens_delta(?:\.\w+)?"
+)
+# Where transformers has a module that files call otherwise (its conversion_mapping.py).
+_IN_MEMORY = {"text_model.model.": "model.text_model.", "text_model.lm_head": "lm_head"}
+
+
+class TokenRows(NamedTuple):
+    """ids: int64 [n], ascending, of the published table, or ours where there is none; values: f32 [n, D]."""
+
+    ids: np.ndarray
+    values: np.ndarray
+
+
+def names(rows: Mapping[str, TokenRows], prefixes: Mapping[str, str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(tensors by their names, what adapter_config.json says of them): what PEFT reads."""
+    dialect, tensors = HF.prefixed(prefixes), dict[str, np.ndarray]()
+    for table, (_, values) in rows.items():
+        module = in_memory(str(dialect.names[table]).removesuffix(".weight"))
+        tensors[f"base_model.model.{module}{_END}"] = np.asarray(values, np.float32)
+    said = {_MODULES[table]: [int(id) for id in ids] for table, (ids, _) in rows.items()}
+    return tensors, {KEY: said} if said else {}
+
+
+def in_memory(name: str) -> str:
+    """What transformers calls the module that files call so, or that begins so."""
+    for theirs, loaded in _IN_MEMORY.items():
+        if name.startswith(theirs):
+            return loaded + name.removeprefix(theirs)
+    return name
+
+
+def is_name(name: str) -> bool:
+    """Whether a tensor of that name holds rows."""
+    return _NAME.fullmatch(name) is not None
+
+
+def read(folder: Path, source: Source, said: Any, width: int) -> dict[str, TokenRows]:
+    """The rows of an adapter by table; {}: it has none.
+
+    Args:
+        source: its tensors. said: of KEY. width: D.
+
+    Raises UserError, naming what is wrong.
+    """
+    said = {"embed_tokens": said} if isinstance(said, list) else said or {}
+    if not isinstance(said, Mapping):
+        raise UserError(f"{folder}: {KEY}: expected ids by modules, found {said!r:.80}")
+    found = {_NAME.fullmatch(name)["module"]: name for name in source.names() if is_name(name)}  # type: ignore[index]
+    if found.keys() != said.keys():
+        one, other = ", ".join(said) or "none", ", ".join(found) or "none"
+        raise UserError(f"{folder}: {KEY}: expected rows of each module that it names ({one}), found {other}")
+    rows = {}
+    for table, module in _MODULES.items():
+        if module not in said:
+            continue
+        ids, name = said[module], found[module]
+        if not isinstance(ids, list) or not all(type(id) is int and 0 <= id < 1 << 31 for id in ids):
+            raise UserError(f"{folder}: {KEY}: {module}: expected ids, found {ids!r:.80}")
+        if len(set(ids)) != len(ids) or source.shape(name) != (len(ids), width):
+            wanted = f"{[len(set(ids)), width]}, a row for each of its ids"
+            raise UserError(f"{folder}: {name}: expected {wanted}; found {list(source.shape(name))} for {len(ids)} ids")
+        values = source.read(name).astype(np.float32)
+        if not np.isfinite(values).all():
+            raise UserError(f"{folder}: {name}: expected finite numbers, found some that are not")
+        order = np.argsort(ids)
+        rows[table] = TokenRows(np.asarray(ids, np.int64)[order], values[order])
+    return rows

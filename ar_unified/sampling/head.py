@@ -1,0 +1,69 @@
+"""Logits of the part of the head that a step needs: of text, controls and sizes, or of image codes.
+
+Axes: R rows, C contexts, D model, W text pieces, control tokens and sides.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ar_unified.language.grammar import Grammar
+from ar_unified.model.config import TransformerConfig
+from ar_unified.model.own_rows import with_own
+from ar_unified.model.transformer import Params, Transformer
+from ar_unified.parallel import rules
+
+
+class Weights(NamedTuple):
+    """The model as the sampler reads it: its layers, and the two parts of its head, each [rows, D]."""
+
+    layers: Params  # unstacked, without a head
+    text: Array  # ids 0 .. W - 1
+    image: Array  # image codes
+
+
+def text_ids(grammar: Grammar) -> int:
+    """W: the ids in front of the image codes, and some more, so that a mesh can split them."""
+    return min(-(-grammar.vocabulary.image_offset // 128) * 128, grammar.vocabulary.size)
+
+
+def head_parts(config: TransformerConfig, grammar: Grammar, params: Params) -> tuple[Array, Array]:
+    """The head's rows of text, and its rows of image codes, in the compute dtype: never in fewer bits."""
+    v = grammar.vocabulary
+    head = Transformer.bind(config, params).head().astype(config.dtype)
+    parts = head[: text_ids(grammar)], head[v.image_offset : v.image_offset + v.codebook_size]
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return parts
+    text, image = (jax.lax.with_sharding_constraint(x, rules.spec(mesh, ("vocab", "embed"), x.shape)) for x in parts)
+    return text, image
+
+
+def with_head(layers: Params, text: Array, image: Array) -> Weights:
+    """Weights of `transformer.unstacked` parameters, which stay where they are, and the head's parts."""
+    return Weights({name: leaf for name, leaf in layers.items() if name != "head"}, text, image)
+
+
+def text_logits(weights: Weights, hidden: Array, adapter: Array) -> Array:
+    """f32 [R, ..., W] of hidden states [R, ..., D]; adapter: of each row, int32 [R]."""
+    return _project(weights, "text", hidden, adapter, weights.text, 0)
+
+
+def code_logits(grammar: Grammar, weights: Weights, hidden: Array, adapter: Array) -> Array:
+    """f32 [R, ..., image codes] of hidden states [R, ..., D]; adapter: of each row, int32 [R]."""
+    return _project(weights, "image", hidden, adapter, weights.image, grammar.vocabulary.image_offset)
+
+
+def _project(weights: Weights, part: str, hidden: Array, adapter: Array, head: Array, first: int) -> Array:
+    """A mesh splits the head, but no row of logits."""
+    logits = jnp.einsum("...D,VD->...V", hidden, head, preferred_element_type=jnp.float32)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        axes = ("batch", *[None] * (logits.ndim - 1))
+        logits = jax.lax.with_sharding_constraint(logits, rules.spec(mesh, axes, logits.shape, "logits"))
+    own = weights.layers.get("rows", {}).get("head", {}).get(part)
+    return logits if own is None else with_own(logits, hidden, own, adapter, first)
