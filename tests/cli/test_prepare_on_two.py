@@ -16,7 +16,7 @@ from tests.cli.test_text_alone import CONFIG
 from tests.parallel.job import environment, free_port
 
 pytestmark = pytest.mark.slow
-LINES = 66_000  # eight shards: the signal comes long before the last
+LINES = 130_000  # sixteen shards: the signal comes long before the last
 
 
 def start(verb: str, arguments: list[str]) -> list[subprocess.Popen[str]]:

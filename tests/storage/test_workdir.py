@@ -152,8 +152,8 @@ def test_a_store_that_is_gone_is_named(
 
 
 def test_two_processes_prepare_and_train_under_a_store(url: str, tmp_path: Path) -> None:
-    # Eight shards, so that the signal comes long before the last.
-    config, disk = set_up(tmp_path, 66_000), tmp_path / "disk"
+    # Sixteen shards, so that the signal comes long before the last.
+    config, disk = set_up(tmp_path, 130_000), tmp_path / "disk"
     assert main(["tokenizer", *config, str(disk)]) == 0
     put_folder(disk, url)
 
