@@ -37,13 +37,16 @@ PYTEST   = -m pytest -q -n 2 --dist worksteal
 # Files in tests/conftest.py's order, the longest first, and not, as pytest-xdist has it, those of few tests last.
 BY_FILE  = -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder
 RESULTS ?= .cache/tests
+# Else each worker rewrites every test's assertions anew, which takes it 7 s, and each process compiles this package.
+unexport PYTHONDONTWRITEBYTECODE
 HERE     = not interop and not newest_jax
 INTEROP  = .venv-interop
 PY312    = .venv-py312
 DOCS     = .venv-docs
 
+# ONCE=1: what test-exact runs as well is left to it, as CI has it.
 test: setup libtpu
-	$(BIN)/python $(PYTEST) --junitxml=$(RESULTS)/quick.xml -m "not slow and $(HERE)"
+	$(BIN)/python $(PYTEST) --junitxml=$(RESULTS)/quick.xml -m "not slow and $(HERE)$(if $(ONCE), and not exact)"
 
 test-slow: setup libtpu  ## what takes long: races in kernels, TPUs by the dozen; kills and meshes are test-exact's
 	$(BIN)/python $(BY_FILE) --junitxml=$(RESULTS)/slow.xml -m "slow and not exact and not exhaustive and $(HERE)"
@@ -78,11 +81,14 @@ mutate: setup  ## makes mistakes one by one and asks the quick tests; writes doc
 environments: setup libtpu $(INTEROP)/.installed $(PY312)/.installed $(DOCS)/.installed
 
 # torch is not for the environment that users have. Two come without what they ask for: lmms_eval's requirements are 5 GB, of
-# which its base class needs none, and Apache Beam wants older releases than the pins, and works with these.
-$(INTEROP)/.installed: pyproject.toml $(wildcard requirements/*.txt)
-	$(PYTHON) -m venv $(INTEROP)
+# which its base class needs none, and Apache Beam wants older releases than the pins, and works with these. The environment
+# stands on .venv's packages: 60 are installed and not 190.
+$(INTEROP)/.installed: $(VENV)/.installed
+	$(PYTHON) -m venv --clear $(INTEROP)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	    > $$($(INTEROP)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_users_environment.pth
 	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check $$(test -f $(PINS) && echo "-c $(PINS)") \
-	    -r requirements/interop.txt -e ".[dev]"
+	    -r requirements/interop.txt
 	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps lmms_eval==0.7.3 \
 	    apache-beam==2.77.0
 	@touch $@

@@ -4,7 +4,9 @@ AR_UNIFIED_TEST_OPTIMIZED=1: XLA optimises as it does for users (make test-exact
 cache under keys of their own: XLA_FLAGS is part of a key.
 """
 
+import functools
 import os
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -55,8 +57,26 @@ LONG = (
 )  # fmt: skip
 
 
+MARKS = ("slow", "exact", "interop", "newest_jax")
+source = functools.cache(lambda path: path.read_text("utf-8"))
+
+
+def pytest_ignore_collect(collection_path, config):
+    """A file without the mark that all chosen tests must have is not imported: to import all takes 15 s of CPU."""
+    if collection_path.name.startswith("test_") and collection_path.suffix == ".py":
+        mark = re.fullmatch(r"(\w+)( and [\w ]+)?", config.option.markexpr)
+        if mark and mark[1] in MARKS and " or " not in mark[0] and mark[1] not in source(collection_path):
+            return True
+    return None
+
+
 def pytest_collection_modifyitems(items):
     """Quick tests stay in their order, in which a folder finds what it has compiled."""
+    for item in items:  # which pytest_ignore_collect relies on
+        unsaid = [
+            mark.name for mark in item.iter_markers() if mark.name in MARKS and mark.name not in source(item.path)
+        ]
+        assert not unsaid, f"{item.nodeid}: its file does not say {unsaid}"
     here = Path(__file__).parent
     place = {here / f"{name}.py": i for i, name in enumerate(LONG)}
 

@@ -11,6 +11,7 @@ import ar_unified
 from ar_unified.cli.main import VERBS, main
 from ar_unified.paths import experiment_file
 from tests import wheel_alone
+from tests.cli.conftest import SMALL
 from tests.wheel_alone import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -27,7 +28,17 @@ FEW = (
     "training.validate_every=2",
     "evaluation.limit=2",
     "text_tokenizer.vocab_size=300",
+    *(f"{key}={value}" for key, value in SMALL.items() if key.startswith("model.")),
+    "image_tokenizer.width=8",
+    "image_tokenizer.blocks=(0,0,1)",
+    "training.batch_size=8",
 )
+# The demo's dataset with so many examples: to draw all 115,000 takes a minute of CPU.
+FEW_DRAWN = """
+from ar_unified.data.shapes import Shapes
+for config in Shapes.BUILDER_CONFIGS:
+    config.train, config.held_out = 200, 50
+"""
 
 
 def test_the_version_is_written_once():
@@ -71,13 +82,12 @@ def test_the_wheel_alone_has_every_verb_and_runs_the_demo(tmp_path):
     alone = wheel_alone.environment(tmp_path)
     assert not [name for name in alone.names if "benchmarks" in name or "__pycache__" in name]
     (tmp_path / "empty").mkdir()
-    run = functools.partial(
-        alone.run, "import sys; from ar_unified.cli.main import main; sys.exit(main())", cwd=tmp_path / "empty"
-    )
+    program = "import sys; from ar_unified.cli.main import main; sys.exit(main())"
+    run = functools.partial(alone.run, program, cwd=tmp_path / "empty")
     assert run("--version") == f"ar-unified {ar_unified.__version__}\n"
     for verb in VERBS:
         assert f"usage: ar-unified {verb}" in run(verb, "--help")
-    said = run("demo", *(f"--config.{key}" for key in FEW))
+    said = alone.run(f"{FEW_DRAWN}\n{program}", "demo", *(f"--config.{key}" for key in FEW), cwd=tmp_path / "empty")
     assert said.endswith("Open workdirs/shapes/report.html\n")
     workdir = tmp_path / "empty" / "workdirs" / "shapes"
     assert (workdir / "report.html").stat().st_size > 10_000 and (workdir / "evaluation.json").exists()

@@ -18,17 +18,13 @@ import pytest
 
 from ar_unified import bundle
 from ar_unified.cli.main import main
+from ar_unified.data.shapes import Shapes
 from tests import test_docs
 from tests.cli.conftest import ROOT, SMALL
 from tests.published_bundles import parts
 from tests.test_wheel import FEW
 
-TINY_MODEL = {key: value for key, value in SMALL.items() if key.startswith("model.")}
-SHAPES = (
-    dict(key.split("=", 1) for key in FEW)
-    | TINY_MODEL
-    | {"image_tokenizer.width": 8, "image_tokenizer.blocks": "(0,0,1)", "training.batch_size": 8}
-)
+SHAPES = dict(key.split("=", 1) for key in FEW)
 OF_BUNDLE = {
     "training.steps": 2, "training.warmup_steps": 0, "training.validate_every": 2, "training.checkpoint_every": 2,
     "training.batch_size": 8, "evaluation.limit": 2, "sampling.batch_size": 8,
@@ -184,8 +180,18 @@ def test_every_command_is_run_or_has_a_reason():
     assert len(runs) > 30
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_drawn() -> Iterator[None]:
+    """The embedded dataset has as few examples as in the wheel's demo."""
+    with pytest.MonkeyPatch.context() as patch:
+        for config in Shapes.BUILDER_CONFIGS:
+            patch.setattr(config, "train", 200)
+            patch.setattr(config, "held_out", 50)
+        yield
+
+
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo(few_drawn: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's finished workdir and an export of it, from the first page's own commands."""
     here = tmp_path_factory.mktemp("demo")
     (first,) = [

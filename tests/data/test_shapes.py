@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 
@@ -40,6 +41,18 @@ def test_a_caption_determines_the_scene(split: str) -> None:
 @pytest.mark.parametrize("text", ["", "a red circle", "a red blue circle in the top left", "red " * 4])
 def test_a_caption_that_is_unclear_is_not_guessed(text: str) -> None:
     assert scenes.read_caption(text) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind, train, held_out", [("captions", 40_000, 1_000), ("questions", 60_000, 1_000), ("stories", 10_000, 500)]
+)
+def test_all_that_the_demo_trains_on_can_be_drawn(kind, train, held_out, tmp_path, monkeypatch) -> None:
+    """Without the pixels: no scene of so many has too few questions, no story cannot go on."""
+    monkeypatch.setattr(shapes, "_image", lambda scene, side: io.BytesIO())
+    builder = shapes.Shapes(config=kind, data_dir=str(tmp_path))
+    drawn = {split: sum(1 for _ in builder._generate_examples(split)) for split in scenes.SPLITS}
+    assert drawn == {split: train if split == "train" else held_out for split in scenes.SPLITS}
 
 
 @pytest.mark.parametrize("split", scenes.SPLITS)
