@@ -391,7 +391,8 @@ def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     if (h, w) == (height, width):
         return pixels
     scale = min(h / height, w / width)
-    top, left = (h - height * scale) / 2, (w - width * scale) / 2
+    # What rounds to a hair below 0 is 0: Pillow refuses a box that begins outside.
+    top, left = max((h - height * scale) / 2, 0.0), max((w - width * scale) / 2, 0.0)
     box = (left, top, min(left + width * scale, w), min(top + height * scale, h))
     # reducing_gap: a large photograph is first shrunk by whole factors, which costs a fraction and looks the same.
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS, box, reducing_gap=3.0))
