@@ -322,5 +322,6 @@ def _check(stored: Any, target: Any, where: str) -> None:
         if found.get(path) != expected.get(path):
             raise CheckpointMismatch(
                 f"{where}: leaf {path}: expected {expected.get(path, 'none')}, found {found.get(path, 'none')}; "
-                "it was written by another model or optimizer: use the config it was trained with, or a new workdir"
+                "another model or optimizer wrote it: use the config that it was trained with, with the same --config.KEY "
+                "flags, or a new workdir"
             )

@@ -127,6 +127,12 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=_count, metavar="N", help="with --from: samples drawn at once (64)")
     parser.add_argument(
+        "--max-length",
+        type=_count,
+        metavar="N",
+        help="with --from: most tokens of a prompt and its answer (default: the bundle's)",
+    )
+    parser.add_argument(
         "--requests",
         metavar="FILE",
         nargs="+",

@@ -127,7 +127,7 @@ def export(experiment: Experiment, output: str, *, license: str = "", shard_byte
     if evaluation is None:
         experiment.say("its card has no numbers: `ar-unified evaluate` has not scored these weights")
     if not license:
-        experiment.say("its card says that its licence is unknown: --license says which it is")
+        experiment.say("its model card says that the licence is unknown; --license WORDS says which it is")
 
 
 @by_first_process

@@ -74,7 +74,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     for flag in ("config", "workdir"):
         if not getattr(arguments, flag):
             raise UserError(f"expected --config and --workdir, of a training, or --from BUNDLE; found no --{flag}")
-    refuse_unread(arguments, "with a workdir, whose config.sampling.batch_size says it", "batch_size")
+    refuse_unread(arguments, "with a workdir, whose config.sampling says it", "batch_size", "max_length")
     if not arguments.requests:
         refuse_unread(arguments, "without --requests", "n", "keep_best")
         refuse_unread(
@@ -129,6 +129,7 @@ def _from_bundle(arguments: argparse.Namespace, overrides: Sequence[str], reward
         arguments.source,
         {"data": -1} if many else None,
         batch_size=arguments.batch_size or _ROWS,
+        max_length=arguments.max_length,
         adapters=_once(arguments.adapter or ()),
     )
     if model.warning:
