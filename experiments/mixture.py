@@ -43,7 +43,7 @@ def weights(written: str) -> dict[str, float]:
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config. arg: the arguments above. Raises ValueError, naming the one that is wrong."""
     args = parse_arg(arg, path="datasets", sources=SOURCES, side="64")
-    side, shares = whole("side", args["side"]), weights(args["sources"])
+    side, shares = whole("side", args["side"]), weights(str(args["sources"]))
     config = defaults()
     config.name = "mixture"
 

@@ -123,7 +123,8 @@ def requests(count: int, setting: str) -> list[Request]:
 def measured(made: Callable[..., Engine], setting: str, batch: int, repeats: int) -> list[dict[str, Any]]:
     """A line for each window. made: an engine, of a `window`; those of one model share what is compiled."""
     engines = {window: made(window=window) for window in WINDOWS}
-    asked, times = requests(2 * batch, setting), {window: [] for window in engines}
+    asked = requests(2 * batch, setting)
+    times: dict[Any, list[tuple[float, float]]] = {window: [] for window in engines}
 
     def tokens(engine: Engine) -> dict[str, list[int]]:
         return {sample.request.id: sample.tokens.tolist() for sample in engine.generate(asked)}

@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def make(output: Path, count: int = 4000) -> str:
     """Writes the prompts; returns what was made in words."""
     captions, tested = captions_held_out(SPLIT)
-    rng, rows = np.random.default_rng([scenes.SPLITS.index(SPLIT), 4]), []
+    rng = np.random.default_rng([scenes.SPLITS.index(SPLIT), 4])
+    rows: list[dict] = []
     while len(rows) < count:
         scene, alone = scenes.sample_scene(rng, SPLIT), rng.random() < ALONE
         text, said = scenes.caption(rng, scene), scenes.scene_to_json(scene)

@@ -37,7 +37,7 @@ def checks(size: Size) -> list[Check]:
 def _both(size: Size, name: str, T: int, N: int, K: int, document: int, contenders: dict[str, Callable]) -> list[Check]:
     B = max(size.tokens // T, 1)
     flops = 0.5 * 4 * B * N * T * document * size.head_dim
-    found = []
+    found: list[Check] = []
     for what, wrap, factor in (("forward", _forward, 1.0), ("forward+backward", _forward_and_backward, 3.5)):
         row = Row(
             factor * flops,

@@ -63,14 +63,14 @@ def _attention(case: Case, backend: str) -> dict[str, float]:
 
 def _decode(case: DecodeCase, backend: str) -> dict[str, float]:
     """The same of decode attention, against the reference on the numbers that the case has in bfloat16."""
-    arrays = case.arrays(jnp.bfloat16)
-    wide = {name: x.astype(np.float32) if x.dtype == jnp.bfloat16 else x for name, x in arrays.items()}
+    arrays: dict[str, Any] = case.arrays(jnp.bfloat16)
+    wide: dict[str, Any] = {name: x.astype(np.float32) if x.dtype == jnp.bfloat16 else x for name, x in arrays.items()}
     step = functools.partial(decode_attention, return_lse=True, **case.options)
     found, expected = step(**arrays, backend=backend), step(**wide, backend="reference")
     empty, errors = np.array(case.lengths) == 0, {}
     for what, value, right in zip(("out", "lse"), found, expected, strict=True):
         value, right = np.asarray(value, np.float64), np.asarray(right, np.float64)
         exact = (value[empty] == (-np.inf if what == "lse" else 0.0)).all()
-        error = np.linalg.norm(value[~empty] - right[~empty]) / max(np.linalg.norm(right[~empty]), 1e-30)
+        error = np.linalg.norm(value[~empty] - right[~empty]) / max(float(np.linalg.norm(right[~empty])), 1e-30)
         errors[what] = float(error) if exact and np.isfinite(value[~empty]).all() else float("inf")
     return errors
