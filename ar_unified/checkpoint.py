@@ -322,6 +322,6 @@ def _check(stored: Any, target: Any, where: str) -> None:
         if found.get(path) != expected.get(path):
             raise CheckpointMismatch(
                 f"{where}: leaf {path}: expected {expected.get(path, 'none')}, found {found.get(path, 'none')}; "
-                "another model or optimizer wrote it: use the config and the --config.KEY flags that it was trained with, "
-                "or a new workdir"
+                "another model or optimizer wrote it: use the config and the --config.KEY flags that it was "
+                "trained with, or a new workdir"
             )
