@@ -195,7 +195,7 @@ def read(path: Path) -> bytes:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Writes a file that appears whole or not at all; of a store's nothing stays here."""
+    """Writes a file that appears whole or not at all; a file of a store leaves no copy here."""
     mirror = _of(path)
     if mirror is None:
         files.write_bytes(path, data)
