@@ -91,7 +91,8 @@ def _export_bundle(arguments: argparse.Namespace, shard_bytes: int) -> None:
 
 @by_first_process
 def export(experiment: Experiment, output: str, *, license: str = "", shard_bytes: int = bundle.SHARD_BYTES) -> None:
-    """The bundle of a finished training. Raises UserError where there is none, or `output` is something else."""
+    """The bundle of a finished training. Raises UserError where no training has finished, or `output` is something
+    else."""
     _require_own(experiment)
     config, tokenizer = configs.plain(experiment.config), experiment.image_tokenizer
     image = None if isinstance(tokenizer, NoImages) else tokenizer
@@ -169,7 +170,7 @@ def _require_own(experiment: Experiment) -> None:
     ours["data"] = {name: config["data"][name] for name in _DATA}
     trained = dict.fromkeys(("model", "loss"), experiment.trained()) | {"data": _done(experiment, "data")}
     for section, fields in ours.items():
-        theirs = trained[section].get(section, {})  # what a later version added, or a removed stage, is not there
+        theirs = trained[section].get(section, {})  # without keys of later versions, and of removed stages
         for field, new in fields.items():
             if (old := theirs.get(field, new)) != new:
                 raise UserError(f"config.{section}.{field}: expected {old!r}, as it was trained with; found {new!r}")

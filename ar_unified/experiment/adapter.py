@@ -84,8 +84,8 @@ def beginning_with(found: Adapter, lora: LoraConfig) -> Any:
 def read_base(bundle: Bundle, abstract: Params) -> Params:
     """The bundle's parameters as a training holds them.
 
-    abstract: shapes, dtypes and shardings of these; a matrix that is in 8 bits there is rounded as soon as it was read,
-    so that one at a time is in memory in the dtype of the file.
+    abstract: shapes, dtypes and shardings of these; a matrix that is in 8 bits there is rounded as soon as it is read,
+    so that only one matrix at a time is in memory in the dtype of the file.
     """
 
     def rounded(leaf: Any) -> bool:

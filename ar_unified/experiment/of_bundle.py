@@ -66,7 +66,7 @@ class OfBundle(Experiment):
 
     @cached_property
     def image_tokenizer(self) -> ImageTokenizer | NoImages:
-        """The bundle's, or what stands for none."""
+        """The bundle's, or a stand-in if it has none."""
         codes = self.grammar.vocabulary.codebook_size
         return self.own.image_tokenizer() or (CodesAlone(codes) if codes else NoImages())
 

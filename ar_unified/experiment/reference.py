@@ -79,7 +79,7 @@ def _depends(experiment: Experiment, task: PreferenceTask, data: Path) -> dict[s
 
 
 def _rounded(task: PreferenceTask) -> bool:
-    """Whether the weights are in 8 bits: then the model that the training begins with is not the bundle's."""
+    """Whether the weights are in 8 bits: then the training begins with a model that is not exactly the bundle's."""
     return task.lora is not None and task.lora.base_dtype == "int8"
 
 

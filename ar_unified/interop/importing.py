@@ -37,7 +37,8 @@ def import_model(
                     "--dtype makes all of them one"
                 )
 
-    # Settings say what weights are in at several places, or nowhere; the weights are what they are.
+    # A config.json gives the dtype of the weights at several places, or nowhere. What counts is the dtype that the
+    # weights have.
     stored = dtypes["layers.attention.query"]
     config = dataclasses.replace(keys.config, dtype="float32" if stored == "float32" else "bfloat16")
 

@@ -14,7 +14,7 @@ import numpy as np
 from ar_unified.errors import UserError
 from ar_unified.interop.sources import Source
 
-# The axis along which a tensor is cut, by the end of its name; what is not here is in every file the same.
+# The axis along which a tensor is cut, by the end of its name. A tensor that is not listed is the same in every file.
 _AXES = {
     "tok_embeddings.weight": 1, "output.weight": 0,
     "attention.wq.weight": 0, "attention.wk.weight": 0, "attention.wv.weight": 0, "attention.wo.weight": 1,
@@ -120,7 +120,7 @@ class Joined:
         return out
 
     def read_rows(self, name: str, begin: int, end: int) -> np.ndarray:
-        """Rows of a tensor that is joined first."""
+        """Rows of a tensor; its parts are joined first."""
         return self.read(name)[begin:end]
 
     def _read(self, number: int, name: str) -> np.ndarray:

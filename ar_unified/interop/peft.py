@@ -40,7 +40,7 @@ _MODULES = {  # of each of MATRICES the module of a layer, as the key map names 
 # What a key of PEFT's patterns may look like: enough for names of modules, and nothing that takes long to match.
 _PATTERN = re.compile(r"(?:[\w|()^$-]|\\\.|\\d\+?|\.\*?|\[\d-\d\])+")
 _PATHS = {module: path for path, module in _MODULES.items()}
-# What PEFT's LoRA may be besides, by the key of its config, and what that is where it is not.
+# What PEFT can add to plain LoRA: the key of its config, and the value that the key has without it.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
     "bias": ("none", None),
@@ -55,7 +55,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "arrow_config": (None,),
     "use_bdlora": (None, False),
 }
-# Where transformers has a module that files call otherwise (its conversion_mapping.py).
+# Modules that transformers names otherwise than files do (its conversion_mapping.py).
 _IN_MEMORY = {"text_model.model.": "model.text_model."}
 
 
@@ -162,7 +162,7 @@ def _settings(folder: Path, found: Mapping[str, Any]) -> _Settings:
 
 
 def _simple(pattern: str) -> bool:
-    """Whether it is of the form of _PATTERN, and a pattern at all."""
+    """Whether it has the form of _PATTERN, and is a valid pattern."""
     if len(pattern) > 200 or not _PATTERN.fullmatch(pattern) or sum(map(pattern.count, "*+")) > 4:
         return False
     try:
@@ -297,5 +297,5 @@ def write(folder: str | Path, bundle: Bundle, lora: LoraConfig, adapter: Mapping
 
 
 def _others(name_of: Mapping[str, str], number: Callable[[str], Any], default: Any) -> dict[str, Any]:
-    """A pattern of PEFT's: of each matrix that has not the default its number."""
+    """A pattern of PEFT's: the number of each matrix whose number is not the default."""
     return {name: number(path) for path, name in name_of.items() if number(path) != default}

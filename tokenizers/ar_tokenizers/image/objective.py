@@ -228,7 +228,7 @@ class Objective:
             steps = model_state["steps"].astype(jnp.float32)
             decay = jnp.minimum(self.config.ema, steps / (steps + 9))
             average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, model_state["average"], model)
-            if "quantizer" in model_state:  # codes that were restarted are not on their way from where they were
+            if "quantizer" in model_state:  # a restarted code has jumped: it is taken as it is
                 average["quantizer"] = model["quantizer"]
             model_state["average"] = average
         if "lecam" in model_state:
