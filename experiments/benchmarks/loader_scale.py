@@ -183,7 +183,7 @@ def measure(folder: Path) -> dict[str, Any]:
 
 
 def simulated(self: shards.Shards, documents: np.ndarray) -> list[Encoded]:
-    """In place of reading: tokens of the right lengths."""
+    """Stands in for reading: gives tokens of the right lengths."""
     found = self.facts(documents)["length"].tolist()
     tokens, marks = np.zeros(LENGTH, np.int32), np.zeros(LENGTH, np.uint8)
     return [Encoded(tokens[:length], marks[:length]) for length in found]

@@ -31,7 +31,8 @@ class Row:
     contenders: dict[str, Callable]
 
     def measure(self, repeats: int) -> dict[str, Any]:
-        """Milliseconds of every contender, `repeats` of each; why, of one that cannot do it: that is a result too."""
+        """Milliseconds of every contender, `repeats` of each; for one that cannot do it, the reason, which is a result,
+        too."""
         import jax
 
         args, milliseconds = self.arrays(), timer()
