@@ -170,7 +170,7 @@ class Shards:
     It takes little memory: of the index what is asked for is read, and a shard is open only while it is read.
 
     Attributes:
-        index: INDEX [n], mapped from its file, for who wants all of it.
+        index: INDEX [n], mapped from its file, for those who need all of it.
     """
 
     def __init__(self, folder: Path, count: int):

@@ -174,7 +174,7 @@ class _Zstandard(_Forward):
             if self._step == 1:
                 reason = str(error).splitlines()[0]
                 raise OSError(f"the Zstandard data is broken or cut short: {reason}") from error
-            # What is before the break is lost with it: all that can be had comes byte by byte.
+            # The error also loses good bytes before the break, so everything is read again byte by byte.
             stop = self._unpacked
             self._back(0)
             while self._unpacked < stop:

@@ -75,7 +75,7 @@ class Rows:
                     _has(chosen, data, own=file in self.files)
             chosen.settle()
         self._file, self._line, self._start, self._length = array("i"), array("q"), array("q"), array("i")
-        self.names_images = False  # True where one of them may
+        self.names_images = False  # True if one of the rows may name an image
         digest = hashlib.sha256()
         for number, file in enumerate(self.files):
             for line, start, data in _lines(file):

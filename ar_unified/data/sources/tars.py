@@ -94,7 +94,7 @@ class Tars(RecordSource):
         self.together = together(sum(self._size) / max(samples, 1))
         some_packed = any(map(packed.is_packed, self._paths))  # each keeps 10 MB
         self._open = functools.lru_cache(maxsize=4 if some_packed else 64)(_Opened)
-        self._name = functools.lru_cache(maxsize=1 << 12)(self._name_of)  # or a packed tar would be gone back in
+        self._name = functools.lru_cache(maxsize=1 << 12)(self._name_of)  # asking again goes back in a packed tar
         self.fingerprint: dict[str, Any] = {
             "kind": "webdataset",
             "items": len(self),
