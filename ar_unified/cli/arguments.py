@@ -112,7 +112,7 @@ def _train(parser: argparse.ArgumentParser) -> None:
         "--profile",
         metavar="FIRST:LAST",
         type=_window,
-        help="trace the steps between FIRST and LAST taken into model/profile, as in 100:105 (for xprof or Perfetto)",
+        help="write a trace of the steps from FIRST to LAST into model/profile, as in 100:105 (for xprof or Perfetto)",
     )
 
 
@@ -193,7 +193,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
         help="with --from: a file or folder of documents, as `validate` takes it, instead of those of --config",
     )
     parser.add_argument(
-        "--output", type=_path, metavar="FOLDER", help="with --from; nothing that is there is written over"
+        "--output", type=_path, metavar="FOLDER", help="with --from; an existing folder is not overwritten"
     )
     parser.add_argument("--only", choices=["tokenizer"], help="score the image tokenizer and stop; no model is needed")
     parser.add_argument(
@@ -224,9 +224,8 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to",
         choices=tuple(dict.fromkeys((*FORMS, ADAPTER, *DIALECTS))),
-        help=f"{ADAPTER}: the adapter of a training of LoRA, alone; of a bundle the form, {', '.join(FORMS)} (hf); of "
-        "an image tokenizer whose names its weights get, "
-        f"{', '.join(DIALECTS)} (as it came)",
+        help=f"after LoRA training, {ADAPTER}: the adapter alone; for a bundle, its form: {', '.join(FORMS)} (hf); for "
+        f"an image tokenizer, whose names its weights get: {', '.join(DIALECTS)} (as it came)",
     )
     parser.add_argument(
         "--output",

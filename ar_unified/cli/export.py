@@ -85,7 +85,7 @@ def _export_bundle(arguments: argparse.Namespace, shard_bytes: int) -> None:
     if found.published is not None:
         refuse_unread(arguments, "where published weights go back to their form, which has no card", "license")
     if form != FORMS[0]:
-        refuse_unread(arguments, f"with --to {form}, whose files are as many as they were", "shard_mib")
+        refuse_unread(arguments, f"with --to {form}, which writes as many files as were imported", "shard_mib")
     export_published(found, form, Path(arguments.output), shard_bytes, arguments.license)
 
 

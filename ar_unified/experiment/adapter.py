@@ -64,9 +64,9 @@ def beginning_with(found: Adapter, lora: LoraConfig) -> Any:
         ranks, scales = set(found.ranks[path]), set(found.scales[path])
         if len(ranks) > 1 or len(scales) > 1:
             raise UserError(
-                f"config.lora.init: expected an adapter that is alike in all layers, as one that is trained is; "
-                f"{found.folder} has the ranks {', '.join(map(str, found.ranks[path]))} beside {path}. It can be "
-                "served as it is"
+                f"config.lora.init: expected an adapter that is alike in all layers, as a training needs it; "
+                f"{found.folder} has the ranks {', '.join(map(str, found.ranks[path]))} beside {path}. It can still be "
+                "served (sample --adapter)"
             )
         (rank,), (scale,) = ranks, scales
         if rank != lora.rank_of(path):

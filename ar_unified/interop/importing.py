@@ -34,7 +34,7 @@ def import_model(
             if dtypes.setdefault(slot.leaf, found) != found:
                 raise UserError(
                     f"{name}: expected {dtypes[slot.leaf]}, as the other parts of {slot.leaf} are; found {found}. "
-                    "--dtype makes all of them one"
+                    "--dtype converts all of them"
                 )
 
     # A config.json gives the dtype of the weights at several places, or nowhere. What counts is the dtype that the

@@ -44,7 +44,7 @@ class Joined:
         self._from: dict[str, tuple[str, int, int | None]] = {}  # the tensor of a file, and which of its rows
         for number, file in enumerate(self._files[1:], 2):
             if wrong := sorted(first.names() ^ file.names()):
-                raise UserError(f"{wrong[0]}: expected it in each of {S} files or none, not so in file {number}")
+                raise UserError(f"{wrong[0]}: expected it in all {S} files or in none; file {number} differs")
             for name in first.names():
                 if file.shape(name) != first.shape(name) or file.dtype(name) != first.dtype(name):
                     raise UserError(

@@ -204,7 +204,7 @@ class _Machine:
             _build(self.stack[-1], state)
         elif word == "BINPERSID":
             if self._storage is None:
-                raise Forbidden("a persistent id, which nothing in this file says the meaning of")
+                raise Forbidden("a persistent id, whose meaning nothing in this file says")
             self.stack.append(self._storage(self.stack.pop()))
         else:
             raise Forbidden(f"the opcode {word}")

@@ -176,8 +176,8 @@ def to_published(
     ours = _flat(params)
     if differ := kept.keys() ^ published.keys():
         raise ValueError(
-            f"layers in time, which the network has as they are to one picture: expected them beside it as they were "
-            f"published, which {some(differ)} is not: only a tokenizer that was imported can be exported as {dialect}"
+            "layers in time: expected the published ones beside the network, which has only what they do to one picture; "
+            f"{some(differ)}: missing, or no such layer: only a tokenizer that was imported can be exported as {dialect}"
         )
     if kept:
         folded = _flat(temporal.fold(published, config.temporal_blocks))
