@@ -176,8 +176,9 @@ def to_published(
     ours = _flat(params)
     if differ := kept.keys() ^ published.keys():
         raise ValueError(
-            "layers in time: expected the published ones beside the network, which has only what they do to one picture; "
-            f"{some(differ)}: missing, or no such layer: only a tokenizer that was imported can be exported as {dialect}"
+            "layers in time: expected the published ones beside the network, which has what they do to one picture; "
+            f"{some(differ)}: missing, or not one of them; only a tokenizer that was imported can be exported as "
+            f"{dialect}"
         )
     if kept:
         folded = _flat(temporal.fold(published, config.temporal_blocks))
