@@ -47,7 +47,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         made_by = f"python experiments/data/{MADE_BY[name].format(path=path)}"
         return ConfigDict(dict(kind="images", path=f"{path}/{name}", made_by=made_by, **more))
 
-    if held_out or is_of_ones_own(path):
+    if held_out or is_of_ones_own(str(path)):
         config.data.train = (ConfigDict(dict(kind="images", path=path)),)
         config.data.validation = (ConfigDict(dict(kind="images", path=held_out)),) if held_out else ()
     else:
