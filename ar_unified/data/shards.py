@@ -200,7 +200,7 @@ class Shards:
         return take(self._facts, documents)
 
     def lengths(self, answers: int = 1) -> Lengths:
-        """Of each document, or of so many that stand together."""
+        """Tokens of each document, or of so many that stand together."""
         return Lengths(self._facts, answers)
 
     def read(self, documents: Sequence[int] | np.ndarray) -> list[Encoded]:

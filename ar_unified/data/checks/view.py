@@ -186,7 +186,7 @@ class View:
 
 
 def _turns(document: Document) -> list[tuple[str, tuple[Part, ...]]]:
-    """The turns; of a preference pair also the rejected answer."""
+    """The turns; for a preference pair, also the rejected answer."""
     said = [(str(turn.speaker), turn.parts) for turn in document.turns]
     return [*said, *([] if document.rejected is None else [("rejected", document.rejected.parts)])]
 

@@ -110,7 +110,7 @@ class _Gzip(_Forward):
         super().__init__()
         self._file = storage.open_binary(path)
         self._state = zlib.decompressobj(31)
-        # Of places in order: how many bytes are unpacked until there, of how many packed ones, and the state.
+        # For each place, in order: how many bytes are unpacked until there, from how many packed ones, and the state.
         self._places = [(0, 0, self._state.copy())]
         self._apart = 1 << 22
         self._unpacked = 0  # bytes, until the end of what is ready

@@ -185,8 +185,8 @@ def _reference(value: Any) -> str:
 
 
 def _lines(file: AnyPath) -> Iterator[tuple[int, int, bytes]]:
-    """Number (from 1), offset and bytes of every line, without a byte order mark; of a file that is not UTF-8, its
-    head.
+    """Number (from 1), offset and bytes of every line, without a byte order mark; for a file that is not UTF-8, its
+    head alone.
 
     A line that is too long comes as its beginning, one byte longer than allowed. A rest that cannot be unpacked comes
     as one empty line.

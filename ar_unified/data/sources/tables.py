@@ -69,7 +69,7 @@ class Tables(RecordSource):
         label = label or named(path, root)
         super().__init__(Columns(columns), folder, label, reversible=reversible, limits=limits)
         self._files: list[_File | BadItem] = []
-        # Of every group of rows: the number of its first row, its file, and which group of the file it is.
+        # For every group of rows: the number of its first row, its file, and which group of the file it is.
         self._first, self._file, self._group = array("q"), array("i"), array("q")
         rows, digest, size = 0, hashlib.sha256(), 0
         for entry in chosen or found:
