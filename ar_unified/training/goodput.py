@@ -97,7 +97,7 @@ def describe(account: dict[str, float]) -> str:
 
 
 def wall(path: str | Path) -> float:
-    """Seconds that all attempts in a goodput.json were at work; 0 where there is none."""
+    """Seconds that all attempts in a goodput.json were at work; 0 if there is no such file."""
     return sum(each["seen"] - each["began"] for each in _attempts(Path(path)) if "seen" in each)
 
 

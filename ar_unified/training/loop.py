@@ -123,8 +123,8 @@ def fit(
 
     Args:
       manifest: of the vocabulary; goes into every checkpoint, and a checkpoint of another is refused.
-      preview: called with (steps taken, params); the images it returns, uint8 [H, W, 3], go to TensorBoard. Of many
-        processes, process 0 calls it, with the parameters as numpy arrays.
+      preview: called with (steps taken, params); the images it returns, uint8 [H, W, 3], go to TensorBoard. In a job of
+        many processes, process 0 calls it, with the parameters as numpy arrays.
       checkpoint_folder: where checkpoints lie, also a URL as gs://bucket/run; default: `folder`/checkpoints.
       begin: called before the first step with the shapes, dtypes and shardings of the parameters, gives the parameters
         to begin with; None: fresh ones.
@@ -243,7 +243,7 @@ def fit(
         return drawn
 
     # ---------------------------------------------------------------------- Signals: stop at the next step border
-    # Of many processes all must agree on the step: JAX's handler of SIGTERM and runtime.preempted do that.
+    # In a job of many processes all must agree on the step: JAX's handler of SIGTERM and runtime.preempted do that.
     listening = contextlib.ExitStack()
     asked = listening.enter_context(interrupts.noted()) if alone else lambda: 0
 
