@@ -37,8 +37,8 @@ from ar_unified.errors import UserError
 from ar_unified.history import Changeable
 from ar_unified.manifests import Changes, Mismatch, flat
 
-# Of a workdir in an object store: folders whose files come one by one as they are opened, and folders that are not
-# mirrored, since Orbax writes checkpoints into the store itself, and TFDS's data sets can be made again.
+# For a workdir in an object store: folders whose files are downloaded one by one as they are opened; and folders that
+# are not mirrored, because Orbax writes checkpoints into the store itself, and TFDS can make its data sets again.
 _LAZY = re.compile(r"data/[^/]+/[^/]+|image_codes|samples(/.+)?/(images|prompts)")
 _KEPT = re.compile(r"tfds|.+/checkpoints")
 

@@ -56,8 +56,8 @@ def evaluate(
     """Scores generation on held-out documents.
 
     Args:
-        engine: samples from the model. image_tokenizer, grammar: those the model was trained with. Of a tokenizer that
-            draws no images, only what is answered in words is asked.
+        engine: samples from the model. image_tokenizer, grammar: those the model was trained with. If the tokenizer
+            draws no images, only questions with answers in words are asked.
         protocol: what counts as right.
         sources: of documents the model has not seen; bad items are skipped and counted.
         limit: documents of each kind, drawn from all sources by `seed`.
@@ -209,7 +209,7 @@ def _examples(kind: str, documents: Mapping[str, list[Document]], protocol: Prot
 
 
 def _stories(documents: Mapping[str, list[Document]]) -> list[Document]:
-    """Asks about interleaved documents; of a conversation nobody says which of its turns is to be made."""
+    """Asks about interleaved documents. Conversations are left out: nothing says which of their turns is to be made."""
     return [document for document in documents.get("interleaved", []) if not document.asks]
 
 

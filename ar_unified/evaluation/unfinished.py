@@ -101,7 +101,7 @@ class Unfinished:
             )
 
     def _keep_whole(self, every: int) -> None:
-        """Cuts off what is not a whole part of `every` lines, a torn line among it."""
+        """Cuts off the lines behind the last whole part of `every` lines, a torn line included."""
         self._file.seek(0)
         ends = [0]
         with open(self.folder / _LINES, "rb") as file:

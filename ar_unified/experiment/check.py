@@ -243,7 +243,7 @@ def _check_training(config: ConfigDict, problems: Problems, stages: Collection[s
 
 
 def _check_shapes(config: ConfigDict, problems: Problems) -> None:
-    """Of what phases say of batches; the rest of the section is right."""
+    """Checks what phases say of batches; the rest of the section was found right."""
     part = config.training
     for place, (rows, _) in settings.shapes(part).items():
         if place == "training":

@@ -1,6 +1,7 @@
 """An experiment with the model of a bundle: nothing was trained, and there is no workdir.
 
-Its config (`config.of_bundle`) says on which documents and how it is evaluated. What a bundle decides is the bundle's.
+Its config (`config.of_bundle`) says on which documents and how it is evaluated. All that a bundle decides is taken from
+the bundle.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ in the workdir.
 reference/KEY/record.json       what it depends on (KEY is its hash), and the sha256 of the other files; written last
               SOURCE.npy        f32 [pairs, 2, R], in the order of the shards, as `data.batch.PreferenceBatch` has them
 
-If something in a folder is missing or changed, the folder is made again. Of many processes all compute, and process 0
-writes.
+If something in a folder is missing or changed, the folder is made again. In a job of many processes all compute, and
+process 0 writes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Turns the keys of a config into the dataclasses that packages take, each in one place.
 
-Whatever is wrong with a value is said by the dataclass; `check` makes all of them before the first stage.
+The dataclass says whatever is wrong with a value; `check` makes all of them before the first stage.
 """
 
 from __future__ import annotations

@@ -65,7 +65,8 @@ class Adapter(NamedTuple):
     Attributes:
         matrices: by their names in MATRICES, float32 A [L, I, r] and B [L, r, O], r the largest of its layers; zeros
             where a layer has less, or none.
-        ranks, scales: of the same in each layer: its rank, 0 for none, and what its product is multiplied by.
+        ranks, scales: for each matrix and layer, its rank (0: no adapter), and the number that its product is
+        multiplied by.
         hash: sha256 of the files.
     """
 

@@ -108,7 +108,7 @@ def read_pickle(file: File, storage: Callable[[Any], Storage] | None = None) -> 
     Args:
         storage: what a persistent id means; None: there are none.
 
-    Raises Forbidden where something is named that tensors do not need, one of DAMAGED for what is no pickle.
+    Raises Forbidden if the pickle names something that tensors do not need, and one of DAMAGED if it is no pickle.
     """
     machine = _Machine(storage)
     for opcode, argument, _ in pickletools.genops(cast(Any, file)):

@@ -1,6 +1,6 @@
 """Document <-> ids: the one description of what may stand where, shared by data, loss and sampler.
 
-How images and turns are written is the layout's (`layouts`); sizes of images follow from `ImageLayout`.
+The layout (`layouts`) says how images and turns are written; `ImageLayout` says how large images are.
 
 Axes: `h` `w` height and width of an image in codes; `n` tokens of a document.
 """

@@ -51,7 +51,7 @@ class Decimal:
 class TurnMarks:
     """Turns told apart by ids: what stands before an answer ends with `ask`, an answer with the document's `end`.
 
-    If more than one turn precedes the first answer, the first is the system's.
+    If more than one turn precedes the first answer, the system says the first.
     """
 
     ask: str = "eot"

@@ -161,7 +161,7 @@ def document_from_json(row: object, load_image: LoadImage) -> Document:
 
 
 def _turns(row: Mapping[str, Any], image: Callable[[str, str], ImagePart]) -> Sequence[Turn]:
-    """Of a row of one of _KINDS."""
+    """The turns of a row of one of _KINDS."""
     used = KEYS & row.keys() - {"id", "prompt"}
     if used not in _KINDS:
         kinds = ", ".join(f"{{{', '.join(sorted(kind))}}}" for kind in reversed(_KINDS))

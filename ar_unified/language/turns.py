@@ -85,7 +85,7 @@ def answered(asked: Sequence[tuple[Part, ...]], answer: tuple[Part, ...]) -> lis
 
 
 def counted(said: Sequence[tuple[Part, ...]]) -> list[Turn]:
-    """Turns that all end alike: a single one has no speaker; of an odd number the first is the system's."""
+    """Turns that all end alike: a single one has no speaker; if their number is odd, the system says the first."""
     if len(said) == 1:
         return [Turn("document", said[0])]
     odd = len(said) % 2

@@ -69,7 +69,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "layers/mlp/up": ("layers", "embed", "mlp"),
     "layers/mlp/down": ("layers", "mlp", "embed"),
 }
-# Of each of a layer's matrices, inputs and outputs; heads and what is in them are one axis.
+# The inputs and outputs of each of a layer's matrices; heads and what is in them are one axis.
 _MATRIX_AXES = {
     path.removeprefix("layers/").replace("/", "."): tuple(axis for axis in axes[1:] if axis != "head_dim")
     for path, axes in AXES.items()

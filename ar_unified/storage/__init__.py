@@ -173,8 +173,8 @@ def names_in(folder: Remote) -> list[str]:
 
 
 def create(path: Path, data: bytes) -> bool:
-    """Writes a file unless there is one, and returns whether it did. Of many who try, one does. Nobody else may write
-    the same `data`.
+    """Writes a file unless there is one, and returns whether it did. If many try, exactly one succeeds. Nobody else may
+    write the same `data`.
     """
     mirror = _of(path)
     if mirror is not None:

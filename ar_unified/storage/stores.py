@@ -150,7 +150,7 @@ def write(url: str, data: bytes) -> None:
 
 
 def create(url: str, data: bytes) -> bool:
-    """Puts an object there unless there is one, and returns whether it did. Of many who try, one does.
+    """Puts an object there unless there is one, and returns whether it did. If many try, exactly one succeeds.
 
     Nobody else may write the same `data`: so a repeated request can tell by them whether the first one, whose answer
     was lost, had succeeded.

@@ -158,7 +158,7 @@ def numbers(shape: tuple[int, ...], block: np.ndarray) -> np.ndarray:
 
 
 def resized(found: dict[str, Any], config: TransformerConfig) -> dict[str, Any]:
-    """A config.json with the sizes of another model; of a model of two parts, its text's."""
+    """A config.json with the sizes of another model; in a model of two parts, the text part gets them."""
     if isinstance(found.get("text_config"), dict):
         return found | {"text_config": resized(found["text_config"], config)}
     sizes = {

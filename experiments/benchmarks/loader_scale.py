@@ -134,7 +134,7 @@ def repeat_plan(index: np.ndarray, place: Path) -> None:
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """Of a process that has done nothing else."""
+    """Measures one size, in a process that has done nothing else."""
     drop_from_cache(folder)
     before = own()
     began, worked = time.perf_counter(), time.process_time()

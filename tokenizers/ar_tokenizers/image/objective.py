@@ -117,7 +117,7 @@ class Objective:
             """The losses that compare with the original, weighted, and each by its name: float32 [B]."""
             error = fake - target
             parts = mean_errors(error)
-            # The metrics are of all errors, the loss is of what is beyond the tolerance.
+            # The metrics count all errors; the loss counts only errors beyond the tolerance.
             counted = (
                 mean_errors(error - jnp.clip(error, -config.tolerance, config.tolerance)) if config.tolerance else parts
             )
