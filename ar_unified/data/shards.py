@@ -103,7 +103,7 @@ def _name(number: int) -> str:
 
 
 def index_path(shard: Path) -> Path:
-    """The index of a shard, which is written before it has its name."""
+    """The index of a shard. It is written before the shard has its name."""
     return shard.with_suffix(".index.npy")
 
 

@@ -68,7 +68,8 @@ class Blocks:
 
 
 class Places(NamedTuple):
-    """Slots of some rows, row by row, the longest of a row first. Documents of one length change places."""
+    """Slots of some rows, row by row, the longest of a row first. In each epoch, documents of one length are
+    exchanged."""
 
     counts: np.ndarray  # int64 [rows]: slots of each row
     first: np.ndarray  # int64 [k]: among the documents of the block by falling length, the first of this length
