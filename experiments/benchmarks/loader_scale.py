@@ -6,8 +6,8 @@ DIR gets what `prepare` leaves of one source, but for the tokens: manifest, inde
 8,192 items, and the planned rows: 16 bytes a document, so 16 GB for 10^9. It is removed again.
 
 Documents are simulated: a third captions with an image of 256 codes, a third texts, a third interleaved (log-normal).
-From 10^8 on all runs of 4,096 documents have the lengths of the first, so that the plan of one block is that of all and
-need not be made 15,259 times; what planning costs is measured on the first 10^6 (`plan`).
+From 10^8 documents on, all runs of 4,096 documents have the lengths of the first run. So one block is planned in place
+of 15,259; what planning costs is measured on the first 10^6 (`plan`).
 
 A fresh process then opens the loader and makes batches of steps drawn at random. Files are dropped from the page cache
 first, as after a restart. Columns, of a process of its own for each size:

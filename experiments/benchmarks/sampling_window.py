@@ -1,10 +1,10 @@
 """Drawing several positions of an image at once (`sampling.window`) beside drawing one by one, on the CPU.
 
-Small transformers (d=128, 3 layers, 4 heads) are trained here on the embedded scenes: 8 x 8 codes of a picture, each
-the mean colour of its patch in a palette of 64, behind what is in it, two letters a word; "plain" on these, "noisy" on
-colours with noise, of which every code is a surprise. Then images are drawn with windows of 1, 2, 4, 8 and "auto", in
-turns, by engines that have compiled; every token is compared with that of window 1. Two settings: "sharp" has
-temperature 0.25 and no guidance, "free" temperature 1 and guidance 2.
+Small transformers (d=128, 3 layers, 4 heads) are trained here on the embedded scenes: first what is in a picture, two
+letters a word, then its 8 x 8 codes, each the mean colour of a patch in a palette of 64. "plain" is trained on these,
+"noisy" on colours with noise, so that no code can be foreseen. Then images are drawn with windows of 1, 2, 4, 8 and
+"auto", in turns, by engines that have compiled; every token is compared with that of window 1. Two settings: "sharp"
+has temperature 0.25 and no guidance, "free" temperature 1 and guidance 2.
 
     nice -n 10 python experiments/benchmarks/sampling_window.py --steps 300 --output FILE.json
 
