@@ -287,8 +287,7 @@ class Bundle:
         Args:
             places: a tree like them of shardings, on any mesh; None: this process's first device.
             dtype: of all, or a tree like them of dtypes; default, and where it has None: as they were written.
-            then: called with the path and the value of each parameter as it is read; its result stands in the
-            parameter's place.
+            then: called with the path and value of each parameter as it is read; its result takes that one's place.
         """
         shapes = self._shapes()
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
