@@ -131,7 +131,7 @@ def test_the_wheel_alone_has_every_verb_and_runs_the_demo(tmp_path):
 def every_verb(here: Path, keys: list[str]) -> list[list[str]]:
     """Calls of every verb behind the demo, on little files that are made in the folder they run in."""
     (here / "prompts.jsonl").write_text('{"prompt": "A small blue star in the top right.", "n": 2}\n')
-    (here / "texts.jsonl").write_text('{"text": "A small blue star."}\n{"text": "A red circle."}\n')
+    (here / "texts.jsonl").write_text('{"prompt": "What is it?", "answer": "A blue star."}\n')
     (here / "np.ckpt").write_bytes(pickle.dumps({"a": np.ones((2, 3), np.float32)}))
     formats.meta(here / "download")
     of_run = ["--config", "shapes", "--workdir", "workdirs/shapes", *keys]
