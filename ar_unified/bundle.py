@@ -69,7 +69,7 @@ _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # by their names in a file
 _LARGEST = 1 << 26  # bytes of a JSON file
 SHARD_BYTES = 2 << 30
-# What comes of values that nobody checked; RecursionError: of JSON that is nested too deep.
+# The errors that unchecked values can cause; RecursionError comes from JSON that is nested too deep.
 _UNCHECKED = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, SafetensorError)
 
 
@@ -286,7 +286,7 @@ class Bundle:
         Args:
             places: a tree like them of shardings, on any mesh; None: this process's first device.
             dtype: of all, or a tree like them of dtypes; default, and where it has None: as they were written.
-            then: makes of each one's path and value, as it is read, what stands in its place.
+            then: called with the path and value of each parameter as it is read; its result takes that one's place.
         """
         shapes = self._shapes()
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

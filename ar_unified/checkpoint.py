@@ -29,7 +29,7 @@ from ar_unified.manifests import require_same
 
 _COMMITTED = "commit_success.txt"  # the file that makes a folder of a bucket a checkpoint
 
-# Orbax tells the story of every save, and of a failed one in pages of JSON. What fails is raised; the rest is noise.
+# Orbax logs every save, and a failed one in pages of JSON. Failures are raised anyway; the rest is noise.
 absl_logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
 
 
@@ -101,7 +101,7 @@ class Checkpoints:
             if step not in self._losses:
                 try:
                     self._losses[step] = self.metadata(step).get("validation_loss")
-                except (OSError, ValueError):  # half deleted: not the best of anything
+                except (OSError, ValueError):  # half deleted, so it cannot be the best
                     self._losses[step] = None
         found = [(loss, step) for step in steps if (loss := self._losses[step]) is not None]
         loss, step = min(found, default=(0.0, 0))
@@ -322,5 +322,6 @@ def _check(stored: Any, target: Any, where: str) -> None:
         if found.get(path) != expected.get(path):
             raise CheckpointMismatch(
                 f"{where}: leaf {path}: expected {expected.get(path, 'none')}, found {found.get(path, 'none')}; "
-                "it was written by another model or optimizer: use the config it was trained with, or a new workdir"
+                "another model or optimizer wrote it: use the config and the --config.KEY flags that it was "
+                "trained with, or a new workdir"
             )

@@ -82,7 +82,7 @@ def compare(
         The first field whose difference is not allowed; and the allowed differences, by kind. If anything differs that
         the stage was made from, all differences are of the kind "anew".
     """
-    # Records of earlier versions have what decides only cost in their fingerprint.
+    # Records of earlier versions have the fields that decide only cost in their fingerprint.
     theirs, their_cost = divide(found["fingerprint"], may.cost)
     their_cost |= found.get("cost", {})
     changes = differences(theirs, fingerprint)

@@ -12,15 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# What names of metrics begin with that stand once for each role, each task, each pair of modalities that look at each
-# other, and for what was held out.
+# How the names of metrics begin that come once for each role, for each task, for each pair of modalities (attention),
+# and for held-out data.
 LOSS_BY_ROLE, LOSS_BY_TASK, LOG_Z_BY_ROLE = "loss/role/", "loss/task/", "log_z/role/"
-# Of preference pairs (training/preference.py), under the names that the field gives them.
+# Metrics of preference pairs (training/preference.py), under the names that are usual for them.
 REWARDS, LOGPS, LOSS_OF_PAIRS, LOSS_OF_CHOSEN = "rewards/", "logps/", "loss/preference", "loss/chosen"
 TOKENS_PER_SECOND, ATTENTION, VALIDATION = "tokens_per_second/", "attention/", "validation/"
 VALIDATION_LOSS = VALIDATION + "loss"
 
-_RISE = 0.01  # of the lowest validation loss: less is noise
+_RISE = 0.01  # share of the lowest validation loss; a smaller rise is noise
 _LINES = 5  # log lines whose mean is the training loss of a time
 
 
@@ -43,7 +43,7 @@ def losses_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def last_validation(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The last scores on held-out data by name, without their prefix; {} where there are none."""
+    """The last scores on held-out data by name, without their prefix; {} if there are none."""
     last: Mapping[str, Any] = next((row for row in reversed(rows) if VALIDATION_LOSS in row), {})
     return {key.removeprefix(VALIDATION): value for key, value in last.items() if key.startswith(VALIDATION)}
 

@@ -76,7 +76,7 @@ class TensorWriter:
         folder: is there, and has none of the files.
         kinds: of every tensor, in the order in which they are put into files.
         shard_bytes: of a file at most; a larger tensor has a file of its own.
-        alone: one file that holds all is called model.safetensors, and has no index, as transformers has it.
+        alone: if one file holds all tensors, it is called model.safetensors and has no index, as in transformers.
         stem: what files are called in place of "model".
         metadata: of each file's header.
     """

@@ -8,7 +8,8 @@ from pathlib import Path
 
 
 def version() -> str:
-    """The version of the installed package; of a clone that is not installed, what its pyproject.toml says."""
+    """The version of the installed package; in a clone that is not installed, the version that its pyproject.toml
+    says."""
     try:
         return metadata.version("ar_unified")
     except metadata.PackageNotFoundError:

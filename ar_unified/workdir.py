@@ -37,8 +37,8 @@ from ar_unified.errors import UserError
 from ar_unified.history import Changeable
 from ar_unified.manifests import Changes, Mismatch, flat
 
-# Of a workdir in an object store: folders whose files come one by one as they are opened, and folders that are not
-# mirrored, since Orbax writes checkpoints into the store itself, and TFDS's data sets can be made again.
+# For a workdir in an object store: folders whose files are downloaded one by one as they are opened; and folders that
+# are not mirrored, because Orbax writes checkpoints into the store itself, and TFDS can make its data sets again.
 _LAZY = re.compile(r"data/[^/]+/[^/]+|image_codes|samples(/.+)?/(images|prompts)")
 _KEPT = re.compile(r"tfds|.+/checkpoints")
 
@@ -252,12 +252,12 @@ class Workdir:
         stage = self.undecided(name, fingerprint, may)
         started, done = stage.folder / "started.json", stage.folder / "done.json"
         if not self.reader and storage.is_mirrored(stage.folder) and not done.exists():
-            own(stage.folder)  # which may bring what its last holder left
+            own(stage.folder)  # which may download what its last holder left
         if self.reader:
             self._await_record(stage, may)
         elif not done.exists() and started.exists() and stage.made_nothing():
             own(stage.folder)
-            storage.remove(started)  # killed at once: whatever it was begun with, nothing was made of it
+            storage.remove(started)  # it was killed before it made anything, so its record does not matter
         for record, state in ((done, "finished"), (started, "begun, not finished,")):
             if record.exists():
                 found = read_json(record)
@@ -285,7 +285,7 @@ class Workdir:
             record, state = (done, "finished") if done.exists() else (started, "begun")
             if not _changes(stage, read_json(record), state, may):
                 return
-            if time.monotonic() > deadline:  # raises: this is not in it
+            if time.monotonic() > deadline:  # raises, because the record does not say this
                 self.await_file(record, {"fingerprint": stage.fingerprint, "cost": stage.cost}, patience=0)
             time.sleep(0.1)
 

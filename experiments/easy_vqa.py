@@ -7,6 +7,8 @@ Expected: vqa_accuracy 0.99 (aim 0.97), text_to_image_exact 0.92 (aim 0.90), aft
 takes, learned from runs that lacked it: docs/results.md.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from ar_unified.experiment.config import defaults, model, parse_arg
@@ -22,7 +24,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     def sources(split: str, versions: dict[str, int]) -> tuple[ConfigDict, ...]:
         found = []
         for file, weight in {"captions": 0.15, "vqa": 0.85}.items():
-            spec = dict(
+            spec: dict[str, Any] = dict(
                 kind="folder", path=path, files=(file,), label=file, split=split, weight=weight, made_by=made_by
             )
             if versions:  # no text says where the figure is
@@ -41,7 +43,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.image_tokenizer.patch = 4
     config.image_tokenizer.width = 64
     config.image_tokenizer.multipliers = (1,)
-    config.image_tokenizer.blocks = (1,)  # sees little around a code, so most of the ground is the same few
+    config.image_tokenizer.blocks = (1,)  # sees little around a code, so most of the background has the same few codes
     config.image_tokenizer.levels = (8, 8, 8)
     config.image_tokenizer.tolerance = 0.12  # the ground's tint, 230 to 255 a channel, is nobody's question
     config.image_tokenizer.steps = 4500

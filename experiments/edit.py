@@ -80,8 +80,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if bundle is not None:
         begin_with(config, bundle)
         config.training.steps = 2400
-    # What was never seen to change so is mostly left as it is. Guidance compares with what the picture alone
-    # leads to, and so weighs what the instruction adds.
+    # A change that was never seen in training is mostly not made. Guidance compares with the picture alone, and so
+    # gives weight to the instruction.
     config.sampling.guidance = 1.3
     config.sampling.context = "image_only"
     return config

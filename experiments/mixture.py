@@ -4,8 +4,8 @@
     ar-unified run --config experiments/mixture.py:path=DIR --workdir workdirs/mixture
     ar-unified run --config experiments/mixture.py:path=DIR,sources=photos@0.7+books@0.3 --workdir workdirs/mine
 
-Sources stand below DIR, each with its share of the packed rows behind "@"; what each is, its files say, as for
-experiments/folder.py. By default they are recipes with photographs (based-cooking), photographs and their captions
+Sources stand below DIR, each with its share of the packed rows behind "@"; its files say what kind of source it is, as
+for experiments/folder.py. By default they are recipes with photographs (based-cooking), photographs and their captions
 (clothing), emoji by name (noto-emoji), questions about drawn figures (easy-vqa) and a text in 29 languages (text/udhr):
 data/make_photos.py, make_emoji.py and make_easy_vqa.py make the first four of public sources that they name. One image
 in twenty is held out of each with all its rows; of texts, one file in twenty.
@@ -43,7 +43,7 @@ def weights(written: str) -> dict[str, float]:
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config. arg: the arguments above. Raises ValueError, naming the one that is wrong."""
     args = parse_arg(arg, path="datasets", sources=SOURCES, side="64")
-    side, shares = whole("side", args["side"]), weights(args["sources"])
+    side, shares = whole("side", args["side"]), weights(str(args["sources"]))
     config = defaults()
     config.name = "mixture"
 

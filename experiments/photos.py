@@ -11,9 +11,11 @@ in training.
 
 Expected: 24.6 dB on kodak at 256 x 256, after 34 minutes on two cores (docs/image_tokenizers.md).
 
-Arguments: path=DIR, the folder above (datasets). With validation=DIR2 as well, path is any folder of photographs to
-train on, and DIR2 another one to be scored on.
+Arguments: path=DIR, the folder above (datasets), or any folder of photographs of your own to train on;
+validation=DIR2, another folder of photographs, to be scored on (of your own: none).
 """
+
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -28,6 +30,12 @@ MADE_BY = {
 }
 
 
+def is_of_ones_own(path: str) -> bool:
+    """Whether it is a folder that has none of the sets that are made by command."""
+    folder = Path(path)
+    return folder.is_dir() and not any((folder / name).exists() for name in MADE_BY)
+
+
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config. arg: the arguments above."""
     args = parse_arg(arg, path="datasets", validation=None)
@@ -39,9 +47,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         made_by = f"python experiments/data/{MADE_BY[name].format(path=path)}"
         return ConfigDict(dict(kind="images", path=f"{path}/{name}", made_by=made_by, **more))
 
-    if held_out:
+    if held_out or is_of_ones_own(str(path)):
         config.data.train = (ConfigDict(dict(kind="images", path=path)),)
-        config.data.validation = (ConfigDict(dict(kind="images", path=held_out)),)
+        config.data.validation = (ConfigDict(dict(kind="images", path=held_out)),) if held_out else ()
     else:
         config.data.train = tuple(images(name, image_weight=share) for name, share in TRAIN.items())
         config.data.validation = (images("kodak"),)

@@ -11,8 +11,8 @@ path=DIR, documents as experiments/folder.py takes them (training only).
 
 What is published is the shape of the models, their vocabulary and, for Chameleon, the optimizer (arXiv 2405.09818,
 table 1: learning rate 1e-4, z-loss 1e-5, clipping at 1). The mesh is ours. fsdp is at most half of the devices
-that could share it: over a whole 3-D slice libtpu gathers by all-reduces, which send twice the bytes. Rows a chip are
-what keeps a step bound by matmuls. No such run was made: these are plans, not results.
+that could share it: over a whole 3-D slice libtpu gathers by all-reduces, which send twice the bytes. The rows a chip
+are chosen so that matmuls bound a step. No such run was made: these are plans, not results.
 """
 
 from dataclasses import dataclass

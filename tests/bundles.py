@@ -45,7 +45,7 @@ def parts(layout: str = "grid") -> dict[str, Any]:
         grammar = Grammar(Vocabulary(text.size, image.codebook_size, side, text.hash, image.hash), how, text)
     config = config_from("debug", n_layers=1, vocab_size=grammar.vocabulary.size, qk_norm="rmsnorm", rope_theta=500.0)
     params = jax.tree.map(lambda p: p * 6 if p.ndim > 1 else p, jax.device_get(fresh(init, config, 1)))
-    data = {"max_tokens": 48} if image is None else DATA
+    data: dict[str, Any] = {"max_tokens": 48} if image is None else DATA
     if layout == "rows":
         data = data | {"layout": "rows", "resize": "aspect"}
     return dict(

@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,10 @@ from ar_unified.checkpoint import CheckpointMismatch, Checkpoints, SaveFailed, a
 from ar_unified.manifests import ManifestMismatch
 from ar_unified.parallel.mesh import make_mesh
 
-PARAMS = {"w": np.arange(64, dtype=np.float32).reshape(8, 8), "layers": {"b": np.ones((2, 4), np.float32)}}
+PARAMS: dict[str, Any] = {
+    "w": np.arange(64, dtype=np.float32).reshape(8, 8),
+    "layers": {"b": np.ones((2, 4), np.float32)},
+}
 
 
 def on(mesh, dtype=jnp.float32):

@@ -86,8 +86,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_pages_have_commands_and_snippets():
-    assert len(COMMANDS) > 60 and {words.values[0][0] for words in COMMANDS} == {"ar-unified", "python", "make"}
-    said = {words.values[0][1] for words in COMMANDS if words.values[0][0] == "ar-unified"}
+    calls: list[Any] = [words.values[0] for words in COMMANDS]
+    assert len(calls) > 60 and {call[0] for call in calls} == {"ar-unified", "python", "make"}
+    said = {call[1] for call in calls if call[0] == "ar-unified"}
     assert said - {"VERB", "--version"} == VERBS.keys()
 
 
@@ -207,7 +208,8 @@ def names(config: ConfigDict, prefix: str = "") -> set[str]:
 def test_every_kind_of_error_has_its_cure():
     """UserError and RunError, what is made of them, and what is left out of data: each is named on a page."""
     text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-    kinds, grown = {"UserError", "RunError"}, True
+    kinds = {"UserError", "RunError"}
+    grown = kinds
     classes = [
         (node.name, {ast.unparse(base).rpartition(".")[2] for base in node.bases})
         for path in files("ar_unified", "tokenizers")

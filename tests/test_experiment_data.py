@@ -162,6 +162,8 @@ def test_photos_of_clones(tmp_path, capsys):
     assert [spec.path for spec in (*config.data.train, *config.data.validation)] == [
         f"{output}/clothing", f"{output}/kodak"
     ]  # fmt: skip
+    config = configs.load(f"{ROOT}/experiments/photos.py:path={output}/clothing")
+    assert [spec.path for spec in config.data.train] == [f"{output}/clothing"] and not config.data.validation
     with pytest.raises(SystemExit):
         maker.main(["--kodak", str(tmp_path / "cooking"), "--output", str(output)])
     assert "expected kodim01.png or 01.png under it" in capsys.readouterr().err

@@ -34,9 +34,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", TABLES)
 def test_what_is_written_comes_back(made, kind):
     written, found = parts(kind), Bundle(made / kind)
+    text: Any = found.text_tokenizer
     file, data = TABLES[kind][:2]
     assert (made / kind / "text_tokenizer" / file).read_bytes() == data(), "as it was published"
-    assert found.border == border_of(kind) == Bundle(made / kind).text_tokenizer.border
+    assert found.border == border_of(kind) == text.border
     assert found.grammar.manifest() == written["grammar"].manifest() == found.language
     assert found.text_tokenizer.hash == written["text_tokenizer"].hash
     assert found.published == written["published"]

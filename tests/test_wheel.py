@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import functools
+import importlib.metadata
+import itertools
+import pickle
+import re
+import sys
 import tomllib
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 import ar_unified
@@ -12,6 +20,7 @@ from ar_unified.cli.main import VERBS, main
 from ar_unified.paths import experiment_file
 from tests import wheel_alone
 from tests.cli.conftest import SMALL
+from tests.interop import formats
 from tests.wheel_alone import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -60,6 +69,35 @@ def test_every_experiment_is_in_the_wheel():
     assert there | {"experiments/image_tokenizers", "experiments/published"} == shipped.keys()
 
 
+def test_every_package_that_is_imported_is_asked_for():
+    """By pyproject.toml itself, and not only by something else that is asked for."""
+    groups = PROJECT["project"]["optional-dependencies"]
+    told = [*PROJECT["project"]["dependencies"], *itertools.chain(*groups.values())]
+    asked = {re.findall(r"^[\w.-]+", each)[0].lower().replace("_", "-") for each in told}
+    harnesses = {"lm_eval", "lmms_eval", "vlmeval"}  # they call us; whoever has them imports our adapter
+    known = importlib.metadata.packages_distributions()
+    missing = {
+        name
+        for folder in ("ar_unified", "tokenizers/ar_tokenizers")
+        for path in (ROOT / folder).rglob("*.py")
+        for name in imported(path)
+        if name not in sys.stdlib_module_names | harnesses | {"ar_unified", "ar_tokenizers"}
+        if not asked & {each.lower().replace("_", "-") for each in known.get(name, [name])}
+    }
+    assert not missing
+
+
+def imported(path: Path) -> set[str]:
+    """The first parts of the names that a module imports, in functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
 def test_an_experiment_goes_by_its_name(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shapes = str(ROOT / "experiments" / "shapes.py")
@@ -87,7 +125,36 @@ def test_the_wheel_alone_has_every_verb_and_runs_the_demo(tmp_path):
     assert run("--version") == f"ar-unified {ar_unified.__version__}\n"
     for verb in VERBS:
         assert f"usage: ar-unified {verb}" in run(verb, "--help")
-    said = alone.run(f"{FEW_DRAWN}\n{program}", "demo", *(f"--config.{key}" for key in FEW), cwd=tmp_path / "empty")
+    keys = [f"--config.{key}" for key in FEW]
+    on_few = functools.partial(alone.run, f"{FEW_DRAWN}\n{program}", cwd=tmp_path / "empty")
+    said = on_few("demo", *keys)
     assert said.endswith("Open workdirs/shapes/report.html\n")
     workdir = tmp_path / "empty" / "workdirs" / "shapes"
     assert (workdir / "report.html").stat().st_size > 10_000 and (workdir / "evaluation.json").exists()
+    calls = every_verb(tmp_path / "empty", keys)
+    assert {"demo", *(verb for verb, *_ in calls)} == VERBS.keys()
+    for call in calls:
+        on_few(*call)
+    for made in ("drawn/index.html", "again/index.html", "scores.jsonl", "np/np.safetensors", "chameleon/bundle.json"):
+        assert (tmp_path / "empty" / made).exists(), made
+
+
+def every_verb(here: Path, keys: list[str]) -> list[list[str]]:
+    """Calls of every verb behind the demo, on little files that are made in the folder they run in."""
+    (here / "prompts.jsonl").write_text('{"prompt": "A small blue star in the top right.", "n": 2}\n')
+    (here / "texts.jsonl").write_text('{"prompt": "What is it?", "answer": "A blue star."}\n')
+    (here / "np.ckpt").write_bytes(pickle.dumps({"a": np.ones((2, 3), np.float32)}))
+    formats.meta(here / "download")
+    of_run = ["--config", "shapes", "--workdir", "workdirs/shapes", *keys]
+    beside = ["--text", "download/tokenizer", "--image", "download/tokenizer/vqgan.safetensors"]
+    return [
+        *([verb, *of_run] for verb in ("run", "tokenizer", "prepare", "train", "evaluate")),  # all of it is done
+        ["sample", *of_run, "--requests", "prompts.jsonl", "--output", "drawn"],
+        ["export", "--workdir", "workdirs/shapes", "--output", "bundle"],
+        ["sample", "--from", "bundle", "--requests", "prompts.jsonl", "--output", "again"],
+        ["score", "--from", "bundle", "--data", "texts.jsonl", "--output", "scores.jsonl"],
+        ["validate", "texts.jsonl"],
+        ["convert-pickle", "--from", "np.ckpt", "--output", "np"],
+        ["import", "--from", "download/models/30b", "--as", "chameleon", "--output", "chameleon", *beside],
+        ["plan", "--config", "shapes", "--target", "h200:1", "--no-advice"],  # for which this CPU stands in
+    ]

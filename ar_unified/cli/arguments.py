@@ -122,7 +122,7 @@ def _train(parser: argparse.ArgumentParser) -> None:
         "--profile",
         metavar="FIRST:LAST",
         type=_window,
-        help="trace the steps between FIRST and LAST taken into model/profile, as in 100:105 (for xprof or Perfetto)",
+        help="write a trace of the steps from FIRST to LAST into model/profile, as in 100:105 (for xprof or Perfetto)",
     )
 
 
@@ -136,6 +136,12 @@ def _sample(parser: argparse.ArgumentParser) -> None:
         "--from", dest="source", type=_path, metavar="BUNDLE", help="a bundle, instead of a workdir's model"
     )
     parser.add_argument("--batch-size", type=_count, metavar="N", help="with --from: samples drawn at once (64)")
+    parser.add_argument(
+        "--max-length",
+        type=_count,
+        metavar="N",
+        help="with --from: most tokens of a prompt and its answer (default: the bundle's)",
+    )
     parser.add_argument(
         "--requests",
         metavar="FILE",
@@ -197,7 +203,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
         help="with --from: a file or folder of documents, as `validate` takes it, instead of those of --config",
     )
     parser.add_argument(
-        "--output", type=_path, metavar="FOLDER", help="with --from; nothing that is there is written over"
+        "--output", type=_path, metavar="FOLDER", help="with --from; an existing folder is not overwritten"
     )
     parser.add_argument("--only", choices=["tokenizer"], help="score the image tokenizer and stop; no model is needed")
     parser.add_argument(
@@ -228,8 +234,8 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to",
         choices=tuple(dict.fromkeys((*FORMS, ADAPTER, BESIDE, *DIALECTS))),
-        help=f"of a training of LoRA {ADAPTER}: the adapter alone, or {BESIDE}: the extended model without it; of a "
-        f"bundle the form, {', '.join(FORMS)} (hf); of an image tokenizer whose names its weights get, "
+        help=f"after LoRA training, {ADAPTER}: the adapter alone, or {BESIDE}: the extended model without it; for a "
+        f"bundle, its form: {', '.join(FORMS)} (hf); for an image tokenizer, whose names its weights get: "
         f"{', '.join(DIALECTS)} (as it came)",
     )
     parser.add_argument(

@@ -89,7 +89,7 @@ def evaluate(experiment: Experiment) -> None:
         checkpoint_step=experiment.checkpoint,
         may=changeable(anew=MODEL),
     )
-    if stage.aside:  # with what belonged to it
+    if stage.aside:  # together with the files that belonged to it
         for path in (workdir.evaluation, workdir.report):
             if path.exists():
                 storage.move(path, stage.aside / path.name)

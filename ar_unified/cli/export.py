@@ -91,7 +91,7 @@ def _export_bundle(arguments: argparse.Namespace, shard_bytes: int) -> None:
     if found.published is not None:
         refuse_unread(arguments, "where published weights go back to their form, which has no card", "license")
     if form != FORMS[0]:
-        refuse_unread(arguments, f"with --to {form}, whose files are as many as they were", "shard_mib")
+        refuse_unread(arguments, f"with --to {form}, which writes as many files as were imported", "shard_mib")
     export_published(found, form, Path(arguments.output), shard_bytes, arguments.license)
 
 
@@ -104,7 +104,8 @@ def export(
     shard_bytes: int = bundle.SHARD_BYTES,
     beside: bool = False,
 ) -> None:
-    """The bundle of a finished training. Raises UserError where there is none, or `output` is something else.
+    """The bundle of a finished training. Raises UserError where no training has finished, or `output` is something
+    else.
 
     beside: without the adapter, of a language model that was extended: what the adapter stands beside.
     """
@@ -145,7 +146,7 @@ def export(
     if evaluation is None:
         experiment.say("its card has no numbers: `ar-unified evaluate` has not scored these weights")
     if not license:
-        experiment.say("its card says that its licence is unknown: --license says which it is")
+        experiment.say("its model card says that the licence is unknown; --license WORDS says which it is")
 
 
 @by_first_process
@@ -217,7 +218,7 @@ def _require_own(experiment: Experiment) -> None:
     ours["data"] = {name: config["data"][name] for name in _DATA}
     trained = dict.fromkeys(("model", "loss"), experiment.trained()) | {"data": _done(experiment, "data")}
     for section, fields in ours.items():
-        theirs = trained[section].get(section, {})  # what a later version added, or a removed stage, is not there
+        theirs = trained[section].get(section, {})  # without keys of later versions, and of removed stages
         for field, new in fields.items():
             if (old := theirs.get(field, new)) != new:
                 raise UserError(f"config.{section}.{field}: expected {old!r}, as it was trained with; found {new!r}")

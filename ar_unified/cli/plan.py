@@ -105,8 +105,9 @@ def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
     """What a config's programs are made of.
 
     The vocabulary is that of the tokenizers in the workdir, and as large as the config's may become where there are
-    none. Of several shapes of batches (`training.phases`) that with most tokens, and of these with the longest rows, is
-    taken: what it needs is enough for the others. Raises ValueError for settings that make no program.
+    none. If `training.phases` has several shapes of batches, the one with most tokens is planned, and among several
+    such the one with the longest rows: what it needs is enough for the others. Raises ValueError for settings that make
+    no program.
     """
     training, sampling = config.training, config.sampling
     batch_size, length = max(settings.shapes(training).values(), key=lambda shape: (shape[0] * shape[1], shape[1]))
@@ -150,7 +151,8 @@ def run_of(config: ConfigDict, workdir: str | Path | None = None) -> Run:
 def _language(
     config: ConfigDict, workdir: str | Path | None, image: AutoencoderConfig | None
 ) -> tuple[Vocabulary, ImageLayout]:
-    """That of the tokenizers in the workdir, or of the bundle it begins with, or as large as it may become."""
+    """The vocabulary of the tokenizers in the workdir or of the bundle that the training begins with; else one as large
+    as it may become."""
     grammar, size = None, 0
     if workdir:
         folder = Path(workdir) / "text_tokenizer"

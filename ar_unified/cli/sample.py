@@ -74,7 +74,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     for flag in ("config", "workdir"):
         if not getattr(arguments, flag):
             raise UserError(f"expected --config and --workdir, of a training, or --from BUNDLE; found no --{flag}")
-    refuse_unread(arguments, "with a workdir, whose config.sampling.batch_size says it", "batch_size")
+    refuse_unread(arguments, "with a workdir, whose config.sampling says it", "batch_size", "max_length")
     if not arguments.requests:
         refuse_unread(arguments, "without --requests", "n", "keep_best")
         refuse_unread(
@@ -108,7 +108,7 @@ def _made_of(
     reward: Reward | None,
     say: Callable[[str], object],
 ) -> None:
-    """Makes what is asked for of the samples of a complete job: the best of them, a benchmark's folder."""
+    """Makes from the samples of a complete job what was asked for: the best of them, a benchmark's folder."""
     if reward is not None and report is not None and report.complete:
         say(str(keep_best(output, reward)))
         say("\n".join(str(output / name) for name in NAMES))
@@ -129,6 +129,7 @@ def _from_bundle(arguments: argparse.Namespace, overrides: Sequence[str], reward
         arguments.source,
         {"data": -1} if many else None,
         batch_size=arguments.batch_size or _ROWS,
+        max_length=arguments.max_length,
         adapters=_once(arguments.adapter or ()),
     )
     if model.warning:
@@ -232,9 +233,9 @@ def _require_samples(output: Path) -> None:
 
 
 def _rows(source: Source, folder: Path, most: int) -> Iterator[dict[str, Any]]:
-    """Requests from the first documents of a source: the prompt of those with a turn, the first half of the others.
+    """Requests from the first documents of a source: for those with turns the prompt, for others the first half.
 
-    most: characters of the beginning of a text that stands alone, at most.
+    most: how many characters of a text that stands alone are used, at most.
     """
     documents = islice(_good(source), _HELD_OUT)
     for number, document in enumerate(documents):

@@ -57,7 +57,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _of_data(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[str, Validation]:
-    """What a folder, a file, or sources as JSON hold, and a name for it."""
+    """What a folder, a file, or sources as JSON hold, and a name for the page."""
     if overrides:
         raise UserError(f"a folder has no config: {overrides[0]} does nothing")
     options = dict(show=arguments.show, first=arguments.first)

@@ -28,7 +28,7 @@ def passes(sources: Sequence[Source], *, temperature: float = 1.0, max_bytes: fl
         raise UserError(f"config.text_tokenizer.temperature: expected at least 1, found {temperature}")
     sizes = [text_bytes(source) for source in sources]
     largest = max(sizes, default=0.0)
-    # Where no text was found, reading it tells why.
+    # If no text was found here, reading the source will tell why.
     often = [(size / largest) ** (1 / temperature - 1) if size else 1.0 for size in sizes]
     total = sum(size * times for size, times in zip(sizes, often, strict=True))
     return [times * min(1.0, max_bytes / total) for times in often] if total else often

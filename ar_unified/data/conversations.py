@@ -8,7 +8,7 @@
     edit_it     Now make it large.                  a picture; "it" is what was spoken of last
     before      What colour was it before?          red
 
-Which split a conversation belongs to follows from it alone, as of edits: each of its scenes is of that split, and what
+The conversation alone decides to which split it belongs, as with edits: all of its scenes are of that split, and what
 is done to which object is held out, too.
 """
 
@@ -260,6 +260,7 @@ _WAYS: dict[str, Callable[..., _Step | None]] = {
 }
 _WEIGHTS = {"describe": 1, "question": 2, "count": 0.5, "follow_up": 3, "edit": 2, "edit_it": 3, "before": 3}
 _DRAWN_FIRST = 0.3  # share of conversations
-# At most so many in one conversation: two actions in a row that are held out, of three scenes that are, are too rare.
+# Edits in one conversation, at most. Two held-out edits in a row, whose three scenes are held out as well, are too
+# rare.
 _EDITS = {"train": 2, "validation": 1, "unseen_combinations": 2}
-_TRIES = 500  # scenes for a plan
+_TRIES = 500  # scenes that are tried for a plan

@@ -176,7 +176,7 @@ class Folder:
         found: list[Found] = []
         folders, links, seen = [""], list[str](), {self._real}
         while folders or links:
-            if not folders:  # links last: what is inside anyway is read where it stands
+            if not folders:  # links come last, so that a folder that lies inside anyway is read under its own path
                 links.sort()
                 link = links.pop(0)
                 real = os.path.realpath(self.root / link)

@@ -405,7 +405,8 @@ def resize(image: AnyImage, height: int, width: int) -> np.ndarray:
     if (h, w) == (height, width):
         return _pixels(image)
     scale = min(h / height, w / width)
-    top, left = (h - height * scale) / 2, (w - width * scale) / 2
+    # What rounds to a hair below 0 is 0: Pillow refuses a box that begins outside.
+    top, left = max((h - height * scale) / 2, 0.0), max((w - width * scale) / 2, 0.0)
     box = (left, top, min(left + width * scale, w), min(top + height * scale, h))
     # reducing_gap: a large photograph is first shrunk by whole factors, which costs a fraction and looks the same.
     whole = Image.fromarray(image) if isinstance(image, np.ndarray) else image

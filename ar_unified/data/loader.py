@@ -67,8 +67,8 @@ class PackedBatches:
     """Rows of whole documents from the shards that `prepare` left in `folder`.
 
     Every epoch of a source has each of its documents once. Each epoch draws anew which are flipped and which lose their
-    condition. In a new phase, a source goes on where the previous phase left it; where rows have another length now,
-    with the next of its windows (`Packing.after`), for a small source its next epoch.
+    condition. In a new phase, a source goes on where the previous phase left it. If rows have another length now, it
+    goes on with its next window (`Packing.after`); for a small source that is its next epoch.
 
     Args:
         folder: of one `prepare`.

@@ -67,7 +67,7 @@ def mixtures(
     Raises UserError for a phase whose rows hold no document of a source that it names.
     """
     found: list[Mixture] = []
-    current = list(packings[max(packings)])  # of what rows `taken` counts
+    current = list(packings[max(packings)])  # the packings whose rows `taken` counts
     taken = [0] * len(current)
     for i, phase in enumerate(phases):
         if i:

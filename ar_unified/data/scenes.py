@@ -124,12 +124,12 @@ def in_order(objects: Sequence[Object]) -> Scene:
 
 
 def without(scene: Scene, gone: Object) -> list[Object]:
-    """Its other objects."""
+    """The scene without this object."""
     return [o for o in scene if o != gone]
 
 
 def free_places(scene: Scene) -> list[str]:
-    """Where nothing stands."""
+    """The places where nothing stands."""
     return [p for p in PLACES if all(o.place != p for o in scene)]
 
 

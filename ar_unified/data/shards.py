@@ -106,7 +106,7 @@ def _name(number: int) -> str:
 
 
 def index_path(shard: Path) -> Path:
-    """The index of a shard, which is written before it has its name."""
+    """The index of a shard. It is written before the shard has its name."""
     return shard.with_suffix(".index.npy")
 
 
@@ -173,7 +173,7 @@ class Shards:
     It takes little memory: of the index what is asked for is read, and a shard is open only while it is read.
 
     Attributes:
-        index: INDEX [n], mapped from its file, for who wants all of it.
+        index: INDEX [n], mapped from its file, for those who need all of it.
     """
 
     def __init__(self, folder: Path, count: int):
@@ -203,7 +203,7 @@ class Shards:
         return take(self._facts, documents)
 
     def lengths(self, answers: int = 1) -> Lengths:
-        """Of each document, or of so many that stand together."""
+        """Tokens of each document, or of so many that stand together."""
         return Lengths(self._facts, answers)
 
     def read(self, documents: Sequence[int] | np.ndarray, lengths: np.ndarray | None = None) -> list[Encoded]:

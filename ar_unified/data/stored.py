@@ -34,7 +34,7 @@ class Stored:
             raise ValueError(f"expected {known} bytes, found {found}")
         self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
-        if hasattr(os, "posix_fadvise"):  # stretches lie far apart: what follows one is not wanted next
+        if hasattr(os, "posix_fadvise"):  # stretches lie far apart, so reading ahead would not help
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
 
     def __len__(self) -> int:

@@ -141,7 +141,7 @@ def _y_range(lines: Mapping[str, Points], zero: bool) -> tuple[float, float]:
     settled = [y for points in lines.values() for _, y in points[min(len(points) // 25, len(points) - 1) :]]
     high = max(settled)
     margin = 0.04 * (high - low) or abs(high) * 0.1 or 1.0
-    # Nothing that is counted or measured here is negative: the margin does not suggest it.
+    # No number here can be negative, so the margin does not go below 0.
     return (low - margin if low < 0 or low - margin > 0 else 0.0), high + margin
 
 

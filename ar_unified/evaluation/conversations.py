@@ -1,8 +1,8 @@
 """Holds conversations with a model and counts which of its turns are right, and which conversations as a whole.
 
-The user's turns are a held-out document's, the assistant's the model's own: what it said or drew is what the next turn
-is about, so an early mistake is carried on as it is to somebody who uses it. All conversations take their next turn
-together (`say_all`), and each turn reads only what is new.
+The user's turns come from a held-out document, the assistant's from the model: the next turn is about what the model
+said or drew. So an early mistake is carried on, as it is for a person who uses the model. All conversations take their
+next turn together (`say_all`), and each turn reads only what is new.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ def converse(
     """One example of each conversation: its first turn that is wrong, else its last.
 
     Args:
-        codec: has learnt the documents' pixels. documents: of them, those are asked whose answers have one part each.
+        codec: has learnt the documents' pixels. documents: those whose answers have one part each are used.
         scores: gets `turn_exact`, `turn_exact/KIND`, `conversation_exact`, `turn_reconstruction_exact`, `parse_rate`.
         skipped: gets `does_not_fit`, for documents that are longer than the engine's max_length as they stand.
         drawn, seed: how answers are drawn, as `generation.evaluate` has them.
         progress: called with ("turn", done, of) after each round.
 
-    After an answer that does not parse a conversation cannot go on: its other turns count as wrong.
+    A conversation cannot go on after an answer that does not parse: its other turns count as wrong.
     """
     if protocol.turn_matches is None:
         return []

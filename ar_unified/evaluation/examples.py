@@ -31,7 +31,7 @@ class Example:
         expected: the real image, uint8 [H, W, 3], or the text. got: the same of the model; None if it did
         not parse.
         reconstruction: for an expected image, what the image tokenizer makes of it.
-        correct: what the checker says; None where there is no checker.
+        correct: what the checker says; None: there is no checker.
     """
 
     kind: str

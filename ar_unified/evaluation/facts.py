@@ -1,4 +1,4 @@
-"""What a run was, in a few lines: its config, and what its numbers depend on beside it."""
+"""A run in a few lines: its config, and what else its numbers depend on."""
 
 from __future__ import annotations
 

@@ -56,8 +56,8 @@ def evaluate(
     """Scores generation on held-out documents.
 
     Args:
-        engine: samples from the model. image_tokenizer, grammar: those the model was trained with. Of a tokenizer that
-            draws no images, only what is answered in words is asked.
+        engine: samples from the model. image_tokenizer, grammar: those the model was trained with. If the tokenizer
+            draws no images, only questions with answers in words are asked.
         protocol: what counts as right.
         sources: of documents the model has not seen; bad items are skipped and counted.
         limit: documents of each kind, drawn from all sources by `seed`.
@@ -76,7 +76,7 @@ def evaluate(
         `tokenizer_psnr` of the real images' reconstructions and `next_image_psnr` of the model's images, both against
         the real ones; `counts` with the n of each; `skipped` with the documents left out by reason. Absent where
         nothing was asked. `note`
-        says in words what there was to ask, where it was not captions, edits, questions or stories.
+        says in words what was asked instead, if there were no captions, edits, questions or stories.
     """
     scores, skipped = Scores(), Counter[str]()
     documents = _collect(sources, limit, seed, fit, skipped)
@@ -152,7 +152,7 @@ def _collect(
         mine = Counter[str]()
         for looked, index in enumerate(rng.permutation(len(source))[: _SCAN * limit]):
             if looked >= 2 * limit and min(mine.values(), default=0) >= limit:
-                break  # a kind that did not come up by now is not in this source
+                break  # if a kind has not come up by now, the source has none
             try:
                 document = source[int(index)]
             except BadItem as error:
@@ -167,7 +167,7 @@ def _collect(
 
 
 def _asked_for(document: Document) -> str:
-    """The task of a document; "edit" for an image that is asked for with images, whose captions nobody knows;
+    """The task of a document; "edit" if the prompt has images and asks for an image, as no caption of it is known;
     "conversation" where the assistant speaks several times.
     """
     if is_conversation(document):
@@ -209,7 +209,7 @@ def _examples(kind: str, documents: Mapping[str, list[Document]], protocol: Prot
 
 
 def _stories(documents: Mapping[str, list[Document]]) -> list[Document]:
-    """Asks about interleaved documents; of a conversation nobody says which of its turns is to be made."""
+    """Asks about interleaved documents. Conversations are left out: nothing says which of their turns is to be made."""
     return [document for document in documents.get("interleaved", []) if not document.asks]
 
 
@@ -254,10 +254,11 @@ def _plan(
     budget: int,
     asking: Request,
 ) -> Plan | None:
-    """The question as the engine serves it; None where an image is too large for the grammar, or all for the
-    engine.
+    """The question as the engine serves it; None where an image is too large for the grammar, or the whole request is
+    for the engine.
 
-    `budget`: tokens for a text answer, more than any right answer has, so that no answer becomes right by being cut.
+    `budget`: tokens for a text answer. It is more than any right answer has, so a longer answer is not cut into a right
+    one.
     """
     parts = codec.encoded(example.prompt)
     document = example.document
@@ -270,7 +271,7 @@ def _plan(
                 return None
             request = replace(request, mode="text", max_tokens=min(budget, room))
             if (behind := example.document.parts[len(parts) :][1:]) and example.kind == "next_text":
-                # A text ends where the model begins the image behind it: that must be allowed, and have its room.
+                # A text ends where the model begins the next image, so an image must be allowed, and must have room.
                 (image,) = codec.encoded(behind[:1])
                 budget += grammar.image_tokens(*image.codes.shape)  # type: ignore[union-attr]
                 request = replace(request, mode="free", max_images=1, max_tokens=min(budget, room))

@@ -1,6 +1,6 @@
 """What counts as right, per dataset: plain functions over a held-out document and what the model gave for it.
 
-A protocol answers up to seven questions; one that a dataset has no checker for is None, and its metric is left
+A protocol answers up to seven questions. A question without a checker for the dataset is None, and its metric is left
 out. Images are uint8 [H, W, 3].
 """
 

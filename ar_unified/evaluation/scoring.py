@@ -5,8 +5,9 @@
     {"line": 4, ..., "chosen": {...}, "rejected": {...}, "margin": 2.5}           of a preference pair
     {"line": 5, "origin": "a.jsonl:5", "error": "missing_image: ..."}
 
-Log-likelihoods are natural, teacher-forced, and given all that stands before (`sampling.score`); of a document without
-turns all parts are scored, of others the last answer. The end of a sequence has its own entry and is in no sum.
+Log-likelihoods are natural, teacher-forced, and given all that stands before (`sampling.score`). All parts of a
+document without turns are scored, and the last answer of any other. The end of a sequence has its own entry and is in
+no sum.
 """
 
 from __future__ import annotations

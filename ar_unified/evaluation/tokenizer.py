@@ -286,7 +286,7 @@ class _Moments:
 
 
 def _frechet(a: _Moments, b: _Moments) -> float:
-    from ar_tokenizers.image.inception import frechet_distance  # brings a network: not before it is asked for
+    from ar_tokenizers.image.inception import frechet_distance  # imports a network, so only when it is needed
 
     return float(frechet_distance(*a.mean_and_covariance(), *b.mean_and_covariance()))
 

@@ -25,16 +25,16 @@ _FACTS, _LINES = "made_of.json", "lines.jsonl"
 
 
 class Unfinished:
-    """The lines of `output` on their way; a context, in which they are this process's.
+    """The lines of `output` that are done so far. A context: inside it, this process alone adds lines.
 
     Args:
         facts: JSON values that decide the lines.
-        every: lines are added so many at a time; what is there of a part is made again.
+        every: lines are added in parts of so many; a part that is not complete is made again.
 
     Attributes:
         done: lines that are there.
 
-    Raises UserError: `output` is there; lines of other facts are, or another process is at it. OSError.
+    Raises UserError: `output` exists, the lines belong to other facts, or another process is adding lines. OSError.
     """
 
     def __init__(self, output: str | Path, facts: Mapping[str, Any], every: int):
@@ -72,7 +72,7 @@ class Unfinished:
         os.fsync(self._file.fileno())
 
     def finish(self) -> None:
-        """All lines are there: they become `output`."""
+        """To be called when all lines are there: they become `output`."""
         self._file.seek(0)
         with whole(self.output) as file:
             shutil.copyfileobj(self._file, file)
@@ -87,7 +87,7 @@ class Unfinished:
             # some network file systems have no locks
 
     def _require(self, facts: Mapping[str, Any]) -> None:
-        """What is there is of the same facts; where nothing says so, it is made anew."""
+        """Raises UserError if the lines belong to other facts. Lines without a record are made anew."""
         try:
             found = read_json(self.folder / _FACTS)
         except (OSError, ValueError):
@@ -101,7 +101,7 @@ class Unfinished:
             )
 
     def _keep_whole(self, every: int) -> None:
-        """Cuts off what is not a whole part of `every` lines, a torn line among it."""
+        """Cuts off the lines behind the last whole part of `every` lines, a torn line included."""
         self._file.seek(0)
         ends = [0]
         with open(self.folder / _LINES, "rb") as file:

@@ -73,9 +73,9 @@ def beginning_with(found: Adapter, lora: LoraConfig) -> Any:
         ranks, scales = set(found.ranks[path]), set(found.scales[path])
         if len(ranks) > 1 or len(scales) > 1:
             raise UserError(
-                f"config.lora.init: expected an adapter that is alike in all layers, as one that is trained is; "
-                f"{found.folder} has the ranks {', '.join(map(str, found.ranks[path]))} beside {path}. It can be "
-                "served as it is"
+                f"config.lora.init: expected an adapter that is alike in all layers, as a training needs it; "
+                f"{found.folder} has the ranks {', '.join(map(str, found.ranks[path]))} beside {path}. It can still be "
+                "served (sample --adapter)"
             )
         (rank,), (scale,) = ranks, scales
         if rank != lora.rank_of(path):
@@ -108,8 +108,8 @@ def grown(
 def read_base(bundle: Bundle, abstract: Params) -> Params:
     """The bundle's parameters as a training holds them.
 
-    abstract: shapes, dtypes and shardings of these; a matrix that is in 8 bits there is rounded as soon as it was read,
-    so that one at a time is in memory in the dtype of the file.
+    abstract: shapes, dtypes and shardings of these; a matrix that is in 8 bits there is rounded as soon as it is read,
+    so that only one matrix at a time is in memory in the dtype of the file.
     """
 
     def rounded(leaf: Any) -> bool:

@@ -28,7 +28,7 @@ def branch(
 ) -> None:
     """Makes the experiment's stage `model` begin with checkpoint `step` (None: the last) of the workdir `origin`.
 
-    fingerprint: of that stage, asked for when tokenizers and data are in place. Its differences from the origin's are
+    fingerprint: of that stage, computed when tokenizers and data are in place. Its differences from the origin's are
     noted in the history, after the origin's entries up to `step`. Called again for the same branch, it does nothing.
 
     Raises UserError for an origin that has no such checkpoint or is this workdir, and for a workdir that has a model;
@@ -84,7 +84,7 @@ def branch(
             write_bytes(stage.folder / "metrics.jsonl", (origin / "model" / "metrics.jsonl").read_bytes())
         write_json(stage.folder / "history.json", [*before, now])
         adopt(there, step, experiment.checkpoint_folder)
-    stage.begin()  # last: killed before this, the same command does all of it again
+    stage.begin()  # written last: if the command is killed before this, it does everything again
     experiment.say(f"model: {history.told(now)}")
 
 

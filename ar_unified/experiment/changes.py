@@ -18,7 +18,7 @@ from ar_unified.workdir import Stage, StageMismatch, Workdir
 # The same result, but for rounding: memory, speed, and what is logged, shown and kept.
 COST = (
     "mesh",
-    "text_tokenizer.model",  # where the file lies: what is in it decides, by its hash
+    "text_tokenizer.model",  # only where the file lies; the hash of its content decides the result
     "text_tokenizer.lossy",
     "image_tokenizer.model",  # likewise
     "image_tokenizer.checkpoint_every",
@@ -40,7 +40,7 @@ COST = (
     "sampling.batch_size",
     "sampling.window",
 )
-# All that the learning rate and the phases of a step are made from: the steps that are taken stay as they are.
+# Keys that the learning rate and the phase of a step are made from. The steps that were taken stay as they are.
 EXTENDS = (
     "image_tokenizer.steps",
     "image_tokenizer.learning_rate",
@@ -57,7 +57,7 @@ EXTENDS = (
     "training.phases",
     "training.rates",
 )
-# Keys that came when there were workdirs without them, which go on where they have this value.
+# Keys that older workdirs lack. Such a workdir goes on if the key has this value.
 LATER: dict[str, Any] = {
     "image_tokenizer.recolour": 0.0,
     "loss.mean": "joint",
@@ -74,9 +74,9 @@ def changeable(*, whole_batch: bool = False, anew: Sequence[str] = ()) -> Change
     """What may change of a stage.
 
     Args:
-        whole_batch: a loss of the image tokenizer looks at all images of a microbatch together, so that the number of
-            microbatches decides its result.
-        anew: if nothing is made from the stage: the fields of its fingerprint that say what it is made from.
+        whole_batch: whether a loss of the image tokenizer looks at all images of a microbatch together; then the number
+            of microbatches decides the result.
+        anew: for a stage that nothing is made from: the fields of its fingerprint that say what it is made from itself.
     """
     parts = () if whole_batch else ("image_tokenizer.accumulation",)
     return Changeable((*COST, *parts), EXTENDS, tuple(anew), LATER)

@@ -1,7 +1,7 @@
 """Whether a config can be run. It is asked before the first stage, and names every problem that can be known then.
 
-What is right is said where it means something: the choices by the module that has them, the numbers by the dataclass
-that takes them. Here they are asked, and each answer gets the key that a person changes.
+Each rule stands where it belongs: choices in the module that has them, numbers in the dataclass that takes them. This
+module asks them all, and puts the key that a person can change before each answer.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ CHOICES: dict[str, Collection[str]] = {
 }
 
 _COUNT, _NOT_NEGATIVE, _SHARE = "[1, inf)", "[0, inf)", "[0, 1]"
-RANGES: dict[str, dict[str, str]] = {  # of the keys that no dataclass asks about; by section
-    "": {"seed": "[0, 4294967295]"},  # as of a request
+RANGES: dict[str, dict[str, str]] = {  # for keys that no dataclass checks; by section
+    "": {"seed": "[0, 4294967295]"},  # as in a request
     "data": {"max_tokens": _COUNT},
     "text_tokenizer": {"vocab_size": _COUNT, "max_bytes": _COUNT, "temperature": _COUNT},
     "image_tokenizer": {
@@ -233,7 +233,7 @@ def _check_training(config: ConfigDict, problems: Problems, stages: Collection[s
             problems.say("training.code_embedding_init", f"{MEAN}: there is no config.init")
         if part.fresh and not config.init:
             problems.say("training.fresh", "expected none without config.init: all of it begins at random")
-    packs = "model" in stages and part.objective == "likelihood"  # else a row has one answer, and one too long no room
+    packs = "model" in stages and part.objective == "likelihood"  # with others, a row holds one answer
     if packs and (length := _longest(config, problems)) < config.data.max_tokens:
         problems.say(
             "training.sequence_length",
@@ -243,7 +243,7 @@ def _check_training(config: ConfigDict, problems: Problems, stages: Collection[s
 
 
 def _check_shapes(config: ConfigDict, problems: Problems) -> None:
-    """Of what phases say of batches; the rest of the section is right."""
+    """Checks what phases say of batches; the rest of the section was found right."""
     part = config.training
     for place, (rows, _) in settings.shapes(part).items():
         if place == "training":
@@ -296,7 +296,7 @@ def _check_sampling(config: ConfigDict, problems: Problems, stages: Collection[s
         return
     more = {}
     named = config.sampling.negative_prompt
-    if config.sampling.context == "negative_prompt" and not named:  # a person's own requests may have one with them
+    if config.sampling.context == "negative_prompt" and not named:  # a person's own requests may bring one along
         if {"samples", "evaluation"} & set(stages) and "requests" not in stages:
             problems.say(
                 "sampling.context",

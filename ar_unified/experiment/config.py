@@ -130,8 +130,9 @@ def _add_training(config: ConfigDict) -> None:
     config.training.objective = "likelihood"
     config.training.batch_size = 16  # packed rows per step, over all devices
     config.training.sequence_length = 256
-    # Of image codes: random | codebook, near for codes that are near; where a language model of text alone is extended,
-    # all around the mean of its text rows, and | mean, which is that and no more.
+    # How the rows of image codes begin: random | codebook, so that codes that are near have rows that are near | mean.
+    # If a language model of text alone is extended, all of them begin around the mean of its text rows, and `mean` is
+    # exactly that.
     config.training.code_embedding_init = "random"
     config.training.fresh = ()  # places as in `only` that begin at random although `init` has weights of them
     config.training.flip_pairs = Phase.flip_pairs  # how often a pair is read the other way round

@@ -90,7 +90,7 @@ class Experiment:
         except StageMismatch as error:
             raise self._advised(error, keys) from None
         self._stage = stage
-        if stage.changed:  # a reader sees none: what changed is written when it comes
+        if stage.changed:  # a reader sees no change: the writer has recorded it already
             self._go_on(stage, training)
         if together and runtime.first():
             runtime.barrier(f"stage {name}")
@@ -104,7 +104,7 @@ class Experiment:
     def _advised(self, error: StageMismatch, keys: Sequence[str]) -> StageMismatch:
         """The error, with what to do if the change was not meant, or if the data were changed."""
         section = error.field.partition(".")[0]
-        if section in keys and error.old != manifests.ABSENT:  # a key of a later version cannot be repeated
+        if section in keys and error.old != manifests.ABSENT:  # a key that this version lacks cannot be repeated
             return StageMismatch(
                 error.field, f"{error} To go on as before, repeat {said(error.field, error.old)}", error.old
             )
@@ -210,7 +210,8 @@ class Experiment:
 
     @cached_property
     def held_out(self) -> dict[str, list[Source]]:
-        """Held-out sets by name; "validation" first. A part without items, for it has too few groups, is left out."""
+        """Held-out sets by name; "validation" first. A set without items, because its split has too few groups, is left
+        out."""
         sets = self._held_out_specs()
         return {key.removeprefix("tests."): self.sources(key, specs, held_out=True) for key, specs in sets.items()}
 
@@ -275,7 +276,7 @@ class Experiment:
             return False
         done = self.workdir.model / "done.json"
         if done.exists() and (manifest := read_json(done)["fingerprint"].get("manifest")):
-            return not manifest["image_hash"]  # it was decided, wherever the sources are now
+            return not manifest["image_hash"]  # this was decided before, and the sources may be gone
         if self.bundle is not None and self.bundle.has_images:
             return False
         sources = [*self.train, *(source for those in self.held_out.values() for source in those)]
@@ -338,7 +339,7 @@ class Experiment:
             return make_mesh(configs.plain(self.config.mesh))
 
     def filter(self, modality: str) -> Filter:
-        """How ids of a modality, "text" or "image", are drawn where a request says nothing."""
+        """How ids of a modality, "text" or "image", are drawn if a request does not say it."""
         return settings.token_filter(self.config, modality)
 
     @property
@@ -417,13 +418,13 @@ class Experiment:
             )
 
     def _trained(self) -> dict[str, Any]:
-        """What the finished model stage says of itself: its fingerprint, and its summary."""
+        """The fingerprint and the summary of the finished model stage."""
         path = self.workdir.model / "done.json"
         self.require(path.exists(), path, "train")
         return read_json(path)
 
     def trained(self) -> dict[str, Any]:
-        """What decided the trained model: the fingerprint of its stage, with the changes on the way."""
+        """All that decided the trained model: the fingerprint of its stage, with later changes."""
         fingerprint = self._trained()["fingerprint"]
         told = [entry for entry in read_history(self.workdir.model) if entry["kind"] in history.DECIDING]
         way = [{key: entry[key] for key in ("kind", "step", "changed")} for entry in told]

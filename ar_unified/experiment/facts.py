@@ -31,7 +31,7 @@ def facts(experiment: Experiment) -> dict[str, str]:
 
 
 def of_model(experiment: Experiment) -> dict[str, str]:
-    """Those of the model, however it came to be."""
+    """The facts of the model itself, whether it was trained here or comes from a bundle."""
     vocabulary = experiment.grammar.vocabulary
     codes = f" + {vocabulary.codebook_size} image codes" if vocabulary.codebook_size else ", no images"
     return {

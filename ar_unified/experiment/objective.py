@@ -89,12 +89,13 @@ def facts(experiment: Experiment, own: Mapping[str, Any]) -> dict[str, Any]:
     init = {} if experiment.bundle is None else {"init": experiment.bundle.hash}
     known = dict(manifest=experiment.grammar.manifest(), mixture=experiment.mixture())
     adapter = {"lora": _adapter(experiment)} if experiment.config.lora.rank else {}
-    # A training without an adapter is what it was before there were any.
+    # Without an adapter the facts are the same as in versions that had no adapters.
     return known | state_of(experiment.config.training) | dict(own) | init | adapter
 
 
 def _adapter(experiment: Experiment) -> dict[str, Any]:
-    """What decides it. Where its file lies does not, and what says nothing is left out, as there was none before."""
+    """All that decides the adapter. The place of its file does not. `ranks` and `alphas` are left out if they are
+    empty, because earlier versions did not have them."""
     said = {key: value for key, value in configs.plain(experiment.config.lora).items() if key != "init"}
     said = {key: value for key, value in said.items() if value or key not in ("ranks", "alphas")}
     first = first_adapter(experiment.config, experiment.bundle)

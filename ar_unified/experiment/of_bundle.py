@@ -1,6 +1,7 @@
 """An experiment with the model of a bundle: nothing was trained, and there is no workdir.
 
-Its config (`config.of_bundle`) says on which documents and how it is evaluated. What a bundle decides is the bundle's.
+Its config (`config.of_bundle`) says on which documents and how it is evaluated. All that a bundle decides is taken from
+the bundle.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class OfBundle(Experiment):
 
     @cached_property
     def image_tokenizer(self) -> ImageTokenizer | NoImages:
-        """The bundle's, or what stands for none."""
+        """The bundle's, or a stand-in if it has none."""
         codes = self.grammar.vocabulary.codebook_size
         return self.own.image_tokenizer() or (CodesAlone(codes) if codes else NoImages())
 

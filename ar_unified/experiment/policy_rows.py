@@ -79,7 +79,7 @@ def rows(
         mix[row, 0] = np.where(batch.drawn[row], 1.0 / text, 1.0)
         for context, weight in enumerate(plan.weights):
             mix[row, context] = np.where(of_image, weight / codes, mix[row, context])
-    only = ~batch.drawn  # what was not drawn has one id, and so probability 1
+    only = ~batch.drawn  # a token that was not drawn has one possible id, and so probability 1
     batch.spans[only] = 0
     batch.spans[only, 0, 0], batch.spans[only, 0, 1] = batch.targets[only], batch.targets[only] + 1
     return batch

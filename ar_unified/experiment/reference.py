@@ -4,8 +4,8 @@ in the workdir.
 reference/KEY/record.json       what it depends on (KEY is its hash), and the sha256 of the other files; written last
               SOURCE.npy        f32 [pairs, 2, R], in the order of the shards, as `data.batch.PreferenceBatch` has them
 
-If something in a folder is missing or changed, the folder is made again. Of many processes all compute, and process 0
-writes.
+If something in a folder is missing or changed, the folder is made again. In a job of many processes all compute, and
+process 0 writes.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _depends(experiment: Experiment, task: PreferenceTask, data: Path) -> dict[s
 
 
 def _rounded(task: PreferenceTask) -> bool:
-    """Whether the weights are in 8 bits: then the model that the training begins with is not the bundle's."""
+    """Whether the weights are in 8 bits: then the training begins with a model that is not exactly the bundle's."""
     return task.lora is not None and task.lora.base_dtype == "int8"
 
 

@@ -1,6 +1,6 @@
 """Turns the keys of a config into the dataclasses that packages take, each in one place.
 
-Whatever is wrong with a value is said by the dataclass; `check` makes all of them before the first stage.
+The dataclass says whatever is wrong with a value; `check` makes all of them before the first stage.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def layout(config: ConfigDict, image: AutoencoderConfig) -> ImageLayout:
 
 
 def fits(ours: ImageLayout, theirs: ImageLayout) -> bool:
-    """Whether images of one layout can be written in another: of a fixed size the same size, else no larger ones."""
+    """Whether images of one layout can be written in another. Images of a fixed size must have the same size; others
+    may not be larger."""
     if not theirs.sized:
         return ours == theirs
     same = (ours.kind, ours.depth) == (theirs.kind, theirs.depth)
@@ -145,7 +146,7 @@ def tokenizer_training(config: ConfigDict) -> TrainingConfig:
         preview_every=every,
         checkpoint_every=every,
         keep=1,
-        keep_best=False,  # what is used is the last, or its average
+        keep_best=False,  # the last parameters are used, or their average
     )
 
 
@@ -287,7 +288,7 @@ def phases(settings: ConfigDict, mixture: Mapping[str, float]) -> list[Phase]:
 def shapes(settings: ConfigDict) -> dict[str, tuple[int, int]]:
     """(batch_size, sequence_length) of the batches of a training, each once, by the place in the config that says it.
 
-    `phases` has found the settings to be right.
+    To be called after `phases`, which has checked the settings.
     """
     found: dict[tuple[int, int], str] = {}
     for i, phase in enumerate(phases(settings, {})):

@@ -104,7 +104,8 @@ def _counted(texts: Iterable[str], reserved: dict[str, int]) -> Iterator[str]:
 
 
 def load(settings: Mapping[str, Any]) -> Codec:
-    """The model a config brings. Raises UserError if it is not there or loses text and may not."""
+    """The model that a config brings. Raises UserError if it is missing, or if it loses text and text_tokenizer.lossy
+    does not allow that."""
     with about("config.text_tokenizer.model"):
         return load_codec(settings["model"], lossy=settings["lossy"])
 

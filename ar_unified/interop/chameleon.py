@@ -144,8 +144,8 @@ def _ends(names: Mapping[str, int], told: Mapping[str, Any], where: str) -> dict
         return {"bos": "<s>", "pad": "<pad>", "eos": "</s>"}
     if "<|endoftext|>" not in names:
         raise UserError(f"{where}: expected a token '<s>' or '<|endoftext|>', found neither")
-    # Qwen has no beginning, and a text begins with its end; ours then ends with the other of the two, which nothing
-    # here writes.
+    # Qwen has no token for the beginning: a text begins with the token that ends it. Ours then takes the other of the
+    # two as its end; nothing here writes that one.
     both, found = ("<|endoftext|>", "<|im_end|>"), told.get("bos_token") or told.get("eos_token") or "<|endoftext|>"
     begin = found["content"] if isinstance(found, dict) and "content" in found else found
     if begin not in both:

@@ -246,7 +246,7 @@ def convert(path: str | Path, output: str | Path, say: Callable[[str], None]) ->
     """Writes a folder with a .safetensors file for each pickled file, whole or not at all.
 
     Args:
-        path: a file, or a folder; of a folder, settings and tokenizers beside the pickled files are copied.
+        path: a file, or a folder; in a folder, settings and tokenizers beside the pickled files are copied, too.
 
     Raises UserError where there is none, one is refused, or `output` is there; OSError.
     """

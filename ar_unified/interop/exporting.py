@@ -54,7 +54,7 @@ def export_published(
     all.
 
     Args:
-        form: "hf", "meta" or "lwm"; of an imported model the one that it came in.
+        form: "hf", "meta" or "lwm"; for an imported model, the form that it came in.
         license: for the card, which our own have.
 
     Raises UserError: `folder` exists, the bundle does not come from that form, or something that was trained has no

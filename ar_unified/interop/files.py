@@ -99,7 +99,7 @@ class Files:
 
     @cached_property
     def codec(self) -> Codec:
-        """It, with the published ids."""
+        """The text tokenizer, with the published ids."""
         with about("text tokenizer"):
             return load_codec(self.text_file, lossy="warn")
 
@@ -111,7 +111,7 @@ class Files:
     @cached_property
     def names(self) -> Mapping[str, int]:
         """The published id of each token by its name. Raises UserError for a file that is no text tokenizer."""
-        data = self.codec.data  # which finds what is wrong with it
+        data = self.codec.data  # opening it finds what is wrong with it
         if self.text_file.suffix == ".json":
             spec = read_json(self.text_file)
             model, added = spec.get("model"), spec.get("added_tokens")

@@ -18,7 +18,8 @@ from ar_tokenizers.image.tokenizer import ImageTokenizer
 from ar_unified.errors import UserError, about, in_words
 from ar_unified.interop.sources import DTYPES, Source, inside, open_source, read_json
 
-# Files that an image tokenizer's settings may stand in; of the systems without one nothing was published.
+# The names that a file with an image tokenizer's settings may have. For systems that are not listed, no settings were
+# published.
 SETTINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "chameleon_vq": ("vqgan.json", "vqgan.yaml", "config.json"),

@@ -34,10 +34,11 @@ def import_model(
             if dtypes.setdefault(slot.leaf, found) != found:
                 raise UserError(
                     f"{name}: expected {dtypes[slot.leaf]}, as the other parts of {slot.leaf} are; found {found}. "
-                    "--dtype makes all of them one"
+                    "--dtype converts all of them"
                 )
 
-    # Settings say what weights are in at several places, or nowhere; the weights are what they are.
+    # A config.json gives the dtype of the weights at several places, or nowhere. What counts is the dtype that the
+    # weights have.
     stored = dtypes["layers.attention.query"]
     config = dataclasses.replace(keys.config, dtype="float32" if stored == "float32" else "bfloat16")
 

@@ -57,7 +57,8 @@ def language_of(
 
     Args:
         names: published id of every piece of the text tokenizer. text: those that text is spelled with.
-        tables: ids of text, and of images; of a model of text alone the first. codebook: image codes.
+        tables: the number of ids of text and of images; for a model of text alone, only the first. codebook: image
+        codes.
 
     Raises UserError for names that are missing, an id of the text that is no piece, or a table of images too small.
     """

@@ -14,7 +14,7 @@ import numpy as np
 from ar_unified.errors import UserError
 from ar_unified.interop.sources import Source
 
-# The axis along which a tensor is cut, by the end of its name; what is not here is in every file the same.
+# The axis along which a tensor is cut, by the end of its name. A tensor that is not listed is the same in every file.
 _AXES = {
     "tok_embeddings.weight": 1, "output.weight": 0,
     "attention.wq.weight": 0, "attention.wk.weight": 0, "attention.wv.weight": 0, "attention.wo.weight": 1,
@@ -44,7 +44,7 @@ class Joined:
         self._from: dict[str, tuple[str, int, int | None]] = {}  # the tensor of a file, and which of its rows
         for number, file in enumerate(self._files[1:], 2):
             if wrong := sorted(first.names() ^ file.names()):
-                raise UserError(f"{wrong[0]}: expected it in each of {S} files or none, not so in file {number}")
+                raise UserError(f"{wrong[0]}: expected it in all {S} files or in none; file {number} differs")
             for name in first.names():
                 if file.shape(name) != first.shape(name) or file.dtype(name) != first.dtype(name):
                     raise UserError(
@@ -120,7 +120,7 @@ class Joined:
         return out
 
     def read_rows(self, name: str, begin: int, end: int) -> np.ndarray:
-        """Rows of a tensor that is joined first."""
+        """Rows of a tensor; its parts are joined first."""
         return self.read(name)[begin:end]
 
     def _read(self, number: int, name: str) -> np.ndarray:

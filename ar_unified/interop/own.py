@@ -1,7 +1,7 @@
 """A model of our own in a form that others read: as a Llama or Qwen3, which have the same blocks, with a
 tokenizer.json.
 
-To them it is a language model whose last ids are images. The card says how to read those.
+To other programs it is a language model whose last ids are image codes. The card says how to read these.
 """
 
 from __future__ import annotations

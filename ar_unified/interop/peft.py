@@ -43,7 +43,7 @@ _MODULES = {  # of each of MATRICES the module of a layer, as the key map names 
 # What a key of PEFT's patterns may look like: enough for names of modules, and nothing that takes long to match.
 _PATTERN = re.compile(r"(?:[\w|()^$-]|\\\.|\\d\+?|\.\*?|\[\d-\d\])+")
 _PATHS = {module: path for path, module in _MODULES.items()}
-# What PEFT's LoRA may be besides, by the key of its config, and what that is where it is not.
+# What PEFT can add to plain LoRA: the key of its config, and the value that the key has without it.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
     "bias": ("none", None),
@@ -65,7 +65,8 @@ class Adapter(NamedTuple):
     Attributes:
         matrices: by their names in MATRICES, float32 A [L, I, r] and B [L, r, O], r the largest of its layers; zeros
             where a layer has less, or none.
-        ranks, scales: of the same in each layer: its rank, 0 for none, and what its product is multiplied by.
+        ranks, scales: for each matrix and layer, its rank (0: no adapter), and the number that its product is
+        multiplied by.
         hash: sha256 of the files.
         rows: of the tables "embedding" and "head" (`token_rows`), where it has some of its own; a tied head has those
             of the embedding.
@@ -180,7 +181,7 @@ def _settings(folder: Path, found: Mapping[str, Any]) -> _Settings:
 
 
 def _simple(pattern: str) -> bool:
-    """Whether it is of the form of _PATTERN, and a pattern at all."""
+    """Whether it has the form of _PATTERN, and is a valid pattern."""
     if len(pattern) > 200 or not _PATTERN.fullmatch(pattern) or sum(map(pattern.count, "*+")) > 4:
         return False
     try:
@@ -324,5 +325,5 @@ def write(
 
 
 def _others(name_of: Mapping[str, str], number: Callable[[str], Any], default: Any) -> dict[str, Any]:
-    """A pattern of PEFT's: of each matrix that has not the default its number."""
+    """A pattern of PEFT's: the number of each matrix whose number is not the default."""
     return {name: number(path) for path, name in name_of.items() if number(path) != default}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
-# Of what comes of a damaged pickle.
+# The errors that reading a damaged pickle can cause.
 DAMAGED = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError, EOFError)
 STORAGES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
@@ -108,7 +108,7 @@ def read_pickle(file: File, storage: Callable[[Any], Storage] | None = None) -> 
     Args:
         storage: what a persistent id means; None: there are none.
 
-    Raises Forbidden where something is named that tensors do not need, one of DAMAGED for what is no pickle.
+    Raises Forbidden if the pickle names something that tensors do not need, and one of DAMAGED if it is no pickle.
     """
     machine = _Machine(storage)
     for opcode, argument, _ in pickletools.genops(cast(Any, file)):
@@ -204,7 +204,7 @@ class _Machine:
             _build(self.stack[-1], state)
         elif word == "BINPERSID":
             if self._storage is None:
-                raise Forbidden("a persistent id, which nothing in this file says the meaning of")
+                raise Forbidden("a persistent id, whose meaning nothing in this file says")
             self.stack.append(self._storage(self.stack.pop()))
         else:
             raise Forbidden(f"the opcode {word}")

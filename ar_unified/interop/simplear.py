@@ -21,7 +21,7 @@ from ar_unified.interop.text import without_images
 from ar_unified.language.syntax import ImageLayout
 
 _MARKS = {"pad": "<|endoftext|>", "bos": "<|t2i|>", "eos": "<|im_end|>", "boi": "<|soi|>"}
-_ADDED = "added_tokens.json"  # where a tokenizer.json of Qwen's own has not the names of SimpleAR
+_ADDED = "added_tokens.json"  # the file with SimpleAR's names, if tokenizer.json is Qwen's own
 _SIDE = 64
 _LENGTH = 6144  # an image of 64 x 64 codes, and its prompt
 _NOTE = (

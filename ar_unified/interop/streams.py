@@ -68,7 +68,7 @@ class Stream(InFile):
             ) from error
         self.prefix = next((parts[: _wrapped(parts)] for parts, _ in found if parts[0] == "params"), ())
         self.scanned = any(SCANNED in parts for parts, _ in found)
-        if any(parts[0] == "params" for parts, _ in found):  # beside which a training's state has its optimizer's
+        if any(parts[0] == "params" for parts, _ in found):  # a training's state has the optimizer's beside them
             found = [(parts[_wrapped(parts) :], stored) for parts, stored in found if parts[0] == "params"]
         for parts, stored in found:
             layers = range(stored.shape[0]) if SCANNED in parts and stored.shape else [None]

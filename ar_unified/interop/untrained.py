@@ -66,7 +66,7 @@ def untrained(head: np.ndarray, border: Border, vocabulary: Vocabulary) -> str:
 
 
 def _sums(table: np.ndarray, which: np.ndarray) -> _Rows:
-    """Of those rows, bool [V]."""
+    """Sums over those rows, bool [V]."""
     lengths: list[np.ndarray] = []
     total = squares = np.zeros(1)
     for begin in range(0, len(which), _BLOCK):

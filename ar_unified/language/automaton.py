@@ -128,7 +128,7 @@ class Automaton:
         most_height, most_width = layout.most
         images = ((opened.phase != PARTS) & (opened.phase != DONE)).astype(jnp.int32)
         want_height, want_width = wanted.height, wanted.width
-        if self.syntax.digits:  # a prompt that has begun to say another size has its way
+        if self.syntax.digits:  # a size that the prompt has begun to say counts before the wanted one
             contradicts = (opened.written > 0) & ~_extends(opened.height, want_height, want_height)
             want_height = jnp.where((opened.phase == HEIGHT) & contradicts, 0, want_height)
             contradicts = (opened.written > 0) & ~_extends(opened.width, want_width, want_width)
@@ -156,7 +156,7 @@ class Automaton:
             want_height=jnp.minimum(want_height, most_height),
             want_width=jnp.minimum(want_width, most_width),
         )
-        # A spelled `open` that the prompt has begun is text, where there is no room for the image.
+        # If there is no room for the image, the part of a spelled `open` that the prompt has begun counts as text.
         short = (opened.phase == PARTS) & (wanted.remaining < self.needed(state))
         state = state._replace(written=jnp.where(short, 0, state.written))
         room = jnp.maximum(wanted.remaining - self.needed(state), 0) // self._smallest(state)
@@ -174,7 +174,7 @@ class Automaton:
         """int32 [B]: fewest tokens that end the document from here, missing images and the end included."""
         syntax, layout = self.syntax, self.syntax.layout
         least_height, least_width = self._least(state)
-        # The least number that goes on from the digits there are: the number itself, unless one is wanted.
+        # The side that takes the fewest tokens: the wanted one, else the number that the digits say so far.
         height = jnp.where(state.want_height > 0, state.want_height, jnp.maximum(state.height, 1))
         width = jnp.where(state.want_width > 0, state.want_width, jnp.maximum(state.width, 1))
         header = layout.header(*self._codes(height, least_width))
@@ -207,7 +207,7 @@ class Automaton:
     def forced(self, state: State) -> jax.Array:
         """int32 [B]: the only allowed id, or -1 where there is a choice."""
         low, high, never, also, has_also, end, digits = self.choices(state)
-        said = (also >= low) & (also < high)  # an `open` that ends with a piece of text is a word, too
+        said = (also >= low) & (also < high)  # if the last id of `open` is a piece of text, it is also one of the words
         count = jnp.maximum(high - low, 0) - ((never >= low) & (never < high)) + (has_also & ~said) + end
         only = jnp.where(has_also, also, jnp.where(end, self.syntax.end, low))
         if digits is not None:
@@ -378,7 +378,7 @@ class Automaton:
         if syntax.spelled:
             end &= (state.mode != IMAGE) | (matched == 0) | (state.images >= state.max_images)
             never = jnp.where(parts & ~image & (matched == len(syntax.open) - 1), syntax.open[-1], -1)
-            # Its first ids are words, too: with words allowed they are there already.
+            # The first ids of a spelled `open` are words, too: where words are allowed, they are allowed already.
             image &= ~words | (matched == len(syntax.open) - 1)
         first = _pick(syntax.open, matched)
 
@@ -390,7 +390,7 @@ class Automaton:
         digits, number_ends, number_end = None, jnp.zeros_like(parts), jnp.zeros_like(state.phase)
         if syntax.digits:
             number = jnp.where(is_height, state.height, state.width)
-            most = jnp.maximum(most, number)  # a prompt may have said more than the budget holds
+            most = jnp.maximum(most, number)  # a prompt may have asked for more than the budget holds
             digits = jnp.stack([header & _extends(10 * number + d, least, most) for d in range(10)], axis=1)
             number_ends = header & (number >= least) & (number <= most)
             number_end = jnp.where(is_height, syntax.separator, syntax.start[0])

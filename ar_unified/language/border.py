@@ -21,7 +21,7 @@ from ar_tokenizers.codec import Codec, Lossy
 from ar_tokenizers.lossless import Loss
 from ar_tokenizers.reading import codec
 
-_LARGEST = 1 << 24  # ids: more than any table has, and less than memory holds
+_LARGEST = 1 << 24  # ids: more than any table has, but few enough for memory
 
 Run = tuple[int, int, int]  # first id of theirs, first of ours, how many
 
@@ -162,7 +162,7 @@ class MappedCodec:
         if self._text[-1] >= self.codec.size:
             found = f"id {self._text[-1]} for one"
             raise ValueError(f"border: expected text pieces below {self.codec.size}, of {self.file}; found {found}")
-        self.codec.decode(self._text.tolist())  # raises for an id between that is none
+        self.codec.decode(self._text.tolist())  # raises for an id in between that is none of the tokenizer's
 
     @property
     def _text(self) -> np.ndarray:

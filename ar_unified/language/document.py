@@ -70,7 +70,8 @@ Part = TextPart | ImagePart | CodesPart
 
 @dataclass(frozen=True)
 class TokensPart:
-    """Ids of the vocabulary as they are, of a prompt only, which may end in the middle of an image this way."""
+    """Ids of the vocabulary, taken as they are. Only a prompt may have them: so it can end in the middle of an
+    image."""
 
     ids: tuple[int, ...]
 
@@ -98,8 +99,8 @@ class Document:
     """Either one turn without a speaker, or a conversation: user and assistant alternate, and a system turn may come
     first.
 
-    A conversation ends with the assistant, whose last turn may be empty. An empty turn of the user is what
-    classifier-free guidance compares with.
+    A conversation ends with the assistant, whose last turn may be empty. Classifier-free guidance compares with an
+    empty turn of the user.
 
     Attributes:
         turns: in order.
@@ -240,7 +241,7 @@ def check_text(text: object, where: str, part: int = 0) -> None:
         raise DocumentError("bad_text", f"{where}: expected a string, found {type(text).__name__}", part)
     if not text:
         raise DocumentError("empty_text", f"{where}: the text is empty", part)
-    if text.isascii():  # nearly all, and known without a look at the letters
+    if text.isascii():  # true of nearly all texts, and Python knows it without reading the letters
         return
     try:
         text.encode("utf-8")
@@ -249,7 +250,7 @@ def check_text(text: object, where: str, part: int = 0) -> None:
 
 
 def _check_array(array: object, dtype: type, kind: str, where: str, shape: str, part: int) -> None:
-    # An image a document: nothing is made ready for a message that is hardly ever needed.
+    # This runs for every image, so nothing is prepared for a message that is hardly ever needed.
     if isinstance(array, np.ndarray):
         right = array.ndim == 3 and array.shape[2] == 3 if shape == "[H, W, 3]" else array.ndim == 2
         if right and array.dtype == dtype and array.size:

@@ -40,7 +40,8 @@ def extended(grammar: Grammar, layout: ImageLayout, codebook_size: int, image_ha
 
 
 def rows_of(old: Vocabulary, new: Vocabulary) -> np.ndarray:
-    """Which row of a table [old.size, ...] each row of one [new.size, ...] is, int32 [new.size]; -1: none, it is new.
+    """For each row of a table [new.size, ...], its row in a table [old.size, ...]: int32 [new.size]; -1: the row is
+    new.
 
     new: what `extended` made of `old`.
     """

@@ -1,6 +1,6 @@
 """Document <-> ids: the one description of what may stand where, shared by data, loss and sampler.
 
-How images and turns are written is the layout's (`layouts`); sizes of images follow from `ImageLayout`.
+The layout (`layouts`) says how images and turns are written; `ImageLayout` says how large images are.
 
 Axes: `h` `w` height and width of an image in codes; `n` tokens of a document.
 """
@@ -275,7 +275,7 @@ class Grammar:
             if item.kind == "text":
                 half = half_open(self.syntax, ids[item.begin :]) if item.end == len(ids) else 0
                 if text := self.text_codec.decode([int(i) for i in ids[item.begin : item.end]]):
-                    parts.append(TextPart(text))  # a sampled run of pieces may stand for nothing
+                    parts.append(TextPart(text))  # pieces that were sampled in a row may spell no text at all
             elif item.opened is not None:
                 if whole:
                     raise GrammarError(len(ids), "the rest of an image", _END)
@@ -285,7 +285,7 @@ class Grammar:
             elif id == asks and (asks == ends or len(asked) < (1 if turns else 2)):
                 asked.append(tuple(parts))
                 parts, closed = [], asks == ends
-            elif id == ends and asks is None:  # of an answer, maybe, behind which another turn begins
+            elif id == ends and asks is None:  # perhaps the end of an answer, after which another turn begins
                 closed = True
             elif id == ends and (asked or not turns):
                 turns += answered(asked, tuple(parts))
@@ -300,7 +300,7 @@ class Grammar:
             turns = [Turn("document", joined_texts(parts))]
         elif closed and asks == ends:
             turns = counted(asked)
-        ended = closed and asks != ends and ids[0] not in self._around.open  # there an end may be that of a question
+        ended = closed and asks != ends and ids[0] not in self._around.open  # here an `end` may also end a question
         opened = Opened(DONE) if ended else Opened(PARTS, half)
         return tuple(turns) if closed else None, at, Break(len(ids) - half, opened)
 

@@ -51,7 +51,7 @@ class Decimal:
 class TurnMarks:
     """Turns told apart by ids: what stands before an answer ends with `ask`, an answer with the document's `end`.
 
-    If more than one turn precedes the first answer, the first is the system's.
+    If more than one turn precedes the first answer, the system says the first.
     """
 
     ask: str = "eot"
@@ -139,8 +139,8 @@ _EMU3_CHAT = Layout(
 _EMU3_5 = (*_EMU3, "bss", "ess", "boc", "eoc", "bog", "eog")
 
 LAYOUTS: Mapping[str, Layout] = MappingProxyType({
-    # Ours: all images of one size, or each says its own and ends its rows, in tokens, so that no text tokenizer's way
-    # with digits matters.
+    # Ours: all images have one size, or each says its size and ends its rows. Sizes are tokens, so it does not matter
+    # how a text tokenizer splits digits.
     "grid": Layout(),
     "rows": Layout(size=SizeTokens(), rows="after"),
     # A published language model: no images, and turns are whatever the text says.
@@ -184,7 +184,7 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType({
         turns=TurnTemplate("{} Generate an image based on this description."),
         unconditional=("bos", "unconditional"),
     ),
-    # SimpleAR: a prompt, then an image that nothing closes. A prompt is dropped whole.
+    # SimpleAR: a prompt, then an image that no token closes. To drop the prompt is to drop all before the image.
     "simplear": Layout(
         controls=("pad", "bos", "eos", "boi"),
         close=(),

@@ -12,9 +12,9 @@ assistant; content is a text or a list of parts, also in OpenAI's form ({"type":
 A message with "weight": 0 is read and not learned. All other keys become the document's `meta`.
 
 The "prompt" of an answer or of a preference pair is a text, a list of parts or of messages (of a pair, "messages" is
-another name for these), and an answer is a text, a list of parts, or the assistant's message. Of a pair the answers
-alone are learned from; where both are whole conversations, their last messages are the answers, and those before, which
-must be the same, the prompt.
+another name for these), and an answer is a text, a list of parts, or the assistant's message. Only the answers of a
+pair are learned from. If both are whole conversations, their last messages are the answers; the messages before them
+must be the same and are the prompt.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def document_from_json(row: object, load_image: LoadImage) -> Document:
 
 
 def _turns(row: Mapping[str, Any], image: Callable[[str, str], ImagePart]) -> Sequence[Turn]:
-    """Of a row of one of _KINDS."""
+    """The turns of a row of one of _KINDS."""
     used = KEYS & row.keys() - {"id", "prompt"}
     if used not in _KINDS:
         kinds = ", ".join(f"{{{', '.join(sorted(kind))}}}" for kind in reversed(_KINDS))
@@ -218,10 +218,12 @@ def is_conversation(value: object) -> bool:
 def parted(
     asked: Mapping[str, Any], said: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is asked, and the answers, of a pair whose two answers are conversations: their last messages differ alone.
+    """What is asked, and the answers, of a pair whose two answers are conversations that differ in their last messages
+    alone.
 
-    asked: "prompt" and "messages" beside them. Where the conversations have more messages than one, what was asked
-    stands in these; a prompt beside them that is among their texts, and messages that are one of the two, say it again.
+    asked: "prompt" and "messages" beside them. If the conversations have more than one message, they contain what was
+    asked. A prompt that is one of their texts, or messages that equal one of the two, may stand beside them and repeat
+    it.
 
     Raises DocumentError: messages before the last differ ("bad_row"), or more is asked beside ("two_prompts").
     """

@@ -20,7 +20,8 @@ def spans(automaton: Automaton, state: State) -> jax.Array:
     def one(id: jax.Array, there: jax.Array) -> list[jax.Array]:
         return [id, id + there.astype(jnp.int32)]
 
-    # What is never allowed lies in the range or outside: two ranges on its two sides, or one and an empty one.
+    # If the forbidden id lies inside the range, there are two ranges, one on each side of it; else the range and an
+    # empty one.
     inside = (found.never >= found.low) & (found.never < found.high)
     between = jnp.where(inside, found.never, found.high)
     ranges = [[found.low, between], [jnp.where(inside, found.never + 1, found.high), found.high]]

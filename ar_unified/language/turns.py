@@ -1,4 +1,4 @@
-"""Turns in a row: the ids that a layout writes around them, and the turns that parts which were read belong to."""
+"""Turns in a row: the ids that a layout writes around them; and, when ids are read, which turn each part belongs to."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Pieces = Iterable[list[int] | Part]
 def arranged(
     turns: Sequence[Turn], told: TurnMarks | TurnTemplate | TurnFrames, around: Around
 ) -> Iterator[tuple[Turn, Pieces]]:
-    """Turns, and of each its parts with the texts and ids that a layout has around them, in their order."""
+    """Each turn with its parts in order, and with the texts and ids that the layout writes around them."""
     if turns[0].speaker == "document" or isinstance(told, TurnMarks):
         asks_all = isinstance(told, TurnMarks)
         yield from ((turn, _marked(turn, not i, asks_all, around)) for i, turn in enumerate(turns))
@@ -41,7 +41,7 @@ def arranged(
 
 
 def _marked(turn: Turn, first: bool, asks_all: bool, around: Around) -> Iterator[list[int] | Part]:
-    """asks_all: the system's turn ends like a question."""
+    """asks_all: whether the system's turn ends like a question, too."""
     if first:
         yield around.begin
     yield from turn.parts
@@ -52,7 +52,7 @@ def _marked(turn: Turn, first: bool, asks_all: bool, around: Around) -> Iterator
 
 
 def _framed(turn: Turn, first: bool, frames: TurnFrames, around: Around) -> Iterator[list[int] | Part]:
-    """What stands in front of an answer is the question's."""
+    """The ids in front of an answer count as the question's."""
     parts = turn.parts
     if turn.speaker != "assistant":
         if not first:
@@ -85,7 +85,7 @@ def answered(asked: Sequence[tuple[Part, ...]], answer: tuple[Part, ...]) -> lis
 
 
 def counted(said: Sequence[tuple[Part, ...]]) -> list[Turn]:
-    """Turns that all end alike: a single one has no speaker; of an odd number the first is the system's."""
+    """Turns that all end alike: a single one has no speaker; if their number is odd, the system says the first."""
     if len(said) == 1:
         return [Turn("document", said[0])]
     odd = len(said) % 2

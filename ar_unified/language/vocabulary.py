@@ -115,7 +115,7 @@ class Vocabulary:
             there = self.ids(role)
             return (ids >= there.start) & (ids < there.stop) & (ids != self.pad)
 
-        # The ranges are disjoint, so a sum picks the one that holds.
+        # The ranges are disjoint, so a sum picks the range that the id lies in.
         return sum(inside(role).astype(np.int32) * np.int32(role) for role in Role if role != Role.PAD)
 
     def ids(self, role: Role) -> range:

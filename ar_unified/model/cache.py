@@ -15,7 +15,7 @@ from ar_unified.kernels.decode_attention import quantize
 from ar_unified.model.config import TransformerConfig
 from ar_unified.parallel.rules import spec
 
-# Keys and values [B, K, S, H]; of an int8 cache also what each is scaled with, float32 [B, K, 1, S].
+# Keys and values [B, K, S, H]; in an int8 cache also the scale of each, float32 [B, K, 1, S].
 Layer = tuple[jax.Array, ...]
 Cache = tuple[Layer, ...]  # of each layer
 AXES = ("batch", "kv_heads", None, None)  # logical, of every array

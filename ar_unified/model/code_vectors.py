@@ -45,8 +45,8 @@ def extended_tables(
     """Parameters of a language model with new rows in its tables. The new rows begin around the mean of its text rows.
 
     A new id is then as likely as an average text piece, and not as likely as a logit of 0 makes it (Hewitt,
-    "Initializing new word embeddings for pretrained language models", 2021). Rows that are not all the mean differ from
-    it as much as those of text do. Jittable.
+    "Initializing new word embeddings for pretrained language models", 2021). If the new rows are not all equal to the
+    mean, they differ from it as much as the rows of text do. Jittable.
 
     Args:
       params: f32, with "embedding" and, untied, "head" [V_old, D].

@@ -28,10 +28,11 @@ def is_vector(path: Any) -> bool:
 
 
 def held(path: Any, leaf: jax.Array, dtype: str) -> Any:
-    """A leaf of stacked parameters as one is kept that is not trained: in `dtype`; norms and biases as they are.
+    """A leaf of stacked parameters in the form in which it is kept if it is not trained: in `dtype`; norms and biases
+    as they are.
 
-    Of "int8" the layers' matrices are `Quantized`, and tables bfloat16: what they look up and score is not averaged
-    over a sum as long as a layer's.
+    With "int8" the layers' matrices are `Quantized`. The tables are bfloat16: in their products, rounding errors are
+    not averaged over a sum as long as in a layer.
     """
     name = path[-1].key
     if is_vector(path):

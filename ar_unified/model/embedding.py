@@ -3,8 +3,8 @@
 Tokens travel, not the table. Each device looks up its columns for the rows of its whole fsdp group; the devices of a
 tensor group add up their results (one has the vector, the others zeros); and an exchange over fsdp returns each row to
 its device. That moves as many bytes as the result has; the table of a large vocabulary is larger than a device's share
-of any batch. It is written out here because the compiler, if sequences are cut too, would collect the result of all
-devices on each.
+of any batch. It is written out here because the compiler would collect the result of all devices on each device, if
+sequences are cut too.
 
 B batch, T position, V vocabulary, D model.
 """

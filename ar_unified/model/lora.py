@@ -45,9 +45,9 @@ class LoraConfig:
     Attributes:
       rank: r; 0: no LoRA, all of the model is trained.
       alpha: the numerator of the scale.
-      ranks, alphas: PLACE=NUMBER, of the matrices that a place names, as one of `targets` does; the last that names one
-        counts.
-      dropout: rate on what A reads, each matrix by itself.
+      ranks, alphas: PLACE=NUMBER for the matrices that a place names, in the way of `targets`; if several name one
+        matrix, the last counts.
+      dropout: rate of dropout on what A reads, drawn for each matrix by itself.
       targets: which of a layer's matrices have an adapter: names of MATRICES, in which * stands for anything, or of a
         group of them, as "attention.query", "mlp", "*". QLoRA found that all of them are needed to match full tuning
         (Dettmers et al., arXiv:2305.14314, section 4).
@@ -210,7 +210,7 @@ def _chosen(
 
 
 def merged(lora: LoraConfig, params: Mapping[str, Any], dtype: str = "float32") -> dict[str, Any]:
-    """The parameters without "lora", which each matrix has in it: W + scale A B, summed in float32, in the dtype of W.
+    """The parameters without "lora"; instead each matrix is W + scale A B, summed in float32, in the dtype of W.
 
     params: stacked by layers, as a training has them; the adapter in any dtype. dtype: of matrices that are in 8 bits.
     """

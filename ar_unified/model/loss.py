@@ -41,8 +41,8 @@ def token_losses(
       targets: int32 [B, T], in 0 .. used - 1. Padding needs any such id, and a weight of 0 from the caller.
       chunk: tokens of one device whose logits exist at once; a chunk takes the same columns of each of its rows.
       used: rows of the head from this one on have no probability and no gradient; None: all V are used.
-      split: ids below it and ids from it on have a softmax each, and each target uses that of its side; None: one
-        softmax for all.
+      split: the ids below it and the ids from it on have one softmax each, and each target uses the softmax of its
+        side; None: one softmax for all.
       spans: int32 [B, T, K, 2], the ids that a position's softmax is over: K ranges, first and behind the last of each;
         an empty range is none. None: all of `used` and `split`.
 

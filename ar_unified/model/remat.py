@@ -56,7 +56,8 @@ def rematerialised(layer: Callable, policy: str, scanned: bool) -> Callable:
 
 
 def made_again(policy: str, swin: bool) -> tuple[str, ...]:
-    """The products with weights that backward makes again. swin: a norm follows the MLP, and asks for its output."""
+    """The products with weights that backward makes again. swin: whether a norm follows the MLP; its backward pass
+    needs the MLP's output."""
     found = POLICIES[policy]
     if found is None:
         return ()

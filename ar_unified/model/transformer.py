@@ -70,7 +70,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "layers/mlp/up": ("layers", "embed", "mlp"),
     "layers/mlp/down": ("layers", "mlp", "embed"),
 }
-# Of each of a layer's matrices, inputs and outputs; heads and what is in them are one axis.
+# The inputs and outputs of each of a layer's matrices; heads and what is in them are one axis.
 _MATRIX_AXES = {
     path.removeprefix("layers/").replace("/", "."): tuple(axis for axis in axes[1:] if axis != "head_dim")
     for path, axes in AXES.items()
@@ -119,7 +119,7 @@ def unstacked(config: TransformerConfig, params: Params, weights_dtype: str | No
 
 
 def as_decoded(name: str, leaf: jax.Array, weights_dtype: str | None) -> Any:
-    """A leaf of one layer, by its last name, as `unstacked` has it, but for the compute dtype."""
+    """A leaf of one layer, by its last name, in the form of `unstacked`, but not cast to the compute dtype."""
     if name not in MATRICES:
         return leaf
     matrix = leaf.reshape(-1, leaf.shape[-1]) if name in ("output", "down") else leaf.reshape(leaf.shape[0], -1)
@@ -302,7 +302,8 @@ class Transformer(nnx.Module):
 
     @classmethod
     def bind(cls, config: TransformerConfig, params: Params, lora: LoraConfig | None = None) -> Transformer:
-        """A module over `params`, which stay the caller's; cheap, and meant to be done under the trace.
+        """A module over `params`, which still belong to the caller. This is cheap, and meant to be done inside the
+        traced function.
 
         lora: of the adapter in params["lora"]. Raises ValueError where there is one without the other.
         """

@@ -6,7 +6,7 @@ checkpoint records what was really used. What each is for:
   async_collective_fusion, overlap_compute_collective_tc, enable_async_all_gather
       a gather of weights becomes steps of the fusion that computes meanwhile
   minor_sharding_for_major_trivial_input, relayout_group_size_threshold, assign_all_reduce_scatter_layout
-      a gradient's layout suits the scatter: reduce-scatter, where it was an all-reduce of all of it and a cut
+      a gradient's layout suits the scatter: one reduce-scatter takes the place of an all-reduce of the whole and a cut
 
 Names and values: MaxText's benchmarks/xla_flags_library.py. What they do to our programs: docs/tpu_training.md.
 """
@@ -37,7 +37,7 @@ _SCATTER = {
     "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": "1",
     "xla_tpu_use_minor_sharding_for_major_trivial_input": "true",
 }
-# By the name of parallel/hardware.py. Of kinds that are not here the compiler's own choice stands.
+# By the name of parallel/hardware.py. For other kinds the compiler's own defaults hold.
 OPTIONS: dict[str, dict[str, str]] = dict.fromkeys(("v4", "v5e", "v5p", "v6e", "tpu7x"), _OVERLAP | _SCATTER)
 
 _BOOLEANS = {"true": "True", "false": "False"}
@@ -45,7 +45,7 @@ _UNKNOWN = re.compile(r"No such compile option: '([^']*)'")
 
 
 def compiler_options(mesh: Mesh, own: Sequence[str] = ()) -> dict[str, str]:
-    """Options to compile a program for the devices of `mesh` with.
+    """Options with which to compile a program for the devices of `mesh`.
 
     Args:
       own: "name=value" each, beside OPTIONS or instead of one of them.

@@ -19,7 +19,8 @@ class Hardware:
       name: as a target is written, "v5p".
       kind: how `device_kind` begins.
       flops: bf16 matrix products, FLOP/s.
-      hbm: bytes of memory; of TPUs what libtpu 0.0.42 leaves to a program, as its message says when one does not fit.
+      hbm: bytes of memory; for TPUs, what libtpu 0.0.42 leaves to a program (its message says so when a program does
+      not fit).
       hbm_bandwidth: bytes/s.
       link: bytes/s of one link to one neighbour, one direction (TPU); of all links together (GPU).
       torus: axes of the network that joins the devices of a slice; a device has two links along each. 0: a switch.

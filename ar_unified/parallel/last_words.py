@@ -1,4 +1,5 @@
-"""The log of one process of many, and the last message in it if the process itself cannot write one.
+"""The log of one process of a job, and the last message in it, which is written even if the process itself no longer
+can.
 
 If another process is gone, JAX ends this one with abort(); a killed process ends at once. Neither can run any Python of
 ours. So each process writes its stderr to a small reader, this file run as a script, which outlives it:
@@ -58,10 +59,11 @@ def obituary(text: str, process: int, processes: int, coordinator: str) -> str:
 
 
 def main() -> None:
-    """The process that outlives the one it watches, and writes what became of it into its log."""
+    """The main function of the reader: it outlives the process that it watches, and writes into the log what became of
+    that process."""
     log_path, process, processes, coordinator = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # they are for the process; its last lines are still to come
+        signal.signal(number, signal.SIG_IGN)  # signals are meant for the process; its last lines are still to come
     log = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def say(line: str) -> None:

@@ -36,7 +36,7 @@ def trials(run: Run, mesh: Mesh, target: Target, job: str, say: Callable[[str], 
         try:
             other = target.mesh(shape)
             todo = programs(variant, other, job)
-        except ValueError:  # sizes that do not divide: not a way out
+        except ValueError:  # the sizes do not divide each other: this change cannot help
             continue
         capacity = target.hardware.hbm
         least = max(sum(at_least(program, variant).values()) for program in todo)

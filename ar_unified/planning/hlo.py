@@ -1,4 +1,4 @@
-"""The text of an optimised HLO module: its instructions, and how often one run of it runs each.
+"""The text of an optimised HLO module: its instructions, and how often each of them runs in one run of the module.
 
 It is what will run on the device: after fusion, layout assignment and scheduling. Inside a loop an instruction counts
 as often as the loop turns.
@@ -82,7 +82,7 @@ def times_of(computations: dict[str, list[Instruction]], entry: str) -> tuple[di
         times[name] += count
         known[name] &= certain
         for each in computations.get(name, ()):
-            if each.opcode in ("async-update", "async-done"):  # their start has called it
+            if each.opcode in ("async-update", "async-done"):  # the start has called the computation already
                 continue
             turns = trips_of(each, computations) if each.opcode == "while" else 1
             for callee in called_by(each):

@@ -1,4 +1,4 @@
-"""A plan as one self-contained page: an image of where memory goes, of what a step's time is made, and the text."""
+"""A plan as one self-contained page: images of where memory goes and what a step's time is made of, and the text."""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ def make_plan(
        "refused": where a program does not fit: {"program", "message", "used", "capacity", "at_least", "trials"}}.
       Bytes and seconds are per device and step (prefill: per batch; decode: per token of each row). Training is one
       program over all chips. For sampling, one process is planned, and "processes" says how many there are. Decode also
-      has "memory_share", how near it comes to the time of reading weights and cache alone, and "images" a second of a
-      process. Both are [low, high], without prompts and with every row as long as the cache.
+      has "memory_share" (how near it comes to the time that reading weights and cache alone takes) and "images" (a
+      second, of one process). Both are [low, high], without prompts and with every row as long as the cache.
 
     Raises ValueError where mesh, batch and model do not divide each other, TargetError where there is no such target
     or the run asks for the attention kernel of another.

@@ -276,7 +276,7 @@ def _drawn(run: Run) -> tuple[int, int]:
 def train_program(run: Run, mesh: Mesh) -> Program:
     """The real training step for a mesh, with abstract arguments: ready to be compiled, nothing is run."""
     task, tx = make_task(run), make_optimizer(run.optimizer, run.steps)
-    # Both run small programs of their own, which must not meet the mesh: nothing can run on it.
+    # Both run small programs of their own. They must not see the mesh, because nothing can run on it.
     state = abstract_state(task, tx, mesh)
     options = compiler_options(mesh, run.compiler_options)
     step = make_train_step(
@@ -325,7 +325,7 @@ def saved_for_backward(run: Run, mesh: Mesh) -> int:
     return _saved(_rows(run, rows), run.model, run.vocabulary, run.loss_chunk, *_trained(run)) // ways
 
 
-@lru_cache(maxsize=256)  # a search asks again for every mesh
+@lru_cache(maxsize=256)  # kept, because a search asks again for every mesh
 def _saved(of: _Rows, model: TransformerConfig, *of_task: Any) -> int:
     """The same for all devices together. of_task: the further arguments of `_task`."""
     task = _task(model, *of_task)
@@ -341,7 +341,7 @@ def _saved(of: _Rows, model: TransformerConfig, *of_task: Any) -> int:
 
     kept = jax.tree.leaves(jax.eval_shape(residuals, params, model_state, batch))
     known = {(x.shape, x.dtype) for x in jax.tree.leaves(params)}
-    # A residual without the rows' axis is a parameter, cast or not, which lies elsewhere.
+    # A residual without the rows' axis is a parameter, cast or not; it counts elsewhere.
     per_row = [x for x in kept if (x.shape, x.dtype) not in known and x.size % of.rows == 0 and of.rows in x.shape]
     offloaded = of.rows * of.length * offloaded_bytes(model) if task.through_layers else 0
     return sum(x.size * x.dtype.itemsize for x in per_row) - offloaded

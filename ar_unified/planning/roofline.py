@@ -201,7 +201,7 @@ def _train(run: Run, program: Program) -> _Work:
     if task.trains("head", "embedding"):
         weights += 8.0 * head / tensor * chunks  # its float32 gradient: each chunk of the loss reads and writes it
     held = program.local_bytes()
-    # In and out: what is trained, its gradients, which are as large, and its moments.
+    # Read and written: the trained parameters, their gradients, which are as large, and their moments.
     state = 4.0 * gradient_bytes(run, mesh) + 2.0 * held["optimizer"]
     return _Work(model, executed, weights + passes * _operands(run, tensor) * tokens / ways + state, tokens)
 

@@ -98,7 +98,7 @@ def candidates(run: Run, target: Target) -> Iterator[Candidate]:
         )
         try:
             program = train_program(other, target.mesh(other.mesh))
-        except ValueError:  # sizes that do not divide
+        except ValueError:  # the sizes do not divide each other
             continue
         seconds = roofline(program, other, target.hardware, []).slowest / tokens
         yield Candidate(changes, other, sum(at_least(program, other).values()), seconds)

@@ -29,7 +29,8 @@ LIBTPU = (
     "checkout (or point TPU_LIBRARY_PATH at a libtpu.so)"
 )
 
-# No host of a TPU: it asks nobody where it is, does not lock others out, and does not complain that it cannot tell.
+# This host has no TPU: with these, libtpu asks no server where the host is, locks no other process out, and prints no
+# complaints.
 _QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",

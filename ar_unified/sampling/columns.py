@@ -115,7 +115,7 @@ def _suggestion(key: str, row: Mapping[str, Any], foreign: bool) -> str:
     if elsewhere(key) and not foreign:
         return repr(elsewhere(key))
     near = nearly(key, ROW)
-    if near and near not in row:  # where the right one stands beside it, it is no slip of that
+    if near and near not in row:  # if the right key stands beside it, it is no slip of that key
         return repr(near)
     inner = nearly(key, FILTER)
     if inner and not foreign:

@@ -246,6 +246,6 @@ def _ended(grammar: Grammar, sample: Sample) -> np.ndarray:
         return sample.tokens
     try:
         said = grammar.parts(sample.document.parts)
-    except GrammarError:  # the text tokenizer does not spell the text that was cut: as it was drawn
+    except GrammarError:  # the text tokenizer cannot spell the text that was cut: the ids stay as they were drawn
         said = sample.tokens
     return np.append(said, grammar.syntax.end).astype(np.int32)

@@ -150,7 +150,7 @@ def run_job(
         storage.refresh()
         found = Done.read(output)
     complete = not any(_undone(line, found) and line.number not in found.failed for line in lines)
-    if complete:  # the last process to end finds it so
+    if complete:  # true for the last process to end
         gallery.write(output)
         batch_output.write(output, lines, weights)
     counted = tally.samples, tally.errors, len(done.samples), tally.tokens, tally.seconds
@@ -221,7 +221,7 @@ def _manifest(engine: Engine, requests: Sequence[Path], defaults: Mapping[str, A
             "dtype": str(engine.config.dtype),
             "kv_dtype": engine.kv_dtype,
         }
-        # Not said before there was a choice: jobs of then go on.
+        # Older jobs lack it, because there was no choice: they go on.
         | ({"weights_dtype": engine.weights_dtype} if engine.weights_dtype else {}),
     } | ({"adapters": engine.adapter_hashes} if engine.adapter_hashes else {})
     return json.loads(json.dumps(manifest))

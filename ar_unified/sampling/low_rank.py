@@ -1,7 +1,7 @@
 """Several LoRA adapters beside one model, in the sampler's form: each row of a batch has its own.
 
-Those of a matrix are stacked, number 0 being none: zeros, so that a row without an adapter has the model's own numbers.
-A smaller rank than the largest is filled up with zeros, too. The scale is in B.
+The adapters of a matrix are stacked. Number 0 is no adapter: it is zeros, so a row without an adapter has the model's
+own numbers. A smaller rank than the largest is filled up with zeros, too. The scale is in B.
 
 L layers, A adapters, I inputs, O outputs, r the largest rank.
 """

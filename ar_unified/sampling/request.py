@@ -21,7 +21,7 @@ MODES = {
     "free": automaton.FREE,
 }
 CONTEXTS = ("empty_prompt", "bos_boi", "from_boi", "image_only", "negative_prompt")
-# Of a request's settings, those that a config and a bundle have defaults of.
+# The settings of a request for which a config and a bundle have defaults.
 DEFAULTS = (
     "guidance", "image_guidance", "context", "negative_prompt", "prompt_suffix", "repetition_penalty", "text", "image",
 )  # fmt: skip

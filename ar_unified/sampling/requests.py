@@ -253,14 +253,14 @@ def request_of(
     for modality in ("text", "image"):
         if modality in own:
             merged[modality] = {**defaults.get(modality, {}), **own[modality]}
-    # What of the defaults belongs to another of them does not stay without it.
+    # A default that only makes sense with another setting goes if that setting is gone.
     if merged.get("context") != "negative_prompt" and "negative_prompt" not in own:
         merged.pop("negative_prompt", None)
     if (own.get("guidance") == 1 or own.get("context") == "image_only") and "image_guidance" not in own:
         merged.pop("image_guidance", None)
     settings = _settings(merged, cells, "")
     settings.setdefault("mode", "image" if "prompt" in row else "free")
-    # Requests that name no seed still draw differently from each other, and alike in every run.
+    # Requests without a seed draw differently from each other, but the same in every run.
     settings.setdefault("seed", int.from_bytes(digest(id)[:4], "big"))
     request = Request(id, (), meta={**columns, **meta}, **settings)
     request.check()

@@ -240,7 +240,7 @@ class Writer:
             # A lone surrogate of a bad request becomes its JSON escape.
             line = json.dumps(entry.row, ensure_ascii=False).encode("utf-8", "backslashreplace")
             rest = memoryview(line + b"\n")
-            while rest:  # one write a line, unless the disk is full: then the next says so
+            while rest:  # one write for a line; on a full disk the next write raises
                 rest = rest[self._file.write(rest) :]
         os.fsync(self._file.fileno())
         if time.monotonic() > self._told + _TOLD_EVERY:

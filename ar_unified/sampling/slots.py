@@ -21,8 +21,8 @@ from ar_unified.sampling.steps import Shape
 
 @dataclass(eq=False)
 class Job:
-    """One sample in a slot. left: steps until its end, if known. tokens: those drawn so far, without `given`. logprobs:
-    their log-probabilities, if they are asked for.
+    """One sample in a slot. left: steps until its end, if known. tokens: ids drawn so far, without the given ones.
+    logprobs: their log-probabilities, if they are asked for.
     """
 
     plan: Plan

@@ -69,7 +69,7 @@ class Rows(NamedTuple):
 
     @property
     def adapters(self) -> Array:
-        """Of each context, i32 [R * C]."""
+        """The adapter of each context, i32 [R * C]."""
         return jnp.repeat(self.adapter, self.weights.shape[1])
 
 

@@ -111,7 +111,7 @@ def step(
     hidden = behind(state.hidden, drafts.hidden).reshape(R, C, width, -1)
     token, broken, image = draw(grammar, weights, state, machines, positions, guesses, hidden, keys)
 
-    # Right as far as what was drawn is what was guessed. What was drawn where the model broke ends the row.
+    # A draw is right if all guesses before it equal what was drawn. A draw from broken logits ends the row.
     right = (token[:, :n] == guesses) & ~broken[:, :n]
     last = jnp.sum(jnp.cumprod(right.astype(jnp.int32), axis=1), axis=1)
 
@@ -127,7 +127,7 @@ def step(
     counts = jnp.arange(width) <= last[:, None]
     where = jnp.where(counts & machine.in_image(machines), machine.code(machines), drafts.codes.shape[1])
     codes = drafts.codes.at[every[:, None], where].set(token - grammar.vocabulary.image_offset, mode="drop")
-    # What was drawn behind what is now known, by its place behind it.
+    # The tokens that were drawn after those now known, by their distance from these.
     place = last[:, None] + 1 + jnp.arange(n)
     inside = jnp.minimum(place, n)
     again = jnp.where((place <= n) & jnp.take_along_axis(image, inside, 1), jnp.take_along_axis(token, inside, 1), -1)

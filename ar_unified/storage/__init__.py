@@ -177,8 +177,8 @@ def names_in(folder: Remote) -> list[str]:
 
 
 def create(path: Path, data: bytes) -> bool:
-    """Writes a file unless there is one, and returns whether it did. Of many who try, one does. Nobody else may write
-    the same `data`.
+    """Writes a file unless there is one, and returns whether it did. If many try, exactly one succeeds. Nobody else may
+    write the same `data`.
     """
     mirror = _of(path)
     if mirror is not None:
@@ -199,7 +199,7 @@ def read(path: Path) -> bytes:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Writes a file that appears whole or not at all; of a store's nothing stays here."""
+    """Writes a file that appears whole or not at all; a file of a store leaves no copy here."""
     mirror = _of(path)
     if mirror is None:
         files.write_bytes(path, data)

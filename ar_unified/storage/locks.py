@@ -21,7 +21,7 @@ from typing import Any
 from ar_unified.errors import RunError
 from ar_unified.storage import stores
 
-_LEASE = 60.0  # seconds; four times in it a holder writes
+_LEASE = 60.0  # seconds, in which a holder writes four times
 _BOOT = "/proc/sys/kernel/random/boot_id"
 
 
@@ -123,7 +123,7 @@ class Lock:
     def _beat(self) -> None:
         while not self._stop.wait(self._lease / 4):
             self._beats += 1
-            with contextlib.suppress(RunError):  # a store that is away is told by those who wait for it
+            with contextlib.suppress(RunError):  # if the store is away, those who wait for it say so
                 if max(self._numbers(), default=0) > self.number:
                     self.lost = True
                     return
@@ -135,11 +135,12 @@ def _machine() -> str:
     try:
         return f"{socket.gethostname()} {Path(_BOOT).read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
-        return f"{socket.gethostname()} {uuid.uuid4().hex}"  # not known: nobody is told from there to be gone
+        return f"{socket.gethostname()} {uuid.uuid4().hex}"  # not known: then no holder on this machine counts as gone
 
 
 def _is_gone(said: dict[str, Any]) -> bool:
-    """Whether a holder has ended, as far as can be known without waiting: it said so, or ran here and runs no more."""
+    """Whether a holder has ended, as far as can be known without waiting: it said so, or it ran on this machine and has
+    ended."""
     if not said or said.get("released"):
         return True
     if said.get("host") != _machine() or not isinstance(said.get("pid"), int):

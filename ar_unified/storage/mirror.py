@@ -5,7 +5,7 @@ folder is opened. Every process has a mirror of its own, so nothing is shared bu
 URL>-<number>` with the first number that no other process here has. <cache> is AR_UNIFIED_CACHE, else
 ~/.cache/ar_unified/mirrors.
 
-Folders that are `lazy` come a file at a time; those `kept` here are neither brought nor put there.
+Folders that are `lazy` come a file at a time; those that are `kept` here are neither downloaded nor uploaded.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def _look(path: Path) -> tuple[int, int]:
 
 
 def _travels(name: str) -> bool:
-    """Whether a file belongs to the store: what is being written, and what only this machine knows, does not."""
+    """Whether a file belongs to the store: files that are being written, and files for this machine alone, do not."""
     return not (name.endswith((UNFINISHED, ".tmp")) or any(part.startswith(".") for part in name.split("/")))
 
 

@@ -42,7 +42,7 @@ class Remote:
         return hash(str(self))
 
     def __truediv__(self, name: str) -> Remote:
-        # Not by PurePosixPath, for which "a//b" and "a/b" are one name, and an absolute name leads out.
+        # PurePosixPath would not do: for it "a//b" and "a/b" are one name, and an absolute name leads out.
         return self._with(PurePosixPath(posixpath.join(str(self._path), name.lstrip("/"))))
 
     def _with(self, path: PurePosixPath) -> Remote:

@@ -22,7 +22,7 @@ class Steps:
         url: of the folder that they are in. mark: the name of the object that makes one whole.
 
     Attributes:
-        here: where they are made, and brought to; it goes with this process.
+        here: the folder where they are made and downloaded to; it is removed with this process.
     """
 
     def __init__(self, url: str, mark: str):
@@ -39,7 +39,7 @@ class Steps:
         return [number for number in numbers if stores.facts(self._at(number, self._mark)) is not None]
 
     def put(self, step: int) -> None:
-        """Copies one into the store, in place of what a killed process left there; others here are removed."""
+        """Copies one into the store, in place of what a killed process left there, and removes the others here."""
         self._clear(step)
         top = self.here / str(step)
         files = [path for path in sorted(top.rglob("*")) if path.is_file() and path != top / self._mark]

@@ -41,11 +41,12 @@ _FORBIDDEN = re.compile(r"Forbidden|Access ?Denied|Unauthorized|InvalidAccessKey
 
 
 class StoreFailed(RunError):
-    """A store did not do what it was asked, however often."""
+    """A store did not do what it was asked to, although the request was repeated."""
 
 
 class StoreRefused(RunError):
-    """A store wants other credentials, or its package is missing. Not a ValueError: no item of data is bad for it."""
+    """A store wants other credentials, or its package is missing. It is no ValueError, because no item of data is to
+    blame."""
 
     exit_status = UNUSABLE
 
@@ -149,10 +150,10 @@ def write(url: str, data: bytes) -> None:
 
 
 def create(url: str, data: bytes) -> bool:
-    """Puts an object there unless there is one, and returns whether it did. Of many who try, one does.
+    """Puts an object there unless there is one, and returns whether it did. If many try, exactly one succeeds.
 
-    Nobody else may write the same `data`: by it, a repeated request sees whether the one before, whose answer was lost,
-    had been done.
+    Nobody else may write the same `data`: so a repeated request can tell by them whether the first one, whose answer
+    was lost, had succeeded.
     """
     tries = 0
 
@@ -277,8 +278,8 @@ def _open(scheme: str, where: str | None, process: int) -> Any:
         raise StoreRefused(
             f"{scheme}:// needs the package {package}, which is not here: pip install 'ar_unified[storage]'"
         ) from error
-    # No listing is kept: what another process has just written must be seen. No retries but ours, where they can be
-    # turned off: else each of ours is six of theirs.
+    # No listing is cached, because what another process has just written must be seen. The package's own retries are
+    # turned off where that is possible: else each of our tries would be six of theirs.
     if scheme == "s3":
         retries = {"retries": {"max_attempts": 1, "mode": "standard"}}
         found = module.S3FileSystem(use_listings_cache=False, config_kwargs=retries, skip_instance_cache=True)

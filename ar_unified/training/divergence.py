@@ -32,7 +32,7 @@ class Watch:
         self._mean: float | None = None
 
     def add(self, step: int, loss: float, latest: Callable[[], int | None]) -> None:
-        """step: as taken, from 0. latest: finds the last checkpoint, for the message."""
+        """step: its number, from 0. latest: finds the last checkpoint, for the message."""
         if self.began is None:
             self._first.append(loss)
             if len(self._first) < _BEGINNING:

@@ -18,8 +18,8 @@ from typing import Any
 from ar_unified.errors import UserError
 from ar_unified.workdir import read_json, write_json
 
-# Apart from "step". "input" is time in which a step could have begun but for its batch; "drawing", in which samples
-# were drawn to learn from, from the end of the host's part of the step before.
+# The activities besides "step". "input" is time in which only the batch of the next step was missing. "drawing" is time
+# in which samples were drawn to learn from; it begins when the host's part of the step before ends.
 ACTIVITIES = ("down", "redone", "start", "compile", "input", "drawing", "validation", "preview", "checkpoint")
 
 
@@ -97,7 +97,7 @@ def describe(account: dict[str, float]) -> str:
 
 
 def wall(path: str | Path) -> float:
-    """Seconds that all attempts in a goodput.json were at work; 0 where there is none."""
+    """Seconds that all attempts in a goodput.json were at work; 0 if there is no such file."""
     return sum(each["seen"] - each["began"] for each in _attempts(Path(path)) if "seen" in each)
 
 

@@ -123,8 +123,8 @@ def fit(
 
     Args:
       manifest: of the vocabulary; goes into every checkpoint, and a checkpoint of another is refused.
-      preview: called with (steps taken, params); the images it returns, uint8 [H, W, 3], go to TensorBoard. Of many
-        processes, process 0 calls it, with the parameters as numpy arrays.
+      preview: called with (steps taken, params); the images it returns, uint8 [H, W, 3], go to TensorBoard. In a job of
+        many processes, process 0 calls it, with the parameters as numpy arrays.
       checkpoint_folder: where checkpoints lie, also a URL as gs://bucket/run; default: `folder`/checkpoints.
       begin: called before the first step with the shapes, dtypes and shardings of the parameters, gives the parameters
         to begin with; None: fresh ones.
@@ -148,7 +148,7 @@ def fit(
         keep_best=config.keep_best,
     )
     start = checkpoints.latest() or 0
-    runtime.barrier(f"{task.name} from step {start}")  # who sees another checkpoint waits elsewhere: named, not hung
+    runtime.barrier(f"{task.name} from step {start}")  # a process with another checkpoint is named, and nothing hangs
     clock = goodput.Goodput(folder / "goodput.json", start, active=runtime.first())
     finished = start >= config.steps
     kept = Kept(task, mesh, begin if kept_elsewhere else None)
@@ -243,7 +243,7 @@ def fit(
         return drawn
 
     # ---------------------------------------------------------------------- Signals: stop at the next step border
-    # Of many processes all must agree on the step: JAX's handler of SIGTERM and runtime.preempted do that.
+    # In a job of many processes all must agree on the step: JAX's handler of SIGTERM and runtime.preempted do that.
     listening = contextlib.ExitStack()
     asked = listening.enter_context(interrupts.noted()) if alone else lambda: 0
 
@@ -258,7 +258,7 @@ def fit(
                 programs[shapes] = train_step.lower(state, batch).compile()
             new = f" for batches of {' x '.join(map(str, shapes[0]))}" if len(programs) > 1 else ""
             telemetry.say(f"{task.name}: compiled in {time.perf_counter() - began:.1f} s{new}")
-            # gloo gives up on who comes 30 s later to the first collective
+            # gloo gives up on a process that comes 30 s late to the first collective
             runtime.barrier(f"compiled for step {step}", timeout=3600)
             meter.skip(began)
         return programs[shapes]
@@ -313,7 +313,7 @@ def fit(
                 rows.append({"step": taken, VALIDATION_LOSS: scores["loss"]})
                 ends = taken == config.steps
                 words = turned(rows, finished=ends, kept=best[0] if config.keep_best and best else None)
-                if words and ends:  # with the last numbers, whatever was said before
+                if words and ends:  # said with the last numbers, even if it was said before
                     telemetry.say(f"{task.name}: {words}")
                 else:
                     turning.update({"turned": f"{task.name}: {words}"} if words else {})
@@ -327,7 +327,7 @@ def fit(
             if save:  # after what was said of this step: a run killed here says it once
                 story = {"model": task.describe(), "training": dataclasses.asdict(config), "compiler_options": options}
                 with clock.during("checkpoint"):
-                    telemetry.keep()  # before the checkpoint: who goes on from it finds what was said until then
+                    telemetry.keep()  # before the checkpoint: a run that goes on from it finds all lines
                     checkpoints.save(
                         taken,
                         params=kept.stored(state.params),

@@ -87,7 +87,8 @@ def _schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     decay_steps = steps - warmup if config.schedule == "cosine" else max(1, round(config.decay_fraction * steps))
     if decay_steps < 1 or warmup + decay_steps > steps:
         raise ValueError(
-            f"warmup_steps: {warmup} steps of warm-up and {decay_steps} of decay do not fit into {steps} steps"
+            f"warmup_steps: {warmup} steps of warm-up and {max(decay_steps, 1)} of decay do not fit into {steps} "
+            "steps: lower warmup_steps, or take more steps"
         )
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:

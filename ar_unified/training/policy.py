@@ -31,8 +31,8 @@ from ar_unified.training.tasks import TransformerTask, ratios
 
 CHOICES = {"normalisation": ("token", "sequence", "constant")}
 
-_BINS, _A_FACTOR, _LEAST = 512, 8, 2.0**-40  # of differences: so many bins, so many for a factor of 2, from there
-_MANY = 0.999  # of the groups: all of them
+_BINS, _A_FACTOR, _LEAST = 512, 8, 2.0**-40  # bins of differences; bins for a factor of 2; the first bin
+_MANY = 0.999  # share of the groups that counts as all of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +209,7 @@ class PolicyTask(TransformerTask):
         return {"reference": params} if self.policy.kl else {}
 
     def logical_axes(self, params: Params) -> Any:
-        """The transformer's FLOPs, and those of the reference's forward pass."""
+        """The axes' names of every parameter, also of the reference."""
         if "reference" in params:
             return {"reference": logical_axes(params["reference"])}
         return logical_axes(params)

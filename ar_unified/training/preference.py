@@ -25,7 +25,7 @@ from ar_unified.training.step import Metrics, Params
 from ar_unified.training.tasks import TransformerTask
 
 LOSSES = ("dpo", "ipo", "simpo")
-_MODALITIES = (Role.TEXT, Role.IMAGE)  # whose parts of rewards and log-probabilities are told apart
+_MODALITIES = (Role.TEXT, Role.IMAGE)  # the modalities whose parts of rewards and log-probabilities are logged
 _ANSWERS = ("chosen", "rejected")
 
 
@@ -92,7 +92,7 @@ def by_answer(values: Array, batch: PackedBatch, pairs: int) -> Array:
     """Sums of values f32 [B, T] over the trained targets of each answer, by role: f32 [B, P, 2, R]."""
     places = 2 * pairs * len(Role)
     own = (batch.segment_ids - 1) * len(Role) + batch.roles
-    where = jnp.where(trained(batch), own, places)  # a place of its own for what is of no answer
+    where = jnp.where(trained(batch), own, places)  # tokens of no answer have a place of their own
 
     def of_row(values: Array, where: Array) -> Array:
         return jax.ops.segment_sum(values, where, places + 1)[:-1]

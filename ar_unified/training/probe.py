@@ -3,7 +3,7 @@
 Of two tokenizers with equally good images, one may have ids that are far harder to model. So a transformer of a fixed
 small size is trained for a fixed small budget on ids of training images, in reading order, and its bits per id are
 measured on others. It is this repository's transformer, task and training step, on one device, without a checkpoint:
-what is interrupted begins again.
+a probe that is interrupted begins again.
 
 Axes: N images, h w ids of an image, B rows, T = h * w.
 """

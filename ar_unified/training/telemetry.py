@@ -193,7 +193,7 @@ class Telemetry:
 
 
 def _summary_writer() -> Any:
-    """tensorboardX's SummaryWriter, imported by who writes.
+    """tensorboardX's SummaryWriter, imported only by the process that writes.
 
     tensorboardX imports torch wherever torch is installed, for a type in its annotations: that takes seconds, or ends
     the run if that torch is broken. It works without torch, so during this import torch is hidden, unless it is loaded

@@ -18,7 +18,7 @@ import functools
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -187,6 +187,7 @@ def peer_decodes(peer, prompts: np.ndarray, new: int, dtype: str) -> dict[str, C
 def serve_peer(pipe, config: TransformerConfig, params, what: str, tokens: np.ndarray, new: int) -> None:
     """The peer's process: each name received is a run, answered by (wall, CPU seconds, what the run returned)."""
     peer = make_peer(config, params)
+    runs: Mapping[str, Callable]
     if what == "train":
         runs = {"transformers": peer_train_step(peer, tokens, config.dtype)}
     else:
@@ -265,6 +266,8 @@ def main() -> None:
 
     for dtype in args.dtypes:
         config = config_from(preset, vocab, qk_norm="none", dtype=dtype)
+        peers: tuple[str, ...]
+        ours: Callable
         if "train" in args.what:
             peers = () if args.alone else ("transformers",)
             ours = our_train_step(config, params, rows, args.chunk)

@@ -9,7 +9,8 @@ of its four sides), all three at once, and as it is. All are shown to one `Searc
 Recall: copies that were found to be of their own original's group. Precision: of all that were found to be copies,
 those that were planted; an original that is found to be a copy of another counts as wrong, unless it has the same
 pixels. Cost: CPU seconds, and the same for 10**6 images if each takes as long as here: hashing does, searching takes
-longer the more images there are that look alike. Reading and decoding, which comes to it, is not counted.
+longer the more images there are that look alike. The time to read and decode the images comes on top and is not
+counted.
 
 What was measured: docs/benchmarks.md.
 """

@@ -48,7 +48,7 @@ def weights(shape: str) -> tuple[Any, dict[str, Any], np.ndarray]:
 
     def leaf(like: Any) -> np.ndarray:
         scale = 0.2 if like.ndim == 1 else np.prod(like.shape[:-1]) ** -0.5
-        return np.float32(draw.normal(like.ndim == 1, scale, like.shape))
+        return draw.normal(like.ndim == 1, scale, like.shape).astype(np.float32)
 
     params = jax.tree.map(leaf, jax.eval_shape(functools.partial(init, config), jax.random.key(0)))
     return config, params, draw.normal(size=(CODES, DIM)).astype(np.float32)
@@ -108,7 +108,7 @@ def make_decoder(multipliers: tuple[int, ...]) -> Any:
             self.mid = nn.Module()
             self.mid.block_1, self.mid.block_2 = block(width, width), block(width, width)
             self.mid.attn_1 = parts.ChameleonVQVAEEncoderAttnBlock(width)
-            levels = []
+            levels: list[nn.Module] = []
             for index in reversed(range(len(multipliers))):
                 level, out = nn.Module(), 64 * multipliers[index]
                 level.block = nn.ModuleList([block(width, out), block(out, out), block(out, out)])

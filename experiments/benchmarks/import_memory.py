@@ -41,13 +41,13 @@ from ar_unified.model.config import TransformerConfig, config_from
 from ar_unified.tensors import INDEX, Kind, TensorWriter
 
 _BLOCK = 1 << 22  # random numbers that are made
-# Linux counts the memory of who starts a process as that process's, so one starts it that has little.
+# Linux counts the memory of the parent as the new process's, so a parent with little memory starts it.
 _PARENT = """
 import json, resource, subprocess, sys
 status = subprocess.call(sys.argv[2:])
 json.dump([status, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss], open(sys.argv[1], "w"))
 """
-# What a training or a sampler that begins with the bundle does on a host of as many devices.
+# What a training or a sampler does that begins with the bundle on a host with that many devices.
 _LOAD = """
 import sys
 import jax
@@ -158,7 +158,7 @@ def numbers(shape: tuple[int, ...], block: np.ndarray) -> np.ndarray:
 
 
 def resized(found: dict[str, Any], config: TransformerConfig) -> dict[str, Any]:
-    """A config.json with the sizes of another model; of a model of two parts, its text's."""
+    """A config.json with the sizes of another model; in a model of two parts, the text part gets them."""
     if isinstance(found.get("text_config"), dict):
         return found | {"text_config": resized(found["text_config"], config)}
     sizes = {

@@ -6,8 +6,8 @@ DIR gets what `prepare` leaves of one source, but for the tokens: manifest, inde
 8,192 items, and the planned rows: 16 bytes a document, so 16 GB for 10^9. It is removed again.
 
 Documents are simulated: a third captions with an image of 256 codes, a third texts, a third interleaved (log-normal).
-From 10^8 on all runs of 4,096 documents have the lengths of the first, so that the plan of one block is that of all and
-need not be made 15,259 times; what planning costs is measured on the first 10^6 (`plan`).
+From 10^8 documents on, all runs of 4,096 documents have the lengths of the first run. So one block is planned in place
+of 15,259; what planning costs is measured on the first 10^6 (`plan`).
 
 A fresh process then opens the loader and makes batches of steps drawn at random. Files are dropped from the page cache
 first, as after a restart. Columns, of a process of its own for each size:
@@ -134,7 +134,7 @@ def repeat_plan(index: np.ndarray, place: Path) -> None:
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """Of a process that has done nothing else."""
+    """Measures one size, in a process that has done nothing else."""
     drop_from_cache(folder)
     before = own()
     began, worked = time.perf_counter(), time.process_time()
@@ -183,7 +183,7 @@ def measure(folder: Path) -> dict[str, Any]:
 
 
 def simulated(self: shards.Shards, documents: np.ndarray) -> list[Encoded]:
-    """In place of reading: tokens of the right lengths."""
+    """Stands in for reading: gives tokens of the right lengths."""
     found = self.facts(documents)["length"].tolist()
     tokens, marks = np.zeros(LENGTH, np.int32), np.zeros(LENGTH, np.uint8)
     return [Encoded(tokens[:length], marks[:length]) for length in found]

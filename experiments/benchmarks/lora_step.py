@@ -57,7 +57,9 @@ class Way:
         self.batch = jax.device_put(batch)
         self.step = make_train_step(task, tx, mesh, seed=0).lower(self.state, self.batch).compile()
         self.held = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
-        self.besides = self.step.memory_analysis().temp_size_in_bytes
+        memory = self.step.memory_analysis()
+        assert memory is not None, "the CPU's compiler says what a program needs"
+        self.besides = memory.temp_size_in_bytes
 
     def seconds(self) -> float:
         """Processor time of one step."""

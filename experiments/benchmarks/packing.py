@@ -80,7 +80,7 @@ def ours(found: np.ndarray) -> tuple[float, float]:
         documents = [Encoded(tokens[:n], marks[:n]) for row in rows for n in found[row].tolist()]
         where = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
         batch = pack(documents, np.zeros(len(where), np.int8), where, shape=(len(rows), LENGTH), pad=0)
-        filled += np.count_nonzero(batch.segment_ids)
+        filled += int(np.count_nonzero(batch.segment_ids))
     spent = time.process_time() - began
     return filled / (packing.rows * LENGTH), spent / len(found) * 1e6
 
@@ -93,7 +93,7 @@ def theirs(dataset: Any, documents: int, method: str, rows: int) -> tuple[float,
     began = time.process_time()
     filled = count = 0
     for row in packed:
-        filled, count = filled + np.count_nonzero(row["tokens_segment_ids"]), count + 1
+        filled, count = filled + int(np.count_nonzero(row["tokens_segment_ids"])), count + 1
     return filled / (count * LENGTH), (time.process_time() - began) / documents * 1e6
 
 

@@ -65,7 +65,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     tokenizer.crop, tokenizer.short_side, tokenizer.mirror = 64, 128, True
     tokenizer.steps, tokenizer.batch_size = STEPS, 16
     tokenizer.checkpoint_every = STEPS
-    tokenizer.update(CANDIDATES[args["name"].replace("+", ", ")])
+    tokenizer.update(CANDIDATES[str(args["name"]).replace("+", ", ")])
     return config
 
 

@@ -7,9 +7,10 @@ Without installing it: `pip download --no-deps easy-vqa`, then --source easy_vqa
 clone of github.com/vzhou842/easy-VQA, which has the same files.
 
 Leaves images/SPLIT/N.png as they come (4,000 of train, 1,000 of test, 64 x 64 pixels), vqa.jsonl (48,248 questions) and
-captions.jsonl (4,980: "a blue rectangle"). The set has no captions: they follow from its questions and answers, and for
-the 534 images whose questions leave colour or shape open from the pixels, but for 20 figures whose filled share of
-their bounding box is that of no shape for sure. These are the rows of the run that easy_vqa.py tells of.
+captions.jsonl (4,980: "a blue rectangle"). The set has no captions. They follow from its questions and answers. For 534
+images the questions do not give both colour and shape, so the pixels decide; 20 of these have no caption, because the
+filled share of the figure's bounding box fits no shape clearly. These are the rows of the run that easy_vqa.py tells
+of.
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ github.com/muan/unicode-emoji-json:
         --names package/data-by-emoji.json --output datasets/noto-emoji
 
 Leaves images/emoji_uCODE.png and captions.jsonl ({"image", "text", "group", "codepoints"}). Flags of countries and
-regions are left out, as png/128 does, and so is what the images do not have. The run that emoji.py tells of had the
-1,644 of png/128 (noto-emoji at b3e3051). From Debian 12's font (2.042) and unicode-emoji-json 0.9.0 come 1,637 of them,
-without the seven of Unicode 16, with the same names; in the font an image has fewer colours and a few were drawn anew:
-mean difference 0.7 of 255 levels in the median, and 1.4 for nine in ten. The run's rows had keywords, too, that nothing
+regions are left out, as in png/128, and so are names without an image. The run that emoji.py tells of had the 1,644 of
+png/128 (noto-emoji at b3e3051). From Debian 12's font (2.042) and unicode-emoji-json 0.9.0 come 1,637 of them, without
+the seven of Unicode 16, with the same names; in the font an image has fewer colours and a few were drawn anew: mean
+difference 0.7 of 255 levels in the median, and 1.4 for nine in ten. The run's rows also had keywords, which nothing
 reads.
 """
 

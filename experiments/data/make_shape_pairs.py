@@ -80,7 +80,7 @@ def _answers(rng: np.random.Generator, split: str, count: int) -> Iterator[dict[
 
 
 def spoiled(rng: np.random.Generator, scene: scenes.Scene) -> scenes.Scene:
-    """A scene of which one object has one other property: no two of a kind, none in the place of another."""
+    """The scene with one property of one object changed: still no two of a kind, and none in the place of another."""
     while True:
         i, name = int(rng.integers(len(scene))), list(VALUES)[int(rng.integers(len(VALUES)))]
         value = VALUES[name][int(rng.integers(len(VALUES[name])))]

@@ -5,8 +5,8 @@
 Leaves prompts.jsonl: 4,000 captions, each with the scene that it describes and without a picture. Every scene has a
 (shape, colour) that the embedded dataset keeps for its split "unseen_combinations". The 1,000 examples of
 shapes/captions in that split stay for tests: none of their captions is here, and none of their scenes of two or three
-objects. Four in ten have one object, of which there are 32 scenes alone, all of them in the tests in other words: what
-is right about one object is easier to find than what is right about three. A seed makes them, the same everywhere.
+objects. Four in ten have one object. There are only 32 such scenes, and the tests have all of them in other words. They
+help because it is easier to draw one object right than three. A seed makes them, the same everywhere.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ar_unified.data.shapes import captions_held_out
 from ar_unified.workdir import write_text
 
 SPLIT = "unseen_combinations"
-ALONE = 0.85  # how often one object is looked for, which few scenes have: four prompts in ten
+ALONE = 0.85  # how often a scene with one object is looked for, of which there are few: four prompts in ten
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def make(output: Path, count: int = 4000) -> str:
     """Writes the prompts; returns what was made in words."""
     captions, tested = captions_held_out(SPLIT)
-    rng, rows = np.random.default_rng([scenes.SPLITS.index(SPLIT), 4]), []
+    rng = np.random.default_rng([scenes.SPLITS.index(SPLIT), 4])
+    rows: list[dict] = []
     while len(rows) < count:
         scene, alone = scenes.sample_scene(rng, SPLIT), rng.random() < ALONE
         text, said = scenes.caption(rng, scene), scenes.scene_to_json(scene)

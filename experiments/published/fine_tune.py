@@ -4,9 +4,9 @@
     ar-unified run --config experiments/published/fine_tune.py:init=emu3,path=DIR --workdir workdirs/mine
 
 DIR is a folder or a file as experiments/folder.py reads it; for a language model of text alone also text files.
-Tokenizers, language, the model's shape and what requests are drawn with are the bundle's; what is trained, how fast,
-with which loss and on how many rows a step is the recipe's, and every key of it can be changed. A batch is made of
-parts of 8 rows.
+The bundle decides tokenizers, language, the model's shape and how requests are drawn. The recipe decides what is
+trained, how fast, with which loss and on how many rows a step; every key of it can be changed. A batch is made of parts
+of 8 rows.
 
 Arguments: init=BUNDLE; path=DIR; recipe=NAME, one of RECIPES (that of the bundle's system); steps=N (1000); batch=ROWS
 (the recipe's, else 8); links=yes|no, whether links that lead out of DIR are followed (no).
@@ -35,7 +35,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "model": dict(dropout=0.05),
         "loss": dict(prompt=0.0),
     },
-    # Chameleon's weights, taught to draw: of the head, the rows of image codes alone, begun anew.
+    # Teaches Chameleon's weights to draw: only the head's rows of image codes are trained, and they begin anew.
     "anole": {
         "training": dict(
             only=("head[image]",),

@@ -123,7 +123,7 @@ def test_the_card_has_the_numbers_of_these_weights(tmp_path, capsys):
     assert main(export(workdir, tmp_path / "one")) == 0
     card = (tmp_path / "one" / "README.md").read_text()
     assert "license: unknown\n" in card and "write its licence here" in card
-    assert "its licence is unknown: --license" in capsys.readouterr().out
+    assert "the licence is unknown; --license" in capsys.readouterr().out
     assert f"| parameters | {parameter_count(parts()['config']):,} (1 layers of 32) |" in card
     assert "24 image codes" in card and "300 text pieces" in card
     assert (

@@ -77,9 +77,9 @@ def test_an_adapter_is_trained_exported_served_and_merged(bundle, folder, tmp_pa
     assert main(["export", *out_again, "--to", "peft"]) == 0
     first, after = (peft.read(tmp_path / name, bundle.config) for name in ("adapter", "second try"))
     for path, pair in first.matrices.items():
-        for old, new in zip(pair, after.matrices[path], strict=True):
-            np.testing.assert_allclose(new, old, atol=1e-7)
-            assert np.abs(old).max() > 1e-3
+        for begun, left in zip(pair, after.matrices[path], strict=True):
+            np.testing.assert_allclose(left, begun, atol=1e-7)
+            assert np.abs(begun).max() > 1e-3
     begin |= dict(lora__rank=3)
     refused(arguments("train", folder, bundle, tmp_path / "third", **begin), r"lora.rank .or ranks.: expected 2, as")
 

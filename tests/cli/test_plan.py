@@ -44,8 +44,8 @@ def test_the_tokenizers_of_a_workdir_size_the_vocabulary_and_nothing_is_written(
     assert 256 < trained.text_size <= 300 and trained.codebook_size == 4096
     image = AutoencoderConfig(width=8, blocks=(0, 0, 1), levels=(8, 8))
     ImageTokenizer(image, init(image, jax.random.key(0))).save(tmp_path / "image_tokenizer")
-    trained = run_of(config, tmp_path)
-    assert trained.vocabulary.codebook_size == 64 and trained.model.vocab_size == trained.vocabulary.size == 384
+    both = run_of(config, tmp_path)
+    assert both.vocabulary.codebook_size == 64 and both.model.vocab_size == both.vocabulary.size == 384
 
 
 def test_the_verb_takes_a_workdir(config, tmp_path, capsys):

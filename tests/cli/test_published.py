@@ -70,7 +70,7 @@ def test_it_is_trained_on_a_folder_and_exported_as_it_came(folder, tmp_path, kin
 def test_documents_are_written_in_its_language(folder, tmp_path, capsys):
     for verb in ("tokenizer", "prepare"):
         assert main(command(verb, "emu3", folder, tmp_path)) == 0, capsys.readouterr()
-    experiment = opened(tmp_path / "w")
+    experiment: Any = opened(tmp_path / "w")
     grammar = experiment.grammar
     assert grammar.manifest() == parts("emu3")["grammar"].manifest() and grammar.vocabulary.used == 635
     assert experiment.text_tokenizer.border == parts("emu3")["text_tokenizer"].border

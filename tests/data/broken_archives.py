@@ -216,7 +216,7 @@ def packed(root: Path, count: int) -> dict[str, Part]:
     half = len(lines) // 2
     first, second = b"".join(lines[:half]), b"".join(lines[half:])
     bomb = first + b"[" * (160 << 20) + b"\n" + second
-    parts = {}
+    packed = {}
     for ending, pack in {"gz": lambda data: gzip.compress(data, 1), "zst": lambda data: _zstandard(data)}.items():
         for name, data, kind, rest in (
             (f"bomb.jsonl.{ending}", pack(bomb), "too_large", told[half:]),
@@ -224,8 +224,8 @@ def packed(root: Path, count: int) -> dict[str, Part]:
         ):
             (root / name).write_bytes(data)
             items = [*told[:half], (f"{name}:{half + 1}", kind), *rest]
-            parts[name] = Part(dict(kind="jsonl", path=str(root / name)), items, {name})
-    return parts
+            packed[name] = Part(dict(kind="jsonl", path=str(root / name)), items, {name})
+    return packed
 
 
 def _zstandard(data: bytes) -> bytes:

@@ -23,11 +23,11 @@ from ar_unified.data.prepare.encoder import Tokenizers
 from ar_unified.data.prepare.image_codes import ImageCodes
 from ar_unified.data.sources import open_source
 from ar_unified.language.syntax import fixed_grid
-from tests.data.conftest import Kit
+from tests.data.conftest import Kit, PatchMeans
 from tests.moments import random_moments
 
 
-class Slow(Kit.Tokenizer):
+class Slow(PatchMeans):
     """Takes `pause` seconds a batch, as a network does."""
 
     def __init__(self, pause: float):

@@ -41,9 +41,9 @@ def test_the_good_come_through_and_every_bad_one_is_told(tmp_path: Path) -> None
 
     report = load_report(tmp_path / "data")
     for name, part in parts.items():
-        counts, folder = report.sources[name], tmp_path / "data" / folder_name(name)
+        counts, left = report.sources[name], tmp_path / "data" / folder_name(name)
         assert broken.found(tmp_path / "data", name) == part.good, name
-        rows = [row for number in range(counts.shards) for row in read_skipped(shard_path(folder, number))]
+        rows = [row for number in range(counts.shards) for row in read_skipped(shard_path(left, number))]
         bad = [(row["origin"].removeprefix(f"{tmp_path}/set/"), row["kind"]) for row in rows]
         assert bad == part.bad, name
         assert sum(counts.skipped.values()) == len(bad) and all(row["reason"].isprintable() for row in rows), name

@@ -34,7 +34,8 @@ def test_clips_are_documents_of_several_images(tmp_path: Path) -> None:
     assert [item.kind for item in found[3:] if isinstance(item, BadItem)] == ["unreadable_image", "path_escapes"]
     assert greys(open_source(dict(kind="clips", path=tmp_path, frames=99))[2].parts) == list(range(0, 101, 10))
     assert source.origin(0) == str(tmp_path / "a")
-    for options, message in ((dict(frames=0), "at least 1"), (dict(path=tmp_path / "a"), "found none")):
+    wrong: tuple[tuple[dict, str], ...] = ((dict(frames=0), "at least 1"), (dict(path=tmp_path / "a"), "found none"))
+    for options, message in wrong:
         with pytest.raises(UserError, match=message):
             open_source(dict(kind="clips", path=tmp_path) | options)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,9 +38,10 @@ def attribute_of(words: str) -> str:
     return next((name for name, start in said.items() if start in words), "")
 
 
-def answers(talk: Conversation) -> list[str | Scene]:
+def answers(talk: Conversation) -> list[str | Scene | None]:
     """What a reader answers who keeps in mind the picture, what "it" is, what was asked, and how "it" was."""
-    scene, it, asked, was, found = talk.shown, None, "", None, []
+    scene, it, asked, was = talk.shown, None, "", None
+    found: list[str | Scene | None] = []
     for exchange in talk.exchanges:
         words = exchange.asked.lower()
         if words.startswith(("draw this", "please draw")):
@@ -120,7 +122,7 @@ def test_a_conversation_is_drawn_from_its_generator_alone() -> None:
 def test_tfds_serves_them_as_turns(tmp_path, monkeypatch) -> None:
     builder = tiny("conversations", tmp_path, held_out=2)
     monkeypatch.setattr("ar_unified.data.sources.named._builder", lambda name, data_dir: builder)
-    source = open_source(dict(kind="tfds", name="shapes/tiny_conversations", split="train"))
+    source: Any = open_source(dict(kind="tfds", name="shapes/tiny_conversations", split="train"))
     assert source.has_images and len(source) == 40
     rng = np.random.default_rng([4, 0])
     for i in range(8):

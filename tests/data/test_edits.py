@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ def obeyed(before: scenes.Scene, instruction: str) -> scenes.Scene:
         return scenes.in_order([*before, Object(*new)])
     colours, shapes = "|".join(scenes.COLOURS), "|".join(scenes.SHAPES)
     subject = re.search(f"the ((?:large |small )?(?:(?:{colours}) )?(?:{shapes}))", words)
+    assert subject is not None, words
     named = set(subject[1].split())
     (old,) = [o for o in before if named <= {o.shape, o.colour, o.size}]
     others, said = scenes.without(before, old), words[subject.end() :]
@@ -96,7 +98,7 @@ def test_the_checker_sees_sizes_and_whatever_else_was_touched() -> None:
 def test_tfds_serves_edits_as_a_question_with_a_picture_for_an_answer(tmp_path, monkeypatch) -> None:
     builder = tiny("edits", tmp_path, held_out=4)
     monkeypatch.setattr("ar_unified.data.sources.named._builder", lambda name, data_dir: builder)
-    source = open_source(dict(kind="tfds", name="shapes/tiny_edits", split="validation"))
+    source: Any = open_source(dict(kind="tfds", name="shapes/tiny_edits", split="validation"))
     assert source.has_images and len(source) == 4
     for i in range(4):
         document = source[i]

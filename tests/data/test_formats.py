@@ -143,7 +143,7 @@ def test_packed_tars_are_read_forward_and_at_any_place(
 
 def test_tables_are_read_at_random_and_by_their_columns_alone(tmp_path: Path, kit: Any) -> None:
     given = examples(kit, "captions", 100)
-    source = open_source(copies.parquet(tmp_path / "set", given))
+    source: Any = open_source(copies.parquet(tmp_path / "set", given))
     order = [99, 0, 50, 51, 49, 7]
     assert [item for _, item in read(source, order)] == [source[i] for i in order]
     assert source.origin(40).endswith("train-00001-of-00003.parquet:7") and source.texts(40) == ["picture 40"]
@@ -205,7 +205,7 @@ def test_keys_of_a_webdataset_in_the_config(tmp_path: Path, kit: Any) -> None:
     members = [("a/7.left.png", to_png(kit.image(1))), ("a/7.right.png", to_png(kit.image(2))), ("a/7.json", facts)]
     (tmp_path / "a.tar").write_bytes(copies.tar(members))
     keys = dict(image="right.png", text="json/caption", language="json/lang")
-    source = open_source(dict(kind="webdataset", path=tmp_path / "a.tar", keys=keys))
+    source: Any = open_source(dict(kind="webdataset", path=tmp_path / "a.tar", keys=keys))
     assert source[0].parts == (TextPart("a cat"), ImagePart(kit.image(2))) and source.language(0) == "eng"
     assert source.origin(0) == f"{tmp_path}/a.tar:a/7"
 

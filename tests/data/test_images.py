@@ -292,6 +292,12 @@ def test_png_round_trips() -> None:
     assert resize(pixels, 3, 3).shape == (3, 3, 3)
 
 
+@pytest.mark.parametrize("side", [(25, 32), (23, 29)], ids=["top", "left"])
+def test_a_window_whose_edge_rounds_below_zero_is_inside(side: tuple[int, int]) -> None:
+    """(25 - 88 * 25 / 88) / 2 is -2e-15, and Pillow refuses a box that begins there."""
+    assert resize(np.full((*side, 3), 7, np.uint8), 88, 112).min() == 7
+
+
 def test_recoloured_changes_colours_and_no_shape() -> None:
     pixels = np.array([[[0, 100, 200], [255, 255, 255], [0, 0, 0], [0, 100, 200]]], np.uint8)
     assert np.array_equal(recoloured(pixels, (0.0, 0.5, 0.5, 0.5)), pixels)

@@ -21,7 +21,7 @@ PNG = to_png(PICTURE)
 
 def test_many_items_are_read_at_once_and_texts_read_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     features = dict(image=f.Image(shape=(8, 8, 3)), text=f.Text(), scene=f.Text())
-    source = open_source(
+    source: Any = open_source(
         copies.dataset(tmp_path, "pairs", features, [dict(image=PNG, text=f"t{i}", scene="s") for i in range(100)])
     )
     calls, records = [], type(source._examples).__getitems__
@@ -71,7 +71,7 @@ def test_shipped_mappings(tmp_path: Path) -> None:
         ),
     }
     for name, (features, example, parts) in made.items():
-        source = open_source(copies.dataset(tmp_path, name, features, [example]))
+        source: Any = open_source(copies.dataset(tmp_path, name, features, [example]))
         assert source[0].parts == parts, name
         assert source.texts(0) == [part.text for part in parts if isinstance(part, TextPart)]
         assert source.has_images == (name != "wikipedia")
@@ -82,7 +82,7 @@ def test_a_mapping_in_the_config(tmp_path: Path) -> None:
     spec = copies.dataset(tmp_path, "own", features, [dict(photo=PNG, title="Rex", kind=1, lang="eng")])
     with pytest.raises(UserError, match="own:1.0.0: expected image, text, .*; found .*photo.* Say which"):
         open_source(spec)
-    source = open_source(spec | dict(columns=dict(image="photo", text="{title}, a {kind}", language="lang")))
+    source: Any = open_source(spec | dict(columns=dict(image="photo", text="{title}, a {kind}", language="lang")))
     assert source[0].parts == (TextPart("Rex, a dog"), ImagePart(PICTURE)) and source.language(0) == "eng"
     with pytest.raises(UserError, match="there is no column 'titel'; did you mean 'title'"):
         open_source(spec | dict(columns=dict(image="photo", text="titel")))

@@ -119,8 +119,8 @@ def test_rows_that_are_planned_beforehand_are_read_a_block_at_a_time(
         assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
         for other in (lengths[:-1], lengths[::-1]):
             with pytest.raises(UserError, match="rows of 64 tokens were planned for other documents .*delete rows-64"):
-                other = Packing(other, T, seed=0, folder=tmp_path)
-                other.documents(0, np.arange(other.rows))
+                packing = Packing(other, T, seed=0, folder=tmp_path)
+                packing.documents(0, np.arange(packing.rows))
 
 
 def test_rows_are_well_filled_and_differ_between_epochs() -> None:

@@ -170,7 +170,9 @@ def test_columns_of_other_names_are_mapped_in_tables_and_in_jsonl(tmp_path: Path
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
     columns = dict(prompt="{system}\n\n{input}", chosen="good", rejected="bad")
     specs = written(tmp_path / "rows.jsonl", rows), dict(kind="parquet", path=str(tmp_path / "t.parquet"))
-    (one,), (other,) = ([*open_source(spec | dict(columns=columns))] for spec in specs)
+    sources = [open_source(spec | dict(columns=columns)) for spec in specs]
+    assert [len(source) for source in sources] == [1, 1]
+    one, other = (source[0] for source in sources)
     assert one.turns == other.turns and one.rejected == other.rejected
     assert one.turns[0].parts == (TextPart("Be brief.\n\ndraw"),)
     assert (one.answer[0].pixels == Kit.image(0)).all() and (one.rejected.parts[0].pixels == Kit.image(1)).all()
@@ -225,5 +227,7 @@ def test_conversations_that_are_no_pair_are_refused(changes: dict[str, Any], kin
 def test_one_answer_alone_is_no_pair(tmp_path: Path) -> None:
     """A column of that name stays what it was: something that travels along."""
     pq.write_table(pa.Table.from_pylist([dict(text="a", prompt="b", chosen="c")]), tmp_path / "t.parquet")
-    (found,) = open_source(dict(kind="parquet", path=str(tmp_path / "t.parquet")))
+    source = open_source(dict(kind="parquet", path=str(tmp_path / "t.parquet")))
+    found = source[0]
+    assert len(source) == 1
     assert found.rejected is None and found.parts == (TextPart("a"),)

@@ -39,7 +39,7 @@ def spoil(image: Image.Image, blur: float = 1.0, noise: float = 8.0) -> np.ndarr
 
 def seen(pixels: np.ndarray) -> tuple[str, str] | None:
     reading = read_image(pixels)
-    return reading and (reading.color, reading.shape)
+    return None if reading is None else (reading.color, reading.shape)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -78,6 +78,7 @@ def test_refuses_what_is_not_one_figure_of_the_set():
 def test_protocol_takes_the_facts_from_meta_or_from_the_caption():
     pixels = np.asarray(draw("circle", COLORS["teal"]))
     check = PROTOCOLS["easy_vqa"].image_matches
+    assert check is not None
     parts = (TextPart("a teal circle"), ImagePart(pixels))
     assert check(Document.of(parts, 1), pixels)
     assert not check(Document.of((TextPart("a teal triangle"), parts[1]), 1), pixels)
@@ -106,8 +107,8 @@ def test_agrees_with_the_captions_of_a_whole_set(tmp_path):
     rows = [json.loads(line) for line in (data / "captions.jsonl").read_text().splitlines()][:: 12 if real else 1]
     right = {"original": 0, "spoiled": 0}
     for row in rows:
-        with Image.open(data / row["image"]) as image:
-            image = image.convert("RGB")
+        with Image.open(data / row["image"]) as file:
+            image = file.convert("RGB")
         wanted = row["color"], row["shape"]
         right["original"] += seen(np.asarray(image)) == wanted
         right["spoiled"] += seen(spoil(image)) == wanted

@@ -8,6 +8,7 @@ import re
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,7 +138,7 @@ def test_the_head_says_how_a_image_becomes_codes():
 
 
 def test_the_head_says_which_batches_a_training_has():
-    train = {"steps": 100, "batch_size": 8, "sequence_length": 64}
+    train: dict[str, Any] = {"steps": 100, "batch_size": 8, "sequence_length": 64}
     assert summary({"training": train})["training"] == "100 steps of 8 rows of 64 tokens: 51.2k in all"
     longer = {"begin": 0.255, "sequence_length": 128, "batch_size": 2}
     train["phases"] = [{"begin": 0.1, "flip_pairs": 0.5}, longer, {"begin": 0.9, "batch_size": 4}]

@@ -101,8 +101,13 @@ def test_each_key_of_a_training_costs_extends_or_is_refused(tmp_path: Path, name
 
 
 def _other(value: Any) -> Any:
-    if isinstance(value, bool | str | list):
-        return {bool: lambda: not value, str: lambda: f"{value}x", list: lambda: (*value, 0.5)}[type(value)]()
+    match value:
+        case bool():
+            return not value
+        case str():
+            return f"{value}x"
+        case list():
+            return (*value, 0.5)
     return value + 1
 
 

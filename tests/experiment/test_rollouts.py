@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -43,9 +44,10 @@ class Killed(Exception):
 
 def dying(batch, at):
     """The drawing of that step kills the run."""
-    call = type(batch).__call__
+    base: Any = type(batch)
+    call = base.__call__
 
-    class Dying(type(batch)):
+    class Dying(base):
         def __call__(self, step, params):
             if step == at:
                 raise Killed
@@ -193,8 +195,8 @@ def test_two_processes_train_as_one(tmp_path):
     rewarded.run(tmp_path / "one", rewarded.rollouts(policy=policy), policy, steps=4)
     address = f"localhost:{free_port()}"
     command = [sys.executable, rewarded.__file__, str(tmp_path / "two"), address, "2"]
-    pipes = dict(env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    both = [subprocess.Popen([*command, str(i)], **pipes) for i in range(2)]
+    pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    both = [subprocess.Popen([*command, str(i)], env=environment(), **pipes) for i in range(2)]
     said = [process.communicate(timeout=900)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))

@@ -28,7 +28,7 @@ ADAMW = OptimizerConfig(
 )  # fmt: skip
 
 
-def hidden(model: Any, tokens: np.ndarray) -> np.ndarray:
+def hidden(model: Any, tokens: Any) -> np.ndarray:
     """A loaded model's states behind the last norm: int [B, T] of our ids -> float32 [B, T, D]."""
     config, tokens = model.engine.config, jnp.asarray(tokens, jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)

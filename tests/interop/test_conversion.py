@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from collections import OrderedDict
+from typing import Any
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -39,7 +40,10 @@ class Call:
         self.called, self.arguments = Named(module, name), arguments
 
 
-class Pickler(pickle._Pickler):
+_PYTHONS: Any = pickle._Pickler
+
+
+class Pickler(_PYTHONS):
     """Python's own, which also writes names that are not there, and storages as torch does."""
 
     def persistent_id(self, value):

@@ -212,7 +212,7 @@ def test_a_choice_goes_before_what_the_config_says(
     assert main([*command, "emu3_gen"]) == 0
     found = Bundle(tmp_path / "b")
     assert (found.sections["sampling"]["prompt_suffix"], found.grammar.layout.kind) == (PRAISE, "emu3_gen")
-    assert found.published["system"] == "emu3", "whose recipe it is fine-tuned with"
+    assert found.published is not None and found.published["system"] == "emu3", "whose recipe it is fine-tuned with"
     assert Bundle(bundle("emu3")).grammar.layout.kind == "emu3"
 
 

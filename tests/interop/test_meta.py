@@ -99,7 +99,10 @@ def test_one_vector_goes_to_every_file_and_two_to_half_of_them():
 
 BROKEN = {
     "other norms": (lambda f: f[1].update({"norm.weight": r(D)}), "norm.weight: expected the same in every file"),
-    "missing in one": (lambda f: f[1].pop("output.weight"), "output.weight: expected it in each of 2 files or none"),
+    "missing in one": (
+        lambda f: f[1].pop("output.weight"),
+        "output.weight: expected it in all 2 files or in none; file 2 differs",
+    ),
     "another shape": (lambda f: f[1].update({"output.weight": r(5, D)}), r"file 2 of 2: expected F32 \[6, 16\]"),
     "alone and fused": (
         lambda f: [e.update({"layers.0.attention.wqkv.weight": r(32, D)}) for e in f],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -109,7 +110,8 @@ def test_greedy_is_decided_at_every_step(published):
     table, model = tables.chameleon(), reference.load(published(make.chameleon))
     prompts = [[0, *ids] for ids in np.random.default_rng(0).choice(table.text, (8, 6)).tolist()]
     for ids in (table.text, table.ids("IMGIMG")):
-        prompt, drawn = reference.settled(lambda p, ids=ids: model.greedy(p, lambda _: ids), prompts)
+        only = functools.partial(lambda ids, _: ids, ids)
+        prompt, drawn = reference.settled(functools.partial(model.greedy, allowed=only), prompts)
         assert len(drawn.ids) == 64 and drawn.gap > reference.GAP and set(drawn.ids.tolist()) <= set(ids)
         assert len(set(drawn.ids.tolist())) > 8
         again = model.logits(np.array([[*prompt, *drawn.ids]]))[0, len(prompt) - 1 : -1]

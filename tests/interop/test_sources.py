@@ -16,11 +16,11 @@ from ar_unified.interop.sources import open_source
 from ar_unified.tensors import INDEX, Kind, TensorWriter
 
 RNG = np.random.default_rng(0)
-TENSORS = {
+TENSORS: dict[str, np.ndarray] = {
     "a.weight": RNG.normal(size=(6, 4)).astype(ml_dtypes.bfloat16),
     "b.weight": RNG.normal(size=(3, 5, 2)).astype(np.float32),
     "c.bias": RNG.normal(size=7).astype(np.float16),
-    "d": np.float32(3).reshape(()),
+    "d": np.array(3, np.float32),
 }
 
 

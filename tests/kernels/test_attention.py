@@ -38,7 +38,7 @@ def run(case: Case, backend: str, dtype=jnp.float32) -> dict[str, np.ndarray]:
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
     """|found - expected| / |expected|, by norm."""
     found, expected = found.astype(np.float64), expected.astype(np.float64)
-    return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-30))
+    return float(np.linalg.norm(found - expected) / max(float(np.linalg.norm(expected)), 1e-30))
 
 
 @pytest.mark.parametrize("name", CASES)

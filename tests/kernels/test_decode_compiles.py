@@ -17,7 +17,7 @@ from tests.kernels.topologies import TPUS, needs_libtpu
 def test_tpu(tpu, name):
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[tpu])
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    step, arrays = {name: rest for name, *rest in decode_kernels("tpu", sharding)}[name]
+    step, arrays = {name: (step, arrays) for name, step, arrays in decode_kernels("tpu", sharding)}[name]
     compiled = jax.jit(step).trace(**arrays).lower(lowering_platforms=("tpu",)).compile()
     assert "tpu_custom_call" in compiled.as_text()
     cache = sum(arrays[x].size * arrays[x].dtype.itemsize for x in ("k", "v"))
@@ -26,7 +26,7 @@ def test_tpu(tpu, name):
 
 @pytest.mark.parametrize("name", HOPPER)
 def test_hopper_lowers(name):
-    step, arrays = {name: rest for name, *rest in decode_kernels("hopper")}[name]
+    step, arrays = {name: (step, arrays) for name, step, arrays in decode_kernels("hopper")}[name]
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
         lowered = jax.jit(step).trace(**arrays).lower(lowering_platforms=("cuda",))

@@ -106,7 +106,7 @@ def test_allowed_is_exactly_what_can_still_be_finished(case):
     v, automaton, layout = grammar.vocabulary, grammar.automaton, grammar.layout
     rows, requests, expected = [], [], []
     block = grammar.image_tokens(*(least for least, *_ in sides(layout)))
-    budgets = (1, 2, block, block + 1, block + 3, 2 * block + 1, 2 * block + 2)
+    budgets: tuple[int, ...] = (1, 2, block, block + 1, block + 3, 2 * block + 1, 2 * block + 2)
     wanted = [(0, 0)]
     if layout.sized:
         wanted += [(0, min(2, layout.most[1])), (min(2, layout.most[0]), 0), layout.most]
@@ -170,7 +170,7 @@ def prompts(grammar, rng, rows):
     out = []
     for _ in range(rows):
         size = [unit * rng.integers(-(-a // unit), b // unit + 1) for a, b, unit in sides(grammar.layout)]
-        codes = image(*size, rng.integers(5))
+        codes = image(size[0], size[1], rng.integers(5))
         parts = [TextPart("abc"), codes, codes, TextPart("ba")][rng.integers(3) :]
         tokens = grammar.encode(Document.of(tuple(parts), prompt=[None, 0, 1][rng.integers(3)])).tokens
         out.append(tokens[: rng.integers(1, len(tokens) - len(grammar.tail))])
@@ -309,7 +309,7 @@ def test_a_prompt_cut_anywhere_leads_where_token_by_token_does(kind):
     documents = []
     for h, w in itertools.product((1, 2, 9, 10, 12), (1, 3, 10, 99, 100, 121)):
         h, w = (min(unit * n, b) for n, (_, b, unit) in zip((h, w), sides(grammar.layout), strict=True))
-        size = [side // unit * unit for side, unit in zip((h, w), grammar.layout.units, strict=True)]
+        size = tuple(side // unit * unit for side, unit in zip((h, w), grammar.layout.units, strict=True))
         if not grammar.layout.sized:
             size = grammar.layout.height, grammar.layout.width
         documents.append(grammar.encode(Document.of((TextPart("a<b<vi"), image(*size), image(*size)))).tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,7 +59,8 @@ def test_what_was_there_keeps_its_row_and_the_rest_is_new(layout, sizes):
 def test_the_published_table_grows_at_its_end_and_text_is_spelled_as_before():
     before, layout = published(), sized_rows(3, 4)
     after = extended(before, layout, 8)
-    border = after.text_codec.border
+    codec: Any = after.text_codec
+    border = codec.border
     assert border.size == after.vocabulary.used == 20 + 4 + 4 + 8
     theirs = {name: border.theirs[after.vocabulary.control(name)] for name in ("pad", "bos", "eos", "eot")}
     assert theirs == {"pad": 2, "bos": 0, "eos": 1, "eot": 20}

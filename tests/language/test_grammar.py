@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -362,7 +363,7 @@ def test_manifest_there_and_back(kind):
 
 
 def test_a_grammar_refuses_another_text_tokenizer_and_sides_it_cannot_say():
-    codec = Utf8()
+    codec: Any = Utf8()
     codec.hash, codec.size = "mine", 256
     Grammar(Vocabulary(256, 4, text_hash="mine"), fixed_grid(1, 1), codec)
     with pytest.raises(ManifestMismatch, match="hash 'theirs'.*hash 'mine'"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import jax
@@ -42,7 +43,7 @@ def make_inputs():
 def test_values_and_gradients_equal_the_naive_ones(chunk, z_loss):
     hidden, head, targets, weights = make_inputs()
 
-    def objective(losses):
+    def objective(losses: Callable):
         def loss(hidden, head):
             nll, lse = losses(hidden, head, targets)
             return (weights * (nll + z_loss * lse**2)).sum(), (nll, lse)
@@ -50,7 +51,7 @@ def test_values_and_gradients_equal_the_naive_ones(chunk, z_loss):
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(hidden, head)
 
     expected = objective(naive)
-    found = objective(lambda *args: token_losses(*args, chunk))
+    found = objective(lambda h, w, t: token_losses(h, w, t, chunk))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), expected, found)
     assert not np.asarray(found[1][0])[:, -3:].any()
 
@@ -69,16 +70,16 @@ def test_rows_behind_the_used_ones_have_no_probability_and_no_gradient(shape, sp
     head = jax.random.normal(keys[1], (PADDED, D)).at[USED:].multiply(9)  # they would win
     weights = jax.random.uniform(keys[3], (4, 12))
 
-    def objective(losses, head):
+    def objective(losses: Callable, head):
         def loss(hidden, head):
             nll, lse = losses(hidden, head, targets)
             return (weights * (nll + 0.1 * lse**2)).mean(), (nll, lse)
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(hidden, head)
 
-    expected = objective(lambda *args: naive(*args, split), head[:USED])
+    expected = objective(lambda h, w, t: naive(h, w, t, split), head[:USED])
     with jax.set_mesh(make_mesh(shape, jax.devices()[: math.prod(shape.values())])) if shape else nullcontext():
-        (loss, parts), grads = jax.device_get(objective(lambda *args: token_losses(*args, 16, USED, split), head))
+        (loss, parts), grads = jax.device_get(objective(lambda h, w, t: token_losses(h, w, t, 16, USED, split), head))
     assert not grads[1][USED:].any() and grads[1][:USED].any(axis=1).all()
     found = (loss, parts), (grads[0], grads[1][:USED])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), found, expected)

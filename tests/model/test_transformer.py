@@ -121,10 +121,10 @@ def test_packed_documents_are_as_if_each_were_alone(chunks):
     params = make_params(CONFIG)
     tokens, positions, doc_start, where = packed_rows()
     packed = forward(CONFIG, params, tokens, positions, doc_start)
-    alone = np.zeros((len(where), *tokens.shape[1:]), np.int32)  # one document a row; causality hides what follows it
+    rows = np.zeros((len(where), *tokens.shape[1:]), np.int32)  # one document a row; causality hides what follows it
     for i, (row, place) in enumerate(where):
-        alone[i, : place.stop - place.start] = tokens[row, place]
-    alone = forward(CONFIG, params, *whole_rows(jnp.asarray(alone)))
+        rows[i, : place.stop - place.start] = tokens[row, place]
+    alone = forward(CONFIG, params, *whole_rows(jnp.asarray(rows)))
     for i, (row, place) in enumerate(where):
         np.testing.assert_allclose(packed[row, place], alone[i, : place.stop - place.start], atol=1e-5)
 
@@ -156,10 +156,8 @@ def test_prefill_and_decode_equal_the_teacher_forced_forward(norm_placement):
     for _ in range(8):  # the first row runs over the end of the cache, the others do not mind
         step = tokens[np.arange(3), np.minimum(start, total - 1)][:, None]
         logits, cache = extend(step, cache, jnp.asarray(start))
-        for row in np.flatnonzero(start < total):
-            np.testing.assert_allclose(
-                logits[row, 0], expected[row, start[row]], atol=1e-5, err_msg=f"{row} at {start[row]}"
-            )
+        for i in np.flatnonzero(start < total).tolist():
+            np.testing.assert_allclose(logits[i, 0], expected[i, start[i]], atol=1e-5, err_msg=f"{i} at {start[i]}")
         start += 1
 
 
@@ -289,9 +287,9 @@ def test_a_layer_equals_its_plain_reference(norm_placement, qk_norm):
     params = make_params(config)
     tokens = make_tokens(1, 6)
     expected = reference_layer(config, params, np.asarray(params["embedding"], np.float64)[tokens[0]])
-    expected = rms_norm(jnp.asarray(expected, jnp.float32), params["norm"], config.norm_eps)
+    normed = rms_norm(jnp.asarray(expected, jnp.float32), params["norm"], config.norm_eps)
     found = forward(config, params, *whole_rows(tokens))[0]
-    np.testing.assert_allclose(found, expected, atol=2e-5)
+    np.testing.assert_allclose(found, normed, atol=2e-5)
 
 
 # By hand from the published sizes: layers * (attention + MLP + norms) + last norm + tables.

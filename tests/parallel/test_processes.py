@@ -65,7 +65,7 @@ def test_a_signal_to_one_stops_all_at_one_step_with_a_checkpoint(whole, tmp_path
     assert [code for code, _ in job.end()] == [143, 143]
     stops = [re.findall(r"SIGTERM, stopped after step (\d+) with a checkpoint", job.log(i)) for i in range(2)]
     latest = Checkpoints(tmp_path / "checkpoints", readonly=True).latest()
-    assert stops[0] == stops[1] == [str(latest)] and latest < STEPS
+    assert stops[0] == stops[1] == [str(latest)] and latest is not None and latest < STEPS
     np.testing.assert_allclose(finish(tmp_path, others), whole(1), rtol=1e-6)
 
 
@@ -90,7 +90,8 @@ def test_all_processes_save_where_the_validation_loss_is_lowest(tmp_path):
     train(tmp_path / "one", make_mesh({}, jax.devices()[:1]), **settings)
     two, one = (Checkpoints(tmp_path / name / "checkpoints", readonly=True) for name in ("two", "one"))
     assert two.steps() == one.steps() == [4, 8, 12]
-    assert two.best()[0] == one.best()[0] and two.best()[1] == pytest.approx(one.best()[1], rel=1e-6)
+    best, alone = two.best(), one.best()
+    assert best and alone and best[0] == alone[0] and best[1] == pytest.approx(alone[1], rel=1e-6)
 
 
 def test_who_does_not_come_is_named(tmp_path):

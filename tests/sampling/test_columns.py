@@ -84,7 +84,11 @@ def test_beside_the_right_key_a_similar_one_is_no_slip_of_it():
 
 
 def test_slips_inside_a_setting_are_errors_too(tmp_path):
-    rows = [{"text": {"temprature": 1}}, {"image": {"topk": 3}}, {"canvas": {"image": "a.png", "msk": "b.png"}}]
+    rows: list[dict] = [
+        {"text": {"temprature": 1}},
+        {"image": {"topk": 3}},
+        {"canvas": {"image": "a.png", "msk": "b.png"}},
+    ]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"prompt": "a"} | row) + "\n" for row in rows))
     for line, slip, meant in zip(

@@ -122,7 +122,7 @@ def objects_named(url: str) -> set[str]:
 
 def test_failing_requests_change_nothing(url: str, store: Store, tmp_path: Path) -> None:
     config, disk = set_up(tmp_path, 600), tmp_path / "disk"
-    kinds = {3: 503, 7: "torn", 11: 429, 17: "cut", 19: 500}
+    kinds: dict[int, int | str] = {3: 503, 7: "torn", 11: 429, 17: "cut", 19: 500}
     between = Disturbed(store, lambda method, path, number: kinds.get(number % 23))
     try:
         with using(store.variables(between.port)):

@@ -45,7 +45,7 @@ def random_params(config: AutoencoderConfig, seed: int = 0) -> dict:
 
     def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         scale = 0.2 if leaf.ndim == 1 else np.prod(leaf.shape[:-1]) ** -0.5
-        return np.float32(noise.normal(leaf.ndim == 1, scale, leaf.shape))
+        return noise.normal(leaf.ndim == 1, scale, leaf.shape).astype(np.float32)
 
     return jax.tree.map(draw, shapes)
 

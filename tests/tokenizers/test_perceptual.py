@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 def random_images(*shape: int, seed: int = 0) -> np.ndarray:
     smooth = np.random.default_rng(seed).uniform(-1, 1, (*shape, 3)).astype(np.float32)
     for axis in (1, 2):
-        smooth = sum(np.roll(smooth, k, axis) for k in range(3)) / 2
+        smooth = np.sum([np.roll(smooth, k, axis) for k in range(3)], axis=0) / 2
     return smooth.clip(-1, 1)
 
 
@@ -125,7 +125,7 @@ def torch_lpips(arrays, a, b):
     weights = {name: torch.from_numpy(array).double() for name, array in arrays.items()}
     shift = torch.tensor([-0.030, -0.088, -0.188], dtype=torch.float64)[None, :, None, None]
     scale = torch.tensor([0.458, 0.448, 0.450], dtype=torch.float64)[None, :, None, None]
-    xs, total, index = [(x - shift) / scale for x in (torch_of(a), torch_of(b))], 0, 0
+    xs, total, index = [(x - shift) / scale for x in (torch_of(a), torch_of(b))], torch.zeros(1, 1), 0
     for stage, count in enumerate((2, 2, 3, 3, 3)):
         if stage:
             xs, index = [torch.nn.functional.max_pool2d(x, 2) for x in xs], index + 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from typing import Any
 
 import jax
 import pytest
@@ -15,7 +16,7 @@ from ar_tokenizers.image.published import config_of, settings_of
 
 from tests.tokenizers.test_published_image import CHAMELEON_HF, IBQ, JANUS, LWM, SHOWO
 
-META = {  # vqgan.yaml
+META: dict[str, Any] = {  # vqgan.yaml
     "model": {
         "target": "taming.models.vqgan.VQModel",
         "params": {

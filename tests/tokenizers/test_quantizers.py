@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 K = 64
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "fsq": dict(quantizer="fsq", levels=(5, 4, 3)),
     "ifsq": dict(quantizer="fsq", levels=(5, 4, 3), activation="ifsq"),
     "vq": dict(quantizer="vq", codes=K, entropy=0.01),
@@ -34,7 +35,7 @@ SETTINGS = {
 EVERY = pytest.mark.parametrize("name", SETTINGS)
 
 
-def make(name: str, seed: int = 0, **changes) -> quantizers.Quantizer:
+def make(name: str, seed: int = 0, **changes) -> Any:
     return quantizers.make(**SETTINGS[name] | changes, rngs=nnx.Rngs(seed))
 
 
@@ -88,8 +89,8 @@ def test_a_vector_is_encoded_as_its_own_code(name):
 @settings(max_examples=15, deadline=None)
 def test_fsq_codes_and_vectors_are_one_to_one(levels, seed):
     fsq = FSQ(levels)
-    codes = np.random.default_rng(seed).integers(0, fsq.codebook_size, 64)
-    codes = jnp.array([0, fsq.codebook_size - 1, *codes], jnp.int32)
+    drawn = np.random.default_rng(seed).integers(0, fsq.codebook_size, 64)
+    codes = jnp.array([0, fsq.codebook_size - 1, *drawn], jnp.int32)
     np.testing.assert_array_equal(jax.jit(lambda codes: fsq.nearest(fsq.vectors(codes)))(codes), codes)
 
 

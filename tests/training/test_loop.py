@@ -14,6 +14,7 @@ import time
 from functools import partial
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -160,7 +161,7 @@ def test_the_checkpoint_says_what_it_is(tmp_path):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PoisonedBatch(PackedBatch):
-    poison: np.ndarray
+    poison: Any = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +48,7 @@ def test_a_rate_is_on_the_whole_step_of_what_it_names(optimizer):
     before, alike = steps(optimizer=optimizer)
     _, apart = steps(optimizer=optimizer, rates=("layers=0.25", "layers.mlp=2", "head[image]=0.5"))
     for name, old in before.items():
-        factor = 2.0 if ".mlp." in name else 0.25 if name.startswith("layers") else np.ones(1)
+        factor: Any = 2.0 if ".mlp." in name else 0.25 if name.startswith("layers") else np.ones(1)
         if name == "head":
             factor = np.ones((len(old), 1))
             factor[CODES] = 0.5

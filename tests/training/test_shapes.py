@@ -73,4 +73,4 @@ def test_another_mesh_gives_the_same(whole: tuple[Path, Any, list[str]], tmp_pat
     losses = [
         [row["loss"] for row in read_metrics(each / "metrics.jsonl") if "loss" in row] for each in (tmp_path, whole[0])
     ]
-    np.testing.assert_allclose(*losses, rtol=1e-5)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)

@@ -211,7 +211,7 @@ def test_images_of_one_colour_are_called_a_collapse(tmp_path):
         return {"pixels": np.full_like(images(step, *part)["pixels"], 77)}
 
     tiny.run(tmp_path, task=task(batch=grey, levels=(8, 5, 5, 5)), steps=4, log_every=1, logger=lines.append)
-    (told,) = (line for line in lines if "collapsed" in line)  # once, not at each of the four log lines
+    (told,) = (line for line in lines if "few codes" in line)  # once, not at each of the four log lines
     assert "of 1000 codes are used" in told and "one colour" in told
 
 
@@ -221,7 +221,8 @@ def test_healthy_codebooks_are_not_called_collapsed():
     assert not collapse(usage(np.r_[np.full(15, 5), np.zeros(2545)]), 2560)  # of 75 codes no more can be asked
     told = collapse(usage(np.r_[np.full(2, 500), np.zeros(998)]), 1000, "vq")
     assert "2 of 1000 codes" in told and "quantizer=fsq" in told
-    assert "quantizer=fsq" not in collapse(usage(np.r_[np.full(2, 500), np.zeros(998)]), 1000, "fsq")
+    told = collapse(usage(np.r_[np.full(2, 500), np.zeros(998)]), 1000, "fsq")
+    assert "few codes: 2 of 1000" in told and "collapsed" not in told and "quantizer=fsq" not in told
 
 
 def test_one_image_of_the_smallest_size_trains(tmp_path):

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 SPACE = "\u2581"  # what SentencePiece writes for a space
-# Characters that SentencePiece cannot be shown in training as what they are: it reads U+2581 as a space, and leaves out
-# every text with U+2585, which it writes for unknown characters.
+# Characters that SentencePiece cannot learn as they are: it reads U+2581 as a space, and leaves out every text with
+# U+2585, which it writes for unknown characters.
 RESERVED = SPACE + "\u2585"
 
 # Field numbers, of NormalizerSpec and of TrainerSpec; a type of piece and one of model.

@@ -88,7 +88,7 @@ class TextTokenizer:
         self.losses: tuple[Loss, ...] = find_losses(model_bytes, self.encode, self.decode)
         if self.losses and lossy == "refuse":
             raise ValueError(refusal(self.losses))
-        # Where no piece goes on over the end of a word or line, what stands before a border decides nothing behind it.
+        # If no piece crosses the end of a word or line, the text before such a border does not change the ids after it.
         self._in_blocks = is_bpe(model_bytes) and not self.losses and not any(map(_ACROSS.search, pieces))
 
     @functools.cached_property

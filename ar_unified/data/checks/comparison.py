@@ -11,7 +11,7 @@ from ar_unified.data.items import BadItem, Source, printable
 from ar_unified.language.document import Document, ImagePart, TextPart
 
 _EXAMPLES = 12
-_OFTEN = 8  # documents with one image, from which on it is told
+_OFTEN = 8  # an image in at least so many documents is reported
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Comparison:
         for source, item, _ in (self._where[i], self._where[j]):
             try:
                 documents.append(source[item])
-            except BadItem:  # it was good: somebody changes the data
+            except BadItem:  # it was good before: somebody is changing the data
                 return None
         one, other = ((document.origin, _content(document)) for document in documents)
         return Pair((one[0], other[0]), (one[1], other[1]))

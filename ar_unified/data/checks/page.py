@@ -45,7 +45,7 @@ def write(path: str | Path, validation: Validation, title: str) -> None:
     )
     here = files("ar_unified.data.checks")
     page, style = (here.joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css"))
-    filled = {"TITLE": escape(title), "STYLE": style, "BODY": body}  # in one go: data may hold such a name
+    filled = {"TITLE": escape(title), "STYLE": style, "BODY": body}  # in one pass: data may hold "@BODY@"
     text = re.sub(r"@(TITLE|STYLE|BODY)@", lambda name: filled[name[1]], page)
     write_text(path, text.encode(errors="backslashreplace").decode())  # names of files that are no UTF-8
 

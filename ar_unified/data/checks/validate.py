@@ -242,7 +242,7 @@ def _looked_at(
     try:
         if item.rejected is not None and item.rejected.parts == item.answer:
             raise BadItem("same_answers", source.origin(i), "expected two answers, found one twice")
-        encoded, *more = [view.encoded(answered) for answered in item.answered]  # two of a preference pair
+        encoded, *more = [view.encoded(answered) for answered in item.answered]  # two documents of a preference pair
         length = max(0 if each is None else len(each) for each in (encoded, *more))
         if max_tokens and length > max_tokens and (more or not can_be_split(item)):
             reason = f"expected at most {max_tokens} tokens (config.data.max_tokens), found {length}"

@@ -25,8 +25,8 @@ from ar_unified.language.vocabulary import Role
 class Token:
     """An id, or all codes of an image as one token: its text, its Role, and whether it is learned.
 
-    original, image: uint8 [H, W, 3], of an image token the image as it was encoded, and its codes decoded. None where
-        that is not known or not possible, and for other tokens.
+    original, image: uint8 [H, W, 3]; for an image token, the image as it was encoded, and what its codes decode to.
+        None where that is not known or not possible, and for other tokens.
     """
 
     text: str
@@ -186,7 +186,7 @@ class View:
 
 
 def _turns(document: Document) -> list[tuple[str, tuple[Part, ...]]]:
-    """The turns; of a preference pair also the rejected answer."""
+    """The turns; for a preference pair, also the rejected answer."""
     said = [(str(turn.speaker), turn.parts) for turn in document.turns]
     return [*said, *([] if document.rejected is None else [("rejected", document.rejected.parts)])]
 

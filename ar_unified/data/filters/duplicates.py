@@ -27,7 +27,7 @@ _FLUSH = 256
 
 @dataclass(frozen=True)
 class Duplicates:
-    """What was found, of each document in the order in which they were shown; -1 where there is none.
+    """What was found for each document, in the order in which they were added; -1: nothing.
 
     Attributes:
         same: int64 [n], the first document that has the same images in the same order and the same words. Images count
@@ -96,7 +96,8 @@ class Search:
         trained = ~np.array(self._held_out, bool)[owner]
         in_documents = np.unique(np.stack([groups[trained], owner[trained]]), axis=1)[0]
         often = dict(zip(*(column.tolist() for column in np.unique(in_documents, return_counts=True)), strict=True))
-        # Of training and of held-out documents: contents -> the first that has them; image -> the first that has it.
+        # For training and for held-out documents: contents -> the first document that has them; image -> the first that
+        # has it.
         firsts: tuple[dict[tuple[int, ...], int], ...] = ({}, {})
         seen: tuple[dict[int, int], ...] = ({}, {})
         for i, held_out in enumerate(self._held_out):

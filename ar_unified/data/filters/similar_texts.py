@@ -22,7 +22,7 @@ BINS = 64
 _LEAST, _RUN, _BAND = 32, 5, 4
 _ALIKE = 0.7  # share of bins
 _EMPTY = np.uint32(0xFFFFFFFF)
-_NEIGHBOURS = 12  # texts of a band that one is compared with
+_NEIGHBOURS = 12  # texts of a band that each text is compared with
 
 
 def words(text: str) -> list[str]:
@@ -36,7 +36,7 @@ def digest(found: list[str]) -> int:
 
 
 def signature(found: list[str]) -> np.ndarray | None:
-    """Of a text's words: the least hash of each bin, uint32 [BINS]; None for too few words."""
+    """The least hash of each bin, from a text's words: uint32 [BINS]; None for too few words."""
     if len(found) < _LEAST:
         return None
     hashes = np.array([zlib.crc32(word.encode()) for word in found], np.uint64)

@@ -65,7 +65,9 @@ class Packing:
         self.fill = float(self._plans.tokens.sum() / max(1, self.rows * sequence_length))
         self.windows = -(-len(self._plans.rows) // WINDOW)
         self.order = 1 if len(self._plans.rows) == 1 and self._plans.decreasing else 2
-        self._slots = functools.lru_cache(maxsize=2 * WINDOW)(self._plans.slots)  # a batch may end one, begin the next
+        self._slots = functools.lru_cache(maxsize=2 * WINDOW)(
+            self._plans.slots
+        )  # a batch may end one epoch, begin the next
         self._epochs = functools.lru_cache(maxsize=2)(self._shuffled)
 
     def documents(self, epoch: int, rows: np.ndarray) -> list[np.ndarray]:
@@ -100,10 +102,10 @@ class Packing:
         return found.tolist()
 
     def after(self, other: Packing, taken: int) -> int:
-        """How many rows count as taken here where `taken` of the rows of the same source of `other` length are.
+        """How many rows count as taken here if `taken` rows of `other` are: the same source in rows of another length.
 
-        The windows of an epoch have the same documents at any length. So the next one begins, and what was not read
-        of the one before comes in the next epoch.
+        The windows of an epoch have the same documents at any length. So the next window begins here. What was not read
+        of the window before comes in the next epoch.
         """
         epoch, item = divmod(taken, other.rows)
         begun = int(np.searchsorted(other._epochs(epoch)[2], item))

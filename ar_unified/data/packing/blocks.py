@@ -31,7 +31,7 @@ BLOCK = 2**16  # what a uint16 can number
 
 
 class Stretches(Protocol):
-    """Numbers, of which stretches can be had: an array, or what lies in a file (`stored.Stored`, `shards.Lengths`)."""
+    """Numbers that can be read by stretches: an array, or a file (`stored.Stored`, `shards.Lengths`)."""
 
     def __len__(self) -> int: ...
 
@@ -68,7 +68,8 @@ class Blocks:
 
 
 class Places(NamedTuple):
-    """Slots of some rows, row by row, the longest of a row first. Documents of one length change places."""
+    """Slots of some rows, row by row, the longest of a row first. In each epoch, documents of one length are
+    exchanged."""
 
     counts: np.ndarray  # int64 [rows]: slots of each row
     first: np.ndarray  # int64 [k]: among the documents of the block by falling length, the first of this length
@@ -202,7 +203,7 @@ def store(lengths: Stretches, sequence_length: int, folder: Path, *, name: str =
             counts.append(count)
     with whole(table) as file:
         lines = np.array(counts, np.int64)
-        np.save(file, lines if lines[:, 3].any() else lines[:, :3])  # as earlier versions know it
+        np.save(file, lines if lines[:, 3].any() else lines[:, :3])  # the name that earlier versions know
 
 
 def _planned(

@@ -79,7 +79,7 @@ def paired_fit(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
             single = pool.longest(room)
             chosen = (single,)
             if single and room * pool.count >= 2.5 * pool.tokens and (next_one := pool.next()) <= room:
-                chosen = (next_one,)  # there is room for two more behind it
+                chosen = (next_one,)  # it leaves room for two more
             elif single:
                 chosen = pool.pair(room, single) or chosen
     order = np.argsort(-np.array(packed), kind="stable")  # documents of one length are alike

@@ -248,7 +248,7 @@ def load_report(folder: str | Path) -> Report:
 def plan_rows(folder: str | Path, report: Report, sequence_length: int, *, leave_out: bool = False) -> None:
     """Plans beside every source's shards which documents share a row of this length (`blocks`), unless that is done.
 
-    A loader of such rows begins at once then; 10^6 documents take a second or two. Of preference pairs both answers
+    A loader of such rows begins at once then; 10^6 documents take a second or two. Both answers of a preference pair
     are in one row. leave_out: documents that are longer are in none.
 
     Raises:

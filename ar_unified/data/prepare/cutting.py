@@ -34,7 +34,7 @@ def split(document: Document, grammar: Grammar, max_tokens: int) -> list[tuple[D
     conversation is cut between an answer and the next question; each piece begins with the system's turn. If an image,
     a character or a question is too long by itself, its document is too long, too. Parts: TextPart, CodesPart.
     """
-    known: dict[Document, Encoded] = {}  # the last that fitted: most pieces are one that was tried
+    known: dict[Document, Encoded] = {}  # pieces that were tried and fitted: most pieces that are used are among them
 
     def encoded(piece: Document) -> Encoded:
         if piece not in known:

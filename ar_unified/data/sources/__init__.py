@@ -151,7 +151,7 @@ def _folder(path: str | AnyPath, files: Sequence[str] | None = None, *, links: b
         with about(str(root / name)):
             paths.append(folder.path(name))
     for name in (f"{file}.jsonl" for file in FOLDER_FILES if file not in found):
-        with suppress(FileError):  # what cannot be read here is another source's to tell
+        with suppress(FileError):  # the source that reads this file reports it
             beside += [path for path in (folder.path(name),) if path.is_file()]  # a pipe would be waited for
     return Rows(paths, root, beside=beside, links=links, **options)
 

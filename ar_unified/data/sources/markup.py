@@ -84,7 +84,7 @@ class _Page(HTMLParser):
         self.parts: list[dict[str, Any]] = []
         self._blocks: list[str] = []  # since the last image
         self._words = ""
-        self._unread, self._kept = 0, 0  # how deep in what is not read, and in what keeps its spaces
+        self._unread, self._kept = 0, 0  # how many tags that are not read, and that keep spaces, are open
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         if tag in _UNREAD:

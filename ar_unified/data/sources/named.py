@@ -89,7 +89,7 @@ class TfdsSource(RecordSource):
     def read(self, indices: Sequence[int], pictures: bool = True) -> list[Record | BadItem]:
         """Examples as records, decoded together; without `pictures`, their images are left undecoded."""
         reader = self._whole if pictures else self._in_words
-        # Of many at a time: one by one, each costs 0.4 ms of waiting for a thread.
+        # Read many at a time: one by one, each costs 0.4 ms of waiting for a thread.
         return [reader(data) for data in self._examples.__getitems__(indices)]
 
 

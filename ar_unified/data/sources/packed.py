@@ -110,7 +110,7 @@ class _Gzip(_Forward):
         super().__init__()
         self._file = storage.open_binary(path)
         self._state = zlib.decompressobj(31)
-        # Of places in order: how many bytes are unpacked until there, of how many packed ones, and the state.
+        # For each place, in order: how many bytes are unpacked until there, from how many packed ones, and the state.
         self._places = [(0, 0, self._state.copy())]
         self._apart = 1 << 22
         self._unpacked = 0  # bytes, until the end of what is ready
@@ -174,7 +174,7 @@ class _Zstandard(_Forward):
             if self._step == 1:
                 reason = str(error).splitlines()[0]
                 raise OSError(f"the Zstandard data is broken or cut short: {reason}") from error
-            # What is before the break is lost with it: all that can be had comes byte by byte.
+            # The error also loses good bytes before the break, so everything is read again byte by byte.
             stop = self._unpacked
             self._back(0)
             while self._unpacked < stop:

@@ -76,7 +76,7 @@ class Rows:
                     _has(chosen, data, own=file in self.files)
             chosen.settle()
         self._file, self._line, self._start, self._length = array("i"), array("q"), array("q"), array("i")
-        self.names_images = False  # True where one of them may
+        self.names_images = False  # True if one of the rows may name an image
         digest = hashlib.sha256()
         for number, file in enumerate(self.files):
             for line, start, data in _lines(file):
@@ -196,8 +196,8 @@ def _reference(value: Any) -> str:
 
 
 def _lines(file: AnyPath) -> Iterator[tuple[int, int, bytes]]:
-    """Number (from 1), offset and bytes of every line, without a byte order mark; of a file that is not UTF-8, its
-    head.
+    """Number (from 1), offset and bytes of every line, without a byte order mark; for a file that is not UTF-8, its
+    head alone.
 
     A line that is too long comes as its beginning, one byte longer than allowed. A rest that cannot be unpacked comes
     as one empty line.

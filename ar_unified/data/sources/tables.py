@@ -69,7 +69,7 @@ class Tables(RecordSource):
         label = label or named(path, root)
         super().__init__(Columns(columns), folder, label, reversible=reversible, limits=limits)
         self._files: list[_File | BadItem] = []
-        # Of every group of rows: the number of its first row, its file, and which group of the file it is.
+        # For every group of rows: the number of its first row, its file, and which group of the file it is.
         self._first, self._file, self._group = array("q"), array("i"), array("q")
         rows, digest, size = 0, hashlib.sha256(), 0
         for entry in chosen or found:
@@ -214,7 +214,7 @@ class _Arrow(_File):
             if source.read(6) == b"ARROW1":
                 file = pa.ipc.open_file(source)
                 schema = file.schema
-                source.seek(8)  # a stream is inside, which says more than the footer
+                source.seek(8)  # the file contains a stream, which says more than the footer
                 pa.ipc.read_schema(source)
                 while len(rows) < file.num_record_batches:
                     if found := unpacked_sizes.of_message(pa.ipc.read_message(source)):
@@ -227,7 +227,7 @@ class _Arrow(_File):
                     place = source.tell()
                     try:
                         found = unpacked_sizes.of_message(pa.ipc.read_message(source))
-                    except EOFError:  # the mark of the end
+                    except EOFError:  # the mark that ends a stream
                         break
                     except _BAD:  # cut short: what is before is read, and this is one bad item
                         found = 1, ""

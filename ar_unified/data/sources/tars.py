@@ -73,8 +73,8 @@ class Tars(RecordSource):
         label = label or named(path, root)
         super().__init__(Columns(keys), None, label, reversible=reversible, limits=limits)
         self._paths = [root / entry.name for entry in found]
-        # Of every sample its tar, its first member and the bytes of that one's headers, of which a long name has three;
-        # of every member where its data begins, its size, its kind.
+        # For every sample: its tar, its first member, and the bytes of that member's headers (a long name has three
+        # headers). For every member: where its data begins, its size, its kind.
         self._shard, self._member, self._headers = array("i"), array("q"), array("i")
         self._at, self._size, self._kind = array("q"), array("q"), array("H")
         self._kinds: dict[str, int] = {}  # what follows the dot -> its number
@@ -96,7 +96,7 @@ class Tars(RecordSource):
         self.together = min(together(sum(self._size) / max(samples, 1)), _TOGETHER)
         some_packed = any(map(packed.is_packed, self._paths))  # each keeps 10 MB
         self._open = functools.lru_cache(maxsize=4 if some_packed else 64)(_Opened)
-        self._name = functools.lru_cache(maxsize=1 << 12)(self._name_of)  # or a packed tar would be gone back in
+        self._name = functools.lru_cache(maxsize=1 << 12)(self._name_of)  # asking again goes back in a packed tar
         self.fingerprint: dict[str, Any] = {
             "kind": "webdataset",
             "items": len(self),
@@ -318,8 +318,8 @@ def _refused(info: tarfile.TarInfo) -> tuple[str, str] | None:
 
 
 def _paired(record: Mapping[str, Any], shown: list[Any]) -> dict[str, Any]:
-    """Of chosen.png, rejected.0.txt, prompt.txt, ...: what they are members of, in their order. Images of answers are
-    taken out of those that the sample shows."""
+    """Sorts members such as chosen.png, rejected.0.txt and prompt.txt by the part of the pair that they belong to, in
+    their order. Images of answers are taken out of those that the sample shows."""
     found: dict[str, list[Any]] = {}
     for kind, value in record.items():
         of, _, last = kind.partition(".")

@@ -196,7 +196,8 @@ class TextFiles:
 
     def _index(self, found: Sequence[Found]) -> str:
         """Reads all files for the places of their items; returns the sha256 of names and contents."""
-        # Of every block: its first item, its file, where in the file it starts and stops, the number of its first line.
+        # For every block: its first item, its file, where in the file it starts and stops, the number of its first
+        # line.
         self._first, self._file, self._start, self._stop, self._line = (array("q") for _ in range(5))
         self._problems: dict[int, tuple[str, str]] = {}  # blocks that are one bad item: kind and reason
         self._items = 0

@@ -77,7 +77,7 @@ def key_ranges(bounds: Bounds, keys: int, block_q: int, block_k: int) -> BlockRa
 
 
 def query_ranges(by_query: BlockRanges, key_blocks: int) -> BlockRanges:
-    """The blocks of queries that each block of keys meets, [B, J], from the opposite.
+    """The blocks of queries that each block of keys meets, [B, J], from `key_ranges`.
 
     The ranges are exact if bounds do not decrease along the row. If they do, or at padding between documents, a range
     may be wider than needed, and blocks count as clean only if all between the first and the last clean one are.

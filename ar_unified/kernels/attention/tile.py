@@ -50,7 +50,8 @@ def log_sum_exp(highest: jax.Array, total: jax.Array) -> jax.Array:
 
 
 def weights(spec: Spec, scores: jax.Array, lse: jax.Array) -> jax.Array:
-    """Weights of a tile again, from the base-2 log-sum-exp in the tile's shape: +inf of a row makes them 0."""
+    """The weights of a tile once more, from the base-2 log-sum-exp in the tile's shape: where a row has +inf, they are
+    0."""
     return jnp.exp2(scores * factor(spec) - lse)
 
 

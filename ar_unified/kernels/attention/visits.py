@@ -85,7 +85,7 @@ def visits(outer: BlockRanges, by_query: BlockRanges, limit: int, *, outer_is_ke
         for lower, upper in ((by_query.begin, by_query.end), (by_query.clean_begin, by_query.clean_end))
     )
     flags = FIRST * (since == 0) + LAST * (step + 1 == stop[block]) + MASKED * (met & ~meets_all) + CLEAN * meets_all
-    # No core without a block: it would write one that it never computed.
+    # Every core gets a block: a core without one would write a block that it never computed.
     whole = jnp.arange(1, cores)
     last = jnp.clip(jnp.searchsorted(stop, stop[-1] * whole // cores), whole - 1, count.size - 1 - whole[::-1])
     cuts = jnp.concatenate([jnp.zeros(1, jnp.int32), stop[last], stop[-1:]]).astype(jnp.int32)

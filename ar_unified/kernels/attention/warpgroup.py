@@ -112,7 +112,8 @@ def two_products(first: tuple, second: tuple, then: Callable, *, overlap: bool) 
         behind = 1 if len(second[0].shape) == 2 else second[0].shape[0]
 
         def result(acc, wait_n):
-            # The wait does not name the registers it is for: without the barrier, use of them could move before it.
+            # The wait does not name the registers that it waits for: without the barrier, code that uses them could
+            # move before it.
             return lax.optimization_barrier(plgpu.wgmma_accumulator_load(acc, wait_n=wait_n))
 
         return then(lambda: result(acc_first, behind), lambda: result(acc_second, 0))
@@ -126,7 +127,7 @@ def accumulate(spec: Spec, *terms: tuple) -> list[jax.Array]:
     accs, lefts, rights = zip(*terms, strict=True)
     if spec.interpret:  # JAX's emulation of a GPU has neither run_state nor a left operand in registers (0.12)
         out = [acc + jnp.dot(a, b[...], preferred_element_type=jnp.float32) for acc, a, b in terms]
-        plgpu.commit_smem()  # that b was read as wgmma reads it, and TMA may write there next
+        plgpu.commit_smem()  # tells that wgmma has read b, so that TMA may write there next
         return out
 
     def run(refs):

@@ -21,7 +21,7 @@ from ar_unified.kernels.row_max import row_max
 
 CHUNK = 128  # queries whose scores exist at once, per head
 PREFIXES = 8  # lengths of prefix a row is cut into; beyond PREFIXES * CHUNK queries, chunks share a prefix in a loop
-_HIDDEN = -1e30  # added to the score of a key that is not seen; finite, for a row that sees none must not make NaN
+_HIDDEN = -1e30  # added to the score of a key that is not seen; finite: a row that sees no key must not make NaN
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:

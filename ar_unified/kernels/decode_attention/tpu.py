@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ar_unified.kernels.decode_attention.spec import Cache, Spec
 
-BLOCK_BYTES = 512 * 1024  # of keys a step: long enough a copy to hide the step's fixed cost of about 0.3 us
+BLOCK_BYTES = 512 * 1024  # bytes of keys in a step: a copy long enough to hide the step's fixed cost of 0.3 us
 HEADS = 8  # KV heads a step at most; each is a product of its own
 DTYPES = (jnp.float32, jnp.bfloat16)
 SMALL_DTYPES = (jnp.int8, jnp.float8_e4m3fn)  # of a cache alone

@@ -17,7 +17,7 @@ from ar_unified.kernels.row_max import row_max
 
 PREFIXES = (8, 4, 2, 1)  # parts of the cache; finer ones do not pay for the copy that XLA makes of a part
 SHORTEST = 64  # slots of a prefix at least, and what all but the whole cache are multiples of
-_HIDDEN = -1e30  # added to the score of a slot that is not seen; finite, for a row that sees none must not make NaN
+_HIDDEN = -1e30  # added to the score of a slot that is not seen; finite: a row that sees no slot must not make NaN
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:

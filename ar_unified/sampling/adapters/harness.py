@@ -87,7 +87,7 @@ class Harness:
                 if room > 0:
                     request = replace(request, max_tokens=min(int(budget) + 1, room))  # ours counts <eos>
             except (RequestError, GrammarError):
-                pass  # the engine says so with the sample, as of a prompt that leaves no room
+                pass  # the engine reports it with the sample, for example if a prompt leaves no room
             yield request
 
 

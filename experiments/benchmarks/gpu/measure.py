@@ -31,7 +31,8 @@ class Row:
     contenders: dict[str, Callable]
 
     def measure(self, repeats: int) -> dict[str, Any]:
-        """Milliseconds of every contender, `repeats` of each; why, of one that cannot do it: that is a result too."""
+        """Milliseconds of every contender, `repeats` of each; for one that cannot do it, the reason, which is a result,
+        too."""
         import jax
 
         args, milliseconds = self.arrays(), timer()
@@ -53,7 +54,7 @@ class Row:
 
 
 @functools.cache
-def timer() -> Callable[[Callable, tuple], float]:
+def timer() -> Callable[[Callable, tuple], float | None]:
     """By the device's own clock (CUPTI, the sum over the kernels of a call), or wall time where there is no CUPTI."""
     import jax
     import jax.numpy as jnp
@@ -66,8 +67,8 @@ def timer() -> Callable[[Callable, tuple], float]:
     return wall_milliseconds
 
 
-def device_milliseconds(run: Callable, args: tuple) -> float:
-    """Time of a call on the GPU, by the profiler of Mosaic GPU."""
+def device_milliseconds(run: Callable, args: tuple) -> float | None:
+    """Time of a call on the GPU, by the profiler of Mosaic GPU; None where it saw no kernel."""
     from jax.experimental.mosaic.gpu import profiler
 
     return profiler.measure(run)(*args)[1]

@@ -109,7 +109,7 @@ def _decode(case: DecodeCase, ours: Callable, reference: Callable) -> dict[str, 
     for what, value, right in zip(("out", "lse"), found, expected, strict=True):
         value, right = np.asarray(value, np.float64), np.asarray(right, np.float64)
         exact = (value[empty] == (-np.inf if what == "lse" else 0.0)).all()
-        error = np.linalg.norm(value[~empty] - right[~empty]) / max(np.linalg.norm(right[~empty]), 1e-30)
+        error = np.linalg.norm(value[~empty] - right[~empty]) / max(float(np.linalg.norm(right[~empty])), 1e-30)
         errors[what] = float(error) if exact and np.isfinite(value[~empty]).all() else float("inf")
     return errors
 

@@ -54,8 +54,8 @@ class GroupNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, F] -> the same shape in its dtype; statistics in float32, over positions and a group's features."""
         y, width = x.astype(jnp.float32), x.shape[-1]
-        # From features to groups and back by products with `of`: anything else XLA fuses into the loops over positions,
-        # to do it again at every one of them: half of the forward pass on a CPU.
+        # Features become groups, and groups features, by products with `of`. Anything else XLA fuses into the loops
+        # over positions and repeats at every position, which took half of the forward pass on a CPU.
         of = jnp.repeat(jnp.eye(self.groups), width // self.groups, axis=1)  # [groups, F], 1 where a feature belongs
         product = functools.partial(jnp.matmul, precision="highest")
 

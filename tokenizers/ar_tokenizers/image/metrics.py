@@ -126,18 +126,19 @@ def collapse(found: Mapping[str, float], codebook_size: int, quantizer: str = ""
 
     Args:
       found: the result of `usage`. If few codes were counted, a tenth as many different ones are enough.
-      quantizer: its name, so that advice which is followed already can be left out.
+      quantizer: its name. "fsq" has no codebook that could collapse, so its advice is another.
     """
     if not found:
         return ""
     used, perplexity = round(found["usage"] * codebook_size), found["perplexity"]
     if perplexity >= 2 and used >= min(0.05 * codebook_size, 256, found["counted"] / 10):
         return ""
-    other = "" if quantizer == "fsq" else "quantizer=fsq, "
+    numbers = f"{used} of {codebook_size} codes are used, with a perplexity of {perplexity:.1f}"
+    if quantizer == "fsq":  # no vectors that could collapse: a network that has learned little asks for few of them
+        return f"few codes: {numbers}. Are all images of one colour? Else train for more steps, or choose fewer levels"
     return (
-        f"the codebook has collapsed: {used} of {codebook_size} codes are used, with a perplexity of {perplexity:.1f}. "
-        f"Are all images of one colour? Else try {other}a smaller codebook, a smaller code_dim, restart, or a lower "
-        "learning rate"
+        f"the codebook has collapsed: {numbers}. Are all images of one colour? Else try quantizer=fsq, a smaller "
+        "codebook, a smaller code_dim, restart, or a lower learning rate"
     )
 
 

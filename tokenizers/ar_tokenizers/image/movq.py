@@ -30,7 +30,7 @@ class Encoder(vqgan.Encoder):
         self.temporal = BeforeCodes(config.z_channels, blocks, rngs=rngs) if blocks else None
 
     def features(self, pixels: jax.Array) -> jax.Array:
-        """As VQGAN's, with the layers in time behind, where there are some."""
+        """As VQGAN's, followed by the layers in time if there are any."""
         z = super().features(pixels)
         return self.temporal(z) if self.temporal else z
 

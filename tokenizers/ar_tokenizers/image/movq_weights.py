@@ -23,7 +23,7 @@ from ar_tokenizers.image.config import PRESETS, AutoencoderConfig
 from ar_tokenizers.image.taming import check_names, in_first, out_first, published_name, some
 
 DIALECTS = ("movqgan", "emu3", "emu3_hf")
-# Settings of Emu3's vision tokenizer: ours -> in the original, in transformers, what both have where it is not said.
+# Settings of Emu3's vision tokenizer: our name -> the original's, transformers', and the default of both.
 _SETTINGS: dict[str, tuple[str, str, Any]] = {
     "codes": ("codebook_size", "codebook_size", 32768),
     "code_dim": ("embed_dim", "embed_dim", 4),
@@ -33,7 +33,7 @@ _SETTINGS: dict[str, tuple[str, str, Any]] = {
     "blocks": ("num_res_blocks", "num_res_blocks", 2),
     "attention": ("attn_resolutions", "attn_resolutions", (3,)),
 }
-# Those with one value: in the original ("": not there), in transformers.
+# Settings that have one value in all published files: the original's name ("": it has none), transformers'.
 _FIXED: tuple[tuple[str, str, Any], ...] = (
     ("in_channels", "in_channels", 3),
     ("out_channels", "out_channels", 3),
@@ -176,8 +176,9 @@ def to_published(
     ours = _flat(params)
     if differ := kept.keys() ^ published.keys():
         raise ValueError(
-            f"layers in time, which the network has as they are to one picture: expected them beside it as they were "
-            f"published, which {some(differ)} is not: only a tokenizer that was imported can be exported as {dialect}"
+            "layers in time: expected the published ones beside the network, which has what they do to one picture; "
+            f"{some(differ)}: missing, or not one of them; only a tokenizer that was imported can be exported as "
+            f"{dialect}"
         )
     if kept:
         folded = _flat(temporal.fold(published, config.temporal_blocks))

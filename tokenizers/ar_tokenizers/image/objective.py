@@ -117,7 +117,7 @@ class Objective:
             """The losses that compare with the original, weighted, and each by its name: float32 [B]."""
             error = fake - target
             parts = mean_errors(error)
-            # The metrics are of all errors, the loss is of what is beyond the tolerance.
+            # The metrics count all errors; the loss counts only errors beyond the tolerance.
             counted = (
                 mean_errors(error - jnp.clip(error, -config.tolerance, config.tolerance)) if config.tolerance else parts
             )
@@ -228,7 +228,7 @@ class Objective:
             steps = model_state["steps"].astype(jnp.float32)
             decay = jnp.minimum(self.config.ema, steps / (steps + 9))
             average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, model_state["average"], model)
-            if "quantizer" in model_state:  # codes that were restarted are not on their way from where they were
+            if "quantizer" in model_state:  # a restarted code has jumped: it is taken as it is
                 average["quantizer"] = model["quantizer"]
             model_state["average"] = average
         if "lecam" in model_state:

@@ -72,7 +72,7 @@ class BSQ(LFQ):
 
 
 def _binary_entropy(logits: jax.Array) -> jax.Array:
-    # From the logits, because log(1 - p) has nothing to go by where p rounds to 1.
+    # Computed from the logits, because log(1 - p) is lost where p rounds to 1.
     return jax.nn.softplus(logits) - logits * jax.nn.sigmoid(logits)
 
 
