@@ -31,6 +31,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,8 @@ def our_images(folder: Path) -> Batches:
     from ar_unified.data.sources import decoders, open_source, read
 
     source = resized(open_source(dict(kind="webdataset", path=str(folder))), Resize("crop", PIXELS, PIXELS))
-    return _stacked(item.parts[-1].pixels for _, item in read(source, range(len(source)), decoders()))
+    items: Iterable[Any] = (item for _, item in read(source, range(len(source)), decoders()))
+    return _stacked(item.parts[-1].pixels for item in items)
 
 
 def _square(data: bytes) -> np.ndarray:
@@ -275,13 +277,13 @@ SIDES: dict[str, dict[str, Callable[[Path], Batches]]] = {
         "ours": our_images,
         "tf.data, Lanczos": lambda folder: tf_images(folder, "lanczos3"),
         "tf.data, bilinear": lambda folder: tf_images(folder, "bilinear"),
-        **{f"grain, {w}": lambda folder, w=w: grain_images(folder, w) for w in ("0", "threads", "2", "3")},
-        **{f"webdataset, {w}": lambda folder, w=w: webdataset_images(folder, w) for w in ("0", "2", "3")},
+        **{f"grain, {w}": partial(grain_images, workers=w) for w in ("0", "threads", "2", "3")},
+        **{f"webdataset, {w}": partial(webdataset_images, workers=w) for w in ("0", "2", "3")},
     },
     "tokens": {
         "ours": our_tokens,
-        **{f"grain, {w}": lambda folder, w=w: grain_tokens(folder, w) for w in ("0", "threads", "2", "3")},
-        **{f"webdataset, {w}": lambda folder, w=w: webdataset_tokens(folder, w) for w in ("0", "2", "3")},
+        **{f"grain, {w}": partial(grain_tokens, workers=w) for w in ("0", "threads", "2", "3")},
+        **{f"webdataset, {w}": partial(webdataset_tokens, workers=w) for w in ("0", "2", "3")},
     },
 }
 

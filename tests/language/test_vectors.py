@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 from ar_unified.data.batch import PackedBatch
-from ar_unified.data.images import Resize
+from ar_unified.data.images import AnyImage, Resize
 from ar_unified.data.loader import PackedBatches
 from ar_unified.data.phases import Phase
 from ar_unified.data.prepare import prepare
@@ -71,8 +71,8 @@ class PatchMeans:
 class AsItIs(Resize):
     """Leaves every image as it is: all of them have sizes that the layout takes."""
 
-    def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        return pixels
+    def __call__(self, image: AnyImage) -> np.ndarray:
+        return np.asarray(image)
 
 
 class Source:

@@ -42,7 +42,7 @@ def _both(
 ) -> list[Check]:
     B = max(size.tokens // T, 1)
     flops = 0.5 * 4 * B * N * T * document * H
-    found = []
+    found: list[Check] = []
     for what, wrap, factor in (("forward", _forward, 1.0), ("forward+backward", _forward_and_backward, 3.5)):
         row = Row(
             factor * flops,

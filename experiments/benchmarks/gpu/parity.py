@@ -27,7 +27,9 @@ def checks(size: Size) -> list[Check]:
     """Every case of the kernels' tests that a GPU can run, against the reference."""
     # Caches whose slots TMA cannot copy are XLA's on a GPU too.
     decode = {f"decode: {name}": case for name, case in (DECODE_CASES | HOPPER_CASES).items() if case.S % 8 == 0}
-    cases = [(name, case, _attention, _attention_programs) for name, case in CASES.items()]
+    cases: list[tuple[str, Any, Callable, Callable]] = [
+        (name, case, _attention, _attention_programs) for name, case in CASES.items()
+    ]
     cases += [(name, case, _decode, _decode_programs) for name, case in decode.items()]
     ahead = _Ahead([functools.partial(programs, case, size.backend) for _, case, _, programs in cases])
     return [
