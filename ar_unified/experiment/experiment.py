@@ -210,8 +210,7 @@ class Experiment:
 
     @cached_property
     def held_out(self) -> dict[str, list[Source]]:
-        """Held-out sets by name; "validation" first. A set without items, because its split has too few groups, is left
-        out."""
+        """Held-out sets by name; "validation" first. A set without items (too few groups) is left out."""
         sets = self._held_out_specs()
         return {key.removeprefix("tests."): self.sources(key, specs, held_out=True) for key, specs in sets.items()}
 

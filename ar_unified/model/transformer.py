@@ -302,8 +302,7 @@ class Transformer(nnx.Module):
 
     @classmethod
     def bind(cls, config: TransformerConfig, params: Params, lora: LoraConfig | None = None) -> Transformer:
-        """A module over `params`, which still belong to the caller. This is cheap, and meant to be done inside the
-        traced function.
+        """A module over `params`, which still belong to the caller; cheap, and meant for inside a traced function.
 
         lora: of the adapter in params["lora"]. Raises ValueError where there is one without the other.
         """

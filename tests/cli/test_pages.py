@@ -102,6 +102,10 @@ NOT_RUN = {
         "docs/data_checks.md",
         "ar-unified validate workdirs/mine/data",
     ): "tests/data/test_page.py looks at a prepared folder",
+    (
+        "docs/data_at_scale.md",
+        "ar-unified prepare --config FILE --workdir gs://bucket/run --beam=",
+    ): "it needs a bucket and a runner: tests/cli/test_prepare_by_beam.py",
     ("docs/rewards.md", "python experiments/data/make_unseen_prompts.py"): UNSEEN,
     ("docs/rewards.md", "ar-unified run --config experiments/apart.py"): UNSEEN,
     ("docs/rewards.md", "ar-unified export --workdir workdirs/apart"): UNSEEN,
