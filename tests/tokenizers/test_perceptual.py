@@ -133,9 +133,9 @@ def torch_lpips(arrays, a, b):
             kernel, bias = weights[f"features.{index}.weight"], weights[f"features.{index}.bias"]
             xs, index = [torch.relu(torch.nn.functional.conv2d(x, kernel, bias, padding=1)) for x in xs], index + 2
         units = [x / (torch.sqrt(torch.sum(x**2, dim=1, keepdim=True)) + 1e-10) for x in xs]
-        total += torch.nn.functional.conv2d((units[0] - units[1]) ** 2, weights[f"lin{stage}.model.1.weight"]).mean(
-            (2, 3)
-        )
+        total = total + torch.nn.functional.conv2d(
+            (units[0] - units[1]) ** 2, weights[f"lin{stage}.model.1.weight"]
+        ).mean((2, 3))
     return total[:, 0].numpy()
 
 
