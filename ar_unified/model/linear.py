@@ -8,13 +8,12 @@ from __future__ import annotations
 import jax
 
 from ar_unified.kernels.product import product
-from ar_unified.model.quantized import Quantized
-from ar_unified.model.quantized import product as widening
+from ar_unified.model.quantized import Quantized, widened_product
 
 
 def linear(x: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
     """x [B, T, I] @ weight [I, O]."""
-    return widening(x, weight) if isinstance(weight, Quantized) else _linear(x, weight)
+    return widened_product(x, weight) if isinstance(weight, Quantized) else _linear(x, weight)
 
 
 @jax.custom_vjp

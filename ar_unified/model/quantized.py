@@ -15,6 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ar_unified.kernels.product import product
+
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}  # by dtype, what a channel's largest value becomes
 
 
@@ -53,21 +55,21 @@ def widened(matrix: Quantized, inputs: tuple[int, ...]) -> jax.Array:
 
 
 @jax.custom_vjp
-def product(x: jax.Array, matrix: Quantized) -> jax.Array:
+def widened_product(x: jax.Array, matrix: Quantized) -> jax.Array:
     """x [..., I] times the matrix [I, O], in the dtype of x. The values are widened as they are read, not before.
 
     The gradient is of x alone. It keeps the 8 bits for backward, where JAX's own would keep the widened values.
     """
-    return ((x @ matrix.values.astype(x.dtype)) * matrix.scale).astype(x.dtype)
+    return (product("...I,IO->...O", x, matrix.values.astype(x.dtype)) * matrix.scale).astype(x.dtype)
 
 
 def _product_forward(x, matrix):
-    return product(x, matrix), matrix
+    return widened_product(x, matrix), matrix
 
 
 def _product_backward(matrix, out_bar):
     scaled = (out_bar * matrix.scale).astype(out_bar.dtype)
-    return scaled @ matrix.values.T.astype(out_bar.dtype), None
+    return product("...O,IO->...I", scaled, matrix.values.astype(out_bar.dtype)), None
 
 
-product.defvjp(_product_forward, _product_backward)
+widened_product.defvjp(_product_forward, _product_backward)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +36,20 @@ CASES = {
     "emu3": ("emu3", make.emu3, lambda: tables.emu3(placeholder="<image>")),
 }
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def same_logits(folder: Path, ids: np.ndarray, size: int, changed: Sequence[int], **wrapped: Any) -> None:
+    """With each adapter, a folder of that name in `folder`, the bundle there has the logits of PEFT's wrapped model,
+    in which the ids `changed` differ from the published model's; without an adapter it has the latter's."""
+    model = ar_unified.load(folder / "bundle", dtype="float32", adapters={name: folder / name for name in wrapped})
+    columns = np.asarray(model.ids.ours(np.arange(size)))
+    base = reference.load(folder / "published").logits(ids)[..., :size]
+    for name, theirs in wrapped.items():
+        expected = reference.Reference(theirs.base_model.model.eval()).logits(ids)[..., :size]
+        found = model.logits(model.ids.ours(ids), adapter=name)[..., columns]
+        assert np.abs(found - expected).max() < LOGITS * max(np.abs(expected).max(), 1.0), name
+        assert np.abs(expected - base)[..., list(changed)].max() > 1000 * LOGITS, "the adapter changes nothing"
+    np.testing.assert_allclose(model.logits(model.ids.ours(ids))[..., columns], base, atol=LOGITS * np.abs(base).max())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -68,17 +84,7 @@ def test_an_adapter_is_the_same_there_and_here(name: str, tmp_path: Path) -> Non
     changed = [key for key, _ in loaded.named_parameters() if "lora_" in key]
     assert len(changed) == 2 * 5 * bundle.config.n_layers, changed
 
-    model = ar_unified.load(
-        bundle.folder, dtype="float32", adapters={"theirs": tmp_path / "theirs", "ours": tmp_path / "ours"}
-    )
-    columns = np.asarray(model.ids.ours(np.arange(size)))
-    base = reference.load(published).logits(ids)[..., :size]
-    for which, wrapped in (("theirs", theirs), ("ours", loaded)):
-        expected = reference.Reference(wrapped.base_model.model.eval()).logits(ids)[..., :size]
-        found = model.logits(model.ids.ours(ids), adapter=which)[..., columns]
-        assert np.abs(found - expected).max() < LOGITS * max(np.abs(expected).max(), 1.0), which
-        assert np.abs(expected - base).max() > 1000 * LOGITS, "the adapter changes nothing"
-    np.testing.assert_allclose(model.logits(model.ids.ours(ids))[..., columns], base, atol=LOGITS * np.abs(base).max())
+    same_logits(tmp_path, ids, size, range(size), theirs=theirs, ours=loaded)
     shutil.rmtree(tmp_path / "published")
 
 
@@ -112,13 +118,4 @@ def test_rows_of_ids_are_the_same_there_and_here(kind: str, system: str, tied: b
     peft.write(tmp_path / "ours", bundle, lora, adapters.drawn(bundle.config, lora, seed=2, spread=0.05), rows)
     loaded = peft_library.PeftModel.from_pretrained(reference.load(published).model, tmp_path / "ours")
 
-    model = ar_unified.load(
-        bundle.folder, dtype="float32", adapters={"theirs": tmp_path / "theirs", "ours": tmp_path / "ours"}
-    )
-    columns = np.asarray(model.ids.ours(np.arange(size)))
-    base = reference.load(published).logits(ids)[..., :size]
-    for which, wrapped in (("theirs", theirs), ("ours", loaded)):
-        expected = reference.Reference(wrapped.base_model.model.eval()).logits(ids)[..., :size]
-        found = model.logits(model.ids.ours(ids), adapter=which)[..., columns]
-        assert np.abs(found - expected).max() < LOGITS * max(np.abs(expected).max(), 1.0), which
-        assert np.abs(expected - base)[..., chosen[:3]].max() > 1000 * LOGITS, "the rows change nothing"
+    same_logits(tmp_path, ids, size, chosen[:3], theirs=theirs, ours=loaded)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ar_unified.model.quantized import Quantized, product, quantized
+from ar_unified.model.quantized import Quantized, quantized, widened_product
 from ar_unified.model.transformer import Transformer, init, unstacked
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.sampling.engine import Engine
@@ -58,7 +58,7 @@ def test_a_channel_is_rounded_by_its_own_largest_value(dtype, half_a_step):
     assert (np.abs(restored - matrix) <= 1.001 * half_a_step * np.abs(matrix).max(0)).all()
     assert not np.asarray(restored[:, 3]).any()
     x = jnp.ones((2, 3, 64))
-    np.testing.assert_allclose(product(x, found), x @ restored, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(widened_product(x, found), x @ restored, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "near"), [("int8", 0.015), ("float8_e4m3fn", 0.05)])

@@ -14,7 +14,7 @@ import pytest
 from ar_unified.model.config import summed
 from ar_unified.model.dtypes import MATRICES
 from ar_unified.model.lora import LoraConfig, merged
-from ar_unified.model.quantized import Quantized, product, quantized, widened
+from ar_unified.model.quantized import Quantized, quantized, widened, widened_product
 from ar_unified.model.transformer import logical_axes
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.parallel.rules import place_batch, shardings
@@ -94,9 +94,9 @@ def test_no_mesh_changes_anything(shape) -> None:
 
 def test_backward_keeps_the_8_bits_and_no_widened_matrix() -> None:
     x, matrix = jnp.ones((3, 16)), quantized(jnp.ones((16, 24)), "int8")
-    kept = jax.tree.leaves(jax.vjp(lambda x: product(x, matrix), x)[1])
+    kept = jax.tree.leaves(jax.vjp(lambda x: widened_product(x, matrix), x)[1])
     assert {str(leaf.dtype) for leaf in kept if leaf.shape == (16, 24)} <= {"int8"}
-    np.testing.assert_allclose(jax.grad(lambda x: product(x, matrix).sum())(x), 24.0, rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(lambda x: widened_product(x, matrix).sum())(x), 24.0, rtol=1e-6)
 
 
 def test_a_stack_is_rounded_as_each_of_its_matrices() -> None:

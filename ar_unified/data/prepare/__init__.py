@@ -179,20 +179,19 @@ def shard_maker(
     *,
     max_tokens: int,
     resize: Resize,
-    batch_size: int = 64,
-    shard_items: int = 8192,
-    workers: int | None = None,
 ) -> Callable[[str], None]:
     """A function that makes the shard of a name, for `prepare`'s `elsewhere`; arguments as there.
 
-    It does nothing where the shard is there. Raises ManifestMismatch, StageMismatch: `prepare` has begun the folder
-    with something else.
+    How many items a shard has, and how many images a batch, is as `prepare` has written. It does nothing where the
+    shard is there. Raises ManifestMismatch, StageMismatch: `prepare` has begun the folder with something else.
     """
     folder = Path(folder)
+    begun = workdir.read_json(storage.fetch(folder / "plan.json"))["settings"]
+    batch_size, shard_items = begun["batch_size"], begun["shard_items"]
     plan = _plan(sources, grammar, _settings(max_tokens, resize, batch_size, shard_items))
     _same_plan(folder, plan)
     pieces = _pieces(sources, plan["sources"], folder, shard_items)
-    maker = ShardMaker(grammar, tokenizers, resize, batch_size, max_tokens, workers or decoders())
+    maker = ShardMaker(grammar, tokenizers, resize, batch_size, max_tokens, decoders())
     claims = Claims(folder, Team())
 
     def make(name: str) -> None:
