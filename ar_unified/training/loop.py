@@ -278,13 +278,17 @@ def fit(
                 waited = time.perf_counter() - waiting
                 meter.waited += waited
                 clock.add("input", waited)
-            state, report = program(step, batch)(state, batch)
+            run = program(step, batch)
+            dispatched = time.perf_counter()
+            state, report = run(state, batch)
             following = fetch(step + 1, state.params) if step + 1 < config.steps else following
             taken = step + 1
             checkpoints.check()
             # The devices work on this step while the host reads the one before.
             if pending:
                 read(*pending)
+                if not meter.steps and report.loss.is_ready():  # type: ignore[attr-defined]
+                    meter.started = dispatched  # a CPU took this step before the one before it was read
             pending = (taken, report)
 
             border = taken % every == 0

@@ -25,7 +25,7 @@ from ar_unified.errors import nearest, outside
 from ar_unified.model.config import TransformerConfig
 from ar_unified.model.lora import LoraConfig
 from ar_unified.model.loss import token_losses
-from ar_unified.model.transformer import Transformer, logical_axes
+from ar_unified.model.transformer import Transformer
 from ar_unified.training.step import Batch, Metrics, Params
 from ar_unified.training.tasks import TransformerTask, ratios
 
@@ -205,14 +205,12 @@ class PolicyTask(TransformerTask):
     policy: PolicyConfig = PolicyConfig()
 
     def init_state(self, params: Params) -> Params:
-        """The reference, if the loss compares with one: the parameters that training begins with."""
-        return {"reference": params} if self.policy.kl else {}
+        """The reference, if the loss compares with one: what is trained, as it is when training begins."""
+        return {"reference": self.selection(params).take(params)} if self.policy.kl else {}
 
-    def logical_axes(self, params: Params) -> Any:
-        """The axes' names of every parameter, also of the reference."""
-        if "reference" in params:
-            return {"reference": logical_axes(params["reference"])}
-        return logical_axes(params)
+    def state_axes(self, params: Params, model_state: Params) -> Any:
+        """The axes' names of the reference."""
+        return {name: self.selection(params).axes(self.logical_axes(params)) for name in model_state}
 
     def loss(
         self, params: Params, model_state: Params, batch: Batch, keys: jax.Array | None
@@ -221,7 +219,7 @@ class PolicyTask(TransformerTask):
         logp = log_probabilities(self.config, self.chunk, params, batch, self.lora)
         reference = None
         if self.policy.kl:
-            frozen = jax.lax.stop_gradient(model_state["reference"])
+            frozen = jax.lax.stop_gradient(self.selection(params).put(params, model_state["reference"]))
             reference = log_probabilities(self.config, self.chunk, frozen, batch, self.lora)
         old = jax.lax.stop_gradient(logp) if batch.old is None else batch.old
         objective, held = token_objective(self.policy, logp, old, batch.advantage, reference)

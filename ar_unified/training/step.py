@@ -96,6 +96,9 @@ class TrainingTask(Protocol):
     def init_state(self, params: Params) -> Params:
         """The model state before the first step."""
 
+    def state_axes(self, params: Params, model_state: Params) -> Any:
+        """A tree like model_state, of tuples of logical axis names. params: whose state it is, or their shapes."""
+
     def of_whole(self, batch: Batch) -> TrainingTask:
         """This task with the facts of the whole global batch that its loss of a part needs. For a whole batch, `loss`
         finds them itself.
@@ -148,6 +151,10 @@ class Stateless:
 
     def init_state(self, params: Params) -> Params:
         """No state: {}."""
+        return {}
+
+    def state_axes(self, params: Params, model_state: Params) -> Any:
+        """No state, so no axes: {}."""
         return {}
 
     def update_state(self, params: Params, model_state: Params, sums: Metrics) -> tuple[Params, Params]:
@@ -207,9 +214,7 @@ def abstract_state(task: TrainingTask, tx: optax.GradientTransformation, mesh: M
     shapes = jax.eval_shape(lambda: make_state(task, tx, 0))
     whole = NamedSharding(mesh, P())
     params = shardings(mesh, task.logical_axes(shapes.params), shapes.params)
-    model_state = (
-        shardings(mesh, task.logical_axes(shapes.model_state), shapes.model_state) if shapes.model_state else {}
-    )
+    model_state = shardings(mesh, task.state_axes(shapes.params, shapes.model_state), shapes.model_state)
     trained = abstract_trained(task, shapes.params, mesh)
     moments = state_shardings(tx, trained, jax.tree.map(lambda x: x.sharding, trained), whole)
     placement = TrainState._make((whole, params, moments, model_state))

@@ -343,6 +343,10 @@ class TokenizerTask:
         """Averaged weights and statistics of the codebook, before the first step."""
         return self.objective.init_state(params)
 
+    def state_axes(self, params: Params, model_state: Params) -> Any:
+        """Axes as of the parameters, whose averages most of the state is."""
+        return self.logical_axes(model_state)
+
     def inference_params(self, params: Params, model_state: Params) -> Params:
         """The autoencoder, by its averaged weights if there are any."""
         return self.objective.inference_params(params, model_state)

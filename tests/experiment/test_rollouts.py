@@ -28,7 +28,7 @@ from ar_unified.parallel.mesh import make_mesh
 from ar_unified.parallel.rules import place_batch
 from ar_unified.rewards.reward import RewardConfig, RewardFailed
 from ar_unified.training.optimizer import OptimizerConfig
-from ar_unified.training.policy import PolicyConfig, PolicyTask
+from ar_unified.training.policy import PolicyConfig, PolicyTask, divergence, log_probabilities
 from ar_unified.training.step import gradients
 from tests import bundles
 from tests.experiment import rewarded
@@ -136,6 +136,25 @@ def test_a_drawing_of_several_steps_is_resumed_bit_for_bit(tmp_path):
     assert max(row["clipped"] for row in rows) > 0
     first, last = (np.mean([row["reward"] for row in some]) for some in (rows[:8], rows[-8:]))
     assert last > first + 0.05  # it learns what is good
+
+
+def test_the_reference_of_an_adapter_is_an_adapter(params):
+    """Of what no step changes there is no second copy, and the divergence is still that from the whole first model."""
+    lora = LoraConfig(rank=2)
+    policy = PolicyConfig(group_size=4, kl=0.1)
+    whole = params | {"lora": init_adapter(tiny.CONFIG, lora, jax.random.key(1))}
+    batch = rewarded.rollouts(lora=lora)(0, whole)
+    task = rewarded.task(lambda *_: batch, policy=policy, lora=lora)
+    state = task.init_state(whole)
+    assert state["reference"].keys() == {"lora"}
+    axes = task.state_axes(whole, state)
+    jax.tree.map(lambda leaf, names: None, state, axes, is_leaf=lambda x: isinstance(x, tuple))  # one tree
+    moved = whole | {"lora": jax.tree.map(lambda x: x + 0.05, whole["lora"])}
+    logp, first = (log_probabilities(tiny.CONFIG, 64, each, batch, lora) for each in (moved, whole))
+    expected = float(np.mean(np.asarray(divergence(logp, first))[np.asarray(batch.drawn)]))
+    found = task.summary(jax.device_get(task.loss(moved, state, batch, None)[2]))
+    assert found["kl"] == pytest.approx(expected, rel=1e-5) and expected > 1e-4
+    assert task.summary(jax.device_get(task.loss(whole, state, batch, None)[2]))["kl"] == 0
 
 
 @pytest.mark.exact

@@ -32,6 +32,9 @@ class Duel(Stateless):
     def init_state(self, params: Any) -> Any:
         return {"mean": jnp.zeros(4), "steps": jnp.zeros((), jnp.int32)}
 
+    def state_axes(self, params: Any, model_state: Any) -> Any:
+        return self.logical_axes(model_state)
+
     def logical_axes(self, params: Any) -> Any:
         return jax.tree.map(lambda x: (None,) * x.ndim, params)
 

@@ -60,6 +60,27 @@ def whole(tmp_path_factory):
     return folder, jax.device_get(params), lines, seen
 
 
+def test_each_line_has_the_time_of_its_steps(tmp_path):
+    """Also the last one, and one beside a validation: on a CPU their step is over when the one before it is read."""
+
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class Slow(TransformerTask):
+        def loss(self, params, model_state, batch, keys):
+            fixed = jax.lax.stop_gradient(params["norm"][0])
+            waited = jax.pure_callback(slowly, jax.ShapeDtypeStruct((), jnp.float32), fixed)
+            loss, weight, metrics = super().loss(params, model_state, batch, keys)
+            return loss + 0 * waited, weight, metrics
+
+    def slowly(_):
+        time.sleep(0.05)
+        return np.float32(0)
+
+    fields = {field.name: getattr(tiny.task(), field.name) for field in dataclasses.fields(TransformerTask)}
+    tiny.run(tmp_path, task=Slow(**fields), steps=5, log_every=1, validate_every=3)
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "step_seconds" in row]
+    assert len(rows) == 5 and all(row["step_seconds"] >= 0.05 for row in rows)
+
+
 class Killed(Exception):
     pass
 
