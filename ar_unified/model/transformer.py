@@ -29,13 +29,14 @@ from ar_unified.model import own_rows
 from ar_unified.model.attention import attend_to_cache, attend_to_documents
 from ar_unified.model.cache import Cache, extended
 from ar_unified.model.config import TransformerConfig, summed
+from ar_unified.model.decoded import each_layer
 from ar_unified.model.dropout import dropout, fold
 from ar_unified.model.dtypes import MATRICES, cast
 from ar_unified.model.embedding import look_up
 from ar_unified.model.linear import linear
 from ar_unified.model.lora import ADAPTING, Adapt, LoraConfig, adaptation, with_adapters
 from ar_unified.model.lora import logical_axes as lora_axes
-from ar_unified.model.quantized import Quantized, quantized
+from ar_unified.model.quantized import Quantized
 from ar_unified.model.remat import rematerialised
 from ar_unified.model.rope import rope_angles, rope_table
 from ar_unified.parallel import rules
@@ -79,7 +80,7 @@ _MATRIX_AXES = {
 
 
 def logical_axes(params: Params) -> Params:
-    """A tree like `params`, stacked or `unstacked`, with the logical names of each leaf's axes (tuples of str)."""
+    """A tree like `params`, stacked or unstacked, with the logical names of each leaf's axes (tuples of str)."""
     beside = {name: lora_axes(_MATRIX_AXES, params[name]) for name in ADAPTING if name in params}
     if "rows" in params:
         beside["rows"] = own_rows.logical_axes(params["rows"])
@@ -97,33 +98,6 @@ def logical_axes(params: Params) -> Params:
 
     own = {name: leaf for name, leaf in params.items() if name not in beside}
     return jax.tree_util.tree_map_with_path(axes, own) | beside
-
-
-def unstacked(config: TransformerConfig, params: Params, weights_dtype: str | None = None) -> Params:
-    """The parameters as decoding reads them: a list of layers, matrices [inputs, outputs] in the compute dtype.
-
-    Every step of decoding reads every weight once. From a stack it would first have to copy each layer, and TPUs would
-    first have to lay out a matrix with heads [N, H] anew.
-
-    weights_dtype: of the layers' matrices, of model.quantized.LARGEST; None: the compute dtype.
-    """
-    outside = {name: leaf for name, leaf in params.items() if name not in ("layers", "adapters", "rows")}
-    beside: Params = {"rows": params["rows"]} if "rows" in params else {}
-    if "adapters" in params:
-        beside["adapters"] = [cast(layer, config.dtype) for layer in _unstack(params["adapters"], config.n_layers)]
-    layers = [
-        jax.tree_util.tree_map_with_path(lambda path, p: as_decoded(path[-1].key, p, weights_dtype), layer)
-        for layer in _unstack(params["layers"], config.n_layers)
-    ]
-    return cast(outside, config.dtype) | beside | {"layers": [cast(layer, config.dtype) for layer in layers]}
-
-
-def as_decoded(name: str, leaf: jax.Array, weights_dtype: str | None) -> Any:
-    """A leaf of one layer, by its last name, in the form of `unstacked`, but not cast to the compute dtype."""
-    if name not in MATRICES:
-        return leaf
-    matrix = leaf.reshape(-1, leaf.shape[-1]) if name in ("output", "down") else leaf.reshape(leaf.shape[0], -1)
-    return quantized(matrix, weights_dtype) if weights_dtype else matrix
 
 
 def init(config: TransformerConfig, key: jax.Array) -> Params:
@@ -349,7 +323,7 @@ class Transformer(nnx.Module):
             indices = jnp.arange(config.n_layers)
             x, _ = jax.lax.scan(lambda x, xs: (layer(x, *xs), None), x, (self.layers, indices))
         else:
-            for index, params in enumerate(_unstack(self.layers, config.n_layers)):
+            for index, params in enumerate(each_layer(self.layers, config.n_layers)):
                 x = layer(x, params, index)
         return unzigzag(rms_norm(x, _norm(config, self.norm[...]), config.norm_eps))
 
@@ -393,7 +367,7 @@ class Transformer(nnx.Module):
 
         Args:
           tokens: int32 [B, T].  cache: from `init_cache` or an earlier call.  start: int32 [B].
-          adapter: as of `__call__`.  Parameters may be stacked or `unstacked`.
+          adapter: as of `__call__`.  Parameters may be stacked or unstacked.
 
         Returns:
           Hidden states [B, T, D] as `__call__` gives them, and the cache with the new keys and values.
@@ -403,7 +377,7 @@ class Transformer(nnx.Module):
         # Behind a barrier: XLA CPU would otherwise compute cos and sin anew for each head of each layer.
         rope = jax.lax.optimization_barrier(rope_angles(config, positions))
         x, states = self._look_up(tokens, None, adapter), []
-        for params, cached in zip(_unstack(self.layers, config.n_layers), cache, strict=True):
+        for params, cached in zip(each_layer(self.layers, config.n_layers), cache, strict=True):
 
             def attend(query, key, value, cached=cached):
                 cached = extended(cached, start, key, value, config.attention)
@@ -442,9 +416,3 @@ class Transformer(nnx.Module):
 def _norm(config: TransformerConfig, weight: jax.Array) -> jax.Array:
     """The factor of a norm: its weight, and in Gemma 1 + its weight."""
     return weight + config.norm_offset if config.norm_offset else weight
-
-
-def _unstack(layers: Params | list[Params], n_layers: int) -> list[Params]:
-    if isinstance(layers, list):
-        return layers
-    return [jax.tree.map(lambda p, index=index: p[index], layers) for index in range(n_layers)]

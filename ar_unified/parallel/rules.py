@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # Activations and data.
     "batch": ("data", "fsdp"),  # fsdp devices hold different rows too: splitting parameters must not idle compute
+    "draws": ("data", "fsdp", "tensor"),  # rows of logits when a token is drawn, which is work for every device
     "sequence": "context",  # long rows are cut along T; keys and values travel
     # Parameters.
     "embed": "fsdp",  # every matrix has a model axis, so this one row shards all of them, ZeRO-3 style

@@ -44,7 +44,7 @@ def head_parts(config: TransformerConfig, grammar: Grammar, params: Params) -> t
 
 
 def with_head(layers: Params, text: Array, image: Array) -> Weights:
-    """Weights of `transformer.unstacked` parameters, which stay where they are, and the head's parts."""
+    """Weights of `decoded.unstacked` parameters, which stay where they are, and the head's parts."""
     return Weights({name: leaf for name, leaf in layers.items() if name != "head"}, text, image)
 
 
@@ -59,11 +59,14 @@ def code_logits(grammar: Grammar, weights: Weights, hidden: Array, adapter: Arra
 
 
 def _project(weights: Weights, part: str, hidden: Array, adapter: Array, head: Array, first: int) -> Array:
-    """A mesh splits the head, but no row of logits."""
+    """A mesh splits the head, and each device reads its part. Then the rows are dealt out: logits travel, which are
+    small, and not the head, and each device draws for its rows."""
     logits = jnp.einsum("...D,VD->...V", hidden, head, preferred_element_type=jnp.float32)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
-        axes = ("batch", *[None] * (logits.ndim - 1))
-        logits = jax.lax.with_sharding_constraint(logits, rules.spec(mesh, axes, logits.shape, "logits"))
+        rows, between = logits.shape[0], [None] * (logits.ndim - 2)
+        dealt = "draws" if rows % mesh.size == 0 else "batch"
+        for axes in (("batch", *between, "vocab"), (dealt, *between, None)):
+            logits = jax.lax.with_sharding_constraint(logits, rules.spec(mesh, axes, logits.shape, "logits"))
     own = weights.layers.get("rows", {}).get("head", {}).get(part)
     return logits if own is None else with_own(logits, hidden, own, adapter, first)

@@ -23,6 +23,7 @@ from ar_unified.interop.token_rows import TokenRows
 from ar_unified.language.grammar import Grammar
 from ar_unified.manifests import manifest_hash
 from ar_unified.model.config import TransformerConfig
+from ar_unified.model.decoded import adapters_as_decoded
 from ar_unified.model.lora import MATRICES
 from ar_unified.model.own_rows import PARTS, TABLES
 from ar_unified.model.transformer import Params, logical_axes
@@ -72,6 +73,7 @@ def beside(config: TransformerConfig, params: Params, adapters: Sequence[Adapter
         stacked.setdefault(group, {})[name] = {"a": a, "b": b}
     tree: Any = stacked
     if isinstance(params["layers"], list):
+        stacked = adapters_as_decoded(stacked, params["layers"][0]["mlp"]["down"].shape[0])
         tree = [jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked) for layer in range(config.n_layers)]
     tree = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(config.dtype)), tree)
     if mesh is None:

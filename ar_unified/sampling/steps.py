@@ -28,7 +28,8 @@ from ar_unified.language.grammar import Grammar
 from ar_unified.model.cache import AXES as CACHE_AXES
 from ar_unified.model.cache import Cache, init_cache, slots_of, with_rows, with_slots
 from ar_unified.model.config import TransformerConfig
-from ar_unified.model.transformer import Params, Transformer, logical_axes, unstacked
+from ar_unified.model.decoded import unstacked
+from ar_unified.model.transformer import Params, Transformer, logical_axes
 from ar_unified.parallel import rules
 from ar_unified.sampling import decoding, guidance
 from ar_unified.sampling.decoding import Filters
@@ -318,7 +319,7 @@ def step(
 ) -> tuple[Array, State]:
     """One token for every row, int32 [R], drawn, or forced by the grammar; then fed to all contexts of its row."""
     machine, rows = grammar.automaton, state.rows
-    token, broken = draw(grammar, weights, state, keys)
+    token, broken = placed(draw(grammar, weights, state, keys))
     after = machine.halt(machine.advance(state.automaton, token), broken)
     writes, position = guidance.advance(machine.event(state.automaton, token), state.position, rows.start, rows.resets)
     done = machine.done(after)[:, None]

@@ -9,8 +9,10 @@ L layers.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,9 +21,10 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from ar_unified.bundle import Bundle
 from ar_unified.model.config import TransformerConfig
+from ar_unified.model.decoded import as_decoded, mlp_width
 from ar_unified.model.dtypes import is_vector
 from ar_unified.model.quantized import LARGEST
-from ar_unified.model.transformer import Params, abstract_params, as_decoded, logical_axes
+from ar_unified.model.transformer import Params, abstract_params, logical_axes
 from ar_unified.parallel import rules
 
 WEIGHT_DTYPES = (None, *LARGEST)
@@ -48,16 +51,19 @@ def read(bundle: Bundle, target: Params) -> Params:
 
 
 def settled(config: TransformerConfig, params: Params, mesh: Mesh | None, weights_dtype: str | None = None) -> Params:
-    """Turns parameters that were read as `read_as` says into the form of `transformer.unstacked`. The given arrays are
+    """Turns parameters that were read as `read_as` says into the form of `decoded.unstacked`. The given arrays are
     freed.
 
     weights_dtype: one of WEIGHT_DTYPES. Raises ValueError for another.
     """
     check_weights_dtype(weights_dtype)
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        width = mlp_width(config)
     layers: list[Params] = [{} for _ in range(config.n_layers)]
     for path, stack in jax.tree_util.tree_leaves_with_path(params["layers"]):
         *parents, name = (entry.key for entry in path)
-        parts = _apart(name, weights_dtype, _place(path, stack, name, weights_dtype, mesh), stack)
+        form = functools.partial(as_decoded, name, width=width, weights_dtype=weights_dtype)
+        parts = _apart(name, width, weights_dtype, _place(path, stack, form, mesh), stack)
         jax.block_until_ready(parts)
         stack.delete()
         for layer, part in zip(layers, parts, strict=True):
@@ -74,22 +80,19 @@ def check_weights_dtype(weights_dtype: str | None) -> None:
         raise ValueError(f"weights_dtype: expected one of {expected}; found {weights_dtype!r}")
 
 
-def _place(path: Any, stack: Any, name: str, weights_dtype: str | None, mesh: Mesh | None) -> Any:
-    """The sharding of each layer's part, hashable; None: the default."""
+def _place(path: Any, stack: Any, form: Callable[[Any], Any], mesh: Mesh | None) -> Any:
+    """The sharding of each layer's part, which `form` gives, hashable; None: the default."""
     if mesh is None:
         return None
-    part = jax.eval_shape(
-        lambda x: as_decoded(name, x, weights_dtype), jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype)
-    )
-    tree: Any = part
+    tree: Any = jax.eval_shape(form, jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype))
     for entry in reversed(path):
         tree = {entry.key: tree}
     places = jax.tree.leaves(rules.specs(mesh, logical_axes({"layers": [tree]})["layers"][0], tree))
     return tuple(NamedSharding(mesh, spec) for spec in places)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _apart(name: str, weights_dtype: str | None, places: Any, stack: jax.Array) -> list[Any]:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _apart(name: str, width: int, weights_dtype: str | None, places: Any, stack: jax.Array) -> list[Any]:
     """Splits a stack [L, ...] into one array for each layer."""
 
     def placed(part: Any) -> Any:
@@ -98,4 +101,4 @@ def _apart(name: str, weights_dtype: str | None, places: Any, stack: jax.Array) 
         leaves, form = jax.tree.flatten(part)
         return jax.tree.unflatten(form, map(jax.lax.with_sharding_constraint, leaves, places))
 
-    return [placed(as_decoded(name, layer, weights_dtype)) for layer in stack]
+    return [placed(as_decoded(name, layer, width, weights_dtype)) for layer in stack]

@@ -17,7 +17,8 @@ from ar_unified.interop.keys import HF, Keys
 from ar_unified.language.border import Border
 from ar_unified.model.cache import init_cache
 from ar_unified.model.config import TransformerConfig
-from ar_unified.model.transformer import Params, Transformer, unstacked
+from ar_unified.model.decoded import unstacked
+from ar_unified.model.transformer import Params, Transformer
 from tests.sources import ROOT
 
 VECTORS = ROOT.parent / "shared" / "vectors"

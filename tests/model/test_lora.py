@@ -11,8 +11,9 @@ import numpy as np
 from ar_unified.interop.peft import Adapter
 from ar_unified.model.cache import init_cache
 from ar_unified.model.config import config_from
+from ar_unified.model.decoded import unstacked
 from ar_unified.model.lora import MATRICES, LoraConfig, init, merged
-from ar_unified.model.transformer import Transformer, logical_axes, unstacked
+from ar_unified.model.transformer import Transformer, logical_axes
 from ar_unified.model.transformer import init as init_model
 from ar_unified.sampling.low_rank import beside
 from tests import adapters

@@ -14,15 +14,17 @@ from jax.experimental.topologies import get_topology_desc
 from ar_unified.language.syntax import fixed_grid, vocabulary_for
 from ar_unified.model.cache import init_cache
 from ar_unified.model.config import config_from
-from ar_unified.model.transformer import Transformer, abstract_params, logical_axes, unstacked
+from ar_unified.model.decoded import unstacked
+from ar_unified.model.transformer import Transformer, abstract_params, logical_axes
+from ar_unified.parallel import rules
 from ar_unified.parallel.mesh import decoding_axes, make_mesh
 from ar_unified.parallel.rules import on_mesh, shardings
-from ar_unified.planning.hlo import called_by, parse
+from ar_unified.planning.hlo import bytes_of, called_by, parse
 from ar_unified.planning.loops import turn
 from ar_unified.planning.programs import Run, sample_programs
 from ar_unified.planning.targets import parse_target
 from ar_unified.sampling import steps
-from ar_unified.sampling.head import Weights
+from ar_unified.sampling.head import Weights, text_logits
 from ar_unified.sampling.steps import row_specs
 from tests.kernels.topologies import TPUS, needs_libtpu
 
@@ -60,14 +62,26 @@ def test_a_step_copies_no_cache_and_needs_little_beside_it(target, kv_dtype):
     assert not [copy for copy in step.copies if copy.bytes >= scales]
     # Of a cache in the compute dtype: the smaller one is not the reason for smaller logits.
     whole = cache * (2 if kv_dtype == "int8" else 1)
-    assert compiled.temporaries < whole / 10 and compiled.aliased >= cache
+    assert compiled.temporaries < whole / 50 and compiled.aliased >= cache
+    assert not [each for each in gathered(compiled.hlo) if each >= 1 << 20], "no weights travel"
+
+
+def gathered(hlo):
+    """Bytes of each array that devices gather."""
+    computations, _ = parse(hlo)
+    opcodes = "all-gather", "all-gather-start"
+    return [bytes_of(each.type) for part in computations.values() for each in part if each.opcode in opcodes]
 
 
 def narrow(weights_dtype=None):
-    """One layer, narrow where the cache is not, on two rows of v5e devices of which each splits the heads."""
+    """One layer, narrow where the cache is not, on two rows of v5e devices of which each splits the heads.
+
+    Half of the MLP's channels are no whole number of lanes.
+    """
     mesh = make_mesh(dict(data=2, tensor=2), get_topology_desc(platform="tpu", topology_name=TPUS["v5e"]).devices)
-    config = replace(MODEL, n_layers=1, d_model=512, d_mlp=1536, n_heads=8, n_kv_heads=8, vocab_size=256)
-    params = jax.eval_shape(lambda p: unstacked(config, p, weights_dtype), abstract_params(config))
+    config = replace(MODEL, n_layers=1, d_model=512, d_mlp=1408, n_heads=8, n_kv_heads=8, vocab_size=256)
+    with jax.set_mesh(mesh):
+        params = jax.eval_shape(lambda p: unstacked(config, p, weights_dtype), abstract_params(config))
     return mesh, config, on_mesh(params, shardings(mesh, logical_axes(params), params))
 
 
@@ -109,13 +123,29 @@ def test_a_loop_that_extends_a_cache_does_so_in_place(kv_dtype):
 
 @pytest.mark.parametrize("weights_dtype", [None, "int8"])
 def test_rounded_weights_are_read_as_they_are(weights_dtype):
-    """No matrix is widened in front of the loop, or anywhere but inside of the product that reads it."""
+    """No matrix is widened in front of the loop, or anywhere but inside of the product that reads it. The MLP's have
+    whole lanes on each device: 768 channels, and not 704.
+    """
     computations, _ = parse(loop(weights_dtype=weights_dtype)[0].as_text())
     fused = {name for part in computations.values() for x in part if x.opcode == "fusion" for name in called_by(x)}
     made = [x.type for name, part in computations.items() if name not in fused for x in part]
     for letters, there in (("bf16", not weights_dtype), ("s8", bool(weights_dtype))):
         matrices = re.compile(rf"{letters}\[(512,768|768,512|512,512)\]")  # MLP's and attention's, split in two
         assert any(map(matrices.match, made)) == there, letters
+
+
+def test_logits_travel_and_not_the_head():
+    """Each device reads its part of the head for all rows, and then draws for its own rows."""
+    mesh, config, params = narrow()
+    head = jax.ShapeDtypeStruct((1024, config.d_model), config.dtype)
+    heads = on_mesh((head, head), (jax.NamedSharding(mesh, rules.spec(mesh, ("vocab", "embed"), head.shape)),) * 2)
+    rows = jax.ShapeDtypeStruct((16, config.d_model), config.dtype), jax.ShapeDtypeStruct((16,), jnp.int32)
+    with jax.set_mesh(mesh):
+        traced = jax.jit(text_logits).trace(Weights(params, *heads), *by_row(mesh, *rows))
+        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    assert "all-gather" not in compiled.as_text() and "all-to-all" in compiled.as_text()
+    (where,) = jax.tree.leaves(compiled.output_shardings)
+    assert where.shard_shape((16, 1024)) == (4, 1024)
 
 
 @pytest.mark.slow

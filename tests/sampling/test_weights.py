@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ar_unified.model.decoded import unstacked
 from ar_unified.model.quantized import Quantized, quantized, widened_product
-from ar_unified.model.transformer import Transformer, init, unstacked
+from ar_unified.model.transformer import Transformer, init
 from ar_unified.parallel.mesh import make_mesh
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.request import Request
