@@ -29,7 +29,7 @@ from ar_unified.language.document import TASKS, ImagePart
 from ar_unified.language.encoded import TRAINED, Encoded, joined
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.vocabulary import Role
-from ar_unified.manifests import require_same
+from ar_unified.manifests import Json, require_same
 
 _TEXT_TO_IMAGE, _IMAGE_TO_TEXT = TASKS.index("text_to_image"), TASKS.index("image_to_text")
 _INTERLEAVED = TASKS.index("interleaved")
@@ -52,7 +52,7 @@ class Chosen(NamedTuple):
     items: list[np.ndarray]
 
 
-def _require_kind(name: str, counts: Mapping[str, Any], answers: int) -> None:
+def _require_kind(name: str, counts: Mapping[str, Json], answers: int) -> None:
     """Raises UserError for a source of pairs where documents are expected, and the other way round."""
     found = 2 if counts.get("preferences") else 1
     if counts["documents"] and found != answers:

@@ -119,7 +119,7 @@ class Rollouts(Drawing):
         chunk: int = 1024,
         lora: LoraConfig | None = None,
         failed: Path | None = None,
-        say: Callable[[str], Any] = print,
+        say: Callable[[str], object] = print,
     ):
         self.every = policy.steps
         self._index, self._count = batch_part(mesh, batch_size)

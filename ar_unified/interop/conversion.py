@@ -24,6 +24,7 @@ from ar_unified.data.files import Folder
 from ar_unified.errors import UserError, in_words
 from ar_unified.interop.pickles import DAMAGED, STORAGES, Forbidden, Global, Storage, Strided, read_pickle
 from ar_unified.interop.sources import PICKLED
+from ar_unified.manifests import Json
 from ar_unified.tensors import Kind, TensorWriter, read_bytes
 from ar_unified.workdir import write_json
 
@@ -44,7 +45,7 @@ class Pickled(NamedTuple):
 
     path: Path
     tensors: dict[str, Strided | np.ndarray]
-    other: dict[str, Any]
+    other: dict[str, Json]
     left_out: tuple[str, ...]
 
     def kind(self, name: str) -> Kind:

@@ -26,6 +26,7 @@ from ar_unified.interop import token_rows
 from ar_unified.interop.keys import HF, transposed
 from ar_unified.interop.sources import PICKLED, Source, inside, open_source, read_json
 from ar_unified.interop.token_rows import TokenRows
+from ar_unified.manifests import Json
 from ar_unified.model.config import TransformerConfig, layer_matrices
 from ar_unified.model.lora import MATRICES, LoraConfig
 from ar_unified.tensors import Kind, TensorWriter
@@ -97,7 +98,7 @@ class _Settings(NamedTuple):
         return rank, LoraConfig(rank=rank, alpha=alpha, rslora=self.rslora).scale_of("")
 
 
-def _matched(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+def _matched(patterns: Mapping[str, Json], module: str, default: Any) -> Any:
     """As PEFT's get_pattern_key: the first whose pattern is the name or its end."""
     return next((n for key, n in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
@@ -324,6 +325,6 @@ def write(
         raise UserError(f"{in_words(error)}: name another folder, or remove this one") from error
 
 
-def _others(name_of: Mapping[str, str], number: Callable[[str], Any], default: Any) -> dict[str, Any]:
+def _others(name_of: Mapping[str, str], number: Callable[[str], Any], default: Any) -> dict[str, object]:
     """A pattern of PEFT's: the number of each matrix whose number is not the default."""
     return {name: number(path) for path, name in name_of.items() if number(path) != default}

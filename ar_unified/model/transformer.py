@@ -40,12 +40,12 @@ from ar_unified.model.remat import rematerialised
 from ar_unified.model.rope import rope_angles, rope_table
 from ar_unified.parallel import rules
 from ar_unified.parallel.zigzag import unzigzag, zigzag
+from ar_unified.tensors import Params
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
-Params = dict[str, Any]
 Product = Callable[[jax.Array, str, Any], jax.Array]  # of x with a layer's matrix, by its path
 
 # The logical axes of every parameter, by its path; what they mean on a mesh is parallel/rules.py's.

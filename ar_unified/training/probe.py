@@ -42,7 +42,7 @@ class Probe:
     state: TrainState
     mesh: jax.sharding.Mesh
     rows: int
-    budget: dict[str, Any]
+    budget: dict[str, object]
 
     @functools.cached_property
     def _step(self) -> jax.stages.Wrapped:

@@ -24,6 +24,7 @@ import numpy as np
 
 from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model.leaves import named
+from ar_unified.tensors import Params
 from ar_unified.training.selection import Rows, Selection, select
 
 
@@ -87,8 +88,8 @@ UNIFORM = Rates()
 def make_rates(
     rates: Sequence[str],
     phases: Sequence[tuple[int, Sequence[str]]],
-    axes: dict[str, Any],
-    shapes: dict[str, Any],
+    axes: Params,
+    shapes: Params,
     vocabulary: Vocabulary,
     selection: Selection,
     new: Collection[int] = (),

@@ -21,11 +21,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ar_unified.parallel.rules import batch_spec, on_mesh, shardings
+from ar_unified.tensors import Params
 from ar_unified.training.optimizer import state_shardings
 from ar_unified.training.rates import UNIFORM, Rates
 from ar_unified.training.selection import EVERYTHING, Selection
 
-Params = dict[str, Any]
 Batch = Any  # a pytree of arrays [B, ...]: data.batch.PackedBatch, or {"pixels"}
 Metrics = dict[str, Any]
 
@@ -127,7 +127,7 @@ class TrainingTask(Protocol):
     def flops(self, totals: Metrics) -> float | None:
         """Matrix-multiply FLOPs of training on the work that `totals` counts; None: not known."""
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """JSON for the checkpoint: enough to build the model again."""
 
 

@@ -12,7 +12,7 @@ _FIELD = re.compile(r"\{([^{}]+)\}")
 _CHOICE = re.compile(r"([^{}\[\]]+)\[([^{}\[\]]+)\]")
 
 
-def look_up(record: Mapping[str, Any], place: str, part: str) -> Any:
+def look_up(record: Mapping[str, object], place: str, part: str) -> Any:
     """What stands at a place of a record, of which `part` is made. Raises DocumentError."""
     if place in record:
         return record[place]

@@ -89,7 +89,7 @@ class Rows:
                     self._length.append(len(data))
         if chosen and not self._line:
             raise chosen.empty(root, "row")
-        self.fingerprint: dict[str, Any] = {
+        self.fingerprint: dict[str, object] = {
             "kind": "rows",
             "items": len(self),
             "split": split,
@@ -150,7 +150,7 @@ class Rows:
             raise BadItem(error.kind, origin, str(error)) from error
         return replace(document, origin=origin)
 
-    def _row(self, i: int) -> dict[str, Any]:
+    def _row(self, i: int) -> dict[str, object]:
         start, length = self._start[i], self._length[i]
         if length > _LONGEST:
             raise _Bad("too_large", f"expected a line of at most {_LONGEST >> 20} MiB")
