@@ -156,7 +156,7 @@ class _Tensor:
     name: str
     dtype: str
 
-    def read(self, at: Any) -> np.ndarray:
+    def read(self, at: object) -> np.ndarray:
         with safe_open(self.path, framework="numpy") as opened:
             return opened.get_slice(self.name)[at]
 

@@ -33,7 +33,7 @@ def manifest_hash(manifest: Mapping[str, Json]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def flat(value: object, path: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted field, value) of everything in nested mappings. Tuples become lists, as in JSON."""
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():

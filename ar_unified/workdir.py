@@ -62,7 +62,7 @@ def write_text(path: str | Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_json(path: str | Path, value: object) -> None:
     """Like `write_bytes`; indented JSON. numpy scalars and arrays are written as numbers and lists."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=_plain) + "\n")
 
@@ -289,7 +289,7 @@ class Workdir:
                 self.await_file(record, {"fingerprint": stage.fingerprint, "cost": stage.cost}, patience=0)
             time.sleep(0.1)
 
-    def await_file(self, path: Path, content: Any = None, *, patience: float = 60.0) -> None:
+    def await_file(self, path: Path, content: object = None, *, patience: float = 60.0) -> None:
         """For a reader: waits until it sees a JSON file that the writer wrote, with this `content` unless None.
 
         Network file systems show new files late; after `patience` seconds NotShared is raised.
@@ -328,12 +328,12 @@ def _changes(stage: Stage, found: Mapping[str, Json], state: str, may: Changeabl
     return changed
 
 
-def _as_json(value: Any) -> Any:
+def _as_json(value: object) -> Any:
     """A value as `write_json` and `read_json` would return it."""
     return json.loads(json.dumps(value, default=_plain))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """numpy scalars and arrays, and paths, as JSON values."""
     if hasattr(value, "tolist"):
         return value.tolist()

@@ -170,7 +170,7 @@ class PackedBatches:
                 }
         return found
 
-    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> PackedBatch:
+    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> PackedBatch[np.ndarray]:
         """Rows process_index/process_count of the global batch of `step`, [B / process_count, T]."""
         return self.laid(*self.picked(step, process_index, process_count))
 
@@ -186,7 +186,7 @@ class PackedBatches:
             chosen.append(Chosen(source, epoch, at, self._packings[length][source].documents(epoch, picks.item[at])))
         return phase, len(picks.item), chosen
 
-    def laid(self, phase: Phase, count: int, chosen: Sequence[Chosen]) -> PackedBatch:
+    def laid(self, phase: Phase, count: int, chosen: Sequence[Chosen]) -> PackedBatch[np.ndarray]:
         """The batch of the chosen items, in `count` rows."""
         documents: list[Encoded] = []
         tasks: list[np.ndarray] = []
@@ -236,7 +236,7 @@ def pack(
     *,
     shape: tuple[int, int],
     pad: int,
-) -> PackedBatch:
+) -> PackedBatch[np.ndarray]:
     """Documents side by side in their rows.
 
     Args:

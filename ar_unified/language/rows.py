@@ -355,7 +355,7 @@ def _message(turn: Turn, parts: list[dict[str, str]]) -> dict[str, Json]:
     return {"role": turn.speaker, "content": content} | weight
 
 
-def _append(parts: list[Any], part: Any) -> None:
+def _append(parts: list[Any], part: object) -> None:
     if isinstance(part, TextPart) and parts and isinstance(parts[-1], TextPart):
         part = TextPart(f"{parts.pop().text}{BLOCKS}{part.text}")
     parts.append(part)

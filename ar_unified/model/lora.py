@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import KeyPath
 
 from ar_unified.errors import nearest, outside
 from ar_unified.model.config import TransformerConfig, layer_matrices, summed
@@ -162,7 +163,7 @@ def logical_axes(matrices: Mapping[str, tuple[str, ...]], tree: Any) -> Any:
     matrices: those of each matrix's inputs and outputs, by its name in MATRICES.
     """
 
-    def axes(path: Any, leaf: Any) -> tuple[str | None, ...]:
+    def axes(path: KeyPath, leaf: Any) -> tuple[str | None, ...]:
         *_, group, name, side = (entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
         inputs, outputs = matrices[f"{group}.{name}"]
         stacked = not isinstance(path[0], jax.tree_util.SequenceKey)

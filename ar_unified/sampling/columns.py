@@ -14,7 +14,6 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from ar_unified.manifests import Json
 from ar_unified.sampling.request import RequestError
@@ -107,7 +106,7 @@ def nearly(key: str, known: Iterable[str]) -> str:
     return best
 
 
-def _no_filter(key: str, value: Any) -> bool:
+def _no_filter(key: str, value: object) -> bool:
     """A column "text" or "image" that does not say how tokens are drawn."""
     return key in ("text", "image") and not isinstance(value, Mapping)
 

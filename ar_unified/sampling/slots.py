@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from ar_unified.language.syntax import ImageLayout
 from ar_unified.sampling import steps
@@ -51,7 +52,7 @@ def row_arrays(
     def column(default: Any, value: Any, dtype: Any) -> Any:
         return np.array([default if job is None else value(job) for job in jobs], dtype)
 
-    def pair(name: str, default: Any, dtype: Any) -> Any:
+    def pair(name: str, default: object, dtype: DTypeLike) -> Any:
         def of(job: Job) -> list[Any]:
             return [getattr(f, name) for f in (job.plan.request.text, job.plan.request.image)]
 

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.tree_util import KeyPath
 
 from ar_unified.bundle import Bundle
 from ar_unified.model.config import TransformerConfig
@@ -35,7 +36,7 @@ def read_as(config: TransformerConfig, mesh: Mesh | None) -> Params:
     """
     here = SingleDeviceSharding(jax.local_devices()[0])
 
-    def leaf(path: Any, x: Any) -> jax.ShapeDtypeStruct:
+    def leaf(path: KeyPath, x: Any) -> jax.ShapeDtypeStruct:
         dtype = x.dtype if is_vector(path) else jnp.dtype(config.dtype)
         return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding if mesh is not None else here)
 
@@ -74,7 +75,7 @@ def check_weights_dtype(weights_dtype: str | None) -> None:
         raise ValueError(f"weights_dtype: expected one of {expected}; found {weights_dtype!r}")
 
 
-def _place(path: Any, stack: Any, name: str, weights_dtype: str | None, mesh: Mesh | None) -> Any:
+def _place(path: KeyPath, stack: Any, name: str, weights_dtype: str | None, mesh: Mesh | None) -> Any:
     """The sharding of each layer's part, hashable; None: the default."""
     if mesh is None:
         return None
@@ -92,7 +93,7 @@ def _place(path: Any, stack: Any, name: str, weights_dtype: str | None, mesh: Me
 def _apart(name: str, weights_dtype: str | None, places: Any, stack: jax.Array) -> list[Any]:
     """Splits a stack [L, ...] into one array for each layer."""
 
-    def placed(part: Any) -> Any:
+    def placed(part: object) -> Any:
         if places is None:
             return part
         leaves, form = jax.tree.flatten(part)

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import KeyPath
 
 from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model.leaves import named
@@ -75,7 +76,7 @@ class Rates:
             return tree
         phase = jnp.sum(step >= jnp.array(self.begins)) - 1
 
-        def one(path: Any, leaf: jax.Array) -> jax.Array:
+        def one(path: KeyPath, leaf: jax.Array) -> jax.Array:
             factor = jnp.asarray(self.factors[jax.tree_util.keystr(path, simple=True, separator=".")])[phase]  # type: ignore[index]
             return change(leaf, factor.reshape(*factor.shape, *(1,) * (leaf.ndim - factor.ndim)))
 

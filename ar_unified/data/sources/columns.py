@@ -214,7 +214,7 @@ class _Images:
     def rest(self) -> list[str]:
         return [self.next("images") for _ in range(self.left)]
 
-    def add(self, value: Any) -> str:
+    def add(self, value: object) -> str:
         self.values.append(value)
         return str(len(self.values) - 1)
 
@@ -253,14 +253,14 @@ def _show(row: dict[str, Any], key: str, references: Sequence[str]) -> None:
     holder[key] = shown + ([{"type": "text", "text": content}] if isinstance(content, str) else content or [])
 
 
-def _answer(value: Any, images: _Images, where: str) -> Any:
+def _answer(value: object, images: _Images, where: str) -> Any:
     if is_conversation(value) or is_conversation([value]):
         messages = value if isinstance(value, list) else [value]
         return _messages({"messages": messages}, images, whole=False)["messages"]
     return _content(value, images, where)
 
 
-def _content(value: Any, images: _Images, where: str) -> Any:
+def _content(value: object, images: _Images, where: str) -> Any:
     """A text, an image, or a list of them or of parts, as `read_parts` takes it."""
     if isinstance(value, str):
         return _places(value, images, where)
@@ -269,7 +269,7 @@ def _content(value: Any, images: _Images, where: str) -> Any:
     return _parts([_piece(each) for each in value], images, where) if isinstance(value, list) else value
 
 
-def _piece(value: Any) -> Any:
+def _piece(value: object) -> Any:
     """A part of a list: a text or an image may stand there as it is."""
     if isinstance(value, str):
         return {"type": "text", "text": value}
@@ -407,7 +407,7 @@ def _meta(values: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in values.items() if name not in taken and _short(value)}
 
 
-def _short(value: Any) -> bool:
+def _short(value: object) -> bool:
     if isinstance(value, list):
         return len(value) <= 256 and all(map(_short, value))
     return isinstance(value, str | int | float | bool) and not (isinstance(value, str) and len(value) > _LONGEST)

@@ -33,7 +33,7 @@ def look_up(record: Mapping[str, object], place: str, part: str) -> Any:
     return value
 
 
-def words(value: Any, part: str) -> str:
+def words(value: object, part: str) -> str:
     """A value as a text. Raises DocumentError for one that is none, nor a number or a list of them."""
     if isinstance(value, list):
         return "\n".join(words(each, part) for each in value)
