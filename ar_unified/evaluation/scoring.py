@@ -131,7 +131,7 @@ def _coded(model: Model, documents: Sequence[Document]) -> list[Document]:
     """Images as codes, those of one size in batches."""
     images: list[np.ndarray] = []
 
-    def kept(part: Any) -> Any:
+    def kept(part: object) -> Any:
         images.extend([part.pixels] if isinstance(part, ImagePart) else [])
         return part
 

@@ -163,7 +163,7 @@ def _sources(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _at(numbers: Mapping[str, Json], path: str) -> float | None:
-    value: Any = numbers
+    value: object = numbers
     for key in path.split("/"):
         value = value.get(key) if isinstance(value, Mapping) else None
     return value if isinstance(value, (int, float)) else None

@@ -98,7 +98,7 @@ class _Settings(NamedTuple):
         return rank, LoraConfig(rank=rank, alpha=alpha, rslora=self.rslora).scale_of("")
 
 
-def _matched(patterns: Mapping[str, Json], module: str, default: Any) -> Any:
+def _matched(patterns: Mapping[str, Json], module: str, default: object) -> Any:
     """As PEFT's get_pattern_key: the first whose pattern is the name or its end."""
     return next((n for key, n in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
@@ -154,7 +154,7 @@ def _settings(folder: Path, found: Mapping[str, Any]) -> _Settings:
         if key in found and found[key] not in plain:
             raise wrong(key, f"{plain[0]!r}, as only plain LoRA is read")
 
-    def is_rank(number: Any) -> bool:
+    def is_rank(number: object) -> bool:
         return type(number) is int and 1 <= number < 1 << 20
 
     def is_alpha(number: Any) -> bool:
@@ -325,6 +325,6 @@ def write(
         raise UserError(f"{in_words(error)}: name another folder, or remove this one") from error
 
 
-def _others(name_of: Mapping[str, str], number: Callable[[str], Any], default: Any) -> dict[str, object]:
+def _others(name_of: Mapping[str, str], number: Callable[[str], Any], default: object) -> dict[str, object]:
     """A pattern of PEFT's: the number of each matrix whose number is not the default."""
     return {name: number(path) for path, name in name_of.items() if number(path) != default}

@@ -205,7 +205,7 @@ def _entries(reader: _Reader) -> list[tuple[tuple[str, ...], _Stored]]:
     return found
 
 
-def _is_array(value: Any) -> bool:
+def _is_array(value: object) -> bool:
     return (isinstance(value, dict) and _CHUNKED in value) or (isinstance(value, tuple) and value[0] == 1)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -65,7 +65,7 @@ def is_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def read(folder: Path, source: Source, said: Any, width: int) -> dict[str, TokenRows]:
+def read(folder: Path, source: Source, said: object, width: int) -> dict[str, TokenRows]:
     """The rows of an adapter by table; {}: it has none.
 
     Args:

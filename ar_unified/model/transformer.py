@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.tree_util import KeyPath
 
 from ar_unified.kernels.qk_norm_rope import Rope, qk_norm_rope
 from ar_unified.model import own_rows
@@ -85,7 +84,7 @@ def logical_axes(params: Params) -> Params:
     if "rows" in params:
         beside["rows"] = own_rows.logical_axes(params["rows"])
 
-    def axes(path: KeyPath, leaf: Any) -> tuple[str, ...]:
+    def axes(path: jax.tree_util.KeyPath, leaf: Any) -> tuple[str, ...]:
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
         stacked = not any(isinstance(entry, jax.tree_util.SequenceKey) for entry in path)
         found = AXES["/".join(names)][0 if stacked else 1 :]

@@ -215,10 +215,10 @@ def _json(path: Path) -> Iterator[tuple[int, Callable[[], Mapping[str, Json]]]]:
     except RequestError as error:
         raise RequestError(f"{path}: {error}") from None
 
-    def one(row: Any) -> Mapping[str, Json]:
+    def one(row: object) -> Mapping[str, Json]:
         return {"prompt": row} if isinstance(row, str) else _request(json.dumps(row).encode())
 
-    def named(id: str, row: Any) -> Mapping[str, Json]:
+    def named(id: str, row: object) -> Mapping[str, Json]:
         if isinstance(row, dict) and row.keys() == _MJHQ:
             row = {"prompt": row["prompt"], "meta": {"category": row["category"]}}
         return {"id": id, **one(row)}

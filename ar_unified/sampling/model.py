@@ -342,7 +342,7 @@ class Model:
         """A conversation's turns, images as codes. Raises RequestError."""
         images: list[Any] = []
 
-        def named(part: Any) -> Any:  # the reader of rows takes names of images
+        def named(part: object) -> Any:  # the reader of rows takes names of images
             if not isinstance(part, Mapping) or part.get("type") != "image":
                 return part
             images.append(part.get("image"))

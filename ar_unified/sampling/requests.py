@@ -233,7 +233,7 @@ def _canvas(row: Mapping[str, Json], read: Callable[[str], bytes]) -> Canvas | N
     return Canvas(PromptImage(canvas["image"], read), mask, canvas.get("top", 0))
 
 
-def _text(text: Any, where: str) -> TextPart:
+def _text(text: object, where: str) -> TextPart:
     if not isinstance(text, str) or not text.strip():
         raise RequestError(f"{where}: expected a text, found {text!r:.80}")
     return TextPart(text)

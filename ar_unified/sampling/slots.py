@@ -49,7 +49,7 @@ def row_arrays(
     jobs = [fresh.get(i) for i in range(slots)]
     C = shape.contexts
 
-    def column(default: Any, value: Any, dtype: Any) -> Any:
+    def column(default: object, value: Any, dtype: DTypeLike) -> Any:
         return np.array([default if job is None else value(job) for job in jobs], dtype)
 
     def pair(name: str, default: object, dtype: DTypeLike) -> Any:

@@ -141,7 +141,7 @@ def _typed_row(names: Sequence[str], values: Sequence[Any]) -> dict[str, Json]:
     return {name: _json(value) for name, value in zip(names, values, strict=True) if value is not None}
 
 
-def _json(value: Any) -> Any:
+def _json(value: object) -> Any:
     """What Arrow gives, as JSON has it."""
     if isinstance(value, float) and not math.isfinite(value):
         return None

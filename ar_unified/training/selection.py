@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import KeyPath
 
 from ar_unified.errors import nearest
 from ar_unified.language.vocabulary import Role, Vocabulary
@@ -66,7 +67,7 @@ class Selection:
         trained = params if self.parts is None else self.take(params)
         kept = {path for path, _ in _leaves(trained)}
 
-        def cast(path: Any, leaf: Any) -> Any:
+        def cast(path: KeyPath, leaf: Any) -> Any:
             fixed = jax.tree_util.keystr(path, simple=True, separator=".") not in kept
             return held(path, leaf, dtype) if fixed else leaf
 

@@ -112,7 +112,7 @@ class Encoder:
             return
         digests: list[bytes] = []
 
-        def without(part: Any) -> Any:  # keeps an image's place alone: pixels live until their batch is encoded
+        def without(part: object) -> Any:  # keeps an image's place alone: pixels live until their batch is encoded
             if not isinstance(part, ImagePart):
                 return part
             digests.append(self._take(part.pixels))

@@ -206,7 +206,7 @@ def _rows(columns: Any) -> Any:
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """numpy and bytes as JSON values; bytes that are no UTF-8 stay bytes."""
     if isinstance(value, bytes):
         try:

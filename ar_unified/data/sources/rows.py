@@ -10,7 +10,6 @@ import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -187,7 +186,7 @@ class _Bad(Exception):
         self.kind = kind
 
 
-def _reference(value: Any) -> str:
+def _reference(value: object) -> str:
     """To an image, as a row names it: a text, or an object with a "path"."""
     found = value.get("path") if isinstance(value, Mapping) else value
     if not isinstance(found, str) or not found:

@@ -332,7 +332,7 @@ def _paired(record: Mapping[str, object], shown: list[Any]) -> dict[str, object]
     return {of: values[0] if len(values) == 1 else values for of, values in found.items()}
 
 
-def _mapping(value: Any) -> Mapping[str, object]:
+def _mapping(value: object) -> Mapping[str, object]:
     return value if isinstance(value, Mapping) else {}
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from ar_tokenizers.image import movq_weights, taming
 from ar_tokenizers.image.config import PRESETS, AutoencoderConfig
@@ -87,7 +88,7 @@ def from_published(
 
 
 def to_published(
-    tokenizer: ImageTokenizer, dialect: str, *, prefix: str = "", dtype: Any = np.float32
+    tokenizer: ImageTokenizer, dialect: str, *, prefix: str = "", dtype: DTypeLike = np.float32
 ) -> dict[str, np.ndarray]:
     """The inverse: every tensor of a published file.
 
