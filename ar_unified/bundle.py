@@ -49,7 +49,7 @@ from ar_unified.language.border import Border
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.record import FILE as LANGUAGE
 from ar_unified.language.record import manifest_of, record_of, text_codec
-from ar_unified.manifests import manifest_hash
+from ar_unified.manifests import Json, manifest_hash
 from ar_unified.model.config import TransformerConfig, decisive
 from ar_unified.model.leaves import Streamed, named, write_leaves
 from ar_unified.model.transformer import Params, abstract_params
@@ -88,11 +88,11 @@ def write(
     grammar: Grammar,
     text_tokenizer: Codec,
     image_tokenizer: ImageTokenizer | None,
-    data: Mapping[str, Any],
-    sampling: Mapping[str, Any],
+    data: Mapping[str, Json],
+    sampling: Mapping[str, Json],
     card: str,
-    loss: Mapping[str, Any] | None = None,
-    published: Mapping[str, Any] | None = None,
+    loss: Mapping[str, Json] | None = None,
+    published: Mapping[str, Json] | None = None,
     kept: Mapping[str, np.ndarray] | None = None,
     extends: str = "",
     shard_bytes: int = SHARD_BYTES,
@@ -115,7 +115,7 @@ def write(
     try:
         with whole_folder(folder) as here:
             model = decisive(config) | {"dtype": config.dtype}
-            sections: dict[str, Any] = {"model": model, "data": dict(data), "loss": dict(loss or {})}
+            sections: dict[str, Json] = {"model": model, "data": dict(data), "loss": dict(loss or {})}
             sections |= {"sampling": dict(sampling)} | ({"extends": extends} if extends else {})
             write_json(here / CONFIG, sections)
             write_json(here / LANGUAGE, record_of(grammar))
@@ -156,7 +156,7 @@ class _Tensor:
     name: str
     dtype: str
 
-    def read(self, at: Any) -> np.ndarray:
+    def read(self, at: object) -> np.ndarray:
         with safe_open(self.path, framework="numpy") as opened:
             return opened.get_slice(self.name)[at]
 
@@ -216,12 +216,12 @@ class Bundle:
             return typed(TransformerConfig, self.sections["model"], "model")
 
     @cached_property
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, Json]:
         """language.json (`language.record.record_of`)."""
         return self._json(LANGUAGE)
 
     @property
-    def language(self) -> dict[str, Any]:
+    def language(self) -> dict[str, Json]:
         """The grammar's manifest."""
         return manifest_of(self.record)
 
@@ -280,7 +280,7 @@ class Bundle:
             raise self._error(LANGUAGE, f"expected image codes where there is an {IMAGE}, and its hash nowhere else")
         return grammar
 
-    def params(self, places: Any = None, dtype: Any = None, then: Callable[..., Any] | None = None) -> Params:
+    def params(self, places: Any = None, dtype: Any = None, then: Callable[..., object] | None = None) -> Params:
         """The transformer's parameters, read straight to where they belong: a device reads what it holds.
 
         Args:

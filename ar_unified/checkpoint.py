@@ -25,7 +25,7 @@ from orbax.checkpoint import v1 as ocp
 
 from ar_unified import storage
 from ar_unified.errors import RunError, UserError
-from ar_unified.manifests import require_same
+from ar_unified.manifests import Json, require_same
 
 _COMMITTED = "commit_success.txt"  # the file that makes a folder of a bucket a checkpoint
 
@@ -113,7 +113,7 @@ class Checkpoints:
         *,
         params: Any,
         optimizer: Any,
-        metadata: Mapping[str, Any],
+        metadata: Mapping[str, Json],
         validation_loss: float | None = None,
     ) -> None:
         """Starts saving and returns; the arrays may be donated at once. `metadata` is JSON; `step` is added to it.
@@ -199,7 +199,7 @@ class Checkpoints:
         return dict(stored.custom_metadata or {})
 
     def restore(
-        self, step: int | None = None, *, manifest: Mapping[str, Any] | None = None, **targets: Any
+        self, step: int | None = None, *, manifest: Mapping[str, Json] | None = None, **targets: object
     ) -> dict[str, Any]:
         """Reads `params=...` and/or `optimizer=...` onto the shapes, dtypes and shardings of the given abstract trees.
 

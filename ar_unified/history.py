@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ar_unified.manifests import ABSENT, Changes, differences, flat
+from ar_unified.manifests import ABSENT, Changes, Json, differences, flat
 
 DECIDING = ("extended", "branched")  # the kinds without which a result cannot be made again
 
@@ -40,7 +40,7 @@ class Changeable:
     cost: Sequence[str] = ()
     extends: Sequence[str] = ()
     anew: Sequence[str] = ()
-    later: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    later: Mapping[str, Json] = dataclasses.field(default_factory=dict)
 
     def among(self, fields: Sequence[str]) -> str:
         """A sentence that names those of `fields` that may change; "" for none."""
@@ -52,13 +52,13 @@ class Changeable:
 
 
 def divide(
-    fingerprint: Mapping[str, Any], cost: Sequence[str], path: str = ""
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    fingerprint: Mapping[str, Json], cost: Sequence[str], path: str = ""
+) -> tuple[dict[str, Json], dict[str, Json]]:
     """Splits a fingerprint: the part that decides the result, and the fields that decide only cost, flat: {field:
     value}.
     """
-    kept: dict[str, Any] = {}
-    only_cost: dict[str, Any] = {}
+    kept: dict[str, Json] = {}
+    only_cost: dict[str, Json] = {}
     for key, value in fingerprint.items():
         field = f"{path}.{key}" if path else key
         if _within(field, cost):
@@ -108,13 +108,13 @@ def as_of(found: Mapping[str, Any], told: Sequence[Mapping[str, Any]], step: int
     return {"fingerprint": fingerprint, "cost": cost}
 
 
-def entry(kind: str, step: int | None, changed: Changes, **more: Any) -> dict[str, Any]:
+def entry(kind: str, step: int | None, changed: Changes, **more: Any) -> dict[str, object]:
     """An entry of a history, with the present time."""
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"when": when, "step": step, "kind": kind, **more, "changed": changed}
 
 
-def same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+def same(a: Mapping[str, Json], b: Mapping[str, Json]) -> bool:
     """Whether two entries record the same change, as when an attempt was killed and started again."""
     return {**a, "when": ""} == {**b, "when": ""}
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from ar_unified.errors import UserError
 
 ABSENT = "(absent)"  # in place of the value of a field that is not there
 
+Json: TypeAlias = "None | bool | int | float | str | Sequence[Json] | Mapping[str, Json]"  # a value of JSON
 Changes = dict[str, list[Any]]  # {dotted field: [old, new]}
 
 
@@ -26,13 +27,13 @@ class ManifestMismatch(Mismatch):
     """Two artefacts that do not speak the same vocabulary."""
 
 
-def manifest_hash(manifest: Mapping[str, Any]) -> str:
+def manifest_hash(manifest: Mapping[str, Json]) -> str:
     """sha256 (hex) of the manifest in canonical JSON: independent of key order."""
     canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def flat(value: object, path: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted field, value) of everything in nested mappings. Tuples become lists, as in JSON."""
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():
@@ -41,14 +42,16 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, list(value) if isinstance(value, tuple) else value
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
+def differences(old: Mapping[str, Json], new: Mapping[str, Json]) -> Changes:
     """The fields of two records that differ, in the order of `new`; those that only `old` has come last."""
     a, b = dict(flat(old)), dict(flat(new))
     pairs = {field: [a.get(field, ABSENT), b.get(field, ABSENT)] for field in (b | a)}
     return {field: [x, y] for field, (x, y) in pairs.items() if x != y}
 
 
-def require_same(expected: Mapping[str, Any], found: Mapping[str, Any], *, expected_from: str, found_from: str) -> None:
+def require_same(
+    expected: Mapping[str, Json], found: Mapping[str, Json], *, expected_from: str, found_from: str
+) -> None:
     """Refuses two manifests that differ.
 
     Args:

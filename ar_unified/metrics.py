@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ar_unified.manifests import Json
+
 # How the names of metrics begin that come once for each role, for each task, for each pair of modalities (attention),
 # and for held-out data.
 LOSS_BY_ROLE, LOSS_BY_TASK, LOG_Z_BY_ROLE = "loss/role/", "loss/task/", "log_z/role/"
@@ -37,14 +39,14 @@ def read_metrics(path: str | Path, until: float = math.inf) -> list[dict[str, An
     return rows
 
 
-def losses_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def losses_of(rows: Sequence[Mapping[str, Json]]) -> list[dict[str, Json]]:
     """Rows of metrics.jsonl with only those values that are used here, because a long run has many rows."""
     return [{key: row[key] for key in ("step", "loss", VALIDATION_LOSS) if key in row} for row in rows]
 
 
-def last_validation(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def last_validation(rows: Sequence[Mapping[str, Json]]) -> dict[str, Any]:
     """The last scores on held-out data by name, without their prefix; {} if there are none."""
-    last: Mapping[str, Any] = next((row for row in reversed(rows) if VALIDATION_LOSS in row), {})
+    last: Mapping[str, Json] = next((row for row in reversed(rows) if VALIDATION_LOSS in row), {})
     return {key.removeprefix(VALIDATION): value for key, value in last.items() if key.startswith(VALIDATION)}
 
 
@@ -85,5 +87,5 @@ def _training(rows: Sequence[Mapping[str, Any]], step: int) -> float | None:
     return sum(losses) / len(losses) if losses else None
 
 
-def _number(row: Mapping[str, Any], key: str) -> bool:
+def _number(row: Mapping[str, Json], key: str) -> bool:
     return isinstance(row.get(key), int | float)

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401 (numpy knows bfloat16 by it)
 import numpy as np
@@ -21,6 +21,7 @@ from ar_tokenizers.files import write_bytes
 from safetensors import safe_open
 from safetensors.numpy import save
 
+Params = dict[str, Any]  # nested, of arrays, or of what is said of each: its shape, its sharding, names of its axes
 INDEX = "model.safetensors.index.json"
 _NAMES = {
     "float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64", "int32": "I32",

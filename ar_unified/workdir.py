@@ -35,7 +35,7 @@ from ar_tokenizers.files import UNFINISHED, write_bytes
 from ar_unified import history, storage
 from ar_unified.errors import UserError
 from ar_unified.history import Changeable
-from ar_unified.manifests import Changes, Mismatch, flat
+from ar_unified.manifests import Changes, Json, Mismatch, flat
 
 # For a workdir in an object store: folders whose files are downloaded one by one as they are opened; and folders that
 # are not mirrored, because Orbax writes checkpoints into the store itself, and TFDS can make its data sets again.
@@ -62,7 +62,7 @@ def write_text(path: str | Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_json(path: str | Path, value: object) -> None:
     """Like `write_bytes`; indented JSON. numpy scalars and arrays are written as numbers and lists."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=_plain) + "\n")
 
@@ -107,10 +107,10 @@ class Stage:
 
     name: str
     folder: Path
-    fingerprint: dict[str, Any]
-    cost: dict[str, Any] = field(default_factory=dict)
+    fingerprint: dict[str, Json]
+    cost: dict[str, Json] = field(default_factory=dict)
     done: bool = False
-    summary: dict[str, Any] | None = None
+    summary: dict[str, Json] | None = None
     changed: dict[str, Changes] = field(default_factory=dict)
     aside: Path | None = None
 
@@ -150,7 +150,7 @@ class Stage:
         storage.move(self.folder, self.aside)
         self.begin(history.entry("anew", None, self.changed["anew"], aside=self.aside.name))
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
+    def finish(self, summary: Mapping[str, Json]) -> None:
         """Marks the stage as done; to be called when everything it leaves is in its place."""
         self.summary = _as_json(summary)
         storage.push(self.folder)
@@ -233,7 +233,7 @@ class Workdir:
         self.evaluation = self.path / "evaluation.json"
         self.report = self.path / "report.html"
 
-    def stage(self, name: str, fingerprint: Mapping[str, Any], may: Changeable = history.NOTHING) -> Stage:
+    def stage(self, name: str, fingerprint: Mapping[str, Json], may: Changeable = history.NOTHING) -> Stage:
         """Opens a stage: a finished one as `done`, an interrupted one to continue, a new one to begin.
 
         A reader opens it when the writer has opened it.
@@ -271,7 +271,7 @@ class Workdir:
             clean(stage.folder)
         return stage
 
-    def undecided(self, name: str, fingerprint: Mapping[str, Any], may: Changeable) -> Stage:
+    def undecided(self, name: str, fingerprint: Mapping[str, Json], may: Changeable) -> Stage:
         """A stage as it is to be made, whatever its folder holds: nothing is read or written."""
         return Stage(name, self.path / name, *history.divide(_as_json(fingerprint), may.cost))
 
@@ -289,7 +289,7 @@ class Workdir:
                 self.await_file(record, {"fingerprint": stage.fingerprint, "cost": stage.cost}, patience=0)
             time.sleep(0.1)
 
-    def await_file(self, path: Path, content: Any = None, *, patience: float = 60.0) -> None:
+    def await_file(self, path: Path, content: object = None, *, patience: float = 60.0) -> None:
         """For a reader: waits until it sees a JSON file that the writer wrote, with this `content` unless None.
 
         Network file systems show new files late; after `patience` seconds NotShared is raised.
@@ -311,7 +311,7 @@ def _now(path: Path) -> Path:
     return path
 
 
-def _changes(stage: Stage, found: Mapping[str, Any], state: str, may: Changeable) -> dict[str, Changes]:
+def _changes(stage: Stage, found: Mapping[str, Json], state: str, may: Changeable) -> dict[str, Changes]:
     """The allowed differences from a record, by kind. Raises StageMismatch for a difference that is not allowed."""
     refused, changed = history.compare(found, stage.fingerprint, stage.cost, may)
     if refused is not None:
@@ -328,12 +328,12 @@ def _changes(stage: Stage, found: Mapping[str, Any], state: str, may: Changeable
     return changed
 
 
-def _as_json(value: Any) -> Any:
+def _as_json(value: object) -> Any:
     """A value as `write_json` and `read_json` would return it."""
     return json.loads(json.dumps(value, default=_plain))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """numpy scalars and arrays, and paths, as JSON values."""
     if hasattr(value, "tolist"):
         return value.tolist()

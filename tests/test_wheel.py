@@ -87,6 +87,23 @@ def test_every_package_that_is_imported_is_asked_for():
     assert not missing
 
 
+def test_what_the_dockerfile_names_is_there():
+    """No builder runs here: each file that it copies is in the context, each backend an extra, each Python pinned."""
+    text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    let_through = set(re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(encoding="utf-8"), re.MULTILINE))
+    copied = {word for words in re.findall(r"^COPY (?:--\S+ )*(.*) \S+$", text, re.MULTILINE) for word in words.split()}
+    assert copied == let_through and not [name for name in copied if not (ROOT / name).exists()]
+    needed = {PROJECT["project"]["readme"], *PROJECT["project"]["license-files"], *WHEEL["packages"]}
+    needed |= set(WHEEL["force-include"])
+    assert not [name for name in needed if not {name, name.partition("/")[0]} & copied], "hatchling reads them"
+
+    (backends,) = re.findall(r"^ *([a-z |]+)\) package=\"\.\[\$BACKEND\]\"", text, re.MULTILINE)
+    assert set(backends.split(" | ")) == {"cuda", "tpu"} <= PROJECT["project"]["optional-dependencies"].keys()
+    (python,) = re.findall(r"^ARG PYTHON=3\.(\d+)$", text, re.MULTILINE)
+    assert (ROOT / f"requirements/py3{python}.txt").is_file() and re.search(r"^USER [1-9]", text, re.MULTILINE)
+    assert f'ENTRYPOINT ["{next(iter(PROJECT["project"]["scripts"]))}"]' in text
+
+
 def imported(path: Path) -> set[str]:
     """The first parts of the names that a module imports, in functions too."""
     found = set()

@@ -50,6 +50,7 @@ from ar_unified.experiment.of_bundle import OfBundle
 from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.experiment.tokenizer_evaluation import evaluate_folder, evaluate_held_out, results_of
 from ar_unified.experiment.tokenizer_evaluation import score as score_images
+from ar_unified.manifests import Json
 from ar_unified.metrics import ATTENTION, last_validation, read_metrics
 from ar_unified.workdir import Workdir, write_json
 
@@ -164,10 +165,10 @@ def _evaluate_bundle(experiment: OfBundle) -> None:
     shutil.rmtree(workdir.data, ignore_errors=True)
 
 
-def _asked(experiment: Experiment) -> tuple[dict[str, Any], dict[str, list[Example]]]:
+def _asked(experiment: Experiment) -> tuple[dict[str, Json], dict[str, list[Example]]]:
     """Numbers and examples of what the model answers to the documents of every held-out set."""
     config = experiment.config
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, Json] = {}
     examples: dict[str, list[Example]] = {}
     for name, sources in experiment.held_out.items():
         if not sources:

@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -45,7 +44,7 @@ from ar_unified.interop import ADAPTER, BESIDE, FORMS, image_tokenizer, peft
 from ar_unified.interop.exporting import export_published
 from ar_unified.interop.extended import KEY as EXTENDED
 from ar_unified.interop.token_rows import TokenRows
-from ar_unified.manifests import manifest_hash
+from ar_unified.manifests import Json, manifest_hash
 from ar_unified.model.config import decisive, parameter_count
 from ar_unified.model.own_rows import TABLES
 from ar_unified.sampling.request import DEFAULTS
@@ -174,7 +173,7 @@ def _require_extended(experiment: Experiment) -> str:
     return base.hash
 
 
-def _rows(experiment: Experiment, trained: Mapping[str, Any], form: str) -> dict[str, TokenRows]:
+def _rows(experiment: Experiment, trained: Mapping[str, Json], form: str) -> dict[str, TokenRows]:
     """The rows that were trained beside the adapter, by table, with published ids where there are some. Raises
     UserError where more was trained.
     """
@@ -194,7 +193,7 @@ def _rows(experiment: Experiment, trained: Mapping[str, Any], form: str) -> dict
     return found
 
 
-def _published(experiment: Experiment, path: Path) -> dict[str, Any] | None:
+def _published(experiment: Experiment, path: Path) -> dict[str, Json] | None:
     """What an export to the published form needs, if there is such a form. A head that this training trained is no
     longer marked as untrained.
     """
@@ -224,7 +223,7 @@ def _require_own(experiment: Experiment) -> None:
                 raise UserError(f"config.{section}.{field}: expected {old!r}, as it was trained with; found {new!r}")
 
 
-def _done(experiment: Experiment, stage: str) -> dict[str, Any]:
+def _done(experiment: Experiment, stage: str) -> dict[str, Json]:
     """The fingerprint of a stage; {} where it was removed."""
     path = experiment.workdir.path / stage / "done.json"
     return read_json(path)["fingerprint"] if path.exists() else {}
@@ -245,7 +244,7 @@ def _training(experiment: Experiment) -> dict[str, str]:
     return facts
 
 
-def _evaluation(experiment: Experiment) -> Mapping[str, Any] | None:
+def _evaluation(experiment: Experiment) -> Mapping[str, Json] | None:
     """evaluation.json, if it is of the weights that are exported."""
     path, made = experiment.workdir.evaluation, _done(experiment, "evaluation")
     of_these = made.get("model") == experiment.trained() and made.get("checkpoint_step") == experiment.checkpoint

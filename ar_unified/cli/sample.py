@@ -33,7 +33,6 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -49,6 +48,7 @@ from ar_unified.experiment.facts import weights_hash
 from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.language.document import Document, ImagePart, TextPart
 from ar_unified.language.rows import write_parts
+from ar_unified.manifests import Json
 from ar_unified.rewards.best import NAMES, keep_best
 from ar_unified.rewards.opening import open_reward
 from ar_unified.rewards.reward import Reward, RewardConfig
@@ -194,7 +194,7 @@ def _run(
     output: Path,
     part: tuple[int, int] | None = None,
     links: bool = False,
-    **defaults: Any,
+    **defaults: object,
 ) -> JobReport:
     sampling = experiment.config.sampling
     report = run_job(
@@ -232,7 +232,7 @@ def _require_samples(output: Path) -> None:
         raise UserError(f"none of {len(refused)} requests could be served, see {output}; the first: {refused[0]}")
 
 
-def _rows(source: Source, folder: Path, most: int) -> Iterator[dict[str, Any]]:
+def _rows(source: Source, folder: Path, most: int) -> Iterator[dict[str, Json]]:
     """Requests from the first documents of a source: for those with turns the prompt, for others the first half.
 
     most: how many characters of a text that stands alone are used, at most.

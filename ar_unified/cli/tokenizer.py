@@ -34,6 +34,7 @@ from ar_unified.experiment.settings import objective as objective_of
 from ar_unified.experiment.settings import short_side, tokenizer_rates, tokenizer_training
 from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.experiment.text_tokenizer import train_text
+from ar_unified.manifests import Json
 from ar_unified.metrics import last_validation, read_metrics
 from ar_unified.parallel import runtime
 from ar_unified.training.loop import fit
@@ -152,7 +153,7 @@ def train_image(experiment: Experiment) -> None:
     if runtime.first():
         tokenizer = ImageTokenizer(experiment.autoencoder, params)
         tokenizer.save(stage.folder)
-        summary: dict[str, Any] = {"codes": tokenizer.codebook_size, "hash": tokenizer.hash}
+        summary: dict[str, Json] = {"codes": tokenizer.codebook_size, "hash": tokenizer.hash}
         rows = read_metrics(stage.folder / "metrics.jsonl")
         if warning := task.warning(last_validation(rows)):  # the loop ends with one
             experiment.say(f"image_tokenizer: WARNING, on held-out images {warning}")

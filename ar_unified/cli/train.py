@@ -51,6 +51,7 @@ from ar_unified.experiment.settings import lora, selected, shapes, training
 from ar_unified.experiment.start import by_first_process, open_experiment
 from ar_unified.history import DECIDING
 from ar_unified.language.document import CodesPart
+from ar_unified.manifests import Json
 from ar_unified.model.lora import merged
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.request import Request
@@ -80,7 +81,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _fingerprint(experiment: Experiment, made: Objective) -> dict[str, Any]:
+def _fingerprint(experiment: Experiment, made: Objective) -> dict[str, Json]:
     return experiment.fingerprint(*_KEYS, *made.keys, **made.facts)
 
 

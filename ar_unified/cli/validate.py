@@ -19,7 +19,6 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ar_unified import storage
 from ar_unified.cli.arguments import refuse_unread
@@ -34,6 +33,7 @@ from ar_unified.experiment.settings import extension, language, longest
 from ar_unified.experiment.text_tokenizer import load, told
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.record import text_in
+from ar_unified.manifests import Json
 from ar_unified.workdir import Workdir
 
 
@@ -92,7 +92,7 @@ def _has_tokenizers(workdir: Path) -> bool:
     return (workdir / "config.json").exists() and (workdir / "text_tokenizer").exists()
 
 
-def _specs(text: str) -> list[dict[str, Any]]:
+def _specs(text: str) -> list[dict[str, Json]]:
     """One source or several, as JSON. Raises UserError."""
     try:
         specs = json.loads(text)

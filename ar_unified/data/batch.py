@@ -3,42 +3,49 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from ar_unified.language.vocabulary import Role
 
+A = TypeVar("A")  # of a batch's fields: np.ndarray as it is loaded, jax.Array in a step, jax.ShapeDtypeStruct in plans
 
-def _of(dtype: Any) -> Any:
+
+def _of(dtype: DTypeLike) -> Any:
     return dataclasses.field(metadata={"dtype": np.dtype(dtype)})
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PackedBatch:
+class PackedBatch(Generic[A]):
     """Rows of whole documents side by side, [B, T] each: numpy arrays, jax arrays, or shapes. A pytree."""
 
-    tokens: Any = _of(np.int32)  # what is read; pad behind the last document
-    targets: Any = _of(np.int32)  # the next token of the same document, else pad
-    positions: Any = _of(np.int32)  # in its document; 0 on padding
-    doc_start: Any = _of(np.int32)  # where in the row its document begins; T on padding
-    segment_ids: Any = _of(np.int32)  # number of its document in the row, from 1; 0 on padding
-    tasks: Any = _of(np.int8)  # of its document, as an index into TASKS
-    roles: Any = _of(np.int8)  # of the target, by its place (language.encoded); PAD: none, or none to learn
-    prompt: Any = _of(np.bool_)  # whether the target is read and not to be learned: a user's or the system's turn
+    tokens: A = _of(np.int32)  # what is read; pad behind the last document
+    targets: A = _of(np.int32)  # the next token of the same document, else pad
+    positions: A = _of(np.int32)  # in its document; 0 on padding
+    doc_start: A = _of(np.int32)  # where in the row its document begins; T on padding
+    segment_ids: A = _of(np.int32)  # number of its document in the row, from 1; 0 on padding
+    tasks: A = _of(np.int8)  # of its document, as an index into TASKS
+    roles: A = _of(np.int8)  # of the target, by its place (language.encoded); PAD: none, or none to learn
+    prompt: A = _of(np.bool_)  # whether the target is read and not to be learned: a user's or the system's turn
 
     @classmethod
-    def padding(cls, rows: int, length: int, pad: int) -> PackedBatch:
+    def padding(cls, rows: int, length: int, pad: int) -> PackedBatch[np.ndarray]:
         """Rows without a document, as numpy arrays to write documents into."""
         fill = {"tokens": pad, "targets": pad, "doc_start": length}
-        return cls(**{name: np.full((rows, length), fill.get(name, 0), dtype) for name, dtype in cls.dtypes().items()})
+        return PackedBatch(
+            **{name: np.full((rows, length), fill.get(name, 0), dtype) for name, dtype in cls.dtypes().items()}
+        )
 
     @classmethod
-    def shapes(cls, rows: int, length: int) -> PackedBatch:
+    def shapes(cls, rows: int, length: int) -> PackedBatch[jax.ShapeDtypeStruct]:
         """ShapeDtypeStructs [rows, length]."""
-        return cls(**{name: jax.ShapeDtypeStruct((rows, length), dtype) for name, dtype in cls.dtypes().items()})
+        return PackedBatch(
+            **{name: jax.ShapeDtypeStruct((rows, length), dtype) for name, dtype in cls.dtypes().items()}
+        )
 
     @classmethod
     def dtypes(cls) -> dict[str, np.dtype]:
@@ -48,7 +55,7 @@ class PackedBatch:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PreferenceBatch:
+class PreferenceBatch(Generic[A]):
     """Rows of preference pairs: documents 2p + 1 and 2p + 2 of a row are the chosen and the rejected answer of its pair
     p (`PackedBatch.segment_ids`). A pytree like `PackedBatch`.
 
@@ -58,11 +65,11 @@ class PreferenceBatch:
             trained positions of both answers, by Role of the target; 0 where there is no pair, or no reference.
     """
 
-    documents: PackedBatch
-    reference: Any
+    documents: PackedBatch[A]
+    reference: A
 
     @classmethod
-    def shapes(cls, rows: int, length: int, pairs: int) -> PreferenceBatch:
+    def shapes(cls, rows: int, length: int, pairs: int) -> PreferenceBatch[jax.ShapeDtypeStruct]:
         """ShapeDtypeStructs."""
         reference = jax.ShapeDtypeStruct((rows, pairs, 2, len(Role)), np.float32)
-        return cls(PackedBatch.shapes(rows, length), reference)
+        return PreferenceBatch(PackedBatch.shapes(rows, length), reference)

@@ -29,7 +29,7 @@ from ar_unified.language.document import TASKS, ImagePart
 from ar_unified.language.encoded import TRAINED, Encoded, joined
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.vocabulary import Role
-from ar_unified.manifests import require_same
+from ar_unified.manifests import Json, require_same
 
 _TEXT_TO_IMAGE, _IMAGE_TO_TEXT = TASKS.index("text_to_image"), TASKS.index("image_to_text")
 _INTERLEAVED = TASKS.index("interleaved")
@@ -52,7 +52,7 @@ class Chosen(NamedTuple):
     items: list[np.ndarray]
 
 
-def _require_kind(name: str, counts: Mapping[str, Any], answers: int) -> None:
+def _require_kind(name: str, counts: Mapping[str, Json], answers: int) -> None:
     """Raises UserError for a source of pairs where documents are expected, and the other way round."""
     found = 2 if counts.get("preferences") else 1
     if counts["documents"] and found != answers:
@@ -170,7 +170,7 @@ class PackedBatches:
                 }
         return found
 
-    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> PackedBatch:
+    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> PackedBatch[np.ndarray]:
         """Rows process_index/process_count of the global batch of `step`, [B / process_count, T]."""
         return self.laid(*self.picked(step, process_index, process_count))
 
@@ -186,7 +186,7 @@ class PackedBatches:
             chosen.append(Chosen(source, epoch, at, self._packings[length][source].documents(epoch, picks.item[at])))
         return phase, len(picks.item), chosen
 
-    def laid(self, phase: Phase, count: int, chosen: Sequence[Chosen]) -> PackedBatch:
+    def laid(self, phase: Phase, count: int, chosen: Sequence[Chosen]) -> PackedBatch[np.ndarray]:
         """The batch of the chosen items, in `count` rows."""
         documents: list[Encoded] = []
         tasks: list[np.ndarray] = []
@@ -236,7 +236,7 @@ def pack(
     *,
     shape: tuple[int, int],
     pad: int,
-) -> PackedBatch:
+) -> PackedBatch[np.ndarray]:
     """Documents side by side in their rows.
 
     Args:

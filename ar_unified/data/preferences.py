@@ -57,7 +57,7 @@ class PreferenceBatches(PackedBatches):
         """Pairs of each source."""
         return {name: len(source) // 2 for name, source in zip(self.names, self.shards, strict=True)}
 
-    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> PreferenceBatch:  # type: ignore[override]
+    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> PreferenceBatch[np.ndarray]:  # type: ignore[override]
         """Rows process_index/process_count of the global batch of `step`."""
         phase, count, chosen = self.picked(step, process_index, process_count)
         most = max(1, (phase.sequence_length or self.sequence_length) // self._shortest)

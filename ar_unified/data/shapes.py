@@ -66,7 +66,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     # importlib_resources, which it does not install.
     url_infos = None
 
-    def __init__(self, *, file_format: Any = "array_record", **kwargs: Any) -> None:
+    def __init__(self, *, file_format: Any = "array_record", **kwargs: object) -> None:
         # The default format of TFDS, tfrecord, cannot be read without TensorFlow.
         super().__init__(file_format=file_format, **kwargs)
 
@@ -98,10 +98,10 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
             disable_shuffling=True,  # the questions about an image stay together, and `prepare` encodes it once
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, object]]]]:
         return {split: self._generate_examples(split) for split in scenes.SPLITS}
 
-    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, object]]]:
         config = self.builder_config
         yield from enumerate(islice(_examples(config.kind, split, config.side), self.counts()[split]))
 
@@ -136,7 +136,7 @@ def _image(scene: scenes.Scene, side: int) -> io.BytesIO:
     return file
 
 
-def _captions(rng: np.random.Generator, split: str, side: int) -> Iterator[dict[str, Any]]:
+def _captions(rng: np.random.Generator, split: str, side: int) -> Iterator[dict[str, object]]:
     while True:
         scene = scenes.sample_scene(rng, split)
         yield {
@@ -146,7 +146,7 @@ def _captions(rng: np.random.Generator, split: str, side: int) -> Iterator[dict[
         }
 
 
-def _questions(rng: np.random.Generator, split: str, side: int) -> Iterator[dict[str, Any]]:
+def _questions(rng: np.random.Generator, split: str, side: int) -> Iterator[dict[str, object]]:
     while True:
         scene = scenes.sample_scene(rng, split)
         image = _image(scene, side)
@@ -164,7 +164,7 @@ def _questions(rng: np.random.Generator, split: str, side: int) -> Iterator[dict
                 }
 
 
-def _stories(rng: np.random.Generator, split: str, side: int) -> Iterator[dict[str, Any]]:
+def _stories(rng: np.random.Generator, split: str, side: int) -> Iterator[dict[str, object]]:
     while True:
         length = int(rng.integers(2, 5))
         shown = [scenes.sample_scene(rng, split)]
@@ -181,7 +181,7 @@ def _stories(rng: np.random.Generator, split: str, side: int) -> Iterator[dict[s
         }
 
 
-def _edits(rng: np.random.Generator, split: str, side: int) -> Iterator[dict[str, Any]]:
+def _edits(rng: np.random.Generator, split: str, side: int) -> Iterator[dict[str, object]]:
     while True:
         edit = edits.sample_edit(rng, split)
         yield {
@@ -193,7 +193,7 @@ def _edits(rng: np.random.Generator, split: str, side: int) -> Iterator[dict[str
         }
 
 
-def _conversations(rng: np.random.Generator, split: str, side: int) -> Iterator[dict[str, Any]]:
+def _conversations(rng: np.random.Generator, split: str, side: int) -> Iterator[dict[str, object]]:
     while True:
         talk = conversations.sample_conversation(rng, split)
         messages, images = [], []

@@ -10,6 +10,7 @@ from ar_tokenizers.image.config import AutoencoderConfig
 from ar_unified.evaluation.facts import summary
 from ar_unified.evaluation.report import NAMES
 from ar_unified.language.vocabulary import Vocabulary
+from ar_unified.manifests import Json
 from ar_unified.model.config import TransformerConfig, parameter_count
 
 _VALIDATION = ("loss", "bits_per_text_byte", "bits_per_image_token")
@@ -31,8 +32,8 @@ def card(
     model: TransformerConfig,
     vocabulary: Vocabulary,
     image: AutoencoderConfig | None,
-    config: Mapping[str, Any],
-    training: Mapping[str, Any],
+    config: Mapping[str, Json],
+    training: Mapping[str, Json],
     evaluation: Mapping[str, Any] | None,
 ) -> str:
     """The README.md of a bundle.

@@ -15,9 +15,10 @@ import jax
 from ar_tokenizers.image.config import AutoencoderConfig
 
 from ar_unified.evaluation.charts import number
+from ar_unified.manifests import Json
 
 
-def summary(config: Mapping[str, Any]) -> dict[str, str]:
+def summary(config: Mapping[str, Json]) -> dict[str, str]:
     """A summary of a config in a few lines; parts that the config lacks are left out."""
 
     def part(name: str) -> Mapping[str, Any]:

@@ -30,6 +30,7 @@ from ar_unified.evaluation.right_answers import Protocol, same_text, text_of
 from ar_unified.language.document import CodesPart, Document, ImagePart, Part, TextPart
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.reading import GrammarError
+from ar_unified.manifests import Json
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
 from ar_unified.sampling.plan import Plan, prompt_tokens
@@ -118,7 +119,7 @@ def evaluate(
     return metrics, kept
 
 
-def _metrics(scores: Scores, codec: Codec, skipped: Counter[str]) -> dict[str, Any]:
+def _metrics(scores: Scores, codec: Codec, skipped: Counter[str]) -> dict[str, Json]:
     metrics = scores.metrics()
     for name, values in {"tokenizer_psnr": codec.psnr, "next_image_psnr": scores.psnr}.items():
         if values:

@@ -12,8 +12,10 @@ from ar_tokenizers.image.autoencoder import to_float
 from ar_tokenizers.image.perceptual import Perceptual
 from ar_tokenizers.image.weights import read_weights
 
+from ar_unified.manifests import Json
 
-def load_networks(files: Mapping[str, str]) -> dict[str, Any]:
+
+def load_networks(files: Mapping[str, str]) -> dict[str, Json]:
     """The networks of `evaluate_tokenizer`: its arguments distances, extractors and weights.
 
     Args:

@@ -22,6 +22,7 @@ from ar_unified.evaluation.examples import Example
 from ar_unified.evaluation.facts import environment, summary
 from ar_unified.evaluation.figures import figure, sample_sections
 from ar_unified.evaluation.sheets import section
+from ar_unified.manifests import Json
 from ar_unified.metrics import (
     ATTENTION,
     LOG_Z_BY_ROLE,
@@ -140,10 +141,10 @@ def write_report(
 # ---- numbers -----------------------------------------------------------------------------------------------
 
 
-def _sets(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _sets(evaluation: Mapping[str, Json]) -> dict[str, dict[str, Json]]:
     """Flat metrics by held-out set, the top level first. A nested mapping without `counts` is no set."""
-    top: dict[str, Any] = {}
-    others: dict[str, dict[str, Any]] = {}
+    top: dict[str, Json] = {}
+    others: dict[str, dict[str, Json]] = {}
     for key, value in evaluation.items():
         if not isinstance(value, Mapping) or key in ("counts", "skipped"):
             top[key] = value
@@ -213,7 +214,7 @@ def _table(sets: Mapping[str, Mapping[str, Any]], thresholds: Mapping[str, float
     )
 
 
-def _notes(sets: Mapping[str, Mapping[str, Any]]) -> str:
+def _notes(sets: Mapping[str, Mapping[str, Json]]) -> str:
     """Notes on the sets without the documents that an evaluation looks for: what was asked instead."""
     notes = [f"{name}: {metrics['note']}." for name, metrics in sets.items() if metrics.get("note")]
     return "".join(f'<p class="soft">{escape(note)}</p>' for note in notes)
@@ -301,7 +302,7 @@ def tokenizer_charts() -> tuple[Chart, ...]:
     )
 
 
-def transformer_charts(rows: Sequence[Mapping[str, Any]]) -> tuple[Chart, ...]:
+def transformer_charts(rows: Sequence[Mapping[str, Json]]) -> tuple[Chart, ...]:
     """The curves of a transformer's training, one for each role and task in its rows."""
     keys = {key for row in rows for key in row}
     pairs = REWARDS + "margins" in keys
@@ -333,7 +334,7 @@ def _preference_charts(keys: Collection[str]) -> tuple[Chart, ...]:
     )
 
 
-def _transformer(rows: Sequence[Mapping[str, Any]]) -> str:
+def _transformer(rows: Sequence[Mapping[str, Json]]) -> str:
     """The curves of the training, and whether it has turned."""
     words = turned(rows)
     said = f'<p class="lead">The {escape(words)}.</p>' if words else ""
@@ -389,7 +390,7 @@ def _attention_charts(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _rows(source: str | Path | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _rows(source: str | Path | Sequence[Mapping[str, Json]]) -> list[Mapping[str, Json]]:
     if not isinstance(source, (str, Path)):
         return list(source)
     return list(read_metrics(source)) if Path(source).is_file() else []
@@ -398,7 +399,7 @@ def _rows(source: str | Path | Sequence[Mapping[str, Any]]) -> list[Mapping[str,
 # ---- the run -----------------------------------------------------------------------------------------------
 
 
-def _run(config: Mapping[str, Any], seconds: Mapping[str, float]) -> str:
+def _run(config: Mapping[str, Json], seconds: Mapping[str, float]) -> str:
     total = sum(seconds.values())
     bands = legend = stages = ""
     for i, (name, s) in enumerate(seconds.items()):
@@ -416,11 +417,11 @@ def _run(config: Mapping[str, Any], seconds: Mapping[str, float]) -> str:
     return f'{stages}<h3>environment</h3><div class="card">{_list(environment())}</div>{details}'
 
 
-def _facts(facts: Mapping[str, Any]) -> str:
+def _facts(facts: Mapping[str, Json]) -> str:
     return f'<div class="card">{_list(facts)}</div>' if facts else ""
 
 
-def _list(facts: Mapping[str, Any]) -> str:
+def _list(facts: Mapping[str, Json]) -> str:
     items = "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items())
     return f'<dl class="facts">{items}</dl>'
 

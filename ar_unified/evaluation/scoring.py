@@ -27,6 +27,7 @@ from ar_unified.errors import UserError
 from ar_unified.evaluation.unfinished import Unfinished
 from ar_unified.language.document import CodesPart, Document, ImagePart, TextPart
 from ar_unified.language.reading import GrammarError
+from ar_unified.manifests import Json
 from ar_unified.sampling.model import Model
 from ar_unified.sampling.score import Score, pieces
 
@@ -93,7 +94,7 @@ def score_source(model: Model, source: Source, output: str | Path, *, show_progr
     return done
 
 
-def _rows(model: Model, source: Source, chunk: Sequence[tuple[int, Document | BadItem]]) -> Iterator[dict[str, Any]]:
+def _rows(model: Model, source: Source, chunk: Sequence[tuple[int, Document | BadItem]]) -> Iterator[dict[str, Json]]:
     good = [(number, item) for number, item in chunk if isinstance(item, Document)]
     bad = {number: item for number, item in chunk if isinstance(item, BadItem)}
     wanted: dict[int, tuple[Document, ...]] = {}
@@ -106,7 +107,7 @@ def _rows(model: Model, source: Source, chunk: Sequence[tuple[int, Document | Ba
             bad[number] = BadItem("not_scored", source.origin(number), str(error))
     found = iter(model.score(answered for answers in wanted.values() for answered in answers))
     for number, _ in chunk:
-        head: dict[str, Any] = {"line": number + 1, "origin": source.origin(number)}
+        head: dict[str, Json] = {"line": number + 1, "origin": source.origin(number)}
         if number in bad:
             yield head | {"error": f"{bad[number].kind}: {bad[number].reason}"}
             continue
@@ -130,7 +131,7 @@ def _coded(model: Model, documents: Sequence[Document]) -> list[Document]:
     """Images as codes, those of one size in batches."""
     images: list[np.ndarray] = []
 
-    def kept(part: Any) -> Any:
+    def kept(part: object) -> Any:
         images.extend([part.pixels] if isinstance(part, ImagePart) else [])
         return part
 
@@ -147,7 +148,7 @@ def _told(document: Document, score: Score) -> dict[str, Any]:
     """A Score as JSON values."""
     kinds = ["text" if isinstance(part, TextPart) else "image" for part in document.answer]
     parts = [{"type": kind, **asdict(part)} for kind, part in zip(kinds, score.parts, strict=True)]
-    whole: dict[str, Any] = {"log_likelihood": score.log_likelihood, "tokens": score.tokens}
+    whole: dict[str, Json] = {"log_likelihood": score.log_likelihood, "tokens": score.tokens}
     whole["greedy"] = all(part.greedy for part in score.parts)
     for kind in dict.fromkeys(kinds):
         own = [part for part in parts if part["type"] == kind]

@@ -11,6 +11,7 @@ import numpy as np
 from ar_unified.data.images import resize
 from ar_unified.evaluation.charts import number
 from ar_unified.evaluation.figures import figure
+from ar_unified.manifests import Json
 
 AMPLIFIED = 4  # times the absolute difference, so that an error of 64 levels is white
 SHOWN = 256  # pixels of a side on the page; the PNG has them all
@@ -26,7 +27,7 @@ def sheet(real: np.ndarray, seen: np.ndarray) -> np.ndarray:
     return np.concatenate(columns, axis=2).reshape(-1, 3 * real.shape[2], 3)
 
 
-def section(results: Mapping[str, Mapping[str, Any]], sheets: Mapping[str, np.ndarray]) -> str:
+def section(results: Mapping[str, Mapping[str, Json]], sheets: Mapping[str, np.ndarray]) -> str:
     """HTML of the numbers of `evaluation.tokenizer` by set, what they were measured on, and the sheets of these
     sets.
     """
@@ -161,8 +162,8 @@ def _sources(results: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
-def _at(numbers: Mapping[str, Any], path: str) -> float | None:
-    value: Any = numbers
+def _at(numbers: Mapping[str, Json], path: str) -> float | None:
+    value: object = numbers
     for key in path.split("/"):
         value = value.get(key) if isinstance(value, Mapping) else None
     return value if isinstance(value, (int, float)) else None

@@ -24,6 +24,7 @@ from ar_unified.data.images import ImageCodec, resize
 from ar_unified.data.sources import BadItem, Source
 from ar_unified.evaluation.sheets import sheet
 from ar_unified.language.document import ImagePart
+from ar_unified.manifests import Json
 
 PROTOCOL = {
     "version": 1,
@@ -39,7 +40,7 @@ _SCAN = 16  # items of a source that are looked at for each image wanted
 
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]  # uint8 [B, H, W, 3] twice -> float64 [B]
 Extractor = Callable[[np.ndarray], np.ndarray]  # uint8 [B, H, W, 3] -> features [B, F]
-Probe = Callable[[np.ndarray], Mapping[str, Any]]  # int32 [N, h, w] -> "bits_per_id", and what it took
+Probe = Callable[[np.ndarray], Mapping[str, Json]]  # int32 [N, h, w] -> "bits_per_id", and what it took
 
 
 class NoReadableImage(ValueError):
@@ -92,7 +93,7 @@ def evaluate_tokenizer(
     extractors: Mapping[str, Extractor] | None = None,
     weights: Mapping[str, str] | None = None,
     probe: Probe | None = None,
-    progress: Callable[[int], Any] = lambda count: None,
+    progress: Callable[[int], object] = lambda count: None,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Scores a tokenizer on the images of held-out documents.
 
@@ -138,7 +139,7 @@ def evaluate_tokenizer(
     if not tally.done:
         names = ", ".join(source.name for source in sources)
         raise NoReadableImage(f"no readable image in {names or 'no source'}; left out: {dict(skipped)}")
-    numbers: dict[str, Any] = {
+    numbers: dict[str, object] = {
         "protocol": PROTOCOL,
         "crop": list(size),
         "sources": [source.name for source in sources],
@@ -189,13 +190,13 @@ class _Tally:
         self.shown += [_Shown(first + i, psnr[first + i], real[i], seen[i]) for i in range(len(batch))]
         self.shown = _kept(self.shown)
 
-    def numbers(self, pixels: int, probe: Probe | None) -> dict[str, Any]:
+    def numbers(self, pixels: int, probe: Probe | None) -> dict[str, Json]:
         """The numbers of `evaluate_tokenizer` that follow from the images, of `pixels` pixels each."""
         ids, K = np.concatenate(self._ids), self.tokenizer.codebook_size
         measured = {name: np.array(found) for name, found in self._values.items()}
         of = np.array([image.source for image in self.done])
         codes, bits = _usage(ids, K), ids[0].size / pixels  # bits of a pixel for each bit of an id
-        numbers: dict[str, Any] = {
+        numbers: dict[str, Json] = {
             **{name: float(measured[name].mean()) for name in self.measures if name != "mse"},
             "psnr_of_mean_mse": float(metrics.decibels(measured["mse"].mean())),
             "codebook_size": K,
@@ -222,7 +223,7 @@ class _Tally:
             numbers["rFID" if name == "inception" else f"FD-{name}"] = _frechet(a, b)
         return numbers
 
-    def told(self) -> list[dict[str, Any]]:
+    def told(self) -> list[dict[str, Json]]:
         """For each image that is shown: its origin, its scores, and whether it is one of the worst."""
         return [
             {

@@ -18,7 +18,7 @@ from typing import Any
 from ar_tokenizers.files import whole
 
 from ar_unified.errors import UserError
-from ar_unified.manifests import differences
+from ar_unified.manifests import Json, differences
 from ar_unified.workdir import read_json, write_json
 
 _FACTS, _LINES = "made_of.json", "lines.jsonl"
@@ -37,7 +37,7 @@ class Unfinished:
     Raises UserError: `output` exists, the lines belong to other facts, or another process is adding lines. OSError.
     """
 
-    def __init__(self, output: str | Path, facts: Mapping[str, Any], every: int):
+    def __init__(self, output: str | Path, facts: Mapping[str, object], every: int):
         self.output, self.done = Path(output), 0
         self.folder = self.output.with_name(f"{self.output.name}.unfinished")
         if self.output.exists():
@@ -58,12 +58,12 @@ class Unfinished:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def rows(self) -> Iterator[dict[str, Any]]:
+    def rows(self) -> Iterator[dict[str, Json]]:
         """The lines that are there, in order."""
         with open(self.folder / _LINES, "rb") as file:
             yield from map(json.loads, file)
 
-    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    def add(self, rows: Iterable[Mapping[str, Json]]) -> None:
         """Appends lines, which then survive the end of this process."""
         said = (json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") for row in rows)
         left = memoryview(b"".join(line + b"\n" for line in said))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from ar_unified import history
 from ar_unified.checkpoint import adopt, link_or_copy, steps_in
@@ -17,6 +16,7 @@ from ar_unified.errors import UserError, about
 from ar_unified.experiment.changes import changeable
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.start import by_first_process
+from ar_unified.manifests import Json
 from ar_unified.workdir import Stage, StageMismatch, own, read_history, read_json, write_bytes, write_json
 
 _MADE_BEFORE = ("text_tokenizer", "image_tokenizer", "data")
@@ -24,7 +24,7 @@ _MADE_BEFORE = ("text_tokenizer", "image_tokenizer", "data")
 
 @by_first_process
 def branch(
-    experiment: Experiment, origin: Path, step: int | None, fingerprint: Callable[[], Mapping[str, Any]]
+    experiment: Experiment, origin: Path, step: int | None, fingerprint: Callable[[], Mapping[str, Json]]
 ) -> None:
     """Makes the experiment's stage `model` begin with checkpoint `step` (None: the last) of the workdir `origin`.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ar_unified.errors import UserError
 from ar_unified.history import Changeable
-from ar_unified.manifests import ABSENT
+from ar_unified.manifests import ABSENT, Json
 from ar_unified.workdir import Stage, StageMismatch, Workdir
 
 # The same result, but for rounding: memory, speed, and what is logged, shown and kept.
@@ -58,7 +58,7 @@ EXTENDS = (
     "training.rates",
 )
 # Keys that older workdirs lack. Such a workdir goes on if the key has this value.
-LATER: dict[str, Any] = {
+LATER: dict[str, Json] = {
     "image_tokenizer.recolour": 0.0,
     "loss.mean": "joint",
     "training.objective": "likelihood",

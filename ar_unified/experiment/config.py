@@ -33,6 +33,7 @@ from ar_unified.experiment.keys import WORDS, of_override, require_known
 from ar_unified.experiment.rollouts import DrawingConfig
 from ar_unified.language.document import TASKS
 from ar_unified.language.vocabulary import Role
+from ar_unified.manifests import Json
 from ar_unified.model.config import PRESETS, TransformerConfig
 from ar_unified.model.lora import LoraConfig
 from ar_unified.paths import home
@@ -173,13 +174,13 @@ def _add_sampling_and_evaluation(config: ConfigDict) -> None:
     config.evaluation.thresholds = ConfigDict()  # by metric, what it should reach: shown in the report
 
 
-def _fields(kind: type, only: Collection[str] = (), without: Collection[str] = (), **changes: Any) -> dict[str, Any]:
+def _fields(kind: type, only: Collection[str] = (), without: Collection[str] = (), **changes: Any) -> dict[str, object]:
     """The fields of a dataclass with their defaults, some replaced by `changes`. only, without: which fields."""
     names = {*only, *changes} if only else {field.name for field in dataclasses.fields(kind)} - set(without)
     return {field.name: field.default for field in dataclasses.fields(kind) if field.name in names} | changes
 
 
-def model(preset: str, **changes: Any) -> ConfigDict:
+def model(preset: str, **changes: object) -> ConfigDict:
     """A preset of ar_unified.model.config with all its fields spelled out, so that each can be overridden."""
     fields = _fields(TransformerConfig) | PRESETS[preset]
     del fields["vocab_size"]  # the tokenizers decide
@@ -435,7 +436,7 @@ def plain(config: Any) -> Any:
     return json.loads(json.dumps(config))
 
 
-def pick(kind: type[T], config: Mapping[str, Any], **more: Any) -> T:
+def pick(kind: type[T], config: Mapping[str, Json], **more: object) -> T:
     """The dataclass `kind` from those keys of a config that are its fields."""
     names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     return kind(**{key: value for key, value in plain(config).items() if key in names} | more)

@@ -70,7 +70,7 @@ class Experiment:
         together: bool = False,
         training: Training | None = None,
         may: Changeable | None = None,
-        **more: Any,
+        **more: object,
     ) -> Stage:
         """Opens a stage; `keys` of the config and `more` decide its result.
 
@@ -118,7 +118,7 @@ class Experiment:
             )
         return error
 
-    def fingerprint(self, *keys: str, **more: Any) -> dict[str, Any]:
+    def fingerprint(self, *keys: str, **more: object) -> dict[str, manifests.Json]:
         """The fingerprint of a stage: `keys` of the config, and `more`."""
         return {key: configs.plain(self.config[key]) for key in keys} | {"seed": self.config.seed} | more
 
@@ -168,12 +168,12 @@ class Experiment:
 
     # ---- data -----------------------------------------------------------------------------------------------------
 
-    def specs(self, specs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def specs(self, specs: Sequence[Mapping[str, manifests.Json]]) -> list[dict[str, Any]]:
         """Specs as plain dicts; named datasets live in the workdir unless the spec says where."""
         there = {"data_dir": str(self.workdir.path / "tfds")}
         return [(there if spec.get("kind") == "tfds" else {}) | configs.plain(spec) for spec in specs]
 
-    def all_specs(self) -> dict[str, list[dict[str, Any]]]:
+    def all_specs(self) -> dict[str, list[dict[str, manifests.Json]]]:
         """The sources of each set: "train", "validation", and the tests by their names."""
         sets = {"train": self.config.data.train, **self._held_out_specs()}
         return {name.removeprefix("tests."): self.specs(specs) for name, specs in sets.items()}
@@ -214,7 +214,7 @@ class Experiment:
         sets = self._held_out_specs()
         return {key.removeprefix("tests."): self.sources(key, specs, held_out=True) for key, specs in sets.items()}
 
-    def fingerprints(self, *, held_out: bool = False) -> dict[str, Any]:
+    def fingerprints(self, *, held_out: bool = False) -> dict[str, manifests.Json]:
         """What the sources hold, by name."""
         sources = [*self.train, *(self.held_out["validation"] if held_out else ())]
         return {f"{i} {source.name}": dict(source.fingerprint) for i, source in enumerate(sources)}

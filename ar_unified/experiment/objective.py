@@ -18,6 +18,7 @@ from ar_unified.experiment import settings
 from ar_unified.experiment.adapter import first_adapter
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.settings import state_of
+from ar_unified.manifests import Json
 from ar_unified.training.tasks import TransformerTask
 
 Batches = TypeVar("Batches", bound=PackedBatches)
@@ -84,7 +85,7 @@ def validation(held_out: PackedBatches | None) -> list[Any]:
     return [held_out.batch(step) for step in range(VALIDATION_BATCHES)] if held_out is not None else []
 
 
-def facts(experiment: Experiment, own: Mapping[str, Any]) -> dict[str, Any]:
+def facts(experiment: Experiment, own: Mapping[str, Json]) -> dict[str, object]:
     """What decides the trained model beside the config; `own`: the facts of one objective."""
     init = {} if experiment.bundle is None else {"init": experiment.bundle.hash}
     known = dict(manifest=experiment.grammar.manifest(), mixture=experiment.mixture())
@@ -93,7 +94,7 @@ def facts(experiment: Experiment, own: Mapping[str, Any]) -> dict[str, Any]:
     return known | state_of(experiment.config.training) | dict(own) | init | adapter
 
 
-def _adapter(experiment: Experiment) -> dict[str, Any]:
+def _adapter(experiment: Experiment) -> dict[str, Json]:
     """All that decides the adapter. The place of its file does not. `ranks` and `alphas` are left out if they are
     empty, because earlier versions did not have them."""
     said = {key: value for key, value in configs.plain(experiment.config.lora).items() if key != "init"}

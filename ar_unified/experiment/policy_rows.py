@@ -31,7 +31,7 @@ def room(plan: Plan) -> int:
 
 def rows(
     grammar: Grammar, served: Sequence[tuple[Plan, Sample]], length: int, contexts: int, **of_samples: np.ndarray
-) -> PolicyBatch:
+) -> PolicyBatch[np.ndarray]:
     """A batch of numpy arrays. A sample without tokens, as of a request that failed, is a row of padding.
 
     Args:

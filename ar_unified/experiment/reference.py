@@ -16,7 +16,6 @@ import hashlib
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -31,7 +30,7 @@ from ar_unified.experiment.adapter import first_adapter, read_base
 from ar_unified.experiment.beginning import hand_out
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.language.vocabulary import Role
-from ar_unified.manifests import manifest_hash
+from ar_unified.manifests import Json, manifest_hash
 from ar_unified.model.transformer import Params, abstract_params
 from ar_unified.parallel import runtime
 from ar_unified.parallel.rules import on_mesh, place_batch, shardings
@@ -63,7 +62,7 @@ def reference(experiment: Experiment, task: PreferenceTask, split: str, batches:
     return found
 
 
-def _depends(experiment: Experiment, task: PreferenceTask, data: Path) -> dict[str, Any]:
+def _depends(experiment: Experiment, task: PreferenceTask, data: Path) -> dict[str, Json]:
     """All that decides the numbers, apart from rounding."""
     assert experiment.bundle is not None  # config.init, as `check` requires
     begun = {"base": "int8"} if _rounded(task) else {}
@@ -122,7 +121,7 @@ def _computed(experiment: Experiment, task: PreferenceTask, batches: PreferenceB
     return found
 
 
-def _write(folder: Path, depends: Mapping[str, Any], found: Sums) -> None:
+def _write(folder: Path, depends: Mapping[str, Json], found: Sums) -> None:
     digests = {}
     for name, sums in found.items():
         data = io.BytesIO()
@@ -132,7 +131,7 @@ def _write(folder: Path, depends: Mapping[str, Any], found: Sums) -> None:
     write_json(folder / "record.json", dict(depends) | {"files": digests})
 
 
-def _read(folder: Path, depends: Mapping[str, Any], counts: Mapping[str, int]) -> Sums | None:
+def _read(folder: Path, depends: Mapping[str, Json], counts: Mapping[str, int]) -> Sums | None:
     """What `_write` left, whole; None: it is not there, or not as it was left."""
     try:
         record = read_json(folder / "record.json")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -15,6 +14,7 @@ from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.objective import Objective
 from ar_unified.experiment.prompts import Prompts
 from ar_unified.experiment.rollouts import Rollouts, fitting
+from ar_unified.manifests import Json
 from ar_unified.rewards.opening import open_reward
 from ar_unified.sampling.engine import Engine
 from ar_unified.training.policy import PolicyTask
@@ -30,7 +30,7 @@ def reward(experiment: Experiment) -> Objective:
     return Objective(objective.facts(experiment, _facts(experiment)), ("reward",), task)
 
 
-def _facts(experiment: Experiment) -> dict[str, Any]:
+def _facts(experiment: Experiment) -> dict[str, Json]:
     """What decides the trained policy beside the config: the prompts, in their order."""
     sampling = experiment.config.sampling
     compared = dict(context=sampling.context, negative_prompt=sampling.negative_prompt)

@@ -119,7 +119,7 @@ class Rollouts(Drawing):
         chunk: int = 1024,
         lora: LoraConfig | None = None,
         failed: Path | None = None,
-        say: Callable[[str], Any] = print,
+        say: Callable[[str], object] = print,
     ):
         self.every = policy.steps
         self._index, self._count = batch_part(mesh, batch_size)
@@ -128,20 +128,20 @@ class Rollouts(Drawing):
         self._rewarding, self._policy, self._mesh, self._say = rewarding, policy, mesh, say
         self._groups, self._length, self._contexts = batch_size // policy.group_size, length, contexts
         self._failed, self._without = failed, 0
-        self._held: tuple[int, list[PolicyBatch]] = (-1, [])
+        self._held: tuple[int, list[PolicyBatch[jax.Array]]] = (-1, [])
         self._old = jax.jit(lambda params, batch: log_probabilities(engine.config, chunk, params, batch, lora))
         self._whole = (
             jax.jit(partial(merged, lora, dtype=engine.config.dtype)) if lora is not None else lambda params: params
         )
 
-    def __call__(self, step: int, params: Params) -> PolicyBatch:
+    def __call__(self, step: int, params: Params) -> PolicyBatch[jax.Array]:
         """Raises RewardFailed: `rewarding` says "stop", or no answer of several drawings had a reward."""
         drawing, at = divmod(step, self.every)
         if self._held[0] != drawing:
             self._held = drawing, self._drawn(drawing, params)
         return self._held[1][at % self._policy.minibatches]
 
-    def _drawn(self, drawing: int, params: Params) -> list[PolicyBatch]:
+    def _drawn(self, drawing: int, params: Params) -> list[PolicyBatch[jax.Array]]:
         """The minibatches of a drawing, on the mesh."""
         here = self._engine.mesh or make_mesh({}, jax.local_devices()[:1])
         whole = self._whole(params)
@@ -197,7 +197,7 @@ class Rollouts(Drawing):
         said = dict(zip(answers, self._reward([prompts[i] for i in answers], [*answers.values()]), strict=True))
         return [said.get(i, Failure(samples[i].error)) for i in range(len(samples))]
 
-    def _rows(self, groups: Sequence[_Group]) -> PolicyBatch:
+    def _rows(self, groups: Sequence[_Group]) -> PolicyBatch[np.ndarray]:
         G = self._policy.group_size
         reward = np.array([group.rewards for group in groups])
         scored = np.repeat([group.scored for group in groups], G)

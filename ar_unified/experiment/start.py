@@ -65,7 +65,7 @@ def by_first_process(stage: Callable[..., None]) -> Callable[..., None]:
     """Makes a stage (of an experiment) run on process 0 alone; the others wait, and then read what it left."""
 
     @functools.wraps(stage)
-    def wrapped(experiment: Experiment, *more: Any, **options: Any) -> None:
+    def wrapped(experiment: Experiment, *more: Any, **options: object) -> None:
         if runtime.first():
             with experiment.leaving_nothing():
                 stage(experiment, *more, **options)

@@ -52,7 +52,7 @@ def train_text(experiment: Experiment) -> None:
         [(source.name, source) for source in experiment.train]
         + [(f"validation/{source.name}", source) for source in experiment.held_out["validation"]],
     )
-    report: dict[str, Any] = {
+    report: dict[str, object] = {
         "pieces": tokenizer.size,
         "hash": tokenizer.hash,
         "losses": [str(loss) for loss in tokenizer.losses],

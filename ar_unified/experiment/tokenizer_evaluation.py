@@ -27,6 +27,7 @@ from ar_unified.experiment import config as configs
 from ar_unified.experiment.changes import changeable
 from ar_unified.experiment.experiment import Experiment
 from ar_unified.experiment.start import by_first_process
+from ar_unified.manifests import Json
 from ar_unified.training.probe import images_wanted, train_probe
 from ar_unified.workdir import read_json, write_bytes, write_json
 
@@ -74,7 +75,7 @@ def evaluate_folder(experiment: Experiment, images: str, crop: int | None = None
     _tell(experiment, folder)
 
 
-def results_of(experiment: Experiment) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def results_of(experiment: Experiment) -> tuple[dict[str, Json], dict[str, np.ndarray]]:
     """Numbers and sheets by held-out set, as the stage left them."""
     folder = experiment.workdir.tokenizer_evaluation
     if experiment.text_only:
@@ -143,7 +144,7 @@ def _files(config: Mapping[str, Any]) -> dict[str, str]:
     return {"LPIPS": config["evaluation"]["lpips_file"], "inception": config["evaluation"]["inception_file"]}
 
 
-def _networks(config: Mapping[str, Any]) -> dict[str, Any]:
+def _networks(config: Mapping[str, Json]) -> dict[str, Any]:
     if not any(_files(config).values()):
         return {}
     from ar_unified.evaluation.networks import load_networks

@@ -32,6 +32,7 @@ from ar_unified.interop.published import Published, check_tensors
 from ar_unified.interop.sources import DTYPES, Source, inside, open_source, read_json
 from ar_unified.interop.untrained import untrained
 from ar_unified.language.syntax import ImageLayout
+from ar_unified.manifests import Json
 from ar_unified.model.config import TransformerConfig
 
 CHAMELEON = Family(
@@ -63,7 +64,7 @@ _CHAMELEON = {
     "text": _CHAMELEONS,
     "image": _CHAMELEONS,
 }
-_SAMPLING: Mapping[str, Mapping[str, Any]] = {
+_SAMPLING: Mapping[str, Mapping[str, object]] = {
     "chameleon": _CHAMELEON,
     "anole": _CHAMELEON | {"text": _CHAMELEONS | {"temperature": 1.0}},
     "lumina_mgpt": {
@@ -105,7 +106,7 @@ def language_of(
     system: str,
     where: str,
     largest: tuple[int, int] | None,
-    told: Mapping[str, Any] = MappingProxyType({}),
+    told: Mapping[str, Json] = MappingProxyType({}),
     count: int = 0,
 ) -> Language:
     """The ids of one of these systems.
@@ -138,7 +139,7 @@ def language_of(
     return language(size, text, wanted, layout, codes=codes, sizes=sizes)
 
 
-def _ends(names: Mapping[str, int], told: Mapping[str, Any], where: str) -> dict[str, str]:
+def _ends(names: Mapping[str, int], told: Mapping[str, Json], where: str) -> dict[str, str]:
     """The tokens that begin, end and pad, of Chameleon's own text tokenizer or of Qwen's."""
     if "<s>" in names:
         return {"bos": "<s>", "pad": "<pad>", "eos": "</s>"}
@@ -222,7 +223,7 @@ def open_lumina(files: Files) -> Published:
     return _published(files, system, config, images, [HF], files.source, files.record() | {"form": "hf"})
 
 
-def _model(config: Mapping[str, Any], where: str) -> TransformerConfig:
+def _model(config: Mapping[str, Json], where: str) -> TransformerConfig:
     found = hf_config.read(config, CHAMELEON, where)
     if found.norm_eps != 1e-5:
         raise UserError(f"{where}: rms_norm_eps: expected 1e-05, as its QK-norm has; found {found.norm_eps}")
@@ -238,7 +239,7 @@ def _movqgan_of(files: Files) -> Images:
     return dataclasses.replace(open_images("movqgan", files.image), usual=_SIDE_2)
 
 
-def vqgan_of(files: Files, config: Mapping[str, Any], source: Source | None = None) -> Images:
+def vqgan_of(files: Files, config: Mapping[str, Json], source: Source | None = None) -> Images:
     """The image tokenizer of a file of its own, else the one inside the model's file, which has no decoder.
 
     Args:
@@ -283,7 +284,7 @@ def _published(
     images: Images,
     dialects: list[Dialect],
     source: Source,
-    record: dict[str, Any],
+    record: dict[str, object],
 ) -> Published:
     where, tokenizer = str(files.folder), images.tokenizer
     beside = files.text_file.with_name("tokenizer_config.json")

@@ -24,6 +24,7 @@ from ar_unified.data.files import Folder
 from ar_unified.errors import UserError, in_words
 from ar_unified.interop.pickles import DAMAGED, STORAGES, Forbidden, Global, Storage, Strided, read_pickle
 from ar_unified.interop.sources import PICKLED
+from ar_unified.manifests import Json
 from ar_unified.tensors import Kind, TensorWriter, read_bytes
 from ar_unified.workdir import write_json
 
@@ -44,7 +45,7 @@ class Pickled(NamedTuple):
 
     path: Path
     tensors: dict[str, Strided | np.ndarray]
-    other: dict[str, Any]
+    other: dict[str, Json]
     left_out: tuple[str, ...]
 
     def kind(self, name: str) -> Kind:
@@ -140,7 +141,7 @@ def _torch(path: Path) -> Any:
             raise ValueError(f"its bytes are in the order {order!r:.20}, expected little")
         data = archive.read(pickle)
 
-    def storage(found: Any) -> Storage:
+    def storage(found: object) -> Storage:
         if not isinstance(found, tuple) or len(found) != 5 or found[0] != "storage":
             raise Forbidden(f"a persistent id {found!r:.80}")
         _, kind, key, _, size = found
@@ -185,7 +186,7 @@ def _begins(path: Path, archive: zipfile.ZipFile) -> dict[str, int]:
 # ---- what is in it --------------------------------------------------------------------------------------------------
 
 
-def _sorted(path: Path, found: Any, joint: str) -> Pickled:
+def _sorted(path: Path, found: object, joint: str) -> Pickled:
     if not isinstance(found, dict):
         raise UserError(f"{path}: expected tensors by name, found a {type(found).__name__}")
     tensors: dict[str, Any] = {}
@@ -232,7 +233,7 @@ def _leaves(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
             raise Forbidden(f"a {type(value).__name__} at {'.'.join(parts)!r:.80}")
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """The value as JSON; None if it holds tensors."""
     if any(isinstance(leaf, Strided | np.ndarray) for _, leaf in _leaves(value)):
         return None

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from ar_tokenizers.image.published import dialect_in
 
@@ -28,6 +27,7 @@ from ar_unified.interop.images import Images, open_images, read_images
 from ar_unified.interop.keys import HF
 from ar_unified.interop.published import Published, check_tensors
 from ar_unified.language.syntax import ImageLayout
+from ar_unified.manifests import Json
 
 EMU3 = Family("Emu3", "Emu3ForCausalLM", defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6})
 MARKS = {
@@ -106,7 +106,7 @@ def language_of(
     return language(size, text, marks, ImageLayout(kind, *largest), codes=codes)
 
 
-def kind_of(config: Mapping[str, Any], text_config: Mapping[str, Any], where: str) -> str:
+def kind_of(config: Mapping[str, Json], text_config: Mapping[str, Json], where: str) -> str:
     """gen or chat, as a config.json says. Raises UserError where it says neither, or both."""
     said = {key: value for key in _TOLD if (value := {**text_config, **config}.get(key)) is not None}
     found = {_TOLD[key].get(value, "") if type(value) is int else "" for key, value in said.items()}

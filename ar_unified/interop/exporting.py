@@ -19,6 +19,7 @@ from ar_unified.interop.images import tensors_of
 from ar_unified.interop.keys import HF, LWM, LWM_TEXT, META, Keys, Slot
 from ar_unified.interop.meta import split
 from ar_unified.interop.streams import SCANNED, StreamWriter
+from ar_unified.manifests import Json
 from ar_unified.tensors import Kind, TensorWriter
 from ar_unified.workdir import write_json
 
@@ -99,7 +100,7 @@ def _keys(bundle: Bundle, form: str, record: Mapping[str, Any] | None) -> Keys:
     return Keys(dialect, bundle.config, bundle.border, tables, tuple(record.get("qk_groups", (0, 0))))
 
 
-def _images(bundle: Bundle, record: Mapping[str, Any]) -> Mapping[str, np.ndarray]:
+def _images(bundle: Bundle, record: Mapping[str, Json]) -> Mapping[str, np.ndarray]:
     """Tensors of an image tokenizer that came in the model's own file."""
     prefix, tokenizer = record.get("image_prefix"), bundle.image_tokenizer()
     if not prefix or tokenizer is None:

@@ -16,6 +16,7 @@ from ar_tokenizers.files import write_bytes
 from ar_unified.bundle import IMAGE, Bundle
 from ar_unified.errors import UserError
 from ar_unified.interop.own import token_name
+from ar_unified.manifests import Json
 from ar_unified.workdir import write_json
 
 KEY = "extended"  # in published.json: ids of the published table before
@@ -29,7 +30,7 @@ def names_of(bundle: Bundle, first: int) -> dict[int, str]:
     return {id: token_name(vocabulary, int(border.ours[id])) for id in range(first, border.size)}
 
 
-def settings_of(bundle: Bundle, content: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(bundle: Bundle, content: Mapping[str, Json]) -> dict[str, Json]:
     """config.json with as many ids as there are now."""
     assert bundle.border is not None
     return {**content, "vocab_size": bundle.border.size}

@@ -124,7 +124,7 @@ class Files:
             return {processor.id_to_piece(id): id for id in range(processor.get_piece_size())}
         return {}
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """What an export gives back: the content of the JSON files among these, and the text tokenizer's name."""
         folder = self.folder if self.folder.is_dir() else self.folder.parent
         there = [name for name in _KEPT if (folder / name).exists()]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ar_unified.errors import UserError
+from ar_unified.manifests import Json
 from ar_unified.model.config import TransformerConfig
 
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -45,9 +46,9 @@ class Family:
 
     model_type: str
     architecture: str
-    fields: Mapping[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, Json] = field(default_factory=dict)
     act: str = "hidden_act"
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Json] = field(default_factory=dict)
     qkv_bias: bool = False
     scaled: bool = False
 
@@ -141,7 +142,7 @@ def read(config: Mapping[str, Any], family: Family, where: str, **fields: Any) -
         raise UserError(f"{where}: {error}") from error
 
 
-def _rope(config: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
+def _rope(config: Mapping[str, Json], family: Family, where: str) -> dict[str, Json]:
     """theta and scaling: `rope_theta` and `rope_scaling` of older files, `rope_parameters` of newer ones."""
     key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     rope = config.get(key) or {}
@@ -158,7 +159,7 @@ def _rope(config: Mapping[str, Any], family: Family, where: str) -> dict[str, An
         return float(found)
 
     theta = rope.get("rope_theta", config.get("rope_theta", family.defaults.get("rope_theta")))
-    fields: dict[str, Any] = {"rope_theta": number("rope_theta", theta)}
+    fields: dict[str, Json] = {"rope_theta": number("rope_theta", theta)}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind in ("default", None):
         return fields
@@ -174,7 +175,7 @@ def _rope(config: Mapping[str, Any], family: Family, where: str) -> dict[str, An
     return fields
 
 
-def write(config: TransformerConfig, family: Family, vocab_size: int, dtype: str, **more: Any) -> dict[str, Any]:
+def write(config: TransformerConfig, family: Family, vocab_size: int, dtype: str, **more: Any) -> dict[str, object]:
     """config.json of a transformer, in spellings that old and new versions of transformers read.
 
     Raises UserError naming the first field that the family cannot express.
@@ -193,7 +194,7 @@ def write(config: TransformerConfig, family: Family, vocab_size: int, dtype: str
                 f"model.{name}: {family.architecture} of transformers has {value!r}, this model has {found!r}"
             )
     activation = {ours: theirs for theirs, ours in _ACTIVATIONS.items() if theirs != "swish"}[config.activation]
-    made: dict[str, Any] = {
+    made: dict[str, object] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "vocab_size": vocab_size,
@@ -213,7 +214,7 @@ def write(config: TransformerConfig, family: Family, vocab_size: int, dtype: str
     if family.act != "hidden_act":
         made[family.act] = activation
     if config.rope_scaling != "none":
-        scaling: dict[str, Any] = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
+        scaling: dict[str, object] = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
         if config.rope_scaling == "llama3":
             scaling |= {
                 "low_freq_factor": config.rope_low,

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ar_unified.errors import UserError
 from ar_unified.language.border import Border
 from ar_unified.language.syntax import ImageLayout
 from ar_unified.language.vocabulary import Vocabulary
+from ar_unified.manifests import Json
 
 PLAIN = ImageLayout("plain", 1, 1)  # text alone
 
@@ -68,7 +68,7 @@ def language(
     return Language(Border.from_ids([*theirs, *left]), vocabulary, layout)
 
 
-def named(names: Mapping[str, Any], name: str, where: str) -> int:
+def named(names: Mapping[str, Json], name: str, where: str) -> int:
     """The id of a token by its name. Raises UserError."""
     found = names.get(name)
     if type(found) is not int or found < 0:

@@ -17,6 +17,7 @@ from ar_tokenizers.image.tokenizer import ImageTokenizer
 
 from ar_unified.errors import UserError, about, in_words
 from ar_unified.interop.sources import DTYPES, Source, inside, open_source, read_json
+from ar_unified.manifests import Json
 
 # The names that a file with an image tokenizer's settings may have. For systems that are not listed, no settings were
 # published.
@@ -56,12 +57,12 @@ class Images:
         return (self.usual // self.tokenizer.factor,) * 2
 
     @property
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, Json]:
         """What `tensors_of` needs to give the file's tensors back, as JSON values."""
         return {"image_dialect": self.dialect, "image_prefix": self.prefix, "image_dtypes": dict(self.dtypes)}
 
 
-def open_images(system: str, path: Path, otherwise: Mapping[str, Any] = MappingProxyType({})) -> Images:
+def open_images(system: str, path: Path, otherwise: Mapping[str, Json] = MappingProxyType({})) -> Images:
     """An image tokenizer in a file of its own, or in a model's file, of which nothing else is read.
 
     Args:
@@ -78,7 +79,7 @@ def open_images(system: str, path: Path, otherwise: Mapping[str, Any] = MappingP
 
 
 def read_images(
-    system: str, settings: Mapping[str, Any], source: Source, dialect: str, where: str, prefix: str = ""
+    system: str, settings: Mapping[str, Json], source: Source, dialect: str, where: str, prefix: str = ""
 ) -> Images:
     """The tokenizer of a file's tensors.
 
@@ -119,7 +120,7 @@ def _settings() -> Iterator[None]:
         ) from error
 
 
-def _resolution(settings: Mapping[str, Any]) -> int:
+def _resolution(settings: Mapping[str, Json]) -> int:
     """The side of the images it was made for, wherever its settings say it; 0 if they do not."""
     found = settings.get("resolution")
     if type(found) is int and found > 0:
@@ -133,7 +134,7 @@ def settings_file(system: str, path: Path) -> Path | None:
     return next((inside(folder, name) for name in SETTINGS[system] if (folder / name).exists()), None)
 
 
-def read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Json]:
     """The settings in a .json or .yaml file. Raises UserError."""
     if path.suffix == ".json":
         return read_json(path)

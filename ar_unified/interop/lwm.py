@@ -32,6 +32,7 @@ from ar_unified.interop.published import Published, check_tensors
 from ar_unified.interop.sources import Source, read_json
 from ar_unified.interop.streams import Stream
 from ar_unified.language.syntax import ImageLayout
+from ar_unified.manifests import Json
 from ar_unified.model.config import TransformerConfig
 
 THETAS = {"128K": 1e7, "256K": 1e7, "512K": 2.5e7, "1M": 5e7}
@@ -94,7 +95,7 @@ def theta_of(folder: Path, told: Mapping[str, Any], given: float | None) -> floa
     )
 
 
-def model_of(source: Source, told: Mapping[str, Any], theta: float, where: str) -> TransformerConfig:
+def model_of(source: Source, told: Mapping[str, Json], theta: float, where: str) -> TransformerConfig:
     """The transformer's shape, of its tensors' shapes.
 
     Args:

@@ -26,6 +26,7 @@ from ar_unified.interop import token_rows
 from ar_unified.interop.keys import HF, transposed
 from ar_unified.interop.sources import PICKLED, Source, inside, open_source, read_json
 from ar_unified.interop.token_rows import TokenRows
+from ar_unified.manifests import Json
 from ar_unified.model.config import TransformerConfig, layer_matrices
 from ar_unified.model.lora import MATRICES, LoraConfig
 from ar_unified.tensors import Kind, TensorWriter
@@ -97,7 +98,7 @@ class _Settings(NamedTuple):
         return rank, LoraConfig(rank=rank, alpha=alpha, rslora=self.rslora).scale_of("")
 
 
-def _matched(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+def _matched(patterns: Mapping[str, Json], module: str, default: object) -> Any:
     """As PEFT's get_pattern_key: the first whose pattern is the name or its end."""
     return next((n for key, n in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
@@ -153,7 +154,7 @@ def _settings(folder: Path, found: Mapping[str, Any]) -> _Settings:
         if key in found and found[key] not in plain:
             raise wrong(key, f"{plain[0]!r}, as only plain LoRA is read")
 
-    def is_rank(number: Any) -> bool:
+    def is_rank(number: object) -> bool:
         return type(number) is int and 1 <= number < 1 << 20
 
     def is_alpha(number: Any) -> bool:
@@ -324,6 +325,6 @@ def write(
         raise UserError(f"{in_words(error)}: name another folder, or remove this one") from error
 
 
-def _others(name_of: Mapping[str, str], number: Callable[[str], Any], default: Any) -> dict[str, Any]:
+def _others(name_of: Mapping[str, str], number: Callable[[str], Any], default: object) -> dict[str, object]:
     """A pattern of PEFT's: the number of each matrix whose number is not the default."""
     return {name: number(path) for path, name in name_of.items() if number(path) != default}

@@ -303,7 +303,7 @@ def _encoded(text: Any, encoding: Any) -> bytes:
 _NDARRAY = Global("numpy", "ndarray")
 _TORCH_DTYPES = {"float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"}
 _NAMES = {_NDARRAY, Global("ml_dtypes", "bfloat16"), *(Global("torch", name) for name in STORAGES)}
-_CALLS: Mapping[Global, Callable[..., Any]] = {
+_CALLS: Mapping[Global, Callable[..., object]] = {
     Global("collections", "OrderedDict"): _mapping,
     Global("flax.core.frozen_dict", "FrozenDict"): _mapping,
     Global("torch", "Size"): tuple,

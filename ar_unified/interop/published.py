@@ -13,6 +13,7 @@ from ar_unified.interop.keys import Dialect, Keys
 from ar_unified.interop.sources import Source
 from ar_unified.language.border import Border
 from ar_unified.language.grammar import Grammar
+from ar_unified.manifests import Json
 from ar_unified.model.config import TransformerConfig
 
 _SHOWN = 5  # names in a message
@@ -41,7 +42,7 @@ class Published:
     data: Mapping[str, Any]
     sampling: Mapping[str, Any]
     record: Mapping[str, Any]
-    loss: Mapping[str, Any] = field(default_factory=dict)
+    loss: Mapping[str, Json] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from ar_unified.errors import UserError, in_words
 from ar_unified.interop.sources import DTYPES, InFile
+from ar_unified.manifests import Json
 from ar_unified.tensors import Kind, Pieces, read_bytes, write_bytes_at
 
 SCANNED = "scan_decoder"
@@ -204,7 +205,7 @@ def _entries(reader: _Reader) -> list[tuple[tuple[str, ...], _Stored]]:
     return found
 
 
-def _is_array(value: Any) -> bool:
+def _is_array(value: object) -> bool:
     return (isinstance(value, dict) and _CHUNKED in value) or (isinstance(value, tuple) and value[0] == 1)
 
 
@@ -229,7 +230,7 @@ def _stored(reader: _Reader, value: Any) -> _Stored:
     return stored
 
 
-def _listed(found: dict[str, Any]) -> list[Any]:
+def _listed(found: dict[str, Json]) -> list[Any]:
     """{"0": a, "1": b} -> [a, b]"""
     return [found[str(i)] for i in range(len(found))]
 

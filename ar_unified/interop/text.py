@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from ar_unified.errors import UserError
 from ar_unified.interop import hf_config
@@ -65,7 +64,7 @@ def _open(files: Files, system: str, families: Mapping[str, Family]) -> Publishe
 
 
 def without_images(
-    files: Files, system: str, config: TransformerConfig, ids: Language, *notes: str, **sampling: Any
+    files: Files, system: str, config: TransformerConfig, ids: Language, *notes: str, **sampling: object
 ) -> Published:
     """A model with no image tokenizer: of text alone, or one whose images are codes.
 

@@ -14,13 +14,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ar_unified.errors import UserError
 from ar_unified.interop.keys import HF
 from ar_unified.interop.sources import Source
+from ar_unified.manifests import Json
 
 KEY = "trainable_token_indices"  # in adapter_config.json
 VOCABULARY = "ar_unified.vocabulary"  # in the header of the weights: the hash of the language that the ids are of
@@ -41,7 +42,7 @@ class TokenRows(NamedTuple):
     values: np.ndarray
 
 
-def names(rows: Mapping[str, TokenRows], prefixes: Mapping[str, str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def names(rows: Mapping[str, TokenRows], prefixes: Mapping[str, str]) -> tuple[dict[str, np.ndarray], dict[str, Json]]:
     """(tensors by their names, what adapter_config.json says of them): what PEFT reads."""
     dialect, tensors = HF.prefixed(prefixes), dict[str, np.ndarray]()
     for table, (_, values) in rows.items():
@@ -64,7 +65,7 @@ def is_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def read(folder: Path, source: Source, said: Any, width: int) -> dict[str, TokenRows]:
+def read(folder: Path, source: Source, said: object, width: int) -> dict[str, TokenRows]:
     """The rows of an adapter by table; {}: it has none.
 
     Args:

@@ -24,7 +24,7 @@ from ar_unified.language.reading import GrammarError, Reader, find, half_open
 from ar_unified.language.syntax import ImageLayout, Syntax
 from ar_unified.language.turns import Around, answered, arranged, counted, joined_texts
 from ar_unified.language.vocabulary import Role, Vocabulary
-from ar_unified.manifests import ManifestMismatch, require_same
+from ar_unified.manifests import Json, ManifestMismatch, require_same
 
 
 class TextLost(GrammarError):
@@ -357,7 +357,7 @@ class Grammar:
         """The same grammar as integer state, for constrained decoding on the device."""
         return Automaton(self.syntax)
 
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> dict[str, Json]:
         """The vocabulary's manifest and this grammar: plain JSON values."""
         record = {"record": dataclasses.asdict(self.layout.record)}
         return self.vocabulary.manifest() | {"layout": _plain(dataclasses.asdict(self.layout) | record)}

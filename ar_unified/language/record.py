@@ -8,19 +8,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ar_tokenizers.codec import Codec, Lossy, find
 from ar_tokenizers.reading import codec
 
 from ar_unified.language.border import Border, MappedCodec
 from ar_unified.language.grammar import Grammar
+from ar_unified.manifests import Json
 
 FILE = "language.json"
 _BORDER, _LOSSES = "border", "text_losses"
 
 
-def record_of(grammar: Grammar) -> dict[str, Any]:
+def record_of(grammar: Grammar) -> dict[str, Json]:
     """The content of language.json, as JSON values. The losses of the text tokenizer are only there for people to
     read.
     """
@@ -32,12 +32,12 @@ def record_of(grammar: Grammar) -> dict[str, Any]:
     return out
 
 
-def manifest_of(record: Mapping[str, Any]) -> dict[str, Any]:
+def manifest_of(record: Mapping[str, Json]) -> dict[str, Json]:
     """The grammar's manifest of what language.json says."""
     return {name: value for name, value in record.items() if name not in (_BORDER, _LOSSES)}
 
 
-def text_codec(record: Mapping[str, Any], file: str, data: bytes, lossy: Lossy = "refuse") -> Codec:
+def text_codec(record: Mapping[str, Json], file: str, data: bytes, lossy: Lossy = "refuse") -> Codec:
     """The text tokenizer of language.json and of the file beside it. Raises ValueError for what does not fit."""
     if _BORDER not in record:
         return codec(file, data, lossy=lossy)
@@ -65,6 +65,6 @@ def grammar_in(folder: Path, text: Codec) -> Grammar | None:
     return Grammar.from_manifest(manifest_of(_read(path)), text) if (path := folder / FILE).exists() else None
 
 
-def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_bytes())
+def _read(path: Path) -> dict[str, Json]:
+    found: dict[str, Json] = json.loads(path.read_bytes())
     return found

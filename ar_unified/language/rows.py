@@ -37,6 +37,7 @@ from ar_unified.language.document import (
     Turn,
     check_text,
 )
+from ar_unified.manifests import Json
 
 Image = TypeVar("Image")
 LoadImage = Callable[[str], np.ndarray]
@@ -284,7 +285,7 @@ def _segments(segments: object, prompt: int | None, image: Callable[[str, str], 
     return Turn("user", asked), Turn("assistant", answer)
 
 
-def document_to_json(document: Document, save_image: Callable[[np.ndarray], str]) -> dict[str, Any]:
+def document_to_json(document: Document, save_image: Callable[[np.ndarray], str]) -> dict[str, object]:
     """A row for a JSONL file; the inverse of `document_from_json`.
 
     Args:
@@ -302,7 +303,7 @@ def document_to_json(document: Document, save_image: Callable[[np.ndarray], str]
     speakers = [turn.speaker for turn in document.turns]
     shapes = ["".join(part["type"][0] for part in parts) for parts in turns]
     learned = [turn.trained for turn in document.turns]
-    row: dict[str, Any]
+    row: dict[str, object]
     if speakers == ["document"]:
         if not turns[0] or learned != [None]:
             raise DocumentError(
@@ -320,14 +321,14 @@ def document_to_json(document: Document, save_image: Callable[[np.ndarray], str]
     return row | _named(document)
 
 
-def _preference_row(document: Document, save_image: Callable[[np.ndarray], str]) -> dict[str, Any]:
+def _preference_row(document: Document, save_image: Callable[[np.ndarray], str]) -> dict[str, object]:
     assert document.rejected is not None
     asked = [_message(Turn(turn.speaker), write_parts(turn.parts, save_image)) for turn in document.asked]
     chosen, rejected = (write_parts(turn.parts, save_image) for turn in (document.turns[-1], document.rejected))
     return {"messages": asked, "chosen": chosen, "rejected": rejected} | _named(document)
 
 
-def _named(document: Document) -> dict[str, Any]:
+def _named(document: Document) -> dict[str, Json]:
     """The name and what travels along."""
     taken = sorted(KEYS & document.meta.keys())
     if taken:
@@ -348,13 +349,13 @@ def write_parts(parts: Sequence[Part], save_image: Callable[[np.ndarray], str]) 
     return out
 
 
-def _message(turn: Turn, parts: list[dict[str, str]]) -> dict[str, Any]:
+def _message(turn: Turn, parts: list[dict[str, str]]) -> dict[str, Json]:
     content: Any = parts[0]["text"] if len(parts) == 1 and parts[0]["type"] == "text" else parts
     weight = {} if turn.trained is None else {"weight": int(turn.trained)}
     return {"role": turn.speaker, "content": content} | weight
 
 
-def _append(parts: list[Any], part: Any) -> None:
+def _append(parts: list[Any], part: object) -> None:
     if isinstance(part, TextPart) and parts and isinstance(parts[-1], TextPart):
         part = TextPart(f"{parts.pop().text}{BLOCKS}{part.text}")
     parts.append(part)

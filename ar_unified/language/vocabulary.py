@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ar_unified.manifests import ManifestMismatch, require_same
+from ar_unified.manifests import Json, ManifestMismatch, require_same
 
 VERSION = 2
 CONTROLS = ("pad", "bos", "eos", "eot", "boi", "eoi", "eol")  # of our own layouts; eot ends a turn that is answered
@@ -135,7 +135,7 @@ class Vocabulary:
             return f"image code {token - self.image_offset}"
         return f"id {token}, which nothing writes"
 
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> dict[str, Json]:
         """Everything two artefacts must agree on, as JSON values. `Grammar.manifest` adds to it."""
         return {
             "version": VERSION,

@@ -10,13 +10,12 @@ K codes, C numbers in a code's vector, V vocabulary, D model.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Params = dict[str, Any]
+from ar_unified.tensors import Params
+
 CODE_EMBEDDING_INITS = ("random", "codebook", "mean")  # how they may begin; the last in `extended_tables` alone
 
 

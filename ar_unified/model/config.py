@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from ar_unified.errors import nearest
 from ar_unified.kernels.attention import OUT
 from ar_unified.kernels.backend import BACKENDS
+from ar_unified.manifests import Json
 from ar_unified.model.remat import INPUT, POLICIES
 
 
@@ -134,12 +135,14 @@ CHOICES = {
 _RUNTIME = ("dropout", "scan_layers", "remat", "attention", "context", "dtype")
 
 
-def decisive(config: TransformerConfig) -> dict[str, Any]:
+def decisive(config: TransformerConfig) -> dict[str, Json]:
     """The fields that the weights depend on: a bundle or an imported model has them all."""
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in _RUNTIME}
 
 
-def _sizes(d_model: int, n_layers: int, n_heads: int, n_kv_heads: int, head_dim: int, d_mlp: int, **more: Any) -> dict:
+def _sizes(
+    d_model: int, n_layers: int, n_heads: int, n_kv_heads: int, head_dim: int, d_mlp: int, **more: object
+) -> dict:
     return dict(
         d_model=d_model, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, d_mlp=d_mlp
     ) | more  # fmt: skip
@@ -148,10 +151,10 @@ def _sizes(d_model: int, n_layers: int, n_heads: int, n_kv_heads: int, head_dim:
 _BIG: dict[str, Any] = dict(dtype="bfloat16", scan_layers=True, remat="full")
 _CHAMELEON: dict[str, Any] = dict(vocab_size=65536, qk_norm="layernorm", qk_norm_per_head=True, **_BIG)
 _7B, _34B = (4096, 32, 32, 32, 128, 11008), (8192, 48, 64, 8, 128, 22016)  # of Chameleon; the first is Llama's
-_QWEN: dict[str, Any] = dict(rope_theta=1e6, norm_eps=1e-6, **_BIG)
+_QWEN: dict[str, Json] = dict(rope_theta=1e6, norm_eps=1e-6, **_BIG)
 _QWEN2_5_1_5B = _sizes(1536, 28, 12, 2, 128, 8960, qkv_bias=True, tie_embeddings=True, **_QWEN)
 _QWEN2_5_7B = _sizes(3584, 28, 28, 4, 128, 18944, qkv_bias=True, **_QWEN)
-_GEMMA: dict[str, Any] = dict(activation="gelu_tanh", norm_offset=1.0, norm_eps=1e-6, tie_embeddings=True, **_BIG)
+_GEMMA: dict[str, Json] = dict(activation="gelu_tanh", norm_offset=1.0, norm_eps=1e-6, tie_embeddings=True, **_BIG)
 _GEMMA_7B = _sizes(3072, 28, 16, 16, 256, 24576, embedding_scale=3072**0.5, **_GEMMA)
 
 # Presets of published systems carry the size of their own vocabulary, which `config_from` replaces by yours.
@@ -192,7 +195,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def config_from(preset: str | Mapping[str, Any], vocab_size: int | None = None, **overrides: Any) -> TransformerConfig:
+def config_from(
+    preset: str | Mapping[str, object], vocab_size: int | None = None, **overrides: object
+) -> TransformerConfig:
     """The config of a preset's name or of a mapping of fields (which may itself name a `preset`), with changes.
 
     `vocab_size` may stay None only where the preset brings its own. Raises ValueError on an unknown preset, an

@@ -103,7 +103,7 @@ def _ring_backward(backend, residuals, dout):
 ring.defvjp(_ring_forward, _ring_backward)
 
 
-def _meetings(doc_start: jax.Array, step: jax.Array) -> Iterator[tuple[int, int, jax.Array, dict[str, Any]]]:
+def _meetings(doc_start: jax.Array, step: jax.Array) -> Iterator[tuple[int, int, jax.Array, dict[str, jax.Array]]]:
     """Which own piece of queries meets which visiting piece of keys after `step` turns: (own, visiting, whether some
     query of the first may see some key of the second, the arguments of `attention` for the two). 0 is early, 1 late.
     """

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import KeyPath
 
 from ar_unified.model.config import summed
 from ar_unified.model.quantized import Quantized, quantized
@@ -16,18 +17,18 @@ MATRICES = ("query", "key", "value", "output", "gate", "up", "down")  # of a lay
 def cast(params: Any, dtype: str) -> Any:
     """The matrices in the compute dtype; weights of norms, and biases, stay float32, and quantized ones as they are."""
 
-    def one(path: Any, p: Any) -> Any:
+    def one(path: KeyPath, p: Any) -> Any:
         return p if isinstance(p, Quantized) or is_vector(path) else p.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda p: isinstance(p, Quantized))
 
 
-def is_vector(path: Any) -> bool:
+def is_vector(path: KeyPath) -> bool:
     """Whether the leaf at that path is of a norm or a bias, which are float32 in every computation."""
     return any("norm" in entry.key or entry.key.endswith("bias") for entry in path)
 
 
-def held(path: Any, leaf: jax.Array, dtype: str) -> Any:
+def held(path: KeyPath, leaf: jax.Array, dtype: str) -> Any:
     """A leaf of stacked parameters in the form in which it is kept if it is not trained: in `dtype`; norms and biases
     as they are.
 

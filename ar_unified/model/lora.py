@@ -23,12 +23,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import KeyPath
 
 from ar_unified.errors import nearest, outside
 from ar_unified.model.config import TransformerConfig, layer_matrices, summed
 from ar_unified.model.dropout import dropout, fold
 from ar_unified.model.linear import linear
 from ar_unified.model.quantized import Quantized, widened
+from ar_unified.tensors import Params
 
 _GROUPS = {"attention": ("query", "key", "value", "output"), "mlp": ("gate", "up", "down")}
 MATRICES = tuple(f"{group}.{name}" for group, names in _GROUPS.items() for name in names)  # that may have an adapter
@@ -139,10 +141,10 @@ def _last(said: Sequence[str], path: str, default: float) -> float:
     return numbers[-1] if numbers else default
 
 
-def init(config: TransformerConfig, lora: LoraConfig, key: jax.Array) -> dict[str, Any]:
+def init(config: TransformerConfig, lora: LoraConfig, key: jax.Array) -> Params:
     """A fresh adapter, float32, as params["lora"] holds it. Each matrix and layer draws from a key of its own."""
     L, sizes = config.n_layers, layer_matrices(config)
-    made: dict[str, Any] = {}
+    made: Params = {}
     for index, path in enumerate(MATRICES):
         if path not in lora.matrices:
             continue
@@ -161,7 +163,7 @@ def logical_axes(matrices: Mapping[str, tuple[str, ...]], tree: Any) -> Any:
     matrices: those of each matrix's inputs and outputs, by its name in MATRICES.
     """
 
-    def axes(path: Any, leaf: Any) -> tuple[str | None, ...]:
+    def axes(path: KeyPath, leaf: Any) -> tuple[str | None, ...]:
         *_, group, name, side = (entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
         inputs, outputs = matrices[f"{group}.{name}"]
         stacked = not isinstance(path[0], jax.tree_util.SequenceKey)
@@ -171,7 +173,7 @@ def logical_axes(matrices: Mapping[str, tuple[str, ...]], tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(axes, tree)
 
 
-def with_adapters(params: Mapping[str, Any]) -> Any:
+def with_adapters(params: Params) -> Any:
     """The layers of a transformer, stacked or a list, each with its adapters under "beside"."""
     layers = params["layers"]
     beside = next((params[name] for name in ADAPTING if name in params), None)
@@ -209,7 +211,7 @@ def _chosen(
     return jnp.einsum("BTR,BRO->BTO", low, pair["b"][adapter])
 
 
-def merged(lora: LoraConfig, params: Mapping[str, Any], dtype: str = "float32") -> dict[str, Any]:
+def merged(lora: LoraConfig, params: Params, dtype: str = "float32") -> Params:
     """The parameters without "lora"; instead each matrix is W + scale A B, summed in float32, in the dtype of W.
 
     params: stacked by layers, as a training has them; the adapter in any dtype. dtype: of matrices that are in 8 bits.

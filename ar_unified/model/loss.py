@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from ar_unified.kernels.product import product
 from ar_unified.parallel.rules import spec
@@ -136,7 +137,7 @@ class _Placement:
         ins = (self.hidden, self.head, *(self.tokens,) * (len(args) - 2))
         return jax.shard_map(part, in_specs=ins, out_specs=outs, check_vma=False)(*args)
 
-    def whole_head(self, head: jax.Array, dtype: Any) -> jax.Array:
+    def whole_head(self, head: jax.Array, dtype: DTypeLike) -> jax.Array:
         head = head.astype(dtype)
         return jax.lax.all_gather(head, "fsdp", axis=1, tiled=True) if self.sharded else head
 

@@ -41,12 +41,12 @@ from ar_unified.model.remat import rematerialised
 from ar_unified.model.rope import rope_angles, rope_table
 from ar_unified.parallel import rules
 from ar_unified.parallel.zigzag import unzigzag, zigzag
+from ar_unified.tensors import Params
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
-Params = dict[str, Any]
 Product = Callable[[jax.Array, str, Any], jax.Array]  # of x with a layer's matrix, by its path
 
 # The logical axes of every parameter, by its path; what they mean on a mesh is parallel/rules.py's.
@@ -85,7 +85,7 @@ def logical_axes(params: Params) -> Params:
     if "rows" in params:
         beside["rows"] = own_rows.logical_axes(params["rows"])
 
-    def axes(path: Any, leaf: Any) -> tuple[str, ...]:
+    def axes(path: jax.tree_util.KeyPath, leaf: Any) -> tuple[str, ...]:
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
         stacked = not any(isinstance(entry, jax.tree_util.SequenceKey) for entry in path)
         found = AXES["/".join(names)][0 if stacked else 1 :]

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import KeyPath
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # Activations and data.
@@ -70,7 +71,7 @@ def spec(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[i
 def specs(mesh: Mesh | AbstractMesh, logical_axes: Any, shapes: Any) -> Any:
     """The PartitionSpec of every leaf of `shapes` (arrays or ShapeDtypeStructs), from a same-shaped tree of tuples."""
 
-    def one(path: Any, leaf: Any, axes: tuple[str | None, ...]) -> P:
+    def one(path: KeyPath, leaf: Any, axes: tuple[str | None, ...]) -> P:
         return spec(mesh, axes, leaf.shape, jax.tree_util.keystr(path, simple=True, separator="."))
 
     return jax.tree_util.tree_map_with_path(one, shapes, logical_axes)
@@ -108,7 +109,7 @@ def batch_part(mesh: Mesh, rows: int) -> tuple[int, int]:
 def batch_shardings(mesh: Mesh, batch: Any) -> Any:
     """The NamedSharding of every array of a batch (or of its shapes), by `batch_spec`."""
 
-    def one(path: Any, x: Any) -> NamedSharding:
+    def one(path: KeyPath, x: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         return NamedSharding(mesh, batch_spec(mesh, x.shape, f"batch[{name!r}]"))
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from ar_unified.manifests import Json
 from ar_unified.model.config import parameter_count
 from ar_unified.parallel.mesh import decoding_axes
 from ar_unified.planning import advice
@@ -106,7 +107,7 @@ def with_a_kernel(run: Run, target: Target) -> Run:
     return dataclasses.replace(run, model=dataclasses.replace(run.model, attention="xla"))
 
 
-def _batch(run: Run, job: str) -> dict[str, Any]:
+def _batch(run: Run, job: str) -> dict[str, Json]:
     if job == "train":
         return {
             "rows": run.batch_size,
@@ -144,7 +145,7 @@ def _report(program: Program, run: Run, target: Target) -> dict[str, Any]:
     found = collectives(compiled.hlo, mesh.size)
     where = memory(program, compiled, run, hardware.hbm)
     estimate = roofline(program, run, hardware, found)
-    report: dict[str, Any] = {
+    report: dict[str, Json] = {
         "name": program.name,
         "compile_seconds": round(compiled.seconds, 1),
         "compiler_options": dict(program.options),
@@ -173,7 +174,7 @@ def _report(program: Program, run: Run, target: Target) -> dict[str, Any]:
     return report
 
 
-def _grouped(found: Sequence[Collective], mesh: Mesh, target: Target) -> list[dict[str, Any]]:
+def _grouped(found: Sequence[Collective], mesh: Mesh, target: Target) -> list[dict[str, Json]]:
     """One row for the collectives of one kind over the same axes; the row that sends most comes first."""
     rows: dict[tuple[str, str, bool], dict[str, Any]] = {}
     for each in found:

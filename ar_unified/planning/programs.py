@@ -258,7 +258,9 @@ def _rows(run: Run, rows: int) -> _Rows:
     return _Rows(rows, run.sequence_length, pairs)
 
 
-def _batch(of: _Rows) -> PackedBatch | PreferenceBatch | PolicyBatch:
+def _batch(
+    of: _Rows,
+) -> PackedBatch[jax.ShapeDtypeStruct] | PreferenceBatch[jax.ShapeDtypeStruct] | PolicyBatch[jax.ShapeDtypeStruct]:
     if of.contexts:
         return PolicyBatch.shapes(of.rows, of.length, of.contexts, of.ranges, old=of.old)
     if of.pairs:

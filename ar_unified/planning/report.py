@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ar_unified.manifests import Json
 from ar_unified.planning.memory import PARTS
 from ar_unified.planning.plan import PlanReport
 from ar_unified.planning.roofline import ASSUMPTIONS
@@ -118,7 +119,7 @@ def _program(program: dict[str, Any], plan: PlanReport) -> list[str]:
     return lines
 
 
-def _scaling(scaling: dict[str, Any]) -> str:
+def _scaling(scaling: dict[str, Json]) -> str:
     if scaling["largest"] == 0:
         return f"not bound by matmuls here: {scaling['breaks']}"
     reach = (
@@ -139,7 +140,7 @@ def _search(search: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _settings(changes: dict[str, Any]) -> str:
+def _settings(changes: dict[str, Json]) -> str:
     return " ".join(f"--config.{key}={value}" for key, value in changes.items())
 
 

@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from ar_unified.manifests import Json
 from ar_unified.model.remat import POLICIES
 from ar_unified.planning import CANDIDATES
 from ar_unified.planning.memory import at_least
@@ -56,7 +57,7 @@ def search(run: Run, target: Target, compiled: int = CANDIDATES, *, say: Callabl
             f"search: none of {len(found)} combinations of remat, rows and mesh fits {target.name}; the least needs "
             f"{least / 2**30:.1f} GiB of a device's {target.hardware.hbm / 2**30:.1f} by arithmetic"
         )
-    tried: list[dict[str, Any]] = []
+    tried: list[dict[str, Json]] = []
     best: PlanReport | None = None
     too_large: list[Candidate] = []
     for each in fitting:
@@ -104,7 +105,7 @@ def candidates(run: Run, target: Target) -> Iterator[Candidate]:
         yield Candidate(changes, other, sum(at_least(program, other).values()), seconds)
 
 
-def said(changes: dict[str, Any]) -> str:
+def said(changes: dict[str, Json]) -> str:
     """Changes of a config as flags for a command line."""
     return " ".join(f"--config.{key}={value}" for key, value in changes.items())
 
@@ -126,7 +127,7 @@ def _seconds(plan: PlanReport) -> float:
     return (program["fastest"] + program["slowest"]) / 2 / program["tokens"]
 
 
-def _numbers(plan: PlanReport) -> dict[str, Any]:
+def _numbers(plan: PlanReport) -> dict[str, Json]:
     if not plan["fits"]:
         return {"peak": plan["refused"]["used"], "mfu": None}
     (program,) = plan["programs"]

@@ -13,7 +13,6 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +20,7 @@ from jax.experimental.topologies import get_topology_desc
 from jax.sharding import Mesh
 
 from ar_unified.errors import UserError
+from ar_unified.manifests import Json
 from ar_unified.parallel.hardware import HARDWARE, Hardware
 from ar_unified.parallel.mesh import make_mesh
 
@@ -78,7 +78,7 @@ class Target:
             return _cpu_devices(self)
         _find_libtpu()
         name = self.hardware.name
-        options: dict[str, Any] = {"num_slices": self.slices} if self.slices > 1 else {}
+        options: dict[str, Json] = {"num_slices": self.slices} if self.slices > 1 else {}
         if name == "v4":
             options["chip_config_name"] = "megacore"  # as JAX runs on v4: two cores as one device
         if self.chips == 1:

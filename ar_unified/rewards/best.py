@@ -20,6 +20,7 @@ from typing import Any
 
 from ar_unified.data.images import decode
 from ar_unified.language.document import Document, ImagePart, Part, TextPart, Turn
+from ar_unified.manifests import Json
 from ar_unified.rewards.reward import Failure, Reward, Verdict
 from ar_unified.sampling import results
 from ar_unified.workdir import write_text
@@ -123,7 +124,7 @@ def _parts(folder: Path, segments: Sequence[Mapping[str, Any]]) -> tuple[Part, .
     )
 
 
-def _plain(segments: Sequence[Mapping[str, Any]]) -> Any:
+def _plain(segments: Sequence[Mapping[str, Json]]) -> Any:
     """A text alone, or parts as `language.rows.read_parts` takes them."""
     if len(segments) == 1 and segments[0]["type"] == "text":
         return segments[0]["text"]

@@ -19,7 +19,6 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -27,6 +26,7 @@ from ar_unified.data.images import to_png
 from ar_unified.errors import UserError
 from ar_unified.language.document import Document, Part
 from ar_unified.language.rows import write_parts
+from ar_unified.manifests import Json
 from ar_unified.rewards.reward import Failure, Verdict, verdict
 
 
@@ -85,7 +85,7 @@ class Command:
         return said, ""
 
 
-def _row(stem: Path, prompt: Document, answer: Document) -> dict[str, Any]:
+def _row(stem: Path, prompt: Document, answer: Document) -> dict[str, Json]:
     """What a command is told of an answer; its images are files beginning with `stem`."""
     count = 0
 

@@ -10,13 +10,12 @@ import importlib
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from ar_unified.errors import UserError, nearest
 from ar_unified.language.document import Document
 from ar_unified.rewards.reward import Failure, Reward, Verdict, verdict
 
-Function = Callable[[Document, Document], Any]
+Function = Callable[[Document, Document], object]
 
 
 def named(module: str, name: str) -> Function:

@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from ar_tokenizers.files import whole
 
+from ar_unified.manifests import Json
 from ar_unified.sampling.columns import digest
 from ar_unified.sampling.requests import Line
 from ar_unified.sampling.results import read
@@ -44,7 +45,7 @@ def write(folder: Path, lines: Sequence[Line], weights: str) -> None:
     """
     if not any(line.batch for line in lines):
         return
-    samples: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    samples: dict[int, list[dict[str, Json]]] = defaultdict(list)
     for row in read(folder):
         samples[row["line"]].append(row | {"tokens": len(row.get("tokens", ()))})
     answers, failures = (folder / name for name in NAMES)
@@ -61,7 +62,7 @@ def write(folder: Path, lines: Sequence[Line], weights: str) -> None:
                 _put(errors, line, failed.status, {"error": error})
 
 
-def _put(file: IO[bytes], line: Line, status: int, body: Mapping[str, Any]) -> None:
+def _put(file: IO[bytes], line: Line, status: int, body: Mapping[str, Json]) -> None:
     row = {
         "id": f"batch_req_{_mark(line, 'batch')}",
         "custom_id": line.batch.custom_id if line.batch else None,

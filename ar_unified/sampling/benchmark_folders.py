@@ -18,11 +18,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from ar_unified.errors import UserError
+from ar_unified.manifests import Json
 from ar_unified.sampling.results import read, shards
 from ar_unified.workdir import write_bytes, write_text
 
@@ -43,7 +43,7 @@ class _Asked:
     line: int
     n: int
     prompt: str
-    meta: Mapping[str, Any]
+    meta: Mapping[str, Json]
     images: dict[int, Path] = field(default_factory=dict)
 
 
@@ -172,7 +172,7 @@ def _mjhq(job: Path, report: ExportReport) -> None:
 
 
 def _folder(job: Path, report: ExportReport) -> None:
-    lines: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    lines: dict[tuple[int, int], list[dict[str, Json]]] = {}
     for row in read(job):
         if "error" in row:
             report.left_out[row["id"]] = row["error"]

@@ -14,8 +14,8 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
-from typing import Any
 
+from ar_unified.manifests import Json
 from ar_unified.sampling.request import RequestError
 
 SETTINGS: dict[str, tuple[type, ...]] = {
@@ -60,7 +60,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,98}[A-Za-z0-9_-]|[A-Za-z0-9]")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # on Windows, with any suffix
 
 
-def own_columns(row: Mapping[str, Any], *, foreign: bool = False) -> dict[str, Any]:
+def own_columns(row: Mapping[str, Json], *, foreign: bool = False) -> dict[str, Json]:
     """The columns of a row that are its own.
 
     foreign: the row was not written for us. Raises RequestError for the first key that somebody may have meant as a
@@ -77,7 +77,7 @@ def own_columns(row: Mapping[str, Any], *, foreign: bool = False) -> dict[str, A
     return own
 
 
-def check_keys(row: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+def check_keys(row: Mapping[str, Json], known: Iterable[str], where: str) -> None:
     """Raises RequestError for the first key that is not in `known`; here no columns of the row's own are allowed."""
     names = list(known)
     for key in row:
@@ -106,12 +106,12 @@ def nearly(key: str, known: Iterable[str]) -> str:
     return best
 
 
-def _no_filter(key: str, value: Any) -> bool:
+def _no_filter(key: str, value: object) -> bool:
     """A column "text" or "image" that does not say how tokens are drawn."""
     return key in ("text", "image") and not isinstance(value, Mapping)
 
 
-def _suggestion(key: str, row: Mapping[str, Any], foreign: bool) -> str:
+def _suggestion(key: str, row: Mapping[str, Json], foreign: bool) -> str:
     if elsewhere(key) and not foreign:
         return repr(elsewhere(key))
     near = nearly(key, ROW)

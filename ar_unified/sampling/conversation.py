@@ -71,7 +71,7 @@ class Conversation:
         ] = {}  # by adapter and context; those that begin anew at each image are not kept
         self._params: Any = None  # that computed it
 
-    def say(self, parts: Sequence[Part], **settings: Any) -> Sample:
+    def say(self, parts: Sequence[Part], **settings: object) -> Sample:
         """The answer to the user's next turn.
 
         settings: of a Request. Its seed may be the same in all turns: what is drawn depends on its place, too.

@@ -29,6 +29,7 @@ from typing import Any
 from ar_unified.data import encoding
 from ar_unified.data.files import LARGEST, FileError, Folder, hidden, meant, require_file
 from ar_unified.data.images import SUFFIXES
+from ar_unified.manifests import Json
 from ar_unified.sampling import tables
 from ar_unified.sampling.request import RequestError
 
@@ -53,7 +54,7 @@ class Row:
     """
 
     number: int
-    data: Mapping[str, Any]
+    data: Mapping[str, Json]
     load: Callable[[str], bytes]
     error: str = ""
     foreign: bool = False
@@ -102,7 +103,7 @@ def fingerprint(paths: Sequence[str | Path]) -> str:
 
 
 def _rows(
-    folder: Folder, entries: Iterator[tuple[int, Callable[[], Mapping[str, Any]]]], foreign: bool = False
+    folder: Folder, entries: Iterator[tuple[int, Callable[[], Mapping[str, Json]]]], foreign: bool = False
 ) -> Iterator[Row]:
     load = folder.read
     for number, read in entries:
@@ -168,11 +169,11 @@ def _text_file(path: Path, folder: Folder, leave: Left) -> Iterator[Row]:
     yield from _rows(folder, ((number, partial(_prompt, line)) for number, line in lines))
 
 
-def _prompt(data: bytes) -> dict[str, Any]:
+def _prompt(data: bytes) -> dict[str, Json]:
     return {"prompt": _text(data).strip()}
 
 
-def _request(data: bytes) -> Mapping[str, Any]:
+def _request(data: bytes) -> Mapping[str, Json]:
     row = _value(data)
     if not isinstance(row, dict):
         raise RequestError(f"expected a JSON object, found {type(row).__name__}")
@@ -208,16 +209,16 @@ def _value(data: bytes) -> Any:
 # ---- files that are not lines -----------------------------------------------------------------------------------
 
 
-def _json(path: Path) -> Iterator[tuple[int, Callable[[], Mapping[str, Any]]]]:
+def _json(path: Path) -> Iterator[tuple[int, Callable[[], Mapping[str, Json]]]]:
     try:
         value = _value(_whole(path.read_bytes()))
     except RequestError as error:
         raise RequestError(f"{path}: {error}") from None
 
-    def one(row: Any) -> Mapping[str, Any]:
+    def one(row: object) -> Mapping[str, Json]:
         return {"prompt": row} if isinstance(row, str) else _request(json.dumps(row).encode())
 
-    def named(id: str, row: Any) -> Mapping[str, Any]:
+    def named(id: str, row: object) -> Mapping[str, Json]:
         if isinstance(row, dict) and row.keys() == _MJHQ:
             row = {"prompt": row["prompt"], "meta": {"category": row["category"]}}
         return {"id": id, **one(row)}
@@ -230,8 +231,8 @@ def _json(path: Path) -> Iterator[tuple[int, Callable[[], Mapping[str, Any]]]]:
         raise RequestError(f"{path}: expected an object of requests by id, or a list, found {type(value).__name__}")
 
 
-def _folder(folder: Folder, leave: Left) -> Iterator[tuple[int, Callable[[], Mapping[str, Any]]]]:
-    def named(file: Path) -> dict[str, Any]:
+def _folder(folder: Folder, leave: Left) -> Iterator[tuple[int, Callable[[], Mapping[str, Json]]]]:
+    def named(file: Path) -> dict[str, Json]:
         try:
             data = folder.read_file(file.name)
         except FileError as error:

@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ar_unified.manifests import Json
 from ar_unified.sampling.results import THUMBNAIL, read, thumbnail
 from ar_unified.workdir import write_text
 
@@ -52,7 +53,7 @@ def _page(title: str, data: str) -> str:
     return page
 
 
-def _shown(folder: Path, part: dict[str, Any]) -> dict[str, Any]:
+def _shown(folder: Path, part: dict[str, Any]) -> dict[str, Json]:
     """A part of a line as the page shows it: a large image by its thumbnail, if the job made one (older versions did
     not).
     """

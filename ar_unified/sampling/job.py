@@ -32,7 +32,7 @@ from ar_unified.data.images import Cells, ImageCodec, by_size, draws_none
 from ar_unified.data.sizes import default_resize
 from ar_unified.language.document import CodesPart, TextPart, TokensPart, Turn
 from ar_unified.language.reading import GrammarError
-from ar_unified.manifests import Mismatch, differences
+from ar_unified.manifests import Json, Mismatch, differences
 from ar_unified.parallel.hardware import of_kind
 from ar_unified.sampling import batch_output, gallery
 from ar_unified.sampling.bandwidth import MemoryTime
@@ -82,13 +82,13 @@ def run_job(
     requests: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
-    defaults: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Json] | None = None,
     weights: str = "",
     resize: Callable[[np.ndarray], np.ndarray] | None = None,
     links: bool = False,
     process: tuple[int, int] = (0, 1),
     show_progress: bool = True,
-    warn: Callable[[str], Any] = warnings.warn,
+    warn: Callable[[str], object] = warnings.warn,
 ) -> JobReport:
     """Serves every request of a file (`sampling.formats` has the kinds); what is done already is not done again.
 
@@ -131,7 +131,7 @@ def run_job(
         with progress.bar(total, "samples", "sample", done=total - left, shown=show_progress) as bar:
             tally = _Tally(engine, bar.update, bar.set_postfix_str)
             with Writer(output, file, image_tokenizer.decode, engine.batch_size, tally.add) as writer:
-                prompts: dict[str, tuple[Line, list[dict[str, Any]]]] = {}
+                prompts: dict[str, tuple[Line, list[dict[str, Json]]]] = {}
 
                 def pairs() -> Iterator[tuple[Plan, int]]:
                     for window in _ahead(prepare, _chunks(mine, _WINDOW * engine.batch_size)):
@@ -173,7 +173,7 @@ class _Tally:
     speed that memory bandwidth allows.
     """
 
-    def __init__(self, engine: Engine, advance: Callable[[float], Any], say: Callable[..., Any]):
+    def __init__(self, engine: Engine, advance: Callable[[float], object], say: Callable[..., object]):
         self._engine, self._advance, self._say = engine, advance, say
         self._started = time.monotonic()
         hardware = of_kind(jax.devices()[0].device_kind)
@@ -208,7 +208,7 @@ class _Tally:
 # ---- the manifest -----------------------------------------------------------------------------------------------
 
 
-def _manifest(engine: Engine, requests: Sequence[Path], defaults: Mapping[str, Any], weights: str) -> dict[str, Any]:
+def _manifest(engine: Engine, requests: Sequence[Path], defaults: Mapping[str, Json], weights: str) -> dict[str, Json]:
     manifest = {
         "version": 3,
         "vocabulary": engine.grammar.manifest(),
@@ -227,7 +227,7 @@ def _manifest(engine: Engine, requests: Sequence[Path], defaults: Mapping[str, A
     return json.loads(json.dumps(manifest))
 
 
-def _begin(output: Path, manifest: Mapping[str, Any], *, mend: bool) -> None:
+def _begin(output: Path, manifest: Mapping[str, Json], *, mend: bool) -> None:
     """Writes the manifest, or compares it with the one there. mend: also removes files that killed processes left."""
     path = output / "manifest.json"
     if path.exists():
@@ -255,7 +255,7 @@ class _Ready(NamedTuple):
     """A line with its request, the prompt as JSON, and the plan; the plan is None if the line has an error."""
 
     line: Line
-    prompt: list[dict[str, Any]]
+    prompt: list[dict[str, Json]]
     plan: Plan | None
 
 
@@ -349,7 +349,7 @@ class _Preparation:
             segments.append(self._save(f"images/{name}/canvas.png", pixels) | {"type": "canvas"})
         return segments
 
-    def _save(self, name: str, pixels: np.ndarray) -> dict[str, Any]:
+    def _save(self, name: str, pixels: np.ndarray) -> dict[str, Json]:
         path = self._output / name
         if not path.exists():
             clean(path.parent)  # what a killed process left of it
@@ -418,5 +418,5 @@ def _entry(line: Line, prompt: list[dict[str, Any]], sample: Sample, cells: Cell
     return Entry(row, tuple(images))
 
 
-def _image(name: str, height: int, width: int) -> dict[str, Any]:
+def _image(name: str, height: int, width: int) -> dict[str, Json]:
     return {"type": "image", "image": name, "height": height, "width": width}

@@ -107,7 +107,7 @@ def rows_beside(params: Params, grammar: Grammar, adapters: Sequence[Adapter], m
             if len(which):
                 values[number, np.searchsorted(ids, which)] = rows
         tables[name] = ids, values
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     if "embedding" in tables:
         ids, values = tables["embedding"]
         at = np.full(grammar.vocabulary.size, -1, np.int32)

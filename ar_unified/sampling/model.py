@@ -40,6 +40,7 @@ from ar_unified.language.document import (
     check_speakers,
 )
 from ar_unified.language.rows import read_messages
+from ar_unified.manifests import Json
 from ar_unified.model.config import TransformerConfig
 from ar_unified.model.transformer import Transformer
 from ar_unified.parallel.mesh import make_mesh
@@ -118,13 +119,13 @@ def load(
     return Model(engine, tokenizer, resize, defaults, weights=bundle.hash, warning=str(warning))
 
 
-def _length(sampling: Mapping[str, Any]) -> int:
+def _length(sampling: Mapping[str, Json]) -> int:
     if type(found := sampling.get("max_length")) is not int:
         raise BundleError(f"sampling.max_length: expected a whole number, found {found!r:.80}")
     return found
 
 
-def _none_needed(defaults: Mapping[str, Any]) -> dict[str, Any]:
+def _none_needed(defaults: Mapping[str, Json]) -> dict[str, Json]:
     """Settings to add where the default context needs a negative prompt and the defaults give none."""
     needs_one = defaults.get("context") == "negative_prompt" and not defaults.get("negative_prompt")
     return {"negative_prompt": "-"} if needs_one else {}
@@ -175,7 +176,7 @@ class Model:
         n: int = 1,
         guidance: float | None = None,
         size: int | tuple[int, int] | None = None,
-        **settings: Any,
+        **settings: object,
     ) -> list[Image.Image]:
         """Images for a prompt: texts, and images too, if the model was trained to edit them.
 
@@ -199,7 +200,7 @@ class Model:
         codes = [part.codes for document in self._answers(request) for part in _images(document)]
         return [Image.fromarray(pixels) for pixels in by_size(self.image_tokenizer.decode, codes)]
 
-    def ask(self, *content: Content, **settings: Any) -> str:
+    def ask(self, *content: Content, **settings: object) -> str:
         """The text of the answer to a prompt of images and texts, as ask(image, "How many?").
 
         settings: of a request, as seed=1, max_tokens=50, text={"temperature": 0.7}. Raises RequestError like `draw`.
@@ -208,7 +209,7 @@ class Model:
         (document,) = self._answers(self.request(*content, **settings))
         return _text(document)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], **settings: Any) -> dict[str, Any]:
+    def chat(self, messages: Sequence[Mapping[str, Json]], **settings: object) -> dict[str, Json]:
         """The assistant's next message.
 
         Args:
@@ -230,12 +231,12 @@ class Model:
         return Chat(self, system)
 
     @property
-    def _chatting(self) -> dict[str, Any]:
+    def _chatting(self) -> dict[str, Json]:
         """Settings of a request that is a turn."""
         draws = self.vocabulary.codebook_size and not draws_none(self.image_tokenizer)
         return {"mode": "free" if draws else "text", "seed": 0}
 
-    def message(self, document: Document) -> dict[str, Any]:
+    def message(self, document: Document) -> dict[str, Json]:
         """An answer as `chat` gives it."""
         if not _images(document):
             return {"role": "assistant", "content": _text(document)}
@@ -341,7 +342,7 @@ class Model:
         """A conversation's turns, images as codes. Raises RequestError."""
         images: list[Any] = []
 
-        def named(part: Any) -> Any:  # the reader of rows takes names of images
+        def named(part: object) -> Any:  # the reader of rows takes names of images
             if not isinstance(part, Mapping) or part.get("type") != "image":
                 return part
             images.append(part.get("image"))

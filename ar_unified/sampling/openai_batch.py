@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ar_unified.manifests import Json
 from ar_unified.sampling.columns import SETTINGS, nearly
 from ar_unified.sampling.request import RequestError
 
@@ -86,7 +87,7 @@ class Asked:
     model: str
 
 
-def asked(row: Mapping[str, Any]) -> Asked | None:
+def asked(row: Mapping[str, Json]) -> Asked | None:
     """What a line of a batch asks for; None for a line of any other kind."""
     if "custom_id" not in row and not {"url", "body"} <= row.keys():
         return None
@@ -123,7 +124,7 @@ def _endpoint(url: Any) -> Literal["chat", "images"] | None:
     return next(found, None)
 
 
-def _check(body: dict[str, Any], endpoint: str) -> None:
+def _check(body: dict[str, Json], endpoint: str) -> None:
     """Removes keys whose value changes nothing from the body; raises RequestError for any other value."""
     ours = (*SETTINGS, "canvas")
     known = (*_READ[endpoint], *_NEUTRAL[endpoint], *ours)
@@ -158,7 +159,7 @@ def _chat(body: dict[str, Any]) -> dict[str, Any]:
     return {"messages": messages, **_common(body)}
 
 
-def _images(body: dict[str, Any]) -> dict[str, Any]:
+def _images(body: dict[str, Json]) -> dict[str, Json]:
     if "prompt" not in body:
         raise RequestError("body.prompt: expected a text, found none")
     size = body.pop("size", "auto")

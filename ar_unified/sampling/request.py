@@ -12,6 +12,7 @@ import numpy as np
 from ar_unified.errors import UserError
 from ar_unified.language import automaton
 from ar_unified.language.document import Document, DocumentError, Part, TextPart, TokensPart, Turn, check_speakers
+from ar_unified.manifests import Json
 from ar_unified.sampling.decoding import Filter
 
 MODES = {
@@ -96,7 +97,7 @@ class Request:
     adapter: str = ""
     text: Filter = Filter()
     image: Filter = Filter()
-    meta: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    meta: Mapping[str, Json] = field(default_factory=dict, compare=False)
 
     @classmethod
     def asking(cls, document: Document, **settings: Any) -> Request:

@@ -32,6 +32,7 @@ from ar_unified.data.files import FileError
 from ar_unified.data.images import Cells
 from ar_unified.language.document import DocumentError, TextPart, Turn, check_speakers
 from ar_unified.language.rows import read_messages, read_parts
+from ar_unified.manifests import Json
 from ar_unified.sampling import openai_batch
 from ar_unified.sampling.columns import CANVAS, FILTER, SETTINGS, Names, check_keys, digest, elsewhere, own_columns
 from ar_unified.sampling.decoding import Filter
@@ -109,9 +110,9 @@ def read_requests(
     paths: str | Path | Sequence[str | Path],
     *,
     cells: Cells,
-    defaults: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Json] | None = None,
     links: bool = False,
-    warn: Callable[[str], Any] = warnings.warn,
+    warn: Callable[[str], object] = warnings.warn,
 ) -> list[Line]:
     """Every request of the files, in order; those that cannot be read have an `error`.
 
@@ -155,7 +156,9 @@ def _shown(names: Iterable[str]) -> str:
     return ", ".join(first[:20] + ["..."] * (len(first) > 20))
 
 
-def _line(row: Row, number: int, cells: Cells, settings: Mapping[str, Any], names: Names, own: dict[str, None]) -> Line:
+def _line(
+    row: Row, number: int, cells: Cells, settings: Mapping[str, Json], names: Names, own: dict[str, None]
+) -> Line:
     """The entry of a row; its own columns are added to `own`."""
     id = name = f"{number:06d}"
     batch = openai_batch.asked(row.data)
@@ -173,7 +176,7 @@ def _line(row: Row, number: int, cells: Cells, settings: Mapping[str, Any], name
         return Line(number, id, name, error=str(error), batch=batch)
 
 
-def _id(row: Mapping[str, Any], key: str, default: str) -> str:
+def _id(row: Mapping[str, Json], key: str, default: str) -> str:
     id = row.get(key)
     if id is None or id == "":
         return default
@@ -182,7 +185,7 @@ def _id(row: Mapping[str, Any], key: str, default: str) -> str:
     return str(id)
 
 
-def _typed(row: Mapping[str, Any], types: Mapping[str, tuple[type, ...]], where: str) -> None:
+def _typed(row: Mapping[str, Json], types: Mapping[str, tuple[type, ...]], where: str) -> None:
     for key, value in row.items():
         wanted = types[key]
         if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
@@ -192,7 +195,7 @@ def _typed(row: Mapping[str, Any], types: Mapping[str, tuple[type, ...]], where:
             raise RequestError(f"{where}{key}: expected less than {_MOST.get(key, 2**31)}, found {value!r:.40}")
 
 
-def _turns(row: Mapping[str, Any], read: Callable[[str], bytes]) -> tuple[Turn, ...]:
+def _turns(row: Mapping[str, Json], read: Callable[[str], bytes]) -> tuple[Turn, ...]:
     """The turns that the answer comes after; their images are Image."""
     said = [key for key in ("prompt", "content", "messages") if key in row]
     if len(said) != 1:
@@ -217,7 +220,7 @@ def _turns(row: Mapping[str, Any], read: Callable[[str], bytes]) -> tuple[Turn, 
     return (Turn("user", tuple(parts)),)
 
 
-def _canvas(row: Mapping[str, Any], read: Callable[[str], bytes]) -> Canvas | None:
+def _canvas(row: Mapping[str, Json], read: Callable[[str], bytes]) -> Canvas | None:
     canvas = row.get("canvas")
     if canvas is None:
         return None
@@ -230,7 +233,7 @@ def _canvas(row: Mapping[str, Any], read: Callable[[str], bytes]) -> Canvas | No
     return Canvas(PromptImage(canvas["image"], read), mask, canvas.get("top", 0))
 
 
-def _text(text: Any, where: str) -> TextPart:
+def _text(text: object, where: str) -> TextPart:
     if not isinstance(text, str) or not text.strip():
         raise RequestError(f"{where}: expected a text, found {text!r:.80}")
     return TextPart(text)

@@ -27,6 +27,7 @@ import numpy as np
 from ar_unified import storage
 from ar_unified.data.images import by_size, to_png, to_thumbnail
 from ar_unified.errors import UserError
+from ar_unified.manifests import Json
 from ar_unified.workdir import clean, write_bytes
 
 _NAME = re.compile(r"samples(-\d{5}-of-\d{5})?\.jsonl")
@@ -55,7 +56,7 @@ def read(folder: str | Path) -> Iterator[dict[str, Any]]:
     An error that was put right later is left out, too. Raises OSError, and UserError for a line that no job wrote.
     """
     seen: set[tuple[int, int | None]] = set()
-    failed: dict[int, dict[str, Any]] = {}
+    failed: dict[int, dict[str, Json]] = {}
     for path in shards(folder):
         for row in _rows(path):
             if row.get("retry"):
@@ -159,7 +160,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 class Entry:
     """A line to be written, and the images it names: file names under the folder, and codes int32 [h, w]."""
 
-    row: Mapping[str, Any]
+    row: Mapping[str, Json]
     images: tuple[tuple[str, np.ndarray], ...] = ()
 
 
@@ -181,7 +182,7 @@ class Writer:
         file: IO[bytes],
         decode: Callable[[np.ndarray], np.ndarray],
         batch: int,
-        written: Callable[[Sequence[Mapping[str, Any]]], None],
+        written: Callable[[Sequence[Mapping[str, Json]]], None],
     ):
         self._folder, self._file, self._decode = folder, file, decode
         self._batch, self._written = batch, written
@@ -195,7 +196,7 @@ class Writer:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._queue.put(None)
         self._thread.join()
         if self._error and kind is None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from ar_unified.language.syntax import ImageLayout
 from ar_unified.sampling import steps
@@ -48,10 +49,10 @@ def row_arrays(
     jobs = [fresh.get(i) for i in range(slots)]
     C = shape.contexts
 
-    def column(default: Any, value: Any, dtype: Any) -> Any:
+    def column(default: object, value: Any, dtype: DTypeLike) -> Any:
         return np.array([default if job is None else value(job) for job in jobs], dtype)
 
-    def pair(name: str, default: Any, dtype: Any) -> Any:
+    def pair(name: str, default: object, dtype: DTypeLike) -> Any:
         def of(job: Job) -> list[Any]:
             return [getattr(f, name) for f in (job.plan.request.text, job.plan.request.image)]
 

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh
+from jax.typing import DTypeLike
 
 from ar_unified.language import automaton
 from ar_unified.language.automaton import Opened, Wanted
@@ -128,7 +129,7 @@ def empty(
     """A pool in which every slot is free. width: positions of a row that are drawn at once, at most."""
     R, C = slots, shape.contexts
 
-    def full(value: Any, dtype: Any, *more: int) -> Array:
+    def full(value: Any, dtype: DTypeLike, *more: int) -> Array:
         return jnp.full((R, *more), value, dtype)
 
     rows = Rows(

@@ -20,6 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ar_unified.manifests import Json
 from ar_unified.sampling.columns import ROW, SETTINGS
 from ar_unified.sampling.request import RequestError
 
@@ -27,7 +28,7 @@ PROMPTS = ("prompt", "caption", "text", "prompts", "captions")  # the first that
 _TEXTS = {"prompt", "id", *(key for key, types in SETTINGS.items() if types == (str,))}
 _QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"', re.DOTALL)
 
-Read = Callable[[], Mapping[str, Any]]
+Read = Callable[[], Mapping[str, Json]]
 
 
 def delimited(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Read]]:
@@ -116,7 +117,7 @@ def _names(path: Path, header: Sequence[str]) -> list[str]:
     return names
 
 
-def _row(names: Sequence[str], cells: Sequence[str]) -> dict[str, Any]:
+def _row(names: Sequence[str], cells: Sequence[str]) -> dict[str, Json]:
     if len(cells) > len(names):
         raise RequestError(f"expected {len(names)} cells, as the first line has, found {len(cells)}: {cells!r:.120}")
     return {name: _cell(name, cell) for name, cell in zip(names, cells, strict=False) if name and _says(name, cell)}
@@ -136,11 +137,11 @@ def _cell(name: str, cell: str) -> Any:
         return cell
 
 
-def _typed_row(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
+def _typed_row(names: Sequence[str], values: Sequence[Any]) -> dict[str, Json]:
     return {name: _json(value) for name, value in zip(names, values, strict=True) if value is not None}
 
 
-def _json(value: Any) -> Any:
+def _json(value: object) -> Any:
     """What Arrow gives, as JSON has it."""
     if isinstance(value, float) and not math.isfinite(value):
         return None

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.tree_util import KeyPath
 
 from ar_unified.bundle import Bundle
 from ar_unified.model.config import TransformerConfig
@@ -38,7 +39,7 @@ def read_as(config: TransformerConfig, mesh: Mesh | None) -> Params:
     """
     here = SingleDeviceSharding(jax.local_devices()[0])
 
-    def leaf(path: Any, x: Any) -> jax.ShapeDtypeStruct:
+    def leaf(path: KeyPath, x: Any) -> jax.ShapeDtypeStruct:
         dtype = x.dtype if is_vector(path) else jnp.dtype(config.dtype)
         return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding if mesh is not None else here)
 
@@ -80,7 +81,7 @@ def check_weights_dtype(weights_dtype: str | None) -> None:
         raise ValueError(f"weights_dtype: expected one of {expected}; found {weights_dtype!r}")
 
 
-def _place(path: Any, stack: Any, form: Callable[[Any], Any], mesh: Mesh | None) -> Any:
+def _place(path: KeyPath, stack: Any, form: Callable[[Any], Any], mesh: Mesh | None) -> Any:
     """The sharding of each layer's part, which `form` gives, hashable; None: the default."""
     if mesh is None:
         return None
@@ -95,7 +96,7 @@ def _place(path: Any, stack: Any, form: Callable[[Any], Any], mesh: Mesh | None)
 def _apart(name: str, width: int, weights_dtype: str | None, places: Any, stack: jax.Array) -> list[Any]:
     """Splits a stack [L, ...] into one array for each layer."""
 
-    def placed(part: Any) -> Any:
+    def placed(part: object) -> Any:
         if places is None:
             return part
         leaves, form = jax.tree.flatten(part)

@@ -106,7 +106,7 @@ class Lock:
         ends = (name.removeprefix(f"{self._name}.") for name in names if name.startswith(f"{self._name}."))
         return sorted(int(end) for end in ends if end.isdecimal())
 
-    def _read(self, number: int) -> dict[str, Any]:
+    def _read(self, number: int) -> dict[str, object]:
         try:
             found = json.loads(stores.read(self._at(number)))
         except (FileNotFoundError, ValueError):

@@ -230,7 +230,7 @@ def is_md5(tag: str) -> bool:
 # ---- one request ------------------------------------------------------------------------------------------------
 
 
-def _patiently(verb: str, url: str, ask: Callable[[], Any]) -> Any:
+def _patiently(verb: str, url: str, ask: Callable[[], object]) -> Any:
     """The answer to a request, which is repeated while it fails in passing.
 
     Raises FileNotFoundError, StoreRefused, StoreFailed.

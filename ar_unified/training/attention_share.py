@@ -33,7 +33,7 @@ MODALITIES = (Role.TEXT, Role.IMAGE)
 _WEIGHTS = 2**23  # weights of a device that exist at one time, 32 MiB: 64 queries of 32 heads over 4,096 keys
 
 
-def attention_shares(model: Transformer, vocabulary: Vocabulary, batch: PackedBatch) -> Metrics:
+def attention_shares(model: Transformer, vocabulary: Vocabulary, batch: PackedBatch[jax.Array]) -> Metrics:
     """(sum, count) pairs of one batch: "attention/text_to_image/layer_00", ..., "attention/text_to_image/uniform"."""
     role = jnp.where(batch.segment_ids > 0, vocabulary.role(batch.tokens), Role.PAD)
     modality = jnp.stack([role == each for each in MODALITIES], -1)  # [B, T, M]

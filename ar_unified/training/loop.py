@@ -370,7 +370,7 @@ def _held_out(
     return held_out.totals
 
 
-def _rest(state: TrainState) -> dict[str, Any]:
+def _rest(state: TrainState) -> dict[str, object]:
     """The state that a checkpoint holds besides the parameters."""
     model_state = {"model_state": state.model_state} if state.model_state else {}
     return {"step": state.step, "state": state.optimizer, **model_state}

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ar_unified.data.batch import A
 from ar_unified.errors import nearest, outside
 from ar_unified.model.config import TransformerConfig
 from ar_unified.model.lora import LoraConfig
@@ -82,27 +83,27 @@ class PolicyConfig:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PolicyBatch:
+class PolicyBatch(Generic[A]):
     """Samples, one a row, groups side by side: numpy arrays, jax arrays, or shapes. A pytree."""
 
-    tokens: Any  # i32 [B, C, T]: prompt and answer in each context; images of all contexts stand in the same columns
-    positions: Any  # i32 [B, C, T], in the context; 0 on padding
-    doc_start: Any  # i32 [B, C, T], where in the row it begins; T on padding
-    mix: Any  # f32 [B, C, T], what a context's logits count for, over the temperature
-    targets: Any  # i32 [B, T], the next token of the sample, else pad
-    drawn: Any  # bool [B, T], whether the target was drawn: not given, not forced
-    spans: Any  # i32 [B, T, K, 2], the ids that it was drawn from; of the others the target alone
-    sampled: Any  # f32 [B, T], the sampler's log-probability of the target
-    reward: Any  # f32 [B]; 0 where there is none
-    advantage: Any  # f32 [B]
-    deviation: Any  # f32 [B], of the rewards of its group
-    scored: Any  # bool [B], every sample of its group has a reward
-    flat: Any  # bool [B], and all have the same
-    cut: Any  # bool [B], the sample ended with its budget
-    old: Any = None  # f32 [B, T], the policy's log-probabilities when the sample was drawn; None: as they are now
+    tokens: A  # i32 [B, C, T]: prompt and answer in each context; images of all contexts stand in the same columns
+    positions: A  # i32 [B, C, T], in the context; 0 on padding
+    doc_start: A  # i32 [B, C, T], where in the row it begins; T on padding
+    mix: A  # f32 [B, C, T], what a context's logits count for, over the temperature
+    targets: A  # i32 [B, T], the next token of the sample, else pad
+    drawn: A  # bool [B, T], whether the target was drawn: not given, not forced
+    spans: A  # i32 [B, T, K, 2], the ids that it was drawn from; of the others the target alone
+    sampled: A  # f32 [B, T], the sampler's log-probability of the target
+    reward: A  # f32 [B]; 0 where there is none
+    advantage: A  # f32 [B]
+    deviation: A  # f32 [B], of the rewards of its group
+    scored: A  # bool [B], every sample of its group has a reward
+    flat: A  # bool [B], and all have the same
+    cut: A  # bool [B], the sample ended with its budget
+    old: A | None = None  # f32 [B, T], the policy's log-probabilities when the sample was drawn; None: as they are now
 
     @classmethod
-    def shapes(cls, rows: int, length: int, contexts: int, ranges: int, old: bool) -> PolicyBatch:
+    def shapes(cls, rows: int, length: int, contexts: int, ranges: int, old: bool) -> PolicyBatch[jax.ShapeDtypeStruct]:
         """ShapeDtypeStructs; `ranges` is K."""
         deep, wide, alone = (rows, contexts, length), (rows, length), (rows,)
         shapes: dict[str, tuple[tuple[int, ...], Any]] = {
@@ -117,7 +118,7 @@ class PolicyBatch:
         }
         if old:
             shapes["old"] = (wide, np.float32)
-        return cls(**{name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()})
+        return PolicyBatch(**{name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()})
 
 
 # ---- the pure part: arrays in, arrays out -----------------------------------------------------------------------

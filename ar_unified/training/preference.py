@@ -83,12 +83,12 @@ def pair_losses(config: PreferenceConfig, scored: Array) -> Array:
     return -(1 - wrong) * jax.nn.log_sigmoid(logits) - wrong * jax.nn.log_sigmoid(-logits)
 
 
-def trained(batch: PackedBatch) -> Array:
+def trained(batch: PackedBatch[jax.Array]) -> Array:
     """bool [B, T]: the targets that belong to the answers of pairs."""
     return ~batch.prompt & (batch.roles != Role.PAD) & (batch.segment_ids > 0)
 
 
-def by_answer(values: Array, batch: PackedBatch, pairs: int) -> Array:
+def by_answer(values: Array, batch: PackedBatch[jax.Array], pairs: int) -> Array:
     """Sums of values f32 [B, T] over the trained targets of each answer, by role: f32 [B, P, 2, R]."""
     places = 2 * pairs * len(Role)
     own = (batch.segment_ids - 1) * len(Role) + batch.roles
@@ -121,14 +121,14 @@ class PreferenceTask(TransformerTask):
 
     preference: PreferenceConfig = PreferenceConfig()
 
-    def answers(self, params: Params, batch: PackedBatch, pairs: int) -> Array:
+    def answers(self, params: Params, batch: PackedBatch[jax.Array], pairs: int) -> Array:
         """Log-probabilities of each answer by role of the target, f32 [B, P, 2, R], under `params`, those of the
         reference.
         """
         return -by_answer(self.of_targets(params, batch)[0], batch, pairs)
 
     def loss(
-        self, params: Params, model_state: Params, batch: PreferenceBatch, keys: Array | None
+        self, params: Params, model_state: Params, batch: PreferenceBatch[jax.Array], keys: Array | None
     ) -> tuple[Array, Array, Metrics]:
         """The mean of `pair_losses` over pairs, with the SFT term."""
         rows, config = batch.documents, self.preference
@@ -147,7 +147,7 @@ class PreferenceTask(TransformerTask):
         metrics["loss"] = jnp.sum(pairs.weight * total), jnp.sum(pairs.weight)
         return *metrics["loss"], metrics | _told(config, pairs)
 
-    def inspect(self, params: Params, model_state: Params, batch: PreferenceBatch) -> Metrics:
+    def inspect(self, params: Params, model_state: Params, batch: PreferenceBatch[jax.Array]) -> Metrics:
         """As of `TransformerTask`, on the rows of the pairs."""
         return super().inspect(params, model_state, batch.documents)
 
@@ -155,7 +155,7 @@ class PreferenceTask(TransformerTask):
         """f32 [B, P, 2]: the number of an answer's tokens, each with the weight of its role."""
         return jnp.maximum(jnp.sum(tokens * self.of_role, -1), 1e-9)
 
-    def _pairs(self, batch: PreferenceBatch, nll: Array) -> Pairs:
+    def _pairs(self, batch: PreferenceBatch[jax.Array], nll: Array) -> Pairs:
         rows, count = batch.documents, batch.reference.shape[1]
         logps = -by_answer(nll, rows, count) * self.of_role
         tokens = by_answer(jnp.ones_like(nll), rows, count)

@@ -42,7 +42,7 @@ class Probe:
     state: TrainState
     mesh: jax.sharding.Mesh
     rows: int
-    budget: dict[str, Any]
+    budget: dict[str, object]
 
     @functools.cached_property
     def _step(self) -> jax.stages.Wrapped:
@@ -76,7 +76,7 @@ def train_probe(ids: np.ndarray, codebook_size: int, *, steps: int, seed: int = 
     rows = _rows_of(ids[0].size)
     vocabulary = Vocabulary(text_size=1, codebook_size=codebook_size)
 
-    def batch(step: int, index: int = 0, count: int = 1) -> PackedBatch:
+    def batch(step: int, index: int = 0, count: int = 1) -> PackedBatch[np.ndarray]:
         epochs, at = np.divmod(np.arange(step * rows, (step + 1) * rows), len(ids))
         orders = {epoch: np.random.default_rng((seed, epoch)).permutation(len(ids)) for epoch in set(epochs.tolist())}
         return _rows(vocabulary, ids[[orders[epoch][i] for epoch, i in zip(epochs.tolist(), at, strict=True)]], rows)
@@ -110,7 +110,7 @@ def _rows_of(ids_per_image: int) -> int:
     return max(1, TOKENS // ids_per_image)
 
 
-def _rows(vocabulary: Vocabulary, ids: np.ndarray, count: int) -> PackedBatch:
+def _rows(vocabulary: Vocabulary, ids: np.ndarray, count: int) -> PackedBatch[np.ndarray]:
     """A batch of `count` rows of one image each, the last ones empty: <boi> and all ids but the last -> the ids."""
     T = ids[0].size
     targets = np.full((count, T), vocabulary.pad, np.int32)

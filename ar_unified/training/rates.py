@@ -21,9 +21,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import KeyPath
 
 from ar_unified.language.vocabulary import Vocabulary
 from ar_unified.model.leaves import named
+from ar_unified.tensors import Params
 from ar_unified.training.selection import Rows, Selection, select
 
 
@@ -74,7 +76,7 @@ class Rates:
             return tree
         phase = jnp.sum(step >= jnp.array(self.begins)) - 1
 
-        def one(path: Any, leaf: jax.Array) -> jax.Array:
+        def one(path: KeyPath, leaf: jax.Array) -> jax.Array:
             factor = jnp.asarray(self.factors[jax.tree_util.keystr(path, simple=True, separator=".")])[phase]  # type: ignore[index]
             return change(leaf, factor.reshape(*factor.shape, *(1,) * (leaf.ndim - factor.ndim)))
 
@@ -87,8 +89,8 @@ UNIFORM = Rates()
 def make_rates(
     rates: Sequence[str],
     phases: Sequence[tuple[int, Sequence[str]]],
-    axes: dict[str, Any],
-    shapes: dict[str, Any],
+    axes: Params,
+    shapes: Params,
     vocabulary: Vocabulary,
     selection: Selection,
     new: Collection[int] = (),

@@ -19,11 +19,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import KeyPath
 
 from ar_unified.errors import nearest
 from ar_unified.language.vocabulary import Role, Vocabulary
 from ar_unified.model.dtypes import held
 from ar_unified.model.own_rows import TABLES
+from ar_unified.tensors import Params
 
 Rows = tuple[tuple[int, int], ...]  # begin and end of each run of rows, ascending
 NEW = "new"
@@ -40,13 +42,13 @@ class Selection:
 
     parts: Mapping[str, Rows] | None = None
 
-    def take(self, params: dict[str, Any]) -> dict[str, Any]:
+    def take(self, params: Params) -> Params:
         """The trained part: a tree like `params` with the selected leaves alone, and only the selected rows of a
         table.
         """
         return self._taken(params, lambda leaf, rows: jnp.concatenate([leaf[begin:end] for begin, end in rows]))
 
-    def put(self, params: dict[str, Any], taken: dict[str, Any]) -> dict[str, Any]:
+    def put(self, params: Params, taken: Params) -> Params:
         """`params` with the trained part put in."""
         if self.parts is None:
             return taken
@@ -60,33 +62,33 @@ class Selection:
             folder[name] = leaf if rows else new
         return whole
 
-    def fixed(self, params: dict[str, Any], dtype: str) -> dict[str, Any]:
+    def fixed(self, params: Params, dtype: str) -> Params:
         """`params` with matrices and tables of which nothing is trained in a dtype, as `dtypes.held` says."""
         trained = params if self.parts is None else self.take(params)
         kept = {path for path, _ in _leaves(trained)}
 
-        def cast(path: Any, leaf: Any) -> Any:
+        def cast(path: KeyPath, leaf: Any) -> Any:
             fixed = jax.tree_util.keystr(path, simple=True, separator=".") not in kept
             return held(path, leaf, dtype) if fixed else leaf
 
         return jax.tree_util.tree_map_with_path(cast, params)
 
-    def axes(self, axes: dict[str, Any]) -> dict[str, Any]:
+    def axes(self, axes: Params) -> Params:
         """The logical axes of the trained part, from those of all parameters. Selected rows are never split."""
         return self._taken(axes, lambda found, rows: (None, *found[1:]))
 
-    def _taken(self, tree: dict[str, Any], of_rows: Callable[[Any, Rows], Any]) -> dict[str, Any]:
+    def _taken(self, tree: Params, of_rows: Callable[[Any, Rows], object]) -> Params:
         """The selected leaves of a tree like the parameters; for a leaf with selected rows, the result of `of_rows`."""
         if self.parts is None:
             return tree
-        taken: dict[str, Any] = {}
+        taken: Params = {}
         for path, rows in self.parts.items():
             folder, name = _folder(taken, path)
             leaf = _folder(tree, path)[0][name]
             folder[name] = of_rows(leaf, rows) if rows else leaf
         return taken
 
-    def told(self, shapes: dict[str, Any]) -> str:
+    def told(self, shapes: Params) -> str:
         """What is trained, in words; "" where that is all. shapes: of all parameters."""
         if self.parts is None:
             return ""
@@ -105,7 +107,7 @@ class Selection:
 EVERYTHING = Selection()
 
 
-def select(places: Sequence[str], axes: dict[str, Any], vocabulary: Vocabulary, new: Collection[int] = ()) -> Selection:
+def select(places: Sequence[str], axes: Params, vocabulary: Vocabulary, new: Collection[int] = ()) -> Selection:
     """The selection that places name; without places, everything.
 
     Args:
@@ -136,7 +138,7 @@ def select(places: Sequence[str], axes: dict[str, Any], vocabulary: Vocabulary, 
     return Selection({path: () if ids is None else _runs(ids) for path, ids in sorted(parts.items())})
 
 
-def beside_adapter(places: Sequence[str], params: Mapping[str, Any], new: Collection[int]) -> tuple[str, ...]:
+def beside_adapter(places: Sequence[str], params: Params, new: Collection[int]) -> tuple[str, ...]:
     """The places that are trained with an adapter: its own, rows of new ids, which nobody has trained, and `places`.
 
     Args:
@@ -180,7 +182,7 @@ def _count(rows: Rows) -> int:
     return sum(end - begin for begin, end in rows)
 
 
-def _folder(tree: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+def _folder(tree: Params, path: str) -> tuple[Params, str]:
     """The dict that holds a leaf (made if it is missing), and the leaf's name in it."""
     *above, name = path.split(".")
     for key in above:
@@ -188,11 +190,11 @@ def _folder(tree: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
     return tree, name
 
 
-def _copied(tree: dict[str, Any]) -> dict[str, Any]:
+def _copied(tree: Params) -> Params:
     return {key: _copied(inner) if isinstance(inner, dict) else inner for key, inner in tree.items()}
 
 
-def _leaves(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(tree: Params, above: str = "") -> Iterator[tuple[str, Any]]:
     for key, inner in tree.items():
         if isinstance(inner, dict):
             yield from _leaves(inner, f"{above}{key}.")

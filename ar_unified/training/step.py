@@ -19,13 +19,14 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import KeyPath
 
 from ar_unified.parallel.rules import batch_spec, on_mesh, shardings
+from ar_unified.tensors import Params
 from ar_unified.training.optimizer import state_shardings
 from ar_unified.training.rates import UNIFORM, Rates
 from ar_unified.training.selection import EVERYTHING, Selection
 
-Params = dict[str, Any]
 Batch = Any  # a pytree of arrays [B, ...]: data.batch.PackedBatch, or {"pixels"}
 Metrics = dict[str, Any]
 
@@ -130,7 +131,7 @@ class TrainingTask(Protocol):
     def flops(self, totals: Metrics) -> float | None:
         """Matrix-multiply FLOPs of training on the work that `totals` counts; None: not known."""
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """JSON for the checkpoint: enough to build the model again."""
 
 
@@ -227,7 +228,7 @@ def split_microbatches(batch: Batch, count: int, mesh: Mesh) -> Batch:
     Strided, because a device holds consecutive rows: each microbatch is spread over all devices without moving a row.
     """
 
-    def split(path: Any, array: jax.Array) -> jax.Array:
+    def split(path: KeyPath, array: jax.Array) -> jax.Array:
         rows = array.shape[0]
         if rows % count:
             raise ValueError(f"batch of {rows} rows does not split into {count} microbatches")
@@ -296,7 +297,7 @@ def gradients(
 def squared_norms(grads: Params) -> dict[str, jax.Array]:
     """Sum of squares by leaf, f32 []; by leaf and layer, f32 [L], under `layers` and `lora`."""
 
-    def one(path: Any, g: jax.Array) -> jax.Array:
+    def one(path: KeyPath, g: jax.Array) -> jax.Array:
         first = 1 if path[0].key in STACKED else 0
         return jnp.sum(jnp.square(g.astype(jnp.float32)), axis=tuple(range(first, g.ndim)))
 

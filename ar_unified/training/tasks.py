@@ -161,7 +161,7 @@ class TransformerTask(Stateless):
         axes = transformer.logical_axes(params)
         return make_rates(self.rates, self.phases, axes, params, self.vocabulary, self.selection(params), self.new)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """The model's shape, and the adapter's."""
         adapter = {} if self.lora is None else {"lora": dataclasses.asdict(self.lora)}
         return {"kind": self.name, **dataclasses.asdict(self.config), **adapter}
@@ -357,7 +357,7 @@ class TokenizerTask:
             lambda x: (None,) * (x.ndim - 1) + ("channels",) if x.ndim > 1 else (None,) * x.ndim, params
         )
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """The autoencoder's shape, its losses, and the hash of the network that compares features."""
         objective = self.objective
         return {

@@ -81,7 +81,7 @@ class Warnings:
 
     _GONE = 3
 
-    def __init__(self, say: Callable[[str], Any]):
+    def __init__(self, say: Callable[[str], object]):
         self._say = say
         self._absent: dict[str, int] = {}  # calls since a warning was last true, by kind
 
@@ -145,7 +145,7 @@ class Telemetry:
       console: takes the lines for people.
     """
 
-    def __init__(self, folder: str | Path, *, resume_step: int = 0, console: Callable[[str], Any] = print):
+    def __init__(self, folder: str | Path, *, resume_step: int = 0, console: Callable[[str], object] = print):
         self.active = jax.process_index() == 0
         self.console = console
         if not self.active:

@@ -24,7 +24,6 @@ import resource
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -32,6 +31,7 @@ from PIL import Image
 from ar_unified.data.filters.duplicates import Search
 from ar_unified.data.images import SUFFIXES, decode
 from ar_unified.language.document import Document, ImagePart
+from ar_unified.manifests import Json
 
 PHOTOS = ("clothing", "noto-emoji", "based-cooking", "kodak")
 SETS = {"photos and emoji": PHOTOS, "easy-vqa (drawn, 64 x 64)": ("easy-vqa",)}
@@ -68,7 +68,7 @@ def edited(pixels: np.ndarray, edit: str, random: np.random.Generator) -> np.nda
     return recompressed(pixels, quality) if edit in ("recompressed", "all three") else pixels
 
 
-def measured(root: Path, names: tuple[str, ...], every: int) -> dict[str, Any]:
+def measured(root: Path, names: tuple[str, ...], every: int) -> dict[str, Json]:
     """Plants the copies of some sets and returns recall, precision and cost."""
     files = [path for name in names for path in sorted((root / name / "images").rglob("*"))]
     files = [path for path in files if path.suffix.lower() in SUFFIXES][::every]

@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from ar_unified.manifests import Json
+
 SIDE, CODES, DIM = 256, 4096, 64
 SHAPES = {"f8": "vqgan_f8_16m", "f16": "vqgan_f16_16m"}
 
@@ -37,7 +39,7 @@ def inputs(shape: str, task: str, batch: int) -> np.ndarray:
     return draw.integers(0, CODES, (batch, side, side), dtype=np.int32)
 
 
-def weights(shape: str) -> tuple[Any, dict[str, Any], np.ndarray]:
+def weights(shape: str) -> tuple[Any, dict[str, Json], np.ndarray]:
     """Our config, parameters that keep activations of their size, and the codebook [K, C]."""
     import jax
     from ar_tokenizers.image.autoencoder import init

@@ -37,6 +37,7 @@ import numpy as np
 from ar_unified.interop.keys import HF, Keys
 from ar_unified.interop.sources import open_source
 from ar_unified.language.border import Border
+from ar_unified.manifests import Json
 from ar_unified.model.config import TransformerConfig, config_from
 from ar_unified.tensors import INDEX, Kind, TensorWriter
 
@@ -157,7 +158,7 @@ def numbers(shape: tuple[int, ...], block: np.ndarray) -> np.ndarray:
     return np.resize(scaled.astype(ml_dtypes.bfloat16), shape)
 
 
-def resized(found: dict[str, Any], config: TransformerConfig) -> dict[str, Any]:
+def resized(found: dict[str, Any], config: TransformerConfig) -> dict[str, Json]:
     """A config.json with the sizes of another model; in a model of two parts, the text part gets them."""
     if isinstance(found.get("text_config"), dict):
         return found | {"text_config": resized(found["text_config"], config)}

@@ -46,6 +46,7 @@ from ar_unified.language.encoded import Encoded
 from ar_unified.language.grammar import Grammar
 from ar_unified.language.syntax import fixed_grid
 from ar_unified.language.vocabulary import Vocabulary
+from ar_unified.manifests import Json
 from ar_unified.workdir import write_json
 
 ROWS, LENGTH, SHARD = 1024, 4096, 8192
@@ -133,7 +134,7 @@ def repeat_plan(index: np.ndarray, place: Path) -> None:
     np.save(place / f"rows-{LENGTH}.blocks.npy", np.array(counts, np.int64))
 
 
-def measure(folder: Path) -> dict[str, Any]:
+def measure(folder: Path) -> dict[str, Json]:
     """Measures one size, in a process that has done nothing else."""
     drop_from_cache(folder)
     before = own()
@@ -143,7 +144,7 @@ def measure(folder: Path) -> dict[str, Any]:
     spent: dict[str, list[float]] = {"choose": [], "lay": [], "read": []}
     chosen = Packing.documents
 
-    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(name: str, function: Callable[..., object]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             began = time.process_time()
             found = function(*arguments)

@@ -36,7 +36,7 @@ WAYS = {
 }
 
 
-def packed() -> PackedBatch:
+def packed() -> PackedBatch[np.ndarray]:
     """Rows of one document each."""
     ids = np.random.default_rng(0).integers(0, 4000, (ROWS, LENGTH + 1)).astype(np.int32)
     batch = PackedBatch.padding(ROWS, LENGTH, VOCABULARY.pad)

@@ -35,6 +35,7 @@ import numpy as np
 import ar_unified
 from ar_unified.data import scenes
 from ar_unified.language.document import CodesPart, TextPart
+from ar_unified.manifests import Json
 from ar_unified.sampling import plan, prompts
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.engine import Engine
@@ -139,7 +140,7 @@ def like(engine: Engine, **settings: Any) -> Engine:
     return Engine(engine.config, engine.params, engine.grammar, **settings)
 
 
-def speed(models: dict[str, tuple[str, str]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def speed(models: dict[str, tuple[str, str]], arguments: argparse.Namespace) -> list[dict[str, Json]]:
     """A line for each model, batch and window."""
     lines = []
     for batch, (name, (folder, path)) in itertools.product(arguments.batches, models.items()):
@@ -155,7 +156,7 @@ def speed(models: dict[str, tuple[str, str]], arguments: argparse.Namespace) -> 
     return lines
 
 
-def measured(engines: dict[Any, Engine], asked: list[Request], repeats: int) -> list[dict[str, Any]]:
+def measured(engines: dict[Any, Engine], asked: list[Request], repeats: int) -> list[dict[str, Json]]:
     """A line for each engine, beside that of window 1; alternated, each time with other seeds."""
 
     def drawn(engine: Engine, repeat: int) -> tuple[dict[str, list[int]], tuple[float, float]]:

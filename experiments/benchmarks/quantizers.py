@@ -25,9 +25,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ar_unified.experiment.config import defaults, parse_arg
+from ar_unified.manifests import Json
 
 STEPS, PROBE = 1000, 150
-CANDIDATES: dict[str, dict[str, Any]] = {
+CANDIDATES: dict[str, dict[str, Json]] = {
     "fsq": dict(quantizer="fsq"),
     "fsq, ifsq": dict(quantizer="fsq", activation="ifsq"),
     "fsq, 4096": dict(quantizer="fsq", levels=(8, 8, 8, 8)),  # four times the codes: near the bits that vq takes
@@ -69,7 +70,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     return config
 
 
-def measured(name: str, path: str, folder: Path) -> dict[str, Any]:
+def measured(name: str, path: str, folder: Path) -> dict[str, Json]:
     """Trains and scores one in processes of their own; what is done already is not done again."""
     label = name.replace(", ", "+")  # a comma ends an argument
     config = ["--config", f"{__file__}:path={path},name={label}", "--workdir", str(folder / label)]

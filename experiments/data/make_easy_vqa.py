@@ -30,6 +30,7 @@ from PIL import Image
 
 from ar_unified.errors import UserError
 from ar_unified.evaluation.easy_vqa import COLORS, SHAPES
+from ar_unified.manifests import Json
 from ar_unified.workdir import write_bytes, write_text
 
 KINDS: Mapping[str, Sequence[str]] = {"color": tuple(COLORS), "shape": SHAPES}
@@ -70,7 +71,7 @@ def find(source: str | None) -> Any:
 def make(data: Any, output: Path) -> str:
     """Writes images and rows; returns what was made in words. Raises OSError."""
     captions: list[dict[str, Any]] = []
-    questions: list[dict[str, Any]] = []
+    questions: list[dict[str, Json]] = []
     images = 0
     for split in ("train", "test"):
         asked = [tuple(entry) for entry in json.loads((data / split / "questions.json").read_text(encoding="utf-8"))]

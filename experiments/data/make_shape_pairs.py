@@ -26,6 +26,7 @@ import numpy as np
 
 from ar_unified.data import scenes
 from ar_unified.data.images import to_png
+from ar_unified.manifests import Json
 from ar_unified.workdir import write_text
 
 COUNTS = {"train": (4000, 2000), "validation": (400, 200)}  # pictures, answers
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def make(output: Path, counts: dict[str, tuple[int, int]] = COUNTS) -> str:
     """Writes the rows; returns what was made in words. counts: by split, pictures and answers."""
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Json]] = []
     for split, (pictures, answers) in counts.items():
         rng = np.random.default_rng([scenes.SPLITS.index(split), 22])
         rows += _pictures(rng, split, pictures)

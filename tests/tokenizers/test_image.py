@@ -196,10 +196,10 @@ def test_codes_do_not_depend_on_the_batch_they_came_in():
     tokenizer = ImageTokenizer(SMALL, trained(SMALL), batch_size=4)
     images = random_images(7)
     codes = tokenizer.encode(images)
-    assert (codes.dtype, codes.shape) == (np.int32, (7, 2, 3))
+    assert (codes.dtype, codes.shape) == (np.dtype(np.int32), (7, 2, 3))
     np.testing.assert_array_equal(np.concatenate([tokenizer.encode(images[i : i + 1]) for i in range(7)]), codes)
     back = tokenizer.decode(codes)
-    assert (back.dtype, back.shape) == (np.uint8, images.shape)
+    assert (back.dtype, back.shape) == (np.dtype(np.uint8), images.shape)
     np.testing.assert_array_equal(tokenizer.decode(codes[5:]), back[5:])
     assert tokenizer.encode(images[:0]).shape == (0, 2, 3) and tokenizer.decode(codes[:0]).shape == (0, 16, 24, 3)
 

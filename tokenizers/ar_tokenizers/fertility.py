@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from ar_tokenizers.codec import Codec
 
@@ -61,7 +60,7 @@ class Fertility:
             shown = slice(max(0, at - 10), at + 30)
             self.first_failure = self.first_failure or dict(origin=origin, text=text[shown], back=back[shown])
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Every count and ratio as JSON values."""
         ratios = ("bytes_per_token", "tokens_per_character", "byte_share")
         return vars(self) | {name: round(getattr(self, name), 4) for name in ratios}

@@ -203,7 +203,7 @@ def _rules(spec: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[Sequence[str
             yield f"added token {name!r} takes the spaces beside it", ((f"a {name} b",),)
 
 
-def _steps(part: Any) -> Iterator[Mapping[str, Any]]:
+def _steps(part: object) -> Iterator[Mapping[str, object]]:
     """The steps of a part; a sequence gives each of its steps."""
     if isinstance(part, Mapping):
         yield part
@@ -212,7 +212,7 @@ def _steps(part: Any) -> Iterator[Mapping[str, Any]]:
                 yield from _steps(inner)
 
 
-def _kinds(spec: Mapping[str, Any], part: str) -> set[Any]:
+def _kinds(spec: Mapping[str, object], part: str) -> set[Any]:
     return {step.get("type") for step in _steps(spec.get(part))}
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import sentencepiece
 
@@ -35,7 +34,7 @@ def to_tokenizer_json(tokenizer: TextTokenizer, added: Sequence[str] = ()) -> st
     scores = [processor.get_score(id) for id in range(tokenizer.size)]
     plain = [id for id in range(tokenizer.size) if not (processor.is_byte(id) or processor.is_unknown(id))]
     unknown = next((pieces[id] for id in range(tokenizer.size) if processor.is_unknown(id)), None)
-    model: dict[str, Any]
+    model: dict[str, object]
     if is_bpe(tokenizer.model_bytes):
         model = {
             "type": "BPE",

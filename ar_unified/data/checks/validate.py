@@ -27,6 +27,7 @@ from ar_unified.language.document import Document, ImagePart, TextPart
 from ar_unified.language.encoded import Encoded
 from ar_unified.language.grammar import Grammar, TextLost
 from ar_unified.language.vocabulary import Role
+from ar_unified.manifests import Json
 from ar_unified.storage import AnyPath, Remote
 
 NAMES = {"least": 0, "50%": 50, "90%": 90, "99%": 99, "most": 100}  # of percentiles
@@ -150,7 +151,7 @@ class Validation:
 
 
 def validate(
-    data: str | AnyPath | Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Mapping[str, Any]]],
+    data: str | AnyPath | Sequence[Mapping[str, Json]] | Mapping[str, Sequence[Mapping[str, Json]]],
     grammar: Grammar | None = None,
     image_tokenizer: ImageCodec | None = None,
     *,
@@ -213,7 +214,7 @@ def validate(
     return validation
 
 
-def _opened(by_part: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list[tuple[str, Source]], list[str]]:
+def _opened(by_part: Mapping[str, Sequence[Mapping[str, Json]]]) -> tuple[list[tuple[str, Source]], list[str]]:
     """The sources, each with the name of its set; and a remark for each held-out source that is empty."""
     opened, notes = [], []
     for part, specs in by_part.items():

@@ -24,6 +24,7 @@ from ar_unified.data.sources import read
 from ar_unified.data.sources.augmentation import Augmented
 from ar_unified.errors import UserError
 from ar_unified.language.document import Document, ImagePart, TextPart
+from ar_unified.manifests import Json
 
 DUPLICATES = ("keep", "documents", "images")
 
@@ -119,7 +120,7 @@ class Filtered:
         return getattr(self.source, "has_images", True)
 
     @property
-    def fingerprint(self) -> Mapping[str, Any]:
+    def fingerprint(self) -> Mapping[str, Json]:
         """The source's fingerprint, with the filters and with what decided their verdicts."""
         decided = {"decided_by": self._decided_by} if self._decided_by else {}
         return dict(self.source.fingerprint) | {"filters": asdict(self.filters)} | decided
@@ -184,7 +185,7 @@ def filtered(
         return list(sources)
     plain = [source.source if isinstance(source, Augmented) else source for source in sources]
     those = list(held_out) if filters.held_out else []
-    decided_by: dict[str, Any] = {}
+    decided_by: dict[str, Json] = {}
     verdicts: list[dict[int, tuple[str, str]]] = [{} for _ in plain]
     if filters.compares:
         decided_by = {
@@ -208,7 +209,7 @@ def filtered(
     return left
 
 
-def _read(file: Path, plan: Mapping[str, Any], sources: Sequence[Source]) -> list[dict[int, tuple[str, str]]]:
+def _read(file: Path, plan: Mapping[str, Json], sources: Sequence[Source]) -> list[dict[int, tuple[str, str]]]:
     """The verdicts of each source, if they were written for the same plan; else []."""
     if not file.exists() or (found := workdir.read_json(file))["plan"] != json.loads(json.dumps(plan)):
         return []

@@ -15,7 +15,6 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -198,6 +197,6 @@ def _apportion(shares: np.ndarray) -> np.ndarray:
     return counts
 
 
-def summary(packings: Mapping[str, Packing]) -> dict[str, dict[str, Any]]:
+def summary(packings: Mapping[str, Packing]) -> dict[str, dict[str, object]]:
     """Rows an epoch and fill of every source: what a user wants to know before training."""
     return {name: {"rows": packing.rows, "fill": round(packing.fill, 4)} for name, packing in packings.items()}

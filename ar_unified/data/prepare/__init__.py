@@ -28,7 +28,7 @@ from ar_unified.data.sources import BadItem, Source, decoders
 from ar_unified.errors import UserError
 from ar_unified.language.document import TASKS
 from ar_unified.language.grammar import Grammar
-from ar_unified.manifests import ManifestMismatch, differences, require_same
+from ar_unified.manifests import Json, ManifestMismatch, differences, require_same
 
 VERSION = 3
 CLAIMS = ".claims"  # in the folder, while many processes work in it
@@ -202,7 +202,7 @@ def shard_maker(
     return make
 
 
-def _settings(max_tokens: int, resize: Resize, batch_size: int, shard_items: int) -> dict[str, Any]:
+def _settings(max_tokens: int, resize: Resize, batch_size: int, shard_items: int) -> dict[str, Json]:
     return dict(max_tokens=max_tokens, resize=asdict(resize), batch_size=batch_size, shard_items=shard_items)
 
 

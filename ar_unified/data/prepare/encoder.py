@@ -88,7 +88,7 @@ class Encoder:
         self._going: deque[tuple[list[bytes], Future[np.ndarray]]] = deque()
         self._items: deque[Item] = deque()
 
-    def run(self, items: Iterable[tuple[int, Document | BadItem]], taken: Callable[[], Any]) -> Iterator[Item]:
+    def run(self, items: Iterable[tuple[int, Document | BadItem]], taken: Callable[[], object]) -> Iterator[Item]:
         """Yields all items as they become ready; calls `taken` after each one that was read."""
         try:
             for number, item in items:
@@ -112,7 +112,7 @@ class Encoder:
             return
         digests: list[bytes] = []
 
-        def without(part: Any) -> Any:  # keeps an image's place alone: pixels live until their batch is encoded
+        def without(part: object) -> Any:  # keeps an image's place alone: pixels live until their batch is encoded
             if not isinstance(part, ImagePart):
                 return part
             digests.append(self._take(part.pixels))

@@ -206,7 +206,9 @@ def read(source: Source, indices: Iterable[int], workers: int = 2) -> Iterator[t
 
 
 def texts(
-    sources: Sequence[Source], passes: Sequence[float] | None = None, left_out: Callable[[BadItem], Any] | None = None
+    sources: Sequence[Source],
+    passes: Sequence[float] | None = None,
+    left_out: Callable[[BadItem], object] | None = None,
 ) -> Iterator[str]:
     """The text of all sources, no image opened: what a text tokenizer is trained on.
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from ar_unified.data.counter_rng import key, uniform
 from ar_unified.data.items import BadItem, Source, fetched, texts_of
 from ar_unified.errors import UserError
 from ar_unified.language.document import Document, ImagePart
+from ar_unified.manifests import Json
 
 
 class Augmented:
@@ -46,7 +46,7 @@ class Augmented:
         self._stream = key("views", source.name)  # the word is part of what is drawn
 
     @property
-    def fingerprint(self) -> Mapping[str, Any]:
+    def fingerprint(self) -> Mapping[str, Json]:
         """The source's fingerprint, with how its images are moved and mirrored."""
         return dict(self.source.fingerprint) | {"augmentation": [self.count, self.shift, self.mirror, self.whole]}
 

@@ -6,7 +6,6 @@ import hashlib
 import posixpath
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from ar_unified.data.files import FileError, Found, folder_at
 from ar_unified.data.items import BadItem
 from ar_unified.errors import UserError
 from ar_unified.language.document import Document, DocumentError, ImagePart, Part, TextPart
+from ar_unified.manifests import Json
 from ar_unified.storage import AnyPath
 
 _ANIMATED = (".gif", ".webp")
@@ -66,7 +66,7 @@ class Clips:
         if video := next((name for name in sorted(clips) if name.lower().endswith(videos.SUFFIXES)), ""):
             videos.require(str(self._root / video))
         names = "".join(f"{item.name} {item.size}\n" for item in found)
-        self.fingerprint: Mapping[str, Any] = {
+        self.fingerprint: Mapping[str, Json] = {
             "kind": "clips",
             "items": len(self),
             "frames": frames,

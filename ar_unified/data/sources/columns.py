@@ -135,7 +135,7 @@ class Columns:
                 used[part].append(name)
         return used
 
-    def row(self, record: Mapping[str, Any], pictures: bool = True) -> tuple[dict[str, Any], list[Any]]:
+    def row(self, record: Mapping[str, object], pictures: bool = True) -> tuple[dict[str, Any], list[Any]]:
         """A record as a row for `document_from_json`, and its images; the reference "0" means the first image.
 
         pictures: False if images were not read and only texts are wanted; the row then has as many blank images as it
@@ -157,7 +157,7 @@ class Columns:
             row["id"] = str(found["id"])
         return row, images.values
 
-    def texts(self, record: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    def texts(self, record: Mapping[str, object]) -> list[tuple[str, Any]]:
         """The texts of a record, if they can be read without making a row of it; else []."""
         places, whole, _ = self._plan(tuple(record), False)
         if whole == "texts":
@@ -170,7 +170,7 @@ class Columns:
         }.get(whole, [])
         return [(part, look_up(record, places[part], part)) for part in parts]
 
-    def language(self, record: Mapping[str, Any]) -> str:
+    def language(self, record: Mapping[str, object]) -> str:
         """What a record says of its language, "" for nothing."""
         place = self.places(record).get("language")
         try:
@@ -193,7 +193,7 @@ class Columns:
 class _Images:
     """The images of one record, handed out in order."""
 
-    def __init__(self, found: Mapping[str, Any], pictures: bool, required: bool):
+    def __init__(self, found: Mapping[str, object], pictures: bool, required: bool):
         self.values: list[Any] = []
         self.endless = not pictures
         for part in ("image", "images") if pictures else ():
@@ -214,7 +214,7 @@ class _Images:
     def rest(self) -> list[str]:
         return [self.next("images") for _ in range(self.left)]
 
-    def add(self, value: Any) -> str:
+    def add(self, value: object) -> str:
         self.values.append(value)
         return str(len(self.values) - 1)
 
@@ -226,12 +226,12 @@ class _Images:
 # ---- rows of each kind -------------------------------------------------------------------------------------------
 
 
-def _pair(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
+def _pair(found: Mapping[str, Any], images: _Images) -> dict[str, object]:
     asked = {key: found[key] for key in ("prompt", "messages") if found.get(key) not in (None, "", [])}
     said = {key: found[key] for key in ANSWERS}
     if all(map(is_conversation, said.values())):
         asked, said = parted(asked, said)
-    row: dict[str, Any] = {}
+    row: dict[str, object] = {}
     for key, value in asked.items():
         if is_conversation(value):
             row[key] = _messages({"messages": value}, images, whole=False)["messages"]
@@ -253,14 +253,14 @@ def _show(row: dict[str, Any], key: str, references: Sequence[str]) -> None:
     holder[key] = shown + ([{"type": "text", "text": content}] if isinstance(content, str) else content or [])
 
 
-def _answer(value: Any, images: _Images, where: str) -> Any:
+def _answer(value: object, images: _Images, where: str) -> Any:
     if is_conversation(value) or is_conversation([value]):
         messages = value if isinstance(value, list) else [value]
         return _messages({"messages": messages}, images, whole=False)["messages"]
     return _content(value, images, where)
 
 
-def _content(value: Any, images: _Images, where: str) -> Any:
+def _content(value: object, images: _Images, where: str) -> Any:
     """A text, an image, or a list of them or of parts, as `read_parts` takes it."""
     if isinstance(value, str):
         return _places(value, images, where)
@@ -269,7 +269,7 @@ def _content(value: Any, images: _Images, where: str) -> Any:
     return _parts([_piece(each) for each in value], images, where) if isinstance(value, list) else value
 
 
-def _piece(value: Any) -> Any:
+def _piece(value: object) -> Any:
     """A part of a list: a text or an image may stand there as it is."""
     if isinstance(value, str):
         return {"type": "text", "text": value}
@@ -278,7 +278,7 @@ def _piece(value: Any) -> Any:
     return value
 
 
-def _messages(found: Mapping[str, Any], images: _Images, whole: bool = True) -> dict[str, Any]:
+def _messages(found: Mapping[str, object], images: _Images, whole: bool = True) -> dict[str, object]:
     """whole: images that no turn names are shown by the user's first one."""
     turns = found["messages"]
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
@@ -333,11 +333,11 @@ def _parts(parts: Any, images: _Images, where: str) -> Any:
     return out
 
 
-def _segments(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
+def _segments(found: Mapping[str, object], images: _Images) -> dict[str, object]:
     return {"segments": _parts(found["segments"], images, "segments")}
 
 
-def _question(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
+def _question(found: Mapping[str, object], images: _Images) -> dict[str, object]:
     question, answer = found["question"], found["answer"]
     if found.get("options") is not None and not (isinstance(answer, str) and not answer.isdigit()):
         answer = chosen(found["options"], answer, "answer")
@@ -349,7 +349,7 @@ def _question(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
     return {"messages": [asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]}
 
 
-def _instruction(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
+def _instruction(found: Mapping[str, object], images: _Images) -> dict[str, object]:
     if (edited := found.get("edited")) is None and not images.endless:
         raise DocumentError("missing_image", "edited: expected an image, found null")
     shown = images.rest() if not images.endless else ["0"]
@@ -359,7 +359,7 @@ def _instruction(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
     return {"segments": [*asked, {"type": "image", "image": images.add(edited)}], "prompt": len(asked)}
 
 
-def _texts(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
+def _texts(found: Mapping[str, object], images: _Images) -> dict[str, object]:
     texts = found["texts"]
     if not isinstance(texts, list):
         raise DocumentError("bad_row", f"texts: expected a list, found {texts!r:.80}")
@@ -374,7 +374,7 @@ def _texts(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
     return {"segments": segments}
 
 
-def _text(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
+def _text(found: Mapping[str, object], images: _Images) -> dict[str, object]:
     text = found["text"]
     text = text[0] if isinstance(text, list) and len(text) == 1 else text
     shown = images.rest()
@@ -384,7 +384,7 @@ def _text(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
     return {"segments": parts} | ({"prompt": 1} if shown else {})
 
 
-def _alone(found: Mapping[str, Any], images: _Images) -> dict[str, Any]:
+def _alone(found: Mapping[str, object], images: _Images) -> dict[str, object]:
     return {"segments": [{"type": "image", "image": reference} for reference in images.rest()]}
 
 
@@ -401,13 +401,13 @@ _WRITERS = {
 }
 
 
-def _meta(values: Mapping[str, Any]) -> dict[str, Any]:
+def _meta(values: Mapping[str, object]) -> dict[str, object]:
     """The values that are short and have a name that no row needs."""
     taken = {"image", "text", "question", "answer", "segments", "prompt", "messages", "id"}
     return {name: value for name, value in values.items() if name not in taken and _short(value)}
 
 
-def _short(value: Any) -> bool:
+def _short(value: object) -> bool:
     if isinstance(value, list):
         return len(value) <= 256 and all(map(_short, value))
     return isinstance(value, str | int | float | bool) and not (isinstance(value, str) and len(value) > _LONGEST)

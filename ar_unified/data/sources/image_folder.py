@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import posixpath
-from typing import Any
 
 from ar_unified import storage
 from ar_unified.data import images
@@ -13,6 +12,7 @@ from ar_unified.data.files import FileError, folder_at
 from ar_unified.data.items import BadItem
 from ar_unified.errors import UserError
 from ar_unified.language.document import Document, ImagePart
+from ar_unified.manifests import Json
 from ar_unified.storage import AnyPath
 
 
@@ -44,7 +44,7 @@ class ImageFiles:
             raise UserError(f"{self.root}: expected a folder with image files ({endings}), found none")
         names = "".join(f"{found.name} {found.size}\n" for found in self._found)
         digest = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
-        self.fingerprint: dict[str, Any] = {"kind": "images", "items": len(self), "sha256": digest}
+        self.fingerprint: dict[str, Json] = {"kind": "images", "items": len(self), "sha256": digest}
 
     def resized(self, resize: images.Resize) -> ImageFiles:
         """See `items.resized`."""

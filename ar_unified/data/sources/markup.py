@@ -11,6 +11,8 @@ import re
 from html.parser import HTMLParser
 from typing import Any
 
+from ar_unified.manifests import Json
+
 _FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*\r?\n", re.DOTALL | re.MULTILINE)
 _TITLE = re.compile(r"""^title:[ \t]*["']?(.*?)["']?[ \t]*\r?$""", re.MULTILINE)
 _CODE = r"(?P<code>^(?P<fence>`{3,}|~{3,})[^\n]*\n.*?(?:^(?P=fence)[^\n]*$|\Z)|(?P<tick>`+)(?!`)[^\n]*?(?P=tick))"
@@ -36,7 +38,7 @@ def from_markdown(text: str) -> list[dict[str, Any]]:
     title = _TITLE.search(front[1]) if front else None
     text = text[front.end() :] if front else text
     defined = {name.lower(): target for name, target in _DEFINED.findall(text)}
-    parts: list[dict[str, Any]] = []
+    parts: list[dict[str, Json]] = []
     if title and title[1] and not text.lstrip().startswith(f"# {title[1]}"):
         parts.append({"type": "text", "text": f"# {title[1]}"})
     at, words = 0, ""
@@ -64,7 +66,7 @@ def _target(found: re.Match[str], defined: dict[str, str]) -> str | None:
     return found["angle"] or found["plain"]
 
 
-def _text(words: str) -> list[dict[str, Any]]:
+def _text(words: str) -> list[dict[str, Json]]:
     words = words.strip("\r\n")
     return [{"type": "text", "text": words.rstrip()}] if words.strip() else []
 
@@ -81,7 +83,7 @@ def from_html(text: str) -> list[dict[str, Any]]:
 class _Page(HTMLParser):
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
-        self.parts: list[dict[str, Any]] = []
+        self.parts: list[dict[str, Json]] = []
         self._blocks: list[str] = []  # since the last image
         self._words = ""
         self._unread, self._kept = 0, 0  # how many tags that are not read, and that keep spaces, are open

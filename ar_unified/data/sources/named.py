@@ -71,7 +71,7 @@ class TfdsSource(RecordSource):
         self._where = f"{builder.info.full_name}/{split}"
         self._has_language = "language" in used
         self.has_images = bool(unread or {"messages", "segments"} & used.keys())
-        self.fingerprint: dict[str, Any] = {"kind": "tfds", "items": len(self), "dataset": self._where} | (
+        self.fingerprint: dict[str, object] = {"kind": "tfds", "items": len(self), "dataset": self._where} | (
             {"columns": dict(columns)} if columns else {}
         )
 
@@ -112,13 +112,13 @@ class _Reader:
 class _Direct:
     """The same of texts, images and lists of them alone: straight from the record, a tenth of the work."""
 
-    def __init__(self, features: Mapping[str, Any]):
+    def __init__(self, features: Mapping[str, object]):
         self._images = {name: _is_image(feature) for name, feature in features.items()}
         self._alone = {name: not hasattr(feature, "feature") for name, feature in features.items()}
 
     def __call__(self, data: bytes) -> Record:
         values = tf_example_pb2.Example.FromString(data).features.feature
-        found: dict[str, Any] = {}
+        found: dict[str, object] = {}
         for name, image in self._images.items():
             each = list(values[name].bytes_list.value)
             each = each if image else _plain(each)
@@ -135,7 +135,7 @@ def _is_image(feature: Any) -> bool:
     return isinstance(getattr(feature, "feature", feature), tfds.features.Image)
 
 
-def _values(feature: Any) -> Callable[[Any], Any]:
+def _values(feature: Any) -> Callable[[Any], object]:
     """A function that makes Python values of a feature's values: lists of numpy arrays, texts of bytes, names of
     classes.
     """
@@ -206,7 +206,7 @@ def _rows(columns: Any) -> Any:
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """numpy and bytes as JSON values; bytes that are no UTF-8 stay bytes."""
     if isinstance(value, bytes):
         try:

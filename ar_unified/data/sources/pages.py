@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import posixpath
 from collections.abc import Mapping, Sequence
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from ar_unified import storage
@@ -17,6 +16,7 @@ from ar_unified.data.sources.columns import Columns
 from ar_unified.data.sources.records import Record, RecordSource
 from ar_unified.data.sources.splits import Split
 from ar_unified.data.sources.text_files import find
+from ar_unified.manifests import Json
 from ar_unified.storage import AnyPath
 
 FILES = ("*.md", "*.markdown", "*.html", "*.htm")
@@ -66,7 +66,7 @@ class Pages(RecordSource):
         digest = hashlib.sha256()
         for page in found:
             digest.update(f"{page.name} {page.size}\n".encode(errors="surrogateescape"))
-        self.fingerprint: Mapping[str, Any] = {
+        self.fingerprint: Mapping[str, Json] = {
             "kind": "pages",
             "items": len(self),
             "split": split,

@@ -12,7 +12,7 @@ _FIELD = re.compile(r"\{([^{}]+)\}")
 _CHOICE = re.compile(r"([^{}\[\]]+)\[([^{}\[\]]+)\]")
 
 
-def look_up(record: Mapping[str, Any], place: str, part: str) -> Any:
+def look_up(record: Mapping[str, object], place: str, part: str) -> Any:
     """What stands at a place of a record, of which `part` is made. Raises DocumentError."""
     if place in record:
         return record[place]
@@ -33,7 +33,7 @@ def look_up(record: Mapping[str, Any], place: str, part: str) -> Any:
     return value
 
 
-def words(value: Any, part: str) -> str:
+def words(value: object, part: str) -> str:
     """A value as a text. Raises DocumentError for one that is none, nor a number or a list of them."""
     if isinstance(value, list):
         return "\n".join(words(each, part) for each in value)

@@ -20,7 +20,7 @@ from ar_unified.data.sources.columns import Columns
 from ar_unified.language.document import Document, DocumentError, TextPart, check_text
 from ar_unified.language.rows import document_from_json
 
-Record = Mapping[str, Any]
+Record = Mapping[str, object]
 _BLANK = np.zeros((1, 1, 3), np.uint8)
 
 

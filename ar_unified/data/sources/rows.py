@@ -10,7 +10,6 @@ import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -89,7 +88,7 @@ class Rows:
                     self._length.append(len(data))
         if chosen and not self._line:
             raise chosen.empty(root, "row")
-        self.fingerprint: dict[str, Any] = {
+        self.fingerprint: dict[str, object] = {
             "kind": "rows",
             "items": len(self),
             "split": split,
@@ -150,7 +149,7 @@ class Rows:
             raise BadItem(error.kind, origin, str(error)) from error
         return replace(document, origin=origin)
 
-    def _row(self, i: int) -> dict[str, Any]:
+    def _row(self, i: int) -> dict[str, object]:
         start, length = self._start[i], self._length[i]
         if length > _LONGEST:
             raise _Bad("too_large", f"expected a line of at most {_LONGEST >> 20} MiB")
@@ -187,7 +186,7 @@ class _Bad(Exception):
         self.kind = kind
 
 
-def _reference(value: Any) -> str:
+def _reference(value: object) -> str:
     """To an image, as a row names it: a text, or an object with a "path"."""
     found = value.get("path") if isinstance(value, Mapping) else value
     if not isinstance(found, str) or not found:

@@ -15,7 +15,6 @@ import math
 import re
 from array import array
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -50,7 +49,7 @@ class Split:
         self._own, self._others = _Groups(), _Groups()
         self._counting = self.by_part
 
-    def has(self, row: Mapping[str, Any], data: bytes, *, own: bool = True) -> bool:
+    def has(self, row: Mapping[str, object], data: bytes, *, own: bool = True) -> bool:
         """Whether a row (`data`: as it stands in its file) is in the split; True for all that are counted.
 
         own: False for a row of another source that is only counted, so that both sources have the same borders.
@@ -73,7 +72,7 @@ class Split:
         self._low, self._high = (_border(share, own, both.settled()) for share in self._shares)
         self._counting = False
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, object]:
         """JSON values that change when the borders do; {} for a split that is no part."""
         return {"borders": [f"{self._low:x}", f"{self._high:x}"]} if self.by_part else {}
 
@@ -145,7 +144,7 @@ def parse_split(split: str) -> tuple[str, float, float]:
     return name, float(low or 0) / 100, float(high or 100) / 100
 
 
-def group(row: Mapping[str, Any], data: bytes) -> int:
+def group(row: Mapping[str, object], data: bytes) -> int:
     """The hash, 0..2**64-1, of what a row must stay together with: its (first) image, else its id, else the prompt of
     a preference pair, else itself."""
     segments = row.get("segments")

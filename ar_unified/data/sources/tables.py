@@ -93,7 +93,7 @@ class Tables(RecordSource):
         self._low, self._high = round(low * rows), round(high * rows)
         if self._low >= self._high:
             raise (EmptySplit if rows else UserError)(f"{path}: no row is in split {split!r} of {rows} rows")
-        self.fingerprint: dict[str, Any] = {
+        self.fingerprint: dict[str, object] = {
             "kind": "tables",
             "items": len(self),
             "split": split,
@@ -260,7 +260,7 @@ class _Cursor:
         self._batch: pa.RecordBatch | None = None
         self._error: Exception | None = None
 
-    def row(self, row: int) -> dict[str, Any]:
+    def row(self, row: int) -> dict[str, object]:
         """Row `row` of the group, not before `start`. If reading fails, the error is raised for that row and all after
         it.
         """

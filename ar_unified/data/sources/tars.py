@@ -97,7 +97,7 @@ class Tars(RecordSource):
         some_packed = any(map(packed.is_packed, self._paths))  # each keeps 10 MB
         self._open = functools.lru_cache(maxsize=4 if some_packed else 64)(_Opened)
         self._name = functools.lru_cache(maxsize=1 << 12)(self._name_of)  # asking again goes back in a packed tar
-        self.fingerprint: dict[str, Any] = {
+        self.fingerprint: dict[str, object] = {
             "kind": "webdataset",
             "items": len(self),
             "split": split,
@@ -317,7 +317,7 @@ def _refused(info: tarfile.TarInfo) -> tuple[str, str] | None:
     return None
 
 
-def _paired(record: Mapping[str, Any], shown: list[Any]) -> dict[str, Any]:
+def _paired(record: Mapping[str, object], shown: list[Any]) -> dict[str, object]:
     """Sorts members such as chosen.png, rejected.0.txt and prompt.txt by the part of the pair that they belong to, in
     their order. Images of answers are taken out of those that the sample shows."""
     found: dict[str, list[Any]] = {}
@@ -332,7 +332,7 @@ def _paired(record: Mapping[str, Any], shown: list[Any]) -> dict[str, Any]:
     return {of: values[0] if len(values) == 1 else values for of, values in found.items()}
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def _mapping(value: object) -> Mapping[str, object]:
     return value if isinstance(value, Mapping) else {}
 
 

@@ -21,6 +21,7 @@ from ar_unified.data.sources import packed
 from ar_unified.data.sources.splits import Split
 from ar_unified.errors import UserError
 from ar_unified.language.document import Document, TextPart
+from ar_unified.manifests import Json
 from ar_unified.storage import AnyPath
 
 FILES = ("*.txt", "*.md", "*.jsonl", "*.jsonl.gz", "*.jsonl.zst")
@@ -86,7 +87,7 @@ class TextFiles:
         sha256 = self._index(found)
         if self._split and not self._items:
             raise self._split.empty(path, "text")
-        self.fingerprint: dict[str, Any] = {
+        self.fingerprint: dict[str, object] = {
             "kind": "text",
             "items": self._items,
             "by": by,
@@ -137,7 +138,7 @@ class TextFiles:
             raise IndexError(f"item {i}: {self.name} has {self._items}")
         return bisect.bisect_right(self._first, i) - 1
 
-    def _read(self, i: int) -> tuple[str, Mapping[str, Any]]:
+    def _read(self, i: int) -> tuple[str, Mapping[str, Json]]:
         """The text of item i, and the row it stands in."""
         block = self._block_of(i)
         if block in self._problems:
@@ -154,14 +155,14 @@ class TextFiles:
             text = encoding.text(data, start)
         except encoding.EncodingError as error:
             raise BadItem("bad_utf8", self.origin(i), str(error)) from error
-        row: Mapping[str, Any] = {}
+        row: Mapping[str, Json] = {}
         if _is_jsonl(self._files[self._file[block]]):
             text, row = self._parse(i, text)
         if not text.strip():
             raise BadItem("empty_text", self.origin(i), "the text is empty")
         return text, row
 
-    def _parse(self, i: int, line: str) -> tuple[str, Mapping[str, Any]]:
+    def _parse(self, i: int, line: str) -> tuple[str, Mapping[str, Json]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -276,7 +277,7 @@ class TextFiles:
         except (ValueError, RecursionError, AttributeError):
             return True  # a row that cannot be read is in every split, so that it is reported
 
-    def _in_split(self, row: Mapping[str, Any], data: bytes) -> bool:
+    def _in_split(self, row: Mapping[str, Json], data: bytes) -> bool:
         return self._split is None or self._split.has(row, data)
 
 

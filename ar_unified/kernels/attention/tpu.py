@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from ar_unified.kernels import device
 from ar_unified.kernels.attention import visits as lists
@@ -247,7 +248,7 @@ def _masked_or_clean(add: Callable, word, tile: _Tile, bounds, key_block) -> Non
         add(None)
 
 
-def _factors(spec: Spec, dtype: Any) -> tuple[float, float]:
+def _factors(spec: Spec, dtype: DTypeLike) -> tuple[float, float]:
     """The factors of queries and of scores that give scores to base 2 or, with a soft cap, the argument of the tanh.
 
     float32 queries are not scaled, so that they are not rounded once more: they are used where digits matter.

@@ -137,7 +137,7 @@ def _kernel(rows, groups, shapes, slots, *refs):
             here = held.at[half, r]
             yield pltpu.make_async_copy(*((here, there) if write else (there, here)), arrived.at[int(write), half])
 
-    def of_rows(function: Callable[[jax.Array], Any]) -> None:
+    def of_rows(function: Callable[[jax.Array], object]) -> None:
         jax.lax.fori_loop(0, rows, lambda r, _: function(r) and None, None)
 
     def start(group: jax.Array, write: bool) -> None:

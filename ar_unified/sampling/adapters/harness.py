@@ -10,6 +10,7 @@ from typing import Any
 
 from ar_unified.language.document import Part, TextPart, TokensPart
 from ar_unified.language.reading import GrammarError
+from ar_unified.manifests import Json
 from ar_unified.sampling.decoding import Filter
 from ar_unified.sampling.model import Content, Model
 from ar_unified.sampling.plan import prompt_tokens
@@ -37,7 +38,7 @@ class Harness:
     def __init__(self, model: Model, *, turn: bool = True, max_tokens: int = 256):
         self.engine, self.parts, self.turn, self.max_tokens = model.engine, model.parts, turn, max_tokens
 
-    def answers(self, asked: Sequence[tuple[Prompt, Mapping[str, Any]]]) -> list[str]:
+    def answers(self, asked: Sequence[tuple[Prompt, Mapping[str, Json]]]) -> list[str]:
         """The text of the answer to each prompt, drawn as its settings say: greedily, unless `do_sample` or a
         temperature; `until` a text, or several; up to `max_new_tokens`."""
         answers = [""] * len(asked)

@@ -33,6 +33,7 @@ import traceback
 from pathlib import Path
 from typing import Any, TextIO
 
+from ar_unified.manifests import Json
 from experiments.benchmarks.gpu.measure import clocks, gpu, line
 from experiments.benchmarks.gpu.sizes import SIZES
 
@@ -143,7 +144,7 @@ def said(result: dict[str, Any], file: TextIO) -> bool:
     return bool(result.get("wrong")) or bool({"ours", "process"} & result.get("failed", {}).keys())
 
 
-def write(file: TextIO, row: dict[str, Any]) -> None:
+def write(file: TextIO, row: dict[str, Json]) -> None:
     """Appends a result to the file at once, so that a crash loses none."""
     file.write(json.dumps(row) + "\n")
     file.flush()

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-Check = tuple[str, Callable[[], dict[str, Any]]]
+from ar_unified.manifests import Json
+
+Check = tuple[str, Callable[[], dict[str, Json]]]
 _PER_SECOND = {"TFLOP/s": 1e9, "GB/s": 1e6}  # work by milliseconds
 
 

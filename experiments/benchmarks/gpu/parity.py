@@ -14,6 +14,7 @@ import numpy as np
 
 from ar_unified.kernels.attention import attention
 from ar_unified.kernels.decode_attention import decode_attention
+from ar_unified.manifests import Json
 from experiments.benchmarks.gpu.measure import Check
 from experiments.benchmarks.gpu.sizes import Size
 from tests.kernels.cases import CASES, Case
@@ -41,7 +42,7 @@ def checks(size: Size) -> list[Check]:
 class _Ahead:
     """Makes programs on all cores, those of the next cases while one is checked: one core compiles a case in 18 s."""
 
-    def __init__(self, makers: list[Callable[[], Any]]):
+    def __init__(self, makers: list[Callable[[], object]]):
         self.makers, self.futures, self.cores = makers, dict[int, Future](), os.cpu_count() or 1
         self.pool = ThreadPoolExecutor(self.cores)
 
@@ -53,7 +54,7 @@ class _Ahead:
         return self.futures[number].result()
 
 
-def _check(errors_of: Callable, case: Any, programs: Callable[[], Any]) -> dict[str, Any]:
+def _check(errors_of: Callable, case: Any, programs: Callable[[], Any]) -> dict[str, Json]:
     errors = errors_of(case, *programs())
     figures = {what: f"{error:.1e}" for what, error in errors.items()}
     return dict(wrong=not max(errors.values()) <= TOLERANCE, figures=figures)

@@ -79,7 +79,7 @@ def _measure(
     )  # fmt: skip
 
 
-def _batch(vocabulary: Vocabulary, rows: int, T: int, document: int) -> PackedBatch:
+def _batch(vocabulary: Vocabulary, rows: int, T: int, document: int) -> PackedBatch[np.ndarray]:
     """Rows of documents of one length, each of random image codes."""
     ids = np.random.default_rng(0).integers(0, vocabulary.codebook_size, (rows, T + 1)) + vocabulary.image_offset
     at = np.broadcast_to(np.arange(T, dtype=np.int32), (rows, T))

@@ -19,15 +19,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from ar_tokenizers.image.discriminators import Discriminator, PatchDiscriminator, StyleDiscriminator
+from ar_tokenizers.image.layers import Params
 
-Params = dict[str, Any]
 LECAM_DECAY = 0.999  # of the averages: MAGVIT's and Open-MAGVIT2's; LeCAM's own code has 0.99
 
 

@@ -16,8 +16,8 @@ from flax import nnx
 
 from ar_tokenizers.image import movq, space_to_depth, vqgan
 from ar_tokenizers.image.config import AutoencoderConfig
+from ar_tokenizers.image.layers import Params
 
-Params = dict[str, Any]
 NO_DECODER = (
     "this image tokenizer can read images but not draw them, as its file has no decoder. transformers "
     "leaves Chameleon's out: it is in the original's tokenizer/vqgan.ckpt, so import that file too"

@@ -154,7 +154,7 @@ _NAMED_BEFORE = {"update": "codebook_update", "folded": "space_to_depth"}
 _ADDED = {"temporal_blocks": 0, "space": "sphere", "decoder_multipliers": (), "decoder_blocks": ()}
 
 
-def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+def _renamed(value: object, names: Mapping[str, str]) -> Any:
     return names.get(value, value) if isinstance(value, str) else value
 
 
@@ -167,7 +167,7 @@ CHOICES = {
 }
 
 
-def _space_to_depth(width: int, multipliers: tuple[int, ...], blocks: tuple[int, ...]) -> dict[str, Any]:
+def _space_to_depth(width: int, multipliers: tuple[int, ...], blocks: tuple[int, ...]) -> dict[str, object]:
     factor = 4 << (len(multipliers) - 1)
     return dict(backbone="space_to_depth", factor=factor, patch=4, width=width, multipliers=multipliers, blocks=blocks)
 
@@ -180,7 +180,7 @@ def _vqgan(width: int, multipliers: tuple[int, ...], blocks: int, **more: Any) -
 
 # Backbones only: the quantizer and the losses are the experiment's choice. In an experiment file:
 # config.image_tokenizer.update(PRESETS["taming_f16"])
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, dict[str, object]] = {
     # Ours, from 1M parameters. vqgan_*_16m are the sizes of the benchmark against transformers.
     "space_to_depth_f8": _space_to_depth(64, (1, 2), (1, 2)),
     "space_to_depth_f16": _space_to_depth(64, (1, 2, 2), (0, 1, 2)),
@@ -213,7 +213,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def config_from(preset: str, **changes: Any) -> AutoencoderConfig:
+def config_from(preset: str, **changes: object) -> AutoencoderConfig:
     """The config of a preset's name, with changes. Raises ValueError for an unknown preset or field."""
     if preset not in PRESETS:
         raise ValueError(f"image tokenizer preset: expected one of {', '.join(PRESETS)}; found {preset!r}")

@@ -16,6 +16,8 @@ from flax import nnx
 
 from ar_tokenizers.image.convolution import conv3x3
 
+Params = dict[str, Any]  # nested, of arrays
+
 
 class Conv3x3(nnx.Module):
     """One of the functions of convolution.py, by default the one that keeps the size, and a bias."""

@@ -22,9 +22,9 @@ from ar_tokenizers.image import autoencoder as autoencoders
 from ar_tokenizers.image.adversary import AdversaryConfig
 from ar_tokenizers.image.autoencoder import Autoencoder, Reconstruction, to_float
 from ar_tokenizers.image.config import AutoencoderConfig
+from ar_tokenizers.image.layers import Params
 from ar_tokenizers.image.perceptual import Perceptual
 
-Params = dict[str, Any]
 Metrics = dict[str, Any]
 
 

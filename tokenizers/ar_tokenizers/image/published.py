@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from ar_tokenizers.image import movq_weights, taming
 from ar_tokenizers.image.config import PRESETS, AutoencoderConfig
@@ -67,7 +68,7 @@ def not_read(names: Iterable[str], dialect: str) -> list[str]:
 
 
 def from_published(
-    config: AutoencoderConfig, tensors: Mapping[str, Any], dialect: str, *, batch_size: int = 64
+    config: AutoencoderConfig, tensors: Mapping[str, object], dialect: str, *, batch_size: int = 64
 ) -> ImageTokenizer:
     """The tokenizer of a file's tensors.
 
@@ -87,7 +88,7 @@ def from_published(
 
 
 def to_published(
-    tokenizer: ImageTokenizer, dialect: str, *, prefix: str = "", dtype: Any = np.float32
+    tokenizer: ImageTokenizer, dialect: str, *, prefix: str = "", dtype: DTypeLike = np.float32
 ) -> dict[str, np.ndarray]:
     """The inverse: every tensor of a published file.
 
@@ -123,7 +124,7 @@ _CHAMELEON: dict[str, Any] = dict(
 _JANUS = _CHAMELEON | dict(codes=16384, code_dim=8)  # LlamaGen's VQ-16
 _LEVELS: dict[int, dict[str, Any]] = {5: PRESETS["taming_f16"], 4: PRESETS["taming_f8"]}  # LlamaGen's, by their number
 # What these networks are not, wherever a record says so.
-_ONLY: dict[str, Any] = {
+_ONLY: dict[str, object] = {
     **dict.fromkeys(("double_z", "double_latent", "tanh_out", "cosine_similarity", "use_linear_attn"), False),
     **dict.fromkeys(("in_channels", "out_channels", "out_ch", "in_ch"), 3),
     **dict.fromkeys(("resamp_with_conv", "codebook_l2_norm"), True),
@@ -171,7 +172,7 @@ def config_of(system: str, record: Mapping[str, Any], names: Iterable[str] = ())
     return _config(said | quantizer)
 
 
-def settings_of(config: AutoencoderConfig, dialect: str, *, resolution: int = 512) -> dict[str, Any]:
+def settings_of(config: AutoencoderConfig, dialect: str, *, resolution: int = 512) -> dict[str, object]:
     """The settings that `config_of` reads, as files of that dialect have them; {}: none are published.
 
     Args:
@@ -247,7 +248,7 @@ def _vq(codes: int, dim: int, space: str) -> dict[str, Any]:
     return dict(quantizer="vq", codes=codes, code_dim=dim, space=space)
 
 
-def _part(record: Mapping[str, Any], system: str) -> Mapping[str, Any]:
+def _part(record: Mapping[str, object], system: str) -> Mapping[str, Any]:
     """The tokenizer's part of a file's settings: model.params of taming's yaml, vq_config of a config.json."""
     for path in (("model", "params"), ("vq_config",), ("params",)):
         inner: Any = record

@@ -77,8 +77,8 @@ _LWM = {  # over ours
     r"\.up(\d)": r".UpsamplingBlock_\1.Upsample_0.Conv_0",
     r"\.": "/",
 }
-_SPHERE: dict[str, Any] = dict(quantizer="vq", space="sphere")
-_EUCLIDEAN: dict[str, Any] = dict(quantizer="vq", space="euclidean")
+_SPHERE: dict[str, object] = dict(quantizer="vq", space="sphere")
+_EUCLIDEAN: dict[str, object] = dict(quantizer="vq", space="euclidean")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Dialect:
 
     name: str
     names: Mapping[str, str]
-    demands: Mapping[str, Any]
+    demands: Mapping[str, object]
     prefix: str = ""
     coarse_first: bool = False
     highest_first: bool = False
@@ -132,7 +132,7 @@ class Read(NamedTuple):
     kept: dict[str, np.ndarray]  # what the file has and the network does not need, for its export; float32 or int64
 
 
-def from_taming(config: AutoencoderConfig, state: Mapping[str, Any], dialect: str = "taming") -> Read:
+def from_taming(config: AutoencoderConfig, state: Mapping[str, object], dialect: str = "taming") -> Read:
     """Arrays by their published names, without a prefix, -> parameters.
 
     Args:

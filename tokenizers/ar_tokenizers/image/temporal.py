@@ -19,7 +19,6 @@ Batch norms use the statistics they were trained with: a scale and a shift.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -129,17 +128,17 @@ def published_shapes(width: int, blocks: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def fold(published: Mapping[str, np.ndarray], blocks: int) -> dict[str, dict[str, Any]]:
+def fold(published: Mapping[str, np.ndarray], blocks: int) -> dict[str, dict[str, object]]:
     """The arrays of `published_shapes` -> those of our encoder and decoder that are computed from them, float32.
 
     Returns:
       {"encoder": {"temporal": BeforeCodes, "to_code": ...}, "decoder": {"temporal": AfterCodes, "from_code": ...}}
     """
 
-    def stack(side: str) -> dict[str, Any]:
+    def stack(side: str) -> dict[str, object]:
         return {f"block{index}": block(f"{side}.time_res_stack.{index}") for index in range(blocks)}
 
-    def block(at: str) -> dict[str, Any]:
+    def block(at: str) -> dict[str, object]:
         convs = {name: last_tap(f"{at}.{name}.conv") for name in ("conv1", "conv2")}
         return convs | {name: affine(f"{at}.{name}") for name in ("norm1", "norm2")}
 

@@ -20,7 +20,8 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load as load_tensors
 
-Params = dict[str, Any]
+from ar_tokenizers.image.layers import Params
+
 Arrays = dict[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
 Padding = Literal["SAME", "VALID"] | int

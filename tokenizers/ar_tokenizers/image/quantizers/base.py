@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-Params = dict[str, Any]
+from ar_tokenizers.image.layers import Params
+
 State = dict[str, jax.Array]
 
 
