@@ -94,7 +94,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     links = args["links"] == "yes"
     kind = kind_of(args["path"], links)
     if kind == "text" and Bundle(config.init).has_images:
-        kind = "folder"  # which says what it misses
+        kind = "folder"  # its message says what is missing
 
     def source(split: str) -> tuple[ConfigDict, ...]:
         return (ConfigDict(dict(kind=kind, path=args["path"], links=links, split=split)),)

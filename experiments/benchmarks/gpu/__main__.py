@@ -1,4 +1,4 @@
-"""Everything worth knowing about one H100 or H200, in eight minutes, most valuable first: `make check-gpu`.
+"""Checks and measures one H100 or H200 in eight minutes, the most important first: `make check-gpu`.
 
     parity      every case of the attention and decode kernels in bfloat16 against the reference, with gradients
     attention   dense causal rows of 4k, 8k and 32k, packed rows of 8 documents of 1k: ours, cuDNN, stock Pallas
@@ -77,7 +77,8 @@ def main() -> int:
 
 
 def run(stage: str, size: str, until: float, file: TextIO) -> int:
-    """All checks of a stage, in as many processes as it takes. How many were wrong, or failed where they should not."""
+    """Runs all checks of a stage, in as many processes as needed. Returns how many were wrong, or failed
+    unexpectedly."""
     bad, first = 0, 0
     print(f"---- {stage}", flush=True)
     while time.time() < until:
