@@ -52,7 +52,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def systems(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of tiny bundles, one for each system: of Chameleon's ids, by another name."""
+    """A folder of tiny bundles, one for each system: all have Chameleon's ids under the system's name."""
     folder = tmp_path_factory.mktemp("systems")
     for name in EXPECTED:
         made = parts("emu3" if name == "emu3" else "chameleon")

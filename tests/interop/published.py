@@ -313,7 +313,7 @@ def simplear(folder: Path, *, dtype: str = "float32", seed: int = 0, named: bool
 
 
 def tar(folder: Path, *, dtype: str = "float32", seed: int = 0) -> Path:
-    """Tar, of Qwen2's class; its codes are tokens of the text tokenizer, and none is called special there."""
+    """Tar, which has Qwen2's class; its codes are tokens of the text tokenizer, which does not mark them as special."""
     table = tables.tar()
     _save(fill(_qwen2(table), seed), folder, dtype, False)
     file = table.split({"type": "NFC"})

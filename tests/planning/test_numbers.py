@@ -69,14 +69,14 @@ def test_matmuls_of_a_training_step():
     attention = 2 * 2 * 4 * 16 * PAIRS  # 2 layers, 4 heads of 16: one matmul
     model = 6 * (LAYERS + HEAD) * TOKENS + 6 * attention
     assert estimate.model_flops == model == 144_900_096
-    # The loss makes its logits twice; the backward kernels scores and dP, one of them for dQ and for dK, dV again.
+    # The loss computes its logits twice. The two backward kernels (dQ; dK and dV) both compute scores and dP.
     assert estimate.executed == model + 2 * HEAD * TOKENS + 3 * attention == 156_532_736
     assert estimate.seconds["matmuls"] == pytest.approx(156_532_736 / (4 * FLOPS), rel=1e-9)
     assert estimate.tokens == TOKENS
 
 
 def test_an_adapter_has_the_state_and_the_base_no_gradient():
-    """fsdp 4 cuts the model's axis, D: of A where it reads it, of B where it makes it; the rest of both is whole."""
+    """fsdp 4 splits the model's axis D: the input of A, or the output of B; all other axes are not split."""
     program, estimate = planned(replace(RUN, lora=LoraConfig(rank=4, base_dtype="bfloat16")), "train")
     a = 2 * 4 * (5 * 64 // 4 + 64 + 128)  # query, key, value, gate, up; output, down
     b = 2 * 4 * (64 + 2 * 32 + 2 * 128 + 2 * 64 // 4)  # query; key, value; gate, up; output, down

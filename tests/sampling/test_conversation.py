@@ -1,4 +1,5 @@
-"""A conversation whose cache is kept: it computes what the forward does, reads what is new, and knows no mates."""
+"""A conversation whose cache is kept: it equals the forward pass, reads only new tokens, and does not depend on other
+conversations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A store's folder here: what becomes whole goes up, what others put there comes down, and one process has a lock."""
+"""The local mirror of a store's folder: complete files are uploaded, those of others downloaded, and one process has a
+lock."""
 
 from __future__ import annotations
 
