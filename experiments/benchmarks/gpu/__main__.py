@@ -39,7 +39,7 @@ from experiments.benchmarks.gpu.sizes import SIZES
 ROOT = Path(__file__).resolve().parents[3]
 # Seconds of each stage, in the order in which they run.
 STAGES = {"parity": 80.0, "attention": 120.0, "decode": 20.0, "training": 120.0, "sampling": 110.0, "rings": 30.0}
-_GRACE = 20.0  # seconds for a check that is at work when its stage's time is up
+_GRACE = 20.0  # seconds that a running check still gets when the time of its stage is over
 _BEGIN, _RESULT = "begin ", "result "
 
 
