@@ -100,7 +100,7 @@ def test_imports_run_downward() -> None:
 
 
 def test_training_sampling_and_datasets_never_import_each_other() -> None:
-    """Not through a third room either: who samples loads no optimizer and no TFDS, who trains no engine."""
+    """Also indirectly: sampling loads no optimizer and no TFDS, and training loads no engine."""
     graph = {name: {other for other, _, _ in imports(path)} for name, path in modules().items()}
     for here, there in itertools.permutations(("sampling", "training", "data"), 2):
         reached = reachable(graph, {name for name in graph if room(name) == here})

@@ -1,4 +1,5 @@
-"""A trained workdir becomes a bundle, without its config file and its sources; and a training begins with one."""
+"""A trained workdir is exported as a bundle, without its config file and sources; and a training starts from a
+bundle."""
 
 from __future__ import annotations
 

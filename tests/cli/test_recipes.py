@@ -1,4 +1,5 @@
-"""experiments/published/fine_tune.py: each system's recipe is a config that can be run; Anole's trains a part alone."""
+"""experiments/published/fine_tune.py: each system's recipe is a config that can be run; Anole's trains only a part of
+the parameters."""
 
 from __future__ import annotations
 

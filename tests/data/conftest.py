@@ -47,7 +47,7 @@ class PatchMeans:
 
 
 class Kit:
-    """What the tests of this folder share."""
+    """Objects that the tests of this folder share."""
 
     Tokenizer = PatchMeans
 

@@ -1,4 +1,4 @@
-"""Conversations are held with the model's own answers, turn by turn, and every turn is counted."""
+"""Conversations are replayed with the model's own answers, turn by turn, and every turn is counted."""
 
 from __future__ import annotations
 

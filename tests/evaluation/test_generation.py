@@ -73,7 +73,7 @@ class Oracle:
 
     def generate(self, plans):
         self.calls.append(len(plans))
-        for request in (plan.request for plan in reversed(plans)):  # the order is nobody's business
+        for request in (plan.request for plan in reversed(plans)):  # the order does not matter
             said = self.answer(request, self.truth(request))
             if said is None:
                 yield Sample(request, 0, np.zeros(0, np.int32), None, "error", "broken")

@@ -1,4 +1,4 @@
-"""What parity tests need of our side: hidden states, a fine-tuning, files as arrays. No torch."""
+"""Our side of parity tests: hidden states, a fine-tuning, files as arrays. It needs no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Pickled files into safetensors, by data alone: nothing in them is run, and what tensors do not need is refused."""
+"""Converting pickles to safetensors: nothing in them is executed, and everything that is not needed for tensors is
+refused."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ WRITTEN = {
 
 
 def language(grammar, words, budget, mode, least, most, height, width):
-    """Every continuation of an empty prompt that fits; code 0, and the words, stand for all of theirs."""
+    """Every continuation of an empty prompt that fits; code 0 represents all codes, and the words all words."""
     syntax, layout = grammar.syntax, grammar.layout
     tall, wide = (range(a, b + 1, unit) for a, b, unit in sides(layout))
     sizes = [(h, w) for h, w in itertools.product(tall, wide)]

@@ -128,7 +128,7 @@ def test_muon_runs_five_iterations_over_the_matrices():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_xla_counts_the_same_matmuls(optimizer):
-    """An independent count: of XLA, of the step itself. Wide layers, so that matmuls are nearly all there is."""
+    """An independent count: XLA's, of the step itself. Wide layers, so that matmuls are nearly all there is."""
     wide = replace(MODEL, d_model=256, n_heads=8, n_kv_heads=8, head_dim=32, d_mlp=1024)
     run = replace(RUN, model=wide, mesh={}, loss_chunk=512, optimizer=OptimizerConfig(optimizer=optimizer))
     program, estimate = planned(run, "train", devices=1)

@@ -1,4 +1,4 @@
-"""Several positions of an image at once: the tokens that are drawn one by one, in fewer steps, and a measured width."""
+"""Several positions of an image at once: the same tokens as one by one, in fewer steps, with a measured width."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _few_programs(monkeypatch):
 
 
 def images(count, size, **changes):
-    """Requests for images with what a request may say of them, two contexts each."""
+    """Requests for images with all their settings, two contexts each."""
     filters = itertools.cycle([Filter(), Filter(0.3), Filter(0.0), Filter(1.0, 5), Filter(0.7, 0, 0.8)])
     prompts = ("abc", "ponmlkjihgfedcba" * 2, "d")
     return [
