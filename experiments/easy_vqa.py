@@ -27,7 +27,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             spec: dict[str, Any] = dict(
                 kind="folder", path=path, files=(file,), label=file, split=split, weight=weight, made_by=made_by
             )
-            if versions:  # no text says where the figure is
+            if versions:  # safe, because no text says where the figure is
                 spec["augmentation"] = dict(count=versions[file], shift=0.99, mirror=True, whole=True)
             found.append(ConfigDict(spec))
         return tuple(found)

@@ -74,7 +74,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "loss.roles": dict(text=0.0, control=0.0, size=0.0),  # the loss of image codes alone
     },
     "liquid": {"training": PLAIN["training"] | dict(learning_rate=2e-5)},
-    "lwm": PLAIN | {"loss": dict(mean="by_side")},  # half the mean of text's loss, half that of images'
+    "lwm": PLAIN | {"loss": dict(mean="by_side")},  # half the mean loss of text plus half the mean loss of images
 }
 
 

@@ -220,7 +220,7 @@ def test_the_commands_of_a_page(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Each ends with status 0, one after the other, as a reader gives them."""
+    """Each command, in the order of the page, ends with status 0."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     shutil.copytree(folder, "mine")

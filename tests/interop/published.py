@@ -140,7 +140,7 @@ def _emu3_vision(levels: int) -> dict[str, Any]:
 
 
 def _emu3_text(table: Table, longest: int) -> dict[str, Any]:
-    """longest: positions, which are Chat's or Gen's."""
+    """longest: the number of positions, by which Chat and Gen are told apart."""
     ids = {"pad_token_id": "<|endoftext|>", "bos_token_id": "<|extra_203|>", "eos_token_id": "<|extra_204|>"}
     return (
         _SIZES

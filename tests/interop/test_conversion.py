@@ -30,7 +30,7 @@ W = RNG.normal(size=(4, 6)).astype(np.float32)
 
 
 class Named:
-    """Pickled as a global of any module, be it there or not."""
+    """Pickled as a global of any module, whether the module exists or not."""
 
     def __init__(self, module, name):
         self.module, self.name = module, name

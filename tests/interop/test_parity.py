@@ -230,7 +230,7 @@ def prompts_of(case: Case, model: Any, count: int = 12) -> list[list[int]]:
 
 
 def sampled(model: Any, ours: np.ndarray, prompt: Sequence[int], n: int, **settings: Any) -> np.ndarray:
-    """Their ids of what our sampler draws behind a prompt of theirs, through the cache: the first n."""
+    """The first n ids that our sampler draws after a published prompt, with the cache, as published ids."""
     request = Request(
         "r", (TokensPart(tuple(ours[list(prompt)].tolist())),), turn=False, text=GREEDY, image=GREEDY, **settings
     )

@@ -293,7 +293,7 @@ def test_a_step_takes_as_long_as_its_slowest_resource_or_all_of_them():
 
 
 def _plan_of(name, estimate):
-    """As little of a plan as its text needs."""
+    """A plan with only the fields that its text needs."""
     program = {
         "name": name, "compile_seconds": 1.0, "compiler_options": {}, "host": 0, "collectives": [],
         "loops_of_unknown_length": 0, "exposed": estimate.exposed,
