@@ -2,7 +2,7 @@
 
     python examples/load_and_sample.py BUNDLE "A small red circle in the top left." --question "Where is the circle?"
 
-Leaves 0.png, 1.png, ... in --output. `ar-unified export --workdir WORKDIR --output BUNDLE` makes the bundle.
+Writes 0.png, 1.png, ... to --output. `ar-unified export --workdir WORKDIR --output BUNDLE` makes the bundle.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Which of several texts says best what is in an image, as a bundle's model finds it.
+"""Ranks several texts by how well they describe an image, according to a bundle's model.
 
     python examples/score.py BUNDLE image.png "A red circle." "A blue star."
 
-Prints every text with its log-likelihood behind the image, in nats per token, the likeliest first.
+Prints every text with its log-likelihood after the image, in nats per token, the likeliest first.
 """
 
 from __future__ import annotations

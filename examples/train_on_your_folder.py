@@ -1,9 +1,9 @@
-"""Train on a folder of your own, beginning with a bundle, and write what comes of it as another bundle.
+"""Train on your own folder, starting from a bundle, and write the result as another bundle.
 
     python examples/train_on_your_folder.py BUNDLE FOLDER WORKDIR NEW --config.training.steps=500
 
 FOLDER holds images and captions.jsonl, vqa.jsonl or docs.jsonl (experiments/folder.py says more). Any key of the
-experiment may follow. Killed and started again, it goes on where it was.
+experiment may follow. If it is killed and started again, it continues.
 """
 
 from __future__ import annotations

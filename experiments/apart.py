@@ -1,4 +1,4 @@
-"""A model of shapes whose image tokenizer carries shape and colour apart, so that it can draw what its data never show.
+"""A model of shapes whose image tokenizer encodes shape and colour independently, so it can draw unseen combinations.
 
     ar-unified run --config experiments/apart.py --workdir workdirs/apart
 

@@ -3,8 +3,8 @@
     python experiments/data/make_easy_vqa.py --output datasets/easy-vqa    # from the Python package easy-vqa
     ar-unified run --config experiments/easy_vqa.py --workdir workdirs/easy_vqa
 
-Expected: vqa_accuracy 0.99 (aim 0.97), text_to_image_exact 0.92 (aim 0.90), after 27 minutes on two cores. What it
-takes, learned from runs that lacked it: docs/results.md.
+Expected: vqa_accuracy 0.99 (aim 0.97), text_to_image_exact 0.92 (aim 0.90), after 27 minutes on two cores.
+docs/results.md says which settings it needs.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             spec: dict[str, Any] = dict(
                 kind="folder", path=path, files=(file,), label=file, split=split, weight=weight, made_by=made_by
             )
-            if versions:  # no text says where the figure is
+            if versions:  # safe, because no text says where the figure is
                 spec["augmentation"] = dict(count=versions[file], shift=0.99, mirror=True, whole=True)
             found.append(ConfigDict(spec))
         return tuple(found)
@@ -45,7 +45,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.image_tokenizer.multipliers = (1,)
     config.image_tokenizer.blocks = (1,)  # sees little around a code, so most of the background has the same few codes
     config.image_tokenizer.levels = (8, 8, 8)
-    config.image_tokenizer.tolerance = 0.12  # the ground's tint, 230 to 255 a channel, is nobody's question
+    config.image_tokenizer.tolerance = 0.12  # no question is about the background's tint, 230 to 255 a channel
     config.image_tokenizer.steps = 4500
     config.image_tokenizer.batch_size = 32
     config.image_tokenizer.learning_rate = 4e-3

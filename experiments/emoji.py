@@ -4,8 +4,8 @@
     ar-unified run --config experiments/emoji.py --workdir workdirs/emoji
 
 make_emoji.py says where the font and the names come from; `emoji.py:path=DIR` takes a folder that is elsewhere. There
-is no held-out set: an emoji's looks do not follow from its name. What counts is that the images drawn for the names
-it was trained on are recognisable.
+is no held-out set, because the name of an emoji does not determine what it looks like. What counts is that the images
+drawn for the names it was trained on are recognisable.
 
 Expected: 22 of 24 drawings recognisable, after 23 minutes on two cores (docs/results.md).
 """

@@ -10,7 +10,7 @@ Images keep their aspect ratio: each is written with its size, row by row. One i
 rows, and at least one of two.
 
 Arguments: path=PATH; side=PIXELS, an image has about side x side pixels (96); links=yes|no, whether links that lead out
-of PATH are followed (no); init=BUNDLE, begin with that model's weights, tokenizers and way with images (none).
+of PATH are followed (no); init=BUNDLE, start from that model's weights, tokenizers and image layout (none).
 
 Expected, of 348 recipes with 133 photographs: every sample parses, after 9 minutes on two cores, 3.3 GB. 600 steps are
 a check of the path, not a model of cooking.
@@ -32,7 +32,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     side, links = whole("side", args["side"]), args["links"] == "yes"
     kind = kind_of(args["path"], links)
     if kind not in ("jsonl", "parquet", "webdataset"):
-        kind = "folder"  # which says what it misses
+        kind = "folder"  # its message says what is missing
     config = defaults()
     config.name = "folder"
 

@@ -1,4 +1,4 @@
-"""A language model of text alone learns to draw, beside the same model that begins with nothing. Small, on shapes.
+"""A text model learns to draw, compared with the same model from random weights. Small, on shapes.
 
     ar-unified run --config experiments/from_llm.py:part=text --workdir workdirs/llm
     ar-unified export --workdir workdirs/llm --output workdirs/llm_bundle
@@ -20,7 +20,7 @@ from ar_unified.experiment.brought import describe
 from ar_unified.experiment.config import begin_with, defaults, model, parse_arg
 
 PARTS = ("text", "extend", "scratch")
-REHEARSED = 0.2  # share of the rows that is text as before
+REHEARSED = 0.2  # share of the rows with the earlier texts
 PARTS_OF = {"train": "train[:25%]", "validation": "validation"}  # enough for a model as small as this
 
 
@@ -100,7 +100,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if part == "scratch":
         config.init = ""
         config.text_tokenizer.model = text_file(str(bundle))
-    else:  # new rows find their place first
+    else:  # first, only the new rows are trained
         config.training.only = ("embedding[new]", "head[new]")
         config.training.phases = (ConfigDict(dict(begin=0.1, only=())),)
     return config

@@ -1,4 +1,4 @@
-"""Learn from rewards what pictures are to show: GRPO on the shapes demo, whose checker of pixels says what is right.
+"""Learn to draw the right pictures from rewards: GRPO on the shapes demo, whose pixel checker gives the reward.
 
     ar-unified run --config experiments/grpo.py:from=BUNDLE --workdir workdirs/grpo
 
@@ -43,7 +43,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         made_by = f"python experiments/data/make_unseen_prompts.py --output {args['unseen']}"
         file = f"{args['unseen']}/prompts.jsonl"
         prompts = ConfigDict(dict(kind="jsonl", path=file, made_by=made_by, weight=0.4))
-        # Captions of what it knows: without them it forgets how to draw the other objects.
+        # Captions of seen combinations: without them the model forgets how to draw these.
         config.data.train = (prompts, ConfigDict(dict(captions("train")[0], weight=0.6)))
         config.data.tests.unseen_combinations = captions("unseen_combinations")
         config.reward.function = "shapes_closeness"

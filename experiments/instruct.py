@@ -8,7 +8,7 @@ BUNDLE is an exported demo (`ar-unified export --workdir workdirs/shapes --outpu
 6 min 46 s of CPU time. Of 300 held-out conversations, held with the model's own answers: turn_exact 0.715 of 912 (draw
 0.978, question 0.907, describe 0.775, follow_up 0.679, before 0.528, edit 0.349, edit_it 0.242), conversation_exact
 0.427, turn_reconstruction_exact 1.0; what the demo knew: text_to_image_exact 0.977, image_to_text_exact 0.947,
-caption_exact 0.953. docs/instruction_tuning.md says what the numbers are held back by.
+caption_exact 0.953. docs/instruction_tuning.md says what limits the numbers.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""LoRA on the shapes demo: an adapter that answers questions better, beside weights that stay as they are.
+"""LoRA on the shapes demo: an adapter that answers questions better, while the weights of the model do not change.
 
     ar-unified export --workdir workdirs/shapes --output shapes
     ar-unified run --config experiments/lora.py:from=shapes --workdir workdirs/lora

@@ -1,4 +1,5 @@
-"""A bundle of tiny random networks and real tokenizers, made in a second; with images of one size, of any, or none."""
+"""A bundle of tiny random networks and real tokenizers, made in a second; for images of one size, of any size, or for
+text alone."""
 
 from __future__ import annotations
 
@@ -29,13 +30,13 @@ SAMPLING |= {"text": {"temperature": 0.0, "top_k": 0, "top_p": 1.0}, "image": {"
 
 
 def fresh(init: Any, config: Any, seed: int) -> Any:
-    """Fresh parameters by one program; op by op it is as many as there are shapes."""
+    """Fresh parameters, made by one compiled program instead of one for each shape."""
     return jax.jit(init, static_argnums=0)(config, jax.random.key(seed))
 
 
 @functools.cache
 def parts(layout: str = "grid") -> dict[str, Any]:
-    """What `bundle.write` takes, but for the folder. layout: "grid", "rows", or "none" for text alone."""
+    """The arguments of `bundle.write` without the folder. layout: "grid", "rows", or "none" for text alone."""
     text = TextTokenizer.train(SENTENCES, 300)
     image = None if layout == "none" else ImageTokenizer(IMAGE, fresh(init_image, IMAGE, 0), batch_size=8)
     if image is None:
@@ -65,7 +66,7 @@ def write(folder: Path, layout: str = "grid", **changes: Any) -> bundle.Bundle:
 
 
 def write_without_decoder(folder: Path) -> bundle.Bundle:
-    """Of "grid", with an image tokenizer that reads images and draws none."""
+    """A bundle of layout "grid" whose image tokenizer can encode images, but not decode codes."""
     of = parts("grid")
     kept = {name: part for name, part in of["image_tokenizer"].params.items() if name != "decoder"}
     tokenizer = ImageTokenizer(IMAGE, kept, batch_size=8)

@@ -1,7 +1,7 @@
 """Eight faked CPU devices and one compilation cache for the whole suite; both must be set before jax starts.
 
-AR_UNIFIED_TEST_OPTIMIZED=1: XLA optimises as it does for users (make test-exact). Programs of the two levels lie in one
-cache under keys of their own: XLA_FLAGS is part of a key.
+AR_UNIFIED_TEST_OPTIMIZED=1: XLA optimises as it does for users (make test-exact). One cache holds the programs of both
+levels, because XLA_FLAGS is part of the key.
 """
 
 import functools
@@ -43,11 +43,11 @@ keep_memory()
 
 import jax  # noqa: E402
 
-jax.devices()  # else a verb that plans for more devices would be given them, and so would all tests behind it
+jax.devices()  # else a verb that plans for more devices would get them, and so would all later tests
 
 
-# Files whose slow tests take longest, the longest first (docs/ci_time.md). Where a file's tests go to one worker, what
-# is long is begun first: else one worker has nothing to do while the other ends.
+# Files whose slow tests take longest, the longest first (docs/ci_time.md). All tests of a file run on one worker, so
+# the longest files start first; else one worker would be idle at the end.
 LONG = (
     "training/test_tokenizer_task", "cli/test_pages", "storage/test_workdir", "interop/test_parity",
     "training/test_loop", "test_wheel",
@@ -62,7 +62,7 @@ source = functools.cache(lambda path: path.read_text("utf-8"))
 
 
 def pytest_ignore_collect(collection_path, config):
-    """A file without the mark that all chosen tests must have is not imported: to import all takes 15 s of CPU."""
+    """Files without the mark that is asked for are not imported, because importing all files takes 15 s of CPU time."""
     if collection_path.name.startswith("test_") and collection_path.suffix == ".py":
         mark = re.fullmatch(r"(\w+)( and [\w ]+)?", config.option.markexpr)
         if mark and mark[1] in MARKS and " or " not in mark[0] and mark[1] not in source(collection_path):
@@ -71,7 +71,7 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_modifyitems(items):
-    """Quick tests stay in their order, in which a folder finds what it has compiled."""
+    """Quick tests keep their order, so that the tests of a folder reuse its compiled programs."""
     for item in items:  # which pytest_ignore_collect relies on
         unsaid = [
             mark.name for mark in item.iter_markers() if mark.name in MARKS and mark.name not in source(item.path)
@@ -88,6 +88,6 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_teardown(item, nextitem):
-    """Programs are shared within a folder; kept for longer they grow to gigabytes in each worker."""
+    """The tests of a folder share programs in memory; kept for longer, these would grow to gigabytes in each worker."""
     if nextitem is None or nextitem.path.parent != item.path.parent:
         jax.clear_caches()

@@ -1,4 +1,4 @@
-"""Random moments at which tests kill what they test: other ones each time, and told, so that they can come again."""
+"""Random moments at which tests kill processes: different in each run, and printed, so that they can be repeated."""
 
 from __future__ import annotations
 

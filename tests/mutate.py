@@ -1,9 +1,9 @@
-"""Makes the mistakes of tests/mutations*.py one by one, each in a copy of the tree, and asks their tests.
+"""Makes the mistakes of tests/mutations*.py one by one, each in a copy of the tree, and runs their tests.
 
 python tests/mutate.py [--jobs 2] [--green] [--missing] [NAME ...]
 
 A mistake counts as noticed where its tests pass without it and fail with it (--green: `make test` has just shown that
-they pass). --missing: those alone that are not known to be noticed. All results that are known go into
+they pass). --missing: only the mistakes for which no test is known to notice them. All results that are known go into
 docs/mutations.md; a mistake that nothing noticed, or that can no longer be made, is exit status 1.
 """
 
@@ -35,7 +35,7 @@ MUTATIONS = (*mutations.MUTATIONS, *mutations_of_use.MUTATIONS)
 KNOWN = ROOT / ".cache" / "mutations.json"  # results by name, with a digest of what they are of
 PAGE = ROOT / "docs" / "mutations.md"
 QUICK = "not slow and not interop and not newest_jax"  # as `make test` has it
-LONGEST = 900  # seconds; what takes longer hangs, and is noticed by that
+LONGEST = 900  # seconds; a test that takes longer hangs, which counts as noticing the mistake
 HEAD = """# Mistakes that the tests notice
 
 `make mutate` makes each of these mistakes (tests/mutations*.py) in a copy of the repository and runs the quick tests
@@ -160,7 +160,7 @@ def commit() -> str:
 
 
 def read_known() -> dict[str, Any]:
-    """Results of mistakes as they are described now."""
+    """The stored results of mistakes whose description has not changed."""
     known = json.loads(KNOWN.read_text()) if KNOWN.exists() else {}
     current = {each.name: digest(each) for each in MUTATIONS}
     return {name: found for name, found in known.items() if current.get(name) == found["digest"]}

@@ -1,6 +1,6 @@
 """Mistakes that somebody could make, and the tests that must notice each: `make mutate` makes them one by one.
 
-Here: in what is trained. tests/mutations_of_use.py: in what is done with it, tokenizers and the command line.
+This file has mistakes in training; tests/mutations_of_use.py in sampling, evaluation, tokenizers and the command line.
 
 `old` stands in its file exactly once; `tests` are arguments of pytest, as few as notice it, none of them slow.
 """

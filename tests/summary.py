@@ -52,7 +52,8 @@ def main() -> int:
 
 
 def read(runs: list[Path]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """By run the number of tests by outcome and the minutes; by test why it was skipped, where it never ran."""
+    """For each run, the number of tests by outcome and the minutes; for each test that never ran, why it was
+    skipped."""
     counts: dict[str, dict[str, float]] = {}
     ran, skipped = set(), {}
     for path in runs:

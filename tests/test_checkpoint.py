@@ -1,4 +1,4 @@
-"""The checkpoint door: atomic, asynchronous, onto any mesh, and clear about what does not fit."""
+"""The checkpoint interface: atomic, asynchronous, for any mesh, and with clear errors for what does not fit."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_the_best_is_kept_until_a_better_one_is_on_disk(tmp_path):
 
     write(1, 2, 3)
     assert Checkpoints(tmp_path, readonly=True).steps() == [2, 3]
-    write(4, 5)  # started again, it knows: and of equal ones the first stays
+    write(4, 5)  # after a restart the best step is still known, and of equal steps the first is kept
     reader = Checkpoints(tmp_path, readonly=True)
     assert reader.steps() == [2, 5] and reader.best() == (2, 1.5) and reader.latest() == 5
     losses[6] = 1.0

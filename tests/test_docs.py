@@ -1,4 +1,4 @@
-"""README and the pages are right: commands parse, keys and files exist, snippets run, every error has its cure."""
+"""README and the pages are right: commands parse, keys and files exist, snippets run, and every error is explained."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.sources import files, tree
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 FENCE = re.compile(r"^(<!-- runs -->\n)?```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-# What stands for a thing of the reader's, and what it is here: files of `places`.
+# Placeholders for the reader's own files, and their replacements here: files of `places`.
 STANDS_FOR = {"FILE": "experiments/shapes.py", "DIR": "mine", "DIR2": "mine", "PATH": "mine", "BUNDLE": "bundle"}
 ARGUMENT = re.compile(r"(?<=[=,:])(DIR2|DIR|PATH|BUNDLE|FILE|chameleon|emu3)(?=,|$)")
 
@@ -156,7 +156,7 @@ def test_specs_of_sources_in_the_pages_are_of_kinds_that_there_are():
 @pytest.mark.slow
 @pytest.mark.parametrize("text", snippets("python", run=True))
 def test_python_of_the_pages_runs(text, places):
-    """What stands behind `<!-- runs -->`, as it stands there, beside a bundle that has learned nothing."""
+    """The unchanged snippets after `<!-- runs -->`, run beside a bundle of untrained networks."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tokenizers'}", "JAX_NUM_CPU_DEVICES": "1"}
     more = "\nprint(type(get_config()).__name__)" if "def get_config" in text else ""
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What experiments/data makes of small stand-ins for the sources it names, and what is said where data are missing."""
+"""The scripts of experiments/data on small substitutes for their sources, and their messages if data are missing."""
 
 from __future__ import annotations
 

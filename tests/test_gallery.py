@@ -1,4 +1,4 @@
-"""The gallery of results: what is recorded of a run, and that the page is made of records alone."""
+"""The gallery of results: the record of a run, and that the page is made only from records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from experiments.benchmarks import gallery
 
 @pytest.fixture
 def workdir(tmp_path: Path) -> Path:
-    """What stages leave of a run, as far as a record reads it."""
+    """The files of a run that a record reads."""
     found = tmp_path / "work"
     for folder in ("samples/images/a", "samples/images/b", "model", "image_tokenizer"):
         (found / folder).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Nothing public is there for tests alone: what no module, verb or experiment uses is removed or made private."""
+"""Nothing is public only for tests: names that no module, verb or experiment uses are removed or made private."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from tests.sources import PACKAGES, files, imports, modules, tree
 
-# What is called without being named in this repository, and by whom.
+# Names that are called although this repository never names them, and their callers.
 CALLED = {
     "ar_unified.cli.*: main": "cli.main imports the module of a verb by its name",
     "ar_unified.kernels.*: forward": "kernels.backend imports the module of a device by its name",

@@ -1,4 +1,5 @@
-"""Who may import whom, and how long a file may be. What these tests refuse is moved to where both sides may take it."""
+"""Which package may import which, and how long a file may be. Move code that is refused here to a layer that both sides
+may import."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ from graphlib import CycleError, TopologicalSorter
 
 from tests.sources import PACKAGES, ROOT, files, imports, modules, tree
 
-# The house from the ground up. A room (a module or a package) imports from its own and from lower layers, never from
-# beside it. What lies in a package belongs to the longest name that is here.
+# The layers, from the lowest up. A room (a module or a package) imports from itself and from lower layers, never from
+# its own layer. A module belongs to the longest name here that matches.
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "both tokenizers, which anybody may take without this framework",
@@ -99,7 +100,7 @@ def test_imports_run_downward() -> None:
 
 
 def test_training_sampling_and_datasets_never_import_each_other() -> None:
-    """Not through a third room either: who samples loads no optimizer and no TFDS, who trains no engine."""
+    """Also indirectly: sampling loads no optimizer and no TFDS, and training loads no engine."""
     graph = {name: {other for other, _, _ in imports(path)} for name, path in modules().items()}
     for here, there in itertools.permutations(("sampling", "training", "data"), 2):
         reached = reachable(graph, {name for name in graph if room(name) == here})
@@ -133,7 +134,7 @@ def test_a_kernel_is_seen_through_its_folder() -> None:
 
 
 def test_what_is_private_stays_in_its_module() -> None:
-    """A name with an underscore is imported by nobody, and used where it is made."""
+    """A name with an underscore is never imported, and is used only in its own module."""
     reached = []
     for path in files("ar_unified", "tokenizers", "experiments", "examples"):
         made = {"_replace", "_asdict", "_make", "_fields", "_exit"}  # of named tuples, and os._exit

@@ -1,4 +1,4 @@
-"""A step of decoding as TPU's compiler makes it: what it copies, what it needs, how long by the compiler's count.
+"""A decoding step as compiled for a TPU: its copies, its memory, and the compiler's estimate of its time.
 
     PYTHONPATH=.:tokenizers python experiments/benchmarks/decode_programs.py [--layers N] [CASE ...]
 

@@ -1,4 +1,4 @@
-"""Planted copies among real images: how many are found, how many that are none, and what a million images would cost.
+"""Planted copies among real images: recall, precision, and what a million images would cost.
 
     python experiments/benchmarks/duplicates.py --path DIR [--every N] [--output FILE.json]
 

@@ -289,7 +289,7 @@ SIDES: dict[str, dict[str, Callable[[Path], Batches]]] = {
 
 
 def run_side(batches: Batches, warm: int, most: int) -> None:
-    """Prints how many items came, the seconds by the clock, and of processor time."""
+    """Prints the number of items, the seconds of wall time, and those of CPU time."""
     count = 0
     while count < warm:
         count += next(batches)

@@ -1,4 +1,4 @@
-"""The gallery of docs/results.md: what runs made, written from records of them and never by hand.
+"""The gallery of docs/results.md: the results of runs, written from records of the runs and never by hand.
 
     python experiments/benchmarks/gallery.py record WORKDIR --name NAME  # a finished run becomes docs/results/NAME.json
     python experiments/benchmarks/gallery.py write                       # all records become the table and its pictures
@@ -60,7 +60,7 @@ def record(workdir: Path, name: str, note: str, docs: Path = DOCS) -> Path:
 
 
 def _environment(workdir: Path) -> dict[str, str]:
-    """What `evaluate` ran in, as its report says; without a report, what this process runs in."""
+    """The environment of `evaluate` according to its report; without a report, that of this process."""
     report = workdir / "report.html"
     if not report.exists():
         return environment()

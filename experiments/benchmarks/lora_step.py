@@ -1,4 +1,4 @@
-"""What a step of LoRA costs beside one of full tuning, on this machine: time and memory, the two taken in turn.
+"""Time and memory of a step of LoRA and of full tuning on this machine, measured in turns.
 
     PYTHONPATH=.:tokenizers python -m experiments.benchmarks.lora_step [PRESET]
 

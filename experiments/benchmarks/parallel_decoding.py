@@ -47,7 +47,7 @@ _LENGTH = 128  # of the caches of `exact`
 
 
 class Restless(Pace):
-    """A window for each chunk, whatever it costs."""
+    """A pace that chooses another window for each chunk, without looking at the cost."""
 
     def __init__(self) -> None:
         super().__init__("auto")

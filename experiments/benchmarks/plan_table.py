@@ -50,7 +50,7 @@ def command(case: str) -> list[str]:
 
 
 def run(case: str) -> None:
-    """Compiles one case in a process of its own, whose memory ends with it."""
+    """Compiles one case in its own process, so that its memory is freed."""
     print(f"==== {case}: ar-unified {' '.join(command(case))}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, "-m", "ar_unified.cli.main", *command(case), "--output", folder]

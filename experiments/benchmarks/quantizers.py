@@ -71,7 +71,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def measured(name: str, path: str, folder: Path) -> dict[str, Json]:
-    """Trains and scores one in processes of their own; what is done already is not done again."""
+    """Trains and scores one quantizer in separate processes; finished ones are skipped."""
     label = name.replace(", ", "+")  # a comma ends an argument
     config = ["--config", f"{__file__}:path={path},name={label}", "--workdir", str(folder / label)]
     began, before = time.perf_counter(), os.times()

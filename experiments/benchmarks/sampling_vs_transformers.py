@@ -344,7 +344,7 @@ def compare(
     names = ["ours", *(IMAGES if task == "images" else TEXTS)]
     if task == "texts":
         prompt[:, 0] = v["bos"]
-        # Pieces alone may be drawn, by us because the request says so, by them because the others are never the best.
+        # Only text pieces are drawn: by us because the request says so, by them because other ids are never the best.
         state = state | {"lm_head.weight": np.where(np.arange(vocab)[:, None] < TEXT, state["lm_head.weight"], 0)}
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Any] = {}

@@ -96,7 +96,7 @@ def make(data: Any, output: Path) -> str:
 
 
 def facts(asked: Sequence[tuple[str, str, int]]) -> dict[int, dict[str, str]]:
-    """What questions and answers say of each image: its colour, its shape, both or none."""
+    """The colour and shape of each image according to its questions and answers; either may be unknown."""
     possible: dict[int, dict[str, set[str]]] = {}
     for question, answer, i in asked:
         left = possible.setdefault(i, {kind: set(names) for kind, names in KINDS.items()})

@@ -1,4 +1,4 @@
-"""The tokenizer that Emu3's grew from: f8, 32 x 32 codes of a 256-pixel image, 270M parameters.
+"""SBER-MoVQGAN, the origin of Emu3's tokenizer: f8, 32 x 32 codes of a 256-pixel image, 270M parameters.
 
     C=experiments/image_tokenizers/emu3.py:path=DIR,validation=DIR2,lpips=FILE
     ar-unified tokenizer --only image --config $C --workdir workdirs/emu3
@@ -7,7 +7,7 @@
 Arguments: path=DIR and validation=DIR of images; lpips=FILE that convert_perceptual wrote (none: 1 - MS-SSIM in
 its place); codes=N (32768).
 
-Source, published numbers, and what differs here: docs/image_tokenizers.md, The recipes of others.
+Source, published numbers, and what differs here: docs/image_tokenizers.md, "Published recipes".
 """
 
 from ar_tokenizers.image.config import PRESETS

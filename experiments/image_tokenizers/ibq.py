@@ -1,4 +1,4 @@
-"""IBQ: a large codebook of wide codes, all of which learn from every position; the family of Emu3.5's tokenizer.
+"""IBQ, the family of Emu3.5's tokenizer: a large codebook of wide codes, and every position trains all codes.
 
     C=experiments/image_tokenizers/ibq.py:path=DIR,validation=DIR2,lpips=FILE,codes=16384
     ar-unified tokenizer --only image --config $C --workdir workdirs/ibq
@@ -7,7 +7,7 @@
 Arguments: path=DIR and validation=DIR of images; lpips=FILE that convert_perceptual wrote (none: 1 - MS-SSIM in
 its place); codes=N (16384).
 
-Source, published numbers, and what differs here: docs/image_tokenizers.md, The recipes of others.
+Source, published numbers, and what differs here: docs/image_tokenizers.md, "Published recipes".
 """
 
 from ar_tokenizers.image.config import PRESETS

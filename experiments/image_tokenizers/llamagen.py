@@ -7,7 +7,7 @@
 Arguments: path=DIR and validation=DIR of images; lpips=FILE that convert_perceptual wrote (none: 1 - MS-SSIM in
 its place).
 
-Source, published numbers, and what differs here: docs/image_tokenizers.md, The recipes of others.
+Source, published numbers, and what differs here: docs/image_tokenizers.md, "Published recipes".
 """
 
 from ar_tokenizers.image.config import PRESETS

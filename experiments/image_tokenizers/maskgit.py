@@ -7,7 +7,7 @@
 Arguments: path=DIR and validation=DIR of images; resnet=FILE that convert_perceptual wrote (none: the
 discriminator's own features in their place); lecam=WEIGHT, which MAGVIT can add (0).
 
-Source, published numbers, and what differs here: docs/image_tokenizers.md, The recipes of others.
+Source, published numbers, and what differs here: docs/image_tokenizers.md, "Published recipes".
 """
 
 from ar_tokenizers.image.config import PRESETS

@@ -1,4 +1,4 @@
-"""VQGAN f16, the first of the line: 16 x 16 codes of a 256-pixel image, learned with an adversary.
+"""VQGAN f16, the first tokenizer of this kind: 16 x 16 codes for a 256-pixel image, trained with a discriminator.
 
     C=experiments/image_tokenizers/vqgan.py:path=DIR,validation=DIR2,lpips=FILE
     ar-unified tokenizer --only image --config $C --workdir workdirs/vqgan
@@ -7,7 +7,7 @@
 Arguments: path=DIR and validation=DIR of images; lpips=FILE that convert_perceptual wrote (none: 1 - MS-SSIM in
 its place, which needs no pretrained network); codes=N (1024).
 
-Source, published numbers, and what differs here: docs/image_tokenizers.md, The recipes of others.
+Source, published numbers, and what differs here: docs/image_tokenizers.md, "Published recipes".
 """
 
 from ar_tokenizers.image.config import PRESETS

@@ -74,7 +74,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "loss.roles": dict(text=0.0, control=0.0, size=0.0),  # the loss of image codes alone
     },
     "liquid": {"training": PLAIN["training"] | dict(learning_rate=2e-5)},
-    "lwm": PLAIN | {"loss": dict(mean="by_side")},  # half the mean of text's loss, half that of images'
+    "lwm": PLAIN | {"loss": dict(mean="by_side")},  # half the mean loss of text plus half the mean loss of images
 }
 
 
@@ -94,7 +94,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     links = args["links"] == "yes"
     kind = kind_of(args["path"], links)
     if kind == "text" and Bundle(config.init).has_images:
-        kind = "folder"  # which says what it misses
+        kind = "folder"  # its message says what is missing
 
     def source(split: str) -> tuple[ConfigDict, ...]:
         return (ConfigDict(dict(kind=kind, path=args["path"], links=links, split=split)),)

@@ -1,4 +1,5 @@
-"""A small folder of captions, questions and stories, and what makes `experiments/folder.py` run on it in seconds."""
+"""A small folder of captions, questions and stories, and settings with which `experiments/folder.py` runs on it in
+seconds."""
 
 import contextlib
 import io

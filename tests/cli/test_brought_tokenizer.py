@@ -39,7 +39,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(verb: str, folder: Path, workdir: Path, made: Path, *changes: str) -> list[str]:
-    """As of `conftest`, with what it says of an image tokenizer left to the folder `made`."""
+    """The arguments of `conftest`, except that the folder `made` decides the image tokenizer."""
     settings = {key: value for key, value in SMALL.items() if not key.startswith("image_tokenizer.")}
     settings |= {"image_tokenizer.model": made, "training.steps": 4, "training.warmup_steps": 1}
     settings |= dict(change.split("=", 1) for change in changes)
@@ -62,7 +62,7 @@ def test_an_experiment_takes_it_as_it_is_trains_and_samples(folder: Path, made: 
     numbers = json.loads((workdir / "tokenizer_evaluation" / "evaluation.json").read_text())["tokenizer"]
     assert numbers["validation"]["codebook_size"] == 48
     capsys.readouterr()
-    moved = shutil.copytree(made, tmp_path / "elsewhere")  # where it lies decides nothing
+    moved = shutil.copytree(made, tmp_path / "elsewhere")  # its path does not matter
     assert main(command("run", folder, workdir, moved)) == 0
     assert capsys.readouterr().out.count("done already") == 7
     assert main(["export", "--workdir", str(workdir), "--output", str(tmp_path / "bundle")]) == 0

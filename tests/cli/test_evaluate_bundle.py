@@ -1,4 +1,4 @@
-"""`ar-unified evaluate --from BUNDLE`: on documents of one's own, without a workdir."""
+"""`ar-unified evaluate --from BUNDLE`: on the user's own documents, without a workdir."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_bundle_is_evaluated_on_a_folder(
 def test_its_losses_are_what_the_model_says_of_the_documents(
     kind: str, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of one document, so that rows and epochs weigh nothing: another path through another program."""
+    """With one document, so that rows and epochs do not matter: the same number by other code."""
     source = own if kind == "own" else bundle.write(tmp_path / kind, **published_bundles.parts(kind)).folder
     text, image = {"type": "text", "text": "A small red star."}, {"type": "image", "image": "grey.png"}
     folder = write(tmp_path / "data", [{"segments": [text, image]}], "docs.jsonl")

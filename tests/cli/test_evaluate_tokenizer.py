@@ -1,4 +1,4 @@
-"""`evaluate --only tokenizer`: no model, no text tokenizer, and no word about the evaluation of either."""
+"""`evaluate --only tokenizer`: it needs no model and no text tokenizer, and prints nothing about them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.cli.conftest import command, refused
 
 @pytest.fixture
 def workdir(folder: Path, tmp_path: Path) -> Path:
-    """With an image tokenizer that learnt nothing, and nothing else."""
+    """A workdir that has only an image tokenizer, which was not trained."""
     argv = command("evaluate", folder, tmp_path)
     config = Experiment(configs.load(argv[2], argv[5:]), Workdir(tmp_path)).autoencoder
     ImageTokenizer(config, fresh(init, config, 0)).save(tmp_path / "image_tokenizer")
@@ -64,7 +64,7 @@ def test_a_folder_of_plain_images(workdir, folder, tmp_path_factory, capsys):
     numbers = json.loads((left / "evaluation.json").read_text())["tokenizer"][images.name]
     assert numbers["images"] == 4 and numbers["skipped"] == {"unreadable_image": 1} and numbers["crop"] == [64, 64]
     assert (left / f"{images.name}.png").exists() and (left / "report.html").exists()
-    assert not (workdir / "tokenizer_evaluation" / "started.json").exists()  # the held-out sets are another matter
+    assert not (workdir / "tokenizer_evaluation" / "started.json").exists()  # the held-out sets are separate
     only = [*command("evaluate", folder, workdir), "--only", "tokenizer"]
     refused([*only, "--images", str(images), "--crop", "40"], "--crop: .*multiples of 16")
     refused([*only, "--images", str(images / "nothing")], "--images: .*nothing: no such file or folder")

@@ -1,4 +1,5 @@
-"""A trained workdir becomes a bundle, without its config file and its sources; and a training begins with one."""
+"""A trained workdir is exported as a bundle, without its config file and sources; and a training starts from a
+bundle."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ SUMMARY = {"steps": 2, "best_step": 1, "best_validation_loss": 2.0, "seconds": 5
 
 
 def config_of(layout: str) -> ConfigDict:
-    """What an experiment of `parts(layout)` says."""
+    """The config of an experiment with `parts(layout)`."""
     config = configs.defaults()
     model = decisive(parts(layout)["config"])
     del model["vocab_size"]
@@ -59,7 +60,7 @@ def config_of(layout: str) -> ConfigDict:
 
 
 def trained(folder: Path, layout: str = "grid", **fingerprint: Any) -> Workdir:
-    """A workdir as its stages leave it, of networks that have learned nothing: step 2 has twice the weights of 1."""
+    """A workdir as its stages leave it, with untrained networks: the weights of step 2 are twice those of step 1."""
     workdir, own, config = Workdir(folder), parts(layout), config_of(layout)
     workdir.text_tokenizer.mkdir(parents=True)
     own["text_tokenizer"].save(workdir.text_tokenizer / "text.model")
@@ -249,7 +250,7 @@ def test_a_bundle_of_text_alone_takes_images_where_there_is_a_tokenizer_of_them(
     run = ["run", *start(folder, text, tmp_path / "w")[1:]]
     refused(run, "image_tokenizer.steps is 0 and none was brought, but .* may have")
     raised = start(folder, text, tmp_path / "w", "--config.image_tokenizer.steps=5")
-    refused(raised, "text_tokenizer is not there yet")  # it is extended by images then (tests/cli/test_from_llm.py)
+    refused(raised, "text_tokenizer is not there yet")  # a text model is extended (tests/cli/test_from_llm.py)
 
 
 def test_a_bundle_that_draws_no_images_is_not_begun_with_what_draws_them(folder, tmp_path):
@@ -270,7 +271,8 @@ def test_a_config_takes_from_a_bundle_what_it_decides(bundle):
 
 
 def test_other_weights_are_another_training(bundle, folder, tmp_path):
-    """The stage remembers what it began with by its hash: the folder may move, its weights may not change."""
+    """The stage stores the hash of the bundle that it starts from: the folder may move, but its weights may not
+    change."""
 
     def facts(of: Bundle) -> dict[str, Any]:
         config = configs.load(f"{ROOT}/experiments/folder.py:path={folder},init={of.folder}")

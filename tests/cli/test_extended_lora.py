@@ -1,4 +1,4 @@
-"""An adapter beside a language model that learns images: new rows are trained with it, and go with it everywhere."""
+"""An adapter for a text model that learns images: new rows are trained, saved, merged and served with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A language model of text alone learns images: what it says of text is what it said, until that is trained too."""
+"""A text model learns images: its logits of text stay the same until they are trained, too."""
 
 from __future__ import annotations
 
@@ -145,7 +145,8 @@ def test_what_does_not_go_with_the_language_model_is_refused_before_anything_run
 
 
 def test_a_tokenizer_that_is_not_the_vocabularys_is_refused_by_name(folder, text, images, tmp_path):
-    """Its model has fewer rows than it has pieces; and one whose vocabulary was made for another tokenizer."""
+    """Refused: a model with fewer rows than its tokenizer has pieces, and one whose vocabulary is for another
+    tokenizer."""
     with pytest.raises(bundle.BundleError, match=r"language.json: expected 256 ids, as config.json has, found 384"):
         assert Bundle(write(tmp_path / "few", text, vocab_size=256)).grammar
     refused(extending("run", folder, tmp_path / "w", tmp_path / "few", images), "expected 256 ids.*found 384")

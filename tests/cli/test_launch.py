@@ -1,6 +1,6 @@
 """The launchers, on fake clusters: slurm.sh on two nodes that are real processes, tpu_vm.sh on a host that is a folder.
 
-And what they start from: the image and the manifest.
+Also the container image and the manifest that they use.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ case "$*" in
   *"tpu-vm ssh"*) cd "$HOST" && exec bash -c "${@: -1}" ;;
 esac
 """
-# What the host has: a python3 of 3.10, as TPU images do, from which pip brings uv, and uv a newer Python.
+# The host has python3 3.10, as TPU images do; pip installs uv, and uv a newer Python.
 PYTHON3 = """#!/bin/bash
 echo "python3 $*" >>"$HOST/log"
 [[ "$*" == *"uv venv"* ]] || exit 0
@@ -114,7 +114,7 @@ def test_a_tpu_vm_gets_a_python_of_its_own_once(tmp_path: Path) -> None:
         installed,
         started,
     ]
-    # The second time the environment is there: the new Python is asked for its version, and used.
+    # The second time the environment exists: the new Python is asked for its version, and used.
     assert said[1][0] == "git pull --quiet" and said[1][1].startswith("new python -c import sys")
     assert said[1][2:] == [installed, started]
 
@@ -123,7 +123,8 @@ def test_a_tpu_vm_gets_a_python_of_its_own_once(tmp_path: Path) -> None:
 
 
 def wrong(value: Any, schema: dict[str, Any], where: str = "") -> list[str]:
-    """Where a value breaks a Kubernetes schema: unknown and missing fields, types, choices, bounds and patterns."""
+    """The places where a value violates a Kubernetes schema: unknown and missing fields, types, choices, bounds and
+    patterns."""
     kinds = {"object": dict, "array": list, "string": str, "boolean": bool, "integer": int, "number": int | float}
     if not schema.get("x-kubernetes-int-or-string"):
         kind = kinds[schema["type"]] if "type" in schema else object
@@ -224,7 +225,7 @@ def test_the_image_has_what_the_manifest_and_the_package_need(manifest):
 
 @pytest.mark.parametrize("backend, package", [("cpu", "."), ("tpu", ".[tpu]"), ("cuda", ".[cuda]"), ("gpu", None)])
 def test_the_image_installs_the_backend_it_is_asked_for(backend, package, tmp_path):
-    """The RUN of the Dockerfile in a shell, with programs that write down how they are called."""
+    """The RUN commands of the Dockerfile in a shell, with programs that record their arguments."""
     text = (ROOT / "Dockerfile").read_text().partition("\nRUN ")[2]
     command = (
         re.match(r"(?:.*\\\n)*.*\n", text).group().replace("\\\n", "").replace("mkdir /job", f"mkdir {tmp_path}/job")

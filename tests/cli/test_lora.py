@@ -1,4 +1,4 @@
-"""A training of an adapter by the command line: what it leaves, and the two ways out of its workdir."""
+"""Training an adapter by the command line: the files that it writes, and both exports, adapter and merged bundle."""
 
 from __future__ import annotations
 

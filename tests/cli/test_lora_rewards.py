@@ -1,4 +1,4 @@
-"""An adapter beside a base in 8 bits learns from rewards; the base is rounded once and is the same at every start."""
+"""An adapter for a base in 8 bits learns from rewards; the base is rounded once and is the same at every start."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ REWARD = dict(
 def test_rewards_teach_an_adapter_beside_8_bits_and_a_second_start_ends_with_the_same_bits(
     folder: Path, tmp_path: Path, capsys
 ) -> None:
-    # Weights as they are initialised: attention as sharp as that of other tests amplifies roundings to 1e-3.
+    # Initialised weights: the sharper attention of other tests would amplify rounding errors to 1e-3.
     mild = jax.tree.map(lambda leaf: leaf / 6 if leaf.ndim > 1 else leaf, bundles.parts()["params"])
     bundle, workdir = bundles.write(tmp_path / "tiny", params=mild), tmp_path / "w"
     for verb in ("tokenizer", "train"):
         assert main(arguments(verb, folder, bundle, workdir, **REWARD)) == 0, capsys.readouterr().err
     rows = read_metrics(workdir / "model" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and all(row["groups/failed"] == 0 for row in rows)
-    # Drawn in float32 from what the rounded matrices are with the adapter in them, trained on beside them.
+    # Answers are drawn in float32 with the adapter merged into the rounded matrices; training keeps them separate.
     assert all(row["sampler_trainer/max"] < 1e-4 for row in rows)
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[-1]["kl"] > 1e-6
     folders = workdir / "model" / "checkpoints"

@@ -1,4 +1,5 @@
-"""The command line itself: answers at once, one sentence for what a person can mend, stops in order."""
+"""The command line itself: it answers at once, prints one sentence for errors that a person can fix, and stops in
+order."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ def ends(monkeypatch, error: BaseException, *more: str) -> int:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_and_a_mistyped_flag_need_no_jax(verb):
-    """What the parser imports is what `--help` waits for."""
+    """`--help` waits for everything that the parser imports."""
     code = (
         "import sys; from ar_unified.cli.main import main\n"
         "for words in (['--help'], ['--confg', 'x.py']):\n"

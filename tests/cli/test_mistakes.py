@@ -24,7 +24,7 @@ FEW = dict(image_tokenizer__steps=2, training__steps=2, training__warmup_steps=1
 
 @dataclass
 class Place:
-    """Where a mistake is made: `folder` is a good dataset, `work` a fresh or a trained workdir, `tmp` is free."""
+    """The folders of a mistake: `folder` is a good dataset, `work` a fresh or a trained workdir, `tmp` is empty."""
 
     folder: Path
     work: Path
@@ -56,7 +56,7 @@ def own(place: Place, text: str, *more: str) -> list[str]:
 
 
 def full_disk(place: Place, name: str) -> None:
-    """The file of this name meets a full disk."""
+    """Writing the file of this name fails because the disk is full."""
     replace = os.replace
 
     def fail(source: Any, target: Any) -> None:
@@ -235,7 +235,7 @@ def removed(name: str) -> Callable[[Place], None]:
 
 
 def foreign_checkpoint(place: Place) -> None:
-    """Of another vocabulary, under the name of ours."""
+    """A tokenizer with another vocabulary, under the name of ours."""
     folder = place.work / "model" / "checkpoints"
     manifest = Checkpoints(folder, readonly=True).metadata()["manifest"]
     shutil.rmtree(folder)
@@ -246,7 +246,7 @@ def foreign_checkpoint(place: Place) -> None:
 
 
 def busy(place: Place) -> None:
-    """Its lock is held by somebody else: not by this process, as far as it knows."""
+    """Its lock seems to be held by another process."""
     (place.work / "model" / "done.json").unlink()
     workdirs.own(place.work / "model")
     held = workdirs._held.copy()

@@ -1,7 +1,7 @@
 """The commands of the pages run: a page's commands in their order, in a folder of its own, on little data.
 
-Keys that are added to a command make its training small (`SMALL_BY_EXPERIMENT`), and little files stand in place of a
-reader's own (`Page.names`). A command that no test here runs is named with the reason (`NOT_RUN`).
+Additional keys make the training of a command small (`SMALL_BY_EXPERIMENT`), and small files replace those of a reader
+(`Page.names`). `NOT_RUN` names each command that no test here runs, with the reason.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Page:
     """A page whose commands are run.
 
     Attributes:
-        names: what stands in place of a name that the page leaves to the reader.
-        has: what a reader has by then: "shapes", the finished demo; "bundle", an export of it; "emu3", an import.
+        names: replacements for the names that a page leaves to the reader. has: what the reader already has: "shapes",
+        the finished demo; "bundle", an export of it; "emu3", an import.
     """
 
     file: str
@@ -80,7 +80,7 @@ RUN = [
     page("rewards", "shapes", "bundle", BUNDLE="bundle", FILE="shapes", DIR="workdirs/shapes"),
     page("workdirs", "shapes", FILE="shapes", DIR="workdirs/shapes"),
 ]
-# (page, how the command begins) -> why it is not run here, and what runs it in its place.
+# (page, how the command begins) -> why it is not run here, and which test runs it instead.
 HOURS = "a tokenizer of published size: tests/training/test_tokenizer_task.py trains small ones"
 PODS = "it compiles for TPUs that are not here: tests/cli/test_plan.py runs it, where libtpu is"
 FILES = (
@@ -167,7 +167,7 @@ def small(words: list[str], names: MappingProxyType[str, str]) -> list[str]:
         else next((b for a, b in zip(told, told[1:], strict=False) if a == "--config"), "")
     )
     experiment = Path(config.partition(":")[0]).stem
-    # What is evaluated of a bundle has the bundle's sizes.
+    # Evaluating a bundle uses the bundle's sizes.
     keys = SMALL_BY_EXPERIMENT[experiment] if config and "--from" not in told else {}
     return [*told, *(f"--config.{key}={value}" for key, value in keys.items())]
 
@@ -220,7 +220,7 @@ def test_the_commands_of_a_page(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Each ends with status 0, one after the other, as a reader gives them."""
+    """Each command, in the order of the page, ends with status 0."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     shutil.copytree(folder, "mine")

@@ -74,7 +74,8 @@ def test_sigterm_to_one_stops_both_and_the_next_start_goes_on_and_trains(tmp_pat
 
 
 def test_filters_on_two_leave_out_what_they_leave_out_on_one(tmp_path: Path) -> None:
-    """Process 0 compares all items, both leave out what it found: every tenth line says what an earlier one says."""
+    """Process 0 compares all items, and both leave out the copies that it finds: every tenth line repeats an earlier
+    one."""
     (tmp_path / "corpus").mkdir()
     lines = [f"the red circle {i} stands left of the blue square {i * i} and smiles" for i in range(20_000)]
     lines[9::10] = [line.upper() for line in lines[::10]]

@@ -1,4 +1,4 @@
-"""A training that begins with a published model's bundle has its tokenizers and language; its experiment is short."""
+"""A training from a published model's bundle has the bundle's tokenizers and layout; its experiment is short."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def get_config(arg=None):
 
 
 def command(verb: str, kind: str, folder: Path, here: Path, *changes: str) -> list[str]:
-    """Of an experiment that begins with the bundle of `kind`, which is made here."""
+    """The arguments of an experiment that starts from the bundle of `kind`, which is made here."""
     (here / "mine.py").write_text(EXPERIMENT)
     if not (here / kind).exists():
         bundles.write(here / kind, **parts(kind))

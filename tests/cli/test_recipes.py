@@ -1,4 +1,5 @@
-"""experiments/published/fine_tune.py: each system's recipe is a config that can be run; Anole's trains a part alone."""
+"""experiments/published/fine_tune.py: each system's recipe is a config that can be run; Anole's trains only a part of
+the parameters."""
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def systems(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of tiny bundles, one for each system: of Chameleon's ids, by another name."""
+    """A folder of tiny bundles, one for each system: all have Chameleon's ids under the system's name."""
     folder = tmp_path_factory.mktemp("systems")
     for name in EXPECTED:
         made = parts("emu3" if name == "emu3" else "chameleon")

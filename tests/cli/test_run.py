@@ -1,4 +1,4 @@
-"""The whole path, killed and not killed."""
+"""The whole path, with and without kills."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from tests.moments import random_moments
 
 @pytest.fixture(scope="module")
 def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The workdir of a `run` that nothing disturbed."""
+    """The workdir of a `run` that was not interrupted."""
     workdir = tmp_path_factory.mktemp("undisturbed")
     assert main(command("run", folder, workdir)) == 0
     return workdir

@@ -22,7 +22,7 @@ from tests.sampling.tiny import CONFIG, GRAMMARS, random_params
 
 
 def experiment(folder, **changes):
-    """One whose tiny model was trained, without the stages before."""
+    """A workdir with a trained tiny model, without the earlier stages."""
     config = configs.defaults()
     config.sampling.update(dict(batch_size=4, max_length=64) | changes.pop("sampling", {}))
     config.mesh.update(changes)
@@ -43,7 +43,8 @@ def trained(tmp_path_factory):
 
 
 def test_rows_are_split_over_a_process_own_devices_and_heads_as_the_mesh_says(trained):
-    """Eight devices: 4 groups of rows x tensor 2. The weights never lie whole on one, the tokens are those of one."""
+    """Eight devices: 4 groups of rows x tensor 2. No device has all weights, and the tokens equal those of one
+    device."""
     engine = experiment(trained, fsdp=4, tensor=2).engine
     assert dict(engine.mesh.shape) == {"data": 4, "fsdp": 1, "tensor": 2, "context": 1}
     query = engine.params["layers"][0]["attention"]["query"]  # [D, N * H]
@@ -77,7 +78,7 @@ def test_what_does_not_fit_is_said(trained, mesh, sampling, words):
 
 
 def test_a_job_all_of_whose_requests_fail_is_an_error(trained, tmp_path):
-    """Also when it is run again, and then has nothing left to do."""
+    """Also when it runs again with nothing left to do."""
     opened = experiment(trained, sampling=dict(batch_size=8))
     cells = SimpleNamespace(factor=4, codes_per_position=1, decode=None, encode=None, hash="")
     opened.__dict__ |= {"image_tokenizer": cells}
@@ -89,7 +90,7 @@ def test_a_job_all_of_whose_requests_fail_is_an_error(trained, tmp_path):
 
 
 def test_the_best_checkpoint_is_sampled_from_when_asked(tmp_path):
-    """Two steps with other weights: `sampling.checkpoint` decides, and everything that is made says which it was."""
+    """Two steps with different weights: `sampling.checkpoint` chooses one, and all results record which."""
     params = random_params()
     metadata = {"manifest": GRAMMARS["grid"].manifest()}
     checkpoints = Checkpoints(tmp_path / "model" / "checkpoints")

@@ -1,4 +1,4 @@
-"""`ar-unified score`: what a bundle's model says of documents, pairs and what cannot be read, line by line."""
+"""`ar-unified score`: the likelihoods of documents and pairs, and the lines for items that cannot be read."""
 
 from __future__ import annotations
 

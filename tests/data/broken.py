@@ -1,4 +1,4 @@
-"""A set as people have it: thousands of files for every reader, some of them broken in each way that is known.
+"""A realistic set: thousands of files for every reader, some of them broken in each known way.
 
 PYTHONPATH=.:tokenizers python -m tests.data.broken FOLDER [FILES]    makes FOLDER/set of 5,000 files
 

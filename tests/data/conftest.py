@@ -47,7 +47,7 @@ class PatchMeans:
 
 
 class Kit:
-    """What the tests of this folder share."""
+    """Objects that the tests of this folder share."""
 
     Tokenizer = PatchMeans
 
@@ -85,7 +85,8 @@ class Kit:
 
     @classmethod
     def spoil(cls, root: Path) -> dict[str, str]:
-        """Puts bad rows between the good captions of `folder`; what is wrong, by file:line. One new row is good."""
+        """Puts bad rows between the good captions of `folder`; returns what is wrong, by file:line. One new row is
+        good."""
         png = to_png(cls.image(0, 64, 64))
         (root / "images/truncated.png").write_bytes(png[: len(png) // 2])
         (root / "images/empty.png").write_bytes(b"")

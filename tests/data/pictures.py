@@ -1,4 +1,4 @@
-"""Images as photographs are: large shapes, an even light, some detail; no two alike."""
+"""Images like photographs: large shapes, even light, some detail; no two are alike."""
 
 from __future__ import annotations
 

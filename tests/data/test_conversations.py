@@ -1,4 +1,5 @@
-"""Conversations about scenes: read again by other means than they were made, nothing held out is said in training."""
+"""Conversations about scenes: an independent reader agrees with them, and training contains nothing that is held
+out."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def attribute_of(words: str) -> str:
 
 
 def answers(talk: Conversation) -> list[str | Scene | None]:
-    """What a reader answers who keeps in mind the picture, what "it" is, what was asked, and how "it" was."""
+    """The answers of a reader who remembers the picture, what "it" means, the last question, and how "it" was
+    before."""
     scene, it, asked, was = talk.shown, None, "", None
     found: list[str | Scene | None] = []
     for exchange in talk.exchanges:

@@ -1,4 +1,4 @@
-"""Random numbers that are functions: the same for ever, element by element."""
+"""Random numbers as functions of counters: always the same, element by element."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ar_unified.data.counter_rng import hash64, key, permute, uniform
 
 
 def test_the_numbers_never_change() -> None:
-    """Data that was read in another order after an update would be read twice, or never."""
+    """If the order changed with an update, a resumed training would read some data twice and other data never."""
     stream = key(7, "photos", 2, "documents")
     assert stream == 11972208863723014850
     assert hash64(stream, np.arange(3)).tolist() == [675687589498238800, 6156229895404958697, 8166708023345935845]

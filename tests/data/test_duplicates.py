@@ -1,4 +1,4 @@
-"""Planted copies are found, look-alikes are left: on real images where they are, and on drawn ones."""
+"""Planted copies are found and look-alikes are kept: on real images if they are at hand, and on drawn ones."""
 
 from __future__ import annotations
 

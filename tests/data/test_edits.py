@@ -1,4 +1,4 @@
-"""Edits of scenes: an instruction says what changes, nothing else does, and what is held out is told in no training."""
+"""Edits of scenes: only what the instruction says changes, and held-out edits never occur in training."""
 
 from __future__ import annotations
 

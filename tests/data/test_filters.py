@@ -1,4 +1,5 @@
-"""What is left out on request: each kind counted, the same in any order of reading, and only where asked."""
+"""Items that filters leave out: each kind is counted, the order of reading does not matter, and no filter is on by
+default."""
 
 from __future__ import annotations
 

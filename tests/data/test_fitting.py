@@ -1,4 +1,4 @@
-"""Which lengths share a row: whatever they are they fit, and little is left over."""
+"""Which lengths share a row: any lengths fit, and little space is left over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files as no one should write them: the good documents come through, every bad one is named, nothing is written."""
+"""Malformed and hostile files: good documents are read, every bad one is named, and nothing is written."""
 
 from __future__ import annotations
 

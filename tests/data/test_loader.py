@@ -167,7 +167,7 @@ def test_condition_dropout_leaves_exactly_the_unconditional_prefix(prepared: Pat
 
 
 def test_one_definition_of_unconditional(prepared: Path, grammar: Grammar, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data and sampler must not each have their own: what the grammar says changes what the loader makes."""
+    """Data and sampler must use the same grammar: changing it changes what the loader makes."""
     v = grammar.vocabulary
     other = np.array([v.bos, v.control("eol"), v.control("eot")], np.int32)
     monkeypatch.setattr(Grammar, "unconditional", property(lambda self: Encoded(other, np.full(3, 2, np.uint8))))

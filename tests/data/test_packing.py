@@ -70,7 +70,7 @@ def test_a_block_has_a_bit_of_everything_and_a_window_is_shuffled_as_one() -> No
 
 
 def test_the_order_of_large_data_never_changes() -> None:
-    """Data that was read in another order after an update would be read twice, or never."""
+    """If the order changed with an update, a resumed training would read some data twice and other data never."""
     with small_blocks():
         made = Packing(np.arange(50) * 7 % 60 + 1, T, seed=3, name="photos")
         found = [row.tolist() for row in made.documents(2, np.arange(made.rows))]

@@ -1,4 +1,4 @@
-"""The page that `validate` writes: what is on it, and that nothing of the data becomes a part of it."""
+"""The page that `validate` writes: its content, and that markup in the data has no effect."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def answered(answer: str) -> dict[str, Any]:
     return {"role": "assistant", "content": answer}
 
 
-# By what they are: records as a table has them, and the same pairs as rows of `language.rows`.
+# By name: records as in a table, and the same pairs as rows of `language.rows`.
 RECORDS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "texts": [
         (
@@ -225,7 +225,7 @@ def test_conversations_that_are_no_pair_are_refused(changes: dict[str, Any], kin
 
 
 def test_one_answer_alone_is_no_pair(tmp_path: Path) -> None:
-    """A column of that name stays what it was: something that travels along."""
+    """A column of that name is still copied to `meta`."""
     pq.write_table(pa.Table.from_pylist([dict(text="a", prompt="b", chosen="c")]), tmp_path / "t.parquet")
     source = open_source(dict(kind="parquet", path=str(tmp_path / "t.parquet")))
     found = source[0]

@@ -1,4 +1,4 @@
-"""Rows and batches of another size from phase to phase."""
+"""Rows and batches whose size changes from phase to phase."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_rows_of_each_length_are_planned_beside_the_shards(
 
 
 def test_a_source_goes_on_with_its_next_window_where_rows_get_longer() -> None:
-    """No document is read twice in an epoch, and all of those that a phase has not come to."""
+    """No document is read twice in an epoch, and later phases read those that an earlier one did not reach."""
     lengths = np.random.default_rng(0).integers(1, T // 2, 400)
     with small_blocks():
         short, long = Packing(lengths, T // 2, seed=1), Packing(lengths, T, seed=1)

@@ -1,4 +1,5 @@
-"""Preference pairs from JSONL to batches: what is left out and why, which answers share a row, what is beside them."""
+"""Preference pairs from JSONL to batches: which pairs are left out and why, which answers share a row, and the arrays
+of a batch."""
 
 from __future__ import annotations
 

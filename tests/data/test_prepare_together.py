@@ -1,4 +1,5 @@
-"""Real processes that share the shards of one folder: the same bytes as of one, whoever is slow or killed."""
+"""Real processes that share the shards of one folder: the bytes equal those of one process, whichever process is slow
+or killed."""
 
 from __future__ import annotations
 

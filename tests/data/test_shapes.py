@@ -1,4 +1,4 @@
-"""The embedded dataset: what it says is true, nothing leaks between its splits, and TFDS serves it."""
+"""The embedded dataset: its texts are true, nothing leaks between its splits, and TFDS serves it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a process has of prepared shards: maps of files, the last few shards open, and what it was asked for."""
+"""What a process keeps of prepared shards: memory-mapped files, the last few open shards, and the items it was asked
+for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Videos as clips. What needs the package `av` is marked interop, where it is installed."""
+"""Videos as clips. Tests that need the package `av` are marked interop, because it is installed there."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_without_av_a_folder_with_videos_is_refused(tmp_path: Path, monkeypatch:
 
 
 def film(codec: str = "libx264", kind: str = "mp4", count: int = 40, every: int = 12, size: Any = (64, 48)) -> bytes:
-    """Frame i is of the grey 6 i, its left upper corner white; `every` so many frames is a key frame."""
+    """Frame i has the grey 6 i and a white upper left corner; `every` so many frames is a key frame."""
     import av
 
     file = io.BytesIO()

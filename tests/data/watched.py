@@ -1,4 +1,4 @@
-"""Prepares a set in this process and says what that took and touched.
+"""Prepares a set in this process and reports its memory and the files that it touched.
 
 PYTHONPATH=.:tokenizers python -m tests.data.watched FOLDER    prepares what FOLDER/specs.json names into FOLDER/data
 

@@ -1,4 +1,4 @@
-"""Conversations are held with the model's own answers, turn by turn, and every turn is counted."""
+"""Conversations are replayed with the model's own answers, turn by turn, and every turn is counted."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def run(documents, monkeypatch, answer=lambda i, truth: truth, protocol="shapes"
 
 
 def _asks(document, i, request, conversation, oracle):
-    """Whether the user's first i turns were those of a document, and this is its next."""
+    """Whether the user's first i turns are those of a document, so that this is the next turn."""
     users = [tuple(map(oracle.coded, turn.parts)) for turn in document.turns[::2]]
     return users[: i + 1] == [*(turn.parts for turn in conversation.turns[::2]), request.parts]
 

@@ -1,4 +1,4 @@
-"""Scores of an oracle whose mistakes are known: what is counted, what is left out, what is asked at once."""
+"""Scores of an oracle whose mistakes are known: which answers count, which are left out, which are asked together."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Oracle:
 
     def generate(self, plans):
         self.calls.append(len(plans))
-        for request in (plan.request for plan in reversed(plans)):  # the order is nobody's business
+        for request in (plan.request for plan in reversed(plans)):  # the order does not matter
             said = self.answer(request, self.truth(request))
             if said is None:
                 yield Sample(request, 0, np.zeros(0, np.int32), None, "error", "broken")
@@ -257,7 +257,7 @@ def test_a_wrong_next_part_is_counted_as_wrong():
 
 
 def test_a_next_text_may_end_where_a_image_begins():
-    """The document goes on behind the text: the model is free to begin that image, and has room for it."""
+    """The document continues after the text: the model may begin that image, and has room for it."""
     asked = []
 
     def answer(request, truth):

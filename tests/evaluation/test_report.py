@@ -1,4 +1,4 @@
-"""The report is one file that needs no other, says the numbers, and does not trust the text it shows."""
+"""The report is one self-contained file, shows the numbers, and escapes the text that it shows."""
 
 from __future__ import annotations
 

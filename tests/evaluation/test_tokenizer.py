@@ -28,7 +28,7 @@ SIZE, K = (48, 64), 8
 
 
 class Greys:
-    """Each code is the grey of 4 x 4 pixels, one of 8; `drift`: what is decoded is lighter by as many levels."""
+    """Each code is one of 8 greys for 4 x 4 pixels; decoded images are lighter by `drift` levels."""
 
     codebook_size, hash = K, "5" * 64
 
@@ -69,7 +69,7 @@ def exact(count: int, codes: int = K, seed: int = 0) -> list[np.ndarray]:
 
 
 def noisy(count: int, seed: int = 0) -> list[np.ndarray]:
-    """Images with more and more noise, twice as large."""
+    """Images of twice the size with increasing noise."""
     rng = np.random.default_rng(seed)
     clean = np.stack(exact(count, seed=seed)).repeat(2, 1).repeat(2, 2).astype(np.float64)
     return list(

@@ -1,4 +1,5 @@
-"""Lines that are made some at a time: killed and gone on with, of something else, by two, and their end."""
+"""Output lines that are written a few at a time: continuing after a kill, other settings, two processes, and the
+end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A workdir whose config changes: which keys may, what is noted of it, and what follows from it."""
+"""A workdir whose config changes: which keys may change, how changes are recorded, and their effects."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def open_stage(folder: Path, name: str = "model", taken: int = 0, made: ConfigDi
     steps = Training(key, wanted, lambda: [taken] if taken else [], "there", "" if name == "model" else "data")
     stage = Experiment(made, Workdir(folder)).stage(name, *KEYS[name], training=steps, manifest={"size": 9})
     if not stage.done and not (stage.folder / "metrics.jsonl").exists():
-        write_text(stage.folder / "metrics.jsonl", "")  # a stage that made nothing would be begun again
+        write_text(stage.folder / "metrics.jsonl", "")  # an empty stage would be started again
     return stage
 
 
@@ -79,7 +79,7 @@ def test_a_key_that_came_later_is_not_missed_in_a_workdir_that_was_made_without_
 
 @pytest.mark.parametrize("name", ["model", "image_tokenizer"])
 def test_each_key_of_a_training_costs_extends_or_is_refused(tmp_path: Path, name: str) -> None:
-    """Every key by itself: what is in neither list decides the result, whatever it is."""
+    """Each key alone: every key that is in neither list decides the result."""
     plain = configs.plain(configs.defaults())
     keys = {key: value for part in KEYS[name] for key, value in flat(plain[part], part)}
     accepted: dict[str, set[str]] = {"cost": set(), "extended": set()}
@@ -305,7 +305,7 @@ def test_a_branch_has_all_that_a_training_needs_and_leaves_its_origin_alone(orig
         branched(origin, folder, 6, training__schedule="wsd")
     assert {path: path.read_bytes() for path in origin.rglob("*") if path.is_file()} == before
     assert sorted(path.name for path in folder.glob("[!.]*")) == ["data", "model", "text_tokenizer"]
-    # The step before the branch is told as the origin has it; what came later there is not this run's.
+    # Changes before the branch are taken from the origin; later changes there do not belong to this run.
     noted = {"training.steps": [20, 16], "training.schedule": ["cosine", "wsd"], "training.log_every": [5, 20]}
     assert history(folder) == [("cost", 4, {"training.log_every": [20, 5]}), ("branched", 6, noted)]
     assert read_json(folder / "model" / "history.json")[-1]["from"] == str(origin)

@@ -1,4 +1,5 @@
-"""A config is asked all that can be known before the first stage, and says which key, what was expected and found."""
+"""A config is checked completely before the first stage; errors name the key, the expected value and the value
+found."""
 
 from __future__ import annotations
 

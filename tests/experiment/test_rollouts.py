@@ -178,7 +178,8 @@ def test_loss_and_gradient_are_the_same_on_any_mesh(params):
 
 
 def test_without_the_advantage_nothing_is_learned(params):
-    """The gradient is the advantage's: with none there is none, and with the opposite it is the opposite."""
+    """The gradient comes from the advantages: without them it is zero, and with the opposite ones it is the
+    opposite."""
     batch = rewarded.rollouts()(0, params)
     task = rewarded.task(lambda *_: batch)
 

@@ -1,4 +1,4 @@
-"""What parity tests need of our side: hidden states, a fine-tuning, files as arrays. No torch."""
+"""Our side of parity tests: hidden states, a fine-tuning, files as arrays. It needs no torch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def hidden(model: Any, tokens: Any) -> np.ndarray:
 
 
 def stacked(config: TransformerConfig, params: Any) -> Any:
-    """Parameters as a training has them, float32, of those of an engine: a list of layers, matrices flat."""
+    """An engine's parameters (a list of layers with flat matrices) in the form of a training, float32."""
 
     def stack(path: Any, like: Any) -> jax.Array:
         name, *more = (entry.key for entry in path)
@@ -93,7 +93,8 @@ def tensors(folder: Path) -> Tensors:
 
 
 def joined(folder: Path) -> Tensors:
-    """The tensors of Meta's shards below a folder: cut ones whole, QK-norm vectors [shards, H], no frequencies."""
+    """The tensors of Meta's shards in a folder: split ones joined, QK-norm vectors as [shards, H], without RoPE
+    frequencies."""
     paths = sorted(folder.glob("models/*/consolidated*.safetensors"))
     parts = [load_file(path) for path in paths]
     out: Tensors = {}
@@ -135,7 +136,8 @@ def assert_same(found: Tensors, expected: Tensors) -> None:
 
 
 def assert_codes(found: np.ndarray, expected: np.ndarray, latents: np.ndarray, codebook: np.ndarray) -> None:
-    """int [B, h, w] twice, equal but where latents [B, h, w, C] are as near to two codes, to 1e-4 of their distance."""
+    """int [B, h, w] twice: equal, except where a latent [B, h, w, C] is equally near to two codes, within 1e-4 of the
+    distance."""
     distances = np.square(latents[..., None, :] - codebook).sum(-1)
     nearest = np.sort(distances, -1)
     margin = (nearest[..., 1] - nearest[..., 0]) / nearest[..., 1]

@@ -20,7 +20,7 @@ from tests.interop.weights import Sizes, Tensors, draw, drawn, interleaved, shar
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 VQ = {"base": 32, "multipliers": (1, 2), "blocks": 1, "z": 16, "codes": 64, "embed": 16}
 LWM_THETA = 1e4  # not in its files: whoever imports must say it
-LWM_VISION = 64 + 16  # ids of its second table: 64 codes, then 64: end of a frame, 65: end of a clip, and spare ones
+LWM_VISION = 64 + 16  # ids of its second table: 64 codes, end of frame 64, end of clip 65, unused ids
 
 
 def save(folder: Path, tensors: Tensors, dtype: str = "float32", name: str = "model.safetensors") -> None:
@@ -302,8 +302,8 @@ def lwm(
 ) -> Path:
     """LWM's `params`, a msgpack stream of (path, flax's bytes of one array), and tokenizer.model.
 
-    scanned: layers lie stacked in front under scan_decoder, else each by its number. prefix: paths begin with
-    ("params", "params"), as whole training states have them.
+    scanned: layers are stacked along the first axis under scan_decoder; else each has its number. prefix: paths begin
+    with ("params", "params"), as whole training states have them.
     """
     import msgpack
     from flax.serialization import to_bytes

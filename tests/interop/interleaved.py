@@ -83,7 +83,8 @@ class Lwm:
 
 
 def meta_logits(shards: Sequence[Tensors], params: dict[str, Any], ids: np.ndarray) -> np.ndarray:
-    """Meta's Chameleon as its ranks compute it, each its own heads and QK-norm vectors: int [B, T] -> [B, T, V]."""
+    """Meta's Chameleon as its ranks compute it, where each rank has its own heads and QK-norm vectors: int [B, T] ->
+    [B, T, V]."""
     model, ranks = params["model"], len(shards)
     parts = [{name: tensor.astype(np.float64) for name, tensor in shard.items()} for shard in shards]
     N, K, eps, swin = model["n_heads"] // ranks, model["n_kv_heads"] // ranks, model["norm_eps"], model["swin_norm"]

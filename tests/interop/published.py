@@ -140,7 +140,7 @@ def _emu3_vision(levels: int) -> dict[str, Any]:
 
 
 def _emu3_text(table: Table, longest: int) -> dict[str, Any]:
-    """longest: positions, which are Chat's or Gen's."""
+    """longest: the number of positions, by which Chat and Gen are told apart."""
     ids = {"pad_token_id": "<|endoftext|>", "bos_token_id": "<|extra_203|>", "eos_token_id": "<|extra_204|>"}
     return (
         _SIZES
@@ -313,7 +313,7 @@ def simplear(folder: Path, *, dtype: str = "float32", seed: int = 0, named: bool
 
 
 def tar(folder: Path, *, dtype: str = "float32", seed: int = 0) -> Path:
-    """Tar, of Qwen2's class; its codes are tokens of the text tokenizer, and none is called special there."""
+    """Tar, which has Qwen2's class; its codes are tokens of the text tokenizer, which does not mark them as special."""
     table = tables.tar()
     _save(fill(_qwen2(table), seed), folder, dtype, False)
     file = table.split({"type": "NFC"})

@@ -1,4 +1,4 @@
-"""What transformers computes on a published folder, in float32: the other side of every parity test. Needs torch.
+"""The results of transformers for a published folder, in float32: the reference of every parity test. Needs torch.
 
 Lumina-mGPT, Emu3.5 and Liquid have no class there: Chameleon's, Qwen3's and Gemma's read their tensors, renamed or
 repeated (`formats.as_transformers`), and are the oracle.

@@ -1,4 +1,5 @@
-"""Pickled files into safetensors, by data alone: nothing in them is run, and what tensors do not need is refused."""
+"""Converting pickles to safetensors: nothing in them is executed, and everything that is not needed for tensors is
+refused."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ W = RNG.normal(size=(4, 6)).astype(np.float32)
 
 
 class Named:
-    """Pickled as a global of any module, be it there or not."""
+    """Pickled as a global of any module, whether the module exists or not."""
 
     def __init__(self, module, name):
         self.module, self.name = module, name

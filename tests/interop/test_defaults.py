@@ -1,4 +1,4 @@
-"""What a system was published to be drawn with is its bundle's default, and acts as if a person had said it.
+"""The published sampling settings of a system are its bundle's defaults, and act as if a request had set them.
 
 LWM and Lumina-mGPT 2.0 are asked in test_systems, which has their files.
 """
@@ -180,7 +180,7 @@ def test_emu3_gen_is_asked_as_its_authors_do_with_no_option(bundle: Callable[[st
             for prompt in ("a red circle." + PRAISE, asked.negative_prompt)
         ]
     plan = model.engine.plan(asked)
-    # What an image begins with is fed as the first of what is drawn.
+    # The ids that open an image are fed as the first drawn ids.
     found = [model.ids.theirs(np.append(plan.prompt, plan.given)).tolist(), model.ids.theirs(plan.prefixes[1]).tolist()]
     assert found == expected and plan.weights == [3.0, -2.0]
     exact = model.request("a red circle.", mode="image", seed=0, image_size=size, turn=False)

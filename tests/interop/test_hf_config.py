@@ -1,4 +1,4 @@
-"""Shapes in config.json: old and new spellings mean the same, and what is not computed is refused by its key."""
+"""Shapes in config.json: old and new spellings mean the same, and unsupported features are refused by their key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Published tables of true size, by the names of their tokens: which id is what, and wrong names refused.
+"""Published tables of true size, by the names of their tokens: the meaning of each id, and wrong names are refused.
 
 The ids are those of the published tokenizers (Chameleon's text_tokenizer.json, Emu3's tiktoken and vision tokens).
 """

@@ -33,7 +33,7 @@ PIXELS = tiny.PIXELS
 
 
 class File(NamedTuple):
-    """A tiny tokenizer's published file: its settings beside it, `known` where no file says so much."""
+    """A tiny tokenizer's published file with its settings; `known` has the settings that no file gives."""
 
     reference: tiny.Reference
     settings: dict[str, str]
@@ -114,7 +114,7 @@ def test_it_computes_what_the_original_does_and_comes_back(
 def test_a_tokenizer_in_a_models_file_of_two_precisions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """Its own tensors come back, in the precision of each; those of the language model are told."""
+    """The tokenizer's tensors are exported with their dtypes; those of the language model are named as left out."""
     folder, file = download(tmp_path / "download", "janus_vq", monkeypatch)
     own = {f"gen_vision_model.{name}": x.astype(ml_dtypes.bfloat16) for name, x in file.reference.tensors.items()}
     used = "gen_vision_model.quantize.codebook_used"

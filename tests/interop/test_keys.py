@@ -1,4 +1,4 @@
-"""Names, sides and turns of published tensors: there and back, and what they mean."""
+"""Names, axis order and RoPE order of published tensors: to ours and back, and their meaning."""
 
 from __future__ import annotations
 

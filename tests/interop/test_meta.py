@@ -1,4 +1,4 @@
-"""Shards of Meta's checkpoints joined and cut again, against a plain reading of the rules."""
+"""Shards of Meta's checkpoints are joined and split again, and compared with a plain implementation of the rules."""
 
 from __future__ import annotations
 

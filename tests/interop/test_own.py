@@ -1,4 +1,4 @@
-"""A model of our own as others read it: the same logits in transformers, the same ids of its tokenizer."""
+"""A model of our own, exported: transformers computes the same logits, and its tokenizer gives the same ids."""
 
 from __future__ import annotations
 

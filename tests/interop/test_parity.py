@@ -1,7 +1,7 @@
 """Imported models against the reference implementations on the same published files, and back.
 
 Tolerances are those of `reference/published_weights.md` §7, at least four times what the references differ by among
-themselves. All of it goes through the verbs and `ar_unified.load`, as a person goes.
+themselves. All tests use the verbs and `ar_unified.load`, as a user does.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.interop.tables import Table  # noqa: E402
 from tests.interop.weights import interleaved as neighbours  # noqa: E402
 
 LOGITS, RELATIVE, HIDDEN, TUNED = 5e-5, 1e-5, 2e-5, 5e-5
-WRONG = 1000 * LOGITS  # what a mistake of layout costs at least
+WRONG = 1000 * LOGITS  # the smallest error that a mistake of layout causes
 GREEDY = Filter(temperature=0.0)
 
 
@@ -230,7 +230,7 @@ def prompts_of(case: Case, model: Any, count: int = 12) -> list[list[int]]:
 
 
 def sampled(model: Any, ours: np.ndarray, prompt: Sequence[int], n: int, **settings: Any) -> np.ndarray:
-    """Their ids of what our sampler draws behind a prompt of theirs, through the cache: the first n."""
+    """The first n ids that our sampler draws after a published prompt, with the cache, as published ids."""
     request = Request(
         "r", (TokensPart(tuple(ours[list(prompt)].tolist())),), turn=False, text=GREEDY, image=GREEDY, **settings
     )
@@ -424,7 +424,7 @@ def heads_as_neighbours(folder: Path) -> None:
 
 @pytest.mark.parametrize("edit", [swin_flipped, first_rows, norms_as_neighbours, heads_as_neighbours])
 def test_a_wrong_layout_is_a_thousand_tolerances_off(edit, bundles, models, oracles):
-    """The mistakes that shapes do not show: were one of them ours, the tests above could not pass."""
+    """Mistakes that do not change shapes: with any of them, the tests above would fail."""
     case = CASES["chameleon"]
     _, ours = models(case)
     wrong = ar_unified.load(bundles(case, edit), dtype="float32")

@@ -1,4 +1,4 @@
-"""The oracles themselves: what they write has the published keys and loads whole, and no greedy step is a near tie."""
+"""The oracles themselves: their files have the published keys and load completely, and no greedy step is a near tie."""
 
 from __future__ import annotations
 

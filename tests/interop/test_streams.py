@@ -1,4 +1,4 @@
-"""LWM's streams against flax's own bytes, both ways; and what is no stream."""
+"""LWM's streams compared with flax's bytes, reading and writing; and files that are not streams."""
 
 from __future__ import annotations
 

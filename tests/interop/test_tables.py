@@ -1,4 +1,4 @@
-"""No cell of the tables in README and docs/published_weights.md says yes that no test runs."""
+"""Every "yes" in the tables of README and docs/published_weights.md has a test."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def test_it_is_told_by_its_head(how: str, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_rows_of_zeros_are_told_whatever_is_beside_them() -> None:
-    """So begins a head that somebody made larger, and a file that was made and never filled."""
+    """A head that was enlarged starts like this, and so does a file that was created but never filled."""
     vocabulary = Vocabulary(64, CODES, 1)
     border = Border.from_ids(range(vocabulary.size))
     head, zeros = RNG.normal(size=(vocabulary.size, 8)), np.zeros((vocabulary.size, 8))

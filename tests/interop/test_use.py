@@ -1,4 +1,5 @@
-"""An imported Chameleon, of Meta's files, used as any model: images in and out, in a batch as one by one."""
+"""An imported Chameleon, of Meta's files, used as any model: images in and out, with equal results in a batch and one
+by one."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from ar_unified.kernels.attention.spec import Spec
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One thing a kernel is compiled for. `group`: query heads per KV head."""
+    """One variant that a kernel is compiled for. `group`: query heads per KV head."""
 
     head_dim: int
     dtype: str

@@ -1,4 +1,4 @@
-"""The work follows the documents: the blocks that are visited are those that somebody sees, and no others."""
+"""The work follows the documents: exactly those blocks are visited that some query sees."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decode attention: every backend against the reference, and the reference against attention's own."""
+"""Decode attention: every backend against the reference, and the reference against that of attention."""
 
 from __future__ import annotations
 
@@ -195,7 +195,8 @@ def test_a_derivative_is_refused_in_words():
 @pytest.mark.parametrize("backend", ["reference", "xla", "tpu_interpret"])
 @pytest.mark.parametrize("int8", [False, True])
 def test_several_queries_a_row_are_one_after_another(backend, int8):
-    """The last of them at lengths - 1, each a position further; of what lies beyond the cache nothing is asked."""
+    """The last query is at lengths - 1, the others at the positions before; queries beyond the cache are not
+    compared."""
     B, T, N, K, S, H = 3, 4, 4, 2, 128, 64
     keys, values, q = (
         jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(B, K, S, H)] * 2 + [(B, T, N, H)])

@@ -1,8 +1,8 @@
 """The Hopper kernels: their numbers under JAX's emulation of a GPU, threads, barriers and TMA included; and their walk.
 
 The emulation has neither wgmma's operand in registers nor accumulators that live on between products, so those are
-plain products here (`warpgroup.accumulate`); layouts and swizzles of real shared memory it does not see. It does look
-for races: a slot that is written again before all that read it said so is an error.
+plain products here (`warpgroup.accumulate`); it does not check layouts and swizzles of real shared memory. It does
+detect races: writing a slot again before all its readers have finished is an error.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Attention over parts of the keys, merged, is attention over all of them; and what is -inf stays harmless."""
+"""Merging attention over parts of the keys gives attention over all keys, also where a log-sum-exp is -inf."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ WRITTEN = {
 
 
 def language(grammar, words, budget, mode, least, most, height, width):
-    """Every continuation of an empty prompt that fits; code 0, and the words, stand for all of theirs."""
+    """Every continuation of an empty prompt that fits; code 0 represents all codes, and the words all words."""
     syntax, layout = grammar.syntax, grammar.layout
     tall, wide = (range(a, b + 1, unit) for a, b, unit in sides(layout))
     sizes = [(h, w) for h, w in itertools.product(tall, wide)]
@@ -166,7 +166,7 @@ def test_allowed_is_exactly_what_can_still_be_finished(case):
 
 
 def prompts(grammar, rng, rows):
-    """Prompts that end anywhere legal, in the middle of an image and of its size included."""
+    """Prompts that end at any legal place, also inside an image or its size."""
     out = []
     for _ in range(rows):
         size = [unit * rng.integers(-(-a // unit), b // unit + 1) for a, b, unit in sides(grammar.layout)]
@@ -178,7 +178,7 @@ def prompts(grammar, rng, rows):
 
 
 def asked(grammar, rng, rows, steps):
-    """Requests of all kinds; a row that asks for more than its budget holds among them."""
+    """Requests of all kinds, including a row that asks for more than its budget allows."""
     least = rng.integers(0, 3, rows)
     most = least + rng.integers(0, 2, rows)
     height, width = (

@@ -1,4 +1,4 @@
-"""What each position of a conversation is for, by hand, for each kind of layout."""
+"""The marks of each position of a conversation, written by hand, for each kind of layout."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,5 @@
-"""A language model's ids with images: text keeps its ids, what was there its row, published ids their place."""
+"""A language model's ids with images: text keeps its ids, old ids keep their rows, and published ids keep their
+numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""parse(encode(d)) == d; what does not parse says where; tokens are rearranged as documents would be."""
+"""parse(encode(d)) == d; errors say where; rearranging tokens equals rearranging documents."""
 
 import json
 from dataclasses import replace

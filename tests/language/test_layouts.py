@@ -159,7 +159,7 @@ def test_chameleon_without_a_prompt_and_in_several_turns() -> None:
     text, c = SYSTEMS["chameleon"].text.encode, published.CHAMELEON
     _, nothing = published.chameleon_contexts(published.chameleon(text, [["a"]]))
     assert [*unconditional("chameleon"), c["boi"]] == nothing
-    # What stands behind an answer that is not the last is nowhere read. Ours ends every answer alike, with </s>.
+    # We found no source for what follows an answer that is not the last. Ours ends every answer with </s>.
     theirs, found = np.array(published.chameleon(text, TALK)), np.array(ours("chameleon", conversation(*TALK)))
     (differ,) = np.nonzero(theirs != found)
     assert len(differ) == 2 and set(theirs[differ]) == {c["eot"]} and set(found[differ]) == {c["eos"]}
@@ -257,7 +257,8 @@ def test_liquid_asked_to_draw() -> None:
 
 
 def test_liquid_describes_in_a_document_and_does_not_talk() -> None:
-    """Its instruction is what the document says. Of its chat the record has neither the marks nor the names."""
+    """Its instruction is what the document says. The record has neither the marks nor the speakers' names of its
+    chat."""
     text = SYSTEMS["liquid"].text.encode
     said = document([SQUARE, f"The caption of this image is:{WORDS}"])
     assert ours("liquid", said) == published.liquid_caption(text, SQUARE, WORDS)

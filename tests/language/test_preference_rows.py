@@ -1,4 +1,4 @@
-"""Preference pairs as JSON rows: every way to say one, there and back, and what each bad one is called."""
+"""Preference pairs as JSON rows: every form, to documents and back, and the kind of each bad row."""
 
 from __future__ import annotations
 

@@ -228,7 +228,7 @@ USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content"
         ([USER], "bad_turns", "found user"),
         ([ANSWER, USER], "bad_turns", "found user, assistant, user"),
         ([USER, ANSWER, {"role": "system", "content": "a"}, USER, ANSWER], "bad_turns", "by turns"),
-        ([USER, {**ANSWER, "weight": 0}, ANSWER], "bad_turns", "by turns"),  # of two kinds, so not one turn
+        ([USER, {**ANSWER, "weight": 0}, ANSWER], "bad_turns", "by turns"),  # two kinds, so not one turn
     ],
 )
 def test_bad_messages_are_refused_by_kind(messages, kind, says):

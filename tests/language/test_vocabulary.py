@@ -1,4 +1,4 @@
-"""The id space: disjoint ranges, one role each, and manifests that refuse what does not belong together."""
+"""The id space: disjoint ranges with one role each, and manifests that refuse artefacts that do not fit together."""
 
 import json
 from dataclasses import replace

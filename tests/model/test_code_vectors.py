@@ -1,4 +1,4 @@
-"""Rows of image codes that begin alike: near for near codes, as large as others, and text left as it was."""
+"""Initial rows of image codes: similar for similar codes, as large as other rows, and rows of text do not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters where the sampler reads them: through the cache, several beside one model, each row its own."""
+"""Adapters in the sampler: with a cache, and several for one model, where each row uses its own."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def test_the_train_step_runs_the_kernels(shape, rows, options, calls):
     mesh = make_mesh(shape, get_topology_desc(platform="tpu", topology_name=TPUS["v5e"]).devices)
     shapes = PackedBatch.shapes(rows, LENGTH)
     batch = on_mesh(shapes, batch_shardings(mesh, shapes))
-    # What runs at once while a program is made must not meet the mesh: nothing can run on it.
+    # Operations that run eagerly while a program is traced must not use the mesh, because nothing can run on it.
     step, state = make_train_step(task, tx, mesh, seed=0, clip_norm=1.0), abstract_state(task, tx, mesh)
     with jax.set_mesh(mesh):
         compiled = step.trace(state, batch).lower(lowering_platforms=("tpu",)).compile()

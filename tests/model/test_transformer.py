@@ -147,7 +147,7 @@ def test_prefill_and_decode_equal_the_teacher_forced_forward(norm_placement):
     logits, cache = extend(prompts, init_cache(config, 3, total), jnp.zeros(3, jnp.int32))
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(logits[row, :length], expected[row, :length], atol=1e-5)
-    # Padding that would lie behind the end of the cache is not written, and so not over the row's last key either.
+    # Padding beyond the end of the cache is not written, so it does not overwrite the last key of the row.
     padded = jnp.pad(tokens, [(0, 0), (0, 2)])
     logits_of_all, _ = extend(padded, init_cache(config, 3, total), jnp.zeros(3, jnp.int32))
     np.testing.assert_allclose(logits_of_all[:, :total], expected, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Compiler options: ours by kind, the user's above them, and a start that survives a compiler that knows less."""
+"""Compiler options: ours by kind, which the user's override, and a start with a compiler that does not know all."""
 
 from __future__ import annotations
 

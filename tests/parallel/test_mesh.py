@@ -43,7 +43,7 @@ def test_slices_are_the_outer_part_of_data(chips):
     assert dict(mesh.shape) == dict(data=4, fsdp=2, tensor=4, context=1)
     index = np.vectorize(lambda device: device.slice_index)(mesh.devices)
     assert (index[:2] == 0).all() and (index[2:] == 1).all()
-    # Tensor groups are neighbours: four chips around a square, not along a line with its ends apart.
+    # The chips of a tensor group are neighbours: four in a square, not in a line with distant ends.
     for group in mesh.devices.reshape(8, 4):
         steps = [np.abs(np.subtract(a.coords, b.coords)).sum() for a, b in zip(group, group[1:], strict=False)]
         assert max(steps) <= 2

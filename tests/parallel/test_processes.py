@@ -1,4 +1,5 @@
-"""Real processes on this machine: the losses of one, one agreed stop, and clear words when one is gone."""
+"""Real processes on this machine: the losses equal those of one process, all stop together, and messages name a lost
+one."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def finish(folder: Path, processes: int) -> list[float]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[float]]:
-    """whole(processes): the loss curve of a training that nobody disturbs."""
+    """whole(processes): the loss curve of a training without interruption."""
     return functools.cache(lambda processes: finish(tmp_path_factory.mktemp(f"whole{processes}"), processes))
 
 
@@ -83,7 +84,7 @@ def test_sigkill_to_one_stops_the_other_with_its_name_and_nothing_is_lost(whole,
 
 
 def test_all_processes_save_where_the_validation_loss_is_lowest(tmp_path):
-    """No checkpoint is due but the last: those between are of validations that were the best so far."""
+    """Only the last checkpoint is due; those before are of validations that were the best so far."""
     settings = dict(steps=12, log_every=1, validate_every=4, checkpoint_every=0, keep=9)
     ended = Job(tmp_path / "two", 2, **settings).end()
     assert [code for code, _ in ended] == [0, 0], ended

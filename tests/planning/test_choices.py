@@ -1,4 +1,4 @@
-"""A plan takes every choice that a config offers: each is traced and lowered, and its numbers are made.
+"""Every choice that a config offers can be planned: each is traced and lowered, and its numbers are computed.
 
 The choices are read where the code defines them, so that a new one is tried without anyone naming it here.
 """
@@ -48,7 +48,7 @@ ADVERSARY = "image_tokenizer.adversary.kind"
 
 
 def agreeing(changes):
-    """With what a choice needs beside it, as `check` says for each."""
+    """A choice with the other settings that `check` requires for it."""
     changes = {"image_tokenizer.blocks": (1, 1, 1)} | changes
     learned = (changes.get("image_tokenizer.codebook_update"), changes.get("image_tokenizer.gradient"))
     far = changes.get("image_tokenizer.space") == "euclidean"
@@ -89,8 +89,8 @@ def missed(configs):
     return [(key, x) for key, values in CHOICES.items() for x in values if not any(c.get(key) == x for c in configs)]
 
 
-# As many configs as the longest list, the i-th with the i-th value of every key; then one for each value that had to
-# give way to others.
+# As many configs as the longest list, the i-th with the i-th value of every key; then one for each value that another
+# choice had replaced.
 LONGEST = max(map(len, CHOICES.values()))
 CONFIGS = [agreeing({key: values[i % len(values)] for key, values in CHOICES.items()}) for i in range(LONGEST)]
 CONFIGS += [agreeing({key: value}) for key, value in missed(CONFIGS)]

@@ -1,11 +1,11 @@
-"""What a turn of a compiled loop does, read from HLO written by hand."""
+"""The operations of one iteration of a compiled loop, read from handwritten HLO."""
 
 from __future__ import annotations
 
 from ar_unified.planning.loops import Copy, turn
 
-# A loop that copies an array, fetches another into a nearer memory, moves a third inside of a fusion, computes with a
-# copy of its own inside of another, calls a kernel, and draws words where some row needs them.
+# A loop that copies one array, prefetches a second into closer memory, moves a third inside a fusion, uses a private
+# copy inside another fusion, calls a kernel, and draws text tokens if some row needs them.
 MODULE = """HloModule jit_step, is_scheduled=true
 
 %moves (p: f32[64,128]) -> f32[128,64] {
@@ -57,7 +57,7 @@ def test_copies_cycles_and_kernels_of_a_turn():
     found = turn(MODULE)
     assert found.copies == (
         Copy(64 * 128 * 4, 1, "jit(step)/while/body/scatter"),
-        Copy(64 * 128 * 4, 1, ""),  # the fusion that only moves
+        Copy(64 * 128 * 4, 1, ""),  # the fusion that only moves data
     )
     assert (found.cycles, found.kernels) == (1231, {"cache_write": 1})
 

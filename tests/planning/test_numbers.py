@@ -69,14 +69,14 @@ def test_matmuls_of_a_training_step():
     attention = 2 * 2 * 4 * 16 * PAIRS  # 2 layers, 4 heads of 16: one matmul
     model = 6 * (LAYERS + HEAD) * TOKENS + 6 * attention
     assert estimate.model_flops == model == 144_900_096
-    # The loss makes its logits twice; the backward kernels scores and dP, one of them for dQ and for dK, dV again.
+    # The loss computes its logits twice. The two backward kernels (dQ; dK and dV) both compute scores and dP.
     assert estimate.executed == model + 2 * HEAD * TOKENS + 3 * attention == 156_532_736
     assert estimate.seconds["matmuls"] == pytest.approx(156_532_736 / (4 * FLOPS), rel=1e-9)
     assert estimate.tokens == TOKENS
 
 
 def test_an_adapter_has_the_state_and_the_base_no_gradient():
-    """fsdp 4 cuts the model's axis, D: of A where it reads it, of B where it makes it; the rest of both is whole."""
+    """fsdp 4 splits the model's axis D: the input of A, or the output of B; all other axes are not split."""
     program, estimate = planned(replace(RUN, lora=LoraConfig(rank=4, base_dtype="bfloat16")), "train")
     a = 2 * 4 * (5 * 64 // 4 + 64 + 128)  # query, key, value, gate, up; output, down
     b = 2 * 4 * (64 + 2 * 32 + 2 * 128 + 2 * 64 // 4)  # query; key, value; gate, up; output, down
@@ -128,7 +128,7 @@ def test_muon_runs_five_iterations_over_the_matrices():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_xla_counts_the_same_matmuls(optimizer):
-    """An independent count: of XLA, of the step itself. Wide layers, so that matmuls are nearly all there is."""
+    """An independent count: XLA's, of the step itself. Wide layers, so that matmuls are nearly all there is."""
     wide = replace(MODEL, d_model=256, n_heads=8, n_kv_heads=8, head_dim=32, d_mlp=1024)
     run = replace(RUN, model=wide, mesh={}, loss_chunk=512, optimizer=OptimizerConfig(optimizer=optimizer))
     program, estimate = planned(run, "train", devices=1)
@@ -293,7 +293,7 @@ def test_a_step_takes_as_long_as_its_slowest_resource_or_all_of_them():
 
 
 def _plan_of(name, estimate):
-    """As little of a plan as its text needs."""
+    """A plan with only the fields that its text needs."""
     program = {
         "name": name, "compile_seconds": 1.0, "compiler_options": {}, "host": 0, "collectives": [],
         "loops_of_unknown_length": 0, "exposed": estimate.exposed,

@@ -1,4 +1,4 @@
-"""Best of n: it is the best, and the pairs are what they say."""
+"""Best of n: the best sample is chosen, and the pairs are right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rewards: what they say of good answers, and what becomes of those that raise, hang or say nonsense."""
+"""Rewards: their values for good answers, and the handling of rewards that raise, hang or return nonsense."""
 
 from __future__ import annotations
 

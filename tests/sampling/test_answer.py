@@ -1,4 +1,4 @@
-"""The document that an answer says, where it goes on behind text."""
+"""The document of an answer that continues after text."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def shade(line, sample):
 
 @pytest.fixture
 def job(tmp_path):
-    """Lines of two processes: three requests of four samples, one sample each still missing; an error; a text."""
+    """Lines of two processes: three requests of four samples, where one sample of each is missing; an error; a text."""
     folder = tmp_path / "job"
     rows = []
     for line in range(1, 4):

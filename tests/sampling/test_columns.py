@@ -1,4 +1,5 @@
-"""Files of prompts as people have them: columns of their own, headers, things that are no prompts, ids of any kind."""
+"""Files of prompts as users have them: with additional columns, headers, lines without a prompt, and ids of any
+kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A conversation whose cache is kept: it computes what the forward does, reads what is new, and knows no mates."""
+"""A conversation whose cache is kept: it equals the forward pass, reads only new tokens, and does not depend on other
+conversations."""
 
 from __future__ import annotations
 
@@ -102,7 +103,7 @@ def test_six_turns_compute_what_the_forward_does_and_read_what_is_new(kind):
 
 
 def talk_through(first, scripts, together):
-    """Conversations by seed, in one batch turn by turn or each alone; every other one has a system's turn."""
+    """Conversations by seed, in one batch turn by turn or one at a time; every second one has a system turn."""
     talks = {seed: Conversation(first, [Turn("system", (TextPart("ok"),))] if seed % 2 else []) for seed in scripts}
     for i in range(6):
         now = [

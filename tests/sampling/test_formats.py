@@ -1,4 +1,4 @@
-"""Every format says the same thing in its own way."""
+"""Every format of requests gives the same requests."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ SLOW = [pytest.param(False, form, marks=pytest.mark.slow) for form in ("settled"
 
 @pytest.mark.parametrize("tied, form", [(True, "settled"), (False, "stacked"), *SLOW])
 def test_rows_of_its_own_go_with_an_adapter(tied, form) -> None:
-    """Each request has the tokens, and the log-likelihoods, of the model that has its adapter and rows in it."""
+    """Each request has the tokens and log-likelihoods of the model with its adapter and rows merged in."""
     config = dataclasses.replace(CONFIG, tie_embeddings=tied)
     made = {key: leaf for key, leaf in random_params().items() if not tied or key != "head"}
     params, more = FORMS[form](made)

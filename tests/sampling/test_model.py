@@ -1,4 +1,4 @@
-"""What a notebook has: a bundle that is loaded draws, answers and scores what an engine of the same parts does."""
+"""What a notebook has: a loaded bundle draws, answers and scores like an engine of the same parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A model whose image tokenizer has no decoder: it reads images and answers in words; what it cannot draw is said."""
+"""A model whose image tokenizer has no decoder: it reads images and answers in words; a request for an image gets a
+clear error."""
 
 from __future__ import annotations
 

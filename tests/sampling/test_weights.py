@@ -1,4 +1,4 @@
-"""The weights as sampling keeps them: once, in the compute dtype or in 8 bits, split as a mesh says."""
+"""The weights of the sampler: stored once, in the compute dtype or in 8 bits, split over a mesh."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several positions of an image at once: the tokens that are drawn one by one, in fewer steps, and a measured width."""
+"""Several positions of an image at once: the same tokens as one by one, in fewer steps, with a measured width."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _few_programs(monkeypatch):
 
 
 def images(count, size, **changes):
-    """Requests for images with what a request may say of them, two contexts each."""
+    """Requests for images with all their settings, two contexts each."""
     filters = itertools.cycle([Filter(), Filter(0.3), Filter(0.0), Filter(1.0, 5), Filter(0.7, 0, 0.8)])
     prompts = ("abc", "ponmlkjihgfedcba" * 2, "d")
     return [
@@ -86,7 +86,7 @@ def test_so_they_are_in_every_layout(kind):
 
 
 class Restless(Pace):
-    """Another window for each chunk, short chunks, whatever they cost."""
+    """Another window for each chunk and short chunks, whatever the cost."""
 
     def next(self, shape, steps):
         self.turn = getattr(self, "turn", 0) + 1
@@ -231,7 +231,7 @@ def test_nor_where_its_own_program_came_from_a_cache():
 @pytest.mark.usefixtures("_steps_for_seconds")
 def test_what_was_measured_in_this_process_is_not_measured_again():
     tokens, *_ = driven(WAITING, 0.9, 40, compiling=500.0, program="these")
-    assert max(tokens, key=tokens.get) == 1  # so short a job does not pay for the compiler
+    assert max(tokens, key=tokens.get) == 1  # the job is too short to pay for compilation
     driven(WAITING, 0.9, 3000, compiling=500.0, program="these")
     tokens, *_ = driven(WAITING, 0.9, 40, compiling=0.0, program="these")
     assert max(tokens, key=tokens.get) == 8

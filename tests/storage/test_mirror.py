@@ -1,4 +1,5 @@
-"""A store's folder here: what becomes whole goes up, what others put there comes down, and one process has a lock."""
+"""The local mirror of a store's folder: complete files are uploaded, those of others downloaded, and one process has a
+lock."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ def test_what_becomes_whole_is_there_at_once_and_nothing_else(url: str) -> None:
 
 
 def test_the_store_has_the_truth(url: str) -> None:
-    """Of a process that was killed, and of one on another machine meanwhile."""
+    """A mirror of a process that was killed, and one of a process on another machine meanwhile."""
     first = mirror(url)
     write_bytes(first.root / "a", b"1")
     first.push(first.root / "a")

@@ -1,4 +1,4 @@
-"""Sources in a store are those on disk: the same items, texts, fingerprints and shards."""
+"""Sources in a store equal those on disk: the same items, texts, fingerprints and shards."""
 
 from __future__ import annotations
 

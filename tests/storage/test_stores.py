@@ -1,4 +1,5 @@
-"""Requests to a real server: whole or not at all, one of many creates, what fails in passing is asked again."""
+"""Requests to a real server: objects are complete or absent, one of many creations wins, and transient failures are
+retried."""
 
 from __future__ import annotations
 

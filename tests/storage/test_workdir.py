@@ -1,4 +1,4 @@
-"""A workdir in a store is that on disk: the same command, the same results, from any machine, through any fault."""
+"""A workdir in a store works as on disk: the same command and results, on any machine, despite faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two backbones: their sizes, what they compute and with what, and the one of the field beside its origin."""
+"""The two backbones: their sizes, results and dtypes, and `vqgan` compared with the original."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The image tokenizer: codes mean the same in training, in the sampler and after a reload."""
+"""The image tokenizer: codes have the same meaning in training, in the sampler and after a reload."""
 
 from __future__ import annotations
 

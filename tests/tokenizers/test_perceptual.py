@@ -1,4 +1,4 @@
-"""Perceptual distances are those of the packages they are named after; files that are not theirs are refused."""
+"""Perceptual distances equal those of the packages they are named after; other files are refused."""
 
 from __future__ import annotations
 

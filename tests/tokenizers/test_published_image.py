@@ -393,7 +393,7 @@ def test_transformers_chameleon_finds_the_same_codes_and_takes_our_file():
 
 @pytest.mark.interop
 def test_transformers_janus_draws_the_same_and_takes_our_file():
-    """Its decoder normalises codes, as the original does; its encoder does not, and finds others."""
+    """The decoder normalises codes, as the original does; the encoder does not, so it finds other codes."""
     torch = pytest.importorskip("torch", reason="parity with Hugging Face needs torch (the [interop] extra)")
     janus = pytest.importorskip("transformers.models.janus", reason="parity needs transformers")
     tokenizer, square = imported("janus"), np.random.default_rng(0).integers(0, 64, (2, 4, 4))

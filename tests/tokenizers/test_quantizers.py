@@ -1,4 +1,5 @@
-"""What holds for every quantizer: codes in range and of one meaning, gradients, sums that add up, codes in use."""
+"""Properties of every quantizer: codes are in range and consistent, gradients, statistics add up over parts, codes are
+used."""
 
 from __future__ import annotations
 
@@ -220,7 +221,8 @@ def test_gradients_reach_the_latents_and_the_codes_that_learn_by_them(name):
 
 
 def test_rotation_turns_the_gradient_as_the_latent_would_turn():
-    """A gradient along the code arrives along the latent, scaled as the latent is; one across both arrives as it is."""
+    """A gradient along the code becomes one along the latent, and one orthogonal to both keeps its direction; both are
+    scaled by |code| / |latent|."""
     latent, vector = jnp.array([2.0, 0.0, 0.0]), jnp.array([0.0, 6.0, 0.0])
     gradient = lambda along: jax.grad(lambda z: rotation(z, vector) @ jnp.array(along))(latent)  # noqa: E731
     np.testing.assert_allclose(gradient([0.0, 1.0, 0.0]), [3.0, 0.0, 0.0], atol=1e-5)

@@ -1,4 +1,4 @@
-"""Text comes back as it was, whatever it is; ids come back as some text, whatever they are."""
+"""Any text decodes to itself, and any ids decode to some text."""
 
 from __future__ import annotations
 

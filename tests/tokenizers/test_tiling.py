@@ -1,4 +1,4 @@
-"""Windows: nothing changes where they overlap enough, and where that cannot be no seam is seen."""
+"""Windows: with enough overlap nothing changes, and otherwise no seam is visible."""
 
 from __future__ import annotations
 

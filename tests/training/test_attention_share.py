@@ -41,7 +41,7 @@ def naive(task, params, batch):
     inner = transformer.attend_to_documents
 
     def forward(params, batch):
-        """Of each layer, what attention is given."""
+        """The attention shares of each layer."""
         seen = []
 
         def attend(query, key, *more):

@@ -1,4 +1,5 @@
-"""A run that is changed on the way: what decides only cost leaves its curve; more steps begin where it stands."""
+"""A run that is changed on the way: settings of cost do not change its curve, and more steps continue from its last
+one."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def curve(folder, *keys):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The run that nobody disturbs, and what it ends with."""
+    """The run without interruption, and its final state."""
     folder = tmp_path_factory.mktemp("whole")
     lines = []
     seen = {}

@@ -1,4 +1,4 @@
-"""LoRA in training: its first step by hand, on any mesh, with what is trained beside it, stopped and gone on with."""
+"""LoRA in training: its first step by hand, on any mesh, with other trained parameters, and resumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step says of each modality: log Z, and how many tokens are read."""
+"""The metrics of a step by modality: log Z, and the number of tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A part of the parameters is trained: it moves as in a full training, and all else keeps its bits."""
+"""A part of the parameters is trained: it changes as in a full training, and all other parameters do not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pure part of GRPO against what it should be: by enumeration, and against a transcription in NumPy."""
+"""The pure functions of GRPO against exact enumeration, and against a transcription in NumPy."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def log_probability(theta, answer):
 
 @pytest.mark.parametrize("normalisation", ["token", "sequence", "constant"])
 def test_the_expected_gradient_is_that_of_the_expected_reward(normalisation):
-    """Over all groups of two-token answers, each by its probability. The mean of a group holds the sample's own reward,
-    so a group of G has (1 - 1/G) of the gradient; a step's loss is a mean over the two tokens."""
+    """Over all groups of two-token answers, each by its probability. The mean of a group includes the sample's own
+    reward, so a group of size G has (1 - 1/G) of the gradient; a step's loss is a mean over the two tokens."""
     answers = np.array(list(itertools.product((0, 1), repeat=2)))
     rewards = np.array([0.3, 1.0, -2.0, 0.5])
     theta = jnp.array([[0.2, -0.4], [1.0, 0.1], [-0.3, 0.8]])

@@ -1,4 +1,4 @@
-"""The probe of image ids: it learns what can be learnt, and nothing that cannot."""
+"""The probe of image ids: it learns what is predictable, and nothing else."""
 
 from __future__ import annotations
 

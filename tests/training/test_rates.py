@@ -1,4 +1,4 @@
-"""Parts of the parameters that move at rates of their own, and phases in which parts rest."""
+"""Learning rates for parts of the parameters, and phases that train only some of them."""
 
 from __future__ import annotations
 

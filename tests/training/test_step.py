@@ -29,7 +29,8 @@ from tests.training import tiny
 
 
 def close(a, b, tolerance):
-    """Each leaf within `tolerance` of its own largest element: gradients of different leaves differ by orders."""
+    """Each leaf agrees within `tolerance` of its largest element, as gradients of different leaves differ by orders of
+    magnitude."""
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
         x, y = np.asarray(x), np.asarray(y)
         error = np.abs(x - y).max() / max(np.abs(y).max(), 1e-12)
@@ -147,7 +148,7 @@ def test_state_stays_where_the_rules_put_it(params, optimizer):
     abstract = abstract_state(task, tx, mesh)
     placement = jax.tree.map(lambda x: x.sharding, abstract)
     assert placement.params["layers"]["mlp"]["gate"].spec == jax.P(None, "fsdp", "tensor")
-    coefficients = (3,)  # muon's own, beside its momentum
+    coefficients = (3,)  # muon's own state in addition to its momentum
     moments = [x.sharding for x in jax.tree.leaves(abstract.optimizer) if x.shape not in ((), coefficients)]
     if optimizer == "adamw":
         assert moments == jax.tree.leaves(placement.params) * 2

@@ -46,7 +46,8 @@ SOME = {("fsq", False), ("vq_ema", True), ("ibq", False), ("rq", True), ("lfq", 
 
 
 def images(step: int, index: int = 0, count: int = 1) -> dict[str, np.ndarray]:
-    """32 x 32 pixels, blocks of colour: more positions in a batch than codes, so that no code hangs on one of them."""
+    """32 x 32 pixels, blocks of colour: more positions in a batch than codes, so that no code depends on a single
+    position."""
     blocks = np.random.default_rng(step % 16).integers(0, 256, (8, 8, 8, 3), np.uint8)
     pixels = blocks.repeat(4, axis=1).repeat(4, axis=2)
     return {"pixels": pixels[index * 8 // count : (index + 1) * 8 // count]}
@@ -69,15 +70,16 @@ def task(adversary: AdversaryConfig | None = None, batch: Any = images, **change
     return TokenizerTask(Objective(config, objective, Perceptual.load(objective.perceptual)), batch, [batch(99)])
 
 
-# Runs that rounding does not part. The eps leaves tiny gradients tiny: Adam makes steps of one size of them, whose sign
-# is rounding. At four times the rate two runs of ibq drew apart threefold in ten steps before any code had changed.
+# Runs that rounding does not part. This eps keeps updates from tiny gradients tiny; otherwise Adam makes full steps
+# from them, with signs that are rounding errors. At four times the rate two runs of ibq drew apart threefold in ten
+# steps before any code had changed.
 GENTLE = OptimizerConfig(learning_rate=5e-5, warmup_steps=2, eps=1e-3)
 
 
 def train(
     folder: Path, task: TokenizerTask, shape: dict[str, int], steps: int, **options: Any
 ) -> tuple[list[float], Any]:
-    """The loss of every step, and the parameters after the last."""
+    """The loss of every step, and the parameters after the last step."""
     devices = jax.devices()[: int(np.prod(list(shape.values())))]
     settings = dict(steps=steps, optimizer=GENTLE, log_every=1, validate_every=0, checkpoint_every=0) | options
     params = tiny.run(folder, task=task, mesh=make_mesh(shape, devices), **settings)

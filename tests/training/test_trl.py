@@ -1,4 +1,4 @@
-"""A tiny Llama on three pairs of texts: losses, metrics and gradients are what TRL computes of it.
+"""A tiny Llama on three pairs of texts: losses, metrics and gradients equal TRL's.
 
 The numbers below are of TRL 1.16's DPOTrainer (and CPOTrainer for SimPO), torch 2.13 on a CPU, with transformers'
 LlamaForCausalLM of the weights that `llama` makes; its reference is that of another seed. Its prompts and answers are

@@ -1,4 +1,4 @@
-"""A training that learns its data by heart says so, once, and keeps the step before it did."""
+"""A training that memorises its data says so once, and keeps the best step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything worth knowing about one H100 or H200, in eight minutes, most valuable first: `make check-gpu`.
+"""Checks and measures one H100 or H200 in eight minutes, the most important first: `make check-gpu`.
 
     parity      every case of the attention and decode kernels in bfloat16 against the reference, with gradients
     attention   dense causal rows of 4k, 8k and 32k, packed rows of 8 documents of 1k: ours, cuDNN, stock Pallas
@@ -40,7 +40,7 @@ from experiments.benchmarks.gpu.sizes import SIZES
 ROOT = Path(__file__).resolve().parents[3]
 # Seconds of each stage, in the order in which they run.
 STAGES = {"parity": 80.0, "attention": 120.0, "decode": 20.0, "training": 120.0, "sampling": 110.0, "rings": 30.0}
-_GRACE = 20.0  # seconds for a check that is at work when its stage's time is up
+_GRACE = 20.0  # seconds that a running check still gets when the time of its stage is over
 _BEGIN, _RESULT = "begin ", "result "
 
 
@@ -78,7 +78,8 @@ def main() -> int:
 
 
 def run(stage: str, size: str, until: float, file: TextIO) -> int:
-    """All checks of a stage, in as many processes as it takes. How many were wrong, or failed where they should not."""
+    """Runs all checks of a stage, in as many processes as needed. Returns how many were wrong, or failed
+    unexpectedly."""
     bad, first = 0, 0
     print(f"---- {stage}", flush=True)
     while time.time() < until:

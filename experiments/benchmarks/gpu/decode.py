@@ -1,4 +1,4 @@
-"""One step of attention over a KV cache, which is a matter of bytes: those of the live slots count, once."""
+"""One step of attention over a KV cache, which is limited by memory: the bytes of the live slots are counted once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long something takes on the device, what the device was doing meanwhile, and how a result is said."""
+"""Times on the device, the state of the device meanwhile, and the format of a result."""
 
 from __future__ import annotations
 

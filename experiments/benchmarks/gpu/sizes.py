@@ -1,4 +1,4 @@
-"""What is measured, on a GPU and, to see that the check works, on a CPU."""
+"""The sizes to measure on a GPU, and tiny ones to test the check itself on a CPU."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def _measure(
         for number in range(WARM + STEPS):
             began = time.perf_counter()
             state, report = step(state, batch)
-            loss = float(report.loss)  # it is there when the step is done
+            loss = float(report.loss)  # available when the step is done
             seconds.append(time.perf_counter() - began)
             if number >= WARM:
                 meter.add(jax.device_get(report.values))
