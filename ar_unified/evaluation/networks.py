@@ -14,13 +14,13 @@ from ar_tokenizers.image.weights import read_weights
 
 
 def load_networks(files: Mapping[str, str]) -> dict[str, Any]:
-    """The networks of `evaluate_tokenizer`: its arguments distances, extractors and weights.
+    """The arguments distances, extractors and weights of `evaluate_tokenizer`.
 
     Args:
         files: path of the weights by name, "LPIPS" and "inception"; "" for none.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or not the weights of that network.
+        FileNotFoundError, ValueError: there is no such file, or it has other weights than this network's.
     """
     found: dict[str, Any] = {"distances": {}, "extractors": {}, "weights": {}}
     if path := files.get("LPIPS"):
